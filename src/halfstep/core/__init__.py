@@ -1,0 +1,1 @@
+"""The mathematics: torch only, no files, no networks of anybody's."""

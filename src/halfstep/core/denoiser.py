@@ -1,0 +1,111 @@
+"""Denoisers: (x_t, t, cond) -> (x0, eps), on `[batch, *dims]` of any modality.
+
+A denoiser is a network seen through a process and a prediction, or a wrapper round another denoiser. Samplers and
+objectives know denoisers only, never networks.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from halfstep.core.clock import as_clock, per_sample
+from halfstep.core.noise import NoiseProcess
+from halfstep.core.prediction import Denoised, Prediction, eps_from_x0
+
+Cond = Mapping[str, Tensor]
+"""Conditions by name, each `[batch, ...]`, for example {"class_labels": int64 [batch]}."""
+
+
+class Denoiser(nn.Module, ABC):
+    """Estimates the clean sample and the noise in x_t."""
+
+    process: NoiseProcess
+
+    @abstractmethod
+    def forward(self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None) -> Denoised:
+        """x0 and eps, each shaped as `x_t` `[batch, *dims]`.
+
+        Args:
+            x_t: noisy samples.
+            t: clock times in (0, 1], one for all or `[batch]`.
+            cond: conditions by name, or None.
+        """
+
+    def __call__(self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None) -> Denoised:
+        """`forward`, with its hooks."""
+        result: Denoised = super().__call__(x_t, t, cond)
+        return result
+
+
+@final
+class NetworkDenoiser(Denoiser):
+    """A network seen through a process and a prediction.
+
+    The network is any callable `(x_t, time, **cond) -> output`. `time` is t itself, in [0, 1], `[batch]`, in the dtype
+    of x_t but never below float32; a network that keeps another clock (diffusers' timesteps, log-SNR) converts it.
+    The output has `prediction.channels` times the channels of x_t and is brought to the dtype of x_t, so a network
+    may compute in half precision while the algebra round it does not.
+
+    Raises:
+        ValueError: at the call, if the output's shape is not what the prediction needs.
+    """
+
+    def __init__(self, network: nn.Module | Callable[..., Tensor], process: NoiseProcess, prediction: Prediction) -> None:
+        super().__init__()
+        self.network: Any = network
+        self.process = process
+        self.prediction = prediction
+
+    def forward(self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None) -> Denoised:
+        clock = as_clock(t, x_t)
+        time = clock.to(device=x_t.device, dtype=torch.promote_types(x_t.dtype, torch.float32))
+        output: Tensor = self.network(x_t, time, **(cond or {}))
+        if x_t.ndim > 1:
+            needed = (x_t.shape[0], x_t.shape[1] * self.prediction.channels, *x_t.shape[2:])
+        else:
+            needed = tuple(x_t.shape)
+        if tuple(output.shape) != needed:
+            raise ValueError(
+                f"the network put out {tuple(output.shape)} for an input of {tuple(x_t.shape)}; "
+                f"{type(self.prediction).__name__} needs {needed}"
+            )
+        alpha, sigma = self.process.alpha_sigma(clock)
+        return self.prediction.denoised(output.to(x_t.dtype), x_t, alpha, sigma)
+
+
+@final
+class Clipped(Denoiser):
+    """Another denoiser with x0 clipped to [low, high] and eps derived anew from it: how images are sampled.
+
+    Never used for targets or losses. Source: the authors' dpm.py (arXiv:2202.00512).
+
+    Raises:
+        ValueError: if low >= high.
+    """
+
+    def __init__(self, denoiser: Denoiser, low: float = -1.0, high: float = 1.0) -> None:
+        super().__init__()
+        if not low < high:
+            raise ValueError(f"low must be below high, got {low} and {high}")
+        self.denoiser = denoiser
+        self.process = denoiser.process
+        self.low = low
+        self.high = high
+
+    def forward(self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None) -> Denoised:
+        clock = as_clock(t, x_t)
+        x0 = self.denoiser(x_t, clock, cond).x0.clamp(self.low, self.high)
+        alpha, sigma = self.process.alpha_sigma(clock)
+        return Denoised(x0, eps_from_x0(x_t, x0, alpha, sigma))
+
+
+def ddim_step(denoised: Denoised, process: NoiseProcess, s: Tensor) -> Tensor:
+    """x_s = alpha_s x0 + sigma_s eps, `[batch, *dims]`; x0 itself at s = 0.
+
+    Source: Song et al. 2020 (arXiv:2010.02502) with eta = 0; Salimans & Ho 2022, equations 7 and 8.
+    """
+    alpha, sigma = process.landing(s)
+    return per_sample(alpha, denoised.x0) * denoised.x0 + per_sample(sigma, denoised.x0) * denoised.eps

@@ -1,0 +1,94 @@
+"""Every random number, as a function of what it is for.
+
+Training draws are a function of (seed, stream, update, purpose, place in the global batch); a generated sample's noise
+is a function of the sample's own seed. Nothing depends on what was drawn before, so a resumed run, another micro batch
+or another number of processes draws the same numbers. A generator is seeded for each *shard* of 32 places rather than
+for each place, which keeps the cost of this at microseconds an update.
+
+Numbers are drawn on the CPU, so that they are the same whatever the device.
+"""
+
+import functools
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, final
+
+import torch
+from torch import Tensor
+
+SHARD: Final = 32
+"""Places of the global batch that share a generator."""
+
+
+def generator_for(*key: object) -> torch.Generator:
+    """A CPU generator seeded by a hash of `key`: equal keys, equal numbers; any other key, unrelated ones."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(seed: int, stream: str, epoch: int, length: int) -> Tensor:
+    return torch.randperm(length, generator=generator_for(seed, stream, "order", epoch))
+
+
+@final
+@dataclass(frozen=True)
+class Draw:
+    """The random numbers of one update for some places of the global batch.
+
+    `stream` tells stages apart, `places` is the part of `range(batch_size)` that is wanted.
+
+    Raises:
+        ValueError: if `places` is not within the batch.
+    """
+
+    seed: int
+    stream: str
+    update: int
+    batch_size: int
+    places: range
+
+    def __post_init__(self) -> None:
+        if self.places.step != 1 or self.places.start < 0 or self.places.stop > self.batch_size:
+            raise ValueError(f"places {self.places} are not within a batch of {self.batch_size}")
+
+    def _shards(self, purpose: str, draw: "functools.partial[Tensor]") -> Tensor:
+        first, last = self.places.start // SHARD, -(-self.places.stop // SHARD)
+        drawn = [
+            draw(generator=generator_for(self.seed, self.stream, self.update, purpose, shard))
+            for shard in range(first, last)
+        ]
+        offset = first * SHARD
+        return torch.cat(drawn)[self.places.start - offset : self.places.stop - offset]
+
+    def normal(self, purpose: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        """Unit normal numbers `[len(places), *shape]`."""
+        return self._shards(purpose, functools.partial(torch.randn, SHARD, *shape, dtype=dtype))
+
+    def uniform(self, purpose: str) -> Tensor:
+        """Float64 numbers in [0, 1), `[len(places)]`."""
+        return self._shards(purpose, functools.partial(torch.rand, SHARD, dtype=torch.float64))
+
+    def integers(self, purpose: str, high: int) -> Tensor:
+        """Int64 numbers in [0, high), `[len(places)]`."""
+        return self._shards(purpose, functools.partial(torch.randint, high, (SHARD,)))
+
+    def order(self, length: int) -> Tensor:
+        """Indices int64 `[len(places)]` into a data set of `length`, which pass through it in a new order each epoch."""
+        positions = [self.update * self.batch_size + place for place in self.places]
+        return torch.stack(
+            [_permutation(self.seed, self.stream, p // length, length)[p % length] for p in positions]
+        )
+
+
+def sample_noise(seeds: Sequence[int], shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Unit normal noise `[len(seeds), *shape]` whose every row depends on its own seed alone."""
+    return torch.stack([torch.randn(*shape, generator=generator_for("sample", seed), dtype=dtype) for seed in seeds])
+
+
+def sample_labels(seeds: Sequence[int], num_classes: int) -> Tensor:
+    """Class labels int64 `[len(seeds)]`, each a function of its own seed and uniform over the classes."""
+    return torch.tensor(
+        [int(torch.randint(num_classes, (), generator=generator_for("label", seed))) for seed in seeds]
+    )

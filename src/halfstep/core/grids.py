@@ -1,0 +1,24 @@
+"""Step grids: from a number of steps to the times that a sampler visits."""
+
+import torch
+from torch import Tensor
+
+
+def check_num_steps(num_steps: int) -> None:
+    """Refuses a number of steps that is not a whole number of at least one.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
+        raise ValueError(f"num_steps must be a whole number of at least 1, got {num_steps!r}")
+
+
+def uniform_times(num_steps: int) -> Tensor:
+    """The `num_steps + 1` times k / num_steps from 1 down to 0, float64: the paper's grid, and a *trailing* one.
+
+    Raises:
+        ValueError: if `num_steps` is not a whole number of at least 1.
+    """
+    check_num_steps(num_steps)
+    return torch.arange(num_steps, -1, -1, dtype=torch.float64) / num_steps

@@ -1,0 +1,101 @@
+"""Exact denoisers: data distributions whose E[x0 | x_t] is known in closed form.
+
+They need no training, so they prove samplers, targets and losses: a Gaussian's probability-flow ODE has a solution
+(`GaussianDenoiser.flow`), a mixture's is smooth and not linear, a finite data set's ends on its points.
+"""
+
+from typing import final
+
+import torch
+from torch import Tensor
+
+from halfstep.core.clock import as_clock, per_sample
+from halfstep.core.denoiser import Cond, Denoiser
+from halfstep.core.noise import NoiseProcess
+from halfstep.core.prediction import Denoised, eps_from_x0
+
+
+@final
+class GaussianDenoiser(Denoiser):
+    """The exact denoiser of data x0 ~ N(mean, std^2), independent in each entry.
+
+    Args:
+        mean, std: broadcastable to `[*dims]`.
+    """
+
+    def __init__(self, process: NoiseProcess, mean: Tensor | float = 0.0, std: Tensor | float = 1.0) -> None:
+        super().__init__()
+        self.process = process
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.as_tensor(mean, dtype=torch.float64))
+        self.register_buffer("std", torch.as_tensor(std, dtype=torch.float64))
+
+    def forward(self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None) -> Denoised:
+        alpha, sigma = (per_sample(a, x_t.double()) for a in self.process.alpha_sigma(as_clock(t, x_t)))
+        rest = x_t.double() - alpha * self.mean
+        variance = alpha**2 * self.std**2 + sigma**2
+        x0 = self.mean + alpha * self.std**2 / variance * rest
+        return Denoised(x0.to(x_t.dtype), (sigma / variance * rest).to(x_t.dtype))
+
+    def flow(self, x_t: Tensor, t: Tensor | float, s: Tensor | float) -> Tensor:
+        """Where the probability-flow ODE takes `x_t` from time t to time s, exactly: x_s, shaped as `x_t`."""
+        alpha_t, sigma_t = (per_sample(a, x_t) for a in self.process.alpha_sigma(as_clock(t, x_t)))
+        alpha_s, sigma_s = (per_sample(a, x_t) for a in self.process.landing(as_clock(s, x_t)))
+        mean, std = self.mean.to(x_t), self.std.to(x_t)
+        spread = torch.sqrt((alpha_s**2 * std**2 + sigma_s**2) / (alpha_t**2 * std**2 + sigma_t**2))
+        return alpha_s * mean + spread * (x_t - alpha_t * mean)
+
+
+@final
+class MixtureDenoiser(Denoiser):
+    """The exact denoiser of a mixture of K isotropic Gaussians.
+
+    Args:
+        means: `[K, *dims]`.
+        std: of every component, a number or `[K]`; 0 makes the mixture a finite data set.
+        weights: `[K]`, positive, normalised here; equal by default.
+
+    Raises:
+        ValueError: if a standard deviation is negative or a weight is not positive.
+    """
+
+    def __init__(
+        self,
+        process: NoiseProcess,
+        means: Tensor,
+        std: Tensor | float,
+        weights: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.process = process
+        components = len(means)
+        stds = torch.as_tensor(std, dtype=torch.float64).expand(components).clone()
+        shares = torch.ones(components, dtype=torch.float64) if weights is None else weights.double()
+        if bool((stds < 0).any()) or bool((shares <= 0).any()):
+            raise ValueError("standard deviations must be at least 0 and weights above 0")
+        self.means: Tensor
+        self.stds: Tensor
+        self.log_weights: Tensor
+        self.register_buffer("means", means.double())
+        self.register_buffer("stds", stds)
+        self.register_buffer("log_weights", torch.log(shares / shares.sum()))
+
+    def forward(self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None) -> Denoised:
+        alpha, sigma = (a[:, None] for a in self.process.alpha_sigma(as_clock(t, x_t)))
+        x = x_t.double().flatten(1)[:, None]
+        means = self.means.flatten(1)
+        rest = x - alpha[..., None] * means
+        variance = alpha**2 * self.stds**2 + sigma**2
+        log_density = -0.5 * rest.square().sum(-1) / variance - 0.5 * means.shape[1] * torch.log(variance)
+        share = torch.softmax(log_density + self.log_weights, dim=1)[..., None]
+        gain = (alpha * self.stds**2 / variance)[..., None]
+        x0 = (share * (means + gain * rest)).sum(1).reshape(x_t.shape)
+        clock = as_clock(t, x_t)
+        eps = eps_from_x0(x_t.double(), x0, *self.process.alpha_sigma(clock))
+        return Denoised(x0.to(x_t.dtype), eps.to(x_t.dtype))
+
+
+def data_set_denoiser(process: NoiseProcess, points: Tensor) -> MixtureDenoiser:
+    """The exact denoiser of the finite data set `points` `[n, *dims]`: what a network with no limits would learn."""
+    return MixtureDenoiser(process, points, std=0.0)

@@ -1,0 +1,135 @@
+"""Predictions: what the number that a network puts out means.
+
+Every usual parameterisation is one linear form p = a x0 + b eps with amplitudes a, b that depend on the noise level.
+Together with x_t = alpha x0 + sigma eps it makes a 2x2 system with determinant d = b alpha - a sigma, whose solution is
+
+    x0  = ( b x_t - sigma p) / d
+    eps = (-a x_t + alpha p) / d
+
+so no pair of parameterisations needs a converter of its own. The four quotients are formed on the float64 clock and
+only then meet the data: for a prediction of x0 they are exactly 0 and 1, and its x0 is the network's output itself.
+"both" is the exception: two outputs for two unknowns, blended.
+
+Source: Salimans & Ho 2022 (arXiv:2202.00512), section 4; "both" as in the authors' dpm.py.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from halfstep.core.clock import per_sample
+from halfstep.registry import Registry
+
+
+class Denoised(NamedTuple):
+    """What a denoiser makes of x_t: the clean sample and the unit noise, each `[batch, *dims]`."""
+
+    x0: Tensor
+    eps: Tensor
+
+
+class Prediction(ABC):
+    """The meaning of a network's output. `alpha` and `sigma` are clock tensors `[batch]`."""
+
+    channels: ClassVar[int]
+    """Output channels for each channel of data: 1, and 2 for `Both`."""
+
+    @abstractmethod
+    def target(self, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """The output of a perfect network, `[batch, channels * C, ...]`."""
+
+    @abstractmethod
+    def denoised(self, output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Denoised:
+        """x0 and eps, each shaped as `x_t`, from the network's output at `x_t`."""
+
+
+predictions: Registry[type[Prediction]] = Registry("prediction")
+
+
+class LinearPrediction(Prediction):
+    """A prediction p = a x0 + b eps; a member says only what a and b are."""
+
+    channels: ClassVar[int] = 1
+
+    @abstractmethod
+    def coefficients(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """The clock tensors (a, b)."""
+
+    @final
+    def target(self, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        a, b = self.coefficients(alpha, sigma)
+        return per_sample(a, x0) * x0 + per_sample(b, x0) * eps
+
+    @final
+    def denoised(self, output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Denoised:
+        a, b = self.coefficients(alpha, sigma)
+        d = b * alpha - a * sigma
+        return Denoised(
+            x0=per_sample(b / d, x_t) * x_t + per_sample(-sigma / d, x_t) * output,
+            eps=per_sample(-a / d, x_t) * x_t + per_sample(alpha / d, x_t) * output,
+        )
+
+
+@final
+@predictions.register("eps")
+@dataclass(frozen=True)
+class Eps(LinearPrediction):
+    """The network predicts the noise. Unfit for distillation to few steps: x0 = (x_t - sigma eps) / alpha grows
+    without bound as alpha falls to 0."""
+
+    def coefficients(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(alpha), torch.ones_like(sigma)
+
+
+@final
+@predictions.register("x0")
+@dataclass(frozen=True)
+class X0(LinearPrediction):
+    """The network predicts the clean sample."""
+
+    def coefficients(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ones_like(alpha), torch.zeros_like(sigma)
+
+
+@final
+@predictions.register("v")
+@dataclass(frozen=True)
+class V(LinearPrediction):
+    """The network predicts v = alpha eps - sigma x0, the derivative of x_t along the variance-preserving circle."""
+
+    def coefficients(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        return -sigma, alpha
+
+
+@final
+@predictions.register("both")
+@dataclass(frozen=True)
+class Both(Prediction):
+    """The network predicts x0 in its first half of channels and eps in its second, and the two are blended.
+
+    The clean sample is sigma^2 x0_head + alpha^2 (x_t - sigma eps_head) / alpha: each head counts where it is the
+    better conditioned one. For processes that do not preserve variance the weights are normalised to sum to one.
+    """
+
+    channels: ClassVar[int] = 2
+
+    def target(self, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return torch.cat([x0, eps], dim=1)
+
+    def denoised(self, output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Denoised:
+        x0_head, eps_head = output.chunk(2, dim=1)
+        power = alpha**2 + sigma**2
+        x0 = (
+            per_sample(sigma**2 / power, x_t) * x0_head
+            + per_sample(alpha / power, x_t) * x_t
+            - per_sample(alpha * sigma / power, x_t) * eps_head
+        )
+        return Denoised(x0, eps_from_x0(x_t, x0, alpha, sigma))
+
+
+def eps_from_x0(x_t: Tensor, x0: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """eps = (x_t - alpha x0) / sigma, `[batch, *dims]`: the noise that goes with a clean sample."""
+    return (x_t - per_sample(alpha, x_t) * x0) / per_sample(sigma, x_t)

@@ -1,0 +1,28 @@
+"""Denoising: the student learns E[x0 | x_t] from data. This makes a teacher.
+
+t ~ U[0, 1], x_t = alpha x0 + sigma eps, target x0. Source: Salimans & Ho 2022 (arXiv:2202.00512), algorithm 1.
+"""
+
+from dataclasses import dataclass, field
+from typing import ClassVar, final
+
+from halfstep.core.clock import as_clock
+from halfstep.core.draw import Draw
+from halfstep.core.weighting import TruncatedSNR, Weighting
+from halfstep.objectives.base import Batch, Losses, Models, Objective, noisy_student_loss, objectives
+
+
+@final
+@objectives.register("denoise")
+@dataclass(frozen=True)
+class Denoising(Objective):
+    """Squared error of x0 at uniformly drawn times. The default weighting is that of the paper's models."""
+
+    weighting: Weighting = field(default_factory=TruncatedSNR)
+    needs_teacher: ClassVar[bool] = False
+
+    def loss(self, models: Models, batch: Batch, draw: Draw) -> Losses:
+        t = as_clock(draw.uniform("time"), batch.x0)
+        eps = draw.normal("noise", batch.x0.shape[1:]).to(batch.x0)
+        x_t = models.student.process.mix(batch.x0, eps, t)
+        return noisy_student_loss(models, x_t, t, batch.x0, batch.cond, self.weighting)

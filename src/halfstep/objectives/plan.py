@@ -1,0 +1,198 @@
+"""The plan: a chain of stages as data.
+
+A stage says what is learned (a teacher by denoising, or a student with `num_steps` steps by halving), for how many
+updates and at which rate. The chain of halvings is a list of them, not a loop hidden in a script.
+
+Source of the defaults: Salimans & Ho 2022 (arXiv:2202.00512), section 5.2 and appendix; the authors' configurations.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import final
+
+from halfstep.core.grids import check_num_steps
+from halfstep.core.weighting import TruncatedSNR, Weighting
+from halfstep.objectives.base import Objective
+from halfstep.objectives.denoising import Denoising
+from halfstep.objectives.halving import Halving
+
+
+@final
+@dataclass(frozen=True)
+class Stage:
+    """One row of a plan. The student of a halving stage starts as a copy of its teacher, with a fresh optimiser.
+
+    Raises:
+        ValueError: if a budget is not positive.
+    """
+
+    objective: Objective
+    num_updates: int
+    batch_size: int
+    learning_rate: float
+    warmup_updates: int = 0
+    """Updates over which the rate rises from 0 to `learning_rate`."""
+    anneal: bool = True
+    """Whether the rate falls linearly to 0 over the stage, as the paper's distillation does."""
+    weight_decay: float = 0.0
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    grad_clip: float = 1.0
+    """Largest global norm of the gradient."""
+    ema_decay: float = 0.0
+    """Decay of the moving average of the weights, which is what the stage hands on; 0 hands on the weights."""
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("num_updates", "batch_size", "learning_rate", "grad_clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        if not 0 <= self.warmup_updates <= self.num_updates:
+            raise ValueError(
+                f"warmup_updates must be from 0 to num_updates = {self.num_updates}, got {self.warmup_updates}"
+            )
+
+    @property
+    def num_steps(self) -> int | None:
+        """Sampler steps that the stage's model is made for; None for a teacher, which takes any."""
+        return self.objective.num_steps if isinstance(self.objective, Halving) else None
+
+    def learning_rate_at(self, update: int) -> float:
+        """The rate of update `update` (from 0): linear warm-up, then constant or linear to 0 after the last update."""
+        rate = self.learning_rate
+        if self.anneal:
+            rate *= 1 - update / self.num_updates
+        if update < self.warmup_updates:
+            rate *= (update + 1) / self.warmup_updates
+        return rate
+
+
+@final
+@dataclass(frozen=True)
+class Plan:
+    """Stages in the order in which they run, each with its folder's name."""
+
+    stages: tuple[Stage, ...] = field(default=())
+
+    def names(self) -> list[str]:
+        """Folder names: "00-denoise", "01-halve-0128", ..."""
+        names = []
+        for index, stage in enumerate(self.stages):
+            steps = "" if stage.num_steps is None else f"-{stage.num_steps:04d}"
+            names.append(f"{index:02d}-{'denoise' if stage.num_steps is None else 'halve'}{steps}")
+        return names
+
+    @property
+    def num_updates(self) -> int:
+        """Updates of all stages together."""
+        return sum(stage.num_updates for stage in self.stages)
+
+    def __add__(self, other: "Plan") -> "Plan":
+        return Plan(self.stages + other.stages)
+
+    @classmethod
+    def halvings(
+        cls,
+        start: int,
+        end: int = 1,
+        *,
+        num_updates: int = 50_000,
+        updates_at: Mapping[int, int] | None = None,
+        batch_size: int = 128,
+        learning_rate: float = 5e-5,
+        weighting: Weighting | None = None,
+        weight_decay: float = 0.0,
+        adam_betas: tuple[float, float] = (0.9, 0.999),
+        grad_clip: float = 1.0,
+        ema_decay: float = 0.0,
+        dropout: float = 0.0,
+    ) -> "Plan":
+        """The chain start -> start / 2 -> ... -> end, one halving stage a student.
+
+        Args:
+            start: steps of the first teacher; the first student takes half of them.
+            end: steps of the last student.
+            num_updates: of each stage; the paper's 50,000 by default.
+            updates_at: exceptions, from a student's steps to its updates; by default twice `num_updates` at 2 and 1,
+                as in the paper.
+            learning_rate: at the start of each stage, from where it falls linearly to 0.
+
+        Raises:
+            ValueError: if `end` is not below `start`, `start` cannot be halved to `end`, or an exception names a
+                number of steps that is not in the chain.
+        """
+        check_num_steps(start)
+        check_num_steps(end)
+        if end >= start:
+            raise ValueError(f"the end must be below the start: got a chain from {start} steps to {end}")
+        steps = [start]
+        while steps[-1] > end and steps[-1] % 2 == 0:
+            steps.append(steps[-1] // 2)
+        if steps[-1] != end:
+            factor = 1
+            while end * factor < start:
+                factor *= 2
+            raise ValueError(
+                f"{start} steps cannot be halved to {end}: start from {end} times a power of two, "
+                f"for example {end * factor}"
+            )
+        exceptions = {2: 2 * num_updates, 1: 2 * num_updates} if updates_at is None else dict(updates_at)
+        foreign = sorted(set(exceptions) - set(steps[1:])) if updates_at is not None else []
+        if foreign:
+            raise ValueError(
+                f"updates are given for a student of {foreign[0]} steps, but the chain's students take {steps[1:]}"
+            )
+        return cls(
+            tuple(
+                Stage(
+                    Halving(n, weighting=weighting or TruncatedSNR()),
+                    num_updates=exceptions.get(n, num_updates),
+                    batch_size=batch_size,
+                    learning_rate=learning_rate,
+                    weight_decay=weight_decay,
+                    adam_betas=adam_betas,
+                    grad_clip=grad_clip,
+                    ema_decay=ema_decay,
+                    dropout=dropout,
+                )
+                for n in steps[1:]
+            )
+        )
+
+    @classmethod
+    def teacher(
+        cls,
+        *,
+        num_updates: int,
+        batch_size: int,
+        learning_rate: float,
+        weighting: Weighting | None = None,
+        warmup_updates: int = 0,
+        anneal: bool = False,
+        weight_decay: float = 0.0,
+        adam_betas: tuple[float, float] = (0.9, 0.999),
+        grad_clip: float = 1.0,
+        ema_decay: float = 0.9999,
+        dropout: float = 0.0,
+    ) -> "Plan":
+        """A plan of one stage that trains a teacher by denoising; it hands on its moving average."""
+        return cls(
+            (
+                Stage(
+                    Denoising(weighting or TruncatedSNR()),
+                    num_updates=num_updates,
+                    batch_size=batch_size,
+                    learning_rate=learning_rate,
+                    warmup_updates=warmup_updates,
+                    anneal=anneal,
+                    weight_decay=weight_decay,
+                    adam_betas=adam_betas,
+                    grad_clip=grad_clip,
+                    ema_decay=ema_decay,
+                    dropout=dropout,
+                ),
+            )
+        )

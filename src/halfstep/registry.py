@@ -1,0 +1,66 @@
+"""The members of a family, by name: what the command line offers and what a manifest may say."""
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Generic, TypeVar
+
+Member = TypeVar("Member")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint `; did you mean 'x'?` for a mistyped `name`, or the empty string if nothing is near."""
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
+class Registry(Generic[Member]):
+    """Named members of one family, in the order in which they were registered."""
+
+    def __init__(self, family: str) -> None:
+        self.family = family
+        self._members: dict[str, Member] = {}
+
+    def register(self, name: str) -> Callable[[Member], Member]:
+        """A decorator that enters its object under `name`.
+
+        Raises:
+            ValueError: if the name is taken.
+        """
+
+        def enter(member: Member) -> Member:
+            if name in self._members:
+                raise ValueError(f"the {self.family} {name!r} is registered twice")
+            self._members[name] = member
+            return member
+
+        return enter
+
+    def __getitem__(self, name: str) -> Member:
+        """The member called `name`.
+
+        Raises:
+            ValueError: if there is none; the message lists those that exist and names the nearest.
+        """
+        if name not in self._members:
+            raise ValueError(
+                f"unknown {self.family} {name!r}{nearest(name, self._members)} (known: {', '.join(self._members)})"
+            )
+        return self._members[name]
+
+    def name_of(self, member: object) -> str:
+        """The name under which `member`, or its class, is registered.
+
+        Raises:
+            ValueError: if neither is.
+        """
+        for name, known in self._members.items():
+            if known is member or known is type(member):
+                return name
+        raise ValueError(f"{member!r} is not a registered {self.family}")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._members)
+
+    def items(self) -> Iterator[tuple[str, Member]]:
+        """Pairs of name and member."""
+        return iter(self._members.items())

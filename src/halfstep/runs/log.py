@@ -1,0 +1,47 @@
+"""The log of a run: JSON lines that a killed run leaves readable and a resumed run continues without a seam."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from halfstep.runs.files import write_text
+
+Row = dict[str, Any]
+
+
+def read_log(path: Path) -> list[Row]:
+    """The rows of a log; a last line that was cut short by a kill is passed over."""
+    if not path.is_file():
+        return []
+    rows: list[Row] = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+class RunLog:
+    """Appends rows to a log file; None as the path keeps nothing."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Adds one row with flat keys."""
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def keep(self, wanted: Callable[[Row], bool]) -> None:
+        """Drops the rows that are not `wanted`: those that a run wrote after the checkpoint it resumes from."""
+        if self.path is None or not self.path.exists():
+            return
+        kept = [row for row in read_log(self.path) if wanted(row)]
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))

@@ -1,0 +1,176 @@
+"""What is where in a run folder, and the types of its JSON files."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from halfstep.runs.files import DamagedFile, check_files, read_json
+
+FORMAT = 1
+"""The version of the layout; a reader refuses a later one."""
+
+
+class Manifest(BaseModel):
+    """manifest.json of a stage: all that is needed to rebuild its model, and where it came from."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: int = FORMAT
+    stage: str
+    objective: str
+    parent: str | None
+    num_steps: int | None
+    """Sampler steps that the model is made for; None for a teacher."""
+    start_steps: int | None = None
+    """Steps of the first teacher of the chain that the stage belongs to."""
+    num_updates: int
+    seconds: float
+    """Training time of the stage, over all its restarts."""
+    shape: tuple[int, ...]
+    """Shape of one sample."""
+    num_classes: int = 0
+    """Classes that the model is conditioned on; 0 for an unconditional model."""
+    clip: bool
+    """Whether sampling clips x0 to [-1, 1]."""
+    network: dict[str, Any]
+    """{"type": name in the registry of networks, and its arguments}."""
+    process: dict[str, Any]
+    prediction: str
+    files: dict[str, str]
+    """sha256 of each file."""
+
+
+class Result(BaseModel):
+    """One row of metrics.json: a model sampled with some number of steps."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sampler: str
+    num_steps: int
+    num_evals: int
+    """Network calls for a sample."""
+    frechet: float
+    kid: float
+    teacher_rmse: float | None = None
+    """Root mean square difference from the undistilled teacher's samples at `start` steps from the same noise, on
+    [-1, 1]; None where that is the model itself."""
+    seconds_per_1000: float
+    """Wall time for 1,000 samples."""
+    samples: str | None = None
+    """Path in the stage's folder of the .npz with the first samples."""
+
+
+class Metrics(BaseModel):
+    """metrics.json of a stage."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    protocol: dict[str, Any]
+    """Extractor, counts, reference data, seed, device: figures of different protocols must not be compared."""
+    results: list[Result]
+
+
+@dataclass(frozen=True)
+class StageFolder:
+    """The folder of one stage."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model.safetensors"
+
+    @property
+    def manifest_path(self) -> Path:
+        return self.path / "manifest.json"
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.json"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
+
+    def is_complete(self) -> bool:
+        """Whether the stage was trained to its end."""
+        return self.manifest_path.is_file()
+
+    def checkpoints(self) -> list[Path]:
+        """Checkpoint folders, the latest first."""
+        return sorted(self.path.glob("checkpoint-*"), reverse=True)
+
+    def manifest(self, verify: bool = True) -> Manifest:
+        """The stage's manifest, after checking the files that it lists.
+
+        Raises:
+            DamagedFile: if it, or a file that it lists, is missing, altered or of a later format.
+        """
+        data = read_json(self.manifest_path)
+        if isinstance(data, dict) and data.get("format", FORMAT) != FORMAT:
+            raise DamagedFile(
+                f"{self.manifest_path} has format {data['format']}, this halfstep reads {FORMAT}: update halfstep"
+            )
+        try:
+            manifest = Manifest.model_validate(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise DamagedFile(f"{self.manifest_path} is not a stage's manifest ({where}: {first['msg']})") from None
+        if verify:
+            check_files(self.path, manifest.files)
+        return manifest
+
+    def metrics(self) -> Metrics | None:
+        """The stage's metrics, or None if it has not been measured."""
+        if not self.metrics_path.is_file():
+            return None
+        try:
+            return Metrics.model_validate(read_json(self.metrics_path))
+        except ValidationError as error:
+            raise DamagedFile(f"{self.metrics_path} does not hold metrics ({error.errors()[0]['msg']})") from None
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of a run."""
+
+    path: Path
+
+    @property
+    def recipe_path(self) -> Path:
+        return self.path / "recipe.json"
+
+    @property
+    def log_path(self) -> Path:
+        return self.path / "log.jsonl"
+
+    @property
+    def report_path(self) -> Path:
+        return self.path / "report" / "index.html"
+
+    def stage(self, name: str) -> StageFolder:
+        """The folder of the stage called `name`, which need not exist."""
+        return StageFolder(self.path / "stages" / name)
+
+    def stages(self) -> list[StageFolder]:
+        """The folders of all stages that are complete, in order."""
+        found = sorted((self.path / "stages").glob("[0-9]*-*"))
+        return [StageFolder(path) for path in found if StageFolder(path).is_complete()]
+
+    def recipe(self) -> dict[str, Any]:
+        """The content of recipe.json: {"recipe": ..., "environment": ...}.
+
+        Raises:
+            DamagedFile: if it is not there or does not hold a recipe.
+        """
+        data = read_json(self.recipe_path)
+        if not isinstance(data, dict) or "recipe" not in data:
+            raise DamagedFile(f"{self.recipe_path} does not hold a recipe")
+        return data

@@ -1,0 +1,31 @@
+"""DDIM: keep the x0 and the noise of this moment, and lower the noise level.
+
+x_s = alpha_s x0 + sigma_s eps. On the cosine process this is a rotation of the pair (x, v). It is the sampler that
+progressive distillation distils: a deterministic map, so two of its steps can be one.
+
+Source: Song et al. 2020 (arXiv:2010.02502) with eta = 0; Salimans & Ho 2022 (arXiv:2202.00512), section 2.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+from torch import Tensor
+
+from halfstep.core.denoiser import Cond, Denoiser, ddim_step
+from halfstep.samplers.base import Memory, Sampler, samplers
+
+
+@final
+@samplers.register("ddim")
+@dataclass(frozen=True)
+class DDIM(Sampler):
+    """First order, deterministic, one network call a step."""
+
+    order: ClassVar[int] = 1
+    stochastic: ClassVar[bool] = False
+    evals_per_step: ClassVar[int] = 1
+
+    def step(
+        self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond | None, memory: Memory
+    ) -> tuple[Tensor, Memory]:
+        return ddim_step(denoiser(x_t, t, cond), denoiser.process, s), None
