@@ -1,1 +1,7 @@
+"""Adapters: networks as callables (x_t, time, **cond) -> output. This room and hub/ are the only ones that know diffusers."""
 
+from halfstep.nets.base import Network, build_network, describe_network, networks, set_dropout
+from halfstep.nets.mlp import MLP
+from halfstep.nets.unet2d import UNet2D
+
+__all__ = ["MLP", "Network", "UNet2D", "build_network", "describe_network", "networks", "set_dropout"]

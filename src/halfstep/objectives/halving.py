@@ -56,7 +56,7 @@ def halving_target(
     """
     check_num_steps(num_teacher_steps)
     start, end = as_clock(t, x_t), as_clock(s, x_t)
-    if bool((end >= start).any()) or bool((end < 0).any()):
+    if not bool(((end >= 0) & (end < start)).all()):
         raise ValueError("a step must land at a time s with 0 <= s < t")
     process = teacher.process
     alpha_t, sigma_t = process.alpha_sigma(start)

@@ -77,10 +77,10 @@ class Plan:
 
     stages: tuple[Stage, ...] = field(default=())
 
-    def names(self) -> list[str]:
-        """Folder names: "00-denoise", "01-halve-0128", ..."""
+    def names(self, first: int = 0) -> list[str]:
+        """Folder names, numbered from `first`: "00-denoise", "01-halve-0128", ..."""
         names = []
-        for index, stage in enumerate(self.stages):
+        for index, stage in enumerate(self.stages, start=first):
             steps = "" if stage.num_steps is None else f"-{stage.num_steps:04d}"
             names.append(f"{index:02d}-{'denoise' if stage.num_steps is None else 'halve'}{steps}")
         return names

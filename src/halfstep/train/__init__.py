@@ -1,1 +1,43 @@
+"""The engine: trains the stages of a plan into a run folder, survives kills, measures what comes out."""
 
+from halfstep.train.distill import distill
+from halfstep.train.engine import NonFinite, StageTrainer, Window, make_accelerator
+from halfstep.train.evaluate import Evaluation, Reference, measure
+from halfstep.train.model import Model, load, save_stage
+from halfstep.train.pipeline import (
+    DifferentRecipe,
+    Event,
+    Measured,
+    Notice,
+    Progress,
+    RunSpec,
+    StageEnd,
+    StageStart,
+    run,
+)
+from halfstep.train.stop import Interrupted, StopSignal
+
+__all__ = [
+    "DifferentRecipe",
+    "Evaluation",
+    "Event",
+    "Interrupted",
+    "Measured",
+    "Model",
+    "NonFinite",
+    "Notice",
+    "Progress",
+    "Reference",
+    "RunSpec",
+    "StageEnd",
+    "StageStart",
+    "StageTrainer",
+    "StopSignal",
+    "Window",
+    "distill",
+    "load",
+    "make_accelerator",
+    "measure",
+    "run",
+    "save_stage",
+]

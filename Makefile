@@ -1,0 +1,41 @@
+# Every target makes its own environment in .venv when there is none. The constraints file pins torch, so that nothing
+# replaces the CPU build; set VENV or PYTHON to use others.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed-$(shell cksum pyproject.toml constraints-cpu.txt | cksum | cut -d' ' -f1)
+
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test check clean help
+help:
+	@echo "make demo    train a teacher on the digits, halve it to 8, 4, 2 and 1 steps, write runs/digits/report/index.html"
+	@echo "make test    prove every formula (tests/, CPU, no network)"
+	@echo "make check   ruff, mypy, import-linter"
+	@echo "make clean   remove .venv and caches; runs/ is yours and stays"
+
+$(STAMP):
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else "halfstep needs Python 3.11 to 3.13, but $(PYTHON) is %d.%d: make PYTHON=python3.12" % v)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet -c constraints-cpu.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints-cpu.txt -e . --group dev
+	rm -f $(VENV)/.installed-*
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/halfstep demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist worksteal --cov=halfstep --cov-report=term:skip-covered
+	$(BIN)/python -m coverage report --include='*/halfstep/core/*,*/halfstep/samplers/*,*/halfstep/objectives/*' --fail-under=95
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage htmlcov build dist
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,79 @@
+"""Progressive distillation: diffusion models that sample in four steps instead of hundreds.
+
+    import halfstep
+
+    model = halfstep.load("runs/digits")           # the last student of a run
+    x0 = model.sample(seeds=range(64))             # [64, 1, 8, 8] in [-1, 1]
+
+Everything below is documented where it is defined; CONTRIBUTING.md draws the map of the rooms.
+"""
+
+from halfstep.core.denoiser import Clipped, Denoiser, NetworkDenoiser
+from halfstep.core.draw import Draw, sample_labels, sample_noise
+from halfstep.core.noise import NoiseProcess, VPCosine
+from halfstep.core.oracle import GaussianDenoiser, MixtureDenoiser, data_set_denoiser
+from halfstep.core.prediction import V, X0, Both, Denoised, Eps, Prediction
+from halfstep.core.warnings import HalfstepWarning
+from halfstep.core.weighting import SNR, Constant, SNRPlusOne, TruncatedSNR, Weighting
+from halfstep.data import Data, DataConfig, open_data
+from halfstep.objectives import (
+    Batch,
+    Denoising,
+    Halving,
+    Losses,
+    Models,
+    Objective,
+    Plan,
+    Stage,
+    halving_target,
+)
+from halfstep.samplers import DDIM, Sampler, SamplerStep, sample, trajectory
+from halfstep.train import Model, distill, load
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DDIM",
+    "SNR",
+    "X0",
+    "Batch",
+    "Both",
+    "Clipped",
+    "Constant",
+    "Data",
+    "DataConfig",
+    "Denoised",
+    "Denoiser",
+    "Denoising",
+    "Draw",
+    "Eps",
+    "GaussianDenoiser",
+    "HalfstepWarning",
+    "Halving",
+    "Losses",
+    "MixtureDenoiser",
+    "Model",
+    "Models",
+    "NetworkDenoiser",
+    "NoiseProcess",
+    "Objective",
+    "Plan",
+    "Prediction",
+    "SNRPlusOne",
+    "Sampler",
+    "SamplerStep",
+    "Stage",
+    "TruncatedSNR",
+    "V",
+    "VPCosine",
+    "Weighting",
+    "data_set_denoiser",
+    "distill",
+    "halving_target",
+    "load",
+    "open_data",
+    "sample",
+    "sample_labels",
+    "sample_noise",
+    "trajectory",
+]

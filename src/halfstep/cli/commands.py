@@ -1,0 +1,327 @@
+"""The verbs. Each takes the arguments behind its name."""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from halfstep.cli.arguments import (
+    DistillArguments,
+    EvaluateArguments,
+    ListArguments,
+    ReportArguments,
+    RunArguments,
+    SampleArguments,
+    UsageError,
+    expand_data,
+    flags_of,
+    parse,
+    recipe_from,
+    recipe_of_file,
+)
+from halfstep.cli.display import RunDisplay, duration, network_calls, results_table, show_results
+from halfstep.core.noise import processes
+from halfstep.core.prediction import predictions
+from halfstep.core.weighting import weightings
+from halfstep.data import open_data
+from halfstep.nets import networks
+from halfstep.objectives import objectives
+from halfstep.recipes import EvaluationConfig, Recipe, build, recipes
+from halfstep.recipes.schema import cache_folder, check_fit
+from halfstep.registry import nearest
+from halfstep.report import write_report
+from halfstep.runs import RunFolder, StageFolder
+from halfstep.samplers import samplers
+from halfstep.train import Model, Reference, RunSpec, StopSignal, load, measure
+from halfstep.train import run as run_spec
+from halfstep.train.evaluate import FEATURES, Evaluation, grid_image, samples_array, to_uint8
+from halfstep.train.model import find_stage
+from halfstep.train.pipeline import time_updates
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 160)
+
+
+def _with_recipe(argv: Sequence[str], verb: str) -> tuple[RunArguments, str]:
+    if not argv or argv[0].startswith("-"):
+        text = "the recipe is missing" if not argv or argv[0] not in ("-h", "--help") else ""
+        if text:
+            raise UsageError(f"{text}: halfstep {verb} RECIPE (known: {', '.join(recipes)})")
+        recipe, name, rest = recipes["digits"](), "RECIPE", list(argv)
+    else:
+        recipe, name, rest = recipe_from(argv[0]), argv[0], list(argv[1:])
+    arguments = parse(
+        RunArguments, expand_data(rest), f"halfstep {verb} {name}", RunArguments(recipe), flags_of(recipe)
+    )
+    return arguments, name
+
+
+def _threads(recipe: Recipe) -> None:
+    if recipe.engine.threads is not None:
+        torch.set_num_threads(recipe.engine.threads)
+
+
+def _execute(spec: RunSpec, out: Path, dry_run: bool, with_report: bool = True) -> None:
+    console = _console()
+    if dry_run:
+        _show_plan(spec, out, console)
+        return
+    started = time.monotonic()
+    console.print(f"halfstep: {spec.recipe['name']} -> {out}", highlight=False)
+    with StopSignal() as stop:
+        RunDisplay(spec.plan, console).show(run_spec(spec, out, stop))
+    show_results(out, console)
+    if with_report:
+        console.print(f"report: {write_report(out)}", highlight=False, soft_wrap=True)
+    console.print(f"finished in {duration(time.monotonic() - started)}", highlight=False)
+
+
+def _show_plan(spec: RunSpec, out: Path, console: Console) -> None:
+    network = spec.teacher.denoiser.network if spec.teacher is not None else spec.network()  # type: ignore[misc]
+    parameters = sum(p.numel() for p in network.parameters())
+    table = Table(title=f"{spec.recipe['name']} -> {out}", title_justify="left")
+    for heading in ("stage", "updates", "batch", "samples seen", "learning rate"):
+        table.add_column(heading, justify="left" if heading == "stage" else "right")
+    for name, stage in zip(spec.plan.names(spec.teacher is not None), spec.plan.stages, strict=True):
+        table.add_row(
+            name,
+            f"{stage.num_updates:,}",
+            str(stage.batch_size),
+            f"{stage.num_updates * stage.batch_size:,}",
+            f"{stage.learning_rate:g}",
+        )
+    console.print(table)
+    console.print(
+        f"data: {spec.data.source}, {len(spec.data):,} samples of shape {list(spec.data.shape)}, "
+        f"{spec.data.num_classes or 'no'} classes",
+        highlight=False,
+    )
+    console.print(f"parameters: {parameters:,}    updates: {spec.plan.num_updates:,}", highlight=False)
+    seconds = time_updates(spec)
+    unit = seconds / network_calls(spec.plan.stages[0])
+    total = sum(stage.num_updates * network_calls(stage) * unit for stage in spec.plan.stages)
+    console.print(
+        f"estimated training time: {duration(total)} ({seconds:.3g} s an update of the first stage, measured here; "
+        "measuring the models comes on top)",
+        highlight=False,
+    )
+
+
+def run(argv: Sequence[str]) -> None:
+    """The whole plan of a recipe."""
+    arguments, _ = _with_recipe(argv, "run")
+    _run(arguments, "all")
+
+
+def demo(argv: Sequence[str]) -> None:
+    """`run digits`."""
+    run(["digits", *argv])
+
+
+def train(argv: Sequence[str]) -> None:
+    """The teacher of a recipe."""
+    arguments, _ = _with_recipe(argv, "train")
+    _run(arguments, "teacher")
+
+
+def _run(arguments: RunArguments, what: Literal["all", "teacher"]) -> None:
+    recipe = arguments.recipe
+    suffix = "-teacher" if what == "teacher" else ""
+    out = arguments.out or Path("runs") / f"{recipe.name}{suffix}"
+    _threads(recipe)
+    _execute(build(recipe, what=what), out, arguments.dry_run)
+
+
+def distill(argv: Sequence[str]) -> None:
+    """Halve a trained model."""
+    if argv and argv[0] in ("-h", "--help"):
+        parse(DistillArguments, ["--help"], "halfstep distill MODEL", DistillArguments(recipes["digits"]()))
+    if not argv or argv[0].startswith("-"):
+        raise UsageError("the model is missing: halfstep distill MODEL --to 4")
+    folder = find_stage(Path(argv[0]))
+    model = load(folder.path)
+    rest = expand_data(argv[1:])
+    recipe = _recipe_of(folder)
+    if recipe is None:
+        if not any(token.partition("=")[0] == "--data.source" for token in rest):
+            raise UsageError(f"{folder.path} lies outside its run, so its data is not known: add --data SOURCE")
+        recipe = Recipe(name="distilled")
+    chain = recipe.chain.model_copy(update={"start_steps": model.num_steps or recipe.chain.start_steps, "updates_at": None})
+    recipe = recipe.model_copy(update={"chain": chain})
+    arguments = parse(
+        DistillArguments, rest, f"halfstep distill {argv[0]}", DistillArguments(recipe), [*flags_of(recipe), "--to", "--start"]
+    )
+    recipe = arguments.recipe
+    if model.num_steps is not None and recipe.chain.start_steps != model.num_steps:
+        raise UsageError(
+            f"{folder.path} samples in {model.num_steps} steps, so the chain must start there, not at "
+            f"{recipe.chain.start_steps}: leave --start out, or distil from an earlier stage"
+        )
+    out = arguments.out or Path("runs") / f"{recipe.name}-{folder.name}-to-{recipe.chain.end_steps}"
+    _threads(recipe)
+    _execute(build(recipe, what="chain", teacher=model), out, arguments.dry_run)
+
+
+def _recipe_of(stage: StageFolder) -> Recipe | None:
+    """The recipe of the run in which a stage lies, or None if it lies elsewhere."""
+    file = stage.path.resolve().parent.parent / "recipe.json"
+    return recipe_of_file(file) if file.is_file() and stage.path.resolve().parent.name == "stages" else None
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"the device {name!r} cannot be used here ({str(error).splitlines()[0]})") from None
+    return device
+
+
+def sample(argv: Sequence[str]) -> None:
+    """Draw samples into a grid, an .npz or a folder."""
+    arguments = parse(SampleArguments, argv, "halfstep sample")
+    for name in ("num_samples", "batch_size"):
+        if getattr(arguments, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
+    if arguments.seed < 0:
+        raise UsageError(f"--seed must be at least 0, got {arguments.seed}")
+    method = samplers[arguments.sampler]()
+    out = arguments.out
+    as_file = out.suffix.lower() in (".png", ".npz")
+    if out.suffix and not as_file:
+        raise UsageError(f"--out {out}: write a .png, a .npz, or a folder (a name without a suffix); lossy formats are not offered")
+    taken = out.exists() if as_file else (out.is_file() or (out.is_dir() and any(out.iterdir())))
+    if taken and not arguments.overwrite:
+        raise UsageError(f"{out} is there already: choose another --out, or add --overwrite")
+    model = load(arguments.model, _device(arguments.device))
+    seeds = range(arguments.seed, arguments.seed + arguments.num_samples)
+    x0 = model.sample(seeds, arguments.num_steps, method, arguments.class_label, arguments.batch_size)
+    write_samples(x0, model, seeds, out)
+    print(f"{arguments.num_samples} samples in {arguments.num_steps or model.num_steps} steps: {out}")
+
+
+def write_samples(x0: torch.Tensor, model: Model, seeds: range, out: Path) -> None:
+    """Samples `[n, *shape]` in the format that `out` names.
+
+    Raises:
+        UsageError: if the samples are no images and a picture was asked for.
+    """
+    is_image = model.manifest.clip
+    if out.suffix.lower() == ".npz":
+        out.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(out, arr_0=samples_array(x0, is_image))
+        return
+    if not is_image:
+        raise UsageError(f"samples of shape {list(model.shape)} are no images: write a .npz")
+    pixels = to_uint8(x0).permute(0, 2, 3, 1).numpy()
+    if out.suffix.lower() == ".png":
+        out.parent.mkdir(parents=True, exist_ok=True)
+        grid_image(pixels).save(out)
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    for seed, picture in zip(seeds, pixels, strict=True):
+        Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture).save(out / f"{seed:06d}.png")
+
+
+def evaluate(argv: Sequence[str]) -> None:
+    """Measure models and print the table."""
+    arguments = parse(EvaluateArguments, argv, "halfstep evaluate")
+    last = find_stage(arguments.model)
+    stages = RunFolder(arguments.model).stages() or [last]
+    recipe = _recipe_of(last)
+    if recipe is None and arguments.data is None:
+        raise UsageError(f"{last.path} lies outside its run, so its data is not known: add --data SOURCE")
+    recipe = recipe or Recipe(name="evaluate")
+    if arguments.data is not None:
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": arguments.data})})
+    settings: dict[str, Any] = recipe.evaluation.model_dump()
+    if arguments.num_samples is not None:
+        settings["num_samples"] = arguments.num_samples
+    if arguments.features is not None:
+        settings["features"] = arguments.features
+    config = EvaluationConfig.model_validate(settings)
+    values = config.model_dump(exclude={"enabled", "features"})
+    evaluation = Evaluation(features=None if config.features == "auto" else config.features, **values)
+    _threads(recipe)
+    data = open_data(recipe.data)
+    reference = Reference(data, evaluation, cache_folder())
+    console = _console()
+    teacher, students, compared = [], [], None
+    with StopSignal() as stop:
+        for stage in stages:
+            model = load(stage.path, _device(None))
+            check_fit(model, data)
+            wanted = [model.num_steps] if model.num_steps else list(arguments.num_steps or evaluation.teacher_steps)
+            if not wanted:
+                start = recipe.chain.start_steps
+                wanted = [start // 2**k for k in range(start.bit_length()) if start % 2**k == 0]
+            if model.num_steps and arguments.num_steps and len(stages) == 1:
+                wanted = list(arguments.num_steps)
+            for steps in sorted(wanted, reverse=True):
+                model.check_steps(steps)
+                result, samples = measure(
+                    model, steps, evaluation, reference, teacher_samples=compared, stop=stop
+                )
+                compared = samples if compared is None and model.num_steps is None else compared
+                (students if model.num_steps else teacher).append(result)
+                console.print(f"{stage.name}: {steps} steps, distance {result.frechet:.4g}", highlight=False)
+    console.print(results_table(teacher, students, f"Frechet distance in {reference.extractor.name} features"))
+    if arguments.out is not None:
+        figures = {
+            "protocol": reference.protocol,
+            "teacher": [result.model_dump() for result in teacher],
+            "students": [result.model_dump() for result in students],
+        }
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def report(argv: Sequence[str]) -> None:
+    """Write a run's report."""
+    arguments = parse(ReportArguments, argv, "halfstep report")
+    if not arguments.run.is_dir():
+        raise UsageError(f"{arguments.run} is no run: give the folder of one")
+    print(write_report(arguments.run))
+
+
+def ls(argv: Sequence[str]) -> None:
+    """List the members of every family."""
+    families: dict[str, list[tuple[str, str]]] = {}
+    for name, registry in {
+        "recipes": recipes,
+        "samplers": samplers,
+        "predictions": predictions,
+        "weightings": weightings,
+        "processes": processes,
+        "objectives": objectives,
+        "networks": networks,
+    }.items():
+        families[name] = [(member, _summary(thing)) for member, thing in registry.items()]  # type: ignore[attr-defined]
+    families["features"] = [(name, "") for name in FEATURES]
+    arguments = parse(ListArguments, argv, "halfstep ls")
+    for wanted in arguments.families:
+        if wanted not in families:
+            raise UsageError(f"unknown family {wanted!r}{nearest(wanted, families)} (known: {', '.join(families)})")
+    console = _console()
+    for family in arguments.families or families:
+        table = Table(title=family, title_justify="left", show_header=False, box=None, padding=(0, 2))
+        for member, text in families[family]:
+            table.add_row(f"  {member}", text)
+        console.print(table)
+
+
+def _summary(thing: object) -> str:
+    """The first sentence of a docstring."""
+    text = " ".join((thing.__doc__ or "").split())
+    return text.split(". ")[0].rstrip(".")

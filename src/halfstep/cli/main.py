@@ -1,0 +1,89 @@
+"""Dispatch of verbs, and the exit codes.
+
+0: done. 1: the run failed (training diverged). 2: bad input or a full disk, said in one line. 130, 143: stopped by
+Ctrl-C or SIGTERM, with the state saved.
+"""
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import NoReturn
+
+USAGE = """\
+usage: halfstep VERB ...
+
+  run RECIPE        the whole plan: train a teacher, halve it to few steps, measure, report; resumable
+  train RECIPE      the teacher only
+  distill MODEL     halve a trained model further: halfstep distill runs/digits --to 4
+  sample MODEL      draw samples: halfstep sample runs/digits --num-samples 64 --out grid.png
+  evaluate MODEL    measure a run or one of its stages
+  report RUN        write RUN/report/index.html
+  ls                recipes, samplers, predictions, weightings, ...
+  demo              the same as `run digits`
+
+MODEL is the folder of a run (its last stage is meant) or of a stage. `halfstep VERB --help` shows all options."""
+
+
+def fail(message: object, code: int = 2) -> NoReturn:
+    """Ends the process with one line on stderr."""
+    text = " ".join(str(message).split())
+    print(f"halfstep: error: {text}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
+    from halfstep.core.warnings import HalfstepWarning
+
+    if issubclass(category, HalfstepWarning):
+        print(f"halfstep: warning: {message}", file=sys.stderr)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command `halfstep`.
+
+    Raises:
+        SystemExit: with one of the codes above.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    # Heavy imports come after the cheap answers, so that help and typing errors are quick.
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        raise SystemExit(0)
+    if arguments[0] in ("--version", "-V"):
+        from importlib.metadata import version
+
+        print(f"halfstep {version('halfstep')}")
+        raise SystemExit(0)
+
+    from halfstep.registry import nearest
+
+    verbs = ("run", "train", "distill", "sample", "evaluate", "report", "ls", "demo")
+    verb, rest = arguments[0], arguments[1:]
+    if verb not in verbs:
+        fail(f"unknown verb {verb!r}{nearest(verb, verbs)} (known: {', '.join(verbs)})")
+
+    warnings.showwarning = _show_warning
+    from halfstep.cli import commands
+    from halfstep.train import Interrupted, NonFinite
+
+    try:
+        getattr(commands, verb)(rest)
+    except Interrupted as stopped:
+        print(f"\nhalfstep: {stopped}; the state is saved: run the same command again to go on", file=sys.stderr)
+        raise SystemExit(128 + stopped.signal) from None
+    except KeyboardInterrupt:
+        print("\nhalfstep: stopped at once; what the last checkpoint holds is safe", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        # The reader of our output (head, less) has gone; say nothing more to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
+    except NonFinite as error:
+        fail(error, code=1)
+    except (ValueError, OSError) as error:
+        if os.environ.get("HALFSTEP_TRACEBACK"):
+            raise
+        if isinstance(error, OSError) and error.strerror:
+            fail(f"{error.strerror}" + (f": {error.filename}" if error.filename else ""))
+        fail(error)

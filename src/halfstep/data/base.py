@@ -1,0 +1,165 @@
+"""What training data is: samples that are fetched by index, the same ones every time.
+
+Images are uint8 pixels p, seen as x0 = p / 127.5 - 1: 0 is -1 and 255 is 1, exactly. Arrays of any other kind are
+float32 and are taken as they are.
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+from typing import final
+
+import torch
+from torch import Tensor
+
+from halfstep.core.draw import Draw
+from halfstep.objectives.base import Batch
+
+
+class Data(ABC):
+    """Samples `[*shape]` by index. They are read-only, and equal in content if their fingerprints are equal."""
+
+    source: str
+    """Where they came from, as the user wrote it."""
+    class_names: tuple[str, ...]
+    """The name of each class, in the order of `class_labels`; empty for unlabelled data."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one sample, (channels, height, width) for images."""
+
+    @property
+    @abstractmethod
+    def is_image(self) -> bool:
+        """Whether samples are pixels, so that x0 is in [-1, 1] and the last axis may be mirrored."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A sha256 in hexadecimal of all that `fetch` can return."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of samples, at least 1."""
+
+    @abstractmethod
+    def fetch(self, indices: Tensor) -> Batch:
+        """Samples float32 `[n, *shape]` at `indices` int64 `[n]`; labelled ones with cond class_labels int64 `[n]`.
+
+        Raises:
+            IndexError: if an index is not in [0, len(self)).
+            ValueError: if a file that is decoded only now cannot be read.
+        """
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, 0 for unlabelled data."""
+        return len(self.class_names)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class MemoryData(Data):
+    """Samples held in memory: images as uint8 `[n, channels, height, width]`, anything else as float32 `[n, *dims]`.
+
+    Raises:
+        ValueError: if `x` has another type or too few axes, is empty or not finite; or if `labels` are not the int64
+            `[n]` indices of `class_names`.
+    """
+
+    source: str
+    x: Tensor
+    labels: Tensor | None = None
+    class_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_samples(self.source, self.x)
+        check_labels(self.source, self.labels, self.class_names, len(self.x))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.x.shape[1:])
+
+    @property
+    def is_image(self) -> bool:
+        return self.x.dtype == torch.uint8
+
+    @cached_property
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(repr((str(self.x.dtype), tuple(self.x.shape), self.class_names)).encode())
+        digest.update(self.x.contiguous().numpy())
+        if self.labels is not None:
+            digest.update(self.labels.contiguous().numpy())
+        return digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def fetch(self, indices: Tensor) -> Batch:
+        return to_batch(self.x.index_select(0, indices), self.labels, indices)
+
+
+def training_batch(data: Data, draw: Draw, flip: bool, device: torch.device | str) -> Batch:
+    """The samples of an update on `device`, a function of `draw` alone: shuffled anew each epoch, half mirrored if `flip`.
+
+    Raises:
+        ValueError: if `flip` is set for data that are not images.
+    """
+    check_flip(data, flip)
+    x0, cond = data.fetch(draw.order(len(data)))
+    if flip:
+        x0 = torch.where((draw.uniform("flip") < 0.5)[:, None, None, None], x0.flip(-1), x0)
+    return Batch(x0.to(device), {name: value.to(device) for name, value in cond.items()})
+
+
+def to_batch(x: Tensor, labels: Tensor | None, indices: Tensor) -> Batch:
+    """The batch of samples `x` `[n, *dims]`, uint8 pixels or float32, and of the labels at `indices`."""
+    x0 = x.float().div_(127.5).sub_(1) if x.dtype == torch.uint8 else x
+    return Batch(x0, {} if labels is None else {"class_labels": labels.index_select(0, indices)})
+
+
+def check_flip(data: Data, flip: bool) -> None:
+    """Refuses to mirror what is not an image."""
+    if flip and not data.is_image:
+        raise ValueError(
+            f"{data.source} holds arrays of shape {data.shape}, and only images can be mirrored: use --data.no-flip"
+        )
+
+
+def check_samples(source: str, x: Tensor) -> None:
+    """Refuses samples that are neither uint8 images nor finite float32 arrays."""
+    if (x.dtype, x.ndim) != (torch.uint8, 4) and (x.dtype != torch.float32 or x.ndim < 2):
+        raise ValueError(
+            f"{source} holds {x.dtype} of shape {tuple(x.shape)}: images are uint8 [n, channels, height, width], "
+            f"other samples float32 [n, *dims]"
+        )
+    if x.numel() == 0:
+        raise ValueError(f"{source} holds no samples (shape {tuple(x.shape)}): at least 1 is needed")
+    if x.is_floating_point() and not (finite := x.isfinite()).all():
+        bad = (~finite).nonzero()
+        raise ValueError(
+            f"{source} has {len(bad)} values that are not finite, the first at index {bad[0].tolist()}: "
+            f"remove or replace them"
+        )
+
+
+def check_labels(source: str, labels: Tensor | None, class_names: tuple[str, ...], length: int) -> None:
+    """Refuses labels that are not one index of a class for each sample."""
+    if labels is None:
+        if class_names:
+            raise ValueError(f"{source} names {len(class_names)} classes but has no labels")
+        return
+    if labels.dtype != torch.int64 or tuple(labels.shape) != (length,):
+        raise ValueError(
+            f"{source} has {labels.dtype} labels of shape {tuple(labels.shape)}: {length} samples need int64 labels "
+            f"of shape {(length,)}; use --data.no-labels to leave them out"
+        )
+    outside = ((labels < 0) | (labels >= len(class_names))).nonzero()
+    if len(outside):
+        index = int(outside[0])
+        raise ValueError(
+            f"{source} has the label {int(labels[index])} at sample {index}, which is none of its "
+            f"{len(class_names)} classes 0..{len(class_names) - 1}; use --data.no-labels to leave labels out"
+        )

@@ -1,0 +1,44 @@
+"""diffusers' UNet2DModel on its own clock.
+
+Time t becomes diffusers' `timestep = T t - 1` with T = num_train_timesteps, a power of two, so that the times i / N of
+every power-of-two grid with N <= T are whole timesteps and an exported model needs no more than a scheduler's config.
+"""
+
+from collections.abc import Mapping
+from typing import Any, final
+
+from diffusers import UNet2DModel
+from torch import Tensor
+
+from halfstep.nets.base import Network, networks
+
+
+@final
+@networks.register("unet2d")
+class UNet2D(Network):
+    """`UNet2DModel(**config)`; class labels are accepted if the config has `num_class_embeds`.
+
+    Args:
+        config: arguments of `diffusers.UNet2DModel`, JSON-ready.
+        num_train_timesteps: T, a power of two.
+
+    Raises:
+        ValueError: if T is not a power of two.
+    """
+
+    def __init__(self, config: Mapping[str, Any], num_train_timesteps: int = 1024) -> None:
+        super().__init__()
+        if num_train_timesteps < 1 or num_train_timesteps & (num_train_timesteps - 1):
+            raise ValueError(f"num_train_timesteps must be a power of two, got {num_train_timesteps}")
+        self.config = dict(config)
+        self.num_train_timesteps = num_train_timesteps
+        self.unet = UNet2DModel(**self.config)
+
+    def arguments(self) -> dict[str, Any]:
+        return {"config": self.config, "num_train_timesteps": self.num_train_timesteps}
+
+    def forward(self, x_t: Tensor, time: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        """The network's output `[batch, out_channels, h, w]` for images `x_t` at times in [0, 1] `[batch]`."""
+        timestep = self.num_train_timesteps * time - 1
+        output: Tensor = self.unet(x_t, timestep, class_labels=class_labels, return_dict=False)[0]
+        return output

@@ -1,0 +1,91 @@
+"""The recipes that come with halfstep."""
+
+from collections.abc import Callable
+
+from halfstep.data import DataConfig
+from halfstep.recipes.schema import (
+    ChainConfig,
+    EngineConfig,
+    EvaluationConfig,
+    MLPConfig,
+    Recipe,
+    TeacherConfig,
+    UNetConfig,
+)
+from halfstep.registry import Registry
+
+recipes: Registry[Callable[[], Recipe]] = Registry("recipe")
+
+
+@recipes.register("digits")
+def digits() -> Recipe:
+    """The demo: scikit-learn's 1,797 digits, 8x8, from nothing to one step in minutes on two CPU cores."""
+    return Recipe(
+        name="digits",
+        data=DataConfig(source="digits"),
+        network=UNetConfig(
+            block_out_channels=(32, 64),
+            layers_per_block=1,
+            attention=(False, True),
+            norm_num_groups=8,
+        ),
+        teacher=TeacherConfig(
+            num_updates=2000, batch_size=128, learning_rate=1e-3, anneal=True, warmup_updates=100, ema_decay=0.995
+        ),
+        chain=ChainConfig(start_steps=64, num_updates=400, batch_size=128, learning_rate=5e-4),
+        evaluation=EvaluationConfig(num_samples=2000, teacher_steps=(64, 8, 4, 2, 1)),
+        engine=EngineConfig(log_every=20),
+    )
+
+
+@recipes.register("fashion_mnist")
+def fashion_mnist() -> Recipe:
+    """28x28 grey images of clothes in 10 classes: an evening on a CPU, minutes on a GPU."""
+    return Recipe(
+        name="fashion_mnist",
+        data=DataConfig(source="zalando-datasets/fashion_mnist", flip=True),
+        network=UNetConfig(
+            block_out_channels=(64, 128, 128), layers_per_block=2, attention=(False, False, True)
+        ),
+        teacher=TeacherConfig(num_updates=30_000, batch_size=128, learning_rate=3e-4, ema_decay=0.999),
+        chain=ChainConfig(start_steps=256, num_updates=4000, batch_size=128, learning_rate=1e-4),
+        evaluation=EvaluationConfig(num_samples=5000, teacher_steps=(64, 16, 8, 4, 2, 1)),
+    )
+
+
+@recipes.register("cifar10")
+def cifar10() -> Recipe:
+    """32x32 colour images in 10 classes with a network of 15 million parameters: hours on one GPU."""
+    return Recipe(
+        name="cifar10",
+        data=DataConfig(source="uoft-cs/cifar10", flip=True),
+        network=UNetConfig(
+            block_out_channels=(96, 192, 192), layers_per_block=2, attention=(False, True, False), attention_head_dim=64
+        ),
+        teacher=TeacherConfig(
+            num_updates=100_000, batch_size=128, learning_rate=2e-4, weight_decay=0.001, dropout=0.1, ema_decay=0.9995
+        ),
+        chain=ChainConfig(start_steps=1024, num_updates=10_000, batch_size=128, learning_rate=1e-4),
+        evaluation=EvaluationConfig(num_samples=10_000, teacher_steps=(256, 64, 16, 8, 4, 2, 1)),
+        engine=EngineConfig(precision="bf16"),
+    )
+
+
+@recipes.register("images")
+def images() -> Recipe:
+    """Your own images: `halfstep run images --data FOLDER --data.image-size 32`; sized for one GPU."""
+    return cifar10().model_copy(
+        update={"name": "images", "data": DataConfig(source="images", image_size=32, channels=3, labels=False)}
+    )
+
+
+@recipes.register("arrays")
+def arrays() -> Recipe:
+    """Anything that is no image, as a .npy of shape [n, *dims] near unit scale: `halfstep run arrays --data x.npy`."""
+    return Recipe(
+        name="arrays",
+        data=DataConfig(source="data.npy"),
+        network=MLPConfig(width=256, depth=4),
+        teacher=TeacherConfig(num_updates=20_000, batch_size=256, learning_rate=1e-3, anneal=True, ema_decay=0.999),
+        chain=ChainConfig(start_steps=128, num_updates=4000, batch_size=256, learning_rate=3e-4),
+    )

@@ -1,0 +1,357 @@
+"""The recipe as validated data, and the way from it to objects.
+
+Every field has a flag on the command line (`--chain.start-steps 256`); its docstring is the flag's help. Choices are
+names here and become objects in `build`, nowhere deeper.
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from halfstep.core.noise import NoiseProcess, VPCosine
+from halfstep.core.prediction import Prediction, predictions
+from halfstep.core.weighting import weightings
+from halfstep.data import Data, DataConfig, open_data
+from halfstep.nets import MLP, Network, UNet2D
+from halfstep.objectives import Plan
+from halfstep.train import Evaluation, Model, RunSpec
+
+Positive = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Config(BaseModel):
+    """Frozen, and refusing fields that it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class UNetConfig(Config):
+    """diffusers' UNet2DModel."""
+
+    type: Literal["unet2d"] = "unet2d"
+    """Kind of network."""
+    block_out_channels: tuple[Positive, ...] = (64, 128)
+    """Channels at each resolution, from the finest; each further one halves the image's sides."""
+    layers_per_block: Positive = 2
+    """Residual blocks at each resolution."""
+    attention: tuple[bool, ...] = (False, True)
+    """Whether each resolution has self-attention."""
+    mid_attention: bool = True
+    """Whether the middle has self-attention."""
+    attention_head_dim: Positive = 32
+    """Channels of an attention head."""
+    norm_num_groups: Positive = 32
+    """Groups of each group normalisation."""
+    time_scale_shift: Literal["default", "scale_shift"] = "scale_shift"
+    """How the time embedding acts: added, or as scale and shift after the second normalisation."""
+    num_train_timesteps: Positive = 1024
+    """Timesteps of the network's clock, a power of two; chains up to this many steps fall on whole ones."""
+
+
+class MLPConfig(Config):
+    """A residual multilayer perceptron, for data that is no image."""
+
+    type: Literal["mlp"] = "mlp"
+    """Kind of network."""
+    width: Positive = 128
+    """Width of the hidden layers."""
+    depth: Positive = 3
+    """Residual blocks."""
+
+
+class ModelConfig(Config):
+    """What the network's output means and how noise is added."""
+
+    prediction: str = "v"
+    """What the network predicts: eps, x0, v or both (see `halfstep ls`)."""
+    weighting: str = "truncated_snr"
+    """Weight of the error in x0: constant, snr, truncated_snr or snr_plus_one."""
+    log_snr_min: float = -20.0
+    """Log signal-to-noise ratio at t = 1."""
+    log_snr_max: float = 20.0
+    """Log signal-to-noise ratio at t = 0."""
+
+    @field_validator("prediction")
+    @classmethod
+    def _known_prediction(cls, name: str) -> str:
+        predictions[name]
+        return name
+
+    @field_validator("weighting")
+    @classmethod
+    def _known_weighting(cls, name: str) -> str:
+        weightings[name]
+        return name
+
+    def objects(self) -> tuple[NoiseProcess, Prediction]:
+        """The process and the prediction."""
+        return VPCosine(self.log_snr_min, self.log_snr_max), predictions[self.prediction]()
+
+
+class TeacherConfig(Config):
+    """How the teacher is trained."""
+
+    num_updates: Positive = 100_000
+    """Optimiser updates."""
+    batch_size: Positive = 128
+    """Samples of an update, over all processes."""
+    learning_rate: Rate = 2e-4
+    """Peak learning rate of AdamW."""
+    anneal: bool = False
+    """Let the rate fall linearly to 0."""
+    warmup_updates: int = Field(default=1000, ge=0)
+    """Updates over which the rate rises."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay."""
+    adam_betas: tuple[Share, Share] = (0.9, 0.999)
+    """AdamW's two decays."""
+    grad_clip: Rate = 1.0
+    """Largest global norm of the gradient."""
+    ema_decay: Share = 0.9999
+    """Decay of the moving average that becomes the teacher; 0 for none."""
+    dropout: Share = 0.0
+    """Dropout probability while training."""
+
+
+class ChainConfig(Config):
+    """How the students are made."""
+
+    start_steps: Positive = 1024
+    """Steps of the first teacher; the first student takes half of them."""
+    end_steps: Positive = 1
+    """Steps of the last student."""
+    num_updates: Positive = 50_000
+    """Updates of each stage."""
+    updates_at: dict[int, Positive] | None = None
+    """Exceptions, student's steps to updates; by default twice num_updates at 2 and at 1 step."""
+    batch_size: Positive = 128
+    """Samples of an update, over all processes."""
+    learning_rate: Rate = 5e-5
+    """Rate at the start of each stage, from where it falls linearly to 0."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay."""
+    adam_betas: tuple[Share, Share] = (0.9, 0.999)
+    """AdamW's two decays."""
+    grad_clip: Rate = 1.0
+    """Largest global norm of the gradient."""
+    ema_decay: Share = 0.0
+    """Decay of a moving average of the student; 0 for none, as in the paper."""
+    dropout: Share = 0.0
+    """Dropout probability in the student; 0 in the paper."""
+
+
+class EvaluationConfig(Config):
+    """How every model of the chain is measured."""
+
+    enabled: bool = True
+    """Measure at all."""
+    num_samples: int = Field(default=2000, ge=2)
+    """Samples that each model draws."""
+    num_reference: int = Field(default=10_000, ge=2)
+    """Largest number of real samples to compare with."""
+    features: Literal["auto", "classifier", "pixels"] = "auto"
+    """Where distances are measured: a classifier trained on the labelled data, or the pixels; auto by labels."""
+    num_compared: Positive = 256
+    """Samples over which student and teacher are compared from the same noise."""
+    num_shown: Positive = 64
+    """Samples that are kept to be looked at."""
+    batch_size: Positive = 250
+    """Samples drawn at once."""
+    teacher_steps: tuple[Positive, ...] = ()
+    """Steps at which the undistilled teacher is measured besides the chain's start; empty: those of all students."""
+
+
+class EngineConfig(Config):
+    """How the run uses the machine. None of these changes what is learned, but for precision."""
+
+    precision: Literal["float32", "bf16"] = "float32"
+    """float32, or bfloat16 autocast over float32 weights."""
+    cpu: bool = False
+    """Stay on the CPU even if there is an accelerator."""
+    threads: Positive | None = None
+    """CPU threads of torch; its own choice by default."""
+    micro_batch: Positive | None = None
+    """Samples that go through the network at once; the whole batch by default."""
+    log_every: Positive = 50
+    """Updates between two lines of the log."""
+    checkpoint_updates: Positive = 5000
+    """Updates between two checkpoints."""
+    checkpoint_minutes: float = Field(default=5.0, gt=0)
+    """Minutes between two checkpoints."""
+
+
+FREE_FIELDS = tuple(f"engine.{name}" for name in EngineConfig.model_fields if name != "precision")
+"""Fields that may change when a run goes on: they decide how, not what."""
+
+
+class Recipe(Config):
+    """Everything that a run needs."""
+
+    name: str
+    """The recipe's name."""
+    seed: int = 0
+    """Key of every random number of the run."""
+    data: DataConfig = DataConfig()
+    """What to learn."""
+    network: UNetConfig | MLPConfig = Field(default=UNetConfig(), discriminator="type")
+    """The network of teacher and students."""
+    model: ModelConfig = ModelConfig()
+    """What the network predicts."""
+    teacher: TeacherConfig = TeacherConfig()
+    """Training of the teacher."""
+    chain: ChainConfig = ChainConfig()
+    """The chain of students."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Measuring."""
+    engine: EngineConfig = EngineConfig()
+    """Machine."""
+
+    def teacher_plan(self) -> Plan:
+        """The stage that trains the teacher.
+
+        Raises:
+            ValueError: if its settings contradict each other.
+        """
+        settings = self.teacher.model_dump()
+        return Plan.teacher(weighting=weightings[self.model.weighting](), **settings)
+
+    def chain_plan(self) -> Plan:
+        """The halving stages.
+
+        Raises:
+            ValueError: if the start cannot be halved to the end.
+        """
+        settings = self.chain.model_dump(exclude={"start_steps", "end_steps"})
+        return Plan.halvings(
+            self.chain.start_steps, self.chain.end_steps, weighting=weightings[self.model.weighting](), **settings
+        )
+
+    def make_network(self, data: Data) -> Network:
+        """A fresh network for this data.
+
+        Raises:
+            ValueError: if the data does not fit the kind of network.
+        """
+        prediction = predictions[self.model.prediction]
+        if isinstance(self.network, MLPConfig):
+            return MLP(
+                data.shape,
+                width=self.network.width,
+                depth=self.network.depth,
+                channels=prediction.channels,
+                num_classes=data.num_classes,
+            )
+        return make_unet(self.network, data.shape, data.num_classes, prediction.channels)
+
+
+def make_unet(config: UNetConfig, shape: tuple[int, ...], num_classes: int, channels: int) -> UNet2D:
+    """The U-Net for images `[c, h, w]`.
+
+    Raises:
+        ValueError: if samples are not such images, their sides cannot be halved often enough, or lists differ in length.
+    """
+    levels = len(config.block_out_channels)
+    if len(shape) != 3:
+        raise ValueError(f"a U-Net needs images [c, h, w], but samples have shape {list(shape)}: use the recipe `arrays`")
+    if len(config.attention) != levels:
+        raise ValueError(
+            f"network.attention has {len(config.attention)} entries for {levels} resolutions: give one for each"
+        )
+    factor = 2 ** (levels - 1)
+    if shape[1] % factor or shape[2] % factor:
+        raise ValueError(
+            f"images of {shape[1]}x{shape[2]} cannot be halved {levels - 1} times: sides must be multiples of {factor} "
+            f"(--data.image-size, or fewer network.block_out_channels)"
+        )
+    down = ["AttnDownBlock2D" if attention else "DownBlock2D" for attention in config.attention]
+    up = ["AttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(config.attention)]
+    return UNet2D(
+        {
+            "sample_size": list(shape[1:]),
+            "in_channels": shape[0],
+            "out_channels": shape[0] * channels,
+            "block_out_channels": list(config.block_out_channels),
+            "layers_per_block": config.layers_per_block,
+            "down_block_types": down,
+            "up_block_types": up,
+            "add_attention": config.mid_attention,
+            "attention_head_dim": config.attention_head_dim,
+            "norm_num_groups": config.norm_num_groups,
+            "attn_norm_num_groups": config.norm_num_groups,
+            "resnet_time_scale_shift": config.time_scale_shift,
+            "num_class_embeds": num_classes or None,
+        },
+        num_train_timesteps=config.num_train_timesteps,
+    )
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept: $HALFSTEP_CACHE, or ~/.cache/halfstep."""
+    return Path(os.environ.get("HALFSTEP_CACHE", Path.home() / ".cache" / "halfstep"))
+
+
+def build(recipe: Recipe, *, what: Literal["all", "teacher", "chain"] = "all", teacher: Model | None = None) -> RunSpec:
+    """The run that a recipe describes: all of it, its teacher only, or a chain from a given teacher.
+
+    Raises:
+        ValueError: if the data cannot be opened or the recipe's parts do not fit each other.
+    """
+    plan = Plan()
+    if what in ("all", "teacher"):
+        plan = plan + recipe.teacher_plan()
+    if what in ("all", "chain"):
+        plan = plan + recipe.chain_plan()
+    data = open_data(recipe.data)
+    process, prediction = recipe.model.objects()
+    if teacher is not None:
+        check_fit(teacher, data)
+        process, prediction = teacher.process, teacher.denoiser.prediction
+    settings = recipe.evaluation.model_dump(exclude={"enabled", "features"})
+    features = None if recipe.evaluation.features == "auto" else recipe.evaluation.features
+    evaluation = Evaluation(features=features, **settings) if recipe.evaluation.enabled else None
+    data_as_json: dict[str, Any] = recipe.model_dump(mode="json")
+    return RunSpec(
+        recipe=data_as_json | ({"what": what} if what != "all" else {}),
+        plan=plan,
+        data=data,
+        process=process,
+        prediction=prediction,
+        network=None if teacher is not None else lambda: recipe.make_network(data),
+        teacher=teacher,
+        start_steps=recipe.chain.start_steps,
+        flip=recipe.data.flip,
+        clip=data.is_image,
+        seed=recipe.seed,
+        precision=recipe.engine.precision,
+        cpu=recipe.engine.cpu,
+        micro_batch=recipe.engine.micro_batch,
+        log_every=recipe.engine.log_every,
+        checkpoint_updates=recipe.engine.checkpoint_updates,
+        checkpoint_minutes=recipe.engine.checkpoint_minutes,
+        evaluation=evaluation,
+        cache=cache_folder(),
+        free=FREE_FIELDS,
+    )
+
+
+def check_fit(model: Model, data: Data) -> None:
+    """Passes if a model can be trained and measured on this data.
+
+    Raises:
+        ValueError: if shapes or classes differ.
+    """
+    if model.shape != data.shape:
+        raise ValueError(
+            f"the model makes samples of shape {list(model.shape)}, but {data.source} holds {list(data.shape)}: "
+            "give the data that it was trained on (--data, --data.image-size)"
+        )
+    if model.num_classes and model.num_classes != data.num_classes:
+        raise ValueError(
+            f"the model is conditioned on {model.num_classes} classes, but {data.source} has {data.num_classes}"
+        )
+    if not model.num_classes and data.num_classes:
+        raise ValueError("the model is unconditional, but the data has labels: add --data.no-labels")

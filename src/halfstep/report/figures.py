@@ -1,0 +1,248 @@
+"""Figures as inline SVG in the page's own colours, and samples as pictures. All text in them is ours.
+
+matplotlib draws in stand-in colours that are then replaced by CSS variables, so that one figure serves light, dark and
+print. The hues are Okabe and Ito's, which the colour-blind can tell apart.
+"""
+
+import base64
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+from PIL import Image
+
+INK, FAINT, TEACHER, STUDENT = "#010101", "#020202", "#030303", "#040404"
+"""Stand-in colours."""
+VARIABLES = {INK: "var(--ink)", FAINT: "var(--faint)", TEACHER: "var(--teacher)", STUDENT: "var(--student)"}
+SEED_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#7F7F7F")
+"""Of the first eight points of a scatter plot."""
+SMALLEST_TILE = 56
+"""Pixels to which small images are enlarged, about."""
+LARGEST_TILE = 96
+"""Pixels to which large images are reduced."""
+MOST_POINTS = 400
+"""Points of a curve or of a scatter plot, so that the page stays light."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line of a figure."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+
+
+def _figure(name: str, height: float, draw: Any) -> Markup:
+    """The SVG that `draw(axes)` makes, with ids that begin with `name`: the same for the same numbers."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    settings = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": name,
+        "font.family": "sans-serif",
+        "font.size": 11,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": FAINT,
+        "xtick.color": FAINT,
+        "ytick.color": FAINT,
+        "xtick.labelcolor": INK,
+        "ytick.labelcolor": INK,
+        "axes.labelcolor": INK,
+        "text.color": INK,
+        "grid.color": FAINT,
+        "grid.alpha": 0.35,
+        "grid.linewidth": 0.6,
+        "legend.frameon": False,
+    }
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=(6.4, height), layout="constrained")
+        draw(figure.add_subplot())
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    # Inside a page a style element would reach the whole page, and metadata would name the web.
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.S)
+    svg = re.sub(r'(<svg\b[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg\b[^>]*?) height="[^"]*"', r"\1", svg))
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r"url\(#", f"url(#{name}-", svg)
+    svg = re.sub(r'href="#', f'href="#{name}-', svg)
+    for stand_in, variable in VARIABLES.items():
+        svg = svg.replace(stand_in, variable)
+    # The figure's text alternative stands at the element round it.
+    return Markup(svg.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1).strip())
+
+
+def _log_axis(axis: Any, values: Sequence[float]) -> None:
+    """Ticks at 1, 2 and 5 with plain numbers, or evenly where the values span less than that can show."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    wide = max(values) / min(values)
+    subs = (1.0,) if wide > 1e4 else (1.0, 2.0, 5.0)
+    axis.set_major_locator(LogLocator(subs=subs) if wide > 6 else MaxNLocator(5))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def quality_figure(name: str, teacher: Curve | None, student: Curve | None, level: Curve | None) -> Markup | None:
+    """Frechet distance against steps on two logarithmic axes; None if there is no point to show.
+
+    Args:
+        level: a horizontal line to compare with, one point.
+    """
+    styles = [(teacher, TEACHER, "s--"), (student, STUDENT, "o-")]
+    shown = [(curve, colour, style) for curve, colour, style in styles if curve is not None and curve.x]
+    if not shown:
+        return None
+
+    def draw(axes: Any) -> None:
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        for curve, colour, style in shown:
+            axes.plot(curve.x, curve.y, style, color=colour, linewidth=2, markersize=6.5, label=curve.label)
+        if level is not None:
+            axes.axhline(level.y[0], color=FAINT, linewidth=1.2, linestyle=":", label=level.label, zorder=1)
+        steps = sorted({x for curve, _, _ in shown for x in curve.x})
+        axes.set_xticks(steps, [f"{x:g}" for x in steps])
+        axes.minorticks_off()
+        _log_axis(axes.yaxis, [y for curve, _, _ in shown for y in curve.y])
+        axes.grid(axis="y")
+        axes.set_xlabel("sampler steps")
+        axes.set_ylabel("Fréchet distance (lower is better)")
+        axes.legend()
+
+    return _figure(name, 4.0, draw)
+
+
+def loss_figure(name: str, curves: Sequence[tuple[Curve, float]]) -> Markup | None:
+    """Training loss over the whole run, one stage after the other; None if no stage has a loss above 0.
+
+    Args:
+        curves: of each stage, with the updates that the stage takes.
+    """
+    if not any(curve.x for curve, _ in curves):
+        return None
+
+    def draw(axes: Any) -> None:
+        axes.set_yscale("log")
+        start, centres, labels = 0.0, [], []
+        for index, (curve, length) in enumerate(curves):
+            colour = TEACHER if curve.label == "teacher" else STUDENT
+            if curve.x:
+                stride = -(-len(curve.x) // MOST_POINTS)
+                x = [start + value for value in curve.x[::-stride]]
+                axes.plot(x, curve.y[::-stride], color=colour, linewidth=1.5)
+            if index:
+                axes.axvline(start, color=FAINT, linewidth=0.8)
+            centres.append(start + length / 2)
+            labels.append(curve.label)
+            start += length
+        axes.set_xlim(0, start)
+        _log_axis(axes.yaxis, [y for curve, _ in curves for y in curve.y])
+        axes.grid(axis="y")
+        axes.set_xlabel("updates, over the whole run")
+        axes.set_ylabel("loss")
+        axes.xaxis.set_major_locator(_few_ticks())
+        axes.xaxis.set_major_formatter(_thousands())
+        top = axes.secondary_xaxis("top")
+        top.set_xticks(centres, labels, fontsize=10)
+        top.tick_params(length=0)
+        top.spines["top"].set_visible(False)
+        top.set_xlabel("sampler steps of the student", fontsize=10)
+
+    return _figure(name, 3.8, draw)
+
+
+def _few_ticks() -> Any:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(5, integer=True)
+
+
+def _thousands() -> Any:
+    from matplotlib.ticker import FuncFormatter
+
+    return FuncFormatter(lambda value, _: f"{value:,.0f}")
+
+
+def is_images(samples: np.ndarray) -> bool:
+    """Whether these are grey or colour images, uint8 `[n, h, w, c]`."""
+    return samples.dtype == np.uint8 and samples.ndim == 4 and samples.shape[3] in (1, 3)
+
+
+def is_points(samples: np.ndarray) -> bool:
+    """Whether these are points in the plane, float `[n, 2]`."""
+    return samples.dtype.kind == "f" and samples.shape[1:] == (2,)
+
+
+def tile_size(samples: np.ndarray) -> tuple[int, int]:
+    """Height and width, in the page's pixels, of one image of uint8 `[n, h, w, c]`."""
+    height, width = samples.shape[1:3]
+    side = max(height, width)
+    if side > LARGEST_TILE:
+        return max(1, round(height * LARGEST_TILE / side)), max(1, round(width * LARGEST_TILE / side))
+    factor = max(1, round(SMALLEST_TILE / side))
+    return height * factor, width * factor
+
+
+GAP = 4
+"""Pixels between two images."""
+
+
+def png_grid(samples: np.ndarray, columns: int) -> tuple[str, int, int]:
+    """Images uint8 `[n, h, w, c]` side by side, as the base64 of a PNG, with its width and height.
+
+    Small ones are enlarged by a whole factor, without smoothing.
+    """
+    height, width = tile_size(samples)
+    rows = -(-len(samples) // columns)
+    canvas = Image.new("RGBA", (columns * (width + GAP) - GAP, rows * (height + GAP) - GAP))
+    small = max(samples.shape[1:3]) <= LARGEST_TILE
+    how = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
+    for index, pixels in enumerate(samples):
+        tile = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).resize((width, height), how)
+        canvas.paste(tile, ((index % columns) * (width + GAP), (index // columns) * (height + GAP)))
+    if samples.shape[3] == 1:
+        canvas = canvas.convert("LA")
+    buffer = io.BytesIO()
+    canvas.save(buffer, "PNG", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode(), canvas.width, canvas.height
+
+
+def limits(arrays: Sequence[np.ndarray]) -> tuple[float, float, float]:
+    """Centre x, centre y and half the side of a square that holds nearly all points of the given `[n, 2]`.
+
+    Points that flew far off must not shrink the others to a dot, so the square is that of the first array's points.
+    """
+    points = arrays[0][np.isfinite(arrays[0]).all(axis=1)].astype(np.float64)
+    if not len(points):
+        return 0.0, 0.0, 1.0
+    low, high = points.min(axis=0), points.max(axis=0)
+    centre = (low + high) / 2
+    return float(centre[0]), float(centre[1]), float(max((high - low).max() / 2 * 1.15, 1e-6))
+
+
+def scatter(points: np.ndarray, box: tuple[float, float, float], num_seeds: int) -> Markup:
+    """Points `[n, 2]` in a square of 100 units; the first `num_seeds` large and in the colours of their seeds."""
+    x, y, half = box
+    with np.errstate(over="ignore", invalid="ignore"):
+        scaled = np.stack([points[:, 0] - x, y - points[:, 1]], axis=1).astype(np.float64) / half * 50 + 50
+    inside = np.isfinite(scaled).all(axis=1) & (np.abs(scaled - 50) <= 50).all(axis=1)
+
+    def dots(chosen: np.ndarray) -> str:
+        return "".join(f"M{a:.1f} {b:.1f}h0" for a, b in chosen)
+
+    rest = scaled[num_seeds:MOST_POINTS][inside[num_seeds:MOST_POINTS]]
+    parts = [f'<path class="rest" d="{dots(rest)}"/>']
+    for index in range(min(num_seeds, len(scaled))):
+        if inside[index]:
+            colour = SEED_COLOURS[index % len(SEED_COLOURS)]
+            parts.append(f'<path class="seed" stroke="{colour}" d="{dots(scaled[index : index + 1])}"/>')
+    return Markup(f'<svg class="points" viewBox="0 0 100 100" aria-hidden="true">{"".join(parts)}</svg>')

@@ -1,0 +1,46 @@
+"""The exponential moving average of a model's weights.
+
+The decay is min(decay, (1 + n) / (10 + n)) after n updates, so that the average forgets the random start quickly and a
+short run is not held back by it. Kept in float32, updated for all tensors at once.
+"""
+
+from collections.abc import Mapping
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+
+@final
+class EMA:
+    """Averages the parameters of `module`; its buffers are copied.
+
+    Args:
+        decay: the decay that is reached in the end, in [0, 1).
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self._module = module
+        self._parameters = [p.detach() for p in module.parameters()]
+        self._averages = [p.detach().float().clone() for p in module.parameters()]
+
+    @torch.no_grad()
+    def update(self, num_updates: int) -> None:
+        """Moves the average towards the weights as they are after `num_updates` updates."""
+        weight = 1 - min(self.decay, (1 + num_updates) / (10 + num_updates))
+        current = [p if p.dtype == torch.float32 else p.float() for p in self._parameters]
+        torch._foreach_lerp_(self._averages, current, weight)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The module's state dict with averages in the place of parameters."""
+        state = {name: value.detach() for name, value in self._module.state_dict().items()}
+        for (name, parameter), average in zip(self._module.named_parameters(), self._averages, strict=True):
+            state[name] = average.to(parameter.dtype)
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Takes the averages from what `state_dict` returned."""
+        for (name, _), average in zip(self._module.named_parameters(), self._averages, strict=True):
+            average.copy_(state[name])

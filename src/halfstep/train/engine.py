@@ -1,0 +1,268 @@
+"""The engine: trains the student of one stage, one update at a time.
+
+It never learns which objective it runs. An update is: the global batch split over processes and micro batches by place,
+the objective's losses, one backward pass for each, the gradient clipped to a global norm, one AdamW step, one step of
+the moving average. Nothing in it waits for the device; statistics are fetched when `window` is called.
+"""
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor
+
+from halfstep.core.denoiser import Denoiser, NetworkDenoiser
+from halfstep.core.draw import Draw, generator_for
+from halfstep.nets import set_dropout
+from halfstep.objectives import Batch, Models, Stage
+from halfstep.train.ema import EMA
+
+Batches = Callable[[Draw], Batch]
+"""From a draw to its batch: `x0` `[len(draw.places), *dims]`, a function of the draw alone."""
+
+State = dict[str, dict[str, Tensor]]
+"""What a checkpoint holds: tensors by name, for "student", "ema" and "optimizer"."""
+
+
+class NonFinite(RuntimeError):
+    """The loss or the gradient was not a finite number; the message says where and what to do."""
+
+
+def make_accelerator(precision: str = "float32", cpu: bool = False) -> Accelerator:
+    """An accelerator for this process: "float32", or "bf16" for bfloat16 autocast over float32 weights.
+
+    Raises:
+        ValueError: if the precision is neither.
+    """
+    modes = {"float32": "no", "bf16": "bf16"}
+    if precision not in modes:
+        raise ValueError(f"precision must be one of {', '.join(modes)}, got {precision!r}")
+    # accelerate keeps its settings for the whole process; two runs in one process may differ in them.
+    if AcceleratorState._shared_state:
+        AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    return Accelerator(mixed_precision=modes[precision], cpu=cpu)
+
+
+@final
+@dataclass(frozen=True)
+class Window:
+    """Statistics of the updates since the last window."""
+
+    update: int
+    """Updates done."""
+    loss: float
+    """Mean over the window's updates."""
+    grad_norm: float
+    """Mean of the global gradient norm before clipping."""
+    learning_rate: float
+    """Of the last update."""
+    samples_per_second: float
+    seconds: float
+    """Training time of the stage so far, over all restarts."""
+
+
+@final
+class StageTrainer:
+    """The training state of one stage.
+
+    Args:
+        student: what is trained, in place.
+        teacher: the denoiser to learn from, or None; it is not changed.
+        stage: objective and budget.
+        batches: see `Batches`.
+        seed, stream: with the update, the key of every random number.
+        micro_batch: samples that go through the network at once; None for a process' whole share. The result does
+            not depend on it beyond rounding.
+
+    Raises:
+        ValueError: if the objective needs a teacher and there is none, or the global batch cannot be split evenly
+            over the processes.
+    """
+
+    def __init__(
+        self,
+        student: NetworkDenoiser,
+        teacher: Denoiser | None,
+        stage: Stage,
+        batches: Batches,
+        *,
+        seed: int,
+        stream: str,
+        accelerator: Accelerator,
+        micro_batch: int | None = None,
+    ) -> None:
+        if stage.objective.needs_teacher and teacher is None:
+            raise ValueError(f"stage {stream} learns from a teacher, and there is none")
+        if stage.batch_size % accelerator.num_processes:
+            raise ValueError(
+                f"a batch of {stage.batch_size} cannot be split evenly over {accelerator.num_processes} processes"
+            )
+        self.stage, self.batches, self.seed, self.stream = stage, batches, seed, stream
+        self.accelerator = accelerator
+        self.update = 0
+        """Updates done."""
+        self._plain = student
+        set_dropout(student.network, stage.dropout)
+        student.network.train()
+        optimizer = torch.optim.AdamW(
+            student.network.parameters(),
+            lr=stage.learning_rate,
+            betas=stage.adam_betas,
+            weight_decay=stage.weight_decay,
+            fused=all(p.device.type in ("cpu", "cuda") for p in student.network.parameters()),
+        )
+        self._network, self._optimizer = accelerator.prepare(student.network, optimizer)
+        self._ema = EMA(student.network, stage.ema_decay) if stage.ema_decay else None
+        if teacher is not None:
+            teacher = teacher.to(accelerator.device).eval().requires_grad_(False)
+        self._models = Models(NetworkDenoiser(self._network, student.process, student.prediction), teacher)
+
+        share = stage.batch_size // accelerator.num_processes
+        first = share * accelerator.process_index
+        size = micro_batch or share
+        self._places = [range(a, min(a + size, first + share)) for a in range(first, first + share, size)]
+
+        device = accelerator.device
+        self._loss_sum = torch.zeros((), device=device)
+        self._norm_sum = torch.zeros((), device=device)
+        self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
+        self._window_start = 0
+        self._seconds = 0.0
+        self._clock = time.perf_counter()
+
+    def run(self) -> Iterator[int]:
+        """Trains to the end of the stage, yielding the number of updates done after each."""
+        self._clock = time.perf_counter()
+        while self.update < self.stage.num_updates:
+            self._one_update()
+            yield self.update
+
+    def _one_update(self) -> None:
+        stage, accelerator = self.stage, self.accelerator
+        # Layers with randomness of their own (dropout) draw from the global generator.
+        torch.manual_seed(generator_for(self.seed, self.stream, self.update, accelerator.process_index).initial_seed())
+        rate = stage.learning_rate_at(self.update)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        total = torch.zeros_like(self._loss_sum)
+        for places in self._places:
+            draw = Draw(self.seed, self.stream, self.update, stage.batch_size, places)
+            batch = self.batches(draw)
+            batch = Batch(
+                batch.x0.to(accelerator.device, non_blocking=True),
+                {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.cond.items()},
+            )
+            with accelerator.autocast():
+                losses = stage.objective.loss(self._models, batch, draw)
+            # DDP averages gradients over processes; each process' share of the mean is summed here.
+            loss = losses.loss.sum() * (accelerator.num_processes / stage.batch_size)
+            accelerator.backward(loss)
+            total += loss.detach()
+        norm = accelerator.clip_grad_norm_(self._network.parameters(), stage.grad_clip)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        bad = ~(torch.isfinite(total) & torch.isfinite(norm))
+        self._first_bad = torch.where(bad & (self._first_bad < 0), self.update, self._first_bad)
+        self._loss_sum += total
+        self._norm_sum += norm
+        self.update += 1
+        if self._ema is not None:
+            self._ema.update(self.update)
+
+    def check_finite(self) -> None:
+        """Passes if every loss and gradient norm so far was finite.
+
+        Raises:
+            NonFinite: naming the stage and the first update that was not.
+        """
+        first = int(self._first_bad)
+        if first >= 0:
+            raise NonFinite(
+                f"the loss or its gradient was not finite in stage {self.stream} at update {first}: lower the "
+                f"learning rate ({self.stage.learning_rate:g}), lengthen the warm-up, or use precision float32"
+            )
+
+    def window(self) -> Window:
+        """Statistics since the last call; this waits for the device.
+
+        Raises:
+            NonFinite: see `check_finite`.
+        """
+        self.check_finite()
+        count = max(1, self.update - self._window_start)
+        now = time.perf_counter()
+        elapsed, self._clock = now - self._clock, now
+        self._seconds += elapsed
+        window = Window(
+            update=self.update,
+            loss=float(self._loss_sum) / count,
+            grad_norm=float(self._norm_sum) / count,
+            learning_rate=self.stage.learning_rate_at(max(0, self.update - 1)),
+            samples_per_second=count * self.stage.batch_size / max(elapsed, 1e-9),
+            seconds=self._seconds,
+        )
+        self._loss_sum.zero_()
+        self._norm_sum.zero_()
+        self._window_start = self.update
+        return window
+
+    def pause(self, seconds: float) -> None:
+        """Takes time that was not spent training (saving a checkpoint) out of the statistics."""
+        self._clock += seconds
+
+    @property
+    def seconds(self) -> float:
+        """Training time of the stage up to the last window."""
+        return self._seconds
+
+    def state(self) -> State:
+        """All that a resumed run needs beyond the numbers in `update` and `seconds`; on the CPU, contiguous."""
+        network = self._plain_network()
+        names = [name for name, _ in network.named_parameters()]
+        moments: dict[str, Tensor] = {}
+        for index, entry in self._optimizer.state_dict()["state"].items():
+            for key, value in entry.items():
+                moments[f"{key}.{names[index]}"] = value
+        state: State = {"student": network.state_dict(), "optimizer": moments}
+        if self._ema is not None:
+            state["ema"] = self._ema.state_dict()
+        return {part: {k: v.detach().cpu().contiguous() for k, v in d.items()} for part, d in state.items()}
+
+    def load_state(self, state: Mapping[str, Mapping[str, Tensor]], update: int, seconds: float) -> None:
+        """Continues from what `state` returned after `update` updates and `seconds` of training."""
+        network = self._plain_network()
+        network.load_state_dict(state["student"])
+        index_of = {name: index for index, (name, _) in enumerate(network.named_parameters())}
+        entries: dict[int, dict[str, Any]] = {}
+        for key, value in state["optimizer"].items():
+            kind, name = key.split(".", 1)
+            entries.setdefault(index_of[name], {})[kind] = value
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": entries, "param_groups": groups})
+        if self._ema is not None:
+            self._ema.load_state_dict(state["ema"])
+        self.update, self._seconds, self._window_start = update, seconds, update
+
+    def finish(self) -> NetworkDenoiser:
+        """The stage's result: the student with the moving average if there is one, unwrapped, in evaluation mode."""
+        network = self._plain_network()
+        if self._ema is not None:
+            network.load_state_dict(self._ema.state_dict())
+        network.eval()
+        return NetworkDenoiser(network, self._plain.process, self._plain.prediction)
+
+    def _plain_network(self) -> torch.nn.Module:
+        network: torch.nn.Module = self.accelerator.unwrap_model(self._network, keep_fp32_wrapper=False)
+        return network
+
+
+def copy_denoiser(denoiser: NetworkDenoiser) -> NetworkDenoiser:
+    """A student: the same process and prediction, and a copy of the network with weights that can be trained."""
+    twin = copy.deepcopy(denoiser)
+    twin.network.requires_grad_(True)
+    return twin

@@ -1,0 +1,205 @@
+"""Measuring a model: samples from fixed seeds, their distance to the data and to the teacher, and the time they take.
+
+Images are measured as they would be saved: rounded to uint8. The seeds are 0, 1, 2, ..., so every model of a chain is
+shown the same noise, and "distance to the teacher" compares samples of the same noise.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from halfstep.data import Data
+from halfstep.metrics import (
+    Classifier,
+    FeatureExtractor,
+    Pixels,
+    frechet_distance,
+    kernel_distance,
+    rmse,
+    train_classifier,
+)
+from halfstep.registry import nearest
+from halfstep.runs.schema import Result
+from halfstep.train.model import Model
+from halfstep.train.stop import StopSignal
+
+FEATURES = ("classifier", "pixels")
+"""Feature extractors by name."""
+
+
+@final
+@dataclass(frozen=True)
+class Evaluation:
+    """How models are measured.
+
+    Raises:
+        ValueError: if a count is too small or the features are unknown.
+    """
+
+    num_samples: int = 2000
+    num_reference: int = 10_000
+    """Largest number of real samples to compare with."""
+    features: str | None = None
+    """"classifier" or "pixels"; None takes the classifier where the data is labelled."""
+    num_compared: int = 256
+    """Samples over which student and teacher are compared from the same noise."""
+    num_shown: int = 64
+    """Samples that are kept to be looked at."""
+    batch_size: int = 250
+    teacher_steps: tuple[int, ...] = ()
+    """Numbers of steps at which the teacher is measured, besides the start of the chain and those of its students."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_samples", 2), ("num_reference", 2), ("batch_size", 1), ("num_compared", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"evaluation.{name} must be at least {least}, got {getattr(self, name)}")
+        if self.features is not None and self.features not in FEATURES:
+            raise ValueError(
+                f"unknown features {self.features!r}{nearest(self.features, FEATURES)} (known: {', '.join(FEATURES)})"
+            )
+
+
+@final
+class Reference:
+    """The real data's features, and the extractor that made them.
+
+    Args:
+        cache: folder for the classifier's weights.
+    """
+
+    def __init__(self, data: Data, evaluation: Evaluation, cache: Path | None = None) -> None:
+        real = data.fetch(torch.arange(min(len(data), evaluation.num_reference)))
+        kind = evaluation.features or ("classifier" if data.num_classes > 1 else "pixels")
+        if kind == "classifier":
+            if not data.num_classes:
+                raise ValueError(
+                    "the features `classifier` need labelled data, and this has no labels: use --evaluation.features pixels"
+                )
+            name = f"classifier-{data.fingerprint[:12]}"
+            file = None if cache is None else cache / f"{name}.safetensors"
+            self.extractor: FeatureExtractor = train_classifier(
+                real.x0, real.cond["class_labels"], data.num_classes, name, file
+            )
+        else:
+            self.extractor = Pixels()
+        self.features = self.extractor.features(real.x0)
+        self.is_image = data.is_image
+        self.protocol: dict[str, Any] = {
+            "features": self.extractor.name,
+            "reference": data.source,
+            "reference_fingerprint": data.fingerprint,
+            "num_reference": len(real.x0),
+            "num_samples": evaluation.num_samples,
+            "num_compared": min(evaluation.num_compared, evaluation.num_samples),
+            "seeds": "0, 1, 2, ...",
+            "class_labels": "seed modulo classes" if data.num_classes else "none",
+            "images": "rounded to uint8" if data.is_image else "as they are",
+        }
+        if isinstance(self.extractor, Classifier):
+            self.protocol["classifier_accuracy"] = round(self.extractor.accuracy, 4)
+
+
+def to_uint8(x0: Tensor) -> Tensor:
+    """Pixels 0 to 255, uint8, of x0 in [-1, 1]: rounded, and cut off outside."""
+    return ((x0.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def from_uint8(pixels: Tensor) -> Tensor:
+    """x0 float32 in [-1, 1] of uint8 pixels."""
+    return pixels.float() / 127.5 - 1
+
+
+def samples_array(x0: Tensor, is_image: bool) -> np.ndarray:
+    """What is written into an .npz: uint8 `[n, h, w, c]` for images `[n, c, h, w]`, float32 as it is otherwise."""
+    if is_image:
+        return to_uint8(x0).permute(0, 2, 3, 1).contiguous().numpy()
+    return x0.float().numpy()
+
+
+def grid_image(pixels: np.ndarray, columns: int | None = None, gap: int = 1) -> Image.Image:
+    """A picture of all images uint8 `[n, h, w, c]` side by side, small ones enlarged to be seen.
+
+    Args:
+        columns: a square by default.
+    """
+    count, height, width, channels = pixels.shape
+    across = columns or int(np.ceil(np.sqrt(count)))
+    down = -(-count // across)
+    canvas = np.full((down * (height + gap) - gap, across * (width + gap) - gap, channels), 255, np.uint8)
+    for index, picture in enumerate(pixels):
+        top, left = (index // across) * (height + gap), (index % across) * (width + gap)
+        canvas[top : top + height, left : left + width] = picture
+    image = Image.fromarray(canvas.squeeze(-1) if channels == 1 else canvas)
+    factor = max(1, 32 // max(height, width))
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
+def _sampled(model: Model, num_steps: int, evaluation: Evaluation, stop: StopSignal | None) -> tuple[Tensor, float]:
+    """Samples of the seeds 0, 1, ... and the seconds that sampling alone took."""
+    seeds = list(range(evaluation.num_samples))
+    chunks, seconds = [], 0.0
+    for first in range(0, len(seeds), evaluation.batch_size):
+        if stop is not None:
+            stop.check()
+        part = seeds[first : first + evaluation.batch_size]
+        start = time.perf_counter()
+        chunks.append(model.sample(part, num_steps, batch_size=len(part)))
+        seconds += time.perf_counter() - start
+    return torch.cat(chunks), seconds
+
+
+def measure(
+    model: Model,
+    num_steps: int,
+    evaluation: Evaluation,
+    reference: Reference,
+    *,
+    teacher_samples: Tensor | None = None,
+    keep: Path | None = None,
+    stop: StopSignal | None = None,
+) -> tuple[Result, Tensor]:
+    """The figures of a model at a number of steps, and its samples `[num_compared, *shape]` as they were measured.
+
+    Args:
+        teacher_samples: what to compare with from the same noise, at least `num_compared` rows; None for nothing.
+        keep: a stage's folder whose samples/ takes the first `num_shown` samples.
+
+    Raises:
+        Interrupted: if `stop` was set.
+        ValueError: if a sample is not finite.
+    """
+    x0, seconds = _sampled(model, num_steps, evaluation, stop)
+    if not bool(torch.isfinite(x0).all()):
+        raise ValueError(f"sampling with {num_steps} steps gave values that are not finite: the model diverged")
+    measured = from_uint8(to_uint8(x0)) if reference.is_image else x0
+    features = reference.extractor.features(measured)
+    compared = measured[: evaluation.num_compared]
+    shown = x0[: evaluation.num_shown]
+    result = Result(
+        sampler="ddim",
+        num_steps=num_steps,
+        num_evals=num_steps,
+        frechet=frechet_distance(reference.features, features),
+        kid=kernel_distance(reference.features, features),
+        teacher_rmse=None if teacher_samples is None else rmse(compared, teacher_samples[: len(compared)]),
+        seconds_per_1000=seconds * 1000 / len(x0),
+        samples=None if keep is None else keep_samples(keep, num_steps, shown, reference.is_image),
+    )
+    return result, compared
+
+
+def keep_samples(folder: Path, num_steps: int, x0: Tensor, is_image: bool) -> str:
+    """Writes samples/steps-NNNN.npz, and a .png for images, under `folder`; returns the path of the .npz in it."""
+    name = f"samples/steps-{num_steps:04d}.npz"
+    array = samples_array(x0, is_image)
+    (folder / "samples").mkdir(parents=True, exist_ok=True)
+    np.savez(folder / name, arr_0=array)
+    if is_image:
+        grid_image(array).save((folder / name).with_suffix(".png"))
+    return name

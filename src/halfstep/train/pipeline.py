@@ -1,0 +1,454 @@
+"""Runs a plan into a run folder, as a generator of events, so that the caller owns what is shown.
+
+The same call on the same folder continues where the last one ended: complete stages are read back, an unfinished one
+goes on from its latest good checkpoint, figures that are there are not measured again.
+"""
+
+import errno
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from halfstep.core.denoiser import NetworkDenoiser
+from halfstep.core.draw import generator_for
+from halfstep.core.noise import NoiseProcess, processes
+from halfstep.core.prediction import Prediction, predictions
+from halfstep.data import Data, training_batch
+from halfstep.nets import Network, describe_network
+from halfstep.objectives import Plan, Stage, objectives
+from halfstep.runs import Manifest, Metrics, RunFolder, RunLog, StageFolder, write_json
+from halfstep.runs.schema import Result
+from halfstep.train.checkpoint import remove_checkpoints, resume, save_checkpoint
+from halfstep.train.engine import StageTrainer, Window, copy_denoiser, make_accelerator
+from halfstep.train.evaluate import Evaluation, Reference, measure
+from halfstep.train.model import Model, load, save_stage
+from halfstep.train.stop import StopSignal
+
+
+@final
+@dataclass(frozen=True)
+class RunSpec:
+    """Everything that a run needs, as objects. Recipes make it."""
+
+    recipe: Mapping[str, Any]
+    """The recipe as data: what recipe.json holds, and what decides whether a folder is of this run."""
+    plan: Plan
+    data: Data
+    process: NoiseProcess
+    prediction: Prediction
+    network: Callable[[], Network] | None = None
+    """Makes a fresh network for the first stage; not called when there is a `teacher`."""
+    teacher: Model | None = None
+    """The model to start the chain from, in the place of a first stage."""
+    start_steps: int | None = None
+    """Steps of the first teacher of the chain."""
+    flip: bool = False
+    clip: bool = False
+    seed: int = 0
+    precision: str = "float32"
+    cpu: bool = False
+    micro_batch: int | None = None
+    log_every: int = 50
+    checkpoint_updates: int = 5000
+    checkpoint_minutes: float = 10.0
+    evaluation: Evaluation | None = None
+    cache: Path | None = None
+    """Where the feature classifier's weights are kept."""
+    free: tuple[str, ...] = field(default=())
+    """Dotted names of recipe fields that may change when a run goes on."""
+
+
+class Event:
+    """Something that happened in a run."""
+
+
+@final
+@dataclass(frozen=True)
+class StageStart(Event):
+    name: str
+    index: int
+    stage: Stage
+    resumed_at: int
+    """Updates that a checkpoint brought; 0 for a fresh start."""
+
+
+@final
+@dataclass(frozen=True)
+class Progress(Event):
+    name: str
+    num_updates: int
+    window: Window
+
+
+@final
+@dataclass(frozen=True)
+class StageEnd(Event):
+    name: str
+    seconds: float
+    was_there: bool
+    """Whether the stage was complete before this call."""
+
+
+@final
+@dataclass(frozen=True)
+class Measured(Event):
+    name: str
+    result: Result
+
+
+@final
+@dataclass(frozen=True)
+class Notice(Event):
+    text: str
+
+
+class DifferentRecipe(ValueError):
+    """The folder holds a run of another recipe; the message shows the difference."""
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit, machine and command line: what a reader needs to judge or repeat a run."""
+    versions = {}
+    for package in ("halfstep", "torch", "diffusers", "accelerate", "numpy"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "unknown"
+    try:
+        commit = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"],
+            capture_output=True, text=True, timeout=5, check=False,
+        ).stdout.strip()  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        commit = ""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else (platform.processor() or platform.machine())
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "git_commit": commit or None,
+        "platform": platform.platform(),
+        "device": device,
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "command": " ".join(["halfstep", *sys.argv[1:]]),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+    }
+
+
+def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested data under dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], free: tuple[str, ...] = ()) -> list[str]:
+    """The fields in which two recipes differ, as "name: new value (the folder has old value)"."""
+    a, b = flatten(old), flatten(new)
+    missing = "nothing"
+    return [
+        f"{name}: {b.get(name, missing)} (the folder has {a.get(name, missing)})"
+        for name in sorted(a.keys() | b.keys())
+        if a.get(name) != b.get(name) and name not in free
+    ]
+
+
+def fresh_denoiser(spec: RunSpec) -> NetworkDenoiser:
+    """The run's untrained denoiser: its weights are a function of the seed.
+
+    Raises:
+        ValueError: if the spec has no network.
+    """
+    if spec.network is None:
+        raise ValueError("the plan's first stage needs a network or a teacher, and there is neither")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator_for(spec.seed, "weights").initial_seed())
+        network = spec.network()
+    return NetworkDenoiser(network, spec.process, spec.prediction)
+
+
+def time_updates(spec: RunSpec, num_updates: int = 3) -> float:
+    """Seconds of one update of the plan's first stage on this machine: the fastest of a few, after one to warm up."""
+    parent = spec.teacher
+    stage = spec.plan.stages[0]
+    trainer = StageTrainer(
+        fresh_denoiser(spec) if parent is None else copy_denoiser(parent.denoiser),
+        None if parent is None else parent.denoiser,
+        stage,
+        lambda draw: training_batch(spec.data, draw, spec.flip, "cpu"),
+        seed=spec.seed,
+        stream="timing",
+        accelerator=make_accelerator(spec.precision, spec.cpu),
+        micro_batch=spec.micro_batch,
+    )
+    times = []
+    start = time.perf_counter()
+    for update in trainer.run():
+        trainer.check_finite()
+        now = time.perf_counter()
+        times.append(now - start)
+        start = now
+        if update > num_updates:
+            break
+    return min(times[1:] or times)
+
+
+def run(spec: RunSpec, path: Path, stop: StopSignal | None = None) -> Iterator[Event]:
+    """Trains, halves and measures into the run folder `path`, or goes on with it.
+
+    Raises:
+        DifferentRecipe: if the folder holds a run of another recipe or other data; nothing is changed then.
+        ValueError: if the folder is not empty and no run, or is being written by another process.
+        NonFinite: if training diverged; the last checkpoint is kept.
+        Interrupted: if `stop` was set; the state is saved.
+        OSError: if the disk is full or gone; the message names the last good checkpoint.
+    """
+    folder = RunFolder(path)
+    _check_folder(spec, folder)
+    path.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"{path} is being written by another halfstep process: wait for it, or choose --out") from None
+    try:
+        if not folder.recipe_path.exists():
+            _write_recipe(spec, folder)
+        yield from _Runner(spec, folder, stop).run()
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            last = max(path.glob("stages/*/checkpoint-*"), default=None, key=lambda p: p.stat().st_mtime)
+            where = f"the last good checkpoint is {last}" if last else "no checkpoint was written yet in this stage"
+            raise OSError(
+                error.errno, f"no space left for {path}: {where}; free some space and run the same command again"
+            ) from None
+        raise
+    finally:
+        lock.release()
+
+
+def _check_folder(spec: RunSpec, folder: RunFolder) -> None:
+    if folder.recipe_path.exists():
+        held = folder.recipe()
+        changed = differences(held["recipe"], spec.recipe, spec.free)
+        if changed:
+            raise DifferentRecipe(
+                f"{folder.path} holds a run of a different recipe; choose another --out. Different: "
+                + "; ".join(changed[:8])
+                + (f"; and {len(changed) - 8} more" if len(changed) > 8 else "")
+            )
+        if held.get("data_fingerprint") not in (None, spec.data.fingerprint):
+            raise DifferentRecipe(
+                f"{folder.path} holds a run on other data: {spec.data.source} has changed since; choose another --out"
+            )
+    elif folder.path.exists() and not folder.path.is_dir():
+        raise ValueError(f"{folder.path} is a file, not a folder: choose another --out")
+    elif folder.path.is_dir() and any(entry.name != ".lock" for entry in folder.path.iterdir()):
+        raise ValueError(f"{folder.path} is not empty and holds no run (no recipe.json): choose another --out")
+
+
+def _write_recipe(spec: RunSpec, folder: RunFolder) -> None:
+    first = 1 if spec.teacher is not None else 0
+    names = (["00-teacher"] if first else []) + spec.plan.names(first)
+    stages: list[Stage | None] = ([None] if first else []) + list(spec.plan.stages)
+    write_json(
+        folder.recipe_path,
+        {
+            "recipe": dict(spec.recipe),
+            "data_fingerprint": spec.data.fingerprint,
+            "plan": [
+                {
+                    "stage": name,
+                    "num_steps": None if stage is None else stage.num_steps,
+                    "num_updates": 0 if stage is None else stage.num_updates,
+                }
+                for name, stage in zip(names, stages, strict=True)
+            ],
+            "environment": environment(),
+        },
+    )
+
+
+@final
+class _Runner:
+    """The state of one call of `run`."""
+
+    def __init__(self, spec: RunSpec, folder: RunFolder, stop: StopSignal | None) -> None:
+        self.spec, self.folder, self.stop = spec, folder, stop
+        self.log = RunLog(folder.log_path)
+        self.accelerator: Accelerator = make_accelerator(spec.precision, spec.cpu)
+        self._reference: Reference | None = None
+        self._teacher_samples: Tensor | None = None
+        self._notices: list[str] = []
+
+    def run(self) -> Iterator[Event]:
+        model: Model | None = None
+        first = 0
+        if self.spec.teacher is not None:
+            first = 1
+            stage_folder = self.folder.stage("00-teacher")
+            if not stage_folder.is_complete():
+                manifest = self.spec.teacher.manifest.model_copy(
+                    update={"stage": stage_folder.name, "start_steps": self.spec.start_steps}
+                )
+                save_stage(stage_folder, self.spec.teacher.denoiser, manifest)
+            model = load(stage_folder.path)
+            yield StageEnd(stage_folder.name, model.manifest.seconds, was_there=True)
+            yield from self._measured(stage_folder, model)
+        names = self.spec.plan.names(first)
+        for index, (name, stage) in enumerate(zip(names, self.spec.plan.stages, strict=True), start=first):
+            stage_folder = self.folder.stage(name)
+            was_there = stage_folder.is_complete()
+            if was_there:
+                remove_checkpoints(stage_folder)
+            else:
+                yield from self._trained(index, stage_folder, stage, model)
+            model = load(stage_folder.path)
+            yield StageEnd(name, model.manifest.seconds, was_there)
+            yield from self._measured(stage_folder, model)
+
+    def _trained(self, index: int, folder: StageFolder, stage: Stage, parent: Model | None) -> Iterator[Event]:
+        spec = self.spec
+        trainer = StageTrainer(
+            fresh_denoiser(spec) if parent is None else copy_denoiser(parent.denoiser),
+            None if parent is None else parent.denoiser,
+            stage,
+            lambda draw: training_batch(spec.data, draw, spec.flip, "cpu"),
+            seed=spec.seed,
+            stream=folder.name,
+            accelerator=self.accelerator,
+            micro_batch=spec.micro_batch,
+        )
+        resumed = resume(trainer, folder, self._notices.append)
+        yield from self._drain_notices()
+        self.log.keep(lambda row: row.get("stage") != folder.name or row.get("update", 0) <= resumed)
+        yield StageStart(folder.name, index, stage, resumed)
+        saved_at = time.monotonic()
+        for update in trainer.run():
+            done = update == stage.num_updates
+            stopping = self.stop is not None and self.stop.number is not None
+            due = (
+                update % spec.checkpoint_updates == 0
+                or time.monotonic() - saved_at > spec.checkpoint_minutes * 60
+                or stopping
+            )
+            if update % spec.log_every == 0 or done or due:
+                window = trainer.window()
+                self._write_log(folder.name, window)
+                yield Progress(folder.name, stage.num_updates, window)
+            if due and not done:
+                before = time.perf_counter()
+                save_checkpoint(trainer, folder)
+                trainer.pause(time.perf_counter() - before)
+                saved_at = time.monotonic()
+                if self.stop is not None:
+                    self.stop.check()
+        trainer.check_finite()
+        denoiser = trainer.finish()
+        save_stage(folder, denoiser, self._manifest(folder.name, stage, parent, denoiser, trainer.seconds))
+        remove_checkpoints(folder)
+
+    def _write_log(self, stage: str, window: Window) -> None:
+        if not (math.isfinite(window.loss) and math.isfinite(window.grad_norm)):
+            return
+        self.log.append(
+            {
+                "stage": stage,
+                "update": window.update,
+                "loss": window.loss,
+                "learning_rate": window.learning_rate,
+                "grad_norm": window.grad_norm,
+                "seconds": round(window.seconds, 3),
+                "samples_per_second": round(window.samples_per_second, 1),
+            }
+        )
+
+    def _manifest(
+        self, name: str, stage: Stage, parent: Model | None, denoiser: NetworkDenoiser, seconds: float
+    ) -> Manifest:
+        spec = self.spec
+        return Manifest(
+            stage=name,
+            objective=objectives.name_of(stage.objective),
+            parent=None if parent is None else parent.manifest.stage,
+            num_steps=stage.num_steps,
+            start_steps=spec.start_steps,
+            num_updates=stage.num_updates,
+            seconds=round(seconds, 3),
+            shape=spec.data.shape,
+            num_classes=spec.data.num_classes,
+            clip=spec.clip,
+            network=describe_network(denoiser.network),
+            process={"type": processes.name_of(spec.process), **vars(spec.process)},
+            prediction=predictions.name_of(spec.prediction),
+            files={},
+        )
+
+    def _drain_notices(self) -> Iterator[Event]:
+        while self._notices:
+            yield Notice(self._notices.pop(0))
+
+    def _steps_to_measure(self, model: Model, evaluation: Evaluation) -> list[int]:
+        if model.num_steps is not None:
+            return [model.num_steps]
+        students = [stage.num_steps for stage in self.spec.plan.stages if stage.num_steps is not None]
+        wanted = set(evaluation.teacher_steps or students) | ({self.spec.start_steps} if self.spec.start_steps else set())
+        return sorted({int(steps) for steps in wanted if steps}, reverse=True)
+
+    def _measured(self, folder: StageFolder, model: Model) -> Iterator[Event]:
+        evaluation = self.spec.evaluation
+        if evaluation is None:
+            return
+        model = model.to(self.accelerator.device)
+        is_teacher = self._teacher_samples is None
+        compared = folder.samples / "compared.npz"
+        steps = self._steps_to_measure(model, evaluation)
+        if not steps:
+            return
+        if self._reference is None:
+            self._reference = Reference(self.spec.data, evaluation, self.spec.cache)
+        protocol = self._reference.protocol | {"device": str(self.accelerator.device)}
+        held = folder.metrics()
+        if held is not None and held.protocol == protocol and {r.num_steps for r in held.results} >= set(steps):
+            if not is_teacher:
+                return
+            if compared.is_file():
+                self._teacher_samples = torch.from_numpy(np.load(compared, allow_pickle=False)["arr_0"])
+                return
+        results: list[Result] = []
+        for num_steps in steps:
+            result, samples = measure(
+                model,
+                num_steps,
+                evaluation,
+                self._reference,
+                teacher_samples=self._teacher_samples,
+                keep=folder.path,
+                stop=self.stop,
+            )
+            if self._teacher_samples is None:
+                # The first model of a chain at its most steps is what every student is compared with.
+                self._teacher_samples = samples
+                np.savez(compared, arr_0=samples.numpy())
+            results.append(result)
+            yield Measured(folder.name, result)
+        write_json(folder.metrics_path, Metrics(protocol=protocol, results=results).model_dump(mode="json"))
+

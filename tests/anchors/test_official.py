@@ -1,0 +1,118 @@
+"""The authors' own numbers: losses, halving targets and DDIM samples of their JAX code, computed in
+float64."""
+
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from halfstep.core.clock import per_sample
+from halfstep.core.denoiser import Clipped, Denoiser, NetworkDenoiser
+from halfstep.core.noise import VPCosine
+from halfstep.core.prediction import X0, Both, Eps, Prediction, V
+from halfstep.core.weighting import SNR, Constant, SNRPlusOne, TruncatedSNR, Weighting
+from halfstep.objectives import halving_target, weighted_x0_loss
+from halfstep.samplers import sample
+
+DATA: Final = Path(__file__).parents[1] / "data"
+LOSSES: Final = dict(np.load(DATA / "losses.npz"))
+SAMPLES: Final = dict(np.load(DATA / "samples.npz"))
+
+PROCESS: Final = VPCosine()
+PREDICTIONS: Final[dict[str, Prediction]] = {"x": X0(), "eps": Eps(), "v": V(), "both": Both()}
+WEIGHTINGS: Final[dict[str, Weighting]] = {
+    "constant": Constant(),
+    "snr": SNR(),
+    "snr_trunc": TruncatedSNR(),
+    "v_mse": SNRPlusOne(),
+}
+
+CASES: Final = sorted({tuple(key.split(".")[:2]) for key in LOSSES})
+DDIM_RUNS: Final = sorted(
+    key.removesuffix(".out") for key in SAMPLES if ".ddim." in key and key.endswith(".out")
+)
+
+
+def column(values: np.ndarray) -> Tensor:
+    """Scalars as samples of one entry, `[n, 1]`."""
+    return torch.from_numpy(values)[:, None]
+
+
+def formula(coefficients: np.ndarray, prediction: Prediction, process: VPCosine = PROCESS) -> Denoiser:
+    """The "network" of the reference values, as `tests/data/README.md` defines it."""
+    c = coefficients.tolist()
+
+    def network(x_t: Tensor, time: Tensor) -> Tensor:
+        level = per_sample(process.log_snr(time.double()), x_t)
+
+        def out(k: int) -> Tensor:
+            a, b, phase, d = (c[(k + j) % 8] for j in range(4))
+            return a * x_t + b * torch.sin(3 * x_t + phase * level / 10) + d * torch.tanh(level / 8)
+
+        return torch.cat([out(4 * k) for k in range(prediction.channels)], dim=1)
+
+    return NetworkDenoiser(network, process, prediction)
+
+
+def target_of(name: str, num_steps: str) -> Tensor:
+    """Our target for the rows of a case, `[n, 1]`: the data itself where training is in continuous time."""
+    row = {key: LOSSES[f"{name}.{num_steps}.{key}"] for key in ("x", "eps", "t", "teacher")}
+    x0, eps, t = column(row["x"]), column(row["eps"]), torch.from_numpy(row["t"])
+    if num_steps == "0":
+        return x0
+    count = int(num_steps)
+    s = ((t * count).round() - 1) / count
+    return halving_target(formula(row["teacher"], PREDICTIONS[name]), PROCESS.mix(x0, eps, t), t, s)
+
+
+def test_the_reference_covers_every_prediction_weighting_and_grid() -> None:
+    assert {name for name, _ in CASES} == set(PREDICTIONS)
+    assert {int(count) for _, count in CASES} == {0, 1, 2, 4, 64, 1024, 4096}
+    assert len(DDIM_RUNS) == len(PREDICTIONS) * 5 * 2
+
+
+@pytest.mark.parametrize(("name", "num_steps"), [case for case in CASES if case[1] != "0"])
+def test_the_halving_target_is_the_authors(name: str, num_steps: str) -> None:
+    # 1e-11: the reference solves for its target by subtraction and carries that much rounding at 4096 steps.
+    reference = column(LOSSES[f"{name}.{num_steps}.x_target"])
+    torch.testing.assert_close(target_of(name, num_steps), reference, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize(("name", "num_steps"), CASES)
+def test_the_loss_is_the_authors(name: str, num_steps: str, weighting: str) -> None:
+    """Row by row, to 1e-9 of the error that the loss is the weighted square of.
+
+    Where the student happens to hit the target, a loss of nearly 0 is the square of a difference that is made
+    of the 1e-11 of rounding in the reference's own target. So errors in x0 are compared, not their squares,
+    and are allowed those 1e-11; in continuous time the target is the data and nothing needs allowing.
+    """
+    row = {
+        key: LOSSES[f"{name}.{num_steps}.{key}"] for key in ("x", "eps", "t", "student", f"loss_{weighting}")
+    }
+    t = torch.from_numpy(row["t"])
+    log_snr = PROCESS.log_snr(t)
+    student = formula(row["student"], PREDICTIONS[name])
+    x_t = PROCESS.mix(column(row["x"]), column(row["eps"]), t)
+    ours = weighted_x0_loss(student(x_t, t).x0, target_of(name, num_steps), log_snr, WEIGHTINGS[weighting])
+    theirs = torch.from_numpy(row[f"loss_{weighting}"])
+    weight = WEIGHTINGS[weighting](log_snr)
+    torch.testing.assert_close(
+        (ours / weight).sqrt(), (theirs / weight).sqrt(), rtol=1e-9, atol=0 if num_steps == "0" else 1e-11
+    )
+    # The plain losses too, wherever they are not made of that rounding.
+    clear = (theirs / weight).sqrt() > 0.02
+    assert bool(clear.float().mean() > 0.5)
+    torch.testing.assert_close(ours[clear], theirs[clear], rtol=2e-9, atol=0)
+
+
+@pytest.mark.parametrize("run", DDIM_RUNS)
+def test_ddim_samples_are_the_authors(run: str) -> None:
+    name, *_, num_steps, clip = run.split(".")
+    denoiser = formula(SAMPLES[f"{run}.net"], PREDICTIONS[name])
+    start, reference = column(SAMPLES[f"{run}.start"]), column(SAMPLES[f"{run}.out"])
+    samples = sample(Clipped(denoiser) if clip == "clip" else denoiser, start, int(num_steps))
+    torch.testing.assert_close(samples, reference, rtol=1e-9, atol=1e-12)

@@ -1,0 +1,13 @@
+"""Settings of every test: one thread, no network, the same examples each time."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)
+
+settings.register_profile("repeatable", derandomize=True, database=None, deadline=None, max_examples=40)
+settings.load_profile("repeatable")

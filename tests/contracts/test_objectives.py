@@ -1,0 +1,212 @@
+"""What every objective promises: 0 at the map it teaches, gradient to the student alone, the same loss in any
+split."""
+
+import dataclasses
+
+import pytest
+import scipy.stats
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from halfstep.core.draw import Draw
+from halfstep.core.noise import NoiseProcess, VPCosine, processes
+from halfstep.core.oracle import data_set_denoiser
+from halfstep.core.prediction import X0, Prediction, V, predictions
+from halfstep.core.weighting import Constant, Weighting, weightings
+from halfstep.objectives import Batch, Denoising, Halving, Losses, Models, Objective, objectives
+from support import Landing, Watched, members, mixture, numbers, toy_denoiser
+
+every_objective = pytest.mark.parametrize("objective", members(objectives))
+every_process = pytest.mark.parametrize("process", members(processes))
+every_prediction = pytest.mark.parametrize("prediction", members(predictions))
+every_weighting = pytest.mark.parametrize("weighting", members(weightings))
+
+SIZE = 96
+
+
+def draw_for(places: range = range(SIZE), update: int = 3) -> Draw:
+    return Draw(seed=11, stream="stage", update=update, batch_size=SIZE, places=places)
+
+
+def data(count: int = SIZE) -> Tensor:
+    return 0.5 * numbers(count, 3)
+
+
+def toy_models(process: NoiseProcess, prediction: Prediction) -> Models:
+    """A student and a teacher that differ; both could be trained."""
+    return Models(toy_denoiser(process, prediction, seed=1), toy_denoiser(process, prediction, seed=2))
+
+
+@every_objective
+@every_process
+def test_the_loss_is_0_for_the_exact_denoiser_of_data_of_one_point(
+    process: NoiseProcess, objective: Objective
+) -> None:
+    """There every target is the point, whoever the teacher is and however many steps it takes."""
+    point = numbers(1, 3)
+    exact = data_set_denoiser(process, point)
+    result = objective.loss(Models(exact, exact), Batch(point.expand(SIZE, 3)), draw_for())
+    # Errors of one rounding, 1e-16, in x0, under the largest weight of any weighting, e^20 + 1.
+    assert float((result.loss / (result.log_snr.exp() + 1)).max()) < 1e-30
+
+
+@every_objective
+@every_process
+@every_prediction
+def test_gradient_reaches_the_student_and_nothing_else(
+    process: NoiseProcess, prediction: Prediction, objective: Objective
+) -> None:
+    models, batch = toy_models(process, prediction), Batch(data().requires_grad_())
+    objective.loss(models, batch, draw_for()).loss.mean().backward()
+    assert models.teacher is not None
+    assert all(parameter.grad is None for parameter in models.teacher.parameters())
+    grads = [parameter.grad for parameter in models.student.parameters()]
+    assert all(grad is not None and bool(torch.isfinite(grad).all()) and bool(grad.any()) for grad in grads)
+
+
+@every_objective
+@every_prediction
+@given(cut=st.integers(1, SIZE - 1))
+def test_parts_of_a_batch_have_the_losses_that_they_have_in_the_whole(
+    prediction: Prediction, objective: Objective, cut: int
+) -> None:
+    models, x0 = toy_models(VPCosine(), prediction), data()
+    whole = objective.loss(models, Batch(x0), draw_for())
+    parts = [
+        objective.loss(models, Batch(x0[places.start : places.stop]), draw_for(places))
+        for places in (range(cut), range(cut, SIZE))
+    ]
+    assert torch.equal(torch.cat([part.log_snr for part in parts]), whole.log_snr)
+    torch.testing.assert_close(torch.cat([part.loss for part in parts]), whole.loss, rtol=1e-9, atol=1e-12)
+
+
+@every_objective
+def test_each_update_draws_other_times_and_noise(objective: Objective) -> None:
+    models, batch = toy_models(VPCosine(), V()), Batch(data())
+    first, second = (objective.loss(models, batch, draw_for(update=update)).loss for update in (0, 1))
+    assert not bool((first == second).any())
+
+
+@every_objective
+def test_what_is_distilled_or_learned_is_the_same_for_float32_data_up_to_its_rounding(
+    objective: Objective,
+) -> None:
+    models, x0 = toy_models(VPCosine(), X0()), data().float()
+    with torch.no_grad():
+        single = objective.loss(models, Batch(x0), draw_for())
+        double = objective.loss(models, Batch(x0.double()), draw_for())
+    assert single.loss.dtype == torch.float32
+    assert single.log_snr.dtype == torch.float64
+    assert torch.equal(single.log_snr, double.log_snr)
+    torch.testing.assert_close(single.loss.double(), double.loss, rtol=1e-4, atol=0)
+
+
+@every_objective
+@every_weighting
+def test_a_student_that_is_off_by_a_known_distance_pays_the_weight_of_its_square(
+    objective: Objective, weighting: Weighting
+) -> None:
+    """So the loss is that of the log-SNR that it reports, and a mean over entries."""
+    if not any(field.name == "weighting" for field in dataclasses.fields(objective)):  # type: ignore[arg-type]
+        pytest.skip("it has no weighting")
+    process, point = VPCosine(), numbers(1, 3)
+    exact = data_set_denoiser(process, point)
+    off = data_set_denoiser(process, point + 0.25)
+    weighted = dataclasses.replace(objective, weighting=weighting)  # type: ignore[type-var]
+    result = weighted.loss(Models(off, exact), Batch(point.expand(SIZE, 3)), draw_for())
+    torch.testing.assert_close(result.loss, weighting(result.log_snr) / 16, rtol=1e-12, atol=0)
+
+
+@every_objective
+def test_the_student_is_shown_the_noise_level_that_the_losses_report(objective: Objective) -> None:
+    """And x_t there has the amount of noise that the time says: the student is asked at what was mixed."""
+    process, point = VPCosine(), numbers(1, 3)
+    student = Watched(data_set_denoiser(process, point))
+    result = objective.loss(Models(student, student.denoiser), Batch(point.expand(SIZE, 3)), draw_for())
+    assert torch.equal(process.log_snr(student.times[-1]), result.log_snr)
+    # On data of one point the exact denoiser finds the very noise that was mixed in; it would not be of unit
+    # scale if the time of the mixing were another.
+    assert scipy.stats.kstest(student.answers[-1].eps.flatten().numpy(), "norm").pvalue > 0.01
+
+
+def test_the_objective_that_needs_a_teacher_says_so() -> None:
+    with pytest.raises(ValueError, match="halving learns from a teacher"):
+        Halving(4).loss(Models(mixture(VPCosine())), Batch(numbers(4, 2)), Draw(0, "", 0, 4, range(4)))
+    assert {name: member.needs_teacher for name, member in objectives.items()}["halve"]
+    assert not Denoising.needs_teacher
+
+
+@pytest.mark.parametrize(("num_steps", "num_teacher_steps"), [(0, 2), (-4, 2), (2.5, 2), (4, 0), (4, 1.5)])
+def test_halving_refuses_numbers_of_steps_below_1(num_steps: float, num_teacher_steps: float) -> None:
+    with pytest.raises(ValueError, match="whole number of at least 1"):
+        Halving(num_steps, num_teacher_steps)  # type: ignore[arg-type]
+
+
+@every_process
+@pytest.mark.parametrize("num_steps", [1, 2, 4, 16])
+@pytest.mark.parametrize("num_teacher_steps", [2, 3, 4])
+def test_the_halving_loss_is_0_for_the_student_that_lands_on_the_teacher_s_steps(
+    process: NoiseProcess, num_steps: int, num_teacher_steps: int
+) -> None:
+    """The student solves for its x0 from DDIM's own landing points and shares no line with the target."""
+    teacher = mixture(process)
+    student = Landing(teacher, num_steps, num_teacher_steps)
+    objective = Halving(num_steps, num_teacher_steps, Constant())
+    result = objective.loss(Models(student, teacher), Batch(0.5 * numbers(SIZE, 2)), draw_for())
+    # The square of an error of 1e-13; the loss of a student that copies the teacher is above 1e-6.
+    assert float(result.loss.max()) < 1e-26
+    copying = objective.loss(Models(teacher, teacher), Batch(0.5 * numbers(SIZE, 2)), draw_for())
+    assert float(copying.loss.mean()) > 1e-6
+
+
+@every_process
+def test_the_halving_loss_of_a_student_off_its_target_is_the_square_of_the_distance(
+    process: NoiseProcess,
+) -> None:
+    teacher = mixture(process)
+    student = Landing(teacher, 4, offset=0.5)
+    result = Halving(4, weighting=Constant()).loss(
+        Models(student, teacher), Batch(0.5 * numbers(SIZE, 2)), draw_for()
+    )
+    torch.testing.assert_close(
+        result.loss, torch.full((SIZE,), 0.25, dtype=torch.float64), rtol=1e-11, atol=0
+    )
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 8])
+def test_halving_draws_every_time_of_the_student_s_grid_and_no_other(num_steps: int) -> None:
+    process = VPCosine()
+    exact = data_set_denoiser(process, numbers(1, 3))
+    student = Watched(exact)
+    Halving(num_steps).loss(Models(student, exact), Batch(data()), draw_for())
+    assert student.times[0].unique().tolist() == [k / num_steps for k in range(1, num_steps + 1)]
+
+
+def test_denoising_draws_times_over_all_of_the_unit_interval() -> None:
+    process = VPCosine()
+    student = Watched(data_set_denoiser(process, numbers(1, 3)))
+    for update in range(20):
+        Denoising().loss(Models(student), Batch(data()), draw_for(update=update))
+    times = torch.cat(student.times).sort().values
+    # Kolmogorov's distance of 1920 uniform numbers stays below 1.63 / sqrt(1920) = 0.037 in 99 of 100 cases.
+    assert float((times - torch.arange(len(times)) / len(times)).abs().max()) < 0.037
+
+
+def test_denoising_ignores_a_teacher_and_the_posterior_mean_minimises_it() -> None:
+    """No student beats E[x0 | x_t]: moving it either way costs, on data from the very mixture."""
+    process = VPCosine()
+    points = torch.tensor([[-1.0], [1.0]], dtype=torch.float64)
+    exact = data_set_denoiser(process, points)
+    x0 = points[torch.arange(SIZE) % 2]
+
+    def mean_loss(stretch: float) -> float:
+        student = data_set_denoiser(process, points * stretch)
+        losses: list[Losses] = [
+            Denoising(Constant()).loss(Models(student, exact), Batch(x0), draw_for(update=update))
+            for update in range(40)
+        ]
+        return float(torch.cat([each.loss for each in losses]).mean())
+
+    assert mean_loss(1.0) < min(mean_loss(0.9), mean_loss(1.1))

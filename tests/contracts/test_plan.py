@@ -1,0 +1,195 @@
+"""The plan of a run: the chain of halvings, its budget and its rates."""
+
+import dataclasses
+import re
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from halfstep.core.weighting import SNRPlusOne, TruncatedSNR
+from halfstep.objectives import Denoising, Halving, Plan, Stage
+
+
+def steps_of(plan: Plan) -> list[int | None]:
+    return [stage.num_steps for stage in plan.stages]
+
+
+def stage_of(**changes: object) -> Stage:
+    usual = Stage(Denoising(), num_updates=100, batch_size=8, learning_rate=1e-3)
+    return dataclasses.replace(usual, **changes)  # type: ignore[arg-type]
+
+
+@given(end=st.integers(1, 9), halvings=st.integers(1, 13))
+def test_each_student_takes_half_the_steps_of_its_teacher_from_start_to_end(end: int, halvings: int) -> None:
+    chain = [end * 2**halvings, *steps_of(Plan.halvings(end * 2**halvings, end))]
+    assert len(chain) == halvings + 1
+    assert chain[-1] == end
+    assert all(teacher == 2 * student for teacher, student in zip(chain[:-1], chain[1:], strict=True))  # type: ignore[operator]
+
+
+@given(start=st.integers(2, 5000), end=st.integers(1, 600))
+def test_a_chain_either_reaches_its_end_by_halving_or_names_a_start_that_does(start: int, end: int) -> None:
+    ratio = Fraction(start, end)
+    if ratio.denominator == 1 and ratio > 1 and ratio.numerator & (ratio.numerator - 1) == 0:
+        assert steps_of(Plan.halvings(start, end))[-1] == end
+    elif end >= start:
+        with pytest.raises(
+            ValueError, match=f"the end must be below the start: got a chain from {start} steps to {end}"
+        ):
+            Plan.halvings(start, end)
+    else:
+        with pytest.raises(ValueError, match=f"{start} steps cannot be halved to {end}") as error:
+            Plan.halvings(start, end)
+        named = re.search(r"for example (\d+)$", str(error.value))
+        assert named
+        assert start < int(named[1]) < 2 * start
+        assert steps_of(Plan.halvings(int(named[1]), end))[-1] == end
+
+
+@pytest.mark.parametrize(("start", "end"), [(0, 1), (8, 0), (-8, -16), (8.0, 1)])
+def test_a_chain_of_steps_that_are_not_whole_numbers_of_at_least_1_is_refused(
+    start: float, end: float
+) -> None:
+    with pytest.raises(ValueError, match="whole number of at least 1"):
+        Plan.halvings(start, end)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "num_updates"),
+    [(8192, 4, 550_000), (8192, 1, 750_000), (1024, 4, 400_000), (1024, 1, 600_000)],
+)
+def test_the_defaults_cost_what_the_paper_s_chains_cost(start: int, end: int, num_updates: int) -> None:
+    """Section 5.2: 50,000 updates a stage and 100,000 at 2 and 1, from 8192 (CIFAR-10) or 1024 steps."""
+    assert Plan.halvings(start, end).num_updates == num_updates
+
+
+def test_the_stages_of_2_steps_and_1_step_get_twice_the_updates() -> None:
+    plan = Plan.halvings(16, num_updates=30)
+    assert [(stage.num_steps, stage.num_updates) for stage in plan.stages] == [
+        (8, 30),
+        (4, 30),
+        (2, 60),
+        (1, 60),
+    ]
+
+
+def test_exceptions_replace_the_doubling() -> None:
+    given = Plan.halvings(16, num_updates=30, updates_at={4: 7})
+    assert [stage.num_updates for stage in given.stages] == [30, 7, 30, 30]
+    assert [stage.num_updates for stage in Plan.halvings(16, num_updates=30, updates_at={}).stages] == [
+        30
+    ] * 4
+
+
+def test_the_doubling_may_name_steps_that_the_chain_does_not_reach() -> None:
+    assert [stage.num_updates for stage in Plan.halvings(32, 8, num_updates=30).stages] == [30, 30]
+
+
+@pytest.mark.parametrize("foreign", [16, 3, 64])
+def test_an_exception_outside_the_chain_is_refused(foreign: int) -> None:
+    """The first teacher's own number of steps is outside too: it is not trained by the chain."""
+    with pytest.raises(ValueError, match=rf"a student of {foreign} steps, but .* take \[8, 4, 2, 1\]"):
+        Plan.halvings(16, updates_at={4: 7, foreign: 9})
+
+
+def test_the_settings_of_a_chain_reach_every_stage() -> None:
+    settings = {
+        "batch_size": 3,
+        "learning_rate": 0.25,
+        "weight_decay": 0.5,
+        "adam_betas": (0.1, 0.2),
+        "grad_clip": 4.0,
+        "ema_decay": 0.75,
+        "dropout": 0.125,
+    }
+    teacher = Plan.teacher(num_updates=5, weighting=SNRPlusOne(), warmup_updates=2, **settings)  # type: ignore[arg-type]
+    students = Plan.halvings(8, num_updates=5, weighting=SNRPlusOne(), **settings)  # type: ignore[arg-type]
+    for stage in (teacher + students).stages:
+        assert {name: getattr(stage, name) for name in settings} == settings
+        assert stage.objective.weighting == SNRPlusOne()  # type: ignore[attr-defined]
+    assert teacher.stages[0].warmup_updates == 2
+
+
+def test_a_student_anneals_and_keeps_no_average_where_a_teacher_does_the_reverse() -> None:
+    """The authors' configurations: in distillation the fall of the rate to 0 takes the place of averaging."""
+    teacher = Plan.teacher(num_updates=5, batch_size=1, learning_rate=1.0).stages[0]
+    student = Plan.halvings(2).stages[0]
+    assert (teacher.anneal, teacher.ema_decay) == (False, 0.9999)
+    assert (student.anneal, student.ema_decay, student.dropout, student.weight_decay) == (True, 0.0, 0.0, 0.0)
+    for stage in (teacher, student):
+        assert stage.objective.weighting == TruncatedSNR()  # type: ignore[attr-defined]
+
+
+def test_folders_are_named_by_place_and_steps_and_sort_in_the_order_in_which_they_run() -> None:
+    plan = Plan.teacher(num_updates=1, batch_size=1, learning_rate=1.0) + Plan.halvings(8192)
+    names = plan.names()
+    assert names[:3] == ["00-denoise", "01-halve-4096", "02-halve-2048"]
+    assert names[-1] == "13-halve-0001"
+    assert names == sorted(set(names))
+    assert Plan().names() == []
+
+
+def test_plans_add_up_in_order() -> None:
+    first, second = Plan.halvings(16, 4, num_updates=3), Plan.halvings(4, num_updates=5)
+    assert steps_of(first + second) == steps_of(Plan.halvings(16))
+    assert (first + second).num_updates == first.num_updates + second.num_updates
+
+
+@given(num_updates=st.integers(1, 500), rate=st.floats(1e-6, 1))
+def test_an_annealed_rate_falls_linearly_and_would_be_0_at_the_update_after_the_last(
+    num_updates: int, rate: float
+) -> None:
+    stage = stage_of(num_updates=num_updates, learning_rate=rate)
+    rates = [stage.learning_rate_at(update) for update in range(num_updates)]
+    assert rates[0] == rate
+    assert min(rates) > 0
+    falls = [a - b for a, b in zip(rates, [*rates[1:], 0.0], strict=True)]
+    assert falls == pytest.approx([rate / num_updates] * num_updates, rel=1e-9)
+
+
+@given(num_updates=st.integers(1, 200), data=st.data())
+def test_a_warm_up_rises_evenly_from_above_0_to_the_full_rate_and_stays(
+    num_updates: int, data: st.DataObject
+) -> None:
+    warmup = data.draw(st.integers(1, num_updates))
+    stage = stage_of(num_updates=num_updates, warmup_updates=warmup, anneal=False, learning_rate=0.5)
+    rates = [stage.learning_rate_at(update) for update in range(num_updates)]
+    rises = [b - a for a, b in zip([0.0, *rates], rates, strict=False)]
+    assert rises[:warmup] == pytest.approx([0.5 / warmup] * warmup, rel=1e-9)
+    assert rates[warmup - 1 :] == [0.5] * (num_updates - warmup + 1)
+
+
+def test_a_rate_that_warms_up_and_anneals_is_the_product_of_the_two() -> None:
+    both = stage_of(warmup_updates=10, learning_rate=2.0)
+    warming, falling = stage_of(warmup_updates=10, anneal=False), stage_of()
+    for update in range(100):
+        product = warming.learning_rate_at(update) * falling.learning_rate_at(update) / 1e-3**2 * 2
+        assert both.learning_rate_at(update) == pytest.approx(product, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_updates": 0}, "num_updates must be above 0, got 0"),
+        ({"batch_size": -1}, "batch_size must be above 0, got -1"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be above 0, got nan"),
+        ({"grad_clip": 0.0}, "grad_clip must be above 0"),
+        ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\), got 1.0"),
+        ({"ema_decay": -0.1}, r"ema_decay must be in \[0, 1\)"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        ({"dropout": -0.5}, r"dropout must be in \[0, 1\)"),
+        ({"warmup_updates": 101}, "warmup_updates must be from 0 to num_updates = 100, got 101"),
+        ({"warmup_updates": -1}, "warmup_updates must be from 0"),
+    ],
+)
+def test_a_stage_refuses_a_budget_that_makes_no_sense(changes: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        stage_of(**changes)
+
+
+def test_a_halving_stage_is_made_for_its_students_steps_and_a_teacher_for_any() -> None:
+    assert stage_of(objective=Halving(4, num_teacher_steps=3)).num_steps == 4
+    assert stage_of().num_steps is None

@@ -1,0 +1,113 @@
+"""(x0, eps) survive every prediction and every pair of them, on every process."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from halfstep.core.noise import NoiseProcess, VPCosine, processes
+from halfstep.core.prediction import X0, Both, Prediction, eps_from_x0, predictions
+from support import clock, interior_times, members, numbers
+
+every_process = pytest.mark.parametrize("process", members(processes))
+every_prediction = pytest.mark.parametrize("prediction", members(predictions))
+
+# Three channels, so that a prediction of two outputs that is cut along another axis or unevenly cannot pass.
+SHAPE = (3, 2, 2)
+
+
+@every_process
+@every_prediction
+@pytest.mark.parametrize("second", members(predictions))
+def test_x0_and_eps_survive_every_pair_of_predictions(
+    process: NoiseProcess, prediction: Prediction, second: Prediction
+) -> None:
+    t = interior_times(999)
+    alpha, sigma = process.alpha_sigma(t)
+    x0, eps = numbers(len(t), *SHAPE), numbers(len(t), *SHAPE, seed=1)
+    x_t = process.mix(x0, eps, t)
+    first = prediction.denoised(prediction.target(x0, eps, alpha, sigma), x_t, alpha, sigma)
+    again = second.denoised(second.target(first.x0, first.eps, alpha, sigma), x_t, alpha, sigma)
+    # The worst that a conversion does to a rounding of 2^-53 is 1 / alpha or 1 / sigma, below 10^3 at these
+    # times.
+    for kept in (first, again):
+        torch.testing.assert_close(kept.x0, x0, rtol=0, atol=2e-11)
+        torch.testing.assert_close(kept.eps, eps, rtol=0, atol=2e-11)
+
+
+@every_process
+@every_prediction
+def test_an_output_survives_denoising_and_being_made_a_target_again(
+    process: NoiseProcess, prediction: Prediction
+) -> None:
+    """The inverse in the other order: for one output, denoised() loses nothing and adds nothing."""
+    if prediction.channels != 1:
+        pytest.skip("two outputs for two unknowns are blended, so many outputs mean the same (x0, eps)")
+    t = interior_times(999)
+    alpha, sigma = process.alpha_sigma(t)
+    output, x_t = numbers(len(t), *SHAPE), numbers(len(t), *SHAPE, seed=1)
+    x0, eps = prediction.denoised(output, x_t, alpha, sigma)
+    torch.testing.assert_close(prediction.target(x0, eps, alpha, sigma), output, rtol=0, atol=2e-11)
+
+
+@every_process
+@every_prediction
+def test_what_any_output_means_adds_up_to_x_t(process: NoiseProcess, prediction: Prediction) -> None:
+    """An imperfect network, too, splits x_t into alpha x0 + sigma eps, or DDIM would leave the trajectory."""
+    t = interior_times(999)
+    alpha, sigma = process.alpha_sigma(t)
+    x_t = numbers(len(t), *SHAPE)
+    output = numbers(len(t), prediction.channels * SHAPE[0], *SHAPE[1:], seed=1)
+    x0, eps = prediction.denoised(output, x_t, alpha, sigma)
+    torch.testing.assert_close(process.mix(x0, eps, t), x_t, rtol=0, atol=1e-12)
+
+
+@every_prediction
+def test_channels_says_how_many_outputs_a_channel_of_data_has(prediction: Prediction) -> None:
+    x0 = numbers(5, *SHAPE)
+    target = prediction.target(x0, x0, *VPCosine().alpha_sigma(interior_times(5)))
+    assert target.shape == (5, prediction.channels * SHAPE[0], *SHAPE[1:])
+
+
+@every_prediction
+@given(row=st.integers(0, 7), scale=st.floats(0.1, 10))
+def test_each_sample_is_denoised_at_its_own_time(prediction: Prediction, row: int, scale: float) -> None:
+    t = interior_times(8)
+    alpha, sigma = VPCosine().alpha_sigma(t)
+    x_t = scale * numbers(8, *SHAPE)
+    output = scale * numbers(8, prediction.channels * SHAPE[0], *SHAPE[1:], seed=1)
+    batch, one = prediction.denoised(output, x_t, alpha, sigma), slice(row, row + 1)
+    alone = prediction.denoised(output[one], x_t[one], alpha[one], sigma[one])
+    for together, apart in zip(batch, alone, strict=True):
+        torch.testing.assert_close(together[one], apart, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_predicted_x0_is_the_output_itself_to_the_last_bit(dtype: torch.dtype) -> None:
+    t = torch.linspace(0, 1, 8193, dtype=torch.float64)
+    output, x_t = numbers(8193, 2).to(dtype), numbers(8193, 2, seed=1).to(dtype)
+    assert torch.equal(X0().denoised(output, x_t, *VPCosine().alpha_sigma(t)).x0, output)
+
+
+def test_both_trusts_its_eps_head_near_the_data_and_its_x0_head_near_the_noise() -> None:
+    """Each head counts where it is the better conditioned one: an error of 1 in a head moves x0 by at most
+    1/2, and by next to nothing at the end where that head is the worse one."""
+    process, both = VPCosine(), Both()
+    alpha, sigma = process.alpha_sigma(clock(0.001, 0.5, 0.999))
+    x0, eps = numbers(3, *SHAPE), numbers(3, *SHAPE, seed=1)
+    x_t = process.mix(x0, eps, clock(0.001, 0.5, 0.999))
+    wrong_x0 = both.denoised(torch.cat([x0 + 1, eps], 1), x_t, alpha, sigma).x0 - x0
+    wrong_eps = both.denoised(torch.cat([x0, eps + 1], 1), x_t, alpha, sigma).x0 - x0
+    near_data, middle, near_noise = wrong_x0.abs().flatten(1).amax(1)
+    assert near_data < 1e-5
+    assert abs(middle - 0.5) < 1e-9
+    assert abs(near_noise - 1) < 1e-5
+    assert bool((wrong_eps.abs() <= 0.5 + 1e-12).all())
+
+
+@every_process
+def test_eps_from_x0_is_the_noise_that_was_mixed_in(process: NoiseProcess) -> None:
+    t = interior_times(999)
+    x0, eps = numbers(len(t), *SHAPE), numbers(len(t), *SHAPE, seed=1)
+    found = eps_from_x0(process.mix(x0, eps, t), x0, *process.alpha_sigma(t))
+    torch.testing.assert_close(found, eps, rtol=0, atol=1e-12)

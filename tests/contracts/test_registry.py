@@ -1,0 +1,69 @@
+"""Families by name: every member can be named, built and found again, and a slip is answered with a hint."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from halfstep.core.noise import processes
+from halfstep.core.prediction import predictions
+from halfstep.core.weighting import weightings
+from halfstep.objectives import objectives
+from halfstep.registry import Registry, nearest
+from halfstep.samplers import samplers
+from support import build
+
+FAMILIES: list[Registry] = [processes, predictions, weightings, samplers, objectives]
+every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.family.replace(" ", "_"))
+
+
+@every_family
+def test_a_member_is_found_by_its_name_and_its_name_by_class_and_by_instance(family: Registry) -> None:
+    assert len(list(family)) >= 1
+    for name, member in family.items():
+        assert family[name] is member
+        assert family.name_of(member) == name
+        assert family.name_of(build(member)) == name
+
+
+@every_family
+def test_members_are_values_that_compare_by_their_arguments_and_cannot_be_changed(family: Registry) -> None:
+    for _, member in family.items():
+        assert build(member) == build(member)
+        with pytest.raises(AttributeError):
+            build(member).anything = 1
+
+
+@every_family
+@given(data=st.data())
+def test_a_name_with_a_slip_is_answered_with_the_nearest_and_all_others(
+    family: Registry, data: st.DataObject
+) -> None:
+    name = data.draw(st.sampled_from([name for name in family if len(name) > 3] or list(family)))
+    place = data.draw(st.integers(1, len(name) - 1))
+    slip = name[:place] + "_" + name[place:]
+    with pytest.raises(ValueError, match="unknown") as error:
+        family[slip]
+    message = str(error.value)
+    assert f"unknown {family.family} {slip!r}" in message
+    assert f"did you mean {name!r}" in message
+    assert all(known in message for known in family)
+
+
+def test_a_name_like_no_other_gets_the_list_but_no_guess() -> None:
+    with pytest.raises(ValueError, match=r"unknown sampler 'qqqq' \(known: ddim"):
+        samplers["qqqq"]
+    assert nearest("qqqq", list(samplers)) == ""
+
+
+def test_what_was_never_registered_has_no_name() -> None:
+    with pytest.raises(ValueError, match="3 is not a registered prediction"):
+        predictions.name_of(3)
+
+
+def test_a_name_is_given_once_and_the_first_stays() -> None:
+    family: Registry[int] = Registry("colour")
+    assert family.register("red")(1) == 1
+    with pytest.raises(ValueError, match="the colour 'red' is registered twice"):
+        family.register("red")(2)
+    family.register("blue")(3)
+    assert list(family.items()) == [("red", 1), ("blue", 3)]

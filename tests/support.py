@@ -1,0 +1,179 @@
+"""What the tests of the mathematics share: numbers, members of a registry, denoisers that watch, an
+independent integrator."""
+
+import dataclasses
+import math
+from typing import Any, Final, final
+
+import pytest
+import torch
+from scipy.integrate import solve_ivp
+from torch import Tensor, nn
+
+from halfstep.core.clock import as_clock, per_sample
+from halfstep.core.denoiser import Cond, Denoiser, NetworkDenoiser
+from halfstep.core.noise import NoiseProcess
+from halfstep.core.oracle import GaussianDenoiser, MixtureDenoiser
+from halfstep.core.prediction import Denoised, Prediction, eps_from_x0
+from halfstep.registry import Registry
+from halfstep.samplers import DDIM
+
+REQUIRED: Final = {"num_steps": 4}
+"""Values for the arguments without a default that a registered class may have."""
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    """Unit normal float64 numbers, the same for the same arguments."""
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def clock(*times: float) -> Tensor:
+    """The times as a float64 clock tensor."""
+    return torch.tensor(times, dtype=torch.float64)
+
+
+def interior_times(count: int = 97) -> Tensor:
+    """Times strictly inside (0, 1), where every process has finite amplitudes of both kinds."""
+    return torch.linspace(0, 1, count + 2, dtype=torch.float64)[1:-1]
+
+
+def build(member: type[Any]) -> Any:
+    """A registered class built with its defaults, and `REQUIRED` where it has none."""
+    missing = [
+        field.name
+        for field in dataclasses.fields(member)
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    return member(**{name: REQUIRED[name] for name in missing})
+
+
+def members(registry: Registry[Any]) -> list[Any]:
+    """Every registered member, built, as a pytest parameter that bears its name."""
+    found = [pytest.param(build(member), id=name) for name, member in registry.items()]
+    assert found, f"no {registry.family} is registered, so its contract would pass unseen"
+    return found
+
+
+class ToyNetwork(nn.Module):
+    """A smooth function of x_t and t without symmetries, entry by entry, with the outputs that a prediction
+    needs."""
+
+    def __init__(self, prediction: Prediction, seed: int = 0) -> None:
+        super().__init__()
+        self.coefficients = nn.Parameter(0.7 * numbers(prediction.channels, 4, seed=seed))
+
+    def forward(self, x_t: Tensor, time: Tensor) -> Tensor:
+        t = per_sample(time, x_t)
+        rows = self.coefficients.to(x_t)
+        return torch.cat(
+            [c[0] * x_t + torch.sin(2 * x_t + 3 * c[1] * t + c[2]) + c[3] * t for c in rows], dim=1
+        )
+
+
+def toy_denoiser(process: NoiseProcess, prediction: Prediction, seed: int = 0) -> NetworkDenoiser:
+    """A `ToyNetwork` seen through the process and the prediction: a teacher that is no exact denoiser of
+    anything."""
+    return NetworkDenoiser(ToyNetwork(prediction, seed), process, prediction)
+
+
+def gaussian(process: NoiseProcess) -> GaussianDenoiser:
+    """The exact denoiser of a Gaussian that is neither centred nor of unit width."""
+    return GaussianDenoiser(process, mean=0.3, std=0.5)
+
+
+def mixture(process: NoiseProcess) -> MixtureDenoiser:
+    """The exact denoiser of three Gaussians in the plane, of unequal widths and weights."""
+    means = torch.tensor([[-0.8, 0.1], [0.6, 0.7], [0.4, -0.9]], dtype=torch.float64)
+    return MixtureDenoiser(process, means, std=clock(0.3, 0.4, 0.35), weights=clock(0.5, 0.2, 0.3))
+
+
+@final
+class Watched(Denoiser):
+    """Another denoiser, with the times and the answers of its calls on record."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.process = denoiser.process
+        self.times: list[Tensor] = []
+        self.answers: list[Denoised] = []
+
+    def forward(self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None) -> Denoised:
+        self.times.append(as_clock(t, x_t).clone())
+        self.answers.append(self.denoiser(x_t, t, cond))
+        return self.answers[-1]
+
+
+def integrated_flow(denoiser: Denoiser, x_1: Tensor, s: float = 0.0) -> Tensor:
+    """Where the probability-flow ODE takes `x_1` from t = 1 to time s, by an integrator that is not ours.
+
+    With u = x_t / sqrt(alpha^2 + sigma^2) and tan(phi) = sigma / alpha, every process obeys du / dphi =
+    cos(phi) eps - sin(phi) x0. For s = 0 it stops at t = 1e-6 and takes the x0 there, which is off by the
+    square of the noise that is left (4.7e-5 on the cosine process).
+    """
+    process = denoiser.process
+    last = s or 1e-6
+
+    def place(t: float) -> tuple[float, float]:
+        alpha, sigma = (float(a) for a in process.alpha_sigma(clock(t)))
+        return math.atan2(sigma, alpha), math.hypot(alpha, sigma)
+
+    def state(phi: float, u: Any) -> tuple[Tensor, float]:
+        t = float(process.time_at(clock(-2 * math.log(math.tan(phi)))).clamp(last, 1))
+        return torch.as_tensor(u, dtype=torch.float64).reshape(x_1.shape) * place(t)[1], t
+
+    def slope(phi: float, u: Any) -> Any:
+        x0, eps = denoiser(*state(phi, u))
+        return (math.cos(phi) * eps - math.sin(phi) * x0).flatten().numpy()
+
+    (start, radius), (end, _) = place(1.0), place(last)
+    result = solve_ivp(
+        slope, (start, end), (x_1 / radius).flatten().numpy(), "DOP853", rtol=1e-12, atol=1e-13
+    )
+    assert result.success
+    x_s, t = state(end, result.y[:, -1])
+    return x_s if s else denoiser(x_s, t).x0
+
+
+def pure_noise(process: NoiseProcess, *shape: int, seed: int = 0) -> Tensor:
+    """Samples at t = 1: noise of the process's own amplitude there."""
+    return float(process.alpha_sigma(clock(1.0))[1]) * numbers(*shape, seed=seed)
+
+
+@final
+class Landing(Denoiser):
+    """The x0 with which one step of 1 / num_steps lands where the teacher's DDIM steps land, by solving for
+    it.
+
+    The subtractive form of the paper's algorithm 2, in the dtype of x_t, with `DDIM` taking the steps. It
+    knows nothing of weights and means, which is what makes it a witness for `halving_target`.
+    """
+
+    def __init__(
+        self, teacher: Denoiser, num_steps: int, num_teacher_steps: int = 2, offset: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.teacher = teacher
+        self.process = teacher.process
+        self.num_steps = num_steps
+        self.num_teacher_steps = num_teacher_steps
+        self.offset = offset
+
+    def landing(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """The teacher's x_s at s = t - 1 / num_steps."""
+        fine = self.num_steps * self.num_teacher_steps
+        first = (t * fine).round()
+        for k in range(self.num_teacher_steps):
+            here, there = (first - k) / fine, (first - k - 1) / fine
+            x_t, _ = DDIM().step(self.teacher, x_t, here, there, None, None)
+        return x_t
+
+    def forward(self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None) -> Denoised:
+        start = as_clock(t, x_t)
+        alpha_t, sigma_t = self.process.alpha_sigma(start)
+        alpha_s, sigma_s = self.process.landing(((start * self.num_steps).round() - 1) / self.num_steps)
+        ratio = sigma_s / sigma_t
+        x0 = (self.landing(x_t, start) - per_sample(ratio, x_t) * x_t) / per_sample(
+            alpha_s - ratio * alpha_t, x_t
+        )
+        return Denoised(x0 + self.offset, eps_from_x0(x_t, x0 + self.offset, alpha_t, sigma_t))
