@@ -1,5 +1,4 @@
-"""What the tests of the mathematics share: numbers, members of a registry, denoisers that watch, an
-independent integrator."""
+"""What the tests of the mathematics share: numbers, members of a registry, teachers, an integrator."""
 
 import dataclasses
 import math
@@ -55,8 +54,7 @@ def members(registry: Registry[Any]) -> list[Any]:
 
 
 class ToyNetwork(nn.Module):
-    """A smooth function of x_t and t without symmetries, entry by entry, with the outputs that a prediction
-    needs."""
+    """A smooth function of x_t and t without symmetries, with as many outputs as a prediction needs."""
 
     def __init__(self, prediction: Prediction, seed: int = 0) -> None:
         super().__init__()
@@ -65,14 +63,11 @@ class ToyNetwork(nn.Module):
     def forward(self, x_t: Tensor, time: Tensor) -> Tensor:
         t = per_sample(time, x_t)
         rows = self.coefficients.to(x_t)
-        return torch.cat(
-            [c[0] * x_t + torch.sin(2 * x_t + 3 * c[1] * t + c[2]) + c[3] * t for c in rows], dim=1
-        )
+        return torch.cat([c[0] * x_t + torch.sin(2 * x_t + 3 * c[1] * t + c[2]) + c[3] * t for c in rows], dim=1)
 
 
 def toy_denoiser(process: NoiseProcess, prediction: Prediction, seed: int = 0) -> NetworkDenoiser:
-    """A `ToyNetwork` seen through the process and the prediction: a teacher that is no exact denoiser of
-    anything."""
+    """A `ToyNetwork` seen through the process and the prediction: no exact denoiser of anything."""
     return NetworkDenoiser(ToyNetwork(prediction, seed), process, prediction)
 
 
@@ -127,9 +122,7 @@ def integrated_flow(denoiser: Denoiser, x_1: Tensor, s: float = 0.0) -> Tensor:
         return (math.cos(phi) * eps - math.sin(phi) * x0).flatten().numpy()
 
     (start, radius), (end, _) = place(1.0), place(last)
-    result = solve_ivp(
-        slope, (start, end), (x_1 / radius).flatten().numpy(), "DOP853", rtol=1e-12, atol=1e-13
-    )
+    result = solve_ivp(slope, (start, end), (x_1 / radius).flatten().numpy(), "DOP853", rtol=1e-12, atol=1e-13)
     assert result.success
     x_s, t = state(end, result.y[:, -1])
     return x_s if s else denoiser(x_s, t).x0
@@ -142,16 +135,13 @@ def pure_noise(process: NoiseProcess, *shape: int, seed: int = 0) -> Tensor:
 
 @final
 class Landing(Denoiser):
-    """The x0 with which one step of 1 / num_steps lands where the teacher's DDIM steps land, by solving for
-    it.
+    """The x0 with which one step of 1 / num_steps lands where the teacher's DDIM steps land, solved for.
 
     The subtractive form of the paper's algorithm 2, in the dtype of x_t, with `DDIM` taking the steps. It
     knows nothing of weights and means, which is what makes it a witness for `halving_target`.
     """
 
-    def __init__(
-        self, teacher: Denoiser, num_steps: int, num_teacher_steps: int = 2, offset: float = 0.0
-    ) -> None:
+    def __init__(self, teacher: Denoiser, num_steps: int, num_teacher_steps: int = 2, offset: float = 0.0) -> None:
         super().__init__()
         self.teacher = teacher
         self.process = teacher.process
@@ -173,7 +163,5 @@ class Landing(Denoiser):
         alpha_t, sigma_t = self.process.alpha_sigma(start)
         alpha_s, sigma_s = self.process.landing(((start * self.num_steps).round() - 1) / self.num_steps)
         ratio = sigma_s / sigma_t
-        x0 = (self.landing(x_t, start) - per_sample(ratio, x_t) * x_t) / per_sample(
-            alpha_s - ratio * alpha_t, x_t
-        )
+        x0 = (self.landing(x_t, start) - per_sample(ratio, x_t) * x_t) / per_sample(alpha_s - ratio * alpha_t, x_t)
         return Denoised(x0 + self.offset, eps_from_x0(x_t, x0 + self.offset, alpha_t, sigma_t))

@@ -12,7 +12,7 @@ from halfstep.core.denoiser import Clipped, Denoiser, NetworkDenoiser
 from halfstep.core.draw import Draw, sample_labels, sample_noise
 from halfstep.core.noise import NoiseProcess, VPCosine
 from halfstep.core.oracle import GaussianDenoiser, MixtureDenoiser, data_set_denoiser
-from halfstep.core.prediction import V, X0, Both, Denoised, Eps, Prediction
+from halfstep.core.prediction import X0, Both, Denoised, Eps, Prediction, V
 from halfstep.core.warnings import HalfstepWarning
 from halfstep.core.weighting import SNR, Constant, SNRPlusOne, TruncatedSNR, Weighting
 from halfstep.data import Data, DataConfig, open_data

@@ -1,5 +1,4 @@
-"""The geometry of the variance-preserving circle: v is a derivative, DDIM is a rotation, the target rotates
-too."""
+"""The geometry of the variance-preserving circle: v is a derivative, DDIM a rotation, the target two of them."""
 
 import math
 
@@ -26,8 +25,7 @@ def preserves_variance(process: NoiseProcess) -> bool:
 
 @pytest.mark.parametrize("process", members(processes))
 def test_v_is_the_derivative_of_x_t_along_the_circle(process: NoiseProcess) -> None:
-    """dx_t / dphi by automatic differentiation of `mix` in time, over the derivative of phi = atan2(sigma,
-    alpha)."""
+    """dx_t / dphi, both by automatic differentiation in time: of `mix` and of phi = atan2(sigma, alpha)."""
     if not preserves_variance(process):
         pytest.skip("it does not move on the circle")
     x0, eps, t = numbers(97), numbers(97, seed=1), interior_times(97).requires_grad_()
@@ -48,8 +46,7 @@ def test_the_cosine_process_moves_on_the_circle_at_constant_speed() -> None:
 
 
 def test_the_cosine_process_is_the_cosine_but_for_the_clipping_of_its_ends() -> None:
-    """Clipping at +-20 turns the angle by at most arctan(e^-10) = 4.5e-5, at the ends, and not at all in the
-    middle."""
+    """Clipping at +-20 turns the angle by at most arctan(e^-10) = 4.5e-5, at the ends; in the middle by 0."""
     t = torch.linspace(0, 1, 1025, dtype=torch.float64)
     turn = math.atan(math.exp(-10)) * (1 - 2 * t)
     torch.testing.assert_close(COSINE.angle(t), torch.pi / 2 * t + turn, rtol=0, atol=1e-15)
@@ -67,9 +64,7 @@ def test_the_cosine_process_is_the_cosine_but_for_the_clipping_of_its_ends() -> 
 
 
 @pytest.mark.parametrize(("low", "high"), [(-20.0, 20.0), (-5.0, 8.0), (-10.0, 10.0)])
-def test_the_log_snr_of_the_cosine_process_reaches_its_bounds_at_times_0_and_1(
-    low: float, high: float
-) -> None:
+def test_the_log_snr_of_the_cosine_process_reaches_its_bounds_at_times_0_and_1(low: float, high: float) -> None:
     ends = VPCosine(low, high).log_snr(torch.tensor([0.0, 1.0], dtype=torch.float64))
     # At 1 an angle of pi / 2 - 4.5e-5 is known to 1e-16, so the log-SNR to 5e-12.
     torch.testing.assert_close(ends, torch.tensor([high, low], dtype=torch.float64), rtol=0, atol=2e-11)
@@ -85,9 +80,7 @@ def circle_step(num_steps: int) -> tuple[Tensor, Tensor, Tensor]:
 @every_prediction
 @pytest.mark.parametrize("num_steps", [2, 4, 64, 4096])
 @torch.no_grad()
-def test_a_ddim_step_rotates_x_t_against_v_by_the_angle_of_the_step(
-    prediction: Prediction, num_steps: int
-) -> None:
+def test_a_ddim_step_rotates_x_t_against_v_by_the_angle_of_the_step(prediction: Prediction, num_steps: int) -> None:
     """x_s = cos(d) x_t - sin(d) v; Salimans & Ho 2022, appendix on the angular form."""
     t, s, d = circle_step(num_steps)
     denoiser, x_t = toy_denoiser(COSINE, prediction), numbers(len(t), 2)
@@ -101,9 +94,7 @@ def test_a_ddim_step_rotates_x_t_against_v_by_the_angle_of_the_step(
 @every_prediction
 @pytest.mark.parametrize("num_steps", [2, 4, 64, 4096])
 @torch.no_grad()
-def test_the_halving_target_as_v_is_a_sum_of_the_teacher_s_two_v(
-    prediction: Prediction, num_steps: int
-) -> None:
+def test_the_halving_target_as_v_is_a_sum_of_the_teacher_s_two_v(prediction: Prediction, num_steps: int) -> None:
     """v_target = v1 / 2 + v2 / (2 cos(d / 2)) - tan(d / 2) x_t / 2, an identity of two rotations by d / 2."""
     t, s, d = circle_step(num_steps)
     m = (t + s) / 2

@@ -34,9 +34,7 @@ def scheduler_for(prediction_type: str, clip: bool) -> DDIMScheduler:
 
 
 @torch.no_grad()
-def diffusers_path(
-    network: ToyNetwork, x_t: Tensor, num_steps: int, prediction_type: str, clip: bool
-) -> list[Tensor]:
+def diffusers_path(network: ToyNetwork, x_t: Tensor, num_steps: int, prediction_type: str, clip: bool) -> list[Tensor]:
     scheduler = scheduler_for(prediction_type, clip)
     scheduler.set_timesteps(num_steps)
     path = []

@@ -1,5 +1,4 @@
-"""The authors' own numbers: losses, halving targets and DDIM samples of their JAX code, computed in
-float64."""
+"""The authors' own numbers: losses, halving targets and DDIM samples of their JAX code in float64."""
 
 from pathlib import Path
 from typing import Final
@@ -31,19 +30,17 @@ WEIGHTINGS: Final[dict[str, Weighting]] = {
 }
 
 CASES: Final = sorted({tuple(key.split(".")[:2]) for key in LOSSES})
-DDIM_RUNS: Final = sorted(
-    key.removesuffix(".out") for key in SAMPLES if ".ddim." in key and key.endswith(".out")
-)
+DDIM_RUNS: Final = sorted(key.removesuffix(".out") for key in SAMPLES if ".ddim." in key and key.endswith(".out"))
 
 
 def column(values: np.ndarray) -> Tensor:
     """Scalars as samples of one entry, `[n, 1]`."""
-    return torch.from_numpy(values)[:, None]
+    return torch.from_numpy(values).reshape(-1, 1)
 
 
 def formula(coefficients: np.ndarray, prediction: Prediction, process: VPCosine = PROCESS) -> Denoiser:
     """The "network" of the reference values, as `tests/data/README.md` defines it."""
-    c = coefficients.tolist()
+    c: list[float] = coefficients.tolist()
 
     def network(x_t: Tensor, time: Tensor) -> Tensor:
         level = per_sample(process.log_snr(time.double()), x_t)
@@ -90,9 +87,7 @@ def test_the_loss_is_the_authors(name: str, num_steps: str, weighting: str) -> N
     of the 1e-11 of rounding in the reference's own target. So errors in x0 are compared, not their squares,
     and are allowed those 1e-11; in continuous time the target is the data and nothing needs allowing.
     """
-    row = {
-        key: LOSSES[f"{name}.{num_steps}.{key}"] for key in ("x", "eps", "t", "student", f"loss_{weighting}")
-    }
+    row = {key: LOSSES[f"{name}.{num_steps}.{key}"] for key in ("x", "eps", "t", "student", f"loss_{weighting}")}
     t = torch.from_numpy(row["t"])
     log_snr = PROCESS.log_snr(t)
     student = formula(row["student"], PREDICTIONS[name])

@@ -63,9 +63,7 @@ def test_the_network_is_shown_the_conditions_by_name() -> None:
 @pytest.mark.parametrize("wrong", ["channels", "batch", "size", "axes"])
 def test_an_output_of_the_wrong_shape_is_refused_with_both_shapes(prediction: Prediction, wrong: str) -> None:
     right = (4, 3 * prediction.channels, 2)
-    shape = {"channels": (4, 4, 2), "batch": (5, *right[1:]), "size": (*right[:2], 3), "axes": right[:2]}[
-        wrong
-    ]
+    shape = {"channels": (4, 4, 2), "batch": (5, *right[1:]), "size": (*right[:2], 3), "axes": right[:2]}[wrong]
     denoiser = NetworkDenoiser(lambda x_t, time: torch.zeros(shape), VPCosine(), prediction)
     with pytest.raises(ValueError, match="needs") as error:
         denoiser(numbers(4, 3, 2), 0.5)

@@ -25,9 +25,7 @@ KINDS: dict[str, Kind] = {
 every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
 
-def draw(
-    size: int, places: range | None = None, *, seed: int = 0, stream: str = "a", update: int = 0
-) -> Draw:
+def draw(size: int, places: range | None = None, *, seed: int = 0, stream: str = "a", update: int = 0) -> Draw:
     return Draw(seed, stream, update, size, range(size) if places is None else places)
 
 
@@ -63,9 +61,7 @@ def test_drawing_neither_reads_nor_moves_torch_s_own_generator(kind: Kind) -> No
 def test_no_number_is_drawn_twice_for_another_seed_stream_update_purpose_or_place() -> None:
     """Float64 numbers: 64 bits of chance, so that any two that agree come from one state of a generator."""
     uniforms, normals = [], []
-    for seed, stream, update, purpose in itertools.product(
-        (0, 1), ("a", "b", "ab"), (0, 1, 10), ("x", "y", "bx")
-    ):
+    for seed, stream, update, purpose in itertools.product((0, 1), ("a", "b", "ab"), (0, 1, 10), ("x", "y", "bx")):
         source = draw(3 * SHARD, seed=seed, stream=stream, update=update)
         uniforms.append(source.uniform(purpose))
         normals.append(source.normal(purpose, (2,), torch.float64).flatten())

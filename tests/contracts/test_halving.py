@@ -46,8 +46,10 @@ class Answers(Denoiser):
 
 
 def weights_of(process: NoiseProcess, t: Tensor, s: Tensor, num_teacher_steps: int) -> Tensor:
-    """How much each of the teacher's predictions counts, `[batch, num_teacher_steps]`: its k-th x0 is the
-    k-th unit vector, so that the target is the row of weights."""
+    """How much each of the teacher's predictions counts, `[batch, num_teacher_steps]`.
+
+    The teacher's k-th x0 is the k-th unit vector, so that the target is the row of weights.
+    """
     marked = torch.eye(num_teacher_steps, dtype=torch.float64)
     x_t = numbers(len(t), num_teacher_steps)
     return halving_target(Answers(process, marked), x_t, t, s, num_teacher_steps=num_teacher_steps)
@@ -82,8 +84,7 @@ def test_one_step_of_the_student_lands_where_the_teacher_s_steps_land(
 def test_the_target_is_the_x0_that_the_subtractive_formula_solves_for_in_float64(
     process: NoiseProcess, num_teacher_steps: int, num_steps: int
 ) -> None:
-    """Solving divides by the width of a step, and so multiplies a rounding of 1e-16 by a few times
-    num_steps."""
+    """Solving divides by the width of a step: a rounding of 1e-16 grows by a few times num_steps."""
     t, s = grid_steps(num_steps)
     teacher, x_t = mixture(process), noisy(process, t, 2)
     solved = Landing(teacher, num_steps, num_teacher_steps)(x_t, t).x0
@@ -94,9 +95,7 @@ def test_the_target_is_the_x0_that_the_subtractive_formula_solves_for_in_float64
 @every_process
 @given(
     num_teacher_steps=st.integers(1, 9),
-    steps=st.lists(
-        st.tuples(st.just(0.0) | st.floats(1e-3, 0.999), st.floats(1e-3, 1)), min_size=1, max_size=16
-    ),
+    steps=st.lists(st.tuples(st.just(0.0) | st.floats(1e-3, 0.999), st.floats(1e-3, 1)), min_size=1, max_size=16),
 )
 def test_the_target_is_a_mean_of_the_teacher_s_predictions(
     process: NoiseProcess, num_teacher_steps: int, steps: list[tuple[float, float]]
@@ -139,9 +138,7 @@ def test_the_teacher_is_asked_exactly_on_its_own_grid(
     assert len(teacher.times) == num_teacher_steps
     for k, asked in enumerate(teacher.times):
         wanted = (first - k).double() / fine
-        torch.testing.assert_close(
-            asked, wanted, rtol=0, atol=0 if num_teacher_steps in (1, 2, 4, 8) else 2e-16
-        )
+        torch.testing.assert_close(asked, wanted, rtol=0, atol=0 if num_teacher_steps in (1, 2, 4, 8) else 2e-16)
 
 
 def teacher_of(kind: str, process: NoiseProcess) -> Denoiser:
@@ -186,9 +183,7 @@ def test_one_teacher_step_is_no_distillation(process: NoiseProcess) -> None:
 
 @every_process
 @every_k
-def test_a_teacher_that_is_already_consistent_is_its_own_target(
-    process: NoiseProcess, num_teacher_steps: int
-) -> None:
+def test_a_teacher_that_is_already_consistent_is_its_own_target(process: NoiseProcess, num_teacher_steps: int) -> None:
     """On data of one point every number of steps lands alike."""
     point = numbers(1, 3)
     t, s = grid_steps(16)
@@ -203,9 +198,7 @@ def test_halving_a_halved_teacher_is_quartering(process: NoiseProcess) -> None:
     t, s = grid_steps(16)
     teacher, x_t = mixture(process), noisy(process, t, 2)
     twice = halving_target(Landing(teacher, 32), x_t, t, s)
-    torch.testing.assert_close(
-        halving_target(teacher, x_t, t, s, num_teacher_steps=4), twice, rtol=0, atol=1e-12
-    )
+    torch.testing.assert_close(halving_target(teacher, x_t, t, s, num_teacher_steps=4), twice, rtol=0, atol=1e-12)
 
 
 def test_one_time_for_all_is_that_time_for_each() -> None:
@@ -247,9 +240,7 @@ def test_the_target_carries_no_gradient_and_conditions_reach_the_teacher() -> No
         (nan, 0.5),
     ],
 )
-def test_a_step_that_does_not_go_down_to_0_or_above_is_refused(
-    t: float | list[float], s: float | list[float]
-) -> None:
+def test_a_step_that_does_not_go_down_to_0_or_above_is_refused(t: float | list[float], s: float | list[float]) -> None:
     with pytest.raises(ValueError, match="0 <= s < t"):
         halving_target(mixture(VPCosine()), numbers(2, 2), torch.tensor(t).double(), torch.tensor(s).double())
 
@@ -261,8 +252,7 @@ def test_fewer_than_one_teacher_step_is_refused(count: float) -> None:
 
 
 def test_a_whole_trajectory_of_perfect_students_is_the_teacher_s_trajectory() -> None:
-    """Four steps of the student that hits every target pass through every other point of the teacher's
-    eight."""
+    """Four steps of a student that hits every target pass through every other point of the teacher's eight."""
     process = VPCosine()
     teacher, start = mixture(process), numbers(6, 2)
     x_teacher = x_student = start

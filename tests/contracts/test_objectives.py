@@ -1,5 +1,4 @@
-"""What every objective promises: 0 at the map it teaches, gradient to the student alone, the same loss in any
-split."""
+"""What every objective promises: 0 at the map it teaches, gradient to the student alone, no trace of a split."""
 
 import dataclasses
 
@@ -41,9 +40,7 @@ def toy_models(process: NoiseProcess, prediction: Prediction) -> Models:
 
 @every_objective
 @every_process
-def test_the_loss_is_0_for_the_exact_denoiser_of_data_of_one_point(
-    process: NoiseProcess, objective: Objective
-) -> None:
+def test_the_loss_is_0_for_the_exact_denoiser_of_data_of_one_point(process: NoiseProcess, objective: Objective) -> None:
     """There every target is the point, whoever the teacher is and however many steps it takes."""
     point = numbers(1, 3)
     exact = data_set_denoiser(process, point)
@@ -167,12 +164,8 @@ def test_the_halving_loss_of_a_student_off_its_target_is_the_square_of_the_dista
 ) -> None:
     teacher = mixture(process)
     student = Landing(teacher, 4, offset=0.5)
-    result = Halving(4, weighting=Constant()).loss(
-        Models(student, teacher), Batch(0.5 * numbers(SIZE, 2)), draw_for()
-    )
-    torch.testing.assert_close(
-        result.loss, torch.full((SIZE,), 0.25, dtype=torch.float64), rtol=1e-11, atol=0
-    )
+    result = Halving(4, weighting=Constant()).loss(Models(student, teacher), Batch(0.5 * numbers(SIZE, 2)), draw_for())
+    torch.testing.assert_close(result.loss, torch.full((SIZE,), 0.25, dtype=torch.float64), rtol=1e-11, atol=0)
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 8])

@@ -1,5 +1,4 @@
-"""The exact denoisers, which the other tests trust, obey Tweedie's formula; the exact flow is an
-integrator's."""
+"""The exact denoisers, which other tests trust, obey Tweedie's formula; the exact flow is an integrator's."""
 
 import math
 
@@ -59,9 +58,7 @@ def test_the_gaussian_flow_is_where_an_independent_integrator_arrives(
     process: NoiseProcess, s: float, error: float
 ) -> None:
     denoiser, x_1 = gaussian(process), pure_noise(process, 16, 2)
-    torch.testing.assert_close(
-        denoiser.flow(x_1, 1.0, s), integrated_flow(denoiser, x_1, s), rtol=0, atol=error
-    )
+    torch.testing.assert_close(denoiser.flow(x_1, 1.0, s), integrated_flow(denoiser, x_1, s), rtol=0, atol=error)
 
 
 @every_process
@@ -94,9 +91,7 @@ def test_a_data_set_s_x0_is_the_posterior_mean_of_its_points() -> None:
         log_likelihood = Normal(alpha[row] * points, sigma[row]).log_prob(x_t[row]).flatten(1).sum(1)
         odds = (log_likelihood - log_likelihood.max()).exp()
         mean = torch.einsum("k,kcw->cw", odds / odds.sum(), points)
-        torch.testing.assert_close(
-            data_set_denoiser(process, points)(x_t, t).x0[row], mean, rtol=1e-10, atol=1e-12
-        )
+        torch.testing.assert_close(data_set_denoiser(process, points)(x_t, t).x0[row], mean, rtol=1e-10, atol=1e-12)
 
 
 @every_process

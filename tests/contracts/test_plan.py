@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from fractions import Fraction
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -26,7 +27,7 @@ def test_each_student_takes_half_the_steps_of_its_teacher_from_start_to_end(end:
     chain = [end * 2**halvings, *steps_of(Plan.halvings(end * 2**halvings, end))]
     assert len(chain) == halvings + 1
     assert chain[-1] == end
-    assert all(teacher == 2 * student for teacher, student in zip(chain[:-1], chain[1:], strict=True))  # type: ignore[operator]
+    assert all(student is not None and teacher == 2 * student for teacher, student in pairwise(chain))
 
 
 @given(start=st.integers(2, 5000), end=st.integers(1, 600))
@@ -49,9 +50,7 @@ def test_a_chain_either_reaches_its_end_by_halving_or_names_a_start_that_does(st
 
 
 @pytest.mark.parametrize(("start", "end"), [(0, 1), (8, 0), (-8, -16), (8.0, 1)])
-def test_a_chain_of_steps_that_are_not_whole_numbers_of_at_least_1_is_refused(
-    start: float, end: float
-) -> None:
+def test_a_chain_of_steps_that_are_not_whole_numbers_of_at_least_1_is_refused(start: float, end: float) -> None:
     with pytest.raises(ValueError, match="whole number of at least 1"):
         Plan.halvings(start, end)  # type: ignore[arg-type]
 
@@ -78,9 +77,7 @@ def test_the_stages_of_2_steps_and_1_step_get_twice_the_updates() -> None:
 def test_exceptions_replace_the_doubling() -> None:
     given = Plan.halvings(16, num_updates=30, updates_at={4: 7})
     assert [stage.num_updates for stage in given.stages] == [30, 7, 30, 30]
-    assert [stage.num_updates for stage in Plan.halvings(16, num_updates=30, updates_at={}).stages] == [
-        30
-    ] * 4
+    assert [stage.num_updates for stage in Plan.halvings(16, num_updates=30, updates_at={}).stages] == [30] * 4
 
 
 def test_the_doubling_may_name_steps_that_the_chain_does_not_reach() -> None:
@@ -150,9 +147,7 @@ def test_an_annealed_rate_falls_linearly_and_would_be_0_at_the_update_after_the_
 
 
 @given(num_updates=st.integers(1, 200), data=st.data())
-def test_a_warm_up_rises_evenly_from_above_0_to_the_full_rate_and_stays(
-    num_updates: int, data: st.DataObject
-) -> None:
+def test_a_warm_up_rises_evenly_from_above_0_to_the_full_rate_and_stays(num_updates: int, data: st.DataObject) -> None:
     warmup = data.draw(st.integers(1, num_updates))
     stage = stage_of(num_updates=num_updates, warmup_updates=warmup, anneal=False, learning_rate=0.5)
     rates = [stage.learning_rate_at(update) for update in range(num_updates)]

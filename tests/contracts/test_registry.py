@@ -1,5 +1,7 @@
 """Families by name: every member can be named, built and found again, and a slip is answered with a hint."""
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,12 +14,12 @@ from halfstep.registry import Registry, nearest
 from halfstep.samplers import samplers
 from support import build
 
-FAMILIES: list[Registry] = [processes, predictions, weightings, samplers, objectives]
+FAMILIES: list[Registry[Any]] = [processes, predictions, weightings, samplers, objectives]
 every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.family.replace(" ", "_"))
 
 
 @every_family
-def test_a_member_is_found_by_its_name_and_its_name_by_class_and_by_instance(family: Registry) -> None:
+def test_a_member_is_found_by_its_name_and_its_name_by_class_and_by_instance(family: Registry[Any]) -> None:
     assert len(list(family)) >= 1
     for name, member in family.items():
         assert family[name] is member
@@ -26,7 +28,7 @@ def test_a_member_is_found_by_its_name_and_its_name_by_class_and_by_instance(fam
 
 
 @every_family
-def test_members_are_values_that_compare_by_their_arguments_and_cannot_be_changed(family: Registry) -> None:
+def test_members_are_values_that_compare_by_their_arguments_and_cannot_be_changed(family: Registry[Any]) -> None:
     for _, member in family.items():
         assert build(member) == build(member)
         with pytest.raises(AttributeError):
@@ -36,7 +38,7 @@ def test_members_are_values_that_compare_by_their_arguments_and_cannot_be_change
 @every_family
 @given(data=st.data())
 def test_a_name_with_a_slip_is_answered_with_the_nearest_and_all_others(
-    family: Registry, data: st.DataObject
+    family: Registry[Any], data: st.DataObject
 ) -> None:
     name = data.draw(st.sampled_from([name for name in family if len(name) > 3] or list(family)))
     place = data.draw(st.integers(1, len(name) - 1))

@@ -1,5 +1,4 @@
-"""What every sampler promises: its order, its cost, and that its results depend on nothing but its
-arguments."""
+"""What every sampler promises: its order, its cost, and results that depend on its arguments alone."""
 
 import numpy as np
 import pytest
@@ -55,9 +54,7 @@ def test_it_converges_to_the_exact_flow_of_a_gaussian_at_the_order_it_claims(
 
 @every_sampler
 @every_process
-def test_it_converges_to_the_flow_of_a_mixture_at_the_order_it_claims(
-    process: NoiseProcess, sampler: Sampler
-) -> None:
+def test_it_converges_to_the_flow_of_a_mixture_at_the_order_it_claims(process: NoiseProcess, sampler: Sampler) -> None:
     skip_stochastic(sampler)
     denoiser, x_1 = mixture(process), pure_noise(process, 16, 2)
     order = measured_order(sampler, denoiser, x_1, integrated_flow(denoiser, x_1))
@@ -75,9 +72,7 @@ def test_every_step_is_exact_when_the_data_is_one_point(
     point, eps = numbers(1, 3, seed=1), numbers(8, 3)
     x_1 = process.mix(point.expand(8, 3), eps, clock(1.0).expand(8))
     for step in trajectory(data_set_denoiser(process, point), x_1, num_steps, sampler):
-        expected = (
-            process.mix(point.expand(8, 3), eps, clock(step.s).expand(8)) if step.s else point.expand(8, 3)
-        )
+        expected = process.mix(point.expand(8, 3), eps, clock(step.s).expand(8)) if step.s else point.expand(8, 3)
         torch.testing.assert_close(step.x_s, expected, rtol=0, atol=1e-11)
 
 
@@ -112,9 +107,7 @@ def test_the_last_step_of_a_first_order_sampler_returns_the_last_x0(
 
 @every_sampler
 @every_prediction
-def test_the_same_noise_gives_the_same_samples_to_the_last_bit(
-    sampler: Sampler, prediction: Prediction
-) -> None:
+def test_the_same_noise_gives_the_same_samples_to_the_last_bit(sampler: Sampler, prediction: Prediction) -> None:
     skip_stochastic(sampler)
     denoiser, x_1 = toy_denoiser(VPCosine(), prediction), numbers(16, 3, 2)
     first = sample(denoiser, x_1, 8, sampler)
@@ -125,17 +118,13 @@ def test_the_same_noise_gives_the_same_samples_to_the_last_bit(
 @every_sampler
 @every_prediction
 @pytest.mark.parametrize("rows", [slice(0, 1), slice(3, 8), slice(15, 16), slice(None, None, 5)])
-def test_a_sample_does_not_depend_on_its_company(
-    sampler: Sampler, prediction: Prediction, rows: slice
-) -> None:
+def test_a_sample_does_not_depend_on_its_company(sampler: Sampler, prediction: Prediction, rows: slice) -> None:
     """Up to a few roundings: vectorised and scalar library functions differ in the last bit. Prediction of
     eps divides by alpha(1) = 4.5e-5 and so sees that bit 2e4 times as large, relative to samples as large."""
     skip_stochastic(sampler)
     denoiser, x_1 = toy_denoiser(VPCosine(), prediction), numbers(16, 3, 2)
     together = sample(denoiser, x_1, 8, sampler)
-    torch.testing.assert_close(
-        sample(denoiser, x_1[rows], 8, sampler), together[rows], rtol=1e-10, atol=1e-10
-    )
+    torch.testing.assert_close(sample(denoiser, x_1[rows], 8, sampler), together[rows], rtol=1e-10, atol=1e-10)
 
 
 @every_sampler
@@ -165,7 +154,7 @@ def test_a_trajectory_tells_its_steps_and_ends_on_the_sample(sampler: Sampler) -
     skip_stochastic(sampler)
     denoiser, x_1 = mixture(VPCosine()), numbers(4, 2)
     steps = list(trajectory(denoiser, x_1, 4, sampler))
-    assert [(step.index, step.t, step.s) for step in steps] == [
+    assert [(step.number, step.t, step.s) for step in steps] == [
         (0, 1.0, 0.75),
         (1, 0.75, 0.5),
         (2, 0.5, 0.25),
@@ -184,9 +173,7 @@ def test_another_grid_is_followed_and_leads_to_the_same_flow(sampler: Sampler) -
     process = VPCosine()
     denoiser, x_1 = Watched(gaussian(process)), numbers(8, 2)
     exact = gaussian(process).flow(x_1, 1.0, 0.0)
-    errors = [
-        float((sample(denoiser, x_1, n, sampler, grid=squared_times) - exact).abs().max()) for n in (256, 512)
-    ]
+    errors = [float((sample(denoiser, x_1, n, sampler, grid=squared_times) - exact).abs().max()) for n in (256, 512)]
     assert set(squared_times(512)[:-1].tolist()) <= {float(time[0]) for time in denoiser.times}
     assert errors[1] < 0.6 * errors[0]
     assert errors[1] < 5e-3

@@ -45,9 +45,7 @@ def loss_under(weighting: Weighting) -> Tensor:
         pytest.param(SNRPlusOne(), V(), id="snr_plus_one-v"),
     ],
 )
-def test_the_weighted_x0_loss_is_the_squared_error_in_another_space(
-    weighting: Weighting, space: Prediction
-) -> None:
+def test_the_weighted_x0_loss_is_the_squared_error_in_another_space(weighting: Weighting, space: Prediction) -> None:
     torch.testing.assert_close(loss_under(weighting), squared_error_in(space), rtol=1e-10, atol=0)
 
 
@@ -55,9 +53,7 @@ def test_the_truncated_snr_loss_is_the_larger_of_the_errors_in_x0_and_eps() -> N
     x0_error, eps_error = squared_error_in(X0()), squared_error_in(Eps())
     assert bool((x0_error > eps_error).any())
     assert bool((x0_error < eps_error).any())
-    torch.testing.assert_close(
-        loss_under(TruncatedSNR()), torch.maximum(x0_error, eps_error), rtol=1e-10, atol=0
-    )
+    torch.testing.assert_close(loss_under(TruncatedSNR()), torch.maximum(x0_error, eps_error), rtol=1e-10, atol=0)
 
 
 @every_weighting
@@ -70,15 +66,12 @@ def test_a_weight_is_a_float64_number_of_at_least_0_that_depends_on_its_own_log_
     assert weights.shape == log_snr.shape
     assert bool(((weights >= 0) & torch.isfinite(weights)).all())
     assert torch.equal(weighting(log_snr.flip(0)), weights.flip(0))
-    assert all(
-        float(weighting(level)) == weight for level, weight in zip(log_snr[::40], weights[::40], strict=True)
-    )
+    assert all(float(weighting(level)) == weight for level, weight in zip(log_snr[::40], weights[::40], strict=True))
 
 
 @every_weighting
 def test_a_float32_loss_is_the_float64_one_rounded(weighting: Weighting) -> None:
-    """The weight is formed in float64 and meets the loss once, so that even e^20 costs no more than a few
-    roundings."""
+    """The weight is formed in float64 and meets the loss once, so that even e^20 costs a few roundings only."""
     _, x0, guess = two_guesses()
     x0, guess = x0.float(), guess.float()
     log_snr = PROCESS.log_snr(TIMES)
@@ -92,6 +85,4 @@ def test_the_loss_is_the_mean_over_the_entries_of_a_sample_not_their_sum() -> No
     log_snr = torch.zeros(4, dtype=torch.float64)
     for shape in [(4,), (4, 1), (4, 3), (4, 3, 5, 2)]:
         zeros = torch.zeros(shape, dtype=torch.float64)
-        assert torch.equal(
-            weighted_x0_loss(zeros + 3, zeros, log_snr, Constant()), torch.full((4,), 9.0).double()
-        )
+        assert torch.equal(weighted_x0_loss(zeros + 3, zeros, log_snr, Constant()), torch.full((4,), 9.0).double())

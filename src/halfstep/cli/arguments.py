@@ -140,7 +140,11 @@ def plain_reason(message: str) -> str:
 
 
 def parse(
-    kind: type[Arguments], argv: Sequence[str], prog: str, default: Arguments | None = None, flags: Iterable[str] = ()
+    kind: type[Arguments],
+    argv: Sequence[str],
+    prog: str,
+    default: Arguments | None = None,
+    flags: Iterable[str] = (),
 ) -> Arguments:
     """The arguments in `argv`.
 
@@ -148,7 +152,11 @@ def parse(
         UsageError: one line, if an option is unknown, lacks its value or has one of the wrong type.
         SystemExit: after --help.
     """
-    known = [*flags, *(f"--{name.replace('_', '-')}" for name in getattr(kind, "__dataclass_fields__", {})), "--help"]
+    known = [
+        *flags,
+        *(f"--{name.replace('_', '-')}" for name in getattr(kind, "__dataclass_fields__", {})),
+        "--help",
+    ]
 
     def explain(event: tyro_errors.ParseErrorEvent) -> None:
         if isinstance(event, tyro_errors.UnrecognizedArgs):

@@ -39,6 +39,7 @@ from halfstep.recipes.schema import cache_folder, check_fit
 from halfstep.registry import nearest
 from halfstep.report import write_report
 from halfstep.runs import RunFolder, StageFolder
+from halfstep.runs.schema import Result
 from halfstep.samplers import samplers
 from halfstep.train import Model, Reference, RunSpec, StopSignal, load, measure
 from halfstep.train import run as run_spec
@@ -155,10 +156,16 @@ def distill(argv: Sequence[str]) -> None:
         if not any(token.partition("=")[0] == "--data.source" for token in rest):
             raise UsageError(f"{folder.path} lies outside its run, so its data is not known: add --data SOURCE")
         recipe = Recipe(name="distilled")
-    chain = recipe.chain.model_copy(update={"start_steps": model.num_steps or recipe.chain.start_steps, "updates_at": None})
+    chain = recipe.chain.model_copy(
+        update={"start_steps": model.num_steps or recipe.chain.start_steps, "updates_at": None}
+    )
     recipe = recipe.model_copy(update={"chain": chain})
     arguments = parse(
-        DistillArguments, rest, f"halfstep distill {argv[0]}", DistillArguments(recipe), [*flags_of(recipe), "--to", "--start"]
+        DistillArguments,
+        rest,
+        f"halfstep distill {argv[0]}",
+        DistillArguments(recipe),
+        [*flags_of(recipe), "--to", "--start"],
     )
     recipe = arguments.recipe
     if model.num_steps is not None and recipe.chain.start_steps != model.num_steps:
@@ -200,7 +207,9 @@ def sample(argv: Sequence[str]) -> None:
     out = arguments.out
     as_file = out.suffix.lower() in (".png", ".npz")
     if out.suffix and not as_file:
-        raise UsageError(f"--out {out}: write a .png, a .npz, or a folder (a name without a suffix); lossy formats are not offered")
+        raise UsageError(
+            f"--out {out}: write a .png, a .npz, or a folder (a name without a suffix); lossy formats are not offered"
+        )
     taken = out.exists() if as_file else (out.is_file() or (out.is_dir() and any(out.iterdir())))
     if taken and not arguments.overwrite:
         raise UsageError(f"{out} is there already: choose another --out, or add --overwrite")
@@ -257,7 +266,9 @@ def evaluate(argv: Sequence[str]) -> None:
     data = open_data(recipe.data)
     reference = Reference(data, evaluation, cache_folder())
     console = _console()
-    teacher, students, compared = [], [], None
+    teacher: list[Result] = []
+    students: list[Result] = []
+    compared: torch.Tensor | None = None
     with StopSignal() as stop:
         for stage in stages:
             model = load(stage.path, _device(None))
@@ -270,9 +281,7 @@ def evaluate(argv: Sequence[str]) -> None:
                 wanted = list(arguments.num_steps)
             for steps in sorted(wanted, reverse=True):
                 model.check_steps(steps)
-                result, samples = measure(
-                    model, steps, evaluation, reference, teacher_samples=compared, stop=stop
-                )
+                result, samples = measure(model, steps, evaluation, reference, teacher_samples=compared, stop=stop)
                 compared = samples if compared is None and model.num_steps is None else compared
                 (students if model.num_steps else teacher).append(result)
                 console.print(f"{stage.name}: {steps} steps, distance {result.frechet:.4g}", highlight=False)

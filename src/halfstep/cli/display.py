@@ -76,7 +76,11 @@ class RunDisplay:
             at = f", going on at update {event.resumed_at}" if event.resumed_at else ""
             self.console.print(f"{event.name}: {event.stage.num_updates} updates{at}", highlight=False)
             bar.update(
-                task, description=event.name, total=event.stage.num_updates, completed=event.resumed_at, visible=True
+                task,
+                description=event.name,
+                total=event.stage.num_updates,
+                completed=event.resumed_at,
+                visible=True,
             )
         elif isinstance(event, TrainingProgress):
             self._progress(event, bar, task)
@@ -117,7 +121,9 @@ class RunDisplay:
         if not self.console.is_terminal and (now - self._last_line > QUIET_SECONDS):
             self._last_line = now
             self.console.print(
-                f"{event.name}: update {window.update}/{event.num_updates}  {figures}", highlight=False, soft_wrap=True
+                f"{event.name}: update {window.update}/{event.num_updates}  {figures}",
+                highlight=False,
+                soft_wrap=True,
             )
 
 

@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if verb not in verbs:
         fail(f"unknown verb {verb!r}{nearest(verb, verbs)} (known: {', '.join(verbs)})")
 
-    warnings.showwarning = _show_warning
+    warnings.showwarning = _show_warning  # type: ignore[assignment]
     from halfstep.cli import commands
     from halfstep.train import Interrupted, NonFinite
 

@@ -53,7 +53,9 @@ class NetworkDenoiser(Denoiser):
         ValueError: at the call, if the output's shape is not what the prediction needs.
     """
 
-    def __init__(self, network: nn.Module | Callable[..., Tensor], process: NoiseProcess, prediction: Prediction) -> None:
+    def __init__(
+        self, network: nn.Module | Callable[..., Tensor], process: NoiseProcess, prediction: Prediction
+    ) -> None:
         super().__init__()
         self.network: Any = network
         self.process = process

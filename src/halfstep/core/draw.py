@@ -75,16 +75,16 @@ class Draw:
         return self._shards(purpose, functools.partial(torch.randint, high, (SHARD,)))
 
     def order(self, length: int) -> Tensor:
-        """Indices int64 `[len(places)]` into a data set of `length`, which pass through it in a new order each epoch."""
+        """Indices int64 `[len(places)]` into a data set of `length`: a new order each epoch."""
         positions = [self.update * self.batch_size + place for place in self.places]
-        return torch.stack(
-            [_permutation(self.seed, self.stream, p // length, length)[p % length] for p in positions]
-        )
+        return torch.stack([_permutation(self.seed, self.stream, p // length, length)[p % length] for p in positions])
 
 
 def sample_noise(seeds: Sequence[int], shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
     """Unit normal noise `[len(seeds), *shape]` whose every row depends on its own seed alone."""
-    return torch.stack([torch.randn(*shape, generator=generator_for("sample", int(seed)), dtype=dtype) for seed in seeds])
+    return torch.stack(
+        [torch.randn(*shape, generator=generator_for("sample", int(seed)), dtype=dtype) for seed in seeds]
+    )
 
 
 def sample_labels(seeds: Sequence[int], num_classes: int) -> Tensor:

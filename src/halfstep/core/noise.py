@@ -76,9 +76,7 @@ class VPCosine(NoiseProcess):
         if not (math.isfinite(self.log_snr_min) and math.isfinite(self.log_snr_max)):
             raise ValueError(f"log-SNR bounds must be finite, got {self.log_snr_min} and {self.log_snr_max}")
         if self.log_snr_min >= self.log_snr_max:
-            raise ValueError(
-                f"log_snr_min must be below log_snr_max, got {self.log_snr_min} and {self.log_snr_max}"
-            )
+            raise ValueError(f"log_snr_min must be below log_snr_max, got {self.log_snr_min} and {self.log_snr_max}")
 
     def _angle_bounds(self) -> tuple[float, float]:
         return math.atan(math.exp(-self.log_snr_max / 2)), math.atan(math.exp(-self.log_snr_min / 2))

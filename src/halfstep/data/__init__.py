@@ -1,8 +1,12 @@
 # PROVISIONAL stand-in by the project lead so that others can run; the data room's author replaces this file.
-import numpy as np, torch
-from pydantic import BaseModel, ConfigDict
 from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict
+
 from halfstep.data.base import Data, MemoryData, training_batch
+
 ImageFiles = None
 class DataConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
 from halfstep.data.base import MemoryData
 from halfstep.data.images import Preparation

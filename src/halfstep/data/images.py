@@ -5,7 +5,6 @@ resample. Of a file with several frames the first is read. An image that needs n
 """
 
 import hashlib
-import io
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from halfstep.data.base import Data, MemoryData, check_labels, first_line, to_batch
+from halfstep.data.base import Data, MemoryData, check_labels, to_batch
 from halfstep.objectives.base import Batch
 
 Channels = Literal[1, 3]
@@ -185,4 +184,3 @@ def _decode(
         for start in range(0, len(indices), _CHUNK):
             files = images.read(indices[start : start + _CHUNK])
             edges = [start + round(len(files) * worker / _WORKERS) for worker in range(_WORKERS + 1)]
-            ...

@@ -12,8 +12,6 @@ from typing import final
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.image.kid import KernelInceptionDistance
 
 
 @final
@@ -43,6 +41,8 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     Raises:
         ValueError: if the shapes do not fit, a set has fewer than 2 rows, or a feature is not finite.
     """
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
     _check(a, b)
     metric = FrechetInceptionDistance(feature=_Given(a.shape[1]), normalize=False).set_dtype(torch.float64)
     metric.update(a.double(), real=True)
@@ -57,6 +57,8 @@ def kernel_distance(a: Tensor, b: Tensor, subsets: int = 20, subset_size: int = 
     Raises:
         ValueError: if the shapes do not fit, a set has fewer than 2 rows, or a feature is not finite.
     """
+    from torchmetrics.image.kid import KernelInceptionDistance
+
     _check(a, b)
     size = min(subset_size, len(a), len(b))
     metric = KernelInceptionDistance(feature=_Given(a.shape[1]), subsets=subsets, subset_size=size, normalize=False)

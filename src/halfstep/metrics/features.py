@@ -3,6 +3,8 @@
 Distances in different features are never comparable, so an extractor has a name that goes into every protocol.
 """
 
+import contextlib
+import os
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import final
@@ -83,9 +85,7 @@ class ClassifierNetwork(nn.Module):
             )  # fmt: skip
         else:
             entries = int(torch.Size(shape).numel())
-            self.body = nn.Sequential(
-                nn.Flatten(), nn.Linear(entries, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU()
-            )
+            self.body = nn.Sequential(nn.Flatten(), nn.Linear(entries, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU())
         self.head = nn.Linear(64, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -142,10 +142,12 @@ def train_classifier(
             optimizer.step()
             schedule.step()
         if cache is not None:
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            temporary = cache.with_suffix(".tmp")
-            save_file(network.state_dict(), temporary)
-            temporary.replace(cache)
+            # A cache that cannot be written (read-only, full) costs the next run some seconds, and nothing else.
+            with contextlib.suppress(OSError, SafetensorError):
+                cache.parent.mkdir(parents=True, exist_ok=True)
+                temporary = cache.with_suffix(f".{os.getpid()}.tmp")
+                save_file(network.state_dict(), temporary)
+                temporary.replace(cache)
     network.eval()
     with torch.no_grad():
         right = torch.cat([network(chunk.float()).argmax(1) for chunk in x[held_out].split(1000)]) == labels[held_out]

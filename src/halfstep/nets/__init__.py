@@ -1,4 +1,4 @@
-"""Adapters: networks as callables (x_t, time, **cond) -> output. This room and hub/ are the only ones that know diffusers."""
+"""Adapters: networks as callables (x_t, time, **cond) -> output. Only this room and hub/ know diffusers."""
 
 from halfstep.nets.base import Network, build_network, describe_network, networks, set_dropout
 from halfstep.nets.mlp import MLP

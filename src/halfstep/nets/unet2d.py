@@ -7,7 +7,6 @@ every power-of-two grid with N <= T are whole timesteps and an exported model ne
 from collections.abc import Mapping
 from typing import Any, final
 
-from diffusers import UNet2DModel
 from torch import Tensor
 
 from halfstep.nets.base import Network, networks
@@ -27,6 +26,9 @@ class UNet2D(Network):
     """
 
     def __init__(self, config: Mapping[str, Any], num_train_timesteps: int = 1024) -> None:
+        # Importing diffusers takes seconds, which those who use other networks need not wait.
+        from diffusers import UNet2DModel
+
         super().__init__()
         if num_train_timesteps < 1 or num_train_timesteps & (num_train_timesteps - 1):
             raise ValueError(f"num_train_timesteps must be a power of two, got {num_train_timesteps}")

@@ -30,7 +30,12 @@ def digits() -> Recipe:
             norm_num_groups=8,
         ),
         teacher=TeacherConfig(
-            num_updates=2000, batch_size=128, learning_rate=1e-3, anneal=True, warmup_updates=100, ema_decay=0.995
+            num_updates=2000,
+            batch_size=128,
+            learning_rate=1e-3,
+            anneal=True,
+            warmup_updates=100,
+            ema_decay=0.995,
         ),
         chain=ChainConfig(start_steps=64, num_updates=400, batch_size=128, learning_rate=5e-4),
         evaluation=EvaluationConfig(num_samples=2000, teacher_steps=(64, 8, 4, 2, 1)),
@@ -44,9 +49,7 @@ def fashion_mnist() -> Recipe:
     return Recipe(
         name="fashion_mnist",
         data=DataConfig(source="zalando-datasets/fashion_mnist", flip=True),
-        network=UNetConfig(
-            block_out_channels=(64, 128, 128), layers_per_block=2, attention=(False, False, True)
-        ),
+        network=UNetConfig(block_out_channels=(64, 128, 128), layers_per_block=2, attention=(False, False, True)),
         teacher=TeacherConfig(num_updates=30_000, batch_size=128, learning_rate=3e-4, ema_decay=0.999),
         chain=ChainConfig(start_steps=256, num_updates=4000, batch_size=128, learning_rate=1e-4),
         evaluation=EvaluationConfig(num_samples=5000, teacher_steps=(64, 16, 8, 4, 2, 1)),
@@ -60,10 +63,18 @@ def cifar10() -> Recipe:
         name="cifar10",
         data=DataConfig(source="uoft-cs/cifar10", flip=True),
         network=UNetConfig(
-            block_out_channels=(96, 192, 192), layers_per_block=2, attention=(False, True, False), attention_head_dim=64
+            block_out_channels=(96, 192, 192),
+            layers_per_block=2,
+            attention=(False, True, False),
+            attention_head_dim=64,
         ),
         teacher=TeacherConfig(
-            num_updates=100_000, batch_size=128, learning_rate=2e-4, weight_decay=0.001, dropout=0.1, ema_decay=0.9995
+            num_updates=100_000,
+            batch_size=128,
+            learning_rate=2e-4,
+            weight_decay=0.001,
+            dropout=0.1,
+            ema_decay=0.9995,
         ),
         chain=ChainConfig(start_steps=1024, num_updates=10_000, batch_size=128, learning_rate=1e-4),
         evaluation=EvaluationConfig(num_samples=10_000, teacher_steps=(256, 64, 16, 8, 4, 2, 1)),
@@ -75,7 +86,10 @@ def cifar10() -> Recipe:
 def images() -> Recipe:
     """Your own images: `halfstep run images --data FOLDER --data.image-size 32`; sized for one GPU."""
     return cifar10().model_copy(
-        update={"name": "images", "data": DataConfig(source="images", image_size=32, channels=3, labels=False)}
+        update={
+            "name": "images",
+            "data": DataConfig(source="images", image_size=32, channels=3, labels=False),
+        }
     )
 
 

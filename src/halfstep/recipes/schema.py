@@ -227,7 +227,10 @@ class Recipe(Config):
         """
         settings = self.chain.model_dump(exclude={"start_steps", "end_steps"})
         return Plan.halvings(
-            self.chain.start_steps, self.chain.end_steps, weighting=weightings[self.model.weighting](), **settings
+            self.chain.start_steps,
+            self.chain.end_steps,
+            weighting=weightings[self.model.weighting](),
+            **settings,
         )
 
     def make_network(self, data: Data) -> Network:
@@ -252,11 +255,13 @@ def make_unet(config: UNetConfig, shape: tuple[int, ...], num_classes: int, chan
     """The U-Net for images `[c, h, w]`.
 
     Raises:
-        ValueError: if samples are not such images, their sides cannot be halved often enough, or lists differ in length.
+        ValueError: if samples are no such images, their sides cannot be halved so often, or lists differ in length.
     """
     levels = len(config.block_out_channels)
     if len(shape) != 3:
-        raise ValueError(f"a U-Net needs images [c, h, w], but samples have shape {list(shape)}: use the recipe `arrays`")
+        raise ValueError(
+            f"a U-Net needs images [c, h, w], but samples have shape {list(shape)}: use the recipe `arrays`"
+        )
     if len(config.attention) != levels:
         raise ValueError(
             f"network.attention has {len(config.attention)} entries for {levels} resolutions: give one for each"

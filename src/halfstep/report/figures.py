@@ -1,7 +1,7 @@
 """Figures as inline SVG in the page's own colours, and samples as pictures. All text in them is ours.
 
-matplotlib draws in stand-in colours that are then replaced by CSS variables, so that one figure serves light, dark and
-print. The hues are Okabe and Ito's, which the colour-blind can tell apart.
+matplotlib draws in stand-in colours that are then replaced by CSS variables, so that one figure serves light,
+dark and print. The hues are Okabe and Ito's, which the colour-blind can tell apart.
 """
 
 import base64
@@ -20,10 +20,12 @@ INK, FAINT, TEACHER, STUDENT = "#010101", "#020202", "#030303", "#040404"
 VARIABLES = {INK: "var(--ink)", FAINT: "var(--faint)", TEACHER: "var(--teacher)", STUDENT: "var(--student)"}
 SEED_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#7F7F7F")
 """Of the first eight points of a scatter plot."""
-SMALLEST_TILE = 56
+SMALLEST_TILE = 64
 """Pixels to which small images are enlarged, about."""
 LARGEST_TILE = 96
 """Pixels to which large images are reduced."""
+WIDTH = 5.4
+"""Inches of a figure; its text is 11 points, so that it can be read on a phone too."""
 MOST_POINTS = 400
 """Points of a curve or of a scatter plot, so that the page stays light."""
 
@@ -62,7 +64,7 @@ def _figure(name: str, height: float, draw: Any) -> Markup:
         "legend.frameon": False,
     }
     with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(6.4, height), layout="constrained")
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
         draw(figure.add_subplot())
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -118,7 +120,7 @@ def quality_figure(name: str, teacher: Curve | None, student: Curve | None, leve
         axes.set_ylabel("Fréchet distance (lower is better)")
         axes.legend()
 
-    return _figure(name, 4.0, draw)
+    return _figure(name, 3.6, draw)
 
 
 def loss_figure(name: str, curves: Sequence[tuple[Curve, float]]) -> Markup | None:
@@ -152,12 +154,16 @@ def loss_figure(name: str, curves: Sequence[tuple[Curve, float]]) -> Markup | No
         axes.xaxis.set_major_locator(_few_ticks())
         axes.xaxis.set_major_formatter(_thousands())
         top = axes.secondary_xaxis("top")
-        top.set_xticks(centres, labels, fontsize=10)
+        # About 320 points are the axes'; labels stand upright where they are wider than their stage.
+        room = [320 * length / start for _, length in curves]
+        upright = any(6.5 * len(label) > space for label, space in zip(labels, room, strict=True))
+        labels = [label if space > 11 else "" for label, space in zip(labels, room, strict=True)]
+        top.set_xticks(centres, labels, fontsize=10, rotation=90 if upright else 0)
         top.tick_params(length=0)
         top.spines["top"].set_visible(False)
         top.set_xlabel("sampler steps of the student", fontsize=10)
 
-    return _figure(name, 3.8, draw)
+    return _figure(name, 3.5, draw)
 
 
 def _few_ticks() -> Any:
@@ -217,9 +223,9 @@ def png_grid(samples: np.ndarray, columns: int) -> tuple[str, int, int]:
 
 
 def limits(arrays: Sequence[np.ndarray]) -> tuple[float, float, float]:
-    """Centre x, centre y and half the side of a square that holds nearly all points of the given `[n, 2]`.
+    """Centre x, centre y and half the side of the square round the first array's points `[n, 2]`.
 
-    Points that flew far off must not shrink the others to a dot, so the square is that of the first array's points.
+    Points of the others that flew far off must not shrink all to a dot.
     """
     points = arrays[0][np.isfinite(arrays[0]).all(axis=1)].astype(np.float64)
     if not len(points):
@@ -230,11 +236,11 @@ def limits(arrays: Sequence[np.ndarray]) -> tuple[float, float, float]:
 
 
 def scatter(points: np.ndarray, box: tuple[float, float, float], num_seeds: int) -> Markup:
-    """Points `[n, 2]` in a square of 100 units; the first `num_seeds` large and in the colours of their seeds."""
+    """Points `[n, 2]` in a square of 100 units; the first `num_seeds` large, in the colours of their seeds."""
     x, y, half = box
     with np.errstate(over="ignore", invalid="ignore"):
         scaled = np.stack([points[:, 0] - x, y - points[:, 1]], axis=1).astype(np.float64) / half * 50 + 50
-    inside = np.isfinite(scaled).all(axis=1) & (np.abs(scaled - 50) <= 50).all(axis=1)
+    inside = np.asarray((np.isfinite(scaled) & (np.abs(scaled - 50) <= 50)).all(axis=1))
 
     def dots(chosen: np.ndarray) -> str:
         return "".join(f"M{a:.1f} {b:.1f}h0" for a, b in chosen)

@@ -1,7 +1,7 @@
-"""The page of a run: the facts turned into sentences, tables, pictures and figures, and those into one HTML file.
+"""The page of a run: the facts turned into sentences, tables, pictures and figures, and those into one file.
 
-Ratios are taken between figures of one protocol only. The teacher at 64 steps (or at its most, if it was not measured
-there) is the measure of quality, the teacher at its most steps that of time.
+Ratios are taken between figures of one protocol only. The teacher at 64 steps (or at its most, if it was not
+measured there) is the measure of quality, the teacher at its most steps that of time.
 """
 
 import base64
@@ -32,13 +32,16 @@ NUM_SEEDS = 8
 """Rows of the strip."""
 NUM_WALKED = 20
 """Seeds behind the slider, for small images."""
+NOT_BEGUN = "not begun"
 WALKED_COLUMNS = 5
 MOST_PIXELS = 100_000
 """Pixels of one picture behind the slider."""
 
 
 def write_report(run: Path) -> Path:
-    """RUN/report/index.html, one file that needs nothing else; its path. The same run folder gives the same bytes.
+    """RUN/report/index.html, one file that needs nothing else; its path.
+
+    The same run folder gives the same bytes.
 
     Raises:
         ValueError: if the folder holds no stage that is complete and can be read.
@@ -74,7 +77,7 @@ def page(facts: RunFacts) -> str:
         recipe=flatten(facts.recipe),
         environment=flatten({k: v for k, v in facts.environment.items() if k != "command"}),
         command=_text(facts.environment.get("command")),
-        number_of_seeds=NUM_SEEDS,
+        kept=KEPT,
     )
 
 
@@ -197,7 +200,9 @@ def _group(name: str, stages: Sequence[StageFacts]) -> Group:
     rows = []
     for steps, sampler in sorted({*teacher, *((r.num_steps, r.sampler) for _, r in students)}, reverse=True):
         alone = teacher.get((steps, sampler))
-        here: list[tuple[str | None, Result | None]] = [*((s, r) for s, r in students if (r.num_steps, r.sampler) == (steps, sampler))]
+        here: list[tuple[str | None, Result | None]] = [
+            *((s, r) for s, r in students if (r.num_steps, r.sampler) == (steps, sampler))
+        ]
         for stage_name, student in here or [(None, None)]:
             measured = student or alone
             rows.append(
@@ -209,7 +214,8 @@ def _group(name: str, stages: Sequence[StageFacts]) -> Group:
                     student_stage=stage_name,
                     ratio=_ratio(student.frechet if student else None, reference.frechet if reference else None),
                     speed_up=_ratio(
-                        most.seconds_per_1000 if most else None, measured.seconds_per_1000 if measured else None
+                        most.seconds_per_1000 if most else None,
+                        measured.seconds_per_1000 if measured else None,
                     ),
                 )
             )
@@ -232,7 +238,9 @@ def _group(name: str, stages: Sequence[StageFacts]) -> Group:
 
 def _curve(label: str, results: Sequence[Result]) -> figures.Curve | None:
     """What of the results a logarithmic axis can show."""
-    points = sorted((r.num_steps, r.frechet) for r in results if r.num_steps > 0 and is_finite(r.frechet) and r.frechet > 0)
+    points = sorted(
+        (r.num_steps, r.frechet) for r in results if r.num_steps > 0 and is_finite(r.frechet) and r.frechet > 0
+    )
     return figures.Curve(label, [x for x, _ in points], [y for _, y in points]) if points else None
 
 
@@ -242,8 +250,8 @@ def _protocol_notices(groups: Sequence[Group]) -> list[str]:
     names = sorted({name for group in groups for name in group.protocol})
     differing = [name for name in names if len({group.protocol.get(name) for group in groups}) > 1]
     return [
-        f"Not all stages were measured under the same protocol (different: {', '.join(differing)}). Figures of "
-        "different protocols cannot be compared, so each protocol has its own table and figure."
+        f"Not all stages were measured under the same protocol (different: {', '.join(differing)}). Figures "
+        "of different protocols cannot be compared, so each protocol has its own table and figure."
     ]
 
 
@@ -273,15 +281,18 @@ def _summary(facts: RunFacts, groups: Sequence[Group]) -> Summary:
     fewest, _ = min(rated, key=lambda pair: pair[0].steps)
     lead = (
         f"{count(best.steps, 'step').capitalize()} instead of {group.most.num_steps:,}: "
-        f"{_said(best)} the teacher's at {count(group.reference.num_steps, 'step')}."
+        f"{_said(best)} the teacher’s at {count(group.reference.num_steps, 'step')}."
     )
     more = None
     if fewest is not best:
-        more = f"Down to {count(fewest.steps, 'step')}: {_said(fewest)} the teacher's."
+        more = f"Down to {count(fewest.steps, 'step')}: {_said(fewest)} the teacher’s."
     tiles = [
         (f"{group.most.num_steps:,} → {best.steps:,}", "sampler steps"),
         *([(f"{times(best.speed_up)}×", "faster per sample")] if best.speed_up is not None else []),
-        (f"{times(best.ratio or 0)}×", f"the teacher’s Fréchet distance (at {count(group.reference.num_steps, 'step')})"),
+        (
+            f"{times(best.ratio or 0)}×",
+            f"the teacher’s Fréchet distance (at {count(group.reference.num_steps, 'step')})",
+        ),
         *tiles,
     ]
     return Summary(lead, more, tiles, best)
@@ -300,8 +311,9 @@ def _unrated(facts: RunFacts) -> str:
     steps = sorted({s.manifest.num_steps for s in facts.students if s.manifest.num_steps is not None}, reverse=True)
     if not facts.students:
         return f"A teacher, trained in {duration(facts.stages[0].manifest.seconds)}; no student is complete yet."
-    of = f" of {' and '.join(f'{n:,}' for n in steps) if len(steps) < 3 else f'{steps[0]:,} down to {steps[-1]:,}'} steps"
-    what = count(len(facts.students), "student") + (of if steps else "")
+    what = count(len(facts.students), "student")
+    if steps:
+        what += f" of {steps[0]:,} down to {steps[-1]:,} steps" if steps[1:] else f" of {count(steps[0], 'step')}"
     return f"{what}; there are no figures of teacher and students that could be compared."
 
 
@@ -312,7 +324,7 @@ def _progress(facts: RunFacts, rows: Sequence["StageRow"]) -> str | None:
         return None
     done = sum(row.complete for row in rows)
     text = f"This run is not at its end: {done} of {count(len(rows), 'stage')} complete. Missing: "
-    return text + ", ".join(f"{row.name} ({row.status})" for row in missing) + "."
+    return text + ", ".join(f"{r.name} ({r.status})" if r.status != NOT_BEGUN else r.name for r in missing) + "."
 
 
 # --- Pictures ---
@@ -347,7 +359,7 @@ class Gallery:
     """"images", "points", or why there is no picture."""
     steps: Sequence[int] = ()
     students: Sequence[Picture | None] = ()
-    """For each of `steps`; where there is no student, the teacher above the first student's steps."""
+    """For each of `steps`, with the teacher above the first student's steps; empty if there is no student."""
     teachers: Sequence[Picture | None] = ()
     num_seeds: int = 0
     row_height: int = 0
@@ -376,8 +388,7 @@ def _gallery(facts: RunFacts, groups: Sequence[Group], summary: Summary) -> Gall
     images = figures.is_images(arrays[0])
     fewest = min(len(array) for array in arrays)
     num_seeds = min(NUM_SEEDS, fewest)
-    measured = {(row.steps, who): result for group in groups for row in group.rows
-                for who, result in (("student", row.student), ("teacher", row.teacher)) if result}  # fmt: skip
+    measured = _measured(groups)
     box = (0.0, 0.0, 1.0) if images else figures.limits(arrays)
 
     def picture(who: str, steps: int, chosen: np.ndarray | None, columns: int) -> Picture | None:
@@ -392,7 +403,8 @@ def _gallery(facts: RunFacts, groups: Sequence[Group], summary: Summary) -> Gall
             source = f"data:image/png;base64,{data}"
             image = Markup('<img src="{}" width="{}" height="{}" alt="{}">').format(source, width, height, alt)
         else:
-            alt = f"Scatter plot of {min(len(chosen), figures.MOST_POINTS)} samples of {model} at {count(steps, 'step')}"
+            shown = min(len(chosen), figures.MOST_POINTS)
+            alt = f"Scatter plot of {shown} samples of {model} at {count(steps, 'step')}"
             image = Markup('<span role="img" aria-label="{}">{}</span>').format(
                 alt, figures.scatter(chosen, box, num_seeds)
             )
@@ -401,12 +413,14 @@ def _gallery(facts: RunFacts, groups: Sequence[Group], summary: Summary) -> Gall
     steps = sorted(teacher.keys() | students.keys(), reverse=True)
     walked = fewest
     if images:
-        walked = max(min(num_seeds, fewest), min(NUM_WALKED, fewest, MOST_PIXELS // math.prod(figures.tile_size(arrays[0]))))
+        walked = max(
+            min(num_seeds, fewest),
+            min(NUM_WALKED, fewest, MOST_PIXELS // math.prod(figures.tile_size(arrays[0]))),
+        )
     strip = num_seeds if images else fewest
     alone = [picture("teacher", n, _head(teacher.get(n), strip), 1) for n in steps]
     made = [
-        picture("student", n, _head(students.get(n), strip), 1)
-        or (shown if n > max(students, default=0) else None)
+        picture("student", n, _head(students.get(n), strip), 1) or (shown if n > max(students, default=0) else None)
         for n, shown in zip(steps, alone, strict=True)
     ]
     walk = [
@@ -418,12 +432,12 @@ def _gallery(facts: RunFacts, groups: Sequence[Group], summary: Summary) -> Gall
         for n in steps
     ]
     start = summary.best.steps if summary.best and summary.best.steps in steps else steps[-1]
-    height, width = figures.tile_size(arrays[0]) if images else (0, 110)
+    height, width = figures.tile_size(arrays[0]) if images else (0, 88)
     size = arrays[0].shape[1:3]
     return Gallery(
         kind="images" if images else "points",
         steps=steps,
-        students=made,
+        students=made if students else (),
         teachers=alone,
         num_seeds=num_seeds,
         row_height=height + figures.GAP,
@@ -432,6 +446,15 @@ def _gallery(facts: RunFacts, groups: Sequence[Group], summary: Summary) -> Gall
         walk_start=steps.index(start),
         reduced_from=f"{size[1]} × {size[0]}" if images and max(size) > figures.LARGEST_TILE else None,
     )
+
+
+def _measured(groups: Sequence[Group]) -> dict[tuple[int, str], Result]:
+    """The figures to put below a picture, by its steps and "student" or "teacher"."""
+    rows = [row for group in groups for row in group.rows]
+    pairs = [(row.steps, "student", row.student) for row in rows] + [
+        (row.steps, "teacher", row.teacher) for row in rows
+    ]
+    return {(steps, who): result for steps, who, result in pairs if result is not None}
 
 
 def _head(array: np.ndarray | None, length: int) -> np.ndarray | None:
@@ -478,7 +501,7 @@ def _stage_rows(facts: RunFacts) -> list[StageRow]:
         elif log:
             status = f"{log[-1].update:,}" + (f" of {num_updates:,}" if num_updates else "") + " updates done"
         else:
-            status = "not begun"
+            status = NOT_BEGUN
         seconds = stage.manifest.seconds if stage and is_finite(stage.manifest.seconds) else None
         share = _ratio(seconds, longest) or 0.0
         rows.append(
@@ -506,7 +529,7 @@ def _losses(facts: RunFacts, rows: Sequence[StageRow]) -> Markup | None:
         shown = [point for point in log if point.loss > 0]
         length = max([row.num_updates, *(point.update for point in log)])
         if length > 0:
-            label = row.label if row.label.isdigit() else "teacher"
+            label = row.label if row.label == "teacher" or row.label.isdecimal() else "?"
             curve = figures.Curve(label, [point.update for point in shown], [point.loss for point in shown])
             curves.append((curve, float(length)))
     return figures.loss_figure("losses", curves)

@@ -1,7 +1,7 @@
-"""What a run folder holds, read with suspicion: all that is damaged or missing becomes a notice, never a crash.
+"""What a run folder holds, read with suspicion: what is damaged or missing becomes a notice, never a crash.
 
-Texts and numbers come from files that may be cut short, edited or hostile. Nothing is unpickled, no path out of a file
-is followed, and the manifests' hashes are not checked: the report shows a run, it does not certify one.
+Texts and numbers come from files that may be cut short, edited or hostile. Nothing is unpickled, no path out of
+a file is followed, and the manifests' hashes are not checked: the report shows a run, it does not certify one.
 """
 
 import math
@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -26,7 +26,7 @@ class StageFacts:
     manifest: Manifest
     metrics: Metrics | None
     samples: Mapping[int, np.ndarray]
-    """Sampler steps to samples: uint8 `[n, h, w, c]` for images, float `[n, *dims]` otherwise; the same seeds in all."""
+    """Sampler steps to samples of the same seeds: uint8 `[n, h, w, c]` for images, float `[n, *dims]` otherwise."""
 
     @property
     def is_teacher(self) -> bool:
@@ -122,7 +122,7 @@ def read_run(path: Path) -> RunFacts:
 
 
 def _inside(error: Exception, path: Path) -> str:
-    """The error's message with paths as they are inside the run, so that a report tells nothing of the machine."""
+    """The error's message with paths as they are inside the run: a report tells nothing of the machine."""
     return str(error).replace(f"{path}/", "")
 
 
@@ -148,7 +148,16 @@ def _stage(folder: StageFolder, notices: list[str]) -> StageFacts:
             continue
         try:
             samples[int(named[1])] = _array(path)
-        except (OSError, ValueError, LookupError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error):
+        except (
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            EOFError,
+            RuntimeError,
+            zipfile.BadZipFile,
+            zlib.error,
+        ):
             notices.append(f"The samples in stages/{folder.name}/samples/{path.name} cannot be read and are not shown.")
     return StageFacts(folder.name, manifest, metrics, samples)
 
@@ -186,6 +195,6 @@ def _log(folder: RunFolder) -> dict[str, list[LogPoint]]:
     return {stage: sorted(points, key=lambda point: point.update) for stage, points in sorted(log.items())}
 
 
-def is_finite(value: Any) -> bool:
+def is_finite(value: object) -> TypeGuard[int | float]:
     """Whether it is a number that a figure can show."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

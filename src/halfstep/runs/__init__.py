@@ -1,15 +1,15 @@
 """The run folder as a schema: the contract between engine, report and export. No torch here.
 
-    RUN/
-      recipe.json                 {"recipe": ..., "environment": ...}
-      log.jsonl                   one row a log interval, flat keys (`LogRow`)
-      stages/00-denoise/ 01-halve-0128/ ...
-          model.safetensors
-          manifest.json           `Manifest`; its presence says that the stage is complete
-          metrics.json            `Metrics`
-          samples/steps-0008.npz  arr_0: the first samples at 8 steps, the same seeds in every stage; .png beside it
-          checkpoint-00000400/    state of an unfinished stage; manifest.json with a sha256 of each file
-      report/index.html
+RUN/
+  recipe.json                 {"recipe": ..., "environment": ...}
+  log.jsonl                   one row a log interval, flat keys (`LogRow`)
+  stages/00-denoise/ 01-halve-0128/ ...
+      model.safetensors
+      manifest.json           `Manifest`; its presence says that the stage is complete
+      metrics.json            `Metrics`
+      samples/steps-0008.npz  arr_0: the first samples at 8 steps, the same seeds in every stage; .png beside it
+      checkpoint-00000400/    state of an unfinished stage; manifest.json with a sha256 of each file
+  report/index.html
 """
 
 from halfstep.runs.files import DamagedFile, check_files, read_json, sha256_of, write_folder, write_json

@@ -1,5 +1,6 @@
 """The sampling loop: a generator, so that a caller can watch, stop, or record."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from halfstep.samplers.ddim import DDIM
 class SamplerStep(NamedTuple):
     """One finished step of a trajectory."""
 
-    index: int
+    number: int
     """0 for the first step."""
     t: float
     """Time at which the step started."""
@@ -50,9 +51,9 @@ def trajectory(
     method = DDIM() if sampler is None else sampler
     times = grid(num_steps).tolist()
     memory: Memory = None
-    for index, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
+    for number, (t, s) in enumerate(itertools.pairwise(times)):
         x_t, memory = method.step(denoiser, x_t, as_clock(t, x_t), as_clock(s, x_t), cond, memory)
-        yield SamplerStep(index, t, s, x_t)
+        yield SamplerStep(number, t, s, x_t)
 
 
 def sample(

@@ -8,10 +8,17 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
-
-from halfstep.runs import DamagedFile, StageFolder, check_files, read_json, sha256_of, write_folder, write_json
+from halfstep.runs import (
+    DamagedFile,
+    StageFolder,
+    check_files,
+    read_json,
+    sha256_of,
+    write_folder,
+    write_json,
+)
 from halfstep.train.engine import StageTrainer
+from halfstep.train.tensors import read_tensors, write_tensors
 
 KEPT = 2
 """Checkpoints of a stage that are kept: the latest, and the one before it."""
@@ -24,7 +31,7 @@ def save_checkpoint(trainer: StageTrainer, folder: StageFolder) -> Path:
 
     def write(into: Path) -> None:
         for part, tensors in state.items():
-            save_file(tensors, into / f"{part}.safetensors")
+            write_tensors(tensors, into / f"{part}.safetensors")
         digests = {file.name: sha256_of(file) for file in sorted(into.iterdir())}
         write_json(
             into / "manifest.json",
@@ -49,7 +56,7 @@ def resume(trainer: StageTrainer, folder: StageFolder, notice: Callable[[str], N
             if not isinstance(manifest, dict) or not {"update", "seconds", "files"} <= manifest.keys():
                 raise DamagedFile(f"{path / 'manifest.json'} is not a checkpoint's manifest")
             check_files(path, manifest["files"])
-            state = {name.removesuffix(".safetensors"): load_file(path / name) for name in manifest["files"]}
+            state = {name.removesuffix(".safetensors"): read_tensors(path / name) for name in manifest["files"]}
             trainer.load_state(state, int(manifest["update"]), float(manifest["seconds"]))
         except DamagedFile as error:
             aside = path.with_name(f"damaged-{path.name}")

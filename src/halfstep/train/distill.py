@@ -14,13 +14,13 @@ from halfstep.train.model import Model
 
 
 def as_batches(data: Tensor | np.ndarray | Data | str) -> Batches:
-    """The batches of data given as clean samples `[n, *dims]`, as opened data, or as a source that `open_data` opens."""
-    if isinstance(data, str):
-        data = open_data(DataConfig(source=data))
-    elif not isinstance(data, Data):
-        data = MemoryData("memory", torch.as_tensor(data))
-    held: Data = data
-
+    """The batches of clean samples `[n, *dims]`, of opened data, or of a source that `open_data` opens."""
+    if isinstance(data, Data):
+        held = data
+    elif isinstance(data, str):
+        held = open_data(DataConfig(source=data))
+    else:
+        held = MemoryData("memory", torch.as_tensor(data))
     return lambda draw: training_batch(held, draw, False, "cpu")
 
 

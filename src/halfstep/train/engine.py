@@ -221,7 +221,7 @@ class StageTrainer:
         return self._seconds
 
     def state(self) -> State:
-        """All that a resumed run needs beyond the numbers in `update` and `seconds`; on the CPU, contiguous."""
+        """All that a resumed run needs beyond `update` and `seconds`; on the CPU, where it shares the live tensors."""
         network = self._plain_network()
         names = [name for name, _ in network.named_parameters()]
         moments: dict[str, Tensor] = {}

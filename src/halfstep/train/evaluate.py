@@ -79,7 +79,7 @@ class Reference:
         if kind == "classifier":
             if not data.num_classes:
                 raise ValueError(
-                    "the features `classifier` need labelled data, and this has no labels: use --evaluation.features pixels"
+                    "the features `classifier` need labels, and the data has none: use --evaluation.features pixels"
                 )
             name = f"classifier-{data.fingerprint[:12]}"
             file = None if cache is None else cache / f"{name}.safetensors"

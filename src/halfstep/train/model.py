@@ -1,13 +1,10 @@
 """A model as it lies in a stage's folder: written, read, and sampled from."""
 
-import os
 import warnings
 from pathlib import Path
 from typing import final
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from halfstep.core.denoiser import Clipped, Cond, Denoiser, NetworkDenoiser
@@ -18,6 +15,7 @@ from halfstep.core.warnings import HalfstepWarning
 from halfstep.nets import build_network
 from halfstep.runs import DamagedFile, Manifest, RunFolder, StageFolder, sha256_of, write_json
 from halfstep.samplers import Sampler, sample
+from halfstep.train.tensors import read_tensors, write_tensors
 
 
 @final
@@ -74,7 +72,9 @@ class Model(Denoiser):
         if class_label is None:
             return {"class_labels": sample_labels(seeds, self.num_classes).to(self.device)}
         if not 0 <= class_label < self.num_classes:
-            raise ValueError(f"class {class_label} was asked for, but this model has classes 0 to {self.num_classes - 1}")
+            raise ValueError(
+                f"class {class_label} was asked for, but this model has classes 0 to {self.num_classes - 1}"
+            )
         return {"class_labels": torch.full((len(seeds),), class_label, device=self.device)}
 
     def check_steps(self, num_steps: int | None) -> int:
@@ -138,9 +138,7 @@ def save_stage(folder: StageFolder, denoiser: NetworkDenoiser, manifest: Manifes
     temporary = folder.path / ".model.safetensors.tmp"
     state = {name: value.detach().cpu().contiguous() for name, value in denoiser.network.state_dict().items()}
     try:
-        save_file(state, temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        write_tensors(state, temporary)
         temporary.replace(folder.model)
     finally:
         temporary.unlink(missing_ok=True)
@@ -180,8 +178,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Model:
     prediction: Prediction = predictions[manifest.prediction]()
     network = build_network(manifest.network)
     try:
-        network.load_state_dict(load_file(folder.model))
-    except (SafetensorError, RuntimeError) as error:
+        network.load_state_dict(read_tensors(folder.model))
+    except RuntimeError as error:
         raise DamagedFile(f"{folder.model} does not fit its manifest: {str(error).splitlines()[-1].strip()}") from None
     network.eval()
     return Model(NetworkDenoiser(network, process, prediction), manifest).to(device)

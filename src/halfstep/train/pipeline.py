@@ -238,7 +238,8 @@ def run(spec: RunSpec, path: Path, stop: StopSignal | None = None) -> Iterator[E
             last = max(path.glob("stages/*/checkpoint-*"), default=None, key=lambda p: p.stat().st_mtime)
             where = f"the last good checkpoint is {last}" if last else "no checkpoint was written yet in this stage"
             raise OSError(
-                error.errno, f"no space left for {path}: {where}; free some space and run the same command again"
+                error.errno,
+                f"no space left for {path}: {where}; free some space and run the same command again",
             ) from None
         raise
     finally:
@@ -410,7 +411,9 @@ class _Runner:
         if model.num_steps is not None:
             return [model.num_steps]
         students = [stage.num_steps for stage in self.spec.plan.stages if stage.num_steps is not None]
-        wanted = set(evaluation.teacher_steps or students) | ({self.spec.start_steps} if self.spec.start_steps else set())
+        wanted = set(evaluation.teacher_steps or students) | (
+            {self.spec.start_steps} if self.spec.start_steps else set()
+        )
         return sorted({int(steps) for steps in wanted if steps}, reverse=True)
 
     def _measured(self, folder: StageFolder, model: Model) -> Iterator[Event]:
@@ -451,4 +454,3 @@ class _Runner:
             results.append(result)
             yield Measured(folder.name, result)
         write_json(folder.metrics_path, Metrics(protocol=protocol, results=results).model_dump(mode="json"))
-

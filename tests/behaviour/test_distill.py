@@ -1,0 +1,65 @@
+"""Distillation on a problem with a known answer: the student keeps the teacher's map."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from halfstep import X0, GaussianDenoiser, NetworkDenoiser, Plan, VPCosine, distill, sample
+
+PROCESS = VPCosine()
+STEPS = 16
+MEAN, STD = 0.3, 0.5
+
+
+class LinearAtEachTime(nn.Module):
+    """x0 = gain x_t + shift with a gain and a shift for each time of the grid: it holds any Gaussian's denoiser."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        t = torch.arange(1, STEPS + 1, dtype=torch.float64) / STEPS
+        exact = GaussianDenoiser(PROCESS, MEAN, STD)
+        shift = exact(torch.zeros(STEPS, 1, dtype=torch.float64), t).x0[:, 0]
+        gain = exact(torch.ones(STEPS, 1, dtype=torch.float64), t).x0[:, 0] - shift
+        self.gain, self.shift = nn.Parameter(gain), nn.Parameter(shift)
+
+    def forward(self, x_t: Tensor, time: Tensor) -> Tensor:
+        index = (time * STEPS).round().long() - 1
+        return self.gain[index, None] * x_t + self.shift[index, None]
+
+
+def test_a_gaussian_teacher_distilled_from_16_steps_to_1_keeps_its_map() -> None:
+    torch.set_num_threads(1)
+    teacher = NetworkDenoiser(LinearAtEachTime(), PROCESS, X0())
+    generator = torch.Generator().manual_seed(0)
+    data = (MEAN + STD * torch.randn(512, 1, generator=generator)).double()
+    plan = Plan.halvings(STEPS, 1, num_updates=400, batch_size=64, learning_rate=0.02, updates_at={})
+    before = [p.detach().clone() for p in teacher.parameters()]
+    # The engine trains in the data's dtype: float64 is kept because MemoryData takes arrays as float32.
+    student = distill(teacher, data.float(), start=STEPS, to=1, plan=plan)
+    noise = torch.randn(256, 1, generator=generator, dtype=torch.float64)
+    mapped, expected = sample(student, noise, 1), sample(teacher, noise, STEPS)
+    error = float((mapped - expected).square().mean().sqrt())
+    undistilled = float((sample(teacher, noise, 1) - expected).square().mean().sqrt())
+    assert error < 0.01
+    assert undistilled > 0.2, "the teacher's own single step must be far off, or nothing was shown"
+    assert all(torch.equal(a, b) for a, b in zip(before, teacher.parameters(), strict=True))
+
+
+def test_distill_refuses_a_chain_that_cannot_be_halved() -> None:
+    teacher = NetworkDenoiser(LinearAtEachTime(), PROCESS, X0())
+    with pytest.raises(ValueError, match="12 steps cannot be halved to 4.*for example 16"):
+        distill(teacher, torch.zeros(10, 1), start=12, to=4)
+
+
+def test_distill_gives_the_same_student_twice_and_calls_back() -> None:
+    teacher = NetworkDenoiser(LinearAtEachTime(), PROCESS, X0())
+    seen: list[tuple[str, int]] = []
+    settings = {"start": 16, "to": 8, "num_updates": 20, "batch_size": 16}
+    one = distill(teacher, torch.randn(50, 1), on_window=lambda name, w: seen.append((name, w.update)), **settings)  # type: ignore[arg-type]
+    torch.manual_seed(1)
+    data = torch.randn(50, 1)
+    first = distill(teacher, data, **settings)  # type: ignore[arg-type]
+    second = distill(teacher, data, **settings)  # type: ignore[arg-type]
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert seen == [("01-halve-0008", 20)]
+    assert all(p.requires_grad for p in one.parameters())

@@ -1,0 +1,178 @@
+"""The engine's update: what it does is what the definition says, whatever the split."""
+
+import copy
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from halfstep.core.denoiser import NetworkDenoiser
+from halfstep.core.draw import Draw
+from halfstep.core.noise import VPCosine
+from halfstep.core.prediction import V
+from halfstep.data import MemoryData, training_batch
+from halfstep.nets import MLP
+from halfstep.objectives import Batch, Denoising, Models, Plan, Stage
+from halfstep.train import NonFinite, StageTrainer, make_accelerator
+from halfstep.train.ema import EMA
+from toys import finish, points, toy_plan, toy_spec, weights
+
+
+def _batches(draw: Draw) -> Batch:
+    return training_batch(MemoryData("toy", points()), draw, False, "cpu")
+
+
+def _denoiser(seed: int = 0) -> NetworkDenoiser:
+    torch.manual_seed(seed)
+    return NetworkDenoiser(MLP((2,), width=16, depth=1), VPCosine(), V())
+
+
+def _trainer(stage: Stage, micro_batch: int | None = None, denoiser: NetworkDenoiser | None = None) -> StageTrainer:
+    return StageTrainer(
+        denoiser or _denoiser(),
+        None,
+        stage,
+        _batches,
+        seed=0,
+        stream="00-denoise",
+        accelerator=make_accelerator(cpu=True),
+        micro_batch=micro_batch,
+    )
+
+
+def test_accumulating_micro_batches_equals_the_large_batch() -> None:
+    stage = dataclasses.replace(toy_plan(dropout=0.0).stages[0], num_updates=20)
+    results = []
+    for micro_batch in (None, 4, 5):
+        trainer = _trainer(stage, micro_batch)
+        list(trainer.run())
+        results.append(torch.cat([p.flatten() for p in trainer.finish().parameters()]))
+    assert torch.linalg.norm(results[1] - results[0]) < 1e-5 * torch.linalg.norm(results[0])
+    assert torch.linalg.norm(results[2] - results[0]) < 1e-5 * torch.linalg.norm(results[0])
+
+
+def test_an_update_is_adamw_on_the_clipped_gradient_of_the_mean_loss() -> None:
+    stage = Stage(Denoising(), num_updates=3, batch_size=16, learning_rate=1e-2, weight_decay=0.1, grad_clip=0.05)
+    trainer = _trainer(stage)
+    list(trainer.run())
+
+    # The same three updates with nothing but torch, written from the definition.
+    denoiser = _denoiser()
+    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=1e-2, weight_decay=0.1, foreach=False)
+    for update in range(3):
+        draw = Draw(0, "00-denoise", update, 16, range(16))
+        loss = Denoising().loss(Models(denoiser), _batches(draw), draw).loss.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.sqrt(
+            sum((p.grad.square().sum() for p in denoiser.parameters() if p.grad is not None), torch.zeros(()))
+        )
+        for parameter in denoiser.parameters():
+            assert parameter.grad is not None
+            parameter.grad *= min(1.0, 0.05 / float(norm))
+        optimizer.param_groups[0]["lr"] = 1e-2 * (1 - update / 3)
+        optimizer.step()
+    for ours, theirs in zip(trainer.finish().parameters(), denoiser.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, rtol=0, atol=2e-6)
+
+
+def test_the_moving_average_is_the_weighted_mean_of_all_weights() -> None:
+    module = torch.nn.Linear(3, 2).double().float()
+    ema = EMA(module, decay=0.5)
+    expected = module.weight.detach().double().clone()
+    for n in range(1, 30):
+        with torch.no_grad():
+            module.weight += torch.randn(2, 3, generator=torch.Generator().manual_seed(n))
+        ema.update(n)
+        decay = min(0.5, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * module.weight.detach().double()
+    assert torch.allclose(ema.state_dict()["weight"].double(), expected, rtol=0, atol=1e-5)
+
+
+def test_a_stage_hands_on_its_average_and_a_student_without_one_its_weights(tmp_path: Path) -> None:
+    trainer = _trainer(dataclasses.replace(toy_plan().stages[0], num_updates=10))
+    list(trainer.run())
+    state = copy.deepcopy(trainer.state())
+    handed_on = trainer.finish().network.state_dict()
+    assert all(torch.equal(handed_on[name], state["ema"][name]) for name in handed_on)
+    assert any(not torch.equal(state["student"][name], state["ema"][name]) for name in handed_on)
+    plain = _trainer(Stage(Denoising(), num_updates=2, batch_size=4, learning_rate=1e-3))
+    list(plain.run())
+    assert "ema" not in plain.state()
+
+
+def test_a_loss_that_is_not_finite_names_stage_and_update_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+    broken = points()
+
+    class Poisoned(MLP.__mro__[1]):  # type: ignore[name-defined,misc]
+        """Goes wrong from the 9th training call on."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = torch.nn.Linear(2, 2)
+            self.calls = 0
+
+        def arguments(self) -> dict[str, object]:
+            return {}
+
+        def forward(self, x_t: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            output: torch.Tensor = self.inner(x_t)
+            return output * (float("nan") if self.calls > 8 else 1.0)
+
+    spec = toy_spec(network=Poisoned, data=MemoryData("toy", broken), log_every=1)
+    with pytest.raises(NonFinite, match="stage 00-denoise at update 8: lower the learning rate"):
+        finish(spec, tmp_path / "run")
+    kept = [path.name for path in (tmp_path / "run").glob("stages/*/checkpoint-*")]
+    assert sorted(kept) == ["checkpoint-00000003", "checkpoint-00000006"]
+
+
+def test_dropout_acts_in_the_stage_that_asks_for_it_only(tmp_path: Path) -> None:
+    without = toy_plan(teacher_updates=5, student_updates=2, dropout=0.0)
+    with_dropout = toy_plan(teacher_updates=5, student_updates=2, dropout=0.5)
+    finish(toy_spec(plan=without), tmp_path / "a")
+    finish(toy_spec(plan=with_dropout), tmp_path / "b")
+    assert weights(tmp_path / "a")["00-denoise"] != weights(tmp_path / "b")["00-denoise"]
+    student = dataclasses.replace(toy_plan().stages[1])
+    trainer = StageTrainer(
+        _denoiser(),
+        _denoiser(),
+        student,
+        _batches,
+        seed=0,
+        stream="01",
+        accelerator=make_accelerator(cpu=True),
+    )
+    layers = [m for m in trainer.finish().network.modules() if isinstance(m, torch.nn.Dropout)]
+    assert layers
+    assert all(layer.p == 0 for layer in layers)
+
+
+def test_a_halving_stage_without_a_teacher_is_refused() -> None:
+    with pytest.raises(ValueError, match="learns from a teacher, and there is none"):
+        _trainer(Plan.halvings(4, 2, num_updates=2, updates_at={}).stages[0])
+
+
+def test_bfloat16_trains_float32_weights_close_to_float32() -> None:
+    stage = Stage(Denoising(), num_updates=30, batch_size=64, learning_rate=1e-3)
+    losses = []
+    for precision in ("float32", "bf16"):
+        trainer = StageTrainer(
+            _denoiser(),
+            None,
+            stage,
+            _batches,
+            seed=0,
+            stream="00",
+            accelerator=make_accelerator(precision, cpu=True),
+        )
+        list(trainer.run())
+        losses.append(trainer.window().loss)
+        result = trainer.finish()
+        assert {p.dtype for p in result.parameters()} == {torch.float32}
+        x = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
+        # The result computes in float32 again: nothing of the autocast sticks to it.
+        assert result(x, 0.5).x0.dtype == torch.float32
+    assert abs(losses[1] - losses[0]) < 0.02 * losses[0]
+    assert losses[1] != losses[0]

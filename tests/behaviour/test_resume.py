@@ -1,0 +1,217 @@
+"""A run that was cut anywhere ends with the weights of an uncut run, bit for bit."""
+
+import errno
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from halfstep.runs import RunFolder, read_log
+from halfstep.runs import files as run_files
+from halfstep.train import DifferentRecipe, Interrupted, Progress, StopSignal, run
+from toys import finish, run_toy, toy_spec, weights
+
+
+@pytest.fixture(scope="module")
+def uncut(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("uncut") / "run"
+    finish(toy_spec(), path)
+    return path
+
+
+def _cut(path: Path, stage: str, update: int) -> None:
+    """Runs until a stage's update has been checkpointed, then vanishes without a word."""
+    events = run(toy_spec(log_every=1), path)
+    for event in events:
+        if isinstance(event, Progress) and event.name == stage and event.window.update == update:
+            break
+    events.close()  # type: ignore[attr-defined]
+
+
+def test_ten_sigkills_at_random_moments_leave_the_weights_of_an_uncut_run(tmp_path: Path, uncut: Path) -> None:
+    # A fork server imports torch once, so that each of the restarts costs milliseconds.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["toys"])
+    path = tmp_path / "run"
+
+    def start() -> multiprocessing.process.BaseProcess:
+        process = context.Process(target=run_toy, args=(str(path),))
+        process.start()
+        return process
+
+    warm = context.Process(target=run_toy, args=(str(tmp_path / "warm"),))
+    begun = time.monotonic()
+    warm.start()
+    warm.join()
+    duration = min(time.monotonic() - begun, 5.0)
+    dice = random.Random(20221)
+    killed = 0
+    while killed < 10:
+        process = start()
+        process.join(timeout=dice.uniform(0.1, 0.7) * duration)
+        if process.is_alive():
+            assert process.pid is not None
+            os.kill(process.pid, signal.SIGKILL)
+            killed += 1
+        elif process.exitcode == 0:
+            # It came to its end between two kills: cut a later run from its beginning.
+            assert weights(path) == weights(uncut)
+            shutil.rmtree(path)
+        process.join()
+    last = start()
+    last.join()
+    assert last.exitcode == 0
+    assert weights(path) == weights(uncut)
+
+
+@pytest.mark.parametrize(("stage", "update"), [("00-denoise", 13), ("01-halve-0002", 1), ("02-halve-0001", 30)])
+def test_a_cut_inside_or_between_stages_is_not_seen_in_the_weights_nor_in_the_log(
+    tmp_path: Path, uncut: Path, stage: str, update: int
+) -> None:
+    _cut(tmp_path / "run", stage, update)
+    finish(toy_spec(), tmp_path / "run")
+    assert weights(tmp_path / "run") == weights(uncut)
+    rows = read_log(RunFolder(tmp_path / "run").log_path)
+    keys = [(row["stage"], row["update"]) for row in rows]
+    assert keys == sorted(set(keys)), "a row was lost, doubled or out of order"
+
+
+@pytest.mark.parametrize("damage", ["truncated", "bit flipped", "manifest cut", "file missing"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path: Path, uncut: Path, damage: str) -> None:
+    path = tmp_path / "run"
+    _cut(path, "00-denoise", 25)
+    latest, before = RunFolder(path).stage("00-denoise").checkpoints()[:2]
+    target = latest / ("manifest.json" if damage == "manifest cut" else "optimizer.safetensors")
+    content = bytearray(target.read_bytes())
+    if damage == "file missing":
+        target.unlink()
+    else:
+        if damage == "bit flipped":
+            content[-7] ^= 0x10
+        target.write_bytes(content[: len(content) if damage == "bit flipped" else len(content) // 2])
+    events = run(toy_spec(), path)
+    notice, start = next(events), next(events)
+    assert target.name in notice.text  # type: ignore[attr-defined]
+    assert str(latest) in notice.text  # type: ignore[attr-defined]
+    assert start.resumed_at == int(before.name.rpartition("-")[2])  # type: ignore[attr-defined]
+    events.close()  # type: ignore[attr-defined]
+    finish(toy_spec(), path)
+    assert weights(path) == weights(uncut)
+
+
+def test_a_damaged_model_of_a_complete_stage_is_named(tmp_path: Path, uncut: Path) -> None:
+    path = tmp_path / "run"
+    shutil.copytree(uncut, path)
+    model = RunFolder(path).stage("01-halve-0002").model
+    content = bytearray(model.read_bytes())
+    content[-1] ^= 1
+    model.write_bytes(content)
+    with pytest.raises(ValueError, match=r"01-halve-0002/model\.safetensors is truncated or altered"):
+        finish(toy_spec(), path)
+
+
+class _StopAt(StopSignal):
+    """Receives a signal when it is asked for the nth time."""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_the_state_and_the_next_call_goes_on(
+    tmp_path: Path, uncut: Path, number: int, code: int
+) -> None:
+    path = tmp_path / "run"
+    with StopSignal() as stop, pytest.raises(Interrupted) as stopped:  # noqa: PT012 (the loop is what is stopped)
+        for event in run(toy_spec(checkpoint_updates=1000), path, stop):
+            if isinstance(event, Progress) and event.window.update == 10:
+                os.kill(os.getpid(), number)
+    assert 128 + stopped.value.signal == code
+    checkpoint = RunFolder(path).stage("00-denoise").checkpoints()[0]
+    assert int(checkpoint.name.rpartition("-")[2]) in (10, 11)
+    finish(toy_spec(), path)
+    assert weights(path) == weights(uncut)
+
+
+def test_a_full_disk_names_the_last_good_checkpoint_and_loses_nothing(
+    tmp_path: Path, uncut: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run"
+    synced = run_files._sync
+    calls = 0
+
+    def full(file: Path) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 60:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+        synced(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_files, "_sync", full)
+        with pytest.raises(OSError, match="last good checkpoint is .*checkpoint-0000") as error:
+            finish(toy_spec(), path)
+    assert "\n" not in str(error.value)
+    finish(toy_spec(), path)
+    assert weights(path) == weights(uncut)
+
+
+def test_a_really_full_disk(tmp_path: Path) -> None:
+    mount = tmp_path / "small"
+    mount.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(mount)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    try:
+        with pytest.raises(OSError, match="no space left for") as error:
+            finish(toy_spec(), mount / "run")
+        assert error.value.errno == errno.ENOSPC
+    finally:
+        subprocess.run(["umount", str(mount)], check=True)
+
+
+def test_a_folder_of_another_recipe_is_refused_with_the_difference_and_left_alone(tmp_path: Path, uncut: Path) -> None:
+    before = weights(uncut)
+    with pytest.raises(DifferentRecipe, match=r"seed: 1 \(the folder has 0\)"):
+        finish(toy_spec(recipe={"name": "toy", "seed": 1}), uncut)
+    finish(toy_spec(recipe={"name": "toy", "seed": 1}, free=("seed",)), uncut)
+    assert weights(uncut) == before
+
+
+def test_a_folder_of_other_data_is_refused(uncut: Path) -> None:
+    spec = toy_spec()
+    changed = type(spec.data)("toy", spec.data.fetch(torch.arange(100)).x0)  # type: ignore[call-arg]
+    with pytest.raises(DifferentRecipe, match="other data"):
+        finish(toy_spec(data=changed), uncut)
+
+
+def test_a_folder_that_is_no_run_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(ValueError, match="is not empty and holds no run"):
+        finish(toy_spec(), tmp_path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["letter.txt"]
+
+
+def test_two_processes_do_not_write_one_run(tmp_path: Path) -> None:
+    first: Iterator[object] = run(toy_spec(), tmp_path / "run")
+    next(first)
+    with pytest.raises(ValueError, match="is being written by another"):
+        finish(toy_spec(), tmp_path / "run")
+    first.close()  # type: ignore[attr-defined]
+    finish(toy_spec(), tmp_path / "run")
+
+
+def test_only_the_last_two_checkpoints_are_kept_and_none_when_the_stage_is_complete(
+    tmp_path: Path, uncut: Path
+) -> None:
+    _cut(tmp_path / "run", "00-denoise", 31)
+    kept = RunFolder(tmp_path / "run").stage("00-denoise").checkpoints()
+    assert [path.name for path in kept] == ["checkpoint-00000030", "checkpoint-00000027"]
+    assert not list(uncut.glob("stages/*/*checkpoint*"))

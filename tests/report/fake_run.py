@@ -1,0 +1,154 @@
+"""A run folder that is true to the schema, with made-up figures and, as images, real digits under noise."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sklearn.datasets import load_digits
+
+from halfstep.runs import Manifest, Metrics, RunFolder, write_json
+from halfstep.runs.schema import Result
+
+TEACHER_STEPS = (256, 64, 8, 4, 2, 1)
+STUDENT_STEPS = (128, 64, 32, 16, 8, 4, 2, 1)
+PROTOCOL = {"features": "classifier-1a2b", "reference": "digits", "num_samples": 2000, "device": "cpu"}
+
+
+def frechet(steps: int, student: bool) -> float:
+    """Something that worsens with few steps, slowly for a student."""
+    return 0.1234567 * (1 + (2.2 / steps if student else 300 / steps**1.6))
+
+
+def digit_samples(steps: int, student: bool, count: int = 64) -> np.ndarray:
+    """uint8 `[count, 8, 8, 1]`: digits, with an error that is the larger the fewer the steps."""
+    clean = load_digits().images[:count] / 16 * 255
+    noise = np.random.default_rng(0).normal(size=clean.shape)
+    size = 45 / steps if student else 25 + 280 / steps
+    mean = np.full_like(clean, 80.0)
+    share = 0.02 if student else min(0.85, 1.6 / steps)
+    pixels = (1 - share) * clean + share * mean + size * noise * 0.4
+    return np.clip(pixels, 0, 255).astype(np.uint8)[..., None]
+
+
+def point_samples(steps: int, student: bool, count: int = 256) -> np.ndarray:
+    """float32 `[count, 2]`: two moons, or what few steps make of them."""
+    random = np.random.default_rng(1)
+    angle = random.uniform(0, np.pi, count)
+    upper = random.random(count) < 0.5
+    x = np.where(upper, np.cos(angle), 1 - np.cos(angle)) - 0.5
+    y = np.where(upper, np.sin(angle), 0.5 - np.sin(angle)) - 0.25
+    points = np.stack([x, y], 1) + 0.05 * random.normal(size=(count, 2))
+    shrink = (0.1 if student else 0.9) / steps
+    return ((1 - shrink) * points).astype(np.float32)
+
+
+def result(steps: int, student: bool, *, is_most: bool = False) -> Result:
+    """Figures of a model at its steps."""
+    return Result(
+        sampler="ddim",
+        num_steps=steps,
+        num_evals=steps,
+        frechet=frechet(steps, student),
+        kid=frechet(steps, student) / 40 - 0.003,
+        teacher_rmse=None if is_most else (0.3 if student else 0.7) / steps**0.5,
+        seconds_per_1000=0.013 + 0.0217 * steps,
+        samples=f"samples/steps-{steps:04d}.npz",
+    )
+
+
+def write_stage(
+    run: Path,
+    name: str,
+    num_steps: int | None,
+    results: Sequence[Result],
+    samples: dict[int, np.ndarray],
+    *,
+    protocol: dict[str, Any] = PROTOCOL,
+    seconds: float = 93.5,
+) -> None:
+    """A complete stage."""
+    folder = RunFolder(run).stage(name)
+    folder.samples.mkdir(parents=True)
+    folder.model.write_bytes(b"weights")
+    manifest = Manifest(
+        stage=name,
+        objective="denoising" if num_steps is None else "halving",
+        parent=None if num_steps is None else "before",
+        num_steps=num_steps,
+        start_steps=256,
+        num_updates=2000 if num_steps is None else 400,
+        seconds=seconds,
+        shape=(1, 8, 8),
+        num_classes=10,
+        clip=True,
+        network={"type": "unet2d"},
+        process={"type": "vp_cosine"},
+        prediction="v",
+        files={"model.safetensors": hashlib.sha256(b"weights").hexdigest()},
+    )
+    write_json(folder.manifest_path, manifest.model_dump(mode="json"))
+    write_json(folder.metrics_path, Metrics(protocol=protocol, results=list(results)).model_dump(mode="json"))
+    for steps, array in samples.items():
+        np.savez(folder.samples / f"steps-{steps:04d}.npz", arr_0=array)
+
+
+def write_fake_run(
+    run: Path,
+    students: Sequence[int] = STUDENT_STEPS,
+    planned: Sequence[int] = STUDENT_STEPS,
+    samples: Any = digit_samples,
+    name: str = "digits",
+) -> Path:
+    """A run whose plan has the students `planned`, of which the first `students` are complete."""
+    names = ["00-denoise", *(f"{i:02d}-halve-{n:04d}" for i, n in enumerate(planned, 1))]
+    steps: list[int | None] = [None, *planned]
+    write_json(
+        run / "recipe.json",
+        {
+            "recipe": {"name": name, "seed": 0, "data": {"source": "digits"}, "chain": {"start_steps": 256}},
+            "plan": [
+                {"stage": stage, "num_steps": n, "num_updates": 2000 if n is None else 400}
+                for stage, n in zip(names, steps, strict=True)
+            ],
+            "environment": {
+                "versions": {"halfstep": "0.1.0", "torch": "2.6.0"},
+                "git_commit": "358dafb",
+                "device": "NVIDIA H100",
+                "cpu_count": 16,
+                "command": f"halfstep run {name} --out runs/{name}",
+                "started": "2025-01-02 03:04:05 +0000",
+            },
+        },
+    )
+    write_stage(
+        run,
+        names[0],
+        None,
+        [result(n, False, is_most=n == max(TEACHER_STEPS)) for n in TEACHER_STEPS],
+        {n: samples(n, False) for n in TEACHER_STEPS},
+        seconds=411.0,
+    )
+    for stage, n in zip(names[1 : len(students) + 1], students, strict=True):
+        write_stage(run, stage, n, [result(n, True)], {n: samples(n, True)})
+    random = np.random.default_rng(2)
+    rows = []
+    for index, stage in enumerate(names[: len(students) + 1]):
+        updates = 2000 if index == 0 else 400
+        for update in range(20, updates + 1, 20):
+            loss = (0.9 if index == 0 else 0.02 * 1.5**index) * (0.08 + (update / 20) ** -0.7)
+            rows.append(
+                {
+                    "stage": stage,
+                    "update": update,
+                    "loss": float(loss * np.exp(0.1 * random.normal())),
+                    "learning_rate": 1e-3,
+                    "grad_norm": 0.5,
+                    "seconds": 0.2 * update,
+                    "samples_per_second": 640.0,
+                }
+            )
+    (run / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return run

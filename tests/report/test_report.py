@@ -1,0 +1,393 @@
+"""The report says what the run folder says, whatever state that is in, and nothing in it can act or call out."""
+
+import base64
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from report.fake_run import (
+    PROTOCOL,
+    STUDENT_STEPS,
+    TEACHER_STEPS,
+    point_samples,
+    result,
+    write_fake_run,
+    write_stage,
+)
+
+from halfstep.report import write_report
+from halfstep.runs import RunFolder, write_json
+
+HOSTILE = "</title><script>alert('$x^2')</script><img src=https://evil.example onerror=alert(1)>"
+VOID = {"meta", "br", "img", "input", "link", "hr"}
+
+
+class Page(HTMLParser):
+    """The elements, the table cells and the texts of a page; fails on elements that are not closed in order."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.tables: list[list[list[str]]] = []
+        self.values: list[float] = []
+        self.text = ""
+        self._open: list[str] = []
+        self.feed(html)
+        assert not self._open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self._open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+        elif tag == "data":
+            self.values.append(float(dict(attrs)["value"] or ""))
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self._open and self._open[-1] in ("script", "style"):
+            return
+        self.text += data
+        if "td" in self._open or "th" in self._open:
+            self.tables[-1][-1][-1] += data
+
+    def attributes(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+    def table(self, first: str) -> list[list[str]]:
+        """The only table whose first cell begins so."""
+        (found,) = [t for t in self.tables if t[0] and t[0][0].startswith(first)]
+        return [[cell.strip() for cell in row] for row in found]
+
+
+def reported(run: Path) -> Page:
+    return Page(write_report(run).read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_fake_run(tmp_path_factory.mktemp("runs") / "digits")
+
+
+def figures_of(cell: str) -> float | None:
+    return None if cell == "–" else float(cell.rstrip("×").replace(",", ""))
+
+
+def test_the_table_shows_the_figures_of_metrics_json(whole: Path) -> None:
+    page = reported(whole)
+    held = {}
+    for stage in RunFolder(whole).stages():
+        for row in json.loads(stage.metrics_path.read_text())["results"]:
+            held[row["num_steps"], "teacher" if stage.name == "00-denoise" else "student"] = row
+    shown = {int(row[0]): row for row in page.table("Steps")[2:]}
+    assert shown.keys() == {steps for steps, _ in held} == {*TEACHER_STEPS, *STUDENT_STEPS}
+    quality, slowest = held[64, "teacher"]["frechet"], held[256, "teacher"]["seconds_per_1000"]
+    for steps, row in shown.items():
+        teacher, student = held.get((steps, "teacher"), {}), held.get((steps, "student"), {})
+        timed = (student or teacher)["seconds_per_1000"]
+        wanted = [
+            (student or teacher)["num_evals"],
+            teacher.get("frechet"),
+            student.get("frechet"),
+            student["frechet"] / quality if student else None,
+            teacher["kid"] * 1000 if teacher else None,
+            student["kid"] * 1000 if student else None,
+            teacher.get("teacher_rmse"),
+            student.get("teacher_rmse"),
+            timed,
+            slowest / timed,
+        ]
+        for cell, value in zip(row[1:], wanted, strict=True):
+            assert (figures_of(cell) is None) == (value is None)
+            # Three digits are shown, two of a speed-up from 2 to 100; the whole number is in the element.
+            assert value is None or figures_of(cell) == pytest.approx(value, rel=0.03)
+            assert value is None or isinstance(value, int) or value in page.values
+
+
+def test_the_first_sentence_follows_from_the_figures(whole: Path) -> None:
+    page = reported(whole)
+    base, most = result(64, False).frechet, result(256, False).seconds_per_1000
+    kept = min(n for n in STUDENT_STEPS if result(n, True).frechet <= 1.5 * base)
+    one = result(kept, True)
+    assert 1 < kept < 128
+    assert (
+        f"{kept} steps instead of 256: {most / one.seconds_per_1000:.0f} times faster per sample, "
+        f"Fréchet distance {one.frechet / base:.2f} times the teacher’s at 64 steps." in page.text
+    )
+    fewest = result(1, True)
+    assert f"Down to 1 step: {most / fewest.seconds_per_1000:.0f} times faster" in page.text
+    assert f"distance {fewest.frechet / base:.1f} times the teacher’s." in page.text
+
+
+def test_pictures_are_the_same_seeds_enlarged_without_smoothing(whole: Path) -> None:
+    page = reported(whole)
+    for stage, steps, who in (("00-denoise", 4, "the teacher"), ("06-halve-0004", 4, "the student")):
+        samples = np.load(whole / "stages" / stage / "samples" / f"steps-{steps:04d}.npz")["arr_0"]
+        (image,) = [
+            image
+            for image in page.attributes("img")
+            if (image["alt"] or "").startswith("Seeds 0 to 7, from top")
+            and f"{who}" in (image["alt"] or "")
+            and (image["alt"] or "").endswith("at 4 steps")
+        ]
+        scheme, data = (image["src"] or "").split(",", 1)
+        assert scheme == "data:image/png;base64"
+        pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))[..., 0]
+        for seed in range(8):
+            np.testing.assert_array_equal(pixels[68 * seed : 68 * seed + 64 : 8, ::8], samples[seed, :, :, 0])
+            np.testing.assert_array_equal(pixels[68 * seed + 7 : 68 * seed + 64 : 8, 7::8], samples[seed, :, :, 0])
+
+
+def test_nothing_is_fetched_and_only_our_script_runs(whole: Path) -> None:
+    html = write_report(whole).read_text(encoding="utf-8")
+    page = Page(html)
+    assert not re.findall(r"(?:https?:)?//[\w.-]+\.[a-z]+", re.sub(r'xmlns(?::\w+)?="[^"]*"', "", html))
+    assert not {"link", "iframe", "object", "embed", "base"} & {tag for tag, _ in page.elements}
+    for _, attributes in page.elements:
+        for name in ("src", "href", "xlink:href"):
+            assert (attributes.get(name) or "#").startswith(("#", "data:image/png"))
+    (script,) = page.attributes("script")
+    assert not script
+    assert any("default-src 'none'" in (meta.get("content") or "") for meta in page.attributes("meta"))
+
+
+def test_the_policy_allows_the_script_that_is_there(whole: Path) -> None:
+    import hashlib
+
+    html = write_report(whole).read_text(encoding="utf-8")
+    script = html[html.index("<script>") + 8 : html.index("</script>")]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src &#39;sha256-{digest}" in html or f"script-src 'sha256-{digest}'" in html
+
+
+def test_it_can_be_read_by_a_screen_reader(whole: Path) -> None:
+    page = reported(whole)
+    assert page.attributes("html")[0]["lang"] == "en"
+    assert all(image["alt"] for image in page.attributes("img"))
+    assert all(cell.get("scope") for cell in page.attributes("th"))
+    levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert {label["for"] for label in page.attributes("label")} <= set(ids)
+    html = write_report(whole).read_text(encoding="utf-8")
+    assert set(re.findall(r"url\(#([^)]*)\)|href=\"#([^\"]*)\"", html)) <= {
+        pair for name in ids for pair in ((name, ""), ("", name))
+    }
+
+
+def test_the_same_run_gives_the_same_bytes(whole: Path) -> None:
+    first = write_report(whole).read_bytes()
+    code = f"from halfstep.report import write_report; from pathlib import Path; write_report(Path({str(whole)!r}))"
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONHASHSEED": "7"})
+    assert RunFolder(whole).report_path.read_bytes() == first
+
+
+def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
+    run = write_fake_run(tmp_path / "run", students=(128,), planned=(128,), name=HOSTILE)
+    content = json.loads((run / "recipe.json").read_text())
+    content["plan"].append({"stage": "02-" + HOSTILE, "num_steps": "$", "num_updates": 10})
+    content["recipe"][HOSTILE] = [HOSTILE]
+    content["environment"]["device"] = HOSTILE
+    write_json(run / "recipe.json", content)
+    folder = "03-<script>alert(1)<"
+    write_stage(run, folder, 64, [result(64, True)], {}, protocol={HOSTILE: HOSTILE})
+    with open(run / "log.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps({"stage": "$\\frac$" + HOSTILE, "update": 5, "loss": 1.0}) + "\n")
+    page = reported(run)
+    assert len(page.attributes("script")) == 1
+    assert all((image["src"] or "").startswith("data:") for image in page.attributes("img"))
+    assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
+    assert page.text.count(HOSTILE) >= 6
+    assert folder in page.text
+
+
+def test_a_run_in_progress_shows_what_is_there_and_names_what_is_not(tmp_path: Path) -> None:
+    run = write_fake_run(tmp_path / "run", students=STUDENT_STEPS[:3])
+    with open(run / "log.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps({"stage": "04-halve-0016", "update": 120, "loss": 0.5}) + '\n{"stage": "04-ha')
+    page = reported(run)
+    assert "This run is not at its end: 4 of 9 stages complete." in page.text
+    assert "04-halve-0016 (120 of 400 updates done), 05-halve-0008" in page.text
+    states = {row[0]: row[-1] for row in page.table("Stage")[1:]}
+    assert states["03-halve-0032"] == "complete"
+    assert states["08-halve-0001"] == "not begun"
+    assert "32 steps instead of 256" in page.text
+
+
+def test_a_teacher_alone_is_reported(tmp_path: Path) -> None:
+    page = reported(write_fake_run(tmp_path / "run", students=()))
+    assert "A teacher, trained in 6 min 51 s; no student is complete yet." in page.text
+    assert "Distilled" not in page.text
+
+
+def test_a_whole_run_says_nothing_of_missing_parts(whole: Path) -> None:
+    assert "What to know" not in write_report(whole).read_text(encoding="utf-8")
+
+
+def test_a_damaged_stage_is_left_out_and_named(tmp_path: Path) -> None:
+    run = write_fake_run(tmp_path / "run")
+    (run / "stages/02-halve-0064/manifest.json").write_text('{"format": 1', encoding="utf-8")
+    page = reported(run)
+    assert "Stage 02-halve-0064 is damaged and left out" in page.text
+    assert str(tmp_path) not in page.text
+    assert {row[0]: row[-1] for row in page.table("Stage")[1:]}["02-halve-0064"] == "damaged"
+    assert next(row for row in page.table("Steps")[2:] if row[0] == "64")[3] == "–"
+
+
+def test_a_damaged_teacher_leaves_no_comparison(tmp_path: Path) -> None:
+    run = write_fake_run(tmp_path / "run")
+    (run / "stages/00-denoise/manifest.json").write_text("[]", encoding="utf-8")
+    page = reported(run)
+    assert "8 students of 128 down to 1 steps; there are no figures" in page.text
+    assert "instead of" not in page.text
+
+
+def bomb(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("arr_0.npy", b"\x93NUMPY\x01\x00junk")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(path.read_bytes()[:-200]),
+        lambda path: path.write_bytes(b"PK\3\4" + bytes(50)),
+        lambda path: np.savez(path, other=np.zeros(3)),
+        lambda path: np.savez(path, arr_0=np.array([{"a": 1}], dtype=object)),
+        lambda path: np.savez(path, arr_0=np.zeros((0, 8, 8, 1), np.uint8)),
+        bomb,
+    ],
+    ids=["empty", "cut", "zeros", "other key", "pickle", "no samples", "bad header"],
+)
+def test_samples_that_cannot_be_read_are_named(tmp_path: Path, spoil: Callable[[Path], object]) -> None:
+    run = write_fake_run(tmp_path / "run", students=(128, 64), planned=(128, 64))
+    spoil(run / "stages/02-halve-0064/samples/steps-0064.npz")
+    page = reported(run)
+    assert "stages/02-halve-0064/samples/steps-0064.npz cannot be read" in page.text
+    assert "No samples to look at for stage 02-halve-0064." in page.text
+
+
+def test_missing_figures_recipe_log_and_samples_are_named(tmp_path: Path) -> None:
+    run = write_fake_run(tmp_path / "run", students=(128,), planned=(128,))
+    for path in ("recipe.json", "log.jsonl", "stages/01-halve-0128/metrics.json"):
+        (run / path).unlink()
+    (run / "stages/00-denoise/metrics.json").write_text("{}", encoding="utf-8")
+    for path in run.glob("stages/*/samples/*"):
+        path.unlink()
+    page = reported(run)
+    for text in (
+        "The recipe cannot be shown: recipe.json does not exist.",
+        "stages/00-denoise/metrics.json does not hold metrics",
+        "No figures (metrics.json) for stages 00-denoise, 01-halve-0128.",
+        "No samples to look at for stages 00-denoise, 01-halve-0128.",
+        "No losses were logged.",
+        "The command that made this run was not recorded.",
+    ):
+        assert text in page.text
+
+
+def test_a_recipe_without_a_plan_is_enough(tmp_path: Path) -> None:
+    run = write_fake_run(tmp_path / "run", students=(128,), planned=(128,))
+    write_json(run / "recipe.json", {"recipe": "?", "environment": 3, "plan": {"a": 1}})
+    assert "digits" not in reported(run).attributes("title")
+    assert "128 steps instead of 256" in reported(run).text
+
+
+def test_figures_of_different_protocols_share_no_row(tmp_path: Path) -> None:
+    run = write_fake_run(tmp_path / "run", students=(128,), planned=(128, 64))
+    write_stage(run, "02-halve-0064", 64, [result(64, True)], {}, protocol={**PROTOCOL, "device": "cuda"})
+    page = reported(run)
+    assert "Not all stages were measured under the same protocol (different: device)." in page.text
+    first, second = (table[2:] for table in page.tables if table[0] and table[0][0] == "Steps")
+    assert [row[0] for row in first] == ["256", "128", "64", "8", "4", "2", "1"]
+    (row,) = second
+    assert row[0] == "64"
+    assert [row[index] for index in (2, 4, 5, 10)] == ["–"] * 4
+    assert next(row for row in first if row[0] == "64")[3] == "–"
+    assert "128 steps instead of 256" in page.text
+
+
+def test_numbers_that_no_axis_can_show_do_not_stop_the_report(tmp_path: Path) -> None:
+    run = write_fake_run(tmp_path / "run", students=(128,), planned=(128,))
+    path = run / "stages/01-halve-0128/metrics.json"
+    odd = json.loads(path.read_text())
+    odd["results"][0] |= {"frechet": float("nan"), "kid": -0.001, "seconds_per_1000": 0.0}
+    path.write_text(json.dumps(odd), encoding="utf-8")
+    (run / "log.jsonl").write_text(
+        '{"stage": "00-denoise", "update": 1, "loss": NaN}\n{"stage": "00-denoise", "update": 2, "loss": -1}\n'
+        '{"stage": 3, "update": "x", "loss": 1}\n{"stage": "00-denoise", "update": 3, "loss": "1"}\n[]\n',
+        encoding="utf-8",
+    )
+    page = reported(run)
+    row = next(row for row in page.table("Steps")[2:] if row[0] == "128")
+    assert row[3] == "not finite"
+    assert row[4] == "–"
+    assert figures_of(row[6]) == -1
+    assert row[10] == "–"
+
+
+def test_points_in_the_plane_are_drawn_where_they_are(tmp_path: Path) -> None:
+    run = write_fake_run(tmp_path / "run", students=(128,), planned=(128,), samples=point_samples)
+    page = reported(run)
+    assert not page.attributes("img")
+    labels = [span.get("aria-label") or "" for span in page.attributes("span")]
+    assert "Scatter plot of 256 samples of the student at 128 steps" in labels
+    paths = [path["d"] or "" for path in page.attributes("path") if path.get("class") == "rest"]
+    points = point_samples(256, False)[8:]
+    drawn = np.array([[float(x) for x in dot.split()] for dot in re.findall(r"M([\d.]+ [\d.]+)h0", paths[0])])
+    # The frame keeps the proportions and the order of the points, with y upwards.
+    scale = np.ptp(drawn[:, 0]) / np.ptp(points[:, 0])
+    centre = points - points.mean(axis=0)
+    np.testing.assert_allclose(drawn - drawn.mean(axis=0), scale * centre * [1, -1], atol=0.11)
+
+
+def test_samples_without_a_picture_are_said_to_have_none(tmp_path: Path) -> None:
+    def audio(steps: int, student: bool) -> np.ndarray:
+        return np.zeros((4, 1, 160), np.float32)
+
+    page = reported(write_fake_run(tmp_path / "run", students=(128,), planned=(128,), samples=audio))
+    assert "There is no picture for this modality: samples of shape 1 × 160, float32." in page.text
+
+
+def test_without_a_complete_stage_there_is_one_clear_line(tmp_path: Path) -> None:
+    run = write_fake_run(tmp_path / "run", students=(), planned=(128,))
+    (run / "stages/00-denoise/manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"has no complete stage to report on \(no stages/\*/manifest.json\)"):
+        write_report(run)
+    assert not RunFolder(run).report_path.exists()
+    with pytest.raises(ValueError, match="is not a run folder"):
+        write_report(tmp_path / "nowhere")
+
+
+def test_the_room_imports_no_torch() -> None:
+    code = (
+        "import sys, types; package = types.ModuleType('halfstep'); "
+        f"package.__path__ = [{str(Path(sys.modules['halfstep'].__file__ or '').parent)!r}]; "
+        "sys.modules['halfstep'] = package; import halfstep.report; "
+        "sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,79 @@
+"""A run that takes a second: points of two clusters, a small MLP, the chain 4 -> 2 -> 1."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from halfstep.core.noise import VPCosine
+from halfstep.core.prediction import V
+from halfstep.data import MemoryData
+from halfstep.nets import MLP
+from halfstep.objectives import Plan
+from halfstep.train import Evaluation, Notice, RunSpec, StopSignal, run
+
+
+def points(num: int = 200) -> torch.Tensor:
+    """Two clusters in the plane, float32 [num, 2]."""
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.tensor([[0.7, 0.2], [-0.5, -0.6]])[torch.arange(num) % 2]
+    return centres + 0.1 * torch.randn(num, 2, generator=generator)
+
+
+def toy_plan(teacher_updates: int = 40, student_updates: int = 30, dropout: float = 0.1) -> Plan:
+    """A teacher with dropout and a moving average, and two students."""
+    return Plan.teacher(
+        num_updates=teacher_updates, batch_size=16, learning_rate=2e-3, warmup_updates=5, ema_decay=0.9, dropout=dropout
+    ) + Plan.halvings(4, 1, num_updates=student_updates, batch_size=16, learning_rate=1e-3, updates_at={})
+
+
+def toy_spec(**changes: Any) -> RunSpec:
+    """The run of `toy_plan`, with anything replaced."""
+    spec = RunSpec(
+        recipe={"name": "toy", "seed": 0},
+        plan=toy_plan(),
+        data=MemoryData("toy", points()),
+        process=VPCosine(),
+        prediction=V(),
+        network=lambda: MLP((2,), width=16, depth=1),
+        start_steps=4,
+        log_every=5,
+        checkpoint_updates=3,
+        cpu=True,
+    )
+    return dataclasses.replace(spec, **changes)
+
+
+def finish(spec: RunSpec, path: Path, stop: StopSignal | None = None) -> list[str]:
+    """Runs to the end and returns the notices on the way."""
+    torch.set_num_threads(1)
+    return [event.text for event in run(spec, path, stop) if isinstance(event, Notice)]
+
+
+def weights(path: Path) -> dict[str, bytes]:
+    """The final weights of each stage, as bytes."""
+    return {file.parent.name: file.read_bytes() for file in sorted(path.glob("stages/*/model.safetensors"))}
+
+
+def run_toy(path: str) -> None:
+    """The uncut toy run, as a target for other processes."""
+    finish(toy_spec(), Path(path))
+
+
+def evaluated(num_samples: int = 40) -> Evaluation:
+    """A measurement that takes no time."""
+    return Evaluation(num_samples=num_samples, num_compared=20, num_shown=8, batch_size=20)
+
+
+def take(number: int, of: Callable[[], Any]) -> list[Any]:
+    """The first `number` items of a generator, which is then closed."""
+    generator = of()
+    items = []
+    for item in generator:
+        items.append(item)
+        if len(items) == number:
+            break
+    generator.close()
+    return items
