@@ -63,7 +63,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if verb not in verbs:
         fail(f"unknown verb {verb!r}{nearest(verb, verbs)} (known: {', '.join(verbs)})")
 
-    warnings.showwarning = _show_warning  # type: ignore[assignment]
+    with warnings.catch_warnings():
+        from halfstep.core.warnings import HalfstepWarning
+
+        warnings.showwarning = _show_warning  # type: ignore[assignment]
+        warnings.simplefilter("always", HalfstepWarning)
+        _dispatch(verb, rest)
+
+
+def _dispatch(verb: str, rest: Sequence[str]) -> None:
     from halfstep.cli import commands
     from halfstep.train import Interrupted, NonFinite
 

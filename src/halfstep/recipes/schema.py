@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from halfstep.core.noise import NoiseProcess, VPCosine
@@ -266,6 +267,22 @@ def make_unet(config: UNetConfig, shape: tuple[int, ...], num_classes: int, chan
         raise ValueError(
             f"network.attention has {len(config.attention)} entries for {levels} resolutions: give one for each"
         )
+    for channels_here, attention in zip(config.block_out_channels, config.attention, strict=True):
+        if channels_here % config.norm_num_groups:
+            raise ValueError(
+                f"network.norm_num_groups {config.norm_num_groups} does not divide {channels_here} channels: "
+                "choose --network.norm-num-groups or --network.block-out-channels so that it does"
+            )
+        if attention and channels_here % config.attention_head_dim:
+            raise ValueError(
+                f"network.attention_head_dim {config.attention_head_dim} does not divide {channels_here} channels: "
+                "choose --network.attention-head-dim or --network.block-out-channels so that it does"
+            )
+    if config.mid_attention and config.block_out_channels[-1] % config.attention_head_dim:
+        raise ValueError(
+            f"network.attention_head_dim {config.attention_head_dim} does not divide the middle's "
+            f"{config.block_out_channels[-1]} channels: choose another, or add --network.no-mid-attention"
+        )
     factor = 2 ** (levels - 1)
     if shape[1] % factor or shape[2] % factor:
         raise ValueError(
@@ -318,6 +335,10 @@ def build(recipe: Recipe, *, what: Literal["all", "teacher", "chain"] = "all", t
     settings = recipe.evaluation.model_dump(exclude={"enabled", "features"})
     features = None if recipe.evaluation.features == "auto" else recipe.evaluation.features
     evaluation = Evaluation(features=features, **settings) if recipe.evaluation.enabled else None
+    if teacher is None:
+        # Built without memory for its weights, so that a network that does not fit is refused before anything is done.
+        with torch.device("meta"):
+            recipe.make_network(data)
     data_as_json: dict[str, Any] = recipe.model_dump(mode="json")
     return RunSpec(
         recipe=data_as_json | ({"what": what} if what != "all" else {}),

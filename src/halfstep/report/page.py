@@ -431,7 +431,7 @@ def _gallery(facts: RunFacts, groups: Sequence[Group], summary: Summary) -> Gall
         )
         for n in steps
     ]
-    start = summary.best.steps if summary.best and summary.best.steps in steps else steps[-1]
+    start = summary.best.steps if summary.best and summary.best.steps in steps else min(students, default=steps[0])
     height, width = figures.tile_size(arrays[0]) if images else (0, 88)
     size = arrays[0].shape[1:3]
     return Gallery(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from halfstep.core.denoiser import Clipped, Cond, Denoiser, NetworkDenoiser
 from halfstep.core.draw import sample_labels, sample_noise
+from halfstep.core.grids import check_num_steps
 from halfstep.core.noise import NoiseProcess, processes
 from halfstep.core.prediction import Denoised, Prediction, predictions
 from halfstep.core.warnings import HalfstepWarning
@@ -90,6 +91,7 @@ class Model(Denoiser):
             if own is None:
                 raise ValueError("this is a teacher, which takes any number of steps: say how many (num_steps)")
             return own
+        check_num_steps(num_steps)
         if own is not None and num_steps > own:
             warnings.warn(
                 f"{num_steps} steps were asked of a model that was distilled for {own}: more steps do not make it "

@@ -1,0 +1,378 @@
+"""The command line from outside: what it makes, and one clear line with exit code 2 for bad input."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from halfstep import load
+from halfstep.cli import main
+from halfstep.registry import Registry
+from halfstep.runs import RunFolder
+from toys import points
+
+TINY = [
+    *("--engine.threads", "1", "--evaluation.num-samples", "24", "--evaluation.num-compared", "8"),
+    *("--teacher.num-updates", "6", "--teacher.warmup-updates", "2", "--teacher.batch-size", "8"),
+    *("--chain.start-steps", "4", "--chain.num-updates", "2", "--chain.batch-size", "8"),
+    *("--evaluation.num-shown", "4"),
+]
+TINY_ARRAYS = [*TINY, "--network.width", "16", "--network.depth", "1"]
+TINY_DIGITS = [
+    *TINY,
+    *("--network.block-out-channels", "8", "16", "--network.attention-head-dim", "8"),
+    *("--network.norm-num-groups", "8", "--network.layers-per-block", "1", "--network.attention", "False", "True"),
+    *("--evaluation.teacher-steps", "4", "1"),
+]
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    monkeypatch.setenv("HALFSTEP_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.setenv("COLUMNS", "160")
+
+
+@pytest.fixture(scope="module")
+def toy_npy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "toy.npy"
+    np.save(path, points().numpy())
+    return path
+
+
+@pytest.fixture(scope="module")
+def toy_run(tmp_path_factory: pytest.TempPathFactory, toy_npy: Path) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "toy"
+    main(["run", "arrays", "--data", str(toy_npy), "--out", str(out), *TINY_ARRAYS])
+    return out
+
+
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "digits"
+    main(["run", "digits", "--out", str(out), *TINY_DIGITS])
+    return out
+
+
+def refused(argv: list[str], capsys: Capture, code: int = 2) -> str:
+    """The one line that a refused command prints."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        main(argv)
+    errors = capsys.readouterr().err
+    assert end.value.code == code
+    lines = [line for line in errors.splitlines() if not line.startswith("halfstep: warning:")]
+    assert len(lines) == 1, errors
+    assert lines[0].startswith("halfstep: error: ")
+    return lines[0].removeprefix("halfstep: error: ")
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["rnu", "digits"], "unknown verb 'rnu'; did you mean 'run'?"),
+        (["run"], "the recipe is missing"),
+        (["run", "digts"], "unknown recipe 'digts'; did you mean 'digits'?"),
+        (["run", "digits", "--chain.start-step", "8"], "did you mean '--chain.start-steps'?"),
+        (["run", "digits", "--chain.start-steps", "many"], "--chain.start-steps: needs a whole number, got 'many'"),
+        (["run", "digits", "--chain.start-steps"], "--chain.start-steps needs a value"),
+        (
+            ["run", "digits", "--chain.start-steps", "0"],
+            "should be greater than or equal to 1, got 0",
+        ),
+        (["run", "digits", "--teacher.learning-rate", "nan"], "should be a finite number, got nan"),
+        (["run", "digits", "--model.prediction", "vv"], "unknown prediction 'vv'; did you mean 'v'?"),
+        (["run", "digits", "--model.weighting", "truncated-snr"], "did you mean 'truncated_snr'?"),
+        (["run", "digits", "--engine.precision", "bf-16"], "'bf-16' is not one of float32, bf16; did you mean 'bf16'?"),
+        (["run", "digits", "--chain.start-steps", "48"], "48 steps cannot be halved to 1"),
+        (["run", "digits", "--chain.end-steps", "128", "--chain.start-steps", "64"], "the end must be below the start"),
+        (["run", "digits", "--network.attention", "True"], "network.attention has 1 entries for"),
+        (["run", "arrays", "--data", "nowhere"], "nowhere"),
+        (
+            ["run", "arrays", "--data", "digits", "--network.wdith", "3"],
+            "did you mean '--network.width'?",
+        ),
+        (["train", "digits", "--out"], "--out needs a value"),
+        (["distill"], "the model is missing"),
+        (["distill", "nowhere"], "nowhere does not exist"),
+        (["sample", "nowhere"], "nowhere does not exist"),
+        (["sample"], "is missing"),
+        (["report", "nowhere"], "nowhere is no run"),
+        (["ls", "sampler"], "unknown family 'sampler'; did you mean 'samplers'?"),
+    ],
+)
+def test_bad_commands_get_one_line(argv: list[str], said: str, tmp_path: Path, capsys: Capture) -> None:
+    os.chdir(tmp_path)
+    assert said in refused(argv, capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def _image(path: Path, mode: str = "L", size: int = 8) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, (size, size)).save(path)
+
+
+@pytest.mark.parametrize("case", ["missing", "empty", "unreadable", "mixed", "nan", "pickled"])
+def test_bad_data_is_named(case: str, tmp_path: Path, capsys: Capture) -> None:
+    folder = tmp_path / "data"
+    source, said = folder, "data"
+    if case != "missing":
+        folder.mkdir()
+    if case == "unreadable":
+        _image(folder / "a.png")
+        (folder / "b.png").write_bytes(b"not an image")
+        said = "b.png"
+    elif case == "mixed":
+        _image(folder / "a.png")
+        _image(folder / "b.png", "RGB")
+        said = "channels"
+    elif case == "nan":
+        source, said = folder / "x.npy", "finite"
+        np.save(source, np.array([[1.0, 2.0], [np.nan, 0.0]]))
+    elif case == "pickled":
+        source, said = folder / "x.npy", "x.npy"
+        np.save(source, np.array([{"a": 1}], dtype=object))
+    out = tmp_path / "out"
+    assert said in refused(["run", "arrays", "--data", str(source), "--out", str(out)], capsys)
+    assert not out.exists()
+
+
+def test_a_run_ends_with_its_table_and_goes_on_where_it_was(toy_run: Path, toy_npy: Path, capsys: Capture) -> None:
+    before = {path: path.stat().st_mtime_ns for path in toy_run.glob("stages/*/*.*")}
+    main(["run", "arrays", "--data", str(toy_npy), "--out", str(toy_run), *TINY_ARRAYS])
+    printed = capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in toy_run.glob("stages/*/*.*")} == before
+    assert "00-denoise: complete" in printed
+    metrics = [stage.metrics() for stage in RunFolder(toy_run).stages()]
+    assert all(metrics)
+    for held in metrics:
+        assert held is not None
+        for result in held.results:
+            assert f"{result.frechet:.4g}" in printed
+    assert (toy_run / "report" / "index.html").is_file()
+
+
+def test_another_recipe_in_the_folder_is_refused_with_the_difference(
+    toy_run: Path, toy_npy: Path, capsys: Capture
+) -> None:
+    argv = ["run", "arrays", "--data", str(toy_npy), "--out", str(toy_run), *TINY_ARRAYS, "--seed", "3"]
+    assert "seed: 3 (the folder has 0)" in refused(argv, capsys)
+
+
+def test_the_recorded_recipe_runs_again(toy_run: Path, tmp_path: Path) -> None:
+    main(["run", str(toy_run / "recipe.json"), "--out", str(tmp_path / "again")])
+    for stage in RunFolder(toy_run).stages():
+        assert (
+            tmp_path / "again" / "stages" / stage.name / "model.safetensors"
+        ).read_bytes() == stage.model.read_bytes()
+
+
+def test_a_field_unknown_to_recipes_in_a_file_is_named(toy_run: Path, tmp_path: Path, capsys: Capture) -> None:
+    recipe = json.loads((toy_run / "recipe.json").read_text())["recipe"]
+    recipe["chain"]["nmu_updates"] = 3
+    (tmp_path / "mine.json").write_text(json.dumps(recipe))
+    assert "unknown field 'chain.nmu_updates'" in refused(["run", str(tmp_path / "mine.json")], capsys)
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path, capsys: Capture) -> None:
+    main(["run", "digits", "--out", str(tmp_path / "x"), "--dry-run", *TINY_DIGITS])
+    printed = capsys.readouterr().out
+    network = load_parameters(printed)
+    assert network > 1000
+    for name in ("00-denoise", "01-halve-0002", "02-halve-0001", "estimated training time"):
+        assert name in printed
+    assert not (tmp_path / "x").exists()
+
+
+def load_parameters(printed: str) -> int:
+    """The number after "parameters:"."""
+    found = re.search(r"parameters: ([\d,]+)", printed)
+    assert found
+    return int(found[1].replace(",", ""))
+
+
+def test_sample_writes_the_same_pixels_in_every_format(digits_run: Path, tmp_path: Path) -> None:
+    common = ["--num-samples", "6", "--seed", "3"]
+    main(["sample", str(digits_run), *common, "--out", str(tmp_path / "s.npz")])
+    main(["sample", str(digits_run), *common, "--out", str(tmp_path / "folder")])
+    main(["sample", str(digits_run), *common, "--out", str(tmp_path / "grid.png")])
+    array = np.load(tmp_path / "s.npz", allow_pickle=False)["arr_0"]
+    assert array.dtype == np.uint8
+    assert array.shape == (6, 8, 8, 1)
+    files = sorted((tmp_path / "folder").iterdir())
+    assert [file.name for file in files] == [f"{seed:06d}.png" for seed in range(3, 9)]
+    for pixels, file in zip(array, files, strict=True):
+        assert np.array_equal(np.asarray(Image.open(file)), pixels[..., 0])
+    grid = np.asarray(Image.open(tmp_path / "grid.png"))
+    factor = 4
+    assert np.array_equal(grid[: 8 * factor : factor, : 8 * factor : factor], array[0, ..., 0])
+    model = load(digits_run)
+    x0 = model.sample(range(3, 9))
+    assert np.array_equal(((x0[:, 0] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy(), array[..., 0])
+
+
+def test_a_sample_depends_on_its_own_seed_only(digits_run: Path) -> None:
+    model = load(digits_run)
+    together = model.sample(range(10), 1)
+    assert torch.allclose(model.sample(range(4, 6), 1), together[4:6], atol=1e-5)
+    assert torch.allclose(model.sample(range(10), 1, batch_size=3), together, atol=1e-5)
+
+
+def test_nothing_is_overwritten_unless_told(digits_run: Path, tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "s.npz"
+    out.write_text("mine")
+    assert "is there already" in refused(["sample", str(digits_run), "--out", str(out)], capsys)
+    assert out.read_text() == "mine"
+    main(["sample", str(digits_run), "--num-samples", "2", "--out", str(out), "--overwrite"])
+    assert np.load(out)["arr_0"].shape[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--out", "x.jpg"], "lossy formats are not offered"),
+        (["--num-samples", "0"], "--num-samples must be at least 1, got 0"),
+        (["--seed", "-1"], "--seed must be at least 0"),
+        (["--num-steps", "0"], "num_steps must be a whole number of at least 1, got 0"),
+        (["--sampler", "dim"], "unknown sampler 'dim'; did you mean 'ddim'?"),
+        (["--class-label", "12"], "classes 0 to 9"),
+        (["--device", "abacus"], "the device 'abacus' cannot be used here"),
+        (["--num-stesp", "4"], "did you mean '--num-steps'?"),
+    ],
+)
+def test_bad_sampling_options_get_one_line(
+    options: list[str], said: str, digits_run: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    os.chdir(tmp_path)
+    assert said in refused(["sample", str(digits_run), *options], capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_teacher_must_be_told_its_steps(digits_run: Path, tmp_path: Path, capsys: Capture) -> None:
+    teacher = digits_run / "stages" / "00-denoise"
+    assert "say how many" in refused(["sample", str(teacher), "--out", str(tmp_path / "x.png")], capsys)
+
+
+def test_more_steps_than_the_model_was_made_for_warns(digits_run: Path, tmp_path: Path, capsys: Capture) -> None:
+    main(["sample", str(digits_run), "--num-steps", "4", "--num-samples", "2", "--out", str(tmp_path / "x.png")])
+    assert "halfstep: warning: 4 steps were asked of a model that was distilled for 1" in capsys.readouterr().err
+    assert (tmp_path / "x.png").is_file()
+
+
+def test_vectors_have_no_picture(toy_run: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert "are no images: write a .npz" in refused(["sample", str(toy_run), "--out", str(tmp_path / "x.png")], capsys)
+    main(["sample", str(toy_run), "--num-samples", "5", "--out", str(tmp_path / "x.npz")])
+    array = np.load(tmp_path / "x.npz")["arr_0"]
+    assert array.dtype == np.float32
+    assert array.shape == (5, 2)
+
+
+@pytest.mark.parametrize("damage", ["no model", "cut", "altered", "manifest", "later format", "foreign tensors"])
+def test_a_file_that_is_no_model_is_named(damage: str, toy_run: Path, tmp_path: Path, capsys: Capture) -> None:
+    stage = RunFolder(toy_run).stages()[-1]
+    folder = tmp_path / "stage"
+    folder.mkdir()
+    manifest = json.loads(stage.manifest_path.read_text())
+    content = stage.model.read_bytes()
+    said = "model.safetensors"
+    if damage == "cut":
+        content = content[:-10]
+    elif damage == "altered":
+        content = content[:-1] + bytes([content[-1] ^ 1])
+    elif damage == "later format":
+        manifest["format"], said = 99, "update halfstep"
+    elif damage == "foreign tensors":
+        manifest["network"]["width"], said = 32, "does not fit its manifest"
+    (folder / "manifest.json").write_text(json.dumps(manifest) if damage != "manifest" else "{")
+    if damage == "manifest":
+        said = "manifest.json is not readable JSON"
+    if damage != "no model":
+        (folder / "model.safetensors").write_bytes(content)
+    assert said in refused(["sample", str(folder), "--out", str(tmp_path / "x.npz")], capsys)
+    file = tmp_path / "weights.ckpt"
+    file.write_bytes(b"\x80\x04")
+    assert "is no model" in refused(["sample", str(file)], capsys)
+
+
+def test_distill_goes_on_from_a_stage_to_fewer_steps(toy_run: Path, tmp_path: Path, capsys: Capture) -> None:
+    teacher = str(toy_run / "stages" / "00-denoise")
+    main(["distill", teacher, "--to", "2", "--start", "8", "--out", str(tmp_path / "d")])
+    stages = RunFolder(tmp_path / "d").stages()
+    assert [stage.name for stage in stages] == ["00-teacher", "01-halve-0004", "02-halve-0002"]
+    assert stages[0].model.read_bytes() == RunFolder(toy_run).stages()[0].model.read_bytes()
+    assert load(tmp_path / "d").num_steps == 2
+    student = str(toy_run / "stages" / "01-halve-0002")
+    assert "leave --start out" in refused(["distill", student, "--to", "1", "--start", "4"], capsys)
+    assert "the end must be below the start" in refused(
+        ["distill", student, "--to", "2", "--out", str(tmp_path / "e")], capsys
+    )
+    main(["distill", student, "--to", "1", "--out", str(tmp_path / "e")])
+    assert load(tmp_path / "e").num_steps == 1
+
+
+def test_train_stops_after_the_teacher(toy_npy: Path, tmp_path: Path) -> None:
+    main(["train", "arrays", "--data", str(toy_npy), "--out", str(tmp_path / "t"), *TINY_ARRAYS])
+    assert [stage.name for stage in RunFolder(tmp_path / "t").stages()] == ["00-denoise"]
+    assert load(tmp_path / "t").num_steps is None
+
+
+def test_evaluate_repeats_the_figures_of_the_run(toy_run: Path, tmp_path: Path) -> None:
+    main(["evaluate", str(toy_run), "--num-steps", "4", "--out", str(tmp_path / "figures.json")])
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    recorded = {
+        result.num_steps: result.frechet
+        for stage in RunFolder(toy_run).stages()[1:]
+        for result in stage.metrics().results  # type: ignore[union-attr]
+    }
+    measured = {result["num_steps"]: result["frechet"] for result in figures["students"]}
+    assert measured == pytest.approx(recorded, rel=1e-6)
+
+
+def test_ls_names_every_member(capsys: Capture) -> None:
+    from halfstep.core.prediction import predictions
+    from halfstep.core.weighting import weightings
+    from halfstep.recipes import recipes
+    from halfstep.samplers import samplers
+
+    main(["ls"])
+    printed = capsys.readouterr().out
+    families: list[Registry[object]] = [predictions, weightings, recipes, samplers]  # type: ignore[list-item]
+    for registry in families:
+        for name in registry:
+            assert name in printed
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["run", "digits", "--help"], ["distill", "--help"], ["sample", "--help"]])
+def test_help_names_the_options(argv: list[str], capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(argv)
+    assert end.value.code == 0
+    printed = capsys.readouterr().out
+    wanted = {"run": "--chain.start-steps", "distill": "--chain.end-steps", "sample": "--num-steps"}
+    assert wanted.get(argv[0], "run RECIPE") in printed
+
+
+def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(toy_npy: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    argv = ["run", "arrays", "--data", str(toy_npy), "--out", str(out), *TINY_ARRAYS]
+    argv += ["--engine.log-every", "1"]
+    argv[argv.index("--teacher.num-updates") + 1] = "100000"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "halfstep", *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    log = out / "log.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 3):
+        pass
+    process.send_signal(2)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "the state is saved: run the same command again to go on" in errors
+    assert "Traceback" not in errors
+    assert list(out.glob("stages/00-denoise/checkpoint-*/manifest.json"))
