@@ -64,16 +64,23 @@ def test_it_converges_to_the_flow_of_a_mixture_at_the_order_it_claims(process: N
 @every_sampler
 @every_process
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 7, 64])
-def test_every_step_is_exact_when_the_data_is_one_point(
+def test_sampling_is_exact_in_any_number_of_steps_when_the_data_is_one_point(
     process: NoiseProcess, sampler: Sampler, num_steps: int
 ) -> None:
-    """The only flow is then the straight line from the noise to the point, and no step may leave it."""
-    skip_stochastic(sampler)
-    point, eps = numbers(1, 3, seed=1), numbers(8, 3)
-    x_1 = process.mix(point.expand(8, 3), eps, clock(1.0).expand(8))
-    for step in trajectory(data_set_denoiser(process, point), x_1, num_steps, sampler):
-        expected = process.mix(point.expand(8, 3), eps, clock(step.s).expand(8)) if step.s else point.expand(8, 3)
-        torch.testing.assert_close(step.x_s, expected, rtol=0, atol=1e-11)
+    point = numbers(1, 3, seed=1)
+    x_0 = sample(data_set_denoiser(process, point), pure_noise(process, 8, 3), num_steps, sampler)
+    torch.testing.assert_close(x_0, point.expand(8, 3), rtol=0, atol=1e-13)
+
+
+@every_process
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 7, 64])
+def test_ddim_stays_on_the_one_way_from_noise_to_data_of_one_point(process: NoiseProcess, num_steps: int) -> None:
+    """The noise of x_t never changes on that way, so each step is the sample that the process mixes there."""
+    point, eps = numbers(1, 3, seed=1).expand(8, 3), numbers(8, 3)
+    x_1 = process.mix(point, eps, clock(1.0).expand(8))
+    for step in trajectory(data_set_denoiser(process, point[:1]), x_1, num_steps, DDIM()):
+        expected = process.mix(point, eps, clock(step.s).expand(8)) if step.s else point
+        torch.testing.assert_close(step.x_s, expected, rtol=0, atol=1e-13)
 
 
 @every_sampler
