@@ -47,7 +47,7 @@ def test_a_gaussian_teacher_distilled_from_16_steps_to_1_keeps_its_map() -> None
 
 def test_distill_refuses_a_chain_that_cannot_be_halved() -> None:
     teacher = NetworkDenoiser(LinearAtEachTime(), PROCESS, X0())
-    with pytest.raises(ValueError, match="12 steps cannot be halved to 4.*for example 16"):
+    with pytest.raises(ValueError, match=r"12 steps cannot be halved to 4.*for example 16"):
         distill(teacher, torch.zeros(10, 1), start=12, to=4)
 
 

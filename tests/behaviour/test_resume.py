@@ -154,7 +154,7 @@ def test_a_full_disk_names_the_last_good_checkpoint_and_loses_nothing(
 
     with monkeypatch.context() as patch:
         patch.setattr(run_files, "_sync", full)
-        with pytest.raises(OSError, match="last good checkpoint is .*checkpoint-0000") as error:
+        with pytest.raises(OSError, match=r"last good checkpoint is .*checkpoint-0000") as error:
             finish(toy_spec(), path)
     assert "\n" not in str(error.value)
     finish(toy_spec(), path)

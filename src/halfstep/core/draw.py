@@ -40,7 +40,7 @@ class Draw:
     `stream` tells stages apart, `places` is the part of `range(batch_size)` that is wanted.
 
     Raises:
-        ValueError: if `places` is not within the batch.
+        ValueError: if `places` is empty or not within the batch.
     """
 
     seed: int
@@ -50,8 +50,8 @@ class Draw:
     places: range
 
     def __post_init__(self) -> None:
-        if self.places.step != 1 or self.places.start < 0 or self.places.stop > self.batch_size:
-            raise ValueError(f"places {self.places} are not within a batch of {self.batch_size}")
+        if self.places.step != 1 or not 0 <= self.places.start < self.places.stop <= self.batch_size:
+            raise ValueError(f"places {self.places} are not a part of a batch of {self.batch_size}")
 
     def _shards(self, purpose: str, draw: "functools.partial[Tensor]") -> Tensor:
         first, last = self.places.start // SHARD, -(-self.places.stop // SHARD)

@@ -1,20 +1,23 @@
 """Data from NumPy files, and scikit-learn's digits.
 
-The digits' 1,797 images of 8x8 have the values v = 0..16; they become the pixels round(v * 255 / 16).
+The digits are 1,797 images of 8x8 with values v = 0..16; they become the pixels round(v * 255 / 16).
 """
 
 from pathlib import Path
+from typing import Any, Final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
-from halfstep.data.base import MemoryData
+from halfstep.data.base import MemoryData, first_line
 from halfstep.data.images import Preparation
 
-DATA_KEYS = ("x", "arr_0")
-LABEL_KEYS = ("y", "labels", "arr_1")
-MAX_CLASSES = 100_000
+DATA_KEYS: Final = ("x", "arr_0")
+LABEL_KEYS: Final = ("y", "labels", "arr_1")
+MAX_CLASSES: Final = 100_000
+"""A label beyond it is taken for something else, such as an identifier."""
 
 
 def digits(prepare: Preparation, labels: bool, limit: int | None) -> MemoryData:
@@ -26,41 +29,104 @@ def digits(prepare: Preparation, labels: bool, limit: int | None) -> MemoryData:
     return from_arrays("digits", images, bunch.target if labels else None, prepare, limit)
 
 
-def array_file(path: Path, source: str, prepare: Preparation, labels: bool, limit: int | None) -> MemoryData:
-    """The samples of a .npy file, or those and the labels of a .npz file.
+def array_file(source: str, prepare: Preparation, labels: bool, limit: int | None) -> MemoryData:
+    """The samples of a .npy file, or the samples and labels of a .npz file.
 
     Raises:
-        ValueError: if the file is missing, damaged or holds Python objects, has no array under a known name, or what it
-            holds are not samples.
+        ValueError: if the file is missing, damaged or holds Python objects, if a .npz has no array under a known name,
+            or as `from_arrays`.
     """
-    x, y = _load(path, source)
+    x, y = _load(Path(source).expanduser())
     return from_arrays(source, x, y if labels else None, prepare, limit)
 
 
 def from_arrays(
-    source: str, x: NDArray, labels: NDArray | None, prepare: Preparation, limit: int | None
+    source: str, x: NDArray[Any], labels: NDArray[Any] | None, prepare: Preparation, limit: int | None
 ) -> MemoryData:
-    """Data of uint8 images `[n, height, width]` or `[n, height, width, channels]`, or of float arrays `[n, *dims]`.
+    """uint8 images `[n, height, width]` or `[n, height, width, 1 | 3 | 4]`, or float arrays `[n, *dims]` as they are.
+
+    Classes are 0 up to the largest label, named by their numbers; `limit` keeps the first samples, and all classes.
 
     Raises:
-        ValueError: if the arrays are of another kind, or labels are not one integer from 0 up for each sample.
+        ValueError: if the arrays are of another kind, empty or not finite, float arrays are to be prepared as images,
+            or labels are not one integer from 0 up for each sample.
     """
-    if x.dtype == np.uint8:
-        x = _pixels(source, x[:limit], prepare) if len(x) else x
-    else:
-        if x.dtype.kind != "f" or x.ndim < 2:
-            raise ValueError(
-                f"{source} holds {x.dtype} of shape {x.shape}: give images as uint8 [n, height, width] or "
-                f"[n, height, width, channels], other samples as floats [n, *dims]"
-            )
-        if prepare.image_size or prepare.channels:
-            raise ValueError(
-                f"{source} holds {x.dtype} arrays, which are taken as they are: leave out --data.image-size and "
-                f"--data.channels, or save images as uint8"
-            )
-        x = x[:limit].astype(np.float32)
-    names: tuple[str, ...] = ()
-    if labels is not None:
-        labels, names = _labels(source, labels, len(x) if limit is None else None)
-        labels = labels[:limit]
-    return MemoryData(source, torch.from_numpy(x), None if labels is None else torch.from_numpy(labels), names)
+    if x.size == 0:
+        raise ValueError(f"{source} holds no samples (shape {x.shape}): at least 1 is needed")
+    classes: Classes = (None, ()) if labels is None else _classes(source, labels, len(x))
+    kept = _pixels(source, x[:limit], prepare) if x.dtype == np.uint8 else _floats(source, x[:limit], prepare)
+    numbers, names = classes
+    return MemoryData(source, torch.from_numpy(kept), None if numbers is None else numbers[:limit], names)
+
+
+Classes = tuple[torch.Tensor | None, tuple[str, ...]]
+
+
+def _load(path: Path) -> tuple[NDArray[Any], NDArray[Any] | None]:
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file: give the path of an existing {path.suffix} file")
+    try:
+        with path.open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            if isinstance(loaded, np.ndarray):
+                return loaded, None
+            arrays = {name: loaded[name] for name in loaded.files if name in DATA_KEYS + LABEL_KEYS}
+            names = loaded.files
+            if len(names) == 1:
+                return loaded[names[0]], None
+    except Exception as error:  # a damaged archive raises whatever zipfile, zlib or numpy stumble over
+        raise ValueError(
+            f"{path} cannot be read ({first_line(error)}): save plain arrays, without Python objects, anew with "
+            f"numpy.save or numpy.savez"
+        ) from error
+    x = next((arrays[name] for name in DATA_KEYS if name in arrays), None)
+    if x is None:
+        raise ValueError(
+            f"{path} holds the arrays {', '.join(names) or 'none'}: name the samples {' or '.join(DATA_KEYS)}, "
+            f"and labels, if any, {' or '.join(LABEL_KEYS)}"
+        )
+    return x, next((arrays[name] for name in LABEL_KEYS if name in arrays), None)
+
+
+def _pixels(source: str, x: NDArray[np.uint8], prepare: Preparation) -> NDArray[np.uint8]:
+    """Prepared pixels `[n, channels, height, width]` of channels-last images."""
+    images = x[..., None] if x.ndim == 3 else x
+    if images.ndim != 4 or images.shape[3] not in (1, 3, 4):
+        hint = "move the channels last" if x.ndim == 4 and x.shape[1] in (1, 3, 4) else "save other data as floats"
+        raise ValueError(
+            f"{source} holds uint8 of shape {x.shape}: images are uint8 [n, height, width] or "
+            f"[n, height, width, 1, 3 or 4 channels]; {hint}"
+        )
+    channels = images.shape[3]
+    if prepare.image_size is None and prepare.channels in (None, channels) and channels != 4:
+        return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+    return np.stack([prepare(Image.fromarray(image[..., 0] if channels == 1 else image)) for image in images])
+
+
+def _floats(source: str, x: NDArray[Any], prepare: Preparation) -> NDArray[np.float32]:
+    if x.dtype.kind != "f" or x.ndim < 2:
+        raise ValueError(
+            f"{source} holds {x.dtype} of shape {x.shape}: give images as uint8 [n, height, width] or "
+            f"[n, height, width, channels], other samples as floats [n, *dims]"
+        )
+    if prepare != Preparation():
+        raise ValueError(
+            f"{source} holds {x.dtype} arrays, which are taken as they are: leave out --data.image-size, "
+            f"--data.channels and the like, or save images as uint8"
+        )
+    with np.errstate(over="ignore"):  # what overflows is found with all else that is not finite
+        return np.ascontiguousarray(x, dtype=np.float32)
+
+
+def _classes(source: str, labels: NDArray[Any], length: int) -> Classes:
+    if labels.dtype.kind not in "iu" or labels.shape != (length,):
+        raise ValueError(
+            f"{source} has {labels.dtype} labels of shape {labels.shape}: {length} samples need integer labels of "
+            f"shape {(length,)}; use --data.no-labels to leave them out"
+        )
+    if not 0 <= int(labels.min()) <= int(labels.max()) < MAX_CLASSES:
+        raise ValueError(
+            f"{source} has labels from {labels.min()} to {labels.max()}: number the classes from 0 up, below "
+            f"{MAX_CLASSES}; or use --data.no-labels to leave them out"
+        )
+    return torch.from_numpy(labels.astype(np.int64)), tuple(map(str, range(int(labels.max()) + 1)))

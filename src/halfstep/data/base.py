@@ -89,9 +89,9 @@ class MemoryData(Data):
     @cached_property
     def fingerprint(self) -> str:
         digest = hashlib.sha256(repr((str(self.x.dtype), tuple(self.x.shape), self.class_names)).encode())
-        digest.update(self.x.contiguous().numpy())
+        digest.update(self.x.contiguous().numpy().tobytes())
         if self.labels is not None:
-            digest.update(self.labels.contiguous().numpy())
+            digest.update(self.labels.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
     def __len__(self) -> int:
@@ -102,7 +102,7 @@ class MemoryData(Data):
 
 
 def training_batch(data: Data, draw: Draw, flip: bool, device: torch.device | str) -> Batch:
-    """The samples of an update on `device`, a function of `draw` alone: shuffled anew each epoch, half mirrored if `flip`.
+    """The samples of an update on `device`, a function of `draw` alone; about half are mirrored if `flip`.
 
     Raises:
         ValueError: if `flip` is set for data that are not images.
@@ -118,6 +118,12 @@ def to_batch(x: Tensor, labels: Tensor | None, indices: Tensor) -> Batch:
     """The batch of samples `x` `[n, *dims]`, uint8 pixels or float32, and of the labels at `indices`."""
     x0 = x.float().div_(127.5).sub_(1) if x.dtype == torch.uint8 else x
     return Batch(x0, {} if labels is None else {"class_labels": labels.index_select(0, indices)})
+
+
+def first_line(error: BaseException) -> str:
+    """What went wrong, short enough for a message of ours."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def check_flip(data: Data, flip: bool) -> None:
@@ -140,7 +146,7 @@ def check_samples(source: str, x: Tensor) -> None:
     if x.is_floating_point() and not (finite := x.isfinite()).all():
         bad = (~finite).nonzero()
         raise ValueError(
-            f"{source} has {len(bad)} values that are not finite, the first at index {bad[0].tolist()}: "
+            f"{source} has {len(bad)} values that are not finite in float32, the first at index {bad[0].tolist()}: "
             f"remove or replace them"
         )
 

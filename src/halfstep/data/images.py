@@ -5,6 +5,7 @@ resample. Of a file with several frames the first is read. An image that needs n
 """
 
 import hashlib
+import io
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -17,10 +18,10 @@ from typing import Final, Literal, final
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from halfstep.data.base import Data, MemoryData, check_labels, to_batch
+from halfstep.data.base import Data, MemoryData, check_labels, first_line, to_batch
 from halfstep.objectives.base import Batch
 
 Channels = Literal[1, 3]
@@ -36,7 +37,7 @@ _FILTERS: Final = {
 _GREY: Final = ("1", "L", "LA", "La")
 _WORKERS: Final = min(8, os.cpu_count() or 1)
 _CHUNK: Final = 4096
-"""Images that are read before they are decoded, which bounds the memory for their encoded bytes."""
+"""Images that are read at a time to be decoded, which bounds the memory for their encoded bytes."""
 
 
 @final
@@ -123,7 +124,8 @@ class ImageFiles(Data):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        assert self.prepare.channels is not None and self.prepare.image_size is not None
+        assert self.prepare.channels is not None
+        assert self.prepare.image_size is not None
         return self.prepare.channels, self.prepare.image_size, self.prepare.image_size
 
     @property
@@ -136,7 +138,7 @@ class ImageFiles(Data):
         for entry in self.images.sizes():
             digest.update(repr(entry).encode())
         if self.labels is not None:
-            digest.update(self.labels.contiguous().numpy())
+            digest.update(self.labels.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
     def __len__(self) -> int:
@@ -174,13 +176,33 @@ def decoded(
     return MemoryData(source, torch.from_numpy(x), labels, class_names)
 
 
-def _decode(
-    images: EncodedImages, indices: Sequence[int], prepare: Preparation
-) -> Iterator[NDArray[np.uint8]]:
-    def part(places: range, files: Sequence[Path | bytes]) -> list[NDArray[np.uint8]]:
-        return [_open(files[place], images.name(indices[place]), prepare) for place in places]
-
+def _decode(images: EncodedImages, indices: Sequence[int], prepare: Preparation) -> Iterator[NDArray[np.uint8]]:
+    """The pixels of the images at `indices`, in their order, decoded by a few threads."""
     with ThreadPoolExecutor(_WORKERS) as pool:
         for start in range(0, len(indices), _CHUNK):
-            files = images.read(indices[start : start + _CHUNK])
-            edges = [start + round(len(files) * worker / _WORKERS) for worker in range(_WORKERS + 1)]
+            part = indices[start : start + _CHUNK]
+            files = images.read(part)
+            yield from pool.map(lambda file, index: _open(file, images.name(index), prepare), files, part)
+
+
+def _open(file: Path | bytes, name: str, prepare: Preparation) -> NDArray[np.uint8]:
+    try:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+            return prepare(image)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = "it is no image that Pillow reads" if isinstance(error, UnidentifiedImageError) else first_line(error)
+        raise ValueError(f"the image {name} cannot be read ({reason}): repair or remove it") from None
+
+
+def _unlike(first: str, first_shape: tuple[int, ...], other: str, other_shape: tuple[int, ...]) -> ValueError:
+    if first_shape[0] != other_shape[0]:
+        kinds = {1: "grey (1 channel)", 3: "colour (3 channels)"}
+        return ValueError(
+            f"images of mixed channels: {first} is {kinds[first_shape[0]]} but {other} is {kinds[other_shape[0]]}: "
+            "give --data.channels 1 or --data.channels 3"
+        )
+    return ValueError(
+        f"images of different sizes: {first} is {first_shape[1]}x{first_shape[2]} but {other} is "
+        f"{other_shape[1]}x{other_shape[2]} (height x width): give --data.image-size, for example "
+        f"--data.image-size {min(*first_shape[1:], *other_shape[1:])}"
+    )

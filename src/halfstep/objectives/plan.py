@@ -6,6 +6,7 @@ updates and at which rate. The chain of halvings is a list of them, not a loop h
 Source of the defaults: Salimans & Ho 2022 (arXiv:2202.00512), section 5.2 and appendix; the authors' configurations.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import final
@@ -44,8 +45,13 @@ class Stage:
 
     def __post_init__(self) -> None:
         for name in ("num_updates", "batch_size", "learning_rate", "grad_clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a finite number above 0, got {getattr(self, name)}")
+        for name in ("num_updates", "batch_size", "warmup_updates"):
+            if not isinstance(getattr(self, name), int):
+                raise ValueError(f"{name} must be a whole number, got {getattr(self, name)!r}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay must be finite and at least 0, got {self.weight_decay}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
         if not 0 <= self.dropout < 1:

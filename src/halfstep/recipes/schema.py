@@ -71,6 +71,8 @@ class ModelConfig(Config):
     """What the network predicts: eps, x0, v or both (see `halfstep ls`)."""
     weighting: str = "truncated_snr"
     """Weight of the error in x0: constant, snr, truncated_snr or snr_plus_one."""
+    conditional: bool = True
+    """Tell the network the class of a sample, where the data has classes."""
     log_snr_min: float = -20.0
     """Log signal-to-noise ratio at t = 1."""
     log_snr_max: float = 20.0
@@ -241,15 +243,16 @@ class Recipe(Config):
             ValueError: if the data does not fit the kind of network.
         """
         prediction = predictions[self.model.prediction]
+        num_classes = data.num_classes if self.model.conditional else 0
         if isinstance(self.network, MLPConfig):
             return MLP(
                 data.shape,
                 width=self.network.width,
                 depth=self.network.depth,
                 channels=prediction.channels,
-                num_classes=data.num_classes,
+                num_classes=num_classes,
             )
-        return make_unet(self.network, data.shape, data.num_classes, prediction.channels)
+        return make_unet(self.network, data.shape, num_classes, prediction.channels)
 
 
 def make_unet(config: UNetConfig, shape: tuple[int, ...], num_classes: int, channels: int) -> UNet2D:
@@ -349,6 +352,7 @@ def build(recipe: Recipe, *, what: Literal["all", "teacher", "chain"] = "all", t
         network=None if teacher is not None else lambda: recipe.make_network(data),
         teacher=teacher,
         start_steps=recipe.chain.start_steps,
+        conditional=recipe.model.conditional if teacher is None else teacher.num_classes > 0,
         flip=recipe.data.flip,
         clip=data.is_image,
         seed=recipe.seed,
@@ -379,5 +383,3 @@ def check_fit(model: Model, data: Data) -> None:
         raise ValueError(
             f"the model is conditioned on {model.num_classes} classes, but {data.source} has {data.num_classes}"
         )
-    if not model.num_classes and data.num_classes:
-        raise ValueError("the model is unconditional, but the data has labels: add --data.no-labels")

@@ -98,7 +98,6 @@ class Reference:
             "num_samples": evaluation.num_samples,
             "num_compared": min(evaluation.num_compared, evaluation.num_samples),
             "seeds": "0, 1, 2, ...",
-            "class_labels": "seed modulo classes" if data.num_classes else "none",
             "images": "rounded to uint8" if data.is_image else "as they are",
         }
         if isinstance(self.extractor, Classifier):

@@ -24,12 +24,12 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from halfstep.core.denoiser import NetworkDenoiser
-from halfstep.core.draw import generator_for
+from halfstep.core.draw import Draw, generator_for
 from halfstep.core.noise import NoiseProcess, processes
 from halfstep.core.prediction import Prediction, predictions
 from halfstep.data import Data, training_batch
 from halfstep.nets import Network, describe_network
-from halfstep.objectives import Plan, Stage, objectives
+from halfstep.objectives import Batch, Plan, Stage, objectives
 from halfstep.runs import Manifest, Metrics, RunFolder, RunLog, StageFolder, write_json
 from halfstep.runs.schema import Result
 from halfstep.train.checkpoint import remove_checkpoints, resume, save_checkpoint
@@ -56,6 +56,8 @@ class RunSpec:
     """The model to start the chain from, in the place of a first stage."""
     start_steps: int | None = None
     """Steps of the first teacher of the chain."""
+    conditional: bool = True
+    """Whether models are told the class of a sample, where the data has classes."""
     flip: bool = False
     clip: bool = False
     seed: int = 0
@@ -70,6 +72,16 @@ class RunSpec:
     """Where the feature classifier's weights are kept."""
     free: tuple[str, ...] = field(default=())
     """Dotted names of recipe fields that may change when a run goes on."""
+
+    @property
+    def num_classes(self) -> int:
+        """Classes that the models are conditioned on; 0 for none."""
+        return self.data.num_classes if self.conditional else 0
+
+    def batch(self, draw: Draw) -> Batch:
+        """The training batch of an update, on the CPU."""
+        batch = training_batch(self.data, draw, self.flip, "cpu")
+        return batch if self.conditional else Batch(batch.x0)
 
 
 class Event:
@@ -193,7 +205,7 @@ def time_updates(spec: RunSpec, num_updates: int = 3) -> float:
         fresh_denoiser(spec) if parent is None else copy_denoiser(parent.denoiser),
         None if parent is None else parent.denoiser,
         stage,
-        lambda draw: training_batch(spec.data, draw, spec.flip, "cpu"),
+        spec.batch,
         seed=spec.seed,
         stream="timing",
         accelerator=make_accelerator(spec.precision, spec.cpu),
@@ -332,7 +344,7 @@ class _Runner:
             fresh_denoiser(spec) if parent is None else copy_denoiser(parent.denoiser),
             None if parent is None else parent.denoiser,
             stage,
-            lambda draw: training_batch(spec.data, draw, spec.flip, "cpu"),
+            spec.batch,
             seed=spec.seed,
             stream=folder.name,
             accelerator=self.accelerator,
@@ -395,7 +407,7 @@ class _Runner:
             num_updates=stage.num_updates,
             seconds=round(seconds, 3),
             shape=spec.data.shape,
-            num_classes=spec.data.num_classes,
+            num_classes=spec.num_classes,
             clip=spec.clip,
             network=describe_network(denoiser.network),
             process={"type": processes.name_of(spec.process), **vars(spec.process)},
