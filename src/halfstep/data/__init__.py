@@ -1,4 +1,4 @@
-"""Data: where clean samples come from, as batches of x0 in [-1, 1] (images) or as they are (anything else)."""
+"""Training data: where they come from, and the batch of an update. The only room that imports `datasets`."""
 
 from halfstep.data.base import Data, MemoryData, training_batch
 from halfstep.data.config import DataConfig, open_data

@@ -48,8 +48,8 @@ def from_arrays(
     Classes are 0 up to the largest label, named by their numbers; `limit` keeps the first samples, and all classes.
 
     Raises:
-        ValueError: if the arrays are of another kind, empty or not finite, float arrays are to be prepared as images,
-            or labels are not one integer from 0 up for each sample.
+        ValueError: if the arrays are of another kind, empty or not finite, if float arrays are to be prepared as
+            images, or if labels are not one integer from 0 up for each sample.
     """
     if x.size == 0:
         raise ValueError(f"{source} holds no samples (shape {x.shape}): at least 1 is needed")

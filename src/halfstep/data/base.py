@@ -89,9 +89,9 @@ class MemoryData(Data):
     @cached_property
     def fingerprint(self) -> str:
         digest = hashlib.sha256(repr((str(self.x.dtype), tuple(self.x.shape), self.class_names)).encode())
-        digest.update(self.x.contiguous().numpy().tobytes())
+        digest.update(self.x.contiguous().numpy().data)
         if self.labels is not None:
-            digest.update(self.labels.contiguous().numpy().tobytes())
+            digest.update(self.labels.contiguous().numpy().data)
         return digest.hexdigest()
 
     def __len__(self) -> int:
@@ -102,7 +102,7 @@ class MemoryData(Data):
 
 
 def training_batch(data: Data, draw: Draw, flip: bool, device: torch.device | str) -> Batch:
-    """The samples of an update on `device`, a function of `draw` alone; about half are mirrored if `flip`.
+    """The samples of an update on `device`, a function of `draw` alone; if `flip`, each is mirrored or not by chance.
 
     Raises:
         ValueError: if `flip` is set for data that are not images.

@@ -1,78 +1,114 @@
-"""Which data to learn, as typed settings, and the way from them to the data."""
+"""What the user says about the data, and the one function that opens them."""
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Final
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
 from halfstep.data.arrays import array_file, digits
 from halfstep.data.base import Data, check_flip
-from halfstep.data.folders import image_folder, image_paths
-from halfstep.data.hub import dataset_source
-from halfstep.data.images import Preparation
+from halfstep.data.folders import IMAGE_SUFFIXES, Labelled, files_below, image_folder
+from halfstep.data.images import Channels, Preparation, Resample, Resize, decoded
+from halfstep.data.tables import is_saved, table
 
-_DATA_SET_FILES = ("*.parquet", "*.arrow", "*.jsonl", "dataset_dict.json", "dataset_infos.json")
+_TABLES: Final = (".parquet", ".arrow")
 
 
 class DataConfig(BaseModel):
-    """What to learn, and how images are brought to one form."""
+    """Which data, and how they are prepared."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     source: str = "digits"
-    """`digits`, a folder of images, a .npy or .npz file, a data set's folder, or its name on the Hub."""
+    """`digits`, a .npy or .npz file, a folder of images or tables, or a name on the Hub such as owner/name."""
     split: str = "train"
-    """Part of a data set."""
-    image_size: int | None = Field(default=None, ge=1)
-    """Side that images are resized to; as they are by default, which they must share."""
-    resize: Literal["crop", "stretch"] = "crop"
-    """Keep the centre square, or squeeze the whole image into one."""
-    resample: Literal["bicubic", "bilinear", "area", "lanczos"] = "bicubic"
+    """Part of the source: a data set's split, or a folder's sub-folder of that name if it has one."""
+    image_size: int | None = None
+    """Height and width to resize images to; by default the size that they all have."""
+    resize: Resize = "crop"
+    """crop scales the shorter side and keeps the centre, undistorted; stretch scales both sides."""
+    resample: Resample = "bicubic"
     """Filter for resizing; all are antialiased."""
-    channels: Literal[1, 3] | None = None
-    """1 for grey, 3 for colour; as the images are by default, which they must share."""
+    channels: Channels | None = None
+    """1 for grey, 3 for RGB; by default what the images all have. Transparency is laid on white."""
     labels: bool = True
-    """Use class labels where there are some."""
+    """Use the classes of the data if they have any."""
+    label_column: str | None = None
+    """Column of a table that holds the class, if several could."""
     flip: bool = False
-    """Mirror half of the images of each update."""
-    limit: int | None = Field(default=None, ge=1)
-    """Use so many samples at most."""
-    max_bytes: int = Field(default=2 * 1024**3, ge=0)
-    """Images whose pixels take more are decoded each time they are used."""
+    """Mirror half of the images of an update, at random."""
+    limit: int | None = None
+    """Use so many samples at most: the first, or of a folder with classes as many of each."""
+    max_bytes: int = 2 * 2**30
+    """Images whose pixels take more memory than this are decoded each time they are used."""
 
 
 def open_data(config: DataConfig) -> Data:
-    """The data that `config` names.
-
-    The source is told by what it is: the name `digits`; a .npy or .npz file; a folder with a data set's files; any
-    other folder, which holds images; else a name on the Hub, such as `owner/name`.
+    """The data that `config` names, prepared as it says.
 
     Raises:
-        ValueError: if there is nothing of the kind, or it cannot be used; the message says what to do.
+        ValueError: in one line, if the source is not there, cannot be read or holds other things than samples of one
+            shape, or if a setting is out of range or would be ignored.
     """
-    data = _opened(config)
+    _check(config)
+    data = _open(config)
     check_flip(data, config.flip)
     return data
 
 
-def _opened(config: DataConfig) -> Data:
-    source, labels, limit = config.source, config.labels, config.limit
+def _open(config: DataConfig) -> Data:
+    source, path = config.source, Path(config.source).expanduser()
     prepare = Preparation(config.image_size, config.resize, config.resample, config.channels)
-    path = Path(source).expanduser()
-    if source == "digits":
-        return digits(prepare, labels, limit)
-    if path.is_file():
-        if path.suffix in (".npy", ".npz"):
-            return array_file(source, prepare, labels, limit)
-        raise ValueError(f"{source} is a file of an unknown kind: give a .npy or .npz file, a folder, or a Hub name")
+    if source == "digits" or (path.suffix.lower() in (".npy", ".npz") and not path.is_dir()):
+        if config.split != "train":
+            raise ValueError(f"{source} has no split {config.split!r}: it has only --data.split train")
+        _refuse_label_column(config)
+        if source == "digits":
+            return digits(prepare, config.labels, config.limit)
+        return array_file(source, prepare, config.labels, config.limit)
     if path.is_dir():
-        is_data_set = any(any(path.rglob(pattern)) for pattern in _DATA_SET_FILES) and not image_paths(path)
-        if is_data_set:
-            return dataset_source(str(path), config.split, prepare, labels, limit, config.max_bytes)
-        return image_folder(path, source, prepare, labels, limit, config.max_bytes)
-    if path.suffix in (".npy", ".npz") or not re.fullmatch(r"[\w-]+[\w.-]*/[\w.-]+", source):
+        return decoded(source, *_folder(config, path), prepare, config.max_bytes)
+    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", source) and not path.exists():
+        return decoded(source, *_table(config), prepare, config.max_bytes)
+    raise ValueError(
+        f"{source} {'is a file of another kind' if path.exists() else 'does not exist'}: --data.source is digits, a "
+        f".npy or .npz file, a folder, or a name on the Hub such as owner/name"
+    )
+
+
+def _folder(config: DataConfig, root: Path) -> Labelled:
+    """The images of a folder: those in its tables if it has any, else its image files."""
+    if is_saved(root):
+        return _table(config)
+    files = files_below(root)
+    images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+    tables = [path for path in files if path.suffix.lower() in _TABLES]
+    if images and tables:
         raise ValueError(
-            f"{source} does not exist: give `digits`, a folder, a .npy or .npz file, or a Hub name such as owner/name"
+            f"{config.source} holds images ({images[0]}) and tables ({tables[0]}): give a folder that holds one kind"
         )
-    return dataset_source(source, config.split, prepare, labels, limit, config.max_bytes)
+    if tables or (not images and any(path.suffix.lower() == ".jsonl" for path in files)):
+        return _table(config)
+    _refuse_label_column(config)
+    return image_folder(root, images, config.split, config.labels, config.limit)
+
+
+def _table(config: DataConfig) -> Labelled:
+    return table(config.source, config.split, config.labels, config.label_column, config.limit)
+
+
+def _refuse_label_column(config: DataConfig) -> None:
+    if config.label_column is not None:
+        raise ValueError(f"{config.source} has no columns: leave out --data.label-column {config.label_column}")
+
+
+def _check(config: DataConfig) -> None:
+    """Refuses settings that are out of range, or that others make idle."""
+    for flag, value in (("limit", config.limit), ("image-size", config.image_size)):
+        if value is not None and value < 1:
+            raise ValueError(f"--data.{flag} is {value}: give 1 or more, or leave it out")
+    if config.image_size is None and (config.resize, config.resample) != ("crop", "bicubic"):
+        raise ValueError("--data.resize and --data.resample do nothing without --data.image-size: give it too")
+    if config.label_column is not None and not config.labels:
+        raise ValueError("--data.label-column does nothing with --data.no-labels: leave out one of them")

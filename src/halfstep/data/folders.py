@@ -1,69 +1,92 @@
-"""A folder of images: any formats, any sizes, sub-folders as classes."""
+"""Data from folders of image files: any formats and sizes, with sub-folders for splits and for classes."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import final
+from pathlib import Path, PurePath
+from typing import Final, NamedTuple, final
 
 import torch
+from torch import Tensor
 
-from halfstep.data.base import Data
-from halfstep.data.images import EncodedImages, Preparation, decoded
+from halfstep.data.images import EncodedImages
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+IMAGE_SUFFIXES: Final = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+class Labelled(NamedTuple):
+    """Encoded images and, if they have classes, the index of each one's class, int64 `[n]`, and the classes' names."""
+
+    images: EncodedImages
+    labels: Tensor | None = None
+    class_names: tuple[str, ...] = ()
 
 
 @final
 @dataclass(frozen=True)
-class _Files(EncodedImages):
-    folder: Path
-    paths: tuple[Path, ...]
+class Files(EncodedImages):
+    """Image files by their paths below `root`."""
+
+    root: Path
+    paths: tuple[PurePath, ...]
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def name(self, index: int) -> str:
-        return str(self.paths[index])
+        return str(self.root / self.paths[index])
 
     def read(self, indices: Sequence[int]) -> Sequence[Path | bytes]:
-        return [self.paths[index] for index in indices]
+        return [self.root / self.paths[index] for index in indices]
 
     def sizes(self) -> Iterator[tuple[str, int]]:
-        for path in self.paths:
-            yield path.relative_to(self.folder).as_posix(), path.stat().st_size
+        return ((path.as_posix(), (self.root / path).stat().st_size) for path in self.paths)
 
 
-def image_paths(folder: Path) -> list[Path]:
-    """All image files under a folder, hidden ones left out, in the order of their names."""
-    found = []
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(parent, name) for name in names if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
-    return sorted(found)
+def image_folder(root: Path, paths: Sequence[PurePath], split: str, labels: bool, limit: int | None) -> Labelled:
+    """The image files at `paths` below `root`, or those in its sub-folder `split` if there is one.
 
-
-def image_folder(
-    folder: Path, source: str, prepare: Preparation, labels: bool, limit: int | None, max_bytes: int
-) -> Data:
-    """The images of a folder; each sub-folder is a class if every image lies in one and there are at least two.
+    If each image lies in exactly one level of sub-folders, and these are two or more, their names are the classes, and
+    `limit` takes as many images of each as there are; otherwise it takes the first by name.
 
     Raises:
-        ValueError: if there are no images, one cannot be read, or they differ in channels or size.
+        ValueError: if there are no images, or no sub-folder `split`; "train" without one is the whole folder.
     """
-    paths = image_paths(folder)
+    if (root / split).is_dir():
+        root, paths = root / split, [path.relative_to(split) for path in paths if path.parts[0] == split]
+    elif split != "train":
+        raise ValueError(f"{root} has no sub-folder {split!r}: without one there is only --data.split train")
     if not paths:
-        raise ValueError(f"{source} holds no images: looked for {', '.join(SUFFIXES)} in it and its sub-folders")
-    parts = [path.relative_to(folder).parts for path in paths]
-    names: tuple[str, ...] = ()
-    if labels and all(len(part) == 2 for part in parts):
-        names = tuple(sorted({part[0] for part in parts}))
-    if len(names) < 2:
-        names = ()
-    if limit is not None and names:
-        # The files are sorted by class; a part of them is taken from all classes alike.
-        order = sorted(range(len(paths)), key=lambda i: (parts[i][1], parts[i][0]))[:limit]
-        paths, parts = [paths[i] for i in order], [parts[i] for i in order]
-    paths, parts = paths[:limit], parts[:limit]
-    indices = torch.tensor([names.index(part[0]) for part in parts]) if names else None
-    return decoded(source, _Files(folder, tuple(paths)), indices, names, prepare, max_bytes)
+        raise ValueError(f"{root} holds no images: it and its sub-folders have no file {' '.join(IMAGE_SUFFIXES)}")
+    names = tuple(sorted({path.parts[0] for path in paths}))
+    if not labels or len(names) < 2 or any(len(path.parts) != 2 for path in paths):
+        return Labelled(Files(root, tuple(paths[:limit])))
+    paths = sorted(_in_turn(paths)[:limit], key=lambda path: path.parts)
+    numbers = {name: number for number, name in enumerate(names)}
+    return Labelled(Files(root, tuple(paths)), torch.tensor([numbers[path.parts[0]] for path in paths]), names)
+
+
+def files_below(root: Path) -> list[PurePath]:
+    """The files below `root`, sorted, without what is hidden; links to folders are followed, each folder once."""
+    found: list[PurePath] = []
+    seen: set[str] = set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(folder, name).relative_to(root) for name in names if not name.startswith(".")]
+    return sorted(found, key=lambda path: path.parts)
+
+
+def _in_turn(paths: Sequence[PurePath]) -> list[PurePath]:
+    """The first of each class, then the second of each, and so on."""
+    met: Counter[str] = Counter()
+    ranks = []
+    for path in paths:
+        ranks.append((met[path.parts[0]], path.parts))
+        met[path.parts[0]] += 1
+    return [PurePath(*parts) for _, parts in sorted(ranks)]

@@ -34,6 +34,7 @@ _FILTERS: Final = {
     "area": Image.Resampling.BOX,
     "lanczos": Image.Resampling.LANCZOS,
 }
+_FORMATS: Final = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 _GREY: Final = ("1", "L", "LA", "La")
 _WORKERS: Final = min(8, os.cpu_count() or 1)
 _CHUNK: Final = 4096
@@ -138,7 +139,7 @@ class ImageFiles(Data):
         for entry in self.images.sizes():
             digest.update(repr(entry).encode())
         if self.labels is not None:
-            digest.update(self.labels.contiguous().numpy().tobytes())
+            digest.update(self.labels.contiguous().numpy().data)
         return digest.hexdigest()
 
     def __len__(self) -> int:
@@ -147,7 +148,7 @@ class ImageFiles(Data):
     def fetch(self, indices: Tensor) -> Batch:
         if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(self):
             raise IndexError(f"{self.source} has {len(self)} samples, and indices {indices.tolist()} were asked for")
-        pixels = list(_decode(self.images, indices.tolist(), self.prepare))
+        pixels = _decode(self.images, indices.tolist(), self.prepare)
         x = np.stack(pixels) if pixels else np.empty((0, *self.shape), np.uint8)
         return to_batch(torch.from_numpy(x), self.labels, indices)
 
@@ -165,44 +166,51 @@ def decoded(
     Raises:
         ValueError: if an image cannot be decoded, or differs from the first in channels or size; or as `ImageFiles`.
     """
-    first = next(_decode(images, [0], prepare))
+    first = _decode(images, [0], prepare)[0]
     if first.nbytes * len(images) > max_bytes:
         return ImageFiles(source, images, prepare, labels, class_names)
     x = np.empty((len(images), *first.shape), np.uint8)
-    for index, pixels in enumerate(_decode(images, range(len(images)), prepare)):
-        if pixels.shape != first.shape:
-            raise _unlike(images.name(0), first.shape, images.name(index), pixels.shape)
-        x[index] = pixels
+    for start in range(0, len(images), _CHUNK):
+        indices = range(start, min(start + _CHUNK, len(images)))
+        for index, pixels in zip(indices, _decode(images, indices, prepare), strict=True):
+            if pixels.shape != first.shape:
+                raise _unlike(source, images.name(0), first.shape, images.name(index), pixels.shape)
+            x[index] = pixels
     return MemoryData(source, torch.from_numpy(x), labels, class_names)
 
 
-def _decode(images: EncodedImages, indices: Sequence[int], prepare: Preparation) -> Iterator[NDArray[np.uint8]]:
-    """The pixels of the images at `indices`, in their order, decoded by a few threads."""
+def _decode(images: EncodedImages, indices: Sequence[int], prepare: Preparation) -> list[NDArray[np.uint8]]:
+    """The pixels of the images at `indices`, each thread decoding a share of them."""
+    files = images.read(indices)
+    share = max(1, -(-len(indices) // _WORKERS))
+
+    def work(start: int) -> list[NDArray[np.uint8]]:
+        places = range(start, min(start + share, len(indices)))
+        return [_open(files[place], images.name(indices[place]), prepare) for place in places]
+
     with ThreadPoolExecutor(_WORKERS) as pool:
-        for start in range(0, len(indices), _CHUNK):
-            part = indices[start : start + _CHUNK]
-            files = images.read(part)
-            yield from pool.map(lambda file, index: _open(file, images.name(index), prepare), files, part)
+        return [pixels for part in pool.map(work, range(0, len(indices), share)) for pixels in part]
 
 
 def _open(file: Path | bytes, name: str, prepare: Preparation) -> NDArray[np.uint8]:
     try:
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=_FORMATS) as image:
             return prepare(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = "it is no image that Pillow reads" if isinstance(error, UnidentifiedImageError) else first_line(error)
-        raise ValueError(f"the image {name} cannot be read ({reason}): repair or remove it") from None
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{name} is no image ({', '.join(_FORMATS)}): repair or remove it") from error
+    except Exception as error:  # Pillow's decoders raise many types on damaged files
+        raise ValueError(f"{name} cannot be decoded ({first_line(error)}): repair or remove it") from error
 
 
-def _unlike(first: str, first_shape: tuple[int, ...], other: str, other_shape: tuple[int, ...]) -> ValueError:
-    if first_shape[0] != other_shape[0]:
-        kinds = {1: "grey (1 channel)", 3: "colour (3 channels)"}
+def _unlike(source: str, name: str, shape: tuple[int, ...], other: str, other_shape: tuple[int, ...]) -> ValueError:
+    """The error for two images (channels, height, width) that do not fit into one array."""
+    if shape[0] != other_shape[0]:
+        kinds = {1: "grey", 3: "coloured"}
         return ValueError(
-            f"images of mixed channels: {first} is {kinds[first_shape[0]]} but {other} is {kinds[other_shape[0]]}: "
-            "give --data.channels 1 or --data.channels 3"
+            f"{source} mixes grey and coloured images: {name} is {kinds[shape[0]]} and {other} is "
+            f"{kinds[other_shape[0]]}; convert them all with --data.channels 3 (or 1)"
         )
     return ValueError(
-        f"images of different sizes: {first} is {first_shape[1]}x{first_shape[2]} but {other} is "
-        f"{other_shape[1]}x{other_shape[2]} (height x width): give --data.image-size, for example "
-        f"--data.image-size {min(*first_shape[1:], *other_shape[1:])}"
+        f"{source} has images of different sizes (width x height): {name} is {shape[2]}x{shape[1]} and {other} is "
+        f"{other_shape[2]}x{other_shape[1]}; resize them all with, for example, --data.image-size 32"
     )

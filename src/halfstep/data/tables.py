@@ -1,0 +1,107 @@
+"""Data that the `datasets` library opens: folders of tables, folders that it saved, and names on the Hub."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+import torch
+
+from halfstep.data.base import first_line
+from halfstep.data.folders import Labelled
+from halfstep.data.images import EncodedImages
+
+
+@final
+@dataclass(frozen=True)
+class Column(EncodedImages):
+    """A column of encoded images in a `datasets.Dataset` of the arrow format."""
+
+    source: str
+    rows: Any
+    column: str
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def name(self, index: int) -> str:
+        return f"the {self.column} of row {index} of {self.source}"
+
+    def read(self, indices: Sequence[int]) -> Sequence[Path | bytes]:
+        cells = self.rows[indices if isinstance(indices, range) else list(indices)][self.column].to_pylist()
+        return [self._file(cell, index) for cell, index in zip(cells, indices, strict=True)]
+
+    def sizes(self) -> Iterator[tuple[str, int]]:
+        import pyarrow.compute as pc  # type: ignore[import-untyped]
+
+        for start in range(0, len(self), 1024):
+            cells = self.rows[start : start + 1024][self.column]
+            lengths = pc.binary_length(pc.struct_field(cells, "bytes")).to_pylist()
+            paths = pc.struct_field(cells, "path").to_pylist()
+            for index, (path, length) in enumerate(zip(paths, lengths, strict=True), start):
+                name = str(index) if path is None else Path(path).name
+                yield name, Path(path).stat().st_size if length is None and path is not None else length or 0
+
+    def _file(self, cell: dict[str, Any] | None, index: int) -> Path | bytes:
+        if cell is None or (cell["bytes"] is None and cell["path"] is None):
+            raise ValueError(f"{self.name(index)} is missing: remove the row")
+        return Path(cell["path"]) if cell["bytes"] is None else cell["bytes"]
+
+
+def table(source: str, split: str, labels: bool, label_column: str | None, limit: int | None) -> Labelled:
+    """The images and labels of a folder or of a name on the Hub; columns are found by their types, not by their names.
+
+    Raises:
+        ValueError: if it cannot be opened, has no such split or no rows in it, has not one Image column, or several
+            ClassLabel columns of which none is chosen.
+    """
+    import datasets
+
+    rows = _open(source, split)
+    kinds = {name: type(feature).__name__ for name, feature in rows.features.items()}
+    images = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
+    classes = [name for name, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
+    if len(images) != 1:
+        columns = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
+        raise ValueError(f"{source} has {len(images)} Image columns and needs one; its columns are {columns}")
+    if label_column is not None and label_column not in classes:
+        known = ", ".join(classes) or "none"
+        raise ValueError(f"{source} has no ClassLabel column {label_column!r} for --data.label-column (known: {known})")
+    if labels and label_column is None and len(classes) > 1:
+        raise ValueError(f"{source} has the ClassLabel columns {', '.join(classes)}: choose one by --data.label-column")
+    if len(rows) == 0:
+        raise ValueError(f"{source} holds no samples in its split {split!r}: at least 1 is needed")
+    if limit is not None:
+        rows = rows.select(range(min(limit, len(rows))))
+    encoded = rows.select_columns(images).cast_column(images[0], datasets.Image(decode=False)).with_format("arrow")
+    column = Column(source, encoded, images[0])
+    if not labels or not classes:
+        return Labelled(column)
+    chosen = label_column or classes[0]
+    numbers = rows.select_columns([chosen]).with_format("arrow")[:][chosen].fill_null(-1).to_numpy()
+    return Labelled(column, torch.from_numpy(np.array(numbers, np.int64)), tuple(rows.features[chosen].names))
+
+
+def is_saved(root: Path) -> bool:
+    """Whether `datasets` wrote the folder by save_to_disk."""
+    return any((root / name).is_file() for name in ("dataset_dict.json", "state.json"))
+
+
+def _open(source: str, split: str) -> Any:
+    """The `datasets.Dataset` of a split."""
+    import datasets
+
+    root = Path(source).expanduser()
+    try:
+        if not is_saved(root):
+            return datasets.load_dataset(str(root.resolve()) if root.is_dir() else source, split=split)
+        opened = datasets.load_from_disk(str(root))
+    except Exception as error:  # of many types: the network, the Hub, builders, parsers
+        where = "as a folder of tables" if root.is_dir() else "as a name on the Hub, and no such file or folder is here"
+        reason = first_line(error.__cause__ or error)
+        raise ValueError(f"{source} (--data.split {split}) cannot be opened {where}: {reason}") from error
+    splits = dict(opened) if isinstance(opened, datasets.DatasetDict) else {str(opened.split or "train"): opened}
+    if split not in splits:
+        raise ValueError(f"{source} has no split {split!r}: choose --data.split from {', '.join(splits)}")
+    return splits[split]

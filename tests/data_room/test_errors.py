@@ -1,0 +1,237 @@
+"""Every refusal is one line that names the culprit and says what to do."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from halfstep.core.draw import Draw
+from halfstep.data import DataConfig, MemoryData, open_data, training_batch
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def refused(source: object, *words: str, **settings: object) -> None:
+    """Asserts that opening is a ValueError of one line that has all of `words` in it."""
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the words are checked below
+        open_data(DataConfig(source=str(source), **settings))  # type: ignore[arg-type]
+    message = str(caught.value)
+    assert "\n" not in message
+    assert not [word for word in words if word not in message], message
+
+
+def image(path: Path, *shape: int) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.zeros(shape, np.uint8)).save(path)
+    return path
+
+
+def array(folder: Path, x: np.ndarray, **labels: np.ndarray) -> Path:
+    np.savez(folder / "d.npz", x=x, **labels)
+    return folder / "d.npz"
+
+
+@pytest.mark.parametrize("source", ["nowhere", "/no/such/folder", "./a/b", "digit"])
+def test_missing(source):
+    refused(source, source, "does not exist", "digits")
+
+
+def test_a_hub_name_that_cannot_be_reached():
+    refused("owner/nothing-of-the-kind", "owner/nothing-of-the-kind", "Hub")
+
+
+def test_a_file_of_another_kind(tmp_path):
+    (tmp_path / "d.zip").write_bytes(b"PK")
+    refused(tmp_path / "d.zip", "d.zip", ".npz")
+
+
+def test_an_empty_folder(tmp_path):
+    refused(tmp_path, str(tmp_path), "no images", ".png", ".webp")
+
+
+@pytest.mark.parametrize("max_bytes", [0, 2**30])
+def test_an_unreadable_image(tmp_path, max_bytes):
+    image(tmp_path / "a.png", 40, 40)
+    whole = image(tmp_path / "b.png", 40, 40).read_bytes()
+    for damaged in (b"not an image", b"", whole[: len(whole) // 2]):
+        (tmp_path / "b.png").write_bytes(damaged)
+        if max_bytes:
+            refused(tmp_path, "b.png", "remove it")
+        else:
+            data = open_data(DataConfig(source=str(tmp_path), image_size=4, channels=1, max_bytes=0))
+            with pytest.raises(ValueError, match=r"b\.png"):
+                data.fetch(torch.tensor([1]))
+
+
+def test_deep_images(tmp_path):
+    Image.fromarray(np.full((4, 4), 1000, np.uint16)).save(tmp_path / "a.png")
+    refused(tmp_path, "a.png", "8 bits", "I;16")
+
+
+def test_mixed_channels(tmp_path):
+    image(tmp_path / "a.png", 4, 4)
+    image(tmp_path / "b.png", 4, 4, 3)
+    refused(tmp_path, "a.png", "b.png", "--data.channels 3")
+
+
+def test_mixed_sizes(tmp_path):
+    image(tmp_path / "a.png", 4, 6)
+    image(tmp_path / "b.png", 5, 6)
+    refused(tmp_path, "a.png is 6x4", "b.png is 6x5", "--data.image-size 32")
+
+
+def test_a_large_folder_without_a_common_form(tmp_path):
+    image(tmp_path / "a.png", 4, 4)
+    for settings in ({}, {"image_size": 4}, {"channels": 1}):
+        refused(tmp_path, str(tmp_path), "--data.image-size", "--data.channels", max_bytes=0, **settings)
+
+
+def test_images_beside_tables(tmp_path):
+    image(tmp_path / "preview.png", 4, 4)
+    (tmp_path / "train.parquet").write_bytes(b"")
+    refused(tmp_path, "preview.png", "train.parquet")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e300])
+def test_values_that_are_not_finite(tmp_path, bad):
+    x = np.zeros((4, 2, 3))
+    x[2, 1, 0] = x[3, 0, 0] = bad
+    refused(array(tmp_path, x), "d.npz", "2 values", "[2, 1, 0]")
+
+
+def test_python_objects(tmp_path):
+    np.save(tmp_path / "x.npy", np.array([{}, []], dtype=object), allow_pickle=True)
+    refused(tmp_path / "x.npy", "x.npy", "plain arrays")
+    refused(array(tmp_path, np.array([{}, []], dtype=object)), "d.npz", "plain arrays")
+
+
+@pytest.mark.parametrize("name", ["x.npy", "x.npz"])
+@pytest.mark.parametrize("kept", [0.0, 0.3, 0.9])
+def test_truncated_arrays(tmp_path, name, kept):
+    (np.save if name.endswith("y") else np.savez_compressed)(
+        tmp_path / name, np.random.default_rng(0).normal(size=(50, 9))
+    )
+    whole = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(whole[: int(len(whole) * kept)])
+    refused(tmp_path / name, name, "cannot be read")
+
+
+def test_a_missing_array_file(tmp_path):
+    refused(tmp_path / "x.npy", "x.npy", "not a file")
+
+
+def test_an_archive_without_samples(tmp_path):
+    np.savez(tmp_path / "d.npz", a=np.zeros(3), b=np.zeros(3))
+    refused(tmp_path / "d.npz", "a, b", "arr_0")
+
+
+@pytest.mark.parametrize(
+    ("x", "word"),
+    [
+        (np.zeros((5, 4), np.uint8), "(5, 4)"),
+        (np.zeros((5, 3, 4, 4, 3), np.uint8), "(5, 3, 4, 4, 3)"),
+        (np.zeros((5, 3, 8, 8), np.uint8), "move the channels last"),
+        (np.zeros(5), "(5,)"),
+        (np.zeros((5, 4), np.int64), "int64"),
+        (np.zeros((5, 4), np.complex64), "complex64"),
+        (np.zeros((0, 4, 4), np.uint8), "no samples"),
+        (np.zeros((0, 4)), "no samples"),
+    ],
+)
+def test_arrays_of_another_kind(tmp_path, x, word):
+    refused(array(tmp_path, x), "d.npz", word)
+
+
+@pytest.mark.parametrize(
+    ("y", "word"),
+    [
+        (np.zeros(4, np.int64), "(4,)"),
+        (np.zeros((5, 1), np.int64), "(5, 1)"),
+        (np.zeros(5), "float64"),
+        (np.array([0, 1, -1, 0, 0]), "-1"),
+        (np.array([0, 1, 10**12, 0, 0]), "1000000000000"),
+    ],
+)
+def test_labels_of_another_kind(tmp_path, y, word):
+    path = array(tmp_path, np.zeros((5, 4)), y=y)
+    refused(path, "d.npz", word, "--data.no-labels")
+    assert open_data(DataConfig(source=str(path), labels=False)).num_classes == 0
+
+
+def test_unknown_splits(tmp_path):
+    import datasets
+
+    image(tmp_path / "images/a.png", 4, 4)
+    rows = datasets.Dataset.from_dict({"scan": [Image.new("L", (4, 4))]}).cast_column("scan", datasets.Image())
+    rows.to_parquet(tmp_path / "parquet/train.parquet")
+    datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "saved")
+    refused("digits", "'tset'", "train", split="tset")
+    for folder in ("images", "parquet", "saved"):
+        refused(tmp_path / folder, folder, "tset", "train", split="tset")
+
+
+def test_tables_without_one_way_to_read_them(tmp_path):
+    import datasets
+
+    label = datasets.ClassLabel(names=["x", "y"])
+    rows = datasets.Dataset.from_dict({"a": [0], "b": [1]}, features=datasets.Features({"a": label, "b": label}))
+    rows.to_parquet(tmp_path / "none/train.parquet")
+    refused(tmp_path / "none", "0 Image columns", "a (ClassLabel)")
+    rows = rows.add_column("scan", [{"path": None, "bytes": b"broken"}]).cast_column("scan", datasets.Image())
+    rows.to_parquet(tmp_path / "two/train.parquet")
+    refused(tmp_path / "two", "a, b", "--data.label-column")
+    refused(tmp_path / "two", "'c'", "a, b", label_column="c")
+    refused(tmp_path / "two", "row 0", "scan", label_column="a")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad/train.parquet").write_bytes(b"not parquet")
+    refused(tmp_path / "bad", "bad", "cannot be opened")
+
+
+def test_a_label_that_is_missing_in_a_table(tmp_path):
+    import datasets
+
+    features = datasets.Features({"scan": datasets.Image(), "kind": datasets.ClassLabel(names=["x", "y"])})
+    rows = datasets.Dataset.from_dict({"scan": [Image.new("L", (4, 4))] * 2, "kind": [0, None]}, features=features)
+    rows.to_parquet(tmp_path / "train.parquet")
+    refused(tmp_path, "label -1 at sample 1", "--data.no-labels")
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"limit": 0}, "--data.limit is 0"),
+        ({"image_size": -1}, "--data.image-size is -1"),
+        ({"resize": "stretch"}, "--data.image-size"),
+        ({"resample": "area"}, "--data.image-size"),
+        ({"label_column": "y"}, "--data.label-column"),
+        ({"label_column": "y", "labels": False}, "--data.no-labels"),
+    ],
+)
+def test_settings_out_of_range_or_ignored(settings, word):
+    refused("digits", word, **settings)
+
+
+def test_floats_are_not_prepared_or_mirrored(tmp_path):
+    path = array(tmp_path, np.zeros((5, 3, 4, 4)))
+    refused(path, "--data.image-size", image_size=4)
+    refused(path, "--data.channels", channels=3)
+    refused(path, "--data.no-flip", flip=True)
+    draw = Draw(seed=0, stream="s", update=0, batch_size=2, places=range(2))
+    with pytest.raises(ValueError, match="mirrored"):
+        training_batch(open_data(DataConfig(source=str(path))), draw, True, "cpu")
+
+
+def test_memory_data_checks_what_it_is_given():
+    x = torch.zeros(3, 2)
+    for arguments, word in [
+        ((x.double(),), "float64"),
+        ((x.byte(),), "uint8"),
+        ((x, None, ("a",)), "no labels"),
+        ((x, torch.zeros(3), ("a",)), "int64"),
+        ((x, torch.tensor([0, 1, 0]), ("a",)), "label 1 at sample 1"),
+    ]:
+        with pytest.raises(ValueError, match=word):
+            MemoryData("mine", *arguments)
