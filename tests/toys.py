@@ -14,6 +14,21 @@ from halfstep.nets import MLP
 from halfstep.objectives import Plan
 from halfstep.train import Evaluation, Notice, RunSpec, StopSignal, run
 
+# Options of the command line that make a run of any recipe last a second.
+TINY = [
+    *("--engine.threads", "1", "--evaluation.num-samples", "24", "--evaluation.num-compared", "8"),
+    *("--teacher.num-updates", "6", "--teacher.warmup-updates", "2", "--teacher.batch-size", "8"),
+    *("--chain.start-steps", "4", "--chain.num-updates", "2", "--chain.batch-size", "8"),
+    *("--evaluation.num-shown", "4"),
+]
+TINY_ARRAYS = [*TINY, "--network.width", "16", "--network.depth", "1"]
+TINY_DIGITS = [
+    *TINY,
+    *("--network.block-out-channels", "8", "16", "--network.attention-head-dim", "8"),
+    *("--network.norm-num-groups", "8", "--network.layers-per-block", "1", "--network.attention", "False", "True"),
+    *("--evaluation.teacher-steps", "4", "1"),
+]
+
 
 def points(num: int = 200) -> torch.Tensor:
     """Two clusters in the plane, float32 [num, 2]."""

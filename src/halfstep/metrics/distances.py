@@ -8,6 +8,7 @@
 Both come from torchmetrics; this room only feeds them features in float64 and fixes their random subsets.
 """
 
+import warnings
 from typing import final
 
 import torch
@@ -61,7 +62,12 @@ def kernel_distance(a: Tensor, b: Tensor, subsets: int = 20, subset_size: int = 
 
     _check(a, b)
     size = min(subset_size, len(a), len(b))
-    metric = KernelInceptionDistance(feature=_Given(a.shape[1]), subsets=subsets, subset_size=size, normalize=False)
+    with warnings.catch_warnings():
+        # torchmetrics says that it keeps all features, which are here already.
+        warnings.simplefilter("ignore", UserWarning)
+        metric = KernelInceptionDistance(
+            feature=_Given(a.shape[1]), subsets=subsets, subset_size=size, normalize=False
+        )
     metric.set_dtype(torch.float64)
     metric.update(a.double(), real=True)
     metric.update(b.double(), real=False)

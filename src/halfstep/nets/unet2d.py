@@ -7,6 +7,7 @@ every power-of-two grid with N <= T are whole timesteps and an exported model ne
 from collections.abc import Mapping
 from typing import Any, final
 
+import torch
 from torch import Tensor
 
 from halfstep.nets.base import Network, networks
@@ -34,7 +35,8 @@ class UNet2D(Network):
             raise ValueError(f"num_train_timesteps must be a power of two, got {num_train_timesteps}")
         self.config = dict(config)
         self.num_train_timesteps = num_train_timesteps
-        self.unet = UNet2DModel(**self.config)
+        # Convolutions are faster on channels-last weights, on CPU and GPU alike.
+        self.unet = UNet2DModel(**self.config).to(memory_format=torch.channels_last)
 
     def arguments(self) -> dict[str, Any]:
         return {"config": self.config, "num_train_timesteps": self.num_train_timesteps}

@@ -109,6 +109,8 @@ class Plan:
         updates_at: Mapping[int, int] | None = None,
         batch_size: int = 128,
         learning_rate: float = 5e-5,
+        learning_rate_at: Mapping[int, float] | None = None,
+        warmup_updates: int = 0,
         weighting: Weighting | None = None,
         weight_decay: float = 0.0,
         adam_betas: tuple[float, float] = (0.9, 0.999),
@@ -125,6 +127,9 @@ class Plan:
             updates_at: exceptions, from a student's steps to its updates; by default twice `num_updates` at 2 and 1,
                 as in the paper.
             learning_rate: at the start of each stage, from where it falls linearly to 0.
+            learning_rate_at: exceptions, from a student's steps to its rate; none by default.
+            warmup_updates: updates of each stage over which the rate rises first; none in the paper. A fresh Adam moves
+                every weight by the full rate at once, which a short stage does not have the time to mend.
 
         Raises:
             ValueError: if `end` is not below `start`, `start` cannot be halved to `end`, or an exception names a
@@ -146,18 +151,22 @@ class Plan:
                 f"for example {end * factor}"
             )
         exceptions = {2: 2 * num_updates, 1: 2 * num_updates} if updates_at is None else dict(updates_at)
-        foreign = sorted(set(exceptions) - set(steps[1:])) if updates_at is not None else []
-        if foreign:
-            raise ValueError(
-                f"updates are given for a student of {foreign[0]} steps, but the chain's students take {steps[1:]}"
-            )
+        rates = dict(learning_rate_at or {})
+        for what, given in (("updates", updates_at or {}), ("a learning rate", rates)):
+            foreign = sorted(set(given) - set(steps[1:]))
+            if foreign:
+                verb = "are" if what == "updates" else "is"
+                raise ValueError(
+                    f"{what} {verb} given for a student of {foreign[0]} steps, but the chain's students take {steps[1:]}"
+                )
         return cls(
             tuple(
                 Stage(
                     Halving(n, weighting=weighting or TruncatedSNR()),
                     num_updates=exceptions.get(n, num_updates),
                     batch_size=batch_size,
-                    learning_rate=learning_rate,
+                    learning_rate=rates.get(n, learning_rate),
+                    warmup_updates=warmup_updates,
                     weight_decay=weight_decay,
                     adam_betas=adam_betas,
                     grad_clip=grad_clip,

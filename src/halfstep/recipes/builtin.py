@@ -8,6 +8,7 @@ from halfstep.recipes.schema import (
     EngineConfig,
     EvaluationConfig,
     MLPConfig,
+    ModelConfig,
     Recipe,
     TeacherConfig,
     UNetConfig,
@@ -24,21 +25,36 @@ def digits() -> Recipe:
         name="digits",
         data=DataConfig(source="digits"),
         network=UNetConfig(
-            block_out_channels=(32, 64),
+            block_out_channels=(32, 32),
             layers_per_block=1,
-            attention=(False, True),
+            attention=(False, False),
+            mid_attention=False,
             norm_num_groups=8,
+            time_scale_shift="default",
         ),
+        # Told the class, even an undistilled teacher needs few steps, and there would be little to see.
+        model=ModelConfig(conditional=False),
         teacher=TeacherConfig(
             num_updates=2000,
             batch_size=128,
-            learning_rate=1e-3,
+            learning_rate=2e-3,
             anneal=True,
-            warmup_updates=100,
+            warmup_updates=50,
+            adam_betas=(0.9, 0.99),
             ema_decay=0.995,
         ),
-        chain=ChainConfig(start_steps=64, num_updates=400, batch_size=128, learning_rate=5e-4),
-        evaluation=EvaluationConfig(num_samples=2000, teacher_steps=(64, 8, 4, 2, 1)),
+        # The first students are nearly their teachers: a high rate would cost them more than it teaches.
+        chain=ChainConfig(
+            start_steps=64,
+            num_updates=1200,
+            updates_at={32: 250, 16: 450, 2: 1000, 1: 1200},
+            batch_size=64,
+            learning_rate=5e-4,
+            learning_rate_at={32: 1.5e-4, 16: 2e-4, 8: 4e-4, 2: 7e-4, 1: 1e-3},
+            warmup_updates=20,
+            adam_betas=(0.9, 0.99),
+        ),
+        evaluation=EvaluationConfig(num_samples=2000, teacher_steps=(64, 8, 4, 2, 1), batch_size=500),
         engine=EngineConfig(log_every=20),
     )
 
@@ -48,7 +64,7 @@ def fashion_mnist() -> Recipe:
     """28x28 grey images of clothes in 10 classes: an evening on a CPU, minutes on a GPU."""
     return Recipe(
         name="fashion_mnist",
-        data=DataConfig(source="zalando-datasets/fashion_mnist", flip=True),
+        data=DataConfig(source="zalando-datasets/fashion_mnist"),
         network=UNetConfig(block_out_channels=(64, 128, 128), layers_per_block=2, attention=(False, False, True)),
         teacher=TeacherConfig(num_updates=30_000, batch_size=128, learning_rate=3e-4, ema_decay=0.999),
         chain=ChainConfig(start_steps=256, num_updates=4000, batch_size=128, learning_rate=1e-4),

@@ -135,6 +135,10 @@ class ChainConfig(Config):
     """Samples of an update, over all processes."""
     learning_rate: Rate = 5e-5
     """Rate at the start of each stage, from where it falls linearly to 0."""
+    learning_rate_at: dict[int, Rate] | None = None
+    """Exceptions, student's steps to its rate."""
+    warmup_updates: int = Field(default=0, ge=0)
+    """Updates of each stage over which the rate rises first; none in the paper, useful in short stages."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay."""
     adam_betas: tuple[Share, Share] = (0.9, 0.999)
@@ -342,9 +346,13 @@ def build(recipe: Recipe, *, what: Literal["all", "teacher", "chain"] = "all", t
         # Built without memory for its weights, so that a network that does not fit is refused before anything is done.
         with torch.device("meta"):
             recipe.make_network(data)
+    origin: dict[str, Any] = {} if what == "all" else {"what": what}
+    if teacher is not None:
+        # Another teacher makes another run, even under the same settings.
+        origin["parent"] = {"stage": teacher.manifest.stage, **teacher.manifest.files}
     data_as_json: dict[str, Any] = recipe.model_dump(mode="json")
     return RunSpec(
-        recipe=data_as_json | ({"what": what} if what != "all" else {}),
+        recipe=data_as_json | origin,
         plan=plan,
         data=data,
         process=process,
