@@ -4,6 +4,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -11,3 +12,8 @@ torch.set_num_threads(1)
 
 settings.register_profile("repeatable", derandomize=True, database=None, deadline=None, max_examples=40)
 settings.load_profile("repeatable")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Makes our own warnings errors; here and not in pyproject.toml, which would import halfstep before coverage starts."""
+    config.addinivalue_line("filterwarnings", "error::halfstep.core.warnings.HalfstepWarning")

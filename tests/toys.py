@@ -24,9 +24,10 @@ TINY = [
 TINY_ARRAYS = [*TINY, "--network.width", "16", "--network.depth", "1"]
 TINY_DIGITS = [
     *TINY,
+    *("--chain.updates-at", "None", "--chain.learning-rate-at", "None", "--chain.warmup-updates", "0"),
     *("--network.block-out-channels", "8", "16", "--network.attention-head-dim", "8"),
     *("--network.norm-num-groups", "8", "--network.layers-per-block", "1", "--network.attention", "False", "True"),
-    *("--evaluation.teacher-steps", "4", "1"),
+    *("--evaluation.teacher-steps", "4", "1", "--model.conditional"),
 ]
 
 

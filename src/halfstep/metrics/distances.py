@@ -65,9 +65,7 @@ def kernel_distance(a: Tensor, b: Tensor, subsets: int = 20, subset_size: int = 
     with warnings.catch_warnings():
         # torchmetrics says that it keeps all features, which are here already.
         warnings.simplefilter("ignore", UserWarning)
-        metric = KernelInceptionDistance(
-            feature=_Given(a.shape[1]), subsets=subsets, subset_size=size, normalize=False
-        )
+        metric = KernelInceptionDistance(feature=_Given(a.shape[1]), subsets=subsets, subset_size=size, normalize=False)
     metric.set_dtype(torch.float64)
     metric.update(a.double(), real=True)
     metric.update(b.double(), real=False)

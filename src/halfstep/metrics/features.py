@@ -45,7 +45,9 @@ class Pixels(FeatureExtractor):
 
 @final
 class Classifier(FeatureExtractor):
-    """The 64 activations before the last layer of a small network trained on labelled data (`train_classifier`).
+    """The 64 linear features before the last layer of a small network trained on labelled data (`train_classifier`).
+
+    They are taken before their ReLU, so that no direction of error is cut off.
 
     Args:
         name: see `FeatureExtractor.name`.
@@ -81,7 +83,7 @@ class ClassifierNetwork(nn.Module):
                 nn.Conv2d(shape[0], 32, 3, padding=1), nn.ReLU(),
                 nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2),
                 nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
-                nn.Linear(256, 64), nn.ReLU(),
+                nn.Linear(256, 64),
             )  # fmt: skip
         else:
             entries = int(torch.Size(shape).numel())
@@ -89,7 +91,7 @@ class ClassifierNetwork(nn.Module):
         self.head = nn.Linear(64, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.body(x))
+        logits: Tensor = self.head(F.relu(self.body(x)))
         return logits
 
 
@@ -110,14 +112,15 @@ def train_classifier(
     num_classes: int,
     name: str,
     cache: Path | None = None,
-    num_updates: int = 600,
+    num_updates: int | None = None,
     batch_size: int = 128,
     seed: int = 0,
 ) -> Classifier:
     """A classifier of `x` `[n, *dims]` with int64 `labels` `[n]`, the same for the same arguments on one machine.
 
-    A tenth of the data is held out to measure its accuracy. With `cache`, the weights are read from and written to
-    that safetensors file, whose name must be unique to the data.
+    It is trained for `num_updates`, by default for 4 epochs, but at least 300 and at most 3,000 updates. A tenth of the
+    data is held out to measure its accuracy. With `cache`, the weights are read from and written to that safetensors
+    file, whose name must be unique to the data.
 
     Raises:
         ValueError: if there are fewer than 20 samples or fewer than 2 classes.
@@ -132,13 +135,14 @@ def train_classifier(
     order = torch.randperm(len(x), generator=generator_for(seed, "classifier split"))
     held_out, kept = order[: len(x) // 10], order[len(x) // 10 :]
     if not _restored(network, cache):
+        num_updates = num_updates or min(3000, max(300, 4 * len(kept) // batch_size))
         optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=num_updates)
         for update in range(num_updates):
             picks = torch.randint(len(kept), (batch_size,), generator=generator_for(seed, "classifier", update))
             rows = kept[picks]
             optimizer.zero_grad()
-            F.cross_entropy(network(x[rows].float()), labels[rows], label_smoothing=0.05).backward()
+            F.cross_entropy(network(x[rows].float()), labels[rows], label_smoothing=0.1).backward()
             optimizer.step()
             schedule.step()
         if cache is not None:

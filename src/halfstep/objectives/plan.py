@@ -157,7 +157,8 @@ class Plan:
             if foreign:
                 verb = "are" if what == "updates" else "is"
                 raise ValueError(
-                    f"{what} {verb} given for a student of {foreign[0]} steps, but the chain's students take {steps[1:]}"
+                    f"{what} {verb} given for a student of {foreign[0]} steps, but the chain's students take "
+                    f"{steps[1:]}"
                 )
         return cls(
             tuple(

@@ -29,6 +29,9 @@ from halfstep.runs.schema import Result
 from halfstep.train.model import Model
 from halfstep.train.stop import StopSignal
 
+CLASSIFIER = "classifier-1"
+"""Name of the classifier's architecture and training; another number when either changes, for old figures are not
+comparable with new ones then."""
 FEATURES = ("classifier", "pixels")
 """Feature extractors by name."""
 
@@ -81,7 +84,7 @@ class Reference:
                 raise ValueError(
                     "the features `classifier` need labels, and the data has none: use --evaluation.features pixels"
                 )
-            name = f"classifier-{data.fingerprint[:12]}"
+            name = f"{CLASSIFIER}-{data.fingerprint[:12]}"
             file = None if cache is None else cache / f"{name}.safetensors"
             self.extractor: FeatureExtractor = train_classifier(
                 real.x0, real.cond["class_labels"], data.num_classes, name, file

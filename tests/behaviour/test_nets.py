@@ -1,0 +1,97 @@
+"""Networks keep their clock, their conditions and their description."""
+
+import pytest
+import torch
+
+from halfstep.core.denoiser import NetworkDenoiser
+from halfstep.core.noise import VPCosine
+from halfstep.core.prediction import V
+from halfstep.nets import MLP, UNet2D, build_network, describe_network, networks, set_dropout
+from halfstep.recipes import UNetConfig
+from halfstep.recipes.schema import make_unet
+
+SMALL = UNetConfig(
+    block_out_channels=(8, 16), layers_per_block=1, attention=(False, True), attention_head_dim=8, norm_num_groups=4
+)
+
+
+def _unet(num_classes: int = 0, channels: int = 1) -> UNet2D:
+    torch.manual_seed(0)
+    return make_unet(SMALL, (3, 8, 8), num_classes, channels).eval()
+
+
+def test_time_becomes_diffusers_whole_timesteps() -> None:
+    network = _unet()
+    x_t = torch.randn(4, 3, 8, 8)
+    steps = torch.tensor([0, 255, 511, 1023])
+    expected = network.unet(x_t, steps).sample
+    # t = (timestep + 1) / T, exactly, also in float32.
+    seen = network(x_t, ((steps + 1) / 1024).float())
+    assert torch.equal(seen, expected)
+
+
+def test_every_power_of_two_grid_falls_on_whole_timesteps() -> None:
+    network = _unet()
+    asked: list[torch.Tensor] = []
+    network.unet.register_forward_pre_hook(lambda _, args: asked.append(args[1]))
+    denoiser = NetworkDenoiser(network, VPCosine(), V())
+    for num_steps in (1, 2, 8, 128, 1024):
+        denoiser(torch.randn(1, 3, 8, 8), 1 / num_steps)
+    for timestep in asked:
+        assert torch.equal(timestep, timestep.round())
+
+
+def test_class_labels_reach_the_network() -> None:
+    network = _unet(num_classes=5)
+    denoiser = NetworkDenoiser(network, VPCosine(), V())
+    x_t = torch.randn(2, 3, 8, 8)
+    outputs = [denoiser(x_t, 0.5, {"class_labels": torch.tensor([k, k])}).x0 for k in (0, 1)]
+    assert not torch.equal(outputs[0], outputs[1])
+    with pytest.raises(ValueError, match="class_labels"):
+        denoiser(x_t, 0.5)
+
+
+@pytest.mark.parametrize("network", [_unet(5, 2), MLP((3, 4), width=8, depth=2, channels=2, num_classes=3)])
+def test_a_described_network_is_built_again(network: UNet2D | MLP) -> None:
+    twin = build_network(describe_network(network))
+    twin.load_state_dict(network.state_dict())
+    assert type(twin) is type(network)
+    assert describe_network(twin) == describe_network(network)
+    shape = (2, 3, 8, 8) if isinstance(network, UNet2D) else (2, 3, 4)
+    x_t, time, labels = torch.randn(shape), torch.tensor([0.3, 0.9]), torch.tensor([0, 2])
+    assert torch.equal(twin.eval()(x_t, time, class_labels=labels), network.eval()(x_t, time, class_labels=labels))
+
+
+def test_descriptions_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="unknown network 'unet3d'; did you mean 'unet2d'"):
+        build_network({"type": "unet3d"})
+    with pytest.raises(ValueError, match="do not fit MLP"):
+        build_network({"type": "mlp", "shape": [2], "widht": 3})
+    assert set(networks) >= {"unet2d", "mlp"}
+
+
+def test_dropout_is_set_in_every_layer() -> None:
+    network = _unet()
+    set_dropout(network, 0.3)
+    layers = [module for module in network.modules() if isinstance(module, torch.nn.Dropout)]
+    assert layers
+    assert {layer.p for layer in layers} == {0.3}
+
+
+@pytest.mark.parametrize(
+    ("changes", "shape", "said"),
+    [
+        ({}, (3, 9, 8), "multiples of 2"),
+        ({}, (4,), "use the recipe `arrays`"),
+        ({"norm_num_groups": 3}, (3, 8, 8), "norm_num_groups 3 does not divide 8"),
+        ({"attention_head_dim": 5}, (3, 8, 8), "attention_head_dim 5 does not divide 16"),
+        ({"attention": (True,)}, (3, 8, 8), "1 entries for 2 resolutions"),
+    ],
+)
+def test_networks_that_cannot_be_built_are_refused(
+    changes: dict[str, object], shape: tuple[int, ...], said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        make_unet(SMALL.model_copy(update=changes), shape, 0, 1)
+    with pytest.raises(ValueError, match="power of two, got 1000"):
+        UNet2D({}, num_train_timesteps=1000)
