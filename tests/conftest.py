@@ -15,5 +15,5 @@ settings.load_profile("repeatable")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Makes our own warnings errors; here and not in pyproject.toml, which would import halfstep before coverage starts."""
+    """Our own warnings are errors. (In pyproject.toml, this would import halfstep before coverage starts.)"""
     config.addinivalue_line("filterwarnings", "error::halfstep.core.warnings.HalfstepWarning")

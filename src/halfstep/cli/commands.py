@@ -27,7 +27,7 @@ from halfstep.cli.arguments import (
     recipe_from,
     recipe_of_file,
 )
-from halfstep.cli.display import RunDisplay, duration, network_calls, results_table, show_results
+from halfstep.cli.display import RunDisplay, duration, results_table, show_results, update_cost
 from halfstep.core.noise import processes
 from halfstep.core.prediction import predictions
 from halfstep.core.weighting import weightings
@@ -108,8 +108,8 @@ def _show_plan(spec: RunSpec, out: Path, console: Console) -> None:
     )
     console.print(f"parameters: {parameters:,}    updates: {spec.plan.num_updates:,}", highlight=False)
     seconds = time_updates(spec)
-    unit = seconds / network_calls(spec.plan.stages[0])
-    total = sum(stage.num_updates * network_calls(stage) * unit for stage in spec.plan.stages)
+    unit = seconds / update_cost(spec.plan.stages[0])
+    total = sum(stage.num_updates * update_cost(stage) * unit for stage in spec.plan.stages)
     console.print(
         f"estimated training time: {duration(total)} ({seconds:.3g} s an update of the first stage, measured here; "
         "measuring the models comes on top)",

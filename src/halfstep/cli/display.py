@@ -23,10 +23,10 @@ QUIET_SECONDS = 10.0
 """Time between two lines of progress where the output is no terminal."""
 
 
-def network_calls(stage: Stage) -> float:
-    """Cost of an update in forward passes: a backward pass counts as two."""
+def update_cost(stage: Stage) -> float:
+    """Cost of an update in forward passes of one sample: a backward pass counts as two."""
     teacher = stage.objective.num_teacher_steps if isinstance(stage.objective, Halving) else 0
-    return 3.0 + teacher
+    return (3.0 + teacher) * stage.batch_size
 
 
 def duration(seconds: float) -> str:
@@ -46,7 +46,7 @@ class RunDisplay:
 
     def __init__(self, plan: Plan, console: Console) -> None:
         self.console = console
-        self.total = sum(stage.num_updates * network_calls(stage) for stage in plan.stages)
+        self.total = sum(stage.num_updates * update_cost(stage) for stage in plan.stages)
         self.names: list[str] = []
         self.done = 0.0
         self._pace = math.nan
@@ -71,7 +71,7 @@ class RunDisplay:
 
     def _take(self, event: Event, bar: Progress, task: TaskID) -> None:
         if isinstance(event, StageStart):
-            self._stage, self._stage_done = event.stage, event.resumed_at * network_calls(event.stage)
+            self._stage, self._stage_done = event.stage, event.resumed_at * update_cost(event.stage)
             self._last = (0.0, self._stage_done)
             at = f", going on at update {event.resumed_at}" if event.resumed_at else ""
             self.console.print(f"{event.name}: {event.stage.num_updates} updates{at}", highlight=False)
@@ -86,7 +86,7 @@ class RunDisplay:
             self._progress(event, bar, task)
         elif isinstance(event, StageEnd):
             if self._stage is not None:
-                self.done += self._stage.num_updates * network_calls(self._stage)
+                self.done += self._stage.num_updates * update_cost(self._stage)
             self._stage, self._stage_done = None, 0.0
             bar.update(task, visible=False)
             text = "complete" if event.was_there else f"done in {duration(event.seconds)}"
@@ -101,17 +101,21 @@ class RunDisplay:
         elif isinstance(event, Notice):
             self.console.print(f"[yellow]note:[/yellow] {event.text}", highlight=False)
 
+    def seconds_left(self) -> float:
+        """Training time left for the whole plan at the present pace; NaN before there is one."""
+        return (self.total - self.done - self._stage_done) * self._pace
+
     def _progress(self, event: TrainingProgress, bar: Progress, task: TaskID) -> None:
         if self._stage is None:
             return
         window = event.window
-        self._stage_done = window.update * network_calls(self._stage)
+        self._stage_done = window.update * update_cost(self._stage)
         before_seconds, before_units = self._last
         if before_seconds and self._stage_done > before_units:
             pace = (window.seconds - before_seconds) / (self._stage_done - before_units)
             self._pace = pace if math.isnan(self._pace) else 0.8 * self._pace + 0.2 * pace
         self._last = (window.seconds, self._stage_done)
-        left = (self.total - self.done - self._stage_done) * self._pace
+        left = self.seconds_left()
         figures = (
             f"loss {window.loss:.4g}  {window.samples_per_second:,.0f} samples/s  "
             f"training left {duration(left) if not math.isnan(left) else '...'}"

@@ -35,7 +35,7 @@ def digits() -> Recipe:
         # Told the class, even an undistilled teacher needs few steps, and there would be little to see.
         model=ModelConfig(conditional=False),
         teacher=TeacherConfig(
-            num_updates=1800,
+            num_updates=1500,
             batch_size=128,
             learning_rate=2e-3,
             anneal=True,
@@ -46,8 +46,8 @@ def digits() -> Recipe:
         # The first students are nearly their teachers: a high rate would cost them more than it teaches.
         chain=ChainConfig(
             start_steps=64,
-            num_updates=700,
-            updates_at={32: 100, 16: 200, 8: 600, 2: 550, 1: 650},
+            num_updates=800,
+            updates_at={32: 100, 16: 200, 8: 650, 2: 650, 1: 750},
             batch_size=64,
             learning_rate=5e-4,
             learning_rate_at={32: 1.5e-4, 16: 2e-4, 8: 4e-4, 2: 7e-4, 1: 1e-3},
