@@ -8,6 +8,7 @@ from halfstep.core.noise import VPCosine
 from halfstep.core.prediction import V
 from halfstep.nets import MLP, UNet2D, build_network, describe_network, networks, set_dropout
 from halfstep.recipes import UNetConfig
+from halfstep.recipes.paper import PAPER_CIFAR10, PAPER_IMAGENET64, PAPER_LSUN128
 from halfstep.recipes.schema import make_unet
 
 SMALL = UNetConfig(
@@ -93,5 +94,37 @@ def test_networks_that_cannot_be_built_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=said):
         make_unet(SMALL.model_copy(update=changes), shape, 0, 1)
-    with pytest.raises(ValueError, match="power of two, got 1000"):
-        UNet2D({}, num_train_timesteps=1000)
+
+
+def test_a_clock_that_does_not_run_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"must be a power of two, .* got 1000"):
+        UNetConfig(num_train_timesteps=1000)
+    with pytest.raises(ValueError, match="num_train_timesteps must be at least 1, got 0"):
+        UNet2D({}, num_train_timesteps=0)
+    with pytest.raises(ValueError, match=r"clock_range must rise from t = 0 to t = 1, got 1\.0 and 0\.5"):
+        UNet2D({}, clock_range=(1.0, 0.5))
+
+
+def test_a_network_of_another_clock_is_asked_at_its_own_times() -> None:
+    ours, theirs = _unet(), _unet()
+    theirs.clock_range = (0.25, 0.75)
+    x_t = torch.randn(3, 3, 8, 8)
+    time = torch.tensor([0.0, 0.5, 1.0])
+    assert torch.equal(theirs(x_t, time), ours(x_t, torch.tensor([0.25, 0.5, 0.75])))
+
+
+@pytest.mark.parametrize(
+    ("config", "shape", "num_classes", "channels", "parameters"),
+    [
+        pytest.param(PAPER_CIFAR10, (3, 32, 32), 0, 1, 60_004_099, id="cifar10"),
+        # The authors' network has 768 more: the bias of its class embedding, which the embedding itself can hold.
+        pytest.param(PAPER_IMAGENET64, (3, 64, 64), 1000, 2, 295_905_222 - 768, id="imagenet64"),
+        pytest.param(PAPER_LSUN128, (3, 128, 128), 0, 2, 139_578_502, id="lsun128"),
+    ],
+)
+def test_the_papers_networks_have_as_many_parameters_as_the_authors_counted(
+    config: UNetConfig, shape: tuple[int, ...], num_classes: int, channels: int, parameters: int
+) -> None:
+    with torch.device("meta"):
+        network = make_unet(config, shape, num_classes, channels)
+    assert sum(parameter.numel() for parameter in network.parameters()) == parameters

@@ -1,8 +1,11 @@
 """Recipes: everything a run needs, as typed data with names; each is a Python function that returns one."""
 
-from halfstep.recipes.builtin import cifar10, digits, fashion_mnist, recipes
+from halfstep.recipes.builtin import arrays, cifar10, digits, fashion_mnist, images
+from halfstep.recipes.paper import cifar10_paper, imagenet64_paper, lsun_bedroom128_paper, lsun_church128_paper
+from halfstep.recipes.registered import recipes
 from halfstep.recipes.schema import (
     ChainConfig,
+    DataFacts,
     EngineConfig,
     EvaluationConfig,
     MLPConfig,
@@ -15,6 +18,7 @@ from halfstep.recipes.schema import (
 
 __all__ = [
     "ChainConfig",
+    "DataFacts",
     "EngineConfig",
     "EvaluationConfig",
     "MLPConfig",
@@ -22,9 +26,15 @@ __all__ = [
     "Recipe",
     "TeacherConfig",
     "UNetConfig",
+    "arrays",
     "build",
     "cifar10",
+    "cifar10_paper",
     "digits",
     "fashion_mnist",
+    "imagenet64_paper",
+    "images",
+    "lsun_bedroom128_paper",
+    "lsun_church128_paper",
     "recipes",
 ]

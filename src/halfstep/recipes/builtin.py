@@ -1,8 +1,7 @@
 """The recipes that come with halfstep."""
 
-from collections.abc import Callable
-
 from halfstep.data import DataConfig
+from halfstep.recipes.registered import recipes
 from halfstep.recipes.schema import (
     ChainConfig,
     EngineConfig,
@@ -13,9 +12,6 @@ from halfstep.recipes.schema import (
     TeacherConfig,
     UNetConfig,
 )
-from halfstep.registry import Registry
-
-recipes: Registry[Callable[[], Recipe]] = Registry("recipe")
 
 
 @recipes.register("digits")

@@ -49,8 +49,27 @@ class UNetConfig(Config):
     """Groups of each group normalisation."""
     time_scale_shift: Literal["default", "scale_shift"] = "scale_shift"
     """How the time embedding acts: added, or as scale and shift after the second normalisation."""
+    resample: Literal["conv", "resnet"] = "conv"
+    """Change of resolution: a convolution, or a residual block as in the paper."""
+    norm_eps: Rate = 1e-5
+    """Added to the variance in a group normalisation."""
+    time_embedding_dim: Positive | None = None
+    """Width of the time embedding; four times the first channels by default."""
+    flip_sin_to_cos: bool = True
+    """Cosines before sines in the embedding of time, as is usual in diffusers; the paper has sines first."""
+    freq_shift: Literal[0, 1] = 0
+    """1 spaces the embedding's frequencies to end on 1/10000, as in the paper."""
     num_train_timesteps: Positive = 1024
     """Timesteps of the network's clock, a power of two; chains up to this many steps fall on whole ones."""
+
+    @field_validator("num_train_timesteps")
+    @classmethod
+    def _power_of_two(cls, number: int) -> int:
+        if number & (number - 1):
+            raise ValueError(
+                f"must be a power of two, so that halved step counts are whole timesteps, got {number}"
+            )
+        return number
 
 
 class MLPConfig(Config):
@@ -62,6 +81,17 @@ class MLPConfig(Config):
     """Width of the hidden layers."""
     depth: Positive = 3
     """Residual blocks."""
+
+
+class DataFacts(Config):
+    """What a recipe's data is known to be, so that a dry run needs none of it."""
+
+    shape: tuple[Positive, ...]
+    """Shape of one sample."""
+    num_samples: Positive
+    """Samples."""
+    num_classes: int = Field(default=0, ge=0)
+    """Classes."""
 
 
 class ModelConfig(Config):
@@ -204,6 +234,8 @@ class Recipe(Config):
     """Key of every random number of the run."""
     data: DataConfig = DataConfig()
     """What to learn."""
+    facts: DataFacts | None = None
+    """What the data is known to be; only a dry run asks, where the data is not at hand."""
     network: UNetConfig | MLPConfig = Field(default=UNetConfig(), discriminator="type")
     """The network of teacher and students."""
     model: ModelConfig = ModelConfig()
@@ -296,8 +328,11 @@ def make_unet(config: UNetConfig, shape: tuple[int, ...], num_classes: int, chan
             f"images of {shape[1]}x{shape[2]} cannot be halved {levels - 1} times: sides must be multiples of {factor} "
             f"(--data.image-size, or fewer network.block_out_channels)"
         )
-    down = ["AttnDownBlock2D" if attention else "DownBlock2D" for attention in config.attention]
-    up = ["AttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(config.attention)]
+    plain_down, plain_up = "DownBlock2D", "UpBlock2D"
+    if config.resample == "resnet":
+        plain_down, plain_up = "ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"
+    down = ["AttnDownBlock2D" if attention else plain_down for attention in config.attention]
+    up = ["AttnUpBlock2D" if attention else plain_up for attention in reversed(config.attention)]
     return UNet2D(
         {
             "sample_size": list(shape[1:]),
@@ -307,10 +342,16 @@ def make_unet(config: UNetConfig, shape: tuple[int, ...], num_classes: int, chan
             "layers_per_block": config.layers_per_block,
             "down_block_types": down,
             "up_block_types": up,
+            "downsample_type": config.resample,
+            "upsample_type": config.resample,
             "add_attention": config.mid_attention,
             "attention_head_dim": config.attention_head_dim,
             "norm_num_groups": config.norm_num_groups,
             "attn_norm_num_groups": config.norm_num_groups,
+            "norm_eps": config.norm_eps,
+            "time_embedding_dim": config.time_embedding_dim,
+            "flip_sin_to_cos": config.flip_sin_to_cos,
+            "freq_shift": config.freq_shift,
             "resnet_time_scale_shift": config.time_scale_shift,
             "num_class_embeds": num_classes or None,
         },

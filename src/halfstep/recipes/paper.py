@@ -1,0 +1,117 @@
+"""The paper's own models, at its own scale: days on many accelerators, written down as data.
+
+What is the authors' is theirs to the last number where they published it: networks, batches, rates, warm-up, decay,
+dropout, EMA, clipping, augmentation, updates. Where the paper and the released configurations differ, the
+configurations win (learning rate of CIFAR-10's distillation: 5e-5). Two things are ours: the shape of the warm-up
+(linear; theirs is not public) and the network's clock, which counts a power of two of timesteps in place of 1000, so
+that every student of the chain falls on whole ones.
+
+Source: Salimans & Ho 2022 (arXiv:2202.00512), sections 5 and appendices, and the authors' configurations.
+"""
+
+from typing import Final
+
+from halfstep.data import DataConfig
+from halfstep.recipes.registered import recipes
+from halfstep.recipes.schema import (
+    ChainConfig,
+    DataFacts,
+    EngineConfig,
+    EvaluationConfig,
+    ModelConfig,
+    Recipe,
+    TeacherConfig,
+    UNetConfig,
+)
+
+
+def _network(
+    channels: int, multipliers: tuple[int, ...], attention: tuple[bool, ...], head_dim: int, embedding: int, clock: int
+) -> UNetConfig:
+    return UNetConfig(
+        block_out_channels=tuple(channels * multiplier for multiplier in multipliers),
+        layers_per_block=3,
+        attention=attention,
+        attention_head_dim=head_dim,
+        norm_num_groups=32,
+        norm_eps=1e-6,
+        resample="resnet",
+        time_scale_shift="scale_shift",
+        time_embedding_dim=embedding,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+        num_train_timesteps=clock,
+    )
+
+
+PAPER_CIFAR10: Final = _network(256, (1, 1, 1), (False, True, True), 256, 1024, 8192)
+PAPER_IMAGENET64: Final = _network(192, (1, 2, 3, 4), (False, True, True, True), 64, 768, 1024)
+PAPER_LSUN128: Final = _network(64, (1, 2, 4, 6, 8), (False, False, True, True, True), 64, 768, 1024)
+
+EVALUATION: Final = EvaluationConfig(
+    num_samples=50_000, num_reference=50_000, teacher_steps=(1024, 512, 256, 128, 64, 32, 16, 8, 4, 2, 1)
+)
+
+
+@recipes.register("cifar10_paper")
+def cifar10_paper() -> Recipe:
+    """The paper's CIFAR-10: unconditional, x0-prediction, 60 million parameters, 8192 steps to 1."""
+    return Recipe(
+        name="cifar10_paper",
+        data=DataConfig(source="uoft-cs/cifar10", flip=True),
+        facts=DataFacts(shape=(3, 32, 32), num_samples=50_000, num_classes=10),
+        network=PAPER_CIFAR10,
+        model=ModelConfig(prediction="x0", conditional=False),
+        teacher=TeacherConfig(num_updates=800_000, batch_size=128, learning_rate=2e-4, weight_decay=0.001, dropout=0.2),
+        chain=ChainConfig(start_steps=8192, num_updates=50_000, batch_size=128, learning_rate=5e-5),
+        evaluation=EVALUATION,
+        engine=EngineConfig(),
+    )
+
+
+@recipes.register("imagenet64_paper")
+def imagenet64_paper() -> Recipe:
+    """The paper's ImageNet 64x64: class-conditional, both heads, 296 million parameters, 1024 steps to 1."""
+    return Recipe(
+        name="imagenet64_paper",
+        data=DataConfig(source="ILSVRC/imagenet-1k", image_size=64, resample="area", channels=3, flip=True),
+        facts=DataFacts(shape=(3, 64, 64), num_samples=1_281_167, num_classes=1000),
+        network=PAPER_IMAGENET64,
+        model=ModelConfig(prediction="both"),
+        teacher=TeacherConfig(num_updates=550_000, batch_size=2048, learning_rate=3e-4, dropout=0.1),
+        chain=ChainConfig(start_steps=1024, num_updates=50_000, batch_size=2048, learning_rate=1e-4),
+        evaluation=EVALUATION,
+    )
+
+
+def _lsun(name: str, num_samples: int) -> Recipe:
+    return Recipe(
+        name=name,
+        # LSUN has no home on the Hub that is its makers': the images are expected in a folder.
+        data=DataConfig(
+            source=name.removesuffix("128_paper"),
+            image_size=128,
+            resample="bilinear",
+            channels=3,
+            labels=False,
+            flip=True,
+        ),
+        facts=DataFacts(shape=(3, 128, 128), num_samples=num_samples, num_classes=0),
+        network=PAPER_LSUN128,
+        model=ModelConfig(prediction="both", conditional=False),
+        teacher=TeacherConfig(num_updates=400_000, batch_size=2048, learning_rate=3e-4, dropout=0.1),
+        chain=ChainConfig(start_steps=1024, num_updates=50_000, batch_size=2048, learning_rate=1e-4),
+        evaluation=EVALUATION,
+    )
+
+
+@recipes.register("lsun_bedroom128_paper")
+def lsun_bedroom128_paper() -> Recipe:
+    """The paper's LSUN bedrooms 128x128, from a folder (--data FOLDER): both heads, 140 million parameters."""
+    return _lsun("lsun_bedroom128_paper", 3_033_042)
+
+
+@recipes.register("lsun_church128_paper")
+def lsun_church128_paper() -> Recipe:
+    """The paper's LSUN churches 128x128, from a folder (--data FOLDER): both heads, 140 million parameters."""
+    return _lsun("lsun_church128_paper", 126_227)
