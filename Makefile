@@ -4,14 +4,16 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed-$(shell cksum pyproject.toml constraints-cpu.txt | cksum | cut -d' ' -f1)
+DOCS_STAMP := $(STAMP)-docs
 
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test check clean help
+.PHONY: demo test check docs clean help
 help:
 	@echo "make demo    train a teacher on the digits, halve it to 8, 4, 2 and 1 steps, write runs/digits/report/index.html"
 	@echo "make test    prove every formula (tests/, CPU, no network)"
 	@echo "make check   ruff, mypy, import-linter"
+	@echo "make docs    build the documentation into site/ and check its links"
 	@echo "make clean   remove .venv and caches; runs/ is yours and stays"
 
 $(STAMP):
@@ -21,6 +23,10 @@ $(STAMP):
 	$(BIN)/python -m pip install --quiet -c constraints-cpu.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints-cpu.txt -e . --group dev
 	rm -f $(VENV)/.installed-*
+	touch $@
+
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints-cpu.txt --group docs
 	touch $@
 
 demo: $(STAMP)
@@ -36,6 +42,10 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "wrote site/index.html"
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage htmlcov build dist
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage htmlcov build dist site
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
