@@ -9,7 +9,7 @@ Everything below is documented where it is defined; CONTRIBUTING.md draws the ma
 """
 
 from halfstep.core.denoiser import Clipped, Denoiser, NetworkDenoiser
-from halfstep.core.draw import Draw, sample_labels, sample_noise
+from halfstep.core.draw import Draw, sample_labels, sample_noise, step_noise
 from halfstep.core.noise import NoiseProcess, VPCosine
 from halfstep.core.oracle import GaussianDenoiser, MixtureDenoiser, data_set_denoiser
 from halfstep.core.prediction import X0, Both, Denoised, Eps, Prediction, V
@@ -27,19 +27,34 @@ from halfstep.objectives import (
     Stage,
     halving_target,
 )
-from halfstep.samplers import DDIM, Sampler, SamplerStep, sample, trajectory
+from halfstep.samplers import (
+    DDIM,
+    RK4,
+    Ancestral,
+    DPMSolverPP2M,
+    Euler,
+    Heun,
+    Midpoint,
+    Sampler,
+    SamplerStep,
+    sample,
+    trajectory,
+)
 from halfstep.train import Model, distill, load
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DDIM",
+    "RK4",
     "SNR",
     "X0",
+    "Ancestral",
     "Batch",
     "Both",
     "Clipped",
     "Constant",
+    "DPMSolverPP2M",
     "Data",
     "DataConfig",
     "Denoised",
@@ -47,10 +62,13 @@ __all__ = [
     "Denoising",
     "Draw",
     "Eps",
+    "Euler",
     "GaussianDenoiser",
     "HalfstepWarning",
     "Halving",
+    "Heun",
     "Losses",
+    "Midpoint",
     "MixtureDenoiser",
     "Model",
     "Models",
@@ -75,5 +93,6 @@ __all__ = [
     "sample",
     "sample_labels",
     "sample_noise",
+    "step_noise",
     "trajectory",
 ]

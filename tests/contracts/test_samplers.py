@@ -1,18 +1,35 @@
 """What every sampler promises: its order, its cost, and results that depend on its arguments alone."""
 
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Final
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from halfstep.core.denoiser import Clipped, Denoiser, NetworkDenoiser
+from halfstep.core.draw import step_noise
 from halfstep.core.grids import uniform_times
 from halfstep.core.noise import NoiseProcess, VPCosine, processes
 from halfstep.core.oracle import data_set_denoiser
 from halfstep.core.prediction import X0, Prediction, predictions
-from halfstep.samplers import DDIM, Sampler, sample, samplers, trajectory
+from halfstep.samplers import (
+    DDIM,
+    Ancestral,
+    DPMSolverPP2M,
+    NoiseToSignal,
+    Sampler,
+    StepNoise,
+    coordinates,
+    sample,
+    samplers,
+    trajectory,
+)
 from support import (
     Watched,
+    build,
     clock,
     gaussian,
     integrated_flow,
@@ -23,115 +40,300 @@ from support import (
     toy_denoiser,
 )
 
+
+def variants() -> list[Any]:
+    """Every registered sampler, and those that integrate in a coordinate in every registered coordinate."""
+    found = []
+    for name, member in samplers.items():
+        if "coordinate" in {field.name for field in dataclasses.fields(member)}:
+            for where, coordinate in coordinates.items():
+                found.append(pytest.param(member(coordinate=coordinate()), id=f"{name}-{where}"))  # type: ignore[call-arg]
+        else:
+            found.append(pytest.param(build(member), id=name))
+    return found
+
+
+def those(parameters: list[Any], kind: str, *, wanted: bool) -> list[Any]:
+    found = [parameter for parameter in parameters if getattr(parameter.values[0], kind) is wanted]
+    assert found, "a contract without members would pass unseen"
+    return found
+
+
+SAMPLERS: Final = members(samplers)
+VARIANTS: Final = variants()
+
 every_process = pytest.mark.parametrize("process", members(processes))
-every_sampler = pytest.mark.parametrize("sampler", members(samplers))
+every_sampler = pytest.mark.parametrize("sampler", SAMPLERS)
+every_variant = pytest.mark.parametrize("sampler", VARIANTS)
+every_deterministic = pytest.mark.parametrize("sampler", those(SAMPLERS, "stochastic", wanted=False))
+every_deterministic_variant = pytest.mark.parametrize("sampler", those(VARIANTS, "stochastic", wanted=False))
+every_stochastic = pytest.mark.parametrize("sampler", those(SAMPLERS, "stochastic", wanted=True))
 every_prediction = pytest.mark.parametrize("prediction", members(predictions))
 
-STEPS = (64, 128, 256, 512)
+# Exact for data of one point: eps, or x0, is what they hold fast. The others hold fast what changes even then.
+HOLD_FAST: Final = (DDIM, Ancestral, DPMSolverPP2M)
+every_one_point_exact = pytest.mark.parametrize(
+    "sampler",
+    [
+        parameter
+        for parameter in VARIANTS
+        if isinstance(parameter.values[0], HOLD_FAST)
+        or isinstance(getattr(parameter.values[0], "coordinate", None), NoiseToSignal)
+    ],
+)
+
+NARROW: Final = VPCosine(-4.0, 4.0)
+"""A process that keeps much noise at t = 0, and much signal at t = 1."""
+
+FIRST, LAST = 0.95, 0.05
+"""The ends of the interior way, on which no coordinate is near the ends of its axis."""
 
 
-def skip_stochastic(sampler: Sampler) -> None:
-    if sampler.stochastic:
-        pytest.skip("it draws noise, so it follows no flow")
+def interior_times(num_steps: int) -> Tensor:
+    return FIRST + (LAST - FIRST) * torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
 
 
-def measured_order(sampler: Sampler, denoiser: Denoiser, x_1: Tensor, exact: Tensor) -> float:
-    """The slope of the log of the error against the log of the number of steps."""
-    errors = [float((sample(denoiser, x_1, n, sampler) - exact).square().mean().sqrt()) for n in STEPS]
-    return float(-np.polyfit(np.log(STEPS), np.log(errors), 1)[0])
+def noise_for(sampler: Sampler, seeds: Sequence[int], *shape: int) -> StepNoise | None:
+    """The noise that the sampler wants for samples of these seeds."""
+    return step_noise(seeds, shape, torch.float64) if sampler.stochastic else None
 
 
-@every_sampler
+def rms_errors(
+    sampler: Sampler, denoiser: Denoiser, x_t: Tensor, exact: Tensor, steps: Sequence[int], **options: Any
+) -> list[float]:
+    found = [sample(denoiser, x_t, n, sampler, **options) - exact for n in steps]
+    return [float(error.square().mean().sqrt()) for error in found]
+
+
+def slope(steps: Sequence[int], errors: Sequence[float]) -> float:
+    """Of the log of the error against the log of the number of steps, turned to be positive."""
+    return float(-np.polyfit(np.log(steps), np.log(errors), 1)[0])
+
+
+def step_counts(sampler: Sampler) -> tuple[int, ...]:
+    """Enough to be near the limit, and few enough for the errors to stay above that of the reference."""
+    return (64, 128, 256, 512) if sampler.order < 3 else (32, 64, 128, 256)
+
+
+@every_deterministic
 @every_process
-def test_it_converges_to_the_exact_flow_of_a_gaussian_at_the_order_it_claims(
+def test_it_follows_the_exact_flow_of_a_gaussian_at_the_order_it_claims(
     process: NoiseProcess, sampler: Sampler
 ) -> None:
-    skip_stochastic(sampler)
-    denoiser, x_1 = gaussian(process), pure_noise(process, 16, 2)
-    order = measured_order(sampler, denoiser, x_1, denoiser.flow(x_1, 1.0, 0.0))
-    assert order == pytest.approx(sampler.order, abs=0.25)
+    denoiser = gaussian(process)
+    x_t = denoiser.flow(pure_noise(process, 16, 2), 1.0, FIRST)
+    steps = step_counts(sampler)
+    errors = rms_errors(sampler, denoiser, x_t, denoiser.flow(x_t, FIRST, LAST), steps, grid=interior_times)
+    assert slope(steps, errors) == pytest.approx(sampler.order, abs=0.25)
 
 
-@every_sampler
+@every_deterministic_variant
 @every_process
-def test_it_converges_to_the_flow_of_a_mixture_at_the_order_it_claims(process: NoiseProcess, sampler: Sampler) -> None:
-    skip_stochastic(sampler)
+def test_it_follows_the_flow_of_a_mixture_at_the_order_it_claims(process: NoiseProcess, sampler: Sampler) -> None:
+    """In every coordinate. (On the Gaussian some gain an order, by a symmetry that nothing else has.)"""
     denoiser, x_1 = mixture(process), pure_noise(process, 16, 2)
-    order = measured_order(sampler, denoiser, x_1, integrated_flow(denoiser, x_1))
-    assert order == pytest.approx(sampler.order, abs=0.25)
+    x_t, exact = integrated_flow(denoiser, x_1, FIRST), integrated_flow(denoiser, x_1, LAST)
+    steps = step_counts(sampler)
+    errors = rms_errors(sampler, denoiser, x_t, exact, steps, grid=interior_times)
+    assert slope(steps, errors) == pytest.approx(sampler.order, abs=0.25)
 
 
-@every_sampler
+ALL_THE_WAY: Final = [parameter for parameter in SAMPLERS if not isinstance(parameter.values[0], DPMSolverPP2M)]
+
+
+@pytest.mark.parametrize("sampler", those(ALL_THE_WAY, "stochastic", wanted=False))
 @every_process
+@pytest.mark.parametrize("flow", ["gaussian", "mixture"])
+def test_it_goes_from_pure_noise_to_clean_data_at_the_order_it_claims(
+    flow: str, process: NoiseProcess, sampler: Sampler
+) -> None:
+    """All but dpmpp_2m, for which see below, and in their default coordinate. The reference for the mixture ends
+    4e-9 off, which the errors of RK4 come near to at 128 steps."""
+    x_1 = pure_noise(process, 16, 2)
+    steps = step_counts(sampler) if sampler.order < 3 else (8, 16, 32, 64)
+    denoiser: Denoiser
+    if flow == "gaussian":
+        denoiser = gaussian(process)
+        exact = denoiser.flow(x_1, 1.0, 0.0)
+    else:
+        denoiser = mixture(process)
+        exact = integrated_flow(denoiser, x_1)
+    errors = rms_errors(sampler, denoiser, x_1, exact, steps)
+    assert slope(steps, errors) == pytest.approx(sampler.order, abs=0.25)
+
+
+def test_the_error_of_dpmpp_2m_from_pure_noise_to_clean_data_falls_as_log_n_over_n_squared() -> None:
+    """So error N^2 grows by the same amount with each doubling of N. At order 2 the growth would fade, at order 1 it
+    would double. On a process whose ends lie further out than the finest step."""
+    denoiser, x_1 = gaussian(VPCosine(-40.0, 40.0)), numbers(16, 2)
+    steps = (256, 512, 1024, 2048, 4096)
+    errors = rms_errors(DPMSolverPP2M(), denoiser, x_1, denoiser.flow(x_1, 1.0, 0.0), steps)
+    growth = np.diff(np.array(errors) * np.array(steps) ** 2.0)
+    assert (growth > 0).all()
+    np.testing.assert_allclose(growth[1:] / growth[:-1], 1, rtol=0, atol=0.05)
+
+
+@every_one_point_exact
+@pytest.mark.parametrize("process", [*members(processes), pytest.param(NARROW, id="narrow")])
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 7, 64])
 def test_sampling_is_exact_in_any_number_of_steps_when_the_data_is_one_point(
     process: NoiseProcess, sampler: Sampler, num_steps: int
 ) -> None:
+    """To the roundings of x_t / alpha, which at t = 1 are up to 2e4 times those of x_t."""
     point = numbers(1, 3, seed=1)
-    x_0 = sample(data_set_denoiser(process, point), pure_noise(process, 8, 3), num_steps, sampler)
-    torch.testing.assert_close(x_0, point.expand(8, 3), rtol=0, atol=1e-13)
+    denoiser, x_1 = data_set_denoiser(process, point), pure_noise(process, 8, 3)
+    x_0 = sample(denoiser, x_1, num_steps, sampler, noise=noise_for(sampler, range(8), 3))
+    tolerance = 1e-13 if isinstance(sampler, HOLD_FAST) else 5e-11
+    torch.testing.assert_close(x_0, point.expand(8, 3), rtol=0, atol=tolerance)
 
 
 @every_process
+@pytest.mark.parametrize("sampler", [DDIM(), DPMSolverPP2M()])
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 7, 64])
-def test_ddim_stays_on_the_one_way_from_noise_to_data_of_one_point(process: NoiseProcess, num_steps: int) -> None:
+def test_ddim_and_dpmpp_2m_stay_on_the_one_way_from_noise_to_data_of_one_point(
+    process: NoiseProcess, sampler: Sampler, num_steps: int
+) -> None:
     """The noise of x_t never changes on that way, so each step is the sample that the process mixes there."""
     point, eps = numbers(1, 3, seed=1).expand(8, 3), numbers(8, 3)
     x_1 = process.mix(point, eps, clock(1.0).expand(8))
-    for step in trajectory(data_set_denoiser(process, point[:1]), x_1, num_steps, DDIM()):
+    for step in trajectory(data_set_denoiser(process, point[:1]), x_1, num_steps, sampler):
         expected = process.mix(point, eps, clock(step.s).expand(8)) if step.s else point
         torch.testing.assert_close(step.x_s, expected, rtol=0, atol=1e-13)
 
 
-@every_sampler
-@every_process
-def test_a_step_calls_the_network_as_often_as_claimed_and_never_at_time_0(
-    process: NoiseProcess, sampler: Sampler
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        parameter
+        for parameter in VARIANTS
+        if isinstance(getattr(parameter.values[0], "coordinate", None), NoiseToSignal)
+    ],
+)
+@pytest.mark.parametrize("process", [VPCosine(-6.0, 20.0), NARROW], ids=["from_snr_e-6", "narrow"])
+@pytest.mark.parametrize("num_steps", [1, 2, 7, 64])
+def test_every_stage_of_a_step_shows_the_network_a_sample_of_the_time_it_names(
+    process: NoiseProcess, sampler: Sampler, num_steps: int
 ) -> None:
-    """The last step may do with fewer calls, for a denoiser has no answer at t = 0."""
+    """The noise of x_t never changes for data of one point, so the network must find the same noise at every call.
+
+    Not from zero SNR, where this coordinate multiplies roundings by (sigma / alpha)^2 = 5e8.
+    """
+    point, eps = numbers(1, 3, seed=1), numbers(8, 3)
+    denoiser = Watched(data_set_denoiser(process, point))
+    sample(denoiser, process.mix(point.expand(8, 3), eps, clock(1.0).expand(8)), num_steps, sampler)
+    for answer in denoiser.answers:
+        torch.testing.assert_close(answer.eps, eps, rtol=0, atol=1e-12)
+
+
+@every_variant
+@pytest.mark.parametrize("process", [*members(processes), pytest.param(NARROW, id="narrow")])
+@pytest.mark.parametrize("num_steps", [1, 2, 8, 64])
+def test_it_calls_the_network_as_often_as_claimed_and_only_at_times_above_0(
+    process: NoiseProcess, sampler: Sampler, num_steps: int
+) -> None:
+    """A denoiser has no answer at t = 0, and a process that keeps noise there none below."""
     denoiser = Watched(mixture(process))
+    x_1, noise = pure_noise(process, 4, 2), noise_for(sampler, range(4), 2)
     seen = 0
-    for step in trajectory(denoiser, pure_noise(process, 4, 2), 8, sampler):
+    for step in trajectory(denoiser, x_1, num_steps, sampler, noise=noise):
         calls, seen = len(denoiser.times) - seen, len(denoiser.times)
-        assert calls == sampler.evals_per_step if step.s > 0 else 1 <= calls <= sampler.evals_per_step
+        assert calls == (sampler.evals_per_step if step.s > 0 else sampler.evals_last_step)
+    assert seen == sampler.num_evals(num_steps)
     times = torch.cat(denoiser.times)
     assert bool(((times > 0) & (times <= 1)).all())
 
 
+@every_variant
+def test_a_way_that_ends_in_noise_has_no_last_step(sampler: Sampler) -> None:
+    denoiser = Watched(mixture(VPCosine()))
+    sample(denoiser, numbers(4, 2), 3, sampler, grid=interior_times, noise=noise_for(sampler, range(4), 2))
+    assert len(denoiser.times) == 3 * sampler.evals_per_step
+
+
+@pytest.mark.parametrize("num_steps", [0, -1, 2.0, True])
 @every_sampler
+def test_the_calls_of_no_steps_are_not_counted(sampler: Sampler, num_steps: int) -> None:
+    with pytest.raises(ValueError, match="num_steps must be a whole number of at least 1"):
+        sampler.num_evals(num_steps)
+
+
+@pytest.mark.parametrize("sampler", [parameter for parameter in SAMPLERS if isinstance(parameter.values[0], HOLD_FAST)])
 @every_process
 @pytest.mark.parametrize("num_steps", [1, 2, 5])
-def test_the_last_step_of_a_first_order_sampler_returns_the_last_x0(
-    process: NoiseProcess, sampler: Sampler, num_steps: int
-) -> None:
+def test_the_last_step_returns_the_last_x0(process: NoiseProcess, sampler: Sampler, num_steps: int) -> None:
     """No trace of the process's own noise at t = 0 is left in the sample, not even one of 4.5e-5."""
-    if sampler.order != 1:
-        pytest.skip("a higher order may combine several x0")
     denoiser = Watched(mixture(process))
-    x_0 = sample(denoiser, pure_noise(process, 16, 2), num_steps, sampler)
-    assert torch.equal(x_0, denoiser.answers[-1].x0)
+    x_1, noise = pure_noise(process, 16, 2), noise_for(sampler, range(16), 2)
+    assert torch.equal(sample(denoiser, x_1, num_steps, sampler, noise=noise), denoiser.answers[-1].x0)
 
 
-@every_sampler
+@every_variant
 @every_prediction
 def test_the_same_noise_gives_the_same_samples_to_the_last_bit(sampler: Sampler, prediction: Prediction) -> None:
-    skip_stochastic(sampler)
     denoiser, x_1 = toy_denoiser(VPCosine(), prediction), numbers(16, 3, 2)
-    first = sample(denoiser, x_1, 8, sampler)
+    first = sample(denoiser, x_1, 8, sampler, noise=noise_for(sampler, range(16), 3, 2))
     torch.rand(100)
-    assert torch.equal(sample(denoiser, x_1, 8, sampler), first)
+    assert torch.equal(sample(denoiser, x_1, 8, sampler, noise=noise_for(sampler, range(16), 3, 2)), first)
 
 
-@every_sampler
+@every_variant
 @every_prediction
 @pytest.mark.parametrize("rows", [slice(0, 1), slice(3, 8), slice(15, 16), slice(None, None, 5)])
 def test_a_sample_does_not_depend_on_its_company(sampler: Sampler, prediction: Prediction, rows: slice) -> None:
     """Up to a few roundings: vectorised and scalar library functions differ in the last bit. Prediction of
     eps divides by alpha(1) = 4.5e-5 and so sees that bit 2e4 times as large, relative to samples as large."""
-    skip_stochastic(sampler)
-    denoiser, x_1 = toy_denoiser(VPCosine(), prediction), numbers(16, 3, 2)
-    together = sample(denoiser, x_1, 8, sampler)
-    torch.testing.assert_close(sample(denoiser, x_1[rows], 8, sampler), together[rows], rtol=1e-10, atol=1e-10)
+    denoiser, x_1, seeds = toy_denoiser(VPCosine(), prediction), numbers(16, 3, 2), range(100, 116)
+    together = sample(denoiser, x_1, 8, sampler, noise=noise_for(sampler, seeds, 3, 2))
+    alone = sample(denoiser, x_1[rows], 8, sampler, noise=noise_for(sampler, seeds[rows], 3, 2))
+    torch.testing.assert_close(alone, together[rows], rtol=1e-10, atol=1e-10)
+
+
+@every_variant
+@pytest.mark.parametrize("process", [pytest.param(VPCosine(), id="vp_cosine"), pytest.param(NARROW, id="narrow")])
+def test_a_step_takes_each_sample_between_its_own_times(process: NoiseProcess, sampler: Sampler) -> None:
+    """Some of a batch may land on clean data and others not, each with its condition and its memory."""
+
+    def network(x_t: Tensor, time: Tensor, *, shift: Tensor) -> Tensor:
+        return torch.sin(2 * x_t + 3 * time[:, None]) + shift
+
+    denoiser = NetworkDenoiser(network, process, X0())
+    first, then, last = clock(1.0, 0.9, 0.5, 0.3), clock(0.7, 0.5, 0.25, 0.2), clock(0.1, 0.0, 0.0, 0.15)
+
+    def taken(rows: slice) -> Tensor:
+        x_t, memory, cond = numbers(4, 2)[rows], None, {"shift": numbers(4, 1, seed=3)[rows]}
+        for number, (t, s) in enumerate([(first, then), (then, last)]):
+            noise = noise_for(sampler, range(4)[rows], 2)
+            drawn = None if noise is None else noise(number)
+            x_t, memory = sampler.step(denoiser, x_t, t[rows], s[rows], cond, memory, drawn)
+        return x_t
+
+    alone = torch.cat([taken(slice(row, row + 1)) for row in range(4)])
+    torch.testing.assert_close(taken(slice(None)), alone, rtol=1e-12, atol=1e-12)
+
+
+@every_stochastic
+def test_other_noise_gives_other_samples(sampler: Sampler) -> None:
+    denoiser, x_1 = toy_denoiser(VPCosine(), X0()), numbers(4, 2)
+    one, other = (
+        sample(denoiser, x_1, 8, sampler, noise=noise_for(sampler, seeds, 2)) for seeds in (range(4), range(4, 8))
+    )
+    assert bool((one != other).all())
+
+
+@every_stochastic
+def test_a_stochastic_sampler_without_noise_is_refused(sampler: Sampler) -> None:
+    denoiser, x_1 = mixture(VPCosine()), numbers(4, 2)
+    with pytest.raises(ValueError, match="step_noise"):
+        sample(denoiser, x_1, 2, sampler)
+    with pytest.raises(ValueError, match="step_noise"):
+        sampler.step(denoiser, x_1, clock(1.0).expand(4), clock(0.5).expand(4), None, None)
+
+
+@every_deterministic
+def test_noise_that_would_not_be_used_is_refused(sampler: Sampler) -> None:
+    denoiser, x_1 = mixture(VPCosine()), numbers(4, 2)
+    with pytest.raises(ValueError, match="draws no noise: leave noise out"):
+        sample(denoiser, x_1, 2, sampler, noise=step_noise(range(4), (2,), torch.float64))
 
 
 @every_sampler
@@ -142,8 +344,8 @@ def test_conditions_reach_the_denoiser_at_every_call(sampler: Sampler) -> None:
         heard.append(shift)
         return x_t + shift
 
-    shift = numbers(4, 1)
-    sample(NetworkDenoiser(network, VPCosine(), X0()), numbers(4, 2), 3, sampler, cond={"shift": shift})
+    shift, noise = numbers(4, 1), noise_for(sampler, range(4), 2)
+    sample(NetworkDenoiser(network, VPCosine(), X0()), numbers(4, 2), 3, sampler, {"shift": shift}, noise=noise)
     assert heard
     assert all(value is shift for value in heard)
 
@@ -151,37 +353,37 @@ def test_conditions_reach_the_denoiser_at_every_call(sampler: Sampler) -> None:
 @every_sampler
 def test_sampling_leaves_no_gradient_and_its_starting_noise_untouched(sampler: Sampler) -> None:
     denoiser, x_1 = toy_denoiser(VPCosine(), X0()), numbers(4, 2).requires_grad_()
-    before = x_1.detach().clone()
-    assert not sample(denoiser, x_1, 2, sampler).requires_grad
+    before, noise = x_1.detach().clone(), noise_for(sampler, range(4), 2)
+    assert not sample(denoiser, x_1, 2, sampler, noise=noise).requires_grad
     assert torch.equal(x_1.detach(), before)
 
 
 @every_sampler
 def test_a_trajectory_tells_its_steps_and_ends_on_the_sample(sampler: Sampler) -> None:
-    skip_stochastic(sampler)
-    denoiser, x_1 = mixture(VPCosine()), numbers(4, 2)
-    steps = list(trajectory(denoiser, x_1, 4, sampler))
+    denoiser, x_1, noise = mixture(VPCosine()), numbers(4, 2), noise_for(sampler, range(4), 2)
+    steps = list(trajectory(denoiser, x_1, 4, sampler, noise=noise))
     assert [(step.number, step.t, step.s) for step in steps] == [
         (0, 1.0, 0.75),
         (1, 0.75, 0.5),
         (2, 0.5, 0.25),
         (3, 0.25, 0.0),
     ]
-    assert torch.equal(steps[-1].x_s, sample(denoiser, x_1, 4, sampler))
+    assert torch.equal(steps[-1].x_s, sample(denoiser, x_1, 4, sampler, noise=noise))
 
 
 def squared_times(num_steps: int) -> Tensor:
     return uniform_times(num_steps) ** 2
 
 
-@every_sampler
+@every_deterministic
 def test_another_grid_is_followed_and_leads_to_the_same_flow(sampler: Sampler) -> None:
-    skip_stochastic(sampler)
     process = VPCosine()
     denoiser, x_1 = Watched(gaussian(process)), numbers(8, 2)
     exact = gaussian(process).flow(x_1, 1.0, 0.0)
-    errors = [float((sample(denoiser, x_1, n, sampler, grid=squared_times) - exact).abs().max()) for n in (256, 512)]
-    assert set(squared_times(512)[:-1].tolist()) <= {float(time[0]) for time in denoiser.times}
+    # Of high order, with steps that stay above the angle of the process's own end, 4.5e-5, whose square is left over.
+    few, many = (256, 512) if sampler.order < 3 else (64, 128)
+    errors = [float((sample(denoiser, x_1, n, sampler, grid=squared_times) - exact).abs().max()) for n in (few, many)]
+    assert set(squared_times(many)[:-1].tolist()) <= {float(time[0]) for time in denoiser.times}
     assert errors[1] < 0.6 * errors[0]
     assert errors[1] < 5e-3
 

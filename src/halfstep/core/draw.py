@@ -10,7 +10,7 @@ Numbers are drawn on the CPU, so that they are the same whatever the device.
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, final
 
@@ -85,6 +85,21 @@ def sample_noise(seeds: Sequence[int], shape: Sequence[int], dtype: torch.dtype 
     return torch.stack(
         [torch.randn(*shape, generator=generator_for("sample", int(seed)), dtype=dtype) for seed in seeds]
     )
+
+
+def step_noise(
+    seeds: Sequence[int], shape: Sequence[int], dtype: torch.dtype = torch.float32
+) -> Callable[[int], Tensor]:
+    """What a stochastic sampler adds at its steps: from a step's number to unit normal noise `[len(seeds), *shape]`.
+
+    Every row depends on its own seed and the step's number alone.
+    """
+
+    def noise(number: int) -> Tensor:
+        generators = (generator_for("sample", int(seed), "step", number) for seed in seeds)
+        return torch.stack([torch.randn(*shape, generator=generator, dtype=dtype) for generator in generators])
+
+    return noise
 
 
 def sample_labels(seeds: Sequence[int], num_classes: int) -> Tensor:

@@ -1,7 +1,40 @@
-"""Samplers, one file a method, and the one loop that runs them."""
+"""Samplers, one file a method or a family, and the one loop that runs them."""
 
+from halfstep.samplers.ancestral import Ancestral
 from halfstep.samplers.base import Memory, Sampler, samplers
 from halfstep.samplers.ddim import DDIM
-from halfstep.samplers.loop import SamplerStep, sample, trajectory
+from halfstep.samplers.dpmpp_2m import DPMSolverPP2M
+from halfstep.samplers.loop import SamplerStep, StepNoise, sample, trajectory
+from halfstep.samplers.runge_kutta import (
+    RK4,
+    Angle,
+    Coordinate,
+    Euler,
+    Heun,
+    LogSNR,
+    Midpoint,
+    NoiseToSignal,
+    coordinates,
+)
 
-__all__ = ["DDIM", "Memory", "Sampler", "SamplerStep", "sample", "samplers", "trajectory"]
+__all__ = [
+    "DDIM",
+    "RK4",
+    "Ancestral",
+    "Angle",
+    "Coordinate",
+    "DPMSolverPP2M",
+    "Euler",
+    "Heun",
+    "LogSNR",
+    "Memory",
+    "Midpoint",
+    "NoiseToSignal",
+    "Sampler",
+    "SamplerStep",
+    "StepNoise",
+    "coordinates",
+    "sample",
+    "samplers",
+    "trajectory",
+]

@@ -1,11 +1,12 @@
 """The interface of a sampler: one step from t to s."""
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, final
 
 from torch import Tensor
 
 from halfstep.core.denoiser import Cond, Denoiser
+from halfstep.core.grids import check_num_steps
 from halfstep.registry import Registry
 
 Memory = Any
@@ -16,22 +17,39 @@ class Sampler(ABC):
     """One step of sampling. Members are frozen and hold no state: what they remember is passed in and out."""
 
     order: ClassVar[int]
-    """The global order of convergence as the steps shrink; the contract tests measure it."""
+    """The global order of convergence as the steps shrink; the contract tests measure it. For a stochastic sampler: of
+    its distribution."""
     stochastic: ClassVar[bool]
     """Whether a step draws noise."""
     evals_per_step: ClassVar[int]
-    """Network calls of a step; the contract tests count them."""
+    """Network calls of a step that lands at s > 0; the contract tests count them."""
+    evals_last_step: ClassVar[int]
+    """Network calls of the step that lands on clean data, where no network can be asked."""
 
     @abstractmethod
     def step(
-        self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond | None, memory: Memory
+        self,
+        denoiser: Denoiser,
+        x_t: Tensor,
+        t: Tensor,
+        s: Tensor,
+        cond: Cond | None,
+        memory: Memory,
+        noise: Tensor | None = None,
     ) -> tuple[Tensor, Memory]:
         """x_s, shaped as `x_t` `[batch, *dims]`, and the memory for the next step.
 
         Args:
             t: clock times `[batch]` at which the step starts.
             s: clock times `[batch]` at which it lands, s < t; at s = 0 the result is clean data.
+            noise: unit normal numbers shaped as `x_t` for a stochastic sampler; None for any other.
         """
+
+    @final
+    def num_evals(self, num_steps: int) -> int:
+        """Network calls of sampling in `num_steps` steps."""
+        check_num_steps(num_steps)
+        return (num_steps - 1) * self.evals_per_step + self.evals_last_step
 
 
 samplers: Registry[type[Sampler]] = Registry("sampler")

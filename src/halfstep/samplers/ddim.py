@@ -24,8 +24,16 @@ class DDIM(Sampler):
     order: ClassVar[int] = 1
     stochastic: ClassVar[bool] = False
     evals_per_step: ClassVar[int] = 1
+    evals_last_step: ClassVar[int] = 1
 
     def step(
-        self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond | None, memory: Memory
+        self,
+        denoiser: Denoiser,
+        x_t: Tensor,
+        t: Tensor,
+        s: Tensor,
+        cond: Cond | None,
+        memory: Memory,
+        noise: Tensor | None = None,
     ) -> tuple[Tensor, Memory]:
         return ddim_step(denoiser(x_t, t, cond), denoiser.process, s), None

@@ -13,6 +13,10 @@ from halfstep.core.grids import check_num_steps, uniform_times
 from halfstep.samplers.base import Memory, Sampler
 from halfstep.samplers.ddim import DDIM
 
+StepNoise = Callable[[int], Tensor]
+"""From the number of a step, 0 for the first, to its unit normal noise `[batch, *dims]`: `step_noise` for samples that
+are functions of their own seeds, or the `__getitem__` of stored noise."""
+
 
 class SamplerStep(NamedTuple):
     """One finished step of a trajectory."""
@@ -35,6 +39,7 @@ def trajectory(
     sampler: Sampler | None = None,
     cond: Cond | None = None,
     grid: Callable[[int], Tensor] = uniform_times,
+    noise: StepNoise | None = None,
 ) -> Iterator[SamplerStep]:
     """The steps of sampling from the noise `x_t` `[batch, *dims]` at t = 1 down to clean data, one after the other.
 
@@ -43,16 +48,24 @@ def trajectory(
         sampler: DDIM() if None.
         cond: conditions by name, each `[batch, ...]`.
         grid: from `num_steps` to `num_steps + 1` falling times.
+        noise: what a stochastic sampler adds at each step; None for any other.
 
     Raises:
-        ValueError: if `num_steps` is not a whole number of at least 1.
+        ValueError: if `num_steps` is not a whole number of at least 1, or noise is missing or would not be used.
     """
     check_num_steps(num_steps)
     method = DDIM() if sampler is None else sampler
+    if method.stochastic and noise is None:
+        raise ValueError(
+            f"{type(method).__name__} draws noise at each step: pass noise=step_noise(seeds, shape), or your own"
+        )
+    if not method.stochastic and noise is not None:
+        raise ValueError(f"{type(method).__name__} draws no noise: leave noise out, or choose a stochastic sampler")
     times = grid(num_steps).tolist()
     memory: Memory = None
     for number, (t, s) in enumerate(itertools.pairwise(times)):
-        x_t, memory = method.step(denoiser, x_t, as_clock(t, x_t), as_clock(s, x_t), cond, memory)
+        drawn = None if noise is None else noise(number).to(x_t)
+        x_t, memory = method.step(denoiser, x_t, as_clock(t, x_t), as_clock(s, x_t), cond, memory, drawn)
         yield SamplerStep(number, t, s, x_t)
 
 
@@ -63,15 +76,16 @@ def sample(
     sampler: Sampler | None = None,
     cond: Cond | None = None,
     grid: Callable[[int], Tensor] = uniform_times,
+    noise: StepNoise | None = None,
 ) -> Tensor:
     """Clean samples x0, `[batch, *dims]`, from the starting noise `x_t`: the end of `trajectory`, same arguments.
 
     x0 is clipped on the way only if the denoiser does so (`Clipped`; a model from `load` does for images).
 
     Raises:
-        ValueError: if `num_steps` is not a whole number of at least 1.
+        ValueError: if `num_steps` is not a whole number of at least 1, or noise is missing or would not be used.
     """
     x_s = x_t
-    for step in trajectory(denoiser, x_t, num_steps, sampler, cond, grid):
+    for step in trajectory(denoiser, x_t, num_steps, sampler, cond, grid, noise):
         x_s = step.x_s
     return x_s

@@ -7,8 +7,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from halfstep.core.denoiser import Clipped, Cond, Denoiser, NetworkDenoiser
-from halfstep.core.draw import sample_labels, sample_noise
+from halfstep.core.denoiser import Clipped, Cond, Denoiser, NetworkDenoiser, warn_of_gain
+from halfstep.core.draw import sample_labels, sample_noise, step_noise
 from halfstep.core.grids import check_num_steps
 from halfstep.core.noise import NoiseProcess, processes
 from halfstep.core.prediction import Denoised, Prediction, predictions
@@ -126,11 +126,14 @@ class Model(Denoiser):
             ValueError: if the number of steps or the class is not possible.
         """
         steps = self.check_steps(num_steps)
+        warn_of_gain(self.process, self.denoiser.prediction)
         self.eval()
         chunks = []
         for first in range(0, len(seeds), batch_size):
             part = seeds[first : first + batch_size]
-            chunks.append(sample(self, self.noise(part), steps, sampler, self.cond(part, class_label)).cpu())
+            drawn = step_noise(part, self.shape) if sampler is not None and sampler.stochastic else None
+            cond = self.cond(part, class_label)
+            chunks.append(sample(self, self.noise(part), steps, sampler, cond, noise=drawn).cpu())
         return torch.cat(chunks) if chunks else torch.empty(0, *self.shape)
 
 
@@ -147,6 +150,16 @@ def save_stage(folder: StageFolder, denoiser: NetworkDenoiser, manifest: Manifes
     complete = manifest.model_copy(update={"files": {folder.model.name: sha256_of(folder.model)}})
     write_json(folder.manifest_path, complete.model_dump(mode="json"))
     return complete
+
+
+def drop_weights(folder: StageFolder) -> None:
+    """Removes a complete stage's weights, and says so in its manifest first: a cut between the two is made good by a
+    second call."""
+    manifest = folder.manifest(verify=False)
+    if manifest.weights_kept:
+        dropped = manifest.model_copy(update={"weights_kept": False, "files": {}})
+        write_json(folder.manifest_path, dropped.model_dump(mode="json"))
+    folder.model.unlink(missing_ok=True)
 
 
 def find_stage(path: Path) -> StageFolder:
@@ -175,6 +188,11 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Model:
     """
     folder = find_stage(Path(path))
     manifest = folder.manifest()
+    if not manifest.weights_kept:
+        raise ValueError(
+            f"{folder.path} has no weights any more: its run was asked to keep those of other stages only "
+            "(chain.keep); load another stage"
+        )
     process_arguments = dict(manifest.process)
     process = processes[str(process_arguments.pop("type", ""))](**process_arguments)
     prediction: Prediction = predictions[manifest.prediction]()

@@ -1,0 +1,76 @@
+"""Ancestral sampling: a step of the reversed noising chain, with its variance between the two bounds.
+
+Given x0, the chain's reverse q(x_s | x_t, x0) is normal. With q = exp((log_snr_t - log_snr_s) / 2) < 1 and the
+prediction in the place of x0, its mean is
+
+    alpha_s x0 + sigma_s q eps
+
+and its variance (1 - q^2) sigma_s^2, which is the least that the true reverse q(x_s | x_t) can have: it is exact for
+data of a single point. The most is the variance of the forward step, (1 - q^2) sigma_t^2, exact for data of unit
+normal noise. `gamma` goes from one to the other in log variance. The last step adds no noise and returns x0.
+
+Source: Ho et al. 2020 (arXiv:2006.11239); Salimans & Ho 2022 (arXiv:2202.00512), equations 3 to 5, and the authors'
+dpm.py ("fixed_small", "fixed_large", "fixed_medium:gamma").
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+
+from halfstep.core.clock import per_sample
+from halfstep.core.denoiser import Cond, Denoiser
+from halfstep.samplers.base import Memory, Sampler, samplers
+
+
+@final
+@samplers.register("ancestral")
+@dataclass(frozen=True)
+class Ancestral(Sampler):
+    """Stochastic, one network call a step; gamma 0 is the lower bound of the variance, 1 (default) the upper.
+
+    The default is that of every configuration of the paper's authors; at few steps a search pays (`search_gamma`).
+
+    Raises:
+        ValueError: if gamma is not in [0, 1]; at a step, if there is no noise.
+    """
+
+    gamma: float = 1.0
+    """Share of the upper bound in the log variance."""
+
+    order: ClassVar[int] = 1
+    stochastic: ClassVar[bool] = True
+    evals_per_step: ClassVar[int] = 1
+    evals_last_step: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.gamma <= 1:
+            raise ValueError(
+                f"gamma must be in [0, 1], from the lower bound of the variance to the upper, got {self.gamma}"
+            )
+
+    def step(
+        self,
+        denoiser: Denoiser,
+        x_t: Tensor,
+        t: Tensor,
+        s: Tensor,
+        cond: Cond | None,
+        memory: Memory,
+        noise: Tensor | None = None,
+    ) -> tuple[Tensor, Memory]:
+        if noise is None:
+            raise ValueError("ancestral sampling draws noise, and was given none: pass noise, such as step_noise(...)")
+        process = denoiser.process
+        x0, eps = denoiser(x_t, t, cond)
+        alpha_s, sigma_s = process.landing(s)
+        _, sigma_t = process.alpha_sigma(t)
+        clean = s == 0
+        change = torch.where(clean, -torch.inf, process.log_snr(t) - process.log_snr(s))
+        kept = torch.exp(change / 2)
+        spread = torch.sqrt(-torch.expm1(change)) * sigma_s ** (1 - self.gamma) * sigma_t**self.gamma
+        # 0 ** 0 is 1: at gamma = 1 the upper bound does not fall to 0 by itself where the step lands on clean data.
+        spread = torch.where(clean, 0.0, spread)
+        mean = per_sample(alpha_s, x0) * x0 + per_sample(sigma_s * kept, x0) * eps
+        return mean + per_sample(spread, x0) * noise, None

@@ -1,0 +1,293 @@
+"""The standard integrators of the probability-flow ODE: Euler, midpoint, Heun and the classical RK4.
+
+The ODE reads dy / dtau = slope(x0, eps) for a sample y = x_t / scale and a coordinate tau of the noise level. Three
+coordinates are offered, all functions of (alpha, sigma) alone, so that they serve every process:
+
+    Angle          tau = phi = arctan(sigma / alpha)  y = x_t / hypot(alpha, sigma)  slope = cos(phi) eps - sin(phi) x0
+    LogSNR         tau = log_snr                      the same y                     slope = -sin(2 phi) / 4 of that
+    NoiseToSignal  tau = sigma / alpha                y = x_t / alpha                slope = eps
+
+On a variance-preserving process the first slope is v. Only the first is finite, with a finite slope, from pure noise
+to clean data, so it is the default. The second is the paper's (appendix A). In the third Euler's step is DDIM's, and
+Heun's is the sampler of Karras et al. and of diffusers; it wants a grid that does not start at zero SNR.
+
+Where a method asks the network at the end of the step, the step onto clean data is one of an order less that does not:
+Euler for Heun, Heun's third-order rule for RK4. Being one step of N, it costs no order. In LogSNR that step would be
+infinitely long, and is taken in the angle, whose y is the same. A process that keeps noise at t = 0 can end before a
+stage of that step; the network is then asked at the stage's share of the time, and the sample is moved only that far.
+
+Source: Salimans & Ho 2022 (arXiv:2202.00512), appendices A to D; Karras et al. 2022 (arXiv:2206.00364), algorithm 1.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Final, NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from halfstep.core.clock import per_sample
+from halfstep.core.denoiser import Cond, Denoiser
+from halfstep.core.noise import NoiseProcess
+from halfstep.core.prediction import Denoised
+from halfstep.registry import Registry
+from halfstep.samplers.base import Memory, Sampler, samplers
+
+
+class Coordinate(ABC):
+    """A variable in which the probability-flow ODE is written. Clock tensors are `[batch]`."""
+
+    reaches_clean: ClassVar[bool]
+    """Whether tau is finite on clean data."""
+
+    @abstractmethod
+    def place(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """The clock tensors (tau, scale)."""
+
+    @abstractmethod
+    def log_snr(self, tau: Tensor) -> Tensor:
+        """The log-SNR at tau: the inverse of `place`."""
+
+    @abstractmethod
+    def slope(self, denoised: Denoised, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """dy / dtau, `[batch, *dims]`."""
+
+
+coordinates: Registry[type[Coordinate]] = Registry("coordinate")
+
+
+@final
+@coordinates.register("angle")
+@dataclass(frozen=True)
+class Angle(Coordinate):
+    """tau = arctan(sigma / alpha), in radians."""
+
+    reaches_clean: ClassVar[bool] = True
+
+    def place(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.atan2(sigma, alpha), torch.hypot(alpha, sigma)
+
+    def log_snr(self, tau: Tensor) -> Tensor:
+        return -2 * torch.log(torch.tan(tau))
+
+    def slope(self, denoised: Denoised, alpha: Tensor, sigma: Tensor) -> Tensor:
+        radius = torch.hypot(alpha, sigma)
+        x0, eps = denoised
+        return per_sample(alpha / radius, x0) * eps - per_sample(sigma / radius, x0) * x0
+
+
+@final
+@coordinates.register("log_snr")
+@dataclass(frozen=True)
+class LogSNR(Coordinate):
+    """tau = log(alpha^2 / sigma^2), infinite on clean data."""
+
+    reaches_clean: ClassVar[bool] = False
+
+    def place(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        return 2 * torch.log(alpha / sigma), torch.hypot(alpha, sigma)
+
+    def log_snr(self, tau: Tensor) -> Tensor:
+        return tau
+
+    def slope(self, denoised: Denoised, alpha: Tensor, sigma: Tensor) -> Tensor:
+        power = alpha**2 + sigma**2
+        half = alpha * sigma / (2 * power * torch.sqrt(power))
+        x0, eps = denoised
+        return per_sample(half * sigma, x0) * x0 - per_sample(half * alpha, x0) * eps
+
+
+@final
+@coordinates.register("noise_to_signal")
+@dataclass(frozen=True)
+class NoiseToSignal(Coordinate):
+    """tau = sigma / alpha, which Karras et al. and diffusers call sigma."""
+
+    reaches_clean: ClassVar[bool] = True
+
+    def place(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        return sigma / alpha, alpha
+
+    def log_snr(self, tau: Tensor) -> Tensor:
+        return -2 * torch.log(tau)
+
+    def slope(self, denoised: Denoised, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return denoised.eps
+
+
+class Tableau(NamedTuple):
+    """An explicit Runge-Kutta rule: slopes at the shares `nodes` of the step, each reached by its row of slopes."""
+
+    nodes: tuple[float, ...]
+    rows: tuple[tuple[float, ...], ...]
+    weights: tuple[float, ...]
+
+
+EULER: Final = Tableau((0,), ((),), (1,))
+MIDPOINT: Final = Tableau((0, 1 / 2), ((), (1 / 2,)), (0, 1))
+TRAPEZOID: Final = Tableau((0, 1), ((), (1,)), (1 / 2, 1 / 2))
+HEUN_3: Final = Tableau((0, 1 / 3, 2 / 3), ((), (1 / 3,), (0, 2 / 3)), (1 / 4, 0, 3 / 4))
+CLASSICAL_4: Final = Tableau((0, 1 / 2, 1 / 2, 1), ((), (1 / 2,), (0, 1 / 2), (0, 0, 1)), (1 / 6, 1 / 3, 1 / 3, 1 / 6))
+
+
+def runge_kutta_step(
+    rule: Tableau, coordinate: Coordinate, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond | None
+) -> Tensor:
+    """x_s, `[batch, *dims]`, by one step of `rule` along the probability-flow ODE."""
+    process = denoiser.process
+    alpha_t, sigma_t = process.alpha_sigma(t)
+    start, scale_t = coordinate.place(alpha_t, sigma_t)
+    end, scale_s = coordinate.place(*process.landing(s))
+    y, width = x_t / per_sample(scale_t, x_t), end - start
+    slopes: list[Tensor] = []
+
+    def moved(shares: tuple[float, ...], width: Tensor) -> Tensor:
+        way = sum((share * slope for share, slope in zip(shares, slopes, strict=True) if share), torch.zeros_like(y))
+        return y + per_sample(width, y) * way
+
+    for node, row in zip(rule.nodes, rule.rows, strict=True):
+        if node == 0:
+            x, time, alpha, sigma = x_t, t, alpha_t, sigma_t
+        else:
+            time = _time_of(node, start + node * width, coordinate, process, t, s)
+            alpha, sigma = process.alpha_sigma(time)
+            tau, scale = coordinate.place(alpha, sigma)
+            x = moved(row, (tau - start) / node) * per_sample(scale, y)
+        slopes.append(coordinate.slope(denoiser(x, time, cond), alpha, sigma))
+    return moved(rule.weights, width) * per_sample(scale_s, y)
+
+
+def _time_of(node: float, tau: Tensor, coordinate: Coordinate, process: NoiseProcess, t: Tensor, s: Tensor) -> Tensor:
+    """The clock times `[batch]` of the stage at `tau`, which is the share `node` of the step from t to s."""
+    if node == 1:
+        return s  # Itself, not s through two inverse functions.
+    time = process.time_at(coordinate.log_snr(tau))
+    return torch.where(time > s, time, t + node * (s - t))
+
+
+def _step(
+    rule: Tableau,
+    last: Tableau,
+    coordinate: Coordinate,
+    denoiser: Denoiser,
+    x_t: Tensor,
+    t: Tensor,
+    s: Tensor,
+    cond: Cond | None,
+) -> Tensor:
+    """x_s by one step of `rule`, or of `last` for the samples that land on clean data."""
+    clean = s == 0
+    if not bool(clean.any()):
+        return runge_kutta_step(rule, coordinate, denoiser, x_t, t, s, cond)
+    if bool(clean.all()):
+        onto_clean = coordinate if coordinate.reaches_clean else Angle()
+        return runge_kutta_step(last, onto_clean, denoiser, x_t, t, s, cond)
+    x_s = torch.empty_like(x_t)
+    for rows in (clean, ~clean):
+        part = None if cond is None else {name: value[rows] for name, value in cond.items()}
+        x_s[rows] = _step(rule, last, coordinate, denoiser, x_t[rows], t[rows], s[rows], part)
+    return x_s
+
+
+@final
+@samplers.register("euler")
+@dataclass(frozen=True)
+class Euler(Sampler):
+    """First order, deterministic, one network call a step."""
+
+    coordinate: Coordinate = Angle()
+
+    order: ClassVar[int] = 1
+    stochastic: ClassVar[bool] = False
+    evals_per_step: ClassVar[int] = 1
+    evals_last_step: ClassVar[int] = 1
+
+    def step(
+        self,
+        denoiser: Denoiser,
+        x_t: Tensor,
+        t: Tensor,
+        s: Tensor,
+        cond: Cond | None,
+        memory: Memory,
+        noise: Tensor | None = None,
+    ) -> tuple[Tensor, Memory]:
+        return _step(EULER, EULER, self.coordinate, denoiser, x_t, t, s, cond), None
+
+
+@final
+@samplers.register("midpoint")
+@dataclass(frozen=True)
+class Midpoint(Sampler):
+    """Second order, deterministic, two network calls a step: the slope in its middle."""
+
+    coordinate: Coordinate = Angle()
+
+    order: ClassVar[int] = 2
+    stochastic: ClassVar[bool] = False
+    evals_per_step: ClassVar[int] = 2
+    evals_last_step: ClassVar[int] = 2
+
+    def step(
+        self,
+        denoiser: Denoiser,
+        x_t: Tensor,
+        t: Tensor,
+        s: Tensor,
+        cond: Cond | None,
+        memory: Memory,
+        noise: Tensor | None = None,
+    ) -> tuple[Tensor, Memory]:
+        return _step(MIDPOINT, MIDPOINT, self.coordinate, denoiser, x_t, t, s, cond), None
+
+
+@final
+@samplers.register("heun")
+@dataclass(frozen=True)
+class Heun(Sampler):
+    """Second order, deterministic, two network calls a step and one in the last: the mean of the slopes at its ends."""
+
+    coordinate: Coordinate = Angle()
+
+    order: ClassVar[int] = 2
+    stochastic: ClassVar[bool] = False
+    evals_per_step: ClassVar[int] = 2
+    evals_last_step: ClassVar[int] = 1
+
+    def step(
+        self,
+        denoiser: Denoiser,
+        x_t: Tensor,
+        t: Tensor,
+        s: Tensor,
+        cond: Cond | None,
+        memory: Memory,
+        noise: Tensor | None = None,
+    ) -> tuple[Tensor, Memory]:
+        return _step(TRAPEZOID, EULER, self.coordinate, denoiser, x_t, t, s, cond), None
+
+
+@final
+@samplers.register("rk4")
+@dataclass(frozen=True)
+class RK4(Sampler):
+    """Fourth order, deterministic, four network calls a step and three in the last: the classical Runge-Kutta rule."""
+
+    coordinate: Coordinate = Angle()
+
+    order: ClassVar[int] = 4
+    stochastic: ClassVar[bool] = False
+    evals_per_step: ClassVar[int] = 4
+    evals_last_step: ClassVar[int] = 3
+
+    def step(
+        self,
+        denoiser: Denoiser,
+        x_t: Tensor,
+        t: Tensor,
+        s: Tensor,
+        cond: Cond | None,
+        memory: Memory,
+        noise: Tensor | None = None,
+    ) -> tuple[Tensor, Memory]:
+        return _step(CLASSICAL_4, HEUN_3, self.coordinate, denoiser, x_t, t, s, cond), None
