@@ -1,7 +1,6 @@
 """A run that takes a second: points of two clusters, a small MLP, the chain 4 -> 2 -> 1."""
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from halfstep.core.prediction import V
 from halfstep.data import MemoryData
 from halfstep.nets import MLP
 from halfstep.objectives import Plan
-from halfstep.train import Evaluation, Notice, RunSpec, StopSignal, run
+from halfstep.train import Notice, RunSpec, StopSignal, run
 
 # Options of the command line that make a run of any recipe last a second.
 TINY = [
@@ -76,20 +75,3 @@ def weights(path: Path) -> dict[str, bytes]:
 def run_toy(path: str) -> None:
     """The uncut toy run, as a target for other processes."""
     finish(toy_spec(), Path(path))
-
-
-def evaluated(num_samples: int = 40) -> Evaluation:
-    """A measurement that takes no time."""
-    return Evaluation(num_samples=num_samples, num_compared=20, num_shown=8, batch_size=20)
-
-
-def take(number: int, of: Callable[[], Any]) -> list[Any]:
-    """The first `number` items of a generator, which is then closed."""
-    generator = of()
-    items = []
-    for item in generator:
-        items.append(item)
-        if len(items) == number:
-            break
-    generator.close()
-    return items

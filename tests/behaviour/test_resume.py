@@ -118,10 +118,6 @@ def test_a_damaged_model_of_a_complete_stage_is_named(tmp_path: Path, uncut: Pat
         finish(toy_spec(), path)
 
 
-class _StopAt(StopSignal):
-    """Receives a signal when it is asked for the nth time."""
-
-
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_the_state_and_the_next_call_goes_on(
     tmp_path: Path, uncut: Path, number: int, code: int

@@ -91,6 +91,23 @@ def refused(argv: list[str], capsys: Capture, code: int = 2) -> str:
         (["distill", "nowhere"], "nowhere does not exist"),
         (["sample", "nowhere"], "nowhere does not exist"),
         (["sample"], "is missing"),
+        (["run", "digits", "--chain.factor", "1"], "should be greater than or equal to 2, got 1"),
+        (
+            ["run", "digits", "--chain.factor", "3"],
+            "64 steps cannot be divided by 3 again and again to 1: list the students' steps, or start from",
+        ),
+        (
+            ["run", "arrays", "--data", "digits", "--chain.students", "48", "1"],
+            "a student of 48 steps cannot follow a teacher of 128",
+        ),
+        (["run", "digits", "--chain.early-window", "50"], "early_window 50 does nothing without early_end"),
+        (["run", "digits", "--chain.keep", "3"], "chain.keep names a student of 3 steps"),
+        (["study"], "is missing"),
+        (["study", "tabel1"], "unknown study 'tabel1'; did you mean 'table1'?"),
+        (["study", "table1", "--scale", "smal"], "'smal' is not one of smoke, small, paper; did you mean 'small'?"),
+        (["study", "table1", "--seeds", "0"], "--seeds must be at least 1, got 0"),
+        (["study", "table1", "--recipe", "digit"], "unknown recipe 'digit'; did you mean 'digits'?"),
+        (["study", "steps", "--data", "nowhere"], "nowhere does not exist"),
         (["report", "nowhere"], "nowhere is no run"),
         (["ls", "sampler"], "unknown family 'sampler'; did you mean 'samplers'?"),
     ],
@@ -178,6 +195,21 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path, capsys: Capt
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize("name", ["cifar10_paper", "lsun_church128_paper"])
+def test_dry_run_of_a_paper_recipe_needs_none_of_its_data(
+    name: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a network cut down to be timed in a moment; the whole ones are counted in tests/behaviour."""
+    os.chdir(tmp_path)
+    small = ["--network.block-out-channels", *["32"] * (3 if "cifar" in name else 5), "--network.layers-per-block", "1"]
+    small += ["--network.attention-head-dim", "32", "--engine.threads", "1"]
+    main(["run", name, "--data", "nowhere", "--dry-run", *small])
+    printed = capsys.readouterr().out
+    for said in ("random pixels stand in for it", "samples seen:", "GiB", "FLOP", "extrapolated from a batch of"):
+        assert said in printed
+    assert list(tmp_path.iterdir()) == []
+
+
 def load_parameters(printed: str) -> int:
     """The number after "parameters:"."""
     found = re.search(r"parameters: ([\d,]+)", printed)
@@ -229,6 +261,8 @@ def test_nothing_is_overwritten_unless_told(digits_run: Path, tmp_path: Path, ca
         (["--seed", "-1"], "--seed must be at least 0"),
         (["--num-steps", "0"], "num_steps must be a whole number of at least 1, got 0"),
         (["--sampler", "dim"], "unknown sampler 'dim'; did you mean 'ddim'?"),
+        (["--sampler", "ancestral", "--gamma", "1.5"], "gamma must be in [0, 1]"),
+        (["--gamma", "0.5"], "--gamma 0.5 says nothing to --sampler ddim"),
         (["--class-label", "12"], "classes 0 to 9"),
         (["--device", "abacus"], "the device 'abacus' cannot be used here"),
         (["--num-stesp", "4"], "did you mean '--num-steps'?"),
@@ -320,6 +354,58 @@ def test_evaluate_repeats_the_figures_of_the_run(toy_run: Path, tmp_path: Path) 
     }
     measured = {result["num_steps"]: result["frechet"] for result in figures["students"]}
     assert measured == pytest.approx(recorded, rel=1e-6)
+
+
+def test_evaluate_searches_gamma_and_reports_the_best(toy_run: Path, tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "figures.json"
+    teacher = str(toy_run / "stages" / "00-denoise")
+    search = ["--sampler", "ancestral", "--search-gamma", "3"]
+    main(["evaluate", teacher, "--num-steps", "4", "2", *search, "--out", str(out)])
+    figures = json.loads(out.read_text())
+    tried = {(r["num_steps"], r["gamma"]): r["frechet"] for r in figures["searched"]}
+    assert set(tried) == {(steps, gamma) for steps in (4, 2) for gamma in (0.0, 0.5, 1.0)}
+    assert {r["num_steps"]: r["frechet"] for r in figures["teacher"]} == {
+        steps: min(tried[steps, gamma] for gamma in (0.0, 0.5, 1.0)) for steps in (4, 2)
+    }
+    main(["evaluate", teacher, "--num-steps", "4", "--sampler", "ancestral", "--gamma", "0.5", "--out", str(out)])
+    assert json.loads(out.read_text())["teacher"][0]["frechet"] == tried[4, 0.5]
+    for options in (["--search-gamma", "3"], [*search, "--gamma", "0.5"]):
+        assert "--search-gamma searches the gamma of --sampler ancestral" in refused(
+            ["evaluate", teacher, *options], capsys
+        )
+    few = ["--sampler", "ancestral", "--search-gamma", "1", "--num-steps", "2"]
+    assert "needs at least 2 levels" in refused(["evaluate", teacher, *few], capsys)
+
+
+@pytest.mark.parametrize("sampler", ["ancestral", "dpmpp_2m", "heun", "rk4"])
+def test_every_sampler_draws_samples_that_depend_on_their_own_seeds(
+    sampler: str, toy_run: Path, tmp_path: Path
+) -> None:
+    teacher = str(toy_run / "stages" / "00-denoise")
+    for name, seed, count in (("all", "0", "8"), ("some", "5", "3")):
+        where = ["--out", str(tmp_path / f"{name}.npz"), "--seed", seed, "--num-samples", count]
+        main(["sample", teacher, "--num-steps", "3", "--sampler", sampler, *where])
+    together, alone = (np.load(tmp_path / f"{name}.npz")["arr_0"] for name in ("all", "some"))
+    np.testing.assert_allclose(together[5:8], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_a_study_lists_its_cells(capsys: Capture, tmp_path: Path) -> None:
+    os.chdir(tmp_path)
+    main(["study", "table1", "--dry-run", "--seeds", "1"])
+    printed = capsys.readouterr().out
+    assert "12 cells -> studies/smoke/table1" in printed
+    assert "prediction eps, weighting truncated_snr, seed 0" in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_student_whose_weights_were_not_kept_is_left_out(toy_npy: Path, tmp_path: Path, capsys: Capture) -> None:
+    run = tmp_path / "run"
+    main(["run", "arrays", "--data", str(toy_npy), "--out", str(run), *TINY_ARRAYS, "--chain.keep", "1"])
+    missing = run / "stages" / "01-halve-0002"
+    assert not (missing / "model.safetensors").exists()
+    assert "has no weights any more" in refused(["sample", str(missing), "--out", str(tmp_path / "x.npz")], capsys)
+    main(["evaluate", str(run), "--num-steps", "2"])
+    assert "01-halve-0002: its weights were not kept, so it is left out" in capsys.readouterr().out
 
 
 def test_ls_names_every_member(capsys: Capture) -> None:

@@ -4,9 +4,10 @@ import io
 
 from rich.console import Console
 
-from halfstep.cli.display import RunDisplay, duration, update_cost
+from halfstep.cli.display import RunDisplay, duration
 from halfstep.objectives import Plan
 from halfstep.train import Progress, StageEnd, StageStart, Window
+from halfstep.train.cost import update_cost
 
 
 def _window(update: int, seconds: float) -> Window:

@@ -166,7 +166,7 @@ def teacher_of(kind: str, process: NoiseProcess) -> Denoiser:
 def test_the_float32_target_of_a_teacher_of_8192_steps_is_the_float64_one_to_1e_6(
     process: NoiseProcess, kind: str
 ) -> None:
-    """The claim of halving.py, 6e-7, at every step of the student, the first and the last among them."""
+    """The claim of halving.py at every step of the student, the first and the last among them."""
     t, s = grid_steps(4096)
     teacher, x_t = teacher_of(kind, process), noisy(process, t, 2).float()
     target = halving_target(teacher, x_t, t, s)
@@ -177,7 +177,7 @@ def test_the_float32_target_of_a_teacher_of_8192_steps_is_the_float64_one_to_1e_
 @pytest.mark.parametrize("kind", ["gaussian", "mixture", "network"])
 @torch.no_grad()
 def test_the_subtractive_formula_in_float32_is_off_by_1e_3_to_1e_2(kind: str) -> None:
-    """The other half of the claim, 3e-3: why the target is not solved for."""
+    """The other half of the claim, 2e-3: why the target is not solved for."""
     t, s = grid_steps(4096)
     teacher, x_t = teacher_of(kind, VPCosine()), noisy(VPCosine(), t, 2).float()
     solved = Landing(teacher, 4096)(x_t, t).x0

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from halfstep.core.weighting import SNRPlusOne, TruncatedSNR
-from halfstep.objectives import Denoising, Halving, Plan, Stage
+from halfstep.objectives import Denoising, EarlyEnd, Halving, Plan, Stage
 
 
 def steps_of(plan: Plan) -> list[int | None]:
@@ -47,6 +47,77 @@ def test_a_chain_either_reaches_its_end_by_halving_or_names_a_start_that_does(st
         assert named
         assert start < int(named[1]) < 2 * start
         assert steps_of(Plan.halvings(int(named[1]), end))[-1] == end
+
+
+@given(end=st.integers(1, 5), factors=st.lists(st.integers(2, 9), min_size=1, max_size=6))
+def test_listed_students_replace_as_many_teacher_steps_as_the_list_says(end: int, factors: list[int]) -> None:
+    """And every stage's teacher is the stage before: the steps of a stage times its factor are the steps before it."""
+    steps = [end]
+    for factor in factors:
+        steps.insert(0, steps[0] * factor)
+    plan = Plan.halvings(steps[0], students=steps[1:])
+    assert steps_of(plan) == steps[1:]
+    objectives = [stage.objective for stage in plan.stages]
+    assert all(isinstance(objective, Halving) for objective in objectives)
+    assert [o.num_teacher_steps for o in objectives if isinstance(o, Halving)] == list(reversed(factors))
+
+
+@given(end=st.integers(1, 5), factor=st.integers(2, 9), length=st.integers(1, 5))
+def test_a_factor_is_the_list_that_it_makes(end: int, factor: int, length: int) -> None:
+    start = end * factor**length
+    students = [end * factor**k for k in reversed(range(length))]
+    assert Plan.halvings(start, end, factor=factor) == Plan.halvings(start, students=students)
+
+
+@given(start=st.integers(2, 5000), end=st.integers(1, 600), factor=st.integers(2, 6))
+def test_factors_that_miss_the_end_are_refused_with_a_start_that_meets_it(start: int, end: int, factor: int) -> None:
+    try:
+        plan = Plan.halvings(start, end, factor=factor)
+    except ValueError as error:
+        if end < start:
+            named = re.search(r"for example (\d+)$", str(error))
+            assert named
+            assert start < int(named[1]) < factor * start
+            assert steps_of(Plan.halvings(int(named[1]), end, factor=factor))[-1] == end
+    else:
+        assert steps_of(plan)[-1] == end
+
+
+@pytest.mark.parametrize("students", [[], [8], [16], [3], [4, 3], [4, 4], [0], [4, 2.0]])
+def test_students_that_do_not_divide_their_teachers_are_refused(students: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"the list of students is empty|cannot follow a teacher of|whole number"):
+        Plan.halvings(8, students=students)
+
+
+@pytest.mark.parametrize("factor", [1, 0, -2, 2.0])
+def test_a_factor_below_2_is_refused(factor: int) -> None:
+    with pytest.raises(ValueError, match="factor of a stage must be a whole number of at least 2"):
+        Plan.halvings(8, 1, factor=factor)
+
+
+@given(
+    losses=st.lists(st.floats(0.1, 10), max_size=12),
+    patience=st.integers(1, 4),
+    min_drop=st.sampled_from([0.0, 0.01, 0.3]),
+)
+def test_a_loss_has_stopped_falling_when_patience_windows_in_a_row_brought_no_new_low(
+    losses: list[float], patience: int, min_drop: float
+) -> None:
+    """Told by the definition: the last window that was a new low by enough lies `patience` windows back or more."""
+    lows: list[int] = []
+    for index, loss in enumerate(losses):
+        if not lows or loss < losses[lows[-1]] * (1 - min_drop):
+            lows.append(index)
+    expected = bool(lows) and len(losses) - 1 - lows[-1] >= patience
+    assert EarlyEnd(10, patience, min_drop).has_stopped_falling(losses) == expected
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"window": 0}, {"patience": 0}, {"window": 2.5}, {"min_drop": 1.0}, {"min_drop": -1}]
+)
+def test_an_early_end_that_makes_no_sense_is_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="early end: "):
+        EarlyEnd(**wrong)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("start", "end"), [(0, 1), (8, 0), (-8, -16), (8.0, 1)])

@@ -52,7 +52,7 @@ def test_a_name_with_a_slip_is_answered_with_the_nearest_and_all_others(
 
 
 def test_a_name_like_no_other_gets_the_list_but_no_guess() -> None:
-    with pytest.raises(ValueError, match=r"unknown sampler 'qqqq' \(known: ddim"):
+    with pytest.raises(ValueError, match=r"unknown sampler 'qqqq' \(known: ancestral, ddim, "):
         samplers["qqqq"]
     assert nearest("qqqq", list(samplers)) == ""
 

@@ -54,7 +54,9 @@ class SampleArguments:
     class_label: int | None = None
     """One class for all; classes in turn by default."""
     sampler: str = "ddim"
-    """Sampler (see `halfstep ls`)."""
+    """Sampler (see `halfstep ls samplers`)."""
+    gamma: float | None = None
+    """Of ancestral sampling: its variance, from 0 for the lower bound to 1 for the upper, which is the default."""
     batch_size: int = 256
     """Samples drawn at once."""
     device: str | None = None
@@ -73,6 +75,12 @@ class EvaluateArguments:
     """Folder of a run or of a stage."""
     num_steps: tuple[int, ...] = ()
     """Steps at which a teacher is measured; students are measured at their own."""
+    sampler: str = "ddim"
+    """Sampler (see `halfstep ls samplers`)."""
+    gamma: float | None = None
+    """Of ancestral sampling: its variance, from 0 for the lower bound to 1 for the upper, which is the default."""
+    search_gamma: int | None = None
+    """Try so many values of gamma from 0 to 1 (the paper: 11) at each number of steps and report the best."""
     num_samples: int | None = None
     """Samples that each model draws; as in the recipe by default."""
     features: Literal["auto", "classifier", "pixels"] | None = None
@@ -129,6 +137,9 @@ def plain_reason(message: str) -> str:
     """tyro's and pydantic's words for a bad value, in one line."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     if len(lines) >= 3 and "validation error" in lines[0]:
+        if " [type=" in lines[1]:
+            # A contradiction between fields has no field of its own.
+            return lines[1].partition(" [type=")[0].removeprefix("Value error, ")
         reason, _, details = lines[2].partition(" [type=")
         got = details.partition("input_value=")[2].partition(", input_type")[0]
         reason = reason.removeprefix("Value error, ")

@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from halfstep.cli import studying
 from halfstep.cli.arguments import (
     DistillArguments,
     EvaluateArguments,
@@ -27,7 +29,8 @@ from halfstep.cli.arguments import (
     recipe_from,
     recipe_of_file,
 )
-from halfstep.cli.display import RunDisplay, duration, results_table, show_results, update_cost
+from halfstep.cli.display import RunDisplay, duration, results_table, show_results
+from halfstep.cli.dry_run import show_plan
 from halfstep.core.noise import processes
 from halfstep.core.prediction import predictions
 from halfstep.core.weighting import weightings
@@ -35,17 +38,17 @@ from halfstep.data import open_data
 from halfstep.nets import networks
 from halfstep.objectives import objectives
 from halfstep.recipes import EvaluationConfig, Recipe, build, recipes
-from halfstep.recipes.schema import cache_folder, check_fit
+from halfstep.recipes.schema import cache_folder, check_fit, data_or_stand_in
 from halfstep.registry import nearest
 from halfstep.report import write_report
 from halfstep.runs import RunFolder, StageFolder
 from halfstep.runs.schema import Result
-from halfstep.samplers import samplers
+from halfstep.samplers import Ancestral, Sampler, samplers
+from halfstep.studies import studies
 from halfstep.train import Model, Reference, RunSpec, StopSignal, load, measure
 from halfstep.train import run as run_spec
-from halfstep.train.evaluate import FEATURES, Evaluation, grid_image, samples_array, to_uint8
+from halfstep.train.evaluate import FEATURES, grid_image, samples_array, search_gamma, to_uint8
 from halfstep.train.model import find_stage
-from halfstep.train.pipeline import time_updates
 
 
 def _console() -> Console:
@@ -71,11 +74,8 @@ def _threads(recipe: Recipe) -> None:
         torch.set_num_threads(recipe.engine.threads)
 
 
-def _execute(spec: RunSpec, out: Path, dry_run: bool, with_report: bool = True) -> None:
+def _execute(spec: RunSpec, out: Path, with_report: bool = True) -> None:
     console = _console()
-    if dry_run:
-        _show_plan(spec, out, console)
-        return
     started = time.monotonic()
     console.print(f"halfstep: {spec.recipe['name']} -> {out}", highlight=False)
     with StopSignal() as stop:
@@ -84,37 +84,6 @@ def _execute(spec: RunSpec, out: Path, dry_run: bool, with_report: bool = True) 
     if with_report:
         console.print(f"report: {write_report(out)}", highlight=False, soft_wrap=True)
     console.print(f"finished in {duration(time.monotonic() - started)}", highlight=False)
-
-
-def _show_plan(spec: RunSpec, out: Path, console: Console) -> None:
-    network = spec.teacher.denoiser.network if spec.teacher is not None else spec.network()  # type: ignore[misc]
-    parameters = sum(p.numel() for p in network.parameters())
-    table = Table(title=f"{spec.recipe['name']} -> {out}", title_justify="left")
-    for heading in ("stage", "updates", "batch", "samples seen", "learning rate"):
-        table.add_column(heading, justify="left" if heading == "stage" else "right")
-    for name, stage in zip(spec.plan.names(spec.teacher is not None), spec.plan.stages, strict=True):
-        table.add_row(
-            name,
-            f"{stage.num_updates:,}",
-            str(stage.batch_size),
-            f"{stage.num_updates * stage.batch_size:,}",
-            f"{stage.learning_rate:g}",
-        )
-    console.print(table)
-    console.print(
-        f"data: {spec.data.source}, {len(spec.data):,} samples of shape {list(spec.data.shape)}, "
-        f"{spec.data.num_classes or 'no'} classes",
-        highlight=False,
-    )
-    console.print(f"parameters: {parameters:,}    updates: {spec.plan.num_updates:,}", highlight=False)
-    seconds = time_updates(spec)
-    unit = seconds / update_cost(spec.plan.stages[0])
-    total = sum(stage.num_updates * update_cost(stage) * unit for stage in spec.plan.stages)
-    console.print(
-        f"estimated training time: {duration(total)} ({seconds:.3g} s an update of the first stage, measured here; "
-        "measuring the models comes on top)",
-        highlight=False,
-    )
 
 
 def run(argv: Sequence[str]) -> None:
@@ -139,7 +108,11 @@ def _run(arguments: RunArguments, what: Literal["all", "teacher"]) -> None:
     suffix = "-teacher" if what == "teacher" else ""
     out = arguments.out or Path("runs") / f"{recipe.name}{suffix}"
     _threads(recipe)
-    _execute(build(recipe, what=what), out, arguments.dry_run)
+    if arguments.dry_run:
+        data, missing = data_or_stand_in(recipe)
+        show_plan(build(recipe, what=what, data=data), out, _console(), missing)
+        return
+    _execute(build(recipe, what=what), out)
 
 
 def distill(argv: Sequence[str]) -> None:
@@ -156,8 +129,12 @@ def distill(argv: Sequence[str]) -> None:
         if not any(token.partition("=")[0] == "--data.source" for token in rest):
             raise UsageError(f"{folder.path} lies outside its run, so its data is not known: add --data SOURCE")
         recipe = Recipe(name="distilled")
+    # What was set for single students of the old chain need not fit the new one.
     chain = recipe.chain.model_copy(
-        update={"start_steps": model.num_steps or recipe.chain.start_steps, "updates_at": None}
+        update={
+            "start_steps": model.num_steps or recipe.chain.start_steps,
+            **dict.fromkeys(("updates_at", "learning_rate_at", "students", "keep")),
+        }
     )
     recipe = recipe.model_copy(update={"chain": chain})
     arguments = parse(
@@ -175,7 +152,11 @@ def distill(argv: Sequence[str]) -> None:
         )
     out = arguments.out or Path("runs") / f"{recipe.name}-{folder.name}-to-{recipe.chain.end_steps}"
     _threads(recipe)
-    _execute(build(recipe, what="chain", teacher=model), out, arguments.dry_run)
+    if arguments.dry_run:
+        data, missing = data_or_stand_in(recipe)
+        show_plan(build(recipe, what="chain", teacher=model, data=data), out, _console(), missing)
+        return
+    _execute(build(recipe, what="chain", teacher=model), out)
 
 
 def _recipe_of(stage: StageFolder) -> Recipe | None:
@@ -195,6 +176,20 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
+def _sampler(name: str, gamma: float | None) -> Sampler:
+    """The sampler of that name.
+
+    Raises:
+        ValueError: if it is unknown, or gamma is out of range or would say nothing.
+    """
+    kind = samplers[name]
+    if gamma is None:
+        return kind()
+    if kind is not Ancestral:
+        raise UsageError(f"--gamma {gamma} says nothing to --sampler {name}: leave it out, or use --sampler ancestral")
+    return Ancestral(gamma)
+
+
 def sample(argv: Sequence[str]) -> None:
     """Draw samples into a grid, an .npz or a folder."""
     arguments = parse(SampleArguments, argv, "halfstep sample")
@@ -203,7 +198,7 @@ def sample(argv: Sequence[str]) -> None:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
     if arguments.seed < 0:
         raise UsageError(f"--seed must be at least 0, got {arguments.seed}")
-    method = samplers[arguments.sampler]()
+    method = _sampler(arguments.sampler, arguments.gamma)
     out = arguments.out
     as_file = out.suffix.lower() in (".png", ".npz")
     if out.suffix and not as_file:
@@ -246,6 +241,9 @@ def write_samples(x0: torch.Tensor, model: Model, seeds: range, out: Path) -> No
 def evaluate(argv: Sequence[str]) -> None:
     """Measure models and print the table."""
     arguments = parse(EvaluateArguments, argv, "halfstep evaluate")
+    method = _sampler(arguments.sampler, arguments.gamma)
+    if arguments.search_gamma is not None and (not isinstance(method, Ancestral) or arguments.gamma is not None):
+        raise UsageError("--search-gamma searches the gamma of --sampler ancestral: give that, and no --gamma")
     last = find_stage(arguments.model)
     stages = RunFolder(arguments.model).stages() or [last]
     recipe = _recipe_of(last)
@@ -259,18 +257,20 @@ def evaluate(argv: Sequence[str]) -> None:
         settings["num_samples"] = arguments.num_samples
     if arguments.features is not None:
         settings["features"] = arguments.features
-    config = EvaluationConfig.model_validate(settings)
-    values = config.model_dump(exclude={"enabled", "features"})
-    evaluation = Evaluation(features=None if config.features == "auto" else config.features, **values)
+    evaluation = EvaluationConfig.model_validate(settings).as_object()
     _threads(recipe)
     data = open_data(recipe.data)
     reference = Reference(data, evaluation, cache_folder())
     console = _console()
     teacher: list[Result] = []
     students: list[Result] = []
+    searched: list[Result] = []
     compared: torch.Tensor | None = None
     with StopSignal() as stop:
         for stage in stages:
+            if not stage.manifest().weights_kept:
+                console.print(f"{stage.name}: its weights were not kept, so it is left out", highlight=False)
+                continue
             model = load(stage.path, _device(None))
             check_fit(model, data)
             wanted = [model.num_steps] if model.num_steps else list(arguments.num_steps or evaluation.teacher_steps)
@@ -281,19 +281,38 @@ def evaluate(argv: Sequence[str]) -> None:
                 wanted = list(arguments.num_steps)
             for steps in sorted(wanted, reverse=True):
                 model.check_steps(steps)
-                result, samples = measure(model, steps, evaluation, reference, teacher_samples=compared, stop=stop)
-                compared = samples if compared is None and model.num_steps is None else compared
+                tried: list[Result] = []
+                if arguments.search_gamma is not None:
+                    tried = search_gamma(
+                        model, steps, evaluation, reference, num_levels=arguments.search_gamma, stop=stop
+                    )
+                    result = min(tried, key=lambda result: result.frechet)
+                else:
+                    result, samples = measure(
+                        model, steps, evaluation, reference, sampler=method, teacher_samples=compared, stop=stop
+                    )
+                    compared = samples if compared is None and model.num_steps is None else compared
                 (students if model.num_steps else teacher).append(result)
-                console.print(f"{stage.name}: {steps} steps, distance {result.frechet:.4g}", highlight=False)
-    console.print(results_table(teacher, students, f"Frechet distance in {reference.extractor.name} features"))
+                searched += tried
+                at = "" if result.gamma is None else f", gamma {result.gamma:g}"
+                console.print(f"{stage.name}: {steps} steps{at}, distance {result.frechet:.4g}", highlight=False)
+    title = f"Frechet distance in {reference.extractor.name} features, sampler {arguments.sampler}"
+    console.print(results_table(teacher, students, title))
     if arguments.out is not None:
-        figures = {
+        figures: dict[str, Any] = {
             "protocol": reference.protocol,
             "teacher": [result.model_dump() for result in teacher],
             "students": [result.model_dump() for result in students],
         }
+        if searched:
+            figures["searched"] = [result.model_dump() for result in searched]
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def study(argv: Sequence[str]) -> None:
+    """Run one of the paper's studies."""
+    studying.study(argv, _console())
 
 
 def report(argv: Sequence[str]) -> None:
@@ -315,6 +334,7 @@ def ls(argv: Sequence[str]) -> None:
         "processes": processes,
         "objectives": objectives,
         "networks": networks,
+        "studies": studies,
     }.items():
         families[name] = [(member, _summary(thing)) for member, thing in registry.items()]  # type: ignore[attr-defined]
     families["features"] = [(name, "") for name in FEATURES]
@@ -326,7 +346,7 @@ def ls(argv: Sequence[str]) -> None:
     for family in arguments.families or families:
         table = Table(title=family, title_justify="left", show_header=False, box=None, padding=(0, 2))
         for member, text in families[family]:
-            table.add_row(f"  {member}", text)
+            table.add_row(f"  {member}", escape(text))
         console.print(table)
 
 

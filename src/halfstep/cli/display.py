@@ -13,30 +13,27 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
-from halfstep.objectives import Halving, Plan, Stage
+from halfstep.objectives import Plan, Stage
 from halfstep.runs import RunFolder
 from halfstep.runs.schema import Result
 from halfstep.train import Event, Measured, Notice, StageEnd, StageStart
 from halfstep.train import Progress as TrainingProgress
+from halfstep.train.cost import update_cost
 
 QUIET_SECONDS = 10.0
 """Time between two lines of progress where the output is no terminal."""
 
 
-def update_cost(stage: Stage) -> float:
-    """Cost of an update in forward passes of one sample: a backward pass counts as two."""
-    teacher = stage.objective.num_teacher_steps if isinstance(stage.objective, Halving) else 0
-    return (3.0 + teacher) * stage.batch_size
-
-
 def duration(seconds: float) -> str:
-    """ "42 s", "3:05 min", "2:10 h"."""
+    """ "42 s", "3:05 min", "2:10 h", "12 days"."""
     if not math.isfinite(seconds):
         return "unknown"
     if seconds < 60:
         return f"{seconds:.0f} s"
     if seconds < 3600:
         return f"{int(seconds // 60)}:{int(seconds % 60):02d} min"
+    if seconds >= 100 * 3600:
+        return f"{seconds / 86400:,.0f} days"
     return f"{int(seconds // 3600)}:{int(seconds % 3600 // 60):02d} h"
 
 
@@ -47,7 +44,6 @@ class RunDisplay:
     def __init__(self, plan: Plan, console: Console) -> None:
         self.console = console
         self.total = sum(stage.num_updates * update_cost(stage) for stage in plan.stages)
-        self.names: list[str] = []
         self.done = 0.0
         self._pace = math.nan
         self._stage: Stage | None = None

@@ -7,7 +7,7 @@ Ctrl-C or SIGTERM, with the state saved.
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 USAGE = """\
@@ -19,7 +19,8 @@ usage: halfstep VERB ...
   sample MODEL      draw samples: halfstep sample runs/digits --num-samples 64 --out grid.png
   evaluate MODEL    measure a run or one of its stages
   report RUN        write RUN/report/index.html
-  ls                recipes, samplers, predictions, weightings, ...
+  study NAME        one of the paper's tables and figures: halfstep study table1 --scale smoke
+  ls                recipes, samplers, predictions, weightings, studies, ...
   demo              the same as `run digits`
 
 MODEL is the folder of a run (its last stage is meant) or of a stage. `halfstep VERB --help` shows all options."""
@@ -32,11 +33,18 @@ def fail(message: object, code: int = 2) -> NoReturn:
     raise SystemExit(code)
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
+def _warning_printer() -> Callable[..., None]:
+    """Prints each warning of ours once: the models of a chain have the same to say each time that they are sampled."""
     from halfstep.core.warnings import HalfstepWarning
 
-    if issubclass(category, HalfstepWarning):
-        print(f"halfstep: warning: {message}", file=sys.stderr)
+    said: set[str] = set()
+
+    def show(message: Warning | str, category: type[Warning], *_: object) -> None:
+        if issubclass(category, HalfstepWarning) and str(message) not in said:
+            said.add(str(message))
+            print(f"halfstep: warning: {message}", file=sys.stderr)
+
+    return show
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -58,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from halfstep.registry import nearest
 
-    verbs = ("run", "train", "distill", "sample", "evaluate", "report", "ls", "demo")
+    verbs = ("run", "train", "distill", "sample", "evaluate", "report", "study", "ls", "demo")
     verb, rest = arguments[0], arguments[1:]
     if verb not in verbs:
         fail(f"unknown verb {verb!r}{nearest(verb, verbs)} (known: {', '.join(verbs)})")
@@ -66,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with warnings.catch_warnings():
         from halfstep.core.warnings import HalfstepWarning
 
-        warnings.showwarning = _show_warning  # type: ignore[assignment]
+        warnings.showwarning = _warning_printer()
         warnings.simplefilter("always", HalfstepWarning)
         _dispatch(verb, rest)
 

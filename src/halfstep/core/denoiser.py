@@ -4,9 +4,10 @@ A denoiser is a network seen through a process and a prediction, or a wrapper ro
 objectives know denoisers only, never networks.
 """
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, final
+from typing import Any, Final, final
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from halfstep.core.clock import as_clock, per_sample
 from halfstep.core.noise import NoiseProcess
 from halfstep.core.prediction import Denoised, Prediction, eps_from_x0
+from halfstep.core.warnings import HalfstepWarning
 
 Cond = Mapping[str, Tensor]
 """Conditions by name, each `[batch, ...]`, for example {"class_labels": int64 [batch]}."""
@@ -102,6 +104,33 @@ class Clipped(Denoiser):
         x0 = self.denoiser(x_t, clock, cond).x0.clamp(self.low, self.high)
         alpha, sigma = self.process.alpha_sigma(clock)
         return Denoised(x0, eps_from_x0(x_t, x0, alpha, sigma))
+
+
+def output_gain(process: NoiseProcess, prediction: Prediction, t: float = 1.0) -> float:
+    """How many times as large an error of the network's output is in x0 at time t: sigma / alpha for eps, 1 for x0."""
+    alpha, sigma = process.alpha_sigma(torch.tensor([t], dtype=torch.float64))
+    output = torch.ones(1, prediction.channels, dtype=torch.float64)
+    x_t = torch.zeros(1, 1, dtype=torch.float64)
+    return float(prediction.denoised(output, x_t, alpha, sigma).x0.abs())
+
+
+LARGEST_GAIN: Final = 100.0
+"""Gain at t = 1 beyond which `warn_of_gain` speaks: an output good to 1 % then says nothing about x0."""
+
+
+def warn_of_gain(process: NoiseProcess, prediction: Prediction) -> None:
+    """Warns if the first step from t = 1 multiplies the network's error beyond use: prediction of eps at zero SNR."""
+    gain = output_gain(process, prediction)
+    if not gain <= LARGEST_GAIN:
+        log_snr = float(process.log_snr(torch.ones(1, dtype=torch.float64)))
+        warnings.warn(
+            f"this network predicts {type(prediction).__name__.lower()}, and at t = 1, where the log-SNR is "
+            f"{log_snr:.3g}, its error is {gain:.2g} times as large in x0: few-step sampling and distillation from "
+            "there go wrong; train it to predict x0, v or both (--model.prediction), or start from a higher SNR "
+            "(--model.log-snr-min)",
+            HalfstepWarning,
+            stacklevel=3,
+        )
 
 
 def ddim_step(denoised: Denoised, process: NoiseProcess, s: Tensor) -> Tensor:

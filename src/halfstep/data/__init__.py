@@ -3,5 +3,6 @@
 from halfstep.data.base import Data, MemoryData, training_batch
 from halfstep.data.config import DataConfig, open_data
 from halfstep.data.images import ImageFiles
+from halfstep.data.standin import StandIn
 
-__all__ = ["Data", "DataConfig", "ImageFiles", "MemoryData", "open_data", "training_batch"]
+__all__ = ["Data", "DataConfig", "ImageFiles", "MemoryData", "StandIn", "open_data", "training_batch"]

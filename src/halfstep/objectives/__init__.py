@@ -3,11 +3,12 @@
 from halfstep.objectives.base import Batch, Losses, Models, Objective, objectives, weighted_x0_loss
 from halfstep.objectives.denoising import Denoising
 from halfstep.objectives.halving import Halving, halving_target
-from halfstep.objectives.plan import Plan, Stage
+from halfstep.objectives.plan import EarlyEnd, Plan, Stage
 
 __all__ = [
     "Batch",
     "Denoising",
+    "EarlyEnd",
     "Halving",
     "Losses",
     "Models",

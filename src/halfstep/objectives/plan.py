@@ -7,8 +7,9 @@ Source of the defaults: Salimans & Ho 2022 (arXiv:2202.00512), section 5.2 and a
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import final
 
 from halfstep.core.grids import check_num_steps
@@ -16,6 +17,43 @@ from halfstep.core.weighting import TruncatedSNR, Weighting
 from halfstep.objectives.base import Objective
 from halfstep.objectives.denoising import Denoising
 from halfstep.objectives.halving import Halving
+
+
+@final
+@dataclass(frozen=True)
+class EarlyEnd:
+    """The rule by which a stage ends before its budget: its loss has stopped falling.
+
+    The mean loss of each `window` updates is compared with the lowest of all windows before it. When `patience` windows
+    in a row were not lower than that by the share `min_drop`, the learning rate falls linearly from where it stands to
+    0 over one more window, and the stage ends. (The rate's fall to 0 is what averages a student's weights, so a stage
+    that merely stopped would hand on a worse student.)
+
+    Raises:
+        ValueError: if a count is not a whole number of at least 1, or the share not in [0, 1).
+    """
+
+    window: int = 1000
+    patience: int = 3
+    min_drop: float = 0.01
+
+    def __post_init__(self) -> None:
+        for name in ("window", "patience"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"early end: {name} must be a whole number of at least 1, got {value!r}")
+        if not 0 <= self.min_drop < 1:
+            raise ValueError(f"early end: min_drop must be in [0, 1), got {self.min_drop}")
+
+    def has_stopped_falling(self, losses: Sequence[float]) -> bool:
+        """Whether the mean losses of the windows so far end in `patience` that brought nothing."""
+        lowest, idle = math.inf, 0
+        for loss in losses:
+            if loss < lowest * (1 - self.min_drop) or lowest == math.inf:
+                lowest, idle = loss, 0
+            else:
+                idle += 1
+        return idle >= self.patience
 
 
 @final
@@ -42,6 +80,8 @@ class Stage:
     ema_decay: float = 0.0
     """Decay of the moving average of the weights, which is what the stage hands on; 0 hands on the weights."""
     dropout: float = 0.0
+    early_end: EarlyEnd | None = None
+    """When the stage may end before its budget; None for never."""
 
     def __post_init__(self) -> None:
         for name in ("num_updates", "batch_size", "learning_rate", "grad_clip"):
@@ -105,6 +145,8 @@ class Plan:
         start: int,
         end: int = 1,
         *,
+        factor: int = 2,
+        students: Sequence[int] | None = None,
         num_updates: int = 50_000,
         updates_at: Mapping[int, int] | None = None,
         batch_size: int = 128,
@@ -117,12 +159,15 @@ class Plan:
         grad_clip: float = 1.0,
         ema_decay: float = 0.0,
         dropout: float = 0.0,
+        early_end: EarlyEnd | None = None,
     ) -> "Plan":
         """The chain start -> start / 2 -> ... -> end, one halving stage a student.
 
         Args:
             start: steps of the first teacher; the first student takes half of them.
             end: steps of the last student.
+            factor: teacher steps that a student's step replaces, at every stage.
+            students: the steps of all students, in the place of `end` and `factor`: 256, 64, 16, 8, 4 for example.
             num_updates: of each stage; the paper's 50,000 by default.
             updates_at: exceptions, from a student's steps to its updates; by default twice `num_updates` at 2 and 1,
                 as in the paper.
@@ -130,40 +175,29 @@ class Plan:
             learning_rate_at: exceptions, from a student's steps to its rate; none by default.
             warmup_updates: updates of each stage over which the rate rises first; none in the paper. A fresh Adam moves
                 every weight by the full rate at once, which a short stage does not have the time to mend.
+            early_end: when a stage may end before its budget.
 
         Raises:
-            ValueError: if `end` is not below `start`, `start` cannot be halved to `end`, or an exception names a
-                number of steps that is not in the chain.
+            ValueError: if `end` is not below `start`, the factors do not lead from `start` to `end`, or an exception
+                names a number of steps that is not in the chain.
         """
-        check_num_steps(start)
-        check_num_steps(end)
-        if end >= start:
-            raise ValueError(f"the end must be below the start: got a chain from {start} steps to {end}")
-        steps = [start]
-        while steps[-1] > end and steps[-1] % 2 == 0:
-            steps.append(steps[-1] // 2)
-        if steps[-1] != end:
-            factor = 1
-            while end * factor < start:
-                factor *= 2
-            raise ValueError(
-                f"{start} steps cannot be halved to {end}: start from {end} times a power of two, "
-                f"for example {end * factor}"
-            )
+        steps = [start, *students] if students is not None else _divided(start, end, factor)
+        factors = _factors(steps)
         exceptions = {2: 2 * num_updates, 1: 2 * num_updates} if updates_at is None else dict(updates_at)
         rates = dict(learning_rate_at or {})
-        for what, given in (("updates", updates_at or {}), ("a learning rate", rates)):
+        given_for = (("updates", "updates_at", updates_at or {}), ("a learning rate", "learning_rate_at", rates))
+        for what, name, given in given_for:
             foreign = sorted(set(given) - set(steps[1:]))
             if foreign:
                 verb = "are" if what == "updates" else "is"
                 raise ValueError(
                     f"{what} {verb} given for a student of {foreign[0]} steps, but the chain's students take "
-                    f"{steps[1:]}"
+                    f"{steps[1:]}: give exceptions for these, or none ({name} None)"
                 )
         return cls(
             tuple(
                 Stage(
-                    Halving(n, weighting=weighting or TruncatedSNR()),
+                    Halving(n, k, weighting or TruncatedSNR()),
                     num_updates=exceptions.get(n, num_updates),
                     batch_size=batch_size,
                     learning_rate=rates.get(n, learning_rate),
@@ -173,8 +207,9 @@ class Plan:
                     grad_clip=grad_clip,
                     ema_decay=ema_decay,
                     dropout=dropout,
+                    early_end=early_end,
                 )
-                for n in steps[1:]
+                for n, k in zip(steps[1:], factors, strict=True)
             )
         )
 
@@ -212,3 +247,50 @@ class Plan:
                 ),
             )
         )
+
+
+def _divided(start: int, end: int, factor: int) -> list[int]:
+    """start, start / factor, ..., end.
+
+    Raises:
+        ValueError: if `end` is not below `start` or is not met.
+    """
+    check_num_steps(start)
+    check_num_steps(end)
+    if not isinstance(factor, int) or factor < 2:
+        raise ValueError(f"the factor of a stage must be a whole number of at least 2, got {factor!r}")
+    if end >= start:
+        raise ValueError(f"the end must be below the start: got a chain from {start} steps to {end}")
+    steps = [start]
+    while steps[-1] > end and steps[-1] % factor == 0:
+        steps.append(steps[-1] // factor)
+    if steps[-1] != end:
+        near = end * factor
+        while near < start:
+            near *= factor
+        how = "halved" if factor == 2 else f"divided by {factor} again and again"
+        power = "two" if factor == 2 else str(factor)
+        raise ValueError(
+            f"{start} steps cannot be {how} to {end}: list the students' steps, or start from {end} times a "
+            f"power of {power}, for example {near}"
+        )
+    return steps
+
+
+def _factors(steps: Sequence[int]) -> list[int]:
+    """The factor between each number of steps and the next.
+
+    Raises:
+        ValueError: if there is none between two of them, or no student.
+    """
+    if len(steps) < 2:
+        raise ValueError("the list of students is empty: give the steps of each, such as 256, 64, 16, 8, 4")
+    for number in steps:
+        check_num_steps(number)
+    for teacher, student in pairwise(steps):
+        if student >= teacher or teacher % student:
+            raise ValueError(
+                f"a student of {student} steps cannot follow a teacher of {teacher}: its steps must divide the "
+                f"teacher's, with a factor of at least 2; the chain is {', '.join(map(str, steps))}"
+            )
+    return [teacher // student for teacher, student in pairwise(steps)]

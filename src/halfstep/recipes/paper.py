@@ -53,6 +53,10 @@ EVALUATION: Final = EvaluationConfig(
 )
 
 
+ONE_GPU: Final = EngineConfig(micro_batch=32)
+"""A batch of 2048 goes through one device in parts; the result does not depend on them."""
+
+
 @recipes.register("cifar10_paper")
 def cifar10_paper() -> Recipe:
     """The paper's CIFAR-10: unconditional, x0-prediction, 60 million parameters, 8192 steps to 1."""
@@ -65,7 +69,6 @@ def cifar10_paper() -> Recipe:
         teacher=TeacherConfig(num_updates=800_000, batch_size=128, learning_rate=2e-4, weight_decay=0.001, dropout=0.2),
         chain=ChainConfig(start_steps=8192, num_updates=50_000, batch_size=128, learning_rate=5e-5),
         evaluation=EVALUATION,
-        engine=EngineConfig(),
     )
 
 
@@ -81,6 +84,7 @@ def imagenet64_paper() -> Recipe:
         teacher=TeacherConfig(num_updates=550_000, batch_size=2048, learning_rate=3e-4, dropout=0.1),
         chain=ChainConfig(start_steps=1024, num_updates=50_000, batch_size=2048, learning_rate=1e-4),
         evaluation=EVALUATION,
+        engine=ONE_GPU,
     )
 
 
@@ -102,6 +106,7 @@ def _lsun(name: str, num_samples: int) -> Recipe:
         teacher=TeacherConfig(num_updates=400_000, batch_size=2048, learning_rate=3e-4, dropout=0.1),
         chain=ChainConfig(start_steps=1024, num_updates=50_000, batch_size=2048, learning_rate=1e-4),
         evaluation=EVALUATION,
+        engine=ONE_GPU,
     )
 
 

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from halfstep.core.denoiser import warn_of_gain
 from halfstep.core.noise import NoiseProcess, VPCosine
 from halfstep.core.prediction import Prediction, predictions
 from halfstep.core.weighting import weightings
-from halfstep.data import Data, DataConfig, open_data
+from halfstep.data import Data, DataConfig, StandIn, open_data
 from halfstep.nets import MLP, Network, UNet2D
-from halfstep.objectives import Plan
+from halfstep.objectives import EarlyEnd, Plan
 from halfstep.train import Evaluation, Model, RunSpec
 
 Positive = Annotated[int, Field(ge=1)]
@@ -66,9 +67,7 @@ class UNetConfig(Config):
     @classmethod
     def _power_of_two(cls, number: int) -> int:
         if number & (number - 1):
-            raise ValueError(
-                f"must be a power of two, so that halved step counts are whole timesteps, got {number}"
-            )
+            raise ValueError(f"must be a power of two, so that halved step counts are whole timesteps, got {number}")
         return number
 
 
@@ -125,50 +124,17 @@ class ModelConfig(Config):
         return VPCosine(self.log_snr_min, self.log_snr_max), predictions[self.prediction]()
 
 
-class TeacherConfig(Config):
-    """How the teacher is trained."""
+class StageConfig(Config):
+    """What the training of a teacher and of a student have in common."""
 
-    num_updates: Positive = 100_000
-    """Optimiser updates."""
+    num_updates: Positive
+    """Optimiser updates of a stage."""
     batch_size: Positive = 128
     """Samples of an update, over all processes."""
-    learning_rate: Rate = 2e-4
+    learning_rate: Rate
     """Peak learning rate of AdamW."""
-    anneal: bool = False
-    """Let the rate fall linearly to 0."""
-    warmup_updates: int = Field(default=1000, ge=0)
-    """Updates over which the rate rises."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """Decoupled weight decay."""
-    adam_betas: tuple[Share, Share] = (0.9, 0.999)
-    """AdamW's two decays."""
-    grad_clip: Rate = 1.0
-    """Largest global norm of the gradient."""
-    ema_decay: Share = 0.9999
-    """Decay of the moving average that becomes the teacher; 0 for none."""
-    dropout: Share = 0.0
-    """Dropout probability while training."""
-
-
-class ChainConfig(Config):
-    """How the students are made."""
-
-    start_steps: Positive = 1024
-    """Steps of the first teacher; the first student takes half of them."""
-    end_steps: Positive = 1
-    """Steps of the last student."""
-    num_updates: Positive = 50_000
-    """Updates of each stage."""
-    updates_at: dict[int, Positive] | None = None
-    """Exceptions, student's steps to updates; by default twice num_updates at 2 and at 1 step."""
-    batch_size: Positive = 128
-    """Samples of an update, over all processes."""
-    learning_rate: Rate = 5e-5
-    """Rate at the start of each stage, from where it falls linearly to 0."""
-    learning_rate_at: dict[int, Rate] | None = None
-    """Exceptions, student's steps to its rate."""
     warmup_updates: int = Field(default=0, ge=0)
-    """Updates of each stage over which the rate rises first; none in the paper, useful in short stages."""
+    """Updates of a stage over which the rate rises first."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay."""
     adam_betas: tuple[Share, Share] = (0.9, 0.999)
@@ -176,9 +142,71 @@ class ChainConfig(Config):
     grad_clip: Rate = 1.0
     """Largest global norm of the gradient."""
     ema_decay: Share = 0.0
-    """Decay of a moving average of the student; 0 for none, as in the paper."""
+    """Decay of the moving average of the weights that a stage hands on; 0 hands on the weights themselves."""
     dropout: Share = 0.0
-    """Dropout probability in the student; 0 in the paper."""
+    """Dropout probability while training."""
+
+
+class TeacherConfig(StageConfig):
+    """How the teacher is trained."""
+
+    num_updates: Positive = 100_000
+    """Optimiser updates."""
+    learning_rate: Rate = 2e-4
+    """Peak learning rate of AdamW."""
+    anneal: bool = False
+    """Let the rate fall linearly to 0."""
+    warmup_updates: int = Field(default=1000, ge=0)
+    """Updates over which the rate rises."""
+    ema_decay: Share = 0.9999
+    """Decay of the moving average that becomes the teacher; 0 for none."""
+
+
+class ChainConfig(StageConfig):
+    """How the students are made. Decay, averaging, dropout and warm-up are 0 by default, as in the paper."""
+
+    start_steps: Positive = 1024
+    """Steps of the first teacher."""
+    end_steps: Positive = 1
+    """Steps of the last student."""
+    factor: Annotated[int, Field(ge=2)] = 2
+    """Teacher steps that one step of its student replaces: 2 halves, 4 quarters."""
+    students: tuple[Positive, ...] | None = None
+    """Steps of all students, in the place of end and factor, such as 256 64 16 8 4."""
+    num_updates: Positive = 50_000
+    """Updates of each stage."""
+    updates_at: dict[int, Positive] | None = None
+    """Exceptions, student's steps to updates; by default twice num_updates at 2 and at 1 step."""
+    learning_rate: Rate = 5e-5
+    """Rate at the start of each stage, from where it falls linearly to 0."""
+    learning_rate_at: dict[int, Rate] | None = None
+    """Exceptions, student's steps to its rate."""
+    early_end: bool = False
+    """End a stage before its budget when its loss has stopped falling: --chain.early-patience windows of
+    --chain.early-window updates in a row whose mean loss is not lower by the share --chain.early-min-drop than the
+    lowest before. The rate then falls to 0 over one more window."""
+    early_window: Positive = 1000
+    """Updates of a window."""
+    early_patience: Positive = 3
+    """Windows in a row that may bring nothing."""
+    early_min_drop: Share = 0.01
+    """Share by which a window's loss must be lower to count as falling."""
+    keep: tuple[Positive, ...] | None = None
+    """Students, by their steps, whose weights stay on disk; all by default. Teacher and last student always stay."""
+
+    @model_validator(mode="after")
+    def _nothing_idle(self) -> "ChainConfig":
+        if self.students is not None:
+            if self.end_steps not in (1, *self.students[-1:]):
+                raise ValueError(f"the students end at {self.students[-1]} steps: leave end_steps {self.end_steps} out")
+            if self.factor != 2:
+                raise ValueError(f"the students are listed, so a factor of {self.factor} says nothing: leave it out")
+        rule = {name: getattr(self, name) for name in ("early_window", "early_patience", "early_min_drop")}
+        if not self.early_end:
+            for name, value in rule.items():
+                if value != type(self).model_fields[name].default:
+                    raise ValueError(f"{name} {value} does nothing without early_end: add it")
+        return self
 
 
 class EvaluationConfig(Config):
@@ -200,6 +228,11 @@ class EvaluationConfig(Config):
     """Samples drawn at once."""
     teacher_steps: tuple[Positive, ...] = ()
     """Steps at which the undistilled teacher is measured besides the chain's start; empty: those of all students."""
+
+    def as_object(self) -> Evaluation:
+        """The evaluation that these settings describe."""
+        settings = self.model_dump(exclude={"enabled", "features"})
+        return Evaluation(features=None if self.features == "auto" else self.features, **settings)
 
 
 class EngineConfig(Config):
@@ -264,13 +297,25 @@ class Recipe(Config):
         Raises:
             ValueError: if the start cannot be halved to the end.
         """
-        settings = self.chain.model_dump(exclude={"start_steps", "end_steps"})
-        return Plan.halvings(
-            self.chain.start_steps,
-            self.chain.end_steps,
+        chain = self.chain
+        rule = ("early_window", "early_patience", "early_min_drop")
+        settings = chain.model_dump(exclude={"start_steps", "end_steps", "early_end", "keep", *rule})
+        early_end = EarlyEnd(chain.early_window, chain.early_patience, chain.early_min_drop)
+        plan = Plan.halvings(
+            chain.start_steps,
+            chain.end_steps,
             weighting=weightings[self.model.weighting](),
+            early_end=early_end if chain.early_end else None,
             **settings,
         )
+        steps = [stage.num_steps for stage in plan.stages]
+        foreign = [number for number in chain.keep or () if number not in steps]
+        if foreign:
+            raise ValueError(
+                f"chain.keep names a student of {foreign[0]} steps, but the chain's students take "
+                f"{', '.join(map(str, steps))}"
+            )
+        return plan
 
     def make_network(self, data: Data) -> Network:
         """A fresh network for this data.
@@ -364,8 +409,33 @@ def cache_folder() -> Path:
     return Path(os.environ.get("HALFSTEP_CACHE", Path.home() / ".cache" / "halfstep"))
 
 
-def build(recipe: Recipe, *, what: Literal["all", "teacher", "chain"] = "all", teacher: Model | None = None) -> RunSpec:
+def data_or_stand_in(recipe: Recipe) -> tuple[Data, str | None]:
+    """The recipe's data; or, where it cannot be opened but is known, random pixels of its shape, and the reason.
+
+    Raises:
+        ValueError: if it cannot be opened and the recipe does not tell what it is (`facts`).
+    """
+    try:
+        return open_data(recipe.data), None
+    except ValueError as error:
+        facts = recipe.facts
+        if facts is None:
+            raise
+        names = tuple(str(number) for number in range(facts.num_classes))
+        return StandIn(recipe.data.source, facts.shape, facts.num_samples, names), str(error)
+
+
+def build(
+    recipe: Recipe,
+    *,
+    what: Literal["all", "teacher", "chain"] = "all",
+    teacher: Model | None = None,
+    data: Data | None = None,
+) -> RunSpec:
     """The run that a recipe describes: all of it, its teacher only, or a chain from a given teacher.
+
+    Args:
+        data: in the place of the recipe's own.
 
     Raises:
         ValueError: if the data cannot be opened or the recipe's parts do not fit each other.
@@ -375,18 +445,18 @@ def build(recipe: Recipe, *, what: Literal["all", "teacher", "chain"] = "all", t
         plan = plan + recipe.teacher_plan()
     if what in ("all", "chain"):
         plan = plan + recipe.chain_plan()
-    data = open_data(recipe.data)
+    opened = open_data(recipe.data) if data is None else data
     process, prediction = recipe.model.objects()
     if teacher is not None:
-        check_fit(teacher, data)
+        check_fit(teacher, opened)
         process, prediction = teacher.process, teacher.denoiser.prediction
-    settings = recipe.evaluation.model_dump(exclude={"enabled", "features"})
-    features = None if recipe.evaluation.features == "auto" else recipe.evaluation.features
-    evaluation = Evaluation(features=features, **settings) if recipe.evaluation.enabled else None
+    if what != "teacher":
+        warn_of_gain(process, prediction)
+    evaluation = recipe.evaluation.as_object() if recipe.evaluation.enabled else None
     if teacher is None:
         # Built without memory for its weights, so that a network that does not fit is refused before anything is done.
         with torch.device("meta"):
-            recipe.make_network(data)
+            recipe.make_network(opened)
     origin: dict[str, Any] = {} if what == "all" else {"what": what}
     if teacher is not None:
         # Another teacher makes another run, even under the same settings.
@@ -395,15 +465,16 @@ def build(recipe: Recipe, *, what: Literal["all", "teacher", "chain"] = "all", t
     return RunSpec(
         recipe=data_as_json | origin,
         plan=plan,
-        data=data,
+        data=opened,
         process=process,
         prediction=prediction,
-        network=None if teacher is not None else lambda: recipe.make_network(data),
+        network=None if teacher is not None else lambda: recipe.make_network(opened),
         teacher=teacher,
         start_steps=recipe.chain.start_steps,
+        keep=recipe.chain.keep,
         conditional=recipe.model.conditional if teacher is None else teacher.num_classes > 0,
         flip=recipe.data.flip,
-        clip=data.is_image,
+        clip=opened.is_image,
         seed=recipe.seed,
         precision=recipe.engine.precision,
         cpu=recipe.engine.cpu,

@@ -12,7 +12,7 @@ RUN/
   report/index.html
 """
 
-from halfstep.runs.files import DamagedFile, check_files, read_json, sha256_of, write_folder, write_json
+from halfstep.runs.files import DamagedFile, check_files, read_json, sha256_of, write_folder, write_json, write_text
 from halfstep.runs.log import RunLog, read_log
 from halfstep.runs.schema import Manifest, Metrics, RunFolder, StageFolder
 
@@ -29,4 +29,5 @@ __all__ = [
     "sha256_of",
     "write_folder",
     "write_json",
+    "write_text",
 ]

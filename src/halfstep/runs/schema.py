@@ -40,6 +40,8 @@ class Manifest(BaseModel):
     prediction: str
     files: dict[str, str]
     """sha256 of each file."""
+    weights_kept: bool = True
+    """False once the weights were removed because only those of other stages were asked for."""
 
 
 class Result(BaseModel):
@@ -48,6 +50,8 @@ class Result(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     sampler: str
+    gamma: float | None = None
+    """Of ancestral sampling: 0 is the lower bound of the variance, 1 the upper."""
     num_steps: int
     num_evals: int
     """Network calls for a sample."""

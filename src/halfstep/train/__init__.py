@@ -2,7 +2,7 @@
 
 from halfstep.train.distill import distill
 from halfstep.train.engine import NonFinite, StageTrainer, Window, make_accelerator
-from halfstep.train.evaluate import Evaluation, Reference, measure
+from halfstep.train.evaluate import Evaluation, Reference, measure, search_gamma
 from halfstep.train.model import Model, load, save_stage
 from halfstep.train.pipeline import (
     DifferentRecipe,
@@ -40,4 +40,5 @@ __all__ = [
     "measure",
     "run",
     "save_stage",
+    "search_gamma",
 ]

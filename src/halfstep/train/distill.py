@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from halfstep.core.denoiser import NetworkDenoiser
+from halfstep.core.denoiser import NetworkDenoiser, warn_of_gain
 from halfstep.data import Data, DataConfig, MemoryData, open_data, training_batch
 from halfstep.objectives import Plan
 from halfstep.train.engine import Batches, StageTrainer, Window, copy_denoiser, make_accelerator
@@ -61,6 +61,7 @@ def distill(
     batches = as_batches(data)
     accelerator = make_accelerator(precision)
     current = teacher.denoiser if isinstance(teacher, Model) else teacher
+    warn_of_gain(current.process, current.prediction)
     was_training = current.training
     frozen = [parameter.requires_grad for parameter in current.parameters()]
     result = current
@@ -69,7 +70,7 @@ def distill(
             copy_denoiser(result), result, stage, batches, seed=seed, stream=name, accelerator=accelerator
         )
         for update in trainer.run():
-            if update % 100 == 0 or update == stage.num_updates:
+            if update % 100 == 0 or update == trainer.last_update:
                 window = trainer.window()
                 if on_window is not None:
                     on_window(name, window)

@@ -26,7 +26,7 @@ Batches = Callable[[Draw], Batch]
 """From a draw to its batch: `x0` `[len(draw.places), *dims]`, a function of the draw alone."""
 
 State = dict[str, dict[str, Tensor]]
-"""What a checkpoint holds: tensors by name, for "student", "ema" and "optimizer"."""
+"""What a checkpoint holds: tensors by name, for "student", "ema", "optimizer" and "early_end"."""
 
 
 class NonFinite(RuntimeError):
@@ -128,6 +128,9 @@ class StageTrainer:
         self._places = [range(a, min(a + size, first + share)) for a in range(first, first + share, size)]
 
         device = accelerator.device
+        self._window_losses: list[float] = []
+        self._window_sum = torch.zeros((), dtype=torch.float64, device=device if device.type != "mps" else "cpu")
+        self._plateau_at: int | None = None
         self._loss_sum = torch.zeros((), device=device)
         self._norm_sum = torch.zeros((), device=device)
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
@@ -138,7 +141,7 @@ class StageTrainer:
     def run(self) -> Iterator[int]:
         """Trains to the end of the stage, yielding the number of updates done after each."""
         self._clock = time.perf_counter()
-        while self.update < self.stage.num_updates:
+        while self.update < self.last_update:
             self._one_update()
             yield self.update
 
@@ -146,7 +149,7 @@ class StageTrainer:
         stage, accelerator = self.stage, self.accelerator
         # Layers with randomness of their own (dropout) draw from the global generator.
         torch.manual_seed(generator_for(self.seed, self.stream, self.update, accelerator.process_index).initial_seed())
-        rate = stage.learning_rate_at(self.update)
+        rate = self.learning_rate(self.update)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         total = torch.zeros_like(self._loss_sum)
@@ -171,8 +174,38 @@ class StageTrainer:
         self._loss_sum += total
         self._norm_sum += norm
         self.update += 1
+        self._watch_for_early_end(total)
         if self._ema is not None:
             self._ema.update(self.update)
+
+    def _watch_for_early_end(self, loss: Tensor) -> None:
+        rule = self.stage.early_end
+        if rule is None or self._plateau_at is not None:
+            return
+        self._window_sum += loss.to(self._window_sum)
+        if self.update % rule.window:
+            return
+        mean = self.accelerator.reduce(self._window_sum, "mean") / rule.window
+        self._window_losses.append(float(mean))
+        self._window_sum.zero_()
+        if rule.has_stopped_falling(self._window_losses):
+            self._plateau_at = self.update
+
+    @property
+    def last_update(self) -> int:
+        """Updates after which the stage ends, as far as is known now: its budget, or less once the loss has stopped
+        falling."""
+        rule = self.stage.early_end
+        if rule is None or self._plateau_at is None:
+            return self.stage.num_updates
+        return min(self.stage.num_updates, self._plateau_at + rule.window)
+
+    def learning_rate(self, update: int) -> float:
+        """The rate of update `update` (from 0): the stage's, falling to 0 after a plateau."""
+        rate = self.stage.learning_rate_at(update)
+        if self._plateau_at is None or update < self._plateau_at:
+            return rate
+        return rate * (1 - (update - self._plateau_at) / (self.last_update - self._plateau_at))
 
     def check_finite(self) -> None:
         """Passes if every loss and gradient norm so far was finite.
@@ -202,7 +235,7 @@ class StageTrainer:
             update=self.update,
             loss=float(self._loss_sum) / count,
             grad_norm=float(self._norm_sum) / count,
-            learning_rate=self.stage.learning_rate_at(max(0, self.update - 1)),
+            learning_rate=self.learning_rate(max(0, self.update - 1)),
             samples_per_second=count * self.stage.batch_size / max(elapsed, 1e-9),
             seconds=self._seconds,
         )
@@ -231,6 +264,12 @@ class StageTrainer:
         state: State = {"student": network.state_dict(), "optimizer": moments}
         if self._ema is not None:
             state["ema"] = self._ema.state_dict()
+        if self.stage.early_end is not None:
+            state["early_end"] = {
+                "window_losses": torch.tensor(self._window_losses, dtype=torch.float64),
+                "window_sum": self._window_sum.clone(),
+                "plateau_at": torch.tensor(-1 if self._plateau_at is None else self._plateau_at),
+            }
         return {part: {k: v.detach().cpu().contiguous() for k, v in d.items()} for part, d in state.items()}
 
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]], update: int, seconds: float) -> None:
@@ -246,6 +285,11 @@ class StageTrainer:
         self._optimizer.load_state_dict({"state": entries, "param_groups": groups})
         if self._ema is not None:
             self._ema.load_state_dict(state["ema"])
+        if self.stage.early_end is not None:
+            held = state["early_end"]
+            self._window_losses = held["window_losses"].tolist()
+            self._window_sum.copy_(held["window_sum"])
+            self._plateau_at = None if int(held["plateau_at"]) < 0 else int(held["plateau_at"])
         self.update, self._seconds, self._window_start = update, seconds, update
 
     def finish(self) -> NetworkDenoiser:

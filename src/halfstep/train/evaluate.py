@@ -26,6 +26,8 @@ from halfstep.metrics import (
 )
 from halfstep.registry import nearest
 from halfstep.runs.schema import Result
+from halfstep.samplers import DDIM, Ancestral, Sampler, samplers
+from halfstep.train.engine import NonFinite
 from halfstep.train.model import Model
 from halfstep.train.stop import StopSignal
 
@@ -142,7 +144,9 @@ def grid_image(pixels: np.ndarray, columns: int | None = None, gap: int = 1) -> 
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
-def _sampled(model: Model, num_steps: int, evaluation: Evaluation, stop: StopSignal | None) -> tuple[Tensor, float]:
+def _sampled(
+    model: Model, num_steps: int, sampler: Sampler, evaluation: Evaluation, stop: StopSignal | None
+) -> tuple[Tensor, float]:
     """Samples of the seeds 0, 1, ... and the seconds that sampling alone took."""
     seeds = list(range(evaluation.num_samples))
     chunks, seconds = [], 0.0
@@ -151,7 +155,7 @@ def _sampled(model: Model, num_steps: int, evaluation: Evaluation, stop: StopSig
             stop.check()
         part = seeds[first : first + evaluation.batch_size]
         start = time.perf_counter()
-        chunks.append(model.sample(part, num_steps, batch_size=len(part)))
+        chunks.append(model.sample(part, num_steps, sampler, batch_size=len(part)))
         seconds += time.perf_counter() - start
     return torch.cat(chunks), seconds
 
@@ -162,6 +166,7 @@ def measure(
     evaluation: Evaluation,
     reference: Reference,
     *,
+    sampler: Sampler | None = None,
     teacher_samples: Tensor | None = None,
     keep: Path | None = None,
     stop: StopSignal | None = None,
@@ -169,24 +174,27 @@ def measure(
     """The figures of a model at a number of steps, and its samples `[num_compared, *shape]` as they were measured.
 
     Args:
+        sampler: DDIM if None.
         teacher_samples: what to compare with from the same noise, at least `num_compared` rows; None for nothing.
         keep: a stage's folder whose samples/ takes the first `num_shown` samples.
 
     Raises:
         Interrupted: if `stop` was set.
-        ValueError: if a sample is not finite.
+        NonFinite: if a sample is not finite.
     """
-    x0, seconds = _sampled(model, num_steps, evaluation, stop)
+    method = DDIM() if sampler is None else sampler
+    x0, seconds = _sampled(model, num_steps, method, evaluation, stop)
     if not bool(torch.isfinite(x0).all()):
-        raise ValueError(f"sampling with {num_steps} steps gave values that are not finite: the model diverged")
+        raise NonFinite(f"sampling with {num_steps} steps gave values that are not finite: the model diverged")
     measured = from_uint8(to_uint8(x0)) if reference.is_image else x0
     features = reference.extractor.features(measured)
     compared = measured[: evaluation.num_compared]
     shown = x0[: evaluation.num_shown]
     result = Result(
-        sampler="ddim",
+        sampler=samplers.name_of(method),
+        gamma=method.gamma if isinstance(method, Ancestral) else None,
         num_steps=num_steps,
-        num_evals=num_steps,
+        num_evals=method.num_evals(num_steps),
         frechet=frechet_distance(reference.features, features),
         kid=kernel_distance(reference.features, features),
         teacher_rmse=None if teacher_samples is None else rmse(compared, teacher_samples[: len(compared)]),
@@ -194,6 +202,30 @@ def measure(
         samples=None if keep is None else keep_samples(keep, num_steps, shown, reference.is_image),
     )
     return result, compared
+
+
+def search_gamma(
+    model: Model,
+    num_steps: int,
+    evaluation: Evaluation,
+    reference: Reference,
+    *,
+    num_levels: int = 11,
+    stop: StopSignal | None = None,
+) -> list[Result]:
+    """The figures of ancestral sampling at `num_levels` levels of gamma from 0 to 1: the paper's tuned baseline is the
+    best of them, chosen anew for each number of steps.
+
+    Raises:
+        Interrupted: if `stop` was set.
+        ValueError: if there are fewer than 2 levels.
+    """
+    if num_levels < 2:
+        raise ValueError(f"a search over gamma needs at least 2 levels, from 0 to 1, got {num_levels}")
+    levels = [index / (num_levels - 1) for index in range(num_levels)]
+    return [
+        measure(model, num_steps, evaluation, reference, sampler=Ancestral(gamma), stop=stop)[0] for gamma in levels
+    ]
 
 
 def keep_samples(folder: Path, num_steps: int, x0: Tensor, is_image: bool) -> str:

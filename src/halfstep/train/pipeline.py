@@ -35,7 +35,7 @@ from halfstep.runs.schema import Result
 from halfstep.train.checkpoint import remove_checkpoints, resume, save_checkpoint
 from halfstep.train.engine import StageTrainer, Window, copy_denoiser, make_accelerator
 from halfstep.train.evaluate import Evaluation, Reference, measure
-from halfstep.train.model import Model, load, save_stage
+from halfstep.train.model import Model, drop_weights, load, save_stage
 from halfstep.train.stop import StopSignal
 
 
@@ -67,6 +67,9 @@ class RunSpec:
     log_every: int = 50
     checkpoint_updates: int = 5000
     checkpoint_minutes: float = 10.0
+    keep: tuple[int, ...] | None = None
+    """Students, by their steps, whose weights stay on disk; None for all. The first model of the chain and the last
+    always stay."""
     evaluation: Evaluation | None = None
     cache: Path | None = None
     """Where the feature classifier's weights are kept."""
@@ -197,30 +200,20 @@ def fresh_denoiser(spec: RunSpec) -> NetworkDenoiser:
     return NetworkDenoiser(network, spec.process, spec.prediction)
 
 
-def time_updates(spec: RunSpec, num_updates: int = 3) -> float:
-    """Seconds of one update of the plan's first stage on this machine: the fastest of a few, after one to warm up."""
-    parent = spec.teacher
-    stage = spec.plan.stages[0]
-    trainer = StageTrainer(
+def trainer_for(
+    spec: RunSpec, stage: Stage, stream: str, parent: Model | None, accelerator: Accelerator
+) -> StageTrainer:
+    """The trainer of a stage: of a fresh network, or of a copy of its parent."""
+    return StageTrainer(
         fresh_denoiser(spec) if parent is None else copy_denoiser(parent.denoiser),
         None if parent is None else parent.denoiser,
         stage,
         spec.batch,
         seed=spec.seed,
-        stream="timing",
-        accelerator=make_accelerator(spec.precision, spec.cpu),
+        stream=stream,
+        accelerator=accelerator,
         micro_batch=spec.micro_batch,
     )
-    times = []
-    start = time.perf_counter()
-    for update in trainer.run():
-        trainer.check_finite()
-        now = time.perf_counter()
-        times.append(now - start)
-        start = now
-        if update > num_updates:
-            break
-    return min(times[1:] or times)
 
 
 def run(spec: RunSpec, path: Path, stop: StopSignal | None = None) -> Iterator[Event]:
@@ -315,48 +308,54 @@ class _Runner:
     def run(self) -> Iterator[Event]:
         model: Model | None = None
         first = 0
+        stages: list[tuple[StageFolder, Stage | None]] = []
         if self.spec.teacher is not None:
             first = 1
-            stage_folder = self.folder.stage("00-teacher")
-            if not stage_folder.is_complete():
-                manifest = self.spec.teacher.manifest.model_copy(
-                    update={"stage": stage_folder.name, "start_steps": self.spec.start_steps}
-                )
-                save_stage(stage_folder, self.spec.teacher.denoiser, manifest)
-            model = load(stage_folder.path)
-            yield StageEnd(stage_folder.name, model.manifest.seconds, was_there=True)
-            yield from self._measured(stage_folder, model)
+            stages.append((self.folder.stage("00-teacher"), None))
         names = self.spec.plan.names(first)
-        for index, (name, stage) in enumerate(zip(names, self.spec.plan.stages, strict=True), start=first):
-            stage_folder = self.folder.stage(name)
-            was_there = stage_folder.is_complete()
-            if was_there:
-                remove_checkpoints(stage_folder)
+        stages += [(self.folder.stage(name), stage) for name, stage in zip(names, self.spec.plan.stages, strict=True)]
+        for index, (folder, stage) in enumerate(stages):
+            if folder.is_complete() and not (manifest := folder.manifest(verify=False)).weights_kept:
+                # It was measured and followed by another before its weights went.
+                drop_weights(folder)
+                yield StageEnd(folder.name, manifest.seconds, was_there=True)
+                continue
+            was_there = folder.is_complete() or stage is None
+            if folder.is_complete():
+                remove_checkpoints(folder)
+            elif stage is None:
+                self._keep_teacher(folder)
             else:
-                yield from self._trained(index, stage_folder, stage, model)
-            model = load(stage_folder.path)
-            yield StageEnd(name, model.manifest.seconds, was_there)
-            yield from self._measured(stage_folder, model)
+                yield from self._trained(index, folder, stage, model)
+            model = load(folder.path)
+            yield StageEnd(folder.name, model.manifest.seconds, was_there)
+            yield from self._measured(folder, model)
+            self._prune(stages[1:index])
+
+    def _keep_teacher(self, folder: StageFolder) -> None:
+        """The given teacher as the run's own first stage."""
+        teacher = self.spec.teacher
+        assert teacher is not None
+        manifest = teacher.manifest.model_copy(update={"stage": folder.name, "start_steps": self.spec.start_steps})
+        save_stage(folder, teacher.denoiser, manifest)
+
+    def _prune(self, students: list[tuple[StageFolder, Stage | None]]) -> None:
+        """Removes the weights of students that have been measured and followed, and were not asked to stay."""
+        keep = self.spec.keep
+        for folder, stage in students:
+            if keep is not None and stage is not None and stage.num_steps not in keep:
+                drop_weights(folder)
 
     def _trained(self, index: int, folder: StageFolder, stage: Stage, parent: Model | None) -> Iterator[Event]:
         spec = self.spec
-        trainer = StageTrainer(
-            fresh_denoiser(spec) if parent is None else copy_denoiser(parent.denoiser),
-            None if parent is None else parent.denoiser,
-            stage,
-            spec.batch,
-            seed=spec.seed,
-            stream=folder.name,
-            accelerator=self.accelerator,
-            micro_batch=spec.micro_batch,
-        )
+        trainer = trainer_for(spec, stage, folder.name, parent, self.accelerator)
         resumed = resume(trainer, folder, self._notices.append)
         yield from self._drain_notices()
         self.log.keep(lambda row: row.get("stage") != folder.name or row.get("update", 0) <= resumed)
         yield StageStart(folder.name, index, stage, resumed)
         saved_at = time.monotonic()
         for update in trainer.run():
-            done = update == stage.num_updates
+            done = update == trainer.last_update
             stopping = self.stop is not None and self.stop.number is not None
             due = (
                 update % spec.checkpoint_updates == 0
@@ -366,7 +365,7 @@ class _Runner:
             if update % spec.log_every == 0 or done or due:
                 window = trainer.window()
                 self._write_log(folder.name, window)
-                yield Progress(folder.name, stage.num_updates, window)
+                yield Progress(folder.name, trainer.last_update, window)
             if due and not done:
                 before = time.perf_counter()
                 save_checkpoint(trainer, folder)
@@ -375,8 +374,12 @@ class _Runner:
                 if self.stop is not None:
                     self.stop.check()
         trainer.check_finite()
+        if trainer.update < stage.num_updates:
+            yield Notice(
+                f"{folder.name} ended at update {trainer.update} of {stage.num_updates}: its loss had stopped falling"
+            )
         denoiser = trainer.finish()
-        save_stage(folder, denoiser, self._manifest(folder.name, stage, parent, denoiser, trainer.seconds))
+        save_stage(folder, denoiser, self._manifest(folder.name, stage, parent, trainer, denoiser))
         remove_checkpoints(folder)
 
     def _write_log(self, stage: str, window: Window) -> None:
@@ -395,7 +398,7 @@ class _Runner:
         )
 
     def _manifest(
-        self, name: str, stage: Stage, parent: Model | None, denoiser: NetworkDenoiser, seconds: float
+        self, name: str, stage: Stage, parent: Model | None, trainer: StageTrainer, denoiser: NetworkDenoiser
     ) -> Manifest:
         spec = self.spec
         return Manifest(
@@ -404,8 +407,8 @@ class _Runner:
             parent=None if parent is None else parent.manifest.stage,
             num_steps=stage.num_steps,
             start_steps=spec.start_steps,
-            num_updates=stage.num_updates,
-            seconds=round(seconds, 3),
+            num_updates=trainer.update,
+            seconds=round(trainer.seconds, 3),
             shape=spec.data.shape,
             num_classes=spec.num_classes,
             clip=spec.clip,

@@ -1,0 +1,131 @@
+"""`halfstep study`: the paper's tables and figures."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table as RichTable
+
+from halfstep.cli.arguments import UsageError, parse
+from halfstep.cli.display import duration
+from halfstep.recipes import Recipe, recipes
+from halfstep.registry import nearest
+from halfstep.studies import SCALES, Cell, Scale, Table, run_study, studies, write_study
+from halfstep.train import Event, Notice, StageStart, StopSignal
+
+
+@dataclass
+class StudyArguments:
+    """Run one of the paper's studies: a plan of runs that ends in a table and a figure. The same command goes on."""
+
+    name: tyro.conf.Positional[str]
+    """Study (see `halfstep ls studies`)."""
+    scale: Literal["smoke", "small", "paper"] = "smoke"
+    """smoke: digits, minutes on two CPU cores; small: Fashion-MNIST, hours on a GPU; paper: CIFAR-10 as published."""
+    recipe: str | None = None
+    """Another recipe for teacher and chain, such as imagenet64_paper."""
+    data: str | None = None
+    """Another source of the data, such as a folder."""
+    seeds: int | None = None
+    """Repetitions of what is trained several times; the scale's own by default."""
+    threads: int | None = None
+    """CPU threads of torch; its own choice by default."""
+    out: Path | None = None
+    """Folder that the studies of a scale share; studies/SCALE by default."""
+    dry_run: bool = False
+    """List the cells, and write nothing."""
+
+
+def study(argv: Sequence[str], console: Console) -> None:
+    """Runs a study and prints its table."""
+    arguments = parse(StudyArguments, argv, "halfstep study")
+    chosen = studies[arguments.name]()
+    scale = scale_of(arguments)
+    out = arguments.out or Path("studies") / scale.name
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    cells = chosen.cells(scale)
+    if arguments.dry_run:
+        console.print(f"{chosen.title}: {len(cells)} cells -> {out / arguments.name}", highlight=False)
+        for cell in cells:
+            console.print("  " + describe(cell), highlight=False, markup=False)
+        return
+    count = 0
+
+    def watch(event: Event) -> None:
+        if isinstance(event, StageStart):
+            console.print(f"  {event.name}: {event.stage.num_updates} updates", highlight=False, style="dim")
+        elif isinstance(event, Notice):
+            console.print(f"  [yellow]note:[/yellow] {escape(event.text)}", highlight=False)
+
+    def done(cell: Cell, figures: dict[str, object], was_there: bool) -> None:
+        nonlocal count
+        count += 1
+        shown = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items())
+        there = " (was there)" if was_there else ""
+        console.print(f"[{count}/{len(cells)}] {describe(cell)}: {shown}{there}", highlight=False, markup=False)
+
+    with StopSignal() as stop:
+        rows = run_study(chosen, scale, out, stop=stop, watch=watch, done=done)
+    path = write_study(chosen, scale, rows, out)
+    show_table(chosen.table(rows, scale), chosen.title, console)
+    seconds = duration(sum_seconds(path.parent))
+    console.print(f"{path}, {path.with_name('figure.png').name}; cells took {seconds}", highlight=False, soft_wrap=True)
+
+
+def sum_seconds(folder: Path) -> float:
+    """Time that the cells of a study took, over all its calls."""
+    from halfstep.runs import read_json
+
+    return float(read_json(folder / "study.json")["seconds"])
+
+
+def scale_of(arguments: StudyArguments) -> Scale:
+    """The scale, with what the command line sets otherwise.
+
+    Raises:
+        UsageError: if a number of seeds is below 1.
+        ValueError: if the recipe is unknown.
+    """
+    if arguments.scale not in SCALES:
+        raise UsageError(f"unknown scale {arguments.scale!r}{nearest(arguments.scale, SCALES)}")
+    scale = SCALES[arguments.scale]()
+    recipe, ablation = scale.recipe, scale.ablation
+    if arguments.recipe is not None:
+        other = recipes[arguments.recipe]()
+        # What the scale says of measuring stays; what is trained is the recipe's.
+        recipe = other.model_copy(update={"evaluation": recipe.evaluation})
+        ablation = recipe
+    if arguments.data is not None:
+        recipe, ablation = with_data(recipe, arguments.data), with_data(ablation, arguments.data)
+    seeds = scale.seeds if arguments.seeds is None else arguments.seeds
+    if seeds < 1:
+        raise UsageError(f"--seeds must be at least 1, got {seeds}")
+    return Scale(**{**vars(scale), "recipe": recipe, "ablation": ablation, "seeds": seeds})
+
+
+def with_data(recipe: Recipe, source: str) -> Recipe:
+    """The recipe on other data."""
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": source})})
+
+
+def describe(cell: Cell) -> str:
+    """The cell's axes in one line."""
+    return ", ".join(f"{key} {value}" for key, value in cell.axes.items())
+
+
+def show_table(table: Table, title: str, console: Console) -> None:
+    """The table on the terminal."""
+    shown = RichTable(title=title, title_justify="left")
+    for index, heading in enumerate(table.headings):
+        shown.add_column(escape(heading), justify="right" if index else "left")
+    for row in table.rows:
+        shown.add_row(*(escape(value) for value in row))
+    console.print(shown)
+    for note in table.notes:
+        console.print(escape(note), highlight=False)

@@ -1,0 +1,101 @@
+"""The figure of a study: panels of curves or of bars side by side, as PNG and SVG."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, final
+
+COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#444444")
+"""Okabe and Ito's, which the colour-blind can tell apart; each with a marker of its own."""
+MARKERS: Final = "osD^vPX*"
+
+
+@final
+@dataclass(frozen=True)
+class Series:
+    """A curve, or the bars of one colour."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    error: Sequence[float] | None = None
+    """Half the length of an error bar at each point."""
+    colour: int | None = None
+    """Number of its colour; its place among the series by default."""
+
+
+@final
+@dataclass(frozen=True)
+class Panel:
+    """Curves over a number, or bars over `categories`, whose x are then their indices."""
+
+    title: str
+    x_label: str
+    y_label: str
+    series: Sequence[Series]
+    categories: Sequence[str] = field(default=())
+    log_x: bool = True
+    log_y: bool = True
+
+
+def draw_panels(panels: Sequence[Panel], path: Path) -> None:
+    """Writes `path` with the suffixes .png and .svg; the same panels make the same files."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    settings = {
+        "svg.hashsalt": path.name,
+        "svg.fonttype": "none",
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "legend.frameon": False,
+        "grid.alpha": 0.3,
+    }
+    shown = [panel for panel in panels if any(len(series.x) for series in panel.series)]
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=(5.6 * max(1, len(shown)), 4.2), layout="constrained")
+        for index, panel in enumerate(shown):
+            _draw(figure.add_subplot(1, len(shown), index + 1), panel)
+        figure.savefig(path.with_suffix(".png"), dpi=120, metadata={"Software": None})
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
+
+
+def _draw(axes: Any, panel: Panel) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    bars = bool(panel.categories)
+    count = len(panel.series)
+    for index, series in enumerate(panel.series):
+        colour = COLOURS[(index if series.colour is None else series.colour) % len(COLOURS)]
+        if bars:
+            width = 0.8 / count
+            places = [x + (index - (count - 1) / 2) * width for x in series.x]
+            axes.bar(places, series.y, width, yerr=series.error, color=colour, label=series.label, capsize=2)
+        else:
+            marker = MARKERS[(index if series.colour is None else series.colour) % len(MARKERS)]
+            axes.errorbar(
+                series.x, series.y, yerr=series.error, color=colour, marker=marker, markersize=5, linewidth=1.6,
+                capsize=2, label=series.label,
+            )  # fmt: skip
+    if bars:
+        axes.set_xticks(range(len(panel.categories)), panel.categories, rotation=35, ha="right")
+    elif panel.log_x:
+        axes.set_xscale("log", base=2)
+        ticks = sorted({x for series in panel.series for x in series.x})
+        while len(ticks) > 11:
+            ticks = ticks[::2]
+        axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+        axes.minorticks_off()
+    if panel.log_y:
+        axes.set_yscale("log")
+        values = [y for series in panel.series for y in series.y if y > 0]
+        narrow = max(values) / min(values) < 1e3
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if narrow else (1.0,)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.grid(axis="y")
+    axes.set_title(panel.title, fontsize=11)
+    axes.set_xlabel(panel.x_label)
+    axes.set_ylabel(panel.y_label)
+    axes.legend(fontsize=9)

@@ -1,0 +1,90 @@
+"""What distillation costs, against the training of its teacher: updates, network calls, seconds."""
+
+from collections.abc import Sequence
+from typing import ClassVar, final
+
+from halfstep.report.study_figure import Panel, Series
+from halfstep.studies.base import Bench, Cell, Figures, Row, Study, Table, studies
+from halfstep.studies.published import COST
+from halfstep.studies.sampling import students_of
+from halfstep.studies.scales import Scale
+from halfstep.studies.show import figure_of, number
+from halfstep.train.cost import update_cost
+
+TEACHER = "base training"
+
+
+def _cell(scale: Scale, part: str, end: int | None) -> Cell:
+    def work(bench: Bench) -> Figures:
+        if end is None:
+            manifest = bench.run("teacher", scale.recipe, what="teacher").stages()[0].manifest(verify=False)
+            cost = update_cost(scale.recipe.teacher_plan().stages[0])
+            updates, seconds = manifest.num_updates, manifest.seconds
+            return {"updates": updates, "forward_passes": updates * cost, "seconds": seconds}
+        plan = {stage.num_steps: stage for stage in scale.recipe.chain_plan().stages}
+        folder = bench.chain_from_teacher("chain", scale.recipe)
+        done = [stage.manifest(verify=False) for stage in folder.stages()[1:]]
+        done = [manifest for manifest in done if manifest.num_steps is not None and manifest.num_steps >= end]
+        return {
+            "updates": sum(manifest.num_updates for manifest in done),
+            "forward_passes": sum(manifest.num_updates * update_cost(plan[manifest.num_steps]) for manifest in done),
+            "seconds": sum(manifest.seconds for manifest in done),
+        }
+
+    return Cell({"part": part}, work)
+
+
+def _parts(scale: Scale) -> dict[str, int | None]:
+    students = students_of(scale)
+    ends = sorted({min((n for n in students if n >= 4), default=students[-1]), students[-1]}, reverse=True)
+    return {TEACHER: None} | {f"distillation to {end}": end for end in ends}
+
+
+@final
+@studies.register("cost")
+class Cost(Study):
+    """Distillation against base training in updates, network calls and seconds: a claim of the paper's section 5.2."""
+
+    title: ClassVar[str] = "What distillation costs"
+    question: ClassVar[str] = "Does distilling to four steps cost no more than training the teacher?"
+
+    def cells(self, scale: Scale) -> list[Cell]:
+        return [_cell(scale, part, end) for part, end in _parts(scale).items()]
+
+    def table(self, rows: Sequence[Row], scale: Scale) -> Table:
+        lines = []
+        base = {name: figure_of(rows, name, part=TEACHER) for name in ("updates", "forward_passes", "seconds")}
+        for part in _parts(scale):
+            line = [f"ours: {part}"]
+            for name, whole in base.items():
+                value = figure_of(rows, name, part=part)
+                share = "" if not whole or value is None or part == TEACHER else f" ({value / whole:.2f})"
+                line.append(f"{number(value)}{share}")
+            lines.append(line)
+        for data, (train, to_4, to_1) in COST.items():
+            lines.append([f"paper, {data}: {TEACHER}", f"{train:,}", "–", "–"])
+            lines.append([f"paper, {data}: distillation to 4", f"{to_4:,} ({to_4 / train:.2f})", "–", "–"])
+            lines.append([f"paper, {data}: distillation to 1", f"{to_1:,} ({to_1 / train:.2f})", "–", "–"])
+        notes = (
+            "In brackets: the share of base training. Network calls count samples through the network, a backward "
+            f"pass as two and the teacher's steps as one each. Recipe `{scale.recipe.name}`; the share is a choice of "
+            "the recipe, which names the updates of both. The paper's claim is the second line of each data set.",
+        )
+        return Table(("part", "updates", "network calls", "seconds"), lines, notes)
+
+    def panels(self, rows: Sequence[Row], scale: Scale) -> list[Panel]:
+        parts = list(_parts(scale))
+        series = []
+        for name, label in (("updates", "updates"), ("forward_passes", "network calls"), ("seconds", "seconds")):
+            whole = figure_of(rows, name, part=TEACHER)
+            values = [figure_of(rows, name, part=part) for part in parts]
+            if whole and all(value is not None for value in values):
+                shares = [(value or 0.0) / whole for value in values]
+                series.append(Series(label, [float(i) for i in range(len(parts))], shares))
+        places = [float(i) for i in range(3)]
+        theirs = [Series(data, places, [1.0, to_4 / train, to_1 / train]) for data, (train, to_4, to_1) in COST.items()]
+        labels = [TEACHER, "to 4", "to 1"]
+        return [
+            Panel("ours", "", "share of base training", series, parts, log_y=False),
+            Panel("the paper, updates", "", "share of base training", theirs, labels, log_y=False),
+        ]

@@ -1,0 +1,203 @@
+"""Table 2, figures 4 and 6: the students of one chain against samplers of its undistilled teacher."""
+
+from collections.abc import Sequence
+from typing import ClassVar, final
+
+from halfstep.report.study_figure import Panel, Series
+from halfstep.samplers import samplers
+from halfstep.studies.base import Bench, Cell, Figures, Row, Study, Table, studies
+from halfstep.studies.published import FIGURE_4, TABLE_2
+from halfstep.studies.scales import Scale
+from halfstep.studies.show import NAMES, figure_of, number
+
+STEPS_LABEL = "sampler steps"
+
+
+def _measured(bench: Bench, method: str, num_steps: int) -> Figures:
+    """The distance of a method, of the students or of the undistilled teacher, at a number of steps."""
+    if method == "student":
+        result = bench.measured(bench.chain()[num_steps], num_steps)
+    elif method == "ancestral":
+        result = bench.tuned(bench.teacher(), num_steps)
+    elif method == "student, ancestral":
+        result = bench.tuned(bench.chain()[num_steps], num_steps)
+    else:
+        result = bench.measured(bench.teacher(), num_steps, samplers[method]())
+    return {
+        "distance": result.frechet,
+        "kid": result.kid,
+        "gamma": result.gamma,
+        "steps": result.num_steps,
+        "evals": result.num_evals,
+        "seconds_per_1000": result.seconds_per_1000,
+    }
+
+
+def _cell(method: str, axis: str, value: int, num_steps: int) -> Cell:
+    return Cell({"method": method, axis: value}, lambda bench: _measured(bench, method, num_steps))
+
+
+def students_of(scale: Scale) -> list[int]:
+    """Steps of the students of the scale's chain, the most first."""
+    return [stage.num_steps for stage in scale.recipe.chain_plan().stages if stage.num_steps is not None]
+
+
+def most_steps(method: str, num_evals: int) -> int:
+    """The most steps that a sampler takes with so many network calls, 0 if it cannot take one."""
+    kind = samplers[method]()
+    steps = 0
+    while kind.num_evals(steps + 1) <= num_evals:
+        steps += 1
+    return steps
+
+
+def _curves(rows: Sequence[Row], methods: Sequence[str], x_name: str, names: dict[str, str]) -> list[Series]:
+    curves = []
+    for method in methods:
+        found = [row for row in rows if row.axes["method"] == method and "distance" in row.figures]
+        points = sorted((float(row.figures[x_name]), float(row.figures["distance"])) for row in found)
+        curves.append(Series(names[method], [x for x, _ in points], [y for _, y in points]))
+    return curves
+
+
+def _protocol(scale: Scale) -> str:
+    return (
+        f"Ours: Frechet distance of {scale.recipe.evaluation.num_samples:,} samples, recipe `{scale.recipe.name}`; "
+        f"ancestral at the best of {scale.gamma_levels} levels of gamma, chosen for each number of steps."
+    )
+
+
+@final
+@studies.register("table2")
+class Table2(Study):
+    """Students against fast samplers of the teacher at equal network calls: the paper's table 2."""
+
+    title: ClassVar[str] = "Table 2: fast samplers at equal network calls"
+    question: ClassVar[str] = "What does distillation buy beyond the best samplers of the undistilled teacher?"
+    methods: ClassVar[tuple[str, ...]] = ("student", "ddim", "ancestral", "heun", "dpmpp_2m")
+
+    def cells(self, scale: Scale) -> list[Cell]:
+        cells = []
+        for evals in sorted(students_of(scale)):
+            for method in self.methods:
+                kind = method if method in samplers else "ddim"
+                cells.append(_cell(method, "evals", evals, most_steps(kind, evals)))
+        return cells
+
+    def table(self, rows: Sequence[Row], scale: Scale) -> Table:
+        evals = sorted({row.axes["evals"] for row in rows})
+        lines = []
+        for method in self.methods:
+            line = [NAMES[method]]
+            for count in evals:
+                used = figure_of(rows, "evals", method=method, evals=count)
+                shown = number(figure_of(rows, "distance", method=method, evals=count))
+                line.append(shown if used in (None, count) else f"{shown} ({used:g})")
+            lines.append(line)
+        for method, published in TABLE_2.items():
+            others = ", ".join(f"{value:.2f} at {n}" for n, value in published.items() if n not in evals)
+            line = [f"paper: {NAMES.get(method, method)}" + (f" ({others})" if others else "")]
+            lines.append(line + [f"{published[n]:.2f}" if n in published else "–" for n in evals])
+        notes = (
+            _protocol(scale) + " A number in brackets: network calls that were really used, for methods that cannot "
+            "use exactly so many. The paper's: FID on CIFAR-10; not comparable with ours, number for number.",
+        )
+        return Table(("network calls", *map(str, evals)), lines, notes)
+
+    def panels(self, rows: Sequence[Row], scale: Scale) -> list[Panel]:
+        theirs = [
+            Series(NAMES.get(name, name), [float(x) for x in points], list(points.values()))
+            for name, points in TABLE_2.items()
+        ]
+        return [
+            Panel("ours", "network calls", "Frechet distance", _curves(rows, self.methods, "evals", NAMES)),
+            Panel("the paper, CIFAR-10", "network calls", "FID", theirs),
+        ]
+
+
+@final
+@studies.register("steps")
+class Steps(Study):
+    """Quality against steps of students, DDIM and tuned ancestral sampling: the paper's figure 4."""
+
+    title: ClassVar[str] = "Figure 4: quality against steps"
+    question: ClassVar[str] = "Down to how many steps do students keep the teacher's quality?"
+    methods: ClassVar[tuple[str, ...]] = ("student", "ddim", "ancestral")
+
+    def cells(self, scale: Scale) -> list[Cell]:
+        cells = [_cell("student", "steps", steps, steps) for steps in students_of(scale)]
+        return cells + [
+            _cell(method, "steps", steps, steps) for method in ("ddim", "ancestral") for steps in scale.steps[::-1]
+        ]
+
+    def table(self, rows: Sequence[Row], scale: Scale) -> Table:
+        steps = sorted({row.axes["steps"] for row in rows} | set(scale.steps))
+        lines = []
+        for count in steps:
+            line = [str(count)]
+            for method in self.methods:
+                gamma = figure_of(rows, "gamma", method=method, steps=count)
+                shown = number(figure_of(rows, "distance", method=method, steps=count))
+                line.append(shown if gamma is None else f"{shown} (gamma {gamma:g})")
+            for published in FIGURE_4.values():
+                line += [number(published[method].get(count)) for method in self.methods]
+            lines.append(line)
+        headings = ["steps", *(NAMES[method] for method in self.methods)]
+        headings += [f"{data}: {NAMES[method]}" for data in FIGURE_4 for method in self.methods]
+        notes = (
+            _protocol(scale) + " The paper's: FID, read off its figure to 0.5 %; a dash where it lies above 20 or is "
+            "not known. Its LSUN curves are not known in numbers.",
+        )
+        return Table(headings, lines, notes)
+
+    def panels(self, rows: Sequence[Row], scale: Scale) -> list[Panel]:
+        ours = Panel("ours", STEPS_LABEL, "Frechet distance", _curves(rows, self.methods, "steps", NAMES))
+        theirs = [
+            Panel(
+                f"the paper, {data}",
+                STEPS_LABEL,
+                "FID",
+                [
+                    Series(NAMES[method], [float(x) for x in points], list(points.values()))
+                    for method, points in published.items()
+                ],
+            )
+            for data, published in FIGURE_4.items()
+        ]
+        return [ours, *theirs]
+
+
+@final
+@studies.register("stochastic")
+class Stochastic(Study):
+    """Ancestral sampling of distilled students: the paper's figure 6."""
+
+    title: ClassVar[str] = "Figure 6: stochastic sampling from distilled students"
+    question: ClassVar[str] = "Does noise help a student as it helps its teacher?"
+    methods: ClassVar[tuple[str, ...]] = ("student", "student, ancestral", "ancestral")
+    names: ClassVar[dict[str, str]] = {
+        "student": "distilled, DDIM",
+        "student, ancestral": "distilled, ancestral",
+        "ancestral": "undistilled, ancestral",
+    }
+
+    def cells(self, scale: Scale) -> list[Cell]:
+        return [_cell(method, "steps", steps, steps) for steps in students_of(scale) for method in self.methods]
+
+    def table(self, rows: Sequence[Row], scale: Scale) -> Table:
+        lines = []
+        for count in sorted({row.axes["steps"] for row in rows}):
+            line = [str(count)]
+            for method in self.methods:
+                gamma = figure_of(rows, "gamma", method=method, steps=count)
+                shown = number(figure_of(rows, "distance", method=method, steps=count))
+                line.append(shown if gamma is None else f"{shown} (gamma {gamma:g})")
+            lines.append(line)
+        notes = (
+            _protocol(scale) + " At one step there is no noise to add, and a student's two samplers are one. The "
+            "numbers of the paper's figure 6 (ImageNet 64x64) are not known, so none are shown.",
+        )
+        return Table(("steps", *(self.names[method] for method in self.methods)), lines, notes)
+
+    def panels(self, rows: Sequence[Row], scale: Scale) -> list[Panel]:
+        return [Panel("ours", STEPS_LABEL, "Frechet distance", _curves(rows, self.methods, "steps", self.names))]

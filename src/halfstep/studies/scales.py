@@ -1,0 +1,108 @@
+"""The three sizes of every study: what is trained, how often, and how it is measured."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, final
+
+from halfstep.recipes import EvaluationConfig, Recipe, TeacherConfig, recipes
+
+
+@final
+@dataclass(frozen=True)
+class Scale:
+    """The settings of all studies at one size."""
+
+    name: str
+    recipe: Recipe
+    """Of the teacher and the chain that the studies share, and of the protocol by which all is measured."""
+    ablation: Recipe
+    """Of the teachers of table 1, before prediction, weighting and seed are set."""
+    seeds: int
+    """Repetitions of what is trained several times."""
+    gamma_levels: int
+    """Levels of the search over the variance of ancestral sampling."""
+    ablation_gamma_levels: int
+    """The same in table 1, whose cells are many."""
+    steps: tuple[int, ...]
+    """Sampler steps at which methods are compared."""
+    ablation_steps: int
+    """Sampler steps of table 1."""
+    updates: tuple[int, ...]
+    """Updates of a stage in the study of schedules."""
+    rates: tuple[float, ...]
+    """Learning rates of which the best is taken there."""
+    factors: tuple[int, ...] = (2, 4)
+    """Teacher steps that a student's step replaces there."""
+
+    def as_data(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            **vars(self),
+            "recipe": self.recipe.model_dump(mode="json"),
+            "ablation": self.ablation.model_dump(mode="json"),
+        }
+
+
+def smoke() -> Scale:
+    """Digits, minutes on two CPU cores: shows that all runs, and what shows at this size."""
+    recipe = recipes["digits"]()
+    recipe = recipe.model_copy(
+        update={"evaluation": EvaluationConfig(num_samples=1000, num_reference=1797, batch_size=500)}
+    )
+    teacher = TeacherConfig(
+        num_updates=700, batch_size=64, learning_rate=2e-3, anneal=True, warmup_updates=20, adam_betas=(0.9, 0.99),
+        ema_decay=0.98,
+    )  # fmt: skip
+    network = recipe.network.model_copy(update={"block_out_channels": (24, 48)})
+    return Scale(
+        name="smoke",
+        recipe=recipe,
+        ablation=recipe.model_copy(update={"teacher": teacher, "network": network}),
+        seeds=2,
+        gamma_levels=6,
+        ablation_gamma_levels=3,
+        steps=(1, 2, 4, 8, 16, 32, 64),
+        ablation_steps=32,
+        updates=(50, 100, 200),
+        rates=(3e-4, 1e-3),
+    )
+
+
+def small() -> Scale:
+    """Fashion-MNIST, hours on one GPU; `--data FOLDER` where the Hub is out of reach."""
+    recipe = recipes["fashion_mnist"]()
+    recipe = recipe.model_copy(
+        update={"evaluation": EvaluationConfig(num_samples=5000, num_reference=10_000, batch_size=1000)}
+    )
+    return Scale(
+        name="small",
+        recipe=recipe,
+        ablation=recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"num_updates": 10_000})}),
+        seeds=3,
+        gamma_levels=11,
+        ablation_gamma_levels=11,
+        steps=(1, 2, 4, 8, 16, 32, 64, 128, 256),
+        ablation_steps=128,
+        updates=(500, 1000, 2500, 5000),
+        rates=(5e-5, 1e-4, 2e-4, 3e-4),
+    )
+
+
+def paper() -> Scale:
+    """CIFAR-10 as in the paper, weeks on one GPU."""
+    recipe = recipes["cifar10_paper"]()
+    return Scale(
+        name="paper",
+        recipe=recipe,
+        ablation=recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"num_updates": 2_000_000})}),
+        seeds=4,
+        gamma_levels=11,
+        ablation_gamma_levels=11,
+        steps=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
+        ablation_steps=1024,
+        updates=(5000, 10_000, 25_000, 50_000),
+        rates=(5e-5, 1e-4, 2e-4, 3e-4),
+    )
+
+
+SCALES: Final[dict[str, Callable[[], Scale]]] = {"smoke": smoke, "small": small, "paper": paper}

@@ -1,0 +1,124 @@
+"""The schedules of appendix E: how many updates a stage needs, and whether halving may be quartering."""
+
+import statistics
+from collections.abc import Sequence
+from typing import ClassVar, final
+
+from halfstep.report.study_figure import Panel, Series
+from halfstep.studies.base import Bench, Cell, Figures, Row, Study, Table, studies
+from halfstep.studies.scales import Scale
+from halfstep.studies.show import number, spread, where
+from halfstep.train import load
+from halfstep.train.cost import update_cost
+
+
+def students_by(start: int, factor: int) -> tuple[int, ...]:
+    """The students' steps from `start` down to 1, each stage dividing by `factor`, the last by what is left."""
+    steps = [start]
+    while steps[-1] > 1:
+        steps.append(steps[-1] // factor if steps[-1] % factor == 0 else 1)
+    return tuple(steps[1:])
+
+
+def shown(scale: Scale) -> list[int]:
+    """Students of few steps that the chain of every factor passes, the most steps first: those that are measured."""
+    chains = [set(students_by(scale.recipe.chain.start_steps, factor)) for factor in scale.factors]
+    return sorted((steps for steps in set.intersection(*chains) if steps <= 16), reverse=True)
+
+
+def _cell(scale: Scale, factor: int, updates: int, rate: float, seed: int) -> Cell:
+    # Only the exceptions of the paper: twice the updates at 2 steps and at 1, and one rate for all.
+    chain = scale.recipe.chain.model_copy(
+        update={
+            "factor": 2,
+            "students": students_by(scale.recipe.chain.start_steps, factor),
+            "num_updates": updates,
+            "updates_at": None,
+            "learning_rate": rate,
+            "learning_rate_at": None,
+            "warmup_updates": min(scale.recipe.chain.warmup_updates, updates),
+            "keep": tuple(shown(scale)),
+        }
+    )
+    recipe = scale.recipe.model_copy(update={"chain": chain, "seed": seed})
+
+    def work(bench: Bench) -> Figures:
+        name = f"schedule-{factor}-{updates}-{rate:g}-{seed}"
+        folder = bench.chain_from_teacher(name, recipe)
+        figures: Figures = {"updates": sum(stage.num_updates for stage in recipe.chain_plan().stages)}
+        figures["forward_passes"] = sum(s.num_updates * update_cost(s) for s in recipe.chain_plan().stages)
+        for stage in folder.stages()[1:]:
+            steps = stage.manifest(verify=False).num_steps
+            if steps in shown(scale):
+                figures[f"at {steps}"] = bench.measured(load(stage.path, bench.device), steps).frechet
+        return figures
+
+    return Cell({"factor": factor, "updates": updates, "rate": rate, "seed": seed}, work)
+
+
+def _best(rows: Sequence[Row], steps: int, **axes: object) -> tuple[float | None, list[float]]:
+    """The learning rate whose mean distance is the least, and its distances over the seeds."""
+    best: tuple[float | None, list[float]] = (None, [])
+    found = where(rows, **axes)
+    for rate in sorted({float(row.axes["rate"]) for row in found}):
+        values = [float(r.figures[f"at {steps}"]) for r in where(found, rate=rate) if f"at {steps}" in r.figures]
+        if values and (not best[1] or statistics.fmean(values) < statistics.fmean(best[1])):
+            best = rate, values
+    return best
+
+
+@final
+@studies.register("schedules")
+class Schedules(Study):
+    """Updates a stage, factor 2 and 4, learning rates, over seeds: the paper's fast schedules."""
+
+    title: ClassVar[str] = "Fast schedules: updates a stage, and factor 2 or 4"
+    question: ClassVar[str] = "How many updates does a stage need, and may it quarter the steps?"
+
+    def cells(self, scale: Scale) -> list[Cell]:
+        return [
+            _cell(scale, factor, updates, rate, seed)
+            for seed in range(scale.seeds)
+            for rate in scale.rates
+            for updates in scale.updates
+            for factor in scale.factors
+        ]
+
+    def table(self, rows: Sequence[Row], scale: Scale) -> Table:
+        lines = []
+        for factor in scale.factors:
+            for updates in scale.updates:
+                found = where(rows, factor=factor, updates=updates)
+                total = next((row.figures["updates"] for row in found if "updates" in row.figures), None)
+                line = [f"{factor}, {updates:,}", number(total)]
+                for steps in shown(scale):
+                    rate, values = _best(rows, steps, factor=factor, updates=updates)
+                    line.append(spread(values) + (f" (rate {rate:g})" if rate else ""))
+                lines.append(line)
+        notes = (
+            f"Frechet distance of {scale.recipe.evaluation.num_samples:,} samples, recipe `{scale.recipe.name}`, chain "
+            f"from {scale.recipe.chain.start_steps} steps to 1, mean ± standard deviation over {scale.seeds} seeds at "
+            f"the best of the rates {', '.join(f'{rate:g}' for rate in scale.rates)}, chosen for each entry. Updates "
+            "are doubled at 2 steps and at 1. The numbers of the paper's ablation are not known, so none are shown.",
+        )
+        return Table(
+            ("factor, updates a stage", "updates in all", *(f"student at {n}" for n in shown(scale))), lines, notes
+        )
+
+    def panels(self, rows: Sequence[Row], scale: Scale) -> list[Panel]:
+        panels = []
+        for steps in shown(scale)[-2:]:
+            curves = []
+            for factor in scale.factors:
+                points = [
+                    (float(row[0].figures["updates"]), _best(rows, steps, factor=factor, updates=updates)[1])
+                    for updates in scale.updates
+                    if (row := where(rows, factor=factor, updates=updates)) and "updates" in row[0].figures
+                ]
+                points = [(x, values) for x, values in points if values]
+                errors = [statistics.stdev(v) if len(v) > 1 else 0.0 for _, v in points]
+                curves.append(
+                    Series(f"factor {factor}", [x for x, _ in points], [statistics.fmean(v) for _, v in points], errors)
+                )
+            panels.append(Panel(f"ours, student at {steps}", "updates of the whole chain", "Frechet distance", curves))
+        return panels

@@ -1,0 +1,125 @@
+"""What a run will cost: arithmetic and memory of an update, counted and not run, and time, from a measured rate."""
+
+import dataclasses
+import time
+from typing import NamedTuple, final
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from halfstep.objectives import Halving, Stage
+from halfstep.train.engine import make_accelerator
+from halfstep.train.pipeline import RunSpec, trainer_for
+
+FLOPS_OF_A_TRIAL = 1e11
+"""Arithmetic of an update that is timed: seconds on a CPU, moments on a GPU."""
+
+
+def update_cost(stage: Stage) -> float:
+    """Cost of an update in forward passes of one sample: a backward pass counts as two."""
+    teacher = stage.objective.num_teacher_steps if isinstance(stage.objective, Halving) else 0
+    return (3.0 + teacher) * stage.batch_size
+
+
+@final
+class Forward(NamedTuple):
+    """One forward pass of the network on one sample, in float32."""
+
+    parameters: int
+    flops: int
+    """Multiplications and additions."""
+    saved_bytes: int
+    """What autograd keeps for the backward pass, beside the parameters."""
+
+
+def count_forward(spec: RunSpec) -> Forward:
+    """Counts a forward pass on the meta device: nothing is computed and no memory taken.
+
+    Raises:
+        ValueError: if the spec has neither network nor teacher.
+    """
+    with torch.device("meta"):
+        if spec.network is not None:
+            network: torch.nn.Module = spec.network()
+        elif spec.teacher is not None:
+            from halfstep.nets import build_network
+
+            network = build_network(spec.teacher.manifest.network)
+        else:
+            raise ValueError("the plan's first stage needs a network or a teacher, and there is neither")
+        x_t, t = torch.empty(1, *spec.data.shape), torch.empty(1)
+        cond = {"class_labels": torch.empty(1, dtype=torch.int64)} if spec.num_classes else {}
+    own = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()._cdata
+        if storage not in own:
+            # Held until the end, so that no later storage takes its number.
+            kept[storage] = tensor
+        return tensor
+
+    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        network(x_t, t, **cond)
+    return Forward(
+        parameters=sum(parameter.numel() for parameter in network.parameters()),
+        flops=int(counter.get_total_flops()),
+        saved_bytes=sum(tensor.untyped_storage().nbytes() for tensor in kept.values()),
+    )
+
+
+@final
+class Memory(NamedTuple):
+    """Bytes of an update of one stage on one device, in float32; bfloat16 autocast about halves the activations."""
+
+    states: int
+    """Weights, gradients, AdamW's two moments, the moving average if there is one, and the teacher."""
+    activations: int
+    """What the backward pass of one micro batch needs."""
+
+
+def memory_of_update(stage: Stage, forward: Forward, micro_batch: int | None) -> Memory:
+    """Counted, not measured: an allocator and convolution workspaces come on top."""
+    copies = 4 + (stage.ema_decay > 0) + stage.objective.needs_teacher
+    samples = min(micro_batch or stage.batch_size, stage.batch_size)
+    return Memory(copies * 4 * forward.parameters, samples * forward.saved_bytes)
+
+
+@final
+class Rate(NamedTuple):
+    """Seconds of an update of a plan's first stage on this machine."""
+
+    seconds: float
+    batch_size: int
+    """The largest batch that was timed; the time of a larger one is extrapolated from it and one of half the size."""
+
+
+def time_updates(spec: RunSpec, forward: Forward) -> Rate:
+    """The seconds of an update of the plan's first stage: timed, or extrapolated where that would take minutes."""
+    stage = spec.plan.stages[0]
+    per_sample = update_cost(stage) / stage.batch_size * max(1, forward.flops)
+    trial = max(1, min(stage.batch_size, int(FLOPS_OF_A_TRIAL / per_sample)))
+    if trial == stage.batch_size:
+        return Rate(_seconds(spec, stage), trial)
+    small = _seconds(spec, dataclasses.replace(stage, batch_size=trial))
+    large = _seconds(spec, dataclasses.replace(stage, batch_size=2 * trial))
+    # An update costs something of its own (the optimiser) and something for each sample.
+    each = max(0.0, large - small) / trial
+    return Rate(large + each * (stage.batch_size - 2 * trial), 2 * trial)
+
+
+def _seconds(spec: RunSpec, stage: Stage, num_updates: int = 3) -> float:
+    """The fastest of a few updates, after one to warm up."""
+    accelerator = make_accelerator(spec.precision, spec.cpu)
+    trainer = trainer_for(spec, stage, "timing", spec.teacher, accelerator)
+    times = []
+    start = time.perf_counter()
+    for update in trainer.run():
+        trainer.check_finite()
+        now = time.perf_counter()
+        times.append(now - start)
+        start = now
+        if update > num_updates or (update > 1 and sum(times) > 30):
+            break
+    return min(times[1:] or times)

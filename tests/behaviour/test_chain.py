@@ -1,0 +1,160 @@
+"""Chains of other factors, stages that end early, and weights that are not kept, in whole runs."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from halfstep.core.denoiser import NetworkDenoiser
+from halfstep.core.noise import VPCosine
+from halfstep.core.prediction import V
+from halfstep.nets import MLP
+from halfstep.objectives import EarlyEnd, Halving, Plan
+from halfstep.runs import RunFolder, read_log
+from halfstep.samplers import sample
+from halfstep.train import Progress, distill, load, run
+from halfstep.train.distill import as_batches
+from halfstep.train.engine import StageTrainer, make_accelerator
+from toys import finish, toy_plan, toy_spec, weights
+
+STUDENTS = ("01-halve-0008", "02-halve-0004", "03-halve-0002", "04-halve-0001")
+
+
+def _long(**changes: object) -> Plan:
+    """A teacher and four students, each of few updates."""
+    teacher = toy_plan(teacher_updates=10).stages[:1]
+    students = Plan.halvings(16, 1, num_updates=6, batch_size=16, learning_rate=1e-3, updates_at={}).stages
+    return Plan(teacher + tuple(dataclasses.replace(stage, **changes) for stage in students))  # type: ignore[arg-type]
+
+
+def _weights_there(path: Path) -> set[str]:
+    return set(weights(path))
+
+
+@pytest.fixture(scope="module")
+def uncut(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("uncut") / "run"
+    finish(toy_spec(plan=_long(), start_steps=16), path)
+    return path
+
+
+def test_a_chain_of_uneven_factors_trains_each_student_on_its_own_number_of_teacher_steps(tmp_path: Path) -> None:
+    chain = Plan.halvings(24, students=(8, 4, 1), num_updates=4, batch_size=16, learning_rate=1e-3, updates_at={})
+    assert [s.objective.num_teacher_steps for s in chain.stages if isinstance(s.objective, Halving)] == [3, 2, 4]
+    plan = Plan(toy_plan(teacher_updates=5).stages[:1]) + chain
+    finish(toy_spec(plan=plan, start_steps=24), tmp_path / "run")
+    stages = RunFolder(tmp_path / "run").stages()
+    assert [stage.name for stage in stages] == ["00-denoise", "01-halve-0008", "02-halve-0004", "03-halve-0001"]
+    assert [stage.manifest().parent for stage in stages] == [None, *(stage.name for stage in stages[:-1])]
+
+
+@pytest.mark.parametrize("keep", [(), (4,), (8, 2)])
+def test_only_the_weights_that_were_asked_for_stay_with_the_teacher_and_the_last_student(
+    tmp_path: Path, uncut: Path, keep: tuple[int, ...]
+) -> None:
+    path = tmp_path / "run"
+    finish(toy_spec(plan=_long(), start_steps=16, keep=keep), path)
+    wanted = {f"{n:04d}" for n in (*keep, 1)}
+    kept = {"00-denoise"} | {name for name in STUDENTS if name[-4:] in wanted}
+    assert _weights_there(path) == kept
+    assert {name: data for name, data in weights(uncut).items() if name in kept} == weights(path)
+    # Manifests and figures of all stay.
+    assert [stage.name for stage in RunFolder(path).stages()] == ["00-denoise", *STUDENTS]
+    for name in set(STUDENTS) - kept:
+        with pytest.raises(ValueError, match=r"has no weights any more.*load another stage"):
+            load(path / "stages" / name)
+    assert load(path).num_steps == 1
+
+
+@pytest.mark.parametrize("stage", STUDENTS)
+def test_a_run_that_keeps_few_weights_goes_on_after_a_cut_anywhere(tmp_path: Path, uncut: Path, stage: str) -> None:
+    path = tmp_path / "run"
+    spec = toy_spec(plan=_long(), start_steps=16, keep=(), log_every=1, checkpoint_updates=2)
+    events = run(spec, path)
+    for event in events:
+        if isinstance(event, Progress) and event.name == stage and event.window.update == 3:
+            break
+    events.close()  # type: ignore[attr-defined]
+    finish(spec, path)
+    finish(spec, path)
+    assert weights(path) == {name: weights(uncut)[name] for name in ("00-denoise", "04-halve-0001")}
+
+
+def test_a_cut_between_manifest_and_weights_is_made_good(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    spec = toy_spec(plan=_long(), start_steps=16, keep=())
+    finish(dataclasses.replace(spec, keep=None), path)
+    file = path / "stages" / STUDENTS[1] / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"weights_kept": False, "files": {}}))
+    finish(spec, path)
+    assert _weights_there(path) == {"00-denoise", "04-halve-0001"}
+
+
+RULE = EarlyEnd(window=5, patience=2, min_drop=0.5)
+
+
+def _early() -> Plan:
+    """The toy plan with students that may end early."""
+    teacher, *students = toy_plan().stages
+    return Plan((teacher, *(dataclasses.replace(stage, num_updates=60, early_end=RULE) for stage in students)))
+
+
+def test_a_stage_whose_loss_has_stopped_falling_ends_by_its_rule(tmp_path: Path) -> None:
+    """The rule is run again over the losses of the log: same end, same falling rate, said in a notice."""
+    notices = finish(toy_spec(plan=_early(), log_every=1), tmp_path / "run")
+    for stage in RunFolder(tmp_path / "run").stages()[1:]:
+        rows = [row for row in read_log(tmp_path / "run" / "log.jsonl") if row["stage"] == stage.name]
+        losses = [float(row["loss"]) for row in rows]
+        means = [sum(losses[i : i + 5]) / 5 for i in range(0, len(losses), 5)]
+        plateau = next(k for k in range(1, len(means) + 1) if RULE.has_stopped_falling(means[:k])) * 5
+        assert plateau < 55, "the toy must have a plateau inside its budget, or this test shows nothing"
+        assert len(rows) == stage.manifest().num_updates == plateau + 5
+        rates = [float(row["learning_rate"]) for row in rows]
+        planned = [1e-3 * (1 - k / 60) for k in range(len(rows))]
+        shares = [rate / plan for rate, plan in zip(rates, planned, strict=True)]
+        assert shares == pytest.approx([1.0] * plateau + [1 - k / 5 for k in range(5)])
+        assert any(f"{stage.name} ended at update {plateau + 5} of 60" in notice for notice in notices)
+
+
+@pytest.mark.parametrize("update", [3, 12, 16])
+def test_a_stage_that_ends_early_is_the_same_after_a_cut(tmp_path: Path, update: int) -> None:
+    finish(toy_spec(plan=_early()), tmp_path / "uncut")
+    events = run(toy_spec(plan=_early(), log_every=1, checkpoint_updates=1), tmp_path / "run")
+    for event in events:
+        if isinstance(event, Progress) and event.name == "01-halve-0002" and event.window.update == update:
+            break
+    events.close()  # type: ignore[attr-defined]
+    finish(toy_spec(plan=_early()), tmp_path / "run")
+    assert weights(tmp_path / "run") == weights(tmp_path / "uncut")
+
+
+def test_a_rule_that_never_holds_changes_nothing(tmp_path: Path) -> None:
+    never = Plan(tuple(dataclasses.replace(s, early_end=EarlyEnd(5, 1000)) for s in toy_plan().stages))
+    finish(toy_spec(plan=never), tmp_path / "never")
+    finish(toy_spec(), tmp_path / "plain")
+    assert weights(tmp_path / "never") == weights(tmp_path / "plain")
+
+
+def test_one_step_of_a_quartering_student_is_nearer_to_four_steps_of_its_teacher_than_to_fewer() -> None:
+    data = 0.5 * torch.randn(512, 2, generator=torch.Generator().manual_seed(1)) + 0.3
+    torch.manual_seed(0)
+    trainer = StageTrainer(
+        NetworkDenoiser(MLP((2,), width=32, depth=2), VPCosine(), V()),
+        None,
+        Plan.teacher(num_updates=300, batch_size=64, learning_rate=3e-3, anneal=True, ema_decay=0.0).stages[0],
+        as_batches(data),
+        seed=0,
+        stream="teacher",
+        accelerator=make_accelerator(),
+    )
+    for _ in trainer.run():
+        pass
+    teacher = trainer.finish()
+    plan = Plan.halvings(4, 1, factor=4, num_updates=400, batch_size=64, learning_rate=2e-3, updates_at={})
+    student = distill(teacher, data, start=4, to=1, plan=plan)
+    noise = torch.randn(256, 2, generator=torch.Generator().manual_seed(2))
+    landed = sample(student, noise, 1)
+    errors = [float((landed - sample(teacher, noise, n)).square().mean().sqrt()) for n in (4, 2, 1)]
+    assert errors[0] < 0.5 * errors[1] < 0.5 * errors[2]

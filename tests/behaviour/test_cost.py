@@ -1,0 +1,128 @@
+"""What a dry run counts is what happens: parameters, arithmetic, memory, and what stands in for data."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from halfstep.data import DataConfig, StandIn
+from halfstep.nets import MLP
+from halfstep.objectives import Plan
+from halfstep.recipes import Recipe, build, recipes
+from halfstep.recipes.paper import PAPER_CIFAR10
+from halfstep.recipes.schema import DataFacts, UNetConfig, data_or_stand_in
+from halfstep.train.cost import count_forward, memory_of_update, time_updates, update_cost
+from toys import toy_plan, toy_spec
+
+PAPER = [name for name in recipes if name.endswith("_paper")]
+
+
+def test_the_flops_of_a_forward_pass_are_those_of_its_matrices() -> None:
+    """Two for each weight of each linear layer: all of the MLP's arithmetic that grows with a product of widths."""
+    spec = toy_spec(network=lambda: MLP((2,), width=16, depth=1))
+    assert spec.network is not None
+    linear = [module for module in spec.network().modules() if isinstance(module, torch.nn.Linear)]
+    assert count_forward(spec).flops == 2 * sum(module.weight.numel() for module in linear)
+
+
+def test_what_autograd_keeps_is_counted_without_weights_and_each_tensor_once() -> None:
+    class Square(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(2))
+
+        def forward(self, x_t: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+            scaled = x_t * self.weight  # keeps x_t (2 numbers); the weight is no activation
+            return scaled * scaled  # keeps `scaled` (2 numbers) twice
+
+    counted = count_forward(toy_spec(network=Square))
+    assert counted.saved_bytes == 4 * (2 + 2)
+    assert counted.parameters == 2
+
+
+def test_the_memory_of_an_update_counts_every_copy_of_the_weights_and_one_micro_batch() -> None:
+    forward = count_forward(toy_spec())
+    teacher, student = toy_plan().stages[:2]
+    weights = 4 * forward.parameters
+    # weights, gradients, two moments, and the average of the one, the teacher of the other
+    assert memory_of_update(teacher, forward, None).states == 5 * weights
+    assert memory_of_update(student, forward, None).states == 5 * weights
+    assert memory_of_update(dataclasses.replace(teacher, ema_decay=0.0), forward, None).states == 4 * weights
+    assert memory_of_update(teacher, forward, 4).activations == 4 * forward.saved_bytes
+    assert memory_of_update(teacher, forward, 10**6).activations == 16 * forward.saved_bytes
+
+
+def test_a_forward_pass_is_counted_on_the_meta_device_whatever_its_size() -> None:
+    recipe = Recipe(
+        name="big", network=PAPER_CIFAR10, facts=DataFacts(shape=(3, 32, 32), num_samples=9),
+        data=DataConfig(source="nowhere"),
+    )  # fmt: skip
+    data, _ = data_or_stand_in(recipe)
+    forward = count_forward(build(recipe, data=data))
+    # The convolutions of a U-Net are used once for each pixel: far more arithmetic than two for each weight.
+    assert forward.parameters == 60_004_099
+    assert 100 * forward.parameters < forward.flops < 2 * 32 * 32 * forward.parameters
+
+
+def test_a_large_update_is_extrapolated_from_smaller_ones() -> None:
+    spec = toy_spec(plan=Plan(tuple(dataclasses.replace(s, batch_size=512) for s in toy_plan().stages)))
+    forward = count_forward(spec)
+    assert time_updates(spec, forward).batch_size == 512
+    slow = forward._replace(flops=int(1e11 / 3 / 4))
+    rate = time_updates(spec, slow)
+    assert rate.batch_size == 8
+    assert rate.seconds > 0
+
+
+def test_a_student_s_update_costs_its_teacher_s_steps_more() -> None:
+    chain = Plan.halvings(12, students=(6, 2), num_updates=1, batch_size=10, learning_rate=1.0)
+    assert [update_cost(stage) for stage in chain.stages] == [50.0, 60.0]
+
+
+def test_random_pixels_stand_in_only_where_the_data_is_not_at_hand() -> None:
+    known = Recipe(name="known", data=DataConfig(source="digits"), facts=DataFacts(shape=(3, 4, 4), num_samples=9))
+    data, missing = data_or_stand_in(known)
+    assert missing is None
+    assert data.shape == (1, 8, 8)
+    facts = DataFacts(shape=(3, 4, 4), num_samples=9, num_classes=5)
+    data, missing = data_or_stand_in(Recipe(name="far", data=DataConfig(source="nowhere"), facts=facts))
+    assert isinstance(data, StandIn)
+    assert missing is not None
+    assert "nowhere does not exist" in missing
+    batch = data.fetch(torch.arange(9))
+    assert batch.x0.shape == (9, 3, 4, 4)
+    assert float(batch.x0.abs().max()) <= 1
+    assert set(batch.cond["class_labels"].tolist()) <= set(range(5))
+    with pytest.raises(ValueError, match="nowhere does not exist"):
+        data_or_stand_in(Recipe(name="unknown", data=DataConfig(source="nowhere")))
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_recipes_make_a_run_and_cost_what_the_paper_says(name: str) -> None:
+    """Updates to 4 steps are at most those of base training; 50,000 a stage and 100,000 for the last two."""
+    recipe = recipes[name]()
+    facts = recipe.facts
+    assert facts is not None
+    spec = build(
+        recipe, data=StandIn("here", facts.shape, facts.num_samples, tuple(map(str, range(facts.num_classes))))
+    )
+    teacher, *students = spec.plan.stages
+    assert teacher.num_updates == {"c": 800_000, "i": 550_000, "l": 400_000}[name[0]]
+    assert sum(s.num_updates for s in students if (s.num_steps or 0) >= 4) <= teacher.num_updates
+    assert [s.num_updates for s in students[-2:]] == [100_000, 100_000]
+    assert recipe.network.num_train_timesteps >= recipe.chain.start_steps  # type: ignore[union-attr]
+    assert all(not s.weight_decay and not s.dropout and not s.ema_decay and s.anneal for s in students)
+
+
+def test_settings_of_a_chain_that_say_nothing_are_refused() -> None:
+    for settings, said in (
+        ({"early_window": 7}, "early_window 7 does nothing without early_end"),
+        ({"students": (8, 4), "end_steps": 2}, "the students end at 4 steps: leave end_steps 2 out"),
+        ({"students": (8, 4), "factor": 4}, "a factor of 4 says nothing"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            recipes["arrays"]().chain.model_validate(settings)
+    chain = recipes["arrays"]().chain.model_copy(update={"keep": (64, 3)})
+    with pytest.raises(ValueError, match=r"keep names a student of 3 steps, but the chain's students take 64, 32"):
+        Recipe(name="x", chain=chain).chain_plan()
+    assert UNetConfig().num_train_timesteps == 1024

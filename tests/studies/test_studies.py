@@ -1,0 +1,278 @@
+"""Every study, at a size of seconds: its plan is carried out, goes on after a cut, and is shown as it was found."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+from halfstep.data import DataConfig
+from halfstep.recipes import EvaluationConfig, MLPConfig, Recipe, TeacherConfig
+from halfstep.recipes.schema import ChainConfig
+from halfstep.runs import RunFolder
+from halfstep.samplers import samplers
+from halfstep.studies import SCALES, Bench, Cell, Row, Scale, Study, Table, run_study, studies, write_study
+from halfstep.studies.integrators import METHODS
+from halfstep.studies.published import COST, FIGURE_4, TABLE_1, TABLE_2
+from halfstep.studies.sampling import most_steps, students_of
+from halfstep.studies.schedules import students_by
+from halfstep.studies.show import number, spread
+from halfstep.train import Interrupted, NonFinite, StopSignal
+
+
+def tiny() -> Scale:
+    """The digits through a small MLP: nothing is learned, everything is run."""
+    recipe = Recipe(
+        name="tiny",
+        data=DataConfig(source="digits", limit=200),
+        network=MLPConfig(width=16, depth=1),
+        teacher=TeacherConfig(num_updates=4, batch_size=8, warmup_updates=1, ema_decay=0.5),
+        chain=ChainConfig(start_steps=16, num_updates=2, batch_size=8, learning_rate=1e-3),
+        evaluation=EvaluationConfig(num_samples=24, num_reference=100, features="pixels", batch_size=12),
+    )
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"conditional": False})})
+    return Scale(
+        name="tiny",
+        recipe=recipe,
+        ablation=recipe,
+        seeds=1,
+        gamma_levels=2,
+        ablation_gamma_levels=2,
+        steps=(1, 2, 4, 8),
+        ablation_steps=4,
+        updates=(1, 2),
+        rates=(1e-4, 1e-3),
+    )
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the studies of this module lie together, as those of a scale do."""
+    torch.set_num_threads(1)
+    return tmp_path_factory.mktemp("studies")
+
+
+@pytest.mark.parametrize("name", list(studies))
+def test_a_study_fills_its_cells_and_shows_every_one_of_them(name: str, shared: Path) -> None:
+    study, scale = studies[name](), tiny()
+    rows = run_study(study, scale, shared)
+    assert [dict(row.axes) for row in rows] == [dict(cell.axes) for cell in study.cells(scale)]
+    assert len({cell.name for cell in study.cells(scale)}) == len(rows)
+    table = study.table(rows, scale)
+    assert {len(row) for row in table.rows} == {len(table.headings)}
+    path = write_study(study, scale, rows, shared)
+    assert table.markdown() in path.read_text(encoding="utf-8")
+    assert path.with_name("figure.png").read_bytes().startswith(b"\x89PNG")
+    held = json.loads((shared / name / "study.json").read_text(encoding="utf-8"))
+    assert [(row["axes"], row["figures"]) for row in held["rows"]] == [(dict(r.axes), r.figures) for r in rows]
+    # What the JSON holds is all that the table and the figure need.
+    again = [Row(row["axes"], row["figures"]) for row in held["rows"]]
+    assert study.table(again, scale) == table
+    assert study.panels(again, scale) == study.panels(rows, scale)
+    shown = " ".join(value for row in table.rows for value in row)
+    for row in rows:
+        for figure in ("distance", "ddim", "at 4"):
+            if figure in row.figures and name not in ("schedules", "table1"):
+                assert number(row.figures[figure]) in shown
+
+
+def test_a_second_call_only_reads(shared: Path) -> None:
+    study = studies["steps"]()
+    first = run_study(study, tiny(), shared)
+    before = {file: file.stat().st_mtime_ns for file in shared.rglob("*") if file.is_file()}
+    told: list[bool] = []
+    events: list[object] = []
+    again = run_study(
+        study, tiny(), shared, watch=events.append, done=lambda cell, figures, was_there: told.append(was_there)
+    )
+    assert again == first
+    assert all(told)
+    assert not events
+    changed = {file.name for file, when in before.items() if file.stat().st_mtime_ns != when}
+    assert changed <= {"study.json"}
+
+
+def test_studies_share_their_measurements(shared: Path) -> None:
+    """Table 2 asks for nothing of DDIM that figure 4 has not measured, and of students neither."""
+    run_study(studies["steps"](), tiny(), shared)
+    before = set((shared / "measured").iterdir())
+    shutil.rmtree(shared / "table2", ignore_errors=True)
+    rows = run_study(studies["table2"](), tiny(), shared)
+    steps = {
+        (row.axes["method"], row.figures["steps"]): row.figures["distance"]
+        for row in run_study(studies["steps"](), tiny(), shared)
+    }
+    for row in rows:
+        if row.axes["method"] in ("student", "ddim"):
+            assert row.figures["distance"] == steps[row.axes["method"], row.figures["steps"]]
+    new = set((shared / "measured").iterdir()) - before
+    samplers_of = {json.loads(file.read_text(encoding="utf-8"))["sampler"] for file in new}
+    assert not any(name == "ddim" for name in samplers_of)
+
+
+def test_cells_of_other_settings_are_refused_and_left_alone(shared: Path) -> None:
+    run_study(studies["cost"](), tiny(), shared)
+    with pytest.raises(ValueError, match="was made by other settings of this study: choose another --out"):
+        run_study(studies["cost"](), dataclasses.replace(tiny(), seeds=2), shared)
+    assert run_study(studies["cost"](), tiny(), shared)
+
+
+class Probe(Study):
+    """Three cells, of which the second diverges."""
+
+    title: ClassVar[str] = "probe"
+    question: ClassVar[str] = "?"
+
+    def __init__(self) -> None:
+        self.calls: list[int] = []
+        self.stop_at: int | None = None
+
+    def cells(self, scale: Scale) -> list[Cell]:
+        return [Cell({"number": n}, lambda bench, n=n: self.work(bench, n)) for n in range(3)]  # type: ignore[misc]
+
+    def work(self, bench: Bench, n: int) -> dict[str, Any]:
+        self.calls.append(n)
+        if n == self.stop_at:
+            raise Interrupted(15)
+        if n == 1:
+            raise NonFinite("the loss was not finite in stage 00-denoise at update 7")
+        return {"value": float(n)}
+
+    def table(self, rows: Any, scale: Scale) -> Table:
+        return Table(("number", "value"), [])
+
+    def panels(self, rows: Any, scale: Scale) -> list[Any]:
+        return []
+
+
+@pytest.fixture
+def probe(monkeypatch: pytest.MonkeyPatch) -> Probe:
+    monkeypatch.setitem(studies._members, "probe", Probe)
+    return Probe()
+
+
+def test_a_diverged_cell_says_so_and_does_not_stop_the_study(tmp_path: Path, probe: Probe) -> None:
+    rows = run_study(probe, tiny(), tmp_path)
+    why = {"diverged": "the loss was not finite in stage 00-denoise at update 7"}
+    assert [row.figures for row in rows] == [{"value": 0.0}, why, {"value": 2.0}]
+    assert run_study(probe, tiny(), tmp_path) == rows
+    assert probe.calls == [0, 1, 2]
+
+
+def test_a_study_goes_on_at_the_cell_where_it_was_cut(tmp_path: Path, probe: Probe) -> None:
+    probe.stop_at = 2
+    with pytest.raises(Interrupted):
+        run_study(probe, tiny(), tmp_path)
+    probe.stop_at = None
+    assert len(run_study(probe, tiny(), tmp_path)) == 3
+    assert probe.calls == [0, 1, 2, 2]
+
+
+def test_a_signal_stops_a_study_between_cells(tmp_path: Path, probe: Probe) -> None:
+    with StopSignal() as stop:
+        stop.number = 15
+        with pytest.raises(Interrupted):
+            run_study(probe, tiny(), tmp_path, stop=stop)
+    assert probe.calls == []
+
+
+def test_a_teacher_that_learned_nothing_is_marked_as_diverged_in_table_1() -> None:
+    rows = [
+        Row({"prediction": p, "weighting": w, "seed": seed}, {"ddim": 1.0 + seed, "ancestral": 2.0, "gamma": 0.5})
+        for p, w in TABLE_1
+        for seed in (0, 1)
+    ]
+    rows[0] = Row(rows[0].axes, {"diverged": "noise"})
+    rows[2:4] = [Row(row.axes, {"diverged": "noise"}) for row in rows[2:4]]
+    lines = studies["table1"]().table(rows, dataclasses.replace(tiny(), seeds=2)).rows
+    assert list(lines[0]) == ["both, snr", "2 (diverges in 1 of 2)", "2 (diverges in 1 of 2)", "2.54", "2.78"]
+    assert list(lines[1])[1:3] == ["diverges", "diverges"]
+    assert list(lines[2])[1:3] == ["2 ± 0", "1.5 ± 0.707"]
+    eps = next(line for line in lines if line[0] == "eps, truncated_snr")
+    assert list(eps)[3:] == ["diverges", "diverges"]
+
+
+@pytest.mark.parametrize("method", ["ddim", "ancestral", "heun", "dpmpp_2m", "rk4"])
+@pytest.mark.parametrize("num_evals", [1, 2, 3, 4, 8, 15, 16, 64])
+def test_equal_network_calls_are_as_many_steps_as_fit(method: str, num_evals: int) -> None:
+    steps, kind = most_steps(method, num_evals), samplers[method]()
+    assert kind.num_evals(steps + 1) > num_evals
+    assert steps == 0 or kind.num_evals(steps) <= num_evals
+
+
+def test_a_method_that_cannot_take_a_single_step_has_none() -> None:
+    assert most_steps("rk4", 2) == 0
+    assert most_steps("rk4", 3) == 1
+
+
+def test_the_cost_of_a_chain_is_read_from_its_runs(shared: Path) -> None:
+    rows = {row.axes["part"]: row.figures for row in run_study(studies["cost"](), tiny(), shared)}
+    manifests = [stage.manifest() for stage in RunFolder(shared / "runs" / "chain").stages()[1:]]
+    assert rows["base training"]["updates"] == 4
+    assert rows["base training"]["forward_passes"] == 4 * 8 * 3
+    # 16 -> 8 -> 4: two stages of two updates; then 2 and 1, of four each; a student's update is five passes.
+    assert rows["distillation to 4"]["updates"] == 4
+    assert rows["distillation to 1"]["updates"] == 12
+    assert rows["distillation to 1"]["forward_passes"] == 12 * 8 * 5
+    assert rows["distillation to 1"]["seconds"] == pytest.approx(sum(manifest.seconds for manifest in manifests))
+
+
+def test_the_schedules_keep_only_what_is_measured(shared: Path) -> None:
+    run_study(studies["schedules"](), tiny(), shared)
+    for factor, kept in ((2, {4, 1}), (4, {4, 1})):  # 16 -> 8 -> 4 -> 2 -> 1, and 16 -> 4 -> 1
+        folder = RunFolder(shared / "runs" / f"schedule-{factor}-1-0.001-0")
+        there = {s.manifest(verify=False).num_steps for s in folder.stages()[1:] if s.model.is_file()}
+        assert there == kept
+
+
+@pytest.mark.parametrize(
+    ("start", "factor", "students"),
+    [(64, 2, (32, 16, 8, 4, 2, 1)), (64, 4, (16, 4, 1)), (8192, 4, (2048, 512, 128, 32, 8, 2, 1)), (6, 4, (1,))],
+)
+def test_quartering_ends_at_one_step_from_any_start(start: int, factor: int, students: tuple[int, ...]) -> None:
+    assert students_by(start, factor) == students
+
+
+@pytest.mark.parametrize("name", list(SCALES))
+@pytest.mark.parametrize("study", list(studies))
+def test_every_scale_has_a_plan_whose_models_exist(name: str, study: str) -> None:
+    scale = SCALES[name]()
+    cells = studies[study]().cells(scale)
+    assert cells
+    students = students_of(scale)
+    for cell in cells:
+        axes: Mapping[str, Any] = cell.axes
+        if str(axes.get("method", "")).startswith("student"):
+            assert axes.get("steps", axes.get("evals")) in students
+
+
+def test_what_is_said_of_the_paper_agrees_with_itself() -> None:
+    """Table 2's row of the method is the head of figure 4's curve; the best of table 1 are those it prints bold."""
+    assert {n: fid for n, fid in FIGURE_4["CIFAR-10"]["student"].items() if n <= 8} == TABLE_2["student"]
+    known = {key: value for key, value in TABLE_1.items() if value is not None}
+    assert min(known, key=lambda key: known[key][1]) == ("x0", "truncated_snr")
+    assert min(known, key=lambda key: known[key][0]) == ("v", "truncated_snr")
+    assert TABLE_1["eps", "truncated_snr"] is None
+    # The claim of section 5.2: distillation to 4 steps costs at most as many updates as base training.
+    assert all(to_4 <= train for train, to_4, _ in COST.values())
+    for curves in FIGURE_4.values():
+        for curve in curves.values():
+            assert list(curve) == sorted(curve)
+            assert max(curve.values()) <= 20
+
+
+def test_every_integrator_of_the_study_is_a_registered_sampler() -> None:
+    assert {samplers.name_of(sampler) for sampler in METHODS.values()} == {
+        name for name, kind in samplers.items() if not kind.stochastic
+    }
+
+
+def test_numbers_are_shown_to_three_digits_and_means_with_their_spread() -> None:
+    assert [number(v) for v in (None, float("nan"), 1234.5, 0.012345, 3.0)] == ["–", "–", "1,234", "0.0123", "3"]
+    assert spread([]) == "–"
+    assert spread([2.0]) == "2"
+    assert spread([1.0, 3.0]) == "2 ± 1.41"
