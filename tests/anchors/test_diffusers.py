@@ -1,25 +1,43 @@
-"""DDIM on the cosine process is diffusers' DDIMScheduler on the table of its amplitudes."""
+"""DDIM, ancestral sampling, Heun and DPM-Solver++(2M) are diffusers' own, step by step.
 
-from typing import Final
+On the table of the cosine process's amplitudes, in which timestep k - 1 of diffusers is our t = k / TABLE. Its alpha^2 and
+the sigma / alpha that it samples with are replaced after construction, where they were rounded to float32.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Final
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler
+from diffusers.schedulers import scheduling_ddpm
 from torch import Tensor
 
 from halfstep.core.denoiser import Clipped
 from halfstep.core.noise import VPCosine
 from halfstep.core.prediction import X0, Eps, Prediction, V
-from halfstep.samplers import sample, trajectory
-from support import ToyNetwork, numbers, toy_denoiser
+from halfstep.samplers import Ancestral, DPMSolverPP2M, Heun, NoiseToSignal, Sampler, sample, trajectory
+from support import ToyNetwork, clock, numbers, toy_denoiser
 
 TABLE: Final = 1024
 PROCESS: Final = VPCosine()
 
+every_prediction = pytest.mark.parametrize(
+    ("prediction", "prediction_type"),
+    [
+        pytest.param(Eps(), "epsilon", id="eps"),
+        pytest.param(X0(), "sample", id="x0"),
+        pytest.param(V(), "v_prediction", id="v"),
+    ],
+)
+either_clip = pytest.mark.parametrize("clip", [False, True], ids=["raw", "clipped"])
+
+
+def table_times() -> Tensor:
+    return torch.arange(1, TABLE + 1, dtype=torch.float64) / TABLE
+
 
 def scheduler_for(prediction_type: str, clip: bool) -> DDIMScheduler:
-    """Timestep k - 1 of diffusers is our t = k / TABLE. Its table is set after construction, where it would
-    be rounded to float32."""
     scheduler = DDIMScheduler(
         num_train_timesteps=TABLE,
         prediction_type=prediction_type,
@@ -28,7 +46,7 @@ def scheduler_for(prediction_type: str, clip: bool) -> DDIMScheduler:
         clip_sample=clip,
         clip_sample_range=1.0,
     )
-    alpha, _ = PROCESS.alpha_sigma(torch.arange(1, TABLE + 1, dtype=torch.float64) / TABLE)
+    alpha, _ = PROCESS.alpha_sigma(table_times())
     scheduler.alphas_cumprod = alpha**2
     return scheduler
 
@@ -46,15 +64,8 @@ def diffusers_path(network: ToyNetwork, x_t: Tensor, num_steps: int, prediction_
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 4, 8, 64])
-@pytest.mark.parametrize("clip", [False, True], ids=["raw", "clipped"])
-@pytest.mark.parametrize(
-    ("prediction", "prediction_type"),
-    [
-        pytest.param(Eps(), "epsilon", id="eps"),
-        pytest.param(X0(), "sample", id="x0"),
-        pytest.param(V(), "v_prediction", id="v"),
-    ],
-)
+@either_clip
+@every_prediction
 def test_every_step_of_ddim_is_diffusers(
     prediction: Prediction, prediction_type: str, clip: bool, num_steps: int
 ) -> None:
@@ -66,3 +77,157 @@ def test_every_step_of_ddim_is_diffusers(
     # timesteps.
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
     assert torch.equal(sample(Clipped(denoiser) if clip else denoiser, x_1, num_steps), ours[-1])
+
+
+TRAILING: Final = {"clip_sample_range": 1.0, "timestep_spacing": "trailing", "num_train_timesteps": TABLE}
+
+
+@torch.no_grad()
+def ancestral_by_ddim(
+    network: ToyNetwork, x_t: Tensor, noise: Tensor, prediction_type: str, clip: bool
+) -> Iterator[Tensor]:
+    """DDIM with eta = 1, which is the ancestral step with the lower variance."""
+    scheduler = scheduler_for(prediction_type, clip)
+    scheduler.set_timesteps(len(noise))
+    for timestep, drawn in zip(scheduler.timesteps.tolist(), noise, strict=True):
+        output = network(x_t, clock((timestep + 1) / TABLE).expand(len(x_t)))
+        step = scheduler.step(output, timestep, x_t, eta=1.0, use_clipped_model_output=clip, variance_noise=drawn)
+        x_t = step.prev_sample
+        yield x_t
+
+
+@torch.no_grad()
+def ancestral_by_ddpm(
+    network: ToyNetwork, x_t: Tensor, noise: Tensor, variance_type: str, prediction_type: str, clip: bool
+) -> Iterator[Tensor]:
+    """DDPM, with our noise in the place of what it draws.
+
+    It draws wherever the timestep is above 0, which on a trailing grid it is at the last step too: there it gets zeros.
+    """
+    scheduler = DDPMScheduler(
+        variance_type=variance_type, prediction_type=prediction_type, clip_sample=clip, **TRAILING
+    )
+    alpha, _ = PROCESS.alpha_sigma(table_times())
+    scheduler.alphas_cumprod = alpha**2
+    scheduler.set_timesteps(len(noise))
+    given = torch.cat([noise[:-1], torch.zeros_like(noise[:1])])
+    with pytest.MonkeyPatch.context() as patch:
+        for timestep, drawn in zip(scheduler.timesteps.tolist(), given, strict=True):
+            patch.setattr(scheduling_ddpm, "randn_tensor", lambda *_, drawn=drawn, **__: drawn)
+            output = network(x_t, clock((timestep + 1) / TABLE).expand(len(x_t)))
+            x_t = scheduler.step(output, timestep, x_t).prev_sample
+            yield x_t
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 4, 8, 64, 1024])
+@either_clip
+@every_prediction
+@pytest.mark.parametrize("reference", ["ddim eta 1", "fixed_small", "fixed_large"])
+def test_every_step_of_ancestral_sampling_is_diffusers(
+    reference: str, prediction: Prediction, prediction_type: str, clip: bool, num_steps: int
+) -> None:
+    """From the same noise; gamma = 0 is DDIM with eta = 1 and DDPM's "fixed_small", gamma = 1 its "fixed_large"."""
+    denoiser, x_1 = toy_denoiser(PROCESS, prediction), numbers(4, 3, 2)
+    noise = numbers(num_steps, 4, 3, 2, seed=1)
+    network: Any = denoiser.network
+    if reference == "ddim eta 1":
+        theirs = ancestral_by_ddim(network, x_1, noise, prediction_type, clip)
+    else:
+        theirs = ancestral_by_ddpm(network, x_1, noise, reference, prediction_type, clip)
+    sampler = Ancestral(1.0 if reference == "fixed_large" else 0.0)
+    ours = trajectory(Clipped(denoiser) if clip else denoiser, x_1, num_steps, sampler, noise=noise.__getitem__)
+    for step, their_x_s in zip(ours, theirs, strict=True):
+        # 1 - alpha^2 costs them up to 1e-12 of sigma^2, and the difference of two of those up to 1e-10 of DDPM's
+        # variance where the steps are shortest.
+        torch.testing.assert_close(step.x_s, their_x_s, rtol=1e-10, atol=1e-10)
+
+
+LAST_TIMESTEP: Final = 895
+"""Of our t = 0.875, where the other two samplers start: at zero SNR diffusers' sigma / alpha would be 2e4."""
+
+
+def later_times(num_steps: int) -> Tensor:
+    """Falling times from 0.875 in whole timesteps, then clean data."""
+    times = torch.linspace(LAST_TIMESTEP + 1, 0, num_steps + 1, dtype=torch.float64).round() / TABLE
+    assert len(times.unique()) == num_steps + 1
+    return times
+
+
+def set_steps(scheduler: Any, times: Tensor) -> None:
+    """Makes a scheduler's steps those between our times, with sigma / alpha in float64, arranged as it arranges them."""
+    timesteps = (times[:-1] * TABLE - 1).round().int().tolist()
+    scheduler.set_timesteps(timesteps=timesteps)
+    alpha, sigma = PROCESS.landing(times)
+    exact = sigma / alpha
+    if isinstance(scheduler, HeunDiscreteScheduler):
+        exact = torch.cat([exact[:1], exact[1:-1].repeat_interleave(2), exact[-1:]])
+    assert scheduler.sigmas.shape == exact.shape  # Of another schedule until now, so only the shape can be compared.
+    scheduler.sigmas = exact
+
+
+@torch.no_grad()
+def heun_by_diffusers(network: ToyNetwork, x_t: Tensor, times: Tensor, prediction_type: str) -> Iterator[Tensor]:
+    """Diffusers' samples are x_t / alpha, and its network is shown `scale_model_input` of them."""
+    scheduler = HeunDiscreteScheduler(prediction_type=prediction_type, **TRAILING)
+    set_steps(scheduler, times)
+    radius = (1 + scheduler.sigmas**2).sqrt()
+    y = x_t * radius[0]
+    for index, timestep in enumerate(scheduler.timesteps):
+        shown = scheduler.scale_model_input(y, timestep)
+        time = (clock(float(timestep)) + 1) / TABLE
+        y = scheduler.step(network(shown, time.expand(len(y))), timestep, y).prev_sample
+        # After the second stage of a step, and after the last, which has but one.
+        if scheduler.state_in_first_order or index == len(scheduler.timesteps) - 1:
+            yield y / radius[index + 1]
+
+
+class WithoutRounding(DPMSolverMultistepScheduler):
+    """Diffusers' scheduler, whose `step` rounds the sample to float32 before it hands it on: here it is handed on as it
+    was. All else is theirs, the choice between the two updates included."""
+
+    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.unrounded = sample
+        return super().step(model_output, timestep, sample, *args, **kwargs)
+
+    def dpm_solver_first_order_update(self, *args: Any, sample: Tensor, **kwargs: Any) -> Tensor:
+        return super().dpm_solver_first_order_update(*args, sample=self.unrounded, **kwargs)
+
+    def multistep_dpm_solver_second_order_update(self, *args: Any, sample: Tensor, **kwargs: Any) -> Tensor:
+        return super().multistep_dpm_solver_second_order_update(*args, sample=self.unrounded, **kwargs)
+
+
+@torch.no_grad()
+def dpmpp_2m_by_diffusers(network: ToyNetwork, x_t: Tensor, times: Tensor, prediction_type: str) -> Iterator[Tensor]:
+    scheduler = WithoutRounding(
+        num_train_timesteps=TABLE,
+        prediction_type=prediction_type,
+        algorithm_type="dpmsolver++",
+        solver_order=2,
+        solver_type="midpoint",
+        final_sigmas_type="zero",
+        lower_order_final=True,
+    )
+    set_steps(scheduler, times)
+    for timestep in scheduler.timesteps:
+        time = (clock(float(timestep)) + 1) / TABLE
+        x_t = scheduler.step(network(x_t, time.expand(len(x_t))), timestep, x_t).prev_sample
+        yield x_t
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 8, 14, 15, 64])
+@every_prediction
+@pytest.mark.parametrize(
+    ("sampler", "reference"),
+    [
+        pytest.param(Heun(NoiseToSignal()), heun_by_diffusers, id="heun"),
+        pytest.param(DPMSolverPP2M(), dpmpp_2m_by_diffusers, id="dpmpp_2m"),
+    ],
+)
+def test_every_step_of_heun_and_of_dpmpp_2m_is_diffusers(
+    sampler: Sampler, reference: Any, prediction: Prediction, prediction_type: str, num_steps: int
+) -> None:
+    denoiser, x_t = toy_denoiser(PROCESS, prediction), numbers(16, 3, 2)
+    theirs = reference(denoiser.network, x_t, later_times(num_steps), prediction_type)
+    ours = trajectory(denoiser, x_t, num_steps, sampler, grid=later_times)
+    for step, their_x_s in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(step.x_s, their_x_s, rtol=1e-12, atol=1e-12)

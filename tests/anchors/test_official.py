@@ -1,7 +1,8 @@
-"""The authors' own numbers: losses, halving targets and DDIM samples of their JAX code in float64."""
+"""The authors' own numbers: losses, halving targets, DDIM and ancestral samples of their JAX code in float64."""
 
+import itertools
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from halfstep.core.noise import VPCosine
 from halfstep.core.prediction import X0, Both, Eps, Prediction, V
 from halfstep.core.weighting import SNR, Constant, SNRPlusOne, TruncatedSNR, Weighting
 from halfstep.objectives import halving_target, weighted_x0_loss
-from halfstep.samplers import sample
+from halfstep.samplers import DDIM, Ancestral, Sampler, StepNoise, sample
 
 DATA: Final = Path(__file__).parents[1] / "data"
 LOSSES: Final = dict(np.load(DATA / "losses.npz"))
@@ -30,7 +31,39 @@ WEIGHTINGS: Final[dict[str, Weighting]] = {
 }
 
 CASES: Final = sorted({tuple(key.split(".")[:2]) for key in LOSSES})
-DDIM_RUNS: Final = sorted(key.removesuffix(".out") for key in SAMPLES if ".ddim." in key and key.endswith(".out"))
+GAMMAS: Final = {"fixed_small": 0.0, "fixed_medium:0.3": 0.3, "fixed_large": 1.0}
+
+
+class SampleRun(NamedTuple):
+    """One sampling of the reference: `{prediction}.{sampler}.{variance}.{num_steps}.{clip}`."""
+
+    prediction: str
+    sampler: str
+    variance: str
+    num_steps: int
+    clip: str
+
+    @property
+    def key(self) -> str:
+        return ".".join(str(part) for part in self)
+
+    @property
+    def parts(self) -> set[str]:
+        """What is stored of it; ddim draws no noise, and its samples are stored under the name of one variance."""
+        return {
+            f"{self.key}.{part}" for part in ("net", "start", "out", *(["noise"] if self.sampler == "noisy" else []))
+        }
+
+
+RUNS: Final = [
+    SampleRun(prediction, sampler, variance, num_steps, clip)
+    for prediction, (sampler, variance), num_steps, clip in itertools.product(
+        PREDICTIONS,
+        [("ddim", "fixed_large"), *(("noisy", variance) for variance in GAMMAS)],
+        (1, 2, 4, 16, 128),
+        ("clip", "raw"),
+    )
+]
 
 
 def column(values: np.ndarray) -> Tensor:
@@ -68,7 +101,7 @@ def target_of(name: str, num_steps: str) -> Tensor:
 def test_the_reference_covers_every_prediction_weighting_and_grid() -> None:
     assert {name for name, _ in CASES} == set(PREDICTIONS)
     assert {int(count) for _, count in CASES} == {0, 1, 2, 4, 64, 1024, 4096}
-    assert len(DDIM_RUNS) == len(PREDICTIONS) * 5 * 2
+    assert set().union(*(run.parts for run in RUNS)) == set(SAMPLES)
 
 
 @pytest.mark.parametrize(("name", "num_steps"), [case for case in CASES if case[1] != "0"])
@@ -104,10 +137,21 @@ def test_the_loss_is_the_authors(name: str, num_steps: str, weighting: str) -> N
     torch.testing.assert_close(ours[clear], theirs[clear], rtol=2e-9, atol=0)
 
 
-@pytest.mark.parametrize("run", DDIM_RUNS)
-def test_ddim_samples_are_the_authors(run: str) -> None:
-    name, *_, num_steps, clip = run.split(".")
-    denoiser = formula(SAMPLES[f"{run}.net"], PREDICTIONS[name])
-    start, reference = column(SAMPLES[f"{run}.start"]), column(SAMPLES[f"{run}.out"])
-    samples = sample(Clipped(denoiser) if clip == "clip" else denoiser, start, int(num_steps))
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.key)
+def test_samples_are_the_authors(run: SampleRun) -> None:
+    """All rows; the noise of the reference is numbered by its loop index, which falls from num_steps - 1 to 0."""
+    denoiser = formula(SAMPLES[f"{run.key}.net"], PREDICTIONS[run.prediction])
+    start, reference = column(SAMPLES[f"{run.key}.start"]), column(SAMPLES[f"{run.key}.out"])
+    sampler: Sampler = DDIM()
+    noise: StepNoise | None = None
+    if run.sampler == "noisy":
+        sampler = Ancestral(GAMMAS[run.variance])
+        stored = SAMPLES[f"{run.key}.noise"]
+        assert len(stored) == run.num_steps
+
+        def noise(number: int) -> Tensor:
+            return column(stored[run.num_steps - 1 - number])
+
+    chosen = Clipped(denoiser) if run.clip == "clip" else denoiser
+    samples = sample(chosen, start, run.num_steps, sampler, noise=noise)
     torch.testing.assert_close(samples, reference, rtol=1e-9, atol=1e-12)

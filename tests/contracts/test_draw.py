@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from halfstep.core.draw import SHARD, Draw, sample_labels, sample_noise
+from halfstep.core.draw import SHARD, Draw, sample_labels, sample_noise, step_noise
 
 Kind = Callable[[Draw], Tensor]
 
@@ -156,6 +156,40 @@ def test_samples_of_different_seeds_share_no_noise_and_are_normal() -> None:
 def test_sample_noise_is_not_the_training_noise_of_the_same_seed() -> None:
     trained = draw(32, seed=3).normal("noise", (8,), torch.float64)
     assert not bool(torch.isin(sample_noise([3], (8,), torch.float64), trained).any())
+
+
+@given(seeds=st.lists(st.integers(0, 2**40), min_size=1, max_size=12), number=st.integers(0, 8191), data=st.data())
+def test_a_step_s_noise_is_a_function_of_the_sample_s_seed_and_the_step_s_number(
+    seeds: list[int], number: int, data: st.DataObject
+) -> None:
+    """Whatever the company, and whatever steps were asked for before."""
+    row = data.draw(st.integers(0, len(seeds) - 1))
+    together = step_noise(seeds, (2, 3), torch.float64)
+    together(number + 1)
+    assert torch.equal(together(number)[row], step_noise([seeds[row]], (2, 3), torch.float64)(number)[0])
+
+
+def test_no_number_is_drawn_twice_for_another_seed_or_step_or_for_the_start() -> None:
+    noise = step_noise(range(30), (4, 4), torch.float64)
+    drawn = torch.stack([sample_noise(range(30), (4, 4), torch.float64), *(noise(number) for number in range(12))])
+    assert len(drawn.unique()) == drawn.numel()
+    assert scipy.stats.kstest(drawn.flatten().numpy(), "norm").pvalue > 0.01
+    # The noise of one step knows nothing of the next's, nor of the start's.
+    assert abs(float((drawn[1:] * drawn[:-1]).mean())) < 4 / drawn[1:].numel() ** 0.5
+    trained = torch.cat([draw(32, seed=seed).normal("noise", (16,), torch.float64) for seed in range(30)])
+    assert not bool(torch.isin(drawn, trained).any())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_step_s_noise_comes_in_the_dtype_and_shape_asked_for_and_leaves_torch_s_generator_alone(
+    dtype: torch.dtype,
+) -> None:
+    state = torch.get_rng_state()
+    noise = step_noise(np.array([3, 5]), (4, 1), dtype)(2)  # type: ignore[arg-type]
+    assert noise.dtype == dtype
+    assert noise.shape == (2, 4, 1)
+    assert torch.equal(noise, step_noise([3, 5], (4, 1), dtype)(2))
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @given(start=st.integers(0, 1000), num_classes=st.integers(1, 20), rounds=st.integers(1, 5))
