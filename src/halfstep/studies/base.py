@@ -108,6 +108,7 @@ class Bench:
         self.device = torch.device("cuda" if torch.cuda.is_available() and not scale.recipe.engine.cpu else "cpu")
         self._references: dict[str, tuple[Evaluation, Reference]] = {}
         self._data: dict[str, Data] = {}
+        self._made: dict[str, Any] = {}
         self._teacher: Model | None = None
         self._students: dict[int, Model] = {}
 
@@ -152,6 +153,12 @@ class Bench:
             models = [load(stage.path, self.device) for stage in folder.stages()[1:]]
             self._students = {model.num_steps: model for model in models if model.num_steps is not None}
         return self._students
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """What `make` returns, made at the first call for this name: for what many cells compare with."""
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
 
     def reference(self, recipe: Recipe) -> tuple[Evaluation, Reference]:
         """The protocol and the real data's features."""
