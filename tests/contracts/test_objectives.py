@@ -204,3 +204,10 @@ def test_denoising_ignores_a_teacher_and_the_posterior_mean_minimises_it() -> No
         return float(torch.cat([each.loss for each in losses]).mean())
 
     assert mean_loss(1.0) < min(mean_loss(0.9), mean_loss(1.1))
+
+
+def test_a_student_on_another_process_than_its_teacher_is_refused() -> None:
+    student, teacher = toy_denoiser(VPCosine(), V()), toy_denoiser(VPCosine(log_snr_min=-10), V())
+    draw = Draw(0, "stage", 0, 4, range(4))
+    with pytest.raises(ValueError, match=r"both need one noise process: .*log_snr_min=-10.*log_snr_min=-20"):
+        Halving(2).loss(Models(student, teacher), Batch(numbers(4, 2)), draw)

@@ -106,6 +106,11 @@ class Halving(Objective):
     def loss(self, models: Models, batch: Batch, draw: Draw) -> Losses:
         if models.teacher is None:
             raise ValueError("halving learns from a teacher, and there is none")
+        if models.teacher.process != models.student.process:
+            raise ValueError(
+                f"a student learns to land where its teacher does, so both need one noise process: the teacher has "
+                f"{models.teacher.process}, the student {models.student.process}"
+            )
         index = draw.integers("time", self.num_steps)
         t = as_clock((index + 1) / self.num_steps, batch.x0)
         s = as_clock(index / self.num_steps, batch.x0)

@@ -254,7 +254,10 @@ class EngineConfig(Config):
     """Minutes between two checkpoints."""
 
 
-FREE_FIELDS = tuple(f"engine.{name}" for name in EngineConfig.model_fields if name != "precision")
+FREE_FIELDS = (
+    "chain.keep",
+    *(f"engine.{name}" for name in EngineConfig.model_fields if name != "precision"),
+)
 """Fields that may change when a run goes on: they decide how, not what."""
 
 
