@@ -189,19 +189,15 @@ def _step(
     return x_s
 
 
-@final
-@samplers.register("euler")
-@dataclass(frozen=True)
-class Euler(Sampler):
-    """First order, deterministic, one network call a step."""
+class RungeKutta(Sampler):
+    """A rule in a coordinate; a member says only which rule, and which one lands on clean data."""
 
-    coordinate: Coordinate = Angle()
-
-    order: ClassVar[int] = 1
+    rule: ClassVar[Tableau]
+    last: ClassVar[Tableau]
     stochastic: ClassVar[bool] = False
-    evals_per_step: ClassVar[int] = 1
-    evals_last_step: ClassVar[int] = 1
+    coordinate: Coordinate
 
+    @final
     def step(
         self,
         denoiser: Denoiser,
@@ -212,82 +208,64 @@ class Euler(Sampler):
         memory: Memory,
         noise: Tensor | None = None,
     ) -> tuple[Tensor, Memory]:
-        return _step(EULER, EULER, self.coordinate, denoiser, x_t, t, s, cond), None
+        return _step(self.rule, self.last, self.coordinate, denoiser, x_t, t, s, cond), None
+
+
+@final
+@samplers.register("euler")
+@dataclass(frozen=True)
+class Euler(RungeKutta):
+    """First order, deterministic, one network call a step."""
+
+    coordinate: Coordinate = Angle()
+
+    rule: ClassVar[Tableau] = EULER
+    last: ClassVar[Tableau] = EULER
+    order: ClassVar[int] = 1
+    evals_per_step: ClassVar[int] = 1
+    evals_last_step: ClassVar[int] = 1
 
 
 @final
 @samplers.register("midpoint")
 @dataclass(frozen=True)
-class Midpoint(Sampler):
+class Midpoint(RungeKutta):
     """Second order, deterministic, two network calls a step: the slope in its middle."""
 
     coordinate: Coordinate = Angle()
 
+    rule: ClassVar[Tableau] = MIDPOINT
+    last: ClassVar[Tableau] = MIDPOINT
     order: ClassVar[int] = 2
-    stochastic: ClassVar[bool] = False
     evals_per_step: ClassVar[int] = 2
     evals_last_step: ClassVar[int] = 2
-
-    def step(
-        self,
-        denoiser: Denoiser,
-        x_t: Tensor,
-        t: Tensor,
-        s: Tensor,
-        cond: Cond | None,
-        memory: Memory,
-        noise: Tensor | None = None,
-    ) -> tuple[Tensor, Memory]:
-        return _step(MIDPOINT, MIDPOINT, self.coordinate, denoiser, x_t, t, s, cond), None
 
 
 @final
 @samplers.register("heun")
 @dataclass(frozen=True)
-class Heun(Sampler):
+class Heun(RungeKutta):
     """Second order, deterministic, two network calls a step and one in the last: the mean of the slopes at its ends."""
 
     coordinate: Coordinate = Angle()
 
+    rule: ClassVar[Tableau] = TRAPEZOID
+    last: ClassVar[Tableau] = EULER
     order: ClassVar[int] = 2
-    stochastic: ClassVar[bool] = False
     evals_per_step: ClassVar[int] = 2
     evals_last_step: ClassVar[int] = 1
-
-    def step(
-        self,
-        denoiser: Denoiser,
-        x_t: Tensor,
-        t: Tensor,
-        s: Tensor,
-        cond: Cond | None,
-        memory: Memory,
-        noise: Tensor | None = None,
-    ) -> tuple[Tensor, Memory]:
-        return _step(TRAPEZOID, EULER, self.coordinate, denoiser, x_t, t, s, cond), None
 
 
 @final
 @samplers.register("rk4")
 @dataclass(frozen=True)
-class RK4(Sampler):
+class RK4(RungeKutta):
     """Fourth order, deterministic, four network calls a step and three in the last: the classical Runge-Kutta rule."""
 
     coordinate: Coordinate = Angle()
 
+    rule: ClassVar[Tableau] = CLASSICAL_4
+    last: ClassVar[Tableau] = HEUN_3
     order: ClassVar[int] = 4
-    stochastic: ClassVar[bool] = False
     evals_per_step: ClassVar[int] = 4
     evals_last_step: ClassVar[int] = 3
-
-    def step(
-        self,
-        denoiser: Denoiser,
-        x_t: Tensor,
-        t: Tensor,
-        s: Tensor,
-        cond: Cond | None,
-        memory: Memory,
-        noise: Tensor | None = None,
-    ) -> tuple[Tensor, Memory]:
-        return _step(CLASSICAL_4, HEUN_3, self.coordinate, denoiser, x_t, t, s, cond), None
