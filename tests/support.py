@@ -26,6 +26,22 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
+@final
+@dataclasses.dataclass(frozen=True)
+class Straight(NoiseProcess):
+    """x_t goes straight from x0 to eps, as in flow matching: neither of constant variance nor with signal at t = 1 or
+    noise at t = 0. What holds for every process must hold for it too."""
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return 1 - t, t
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        return 2 * torch.log((1 - t) / t)
+
+    def time_at(self, log_snr: Tensor) -> Tensor:
+        return torch.sigmoid(-log_snr / 2)
+
+
 def clock(*times: float) -> Tensor:
     """The times as a float64 clock tensor."""
     return torch.tensor(times, dtype=torch.float64)

@@ -3,8 +3,10 @@
 (That DDIM on the cosine process rotates x_t against v is in `test_circle`.)
 """
 
+import itertools
 from typing import Final
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,9 +15,28 @@ from halfstep.core.noise import NoiseProcess, VPCosine, processes
 from halfstep.core.oracle import GaussianDenoiser
 from halfstep.core.prediction import Prediction, V, predictions
 from halfstep.samplers import DDIM, Angle, Coordinate, Euler, LogSNR, NoiseToSignal, coordinates, trajectory
-from support import clock, interior_times, members, mixture, numbers, pure_noise, toy_denoiser
+from halfstep.samplers.runge_kutta import (
+    CLASSICAL_4,
+    EULER,
+    HEUN_3,
+    MIDPOINT,
+    TRAPEZOID,
+    Tableau,
+    runge_kutta_step,
+)
+from support import (
+    Straight,
+    clock,
+    integrated_flow,
+    interior_times,
+    members,
+    mixture,
+    numbers,
+    pure_noise,
+    toy_denoiser,
+)
 
-every_process = pytest.mark.parametrize("process", members(processes))
+every_process = pytest.mark.parametrize("process", [*members(processes), pytest.param(Straight(), id="straight")])
 every_coordinate = pytest.mark.parametrize("coordinate", members(coordinates))
 every_prediction = pytest.mark.parametrize("prediction", members(predictions))
 
@@ -90,10 +111,11 @@ def test_on_the_circle_the_slope_in_the_angle_is_v(prediction: Prediction) -> No
 def test_euler_s_step_in_noise_to_signal_is_ddim_s(
     process: NoiseProcess, prediction: Prediction, num_steps: int
 ) -> None:
-    """For any denoiser, the last step onto clean data included."""
+    """For any denoiser, the last step onto clean data included; from t = 1 if there is signal, which y divides by."""
     denoiser, x_t = toy_denoiser(process, prediction), pure_noise(process, 16, 2)
+    first = 1.0 if float(process.alpha_sigma(clock(1.0))[0]) > 0 else 0.95
     for number in range(num_steps):
-        t, s = (clock((num_steps - k) / num_steps).expand(16) for k in (number, number + 1))
+        t, s = (clock(first * (num_steps - k) / num_steps).expand(16) for k in (number, number + 1))
         ddim, _ = DDIM().step(denoiser, x_t, t, s, None, None)
         euler, _ = Euler(NoiseToSignal()).step(denoiser, x_t, t, s, None, None)
         # A rounding of x_t / alpha is that of x_t, times alpha_s / alpha_t in x_s: 2e4 where t = 1.
@@ -101,6 +123,31 @@ def test_euler_s_step_in_noise_to_signal_is_ddim_s(
         tolerance = 1e-15 * float((alpha_s / alpha_t).max()) * float(1 + denoiser(x_t, t).eps.abs().max())
         torch.testing.assert_close(euler, ddim, rtol=1e-13, atol=1e-13 + tolerance)
         x_t = ddim
+
+
+@pytest.mark.parametrize(
+    ("rule", "order"),
+    [
+        pytest.param(EULER, 1, id="euler"),
+        pytest.param(MIDPOINT, 2, id="midpoint"),
+        pytest.param(TRAPEZOID, 2, id="trapezoid"),
+        pytest.param(HEUN_3, 3, id="heun_3"),
+        pytest.param(CLASSICAL_4, 4, id="classical_4"),
+    ],
+)
+@torch.no_grad()
+def test_a_rule_has_its_order(rule: Tableau, order: int) -> None:
+    """Those of the last step too, which takes but one step of many by them and so hides what they lack."""
+    process, first, last = VPCosine(), 0.95, 0.05
+    denoiser, x_1 = mixture(process), numbers(16, 2)
+    start, exact = integrated_flow(denoiser, x_1, first), integrated_flow(denoiser, x_1, last)
+    steps, errors = (32, 64, 128, 256), []
+    for num_steps in steps:
+        x_t = start
+        for t, s in itertools.pairwise(torch.linspace(first, last, num_steps + 1, dtype=torch.float64)):
+            x_t = runge_kutta_step(rule, Angle(), denoiser, x_t, t.expand(16), s.expand(16), None)
+        errors.append(float((x_t - exact).square().mean().sqrt()))
+    assert -np.polyfit(np.log(steps), np.log(errors), 1)[0] == pytest.approx(order, abs=0.2)
 
 
 def test_the_three_coordinates_are_three_samplers() -> None:

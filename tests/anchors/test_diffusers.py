@@ -1,7 +1,7 @@
 """DDIM, ancestral sampling, Heun and DPM-Solver++(2M) are diffusers' own, step by step.
 
-On the table of the cosine process's amplitudes, in which timestep k - 1 of diffusers is our t = k / TABLE. Its alpha^2 and
-the sigma / alpha that it samples with are replaced after construction, where they were rounded to float32.
+On the table of the cosine process's amplitudes, in which timestep k - 1 of diffusers is our t = k / TABLE. Its alpha^2
+and the sigma / alpha that it samples with are replaced after construction, where they were rounded to float32.
 """
 
 from collections.abc import Iterator
@@ -154,7 +154,7 @@ def later_times(num_steps: int) -> Tensor:
 
 
 def set_steps(scheduler: Any, times: Tensor) -> None:
-    """Makes a scheduler's steps those between our times, with sigma / alpha in float64, arranged as it arranges them."""
+    """Makes a scheduler's steps those between our times, with sigma / alpha in float64, arranged as its own."""
     timesteps = (times[:-1] * TABLE - 1).round().int().tolist()
     scheduler.set_timesteps(timesteps=timesteps)
     alpha, sigma = PROCESS.landing(times)

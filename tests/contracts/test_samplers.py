@@ -19,6 +19,7 @@ from halfstep.samplers import (
     DDIM,
     Ancestral,
     DPMSolverPP2M,
+    Heun,
     NoiseToSignal,
     Sampler,
     StepNoise,
@@ -28,6 +29,7 @@ from halfstep.samplers import (
     trajectory,
 )
 from support import (
+    Straight,
     Watched,
     build,
     clock,
@@ -62,7 +64,7 @@ def those(parameters: list[Any], kind: str, *, wanted: bool) -> list[Any]:
 SAMPLERS: Final = members(samplers)
 VARIANTS: Final = variants()
 
-every_process = pytest.mark.parametrize("process", members(processes))
+every_process = pytest.mark.parametrize("process", [*members(processes), pytest.param(Straight(), id="straight")])
 every_sampler = pytest.mark.parametrize("sampler", SAMPLERS)
 every_variant = pytest.mark.parametrize("sampler", VARIANTS)
 every_deterministic = pytest.mark.parametrize("sampler", those(SAMPLERS, "stochastic", wanted=False))
@@ -79,6 +81,15 @@ every_one_point_exact = pytest.mark.parametrize(
         for parameter in VARIANTS
         if isinstance(parameter.values[0], HOLD_FAST)
         or isinstance(getattr(parameter.values[0], "coordinate", None), NoiseToSignal)
+    ],
+)
+
+every_one_call_or_heun = pytest.mark.parametrize(
+    "sampler",
+    [
+        parameter
+        for parameter in VARIANTS
+        if parameter.values[0].evals_per_step == 1 or isinstance(parameter.values[0], Heun)
     ],
 )
 
@@ -241,6 +252,17 @@ def test_it_calls_the_network_as_often_as_claimed_and_only_at_times_above_0(
     assert seen == sampler.num_evals(num_steps)
     times = torch.cat(denoiser.times)
     assert bool(((times > 0) & (times <= 1)).all())
+
+
+@every_one_call_or_heun
+@pytest.mark.parametrize("num_steps", [7, 1024])
+def test_a_sampler_without_inner_stages_asks_at_the_times_of_the_grid_to_the_last_bit(
+    sampler: Sampler, num_steps: int
+) -> None:
+    """A network with a table of timesteps knows no others."""
+    denoiser = Watched(gaussian(VPCosine()))
+    sample(denoiser, numbers(1, 2), num_steps, sampler, noise=noise_for(sampler, range(1), 2))
+    assert {float(time) for time in denoiser.times} == set(uniform_times(num_steps)[:-1].tolist())
 
 
 @every_variant
