@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from halfstep.cli import studying
+from halfstep.cli import importing, studying
 from halfstep.cli.arguments import (
     DistillArguments,
     EvaluateArguments,
@@ -132,7 +132,7 @@ def distill(argv: Sequence[str]) -> None:
     # What was set for single students of the old chain need not fit the new one.
     chain = recipe.chain.model_copy(
         update={
-            "start_steps": model.num_steps or recipe.chain.start_steps,
+            "start_steps": model.num_steps or model.manifest.start_steps or recipe.chain.start_steps,
             **dict.fromkeys(("updates_at", "learning_rate_at", "students", "keep")),
         }
     )
@@ -308,6 +308,11 @@ def evaluate(argv: Sequence[str]) -> None:
             figures["searched"] = [result.model_dump() for result in searched]
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def import_(argv: Sequence[str]) -> None:
+    """Turn a checkpoint from elsewhere into a stage."""
+    importing.import_(argv)
 
 
 def study(argv: Sequence[str]) -> None:

@@ -15,6 +15,7 @@ usage: halfstep VERB ...
 
   run RECIPE        the whole plan: train a teacher, halve it to few steps, measure, report; resumable
   train RECIPE      the teacher only
+  import google-pd  a checkpoint of the paper's authors: halfstep import google-pd cifar_8.msgpack --config cifar10
   distill MODEL     halve a trained model further: halfstep distill runs/digits --to 4
   sample MODEL      draw samples: halfstep sample runs/digits --num-samples 64 --out grid.png
   evaluate MODEL    measure a run or one of its stages
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from halfstep.registry import nearest
 
-    verbs = ("run", "train", "distill", "sample", "evaluate", "report", "study", "ls", "demo")
+    verbs = ("run", "train", "import", "distill", "sample", "evaluate", "report", "study", "ls", "demo")
     verb, rest = arguments[0], arguments[1:]
     if verb not in verbs:
         fail(f"unknown verb {verb!r}{nearest(verb, verbs)} (known: {', '.join(verbs)})")
@@ -84,7 +85,7 @@ def _dispatch(verb: str, rest: Sequence[str]) -> None:
     from halfstep.train import Interrupted, NonFinite
 
     try:
-        getattr(commands, verb)(rest)
+        getattr(commands, "import_" if verb == "import" else verb)(rest)
     except Interrupted as stopped:
         print(f"\nhalfstep: {stopped}; the state is saved: run the same command again to go on", file=sys.stderr)
         raise SystemExit(128 + stopped.signal) from None

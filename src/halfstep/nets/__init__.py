@@ -2,6 +2,6 @@
 
 from halfstep.nets.base import Network, build_network, describe_network, networks, set_dropout
 from halfstep.nets.mlp import MLP
-from halfstep.nets.unet2d import UNet2D
+from halfstep.nets.unet2d import UNet2D, unet2d_config
 
-__all__ = ["MLP", "Network", "UNet2D", "build_network", "describe_network", "networks", "set_dropout"]
+__all__ = ["MLP", "Network", "UNet2D", "build_network", "describe_network", "networks", "set_dropout", "unet2d_config"]

@@ -16,7 +16,7 @@ from halfstep.core.noise import NoiseProcess, VPCosine
 from halfstep.core.prediction import Prediction, predictions
 from halfstep.core.weighting import weightings
 from halfstep.data import Data, DataConfig, StandIn, open_data
-from halfstep.nets import MLP, Network, UNet2D
+from halfstep.nets import MLP, Network, UNet2D, unet2d_config
 from halfstep.objectives import EarlyEnd, Plan
 from halfstep.train import Evaluation, Model, RunSpec
 
@@ -376,33 +376,15 @@ def make_unet(config: UNetConfig, shape: tuple[int, ...], num_classes: int, chan
             f"images of {shape[1]}x{shape[2]} cannot be halved {levels - 1} times: sides must be multiples of {factor} "
             f"(--data.image-size, or fewer network.block_out_channels)"
         )
-    plain_down, plain_up = "DownBlock2D", "UpBlock2D"
-    if config.resample == "resnet":
-        plain_down, plain_up = "ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"
-    down = ["AttnDownBlock2D" if attention else plain_down for attention in config.attention]
-    up = ["AttnUpBlock2D" if attention else plain_up for attention in reversed(config.attention)]
+    settings = config.model_dump(exclude={"type", "num_train_timesteps"})
     return UNet2D(
-        {
-            "sample_size": list(shape[1:]),
-            "in_channels": shape[0],
-            "out_channels": shape[0] * channels,
-            "block_out_channels": list(config.block_out_channels),
-            "layers_per_block": config.layers_per_block,
-            "down_block_types": down,
-            "up_block_types": up,
-            "downsample_type": config.resample,
-            "upsample_type": config.resample,
-            "add_attention": config.mid_attention,
-            "attention_head_dim": config.attention_head_dim,
-            "norm_num_groups": config.norm_num_groups,
-            "attn_norm_num_groups": config.norm_num_groups,
-            "norm_eps": config.norm_eps,
-            "time_embedding_dim": config.time_embedding_dim,
-            "flip_sin_to_cos": config.flip_sin_to_cos,
-            "freq_shift": config.freq_shift,
-            "resnet_time_scale_shift": config.time_scale_shift,
-            "num_class_embeds": num_classes or None,
-        },
+        unet2d_config(
+            size=shape[1:],
+            in_channels=shape[0],
+            out_channels=shape[0] * channels,
+            num_classes=num_classes,
+            **settings,
+        ),
         num_train_timesteps=config.num_train_timesteps,
     )
 

@@ -40,6 +40,8 @@ class Manifest(BaseModel):
     prediction: str
     files: dict[str, str]
     """sha256 of each file."""
+    source: str | None = None
+    """Where an imported model came from: its file's name and sha256."""
     weights_kept: bool = True
     """False once the weights were removed because only those of other stages were asked for."""
 

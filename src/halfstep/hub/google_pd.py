@@ -1,0 +1,369 @@
+"""Import of the checkpoints that the authors of progressive distillation released, as stock diffusers networks.
+
+Their files are flax's msgpack: a tree of arrays under `ema_params`, and `num_sample_steps`. Reading them touches no
+pickle: arrays are (shape, dtype name, bytes). Two things of their U-Net are not in `UNet2DModel`, and both fold into
+weights exactly:
+
+* its clock is 1000 u with u = 2 / pi arctan(exp(-log_snr / 2)); ours is asked at the timestep 1000 u - 1. With f a
+  frequency of the sinusoid, sin((k + 1) f) and cos((k + 1) f) are a rotation of sin(k f) and cos(k f) by f, which the
+  first linear layer of the time embedding takes up;
+* its class embedding has a bias, which every row of ours takes up.
+
+Source: Salimans & Ho 2022 (arXiv:2202.00512), the authors' unet.py, model.py, checkpoints.py; flax's serialization.py.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, NamedTuple, final
+
+import msgpack
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from torch import Tensor
+
+from halfstep.core.denoiser import NetworkDenoiser
+from halfstep.core.noise import VPCosine, processes
+from halfstep.core.prediction import predictions
+from halfstep.nets import UNet2D, describe_network, unet2d_config
+from halfstep.registry import nearest
+from halfstep.runs import DamagedFile, Manifest, StageFolder, read_json, sha256_of
+from halfstep.train.model import save_stage
+
+PROCESS: Final = VPCosine()
+"""The process of every released model: the clipped cosine."""
+CLOCK: Final = 1000
+"""Their clock's largest value."""
+
+Positive = Field(ge=1)
+
+
+@final
+class GooglePDConfig(BaseModel):
+    """A network of the authors' unet.py, and what its checkpoint does not say of itself."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    image_size: int = Positive
+    """Height and width."""
+    ch: int = Positive
+    """Channels at the finest level."""
+    multipliers: tuple[int, ...]
+    """Channels of each level, from the finest, in multiples of `ch`."""
+    layers_per_block: int = Positive
+    """Residual blocks of a level on the way down; one more on the way up."""
+    attention: tuple[bool, ...]
+    """Whether each level has self-attention."""
+    attention_head_dim: int = Positive
+    """Channels of an attention head."""
+    time_embedding_dim: int = Positive
+    """Width of the embedding of time and class."""
+    num_classes: int = Field(default=0, ge=0)
+    """0 for an unconditional network."""
+    prediction: Literal["x0", "eps", "v", "both"]
+    """What the network predicts."""
+    start_steps: int = Positive
+    """Steps of the first teacher of its chain."""
+
+    @model_validator(mode="after")
+    def _same_length(self) -> "GooglePDConfig":
+        if not self.multipliers or len(self.multipliers) != len(self.attention):
+            raise ValueError(
+                f"multipliers and attention need an entry for each level, got {len(self.multipliers)} and "
+                f"{len(self.attention)}"
+            )
+        return self
+
+
+def _lsun() -> GooglePDConfig:
+    return GooglePDConfig(
+        image_size=128, ch=64, multipliers=(1, 2, 4, 6, 8), layers_per_block=3,
+        attention=(False, False, True, True, True), attention_head_dim=64, time_embedding_dim=768,
+        prediction="both", start_steps=1024,
+    )  # fmt: skip
+
+
+CONFIGS: Final[dict[str, GooglePDConfig]] = {
+    "cifar10": GooglePDConfig(
+        image_size=32, ch=256, multipliers=(1, 1, 1), layers_per_block=3, attention=(False, True, True),
+        attention_head_dim=256, time_embedding_dim=1024, prediction="x0", start_steps=8192,
+    ),
+    "imagenet64": GooglePDConfig(
+        image_size=64, ch=192, multipliers=(1, 2, 3, 4), layers_per_block=3, attention=(False, True, True, True),
+        attention_head_dim=64, time_embedding_dim=768, num_classes=1000, prediction="both", start_steps=1024,
+    ),
+    "bedroom128": _lsun(),
+    "church128": _lsun(),
+}  # fmt: skip
+"""The released models' configurations."""
+
+
+def config_of(text: str) -> GooglePDConfig:
+    """The configuration that `text` names: one of `CONFIGS`, or a .json file with the fields of `GooglePDConfig`.
+
+    Raises:
+        ValueError: if it is neither, or the file does not hold one.
+    """
+    if text in CONFIGS:
+        return CONFIGS[text]
+    if not text.endswith(".json"):
+        known = ", ".join(CONFIGS)
+        raise ValueError(f"unknown configuration {text!r}{nearest(text, CONFIGS)} (known: {known}, or a .json file)")
+    try:
+        return GooglePDConfig.model_validate(read_json(Path(text)))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        reason = first["msg"].removeprefix("Value error, ")
+        raise ValueError(f"{text}: {where + ': ' if where else ''}{reason}") from None
+
+
+@final
+@dataclass(frozen=True)
+class Checkpoint:
+    """What is used of a checkpoint file."""
+
+    params: Mapping[str, np.ndarray]
+    """Arrays by their paths, such as "down_0.block_0/conv1/kernel"."""
+    num_steps: int
+    """Sampler steps that the model is made for; 0 if the file does not say."""
+
+
+_ARRAY, _SCALAR = 1, 3
+"""flax's extension types of msgpack that are read; a complex number (2) is in no checkpoint."""
+
+
+def _array(code: int, data: bytes) -> np.ndarray:
+    if code not in (_ARRAY, _SCALAR):
+        raise ValueError(f"an entry is of msgpack's extension type {code}, which is no array of flax")
+    shape, name, content = msgpack.unpackb(data, raw=False)
+    kind = np.dtype(name)
+    if kind.kind not in "fiub":
+        raise ValueError(f"an array is of the type {name!r}, which is no plain number")
+    if any(not isinstance(length, int) or length < 0 for length in shape):
+        raise ValueError(f"an array has the shape {shape!r}")
+    # Neither allocates: the array is a view of the file's bytes, and a shape that does not fit them is refused.
+    return np.frombuffer(content, dtype=kind).reshape(shape)
+
+
+def _flat(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value.get("__msgpack_chunked_array__"):
+            chunks = [value["chunks"][str(index)] for index in range(len(value["chunks"]))]
+            shape = [int(value["shape"][str(index)]) for index in range(len(value["shape"]))]
+            yield path, np.concatenate([chunk.ravel() for chunk in chunks]).reshape(shape)
+        elif isinstance(value, Mapping):
+            yield from _flat(value, f"{path}/")
+        elif isinstance(value, np.ndarray):
+            yield path, value
+        else:
+            raise ValueError(f"{path} is no array")
+
+
+def read_checkpoint(file: Path) -> Checkpoint:
+    """The checkpoint in `file`.
+
+    Raises:
+        DamagedFile: if it is not there, cut short, or no checkpoint of the authors' code.
+    """
+    if not file.is_file():
+        raise DamagedFile(f"{file} {'is a folder' if file.is_dir() else 'does not exist'}: give a .msgpack checkpoint")
+    try:
+        tree = msgpack.unpackb(file.read_bytes(), ext_hook=_array, raw=False, strict_map_key=False)
+        if not isinstance(tree, Mapping) or not isinstance(tree.get("ema_params"), Mapping):
+            raise ValueError("it has no ema_params")
+        params = dict(_flat(tree["ema_params"]))
+        steps = tree.get("num_sample_steps") or 0
+        if isinstance(steps, np.ndarray):
+            steps = steps.item()
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+            raise ValueError(f"its num_sample_steps is {steps!r}")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, msgpack.UnpackException) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DamagedFile(
+            f"{file} is cut short or no checkpoint of the authors' code ({reason}): give one of their .msgpack files"
+        ) from None
+    return Checkpoint(params, steps)
+
+
+class _Place(NamedTuple):
+    """Where a tensor of the network comes from."""
+
+    path: str
+    shape: tuple[int, ...]
+    """Of the array there, but for axes that are joined or of length 1."""
+    axes: tuple[int, ...] | None
+    """The permutation that makes the tensor of it."""
+
+
+_NAMES: Final = {
+    "time_embedding.linear_1": "dense0",
+    "time_embedding.linear_2": "dense1",
+    "class_embedding": "class_emb",
+    "conv_norm_out": "norm_out",
+    "mid_block.resnets.0": "mid.block_1",
+    "mid_block.resnets.1": "mid.block_2",
+    "mid_block.attentions.0": "mid.attn_1",
+}
+_PARTS: Final = {
+    "group_norm": "norm",
+    "time_emb_proj": "temb_proj",
+    "conv_shortcut": "nin_shortcut",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "proj_out",
+}
+
+
+def _place(name: str, shape: tuple[int, ...], levels: int) -> _Place:
+    """Where the tensor `name` of a UNet2DModel lies in the authors' tree."""
+    module, _, kind = name.rpartition(".")
+    for ours, theirs in _NAMES.items():
+        if module == ours or module.startswith(f"{ours}."):
+            module = theirs + module.removeprefix(ours).replace(".", "/", 1)
+            break
+    else:
+        words = module.split(".")
+        if words[0] in ("down_blocks", "up_blocks"):
+            level = int(words[1]) if words[0] == "down_blocks" else levels - 1 - int(words[1])
+            place = {"resnets": f"block_{words[3]}", "attentions": f"attn_{words[3]}"}
+            place |= {"downsamplers": "downsample", "upsamplers": "upsample"}
+            side = "down" if words[0] == "down_blocks" else "up"
+            module = "/".join([f"{side}_{level}.{place[words[2]]}", ".".join(words[4:])])
+    head, slash, part = module.rpartition("/")
+    module = head + slash + _PARTS.get(part, part)
+    if kind == "bias":
+        return _Place(f"{module}/bias", shape, None)
+    if len(shape) == 1:
+        return _Place(f"{module}/scale", shape, None)
+    if name == "class_embedding.weight":
+        return _Place(f"{module}/kernel", shape, None)
+    if len(shape) == 4 and shape[2:] != (1, 1):
+        return _Place(f"{module}/kernel", (shape[2], shape[3], shape[1], shape[0]), (3, 2, 0, 1))
+    return _Place(f"{module}/kernel", (shape[1], shape[0]), (1, 0))
+
+
+def _regroups(got: tuple[int, ...], needed: tuple[int, ...]) -> bool:
+    """Whether one shape is the other with neighbouring axes joined, or axes of length 1 put in: versions of flax
+    differ in this and in nothing else, so a transposed array is not taken for one."""
+
+    def marks(shape: tuple[int, ...]) -> set[int]:
+        return {math.prod(shape[: index + 1]) for index, length in enumerate(shape) if length != 1}
+
+    a, b = marks(got), marks(needed)
+    return math.prod(got) == math.prod(needed) and (a <= b or b <= a)
+
+
+def convert(params: Mapping[str, np.ndarray], config: GooglePDConfig) -> UNet2D:
+    """The stock network with the checkpoint's weights.
+
+    Raises:
+        ValueError: naming the first tensor that is missing, does not fit, or is left over.
+    """
+    network = empty_network(config)
+    state: dict[str, Tensor] = {}
+    used: set[str] = set()
+    for name, tensor in network.unet.state_dict().items():
+        place = _place(name, tuple(tensor.shape), len(config.multipliers))
+        array = params.get(place.path)
+        if array is None:
+            raise ValueError(f"it has no tensor {place.path}, which needs the shape {list(place.shape)}")
+        if not _regroups(array.shape, place.shape):
+            raise ValueError(
+                f"the tensor {place.path} has the shape {list(array.shape)}, but {list(place.shape)} is needed"
+            )
+        used.add(place.path)
+        value = torch.from_numpy(np.array(array, np.float64)).reshape(place.shape)
+        if place.axes is not None:
+            value = value.permute(place.axes).reshape(tuple(tensor.shape))
+        state[name] = value
+    if config.num_classes:
+        used.add("class_emb/bias")
+        if "class_emb/bias" not in params:
+            raise ValueError("it has no tensor class_emb/bias")
+        state["class_embedding.weight"] = state["class_embedding.weight"] + torch.from_numpy(
+            np.array(params["class_emb/bias"], np.float64)
+        )
+    left = sorted(set(params) - used)
+    if left:
+        raise ValueError(f"the tensor {left[0]} of shape {list(params[left[0]].shape)} has no place in the network")
+    weight = "time_embedding.linear_1.weight"
+    state[weight] = _earlier_by_one(state[weight])
+    network.to_empty(device="cpu")
+    network.unet.load_state_dict({name: value.float() for name, value in state.items()})
+    return network.eval()
+
+
+def _earlier_by_one(weight: Tensor) -> Tensor:
+    """The weight `[embedding, channels]` that makes of the sinusoid at k what `weight` makes of that at k + 1."""
+    half = weight.shape[1] // 2
+    frequency = torch.exp(torch.arange(half, dtype=torch.float64) * (-math.log(10_000) / (half - 1)))
+    sine, cosine = weight[:, :half], weight[:, half:]
+    return torch.cat(
+        [sine * frequency.cos() - cosine * frequency.sin(), sine * frequency.sin() + cosine * frequency.cos()], dim=1
+    )
+
+
+def empty_network(config: GooglePDConfig) -> UNet2D:
+    """The network of a configuration on the meta device: its tensors have shapes and no content."""
+    first, last = (2 / math.pi * math.atan(math.exp(-bound / 2)) for bound in (20.0, -20.0))
+    with torch.device("meta"):
+        return UNet2D(
+            unet2d_config(
+                size=(config.image_size, config.image_size),
+                in_channels=3,
+                out_channels=3 * predictions[config.prediction].channels,
+                block_out_channels=[config.ch * multiplier for multiplier in config.multipliers],
+                layers_per_block=config.layers_per_block,
+                attention=config.attention,
+                attention_head_dim=config.attention_head_dim,
+                norm_eps=1e-6,
+                resample="resnet",
+                time_embedding_dim=config.time_embedding_dim,
+                flip_sin_to_cos=False,
+                freq_shift=1,
+                num_classes=config.num_classes,
+            ),
+            num_train_timesteps=CLOCK,
+            clock_range=(first, last),
+        )
+
+
+def import_google_pd(file: Path, config: GooglePDConfig, out: Path) -> Manifest:
+    """The checkpoint as a stage in the folder `out`, which must not hold anything.
+
+    Raises:
+        ValueError: if the file is damaged or of another configuration, or `out` holds something; nothing is written.
+    """
+    if out.exists() and (out.is_file() or any(out.iterdir())):
+        raise ValueError(f"{out} is there already: choose another --out")
+    checkpoint = read_checkpoint(file)
+    try:
+        network = convert(checkpoint.params, config)
+    except ValueError as error:
+        raise ValueError(f"{file} does not fit the configuration: {error}; choose another --config") from None
+    steps = checkpoint.num_steps
+    manifest = Manifest(
+        stage=out.name,
+        objective="imported",
+        parent=None,
+        # The first teacher of a chain takes any number of steps.
+        num_steps=steps if 0 < steps < config.start_steps else None,
+        start_steps=config.start_steps,
+        num_updates=0,
+        seconds=0.0,
+        shape=(3, config.image_size, config.image_size),
+        num_classes=config.num_classes,
+        clip=True,
+        network=describe_network(network),
+        process={"type": processes.name_of(PROCESS), **vars(PROCESS)},
+        prediction=config.prediction,
+        files={},
+        source=f"{file.name} sha256 {sha256_of(file)}",
+    )
+    denoiser = NetworkDenoiser(network, PROCESS, predictions[config.prediction]())
+    return save_stage(StageFolder(out), denoiser, manifest)
