@@ -344,9 +344,10 @@ def test_other_noise_gives_other_samples(sampler: Sampler) -> None:
 
 @every_stochastic
 def test_a_stochastic_sampler_without_noise_is_refused(sampler: Sampler) -> None:
-    denoiser, x_1 = mixture(VPCosine()), numbers(4, 2)
-    with pytest.raises(ValueError, match="step_noise"):
+    denoiser, x_1 = Watched(mixture(VPCosine())), numbers(4, 2)
+    with pytest.raises(ValueError, match=r"draws noise at each step: pass noise=step_noise\("):
         sample(denoiser, x_1, 2, sampler)
+    assert not denoiser.times
     with pytest.raises(ValueError, match="step_noise"):
         sampler.step(denoiser, x_1, clock(1.0).expand(4), clock(0.5).expand(4), None, None)
 
