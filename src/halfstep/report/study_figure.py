@@ -79,7 +79,7 @@ def _draw(axes: Any, panel: Panel) -> None:
                 capsize=2, label=series.label,
             )  # fmt: skip
     if bars:
-        axes.set_xticks(range(len(panel.categories)), panel.categories, rotation=35, ha="right")
+        axes.set_xticks(range(len(panel.categories)), panel.categories, rotation=45, ha="right", fontsize=8)
     elif panel.log_x:
         axes.set_xscale("log", base=2)
         ticks = sorted({x for series in panel.series for x in series.x})

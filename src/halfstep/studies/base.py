@@ -82,6 +82,8 @@ class Study(ABC):
 
     title: ClassVar[str]
     question: ClassVar[str]
+    uses: ClassVar[tuple[str, ...]]
+    """Settings of the scale on which its figures depend: with others, its cells must be filled anew."""
 
     @abstractmethod
     def cells(self, scale: Scale) -> list[Cell]:
@@ -229,15 +231,16 @@ def run_study(
     """
     bench = Bench(out, scale, stop, watch)
     name = studies.name_of(study)
+    settings = scale.as_data(study.uses)
     rows = []
     for cell in study.cells(scale):
         if stop is not None:
             stop.check()
         file = out / name / "cells" / f"{cell.name}.json"
-        key = {"axes": dict(cell.axes), "scale": scale.as_data()}
+        key = {"axes": dict(cell.axes), "scale": settings}
         if file.is_file():
             held = read_json(file)
-            if held["key"] != json.loads(json.dumps(key)):
+            if held["key"] != key:
                 raise ValueError(f"{file} was made by other settings of this study: choose another --out")
             done(cell, held["figures"], True)
             rows.append(Row(cell.axes, held["figures"]))
@@ -258,7 +261,7 @@ def run_study(
             "study": name,
             "title": study.title,
             "question": study.question,
-            "scale": scale.as_data(),
+            "scale": settings,
             "protocol": reference.protocol,
             "environment": environment(),
             "seconds": round(sum(read_json(f)["seconds"] for f in (out / name / "cells").glob("*.json")), 1),

@@ -47,6 +47,7 @@ class Cost(Study):
 
     title: ClassVar[str] = "What distillation costs"
     question: ClassVar[str] = "Does distilling to four steps cost no more than training the teacher?"
+    uses: ClassVar[tuple[str, ...]] = ("recipe",)
 
     def cells(self, scale: Scale) -> list[Cell]:
         return [_cell(scale, part, end) for part, end in _parts(scale).items()]

@@ -52,6 +52,7 @@ class Integrators(Study):
 
     title: ClassVar[str] = "Appendix C: integrators of the probability-flow ODE"
     question: ClassVar[str] = "Is DDIM only another integrator, or a better one?"
+    uses: ClassVar[tuple[str, ...]] = ("recipe", "steps")
 
     def cells(self, scale: Scale) -> list[Cell]:
         return [_cell(name, steps) for name in METHODS for steps in scale.steps if steps >= 4]

@@ -74,6 +74,7 @@ class Table2(Study):
 
     title: ClassVar[str] = "Table 2: fast samplers at equal network calls"
     question: ClassVar[str] = "What does distillation buy beyond the best samplers of the undistilled teacher?"
+    uses: ClassVar[tuple[str, ...]] = ("recipe", "gamma_levels")
     methods: ClassVar[tuple[str, ...]] = ("student", "ddim", "ancestral", "heun", "dpmpp_2m")
 
     def cells(self, scale: Scale) -> list[Cell]:
@@ -122,6 +123,7 @@ class Steps(Study):
 
     title: ClassVar[str] = "Figure 4: quality against steps"
     question: ClassVar[str] = "Down to how many steps do students keep the teacher's quality?"
+    uses: ClassVar[tuple[str, ...]] = ("recipe", "gamma_levels", "steps")
     methods: ClassVar[tuple[str, ...]] = ("student", "ddim", "ancestral")
 
     def cells(self, scale: Scale) -> list[Cell]:
@@ -174,6 +176,7 @@ class Stochastic(Study):
 
     title: ClassVar[str] = "Figure 6: stochastic sampling from distilled students"
     question: ClassVar[str] = "Does noise help a student as it helps its teacher?"
+    uses: ClassVar[tuple[str, ...]] = ("recipe", "gamma_levels")
     methods: ClassVar[tuple[str, ...]] = ("student", "student, ancestral", "ancestral")
     names: ClassVar[dict[str, str]] = {
         "student": "distilled, DDIM",

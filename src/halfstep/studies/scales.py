@@ -1,8 +1,10 @@
 """The three sizes of every study: what is trained, how often, and how it is measured."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, final
+
+from pydantic import BaseModel
 
 from halfstep.recipes import EvaluationConfig, Recipe, TeacherConfig, recipes
 
@@ -34,13 +36,18 @@ class Scale:
     factors: tuple[int, ...] = (2, 4)
     """Teacher steps that a student's step replaces there."""
 
-    def as_data(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return {
-            **vars(self),
-            "recipe": self.recipe.model_dump(mode="json"),
-            "ablation": self.ablation.model_dump(mode="json"),
-        }
+    def as_data(self, uses: Sequence[str]) -> dict[str, Any]:
+        """The settings named in `uses`, JSON-ready; "evaluation" is that of the recipe."""
+        data: dict[str, Any] = {"name": self.name}
+        for name in uses:
+            value = self.recipe.evaluation if name == "evaluation" else getattr(self, name)
+            data[name] = value.model_dump(mode="json") if isinstance(value, BaseModel) else list_of(value)
+        return data
+
+
+def list_of(value: object) -> object:
+    """A tuple as the list that it becomes in JSON."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def smoke() -> Scale:
@@ -63,7 +70,7 @@ def smoke() -> Scale:
         ablation_gamma_levels=3,
         steps=(1, 2, 4, 8, 16, 32, 64),
         ablation_steps=32,
-        updates=(50, 100, 200),
+        updates=(30, 60, 120),
         rates=(3e-4, 1e-3),
     )
 

@@ -74,6 +74,7 @@ class Schedules(Study):
 
     title: ClassVar[str] = "Fast schedules: updates a stage, and factor 2 or 4"
     question: ClassVar[str] = "How many updates does a stage need, and may it quarter the steps?"
+    uses: ClassVar[tuple[str, ...]] = ("recipe", "seeds", "updates", "rates", "factors")
 
     def cells(self, scale: Scale) -> list[Cell]:
         return [

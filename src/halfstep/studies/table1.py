@@ -44,6 +44,7 @@ class Table1(Study):
 
     title: ClassVar[str] = "Table 1: parameterisation, weighting, sampler"
     question: ClassVar[str] = "Which output and which weighting train the best undistilled model?"
+    uses: ClassVar[tuple[str, ...]] = ("ablation", "evaluation", "seeds", "ablation_gamma_levels", "ablation_steps")
 
     def cells(self, scale: Scale) -> list[Cell]:
         return [
@@ -74,7 +75,7 @@ class Table1(Study):
         return Table(("output, weighting", "ancestral", "DDIM", "paper: stochastic", "paper: DDIM"), lines, notes)
 
     def panels(self, rows: Sequence[Row], scale: Scale) -> list[Panel]:
-        labels = [f"{prediction}\n{weighting}" for prediction, weighting in TABLE_1]
+        labels = [f"{prediction}, {weighting}" for prediction, weighting in TABLE_1]
         ours = []
         for name, label in zip(SAMPLERS, ("ancestral, tuned", "DDIM"), strict=True):
             x, y = [], []
@@ -90,7 +91,7 @@ class Table1(Study):
             known = [(float(i), value[place]) for i, value in enumerate(TABLE_1.values()) if value is not None]
             theirs.append(Series(label, [x for x, _ in known], [y for _, y in known]))
         return [
-            Panel("ours", "", "Frechet distance", ours, labels, log_y=True),
+            Panel("ours", "", "Frechet distance", ours, labels, log_y=False),
             Panel("the paper, CIFAR-10", "", "FID", theirs, labels, log_y=False),
         ]
 

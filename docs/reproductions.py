@@ -1,0 +1,87 @@
+"""Writes docs/pages/reproductions.md and its figures from the studies' JSON in docs/results/studies/.
+
+To publish a study: run it (`halfstep study table1 --scale smoke`), copy its study.json to
+docs/results/studies/table1-smoke.json, say in docs/reproductions/table1.md what it shows and what it does not, and run
+`python docs/reproductions.py`. Tables and figures are made from the JSON alone, so they cannot drift from it.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from halfstep.report.study_figure import draw_panels
+from halfstep.studies import SCALES, Row, studies
+
+DOCS = Path(__file__).parent
+ORDER = ("table1", "table2", "steps", "stochastic", "schedules", "integrators", "cost")
+HEAD = """# Reproductions
+
+Each of the paper's tables and figures is a study: a plan of runs that goes on where it was cut and ends in a table and
+a figure (`halfstep study NAME --scale smoke|small|paper`). This page is generated from the studies' JSON
+(`docs/results/studies/`) by `docs/reproductions.py`; nothing on it is typed by hand but the paragraphs that say what a
+study repeats of the paper and what it does not.
+
+The paper's figures stand beside ours where they are known. They are FID of Inception features on CIFAR-10 or ImageNet;
+ours are distances in the features of a small classifier, on other data. Compare orders and ratios, never numbers. What
+could not be verified from a source is not shown as the paper's.
+
+Run so far: {run}. Not run yet, for want of a GPU: {missing}.
+"""
+
+
+def section(name: str, held: dict[str, Any], figure: str) -> str:
+    """A study's part of the page."""
+    study = studies[name]()
+    scale = SCALES[held["scale"]["name"]]()
+    rows = [Row(row["axes"], row["figures"]) for row in held["rows"]]
+    environment = held["environment"]
+    comment = (DOCS / "reproductions" / f"{name}.md").read_text(encoding="utf-8").strip()
+    return "\n".join(
+        [
+            f"## {study.title}",
+            "",
+            f"*{study.question}*",
+            "",
+            comment,
+            "",
+            f"![{study.title}: ours, and the paper's where they are known]({figure})",
+            "",
+            study.table(rows, scale).markdown(),
+            f"Command: `halfstep study {name} --scale {scale.name}`, {held['seconds'] / 60:.0f} minutes of cells on "
+            f"{environment['cpu_count']} CPU cores ({environment['device']}), torch "
+            f"{environment['versions']['torch']}, commit {environment['git_commit'] or 'unknown'}, "
+            f"{environment['started'][:10]}.",
+            "",
+        ]
+    )
+
+
+def page(figures: Path) -> str:
+    """The whole page; draws its figures into `figures`."""
+    parts, run, missing = [], [], []
+    for name in ORDER:
+        for scale_name, scale in SCALES.items():
+            file = DOCS / "results" / "studies" / f"{name}-{scale_name}.json"
+            if not file.is_file():
+                missing.append(f"{name} ({scale_name})")
+                continue
+            held = json.loads(file.read_text(encoding="utf-8"))
+            if held["scale"] != scale().as_data(studies[name].uses):
+                raise SystemExit(f"{file} was made by other settings of the scale {scale_name}: run the study again")
+            run.append(f"{name} ({scale_name})")
+            figures.mkdir(parents=True, exist_ok=True)
+            rows = [Row(row["axes"], row["figures"]) for row in held["rows"]]
+            draw_panels(studies[name]().panels(rows, scale()), figures / f"{name}-{scale_name}")
+            (figures / f"{name}-{scale_name}.png").unlink()
+            parts.append(section(name, held, f"studies/{name}-{scale_name}.svg"))
+    return HEAD.format(run=", ".join(run) or "none", missing=", ".join(missing) or "none") + "\n" + "\n".join(parts)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=DOCS / "pages", help="folder of the page and of studies/")
+    out: Path = parser.parse_args().out
+    text = page(out / "studies")
+    (out / "reproductions.md").write_text(text, encoding="utf-8")
+    print(out / "reproductions.md")
