@@ -66,7 +66,9 @@ def study(argv: Sequence[str], console: Console) -> None:
     def done(cell: Cell, figures: dict[str, object], was_there: bool) -> None:
         nonlocal count
         count += 1
-        shown = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items())
+        shown = ", ".join(
+            f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items() if v is not None
+        )
         there = " (was there)" if was_there else ""
         console.print(f"[{count}/{len(cells)}] {describe(cell)}: {shown}{there}", highlight=False, markup=False)
 

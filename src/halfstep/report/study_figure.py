@@ -1,5 +1,6 @@
 """The figure of a study: panels of curves or of bars side by side, as PNG and SVG."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,10 +83,9 @@ def _draw(axes: Any, panel: Panel) -> None:
         axes.set_xticks(range(len(panel.categories)), panel.categories, rotation=45, ha="right", fontsize=8)
     elif panel.log_x:
         axes.set_xscale("log", base=2)
-        ticks = sorted({x for series in panel.series for x in series.x})
-        while len(ticks) > 11:
-            ticks = ticks[::2]
-        axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+        values = [x for series in panel.series for x in series.x]
+        powers = range(math.floor(math.log2(min(values))), math.ceil(math.log2(max(values))) + 1)
+        axes.set_xticks([2.0**k for k in powers], [f"{2.0**k:g}" for k in powers])
         axes.minorticks_off()
     if panel.log_y:
         axes.set_yscale("log")

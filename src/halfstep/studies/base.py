@@ -240,7 +240,7 @@ def run_study(
         key = {"axes": dict(cell.axes), "scale": settings}
         if file.is_file():
             held = read_json(file)
-            if held["key"] != key:
+            if not isinstance(held, dict) or held.get("key") != key:
                 raise ValueError(f"{file} was made by other settings of this study: choose another --out")
             done(cell, held["figures"], True)
             rows.append(Row(cell.axes, held["figures"]))
