@@ -48,13 +48,19 @@ def section(name: str, held: dict[str, Any], figure: str) -> str:
             f"![{study.title}: ours, and the paper's where they are known]({figure})",
             "",
             study.table(rows, scale).markdown(),
-            f"Command: `halfstep study {name} --scale {scale.name}`, {held['seconds'] / 60:.0f} minutes of cells on "
-            f"{environment['cpu_count']} CPU cores ({environment['device']}), torch "
+            f"Command: `halfstep study {name} --scale {scale.name}`, {spent(held['seconds'])} on "
+            f"{environment['cpu_count']} CPU cores ({environment['device']}), without what another study of the scale "
+            "had trained or measured before; torch "
             f"{environment['versions']['torch']}, commit {environment['git_commit'] or 'unknown'}, "
             f"{environment['started'][:10]}.",
             "",
         ]
     )
+
+
+def spent(seconds: float) -> str:
+    """Minutes, or seconds where they are few."""
+    return f"{seconds:.0f} seconds" if seconds < 90 else f"{seconds / 60:.0f} minutes"
 
 
 def page(figures: Path) -> str:

@@ -145,7 +145,7 @@ class Steps(Study):
                 line += [number(published[method].get(count)) for method in self.methods]
             lines.append(line)
         headings = ["steps", *(NAMES[method] for method in self.methods)]
-        headings += [f"{data}: {NAMES[method]}" for data in FIGURE_4 for method in self.methods]
+        headings += [f"paper, {data}: {NAMES[method]}" for data in FIGURE_4 for method in self.methods]
         notes = (
             _protocol(scale) + " The paper's: FID, read off its figure to 0.5 %; a dash where it lies above 20 or is "
             "not known. Its LSUN curves are not known in numbers.",
