@@ -79,6 +79,21 @@ def test_an_undistilled_checkpoint_is_a_teacher(steps: int | None, tmp_path: Pat
 
 
 @torch.no_grad()
+def test_an_imported_network_is_a_stock_one_that_diffusers_reads_back(tmp_path: Path) -> None:
+    from diffusers import UNet2DModel
+
+    ours = convert(params(TINY), TINY)
+    ours.unet.save_pretrained(tmp_path / "unet")
+    theirs = UNet2DModel.from_pretrained(tmp_path / "unet")
+    x_t = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 2])
+    first, last = ours.clock_range
+    timestep = 1000 * (first + (last - first) * 0.5) - 1
+    expected = theirs(x_t, timestep, class_labels=labels).sample
+    torch.testing.assert_close(ours(x_t, torch.full((2,), 0.5), class_labels=labels), expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
 def test_what_flax_versions_write_differently_is_read_alike(tmp_path: Path) -> None:
     """Axes joined or of length 1, chunked arrays, half precision left alone, scalars as arrays."""
     plain = params(TINY)
