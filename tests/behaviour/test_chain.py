@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,16 @@ def test_a_cut_between_manifest_and_weights_is_made_good(tmp_path: Path) -> None
     file.write_text(json.dumps(json.loads(file.read_text()) | {"weights_kept": False, "files": {}}))
     finish(spec, path)
     assert _weights_there(path) == {"00-denoise", "04-halve-0001"}
+
+
+def test_a_stage_is_not_trained_anew_from_another_teacher_than_its_own(tmp_path: Path) -> None:
+    """Its own has no weights any more; that of the stage before would make another student."""
+    path = tmp_path / "run"
+    spec = toy_spec(plan=_long(), start_steps=16, keep=())
+    finish(spec, path)
+    shutil.rmtree(path / "stages" / STUDENTS[3])
+    with pytest.raises(ValueError, match=r"04-halve-0001 must be trained, but the weights of 03-halve-0002.*not kept"):
+        finish(spec, path)
 
 
 RULE = EarlyEnd(window=5, patience=2, min_drop=0.5)

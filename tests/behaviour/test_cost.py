@@ -11,6 +11,7 @@ from halfstep.objectives import Plan
 from halfstep.recipes import Recipe, build, recipes
 from halfstep.recipes.paper import PAPER_CIFAR10
 from halfstep.recipes.schema import DataFacts, UNetConfig, data_or_stand_in
+from halfstep.train import cost
 from halfstep.train.cost import count_forward, memory_of_update, time_updates, update_cost
 from toys import toy_plan, toy_spec
 
@@ -68,10 +69,19 @@ def test_a_large_update_is_extrapolated_from_smaller_ones() -> None:
     spec = toy_spec(plan=Plan(tuple(dataclasses.replace(s, batch_size=512) for s in toy_plan().stages)))
     forward = count_forward(spec)
     assert time_updates(spec, forward).batch_size == 512
-    slow = forward._replace(flops=int(1e11 / 3 / 4))
+
+
+@pytest.mark.parametrize(("own", "each", "timed"), [(0.0, 0.01, 8), (0.5, 0.01, 128), (0.0, 4.0, 8)])
+def test_the_extrapolated_time_is_that_of_an_update_with_a_cost_of_its_own_and_one_a_sample(
+    own: float, each: float, timed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the cost of its own hides that of a sample, larger batches are tried until it shows."""
+    spec = toy_spec(plan=Plan(tuple(dataclasses.replace(s, batch_size=512) for s in toy_plan().stages)))
+    slow = count_forward(spec)._replace(flops=int(1e11 / 3 / 4))
+    monkeypatch.setattr(cost, "_seconds", lambda spec, stage: own + each * stage.batch_size)
     rate = time_updates(spec, slow)
-    assert rate.batch_size == 8
-    assert rate.seconds > 0
+    assert rate.batch_size == timed
+    assert rate.seconds == pytest.approx(own + each * 512)
 
 
 def test_a_student_s_update_costs_its_teacher_s_steps_more() -> None:

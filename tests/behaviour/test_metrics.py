@@ -8,8 +8,9 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from halfstep.data import DataConfig, open_data
-from halfstep.metrics import frechet_distance, kernel_distance, rmse, train_classifier
+from halfstep.data import DataConfig, MemoryData, open_data
+from halfstep.metrics import Pixels, frechet_distance, kernel_distance, rmse, train_classifier
+from halfstep.train import Evaluation, Reference
 
 
 def _features(n: int, d: int, seed: int) -> Tensor:
@@ -109,3 +110,26 @@ def test_the_classifier_knows_the_digits_is_repeatable_and_survives_a_damaged_ca
 def test_a_classifier_of_too_little_data_is_refused() -> None:
     with pytest.raises(ValueError, match="use the features `pixels`"):
         train_classifier(torch.zeros(10, 2), torch.zeros(10, dtype=torch.int64), 2, "few")
+
+
+def test_large_images_are_averaged_before_their_pixels_are_compared() -> None:
+    """The square matrix of 49,152 pixels would take 19 GB; 4,096 entries and fewer are taken as they are."""
+    images = torch.rand(3, 3, 64, 128, generator=torch.Generator().manual_seed(0))
+    averaged = Pixels().features(images).reshape(3, 3, 32, 32)
+    torch.testing.assert_close(averaged[1, 2, 5, 7], images[1, 2, 10:12, 28:32].mean())
+    small = torch.rand(3, 1, 64, 64)
+    assert torch.equal(Pixels().features(small), small.flatten(1))
+    with pytest.raises(ValueError, match="more entries than the 4096 that can be compared"):
+        Pixels().features(torch.rand(2, 5000))
+
+
+def test_the_reference_is_of_all_classes_where_the_data_is_sorted_by_class() -> None:
+    labels = torch.arange(10).repeat_interleave(30)
+    names = tuple(str(number) for number in range(10))
+    data = MemoryData("sorted", labels[:, None].float().expand(300, 2).contiguous(), labels, names)
+    reference = Reference(data, Evaluation(num_samples=4, num_reference=60, features="pixels"))
+    assert len(set(reference.features[:, 0].tolist())) == 10
+    assert reference.protocol["reference_rows"] == "a fixed random choice"
+    whole = Reference(data, Evaluation(num_samples=4, num_reference=300, features="pixels"))
+    assert torch.equal(whole.features[:, 0], labels.float())
+    assert whole.protocol["reference_rows"] == "all"

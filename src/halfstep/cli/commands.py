@@ -133,6 +133,7 @@ def distill(argv: Sequence[str]) -> None:
     chain = recipe.chain.model_copy(
         update={
             "start_steps": model.num_steps or model.manifest.start_steps or recipe.chain.start_steps,
+            "factor": 2,
             **dict.fromkeys(("updates_at", "learning_rate_at", "students", "keep")),
         }
     )
@@ -150,7 +151,8 @@ def distill(argv: Sequence[str]) -> None:
             f"{folder.path} samples in {model.num_steps} steps, so the chain must start there, not at "
             f"{recipe.chain.start_steps}: leave --start out, or distil from an earlier stage"
         )
-    out = arguments.out or Path("runs") / f"{recipe.name}-{folder.name}-to-{recipe.chain.end_steps}"
+    last = recipe.chain.students[-1] if recipe.chain.students else recipe.chain.end_steps
+    out = arguments.out or Path("runs") / f"{recipe.name}-{folder.name}-to-{last}"
     _threads(recipe)
     if arguments.dry_run:
         data, missing = data_or_stand_in(recipe)

@@ -1,5 +1,6 @@
 """`halfstep study`: the paper's tables and figures."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from halfstep.cli.arguments import UsageError, parse
 from halfstep.cli.display import duration
 from halfstep.recipes import Recipe, recipes
 from halfstep.registry import nearest
+from halfstep.runs import read_json
 from halfstep.studies import SCALES, Cell, Scale, Table, run_study, studies, write_study
 from halfstep.train import Event, Notice, StageStart, StopSignal
 
@@ -82,8 +84,6 @@ def study(argv: Sequence[str], console: Console) -> None:
 
 def sum_seconds(folder: Path) -> float:
     """Time that the cells of a study took, over all its calls."""
-    from halfstep.runs import read_json
-
     return float(read_json(folder / "study.json")["seconds"])
 
 
@@ -105,10 +105,12 @@ def scale_of(arguments: StudyArguments) -> Scale:
         ablation = recipe
     if arguments.data is not None:
         recipe, ablation = with_data(recipe, arguments.data), with_data(ablation, arguments.data)
+    if arguments.seeds is not None and "seeds" not in studies[arguments.name].uses:
+        raise UsageError(f"--seeds says nothing to the study {arguments.name}, which has one seed: leave it out")
     seeds = scale.seeds if arguments.seeds is None else arguments.seeds
     if seeds < 1:
         raise UsageError(f"--seeds must be at least 1, got {seeds}")
-    return Scale(**{**vars(scale), "recipe": recipe, "ablation": ablation, "seeds": seeds})
+    return dataclasses.replace(scale, recipe=recipe, ablation=ablation, seeds=seeds)
 
 
 def with_data(recipe: Recipe, source: str) -> Recipe:

@@ -107,7 +107,10 @@ class Clipped(Denoiser):
 
 
 def output_gain(process: NoiseProcess, prediction: Prediction, t: float = 1.0) -> float:
-    """How many times as large an error of the network's output is in x0 at time t: sigma / alpha for eps, 1 for x0."""
+    """How many times as large an error of the network's output is in x0 at time t: sigma / alpha for eps, 1 for x0.
+
+    Of "both", the error is the same in both heads, whose effects on x0 partly cancel.
+    """
     alpha, sigma = process.alpha_sigma(torch.tensor([t], dtype=torch.float64))
     output = torch.ones(1, prediction.channels, dtype=torch.float64)
     x_t = torch.zeros(1, 1, dtype=torch.float64)

@@ -31,15 +31,34 @@ class FeatureExtractor(ABC):
         """Features float32 `[n, d]` of `samples` `[n, *dims]`, without gradient."""
 
 
+LARGEST = 4096
+"""Entries of a sample beyond which pixels are averaged first."""
+
+
 @final
 class Pixels(FeatureExtractor):
-    """The entries themselves. Honest for low-dimensional data, blunt for images."""
+    """The entries themselves. Honest for low-dimensional data, blunt for images.
+
+    Samples of more entries than `LARGEST`, the square matrix of which would not fit a machine, must be images
+    `[n, c, h, w]`, and are averaged over areas down to at most 32 x 32 pixels.
+
+    Raises:
+        ValueError: at the call, if samples have more entries and are no images.
+    """
 
     @property
     def name(self) -> str:
         return "pixels"
 
     def features(self, samples: Tensor) -> Tensor:
+        if samples[0].numel() > LARGEST:
+            if samples.ndim != 4:
+                raise ValueError(
+                    f"samples of shape {list(samples.shape[1:])} have more entries than the {LARGEST} that can be "
+                    "compared: use --evaluation.no-enabled"
+                )
+            sides = (min(32, samples.shape[2]), min(32, samples.shape[3]))
+            samples = F.adaptive_avg_pool2d(samples.float(), sides)
         return samples.flatten(1).float()
 
 

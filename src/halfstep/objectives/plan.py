@@ -25,9 +25,9 @@ class EarlyEnd:
     """The rule by which a stage ends before its budget: its loss has stopped falling.
 
     The mean loss of each `window` updates is compared with the lowest of all windows before it. When `patience` windows
-    in a row were not lower than that by the share `min_drop`, the learning rate falls linearly from where it stands to
-    0 over one more window, and the stage ends. (The rate's fall to 0 is what averages a student's weights, so a stage
-    that merely stopped would hand on a worse student.)
+    in a row were not lower than that by the share `min_drop`, the stage's rate is multiplied by a factor that falls
+    linearly from 1 to 0 over one more window, and the stage ends. (The rate's fall to 0 is what averages a student's
+    weights, so a stage that merely stopped would hand on a worse student.)
 
     Raises:
         ValueError: if a count is not a whole number of at least 1, or the share not in [0, 1).

@@ -184,7 +184,7 @@ class ChainConfig(StageConfig):
     early_end: bool = False
     """End a stage before its budget when its loss has stopped falling: --chain.early-patience windows of
     --chain.early-window updates in a row whose mean loss is not lower by the share --chain.early-min-drop than the
-    lowest before. The rate then falls to 0 over one more window."""
+    lowest before. The rate is then faded to 0 over one more window."""
     early_window: Positive = 1000
     """Updates of a window."""
     early_patience: Positive = 3

@@ -199,9 +199,15 @@ class Bench:
         """Ancestral sampling at the best of several levels of gamma, the scale's by default: the paper's baseline."""
         levels = levels or self.scale.gamma_levels
         gammas = [index / (levels - 1) for index in range(levels)]
-        return min(
-            (self.measured(model, num_steps, Ancestral(gamma)) for gamma in gammas), key=lambda result: result.frechet
-        )
+        found: list[Result] = []
+        for gamma in gammas:
+            try:
+                found.append(self.measured(model, num_steps, Ancestral(gamma)))
+            except NonFinite:
+                # A level that diverges is not the best one; only all of them together say that the model has.
+                if gamma == gammas[-1] and not found:
+                    raise
+        return min(found, key=lambda result: result.frechet)
 
     def noise_distance(self) -> float:
         """The distance of unit noise, clipped as samples are: a model that is farther from the data has diverged."""

@@ -1,6 +1,6 @@
 """What the paper and its code publish, to be shown beside our figures; nothing that could not be verified.
 
-FID and Inception score of the paper are never comparable with a distance in other features: compare the order of
+FID in the paper is never comparable with a distance in other features: compare the order of
 methods and the ratios, not the numbers. Figures that only recollections give (appendix C's integrators, the numbers of
 the fast schedules, the curves of figure 6) are left out.
 

@@ -99,7 +99,8 @@ class Schedules(Study):
         notes = (
             f"Frechet distance of {scale.recipe.evaluation.num_samples:,} samples, recipe `{scale.recipe.name}`, chain "
             f"from {scale.recipe.chain.start_steps} steps to 1, mean ± standard deviation over {scale.seeds} seeds at "
-            f"the best of the rates {', '.join(f'{rate:g}' for rate in scale.rates)}, chosen for each entry. Updates "
+            f"the best of the rates {', '.join(f'{rate:g}' for rate in scale.rates)}, chosen for each entry; all "
+            "seeds share one teacher and the same sampling noise. Updates "
             "are doubled at 2 steps and at 1. The numbers of the paper's ablation are not known, so none are shown.",
         )
         return Table(

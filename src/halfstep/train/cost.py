@@ -15,6 +15,9 @@ from halfstep.train.pipeline import RunSpec, trainer_for
 FLOPS_OF_A_TRIAL = 1e11
 """Arithmetic of an update that is timed: seconds on a CPU, moments on a GPU."""
 
+SECONDS_OF_A_TRIAL = 10.0
+"""Time of an update beyond which no larger one is tried."""
+
 
 def update_cost(stage: Stage) -> float:
     """Cost of an update in forward passes of one sample: a backward pass counts as two."""
@@ -102,10 +105,16 @@ def time_updates(spec: RunSpec, forward: Forward) -> Rate:
     trial = max(1, min(stage.batch_size, int(FLOPS_OF_A_TRIAL / per_sample)))
     if trial == stage.batch_size:
         return Rate(_seconds(spec, stage), trial)
+    # An update costs something of its own (the optimiser, the launch of kernels) and something for each sample. The
+    # second shows only once a doubled batch takes markedly longer.
     small = _seconds(spec, dataclasses.replace(stage, batch_size=trial))
-    large = _seconds(spec, dataclasses.replace(stage, batch_size=2 * trial))
-    # An update costs something of its own (the optimiser) and something for each sample.
-    each = max(0.0, large - small) / trial
+    most = min(spec.micro_batch or stage.batch_size, stage.batch_size)
+    while True:
+        large = _seconds(spec, dataclasses.replace(stage, batch_size=2 * trial))
+        if large > 1.5 * small or large > SECONDS_OF_A_TRIAL or 4 * trial > most:
+            break
+        trial, small = 2 * trial, large
+    each = max(large - small, 0.0) / trial
     return Rate(large + each * (stage.batch_size - 2 * trial), 2 * trial)
 
 

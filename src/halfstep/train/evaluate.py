@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from halfstep.core.draw import generator_for
 from halfstep.data import Data
 from halfstep.metrics import (
     Classifier,
@@ -79,7 +80,9 @@ class Reference:
     """
 
     def __init__(self, data: Data, evaluation: Evaluation, cache: Path | None = None) -> None:
-        real = data.fetch(torch.arange(min(len(data), evaluation.num_reference)))
+        # A folder is sorted by class, so its first rows are of few classes.
+        rows = torch.randperm(len(data), generator=generator_for("reference"))[: evaluation.num_reference]
+        real = data.fetch(rows.sort().values)
         kind = evaluation.features or ("classifier" if data.num_classes > 1 else "pixels")
         if kind == "classifier":
             if not data.num_classes:
@@ -100,6 +103,7 @@ class Reference:
             "reference": data.source,
             "reference_fingerprint": data.fingerprint,
             "num_reference": len(real.x0),
+            "reference_rows": "all" if len(real.x0) == len(data) else "a fixed random choice",
             "num_samples": evaluation.num_samples,
             "num_compared": min(evaluation.num_compared, evaluation.num_samples),
             "seeds": "0, 1, 2, ...",

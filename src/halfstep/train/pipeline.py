@@ -326,6 +326,12 @@ class _Runner:
             elif stage is None:
                 self._keep_teacher(folder)
             else:
+                before = stages[index - 1][0] if index else None
+                if before is not None and not before.manifest(verify=False).weights_kept:
+                    raise ValueError(
+                        f"{folder.path} must be trained, but the weights of {before.name}, its teacher, were not kept "
+                        "(chain.keep): start a new run, or remove the stages after the last one that has its weights"
+                    )
                 yield from self._trained(index, folder, stage, model)
             model = load(folder.path)
             yield StageEnd(folder.name, model.manifest.seconds, was_there)
