@@ -395,19 +395,24 @@ def cache_folder() -> Path:
 
 
 def data_or_stand_in(recipe: Recipe) -> tuple[Data, str | None]:
-    """The recipe's data; or, where it cannot be opened but is known, random pixels of its shape, and the reason.
+    """The recipe's data; or, where it is not on this machine but known, random pixels of its shape, and the reason.
 
     Raises:
         ValueError: if it cannot be opened and the recipe does not tell what it is (`facts`).
     """
-    try:
-        return open_data(recipe.data), None
-    except ValueError as error:
-        facts = recipe.facts
-        if facts is None:
-            raise
-        names = tuple(str(number) for number in range(facts.num_classes))
-        return StandIn(recipe.data.source, facts.shape, facts.num_samples, names), str(error)
+    data, facts = recipe.data, recipe.facts
+    if facts is None:
+        return open_data(data), None
+    missing = f"{data.source} is a name on the Hub, and a dry run downloads nothing"
+    if "/" not in data.source or Path(data.source).expanduser().exists():
+        try:
+            return open_data(data), None
+        except ValueError as error:
+            missing = str(error)
+    channels, *sides = facts.shape
+    shape = (data.channels or channels, *((data.image_size,) * 2 if data.image_size else sides))
+    names = tuple(str(number) for number in range(facts.num_classes if data.labels else 0))
+    return StandIn(data.source, shape, min(facts.num_samples, data.limit or facts.num_samples), names), missing
 
 
 def build(
