@@ -140,3 +140,29 @@ def test_settings_of_a_chain_that_say_nothing_are_refused() -> None:
     with pytest.raises(ValueError, match=r"keep names a student of 3 steps, but the chain's students take 64, 32"):
         Recipe(name="x", chain=chain).chain_plan()
     assert UNetConfig().num_train_timesteps == 1024
+
+
+PUBLISHED = {
+    # teacher: batch, rate, weight decay, dropout; chain: rate; first steps; prediction. Paper.md, table e.4.
+    "cifar10_paper": (128, 2e-4, 0.001, 0.2, 5e-5, 8192, "x0"),
+    "imagenet64_paper": (2048, 3e-4, 0.0, 0.1, 1e-4, 1024, "both"),
+    "lsun_bedroom128_paper": (2048, 3e-4, 0.0, 0.1, 1e-4, 1024, "both"),
+    "lsun_church128_paper": (2048, 3e-4, 0.0, 0.1, 1e-4, 1024, "both"),
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_recipes_have_the_authors_settings(name: str) -> None:
+    batch, rate, decay, dropout, chain_rate, start, prediction = PUBLISHED[name]
+    recipe = recipes[name]()
+    teacher, chain = recipe.teacher, recipe.chain
+    assert (teacher.batch_size, teacher.learning_rate) == (batch, rate)
+    assert (teacher.weight_decay, teacher.dropout, teacher.ema_decay) == (decay, dropout, 0.9999)
+    assert (teacher.warmup_updates, teacher.anneal, teacher.grad_clip) == (1000, False, 1.0)
+    assert (chain.batch_size, chain.learning_rate, chain.warmup_updates) == (batch, chain_rate, 0)
+    assert (chain.start_steps, chain.num_updates, chain.grad_clip) == (start, 50_000, 1.0)
+    assert teacher.adam_betas == chain.adam_betas == (0.9, 0.999)
+    assert (recipe.model.prediction, recipe.model.weighting) == (prediction, "truncated_snr")
+    assert recipe.data.flip
+    assert recipe.engine.precision == "float32"
+    assert recipe.model.conditional == (name == "imagenet64_paper")
