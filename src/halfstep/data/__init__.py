@@ -1,8 +1,24 @@
 """Training data: where they come from, and the batch of an update. The only room that imports `datasets`."""
 
 from halfstep.data.base import Data, MemoryData, training_batch
+from halfstep.data.captions import CaptionedImages, read_captions
 from halfstep.data.config import DataConfig, open_data
 from halfstep.data.images import ImageFiles
+from halfstep.data.latents import Encoder, LatentData, encode, open_latents
 from halfstep.data.standin import StandIn
 
-__all__ = ["Data", "DataConfig", "ImageFiles", "MemoryData", "StandIn", "open_data", "training_batch"]
+__all__ = [
+    "CaptionedImages",
+    "Data",
+    "DataConfig",
+    "Encoder",
+    "ImageFiles",
+    "LatentData",
+    "MemoryData",
+    "StandIn",
+    "encode",
+    "open_data",
+    "open_latents",
+    "read_captions",
+    "training_batch",
+]

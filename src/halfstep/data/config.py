@@ -10,6 +10,7 @@ from halfstep.data.arrays import array_file, digits
 from halfstep.data.base import Data, check_flip
 from halfstep.data.folders import IMAGE_SUFFIXES, Labelled, files_below, image_folder
 from halfstep.data.images import Channels, Preparation, Resample, Resize, decoded
+from halfstep.data.latents import is_latents, open_latents
 from halfstep.data.tables import is_saved, table
 
 _TABLES: Final = (".parquet", ".arrow")
@@ -21,7 +22,8 @@ class DataConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     source: str = "digits"
-    """`digits`, a .npy or .npz file, a folder of images or tables, or a name on the Hub such as owner/name."""
+    """`digits`, a .npy or .npz file, a folder of images or tables, of latents
+    (`halfstep encode`), or a name on the Hub such as owner/name."""
     split: str = "train"
     """Part of the source: a data set's split, or a folder's sub-folder of that name if it has one."""
     image_size: int | None = None
@@ -67,6 +69,10 @@ def _open(config: DataConfig) -> Data:
         if source == "digits":
             return digits(prepare, config.labels, config.limit)
         return array_file(source, prepare, config.labels, config.limit)
+    if is_latents(path):
+        if prepare != Preparation() or config.split != "train" or config.limit is not None:
+            raise ValueError(f"{source} holds latents, which are taken as they are: leave out other --data options")
+        return open_latents(path)
     if path.is_dir():
         return decoded(source, *_folder(config, path), prepare, config.max_bytes)
     if re.fullmatch(r"\w[\w.-]*/[\w.-]+", source) and not path.exists():

@@ -1,0 +1,193 @@
+"""Folders of image files with a caption each.
+
+The captions lie in metadata.jsonl or metadata.csv, as the `imagefolder` of the `datasets` library reads them (columns
+file_name, relative to the folder of that file, and text; other columns are ignored), or for a.png in a.txt beside it.
+"""
+
+import csv
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath, PurePosixPath
+from typing import Any, Final, TextIO, final
+
+from torch import Tensor
+
+from halfstep.data.base import MemoryData, first_line
+from halfstep.data.folders import IMAGE_SUFFIXES, Files, files_below
+from halfstep.data.images import Preparation, decoded
+
+TABLES: Final = ("metadata.jsonl", "metadata.csv")
+RGB: Final = Preparation(channels=3)
+"""Images in the size that they have, in colour."""
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class CaptionedImages:
+    """Image files below the folder `source`, each with its caption; the empty one says that there is none.
+
+    Raises:
+        ValueError: if there are no files, or not one caption for each.
+    """
+
+    source: str
+    files: tuple[Path, ...]
+    """Their paths, relative to `source`."""
+    captions: tuple[str, ...]
+    preparation: Preparation
+
+    def __post_init__(self) -> None:
+        if not self.files or len(self.files) != len(self.captions):
+            raise ValueError(
+                f"{self.source} was given as {len(self.files)} images with {len(self.captions)} captions: at least 1 "
+                f"image is needed, and a caption for each"
+            )
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @property
+    def root(self) -> Path:
+        """The folder that `files` are relative to."""
+        return Path(self.source).expanduser()
+
+    def load(self, index: int) -> Tensor:
+        """The pixels of one image, prepared, uint8 `[channels, height, width]`.
+
+        Raises:
+            ValueError: if the file cannot be decoded.
+        """
+        return self.loaded([index]).x[0]
+
+    def loaded(self, indices: Sequence[int]) -> MemoryData:
+        """The images at `indices`, which must not be empty, prepared and in memory.
+
+        Raises:
+            ValueError: if a file cannot be decoded, or differs from the first of them in channels or size.
+        """
+        files = Files(self.root, tuple(self.files[index] for index in indices))
+        data = decoded(self.source, files, None, (), self.preparation, sys.maxsize)
+        assert isinstance(data, MemoryData)
+        return data
+
+
+def read_captions(folder: Path, preparation: Preparation = RGB) -> CaptionedImages:
+    """All images of the folder and its sub-folders with their captions, sorted by their relative paths.
+
+    Of a .txt the space around the text is left out; a null in a metadata.jsonl is the empty caption. Hidden files are
+    ignored.
+
+    Raises:
+        ValueError: in one line, if the folder is missing or has no images, if an image has no caption, two captions, or
+            both a row of a table and a .txt, if a caption has no image, or if a table or a .txt cannot be read.
+    """
+    root = folder.expanduser()
+    if not root.is_dir():
+        raise ValueError(
+            f"{folder} is {'not a folder' if root.exists() else 'missing'}: give a folder of images with captions"
+        )
+    below = files_below(root)
+    files = [path for path in below if path.suffix.lower() in IMAGE_SUFFIXES]
+    if not files:
+        raise ValueError(f"{folder} holds no images: it and its sub-folders have no file {' '.join(IMAGE_SUFFIXES)}")
+    tables = [path for path in below if path.name in TABLES]
+    beside = {path.with_suffix(""): path for path in below if path.suffix.lower() == ".txt"}
+    captions = _from_tables(root, files, tables, beside) if tables else _from_texts(root, files, beside)
+    if missing := [path for path in files if path not in captions]:
+        remedy = f"name it in {tables[0]}" if tables else f"write {missing[0].with_suffix('.txt')} or a metadata.jsonl"
+        raise ValueError(
+            f"{folder} has {len(missing)} of {len(files)} images without a caption, the first is {missing[0]}: "
+            f"{remedy}; an empty caption says that there is none"
+        )
+    return CaptionedImages(str(folder), tuple(map(Path, files)), tuple(captions[path] for path in files), preparation)
+
+
+def _from_texts(root: Path, files: Sequence[PurePath], beside: dict[PurePath, PurePath]) -> dict[PurePath, str]:
+    """The captions of those images that have a .txt beside them."""
+    stems = {path.with_suffix("") for path in files}
+    if lost := sorted(path for stem, path in beside.items() if stem not in stems):
+        raise ValueError(
+            f"{root} has {len(lost)} captions without an image, the first is {lost[0]}: add the images, or move the "
+            f"texts out of the folder"
+        )
+    texts = {stem: _read_text(root / path) for stem, path in beside.items()}
+    return {path: texts[path.with_suffix("")] for path in files if path.with_suffix("") in texts}
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as text ({first_line(error)}): save it as UTF-8") from error
+
+
+def _from_tables(
+    root: Path, files: Sequence[PurePath], tables: Sequence[PurePath], beside: dict[PurePath, PurePath]
+) -> dict[PurePath, str]:
+    """The captions in the tables, which are of images only, and of each once."""
+    if both := [path for path in files if path.with_suffix("") in beside]:
+        raise ValueError(f"{root} has captions in {tables[0]} and in {beside[both[0].with_suffix('')]}: keep one kind")
+    known = set(files)
+    captions: dict[PurePath, str] = {}
+    places: dict[PurePath, str] = {}
+    for table in tables:
+        for where, name, caption in _rows(root / table):
+            path = table.parent / PurePosixPath(name)
+            if path not in known:
+                raise ValueError(
+                    f"{where} has a caption for {name}, but {root / path} is no image of the folder: add it, or remove "
+                    f"the row"
+                )
+            if path in captions:
+                raise ValueError(f"{where} has a second caption for {name}, after {places[path]}: keep one of them")
+            captions[path], places[path] = caption, where
+    return captions
+
+
+def _rows(path: Path) -> Iterator[tuple[str, str, str]]:
+    """The rows of a table: where each is, its file_name and its text."""
+    parse = _csv_rows if path.suffix == ".csv" else _json_rows
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = list(parse(path, file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} cannot be read ({first_line(error)}): save it anew, as UTF-8") from error
+    for where, row in rows:
+        for column in ("file_name", "text"):
+            if column not in row:
+                columns = ", ".join(row) or "none"
+                raise ValueError(f"{where} has no {column!r} (its columns: {columns}): file_name and text are needed")
+        name, caption = row["file_name"], "" if row["text"] is None else row["text"]
+        if not isinstance(name, str) or not isinstance(caption, str):
+            kinds = f"{type(name).__name__} and {type(caption).__name__}"
+            raise ValueError(f"{where} has file_name and text of the types {kinds}: both are strings")
+        yield where, name, caption
+
+
+def _json_rows(path: Path, file: TextIO) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(file, 1):
+        where = f"{path} line {number}"
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where} is not JSON ({error.msg}): write one object a line") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{where} is not a JSON object: write one a line, with file_name and text")
+        yield where, row
+
+
+def _csv_rows(path: Path, file: TextIO) -> Iterator[tuple[str, dict[str, Any]]]:
+    rows = csv.reader(file, strict=True)
+    names = next(rows, [])
+    for row in rows:
+        where = f"{path} line {rows.line_num}"
+        if row and len(row) != len(names):
+            raise ValueError(
+                f"{where} has {len(row)} fields under {len(names)} columns: put captions with commas into quotes"
+            )
+        if row:
+            yield where, dict(zip(names, row, strict=True))

@@ -1,0 +1,217 @@
+"""Captions follow their images, from tables and from texts, and every refusal is one line."""
+
+import csv
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from halfstep.data.captions import CaptionedImages, read_captions
+from halfstep.data.images import Preparation
+
+CAPTIONS = {"b.png": 'a dog, "sitting"', "a/c.png": "", "a/a.png": "zwei Vögel\nim Baum", "z.png": "a\u2028cat"}
+"""In no order: with quotes, commas, ends of lines and none."""
+ORDERED = ["a/a.png", "a/c.png", "b.png", "z.png"]
+
+
+def image(path: Path, *shape: int, seed: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape or (4, 4, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+def write_texts(folder: Path, captions: Mapping[str, str]) -> None:
+    for name, caption in captions.items():
+        (folder / name).with_suffix(".txt").write_text(f"{caption}\n", encoding="utf-8")
+
+
+def write_jsonl(folder: Path, captions: Mapping[str, str]) -> None:
+    rows = [json.dumps({"width": 4, "file_name": name, "text": caption}) for name, caption in captions.items()]
+    (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n\n", encoding="utf-8")
+
+
+def write_csv(folder: Path, captions: Mapping[str, str]) -> None:
+    with (folder / "metadata.csv").open("w", newline="", encoding="utf-8-sig") as file:
+        rows = csv.writer(file)
+        rows.writerow(["text", "file_name"])
+        rows.writerows([caption, f"./{name}"] for name, caption in captions.items())
+        rows.writerow([])
+
+
+def write_two(folder: Path, captions: Mapping[str, str]) -> None:
+    """A table in each folder, with names relative to it."""
+    write_jsonl(folder / "a", {name[2:]: caption for name, caption in captions.items() if name.startswith("a/")})
+    write_csv(folder, {name: caption for name, caption in captions.items() if not name.startswith("a/")})
+
+
+def refused(folder: Path, *words: str) -> None:
+    """Asserts that reading is a ValueError of one line that has all of `words` in it."""
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the words are checked below
+        read_captions(folder)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert not [word for word in words if word not in message], message
+
+
+# What is read
+
+
+@pytest.mark.parametrize("write", [write_texts, write_jsonl, write_csv, write_two])
+def test_captions_follow_their_images_in_the_order_of_paths(tmp_path, write):
+    for name in CAPTIONS:
+        image(tmp_path / name)
+    image(tmp_path / ".hidden/x.png")
+    write(tmp_path, CAPTIONS)
+    read = read_captions(tmp_path)
+    assert [path.as_posix() for path in read.files] == ORDERED
+    assert read.captions == tuple(CAPTIONS[name] for name in ORDERED)
+    assert (read.source, len(read)) == (str(tmp_path), 4)
+
+
+def test_tables_are_those_that_datasets_reads(tmp_path):
+    """The library's own reader of such folders finds the same captions."""
+    import datasets
+
+    for name in CAPTIONS:
+        image(tmp_path / "in" / name)
+    write_jsonl(tmp_path / "in", CAPTIONS)
+    rows = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "in"), cache_dir=str(tmp_path / "cache"))
+    rows = rows["train"].cast_column("image", datasets.Image(decode=False))
+    theirs = {str(Path(row["image"]["path"]).relative_to(tmp_path / "in")): row["text"] for row in rows}
+    ours = read_captions(tmp_path / "in")
+    assert dict(zip(map(str, ours.files), ours.captions, strict=True)) == theirs
+
+
+def test_a_null_is_the_empty_caption(tmp_path):
+    image(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": null}')
+    assert read_captions(tmp_path).captions == ("",)
+
+
+def test_images_are_prepared(tmp_path):
+    for index, shape in enumerate([(6, 8, 3), (8, 6)]):
+        image(tmp_path / f"{index}.png", *shape, seed=index)
+    write_texts(tmp_path, {"0.png": "", "1.png": ""})
+    plain = read_captions(tmp_path)
+    first = np.asarray(Image.open(tmp_path / "0.png")).transpose(2, 0, 1)
+    np.testing.assert_array_equal(plain.load(0).numpy(), first)
+    grey = np.asarray(Image.open(tmp_path / "1.png"))
+    np.testing.assert_array_equal(plain.load(1).numpy(), np.stack([grey] * 3))
+    square = read_captions(tmp_path, Preparation(image_size=6, channels=3))
+    np.testing.assert_array_equal(square.load(0).numpy(), first[:, :, 1:7])
+    assert square.load(0).dtype == torch.uint8
+    assert torch.equal(square.loaded([1, 0, 1]).x, torch.stack([square.load(1), square.load(0), square.load(1)]))
+
+
+# What is refused
+
+
+def test_a_missing_folder(tmp_path):
+    refused(tmp_path / "no", "no is missing", "give a folder")
+    refused(image(tmp_path / "a.png"), "a.png is not a folder")
+
+
+def test_a_folder_without_images(tmp_path):
+    (tmp_path / "a.txt").write_text("a cat")
+    refused(tmp_path, str(tmp_path), "no images", ".png")
+
+
+@pytest.mark.parametrize(("write", "remedy"), [(write_texts, "write b.txt"), (write_jsonl, "in metadata.jsonl")])
+def test_images_without_a_caption(tmp_path, write, remedy):
+    for name in ("a.png", "b.png", "c.png"):
+        image(tmp_path / name)
+    write(tmp_path, {"a.png": "a cat"})
+    refused(tmp_path, str(tmp_path), "2 of 3 images", "the first is b.png", remedy)
+
+
+def test_no_captions_at_all(tmp_path):
+    image(tmp_path / "a.png")
+    refused(tmp_path, "1 of 1 images", "a.png", "a.txt", "metadata.jsonl")
+
+
+def test_captions_of_missing_images(tmp_path):
+    image(tmp_path / "a.png")
+    write_texts(tmp_path, {"a.png": "", "b.png": "", "c.png": ""})
+    refused(tmp_path, "2 captions without an image", "b.txt", "move")
+
+
+@pytest.mark.parametrize("name", ["b.png", "../a.png", "b.heic", ""])
+@pytest.mark.parametrize(("write", "line"), [(write_jsonl, "jsonl line 2"), (write_csv, "csv line 3")])
+def test_rows_of_missing_images(tmp_path, write, line, name):
+    image(tmp_path / "a.png")
+    (tmp_path / "b.heic").write_bytes(b"")
+    write(tmp_path, {"a.png": "a cat", name: "a dog"})
+    refused(tmp_path, line, name, "no image", "remove the row")
+
+
+def test_two_captions_of_one_image(tmp_path):
+    image(tmp_path / "a.png")
+    write_jsonl(tmp_path, {"a.png": "a cat", "./a.png": "a dog"})
+    refused(tmp_path, "jsonl line 2", "second caption", "jsonl line 1")
+    write_jsonl(tmp_path, {"a.png": "a cat"})
+    write_csv(tmp_path, {"a.png": "a cat"})
+    refused(tmp_path, "metadata.csv line 2", "metadata.jsonl line 1")
+
+
+def test_both_kinds(tmp_path):
+    image(tmp_path / "a.png")
+    write_jsonl(tmp_path, {"a.png": "a cat"})
+    write_texts(tmp_path, {"a.png": "a cat"})
+    refused(tmp_path, "metadata.jsonl", "a.txt", "keep one kind")
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ("{", ["line 1", "not JSON"]),
+        ("[1]", ["line 1", "not a JSON object"]),
+        ('{"file_name": "a.png", "caption": "x"}', ["line 1", "'text'", "file_name, caption"]),
+        ("{}", ["line 1", "'file_name'", "none"]),
+        ('{"file_name": "a.png", "text": ["x"]}', ["line 1", "list"]),
+        ('{"file_name": null, "text": "x"}', ["line 1", "NoneType"]),
+        ('{"file_name": "a.png", "text": "\xe9"}', ["cannot be read", "UTF-8"]),
+    ],
+)
+def test_damaged_jsonl(tmp_path, row, words):
+    image(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text(row, encoding="latin-1")
+    refused(tmp_path, "metadata.jsonl", *words)
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ("file_name,text\na.png,a cat, and a dog", ["line 2", "3 fields under 2 columns", "quotes"]),
+        ("file_name,text\na.png", ["line 2", "1 fields under 2 columns"]),
+        ('file_name,text\na.png,"a cat', ["cannot be read", "unexpected end"]),
+        ("a.png,a cat\na.png,a dog", ["line 2", "'file_name'", "a.png, a cat"]),
+        ("", ["1 of 1 images"]),
+    ],
+)
+def test_damaged_csv(tmp_path, rows, words):
+    image(tmp_path / "a.png")
+    (tmp_path / "metadata.csv").write_text(rows)
+    refused(tmp_path, "metadata.csv", *words)
+
+
+def test_a_text_that_is_none(tmp_path):
+    image(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
+    refused(tmp_path, "a.txt", "UTF-8")
+
+
+def test_an_image_that_is_none(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no image")
+    write_texts(tmp_path, {"a.png": ""})
+    with pytest.raises(ValueError, match=r"a\.png is no image"):
+        read_captions(tmp_path).load(0)
+
+
+def test_captions_that_do_not_fit():
+    for files, captions in [((), ()), ((Path("a.png"),), ())]:
+        with pytest.raises(ValueError, match=f"{len(files)} images with 0 captions"):
+            CaptionedImages("mine", files, captions, Preparation())
