@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 from halfstep.core.clock import as_clock, per_sample
 from halfstep.core.denoiser import Cond, Denoiser, NetworkDenoiser
-from halfstep.core.noise import NoiseProcess
+from halfstep.core.noise import (
+    FlowMatching,
+    NoiseProcess,
+    VPCosine,
+    VPTable,
+    cosine_betas,
+    linear_betas,
+    processes,
+    zero_terminal_betas,
+)
 from halfstep.core.oracle import GaussianDenoiser, MixtureDenoiser
 from halfstep.core.prediction import Denoised, Prediction, eps_from_x0
 from halfstep.registry import Registry
@@ -24,22 +33,6 @@ REQUIRED: Final = {"num_steps": 4}
 def numbers(*shape: int, seed: int = 0) -> Tensor:
     """Unit normal float64 numbers, the same for the same arguments."""
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-@final
-@dataclasses.dataclass(frozen=True)
-class Straight(NoiseProcess):
-    """x_t goes straight from x0 to eps, as in flow matching: neither of constant variance nor with signal at t = 1 or
-    noise at t = 0. What holds for every process must hold for it too."""
-
-    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        return 1 - t, t
-
-    def log_snr(self, t: Tensor) -> Tensor:
-        return 2 * torch.log((1 - t) / t)
-
-    def time_at(self, log_snr: Tensor) -> Tensor:
-        return torch.sigmoid(-log_snr / 2)
 
 
 def clock(*times: float) -> Tensor:
@@ -67,6 +60,26 @@ def members(registry: Registry[Any]) -> list[Any]:
     found = [pytest.param(build(member), id=name) for name, member in registry.items()]
     assert found, f"no {registry.family} is registered, so its contract would pass unseen"
     return found
+
+
+FURTHER_PROCESSES: Final = [
+    pytest.param(FlowMatching(3.0), id="flow_shift_3"),
+    pytest.param(VPTable(cosine_betas()), id="vp_table_cosine"),
+    pytest.param(VPTable(zero_terminal_betas(linear_betas())), id="vp_table_zero_terminal"),
+    pytest.param(VPTable((0.02, 0.1, 0.3, 0.5)), id="vp_table_of_4"),
+]
+"""What the registered processes become by their arguments, where that changes more than numbers."""
+
+
+def members_and_further_processes() -> list[Any]:
+    """Every registered process as it is by default, and `FURTHER_PROCESSES`."""
+    return [*members(processes), *FURTHER_PROCESSES]
+
+
+def even_amplitudes(process: NoiseProcess) -> bool:
+    """Whether it is one of those whose samples are of unit size and whose angle falls at an even rate in t, so that
+    fixed bounds on roundings hold at every step of the uniform grid."""
+    return process in (VPCosine(), FlowMatching())
 
 
 class ToyNetwork(nn.Module):
@@ -121,8 +134,8 @@ class Watched(Denoiser):
         return self.answers[-1]
 
 
-def integrated_flow(denoiser: Denoiser, x_1: Tensor, s: float = 0.0) -> Tensor:
-    """Where the probability-flow ODE takes `x_1` from t = 1 to time s, by an integrator that is not ours.
+def integrated_flow(denoiser: Denoiser, x_t: Tensor, s: float = 0.0, t: float = 1.0) -> Tensor:
+    """Where the probability-flow ODE takes `x_t` from time t to time s, by an integrator that is not ours.
 
     With u = x_t / sqrt(alpha^2 + sigma^2) and tan(phi) = sigma / alpha, every process obeys du / dphi =
     cos(phi) eps - sin(phi) x0. For s = 0 it stops at t = 1e-6 and takes the x0 there, which is off by the
@@ -131,23 +144,23 @@ def integrated_flow(denoiser: Denoiser, x_1: Tensor, s: float = 0.0) -> Tensor:
     process = denoiser.process
     last = s or 1e-6
 
-    def place(t: float) -> tuple[float, float]:
-        alpha, sigma = (float(a) for a in process.alpha_sigma(clock(t)))
+    def place(time: float) -> tuple[float, float]:
+        alpha, sigma = (float(a) for a in process.alpha_sigma(clock(time)))
         return math.atan2(sigma, alpha), math.hypot(alpha, sigma)
 
     def state(phi: float, u: Any) -> tuple[Tensor, float]:
-        t = float(process.time_at(clock(-2 * math.log(math.tan(phi)))).clamp(last, 1))
-        return torch.as_tensor(u, dtype=torch.float64).reshape(x_1.shape) * place(t)[1], t
+        time = float(process.time_at(clock(-2 * math.log(math.tan(phi)))).clamp(last, t))
+        return torch.as_tensor(u, dtype=torch.float64).reshape(x_t.shape) * place(time)[1], time
 
     def slope(phi: float, u: Any) -> Any:
         x0, eps = denoiser(*state(phi, u))
         return (math.cos(phi) * eps - math.sin(phi) * x0).flatten().numpy()
 
-    (start, radius), (end, _) = place(1.0), place(last)
-    result = solve_ivp(slope, (start, end), (x_1 / radius).flatten().numpy(), "DOP853", rtol=1e-12, atol=1e-13)
+    (start, radius), (end, _) = place(t), place(last)
+    result = solve_ivp(slope, (start, end), (x_t / radius).flatten().numpy(), "DOP853", rtol=1e-12, atol=1e-13)
     assert result.success
-    x_s, t = state(end, result.y[:, -1])
-    return x_s if s else denoiser(x_s, t).x0
+    x_s, time = state(end, result.y[:, -1])
+    return x_s if s else denoiser(x_s, time).x0
 
 
 def pure_noise(process: NoiseProcess, *shape: int, seed: int = 0) -> Tensor:
@@ -187,3 +200,35 @@ class Landing(Denoiser):
         ratio = sigma_s / sigma_t
         x0 = (self.landing(x_t, start) - per_sample(ratio, x_t) * x_t) / per_sample(alpha_s - ratio * alpha_t, x_t)
         return Denoised(x0 + self.offset, eps_from_x0(x_t, x0 + self.offset, alpha_t, sigma_t))
+
+
+def landing_roundings(teacher: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, num_teacher_steps: int) -> Tensor:
+    """What roundings of 2^-52 may add up to in x_s, `[batch, 1]`, when K DDIM steps of the teacher lead there.
+
+    A step forms alpha x0 + sigma eps, and is off by 2^-52 of |alpha x0| + |sigma eps|, which may be far above the sum:
+    of noise 80 times the data, or of an x0 that is sigma / alpha times an output. As x / sigma adds up along the
+    steps, an error at noise sigma_k is one of sigma_s / sigma_k in x_s; and the one step that does the same multiplies
+    x0 by its width, alpha_s - alpha_t sigma_s / sigma_t, which is off by 2^-52 of alpha_s.
+    """
+    process = teacher.process
+    alpha_s, sigma_s = process.landing(s)
+    sum_size = per_sample(sigma_s / process.alpha_sigma(t)[1], x_t) * x_t.abs()
+    x0_size = torch.zeros_like(x_t)
+    for k in range(num_teacher_steps):
+        here, there = (t + (s - t) * (share / num_teacher_steps) for share in (k, k + 1))
+        there = s if k == num_teacher_steps - 1 else there
+        denoised = teacher(x_t, here)
+        alpha, sigma = process.landing(there)
+        down = torch.where(sigma > 0, sigma_s / sigma, 1.0)
+        here_size = per_sample(alpha, x_t) * denoised.x0.abs() + per_sample(sigma, x_t) * denoised.eps.abs()
+        sum_size = sum_size + per_sample(down, x_t) * here_size
+        x0_size = torch.maximum(x0_size, denoised.x0.abs())
+        x_t, _ = DDIM().step(teacher, x_t, here, there, None, None)
+    largest = sum_size.amax(1, keepdim=True) + per_sample(alpha_s, x_t) * x0_size.amax(1, keepdim=True)
+    return 2**-52 * largest
+
+
+def step_width(process: NoiseProcess, t: Tensor, s: Tensor) -> Tensor:
+    """What x0 is multiplied by in a step from t to s, alpha_s - alpha_t sigma_s / sigma_t, `[batch, 1]`."""
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = process.alpha_sigma(t), process.landing(s)
+    return (alpha_s - alpha_t * sigma_s / sigma_t)[:, None]

@@ -1,8 +1,9 @@
 """The members of a family, by name: what the command line offers and what a manifest may say."""
 
+import dataclasses
 import difflib
-from collections.abc import Callable, Iterable, Iterator
-from typing import Generic, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Generic, TypeVar
 
 Member = TypeVar("Member")
 
@@ -46,6 +47,25 @@ class Registry(Generic[Member]):
                 f"unknown {self.family} {name!r}{nearest(name, self._members)} (known: {', '.join(self._members)})"
             )
         return self._members[name]
+
+    def describe(self, member: object) -> dict[str, Any]:
+        """{"type": name, **fields}: a registered dataclass' instance as data, from which `rebuild` makes it again."""
+        assert dataclasses.is_dataclass(member)
+        fields = {field.name: getattr(member, field.name) for field in dataclasses.fields(member)}
+        return {"type": self.name_of(member), **fields}
+
+    def rebuild(self, data: Mapping[str, Any]) -> Any:
+        """What `describe` described.
+
+        Raises:
+            ValueError: if the type is unknown or the fields do not fit it.
+        """
+        fields = dict(data)
+        kind: Any = self[str(fields.pop("type", "(none)"))]
+        try:
+            return kind(**fields)
+        except TypeError as error:
+            raise ValueError(f"the fields of this {self.family} do not fit {kind.__name__}: {error}") from None
 
     def name_of(self, member: object) -> str:
         """The name under which `member`, or its class, is registered.

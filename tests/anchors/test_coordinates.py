@@ -25,7 +25,6 @@ from halfstep.samplers.runge_kutta import (
     runge_kutta_step,
 )
 from support import (
-    Straight,
     clock,
     integrated_flow,
     interior_times,
@@ -36,7 +35,7 @@ from support import (
     toy_denoiser,
 )
 
-every_process = pytest.mark.parametrize("process", [*members(processes), pytest.param(Straight(), id="straight")])
+every_process = pytest.mark.parametrize("process", members(processes))
 every_coordinate = pytest.mark.parametrize("coordinate", members(coordinates))
 every_prediction = pytest.mark.parametrize("prediction", members(predictions))
 

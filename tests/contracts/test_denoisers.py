@@ -1,4 +1,8 @@
-"""A network seen through a process and a prediction, and the clipping of its x0."""
+"""A network seen through a process and a prediction; its x0 clipped, its process exchanged, its conditions weighed."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, final
 
 import pytest
 import torch
@@ -6,10 +10,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from halfstep.core.denoiser import Clipped, NetworkDenoiser, ddim_step
-from halfstep.core.noise import NoiseProcess, VPCosine, processes
+from halfstep.core.clock import as_clock
+from halfstep.core.denoiser import GUIDANCE, Clipped, Cond, Denoiser, Guided, NetworkDenoiser, Reprocessed, ddim_step
+from halfstep.core.noise import (
+    VE,
+    FlowMatching,
+    NoiseProcess,
+    VPCosine,
+    VPTable,
+    linear_betas,
+    processes,
+    zero_terminal_betas,
+)
+from halfstep.core.oracle import MixtureDenoiser
 from halfstep.core.prediction import X0, Both, Denoised, Prediction, V, predictions
-from support import clock, interior_times, members, mixture, numbers, toy_denoiser
+from support import (
+    Watched,
+    clock,
+    integrated_flow,
+    interior_times,
+    members,
+    mixture,
+    numbers,
+    pure_noise,
+    toy_denoiser,
+)
 
 every_process = pytest.mark.parametrize("process", members(processes))
 every_prediction = pytest.mark.parametrize("prediction", members(predictions))
@@ -139,3 +164,341 @@ def test_a_ddim_step_with_the_true_x0_and_eps_is_the_noisy_sample_of_the_landing
     landed = ddim_step(Denoised(x0, eps), process, s)
     torch.testing.assert_close(landed[:3], process.mix(x0, eps, s)[:3], rtol=0, atol=1e-15)
     assert torch.equal(landed[3], x0[3])
+
+
+TABLE = VPTable()
+ZERO_TERMINAL = VPTable(zero_terminal_betas(linear_betas()))
+TABLE_ENDS = [float(TABLE.log_snr(clock(t))) for t in (1.0, 1 / 1000)]
+VE_ENDS = [-2 * math.log(80.0), -2 * math.log(0.002)]
+
+EXCHANGES = {
+    "table-cosine": (TABLE, VPCosine(*TABLE_ENDS)),
+    "table-narrow": (TABLE, VPCosine(-4.0, 4.0)),
+    "table-ve": (TABLE, VE(0.01, 80.0)),
+    "zero_terminal-cosine": (ZERO_TERMINAL, VPCosine(-20.0, TABLE_ENDS[1])),
+    "flow_shift_3-cosine": (FlowMatching(3.0), VPCosine()),
+    "flow_shift_3-flow": (FlowMatching(3.0), FlowMatching()),
+    "flow-zero_terminal": (FlowMatching(), ZERO_TERMINAL),
+    "ve-cosine": (VE(), VPCosine(*VE_ENDS)),
+    "cosine-ve": (VPCosine(), VE()),
+    "cosine-cosine": (VPCosine(), VPCosine()),
+}
+every_exchange = pytest.mark.parametrize(("own", "process"), EXCHANGES.values(), ids=EXCHANGES)
+
+
+def times_to_1(count: int = 64) -> Tensor:
+    """Times in (0, 1], the last of them included, where two processes may both have no signal left."""
+    return torch.arange(1, count + 1, dtype=torch.float64) / count
+
+
+@every_exchange
+def test_the_exact_denoiser_seen_through_another_process_is_that_process_s_exact_denoiser(
+    own: NoiseProcess, process: NoiseProcess
+) -> None:
+    """E[x0 | x_t] of the same data: an oracle that was built on the other process knows nothing of the exchange."""
+    t = times_to_1()
+    x0, eps = 0.5 * numbers(64, 2), numbers(64, 2, seed=1)
+    x_t = process.mix(x0, eps, t)
+    found, expected = Reprocessed(mixture(own), process)(x_t, t), mixture(process)(x_t, t)
+    # A log-SNR is good to 2^-53 of 20 or so; the two that meet at t = 1 may differ by the angle's rounding there.
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+    assert Reprocessed(mixture(own), process).process is process
+
+
+@every_exchange
+def test_the_flow_from_the_same_noise_is_the_same_on_another_process(own: NoiseProcess, process: NoiseProcess) -> None:
+    """An integrator that is not ours leads both from the level of the new process's start to the same levels of noise,
+    where samples differ by their scale alone, and to the same clean data; relative to samples of unit size."""
+    first = float(own.time_at(process.log_snr(clock(1.0))).clamp(max=1))
+    radius = {which: lambda t, p=which: float(torch.hypot(*p.alpha_sigma(clock(t)))) for which in (own, process)}
+    x_1 = pure_noise(process, 8, 2)
+    inner, exchanged = mixture(own), Reprocessed(mixture(own), process)
+    start = x_1 * radius[own](first) / radius[process](1.0)
+    for s in (0.6, 0.05):
+        last = float(own.time_at(process.log_snr(clock(s))))
+        ours = integrated_flow(exchanged, x_1, s) / radius[process](s)
+        theirs = integrated_flow(inner, start, last, first) / radius[own](last)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-8)
+    s = 1e-6
+    last = float(own.time_at(process.log_snr(clock(s))))
+    x0 = [
+        denoiser(integrated_flow(denoiser, x_t, to, since), to).x0
+        for denoiser, x_t, to, since in [(exchanged, x_1, s, 1.0), (inner, start, last, first)]
+    ]
+    torch.testing.assert_close(x0[0], x0[1], rtol=0, atol=1e-8)
+
+
+@every_exchange
+@torch.no_grad()
+def test_the_denoiser_is_asked_at_the_time_of_the_same_log_snr_about_a_sample_of_its_own_amplitudes(
+    own: NoiseProcess, process: NoiseProcess
+) -> None:
+    """And its x0 and eps are handed on as they are."""
+    t = times_to_1()
+    x0, eps = numbers(64, 2), numbers(64, 2, seed=1)
+    asked: list[Tensor] = []
+
+    def network(x_t: Tensor, time: Tensor, *, shift: Tensor) -> Tensor:
+        asked.append(x_t)
+        return torch.sin(x_t) + shift
+
+    inner = Watched(NetworkDenoiser(network, own, V()))
+    shift = numbers(64, 1, seed=2)
+    answer = Reprocessed(inner, process)(process.mix(x0, eps, t), t, {"shift": shift})
+    (times,) = inner.times
+    assert bool(((times > 0) & (times <= 1)).all())
+    levels, wanted = own.log_snr(times), process.log_snr(t)
+    finite = wanted.isfinite()
+    torch.testing.assert_close(levels[finite], wanted[finite], rtol=0, atol=1e-9)
+    assert bool((times[~finite] == 1).all())
+    torch.testing.assert_close(asked[0], own.mix(x0, eps, times), rtol=1e-11, atol=1e-11)
+    assert answer is inner.answers[0]
+
+
+@every_exchange
+@every_prediction
+@torch.no_grad()
+def test_an_imperfect_denoiser_seen_through_another_process_splits_x_t_by_that_process(
+    own: NoiseProcess, process: NoiseProcess, prediction: Prediction
+) -> None:
+    t = interior_times(31)
+    x_t = process.mix(numbers(31, 2), numbers(31, 2, seed=1), t)
+    x0, eps = Reprocessed(toy_denoiser(own, prediction), process)(x_t, t)
+    alpha, sigma = (a[:, None] for a in process.alpha_sigma(t))
+    # To the roundings of the terms, of which those of a predicted eps may be far larger than x_t, and of a log-SNR
+    # near 20, by which alpha and sigma are known.
+    allowed = 2e-14 * (1 + alpha * x0.abs() + sigma * eps.abs())
+    assert bool(((process.mix(x0, eps, t) - x_t).abs() <= allowed).all())
+
+
+@pytest.mark.parametrize(
+    ("own", "process"),
+    [
+        pytest.param(TABLE, VPCosine(-20.0, 5.0), id="more_noise"),
+        pytest.param(TABLE, VPCosine(-5.0, 20.0), id="less_noise"),
+        pytest.param(VE(), FlowMatching(), id="no_signal"),
+        pytest.param(VPCosine(), ZERO_TERMINAL, id="zero_terminal"),
+        pytest.param(VPCosine(-4.0, 4.0), VPCosine(-4.0, 4.0 + 1e-6), id="by_a_little"),
+        pytest.param(VPCosine(-4.0, 4.0), VPCosine(-4.0 - 1e-6, 4.0), id="by_a_little_below"),
+    ],
+)
+def test_a_process_with_noise_levels_that_the_denoiser_does_not_know_is_refused(
+    own: NoiseProcess, process: NoiseProcess
+) -> None:
+    with pytest.raises(ValueError, match=r"the denoiser knows log-SNRs from .* to .*, but the process goes from") as e:
+        Reprocessed(mixture(own), process)
+    for which in (own, process):
+        low, high = (float(which.log_snr(clock(t))) for t in (1.0, 0.0))
+        assert f"from {low:.6g} to {high:.6g}" in str(e.value)
+
+
+def test_a_start_that_is_the_denoiser_s_own_but_for_a_rounding_asks_at_no_time_after_1() -> None:
+    """Bounds may lie apart by the slack of 1e-9 that log-SNRs are known to; a network knows no time beyond 1."""
+    inner = Watched(mixture(VPCosine(-4.0, 4.0)))
+    Reprocessed(inner, VPCosine(-4.0 - 5e-10, 4.0))(numbers(3, 2), 1.0)
+    assert float(VPCosine(-4.0, 4.0).time_at(clock(-4.0 - 5e-10))) > 1
+    assert inner.times[0].tolist() == [1.0] * 3
+
+
+MEANS = torch.tensor([[-0.8, 0.1], [0.6, 0.7], [0.4, -0.9]], dtype=torch.float64)
+STDS = clock(0.3, 0.4, 0.35)
+SHARES = clock(0.5, 0.2, 0.3)
+NULL = 3
+"""The label that stands for any class."""
+
+
+@final
+class ClassDenoiser(Denoiser):
+    """The exact denoiser of a mixture whose components are classes: of a sample's own class, or of all for `NULL`."""
+
+    def __init__(self, process: NoiseProcess) -> None:
+        super().__init__()
+        self.process = process
+        self.classes = [MixtureDenoiser(process, MEANS[k : k + 1], STDS[k]) for k in range(3)]
+        self.classes.append(MixtureDenoiser(process, MEANS, STDS, SHARES))
+        self.heard: list[dict[str, Tensor]] = []
+        self.batches: list[int] = []
+
+    def forward(self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None) -> Denoised:
+        self.heard.append(dict(cond or {}))
+        self.batches.append(len(x_t))
+        answers = [denoiser(x_t, as_clock(t, x_t)) for denoiser in self.classes]
+        rows = torch.arange(len(x_t))
+        labels = (cond or {})["class_labels"]
+        return Denoised(*(torch.stack([each[part] for each in answers])[labels, rows] for part in (0, 1)))
+
+
+SCALES = (0.0, 0.3, 1.0, 2.5, -1.0)
+
+
+def labelled(process: NoiseProcess, count: int = 48) -> tuple[Tensor, Tensor, Tensor]:
+    """x_t `[count, 2]`, times and class labels."""
+    t = interior_times(count)
+    x_t = process.mix(0.5 * numbers(count, 2), numbers(count, 2, seed=1), t)
+    return x_t, t, torch.arange(count) % 3
+
+
+@every_process
+@pytest.mark.parametrize("scale", SCALES)
+def test_the_guided_eps_is_the_score_of_the_class_to_the_scale_times_that_of_all_to_the_rest(
+    process: NoiseProcess, scale: float
+) -> None:
+    """-sigma d log(p(x_t | c)^w p(x_t)^(1 - w)) / d x_t, of densities and derivatives that are torch's."""
+    x_t, t, labels = labelled(process)
+    found = Guided(ClassDenoiser(process), {"class_labels": torch.tensor(NULL)}, scale)(
+        x_t, t, {"class_labels": labels}
+    )
+    alpha, sigma = (a[:, None] for a in process.alpha_sigma(t))
+    widths = torch.sqrt(alpha**2 * STDS**2 + sigma**2)
+    at = x_t.clone().requires_grad_()
+    each = (
+        torch.distributions.Normal(alpha[..., None] * MEANS, widths[..., None]).log_prob(at[:, None]).sum(-1)
+    )  # [batch, class]
+    of_class = each[torch.arange(len(labels)), labels]
+    of_all = torch.logsumexp(each + SHARES.log(), dim=1)
+    (score,) = torch.autograd.grad((scale * of_class + (1 - scale) * of_all).sum(), at)
+    torch.testing.assert_close(found.eps, -sigma * score, rtol=1e-10, atol=1e-10)
+    x0 = (x_t + sigma**2 * score) / alpha
+    torch.testing.assert_close(found.x0, x0, rtol=1e-10, atol=1e-9)
+
+
+def guided_pair(process: NoiseProcess) -> tuple[Denoised, Denoised]:
+    """What the class denoiser says with and without the class, asked by itself."""
+    x_t, t, labels = labelled(process)
+    inner = ClassDenoiser(process)
+    return (
+        inner(x_t, t, {"class_labels": labels}),
+        inner(x_t, t, {"class_labels": torch.full_like(labels, NULL)}),
+    )
+
+
+@every_process
+def test_a_scale_of_1_is_the_condition_s_answer_and_0_the_unconditional_one(process: NoiseProcess) -> None:
+    x_t, t, labels = labelled(process)
+    inner, null = ClassDenoiser(process), {"class_labels": torch.tensor(NULL)}
+    with_, without = guided_pair(process)
+    assert float((with_.x0 - without.x0).abs().max()) > 0.1
+    zero, one = (Guided(inner, null, scale)(x_t, t, {"class_labels": labels}) for scale in (0.0, 1.0))
+    torch.testing.assert_close(zero, without, rtol=0, atol=0)
+    torch.testing.assert_close(one, with_, rtol=1e-14, atol=1e-14)
+
+
+@every_process
+def test_guidance_is_linear_in_the_scale_and_each_sample_may_have_its_own(process: NoiseProcess) -> None:
+    x_t, t, labels = labelled(process)
+    inner, null = ClassDenoiser(process), {"class_labels": torch.tensor(NULL)}
+    scales = 2 * numbers(len(labels), seed=4)
+    own = Guided(inner, null)(x_t, t, {"class_labels": labels, GUIDANCE: scales})
+    for part, with_, without in zip(own, *guided_pair(process), strict=True):
+        wanted = scales[:, None] * with_ + (1 - scales[:, None]) * without
+        torch.testing.assert_close(part, wanted, rtol=1e-13, atol=1e-13)
+    for row in (0, 17):
+        fixed = Guided(inner, null, float(scales[row]))(x_t, t, {"class_labels": labels})
+        for part, all_own in zip(fixed, own, strict=True):
+            torch.testing.assert_close(part[row], all_own[row], rtol=1e-14, atol=1e-14)
+            assert not torch.equal(part[row + 1], all_own[row + 1])
+
+
+@every_process
+@every_prediction
+@pytest.mark.parametrize("scale", SCALES)
+@torch.no_grad()
+def test_a_guided_denoiser_splits_the_same_x_t(process: NoiseProcess, prediction: Prediction, scale: float) -> None:
+    """x_t = alpha x0 + sigma eps, whatever network and scale: the two answers do, and their weights add up to 1."""
+
+    def network(x_t: Tensor, time: Tensor, *, shift: Tensor) -> Tensor:
+        return toy.network(x_t, time) + shift
+
+    toy = toy_denoiser(process, prediction)
+    t = interior_times(31)
+    x_t = process.mix(numbers(31, 2), numbers(31, 2, seed=1), t)
+    inner = NetworkDenoiser(network, process, prediction)
+    x0, eps = Guided(inner, {"shift": torch.zeros(1)}, scale)(x_t, t, {"shift": numbers(31, 1, seed=2)})
+    alpha, sigma = (a[:, None] for a in process.alpha_sigma(t))
+    allowed = 2e-14 * (1 + alpha * x0.abs() + sigma * eps.abs())
+    assert bool(((process.mix(x0, eps, t) - x_t).abs() <= allowed).all())
+
+
+@pytest.mark.parametrize("scale", [2.0, None])
+def test_the_denoiser_is_asked_once_and_shown_the_null_beside_each_condition_that_has_one(scale: float | None) -> None:
+    """The others are shown twice as they are, and the scale, where it comes with them, is not shown."""
+    process = VPCosine()
+    x_t, t, labels = labelled(process)
+    inner = ClassDenoiser(process)
+    text, size, empty = numbers(48, 5, 4, seed=5), numbers(48, 2, seed=6), numbers(5, 4, seed=7)
+    cond = {"class_labels": labels, "text": text, "size": size}
+    if scale is None:
+        cond[GUIDANCE] = torch.full((48,), 2.0)
+    before = {name: value.clone() for name, value in cond.items()}
+    Guided(inner, {"class_labels": torch.tensor(NULL), "text": empty}, scale)(x_t, t, cond)
+    assert inner.batches == [96]
+    (heard,) = inner.heard
+    assert set(heard) == {"class_labels", "text", "size"}
+    assert torch.equal(heard["size"], torch.cat([size, size]))
+    for name, null in [("class_labels", torch.full_like(labels, NULL)), ("text", empty.expand(48, 5, 4))]:
+        halves = {tuple(half.flatten().tolist()) for half in heard[name].chunk(2)}
+        assert halves == {tuple(null.flatten().tolist()), tuple(cond[name].flatten().tolist())}
+        assert heard[name].dtype == cond[name].dtype
+    assert set(cond) == set(before)
+    assert all(torch.equal(cond[name], value) for name, value in before.items())
+
+
+def test_a_null_takes_the_dtype_of_the_condition_and_a_scale_that_of_the_sample() -> None:
+    process = VPCosine()
+    x_t, t, labels = labelled(process)
+    guided = Guided(ClassDenoiser(process), {"class_labels": torch.tensor(float(NULL))})
+    single = guided(x_t.float(), t, {"class_labels": labels, GUIDANCE: torch.full((48,), 3.0, dtype=torch.float64)})
+    double = guided(x_t.float().double(), t, {"class_labels": labels, GUIDANCE: torch.full((48,), 3.0)})
+    assert single.x0.dtype == single.eps.dtype == torch.float32
+    torch.testing.assert_close(single.x0.double(), double.x0, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 3), (6, 3, 2, 2)])
+def test_guidance_weighs_samples_of_any_shape_by_their_own_scale(shape: tuple[int, ...]) -> None:
+    """Of a network that puts its condition out, x0 is the scale times it where the null is 0."""
+    scales = clock(0, 0.5, 1, 2, 3, -1)
+
+    def network(x_t: Tensor, time: Tensor, *, wanted: Tensor) -> Tensor:
+        return wanted
+
+    wanted = numbers(*shape, seed=1)
+    guided = Guided(NetworkDenoiser(network, VPCosine(), X0()), {"wanted": torch.zeros(())})
+    x0 = guided(numbers(*shape), 0.5, {"wanted": wanted, GUIDANCE: scales}).x0
+    torch.testing.assert_close(x0, wanted * scales.reshape(-1, *[1] * (len(shape) - 1)), rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("scale", "cond", "message"),
+    [
+        (2.0, None, "guidance needs the condition 'class_labels', got none"),
+        (2.0, {"text": 0}, "guidance needs the condition 'class_labels', got text"),
+        (None, {"class_labels": 0}, "guidance needs the condition 'guidance_scale', got class_labels"),
+        (None, {"text": 0, "guidance_scale": 0}, "needs the condition 'class_labels', got guidance_scale, text"),
+    ],
+)
+def test_guidance_without_what_it_weighs_is_refused(
+    scale: float | None, cond: Mapping[str, Any] | None, message: str
+) -> None:
+    inner = ClassDenoiser(VPCosine())
+    shown = None if cond is None else {name: torch.full((4,), value) for name, value in cond.items()}
+    with pytest.raises(ValueError, match=message):
+        Guided(inner, {"class_labels": torch.tensor(NULL)}, scale)(numbers(4, 2), 0.5, shown)
+    assert not inner.batches
+
+
+def test_guidance_that_knows_no_null_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"guidance needs to know what stands for no condition \(null\)"):
+        Guided(mixture(VPCosine()), {}, 2.0)
+
+
+def test_a_guided_denoiser_is_seen_through_another_process_with_its_conditions() -> None:
+    """The two wrappers go together in either order."""
+    own, process = FlowMatching(3.0), VPCosine()
+    x_t, t, labels = labelled(process)
+    null, cond = {"class_labels": torch.tensor(NULL)}, {"class_labels": labels}
+    direct = Guided(ClassDenoiser(process), null, 2.0)(x_t, t, cond)
+    for wrapped in (
+        Reprocessed(Guided(ClassDenoiser(own), null, 2.0), process),
+        Guided(Reprocessed(ClassDenoiser(own), process), null, 2.0),
+    ):
+        torch.testing.assert_close(wrapped(x_t, t, cond), direct, rtol=1e-11, atol=1e-11)

@@ -1,5 +1,6 @@
 """The halving target: the student's one step lands on the teacher's K, in float32 too, and it is a mean."""
 
+import itertools
 from math import nan
 
 import pytest
@@ -11,23 +12,39 @@ from torch import Tensor
 from halfstep.core.denoiser import Cond, Denoiser
 from halfstep.core.noise import NoiseProcess, VPCosine, processes
 from halfstep.core.oracle import data_set_denoiser
-from halfstep.core.prediction import Denoised, Prediction, V, eps_from_x0, predictions
+from halfstep.core.prediction import Denoised, FlowVelocity, Prediction, V, eps_from_x0, predictions
 from halfstep.objectives import halving_target
 from halfstep.samplers import DDIM
 from support import (
+    FURTHER_PROCESSES,
     Landing,
     Watched,
     clock,
+    even_amplitudes,
     gaussian,
+    landing_roundings,
     members,
+    members_and_further_processes,
     mixture,
     numbers,
     skip_where_x0_is_undefined,
+    step_width,
     toy_denoiser,
 )
 
 every_process = pytest.mark.parametrize("process", members(processes))
-every_prediction = pytest.mark.parametrize("prediction", members(predictions))
+every_process_or_further = pytest.mark.parametrize("process", members_and_further_processes())
+every_process_and_prediction = pytest.mark.parametrize(
+    ("process", "prediction"),
+    [
+        pytest.param(process.values[0], prediction.values[0], id=f"{process.id}-{prediction.id}")
+        for processes_, predictions_ in [
+            (members(processes), members(predictions)),
+            (FURTHER_PROCESSES, [pytest.param(V(), id="v"), pytest.param(FlowVelocity(), id="flow_velocity")]),
+        ]
+        for process, prediction in itertools.product(processes_, predictions_)
+    ],
+)
 every_k = pytest.mark.parametrize("num_teacher_steps", [1, 2, 3, 4, 8])
 
 
@@ -65,8 +82,7 @@ def weights_of(process: NoiseProcess, t: Tensor, s: Tensor, num_teacher_steps: i
     return halving_target(Answers(process, marked), x_t, t, s, num_teacher_steps=num_teacher_steps)
 
 
-@every_process
-@every_prediction
+@every_process_and_prediction
 @every_k
 @pytest.mark.parametrize("num_steps", [1, 2, 4, 64, 4096])
 @torch.no_grad()
@@ -76,7 +92,8 @@ def test_one_step_of_the_student_lands_where_the_teacher_s_steps_land(
     """At every step of the grid, from t = 1 and to s = 0, for a teacher that is no exact denoiser.
 
     The step shrinks an error of the target by about 1 / num_steps, so only a landing to a few roundings says
-    much.
+    much: those of the sums on the way, twice, for the student's own. For K = 3 the two ask the teacher at times that
+    agree to a rounding only, whose trace is 1e-13 where an x0 is divided by alpha = 0.006.
     """
     t, s = grid_steps(num_steps)
     teacher, x_t = toy_denoiser(process, prediction), noisy(process, t, 2)
@@ -86,24 +103,36 @@ def test_one_step_of_the_student_lands_where_the_teacher_s_steps_land(
     alpha, sigma = process.landing(s)
     landed = alpha[:, None] * student.x0 + sigma[:, None] * student.eps
     expected = Landing(teacher, num_steps, num_teacher_steps).landing(x_t, t)
-    torch.testing.assert_close(landed, expected, rtol=2e-13, atol=2e-13)
+    error = (landed - expected).abs()
+    floor = 2e-13 if num_teacher_steps == 3 else 2e-14
+    assert bool((error <= 2 * landing_roundings(teacher, x_t, t, s, num_teacher_steps) + floor).all())
+    if even_amplitudes(process):
+        assert bool((error <= 2e-13 * (1 + expected.abs())).all())
 
 
-@every_process
+@every_process_or_further
 @every_k
 @pytest.mark.parametrize("num_steps", [1, 2, 4, 64, 4096])
 def test_the_target_is_the_x0_that_the_subtractive_formula_solves_for_in_float64(
     process: NoiseProcess, num_teacher_steps: int, num_steps: int
 ) -> None:
-    """Solving divides by the width of a step: a rounding of 1e-16 grows by a few times num_steps."""
+    """Solving divides by the width of a step: a rounding of 1e-16 grows by a few times num_steps.
+
+    By more where the angle falls fast in t and the steps near the data or the noise are the shorter for it, and where
+    the samples are large; so by the roundings of each sample's own landing, over the width of its own step.
+    """
     t, s = grid_steps(num_steps)
     teacher, x_t = mixture(process), noisy(process, t, 2)
     solved = Landing(teacher, num_steps, num_teacher_steps)(x_t, t).x0
     target = halving_target(teacher, x_t, t, s, num_teacher_steps=num_teacher_steps)
-    torch.testing.assert_close(target, solved, rtol=0, atol=2e-15 * num_steps + 1e-14)
+    error = (target - solved).abs()
+    roundings = landing_roundings(teacher, x_t, t, s, num_teacher_steps)
+    assert bool((error <= 2 * roundings / step_width(process, t, s) + 1e-14).all())
+    if even_amplitudes(process):
+        assert bool((error <= 2e-15 * num_steps + 1e-14).all())
 
 
-@every_process
+@every_process_or_further
 @given(
     num_teacher_steps=st.integers(1, 9),
     steps=st.lists(st.tuples(st.just(0.0) | st.floats(1e-3, 0.999), st.floats(1e-3, 1)), min_size=1, max_size=16),

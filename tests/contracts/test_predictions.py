@@ -1,12 +1,14 @@
 """(x0, eps) survive every prediction and every pair of them, on every process."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from halfstep.core.noise import NoiseProcess, VPCosine, processes
-from halfstep.core.prediction import X0, Both, Prediction, eps_from_x0, predictions
+from halfstep.core.noise import VE, NoiseProcess, VPCosine, processes
+from halfstep.core.prediction import EDM, X0, Both, Prediction, eps_from_x0, predictions
 from support import clock, interior_times, members, numbers
 
 every_process = pytest.mark.parametrize("process", members(processes))
@@ -111,3 +113,22 @@ def test_eps_from_x0_is_the_noise_that_was_mixed_in(process: NoiseProcess) -> No
     x0, eps = numbers(len(t), *SHAPE), numbers(len(t), *SHAPE, seed=1)
     found = eps_from_x0(process.mix(x0, eps, t), x0, *process.alpha_sigma(t))
     torch.testing.assert_close(found, eps, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("value", [0.0, -0.5, math.inf, math.nan])
+def test_edm_refuses_data_whose_deviation_is_not_a_finite_number_above_0(value: float) -> None:
+    with pytest.raises(ValueError, match=f"sigma_data must be a finite number above 0, got {value}"):
+        EDM(value)
+
+
+@pytest.mark.parametrize("sigma_data", [0.1, 0.5, 1.0, 3.0])
+def test_what_edm_s_network_puts_out_has_unit_spread_for_data_of_its_deviation(sigma_data: float) -> None:
+    """And says nothing that x_t says: the two demands that its coefficients are made of, for x0 and eps independent."""
+    for process in (VPCosine(), VE()):
+        alpha, sigma = process.alpha_sigma(interior_times())
+        ones = torch.ones(97, 1, dtype=torch.float64)
+        a = EDM(sigma_data).target(ones, 0 * ones, alpha, sigma)
+        b = EDM(sigma_data).target(0 * ones, ones, alpha, sigma)
+        torch.testing.assert_close((sigma_data * a) ** 2 + b**2, ones, rtol=0, atol=1e-14)
+        correlation = a[:, 0] * alpha * sigma_data**2 + b[:, 0] * sigma
+        assert float((correlation / torch.hypot(alpha * sigma_data, sigma)).abs().max()) < 1e-15

@@ -1,7 +1,8 @@
 """What every sampler promises: its order, its cost, and results that depend on its arguments alone."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, Final
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 from halfstep.core.denoiser import Clipped, Denoiser, NetworkDenoiser
 from halfstep.core.draw import step_noise
 from halfstep.core.grids import uniform_times
-from halfstep.core.noise import NoiseProcess, VPCosine, processes
+from halfstep.core.noise import FlowMatching, NoiseProcess, VPCosine, processes
 from halfstep.core.oracle import data_set_denoiser
 from halfstep.core.prediction import X0, Prediction, predictions
 from halfstep.samplers import (
@@ -29,13 +30,13 @@ from halfstep.samplers import (
     trajectory,
 )
 from support import (
-    Straight,
     Watched,
     build,
     clock,
     gaussian,
     integrated_flow,
     members,
+    members_and_further_processes,
     mixture,
     numbers,
     pure_noise,
@@ -64,7 +65,7 @@ def those(parameters: list[Any], kind: str, *, wanted: bool) -> list[Any]:
 SAMPLERS: Final = members(samplers)
 VARIANTS: Final = variants()
 
-every_process = pytest.mark.parametrize("process", [*members(processes), pytest.param(Straight(), id="straight")])
+every_process = pytest.mark.parametrize("process", members(processes))
 every_sampler = pytest.mark.parametrize("sampler", SAMPLERS)
 every_variant = pytest.mark.parametrize("sampler", VARIANTS)
 every_deterministic = pytest.mark.parametrize("sampler", those(SAMPLERS, "stochastic", wanted=False))
@@ -96,6 +97,11 @@ every_one_call_or_heun = pytest.mark.parametrize(
 NARROW: Final = VPCosine(-4.0, 4.0)
 """A process that keeps much noise at t = 0, and much signal at t = 1."""
 
+REACHING_CLEAN_EVENLY: Final = {"vp_cosine": VPCosine(), "flow": FlowMatching()}
+"""Processes on whose uniform grid the last step's angle falls as 1 / N, for all N here."""
+
+Grid = Callable[[int], Tensor]
+
 FIRST, LAST = 0.95, 0.05
 """The ends of the interior way, on which no coordinate is near the ends of its axis."""
 
@@ -126,6 +132,8 @@ def step_counts(sampler: Sampler) -> tuple[int, ...]:
     return (64, 128, 256, 512) if sampler.order < 3 else (32, 64, 128, 256)
 
 
+# A table's log-SNR has kinks in t, but the methods see t only through the ends of their steps: in the coordinate, in
+# which they integrate, the flow of every process is the same smooth curve, and a kink in t changes a step's length.
 @every_deterministic
 @every_process
 def test_it_follows_the_exact_flow_of_a_gaussian_at_the_order_it_claims(
@@ -138,38 +146,90 @@ def test_it_follows_the_exact_flow_of_a_gaussian_at_the_order_it_claims(
     assert slope(steps, errors) == pytest.approx(sampler.order, abs=0.25)
 
 
+@cache
+def interior_way(process: NoiseProcess) -> tuple[Tensor, Tensor]:
+    """Samples at `FIRST`, and where the flow of the mixture takes them at `LAST`."""
+    x_t = integrated_flow(mixture(process), pure_noise(process, 16, 2), FIRST)
+    return x_t, integrated_flow(mixture(process), x_t, LAST, FIRST)
+
+
 @every_deterministic_variant
 @every_process
 def test_it_follows_the_flow_of_a_mixture_at_the_order_it_claims(process: NoiseProcess, sampler: Sampler) -> None:
     """In every coordinate. (On the Gaussian some gain an order, by a symmetry that nothing else has.)"""
-    denoiser, x_1 = mixture(process), pure_noise(process, 16, 2)
-    x_t, exact = integrated_flow(denoiser, x_1, FIRST), integrated_flow(denoiser, x_1, LAST)
-    steps = step_counts(sampler)
+    denoiser, steps = mixture(process), step_counts(sampler)
+    x_t, exact = interior_way(process)
     errors = rms_errors(sampler, denoiser, x_t, exact, steps, grid=interior_times)
     assert slope(steps, errors) == pytest.approx(sampler.order, abs=0.25)
 
 
+def even_angles(process: NoiseProcess) -> Grid:
+    """Grids from t = 1 to 0 on which the angle arctan(sigma / alpha) falls by equal steps to 0."""
+
+    def grid(num_steps: int) -> Tensor:
+        alpha, sigma = process.alpha_sigma(clock(1.0))
+        angles = torch.atan2(sigma, alpha) * torch.arange(num_steps, -1, -1, dtype=torch.float64) / num_steps
+        inner = process.time_at(-2 * torch.log(torch.tan(angles[1:-1])))
+        return torch.cat([clock(1.0), inner, clock(0.0)])
+
+    return grid
+
+
+def end_of(process: NoiseProcess) -> float:
+    """The angle at t = 0, of the noise that the process keeps there."""
+    alpha, sigma = process.alpha_sigma(clock(0.0))
+    return float(torch.atan2(sigma, alpha))
+
+
+EVERY_WAY: Final = [
+    *(pytest.param(process, uniform_times, id=name) for name, process in REACHING_CLEAN_EVENLY.items()),
+    *(
+        pytest.param(parameter.values[0], even_angles(parameter.values[0]), id=f"{parameter.id}-even_angles")
+        for parameter in members(processes)
+    ),
+]
 ALL_THE_WAY: Final = [parameter for parameter in SAMPLERS if not isinstance(parameter.values[0], DPMSolverPP2M)]
 
 
+@cache
+def flow_to_clean_data(process: NoiseProcess) -> Tensor:
+    """Where the flow of the mixture takes pure noise, with no noise left but 1e-6 and an error of its square."""
+    straight = FlowMatching()
+    start = straight.time_at(process.log_snr(clock(1.0)))
+    radii = [torch.hypot(*which.alpha_sigma(t)) for which, t in [(straight, start), (process, clock(1.0))]]
+    return integrated_flow(mixture(straight), float(radii[0] / radii[1]) * pure_noise(process, 16, 2), t=float(start))
+
+
 @pytest.mark.parametrize("sampler", those(ALL_THE_WAY, "stochastic", wanted=False))
-@every_process
+@pytest.mark.parametrize(("process", "grid"), EVERY_WAY)
 @pytest.mark.parametrize("flow", ["gaussian", "mixture"])
 def test_it_goes_from_pure_noise_to_clean_data_at_the_order_it_claims(
-    flow: str, process: NoiseProcess, sampler: Sampler
+    flow: str, process: NoiseProcess, grid: Grid, sampler: Sampler
 ) -> None:
-    """All but dpmpp_2m, for which see below, and in their default coordinate. The reference for the mixture ends
-    4e-9 off, which the errors of RK4 come near to at 128 steps."""
+    """All but dpmpp_2m, for which see below, and in their default coordinate.
+
+    The order is one in the longest step of the angle, so in 1 / N where the angle falls evenly to 0. On the uniform
+    grid that of VE or of a table does not: next to the data a table's sigma^2 falls as t and its angle as the root, so
+    that the last step, of an order less, costs 1 / N by itself. And as these processes keep noise at t = 0, 0.007 and
+    0.002, the steps must be long enough for the stages of the last one to lie above it.
+
+    The exact flow of the mixture is that on a process which has all levels of noise, from the level of t = 1.
+    """
     x_1 = pure_noise(process, 16, 2)
-    steps = step_counts(sampler) if sampler.order < 3 else (8, 16, 32, 64)
+    if grid is uniform_times:
+        steps = step_counts(sampler) if sampler.order < 3 else (8, 16, 32, 64)
+    else:
+        steps = (16, 32, 64, 128) if sampler.evals_last_step == 1 else (8, 16, 32, 64)
+        last_stage = {1: 1, 2: 1 / 2, 3: 1 / 3}[sampler.evals_last_step]
+        assert last_stage * torch.pi / 2 / max(steps) > end_of(process)
     denoiser: Denoiser
     if flow == "gaussian":
         denoiser = gaussian(process)
         exact = denoiser.flow(x_1, 1.0, 0.0)
     else:
         denoiser = mixture(process)
-        exact = integrated_flow(denoiser, x_1)
-    errors = rms_errors(sampler, denoiser, x_1, exact, steps)
+        exact = flow_to_clean_data(process)
+    errors = rms_errors(sampler, denoiser, x_1, exact, steps, grid=grid)
     assert slope(steps, errors) == pytest.approx(sampler.order, abs=0.25)
 
 
@@ -184,16 +244,25 @@ def test_the_error_of_dpmpp_2m_from_pure_noise_to_clean_data_falls_as_log_n_over
     np.testing.assert_allclose(growth[1:] / growth[:-1], 1, rtol=0, atol=0.05)
 
 
+def first_time(process: NoiseProcess, sampler: Sampler) -> float:
+    """1, but 0.95 in the one coordinate that is infinite at t = 1 where no signal is left: sigma / alpha."""
+    alpha, _ = process.alpha_sigma(clock(1.0))
+    at_infinity = isinstance(getattr(sampler, "coordinate", None), NoiseToSignal) and float(alpha) == 0
+    return FIRST if at_infinity else 1.0
+
+
 @every_one_point_exact
-@pytest.mark.parametrize("process", [*members(processes), pytest.param(NARROW, id="narrow")])
+@pytest.mark.parametrize("process", [*members_and_further_processes(), pytest.param(NARROW, id="narrow")])
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 7, 64])
 def test_sampling_is_exact_in_any_number_of_steps_when_the_data_is_one_point(
     process: NoiseProcess, sampler: Sampler, num_steps: int
 ) -> None:
     """To the roundings of x_t / alpha, which at t = 1 are up to 2e4 times those of x_t."""
-    point = numbers(1, 3, seed=1)
-    denoiser, x_1 = data_set_denoiser(process, point), pure_noise(process, 8, 3)
-    x_0 = sample(denoiser, x_1, num_steps, sampler, noise=noise_for(sampler, range(8), 3))
+    point, first = numbers(1, 3, seed=1), first_time(process, sampler)
+    denoiser = data_set_denoiser(process, point)
+    x_t = float(process.alpha_sigma(clock(first))[1]) * numbers(8, 3)
+    noise = noise_for(sampler, range(8), 3)
+    x_0 = sample(denoiser, x_t, num_steps, sampler, grid=lambda n: first * uniform_times(n), noise=noise)
     tolerance = 1e-13 if isinstance(sampler, HOLD_FAST) else 5e-11
     torch.testing.assert_close(x_0, point.expand(8, 3), rtol=0, atol=tolerance)
 

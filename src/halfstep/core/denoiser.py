@@ -106,6 +106,92 @@ class Clipped(Denoiser):
         return Denoised(x0, eps_from_x0(x_t, x0, alpha, sigma))
 
 
+@final
+class Reprocessed(Denoiser):
+    """Another denoiser seen through another process, exactly: asked at the time at which its own process has the same
+    log-SNR, about a sample scaled to its own amplitudes. Both have the same probability flow, on different clocks.
+
+    Raises:
+        ValueError: if the process goes to noise levels that the denoiser's own does not have.
+    """
+
+    def __init__(self, denoiser: Denoiser, process: NoiseProcess) -> None:
+        super().__init__()
+        known, asked = (
+            [float(p.log_snr(torch.tensor([t], dtype=torch.float64))) for t in (0.0, 1.0)]
+            for p in (denoiser.process, process)
+        )
+        slack = 1e-9
+        if asked[0] > known[0] + slack or asked[1] < known[1] - slack:
+            raise ValueError(
+                f"the denoiser knows log-SNRs from {known[1]:.6g} to {known[0]:.6g}, but the process goes from "
+                f"{asked[1]:.6g} to {asked[0]:.6g}: give it bounds within the denoiser's"
+            )
+        self.denoiser = denoiser
+        self.process = process
+
+    def forward(self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None) -> Denoised:
+        clock = as_clock(t, x_t)
+        own = self.denoiser.process
+        there = own.time_at(self.process.log_snr(clock)).clamp(max=1)
+        scale = torch.hypot(*own.alpha_sigma(there)) / torch.hypot(*self.process.alpha_sigma(clock))
+        return self.denoiser(per_sample(scale, x_t) * x_t, there, cond)
+
+
+GUIDANCE: Final = "guidance_scale"
+"""Name of the condition that holds each sample's guidance scale, `[batch]`."""
+
+
+@final
+class Guided(Denoiser):
+    """Another denoiser with classifier-free guidance: uncond + scale (cond - uncond), for x0 and eps alike.
+
+    A scale of 1 is no guidance, 0 ignores the conditions. The denoiser is asked once, about a batch of twice the size.
+
+    Args:
+        null: what stands for "no condition": a tensor for one sample, by the name of the condition that it replaces;
+            conditions that are not named stay as they are.
+        scale: one for all samples; None takes each sample's own from the condition `guidance_scale`, which the
+            denoiser itself is not shown then.
+
+    Source: Ho & Salimans 2022 (arXiv:2207.12598), whose w is scale - 1.
+
+    Raises:
+        ValueError: if `null` names nothing, or at the call, if a condition that it names or the scale is missing.
+    """
+
+    def __init__(self, denoiser: Denoiser, null: Mapping[str, Tensor], scale: float | None = None) -> None:
+        super().__init__()
+        if not null:
+            raise ValueError("guidance needs to know what stands for no condition (null), such as {'class_labels': 10}")
+        self.denoiser = denoiser
+        self.process = denoiser.process
+        self.null = {name: torch.as_tensor(value) for name, value in null.items()}
+        self.scale = scale
+
+    def forward(self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None) -> Denoised:
+        shown = dict(cond or {})
+        scale = x_t.new_full((len(x_t),), self.scale) if self.scale is not None else shown.pop(GUIDANCE, None)
+        missing = [name for name in self.null if name not in shown]
+        if scale is None or missing:
+            wanted = missing[0] if missing else GUIDANCE
+            raise ValueError(f"guidance needs the condition {wanted!r}, got {', '.join(sorted(cond or {})) or 'none'}")
+        both = {name: torch.cat([self._null(name, value), value]) for name, value in shown.items()}
+        found = self.denoiser(torch.cat([x_t, x_t]), as_clock(t, x_t).repeat(2), both)
+        weight = per_sample(scale, x_t)
+
+        def guided(pair: Tensor) -> Tensor:
+            without, with_ = pair.chunk(2)
+            return without + weight * (with_ - without)
+
+        return Denoised(guided(found.x0), guided(found.eps))
+
+    def _null(self, name: str, like: Tensor) -> Tensor:
+        if name not in self.null:
+            return like
+        return self.null[name].to(like).expand_as(like)
+
+
 def output_gain(process: NoiseProcess, prediction: Prediction, t: float = 1.0) -> float:
     """How many times as large an error of the network's output is in x0 at time t: sigma / alpha for eps, 1 for x0.
 
@@ -117,7 +203,7 @@ def output_gain(process: NoiseProcess, prediction: Prediction, t: float = 1.0) -
     return float(prediction.denoised(output, x_t, alpha, sigma).x0.abs())
 
 
-LARGEST_GAIN: Final = 100.0
+LARGEST_GAIN: Final = 1000.0
 """Gain at t = 1 beyond which `warn_of_gain` speaks: an output good to 1 % then says nothing about x0."""
 
 
@@ -129,8 +215,8 @@ def warn_of_gain(process: NoiseProcess, prediction: Prediction) -> None:
         warnings.warn(
             f"this network predicts {type(prediction).__name__.lower()}, and at t = 1, where the log-SNR is "
             f"{log_snr:.3g}, its error is {gain:.2g} times as large in x0: few-step sampling and distillation from "
-            "there go wrong; train it to predict x0, v or both (--model.prediction), or start from a higher SNR "
-            "(--model.log-snr-min)",
+            "there go wrong; train it to predict x0, v or both (--model.prediction), match it to v first "
+            "(--matching.prediction v), or start from a higher SNR (--model.log-snr-min)",
             HalfstepWarning,
             stacklevel=3,
         )

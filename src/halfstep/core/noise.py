@@ -7,7 +7,9 @@ sees a process only through these three functions.
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import final
 
 import torch
@@ -42,6 +44,16 @@ class NoiseProcess(ABC):
         alpha, sigma = self.alpha_sigma(s)
         clean = s == 0
         return torch.where(clean, torch.ones_like(alpha), alpha), torch.where(clean, torch.zeros_like(sigma), sigma)
+
+    @final
+    @cached_property
+    def start_scale(self) -> float:
+        """What unit noise is multiplied by to be a sample at t = 1: the spread of x_1 for data of unit variance.
+
+        1 for every process that preserves variance, and for flow matching; about sigma(1) where variance explodes.
+        """
+        alpha, sigma = self.alpha_sigma(torch.ones(1, dtype=torch.float64))
+        return math.hypot(float(alpha), float(sigma))
 
     @final
     def mix(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
@@ -96,3 +108,172 @@ class VPCosine(NoiseProcess):
     def time_at(self, log_snr: Tensor) -> Tensor:
         first, last = self._angle_bounds()
         return (torch.atan(torch.exp(-log_snr / 2)) - first) / (last - first)
+
+
+@final
+@processes.register("vp_table")
+@dataclass(frozen=True)
+class VPTable(NoiseProcess):
+    """The discrete process of DDPM, between whose T noise levels the log-SNR is interpolated linearly.
+
+    Level k, the timestep of diffusers, lies at t = (k + 1) / T, where alpha^2 is the product of 1 - beta_i over i <= k.
+    Below the first level the log-SNR goes on at the slope of the first interval. If the last level has no signal at
+    all, the ratio alpha / sigma is linear over the last interval in the place of its logarithm.
+
+    Args:
+        betas: T numbers in (0, 1), of which the last may be 1 if there are at least 3.
+
+    Source: Ho et al. 2020 (arXiv:2006.11239), section 2; Lin et al. 2023 (arXiv:2305.08891) for zero terminal SNR.
+
+    Raises:
+        ValueError: if there are too few betas or one is out of range.
+    """
+
+    betas: tuple[float, ...] = field(default_factory=lambda: linear_betas(), repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", tuple(float(beta) for beta in self.betas))
+        # The slope below the first level is that of the first interval, which must not end without any signal.
+        least = 3 if self.betas and self.betas[-1] == 1 else 2
+        if len(self.betas) < least:
+            ending = " if the last is 1" if least == 3 else ""
+            raise ValueError(f"a table of noise levels needs at least {least} betas{ending}, got {len(self.betas)}")
+        for level, beta in enumerate(self.betas):
+            if not (0 < beta < 1 or (beta == 1 and level == len(self.betas) - 1)):
+                raise ValueError(f"betas must be above 0 and below 1 (the last may be 1), but beta {level} is {beta}")
+
+    def __repr__(self) -> str:
+        return f"VPTable({len(self.betas)} betas from {self.betas[0]:.4g} to {self.betas[-1]:.4g})"
+
+    @cached_property
+    def _nodes(self) -> Tensor:
+        """log_snr at the times 0, 1 / T, ..., 1."""
+        log_power = torch.log1p(-torch.tensor(self.betas, dtype=torch.float64)).cumsum(0)
+        levels = log_power - torch.log(-torch.expm1(log_power))
+        return torch.cat([2 * levels[:1] - levels[1:2], levels])
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        log_snr = self.log_snr(t)
+        return torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        nodes = self._nodes.to(t.device)
+        place = t * len(self.betas)
+        left = place.floor().clamp(0, len(self.betas) - 1).long()
+        share = place - left
+        here, there = nodes[left], nodes[left + 1]
+        return torch.where(
+            there.isfinite(), here + share * (there - here).nan_to_num(neginf=0.0), here + 2 * torch.log1p(-share)
+        )
+
+    def time_at(self, log_snr: Tensor) -> Tensor:
+        nodes = self._nodes.to(log_snr.device)
+        left = (torch.searchsorted(-nodes, -log_snr, right=True) - 1).clamp(0, len(self.betas) - 1)
+        here, there = nodes[left], nodes[left + 1]
+        share = torch.where(
+            there.isfinite(),
+            (log_snr - here) / (there - here).nan_to_num(neginf=-1.0),
+            -torch.expm1((log_snr - here) / 2),
+        )
+        return (left + share) / len(self.betas)
+
+
+def linear_betas(num: int = 1000, first: float = 1e-4, last: float = 0.02) -> tuple[float, ...]:
+    """`num` betas, equally spaced. Source of the defaults: Ho et al. 2020 (arXiv:2006.11239)."""
+    return tuple(torch.linspace(first, last, num, dtype=torch.float64).tolist())
+
+
+def scaled_linear_betas(num: int = 1000, first: float = 0.00085, last: float = 0.012) -> tuple[float, ...]:
+    """`num` betas whose roots are equally spaced. Source: Rombach et al. 2022 (arXiv:2112.10752), latent diffusion."""
+    return tuple(torch.linspace(first**0.5, last**0.5, num, dtype=torch.float64).square().tolist())
+
+
+def cosine_betas(num: int = 1000, largest: float = 0.999) -> tuple[float, ...]:
+    """`num` betas, none above `largest`, under which alpha^2 falls as cos^2. Source: Nichol & Dhariwal 2021
+    (arXiv:2102.09672), equation 17."""
+
+    def power(t: float) -> float:
+        return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    return tuple(min(1 - power((k + 1) / num) / power(k / num), largest) for k in range(num))
+
+
+def zero_terminal_betas(betas: Sequence[float]) -> tuple[float, ...]:
+    """The betas of a table whose amplitudes of signal are shifted to end on 0 and stretched to begin as before.
+
+    Source: Lin et al. 2023 (arXiv:2305.08891), algorithm 1.
+    """
+    alpha = torch.log1p(-torch.tensor(betas, dtype=torch.float64)).cumsum(0).div(2).exp()
+    shifted = (alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))
+    power = shifted.square()
+    return tuple((1 - power / torch.cat([torch.ones_like(power[:1]), power[:-1]])).tolist())
+
+
+@final
+@processes.register("ve")
+@dataclass(frozen=True)
+class VE(NoiseProcess):
+    """Noise is added to data that is not scaled: alpha = 1, and sigma, here the noise-to-signal ratio, has a 1 / rho-th
+    power that grows linearly in t from that of sigma_min to that of sigma_max.
+
+    Source: Karras et al. 2022, EDM (arXiv:2206.00364), equation 5, with its defaults.
+
+    Raises:
+        ValueError: if not 0 < sigma_min < sigma_max < infinity, or rho is not above 0.
+    """
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma_min < self.sigma_max < math.inf:
+            raise ValueError(f"0 < sigma_min < sigma_max is needed, got {self.sigma_min} and {self.sigma_max}")
+        if not 0 < self.rho < math.inf:
+            raise ValueError(f"rho must be a finite number above 0, got {self.rho}")
+
+    def _root_bounds(self) -> tuple[float, float]:
+        return self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        first, last = self._root_bounds()
+        return torch.ones_like(t), (first + (last - first) * t) ** self.rho
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        first, last = self._root_bounds()
+        return -2 * self.rho * torch.log(first + (last - first) * t)
+
+    def time_at(self, log_snr: Tensor) -> Tensor:
+        first, last = self._root_bounds()
+        return (torch.exp(-log_snr / (2 * self.rho)) - first) / (last - first)
+
+
+@final
+@processes.register("flow")
+@dataclass(frozen=True)
+class FlowMatching(NoiseProcess):
+    """A sample goes straight from data to noise: alpha = 1 - sigma, with sigma = shift t / (1 + (shift - 1) t).
+
+    A shift above 1 spends more of the time near pure noise, as models of large images do; 1 is sigma = t.
+
+    Source: Lipman et al. 2023 (arXiv:2210.02747); the shift from Esser et al. 2024 (arXiv:2403.03206), equation 23.
+
+    Raises:
+        ValueError: if the shift is not a finite number above 0.
+    """
+
+    shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.shift < math.inf:
+            raise ValueError(f"the shift must be a finite number above 0, got {self.shift}")
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        scale = 1 + (self.shift - 1) * t
+        return (1 - t) / scale, self.shift * t / scale
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        return 2 * torch.log((1 - t) / (self.shift * t))
+
+    def time_at(self, log_snr: Tensor) -> Tensor:
+        return torch.sigmoid(-log_snr / 2 - math.log(self.shift))

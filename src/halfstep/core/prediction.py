@@ -105,6 +105,45 @@ class V(LinearPrediction):
 
 
 @final
+@predictions.register("flow_velocity")
+@dataclass(frozen=True)
+class FlowVelocity(LinearPrediction):
+    """The network predicts u = eps - x0, the derivative of x_t along the straight path of flow matching."""
+
+    def coefficients(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        return -torch.ones_like(alpha), torch.ones_like(sigma)
+
+
+@final
+@predictions.register("edm")
+@dataclass(frozen=True)
+class EDM(LinearPrediction):
+    """The network predicts EDM's residual F, from which x0 = c_skip y + c_out F with y = x_t / alpha.
+
+    With the noise-to-signal ratio s = sigma / alpha and rho = sqrt(s^2 + sigma_data^2), c_skip is sigma_data^2 / rho^2
+    and c_out is s sigma_data / rho, so that F = (s x0 - sigma_data^2 eps) / (sigma_data rho). (What the network is
+    shown, y / rho and log(s) / 4, is the matter of its adapter.)
+
+    Source: Karras et al. 2022, EDM (arXiv:2206.00364), table 1.
+
+    Raises:
+        ValueError: if sigma_data is not a finite number above 0.
+    """
+
+    sigma_data: float = 0.5
+    """Standard deviation of the data."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma_data < float("inf"):
+            raise ValueError(f"sigma_data must be a finite number above 0, got {self.sigma_data}")
+
+    def coefficients(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        # sigma / rho and sigma_data / rho with both multiplied by alpha, so that alpha = 0 is no exception.
+        rho = torch.hypot(sigma, alpha * self.sigma_data)
+        return sigma / rho / self.sigma_data, -alpha * self.sigma_data / rho
+
+
+@final
 @predictions.register("both")
 @dataclass(frozen=True)
 class Both(Prediction):

@@ -46,10 +46,13 @@ class Losses(NamedTuple):
 class Objective(ABC):
     """(models, batch, draw) -> losses. It knows nothing of optimisers, devices and files."""
 
-    adds: ClassVar[tuple[str, ...]] = ()
-    """Names of conditions that the student must accept beyond those of the data."""
     needs_teacher: ClassVar[bool]
     """Whether `Models.teacher` must be there."""
+
+    @property
+    @abstractmethod
+    def teacher_evals(self) -> int:
+        """Network calls of the teacher for a sample of an update."""
 
     @abstractmethod
     def loss(self, models: Models, batch: Batch, draw: Draw) -> Losses:
@@ -63,6 +66,22 @@ def weighted_x0_loss(x0: Tensor, target: Tensor, log_snr: Tensor, weighting: Wei
     """weight * mean((x0 - target)^2) for each sample, `[batch]`."""
     error = (x0 - target).square().flatten(1).mean(1) if x0.ndim > 1 else (x0 - target).square()
     return per_sample(weighting(log_snr), error) * error
+
+
+def check_one_process(models: Models) -> Denoiser:
+    """The teacher, which is there and has the student's process.
+
+    Raises:
+        ValueError: if there is none, or the processes differ.
+    """
+    if models.teacher is None:
+        raise ValueError("a student learns from a teacher, and there is none")
+    if models.teacher.process != models.student.process:
+        raise ValueError(
+            f"a student learns to land where its teacher does, so both need one noise process: the teacher has "
+            f"{models.teacher.process}, the student {models.student.process}"
+        )
+    return models.teacher
 
 
 def noisy_student_loss(

@@ -21,6 +21,10 @@ class Denoising(Objective):
     weighting: Weighting = field(default_factory=TruncatedSNR)
     needs_teacher: ClassVar[bool] = False
 
+    @property
+    def teacher_evals(self) -> int:
+        return 0
+
     def loss(self, models: Models, batch: Batch, draw: Draw) -> Losses:
         t = as_clock(draw.uniform("time"), batch.x0)
         eps = draw.normal("noise", batch.x0.shape[1:]).to(batch.x0)

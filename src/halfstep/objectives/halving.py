@@ -27,7 +27,8 @@ from halfstep.core.denoiser import Cond, Denoiser, ddim_step
 from halfstep.core.draw import Draw
 from halfstep.core.grids import check_num_steps
 from halfstep.core.weighting import TruncatedSNR, Weighting
-from halfstep.objectives.base import Batch, Losses, Models, Objective, noisy_student_loss, objectives
+from halfstep.objectives.base import Batch, Losses, Models, Objective, check_one_process, noisy_student_loss, objectives
+from halfstep.objectives.matching import GuidanceRange
 
 
 @torch.no_grad()
@@ -97,24 +98,25 @@ class Halving(Objective):
     num_steps: int
     num_teacher_steps: int = 2
     weighting: Weighting = field(default_factory=TruncatedSNR)
+    guidance: GuidanceRange | None = None
+    """Scales that teacher and student are shown; None if they are shown none."""
     needs_teacher: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_num_steps(self.num_steps)
         check_num_steps(self.num_teacher_steps)
 
+    @property
+    def teacher_evals(self) -> int:
+        return self.num_teacher_steps
+
     def loss(self, models: Models, batch: Batch, draw: Draw) -> Losses:
-        if models.teacher is None:
-            raise ValueError("halving learns from a teacher, and there is none")
-        if models.teacher.process != models.student.process:
-            raise ValueError(
-                f"a student learns to land where its teacher does, so both need one noise process: the teacher has "
-                f"{models.teacher.process}, the student {models.student.process}"
-            )
+        teacher = check_one_process(models)
+        cond = batch.cond if self.guidance is None else self.guidance.shown(batch.cond, draw, batch.x0)
         index = draw.integers("time", self.num_steps)
         t = as_clock((index + 1) / self.num_steps, batch.x0)
         s = as_clock(index / self.num_steps, batch.x0)
         eps = draw.normal("noise", batch.x0.shape[1:]).to(batch.x0)
         x_t = models.student.process.mix(batch.x0, eps, t)
-        target = halving_target(models.teacher, x_t, t, s, batch.cond, self.num_teacher_steps)
-        return noisy_student_loss(models, x_t, t, target, batch.cond, self.weighting)
+        target = halving_target(teacher, x_t, t, s, cond, self.num_teacher_steps)
+        return noisy_student_loss(models, x_t, t, target, cond, self.weighting)

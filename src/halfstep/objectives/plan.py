@@ -1,7 +1,7 @@
 """The plan: a chain of stages as data.
 
-A stage says what is learned (a teacher by denoising, or a student with `num_steps` steps by halving), for how many
-updates and at which rate. The chain of halvings is a list of them, not a loop hidden in a script.
+A stage says what is learned (a teacher by denoising or matching, a student with `num_steps` steps by halving), for how
+many updates and at which rate. The chain of halvings is a list of them, not a loop hidden in a script.
 
 Source of the defaults: Salimans & Ho 2022 (arXiv:2202.00512), section 5.2 and appendix; the authors' configurations.
 """
@@ -13,10 +13,11 @@ from itertools import pairwise
 from typing import final
 
 from halfstep.core.grids import check_num_steps
-from halfstep.core.weighting import TruncatedSNR, Weighting
-from halfstep.objectives.base import Objective
+from halfstep.core.weighting import SNRPlusOne, TruncatedSNR, Weighting
+from halfstep.objectives.base import Objective, objectives
 from halfstep.objectives.denoising import Denoising
 from halfstep.objectives.halving import Halving
+from halfstep.objectives.matching import GuidanceRange, Matching
 
 
 @final
@@ -124,11 +125,11 @@ class Plan:
     stages: tuple[Stage, ...] = field(default=())
 
     def names(self, first: int = 0) -> list[str]:
-        """Folder names, numbered from `first`: "00-denoise", "01-halve-0128", ..."""
+        """Folder names, numbered from `first`: "00-denoise", "01-match", "02-halve-0128", ..."""
         names = []
         for index, stage in enumerate(self.stages, start=first):
             steps = "" if stage.num_steps is None else f"-{stage.num_steps:04d}"
-            names.append(f"{index:02d}-{'denoise' if stage.num_steps is None else 'halve'}{steps}")
+            names.append(f"{index:02d}-{objectives.name_of(stage.objective)}{steps}")
         return names
 
     @property
@@ -160,6 +161,7 @@ class Plan:
         ema_decay: float = 0.0,
         dropout: float = 0.0,
         early_end: EarlyEnd | None = None,
+        guidance: GuidanceRange | None = None,
     ) -> "Plan":
         """The chain start -> start / 2 -> ... -> end, one halving stage a student.
 
@@ -176,6 +178,7 @@ class Plan:
             warmup_updates: updates of each stage over which the rate rises first; none in the paper. A fresh Adam moves
                 every weight by the full rate at once, which a short stage does not have the time to mend.
             early_end: when a stage may end before its budget.
+            guidance: the scales that teacher and student are shown, if the teacher has learned a range of them.
 
         Raises:
             ValueError: if `end` is not below `start`, the factors do not lead from `start` to `end`, or an exception
@@ -197,7 +200,7 @@ class Plan:
         return cls(
             tuple(
                 Stage(
-                    Halving(n, k, weighting or TruncatedSNR()),
+                    Halving(n, k, weighting or TruncatedSNR(), guidance),
                     num_updates=exceptions.get(n, num_updates),
                     batch_size=batch_size,
                     learning_rate=rates.get(n, learning_rate),
@@ -210,6 +213,44 @@ class Plan:
                     early_end=early_end,
                 )
                 for n, k in zip(steps[1:], factors, strict=True)
+            )
+        )
+
+    @classmethod
+    def matching(
+        cls,
+        *,
+        num_updates: int,
+        batch_size: int,
+        learning_rate: float,
+        num_times: int = 1024,
+        guidance: GuidanceRange | None = None,
+        guided: bool = False,
+        weighting: Weighting | None = None,
+        warmup_updates: int = 0,
+        anneal: bool = True,
+        weight_decay: float = 0.0,
+        adam_betas: tuple[float, float] = (0.9, 0.999),
+        grad_clip: float = 1.0,
+        ema_decay: float = 0.0,
+        dropout: float = 0.0,
+    ) -> "Plan":
+        """A plan of one stage that carries a teacher over to another prediction, clock or guidance."""
+        return cls(
+            (
+                Stage(
+                    Matching(num_times, weighting or SNRPlusOne(), guidance, guided),
+                    num_updates=num_updates,
+                    batch_size=batch_size,
+                    learning_rate=learning_rate,
+                    warmup_updates=warmup_updates,
+                    anneal=anneal,
+                    weight_decay=weight_decay,
+                    adam_betas=adam_betas,
+                    grad_clip=grad_clip,
+                    ema_decay=ema_decay,
+                    dropout=dropout,
+                ),
             )
         )
 
