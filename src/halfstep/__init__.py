@@ -8,11 +8,21 @@
 Everything below is documented where it is defined; CONTRIBUTING.md draws the map of the rooms.
 """
 
-from halfstep.core.denoiser import Clipped, Denoiser, NetworkDenoiser
+from halfstep.core.denoiser import Clipped, Denoiser, Guided, NetworkDenoiser, Reprocessed
 from halfstep.core.draw import Draw, sample_labels, sample_noise, step_noise
-from halfstep.core.noise import NoiseProcess, VPCosine
+from halfstep.core.noise import (
+    VE,
+    FlowMatching,
+    NoiseProcess,
+    VPCosine,
+    VPTable,
+    cosine_betas,
+    linear_betas,
+    scaled_linear_betas,
+    zero_terminal_betas,
+)
 from halfstep.core.oracle import GaussianDenoiser, MixtureDenoiser, data_set_denoiser
-from halfstep.core.prediction import X0, Both, Denoised, Eps, Prediction, V
+from halfstep.core.prediction import EDM, X0, Both, Denoised, Eps, FlowVelocity, Prediction, V
 from halfstep.core.warnings import HalfstepWarning
 from halfstep.core.weighting import SNR, Constant, SNRPlusOne, TruncatedSNR, Weighting
 from halfstep.data import Data, DataConfig, open_data
@@ -20,8 +30,10 @@ from halfstep.objectives import (
     Batch,
     Denoising,
     EarlyEnd,
+    GuidanceRange,
     Halving,
     Losses,
+    Matching,
     Models,
     Objective,
     Plan,
@@ -50,8 +62,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DDIM",
+    "EDM",
     "RK4",
     "SNR",
+    "VE",
     "X0",
     "Ancestral",
     "Angle",
@@ -69,12 +83,17 @@ __all__ = [
     "EarlyEnd",
     "Eps",
     "Euler",
+    "FlowMatching",
+    "FlowVelocity",
     "GaussianDenoiser",
+    "GuidanceRange",
+    "Guided",
     "HalfstepWarning",
     "Halving",
     "Heun",
     "LogSNR",
     "Losses",
+    "Matching",
     "Midpoint",
     "MixtureDenoiser",
     "Model",
@@ -85,6 +104,7 @@ __all__ = [
     "Objective",
     "Plan",
     "Prediction",
+    "Reprocessed",
     "SNRPlusOne",
     "Sampler",
     "SamplerStep",
@@ -92,15 +112,20 @@ __all__ = [
     "TruncatedSNR",
     "V",
     "VPCosine",
+    "VPTable",
     "Weighting",
+    "cosine_betas",
     "data_set_denoiser",
     "distill",
     "halving_target",
+    "linear_betas",
     "load",
     "open_data",
     "sample",
     "sample_labels",
     "sample_noise",
+    "scaled_linear_betas",
     "step_noise",
     "trajectory",
+    "zero_terminal_betas",
 ]

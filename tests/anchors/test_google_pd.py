@@ -80,7 +80,7 @@ def test_the_released_configurations_map_tensor_by_tensor(name: str, theirs: int
     config = CONFIGS[name]
     tree = dict(shapes(config))
     assert sum(math.prod(shape) for shape in tree.values()) == theirs
-    network = empty_network(config).unet
+    network = empty_network(config).model
     assert sum(tensor.numel() for tensor in network.state_dict().values()) == ours
     from halfstep.hub.google_pd import _place, _regroups
 
@@ -96,7 +96,7 @@ def test_the_released_configurations_map_tensor_by_tensor(name: str, theirs: int
 def test_the_shift_of_the_clock_and_the_class_bias_fold_into_the_weights() -> None:
     """The embedding of the imported network at timestep k is theirs at k + 1, computed here from their arrays."""
     held = {path: value.astype(np.float64) for path, value in params(TINY).items()}
-    unet = convert(params(TINY), TINY).double().unet
+    unet = convert(params(TINY), TINY).double().model
     half = TINY.ch // 2
     for timestep in (0.0, 249.0, 998.5):
         angles = (timestep + 1) * np.exp(-math.log(10_000) * np.arange(half) / (half - 1))

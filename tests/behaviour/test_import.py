@@ -83,7 +83,7 @@ def test_an_imported_network_is_a_stock_one_that_diffusers_reads_back(tmp_path: 
     from diffusers import UNet2DModel
 
     ours = convert(params(TINY), TINY)
-    ours.unet.save_pretrained(tmp_path / "unet")
+    ours.model.save_pretrained(tmp_path / "unet")
     theirs = UNet2DModel.from_pretrained(tmp_path / "unet")
     x_t = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([0, 2])

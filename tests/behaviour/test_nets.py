@@ -25,7 +25,7 @@ def test_time_becomes_diffusers_whole_timesteps() -> None:
     network = _unet()
     x_t = torch.randn(4, 3, 8, 8)
     steps = torch.tensor([0, 255, 511, 1023])
-    expected = network.unet(x_t, steps).sample
+    expected = network.model(x_t, steps).sample
     # t = (timestep + 1) / T, exactly, also in float32.
     seen = network(x_t, ((steps + 1) / 1024).float())
     assert torch.equal(seen, expected)
@@ -34,7 +34,7 @@ def test_time_becomes_diffusers_whole_timesteps() -> None:
 def test_every_power_of_two_grid_falls_on_whole_timesteps() -> None:
     network = _unet()
     asked: list[torch.Tensor] = []
-    network.unet.register_forward_pre_hook(lambda _, args: asked.append(args[1]))
+    network.model.register_forward_pre_hook(lambda _, args: asked.append(args[1]))
     denoiser = NetworkDenoiser(network, VPCosine(), V())
     for num_steps in (1, 2, 8, 128, 1024):
         denoiser(torch.randn(1, 3, 8, 8), 1 / num_steps)

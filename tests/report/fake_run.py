@@ -83,10 +83,11 @@ def write_stage(
         seconds=seconds,
         shape=(1, 8, 8),
         num_classes=10,
+        is_image=True,
         clip=True,
         network={"type": "unet2d"},
         process={"type": "vp_cosine"},
-        prediction="v",
+        prediction={"type": "v"},
         files={"model.safetensors": hashlib.sha256(b"weights").hexdigest()},
     )
     write_json(folder.manifest_path, manifest.model_dump(mode="json"))

@@ -8,31 +8,47 @@ from typing import Literal
 import tyro
 
 from halfstep.cli.arguments import UsageError, parse
-from halfstep.hub import config_of, import_google_pd
+from halfstep.hub import config_of, import_google_pd, import_pipeline
+from halfstep.runs import StageFolder
+from halfstep.train import save_stage
 
 
 @dataclass
 class ImportArguments:
-    """Turn a checkpoint of the paper's authors (flax msgpack) into a stage that samples and continues the chain."""
+    """Turn a model from elsewhere into a stage that samples and is distilled: a diffusers pipeline, or a checkpoint of
+    the paper's authors (flax msgpack)."""
 
-    format: tyro.conf.Positional[Literal["google-pd"]]
-    """google-pd: gs://gresearch/diffusion-distillation/{cifar,imagenet,bedroom,church}_{original,64,...,1}."""
-    file: tyro.conf.Positional[Path]
-    """The .msgpack file."""
+    format: tyro.conf.Positional[Literal["diffusers", "google-pd"]]
+    """diffusers: DDPM, DDIM, DiT, Stable Diffusion 1 and 2, Stable Diffusion 3, or a UNet2DModel with a scheduler.
+    google-pd: gs://gresearch/diffusion-distillation/{cifar,imagenet,bedroom,church}_{original,64,...,1}."""
+    source: tyro.conf.Positional[str]
+    """diffusers: a folder, or a name on the Hub. google-pd: the .msgpack file."""
     config: str | None = None
-    """cifar10, imagenet64, bedroom128, church128, or a .json with image_size, ch, multipliers, layers_per_block,
-    attention, attention_head_dim, time_embedding_dim, num_classes, prediction, start_steps."""
+    """google-pd: cifar10, imagenet64, bedroom128, church128, or a .json with image_size, ch, multipliers,
+    layers_per_block, attention, attention_head_dim, time_embedding_dim, num_classes, prediction, start_steps."""
     out: Path | None = None
     """Folder of the stage; imported/NAME by default."""
 
 
 def import_(argv: Sequence[str]) -> None:
-    """Imports a checkpoint and says what it is."""
+    """Imports a model and says what it is."""
     arguments = parse(ImportArguments, argv, "halfstep import")
-    if arguments.config is None:
-        raise UsageError("--config is missing: cifar10, imagenet64, bedroom128, church128, or a .json file")
-    out = arguments.out or Path("imported") / arguments.file.stem
-    manifest = import_google_pd(arguments.file, config_of(arguments.config), out)
+    out = arguments.out or Path("imported") / Path(arguments.source).stem
+    if arguments.format == "diffusers":
+        if arguments.config is not None:
+            raise UsageError(f"--config {arguments.config} says nothing to diffusers, whose folders hold theirs")
+        if out.exists() and (out.is_file() or any(out.iterdir())):
+            raise UsageError(f"{out} is there already: choose another --out")
+        model = import_pipeline(arguments.source)
+        manifest = save_stage(
+            StageFolder(out), model.denoiser, model.manifest.model_copy(update={"stage": out.name}), model.null
+        )
+    else:
+        if arguments.config is None:
+            raise UsageError("--config is missing: cifar10, imagenet64, bedroom128, church128, or a .json file")
+        manifest = import_google_pd(Path(arguments.source), config_of(arguments.config), out)
     kind = "a teacher" if manifest.num_steps is None else f"a student of {manifest.num_steps} steps"
     classes = f"{manifest.num_classes} classes" if manifest.num_classes else "no classes"
-    print(f"{out}: {kind}, samples of shape {list(manifest.shape)}, {classes}, predicts {manifest.prediction}")
+    shown = f", conditioned on {', '.join(manifest.conditions)}" if manifest.conditions else ""
+    meaning = f"predicts {manifest.prediction['type']}"
+    print(f"{out}: {kind}, samples of shape {list(manifest.shape)}, {classes}, {meaning}{shown}")

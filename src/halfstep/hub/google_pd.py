@@ -267,7 +267,7 @@ def convert(params: Mapping[str, np.ndarray], config: GooglePDConfig) -> UNet2D:
     network = empty_network(config)
     state: dict[str, Tensor] = {}
     used: set[str] = set()
-    for name, tensor in network.unet.state_dict().items():
+    for name, tensor in network.model.state_dict().items():
         place = _place(name, tuple(tensor.shape), len(config.multipliers))
         array = params.get(place.path)
         if array is None:
@@ -294,7 +294,7 @@ def convert(params: Mapping[str, np.ndarray], config: GooglePDConfig) -> UNet2D:
     weight = "time_embedding.linear_1.weight"
     state[weight] = _earlier_by_one(state[weight])
     network.to_empty(device="cpu")
-    network.unet.load_state_dict({name: value.float() for name, value in state.items()})
+    network.model.load_state_dict({name: value.float() for name, value in state.items()})
     return network.eval()
 
 
@@ -358,10 +358,11 @@ def import_google_pd(file: Path, config: GooglePDConfig, out: Path) -> Manifest:
         seconds=0.0,
         shape=(3, config.image_size, config.image_size),
         num_classes=config.num_classes,
+        is_image=True,
         clip=True,
         network=describe_network(network),
-        process={"type": processes.name_of(PROCESS), **vars(PROCESS)},
-        prediction=config.prediction,
+        process=processes.describe(PROCESS),
+        prediction={"type": config.prediction},
         files={},
         source=f"{file.name} sha256 {sha256_of(file)}",
     )

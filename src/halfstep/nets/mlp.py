@@ -23,6 +23,8 @@ class MLP(Network):
         channels: outputs for each entry of a sample (`Prediction.channels`).
         num_classes: 0 for an unconditional network.
         dropout: probability inside the blocks.
+        guided: whether the network is shown a guidance scale, as a distilled one is.
+        cond_width: width of the vector `observation` that the network is shown; 0 for none.
     """
 
     def __init__(
@@ -33,16 +35,21 @@ class MLP(Network):
         channels: int = 1,
         num_classes: int = 0,
         dropout: float = 0.0,
+        guided: bool = False,
+        cond_width: int = 0,
     ) -> None:
         super().__init__()
         self.shape, self.width, self.depth = tuple(shape), width, depth
         self.channels, self.num_classes, self.dropout = channels, num_classes, dropout
+        self.guided, self.cond_width = guided, cond_width
         entries = math.prod(self.shape)
         frequencies = torch.exp(torch.linspace(0, math.log(64.0), 16)) * (math.pi / 2)
         self.frequencies: Tensor
         self.register_buffer("frequencies", frequencies, persistent=False)
         self.time = nn.Linear(32, width)
         self.label = nn.Embedding(num_classes, width) if num_classes else None
+        self.scale = nn.Linear(32, width) if guided else None
+        self.observed = nn.Linear(cond_width, width) if cond_width else None
         self.enter = nn.Linear(entries, width)
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(depth))
         self.ups = nn.ModuleList(nn.Linear(width, 2 * width) for _ in range(depth))
@@ -59,24 +66,52 @@ class MLP(Network):
             "channels": self.channels,
             "num_classes": self.num_classes,
             "dropout": self.dropout,
+            "guided": self.guided,
+            "cond_width": self.cond_width,
         }
 
-    def forward(self, x_t: Tensor, time: Tensor, class_labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x_t: Tensor,
+        time: Tensor,
+        class_labels: Tensor | None = None,
+        guidance_scale: Tensor | None = None,
+        observation: Tensor | None = None,
+    ) -> Tensor:
         """The output `[batch, channels * C, ...]` for samples `x_t` `[batch, C, ...]` at times `[batch]`.
 
+        Args:
+            class_labels: `[batch]`.
+            guidance_scale: `[batch]`.
+            observation: `[batch, cond_width]`.
+
         Raises:
-            ValueError: if labels are given to an unconditional network or missing for a conditional one.
+            ValueError: if a condition is given to a network that takes none, or missing for one that does.
         """
         if (class_labels is None) != (self.label is None):
             needed = "needs class_labels" if self.label is not None else "takes no class_labels"
             raise ValueError(f"this network has {self.num_classes} classes and {needed}")
-        angles = time[:, None] * self.frequencies.to(time)
-        signal = self.time(torch.cat([torch.sin(angles), torch.cos(angles)], dim=1))
+        for name, value, part in (
+            ("guidance_scale", guidance_scale, self.scale),
+            ("observation", observation, self.observed),
+        ):
+            if (value is None) != (part is None):
+                raise ValueError(f"this network {'takes no' if part is None else 'needs the condition'} {name}")
+        signal = self.time(self._sinusoids(time))
         if self.label is not None:
             signal = signal + self.label(class_labels)
+        if self.scale is not None and guidance_scale is not None:
+            # Scales of 1 to 10 fill the range of frequencies that times of 0 to 1 do.
+            signal = signal + self.scale(self._sinusoids(guidance_scale.to(time) / 10))
+        if self.observed is not None:
+            signal = signal + self.observed(observation)
         signal = F.silu(signal)
         hidden = self.enter(x_t.flatten(1))
         for norm, up, down, shift in zip(self.norms, self.ups, self.downs, self.shifts, strict=True):
             hidden = hidden + down(self.drop(F.silu(up(norm(hidden) + shift(signal)))))
         output: Tensor = self.leave(hidden)
         return output.reshape(x_t.shape[0], x_t.shape[1] * self.channels, *x_t.shape[2:])
+
+    def _sinusoids(self, numbers: Tensor) -> Tensor:
+        angles = numbers[:, None] * self.frequencies.to(numbers)
+        return torch.cat([torch.sin(angles), torch.cos(angles)], dim=1)

@@ -1,17 +1,7 @@
-"""diffusers' UNet2DModel on its own clock.
+"""The config of diffusers' UNet2DModel, told level by level."""
 
-Time t becomes diffusers' `timestep = T t - 1` with T = num_train_timesteps. New networks have a power of two, so that
-the times i / N of every power-of-two grid with N <= T are whole timesteps and an exported model needs no more than a
-scheduler's config.
-"""
-
-from collections.abc import Mapping, Sequence
-from typing import Any, final
-
-import torch
-from torch import Tensor
-
-from halfstep.nets.base import Network, networks
+from collections.abc import Sequence
+from typing import Any
 
 
 def unet2d_config(
@@ -62,54 +52,3 @@ def unet2d_config(
         "resnet_time_scale_shift": time_scale_shift,
         "num_class_embeds": num_classes or None,
     }
-
-
-@final
-@networks.register("unet2d")
-class UNet2D(Network):
-    """`UNet2DModel(**config)`; class labels are accepted if the config has `num_class_embeds`.
-
-    Args:
-        config: arguments of `diffusers.UNet2DModel`, JSON-ready.
-        num_train_timesteps: T.
-        clock_range: where the network's clock u stands at t = 0 and at t = 1, for imported networks that were trained
-            on another; the timestep is T u - 1.
-
-    Raises:
-        ValueError: if T is not at least 1 or the clock does not run forwards.
-    """
-
-    def __init__(
-        self,
-        config: Mapping[str, Any],
-        num_train_timesteps: int = 1024,
-        clock_range: tuple[float, float] = (0.0, 1.0),
-    ) -> None:
-        # Importing diffusers takes seconds, which those who use other networks need not wait.
-        from diffusers import UNet2DModel
-
-        super().__init__()
-        if num_train_timesteps < 1:
-            raise ValueError(f"num_train_timesteps must be at least 1, got {num_train_timesteps}")
-        first, last = clock_range
-        if not first < last:
-            raise ValueError(f"clock_range must rise from t = 0 to t = 1, got {first} and {last}")
-        self.config = dict(config)
-        self.num_train_timesteps = num_train_timesteps
-        self.clock_range = (float(first), float(last))
-        # Convolutions are faster on channels-last weights, on CPU and GPU alike.
-        self.unet = UNet2DModel(**self.config).to(memory_format=torch.channels_last)
-
-    def arguments(self) -> dict[str, Any]:
-        return {
-            "config": self.config,
-            "num_train_timesteps": self.num_train_timesteps,
-            "clock_range": list(self.clock_range),
-        }
-
-    def forward(self, x_t: Tensor, time: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """The network's output `[batch, out_channels, h, w]` for images `x_t` at times in [0, 1] `[batch]`."""
-        first, last = self.clock_range
-        timestep = self.num_train_timesteps * (first + (last - first) * time) - 1
-        output: Tensor = self.unet(x_t, timestep, class_labels=class_labels, return_dict=False)[0]
-        return output

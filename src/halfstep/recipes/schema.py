@@ -6,19 +6,19 @@ names here and become objects in `build`, nowhere deeper.
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from halfstep.core.denoiser import warn_of_gain
-from halfstep.core.noise import NoiseProcess, VPCosine
-from halfstep.core.prediction import Prediction, predictions
+from halfstep.core.denoiser import output_gain, warn_of_gain
+from halfstep.core.noise import NoiseProcess, VPCosine, VPTable
+from halfstep.core.prediction import Prediction, V, predictions
 from halfstep.core.weighting import weightings
-from halfstep.data import Data, DataConfig, StandIn, open_data
+from halfstep.data import Data, DataConfig, LatentData, StandIn, open_data
 from halfstep.nets import MLP, Network, UNet2D, unet2d_config
-from halfstep.objectives import EarlyEnd, Plan
-from halfstep.train import Evaluation, Model, RunSpec
+from halfstep.objectives import EarlyEnd, GuidanceRange, Plan
+from halfstep.train import Evaluation, Model, RunSpec, blank_denoiser, matched_student
 
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -191,6 +191,9 @@ class ChainConfig(StageConfig):
     """Windows in a row that may bring nothing."""
     early_min_drop: Share = 0.01
     """Share by which a window's loss must be lower to count as falling."""
+    lora_rank: Positive | None = None
+    """Train low-rank additions of this rank to the teacher's weights, which teacher and students then share, in the
+    place of whole students (networks of diffusers; the matching stage too)."""
     keep: tuple[Positive, ...] | None = None
     """Students, by their steps, whose weights stay on disk; all by default. Teacher and last student always stay."""
 
@@ -207,6 +210,57 @@ class ChainConfig(StageConfig):
                 if value != type(self).model_fields[name].default:
                     raise ValueError(f"{name} {value} does nothing without early_end: add it")
         return self
+
+
+MATCHED_GAIN: Final = 10.0
+"""Gain at t = 1 (see `output_gain`) from which a given teacher is matched to v before it is halved. Stable Diffusion's
+eps has 15, DDPM's 160."""
+
+
+class MatchingConfig(StageConfig):
+    """How a teacher is carried over to another prediction, clock or guidance before it is halved. The stage is there
+    if one of these says so, or if a given teacher predicts eps at a signal-to-noise ratio near 0."""
+
+    prediction: str | None = None
+    """What the student predicts: x0 or v; as the teacher by default, but v where that predicts eps near zero SNR."""
+    process: Literal["own", "cosine"] = "own"
+    """The student's noise process: that of the teacher, or the cosine clock over the teacher's own noise levels."""
+    guidance_scale: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    """One guidance scale that the student takes in: one network call a step from then on; 1 is no guidance."""
+    guidance_range: tuple[float, float] | None = None
+    """Lowest and highest guidance scale, in the place of one: the student is shown the scale."""
+    null_class: int | None = Field(default=None, ge=0)
+    """The class that stands for none, where the teacher's files do not say."""
+    num_times: Positive = 1024
+    """Times at which teacher and student are compared; a teacher on a table of noise levels is asked at its own."""
+    num_updates: Positive = 10_000
+    """Optimiser updates."""
+    learning_rate: Rate = 1e-4
+    """Rate at the start, from where it falls linearly to 0."""
+    warmup_updates: int = Field(default=0, ge=0)
+    """Updates over which the rate rises first."""
+
+    @field_validator("prediction")
+    @classmethod
+    def _known_prediction(cls, name: str | None) -> str | None:
+        if name is not None:
+            predictions[name]
+        return name
+
+    @model_validator(mode="after")
+    def _one_guidance(self) -> "MatchingConfig":
+        if self.guidance_scale is not None and self.guidance_range is not None:
+            raise ValueError("guidance_scale and guidance_range are both given: give one")
+        if self.guidance_range is not None:
+            GuidanceRange(*self.guidance_range)
+        return self
+
+    @property
+    def guidance(self) -> tuple[float, float] | None:
+        """Lowest and highest scale; None for no guidance."""
+        if self.guidance_scale is not None:
+            return self.guidance_scale, self.guidance_scale
+        return self.guidance_range
 
 
 class EvaluationConfig(Config):
@@ -236,7 +290,7 @@ class EvaluationConfig(Config):
 
 
 class EngineConfig(Config):
-    """How the run uses the machine. None of these changes what is learned, but for precision."""
+    """How the run uses the machine. None of these changes what is learned, but for precisions and optimizer."""
 
     precision: Literal["float32", "bf16"] = "float32"
     """float32, or bfloat16 autocast over float32 weights."""
@@ -246,6 +300,12 @@ class EngineConfig(Config):
     """CPU threads of torch; its own choice by default."""
     micro_batch: Positive | None = None
     """Samples that go through the network at once; the whole batch by default."""
+    teacher_precision: Literal["float32", "bf16"] = "float32"
+    """bf16 keeps and asks teachers in bfloat16, for half the memory of their weights."""
+    gradient_checkpointing: bool = False
+    """Compute the student's activations again in the backward pass in the place of keeping them."""
+    optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
+    """adamw8bit and paged_adamw8bit are bitsandbytes', with moments of 8 bits."""
     log_every: Positive = 50
     """Updates between two lines of the log."""
     checkpoint_updates: Positive = 5000
@@ -254,11 +314,29 @@ class EngineConfig(Config):
     """Minutes between two checkpoints."""
 
 
+CHANGING: Final = ("precision", "teacher_precision", "optimizer")
+"""Settings of the engine that change what is learned."""
+
 FREE_FIELDS = (
     "chain.keep",
-    *(f"engine.{name}" for name in EngineConfig.model_fields if name != "precision"),
+    *(f"engine.{name}" for name in EngineConfig.model_fields if name not in CHANGING),
 )
 """Fields that may change when a run goes on: they decide how, not what."""
+
+
+class Matched(NamedTuple):
+    """What a matching stage makes of its teacher."""
+
+    prediction: Prediction
+    process: NoiseProcess
+    guidance: tuple[float, float] | None
+
+
+def cosine_within(process: NoiseProcess) -> VPCosine:
+    """The cosine process over the noise levels of another, from pure noise (or its last level) down to its first."""
+    first = 1 / len(process.betas) if isinstance(process, VPTable) else 0.0
+    bounds = process.log_snr(torch.tensor([1.0, first], dtype=torch.float64)).clamp(-20, 20)
+    return VPCosine(*bounds.tolist())
 
 
 class Recipe(Config):
@@ -278,6 +356,8 @@ class Recipe(Config):
     """What the network predicts."""
     teacher: TeacherConfig = TeacherConfig()
     """Training of the teacher."""
+    matching: MatchingConfig = MatchingConfig()
+    """Carrying the teacher over to what halving needs."""
     chain: ChainConfig = ChainConfig()
     """The chain of students."""
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -294,21 +374,52 @@ class Recipe(Config):
         settings = self.teacher.model_dump()
         return Plan.teacher(weighting=weightings[self.model.weighting](), **settings)
 
-    def chain_plan(self) -> Plan:
+    def matched(self, process: NoiseProcess, prediction: Prediction, *, given: bool) -> "Matched | None":
+        """What the matching stage makes of a teacher with this process and prediction; None if there is no need of one.
+
+        Args:
+            given: whether the teacher was given, and not made by this recipe, which could have chosen better.
+        """
+        config = self.matching
+        meaning = prediction if config.prediction is None else predictions[config.prediction]()
+        if config.prediction is None and given and output_gain(process, prediction) > MATCHED_GAIN:
+            meaning = V()
+        clock = cosine_within(process) if config.process == "cosine" else process
+        if (meaning, clock, config.guidance) == (prediction, process, None):
+            return None
+        return Matched(meaning, clock, config.guidance)
+
+    def matching_plan(self, process: NoiseProcess) -> Plan:
+        """The matching stage, for a student on this process."""
+        config = self.matching
+        scales = config.guidance_range
+        return Plan.matching(
+            guidance=None if scales is None else GuidanceRange(*scales),
+            guided=config.guidance is not None,
+            # A table's own levels are the only ones that a teacher on it was trained for.
+            num_times=len(process.betas) if isinstance(process, VPTable) else config.num_times,
+            **{name: getattr(config, name) for name in StageConfig.model_fields},
+        )
+
+    def chain_plan(self, guidance: tuple[float, float] | None = None) -> Plan:
         """The halving stages.
+
+        Args:
+            guidance: scales that the first teacher has learned.
 
         Raises:
             ValueError: if the start cannot be halved to the end.
         """
         chain = self.chain
         rule = ("early_window", "early_patience", "early_min_drop")
-        settings = chain.model_dump(exclude={"start_steps", "end_steps", "early_end", "keep", *rule})
+        settings = chain.model_dump(exclude={"start_steps", "end_steps", "early_end", "keep", "lora_rank", *rule})
         early_end = EarlyEnd(chain.early_window, chain.early_patience, chain.early_min_drop)
         plan = Plan.halvings(
             chain.start_steps,
             chain.end_steps,
             weighting=weightings[self.model.weighting](),
             early_end=early_end if chain.early_end else None,
+            guidance=None if guidance is None or guidance[0] == guidance[1] else GuidanceRange(*guidance),
             **settings,
         )
         steps = [stage.num_steps for stage in plan.stages]
@@ -431,17 +542,41 @@ def build(
         ValueError: if the data cannot be opened or the recipe's parts do not fit each other.
     """
     plan = Plan()
-    if what in ("all", "teacher"):
-        plan = plan + recipe.teacher_plan()
-    if what in ("all", "chain"):
-        plan = plan + recipe.chain_plan()
-    opened = open_data(recipe.data) if data is None else data
     process, prediction = recipe.model.objects()
     if teacher is not None:
-        check_fit(teacher, opened)
         process, prediction = teacher.process, teacher.denoiser.prediction
+    if what in ("all", "teacher"):
+        plan = plan + recipe.teacher_plan()
+    matched = None if what == "teacher" else recipe.matched(process, prediction, given=teacher is not None)
+    student = None
+    if matched is not None:
+        plan = plan + recipe.matching_plan(matched.process)
+        shown_scale = matched.guidance is not None and matched.guidance[0] < matched.guidance[1]
+        student = matched_student(matched.prediction, matched.process, shown_scale)
+        if matched.guidance is not None and teacher is None:
+            raise ValueError(
+                "matching.guidance_scale and matching.guidance_range guide a given teacher that knows a class for "
+                "none; a teacher that this recipe trains does not: leave them out"
+            )
+    if what in ("all", "chain"):
+        learned = None if teacher is None else teacher.manifest.guidance
+        plan = plan + recipe.chain_plan(learned if matched is None else matched.guidance)
+    opened = open_data(recipe.data) if data is None else data
+    if teacher is not None:
+        check_fit(teacher, opened)
+        teacher = _with_null(teacher, recipe.matching, opened)
+        if matched is not None and recipe.chain.lora_rank is not None and (shown_scale or matched.process != process):
+            raise ValueError(
+                "low-rank additions are to weights that stay as they are, and a range of guidance scales or another "
+                "process changes the network's inputs: use one --matching.guidance-scale and --matching.process own, "
+                "or leave --chain.lora-rank out"
+            )
+        if student is not None:
+            # Refused now, not after hours of the stage before.
+            with torch.device("meta"):
+                student(blank_denoiser(teacher.manifest))
     if what != "teacher":
-        warn_of_gain(process, prediction)
+        warn_of_gain(*((process, prediction) if matched is None else (matched.process, matched.prediction)))
     evaluation = recipe.evaluation.as_object() if recipe.evaluation.enabled else None
     if teacher is None:
         # Built without memory for its weights, so that a network that does not fit is refused before anything is done.
@@ -460,22 +595,53 @@ def build(
         prediction=prediction,
         network=None if teacher is not None else lambda: recipe.make_network(opened),
         teacher=teacher,
+        matched=student,
+        guidance=None if matched is None else matched.guidance,
         start_steps=recipe.chain.start_steps,
         keep=recipe.chain.keep,
         conditional=recipe.model.conditional if teacher is None else teacher.num_classes > 0,
         flip=recipe.data.flip,
-        clip=opened.is_image,
+        clip=opened.is_image if teacher is None else teacher.manifest.clip,
         seed=recipe.seed,
         precision=recipe.engine.precision,
         cpu=recipe.engine.cpu,
         micro_batch=recipe.engine.micro_batch,
+        lora_rank=recipe.chain.lora_rank,
+        optimizer=recipe.engine.optimizer,
+        teacher_precision=recipe.engine.teacher_precision,
+        gradient_checkpointing=recipe.engine.gradient_checkpointing,
         log_every=recipe.engine.log_every,
         checkpoint_updates=recipe.engine.checkpoint_updates,
         checkpoint_minutes=recipe.engine.checkpoint_minutes,
         evaluation=evaluation,
         cache=cache_folder(),
         free=FREE_FIELDS,
+        defaults=Recipe(name=recipe.name).model_dump(mode="json"),
     )
+
+
+def _with_null(teacher: Model, config: MatchingConfig, data: Data) -> Model:
+    """The teacher with what stands for no condition: its own, or that of the recipe or the data.
+
+    Raises:
+        ValueError: if guidance is asked for and nothing stands for no condition, or a setting would be ignored.
+    """
+    null = dict(teacher.null)
+    if config.null_class is not None:
+        if not teacher.num_classes:
+            raise ValueError(f"matching.null_class {config.null_class} says nothing to a teacher without classes")
+        null = {"class_labels": torch.tensor(config.null_class)}
+    if isinstance(data, LatentData) and not null:
+        null = dict(data.null)
+    if config.guidance is not None:
+        if teacher.manifest.guidance is not None:
+            raise ValueError("the teacher has learned its guidance already: leave matching.guidance_scale out")
+        if not null:
+            raise ValueError(
+                "guidance asks the teacher with and without its condition, and what stands for no condition is not "
+                + ("known: give --matching.null-class" if teacher.num_classes else "known: the teacher has none")
+            )
+    return Model(teacher.denoiser, teacher.manifest, null)
 
 
 def check_fit(model: Model, data: Data) -> None:
@@ -489,7 +655,19 @@ def check_fit(model: Model, data: Data) -> None:
             f"the model makes samples of shape {list(model.shape)}, but {data.source} holds {list(data.shape)}: "
             "give the data that it was trained on (--data, --data.image-size)"
         )
-    if model.num_classes and model.num_classes != data.num_classes:
+    if model.num_classes and not 0 < data.num_classes <= model.num_classes:
         raise ValueError(
             f"the model is conditioned on {model.num_classes} classes, but {data.source} has {data.num_classes}"
         )
+    held = data.fetch(torch.zeros(1, dtype=torch.int64)).cond if model.manifest.conditions else {}
+    for name, shape in model.manifest.conditions.items():
+        if name not in held:
+            raise ValueError(
+                f"the model is conditioned on {name}, which {data.source} does not hold: encode images and captions "
+                "first (halfstep encode)"
+            )
+        if tuple(held[name].shape[1:]) != shape:
+            raise ValueError(
+                f"the model takes {name} of shape {list(shape)}, but {data.source} holds {list(held[name].shape[1:])}: "
+                "encode the data with the model's own pipeline"
+            )

@@ -14,12 +14,13 @@ RUN/
 
 from halfstep.runs.files import DamagedFile, check_files, read_json, sha256_of, write_folder, write_json, write_text
 from halfstep.runs.log import RunLog, read_log
-from halfstep.runs.schema import Manifest, Metrics, RunFolder, StageFolder
+from halfstep.runs.schema import Manifest, Metrics, Pipeline, RunFolder, StageFolder
 
 __all__ = [
     "DamagedFile",
     "Manifest",
     "Metrics",
+    "Pipeline",
     "RunFolder",
     "RunLog",
     "StageFolder",

@@ -12,6 +12,19 @@ FORMAT = 1
 """The version of the layout; a reader refuses a later one."""
 
 
+class Pipeline(BaseModel):
+    """A pipeline of diffusers in a folder or on the Hub."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: str
+    """Its class."""
+    folder: str
+    """Where it lies."""
+    component: str
+    """The part that the model replaces: unet or transformer."""
+
+
 class Manifest(BaseModel):
     """manifest.json of a stage: all that is needed to rebuild its model, and where it came from."""
 
@@ -32,16 +45,33 @@ class Manifest(BaseModel):
     """Shape of one sample."""
     num_classes: int = 0
     """Classes that the model is conditioned on; 0 for an unconditional model."""
+    conditions: dict[str, tuple[int, ...]] = {}
+    """Conditions beside the class that the model is shown, with the shape of each for one sample."""
+    guidance: tuple[float, float] | None = None
+    """Guidance scales that the network itself has learned, from the lowest to the highest; it is shown the scale if
+    they differ. None for a network that knows none."""
+    guidance_scale: float | None = None
+    """The scale at which the model is sampled where none is asked for; None for no guidance."""
+    is_image: bool
+    """Whether samples are images, in [-1, 1]."""
     clip: bool
     """Whether sampling clips x0 to [-1, 1]."""
     network: dict[str, Any]
     """{"type": name in the registry of networks, and its arguments}."""
     process: dict[str, Any]
-    prediction: str
+    """{"type": name in the registry of processes, and its fields}."""
+    prediction: dict[str, Any]
+    """{"type": name in the registry of predictions, and its fields}."""
+    base: str | None = None
+    """The stage beside this one that holds the weights to which this one's are low-rank additions."""
+    pipeline: Pipeline | None = None
+    """The diffusers pipeline that the model came from, whose other parts an export copies."""
     files: dict[str, str]
     """sha256 of each file."""
     source: str | None = None
-    """Where an imported model came from: its file's name and sha256."""
+    """Where the model, or the teacher of its chain, was imported from."""
+    data: str | None = None
+    """What the stage was trained on: its source and the number of samples."""
     weights_kept: bool = True
     """False once the weights were removed because only those of other stages were asked for."""
 
@@ -91,6 +121,11 @@ class StageFolder:
     @property
     def model(self) -> Path:
         return self.path / "model.safetensors"
+
+    @property
+    def null(self) -> Path:
+        """The conditions that stand for none, for models that can be guided by asking them twice."""
+        return self.path / "null.safetensors"
 
     @property
     def manifest_path(self) -> Path:

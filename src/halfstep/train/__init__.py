@@ -3,7 +3,8 @@
 from halfstep.train.distill import distill
 from halfstep.train.engine import NonFinite, StageTrainer, Window, make_accelerator
 from halfstep.train.evaluate import Evaluation, Reference, measure, search_gamma
-from halfstep.train.model import Model, load, save_stage
+from halfstep.train.matching import matched_student, viewed
+from halfstep.train.model import Model, blank_denoiser, load, save_stage
 from halfstep.train.pipeline import (
     DifferentRecipe,
     Event,
@@ -34,11 +35,14 @@ __all__ = [
     "StageTrainer",
     "StopSignal",
     "Window",
+    "blank_denoiser",
     "distill",
     "load",
     "make_accelerator",
+    "matched_student",
     "measure",
     "run",
     "save_stage",
     "search_gamma",
+    "viewed",
 ]

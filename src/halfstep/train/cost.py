@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from halfstep.objectives import Halving, Stage
+from halfstep.nets import build_network
+from halfstep.objectives import Stage
 from halfstep.train.engine import make_accelerator
 from halfstep.train.pipeline import RunSpec, trainer_for
 
@@ -21,8 +22,7 @@ SECONDS_OF_A_TRIAL = 10.0
 
 def update_cost(stage: Stage) -> float:
     """Cost of an update in forward passes of one sample: a backward pass counts as two."""
-    teacher = stage.objective.num_teacher_steps if isinstance(stage.objective, Halving) else 0
-    return (3.0 + teacher) * stage.batch_size
+    return (3.0 + stage.objective.teacher_evals) * stage.batch_size
 
 
 @final
@@ -46,8 +46,6 @@ def count_forward(spec: RunSpec) -> Forward:
         if spec.network is not None:
             network: torch.nn.Module = spec.network()
         elif spec.teacher is not None:
-            from halfstep.nets import build_network
-
             network = build_network(spec.teacher.manifest.network)
         else:
             raise ValueError("the plan's first stage needs a network or a teacher, and there is neither")

@@ -1,74 +1,188 @@
 """Distillation in memory, for models that are made in Python."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, final
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from halfstep.core.denoiser import NetworkDenoiser, warn_of_gain
+from halfstep.core.denoiser import Cond, Denoiser, NetworkDenoiser, warn_of_gain
+from halfstep.core.draw import Draw
+from halfstep.core.noise import NoiseProcess
+from halfstep.core.prediction import Prediction
 from halfstep.data import Data, DataConfig, MemoryData, open_data, training_batch
-from halfstep.objectives import Plan
+from halfstep.objectives import Batch, GuidanceRange, Plan
 from halfstep.train.engine import Batches, StageTrainer, Window, copy_denoiser, make_accelerator
+from halfstep.train.matching import matched_student, viewed
 from halfstep.train.model import Model
 
+Source = Tensor | np.ndarray | Data | str | Iterable[Any]
+"""Where batches come from; see `distill`."""
 
-def as_batches(data: Tensor | np.ndarray | Data | str) -> Batches:
-    """The batches of clean samples `[n, *dims]`, of opened data, or of a source that `open_data` opens."""
+
+@final
+class StreamedBatches:
+    """Batches of any size from an iterable, cut and joined into those of the updates, and begun again at its end.
+
+    Unlike all other data here, what an update sees is whatever comes next, not a function of the update's number.
+
+    Raises:
+        ValueError: at the call, if an item is neither x0 nor (x0, cond), its parts differ in length, or the iterable
+            gives nothing (a generator gives nothing the second time).
+    """
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self._batches = batches
+        self._iterator: Iterator[Any] = iter(batches)
+        self._held: list[Batch] = []
+        self._seen = 0
+
+    def __call__(self, draw: Draw) -> Batch:
+        wanted = len(draw.places)
+        while sum(len(batch.x0) for batch in self._held) < wanted:
+            self._held.append(self._next())
+        names = list(self._held[0].cond)
+        x0 = torch.cat([batch.x0 for batch in self._held])
+        cond = {name: torch.cat([batch.cond[name] for batch in self._held]) for name in names}
+        self._held = [Batch(x0[wanted:], {name: value[wanted:] for name, value in cond.items()})]
+        return Batch(x0[:wanted], {name: value[:wanted] for name, value in cond.items()})
+
+    def _next(self) -> Batch:
+        try:
+            item = next(self._iterator)
+        except StopIteration:
+            self._iterator = iter(self._batches)
+            try:
+                item = next(self._iterator)
+            except StopIteration:
+                raise ValueError(
+                    f"the batches ended after {self._seen} samples and cannot be begun again: pass a list, a "
+                    "DataLoader or another iterable that can, not a generator"
+                ) from None
+        x0, cond = item if isinstance(item, tuple | list) and len(item) == 2 else (item, None)
+        cond = {} if cond is None else cond
+        if not isinstance(x0, Tensor) or not isinstance(cond, Mapping):
+            raise ValueError(
+                f"a batch must be x0 or (x0, cond), a tensor [batch, *dims] and a mapping of names to tensors "
+                f"[batch, ...], got {type(x0).__name__} and {type(cond).__name__}"
+            )
+        if x0.ndim == 0 or len(x0) == 0 or any(len(value) != len(x0) for value in cond.values()):
+            lengths = ", ".join(f"{name} of {len(value)}" for name, value in cond.items())
+            raise ValueError(
+                f"the parts of a batch need one length above 0, got x0 of shape {list(x0.shape)}"
+                + (f" and {lengths}" if lengths else "")
+            )
+        if self._held and set(cond) != set(self._held[0].cond):
+            raise ValueError(
+                f"every batch needs the same conditions, got {sorted(cond)} after {sorted(self._held[0].cond)}"
+            )
+        self._seen += len(x0)
+        return Batch(x0, cond)
+
+
+def as_batches(data: Source) -> Batches:
+    """The batches of clean samples `[n, *dims]`, of opened data, of a source that `open_data` opens, or of an iterable
+    of x0 or (x0, cond)."""
     if isinstance(data, Data):
         held = data
     elif isinstance(data, str):
         held = open_data(DataConfig(source=data))
-    else:
+    elif isinstance(data, Tensor | np.ndarray):
         held = MemoryData("memory", torch.as_tensor(data))
+    else:
+        return StreamedBatches(data)
     return lambda draw: training_batch(held, draw, False, "cpu")
 
 
 def distill(
     teacher: NetworkDenoiser | Model,
-    data: Tensor | np.ndarray | Data | str,
+    data: Source,
     *,
-    start: int,
     to: int = 4,
+    start: int | None = None,
     num_updates: int = 1000,
     batch_size: int = 128,
     learning_rate: float = 2e-4,
     plan: Plan | None = None,
+    prediction: Prediction | None = None,
+    process: NoiseProcess | None = None,
+    guidance: float | tuple[float, float] | None = None,
+    null: Cond | None = None,
+    matching_updates: int | None = None,
     seed: int = 0,
     precision: str = "float32",
     on_window: Callable[[str, Window], None] | None = None,
 ) -> NetworkDenoiser:
     """A student that samples in `to` steps what the teacher samples in `start`: the whole chain of halvings, in memory.
 
+    A stage of matching comes first if `prediction`, `process` or `guidance` asks for it.
+
     Args:
         teacher: an unclipped denoiser, or a loaded model; it is not changed.
-        data: clean samples `[n, *dims]` (float32 as they are; uint8 as images), opened data, or a source such as a
-            folder of images.
-        start: DDIM steps of the teacher, `to` times a power of two.
+        data: clean samples `[n, *dims]` (float32 as they are; uint8 as images), opened data, a source such as a folder
+            of images, or any iterable of batches x0 `[batch, *dims]` or (x0, cond) with cond from names to tensors
+            `[batch, ...]`, which is begun again at its end.
         to: DDIM steps of the student.
+        start: DDIM steps of the teacher, `to` times a power of two; 16 times `to` if None.
         num_updates, batch_size, learning_rate: of each stage; twice the updates at 2 steps and 1.
-        plan: the stages, in the place of the four arguments before it.
+        plan: the halving stages, in the place of the arguments before it.
+        prediction: what the student's network predicts; as the teacher's if None.
+        process: the student's noise process; the teacher's if None.
+        guidance: one scale, or a range of them that the student's network is shown as `guidance_scale` `[batch]`.
+        null: what stands for no condition, for one sample, by the names of the conditions; needed for guidance.
+        matching_updates: of the stage of matching; `num_updates` if None.
         seed: with the update, the key of every random number.
         on_window: called with the stage's name and its statistics at every hundredth update.
 
     Raises:
-        ValueError: if `start` cannot be halved to `to`, or the data cannot be used.
+        ValueError: if `start` cannot be halved to `to`, the data cannot be used, or settings contradict each other.
         NonFinite: if training diverged.
     """
+    current = teacher.denoiser if isinstance(teacher, Model) else teacher
+    held_null = dict(null or (teacher.null if isinstance(teacher, Model) else {}))
+    scales = (guidance, guidance) if isinstance(guidance, int | float) else guidance
+    shown = None if scales is None or scales[0] == scales[1] else GuidanceRange(*scales)
+    if shown is None and scales is None and isinstance(teacher, Model) and teacher.manifest.guidance is not None:
+        low, high = teacher.manifest.guidance
+        shown = None if low == high else GuidanceRange(low, high)
     chain = plan or Plan.halvings(
-        start, to, num_updates=num_updates, batch_size=batch_size, learning_rate=learning_rate
+        16 * to if start is None else start,
+        to,
+        num_updates=num_updates,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        guidance=shown,
     )
+    if (prediction, process, scales) != (None, None, None):
+        matching = Plan.matching(
+            num_updates=num_updates if matching_updates is None else matching_updates,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            guidance=shown,
+            guided=scales is not None,
+        )
+        chain = matching + chain
+    elif matching_updates is not None:
+        raise ValueError(
+            f"matching_updates {matching_updates} says nothing without prediction, process or guidance: leave it out"
+        )
+    if null is not None and scales is None:
+        raise ValueError("null says what stands for no condition, which only guidance asks: give guidance, or leave it")
+    warn_of_gain(process or current.process, prediction or current.prediction)
     batches = as_batches(data)
     accelerator = make_accelerator(precision)
-    current = teacher.denoiser if isinstance(teacher, Model) else teacher
-    warn_of_gain(current.process, current.prediction)
     was_training = current.training
     frozen = [parameter.requires_grad for parameter in current.parameters()]
     result = current
+    learned_from: Denoiser
     for name, stage in zip(chain.names(1), chain.stages, strict=True):
-        trainer = StageTrainer(
-            copy_denoiser(result), result, stage, batches, seed=seed, stream=name, accelerator=accelerator
-        )
+        if stage.num_steps is None:
+            student = copy_denoiser(matched_student(prediction, process, shown is not None)(result))
+            learned_from = viewed(result, student.process, scales, held_null)
+        else:
+            student, learned_from = copy_denoiser(result), result
+        trainer = StageTrainer(student, learned_from, stage, batches, seed=seed, stream=name, accelerator=accelerator)
         for update in trainer.run():
             if update % 100 == 0 or update == trainer.last_update:
                 window = trainer.window()

@@ -10,10 +10,12 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from halfstep.nets import own_state, trainable
+
 
 @final
 class EMA:
-    """Averages the parameters of `module`; its buffers are copied.
+    """Averages the trainable parameters of `module`; its buffers are copied.
 
     Args:
         decay: the decay that is reached in the end, in [0, 1).
@@ -22,8 +24,9 @@ class EMA:
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
         self._module = module
-        self._parameters = [p.detach() for p in module.parameters()]
-        self._averages = [p.detach().float().clone() for p in module.parameters()]
+        self._names = [name for name, _ in trainable(module)]
+        self._parameters = [p.detach() for _, p in trainable(module)]
+        self._averages = [p.float().clone() for p in self._parameters]
 
     @torch.no_grad()
     def update(self, num_updates: int) -> None:
@@ -33,14 +36,14 @@ class EMA:
         torch._foreach_lerp_(self._averages, current, weight)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The module's state dict with averages in the place of parameters."""
-        state = {name: value.detach() for name, value in self._module.state_dict().items()}
-        for (name, parameter), average in zip(self._module.named_parameters(), self._averages, strict=True):
+        """The module's own state with averages in the place of parameters."""
+        state = own_state(self._module)
+        for name, parameter, average in zip(self._names, self._parameters, self._averages, strict=True):
             state[name] = average.to(parameter.dtype)
         return state
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Takes the averages from what `state_dict` returned."""
-        for (name, _), average in zip(self._module.named_parameters(), self._averages, strict=True):
+        for name, average in zip(self._names, self._averages, strict=True):
             average.copy_(state[name])

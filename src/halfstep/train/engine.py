@@ -5,11 +5,10 @@ the objective's losses, one backward pass for each, the gradient clipped to a gl
 the moving average. Nothing in it waits for the device; statistics are fetched when `window` is called.
 """
 
-import copy
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, Final, final
 
 import torch
 from accelerate import Accelerator
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from halfstep.core.denoiser import Denoiser, NetworkDenoiser
 from halfstep.core.draw import Draw, generator_for
-from halfstep.nets import set_dropout
+from halfstep.nets import copy_network, load_own_state, own_state, set_dropout, trainable
 from halfstep.objectives import Batch, Models, Stage
 from halfstep.train.ema import EMA
 
@@ -78,6 +77,7 @@ class StageTrainer:
         seed, stream: with the update, the key of every random number.
         micro_batch: samples that go through the network at once; None for a process' whole share. The result does
             not depend on it beyond rounding.
+        optimizer: one of `OPTIMIZERS`.
 
     Raises:
         ValueError: if the objective needs a teacher and there is none, or the global batch cannot be split evenly
@@ -95,6 +95,7 @@ class StageTrainer:
         stream: str,
         accelerator: Accelerator,
         micro_batch: int | None = None,
+        optimizer: str = "adamw",
     ) -> None:
         if stage.objective.needs_teacher and teacher is None:
             raise ValueError(f"stage {stream} learns from a teacher, and there is none")
@@ -109,14 +110,8 @@ class StageTrainer:
         self._plain = student
         set_dropout(student.network, stage.dropout)
         student.network.train()
-        optimizer = torch.optim.AdamW(
-            student.network.parameters(),
-            lr=stage.learning_rate,
-            betas=stage.adam_betas,
-            weight_decay=stage.weight_decay,
-            fused=all(p.device.type in ("cpu", "cuda") for p in student.network.parameters()),
-        )
-        self._network, self._optimizer = accelerator.prepare(student.network, optimizer)
+        made = make_optimizer(optimizer, [parameter for _, parameter in trainable(student.network)], stage)
+        self._network, self._optimizer = accelerator.prepare(student.network, made)
         self._ema = EMA(student.network, stage.ema_decay) if stage.ema_decay else None
         if teacher is not None:
             teacher = teacher.to(accelerator.device).eval().requires_grad_(False)
@@ -256,12 +251,12 @@ class StageTrainer:
     def state(self) -> State:
         """All that a resumed run needs beyond `update` and `seconds`; on the CPU, where it shares the live tensors."""
         network = self._plain_network()
-        names = [name for name, _ in network.named_parameters()]
+        names = [name for name, _ in trainable(network)]
         moments: dict[str, Tensor] = {}
         for index, entry in self._optimizer.state_dict()["state"].items():
-            for key, value in entry.items():
+            for key, value in flatten_state(entry):
                 moments[f"{key}.{names[index]}"] = value
-        state: State = {"student": network.state_dict(), "optimizer": moments}
+        state: State = {"student": own_state(network), "optimizer": moments}
         if self._ema is not None:
             state["ema"] = self._ema.state_dict()
         if self.stage.early_end is not None:
@@ -275,14 +270,18 @@ class StageTrainer:
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]], update: int, seconds: float) -> None:
         """Continues from what `state` returned after `update` updates and `seconds` of training."""
         network = self._plain_network()
-        network.load_state_dict(state["student"])
-        index_of = {name: index for index, (name, _) in enumerate(network.named_parameters())}
+        load_own_state(network, state["student"])
+        index_of = {name: index for index, (name, _) in enumerate(trainable(network))}
         entries: dict[int, dict[str, Any]] = {}
         for key, value in state["optimizer"].items():
             kind, name = key.split(".", 1)
-            entries.setdefault(index_of[name], {})[kind] = value
-        groups = self._optimizer.state_dict()["param_groups"]
-        self._optimizer.load_state_dict({"state": entries, "param_groups": groups})
+            entry = entries.setdefault(index_of[name], {})
+            *groups, last = kind.split("/")
+            for group in groups:
+                entry = entry.setdefault(group, {})
+            entry[last] = value
+        held_groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": entries, "param_groups": held_groups})
         if self._ema is not None:
             self._ema.load_state_dict(state["ema"])
         if self.stage.early_end is not None:
@@ -296,7 +295,7 @@ class StageTrainer:
         """The stage's result: the student with the moving average if there is one, unwrapped, in evaluation mode."""
         network = self._plain_network()
         if self._ema is not None:
-            network.load_state_dict(self._ema.state_dict())
+            load_own_state(network, self._ema.state_dict())
         network.eval()
         return NetworkDenoiser(network, self._plain.process, self._plain.prediction)
 
@@ -307,6 +306,40 @@ class StageTrainer:
 
 def copy_denoiser(denoiser: NetworkDenoiser) -> NetworkDenoiser:
     """A student: the same process and prediction, and a copy of the network with weights that can be trained."""
-    twin = copy.deepcopy(denoiser)
-    twin.network.requires_grad_(True)
-    return twin
+    return NetworkDenoiser(copy_network(denoiser.network), denoiser.process, denoiser.prediction)
+
+
+OPTIMIZERS: Final = ("adamw", "adamw8bit", "paged_adamw8bit")
+"""AdamW; and bitsandbytes' AdamW with moments of 8 bits, in the second case moved out of a full GPU's memory."""
+
+
+def make_optimizer(kind: str, parameters: list[torch.nn.Parameter], stage: Stage) -> torch.optim.Optimizer:
+    """The optimiser of a stage.
+
+    Raises:
+        ValueError: if the kind is unknown or the package bitsandbytes is missing.
+    """
+    settings: dict[str, Any] = {
+        "lr": stage.learning_rate, "betas": stage.adam_betas, "weight_decay": stage.weight_decay
+    }  # fmt: skip
+    if kind == "adamw":
+        fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
+        return torch.optim.AdamW(parameters, fused=fused, **settings)
+    if kind not in OPTIMIZERS:
+        raise ValueError(f"unknown optimizer {kind!r} (known: {', '.join(OPTIMIZERS)})")
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise ValueError(f"the optimizer {kind} needs the package bitsandbytes: pip install bitsandbytes") from None
+    made = {"adamw8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw8bit": bitsandbytes.optim.PagedAdamW8bit}
+    optimizer: torch.optim.Optimizer = made[kind](parameters, **settings)
+    return optimizer
+
+
+def flatten_state(entry: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """What an optimiser holds of one parameter: tensors by name, those of a nested group as "group/name"."""
+    for key, value in entry.items():
+        if isinstance(value, Mapping):
+            yield from flatten_state(value, f"{prefix}{key}/")
+        else:
+            yield f"{prefix}{key}", torch.as_tensor(value)

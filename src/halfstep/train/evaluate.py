@@ -97,6 +97,7 @@ class Reference:
         else:
             self.extractor = Pixels()
         self.features = self.extractor.features(real.x0)
+        self.data = data
         self.is_image = data.is_image
         self.protocol: dict[str, Any] = {
             "features": self.extractor.name,
@@ -149,7 +150,7 @@ def grid_image(pixels: np.ndarray, columns: int | None = None, gap: int = 1) -> 
 
 
 def _sampled(
-    model: Model, num_steps: int, sampler: Sampler, evaluation: Evaluation, stop: StopSignal | None
+    model: Model, num_steps: int, sampler: Sampler, evaluation: Evaluation, data: Data, stop: StopSignal | None
 ) -> tuple[Tensor, float]:
     """Samples of the seeds 0, 1, ... and the seconds that sampling alone took."""
     seeds = list(range(evaluation.num_samples))
@@ -158,10 +159,27 @@ def _sampled(
         if stop is not None:
             stop.check()
         part = seeds[first : first + evaluation.batch_size]
+        cond = conditions_for(model, data, part)
         start = time.perf_counter()
-        chunks.append(model.sample(part, num_steps, sampler, batch_size=len(part)))
+        chunks.append(model.sample(part, num_steps, sampler, batch_size=len(part), cond=cond))
         seconds += time.perf_counter() - start
     return torch.cat(chunks), seconds
+
+
+def conditions_for(model: Model, data: Data, seeds: list[int]) -> dict[str, Tensor]:
+    """What the model is shown beside a class, for samples of these seeds: the conditions of data sample seed modulo
+    their number. Empty for a model that needs none.
+
+    Raises:
+        ValueError: if the data has no such conditions.
+    """
+    if not model.manifest.conditions:
+        return {}
+    cond = data.fetch(torch.tensor([seed % len(data) for seed in seeds])).cond
+    for name in model.manifest.conditions:
+        if name not in cond:
+            raise ValueError(f"the model is conditioned on {name}, which {data.source} does not hold")
+    return {name: cond[name] for name in model.manifest.conditions}
 
 
 def measure(
@@ -187,7 +205,7 @@ def measure(
         NonFinite: if a sample is not finite.
     """
     method = DDIM() if sampler is None else sampler
-    x0, seconds = _sampled(model, num_steps, method, evaluation, stop)
+    x0, seconds = _sampled(model, num_steps, method, evaluation, reference.data, stop)
     if not bool(torch.isfinite(x0).all()):
         raise NonFinite(f"sampling with {num_steps} steps gave values that are not finite: the model diverged")
     measured = from_uint8(to_uint8(x0)) if reference.is_image else x0
@@ -198,7 +216,7 @@ def measure(
         sampler=samplers.name_of(method),
         gamma=method.gamma if isinstance(method, Ancestral) else None,
         num_steps=num_steps,
-        num_evals=method.num_evals(num_steps),
+        num_evals=model.num_evals(method, num_steps),
         frechet=frechet_distance(reference.features, features),
         kid=kernel_distance(reference.features, features),
         teacher_rmse=None if teacher_samples is None else rmse(compared, teacher_samples[: len(compared)]),

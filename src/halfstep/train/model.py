@@ -1,19 +1,20 @@
 """A model as it lies in a stage's folder: written, read, and sampled from."""
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import final
 
 import torch
 from torch import Tensor
 
-from halfstep.core.denoiser import Clipped, Cond, Denoiser, NetworkDenoiser, warn_of_gain
+from halfstep.core.denoiser import GUIDANCE, Clipped, Cond, Denoiser, Guided, NetworkDenoiser, warn_of_gain
 from halfstep.core.draw import sample_labels, sample_noise, step_noise
 from halfstep.core.grids import check_num_steps
 from halfstep.core.noise import NoiseProcess, processes
 from halfstep.core.prediction import Denoised, Prediction, predictions
 from halfstep.core.warnings import HalfstepWarning
-from halfstep.nets import build_network
+from halfstep.nets import LoRA, build_network, load_own_state, own_state
 from halfstep.runs import DamagedFile, Manifest, RunFolder, StageFolder, sha256_of, write_json
 from halfstep.samplers import Sampler, sample
 from halfstep.train.tensors import read_tensors, write_tensors
@@ -23,18 +24,65 @@ from halfstep.train.tensors import read_tensors, write_tensors
 class Model(Denoiser):
     """A trained denoiser with what is known of it.
 
-    Calling it clips x0 if the manifest says so (images); `denoiser` is the bare one, for targets and losses.
+    Calling it clips x0 if the manifest says so (images), and guides it if the conditions hold a guidance scale that the
+    network does not take itself; `denoiser` is the bare one, for targets and losses.
+
+    Args:
+        null: the conditions that stand for none, for one sample: what guidance of a teacher needs; empty if there are
+            none.
     """
 
-    def __init__(self, denoiser: NetworkDenoiser, manifest: Manifest) -> None:
+    def __init__(self, denoiser: NetworkDenoiser, manifest: Manifest, null: Mapping[str, Tensor] | None = None) -> None:
         super().__init__()
         self.denoiser = denoiser
         self.process: NoiseProcess = denoiser.process
         self.manifest = manifest
-        self._sampled: Denoiser = Clipped(denoiser) if manifest.clip else denoiser
+        self.null = dict(null or {})
+        self._plain: Denoiser = Clipped(denoiser) if manifest.clip else denoiser
+        guided = Guided(denoiser, self.null) if self.null else denoiser
+        self._guided: Denoiser = Clipped(guided) if manifest.clip else guided
 
     def forward(self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None) -> Denoised:
-        return self._sampled(x_t, t, cond)
+        by_two_calls = self.null and GUIDANCE in (cond or {})
+        return (self._guided if by_two_calls else self._plain)(x_t, t, cond)
+
+    def num_evals(self, sampler: Sampler, num_steps: int, guidance_scale: float | None = None) -> int:
+        """Network calls for a sample: twice those of the sampler where guidance asks with and without conditions."""
+        asked_twice = self.null and self._scale(guidance_scale) is not None
+        return sampler.num_evals(num_steps) * (2 if asked_twice else 1)
+
+    def _scale(self, guidance_scale: float | None) -> float | None:
+        """The scale that the network or `Guided` is shown; None if neither is shown one.
+
+        Warns if it lies outside the range that the model has learned.
+
+        Raises:
+            ValueError: if it cannot act.
+        """
+        learned = self.manifest.guidance
+        scale = self.manifest.guidance_scale if guidance_scale is None else guidance_scale
+        if learned is None:
+            if scale is not None and not self.null:
+                raise ValueError(
+                    f"a guidance scale of {scale:g} was asked for, but this model knows no guidance: leave it out"
+                )
+            return scale
+        low, high = learned
+        if low == high:
+            if scale not in (None, low):
+                raise ValueError(
+                    f"a guidance scale of {scale:g} was asked for, but this model has learned that of {low:g} and no "
+                    "other: leave it out, or distil one with a range of scales"
+                )
+            return None
+        if scale is not None and not low <= scale <= high:
+            warnings.warn(
+                f"a guidance scale of {scale:g} was asked for, but this model has learned scales from {low:g} to "
+                f"{high:g}: outside them it guesses",
+                HalfstepWarning,
+                stacklevel=4,
+            )
+        return (low + high) / 2 if scale is None else scale
 
     @property
     def num_steps(self) -> int | None:
@@ -57,26 +105,52 @@ class Model(Denoiser):
         return next(self.denoiser.parameters()).device
 
     def noise(self, seeds: range | list[int]) -> Tensor:
-        """Starting noise `[len(seeds), *shape]`, each row a function of its own seed."""
-        return sample_noise(seeds, self.shape).to(self.device)
+        """Samples at t = 1 `[len(seeds), *shape]`: noise of the process's own size, each row a function of its seed."""
+        return (sample_noise(seeds, self.shape) * self.process.start_scale).to(self.device)
 
-    def cond(self, seeds: range | list[int], class_label: int | None = None) -> dict[str, Tensor]:
-        """Conditions for samples of these seeds: the class given, or else classes in turn; empty if unconditional.
+    def cond(
+        self,
+        seeds: range | list[int],
+        class_label: int | None = None,
+        guidance_scale: float | None = None,
+        others: Cond | None = None,
+    ) -> dict[str, Tensor]:
+        """Conditions for samples of these seeds, by name; empty if the model is unconditional.
+
+        Args:
+            class_label: one class for all; classes in turn if None.
+            guidance_scale: the model's own if None.
+            others: those of `manifest.conditions`, each `[len(seeds), ...]`.
 
         Raises:
-            ValueError: if a class is asked for that the model does not have.
+            ValueError: if a class or a scale is asked for that the model does not have, or a condition is missing or
+                does not fit.
         """
+        cond = {name: value.to(self.device) for name, value in (others or {}).items()}
+        for name, shape in self.manifest.conditions.items():
+            if name not in cond:
+                raise ValueError(f"this model needs the condition {name} of shape {[len(seeds), *shape]}: give it")
+            if tuple(cond[name].shape) != (len(seeds), *shape):
+                raise ValueError(
+                    f"the condition {name} has the shape {list(cond[name].shape)}, but {[len(seeds), *shape]} is needed"
+                )
+        if foreign := sorted(set(cond) - set(self.manifest.conditions)):
+            raise ValueError(f"this model takes no condition {foreign[0]}: leave it out")
         if not self.num_classes:
             if class_label is not None:
-                raise ValueError("a class was asked for, but this model is unconditional: leave the class out")
-            return {}
-        if class_label is None:
-            return {"class_labels": sample_labels(seeds, self.num_classes).to(self.device)}
-        if not 0 <= class_label < self.num_classes:
+                raise ValueError("a class was asked for, but this model knows no classes: leave the class out")
+        elif class_label is None:
+            cond["class_labels"] = sample_labels(seeds, self.num_classes).to(self.device)
+        elif 0 <= class_label < self.num_classes:
+            cond["class_labels"] = torch.full((len(seeds),), class_label, device=self.device)
+        else:
             raise ValueError(
                 f"class {class_label} was asked for, but this model has classes 0 to {self.num_classes - 1}"
             )
-        return {"class_labels": torch.full((len(seeds),), class_label, device=self.device)}
+        scale = self._scale(guidance_scale)
+        if scale is not None:
+            cond[GUIDANCE] = torch.full((len(seeds),), scale, device=self.device)
+        return cond
 
     def check_steps(self, num_steps: int | None) -> int:
         """The number of steps to sample with: `num_steps`, or the model's own if it is None.
@@ -114,6 +188,8 @@ class Model(Denoiser):
         sampler: Sampler | None = None,
         class_label: int | None = None,
         batch_size: int = 256,
+        guidance_scale: float | None = None,
+        cond: Cond | None = None,
     ) -> Tensor:
         """Samples x0 `[len(seeds), *shape]`, on the CPU, each a function of its own seed.
 
@@ -121,9 +197,11 @@ class Model(Denoiser):
             num_steps: the model's own number if None.
             sampler: DDIM if None.
             class_label: one class for all; classes in turn if None.
+            guidance_scale: the model's own if None; 1 is no guidance.
+            cond: the conditions of `manifest.conditions`, each `[len(seeds), ...]`.
 
         Raises:
-            ValueError: if the number of steps or the class is not possible.
+            ValueError: if the number of steps, the class, the scale or a condition is not possible.
         """
         steps = self.check_steps(num_steps)
         warn_of_gain(self.process, self.denoiser.prediction)
@@ -132,22 +210,29 @@ class Model(Denoiser):
         for first in range(0, len(seeds), batch_size):
             part = seeds[first : first + batch_size]
             drawn = step_noise(part, self.shape) if sampler is not None and sampler.stochastic else None
-            cond = self.cond(part, class_label)
-            chunks.append(sample(self, self.noise(part), steps, sampler, cond, noise=drawn).cpu())
+            others = {name: value[first : first + batch_size] for name, value in (cond or {}).items()}
+            shown = self.cond(part, class_label, guidance_scale, others)
+            chunks.append(sample(self, self.noise(part), steps, sampler, shown, noise=drawn).cpu())
         return torch.cat(chunks) if chunks else torch.empty(0, *self.shape)
 
 
-def save_stage(folder: StageFolder, denoiser: NetworkDenoiser, manifest: Manifest) -> Manifest:
-    """Writes model.safetensors and then manifest.json, whose appearance says that the stage is complete."""
+def save_stage(
+    folder: StageFolder, denoiser: NetworkDenoiser, manifest: Manifest, null: Mapping[str, Tensor] | None = None
+) -> Manifest:
+    """Writes model.safetensors (and null.safetensors) and then manifest.json, whose appearance says that the stage is
+    complete."""
     folder.path.mkdir(parents=True, exist_ok=True)
-    temporary = folder.path / ".model.safetensors.tmp"
-    state = {name: value.detach().cpu().contiguous() for name, value in denoiser.network.state_dict().items()}
-    try:
-        write_tensors(state, temporary)
-        temporary.replace(folder.model)
-    finally:
-        temporary.unlink(missing_ok=True)
-    complete = manifest.model_copy(update={"files": {folder.model.name: sha256_of(folder.model)}})
+    contents = {folder.model: own_state(denoiser.network)}
+    if null:
+        contents[folder.null] = dict(null)
+    for file, tensors in contents.items():
+        temporary = file.with_name(f".{file.name}.tmp")
+        try:
+            write_tensors({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary)
+            temporary.replace(file)
+        finally:
+            temporary.unlink(missing_ok=True)
+    complete = manifest.model_copy(update={"files": {file.name: sha256_of(file) for file in contents}})
     write_json(folder.manifest_path, complete.model_dump(mode="json"))
     return complete
 
@@ -180,6 +265,32 @@ def find_stage(path: Path) -> StageFolder:
     raise ValueError(f"{path} is no model: give the folder of a run or of one of its stages (with a manifest.json)")
 
 
+def blank_denoiser(manifest: Manifest) -> NetworkDenoiser:
+    """The denoiser that a manifest describes, with fresh weights.
+
+    Raises:
+        ValueError: if the manifest names a network, process or prediction that is not known here.
+    """
+    process: NoiseProcess = processes.rebuild(manifest.process)
+    prediction: Prediction = predictions.rebuild(manifest.prediction)
+    return NetworkDenoiser(build_network(manifest.network), process, prediction)
+
+
+def _base_of(folder: StageFolder, manifest: Manifest) -> StageFolder:
+    """The stage whose weights a stage's are added to, after checking its files.
+
+    Raises:
+        DamagedFile: if it is not there or not whole.
+    """
+    base = StageFolder(folder.path.parent / str(manifest.base))
+    if not base.is_complete() or not base.manifest().weights_kept:
+        raise DamagedFile(
+            f"{folder.path} holds low-rank additions to the weights of {manifest.base}, which are not beside it: copy "
+            "the run whole"
+        )
+    return base
+
+
 def load(path: str | Path, device: str | torch.device = "cpu") -> Model:
     """The model in `path`: the folder of a stage, or of a run, which means its last complete stage.
 
@@ -193,13 +304,13 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Model:
             f"{folder.path} has no weights any more: its run was asked to keep those of other stages only "
             "(chain.keep); load another stage"
         )
-    process_arguments = dict(manifest.process)
-    process = processes[str(process_arguments.pop("type", ""))](**process_arguments)
-    prediction: Prediction = predictions[manifest.prediction]()
-    network = build_network(manifest.network)
+    denoiser = blank_denoiser(manifest)
     try:
-        network.load_state_dict(read_tensors(folder.model))
+        if isinstance(denoiser.network, LoRA):
+            denoiser.network.load_base(read_tensors(_base_of(folder, manifest).model))
+        load_own_state(denoiser.network, read_tensors(folder.model))
     except RuntimeError as error:
         raise DamagedFile(f"{folder.model} does not fit its manifest: {str(error).splitlines()[-1].strip()}") from None
-    network.eval()
-    return Model(NetworkDenoiser(network, process, prediction), manifest).to(device)
+    denoiser.eval()
+    null = read_tensors(folder.null) if folder.null.name in manifest.files else {}
+    return Model(denoiser, manifest, null).to(device)

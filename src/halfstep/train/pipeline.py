@@ -23,18 +23,19 @@ from accelerate import Accelerator
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from halfstep.core.denoiser import NetworkDenoiser
+from halfstep.core.denoiser import Denoiser, NetworkDenoiser
 from halfstep.core.draw import Draw, generator_for
 from halfstep.core.noise import NoiseProcess, processes
 from halfstep.core.prediction import Prediction, predictions
 from halfstep.data import Data, training_batch
-from halfstep.nets import Network, describe_network
-from halfstep.objectives import Batch, Plan, Stage, objectives
+from halfstep.nets import LoRA, Network, checkpoint_gradients, describe_network
+from halfstep.objectives import Batch, Matching, Plan, Stage, objectives
 from halfstep.runs import Manifest, Metrics, RunFolder, RunLog, StageFolder, write_json
 from halfstep.runs.schema import Result
 from halfstep.train.checkpoint import remove_checkpoints, resume, save_checkpoint
-from halfstep.train.engine import StageTrainer, Window, copy_denoiser, make_accelerator
+from halfstep.train.engine import StageTrainer, Window, make_accelerator
 from halfstep.train.evaluate import Evaluation, Reference, measure
+from halfstep.train.matching import asked, start_student, viewed
 from halfstep.train.model import Model, drop_weights, load, save_stage
 from halfstep.train.stop import StopSignal
 
@@ -56,6 +57,10 @@ class RunSpec:
     """The model to start the chain from, in the place of a first stage."""
     start_steps: int | None = None
     """Steps of the first teacher of the chain."""
+    matched: Callable[[NetworkDenoiser], NetworkDenoiser] | None = None
+    """Makes the student of a matching stage from its teacher, as it is before the first update."""
+    guidance: tuple[float, float] | None = None
+    """Guidance scales that a matching stage takes into the network; equal for one scale."""
     conditional: bool = True
     """Whether models are told the class of a sample, where the data has classes."""
     flip: bool = False
@@ -64,6 +69,14 @@ class RunSpec:
     precision: str = "float32"
     cpu: bool = False
     micro_batch: int | None = None
+    lora_rank: int | None = None
+    """Rank of the additions that students are; None for students that are trained whole."""
+    optimizer: str = "adamw"
+    """One of `engine.OPTIMIZERS`."""
+    teacher_precision: str = "float32"
+    """"float32", or "bf16" for teachers whose weights are kept and asked in bfloat16."""
+    gradient_checkpointing: bool = False
+    """Whether the student's activations are computed again in the backward pass in the place of being kept."""
     log_every: int = 50
     checkpoint_updates: int = 5000
     checkpoint_minutes: float = 10.0
@@ -75,16 +88,23 @@ class RunSpec:
     """Where the feature classifier's weights are kept."""
     free: tuple[str, ...] = field(default=())
     """Dotted names of recipe fields that may change when a run goes on."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Recipe fields with their defaults: what a run's recipe means that was written before a field was there."""
 
     @property
     def num_classes(self) -> int:
         """Classes that the models are conditioned on; 0 for none."""
+        if self.teacher is not None:
+            return self.teacher.num_classes
         return self.data.num_classes if self.conditional else 0
 
     def batch(self, draw: Draw) -> Batch:
         """The training batch of an update, on the CPU."""
         batch = training_batch(self.data, draw, self.flip, "cpu")
-        return batch if self.conditional else Batch(batch.x0)
+        shown = {"class_labels"} if self.conditional else set()
+        if self.teacher is not None:
+            shown |= set(self.teacher.manifest.conditions)
+        return Batch(batch.x0, {name: value for name, value in batch.cond.items() if name in shown})
 
 
 class Event:
@@ -175,9 +195,19 @@ def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], free: tuple[str, ...] = ()) -> list[str]:
-    """The fields in which two recipes differ, as "name: new value (the folder has old value)"."""
+def differences(
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    free: tuple[str, ...] = (),
+    defaults: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """The fields in which two recipes differ, as "name: new value (the folder has old value)".
+
+    Args:
+        defaults: of fields that the old one need not have.
+    """
     a, b = flatten(old), flatten(new)
+    a = {name: value for name, value in flatten(defaults or {}).items() if name in b} | a
     missing = "nothing"
     return [
         f"{name}: {b.get(name, missing)} (the folder has {a.get(name, missing)})"
@@ -200,19 +230,36 @@ def fresh_denoiser(spec: RunSpec) -> NetworkDenoiser:
     return NetworkDenoiser(network, spec.process, spec.prediction)
 
 
+def pair_for(spec: RunSpec, stage: Stage, parent: Model | None) -> tuple[NetworkDenoiser, Denoiser | None]:
+    """The student of a stage as it is before the first update, and the denoiser that it learns from."""
+    if parent is None:
+        return fresh_denoiser(spec), None
+    if not isinstance(stage.objective, Matching):
+        return start_student(parent.denoiser, spec.lora_rank), asked(parent.denoiser, spec.teacher_precision)
+    if spec.matched is None:
+        raise ValueError("the plan has a matching stage, but nothing says what its student is")
+    student = start_student(spec.matched(parent.denoiser), spec.lora_rank)
+    teacher = asked(parent.denoiser, spec.teacher_precision)
+    return student, viewed(teacher, student.process, spec.guidance, parent.null)
+
+
 def trainer_for(
     spec: RunSpec, stage: Stage, stream: str, parent: Model | None, accelerator: Accelerator
 ) -> StageTrainer:
-    """The trainer of a stage: of a fresh network, or of a copy of its parent."""
+    """The trainer of a stage: of a fresh network, or of what its parent's is made into."""
+    student, teacher = pair_for(spec, stage, parent)
+    if spec.gradient_checkpointing:
+        checkpoint_gradients(student.network)
     return StageTrainer(
-        fresh_denoiser(spec) if parent is None else copy_denoiser(parent.denoiser),
-        None if parent is None else parent.denoiser,
+        student,
+        teacher,
         stage,
         spec.batch,
         seed=spec.seed,
         stream=stream,
         accelerator=accelerator,
         micro_batch=spec.micro_batch,
+        optimizer=spec.optimizer,
     )
 
 
@@ -254,7 +301,7 @@ def run(spec: RunSpec, path: Path, stop: StopSignal | None = None) -> Iterator[E
 def _check_folder(spec: RunSpec, folder: RunFolder) -> None:
     if folder.recipe_path.exists():
         held = folder.recipe()
-        changed = differences(held["recipe"], spec.recipe, spec.free)
+        changed = differences(held["recipe"], spec.recipe, spec.free, spec.defaults)
         if changed:
             raise DifferentRecipe(
                 f"{folder.path} holds a run of a different recipe; choose another --out. Different: "
@@ -342,8 +389,11 @@ class _Runner:
         """The given teacher as the run's own first stage."""
         teacher = self.spec.teacher
         assert teacher is not None
-        manifest = teacher.manifest.model_copy(update={"stage": folder.name, "start_steps": self.spec.start_steps})
-        save_stage(folder, teacher.denoiser, manifest)
+        changes: dict[str, Any] = {"stage": folder.name, "start_steps": self.spec.start_steps}
+        if self.spec.guidance is not None:
+            # So that the students are compared with what they learn: the guided teacher.
+            changes["guidance_scale"] = sum(self.spec.guidance) / 2
+        save_stage(folder, teacher.denoiser, teacher.manifest.model_copy(update=changes), teacher.null)
 
     def _prune(self, students: list[tuple[StageFolder, Stage | None]]) -> None:
         """Removes the weights of students that have been measured and followed, and were not asked to stay."""
@@ -407,22 +457,41 @@ class _Runner:
         self, name: str, stage: Stage, parent: Model | None, trainer: StageTrainer, denoiser: NetworkDenoiser
     ) -> Manifest:
         spec = self.spec
+        origin = None if parent is None else parent.manifest
+        guidance = None if origin is None else origin.guidance
+        if isinstance(stage.objective, Matching):
+            guidance = spec.guidance
         return Manifest(
             stage=name,
             objective=objectives.name_of(stage.objective),
-            parent=None if parent is None else parent.manifest.stage,
+            parent=None if origin is None else origin.stage,
             num_steps=stage.num_steps,
             start_steps=spec.start_steps,
             num_updates=trainer.update,
             seconds=round(trainer.seconds, 3),
             shape=spec.data.shape,
             num_classes=spec.num_classes,
+            conditions=origin.conditions if origin else {},
+            guidance=guidance,
+            guidance_scale=None if guidance is None else sum(guidance) / 2,
+            is_image=spec.data.is_image,
             clip=spec.clip,
             network=describe_network(denoiser.network),
-            process={"type": processes.name_of(spec.process), **vars(spec.process)},
-            prediction=predictions.name_of(spec.prediction),
+            process=processes.describe(denoiser.process),
+            prediction=predictions.describe(denoiser.prediction),
+            base=self._base(denoiser, parent),
+            pipeline=None if origin is None else origin.pipeline,
+            source=None if origin is None else origin.source,
+            data=f"{spec.data.source}, {len(spec.data):,} samples",
             files={},
         )
+
+    @staticmethod
+    def _base(denoiser: NetworkDenoiser, parent: Model | None) -> str | None:
+        """The stage of which the weights are that a student's are added to: its teacher, or that one's own base."""
+        if parent is None or not isinstance(denoiser.network, LoRA):
+            return None
+        return parent.manifest.base or parent.manifest.stage
 
     def _drain_notices(self) -> Iterator[Event]:
         while self._notices:
@@ -431,6 +500,8 @@ class _Runner:
     def _steps_to_measure(self, model: Model, evaluation: Evaluation) -> list[int]:
         if model.num_steps is not None:
             return [model.num_steps]
+        if model.manifest.objective == "match":
+            return [self.spec.start_steps] if self.spec.start_steps else []
         students = [stage.num_steps for stage in self.spec.plan.stages if stage.num_steps is not None]
         wanted = set(evaluation.teacher_steps or students) | (
             {self.spec.start_steps} if self.spec.start_steps else set()

@@ -1,0 +1,160 @@
+"""Low-rank additions to a network whose own weights stay as they are, for machines that cannot hold a full student.
+
+A layer with weight W becomes W + B A, where A and B have `rank` rows and columns and B starts at 0. Teacher and student
+of a chain share W: copies of such a network differ in A and B alone.
+
+Source: Hu et al. 2022, LoRA (arXiv:2106.09685); the layers are those of peft.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, final
+
+import torch
+from torch import Tensor, nn
+
+from halfstep.nets.base import Network, build_network, describe_network, networks
+from halfstep.nets.stock import StockNetwork
+
+TARGETS: Final = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
+"""Layers of transformers and attention blocks that get additions, by the ends of their names."""
+
+
+@final
+@networks.register("lora")
+class LoRA(Network):
+    """A stock network with low-rank additions; only these are trained, saved and counted as its own.
+
+    Args:
+        base: the network that they are added to, whose layers are replaced, or its description.
+        rank: of each addition.
+        targets: ends of the names of the layers.
+
+    Raises:
+        ValueError: if the package peft is missing, the network is not one of diffusers, or no layer is named so.
+    """
+
+    def __init__(self, base: Network | Mapping[str, Any], rank: int = 16, targets: Sequence[str] = TARGETS) -> None:
+        super().__init__()
+        base = base if isinstance(base, Network) else build_network(base)
+        try:
+            from peft import LoraConfig
+        except ImportError:
+            raise ValueError("LoRA needs the package peft: pip install 'halfstep[lora]'") from None
+        if not isinstance(base, StockNetwork):
+            raise ValueError(
+                f"low-rank additions are made to networks of diffusers, and this is a {type(base).__name__}: train it "
+                "whole (leave --chain.lora-rank out)"
+            )
+        if rank < 1:
+            raise ValueError(f"the rank must be at least 1, got {rank}")
+        self.rank, self.targets = rank, tuple(targets)
+        self.description = describe_network(base)
+        self.base = base.requires_grad_(False)
+        model: Any = base.model
+        try:
+            model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets), init_lora_weights=True))
+        except ValueError:
+            raise ValueError(
+                f"no layer of {base.stock} ends in {', '.join(targets)}, so there is nothing to add to"
+            ) from None
+
+    def arguments(self) -> dict[str, Any]:
+        return {"base": self.description, "rank": self.rank, "targets": list(self.targets)}
+
+    def forward(self, x_t: Tensor, time: Tensor, **cond: Tensor) -> Tensor:
+        """The output of the base with its additions."""
+        output: Tensor = self.base(x_t, time, **cond)
+        return output
+
+    def own(self) -> list[tuple[str, nn.Parameter]]:
+        """The additions, by name."""
+        return [(name, p) for name, p in self.named_parameters() if ".lora_" in name]
+
+    def load_base(self, state: Mapping[str, Tensor]) -> None:
+        """Takes the weights of the base from its own state."""
+        renamed = {}
+        mine = self.state_dict()
+        for name, value in state.items():
+            head, _, kind = name.rpartition(".")
+            inner = f"base.{head}.base_layer.{kind}"
+            renamed[inner if inner in mine else f"base.{name}"] = value
+        result = self.load_state_dict(renamed, strict=False)
+        foreign = [*result.unexpected_keys, *(name for name in result.missing_keys if ".lora_" not in name)]
+        if foreign:
+            raise RuntimeError(f"the weights do not fit the base: {foreign[0]}")
+
+
+def with_lora(network: Network, rank: int, targets: Sequence[str] = TARGETS) -> LoRA:
+    """The network with additions that are 0 yet, sharing its weights."""
+    twin = copy.deepcopy(network, {id(p): p for p in network.parameters()})
+    with torch.random.fork_rng(devices=[]):
+        # What is drawn for A is a function of nothing but its shapes.
+        torch.manual_seed(0)
+        return LoRA(twin, rank, targets)
+
+
+def trainable(network: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that training changes, by name: all, or the additions of a `LoRA`."""
+    return network.own() if isinstance(network, LoRA) else list(network.named_parameters())
+
+
+def own_state(network: nn.Module) -> dict[str, Tensor]:
+    """What is saved of a network: its state, or the additions of a `LoRA`."""
+    if isinstance(network, LoRA):
+        return {name: parameter.detach() for name, parameter in network.own()}
+    return {name: value.detach() for name, value in network.state_dict().items()}
+
+
+def load_own_state(network: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Takes what `own_state` returned.
+
+    Raises:
+        RuntimeError: if names or shapes do not fit.
+    """
+    if not isinstance(network, LoRA):
+        network.load_state_dict(state)
+        return
+    missing = {name for name, _ in network.own()} ^ set(state)
+    if missing:
+        raise RuntimeError(f"the additions do not fit the network: {min(missing)}")
+    network.load_state_dict(state, strict=False)
+
+
+def merged(network: nn.Module) -> nn.Module:
+    """A network of the base's kind whose weights hold the additions of a `LoRA`; any other network itself."""
+    if not isinstance(network, LoRA):
+        return network
+    twin = copy.deepcopy(network.base)
+    model: Any = twin.model
+    model.fuse_lora()
+    model.unload_lora()
+    return twin
+
+
+def checkpoint_gradients(network: nn.Module) -> None:
+    """Lets a network of diffusers compute its activations again in the backward pass in the place of keeping them.
+
+    Raises:
+        ValueError: if it cannot.
+    """
+    stock = network.base if isinstance(network, LoRA) else network
+    model: Any = getattr(stock, "model", None)
+    if not isinstance(stock, StockNetwork) or not getattr(model, "_supports_gradient_checkpointing", False):
+        raise ValueError(
+            f"a {type(stock).__name__} cannot compute its activations again: leave --engine.gradient-checkpointing out"
+        )
+    model.enable_gradient_checkpointing()
+
+
+def copy_network(network: nn.Module) -> nn.Module:
+    """A copy whose trainable weights are its own; the frozen ones of a `LoRA` are shared."""
+    frozen = [] if not isinstance(network, LoRA) else [p for p in network.parameters() if not _is_own(network, p)]
+    twin: nn.Module = copy.deepcopy(network, {id(p): p for p in frozen})
+    for _, parameter in trainable(twin):
+        parameter.requires_grad_(True)
+    return twin
+
+
+def _is_own(network: LoRA, parameter: nn.Parameter) -> bool:
+    return any(parameter is own for _, own in network.own())

@@ -1,0 +1,203 @@
+"""diffusers' own networks as ours: what they share, and the four that are known.
+
+Each is built from its class's config and holds the stock module under the name `model`, so export is a copy of weights.
+Time t becomes the timestep that its scheduler would give: T t - 1 on a table of T noise levels, T sigma on the straight
+path of flow matching. New networks have a power of two for T, so that the times i / N of every power-of-two grid with
+N <= T are whole timesteps.
+"""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, final
+
+import torch
+from torch import Tensor, nn
+
+from halfstep.core.denoiser import GUIDANCE
+from halfstep.nets.base import Network, networks
+
+
+class StockNetwork(Network):
+    """A module of diffusers, callable as (x_t, time, **cond)."""
+
+    stock: ClassVar[str]
+    """Name of the class in diffusers."""
+    conditions: ClassVar[tuple[str, ...]] = ()
+    """Conditions that are not class labels, by the names under which the stock module takes them."""
+    model: nn.Module
+    config: dict[str, Any]
+
+    def build(self, config: Mapping[str, Any]) -> nn.Module:
+        """The stock module with fresh weights, and `self.config` set."""
+        # Importing diffusers takes seconds, which those who use other networks need not wait.
+        import diffusers
+
+        self.config = {name: value for name, value in config.items() if not name.startswith("_")}
+        module: nn.Module = getattr(diffusers, self.stock)(**self.config)
+        return module
+
+    @abstractmethod
+    def arguments(self) -> dict[str, Any]: ...
+
+
+class TableNetwork(StockNetwork):
+    """A stock network on the clock of a table: its timestep is T u - 1, where u goes over `clock_range`.
+
+    Args:
+        config: arguments of the stock class, JSON-ready.
+        num_train_timesteps: T.
+        clock_range: where the network's clock u stands at t = 0 and at t = 1, for imported networks that were trained
+            on another.
+
+    Raises:
+        ValueError: if T is not at least 1 or the clock does not run forwards.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        num_train_timesteps: int = 1024,
+        clock_range: tuple[float, float] = (0.0, 1.0),
+    ) -> None:
+        super().__init__()
+        if num_train_timesteps < 1:
+            raise ValueError(f"num_train_timesteps must be at least 1, got {num_train_timesteps}")
+        first, last = clock_range
+        if not first < last:
+            raise ValueError(f"clock_range must rise from t = 0 to t = 1, got {first} and {last}")
+        self.num_train_timesteps = num_train_timesteps
+        self.clock_range = (float(first), float(last))
+        # Convolutions are faster on channels-last weights, on CPU and GPU alike.
+        self.model = self.build(config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    @final
+    def arguments(self) -> dict[str, Any]:
+        return {
+            "config": self.config,
+            "num_train_timesteps": self.num_train_timesteps,
+            "clock_range": list(self.clock_range),
+        }
+
+    @final
+    def timestep(self, time: Tensor) -> Tensor:
+        """The stock module's timestep at times in [0, 1], `[batch]`."""
+        first, last = self.clock_range
+        return self.num_train_timesteps * (first + (last - first) * time) - 1
+
+
+@final
+@networks.register("unet2d")
+class UNet2D(TableNetwork):
+    """`UNet2DModel`, for images; class labels are accepted if the config has `num_class_embeds`."""
+
+    stock = "UNet2DModel"
+
+    def forward(self, x_t: Tensor, time: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        """The network's output `[batch, out_channels, h, w]` for images `x_t` at times in [0, 1] `[batch]`."""
+        output: Tensor = self.model(x_t, self.timestep(time), class_labels=class_labels, return_dict=False)[0]
+        return output
+
+
+@final
+@networks.register("dit")
+class DiT(TableNetwork):
+    """`DiTTransformer2DModel`, for latents of classes; the class behind the last stands for none.
+
+    Labels are never dropped, in training neither: the guidance that a student has learned is lost on dropped ones.
+    """
+
+    stock = "DiTTransformer2DModel"
+
+    def build(self, config: Mapping[str, Any]) -> nn.Module:
+        module = super().build(config)
+        for part in module.modules():
+            if hasattr(part, "dropout_prob"):
+                vars(part)["dropout_prob"] = 0.0
+        return module
+
+    def forward(self, x_t: Tensor, time: Tensor, class_labels: Tensor) -> Tensor:
+        """The network's output `[batch, out_channels, h, w]` for latents `x_t` at times in [0, 1] `[batch]`."""
+        output: Tensor = self.model(x_t, self.timestep(time), class_labels=class_labels, return_dict=False)[0]
+        return output
+
+
+@final
+@networks.register("unet2d_condition")
+class UNet2DCondition(TableNetwork):
+    """`UNet2DConditionModel` of Stable Diffusion 1 and 2, for latents of texts.
+
+    It takes `guidance_scale` `[batch]` if its config has `time_cond_proj_dim`, embedded as stock pipelines do.
+    """
+
+    stock = "UNet2DConditionModel"
+    conditions = ("encoder_hidden_states",)
+
+    def forward(
+        self, x_t: Tensor, time: Tensor, encoder_hidden_states: Tensor, guidance_scale: Tensor | None = None
+    ) -> Tensor:
+        """The network's output `[batch, out_channels, h, w]` for latents `x_t` at times in [0, 1] `[batch]`.
+
+        Args:
+            encoder_hidden_states: of the texts, `[batch, tokens, width]`.
+
+        Raises:
+            ValueError: if a scale is given to a network that takes none, or missing for one that does.
+        """
+        width = self.config.get("time_cond_proj_dim")
+        if (width is None) != (guidance_scale is None):
+            needed = "takes no" if width is None else "needs a"
+            raise ValueError(f"this network {needed} {GUIDANCE} (time_cond_proj_dim is {width})")
+        embedded = None if guidance_scale is None else guidance_embedding(guidance_scale, width or 0).to(x_t.dtype)
+        output: Tensor = self.model(
+            x_t, self.timestep(time), encoder_hidden_states, timestep_cond=embedded, return_dict=False
+        )[0]
+        return output
+
+
+def guidance_embedding(scale: Tensor, width: int) -> Tensor:
+    """The sinusoids `[batch, width]` of 1000 (scale - 1) that diffusers' text-to-image pipelines feed."""
+    from diffusers.models.embeddings import get_timestep_embedding
+
+    embedded: Tensor = get_timestep_embedding(1000 * (scale - 1), width, downscale_freq_shift=1)
+    return embedded
+
+
+@final
+@networks.register("sd3")
+class SD3(StockNetwork):
+    """`SD3Transformer2DModel`, for latents of texts on the straight path; its timestep is T sigma.
+
+    Args:
+        config: arguments of the stock class, JSON-ready.
+        shift: of the process; sigma = shift t / (1 + (shift - 1) t).
+        num_train_timesteps: T.
+    """
+
+    stock = "SD3Transformer2DModel"
+    conditions = ("encoder_hidden_states", "pooled_projections")
+
+    def __init__(self, config: Mapping[str, Any], shift: float = 1.0, num_train_timesteps: int = 1000) -> None:
+        super().__init__()
+        self.shift = float(shift)
+        self.num_train_timesteps = num_train_timesteps
+        self.model = self.build(config)
+
+    def arguments(self) -> dict[str, Any]:
+        return {"config": self.config, "shift": self.shift, "num_train_timesteps": self.num_train_timesteps}
+
+    def forward(self, x_t: Tensor, time: Tensor, encoder_hidden_states: Tensor, pooled_projections: Tensor) -> Tensor:
+        """The network's output `[batch, out_channels, h, w]` for latents `x_t` at times in [0, 1] `[batch]`.
+
+        Args:
+            encoder_hidden_states: of the texts, `[batch, tokens, width]`.
+            pooled_projections: of the texts, `[batch, width]`.
+        """
+        timestep = self.num_train_timesteps * self.shift * time / (1 + (self.shift - 1) * time)
+        output: Tensor = self.model(
+            x_t,
+            encoder_hidden_states=encoder_hidden_states,
+            pooled_projections=pooled_projections,
+            timestep=timestep,
+            return_dict=False,
+        )[0]
+        return output

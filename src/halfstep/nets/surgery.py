@@ -1,0 +1,88 @@
+"""A student's network made from its teacher's: the same weights behind another clock or with one more input.
+
+What is new starts so that it changes nothing (a guidance scale) or as little as weights can say (another clock); the
+matching stage learns the rest.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halfstep.nets.base import Network, build_network, describe_network
+from halfstep.nets.mlp import MLP
+from halfstep.nets.stock import TableNetwork, UNet2DCondition
+
+GUIDANCE_WIDTH = 256
+"""Width of the guidance embedding of a `UNet2DConditionModel`, as in latent consistency models (arXiv:2310.04378)."""
+
+
+def takes_guidance(network: nn.Module) -> bool:
+    """Whether the network is shown a guidance scale."""
+    if isinstance(network, MLP):
+        return network.guided
+    return isinstance(network, UNet2DCondition) and network.config.get("time_cond_proj_dim") is not None
+
+
+def with_guidance(network: nn.Module) -> Network:
+    """A network that also takes `guidance_scale` and puts out the same whatever it is, until it is trained.
+
+    Raises:
+        ValueError: if networks of this kind have no such input.
+    """
+    if isinstance(network, MLP):
+        return _grown(network, {"guided": True}, zero=("scale.weight", "scale.bias"))
+    if isinstance(network, UNet2DCondition):
+        config = network.config | {"time_cond_proj_dim": GUIDANCE_WIDTH}
+        return _grown(network, {"config": config}, zero=("model.time_embedding.cond_proj.weight",))
+    raise ValueError(
+        f"a range of guidance scales must be shown to the network, and {_name(network)} has no input for it: distil "
+        "one fixed scale (a guidance scale in the place of a range)"
+    )
+
+
+def _grown(network: Network, changes: dict[str, Any], zero: tuple[str, ...]) -> Network:
+    """The network with other arguments and its own weights; the tensors `zero`, which it lacks, are 0."""
+    grown = build_network(describe_network(network) | changes)
+    state = network.state_dict()
+    for name in zero:
+        state[name] = torch.zeros_like(grown.state_dict()[name])
+    grown.load_state_dict(state)
+    return grown.to(next(network.parameters()))
+
+
+def on_clock(network: nn.Module, times: Callable[[Tensor], Tensor], num_train_timesteps: int) -> Network:
+    """A network whose timestep k of T means what the old network's time `times((k + 1) / T)` meant.
+
+    The first linear layer of its time embedding is fitted, by least squares over all T timesteps, to put out for the
+    new timestep what it put out for the old one.
+
+    Raises:
+        ValueError: if networks of this kind have no clock of timesteps.
+    """
+    if not isinstance(network, TableNetwork) or not hasattr(network.model, "time_embedding"):
+        raise ValueError(f"{_name(network)} has no table of timesteps that could be replaced: keep its own process")
+    arguments = {"num_train_timesteps": num_train_timesteps, "clock_range": (0.0, 1.0)}
+    moved = build_network(describe_network(network) | arguments)
+    moved.load_state_dict(network.state_dict())
+    assert isinstance(moved, TableNetwork)
+    if next(moved.parameters()).is_meta:
+        return moved
+    model: Any = moved.model
+    grid = torch.arange(1, num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps
+    layer: nn.Linear = model.time_embedding.linear_1
+    old = network.timestep(times(grid))
+    new = moved.timestep(grid)
+    with torch.no_grad():
+        features = model.time_proj(new.float()).double()
+        wanted = model.time_proj(old.float()).double() @ layer.weight.double().T
+        ones = torch.ones(len(features), 1, dtype=torch.float64)
+        found = torch.linalg.lstsq(torch.cat([features, ones], dim=1), wanted, driver="gelsd").solution
+        layer.weight.copy_(found[:-1].T)
+        layer.bias.add_(found[-1])
+    return moved.to(next(network.parameters()))
+
+
+def _name(network: nn.Module) -> str:
+    return str(getattr(network, "stock", type(network).__name__))

@@ -1,0 +1,236 @@
+"""Matching: the student has the teacher's x0 under another prediction, on another clock, and guided."""
+
+import math
+from typing import Final, final
+
+import pytest
+import torch
+from torch import Tensor
+
+import halfstep
+from halfstep.core.clock import as_clock
+from halfstep.core.denoiser import GUIDANCE, Cond, Denoiser, Guided, NetworkDenoiser, Reprocessed
+from halfstep.core.noise import NoiseProcess, VPCosine, VPTable
+from halfstep.core.oracle import MixtureDenoiser
+from halfstep.core.prediction import Denoised, Eps, V
+from halfstep.nets import MLP, UNet2D, on_clock, unet2d_config, with_guidance
+from halfstep.objectives import Batch, GuidanceRange, Matching, Models, Plan
+from halfstep.samplers import sample
+from halfstep.train import make_accelerator
+from halfstep.train.engine import StageTrainer, copy_denoiser
+from halfstep.train.matching import matched_student, viewed
+from support import Watched, numbers
+
+MEANS: Final = torch.tensor([[[0.8, 0.3], [0.2, 0.9]], [[-0.7, 0.1], [-0.1, -0.8]]], dtype=torch.float64)
+"""Of two classes of two Gaussians each."""
+STD: Final = 0.35
+LOW, HIGH = 1.0, 4.0
+
+
+@final
+class ByClass(Denoiser):
+    """The exact denoiser of the mixture of a class; of all of them for the class behind the last."""
+
+    def __init__(self, process: NoiseProcess) -> None:
+        super().__init__()
+        self.process = process
+        self.each = [MixtureDenoiser(process, means, STD) for means in (*MEANS, MEANS.flatten(0, 1))]
+
+    def forward(self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None) -> Denoised:
+        assert cond is not None
+        answers = [denoiser(x_t, t) for denoiser in self.each]
+        rows, label = torch.arange(len(x_t)), cond["class_labels"]
+        return Denoised(
+            torch.stack([a.x0 for a in answers])[label, rows], torch.stack([a.eps for a in answers])[label, rows]
+        )
+
+
+def batches(draw: halfstep.Draw) -> Batch:
+    """Samples of the mixture, with their classes."""
+    label, part = draw.integers("class", 2), draw.integers("part", 2)
+    x0 = MEANS[label, part] + STD * draw.normal("data", (2,), torch.float64)
+    return Batch(x0.float(), {"class_labels": label})
+
+
+def guided_exactly(teacher: ByClass, x_t: Tensor, t: Tensor, label: Tensor, scale: Tensor) -> Tensor:
+    """The guided x0, from the two mixtures' closed forms."""
+    without = teacher(x_t, t, {"class_labels": torch.full_like(label, 2)}).x0
+    return without + scale[:, None] * (teacher(x_t, t, {"class_labels": label}).x0 - without)
+
+
+def trained(student: NetworkDenoiser, teacher: Denoiser, plan: Plan) -> NetworkDenoiser:
+    torch.set_num_threads(1)
+    for name, stage in zip(plan.names(), plan.stages, strict=True):
+        trainer = StageTrainer(student, teacher, stage, batches, seed=0, stream=name, accelerator=make_accelerator())
+        for _ in trainer.run():
+            pass
+        teacher = trainer.finish()
+        student = copy_denoiser(teacher)
+    assert isinstance(teacher, NetworkDenoiser)
+    return teacher
+
+
+def test_guidance_of_a_mixture_is_taken_in_at_every_scale_and_halved_to_4_steps() -> None:
+    process = VPCosine(-10.0, 10.0)
+    teacher = ByClass(process)
+    guided = Guided(teacher, {"class_labels": torch.tensor(2)})
+    scales = GuidanceRange(LOW, HIGH)
+    torch.manual_seed(0)
+    student = NetworkDenoiser(MLP((2,), width=96, depth=3, num_classes=2, guided=True), process, V())
+    matching = Plan.matching(
+        num_updates=4000, batch_size=256, learning_rate=4e-3, warmup_updates=50, adam_betas=(0.9, 0.99),
+        guidance=scales, ema_decay=0.995,
+    )  # fmt: skip
+    matched = trained(student, guided, matching)
+
+    for scale in torch.linspace(LOW, HIGH, 7):
+        generator = torch.Generator().manual_seed(1)
+        label = torch.randint(2, (4000,), generator=generator)
+        part = torch.randint(2, (4000,), generator=generator)
+        eps = torch.randn(2, 4000, 2, generator=generator, dtype=torch.float64)
+        t = as_clock(torch.rand(4000, generator=generator, dtype=torch.float64), eps[0])
+        x_t = process.mix(MEANS[label, part] + STD * eps[0], eps[1], t).float()
+        shown = scale.expand(4000)
+        with torch.no_grad():
+            found = matched(x_t, t, {"class_labels": label, GUIDANCE: shown}).x0
+        exact = guided_exactly(teacher, x_t, t, label, shown)
+        assert float((found - exact).square().mean().sqrt() / exact.square().mean().sqrt()) < 0.02, float(scale)
+
+    chain = Plan.halvings(
+        16, 4, num_updates=700, batch_size=256, learning_rate=2e-3, warmup_updates=20, adam_betas=(0.9, 0.99),
+        guidance=scales,
+    )  # fmt: skip
+    final_ = trained(copy_denoiser(matched), matched, chain)
+    x_1 = numbers(500, 2).float()
+    label = torch.arange(500) % 2
+    for scale in (LOW, 2.5, HIGH):
+        cond = {"class_labels": label, GUIDANCE: torch.full((500,), scale)}
+        watched = Watched(final_)
+        fast = sample(watched, x_1, 4, cond=cond)
+        calls = Watched(teacher)
+        slow = sample(Guided(calls, guided.null), x_1, 16, cond=cond)
+        coarse = sample(guided, x_1, 4, cond=cond)
+        # One call of 500 a step, where the teacher is asked about 1000.
+        assert [len(answer.x0) for answer in watched.answers] == [500] * 4
+        assert [len(answer.x0) for answer in calls.answers] == [1000] * 16
+        assert float((fast - slow).square().mean()) < 0.25 * float((coarse - slow).square().mean())
+
+
+@pytest.mark.parametrize("shown", [None, GuidanceRange(1.0, 3.0)])
+def test_the_loss_is_0_for_a_student_that_is_the_guided_teacher_and_reaches_no_teacher(
+    shown: GuidanceRange | None,
+) -> None:
+    teacher = ByClass(VPCosine())
+    guided = Guided(teacher, {"class_labels": torch.tensor(2)}, None if shown else 2.5)
+    draw = halfstep.Draw(0, "s", 3, 64, range(64))
+    result = Matching(100, guidance=shown).loss(Models(guided, guided), batches(draw), draw)
+    assert float(result.loss.abs().max()) == 0
+    assert len(set(result.log_snr.tolist())) > 30
+
+
+def test_each_sample_draws_its_own_scale_from_the_whole_range() -> None:
+    teacher = Watched(Guided(ByClass(VPCosine()), {"class_labels": torch.tensor(2)}))
+    seen: list[Tensor] = []
+
+    def network(x_t: Tensor, time: Tensor, class_labels: Tensor, guidance_scale: Tensor) -> Tensor:
+        seen.append(guidance_scale)
+        return x_t
+
+    draw = halfstep.Draw(0, "s", 3, 512, range(512))
+    objective = Matching(100, guidance=GuidanceRange(1.0, 3.0))
+    objective.loss(Models(NetworkDenoiser(network, VPCosine(), V()), teacher), batches(draw), draw)
+    assert 1.0 <= float(seen[0].min()) < 1.02
+    assert 2.98 < float(seen[0].max()) <= 3.0
+    assert abs(float(seen[0].mean()) - 2) < 0.1
+
+
+@pytest.mark.parametrize(("low", "high"), [(-1.0, 2.0), (2.0, 2.0), (3.0, 1.0), (1.0, float("inf"))])
+def test_a_range_that_is_none_is_refused(low: float, high: float) -> None:
+    with pytest.raises(ValueError, match="needs 0 <= low < high"):
+        GuidanceRange(low, high)
+
+
+def test_an_eps_teacher_on_a_table_becomes_a_v_student_on_the_cosine_clock_that_samples_like_it() -> None:
+    """In memory, from batches of an iterable; before the stage the student is far off."""
+    torch.manual_seed(0)
+    table = VPTable()
+    points = [(batches(halfstep.Draw(5, "data", k, 256, range(256))).x0, {}) for k in range(8)]
+    teacher = NetworkDenoiser(MLP((2,), width=64, depth=2), table, Eps())
+    plan = Plan.teacher(
+        num_updates=1500, batch_size=256, learning_rate=3e-3, warmup_updates=50, anneal=True, ema_decay=0.99,
+        adam_betas=(0.9, 0.99), weighting=halfstep.SNR(),
+    )  # fmt: skip
+    from halfstep.train.distill import StreamedBatches
+
+    torch.set_num_threads(1)
+    trainer = StageTrainer(
+        teacher, None, plan.stages[0], StreamedBatches(points), seed=0, stream="t", accelerator=make_accelerator()
+    )
+    for _ in trainer.run():
+        pass
+    teacher = trainer.finish()
+    clock = VPCosine(*table.log_snr(torch.tensor([1.0, 1 / 1000], dtype=torch.float64)).tolist())
+    student = halfstep.distill(
+        teacher, points, to=4, start=16, prediction=V(), process=clock, num_updates=500, matching_updates=1500,
+        batch_size=256, learning_rate=2e-3,
+    )  # fmt: skip
+    assert (student.process, student.prediction) == (clock, V())
+    x_1 = numbers(1000, 2).float()
+    slow = sample(Reprocessed(teacher, clock), x_1, 256)
+    fast = sample(student, x_1, 4)
+    coarse = sample(Reprocessed(teacher, clock), x_1, 4)
+    assert float((fast - slow).square().mean().sqrt()) < 0.12
+    assert float((fast - slow).square().mean()) < 0.5 * float((coarse - slow).square().mean())
+
+
+def small_unet(seed: int = 0) -> UNet2D:
+    torch.manual_seed(seed)
+    config = unet2d_config(
+        size=(8, 8), in_channels=1, out_channels=1, block_out_channels=(32, 64), layers_per_block=1,
+        attention=(False, False), attention_head_dim=8, mid_attention=False, norm_num_groups=8,
+    )  # fmt: skip
+    return UNet2D(config, num_train_timesteps=1000).eval()
+
+
+@torch.no_grad()
+def test_a_network_on_another_clock_starts_near_what_it_was() -> None:
+    """The time embedding's first layer is fitted; without that the network is asked about quite another time. As a
+    trained network does, this one tells times apart by more than single timesteps."""
+    table, cosine = VPTable(), VPCosine(-10.0, 9.0)
+    network = small_unet()
+    half = network.model.time_embedding.linear_1.weight.shape[1] // 2
+    slow = torch.exp(-math.log(10_000) * torch.arange(half) / half) < 0.05
+    network.model.time_embedding.linear_1.weight *= slow.repeat(2)
+    moved = on_clock(network, lambda t: table.time_at(cosine.log_snr(t)).clamp(0, 1), 1024)
+    plain = UNet2D(network.config, 1024)
+    plain.load_state_dict(network.state_dict())
+    x_t = numbers(64, 1, 8, 8).float()
+    t = torch.linspace(0.05, 1, 64, dtype=torch.float64)
+    wanted = network(x_t, table.time_at(cosine.log_snr(t)).float())
+    assert float((moved(x_t, t.float()) - wanted).abs().mean()) < 0.2 * float(
+        (plain.eval()(x_t, t.float()) - wanted).abs().mean()
+    )
+
+
+@torch.no_grad()
+def test_a_network_that_is_shown_a_scale_starts_as_it_was_whatever_the_scale() -> None:
+    network = MLP((2,), width=16, depth=1, num_classes=3)
+    shown = with_guidance(network)
+    x_t, time, label = numbers(5, 2).float(), torch.rand(5), torch.tensor([0, 1, 2, 0, 1])
+    for scale in (0.0, 1.0, 7.5):
+        found = shown(x_t, time, class_labels=label, guidance_scale=torch.full((5,), scale))
+        assert torch.equal(found, network(x_t, time, class_labels=label))
+
+
+def test_networks_without_an_input_for_a_scale_and_heads_of_another_number_are_refused() -> None:
+    teacher = NetworkDenoiser(small_unet(), VPTable(), Eps())
+    with pytest.raises(ValueError, match="UNet2DModel has no input for it: distil one fixed scale"):
+        matched_student(V(), None, shown_scale=True)(teacher)
+    with pytest.raises(ValueError, match="has 1 outputs for each channel, but Both needs 2"):
+        matched_student(halfstep.Both())(teacher)
+
+
+def test_guidance_without_anything_for_no_condition_is_refused() -> None:
+    teacher = NetworkDenoiser(MLP((2,), num_classes=2), VPCosine(), V())
+    with pytest.raises(ValueError, match="guidance needs to know what stands for no condition"):
+        viewed(teacher, VPCosine(), (2.0, 2.0), {})
