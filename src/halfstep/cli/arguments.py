@@ -30,7 +30,9 @@ class RunArguments:
 
 @dataclass
 class DistillArguments:
-    """Halve a trained model to fewer steps. Options are those of the recipe of the model's run."""
+    """Halve a model to fewer steps. MODEL is the folder of a run or of a stage, a folder that diffusers has saved, or a
+    name on the Hub; --data says what to train on. Options are those of the recipe of the model's run. A teacher that
+    predicts eps is matched to v first; --matching.guidance-scale takes classifier-free guidance into the student."""
 
     recipe: RecipeFields
     out: Path | None = None
@@ -53,6 +55,10 @@ class SampleArguments:
     """Seed of the first sample."""
     class_label: int | None = None
     """One class for all; classes in turn by default."""
+    guidance_scale: float | None = None
+    """uncond + scale (cond - uncond), for a model that knows guidance; 1 is none. The model's own by default."""
+    prompt: str | None = None
+    """A text, for a model of texts."""
     sampler: str = "ddim"
     """Sampler (see `halfstep ls samplers`)."""
     gamma: float | None = None

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from halfstep.cli import importing, studying
+from halfstep.cli import exporting, importing, studying
 from halfstep.cli.arguments import (
     DistillArguments,
     EvaluateArguments,
@@ -35,6 +35,7 @@ from halfstep.core.noise import processes
 from halfstep.core.prediction import predictions
 from halfstep.core.weighting import weightings
 from halfstep.data import open_data
+from halfstep.hub import decoder_of, fetch, import_pipeline, is_pipeline, text_conditions
 from halfstep.nets import networks
 from halfstep.objectives import objectives
 from halfstep.recipes import EvaluationConfig, Recipe, build, recipes
@@ -121,13 +122,19 @@ def distill(argv: Sequence[str]) -> None:
         parse(DistillArguments, ["--help"], "halfstep distill MODEL", DistillArguments(recipes["digits"]()))
     if not argv or argv[0].startswith("-"):
         raise UsageError("the model is missing: halfstep distill MODEL --to 4")
-    folder = find_stage(Path(argv[0]))
-    model = load(folder.path)
     rest = expand_data(argv[1:])
-    recipe = _recipe_of(folder)
+    recipe = None
+    if is_pipeline(argv[0]) or not Path(argv[0]).exists():
+        model = import_pipeline(argv[0])
+        where, name = argv[0], model.manifest.stage
+    else:
+        folder = find_stage(Path(argv[0]))
+        model = load(folder.path)
+        recipe = _recipe_of(folder)
+        where, name = str(folder.path), folder.name
     if recipe is None:
         if not any(token.partition("=")[0] == "--data.source" for token in rest):
-            raise UsageError(f"{folder.path} lies outside its run, so its data is not known: add --data SOURCE")
+            raise UsageError(f"{where} lies outside its run, so its data is not known: add --data SOURCE")
         recipe = Recipe(name="distilled")
     # What was set for single students of the old chain need not fit the new one.
     chain = recipe.chain.model_copy(
@@ -148,11 +155,11 @@ def distill(argv: Sequence[str]) -> None:
     recipe = arguments.recipe
     if model.num_steps is not None and recipe.chain.start_steps != model.num_steps:
         raise UsageError(
-            f"{folder.path} samples in {model.num_steps} steps, so the chain must start there, not at "
+            f"{where} samples in {model.num_steps} steps, so the chain must start there, not at "
             f"{recipe.chain.start_steps}: leave --start out, or distil from an earlier stage"
         )
     last = recipe.chain.students[-1] if recipe.chain.students else recipe.chain.end_steps
-    out = arguments.out or Path("runs") / f"{recipe.name}-{folder.name}-to-{last}"
+    out = arguments.out or Path("runs") / f"{recipe.name}-{name}-to-{last}"
     _threads(recipe)
     if arguments.dry_run:
         data, missing = data_or_stand_in(recipe)
@@ -212,9 +219,29 @@ def sample(argv: Sequence[str]) -> None:
         raise UsageError(f"{out} is there already: choose another --out, or add --overwrite")
     model = load(arguments.model, _device(arguments.device))
     seeds = range(arguments.seed, arguments.seed + arguments.num_samples)
-    x0 = model.sample(seeds, arguments.num_steps, method, arguments.class_label, arguments.batch_size)
+    cond = _prompted(model, arguments.prompt, len(seeds))
+    x0 = model.sample(
+        seeds, arguments.num_steps, method, arguments.class_label, arguments.batch_size, arguments.guidance_scale, cond
+    )
     write_samples(x0, model, seeds, out)
     print(f"{arguments.num_samples} samples in {arguments.num_steps or model.num_steps} steps: {out}")
+
+
+def _prompted(model: Model, prompt: str | None, number: int) -> dict[str, torch.Tensor]:
+    """The conditions of a text, the same for `number` samples; empty for a model that is shown none.
+
+    Raises:
+        UsageError: if a text is missing, or says nothing to the model.
+    """
+    manifest = model.manifest
+    if not manifest.conditions:
+        if prompt is not None:
+            raise UsageError("--prompt says nothing to this model, which is shown no text: leave it out")
+        return {}
+    if prompt is None or manifest.pipeline is None:
+        raise UsageError(f"this model is shown {', '.join(manifest.conditions)}: add --prompt TEXT")
+    shown = text_conditions(fetch(manifest.pipeline.folder), [prompt])
+    return {name: value.expand(number, *value.shape[1:]) for name, value in shown.items()}
 
 
 def write_samples(x0: torch.Tensor, model: Model, seeds: range, out: Path) -> None:
@@ -223,13 +250,17 @@ def write_samples(x0: torch.Tensor, model: Model, seeds: range, out: Path) -> No
     Raises:
         UsageError: if the samples are no images and a picture was asked for.
     """
-    is_image = model.manifest.clip
+    is_image = model.manifest.is_image
     if out.suffix.lower() == ".npz":
         out.parent.mkdir(parents=True, exist_ok=True)
         np.savez(out, arr_0=samples_array(x0, is_image))
         return
     if not is_image:
-        raise UsageError(f"samples of shape {list(model.shape)} are no images: write a .npz")
+        pipeline = model.manifest.pipeline
+        if pipeline is None:
+            raise UsageError(f"samples of shape {list(model.shape)} are no images: write a .npz")
+        decode = decoder_of(fetch(pipeline.folder))
+        x0 = torch.cat([decode(part) for part in x0.split(8)])
     pixels = to_uint8(x0).permute(0, 2, 3, 1).numpy()
     if out.suffix.lower() == ".png":
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -315,6 +346,16 @@ def evaluate(argv: Sequence[str]) -> None:
 def import_(argv: Sequence[str]) -> None:
     """Turn a checkpoint from elsewhere into a stage."""
     importing.import_(argv)
+
+
+def export(argv: Sequence[str]) -> None:
+    """Write a model as other tools read it."""
+    exporting.export(argv)
+
+
+def encode(argv: Sequence[str]) -> None:
+    """Encode images and texts by a pipeline's own parts."""
+    exporting.encode_(argv, _console())
 
 
 def study(argv: Sequence[str]) -> None:

@@ -4,6 +4,7 @@
 Ctrl-C or SIGTERM, with the state saved.
 """
 
+import logging
 import os
 import sys
 import warnings
@@ -15,9 +16,11 @@ usage: halfstep VERB ...
 
   run RECIPE        the whole plan: train a teacher, halve it to few steps, measure, report; resumable
   train RECIPE      the teacher only
-  import google-pd  a checkpoint of the paper's authors: halfstep import google-pd cifar_8.msgpack --config cifar10
-  distill MODEL     halve a trained model further: halfstep distill runs/digits --to 4
+  import FORMAT     a model from elsewhere as a stage: halfstep import diffusers google/ddpm-cifar10-32
+  encode PIPELINE   images and texts to latents, once: halfstep encode PIPELINE --data FOLDER --out latents
+  distill MODEL     halve a model to fewer steps: halfstep distill runs/digits --to 4; MODEL may be a diffusers pipeline
   sample MODEL      draw samples: halfstep sample runs/digits --num-samples 64 --out grid.png
+  export MODEL      to a stock diffusers pipeline or one ONNX graph: halfstep export runs/digits --out digits-1
   evaluate MODEL    measure a run or one of its stages
   report RUN        write RUN/report/index.html
   study NAME        one of the paper's tables and figures: halfstep study table1 --scale smoke
@@ -67,7 +70,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from halfstep.registry import nearest
 
-    verbs = ("run", "train", "import", "distill", "sample", "evaluate", "report", "study", "ls", "demo")
+    verbs = (
+        "run",
+        "train",
+        "import",
+        "encode",
+        "distill",
+        "sample",
+        "export",
+        "evaluate",
+        "report",
+        "study",
+        "ls",
+        "demo",
+    )
     verb, rest = arguments[0], arguments[1:]
     if verb not in verbs:
         fail(f"unknown verb {verb!r}{nearest(verb, verbs)} (known: {', '.join(verbs)})")
@@ -81,11 +97,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _dispatch(verb: str, rest: Sequence[str]) -> None:
+    # An optional library that diffusers looks for and that warns at its import of what it cannot do here.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from halfstep.cli import commands
     from halfstep.train import Interrupted, NonFinite
 
     try:
-        getattr(commands, "import_" if verb == "import" else verb)(rest)
+        getattr(commands, {"import": "import_"}.get(verb, verb))(rest)
     except Interrupted as stopped:
         print(f"\nhalfstep: {stopped}; the state is saved: run the same command again to go on", file=sys.stderr)
         raise SystemExit(128 + stopped.signal) from None

@@ -1,5 +1,29 @@
-"""The border with other libraries' files: imports here; exports come with a later issue."""
+"""The border with other libraries' files: pipelines of diffusers in and out, ONNX out, the authors' checkpoints in."""
 
+from halfstep.hub.encoding import decoder_of, encoder_of, text_conditions
+from halfstep.hub.export import export_lora, export_pipeline, push_to_hub
 from halfstep.hub.google_pd import CONFIGS, GooglePDConfig, config_of, import_google_pd
+from halfstep.hub.onnx import export_onnx
+from halfstep.hub.pipelines import LAYOUTS, fetch, import_pipeline, is_pipeline
+from halfstep.hub.schedulers import read_schedule, times_of, write_schedule
 
-__all__ = ["CONFIGS", "GooglePDConfig", "config_of", "import_google_pd"]
+__all__ = [
+    "CONFIGS",
+    "LAYOUTS",
+    "GooglePDConfig",
+    "config_of",
+    "decoder_of",
+    "encoder_of",
+    "export_lora",
+    "export_onnx",
+    "export_pipeline",
+    "fetch",
+    "import_google_pd",
+    "import_pipeline",
+    "is_pipeline",
+    "push_to_hub",
+    "read_schedule",
+    "text_conditions",
+    "times_of",
+    "write_schedule",
+]

@@ -1,0 +1,128 @@
+"""`halfstep export` and `halfstep encode`: models to other tools, images and texts to latents."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tyro
+from rich.console import Console
+
+from halfstep.cli.arguments import UsageError, parse
+from halfstep.data import DataConfig, ImageFiles, encode, open_data, read_captions
+from halfstep.data.base import MemoryData
+from halfstep.data.images import Preparation
+from halfstep.hub import LAYOUTS, encoder_of, export_lora, export_onnx, export_pipeline, fetch, push_to_hub
+from halfstep.runs import Pipeline, read_json
+from halfstep.train import load
+from halfstep.train.model import find_stage
+
+
+@dataclass
+class ExportArguments:
+    """Write a model as other tools read it: halfstep export runs/digits --format diffusers --out digits-4."""
+
+    model: tyro.conf.Positional[Path]
+    """Folder of a run (its last stage is meant) or of a stage."""
+    out: Path
+    """diffusers, lora: a folder. onnx: a .onnx file."""
+    format: Literal["diffusers", "lora", "onnx"] = "diffusers"
+    """diffusers: a stock pipeline with its scheduler and a card. lora: the low-rank additions of a LoRA student, as
+    pipe.load_lora_weights reads them. onnx: the whole sampler as one graph, noise in, x0 out."""
+    num_steps: int | None = None
+    """onnx: steps of the sampler; those that the model was distilled for by default."""
+    push_to_hub: str | None = None
+    """diffusers, lora: repository on the Hub, OWNER/NAME, that then gets the folder."""
+
+
+def export(argv: Sequence[str]) -> None:
+    """Exports a stage and says where it lies."""
+    arguments = parse(ExportArguments, argv, "halfstep export")
+    if arguments.format != "onnx" and arguments.num_steps is not None:
+        raise UsageError(
+            f"--num-steps {arguments.num_steps} says nothing to --format {arguments.format}, whose pipeline is "
+            "told when it is called: leave it out"
+        )
+    if arguments.format == "onnx" and arguments.push_to_hub is not None:
+        raise UsageError("--push-to-hub is for folders, not for --format onnx: leave it out")
+    if arguments.format == "onnx" and arguments.out.suffix != ".onnx":
+        raise UsageError(f"--out {arguments.out}: give a file that ends in .onnx")
+    stage = find_stage(arguments.model)
+    model = load(stage.path)
+    if arguments.format == "onnx":
+        if arguments.out.exists():
+            raise UsageError(f"{arguments.out} is there already: choose another --out")
+        export_onnx(model, arguments.out, arguments.num_steps)
+        steps = model.check_steps(arguments.num_steps)
+        print(f"{arguments.out}: {steps} steps, noise in, x0 out, checked against torch")
+        return
+    if arguments.format == "lora":
+        export_lora(model, arguments.out)
+        print(f"{arguments.out}: low-rank additions; README.md says how to use them")
+    else:
+        export_pipeline(model, arguments.out, stage.metrics())
+        kind = read_json(arguments.out / "model_index.json")["_class_name"]
+        print(f"{arguments.out}: a {kind}; README.md says how to use it")
+    if arguments.push_to_hub is not None:
+        print(push_to_hub(arguments.out, arguments.push_to_hub))
+
+
+@dataclass
+class EncodeArguments:
+    """Encode images, and their captions or classes, once, by a latent pipeline's own VAE and text encoders:
+    halfstep encode PIPELINE --data FOLDER --out latents. The same command again continues where it was."""
+
+    pipeline: tyro.conf.Positional[str]
+    """Folder of the pipeline, or its name on the Hub."""
+    data: str
+    """Images with captions (metadata.jsonl, metadata.csv or a .txt beside each) for a model of texts; images in a
+    folder for each class for a model of classes."""
+    out: Path
+    """A folder for a model of texts; a .npz file for a model of classes."""
+    image_size: int | None = None
+    """Height and width to resize images to; by default the size that they all have."""
+    batch_size: int = 8
+    """Images encoded at once."""
+    device: str = "cpu"
+    """Where the encoders run."""
+
+
+def encode_(argv: Sequence[str], console: Console) -> None:
+    """Encodes a folder of images and says what came out."""
+    arguments = parse(EncodeArguments, argv, "halfstep encode")
+    folder = fetch(arguments.pipeline)
+    kind = str(read_json(folder / "model_index.json").get("_class_name"))
+    if kind not in LAYOUTS or LAYOUTS[kind].is_image:
+        raise UsageError(f"{folder} holds a {kind}, which makes no latents: give its images to distill as they are")
+    encoder = encoder_of(
+        Pipeline(kind=kind, folder=str(folder), component=LAYOUTS[kind].component), folder, arguments.device
+    )
+    if LAYOUTS[kind].text:
+        images = read_captions(Path(arguments.data), Preparation(arguments.image_size, channels=3))
+        found = encode(
+            images,
+            encoder,
+            arguments.out,
+            arguments.batch_size,
+            on_progress=lambda done, total: console.print(f"encoded {done} of {total}", highlight=False),
+        )
+        print(f"{arguments.out}: {len(found)} latents of shape {list(found.shape)} with their texts")
+        return
+    if arguments.out.suffix != ".npz":
+        raise UsageError(f"--out {arguments.out}: give a file that ends in .npz")
+    if arguments.out.exists():
+        raise UsageError(f"{arguments.out} is there already: choose another --out")
+    data = open_data(DataConfig(source=arguments.data, image_size=arguments.image_size, channels=3))
+    if not isinstance(data, MemoryData | ImageFiles) or not data.num_classes:
+        raise UsageError(f"{arguments.data} has no classes, which a {kind} is conditioned by")
+    latents, labels = [], []
+    import torch
+
+    for first in range(0, len(data), arguments.batch_size):
+        batch = data.fetch(torch.arange(first, min(first + arguments.batch_size, len(data))))
+        latents.append(encoder.images(batch.x0).float().cpu().numpy())
+        labels.append(batch.cond["class_labels"].numpy())
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(arguments.out, x=np.concatenate(latents), y=np.concatenate(labels))
+    print(f"{arguments.out}: {len(data)} latents of shape {list(latents[0].shape[1:])} of {data.num_classes} classes")

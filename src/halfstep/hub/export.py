@@ -1,0 +1,201 @@
+"""Export: a stage as a pipeline of stock diffusers, with a card that says how to use it.
+
+An image model without classes becomes a `DDIMPipeline`, one with classes a `ConsistencyModelPipeline` (what diffusers
+has for a `UNet2DModel` with labels), and a model that came from another pipeline that pipeline, with its other parts
+copied. No code of ours is in the folder.
+"""
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from halfstep.hub.card import lora_card, model_card
+from halfstep.hub.pipelines import fetch
+from halfstep.hub.quiet import quiet, stock
+from halfstep.hub.schedulers import StockSchedule, clipping, exact_steps, write_schedule
+from halfstep.nets import SD3, LoRA, StockNetwork, TableNetwork, merged
+from halfstep.runs import Metrics, read_json, write_folder, write_text
+from halfstep.train.model import Model
+
+COPIED: Final = (".json", ".safetensors", ".txt", ".model")
+"""Suffixes of the files of an origin's other parts that are copied."""
+
+
+def export_pipeline(model: Model, out: Path, metrics: Metrics | None = None) -> Path:
+    """The model in the layout of a stock pipeline, in the folder `out`, which must not hold anything.
+
+    Args:
+        metrics: what the card says of the model's quality, with its protocol.
+
+    Raises:
+        ValueError: if diffusers has no pipeline, scheduler or exact grid for the model, a part of its origin is
+            missing, or `out` holds something; nothing is written then.
+    """
+    if out.exists() and (out.is_file() or any(out.iterdir())):
+        raise ValueError(f"{out} is there already: choose another --out")
+    network = merged(model.denoiser.network)
+    if not isinstance(network, StockNetwork):
+        raise ValueError(
+            f"a network of the kind {model.manifest.network.get('type')} is in no pipeline of diffusers: use --format "
+            "onnx, or halfstep.load in Python"
+        )
+    schedule, kind, component = _layout(model, network)
+    exact = exact_steps(schedule)
+    if model.num_steps is not None and model.num_steps not in exact:
+        raise ValueError(
+            f"the exported grid cannot represent {model.num_steps} steps exactly on "
+            f"{schedule.config['num_train_timesteps']} timesteps: exact are {', '.join(map(str, exact))}; export a "
+            "stage of one of these, or match the teacher to the cosine process, whose timesteps are a power of two "
+            "(halfstep distill --matching.process cosine), or use --format onnx"
+        )
+    origin = None if model.manifest.pipeline is None else fetch(model.manifest.pipeline.folder)
+    if origin is None and not model.manifest.is_image:
+        raise ValueError("this model makes latents, and the pipeline that it came from is not known: use --format onnx")
+    copies = {} if origin is None or model.manifest.is_image else _other_parts(origin, component)
+    index = _index(kind, component, schedule, network, origin if copies else None)
+
+    def write(into: Path) -> None:
+        _save_network(network, into / component)
+        _save_scheduler(schedule, into / "scheduler")
+        for name, folder in copies.items():
+            _copy_part(folder, into / name)
+        write_text(into / "model_index.json", json.dumps(index, indent=2) + "\n")
+        write_text(into / "README.md", model_card(out.name, model.manifest, kind, schedule, exact, metrics))
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.exists():
+        out.rmdir()
+    write_folder(out, write)
+    return out
+
+
+def export_lora(model: Model, out: Path) -> Path:
+    """The additions of a LoRA student in diffusers' layout, and the scheduler that they were made for, in the folder
+    `out`, which must not hold anything: what `pipe.load_lora_weights` reads.
+
+    Raises:
+        ValueError: if the model is no LoRA, its pipeline loads none, or `out` holds something.
+    """
+    if out.exists() and (out.is_file() or any(out.iterdir())):
+        raise ValueError(f"{out} is there already: choose another --out")
+    network, pipeline = model.denoiser.network, model.manifest.pipeline
+    if not isinstance(network, LoRA):
+        raise ValueError("this model was trained whole and has no low-rank additions: use --format diffusers")
+    kind: Any = None if pipeline is None else stock(pipeline.kind)
+    if pipeline is None or not hasattr(kind, "save_lora_weights"):
+        where = "no pipeline" if pipeline is None else pipeline.kind
+        raise ValueError(
+            f"diffusers loads no low-rank additions into {where}: use --format diffusers, which merges them"
+        )
+    schedule, _, component = _layout(model, network.base)
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft.utils import get_peft_model_state_dict
+
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(network.base.model))
+    state = {name: value.detach().cpu().float().contiguous() for name, value in layers.items()}
+
+    def write(into: Path) -> None:
+        with quiet():
+            kind.save_lora_weights(into, **{f"{component}_lora_layers": state})
+        _save_scheduler(schedule, into / "scheduler")
+        write_text(into / "README.md", lora_card(out.name, model.manifest, pipeline, schedule))
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.exists():
+        out.rmdir()
+    write_folder(out, write)
+    return out
+
+
+def push_to_hub(folder: Path, name: str) -> str:
+    """The address of the repository `name` (OWNER/NAME) on the Hub, which then holds what `folder` does.
+
+    Raises:
+        ValueError: if the Hub refuses or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        address = api.create_repo(name, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=folder)
+    except Exception as error:  # the Hub's client has many errors of its own, and network libraries below it more
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"{folder} could not be pushed to {name} ({lines[0]}); the folder is complete") from None
+    return str(address)
+
+
+def _layout(model: Model, network: StockNetwork) -> tuple[StockSchedule, str, str]:
+    """The scheduler, the pipeline's class, and the folder of the network in it."""
+    manifest = model.manifest
+    if isinstance(network, TableNetwork) and network.clock_range != (0.0, 1.0):
+        raise ValueError(
+            f"the network's clock goes over {list(network.clock_range)}, so no number of steps falls on whole "
+            "timesteps of diffusers: match it to the cosine process first (halfstep distill --matching.process "
+            "cosine), or use --format onnx"
+        )
+    process = model.denoiser.process
+    if isinstance(network, SD3) and vars(process).get("shift") != network.shift:
+        raise ValueError(f"the network's clock has the shift {network.shift:g}, but its process is {process}")
+    timesteps: Any = network.num_train_timesteps
+    schedule = write_schedule(process, model.denoiser.prediction, timesteps, manifest.clip)
+    if manifest.pipeline is not None and not manifest.is_image:
+        return schedule, manifest.pipeline.kind, manifest.pipeline.component
+    if manifest.num_classes:
+        return (clipping(schedule) if manifest.clip else schedule), "ConsistencyModelPipeline", "unet"
+    return schedule, "DDIMPipeline", "unet"
+
+
+def _other_parts(origin: Path, component: str) -> dict[str, Path]:
+    """The folders of an origin's parts beside network and scheduler, by name."""
+    index = read_json(origin / "model_index.json")
+    parts = {}
+    for name, value in index.items():
+        if name in (component, "scheduler") or not isinstance(value, list) or value[0] is None:
+            continue
+        folder = origin / name
+        if not folder.is_dir():
+            raise ValueError(f"{origin} has no {name} any more, which the exported pipeline needs")
+        parts[name] = folder
+    return parts
+
+
+def _index(
+    kind: str, component: str, schedule: StockSchedule, network: StockNetwork, origin: Path | None
+) -> dict[str, Any]:
+    import diffusers
+
+    index: dict[str, Any] = {"_class_name": kind, "_diffusers_version": diffusers.__version__}
+    if origin is not None:
+        index |= {name: value for name, value in read_json(origin / "model_index.json").items() if name not in index}
+    return index | {component: ["diffusers", network.stock], "scheduler": ["diffusers", schedule.kind]}
+
+
+def _save_network(network: StockNetwork, folder: Path) -> None:
+    # safetensors takes no channels-last tensors.
+    module: Any = copy.deepcopy(network.model).cpu().float().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    with quiet():
+        module.save_pretrained(folder, safe_serialization=True)
+    config: dict[str, Any] = read_json(folder / "config.json")
+    size = config.get("sample_size")
+    if isinstance(size, list) and len(set(size)) == 1:
+        # Some pipelines know square samples only, and want the side as one number.
+        config["sample_size"] = size[0]
+    config.pop("_name_or_path", None)
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def _save_scheduler(schedule: StockSchedule, folder: Path) -> None:
+    with quiet():
+        stock(schedule.kind)(**schedule.config).save_pretrained(folder)
+
+
+def _copy_part(source: Path, target: Path) -> None:
+    target.mkdir(parents=True)
+    for file in sorted(source.iterdir()):
+        if file.suffix in COPIED:
+            shutil.copyfile(file, target / file.name)

@@ -1,0 +1,290 @@
+"""Import of diffusers' pipelines, from a folder or the Hub, as teachers.
+
+Process, prediction, clipping and conditions are read from the configs of scheduler and network; what they do not say is
+asked for by name. Only safetensors are read, and no code of a repository is run.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, final
+
+import torch
+from torch import Tensor
+
+from halfstep.core.denoiser import NetworkDenoiser
+from halfstep.core.noise import processes
+from halfstep.core.prediction import predictions
+from halfstep.hub.encoding import text_conditions
+from halfstep.hub.quiet import quiet, stock
+from halfstep.hub.schedulers import Schedule, read_schedule
+from halfstep.nets import SD3, DiT, StockNetwork, UNet2D, UNet2DCondition, describe_network
+from halfstep.runs import DamagedFile, Manifest, Pipeline, read_json
+from halfstep.train.model import Model
+
+START_STEPS: Final = 128
+"""DDIM steps of an imported teacher at the start of its chain, where none are asked for: a compromise between what the
+steps lose and what the stages cost; a power of two that no table of 1000 levels makes whole, so times between levels
+are interpolated."""
+
+
+@final
+@dataclass(frozen=True)
+class Layout:
+    """How a pipeline of diffusers is laid out."""
+
+    component: str
+    """The folder of the network."""
+    network: type[StockNetwork]
+    is_image: bool
+    """Whether the network makes images; latents if not."""
+    text: bool = False
+    """Whether it is shown a text."""
+
+
+LAYOUTS: Final[dict[str, Layout]] = {
+    "DDPMPipeline": Layout("unet", UNet2D, is_image=True),
+    "DDIMPipeline": Layout("unet", UNet2D, is_image=True),
+    "ConsistencyModelPipeline": Layout("unet", UNet2D, is_image=True),
+    "DiTPipeline": Layout("transformer", DiT, is_image=False),
+    "StableDiffusionPipeline": Layout("unet", UNet2DCondition, is_image=False, text=True),
+    "StableDiffusion3Pipeline": Layout("transformer", SD3, is_image=False, text=True),
+}
+"""The pipelines that can be imported."""
+PLAIN: Final[dict[str, Layout]] = {"UNet2DModel": Layout("", UNet2D, is_image=True)}
+"""Networks that are known without a pipeline round them."""
+PICKLED: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+"""Suffixes of weights that run code when they are read."""
+
+
+def is_pipeline(path: str | Path) -> bool:
+    """Whether a path is a folder that diffusers has written: a pipeline, or a network with its config."""
+    folder = Path(path)
+    return (folder / "model_index.json").is_file() or (
+        (folder / "config.json").is_file() and not (folder / "manifest.json").is_file()
+    )
+
+
+def fetch(source: str) -> Path:
+    """The folder that `source` means: itself, or the copy of a repository on the Hub, without pickles and code.
+
+    Raises:
+        ValueError: if it is pickled weights, or neither a folder nor a repository that can be reached.
+    """
+    path = Path(source).expanduser()
+    if path.suffix in PICKLED:
+        raise ValueError(
+            f"{source} is pickled and could run code when it is read, so halfstep does not: convert it where you trust "
+            "it, for example diffusers' StableDiffusionPipeline.from_single_file(...).save_pretrained(FOLDER)"
+        )
+    if path.is_dir():
+        return path
+    if not path.exists() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
+        raise ValueError(f"{source} does not exist: give a folder, or a name on the Hub (OWNER/NAME)")
+    if path.exists():
+        raise ValueError(
+            f"{source} is a file: give a folder that diffusers has saved, or a name on the Hub (OWNER/NAME)"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+    except Exception as error:  # the Hub's client has many errors of its own, and network libraries below it more
+        reason = str(error).strip().splitlines()
+        raise ValueError(
+            f"{source} is no folder here and could not be fetched from the Hub ({reason[0] if reason else error})"
+        ) from None
+
+
+def import_pipeline(source: str | Path) -> Model:
+    """The network of a pipeline as a teacher, on the CPU in float32.
+
+    Args:
+        source: a folder that diffusers has saved, or a name on the Hub.
+
+    Raises:
+        ValueError: if it is pickled, wants code of its own, or a part of it is missing or not understood.
+    """
+    folder = fetch(str(source))
+    kind, layout, network_folder, scheduler_file = _parts(folder)
+    schedule = read_schedule(_json(scheduler_file))
+    network = _network(network_folder, layout, schedule)
+    conditions: dict[str, tuple[int, ...]] = {}
+    null: dict[str, Tensor] = {}
+    if layout.text:
+        null = {name: value[0] for name, value in text_conditions(folder, [""]).items()}
+        conditions = {name: tuple(value.shape) for name, value in null.items()}
+        _check_text_width(network, conditions)
+    num_classes = 0
+    if isinstance(network, UNet2D):
+        num_classes = int(network.config.get("num_class_embeds") or 0)
+    elif isinstance(network, DiT):
+        num_classes = int(network.config["num_embeds_ada_norm"])
+        null = {"class_labels": torch.tensor(num_classes)}
+    manifest = Manifest(
+        stage=folder.name,
+        objective="imported",
+        parent=None,
+        num_steps=None,
+        start_steps=START_STEPS,
+        num_updates=0,
+        seconds=0.0,
+        shape=_shape(network),
+        num_classes=num_classes,
+        conditions=conditions,
+        is_image=layout.is_image,
+        clip=schedule.clip,
+        network=describe_network(network),
+        process=processes.describe(schedule.process),
+        prediction=predictions.describe(schedule.prediction),
+        pipeline=None if kind is None else Pipeline(kind=kind, folder=_origin(source), component=layout.component),
+        files={},
+        source=str(source),
+    )
+    return Model(NetworkDenoiser(network.eval(), schedule.process, schedule.prediction), manifest, null)
+
+
+def _origin(source: str | Path) -> str:
+    path = Path(source).expanduser()
+    return str(path.resolve()) if path.is_dir() else str(source)
+
+
+def _json(file: Path) -> dict[str, Any]:
+    data = read_json(file)
+    if not isinstance(data, dict):
+        raise DamagedFile(f"{file} does not hold a config")
+    return data
+
+
+def _parts(folder: Path) -> tuple[str | None, Layout, Path, Path]:
+    """The pipeline's class, its layout, the folder of the network and the config of the scheduler."""
+    index_file = folder / "model_index.json"
+    if not index_file.is_file():
+        return _plain_parts(folder)
+    index = _json(index_file)
+    kind = index.get("_class_name")
+    code = sorted(file.name for file in folder.rglob("*.py"))
+    foreign = [
+        name
+        for name, value in index.items()
+        if isinstance(value, list)
+        and value[:1] not in ([None], ["diffusers"], ["transformers"])
+        and not (value[0] == "stable_diffusion" and name == "safety_checker")
+    ]
+    if not isinstance(kind, str) or foreign or code:
+        what = f"its class is {kind}" if not isinstance(kind, str) else ", ".join(foreign or code)
+        raise ValueError(
+            f"{folder} wants code of its own to be run ({what}), which halfstep refuses: save it as a pipeline that "
+            "diffusers knows"
+        )
+    if kind not in LAYOUTS:
+        raise ValueError(f"{folder} holds a {kind}, which is not understood: known are {', '.join(LAYOUTS)}")
+    layout = LAYOUTS[kind]
+    if layout.text:
+        for name in ("text_encoder", "tokenizer"):
+            if (index.get(name) or [None])[0] is None or not (folder / name).is_dir():
+                raise ValueError(
+                    f"{folder} has no {name}, which a model of texts is conditioned by: save the pipeline with it"
+                )
+    return kind, layout, folder / layout.component, folder / "scheduler" / "scheduler_config.json"
+
+
+def _plain_parts(folder: Path) -> tuple[None, Layout, Path, Path]:
+    places = [folder, folder / "unet", folder / "transformer"]
+    network = next((place for place in places if (place / "config.json").is_file()), None)
+    if network is None:
+        raise ValueError(f"{folder} is no pipeline (no model_index.json) and holds no network (no config.json)")
+    config = _json(network / "config.json")
+    kind = str(config.get("_class_name"))
+    if "auto_map" in config:
+        raise ValueError(f"{network} wants code of its own to be run (auto_map), which halfstep refuses")
+    if kind not in PLAIN:
+        raise ValueError(
+            f"{network} holds a {kind}, of which config.json does not say enough: give a whole pipeline (known without "
+            f"one: {', '.join(PLAIN)})"
+        )
+    files = [folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json"]
+    scheduler = next((file for file in files if file.is_file()), None)
+    if scheduler is None:
+        raise ValueError(
+            f"{folder} has no scheduler_config.json, and process and prediction are not guessed: write one, such as "
+            'diffusers\' DDPMScheduler(beta_schedule="linear", prediction_type="epsilon").save_pretrained(FOLDER)'
+        )
+    return None, PLAIN[kind], network, scheduler
+
+
+def _network(folder: Path, layout: Layout, schedule: Schedule) -> StockNetwork:
+    """The adapter with the weights in `folder`, without the channels of a learned variance."""
+    name = layout.network.stock
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise ValueError(f"{folder} has no config.json: the pipeline was not saved whole")
+    config = _json(config_file)
+    if config.get("_class_name") != name:
+        raise ValueError(f"{folder} holds a {config.get('_class_name')}, but a {name} is needed here")
+    if not list(folder.glob("*.safetensors")):
+        pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLED)
+        if pickled:
+            raise ValueError(
+                f"{folder} has its weights pickled ({pickled[0]}), which could run code when they are read: convert "
+                f"them where you trust them, for example diffusers.{name}.from_pretrained(FOLDER)"
+                ".save_pretrained(FOLDER, safe_serialization=True)"
+            )
+        raise ValueError(f"{folder} has no weights (.safetensors)")
+    try:
+        with quiet():
+            stock_model = stock(name).from_pretrained(
+                folder, use_safetensors=True, low_cpu_mem_usage=False, local_files_only=True, torch_dtype=torch.float32
+            )
+    except Exception as error:  # whatever diffusers, safetensors or a wrong shape raise
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise DamagedFile(f"{folder} cannot be read as a {name} ({' '.join(lines)[:200]})") from None
+    config = json.loads(json.dumps({k: v for k, v in stock_model.config.items() if not k.startswith("_")}))
+    state = dict(stock_model.state_dict())
+    channels = int(config["in_channels"])
+    if int(config.get("out_channels") or channels) == 2 * channels:
+        if not schedule.learned_variance and layout.network is not DiT:
+            raise ValueError(
+                f"{folder} puts out {2 * channels} channels for {channels}, but its scheduler's variance_type says "
+                'nothing of a learned variance: set variance_type to "learned_range" if the second half is one'
+            )
+        config["out_channels"] = channels
+        _drop_variance(state, config, layout)
+    arguments: dict[str, Any] = {"config": config, "num_train_timesteps": schedule.num_train_timesteps}
+    if layout.network is SD3:
+        arguments["shift"] = vars(schedule.process)["shift"]
+    network = layout.network(**arguments)
+    network.model.load_state_dict(state)
+    return network
+
+
+def _drop_variance(state: dict[str, Tensor], config: Mapping[str, Any], layout: Layout) -> None:
+    """Leaves the outputs of the prediction in a state, out of as many again of a variance behind them."""
+    channels = int(config["out_channels"])
+    for part in ("weight", "bias"):
+        if layout.network is DiT:
+            # An output of the last layer is (row of the patch, column, channel), channels fastest.
+            held = state[f"proj_out_2.{part}"]
+            state[f"proj_out_2.{part}"] = held.unflatten(0, (-1, 2 * channels))[:, :channels].flatten(0, 1)
+        else:
+            state[f"conv_out.{part}"] = state[f"conv_out.{part}"][:channels]
+
+
+def _shape(network: StockNetwork) -> tuple[int, ...]:
+    config = network.config
+    size = config.get("sample_size")
+    if size is None:
+        raise ValueError("the network's config has no sample_size: write the height and width of its samples into it")
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(config["in_channels"]), int(height), int(width)
+
+
+def _check_text_width(network: StockNetwork, conditions: Mapping[str, tuple[int, ...]]) -> None:
+    needed = network.config.get("cross_attention_dim", network.config.get("joint_attention_dim"))
+    found = conditions["encoder_hidden_states"][-1]
+    if isinstance(needed, int) and needed != found:
+        raise ValueError(
+            f"the network takes texts of width {needed}, but the pipeline's text encoder makes {found}: the parts do "
+            "not belong together"
+        )

@@ -1,0 +1,245 @@
+"""diffusers' scheduler configs as our processes and predictions, and back.
+
+Timestep k of a table of T noise levels is our time t = (k + 1) / T, so that t = 0 is clean data. On the straight path
+of flow matching a scheduler's sigma is ours, and its timestep T sigma.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from halfstep.core.noise import (
+    FlowMatching,
+    NoiseProcess,
+    VPCosine,
+    VPTable,
+    cosine_betas,
+    linear_betas,
+    scaled_linear_betas,
+    zero_terminal_betas,
+)
+from halfstep.core.prediction import X0, Eps, FlowVelocity, Prediction, V
+from halfstep.hub.quiet import quiet, stock
+
+TABLES: Final = (
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "PNDMScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "DEISMultistepScheduler",
+    "UniPCMultistepScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+)
+"""Schedulers over a table of betas: they differ in how they step, which is not a matter of the model."""
+FLOW: Final = "FlowMatchEulerDiscreteScheduler"
+"""The scheduler of flow matching."""
+PREDICTIONS: Final[dict[str, Prediction]] = {
+    "epsilon": Eps(),
+    "sample": X0(),
+    "v_prediction": V(),
+    "flow_prediction": FlowVelocity(),
+}
+"""diffusers' names of what a network predicts."""
+
+
+@final
+@dataclass(frozen=True)
+class Schedule:
+    """What a scheduler's config says of its model."""
+
+    process: NoiseProcess
+    prediction: Prediction
+    clip: bool
+    """Whether sampling clips x0 to [-1, 1]."""
+    num_train_timesteps: int
+    learned_variance: bool
+    """Whether the network puts out a variance beside its prediction."""
+
+
+def read_schedule(config: Mapping[str, Any]) -> Schedule:
+    """What the scheduler with this config says of its model; fields that are left out have diffusers' own defaults.
+
+    Raises:
+        ValueError: naming the class or the fields that are not understood.
+    """
+    kind = config.get("_class_name")
+    if kind not in (*TABLES, FLOW):
+        fields = ", ".join(name for name in config if not name.startswith("_")) or "none"
+        raise ValueError(
+            f"the scheduler {kind} is not understood (fields: {fields}): known are {', '.join((*TABLES, FLOW))}"
+        )
+    with quiet():
+        full: dict[str, Any] = dict(stock(kind).from_config(dict(config)).config)
+    num = int(full["num_train_timesteps"])
+    if kind == FLOW or full.get("use_flow_sigmas"):
+        _refuse(kind, full, {"use_dynamic_shifting": False, "invert_sigmas": False, "stochastic_sampling": False})
+        shift = float(full["shift"] if kind == FLOW else full["flow_shift"])
+        return Schedule(FlowMatching(shift), FlowVelocity(), False, num, False)
+    name = full.get("prediction_type", "epsilon")
+    if name not in PREDICTIONS:
+        raise ValueError(f"{kind} has prediction_type {name!r}, which is none of {', '.join(PREDICTIONS)}")
+    clip = bool(full.get("clip_sample", False))
+    if clip:
+        _refuse(kind, full, {"clip_sample_range": 1.0})
+    if full.get("thresholding"):
+        # With a largest value of 1, thresholding is clipping.
+        _refuse(kind, full, {"sample_max_value": 1.0})
+        clip = True
+    return Schedule(
+        VPTable(_betas(kind, full)), PREDICTIONS[name], clip, num, "learned" in str(full.get("variance_type") or "")
+    )
+
+
+def _refuse(kind: str, config: Mapping[str, Any], needed: Mapping[str, Any]) -> None:
+    for name, value in needed.items():
+        if config.get(name, value) not in (value, None):
+            raise ValueError(f"{kind} has {name} {config[name]!r}, and only {value!r} is understood")
+
+
+def _betas(kind: str, config: Mapping[str, Any]) -> tuple[float, ...]:
+    num = int(config["num_train_timesteps"])
+    schedule = config["beta_schedule"]
+    first, last = float(config["beta_start"]), float(config["beta_end"])
+    if config.get("trained_betas") is not None:
+        betas = tuple(float(beta) for beta in config["trained_betas"])
+    elif schedule == "linear":
+        betas = linear_betas(num, first, last)
+    elif schedule == "scaled_linear":
+        betas = scaled_linear_betas(num, first, last)
+    elif schedule == "squaredcos_cap_v2":
+        betas = cosine_betas(num)
+    else:
+        raise ValueError(
+            f"{kind} has beta_schedule {schedule!r}, which is none of linear, scaled_linear, squaredcos_cap_v2: write "
+            "its betas into trained_betas"
+        )
+    return zero_terminal_betas(betas) if config.get("rescale_betas_zero_snr") else betas
+
+
+def times_of(scheduler: Any, num_steps: int) -> Tensor:
+    """The `num_steps + 1` times at which a stock scheduler's steps start and land, float64: a grid for our samplers.
+
+    Raises:
+        ValueError: if a step of the scheduler does not start where the one before it landed.
+    """
+    schedule = read_schedule({"_class_name": type(scheduler).__name__, **scheduler.config})
+    scheduler.set_timesteps(num_steps)
+    num = schedule.num_train_timesteps
+    if isinstance(schedule.process, FlowMatching):
+        sigmas: Tensor = scheduler.sigmas.double().cpu()
+        return sigmas / (schedule.process.shift - (schedule.process.shift - 1) * sigmas)
+    starts = np.asarray(scheduler.timesteps.cpu(), dtype=np.float64)
+    lands = starts - num // num_steps if type(scheduler).__name__ == "DDIMScheduler" else np.append(starts[1:], -1)
+    if not np.array_equal(lands[:-1], starts[1:]):
+        raise ValueError(
+            f"{num_steps} steps on {num} timesteps: {type(scheduler).__name__} lands at {lands[0]:g} and goes on from "
+            f"{starts[1]:g}; choose a number that divides {num}"
+        )
+    last = 0.0 if lands[-1] < 0 and scheduler.config.get("set_alpha_to_one", True) else max(lands[-1], 0) + 1
+    return torch.from_numpy(np.append(starts + 1, last) / num)
+
+
+class StockSchedule(NamedTuple):
+    """A scheduler's class and the arguments that make it."""
+
+    kind: str
+    config: dict[str, Any]
+
+
+def write_schedule(
+    process: NoiseProcess, prediction: Prediction, num_train_timesteps: int, clip: bool
+) -> StockSchedule:
+    """The stock scheduler whose steps are those of DDIM on our grids, on a network's clock of so many timesteps.
+
+    It spaces `trailing` and lands on clean data (`set_alpha_to_one`), as ours does.
+
+    Raises:
+        ValueError: if diffusers has none for this process or prediction.
+    """
+    if isinstance(process, FlowMatching) and isinstance(prediction, FlowVelocity):
+        return StockSchedule(FLOW, {"num_train_timesteps": num_train_timesteps, "shift": process.shift})
+    names = {type(member): name for name, member in PREDICTIONS.items()}
+    if type(prediction) not in names or isinstance(prediction, FlowVelocity):
+        raise ValueError(
+            f"no scheduler of diffusers steps with {type(prediction).__name__} on {type(process).__name__}: match the "
+            "model to v or x0 first (halfstep distill --matching.prediction v), or export --format onnx"
+        )
+    return StockSchedule(
+        "DDIMScheduler",
+        {
+            "num_train_timesteps": num_train_timesteps,
+            **_stock_betas(process, num_train_timesteps),
+            "prediction_type": names[type(prediction)],
+            "timestep_spacing": "trailing",
+            "set_alpha_to_one": True,
+            "steps_offset": 0,
+            "clip_sample": clip,
+        },
+    )
+
+
+def _stock_betas(process: NoiseProcess, num: int) -> dict[str, Any]:
+    if isinstance(process, VPCosine):
+        t = torch.arange(1, num + 1, dtype=torch.float64) / num
+        power = process.alpha_sigma(t)[0].square()
+        before = torch.cat([torch.ones(1, dtype=torch.float64), power[:-1]])
+        return {"trained_betas": (1 - power / before).tolist()}
+    if not isinstance(process, VPTable) or len(process.betas) != num:
+        raise ValueError(
+            f"diffusers has no table of {num} noise levels for {process}: match the model to the cosine process first "
+            "(halfstep distill --matching.process cosine), or export --format onnx"
+        )
+    betas = process.betas
+    named = {
+        "linear": linear_betas(num, betas[0], betas[-1]),
+        "scaled_linear": scaled_linear_betas(num, betas[0], betas[-1]),
+    }
+    for name, known in named.items():
+        if np.allclose(betas, known, rtol=1e-12, atol=0):
+            return {"beta_schedule": name, "beta_start": betas[0], "beta_end": betas[-1]}
+    if np.allclose(betas, cosine_betas(num), rtol=1e-12, atol=0):
+        return {"beta_schedule": "squaredcos_cap_v2"}
+    return {"trained_betas": list(betas)}
+
+
+def clipping(schedule: StockSchedule) -> StockSchedule:
+    """The scheduler that takes the same steps and derives the noise anew from the clipped x0 in any pipeline.
+
+    `DDIMScheduler` does that only where a pipeline passes `use_clipped_model_output`. A DPM-Solver++ of order 1 is
+    DDIM, and its thresholding with a largest value of 1 is clipping.
+
+    Raises:
+        ValueError: if the table ends without any signal, which this scheduler divides by.
+    """
+    config = {k: v for k, v in schedule.config.items() if k not in ("set_alpha_to_one", "clip_sample")}
+    if config.get("trained_betas") and config["trained_betas"][-1] == 1:
+        raise ValueError("no scheduler of diffusers clips on a table that ends at zero signal: export --format onnx")
+    return StockSchedule(
+        "DPMSolverMultistepScheduler",
+        {
+            **config,
+            "algorithm_type": "dpmsolver++",
+            "solver_order": 1,
+            "final_sigmas_type": "zero",
+            "thresholding": True,
+            "sample_max_value": 1.0,
+        },
+    )
+
+
+def exact_steps(schedule: StockSchedule) -> list[int]:
+    """The numbers of steps, up to 64, at which the scheduler asks for the times of our grid exactly."""
+    if schedule.kind == FLOW:
+        return list(range(1, 65))
+    num = int(schedule.config["num_train_timesteps"])
+    return [steps for steps in range(1, 65) if num % steps == 0]

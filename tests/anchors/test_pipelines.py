@@ -1,0 +1,123 @@
+"""Our samples from an imported pipeline are those of the pipeline itself: same steps, noise and guidance."""
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor
+
+from halfstep.hub.encoding import text_conditions
+from halfstep.hub.pipelines import import_pipeline
+from halfstep.hub.schedulers import times_of
+from halfstep.samplers import sample
+from halfstep.train import Model
+from support_pipelines import assert_same, noise, quietly, save_ddpm, save_dit, save_sd, save_sd3
+
+
+def ours(model: Model, x_1: Tensor, scheduler: Any, num_steps: int, **conditions: Any) -> Tensor:
+    """Our samples at the times of the pipeline's own scheduler."""
+    cond = model.cond(range(len(x_1)), **conditions)
+    return sample(model, x_1, num_steps, cond=cond, grid=lambda n: times_of(scheduler, n))
+
+
+def fed(monkeypatch: pytest.MonkeyPatch, module: Any, x_1: Tensor) -> None:
+    """Lets a pipeline that takes no latents start from `x_1`."""
+    monkeypatch.setattr(module, "randn_tensor", lambda *args, **kwargs: x_1.clone())
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 4, 8, 50])
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_an_unconditional_image_pipeline(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, prediction: str, spacing: str, num_steps: int
+) -> None:
+    from diffusers.pipelines.ddim import pipeline_ddim
+
+    scheduler = diffusers.DDIMScheduler(prediction_type=prediction, timestep_spacing=spacing)
+    model = import_pipeline(save_ddpm(tmp_path / "ddim", scheduler, "DDIMPipeline"))
+    pipe = quietly(diffusers.DDIMPipeline.from_pretrained(tmp_path / "ddim"))
+    x_1 = noise(2, 3, 8, 8)
+    fed(monkeypatch, pipeline_ddim, x_1)
+    found = ours(model, x_1, pipe.scheduler, num_steps)
+    images = pipe(2, num_inference_steps=num_steps, use_clipped_model_output=True, output_type="np").images
+    assert_same(found.clamp(-1, 1) / 2 + 0.5, torch.from_numpy(images).permute(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"beta_schedule": "squaredcos_cap_v2"},
+        {"beta_schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0195},
+        {"trained_betas": [0.01 + 0.0001 * k for k in range(200)], "num_train_timesteps": 200},
+        {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing"},
+        {"clip_sample": False, "set_alpha_to_one": False},
+    ],
+    ids=["cosine", "scaled-linear", "trained", "zero-snr", "unclipped-alpha-not-one"],
+)
+def test_every_table_of_betas(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, settings: dict[str, Any]) -> None:
+    from diffusers.pipelines.ddim import pipeline_ddim
+
+    scheduler = diffusers.DDIMScheduler(**settings)
+    model = import_pipeline(save_ddpm(tmp_path / "ddim", scheduler, "DDIMPipeline"))
+    pipe = quietly(diffusers.DDIMPipeline.from_pretrained(tmp_path / "ddim"))
+    x_1 = noise(2, 3, 8, 8)
+    fed(monkeypatch, pipeline_ddim, x_1)
+    found = ours(model, x_1, pipe.scheduler, 4)
+    images = pipe(2, num_inference_steps=4, use_clipped_model_output=True, output_type="np").images
+    assert_same(found.clamp(-1, 1) / 2 + 0.5, torch.from_numpy(images).permute(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+@pytest.mark.parametrize("num_steps", [1, 4, 10])
+def test_a_dit_of_classes_with_guidance(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, guidance_scale: float, num_steps: int
+) -> None:
+    from diffusers.pipelines.dit import pipeline_dit
+
+    model = import_pipeline(save_dit(tmp_path / "dit"))
+    pipe = quietly(diffusers.DiTPipeline.from_pretrained(tmp_path / "dit"))
+    x_1 = noise(2, 4, 4, 4)
+    fed(monkeypatch, pipeline_dit, x_1)
+    latents: list[Tensor] = []
+    decode = pipe.vae.decode
+    monkeypatch.setattr(pipe.vae, "decode", lambda z, *a, **k: latents.append(z) or decode(z, *a, **k))
+    pipe([3, 3], guidance_scale=guidance_scale, num_inference_steps=num_steps)
+    found = ours(model, x_1, pipe.scheduler, num_steps, class_label=3, guidance_scale=guidance_scale)
+    assert_same(found, latents[0] * pipe.vae.config.scaling_factor)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("num_steps", [2, 4])
+def test_latent_text_to_image_with_guidance(
+    tmp_path: Path, prediction: str, guidance_scale: float, num_steps: int
+) -> None:
+    folder = save_sd(tmp_path / "sd", tmp_path / "tokens", prediction, timestep_spacing="trailing")
+    model = import_pipeline(folder)
+    pipe = quietly(diffusers.StableDiffusionPipeline.from_pretrained(folder))
+    x_1 = noise(2, 4, 4, 4)
+    stock = pipe(
+        ["a cat", "b"], latents=x_1, guidance_scale=guidance_scale, num_inference_steps=num_steps, output_type="latent",
+        height=8, width=8,
+    ).images  # fmt: skip
+    cond = text_conditions(folder, ["a cat", "b"])
+    found = ours(model, x_1, pipe.scheduler, num_steps, guidance_scale=guidance_scale, others=cond)
+    assert_same(found, stock)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+@pytest.mark.parametrize("num_steps", [1, 4])
+def test_a_flow_matching_transformer_with_guidance(tmp_path: Path, guidance_scale: float, num_steps: int) -> None:
+    folder = save_sd3(tmp_path / "sd3", tmp_path / "tokens")
+    model = import_pipeline(folder)
+    pipe = quietly(diffusers.StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None))
+    x_1 = noise(2, 4, 4, 4)
+    stock = pipe(
+        ["a cat", "b"], latents=x_1, guidance_scale=guidance_scale, num_inference_steps=num_steps, output_type="latent",
+        height=8, width=8,
+    ).images  # fmt: skip
+    cond = text_conditions(folder, ["a cat", "b"])
+    found = ours(model, x_1, pipe.scheduler, num_steps, guidance_scale=guidance_scale, others=cond)
+    assert_same(found, stock)

@@ -1,0 +1,150 @@
+"""The exported folder gives, in plain diffusers, our samples."""
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor
+
+from halfstep.core.denoiser import NetworkDenoiser
+from halfstep.core.noise import VPCosine, processes
+from halfstep.core.prediction import V, predictions
+from halfstep.hub import export_pipeline, import_pipeline, text_conditions
+from halfstep.nets import describe_network, with_guidance
+from halfstep.recipes.schema import UNetConfig, make_unet
+from halfstep.runs import Manifest
+from halfstep.samplers import sample
+from halfstep.train import Model
+from support_pipelines import assert_same, noise, quietly, save_ddpm, save_dit, save_sd, save_sd3, wake
+
+STEPS = (1, 2, 4, 8)
+every_count = pytest.mark.parametrize("num_steps", STEPS)
+
+
+def as_student(model: Model, **changes: Any) -> Model:
+    """The model as what a matching stage makes of it: predicting v, with nothing for no condition."""
+    prediction: Any = changes.pop("keep", None) or V()
+    manifest = model.manifest.model_copy(update={"prediction": predictions.describe(prediction), **changes})
+    denoiser = NetworkDenoiser(model.denoiser.network, model.process, prediction)
+    return Model(denoiser, manifest)
+
+
+def digits_student(clip: bool, num_classes: int) -> Model:
+    """A network as our own recipes make it, on the cosine process with a power of two for its timesteps."""
+    torch.manual_seed(0)
+    config = UNetConfig(
+        block_out_channels=(16, 32), layers_per_block=1, attention_head_dim=8, norm_num_groups=8,
+        attention=(False, True),
+    )  # fmt: skip
+    network = make_unet(config, (3, 8, 8), num_classes, 1)
+    wake(network)
+    manifest = Manifest(
+        stage="04-halve-0004", objective="halve", parent="03-halve-0008", num_steps=None, num_updates=1, seconds=1.0,
+        shape=(3, 8, 8), num_classes=num_classes, is_image=True, clip=clip, network=describe_network(network),
+        process=processes.describe(VPCosine()), prediction={"type": "v"}, files={},
+    )  # fmt: skip
+    return Model(NetworkDenoiser(network, VPCosine(), V()), manifest)
+
+
+def ddim_images(folder: Path, x_1: Tensor, num_steps: int, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    from diffusers.pipelines.ddim import pipeline_ddim
+
+    pipe = quietly(diffusers.DDIMPipeline.from_pretrained(folder))
+    monkeypatch.setattr(pipeline_ddim, "randn_tensor", lambda *args, **kwargs: x_1.clone())
+    images = pipe(len(x_1), num_inference_steps=num_steps, use_clipped_model_output=True, output_type="np").images
+    return torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1
+
+
+@every_count
+@pytest.mark.parametrize("clip", [True, False])
+def test_an_image_model_on_the_cosine_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, clip: bool, num_steps: int
+) -> None:
+    model = digits_student(clip, 0)
+    folder = export_pipeline(model, tmp_path / "out")
+    x_1 = noise(2, 3, 8, 8)
+    assert_same(sample(model, x_1, num_steps).clamp(-1, 1), ddim_images(folder, x_1, num_steps, monkeypatch))
+
+
+@every_count
+@pytest.mark.parametrize("settings", [{}, {"beta_schedule": "squaredcos_cap_v2"}, {"rescale_betas_zero_snr": True}])
+def test_an_image_model_on_a_table(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, settings: dict[str, Any], num_steps: int
+) -> None:
+    scheduler = diffusers.DDIMScheduler(prediction_type="v_prediction", **settings)
+    model = as_student(import_pipeline(save_ddpm(tmp_path / "teacher", scheduler, "DDIMPipeline")))
+    folder = export_pipeline(model, tmp_path / "out")
+    x_1 = noise(2, 3, 8, 8)
+    assert_same(sample(model, x_1, num_steps).clamp(-1, 1), ddim_images(folder, x_1, num_steps, monkeypatch))
+
+
+@every_count
+@pytest.mark.parametrize("clip", [True, False])
+def test_an_image_model_of_classes(tmp_path: Path, clip: bool, num_steps: int) -> None:
+    """Its pipeline is told nothing of clipping: the scheduler alone derives the noise anew."""
+    model = digits_student(clip, 5)
+    folder = export_pipeline(model, tmp_path / "out")
+    pipe = quietly(diffusers.ConsistencyModelPipeline.from_pretrained(folder))
+    x_1 = noise(3, 3, 8, 8)
+    images = pipe(3, class_labels=[0, 4, 2], num_inference_steps=num_steps, latents=x_1, output_type="np").images
+    found = sample(model, x_1, num_steps, cond={"class_labels": torch.tensor([0, 4, 2])})
+    assert_same(found.clamp(-1, 1), torch.as_tensor(images).permute(0, 3, 1, 2) * 2 - 1)
+
+
+@every_count
+def test_a_dit_whose_guidance_was_taken_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, num_steps: int) -> None:
+    from diffusers.pipelines.dit import pipeline_dit
+
+    model = as_student(import_pipeline(save_dit(tmp_path / "dit")), guidance=(4.0, 4.0))
+    folder = export_pipeline(model, tmp_path / "out")
+    pipe = quietly(diffusers.DiTPipeline.from_pretrained(folder))
+    x_1 = noise(2, 4, 4, 4)
+    monkeypatch.setattr(pipeline_dit, "randn_tensor", lambda *args, **kwargs: x_1.clone())
+    latents: list[Tensor] = []
+    decode = pipe.vae.decode
+    monkeypatch.setattr(pipe.vae, "decode", lambda z, *a, **k: latents.append(z) or decode(z, *a, **k))
+    pipe([3, 3], guidance_scale=1.0, num_inference_steps=num_steps)
+    found = sample(model, x_1, num_steps, cond=model.cond(range(2), class_label=3))
+    assert_same(found, latents[0] * pipe.vae.config.scaling_factor)
+    assert pipe.labels["cat"] == 1
+
+
+@every_count
+@pytest.mark.parametrize("guidance", [(7.5, 7.5), (1.0, 8.0)], ids=["fixed", "range"])
+def test_latent_text_to_image(tmp_path: Path, guidance: tuple[float, float], num_steps: int) -> None:
+    model = as_student(import_pipeline(save_sd(tmp_path / "sd", tmp_path / "tokens")), guidance=guidance)
+    if guidance[0] < guidance[1]:
+        network = with_guidance(model.denoiser.network)
+        wake(network)
+        model = Model(NetworkDenoiser(network, model.process, V()), model.manifest)
+    folder = export_pipeline(model, tmp_path / "out")
+    pipe = quietly(diffusers.StableDiffusionPipeline.from_pretrained(folder))
+    x_1 = noise(2, 4, 4, 4)
+    asked = 1.0 if guidance[0] == guidance[1] else 3.0
+    stock = pipe(
+        ["a cat", "b"], latents=x_1, guidance_scale=asked, num_inference_steps=num_steps, output_type="latent",
+        height=8, width=8,
+    ).images  # fmt: skip
+    own = None if guidance[0] == guidance[1] else asked
+    cond = model.cond(range(2), guidance_scale=own, others=text_conditions(folder, ["a cat", "b"]))
+    assert_same(sample(model, x_1, num_steps, cond=cond), stock)
+    if own is not None:
+        other = model.cond(range(2), guidance_scale=6.0, others=text_conditions(folder, ["a cat", "b"]))
+        assert float((sample(model, x_1, num_steps, cond=other) - stock).abs().max()) > 1e-2
+
+
+@every_count
+def test_a_flow_matching_transformer(tmp_path: Path, num_steps: int) -> None:
+    teacher = import_pipeline(save_sd3(tmp_path / "sd3", tmp_path / "tokens"))
+    model = as_student(teacher, keep=teacher.denoiser.prediction, guidance=(5.0, 5.0))
+    folder = export_pipeline(model, tmp_path / "out")
+    pipe = quietly(diffusers.StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None))
+    x_1 = noise(2, 4, 4, 4)
+    stock = pipe(
+        ["a cat", "b"], latents=x_1, guidance_scale=1.0, num_inference_steps=num_steps, output_type="latent",
+        sigmas=[1 - k / num_steps for k in range(num_steps)], height=8, width=8,
+    ).images  # fmt: skip
+    cond = model.cond(range(2), others=text_conditions(folder, ["a cat", "b"]))
+    assert_same(sample(model, x_1, num_steps, cond=cond), stock)
