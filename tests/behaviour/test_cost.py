@@ -12,7 +12,7 @@ from halfstep.recipes import Recipe, build, recipes
 from halfstep.recipes.paper import PAPER_CIFAR10
 from halfstep.recipes.schema import DataFacts, UNetConfig, data_or_stand_in
 from halfstep.train import cost
-from halfstep.train.cost import count_forward, memory_of_update, time_updates, update_cost
+from halfstep.train.cost import Memory, count_forward, memory_of_update, time_updates, update_cost
 from toys import toy_plan, toy_spec
 
 PAPER = [name for name in recipes if name.endswith("_paper")]
@@ -41,14 +41,18 @@ def test_what_autograd_keeps_is_counted_without_weights_and_each_tensor_once() -
     assert counted.parameters == 2
 
 
+def states(memory: Memory) -> int:
+    return sum(memory) - memory.activations
+
+
 def test_the_memory_of_an_update_counts_every_copy_of_the_weights_and_one_micro_batch() -> None:
     forward = count_forward(toy_spec())
     teacher, student = toy_plan().stages[:2]
     weights = 4 * forward.parameters
     # weights, gradients, two moments, and the average of the one, the teacher of the other
-    assert memory_of_update(teacher, forward, None).states == 5 * weights
-    assert memory_of_update(student, forward, None).states == 5 * weights
-    assert memory_of_update(dataclasses.replace(teacher, ema_decay=0.0), forward, None).states == 4 * weights
+    assert states(memory_of_update(teacher, forward, None)) == 5 * weights
+    assert states(memory_of_update(student, forward, None)) == 5 * weights
+    assert states(memory_of_update(dataclasses.replace(teacher, ema_decay=0.0), forward, None)) == 4 * weights
     assert memory_of_update(teacher, forward, 4).activations == 4 * forward.saved_bytes
     assert memory_of_update(teacher, forward, 10**6).activations == 16 * forward.saved_bytes
 

@@ -53,12 +53,26 @@ def show_plan(spec: RunSpec, out: Path, console: Console, missing: str | None = 
     lines.append(
         f"updates: {spec.plan.num_updates:,}    samples seen: {seen:,} ({seen / len(spec.data):,.0f} times the data)"
     )
-    memory = max((memory_of_update(stage, forward, spec.micro_batch) for stage in spec.plan.stages), key=sum)
-    lines.append(
-        f"memory of the largest update, counted in float32: {gibibytes(sum(memory))} = {gibibytes(memory.states)} "
-        f"weights, optimiser and teacher + {gibibytes(memory.activations)} activations of a micro batch of "
-        f"{min(spec.micro_batch or 2**62, max(stage.batch_size for stage in spec.plan.stages)):,}"
+    if forward.trainable != forward.parameters:
+        share = forward.trainable / forward.parameters
+        lines.append(f"trained: {forward.trainable:,} of them ({share:.1%}); teacher and student share the others")
+    memory = max(
+        (
+            memory_of_update(stage, forward, spec.micro_batch, spec.optimizer, spec.teacher_precision)
+            for stage in spec.plan.stages
+        ),
+        key=sum,
     )
+    parts = " + ".join(f"{gibibytes(size)} {name}" for name, size in memory._asdict().items() if size)
+    samples = min(spec.micro_batch or 2**62, max(stage.batch_size for stage in spec.plan.stages))
+    lines.append(
+        f"memory of the largest update, counted: {gibibytes(sum(memory))} = {parts} (of a micro batch of {samples:,})"
+    )
+    evals = {stage.objective.teacher_evals for stage in spec.plan.stages}
+    if spec.guidance is not None and 2 in evals:
+        low, high = spec.guidance
+        scales = f"the scale {low:g}" if low == high else f"scales from {low:g} to {high:g}"
+        lines.append(f"guidance: {scales} is taken into the student; one network call a step, the teacher needs two")
     rate = time_updates(spec, forward)
     first = spec.plan.stages[0]
     unit = rate.seconds / update_cost(first)

@@ -93,9 +93,8 @@ def export_lora(model: Model, out: Path) -> Path:
         )
     schedule, _, component = _layout(model, network.base)
     from diffusers.utils import convert_state_dict_to_diffusers
-    from peft.utils import get_peft_model_state_dict
 
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(network.base.model))
+    layers = convert_state_dict_to_diffusers(network.layers())
     state = {name: value.detach().cpu().float().contiguous() for name, value in layers.items()}
 
     def write(into: Path) -> None:

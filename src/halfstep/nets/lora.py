@@ -38,7 +38,7 @@ class LoRA(Network):
         super().__init__()
         base = base if isinstance(base, Network) else build_network(base)
         try:
-            from peft import LoraConfig
+            from peft import LoraConfig, inject_adapter_in_model
         except ImportError:
             raise ValueError("LoRA needs the package peft: pip install 'halfstep[lora]'") from None
         if not isinstance(base, StockNetwork):
@@ -51,9 +51,8 @@ class LoRA(Network):
         self.rank, self.targets = rank, tuple(targets)
         self.description = describe_network(base)
         self.base = base.requires_grad_(False)
-        model: Any = base.model
         try:
-            model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets), init_lora_weights=True))
+            inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets)), base.model)
         except ValueError:
             raise ValueError(
                 f"no layer of {base.stock} ends in {', '.join(targets)}, so there is nothing to add to"
@@ -70,6 +69,13 @@ class LoRA(Network):
     def own(self) -> list[tuple[str, nn.Parameter]]:
         """The additions, by name."""
         return [(name, p) for name, p in self.named_parameters() if ".lora_" in name]
+
+    def layers(self) -> dict[str, Tensor]:
+        """The additions as peft names them, without the name of the adapter: "...to_q.lora_A.weight"."""
+        return {
+            name.removeprefix("base.model.").replace(".default.", "."): parameter.detach()
+            for name, parameter in self.own()
+        }
 
     def load_base(self, state: Mapping[str, Tensor]) -> None:
         """Takes the weights of the base from its own state."""
@@ -126,9 +132,11 @@ def merged(network: nn.Module) -> nn.Module:
     if not isinstance(network, LoRA):
         return network
     twin = copy.deepcopy(network.base)
-    model: Any = twin.model
-    model.fuse_lora()
-    model.unload_lora()
+    for name, layer in [(name, layer) for name, layer in twin.named_modules() if hasattr(layer, "lora_A")]:
+        merging: Any = layer
+        merging.merge()
+        parent, _, last = name.rpartition(".")
+        setattr(twin.get_submodule(parent), last, merging.get_base_layer())
     return twin
 
 

@@ -217,14 +217,20 @@ MATCHED_GAIN: Final = 10.0
 eps has 15, DDPM's 160."""
 
 
+RECLOCKED: Final = ("unet2d", "unet2d_condition")
+"""Networks whose clock of timesteps can be replaced."""
+
+
 class MatchingConfig(StageConfig):
     """How a teacher is carried over to another prediction, clock or guidance before it is halved. The stage is there
     if one of these says so, or if a given teacher predicts eps at a signal-to-noise ratio near 0."""
 
     prediction: str | None = None
     """What the student predicts: x0 or v; as the teacher by default, but v where that predicts eps near zero SNR."""
-    process: Literal["own", "cosine"] = "own"
-    """The student's noise process: that of the teacher, or the cosine clock over the teacher's own noise levels."""
+    process: Literal["own", "cosine"] | None = None
+    """The student's noise process: that of the teacher, or the cosine clock over the teacher's own noise levels, with
+    a power of two for its timesteps. By default cosine if a U-Net on a table of noise levels is matched anyway and
+    trained whole: its steps lose less, and every power of two is exact."""
     guidance_scale: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     """One guidance scale that the student takes in: one network call a step from then on; 1 is no guidance."""
     guidance_range: tuple[float, float] | None = None
@@ -374,11 +380,14 @@ class Recipe(Config):
         settings = self.teacher.model_dump()
         return Plan.teacher(weighting=weightings[self.model.weighting](), **settings)
 
-    def matched(self, process: NoiseProcess, prediction: Prediction, *, given: bool) -> "Matched | None":
+    def matched(
+        self, process: NoiseProcess, prediction: Prediction, *, given: bool, network: str = ""
+    ) -> "Matched | None":
         """What the matching stage makes of a teacher with this process and prediction; None if there is no need of one.
 
         Args:
             given: whether the teacher was given, and not made by this recipe, which could have chosen better.
+            network: the kind of a given teacher's network.
         """
         config = self.matching
         meaning = prediction if config.prediction is None else predictions[config.prediction]()
@@ -387,6 +396,9 @@ class Recipe(Config):
         clock = cosine_within(process) if config.process == "cosine" else process
         if (meaning, clock, config.guidance) == (prediction, process, None):
             return None
+        may_change = isinstance(process, VPTable) and network in RECLOCKED and self.chain.lora_rank is None
+        if config.process is None and may_change:
+            clock = cosine_within(process)
         return Matched(meaning, clock, config.guidance)
 
     def matching_plan(self, process: NoiseProcess) -> Plan:
@@ -547,7 +559,16 @@ def build(
         process, prediction = teacher.process, teacher.denoiser.prediction
     if what in ("all", "teacher"):
         plan = plan + recipe.teacher_plan()
-    matched = None if what == "teacher" else recipe.matched(process, prediction, given=teacher is not None)
+    matched = (
+        None
+        if what == "teacher"
+        else recipe.matched(
+            process,
+            prediction,
+            given=teacher is not None,
+            network="" if teacher is None else str(teacher.manifest.network.get("type")),
+        )
+    )
     student = None
     if matched is not None:
         plan = plan + recipe.matching_plan(matched.process)

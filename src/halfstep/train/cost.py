@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from halfstep.nets import build_network
+from halfstep.core.denoiser import GUIDANCE
+from halfstep.nets import checkpoint_gradients, takes_guidance, trainable
 from halfstep.objectives import Stage
 from halfstep.train.engine import make_accelerator
+from halfstep.train.matching import start_student
+from halfstep.train.model import blank_denoiser
 from halfstep.train.pipeline import RunSpec, trainer_for
 
 FLOPS_OF_A_TRIAL = 1e11
@@ -30,6 +33,8 @@ class Forward(NamedTuple):
     """One forward pass of the network on one sample, in float32."""
 
     parameters: int
+    trainable: int
+    """Parameters that training changes: all, or the additions of a LoRA student."""
     flops: int
     """Multiplications and additions."""
     saved_bytes: int
@@ -46,11 +51,21 @@ def count_forward(spec: RunSpec) -> Forward:
         if spec.network is not None:
             network: torch.nn.Module = spec.network()
         elif spec.teacher is not None:
-            network = build_network(spec.teacher.manifest.network)
+            denoiser = blank_denoiser(spec.teacher.manifest)
+            if spec.matched is not None:
+                denoiser = spec.matched(denoiser)
+            network = start_student(denoiser, spec.lora_rank).network
         else:
             raise ValueError("the plan's first stage needs a network or a teacher, and there is neither")
         x_t, t = torch.empty(1, *spec.data.shape), torch.empty(1)
         cond = {"class_labels": torch.empty(1, dtype=torch.int64)} if spec.num_classes else {}
+        if spec.teacher is not None:
+            cond |= {name: torch.empty(1, *shape) for name, shape in spec.teacher.manifest.conditions.items()}
+        if takes_guidance(network):
+            cond[GUIDANCE] = torch.empty(1)
+    if spec.gradient_checkpointing:
+        checkpoint_gradients(network)
+        network.train()
     own = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
     kept: dict[int, Tensor] = {}
 
@@ -65,6 +80,7 @@ def count_forward(spec: RunSpec) -> Forward:
         network(x_t, t, **cond)
     return Forward(
         parameters=sum(parameter.numel() for parameter in network.parameters()),
+        trainable=sum(parameter.numel() for _, parameter in trainable(network)),
         flops=int(counter.get_total_flops()),
         saved_bytes=sum(tensor.untyped_storage().nbytes() for tensor in kept.values()),
     )
@@ -72,19 +88,41 @@ def count_forward(spec: RunSpec) -> Forward:
 
 @final
 class Memory(NamedTuple):
-    """Bytes of an update of one stage on one device, in float32; bfloat16 autocast about halves the activations."""
+    """Bytes of an update of one stage on one device; bfloat16 autocast about halves the activations."""
 
-    states: int
-    """Weights, gradients, AdamW's two moments, the moving average if there is one, and the teacher."""
+    weights: int
+    """The student's, in float32."""
+    gradients: int
+    moments: int
+    """AdamW's two, in float32 or in 8 bits."""
+    average: int
+    """The moving average, if there is one."""
+    teacher: int
+    """Its weights, as far as the student does not share them."""
     activations: int
     """What the backward pass of one micro batch needs."""
 
 
-def memory_of_update(stage: Stage, forward: Forward, micro_batch: int | None) -> Memory:
+def memory_of_update(
+    stage: Stage,
+    forward: Forward,
+    micro_batch: int | None,
+    optimizer: str = "adamw",
+    teacher_precision: str = "float32",
+) -> Memory:
     """Counted, not measured: an allocator and convolution workspaces come on top."""
-    copies = 4 + (stage.ema_decay > 0) + stage.objective.needs_teacher
     samples = min(micro_batch or stage.batch_size, stage.batch_size)
-    return Memory(copies * 4 * forward.parameters, samples * forward.saved_bytes)
+    own, all_ = forward.trainable, forward.parameters
+    # A LoRA student shares the frozen weights with a teacher in its own precision, and only the additions are two.
+    teacher = 2 * all_ if teacher_precision == "bf16" else 4 * own
+    return Memory(
+        weights=4 * all_,
+        gradients=4 * own,
+        moments=(8 if optimizer == "adamw" else 2) * own,
+        average=4 * own if stage.ema_decay else 0,
+        teacher=teacher if stage.objective.needs_teacher else 0,
+        activations=samples * forward.saved_bytes,
+    )
 
 
 @final

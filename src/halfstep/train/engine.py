@@ -271,10 +271,16 @@ class StageTrainer:
         """Continues from what `state` returned after `update` updates and `seconds` of training."""
         network = self._plain_network()
         load_own_state(network, state["student"])
-        index_of = {name: index for index, (name, _) in enumerate(trainable(network))}
+        parameters = trainable(network)
+        index_of = {name: index for index, (name, _) in enumerate(parameters)}
         entries: dict[int, dict[str, Any]] = {}
         for key, value in state["optimizer"].items():
             kind, name = key.split(".", 1)
+            parameter = parameters[index_of[name]][1]
+            if value.shape == parameter.shape:
+                # A fused optimiser walks through memory, so moments must lie there as their weights do, which a file
+                # does not tell: weights of convolutions have their channels last.
+                value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
             entry = entries.setdefault(index_of[name], {})
             *groups, last = kind.split("/")
             for group in groups:
@@ -331,6 +337,9 @@ def make_optimizer(kind: str, parameters: list[torch.nn.Parameter], stage: Stage
         import bitsandbytes
     except ImportError:
         raise ValueError(f"the optimizer {kind} needs the package bitsandbytes: pip install bitsandbytes") from None
+    for parameter in parameters:
+        # It does so itself at its first step, after the moments of a resumed stage were laid out like the weights.
+        parameter.data = parameter.data.contiguous()
     made = {"adamw8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw8bit": bitsandbytes.optim.PagedAdamW8bit}
     optimizer: torch.optim.Optimizer = made[kind](parameters, **settings)
     return optimizer
@@ -342,4 +351,5 @@ def flatten_state(entry: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[
         if isinstance(value, Mapping):
             yield from flatten_state(value, f"{prefix}{key}/")
         else:
-            yield f"{prefix}{key}", torch.as_tensor(value)
+            # Groups hold tensors that several parameters share, which a file of tensors must not.
+            yield f"{prefix}{key}", torch.as_tensor(value).clone() if prefix else torch.as_tensor(value)

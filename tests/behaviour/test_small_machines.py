@@ -1,0 +1,245 @@
+"""What is there for small machines changes the memory, and the result only where it says so."""
+
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from halfstep.core.denoiser import NetworkDenoiser
+from halfstep.core.noise import VPCosine
+from halfstep.core.prediction import V
+from halfstep.data import DataConfig, MemoryData, open_data
+from halfstep.nets import (
+    MLP,
+    InHalf,
+    LoRA,
+    UNet2D,
+    checkpoint_gradients,
+    copy_network,
+    merged,
+    own_state,
+    trainable,
+    unet2d_config,
+    with_lora,
+)
+from halfstep.objectives import Plan
+from halfstep.runs import StageFolder
+from halfstep.train import RunSpec, load, make_accelerator, run
+from halfstep.train.checkpoint import resume, save_checkpoint
+from halfstep.train.cost import count_forward, memory_of_update
+from halfstep.train.pipeline import trainer_for
+from support import numbers
+
+DIGITS: Final = open_data(DataConfig(source="digits", labels=False))
+
+
+def network(seed: int = 0) -> UNet2D:
+    torch.manual_seed(seed)
+    config = unet2d_config(
+        size=(8, 8), in_channels=1, out_channels=1, block_out_channels=(16, 32), layers_per_block=1,
+        attention=(False, True), attention_head_dim=8, norm_num_groups=8,
+    )  # fmt: skip
+    return UNet2D(config)
+
+
+def spec(**changes: Any) -> RunSpec:
+    """A teacher of a few updates, matched by itself, and two students."""
+    plan = Plan.teacher(num_updates=4, batch_size=8, learning_rate=1e-3, ema_decay=0.9) + Plan.halvings(
+        4, 1, num_updates=6, batch_size=8, learning_rate=1e-3, updates_at={}, ema_decay=0.9
+    )
+    settings: dict[str, Any] = {
+        "recipe": {"name": "small"}, "plan": plan, "data": DIGITS, "process": VPCosine(), "prediction": V(),
+        "network": network, "start_steps": 4, "checkpoint_updates": 2, "cpu": True,
+    }  # fmt: skip
+    return RunSpec(**settings | changes)
+
+
+def finish(folder: Path, **changes: Any) -> None:
+    torch.set_num_threads(1)
+    for _ in run(spec(**changes), folder):
+        pass
+
+
+@torch.no_grad()
+def test_a_lora_student_starts_as_its_teacher_and_shares_its_weights() -> None:
+    base = network()
+    student = with_lora(base, 4)
+    x_t, time = numbers(3, 1, 8, 8).float(), torch.tensor([0.1, 0.5, 1.0])
+    assert torch.equal(student(x_t, time), base(x_t, time))
+    held = {parameter.data_ptr() for parameter in base.parameters()}
+    own = {parameter.data_ptr() for _, parameter in trainable(student)}
+    assert {parameter.data_ptr() for parameter in student.parameters()} - held == own
+    twin = copy_network(student)
+    assert {p.data_ptr() for p in twin.parameters()} & {p.data_ptr() for p in student.parameters()} == held
+    assert not any(parameter.requires_grad for name, parameter in student.named_parameters() if ".lora_" not in name)
+
+
+def test_a_run_of_lora_students_changes_additions_alone_and_is_read_back_with_its_base(tmp_path: Path) -> None:
+    finish(tmp_path / "run", lora_rank=2)
+    stages = tmp_path / "run" / "stages"
+    sizes = {path.parent.name: path.stat().st_size for path in stages.glob("*/model.safetensors")}
+    assert max(sizes["01-halve-0002"], sizes["02-halve-0001"]) < 0.15 * sizes["00-denoise"]
+    teacher, student = load(stages / "00-denoise"), load(stages / "02-halve-0001")
+    assert student.manifest.base == "00-denoise"
+    lora = student.denoiser.network
+    assert isinstance(lora, LoRA)
+    renamed = {name.removeprefix("base.").replace(".base_layer", ""): p for name, p in lora.named_parameters()}
+    for name, parameter in teacher.denoiser.network.named_parameters():
+        assert torch.equal(parameter, renamed[name]), name
+    before, after = load(stages / "01-halve-0002").denoiser.network, lora
+    moved = [not torch.equal(a, b) for (_, a), (_, b) in zip(trainable(before), trainable(after), strict=True)]
+    assert all(moved)
+    assert all(float(p.detach().abs().max()) > 0 for _, p in trainable(after))
+
+
+def test_additions_merged_into_the_weights_say_the_same(tmp_path: Path) -> None:
+    finish(tmp_path / "run", lora_rank=2)
+    lora = load(tmp_path / "run").denoiser.network
+    x_t, time = numbers(3, 1, 8, 8).float(), torch.tensor([0.1, 0.5, 1.0])
+    plain = merged(lora).requires_grad_(False)
+    lora.requires_grad_(False)
+    assert isinstance(plain, UNet2D)
+    assert set(plain.state_dict()) == set(network().state_dict())
+    torch.testing.assert_close(plain(x_t, time), lora(x_t, time), rtol=0, atol=2e-6)
+    teacher = load(tmp_path / "run" / "stages" / "00-denoise").denoiser.network
+    assert float((plain(x_t, time) - teacher(x_t, time)).detach().abs().max()) > 1e-4
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"lora_rank": 2},
+        {"optimizer": "adamw8bit"},
+        {"teacher_precision": "bf16"},
+        {"gradient_checkpointing": True},
+        {"lora_rank": 2, "optimizer": "adamw8bit", "teacher_precision": "bf16", "gradient_checkpointing": True},
+    ],
+    ids=lambda changes: "+".join(changes),
+)
+def test_a_stage_that_was_cut_and_resumed_is_the_uncut_one_bit_for_bit(tmp_path: Path, changes: dict[str, Any]) -> None:
+    finish(tmp_path / "run", plan=spec().plan.__class__(spec().plan.stages[:1]))
+    parent = load(tmp_path / "run")
+    made = spec(**changes)
+    stage = made.plan.stages[1]
+    accelerator = make_accelerator(cpu=True)
+
+    def trained(upto: int, folder: StageFolder | None = None) -> Any:
+        trainer = trainer_for(made, stage, "s", load(parent_folder), accelerator)
+        if folder is not None:
+            assert resume(trainer, folder, print) == 3
+        for update in trainer.run():
+            if update == upto:
+                break
+        return trainer
+
+    parent_folder = tmp_path / "run"
+    assert parent.num_steps is None
+    whole = own_state(trained(6).finish().network)
+    folder = StageFolder(tmp_path / "cut")
+    save_checkpoint(trained(3), folder)
+    again = own_state(trained(6, folder).finish().network)
+    assert whole.keys() == again.keys()
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_moments_of_8_bits_take_a_quarter_of_the_memory() -> None:
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(128, 128)
+
+        def forward(self, x_t: Tensor, time: Tensor) -> Tensor:
+            out: Tensor = self.inner(x_t)
+            return out
+
+    def moments(kind: str) -> int:
+        made = spec(
+            network=Wide, data=MemoryData("rows", numbers(32, 128).float()), optimizer=kind,
+            plan=Plan.teacher(num_updates=2, batch_size=8, learning_rate=1e-3),
+        )  # fmt: skip
+        trainer = trainer_for(made, made.plan.stages[0], "s", None, make_accelerator(cpu=True))
+        list(trainer.run())
+        state = trainer.state()["optimizer"]
+        return sum(v.numel() * v.element_size() for name, v in state.items() if name.endswith("inner.weight"))
+
+    # The tables of quantiles and scales come on top of a byte for each moment.
+    assert moments("adamw") >= 8 * 128 * 128
+    assert moments("adamw8bit") < 0.4 * moments("adamw")
+
+
+def test_gradient_checkpointing_keeps_less_and_gives_the_same_gradient() -> None:
+    plain = spec(network=lambda: network(3))
+    thrifty = spec(network=lambda: network(3), gradient_checkpointing=True)
+    assert count_forward(thrifty).saved_bytes < 0.7 * count_forward(plain).saved_bytes
+
+    def gradient(checkpointed: bool) -> list[Tensor]:
+        made = network(3).train()
+        if checkpointed:
+            checkpoint_gradients(made)
+        made(numbers(4, 1, 8, 8).float(), torch.linspace(0.1, 1, 4)).square().sum().backward()
+        return [parameter.grad for parameter in made.parameters() if parameter.grad is not None]
+
+    for a, b in zip(gradient(False), gradient(True), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_teacher_in_half_precision_says_nearly_the_same_in_half_the_memory() -> None:
+    plain = network()
+    before = {name: value.clone() for name, value in plain.state_dict().items()}
+    half = InHalf(plain)
+    x_t, time = numbers(16, 1, 8, 8).float(), torch.linspace(0.05, 1, 16)
+    found, wanted = half(x_t, time), plain(x_t, time)
+    assert found.dtype == torch.float32
+    assert float((found - wanted).square().mean().sqrt()) < 0.02 * float(wanted.square().mean().sqrt())
+    assert not torch.equal(found, wanted)
+
+    def size(module: nn.Module) -> int:
+        return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+
+    assert size(half) * 2 == size(plain)
+    assert all(torch.equal(value, before[name]) for name, value in plain.state_dict().items())
+
+
+def test_the_memory_that_is_counted_is_that_of_the_tensors_that_are_there(tmp_path: Path) -> None:
+    finish(tmp_path / "run", plan=Plan(spec().plan.stages[:1]))
+    teacher = load(tmp_path / "run")
+    made = spec(teacher=teacher, network=None, lora_rank=2)
+    stage = made.plan.stages[1]
+    forward = count_forward(made)
+    counted = memory_of_update(stage, forward, None)
+    trainer = trainer_for(made, stage, "s", teacher, make_accelerator(cpu=True))
+    student, models = trainer.finish().network, trainer._models
+
+    def size(*modules: nn.Module) -> int:
+        there = {p.data_ptr(): p.numel() * p.element_size() for module in modules for p in module.parameters()}
+        return sum(there.values())
+
+    assert models.teacher is not None
+    assert size(student) == counted.weights
+    assert size(student, models.teacher) == counted.weights + 0 * counted.teacher
+    assert counted.gradients == 4 * sum(p.numel() for _, p in trainable(student))
+    assert counted.moments == 2 * counted.gradients
+    assert counted.gradients < 0.1 * counted.weights
+
+
+def test_what_cannot_be_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="this is a MLP: train it whole"):
+        with_lora(MLP((2,)), 4)
+    with pytest.raises(ValueError, match="no layer of UNet2DModel ends in nothing"):
+        with_lora(network(), 4, ("nothing",))
+    with pytest.raises(ValueError, match="a MLP cannot compute its activations again"):
+        checkpoint_gradients(MLP((2,)))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    made = spec(optimizer="adamw8bit")
+    with pytest.raises(ValueError, match="needs the package bitsandbytes: pip install bitsandbytes"):
+        trainer_for(made, made.plan.stages[0], "s", None, make_accelerator(cpu=True))
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ValueError, match="LoRA needs the package peft"):
+        with_lora(network(), 4)
+    student = NetworkDenoiser(network(), VPCosine(), V())
+    assert student.prediction == V()
