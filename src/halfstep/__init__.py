@@ -56,7 +56,7 @@ from halfstep.samplers import (
     sample,
     trajectory,
 )
-from halfstep.train import Model, distill, load
+from halfstep.train import Model, distill, fit, load
 
 __version__ = "0.1.0"
 
@@ -117,6 +117,7 @@ __all__ = [
     "cosine_betas",
     "data_set_denoiser",
     "distill",
+    "fit",
     "halving_target",
     "linear_betas",
     "load",

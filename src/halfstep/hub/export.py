@@ -92,10 +92,8 @@ def export_lora(model: Model, out: Path) -> Path:
             f"diffusers loads no low-rank additions into {where}: use --format diffusers, which merges them"
         )
     schedule, _, component = _layout(model, network.base)
-    from diffusers.utils import convert_state_dict_to_diffusers
-
-    layers = convert_state_dict_to_diffusers(network.layers())
-    state = {name: value.detach().cpu().float().contiguous() for name, value in layers.items()}
+    # In peft's names, which diffusers reads as they are; its own older names lose the layers of attention.
+    state = {name: value.cpu().float().contiguous() for name, value in network.layers().items()}
 
     def write(into: Path) -> None:
         with quiet():

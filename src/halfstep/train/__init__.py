@@ -1,6 +1,6 @@
 """The engine: trains the stages of a plan into a run folder, survives kills, measures what comes out."""
 
-from halfstep.train.distill import distill
+from halfstep.train.distill import distill, fit
 from halfstep.train.engine import NonFinite, StageTrainer, Window, make_accelerator
 from halfstep.train.evaluate import Evaluation, Reference, measure, search_gamma
 from halfstep.train.matching import matched_student, viewed
@@ -37,6 +37,7 @@ __all__ = [
     "Window",
     "blank_denoiser",
     "distill",
+    "fit",
     "load",
     "make_accelerator",
     "matched_student",

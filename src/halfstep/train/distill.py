@@ -11,6 +11,7 @@ from halfstep.core.denoiser import Cond, Denoiser, NetworkDenoiser, warn_of_gain
 from halfstep.core.draw import Draw
 from halfstep.core.noise import NoiseProcess
 from halfstep.core.prediction import Prediction
+from halfstep.core.weighting import Weighting
 from halfstep.data import Data, DataConfig, MemoryData, open_data, training_batch
 from halfstep.objectives import Batch, GuidanceRange, Plan
 from halfstep.train.engine import Batches, StageTrainer, Window, copy_denoiser, make_accelerator
@@ -93,6 +94,59 @@ def as_batches(data: Source) -> Batches:
     else:
         return StreamedBatches(data)
     return lambda draw: training_batch(held, draw, False, "cpu")
+
+
+def fit(
+    denoiser: NetworkDenoiser,
+    data: Source,
+    *,
+    num_updates: int,
+    batch_size: int = 128,
+    learning_rate: float = 2e-4,
+    weighting: Weighting | None = None,
+    ema_decay: float = 0.995,
+    seed: int = 0,
+    precision: str = "float32",
+    on_window: Callable[[str, Window], None] | None = None,
+) -> NetworkDenoiser:
+    """The denoiser itself, trained in place to denoise the data: a teacher.
+
+    Args:
+        data: as for `distill`.
+        num_updates, batch_size, learning_rate: of AdamW, whose rate rises over a twentieth of the updates and then
+            falls linearly to 0.
+        weighting: of the squared error in x0; truncated SNR if None.
+        ema_decay: of the moving average of the weights, which is what is left in the network; 0 for none.
+        seed, precision, on_window: as for `distill`.
+
+    Raises:
+        ValueError: if the data cannot be used, or a setting is out of range.
+        NonFinite: if training diverged.
+    """
+    (stage,) = Plan.teacher(
+        num_updates=num_updates,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        weighting=weighting,
+        warmup_updates=num_updates // 20,
+        anneal=True,
+        ema_decay=ema_decay,
+    ).stages
+    accelerator = make_accelerator(precision)
+    return _trained(
+        StageTrainer(denoiser, None, stage, as_batches(data), seed=seed, stream="fit", accelerator=accelerator),
+        on_window,
+    )
+
+
+def _trained(trainer: StageTrainer, on_window: Callable[[str, Window], None] | None) -> NetworkDenoiser:
+    """The result of a stage, run to its end."""
+    for update in trainer.run():
+        if update % 100 == 0 or update == trainer.last_update:
+            window = trainer.window()
+            if on_window is not None:
+                on_window(trainer.stream, window)
+    return trainer.finish()
 
 
 def distill(
@@ -183,12 +237,7 @@ def distill(
         else:
             student, learned_from = copy_denoiser(result), result
         trainer = StageTrainer(student, learned_from, stage, batches, seed=seed, stream=name, accelerator=accelerator)
-        for update in trainer.run():
-            if update % 100 == 0 or update == trainer.last_update:
-                window = trainer.window()
-                if on_window is not None:
-                    on_window(name, window)
-        result = trainer.finish()
+        result = _trained(trainer, on_window)
     current.train(was_training)
     for parameter, needed in zip(current.parameters(), frozen, strict=True):
         parameter.requires_grad_(needed)

@@ -1,0 +1,95 @@
+"""Every example runs, is short, and shows what it says: students are nearer to their teacher than its own few steps."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final
+
+import pytest
+import torch
+from PIL import Image
+
+from halfstep.hub import text_conditions
+from halfstep.samplers import sample
+from halfstep.train import load
+from support_pipelines import assert_same, noise, quietly, save_sd
+
+EXAMPLES: Final = Path(__file__).parents[2] / "examples"
+SCRIPTS: Final = sorted(EXAMPLES.glob("*.py"))
+
+
+def loaded(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_there_are_six_and_each_is_under_60_lines() -> None:
+    assert len(SCRIPTS) == 6
+    for script in SCRIPTS:
+        assert len(script.read_text().splitlines()) < 60, script.name
+
+
+@pytest.mark.parametrize(
+    ("name", "budget", "share"),
+    [
+        ("toy_2d", {"teacher_updates": 600, "student_updates": 200}, 0.6),
+        ("class_conditional_guidance", {"teacher_updates": 120, "student_updates": 70, "start": 16}, 0.9),
+        ("action_policy", {"teacher_updates": 500, "student_updates": 200}, 0.8),
+        ("flow_matching_teacher", {"teacher_updates": 600, "student_updates": 200}, 0.6),
+        ("own_network", {"teacher_updates": 800, "student_updates": 200}, 0.6),
+    ],
+)
+def test_the_student_is_nearer_to_its_teacher_than_the_teacher_s_own_few_steps(
+    name: str, budget: dict[str, Any], share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.set_num_threads(1)
+    monkeypatch.chdir(tmp_path)
+    student, teacher = loaded(name).main(**budget)
+    assert 0 < student < share * teacher
+
+
+def test_low_rank_additions_of_the_latent_example_sample_in_stock_diffusers_as_here(tmp_path: Path) -> None:
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    torch.set_num_threads(1)
+    pipeline = save_sd(tmp_path / "sd", tmp_path / "tokens")
+    images = tmp_path / "images"
+    images.mkdir()
+    for index in range(6):
+        Image.new("RGB", (8, 8), (40 * index, 10, 200)).save(images / f"{index}.png")
+        (images / f"{index}.txt").write_text("ab"[index % 2])
+    budget = (
+        *("--matching.num-updates", "40", "--matching.batch-size", "8", "--matching.learning-rate", "1e-2"),
+        *("--chain.start-steps", "8", "--chain.num-updates", "20", "--chain.batch-size", "8"),
+        *("--chain.lora-rank", "2", "--chain.learning-rate", "1e-2", "--evaluation.no-enabled"),
+    )
+    example = loaded("latent_text_to_image_lora")
+    run, lora = example.main(str(pipeline), str(images), tmp_path / "out", budget)
+
+    pipe = quietly(StableDiffusionPipeline.from_pretrained(pipeline))
+    pipe.scheduler = DDIMScheduler.from_pretrained(lora, subfolder="scheduler")
+    x_1 = noise(2, 4, 4, 4)
+    call: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 1.0, "output_type": "latent"}
+    before = pipe(["a b", "b"], latents=x_1, height=8, width=8, **call).images
+    pipe.load_lora_weights(str(lora))
+    after = pipe(["a b", "b"], latents=x_1, height=8, width=8, **call).images
+    model = load(run)
+    cond = model.cond(range(2), others=text_conditions(pipeline, ["a b", "b"]))
+    assert_same(sample(model, x_1, 4, cond=cond), after)
+    assert float((after - before).abs().max()) > 100 * 1e-4
+
+    full = sum(file.stat().st_size for file in (pipeline / "unet").glob("*.safetensors"))
+    assert sum(file.stat().st_size for file in lora.glob("*.safetensors")) < 0.05 * full
+
+
+def test_the_latent_example_says_how_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    import runpy
+
+    monkeypatch.setattr(sys, "argv", ["latent_text_to_image_lora.py"])
+    with pytest.raises(SystemExit, match="PIPELINE IMAGES OUT"):
+        runpy.run_path(str(EXAMPLES / "latent_text_to_image_lora.py"), run_name="__main__")
