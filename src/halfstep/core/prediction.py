@@ -139,7 +139,7 @@ class EDM(LinearPrediction):
 
     def coefficients(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         # sigma / rho and sigma_data / rho with both multiplied by alpha, so that alpha = 0 is no exception.
-        rho = torch.hypot(sigma, alpha * self.sigma_data)
+        rho = torch.sqrt(sigma**2 + (alpha * self.sigma_data) ** 2)
         return sigma / rho / self.sigma_data, -alpha * self.sigma_data / rho
 
 

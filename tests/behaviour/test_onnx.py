@@ -1,0 +1,133 @@
+"""The exported graph is the whole sampler: noise in, x0 out, as in torch."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+
+from halfstep.core.denoiser import NetworkDenoiser
+from halfstep.core.noise import VE, FlowMatching, NoiseProcess, VPCosine, processes
+from halfstep.core.prediction import EDM, Both, FlowVelocity, Prediction, V, predictions
+from halfstep.hub import export_onnx
+from halfstep.hub.onnx import example_conditions
+from halfstep.nets import MLP, describe_network
+from halfstep.recipes.schema import UNetConfig, make_unet
+from halfstep.runs import Manifest
+from halfstep.samplers import sample
+from halfstep.train import Model
+from support_pipelines import wake
+
+
+def model(network: Any, process: NoiseProcess, prediction: Prediction, shape: tuple[int, ...], **changes: Any) -> Model:
+    facts: dict[str, Any] = {
+        "stage": "s", "objective": "halve", "parent": None, "num_steps": None, "num_updates": 1, "seconds": 1.0,
+        "shape": shape, "is_image": False, "clip": False, "network": describe_network(network),
+        "process": processes.describe(process), "prediction": predictions.describe(prediction), "files": {},
+    }  # fmt: skip
+    return Model(NetworkDenoiser(network, process, prediction), Manifest(**facts | changes)).eval()
+
+
+def points(process: NoiseProcess, prediction: Prediction, **network: Any) -> Model:
+    torch.manual_seed(0)
+    return model(MLP((2,), width=16, depth=1, channels=prediction.channels, **network), process, prediction, (2,))
+
+
+def images() -> Model:
+    torch.manual_seed(0)
+    config = UNetConfig(
+        block_out_channels=(8, 16), layers_per_block=1, attention_head_dim=8, norm_num_groups=4, attention=(False, True)
+    )
+    network = make_unet(config, (1, 8, 8), 5, 1)
+    wake(network)
+    return model(network, VPCosine(), V(), (1, 8, 8), num_classes=5, is_image=True, clip=True)
+
+
+def ran(file: Path, **inputs: Tensor) -> Tensor:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    found: np.ndarray = session.run(["x0"], {name: value.numpy() for name, value in inputs.items()})[0]
+    return torch.from_numpy(found)
+
+
+def assert_same(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * max(1.0, float(expected.abs().max())))
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    ("process", "prediction"),
+    [(VPCosine(), V()), (VPCosine(), Both()), (VE(), EDM()), (FlowMatching(3.0), FlowVelocity())],
+    ids=["v", "both", "edm", "flow"],
+)
+def test_a_graph_of_points_samples_as_torch_for_batches_of_any_length(
+    tmp_path: Path, process: NoiseProcess, prediction: Prediction, num_steps: int
+) -> None:
+    """Unit noise goes in, whatever the size of the process's noise."""
+    made = points(process, prediction)
+    file = export_onnx(made, tmp_path / "sampler.onnx", num_steps)
+    for length in (1, 5, 32):
+        noise = torch.randn(length, 2, generator=torch.Generator().manual_seed(length))
+        assert_same(ran(file, noise=noise), sample(made, noise * process.start_scale, num_steps))
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_graph_of_images_of_classes_clips_and_listens_to_the_class(tmp_path: Path) -> None:
+    made = images()
+    made = Model(made.denoiser, made.manifest.model_copy(update={"num_steps": 4}))
+    file = export_onnx(made, tmp_path / "sampler.onnx")
+    noise, label = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(9)), torch.tensor([4, 0, 2])
+    found = ran(file, noise=noise, class_labels=label)
+    assert_same(found, sample(made, noise, 4, cond={"class_labels": label}))
+    assert float(found.abs().max()) <= 1
+    assert float((found - ran(file, noise=noise, class_labels=label.flip(0))).abs().max()) > 1e-2
+    facts = {entry.key: entry.value for entry in onnx.load(file).metadata_props}
+    assert (facts["num_steps"], facts["prediction"], facts["clip"]) == ("4", "v", "True")
+
+
+def test_a_graph_of_a_guided_student_takes_the_scale(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = MLP((2,), width=16, depth=1, num_classes=3, guided=True)
+    made = model(network, VPCosine(), V(), (2,), num_classes=3, guidance=(1.0, 4.0), guidance_scale=2.5)
+    assert set(example_conditions(made, 2)) == {"class_labels", "guidance_scale"}
+    file = export_onnx(made, tmp_path / "sampler.onnx", 2)
+    noise, label, scale = torch.randn(3, 2), torch.tensor([2, 0, 1]), torch.tensor([1.0, 2.0, 4.0])
+    cond = {"class_labels": label, "guidance_scale": scale}
+    assert_same(ran(file, noise=noise, **cond), sample(made, noise, 2, cond=cond))
+
+
+def test_a_step_more_is_a_network_call_more(tmp_path: Path) -> None:
+    def products(num_steps: int) -> int:
+        file = export_onnx(points(VPCosine(), V()), tmp_path / f"{num_steps}.onnx", num_steps)
+        return sum(node.op_type in ("Gemm", "MatMul") for node in onnx.load(file).graph.node)
+
+    made = points(VPCosine(), V())
+    layers = sum(isinstance(module, nn.Linear) for module in made.modules())
+    assert products(3) - products(2) >= layers - 1
+    assert products(3) % 3 == 0
+
+
+def test_a_graph_that_samples_otherwise_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from halfstep.hub import onnx as room
+
+    monkeypatch.setattr(room, "sample", lambda *args, **kwargs: sample(*args, **kwargs) + 1e-2)
+    with pytest.raises(ValueError, match=r"samples differ from torch's by up to 0\.01: it was not written"):
+        export_onnx(points(VPCosine(), V()), tmp_path / "sampler.onnx", 1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_package_and_a_missing_number_of_steps_are_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = points(VPCosine(), V())
+    with pytest.raises(ValueError, match="takes any number of steps: say how many"):
+        export_onnx(made, tmp_path / "sampler.onnx")
+    monkeypatch.setattr("halfstep.hub.onnx.find_spec", lambda name: None if name == "onnxscript" else sys)
+    with pytest.raises(ValueError, match=r"onnxscript is missing: pip install 'halfstep\[onnx\]'"):
+        export_onnx(made, tmp_path / "sampler.onnx", 1)
