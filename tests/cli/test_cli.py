@@ -16,9 +16,8 @@ from halfstep import load
 from halfstep.cli import main
 from halfstep.registry import Registry
 from halfstep.runs import RunFolder
+from support_cli import Capture, refused
 from toys import TINY_ARRAYS, TINY_DIGITS, points
-
-Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(autouse=True)
@@ -46,19 +45,6 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "digits"
     main(["run", "digits", "--out", str(out), *TINY_DIGITS])
     return out
-
-
-def refused(argv: list[str], capsys: Capture, code: int = 2) -> str:
-    """The one line that a refused command prints."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        main(argv)
-    errors = capsys.readouterr().err
-    assert end.value.code == code
-    lines = [line for line in errors.splitlines() if not line.startswith("halfstep: warning:")]
-    assert len(lines) == 1, errors
-    assert lines[0].startswith("halfstep: error: ")
-    return lines[0].removeprefix("halfstep: error: ")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ copied. No code of ours is in the folder.
 import copy
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
@@ -56,7 +57,7 @@ def export_pipeline(model: Model, out: Path, metrics: Metrics | None = None) -> 
     if origin is None and not model.manifest.is_image:
         raise ValueError("this model makes latents, and the pipeline that it came from is not known: use --format onnx")
     copies = {} if origin is None or model.manifest.is_image else _other_parts(origin, component)
-    index = _index(kind, component, schedule, network, origin if copies else None)
+    index = _index(kind, component, schedule, network, origin if copies else None, copies)
 
     def write(into: Path) -> None:
         _save_network(network, into / component)
@@ -155,6 +156,9 @@ def _other_parts(origin: Path, component: str) -> dict[str, Path]:
         if name in (component, "scheduler") or not isinstance(value, list) or value[0] is None:
             continue
         folder = origin / name
+        if name == "safety_checker" and not list(folder.glob("*.safetensors")):
+            # Its weights are pickled in older repositories; the pipeline can do without it.
+            continue
         if not folder.is_dir():
             raise ValueError(f"{origin} has no {name} any more, which the exported pipeline needs")
         parts[name] = folder
@@ -162,13 +166,20 @@ def _other_parts(origin: Path, component: str) -> dict[str, Path]:
 
 
 def _index(
-    kind: str, component: str, schedule: StockSchedule, network: StockNetwork, origin: Path | None
+    kind: str,
+    component: str,
+    schedule: StockSchedule,
+    network: StockNetwork,
+    origin: Path | None,
+    copied: Iterable[str],
 ) -> dict[str, Any]:
     import diffusers
 
     index: dict[str, Any] = {"_class_name": kind, "_diffusers_version": diffusers.__version__}
     if origin is not None:
         index |= {name: value for name, value in read_json(origin / "model_index.json").items() if name not in index}
+    if "safety_checker" in index and "safety_checker" not in copied:
+        index |= {"safety_checker": [None, None], "requires_safety_checker": False}
     return index | {component: ["diffusers", network.stock], "scheduler": ["diffusers", schedule.kind]}
 
 

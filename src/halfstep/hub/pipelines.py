@@ -169,8 +169,8 @@ def _parts(folder: Path) -> tuple[str | None, Layout, Path, Path]:
         name
         for name, value in index.items()
         if isinstance(value, list)
-        and value[:1] not in ([None], ["diffusers"], ["transformers"])
-        and not (value[0] == "stable_diffusion" and name == "safety_checker")
+        and not (name.isidentifier() and value[:1] in ([None], ["diffusers"], ["transformers"]))
+        and not (value[:1] == ["stable_diffusion"] and name == "safety_checker")
     ]
     if not isinstance(kind, str) or foreign or code:
         what = f"its class is {kind}" if not isinstance(kind, str) else ", ".join(foreign or code)
@@ -197,8 +197,6 @@ def _plain_parts(folder: Path) -> tuple[None, Layout, Path, Path]:
         raise ValueError(f"{folder} is no pipeline (no model_index.json) and holds no network (no config.json)")
     config = _json(network / "config.json")
     kind = str(config.get("_class_name"))
-    if "auto_map" in config:
-        raise ValueError(f"{network} wants code of its own to be run (auto_map), which halfstep refuses")
     if kind not in PLAIN:
         raise ValueError(
             f"{network} holds a {kind}, of which config.json does not say enough: give a whole pipeline (known without "
@@ -221,6 +219,8 @@ def _network(folder: Path, layout: Layout, schedule: Schedule) -> StockNetwork:
     if not config_file.is_file():
         raise ValueError(f"{folder} has no config.json: the pipeline was not saved whole")
     config = _json(config_file)
+    if "auto_map" in config:
+        raise ValueError(f"{folder} wants code of its own to be run (auto_map), which halfstep refuses")
     if config.get("_class_name") != name:
         raise ValueError(f"{folder} holds a {config.get('_class_name')}, but a {name} is needed here")
     if not list(folder.glob("*.safetensors")):

@@ -1,0 +1,434 @@
+"""Pipelines of diffusers through the command line: each family from its folder to a stock pipeline of four steps, and
+one clear line for what cannot be."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Final
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from halfstep import load
+from halfstep.cli import main
+from halfstep.runs import RunFolder
+from support_cli import Capture, refused
+from support_pipelines import save_ddpm, save_dit, save_sd, save_sd3, tiny_unet, tiny_vae
+from toys import TINY_ARRAYS, points
+
+BUDGET: Final = [
+    *("--matching.num-updates", "4", "--matching.batch-size", "8", "--chain.num-updates", "2"),
+    *("--chain.batch-size", "8", "--chain.start-steps", "8", "--engine.threads", "1"),
+]
+MEASURED: Final = [
+    *BUDGET,
+    *("--evaluation.num-samples", "8", "--evaluation.num-compared", "4", "--evaluation.num-shown", "4"),
+    *("--evaluation.features", "pixels"),
+]
+UNMEASURED: Final = [*BUDGET, "--evaluation.no-enabled"]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    monkeypatch.setenv("HALFSTEP_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.setenv("COLUMNS", "160")
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pipelines, images with captions, images of classes."""
+    root = tmp_path_factory.mktemp("border")
+    save_ddpm(root / "ddpm", in_channels=1, out_channels=1)
+    save_dit(root / "dit")
+    save_sd(root / "sd", root / "tokens")
+    save_sd3(root / "sd3", root / "tokens")
+    random = np.random.default_rng(0)
+    for index in range(12):
+        picture = Image.fromarray(random.integers(0, 255, (8, 8, 3), dtype=np.uint8))
+        for folder in (root / "captioned", root / "classes" / str(index % 2)):
+            folder.mkdir(parents=True, exist_ok=True)
+            picture.save(folder / f"{index}.png")
+        (root / "captioned" / f"{index}.txt").write_text("a b"[index % 3])
+    main(["encode", str(root / "sd"), "--data", str(root / "captioned"), "--out", str(root / "latents")])
+    main(["encode", str(root / "sd3"), "--data", str(root / "captioned"), "--out", str(root / "latents3")])
+    main(["encode", str(root / "dit"), "--data", str(root / "classes"), "--out", str(root / "latents.npz")])
+    return root
+
+
+def distil(model: Path, data: Path | str, out: Path, *words: str, to: int = 4, budget: list[str] = UNMEASURED) -> Path:
+    main(["distill", str(model), "--data", str(data), "--to", str(to), "--out", str(out), *budget, *words])
+    return out
+
+
+@pytest.fixture(scope="module")
+def ddpm_run(here: Path) -> Path:
+    return distil(here / "ddpm", "digits", here / "run-ddpm", budget=MEASURED)
+
+
+@pytest.fixture(scope="module")
+def dit_run(here: Path) -> Path:
+    return distil(
+        here / "dit", here / "latents.npz", here / "run-dit", "--matching.guidance-scale", "4", budget=MEASURED
+    )
+
+
+@pytest.fixture(scope="module")
+def sd_run(here: Path) -> Path:
+    return distil(
+        here / "sd", here / "latents", here / "run-sd", "--matching.guidance-range", "1", "8", budget=MEASURED
+    )
+
+
+@pytest.fixture(scope="module")
+def lora_run(here: Path) -> Path:
+    return distil(
+        here / "sd", here / "latents", here / "run-lora", "--matching.guidance-scale", "3", "--chain.lora-rank", "2"
+    )
+
+
+@pytest.fixture(scope="module")
+def sd3_run(here: Path) -> Path:
+    return distil(here / "sd3", here / "latents3", here / "run-sd3", "--matching.guidance-scale", "5")
+
+
+def stages(run: Path) -> list[str]:
+    return [stage.name for stage in RunFolder(run).stages()]
+
+
+def test_an_eps_teacher_on_linear_betas_goes_to_four_steps_in_one_command(
+    ddpm_run: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    assert stages(ddpm_run) == ["00-teacher", "01-match", "02-halve-0004"]
+    teacher, matched, student = (load(stage.path) for stage in RunFolder(ddpm_run).stages())
+    assert teacher.manifest.prediction == {"type": "eps"}
+    assert teacher.manifest.process["type"] == "vp_table"
+    for model in (matched, student):
+        assert model.manifest.prediction == {"type": "v"}
+        assert model.manifest.process["type"] == "vp_cosine"
+        assert model.manifest.network["num_train_timesteps"] == 1024
+    assert student.manifest.process["log_snr_min"] == pytest.approx(float(teacher.process.log_snr(torch.tensor(1.0))))
+    assert "digits, 1,797 samples" in str(student.manifest.data)
+    main(["export", str(ddpm_run), "--out", str(tmp_path / "out")])
+    pipe = diffusers.DDIMPipeline.from_pretrained(tmp_path / "out")
+    assert pipe.scheduler.config.num_train_timesteps == 1024
+    assert pipe.scheduler.config.timestep_spacing == "trailing"
+    card = (tmp_path / "out" / "README.md").read_text()
+    for said in (
+        "samples in 4 steps",
+        'from_pretrained("out")',
+        "use_clipped_model_output=True",
+        "digits",
+        "Protocol:",
+    ):
+        assert said in card
+    main(["sample", str(ddpm_run), "--num-samples", "4", "--out", str(tmp_path / "grid.png")])
+    assert (tmp_path / "grid.png").is_file()
+
+
+def test_the_same_command_again_changes_nothing_and_another_goes_on(ddpm_run: Path, here: Path, tmp_path: Path) -> None:
+    before = {path: path.read_bytes() for path in ddpm_run.glob("stages/*/*.safetensors")}
+    distil(here / "ddpm", "digits", ddpm_run, budget=MEASURED)
+    assert before == {path: path.read_bytes() for path in ddpm_run.glob("stages/*/*.safetensors")}
+    further = tmp_path / "further"
+    main(["distill", str(ddpm_run), "--to", "2", "--out", str(further), "--chain.num-updates", "2"])
+    assert stages(further) == ["00-teacher", "01-halve-0002"]
+    assert load(further).manifest.prediction == {"type": "v"}
+    main(["report", str(further)])
+
+
+def test_a_dit_takes_its_guidance_in_and_asks_half_as_often(dit_run: Path, tmp_path: Path) -> None:
+    student = load(dit_run)
+    assert student.manifest.guidance == (4.0, 4.0)
+    assert student.num_classes == 1000
+    teacher, *_, last = RunFolder(dit_run).stages()
+    of_teacher, of_student = teacher.metrics(), last.metrics()
+    assert of_teacher is not None
+    assert of_student is not None
+    at_four = [result.num_evals for result in of_teacher.results if result.num_steps == 4]
+    assert (at_four, of_student.results[0].num_evals) == ([8], 4)
+    main(["export", str(dit_run), "--out", str(tmp_path / "out")])
+    pipe = diffusers.DiTPipeline.from_pretrained(tmp_path / "out")
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe(class_labels=[1], num_inference_steps=4, guidance_scale=1.0).images[0].size == (8, 8)
+    assert "Pass `guidance_scale=1.0`" in (tmp_path / "out" / "README.md").read_text()
+    main(["sample", str(dit_run), "--num-samples", "2", "--class-label", "1", "--out", str(tmp_path / "a.png")])
+
+
+def test_texts_with_a_range_of_scales(sd_run: Path, tmp_path: Path, capsys: Capture) -> None:
+    student = load(sd_run)
+    assert student.manifest.guidance == (1.0, 8.0)
+    assert student.manifest.conditions == {"encoder_hidden_states": (7, 16)}
+    words = ["sample", str(sd_run), "--num-samples", "2", "--prompt", "a b"]
+    main([*words, "--guidance-scale", "3", "--out", str(tmp_path / "a.png")])
+    capsys.readouterr()
+    main([*words, "--guidance-scale", "9", "--out", str(tmp_path / "b.png")])
+    assert "learned scales from 1 to 8: outside them it guesses" in capsys.readouterr().err
+    main(["export", str(sd_run), "--out", str(tmp_path / "out")])
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "out")
+    assert pipe.unet.config.time_cond_proj_dim == 256
+    assert pipe.scheduler.config.num_train_timesteps == 1024
+
+
+def test_low_rank_additions_are_under_five_percent_and_export_as_such(lora_run: Path, tmp_path: Path) -> None:
+    sizes = {stage.name: stage.model.stat().st_size for stage in RunFolder(lora_run).stages()}
+    assert sizes["02-halve-0004"] < 0.05 * sizes["00-teacher"]
+    main(["export", str(lora_run), "--format", "lora", "--out", str(tmp_path / "lora")])
+    assert sorted(p.name for p in (tmp_path / "lora").iterdir()) == [
+        "README.md", "pytorch_lora_weights.safetensors", "scheduler"
+    ]  # fmt: skip
+    main(["export", str(lora_run), "--out", str(tmp_path / "whole")])
+    diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "whole")
+
+
+def test_a_flow_matching_transformer_needs_no_other_prediction(sd3_run: Path, tmp_path: Path) -> None:
+    student = load(sd3_run)
+    assert student.manifest.prediction == {"type": "flow_velocity"}
+    assert student.manifest.process == {"type": "flow", "shift": 3.0}
+    main(["export", str(sd3_run), "--out", str(tmp_path / "out")])
+    assert "sigmas=[1, 0.75, 0.5, 0.25]" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_an_imported_teacher_is_a_stage_that_samples_with_guidance(here: Path, tmp_path: Path, capsys: Capture) -> None:
+    stage = tmp_path / "stage"
+    main(["import", "diffusers", str(here / "dit"), "--out", str(stage)])
+    assert "a teacher, samples of shape [4, 4, 4], 1000 classes, predicts eps" in capsys.readouterr().out
+    for scale in ("1", "4"):
+        words = ["--num-steps", "2", "--num-samples", "2", "--guidance-scale", scale]
+        main(["sample", str(stage), *words, "--out", str(tmp_path / f"{scale}.npz")])
+    one, four = (np.load(tmp_path / f"{scale}.npz")["arr_0"] for scale in ("1", "4"))
+    assert abs(one - four).max() > 1e-3
+
+
+def test_a_run_that_was_cut_in_the_matching_stage_ends_as_the_uncut_one(
+    here: Path, ddpm_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from halfstep.train import engine
+
+    update = engine.StageTrainer._one_update
+
+    def failing(trainer: engine.StageTrainer) -> None:
+        if trainer.stream == "01-match" and trainer.update == 2:
+            raise KeyboardInterrupt
+        update(trainer)
+
+    words = ["--engine.checkpoint-updates", "1"]
+    monkeypatch.setattr(engine.StageTrainer, "_one_update", failing)
+    with pytest.raises(SystemExit):
+        distil(here / "ddpm", "digits", tmp_path / "run", *words, budget=MEASURED)
+    monkeypatch.undo()
+    distil(here / "ddpm", "digits", tmp_path / "run", *words, budget=MEASURED)
+    for name in stages(ddpm_run):
+        found = (tmp_path / "run" / "stages" / name / "model.safetensors").read_bytes()
+        assert found == (ddpm_run / "stages" / name / "model.safetensors").read_bytes(), name
+
+
+def test_pushing_goes_through_the_hub_s_own_client(
+    ddpm_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    import huggingface_hub
+
+    said: list[Any] = []
+    client = SimpleNamespace(
+        create_repo=lambda name, exist_ok: said.append(name) or f"https://huggingface.co/{name}",
+        upload_folder=lambda repo_id, folder_path: said.append((repo_id, Path(folder_path))),
+    )
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: client)
+    out = tmp_path / "out"
+    main(["export", str(ddpm_run), "--out", str(out), "--push-to-hub", "me/digits"])
+    assert said == ["me/digits", ("me/digits", out)]
+    assert "https://huggingface.co/me/digits" in capsys.readouterr().out
+
+
+Spoil = Callable[[Path], None]
+
+
+def edit(file: str, **changes: Any) -> Spoil:
+    def spoil(folder: Path) -> None:
+        held = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps(held | changes))
+
+    return spoil
+
+
+def pickled(folder: Path) -> None:
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").rename(folder / "unet" / "diffusion_pytorch_model.bin")
+
+
+def cut(folder: Path) -> None:
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+SCHEDULER: Final = "scheduler/scheduler_config.json"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (edit(SCHEDULER, _class_name="MyScheduler"), "the scheduler MyScheduler is not understood (fields: "),
+        (
+            edit(SCHEDULER, beta_schedule="sigmoid"),
+            "has beta_schedule 'sigmoid', which is none of linear",
+        ),
+        (edit(SCHEDULER, prediction_type="score"), "has prediction_type 'score', which is none of epsilon"),
+        (edit(SCHEDULER, clip_sample_range=2.0), "has clip_sample_range 2.0, and only 1.0 is understood"),
+        (pickled, "has its weights pickled (diffusion_pytorch_model.bin)"),
+        (cut, "cannot be read as a UNet2DModel"),
+        (edit("model_index.json", _class_name=["mine", "Pipe"]), "wants code of its own to be run"),
+        (edit("model_index.json", unet=["mine", "UNet"]), "wants code of its own to be run (unet)"),
+        (edit("model_index.json", **{"../x": ["diffusers", "UNet2DModel"]}), "wants code of its own to be run (../x)"),
+        (edit("model_index.json", unet=[]), "wants code of its own to be run (unet)"),
+        (lambda f: (f / "pipe.py").write_text("boom"), "wants code of its own to be run (pipe.py)"),
+        (edit("unet/config.json", auto_map={"a": "b"}), "wants code of its own to be run (auto_map)"),
+        (edit("model_index.json", _class_name="FluxPipeline"), "holds a FluxPipeline, which is not understood"),
+        (lambda f: (f / "unet" / "config.json").write_text("{}"), "holds a None, but a UNet2DModel is needed"),
+        (lambda f: (f / "unet" / "config.json").unlink(), "has no config.json: the pipeline was not saved whole"),
+        (lambda f: shutil.rmtree(f / "scheduler"), "scheduler_config.json"),
+    ],
+)
+def test_a_pipeline_that_is_not_understood_is_refused(
+    here: Path, tmp_path: Path, capsys: Capture, spoil: Spoil, said: str
+) -> None:
+    folder = shutil.copytree(here / "ddpm", tmp_path / "a folder ü")
+    spoil(folder)
+    assert said in refused(["distill", str(folder), "--data", "digits", "--out", str(tmp_path / "run")], capsys)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("part", "said"), [("text_encoder", "has no text_encoder"), ("tokenizer", "has no tokenizer")])
+def test_a_text_pipeline_without_a_part_is_refused(
+    here: Path, tmp_path: Path, capsys: Capture, part: str, said: str
+) -> None:
+    folder = shutil.copytree(here / "sd", tmp_path / "sd")
+    shutil.rmtree(folder / part)
+    assert said in refused(["import", "diffusers", str(folder), "--out", str(tmp_path / "out")], capsys)
+
+
+def test_a_pipeline_without_a_vae_can_neither_encode_nor_draw(
+    here: Path, tmp_path: Path, capsys: Capture, lora_run: Path
+) -> None:
+    folder = shutil.copytree(here / "sd", tmp_path / "sd")
+    shutil.rmtree(folder / "vae")
+    words = ["encode", str(folder), "--data", str(here / "captioned"), "--out", str(tmp_path / "latents")]
+    assert "has no vae with .safetensors" in refused(words, capsys)
+
+
+def test_a_text_encoder_of_another_width_is_refused(here: Path, tmp_path: Path, capsys: Capture) -> None:
+    folder = save_sd(tmp_path / "sd", tmp_path / "tokens", width=24)
+    said = refused(["import", "diffusers", str(folder), "--out", str(tmp_path / "out")], capsys)
+    assert "takes texts of width 24, but the pipeline's text encoder makes 16" in said
+
+
+def test_a_network_without_a_pipeline_needs_its_scheduler(tmp_path: Path, capsys: Capture) -> None:
+    tiny_unet().save_pretrained(tmp_path / "net")
+    words = ["import", "diffusers", str(tmp_path / "net"), "--out", str(tmp_path / "out")]
+    assert "has no scheduler_config.json, and process and prediction are not guessed" in refused(words, capsys)
+    diffusers.DDPMScheduler(prediction_type="v_prediction").save_pretrained(tmp_path / "net" / "scheduler")
+    main(words)
+    assert load(tmp_path / "out").manifest.prediction == {"type": "v"}
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    words = ["import", "diffusers", str(tmp_path / "vae")]
+    assert "holds a AutoencoderKL, of which config.json does not say enough" in refused(words, capsys)
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("model.ckpt", "is pickled and could run code"),
+        ("weights.pt", "is pickled and could run code"),
+        ("owner/name", "could not be fetched from the Hub"),
+        ("../x/y", "does not exist"),
+        ("nowhere", "does not exist"),
+        (__file__, "is a file: give a folder"),
+    ],
+)
+def test_what_is_no_pipeline_is_refused(source: str, said: str, tmp_path: Path, capsys: Capture) -> None:
+    assert said in refused(["import", "diffusers", source, "--out", str(tmp_path / "out")], capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "words", "said"),
+    [
+        ("ddpm", "digits", ["--matching.guidance-scale", "3"], "what stands for no condition is not known"),
+        ("ddpm", "digits", ["--matching.null-class", "3"], "says nothing to a teacher without classes"),
+        ("ddpm", "digits", ["--matching.prediction", "w"], "unknown prediction 'w'"),
+        ("ddpm", "digits", ["--matching.prediction", "both"], "but Both needs 2"),
+        ("ddpm", "latents.npz", [], "makes samples of shape [1, 8, 8], but"),
+        ("ddpm", "digits", ["--matching.guidance-range", "3", "1"], "needs 0 <= low < high"),
+        ("ddpm", "digits", ["--matching.guidance-scale", "nan"], "guidance-scale"),
+        ("ddpm", "digits", ["--chain.lora-rank", "2", "--matching.process", "cosine"], "leave --chain.lora-rank out"),
+        ("dit", "latents.npz", ["--matching.guidance-range", "1", "3"], "DiTTransformer2DModel has no input for it"),
+        ("dit", "latents.npz", ["--matching.process", "cosine"], "has no table of timesteps that could be replaced"),
+        (
+            "dit", "latents.npz", ["--matching.guidance-scale", "2", "--matching.guidance-range", "1", "3"],
+            "are both given: give one",
+        ),
+        ("sd", "latents.npz", [], "conditioned on encoder_hidden_states, which"),
+        ("sd", "latents3", [], "takes encoder_hidden_states of shape [7, 16], but"),
+        ("sd3", "latents3", ["--matching.guidance-range", "1", "3"], "SD3Transformer2DModel has no input for it"),
+        (
+            "sd", "latents", ["--matching.guidance-range", "1", "3", "--chain.lora-rank", "2"],
+            "leave --chain.lora-rank out",
+        ),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_act_are_refused_before_anything_is_done(
+    here: Path, tmp_path: Path, capsys: Capture, model: str, data: str, words: list[str], said: str
+) -> None:
+    source = data if data == "digits" else str(here / data)
+    argv = ["distill", str(here / model), "--data", source, "--to", "4", "--out", str(tmp_path / "run"), *BUDGET]
+    assert said in refused([*argv, *words], capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_optimiser_whose_package_is_missing_is_named(
+    here: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    argv = ["distill", str(here / "ddpm"), "--data", "digits", "--to", "4", "--out", str(tmp_path / "run"), *UNMEASURED]
+    assert "needs the package bitsandbytes" in refused([*argv, "--engine.optimizer", "adamw8bit"], capsys)
+
+
+def test_exports_that_cannot_be_are_refused(
+    here: Path, ddpm_run: Path, dit_run: Path, lora_run: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    def said(run: Path, *words: str, out: str = "out") -> str:
+        return refused(["export", str(run), "--out", str(tmp_path / out), *words], capsys)
+
+    assert "says nothing to --format diffusers" in said(ddpm_run, "--num-steps", "4")
+    assert "--push-to-hub is for folders" in said(ddpm_run, "--format", "onnx", "--push-to-hub", "a/b", out="o.onnx")
+    assert "give a file that ends in .onnx" in said(ddpm_run, "--format", "onnx")
+    assert "was trained whole and has no low-rank additions" in said(ddpm_run, "--format", "lora")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    assert "is there already" in said(ddpm_run, out="full")
+    assert (tmp_path / "full" / "mine.txt").read_text() == "mine"
+    np.save(tmp_path / "toy.npy", points().numpy())
+    toy = tmp_path / "toy"
+    main(["run", "arrays", "--data", str(tmp_path / "toy.npy"), "--out", str(toy), *TINY_ARRAYS])
+    assert "a network of the kind mlp is in no pipeline of diffusers: use --format onnx" in said(toy)
+    sixteen = distil(here / "dit", here / "latents.npz", tmp_path / "sixteen", "--chain.start-steps", "32", to=16)
+    message = said(sixteen)
+    assert "cannot represent 16 steps exactly on 1000 timesteps: exact are 1, 2, 4, 5, 8, 10, 20, 25" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_samples_that_cannot_be_drawn_are_refused(
+    dit_run: Path, sd_run: Path, ddpm_run: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    def said(run: Path, *words: str) -> str:
+        return refused(["sample", str(run), "--num-samples", "2", "--out", str(tmp_path / "x.npz"), *words], capsys)
+
+    assert "has learned that of 4 and no other: leave it out" in said(dit_run, "--guidance-scale", "2")
+    assert "knows no guidance: leave it out" in said(ddpm_run, "--guidance-scale", "2")
+    assert "add --prompt TEXT" in said(sd_run)
+    assert "--prompt says nothing to this model" in said(ddpm_run, "--prompt", "a")
+    assert "has classes 0 to 999" in said(dit_run, "--class-label", "1000")
+    assert "knows no classes" in said(sd_run, "--class-label", "1", "--prompt", "a")
