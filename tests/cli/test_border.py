@@ -156,7 +156,8 @@ def test_a_dit_takes_its_guidance_in_and_asks_half_as_often(dit_run: Path, tmp_p
     pipe = diffusers.DiTPipeline.from_pretrained(tmp_path / "out")
     pipe.set_progress_bar_config(disable=True)
     assert pipe(class_labels=[1], num_inference_steps=4, guidance_scale=1.0).images[0].size == (8, 8)
-    assert "Pass `guidance_scale=1.0`" in (tmp_path / "out" / "README.md").read_text()
+    assert "Pass guidance_scale 1, which" in (tmp_path / "out" / "README.md").read_text()
+    assert "Pass guidance_scale 1, which" in (dit_run / "report" / "index.html").read_text()
     main(["sample", str(dit_run), "--num-samples", "2", "--class-label", "1", "--out", str(tmp_path / "a.png")])
 
 

@@ -58,28 +58,6 @@ def usage(manifest: Manifest, kind: str) -> str:
     )
 
 
-def guidance_words(manifest: Manifest) -> str:
-    """What `guidance_scale` means for the model, whether negative prompts act, and the network calls of a step."""
-    guidance = manifest.guidance
-    if guidance is None:
-        return (
-            "The model has learned no guidance. A `guidance_scale` above 1 would ask it twice a step, with and without "
-            "its condition, which it was not distilled for; leave it at 1.0: one network call a step."
-        )
-    low, high = guidance
-    if low == high:
-        return (
-            f"The model has taken in the teacher's guidance at the scale {low:g} (uncond + {low:g} (cond - uncond)). "
-            "Pass `guidance_scale=1.0`, which turns the pipeline's own guidance off: one network call a step where the "
-            "teacher needed two. Another scale would guide a second time; negative prompts do not act."
-        )
-    return (
-        f"The model has taken in the teacher's guidance (uncond + scale (cond - uncond)) at all scales from {low:g} to "
-        f"{high:g} and is shown the scale: pass `guidance_scale` in that range. One network call a step where the "
-        "teacher needed two; negative prompts do not act; outside the range it guesses."
-    )
-
-
 def model_card(
     name: str, manifest: Manifest, kind: str, schedule: StockSchedule, exact: list[int], metrics: Metrics | None
 ) -> str:
@@ -122,7 +100,7 @@ def model_card(
         "",
         "## Guidance",
         "",
-        guidance_words(manifest),
+        manifest.guidance_words(),
     ]
     if metrics is not None and metrics.results:
         lines += ["", "## Quality", "", *_table(metrics)]
@@ -157,7 +135,7 @@ pipe.load_lora_weights("{name}")
 
 ## Guidance
 
-{guidance_words(manifest)}
+{manifest.guidance_words()}
 """
 
 

@@ -72,6 +72,7 @@ def page(facts: RunFacts) -> str:
         notices=[*facts.notices, *_protocol_notices(groups)],
         gallery=_gallery(facts, groups, summary),
         groups=groups,
+        guidance=next((s.manifest.guidance_words() for s in reversed(facts.students) if s.manifest.guidance), None),
         stages=rows,
         losses=_losses(facts, rows),
         recipe=flatten(facts.recipe),

@@ -75,6 +75,26 @@ class Manifest(BaseModel):
     weights_kept: bool = True
     """False once the weights were removed because only those of other stages were asked for."""
 
+    def guidance_words(self) -> str:
+        """What `guidance_scale` means for the model, whether negative prompts act, and the network calls of a step."""
+        if self.guidance is None:
+            return (
+                "The model has learned no guidance: leave guidance_scale at 1, one network call a step. A scale above "
+                "1 would ask it twice a step, with and without its condition, which a student was not distilled for."
+            )
+        low, high = self.guidance
+        if low == high:
+            return (
+                f"The model has taken in the teacher's guidance at the scale {low:g} (uncond + {low:g} (cond - uncond))"
+                ". Pass guidance_scale 1, which turns a pipeline's own guidance off: one network call a step where the "
+                "teacher needed two. Another scale would guide a second time; negative prompts do not act."
+            )
+        return (
+            f"The model has taken in the teacher's guidance (uncond + scale (cond - uncond)) at all scales from "
+            f"{low:g} to {high:g} and is shown the scale: pass guidance_scale in that range. One network call a step where the "
+            "teacher needed two; negative prompts do not act; outside the range it guesses."
+        )
+
 
 class Result(BaseModel):
     """One row of metrics.json: a model sampled with some number of steps."""
