@@ -90,9 +90,9 @@ class Manifest(BaseModel):
                 "teacher needed two. Another scale would guide a second time; negative prompts do not act."
             )
         return (
-            f"The model has taken in the teacher's guidance (uncond + scale (cond - uncond)) at all scales from "
-            f"{low:g} to {high:g} and is shown the scale: pass guidance_scale in that range. One network call a step where the "
-            "teacher needed two; negative prompts do not act; outside the range it guesses."
+            "The model has taken in the teacher's guidance (uncond + scale (cond - uncond)) at all scales from "
+            f"{low:g} to {high:g} and is shown the scale: pass guidance_scale in that range. One network call a "
+            "step where the teacher needed two; negative prompts do not act; outside the range it guesses."
         )
 
 
