@@ -142,6 +142,14 @@ def test_the_same_command_again_changes_nothing_and_another_goes_on(ddpm_run: Pa
     main(["report", str(further)])
 
 
+def test_another_teacher_in_the_same_folder_makes_another_run(here: Path, tmp_path: Path, capsys: Capture) -> None:
+    folder = shutil.copytree(here / "ddpm", tmp_path / "ddpm")
+    run = distil(folder, "digits", tmp_path / "run")
+    save_ddpm(folder, in_channels=1, out_channels=1, seed=5)
+    argv = ["distill", str(folder), "--data", "digits", "--to", "4", "--out", str(run), *UNMEASURED]
+    assert "holds a run of a different recipe" in refused(argv, capsys)
+
+
 def test_a_dit_takes_its_guidance_in_and_asks_half_as_often(dit_run: Path, tmp_path: Path) -> None:
     student = load(dit_run)
     assert student.manifest.guidance == (4.0, 4.0)

@@ -281,7 +281,9 @@ def test_vectors_have_no_picture(toy_run: Path, tmp_path: Path, capsys: Capture)
     assert array.shape == (5, 2)
 
 
-@pytest.mark.parametrize("damage", ["no model", "cut", "altered", "manifest", "later format", "foreign tensors"])
+@pytest.mark.parametrize(
+    "damage", ["no model", "cut", "altered", "manifest", "later format", "earlier format", "foreign tensors"]
+)
 def test_a_file_that_is_no_model_is_named(damage: str, toy_run: Path, tmp_path: Path, capsys: Capture) -> None:
     stage = RunFolder(toy_run).stages()[-1]
     folder = tmp_path / "stage"
@@ -295,6 +297,8 @@ def test_a_file_that_is_no_model_is_named(damage: str, toy_run: Path, tmp_path: 
         content = content[:-1] + bytes([content[-1] ^ 1])
     elif damage == "later format":
         manifest["format"], said = 99, "update halfstep"
+    elif damage == "earlier format":
+        manifest["format"], said = 1, "it was written by an earlier one, so train the run again"
     elif damage == "foreign tensors":
         manifest["network"]["width"], said = 32, "does not fit its manifest"
     (folder / "manifest.json").write_text(json.dumps(manifest) if damage != "manifest" else "{")

@@ -35,7 +35,7 @@ from halfstep.core.noise import processes
 from halfstep.core.prediction import predictions
 from halfstep.core.weighting import weightings
 from halfstep.data import open_data
-from halfstep.hub import decoder_of, fetch, import_pipeline, is_pipeline, text_conditions
+from halfstep.hub import decoder_of, fetch, import_pipeline, is_pipeline, release_texts, text_conditions
 from halfstep.nets import networks
 from halfstep.objectives import objectives
 from halfstep.recipes import EvaluationConfig, Recipe, build, recipes
@@ -241,6 +241,7 @@ def _prompted(model: Model, prompt: str | None, number: int) -> dict[str, torch.
     if prompt is None or manifest.pipeline is None:
         raise UsageError(f"this model is shown {', '.join(manifest.conditions)}: add --prompt TEXT")
     shown = text_conditions(fetch(manifest.pipeline.folder), [prompt])
+    release_texts()
     return {name: value.expand(number, *value.shape[1:]) for name, value in shown.items()}
 
 

@@ -92,7 +92,12 @@ def _prompts(pipe: Any) -> tuple[str, ...]:
     return ("prompt", "prompt_2", "prompt_3") if hasattr(pipe, "text_encoder_3") else ("prompt",)
 
 
-@lru_cache(maxsize=2)
+def release_texts() -> None:
+    """Lets go of the text encoders that `text_conditions` keeps from call to call."""
+    _text_pipeline.cache_clear()
+
+
+@lru_cache(maxsize=1)
 def _text_pipeline(folder: Path) -> Any:
     """The pipeline with its tokenizers and text encoders alone."""
     if find_spec("transformers") is None:

@@ -4,6 +4,7 @@ Process, prediction, clipping and conditions are read from the configs of schedu
 asked for by name. Only safetensors are read, and no code of a repository is run.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,11 +17,11 @@ from torch import Tensor
 from halfstep.core.denoiser import NetworkDenoiser
 from halfstep.core.noise import processes
 from halfstep.core.prediction import predictions
-from halfstep.hub.encoding import text_conditions
+from halfstep.hub.encoding import release_texts, text_conditions
 from halfstep.hub.quiet import quiet, stock
 from halfstep.hub.schedulers import Schedule, read_schedule
 from halfstep.nets import SD3, DiT, StockNetwork, UNet2D, UNet2DCondition, describe_network
-from halfstep.runs import DamagedFile, Manifest, Pipeline, read_json
+from halfstep.runs import DamagedFile, Manifest, Pipeline, read_json, sha256_of
 from halfstep.train.model import Model
 
 START_STEPS: Final = 128
@@ -140,9 +141,17 @@ def import_pipeline(source: str | Path) -> Model:
         prediction=predictions.describe(schedule.prediction),
         pipeline=None if kind is None else Pipeline(kind=kind, folder=_origin(source), component=layout.component),
         files={},
-        source=str(source),
+        source=f"{source} (weights sha256 {_digest(network_folder)})",
     )
+    # Training needs the memory that the text encoders take.
+    release_texts()
     return Model(NetworkDenoiser(network.eval(), schedule.process, schedule.prediction), manifest, null)
+
+
+def _digest(folder: Path) -> str:
+    """Of all weights of a network, so that another teacher in the same folder makes another run."""
+    digests = [sha256_of(file) for file in sorted(folder.glob("*.safetensors"))]
+    return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 
 def _origin(source: str | Path) -> str:

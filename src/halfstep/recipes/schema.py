@@ -606,7 +606,8 @@ def build(
     origin: dict[str, Any] = {} if what == "all" else {"what": what}
     if teacher is not None:
         # Another teacher makes another run, even under the same settings.
-        origin["parent"] = {"stage": teacher.manifest.stage, **teacher.manifest.files}
+        imported = {} if teacher.manifest.source is None else {"source": teacher.manifest.source}
+        origin["parent"] = {"stage": teacher.manifest.stage, **imported, **teacher.manifest.files}
     data_as_json: dict[str, Any] = recipe.model_dump(mode="json")
     return RunSpec(
         recipe=data_as_json | origin,

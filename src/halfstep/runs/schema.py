@@ -8,8 +8,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from halfstep.runs.files import DamagedFile, check_files, read_json
 
-FORMAT = 1
-"""The version of the layout; a reader refuses a later one."""
+FORMAT = 2
+"""The version of the layout; a reader refuses any other."""
 
 
 class Pipeline(BaseModel):
@@ -175,8 +175,10 @@ class StageFolder:
         """
         data = read_json(self.manifest_path)
         if isinstance(data, dict) and data.get("format", FORMAT) != FORMAT:
+            earlier = isinstance(data["format"], int) and data["format"] < FORMAT
             raise DamagedFile(
-                f"{self.manifest_path} has format {data['format']}, this halfstep reads {FORMAT}: update halfstep"
+                f"{self.manifest_path} has format {data['format']}, this halfstep reads {FORMAT}: "
+                + ("it was written by an earlier one, so train the run again" if earlier else "update halfstep")
             )
         try:
             manifest = Manifest.model_validate(data)

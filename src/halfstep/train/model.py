@@ -66,7 +66,8 @@ class Model(Denoiser):
                 raise ValueError(
                     f"a guidance scale of {scale:g} was asked for, but this model knows no guidance: leave it out"
                 )
-            return scale
+            # At 1 guidance is none, and one call says what two would.
+            return None if scale == 1 else scale
         low, high = learned
         if low == high:
             if scale not in (None, low):
