@@ -2,6 +2,7 @@
 one clear line for what cannot be."""
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -129,6 +130,19 @@ def test_an_eps_teacher_on_linear_betas_goes_to_four_steps_in_one_command(
         assert said in card
     main(["sample", str(ddpm_run), "--num-samples", "4", "--out", str(tmp_path / "grid.png")])
     assert (tmp_path / "grid.png").is_file()
+
+
+@pytest.mark.parametrize("run", ["ddpm_run", "dit_run", "sd_run", "lora_run", "sd3_run"])
+def test_the_lines_of_the_card_run_as_printed(
+    run: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main(["export", str(request.getfixturevalue(run)), "--out", str(tmp_path / "mine")])
+    found = re.search(r"```python\n(.*?)```", (tmp_path / "mine" / "README.md").read_text(), re.DOTALL)
+    assert found
+    assert len([line for line in found[1].splitlines() if line]) <= 6
+    monkeypatch.chdir(tmp_path)
+    exec(compile(found[1], "card", "exec"), {})
+    assert Image.open(tmp_path / "sample.png").size == (8, 8)
 
 
 def test_the_same_command_again_changes_nothing_and_another_goes_on(ddpm_run: Path, here: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The card of an exported model: what it is, where it came from, how good, and how to use it."""
 
+from collections.abc import Sequence
 from typing import Final
 
 from halfstep.hub.schedulers import FLOW, StockSchedule
@@ -19,7 +20,7 @@ from diffusers import ConsistencyModelPipeline
 
 pipe = ConsistencyModelPipeline.from_pretrained("FOLDER")
 generator = torch.manual_seed(0)
-images = pipe(4, class_labels=[0, 1, 2, 3], num_inference_steps={steps}, generator=generator).images
+images = pipe({number}, class_labels={labels}, num_inference_steps={steps}, generator=generator).images
 images[0].save("sample.png")""",
     "DiTPipeline": """\
 import torch
@@ -39,19 +40,27 @@ image.save("sample.png")""",
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-pipe = StableDiffusion3Pipeline.from_pretrained("FOLDER")
+pipe = StableDiffusion3Pipeline.from_pretrained("FOLDER"{absent})
 image = pipe("a prompt", num_inference_steps={steps}, sigmas=[{sigmas}], guidance_scale={scale}).images[0]
 image.save("sample.png")""",
 }
 """By pipeline, six lines of Python that sample from it."""
 
 
-def usage(manifest: Manifest, kind: str) -> str:
-    """Six lines of Python that sample from an exported pipeline in the folder FOLDER."""
+def usage(manifest: Manifest, kind: str, absent: Sequence[str] = ()) -> str:
+    """Six lines of Python that sample from an exported pipeline in the folder FOLDER.
+
+    Args:
+        absent: parts that the pipeline can do without and the folder does not hold, which diffusers wants to be told.
+    """
     steps = manifest.num_steps or 4
     guidance = manifest.guidance
+    labels = list(range(min(4, manifest.num_classes)))
     return _USAGE[kind].format(
         steps=steps,
+        absent="".join(f", {name}=None" for name in absent),
+        number=len(labels),
+        labels=labels,
         scale="1.0" if guidance is None or guidance[0] == guidance[1] else f"{(guidance[0] + guidance[1]) / 2:g}",
         sigmas=", ".join(f"{1 - k / steps:.6g}" for k in range(steps)),
         clipped=", use_clipped_model_output=True" if manifest.clip else "",
@@ -59,7 +68,13 @@ def usage(manifest: Manifest, kind: str) -> str:
 
 
 def model_card(
-    name: str, manifest: Manifest, kind: str, schedule: StockSchedule, exact: list[int], metrics: Metrics | None
+    name: str,
+    manifest: Manifest,
+    kind: str,
+    schedule: StockSchedule,
+    exact: list[int],
+    metrics: Metrics | None,
+    absent: Sequence[str] = (),
 ) -> str:
     """README.md of an exported folder."""
     own = manifest.num_steps
@@ -76,7 +91,7 @@ def model_card(
         f"as a stock `{kind}`. No code beyond diffusers is needed.",
         "",
         "```python",
-        usage(manifest, kind).replace("FOLDER", name),
+        usage(manifest, kind, absent).replace("FOLDER", name),
         "```",
         "",
         "## What it is",

@@ -59,13 +59,15 @@ def export_pipeline(model: Model, out: Path, metrics: Metrics | None = None) -> 
     copies = {} if origin is None or model.manifest.is_image else _other_parts(origin, component)
     index = _index(kind, component, schedule, network, origin if copies else None, copies)
 
+    absent = [name for name in ("text_encoder_3", "tokenizer_3") if kind.endswith("3Pipeline") and name not in copies]
+
     def write(into: Path) -> None:
         _save_network(network, into / component)
         _save_scheduler(schedule, into / "scheduler")
         for name, folder in copies.items():
             _copy_part(folder, into / name)
         write_text(into / "model_index.json", json.dumps(index, indent=2) + "\n")
-        write_text(into / "README.md", model_card(out.name, model.manifest, kind, schedule, exact, metrics))
+        write_text(into / "README.md", model_card(out.name, model.manifest, kind, schedule, exact, metrics, absent))
 
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.exists():
