@@ -20,7 +20,7 @@ from toys import finish, points, toy_plan, toy_spec, weights
 
 
 def _batches(draw: Draw) -> Batch:
-    return training_batch(MemoryData("toy", points()), draw, False, "cpu")
+    return training_batch(MemoryData("toy", points()), draw, False)
 
 
 def _denoiser(seed: int = 0) -> NetworkDenoiser:

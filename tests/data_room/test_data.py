@@ -287,24 +287,24 @@ def test_tables_are_read_by_type_saved_or_as_parquet(tmp_path, rows):
 @given(st.lists(st.integers(0, 100), max_size=4), st.booleans())
 def test_a_batch_is_the_same_for_any_split_of_its_places(cuts, flip):
     data = opened("digits")
-    whole = training_batch(data, draw(range(100)), flip, "cpu")
+    whole = training_batch(data, draw(range(100)), flip)
     edges = [0, *sorted(cuts), 100]
-    parts = [training_batch(data, draw(range(a, b)), flip, "cpu") for a, b in itertools.pairwise(edges) if a < b]
+    parts = [training_batch(data, draw(range(a, b)), flip) for a, b in itertools.pairwise(edges) if a < b]
     assert torch.equal(whole.x0, torch.cat([part.x0 for part in parts]))
     assert torch.equal(whole.cond["class_labels"], torch.cat([part.cond["class_labels"] for part in parts]))
 
 
 def test_an_epoch_shows_each_sample_once():
     data = MemoryData("ramp", torch.arange(100.0)[:, None])
-    shown = torch.cat([training_batch(data, draw(range(20), 20, update), False, "cpu").x0 for update in range(5)])
+    shown = torch.cat([training_batch(data, draw(range(20), 20, update), False).x0 for update in range(5)])
     assert sorted(shown.flatten().tolist()) == list(range(100))
 
 
 def test_flip_mirrors_the_width_of_about_half_and_of_no_other():
     data = opened("digits")
     size = 1000
-    plain = training_batch(data, draw(range(size), size), False, "cpu")
-    flipped = training_batch(data, draw(range(size), size), True, "cpu")
+    plain = training_batch(data, draw(range(size), size), False)
+    flipped = training_batch(data, draw(range(size), size), True)
     where = draw(range(size), size).uniform("flip") < 0.5
     assert 440 < int(where.sum()) < 560
     assert torch.equal(flipped.x0[~where], plain.x0[~where])
@@ -323,7 +323,7 @@ def test_a_lazy_folder_gives_the_batches_of_memory(tmp_path):
     assert isinstance(held, MemoryData)
     assert isinstance(lazy, ImageFiles)
     assert (held.shape, held.class_names, len(held)) == (lazy.shape, lazy.class_names, len(lazy))
-    a, b = (training_batch(data, draw(range(30), 30), True, "cpu") for data in (held, lazy))
+    a, b = (training_batch(data, draw(range(30), 30), True) for data in (held, lazy))
     assert torch.equal(a.x0, b.x0)
     assert torch.equal(a.cond["class_labels"], b.cond["class_labels"])
     assert lazy.fetch(torch.empty(0, dtype=torch.int64)).x0.shape == (0, 3, 8, 8)

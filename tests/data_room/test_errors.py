@@ -221,7 +221,7 @@ def test_floats_are_not_prepared_or_mirrored(tmp_path):
     refused(path, "--data.no-flip", flip=True)
     draw = Draw(seed=0, stream="s", update=0, batch_size=2, places=range(2))
     with pytest.raises(ValueError, match="mirrored"):
-        training_batch(open_data(DataConfig(source=str(path))), draw, True, "cpu")
+        training_batch(open_data(DataConfig(source=str(path))), draw, True)
 
 
 def test_memory_data_checks_what_it_is_given():

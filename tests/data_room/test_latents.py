@@ -188,9 +188,9 @@ def test_it_is_training_data(images, tmp_path):
     data = encode(images, ENCODER, tmp_path / "latents", shard_size=4)
     draw = Draw(seed=1, stream="s", update=3, batch_size=6, places=range(6))
     indices = draw.order(COUNT)
-    x0, cond = training_batch(data, draw, False, "cpu")
+    x0, cond = training_batch(data, draw, False)
     assert same({"x0": x0, **cond}, {name: value[indices] for name, value in everything(data).items()})
-    refused(lambda: training_batch(data, draw, True, "cpu"), "only images can be mirrored")
+    refused(lambda: training_batch(data, draw, True), "only images can be mirrored")
 
 
 def test_a_fetch_touches_the_shards_of_its_samples_only(images, tmp_path):

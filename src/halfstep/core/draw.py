@@ -5,14 +5,15 @@ is a function of the sample's own seed. Nothing depends on what was drawn before
 or another number of processes draws the same numbers. A generator is seeded for each *shard* of 32 places rather than
 for each place, which keeps the cost of this at microseconds an update.
 
-Numbers are drawn on the CPU, so that they are the same whatever the device.
+Numbers are drawn on the CPU, so that they are the same whatever the device; where it is another one, they can be made
+and sent ahead.
 """
 
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Final, final
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -32,12 +33,22 @@ def _permutation(seed: int, stream: str, epoch: int, length: int) -> Tensor:
     return torch.randperm(length, generator=generator_for(seed, stream, "order", epoch))
 
 
+class Asked(NamedTuple):
+    """A call of one of a draw's methods."""
+
+    method: str
+    arguments: tuple[Any, ...]
+
+
 @final
 @dataclass(frozen=True)
 class Draw:
     """The random numbers of one update for some places of the global batch.
 
     `stream` tells stages apart, `places` is the part of `range(batch_size)` that is wanted.
+
+    Numbers can be made before they are asked for (`made_ahead`), by a thread that also brings them to a device: what
+    an objective asks for at one update it asks for at the next, and `asked` takes note of it.
 
     Raises:
         ValueError: if `places` is empty or not within the batch.
@@ -48,10 +59,24 @@ class Draw:
     update: int
     batch_size: int
     places: range
+    asked: list[Asked] | None = field(default=None, compare=False, repr=False)
+    """Takes down what is asked for, if it is a list."""
+    _ahead: dict[Asked, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.places.step != 1 or not 0 <= self.places.start < self.places.stop <= self.batch_size:
             raise ValueError(f"places {self.places} are not a part of a batch of {self.batch_size}")
+
+    def made_ahead(self, asked: Sequence[Asked], place: Callable[[Tensor], Tensor]) -> "Draw":
+        """This draw with the answers to `asked` already made and passed through `place`, which may move them to a
+        device. Each answer is given once; all else is drawn when it is asked for, on the CPU."""
+        return replace(self, _ahead={call: place(getattr(self, call.method)(*call.arguments)) for call in asked})
+
+    def _answer(self, call: Asked, make: Callable[[], Tensor]) -> Tensor:
+        if self.asked is not None:
+            self.asked.append(call)
+        made = self._ahead.pop(call, None)
+        return make() if made is None else made
 
     def _shards(self, purpose: str, draw: "functools.partial[Tensor]") -> Tensor:
         first, last = self.places.start // SHARD, -(-self.places.stop // SHARD)
@@ -64,20 +89,33 @@ class Draw:
 
     def normal(self, purpose: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         """Unit normal numbers `[len(places), *shape]`."""
-        return self._shards(purpose, functools.partial(torch.randn, SHARD, *shape, dtype=dtype))
+        size = tuple(shape)
+        draw = functools.partial(torch.randn, SHARD, *size, dtype=dtype)
+        return self._answer(Asked("normal", (purpose, size, dtype)), lambda: self._shards(purpose, draw))
 
     def uniform(self, purpose: str) -> Tensor:
         """Float64 numbers in [0, 1), `[len(places)]`."""
-        return self._shards(purpose, functools.partial(torch.rand, SHARD, dtype=torch.float64))
+        draw = functools.partial(torch.rand, SHARD, dtype=torch.float64)
+        return self._answer(Asked("uniform", (purpose,)), lambda: self._shards(purpose, draw))
 
     def integers(self, purpose: str, high: int) -> Tensor:
         """Int64 numbers in [0, high), `[len(places)]`."""
-        return self._shards(purpose, functools.partial(torch.randint, high, (SHARD,)))
+        draw = functools.partial(torch.randint, high, (SHARD,))
+        return self._answer(Asked("integers", (purpose, high)), lambda: self._shards(purpose, draw))
 
     def order(self, length: int) -> Tensor:
         """Indices int64 `[len(places)]` into a data set of `length`: a new order each epoch."""
-        positions = [self.update * self.batch_size + place for place in self.places]
-        return torch.stack([_permutation(self.seed, self.stream, p // length, length)[p % length] for p in positions])
+        return self._answer(Asked("order", (length,)), lambda: self._order(length))
+
+    def _order(self, length: int) -> Tensor:
+        first = self.update * self.batch_size + self.places.start
+        last, parts = first + len(self.places), []
+        while first < last:
+            epoch, start = divmod(first, length)
+            part = _permutation(self.seed, self.stream, epoch, length)[start : start + last - first]
+            parts.append(part)
+            first += len(part)
+        return torch.cat(parts)
 
 
 def sample_noise(seeds: Sequence[int], shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:

@@ -1,6 +1,6 @@
 """Training data: where they come from, and the batch of an update. The only room that imports `datasets`."""
 
-from halfstep.data.base import Data, MemoryData, training_batch
+from halfstep.data.base import Data, MemoryData, held_on, training_batch
 from halfstep.data.captions import CaptionedImages, read_captions
 from halfstep.data.config import DataConfig, open_data
 from halfstep.data.images import ImageFiles
@@ -17,6 +17,7 @@ __all__ = [
     "MemoryData",
     "StandIn",
     "encode",
+    "held_on",
     "open_data",
     "open_latents",
     "read_captions",

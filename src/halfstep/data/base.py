@@ -6,9 +6,9 @@ float32 and are taken as they are.
 
 import hashlib
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import final
+from typing import Final, final
 
 import torch
 from torch import Tensor
@@ -98,11 +98,32 @@ class MemoryData(Data):
         return len(self.x)
 
     def fetch(self, indices: Tensor) -> Batch:
+        indices = indices.to(self.x.device)
         return to_batch(self.x.index_select(0, indices), self.labels, indices)
 
+    def to(self, device: torch.device | str) -> "MemoryData":
+        """The same samples in the memory of `device`, where they are fetched to."""
+        moved = replace(self, x=self.x.to(device), labels=None if self.labels is None else self.labels.to(device))
+        # Content decides about it, and the content of a device cannot be hashed there.
+        vars(moved)["fingerprint"] = self.fingerprint
+        return moved
 
-def training_batch(data: Data, draw: Draw, flip: bool, device: torch.device | str) -> Batch:
-    """The samples of an update on `device`, a function of `draw` alone; if `flip`, each is mirrored or not by chance.
+
+HELD_SHARE: Final = 1 / 8
+"""Share of a GPU's memory up to which data is held there: enough for every common set of small images."""
+
+
+def held_on(device: torch.device, data: Data) -> Data:
+    """The data in the memory of the GPU, if it is small against that, so that a batch costs no copy; else as it is."""
+    if device.type != "cuda" or not isinstance(data, MemoryData):
+        return data
+    largest = torch.cuda.get_device_properties(device).total_memory * HELD_SHARE
+    return data.to(device) if data.x.nbytes <= largest else data
+
+
+def training_batch(data: Data, draw: Draw, flip: bool) -> Batch:
+    """The samples of an update, where the data lies; a function of `draw` alone. If `flip`, each is mirrored or not by
+    chance.
 
     Raises:
         ValueError: if `flip` is set for data that are not images.
@@ -110,8 +131,9 @@ def training_batch(data: Data, draw: Draw, flip: bool, device: torch.device | st
     check_flip(data, flip)
     x0, cond = data.fetch(draw.order(len(data)))
     if flip:
-        x0 = torch.where((draw.uniform("flip") < 0.5)[:, None, None, None], x0.flip(-1), x0)
-    return Batch(x0.to(device), {name: value.to(device) for name, value in cond.items()})
+        mirrored = (draw.uniform("flip") < 0.5).to(x0.device)
+        x0 = torch.where(mirrored[:, None, None, None], x0.flip(-1), x0)
+    return Batch(x0, cond)
 
 
 def to_batch(x: Tensor, labels: Tensor | None, indices: Tensor) -> Batch:

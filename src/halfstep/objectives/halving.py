@@ -31,7 +31,6 @@ from halfstep.objectives.base import Batch, Losses, Models, Objective, check_one
 from halfstep.objectives.matching import GuidanceRange
 
 
-@torch.no_grad()
 def halving_target(
     teacher: Denoiser,
     x_t: Tensor,
@@ -59,6 +58,15 @@ def halving_target(
     start, end = as_clock(t, x_t), as_clock(s, x_t)
     if not bool(((end >= 0) & (end < start)).all()):
         raise ValueError("a step must land at a time s with 0 <= s < t")
+    return _target(teacher, x_t, start, end, cond, num_teacher_steps)
+
+
+@torch.no_grad()
+def _target(
+    teacher: Denoiser, x_t: Tensor, start: Tensor, end: Tensor, cond: Cond | None, num_teacher_steps: int
+) -> Tensor:
+    """`halving_target` on clock tensors that are known to be right: looking at them would make the host wait for the
+    device at every update."""
     process = teacher.process
     alpha_t, sigma_t = process.alpha_sigma(start)
     alpha_s, sigma_s = process.landing(end)
@@ -118,5 +126,5 @@ class Halving(Objective):
         s = as_clock(index / self.num_steps, batch.x0)
         eps = draw.normal("noise", batch.x0.shape[1:]).to(batch.x0)
         x_t = models.student.process.mix(batch.x0, eps, t)
-        target = halving_target(teacher, x_t, t, s, cond, self.num_teacher_steps)
+        target = _target(teacher, x_t, t, s, cond, self.num_teacher_steps)
         return noisy_student_loss(models, x_t, t, target, cond, self.weighting)

@@ -310,6 +310,9 @@ class EngineConfig(Config):
     """bf16 keeps and asks teachers in bfloat16, for half the memory of their weights."""
     gradient_checkpointing: bool = False
     """Compute the student's activations again in the backward pass in the place of keeping them."""
+    compile: bool = False
+    """Let torch compile the networks: some minutes at the first update, once for the whole chain, and faster updates
+    from then on. Roundings differ from those of networks that are not compiled."""
     optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
     """adamw8bit and paged_adamw8bit are bitsandbytes', with moments of 8 bits."""
     log_every: Positive = 50
@@ -632,6 +635,7 @@ def build(
         optimizer=recipe.engine.optimizer,
         teacher_precision=recipe.engine.teacher_precision,
         gradient_checkpointing=recipe.engine.gradient_checkpointing,
+        compiled=recipe.engine.compile,
         log_every=recipe.engine.log_every,
         checkpoint_updates=recipe.engine.checkpoint_updates,
         checkpoint_minutes=recipe.engine.checkpoint_minutes,

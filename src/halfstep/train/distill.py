@@ -12,9 +12,10 @@ from halfstep.core.draw import Draw
 from halfstep.core.noise import NoiseProcess
 from halfstep.core.prediction import Prediction
 from halfstep.core.weighting import Weighting
-from halfstep.data import Data, DataConfig, MemoryData, open_data, training_batch
+from halfstep.data import Data, DataConfig, MemoryData, held_on, open_data, training_batch
 from halfstep.objectives import Batch, GuidanceRange, Plan
-from halfstep.train.engine import Batches, StageTrainer, Window, copy_denoiser, make_accelerator
+from halfstep.train.engine import StageTrainer, Window, copy_denoiser, make_accelerator
+from halfstep.train.feed import Batches, updates_ahead
 from halfstep.train.matching import matched_student, viewed
 from halfstep.train.model import Model
 
@@ -82,9 +83,9 @@ class StreamedBatches:
         return Batch(x0, cond)
 
 
-def as_batches(data: Source) -> Batches:
+def as_batches(data: Source, device: torch.device) -> tuple[Batches, int]:
     """The batches of clean samples `[n, *dims]`, of opened data, of a source that `open_data` opens, or of an iterable
-    of x0 or (x0, cond)."""
+    of x0 or (x0, cond); and for how many updates to make them ahead."""
     if isinstance(data, Data):
         held = data
     elif isinstance(data, str):
@@ -92,8 +93,9 @@ def as_batches(data: Source) -> Batches:
     elif isinstance(data, Tensor | np.ndarray):
         held = MemoryData("memory", torch.as_tensor(data))
     else:
-        return StreamedBatches(data)
-    return lambda draw: training_batch(held, draw, False, "cpu")
+        return StreamedBatches(data), updates_ahead(device, reads_files=False)
+    near = held_on(device, held)
+    return lambda draw: training_batch(near, draw, False), updates_ahead(device, not isinstance(held, MemoryData))
 
 
 def fit(
@@ -133,8 +135,9 @@ def fit(
         ema_decay=ema_decay,
     ).stages
     accelerator = make_accelerator(precision)
+    batches, ahead = as_batches(data, accelerator.device)
     return _trained(
-        StageTrainer(denoiser, None, stage, as_batches(data), seed=seed, stream="fit", accelerator=accelerator),
+        StageTrainer(denoiser, None, stage, batches, seed=seed, stream="fit", accelerator=accelerator, ahead=ahead),
         on_window,
     )
 
@@ -224,8 +227,8 @@ def distill(
     if null is not None and scales is None:
         raise ValueError("null says what stands for no condition, which only guidance asks: give guidance, or leave it")
     warn_of_gain(process or current.process, prediction or current.prediction)
-    batches = as_batches(data)
     accelerator = make_accelerator(precision)
+    batches, ahead = as_batches(data, accelerator.device)
     was_training = current.training
     frozen = [parameter.requires_grad for parameter in current.parameters()]
     result = current
@@ -236,7 +239,9 @@ def distill(
             learned_from = viewed(result, student.process, scales, held_null)
         else:
             student, learned_from = copy_denoiser(result), result
-        trainer = StageTrainer(student, learned_from, stage, batches, seed=seed, stream=name, accelerator=accelerator)
+        trainer = StageTrainer(
+            student, learned_from, stage, batches, seed=seed, stream=name, accelerator=accelerator, ahead=ahead
+        )
         result = _trained(trainer, on_window)
     current.train(was_training)
     for parameter, needed in zip(current.parameters(), frozen, strict=True):

@@ -2,11 +2,13 @@
 
 It never learns which objective it runs. An update is: the global batch split over processes and micro batches by place,
 the objective's losses, one backward pass for each, the gradient clipped to a global norm, one AdamW step, one step of
-the moving average. Nothing in it waits for the device; statistics are fetched when `window` is called.
+the moving average. Nothing in it waits for the device; statistics are fetched when `window` is called. What it needs
+from the host can be made ahead (`feed`), and the networks can be compiled: once for the whole chain, since the networks
+of all stages are of one architecture.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, final
 
@@ -18,11 +20,9 @@ from torch import Tensor
 from halfstep.core.denoiser import Denoiser, NetworkDenoiser
 from halfstep.core.draw import Draw, generator_for
 from halfstep.nets import copy_network, load_own_state, own_state, set_dropout, trainable
-from halfstep.objectives import Batch, Models, Stage
+from halfstep.objectives import Models, Stage
 from halfstep.train.ema import EMA
-
-Batches = Callable[[Draw], Batch]
-"""From a draw to its batch: `x0` `[len(draw.places), *dims]`, a function of the draw alone."""
+from halfstep.train.feed import Batches, Fed, Feed
 
 State = dict[str, dict[str, Tensor]]
 """What a checkpoint holds: tensors by name, for "student", "ema", "optimizer" and "early_end"."""
@@ -78,6 +78,8 @@ class StageTrainer:
         micro_batch: samples that go through the network at once; None for a process' whole share. The result does
             not depend on it beyond rounding.
         optimizer: one of `OPTIMIZERS`.
+        ahead: updates whose batches and random numbers a thread makes ready, as `Feed`'s.
+        compiled: whether the networks are compiled.
 
     Raises:
         ValueError: if the objective needs a teacher and there is none, or the global batch cannot be split evenly
@@ -96,6 +98,8 @@ class StageTrainer:
         accelerator: Accelerator,
         micro_batch: int | None = None,
         optimizer: str = "adamw",
+        ahead: int = 0,
+        compiled: bool = False,
     ) -> None:
         if stage.objective.needs_teacher and teacher is None:
             raise ValueError(f"stage {stream} learns from a teacher, and there is none")
@@ -103,7 +107,7 @@ class StageTrainer:
             raise ValueError(
                 f"a batch of {stage.batch_size} cannot be split evenly over {accelerator.num_processes} processes"
             )
-        self.stage, self.batches, self.seed, self.stream = stage, batches, seed, stream
+        self.stage, self.seed, self.stream = stage, seed, stream
         self.accelerator = accelerator
         self.update = 0
         """Updates done."""
@@ -115,6 +119,10 @@ class StageTrainer:
         self._ema = EMA(student.network, stage.ema_decay) if stage.ema_decay else None
         if teacher is not None:
             teacher = teacher.to(accelerator.device).eval().requires_grad_(False)
+        if compiled:
+            compile_networks(student)
+            if teacher is not None:
+                compile_networks(teacher)
         self._models = Models(NetworkDenoiser(self._network, student.process, student.prediction), teacher)
 
         share = stage.batch_size // accelerator.num_processes
@@ -123,6 +131,7 @@ class StageTrainer:
         self._places = [range(a, min(a + size, first + share)) for a in range(first, first + share, size)]
 
         device = accelerator.device
+        self._feed = Feed(batches, self._draws, device, ahead)
         self._window_losses: list[float] = []
         self._window_sum = torch.zeros((), dtype=torch.float64, device=device if device.type != "mps" else "cpu")
         self._plateau_at: int | None = None
@@ -136,11 +145,16 @@ class StageTrainer:
     def run(self) -> Iterator[int]:
         """Trains to the end of the stage, yielding the number of updates done after each."""
         self._clock = time.perf_counter()
-        while self.update < self.last_update:
-            self._one_update()
+        for fed in self._feed.updates(self.update, lambda: self.last_update):
+            self._one_update(fed)
             yield self.update
 
-    def _one_update(self) -> None:
+    def _draws(self, update: int) -> Iterator[Draw]:
+        """The random numbers of this process' micro batches of an update."""
+        for places in self._places:
+            yield Draw(self.seed, self.stream, update, self.stage.batch_size, places)
+
+    def _one_update(self, fed: list[Fed]) -> None:
         stage, accelerator = self.stage, self.accelerator
         # Layers with randomness of their own (dropout) draw from the global generator.
         torch.manual_seed(generator_for(self.seed, self.stream, self.update, accelerator.process_index).initial_seed())
@@ -148,13 +162,7 @@ class StageTrainer:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         total = torch.zeros_like(self._loss_sum)
-        for places in self._places:
-            draw = Draw(self.seed, self.stream, self.update, stage.batch_size, places)
-            batch = self.batches(draw)
-            batch = Batch(
-                batch.x0.to(accelerator.device, non_blocking=True),
-                {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.cond.items()},
-            )
+        for draw, batch in fed:
             with accelerator.autocast():
                 losses = stage.objective.loss(self._models, batch, draw)
             # DDP averages gradients over processes; each process' share of the mean is summed here.
@@ -308,6 +316,17 @@ class StageTrainer:
     def _plain_network(self) -> torch.nn.Module:
         network: torch.nn.Module = self.accelerator.unwrap_model(self._network, keep_fp32_wrapper=False)
         return network
+
+
+def compile_networks(denoiser: Denoiser) -> None:
+    """Lets torch compile each network of the denoiser, in place, at its first call.
+
+    The code that it makes is kept for the class of the network, with the weights as its arguments: the networks of the
+    next stage find it there.
+    """
+    for part in denoiser.modules():
+        if isinstance(part, NetworkDenoiser) and isinstance(part.network, torch.nn.Module):
+            part.network.compile()
 
 
 def copy_denoiser(denoiser: NetworkDenoiser) -> NetworkDenoiser:

@@ -27,7 +27,7 @@ from halfstep.core.denoiser import Denoiser, NetworkDenoiser
 from halfstep.core.draw import Draw, generator_for
 from halfstep.core.noise import NoiseProcess, processes
 from halfstep.core.prediction import Prediction, predictions
-from halfstep.data import Data, training_batch
+from halfstep.data import Data, MemoryData, held_on, training_batch
 from halfstep.nets import LoRA, Network, checkpoint_gradients, describe_network
 from halfstep.objectives import Batch, Matching, Plan, Stage, objectives
 from halfstep.runs import Manifest, Metrics, RunFolder, RunLog, StageFolder, write_json
@@ -35,6 +35,7 @@ from halfstep.runs.schema import Result
 from halfstep.train.checkpoint import remove_checkpoints, resume, save_checkpoint
 from halfstep.train.engine import StageTrainer, Window, make_accelerator
 from halfstep.train.evaluate import Evaluation, Reference, measure
+from halfstep.train.feed import Batches, updates_ahead
 from halfstep.train.matching import asked, start_student, viewed
 from halfstep.train.model import Model, drop_weights, load, save_stage
 from halfstep.train.stop import StopSignal
@@ -77,6 +78,8 @@ class RunSpec:
     """"float32", or "bf16" for teachers whose weights are kept and asked in bfloat16."""
     gradient_checkpointing: bool = False
     """Whether the student's activations are computed again in the backward pass in the place of being kept."""
+    compiled: bool = False
+    """Whether torch compiles the networks."""
     log_every: int = 50
     checkpoint_updates: int = 5000
     checkpoint_minutes: float = 10.0
@@ -98,13 +101,18 @@ class RunSpec:
             return self.teacher.num_classes
         return self.data.num_classes if self.conditional else 0
 
-    def batch(self, draw: Draw) -> Batch:
-        """The training batch of an update, on the CPU."""
-        batch = training_batch(self.data, draw, self.flip, "cpu")
+    def batches(self, device: torch.device) -> Batches:
+        """The training batches, with the data held on the device if it is small."""
+        data = held_on(device, self.data)
         shown = {"class_labels"} if self.conditional else set()
         if self.teacher is not None:
             shown |= set(self.teacher.manifest.conditions)
-        return Batch(batch.x0, {name: value for name, value in batch.cond.items() if name in shown})
+
+        def batch(draw: Draw) -> Batch:
+            x0, cond = training_batch(data, draw, self.flip)
+            return Batch(x0, {name: value for name, value in cond.items() if name in shown})
+
+        return batch
 
 
 class Event:
@@ -254,12 +262,14 @@ def trainer_for(
         student,
         teacher,
         stage,
-        spec.batch,
+        spec.batches(accelerator.device),
         seed=spec.seed,
         stream=stream,
         accelerator=accelerator,
         micro_batch=spec.micro_batch,
         optimizer=spec.optimizer,
+        ahead=updates_ahead(accelerator.device, reads_files=not isinstance(spec.data, MemoryData)),
+        compiled=spec.compiled,
     )
 
 

@@ -1,0 +1,137 @@
+"""What the benchmarks share: parts timed in turn, so that noise of the machine is shared; networks; results."""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from halfstep.core.denoiser import NetworkDenoiser
+from halfstep.core.noise import VPCosine
+from halfstep.core.prediction import V
+from halfstep.data import MemoryData
+from halfstep.nets import UNet2D, unet2d_config
+from halfstep.recipes import recipes
+from halfstep.recipes.schema import UNetConfig
+from halfstep.train.pipeline import environment
+
+RESULTS = Path(__file__).parent.parent / "docs" / "results" / "benchmarks"
+
+SIZES = {"digits": (1, 8), "fashion_mnist": (1, 28), "cifar10": (3, 32), "tiny": (1, 8)}
+"""Channels and side of the images that each network is for."""
+
+
+def arguments(doc: str | None) -> argparse.ArgumentParser:
+    """A parser with what every benchmark takes."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", action="store_true", help="a minute in all, with the smallest networks")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads of torch")
+    parser.add_argument("--out", type=Path, default=None, help="file for the JSON; docs/results/benchmarks by default")
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments of the command line, with the threads set."""
+    found = parser.parse_args()
+    if found.threads:
+        torch.set_num_threads(found.threads)
+    return found
+
+
+def network(name: str) -> UNet2D:
+    """The U-Net of a recipe, unconditional, with fresh weights from a fixed seed."""
+    channels, side = SIZES[name]
+    if name == "tiny":
+        shape: dict[str, Any] = {
+            "block_out_channels": (8, 16), "layers_per_block": 1, "attention": (False, False),
+            "mid_attention": False, "attention_head_dim": 8, "norm_num_groups": 4,
+        }  # fmt: skip
+    else:
+        config = recipes[name]().network
+        assert isinstance(config, UNetConfig)
+        shape = config.model_dump(exclude={"type", "num_train_timesteps"})
+    torch.manual_seed(0)
+    made = UNet2D(unet2d_config(size=(side, side), in_channels=channels, out_channels=channels, **shape), 1024)
+    with torch.no_grad():
+        # The last layer starts at zero in some networks, and a network that puts out 0 is no fair load.
+        for parameter in made.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=1e-3)
+    return made
+
+
+def denoiser(name: str, device: str = "cpu") -> NetworkDenoiser:
+    """The network as a predictor of v on the cosine process."""
+    return NetworkDenoiser(network(name).to(device), VPCosine(), V())
+
+
+def images(name: str, count: int = 2048) -> MemoryData:
+    """Random pixels of the size that the network is for: time does not depend on what they show."""
+    channels, side = SIZES[name]
+    generator = torch.Generator().manual_seed(0)
+    return MemoryData(
+        "noise", torch.randint(256, (count, channels, side, side), generator=generator, dtype=torch.uint8)
+    )
+
+
+def synchronise(device: str) -> None:
+    """Waits until the device has done all that it was asked."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def timed(
+    parts: Mapping[str, Callable[[], Any]], rounds: int, device: str = "cpu", warm_up: int = 2
+) -> dict[str, list[float]]:
+    """Seconds of each part in each round. The parts take turns, so that what disturbs the machine disturbs them all."""
+    seconds: dict[str, list[float]] = {name: [] for name in parts}
+    for number in range(warm_up + rounds):
+        for name, part in parts.items():
+            synchronise(device)
+            start = time.perf_counter()
+            part()
+            synchronise(device)
+            if number >= warm_up:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def median(values: list[float]) -> float:
+    return statistics.median(values)
+
+
+def median_ratio(top: list[float], bottom: list[float]) -> float:
+    """The median over rounds of the ratio within a round."""
+    return statistics.median(a / b for a, b in zip(top, bottom, strict=True))
+
+
+def facts() -> dict[str, Any]:
+    """Machine, versions, commit and command."""
+    return environment() | {"command": " ".join(["python", *sys.orig_argv[1:]])}
+
+
+def show(title: str, rows: list[dict[str, Any]]) -> None:
+    """The rows as a table."""
+    table = Table(title=title)
+    for name in rows[0]:
+        table.add_column(name, justify="right" if isinstance(rows[0][name], int | float) else "left")
+    for row in rows:
+        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console(width=200).print(table)
+
+
+def write(name: str, rows: list[dict[str, Any]], options: argparse.Namespace, **more: Any) -> None:
+    """Prints the table and writes it as JSON, with the machine beside it. A short form is written only where asked."""
+    show(name, rows)
+    path = options.out or (None if options.short else RESULTS / f"{name}.json")
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"benchmark": name, "environment": facts(), **more, "rows": rows}, indent=1) + "\n")
+        print(f"wrote {path}")

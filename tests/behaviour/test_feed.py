@@ -1,0 +1,181 @@
+"""What an update is fed, when it is asked for or ahead of that: the same numbers, each once, in the order of updates;
+and networks that are compiled."""
+
+import itertools
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from halfstep.core.denoiser import NetworkDenoiser
+from halfstep.core.draw import Draw
+from halfstep.core.noise import VPCosine
+from halfstep.core.prediction import V
+from halfstep.data import MemoryData, training_batch
+from halfstep.nets import MLP
+from halfstep.objectives import Batch, Denoising, GuidanceRange, Halving, Matching, Stage
+from halfstep.runs import RunFolder
+from halfstep.train import StageTrainer, make_accelerator
+from halfstep.train.feed import Feed
+from toys import finish, points, toy_spec
+
+CPU = torch.device("cpu")
+
+
+def _batches(draw: Draw) -> Batch:
+    return training_batch(MemoryData("toy", points()), draw, False)
+
+
+def _draws(update: int) -> list[Draw]:
+    return [Draw(0, "a", update, 12, range(8)), Draw(0, "a", update, 12, range(8, 12))]
+
+
+def _trainer(objective: object, ahead: int = 0, compiled: bool = False, cpu: bool = True) -> StageTrainer:
+    torch.manual_seed(0)
+    guided = getattr(objective, "guidance", None) is not None
+    student, teacher = (NetworkDenoiser(MLP((2,), width=16, depth=1, guided=guided), VPCosine(), V()) for _ in range(2))
+    stage = Stage(objective, num_updates=8, batch_size=16, learning_rate=1e-3)  # type: ignore[arg-type]
+    return StageTrainer(
+        student, teacher, stage, _batches, seed=0, stream="s", accelerator=make_accelerator(cpu=cpu),
+        micro_batch=6, ahead=ahead, compiled=compiled,
+    )  # fmt: skip
+
+
+def _weights(trainer: StageTrainer) -> torch.Tensor:
+    return torch.cat([p.flatten() for p in trainer.finish().parameters()])
+
+
+@pytest.mark.parametrize(
+    "objective", [Denoising(), Halving(4), Halving(2, 3), Matching(32), Halving(4, guidance=GuidanceRange(1, 4))]
+)
+def test_training_ahead_is_training_bit_for_bit(objective: object) -> None:
+    results = []
+    for ahead in (0, 1, 5, 50):
+        trainer = _trainer(objective, ahead)
+        assert list(trainer.run()) == list(range(1, 9))
+        results.append(_weights(trainer))
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_what_is_asked_for_at_the_first_update_is_made_ahead_for_the_later_ones() -> None:
+    feed = Feed(_batches, _draws, CPU, ahead=2)
+    drawn_late = []
+    for number, fed in enumerate(feed.updates(0, lambda: 6)):
+        for draw, batch in fed:
+            made = dict(draw._ahead)
+            value = draw.normal("noise", batch.x0.shape[1:])
+            drawn_late.append(not made)
+            assert not draw._ahead, "an answer was given twice, or another question was answered"
+            fresh = Draw(0, "a", number, 12, draw.places)
+            assert torch.equal(value, fresh.normal("noise", (2,)))
+            assert torch.equal(draw.normal("noise", (2,)), value)
+            assert torch.equal(batch.x0, _batches(fresh).x0)
+    assert len(drawn_late) == 12
+    # The thread may be some updates ahead before the first one has asked; from then on nothing is drawn late.
+    assert not any(drawn_late[-4:])
+
+
+def test_the_feed_stops_where_the_stage_ends_and_leaves_no_thread() -> None:
+    asked: list[int] = []
+
+    def batches(draw: Draw) -> Batch:
+        asked.append(draw.update)
+        return _batches(draw)
+
+    updates = Feed(batches, lambda update: _draws(update)[:1], CPU, ahead=3).updates(2, lambda: 7)
+    assert sum(1 for _ in updates) == 5
+    assert asked == [2, 3, 4, 5, 6]
+    half = Feed(batches, lambda update: _draws(update)[:1], CPU, ahead=3).updates(0, lambda: 100)
+    next(half)
+    half.close()  # type: ignore[attr-defined]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("halfstep-feed")]
+
+
+def test_an_error_of_the_data_reaches_the_one_who_trains() -> None:
+    def batches(draw: Draw) -> Batch:
+        if draw.update == 4:
+            raise ValueError("picture.png cannot be decoded")
+        return _batches(draw)
+
+    updates = Feed(batches, _draws, CPU, ahead=3).updates(0, lambda: 9)
+    assert [fed[0].draw.update for fed in itertools.islice(updates, 4)] == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match=r"picture\.png cannot be decoded"):
+        next(updates)
+
+
+class _Watch(TorchDispatchMode):
+    """Notes the operations that make a host wait for its device: a number or a list of places out of a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        name = str(function)
+        if "_local_scalar_dense" in name or "nonzero" in name or "is_nonzero" in name:
+            self.waits.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("objective", [Denoising(), Halving(4), Matching(32)])
+def test_an_update_never_waits_for_the_device(objective: object) -> None:
+    # What the feed makes is made on the CPU, wherever the networks are: it is asked before the watch begins.
+    trainer = _trainer(objective)
+    feed = trainer._feed
+    fed = next(feed.updates(0, lambda: 1))
+    with _Watch() as watch:
+        trainer._one_update(fed)
+    assert watch.waits == []
+    with _Watch() as watch:
+        trainer.window()
+    assert watch.waits, "the watch sees nothing"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch itself watches there")
+def test_on_a_gpu_torch_finds_no_wait_either() -> None:
+    trainer = _trainer(Halving(4), ahead=3, cpu=False)
+    updates = trainer.run()
+    next(updates)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in updates:
+            pass
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.fixture
+def _quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of torch.compile but the generation of C++, which takes a minute."""
+    compile_ = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_(module, backend="aot_eager"))
+
+
+@pytest.mark.usefixtures("_quick_compiler")
+def test_networks_are_compiled_once_for_the_chain_and_train_alike(tmp_path: Path) -> None:
+    from torch._dynamo import reset
+    from torch._dynamo.utils import counters
+
+    reset()
+    counters.clear()
+    finish(toy_spec(), tmp_path / "eager")
+    finish(toy_spec(compiled=True), tmp_path / "compiled")
+    # The teacher's training, a teacher that is asked, a student's training: the second student finds them all.
+    assert 2 <= counters["stats"]["unique_graphs"] <= 3
+    for stage in RunFolder(tmp_path / "eager").stages():
+        for name, value in load_file(stage.model).items():
+            other = load_file(tmp_path / "compiled" / "stages" / stage.name / stage.model.name)[name]
+            assert torch.linalg.norm(other - value) <= 1e-4 * torch.linalg.norm(value)
+
+
+@pytest.mark.usefixtures("_quick_compiler")
+def test_a_compiled_stage_ends_near_the_eager_one() -> None:
+    results = []
+    for compiled in (False, True):
+        trainer = _trainer(Halving(4), compiled=compiled)
+        list(trainer.run())
+        results.append(_weights(trainer))
+    assert torch.linalg.norm(results[1] - results[0]) < 1e-5 * torch.linalg.norm(results[0])
