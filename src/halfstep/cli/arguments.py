@@ -63,8 +63,10 @@ class SampleArguments:
     """Sampler (see `halfstep ls samplers`)."""
     gamma: float | None = None
     """Of ancestral sampling: its variance, from 0 for the lower bound to 1 for the upper, which is the default."""
-    batch_size: int = 256
-    """Samples drawn at once."""
+    batch_size: int | None = None
+    """Samples drawn at once; as many as fit by default."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """bf16 lets the network compute in bfloat16."""
     device: str | None = None
     """cpu, cuda, mps; the fastest there is by default."""
     out: Path = Path("samples.png")

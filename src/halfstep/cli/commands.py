@@ -203,7 +203,7 @@ def sample(argv: Sequence[str]) -> None:
     """Draw samples into a grid, an .npz or a folder."""
     arguments = parse(SampleArguments, argv, "halfstep sample")
     for name in ("num_samples", "batch_size"):
-        if getattr(arguments, name) < 1:
+        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
     if arguments.seed < 0:
         raise UsageError(f"--seed must be at least 0, got {arguments.seed}")
@@ -221,7 +221,14 @@ def sample(argv: Sequence[str]) -> None:
     seeds = range(arguments.seed, arguments.seed + arguments.num_samples)
     cond = _prompted(model, arguments.prompt, len(seeds))
     x0 = model.sample(
-        seeds, arguments.num_steps, method, arguments.class_label, arguments.batch_size, arguments.guidance_scale, cond
+        seeds,
+        arguments.num_steps,
+        method,
+        arguments.class_label,
+        arguments.batch_size,
+        arguments.guidance_scale,
+        cond,
+        arguments.precision,
     )
     write_samples(x0, model, seeds, out)
     print(f"{arguments.num_samples} samples in {arguments.num_steps or model.num_steps} steps: {out}")

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import final
+from typing import Final, final
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from halfstep.nets import LoRA, build_network, load_own_state, own_state
 from halfstep.runs import DamagedFile, Manifest, RunFolder, StageFolder, sha256_of, write_json
 from halfstep.samplers import Sampler, sample
 from halfstep.train.tensors import read_tensors, write_tensors
+
+BATCH_SIZE: Final = {"cpu": 256, "cuda": 1024}
+"""Samples drawn at once on a kind of device where nothing is said."""
 
 
 @final
@@ -188,9 +191,10 @@ class Model(Denoiser):
         num_steps: int | None = None,
         sampler: Sampler | None = None,
         class_label: int | None = None,
-        batch_size: int = 256,
+        batch_size: int | None = None,
         guidance_scale: float | None = None,
         cond: Cond | None = None,
+        precision: str = "float32",
     ) -> Tensor:
         """Samples x0 `[len(seeds), *shape]`, on the CPU, each a function of its own seed.
 
@@ -198,22 +202,36 @@ class Model(Denoiser):
             num_steps: the model's own number if None.
             sampler: DDIM if None.
             class_label: one class for all; classes in turn if None.
+            batch_size: samples drawn at once; if None, many on a GPU, and half as many whenever they do not fit.
             guidance_scale: the model's own if None; 1 is no guidance.
             cond: the conditions of `manifest.conditions`, each `[len(seeds), ...]`.
+            precision: "float32", or "bf16" for networks that compute in bfloat16 between samples in float32.
 
         Raises:
-            ValueError: if the number of steps, the class, the scale or a condition is not possible.
+            ValueError: if the number of steps, the class, the scale, a condition or the precision is not possible.
         """
         steps = self.check_steps(num_steps)
         warn_of_gain(self.process, self.denoiser.prediction)
+        if precision not in ("float32", "bf16"):
+            raise ValueError(f"precision must be float32 or bf16, got {precision!r}")
         self.eval()
-        chunks = []
-        for first in range(0, len(seeds), batch_size):
-            part = seeds[first : first + batch_size]
+        size = batch_size or BATCH_SIZE.get(self.device.type, 256)
+        chunks: list[Tensor] = []
+        first = 0
+        while first < len(seeds):
+            part = seeds[first : first + size]
             drawn = step_noise(part, self.shape) if sampler is not None and sampler.stochastic else None
-            others = {name: value[first : first + batch_size] for name, value in (cond or {}).items()}
+            others = {name: value[first : first + size] for name, value in (cond or {}).items()}
             shown = self.cond(part, class_label, guidance_scale, others)
-            chunks.append(sample(self, self.noise(part), steps, sampler, shown, noise=drawn).cpu())
+            try:
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16"):
+                    chunks.append(sample(self, self.noise(part), steps, sampler, shown, noise=drawn).cpu())
+            except torch.OutOfMemoryError:
+                if batch_size is not None or size == 1:
+                    raise
+                size = -(-len(part) // 2)
+                continue
+            first += len(part)
         return torch.cat(chunks) if chunks else torch.empty(0, *self.shape)
 
 

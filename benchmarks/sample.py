@@ -1,0 +1,102 @@
+"""Images a second at 1 to 256 steps: ours, the bare network calls, and diffusers' DDIMPipeline on the exported model.
+
+    python benchmarks/sample.py                   # the digits network at 1 to 256 steps, the CIFAR-10 network at 1 to 4
+    python benchmarks/sample.py --short
+
+Ours is `Model.sample` from seeds to samples on the CPU; bare is the same number of calls of the same network on noise
+that is there; diffusers' pipeline starts from the same noise, draws no progress bar and returns arrays. They take turns
+in one process.
+"""
+
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common import SIZES, arguments, denoiser, median, median_ratio, parsed, timed, write
+from halfstep.core.noise import processes
+from halfstep.core.prediction import predictions
+from halfstep.hub import export_pipeline
+from halfstep.nets import describe_network
+from halfstep.runs import Manifest
+from halfstep.train import Model
+
+STEPS = {"digits": [1, 2, 4, 8, 16, 32, 64, 128, 256], "cifar10": [1, 2, 4], "tiny": [1, 4, 16]}
+
+
+def model_of(name: str) -> Model:
+    """The network as a model of images that clips, as an image recipe makes it."""
+    made = denoiser(name).eval()
+    channels, side = SIZES[name]
+    manifest = Manifest(
+        stage="benchmark", objective="denoise", parent=None, num_steps=None, num_updates=1, seconds=0.0,
+        shape=(channels, side, side), is_image=True, clip=True, network=describe_network(made.network),
+        process=processes.describe(made.process), prediction=predictions.describe(made.prediction), files={},
+    )  # fmt: skip
+    return Model(made, manifest)
+
+
+def measured(name: str, batch: int, steps: list[int], device: str, rounds: int) -> list[dict[str, Any]]:
+    """A row for each number of steps."""
+    from diffusers import DDIMPipeline
+
+    model = model_of(name)
+    with tempfile.TemporaryDirectory() as folder:
+        export_pipeline(model, Path(folder) / "exported")
+        pipeline = DDIMPipeline.from_pretrained(Path(folder) / "exported").to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    model = model.to(device)
+    pipeline.unet = pipeline.unet.to(memory_format=torch.channels_last)
+    noise = model.noise(range(batch))
+    time = torch.full((batch,), 0.5, device=device)
+
+    def bare(num: int) -> Callable[[], Any]:
+        @torch.no_grad()
+        def call() -> None:
+            for _ in range(num):
+                model.denoiser.network(noise, time)
+
+        return call
+
+    def stock(num: int) -> Callable[[], Any]:
+        settings = {"num_inference_steps": num, "output_type": "np", "use_clipped_model_output": True}
+        return lambda: pipeline(batch_size=batch, generator=torch.Generator(device).manual_seed(0), **settings)
+
+    parts: dict[str, Callable[[], Any]] = {}
+    for num in steps:
+        parts[f"ours {num}"] = lambda num=num: model.sample(range(batch), num, batch_size=batch)
+        parts[f"bare {num}"] = bare(num)
+        parts[f"stock {num}"] = stock(num)
+    seconds = timed(parts, rounds, device, warm_up=1)
+    least = median(seconds["ours 4"]) if 4 in steps else None
+    rows = []
+    for num in steps:
+        mine, base, theirs = (seconds[f"{kind} {num}"] for kind in ("ours", "bare", "stock"))
+        rows.append(
+            {
+                "network": name, "batch": batch, "steps": num, "images / s": round(batch / median(mine), 3),
+                "bare images / s": round(batch / median(base), 3),
+                "diffusers images / s": round(batch / median(theirs), 3),
+                "ours / bare": round(median_ratio(mine, base), 4),
+                "diffusers / ours": round(median_ratio(theirs, mine), 4),
+                "time / time at 4": None if least is None else round(median(mine) / least, 2),
+            }
+        )  # fmt: skip
+    return rows
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", category=UserWarning)
+    parser = arguments(__doc__)
+    parser.add_argument("--networks", nargs="+", choices=STEPS, default=None)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=None)
+    options = parsed(parser)
+    rows: list[dict[str, Any]] = []
+    for name in options.networks or (["tiny"] if options.short else ["digits", "cifar10"]):
+        rounds = options.rounds or (5 if name != "tiny" else 3)
+        rows += measured(name, options.batch, STEPS[name], options.device, rounds)
+    write("sample", rows, options, threads=torch.get_num_threads())

@@ -1,0 +1,67 @@
+"""Sampling from a model: what fits into memory is found, and half precision stays near."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from halfstep.train import Model, load
+from toys import finish, toy_spec
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    path: Path = tmp_path_factory.mktemp("sampling") / "run"
+    finish(toy_spec(), path)
+    return load(path)
+
+
+def _too_small(model: Model, monkeypatch: pytest.MonkeyPatch, room: int) -> list[int]:
+    """Makes the network run out of memory beyond `room` samples, and returns the sizes that it was asked for."""
+    sizes: list[int] = []
+    network = model.denoiser.network
+    forward = network.forward
+
+    def limited(x_t: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(x_t))
+        if len(x_t) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(x_t, time)
+
+    monkeypatch.setattr(network, "forward", limited)
+    return sizes
+
+
+@pytest.mark.parametrize(("room", "asked"), [(400, 300), (20, 300), (1, 5)])
+def test_a_batch_that_does_not_fit_is_halved_until_it_does(
+    model: Model, monkeypatch: pytest.MonkeyPatch, room: int, asked: int
+) -> None:
+    expected = model.sample(range(asked), batch_size=max(1, min(room, 10)))
+    sizes = _too_small(model, monkeypatch, room)
+    found = model.sample(range(asked))
+    assert torch.allclose(found, expected, atol=1e-5)
+    fitting = [size for size in sizes if size <= room]
+    assert sum(fitting) == asked
+    # No size is tried twice that did not fit, and no smaller one is used than need be.
+    assert len({size for size in sizes if size > room}) == sum(size > room for size in sizes)
+    assert max(fitting) > min(room, asked) / 2
+
+
+def test_a_batch_that_was_asked_for_is_not_changed(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    _too_small(model, monkeypatch, 20)
+    with pytest.raises(torch.OutOfMemoryError):
+        model.sample(range(64), batch_size=32)
+
+
+def test_not_even_one_sample_fits(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    _too_small(model, monkeypatch, 0)
+    with pytest.raises(torch.OutOfMemoryError):
+        model.sample(range(64))
+
+
+def test_half_precision_is_near_and_unknown_precisions_are_refused(model: Model) -> None:
+    whole, half = model.sample(range(64)), model.sample(range(64), precision="bf16")
+    assert half.dtype == torch.float32
+    assert 0 < float((whole - half).square().mean().sqrt()) < 0.01
+    with pytest.raises(ValueError, match="precision must be float32 or bf16, got 'fp8'"):
+        model.sample(range(2), precision="fp8")
