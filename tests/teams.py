@@ -122,7 +122,7 @@ def trainer(stage: Stage, sharding: str = "none", micro_batch: int | None = None
         student,
         teacher,
         stage,
-        lambda draw: training_batch(data, draw, False, "cpu"),
+        lambda draw: training_batch(data, draw, False),
         seed=0,
         stream="01",
         accelerator=make_accelerator(cpu=True),
