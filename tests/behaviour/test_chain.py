@@ -17,7 +17,8 @@ from halfstep.runs import RunFolder, read_log
 from halfstep.samplers import sample
 from halfstep.train import Progress, distill, load, run
 from halfstep.train.distill import as_batches
-from halfstep.train.engine import StageTrainer, make_accelerator
+from halfstep.train.engine import StageTrainer
+from halfstep.train.processes import make_accelerator
 from toys import finish, toy_plan, toy_spec, weights
 
 STUDENTS = ("01-halve-0008", "02-halve-0004", "03-halve-0002", "04-halve-0001")

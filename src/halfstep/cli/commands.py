@@ -1,6 +1,7 @@
 """The verbs. Each takes the arguments behind its name."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -46,14 +47,32 @@ from halfstep.runs import RunFolder, StageFolder
 from halfstep.runs.schema import Result
 from halfstep.samplers import Ancestral, Sampler, samplers
 from halfstep.studies import studies
-from halfstep.train import Model, Reference, RunSpec, StopSignal, load, measure
+from halfstep.train import Model, Processes, Reference, RunSpec, StopSignal, load, make_accelerator, measure
 from halfstep.train import run as run_spec
 from halfstep.train.evaluate import FEATURES, grid_image, samples_array, search_gamma, to_uint8
 from halfstep.train.model import find_stage
+from halfstep.train.processes import launched
 
 
 def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else 160)
+    # Of several processes, the first one speaks.
+    quiet = int(os.environ.get("RANK", "0") or "0") > 0
+    return Console(width=None if sys.stdout.isatty() else 160, quiet=quiet)
+
+
+def _processes(cpu: bool = False) -> Processes:
+    """The processes that do this verb together; mostly one."""
+    return Processes(make_accelerator(cpu=cpu)) if launched() > 1 else Processes()
+
+
+def _refuse_dry_run() -> None:
+    """A dry run times an update by the clock of one process.
+
+    Raises:
+        UsageError: if there are several.
+    """
+    if launched() > 1:
+        raise UsageError("a dry run is done by one process: start it without torchrun or accelerate launch")
 
 
 def _with_recipe(argv: Sequence[str], verb: str) -> tuple[RunArguments, str]:
@@ -81,6 +100,8 @@ def _execute(spec: RunSpec, out: Path, with_report: bool = True) -> None:
     console.print(f"halfstep: {spec.recipe['name']} -> {out}", highlight=False)
     with StopSignal() as stop:
         RunDisplay(spec.plan, console).show(run_spec(spec, out, stop))
+    if console.quiet:
+        return
     show_results(out, console)
     if with_report:
         console.print(f"report: {write_report(out)}", highlight=False, soft_wrap=True)
@@ -110,6 +131,7 @@ def _run(arguments: RunArguments, what: Literal["all", "teacher"]) -> None:
     out = arguments.out or Path("runs") / f"{recipe.name}{suffix}"
     _threads(recipe)
     if arguments.dry_run:
+        _refuse_dry_run()
         data, missing = data_or_stand_in(recipe)
         show_plan(build(recipe, what=what, data=data), out, _console(), missing)
         return
@@ -162,6 +184,7 @@ def distill(argv: Sequence[str]) -> None:
     out = arguments.out or Path("runs") / f"{recipe.name}-{name}-to-{last}"
     _threads(recipe)
     if arguments.dry_run:
+        _refuse_dry_run()
         data, missing = data_or_stand_in(recipe)
         show_plan(build(recipe, what="chain", teacher=model, data=data), out, _console(), missing)
         return
@@ -174,7 +197,10 @@ def _recipe_of(stage: StageFolder) -> Recipe | None:
     return recipe_of_file(file) if file.is_file() and stage.path.resolve().parent.name == "stages" else None
 
 
-def _device(name: str | None) -> torch.device:
+def _device(name: str | None, processes: Processes | None = None) -> torch.device:
+    if name in (None, "cuda") and processes is not None and processes.count > 1 and torch.cuda.is_available():
+        # Each of several has its own.
+        return torch.device("cuda", torch.cuda.current_device())
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -217,19 +243,31 @@ def sample(argv: Sequence[str]) -> None:
     taken = out.exists() if as_file else (out.is_file() or (out.is_dir() and any(out.iterdir())))
     if taken and not arguments.overwrite:
         raise UsageError(f"{out} is there already: choose another --out, or add --overwrite")
-    model = load(arguments.model, _device(arguments.device))
+    processes = _processes(arguments.device == "cpu")
+    model = load(arguments.model, _device(arguments.device, processes))
     seeds = range(arguments.seed, arguments.seed + arguments.num_samples)
     cond = _prompted(model, arguments.prompt, len(seeds))
-    x0 = model.sample(
-        seeds,
-        arguments.num_steps,
-        method,
-        arguments.class_label,
-        arguments.batch_size,
-        arguments.guidance_scale,
-        cond,
-        arguments.precision,
-    )
+    # One process lets the model find the batch that fits; several share the samples out in such parts.
+    share = len(seeds) if processes.count == 1 else arguments.batch_size or 256
+
+    def drawn(first: int) -> tuple[torch.Tensor]:
+        part = seeds[first : first + share]
+        x0 = model.sample(
+            part,
+            arguments.num_steps,
+            method,
+            arguments.class_label,
+            arguments.batch_size,
+            arguments.guidance_scale,
+            {name: value[: len(part)] for name, value in cond.items()},
+            arguments.precision,
+        )
+        return (x0,)
+
+    parts = processes.spread(range(0, len(seeds), share), drawn)
+    if parts is None:
+        return
+    x0 = torch.cat([part for (part,) in parts])
     write_samples(x0, model, seeds, out)
     print(f"{arguments.num_samples} samples in {arguments.num_steps or model.num_steps} steps: {out}")
 
@@ -301,7 +339,8 @@ def evaluate(argv: Sequence[str]) -> None:
     evaluation = EvaluationConfig.model_validate(settings).as_object()
     _threads(recipe)
     data = open_data(recipe.data)
-    reference = Reference(data, evaluation, cache_folder())
+    processes = _processes(recipe.engine.cpu)
+    reference = processes.main_first(lambda: Reference(data, evaluation, cache_folder()))
     console = _console()
     teacher: list[Result] = []
     students: list[Result] = []
@@ -312,7 +351,7 @@ def evaluate(argv: Sequence[str]) -> None:
             if not stage.manifest().weights_kept:
                 console.print(f"{stage.name}: its weights were not kept, so it is left out", highlight=False)
                 continue
-            model = load(stage.path, _device(None))
+            model = load(stage.path, _device(None, processes))
             check_fit(model, data)
             wanted = [model.num_steps] if model.num_steps else list(arguments.num_steps or evaluation.teacher_steps)
             if not wanted:
@@ -325,12 +364,25 @@ def evaluate(argv: Sequence[str]) -> None:
                 tried: list[Result] = []
                 if arguments.search_gamma is not None:
                     tried = search_gamma(
-                        model, steps, evaluation, reference, num_levels=arguments.search_gamma, stop=stop
+                        model,
+                        steps,
+                        evaluation,
+                        reference,
+                        num_levels=arguments.search_gamma,
+                        stop=stop,
+                        processes=processes,
                     )
                     result = min(tried, key=lambda result: result.frechet)
                 else:
                     result, samples = measure(
-                        model, steps, evaluation, reference, sampler=method, teacher_samples=compared, stop=stop
+                        model,
+                        steps,
+                        evaluation,
+                        reference,
+                        sampler=method,
+                        teacher_samples=compared,
+                        stop=stop,
+                        processes=processes,
                     )
                     compared = samples if compared is None and model.num_steps is None else compared
                 (students if model.num_steps else teacher).append(result)
@@ -339,7 +391,7 @@ def evaluate(argv: Sequence[str]) -> None:
                 console.print(f"{stage.name}: {steps} steps{at}, distance {result.frechet:.4g}", highlight=False)
     title = f"Frechet distance in {reference.extractor.name} features, sampler {arguments.sampler}"
     console.print(results_table(teacher, students, title))
-    if arguments.out is not None:
+    if arguments.out is not None and processes.is_main:
         figures: dict[str, Any] = {
             "protocol": reference.protocol,
             "teacher": [result.model_dump() for result in teacher],

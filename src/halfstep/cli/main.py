@@ -7,6 +7,7 @@ Ctrl-C or SIGTERM, with the state saved.
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -30,10 +31,28 @@ usage: halfstep VERB ...
 MODEL is the folder of a run (its last stage is meant) or of a stage. `halfstep VERB --help` shows all options."""
 
 
+PATIENCE_SECONDS = 4.0
+"""Time in which a launcher ends all processes of a run once one of them has failed."""
+
+
+def _index() -> int:
+    """Which of the processes that `torchrun` or `accelerate launch` has started this is; 0 without them."""
+    return int(os.environ.get("RANK", "0") or "0")
+
+
 def fail(message: object, code: int = 2) -> NoReturn:
-    """Ends the process with one line on stderr."""
+    """Ends the process with one line on stderr.
+
+    Of several processes, which mostly fail alike, the first speaks for all. Another one speaks if nobody has ended it
+    in a while, so that the failure was its own.
+    """
     text = " ".join(str(message).split())
-    print(f"halfstep: error: {text}", file=sys.stderr)
+    if _index():
+        from halfstep.train.processes import wait_to_be_ended
+
+        wait_to_be_ended(PATIENCE_SECONDS, code)
+        text = f"(process {_index()}) {text}"
+    print(f"halfstep: error: {text}", file=sys.stderr, flush=True)
     raise SystemExit(code)
 
 
@@ -44,7 +63,7 @@ def _warning_printer() -> Callable[..., None]:
     said: set[str] = set()
 
     def show(message: Warning | str, category: type[Warning], *_: object) -> None:
-        if issubclass(category, HalfstepWarning) and str(message) not in said:
+        if issubclass(category, HalfstepWarning) and str(message) not in said and not _index():
             said.add(str(message))
             print(f"halfstep: warning: {message}", file=sys.stderr)
 
@@ -93,20 +112,52 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         warnings.showwarning = _warning_printer()
         warnings.simplefilter("always", HalfstepWarning)
+        if int(os.environ.get("WORLD_SIZE", "1") or "1") > 1:
+            _dispatch_together(verb, rest)
+        else:
+            _dispatch(verb, rest)
+
+
+SHARED_VERBS = ("run", "train", "distill", "sample", "evaluate", "demo")
+"""Verbs that several processes do together."""
+
+
+def _dispatch_together(verb: str, rest: Sequence[str]) -> None:
+    """The verb in one of several processes."""
+    if verb not in SHARED_VERBS:
+        fail(f"halfstep {verb} is done by one process: start it without torchrun or accelerate launch")
+    from halfstep.train.processes import leave
+
+    try:
         _dispatch(verb, rest)
+    except BaseException as error:
+        code = error.code if isinstance(error, SystemExit) else 1
+        if not isinstance(error, SystemExit):
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # What else ends with a process would wait for the others, or be broken off by their end.
+        os._exit(code if isinstance(code, int) else 1)
+    leave()
 
 
 def _dispatch(verb: str, rest: Sequence[str]) -> None:
     # An optional library that diffusers looks for and that warns at its import of what it cannot do here.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from halfstep.cli import commands
-    from halfstep.train import Interrupted, NonFinite
+    from halfstep.train import FailedElsewhere, Interrupted, LostProcess, NonFinite
 
     try:
         getattr(commands, {"import": "import_"}.get(verb, verb))(rest)
     except Interrupted as stopped:
-        print(f"\nhalfstep: {stopped}; the state is saved: run the same command again to go on", file=sys.stderr)
+        if not _index():
+            print(f"\nhalfstep: {stopped}; the state is saved: run the same command again to go on", file=sys.stderr)
         raise SystemExit(128 + stopped.signal) from None
+    except FailedElsewhere as error:
+        # The first process has said its own, and speaks for the others.
+        if not _index():
+            fail(error, error.code)
+        raise SystemExit(error.code) from None
     except KeyboardInterrupt:
         print("\nhalfstep: stopped at once; what the last checkpoint holds is safe", file=sys.stderr)
         raise SystemExit(130) from None
@@ -114,7 +165,7 @@ def _dispatch(verb: str, rest: Sequence[str]) -> None:
         # The reader of our output (head, less) has gone; say nothing more to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
-    except NonFinite as error:
+    except (NonFinite, LostProcess) as error:
         fail(error, code=1)
     except (ValueError, OSError) as error:
         if os.environ.get("HALFSTEP_TRACEBACK"):

@@ -9,7 +9,7 @@ Both come from torchmetrics; this room only feeds them features in float64 and f
 """
 
 import warnings
-from typing import final
+from typing import Any, Final, final
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,10 @@ def _check(a: Tensor, b: Tensor) -> None:
         raise ValueError("features are not finite: the samples are broken")
 
 
+ALONE: Final[dict[str, Any]] = {"sync_on_compute": False}
+"""Keeps torchmetrics from waiting for other processes of the run: one of them has all features, and asks alone."""
+
+
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """The Frechet distance between feature sets `[n, d]` and `[m, d]`, computed in float64.
 
@@ -45,7 +49,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     _check(a, b)
-    metric = FrechetInceptionDistance(feature=_Given(a.shape[1]), normalize=False).set_dtype(torch.float64)
+    metric = FrechetInceptionDistance(feature=_Given(a.shape[1]), normalize=False, **ALONE).set_dtype(torch.float64)
     metric.update(a.double(), real=True)
     metric.update(b.double(), real=False)
     # Rounding can leave a few 1e-13 below zero for equal sets.
@@ -65,7 +69,9 @@ def kernel_distance(a: Tensor, b: Tensor, subsets: int = 20, subset_size: int = 
     with warnings.catch_warnings():
         # torchmetrics says that it keeps all features, which are here already.
         warnings.simplefilter("ignore", UserWarning)
-        metric = KernelInceptionDistance(feature=_Given(a.shape[1]), subsets=subsets, subset_size=size, normalize=False)
+        metric = KernelInceptionDistance(
+            feature=_Given(a.shape[1]), subsets=subsets, subset_size=size, normalize=False, **ALONE
+        )
     metric.set_dtype(torch.float64)
     metric.update(a.double(), real=True)
     metric.update(b.double(), real=False)

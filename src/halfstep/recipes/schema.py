@@ -19,6 +19,7 @@ from halfstep.data import Data, DataConfig, LatentData, StandIn, open_data
 from halfstep.nets import MLP, Network, UNet2D, unet2d_config
 from halfstep.objectives import EarlyEnd, GuidanceRange, Plan
 from halfstep.train import Evaluation, Model, RunSpec, blank_denoiser, matched_student
+from halfstep.train.trackers import chosen_trackers
 
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -306,6 +307,12 @@ class EngineConfig(Config):
     """CPU threads of torch; its own choice by default."""
     micro_batch: Positive | None = None
     """Samples that go through the network at once; the whole batch by default."""
+    sharding: Literal["none", "full"] = "none"
+    """full spreads the weights of teacher and student, gradients, moments and average over the processes (FSDP2)."""
+    timeout_minutes: float = Field(default=10.0, gt=0)
+    """Minutes after which a process that does not answer the others is given up."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] | None = None
+    """Where the log and sample grids go beside log.jsonl; by default TensorBoard, where it is installed."""
     teacher_precision: Literal["float32", "bf16"] = "float32"
     """bf16 keeps and asks teachers in bfloat16, for half the memory of their weights."""
     gradient_checkpointing: bool = False
@@ -632,6 +639,9 @@ def build(
         cpu=recipe.engine.cpu,
         micro_batch=recipe.engine.micro_batch,
         lora_rank=recipe.chain.lora_rank,
+        sharding=recipe.engine.sharding,
+        timeout_minutes=recipe.engine.timeout_minutes,
+        trackers=chosen_trackers(recipe.engine.trackers),
         optimizer=recipe.engine.optimizer,
         teacher_precision=recipe.engine.teacher_precision,
         gradient_checkpointing=recipe.engine.gradient_checkpointing,

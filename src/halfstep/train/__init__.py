@@ -1,7 +1,7 @@
 """The engine: trains the stages of a plan into a run folder, survives kills, measures what comes out."""
 
 from halfstep.train.distill import distill, fit
-from halfstep.train.engine import NonFinite, StageTrainer, Window, make_accelerator
+from halfstep.train.engine import NonFinite, StageTrainer, Window
 from halfstep.train.evaluate import Evaluation, Reference, measure, search_gamma
 from halfstep.train.matching import matched_student, viewed
 from halfstep.train.model import Model, blank_denoiser, load, save_stage
@@ -16,17 +16,21 @@ from halfstep.train.pipeline import (
     StageStart,
     run,
 )
+from halfstep.train.processes import FailedElsewhere, LostProcess, Processes, make_accelerator
 from halfstep.train.stop import Interrupted, StopSignal
 
 __all__ = [
     "DifferentRecipe",
     "Evaluation",
     "Event",
+    "FailedElsewhere",
     "Interrupted",
+    "LostProcess",
     "Measured",
     "Model",
     "NonFinite",
     "Notice",
+    "Processes",
     "Progress",
     "Reference",
     "RunSpec",

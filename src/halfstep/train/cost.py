@@ -11,10 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from halfstep.core.denoiser import GUIDANCE
 from halfstep.nets import checkpoint_gradients, takes_guidance, trainable
 from halfstep.objectives import Stage
-from halfstep.train.engine import make_accelerator
 from halfstep.train.matching import start_student
 from halfstep.train.model import blank_denoiser
 from halfstep.train.pipeline import RunSpec, trainer_for
+from halfstep.train.processes import make_accelerator
 
 FLOPS_OF_A_TRIAL = 1e11
 """Arithmetic of an update that is timed: seconds on a CPU, moments on a GPU."""
@@ -157,7 +157,8 @@ def time_updates(spec: RunSpec, forward: Forward) -> Rate:
 def _seconds(spec: RunSpec, stage: Stage, num_updates: int = 3) -> float:
     """The fastest of a few updates, after one to warm up."""
     accelerator = make_accelerator(spec.precision, spec.cpu)
-    trainer = trainer_for(spec, stage, "timing", spec.teacher, accelerator)
+    # One process is timed, which holds all weights.
+    trainer = trainer_for(dataclasses.replace(spec, sharding="none"), stage, "timing", spec.teacher, accelerator)
     times = []
     start = time.perf_counter()
     for update in trainer.run():

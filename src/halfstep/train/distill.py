@@ -14,10 +14,11 @@ from halfstep.core.prediction import Prediction
 from halfstep.core.weighting import Weighting
 from halfstep.data import Data, DataConfig, MemoryData, held_on, open_data, training_batch
 from halfstep.objectives import Batch, GuidanceRange, Plan
-from halfstep.train.engine import StageTrainer, Window, copy_denoiser, make_accelerator
+from halfstep.train.engine import StageTrainer, Window, copy_denoiser
 from halfstep.train.feed import Batches, updates_ahead
 from halfstep.train.matching import matched_student, viewed
 from halfstep.train.model import Model
+from halfstep.train.processes import make_accelerator
 
 Source = Tensor | np.ndarray | Data | str | Iterable[Any]
 """Where batches come from; see `distill`."""
@@ -27,7 +28,8 @@ Source = Tensor | np.ndarray | Data | str | Iterable[Any]
 class StreamedBatches:
     """Batches of any size from an iterable, cut and joined into those of the updates, and begun again at its end.
 
-    Unlike all other data here, what an update sees is whatever comes next, not a function of the update's number.
+    Unlike all other data here, what an update sees is whatever comes next, not a function of the update's number. Each
+    of several processes must be given the same batches, of which it takes its own share.
 
     Raises:
         ValueError: at the call, if an item is neither x0 nor (x0, cond), its parts differ in length, or the iterable
@@ -39,9 +41,18 @@ class StreamedBatches:
         self._iterator: Iterator[Any] = iter(batches)
         self._held: list[Batch] = []
         self._seen = 0
+        self._cut: tuple[tuple[str, int], Batch] | None = None
 
     def __call__(self, draw: Draw) -> Batch:
-        wanted = len(draw.places)
+        key = (draw.stream, draw.update)
+        if self._cut is None or self._cut[0] != key:
+            self._cut = key, self._next_update(draw.batch_size)
+        x0, cond = self._cut[1]
+        mine = slice(draw.places.start, draw.places.stop)
+        return Batch(x0[mine], {name: value[mine] for name, value in cond.items()})
+
+    def _next_update(self, wanted: int) -> Batch:
+        """The next batch of that size."""
         while sum(len(batch.x0) for batch in self._held) < wanted:
             self._held.append(self._next())
         names = list(self._held[0].cond)

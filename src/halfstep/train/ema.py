@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from halfstep.nets import own_state, trainable
+from halfstep.train.sharding import joined, local, spread_as
 
 
 @final
@@ -25,7 +26,9 @@ class EMA:
         self.decay = decay
         self._module = module
         self._names = [name for name, _ in trainable(module)]
-        self._parameters = [p.detach() for _, p in trainable(module)]
+        self._weights = [p.detach() for _, p in trainable(module)]
+        # Of weights that are spread over processes, this one's slices, which average like any others.
+        self._parameters = [local(p) for p in self._weights]
         self._averages = [p.float().clone() for p in self._parameters]
 
     @torch.no_grad()
@@ -38,12 +41,12 @@ class EMA:
     def state_dict(self) -> dict[str, Tensor]:
         """The module's own state with averages in the place of parameters."""
         state = own_state(self._module)
-        for name, parameter, average in zip(self._names, self._parameters, self._averages, strict=True):
-            state[name] = average.to(parameter.dtype)
+        for name, weight, average in zip(self._names, self._weights, self._averages, strict=True):
+            state[name] = joined(average.to(weight.dtype), weight)
         return state
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Takes the averages from what `state_dict` returned."""
-        for name, average in zip(self._names, self._averages, strict=True):
-            average.copy_(state[name])
+        """Takes the averages from what `state_dict` returned, its tensors in one piece."""
+        for name, weight, average in zip(self._names, self._weights, self._averages, strict=True):
+            average.copy_(local(spread_as(state[name], weight)))

@@ -7,22 +7,26 @@ from the host can be made ahead (`feed`), and the networks can be compiled: once
 of all stages are of one architecture.
 """
 
+import contextlib
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, final
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from halfstep.core.denoiser import Denoiser, NetworkDenoiser
 from halfstep.core.draw import Draw, generator_for
 from halfstep.nets import copy_network, load_own_state, own_state, set_dropout, trainable
-from halfstep.objectives import Models, Stage
+from halfstep.objectives import Batch, Models, Stage
 from halfstep.train.ema import EMA
 from halfstep.train.feed import Batches, Fed, Feed
+from halfstep.train.processes import Processes
+from halfstep.train.sharding import SHARDINGS, fill, is_sharded, load_whole, shard, skeleton, spread_as, unsynced, whole
 
 State = dict[str, dict[str, Tensor]]
 """What a checkpoint holds: tensors by name, for "student", "ema", "optimizer" and "early_end"."""
@@ -30,21 +34,6 @@ State = dict[str, dict[str, Tensor]]
 
 class NonFinite(RuntimeError):
     """The loss or the gradient was not a finite number; the message says where and what to do."""
-
-
-def make_accelerator(precision: str = "float32", cpu: bool = False) -> Accelerator:
-    """An accelerator for this process: "float32", or "bf16" for bfloat16 autocast over float32 weights.
-
-    Raises:
-        ValueError: if the precision is neither.
-    """
-    modes = {"float32": "no", "bf16": "bf16"}
-    if precision not in modes:
-        raise ValueError(f"precision must be one of {', '.join(modes)}, got {precision!r}")
-    # accelerate keeps its settings for the whole process; two runs in one process may differ in them.
-    if AcceleratorState._shared_state:
-        AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
-    return Accelerator(mixed_precision=modes[precision], cpu=cpu)
 
 
 @final
@@ -80,10 +69,11 @@ class StageTrainer:
         optimizer: one of `OPTIMIZERS`.
         ahead: updates whose batches and random numbers a thread makes ready, as `Feed`'s.
         compiled: whether the networks are compiled.
+        sharding: "full" spreads the weights of student and teacher, both in place, over the processes.
 
     Raises:
-        ValueError: if the objective needs a teacher and there is none, or the global batch cannot be split evenly
-            over the processes.
+        ValueError: if the objective needs a teacher and there is none, the global batch cannot be split evenly over
+            the processes, or there is nothing to shard over or no way to.
     """
 
     def __init__(
@@ -100,6 +90,7 @@ class StageTrainer:
         optimizer: str = "adamw",
         ahead: int = 0,
         compiled: bool = False,
+        sharding: str = "none",
     ) -> None:
         if stage.objective.needs_teacher and teacher is None:
             raise ValueError(f"stage {stream} learns from a teacher, and there is none")
@@ -107,18 +98,34 @@ class StageTrainer:
             raise ValueError(
                 f"a batch of {stage.batch_size} cannot be split evenly over {accelerator.num_processes} processes"
             )
+        _check_sharding(sharding, accelerator, optimizer, compiled)
         self.stage, self.seed, self.stream = stage, seed, stream
         self.accelerator = accelerator
+        self.processes = Processes(accelerator)
         self.update = 0
         """Updates done."""
         self._plain = student
         set_dropout(student.network, stage.dropout)
         student.network.train()
-        made = make_optimizer(optimizer, [parameter for _, parameter in trainable(student.network)], stage)
-        self._network, self._optimizer = accelerator.prepare(student.network, made)
-        self._ema = EMA(student.network, stage.ema_decay) if stage.ema_decay else None
         if teacher is not None:
-            teacher = teacher.to(accelerator.device).eval().requires_grad_(False)
+            teacher = teacher.eval().requires_grad_(False)
+        self._skeleton: torch.nn.Module | None = None
+        if sharding == "full":
+            self._skeleton = skeleton(student.network)
+            asked = [] if teacher is None else [d for d in teacher.modules() if isinstance(d, NetworkDenoiser)]
+            for network in (student.network, *(denoiser.network for denoiser in asked)):
+                shard(network, accelerator.device, accelerator.num_processes)
+        elif teacher is not None:
+            teacher = teacher.to(accelerator.device)
+        made = make_optimizer(optimizer, [parameter for _, parameter in trainable(student.network)], stage)
+        if sharding == "full":
+            self._network, self._optimizer = student.network, made
+        else:
+            with warnings.catch_warnings():
+                # Of DDP's argument broadcast_buffers, whose successor accelerate does not pass on.
+                warnings.simplefilter("ignore", FutureWarning)
+                self._network, self._optimizer = accelerator.prepare(student.network, made)
+        self._ema = EMA(student.network, stage.ema_decay) if stage.ema_decay else None
         if compiled:
             compile_networks(student)
             if teacher is not None:
@@ -132,6 +139,7 @@ class StageTrainer:
 
         device = accelerator.device
         self._feed = Feed(batches, self._draws, device, ahead)
+        self._settled = False
         self._window_losses: list[float] = []
         self._window_sum = torch.zeros((), dtype=torch.float64, device=device if device.type != "mps" else "cpu")
         self._plateau_at: int | None = None
@@ -146,6 +154,7 @@ class StageTrainer:
         """Trains to the end of the stage, yielding the number of updates done after each."""
         self._clock = time.perf_counter()
         for fed in self._feed.updates(self.update, lambda: self.last_update):
+            self._settle(fed)
             self._one_update(fed)
             yield self.update
 
@@ -162,14 +171,11 @@ class StageTrainer:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         total = torch.zeros_like(self._loss_sum)
-        for draw, batch in fed:
-            with accelerator.autocast():
-                losses = stage.objective.loss(self._models, batch, draw)
-            # DDP averages gradients over processes; each process' share of the mean is summed here.
-            loss = losses.loss.sum() * (accelerator.num_processes / stage.batch_size)
-            accelerator.backward(loss)
-            total += loss.detach()
-        norm = accelerator.clip_grad_norm_(self._network.parameters(), stage.grad_clip)
+        for part in fed:
+            # Gradients are sent once an update, with its last micro batch.
+            with contextlib.nullcontext() if part is fed[-1] else unsynced(self._network):
+                total += self._gradient(part.draw, part.batch)
+        norm = whole(accelerator.clip_grad_norm_(self._network.parameters(), stage.grad_clip))
         self._optimizer.step()
         self._optimizer.zero_grad()
         bad = ~(torch.isfinite(total) & torch.isfinite(norm))
@@ -181,6 +187,27 @@ class StageTrainer:
         if self._ema is not None:
             self._ema.update(self.update)
 
+    def _gradient(self, draw: Draw, batch: Batch) -> Tensor:
+        """Adds the gradient of a micro batch; returns its part of the mean loss."""
+        stage, accelerator = self.stage, self.accelerator
+        with accelerator.autocast():
+            losses = stage.objective.loss(self._models, batch, draw)
+        # Gradients are averaged over processes; each process' share of the mean is summed here.
+        loss: Tensor = losses.loss.sum() * (accelerator.num_processes / stage.batch_size)
+        accelerator.backward(loss)
+        return loss.detach()
+
+    def _settle(self, fed: list[Fed]) -> None:
+        """Lets DDP put its messages in order before the first update that counts.
+
+        It does so after its first backward pass, and in which order more than two numbers are added depends on their
+        place in a message: a resumed run would differ from the uncut one in its first update.
+        """
+        if not self._settled and isinstance(self._network, DistributedDataParallel) and self.processes.count > 2:
+            self._gradient(next(self._draws(self.update)), fed[0].batch)
+            self._optimizer.zero_grad()
+        self._settled = True
+
     def _watch_for_early_end(self, loss: Tensor) -> None:
         rule = self.stage.early_end
         if rule is None or self._plateau_at is not None:
@@ -188,8 +215,8 @@ class StageTrainer:
         self._window_sum += loss.to(self._window_sum)
         if self.update % rule.window:
             return
-        mean = self.accelerator.reduce(self._window_sum, "mean") / rule.window
-        self._window_losses.append(float(mean))
+        (mean,) = self.processes.mean(float(self._window_sum))
+        self._window_losses.append(mean / rule.window)
         self._window_sum.zero_()
         if rule.has_stopped_falling(self._window_losses):
             self._plateau_at = self.update
@@ -217,7 +244,10 @@ class StageTrainer:
             NonFinite: naming the stage and the first update that was not.
         """
         first = int(self._first_bad)
-        if first >= 0:
+        # Each process sees its own share of the losses: the earliest that any has seen, and on all of them.
+        (late,) = self.processes.agree(-first if first >= 0 else -(2**62))
+        first = -late
+        if first < 2**62:
             raise NonFinite(
                 f"the loss or its gradient was not finite in stage {self.stream} at update {first}: lower the "
                 f"learning rate ({self.stage.learning_rate:g}), lengthen the warm-up, or use precision float32"
@@ -234,9 +264,10 @@ class StageTrainer:
         now = time.perf_counter()
         elapsed, self._clock = now - self._clock, now
         self._seconds += elapsed
+        (loss_sum,) = self.processes.mean(float(self._loss_sum))
         window = Window(
             update=self.update,
-            loss=float(self._loss_sum) / count,
+            loss=loss_sum / count,
             grad_norm=float(self._norm_sum) / count,
             learning_rate=self.learning_rate(max(0, self.update - 1)),
             samples_per_second=count * self.stage.batch_size / max(elapsed, 1e-9),
@@ -257,7 +288,14 @@ class StageTrainer:
         return self._seconds
 
     def state(self) -> State:
-        """All that a resumed run needs beyond `update` and `seconds`; on the CPU, where it shares the live tensors."""
+        """All that a resumed run needs beyond `update` and `seconds`, in one form for any number of processes.
+
+        Every process must ask; the first gets all, on the CPU, where tensors that are not spread share the live ones'
+        memory, and the others nothing.
+        """
+        sums = self.processes.each(float(self._window_sum))
+        if not (self.processes.is_main or is_sharded(self._network)):
+            return {}
         network = self._plain_network()
         names = [name for name, _ in trainable(network)]
         moments: dict[str, Tensor] = {}
@@ -270,22 +308,30 @@ class StageTrainer:
         if self.stage.early_end is not None:
             state["early_end"] = {
                 "window_losses": torch.tensor(self._window_losses, dtype=torch.float64),
-                "window_sum": self._window_sum.clone(),
+                "window_sum": torch.tensor(sums, dtype=torch.float64),
                 "plateau_at": torch.tensor(-1 if self._plateau_at is None else self._plateau_at),
             }
-        return {part: {k: v.detach().cpu().contiguous() for k, v in d.items()} for part, d in state.items()}
+        held: State = {part: {} for part in state}
+        for part, tensors in state.items():
+            for name, value in tensors.items():
+                full = whole(value.detach())
+                if self.processes.is_main:
+                    held[part][name] = full.cpu().contiguous()
+        return held if self.processes.is_main else {}
 
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]], update: int, seconds: float) -> None:
         """Continues from what `state` returned after `update` updates and `seconds` of training."""
         network = self._plain_network()
-        load_own_state(network, state["student"])
+        (load_whole if is_sharded(network) else load_own_state)(network, state["student"])
         parameters = trainable(network)
         index_of = {name: index for index, (name, _) in enumerate(parameters)}
         entries: dict[int, dict[str, Any]] = {}
         for key, value in state["optimizer"].items():
             kind, name = key.split(".", 1)
             parameter = parameters[index_of[name]][1]
-            if value.shape == parameter.shape:
+            if is_sharded(network):
+                value = spread_as(value, parameter) if value.shape == parameter.shape else value
+            elif value.shape == parameter.shape:
                 # A fused optimiser walks through memory, so moments must lie there as their weights do, which a file
                 # does not tell: weights of convolutions have their channels last.
                 value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
@@ -301,14 +347,22 @@ class StageTrainer:
         if self.stage.early_end is not None:
             held = state["early_end"]
             self._window_losses = held["window_losses"].tolist()
-            self._window_sum.copy_(held["window_sum"])
+            sums = held["window_sum"].reshape(-1)
+            # Of another number of processes, only the mean goes on.
+            own = sums[self.processes.index] if len(sums) == self.processes.count else sums.mean()
+            self._window_sum.copy_(own)
             self._plateau_at = None if int(held["plateau_at"]) < 0 else int(held["plateau_at"])
         self.update, self._seconds, self._window_start = update, seconds, update
 
     def finish(self) -> NetworkDenoiser:
         """The stage's result: the student with the moving average if there is one, unwrapped, in evaluation mode."""
         network = self._plain_network()
-        if self._ema is not None:
+        if self._skeleton is not None:
+            if self._ema is not None:
+                load_whole(network, {name: whole(value) for name, value in self._ema.state_dict().items()})
+            fill(self._skeleton, network)
+            network = self._skeleton
+        elif self._ema is not None:
             load_own_state(network, self._ema.state_dict())
         network.eval()
         return NetworkDenoiser(network, self._plain.process, self._plain.prediction)
@@ -327,6 +381,25 @@ def compile_networks(denoiser: Denoiser) -> None:
     for part in denoiser.modules():
         if isinstance(part, NetworkDenoiser) and isinstance(part.network, torch.nn.Module):
             part.network.compile()
+
+
+def _check_sharding(sharding: str, accelerator: Accelerator, optimizer: str, compiled: bool) -> None:
+    if sharding not in SHARDINGS:
+        raise ValueError(f"sharding must be one of {', '.join(SHARDINGS)}, got {sharding!r}")
+    if sharding == "none":
+        return
+    if accelerator.num_processes == 1:
+        raise ValueError(
+            "sharding full spreads weights over processes, and this is the only one: start several with torchrun or "
+            "accelerate launch, or leave --engine.sharding out"
+        )
+    if compiled:
+        raise ValueError("networks that are sharded are not compiled here: leave out --engine.compile or the sharding")
+    if optimizer != "adamw":
+        raise ValueError(
+            f"the optimizer {optimizer} cannot be sharded, which makes moments smaller by itself: use adamw, or leave "
+            "--engine.sharding out"
+        )
 
 
 def copy_denoiser(denoiser: NetworkDenoiser) -> NetworkDenoiser:

@@ -30,6 +30,7 @@ from halfstep.runs.schema import Result
 from halfstep.samplers import DDIM, Ancestral, Sampler, samplers
 from halfstep.train.engine import NonFinite
 from halfstep.train.model import Model
+from halfstep.train.processes import Processes
 from halfstep.train.stop import StopSignal
 
 CLASSIFIER = "classifier-1"
@@ -149,23 +150,6 @@ def grid_image(pixels: np.ndarray, columns: int | None = None, gap: int = 1) -> 
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
-def _sampled(
-    model: Model, num_steps: int, sampler: Sampler, evaluation: Evaluation, data: Data, stop: StopSignal | None
-) -> tuple[Tensor, float]:
-    """Samples of the seeds 0, 1, ... and the seconds that sampling alone took."""
-    seeds = list(range(evaluation.num_samples))
-    chunks, seconds = [], 0.0
-    for first in range(0, len(seeds), evaluation.batch_size):
-        if stop is not None:
-            stop.check()
-        part = seeds[first : first + evaluation.batch_size]
-        cond = conditions_for(model, data, part)
-        start = time.perf_counter()
-        chunks.append(model.sample(part, num_steps, sampler, batch_size=len(part), cond=cond))
-        seconds += time.perf_counter() - start
-    return torch.cat(chunks), seconds
-
-
 def conditions_for(model: Model, data: Data, seeds: list[int]) -> dict[str, Tensor]:
     """What the model is shown beside a class, for samples of these seeds: the conditions of data sample seed modulo
     their number. Empty for a model that needs none.
@@ -192,38 +176,64 @@ def measure(
     teacher_samples: Tensor | None = None,
     keep: Path | None = None,
     stop: StopSignal | None = None,
-) -> tuple[Result, Tensor]:
+    processes: Processes | None = None,
+) -> tuple[Result, Tensor | None]:
     """The figures of a model at a number of steps, and its samples `[num_compared, *shape]` as they were measured.
+
+    Several processes share the samples out, batch by batch, with the same result as one alone: the first has the
+    samples, all have the figures.
 
     Args:
         sampler: DDIM if None.
         teacher_samples: what to compare with from the same noise, at least `num_compared` rows; None for nothing.
         keep: a stage's folder whose samples/ takes the first `num_shown` samples.
+        processes: those that call this together; this one alone if None.
 
     Raises:
         Interrupted: if `stop` was set.
         NonFinite: if a sample is not finite.
     """
     method = DDIM() if sampler is None else sampler
-    x0, seconds = _sampled(model, num_steps, method, evaluation, reference.data, stop)
-    if not bool(torch.isfinite(x0).all()):
-        raise NonFinite(f"sampling with {num_steps} steps gave values that are not finite: the model diverged")
-    measured = from_uint8(to_uint8(x0)) if reference.is_image else x0
-    features = reference.extractor.features(measured)
-    compared = measured[: evaluation.num_compared]
-    shown = x0[: evaluation.num_shown]
-    result = Result(
-        sampler=samplers.name_of(method),
-        gamma=method.gamma if isinstance(method, Ancestral) else None,
-        num_steps=num_steps,
-        num_evals=model.num_evals(method, num_steps),
-        frechet=frechet_distance(reference.features, features),
-        kid=kernel_distance(reference.features, features),
-        teacher_rmse=None if teacher_samples is None else rmse(compared, teacher_samples[: len(compared)]),
-        seconds_per_1000=seconds * 1000 / len(x0),
-        samples=None if keep is None else keep_samples(keep, num_steps, shown, reference.is_image),
-    )
-    return result, compared
+    together = processes or Processes()
+
+    def drawn(seeds: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Samples, their features, and the seconds that sampling alone took."""
+        cond = conditions_for(model, reference.data, seeds)
+        start = time.perf_counter()
+        x0 = model.sample(seeds, num_steps, method, batch_size=len(seeds), cond=cond)
+        seconds = torch.tensor([time.perf_counter() - start], dtype=torch.float64)
+        return x0, reference.extractor.features(_as_measured(x0, reference.is_image)), seconds
+
+    seeds = list(range(evaluation.num_samples))
+    size = evaluation.batch_size
+    parts = together.spread([seeds[first : first + size] for first in range(0, len(seeds), size)], drawn, stop)
+    compared: list[Tensor] = []
+
+    def figures() -> dict[str, Any]:
+        assert parts is not None
+        x0, features, seconds = (torch.cat(column) for column in zip(*parts, strict=True))
+        if not bool(torch.isfinite(x0).all()):
+            raise NonFinite(f"sampling with {num_steps} steps gave values that are not finite: the model diverged")
+        compared.append(_as_measured(x0[: evaluation.num_compared], reference.is_image))
+        teacher_rmse = None if teacher_samples is None else rmse(compared[0], teacher_samples[: len(compared[0])])
+        shown = x0[: evaluation.num_shown]
+        return Result(
+            sampler=samplers.name_of(method),
+            gamma=method.gamma if isinstance(method, Ancestral) else None,
+            num_steps=num_steps,
+            num_evals=model.num_evals(method, num_steps),
+            frechet=frechet_distance(reference.features, features),
+            kid=kernel_distance(reference.features, features),
+            teacher_rmse=teacher_rmse,
+            seconds_per_1000=float(seconds.sum()) * 1000 / len(x0),
+            samples=None if keep is None else keep_samples(keep, num_steps, shown, reference.is_image),
+        ).model_dump()
+
+    return Result.model_validate(together.on_main(figures)), compared[0] if compared else None
+
+
+def _as_measured(x0: Tensor, is_image: bool) -> Tensor:
+    return from_uint8(to_uint8(x0)) if is_image else x0
 
 
 def search_gamma(
@@ -234,6 +244,7 @@ def search_gamma(
     *,
     num_levels: int = 11,
     stop: StopSignal | None = None,
+    processes: Processes | None = None,
 ) -> list[Result]:
     """The figures of ancestral sampling at `num_levels` levels of gamma from 0 to 1: the paper's tuned baseline is the
     best of them, chosen anew for each number of steps.
@@ -246,7 +257,8 @@ def search_gamma(
         raise ValueError(f"a search over gamma needs at least 2 levels, from 0 to 1, got {num_levels}")
     levels = [index / (num_levels - 1) for index in range(num_levels)]
     return [
-        measure(model, num_steps, evaluation, reference, sampler=Ancestral(gamma), stop=stop)[0] for gamma in levels
+        measure(model, num_steps, evaluation, reference, sampler=Ancestral(gamma), stop=stop, processes=processes)[0]
+        for gamma in levels
     ]
 
 

@@ -5,6 +5,7 @@ goes on from its latest good checkpoint, figures that are there are not measured
 """
 
 import errno
+import functools
 import math
 import os
 import platform
@@ -33,12 +34,14 @@ from halfstep.objectives import Batch, Matching, Plan, Stage, objectives
 from halfstep.runs import Manifest, Metrics, RunFolder, RunLog, StageFolder, write_json
 from halfstep.runs.schema import Result
 from halfstep.train.checkpoint import remove_checkpoints, resume, save_checkpoint
-from halfstep.train.engine import StageTrainer, Window, make_accelerator
+from halfstep.train.engine import StageTrainer, Window
 from halfstep.train.evaluate import Evaluation, Reference, measure
 from halfstep.train.feed import Batches, updates_ahead
 from halfstep.train.matching import asked, start_student, viewed
 from halfstep.train.model import Model, drop_weights, load, save_stage
+from halfstep.train.processes import TIMEOUT_MINUTES, Lookout, LostProcess, Processes, is_lost, make_accelerator
 from halfstep.train.stop import StopSignal
+from halfstep.train.trackers import Trackers, chosen_trackers
 
 
 @final
@@ -72,6 +75,12 @@ class RunSpec:
     micro_batch: int | None = None
     lora_rank: int | None = None
     """Rank of the additions that students are; None for students that are trained whole."""
+    sharding: str = "none"
+    """"full" spreads the weights of teacher and student over the processes."""
+    timeout_minutes: float = TIMEOUT_MINUTES
+    """Minutes after which a process that does not answer is given up."""
+    trackers: tuple[str, ...] = ()
+    """Of `trackers.TRACKERS`."""
     optimizer: str = "adamw"
     """One of `engine.OPTIMIZERS`."""
     teacher_precision: str = "float32"
@@ -270,11 +279,14 @@ def trainer_for(
         optimizer=spec.optimizer,
         ahead=updates_ahead(accelerator.device, reads_files=not isinstance(spec.data, MemoryData)),
         compiled=spec.compiled,
+        sharding=spec.sharding,
     )
 
 
 def run(spec: RunSpec, path: Path, stop: StopSignal | None = None) -> Iterator[Event]:
     """Trains, halves and measures into the run folder `path`, or goes on with it.
+
+    Of several processes each must call this; the first alone writes, and all must see the folder.
 
     Raises:
         DifferentRecipe: if the folder holds a run of another recipe or other data; nothing is changed then.
@@ -282,30 +294,58 @@ def run(spec: RunSpec, path: Path, stop: StopSignal | None = None) -> Iterator[E
         NonFinite: if training diverged; the last checkpoint is kept.
         Interrupted: if `stop` was set; the state is saved.
         OSError: if the disk is full or gone; the message names the last good checkpoint.
+        LostProcess: if another process of the run has gone; the message names the last good checkpoint.
+        FailedElsewhere: on the other processes, if the first had one of these errors.
     """
     folder = RunFolder(path)
-    _check_folder(spec, folder)
-    path.mkdir(parents=True, exist_ok=True)
+    accelerator = make_accelerator(spec.precision, spec.cpu, spec.timeout_minutes)
+    processes = Processes(accelerator, spec.timeout_minutes)
     lock = FileLock(path / ".lock")
+    try:
+        fingerprint = processes.on_main(lambda: _take_folder(spec, folder, lock))
+        if spec.data.fingerprint != fingerprint:
+            raise ValueError(
+                f"process {processes.index} of the run sees other data under {spec.data.source} than the first: give "
+                "all of them the same files"
+            )
+        yield from _Runner(spec, folder, stop, accelerator, processes).run()
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OSError(
+                error.errno,
+                f"no space left for {path}: {_last_good(path)}; free some space and run the same command again",
+            ) from None
+        raise
+    except RuntimeError as error:
+        if not is_lost(error):
+            raise
+        reason = " ".join(str(error).split())[:160]
+        raise LostProcess(
+            f"another process of this run has ended or does not answer, so this one stops; {_last_good(path)}; start "
+            f"all of them again with the same command ({reason})"
+        ) from None
+    finally:
+        lock.release()
+
+
+def _last_good(path: Path) -> str:
+    last = max(path.glob("stages/*/checkpoint-*"), default=None, key=lambda p: p.stat().st_mtime)
+    return f"the last good checkpoint is {last}" if last else "no checkpoint was written yet in this stage"
+
+
+def _take_folder(spec: RunSpec, folder: RunFolder, lock: FileLock) -> str:
+    """Makes the folder the run's own, and returns the fingerprint of its data."""
+    path = folder.path
+    _check_folder(spec, folder)
+    chosen_trackers(spec.trackers)
+    path.mkdir(parents=True, exist_ok=True)
     try:
         lock.acquire(timeout=0)
     except Timeout:
         raise ValueError(f"{path} is being written by another halfstep process: wait for it, or choose --out") from None
-    try:
-        if not folder.recipe_path.exists():
-            _write_recipe(spec, folder)
-        yield from _Runner(spec, folder, stop).run()
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            last = max(path.glob("stages/*/checkpoint-*"), default=None, key=lambda p: p.stat().st_mtime)
-            where = f"the last good checkpoint is {last}" if last else "no checkpoint was written yet in this stage"
-            raise OSError(
-                error.errno,
-                f"no space left for {path}: {where}; free some space and run the same command again",
-            ) from None
-        raise
-    finally:
-        lock.release()
+    if not folder.recipe_path.exists():
+        _write_recipe(spec, folder)
+    return spec.data.fingerprint
 
 
 def _check_folder(spec: RunSpec, folder: RunFolder) -> None:
@@ -354,15 +394,35 @@ def _write_recipe(spec: RunSpec, folder: RunFolder) -> None:
 class _Runner:
     """The state of one call of `run`."""
 
-    def __init__(self, spec: RunSpec, folder: RunFolder, stop: StopSignal | None) -> None:
+    def __init__(
+        self,
+        spec: RunSpec,
+        folder: RunFolder,
+        stop: StopSignal | None,
+        accelerator: Accelerator,
+        processes: Processes,
+    ) -> None:
         self.spec, self.folder, self.stop = spec, folder, stop
-        self.log = RunLog(folder.log_path)
-        self.accelerator: Accelerator = make_accelerator(spec.precision, spec.cpu)
+        self.accelerator, self.processes = accelerator, processes
+        self.log = RunLog(folder.log_path if processes.is_main else None)
+        name = str(spec.recipe.get("name", folder.path.name))
+        self.trackers = Trackers(spec.trackers if processes.is_main else (), folder.path, name, flatten(spec.recipe))
         self._reference: Reference | None = None
         self._teacher_samples: Tensor | None = None
+        """What students are compared with, where it is: on the first process."""
+        self._compared = False
+        """Whether what students are compared with has been drawn."""
+        self._updates_before = 0
+        """Updates of the plan before the stage at work."""
         self._notices: list[str] = []
 
     def run(self) -> Iterator[Event]:
+        try:
+            yield from self._run()
+        finally:
+            self.trackers.finish()
+
+    def _run(self) -> Iterator[Event]:
         model: Model | None = None
         first = 0
         stages: list[tuple[StageFolder, Stage | None]] = []
@@ -372,28 +432,38 @@ class _Runner:
         names = self.spec.plan.names(first)
         stages += [(self.folder.stage(name), stage) for name, stage in zip(names, self.spec.plan.stages, strict=True)]
         for index, (folder, stage) in enumerate(stages):
-            if folder.is_complete() and not (manifest := folder.manifest(verify=False)).weights_kept:
-                # It was measured and followed by another before its weights went.
-                drop_weights(folder)
-                yield StageEnd(folder.name, manifest.seconds, was_there=True)
+            before = stages[index - 1][0] if index else None
+            found = self.processes.on_main(functools.partial(self._found, folder, stage, before))
+            if found == "dropped":
+                yield StageEnd(folder.name, folder.manifest(verify=False).seconds, was_there=True)
+                self._updates_before += stage.num_updates if stage is not None else 0
                 continue
-            was_there = folder.is_complete() or stage is None
-            if folder.is_complete():
-                remove_checkpoints(folder)
-            elif stage is None:
-                self._keep_teacher(folder)
-            else:
-                before = stages[index - 1][0] if index else None
-                if before is not None and not before.manifest(verify=False).weights_kept:
-                    raise ValueError(
-                        f"{folder.path} must be trained, but the weights of {before.name}, its teacher, were not kept "
-                        "(chain.keep): start a new run, or remove the stages after the last one that has its weights"
-                    )
+            if found == "absent" and stage is not None:
                 yield from self._trained(index, folder, stage, model)
             model = load(folder.path)
-            yield StageEnd(folder.name, model.manifest.seconds, was_there)
+            yield StageEnd(folder.name, model.manifest.seconds, found != "absent")
+            self._updates_before += model.manifest.num_updates if stage is not None else 0
             yield from self._measured(folder, model)
-            self._prune(stages[1:index])
+            self.processes.on_main(functools.partial(self._prune, stages[1:index]))
+
+    def _found(self, folder: StageFolder, stage: Stage | None, before: StageFolder | None) -> str:
+        """What is there of a stage: it is "complete", "absent", or "dropped" its weights."""
+        if folder.is_complete() and not folder.manifest(verify=False).weights_kept:
+            # It was measured and followed by another before its weights went.
+            drop_weights(folder)
+            return "dropped"
+        if folder.is_complete():
+            remove_checkpoints(folder)
+        elif stage is None:
+            self._keep_teacher(folder)
+        elif before is not None and not before.manifest(verify=False).weights_kept:
+            raise ValueError(
+                f"{folder.path} must be trained, but the weights of {before.name}, its teacher, were not kept "
+                "(chain.keep): start a new run, or remove the stages after the last one that has its weights"
+            )
+        else:
+            return "absent"
+        return "complete"
 
     def _keep_teacher(self, folder: StageFolder) -> None:
         """The given teacher as the run's own first stage."""
@@ -414,20 +484,20 @@ class _Runner:
 
     def _trained(self, index: int, folder: StageFolder, stage: Stage, parent: Model | None) -> Iterator[Event]:
         spec = self.spec
+        if spec.sharding != "none" and parent is not None:
+            # It has been measured on the device, which need not hold two whole networks.
+            parent = parent.to("cpu")
         trainer = trainer_for(spec, stage, folder.name, parent, self.accelerator)
         resumed = resume(trainer, folder, self._notices.append)
         yield from self._drain_notices()
         self.log.keep(lambda row: row.get("stage") != folder.name or row.get("update", 0) <= resumed)
+        self.trackers.start(self._updates_before + resumed)
         yield StageStart(folder.name, index, stage, resumed)
-        saved_at = time.monotonic()
+        lookout = Lookout(self.processes, self.stop, spec.checkpoint_minutes * 60)
         for update in trainer.run():
             done = update == trainer.last_update
-            stopping = self.stop is not None and self.stop.number is not None
-            due = (
-                update % spec.checkpoint_updates == 0
-                or time.monotonic() - saved_at > spec.checkpoint_minutes * 60
-                or stopping
-            )
+            stopping, late = lookout.look(update)
+            due = update % spec.checkpoint_updates == 0 or late or stopping
             if update % spec.log_every == 0 or done or due:
                 window = trainer.window()
                 self._write_log(folder.name, window)
@@ -436,8 +506,9 @@ class _Runner:
                 before = time.perf_counter()
                 save_checkpoint(trainer, folder)
                 trainer.pause(time.perf_counter() - before)
-                saved_at = time.monotonic()
-                if self.stop is not None:
+                lookout.saved()
+                if stopping and self.stop is not None:
+                    # Not a signal of which the others do not know yet.
                     self.stop.check()
         trainer.check_finite()
         if trainer.update < stage.num_updates:
@@ -445,23 +516,28 @@ class _Runner:
                 f"{folder.name} ended at update {trainer.update} of {stage.num_updates}: its loss had stopped falling"
             )
         denoiser = trainer.finish()
-        save_stage(folder, denoiser, self._manifest(folder.name, stage, parent, trainer, denoiser))
-        remove_checkpoints(folder)
+        # accelerate keeps what it has prepared, which would be the networks and moments of all stages.
+        self.accelerator._models.clear()
+        self.accelerator._optimizers.clear()
+
+        def write() -> None:
+            save_stage(folder, denoiser, self._manifest(folder.name, stage, parent, trainer, denoiser))
+            remove_checkpoints(folder)
+
+        self.processes.on_main(write)
 
     def _write_log(self, stage: str, window: Window) -> None:
         if not (math.isfinite(window.loss) and math.isfinite(window.grad_norm)):
             return
-        self.log.append(
-            {
-                "stage": stage,
-                "update": window.update,
-                "loss": window.loss,
-                "learning_rate": window.learning_rate,
-                "grad_norm": window.grad_norm,
-                "seconds": round(window.seconds, 3),
-                "samples_per_second": round(window.samples_per_second, 1),
-            }
-        )
+        figures = {
+            "loss": window.loss,
+            "learning_rate": window.learning_rate,
+            "grad_norm": window.grad_norm,
+            "seconds": round(window.seconds, 3),
+            "samples_per_second": round(window.samples_per_second, 1),
+        }
+        self.log.append({"stage": stage, "update": window.update, **figures})
+        self.trackers.log(stage, figures, self._updates_before + window.update)
 
     def _manifest(
         self, name: str, stage: Stage, parent: Model | None, trainer: StageTrainer, denoiser: NetworkDenoiser
@@ -522,22 +598,29 @@ class _Runner:
         evaluation = self.spec.evaluation
         if evaluation is None:
             return
-        model = model.to(self.accelerator.device)
-        is_teacher = self._teacher_samples is None
+        is_teacher = not self._compared
         compared = folder.samples / "compared.npz"
         steps = self._steps_to_measure(model, evaluation)
         if not steps:
             return
+        model = model.to(self.accelerator.device)
         if self._reference is None:
-            self._reference = Reference(self.spec.data, evaluation, self.spec.cache)
+            reference = functools.partial(Reference, self.spec.data, evaluation, self.spec.cache)
+            self._reference = self.processes.main_first(reference)
         protocol = self._reference.protocol | {"device": str(self.accelerator.device)}
-        held = folder.metrics()
-        if held is not None and held.protocol == protocol and {r.num_steps for r in held.results} >= set(steps):
-            if not is_teacher:
-                return
-            if compared.is_file():
+
+        def there() -> bool:
+            held = folder.metrics()
+            if held is None or held.protocol != protocol or not {r.num_steps for r in held.results} >= set(steps):
+                return False
+            if is_teacher and compared.is_file():
                 self._teacher_samples = torch.from_numpy(np.load(compared, allow_pickle=False)["arr_0"])
-                return
+            return not is_teacher or self._teacher_samples is not None
+
+        was_there = self.processes.on_main(there)
+        self._compared = True
+        if was_there:
+            return
         results: list[Result] = []
         for num_steps in steps:
             result, samples = measure(
@@ -548,11 +631,26 @@ class _Runner:
                 teacher_samples=self._teacher_samples,
                 keep=folder.path,
                 stop=self.stop,
+                processes=self.processes,
             )
-            if self._teacher_samples is None:
+            if self._teacher_samples is None and samples is not None:
                 # The first model of a chain at its most steps is what every student is compared with.
                 self._teacher_samples = samples
                 np.savez(compared, arr_0=samples.numpy())
             results.append(result)
+            self._track(folder, result)
             yield Measured(folder.name, result)
-        write_json(folder.metrics_path, Metrics(protocol=protocol, results=results).model_dump(mode="json"))
+        figures = Metrics(protocol=protocol, results=results)
+        self.processes.on_main(lambda: write_json(folder.metrics_path, figures.model_dump(mode="json")))
+
+    def _track(self, folder: StageFolder, result: Result) -> None:
+        """Tells the trackers what was measured."""
+        self.trackers.start(self._updates_before)
+        steps = f"steps-{result.num_steps:04d}"
+        figures = {"frechet": result.frechet, "kid": result.kid, "teacher_rmse": result.teacher_rmse}
+        held = {f"{steps}/{name}": value for name, value in figures.items() if value is not None}
+        self.trackers.log(folder.name, held, self._updates_before)
+        if result.samples is not None:
+            picture = (folder.path / result.samples).with_suffix(".png")
+            if picture.is_file():
+                self.trackers.picture(folder.name, f"{steps}/samples", picture, self._updates_before)

@@ -1,0 +1,89 @@
+"""The log and the pictures of a run in TensorBoard, Weights & Biases or Trackio, through accelerate's trackers.
+
+One axis for the whole plan: the updates of all stages before, and of the stage itself. Names are those of the stages:
+"01-halve-0512/loss".
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
+from importlib.util import find_spec
+from io import StringIO
+from pathlib import Path
+from typing import Any, Final, final
+
+import numpy as np
+from accelerate.tracking import TensorBoardTracker, TrackioTracker, WandBTracker
+from PIL import Image
+
+TRACKERS: Final = ("tensorboard", "wandb", "trackio")
+"""Trackers by the names of their packages, which are those of halfstep's extras too."""
+
+
+def chosen_trackers(names: Sequence[str] | None) -> tuple[str, ...]:
+    """The trackers of these names; for None, TensorBoard where it is installed.
+
+    Raises:
+        ValueError: if one is unknown or its package is missing.
+    """
+    if names is None:
+        return ("tensorboard",) if find_spec("tensorboard") else ()
+    for name in names:
+        if name not in TRACKERS:
+            raise ValueError(f"unknown tracker {name!r} (known: {', '.join(TRACKERS)})")
+        if find_spec(name) is None:
+            raise ValueError(f"the tracker {name} needs the package {name}: pip install 'halfstep[{name}]'")
+    return tuple(dict.fromkeys(names))
+
+
+@final
+class Trackers:
+    """What a run tells its trackers, which are started with the first word.
+
+    Args:
+        names: of `TRACKERS`.
+        folder: of the run; TensorBoard's files are in its tensorboard/, the others' in a folder of their names.
+        recipe: what is kept as the run's settings.
+        name: of the run.
+    """
+
+    def __init__(self, names: Sequence[str], folder: Path, name: str, recipe: Mapping[str, Any]) -> None:
+        self._names, self._folder, self._name, self._recipe = names, folder, name, recipe
+        self._started: list[Any] = []
+
+    def start(self, step: int) -> None:
+        """Begins, or goes on, at this update of the plan: what a run wrote after the checkpoint that it resumes from
+        is struck out where the tracker can (TensorBoard)."""
+        if self._started or not self._names:
+            return
+        settings = {key: value for key, value in self._recipe.items() if isinstance(value, str | int | float | bool)}
+        for name in self._names:
+            tracker: Any
+            if name == "tensorboard":
+                tracker = TensorBoardTracker("tensorboard", self._folder, purge_step=step + 1 if step else None)
+            elif name == "wandb":
+                tracker = WandBTracker("halfstep", name=self._name, dir=str(self._folder), config=settings)
+            else:
+                tracker = TrackioTracker("halfstep", name=self._name, config=settings)
+            # Trackio greets on stdout, where a run prints its own lines.
+            with redirect_stdout(StringIO()):
+                tracker.start()
+            self._started.append(tracker)
+
+    def log(self, stage: str, values: Mapping[str, float], step: int) -> None:
+        """Numbers of a stage at an update of the plan."""
+        for tracker in self._started:
+            tracker.log({f"{stage}/{key}": value for key, value in values.items()}, step=step)
+
+    def picture(self, stage: str, name: str, file: Path, step: int) -> None:
+        """A picture of a stage, from its file; Trackio takes none."""
+        for tracker in self._started:
+            if isinstance(tracker, TrackioTracker):
+                continue
+            pixels = np.asarray(Image.open(file).convert("RGB"))[None]
+            shape = {"dataformats": "NHWC"} if isinstance(tracker, TensorBoardTracker) else {}
+            tracker.log_images({f"{stage}/{name}": pixels}, step=step, **shape)
+
+    def finish(self) -> None:
+        """Ends what was started."""
+        while self._started:
+            self._started.pop().finish()

@@ -1,0 +1,256 @@
+"""Several processes are one run: the same weights, the same images, the same files, and one end for all."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import teams
+from halfstep.runs import RunFolder, read_log
+from halfstep.train import Progress, load, run
+from halfstep.train.processes import make_accelerator
+from teams import all_trainings, engine_cases, halving, run_with, together
+from toys import TINY_ARRAYS, toy_plan, toy_spec
+
+
+def apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    """The relative distance of two vectors."""
+    return float(torch.linalg.norm(one - other) / torch.linalg.norm(other))
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Any]:
+    return {"trainings": all_trainings([("none", None, halving(), None)]), "early": teams.early()}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return together(2, engine_cases, tmp_path_factory.mktemp("engine"))
+
+
+def test_two_processes_give_the_weights_of_one_ddp_and_sharded_with_micro_batches_and_clipping(
+    alone: dict[str, Any], pair: list[dict[str, Any]]
+) -> None:
+    expected = alone["trainings"][0]
+    # The gradient is clipped in every update, so a norm of one process' share would show.
+    assert expected["norm"] > 0.05
+    for held in pair[0]["trainings"]:
+        assert held["updates"] == 50
+        assert apart(held["student"], expected["student"]) < 1e-5
+        assert apart(held["result"], expected["result"]) < 1e-5
+        # The files of a checkpoint are those of one process.
+        assert held["shapes"] == expected["shapes"]
+    whole = pair[0]["trainings"][0]
+    assert whole["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert whole["norm"] == pytest.approx(expected["norm"], rel=1e-5)
+
+
+def test_both_processes_end_with_the_same_network_and_one_has_the_state(pair: list[dict[str, Any]]) -> None:
+    for first, second in zip(pair[0]["trainings"], pair[1]["trainings"], strict=True):
+        assert torch.equal(first["result"], second["result"])
+        assert not second["shapes"]
+
+
+def test_gradients_are_sent_once_an_update_not_with_each_micro_batch(pair: list[dict[str, Any]]) -> None:
+    assert pair[0]["sends"] == [1, 1, 1, 1]
+    # One message for each unit: the blocks of the small network, and what is left.
+    counts = pair[0]["sends sharded"]
+    assert len(set(counts)) == 1
+    assert 1 < counts[0] < 10
+
+
+def test_a_stage_ends_early_at_the_same_update_on_all_processes_and_on_one(
+    alone: dict[str, Any], pair: list[dict[str, Any]]
+) -> None:
+    assert pair[0]["early"] == pair[1]["early"] == pair[0]["early cut"]
+    assert pair[0]["early"][0] == alone["early"][0] < 200
+    assert pair[0]["early"][1:] == pytest.approx(alone["early"][1:], rel=1e-5)
+
+
+def test_three_processes_resume_bit_for_bit(tmp_path: Path) -> None:
+    # More than two numbers depend on the order in which they are added.
+    stage = halving(12)
+    cases = [(kind, None, stage, cut) for kind in ("none", "full") for cut in (None, 5)]
+    held = together(3, all_trainings, tmp_path, cases)[0]
+    for uncut, cut in ((held[0], held[1]), (held[2], held[3])):
+        assert torch.equal(uncut["student"], cut["student"])
+        assert torch.equal(uncut["result"], cut["result"])
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[torch.Tensor]]:
+    """Runs of one process, and of two: see `teams.run_cases`."""
+    path = tmp_path_factory.mktemp("runs")
+    torch.set_num_threads(1)
+    evaluation = teams.Evaluation(num_samples=50, num_compared=10, num_shown=4, batch_size=8)
+    run_with(str(path / "one"), "none", None, {"evaluation": evaluation})
+    events = run(toy_spec(plan=toy_plan(dropout=0.0), checkpoint_updates=10), path / "from one")
+    for event in events:
+        if isinstance(event, Progress) and (event.name, event.window.update) == ("01-halve-0002", 15):
+            break
+    events.close()  # type: ignore[attr-defined]
+    samples = together(2, teams.run_cases, path / "left", str(path), str(path / "one"))[0]
+    run_with(str(path / "for one"), "none", None, {})
+    return path, samples
+
+
+def _weights(path: Path) -> dict[str, torch.Tensor]:
+    return {
+        file.parent.name: torch.cat([value.flatten() for _, value in sorted(load_file(file).items())])
+        for file in sorted(path.glob("stages/*/model.safetensors"))
+    }
+
+
+@pytest.mark.parametrize("name", ["plain", "plain cut", "sharded", "sharded cut", "from one", "for one"])
+def test_a_run_of_two_ends_with_the_weights_of_a_run_of_one(
+    folders: tuple[Path, list[torch.Tensor]], name: str
+) -> None:
+    path, _ = folders
+    expected, held = _weights(path / "one"), _weights(path / name)
+    assert list(held) == list(expected) == ["00-denoise", "01-halve-0002", "02-halve-0001"]
+    for stage in held:
+        # The stages follow each other: rounding of the first is learned by the next.
+        assert apart(held[stage], expected[stage]) < 1e-5
+
+
+def test_a_run_of_two_that_was_cut_and_resumed_on_two_is_the_uncut_one_bit_for_bit(
+    folders: tuple[Path, list[torch.Tensor]],
+) -> None:
+    path, _ = folders
+    for name in ("plain", "sharded"):
+        assert {k: v.numpy().tobytes() for k, v in _weights(path / name).items()} == {
+            k: v.numpy().tobytes() for k, v in _weights(path / f"{name} cut").items()
+        }
+
+
+def test_one_process_writes_the_folder(folders: tuple[Path, list[torch.Tensor]]) -> None:
+    path, _ = folders
+    for name in ("plain", "plain cut", "sharded cut"):
+        rows = [(row["stage"], row["update"]) for row in read_log(RunFolder(path / name).log_path)]
+        assert rows == sorted(set(rows)), "a row was lost, doubled or out of order"
+        assert len(rows) == (40 + 30 + 60) / 5
+    assert {file.name for file in (path / "plain").glob("*")} == {file.name for file in (path / "one").glob("*")}
+    assert not list(path.glob("*/stages/*/*checkpoint-*"))
+
+
+def test_images_are_the_same_on_any_number_of_processes(folders: tuple[Path, list[torch.Tensor]]) -> None:
+    path, samples = folders
+    model = load(path / "one")
+    for drawn, seeds in zip(samples, [[3, 1], [7], [8, 2], [4, 5], [6]], strict=True):
+        assert torch.equal(drawn, model.sample(seeds, 2))
+    # And what is measured of them: 7 batches over 2 processes.
+    for stage in RunFolder(path / "one").stages():
+        one, two = stage.metrics(), RunFolder(path / "plain").stage(stage.name).metrics()
+        assert one is not None
+        assert two is not None
+        for a, b in zip(one.results, two.results, strict=True):
+            assert (a.num_steps, a.samples) == (b.num_steps, b.samples)
+            assert b.frechet == pytest.approx(a.frechet, rel=1e-3)
+            file = np.load(path / "one" / "stages" / stage.name / str(a.samples))["arr_0"]
+            other = np.load(path / "plain" / "stages" / stage.name / str(a.samples))["arr_0"]
+            assert np.allclose(file, other, atol=1e-4)
+
+
+def test_what_one_process_refuses_ends_all_with_its_code(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "letter.txt").write_text("dear")
+    first, second = together(2, teams.refusals, tmp_path / "left", str(tmp_path / "folder"))
+    assert first[0].startswith("ValueError 2:")
+    assert "is not empty and holds no run" in first[0]
+    assert second[0] == first[0].replace("ValueError", "FailedElsewhere")
+    assert first[1] == "FailedElsewhere 2: no such item (in process 1 of the run)"
+    assert second[1] == "ValueError 2: no such item"
+    assert first[2] == second[2] == "ValueError 2: a batch of 25 cannot be split evenly over 2 processes"
+    assert "the optimizer adamw8bit cannot be sharded" in first[3]
+    # The first waits for the others in vain, and says so.
+    assert first[4].startswith(("LostProcess", "nothing"))
+    assert "process 1 of the run sees other data under toy than the first" in second[4]
+
+
+def test_a_signal_to_one_process_stops_all_at_the_same_update_with_the_state_saved(tmp_path: Path) -> None:
+    first, second = together(2, teams.terminated, tmp_path / "left", str(tmp_path / "run"))
+    assert first == second
+    assert first[0] == signal.SIGTERM
+    assert first[1].startswith("checkpoint-")
+
+
+@pytest.mark.parametrize(("sharding", "victim"), [("none", 1), ("full", 0)])
+def test_the_others_stop_with_a_message_when_a_process_is_killed(tmp_path: Path, sharding: str, victim: int) -> None:
+    team = teams.start(2, teams.endless, tmp_path / "left", str(tmp_path / "run"), sharding)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("run/stages/*/checkpoint-*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    team[victim].kill()
+    killed = time.monotonic()
+    left = teams.ended(team, tmp_path / "left", 60)
+    assert time.monotonic() - killed < 30
+    message = left[1 - victim]["error"]
+    assert message.startswith("LostProcess: another process of this run has ended or does not answer")
+    assert "the last good checkpoint is" in message
+    assert left[victim] == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("ACCELERATE_USE_FSDP", "true", "use --engine.sharding full"),
+        ("ACCELERATE_MIXED_PRECISION", "bf16", "use --engine.precision bf16"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "use --engine.micro-batch"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "compile by inductor"),
+    ],
+)
+def test_settings_of_a_launcher_that_would_be_ignored_are_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        make_accelerator(cpu=True)
+
+
+def test_sharding_one_process_is_refused() -> None:
+    with pytest.raises(ValueError, match="this is the only one: start several with torchrun"):
+        teams.trainer(halving(), "full")
+
+
+def _launch(launcher: list[str], argv: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HALFSTEP_CACHE": str(folder / "cache")}
+    return subprocess.run(
+        [sys.executable, "-m", *launcher, "-m", "halfstep", *argv],
+        capture_output=True, text=True, timeout=240, env=environment, check=False,
+    )  # fmt: skip
+
+
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ACCELERATE = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+
+
+def test_torchrun_and_accelerate_launch_run_halfstep(tmp_path: Path) -> None:
+    points = tmp_path / "points.npy"
+    np.save(points, teams.points().numpy())
+    run_argv = ["run", "arrays", "--data", str(points), "--out", str(tmp_path / "run"), *TINY_ARRAYS]
+    done = _launch(TORCHRUN, [*run_argv, "--engine.sharding", "full"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    # One of them speaks.
+    assert done.stdout.count("finished in") == 1
+    assert (tmp_path / "run" / "report" / "index.html").is_file()
+    # The other launcher, and bad input: one line, and nobody waits.
+    refused = _launch(ACCELERATE, [*run_argv, "--seed", "1"], tmp_path)
+    assert refused.returncode != 0
+    lines = [line for line in refused.stderr.splitlines() if line.startswith("halfstep: error:")]
+    assert len(lines) == 1, refused.stderr
+    assert "holds a run of a different recipe" in lines[0]
+    drawn = _launch(ACCELERATE, ["sample", str(tmp_path / "run"), "--num-samples", "5", "--batch-size", "2",
+                                 "--out", str(tmp_path / "two.npz")], tmp_path)  # fmt: skip
+    assert drawn.returncode == 0, drawn.stderr
+    expected = load(tmp_path / "run").sample(range(5), batch_size=2).numpy()
+    assert np.array_equal(np.load(tmp_path / "two.npz")["arr_0"], expected)
+    assert json.loads((tmp_path / "run" / "recipe.json").read_text())["recipe"]["engine"]["sharding"] == "full"

@@ -1,0 +1,75 @@
+"""What a run tells its trackers: the log's numbers, once each, over the updates of the whole plan."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from halfstep.runs import RunFolder, read_log
+from halfstep.train import Evaluation, Progress, run
+from halfstep.train.trackers import Trackers, chosen_trackers
+from toys import finish, toy_spec
+
+pytest.importorskip("tensorboard")
+
+
+def _events(path: Path) -> dict[str, list[tuple[int, float]]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    held = EventAccumulator(str(path / "tensorboard"))
+    held.Reload()
+    return {tag: [(event.step, event.value) for event in held.Scalars(tag)] for tag in held.Tags()["scalars"]}
+
+
+def test_tensorboard_holds_the_log_once_also_of_a_run_that_was_cut(tmp_path: Path) -> None:
+    evaluation = Evaluation(num_samples=20, num_compared=5, num_shown=4)
+    spec = toy_spec(trackers=("tensorboard",), evaluation=evaluation)
+    events = run(spec, tmp_path)
+    for event in events:
+        # Rows were written after the last checkpoint, at update 9: they come again.
+        if isinstance(event, Progress) and (event.name, event.window.update) == ("01-halve-0002", 10):
+            break
+    events.close()  # type: ignore[attr-defined]
+    finish(spec, tmp_path)
+    shown = _events(tmp_path)
+    rows = read_log(RunFolder(tmp_path).log_path)
+    before = {"00-denoise": 0, "01-halve-0002": 40, "02-halve-0001": 70}
+    for name in ("loss", "grad_norm", "learning_rate"):
+        for stage, first in before.items():
+            expected = [(first + row["update"], row[name]) for row in rows if row["stage"] == stage]
+            assert [step for step, _ in shown[f"{stage}/{name}"]] == [step for step, _ in expected]
+            for (_, value), (_, wanted) in zip(shown[f"{stage}/{name}"], expected, strict=True):
+                assert value == pytest.approx(wanted, rel=1e-6)
+    metrics = RunFolder(tmp_path).stage("02-halve-0001").metrics()
+    assert metrics is not None
+    ((step, value),) = shown["02-halve-0001/steps-0001/frechet"]
+    assert step == 100
+    assert value == pytest.approx(metrics.results[0].frechet, rel=1e-6)
+
+
+def test_a_picture_is_shown_as_it_lies_in_the_folder(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    pixels = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
+    Image.fromarray(pixels).save(tmp_path / "grid.png")
+    trackers = Trackers(("tensorboard",), tmp_path, "toy", {})
+    trackers.start(0)
+    trackers.picture("01-halve-0002", "samples", tmp_path / "grid.png", 70)
+    trackers.finish()
+    held = EventAccumulator(str(tmp_path / "tensorboard"))
+    held.Reload()
+    assert held.Tags()["images"] == ["01-halve-0002/samples"]
+    (event,) = held.Images("01-halve-0002/samples")
+    assert event.step == 70
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(event.encoded_image_string))), pixels)
+
+
+def test_a_tracker_whose_package_is_missing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("halfstep.train.trackers.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"the tracker wandb needs the package wandb: pip install 'halfstep\[wandb\]'"):
+        chosen_trackers(("wandb",))
+    assert chosen_trackers(None) == ()
+    with pytest.raises(ValueError, match="unknown tracker 'mlflow'"):
+        chosen_trackers(("mlflow",))

@@ -1,0 +1,328 @@
+"""Several processes on this machine's CPU, and what they do in the tests.
+
+A fork server imports torch once, so that each team costs a fraction of a second for a process.
+"""
+
+import dataclasses
+import multiprocessing
+import os
+import signal
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchmetrics.image.fid  # noqa: F401  (seconds that each process would need for its first figures)
+from torch import distributed as dist
+from torch import nn
+from torch.distributed.fsdp._fully_shard import _fsdp_collectives, _fsdp_param_group
+
+from halfstep.core.denoiser import NetworkDenoiser
+from halfstep.core.noise import VPCosine
+from halfstep.core.prediction import V
+from halfstep.data import MemoryData, training_batch
+from halfstep.nets import MLP
+from halfstep.objectives import EarlyEnd, Plan, Stage
+from halfstep.runs import RunFolder
+from halfstep.train import (
+    Evaluation,
+    FailedElsewhere,
+    Interrupted,
+    LostProcess,
+    Processes,
+    Progress,
+    StageTrainer,
+    StopSignal,
+    load,
+    make_accelerator,
+    run,
+)
+from halfstep.train.engine import copy_denoiser
+from halfstep.train.processes import exit_code, leave
+from toys import finish, points, toy_plan, toy_spec
+
+Work = Callable[..., Any]
+
+
+def context() -> ForkServerContext:
+    """The fork server, with what the tests need imported."""
+    made = multiprocessing.get_context("forkserver")
+    made.set_forkserver_preload(["teams"])
+    return made
+
+
+def _member(work: Work, index: int, count: int, port: int, folder: str, arguments: tuple[Any, ...]) -> None:
+    os.environ |= {
+        "RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    try:
+        torch.save({"result": work(*arguments)}, f"{folder}/{index}.pt")
+    except BaseException as error:
+        traceback.print_exc()
+        torch.save({"error": f"{type(error).__name__}: {error}"}, f"{folder}/{index}.pt")
+        os._exit(1)
+    leave()
+
+
+def start(count: int, work: Work, folder: Path, *arguments: Any) -> list[BaseProcess]:
+    """The processes that do `work(*arguments)` together, which leave what they return, or fail with, in the folder."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    folder.mkdir(parents=True, exist_ok=True)
+    team = [
+        context().Process(target=_member, args=(work, index, count, port, str(folder), arguments))
+        for index in range(count)
+    ]
+    for process in team:
+        process.start()
+    return team
+
+
+def ended(team: list[BaseProcess], folder: Path, seconds: float = 120) -> list[dict[str, Any]]:
+    """What each process has left: {"result": ...} or {"error": ...}; empty for one that was killed."""
+    for process in team:
+        process.join(seconds)
+        if process.is_alive():
+            for other in team:
+                other.kill()
+            raise AssertionError("the processes of a team hang")
+    files = [folder / f"{index}.pt" for index in range(len(team))]
+    return [torch.load(file, weights_only=True) if file.is_file() else {} for file in files]
+
+
+def together(count: int, work: Work, folder: Path, *arguments: Any) -> list[Any]:
+    """What `work(*arguments)` returns in each of `count` processes."""
+    left = ended(start(count, work, folder, *arguments), folder)
+    assert all("result" in one for one in left), left
+    return [one["result"] for one in left]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def denoiser(seed: int = 0, width: int = 16) -> NetworkDenoiser:
+    """A small network with the layers whose slices are uneven: 3 classes, widths that 2 does and 3 does not divide."""
+    torch.manual_seed(seed)
+    return NetworkDenoiser(MLP((2,), width=width, depth=2), VPCosine(), V())
+
+
+def trainer(stage: Stage, sharding: str = "none", micro_batch: int | None = None) -> StageTrainer:
+    """A stage of 50 updates or so on the toy's points, the same on any number of processes."""
+    student = denoiser()
+    teacher = copy_denoiser(student) if stage.objective.needs_teacher else None
+    data = MemoryData("toy", points())
+    return StageTrainer(
+        student,
+        teacher,
+        stage,
+        lambda draw: training_batch(data, draw, False),
+        seed=0,
+        stream="01",
+        accelerator=make_accelerator(cpu=True),
+        micro_batch=micro_batch,
+        sharding=sharding,
+    )
+
+
+def halving(num_updates: int = 50, **changes: Any) -> Stage:
+    """A halving of 4 steps to 2, with a moving average and gradients that are clipped."""
+    stage = Plan.halvings(4, 2, num_updates=num_updates, batch_size=24, learning_rate=1e-3, updates_at={}).stages[0]
+    return dataclasses.replace(stage, **({"ema_decay": 0.9, "grad_clip": 0.05} | changes))
+
+
+def flat(network: nn.Module) -> torch.Tensor:
+    """All weights in one vector."""
+    return torch.cat([p.detach().flatten() for p in network.parameters()])
+
+
+def trained(sharding: str, micro_batch: int | None, stage: Stage, cut_at: int | None = None) -> dict[str, Any]:
+    """What training a stage gives, if it is cut after an update and goes on in a new trainer from the saved state."""
+    made = trainer(stage, sharding, micro_batch)
+    for update in made.run():
+        if update == cut_at:
+            held, seconds = made.state(), made.seconds
+            # Only the first process is given the state; the others read it from its files.
+            held = _from_first(held)
+            made = trainer(stage, sharding, micro_batch)
+            made.load_state(held, update, seconds)
+            break
+    list(made.run())
+    window, update = made.window(), made.update
+    state = made.state()
+    shapes = {f"{part}.{name}": list(value.shape) for part, tensors in state.items() for name, value in tensors.items()}
+    student = torch.cat([value.flatten() for value in state["student"].values()]) if state else torch.zeros(0)
+    return {
+        "student": student, "result": flat(made.finish().network), "shapes": shapes, "updates": update,
+        "loss": window.loss, "norm": window.grad_norm,
+    }  # fmt: skip
+
+
+def _from_first(state: dict[str, dict[str, torch.Tensor]]) -> dict[str, dict[str, torch.Tensor]]:
+    processes = Processes(make_accelerator(cpu=True))
+    if processes.count == 1:
+        return state
+    described = processes.on_main(
+        lambda: {
+            part: {name: [value.tolist(), str(value.dtype)[6:], list(value.shape)] for name, value in held.items()}
+            for part, held in state.items()
+        }
+    )
+    return {
+        part: {
+            name: torch.tensor(value, dtype=getattr(torch, dtype)).reshape(shape)
+            for name, (value, dtype, shape) in held.items()
+        }
+        for part, held in described.items()
+    }
+
+
+def all_trainings(cases: list[tuple[str, int | None, Stage, int | None]]) -> list[dict[str, Any]]:
+    """`trained` of each case."""
+    from halfstep.train import sharding
+
+    # Blocks of the small network, too, are units.
+    sharding.UNIT = 500
+    return [trained(*case) for case in cases]
+
+
+def sends(sharding: str) -> list[int]:
+    """How often gradients are sent in each of three updates of three micro batches."""
+    made = trainer(halving(4), sharding, micro_batch=4)
+    counts = [0]
+    if isinstance(made._network, nn.parallel.DistributedDataParallel):
+        average = made.processes.count
+
+        def hook(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+            counts[-1] += 1
+            sent = dist.all_reduce(bucket.buffer().div_(average), async_op=True).get_future()
+            return sent.then(lambda done: done.value()[0])
+
+        made._network.register_comm_hook(None, hook)
+    else:
+        real = _fsdp_collectives.foreach_reduce
+
+        def counted(*arguments: Any, **named: Any) -> Any:
+            counts[-1] += 1
+            return real(*arguments, **named)
+
+        _fsdp_param_group.foreach_reduce = counted
+    for _ in made.run():
+        counts.append(0)
+    return counts[:-1]
+
+
+def early(cut_at: int | None = None) -> list[float]:
+    """Where a stage that ends early does so, and the losses by which it decided."""
+    rule = EarlyEnd(window=5, patience=2, min_drop=0.02)
+    made = trainer(halving(200, early_end=rule, learning_rate=1e-4))
+    for update in made.run():
+        if update == cut_at:
+            held = _from_first(made.state())
+            made = trainer(halving(200, early_end=rule, learning_rate=1e-4))
+            made.load_state(held, update, 0.0)
+            break
+    list(made.run())
+    return [made.update, *made._window_losses]
+
+
+def engine_cases() -> dict[str, Any]:
+    """What the tests of the engine ask of two processes, in one go."""
+    stage = halving()
+    trainings = [
+        ("none", None, stage, None),
+        ("none", 5, stage, 20),
+        ("full", 5, stage, None),
+        ("full", 5, stage, 20),
+    ]
+    held = {"trainings": all_trainings(trainings), "early": early(), "early cut": early(7)}
+    if Processes(make_accelerator(cpu=True)).count > 1:
+        held |= {"sends": sends("none"), "sends sharded": sends("full")}
+    return held
+
+
+def run_with(path: str, sharding: str, cut: tuple[str, int] | None, changes: dict[str, Any]) -> str:
+    """A run of the toy plan without dropout, cut after an update of a stage if so asked, and gone on with."""
+    spec = toy_spec(plan=toy_plan(dropout=0.0), sharding=sharding, checkpoint_updates=10, **changes)
+    if cut is not None:
+        events = run(spec, Path(path))
+        for event in events:
+            if isinstance(event, Progress) and (event.name, event.window.update) == cut:
+                break
+        events.close()  # type: ignore[attr-defined]
+    return str(finish(spec, Path(path)))
+
+
+def run_cases(folder: str, one: str) -> list[Any]:
+    """What the tests of runs ask of two processes, in one go."""
+    cut = ("01-halve-0002", 15)
+    evaluation = {"evaluation": Evaluation(num_samples=50, num_compared=10, num_shown=4, batch_size=8)}
+    for name, sharding, where, changes in (
+        ("plain", "none", None, evaluation), ("plain cut", "none", cut, {}),
+        ("sharded", "full", None, {}), ("sharded cut", "full", cut, {}),
+    ):  # fmt: skip
+        run_with(f"{folder}/{name}", sharding, where, changes)
+    # One process began these: two go on, and the other way round.
+    run_with(f"{folder}/from one", "none", None, {})
+    events = run(
+        toy_spec(plan=toy_plan(dropout=0.0), sharding="full", checkpoint_updates=10), Path(f"{folder}/for one")
+    )
+    for event in events:
+        if isinstance(event, Progress) and (event.name, event.window.update) == ("01-halve-0002", 15):
+            break
+    events.close()  # type: ignore[attr-defined]
+    processes = Processes(make_accelerator(cpu=True))
+    model = load(one)
+    parts = processes.spread([[3, 1], [7], [8, 2], [4, 5], [6]], lambda seeds: (model.sample(seeds, 2),))
+    return [] if parts is None else [part for (part,) in parts]
+
+
+def refusals(folder: str) -> list[str]:
+    """How the errors of one process reach the others."""
+    said = []
+    processes = Processes(make_accelerator(cpu=True))
+
+    def work(item: int) -> tuple[torch.Tensor]:
+        if item == 1:
+            raise ValueError("no such item")
+        return (torch.zeros(1),)
+
+    for attempt in (
+        lambda: finish(toy_spec(), Path(folder)),
+        lambda: processes.spread(range(6), work),
+        lambda: trainer(halving(batch_size=25)),
+        lambda: run_with(f"{folder}/new", "full", None, {"optimizer": "adamw8bit"}),
+        lambda: finish(toy_spec(data=MemoryData("toy", points() + processes.index)), Path(folder + "-data")),
+    ):
+        try:
+            attempt()
+        except (ValueError, FailedElsewhere, LostProcess) as error:
+            code = exit_code(error)
+            said.append(f"{type(error).__name__} {code}: {error}")
+        else:
+            said.append("nothing")
+    return said
+
+
+def terminated(folder: str) -> list[Any]:
+    """What a run ends with whose second process alone gets SIGTERM in the middle."""
+    processes = Processes(make_accelerator(cpu=True))
+    with StopSignal() as stop:
+        try:
+            for event in run(toy_spec(plan=toy_plan(100_000)), Path(folder), stop):
+                if isinstance(event, Progress) and event.window.update == 10 and processes.index == 1:
+                    os.kill(os.getpid(), signal.SIGTERM)
+        except Interrupted as stopped:
+            return [stopped.signal, RunFolder(Path(folder)).stage("00-denoise").checkpoints()[0].name]
+    return []
+
+
+def endless(folder: str, sharding: str) -> None:
+    """A run that goes on until it is killed."""
+    finish(toy_spec(plan=toy_plan(10**9), sharding=sharding, checkpoint_updates=5), Path(folder))
