@@ -128,8 +128,8 @@ def test_the_reference_is_of_all_classes_where_the_data_is_sorted_by_class() -> 
     names = tuple(str(number) for number in range(10))
     data = MemoryData("sorted", labels[:, None].float().expand(300, 2).contiguous(), labels, names)
     reference = Reference(data, Evaluation(num_samples=4, num_reference=60, features="pixels"))
-    assert len(set(reference.features[:, 0].tolist())) == 10
+    assert len(set(reference.real.features[:, 0].tolist())) == 10
     assert reference.protocol["reference_rows"] == "a fixed random choice"
     whole = Reference(data, Evaluation(num_samples=4, num_reference=300, features="pixels"))
-    assert torch.equal(whole.features[:, 0], labels.float())
+    assert torch.equal(whole.real.features[:, 0], labels.float())
     assert whole.protocol["reference_rows"] == "all"

@@ -36,6 +36,7 @@ from halfstep.core.prediction import predictions
 from halfstep.core.weighting import weightings
 from halfstep.data import open_data
 from halfstep.hub import decoder_of, fetch, import_pipeline, is_pipeline, release_texts, text_conditions
+from halfstep.metrics import extractors, to_uint8
 from halfstep.nets import networks
 from halfstep.objectives import objectives
 from halfstep.recipes import EvaluationConfig, Recipe, build, recipes
@@ -48,7 +49,7 @@ from halfstep.samplers import Ancestral, Sampler, samplers
 from halfstep.studies import studies
 from halfstep.train import Model, Reference, RunSpec, StopSignal, load, measure
 from halfstep.train import run as run_spec
-from halfstep.train.evaluate import FEATURES, grid_image, samples_array, search_gamma, to_uint8
+from halfstep.train.evaluate import grid_image, samples_array, search_gamma
 from halfstep.train.model import find_stage
 
 
@@ -391,9 +392,9 @@ def ls(argv: Sequence[str]) -> None:
         "objectives": objectives,
         "networks": networks,
         "studies": studies,
+        "extractors": extractors,
     }.items():
         families[name] = [(member, _summary(thing)) for member, thing in registry.items()]  # type: ignore[attr-defined]
-    families["features"] = [(name, "") for name in FEATURES]
     arguments = parse(ListArguments, argv, "halfstep ls")
     for wanted in arguments.families:
         if wanted not in families:
