@@ -32,11 +32,11 @@ class DINOv2(FeatureExtractor):
         ValueError: if transformers is missing, or the model is not there or another one.
     """
 
-    def __init__(self, source: str, device: torch.device) -> None:
+    def __init__(self, source: str, device: torch.device | str) -> None:
         try:
             from transformers import Dinov2Model
         except ImportError:
-            raise ValueError("the features `dinov2` need transformers: pip install 'halfstep[text]'") from None
+            raise ValueError("the features `dinov2` need transformers: pip install 'halfstep[dinov2]'") from None
         try:
             network = Dinov2Model.from_pretrained(source, use_safetensors=True)
         except (OSError, ValueError) as error:

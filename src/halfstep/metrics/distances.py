@@ -5,8 +5,8 @@
 * Kernel distance, KID (Binkowski et al. 2018, arXiv:1801.01401): the squared maximum mean discrepancy with the kernel
   (x . y / d + 1)^3, unbiased; it may be slightly negative.
 
-* Sliced Wasserstein distance (Bonneel et al. 2015): the mean over random directions of the Wasserstein-1 distance of the
-  features projected on them. It compares all moments and needs no Gaussians.
+* Sliced Wasserstein distance (Bonneel et al. 2015): the mean over random directions of the Wasserstein-1 distance of
+  the features projected on them. It compares all moments and needs no Gaussians.
 
 KID comes from torchmetrics and the one-dimensional distances from scipy; this room feeds them features in float64 and
 fixes what they draw at random. The Frechet distance is computed from moments, because those of the real data are kept
@@ -42,7 +42,7 @@ def torchmetrics_at_hand() -> Iterator[None]:
     """Turns torchmetrics' failure to be imported into one line.
 
     Raises:
-        ValueError: if it cannot be imported: it imports torch-fidelity where that is installed, which needs torchvision.
+        ValueError: if it cannot: it imports torch-fidelity where that is installed, which needs torchvision.
     """
     try:
         yield
@@ -87,7 +87,8 @@ def moments_of(features: Tensor) -> Moments:
 def _root(matrix: Tensor) -> Tensor:
     """The square root of a symmetric matrix without negative eigenvalues, but for rounding."""
     values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    root: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    return root
 
 
 def frechet_of_moments(a: Moments, b: Moments) -> float:

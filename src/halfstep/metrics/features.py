@@ -60,7 +60,7 @@ class Measured:
     """Real samples `[n, *dims]` and their classes int64 `[n]`; asked for by extractors that are trained on them."""
     cache: Path | None = None
     """Folder for weights that can be made again."""
-    device: torch.device = torch.device("cpu")
+    device: torch.device | str = "cpu"
     """Where its network runs."""
 
 
@@ -88,7 +88,7 @@ def refuse_path(name: str, path: str | None) -> None:
         raise ValueError(f"{name}={path}: the features `{name}` take no file; leave ={path} out")
 
 
-def in_batches(network: Callable[[Tensor], Tensor], samples: Tensor, device: torch.device, size: int) -> Tensor:
+def in_batches(network: Callable[[Tensor], Tensor], samples: Tensor, device: torch.device | str, size: int) -> Tensor:
     """What `network` makes of `samples`, `size` of them at a time on `device`; float32 on the CPU."""
     with torch.inference_mode():
         return torch.cat([network(part.to(device)).float().cpu() for part in samples.split(size)])

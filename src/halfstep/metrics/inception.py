@@ -94,16 +94,16 @@ class Inception(FeatureExtractor):
         ValueError: if torch-fidelity or the weights are missing, or (DamagedFile) do not fit.
     """
 
-    def __init__(self, path: str | None, device: torch.device) -> None:
+    def __init__(self, path: str | None, device: torch.device | str) -> None:
         module: Any = network_module()
         state = _weights(module, path)
         module.load_state_dict_from_url = lambda *_, **__: state
         try:
             network = module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
         except RuntimeError as error:
-            where = path or module.URL_INCEPTION_V3
+            reason = str(error).splitlines()[-1].strip()
             raise DamagedFile(
-                f"{where} does not hold the weights of torch-fidelity's Inception ({str(error).splitlines()[-1].strip()})"
+                f"{path or module.URL_INCEPTION_V3} does not hold the weights of torch-fidelity's Inception ({reason})"
             ) from None
         self.network = network.to(device)
         self.device = device
@@ -127,7 +127,8 @@ class Inception(FeatureExtractor):
     @torch.no_grad()
     def logits(self, features: Tensor) -> Tensor | None:
         # The Inception score's own convention: without the bias.
-        return (features.to(self.device) @ self.network.fc.weight.T).cpu()
+        logits: Tensor = (features.to(self.device) @ self.network.fc.weight.T).cpu()
+        return logits
 
 
 @extractors.register("inception")

@@ -2,11 +2,11 @@
 
 * Precision and recall (Kynkaanniemi et al. 2019, arXiv:1904.06991): the share of samples within the k-th neighbour's
   distance of a real one, and the share of real ones within that of a sample.
-* Density and coverage (Naeem et al. 2020, arXiv:2002.09797): by how many real neighbourhoods a sample is covered, over k,
-  and the share of real ones with a sample in their neighbourhood. Both bear outliers better.
+* Density and coverage (Naeem et al. 2020, arXiv:2002.09797): by how many real neighbourhoods a sample is covered, over
+  k, and the share of real ones with a sample in their neighbourhood. Both bear outliers better.
 
-The distances are scikit-learn's, in blocks, so that memory grows with the number of samples and not with its square; the
-definitions are those of `prdc`, which the tests hold them to.
+The distances are scikit-learn's, in blocks, so that memory grows with the number of samples and not with its square;
+the definitions are those of `prdc`, which the tests hold them to.
 """
 
 from typing import Final, NamedTuple

@@ -1,7 +1,7 @@
 """The features of the real data with their statistics, kept by content: the same data and extractor are read back.
 
-Kept in float64: mean and covariance, and the radii of the neighbourhoods. The features themselves are kept as they came,
-in float32.
+Kept in float64: mean and covariance, and the radii of the neighbourhoods. The features themselves are kept as they
+came, in float32.
 """
 
 import contextlib

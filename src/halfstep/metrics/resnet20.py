@@ -59,7 +59,8 @@ class ResNet20(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
-        return self.layer3(self.layer2(self.layer1(x))).mean((2, 3))
+        features: Tensor = self.layer3(self.layer2(self.layer1(x))).mean((2, 3))
+        return features
 
 
 @final
@@ -70,7 +71,7 @@ class ResNet20Features(FeatureExtractor):
         DamagedFile: if the file is no safetensors file, or holds other weights.
     """
 
-    def __init__(self, path: Path, device: torch.device) -> None:
+    def __init__(self, path: Path, device: torch.device | str) -> None:
         network = ResNet20()
         try:
             weights = load_file(path)

@@ -1,4 +1,4 @@
-"""The Inception score (Salimans et al. 2016, arXiv:1606.03498) of samples, in any classifier: exp E KL(p(y | x) | p(y)).
+"""The Inception score (Salimans et al. 2016, arXiv:1606.03498) in any classifier: exp E KL(p(y | x) | p(y)).
 
 It looks at the samples alone: high where the classifier is sure of each and their classes are many. It is biased
 downwards for few samples.
@@ -23,7 +23,7 @@ def inception_score(logits: Tensor, splits: int = SPLITS) -> float:
     """
     if logits.ndim != 2 or len(logits) < splits:
         raise ValueError(
-            f"an Inception score needs logits [n, classes] of at least {splits} samples, got {logits.shape}"
+            f"an Inception score needs logits [n, classes] of at least {splits} samples, got {list(logits.shape)}"
         )
     if not bool(torch.isfinite(logits).all()):
         raise ValueError("logits are not finite: the samples are broken")

@@ -13,7 +13,7 @@ RUN/evaluation/
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from halfstep.runs.files import DamagedFile
 
@@ -67,7 +67,7 @@ class Protocol(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["sets", "same_noise"]
-    """`sets`: samples against real data, in features. `same_noise`: each sample against the teacher's from its noise."""
+    """`sets`: samples against real data, in features. `same_noise`: each against the teacher's from its noise."""
     extractor: str
     """`pixels`, `classifier-1-<data>`, `resnet20-cifar10-<weights>`, ...: equal names mean comparable features."""
     extractor_facts: dict[str, Any]
@@ -105,6 +105,8 @@ class Row(BaseModel):
     """Network calls for a sample."""
     stage: str | None
     """Name of the stage's folder; None outside a run."""
+    gamma: float | None = None
+    """Of ancestral sampling at this row, where it was searched for; `Series.gamma` is None then."""
     seconds_per_1000: float | None
     """Wall time for 1,000 samples, the mean over the sets of seeds."""
     figures: dict[str, Figure]
@@ -170,7 +172,5 @@ def parse_evaluation(data: Any, name: str) -> EvaluationResult:
         )
     try:
         return EvaluationResult.model_validate(data)
-    except ValueError as error:
-        errors = getattr(error, "errors", list)()
-        reason = errors[0]["msg"] if errors else str(error)
-        raise DamagedFile(f"{name} does not hold an evaluation ({reason})") from None
+    except ValidationError as error:
+        raise DamagedFile(f"{name} does not hold an evaluation ({error.errors()[0]['msg']})") from None

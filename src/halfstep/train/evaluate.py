@@ -36,8 +36,8 @@ from halfstep.train.model import Model
 from halfstep.train.stop import StopSignal
 
 CLASSIFIER_ROWS = 10_000
-"""Real samples at most on which the classifier is trained, however many there are to compare with: its features must not
-depend on that."""
+"""Real samples at most on which the classifier is trained, however many there are to compare with: its features must
+not depend on that."""
 
 
 @final
