@@ -33,8 +33,9 @@ class EvaluateArguments:
     """What to measure."""
     num_steps: tuple[int, ...] = ()
     """Steps of the --against series, and of a single stage; by default the start of the chain, halved down to 1."""
-    against: tuple[str, ...] = ("teacher-ddim",)
-    """Series beside the students: teacher-SAMPLER or student-SAMPLER (see `halfstep ls samplers`)."""
+    against: tuple[str, ...] | None = None
+    """Series beside the students: teacher-SAMPLER or student-SAMPLER (see `halfstep ls samplers`); teacher-ddim by
+    default."""
     extractors: tuple[str, ...] = ()
     """Where distances are measured: NAME or NAME=WEIGHTS (see `halfstep ls extractors`); the recipe's by default."""
     seeds: int = 1
@@ -77,6 +78,7 @@ def evaluate(
         settings["num_samples"] = arguments.num_samples
     evaluation = EvaluationConfig.model_validate(settings).as_object()
     if subject.files is not None:
+        _check_files(arguments)
         samples = _samples(subject.files, data)
         rows = files_plan(samples)
         evaluation = replace(evaluation, num_samples=_count(arguments, samples))
@@ -155,10 +157,18 @@ def _samples(path: Path, data: Data) -> Data:
     return samples
 
 
+def _check_files(arguments: EvaluateArguments) -> None:
+    """Refuses what says nothing to samples that are there."""
+    for name, idle in (
+        ("num_steps", ()), ("against", None), ("seeds", 1), ("gamma", None), ("search_gamma", None),
+        ("guidance_scale", None),
+    ):  # fmt: skip
+        if getattr(arguments, name) != idle:
+            raise UsageError(f"--{name.replace('_', '-')} says nothing to samples in files: leave it out")
+
+
 def _count(arguments: EvaluateArguments, samples: Data) -> int:
     """How many of the samples in files are measured."""
-    if arguments.seeds != 1:
-        raise UsageError("--seeds says nothing to samples in files: leave it out")
     wanted = len(samples) if arguments.num_samples is None else arguments.num_samples
     if not 2 <= wanted <= len(samples):
         raise UsageError(

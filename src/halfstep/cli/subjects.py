@@ -59,7 +59,7 @@ def subject_of(text: str, recipe_of: Callable[[StageFolder], Recipe | None]) -> 
         model = import_pipeline(text)
         name = Path(text).resolve().name if path.exists() else path.name
         return Subject("pipeline", Path(f"evaluation-{name}"), teacher=(name, model.manifest, lambda: model))
-    if path.is_dir() and not (path / "manifest.json").is_file() and not (path / "recipe.json").is_file():
+    if path.is_dir() and not any((path / name).exists() for name in ("manifest.json", "recipe.json", "stages")):
         return Subject("images", Path(f"evaluation-{path.resolve().name}"), files=path)
     if path.is_file() and path.suffix.lower() in (".npz", ".npy"):
         return Subject("images", Path(f"evaluation-{path.stem}"), files=path)
@@ -123,7 +123,8 @@ class Asked:
     """What the command line says of the curve."""
 
     num_steps: tuple[int, ...]
-    against: tuple[str, ...]
+    against: tuple[str, ...] | None
+    """None for teacher-ddim, where there is a teacher."""
     gamma: float | None
     search_gamma: int | None
     guidance_scale: float | None
@@ -157,8 +158,14 @@ def plan_of(subject: Subject, asked: Asked, recipe: Recipe, data: Data, device: 
             wanted = asked.num_steps if subject.kind == "stage" and asked.num_steps else (own,) if own else steps
             for count in wanted:
                 rows.add("student", model, DDIM(), count)
-    for name in dict.fromkeys(asked.against):
+    against = asked.against
+    if against is None:
+        against = ("teacher-ddim",) if subject.teacher is not None else ()
+    for name in dict.fromkeys(against):
         who, sampler = _series(name)
+        # A run whose teacher is damaged has said so.
+        if subject.kind != "run" and not (subject.teacher if who == "teacher" else subject.students):
+            raise UsageError(f"--against {name}: there is no {who} here; leave it out, or give the run's folder")
         if who == "teacher" and subject.teacher is not None:
             is_other = subject.kind == "pipeline"
             rows.begin(name, sampler, "other" if is_other else "teacher", "model" if is_other else "teacher")
@@ -169,6 +176,11 @@ def plan_of(subject: Subject, asked: Asked, recipe: Recipe, data: Data, device: 
             for model in subject.students:
                 if own := model[1].num_steps:
                     rows.sampled(name, model, sampler, own)
+    if asked.num_steps and subject.kind != "stage" and not any(name.startswith("teacher-") for name in against):
+        raise UsageError(
+            "--num-steps says at how many steps a teacher is measured; students have their own: add --against "
+            "teacher-ddim, or leave it out"
+        )
     if not rows.entries:
         raise UsageError("nothing is left to be measured: name a series that there is with --against")
     searched = any(entry.gamma is not None for entry in rows.entries)
@@ -269,6 +281,8 @@ def _steps(subject: Subject, asked: Asked, recipe: Recipe) -> tuple[int, ...]:
     for count in asked.num_steps:
         check_num_steps(count)
     wanted = asked.num_steps or recipe.evaluation.teacher_steps
+    if not wanted and subject.kind == "pipeline":
+        raise UsageError("this pipeline takes any number of steps: say how many, for example --num-steps 4 16 64")
     if not wanted:
         start = recipe.chain.start_steps
         if subject.teacher is not None and subject.teacher[1].start_steps:

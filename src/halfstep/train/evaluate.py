@@ -218,30 +218,6 @@ def measure(
     return result, compared
 
 
-def search_gamma(
-    model: Model,
-    num_steps: int,
-    evaluation: Evaluation,
-    reference: Reference,
-    *,
-    num_levels: int = 11,
-    stop: StopSignal | None = None,
-) -> list[Result]:
-    """The figures of ancestral sampling at `num_levels` levels of gamma from 0 to 1: the paper's tuned baseline is the
-    best of them, chosen anew for each number of steps.
-
-    Raises:
-        Interrupted: if `stop` was set.
-        ValueError: if there are fewer than 2 levels.
-    """
-    if num_levels < 2:
-        raise ValueError(f"a search over gamma needs at least 2 levels, from 0 to 1, got {num_levels}")
-    levels = [index / (num_levels - 1) for index in range(num_levels)]
-    return [
-        measure(model, num_steps, evaluation, reference, sampler=Ancestral(gamma), stop=stop)[0] for gamma in levels
-    ]
-
-
 def keep_samples(folder: Path, num_steps: int, x0: Tensor, is_image: bool) -> str:
     """Writes samples/steps-NNNN.npz, and a .png for images, under `folder`; returns the path of the .npz in it."""
     name = f"samples/steps-{num_steps:04d}.npz"
