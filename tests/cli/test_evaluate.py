@@ -279,7 +279,7 @@ def test_bad_input_is_refused_in_one_line(toy_run: Path, digits_run: Path, tmp_p
         (["evaluate", str(tmp_path / "none")], "does not exist"),
         (["evaluate", toy, "--num-samples", "1"], "--num-samples must be at least 2, got 1"),
         (["evaluate", toy, "--seeds", "0"], "--seeds must be at least 1, got 0"),
-        (["evaluate", toy, "--num-steps", "0"], "0"),
+        (["evaluate", toy, "--num-steps", "0"], "num_steps must be"),
         (["evaluate", toy, "--search-gamma", "1"], "at least 2 levels"),
         (["evaluate", toy, "--search-gamma", "3", "--gamma", "0.5"], "leave one out"),
         (["evaluate", toy, "--gamma", "0.5"], "say nothing without --against teacher-ancestral"),
