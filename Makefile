@@ -1,3 +1,4 @@
+# torch-fidelity lies in a folder of its own, without its torchvision, for the tests of the features `inception`.
 # Every target makes its own environment in .venv when there is none. The constraints file pins torch, so that nothing
 # replaces the CPU build; set VENV or PYTHON to use others.
 PYTHON ?= python3
@@ -22,6 +23,7 @@ $(STAMP):
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet -c constraints-cpu.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints-cpu.txt -e . --group dev
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/torch-fidelity torch-fidelity==0.4.0
 	rm -f $(VENV)/.installed-*
 	touch $@
 

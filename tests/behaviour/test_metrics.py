@@ -9,7 +9,24 @@ import torch
 from torch import Tensor
 
 from halfstep.data import DataConfig, MemoryData, open_data
-from halfstep.metrics import Pixels, frechet_distance, kernel_distance, rmse, train_classifier
+from halfstep.metrics import (
+    METRICS,
+    Pixels,
+    figures_of,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    lpips,
+    paired_figures,
+    precision_recall,
+    psnr,
+    real_features,
+    rmse,
+    sliced_wasserstein,
+    ssim,
+    train_classifier,
+)
+from halfstep.metrics.reference import described, halves
 from halfstep.train import Evaluation, Reference
 
 
@@ -26,6 +43,23 @@ def test_frechet_equals_the_definition_with_scipys_matrix_root() -> None:
     root = scipy.linalg.sqrtm(ca @ cb).real
     expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(ca + cb - 2 * root)
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(("n", "d"), [(400, 8), (40, 64)])
+def test_frechet_equals_torchmetrics_also_where_the_covariance_is_singular(n: int, d: int) -> None:
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    class Given(torch.nn.Module):
+        num_features = d
+
+        def forward(self, features: Tensor) -> Tensor:
+            return features
+
+    a, b = _features(n, d, 1), _features(n, d, 2)
+    metric = FrechetInceptionDistance(feature=Given(), normalize=False).set_dtype(torch.float64)
+    metric.update(a, real=True)
+    metric.update(b, real=False)
+    assert frechet_distance(a, b) == pytest.approx(float(metric.compute()), rel=1e-4 if n < d else 1e-9)
 
 
 def test_frechet_of_shifted_and_scaled_sets_has_its_closed_form() -> None:
@@ -69,6 +103,145 @@ def test_kid_is_repeatable_and_leaves_the_global_generator_alone() -> None:
     assert kernel_distance(a, b, subset_size=20) == first
     torch.manual_seed(5)
     assert torch.equal(torch.rand(1), drawn)
+
+
+@pytest.mark.parametrize(("n", "m", "d"), [(300, 200, 4), (1500, 1100, 2), (50, 60, 30)])
+def test_precision_recall_density_and_coverage_are_those_of_prdc_exactly(n: int, m: int, d: int) -> None:
+    from prdc import compute_prdc
+
+    real, fake = _features(n, d, 0), _features(m, d, 0) * 0.4 + _features(m, d, 0)[0] * 0.4
+    expected = compute_prdc(real.numpy(), fake.numpy(), nearest_k=5)
+    found = precision_recall(real, fake)
+    # Shares of the same counts: no digit differs. The density is a mean, taken in another order.
+    for name in ("precision", "recall", "coverage"):
+        assert getattr(found, name) == float(expected[name]), name
+    assert found.density == pytest.approx(float(expected["density"]), rel=1e-12)
+    # They differ, so that a swap of the two sets would show.
+    assert found.precision != found.recall
+
+
+def test_identical_sets_have_all_of_each_other_and_distant_ones_nothing() -> None:
+    a = _features(60, 3, 0)
+    same, far = precision_recall(a, a), precision_recall(a, a + 1e6)
+    assert (same.precision, same.recall, same.coverage) == (1, 1, 1)
+    assert far == (0, 0, 0, 0)
+    assert kernel_distance(a, a, subsets=2) == pytest.approx(0, abs=abs(kernel_distance(a, a + 5)) * 0.1)
+    assert sliced_wasserstein(a, a) == 0
+    with pytest.raises(ValueError, match="at least 7 samples, got 6"):
+        precision_recall(a, a[:6])
+
+
+def test_sliced_wasserstein_of_a_shift_is_the_mean_length_of_its_projections() -> None:
+    """Of a shift v, W1 along a direction u is |u . v|, whose mean over the sphere in d dimensions is known."""
+    a = _features(200, 2, 0)
+    shift = torch.tensor([3.0, -4.0], dtype=torch.float64)
+    # In the plane: |v| 2 / pi, up to the finite number of directions.
+    assert sliced_wasserstein(a, a + shift, num_directions=4000) == pytest.approx(5 * 2 / np.pi, rel=0.02)
+    # Sets of unequal size are compared as distributions: each point twice is the same one.
+    assert sliced_wasserstein(a, a.repeat(2, 1)) == pytest.approx(0, abs=1e-12)
+    b = _features(200, 2, 5)
+    assert sliced_wasserstein(a, b) == pytest.approx(sliced_wasserstein(b, a), rel=1e-12)
+
+
+def test_the_inception_score_has_its_closed_forms_and_its_definition() -> None:
+    sure = torch.nn.functional.one_hot(torch.arange(400) % 4, 4).double() * 100
+    assert inception_score(sure, splits=2) == pytest.approx(4, rel=1e-2)
+    assert inception_score(torch.zeros(50, 7)) == pytest.approx(1, rel=1e-12)
+    logits = _features(90, 5, 3) / 10
+    p = torch.softmax(logits, 1).numpy()
+    # Twice the same samples in two parts: whatever the order, each part is scored by itself.
+    divergence = (p * (np.log(p) - np.log(p.mean(0)))).sum(1).mean()
+    assert inception_score(logits, splits=1) == pytest.approx(np.exp(divergence), rel=1e-9)
+    with pytest.raises(ValueError, match="at least 10 samples"):
+        inception_score(logits[:9])
+
+
+def test_the_distances_from_the_same_noise_have_their_closed_forms() -> None:
+    a = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    # An error of 0.2 everywhere, on a range of 2, is 20 dB below it.
+    assert psnr(a, a + 0.2) == pytest.approx(20, rel=1e-6)
+    assert np.isinf(psnr(a, a))
+    assert ssim(a, a) == pytest.approx(1, rel=1e-9)
+    # Of constant images x and y, only the term of the means is left: (2 x y + c) / (x^2 + y^2 + c), on [0, 2].
+    x, y, c = 0.5, 1.5, (0.01 * 2) ** 2
+    flat = torch.full((2, 1, 20, 20), x - 1), torch.full((2, 1, 20, 20), y - 1)
+    assert ssim(*flat) == pytest.approx((2 * x * y + c) / (x * x + y * y + c), rel=1e-6)
+    with pytest.raises(ValueError, match="at least 11 x 11"):
+        ssim(a[..., :10], a[..., :10])
+    figures = paired_figures(a, a, is_image=True)
+    assert figures.values["rmse"] == 0
+    assert "psnr" not in figures.values
+    assert any("PSNR of equal images is infinite" in text for text in figures.missing)
+    assert set(paired_figures(a, a, is_image=False).values) == {"rmse"}
+
+
+def test_lpips_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import importlib.util
+
+    a = torch.zeros(2, 3, 32, 32)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    if importlib.util.find_spec("torchvision") is None:
+        with pytest.raises(ValueError, match="torchvision is not installed"):
+            lpips(a, a)
+    monkeypatch.setattr("halfstep.metrics.paired.importlib.util.find_spec", lambda name: object())
+    with pytest.raises(ValueError, match="its AlexNet is not at"):
+        lpips(a, a)
+    assert any("LPIPS is left out" in text for text in paired_figures(a, a, is_image=True).missing)
+
+
+def test_all_figures_of_a_set_are_there_and_those_without_enough_samples_are_named() -> None:
+    real = described(_features(100, 4, 0).float())
+    figures = figures_of(Pixels(), _features(50, 4, 1).float(), real)
+    assert list(figures.values) == [name for name in METRICS if name in figures.values]
+    assert set(METRICS) - set(figures.values) == {"inception_score", "rmse", "psnr", "ssim", "lpips"}
+    assert figures.missing == []
+    few = figures_of(Pixels(), _features(5, 4, 1).float(), real)
+    assert set(few.values) == {"frechet", "kid", "sliced_wasserstein"}
+    assert few.missing == ["Precision, recall, density and coverage need at least 7 samples, and there were 5."]
+
+
+def test_a_references_statistics_are_kept_by_content_in_float64(tmp_path: Path) -> None:
+    samples = _features(80, 3, 0).float()
+    calls: list[int] = []
+
+    def fetch() -> Tensor:
+        calls.append(1)
+        return samples
+
+    first = real_features(Pixels(), fetch, "a", tmp_path)
+    again = real_features(Pixels(), fetch, "a", tmp_path)
+    assert len(calls) == 1
+    assert first.moments.covariance.dtype == torch.float64
+    for one, other in ((first.features, again.features), (first.radii, again.radii)):
+        assert one is not None
+        assert other is not None
+        assert torch.equal(one, other)
+    assert torch.equal(first.moments.mean, again.moments.mean)
+    assert torch.equal(first.moments.covariance, again.moments.covariance)
+    np.testing.assert_allclose(first.moments.covariance, np.cov(samples.double().numpy().T), rtol=1e-12)
+    real_features(Pixels(), fetch, "b", tmp_path)
+    assert len(calls) == 2
+    for file in tmp_path.rglob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:50])
+    assert torch.equal(real_features(Pixels(), fetch, "a", tmp_path).features, first.features)
+    assert len(calls) == 3
+
+
+def test_the_halves_of_a_set_are_disjoint_and_of_one_size() -> None:
+    first, second = halves(torch.arange(41)[:, None])
+    assert len(first) == len(second) == 20
+    assert len(set(first.flatten().tolist()) | set(second.flatten().tolist())) == 40
+
+
+def test_the_classifiers_features_do_not_depend_on_how_many_real_samples_are_compared(tmp_path: Path) -> None:
+    """They were trained on the rows that were compared, and kept under a name without their number."""
+    labels = torch.arange(300) % 2
+    data = MemoryData("points", torch.randn(300, 3) + 3 * labels[:, None], labels, ("a", "b"))
+    one = Reference(data, Evaluation(num_samples=4, num_reference=100), tmp_path / "a")
+    other = Reference(data, Evaluation(num_samples=4, num_reference=200), tmp_path / "b")
+    assert one.extractor.name == other.extractor.name
+    x0 = data.fetch(torch.arange(5)).x0
+    assert torch.equal(one.extractor.features(x0), other.extractor.features(x0))
 
 
 def test_rmse_is_the_root_of_the_mean_square() -> None:
@@ -128,8 +301,8 @@ def test_the_reference_is_of_all_classes_where_the_data_is_sorted_by_class() -> 
     names = tuple(str(number) for number in range(10))
     data = MemoryData("sorted", labels[:, None].float().expand(300, 2).contiguous(), labels, names)
     reference = Reference(data, Evaluation(num_samples=4, num_reference=60, features="pixels"))
-    assert len(set(reference.features[:, 0].tolist())) == 10
+    assert len(set(reference.real.features[:, 0].tolist())) == 10
     assert reference.protocol["reference_rows"] == "a fixed random choice"
     whole = Reference(data, Evaluation(num_samples=4, num_reference=300, features="pixels"))
-    assert torch.equal(whole.features[:, 0], labels.float())
+    assert torch.equal(whole.real.features[:, 0], labels.float())
     assert whole.protocol["reference_rows"] == "all"

@@ -334,39 +334,6 @@ def test_train_stops_after_the_teacher(toy_npy: Path, tmp_path: Path) -> None:
     assert load(tmp_path / "t").num_steps is None
 
 
-def test_evaluate_repeats_the_figures_of_the_run(toy_run: Path, tmp_path: Path) -> None:
-    main(["evaluate", str(toy_run), "--num-steps", "4", "--out", str(tmp_path / "figures.json")])
-    figures = json.loads((tmp_path / "figures.json").read_text())
-    recorded = {
-        result.num_steps: result.frechet
-        for stage in RunFolder(toy_run).stages()[1:]
-        for result in stage.metrics().results  # type: ignore[union-attr]
-    }
-    measured = {result["num_steps"]: result["frechet"] for result in figures["students"]}
-    assert measured == pytest.approx(recorded, rel=1e-6)
-
-
-def test_evaluate_searches_gamma_and_reports_the_best(toy_run: Path, tmp_path: Path, capsys: Capture) -> None:
-    out = tmp_path / "figures.json"
-    teacher = str(toy_run / "stages" / "00-denoise")
-    search = ["--sampler", "ancestral", "--search-gamma", "3"]
-    main(["evaluate", teacher, "--num-steps", "4", "2", *search, "--out", str(out)])
-    figures = json.loads(out.read_text())
-    tried = {(r["num_steps"], r["gamma"]): r["frechet"] for r in figures["searched"]}
-    assert set(tried) == {(steps, gamma) for steps in (4, 2) for gamma in (0.0, 0.5, 1.0)}
-    assert {r["num_steps"]: r["frechet"] for r in figures["teacher"]} == {
-        steps: min(tried[steps, gamma] for gamma in (0.0, 0.5, 1.0)) for steps in (4, 2)
-    }
-    main(["evaluate", teacher, "--num-steps", "4", "--sampler", "ancestral", "--gamma", "0.5", "--out", str(out)])
-    assert json.loads(out.read_text())["teacher"][0]["frechet"] == tried[4, 0.5]
-    for options in (["--search-gamma", "3"], [*search, "--gamma", "0.5"]):
-        assert "--search-gamma searches the gamma of --sampler ancestral" in refused(
-            ["evaluate", teacher, *options], capsys
-        )
-    few = ["--sampler", "ancestral", "--search-gamma", "1", "--num-steps", "2"]
-    assert "needs at least 2 levels" in refused(["evaluate", teacher, *few], capsys)
-
-
 @pytest.mark.parametrize("sampler", ["ancestral", "dpmpp_2m", "heun", "rk4"])
 def test_every_sampler_draws_samples_that_depend_on_their_own_seeds(
     sampler: str, toy_run: Path, tmp_path: Path
@@ -395,7 +362,7 @@ def test_a_student_whose_weights_were_not_kept_is_left_out(toy_npy: Path, tmp_pa
     assert not (missing / "model.safetensors").exists()
     assert "has no weights any more" in refused(["sample", str(missing), "--out", str(tmp_path / "x.npz")], capsys)
     main(["evaluate", str(run), "--num-steps", "2"])
-    assert "01-halve-0002: its weights were not kept, so it is left out" in capsys.readouterr().out
+    assert "Stage 01-halve-0002 is left out: its weights were not kept." in capsys.readouterr().out
 
 
 def test_ls_names_every_member(capsys: Capture) -> None:

@@ -76,30 +76,6 @@ class SampleArguments:
 
 
 @dataclass
-class EvaluateArguments:
-    """Measure a model, or every model of a run, and print the table."""
-
-    model: tyro.conf.Positional[Path]
-    """Folder of a run or of a stage."""
-    num_steps: tuple[int, ...] = ()
-    """Steps at which a teacher is measured; students are measured at their own."""
-    sampler: str = "ddim"
-    """Sampler (see `halfstep ls samplers`)."""
-    gamma: float | None = None
-    """Of ancestral sampling: its variance, from 0 for the lower bound to 1 for the upper, which is the default."""
-    search_gamma: int | None = None
-    """Try so many values of gamma from 0 to 1 (the paper: 11) at each number of steps and report the best."""
-    num_samples: int | None = None
-    """Samples that each model draws; as in the recipe by default."""
-    features: Literal["auto", "classifier", "pixels"] | None = None
-    """Where distances are measured; as in the recipe by default."""
-    data: str | None = None
-    """Real samples to compare with; those of the recipe by default."""
-    out: Path | None = None
-    """Write the figures to this .json as well."""
-
-
-@dataclass
 class ReportArguments:
     """Write RUN/report/index.html, one file that needs no network."""
 

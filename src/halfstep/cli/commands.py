@@ -1,12 +1,11 @@
 """The verbs. Each takes the arguments behind its name."""
 
-import json
 import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,10 +14,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from halfstep.cli import exporting, importing, studying
+from halfstep.cli import evaluating, exporting, importing, studying
 from halfstep.cli.arguments import (
     DistillArguments,
-    EvaluateArguments,
     ListArguments,
     ReportArguments,
     RunArguments,
@@ -30,26 +28,25 @@ from halfstep.cli.arguments import (
     recipe_from,
     recipe_of_file,
 )
-from halfstep.cli.display import RunDisplay, duration, results_table, show_results
+from halfstep.cli.display import RunDisplay, duration, show_results
 from halfstep.cli.dry_run import show_plan
 from halfstep.core.noise import processes
 from halfstep.core.prediction import predictions
 from halfstep.core.weighting import weightings
-from halfstep.data import open_data
 from halfstep.hub import decoder_of, fetch, import_pipeline, is_pipeline, release_texts, text_conditions
+from halfstep.metrics import extractors, to_uint8
 from halfstep.nets import networks
 from halfstep.objectives import objectives
-from halfstep.recipes import EvaluationConfig, Recipe, build, recipes
-from halfstep.recipes.schema import cache_folder, check_fit, data_or_stand_in
+from halfstep.recipes import Recipe, build, recipes
+from halfstep.recipes.schema import data_or_stand_in
 from halfstep.registry import nearest
 from halfstep.report import write_report
-from halfstep.runs import RunFolder, StageFolder
-from halfstep.runs.schema import Result
+from halfstep.runs import StageFolder
 from halfstep.samplers import Ancestral, Sampler, samplers
 from halfstep.studies import studies
-from halfstep.train import Model, Processes, Reference, RunSpec, StopSignal, load, make_accelerator, measure
+from halfstep.train import Model, Processes, RunSpec, StopSignal, load, make_accelerator
 from halfstep.train import run as run_spec
-from halfstep.train.evaluate import FEATURES, grid_image, samples_array, search_gamma, to_uint8
+from halfstep.train.evaluate import grid_image, samples_array
 from halfstep.train.model import find_stage
 from halfstep.train.processes import launched
 
@@ -318,89 +315,8 @@ def write_samples(x0: torch.Tensor, model: Model, seeds: range, out: Path) -> No
 
 
 def evaluate(argv: Sequence[str]) -> None:
-    """Measure models and print the table."""
-    arguments = parse(EvaluateArguments, argv, "halfstep evaluate")
-    method = _sampler(arguments.sampler, arguments.gamma)
-    if arguments.search_gamma is not None and (not isinstance(method, Ancestral) or arguments.gamma is not None):
-        raise UsageError("--search-gamma searches the gamma of --sampler ancestral: give that, and no --gamma")
-    last = find_stage(arguments.model)
-    stages = RunFolder(arguments.model).stages() or [last]
-    recipe = _recipe_of(last)
-    if recipe is None and arguments.data is None:
-        raise UsageError(f"{last.path} lies outside its run, so its data is not known: add --data SOURCE")
-    recipe = recipe or Recipe(name="evaluate")
-    if arguments.data is not None:
-        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": arguments.data})})
-    settings: dict[str, Any] = recipe.evaluation.model_dump()
-    if arguments.num_samples is not None:
-        settings["num_samples"] = arguments.num_samples
-    if arguments.features is not None:
-        settings["features"] = arguments.features
-    evaluation = EvaluationConfig.model_validate(settings).as_object()
-    _threads(recipe)
-    data = open_data(recipe.data)
-    processes = _processes(recipe.engine.cpu)
-    reference = processes.main_first(lambda: Reference(data, evaluation, cache_folder()))
-    console = _console()
-    teacher: list[Result] = []
-    students: list[Result] = []
-    searched: list[Result] = []
-    compared: torch.Tensor | None = None
-    with StopSignal() as stop:
-        for stage in stages:
-            if not stage.manifest().weights_kept:
-                console.print(f"{stage.name}: its weights were not kept, so it is left out", highlight=False)
-                continue
-            model = load(stage.path, _device(None, processes))
-            check_fit(model, data)
-            wanted = [model.num_steps] if model.num_steps else list(arguments.num_steps or evaluation.teacher_steps)
-            if not wanted:
-                start = recipe.chain.start_steps
-                wanted = [start // 2**k for k in range(start.bit_length()) if start % 2**k == 0]
-            if model.num_steps and arguments.num_steps and len(stages) == 1:
-                wanted = list(arguments.num_steps)
-            for steps in sorted(wanted, reverse=True):
-                model.check_steps(steps)
-                tried: list[Result] = []
-                if arguments.search_gamma is not None:
-                    tried = search_gamma(
-                        model,
-                        steps,
-                        evaluation,
-                        reference,
-                        num_levels=arguments.search_gamma,
-                        stop=stop,
-                        processes=processes,
-                    )
-                    result = min(tried, key=lambda result: result.frechet)
-                else:
-                    result, samples = measure(
-                        model,
-                        steps,
-                        evaluation,
-                        reference,
-                        sampler=method,
-                        teacher_samples=compared,
-                        stop=stop,
-                        processes=processes,
-                    )
-                    compared = samples if compared is None and model.num_steps is None else compared
-                (students if model.num_steps else teacher).append(result)
-                searched += tried
-                at = "" if result.gamma is None else f", gamma {result.gamma:g}"
-                console.print(f"{stage.name}: {steps} steps{at}, distance {result.frechet:.4g}", highlight=False)
-    title = f"Frechet distance in {reference.extractor.name} features, sampler {arguments.sampler}"
-    console.print(results_table(teacher, students, title))
-    if arguments.out is not None and processes.is_main:
-        figures: dict[str, Any] = {
-            "protocol": reference.protocol,
-            "teacher": [result.model_dump() for result in teacher],
-            "students": [result.model_dump() for result in students],
-        }
-        if searched:
-            figures["searched"] = [result.model_dump() for result in searched]
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    """Measure models and print the tables."""
+    evaluating.evaluate(argv, _console(), _recipe_of, _device(None))
 
 
 def import_(argv: Sequence[str]) -> None:
@@ -443,9 +359,9 @@ def ls(argv: Sequence[str]) -> None:
         "objectives": objectives,
         "networks": networks,
         "studies": studies,
+        "extractors": extractors,
     }.items():
         families[name] = [(member, _summary(thing)) for member, thing in registry.items()]  # type: ignore[attr-defined]
-    families["features"] = [(name, "") for name in FEATURES]
     arguments = parse(ListArguments, argv, "halfstep ls")
     for wanted in arguments.families:
         if wanted not in families:

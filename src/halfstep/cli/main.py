@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             _dispatch(verb, rest)
 
 
-SHARED_VERBS = ("run", "train", "distill", "sample", "evaluate", "demo")
+SHARED_VERBS = ("run", "train", "distill", "sample", "demo")
 """Verbs that several processes do together."""
 
 

@@ -1,14 +1,57 @@
 """Features in, float out: distances between sets of samples, and what they are measured in."""
 
-from halfstep.metrics.distances import frechet_distance, kernel_distance, rmse
-from halfstep.metrics.features import Classifier, FeatureExtractor, Pixels, train_classifier
+from halfstep.metrics.catalogue import METRICS, Figures, figures_of, figures_of_halves, paired_figures
+from halfstep.metrics.classifier import CLASSIFIER, Classifier, train_classifier
+from halfstep.metrics.dinov2 import DINOv2
+from halfstep.metrics.distances import (
+    Moments,
+    frechet_distance,
+    frechet_of_moments,
+    kernel_distance,
+    moments_of,
+    sliced_wasserstein,
+)
+from halfstep.metrics.features import FeatureExtractor, Measured, Pixels, extractor_for, extractors
+from halfstep.metrics.images import from_uint8, to_uint8
+from halfstep.metrics.inception import Inception
+from halfstep.metrics.neighbours import PRDC, precision_recall
+from halfstep.metrics.paired import lpips, psnr, rmse, ssim
+from halfstep.metrics.reference import RealFeatures, real_features
+from halfstep.metrics.resnet20 import ResNet20Features
+from halfstep.metrics.scores import inception_score
 
 __all__ = [
+    "CLASSIFIER",
+    "METRICS",
+    "PRDC",
     "Classifier",
+    "DINOv2",
     "FeatureExtractor",
+    "Figures",
+    "Inception",
+    "Measured",
+    "Moments",
     "Pixels",
+    "RealFeatures",
+    "ResNet20Features",
+    "extractor_for",
+    "extractors",
+    "figures_of",
+    "figures_of_halves",
     "frechet_distance",
+    "frechet_of_moments",
+    "from_uint8",
+    "inception_score",
     "kernel_distance",
+    "lpips",
+    "moments_of",
+    "paired_figures",
+    "precision_recall",
+    "psnr",
+    "real_features",
     "rmse",
+    "sliced_wasserstein",
+    "ssim",
+    "to_uint8",
     "train_classifier",
 ]

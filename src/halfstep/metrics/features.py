@@ -1,21 +1,21 @@
 """Feature extractors: from samples `[n, *dims]` on the data's own scale to features `[n, d]`.
 
-Distances in different features are never comparable, so an extractor has a name that goes into every protocol.
+Distances in different features are never comparable, so an extractor has a name that goes into every protocol. It is
+asked for as `NAME` or `NAME=PATH`, PATH being its weights: see `extractors`.
 """
 
-import contextlib
-import os
+import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import Any, Final, final
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from halfstep.core.draw import generator_for
+from halfstep.registry import Registry
 
 
 class FeatureExtractor(ABC):
@@ -26,12 +26,84 @@ class FeatureExtractor(ABC):
     def name(self) -> str:
         """What a protocol says of it; equal names mean comparable features."""
 
+    @property
+    @abstractmethod
+    def facts(self) -> Mapping[str, Any]:
+        """What else a protocol says of it, JSON-ready: where its weights came from, how good it is."""
+
+    @property
+    @abstractmethod
+    def resize(self) -> str:
+        """How samples are brought to its size, in words; "none" if they are not."""
+
     @abstractmethod
     def features(self, samples: Tensor) -> Tensor:
-        """Features float32 `[n, d]` of `samples` `[n, *dims]`, without gradient."""
+        """Features float32 `[n, d]` of `samples` `[n, *dims]`, on the CPU, without gradient.
+
+        Raises:
+            ValueError: if it takes images only, and these are none.
+        """
+
+    @abstractmethod
+    def logits(self, features: Tensor) -> Tensor | None:
+        """Logits `[n, classes]` that belong to `features`, or None for an extractor that knows no classes."""
 
 
-LARGEST = 4096
+@final
+@dataclass(frozen=True)
+class Measured:
+    """The real data that an extractor is made for."""
+
+    fingerprint: str
+    num_classes: int
+    labelled: Callable[[], tuple[Tensor, Tensor]]
+    """Real samples `[n, *dims]` and their classes int64 `[n]`; asked for by extractors that are trained on them."""
+    cache: Path | None = None
+    """Folder for weights that can be made again."""
+    device: torch.device | str = "cpu"
+    """Where its network runs."""
+
+
+extractors: Registry[Callable[[str | None, Measured], FeatureExtractor]] = Registry("feature extractor")
+"""From the weights' path, None if none is given, and the real data to an extractor."""
+
+
+def extractor_for(asked: str, measured: Measured) -> FeatureExtractor:
+    """The extractor that `asked`, NAME or NAME=PATH, means.
+
+    Raises:
+        ValueError: if it is unknown, its weights are missing or damaged, or the data lack what it needs.
+    """
+    name, _, path = asked.partition("=")
+    return extractors[name](path or None, measured)
+
+
+def refuse_path(name: str, path: str | None) -> None:
+    """Passes if no weights were given to an extractor that has none.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    if path is not None:
+        raise ValueError(f"{name}={path}: the features `{name}` take no file; leave ={path} out")
+
+
+def in_batches(network: Callable[[Tensor], Tensor], samples: Tensor, device: torch.device | str, size: int) -> Tensor:
+    """What `network` makes of `samples`, `size` of them at a time on `device`; float32 on the CPU."""
+    with torch.inference_mode():
+        return torch.cat([network(part.to(device)).float().cpu() for part in samples.split(size)])
+
+
+def digest_of(network: nn.Module) -> str:
+    """A sha256 in hexadecimal of a network's weights: equal for equal weights, whatever file they came from."""
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(repr((name, str(value.dtype), tuple(value.shape))).encode())
+        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+LARGEST: Final = 4096
 """Entries of a sample beyond which pixels are averaged first."""
 
 
@@ -50,6 +122,14 @@ class Pixels(FeatureExtractor):
     def name(self) -> str:
         return "pixels"
 
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        return {}
+
+    @property
+    def resize(self) -> str:
+        return f"averaged to 32 x 32 if a sample has more than {LARGEST} entries"
+
     def features(self, samples: Tensor) -> Tensor:
         if samples[0].numel() > LARGEST:
             if samples.ndim != 4:
@@ -61,117 +141,12 @@ class Pixels(FeatureExtractor):
             samples = F.adaptive_avg_pool2d(samples.float(), sides)
         return samples.flatten(1).float()
 
-
-@final
-class Classifier(FeatureExtractor):
-    """The 64 linear features before the last layer of a small network trained on labelled data (`train_classifier`).
-
-    They are taken before their ReLU, so that no direction of error is cut off.
-
-    Args:
-        name: see `FeatureExtractor.name`.
-        network: maps samples to logits through `body` (features) and `head`.
-    """
-
-    def __init__(self, name: str, network: "ClassifierNetwork", accuracy: float) -> None:
-        self._name = name
-        self.network = network.eval()
-        self.accuracy = accuracy
-        """Share of held-out samples that it classifies rightly."""
-
-    @property
-    def name(self) -> str:
-        return self._name
-
-    @torch.no_grad()
-    def features(self, samples: Tensor) -> Tensor:
-        device = next(self.network.parameters()).device
-        chunks = [self.network.body(chunk.to(device).float()).cpu() for chunk in samples.split(1000)]
-        return torch.cat(chunks)
+    def logits(self, features: Tensor) -> Tensor | None:
+        return None
 
 
-@final
-class ClassifierNetwork(nn.Module):
-    """Three 3x3 convolutions with two poolings for images `[n, c, h, w]`, two dense layers for anything else."""
-
-    def __init__(self, shape: tuple[int, ...], num_classes: int) -> None:
-        super().__init__()
-        self.body: nn.Sequential
-        if len(shape) == 3:
-            self.body = nn.Sequential(
-                nn.Conv2d(shape[0], 32, 3, padding=1), nn.ReLU(),
-                nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2),
-                nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
-                nn.Linear(256, 64),
-            )  # fmt: skip
-        else:
-            entries = int(torch.Size(shape).numel())
-            self.body = nn.Sequential(nn.Flatten(), nn.Linear(entries, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU())
-        self.head = nn.Linear(64, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.head(F.relu(self.body(x)))
-        return logits
-
-
-def _restored(network: nn.Module, cache: Path | None) -> bool:
-    """Whether the weights could be read from the cache; a damaged cache is as good as none."""
-    if cache is None or not cache.is_file():
-        return False
-    try:
-        network.load_state_dict(load_file(cache))
-    except (SafetensorError, RuntimeError):
-        return False
-    return True
-
-
-def train_classifier(
-    x: Tensor,
-    labels: Tensor,
-    num_classes: int,
-    name: str,
-    cache: Path | None = None,
-    num_updates: int | None = None,
-    batch_size: int = 128,
-    seed: int = 0,
-) -> Classifier:
-    """A classifier of `x` `[n, *dims]` with int64 `labels` `[n]`, the same for the same arguments on one machine.
-
-    It is trained for `num_updates`, by default for 4 epochs, but at least 300 and at most 3,000 updates. A tenth of the
-    data is held out to measure its accuracy. With `cache`, the weights are read from and written to that safetensors
-    file, whose name must be unique to the data.
-
-    Raises:
-        ValueError: if there are fewer than 20 samples or fewer than 2 classes.
-    """
-    if len(x) < 20 or num_classes < 2:
-        raise ValueError(
-            f"a classifier needs 20 samples and 2 classes, got {len(x)} and {num_classes}: use the features `pixels`"
-        )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = ClassifierNetwork(tuple(x.shape[1:]), num_classes)
-    order = torch.randperm(len(x), generator=generator_for(seed, "classifier split"))
-    held_out, kept = order[: len(x) // 10], order[len(x) // 10 :]
-    if not _restored(network, cache):
-        num_updates = num_updates or min(3000, max(300, 4 * len(kept) // batch_size))
-        optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.01)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=num_updates)
-        for update in range(num_updates):
-            picks = torch.randint(len(kept), (batch_size,), generator=generator_for(seed, "classifier", update))
-            rows = kept[picks]
-            optimizer.zero_grad()
-            F.cross_entropy(network(x[rows].float()), labels[rows], label_smoothing=0.1).backward()
-            optimizer.step()
-            schedule.step()
-        if cache is not None:
-            # A cache that cannot be written (read-only, full) costs the next run some seconds, and nothing else.
-            with contextlib.suppress(OSError, SafetensorError):
-                cache.parent.mkdir(parents=True, exist_ok=True)
-                temporary = cache.with_suffix(f".{os.getpid()}.tmp")
-                save_file(network.state_dict(), temporary)
-                temporary.replace(cache)
-    network.eval()
-    with torch.no_grad():
-        right = torch.cat([network(chunk.float()).argmax(1) for chunk in x[held_out].split(1000)]) == labels[held_out]
-    return Classifier(name, network, float(right.double().mean()))
+@extractors.register("pixels")
+def pixels(path: str | None, measured: Measured) -> FeatureExtractor:
+    """The entries of a sample themselves; needs nothing."""
+    refuse_path("pixels", path)
+    return Pixels()

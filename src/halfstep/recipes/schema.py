@@ -16,8 +16,10 @@ from halfstep.core.noise import NoiseProcess, VPCosine, VPTable
 from halfstep.core.prediction import Prediction, V, predictions
 from halfstep.core.weighting import weightings
 from halfstep.data import Data, DataConfig, LatentData, StandIn, open_data
+from halfstep.metrics import extractors
 from halfstep.nets import MLP, Network, UNet2D, unet2d_config
 from halfstep.objectives import EarlyEnd, GuidanceRange, Plan
+from halfstep.runs import Manifest
 from halfstep.train import Evaluation, Model, RunSpec, blank_denoiser, matched_student
 from halfstep.train.trackers import chosen_trackers
 
@@ -279,8 +281,9 @@ class EvaluationConfig(Config):
     """Samples that each model draws."""
     num_reference: int = Field(default=10_000, ge=2)
     """Largest number of real samples to compare with."""
-    features: Literal["auto", "classifier", "pixels"] = "auto"
-    """Where distances are measured: a classifier trained on the labelled data, or the pixels; auto by labels."""
+    features: str = "auto"
+    """Where distances are measured (see `halfstep ls extractors`), NAME or NAME=WEIGHTS; auto takes a classifier
+    trained on the data where it is labelled, and the pixels where not."""
     num_compared: Positive = 256
     """Samples over which student and teacher are compared from the same noise."""
     num_shown: Positive = 64
@@ -289,6 +292,13 @@ class EvaluationConfig(Config):
     """Samples drawn at once."""
     teacher_steps: tuple[Positive, ...] = ()
     """Steps at which the undistilled teacher is measured besides the chain's start; empty: those of all students."""
+
+    @field_validator("features")
+    @classmethod
+    def _known(cls, features: str) -> str:
+        if features != "auto":
+            _ = extractors[features.partition("=")[0]]
+        return features
 
     def as_object(self) -> Evaluation:
         """The evaluation that these settings describe."""
@@ -594,7 +604,7 @@ def build(
         plan = plan + recipe.chain_plan(learned if matched is None else matched.guidance)
     opened = open_data(recipe.data) if data is None else data
     if teacher is not None:
-        check_fit(teacher, opened)
+        check_fit(teacher.manifest, opened)
         teacher = _with_null(teacher, recipe.matching, opened)
         if matched is not None and recipe.chain.lora_rank is not None and (shown_scale or matched.process != process):
             raise ValueError(
@@ -680,12 +690,18 @@ def _with_null(teacher: Model, config: MatchingConfig, data: Data) -> Model:
     return Model(teacher.denoiser, teacher.manifest, null)
 
 
-def check_fit(model: Model, data: Data) -> None:
-    """Passes if a model can be trained and measured on this data.
+def check_fit(model: Manifest, data: Data) -> None:
+    """Passes if a model, as its manifest says it, can be trained and measured on this data.
 
     Raises:
-        ValueError: if shapes or classes differ.
+        ValueError: if shapes, ranges or classes differ.
     """
+    if model.is_image != data.is_image:
+        kinds = {True: "images in [-1, 1]", False: "plain arrays"}
+        raise ValueError(
+            f"the model makes {kinds[model.is_image]}, but {data.source} holds {kinds[data.is_image]}: give the data "
+            "that it was trained on (--data)"
+        )
     if model.shape != data.shape:
         raise ValueError(
             f"the model makes samples of shape {list(model.shape)}, but {data.source} holds {list(data.shape)}: "
@@ -695,8 +711,8 @@ def check_fit(model: Model, data: Data) -> None:
         raise ValueError(
             f"the model is conditioned on {model.num_classes} classes, but {data.source} has {data.num_classes}"
         )
-    held = data.fetch(torch.zeros(1, dtype=torch.int64)).cond if model.manifest.conditions else {}
-    for name, shape in model.manifest.conditions.items():
+    held = data.fetch(torch.zeros(1, dtype=torch.int64)).cond if model.conditions else {}
+    for name, shape in model.conditions.items():
         if name not in held:
             raise ValueError(
                 f"the model is conditioned on {name}, which {data.source} does not hold: encode images and captions "

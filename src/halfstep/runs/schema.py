@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from halfstep.runs.evaluation import EvaluationResult, parse_evaluation
 from halfstep.runs.files import DamagedFile, check_files, read_json
 
 FORMAT = 2
@@ -217,6 +218,21 @@ class RunFolder:
     @property
     def report_path(self) -> Path:
         return self.path / "report" / "index.html"
+
+    @property
+    def evaluation_path(self) -> Path:
+        """What `halfstep evaluate` writes: evaluation.json and the cells that it is made of."""
+        return self.path / "evaluation" / "evaluation.json"
+
+    def evaluation(self) -> EvaluationResult | None:
+        """What `halfstep evaluate` found, or None if the run was not evaluated.
+
+        Raises:
+            DamagedFile: if the file cannot be read or is of another format.
+        """
+        if not self.evaluation_path.is_file():
+            return None
+        return parse_evaluation(read_json(self.evaluation_path), str(self.evaluation_path))
 
     def stage(self, name: str) -> StageFolder:
         """The folder of the stage called `name`, which need not exist."""

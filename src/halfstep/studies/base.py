@@ -213,7 +213,7 @@ class Bench:
         """The distance of unit noise, clipped as samples are: a model that is farther from the data has diverged."""
         evaluation, reference = self.reference(self.scale.recipe)
         noise: Tensor = sample_noise(range(evaluation.num_samples), self.data(self.scale.recipe).shape).clamp(-1, 1)
-        return frechet_distance(reference.features, reference.extractor.features(noise))
+        return frechet_distance(reference.real.features, reference.extractor.features(noise))
 
 
 def run_study(

@@ -2,7 +2,7 @@
 
 from halfstep.train.distill import distill, fit
 from halfstep.train.engine import NonFinite, StageTrainer, Window
-from halfstep.train.evaluate import Evaluation, Reference, measure, search_gamma
+from halfstep.train.evaluate import Evaluation, Reference, measure
 from halfstep.train.matching import matched_student, viewed
 from halfstep.train.model import Model, blank_denoiser, load, save_stage
 from halfstep.train.pipeline import (
@@ -48,6 +48,5 @@ __all__ = [
     "measure",
     "run",
     "save_stage",
-    "search_gamma",
     "viewed",
 ]

@@ -18,14 +18,17 @@ from halfstep.core.draw import generator_for
 from halfstep.data import Data
 from halfstep.metrics import (
     Classifier,
-    FeatureExtractor,
-    Pixels,
-    frechet_distance,
+    Measured,
+    extractor_for,
+    extractors,
+    frechet_of_moments,
+    from_uint8,
     kernel_distance,
+    moments_of,
+    real_features,
     rmse,
-    train_classifier,
+    to_uint8,
 )
-from halfstep.registry import nearest
 from halfstep.runs.schema import Result
 from halfstep.samplers import DDIM, Ancestral, Sampler, samplers
 from halfstep.train.engine import NonFinite
@@ -33,11 +36,9 @@ from halfstep.train.model import Model
 from halfstep.train.processes import Processes
 from halfstep.train.stop import StopSignal
 
-CLASSIFIER = "classifier-1"
-"""Name of the classifier's architecture and training; another number when either changes, for old figures are not
-comparable with new ones then."""
-FEATURES = ("classifier", "pixels")
-"""Feature extractors by name."""
+CLASSIFIER_ROWS = 10_000
+"""Real samples at most on which the classifier is trained, however many there are to compare with: its features must
+not depend on that."""
 
 
 @final
@@ -53,7 +54,7 @@ class Evaluation:
     num_reference: int = 10_000
     """Largest number of real samples to compare with."""
     features: str | None = None
-    """"classifier" or "pixels"; None takes the classifier where the data is labelled."""
+    """An extractor, NAME or NAME=PATH of its weights; None takes the classifier where the data is labelled."""
     num_compared: int = 256
     """Samples over which student and teacher are compared from the same noise."""
     num_shown: int = 64
@@ -66,10 +67,8 @@ class Evaluation:
         for name, least in (("num_samples", 2), ("num_reference", 2), ("batch_size", 1), ("num_compared", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"evaluation.{name} must be at least {least}, got {getattr(self, name)}")
-        if self.features is not None and self.features not in FEATURES:
-            raise ValueError(
-                f"unknown features {self.features!r}{nearest(self.features, FEATURES)} (known: {', '.join(FEATURES)})"
-            )
+        if self.features is not None:
+            _ = extractors[self.features.partition("=")[0]]
 
 
 @final
@@ -80,32 +79,34 @@ class Reference:
         cache: folder for the classifier's weights.
     """
 
-    def __init__(self, data: Data, evaluation: Evaluation, cache: Path | None = None) -> None:
+    def __init__(
+        self,
+        data: Data,
+        evaluation: Evaluation,
+        cache: Path | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
         # A folder is sorted by class, so its first rows are of few classes.
-        rows = torch.randperm(len(data), generator=generator_for("reference"))[: evaluation.num_reference]
-        real = data.fetch(rows.sort().values)
-        kind = evaluation.features or ("classifier" if data.num_classes > 1 else "pixels")
-        if kind == "classifier":
-            if not data.num_classes:
-                raise ValueError(
-                    "the features `classifier` need labels, and the data has none: use --evaluation.features pixels"
-                )
-            name = f"{CLASSIFIER}-{data.fingerprint[:12]}"
-            file = None if cache is None else cache / f"{name}.safetensors"
-            self.extractor: FeatureExtractor = train_classifier(
-                real.x0, real.cond["class_labels"], data.num_classes, name, file
-            )
-        else:
-            self.extractor = Pixels()
-        self.features = self.extractor.features(real.x0)
+        order = torch.randperm(len(data), generator=generator_for("reference"))
+        rows = order[: evaluation.num_reference].sort().values
+
+        def labelled() -> tuple[Tensor, Tensor]:
+            batch = data.fetch(order[:CLASSIFIER_ROWS].sort().values)
+            return batch.x0, batch.cond["class_labels"]
+
+        asked = evaluation.features or ("classifier" if data.num_classes > 1 else "pixels")
+        measured = Measured(data.fingerprint, data.num_classes, labelled, cache, torch.device(device))
+        self.extractor = extractor_for(asked, measured)
+        content = (data.fingerprint, len(data), evaluation.num_reference)
+        self.real = real_features(self.extractor, lambda: data.fetch(rows).x0, content, cache)
         self.data = data
         self.is_image = data.is_image
         self.protocol: dict[str, Any] = {
             "features": self.extractor.name,
             "reference": data.source,
             "reference_fingerprint": data.fingerprint,
-            "num_reference": len(real.x0),
-            "reference_rows": "all" if len(real.x0) == len(data) else "a fixed random choice",
+            "num_reference": len(rows),
+            "reference_rows": "all" if len(rows) == len(data) else "a fixed random choice",
             "num_samples": evaluation.num_samples,
             "num_compared": min(evaluation.num_compared, evaluation.num_samples),
             "seeds": "0, 1, 2, ...",
@@ -113,16 +114,6 @@ class Reference:
         }
         if isinstance(self.extractor, Classifier):
             self.protocol["classifier_accuracy"] = round(self.extractor.accuracy, 4)
-
-
-def to_uint8(x0: Tensor) -> Tensor:
-    """Pixels 0 to 255, uint8, of x0 in [-1, 1]: rounded, and cut off outside."""
-    return ((x0.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def from_uint8(pixels: Tensor) -> Tensor:
-    """x0 float32 in [-1, 1] of uint8 pixels."""
-    return pixels.float() / 127.5 - 1
 
 
 def samples_array(x0: Tensor, is_image: bool) -> np.ndarray:
@@ -222,8 +213,8 @@ def measure(
             gamma=method.gamma if isinstance(method, Ancestral) else None,
             num_steps=num_steps,
             num_evals=model.num_evals(method, num_steps),
-            frechet=frechet_distance(reference.features, features),
-            kid=kernel_distance(reference.features, features),
+            frechet=frechet_of_moments(reference.real.moments, moments_of(features)),
+            kid=kernel_distance(reference.real.features, features),
             teacher_rmse=teacher_rmse,
             seconds_per_1000=float(seconds.sum()) * 1000 / len(x0),
             samples=None if keep is None else keep_samples(keep, num_steps, shown, reference.is_image),
@@ -234,32 +225,6 @@ def measure(
 
 def _as_measured(x0: Tensor, is_image: bool) -> Tensor:
     return from_uint8(to_uint8(x0)) if is_image else x0
-
-
-def search_gamma(
-    model: Model,
-    num_steps: int,
-    evaluation: Evaluation,
-    reference: Reference,
-    *,
-    num_levels: int = 11,
-    stop: StopSignal | None = None,
-    processes: Processes | None = None,
-) -> list[Result]:
-    """The figures of ancestral sampling at `num_levels` levels of gamma from 0 to 1: the paper's tuned baseline is the
-    best of them, chosen anew for each number of steps.
-
-    Raises:
-        Interrupted: if `stop` was set.
-        ValueError: if there are fewer than 2 levels.
-    """
-    if num_levels < 2:
-        raise ValueError(f"a search over gamma needs at least 2 levels, from 0 to 1, got {num_levels}")
-    levels = [index / (num_levels - 1) for index in range(num_levels)]
-    return [
-        measure(model, num_steps, evaluation, reference, sampler=Ancestral(gamma), stop=stop, processes=processes)[0]
-        for gamma in levels
-    ]
 
 
 def keep_samples(folder: Path, num_steps: int, x0: Tensor, is_image: bool) -> str:

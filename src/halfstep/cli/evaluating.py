@@ -1,0 +1,210 @@
+"""`halfstep evaluate`: the curve of a run, of a pipeline, or the figures of a folder of images."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from halfstep.cli.arguments import UsageError, parse
+from halfstep.cli.subjects import Asked, Subject, files_plan, plan_of, subject_of
+from halfstep.data import Data, DataConfig, open_data
+from halfstep.recipes import EvaluationConfig, Recipe
+from halfstep.recipes.schema import cache_folder, check_fit
+from halfstep.report.evaluation import cells_of, headings_of, protocol_words, title_of, write_evaluation
+from halfstep.runs import EvaluationResult, StageFolder
+from halfstep.train import Reference, StopSignal
+from halfstep.train.curve import CellDone, Curve, CurveSpec
+
+
+@dataclass
+class EvaluateArguments:
+    """Measure every student of a run at its own steps, and the teacher by several samplers at all, in one or several
+    kinds of features, over one or several sets of seeds. SUBJECT is the folder of a run, of a stage, of a diffusers
+    pipeline (or its name on the Hub), or a folder of images or an .npz of samples. The same command goes on where it
+    was cut, and draws nothing that is there. It writes evaluation.json, .md, .csv, .svg, and keeps the samples.
+    Example: halfstep evaluate runs/digits --num-steps 1 2 4 8 --against teacher-ddim teacher-ancestral --seeds 3"""
+
+    subject: tyro.conf.Positional[str]
+    """What to measure."""
+    num_steps: tuple[int, ...] = ()
+    """Steps of the --against series, and of a single stage; by default the start of the chain, halved down to 1."""
+    against: tuple[str, ...] | None = None
+    """Series beside the students: teacher-SAMPLER or student-SAMPLER (see `halfstep ls samplers`); teacher-ddim by
+    default."""
+    extractors: tuple[str, ...] = ()
+    """Where distances are measured: NAME or NAME=WEIGHTS (see `halfstep ls extractors`); the recipe's by default."""
+    seeds: int = 1
+    """Sets of seeds; with several, figures have a spread."""
+    num_samples: int | None = None
+    """Samples in a set; as in the recipe by default, and all of a folder's."""
+    gamma: float | None = None
+    """Of ancestral sampling: its variance, from 0 for the lower bound to 1 for the upper, which is the default."""
+    search_gamma: int | None = None
+    """Try so many values of gamma from 0 to 1 (the paper: 11) for each ancestral row and show the best."""
+    guidance_scale: float | None = None
+    """For models that know guidance; each model's own by default."""
+    data: str | None = None
+    """Real samples to compare with; those of the recipe by default."""
+    split: str | None = None
+    """Their split; the recipe's by default, on which the models were trained."""
+    out: Path | None = None
+    """Folder of the evaluation; SUBJECT/evaluation by default, evaluation-NAME here for what is no run or stage."""
+
+
+def evaluate(
+    argv: Sequence[str], console: Console, recipe_of: Callable[[StageFolder], Recipe | None], device: torch.device
+) -> None:
+    """Measures, prints one table for each protocol, and writes the files.
+
+    Args:
+        recipe_of: the recipe of a stage's run, None if the stage lies outside one.
+    """
+    arguments = parse(EvaluateArguments, argv, "halfstep evaluate")
+    _check(arguments)
+    subject = subject_of(arguments.subject, recipe_of)
+    recipe = _recipe(subject, arguments)
+    if recipe.engine.threads is not None:
+        torch.set_num_threads(recipe.engine.threads)
+    data = open_data(recipe.data)
+    for _, manifest, _ in subject.models:
+        check_fit(manifest, data)
+    settings = recipe.evaluation.model_dump()
+    if arguments.num_samples is not None:
+        settings["num_samples"] = arguments.num_samples
+    evaluation = EvaluationConfig.model_validate(settings).as_object()
+    if subject.files is not None:
+        _check_files(arguments)
+        samples = _samples(subject.files, data)
+        rows = files_plan(samples)
+        evaluation = replace(evaluation, num_samples=_count(arguments, samples))
+    else:
+        asked = Asked(
+            arguments.num_steps, arguments.against, arguments.gamma, arguments.search_gamma, arguments.guidance_scale
+        )
+        rows = plan_of(subject, asked, recipe, data, device)
+    features = dict.fromkeys(arguments.extractors or (evaluation.features,))
+    spec = CurveSpec(
+        subject=arguments.subject,
+        kind=subject.kind,
+        series=rows.series,
+        entries=rows.entries,
+        references=[Reference(data, replace(evaluation, features=one), cache_folder(), device) for one in features],
+        reference_split=None if recipe.data.source == "digits" else recipe.data.split,
+        num_samples=evaluation.num_samples,
+        num_seeds=arguments.seeds,
+        batch_size=evaluation.batch_size,
+        guidance_scale=arguments.guidance_scale,
+        teacher=rows.teacher,
+        notices=subject.notices,
+    )
+    out = arguments.out or subject.out
+    with StopSignal() as stop:
+        curve = Curve(spec, out, stop)
+        for cell in curve.run():
+            console.print(_line(cell), highlight=False, markup=False)
+    assert curve.result is not None
+    show(curve.result, console)
+    written = write_evaluation(curve.result, out)
+    names = ", ".join([str(out / "evaluation.json"), *(path.name for path in written)])
+    console.print(f"{names}; {curve.result.seconds:.0f} s of work", highlight=False, soft_wrap=True)
+
+
+def _check(arguments: EvaluateArguments) -> None:
+    """Refuses what is out of range or contradicts itself."""
+    for name, least in (("num_samples", 2), ("seeds", 1), ("search_gamma", 2)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            reason = ": a search over gamma needs at least 2 levels, from 0 to 1" if name == "search_gamma" else ""
+            raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, got {value}{reason}")
+    if arguments.search_gamma is not None and arguments.gamma is not None:
+        raise UsageError("--search-gamma searches gamma and --gamma sets it: leave one out")
+
+
+def _recipe(subject: Subject, arguments: EvaluateArguments) -> Recipe:
+    """The recipe that says what data and how: the run's, with what the command line says of the data."""
+    if subject.recipe is None and arguments.data is None:
+        raise UsageError(f"{arguments.subject} lies outside a run, so its data is not known: add --data SOURCE")
+    recipe = subject.recipe or Recipe(name="evaluate")
+    given = {"source": arguments.data, "split": arguments.split}
+    changes = {name: value for name, value in given.items() if value is not None}
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update=changes)})
+
+
+def _samples(path: Path, data: Data) -> Data:
+    """The samples in files, in the form of the data that they are compared with.
+
+    Raises:
+        UsageError: if they have another size or range.
+    """
+    channels = data.shape[0] if data.is_image and path.is_dir() and data.shape[0] in (1, 3) else None
+    samples = open_data(DataConfig.model_validate({"source": str(path), "labels": False, "channels": channels}))
+    if samples.is_image != data.is_image:
+        kinds = {True: "uint8 images", False: "arrays of floats"}
+        raise UsageError(
+            f"{path} holds {kinds[samples.is_image]}, but the reference {data.source} holds {kinds[data.is_image]}: "
+            "give samples and reference of one kind"
+        )
+    if samples.shape != data.shape:
+        raise UsageError(
+            f"{path} holds samples of shape {list(samples.shape)}, but the reference {data.source} holds "
+            f"{list(data.shape)}: give a reference of the same size (--data)"
+        )
+    return samples
+
+
+def _check_files(arguments: EvaluateArguments) -> None:
+    """Refuses what says nothing to samples that are there."""
+    for name, idle in (
+        ("num_steps", ()), ("against", None), ("seeds", 1), ("gamma", None), ("search_gamma", None),
+        ("guidance_scale", None),
+    ):  # fmt: skip
+        if getattr(arguments, name) != idle:
+            raise UsageError(f"--{name.replace('_', '-')} says nothing to samples in files: leave it out")
+
+
+def _count(arguments: EvaluateArguments, samples: Data) -> int:
+    """How many of the samples in files are measured."""
+    wanted = len(samples) if arguments.num_samples is None else arguments.num_samples
+    if not 2 <= wanted <= len(samples):
+        raise UsageError(
+            f"{samples.source} holds {len(samples)} samples, and {max(wanted, 2)} are needed: a distance between sets "
+            "needs at least 2"
+        )
+    return wanted
+
+
+def _line(cell: CellDone) -> str:
+    """One line for a cell, when its figures are there."""
+    at = "" if cell.entry.num_steps is None else f" at {cell.entry.num_steps} steps"
+    gamma = "" if cell.entry.gamma is None else f", gamma {cell.entry.gamma:g}"
+    shown = ", ".join(
+        f"{values['frechet']:.4g} in {_short(name)}" for name, values in cell.figures.items() if "frechet" in values
+    )
+    there = " (was there)" if cell.was_there else ""
+    seeds = f"seeds {cell.seeds[0]}-{cell.seeds[-1]}"
+    return f"[{cell.done}/{cell.total}] {cell.entry.series}{at}{gamma}, {seeds}: {shown}{there}"
+
+
+def _short(extractor: str) -> str:
+    """An extractor's name without the digest at its end."""
+    head, _, tail = extractor.rpartition("-")
+    return head if len(tail) == 12 and head else extractor
+
+
+def show(result: EvaluationResult, console: Console) -> None:
+    """Prints a table for each protocol, and the notices."""
+    for table in result.tables:
+        shown = Table(title=escape(title_of(table)), title_justify="left")
+        for index, heading in enumerate(headings_of(table, result)):
+            shown.add_column(escape(heading), justify="right" if index else "left")
+        for cells in cells_of(table, result):
+            shown.add_row(*(escape(cell) for cell in cells))
+        console.print(shown)
+        console.print(escape(protocol_words(table.protocol)), highlight=False, style="dim")
+    for notice in result.notices:
+        console.print(f"[yellow]note:[/yellow] {escape(notice)}", highlight=False)

@@ -1,0 +1,132 @@
+"""All figures that are taken of a set of samples, by name, and what each name means to a reader."""
+
+import math
+from collections.abc import Mapping
+from typing import Final, NamedTuple
+
+from torch import Tensor
+
+from halfstep.metrics.distances import frechet_of_moments, kernel_distance, moments_of, sliced_wasserstein
+from halfstep.metrics.features import FeatureExtractor
+from halfstep.metrics.neighbours import K, precision_recall
+from halfstep.metrics.paired import SSIM_SIDE, lpips, psnr, rmse, ssim, why_no_lpips
+from halfstep.metrics.reference import RealFeatures, described, halves
+from halfstep.metrics.scores import SPLITS, inception_score
+from halfstep.runs.evaluation import MetricInfo
+
+METRICS: Final[Mapping[str, MetricInfo]] = {
+    "frechet": MetricInfo(
+        label="Frechet distance",
+        better="lower",
+        meaning="Distance of Gaussians fitted to the features of samples and real data; in `inception` features, FID.",
+    ),
+    "kid": MetricInfo(
+        label="KID",
+        better="lower",
+        meaning="Squared kernel distance of the features; unbiased for any count, so it may be slightly negative.",
+    ),
+    "inception_score": MetricInfo(
+        label="Inception score",
+        better="higher",
+        meaning="How sure the extractor's classifier is of each sample, and how many classes there are.",
+    ),
+    "precision": MetricInfo(
+        label="precision", better="higher", meaning="Share of samples that lie among the real data."
+    ),
+    "recall": MetricInfo(label="recall", better="higher", meaning="Share of the real data that lie among the samples."),
+    "density": MetricInfo(
+        label="density",
+        better="higher",
+        meaning="By how many real neighbourhoods a sample is covered, over their expected number; may exceed 1.",
+    ),
+    "coverage": MetricInfo(
+        label="coverage", better="higher", meaning="Share of the real data with a sample in their neighbourhood."
+    ),
+    "sliced_wasserstein": MetricInfo(
+        label="sliced Wasserstein",
+        better="lower",
+        meaning="Mean Wasserstein-1 distance of the features projected on 128 fixed random directions.",
+    ),
+    "rmse": MetricInfo(
+        label="RMSE to teacher",
+        better="lower",
+        meaning="Root mean square difference from the teacher's samples of the same noise.",
+    ),
+    "psnr": MetricInfo(
+        label="PSNR to teacher, dB", better="higher", meaning="The same in decibels below the range of the pixels."
+    ),
+    "ssim": MetricInfo(
+        label="SSIM to teacher",
+        better="higher",
+        meaning="Structural similarity with the teacher's images of the same noise; 1 for equal ones.",
+    ),
+    "lpips": MetricInfo(
+        label="LPIPS to teacher",
+        better="lower",
+        meaning="Perceptual distance (AlexNet) from the teacher's images of the same noise.",
+    ),
+}
+"""In the order in which they are shown."""
+
+
+class Figures(NamedTuple):
+    """Figures by metric, and one sentence for each that could not be taken."""
+
+    values: dict[str, float]
+    missing: list[str]
+
+
+def figures_of(extractor: FeatureExtractor, features: Tensor, real: RealFeatures) -> Figures:
+    """All figures of a set's `features` `[n, d]` against the real data's.
+
+    Raises:
+        ValueError: if there are fewer than 2 samples, or features are not finite.
+    """
+    missing = []
+    values = {
+        "frechet": frechet_of_moments(real.moments, moments_of(features)),
+        "kid": kernel_distance(real.features, features),
+        "sliced_wasserstein": sliced_wasserstein(real.features, features),
+    }
+    logits = extractor.logits(features)
+    if logits is not None and len(features) >= SPLITS:
+        values["inception_score"] = inception_score(logits)
+    elif logits is not None:
+        missing.append(f"The Inception score needs at least {SPLITS} samples, and there were {len(features)}.")
+    least = min(len(features), len(real.features))
+    if real.radii is not None and least >= K + 2:
+        values |= precision_recall(real.features, features, real.radii)._asdict()
+    else:
+        missing.append(
+            f"Precision, recall, density and coverage need at least {K + 2} samples, and there were {least}."
+        )
+    return Figures({name: values[name] for name in METRICS if name in values}, missing)
+
+
+def figures_of_halves(extractor: FeatureExtractor, real: RealFeatures) -> Figures:
+    """The figures of one half of the real data against the other."""
+    first, second = halves(real.features)
+    return figures_of(extractor, second, described(first))
+
+
+def paired_figures(samples: Tensor, others: Tensor, is_image: bool) -> Figures:
+    """The figures of samples `[n, *dims]` against those of another model from the same noise.
+
+    Raises:
+        ValueError: if their shapes differ.
+    """
+    values, missing = {"rmse": rmse(samples, others)}, []
+    if is_image:
+        values["psnr"] = psnr(samples, others)
+        if math.isinf(values["psnr"]):
+            del values["psnr"]
+            missing.append("The PSNR of equal images is infinite and left out.")
+        if min(samples.shape[2:]) >= SSIM_SIDE:
+            values["ssim"] = ssim(samples, others)
+        else:
+            missing.append(f"SSIM needs images of at least {SSIM_SIDE} x {SSIM_SIDE} pixels, and is left out.")
+        if (lacking := why_no_lpips()) is None:
+            values["lpips"] = lpips(samples, others)
+        else:
+            missing.append(f"LPIPS is left out: {lacking}.")
+    return Figures({name: values[name] for name in METRICS if name in values}, missing)

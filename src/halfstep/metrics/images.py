@@ -1,0 +1,41 @@
+"""Pixels: between x0 in [-1, 1] and uint8, which is what is saved, shown and measured."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def to_uint8(x0: Tensor) -> Tensor:
+    """Pixels 0 to 255, uint8, of x0 in [-1, 1]: rounded, and cut off outside."""
+    return ((x0.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def from_uint8(pixels: Tensor) -> Tensor:
+    """x0 float32 in [-1, 1] of uint8 pixels."""
+    return pixels.float() / 127.5 - 1
+
+
+def as_rgb(x0: Tensor) -> Tensor:
+    """Images x0 `[n, 1 or 3, h, w]` as `[n, 3, h, w]`; grey is shown to all three channels.
+
+    Raises:
+        ValueError: if they are no images.
+    """
+    if x0.ndim != 4 or x0.shape[1] not in (1, 3):
+        raise ValueError(
+            f"samples of shape {list(x0.shape[1:])} are no images of 1 or 3 channels, which these features need: use "
+            "the features `pixels`"
+        )
+    return x0.expand(-1, 3, -1, -1)
+
+
+def unit_range(x0: Tensor, side: int, mode: str = "bilinear") -> Tensor:
+    """RGB float32 in [0, 1] `[n, 3, side, side]` of images x0 in [-1, 1]; other sizes are resized with antialiasing.
+
+    Raises:
+        ValueError: if they are no images.
+    """
+    rgb = (as_rgb(x0).float() + 1) / 2
+    if tuple(rgb.shape[2:]) != (side, side):
+        rgb = F.interpolate(rgb, (side, side), mode=mode, align_corners=False, antialias=True).clamp(0, 1)
+    return rgb

@@ -1,0 +1,93 @@
+"""What only distillation needs: each sample against another from the same noise.
+
+Samples are on their own scale; for images that is [-1, 1], of width 2.
+"""
+
+import importlib.util
+import math
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from halfstep.metrics.distances import torchmetrics_at_hand
+from halfstep.metrics.images import as_rgb
+
+WIDTH: Final = 2.0
+"""Of the range of images."""
+SSIM_SIDE: Final = 11
+"""Of the window of Wang et al. 2004, in pixels: images must be as large."""
+ALEXNET: Final = "alexnet-owt-7be5be79.pth"
+"""torchvision's weights, as torch.hub keeps them."""
+
+
+def _check_pair(a: Tensor, b: Tensor) -> None:
+    if a.shape != b.shape:
+        raise ValueError(f"paired samples must have one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
+
+
+def rmse(a: Tensor, b: Tensor) -> float:
+    """The root mean square difference of paired samples, both `[n, *dims]`.
+
+    Raises:
+        ValueError: if their shapes differ.
+    """
+    _check_pair(a, b)
+    return float((a.double() - b.double()).square().mean().sqrt())
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """The peak signal-to-noise ratio, in dB, of all pairs of images in [-1, 1] together; infinite for equal ones.
+
+    Raises:
+        ValueError: if their shapes differ.
+    """
+    difference = rmse(a, b)
+    return math.inf if difference == 0 else 20 * math.log10(WIDTH / difference)
+
+
+def ssim(a: Tensor, b: Tensor) -> float:
+    """The structural similarity (Wang et al. 2004) of paired images `[n, c, h, w]` in [-1, 1], the mean over pairs.
+
+    Raises:
+        ValueError: if their shapes differ, or they are no images of at least 11 x 11 pixels, the size of its window.
+    """
+    _check_pair(a, b)
+    if a.ndim != 4 or min(a.shape[2:]) < SSIM_SIDE:
+        raise ValueError(f"SSIM needs images of at least {SSIM_SIDE} x {SSIM_SIDE} pixels, got {list(a.shape[1:])}")
+    with torchmetrics_at_hand():
+        from torchmetrics.functional.image import structural_similarity_index_measure
+
+    # Shifted to [0, 2]: its constants presume values from 0 up.
+    score = structural_similarity_index_measure(
+        a.double() + 1, b.double() + 1, data_range=WIDTH, reduction="elementwise_mean"
+    )
+    assert isinstance(score, Tensor)
+    return float(score)
+
+
+def why_no_lpips() -> str | None:
+    """What LPIPS lacks on this machine; None if it can be measured."""
+    if importlib.util.find_spec("torchvision") is None:
+        return "torchvision is not installed"
+    file = Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET
+    return None if file.is_file() else f"its AlexNet is not at {file}"
+
+
+def lpips(a: Tensor, b: Tensor) -> float:
+    """LPIPS (Zhang et al. 2018, arXiv:1801.03924) with AlexNet of paired images in [-1, 1], the mean over pairs.
+
+    Raises:
+        ValueError: if their shapes differ, they are no images, or what it needs is not there (`why_no_lpips`).
+    """
+    _check_pair(a, b)
+    if (lacking := why_no_lpips()) is not None:
+        raise ValueError(f"LPIPS cannot be measured: {lacking}")
+    with torchmetrics_at_hand():
+        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+    metric = LearnedPerceptualImagePatchSimilarity(net_type="alex", reduction="mean", normalize=False)
+    with torch.inference_mode():
+        for first, second in zip(a.split(64), b.split(64), strict=True):
+            metric.update(as_rgb(first.float()), as_rgb(second.float()))
+        return float(metric.compute())

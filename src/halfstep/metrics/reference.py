@@ -1,0 +1,96 @@
+"""The features of the real data with their statistics, kept by content: the same data and extractor are read back.
+
+Kept in float64: mean and covariance, and the radii of the neighbourhoods. The features themselves are kept as they
+came, in float32.
+"""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from halfstep.metrics.distances import Moments, moments_of
+from halfstep.metrics.features import FeatureExtractor
+from halfstep.metrics.neighbours import K, radii
+
+FORMAT = 1
+"""Of the kept files; another number when what they hold changes."""
+
+
+@final
+@dataclass(frozen=True)
+class RealFeatures:
+    """The real data as an extractor sees it."""
+
+    features: Tensor
+    """float32 `[n, d]`."""
+    moments: Moments
+    radii: Tensor | None
+    """float64 `[n]` (`neighbours.radii`); None for too few samples."""
+
+
+def described(features: Tensor) -> RealFeatures:
+    """Features `[n, d]` with their statistics.
+
+    Raises:
+        ValueError: if there are fewer than 2, or one is not finite.
+    """
+    return RealFeatures(features, moments_of(features), radii(features) if len(features) >= K + 2 else None)
+
+
+def real_features(
+    extractor: FeatureExtractor, fetch: Callable[[], Tensor], content: object, cache: Path | None
+) -> RealFeatures:
+    """The features of the samples that `fetch` returns, or what was kept of them.
+
+    Args:
+        content: what tells the samples apart from all others: the data's fingerprint and the rows.
+        cache: folder; None keeps nothing. A file that cannot be read or written costs time, and nothing else.
+    """
+    key = hashlib.sha256(repr((FORMAT, extractor.name, content)).encode()).hexdigest()[:24]
+    file = None if cache is None else cache / "reference" / f"{key}.safetensors"
+    held = _read(file)
+    if held is None:
+        made = described(extractor.features(fetch()))
+        held = {"features": made.features, "mean": made.moments.mean, "covariance": made.moments.covariance}
+        if made.radii is not None:
+            held["radii"] = made.radii
+        _write(file, held)
+        return made
+    moments = Moments(held["mean"], held["covariance"], len(held["features"]))
+    return RealFeatures(held["features"], moments, held.get("radii"))
+
+
+def _read(file: Path | None) -> dict[str, Tensor] | None:
+    if file is None or not file.is_file():
+        return None
+    try:
+        held = load_file(file)
+    except (SafetensorError, OSError):
+        return None
+    return held if {"features", "mean", "covariance"} <= held.keys() else None
+
+
+def _write(file: Path | None, held: dict[str, Tensor]) -> None:
+    if file is None:
+        return
+    with contextlib.suppress(OSError, SafetensorError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(f".{os.getpid()}.tmp")
+        save_file({name: value.contiguous() for name, value in held.items()}, temporary)
+        temporary.replace(file)
+
+
+def halves(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Two disjoint halves of the rows, of one size, by a fixed random choice."""
+    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
+    middle = len(features) // 2
+    return features[order[:middle]], features[order[middle : 2 * middle]]

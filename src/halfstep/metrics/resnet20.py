@@ -1,0 +1,128 @@
+"""The features of a ResNet-20 trained on CIFAR-10 (He et al. 2015, arXiv:1512.03385, section 4.2).
+
+Three groups of three blocks on 16, 32 and 64 channels; where the size halves, the shortcut takes every second pixel and
+new channels are zeros, half before and half after the old ones (option A, which has no parameters). The features are
+the 64 averages before the last layer.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, final
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from halfstep.metrics.features import FeatureExtractor, Measured, digest_of, extractors, in_batches
+from halfstep.metrics.images import unit_range
+from halfstep.runs import DamagedFile
+
+SIDE: Final = 32
+MEAN: Final = (0.485, 0.456, 0.406)
+STD: Final = (0.229, 0.224, 0.225)
+"""Of the published weights' normalisation, ImageNet's."""
+
+
+@final
+class Block(nn.Module):
+    """Two 3x3 convolutions and a shortcut without parameters."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.stride = stride
+        self.added = (channels - channels_in) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        around = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.added, self.added))
+        return F.relu(inner + around)
+
+
+@final
+class ResNet20(nn.Module):
+    """From normalised RGB `[n, 3, 32, 32]` to features `[n, 64]`; `linear` makes logits of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = nn.Sequential(Block(16, 16, 1), Block(16, 16, 1), Block(16, 16, 1))
+        self.layer2 = nn.Sequential(Block(16, 32, 2), Block(32, 32, 1), Block(32, 32, 1))
+        self.layer3 = nn.Sequential(Block(32, 64, 2), Block(64, 64, 1), Block(64, 64, 1))
+        self.linear = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        features: Tensor = self.layer3(self.layer2(self.layer1(x))).mean((2, 3))
+        return features
+
+
+@final
+class ResNet20Features(FeatureExtractor):
+    """The 64 averages before the last layer, of images brought to 32 x 32.
+
+    Raises:
+        DamagedFile: if the file is no safetensors file, or holds other weights.
+    """
+
+    def __init__(self, path: Path, device: torch.device | str) -> None:
+        network = ResNet20()
+        try:
+            weights = load_file(path)
+            missing = network.load_state_dict(weights, strict=False)
+        except (SafetensorError, RuntimeError) as error:
+            raise DamagedFile(f"{path} does not hold the weights of a ResNet-20 ({_first(error)})") from None
+        # Counters of batches are not published and say nothing.
+        lost = [name for name in missing.missing_keys if not name.endswith("num_batches_tracked")]
+        if lost or missing.unexpected_keys:
+            raise DamagedFile(
+                f"{path} does not hold the weights of a ResNet-20 ({(lost + missing.unexpected_keys)[0]})"
+            )
+        self.network = network.eval().to(device)
+        self.device = device
+        self._sha256 = digest_of(network)
+
+    @property
+    def name(self) -> str:
+        return f"resnet20-cifar10-{self._sha256[:12]}"
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        return {"weights_sha256": self._sha256}
+
+    @property
+    def resize(self) -> str:
+        return f"{SIDE} x {SIDE}, bilinear with antialiasing; grey as RGB"
+
+    def features(self, samples: Tensor) -> Tensor:
+        mean, std = (torch.tensor(values, device=self.device)[:, None, None] for values in (MEAN, STD))
+        return in_batches(lambda part: self.network((unit_range(part, SIDE) - mean) / std), samples, self.device, 250)
+
+    @torch.no_grad()
+    def logits(self, features: Tensor) -> Tensor | None:
+        logits: Tensor = self.network.linear(features.to(self.device)).cpu()
+        return logits
+
+
+def _first(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1].strip()
+
+
+@extractors.register("resnet20-cifar10")
+def resnet20_cifar10(path: str | None, measured: Measured) -> FeatureExtractor:
+    """64 features of a CIFAR-10 classifier, a safetensors file: resnet20-cifar10=PATH."""
+    if path is None:
+        raise ValueError(
+            "the features `resnet20-cifar10` need their weights: give resnet20-cifar10=PATH, a safetensors file of a "
+            "CIFAR-10 ResNet-20 (shortcut option A)"
+        )
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ValueError(f"resnet20-cifar10={path}: no such file; give the safetensors file of the weights")
+    return ResNet20Features(file, measured.device)

@@ -1,0 +1,176 @@
+"""evaluation/evaluation.json: what `halfstep evaluate` found, one table for each protocol.
+
+Figures of different protocols (extractor, reference, counts, seeds) are never comparable, so they never share a table.
+
+RUN/evaluation/
+  evaluation.json             `EvaluationResult`; written again after every cell, so that a cut one shows what is there
+  evaluation.md .csv .svg     the same, to be read
+  cells/NAME/                 one sampled series at one number of steps and one set of seeds; whole or absent
+      cell.json               what was sampled and how long it took
+      samples.npz             arr_0: uint8 [n, h, w, c] for images, float32 [n, *dims] otherwise
+  figures/NAME.json           the figures of one cell in one extractor
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from halfstep.runs.files import DamagedFile
+
+EVALUATION_FORMAT = 1
+"""The version of evaluation.json; a reader refuses any other."""
+
+
+class Figure(BaseModel):
+    """One figure over all sets of seeds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    mean: float
+    spread: float | None = None
+    """Standard deviation over the sets of seeds (n - 1); None for one set."""
+    values: list[float]
+    """One for each set of seeds, in the order of `Protocol.seeds`, as far as they were measured."""
+
+
+class MetricInfo(BaseModel):
+    """What a metric's name means to a reader."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    label: str
+    """A column's heading."""
+    better: Literal["lower", "higher"]
+    meaning: str
+    """One sentence."""
+
+
+class Series(BaseModel):
+    """One line of the curve: models with a sampler, at several numbers of steps."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    """`student`, `teacher-ddim`, `teacher-ancestral`, `teacher-heun`, ...; `samples` for a folder of images."""
+    label: str
+    role: Literal["student", "teacher", "other"]
+    """`teacher`: the undistilled model with the sampler named; `other`: a single foreign model or a folder."""
+    sampler: str | None = None
+    """None for a folder of images."""
+    gamma: float | None = None
+    """Of ancestral sampling: 0 is the lower bound of the variance, 1 the upper."""
+
+
+class Protocol(BaseModel):
+    """How the figures of one table were made; figures of another protocol are not comparable with them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["sets", "same_noise"]
+    """`sets`: samples against real data, in features. `same_noise`: each against the teacher's from its noise."""
+    extractor: str
+    """`pixels`, `classifier-1-<data>`, `resnet20-cifar10-<weights>`, ...: equal names mean comparable features."""
+    extractor_facts: dict[str, Any]
+    """Dimension of the features, sha256 of the weights, accuracy: what is known of it."""
+    resize: str
+    """How samples are brought to the extractor's size."""
+    reference: str
+    """Real data, or the teacher with its sampler and steps."""
+    reference_split: str | None
+    reference_fingerprint: str
+    """sha256 of the reference's content."""
+    num_reference: int
+    reference_rows: str
+    """`all`, or how they were chosen."""
+    num_samples: int
+    """Samples in a set of seeds."""
+    seeds: list[str]
+    """The sets of seeds, each as `first-last`."""
+    images: str
+    """`rounded to uint8` or `as they are`."""
+    guidance_scale: float | None = None
+    """The scale that was asked for; None for each model's own."""
+
+
+class Row(BaseModel):
+    """One series at one number of steps, in one protocol."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    series: str
+    """`Series.name`."""
+    num_steps: int | None
+    """None for a folder of images."""
+    num_evals: int | None
+    """Network calls for a sample."""
+    stage: str | None
+    """Name of the stage's folder; None outside a run."""
+    gamma: float | None = None
+    """Of ancestral sampling at this row, where it was searched for; `Series.gamma` is None then."""
+    seconds_per_1000: float | None
+    """Wall time for 1,000 samples, the mean over the sets of seeds."""
+    figures: dict[str, Figure]
+    """Metric's name to its figure; a metric that could not be measured is absent, and a notice says why."""
+
+
+class Halves(BaseModel):
+    """The real data against itself, which tells what distance means nothing."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    num_each: int
+    """Samples in each of two disjoint halves: fewer than in a row, so its Frechet distance is biased upwards more."""
+    figures: dict[str, float]
+
+
+class EvaluationTable(BaseModel):
+    """All rows of one protocol."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    protocol: Protocol
+    rows: list[Row]
+    """Students first, then the teacher's series; each from most steps to fewest."""
+    halves: Halves | None = None
+    """None for `same_noise`, or where the reference is too small."""
+
+
+class EvaluationResult(BaseModel):
+    """evaluation.json."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: int = EVALUATION_FORMAT
+    subject: str
+    """What was measured, as it was given."""
+    kind: Literal["run", "stage", "pipeline", "images"]
+    complete: bool
+    """Whether every cell that was asked for was measured; False while it runs, or after a cut."""
+    metrics: dict[str, MetricInfo]
+    """Every metric's name that a row may hold, in the order in which they are shown."""
+    series: list[Series]
+    tables: list[EvaluationTable]
+    """Those of `sets` first, in the order of the extractors asked for, then `same_noise`."""
+    notices: list[str]
+    """What was left out or is to be read with care, one sentence each: damaged stages, small-sample bias, ..."""
+    environment: dict[str, Any]
+    """Versions, commit, machine, command line."""
+    seconds: float
+    """Wall time of sampling and measuring, over all calls."""
+
+
+def parse_evaluation(data: Any, name: str) -> EvaluationResult:
+    """The evaluation in JSON `data`, read from the file `name`.
+
+    Raises:
+        DamagedFile: if it is none, or of another format.
+    """
+    if isinstance(data, dict) and data.get("format") != EVALUATION_FORMAT:
+        raise DamagedFile(
+            f"{name} has format {data.get('format')}, this halfstep reads {EVALUATION_FORMAT}: run `halfstep evaluate` "
+            "again"
+        )
+    try:
+        return EvaluationResult.model_validate(data)
+    except ValidationError as error:
+        raise DamagedFile(f"{name} does not hold an evaluation ({error.errors()[0]['msg']})") from None

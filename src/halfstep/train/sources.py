@@ -1,0 +1,133 @@
+"""Where the samples of an evaluation come from: a model with a sampler, or a folder that somebody has filled."""
+
+import hashlib
+import json
+import time
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from halfstep.core.warnings import HalfstepWarning
+from halfstep.data import Data
+from halfstep.runs import Manifest
+from halfstep.samplers import Sampler
+from halfstep.train.engine import NonFinite
+from halfstep.train.evaluate import conditions_for
+from halfstep.train.model import Model
+from halfstep.train.stop import StopSignal
+
+
+class Drawn(NamedTuple):
+    """A set of samples."""
+
+    x0: Tensor
+    """`[n, *shape]` on the CPU."""
+    seconds: float | None
+    """What sampling alone took; None for samples that were there."""
+    num_evals: int | None
+    """Network calls for a sample."""
+
+
+class Source(ABC):
+    """Samples by their seeds, the same ones every time."""
+
+    @property
+    @abstractmethod
+    def content(self) -> dict[str, Any]:
+        """JSON-ready: what the samples of a seed are a function of, beside the number of steps."""
+
+    @abstractmethod
+    def draw(self, num_steps: int | None, seeds: range, batch_size: int, stop: StopSignal | None) -> Drawn:
+        """The samples of `seeds`.
+
+        Raises:
+            Interrupted: if `stop` was set.
+            NonFinite: if one is not finite.
+        """
+
+
+@final
+class ModelSource(Source):
+    """A model with a sampler; loaded only when a sample is missing.
+
+    Args:
+        weights: what tells its weights apart from all others.
+        conditions: the data whose conditions a model of texts is shown; None for a model that is shown none.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], Model],
+        weights: str,
+        sampler: Sampler,
+        conditions: Data | None = None,
+        guidance_scale: float | None = None,
+    ) -> None:
+        self._load = load
+        self.weights, self.sampler, self.conditions = weights, sampler, conditions
+        self.guidance_scale = guidance_scale
+        self._model: Model | None = None
+
+    @property
+    def content(self) -> dict[str, Any]:
+        return {
+            "weights": self.weights,
+            "sampler": repr(self.sampler),
+            "guidance_scale": self.guidance_scale,
+            "conditions": None if self.conditions is None else self.conditions.fingerprint,
+        }
+
+    def draw(self, num_steps: int | None, seeds: range, batch_size: int, stop: StopSignal | None) -> Drawn:
+        assert num_steps is not None
+        model = self._model = self._model or self._load()
+        chunks, seconds = [], 0.0
+        with warnings.catch_warnings():
+            # Teachers and students are asked for other numbers of steps than they are made for on purpose.
+            warnings.simplefilter("ignore", HalfstepWarning)
+            for first in range(0, len(seeds), batch_size):
+                if stop is not None:
+                    stop.check()
+                part = list(seeds[first : first + batch_size])
+                cond = {} if self.conditions is None else conditions_for(model, self.conditions, part)
+                start = time.perf_counter()
+                x0 = model.sample(
+                    part,
+                    num_steps,
+                    self.sampler,
+                    batch_size=len(part),
+                    cond=cond,
+                    guidance_scale=self.guidance_scale,
+                )
+                chunks.append(x0)
+                seconds += time.perf_counter() - start
+            evals = model.num_evals(self.sampler, num_steps, self.guidance_scale)
+        x0 = torch.cat(chunks)
+        if not bool(torch.isfinite(x0).all()):
+            raise NonFinite(f"sampling with {num_steps} steps gave values that are not finite: the model diverged")
+        return Drawn(x0, seconds, evals)
+
+
+@final
+class DataSource(Source):
+    """Samples that are there, such as a folder of images; a seed is a place among them."""
+
+    def __init__(self, data: Data) -> None:
+        self.data = data
+
+    @property
+    def content(self) -> dict[str, Any]:
+        return {"samples": self.data.fingerprint}
+
+    def draw(self, num_steps: int | None, seeds: range, batch_size: int, stop: StopSignal | None) -> Drawn:
+        return Drawn(self.data.fetch(torch.tensor(list(seeds))).x0, None, None)
+
+
+def weights_of(manifest: Manifest) -> str:
+    """What tells a stage's samples apart from those of all others, without reading its weights: their sha256, and all
+    else that the manifest says of the model."""
+    said = manifest.model_dump(mode="json", exclude={"seconds", "data"})
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,306 @@
+"""`halfstep evaluate` from outside: the curve, its files, what is read back, and one line for bad input."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from halfstep.cli import main
+from halfstep.data import DataConfig, open_data
+from halfstep.metrics import frechet_distance
+from halfstep.runs import EvaluationResult, RunFolder
+from halfstep.runs.evaluation import EvaluationTable, Row
+from support_cli import Capture, refused
+from toys import TINY_ARRAYS, TINY_DIGITS, points
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    monkeypatch.setenv("HALFSTEP_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.setenv("COLUMNS", "240")
+
+
+@pytest.fixture(scope="module")
+def toy_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    np.save(folder / "toy.npy", points().numpy())
+    main(["run", "arrays", "--data", str(folder / "toy.npy"), "--out", str(folder / "toy"), *TINY_ARRAYS])
+    return folder / "toy"
+
+
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "digits"
+    main(["run", "digits", "--out", str(out), *TINY_DIGITS])
+    return out
+
+
+def _result(out: Path) -> EvaluationResult:
+    return EvaluationResult.model_validate(json.loads((out / "evaluation.json").read_text()))
+
+
+def _row(table: EvaluationTable, series: str, num_steps: int) -> Row:
+    (row,) = [row for row in table.rows if (row.series, row.num_steps) == (series, num_steps)]
+    return row
+
+
+def _stage(run: Path, name: str) -> str:
+    return str(run / "stages" / name)
+
+
+def test_the_students_figures_are_those_of_the_run(toy_run: Path, tmp_path: Path) -> None:
+    main(["evaluate", str(toy_run), "--num-steps", "4", "--out", str(tmp_path)])
+    sets, same_noise = _result(tmp_path).tables
+    for stage in RunFolder(toy_run).stages()[1:]:
+        (recorded,) = stage.metrics().results  # type: ignore[union-attr]
+        row = _row(sets, "student", recorded.num_steps)
+        assert row.stage == stage.name
+        assert row.num_evals == recorded.num_evals
+        assert row.figures["frechet"].mean == pytest.approx(recorded.frechet, rel=1e-6)
+        assert row.figures["kid"].mean == pytest.approx(recorded.kid, rel=1e-6)
+        assert _row(same_noise, "student", recorded.num_steps).figures["rmse"].mean > 0
+    assert [row.num_steps for row in sets.rows if row.series == "teacher-ddim"] == [4]
+    # The teacher at the chain's own start is what the others are compared with.
+    assert all(row.series == "student" for row in same_noise.rows)
+    assert "4 steps, from the same noise" in same_noise.protocol.reference
+
+
+def test_several_sets_of_seeds_are_disjoint_and_have_a_spread(toy_run: Path, tmp_path: Path) -> None:
+    options = ["--num-steps", "2", "--num-samples", "20"]
+    main(["evaluate", str(toy_run), *options, "--seeds", "2", "--out", str(tmp_path / "two")])
+    row = _row(_result(tmp_path / "two").tables[0], "teacher-ddim", 2)
+    assert _result(tmp_path / "two").tables[0].protocol.seeds == ["0-19", "20-39"]
+    figure = row.figures["frechet"]
+    assert len(figure.values) == 2
+    assert figure.values[0] != figure.values[1]
+    assert figure.mean == pytest.approx(np.mean(figure.values))
+    assert figure.spread == pytest.approx(np.std(figure.values, ddof=1))
+    main(["evaluate", str(toy_run), *options, "--out", str(tmp_path / "one")])
+    alone = _row(_result(tmp_path / "one").tables[0], "teacher-ddim", 2).figures["frechet"]
+    assert alone.values == figure.values[:1]
+    assert alone.spread is None
+
+
+def test_figures_of_different_protocols_are_in_different_tables(digits_run: Path, tmp_path: Path) -> None:
+    main(
+        [
+            "evaluate",
+            str(digits_run),
+            "--num-steps",
+            "2",
+            "1",
+            "--extractors",
+            "pixels",
+            "classifier",
+            "--out",
+            str(tmp_path),
+        ]
+    )
+    result = _result(tmp_path)
+    assert result.complete
+    kinds = [(table.protocol.kind, table.protocol.extractor.split("-")[0]) for table in result.tables]
+    assert kinds == [("sets", "pixels"), ("sets", "classifier"), ("same_noise", "none")]
+    pixels, classifier, same_noise = result.tables
+    # Pixels know no classes, and 8 x 8 images are too small for SSIM: the figures are absent, not zero.
+    assert "inception_score" not in pixels.rows[0].figures
+    assert 1 <= classifier.rows[0].figures["inception_score"].mean <= 10
+    assert set(same_noise.rows[0].figures) == {"rmse", "psnr"}
+    assert any("SSIM needs images of at least 11 x 11" in notice for notice in result.notices)
+    assert any("says little: 64 dimensions" in notice for notice in result.notices)
+    # 24 samples and 64 dimensions, so the real data's halves are measured with their own count.
+    assert pixels.halves is not None
+    assert pixels.halves.num_each == 1797 // 2
+    rows = list(csv.DictReader((tmp_path / "evaluation.csv").open()))
+    for table in result.tables:
+        for row in table.rows:
+            for name, figure in row.figures.items():
+                (found,) = [
+                    r for r in rows
+                    if (r["kind"], r["extractor"], r["series"], r["num_steps"], r["metric"])
+                    == (table.protocol.kind, table.protocol.extractor, row.series, str(row.num_steps), name)
+                ]  # fmt: skip
+                assert float(found["mean"]) == figure.mean
+                assert found["num_samples"] == "24"
+                assert found["reference_fingerprint"] == table.protocol.reference_fingerprint
+    text = (tmp_path / "evaluation.md").read_text()
+    assert text.count("## Against real data") == 2
+    assert text.count("Protocol: ") == 3
+    assert "<svg" in (tmp_path / "evaluation.svg").read_text()
+
+
+def test_the_kept_samples_are_lossless_and_give_the_figures(digits_run: Path, tmp_path: Path) -> None:
+    main(["evaluate", str(digits_run), "--extractors", "pixels", "--num-steps", "1", "--out", str(tmp_path)])
+    (cell,) = (tmp_path / "cells").glob("teacher-ddim-0001-*")
+    kept = np.load(cell / "samples.npz")["arr_0"]
+    assert kept.dtype == np.uint8
+    main(
+        [
+            "sample",
+            _stage(digits_run, "00-denoise"),
+            "--num-steps",
+            "1",
+            "--num-samples",
+            "24",
+            "--out",
+            str(tmp_path / "s.npz"),
+        ]
+    )
+    np.testing.assert_array_equal(kept, np.load(tmp_path / "s.npz")["arr_0"])
+    real = open_data(DataConfig()).fetch(torch.arange(1797)).x0.flatten(1)
+    mine = torch.from_numpy(kept).float().div(127.5).sub(1).flatten(1)
+    row = _row(_result(tmp_path).tables[0], "teacher-ddim", 1)
+    assert row.figures["frechet"].mean == pytest.approx(frechet_distance(real, mine), rel=1e-5)
+
+
+def test_a_second_call_draws_nothing_and_a_cut_one_goes_on(
+    toy_run: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from halfstep.train import Model
+
+    drawn: list[int] = []
+    sample = Model.sample
+
+    def counted(self: Model, seeds: list[int], num_steps: int | None = None, *rest: object, **more: object) -> object:
+        drawn.append(num_steps or 0)
+        return sample(self, seeds, num_steps, *rest, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Model, "sample", counted)
+    command = ["evaluate", str(toy_run), "--num-steps", "2", "1", "--out", str(tmp_path)]
+    main(command)
+    assert sorted(drawn) == [1, 1, 2, 2, 4]
+    first = _result(tmp_path)
+    drawn.clear()
+    main(command)
+    assert drawn == []
+    assert capsys.readouterr().out.count("(was there)") == 4
+    assert _result(tmp_path).tables == first.tables
+    # Another extractor draws nothing anew.
+    main([*command, "--num-samples", "24", "--data", str(toy_run.parent / "toy.npy"), "--extractors", "pixels"])
+    assert drawn == []
+    # A cell that is gone, and one that is damaged, are drawn again, and nothing else.
+    (gone,) = (tmp_path / "cells").glob("student-0001-*")
+    shutil.rmtree(gone)
+    (broken,) = (tmp_path / "cells").glob("teacher-ddim-0002-*")
+    (broken / "samples.npz").write_bytes(b"PK cut")
+    for file in (tmp_path / "figures").glob("teacher-ddim-0002-*"):
+        file.write_text("{")
+    main(command)
+    assert sorted(drawn) == [1, 2]
+    assert _result(tmp_path).tables[0].rows[0].figures == first.tables[0].rows[0].figures
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_gamma_is_searched_for_each_number_of_steps(toy_run: Path, tmp_path: Path) -> None:
+    teacher = _stage(toy_run, "00-denoise")
+    ancestral = ["--num-steps", "4", "2", "--against", "teacher-ancestral"]
+    tried = {}
+    for gamma in ("0", "0.5", "1"):
+        out = tmp_path / gamma
+        main(["evaluate", teacher, *ancestral, "--gamma", gamma, "--out", str(out)])
+        assert _result(out).series[0].gamma == float(gamma)
+        for steps in (4, 2):
+            tried[steps, float(gamma)] = (
+                _row(_result(out).tables[0], "teacher-ancestral", steps).figures["frechet"].mean
+            )
+    main(["evaluate", teacher, *ancestral, "--search-gamma", "3", "--out", str(tmp_path / "best")])
+    for steps in (4, 2):
+        best = _row(_result(tmp_path / "best").tables[0], "teacher-ancestral", steps)
+        assert best.figures["frechet"].mean == min(tried[steps, gamma] for gamma in (0.0, 0.5, 1.0))
+        assert tried[steps, best.gamma] == best.figures["frechet"].mean  # type: ignore[index]
+
+
+def test_a_folder_of_images_and_an_npz_are_measured_alike(tmp_path: Path) -> None:
+    data = open_data(DataConfig())
+    pixels = data.fetch(torch.arange(60)).x0.add(1).mul(127.5).round().to(torch.uint8).squeeze(1).numpy()
+    (tmp_path / "images").mkdir()
+    for index, picture in enumerate(pixels):
+        Image.fromarray(picture).save(tmp_path / "images" / f"{index:04d}.png")
+    np.savez(tmp_path / "samples.npz", arr_0=pixels[..., None])
+    figures = []
+    for name in ("images", "samples.npz"):
+        out = tmp_path / f"out-{name}"
+        main(["evaluate", str(tmp_path / name), "--data", "digits", "--extractors", "pixels", "--out", str(out)])
+        result = _result(out)
+        assert result.kind == "images"
+        (row,) = result.tables[0].rows
+        assert row.num_steps is None
+        figures.append(row.figures)
+    assert figures[0] == figures[1]
+    # They are real ones: each lies in the neighbourhood of itself.
+    assert figures[0]["precision"].mean == 1
+    whole = data.fetch(torch.arange(1797)).x0.flatten(1)
+    assert figures[0]["frechet"].mean == pytest.approx(frechet_distance(whole, whole[:60]), rel=1e-5)
+
+
+def test_an_exported_pipeline_gives_the_figures_of_its_stage(digits_run: Path, tmp_path: Path) -> None:
+    student = RunFolder(digits_run).stages()[-1]
+    main(["export", str(student.path), "--out", str(tmp_path / "pipeline")])
+    common = ["--data", "digits", "--extractors", "pixels", "--num-steps", "1"]
+    main(["evaluate", str(tmp_path / "pipeline"), *common, "--num-samples", "24", "--out", str(tmp_path / "a")])
+    main(["evaluate", str(student.path), *common, "--out", str(tmp_path / "b")])
+    theirs, ours = _result(tmp_path / "a").tables[0].rows[0], _result(tmp_path / "b").tables[0].rows[0]
+    assert theirs.series == "teacher-ddim"
+    assert theirs.figures["frechet"].mean == pytest.approx(ours.figures["frechet"].mean, rel=1e-3)
+
+
+def test_what_is_damaged_or_not_there_yet_is_left_out_and_said(toy_run: Path, tmp_path: Path, capsys: Capture) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(toy_run, run)
+    first, last = RunFolder(run).stages()[1:]
+    weights = first.path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    shutil.rmtree(last.path)
+    main(["evaluate", str(run), "--num-steps", "2"])
+    result = RunFolder(run).evaluation()
+    assert result is not None
+    assert {row.series for row in result.tables[0].rows} == {"teacher-ddim"}
+    printed = " ".join(capsys.readouterr().out.split())
+    for said in (f"Stage {first.name} is damaged and left out", f"The run is not at its end: {last.name} is not there"):
+        assert any(said in notice for notice in result.notices)
+        assert said in printed
+    teacher = run / "stages" / "00-denoise" / "model.safetensors"
+    teacher.write_bytes(b"")
+    assert "has no stage that can be measured" in refused(["evaluate", str(run)], capsys)
+
+
+def test_bad_input_is_refused_in_one_line(toy_run: Path, digits_run: Path, tmp_path: Path, capsys: Capture) -> None:
+    toy, student = str(toy_run), _stage(toy_run, "02-halve-0001")
+    np.savez(tmp_path / "other.npz", arr_0=np.zeros((20, 16, 16, 1), np.uint8))
+    np.savez(tmp_path / "one.npz", arr_0=np.zeros((1, 8, 8, 1), np.uint8))
+    (tmp_path / "weights.safetensors").write_bytes(b"nothing")
+    resnet = "resnet20-cifar10"
+    out = ["--out", str(tmp_path / "out")]
+    cases = [
+        (["evaluate", str(tmp_path / "none")], "does not exist"),
+        (["evaluate", toy, "--num-samples", "1"], "--num-samples must be at least 2, got 1"),
+        (["evaluate", toy, "--seeds", "0"], "--seeds must be at least 1, got 0"),
+        (["evaluate", toy, "--num-steps", "0"], "num_steps must be"),
+        (["evaluate", toy, "--search-gamma", "1"], "at least 2 levels"),
+        (["evaluate", toy, "--search-gamma", "3", "--gamma", "0.5"], "leave one out"),
+        (["evaluate", toy, "--gamma", "0.5"], "say nothing without --against teacher-ancestral"),
+        (["evaluate", toy, "--against", "teacher-hein"], "unknown sampler 'hein'; did you mean 'heun'?"),
+        (["evaluate", toy, "--against", "heun"], "give teacher-SAMPLER or student-SAMPLER"),
+        (["evaluate", student, "--against", "teacher-ddim"], "there is no teacher here"),
+        (["evaluate", toy, "--extractors", "pixel"], "unknown feature extractor 'pixel'; did you mean 'pixels'?"),
+        (["evaluate", toy, "--extractors", "pixels=x"], "take no file"),
+        (["evaluate", toy, "--extractors", "classifier"], "need labels"),
+        (["evaluate", str(digits_run), "--extractors", resnet], f"give {resnet}=PATH"),
+        (["evaluate", str(digits_run), "--extractors", f"{resnet}={tmp_path}/no"], "no such file"),
+        (["evaluate", str(digits_run), "--extractors", f"{resnet}={tmp_path}/weights.safetensors"], "does not hold"),
+        (["evaluate", str(digits_run), "--extractors", f"dinov2={tmp_path}"], "no DINOv2 model could be read there"),
+        (["evaluate", str(digits_run), "--data", f"{toy_run.parent}/toy.npy"], "makes images in [-1, 1], but"),
+        (["evaluate", str(digits_run), "--data", f"{tmp_path}/other.npz"], "makes samples of shape [1, 8, 8], but"),
+        (["evaluate", f"{tmp_path}/other.npz"], "its data is not known: add --data"),
+        (["evaluate", f"{tmp_path}/other.npz", "--data", "digits"], "give a reference of the same size"),
+        (["evaluate", f"{tmp_path}/one.npz", "--data", "digits"], "needs at least 2"),
+        (["evaluate", f"{tmp_path}/other.npz", "--data", f"{toy_run.parent}/toy.npy"], "of one kind"),
+        (["evaluate", f"{tmp_path}/other.npz", "--data", "digits", "--seeds", "2"], "says nothing to samples in files"),
+    ]
+    for argv, said in cases:
+        assert said in refused([*argv, *out], capsys), argv
+    assert not (tmp_path / "out" / "evaluation.json").exists()
