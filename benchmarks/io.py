@@ -5,9 +5,9 @@
 
 `write` saves the same tensors with safetensors and syncs them; `read` loads them again (both files lie in the page
 cache); these, `checkpoint` (from the call until it is on the disk, read back and found right) and `resume` (checksums,
-reading, taking the state over) take turns. `waits` is what the training itself stands still for. `costs` is what a run
-of updates takes longer for one checkpoint that begins with it, everything counted: in turns with the same updates
-without one. The share is that of a run that saves every 60 seconds.
+reading, taking the state over) take turns. `costs` is what a run of updates takes longer for one checkpoint that begins
+with it, everything counted: in turns with the same updates without one. The share is that of a run that saves every 60
+seconds.
 """
 
 import tempfile
@@ -20,7 +20,7 @@ import torch
 from common import arguments, halving, median, median_ratio, model_of, parsed, spec_of, timed, write
 from halfstep.runs import StageFolder
 from halfstep.train import StageTrainer, make_accelerator
-from halfstep.train.checkpoint import CheckpointWriter, resume
+from halfstep.train.checkpoint import resume, save_checkpoint
 from halfstep.train.engine import State
 from halfstep.train.pipeline import trainer_for
 from halfstep.train.tensors import read_tensors, write_tensors
@@ -37,7 +37,6 @@ def copied(state: State) -> State:
 def cost(trainer: StageTrainer, folder: StageFolder, rounds: int, seconds: float) -> list[float]:
     """Seconds that each of some checkpoints has cost a run that goes on for longer than one takes."""
     updates = trainer.run()
-    writer = CheckpointWriter(folder)
     next(updates)
     start = time.perf_counter()
     next(updates)
@@ -49,9 +48,8 @@ def cost(trainer: StageTrainer, folder: StageFolder, rounds: int, seconds: float
         trainer.check_finite()
 
     def go_on_and_save() -> None:
-        writer.save(trainer)
+        save_checkpoint(trainer, folder)
         go_on()
-        writer.wait()
 
     held = timed({"plain": go_on, "saved": go_on_and_save}, rounds, str(trainer.accelerator.device), warm_up=1)
     return [saved - plain for saved, plain in zip(held["saved"], held["plain"], strict=True)]
@@ -67,8 +65,6 @@ def measured(name: str, batch: int, device: str, rounds: int, where: Path | None
         folder, plain = StageFolder(Path(made) / "stage"), Path(made) / "plain"
         folder.path.mkdir()
         plain.mkdir()
-        writer = CheckpointWriter(folder)
-        waits: list[float] = []
 
         def write_plainly() -> None:
             for part, tensors in state.items():
@@ -82,12 +78,12 @@ def measured(name: str, batch: int, device: str, rounds: int, where: Path | None
         def save() -> None:
             # As in a run, where each checkpoint is another update's.
             trainer.update += 1
-            waits.append(writer.save(trainer))
-            writer.wait()
+            save_checkpoint(trainer, folder)
 
         def go_on() -> None:
-            if resume(trainer, folder, print) != writer.last:
-                raise RuntimeError(f"{writer.last} was not the checkpoint that was resumed from")
+            last = trainer.update
+            if resume(trainer, folder, print) != last:
+                raise RuntimeError(f"the checkpoint of update {last} was not the one that was resumed from")
 
         parts = {"write": write_plainly, "checkpoint": save, "read": read_plainly, "resume": go_on}
         seconds = timed(parts, rounds, device, warm_up=1)
@@ -98,9 +94,7 @@ def measured(name: str, batch: int, device: str, rounds: int, where: Path | None
         **{f"{part}, s": round(median(held), 4) for part, held in seconds.items()},
         "checkpoint / write": round(median_ratio(seconds["checkpoint"], seconds["write"]), 3),
         "resume / read": round(median_ratio(seconds["resume"], seconds["read"]), 3),
-        "waits, s": round(median(waits[1:]), 4),
         "costs, s": round(median(costs), 4),
-        "waits / 60 s": round(median(waits[1:]) / EVERY_SECONDS, 5),
         "costs / 60 s": round(median(costs) / EVERY_SECONDS, 5),
     }  # fmt: skip
 

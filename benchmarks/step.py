@@ -157,7 +157,7 @@ def measured(name: str, device: str, batch: int, rounds: int, settings: list[tup
     return rows
 
 
-if __name__ == "__main__":
+def main() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     parser = arguments(__doc__)
     parser.add_argument("--networks", nargs="+", choices=BATCH, default=None)
@@ -174,3 +174,7 @@ if __name__ == "__main__":
         rounds = options.rounds or (60 if name in ("digits", "tiny") else 12)
         rows += measured(name, options.device, options.batch or BATCH[name], rounds, settings)
     write("step", rows, options, threads=torch.get_num_threads(), num_steps=NUM_STEPS)
+
+
+if __name__ == "__main__":
+    main()
