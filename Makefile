@@ -9,11 +9,12 @@ DOCS_STAMP := $(STAMP)-docs
 
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test check docs clean help
+.PHONY: demo test check bench docs clean help
 help:
 	@echo "make demo    train a teacher on the digits, halve it to 8, 4, 2 and 1 steps, write runs/digits/report/index.html"
 	@echo "make test    prove every formula (tests/, CPU, no network)"
 	@echo "make check   ruff, mypy, import-linter"
+	@echo "make bench   what an update, a sample, memory, a checkpoint and a second process cost, in their short form"
 	@echo "make docs    build the documentation into site/ and check its links"
 	@echo "make clean   remove .venv and caches; runs/ is yours and stays"
 
@@ -43,6 +44,9 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench: $(STAMP)
+	for name in step sample memory io scale; do $(BIN)/python benchmarks/$$name.py --short || exit 1; done
 
 docs: $(DOCS_STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

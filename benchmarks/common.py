@@ -14,12 +14,15 @@ from rich.console import Console
 from rich.table import Table
 
 from halfstep.core.denoiser import NetworkDenoiser
-from halfstep.core.noise import VPCosine
-from halfstep.core.prediction import V
+from halfstep.core.noise import VPCosine, processes
+from halfstep.core.prediction import V, predictions
 from halfstep.data import MemoryData
-from halfstep.nets import UNet2D, unet2d_config
+from halfstep.nets import UNet2D, describe_network, unet2d_config
+from halfstep.objectives import Halving, Plan, Stage
 from halfstep.recipes import recipes
 from halfstep.recipes.schema import UNetConfig
+from halfstep.runs import Manifest
+from halfstep.train import Model, RunSpec
 from halfstep.train.pipeline import environment
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results" / "benchmarks"
@@ -70,6 +73,34 @@ def network(name: str) -> UNet2D:
 def denoiser(name: str, device: str = "cpu") -> NetworkDenoiser:
     """The network as a predictor of v on the cosine process."""
     return NetworkDenoiser(network(name).to(device), VPCosine(), V())
+
+
+def model_of(name: str) -> Model:
+    """The network as a model of images that clips, as an image recipe makes it."""
+    made = denoiser(name).eval()
+    channels, side = SIZES[name]
+    manifest = Manifest(
+        stage="benchmark", objective="denoise", parent=None, num_steps=None, num_updates=1, seconds=0.0,
+        shape=(channels, side, side), is_image=True, clip=True, network=describe_network(made.network),
+        process=processes.describe(made.process), prediction=predictions.describe(made.prediction), files={},
+    )  # fmt: skip
+    return Model(made, manifest)
+
+
+def halving(batch: int, num_updates: int = 10**9, ema_decay: float = 0.0, num_steps: int = 8) -> Stage:
+    """A stage of the chain, whose updates cost the same at any number of steps."""
+    return Stage(
+        Halving(num_steps), num_updates=num_updates, batch_size=batch, learning_rate=1e-4, anneal=False,
+        ema_decay=ema_decay,
+    )  # fmt: skip
+
+
+def spec_of(name: str, stage: Stage, **changes: Any) -> RunSpec:
+    """A run of one stage on random images, from `network` or `teacher` as `changes` say."""
+    changes.setdefault("data", images(name))
+    return RunSpec(
+        recipe={"name": "benchmark"}, plan=Plan((stage,)), process=VPCosine(), prediction=V(), clip=True, **changes
+    )
 
 
 def images(name: str, count: int = 2048) -> MemoryData:

@@ -16,27 +16,10 @@ from typing import Any
 
 import torch
 
-from common import SIZES, arguments, denoiser, median, median_ratio, parsed, timed, write
-from halfstep.core.noise import processes
-from halfstep.core.prediction import predictions
+from common import arguments, median, median_ratio, model_of, parsed, timed, write
 from halfstep.hub import export_pipeline
-from halfstep.nets import describe_network
-from halfstep.runs import Manifest
-from halfstep.train import Model
 
 STEPS = {"digits": [1, 2, 4, 8, 16, 32, 64, 128, 256], "cifar10": [1, 2, 4], "tiny": [1, 4, 16]}
-
-
-def model_of(name: str) -> Model:
-    """The network as a model of images that clips, as an image recipe makes it."""
-    made = denoiser(name).eval()
-    channels, side = SIZES[name]
-    manifest = Manifest(
-        stage="benchmark", objective="denoise", parent=None, num_steps=None, num_updates=1, seconds=0.0,
-        shape=(channels, side, side), is_image=True, clip=True, network=describe_network(made.network),
-        process=processes.describe(made.process), prediction=predictions.describe(made.prediction), files={},
-    )  # fmt: skip
-    return Model(made, manifest)
 
 
 def measured(name: str, batch: int, steps: list[int], device: str, rounds: int) -> list[dict[str, Any]]:
@@ -88,7 +71,7 @@ def measured(name: str, batch: int, steps: list[int], device: str, rounds: int) 
     return rows
 
 
-if __name__ == "__main__":
+def main() -> None:
     warnings.filterwarnings("ignore", category=UserWarning)
     parser = arguments(__doc__)
     parser.add_argument("--networks", nargs="+", choices=STEPS, default=None)
@@ -100,3 +83,7 @@ if __name__ == "__main__":
         rounds = options.rounds or (5 if name != "tiny" else 3)
         rows += measured(name, options.batch, STEPS[name], options.device, rounds)
     write("sample", rows, options, threads=torch.get_num_threads())
+
+
+if __name__ == "__main__":
+    main()

@@ -22,10 +22,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common import arguments, denoiser, images, median, median_ratio, parsed, timed, write
+from common import arguments, denoiser, halving, images, median, median_ratio, parsed, timed, write
 from halfstep.data import MemoryData, held_on, training_batch
 from halfstep.nets import set_dropout
-from halfstep.objectives import Halving, Stage
 from halfstep.train import StageTrainer, make_accelerator
 from halfstep.train.engine import compile_networks, copy_denoiser, make_optimizer
 
@@ -39,36 +38,36 @@ def ours(name: str, data: MemoryData, precision: str, compiled: bool, device: st
     accelerator = make_accelerator(precision, cpu=device == "cpu")
     near = held_on(accelerator.device, data)
     trainer = StageTrainer(
-        copy_denoiser(teacher), teacher, stage_of(batch), lambda draw: training_batch(near, draw, False),
+        copy_denoiser(teacher), teacher, halving(batch, num_steps=NUM_STEPS),
+        lambda draw: training_batch(near, draw, False),
         seed=0, stream="bench", accelerator=accelerator, compiled=compiled, ahead=0 if device == "cpu" else 3,
     )  # fmt: skip
     updates = trainer.run()
     return lambda: next(updates)
 
 
-def stage_of(batch: int) -> Stage:
-    return Stage(Halving(NUM_STEPS), num_updates=10**9, batch_size=batch, learning_rate=1e-4, anneal=False)
-
-
-def bare(name: str, data: MemoryData, precision: str, compiled: bool, device: str, batch: int) -> Callable[[], Any]:
-    """The network calls and the optimiser of an update."""
+def bare(
+    name: str, data: MemoryData, precision: str, compiled: bool, device: str, batch: int, micro_batches: int = 1
+) -> Callable[[], Any]:
+    """The network calls and the optimiser of an update, of so many micro batches of `batch` samples each."""
     teacher, student = denoiser(name, device).eval().requires_grad_(False), denoiser(name, device).train()
     set_dropout(student.network, 0.0)
     if compiled:
         compile_networks(teacher)
         compile_networks(student)
-    optimizer = make_optimizer("adamw", list(student.parameters()), stage_of(batch))
+    optimizer = make_optimizer("adamw", list(student.parameters()), halving(batch, num_steps=NUM_STEPS))
     x0 = data.fetch(torch.arange(batch)).x0.to(device)
     time = torch.full((batch,), 0.5, device=device)
     kind = torch.device(device).type
 
     def update() -> None:
-        with torch.autocast(kind, torch.bfloat16, enabled=precision == "bf16"):
-            with torch.no_grad():
-                teacher.network(x0, time)
-                teacher.network(x0, time)
-            output = student.network(x0, time)
-        output.float().square().mean().backward()
+        for _ in range(micro_batches):
+            with torch.autocast(kind, torch.bfloat16, enabled=precision == "bf16"):
+                with torch.no_grad():
+                    teacher.network(x0, time)
+                    teacher.network(x0, time)
+                output = student.network(x0, time)
+            output.float().square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -158,7 +157,7 @@ def measured(name: str, device: str, batch: int, rounds: int, settings: list[tup
     return rows
 
 
-if __name__ == "__main__":
+def main() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     parser = arguments(__doc__)
     parser.add_argument("--networks", nargs="+", choices=BATCH, default=None)
@@ -175,3 +174,7 @@ if __name__ == "__main__":
         rounds = options.rounds or (60 if name in ("digits", "tiny") else 12)
         rows += measured(name, options.device, options.batch or BATCH[name], rounds, settings)
     write("step", rows, options, threads=torch.get_num_threads(), num_steps=NUM_STEPS)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Seconds of a checkpoint and of a resume against a plain write and read of the same bytes, and their cost to a run.
+
+    python benchmarks/io.py                   # the digits and the CIFAR-10 network
+    python benchmarks/io.py --short
+
+`write` saves the same tensors with safetensors and syncs them; `read` loads them again (both files lie in the page
+cache); these, `checkpoint` (from the call until it is on the disk, read back and found right) and `resume` (checksums,
+reading, taking the state over) take turns. `costs` is what a run of updates takes longer for one checkpoint that begins
+with it, everything counted: in turns with the same updates without one. The share is that of a run that saves every 60
+seconds.
+"""
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common import arguments, halving, median, median_ratio, model_of, parsed, spec_of, timed, write
+from halfstep.runs import StageFolder
+from halfstep.train import StageTrainer, make_accelerator
+from halfstep.train.checkpoint import resume, save_checkpoint
+from halfstep.train.engine import State
+from halfstep.train.pipeline import trainer_for
+from halfstep.train.tensors import read_tensors, write_tensors
+
+EVERY_SECONDS = 60
+BATCH = {"digits": 64, "cifar10": 16, "tiny": 8}
+
+
+def copied(state: State) -> State:
+    """The state in memory of its own."""
+    return {part: {name: tensor.clone() for name, tensor in held.items()} for part, held in state.items()}
+
+
+def cost(trainer: StageTrainer, folder: StageFolder, rounds: int, seconds: float) -> list[float]:
+    """Seconds that each of some checkpoints has cost a run that goes on for longer than one takes."""
+    updates = trainer.run()
+    next(updates)
+    start = time.perf_counter()
+    next(updates)
+    number = max(2, int(1.5 * seconds / (time.perf_counter() - start)) + 1)
+
+    def go_on() -> None:
+        for _ in range(number):
+            next(updates)
+        trainer.check_finite()
+
+    def go_on_and_save() -> None:
+        save_checkpoint(trainer, folder)
+        go_on()
+
+    held = timed({"plain": go_on, "saved": go_on_and_save}, rounds, str(trainer.accelerator.device), warm_up=1)
+    return [saved - plain for saved, plain in zip(held["saved"], held["plain"], strict=True)]
+
+
+def measured(name: str, batch: int, device: str, rounds: int, where: Path | None) -> dict[str, Any]:
+    """A network's row."""
+    spec = spec_of(name, halving(batch, ema_decay=0.99), teacher=model_of(name), cpu=device == "cpu")
+    trainer = trainer_for(spec, spec.plan.stages[0], "bench", spec.teacher, make_accelerator(cpu=spec.cpu))
+    next(trainer.run())
+    state = copied(trainer.state())
+    with tempfile.TemporaryDirectory(dir=where, prefix="halfstep-io-") as made:
+        folder, plain = StageFolder(Path(made) / "stage"), Path(made) / "plain"
+        folder.path.mkdir()
+        plain.mkdir()
+
+        def write_plainly() -> None:
+            for part, tensors in state.items():
+                write_tensors(tensors, plain / f"{part}.safetensors")
+
+        def read_plainly() -> None:
+            for part in state:
+                for tensor in read_tensors(plain / f"{part}.safetensors").values():
+                    tensor.clone()
+
+        def save() -> None:
+            # As in a run, where each checkpoint is another update's.
+            trainer.update += 1
+            save_checkpoint(trainer, folder)
+
+        def go_on() -> None:
+            last = trainer.update
+            if resume(trainer, folder, print) != last:
+                raise RuntimeError(f"the checkpoint of update {last} was not the one that was resumed from")
+
+        parts = {"write": write_plainly, "checkpoint": save, "read": read_plainly, "resume": go_on}
+        seconds = timed(parts, rounds, device, warm_up=1)
+        size = sum(file.stat().st_size for file in plain.iterdir())
+        costs = cost(trainer, folder, rounds, median(seconds["checkpoint"]))
+    return {
+        "network": name, "batch": batch, "MB": round(size / 1e6, 2),
+        **{f"{part}, s": round(median(held), 4) for part, held in seconds.items()},
+        "checkpoint / write": round(median_ratio(seconds["checkpoint"], seconds["write"]), 3),
+        "resume / read": round(median_ratio(seconds["resume"], seconds["read"]), 3),
+        "costs, s": round(median(costs), 4),
+        "costs / 60 s": round(median(costs) / EVERY_SECONDS, 5),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--networks", nargs="+", choices=BATCH, default=None)
+    parser.add_argument("--batch", type=int, default=None, help="in the place of each network's own")
+    parser.add_argument("--rounds", type=int, default=None)
+    parser.add_argument("--folder", type=Path, default=None, help="where to write; the system's temporary folder")
+    options = parsed(parser)
+    rows = [
+        measured(name, options.batch or BATCH[name], options.device, options.rounds or (2 if options.short else 7),
+                 options.folder)
+        for name in options.networks or (["tiny"] if options.short else ["digits", "cifar10"])
+    ]  # fmt: skip
+    write("io", rows, options, threads=torch.get_num_threads())
+
+
+if __name__ == "__main__":
+    main()

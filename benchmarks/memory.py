@@ -1,0 +1,239 @@
+"""Memory of an update, part by part: counted beforehand (as a dry run counts it) and measured.
+
+    python benchmarks/memory.py                   # the CIFAR-10 network
+    python benchmarks/memory.py --short
+
+Every setting runs in a process of its own: a few updates of a tiny network first, so that what libraries take for
+themselves is there, then the network. `weights` are those of student, moving average and teacher, as they stand before
+the first update; `moments` what an update leaves behind beyond them; `pass` what comes and goes within an update
+(activations, gradients, workspaces); `peak` all of it. On the CPU it is the resident memory of the process, with an
+allocator that gives freed memory back at once (MALLOC_MMAP_THRESHOLD_; without it a process holds on to some of it);
+on a GPU, what torch has allocated. A run keeps the model that it distils from in float32 as well, and so does this.
+
+`growth` is a run of 2,050 updates with its log and checkpoints: memory at its end beyond that at update 50.
+"""
+
+import argparse
+import dataclasses
+import gc
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from common import arguments, halving, images, model_of, network, parsed, show, spec_of, write
+from halfstep.data import MemoryData
+from halfstep.objectives import Denoising, Stage
+from halfstep.train import Progress, RunSpec, StageTrainer, make_accelerator, run
+from halfstep.train.cost import count_forward, memory_of_update
+from halfstep.train.pipeline import trainer_for
+
+MB = 1e6
+
+BATCH = {"digits": 64, "cifar10": 16, "tiny": 8}
+
+DENOISE: dict[str, dict[str, Any]] = {
+    "": {},
+    "no moving average": {"ema_decay": 0.0},
+    "gradient checkpointing": {"gradient_checkpointing": True},
+    "a quarter's micro batch": {"micro": 4},
+}
+HALVE: dict[str, dict[str, Any]] = {
+    "": {},
+    "gradient checkpointing": {"gradient_checkpointing": True},
+    "teacher in bf16": {"teacher_precision": "bf16"},
+    "8-bit moments": {"optimizer": "adamw8bit"},
+    "LoRA of rank 16": {"lora_rank": 16},
+    "LoRA, teacher in bf16, checkpointing": {
+        "lora_rank": 16, "teacher_precision": "bf16", "gradient_checkpointing": True,
+    },
+    "bf16 autocast": {"precision": "bf16"},
+}  # fmt: skip
+SETTINGS = {"denoise": DENOISE, "halve": HALVE}
+"""What is switched on, by the kind of stage."""
+
+SHORT = [("halve", ""), ("halve", "gradient checkpointing")]
+
+NO_ATTENTION = ("digits", "tiny")
+"""Networks without the layers that LoRA adds to."""
+
+
+def settings_of(name: str) -> list[tuple[str, str]]:
+    """The stages and settings that a network can have."""
+    return [
+        (kind, setting)
+        for kind, held in SETTINGS.items()
+        for setting in held
+        if not (name in NO_ATTENTION and "LoRA" in setting)
+    ]
+
+
+def spec_for(name: str, kind: str, setting: str, batch: int, cpu: bool, data: MemoryData) -> RunSpec:
+    """The run whose update is measured."""
+    changes = dict(SETTINGS[kind][setting])
+    stage: Stage = halving(batch, ema_decay=changes.pop("ema_decay", 0.99))
+    if kind == "denoise":
+        stage = dataclasses.replace(stage, objective=Denoising())
+        changes["network"] = lambda: network(name)
+    else:
+        changes["teacher"] = model_of(name)
+    if "micro" in changes:
+        changes["micro_batch"] = max(1, batch // changes.pop("micro"))
+    return spec_of(name, stage, cpu=cpu, data=data, **changes)
+
+
+class Gauge:
+    """Reads the memory of this process, or of the GPU, in bytes."""
+
+    def __init__(self, device: str) -> None:
+        self._cuda = device.startswith("cuda")
+
+    def now(self) -> int:
+        """What is held."""
+        gc.collect()
+        if self._cuda:
+            torch.cuda.synchronize()
+            return torch.cuda.memory_allocated()
+        return int(psutil.Process().memory_info().rss)
+
+    def reset_peak(self) -> None:
+        """Lets the next peak be that from here on. Only Linux forgets the peak of a process."""
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats()
+        elif sys.platform == "linux":
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def peak(self) -> int:
+        """The most that was held since."""
+        if self._cuda:
+            return torch.cuda.max_memory_allocated()
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most if sys.platform == "darwin" else most * 1024
+
+
+def few_updates(trainer: StageTrainer) -> None:
+    """Enough that moments are there and an allocator has seen all sizes."""
+    for update in trainer.run():
+        if update == 3:
+            break
+
+
+def measured_here(name: str, kind: str, setting: str, batch: int, device: str) -> dict[str, float]:
+    """Megabytes of the parts, in this process."""
+    cpu = device == "cpu"
+    if "LoRA" in setting:
+        import peft  # noqa: F401
+    tiny = spec_for("tiny", kind, setting if (kind, setting) in settings_of("tiny") else "", 8, cpu, images("tiny"))
+    accelerator = make_accelerator(tiny.precision, cpu)
+    few_updates(trainer_for(tiny, tiny.plan.stages[0], "warm", tiny.teacher, accelerator))
+    del tiny
+    data, gauge = images(name), Gauge(device)
+    before = gauge.now()
+    gauge.reset_peak()
+    spec = spec_for(name, kind, setting, batch, cpu, data)
+    trainer = trainer_for(spec, spec.plan.stages[0], "bench", spec.teacher, accelerator)
+    weights = gauge.now()
+    few_updates(trainer)
+    after = gauge.now()
+    found = {"weights": weights - before, "moments": after - weights, "pass": gauge.peak() - after}
+    return {part: size / MB for part, size in (found | {"peak": gauge.peak() - before}).items()}
+
+
+def counted(name: str, kind: str, setting: str, batch: int) -> dict[str, float]:
+    """Megabytes of the parts, as a dry run counts them."""
+    spec = spec_for(name, kind, setting, batch, True, images(name))
+    memory = memory_of_update(
+        spec.plan.stages[0], count_forward(spec), spec.micro_batch, spec.optimizer, spec.teacher_precision
+    )
+    return {part: size / MB for part, size in memory._asdict().items()} | {"peak": sum(memory) / MB}
+
+
+def in_a_process(*words: str) -> dict[str, float]:
+    """What this script prints, as JSON, when it is called so in a fresh process."""
+    done = subprocess.run(
+        [sys.executable, __file__, *words],
+        stdout=subprocess.PIPE, text=True, check=True, env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},
+    )  # fmt: skip
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def row_of(name: str, kind: str, setting: str, batch: int, found: dict[str, float]) -> dict[str, Any]:
+    """Counted beside measured."""
+    count = counted(name, kind, setting, batch)
+    row: dict[str, Any] = {"network": name, "stage": kind, "setting": setting or "-", "batch": batch}
+    row |= {f"counted {part}": round(size, 2) for part, size in count.items()}
+    row |= {f"measured {part}": round(size, 2) for part, size in found.items()}
+    return row | {"measured / counted": round(found["peak"] / count["peak"], 3)}
+
+
+def growth_here(name: str, device: str, updates: int) -> dict[str, Any]:
+    """What a run's memory has grown by between update 50 and its end, in this process."""
+    stage = halving(BATCH[name], num_updates=updates + 50, ema_decay=0.99)
+    spec = spec_of(
+        name, stage, cpu=device == "cpu", teacher=model_of(name), log_every=50, checkpoint_updates=max(60, updates // 5)
+    )
+    gauge, held = Gauge(device), {}
+    with tempfile.TemporaryDirectory() as folder:
+        for event in run(spec, Path(folder) / "run"):
+            if isinstance(event, Progress) and event.window.update in (50, updates + 50):
+                held[event.window.update] = (gauge.now(), live_tensors())
+    (first, tensors), (last, at_end) = held.values()
+    return {
+        "network": name, "updates": updates, "MB at 50": round(first / MB, 2), "MB at the end": round(last / MB, 2),
+        "growth, MB": round((last - first) / MB, 3), "growth, bytes of live tensors": at_end - tensors,
+    }  # fmt: skip
+
+
+def live_tensors() -> int:
+    """Bytes of all tensors that Python still knows."""
+    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        storages = {
+            thing.untyped_storage().data_ptr(): thing.untyped_storage().nbytes()
+            for thing in gc.get_objects()
+            if isinstance(thing, torch.Tensor) and thing.layout == torch.strided
+        }
+    return sum(storages.values())
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--networks", nargs="+", choices=BATCH, default=None)
+    parser.add_argument("--batch", type=int, default=None, help="in the place of each network's own")
+    parser.add_argument("--worker", nargs=4, metavar=("NETWORK", "STAGE", "SETTING", "BATCH"), help=argparse.SUPPRESS)
+    parser.add_argument("--growth-worker", nargs=2, metavar=("NETWORK", "UPDATES"), help=argparse.SUPPRESS)
+    options = parsed(parser)
+    if options.worker:
+        name, kind, setting, batch = options.worker
+        print(json.dumps(measured_here(name, kind, setting, int(batch), options.device)))
+        return
+    if options.growth_worker:
+        name, updates = options.growth_worker
+        print(json.dumps(growth_here(name, options.device, int(updates))))
+        return
+    names = options.networks or (["tiny"] if options.short else ["cifar10"])
+    words = ["--device", options.device, *(["--threads", str(options.threads)] if options.threads else [])]
+    rows = []
+    for name in names:
+        batch = options.batch or BATCH[name]
+        for kind, setting in SHORT if options.short else settings_of(name):
+            found = in_a_process(*words, "--worker", name, kind, setting, str(batch))
+            rows.append(row_of(name, kind, setting, batch, found))
+    smallest = "tiny" if options.short else "digits"
+    growth = in_a_process(*words, "--growth-worker", smallest, "100" if options.short else "2000")
+    show("growth", [growth])
+    write("memory", rows, options, growth=growth, threads=torch.get_num_threads(), unit="10^6 bytes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""The benchmarks run in their short form and write what their tables promise.
+
+All in this process, but for one start of two processes; what the full forms start afresh for each setting is called
+here as they call it.
+"""
+
+import contextlib
+import importlib.util
+import io
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final
+
+import pytest
+import torch
+
+FOLDER: Final = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def modules(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Imports a benchmark by its name, as a script of its folder is."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    threads, names = torch.get_num_threads(), {path.stem for path in FOLDER.glob("*.py")}
+    # Python's own io is there already; a benchmark is of that name.
+    before = {name: sys.modules.get(name) for name in names}
+    torch.set_num_threads(1)
+
+    def load(name: str) -> ModuleType:
+        if name in before and name != "io":
+            return importlib.import_module(name)
+        spec = importlib.util.spec_from_file_location(f"bench_{name}", FOLDER / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    yield load
+    torch.set_num_threads(threads)
+    for name, module in before.items():
+        sys.modules.pop(name, None)
+        if module is not None:
+            sys.modules[name] = module
+
+
+def called(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *words: str) -> str:
+    """What its command line prints."""
+    printed = io.StringIO()
+    with monkeypatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(sys, "argv", [str(module.__file__), "--device", "cpu", *words])
+        module.main()
+    return printed.getvalue()
+
+
+def written(module: ModuleType, monkeypatch: pytest.MonkeyPatch, file: Path, *words: str) -> dict[str, Any]:
+    """The JSON that its short form writes, which names the machine, the commit and the command."""
+    called(module, monkeypatch, "--short", "--networks", "tiny", "--out", str(file), *words)
+    result: dict[str, Any] = json.loads(file.read_text())
+    assert result["benchmark"] == str(module.__name__).removeprefix("bench_")
+    assert {"versions", "git_commit", "device", "cpu_count", "threads", "command"} <= result["environment"].keys()
+    return result
+
+
+def positive(rows: list[dict[str, Any]], *keys: str) -> bool:
+    return all(row[key] > 0 for row in rows for key in keys)
+
+
+def test_step_and_sample(modules: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rows = written(modules("step"), monkeypatch, tmp_path / "step.json", "--rounds", "2")["rows"]
+    assert [(row["precision"], row["compiled"]) for row in rows] == [("float32", False), ("bf16", False)]
+    assert all(
+        min(row["seconds"], row["bare"], row["naive"], row["ours / bare"], row["naive / ours"]) > 0 for row in rows
+    )
+    words = ("--rounds", "1", "--batch", "4")
+    rows = written(modules("sample"), monkeypatch, tmp_path / "sample.json", *words)["rows"]
+    assert [row["steps"] for row in rows] == [1, 4, 16]
+    keys = (
+        "images / s",
+        "bare images / s",
+        "diffusers images / s",
+        "ours / bare",
+        "diffusers / ours",
+        "time / time at 4",
+    )
+    assert all(row[key] > 0 for row in rows for key in keys)
+    assert rows[1]["time / time at 4"] == 1
+
+
+def test_memory(modules: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    memory = modules("memory")
+
+    def here(*words: str) -> Any:
+        return json.loads(called(memory, monkeypatch, *words).splitlines()[-1])
+
+    monkeypatch.setattr(memory, "in_a_process", here)
+    result = written(memory, monkeypatch, tmp_path / "memory.json")
+    plain, again = result["rows"]
+    assert (plain["setting"], again["setting"]) == ("-", "gradient checkpointing")
+    # Counted is exact, whatever this process holds already: what is computed again is not kept.
+    assert again["counted activations"] < plain["counted activations"]
+    for row in result["rows"]:
+        parts = ("weights", "gradients", "moments", "average", "teacher", "activations")
+        assert row["counted peak"] == pytest.approx(sum(row[f"counted {part}"] for part in parts), abs=0.05)
+        parts = ("weights", "moments", "pass")
+        assert row["measured peak"] == pytest.approx(sum(row[f"measured {part}"] for part in parts), abs=0.05)
+    assert result["growth"]["growth, bytes of live tensors"] == 0
+
+
+def test_io(modules: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    words = ("--rounds", "2", "--folder", str(tmp_path))
+    (row,) = written(modules("io"), monkeypatch, tmp_path / "io.json", *words)["rows"]
+    keys = (
+        "MB",
+        "write, s",
+        "read, s",
+        "checkpoint, s",
+        "resume, s",
+        "waits, s",
+        "checkpoint / write",
+        "resume / read",
+    )
+    assert all(row[key] > 0 for key in keys)
+    assert row["costs / 60 s"] == pytest.approx(row["costs, s"] / 60, abs=1e-5)
+    assert not list(tmp_path.glob("halfstep-io-*"))
+
+
+def test_scale(modules: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    scale, started = modules("scale"), modules("scale").started
+
+    def alone_here(name: str, batch: int, processes: int, threads: int, *rest: Any) -> Any:
+        if processes > 1:
+            return started(name, batch, processes, threads, *rest)
+        scale.worker(name, batch, *rest, tmp_path / "seconds.json")
+        return json.loads((tmp_path / "seconds.json").read_text())["seconds"]
+
+    monkeypatch.setattr(scale, "started", alone_here)
+    rows = written(scale, monkeypatch, tmp_path / "scale.json", "--rounds", "2")["rows"]
+    found = [(row["processes"], row["threads of each"], row["micro batches of each"]) for row in rows]
+    assert found == [(1, 1, 1), (2, 1, 1), (1, 1, 2)]
+    assert positive(rows, "seconds", "bare", "ours / bare", "against 1")
+    assert rows[0]["against 1"] == 1
