@@ -68,6 +68,7 @@ def write_stage(
     *,
     protocol: dict[str, Any] = PROTOCOL,
     seconds: float = 93.5,
+    parent: str = "before",
 ) -> None:
     """A complete stage."""
     folder = RunFolder(run).stage(name)
@@ -75,8 +76,8 @@ def write_stage(
     folder.model.write_bytes(b"weights")
     manifest = Manifest(
         stage=name,
-        objective="denoising" if num_steps is None else "halving",
-        parent=None if num_steps is None else "before",
+        objective="denoise" if num_steps is None else "halve",
+        parent=None if num_steps is None else parent,
         num_steps=num_steps,
         start_steps=256,
         num_updates=2000 if num_steps is None else 400,
@@ -132,8 +133,8 @@ def write_fake_run(
         {n: samples(n, False) for n in TEACHER_STEPS},
         seconds=411.0,
     )
-    for stage, n in zip(names[1 : len(students) + 1], students, strict=True):
-        write_stage(run, stage, n, [result(n, True)], {n: samples(n, True)})
+    for index, n in enumerate(students, 1):
+        write_stage(run, names[index], n, [result(n, True)], {n: samples(n, True)}, parent=names[index - 1])
     random = np.random.default_rng(2)
     rows = []
     for index, stage in enumerate(names[: len(students) + 1]):

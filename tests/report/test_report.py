@@ -316,7 +316,7 @@ def test_a_recipe_without_a_plan_is_enough(tmp_path: Path) -> None:
     run = write_fake_run(tmp_path / "run", students=(128,), planned=(128,))
     write_json(run / "recipe.json", {"recipe": "?", "environment": 3, "plan": {"a": 1}})
     page = reported(run)
-    assert page.text.strip().startswith("run: 128 steps instead of 256")
+    assert page.text.strip().startswith("run: A student that needs 128 steps instead of 256")
 
 
 def test_figures_of_different_protocols_share_no_row(tmp_path: Path) -> None:
