@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from halfstep.cli import evaluating, exporting, importing, studying
+from halfstep.cli import evaluating, exploring, exporting, importing, studying
 from halfstep.cli.arguments import (
     DistillArguments,
     ListArguments,
@@ -347,6 +347,11 @@ def report(argv: Sequence[str]) -> None:
     if arguments.studies is not None and not any(arguments.studies.glob("*/study.json")):
         raise UsageError(f"{arguments.studies} holds no studies: give the folder that `halfstep study` wrote to")
     print(make_report(arguments.run, studies=arguments.studies))
+
+
+def explore(argv: Sequence[str]) -> None:
+    """Serve a local page on which a run's models can be asked."""
+    exploring.explore(argv)
 
 
 def ls(argv: Sequence[str]) -> None:

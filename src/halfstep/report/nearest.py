@@ -78,8 +78,8 @@ def shown_nearest(facts: NearestFacts | None) -> Nearest | None:
     closest = facts.distances[:, 0]
     text = (
         f"Of {count(len(closest), 'sample')}, the median distance to the nearest of {facts.num_searched:,} training "
-        f"samples is {number(float(np.median(closest)))}, the smallest {number(float(closest.min()))} (root mean square "
-        "difference of all values; a copy has 0). "
+        f"samples is {number(float(np.median(closest)))}, the smallest {number(float(closest.min()))} (root mean "
+        "square difference of all values; a copy has 0). "
     )
     if len(facts.real):
         text += (
