@@ -375,10 +375,11 @@ def test_samples_without_a_picture_are_said_to_have_none(tmp_path: Path) -> None
     assert "There is no picture for this modality: samples of shape 1 × 160, float32." in page.text
 
 
-def test_without_a_complete_stage_there_is_one_clear_line(tmp_path: Path) -> None:
+def test_without_a_stage_and_without_a_log_there_is_one_clear_line(tmp_path: Path) -> None:
     run = write_fake_run(tmp_path / "run", students=(), planned=(128,))
     (run / "stages/00-denoise/manifest.json").unlink()
-    with pytest.raises(ValueError, match=r"has no complete stage to report on \(no stages/\*/manifest.json\)"):
+    (run / "log.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"has nothing to report on \(no stages/\*/manifest.json, no log.jsonl\)"):
         write_report(run)
     assert not RunFolder(run).report_path.exists()
     with pytest.raises(ValueError, match="is not a run folder"):

@@ -53,7 +53,5 @@ def explore(argv: Sequence[str]) -> None:
         if choice.missing is not None:
             print(f"halfstep: warning: {choice.name} is missing: {choice.missing}", file=sys.stderr)
     if arguments.host not in (*LOCAL, "::1"):
-        print(
-            f"halfstep: warning: {arguments.host} can be reached by others, and there is no password", file=sys.stderr
-        )
+        print(f"halfstep: warning: others can reach {arguments.host}, and there is no password", file=sys.stderr)
     serve(explorer, arguments.host, arguments.port, lambda url: print(f"{url}  (Ctrl-C ends it)", flush=True))

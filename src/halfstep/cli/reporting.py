@@ -12,7 +12,7 @@ from halfstep.report import headline, read_run, save_nearest, write_report
 from halfstep.report.nearest import nearest_key
 from halfstep.report.reading import NearestFacts, RunFacts
 from halfstep.runs import RunFolder
-from halfstep.train import nearest
+from halfstep.train import nearest_samples
 from halfstep.train.evaluate import from_uint8, samples_array
 
 NUM_SHOWN = 8
@@ -62,7 +62,9 @@ def _look(run: RunFolder, facts: RunFacts, data: Data | None) -> str | None:
             return f"{data.source} has changed since the run was trained on it"
         images = samples.dtype == np.uint8
         x0 = torch.from_numpy(samples)
-        found = nearest(data, from_uint8(x0.permute(0, 3, 1, 2)) if images else x0, NUM_NEIGHBOURS, recipe.data.flip)
+        found = nearest_samples(
+            data, from_uint8(x0.permute(0, 3, 1, 2)) if images else x0, NUM_NEIGHBOURS, recipe.data.flip
+        )
     except (ValueError, OSError) as error:
         return " ".join(str(error).split())
     neighbours = found.x0[:NUM_SHOWN]

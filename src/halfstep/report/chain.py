@@ -223,5 +223,5 @@ def _paid(facts: RunFacts, groups: Sequence[Group], summary: Summary) -> str | N
     return (
         f"Training the chain down to {count(row.steps, 'step')} took {duration(trained)} and saves "
         f"{number(saved * 1000)} s per 1,000 samples against the teacher at {count(group.most.num_steps, 'step')}: "
-        f"it is won back after about {round(trained / saved):,} samples."
+        f"it is won back after about {float(f'{trained / saved:.2g}'):,.0f} samples."
     )

@@ -7,12 +7,13 @@ another name than this machine's (DNS rebinding). Pictures travel inside the ans
 
 import base64
 import io
+import json
 import os
 import re
 import socket
 import sys
 import threading
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from importlib.util import find_spec
 from typing import Any, Final, final
 
@@ -54,10 +55,11 @@ class Door:
 
     Args:
         hosts: names by which it may be called; None for any.
+        inputs: how many values each function takes, by its name and by its number.
     """
 
-    def __init__(self, app: App, hosts: Sequence[str] | None) -> None:
-        self.app, self.hosts = app, hosts
+    def __init__(self, app: App, hosts: Sequence[str] | None, inputs: Mapping[str | int, int]) -> None:
+        self.app, self.hosts, self.inputs = app, hosts, inputs
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -79,7 +81,23 @@ class Door:
             await _refuse(send, 413, f"a request may have {LARGEST_BODY} bytes")
             return
 
-        failed = False
+        body = b""
+        more = scope["method"] == "POST"
+        while more:
+            message = await receive()
+            body += message.get("body", b"")
+            more = message["type"] == "http.request" and message.get("more_body", False)
+        if scope["method"] == "POST" and (wrong := self._wrong(scope["path"].rstrip("/"), body)) is not None:
+            await _refuse(send, 400, wrong)
+            return
+        failed, given = False, scope["method"] != "POST"
+
+        async def again() -> Message:
+            nonlocal given
+            if given:
+                return await receive()
+            given = True
+            return {"type": "http.request", "body": body, "more_body": False}
 
         async def with_policy(message: Message) -> None:
             nonlocal failed
@@ -95,7 +113,7 @@ class Door:
                 await send(message)
 
         try:
-            await self.app(scope, receive, with_policy)
+            await self.app(scope, again, with_policy)
         except Exception as error:
             # What gradio does not expect of a request it raises: a function's number that there is not.
             print(f"halfstep: a request to {scope['path']} failed ({type(error).__name__})", file=sys.stderr)
@@ -103,6 +121,26 @@ class Door:
                 raise
         if failed:
             await _refuse(send, 400, "this request cannot be understood")
+
+    def _wrong(self, path: str, body: bytes) -> str | None:
+        """What is wrong with a call of one of the functions; None if it can be passed on."""
+        found = re.fullmatch(r"/gradio_api/(?:call/(\w+)|queue/join)", path)
+        if found is None:
+            return None
+        try:
+            held = json.loads(body)
+        except (ValueError, RecursionError):
+            held = None
+        data = held.get("data") if isinstance(held, dict) else None
+        if not isinstance(data, list):
+            return 'a call is JSON, {"data": [...]}'
+        name = found[1] or held.get("fn_index")
+        needed = self.inputs.get(name) if isinstance(name, str | int) else None
+        if needed is None:
+            return f"there is no function {name!r:.40}"
+        if len(data) != needed:
+            return f"this function takes {needed} values, got {len(data)}: see /gradio_api/info"
+        return None
 
 
 async def _refuse(send: Send, status: int, text: str) -> None:
@@ -132,13 +170,14 @@ def serve(explorer: Explorer, host: str = "127.0.0.1", port: int = 7860, ready: 
         except (OSError, OverflowError) as error:
             raise ValueError(f"cannot listen at {host}, port {port} ({error}): choose another --port") from None
         listener.listen(512)
-        ready(f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}")
+        address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         config = uvicorn.Config(app, log_level="warning", access_log=False, ws="none", timeout_graceful_shutdown=1)
         server = uvicorn.Server(config)
         # In a thread of its own it leaves signals alone, which it would answer with a traceback.
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
-        thread.start()
         try:
+            thread.start()
+            ready(address)
             while thread.is_alive():
                 thread.join(0.5)
         except KeyboardInterrupt:
@@ -161,9 +200,10 @@ def page(explorer: Explorer, hosts: Sequence[str] | None) -> App:
     from fastapi import FastAPI
 
     fonts = ["system-ui", "sans-serif"]
+    blocks = _blocks(gr, explorer)
     inner = gr.mount_gradio_app(
         FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
-        _blocks(gr, explorer),
+        blocks,
         path="/",
         theme=gr.themes.Default(primary_hue="blue", font=fonts, font_mono=["ui-monospace", "monospace"]).set(
             # The theme's own are too pale to be read: these have 6 to 1 and 5.2 to 1 and more.
@@ -184,7 +224,12 @@ def page(explorer: Explorer, hosts: Sequence[str] | None) -> App:
         max_file_size=1,
         show_error=True,
     )
-    return Door(inner, hosts)
+    inputs: dict[str | int, int] = {}
+    for index, function in blocks.fns.items():
+        inputs[index] = len(function.inputs)
+        if isinstance(function.api_name, str) and function.api_visibility == "public":
+            inputs[function.api_name] = len(function.inputs)
+    return Door(inner, hosts, inputs)
 
 
 CSS: Final = """

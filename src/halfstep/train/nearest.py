@@ -38,7 +38,7 @@ class Neighbours:
     """Training samples that were searched."""
 
 
-def nearest(data: Data, x0: Tensor, k: int = 3, flip: bool = False) -> Neighbours:
+def nearest_samples(data: Data, x0: Tensor, k: int = 3, flip: bool = False) -> Neighbours:
     """The k training samples nearest to each of the samples `x0` `[n, *shape]`, or all if there are fewer.
 
     Args:
