@@ -281,7 +281,7 @@ def test_data_that_cannot_be_opened_is_said(tmp_path: Path) -> None:
     run = write_fake_run(tmp_path / "run", students=(128,), planned=(128,))
     content = json.loads((run / "recipe.json").read_text())
     for recipe, said in (
-        ({"name": "a", "data": {"source": str(tmp_path / "gone.npy")}}, "gone.npy does not exist"),
+        ({"name": "a", "data": {"source": str(tmp_path / "gone.npy")}}, "gone.npy is not a file"),
         ({"name": "a", "data": {"source": "digits"}}, "has changed since the run was trained on it"),
     ):
         write_json(run / "recipe.json", content | {"recipe": recipe, "data_fingerprint": "another"})
