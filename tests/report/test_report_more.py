@@ -92,13 +92,16 @@ def test_a_run_whose_teacher_is_still_in_training_is_reported(tmp_path: Path) ->
 
 def test_an_evaluation_is_shown_one_table_for_each_protocol(tmp_path: Path) -> None:
     run = write_fake_run(tmp_path / "run")
-    write_fake_evaluation(run, complete=False)
+    content = fake_evaluation(complete=False)
+    content["tables"][0]["rows"][-1]["gamma"] = 0.25
+    write_json(RunFolder(run).evaluation_path, content)
     page = reported(run)
     sets, near = (table[1:] for table in page.tables if table[0] and table[0][0] == "Series")
     assert [row[:2] for row in sets[:3]] == [["student", "8"], ["student", "4"], ["student", "1"]]
     assert sets[0][3] == f"{number(frechet(8, True))} ± {number(0.01)}"
     assert sets[0][4] == "0.800"
     assert sets[4][4] == "–"
+    assert [row[0] for row in sets[-3:-1]] == ["teacher, Heun", "teacher, Heun, gamma 0.25"]
     assert sets[-1][0].startswith("real data, one half against the other (898 each)")
     assert sets[-1][3] == "0.600"
     assert len(near) == 3

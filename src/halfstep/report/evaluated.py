@@ -77,7 +77,7 @@ def _table(name: str, table: EvaluationTable, evaluation: EvaluationResult) -> S
     series = {line.name: line for line in evaluation.series}
     rows = [
         ShownRow(
-            label=series[row.series].label if row.series in series else row.series,
+            label=(series[row.series].label if row.series in series else row.series) + _searched(row),
             role=series[row.series].role if row.series in series else "other",
             steps="–" if row.num_steps is None else f"{row.num_steps:,}",
             evals="–" if row.num_evals is None else f"{row.num_evals:,}",
@@ -97,6 +97,11 @@ def _table(name: str, table: EvaluationTable, evaluation: EvaluationResult) -> S
         figure_alt=f"Line chart: {label} against the number of sampler steps; the table below holds its figures.",
         protocol=flatten(table.protocol.model_dump(mode="json")),
     )
+
+
+def _searched(row: Row) -> str:
+    """The variance that was found best for this row; empty where none was searched for."""
+    return "" if row.gamma is None else f", gamma {row.gamma:g}"
 
 
 def _heading(table: EvaluationTable) -> str:
