@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,14 @@ SCREENS = [(width, scheme) for width in (390, 820, 1400) for scheme in ("light",
 def chromium() -> str:
     """Its path. Without it the test is skipped, or fails where HALFSTEP_BROWSER=required (in CI)."""
     path = shutil.which("chromium") or shutil.which("chromium-browser")
-    if path is None:
-        reason = "no chromium: apt-get install chromium"
+    reason = "no chromium: apt-get install chromium" if path is None else None
+    if reason is None and not (find_spec("playwright") and find_spec("axe_playwright_python")):
+        reason = "no playwright: pip install --group dev"
+    if reason is not None:
         if os.environ.get("HALFSTEP_BROWSER") == "required":
             pytest.fail(reason)
         pytest.skip(reason)
+    assert path
     return path
 
 
@@ -37,8 +41,9 @@ def chromium() -> str:
 def browser() -> Iterator[Any]:
     """A running chromium."""
     path = chromium()
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as playwright:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
         found = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
         try:
             yield found
@@ -68,8 +73,9 @@ class Watched:
 
 def serious(page: Any, context: object = None) -> list[str]:
     """What axe finds that is serious or critical, with the elements."""
-    axe = pytest.importorskip("axe_playwright_python")
-    script = (Path(axe.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
+    import axe_playwright_python
+
+    script = (Path(str(axe_playwright_python.__file__)).parent / "axe.min.js").read_text(encoding="utf-8")
     # In the devtools' own world, which a page's policy does not bind.
     page.evaluate(script)
     found = page.evaluate("context => axe.run(context ?? document, { resultTypes: ['violations'] })", context)

@@ -165,8 +165,14 @@ def request(**changes: object) -> list[object]:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"stage": "../../../etc/passwd"}, "not in the list of choices"),
-        ({"stage": {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}}, "not in the list of choices"),
+        (
+            {"stage": "../../../etc/passwd"},
+            "there is no stage '../../../etc/passwd': choose one of 00-denoise, 01-halve",
+        ),
+        (
+            {"stage": {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}},
+            "there is no stage {'path': '/etc/passwd'",
+        ),
         ({"stage": "03-halve-0001"}, "03-halve-0001 is missing: it has not been trained yet"),
         ({"stage": None}, "there is no stage None"),
         ({"steps": -1}, "steps must be a whole number from 1 to 1,024, got -1"),
@@ -177,7 +183,7 @@ def request(**changes: object) -> list[object]:
         ({"samples": 100_000}, "samples must be a whole number from 1 to 64, got 100000"),
         ({"samples": 0}, "samples must be a whole number from 1 to 64, got 0"),
         ({"seed": -1}, "seed must be a whole number from 0"),
-        ({"class": 99}, "not in the list of choices"),
+        ({"class": 99}, "class must be a whole number from 0 to 2, got 99"),
         ({"guidance": 3}, "knows no guidance"),
         ({"guidance": "many"}, "the guidance scale must be a number from 0 to 50"),
     ],

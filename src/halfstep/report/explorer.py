@@ -267,6 +267,8 @@ def _blocks(gr: Any, explorer: Explorer) -> Any:
         call.__doc__ = label
         return call
 
+    # gradio's own refusal of a value that is not in a list prints a traceback here; ours says more.
+    checked_here: dict[str, Any] = {"allow_custom_value": True}
     with gr.Blocks(title=f"halfstep: {explorer.path.resolve().name}", analytics_enabled=False) as blocks:
         gr.Markdown(f"# {_plain(explorer.path.resolve().name)}: teacher and students from the same noise")
         if missing:
@@ -278,13 +280,20 @@ def _blocks(gr: Any, explorer: Explorer) -> Any:
                 label="Stage",
                 elem_id="stage",
                 filterable=False,
+                **checked_here,
             )
             steps = gr.Number(last.num_steps or explorer.start_steps, label="Steps of the stage", elem_id="steps")
             teacher_steps = gr.Number(explorer.start_steps, label="Steps of the teacher", elem_id="teacher-steps")
             seed = gr.Number(0, label="Seed", elem_id="seed")
             classes = [("all in turn", None), *((str(k), k) for k in range(manifest.num_classes))]
             class_label = gr.Dropdown(
-                classes, value=None, label="Class", elem_id="class", visible=manifest.num_classes > 0, filterable=False
+                classes,
+                value=None,
+                label="Class",
+                elem_id="class",
+                visible=manifest.num_classes > 0,
+                filterable=False,
+                **checked_here,
             )
             scale = gr.Number(
                 None, label="Guidance (empty: the model’s own)", elem_id="guidance", visible=explorer.knows_guidance
@@ -311,8 +320,8 @@ def _blocks(gr: Any, explorer: Explorer) -> Any:
 
         own = {choice.name: choice.num_steps or explorer.start_steps for choice in explorer.choices}
 
-        def own_steps(name: str) -> int:
-            return own[name]
+        def own_steps(name: object) -> int:
+            return own.get(name, 1) if isinstance(name, str) else 1
 
         stage.change(own_steps, stage, steps, api_visibility="private", show_progress="hidden")
         together = {"concurrency_limit": 1, "concurrency_id": "models"}
