@@ -165,20 +165,12 @@ def request(**changes: object) -> list[object]:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (
-            {"stage": "../../../etc/passwd"},
-            "there is no stage '../../../etc/passwd': choose one of 00-denoise, 01-halve",
-        ),
-        (
-            {"stage": {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}},
-            "there is no stage {'path': '/etc/passwd'",
-        ),
+        ({"stage": "../../../etc/passwd"}, "there is no stage '../../../etc/passwd': choose one of 00-denoise,"),
         ({"stage": "03-halve-0001"}, "03-halve-0001 is missing: it has not been trained yet"),
         ({"stage": None}, "there is no stage None"),
         ({"steps": -1}, "steps must be a whole number from 1 to 1,024, got -1"),
         ({"steps": 10**12}, "steps must be a whole number from 1 to 1,024"),
         ({"steps": "__import__('os').system('true')"}, "steps must be a whole number"),
-        ({"steps": [2]}, "steps must be a whole number"),
         ({"teacher_steps": 1e300}, "teacher's steps must be a whole number"),
         ({"samples": 100_000}, "samples must be a whole number from 1 to 64, got 100000"),
         ({"samples": 0}, "samples must be a whole number from 1 to 64, got 0"),
@@ -256,6 +248,12 @@ def test_bodies_that_are_large_or_nonsense_are_refused(url: str) -> None:
         answer = httpx.post(call, content=json.dumps({"data": data}), headers=kind)
         said = f"halfstep: this function takes 7 values, got {len(data)}: see /gradio_api/info\n"
         assert (answer.status_code, answer.text) == (400, said)
+    # gradio copies a file that is named so into its cache, or fetches it, before a function is asked.
+    for file in ({"path": "/etc/passwd"}, {"path": "a", "url": f"{url}/config"}, ["/etc/passwd"], {"a": {"path": "b"}}):
+        value = file | {"meta": {"_type": "gradio.FileData"}} if isinstance(file, dict) else file
+        for address, more in ((call, {}), (join, {"fn_index": 1, "session_hash": "a"})):
+            answer = httpx.post(address, json={"data": request(stage=value), **more})
+            assert (answer.status_code, answer.text) == (400, "halfstep: each value is a number, a text or null\n")
     for number in (99, -1, "x", None, 1.5):
         answer = httpx.post(join, json={"data": [], "fn_index": number, "session_hash": "a"})
         assert (answer.status_code, answer.text) == (400, f"halfstep: there is no function {number!r}\n")

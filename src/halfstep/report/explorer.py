@@ -140,6 +140,9 @@ class Door:
             return f"there is no function {name!r:.40}"
         if len(data) != needed:
             return f"this function takes {needed} values, got {len(data)}: see /gradio_api/info"
+        if any(isinstance(value, dict | list) for value in data):
+            # gradio takes some of these for files, which it would copy, or fetch from another host, before we see them.
+            return "each value is a number, a text or null"
         return None
 
 
