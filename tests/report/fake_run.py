@@ -68,6 +68,7 @@ def write_stage(
     *,
     protocol: dict[str, Any] = PROTOCOL,
     seconds: float = 93.5,
+    parent: str = "before",
 ) -> None:
     """A complete stage."""
     folder = RunFolder(run).stage(name)
@@ -75,8 +76,8 @@ def write_stage(
     folder.model.write_bytes(b"weights")
     manifest = Manifest(
         stage=name,
-        objective="denoising" if num_steps is None else "halving",
-        parent=None if num_steps is None else "before",
+        objective="denoise" if num_steps is None else "halve",
+        parent=None if num_steps is None else parent,
         num_steps=num_steps,
         start_steps=256,
         num_updates=2000 if num_steps is None else 400,
@@ -132,8 +133,8 @@ def write_fake_run(
         {n: samples(n, False) for n in TEACHER_STEPS},
         seconds=411.0,
     )
-    for stage, n in zip(names[1 : len(students) + 1], students, strict=True):
-        write_stage(run, stage, n, [result(n, True)], {n: samples(n, True)})
+    for index, n in enumerate(students, 1):
+        write_stage(run, names[index], n, [result(n, True)], {n: samples(n, True)}, parent=names[index - 1])
     random = np.random.default_rng(2)
     rows = []
     for index, stage in enumerate(names[: len(students) + 1]):
@@ -153,3 +154,72 @@ def write_fake_run(
             )
     (run / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return run
+
+
+def figure(mean: float, spread: float | None = None) -> dict[str, Any]:
+    """A figure of evaluation.json."""
+    return {"mean": mean, "spread": spread, "values": [mean] if spread is None else [mean - spread, mean + spread]}
+
+
+def fake_evaluation(complete: bool = True) -> dict[str, Any]:
+    """The content of an evaluation.json: students, two of the teacher's samplers, two protocols."""
+    protocol = {
+        "kind": "sets",
+        "extractor": "classifier-1-abc",
+        "extractor_facts": {"dimension": 64},
+        "resize": "none",
+        "reference": "digits",
+        "reference_split": "train",
+        "reference_fingerprint": "ab",
+        "num_reference": 1797,
+        "reference_rows": "all",
+        "num_samples": 2000,
+        "seeds": ["0-1999", "2000-3999"],
+        "images": "rounded to uint8",
+    }
+
+    def row(series: str, steps: int, figures: dict[str, Any]) -> dict[str, Any]:
+        stage = (
+            "00-denoise" if series.startswith("teacher") else f"{STUDENT_STEPS.index(steps) + 1:02d}-halve-{steps:04d}"
+        )
+        seconds = 0.013 + 0.0217 * steps
+        return {
+            "series": series, "num_steps": steps, "num_evals": steps, "stage": stage, "seconds_per_1000": seconds,
+            "figures": figures,
+        }  # fmt: skip
+
+    sets = [row("student", n, {"frechet": figure(frechet(n, True), 0.01), "precision": figure(0.8)}) for n in (8, 4, 1)]
+    sets += [row("teacher-ddim", n, {"frechet": figure(frechet(n, False), 0.02)}) for n in (256, 64, 4, 1)]
+    sets += [row("teacher-heun", n, {"frechet": figure(2 * frechet(n, False), 0.02)}) for n in (64, 4)]
+    near = [row("student", n, {"rmse": figure(0.3 / n**0.5)}) for n in (8, 4, 1)]
+    return {
+        "format": 1,
+        "subject": "runs/digits",
+        "kind": "run",
+        "complete": complete,
+        "metrics": {
+            "frechet": {"label": "Frechet distance", "better": "lower", "meaning": "How far apart."},
+            "precision": {"label": "Precision", "better": "higher", "meaning": "How many are real."},
+            "rmse": {"label": "RMSE", "better": "lower", "meaning": "How different."},
+        },
+        "series": [
+            {"name": "student", "label": "student", "role": "student", "sampler": "ddim"},
+            {"name": "teacher-ddim", "label": "teacher, DDIM", "role": "teacher", "sampler": "ddim"},
+            {"name": "teacher-heun", "label": "teacher, Heun", "role": "teacher", "sampler": "heun"},
+        ],
+        "tables": [
+            {"protocol": protocol, "rows": sets, "halves": {"num_each": 898, "figures": {"frechet": 0.6}}},
+            {
+                "protocol": {**protocol, "kind": "same_noise", "extractor": "none", "reference": "the teacher"},
+                "rows": near,
+            },
+        ],
+        "notices": ["Distances of small sets are too large."],
+        "environment": {},
+        "seconds": 240.1,
+    }
+
+
+def write_fake_evaluation(run: Path, **settings: Any) -> None:
+    """RUN/evaluation/evaluation.json."""
+    write_json(RunFolder(run).evaluation_path, fake_evaluation(**settings))

@@ -316,7 +316,7 @@ def test_a_recipe_without_a_plan_is_enough(tmp_path: Path) -> None:
     run = write_fake_run(tmp_path / "run", students=(128,), planned=(128,))
     write_json(run / "recipe.json", {"recipe": "?", "environment": 3, "plan": {"a": 1}})
     page = reported(run)
-    assert page.text.strip().startswith("run: 128 steps instead of 256")
+    assert page.text.strip().startswith("run: A student that needs 128 steps instead of 256")
 
 
 def test_figures_of_different_protocols_share_no_row(tmp_path: Path) -> None:
@@ -375,10 +375,11 @@ def test_samples_without_a_picture_are_said_to_have_none(tmp_path: Path) -> None
     assert "There is no picture for this modality: samples of shape 1 × 160, float32." in page.text
 
 
-def test_without_a_complete_stage_there_is_one_clear_line(tmp_path: Path) -> None:
+def test_without_a_stage_and_without_a_log_there_is_one_clear_line(tmp_path: Path) -> None:
     run = write_fake_run(tmp_path / "run", students=(), planned=(128,))
     (run / "stages/00-denoise/manifest.json").unlink()
-    with pytest.raises(ValueError, match=r"has no complete stage to report on \(no stages/\*/manifest.json\)"):
+    (run / "log.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"has nothing to report on \(no stages/\*/manifest.json, no log.jsonl\)"):
         write_report(run)
     assert not RunFolder(run).report_path.exists()
     with pytest.raises(ValueError, match="is not a run folder"):

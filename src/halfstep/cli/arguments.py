@@ -80,7 +80,9 @@ class ReportArguments:
     """Write RUN/report/index.html, one file that needs no network."""
 
     run: tyro.conf.Positional[Path]
-    """Folder of a run."""
+    """Folder of a run, finished or in progress."""
+    studies: Path | None = None
+    """Folder of studies (`halfstep study`) to show in it; RUN/studies by default."""
 
 
 @dataclass

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from halfstep.cli import evaluating, exporting, importing, studying
+from halfstep.cli import evaluating, exploring, exporting, importing, studying
 from halfstep.cli.arguments import (
     DistillArguments,
     ListArguments,
@@ -30,6 +30,7 @@ from halfstep.cli.arguments import (
 )
 from halfstep.cli.display import RunDisplay, duration, show_results
 from halfstep.cli.dry_run import show_plan
+from halfstep.cli.reporting import make_report
 from halfstep.core.noise import processes
 from halfstep.core.prediction import predictions
 from halfstep.core.weighting import weightings
@@ -40,7 +41,6 @@ from halfstep.objectives import objectives
 from halfstep.recipes import Recipe, build, recipes
 from halfstep.recipes.schema import data_or_stand_in
 from halfstep.registry import nearest
-from halfstep.report import write_report
 from halfstep.runs import StageFolder
 from halfstep.samplers import Ancestral, Sampler, samplers
 from halfstep.studies import studies
@@ -101,7 +101,7 @@ def _execute(spec: RunSpec, out: Path, with_report: bool = True) -> None:
         return
     show_results(out, console)
     if with_report:
-        console.print(f"report: {write_report(out)}", highlight=False, soft_wrap=True)
+        console.print(f"report: {make_report(out, spec.data)}", highlight=False, soft_wrap=True)
     console.print(f"finished in {duration(time.monotonic() - started)}", highlight=False)
 
 
@@ -344,7 +344,14 @@ def report(argv: Sequence[str]) -> None:
     arguments = parse(ReportArguments, argv, "halfstep report")
     if not arguments.run.is_dir():
         raise UsageError(f"{arguments.run} is no run: give the folder of one")
-    print(write_report(arguments.run))
+    if arguments.studies is not None and not any(arguments.studies.glob("*/study.json")):
+        raise UsageError(f"{arguments.studies} holds no studies: give the folder that `halfstep study` wrote to")
+    print(make_report(arguments.run, studies=arguments.studies))
+
+
+def explore(argv: Sequence[str]) -> None:
+    """Serve a local page on which a run's models can be asked."""
+    exploring.explore(argv)
 
 
 def ls(argv: Sequence[str]) -> None:

@@ -24,6 +24,7 @@ usage: halfstep VERB ...
   export MODEL      to a stock diffusers pipeline or one ONNX graph: halfstep export runs/digits --out digits-1
   evaluate MODEL    measure a run or one of its stages
   report RUN        write RUN/report/index.html
+  explore RUN       a local page: teacher and students side by side from the same noise (needs gradio)
   study NAME        one of the paper's tables and figures: halfstep study table1 --scale smoke
   ls                recipes, samplers, predictions, weightings, studies, ...
   demo              the same as `run digits`
@@ -99,6 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "export",
         "evaluate",
         "report",
+        "explore",
         "study",
         "ls",
         "demo",

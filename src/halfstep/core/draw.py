@@ -11,6 +11,7 @@ and sent ahead.
 
 import functools
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, NamedTuple, final
@@ -143,3 +144,29 @@ def step_noise(
 def sample_labels(seeds: Sequence[int], num_classes: int) -> Tensor:
     """Class labels int64 `[len(seeds)]`: seed modulo classes, so that consecutive seeds show every class equally."""
     return torch.tensor([seed % num_classes for seed in seeds])
+
+
+def between(first: Tensor, second: Tensor, shares: Sequence[float]) -> Tensor:
+    """Noise on the way from `first` to `second`, both `[*shape]`: `[len(shares), *shape]`, first at 0, second at 1.
+
+    The way is the great circle (spherical interpolation): its points keep the size of noise, on which a model was
+    trained, where the straight line's middle would be too small by the square root of 2. Noises of one direction are
+    joined by the straight line.
+
+    Raises:
+        ValueError: if the shapes differ, or the noises point in opposite directions, between which no way is the
+            shortest.
+    """
+    if first.shape != second.shape:
+        raise ValueError(f"noises of the shapes {list(first.shape)} and {list(second.shape)} have nothing between them")
+    a, b = first.double().flatten(), second.double().flatten()
+    cosine = torch.dot(a, b) / (a.norm() * b.norm())
+    angle = torch.arccos(cosine.clamp(-1, 1))
+    share = torch.tensor(list(shares), dtype=torch.float64)[:, None]
+    if float(angle) > math.pi - 1e-6:
+        raise ValueError("the two noises are opposite to each other, so no way between them is the shortest")
+    if float(angle) < 1e-6:
+        mixed = (1 - share) * a + share * b
+    else:
+        mixed = (((1 - share) * angle).sin() * a + (share * angle).sin() * b) / angle.sin()
+    return mixed.to(first.dtype).view(-1, *first.shape)

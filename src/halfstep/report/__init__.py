@@ -1,5 +1,10 @@
-"""The report of a run: one HTML file that needs nothing else, made from the run folder. No torch here."""
+"""What a run looks like: its report, one HTML file that needs nothing else, and the explorer, a local page.
 
-from halfstep.report.page import write_report
+The report is made from the run folder alone, without torch; the explorer loads the run's models.
+"""
 
-__all__ = ["write_report"]
+from halfstep.report.nearest import save_nearest
+from halfstep.report.page import headline, write_report
+from halfstep.report.reading import read_run
+
+__all__ = ["headline", "read_run", "save_nearest", "write_report"]

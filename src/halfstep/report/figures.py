@@ -17,15 +17,25 @@ from PIL import Image
 
 INK, FAINT, TEACHER, STUDENT = "#010101", "#020202", "#030303", "#040404"
 """Stand-in colours."""
-VARIABLES = {INK: "var(--ink)", FAINT: "var(--faint)", TEACHER: "var(--teacher)", STUDENT: "var(--student)"}
+OTHERS = ("#050505", "#060606", "#070707", "#080808")
+"""Those of further series."""
+VARIABLES = {
+    INK: "var(--ink)",
+    FAINT: "var(--faint)",
+    TEACHER: "var(--teacher)",
+    STUDENT: "var(--student)",
+    **{stand_in: f"var(--other-{index})" for index, stand_in in enumerate(OTHERS)},
+}
+MARKERS = "D^vPX*"
+"""Of further series: colour alone tells nobody anything."""
 SEED_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#7F7F7F")
 """Of the first eight points of a scatter plot."""
 SMALLEST_TILE = 64
 """Pixels to which small images are enlarged, about."""
 LARGEST_TILE = 96
 """Pixels to which large images are reduced."""
-WIDTH = 5.4
-"""Inches of a figure; its text is 11 points, so that it can be read on a phone too."""
+WIDTH = 5.0
+"""Inches of a figure; its text is 12 points, so that it can be read on a phone too."""
 MOST_POINTS = 400
 """Points of a curve or of a scatter plot, so that the page stays light."""
 
@@ -37,10 +47,17 @@ class Curve:
     label: str
     x: Sequence[float]
     y: Sequence[float]
+    spread: Sequence[float] = ()
+    """Half the length of an error bar at each point; empty for none."""
 
 
-def _figure(name: str, height: float, draw: Any) -> Markup:
-    """The SVG that `draw(axes)` makes, with ids that begin with `name`: the same for the same numbers."""
+def _figure(name: str, height: float, draw: Any, panels: Sequence[float] = (1.0,)) -> Markup:
+    """The SVG that `draw` makes, with ids that begin with `name`: the same for the same numbers.
+
+    Args:
+        draw: called with the axes, one for each of `panels`, which lie below each other and share x.
+        panels: their heights, relative to each other.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -48,7 +65,7 @@ def _figure(name: str, height: float, draw: Any) -> Markup:
         "svg.fonttype": "none",
         "svg.hashsalt": name,
         "font.family": "sans-serif",
-        "font.size": 11,
+        "font.size": 12,
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.edgecolor": FAINT,
@@ -65,7 +82,7 @@ def _figure(name: str, height: float, draw: Any) -> Markup:
     }
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        draw(figure.add_subplot())
+        draw(*figure.subplots(len(panels), sharex=True, squeeze=False, height_ratios=list(panels))[:, 0])
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
@@ -99,7 +116,20 @@ def quality_figure(name: str, teacher: Curve | None, student: Curve | None, leve
     Args:
         level: a horizontal line to compare with, one point.
     """
+    return steps_figure(name, teacher, student, (), level, "Fréchet distance (lower is better)")
+
+
+def steps_figure(
+    name: str, teacher: Curve | None, student: Curve | None, others: Sequence[Curve], level: Curve | None, y_label: str
+) -> Markup | None:
+    """Curves against sampler steps on two logarithmic axes; None if there is no point to show.
+
+    Args:
+        others: further curves, at most as many as there are colours for; the rest is not drawn.
+        level: a horizontal line to compare with, one point.
+    """
     styles = [(teacher, TEACHER, "s--"), (student, STUDENT, "o-")]
+    styles += [(curve, OTHERS[i], f"{MARKERS[i]}-.") for i, curve in enumerate(others[: len(OTHERS)])]
     shown = [(curve, colour, style) for curve, colour, style in styles if curve is not None and curve.x]
     if not shown:
         return None
@@ -108,54 +138,71 @@ def quality_figure(name: str, teacher: Curve | None, student: Curve | None, leve
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         for curve, colour, style in shown:
-            axes.plot(curve.x, curve.y, style, color=colour, linewidth=2, markersize=6.5, label=curve.label)
+            # An error bar that reaches 0 has no place on a logarithmic axis.
+            below = [min(spread, 0.9 * y) for spread, y in zip(curve.spread, curve.y, strict=False)]
+            error = [below, list(curve.spread)] if curve.spread else None
+            look = {"color": colour, "linewidth": 2, "markersize": 6.5, "capsize": 3}
+            axes.errorbar(curve.x, curve.y, error, fmt=style, label=curve.label, **look)
         if level is not None:
             axes.axhline(level.y[0], color=FAINT, linewidth=1.2, linestyle=":", label=level.label, zorder=1)
-        steps = sorted({x for curve, _, _ in shown for x in curve.x})
-        axes.set_xticks(steps, [f"{x:g}" for x in steps])
-        axes.minorticks_off()
+        _steps_axis(axes, [x for curve, _, _ in shown for x in curve.x])
         _log_axis(axes.yaxis, [y for curve, _, _ in shown for y in curve.y])
         axes.grid(axis="y")
-        axes.set_xlabel("sampler steps")
-        axes.set_ylabel("Fréchet distance (lower is better)")
-        axes.legend()
+        axes.set_ylabel(y_label)
+        if len(shown) + (level is not None) > 1:
+            axes.legend()
 
-    return _figure(name, 3.6, draw)
+    return _figure(name, 3.6 + 0.15 * len(others[: len(OTHERS)]), draw)
 
 
-def loss_figure(name: str, curves: Sequence[tuple[Curve, float]]) -> Markup | None:
-    """Training loss over the whole run, one stage after the other; None if no stage has a loss above 0.
+def _steps_axis(axes: Any, values: Sequence[float]) -> None:
+    steps = sorted(set(values))
+    axes.set_xticks(steps, [f"{x:g}" for x in steps])
+    axes.minorticks_off()
+    axes.set_xlabel("sampler steps")
+
+
+def chain_figure(name: str, stages: Sequence[tuple[Curve, Curve, float]]) -> Markup | None:
+    """Training loss, and the learning rate below it, one stage after the other; None if no stage has a loss above 0.
 
     Args:
-        curves: of each stage, with the updates that the stage takes.
+        stages: of each stage its loss and its learning rate over its updates, and the updates that it takes.
     """
-    if not any(curve.x for curve, _ in curves):
+    if not any(loss.x for loss, _, _ in stages):
         return None
+    with_rate = any(rate.x for _, rate, _ in stages)
 
-    def draw(axes: Any) -> None:
+    def draw(axes: Any, below: Any = None) -> None:
         axes.set_yscale("log")
         start, centres, labels = 0.0, [], []
-        for index, (curve, length) in enumerate(curves):
-            colour = TEACHER if curve.label == "teacher" else STUDENT
-            if curve.x:
-                stride = -(-len(curve.x) // MOST_POINTS)
-                x = [start + value for value in curve.x[::-stride]]
-                axes.plot(x, curve.y[::-stride], color=colour, linewidth=1.5)
-            if index:
-                axes.axvline(start, color=FAINT, linewidth=0.8)
+        for index, (loss, rate, length) in enumerate(stages):
+            colour = TEACHER if loss.label == "teacher" else STUDENT
+            _thinned(axes, loss, start, colour)
+            if below is not None:
+                _thinned(below, rate, start, colour)
+            for panel in (axes, below) if index else ():
+                if panel is not None:
+                    panel.axvline(start, color=FAINT, linewidth=0.8)
             centres.append(start + length / 2)
-            labels.append(curve.label)
+            labels.append(loss.label)
             start += length
         axes.set_xlim(0, start)
-        _log_axis(axes.yaxis, [y for curve, _ in curves for y in curve.y])
+        _log_axis(axes.yaxis, [y for loss, _, _ in stages for y in loss.y])
         axes.grid(axis="y")
-        axes.set_xlabel("updates, over the whole run")
         axes.set_ylabel("loss")
-        axes.xaxis.set_major_locator(_few_ticks())
-        axes.xaxis.set_major_formatter(_thousands())
+        lowest = axes if below is None else below
+        if below is not None:
+            below.set_ylim(bottom=0)
+            below.grid(axis="y")
+            below.set_ylabel("learning rate")
+            below.yaxis.set_major_locator(_few_ticks(3, integer=False))
+            below.yaxis.set_major_formatter(_plain())
+        lowest.set_xlabel("updates, over the whole run")
+        lowest.xaxis.set_major_locator(_few_ticks(5, integer=True))
+        lowest.xaxis.set_major_formatter(_thousands())
         top = axes.secondary_xaxis("top")
-        # About 320 points are the axes'; labels stand upright where they are wider than their stage.
-        room = [320 * length / start for _, length in curves]
+        # About 290 points are the axes'; labels stand upright where they are wider than their stage.
+        room = [290 * length / start for _, _, length in stages]
         upright = any(6.5 * len(label) > space for label, space in zip(labels, room, strict=True))
         labels = [label if space > 11 else "" for label, space in zip(labels, room, strict=True)]
         top.set_xticks(centres, labels, fontsize=10, rotation=90 if upright else 0)
@@ -163,13 +210,25 @@ def loss_figure(name: str, curves: Sequence[tuple[Curve, float]]) -> Markup | No
         top.spines["top"].set_visible(False)
         top.set_xlabel("sampler steps of the student", fontsize=10)
 
-    return _figure(name, 3.5, draw)
+    return _figure(name, 4.6 if with_rate else 3.5, draw, (2.6, 1.0) if with_rate else (1.0,))
 
 
-def _few_ticks() -> Any:
+def _thinned(axes: Any, curve: Curve, start: float, colour: str) -> None:
+    if curve.x:
+        stride = -(-len(curve.x) // MOST_POINTS)
+        axes.plot([start + x for x in curve.x[::-stride]], curve.y[::-stride], color=colour, linewidth=1.5)
+
+
+def _few_ticks(number: int, *, integer: bool) -> Any:
     from matplotlib.ticker import MaxNLocator
 
-    return MaxNLocator(5, integer=True)
+    return MaxNLocator(number, integer=integer)
+
+
+def _plain() -> Any:
+    from matplotlib.ticker import FuncFormatter
+
+    return FuncFormatter(lambda value, _: f"{value:g}")
 
 
 def _thousands() -> Any:

@@ -14,8 +14,21 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
-from halfstep.runs import DamagedFile, Manifest, Metrics, RunFolder, StageFolder, read_log
+from halfstep.runs import DamagedFile, EvaluationResult, Manifest, Metrics, RunFolder, StageFolder, read_json, read_log
+
+UNREADABLE = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    EOFError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What numpy raises for a file that is no .npz, or not a whole one."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +40,8 @@ class StageFacts:
     metrics: Metrics | None
     samples: Mapping[int, np.ndarray]
     """Sampler steps to samples of the same seeds: uint8 `[n, h, w, c]` for images, float `[n, *dims]` otherwise."""
+    num_parameters: int | None = None
+    """Numbers in model.safetensors; None if it is not there or cannot be read."""
 
     @property
     def is_teacher(self) -> bool:
@@ -50,6 +65,39 @@ class LogPoint:
     update: int
     loss: float
     samples_per_second: float | None
+    learning_rate: float | None = None
+
+
+@dataclass(frozen=True)
+class NearestFacts:
+    """Samples of a model, and the training samples nearest to them."""
+
+    stage: str
+    num_steps: int
+    samples: np.ndarray
+    """`[n, *dims]` as in a stage's samples."""
+    neighbours: np.ndarray
+    """`[n, k, *dims]`, the nearest first."""
+    distances: np.ndarray
+    """Root mean square differences `[m, k]` on the scale of x0, of the first m >= n samples."""
+    real: np.ndarray
+    """The same of some training samples to the nearest other one, `[r]`."""
+    num_searched: int
+
+
+@dataclass(frozen=True)
+class StudyFacts:
+    """A study's result: its table and its figure."""
+
+    title: str
+    question: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str]
+    figure: bytes | None
+    """An SVG."""
+    seconds: float | None
+    scale: str | None
 
 
 @dataclass(frozen=True)
@@ -62,12 +110,15 @@ class RunFacts:
     plan: Sequence[PlannedStage]
     """Empty if recipe.json holds none."""
     stages: Sequence[StageFacts]
-    """At least one, in order."""
+    """Those that are complete and can be read, in order."""
     damaged: frozenset[str]
     """Names of complete stages that cannot be read."""
     log: Mapping[str, Sequence[LogPoint]]
     """Stage names to rows, in the order of the updates."""
     notices: Sequence[str]
+    evaluation: EvaluationResult | None = None
+    nearest: NearestFacts | None = None
+    studies: Sequence[StudyFacts] = ()
 
     @property
     def teacher(self) -> StageFacts | None:
@@ -80,11 +131,14 @@ class RunFacts:
         return [stage for stage in self.stages if not stage.is_teacher]
 
 
-def read_run(path: Path) -> RunFacts:
+def read_run(path: Path, studies: Path | None = None) -> RunFacts:
     """The facts of the run folder `path`.
 
+    Args:
+        studies: a folder of studies (`halfstep study`) to show; RUN/studies if None.
+
     Raises:
-        ValueError: if it holds no stage that is complete and can be read.
+        ValueError: if it holds neither a stage that can be read nor a log of one in training.
     """
     folder = RunFolder(path)
     if not path.is_dir():
@@ -97,9 +151,10 @@ def read_run(path: Path) -> RunFacts:
             stages.append(_stage(stage_folder, notices))
         except (DamagedFile, OSError) as error:
             damaged[stage_folder.name] = _inside(error, path)
-    if not stages:
-        why = "; ".join(damaged.values()) or "no stages/*/manifest.json"
-        raise ValueError(f"{path} has no complete stage to report on ({why}): let `halfstep run` finish one")
+    log = _log(folder)
+    if not stages and not log:
+        why = "; ".join(damaged.values()) or "no stages/*/manifest.json, no log.jsonl"
+        raise ValueError(f"{path} has nothing to report on ({why}): give the folder of a run that `halfstep run` began")
     notices += [f"Stage {name} is damaged and left out: {why}." for name, why in damaged.items()]
     for what, without in (
         ("figures (metrics.json)", [s.name for s in stages if s.metrics is None]),
@@ -107,6 +162,9 @@ def read_run(path: Path) -> RunFacts:
     ):
         if without:
             notices.append(f"No {what} for {'stage' if len(without) == 1 else 'stages'} {', '.join(without)}.")
+    evaluation = _evaluation(folder, notices)
+    nearest = _nearest(folder, notices)
+    shown_studies = _studies(path / "studies" if studies is None else studies, notices)
     environment = recipe.get("environment")
     content = recipe.get("recipe")
     return RunFacts(
@@ -116,8 +174,11 @@ def read_run(path: Path) -> RunFacts:
         plan=_plan(recipe.get("plan")),
         stages=stages,
         damaged=frozenset(damaged),
-        log=_log(folder),
+        log=log,
         notices=notices,
+        evaluation=evaluation,
+        nearest=nearest,
+        studies=shown_studies,
     )
 
 
@@ -148,18 +209,18 @@ def _stage(folder: StageFolder, notices: list[str]) -> StageFacts:
             continue
         try:
             samples[int(named[1])] = _array(path)
-        except (
-            OSError,
-            ValueError,
-            LookupError,
-            TypeError,
-            EOFError,
-            RuntimeError,
-            zipfile.BadZipFile,
-            zlib.error,
-        ):
+        except UNREADABLE:
             notices.append(f"The samples in stages/{folder.name}/samples/{path.name} cannot be read and are not shown.")
-    return StageFacts(folder.name, manifest, metrics, samples)
+    return StageFacts(folder.name, manifest, metrics, samples, _num_parameters(folder.model))
+
+
+def _num_parameters(path: Path) -> int | None:
+    """From the header of a safetensors file alone."""
+    try:
+        with safe_open(path, framework="np") as file:
+            return sum(int(math.prod(file.get_slice(key).get_shape())) for key in file.keys())  # noqa: SIM118
+    except (OSError, ValueError, SafetensorError):
+        return None
 
 
 def _array(path: Path) -> np.ndarray:
@@ -190,9 +251,84 @@ def _log(folder: RunFolder) -> dict[str, list[LogPoint]]:
     for row in read_log(folder.log_path):
         stage, update, loss = row.get("stage"), row.get("update"), row.get("loss")
         if isinstance(stage, str) and isinstance(update, int) and is_finite(loss):
-            rate = row.get("samples_per_second")
-            log.setdefault(stage, []).append(LogPoint(update, float(loss), float(rate) if is_finite(rate) else None))
+            rate, learning = row.get("samples_per_second"), row.get("learning_rate")
+            log.setdefault(stage, []).append(
+                LogPoint(
+                    update,
+                    float(loss),
+                    float(rate) if is_finite(rate) else None,
+                    float(learning) if is_finite(learning) else None,
+                )
+            )
     return {stage: sorted(points, key=lambda point: point.update) for stage, points in sorted(log.items())}
+
+
+def _evaluation(folder: RunFolder, notices: list[str]) -> EvaluationResult | None:
+    try:
+        return folder.evaluation()
+    except (DamagedFile, OSError) as error:
+        notices.append(f"The evaluation is left out: {_inside(error, folder.path)}.")
+        return None
+
+
+def _nearest(folder: RunFolder, notices: list[str]) -> NearestFacts | None:
+    path = folder.nearest_path
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            held = {name: file[name] for name in file.files}
+        facts = NearestFacts(
+            stage=str(held["stage"]),
+            num_steps=int(held["num_steps"]),
+            samples=held["samples"],
+            neighbours=held["neighbours"],
+            distances=held["distances"].astype(np.float64),
+            real=held["real"].astype(np.float64),
+            num_searched=int(held["num_searched"]),
+        )
+        n, k = facts.neighbours.shape[:2]
+        fitting = facts.samples.shape == (n, *facts.neighbours.shape[2:]) and facts.distances.shape[1:] == (k,)
+        if not fitting or facts.distances.shape[0] < n or k < 1 or facts.samples.dtype.kind not in "fu":
+            raise ValueError("its arrays do not fit each other")
+        return facts
+    except UNREADABLE:
+        notices.append("report/nearest.npz cannot be read, so the nearest training samples are left out.")
+        return None
+
+
+def _studies(folder: Path, notices: list[str]) -> list[StudyFacts]:
+    found = []
+    for path in sorted(folder.glob("*/study.json")):
+        try:
+            found.append(_study(path.parent))
+        except (DamagedFile, OSError, ValueError) as error:
+            notices.append(f"The study {path.parent.name} is left out: {_inside(error, folder)}.")
+    return found
+
+
+def _study(folder: Path) -> StudyFacts:
+    data = read_json(folder / "study.json")
+    if not isinstance(data, dict):
+        raise DamagedFile(f"{folder.name}/study.json does not hold a study")
+    lines = (folder / "table.md").read_text(encoding="utf-8").splitlines()
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    if len(table) < 2 or any(len(row) != len(table[0]) for row in table):
+        raise DamagedFile(f"{folder.name}/table.md does not hold a table")
+    last = max(index for index, line in enumerate(lines) if line.startswith("|"))
+    figure = folder / "figure.svg"
+    scale = data.get("scale")
+    name = scale.get("name") if isinstance(scale, dict) else scale
+    return StudyFacts(
+        title=str(data.get("title") or folder.name),
+        question=str(data.get("question") or ""),
+        headings=table[0],
+        rows=table[2:],
+        notes=[line.strip() for line in lines[last + 1 :] if line.strip()],
+        figure=figure.read_bytes() if figure.is_file() else None,
+        seconds=float(data["seconds"]) if is_finite(data.get("seconds")) else None,
+        scale=name if isinstance(name, str) else None,
+    )
 
 
 def is_finite(value: object) -> TypeGuard[int | float]:

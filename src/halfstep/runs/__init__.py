@@ -9,7 +9,7 @@ RUN/
       metrics.json            `Metrics`
       samples/steps-0008.npz  arr_0: the first samples at 8 steps, the same seeds in every stage; .png beside it
       checkpoint-00000400/    state of an unfinished stage; manifest.json with a sha256 of each file
-  report/index.html
+  report/index.html           and nearest.npz, the training samples nearest to some samples
   evaluation/evaluation.json  `EvaluationResult`, and the cells that it is made of (`evaluation.py`)
 """
 

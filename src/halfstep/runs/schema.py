@@ -220,6 +220,11 @@ class RunFolder:
         return self.path / "report" / "index.html"
 
     @property
+    def nearest_path(self) -> Path:
+        """Samples beside the training samples nearest to them, which a report shows: `halfstep.report.nearest`."""
+        return self.path / "report" / "nearest.npz"
+
+    @property
     def evaluation_path(self) -> Path:
         """What `halfstep evaluate` writes: evaluation.json and the cells that it is made of."""
         return self.path / "evaluation" / "evaluation.json"

@@ -5,6 +5,7 @@ from halfstep.train.engine import NonFinite, StageTrainer, Window
 from halfstep.train.evaluate import Evaluation, Reference, measure
 from halfstep.train.matching import matched_student, viewed
 from halfstep.train.model import Model, blank_denoiser, load, save_stage
+from halfstep.train.nearest import Neighbours, nearest_samples
 from halfstep.train.pipeline import (
     DifferentRecipe,
     Event,
@@ -28,6 +29,7 @@ __all__ = [
     "LostProcess",
     "Measured",
     "Model",
+    "Neighbours",
     "NonFinite",
     "Notice",
     "Processes",
@@ -46,6 +48,7 @@ __all__ = [
     "make_accelerator",
     "matched_student",
     "measure",
+    "nearest_samples",
     "run",
     "save_stage",
     "viewed",

@@ -1,0 +1,57 @@
+"""`halfstep explore`: a local page on which a run's models can be asked."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+from halfstep.cli.arguments import UsageError, parse
+from halfstep.report.explorer import LOCAL, serve
+from halfstep.report.exploring import Bounds, Explorer
+
+
+@dataclass
+class ExploreArguments:
+    """Open a local page on which a run's teacher and students sample from the same noise, beside each other:
+    halfstep explore runs/digits. Needs gradio (pip install 'halfstep[explore]'). Ctrl-C ends it."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of a run or of a stage."""
+    host: str = "127.0.0.1"
+    """Address to listen at. Any other than this machine's own lets others in: there is no password."""
+    port: int = 7860
+    """Port to listen at; 0 for any that is free."""
+    max_samples: int = 64
+    """Most samples of a request."""
+    max_steps: int = 1024
+    """Most sampler steps of a request."""
+    max_seconds: float = 60.0
+    """Longest time that a request may sample for."""
+    device: str = "cpu"
+    """cpu, cuda, mps."""
+
+
+def explore(argv: Sequence[str]) -> None:
+    """Serves the page until it is stopped."""
+    arguments = parse(ExploreArguments, argv, "halfstep explore")
+    if not 0 <= arguments.port <= 65535:
+        raise UsageError(f"--port must be from 0 to 65535, got {arguments.port}")
+    try:
+        torch.empty(1, device=arguments.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"the device {arguments.device!r} cannot be used here ({reason})") from None
+    for name in ("max_samples", "max_steps", "max_seconds"):
+        if not getattr(arguments, name) >= 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
+    bounds = Bounds(num_samples=arguments.max_samples, num_steps=arguments.max_steps, seconds=arguments.max_seconds)
+    explorer = Explorer(arguments.run, arguments.device, bounds)
+    for choice in explorer.choices:
+        if choice.missing is not None:
+            print(f"halfstep: warning: {choice.name} is missing: {choice.missing}", file=sys.stderr)
+    if arguments.host not in (*LOCAL, "::1"):
+        print(f"halfstep: warning: others can reach {arguments.host}, and there is no password", file=sys.stderr)
+    serve(explorer, arguments.host, arguments.port, lambda url: print(f"{url}  (Ctrl-C ends it)", flush=True))

@@ -1,0 +1,83 @@
+"""`halfstep report`: the page of a run, after a look for the training samples that its own are nearest to."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from halfstep.cli.arguments import recipe_of_file
+from halfstep.data import Data, open_data
+from halfstep.metrics import from_uint8
+from halfstep.report import headline, read_run, save_nearest, write_report
+from halfstep.report.nearest import nearest_key
+from halfstep.report.reading import NearestFacts, RunFacts
+from halfstep.runs import RunFolder
+from halfstep.train import nearest_samples
+from halfstep.train.evaluate import samples_array
+
+NUM_SHOWN = 8
+"""Samples whose nearest training images are shown."""
+NUM_SEARCHED = 64
+"""Samples whose distances are told."""
+NUM_NEIGHBOURS = 3
+VERSION = 1
+"""Another number when the search changes, so that what an earlier one found is looked for again."""
+
+
+def make_report(run: Path, data: Data | None = None, studies: Path | None = None) -> Path:
+    """RUN/report/index.html, with the nearest training samples where the data can be opened; its path.
+
+    Args:
+        data: the run's training data; opened as its recipe says if None.
+        studies: a folder of studies to show; RUN/studies if None.
+
+    Raises:
+        ValueError: if the folder holds nothing to report on.
+    """
+    facts = read_run(run, studies)
+    return write_report(run, studies, _look(RunFolder(run), facts, data))
+
+
+def _look(run: RunFolder, facts: RunFacts, data: Data | None) -> str | None:
+    """Writes report/nearest.npz if it is not there already; returns why it cannot."""
+    shown = headline(facts)
+    if shown is None:
+        run.nearest_path.unlink(missing_ok=True)
+        return "no stage has samples yet"
+    name, steps = shown
+    stage = next(stage for stage in facts.stages if stage.name == name)
+    samples = stage.samples[steps][:NUM_SEARCHED]
+    try:
+        recipe = recipe_of_file(run.recipe_path)
+        digest = hashlib.sha256(samples.tobytes()).hexdigest()
+        fingerprint = run.recipe().get("data_fingerprint")
+        key = f"{VERSION} {fingerprint} {recipe.data.flip} {name} {steps} {digest}"
+        if fingerprint is not None and nearest_key(run) == key:
+            return None
+        # Those of other samples must not be shown beside these.
+        run.nearest_path.unlink(missing_ok=True)
+        if data is None:
+            data = open_data(recipe.data)
+        if fingerprint not in (None, data.fingerprint):
+            return f"{data.source} has changed since the run was trained on it"
+        images = samples.dtype == np.uint8
+        x0 = torch.from_numpy(samples)
+        found = nearest_samples(
+            data, from_uint8(x0.permute(0, 3, 1, 2)) if images else x0, NUM_NEIGHBOURS, recipe.data.flip
+        )
+    except (ValueError, OSError) as error:
+        return " ".join(str(error).split())
+    neighbours = found.x0[:NUM_SHOWN]
+    pictures = samples_array(neighbours.flatten(0, 1), images).reshape(*neighbours.shape[:2], *samples.shape[1:])
+    facts_found = NearestFacts(
+        stage=name,
+        num_steps=steps,
+        samples=samples[:NUM_SHOWN],
+        neighbours=pictures,
+        distances=found.distances.numpy(),
+        real=found.real.numpy(),
+        num_searched=found.num_searched,
+    )
+    save_nearest(run, facts_found, key)
+    return None

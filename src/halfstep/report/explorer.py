@@ -1,0 +1,413 @@
+"""The explorer's page: gradio round `Explorer`, behind a door that lets in what the page needs and nothing else.
+
+gradio can do much more than is wanted here: take uploads, hand out files, fetch from other hosts, count its users. The
+door answers only the paths in `PATHS`, forbids the browser any other host, and refuses requests that were sent to
+another name than this machine's (DNS rebinding). Pictures travel inside the answers, so that no file is written.
+"""
+
+import base64
+import io
+import json
+import os
+import re
+import socket
+import sys
+import threading
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from importlib.util import find_spec
+from typing import Any, Final, final
+
+import numpy as np
+from markupsafe import Markup, escape
+
+from halfstep.report import figures
+from halfstep.report.exploring import Answer, Explorer, Shown
+from halfstep.report.words import count, number
+
+LARGEST_QUEUE: Final = 32
+"""Requests that wait; more are told to come back."""
+LARGEST_BODY: Final = 64 * 1024
+"""Bytes of a request."""
+STRIP_SEEDS: Final = 8
+"""Points that are coloured."""
+PATHS: Final = re.compile(
+    r"/(|config|theme\.css|favicon\.ico|(assets|static)/.*"
+    r"|gradio_api/(info|app_id|theme\.css|startup-events|queue/(join|data)|heartbeat/\w+|call/(compare|strip|walk)(/\w+)?|cancel|reset))/?"
+)
+POLICY: Final = (
+    "default-src 'self'; img-src 'self' data: blob:; font-src 'self' data:; style-src 'self' 'unsafe-inline'; "
+    "script-src 'self' 'unsafe-inline' 'unsafe-eval'; connect-src 'self'; frame-ancestors 'none'; base-uri 'self'; "
+    "form-action 'self'; object-src 'none'"
+)
+"""gradio's page is made of inline scripts and evaluated templates; no other host is allowed for anything."""
+LOCAL: Final = ("127.0.0.1", "localhost", "[::1]")
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+@final
+class Door:
+    """An ASGI app in front of another.
+
+    Args:
+        hosts: names by which it may be called; None for any.
+        inputs: how many values each function takes, by its name and by its number.
+    """
+
+    def __init__(self, app: App, hosts: Sequence[str] | None, inputs: Mapping[str | int, int]) -> None:
+        self.app, self.hosts, self.inputs = app, hosts, inputs
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        headers = dict(scope["headers"])
+        host = headers.get(b"host", b"").decode("latin-1").lower()
+        if self.hosts is not None and re.sub(r":\d+$", "", host) not in self.hosts:
+            await _refuse(send, 421, f"this page answers to {' and '.join(self.hosts)} only")
+            return
+        if not PATHS.fullmatch(scope["path"]) or ".." in scope["path"]:
+            await _refuse(send, 404, "there is nothing here; the page is at /")
+            return
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit() or int(length) > LARGEST_BODY or b"transfer-encoding" in headers:
+            await _refuse(send, 413, f"a request may have {LARGEST_BODY} bytes")
+            return
+
+        body = b""
+        more = scope["method"] == "POST"
+        while more:
+            message = await receive()
+            body += message.get("body", b"")
+            more = message["type"] == "http.request" and message.get("more_body", False)
+        if scope["method"] == "POST" and (wrong := self._wrong(scope["path"].rstrip("/"), body)) is not None:
+            await _refuse(send, 400, wrong)
+            return
+        failed, given = False, scope["method"] != "POST"
+
+        async def again() -> Message:
+            nonlocal given
+            if given:
+                return await receive()
+            given = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        async def with_policy(message: Message) -> None:
+            nonlocal failed
+            if message["type"] == "http.response.start":
+                failed = message["status"] == 500
+                message["headers"] = [
+                    *message["headers"],
+                    (b"content-security-policy", POLICY.encode()),
+                    (b"x-content-type-options", b"nosniff"),
+                    (b"referrer-policy", b"no-referrer"),
+                ]
+            if not failed:
+                await send(message)
+
+        try:
+            await self.app(scope, again, with_policy)
+        except Exception as error:
+            # What gradio does not expect of a request it raises: a function's number that there is not.
+            print(f"halfstep: a request to {scope['path']} failed ({type(error).__name__})", file=sys.stderr)
+            if not failed:
+                raise
+        if failed:
+            await _refuse(send, 400, "this request cannot be understood")
+
+    def _wrong(self, path: str, body: bytes) -> str | None:
+        """What is wrong with a call of one of the functions; None if it can be passed on."""
+        found = re.fullmatch(r"/gradio_api/(?:call/(\w+)|queue/join)", path)
+        if found is None:
+            return None
+        try:
+            held = json.loads(body)
+        except (ValueError, RecursionError):
+            held = None
+        data = held.get("data") if isinstance(held, dict) else None
+        if not isinstance(data, list):
+            return 'a call is JSON, {"data": [...]}'
+        name = found[1] or held.get("fn_index")
+        needed = self.inputs.get(name) if isinstance(name, str | int) else None
+        if needed is None:
+            return f"there is no function {name!r:.40}"
+        if len(data) != needed:
+            return f"this function takes {needed} values, got {len(data)}: see /gradio_api/info"
+        if any(isinstance(value, dict | list) for value in data):
+            # gradio takes some of these for files, which it would copy, or fetch from another host, before we see them.
+            return "each value is a number, a text or null"
+        return None
+
+
+async def _refuse(send: Send, status: int, text: str) -> None:
+    headers = [(b"content-type", b"text/plain; charset=utf-8")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": f"halfstep: {text}\n".encode()})
+
+
+def serve(explorer: Explorer, host: str = "127.0.0.1", port: int = 7860, ready: Callable[[str], None] = print) -> None:
+    """Serves the page until it is stopped (Ctrl-C).
+
+    Args:
+        port: 0 for any that is free.
+        ready: told the address once the port is held.
+
+    Raises:
+        ValueError: if gradio is not installed, or the address cannot be had.
+    """
+    app = page(explorer, None if host not in ("127.0.0.1", "localhost", "::1") else LOCAL)
+    import uvicorn
+
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except (OSError, OverflowError) as error:
+            raise ValueError(f"cannot listen at {host}, port {port} ({error}): choose another --port") from None
+        listener.listen(512)
+        address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+        config = uvicorn.Config(app, log_level="warning", access_log=False, ws="none", timeout_graceful_shutdown=1)
+        server = uvicorn.Server(config)
+        # In a thread of its own it leaves signals alone, which it would answer with a traceback.
+        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+        try:
+            thread.start()
+            ready(address)
+            while thread.is_alive():
+                thread.join(0.5)
+        except KeyboardInterrupt:
+            server.should_exit = True
+            thread.join(10)
+
+
+def page(explorer: Explorer, hosts: Sequence[str] | None) -> App:
+    """The whole as an ASGI app.
+
+    Raises:
+        ValueError: if gradio is not installed.
+    """
+    if find_spec("gradio") is None:
+        raise ValueError("the explorer needs gradio, which is not installed: pip install 'halfstep[explore]'")
+    # Read at gradio's import.
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    import gradio as gr
+    from fastapi import FastAPI
+
+    fonts = ["system-ui", "sans-serif"]
+    blocks = _blocks(gr, explorer)
+    inner = gr.mount_gradio_app(
+        FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
+        blocks,
+        path="/",
+        theme=gr.themes.Default(primary_hue="blue", font=fonts, font_mono=["ui-monospace", "monospace"]).set(
+            # The theme's own are too pale to be read: these have 6 to 1 and 5.2 to 1 and more.
+            body_text_color_subdued="#59626d",
+            body_text_color_subdued_dark="#a4adb8",
+            button_primary_background_fill="#0072b2",
+            button_primary_background_fill_hover="#00598c",
+            button_primary_background_fill_dark="#0072b2",
+            button_primary_background_fill_hover_dark="#00598c",
+        ),
+        css=CSS,
+        footer_links=[],
+        run_history=False,
+        ssr_mode=False,
+        enable_monitoring=False,
+        mcp_server=False,
+        pwa=False,
+        max_file_size=1,
+        show_error=True,
+    )
+    inputs: dict[str | int, int] = {}
+    for index, function in blocks.fns.items():
+        inputs[index] = len(function.inputs)
+        if isinstance(function.api_name, str) and function.api_visibility == "public":
+            inputs[function.api_name] = len(function.inputs)
+    return Door(inner, hosts, inputs)
+
+
+CSS: Final = """
+.made { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 17rem), 1fr)); gap: 1.25rem; }
+.made.row { grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: 1rem .75rem; }
+.made.walk { grid-template-columns: 1fr; }
+.made figure { margin: 0; min-width: 0; }
+.made figcaption { margin-bottom: .35rem; line-height: 1.35; font-size: .95rem; }
+.made figcaption b { display: block; }
+.made img { image-rendering: pixelated; width: auto; max-width: 100%; height: auto; }
+.made.pair img { width: 100%; max-width: 30rem; }
+.made svg { width: 100%; max-width: 24rem; border: 1px solid var(--border-color-primary); }
+.made svg path { fill: none; stroke-linecap: round; vector-effect: non-scaling-stroke; }
+.made svg .rest { stroke: var(--body-text-color-subdued); stroke-width: 4px; }
+.made svg .seed { stroke-width: 11px; }
+.made .get { text-align: left; }
+.made .get a { text-decoration: underline; margin-right: 1rem; display: inline-block; padding: .25rem 0; }
+.notes { padding-left: 1.2rem; list-style: disc; margin-bottom: .75rem; }
+"""
+
+
+def _blocks(gr: Any, explorer: Explorer) -> Any:
+    """The page: what is asked at the top, and a tab for each of the three questions."""
+    last = explorer.present[-1]
+    manifest, bounds = explorer.manifest, explorer.bounds
+    missing = [f"{one.name} is missing: {one.missing}." for one in explorer.choices if one.missing is not None]
+
+    def answered(ask: Callable[..., Answer], show: Callable[[Answer], str], label: str) -> Callable[..., str]:
+        def call(*values: Any) -> str:
+            try:
+                return show(ask(*values))
+            except ValueError as error:
+                raise gr.Error(str(error), duration=None, title="Not possible", print_exception=False) from None
+
+        call.__doc__ = label
+        return call
+
+    # gradio's own refusal of a value that is not in a list prints a traceback here; ours says more.
+    checked_here: dict[str, Any] = {"allow_custom_value": True}
+    with gr.Blocks(title=f"halfstep: {explorer.path.resolve().name}", analytics_enabled=False) as blocks:
+        gr.Markdown(f"# {_plain(explorer.path.resolve().name)}: teacher and students from the same noise")
+        if missing:
+            gr.Markdown("\n".join(f"* {_plain(text)}" for text in missing))
+        with gr.Row():
+            stage = gr.Dropdown(
+                [(choice.label, choice.name) for choice in explorer.choices],
+                value=last.name,
+                label="Stage",
+                elem_id="stage",
+                filterable=False,
+                **checked_here,
+            )
+            steps = gr.Number(last.num_steps or explorer.start_steps, label="Steps of the stage", elem_id="steps")
+            teacher_steps = gr.Number(explorer.start_steps, label="Steps of the teacher", elem_id="teacher-steps")
+            seed = gr.Number(0, label="Seed", elem_id="seed")
+            classes = [("all in turn", None), *((str(k), k) for k in range(manifest.num_classes))]
+            class_label = gr.Dropdown(
+                classes,
+                value=None,
+                label="Class",
+                elem_id="class",
+                visible=manifest.num_classes > 0,
+                filterable=False,
+                **checked_here,
+            )
+            scale = gr.Number(
+                None, label="Guidance (empty: the model’s own)", elem_id="guidance", visible=explorer.knows_guidance
+            )
+        with gr.Tab("Compare"):
+            samples = gr.Number(
+                min(16, bounds.samples(explorer.shape)),
+                label=f"Samples, at most {bounds.samples(explorer.shape)}",
+                elem_id="samples",
+            )
+            compare = gr.Button("Sample", variant="primary", elem_id="compare")
+            compared = gr.HTML(elem_id="compared")
+        with gr.Tab("All stages"):
+            gr.Markdown("One noise, that of the seed, through every stage at its own steps.")
+            strip = gr.Button("Sample", variant="primary", elem_id="strip")
+            stripped = gr.HTML(elem_id="stripped")
+        with gr.Tab("Walk"):
+            gr.Markdown("From the noise of one seed to that of another, along the great circle between them.")
+            with gr.Row():
+                other_seed = gr.Number(1, label="Second seed", elem_id="other-seed")
+                frames = gr.Number(8, label=f"Frames, at most {bounds.frames(explorer.shape)}", elem_id="frames")
+            walk = gr.Button("Walk", variant="primary", elem_id="walk")
+            walked = gr.HTML(elem_id="walked")
+
+        own = {choice.name: choice.num_steps or explorer.start_steps for choice in explorer.choices}
+
+        def own_steps(name: object) -> int:
+            return own.get(name, 1) if isinstance(name, str) else 1
+
+        stage.change(own_steps, stage, steps, api_visibility="private", show_progress="hidden")
+        together = {"concurrency_limit": 1, "concurrency_id": "models"}
+        asked = [stage, steps, teacher_steps, seed, samples, class_label, scale]
+        first = answered(explorer.compare, _beside, "A stage and the teacher from the same noise, as HTML.")
+        compare.click(first, asked, compared, api_name="compare", **together)
+        blocks.load(first, asked, compared, api_visibility="private", show_progress="hidden", **together)
+        strip.click(
+            answered(explorer.strip, _strip, "One noise through all stages, as HTML."),
+            [seed, class_label, scale],
+            stripped,
+            api_name="strip",
+            **together,
+        )
+        walk.click(
+            answered(explorer.walk, _walk, "A walk from one noise to another, as HTML."),
+            [stage, steps, seed, other_seed, frames, class_label, scale],
+            walked,
+            api_name="walk",
+            **together,
+        )
+    return blocks.queue(max_size=LARGEST_QUEUE, default_concurrency_limit=1)
+
+
+# --- Answers as HTML ---
+
+
+def _plain(text: str) -> str:
+    """A text as Markdown that says just that."""
+    return re.sub(r"([\\`*_{}\[\]()<>#+!|&~$-])", r"\\\1", text)
+
+
+def _beside(answer: Answer) -> str:
+    columns = max(1, round(len(answer.shown[0].samples) ** 0.5))
+    return _html("pair", answer, [_figure(one, answer, columns) for one in answer.shown])
+
+
+def _strip(answer: Answer) -> str:
+    return _html("row", answer, [_figure(one, answer, 1) for one in answer.shown])
+
+
+def _walk(answer: Answer) -> str:
+    return _html("walk", answer, [_figure(one, answer, len(one.samples)) for one in answer.shown])
+
+
+def _html(kind: str, answer: Answer, made: Sequence[Markup]) -> str:
+    notes = Markup("").join(Markup("<li>{}</li>").format(note) for note in answer.notes)
+    head = Markup('<ul class="notes">{}</ul>').format(notes) if answer.notes else Markup("")
+    html = Markup('{}<div class="made {}">{}</div>').format(head, kind, Markup("").join(made))
+    # gradio's component takes ${...} for a template.
+    return str(html).replace("${", "$&#123;")
+
+
+def _figure(shown: Shown, answer: Answer, columns: int) -> Markup:
+    who = "The teacher" if shown.is_teacher else shown.stage
+    words = f"{count(shown.num_steps, 'step')}, {count(shown.num_evals, 'network call')}, {_seconds(shown.seconds)}"
+    alt = f"{count(len(shown.samples), 'sample')} of {who} at {count(shown.num_steps, 'step')}"
+    if figures.is_images(shown.samples):
+        data, width, height = figures.png_grid(shown.samples, columns)
+        source = f"data:image/png;base64,{data}"
+        picture = Markup('<img src="{}" width="{}" height="{}" alt="{}">').format(source, width, height, alt)
+        pictures = [("PNG", "png", source)]
+    else:
+        box = figures.limits([one.samples for one in answer.shown if one.is_teacher] or [shown.samples])
+        svg = figures.scatter(shown.samples, box, STRIP_SEEDS)
+        picture = Markup('<span role="img" aria-label="{}">{}</span>').format(alt, svg)
+        pictures = []
+    name = re.sub(r"[^\w.-]", "_", f"{shown.stage}-{shown.num_steps}-steps")
+    links = Markup("").join(
+        Markup('<a download="{}.{}" href="{}">{}</a>').format(name, suffix, source, f"Download {label}")
+        for label, suffix, source in [*pictures, ("npz", "npz", _npz(shown.samples))]
+    )
+    caption = Markup("<figcaption><b>{}</b>{}</figcaption>").format(escape(who), words)
+    return Markup('<figure data-stage="{}" data-seconds="{:.6f}">{}{}<div class="get">{}</div></figure>').format(
+        shown.stage, shown.seconds, caption, picture, links
+    )
+
+
+def _seconds(seconds: float) -> str:
+    return f"{number(1000 * seconds)} ms" if seconds < 1 else f"{number(seconds)} s"
+
+
+def _npz(samples: np.ndarray) -> str:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, arr_0=samples)
+    return f"data:application/octet-stream;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,0 +1,129 @@
+"""The first sentence of a report: what was made, how much faster it is, and how much of the quality is left."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from halfstep.report.quality import REFERENCE_STEPS, Group
+from halfstep.report.reading import RunFacts
+from halfstep.report.words import count, duration, ratio, times
+from halfstep.runs import EvaluationResult
+
+KEPT = 1.5
+"""Quality counts as kept up to this multiple of the teacher's Frechet distance."""
+
+
+@dataclass(frozen=True)
+class Rated:
+    """A student beside the teacher, in figures of one protocol."""
+
+    steps: int
+    ratio: float
+    """Its Frechet distance over the teacher's at the reference's steps."""
+    speed_up: float | None
+    """Against the teacher at its most steps."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All students that can be compared with the teacher."""
+
+    students: Sequence[Rated]
+    """At least one."""
+    most_steps: int
+    """Of the teacher; the measure of time."""
+    reference_steps: int
+    """Of the teacher; the measure of quality."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The outcome in a sentence or two, and in a few large figures."""
+
+    lead: str
+    more: str | None
+    tiles: Sequence[tuple[str, str]]
+    """Figure, and what it is."""
+    best: Rated | None
+    """The student that the sentence is about."""
+
+
+def summarise(facts: RunFacts, groups: Sequence[Group]) -> Summary:
+    """The summary of a run: from its own measurements, or where they do not compare, from its evaluation."""
+    tiles = [(duration(sum(stage.manifest.seconds for stage in facts.students)), "training time of all students")]
+    found = next((c for c in (_of_group(group) for group in groups) if c is not None), None)
+    found = found or _of_evaluation(facts.evaluation)
+    if found is None:
+        return Summary(_unrated(facts), None, tiles if facts.students else [], None)
+    kept = [student for student in found.students if student.ratio <= KEPT]
+    if kept:
+        best = min(kept, key=lambda student: student.steps)
+    else:
+        best = min(found.students, key=lambda student: (student.ratio, student.steps))
+    fewest = min(found.students, key=lambda student: student.steps)
+    lead = (
+        f"A student that needs {count(best.steps, 'step')} instead of {found.most_steps:,}: "
+        f"{_said(best)} the teacher’s at {count(found.reference_steps, 'step')}."
+    )
+    more = None
+    if fewest is not best:
+        more = f"Down to {count(fewest.steps, 'step')}: {_said(fewest)} the teacher’s."
+    tiles = [
+        (f"{found.most_steps:,} → {best.steps:,}", "sampler steps"),
+        *([(f"{times(best.speed_up)}×", "faster per sample")] if best.speed_up is not None else []),
+        (f"{times(best.ratio)}×", f"the teacher’s Fréchet distance (at {count(found.reference_steps, 'step')})"),
+        *tiles,
+    ]
+    return Summary(lead, more, tiles, best)
+
+
+def _of_group(group: Group) -> Comparison | None:
+    rated = [Rated(row.steps, row.ratio, row.speed_up) for row in group.rows if row.ratio is not None]
+    if not rated or group.most is None or group.reference is None:
+        return None
+    return Comparison(rated, group.most.num_steps, group.reference.num_steps)
+
+
+def _of_evaluation(evaluation: EvaluationResult | None) -> Comparison | None:
+    """From the first table that holds the Frechet distance of students and of the teacher with the same sampler."""
+    for table in evaluation.tables if evaluation is not None else ():
+        shown = {
+            series: {row.num_steps: row for row in table.rows if row.series == series and row.num_steps is not None}
+            for series in ("student", "teacher-ddim")
+        }
+        teacher = {n: row for n, row in shown["teacher-ddim"].items() if "frechet" in row.figures}
+        if not teacher:
+            continue
+        most = max(teacher)
+        reference = REFERENCE_STEPS if REFERENCE_STEPS in teacher else most
+        rated = []
+        for steps, row in shown["student"].items():
+            if "frechet" not in row.figures:
+                continue
+            quality = ratio(row.figures["frechet"].mean, teacher[reference].figures["frechet"].mean)
+            if quality is not None:
+                speed = ratio(teacher[most].seconds_per_1000, row.seconds_per_1000)
+                rated.append(Rated(steps, quality, speed))
+        if rated:
+            return Comparison(rated, most, reference)
+    return None
+
+
+def _said(student: Rated) -> str:
+    speed = ""
+    if student.speed_up is not None:
+        how = "times faster" if student.speed_up >= 1.05 else "times as fast"
+        speed = f"{times(student.speed_up)} {how} per sample, "
+    return f"{speed}Fréchet distance {times(student.ratio)} times"
+
+
+def _unrated(facts: RunFacts) -> str:
+    """The sentence where teacher and students cannot be compared."""
+    steps = sorted({s.manifest.num_steps for s in facts.students if s.manifest.num_steps is not None}, reverse=True)
+    if not facts.stages:
+        return "A run that has begun; no stage is complete yet."
+    if not facts.students:
+        return f"A teacher, trained in {duration(facts.stages[0].manifest.seconds)}; no student is complete yet."
+    what = count(len(facts.students), "student")
+    if steps:
+        what += f" of {steps[0]:,} down to {steps[-1]:,} steps" if steps[1:] else f" of {count(steps[0], 'step')}"
+    return f"{what}; there are no figures of teacher and students that could be compared."

@@ -1,0 +1,67 @@
+"""Numbers, times and counts as a reader reads them."""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from halfstep.report.reading import is_finite
+
+
+def number(value: float | None) -> str:
+    """Three significant digits, or a dash for nothing."""
+    if value is None:
+        return "–"
+    if not math.isfinite(value):
+        return "not finite"
+    if value == 0:
+        return "0"
+    if not 1e-4 <= abs(value) < 1e7:
+        return f"{value:.2e}"
+    return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
+
+
+def times(value: float) -> str:
+    """A factor as one says it: "61", "6.3", "1.21"."""
+    return f"{value:,.0f}" if value >= 10 else f"{value:.1f}" if value >= 2 else f"{value:.2f}"
+
+
+def duration(seconds: float) -> str:
+    """A time in the two largest of its units."""
+    if not math.isfinite(seconds) or seconds < 0:
+        return "not known"
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    minutes = round(seconds / 60) if seconds >= 3600 else int(seconds // 60)
+    if seconds < 3600:
+        return f"{minutes} min {int(seconds % 60)} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
+def count(num: int, noun: str) -> str:
+    """ "1 step", "4 steps"."""
+    return f"{num:,} {noun}" + ("" if num == 1 else "s")
+
+
+def flatten(data: Mapping[Any, Any], prefix: str = "") -> dict[str, str]:
+    """Nested data as dotted names and texts."""
+    flat: dict[str, str] = {}
+    for key, value in data.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return flat
+
+
+def text(value: object) -> str | None:
+    """A text that says something, else None."""
+    return value if isinstance(value, str) and value.strip() else None
+
+
+def ratio(value: float | None, base: float | None) -> float | None:
+    """value / base where both are finite and the base is above 0, else None."""
+    if value is None or base is None or not (is_finite(value) and is_finite(base) and base > 0):
+        return None
+    return value / base

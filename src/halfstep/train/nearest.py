@@ -1,0 +1,122 @@
+"""Whether a model has learned its training data by heart: the training samples that lie nearest to its own.
+
+Distances are root mean square differences of all values, on the scale of x0 ([-1, 1] for images). A copy is at 0. What
+is near is told by the data itself: `real` holds the distances of training samples to their own nearest other ones.
+"""
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from halfstep.core.draw import generator_for
+from halfstep.data import Data
+
+MOST_VALUES = 200_000_000
+"""Numbers of training data that are searched; of larger data a fixed random choice of samples."""
+NUM_REAL = 256
+"""Training samples whose own nearest neighbours tell what is near."""
+CHUNK = 16_000_000
+"""Numbers of training data that are held at once."""
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Neighbours:
+    """The nearest training samples of n samples."""
+
+    rows: Tensor
+    """Their places in the data, int64 `[n, k]`, the nearest first."""
+    x0: Tensor
+    """They themselves, float32 `[n, k, *shape]`, mirrored where that is nearer."""
+    distances: Tensor
+    """Their distances, float64 `[n, k]`, rising."""
+    real: Tensor
+    """Distances of some training samples to the nearest other one, float64 `[m]`; empty for one training sample."""
+    num_searched: int
+    """Training samples that were searched."""
+
+
+def nearest_samples(data: Data, x0: Tensor, k: int = 3, flip: bool = False) -> Neighbours:
+    """The k training samples nearest to each of the samples `x0` `[n, *shape]`, or all if there are fewer.
+
+    Args:
+        flip: whether mirrored training images count too: those that the model was shown.
+
+    Raises:
+        ValueError: if the samples have another shape than the data, are none, or k is below 1.
+    """
+    if tuple(x0.shape[1:]) != data.shape or len(x0) == 0:
+        raise ValueError(f"samples of shape {list(x0.shape)} have no neighbours among data of shape {list(data.shape)}")
+    if k < 1:
+        raise ValueError(f"at least 1 neighbour must be asked for, got {k}")
+    size = x0[0].numel()
+    searched = _searched(data, size)
+    own = searched[torch.randperm(len(searched), generator=generator_for("nearest"))[:NUM_REAL]]
+    real = data.fetch(own).x0
+    samples = x0.float()
+    # The k nearest of each mirror image, and 2 of the real ones, for one of these is the sample itself.
+    best = [_Best(k), _Best(k), _Best(2)]
+    queries = [samples, samples.flip(-1) if flip else samples[:0], real]
+    for part in searched.split(max(1, CHUNK // size)):
+        found = data.fetch(part).x0.flatten(1)
+        for one, query in zip(best, queries, strict=True):
+            one.offer(query.flatten(1), found, part)
+    rows, distances = best[0].exact(data, samples)
+    pictures = data.fetch(rows.flatten()).x0.view(*rows.shape, *data.shape)
+    if flip:
+        mirrored, further = best[1].exact(data, samples.flip(-1))
+        rows = torch.cat([rows, mirrored], 1)
+        pictures = torch.cat(
+            [pictures, data.fetch(mirrored.flatten()).x0.view(*mirrored.shape, *data.shape).flip(-1)], 1
+        )
+        distances, order = torch.cat([distances, further], 1).sort(dim=1, stable=True)
+        # An image that is near both ways counts once, the nearer way.
+        rows = rows.gather(1, order)
+        again = (rows[:, :, None] == rows[:, None, :]).tril(-1).any(2)
+        distances, kept = distances.masked_fill(again, torch.inf).sort(dim=1, stable=True)
+        kept = kept[:, : min(k, len(searched))]
+        distances = distances[:, : kept.shape[1]]
+        rows = rows.gather(1, kept)
+        pictures = pictures[torch.arange(len(samples))[:, None], order.gather(1, kept)]
+    return Neighbours(rows, pictures, distances, _to_others(best[2], data, real, own), len(searched))
+
+
+def _searched(data: Data, size: int) -> Tensor:
+    most = max(1, MOST_VALUES // size)
+    if len(data) <= most:
+        return torch.arange(len(data))
+    return torch.randperm(len(data), generator=generator_for("nearest rows"))[:most].sort().values
+
+
+class _Best:
+    """The nearest rows so far, of each of some samples."""
+
+    def __init__(self, k: int) -> None:
+        self.k = k
+        self.squared, self.rows = torch.empty(0, 0), torch.empty(0, 0, dtype=torch.int64)
+
+    def offer(self, query: Tensor, found: Tensor, rows: Tensor) -> None:
+        """Takes those of `found` `[m, values]` that are nearer to the samples `query` `[n, values]`."""
+        squared = found.square().sum(1) - 2 * query @ found.T
+        if self.squared.numel() == 0:
+            self.squared, self.rows = squared.new_empty(len(query), 0), rows.new_empty(len(query), 0)
+        squared = torch.cat([self.squared, squared], 1)
+        rows = torch.cat([self.rows, rows.expand(len(query), -1)], 1)
+        self.squared, order = squared.topk(min(self.k, squared.shape[1]), largest=False)
+        self.rows = rows.gather(1, order)
+
+    def exact(self, data: Data, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows and distances, measured anew: the search's differences of large numbers blur what is nearly equal."""
+        found = data.fetch(self.rows.flatten()).x0.view(*self.rows.shape, *data.shape).double()
+        distances = (found - query.double()[:, None]).flatten(2).square().mean(2).sqrt()
+        distances, order = distances.sort(dim=1, stable=True)
+        return self.rows.gather(1, order), distances
+
+
+def _to_others(best: _Best, data: Data, real: Tensor, own: Tensor) -> Tensor:
+    """The distance of each real sample to the nearest row that is not its own."""
+    rows, distances = best.exact(data, real)
+    others = distances.masked_fill(rows == own[:, None], torch.inf).min(1).values
+    return others[others.isfinite()]

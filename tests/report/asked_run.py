@@ -1,0 +1,61 @@
+"""Runs whose models can be asked: networks with random weights, a teacher and its students, and gaps."""
+
+from pathlib import Path
+
+import torch
+
+from halfstep.core.denoiser import NetworkDenoiser
+from halfstep.core.noise import VPCosine, processes
+from halfstep.core.prediction import V
+from halfstep.nets import MLP, Network, describe_network
+from halfstep.recipes.schema import UNetConfig, make_unet
+from halfstep.runs import Manifest, RunFolder, write_json
+from halfstep.train import save_stage
+
+STAGES = (("00-denoise", None), ("01-halve-0004", 4), ("02-halve-0002", 2), ("03-halve-0001", 1))
+NUM_CLASSES = 3
+
+
+def image_network(seed: int) -> Network:
+    """A tiny network for 8x8 grey images of three classes, whose every weight matters."""
+    torch.manual_seed(seed)
+    config = UNetConfig(
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        attention=(False, False),
+        mid_attention=False,
+        norm_num_groups=4,
+    )
+    network = make_unet(config, (1, 8, 8), NUM_CLASSES, 1)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    return network
+
+
+def write_asked_run(run: Path, points: bool = False, trained: int = 3) -> Path:
+    """The first `trained` of `STAGES`; the plan has them all."""
+    for index, (name, num_steps) in enumerate(STAGES[:trained]):
+        torch.manual_seed(index)
+        network = MLP((2,), width=16, depth=1) if points else image_network(index)
+        manifest = Manifest(
+            stage=name,
+            objective="halve" if index else "denoise",
+            parent=STAGES[index - 1][0] if index else None,
+            num_steps=num_steps,
+            start_steps=8,
+            num_updates=1,
+            seconds=1.0,
+            shape=(2,) if points else (1, 8, 8),
+            num_classes=0 if points else NUM_CLASSES,
+            is_image=not points,
+            clip=not points,
+            network=describe_network(network),
+            process=processes.describe(VPCosine()),
+            prediction={"type": "v"},
+            files={},
+        )
+        save_stage(RunFolder(run).stage(name), NetworkDenoiser(network, VPCosine(), V()), manifest)
+    plan = [{"stage": name, "num_steps": steps, "num_updates": 1} for name, steps in STAGES]
+    write_json(run / "recipe.json", {"recipe": {"name": "asked"}, "plan": plan, "environment": {}})
+    return run

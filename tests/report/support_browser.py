@@ -1,0 +1,87 @@
+"""A browser for the tests: Debian's chromium, driven by playwright, told to ask nobody for anything."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+SCREENS = [(width, scheme) for width in (390, 820, 1400) for scheme in ("light", "dark")]
+"""A phone, a tablet, a desk; light and dark."""
+
+
+def chromium() -> str:
+    """Its path. Without it the test is skipped, or fails where HALFSTEP_BROWSER=required (in CI)."""
+    path = shutil.which("chromium") or shutil.which("chromium-browser")
+    reason = "no chromium: apt-get install chromium" if path is None else None
+    if reason is None and not (find_spec("playwright") and find_spec("axe_playwright_python")):
+        reason = "no playwright: pip install --group dev"
+    if reason is not None:
+        if os.environ.get("HALFSTEP_BROWSER") == "required":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    assert path
+    return path
+
+
+@contextmanager
+def browser() -> Iterator[Any]:
+    """A running chromium."""
+    path = chromium()
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
+        try:
+            yield found
+        finally:
+            found.close()
+
+
+class Watched:
+    """A page, with what it complained of and what it asked for on record."""
+
+    def __init__(self, page: Any) -> None:
+        self.page = page
+        self.complaints: list[str] = []
+        self.requests: list[str] = []
+        page.on("console", self._heard)
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        page.on("request", lambda request: self.requests.append(request.url))
+
+    def _heard(self, message: Any) -> None:
+        if message.type in ("error", "warning"):
+            self.complaints.append(message.text)
+
+    def elsewhere(self, *allowed: str) -> list[str]:
+        """Addresses asked for that do not begin with one of `allowed`."""
+        return [url for url in self.requests if not url.startswith(("data:", "blob:", *allowed))]
+
+
+def serious(page: Any, context: object = None) -> list[str]:
+    """What axe finds that is serious or critical, with the elements."""
+    import axe_playwright_python
+
+    script = (Path(str(axe_playwright_python.__file__)).parent / "axe.min.js").read_text(encoding="utf-8")
+    # In the devtools' own world, which a page's policy does not bind.
+    page.evaluate(script)
+    found = page.evaluate("context => axe.run(context ?? document, { resultTypes: ['violations'] })", context)
+    return [
+        f"{one['id']}: {one['help']}: {node['target']}"
+        for one in found["violations"]
+        if one["impact"] in ("serious", "critical")
+        for node in one["nodes"]
+    ]

@@ -1,0 +1,323 @@
+"""The chain, the evaluation, the studies, the neighbours and the cost, as the report tells them."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from halfstep.cli import main
+from halfstep.data import DataConfig, MemoryData, open_data
+from halfstep.report import read_run, write_report
+from halfstep.report.page import MOST_BYTES
+from halfstep.report.words import number
+from halfstep.runs import RunFolder, write_json
+from halfstep.train import nearest_samples
+from report.fake_run import (
+    STUDENT_STEPS,
+    digit_samples,
+    fake_evaluation,
+    frechet,
+    write_fake_evaluation,
+    write_fake_run,
+    write_stage,
+)
+from report.test_report import Page, reported
+from support_cli import Capture, refused
+
+
+def rmse(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.sqrt(np.mean((a / 127.5 - b / 127.5) ** 2)))
+
+
+# --- The chain ---
+
+
+def test_each_student_is_compared_with_its_own_teacher_and_with_the_first(tmp_path: Path) -> None:
+    page = reported(write_fake_run(tmp_path / "run"))
+    rows = {row[0]: row for row in page.table("Stage")[2:]}
+    first = digit_samples(256, False)
+    for index, steps in enumerate(STUDENT_STEPS):
+        row = rows[f"{index + 1:02d}-halve-{steps:04d}"]
+        parent = digit_samples(STUDENT_STEPS[index - 1], True) if index else first
+        own = digit_samples(steps, True)
+        assert row[6:8] == [number(rmse(own, parent)), number(rmse(own, first))]
+    assert rows["00-denoise"][6:8] == ["–", "–"]
+    assert rows["00-denoise"][3] == "0.00100"
+
+
+def test_samples_of_other_shapes_are_not_compared(tmp_path: Path) -> None:
+    run = write_fake_run(tmp_path / "run", students=(128,), planned=(128,))
+    np.savez(run / "stages/01-halve-0128/samples/steps-0128.npz", arr_0=digit_samples(128, True)[:5])
+    assert {row[0]: row for row in reported(run).table("Stage")[2:]}["01-halve-0128"][6:8] == ["–", "–"]
+
+
+def test_what_it_cost_follows_from_times_and_figures(tmp_path: Path) -> None:
+    run = write_fake_run(tmp_path / "run")
+    content = json.loads((run / "recipe.json").read_text())
+    content["recipe"] |= {"teacher": {"batch_size": 128}, "chain": {"batch_size": 64}}
+    content["environment"]["threads"] = 4
+    write_json(run / "recipe.json", content)
+    page = reported(run)
+    spent = dict(page.table("Teacher"))
+    assert spent["Teacher"] == "6 min 51 s, 2,000 updates of 128 samples"
+    assert spent["Students"] == "12 min 28 s, 3,200 updates of 64 samples, 8 stages"
+    assert spent["Hardware"] == "NVIDIA H100, 16 CPU cores, torch on 4 threads"
+    # The fourth student's sentence: 6 stages of 93.5 s for 0.0217 s less a step and 1,000 samples.
+    steps = int(re.search(r"needs (\d+) steps instead", page.text)[1])  # type: ignore[index]
+    stages = STUDENT_STEPS.index(steps) + 1
+    samples = stages * 93.5 / (0.0217 * (256 - steps) / 1000)
+    said = re.search(r"won back after about ([\d,]+) samples", page.text)
+    assert said
+    assert float(said[1].replace(",", "")) == pytest.approx(samples, rel=0.05)
+
+
+# --- A run in progress ---
+
+
+def test_a_run_whose_teacher_is_still_in_training_is_reported(tmp_path: Path) -> None:
+    run = write_fake_run(tmp_path / "run", students=())
+    (run / "stages/00-denoise/manifest.json").unlink()
+    page = reported(run)
+    assert "A run that has begun; no stage is complete yet." in page.text
+    assert "00-denoise (2,000 of 2,000 updates done)" in page.text
+    assert any("training loss" in (div.get("aria-label") or "") for div in page.attributes("div"))
+
+
+# --- The evaluation ---
+
+
+def test_an_evaluation_is_shown_one_table_for_each_protocol(tmp_path: Path) -> None:
+    run = write_fake_run(tmp_path / "run")
+    content = fake_evaluation(complete=False)
+    content["tables"][0]["rows"][-1]["gamma"] = 0.25
+    write_json(RunFolder(run).evaluation_path, content)
+    page = reported(run)
+    sets, near = (table[1:] for table in page.tables if table[0] and table[0][0] == "Series")
+    assert [row[:2] for row in sets[:3]] == [["student", "8"], ["student", "4"], ["student", "1"]]
+    assert sets[0][3] == f"{number(frechet(8, True))} ± {number(0.01)}"
+    assert sets[0][4] == "0.800"
+    assert sets[4][4] == "–"
+    assert [row[0] for row in sets[-3:-1]] == ["teacher, Heun", "teacher, Heun, gamma 0.25"]
+    assert sets[-1][0].startswith("real data, one half against the other (898 each)")
+    assert sets[-1][3] == "0.600"
+    assert len(near) == 3
+    for text in (
+        "It is not at its end",
+        "Distances of small sets are too large.",
+        "Against the teacher",
+        "How many are real.",
+    ):
+        assert text in page.text
+
+
+def test_a_run_without_figures_of_its_own_takes_the_first_sentence_from_its_evaluation(tmp_path: Path) -> None:
+    run = write_fake_run(tmp_path / "run")
+    for path in run.glob("stages/*/metrics.json"):
+        path.unlink()
+    write_fake_evaluation(run)
+    ratio = frechet(4, True) / frechet(64, False)
+    assert ratio < 1.5 < frechet(1, True) / frechet(64, False)
+    speed = (0.013 + 0.0217 * 256) / (0.013 + 0.0217 * 4)
+    text = reported(run).text
+    assert f"needs 4 steps instead of 256: {speed:.0f} times faster per sample" in text
+    assert f"Fréchet distance {ratio:.2f} times the teacher’s at 64 steps." in text
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda data: "{",
+        lambda data: json.dumps(data | {"format": 99}),
+        lambda data: json.dumps(data | {"tables": 3}),
+        lambda data: json.dumps([]),
+    ],
+    ids=["cut", "later", "wrong", "list"],
+)
+def test_a_damaged_evaluation_is_left_out_and_said(tmp_path: Path, spoil: Any) -> None:
+    run = write_fake_run(tmp_path / "run", students=(128,), planned=(128,))
+    path = RunFolder(run).evaluation_path
+    path.parent.mkdir()
+    path.write_text(spoil(fake_evaluation()), encoding="utf-8")
+    page = reported(run)
+    assert "The evaluation is left out: evaluation/evaluation.json" in page.text
+    assert str(tmp_path) not in page.text
+
+
+# --- Studies ---
+
+TABLE = """# A title
+
+A question?
+
+![A title](figure.svg)
+
+| steps | ours | theirs |
+|---|---:|---:|
+| 4 | 1.5 | <b>2 |
+
+A note.
+"""
+
+
+def write_study(folder: Path, table: str = TABLE) -> None:
+    folder.mkdir(parents=True)
+    held = {"title": "Schedules", "question": "How long?", "scale": {"name": "smoke"}, "seconds": 125.0, "rows": []}
+    write_json(folder / "study.json", held)
+    (folder / "table.md").write_text(table, encoding="utf-8")
+    (folder / "figure.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>", encoding="utf-8")
+
+
+def test_studies_in_the_run_or_in_a_folder_named_are_shown(tmp_path: Path, capsys: Capture) -> None:
+    run = write_fake_run(tmp_path / "run", students=(128,), planned=(128,))
+    write_study(run / "studies" / "schedules")
+    page = reported(run)
+    assert page.table("steps") == [["steps", "ours", "theirs"], ["4", "1.5", "<b>2"]]
+    for text in ("Schedules", "How long?", "A note.", "Scale smoke. Its cells took 2 min 5 s."):
+        assert text in page.text
+    assert any((image["src"] or "").startswith("data:image/svg+xml;base64,") for image in page.attributes("img"))
+    write_study(tmp_path / "elsewhere" / "other")
+    write_study(tmp_path / "elsewhere" / "damaged", table="no table")
+    (tmp_path / "elsewhere" / "cut").mkdir()
+    (tmp_path / "elsewhere" / "cut" / "study.json").write_text("{", encoding="utf-8")
+    main(["report", str(run), "--studies", str(tmp_path / "elsewhere")])
+    page = Page(RunFolder(run).report_path.read_text(encoding="utf-8"))
+    assert "The study cut is left out: cut/study.json is not readable JSON" in page.text
+    assert "The study damaged is left out: damaged/table.md does not hold a table." in page.text
+    assert "holds no studies" in refused(["report", str(run), "--studies", str(tmp_path)], capsys)
+
+
+# --- Nearest training samples ---
+
+
+def pictures(number: int, seed: int = 0, size: int = 6) -> MemoryData:
+    pixels = torch.randint(0, 256, (number, 1, size, size), generator=torch.Generator().manual_seed(seed))
+    return MemoryData("pictures", pixels.to(torch.uint8))
+
+
+def test_neighbours_are_those_of_a_plain_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("halfstep.train.nearest.CHUNK", 36 * 7)
+    data = pictures(50)
+    everything = data.fetch(torch.arange(50)).x0.double()
+    x0 = pictures(5, seed=1).fetch(torch.arange(5)).x0
+    found = nearest_samples(data, x0, 3)
+    plain = (x0.double()[:, None] - everything[None]).flatten(2).square().mean(2).sqrt()
+    distances, rows = plain.sort(1)
+    torch.testing.assert_close(found.distances, distances[:, :3], rtol=0, atol=1e-14)
+    assert torch.equal(found.rows, rows[:, :3])
+    assert torch.equal(found.x0[2, 1], everything[rows[2, 1]].float())
+    own = (everything[:, None] - everything[None]).flatten(2).square().mean(2).sqrt()
+    own.fill_diagonal_(torch.inf)
+    torch.testing.assert_close(found.real.sort().values, own.min(1).values.sort().values, rtol=0, atol=1e-14)
+    assert found.num_searched == 50
+
+
+def test_copies_and_mirrored_copies_are_found() -> None:
+    data = pictures(40)
+    x0 = data.fetch(torch.tensor([7, 30])).x0
+    assert nearest_samples(data, x0, 1).rows.flatten().tolist() == [7, 30]
+    assert nearest_samples(data, x0, 1).distances.abs().max() == 0
+    mirrored = nearest_samples(data, x0.flip(-1), 2, flip=True)
+    assert mirrored.rows[:, 0].tolist() == [7, 30]
+    assert mirrored.distances[:, 0].abs().max() == 0
+    assert torch.equal(mirrored.x0[:, 0], x0.flip(-1))
+    assert nearest_samples(data, x0.flip(-1), 1).distances.min() > 0.1
+
+
+def test_a_symmetric_image_counts_once_and_few_images_are_enough() -> None:
+    x = torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
+    x[1] = 255
+    found = nearest_samples(MemoryData("two", x), torch.full((1, 1, 4, 4), -1.0), 3, flip=True)
+    assert found.rows.tolist() == [[0, 1]]
+    assert found.distances.tolist() == [[0.0, 2.0]]
+    assert found.real.tolist() == [2.0, 2.0]
+    alone = nearest_samples(MemoryData("one", x[:1]), torch.zeros(1, 1, 4, 4), 3)
+    assert alone.rows.tolist() == [[0]]
+    assert len(alone.real) == 0
+
+
+def test_of_large_data_a_part_is_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("halfstep.train.nearest.MOST_VALUES", 36 * 10)
+    assert nearest_samples(pictures(50), pictures(2, 1).fetch(torch.arange(2)).x0).num_searched == 10
+
+
+@pytest.mark.parametrize("x0", [torch.zeros(2, 1, 4, 4), torch.zeros(0, 1, 6, 6)])
+def test_samples_that_do_not_fit_are_refused(x0: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="have no neighbours among data of shape"):
+        nearest_samples(pictures(3), x0)
+
+
+def test_the_report_shows_the_neighbours_of_the_sentences_student(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = write_fake_run(tmp_path / "run")
+    data = open_data(DataConfig(source="digits"))
+    write_json(
+        run / "recipe.json", json.loads((run / "recipe.json").read_text()) | {"data_fingerprint": data.fingerprint}
+    )
+    main(["report", str(run)])
+    page = Page(RunFolder(run).report_path.read_text(encoding="utf-8"))
+    facts = read_run(run).nearest
+    assert facts is not None
+    assert f"needs {facts.num_steps} steps instead" in page.text
+    np.testing.assert_array_equal(facts.samples, digit_samples(facts.num_steps, True)[:8])
+    # The fake samples are digits of that very data set under noise: row i is nearest to digit i.
+    np.testing.assert_array_equal(facts.neighbours[:, 0], digit_samples_clean())
+    assert f"nearest of 1,797 training samples is {number(float(np.median(facts.distances[:, 0])))}" in page.text
+    # The second call finds them there, without the data, and the page is the same.
+    monkeypatch.setattr("halfstep.cli.reporting.open_data", lambda config: pytest.fail("the data was opened again"))
+    before = RunFolder(run).report_path.read_bytes()
+    main(["report", str(run)])
+    assert RunFolder(run).report_path.read_bytes() == before
+
+
+def digit_samples_clean() -> np.ndarray:
+    """The first eight digits as the data room has them, uint8 `[8, 8, 8, 1]`."""
+    x0 = open_data(DataConfig(source="digits")).fetch(torch.arange(8)).x0
+    return ((x0 + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+def test_data_that_cannot_be_opened_is_said(tmp_path: Path) -> None:
+    run = write_fake_run(tmp_path / "run", students=(128,), planned=(128,))
+    content = json.loads((run / "recipe.json").read_text())
+    for recipe, said in (
+        ({"name": "a", "data": {"source": str(tmp_path / "gone.npy")}}, "gone.npy is not a file"),
+        ({"name": "a", "data": {"source": "digits"}}, "has changed since the run was trained on it"),
+    ):
+        write_json(run / "recipe.json", content | {"recipe": recipe, "data_fingerprint": "another"})
+        main(["report", str(run)])
+        text = Page(RunFolder(run).report_path.read_text(encoding="utf-8")).text
+        assert re.search(rf"Not looked for: [^\n]*{said}", text)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\3\4junk", b"x" * 1000])
+def test_a_damaged_file_of_neighbours_is_said(tmp_path: Path, content: bytes) -> None:
+    run = write_fake_run(tmp_path / "run", students=(128,), planned=(128,))
+    path = RunFolder(run).nearest_path
+    path.parent.mkdir()
+    path.write_bytes(content)
+    assert "report/nearest.npz cannot be read, so the nearest training samples are left out." in reported(run).text
+
+
+# --- Size ---
+
+
+def test_a_report_of_large_noisy_images_stays_below_its_limit(tmp_path: Path) -> None:
+    def noisy(steps: int, student: bool) -> np.ndarray:
+        return np.random.default_rng(steps).integers(0, 256, (20, 128, 128, 3), dtype=np.uint8)
+
+    run = write_fake_run(tmp_path / "run", samples=noisy)
+    size = write_report(run).stat().st_size
+    assert size <= MOST_BYTES < 8_000_000
+    assert size > MOST_BYTES / 4
+    assert len(Page(RunFolder(run).report_path.read_text(encoding="utf-8")).attributes("img")) > 20
+
+
+def test_a_student_of_other_steps_than_planned_is_walked_in_its_place(tmp_path: Path) -> None:
+    run = write_fake_run(tmp_path / "run", students=(128,), planned=(128,))
+    write_stage(run, "02-quarter-0032", 32, [], {32: digit_samples(32, True)}, parent="01-halve-0128")
+    labels = [div["data-label"] for div in reported(run).attributes("div") if "data-label" in div]
+    assert labels == ["256 steps", "128 steps", "64 steps", "32 steps", "8 steps", "4 steps", "2 steps", "1 step"]
