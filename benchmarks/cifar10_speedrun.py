@@ -29,9 +29,9 @@ from halfstep.recipes import build, recipes
 from halfstep.recipes.schema import ChainConfig, EngineConfig, EvaluationConfig, Recipe, TeacherConfig, UNetConfig
 from halfstep.runs import RunFolder
 from halfstep.train.cost import count_forward, update_cost
-from halfstep.train.engine import make_accelerator
 from halfstep.train.evaluate import samples_array
 from halfstep.train.pipeline import trainer_for
+from halfstep.train.processes import make_accelerator
 
 PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 """Dense bfloat16 operations a second, by a part of the card's name; from the makers' data sheets."""
@@ -65,7 +65,7 @@ def recipe_of(data: str, batch: int, compiled: bool, updates: dict[str, int], ti
     cuda = torch.cuda.is_available()
     return Recipe(
         name="cifar10-speedrun",
-        data=DataConfig(source=data, flip=True, limit=2000 if tiny else None),
+        data=DataConfig(source=data, flip=True),
         network=TINY if tiny else NETWORK,
         model=recipes["cifar10"]().model,
         teacher=teacher,
