@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import teams
+from halfstep.cli import main
 from halfstep.runs import RunFolder, read_log
 from halfstep.train import Progress, load, run
 from halfstep.train.processes import make_accelerator
@@ -251,6 +252,15 @@ def test_torchrun_and_accelerate_launch_run_halfstep(tmp_path: Path) -> None:
     drawn = _launch(ACCELERATE, ["sample", str(tmp_path / "run"), "--num-samples", "5", "--batch-size", "2",
                                  "--out", str(tmp_path / "two.npz")], tmp_path)  # fmt: skip
     assert drawn.returncode == 0, drawn.stderr
+    asked = ["evaluate", str(tmp_path / "run"), "--num-steps", "4", "2", "1", "--num-samples", "24"]
+    measured = _launch(TORCHRUN, asked, tmp_path)
+    assert measured.returncode == 0, measured.stderr
+    two = json.loads((tmp_path / "run" / "evaluation" / "evaluation.json").read_text())
+    main([*asked, "--out", str(tmp_path / "one")])
+    one = json.loads((tmp_path / "one" / "evaluation.json").read_text())
+    assert [[row["figures"] for row in table["rows"]] for table in two["tables"]] == [
+        [row["figures"] for row in table["rows"]] for table in one["tables"]
+    ]
     expected = load(tmp_path / "run").sample(range(5), batch_size=2).numpy()
     assert np.array_equal(np.load(tmp_path / "two.npz")["arr_0"], expected)
     assert json.loads((tmp_path / "run" / "recipe.json").read_text())["recipe"]["engine"]["sharding"] == "full"
