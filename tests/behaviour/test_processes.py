@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import teams
+from halfstep.cli import main
 from halfstep.runs import RunFolder, read_log
 from halfstep.train import Progress, load, run
 from halfstep.train.processes import make_accelerator
@@ -98,7 +99,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[torch.
         if isinstance(event, Progress) and (event.name, event.window.update) == ("01-halve-0002", 15):
             break
     events.close()  # type: ignore[attr-defined]
-    samples = together(2, teams.run_cases, path / "left", str(path), str(path / "one"))[0]
+    samples = together(2, teams.run_cases, path / "left", str(path), str(path / "one" / "stages" / "01-halve-0002"))[0]
     run_with(str(path / "for one"), "none", None, {})
     return path, samples
 
@@ -137,14 +138,14 @@ def test_one_process_writes_the_folder(folders: tuple[Path, list[torch.Tensor]])
     for name in ("plain", "plain cut", "sharded cut"):
         rows = [(row["stage"], row["update"]) for row in read_log(RunFolder(path / name).log_path)]
         assert rows == sorted(set(rows)), "a row was lost, doubled or out of order"
-        assert len(rows) == (40 + 30 + 60) / 5
+        assert len(rows) == (40 + 30 + 30) / 5
     assert {file.name for file in (path / "plain").glob("*")} == {file.name for file in (path / "one").glob("*")}
     assert not list(path.glob("*/stages/*/*checkpoint-*"))
 
 
 def test_images_are_the_same_on_any_number_of_processes(folders: tuple[Path, list[torch.Tensor]]) -> None:
     path, samples = folders
-    model = load(path / "one")
+    model = load(path / "one" / "stages" / "01-halve-0002")
     for drawn, seeds in zip(samples, [[3, 1], [7], [8, 2], [4, 5], [6]], strict=True):
         assert torch.equal(drawn, model.sample(seeds, 2))
     # And what is measured of them: 7 batches over 2 processes.
@@ -171,9 +172,8 @@ def test_what_one_process_refuses_ends_all_with_its_code(tmp_path: Path) -> None
     assert second[1] == "ValueError 2: no such item"
     assert first[2] == second[2] == "ValueError 2: a batch of 25 cannot be split evenly over 2 processes"
     assert "the optimizer adamw8bit cannot be sharded" in first[3]
-    # The first waits for the others in vain, and says so.
-    assert first[4].startswith(("LostProcess", "nothing"))
-    assert "process 1 of the run sees other data under toy than the first" in second[4]
+    assert first[4] == second[4]
+    assert "process 1 of the run sees other data under toy than the first" in first[4]
 
 
 def test_a_signal_to_one_process_stops_all_at_the_same_update_with_the_state_saved(tmp_path: Path) -> None:
@@ -186,8 +186,9 @@ def test_a_signal_to_one_process_stops_all_at_the_same_update_with_the_state_sav
 @pytest.mark.parametrize(("sharding", "victim"), [("none", 1), ("full", 0)])
 def test_the_others_stop_with_a_message_when_a_process_is_killed(tmp_path: Path, sharding: str, victim: int) -> None:
     team = teams.start(2, teams.endless, tmp_path / "left", str(tmp_path / "run"), sharding)
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("run/stages/*/checkpoint-*")) and time.monotonic() < deadline:
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("run/stages/*/checkpoint-*")):
+        assert time.monotonic() < deadline, "no checkpoint appeared"
         time.sleep(0.05)
     team[victim].kill()
     killed = time.monotonic()
@@ -251,6 +252,15 @@ def test_torchrun_and_accelerate_launch_run_halfstep(tmp_path: Path) -> None:
     drawn = _launch(ACCELERATE, ["sample", str(tmp_path / "run"), "--num-samples", "5", "--batch-size", "2",
                                  "--out", str(tmp_path / "two.npz")], tmp_path)  # fmt: skip
     assert drawn.returncode == 0, drawn.stderr
+    asked = ["evaluate", str(tmp_path / "run"), "--num-steps", "4", "2", "1", "--num-samples", "24"]
+    measured = _launch(TORCHRUN, asked, tmp_path)
+    assert measured.returncode == 0, measured.stderr
+    two = json.loads((tmp_path / "run" / "evaluation" / "evaluation.json").read_text())
+    main([*asked, "--out", str(tmp_path / "one")])
+    one = json.loads((tmp_path / "one" / "evaluation.json").read_text())
+    assert [[row["figures"] for row in table["rows"]] for table in two["tables"]] == [
+        [row["figures"] for row in table["rows"]] for table in one["tables"]
+    ]
     expected = load(tmp_path / "run").sample(range(5), batch_size=2).numpy()
     assert np.array_equal(np.load(tmp_path / "two.npz")["arr_0"], expected)
     assert json.loads((tmp_path / "run" / "recipe.json").read_text())["recipe"]["engine"]["sharding"] == "full"

@@ -39,7 +39,7 @@ def _cut(path: Path, stage: str, update: int) -> None:
 def test_ten_sigkills_at_random_moments_leave_the_weights_of_an_uncut_run(tmp_path: Path, uncut: Path) -> None:
     # A fork server imports torch once, so that each of the restarts costs milliseconds.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["toys"])
+    context.set_forkserver_preload(["teams"])
     path = tmp_path / "run"
 
     def start() -> multiprocessing.process.BaseProcess:

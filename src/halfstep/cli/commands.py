@@ -316,7 +316,8 @@ def write_samples(x0: torch.Tensor, model: Model, seeds: range, out: Path) -> No
 
 def evaluate(argv: Sequence[str]) -> None:
     """Measure models and print the tables."""
-    evaluating.evaluate(argv, _console(), _recipe_of, _device(None))
+    processes = _processes()
+    evaluating.evaluate(argv, _console(), _recipe_of, _device(None, processes), processes)
 
 
 def import_(argv: Sequence[str]) -> None:

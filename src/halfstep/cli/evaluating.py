@@ -17,7 +17,7 @@ from halfstep.recipes import EvaluationConfig, Recipe
 from halfstep.recipes.schema import cache_folder, check_fit
 from halfstep.report.evaluation import cells_of, headings_of, protocol_words, title_of, write_evaluation
 from halfstep.runs import EvaluationResult, StageFolder
-from halfstep.train import Reference, StopSignal
+from halfstep.train import Processes, Reference, StopSignal
 from halfstep.train.curve import CellDone, Curve, CurveSpec
 
 
@@ -57,12 +57,17 @@ class EvaluateArguments:
 
 
 def evaluate(
-    argv: Sequence[str], console: Console, recipe_of: Callable[[StageFolder], Recipe | None], device: torch.device
+    argv: Sequence[str],
+    console: Console,
+    recipe_of: Callable[[StageFolder], Recipe | None],
+    device: torch.device,
+    processes: Processes,
 ) -> None:
     """Measures, prints one table for each protocol, and writes the files.
 
     Args:
         recipe_of: the recipe of a stage's run, None if the stage lies outside one.
+        processes: those that do this together; the first prints and writes the tables.
     """
     arguments = parse(EvaluateArguments, argv, "halfstep evaluate")
     _check(arguments)
@@ -93,7 +98,9 @@ def evaluate(
         kind=subject.kind,
         series=rows.series,
         entries=rows.entries,
-        references=[Reference(data, replace(evaluation, features=one), cache_folder(), device) for one in features],
+        references=processes.main_first(
+            lambda: [Reference(data, replace(evaluation, features=one), cache_folder(), device) for one in features]
+        ),
         reference_split=None if recipe.data.source == "digits" else recipe.data.split,
         num_samples=evaluation.num_samples,
         num_seeds=arguments.seeds,
@@ -105,6 +112,10 @@ def evaluate(
     out = arguments.out or subject.out
     with StopSignal() as stop:
         curve = Curve(spec, out, stop)
+        if processes.count > 1:
+            curve.share(processes)
+        if not processes.is_main:
+            return
         for cell in curve.run():
             console.print(_line(cell), highlight=False, markup=False)
     assert curve.result is not None

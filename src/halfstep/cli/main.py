@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             _dispatch(verb, rest)
 
 
-SHARED_VERBS = ("run", "train", "distill", "sample", "demo")
+SHARED_VERBS = ("run", "train", "distill", "sample", "evaluate", "demo")
 """Verbs that several processes do together."""
 
 

@@ -11,7 +11,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from halfstep.metrics.distances import torchmetrics_at_hand
+from halfstep.metrics.distances import ALONE, torchmetrics_at_hand
 from halfstep.metrics.images import as_rgb
 
 WIDTH: Final = 2.0
@@ -86,7 +86,7 @@ def lpips(a: Tensor, b: Tensor) -> float:
         raise ValueError(f"LPIPS cannot be measured: {lacking}")
     with torchmetrics_at_hand():
         from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
-    metric = LearnedPerceptualImagePatchSimilarity(net_type="alex", reduction="mean", normalize=False)
+    metric = LearnedPerceptualImagePatchSimilarity(net_type="alex", reduction="mean", normalize=False, **ALONE)
     with torch.inference_mode():
         for first, second in zip(a.split(64), b.split(64), strict=True):
             metric.update(as_rgb(first.float()), as_rgb(second.float()))

@@ -9,7 +9,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from halfstep.metrics.distances import Given, torchmetrics_at_hand
+from halfstep.metrics.distances import ALONE, Given, torchmetrics_at_hand
 
 SPLITS = 10
 """Parts over which the score is averaged, as in the first paper."""
@@ -32,7 +32,7 @@ def inception_score(logits: Tensor, splits: int = SPLITS) -> float:
     with warnings.catch_warnings():
         # torchmetrics says that it keeps all features, which are here already.
         warnings.simplefilter("ignore", UserWarning)
-        metric = InceptionScore(feature=Given(logits.shape[1]), splits=splits)
+        metric = InceptionScore(feature=Given(logits.shape[1]), splits=splits, **ALONE)
     metric.set_dtype(torch.float64)
     metric.update(logits.double())
     with torch.random.fork_rng(devices=[]):

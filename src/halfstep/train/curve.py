@@ -6,6 +6,7 @@ another reference draws nothing anew; its figures are kept for each protocol. Bo
 weights find none.
 """
 
+import contextlib
 import hashlib
 import json
 import re
@@ -30,6 +31,7 @@ from halfstep.runs.evaluation import EvaluationTable, Figure, Halves, Protocol, 
 from halfstep.train.engine import NonFinite
 from halfstep.train.evaluate import Reference, samples_array
 from halfstep.train.pipeline import environment
+from halfstep.train.processes import Processes
 from halfstep.train.sources import Source
 from halfstep.train.stop import StopSignal
 
@@ -203,6 +205,23 @@ class Curve:
         self._environment = environment()
         self.result: EvaluationResult | None = None
         """What was written last."""
+
+    def share(self, processes: Processes) -> None:
+        """Measures all cells that are not there, each by one of several processes: the first then finds them in `run`.
+
+        Raises:
+            Interrupted, FailedElsewhere: on all; what was measured stays.
+        """
+
+        def work(place: tuple[tuple[int, int], _Cell]) -> tuple[()]:
+            key, cell = place
+            # Of a cell whose samples are broken, `run` tells.
+            with contextlib.suppress(NonFinite):
+                self._measure(key, cell)
+            cell.forget()
+            return ()
+
+        processes.spread(list(self._cells.items()), work, self.stop)
 
     def run(self) -> Iterator[CellDone]:
         """Measures all cells that are not there, and writes evaluation.json anew after each.

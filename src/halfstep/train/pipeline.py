@@ -303,10 +303,11 @@ def run(spec: RunSpec, path: Path, stop: StopSignal | None = None) -> Iterator[E
     lock = FileLock(path / ".lock")
     try:
         fingerprint = processes.on_main(lambda: _take_folder(spec, folder, lock))
-        if spec.data.fingerprint != fingerprint:
+        (odd,) = processes.agree(processes.index if spec.data.fingerprint != fingerprint else 0)
+        if odd:
             raise ValueError(
-                f"process {processes.index} of the run sees other data under {spec.data.source} than the first: give "
-                "all of them the same files"
+                f"process {odd} of the run sees other data under {spec.data.source} than the first: give all of them "
+                "the same files"
             )
         yield from _Runner(spec, folder, stop, accelerator, processes).run()
     except OSError as error:
