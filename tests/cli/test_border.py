@@ -58,6 +58,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
             folder.mkdir(parents=True, exist_ok=True)
             picture.save(folder / f"{index}.png")
         (root / "captioned" / f"{index}.txt").write_text("a b"[index % 3])
+    np.savez(root / "wide.npz", x=random.normal(size=(4, 4, 8, 8)).astype(np.float32), y=np.arange(4) % 2)
     main(["encode", str(root / "sd"), "--data", str(root / "captioned"), "--out", str(root / "latents")])
     main(["encode", str(root / "sd3"), "--data", str(root / "captioned"), "--out", str(root / "latents3")])
     main(["encode", str(root / "dit"), "--data", str(root / "classes"), "--out", str(root / "latents-dit")])
@@ -570,7 +571,8 @@ def test_what_is_no_pipeline_is_refused(source: str, said: str, tmp_path: Path, 
         ("classes-ddpm", "digits", ["--matching.guidance-scale", "3"], "give --matching.null-class"),
         ("ddpm", "digits", ["--matching.prediction", "w"], "unknown prediction 'w'"),
         ("ddpm", "digits", ["--matching.prediction", "both"], "but Both needs 2"),
-        ("ddpm", "latents-dit", [], "makes samples of shape [1, 8, 8], but"),
+        ("ddpm", "latents-dit", [], "makes images in [-1, 1], but"),
+        ("dit", "wide.npz", [], "makes samples of shape [4, 4, 4], but"),
         ("ddpm", "digits", ["--matching.guidance-range", "3", "1"], "needs 0 <= low < high"),
         ("ddpm", "digits", ["--matching.guidance-scale", "nan"], "guidance-scale"),
         ("ddpm", "digits", ["--chain.lora-rank", "2", "--matching.process", "cosine"], "leave --chain.lora-rank out"),
