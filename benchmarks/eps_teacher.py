@@ -75,7 +75,8 @@ def distill(teacher: Path, run: Path) -> list[str]:
 if __name__ == "__main__":
     out = Path(sys.argv[1])
     began = time.time()
-    if not (out / "teacher").is_dir():
+    there = (out / "teacher").is_dir()
+    if not there:
         train_teacher(out / "teacher")
     trained = time.time()
     words = distill(out / "teacher", out / "run")
@@ -88,7 +89,7 @@ if __name__ == "__main__":
         "distill": "halfstep " + " ".join(words),
         "teacher": {"updates": UPDATES, "batch": BATCH, "rate": RATE, "ema_decay": DECAY},
         "environment": recipe["environment"],
-        "seconds": {"teacher": round(trained - began), "distill": round(time.time() - trained)},
+        "seconds": {"teacher": None if there else round(trained - began), "distill": round(time.time() - trained)},
         "stages": stages,
     }
     Path("docs/results/eps-teacher.json").write_text(json.dumps(result, indent=1) + "\n")

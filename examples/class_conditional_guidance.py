@@ -23,7 +23,7 @@ def make_teacher() -> halfstep.NetworkDenoiser:
 
 
 class Digits:
-    """Batches of images and classes, of which some are dropped; endless, and new in each epoch."""
+    """Batches of images and classes, of which some are dropped: an epoch, drawn anew each time that it is begun."""
 
     def __init__(self, drop: float, seed: int) -> None:
         self.data, self.drop = halfstep.open_data(halfstep.DataConfig(source="digits")), drop

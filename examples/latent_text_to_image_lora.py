@@ -15,7 +15,7 @@ BUDGET = (
     *("--chain.start-steps", "32", "--chain.num-updates", "4000", "--chain.batch-size", "16"),
     *("--chain.lora-rank", "64", "--engine.gradient-checkpointing", "--engine.precision", "bf16"),
 )
-"""For one GPU of 16 GB; --dry-run in the place of --out prints what it takes."""
+"""A start for one GPU, not tuned: `halfstep distill` with the same words and --dry-run prints what it takes."""
 
 
 def main(pipeline: str, images: str, out: Path, budget: tuple[str, ...] = BUDGET) -> tuple[Path, Path]:

@@ -33,7 +33,7 @@ class MyNetwork(nn.Module):
 
 
 class Spiral:
-    """Batches without end, as a simulation would give them."""
+    """Batches of points; at the end of one pass the library begins another."""
 
     def __iter__(self) -> Iterator[Tensor]:
         turn = torch.rand(4096, generator=torch.Generator().manual_seed(0)).sqrt() * 9

@@ -42,7 +42,7 @@ def test_an_unconditional_image_pipeline(
     fed(monkeypatch, pipeline_ddim, x_1)
     found = ours(model, x_1, pipe.scheduler, num_steps)
     images = pipe(2, num_inference_steps=num_steps, use_clipped_model_output=True, output_type="np").images
-    assert_same(found.clamp(-1, 1) / 2 + 0.5, torch.from_numpy(images).permute(0, 3, 1, 2))
+    assert_same(found.clamp(-1, 1), torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,27 @@ def test_every_table_of_betas(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, s
     fed(monkeypatch, pipeline_ddim, x_1)
     found = ours(model, x_1, pipe.scheduler, 4)
     images = pipe(2, num_inference_steps=4, use_clipped_model_output=True, output_type="np").images
-    assert_same(found.clamp(-1, 1) / 2 + 0.5, torch.from_numpy(images).permute(0, 3, 1, 2))
+    assert_same(found.clamp(-1, 1), torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1)
+
+
+def test_the_channels_of_a_learned_variance_are_left_out(tmp_path: Path) -> None:
+    """Of a network that diffusers' own DDIM steps with the first half of its channels only."""
+    scheduler = diffusers.DDPMScheduler(variance_type="learned_range", timestep_spacing="trailing")
+    folder = save_ddpm(tmp_path / "ddpm", scheduler, out_channels=6)
+    model = import_pipeline(folder)
+    assert model.shape == (3, 8, 8)
+    assert model.denoiser.network.config["out_channels"] == 3
+    unet = diffusers.UNet2DModel.from_pretrained(folder / "unet")
+    ddim = diffusers.DDIMScheduler.from_config(scheduler.config)
+    ddim.set_timesteps(8)
+    x_1 = noise(2, 3, 8, 8)
+    x_t = x_1
+    with torch.no_grad():
+        for timestep in ddim.timesteps:
+            eps, _ = unet(x_t, timestep).sample.chunk(2, dim=1)
+            x_t = ddim.step(eps, timestep, x_t, use_clipped_model_output=True).prev_sample
+        found = ours(model, x_1, ddim, 8)
+    assert_same(found, x_t)
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])

@@ -51,6 +51,15 @@ def test_distill_refuses_a_chain_that_cannot_be_halved() -> None:
         distill(teacher, torch.zeros(10, 1), start=12, to=4)
 
 
+def test_batches_of_pixels_are_refused_and_a_teacher_is_given_back_as_it_was() -> None:
+    """Whole numbers would be mixed with noise as whole numbers: to nothing."""
+    teacher = NetworkDenoiser(LinearAtEachTime(), PROCESS, X0())
+    with pytest.raises(ValueError, match=r"x0 must be of floats, got torch.uint8: scale pixels to \[-1, 1\]"):
+        distill(teacher, [torch.zeros(8, 1, dtype=torch.uint8)], start=16, to=8)
+    assert teacher.training
+    assert all(p.requires_grad for p in teacher.parameters())
+
+
 def test_distill_gives_the_same_student_twice_and_calls_back() -> None:
     teacher = NetworkDenoiser(LinearAtEachTime(), PROCESS, X0())
     seen: list[tuple[str, int]] = []

@@ -94,10 +94,14 @@ def test_an_image_model_of_classes(tmp_path: Path, clip: bool, num_steps: int) -
 
 
 @every_count
-def test_a_dit_whose_guidance_was_taken_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, num_steps: int) -> None:
+@pytest.mark.parametrize("clip", [False, True])
+def test_a_dit_whose_guidance_was_taken_in(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, num_steps: int, clip: bool
+) -> None:
+    """Where x0 is clipped, its pipeline does not say use_clipped_model_output: the scheduler alone must do it."""
     from diffusers.pipelines.dit import pipeline_dit
 
-    model = as_student(import_pipeline(save_dit(tmp_path / "dit")), guidance=(4.0, 4.0))
+    model = as_student(import_pipeline(save_dit(tmp_path / "dit")), guidance=(4.0, 4.0), clip=clip)
     folder = export_pipeline(model, tmp_path / "out")
     pipe = quietly(diffusers.DiTPipeline.from_pretrained(folder))
     x_1 = noise(2, 4, 4, 4)
@@ -106,6 +110,7 @@ def test_a_dit_whose_guidance_was_taken_in(monkeypatch: pytest.MonkeyPatch, tmp_
     decode = pipe.vae.decode
     monkeypatch.setattr(pipe.vae, "decode", lambda z, *a, **k: latents.append(z) or decode(z, *a, **k))
     pipe([3, 3], guidance_scale=1.0, num_inference_steps=num_steps)
+    assert not clip or float(latents[0].abs().max()) <= pipe.vae.config.scaling_factor**-1
     found = sample(model, x_1, num_steps, cond=model.cond(range(2), class_label=3))
     assert_same(found, latents[0] * pipe.vae.config.scaling_factor)
     assert pipe.labels["cat"] == 1

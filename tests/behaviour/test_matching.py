@@ -213,6 +213,28 @@ def test_a_network_on_another_clock_starts_near_what_it_was() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("width", [32, 64, 320])
+def test_the_weights_of_a_clock_that_was_replaced_are_as_large_as_those_of_the_old_one(width: int) -> None:
+    """Fitted to the last bit they were 1e6 and cancelled: float32 knew their sum to 0.1, and each order of the sum,
+    such as that of another batch or library, gave other samples."""
+    table = VPTable()
+    clock = VPCosine(*table.log_snr(torch.tensor([1.0, 1 / 1000], dtype=torch.float64)).tolist())
+    torch.manual_seed(0)
+    config = unet2d_config(
+        size=(8, 8), in_channels=1, out_channels=1, block_out_channels=(width,), layers_per_block=1,
+        attention=(False,), attention_head_dim=8, mid_attention=False, norm_num_groups=8,
+    )  # fmt: skip
+    network = UNet2D(config, num_train_timesteps=1000).eval()
+    moved = on_clock(network, lambda t: table.time_at(clock.log_snr(t)).clamp(0, 1), 1024)
+    old, new = (made.model.time_embedding.linear_1 for made in (network, moved))
+    assert float(new.weight.abs().max()) < 30 * float(old.weight.abs().max())
+    t = torch.linspace(0.01, 1, 100)
+    embedded = new(moved.model.time_proj(moved.timestep(t)))
+    exact = moved.model.time_proj(moved.timestep(t)).double() @ new.weight.double().T + new.bias.double()
+    assert float((embedded - exact).abs().max()) < 1e-5
+
+
+@torch.no_grad()
 def test_a_network_that_is_shown_a_scale_starts_as_it_was_whatever_the_scale() -> None:
     network = MLP((2,), width=16, depth=1, num_classes=3)
     shown = with_guidance(network)

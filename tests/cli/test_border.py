@@ -18,6 +18,7 @@ from PIL import Image
 
 from halfstep import load
 from halfstep.cli import main
+from halfstep.data import open_latents
 from halfstep.runs import RunFolder
 from support_cli import Capture, refused
 from support_pipelines import save_ddpm, save_dit, save_sd, save_sd3, tiny_unet, tiny_vae
@@ -46,6 +47,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pipelines, images with captions, images of classes."""
     root = tmp_path_factory.mktemp("border")
     save_ddpm(root / "ddpm", in_channels=1, out_channels=1)
+    save_ddpm(root / "classes-ddpm", in_channels=1, out_channels=1, num_class_embeds=11)
     save_dit(root / "dit")
     save_sd(root / "sd", root / "tokens")
     save_sd3(root / "sd3", root / "tokens")
@@ -56,9 +58,10 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
             folder.mkdir(parents=True, exist_ok=True)
             picture.save(folder / f"{index}.png")
         (root / "captioned" / f"{index}.txt").write_text("a b"[index % 3])
+    np.savez(root / "wide.npz", x=random.normal(size=(4, 4, 8, 8)).astype(np.float32), y=np.arange(4) % 2)
     main(["encode", str(root / "sd"), "--data", str(root / "captioned"), "--out", str(root / "latents")])
     main(["encode", str(root / "sd3"), "--data", str(root / "captioned"), "--out", str(root / "latents3")])
-    main(["encode", str(root / "dit"), "--data", str(root / "classes"), "--out", str(root / "latents.npz")])
+    main(["encode", str(root / "dit"), "--data", str(root / "classes"), "--out", str(root / "latents-dit")])
     return root
 
 
@@ -75,7 +78,7 @@ def ddpm_run(here: Path) -> Path:
 @pytest.fixture(scope="module")
 def dit_run(here: Path) -> Path:
     return distil(
-        here / "dit", here / "latents.npz", here / "run-dit", "--matching.guidance-scale", "4", budget=MEASURED
+        here / "dit", here / "latents-dit", here / "run-dit", "--matching.guidance-scale", "4", budget=MEASURED
     )
 
 
@@ -251,6 +254,36 @@ def test_a_run_that_was_cut_in_the_matching_stage_ends_as_the_uncut_one(
         assert found == (ddpm_run / "stages" / name / "model.safetensors").read_bytes(), name
 
 
+def test_of_a_repository_only_the_parts_weights_are_fetched(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    held = [
+        "README.md", "model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
+        "unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.fp16.safetensors", "v1-5.safetensors",
+        "v1-5.ckpt", "pipeline.py", "tokenizer/merges.txt", "text_encoder_3/model.fp16-00001-of-00002.safetensors",
+        "text_encoder_3/model-00001-of-00002.safetensors", "tokenizer_3/spiece.model",
+    ]  # fmt: skip
+    fetched: list[str] = []
+
+    def download(name: str, **patterns: Any) -> str:
+        assert name == "owner/ddpm"
+        fetched.extend(filter_repo_objects(held, **patterns))
+        return str(here / "ddpm")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    main(["import", "diffusers", "owner/ddpm", "--out", str(tmp_path / "stage")])
+    assert fetched == [
+        "model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "tokenizer/merges.txt",
+        "text_encoder_3/model-00001-of-00002.safetensors", "tokenizer_3/spiece.model",
+    ]  # fmt: skip
+    pipeline = load(tmp_path / "stage").manifest.pipeline
+    assert pipeline is not None
+    assert pipeline.folder == "owner/ddpm"
+
+
 def test_pushing_goes_through_the_hub_s_own_client(
     ddpm_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
@@ -288,7 +321,18 @@ def cut(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
+def variant(folder: Path) -> None:
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    file.rename(file.with_name("diffusion_pytorch_model.fp16.safetensors"))
+
+
 SCHEDULER: Final = "scheduler/scheduler_config.json"
+CONTINUOUS: Final = {"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}
+FLOWING: Final = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+SOLVED_FLOW: Final = {
+    "_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True, "prediction_type": "flow_prediction",
+    "variance_type": None,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -312,7 +356,29 @@ SCHEDULER: Final = "scheduler/scheduler_config.json"
         (edit("model_index.json", _class_name="FluxPipeline"), "holds a FluxPipeline, which is not understood"),
         (lambda f: (f / "unet" / "config.json").write_text("{}"), "holds a None, but a UNet2DModel is needed"),
         (lambda f: (f / "unet" / "config.json").unlink(), "has no config.json: the pipeline was not saved whole"),
-        (lambda f: shutil.rmtree(f / "scheduler"), "scheduler_config.json"),
+        (
+            lambda f: shutil.rmtree(f / "scheduler"),
+            "has no scheduler/scheduler_config.json: the pipeline was not saved",
+        ),
+        (edit(SCHEDULER, beta_start=None), "the config of the DDPMScheduler does not make one (linspace()"),
+        (edit(SCHEDULER, num_train_timesteps="many"), "the config of the DDPMScheduler does not make one (linspace()"),
+        (edit(SCHEDULER, trained_betas=[0.1, 0.2]), "has 2 trained_betas for its 1000 num_train_timesteps"),
+        (edit(SCHEDULER, prediction_type="flow_prediction"), "its use_flow_sigmas must be true"),
+        (edit(SCHEDULER, **CONTINUOUS), "has timestep_type 'continuous', and only 'discrete' is understood"),
+        (edit(SCHEDULER, **FLOWING), "holds a UNet2DModel, whose clock of timesteps is not known for the process"),
+        (
+            edit(SCHEDULER, **SOLVED_FLOW),
+            "whose clock of timesteps is not known for the process of its scheduler",
+        ),
+        (edit("unet/config.json", class_embed_type="timestep"), "with class_embed_type 'timestep', an input that"),
+        (edit("unet/config.json", sample_size=[8]), "has sample_size [8]: their height and width"),
+        (
+            variant,
+            "has weights of the variant fp16 alone (diffusion_pytorch_model.fp16.safetensors): save them",
+        ),
+        (lambda f: save_ddpm(f, in_channels=3, out_channels=1), "takes 3 channels and puts out 1: as many are needed"),
+        (lambda f: save_ddpm(f, in_channels=1, out_channels=2), "variance_type says nothing of a learned variance"),
+        (lambda f: (f / "model_index.json").write_text('{"_class_name": '), "model_index.json is not readable JSON"),
     ],
 )
 def test_a_pipeline_that_is_not_understood_is_refused(
@@ -339,7 +405,125 @@ def test_a_pipeline_without_a_vae_can_neither_encode_nor_draw(
     folder = shutil.copytree(here / "sd", tmp_path / "sd")
     shutil.rmtree(folder / "vae")
     words = ["encode", str(folder), "--data", str(here / "captioned"), "--out", str(tmp_path / "latents")]
-    assert "has no vae with .safetensors" in refused(words, capsys)
+    assert "has no vae, which makes images of latents and back" in refused(words, capsys)
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "vae"])
+def test_a_text_pipeline_with_a_pickled_part_is_refused_with_the_way_to_convert_it(
+    here: Path, tmp_path: Path, capsys: Capture, part: str
+) -> None:
+    folder = shutil.copytree(here / "sd", tmp_path / "sd")
+    (weights,) = (folder / part).glob("*.safetensors")
+    weights.rename(weights.with_suffix(".bin"))
+    words = ["encode", str(folder), "--data", str(here / "captioned"), "--out", str(tmp_path / "latents")]
+    said = refused(words, capsys)
+    assert f"{part} has its weights pickled ({weights.stem}.bin)" in said
+    assert ".save_pretrained(FOLDER, safe_serialization=True)" in said
+    weights.with_suffix(".bin").rename(weights)
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    assert "cannot be read" in refused(words, capsys)
+    assert not (tmp_path / "latents").exists()
+    weights.write_bytes(whole)
+    main(words)
+
+
+def test_flow_matching_s_network_on_a_table_of_betas_and_inputs_that_are_not_known_are_refused(
+    here: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    for name, spoil, said in [
+        ("sd3", edit(SCHEDULER, _class_name="DDIMScheduler"), "SD3Transformer2DModel, whose clock of timesteps is not"),
+        (
+            "sd",
+            edit("unet/config.json", addition_embed_type="text_time"),
+            "with addition_embed_type 'text_time', an",
+        ),
+        ("sd", edit("unet/config.json", time_cond_proj_dim=256), "with time_cond_proj_dim 256, an input that halfstep"),
+    ]:
+        folder = shutil.copytree(here / name, tmp_path / str(len(list(tmp_path.iterdir()))))
+        spoil(folder)
+        assert said in refused(["import", "diffusers", str(folder), "--out", str(tmp_path / "out")], capsys)
+
+
+def test_what_cannot_be_encoded_is_refused_before_anything_is_written(
+    here: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    def said(model: str, data: str, *words: str) -> str:
+        argv = ["encode", str(here / model), "--data", str(here / data), "--out", str(tmp_path / "out"), *words]
+        line = refused(argv, capsys)
+        assert not (tmp_path / "out").exists()
+        return line
+
+    needed = "become latents of shape [4, 8, 8], but the network of"
+    assert needed in said("sd", "captioned", "--image-size", "16")
+    assert "--batch-size must be at least 1, got 0" in said("dit", "classes", "--batch-size", "0")
+    assert "the device 'banana' cannot be used here" in said("sd", "captioned", "--device", "banana")
+    assert "makes no latents: give its images" in said("ddpm", "captioned")
+    assert "is no pipeline (no model_index.json)" in said("captioned", "captioned")
+    assert "has no classes: put the images of each class into a sub-folder" in said("dit", "captioned")
+    save_dit(here / "dit-of-1", num_classes=1)
+    assert "knows 1 classes, but the images have 2" in said("dit-of-1", "classes")
+    folder = shutil.copytree(here / "sd", here / "foreign-vae")
+    edit("model_index.json", vae=["mine", "VAE"])(folder)
+    assert "wants code of its own to be run (vae)" in said("foreign-vae", "captioned")
+
+
+def test_latents_of_classes_go_on_where_they_were_cut(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    from halfstep.data import latents
+
+    whole = open_latents(here / "latents-dit")
+    assert (whole.class_names, len(whole)) == (("0", "1"), 12)
+    assert whole.null["class_labels"] == 1000
+    cond = whole.fetch(torch.arange(12)).cond
+    assert cond["class_labels"].tolist() == [0] * 6 + [1] * 6
+    argv = ["encode", str(here / "dit"), "--data", str(here / "classes"), "--out", str(tmp_path / "out")]
+    write = latents._write
+
+    def failing(path: Path, tensors: Any) -> Any:
+        if path.name.startswith("shard"):
+            raise OSError(28, "No space left on device")
+        return write(path, tensors)
+
+    monkeypatch.setattr(latents, "_write", failing)
+    with pytest.raises(SystemExit):
+        main(argv)
+    monkeypatch.undo()
+    main(argv)
+    for file in ("index.json", "null.safetensors", "shard-00000.safetensors"):
+        assert (tmp_path / "out" / file).read_bytes() == (here / "latents-dit" / file).read_bytes()
+
+
+def test_a_pipeline_in_half_precision_is_computed_in_full(here: Path, tmp_path: Path) -> None:
+    """Its files hold float16; teachers, texts and latents are float32 all the same."""
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(here / "sd")
+    pipe.to(torch.float16).save_pretrained(tmp_path / "half")
+    main(["encode", str(tmp_path / "half"), "--data", str(here / "captioned"), "--out", str(tmp_path / "latents")])
+    run = distil(tmp_path / "half", tmp_path / "latents", tmp_path / "run", "--matching.guidance-scale", "3")
+    assert {p.dtype for p in load(run).parameters()} == {torch.float32}
+    main(["sample", str(run), "--num-samples", "1", "--prompt", "a", "--out", str(tmp_path / "a.png")])
+
+
+def test_a_folder_without_an_index_is_found_by_its_network(here: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(here / "ddpm", tmp_path / "ddpm")
+    (folder / "model_index.json").unlink()
+    assert stages(distil(folder, "digits", tmp_path / "run"))[0] == "00-teacher"
+
+
+def test_an_image_student_is_exported_when_its_teacher_is_gone(here: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(here / "ddpm", tmp_path / "ddpm")
+    run = distil(folder, "digits", tmp_path / "run")
+    shutil.rmtree(folder)
+    main(["export", str(run), "--out", str(tmp_path / "out")])
+    diffusers.DDIMPipeline.from_pretrained(tmp_path / "out")
+
+
+def test_the_sampler_of_a_latent_student_is_one_graph(dit_run: Path, tmp_path: Path) -> None:
+    """Compared with torch to 1e-4 before it is written; one step, for each takes the exporter many seconds."""
+    words = ["--format", "onnx", "--num-steps", "1", "--out", str(tmp_path / "sampler.onnx")]
+    main(["export", str(dit_run), *words])
+    assert (tmp_path / "sampler.onnx").is_file()
 
 
 def test_a_text_encoder_of_another_width_is_refused(here: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -364,6 +548,7 @@ def test_a_network_without_a_pipeline_needs_its_scheduler(tmp_path: Path, capsys
     ("source", "said"),
     [
         ("model.ckpt", "is pickled and could run code"),
+        ("weights.bin", "is pickled and could run code"),
         ("weights.pt", "is pickled and could run code"),
         ("owner/name", "could not be fetched from the Hub"),
         ("../x/y", "does not exist"),
@@ -381,19 +566,23 @@ def test_what_is_no_pipeline_is_refused(source: str, said: str, tmp_path: Path, 
     [
         ("ddpm", "digits", ["--matching.guidance-scale", "3"], "what stands for no condition is not known"),
         ("ddpm", "digits", ["--matching.null-class", "3"], "says nothing to a teacher without classes"),
+        ("classes-ddpm", "digits", ["--matching.guidance-scale", "3", "--matching.null-class", "11"],
+         "matching.null_class 11 is no class of the teacher, which knows 0 to 10"),
+        ("classes-ddpm", "digits", ["--matching.guidance-scale", "3"], "give --matching.null-class"),
         ("ddpm", "digits", ["--matching.prediction", "w"], "unknown prediction 'w'"),
         ("ddpm", "digits", ["--matching.prediction", "both"], "but Both needs 2"),
-        ("ddpm", "latents.npz", [], "makes samples of shape [1, 8, 8], but"),
+        ("ddpm", "latents-dit", [], "makes images in [-1, 1], but"),
+        ("dit", "wide.npz", [], "makes samples of shape [4, 4, 4], but"),
         ("ddpm", "digits", ["--matching.guidance-range", "3", "1"], "needs 0 <= low < high"),
         ("ddpm", "digits", ["--matching.guidance-scale", "nan"], "guidance-scale"),
         ("ddpm", "digits", ["--chain.lora-rank", "2", "--matching.process", "cosine"], "leave --chain.lora-rank out"),
-        ("dit", "latents.npz", ["--matching.guidance-range", "1", "3"], "DiTTransformer2DModel has no input for it"),
-        ("dit", "latents.npz", ["--matching.process", "cosine"], "has no table of timesteps that could be replaced"),
+        ("dit", "latents-dit", ["--matching.guidance-range", "1", "3"], "DiTTransformer2DModel has no input for it"),
+        ("dit", "latents-dit", ["--matching.process", "cosine"], "has no table of timesteps that could be replaced"),
         (
-            "dit", "latents.npz", ["--matching.guidance-scale", "2", "--matching.guidance-range", "1", "3"],
+            "dit", "latents-dit", ["--matching.guidance-scale", "2", "--matching.guidance-range", "1", "3"],
             "are both given: give one",
         ),
-        ("sd", "latents.npz", [], "conditioned on encoder_hidden_states, which"),
+        ("sd", "latents-dit", [], "conditioned on encoder_hidden_states, which"),
         ("sd", "latents3", [], "takes encoder_hidden_states of shape [7, 16], but"),
         ("sd3", "latents3", ["--matching.guidance-range", "1", "3"], "SD3Transformer2DModel has no input for it"),
         (
@@ -437,7 +626,7 @@ def test_exports_that_cannot_be_are_refused(
     toy = tmp_path / "toy"
     main(["run", "arrays", "--data", str(tmp_path / "toy.npy"), "--out", str(toy), *TINY_ARRAYS])
     assert "a network of the kind mlp is in no pipeline of diffusers: use --format onnx" in said(toy)
-    sixteen = distil(here / "dit", here / "latents.npz", tmp_path / "sixteen", "--chain.start-steps", "32", to=16)
+    sixteen = distil(here / "dit", here / "latents-dit", tmp_path / "sixteen", "--chain.start-steps", "32", to=16)
     message = said(sixteen)
     assert "cannot represent 16 steps exactly on 1000 timesteps: exact are 1, 2, 4, 5, 8, 10, 20, 25" in message
     assert not (tmp_path / "out").exists()

@@ -106,6 +106,8 @@ def test_one_step_of_the_student_lands_where_the_teacher_s_steps_land(
     error = (landed - expected).abs()
     floor = 2e-13 if num_teacher_steps == 3 else 2e-14
     assert bool((error <= 2 * landing_roundings(teacher, x_t, t, s, num_teacher_steps) + floor).all())
+    # Roundings grow with noise of 80 and with the steps; those of a halving stay below this for every member.
+    assert num_teacher_steps > 2 or float(error.max()) < 1e-9
     if even_amplitudes(process):
         assert bool((error <= 2e-13 * (1 + expected.abs())).all())
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
+import torch
 import tyro
 from pydantic import BaseModel, ValidationError
 from tyro import _errors as tyro_errors
@@ -12,6 +13,7 @@ from tyro import _errors as tyro_errors
 from halfstep.recipes import Recipe, recipes
 from halfstep.registry import nearest
 from halfstep.runs import DamagedFile, RunFolder, read_json
+from halfstep.train import Processes
 
 Arguments = TypeVar("Arguments")
 RecipeFields = tyro.conf.AvoidSubcommands[Annotated[Recipe, tyro.conf.arg(name="", help="")]]
@@ -228,3 +230,22 @@ def expand_data(argv: Sequence[str]) -> list[str]:
         name, equals, value = token.partition("=")
         expanded.append(short.get(name, name) + equals + value if name in short else token)
     return expanded
+
+
+def device_of(name: str | None, processes: Processes | None = None) -> torch.device:
+    """The device of that name, or the one there is; with several processes, the own one of each.
+
+    Raises:
+        UsageError: if it cannot be used here.
+    """
+    if name in (None, "cuda") and processes is not None and processes.count > 1 and torch.cuda.is_available():
+        # Each of several has its own.
+        return torch.device("cuda", torch.cuda.current_device())
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"the device {name!r} cannot be used here ({str(error).splitlines()[0]})") from None
+    return device

@@ -22,6 +22,7 @@ from halfstep.cli.arguments import (
     RunArguments,
     SampleArguments,
     UsageError,
+    device_of,
     expand_data,
     flags_of,
     parse,
@@ -143,7 +144,7 @@ def distill(argv: Sequence[str]) -> None:
         raise UsageError("the model is missing: halfstep distill MODEL --to 4")
     rest = expand_data(argv[1:])
     recipe = None
-    if is_pipeline(argv[0]) or not Path(argv[0]).exists():
+    if is_pipeline(argv[0]) or not Path(argv[0]).is_dir():
         model = import_pipeline(argv[0])
         where, name = argv[0], model.manifest.stage
     else:
@@ -194,20 +195,6 @@ def _recipe_of(stage: StageFolder) -> Recipe | None:
     return recipe_of_file(file) if file.is_file() and stage.path.resolve().parent.name == "stages" else None
 
 
-def _device(name: str | None, processes: Processes | None = None) -> torch.device:
-    if name in (None, "cuda") and processes is not None and processes.count > 1 and torch.cuda.is_available():
-        # Each of several has its own.
-        return torch.device("cuda", torch.cuda.current_device())
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"the device {name!r} cannot be used here ({str(error).splitlines()[0]})") from None
-    return device
-
-
 def _sampler(name: str, gamma: float | None) -> Sampler:
     """The sampler of that name.
 
@@ -241,7 +228,7 @@ def sample(argv: Sequence[str]) -> None:
     if taken and not arguments.overwrite:
         raise UsageError(f"{out} is there already: choose another --out, or add --overwrite")
     processes = _processes(arguments.device == "cpu")
-    model = load(arguments.model, _device(arguments.device, processes))
+    model = load(arguments.model, device_of(arguments.device, processes))
     seeds = range(arguments.seed, arguments.seed + arguments.num_samples)
     cond = _prompted(model, arguments.prompt, len(seeds))
     # One process lets the model find the batch that fits; several share the samples out in such parts.
@@ -317,7 +304,7 @@ def write_samples(x0: torch.Tensor, model: Model, seeds: range, out: Path) -> No
 def evaluate(argv: Sequence[str]) -> None:
     """Measure models and print the tables."""
     processes = _processes()
-    evaluating.evaluate(argv, _console(), _recipe_of, _device(None, processes), processes)
+    evaluating.evaluate(argv, _console(), _recipe_of, device_of(None, processes), processes)
 
 
 def import_(argv: Sequence[str]) -> None:

@@ -3,18 +3,27 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
-import numpy as np
+import torch
 import tyro
 from rich.console import Console
 
-from halfstep.cli.arguments import UsageError, parse
-from halfstep.data import DataConfig, ImageFiles, encode, open_data, read_captions
-from halfstep.data.base import MemoryData
+from halfstep.cli.arguments import UsageError, device_of, parse
+from halfstep.data import encode, read_captions, read_classes
 from halfstep.data.images import Preparation
-from halfstep.hub import LAYOUTS, encoder_of, export_lora, export_onnx, export_pipeline, fetch, push_to_hub
-from halfstep.runs import Pipeline, read_json
+from halfstep.hub import (
+    encoder_of,
+    export_lora,
+    export_onnx,
+    export_pipeline,
+    fetch,
+    push_to_hub,
+    read_layout,
+    read_sample_shape,
+    release_texts,
+)
+from halfstep.runs import read_json
 from halfstep.train import load
 from halfstep.train.model import find_stage
 
@@ -77,52 +86,52 @@ class EncodeArguments:
     """Folder of the pipeline, or its name on the Hub."""
     data: str
     """Images with captions (metadata.jsonl, metadata.csv or a .txt beside each) for a model of texts; images in a
-    folder for each class for a model of classes."""
+    folder for each class, in the order of the names of its classes, for a model of classes."""
     out: Path
-    """A folder for a model of texts; a .npz file for a model of classes."""
+    """Folder of the latents."""
     image_size: int | None = None
     """Height and width to resize images to; by default the size that they all have."""
     batch_size: int = 8
     """Images encoded at once."""
-    device: str = "cpu"
-    """Where the encoders run."""
+    device: str | None = None
+    """Where the encoders run: cuda if there is one by default."""
 
 
 def encode_(argv: Sequence[str], console: Console) -> None:
     """Encodes a folder of images and says what came out."""
     arguments = parse(EncodeArguments, argv, "halfstep encode")
+    for name in ("batch_size", "image_size"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    device = device_of(arguments.device)
     folder = fetch(arguments.pipeline)
-    kind = str(read_json(folder / "model_index.json").get("_class_name"))
-    if kind not in LAYOUTS or LAYOUTS[kind].is_image:
+    kind, layout = read_layout(folder)
+    if layout.is_image:
         raise UsageError(f"{folder} holds a {kind}, which makes no latents: give its images to distill as they are")
-    encoder = encoder_of(
-        Pipeline(kind=kind, folder=str(folder), component=LAYOUTS[kind].component), folder, arguments.device
-    )
-    if LAYOUTS[kind].text:
-        images = read_captions(Path(arguments.data), Preparation(arguments.image_size, channels=3))
-        found = encode(
-            images,
-            encoder,
-            arguments.out,
-            arguments.batch_size,
-            on_progress=lambda done, total: console.print(f"encoded {done} of {total}", highlight=False),
+    preparation, source = Preparation(arguments.image_size, channels=3), Path(arguments.data)
+    images, names = (read_captions(source, preparation), ()) if layout.text else read_classes(source, preparation)
+    encoder = encoder_of(kind, folder, device, names)
+    # What cannot be read is found before the folder is begun, which belongs to these very encoders.
+    encoder.texts([""])
+    needed = read_sample_shape(folder, layout)
+    made = tuple(encoder.images(images.loaded([0]).fetch(_FIRST).x0).shape[1:])
+    if made != needed:
+        raise UsageError(
+            f"images as large as {images.files[0]} become latents of shape {list(made)}, but the network of {folder} "
+            f"takes {list(needed)}: choose another --image-size"
         )
-        print(f"{arguments.out}: {len(found)} latents of shape {list(found.shape)} with their texts")
-        return
-    if arguments.out.suffix != ".npz":
-        raise UsageError(f"--out {arguments.out}: give a file that ends in .npz")
-    if arguments.out.exists():
-        raise UsageError(f"{arguments.out} is there already: choose another --out")
-    data = open_data(DataConfig(source=arguments.data, image_size=arguments.image_size, channels=3))
-    if not isinstance(data, MemoryData | ImageFiles) or not data.num_classes:
-        raise UsageError(f"{arguments.data} has no classes, which a {kind} is conditioned by")
-    latents, labels = [], []
-    import torch
+    found = encode(
+        images,
+        encoder,
+        arguments.out,
+        arguments.batch_size,
+        on_progress=lambda done, total: console.print(f"encoded {done} of {total}", highlight=False),
+        class_names=names,
+    )
+    release_texts()
+    shown = f"of {len(names)} classes" if names else "with their texts"
+    print(f"{arguments.out}: {len(found)} latents of shape {list(found.shape)} {shown}")
 
-    for first in range(0, len(data), arguments.batch_size):
-        batch = data.fetch(torch.arange(first, min(first + arguments.batch_size, len(data))))
-        latents.append(encoder.images(batch.x0).float().cpu().numpy())
-        labels.append(batch.cond["class_labels"].numpy())
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(arguments.out, x=np.concatenate(latents), y=np.concatenate(labels))
-    print(f"{arguments.out}: {len(data)} latents of shape {list(latents[0].shape[1:])} of {data.num_classes} classes")
+
+_FIRST: Final = torch.zeros(1, dtype=torch.int64)

@@ -15,7 +15,7 @@ from typing import Any, Final, TextIO, final
 from torch import Tensor
 
 from halfstep.data.base import MemoryData, first_line
-from halfstep.data.folders import IMAGE_SUFFIXES, Files, files_below
+from halfstep.data.folders import IMAGE_SUFFIXES, Files, files_below, image_folder
 from halfstep.data.images import Preparation, decoded
 
 TABLES: Final = ("metadata.jsonl", "metadata.csv")
@@ -102,6 +102,28 @@ def read_captions(folder: Path, preparation: Preparation = RGB) -> CaptionedImag
             f"{remedy}; an empty caption says that there is none"
         )
     return CaptionedImages(str(folder), tuple(map(Path, files)), tuple(captions[path] for path in files), preparation)
+
+
+def read_classes(folder: Path, preparation: Preparation = RGB) -> tuple[CaptionedImages, tuple[str, ...]]:
+    """The images of a folder with one sub-folder for each class, whose name is their caption; and the classes' names.
+
+    Raises:
+        ValueError: in one line, if the folder is missing, has no images, or not two classes at least.
+    """
+    root = folder.expanduser()
+    if not root.is_dir():
+        raise ValueError(
+            f"{folder} is {'not a folder' if root.exists() else 'missing'}: give a folder with a sub-folder of images "
+            "for each class"
+        )
+    paths = [path for path in files_below(root) if path.suffix.lower() in IMAGE_SUFFIXES]
+    found = image_folder(root, paths, "train", labels=True, limit=None)
+    if found.labels is None:
+        raise ValueError(f"{folder} has no classes: put the images of each class into a sub-folder of its own")
+    assert isinstance(found.images, Files)
+    captions = tuple(found.class_names[label] for label in found.labels.tolist())
+    files = tuple(map(Path, found.images.paths))
+    return CaptionedImages(str(found.images.root), files, captions, preparation), found.class_names
 
 
 def _from_texts(root: Path, files: Sequence[PurePath], beside: dict[PurePath, PurePath]) -> dict[PurePath, str]:

@@ -99,6 +99,8 @@ class Index(BaseModel):
     """Its key."""
     images: Origin
     shard_size: int
+    class_names: tuple[str, ...] = ()
+    """Of images of classes, whose captions are these names and whose conditions are `class_labels`."""
     tensors: dict[str, Entry] = {}
     """The latents and the conditions by name; they are known once they were encoded for the first time."""
     null: Stored | None = None
@@ -201,7 +203,7 @@ def open_latents(folder: Path) -> LatentData:
     if not _is_intact(root / NULL, index.null):
         raise _damaged(root / NULL, str(folder))
     null = {name: value.to(_read_as(value.dtype)) for name, value in load((root / NULL).read_bytes()).items()}
-    return LatentData(str(folder), index, null)
+    return LatentData(str(folder), index, null, index.class_names)
 
 
 def encode(
@@ -211,6 +213,7 @@ def encode(
     batch_size: int = 8,
     shard_size: int = 256,
     on_progress: Callable[[int, int], None] | None = None,
+    class_names: Sequence[str] = (),
 ) -> LatentData:
     """The latents and conditions of all images, from `folder` where they are there, else encoded into it.
 
@@ -220,6 +223,7 @@ def encode(
 
     Args:
         on_progress: called with the number of images that are done and of all, at the start and after each batch.
+        class_names: of images of classes (`read_classes`), in the order of the `class_labels` that the encoder makes.
 
     Raises:
         ValueError: in one line, if `folder` holds something else, latents of another encoder, of other images or in
@@ -241,7 +245,7 @@ def encode(
     try:
         for left in root.glob(".*.tmp"):
             left.unlink()
-        index = _begin(images, encoder, root, shard_size)
+        index = _begin(images, encoder, root, shard_size, tuple(class_names))
         _Encoding(images, encoder, root, batch_size, on_progress or (lambda done, total: None), index).run()
     finally:
         lock.release()
@@ -263,11 +267,19 @@ def _check_folder(root: Path) -> None:
             raise ValueError(f"{root} holds other files, such as {found[0]}: give a new or an empty folder for latents")
 
 
-def _begin(images: CaptionedImages, encoder: Encoder, root: Path, shard_size: int) -> Index:
+def _begin(
+    images: CaptionedImages, encoder: Encoder, root: Path, shard_size: int, class_names: tuple[str, ...]
+) -> Index:
     """The index of the folder, written now if there is none."""
     if not (root / INDEX).exists():
         count = -(-len(images) // shard_size)
-        index = Index(encoder=encoder.key, images=_origin(images), shard_size=shard_size, shards=(None,) * count)
+        index = Index(
+            encoder=encoder.key,
+            images=_origin(images),
+            shard_size=shard_size,
+            class_names=class_names,
+            shards=(None,) * count,
+        )
         _record(root, index)
         return index
     index = _read_index(root)

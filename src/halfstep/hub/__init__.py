@@ -4,12 +4,11 @@ from halfstep.hub.encoding import decoder_of, encoder_of, release_texts, text_co
 from halfstep.hub.export import export_lora, export_pipeline, push_to_hub
 from halfstep.hub.google_pd import CONFIGS, GooglePDConfig, config_of, import_google_pd
 from halfstep.hub.onnx import export_onnx
-from halfstep.hub.pipelines import LAYOUTS, fetch, import_pipeline, is_pipeline
+from halfstep.hub.pipelines import fetch, import_pipeline, is_pipeline, read_layout, read_sample_shape
 from halfstep.hub.schedulers import read_schedule, times_of, write_schedule
 
 __all__ = [
     "CONFIGS",
-    "LAYOUTS",
     "GooglePDConfig",
     "config_of",
     "decoder_of",
@@ -22,6 +21,8 @@ __all__ = [
     "import_pipeline",
     "is_pipeline",
     "push_to_hub",
+    "read_layout",
+    "read_sample_shape",
     "read_schedule",
     "release_texts",
     "text_conditions",

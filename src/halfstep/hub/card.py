@@ -47,13 +47,14 @@ image.save("sample.png")""",
 """By pipeline, six lines of Python that sample from it."""
 
 
-def usage(manifest: Manifest, kind: str, absent: Sequence[str] = ()) -> str:
+def usage(manifest: Manifest, kind: str, absent: Sequence[str] = (), steps: int = 4) -> str:
     """Six lines of Python that sample from an exported pipeline in the folder FOLDER.
 
     Args:
+        steps: where the model was distilled for no number.
         absent: parts that the pipeline can do without and the folder does not hold, which diffusers wants to be told.
     """
-    steps = manifest.num_steps or 4
+    steps = manifest.num_steps or steps
     guidance = manifest.guidance
     labels = list(range(min(4, manifest.num_classes)))
     return _USAGE[kind].format(
@@ -91,7 +92,7 @@ def model_card(
         f"as a stock `{kind}`. No code beyond diffusers is needed.",
         "",
         "```python",
-        usage(manifest, kind, absent).replace("FOLDER", name),
+        usage(manifest, kind, absent, max(exact)).replace("FOLDER", name),
         "```",
         "",
         "## What it is",

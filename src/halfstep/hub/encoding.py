@@ -1,6 +1,6 @@
 """A pipeline's own VAE and text encoders as callables: images to latents and back, texts to conditions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,17 +12,26 @@ from torch import Tensor
 
 from halfstep.data import Encoder
 from halfstep.hub.quiet import quiet, stock
-from halfstep.runs import Pipeline, read_json, sha256_of
+from halfstep.hub.weights import check_weights
+from halfstep.runs import DamagedFile, read_json, sha256_of
 
 
-def encoder_of(pipeline: Pipeline, folder: Path, device: str | torch.device = "cpu") -> Encoder:
-    """The encoder of a latent pipeline in `folder`.
+def encoder_of(kind: str, folder: Path, device: str | torch.device = "cpu", class_names: Sequence[str] = ()) -> Encoder:
+    """The encoder of the latent pipeline of this kind in `folder`.
 
     The latent of an image is the mean of the VAE's distribution, shifted and scaled as the network takes it.
 
+    Args:
+        class_names: of a model of classes, whose captions are these names and become `class_labels`; the empty caption
+            becomes the class behind the network's last, which stands for none.
+
     Raises:
-        ValueError: if a part is missing.
+        ValueError: if a part is missing, or the network knows fewer classes.
     """
+    known = _classes_of(folder) if class_names else 0
+    if known < len(class_names):
+        raise ValueError(f"the network in {folder} knows {known} classes, but the images have {len(class_names)}")
+    numbers = {name: number for number, name in enumerate(class_names)} | {"": known}
     vae = _vae(folder).to(device)
     shift = float(vae.config.get("shift_factor") or 0.0)
     scale = float(vae.config.scaling_factor)
@@ -33,11 +42,18 @@ def encoder_of(pipeline: Pipeline, folder: Path, device: str | torch.device = "c
         return latents
 
     def texts(captions: list[str]) -> dict[str, Tensor]:
+        if class_names:
+            return {"class_labels": torch.tensor([numbers[name] for name in captions])}
         return text_conditions(folder, captions, device)
 
     parts = sorted(file for name in ("vae", "text_encoder*", "tokenizer*") for file in folder.glob(f"{name}/*.*"))
     key = " ".join(f"{file.relative_to(folder)}:{sha256_of(file)[:12]}" for file in parts)
-    return Encoder(images, texts, f"{pipeline.kind} {key}")
+    return Encoder(images, texts, f"{kind} {key}")
+
+
+def _classes_of(folder: Path) -> int:
+    config = read_json(folder / "transformer" / "config.json")
+    return int(config.get("num_embeds_ada_norm") or 0) if isinstance(config, dict) else 0
 
 
 def decoder_of(folder: Path, device: str | torch.device = "cpu") -> Callable[[Tensor], Tensor]:
@@ -60,12 +76,21 @@ def decoder_of(folder: Path, device: str | torch.device = "cpu") -> Callable[[Te
 def _vae(folder: Path) -> Any:
     from diffusers import AutoencoderKL
 
-    if not list((folder / "vae").glob("*.safetensors")):
-        raise ValueError(f"{folder} has no vae with .safetensors: save the pipeline with it")
-    with quiet():
-        return AutoencoderKL.from_pretrained(
-            folder / "vae", use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
-        ).eval()
+    if not (folder / "vae").is_dir():
+        raise ValueError(f"{folder} has no vae, which makes images of latents and back: save the pipeline with it")
+    check_weights(folder / "vae", "diffusers.AutoencoderKL")
+    try:
+        with quiet():
+            return AutoencoderKL.from_pretrained(
+                folder / "vae",
+                use_safetensors=True,
+                local_files_only=True,
+                low_cpu_mem_usage=False,
+                torch_dtype=torch.float32,
+            ).eval()
+    except Exception as error:  # whatever diffusers, safetensors or a wrong shape raise
+        reason = " ".join(str(error).split())[:200]
+        raise DamagedFile(f"{folder / 'vae'} cannot be read as an AutoencoderKL ({reason})") from None
 
 
 @torch.no_grad()
@@ -105,15 +130,16 @@ def _text_pipeline(folder: Path) -> Any:
     index = read_json(folder / "model_index.json")
     kind = stock(index["_class_name"])
     for name in index:
-        part = folder / name
-        if name.startswith("text_encoder") and index[name][0] is not None and not list(part.glob("*.safetensors")):
-            raise ValueError(f"{part} has no weights (.safetensors): save the pipeline with them")
+        if name.startswith("text_encoder") and index[name][0] is not None:
+            check_weights(folder / name, ".".join(index[name]))
     held = {name for name, value in index.items() if name.startswith(("text_encoder", "tokenizer")) and value[0]}
     absent = {name: None for name in kind._get_signature_types() if name not in {*held, "scheduler"}}
     try:
         with quiet():
-            pipe = kind.from_pretrained(folder, use_safetensors=True, local_files_only=True, **absent)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+            pipe = kind.from_pretrained(
+                folder, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32, **absent
+            )
+    except Exception as error:  # whatever diffusers, transformers, safetensors or a wrong shape raise
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"the text encoder in {folder} cannot be read ({reason})") from None
     if (config := folder / "transformer" / "config.json").is_file():

@@ -53,10 +53,15 @@ def export_pipeline(model: Model, out: Path, metrics: Metrics | None = None) -> 
             "stage of one of these, or match the teacher to the cosine process, whose timesteps are a power of two "
             "(halfstep distill --matching.process cosine), or use --format onnx"
         )
-    origin = None if model.manifest.pipeline is None else fetch(model.manifest.pipeline.folder)
-    if origin is None and not model.manifest.is_image:
-        raise ValueError("this model makes latents, and the pipeline that it came from is not known: use --format onnx")
-    copies = {} if origin is None or model.manifest.is_image else _other_parts(origin, component)
+    origin = None
+    if not model.manifest.is_image:
+        if model.manifest.pipeline is None:
+            raise ValueError(
+                "this model makes latents, and the pipeline that it came from is not known: use --format onnx"
+            )
+        # An image model is whole without its origin, which may be gone.
+        origin = fetch(model.manifest.pipeline.folder)
+    copies = {} if origin is None else _other_parts(origin, component)
     index = _index(kind, component, schedule, network, origin if copies else None, copies)
 
     absent = [name for name in ("text_encoder_3", "tokenizer_3") if kind.endswith("3Pipeline") and name not in copies]
@@ -143,11 +148,13 @@ def _layout(model: Model, network: StockNetwork) -> tuple[StockSchedule, str, st
         raise ValueError(f"the network's clock has the shift {network.shift:g}, but its process is {process}")
     timesteps: Any = network.num_train_timesteps
     schedule = write_schedule(process, model.denoiser.prediction, timesteps, manifest.clip)
+    if manifest.is_image and not manifest.num_classes:
+        return schedule, "DDIMPipeline", "unet"
+    if manifest.clip:
+        schedule = clipping(schedule)
     if manifest.pipeline is not None and not manifest.is_image:
         return schedule, manifest.pipeline.kind, manifest.pipeline.component
-    if manifest.num_classes:
-        return (clipping(schedule) if manifest.clip else schedule), "ConsistencyModelPipeline", "unet"
-    return schedule, "DDIMPipeline", "unet"
+    return schedule, "ConsistencyModelPipeline", "unet"
 
 
 def _other_parts(origin: Path, component: str) -> dict[str, Path]:

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from halfstep.core.denoiser import NetworkDenoiser
-from halfstep.core.noise import processes
+from halfstep.core.noise import FlowMatching, processes
 from halfstep.core.prediction import predictions
 from halfstep.hub.encoding import release_texts, text_conditions
 from halfstep.hub.quiet import quiet, stock
 from halfstep.hub.schedulers import Schedule, read_schedule
+from halfstep.hub.weights import PICKLED, check_weights, pickled_message
 from halfstep.nets import SD3, DiT, StockNetwork, UNet2D, UNet2DCondition, describe_network
 from halfstep.runs import DamagedFile, Manifest, Pipeline, read_json, sha256_of
 from halfstep.train.model import Model
@@ -55,16 +56,32 @@ LAYOUTS: Final[dict[str, Layout]] = {
 """The pipelines that can be imported."""
 PLAIN: Final[dict[str, Layout]] = {"UNet2DModel": Layout("", UNet2D, is_image=True)}
 """Networks that are known without a pipeline round them."""
-PICKLED: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-"""Suffixes of weights that run code when they are read."""
+FETCHED: Final = ("*.json", "*.txt", "*.model", "*/*.safetensors", "diffusion_pytorch_model*.safetensors")
+"""Of a repository: neither pickles nor code, and no weights beside the parts, where many keep them all in one file."""
+NOT_FETCHED: Final = ("*.fp16.*", "*.fp16-*", "*.bf16.*", "*.bf16-*", "*.non_ema.*", "*.non_ema-*")
+"""Variants of the weights, which are not read."""
+FOREIGN: Final = (
+    "class_embed_type",
+    "addition_embed_type",
+    "encoder_hid_dim_type",
+    "time_cond_proj_dim",
+)
+"""Fields of a network's config that give it inputs of which its files do not say enough, or that no pipeline here
+feeds: of a guidance scale that it has learned, for one, they do not say the range."""
 
 
 def is_pipeline(path: str | Path) -> bool:
     """Whether a path is a folder that diffusers has written: a pipeline, or a network with its config."""
     folder = Path(path)
-    return (folder / "model_index.json").is_file() or (
-        (folder / "config.json").is_file() and not (folder / "manifest.json").is_file()
-    )
+    if (folder / "model_index.json").is_file():
+        return True
+    configs = [place / "config.json" for place in _places(folder)]
+    return any(file.is_file() for file in configs) and not (folder / "manifest.json").is_file()
+
+
+def _places(folder: Path) -> list[Path]:
+    """Where a network may lie without a model_index.json."""
+    return [folder, folder / "unet", folder / "transformer"]
 
 
 def fetch(source: str) -> Path:
@@ -75,10 +92,7 @@ def fetch(source: str) -> Path:
     """
     path = Path(source).expanduser()
     if path.suffix in PICKLED:
-        raise ValueError(
-            f"{source} is pickled and could run code when it is read, so halfstep does not: convert it where you trust "
-            "it, for example diffusers' StableDiffusionPipeline.from_single_file(...).save_pretrained(FOLDER)"
-        )
+        raise ValueError(pickled_message(source))
     if path.is_dir():
         return path
     if not path.exists() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
@@ -90,7 +104,7 @@ def fetch(source: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+        return Path(snapshot_download(source, allow_patterns=list(FETCHED), ignore_patterns=list(NOT_FETCHED)))
     except Exception as error:  # the Hub's client has many errors of its own, and network libraries below it more
         reason = str(error).strip().splitlines()
         raise ValueError(
@@ -109,6 +123,8 @@ def import_pipeline(source: str | Path) -> Model:
     """
     folder = fetch(str(source))
     kind, layout, network_folder, scheduler_file = _parts(folder)
+    if not scheduler_file.is_file():
+        raise ValueError(f"{folder} has no {scheduler_file.relative_to(folder)}: the pipeline was not saved whole")
     schedule = read_schedule(_json(scheduler_file))
     network = _network(network_folder, layout, schedule)
     conditions: dict[str, tuple[int, ...]] = {}
@@ -131,7 +147,7 @@ def import_pipeline(source: str | Path) -> Model:
         start_steps=START_STEPS,
         num_updates=0,
         seconds=0.0,
-        shape=_shape(network),
+        shape=shape_of(network.config),
         num_classes=num_classes,
         conditions=conditions,
         is_image=layout.is_image,
@@ -168,10 +184,21 @@ def _json(file: Path) -> dict[str, Any]:
 
 def _parts(folder: Path) -> tuple[str | None, Layout, Path, Path]:
     """The pipeline's class, its layout, the folder of the network and the config of the scheduler."""
-    index_file = folder / "model_index.json"
-    if not index_file.is_file():
+    if not (folder / "model_index.json").is_file():
         return _plain_parts(folder)
-    index = _json(index_file)
+    kind, layout = read_layout(folder)
+    return kind, layout, folder / layout.component, folder / "scheduler" / "scheduler_config.json"
+
+
+def read_layout(folder: Path) -> tuple[str, Layout]:
+    """The class of the pipeline in a folder and its layout; no file of the folder is code.
+
+    Raises:
+        ValueError: if there is none, it wants code of its own, is not understood, or lacks what it makes of texts.
+    """
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"{folder} is no pipeline (no model_index.json): give a folder that diffusers has saved whole")
+    index = _json(folder / "model_index.json")
     kind = index.get("_class_name")
     code = sorted(file.name for file in folder.rglob("*.py"))
     foreign = [
@@ -196,12 +223,11 @@ def _parts(folder: Path) -> tuple[str | None, Layout, Path, Path]:
                 raise ValueError(
                     f"{folder} has no {name}, which a model of texts is conditioned by: save the pipeline with it"
                 )
-    return kind, layout, folder / layout.component, folder / "scheduler" / "scheduler_config.json"
+    return kind, layout
 
 
 def _plain_parts(folder: Path) -> tuple[None, Layout, Path, Path]:
-    places = [folder, folder / "unet", folder / "transformer"]
-    network = next((place for place in places if (place / "config.json").is_file()), None)
+    network = next((place for place in _places(folder) if (place / "config.json").is_file()), None)
     if network is None:
         raise ValueError(f"{folder} is no pipeline (no model_index.json) and holds no network (no config.json)")
     config = _json(network / "config.json")
@@ -232,15 +258,19 @@ def _network(folder: Path, layout: Layout, schedule: Schedule) -> StockNetwork:
         raise ValueError(f"{folder} wants code of its own to be run (auto_map), which halfstep refuses")
     if config.get("_class_name") != name:
         raise ValueError(f"{folder} holds a {config.get('_class_name')}, but a {name} is needed here")
-    if not list(folder.glob("*.safetensors")):
-        pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLED)
-        if pickled:
+    if isinstance(schedule.process, FlowMatching) != (layout.network is SD3):
+        raise ValueError(
+            f"{folder} holds a {name}, whose clock of timesteps is not known for the process of its scheduler "
+            f"({type(schedule.process).__name__}): known are tables of betas for U-Nets and DiT, and flow matching for "
+            f"{SD3.stock}; in Python halfstep.distill takes any network"
+        )
+    for field in FOREIGN:
+        if config.get(field) is not None:
             raise ValueError(
-                f"{folder} has its weights pickled ({pickled[0]}), which could run code when they are read: convert "
-                f"them where you trust them, for example diffusers.{name}.from_pretrained(FOLDER)"
-                ".save_pretrained(FOLDER, safe_serialization=True)"
+                f"{folder} holds a {name} with {field} {config[field]!r}, an input that halfstep does not know: give "
+                "a model without it, or distil it in Python (halfstep.distill), where conditions have any name"
             )
-        raise ValueError(f"{folder} has no weights (.safetensors)")
+    check_weights(folder, f"diffusers.{name}")
     try:
         with quiet():
             stock_model = stock(name).from_pretrained(
@@ -252,7 +282,13 @@ def _network(folder: Path, layout: Layout, schedule: Schedule) -> StockNetwork:
     config = json.loads(json.dumps({k: v for k, v in stock_model.config.items() if not k.startswith("_")}))
     state = dict(stock_model.state_dict())
     channels = int(config["in_channels"])
-    if int(config.get("out_channels") or channels) == 2 * channels:
+    puts_out = int(config.get("out_channels") or channels)
+    if puts_out not in (channels, 2 * channels):
+        raise ValueError(
+            f"{folder} takes {channels} channels and puts out {puts_out}: as many are needed, or twice as many with a "
+            "learned variance"
+        )
+    if puts_out == 2 * channels:
         if not schedule.learned_variance and layout.network is not DiT:
             raise ValueError(
                 f"{folder} puts out {2 * channels} channels for {channels}, but its scheduler's variance_type says "
@@ -280,13 +316,24 @@ def _drop_variance(state: dict[str, Tensor], config: Mapping[str, Any], layout: 
             state[f"conv_out.{part}"] = state[f"conv_out.{part}"][:channels]
 
 
-def _shape(network: StockNetwork) -> tuple[int, ...]:
-    config = network.config
+def read_sample_shape(folder: Path, layout: Layout) -> tuple[int, ...]:
+    """Shape of a sample of the network of the pipeline in a folder."""
+    return shape_of(_json(folder / layout.component / "config.json"))
+
+
+def shape_of(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Shape of a sample of the network with this config.
+
+    Raises:
+        ValueError: if it does not say.
+    """
     size = config.get("sample_size")
     if size is None:
         raise ValueError("the network's config has no sample_size: write the height and width of its samples into it")
-    height, width = (size, size) if isinstance(size, int) else size
-    return int(config["in_channels"]), int(height), int(width)
+    sides = [size, size] if isinstance(size, int) else size
+    if not isinstance(sides, list) or len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise ValueError(f"the network's config has sample_size {size!r}: their height and width are needed")
+    return int(config["in_channels"]), *sides
 
 
 def _check_text_width(network: StockNetwork, conditions: Mapping[str, tuple[int, ...]]) -> None:

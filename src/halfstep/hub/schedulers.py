@@ -78,16 +78,33 @@ def read_schedule(config: Mapping[str, Any]) -> Schedule:
         raise ValueError(
             f"the scheduler {kind} is not understood (fields: {fields}): known are {', '.join((*TABLES, FLOW))}"
         )
-    with quiet():
-        full: dict[str, Any] = dict(stock(kind).from_config(dict(config)).config)
+    try:
+        with quiet():
+            full: dict[str, Any] = dict(stock(kind).from_config(dict(config)).config)
+        return _read(kind, full)
+    except (TypeError, RuntimeError, OverflowError) as error:
+        # Whatever diffusers and torch raise for fields of another type than they take.
+        raise ValueError(
+            f"the config of the {kind} does not make one ({' '.join(str(error).split())[:120]}): compare its fields "
+            f"with those of diffusers.{kind}().config"
+        ) from None
+
+
+def _read(kind: str, full: Mapping[str, Any]) -> Schedule:
     num = int(full["num_train_timesteps"])
+    name = full.get("prediction_type", "epsilon")
     if kind == FLOW or full.get("use_flow_sigmas"):
         _refuse(kind, full, {"use_dynamic_shifting": False, "invert_sigmas": False, "stochastic_sampling": False})
+        if kind != FLOW:
+            _refuse(kind, full, {"prediction_type": "flow_prediction"})
         shift = float(full["shift"] if kind == FLOW else full["flow_shift"])
         return Schedule(FlowMatching(shift), FlowVelocity(), False, num, False)
-    name = full.get("prediction_type", "epsilon")
     if name not in PREDICTIONS:
         raise ValueError(f"{kind} has prediction_type {name!r}, which is none of {', '.join(PREDICTIONS)}")
+    if name == "flow_prediction":
+        raise ValueError(f"{kind} has prediction_type {name!r} on a table of betas: its use_flow_sigmas must be true")
+    # Told a continuous time, a network keeps another clock than that of a table.
+    _refuse(kind, full, {"timestep_type": "discrete"})
     clip = bool(full.get("clip_sample", False))
     if clip:
         _refuse(kind, full, {"clip_sample_range": 1.0})
@@ -109,13 +126,15 @@ def _refuse(kind: str, config: Mapping[str, Any], needed: Mapping[str, Any]) -> 
 def _betas(kind: str, config: Mapping[str, Any]) -> tuple[float, ...]:
     num = int(config["num_train_timesteps"])
     schedule = config["beta_schedule"]
-    first, last = float(config["beta_start"]), float(config["beta_end"])
     if config.get("trained_betas") is not None:
         betas = tuple(float(beta) for beta in config["trained_betas"])
-    elif schedule == "linear":
-        betas = linear_betas(num, first, last)
-    elif schedule == "scaled_linear":
-        betas = scaled_linear_betas(num, first, last)
+        if len(betas) != num:
+            raise ValueError(
+                f"{kind} has {len(betas)} trained_betas for its {num} num_train_timesteps: one each is needed"
+            )
+    elif schedule in ("linear", "scaled_linear"):
+        made = linear_betas if schedule == "linear" else scaled_linear_betas
+        betas = made(num, float(config["beta_start"]), float(config["beta_end"]))
     elif schedule == "squaredcos_cap_v2":
         betas = cosine_betas(num)
     else:

@@ -676,6 +676,12 @@ def _with_null(teacher: Model, config: MatchingConfig, data: Data) -> Model:
     if config.null_class is not None:
         if not teacher.num_classes:
             raise ValueError(f"matching.null_class {config.null_class} says nothing to a teacher without classes")
+        own = int(null["class_labels"]) if "class_labels" in null else teacher.num_classes - 1
+        if config.null_class > max(own, teacher.num_classes - 1):
+            raise ValueError(
+                f"matching.null_class {config.null_class} is no class of the teacher, which knows 0 to "
+                f"{max(own, teacher.num_classes - 1)}"
+            )
         null = {"class_labels": torch.tensor(config.null_class)}
     if isinstance(data, LatentData) and not null:
         null = dict(data.null)

@@ -78,6 +78,13 @@ class Manifest(BaseModel):
 
     def guidance_words(self) -> str:
         """What `guidance_scale` means for the model, whether negative prompts act, and the network calls of a step."""
+        if not self.num_classes and not self.conditions:
+            return "The model is shown no condition, so there is nothing to guide by: one network call a step."
+        if self.guidance is None and self.num_steps is None:
+            return (
+                "A teacher: guidance_scale 1 is no guidance and one network call a step; any other asks it twice, with "
+                "and without its condition (uncond + scale (cond - uncond)), and negative prompts act."
+            )
         if self.guidance is None:
             return (
                 "The model has learned no guidance: leave guidance_scale at 1, one network call a step. A scale above "

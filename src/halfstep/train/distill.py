@@ -80,6 +80,11 @@ class StreamedBatches:
                 f"a batch must be x0 or (x0, cond), a tensor [batch, *dims] and a mapping of names to tensors "
                 f"[batch, ...], got {type(x0).__name__} and {type(cond).__name__}"
             )
+        if not x0.is_floating_point():
+            raise ValueError(
+                f"a batch's x0 must be of floats, got {x0.dtype}: scale pixels to [-1, 1] (x / 127.5 - 1), or pass "
+                "them as one uint8 tensor [n, channels, height, width]"
+            )
         if x0.ndim == 0 or len(x0) == 0 or any(len(value) != len(x0) for value in cond.values()):
             lengths = ", ".join(f"{name} of {len(value)}" for name, value in cond.items())
             raise ValueError(
@@ -244,17 +249,20 @@ def distill(
     frozen = [parameter.requires_grad for parameter in current.parameters()]
     result = current
     learned_from: Denoiser
-    for name, stage in zip(chain.names(1), chain.stages, strict=True):
-        if stage.num_steps is None:
-            student = copy_denoiser(matched_student(prediction, process, shown is not None)(result))
-            learned_from = viewed(result, student.process, scales, held_null)
-        else:
-            student, learned_from = copy_denoiser(result), result
-        trainer = StageTrainer(
-            student, learned_from, stage, batches, seed=seed, stream=name, accelerator=accelerator, ahead=ahead
-        )
-        result = _trained(trainer, on_window)
-    current.train(was_training)
-    for parameter, needed in zip(current.parameters(), frozen, strict=True):
-        parameter.requires_grad_(needed)
+    try:
+        for name, stage in zip(chain.names(1), chain.stages, strict=True):
+            if stage.num_steps is None:
+                student = copy_denoiser(matched_student(prediction, process, shown is not None)(result))
+                learned_from = viewed(result, student.process, scales, held_null)
+            else:
+                student, learned_from = copy_denoiser(result), result
+            trainer = StageTrainer(
+                student, learned_from, stage, batches, seed=seed, stream=name, accelerator=accelerator, ahead=ahead
+            )
+            result = _trained(trainer, on_window)
+    finally:
+        # The stages ask a teacher in evaluation mode and frozen; it goes back as it came, also if one diverged.
+        current.train(was_training)
+        for parameter, needed in zip(current.parameters(), frozen, strict=True):
+            parameter.requires_grad_(needed)
     return result
