@@ -489,6 +489,9 @@ class _Runner:
             # It has been measured on the device, which need not hold two whole networks.
             parent = parent.to("cpu")
         trainer = trainer_for(spec, stage, folder.name, parent, self.accelerator)
+        if parent is not None and spec.teacher_precision != "float32":
+            # A copy of it is asked and another one trained (a LoRA holds what it shares), so its own would be a third.
+            parent.to("meta")
         resumed = resume(trainer, folder, self._notices.append)
         yield from self._drain_notices()
         self.log.keep(lambda row: row.get("stage") != folder.name or row.get("update", 0) <= resumed)
