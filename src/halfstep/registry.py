@@ -81,6 +81,10 @@ class Registry(Generic[Member]):
     def __iter__(self) -> Iterator[str]:
         return iter(self._members)
 
+    def values(self) -> Iterator[Member]:
+        """The members."""
+        return iter(self._members.values())
+
     def items(self) -> Iterator[tuple[str, Member]]:
         """Pairs of name and member."""
         return iter(self._members.items())

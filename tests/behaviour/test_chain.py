@@ -156,7 +156,7 @@ def test_one_step_of_a_quartering_student_is_nearer_to_four_steps_of_its_teacher
         NetworkDenoiser(MLP((2,), width=32, depth=2), VPCosine(), V()),
         None,
         Plan.teacher(num_updates=300, batch_size=64, learning_rate=3e-3, anneal=True, ema_decay=0.0).stages[0],
-        as_batches(data),
+        as_batches(data, torch.device("cpu"))[0],
         seed=0,
         stream="teacher",
         accelerator=make_accelerator(),

@@ -12,7 +12,7 @@ from halfstep.recipes import Recipe, build, recipes
 from halfstep.recipes.paper import PAPER_CIFAR10
 from halfstep.recipes.schema import DataFacts, UNetConfig, data_or_stand_in
 from halfstep.train import cost
-from halfstep.train.cost import Memory, count_forward, memory_of_update, time_updates, update_cost
+from halfstep.train.cost import Memory, count_forward, memory_of_update, time_updates
 from toys import toy_plan, toy_spec
 
 PAPER = [name for name in recipes if name.endswith("_paper")]
@@ -90,7 +90,7 @@ def test_the_extrapolated_time_is_that_of_an_update_with_a_cost_of_its_own_and_o
 
 def test_a_student_s_update_costs_its_teacher_s_steps_more() -> None:
     chain = Plan.halvings(12, students=(6, 2), num_updates=1, batch_size=10, learning_rate=1.0)
-    assert [update_cost(stage) for stage in chain.stages] == [50.0, 60.0]
+    assert [stage.update_cost for stage in chain.stages] == [50.0, 60.0]
 
 
 def test_random_pixels_stand_in_only_where_the_data_is_not_at_hand() -> None:

@@ -4,10 +4,10 @@ import io
 
 from rich.console import Console
 
-from halfstep.cli.display import RunDisplay, duration
+from halfstep.cli.display import RunDisplay
+from halfstep.cli.words import duration
 from halfstep.objectives import Plan
-from halfstep.train import Progress, StageEnd, StageStart, Window
-from halfstep.train.cost import update_cost
+from halfstep.train import Notice, Progress, StageEnd, StageStart, Window
 
 
 def _window(update: int, seconds: float) -> Window:
@@ -18,7 +18,7 @@ def test_the_time_left_counts_network_calls_and_batches_of_all_stages() -> None:
     plan = Plan.teacher(num_updates=100, batch_size=20, learning_rate=1e-3) + Plan.halvings(
         2, 1, num_updates=60, batch_size=10, learning_rate=1e-3, updates_at={}
     )
-    assert [update_cost(stage) for stage in plan.stages] == [60.0, 50.0]
+    assert [stage.update_cost for stage in plan.stages] == [60.0, 50.0]
     out = io.StringIO()
     display = RunDisplay(plan, Console(file=out, width=200))
     display.show(
@@ -33,6 +33,40 @@ def test_the_time_left_counts_network_calls_and_batches_of_all_stages() -> None:
     display.show([StageEnd("00-denoise", 60.0, was_there=False)])
     assert display.seconds_left() == 30.0
     assert "00-denoise: done in 1:00 min" in out.getvalue()
+
+
+def test_a_terminal_gets_one_display_and_no_terminal_gets_lines() -> None:
+    plan = Plan.teacher(num_updates=20, batch_size=20, learning_rate=1e-3) + Plan.halvings(
+        2, 1, num_updates=6, batch_size=10, learning_rate=1e-3, updates_at={}
+    )
+    events = [
+        StageStart("00-denoise", 0, plan.stages[0], 0),
+        Progress("00-denoise", 20, _window(10, 6.0)),
+        Notice("[a] note"),
+        StageEnd("00-denoise", 12.0, was_there=False),
+        StageStart("01-halve-0001", 1, plan.stages[1], 2),
+    ]
+    printed = {}
+    for terminal in (True, False):
+        out = io.StringIO()
+        console = Console(file=out, width=120, height=20, force_terminal=terminal, color_system=None)
+        display = RunDisplay(plan, console)
+        display.show(events)
+        printed[terminal] = out.getvalue()
+        assert [stage.state for stage in display.status.stages] == ["done", "training"]
+        assert "note: [a] note" in printed[terminal]
+    assert "▶ 01-halve-0001" in printed[True]
+    assert "✓ 00-denoise" in printed[True]
+    assert "00-denoise: done in" not in printed[True]
+    assert [line.split(":")[0] for line in printed[False].splitlines()] == [
+        "00-denoise",
+        "00-denoise",
+        "note",
+        "00-denoise",
+        "01-halve-0001",
+    ]
+    assert "6 updates, going on at update 2" in printed[False]
+    assert "\x1b" not in printed[False]
 
 
 def test_durations_are_read_at_a_glance() -> None:

@@ -1,21 +1,24 @@
-"""From command lines to typed arguments, by tyro; from its complaints to one line that names what is near."""
+"""The arguments of the verbs that know recipes and models."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal
 
 import torch
 import tyro
 from pydantic import BaseModel, ValidationError
-from tyro import _errors as tyro_errors
 
+from halfstep.cli.usage import Switch, first_line
+from halfstep.cli.usage import UsageError as UsageError
+from halfstep.cli.usage import parse as parse
 from halfstep.recipes import Recipe, recipes
-from halfstep.registry import nearest
 from halfstep.runs import DamagedFile, RunFolder, read_json
 from halfstep.train import Processes
 
-Arguments = TypeVar("Arguments")
+SHORT: Final = {"--data": "--data.source", "--to": "--chain.end-steps", "--start": "--chain.start-steps"}
+"""Short names of a recipe's options."""
+
 RecipeFields = tyro.conf.AvoidSubcommands[Annotated[Recipe, tyro.conf.arg(name="", help="")]]
 
 
@@ -26,8 +29,10 @@ class RunArguments:
     recipe: RecipeFields
     out: Path | None = None
     """Folder of the run; runs/NAME by default."""
-    dry_run: bool = False
+    dry_run: Switch = False
     """Print plan, parameters and an estimate of time, and write nothing."""
+    json: Switch = False
+    """Print one JSON document: the plan with --dry-run, else the run's status at its end; progress goes to stderr."""
 
 
 @dataclass
@@ -39,20 +44,23 @@ class DistillArguments:
     recipe: RecipeFields
     out: Path | None = None
     """Folder of the new run; by default beside the model's run, with the steps in its name."""
-    dry_run: bool = False
+    dry_run: Switch = False
     """Print plan, parameters and an estimate of time, and write nothing."""
+    json: Switch = False
+    """Print one JSON document: the plan with --dry-run, else the run's status at its end; progress goes to stderr."""
 
 
 @dataclass
 class SampleArguments:
-    """Draw samples, each a function of its own seed: --seed, --seed + 1, ..."""
+    """Draw samples from a model by a sampler of few or many steps. Each sample is a function of its own seed, counted
+    from --seed, whatever the batch: the same seed gives the same noise at any number of steps and to any model."""
 
     model: tyro.conf.Positional[Path]
-    """Folder of a run or of a stage."""
+    """Folder of a run (its last stage is meant) or of a stage."""
     num_steps: int | None = None
     """Sampler steps; those that the model was distilled for by default."""
     num_samples: int = 64
-    """How many."""
+    """How many samples to draw."""
     seed: int = 0
     """Seed of the first sample."""
     class_label: int | None = None
@@ -60,7 +68,7 @@ class SampleArguments:
     guidance_scale: float | None = None
     """uncond + scale (cond - uncond), for a model that knows guidance; 1 is none. The model's own by default."""
     prompt: str | None = None
-    """A text, for a model of texts."""
+    """What to show, for a model of texts."""
     sampler: str = "ddim"
     """Sampler (see `halfstep ls samplers`)."""
     gamma: float | None = None
@@ -73,8 +81,10 @@ class SampleArguments:
     """cpu, cuda, mps; the fastest there is by default."""
     out: Path = Path("samples.png")
     """A .png (one grid), a .npz (arr_0, uint8 [n, h, w, c]), or a folder (one PNG each)."""
-    overwrite: bool = False
+    overwrite: Switch = False
     """Replace what is at --out."""
+    json: Switch = False
+    """Print what was drawn as one JSON document."""
 
 
 @dataclass
@@ -89,14 +99,12 @@ class ReportArguments:
 
 @dataclass
 class ListArguments:
-    """List the members of every family."""
+    """List what recipes and options can name: the members of every family, with a line on each."""
 
     families: tyro.conf.Positional[tuple[str, ...]] = field(default=())
     """Families to list; all by default."""
-
-
-class UsageError(ValueError):
-    """A command line that cannot be understood; one line."""
+    json: Switch = False
+    """Print one JSON document: families, their members, and what each is."""
 
 
 def flags_of(model: BaseModel, prefix: str = "") -> list[str]:
@@ -107,88 +115,6 @@ def flags_of(model: BaseModel, prefix: str = "") -> list[str]:
         dotted = f"{prefix}{name.replace('_', '-')}"
         flags += flags_of(value, f"{dotted}.") if isinstance(value, BaseModel) else [f"--{dotted}"]
     return flags
-
-
-def first_line(error: ValidationError) -> str:
-    """A pydantic error in one line: field, what was got, what was needed."""
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if part not in ("unet2d", "mlp"))
-    reason = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "value_error":
-        return f"{where}: {reason}"
-    if first["type"] == "extra_forbidden":
-        return f"unknown field {where!r}"
-    return f"{where}: {reason[0].lower()}{reason[1:]}, got {first['input']!r}"
-
-
-def plain_reason(message: str) -> str:
-    """tyro's and pydantic's words for a bad value, in one line."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    if len(lines) >= 3 and "validation error" in lines[0]:
-        if " [type=" in lines[1]:
-            # A contradiction between fields has no field of its own.
-            return lines[1].partition(" [type=")[0].removeprefix("Value error, ")
-        reason, _, details = lines[2].partition(" [type=")
-        got = details.partition("input_value=")[2].partition(", input_type")[0]
-        reason = reason.removeprefix("Value error, ")
-        return f"{lines[1].replace('_', '-')}: {reason}" + ("" if "got" in reason or not got else f", got {got}")
-    for kind, needed in (("int()", "a whole number"), ("float", "a number")):
-        if kind in message and ":" in message:
-            return f"needs {needed}, got {message.rpartition(':')[2].strip()}"
-    return " ".join(lines)
-
-
-def parse(
-    kind: type[Arguments],
-    argv: Sequence[str],
-    prog: str,
-    default: Arguments | None = None,
-    flags: Iterable[str] = (),
-) -> Arguments:
-    """The arguments in `argv`.
-
-    Raises:
-        UsageError: one line, if an option is unknown, lacks its value or has one of the wrong type.
-        SystemExit: after --help.
-    """
-    known = [
-        *flags,
-        *(f"--{name.replace('_', '-')}" for name in getattr(kind, "__dataclass_fields__", {})),
-        "--help",
-    ]
-
-    def explain(event: tyro_errors.ParseErrorEvent) -> None:
-        if isinstance(event, tyro_errors.UnrecognizedArgs):
-            token = event.tokens[0]
-            raise UsageError(f"unknown option {token!r}{nearest(token.split('=')[0], known)}; see {prog} --help")
-        if isinstance(event, tyro_errors.MissingArgs):
-            if event.unrecognized_tokens:
-                token = event.unrecognized_tokens[0]
-                raise UsageError(f"unknown option {token!r}{nearest(token, known)}; see {prog} --help")
-            names = ", ".join(argument.arg.lowered.name_or_flags[0] for argument in event.missing_arguments)
-            raise UsageError(f"{names} is missing; see {prog} --help")
-        if isinstance(event, tyro_errors.BadValue):
-            flag = event.argument.lowered.name_or_flags[0]
-            raise UsageError(f"{flag} needs a value; see {prog} --help")
-        if isinstance(event, tyro_errors.InvalidChoice):
-            flag = event.argument.lowered.name_or_flags[0]
-            raise UsageError(
-                f"{flag}: {event.value!r} is not one of {', '.join(event.choices)}{nearest(event.value, event.choices)}"
-            )
-        if isinstance(event, tyro_errors.InstantiationFailure):
-            flag = event.argument.lowered.name_or_flags[0] if event.argument is not None else ""
-            raise UsageError(f"{flag + ': ' if flag else ''}{plain_reason(event.message)}")
-
-    try:
-        with tyro_errors.on_parse_error(explain):
-            return tyro.cli(
-                kind,
-                args=list(argv),
-                prog=prog,
-                default=default if default is not None else tyro.MISSING_NONPROP,
-            )
-    except ValidationError as error:
-        raise UsageError(first_line(error)) from None
 
 
 def recipe_from(text: str) -> Recipe:
@@ -224,11 +150,10 @@ def recipe_of_file(file: Path) -> Recipe:
 
 def expand_data(argv: Sequence[str]) -> list[str]:
     """`--data SOURCE` and `--to N` written out as the recipe's fields."""
-    short = {"--data": "--data.source", "--to": "--chain.end-steps", "--start": "--chain.start-steps"}
     expanded = []
     for token in argv:
         name, equals, value = token.partition("=")
-        expanded.append(short.get(name, name) + equals + value if name in short else token)
+        expanded.append(SHORT.get(name, name) + equals + value if name in SHORT else token)
     return expanded
 
 

@@ -1,7 +1,5 @@
 """The verbs. Each takes the arguments behind its name."""
 
-import os
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,12 +8,12 @@ from typing import Literal
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from halfstep.cli import evaluating, exploring, exporting, importing, studying
 from halfstep.cli.arguments import (
+    SHORT,
     DistillArguments,
     ListArguments,
     ReportArguments,
@@ -29,9 +27,10 @@ from halfstep.cli.arguments import (
     recipe_from,
     recipe_of_file,
 )
-from halfstep.cli.display import RunDisplay, duration, show_results
+from halfstep.cli.display import RunDisplay, show_results
 from halfstep.cli.dry_run import show_plan
 from halfstep.cli.reporting import make_report
+from halfstep.cli.words import console_for, duration, print_json
 from halfstep.core.noise import processes
 from halfstep.core.prediction import predictions
 from halfstep.core.weighting import weightings
@@ -42,7 +41,7 @@ from halfstep.objectives import objectives
 from halfstep.recipes import Recipe, build, recipes
 from halfstep.recipes.schema import data_or_stand_in
 from halfstep.registry import nearest
-from halfstep.runs import StageFolder
+from halfstep.runs import StageFolder, read_status
 from halfstep.samplers import Ancestral, Sampler, samplers
 from halfstep.studies import studies
 from halfstep.train import Model, Processes, RunSpec, StopSignal, load, make_accelerator
@@ -50,12 +49,6 @@ from halfstep.train import run as run_spec
 from halfstep.train.evaluate import grid_image, samples_array
 from halfstep.train.model import find_stage
 from halfstep.train.processes import launched
-
-
-def _console() -> Console:
-    # Of several processes, the first one speaks.
-    quiet = int(os.environ.get("RANK", "0") or "0") > 0
-    return Console(width=None if sys.stdout.isatty() else 160, quiet=quiet)
 
 
 def _processes(cpu: bool = False) -> Processes:
@@ -81,9 +74,9 @@ def _with_recipe(argv: Sequence[str], verb: str) -> tuple[RunArguments, str]:
         recipe, name, rest = recipes["digits"](), "RECIPE", list(argv)
     else:
         recipe, name, rest = recipe_from(argv[0]), argv[0], list(argv[1:])
-    arguments = parse(
-        RunArguments, expand_data(rest), f"halfstep {verb} {name}", RunArguments(recipe), flags_of(recipe)
-    )
+    prog = f"halfstep {verb}" if verb == "demo" else f"halfstep {verb} {name}"
+    known = [*flags_of(recipe), *SHORT]
+    arguments = parse(RunArguments, expand_data(rest), prog, RunArguments(recipe), known)
     return arguments, name
 
 
@@ -92,18 +85,19 @@ def _threads(recipe: Recipe) -> None:
         torch.set_num_threads(recipe.engine.threads)
 
 
-def _execute(spec: RunSpec, out: Path, with_report: bool = True) -> None:
-    console = _console()
+def _execute(spec: RunSpec, out: Path, json: bool) -> None:
+    console = console_for(json)
     started = time.monotonic()
     console.print(f"halfstep: {spec.recipe['name']} -> {out}", highlight=False)
     with StopSignal() as stop:
-        RunDisplay(spec.plan, console).show(run_spec(spec, out, stop))
+        RunDisplay(spec.plan, console, spec.teacher is not None).show(run_spec(spec, out, stop))
     if console.quiet:
         return
     show_results(out, console)
-    if with_report:
-        console.print(f"report: {make_report(out, spec.data)}", highlight=False, soft_wrap=True)
+    console.print(f"report: {make_report(out, spec.data)}", highlight=False, soft_wrap=True)
     console.print(f"finished in {duration(time.monotonic() - started)}", highlight=False)
+    if json:
+        print_json(read_status(out).as_json())
 
 
 def run(argv: Sequence[str]) -> None:
@@ -114,7 +108,8 @@ def run(argv: Sequence[str]) -> None:
 
 def demo(argv: Sequence[str]) -> None:
     """`run digits`."""
-    run(["digits", *argv])
+    arguments, _ = _with_recipe(["digits", *argv], "demo")
+    _run(arguments, "all")
 
 
 def train(argv: Sequence[str]) -> None:
@@ -131,9 +126,9 @@ def _run(arguments: RunArguments, what: Literal["all", "teacher"]) -> None:
     if arguments.dry_run:
         _refuse_dry_run()
         data, missing = data_or_stand_in(recipe)
-        show_plan(build(recipe, what=what, data=data), out, _console(), missing)
+        show_plan(build(recipe, what=what, data=data), out, arguments.json, missing)
         return
-    _execute(build(recipe, what=what), out)
+    _execute(build(recipe, what=what), out, arguments.json)
 
 
 def distill(argv: Sequence[str]) -> None:
@@ -170,7 +165,7 @@ def distill(argv: Sequence[str]) -> None:
         rest,
         f"halfstep distill {argv[0]}",
         DistillArguments(recipe),
-        [*flags_of(recipe), "--to", "--start"],
+        [*flags_of(recipe), *SHORT],
     )
     recipe = arguments.recipe
     if model.num_steps is not None and recipe.chain.start_steps != model.num_steps:
@@ -184,9 +179,9 @@ def distill(argv: Sequence[str]) -> None:
     if arguments.dry_run:
         _refuse_dry_run()
         data, missing = data_or_stand_in(recipe)
-        show_plan(build(recipe, what="chain", teacher=model, data=data), out, _console(), missing)
+        show_plan(build(recipe, what="chain", teacher=model, data=data), out, arguments.json, missing)
         return
-    _execute(build(recipe, what="chain", teacher=model), out)
+    _execute(build(recipe, what="chain", teacher=model), out, arguments.json)
 
 
 def _recipe_of(stage: StageFolder) -> Recipe | None:
@@ -248,12 +243,29 @@ def sample(argv: Sequence[str]) -> None:
         )
         return (x0,)
 
+    started = time.perf_counter()
     parts = processes.spread(range(0, len(seeds), share), drawn)
     if parts is None:
         return
     x0 = torch.cat([part for (part,) in parts])
+    seconds = time.perf_counter() - started
     write_samples(x0, model, seeds, out)
-    print(f"{arguments.num_samples} samples in {arguments.num_steps or model.num_steps} steps: {out}")
+    steps = arguments.num_steps or model.num_steps
+    if arguments.json:
+        print_json(
+            {
+                "out": str(out),
+                "model": model.manifest.stage,
+                "num_samples": arguments.num_samples,
+                "first_seed": arguments.seed,
+                "shape": list(model.shape),
+                "num_steps": steps,
+                "sampler": arguments.sampler,
+                "seconds": round(seconds, 3),
+            }
+        )
+        return
+    print(f"{arguments.num_samples} samples in {steps} steps: {out}")
 
 
 def _prompted(model: Model, prompt: str | None, number: int) -> dict[str, torch.Tensor]:
@@ -304,7 +316,7 @@ def write_samples(x0: torch.Tensor, model: Model, seeds: range, out: Path) -> No
 def evaluate(argv: Sequence[str]) -> None:
     """Measure models and print the tables."""
     processes = _processes()
-    evaluating.evaluate(argv, _console(), _recipe_of, device_of(None, processes), processes)
+    evaluating.evaluate(argv, _recipe_of, device_of(None, processes), processes)
 
 
 def import_(argv: Sequence[str]) -> None:
@@ -319,12 +331,12 @@ def export(argv: Sequence[str]) -> None:
 
 def encode(argv: Sequence[str]) -> None:
     """Encode images and texts by a pipeline's own parts."""
-    exporting.encode_(argv, _console())
+    exporting.encode_(argv, console_for())
 
 
 def study(argv: Sequence[str]) -> None:
     """Run one of the paper's studies."""
-    studying.study(argv, _console())
+    studying.study(argv)
 
 
 def report(argv: Sequence[str]) -> None:
@@ -342,9 +354,9 @@ def explore(argv: Sequence[str]) -> None:
     exploring.explore(argv)
 
 
-def ls(argv: Sequence[str]) -> None:
-    """List the members of every family."""
-    families: dict[str, list[tuple[str, str]]] = {}
+def families() -> dict[str, list[tuple[str, str]]]:
+    """What recipes and options can name: by family, the members with a line on each."""
+    found: dict[str, list[tuple[str, str]]] = {}
     for name, registry in {
         "recipes": recipes,
         "samplers": samplers,
@@ -356,15 +368,25 @@ def ls(argv: Sequence[str]) -> None:
         "studies": studies,
         "extractors": extractors,
     }.items():
-        families[name] = [(member, _summary(thing)) for member, thing in registry.items()]  # type: ignore[attr-defined]
+        found[name] = [(member, _summary(thing)) for member, thing in registry.items()]  # type: ignore[attr-defined]
+    return found
+
+
+def ls(argv: Sequence[str]) -> None:
+    """List the members of every family."""
     arguments = parse(ListArguments, argv, "halfstep ls")
+    found = families()
     for wanted in arguments.families:
-        if wanted not in families:
-            raise UsageError(f"unknown family {wanted!r}{nearest(wanted, families)} (known: {', '.join(families)})")
-    console = _console()
-    for family in arguments.families or families:
+        if wanted not in found:
+            raise UsageError(f"unknown family {wanted!r}{nearest(wanted, found)} (known: {', '.join(found)})")
+    shown = arguments.families or tuple(found)
+    if arguments.json:
+        print_json({family: dict(found[family]) for family in shown})
+        return
+    console = console_for()
+    for family in shown:
         table = Table(title=family, title_justify="left", show_header=False, box=None, padding=(0, 2))
-        for member, text in families[family]:
+        for member, text in found[family]:
             table.add_row(f"  {member}", escape(text))
         console.print(table)
 

@@ -1,8 +1,9 @@
 """What a run looks like while it runs, and the table at its end.
 
-On a terminal: one live display of the stage at work and the time left for the plan. Elsewhere: a line now and then.
+On a terminal: one live display of the whole plan. Elsewhere: a line for each stage and figure, and one now and then.
 """
 
+import dataclasses
 import math
 import time
 from collections.abc import Iterable, Sequence
@@ -10,121 +11,106 @@ from pathlib import Path
 from typing import final
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
-from halfstep.objectives import Plan, Stage
-from halfstep.runs import RunFolder
+from halfstep.cli.plan_view import PlanView
+from halfstep.cli.words import duration
+from halfstep.objectives import Plan
+from halfstep.runs import RunFolder, RunStatus, StageStatus
 from halfstep.runs.schema import Result
 from halfstep.train import Event, Measured, Notice, StageEnd, StageStart
 from halfstep.train import Progress as TrainingProgress
-from halfstep.train.cost import update_cost
 
 QUIET_SECONDS = 10.0
 """Time between two lines of progress where the output is no terminal."""
 
 
-def duration(seconds: float) -> str:
-    """ "42 s", "3:05 min", "2:10 h", "12 days"."""
-    if not math.isfinite(seconds):
-        return "unknown"
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    if seconds < 3600:
-        return f"{int(seconds // 60)}:{int(seconds % 60):02d} min"
-    if seconds >= 100 * 3600:
-        return f"{seconds / 86400:,.0f} days"
-    return f"{int(seconds // 3600)}:{int(seconds % 3600 // 60):02d} h"
-
-
 @final
 class RunDisplay:
-    """Shows the events of a run and passes them by."""
+    """Shows the events of a run.
 
-    def __init__(self, plan: Plan, console: Console) -> None:
+    Args:
+        has_teacher: whether the chain starts from a model that was given, which is the first stage then.
+    """
+
+    def __init__(self, plan: Plan, console: Console, has_teacher: bool = False, name: str = "") -> None:
         self.console = console
-        self.total = sum(stage.num_updates * update_cost(stage) for stage in plan.stages)
-        self.done = 0.0
-        self._pace = math.nan
-        self._stage: Stage | None = None
-        self._stage_done = 0.0
+        self.is_live = console.is_terminal and not console.is_dumb_terminal
+        given = [StageStatus("00-teacher", None, 0, 0.0)] if has_teacher else []
+        stages = [
+            StageStatus(stage_name, stage.num_steps, stage.num_updates, stage.update_cost)
+            for stage_name, stage in zip(plan.names(has_teacher), plan.stages, strict=True)
+        ]
+        self.status = RunStatus(Path(), name, given + stages)
         self._last_line = 0.0
-        self._last = (0.0, 0.0)
 
     def show(self, events: Iterable[Event]) -> None:
         """Runs through the events, showing each."""
-        columns = (
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-            TextColumn("{task.fields[figures]}"),
-        )
-        live = self.console.is_terminal
-        with Progress(*columns, console=self.console, transient=True, disable=not live) as bar:
-            task = bar.add_task("", total=1, figures="", visible=False)
+        if not self.is_live:
             for event in events:
-                self._take(event, bar, task)
+                self._take(event)
+            return
+        with Live(get_renderable=lambda: PlanView(self.status), console=self.console, refresh_per_second=4):
+            for event in events:
+                self._take(event)
+            self._settle(None)
 
-    def _take(self, event: Event, bar: Progress, task: TaskID) -> None:
+    def _settle(self, at_work: StageStatus | None) -> None:
+        """Once another is at work, or has a figure of its own, those before are measured."""
+        for stage in self.status.stages:
+            if stage is not at_work and stage.state == "measuring":
+                stage.state = "done"
+
+    def _take(self, event: Event) -> None:
+        if isinstance(event, Notice):
+            self.console.print(f"[yellow]note:[/yellow] {escape(event.text)}", highlight=False)
+        if not isinstance(event, StageStart | TrainingProgress | StageEnd | Measured):
+            return
+        stage = next(stage for stage in self.status.stages if stage.name == event.name)
+        self._settle(stage)
         if isinstance(event, StageStart):
-            self._stage, self._stage_done = event.stage, event.resumed_at * update_cost(event.stage)
-            self._last = (0.0, self._stage_done)
+            stage.state, stage.update = "training", event.resumed_at
             at = f", going on at update {event.resumed_at}" if event.resumed_at else ""
-            self.console.print(f"{event.name}: {event.stage.num_updates} updates{at}", highlight=False)
-            bar.update(
-                task,
-                description=event.name,
-                total=event.stage.num_updates,
-                completed=event.resumed_at,
-                visible=True,
-            )
+            self._line(f"{event.name}: {event.stage.num_updates} updates{at}")
         elif isinstance(event, TrainingProgress):
-            self._progress(event, bar, task)
+            stage.num_updates = event.num_updates
+            stage.take(dataclasses.asdict(event.window))
+            self._now_and_then(stage)
         elif isinstance(event, StageEnd):
-            if self._stage is not None:
-                self.done += self._stage.num_updates * update_cost(self._stage)
-            self._stage, self._stage_done = None, 0.0
-            bar.update(task, visible=False)
-            text = "complete" if event.was_there else f"done in {duration(event.seconds)}"
-            self.console.print(f"{event.name}: {text}", highlight=False)
-        elif isinstance(event, Measured):
+            if not event.was_there:
+                stage.num_updates = stage.update or stage.num_updates
+            stage.update, stage.state = stage.num_updates, "measuring"
+            stage.seconds = event.seconds if stage.num_updates else 0.0
+            self._line(f"{event.name}: {'complete' if event.was_there else f'done in {duration(event.seconds)}'}")
+        else:
             result = event.result
-            self.console.print(
+            stage.results.append((result.num_steps, result.frechet))
+            self._line(
                 f"{event.name}: {result.num_steps} steps, distance {result.frechet:.4g}, "
-                f"{result.seconds_per_1000:.2g} s per 1,000",
-                highlight=False,
+                f"{result.seconds_per_1000:.2g} s per 1,000"
             )
-        elif isinstance(event, Notice):
-            self.console.print(f"[yellow]note:[/yellow] {event.text}", highlight=False)
+
+    def _line(self, text: str) -> None:
+        if not self.is_live:
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _now_and_then(self, stage: StageStatus) -> None:
+        now = time.monotonic()
+        if self.is_live or now - self._last_line <= QUIET_SECONDS:
+            return
+        self._last_line = now
+        left = self.seconds_left()
+        self._line(
+            f"{stage.name}: update {stage.update}/{stage.num_updates}  loss {stage.loss:.4g}  "
+            f"{stage.samples_per_second:,.0f} samples/s  "
+            f"training left {duration(left) if not math.isnan(left) else '...'}"
+        )
 
     def seconds_left(self) -> float:
         """Training time left for the whole plan at the present pace; NaN before there is one."""
-        return (self.total - self.done - self._stage_done) * self._pace
-
-    def _progress(self, event: TrainingProgress, bar: Progress, task: TaskID) -> None:
-        if self._stage is None:
-            return
-        window = event.window
-        self._stage_done = window.update * update_cost(self._stage)
-        before_seconds, before_units = self._last
-        if before_seconds and self._stage_done > before_units:
-            pace = (window.seconds - before_seconds) / (self._stage_done - before_units)
-            self._pace = pace if math.isnan(self._pace) else 0.8 * self._pace + 0.2 * pace
-        self._last = (window.seconds, self._stage_done)
-        left = self.seconds_left()
-        figures = (
-            f"loss {window.loss:.4g}  {window.samples_per_second:,.0f} samples/s  "
-            f"training left {duration(left) if not math.isnan(left) else '...'}"
-        )
-        bar.update(task, completed=window.update, figures=figures)
-        now = time.monotonic()
-        if not self.console.is_terminal and (now - self._last_line > QUIET_SECONDS):
-            self._last_line = now
-            self.console.print(
-                f"{event.name}: update {window.update}/{event.num_updates}  {figures}",
-                highlight=False,
-                soft_wrap=True,
-            )
+        return self.status.seconds_left
 
 
 def result_rows(folder: RunFolder) -> tuple[list[Result], list[Result]]:

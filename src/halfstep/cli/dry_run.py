@@ -1,24 +1,86 @@
 """What `--dry-run` prints: the plan, and what it costs in arithmetic, memory and time."""
 
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from halfstep.cli.display import duration
+from halfstep.cli.words import console_for, duration, print_json
 from halfstep.objectives import Halving
 from halfstep.train import RunSpec
-from halfstep.train.cost import count_forward, memory_of_update, time_updates, update_cost
+from halfstep.train.cost import count_forward, memory_of_update, time_updates
 
 
-def show_plan(spec: RunSpec, out: Path, console: Console, missing: str | None = None) -> None:
+def plan_facts(spec: RunSpec, out: Path, missing: str | None = None) -> dict[str, Any]:
+    """What the run would do and cost, as data: bytes, seconds, and FLOPs counted as multiplications and additions."""
+    forward = count_forward(spec)
+    memory = max(
+        (
+            memory_of_update(stage, forward, spec.micro_batch, spec.optimizer, spec.teacher_precision)
+            for stage in spec.plan.stages
+        ),
+        key=sum,
+    )
+    rate = time_updates(spec, forward)
+    first = spec.plan.stages[0]
+    unit = rate.seconds / first.update_cost
+    is_guided = spec.guidance is not None and 2 in {stage.objective.teacher_evals for stage in spec.plan.stages}
+    return {
+        "name": spec.recipe["name"],
+        "out": str(out),
+        "stages": [
+            {
+                "stage": name,
+                "num_steps": stage.num_steps,
+                "num_teacher_steps": stage.objective.num_teacher_steps
+                if isinstance(stage.objective, Halving)
+                else None,
+                "num_updates": stage.num_updates,
+                "batch_size": stage.batch_size,
+                "samples_seen": stage.num_updates * stage.batch_size,
+                "learning_rate": stage.learning_rate,
+                "update_flops": stage.update_cost * forward.flops,
+                "estimated_seconds": stage.num_updates * stage.update_cost * unit,
+            }
+            for name, stage in zip(spec.plan.names(spec.teacher is not None), spec.plan.stages, strict=True)
+        ],
+        "data": {
+            "source": spec.data.source,
+            "num_samples": len(spec.data),
+            "shape": list(spec.data.shape),
+            "num_classes": spec.data.num_classes,
+            "missing": missing,
+        },
+        "parameters": forward.parameters,
+        "trainable_parameters": forward.trainable,
+        "forward_flops": forward.flops,
+        "memory_bytes": memory._asdict(),
+        "micro_batch": min(spec.micro_batch or 2**62, max(stage.batch_size for stage in spec.plan.stages)),
+        "guidance": list(spec.guidance) if is_guided and spec.guidance is not None else None,
+        "seconds_an_update": rate.seconds,
+        "timed_batch_size": rate.batch_size,
+        "estimated_seconds": sum(stage.num_updates * stage.update_cost * unit for stage in spec.plan.stages),
+    }
+
+
+def show_plan(spec: RunSpec, out: Path, json: bool, missing: str | None = None) -> None:
     """Prints what the run would do and cost; writes nothing.
 
     Args:
+        json: whether as one JSON document.
         missing: why the data is not at hand, if random pixels stand in for it.
     """
-    forward = count_forward(spec)
-    table = Table(title=f"{spec.recipe['name']} -> {out}", title_justify="left")
+    facts = plan_facts(spec, out, missing)
+    if json:
+        print_json(facts)
+    else:
+        _print_plan(facts, console_for())
+
+
+def _print_plan(facts: dict[str, Any], console: Console) -> None:
+    stages, data = facts["stages"], facts["data"]
+    table = Table(title=f"{facts['name']} -> {facts['out']}", title_justify="left")
     for heading in (
         "stage",
         "teacher steps",
@@ -29,58 +91,51 @@ def show_plan(spec: RunSpec, out: Path, console: Console, missing: str | None = 
         "FLOPs of an update",
     ):
         table.add_column(heading, justify="left" if heading == "stage" else "right")
-    for name, stage in zip(spec.plan.names(spec.teacher is not None), spec.plan.stages, strict=True):
+    for stage in stages:
         table.add_row(
-            name,
-            str(stage.objective.num_teacher_steps) if isinstance(stage.objective, Halving) else "-",
-            f"{stage.num_updates:,}",
-            f"{stage.batch_size:,}",
-            f"{stage.num_updates * stage.batch_size:,}",
-            f"{stage.learning_rate:g}",
-            quantity(update_cost(stage) * forward.flops, "FLOP"),
+            stage["stage"],
+            str(stage["num_teacher_steps"] or "-"),
+            f"{stage['num_updates']:,}",
+            f"{stage['batch_size']:,}",
+            f"{stage['samples_seen']:,}",
+            f"{stage['learning_rate']:g}",
+            quantity(stage["update_flops"], "FLOP"),
         )
     console.print(table)
     lines = [
-        f"data: {spec.data.source}, {len(spec.data):,} samples of shape {list(spec.data.shape)}, "
-        f"{spec.data.num_classes or 'no'} classes"
+        f"data: {data['source']}, {data['num_samples']:,} samples of shape {data['shape']}, "
+        f"{data['num_classes'] or 'no'} classes"
     ]
-    if missing is not None:
-        lines.append(f"the data is not at hand, random pixels stand in for it here ({missing})")
-    seen = sum(stage.num_updates * stage.batch_size for stage in spec.plan.stages)
+    if data["missing"] is not None:
+        lines.append(f"the data is not at hand, random pixels stand in for it here ({data['missing']})")
+    seen = sum(stage["samples_seen"] for stage in stages)
+    parameters, trainable = facts["parameters"], facts["trainable_parameters"]
     lines.append(
-        f"parameters: {forward.parameters:,}    one forward pass of one sample: {quantity(forward.flops, 'FLOP')}"
+        f"parameters: {parameters:,}    one forward pass of one sample: {quantity(facts['forward_flops'], 'FLOP')}"
     )
     lines.append(
-        f"updates: {spec.plan.num_updates:,}    samples seen: {seen:,} ({seen / len(spec.data):,.0f} times the data)"
+        f"updates: {sum(stage['num_updates'] for stage in stages):,}    samples seen: {seen:,} "
+        f"({seen / data['num_samples']:,.0f} times the data)"
     )
-    if forward.trainable != forward.parameters:
-        share = forward.trainable / forward.parameters
-        lines.append(f"trained: {forward.trainable:,} of them ({share:.1%}); teacher and student share the others")
-    memory = max(
-        (
-            memory_of_update(stage, forward, spec.micro_batch, spec.optimizer, spec.teacher_precision)
-            for stage in spec.plan.stages
-        ),
-        key=sum,
-    )
-    parts = " + ".join(f"{gibibytes(size)} {name}" for name, size in memory._asdict().items() if size)
-    samples = min(spec.micro_batch or 2**62, max(stage.batch_size for stage in spec.plan.stages))
+    if trainable != parameters:
+        lines.append(
+            f"trained: {trainable:,} of them ({trainable / parameters:.1%}); teacher and student share the others"
+        )
+    memory = facts["memory_bytes"]
+    parts = " + ".join(f"{gibibytes(size)} {name}" for name, size in memory.items() if size)
     lines.append(
-        f"memory of the largest update, counted: {gibibytes(sum(memory))} = {parts} (of a micro batch of {samples:,})"
+        f"memory of the largest update, counted: {gibibytes(sum(memory.values()))} = {parts} "
+        f"(of a micro batch of {facts['micro_batch']:,})"
     )
-    evals = {stage.objective.teacher_evals for stage in spec.plan.stages}
-    if spec.guidance is not None and 2 in evals:
-        low, high = spec.guidance
+    if facts["guidance"] is not None:
+        low, high = facts["guidance"]
         scales = f"the scale {low:g}" if low == high else f"scales from {low:g} to {high:g}"
         lines.append(f"guidance: {scales} is taken into the student; one network call a step, the teacher needs two")
-    rate = time_updates(spec, forward)
-    first = spec.plan.stages[0]
-    unit = rate.seconds / update_cost(first)
-    total = sum(stage.num_updates * update_cost(stage) * unit for stage in spec.plan.stages)
-    how = "measured here" if rate.batch_size == first.batch_size else f"extrapolated from a batch of {rate.batch_size}"
+    timed = facts["timed_batch_size"]
+    how = "measured here" if timed == stages[0]["batch_size"] else f"extrapolated from a batch of {timed}"
     lines.append(
-        f"estimated training time on this machine: {duration(total)} ({rate.seconds:.3g} s an update of the first "
-        f"stage, {how}; measuring the models comes on top)"
+        f"estimated training time on this machine: {duration(facts['estimated_seconds'])} "
+        f"({facts['seconds_an_update']:.3g} s an update of the first stage, {how}; measuring the models comes on top)"
     )
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)

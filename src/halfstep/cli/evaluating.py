@@ -10,13 +10,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from halfstep.cli.arguments import UsageError, parse
 from halfstep.cli.subjects import Asked, Subject, files_plan, plan_of, subject_of
+from halfstep.cli.usage import Switch, UsageError, parse
+from halfstep.cli.words import console_for, print_json
 from halfstep.data import Data, DataConfig, open_data
 from halfstep.recipes import EvaluationConfig, Recipe
-from halfstep.recipes.schema import cache_folder, check_fit
+from halfstep.recipes.schema import check_fit
 from halfstep.report.evaluation import cells_of, headings_of, protocol_words, title_of, write_evaluation
-from halfstep.runs import EvaluationResult, StageFolder
+from halfstep.runs import EvaluationResult, StageFolder, cache_folder, read_json
 from halfstep.train import Processes, Reference, StopSignal
 from halfstep.train.curve import CellDone, Curve, CurveSpec
 
@@ -26,8 +27,7 @@ class EvaluateArguments:
     """Measure every student of a run at its own steps, and the teacher by several samplers at all, in one or several
     kinds of features, over one or several sets of seeds. SUBJECT is the folder of a run, of a stage, of a diffusers
     pipeline (or its name on the Hub), or a folder of images or an .npz of samples. The same command goes on where it
-    was cut, and draws nothing that is there. It writes evaluation.json, .md, .csv, .svg, and keeps the samples.
-    Example: halfstep evaluate runs/digits --num-steps 1 2 4 8 --against teacher-ddim teacher-ancestral --seeds 3"""
+    was cut, and draws nothing that is there. It writes evaluation.json, .md, .csv, .svg, and keeps the samples."""
 
     subject: tyro.conf.Positional[str]
     """What to measure."""
@@ -54,11 +54,12 @@ class EvaluateArguments:
     """Their split; the recipe's by default, on which the models were trained."""
     out: Path | None = None
     """Folder of the evaluation; SUBJECT/evaluation by default, evaluation-NAME here for what is no run or stage."""
+    json: Switch = False
+    """Print the evaluation as one JSON document, as in evaluation.json; progress goes to stderr."""
 
 
 def evaluate(
     argv: Sequence[str],
-    console: Console,
     recipe_of: Callable[[StageFolder], Recipe | None],
     device: torch.device,
     processes: Processes,
@@ -70,6 +71,7 @@ def evaluate(
         processes: those that do this together; the first prints and writes the tables.
     """
     arguments = parse(EvaluateArguments, argv, "halfstep evaluate")
+    console = console_for(arguments.json)
     _check(arguments)
     subject = subject_of(arguments.subject, recipe_of)
     recipe = _recipe(subject, arguments)
@@ -121,6 +123,8 @@ def evaluate(
     assert curve.result is not None
     show(curve.result, console)
     written = write_evaluation(curve.result, out)
+    if arguments.json:
+        print_json(read_json(out / "evaluation.json"))
     names = ", ".join([str(out / "evaluation.json"), *(path.name for path in written)])
     console.print(f"{names}; {curve.result.seconds:.0f} s of work", highlight=False, soft_wrap=True)
 

@@ -15,8 +15,8 @@ from halfstep.report.exploring import Bounds, Explorer
 
 @dataclass
 class ExploreArguments:
-    """Open a local page on which a run's teacher and students sample from the same noise, beside each other:
-    halfstep explore runs/digits. Needs gradio (pip install 'halfstep[explore]'). Ctrl-C ends it."""
+    """Open a local page on which a run's teacher and students sample from the same noise, beside each other.
+    Needs gradio (pip install 'halfstep[explore]'). Ctrl-C ends it."""
 
     run: tyro.conf.Positional[Path]
     """Folder of a run or of a stage."""

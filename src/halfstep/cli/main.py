@@ -1,9 +1,6 @@
-"""Dispatch of verbs, and the exit codes.
+"""Dispatch of verbs, and one line and an exit code for every error; `verbs.EXIT_CODES` tells what the codes mean."""
 
-0: done. 1: the run failed (training diverged). 2: bad input or a full disk, said in one line. 130, 143: stopped by
-Ctrl-C or SIGTERM, with the state saved.
-"""
-
+import importlib
 import logging
 import os
 import sys
@@ -12,25 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-USAGE = """\
-usage: halfstep VERB ...
-
-  run RECIPE        the whole plan: train a teacher, halve it to few steps, measure, report; resumable
-  train RECIPE      the teacher only
-  import FORMAT     a model from elsewhere as a stage: halfstep import diffusers google/ddpm-cifar10-32
-  encode PIPELINE   images and texts to latents, once: halfstep encode PIPELINE --data FOLDER --out latents
-  distill MODEL     halve a model to fewer steps: halfstep distill runs/digits --to 4; MODEL may be a diffusers pipeline
-  sample MODEL      draw samples: halfstep sample runs/digits --num-samples 64 --out grid.png
-  export MODEL      to a stock diffusers pipeline or one ONNX graph: halfstep export runs/digits --out digits-1
-  evaluate MODEL    measure a run or one of its stages
-  report RUN        write RUN/report/index.html
-  explore RUN       a local page: teacher and students side by side from the same noise (needs gradio)
-  study NAME        one of the paper's tables and figures: halfstep study table1 --scale smoke
-  ls                recipes, samplers, predictions, weightings, studies, ...
-  demo              the same as `run digits`
-
-MODEL is the folder of a run (its last stage is meant) or of a stage. `halfstep VERB --help` shows all options."""
-
+from halfstep.cli.verbs import COMMANDS, VERBS, Verb, overview
 
 PATIENCE_SECONDS = 4.0
 """Time in which a launcher ends all processes of a run once one of them has failed."""
@@ -75,12 +54,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command `halfstep`.
 
     Raises:
-        SystemExit: with one of the codes above.
+        SystemExit: with one of `verbs.EXIT_CODES`.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     # Heavy imports come after the cheap answers, so that help and typing errors are quick.
+    if arguments[:1] == ["help"] and arguments[1:] and arguments[1] in VERBS:
+        arguments = [arguments[1], "--help"]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(USAGE)
+        print(overview())
         raise SystemExit(0)
     if arguments[0] in ("--version", "-V"):
         from importlib.metadata import version
@@ -90,44 +71,24 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from halfstep.registry import nearest
 
-    verbs = (
-        "run",
-        "train",
-        "import",
-        "encode",
-        "distill",
-        "sample",
-        "export",
-        "evaluate",
-        "report",
-        "explore",
-        "study",
-        "ls",
-        "demo",
-    )
-    verb, rest = arguments[0], arguments[1:]
-    if verb not in verbs:
-        fail(f"unknown verb {verb!r}{nearest(verb, verbs)} (known: {', '.join(verbs)})")
-
-    with warnings.catch_warnings():
-        from halfstep.core.warnings import HalfstepWarning
-
-        warnings.showwarning = _warning_printer()
-        warnings.simplefilter("always", HalfstepWarning)
-        if int(os.environ.get("WORLD_SIZE", "1") or "1") > 1:
-            _dispatch_together(verb, rest)
-        else:
-            _dispatch(verb, rest)
+    name, rest = arguments[0], arguments[1:]
+    if name not in VERBS:
+        fail(f"unknown verb {name!r}{nearest(name, VERBS)} (known: {', '.join(VERBS)})")
+    verb = VERBS[name]
+    if int(os.environ.get("WORLD_SIZE", "1") or "1") > 1:
+        _dispatch_together(verb, rest)
+    else:
+        _dispatch(verb, rest)
 
 
 SHARED_VERBS = ("run", "train", "distill", "sample", "evaluate", "demo")
 """Verbs that several processes do together."""
 
 
-def _dispatch_together(verb: str, rest: Sequence[str]) -> None:
+def _dispatch_together(verb: Verb, rest: Sequence[str]) -> None:
     """The verb in one of several processes."""
-    if verb not in SHARED_VERBS:
-        fail(f"halfstep {verb} is done by one process: start it without torchrun or accelerate launch")
+    if verb.name not in SHARED_VERBS:
+        fail(f"halfstep {verb.name} is done by one process: start it without torchrun or accelerate launch")
     from halfstep.train.processes import leave
 
     try:
@@ -143,23 +104,12 @@ def _dispatch_together(verb: str, rest: Sequence[str]) -> None:
     leave()
 
 
-def _dispatch(verb: str, rest: Sequence[str]) -> None:
-    # An optional library that diffusers looks for and that warns at its import of what it cannot do here.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    from halfstep.cli import commands
-    from halfstep.train import FailedElsewhere, Interrupted, LostProcess, NonFinite
-
+def _dispatch(verb: Verb, rest: Sequence[str]) -> None:
     try:
-        getattr(commands, {"import": "import_"}.get(verb, verb))(rest)
-    except Interrupted as stopped:
-        if not _index():
-            print(f"\nhalfstep: {stopped}; the state is saved: run the same command again to go on", file=sys.stderr)
-        raise SystemExit(128 + stopped.signal) from None
-    except FailedElsewhere as error:
-        # The first process has said its own, and speaks for the others.
-        if not _index():
-            fail(error, error.code)
-        raise SystemExit(error.code) from None
+        if verb.module == COMMANDS:
+            _command(verb, rest)
+        else:
+            getattr(importlib.import_module(verb.module), verb.function)(rest)
     except KeyboardInterrupt:
         print("\nhalfstep: stopped at once; what the last checkpoint holds is safe", file=sys.stderr)
         raise SystemExit(130) from None
@@ -167,11 +117,37 @@ def _dispatch(verb: str, rest: Sequence[str]) -> None:
         # The reader of our output (head, less) has gone; say nothing more to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
-    except (NonFinite, LostProcess) as error:
-        fail(error, code=1)
     except (ValueError, OSError) as error:
         if os.environ.get("HALFSTEP_TRACEBACK"):
             raise
         if isinstance(error, OSError) and error.strerror:
             fail(f"{error.strerror}" + (f": {error.filename}" if error.filename else ""))
         fail(error)
+
+
+def _command(verb: Verb, rest: Sequence[str]) -> None:
+    """A verb that needs torch and diffusers."""
+    # An optional library that diffusers looks for and that warns at its import of what it cannot do here.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from halfstep.cli import commands
+    from halfstep.core.warnings import HalfstepWarning
+    from halfstep.train import FailedElsewhere, Interrupted, LostProcess, NonFinite
+
+    with warnings.catch_warnings():
+        warnings.showwarning = _warning_printer()
+        warnings.simplefilter("always", HalfstepWarning)
+        try:
+            getattr(commands, verb.function)(rest)
+        except Interrupted as stopped:
+            if not _index():
+                print(
+                    f"\nhalfstep: {stopped}; the state is saved: run the same command again to go on", file=sys.stderr
+                )
+            raise SystemExit(128 + stopped.signal) from None
+        except FailedElsewhere as error:
+            # The first process has said its own, and speaks for the others.
+            if not _index():
+                fail(error, error.code)
+            raise SystemExit(error.code) from None
+        except (NonFinite, LostProcess) as error:
+            fail(error, code=1)

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from halfstep.cli.arguments import UsageError, parse
-from halfstep.cli.display import duration
+from halfstep.cli.usage import Switch, UsageError, parse
+from halfstep.cli.words import console_for, duration, print_json
 from halfstep.recipes import Recipe, recipes
 from halfstep.registry import nearest
 from halfstep.runs import read_json
@@ -39,13 +39,16 @@ class StudyArguments:
     """CPU threads of torch; its own choice by default."""
     out: Path | None = None
     """Folder that the studies of a scale share; studies/SCALE by default."""
-    dry_run: bool = False
+    dry_run: Switch = False
     """List the cells, and write nothing."""
+    json: Switch = False
+    """Print one JSON document: the cells with --dry-run, else the table; progress goes to stderr."""
 
 
-def study(argv: Sequence[str], console: Console) -> None:
+def study(argv: Sequence[str]) -> None:
     """Runs a study and prints its table."""
     arguments = parse(StudyArguments, argv, "halfstep study")
+    console = console_for(arguments.json)
     chosen = studies[arguments.name]()
     scale = scale_of(arguments)
     out = arguments.out or Path("studies") / scale.name
@@ -53,6 +56,10 @@ def study(argv: Sequence[str], console: Console) -> None:
         torch.set_num_threads(arguments.threads)
     cells = chosen.cells(scale)
     if arguments.dry_run:
+        if arguments.json:
+            described = {"study": arguments.name, "scale": scale.name, "out": str(out / arguments.name)}
+            print_json({**described, "cells": [dict(cell.axes) for cell in cells]})
+            return
         console.print(f"{chosen.title}: {len(cells)} cells -> {out / arguments.name}", highlight=False)
         for cell in cells:
             console.print("  " + describe(cell), highlight=False, markup=False)
@@ -77,6 +84,11 @@ def study(argv: Sequence[str], console: Console) -> None:
     with StopSignal() as stop:
         rows = run_study(chosen, scale, out, stop=stop, watch=watch, done=done)
     path = write_study(chosen, scale, rows, out)
+    if arguments.json:
+        table = chosen.table(rows, scale)
+        described = {"study": arguments.name, "scale": scale.name, "title": chosen.title, "out": str(path.parent)}
+        print_json({**described, "headings": table.headings, "rows": table.rows, "notes": table.notes})
+        return
     show_table(chosen.table(rows, scale), chosen.title, console)
     seconds = duration(sum_seconds(path.parent))
     console.print(f"{path}, {path.with_name('figure.png').name}; cells took {seconds}", highlight=False, soft_wrap=True)

@@ -107,6 +107,11 @@ class Stage:
         """Sampler steps that the stage's model is made for; None for a teacher, which takes any."""
         return self.objective.num_steps if isinstance(self.objective, Halving) else None
 
+    @property
+    def update_cost(self) -> float:
+        """Cost of an update in forward passes of one sample: a backward pass counts as two."""
+        return (3.0 + self.objective.teacher_evals) * self.batch_size
+
     def learning_rate_at(self, update: int) -> float:
         """The rate of update `update` (from 0): linear warm-up, then constant or linear to 0 after the last update."""
         rate = self.learning_rate

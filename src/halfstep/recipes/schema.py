@@ -4,7 +4,6 @@ Every field has a flag on the command line (`--chain.start-steps 256`); its docs
 names here and become objects in `build`, nowhere deeper.
 """
 
-import os
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NamedTuple
 
@@ -19,7 +18,7 @@ from halfstep.data import Data, DataConfig, LatentData, StandIn, open_data
 from halfstep.metrics import extractors
 from halfstep.nets import MLP, Network, UNet2D, unet2d_config
 from halfstep.objectives import EarlyEnd, GuidanceRange, Plan
-from halfstep.runs import Manifest
+from halfstep.runs import Manifest, cache_folder
 from halfstep.train import Evaluation, Model, RunSpec, blank_denoiser, matched_student
 from halfstep.train.trackers import chosen_trackers
 
@@ -530,11 +529,6 @@ def make_unet(config: UNetConfig, shape: tuple[int, ...], num_classes: int, chan
         ),
         num_train_timesteps=config.num_train_timesteps,
     )
-
-
-def cache_folder() -> Path:
-    """Where what can be made again is kept: $HALFSTEP_CACHE, or ~/.cache/halfstep."""
-    return Path(os.environ.get("HALFSTEP_CACHE", Path.home() / ".cache" / "halfstep"))
 
 
 def data_or_stand_in(recipe: Recipe) -> tuple[Data, str | None]:

@@ -2,6 +2,7 @@
 
 RUN/
   recipe.json                 {"recipe": ..., "environment": ...}
+  heartbeat.json              `Heartbeat`: whether a process is at work on the run, or how the last one ended
   log.jsonl                   one row a log interval, flat keys (`LogRow`)
   stages/00-denoise/ 01-halve-0128/ ...
       model.safetensors
@@ -14,22 +15,38 @@ RUN/
 """
 
 from halfstep.runs.evaluation import EvaluationResult
-from halfstep.runs.files import DamagedFile, check_files, read_json, sha256_of, write_folder, write_json, write_text
+from halfstep.runs.files import (
+    DamagedFile,
+    cache_folder,
+    check_files,
+    read_json,
+    sha256_of,
+    write_folder,
+    write_json,
+    write_text,
+)
+from halfstep.runs.heartbeat import Heartbeat
 from halfstep.runs.log import RunLog, read_log
 from halfstep.runs.schema import Manifest, Metrics, Pipeline, RunFolder, StageFolder
+from halfstep.runs.status import RunStatus, StageStatus, read_status
 
 __all__ = [
     "DamagedFile",
     "EvaluationResult",
+    "Heartbeat",
     "Manifest",
     "Metrics",
     "Pipeline",
     "RunFolder",
     "RunLog",
+    "RunStatus",
     "StageFolder",
+    "StageStatus",
+    "cache_folder",
     "check_files",
     "read_json",
     "read_log",
+    "read_status",
     "sha256_of",
     "write_folder",
     "write_json",

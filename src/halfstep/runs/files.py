@@ -101,3 +101,8 @@ def check_files(folder: Path, digests: Mapping[str, str]) -> None:
             raise DamagedFile(f"{path} is missing")
         if sha256_of(path) != digest:
             raise DamagedFile(f"{path} is truncated or altered: its sha256 is not the one in manifest.json")
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept: $HALFSTEP_CACHE, or ~/.cache/halfstep."""
+    return Path(os.environ.get("HALFSTEP_CACHE", Path.home() / ".cache" / "halfstep"))

@@ -1,6 +1,7 @@
 """The log of a run: JSON lines that a killed run leaves readable and a resumed run continues without a seam."""
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,23 @@ from halfstep.runs.files import write_text
 Row = dict[str, Any]
 
 
-def read_log(path: Path) -> list[Row]:
-    """The rows of a log; a last line that was cut short by a kill is passed over."""
+def read_log(path: Path, last_bytes: int | None = None) -> list[Row]:
+    """The rows of a log; a last line that was cut short by a kill is passed over.
+
+    Args:
+        last_bytes: only rows that begin in this many bytes at the end of the file.
+    """
     if not path.is_file():
         return []
     rows: list[Row] = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    with open(path, "rb") as file:
+        if last_bytes is not None and file.seek(0, os.SEEK_END) > last_bytes:
+            file.seek(-last_bytes - 1, os.SEEK_END)
+            file.readline()
+        else:
+            file.seek(0)
+        text = file.read().decode("utf-8", errors="replace")
+    for line in text.splitlines():
         try:
             row = json.loads(line)
         except json.JSONDecodeError:

@@ -223,6 +223,10 @@ class RunFolder:
         return self.path / "log.jsonl"
 
     @property
+    def heartbeat_path(self) -> Path:
+        return self.path / "heartbeat.json"
+
+    @property
     def report_path(self) -> Path:
         return self.path / "report" / "index.html"
 

@@ -23,10 +23,9 @@ from halfstep.core.warnings import HalfstepWarning
 from halfstep.data import Data, open_data
 from halfstep.metrics import frechet_distance
 from halfstep.recipes import Recipe, build
-from halfstep.recipes.schema import cache_folder
 from halfstep.registry import Registry
 from halfstep.report.study_figure import Panel
-from halfstep.runs import RunFolder, read_json, write_json
+from halfstep.runs import RunFolder, cache_folder, read_json, write_json
 from halfstep.runs.schema import Result
 from halfstep.samplers import Ancestral, Sampler
 from halfstep.studies.scales import Scale

@@ -9,7 +9,6 @@ from halfstep.studies.published import COST
 from halfstep.studies.sampling import students_of
 from halfstep.studies.scales import Scale
 from halfstep.studies.show import figure_of, number
-from halfstep.train.cost import update_cost
 
 TEACHER = "base training"
 
@@ -18,7 +17,7 @@ def _cell(scale: Scale, part: str, end: int | None) -> Cell:
     def work(bench: Bench) -> Figures:
         if end is None:
             manifest = bench.run("teacher", scale.recipe, what="teacher").stages()[0].manifest(verify=False)
-            cost = update_cost(scale.recipe.teacher_plan().stages[0])
+            cost = scale.recipe.teacher_plan().stages[0].update_cost
             updates, seconds = manifest.num_updates, manifest.seconds
             return {"updates": updates, "forward_passes": updates * cost, "seconds": seconds}
         plan = {stage.num_steps: stage for stage in scale.recipe.chain_plan().stages}
@@ -27,7 +26,7 @@ def _cell(scale: Scale, part: str, end: int | None) -> Cell:
         done = [manifest for manifest in done if manifest.num_steps is not None and manifest.num_steps >= end]
         return {
             "updates": sum(manifest.num_updates for manifest in done),
-            "forward_passes": sum(manifest.num_updates * update_cost(plan[manifest.num_steps]) for manifest in done),
+            "forward_passes": sum(manifest.num_updates * plan[manifest.num_steps].update_cost for manifest in done),
             "seconds": sum(manifest.seconds for manifest in done),
         }
 

@@ -9,7 +9,6 @@ from halfstep.studies.base import Bench, Cell, Figures, Row, Study, Table, studi
 from halfstep.studies.scales import Scale
 from halfstep.studies.show import number, spread, where
 from halfstep.train import load
-from halfstep.train.cost import update_cost
 
 
 def students_by(start: int, factor: int) -> tuple[int, ...]:
@@ -46,7 +45,7 @@ def _cell(scale: Scale, factor: int, updates: int, rate: float, seed: int) -> Ce
         name = f"schedule-{factor}-{updates}-{rate:g}-{seed}"
         folder = bench.chain_from_teacher(name, recipe)
         figures: Figures = {"updates": sum(stage.num_updates for stage in recipe.chain_plan().stages)}
-        figures["forward_passes"] = sum(s.num_updates * update_cost(s) for s in recipe.chain_plan().stages)
+        figures["forward_passes"] = sum(s.num_updates * s.update_cost for s in recipe.chain_plan().stages)
         for stage in folder.stages()[1:]:
             steps = stage.manifest(verify=False).num_steps
             if steps in shown(scale):

@@ -23,11 +23,6 @@ SECONDS_OF_A_TRIAL = 10.0
 """Time of an update beyond which no larger one is tried."""
 
 
-def update_cost(stage: Stage) -> float:
-    """Cost of an update in forward passes of one sample: a backward pass counts as two."""
-    return (3.0 + stage.objective.teacher_evals) * stage.batch_size
-
-
 @final
 class Forward(NamedTuple):
     """One forward pass of the network on one sample, in float32."""
@@ -137,7 +132,7 @@ class Rate(NamedTuple):
 def time_updates(spec: RunSpec, forward: Forward) -> Rate:
     """The seconds of an update of the plan's first stage: timed, or extrapolated where that would take minutes."""
     stage = spec.plan.stages[0]
-    per_sample = update_cost(stage) / stage.batch_size * max(1, forward.flops)
+    per_sample = stage.update_cost / stage.batch_size * max(1, forward.flops)
     trial = max(1, min(stage.batch_size, int(FLOPS_OF_A_TRIAL / per_sample)))
     if trial == stage.batch_size:
         return Rate(_seconds(spec, stage), trial)

@@ -4,6 +4,7 @@ The same call on the same folder continues where the last one ended: complete st
 goes on from its latest good checkpoint, figures that are there are not measured again.
 """
 
+import contextlib
 import errno
 import functools
 import math
@@ -31,16 +32,16 @@ from halfstep.core.prediction import Prediction, predictions
 from halfstep.data import Data, MemoryData, held_on, training_batch
 from halfstep.nets import LoRA, Network, checkpoint_gradients, describe_network
 from halfstep.objectives import Batch, Matching, Plan, Stage, objectives
-from halfstep.runs import Manifest, Metrics, RunFolder, RunLog, StageFolder, write_json
+from halfstep.runs import Heartbeat, Manifest, Metrics, RunFolder, RunLog, StageFolder, write_json
 from halfstep.runs.schema import Result
 from halfstep.train.checkpoint import remove_checkpoints, resume, save_checkpoint
-from halfstep.train.engine import StageTrainer, Window
+from halfstep.train.engine import NonFinite, StageTrainer, Window
 from halfstep.train.evaluate import Evaluation, Reference, measure
 from halfstep.train.feed import Batches, updates_ahead
 from halfstep.train.matching import asked, start_student, viewed
 from halfstep.train.model import Model, drop_weights, load, save_stage
 from halfstep.train.processes import TIMEOUT_MINUTES, Lookout, LostProcess, Processes, is_lost, make_accelerator
-from halfstep.train.stop import StopSignal
+from halfstep.train.stop import Interrupted, StopSignal
 from halfstep.train.trackers import Trackers, chosen_trackers
 
 
@@ -309,7 +310,10 @@ def run(spec: RunSpec, path: Path, stop: StopSignal | None = None) -> Iterator[E
                 f"process {odd} of the run sees other data under {spec.data.source} than the first: give all of them "
                 "the same files"
             )
-        yield from _Runner(spec, folder, stop, accelerator, processes).run()
+        # Of several processes the one that writes gives the signs of life.
+        beat = Heartbeat(folder.heartbeat_path, {Interrupted: "stopped", NonFinite: "diverged"})
+        with beat if processes.is_main else contextlib.nullcontext():
+            yield from _Runner(spec, folder, stop, accelerator, processes).run()
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise OSError(
@@ -383,6 +387,7 @@ def _write_recipe(spec: RunSpec, folder: RunFolder) -> None:
                     "stage": name,
                     "num_steps": None if stage is None else stage.num_steps,
                     "num_updates": 0 if stage is None else stage.num_updates,
+                    "update_cost": 0 if stage is None else stage.update_cost,
                 }
                 for name, stage in zip(names, stages, strict=True)
             ],

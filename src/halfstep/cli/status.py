@@ -1,0 +1,74 @@
+"""`halfstep status`: how far a run is that any process writes, here or elsewhere."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
+from halfstep.cli.plan_view import PlanView
+from halfstep.cli.usage import Switch, UsageError, parse
+from halfstep.cli.words import duration, print_json
+from halfstep.runs import RunStatus, read_status
+
+STYLES = {"running": "bold green", "finished": "green", "stopped": "yellow", "diverged": "red", "failed": "red"}
+WATCH_SECONDS = 2.0
+
+
+@dataclass
+class StatusArguments:
+    """Tell how far a run is that this or another process, shell or machine writes. Only its folder is read: nothing is
+    locked or changed. States: running, finished, stopped (run the same command again), diverged, failed."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    watch: Switch = False
+    """Show it anew every two seconds until the run ends or Ctrl-C is pressed."""
+    json: Switch = False
+    """Print one JSON document."""
+
+
+def status(argv: Sequence[str]) -> None:
+    """Prints how far a run is."""
+    arguments = parse(StatusArguments, argv, "halfstep status")
+    if arguments.watch and arguments.json:
+        raise UsageError("--watch is for people, --json for machines: leave one of them out")
+    found = read_status(arguments.run)
+    if arguments.json:
+        print_json(found.as_json())
+        return
+    console = Console()
+    if not arguments.watch:
+        console.print(view(found))
+        return
+    with Live(view(found), console=console, auto_refresh=False) as live:
+        while found.state == "running":
+            time.sleep(WATCH_SECONDS)
+            found = read_status(arguments.run)
+            live.update(view(found), refresh=True)
+
+
+def view(status: RunStatus) -> Group:
+    """The status on a terminal."""
+    head = Text.assemble(f"{status.path}: ", (status.state, STYLES[status.state]))
+    process = status.process or {}
+    if process and status.state == "running":
+        silent = max(0.0, time.time() - process["updated"])
+        head.append(f", process {process['pid']} on {process['host']}, last sign of life {duration(silent)} ago")
+    elif process:
+        head.append(f" {time.strftime('%Y-%m-%d %H:%M', time.localtime(process['updated']))}")
+    if status.message:
+        head.append(f" ({status.message})")
+    lines: list[Text | PlanView] = [head, PlanView(status, reserved=5)]
+    if status.state != "finished" and (stage := status.current) is not None:
+        if stage.checkpoint is not None:
+            lines.append(Text(f"last checkpoint: update {stage.checkpoint:,} of {stage.name}"))
+        elif stage.update:
+            lines.append(Text(f"no checkpoint of {stage.name} yet: it would start anew"))
+    if status.state == "stopped":
+        lines.append(Text("run the same command again to go on"))
+    return Group(*lines)

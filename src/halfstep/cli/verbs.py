@@ -1,0 +1,235 @@
+"""The verbs as data: what the overview, the end of each --help, the shell completion and the documentation say of them.
+
+Nothing heavy is imported here.
+"""
+
+import keyword
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final, final
+
+COMMANDS: Final = "halfstep.cli.commands"
+"""The module of the verbs that need torch and diffusers, which take seconds to be imported."""
+
+
+@final
+@dataclass(frozen=True)
+class Verb:
+    """A verb of the command line."""
+
+    name: str
+    takes: str
+    """What follows it."""
+    summary: str
+    """In the overview, one line."""
+    examples: tuple[str, ...]
+    """Whole command lines; the tests hold their options to the parser."""
+    notes: tuple[str, ...] = ()
+    """What its options alone do not tell, a line each."""
+    codes: tuple[int, ...] = (0, 2)
+    """Exit codes that it ends with."""
+    module: str = COMMANDS
+    group: str = "Look"
+
+    @property
+    def function(self) -> str:
+        """Its name in `module`: the verb's, or where that is a word of Python, with an underscore."""
+        return f"{self.name}_" if keyword.iskeyword(self.name) else self.name
+
+
+TRAINS: Final = (0, 1, 2, 130, 143)
+
+RECIPE_NOTES: Final = (
+    "RECIPE is a name (`halfstep ls recipes`), a .json file, or the folder of a run. Defaults shown are RECIPE's own.",
+    "--data S is short for --data.source S, --start N for --chain.start-steps N, --to N for --chain.end-steps N.",
+    "Stopped or killed: run the same command again and it goes on from its last checkpoint.",
+)
+
+_ALL: Final = (
+    Verb(
+        "run",
+        "RECIPE",
+        "train a teacher, halve it to few steps, measure, report; resumable",
+        (
+            "halfstep run digits",
+            "halfstep run cifar10 --dry-run",
+            "halfstep run images --data ~/photos --data.image-size 32 --to 4 --out runs/photos",
+        ),
+        RECIPE_NOTES,
+        TRAINS,
+        group="Train",
+    ),
+    Verb(
+        "train",
+        "RECIPE",
+        "the teacher of a recipe only",
+        ("halfstep train digits --teacher.num-updates 500", "halfstep train cifar10 --dry-run"),
+        RECIPE_NOTES,
+        TRAINS,
+        group="Train",
+    ),
+    Verb(
+        "distill",
+        "MODEL",
+        "halve a trained model to fewer steps",
+        (
+            "halfstep distill runs/digits/stages/00-denoise --start 64 --to 4",
+            "halfstep distill my-ddpm --data ~/photos --to 4 --out runs/mine",
+            "halfstep distill my-sd --data latents --to 4 --matching.guidance-range 1 8",
+        ),
+        (
+            "MODEL is a run (its last stage is meant), a stage, a folder that diffusers saved, or a name on the Hub.",
+            "Defaults shown are those of the recipe of MODEL's run.",
+            *RECIPE_NOTES[1:],
+        ),
+        TRAINS,
+        group="Train",
+    ),
+    Verb(
+        "study",
+        "NAME",
+        "one of the paper's tables and figures, as a plan of runs; resumable",
+        ("halfstep study table1 --scale smoke", "halfstep study steps --scale small --dry-run"),
+        (),
+        TRAINS,
+        group="Train",
+    ),
+    Verb("demo", "", "the same as `run digits`", ("halfstep demo",), RECIPE_NOTES[1:], TRAINS, group="Train"),
+    Verb(
+        "sample",
+        "MODEL",
+        "draw samples into a grid, a file of arrays or a folder",
+        (
+            "halfstep sample runs/digits --num-samples 64 --seed 0 --out grid.png",
+            "halfstep sample runs/digits/stages/00-denoise --num-steps 16 --sampler heun --out samples.npz",
+        ),
+        group="Use",
+    ),
+    Verb(
+        "evaluate",
+        "SUBJECT",
+        "measure a run, a stage, a pipeline or a folder of images",
+        (
+            "halfstep evaluate runs/digits --num-samples 5000",
+            "halfstep evaluate runs/digits --num-steps 1 2 4 8 --against teacher-ddim teacher-ancestral --seeds 3",
+            "halfstep evaluate samples/ --data ~/photos",
+        ),
+        (),
+        (0, 2, 130, 143),
+        group="Use",
+    ),
+    Verb("report", "RUN", "write RUN/report/index.html", ("halfstep report runs/digits",), group="Use"),
+    Verb(
+        "explore",
+        "RUN",
+        "a local page: teacher and students side by side from the same noise",
+        ("halfstep explore runs/digits", "halfstep explore runs/digits --port 8000 --max-samples 16"),
+        ("Ctrl-C ends it; that is no error.",),
+        group="Use",
+    ),
+    Verb(
+        "export",
+        "MODEL",
+        "to a stock diffusers pipeline, LoRA files or one ONNX graph",
+        (
+            "halfstep export runs/digits --out digits-1",
+            "halfstep export runs/digits --format onnx --out digits-1.onnx",
+        ),
+        group="Use",
+    ),
+    Verb(
+        "import",
+        "FORMAT SOURCE",
+        "a model from elsewhere as a stage",
+        (
+            "halfstep import diffusers google/ddpm-cifar10-32",
+            "halfstep import google-pd cifar_8.msgpack --config cifar10 --out cifar-8",
+        ),
+        group="Use",
+    ),
+    Verb(
+        "encode",
+        "PIPELINE",
+        "images and texts to latents, once, for a latent pipeline; resumable",
+        ("halfstep encode my-sd --data ~/captioned --out latents",),
+        group="Use",
+    ),
+    Verb(
+        "status",
+        "RUN",
+        "how far a run is that any shell or machine writes",
+        ("halfstep status runs/digits", "halfstep status runs/digits --watch", "halfstep status runs/digits --json"),
+        module="halfstep.cli.status",
+    ),
+    Verb(
+        "ls",
+        "[FAMILY ...]",
+        "recipes, samplers, predictions, studies, ...",
+        ("halfstep ls", "halfstep ls samplers --json"),
+    ),
+    Verb(
+        "doctor",
+        "",
+        "what this machine and its packages can do, and what is missing",
+        ("halfstep doctor", "halfstep doctor --json"),
+        codes=(0, 2),
+        module="halfstep.cli.doctor",
+    ),
+    Verb(
+        "completion",
+        "SHELL",
+        "a script that lets bash, zsh or fish complete verbs and options",
+        ("halfstep completion bash > ~/.local/share/bash-completion/completions/halfstep",),
+        (
+            "bash: as in the example, or: source <(halfstep completion bash)",
+            "zsh: add to ~/.zshrc, after compinit: source <(halfstep completion zsh)",
+            "fish: halfstep completion fish > ~/.config/fish/completions/halfstep.fish",
+        ),
+        module="halfstep.cli.completion",
+    ),
+)
+
+VERBS: Final = MappingProxyType({verb.name: verb for verb in _ALL})
+
+EXIT_CODES: Final = MappingProxyType(
+    {
+        0: "done",
+        1: "training diverged (a loss or gradient was not finite), or another process of the run was lost; the last "
+        "checkpoint is kept",
+        2: "bad input, or a disk that is full: one line says what was got, what was needed and what to do",
+        130: "stopped by Ctrl-C; a run has saved its state and goes on with the same command",
+        143: "stopped by SIGTERM; likewise",
+    }
+)
+
+
+def overview() -> str:
+    """What `halfstep` alone prints."""
+    width = max(len(f"{verb.name} {verb.takes}") for verb in VERBS.values())
+    lines = ["usage: halfstep VERB ...", ""]
+    for group in dict.fromkeys(verb.group for verb in VERBS.values()):
+        lines.append(f"{group}:")
+        lines += [
+            f"  {f'{verb.name} {verb.takes}':<{width}}  {verb.summary}"
+            for verb in VERBS.values()
+            if verb.group == group
+        ]
+        lines.append("")
+    lines += [
+        "MODEL is the folder of a run (its last stage is meant) or of a stage.",
+        "`halfstep VERB --help` shows all options and examples, `halfstep --version` the version.",
+        "With --json, where a verb has it, stdout is one JSON document, and all else goes to stderr.",
+        "",
+        "Exit codes:",
+    ]
+    lines += [f"  {code:>3}  {meaning}" for code, meaning in EXIT_CODES.items()]
+    return "\n".join(lines)
+
+
+def epilogue(name: str) -> str:
+    """What follows the options in `halfstep NAME --help`."""
+    verb = VERBS[name]
+    lines = [*verb.notes, ""] if verb.notes else []
+    lines += ["examples:", *(f"  {example}" for example in verb.examples), ""]
+    lines.append("exit codes: " + ", ".join(map(str, verb.codes)) + " (`halfstep --help` tells what they mean)")
+    return "\n".join(lines)

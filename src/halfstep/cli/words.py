@@ -1,0 +1,40 @@
+"""Numbers as people read them, and text as machines do."""
+
+import json
+import math
+import os
+import sys
+from typing import Any
+
+from rich.console import Console
+
+
+def duration(seconds: float) -> str:
+    """ "42 s", "3:05 min", "2:10 h", "12 days"."""
+    if not math.isfinite(seconds):
+        return "unknown"
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60}:{seconds % 60:02d} min"
+    if seconds >= 100 * 3600:
+        return f"{seconds / 86400:,.0f} days"
+    return f"{seconds // 3600}:{seconds % 3600 // 60:02d} h"
+
+
+def console_for(json: bool = False) -> Console:
+    """Where progress and tables go: stdout, or with --json, where stdout is the document's, stderr."""
+    stream = sys.stderr if json else sys.stdout
+    # Of several processes, the first one speaks.
+    quiet = int(os.environ.get("RANK", "0") or "0") > 0
+    return Console(stderr=json, width=None if stream.isatty() else 160, quiet=quiet)
+
+
+def print_json(value: Any) -> None:
+    """The one document that a command with --json writes to stdout.
+
+    Raises:
+        ValueError: if it holds a number that is not finite.
+    """
+    sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")

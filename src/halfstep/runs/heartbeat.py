@@ -1,0 +1,87 @@
+"""Signs of life of the process that writes a run, for readers in other shells and on other machines.
+
+A file lock would not do: a reader that tries it may take it from a run that is just starting, and shared disks need not
+pass it on. A small file that is written every few seconds can be read by anyone.
+"""
+
+import contextlib
+import os
+import platform
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self, final
+
+from halfstep.runs.files import write_json
+
+SECONDS: Final = 5.0
+"""Time between two signs of life."""
+
+SILENT_SECONDS: Final = 60.0
+"""Time without a sign of life after which a process counts as gone, where it cannot be looked for."""
+
+
+def this_machine() -> list[str]:
+    """What tells whether process numbers mean the same here and there: host, boot and pid namespace."""
+    parts = [platform.node()]
+    with contextlib.suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return parts
+
+
+@final
+class Heartbeat:
+    """While entered, a file that says every few seconds that this process is at work; then, how it ended.
+
+    {"state": "running", or "finished", "stopped", "diverged", "failed"; "message": of the error, or null; "pid",
+    "machine": see `this_machine`; "started", "updated": seconds since 1970}. A file that cannot be written is passed
+    over: a full disk is for those to tell who have something to lose.
+
+    Args:
+        ends: states for kinds of errors; any other is "failed", and none is "finished".
+    """
+
+    def __init__(self, path: Path, ends: Mapping[type[BaseException], str]) -> None:
+        self.path, self.ends = path, ends
+        self._started = time.time()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._write("running", None)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        self._thread.join()
+        if error is None:
+            self._write("finished", None)
+            return
+        # A generator that is closed, or a second Ctrl-C, was not let come to its end.
+        ends: dict[type[BaseException], str] = {GeneratorExit: "stopped", KeyboardInterrupt: "stopped", **self.ends}
+        state = next((state for kind, state in ends.items() if isinstance(error, kind)), "failed")
+        self._write(state, " ".join(str(error).split()) or type(error).__name__)
+
+    def _beat(self) -> None:
+        while not self._over.wait(SECONDS):
+            self._write("running", None)
+
+    def _write(self, state: str, message: str | None) -> None:
+        with contextlib.suppress(OSError):
+            write_json(
+                self.path,
+                {
+                    "state": state,
+                    "message": message,
+                    "pid": os.getpid(),
+                    "machine": this_machine(),
+                    "started": round(self._started, 3),
+                    "updated": round(time.time(), 3),
+                },
+            )

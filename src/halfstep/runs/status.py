@@ -1,0 +1,286 @@
+"""How far a run is: what its live display shows, and what any other process reads from its folder.
+
+Time left is counted in units of work: a stage's updates times the cost of one in forward passes, which recipe.json
+holds. The pace is that of the last updates of the stage at work, or before there are some that of the stage before.
+"""
+
+import contextlib
+import math
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from halfstep.runs.files import DamagedFile, read_json
+from halfstep.runs.heartbeat import SECONDS, SILENT_SECONDS, this_machine
+from halfstep.runs.log import read_log
+from halfstep.runs.schema import RunFolder, StageFolder
+
+StageState = Literal["to come", "training", "measuring", "done", "damaged"]
+RunState = Literal["running", "stopped", "finished", "diverged", "failed"]
+
+PACE_ROWS: Final = 10
+"""Rows of the log over which the pace is taken."""
+
+LOG_BYTES: Final = 2**20
+"""Bytes from the end of the log that are read: the stage at work is at its end."""
+
+
+@dataclass
+class StageStatus:
+    """How far one stage is."""
+
+    name: str
+    num_steps: int | None
+    """Sampler steps that its model is made for; None for a teacher."""
+    num_updates: int
+    """Its budget; updates done once it is done."""
+    update_cost: float = 1.0
+    """Of one update, in forward passes of one sample."""
+    state: StageState = "to come"
+    update: int = 0
+    """Updates done."""
+    seconds: float = 0.0
+    """Training time so far, over all restarts."""
+    loss: float | None = None
+    """Of the last window."""
+    learning_rate: float | None = None
+    samples_per_second: float | None = None
+    checkpoint: int | None = None
+    """Update of the last checkpoint of an unfinished stage."""
+    results: list[tuple[int, float]] = field(default_factory=list)
+    """Sampler steps and distance, as far as measured."""
+    rows: list[tuple[int, float]] = field(default_factory=list)
+    """Updates and seconds of the last rows of the log."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it is trained to its end."""
+        return self.state in ("done", "measuring", "damaged")
+
+    @property
+    def seconds_an_update(self) -> float:
+        """The present pace; NaN before there is one."""
+        rows = [row for row in self.rows[-PACE_ROWS:] if row[0] <= self.update]
+        if len(rows) > 1 and rows[-1][0] > rows[0][0]:
+            return max(0.0, rows[-1][1] - rows[0][1]) / (rows[-1][0] - rows[0][0])
+        return self.seconds / self.update if self.update and self.seconds else math.nan
+
+    def take(self, row: Mapping[str, Any]) -> None:
+        """A row of the log."""
+        update, seconds = row.get("update"), row.get("seconds")
+        if not isinstance(update, int) or not isinstance(seconds, int | float):
+            return
+        self.update, self.seconds = update, float(seconds)
+        self.rows.append((update, float(seconds)))
+        del self.rows[: -4 * PACE_ROWS]
+        for name in ("loss", "learning_rate", "samples_per_second"):
+            value = row.get(name)
+            setattr(self, name, float(value) if isinstance(value, int | float) else None)
+
+
+@dataclass
+class RunStatus:
+    """How far a run is."""
+
+    path: Path
+    name: str
+    stages: list[StageStatus]
+    state: RunState = "running"
+    message: str | None = None
+    """Why it is not running, if there is something to say."""
+    process: Mapping[str, Any] | None = None
+    """{"pid", "host", "started", "updated"} of the process that wrote last, in seconds since 1970."""
+
+    @property
+    def current(self) -> StageStatus | None:
+        """The stage at work, or the next; None once all are done."""
+        return next((stage for stage in self.stages if not stage.is_done), None)
+
+    @property
+    def updates(self) -> tuple[int, int]:
+        """Updates done, and updates of the plan."""
+        return sum(s.update for s in self.stages), sum(s.num_updates for s in self.stages)
+
+    @property
+    def share(self) -> float:
+        """Part of the training that is done, from 0 to 1, counted in forward passes."""
+        done = sum(s.update * s.update_cost for s in self.stages)
+        total = sum(s.num_updates * s.update_cost for s in self.stages)
+        return done / total if total else 1.0
+
+    @property
+    def unit_seconds(self) -> float:
+        """Seconds of a forward pass of one sample at the present pace; NaN before there is one."""
+        for stage in reversed(self.stages):
+            pace = stage.seconds_an_update
+            if stage.update and stage.update_cost and not math.isnan(pace):
+                return pace / stage.update_cost
+        return math.nan
+
+    def seconds_left_of(self, stage: StageStatus) -> float:
+        """Training time left for a stage; NaN before there is a pace."""
+        if stage.is_done:
+            return 0.0
+        return (stage.num_updates - stage.update) * stage.update_cost * self.unit_seconds
+
+    @property
+    def seconds_left(self) -> float:
+        """Training time left for the whole plan; NaN before there is a pace. Measuring comes on top."""
+        return math.fsum(self.seconds_left_of(stage) for stage in self.stages)
+
+    def as_json(self) -> dict[str, Any]:
+        """The status as data; times in seconds, None for what is not known."""
+        done, total = self.updates
+        current = self.current
+        return {
+            "run": str(self.path),
+            "name": self.name,
+            "state": self.state,
+            "message": self.message,
+            "stage": current.name if current is not None else None,
+            "updates_done": done,
+            "num_updates": total,
+            "share_done": self.share,
+            "training_seconds": math.fsum(stage.seconds for stage in self.stages),
+            "training_seconds_left": _known(self.seconds_left),
+            "process": None if self.process is None else dict(self.process),
+            "stages": [
+                {
+                    "stage": stage.name,
+                    "state": stage.state,
+                    "num_steps": stage.num_steps,
+                    "update": stage.update,
+                    "num_updates": stage.num_updates,
+                    "loss": stage.loss,
+                    "learning_rate": stage.learning_rate,
+                    "samples_per_second": stage.samples_per_second,
+                    "seconds": stage.seconds,
+                    "seconds_left": _known(self.seconds_left_of(stage)),
+                    "checkpoint": stage.checkpoint,
+                    "results": [{"num_steps": steps, "frechet": frechet} for steps, frechet in stage.results],
+                }
+                for stage in self.stages
+            ],
+        }
+
+
+def _known(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def read_status(path: Path, now: float | None = None) -> RunStatus:
+    """How far the run in the folder `path` is, whoever writes it. Nothing is written, locked or hashed.
+
+    Args:
+        now: seconds since 1970, for tests.
+
+    Raises:
+        ValueError: if the folder holds no run.
+    """
+    folder = RunFolder(path)
+    if not folder.recipe_path.is_file():
+        raise ValueError(f"{path} is no run (it has no recipe.json): give the folder that `halfstep run` writes")
+    data = folder.recipe()
+    plan = data.get("plan")
+    stages = [_planned(row) for row in plan if isinstance(row, dict)] if isinstance(plan, list) else []
+    if not stages:
+        raise DamagedFile(f"{folder.recipe_path} holds no plan")
+    by_name = {stage.name: stage for stage in stages}
+    for row in read_log(folder.log_path, LOG_BYTES):
+        if (known := by_name.get(str(row.get("stage")))) is not None:
+            known.take(row)
+    for stage in stages:
+        _look(folder.stage(stage.name), stage)
+    recipe = data["recipe"]
+    name = recipe.get("name") if isinstance(recipe, dict) else None
+    status = RunStatus(path, str(name or path.resolve().name), stages)
+    _tell_state(status, folder, time.time() if now is None else now)
+    return status
+
+
+def _planned(row: Mapping[str, Any]) -> StageStatus:
+    steps, updates, cost = row.get("num_steps"), row.get("num_updates"), row.get("update_cost")
+    return StageStatus(
+        name=str(row.get("stage")),
+        num_steps=steps if isinstance(steps, int) else None,
+        num_updates=updates if isinstance(updates, int) else 0,
+        update_cost=float(cost) if isinstance(cost, int | float) else 1.0,
+    )
+
+
+def _look(folder: StageFolder, stage: StageStatus) -> None:
+    """What the stage's folder says of it."""
+    for checkpoint in folder.checkpoints():
+        with contextlib.suppress(ValueError):
+            stage.checkpoint = int(checkpoint.name.removeprefix("checkpoint-"))
+            break
+    if not folder.is_complete():
+        if stage.update or stage.checkpoint:
+            stage.state = "training"
+            stage.update = max(stage.update, stage.checkpoint or 0)
+        return
+    stage.checkpoint = None
+    try:
+        manifest = folder.manifest(verify=False)
+    except (DamagedFile, OSError):
+        stage.state = "damaged"
+        return
+    stage.state = "done"
+    # A stage that was given, not trained here, brings the updates of its own past.
+    stage.update = min(manifest.num_updates, stage.num_updates)
+    stage.num_updates = stage.update
+    stage.seconds = manifest.seconds if stage.num_updates else 0.0
+    with contextlib.suppress(DamagedFile, OSError):
+        metrics = folder.metrics()
+        stage.results = [(result.num_steps, result.frechet) for result in metrics.results] if metrics else []
+
+
+def _tell_state(status: RunStatus, folder: RunFolder, now: float) -> None:
+    try:
+        beat = read_json(folder.heartbeat_path)
+    except DamagedFile:
+        beat = None
+    current = status.current
+    if not isinstance(beat, dict) or beat.get("state") not in ("running", "stopped", "finished", "diverged", "failed"):
+        status.state = "finished" if current is None else "stopped"
+        status.message = None if current is None else "no process has left a sign of life"
+        return
+    pid, machine = beat.get("pid"), beat.get("machine")
+    written = [v for v in (beat.get("started"), beat.get("updated")) if isinstance(v, int | float)]
+    updated = max(written, default=0.0)
+    status.process = {
+        "pid": pid,
+        "host": str(machine[0]) if isinstance(machine, list) and machine else None,
+        "started": written[0] if written else None,
+        "updated": updated,
+    }
+    status.state, status.message = beat["state"], beat.get("message")
+    if status.state == "running":
+        reason = _gone(pid, machine, now - updated)
+        if reason is not None:
+            status.state, status.message = "stopped", reason
+        elif current is None:
+            status.stages[-1].state = "measuring" if status.stages[-1].state == "done" else "damaged"
+        elif current.state == "to come" and (before := status.stages.index(current)):
+            last = status.stages[before - 1]
+            if last.state == "done" and not last.results:
+                last.state = "measuring"
+    elif status.state == "finished" and current is not None:
+        status.state, status.message = "stopped", f"stage {current.name} has been removed since the run finished"
+
+
+def _gone(pid: object, machine: object, age: float) -> str | None:
+    """Why the process that said it is at work counts as gone; None if it does not."""
+    if isinstance(pid, int) and pid > 0 and machine == this_machine():
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return "its process has gone without a word (killed, or the machine failed)"
+        except PermissionError:
+            pass
+    if age > max(SILENT_SECONDS, 3 * SECONDS):
+        return f"no sign of life for {age:.0f} seconds"
+    return None

@@ -1,0 +1,192 @@
+"""All verbs from outside: help, examples, exit codes, and JSON where a table is printed."""
+
+import itertools
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from halfstep.cli import main
+from halfstep.cli.completion import argument_kinds, options_of
+from halfstep.cli.verbs import EXIT_CODES, VERBS
+from support_cli import Capture, refused
+from toys import TINY_ARRAYS, points
+
+ROOT = Path(__file__).parents[2]
+FIRST = {"run": ["digits"], "train": ["digits"], "distill": ["MODEL"]}
+"""What must stand before the options for them to be read."""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("verbs")
+    np.save(folder / "toy.npy", points().numpy())
+    main(["run", "arrays", "--data", str(folder / "toy.npy"), "--out", str(folder / "toy"), *TINY_ARRAYS])
+    return folder / "toy"
+
+
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    monkeypatch.setenv("HALFSTEP_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    # Wide enough for one line each, too narrow for two boxes beside each other.
+    monkeypatch.setenv("COLUMNS", "100")
+
+
+def help_of(argv: list[str], capsys: Capture) -> str:
+    """What a command with --help prints."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        main(argv)
+    assert end.value.code == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    return captured.out
+
+
+def flags_in(text: str) -> set[str]:
+    return set(re.findall(r"(?<![\w-])--[a-z][\w.-]*", text))
+
+
+def options_in(printed: str) -> dict[str, str]:
+    """The heads of the options in a help, each with the beginning of its text."""
+    lines = [line.strip("│ ") for line in printed.splitlines()]
+    found = {}
+    for line, after in itertools.pairwise([*lines, ""]):
+        if re.match(r"--?[a-z][\w.-]*(,| |$)", line):
+            head, *text = re.split(r"\s{2,}", line, maxsplit=1)
+            found[head] = text[0] if text else after
+    return found
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_is_complete_and_ends_with_examples(verb: str, capsys: Capture) -> None:
+    printed = help_of([verb, "--help"], capsys)
+    for example in VERBS[verb].examples:
+        assert f"  {example}\n" in printed
+    assert "exit codes: " + ", ".join(map(str, VERBS[verb].codes)) in printed
+    for option, text in options_in(printed).items():
+        assert re.match(r"[^(\s]", text), f"{option} is not described"
+    assert "{None}|" not in printed.replace("{None}|{", "")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_options_that_shells_complete_are_those_of_the_parser(verb: str, capsys: Capture) -> None:
+    short = {"--data", "--start", "--to"} if verb in ("run", "train", "demo", "distill") else set()
+    known = set(options_of(verb))
+    parsed = set()
+    for recipe in ("digits", "arrays", "cifar10_paper") if verb in ("run", "train") else ("",):
+        printed = help_of([verb, *([recipe] if recipe else []), "--help"], capsys)
+        # Only heads; texts name options of other verbs too.
+        parsed |= set().union(*(flags_in(head) for head in options_in(printed)))
+    assert parsed <= known
+    # A recipe's help shows what it has; the completion is of all recipes.
+    others = {flag for flag in known if flag.startswith(("--network.", "--facts."))} if short else set()
+    assert known - parsed <= short | others
+
+
+def commands() -> list[str]:
+    """Every command line that the overview of verbs or the README shows."""
+    block = re.findall(r"^halfstep [^#\n]*", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    return sorted({example for verb in VERBS.values() for example in verb.examples} | {line.strip() for line in block})
+
+
+@pytest.mark.parametrize("command", commands())
+def test_options_in_examples_exist(command: str) -> None:
+    _, verb, *rest = shlex.split(command.partition(" > ")[0])
+    known = options_of(verb)
+    for token in rest:
+        if token.startswith("--"):
+            assert token in known
+    for option, value in itertools.pairwise(rest):
+        if known.get(option):
+            assert value in known[option]
+
+
+def test_every_verb_is_known_everywhere() -> None:
+    assert list(argument_kinds().keys() ^ VERBS.keys()) == []
+    for verb in VERBS.values():
+        assert set(verb.codes) <= set(EXIT_CODES)
+        assert verb.examples
+
+
+def test_the_overview_names_verbs_and_codes_without_torch(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    printed = help_of([], capsys)
+    for name in VERBS:
+        assert re.search(rf"^  {name}\b", printed, re.MULTILINE)
+    for code in EXIT_CODES:
+        assert re.search(rf"^ +{code}  ", printed, re.MULTILINE)
+    assert help_of(["help"], capsys) == printed
+    assert help_of(["help", "status"], capsys) == help_of(["status", "--help"], capsys)
+    assert re.fullmatch(r"halfstep \d+\.\d+\.\d+\S*\n", help_of(["--version"], capsys))
+
+
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "distill"])
+def test_a_mistyped_option_names_the_one_that_is_near(verb: str, capsys: Capture) -> None:
+    said = refused([verb, *FIRST.get(verb, []), "--hlep"], capsys)
+    assert "unknown option '--hlep'; did you mean '--help'?" in said
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("--dta", "--data"), ("--strat", "--start")])
+def test_short_names_of_recipe_options_are_suggested_too(typed: str, meant: str, capsys: Capture) -> None:
+    assert f"did you mean {meant!r}?" in refused(["run", "digits", typed, "3"], capsys)
+
+
+def test_a_mistyped_option_of_distill_too(run: Path, capsys: Capture) -> None:
+    assert "did you mean '--to'?" in refused(["distill", str(run), "--tp", "4"], capsys)
+
+
+def document(argv: list[str], capsys: Capture) -> dict:  # type: ignore[type-arg]
+    """The one JSON document on stdout."""
+    capsys.readouterr()
+    main(argv)
+    found = json.loads(capsys.readouterr().out)
+    assert isinstance(found, dict)
+    return found
+
+
+def test_a_run_ends_with_its_status_as_json(run: Path, tmp_path: Path, capsys: Capture) -> None:
+    data = str(run.parent / "toy.npy")
+    argv = ["run", "arrays", "--data", data, "--out", str(run), *TINY_ARRAYS, "--json"]
+    status = document(argv, capsys)
+    assert status == document(["status", str(run), "--json"], capsys)
+    assert status["state"] == "finished"
+    assert [stage["stage"] for stage in status["stages"]] == ["00-denoise", "01-halve-0002", "02-halve-0001"]
+    plan = document(
+        ["run", "arrays", "--data", data, "--out", str(tmp_path / "x"), *TINY_ARRAYS, "--dry-run", "--json"], capsys
+    )
+    assert [(s["stage"], s["num_updates"]) for s in plan["stages"]] == [
+        (s["stage"], s["num_updates"]) for s in status["stages"]
+    ]
+    assert sum(s["estimated_seconds"] for s in plan["stages"]) == pytest.approx(plan["estimated_seconds"])
+    assert not (tmp_path / "x").exists()
+
+
+def test_samples_and_figures_as_json(run: Path, tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "s.npz"
+    drawn = document(["sample", str(run), "--num-samples", "5", "--seed", "2", "--out", str(out), "--json"], capsys)
+    assert [drawn["num_samples"], *drawn["shape"]] == list(np.load(out)["arr_0"].shape)
+    assert (drawn["first_seed"], drawn["num_steps"], drawn["model"]) == (2, 1, "02-halve-0001")
+    listed = document(["ls", "samplers", "--json"], capsys)
+    assert "ddim" in listed["samplers"]
+    assert list(listed) == ["samplers"]
+    cells = document(["study", "steps", "--dry-run", "--json", "--out", str(tmp_path / "st")], capsys)
+    assert len(cells["cells"]) > 1
+    assert not (tmp_path / "st").exists()
+
+
+def test_evaluate_prints_what_it_writes(run: Path, tmp_path: Path, capsys: Capture) -> None:
+    figures = document(["evaluate", str(run), "--num-steps", "4", "--out", str(tmp_path / "e"), "--json"], capsys)
+    assert figures == json.loads((tmp_path / "e" / "evaluation.json").read_text())
+
+
+def test_the_page_of_commands_is_the_verbs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written by docs/commands.py; run it again after a change of the verbs."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import commands as page  # type: ignore[import-not-found]
+
+    assert (ROOT / "docs" / "pages" / "commands.md").read_text(encoding="utf-8") == page.text()
