@@ -1,0 +1,103 @@
+"""Writes docs/pages/cost.md: docs/cost.md with its tables made from the benchmarks' JSON and from the recipes.
+
+    python docs/cost.py
+
+A line `{{name}}` of docs/cost.md is replaced by the table of that name; nothing else is touched.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from halfstep.recipes import build, recipes
+from halfstep.recipes.schema import data_or_stand_in
+from halfstep.train.cost import count_forward, update_cost
+
+DOCS = Path(__file__).parent
+RESULTS = DOCS / "results" / "benchmarks"
+PAPER = {"cifar10_paper": 8, "imagenet64_paper": 64, "lsun_bedroom128_paper": 64, "lsun_church128_paper": 64}
+"""The paper's recipes, and the devices that the authors trained each on (reported second-hand)."""
+PEAK = 989e12
+"""Dense bfloat16 operations a second of an H100 or H200, from the maker's data sheet."""
+SHARE = 0.35
+"""Of the peak, assumed: no GPU was at hand to measure it."""
+LINK = 50e9
+"""Bytes a second that a device sends and receives in an all-reduce, assumed: a fast network between machines."""
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The rows as a table."""
+
+    def cell(value: Any) -> str:
+        if isinstance(value, bool):
+            return "yes" if value else "no"
+        if isinstance(value, float):
+            return f"{value:,.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+        return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+
+    names = list(rows[0])
+    numeric = [all(isinstance(row[name], int | float | None) for row in rows) for name in names]
+    lines = ["| " + " | ".join(names) + " |", "|" + "|".join("---:" if right else "---" for right in numeric) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(cell(row[name]) for name in names) + " |" for row in rows])
+
+
+def measured(name: str, columns: list[str]) -> str:
+    """The rows of a benchmark, and where they were measured."""
+    held = json.loads((RESULTS / f"{name}.json").read_text())
+    rows = [{column: row.get(column) for column in columns} for row in held["rows"]]
+    environment = held["environment"]
+    return (
+        f"{markdown(rows)}\n\n*`{environment['command']}`, {environment['cpu_count']} CPU cores "
+        f"({environment['device']}), torch {environment['versions']['torch']}, commit "
+        f"{environment['git_commit'] or 'unknown'}, {environment['started'][:10]}: "
+        f"docs/results/benchmarks/{name}.json.*"
+    )
+
+
+def priced() -> str:
+    """The paper's recipes on one device, and on as many as the authors used."""
+    rows = []
+    for name, devices in PAPER.items():
+        recipe = recipes[name]()
+        spec = build(recipe, what="all", data=data_or_stand_in(recipe)[0])
+        forward = count_forward(spec)
+        work = {"train": 0.0, "distil": 0.0}
+        for stage in spec.plan.stages:
+            part = "train" if stage.num_steps is None else "distil"
+            work[part] += forward.flops * update_cost(stage) * stage.num_updates
+        stage = spec.plan.stages[-1]
+        update = forward.flops * update_cost(stage) / devices / (PEAK * SHARE)
+        traffic = 2 * (devices - 1) / devices * 4 * forward.parameters / LINK
+        rows.append(
+            {
+                "recipe": name, "M parameters": forward.parameters / 1e6, "GFLOP a forward pass": forward.flops / 1e9,
+                "batch": stage.batch_size, "EFLOP to train": work["train"] / 1e18,
+                "EFLOP to distil": work["distil"] / 1e18, "distil / train": work["distil"] / work["train"],
+                "GPU days to train": work["train"] / (PEAK * SHARE) / 86400,
+                "GPU days to distil": work["distil"] / (PEAK * SHARE) / 86400,
+                "devices": devices, "all-reduce / computing": traffic / update,
+            }
+        )  # fmt: skip
+    return markdown(rows)
+
+
+TABLES = {
+    "step": lambda: measured(
+        "step", ["network", "M parameters", "batch", "precision", "compiled", "seconds", "ours / bare", "naive / ours"]
+    ),
+    "sample": lambda: measured(
+        "sample", ["network", "batch", "steps", "images / s", "ours / bare", "diffusers / ours", "time / time at 4"]
+    ),
+    "priced": priced,
+}
+
+
+def page() -> str:
+    """The page's text."""
+    text = (DOCS / "cost.md").read_text(encoding="utf-8")
+    return re.sub(r"^\{\{(\w+)\}\}$", lambda match: TABLES[match[1]](), text, flags=re.MULTILINE)
+
+
+if __name__ == "__main__":
+    (DOCS / "pages" / "cost.md").write_text(page(), encoding="utf-8")
