@@ -58,13 +58,13 @@ def show_plan(spec: RunSpec, out: Path, console: Console, missing: str | None = 
         lines.append(f"trained: {forward.trainable:,} of them ({share:.1%}); teacher and student share the others")
     memory = max(
         (
-            memory_of_update(stage, forward, spec.micro_batch, spec.optimizer, spec.teacher_precision)
+            memory_of_update(stage, forward, spec.set_micro_batch, spec.optimizer, spec.teacher_precision)
             for stage in spec.plan.stages
         ),
         key=sum,
     )
     parts = " + ".join(f"{gibibytes(size)} {name}" for name, size in memory._asdict().items() if size)
-    samples = min(spec.micro_batch or 2**62, max(stage.batch_size for stage in spec.plan.stages))
+    samples = min(spec.set_micro_batch or 2**62, max(stage.batch_size for stage in spec.plan.stages))
     lines.append(
         f"memory of the largest update, counted: {gibibytes(sum(memory))} = {parts} (of a micro batch of {samples:,})"
     )

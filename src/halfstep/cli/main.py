@@ -1,15 +1,19 @@
 """Dispatch of verbs, and the exit codes.
 
-0: done. 1: the run failed (training diverged). 2: bad input or a full disk, said in one line. 130, 143: stopped by
-Ctrl-C or SIGTERM, with the state saved.
+0: done. 1: the run failed and would fail again (training diverged, or does not fit into memory). 2: bad input. 3: the
+disk of the run is full or gone; the last good state is named. 130, 143, 138: stopped by Ctrl-C, SIGTERM or SIGUSR1,
+with the state saved (--engine.requeue-code puts another code in the place of the last two).
 """
 
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import NoReturn
 
 USAGE = """\
@@ -71,6 +75,12 @@ def _warning_printer() -> Callable[..., None]:
     return show
 
 
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    """Ends a process that has nothing to save. The first process of a container needs a handler to be ended at all."""
+    print(f"\nhalfstep: stopped by {signal.Signals(number).name}", file=sys.stderr)
+    raise SystemExit(128 + number)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command `halfstep`.
 
@@ -87,6 +97,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         print(f"halfstep {version('halfstep')}")
         raise SystemExit(0)
+
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, _end)
 
     from halfstep.registry import nearest
 
@@ -147,14 +161,14 @@ def _dispatch(verb: str, rest: Sequence[str]) -> None:
     # An optional library that diffusers looks for and that warns at its import of what it cannot do here.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from halfstep.cli import commands
-    from halfstep.train import FailedElsewhere, Interrupted, LostProcess, NonFinite
+    from halfstep.train import FailedElsewhere, Interrupted, LostProcess, NonFinite, NoStorage, OutOfMemory
 
     try:
         getattr(commands, {"import": "import_"}.get(verb, verb))(rest)
     except Interrupted as stopped:
         if not _index():
             print(f"\nhalfstep: {stopped}; the state is saved: run the same command again to go on", file=sys.stderr)
-        raise SystemExit(128 + stopped.signal) from None
+        raise SystemExit(stopped.code) from None
     except FailedElsewhere as error:
         # The first process has said its own, and speaks for the others.
         if not _index():
@@ -167,8 +181,10 @@ def _dispatch(verb: str, rest: Sequence[str]) -> None:
         # The reader of our output (head, less) has gone; say nothing more to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
-    except (NonFinite, LostProcess) as error:
+    except (NonFinite, OutOfMemory, LostProcess) as error:
         fail(error, code=1)
+    except NoStorage as error:
+        fail(error.strerror, code=3)
     except (ValueError, OSError) as error:
         if os.environ.get("HALFSTEP_TRACEBACK"):
             raise
