@@ -51,7 +51,11 @@ Work = Callable[..., Any]
 def context() -> ForkServerContext:
     """The fork server, with what the tests need imported."""
     made = multiprocessing.get_context("forkserver")
-    made.set_forkserver_preload(["teams"])
+    # There is one server for all tests of a process, and what it imports is what it finds by its environment alone.
+    tests = str(Path(__file__).parent)
+    if tests not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), tests)))
+    made.set_forkserver_preload(["torture"])
     return made
 
 

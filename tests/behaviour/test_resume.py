@@ -1,13 +1,10 @@
 """A run that was cut anywhere ends with the weights of an uncut run, bit for bit."""
 
 import errno
-import multiprocessing
 import os
-import random
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +14,7 @@ import torch
 from halfstep.runs import RunFolder, read_log
 from halfstep.runs import files as run_files
 from halfstep.train import DifferentRecipe, Interrupted, Progress, StopSignal, run
-from toys import finish, run_toy, toy_spec, weights
+from toys import finish, toy_spec, weights
 
 
 @pytest.fixture(scope="module")
@@ -34,42 +31,6 @@ def _cut(path: Path, stage: str, update: int) -> None:
         if isinstance(event, Progress) and event.name == stage and event.window.update == update:
             break
     events.close()  # type: ignore[attr-defined]
-
-
-def test_ten_sigkills_at_random_moments_leave_the_weights_of_an_uncut_run(tmp_path: Path, uncut: Path) -> None:
-    # A fork server imports torch once, so that each of the restarts costs milliseconds.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["teams"])
-    path = tmp_path / "run"
-
-    def start() -> multiprocessing.process.BaseProcess:
-        process = context.Process(target=run_toy, args=(str(path),))
-        process.start()
-        return process
-
-    warm = context.Process(target=run_toy, args=(str(tmp_path / "warm"),))
-    begun = time.monotonic()
-    warm.start()
-    warm.join()
-    duration = min(time.monotonic() - begun, 5.0)
-    dice = random.Random(20221)
-    killed = 0
-    while killed < 10:
-        process = start()
-        process.join(timeout=dice.uniform(0.1, 0.7) * duration)
-        if process.is_alive():
-            assert process.pid is not None
-            os.kill(process.pid, signal.SIGKILL)
-            killed += 1
-        elif process.exitcode == 0:
-            # It came to its end between two kills: cut a later run from its beginning.
-            assert weights(path) == weights(uncut)
-            shutil.rmtree(path)
-        process.join()
-    last = start()
-    last.join()
-    assert last.exitcode == 0
-    assert weights(path) == weights(uncut)
 
 
 @pytest.mark.parametrize(("stage", "update"), [("00-denoise", 13), ("01-halve-0002", 1), ("02-halve-0001", 30)])

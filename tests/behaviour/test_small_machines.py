@@ -28,7 +28,7 @@ from halfstep.nets import (
 from halfstep.objectives import Plan
 from halfstep.runs import StageFolder
 from halfstep.train import Model, RunSpec, StageStart, load, make_accelerator, pipeline, run
-from halfstep.train.checkpoint import resume, save_checkpoint
+from halfstep.train.checkpoint import CheckpointWriter, resume
 from halfstep.train.cost import count_forward, memory_of_update
 from halfstep.train.pipeline import trainer_for
 from support import numbers
@@ -130,7 +130,8 @@ def test_a_stage_that_was_cut_and_resumed_is_the_uncut_one_bit_for_bit(tmp_path:
     def trained(upto: int, folder: StageFolder | None = None) -> Any:
         trainer = trainer_for(made, stage, "s", load(parent_folder), accelerator)
         if folder is not None:
-            assert resume(trainer, folder, print) == 3
+            assert resume(trainer, folder, print) == folder.path / "checkpoint-00000003"
+            assert trainer.update == 3
         for update in trainer.run():
             if update == upto:
                 break
@@ -140,7 +141,9 @@ def test_a_stage_that_was_cut_and_resumed_is_the_uncut_one_bit_for_bit(tmp_path:
     assert parent.num_steps is None
     whole = own_state(trained(6).finish().network)
     folder = StageFolder(tmp_path / "cut")
-    save_checkpoint(trained(3), folder)
+    writer = CheckpointWriter(folder)
+    writer.save(trained(3))
+    writer.wait()
     again = own_state(trained(6, folder).finish().network)
     assert whole.keys() == again.keys()
     assert all(torch.equal(whole[name], again[name]) for name in whole)

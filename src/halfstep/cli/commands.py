@@ -1,5 +1,6 @@
 """The verbs. Each takes the arguments behind its name."""
 
+import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,7 +45,7 @@ from halfstep.registry import nearest
 from halfstep.runs import StageFolder, read_status
 from halfstep.samplers import Ancestral, Sampler, samplers
 from halfstep.studies import studies
-from halfstep.train import Model, Processes, RunSpec, StopSignal, load, make_accelerator
+from halfstep.train import Interrupted, Model, Processes, RunSpec, StopSignal, load, make_accelerator
 from halfstep.train import run as run_spec
 from halfstep.train.evaluate import grid_image, samples_array
 from halfstep.train.model import find_stage
@@ -89,8 +90,14 @@ def _execute(spec: RunSpec, out: Path, json: bool) -> None:
     console = console_for(json)
     started = time.monotonic()
     console.print(f"halfstep: {spec.recipe['name']} -> {out}", highlight=False)
-    with StopSignal() as stop:
-        RunDisplay(spec.plan, console, spec.teacher is not None).show(run_spec(spec, out, stop))
+    try:
+        with StopSignal() as stop:
+            RunDisplay(spec.plan, console, spec.teacher is not None).show(run_spec(spec, out, stop))
+    except Interrupted as stopped:
+        requeue = spec.recipe["engine"]["requeue_code"]
+        if requeue is not None and stopped.signal != signal.SIGINT:
+            stopped.code = requeue
+        raise
     if console.quiet:
         return
     show_results(out, console)

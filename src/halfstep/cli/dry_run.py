@@ -17,7 +17,7 @@ def plan_facts(spec: RunSpec, out: Path, missing: str | None = None) -> dict[str
     forward = count_forward(spec)
     memory = max(
         (
-            memory_of_update(stage, forward, spec.micro_batch, spec.optimizer, spec.teacher_precision)
+            memory_of_update(stage, forward, spec.set_micro_batch, spec.optimizer, spec.teacher_precision)
             for stage in spec.plan.stages
         ),
         key=sum,
@@ -56,7 +56,7 @@ def plan_facts(spec: RunSpec, out: Path, missing: str | None = None) -> dict[str
         "trainable_parameters": forward.trainable,
         "forward_flops": forward.flops,
         "memory_bytes": memory._asdict(),
-        "micro_batch": min(spec.micro_batch or 2**62, max(stage.batch_size for stage in spec.plan.stages)),
+        "micro_batch": min(spec.set_micro_batch or 2**62, max(stage.batch_size for stage in spec.plan.stages)),
         "guidance": list(spec.guidance) if is_guided and spec.guidance is not None else None,
         "seconds_an_update": rate.seconds,
         "timed_batch_size": rate.batch_size,

@@ -3,10 +3,13 @@
 import importlib
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import NoReturn
 
 from halfstep.cli.verbs import COMMANDS, VERBS, Verb, overview
@@ -50,6 +53,12 @@ def _warning_printer() -> Callable[..., None]:
     return show
 
 
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    """Ends a process that has nothing to save. The first process of a container needs a handler to be ended at all."""
+    print(f"\nhalfstep: stopped by {signal.Signals(number).name}", file=sys.stderr)
+    raise SystemExit(128 + number)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command `halfstep`.
 
@@ -68,6 +77,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         print(f"halfstep {version('halfstep')}")
         raise SystemExit(0)
+
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, _end)
 
     from halfstep.registry import nearest
 
@@ -131,7 +144,7 @@ def _command(verb: Verb, rest: Sequence[str]) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from halfstep.cli import commands
     from halfstep.core.warnings import HalfstepWarning
-    from halfstep.train import FailedElsewhere, Interrupted, LostProcess, NonFinite
+    from halfstep.train import FailedElsewhere, Interrupted, LostProcess, NonFinite, NoStorage, OutOfMemory
 
     with warnings.catch_warnings():
         warnings.showwarning = _warning_printer()
@@ -143,11 +156,13 @@ def _command(verb: Verb, rest: Sequence[str]) -> None:
                 print(
                     f"\nhalfstep: {stopped}; the state is saved: run the same command again to go on", file=sys.stderr
                 )
-            raise SystemExit(128 + stopped.signal) from None
+            raise SystemExit(stopped.code) from None
         except FailedElsewhere as error:
             # The first process has said its own, and speaks for the others.
             if not _index():
                 fail(error, error.code)
             raise SystemExit(error.code) from None
-        except (NonFinite, LostProcess) as error:
+        except (NonFinite, OutOfMemory, LostProcess) as error:
             fail(error, code=1)
+        except NoStorage as error:
+            fail(error.strerror, code=3)

@@ -37,7 +37,7 @@ class Verb:
         return f"{self.name}_" if keyword.iskeyword(self.name) else self.name
 
 
-TRAINS: Final = (0, 1, 2, 130, 143)
+TRAINS: Final = (0, 1, 2, 3, 130, 138, 143)
 
 RECIPE_NOTES: Final = (
     "RECIPE is a name (`halfstep ls recipes`), a .json file, or the folder of a run. Defaults shown are RECIPE's own.",
@@ -194,10 +194,12 @@ VERBS: Final = MappingProxyType({verb.name: verb for verb in _ALL})
 EXIT_CODES: Final = MappingProxyType(
     {
         0: "done",
-        1: "training diverged (a loss or gradient was not finite), or another process of the run was lost; the last "
-        "checkpoint is kept",
-        2: "bad input, or a disk that is full: one line says what was got, what was needed and what to do",
+        1: "training diverged (a loss or gradient was not finite) or does not fit into memory, or another process of "
+        "the run was lost; the last checkpoint is kept",
+        2: "bad input: one line says what was got, what was needed and what to do",
+        3: "the disk or mount of a run is full or gone; the last good state is named",
         130: "stopped by Ctrl-C; a run has saved its state and goes on with the same command",
+        138: "stopped by SIGUSR1; likewise (--engine.requeue-code puts another code in its place)",
         143: "stopped by SIGTERM; likewise",
     }
 )

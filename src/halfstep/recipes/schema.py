@@ -314,8 +314,9 @@ class EngineConfig(Config):
     """Stay on the CPU even if there is an accelerator."""
     threads: Positive | None = None
     """CPU threads of torch; its own choice by default."""
-    micro_batch: Positive | None = None
-    """Samples that go through the network at once; the whole batch by default."""
+    micro_batch: Positive | Literal["auto"] | None = None
+    """Samples that go through the network at once; the whole batch by default. auto tries the batch, then powers of two
+    below it, and takes the first that fits into memory."""
     sharding: Literal["none", "full"] = "none"
     """full spreads the weights of teacher and student, gradients, moments and average over the processes (FSDP2)."""
     timeout_minutes: float = Field(default=10.0, gt=0)
@@ -337,6 +338,9 @@ class EngineConfig(Config):
     """Updates between two checkpoints."""
     checkpoint_minutes: float = Field(default=5.0, gt=0)
     """Minutes between two checkpoints."""
+    requeue_code: Annotated[int, Field(ge=1, le=255)] | None = None
+    """Exit code of a run that SIGTERM or SIGUSR1 stopped with its state saved, for a scheduler that runs a job again
+    on a code of its own; 143 and 138 by default."""
 
 
 CHANGING: Final = ("precision", "teacher_precision", "optimizer")

@@ -10,6 +10,7 @@ RUN/
       metrics.json            `Metrics`
       samples/steps-0008.npz  arr_0: the first samples at 8 steps, the same seeds in every stage; .png beside it
       checkpoint-00000400/    state of an unfinished stage; manifest.json with a sha256 of each file
+      non-finite.json         of a stage that diverged: what is known of the batch
   report/index.html           and nearest.npz, the training samples nearest to some samples
   evaluation/evaluation.json  `EvaluationResult`, and the cells that it is made of (`evaluation.py`)
 """
@@ -21,6 +22,7 @@ from halfstep.runs.files import (
     check_files,
     read_json,
     sha256_of,
+    sweep,
     write_folder,
     write_json,
     write_text,
@@ -48,6 +50,7 @@ __all__ = [
     "read_log",
     "read_status",
     "sha256_of",
+    "sweep",
     "write_folder",
     "write_json",
     "write_text",

@@ -89,6 +89,16 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def sweep(folder: Path) -> None:
+    """Removes what writers that were killed have left under their temporary names, in a run folder that no other
+    process writes."""
+    for path in [*folder.glob(".*.tmp"), *folder.glob("stages/*/.*.tmp")]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def check_files(folder: Path, digests: Mapping[str, str]) -> None:
     """Passes if every file of `digests` is in `folder` with the sha256 given for it.
 

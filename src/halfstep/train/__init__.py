@@ -1,8 +1,9 @@
 """The engine: trains the stages of a plan into a run folder, survives kills, measures what comes out."""
 
 from halfstep.train.distill import distill, fit
-from halfstep.train.engine import NonFinite, StageTrainer, Window
+from halfstep.train.engine import StageTrainer, Window
 from halfstep.train.evaluate import Evaluation, Reference, measure
+from halfstep.train.failures import NonFinite, OutOfMemory
 from halfstep.train.matching import matched_student, viewed
 from halfstep.train.model import Model, blank_denoiser, load, save_stage
 from halfstep.train.nearest import Neighbours, nearest_samples
@@ -19,6 +20,7 @@ from halfstep.train.pipeline import (
 )
 from halfstep.train.processes import FailedElsewhere, LostProcess, Processes, make_accelerator
 from halfstep.train.stop import Interrupted, StopSignal
+from halfstep.train.storage import NoStorage
 
 __all__ = [
     "DifferentRecipe",
@@ -30,8 +32,10 @@ __all__ = [
     "Measured",
     "Model",
     "Neighbours",
+    "NoStorage",
     "NonFinite",
     "Notice",
+    "OutOfMemory",
     "Processes",
     "Progress",
     "Reference",

@@ -1,12 +1,21 @@
 """Checkpoints of an unfinished stage: whole or absent, checked before use, safetensors only.
 
-A checkpoint is written into a temporary folder, synced to the disk and renamed. The one before it is removed only after
-the new one has been read back and found right, so at any moment a good one exists.
+A checkpoint is written into a temporary folder, synced to the disk, read back, compared with the state in memory, and
+then renamed. Only then are older ones removed, so at any moment a good one exists. All of this is done by a thread,
+while training goes on: an update waits only for the copy of the state, and for the checkpoint before if that is still
+being written.
 """
 
+import json
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, Final, final
+
+import torch
+from torch import Tensor
 
 from halfstep.runs import (
     DamagedFile,
@@ -18,55 +27,144 @@ from halfstep.runs import (
     write_json,
 )
 from halfstep.train.engine import StageTrainer, State
+from halfstep.train.processes import Processes
 from halfstep.train.tensors import read_tensors, write_tensors
 
-KEPT = 2
+CHUNK: Final = 1 << 18
+"""Bytes that are compared at once."""
+
+KEPT: Final = 2
 """Checkpoints of a stage that are kept: the latest, and the one before it."""
 
 
-def save_checkpoint(trainer: StageTrainer, folder: StageFolder) -> Path:
-    """The checkpoint of the trainer's present state, for which every process must ask; older ones beyond `KEPT` are
-    pruned after it was verified."""
-    path = folder.path / f"checkpoint-{trainer.update:08d}"
-    state = trainer.state()
-    trainer.processes.on_main(lambda: _write(trainer, state, folder, path))
+@final
+class CheckpointWriter:
+    """Writes the checkpoints of a stage, one at a time, beside the training. Of several processes the first writes, and
+    each calls `save` and `wait` when the others do.
+
+    `last` is the latest checkpoint that is known to be good: written and verified, or resumed from.
+    """
+
+    def __init__(self, folder: StageFolder, processes: Processes) -> None:
+        self.folder, self._processes = folder, processes
+        self.last: Path | None = None
+        # One thread for all. It is no daemon: a process that ends on an error still ends the checkpoint that it began.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="halfstep-checkpoint")
+        self._begun: Future[Path] | None = None
+
+    def save(self, trainer: StageTrainer) -> float:
+        """Begins to write the trainer's present state; returns the seconds that this kept the training waiting.
+
+        Raises:
+            OSError, DamagedFile: if the checkpoint before could not be written.
+        """
+        begun = time.perf_counter()
+        self.wait()
+        state = trainer.state()
+        if self._processes.is_main:
+            if trainer.accelerator.device.type == "cpu":
+                # There it shares the live tensors, which the next update changes.
+                state = {part: {name: tensor.clone() for name, tensor in held.items()} for part, held in state.items()}
+            about = {
+                "stage": trainer.stream,
+                "update": trainer.update,
+                "seconds": trainer.seconds,
+                "micro_batch": trainer.micro_batch,
+            }
+            self._begun = self._thread.submit(write_checkpoint, state, about, self.folder)
+        return time.perf_counter() - begun
+
+    def check(self) -> None:
+        """Raises what a write that has ended has met; it waits for none. Several processes hear of it when they next
+        call `save` or `wait`, together."""
+        if self._processes.count == 1 and self._begun is not None and self._begun.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits until nothing is being written.
+
+        Raises:
+            OSError, DamagedFile: if the checkpoint could not be written.
+        """
+        name = self._processes.on_main(self._written)
+        if name is not None:
+            self.last = self.folder.path / name
+
+    def _written(self) -> str | None:
+        begun, self._begun = self._begun, None
+        return None if begun is None else begun.result().name
+
+    def close(self) -> None:
+        """Waits until this process writes nothing, whatever came of it, and ends the thread."""
+        self._thread.shutdown(wait=True)
+        if self._begun is not None and self._begun.exception() is None:
+            self.last = self._begun.result()
+        self._begun = None
+
+
+def write_checkpoint(state: State, about: dict[str, Any], folder: StageFolder) -> Path:
+    """The checkpoint of a state; those beyond `KEPT` are pruned after it was verified.
+
+    Args:
+        about: what its manifest says beside the files; "update" names it.
+
+    Raises:
+        OSError: if the disk is full or gone.
+        DamagedFile: if what is read back is not what was written; the checkpoints before stay as they are.
+    """
+    path = folder.path / f"checkpoint-{about['update']:08d}"
+
+    def write(into: Path) -> None:
+        digests = {}
+        for part, tensors in state.items():
+            file = into / f"{part}.safetensors"
+            write_tensors(tensors, file)
+            digests[file.name] = sha256_of(file)
+            _compare(file, tensors, path)
+        write_json(into / "manifest.json", about | {"files": digests})
+
+    write_folder(path, write)
+    for old in folder.checkpoints()[KEPT:]:
+        shutil.rmtree(old, ignore_errors=True)
     return path
 
 
-def _write(trainer: StageTrainer, state: State, folder: StageFolder, path: Path) -> None:
-    def write(into: Path) -> None:
-        for part, tensors in state.items():
-            write_tensors(tensors, into / f"{part}.safetensors")
-        digests = {file.name: sha256_of(file) for file in sorted(into.iterdir())}
-        write_json(
-            into / "manifest.json",
-            {"stage": trainer.stream, "update": trainer.update, "seconds": trainer.seconds, "files": digests},
-        )
+def _compare(file: Path, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Passes if the file holds the tensors, byte for byte (a number that is not one differs from itself).
 
-    write_folder(path, write)
-    check_files(path, read_json(path / "manifest.json")["files"])
-    for old in folder.checkpoints()[KEPT:]:
-        shutil.rmtree(old, ignore_errors=True)
+    The bytes are read, not mapped into memory: a disk that is gone is an error then, and not the end of the process.
+    """
+    buffer = bytearray(CHUNK)
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+        for name, tensor in tensors.items():
+            stream.seek(8 + length + header[name]["data_offsets"][0])
+            for part in tensor.reshape(-1).view(torch.uint8).split(CHUNK):
+                count = stream.readinto(memoryview(buffer)[: len(part)])
+                if count != len(part) or not torch.equal(torch.frombuffer(buffer, dtype=torch.uint8)[:count], part):
+                    raise DamagedFile(f"{path}: {file.name} was written, but {name} reads otherwise: check the disk")
 
 
-def resume(trainer: StageTrainer, folder: StageFolder, notice: Callable[[str], None]) -> int:
-    """Puts the trainer into the state of the latest good checkpoint and returns its update; 0 if there is none.
+def resume(trainer: StageTrainer, folder: StageFolder, notice: Callable[[str], None]) -> Path | None:
+    """Puts the trainer into the state of the latest good checkpoint and returns that one; None if there is none.
 
     A damaged checkpoint is named through `notice`, set aside under the name `damaged-...`, and the one before it used.
     """
-    found = trainer.processes.on_main(lambda: _latest_good(folder, notice))
+    found: str | None = trainer.processes.on_main(lambda: _latest_good(folder, notice))
     if found is None:
-        return 0
+        return None
     path = folder.path / found
     manifest = read_json(path / "manifest.json")
     state = {name.removesuffix(".safetensors"): read_tensors(path / name) for name in manifest["files"]}
     trainer.load_state(state, int(manifest["update"]), float(manifest["seconds"]))
-    return trainer.update
+    return path
 
 
 def _latest_good(folder: StageFolder, notice: Callable[[str], None]) -> str | None:
     """Name of the latest checkpoint whose files are whole; those after it are set aside."""
-    for path in folder.checkpoints():
+    held = folder.checkpoints()
+    for path in held:
         try:
             manifest = read_json(path / "manifest.json")
             if not isinstance(manifest, dict) or not {"update", "seconds", "files"} <= manifest.keys():
@@ -76,15 +174,20 @@ def _latest_good(folder: StageFolder, notice: Callable[[str], None]) -> str | No
             aside = path.with_name(f"damaged-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
-            notice(f"{error}; using the checkpoint before it")
+            last = path == held[-1]
+            then = "no other is there, so the stage begins anew" if last else "using the checkpoint before it"
+            notice(f"{error}; {then}")
             continue
         return path.name
     return None
 
 
+def micro_batch_of(checkpoint: Path | None) -> int | None:
+    """The micro batch with which a checkpoint's run went on, where that is known."""
+    return None if checkpoint is None else read_json(checkpoint / "manifest.json").get("micro_batch")
+
+
 def remove_checkpoints(folder: StageFolder) -> None:
     """Removes the checkpoints of a stage that is complete."""
     for path in [*folder.path.glob("checkpoint-*"), *folder.path.glob("damaged-checkpoint-*")]:
-        shutil.rmtree(path, ignore_errors=True)
-    for path in folder.path.glob(".checkpoint-*.tmp"):
         shutil.rmtree(path, ignore_errors=True)

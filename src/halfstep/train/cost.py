@@ -139,7 +139,7 @@ def time_updates(spec: RunSpec, forward: Forward) -> Rate:
     # An update costs something of its own (the optimiser, the launch of kernels) and something for each sample. The
     # second shows only once a doubled batch takes markedly longer.
     small = _seconds(spec, dataclasses.replace(stage, batch_size=trial))
-    most = min(spec.micro_batch or stage.batch_size, stage.batch_size)
+    most = min(spec.set_micro_batch or stage.batch_size, stage.batch_size)
     while True:
         large = _seconds(spec, dataclasses.replace(stage, batch_size=2 * trial))
         if large > 1.5 * small or large > SECONDS_OF_A_TRIAL or 4 * trial > most:

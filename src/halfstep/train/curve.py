@@ -28,8 +28,8 @@ from torch import Tensor
 from halfstep.metrics import METRICS, Figures, figures_of, figures_of_halves, from_uint8, paired_figures
 from halfstep.runs import DamagedFile, EvaluationResult, read_json, write_folder, write_json
 from halfstep.runs.evaluation import EvaluationTable, Figure, Halves, Protocol, Row, Series
-from halfstep.train.engine import NonFinite
 from halfstep.train.evaluate import Reference, samples_array
+from halfstep.train.failures import NonFinite
 from halfstep.train.pipeline import environment
 from halfstep.train.processes import Processes
 from halfstep.train.sources import Source

@@ -16,6 +16,7 @@ from typing import Any, Final, final
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -24,16 +25,14 @@ from halfstep.core.draw import Draw, generator_for
 from halfstep.nets import copy_network, load_own_state, own_state, set_dropout, trainable
 from halfstep.objectives import Batch, Models, Stage
 from halfstep.train.ema import EMA
+from halfstep.train.failures import NonFinite, OutOfMemory, Recent, in_words, is_out_of_memory
 from halfstep.train.feed import Batches, Fed, Feed
 from halfstep.train.processes import Processes
 from halfstep.train.sharding import SHARDINGS, fill, is_sharded, load_whole, shard, skeleton, spread_as, unsynced, whole
+from halfstep.train.stop import Interrupted, StopSignal, at_once
 
 State = dict[str, dict[str, Tensor]]
 """What a checkpoint holds: tensors by name, for "student", "ema", "optimizer" and "early_end"."""
-
-
-class NonFinite(RuntimeError):
-    """The loss or the gradient was not a finite number; the message says where and what to do."""
 
 
 @final
@@ -134,10 +133,11 @@ class StageTrainer:
 
         share = stage.batch_size // accelerator.num_processes
         first = share * accelerator.process_index
-        size = micro_batch or share
-        self._places = [range(a, min(a + size, first + share)) for a in range(first, first + share, size)]
+        self._share = range(first, first + share)
+        self.split(min(micro_batch or share, share))
 
         device = accelerator.device
+        self._batches, self._ahead = batches, ahead
         self._feed = Feed(batches, self._draws, device, ahead)
         self._settled = False
         self._window_losses: list[float] = []
@@ -146,16 +146,118 @@ class StageTrainer:
         self._loss_sum = torch.zeros((), device=device)
         self._norm_sum = torch.zeros((), device=device)
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
+        self._recent = Recent()
+        self._stop: StopSignal | None = None
         self._window_start = 0
         self._seconds = 0.0
         self._clock = time.perf_counter()
 
-    def run(self) -> Iterator[int]:
-        """Trains to the end of the stage, yielding the number of updates done after each."""
+    def split(self, micro_batch: int) -> None:
+        """Sends a process' share of the batch through the network `micro_batch` samples at a time."""
+        self.micro_batch = micro_batch
+        first, end = self._share.start, self._share.stop
+        self._places = [range(a, min(a + micro_batch, end)) for a in range(first, end, micro_batch)]
+
+    def fit_micro_batch(self, largest: int | None = None) -> list[int]:
+        """Splits a process' share into the largest micro batch that fits into memory, and returns those that did not.
+
+        The whole share is tried, then powers of two below it, each with the passes of an update of this stage beside
+        the optimiser's moments. Weights, buffers, moments and all random numbers stay as they are.
+
+        Args:
+            largest: where to begin; the whole share if None.
+
+        Raises:
+            OutOfMemory: if not even a single sample fits.
+            ValueError: if the weights are spread over processes, which would wait for one that has no memory left.
+        """
+        if self._skeleton is not None:
+            raise ValueError("micro batches are not tried with sharding full: give engine.micro_batch a number")
+        top = min(largest or len(self._share), len(self._share))
+        sizes = [top, *(2**k for k in reversed(range((top - 1).bit_length())))]
+        buffers = [(buffer, buffer.clone()) for buffer in self._plain_network().buffers()]
+        refused: list[int] = []
+        for size in sizes:
+            self.split(size)
+            (too_large,) = self.processes.agree(int(not self._passes_fit()))
+            self._optimizer.zero_grad()
+            self._recent.forget()
+            # Gradients, activations and the place held for moments are free again, for the next try too.
+            clear_device_cache(garbage_collection=True)
+            if not too_large:
+                break
+            refused.append(size)
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        if len(refused) == len(sizes):
+            raise OutOfMemory(self._does_not_fit())
+        return refused
+
+    def _passes_fit(self) -> bool:
+        """Whether two micro batches go forward and backward: the second finds the gradients of the first in memory."""
+        try:
+            held = [] if self._optimizer.state_dict()["state"] else self._place_for_moments()
+            first = self.update
+            feed = Feed(self._batches, self._draws, self.accelerator.device)
+            ahead = list(feed.updates(first, lambda: min(first + 1 + self._ahead, self.stage.num_updates)))
+            with unsynced(self._network):
+                for part in ahead[0][:2]:
+                    self._gradient(part.draw, part.batch)
+            del held, ahead
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
+        return True
+
+    def _place_for_moments(self) -> list[Tensor]:
+        """As much memory as the optimiser will take at its first step."""
+        return [torch.empty_like(p) for _, p in trainable(self._plain_network()) for _ in range(2)]
+
+    def _does_not_fit(self) -> str:
+        """What is said when memory ran out."""
+        size, processes = self.micro_batch, self.accelerator.num_processes
+        remedy = (
+            f"give engine.micro_batch {size // 2}, or auto, which tries what fits; batch and result stay the same"
+            if size > 1
+            else "turn on engine.gradient_checkpointing, take engine.teacher_precision bf16 or chain.lora_rank, or a "
+            "smaller network"
+        )
+        return (
+            f"out of memory in stage {self.stream} at update {self.update} with a micro batch of {size} (batch "
+            f"{self.stage.batch_size}{f' over {processes} processes' if processes > 1 else ''}): {remedy}"
+        )
+
+    def run(self, stop: StopSignal | None = None) -> Iterator[int]:
+        """Trains to the end of the stage, yielding the number of updates done after each.
+
+        Args:
+            stop: a signal leaves an update that has not changed the weights yet, and ends the iteration: the state is
+                that of the update before. (On one process; several end after an update, together.)
+
+        Raises:
+            OutOfMemory: if an update does not fit into memory.
+        """
+        self._stop = stop if self.accelerator.num_processes == 1 else None
         self._clock = time.perf_counter()
-        for fed in self._feed.updates(self.update, lambda: self.last_update):
-            self._settle(fed)
-            self._one_update(fed)
+        feed = self._feed.updates(self.update, lambda: self.last_update)
+        while True:
+            try:
+                with at_once(self._stop):
+                    fed = next(feed, None)
+                if fed is None:
+                    return
+                self._settle(fed)
+                self._one_update(fed)
+            except Interrupted:
+                self._optimizer.zero_grad()
+                return
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                # What holds the memory hangs on the exception's frames.
+                raise OutOfMemory(self._does_not_fit()) from None
             yield self.update
 
     def _draws(self, update: int) -> Iterator[Draw]:
@@ -171,10 +273,12 @@ class StageTrainer:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         total = torch.zeros_like(self._loss_sum)
-        for part in fed:
-            # Gradients are sent once an update, with its last micro batch.
-            with contextlib.nullcontext() if part is fed[-1] else unsynced(self._network):
-                total += self._gradient(part.draw, part.batch)
+        # Until the optimiser's step an update can be left at any point.
+        with at_once(self._stop):
+            for part in fed:
+                # Gradients are sent once an update, with its last micro batch.
+                with contextlib.nullcontext() if part is fed[-1] else unsynced(self._network):
+                    total += self._gradient(part.draw, part.batch)
         norm = whole(accelerator.clip_grad_norm_(self._network.parameters(), stage.grad_clip))
         self._optimizer.step()
         self._optimizer.zero_grad()
@@ -182,6 +286,7 @@ class StageTrainer:
         self._first_bad = torch.where(bad & (self._first_bad < 0), self.update, self._first_bad)
         self._loss_sum += total
         self._norm_sum += norm
+        self._recent.norm(self.update, norm)
         self.update += 1
         self._watch_for_early_end(total)
         if self._ema is not None:
@@ -192,6 +297,7 @@ class StageTrainer:
         stage, accelerator = self.stage, self.accelerator
         with accelerator.autocast():
             losses = stage.objective.loss(self._models, batch, draw)
+        self._recent.losses(self.update, draw.places, losses, batch.x0)
         # Gradients are averaged over processes; each process' share of the mean is summed here.
         loss: Tensor = losses.loss.sum() * (accelerator.num_processes / stage.batch_size)
         accelerator.backward(loss)
@@ -206,6 +312,7 @@ class StageTrainer:
         if not self._settled and isinstance(self._network, DistributedDataParallel) and self.processes.count > 2:
             self._gradient(next(self._draws(self.update)), fed[0].batch)
             self._optimizer.zero_grad()
+            self._recent.forget()
         self._settled = True
 
     def _watch_for_early_end(self, loss: Tensor) -> None:
@@ -241,16 +348,20 @@ class StageTrainer:
         """Passes if every loss and gradient norm so far was finite.
 
         Raises:
-            NonFinite: naming the stage and the first update that was not.
+            NonFinite: naming the stage, the first update that was not, and the statistics of its batch.
         """
         first = int(self._first_bad)
         # Each process sees its own share of the losses: the earliest that any has seen, and on all of them.
         (late,) = self.processes.agree(-first if first >= 0 else -(2**62))
         first = -late
         if first < 2**62:
+            statistics = self._recent.statistics(first)
+            share = self.processes.count > 1
             raise NonFinite(
-                f"the loss or its gradient was not finite in stage {self.stream} at update {first}: lower the "
-                f"learning rate ({self.stage.learning_rate:g}), lengthen the warm-up, or use precision float32"
+                f"the loss or its gradient was not finite in stage {self.stream} at update {first} "
+                f"({in_words(statistics)}{', of one process' if share else ''}): lower the "
+                f"learning rate ({self.stage.learning_rate:g}), lengthen the warm-up, or use precision float32",
+                {"stage": self.stream, "learning_rate": self.learning_rate(first), **statistics},
             )
 
     def window(self) -> Window:
@@ -276,6 +387,7 @@ class StageTrainer:
         self._loss_sum.zero_()
         self._norm_sum.zero_()
         self._window_start = self.update
+        self._recent.forget()
         return window
 
     def pause(self, seconds: float) -> None:

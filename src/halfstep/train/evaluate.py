@@ -31,7 +31,7 @@ from halfstep.metrics import (
 )
 from halfstep.runs.schema import Result
 from halfstep.samplers import DDIM, Ancestral, Sampler, samplers
-from halfstep.train.engine import NonFinite
+from halfstep.train.failures import NonFinite
 from halfstep.train.model import Model
 from halfstep.train.processes import Processes
 from halfstep.train.stop import StopSignal

@@ -17,6 +17,7 @@ from halfstep.core.warnings import HalfstepWarning
 from halfstep.nets import LoRA, build_network, load_own_state, own_state
 from halfstep.runs import DamagedFile, Manifest, RunFolder, StageFolder, sha256_of, write_json
 from halfstep.samplers import Sampler, sample
+from halfstep.train.failures import is_out_of_memory
 from halfstep.train.tensors import read_tensors, write_tensors
 
 BATCH_SIZE: Final = {"cpu": 256, "cuda": 1024}
@@ -226,8 +227,8 @@ class Model(Denoiser):
             try:
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16"):
                     chunks.append(sample(self, self.noise(part), steps, sampler, shown, noise=drawn).cpu())
-            except torch.OutOfMemoryError:
-                if batch_size is not None or size == 1:
+            except Exception as error:
+                if batch_size is not None or size == 1 or not is_out_of_memory(error):
                     raise
                 size = -(-len(part) // 2)
                 continue

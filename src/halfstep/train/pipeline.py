@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Literal, NoReturn, final
 
 import numpy as np
 import torch
@@ -32,16 +32,18 @@ from halfstep.core.prediction import Prediction, predictions
 from halfstep.data import Data, MemoryData, held_on, training_batch
 from halfstep.nets import LoRA, Network, checkpoint_gradients, describe_network
 from halfstep.objectives import Batch, Matching, Plan, Stage, objectives
-from halfstep.runs import Heartbeat, Manifest, Metrics, RunFolder, RunLog, StageFolder, write_json
+from halfstep.runs import DamagedFile, Heartbeat, Manifest, Metrics, RunFolder, RunLog, StageFolder, sweep, write_json
 from halfstep.runs.schema import Result
-from halfstep.train.checkpoint import remove_checkpoints, resume, save_checkpoint
-from halfstep.train.engine import NonFinite, StageTrainer, Window
+from halfstep.train.checkpoint import CheckpointWriter, micro_batch_of, remove_checkpoints, resume
+from halfstep.train.engine import StageTrainer, Window
 from halfstep.train.evaluate import Evaluation, Reference, measure
+from halfstep.train.failures import NonFinite, OutOfMemory, is_out_of_memory
 from halfstep.train.feed import Batches, updates_ahead
 from halfstep.train.matching import asked, start_student, viewed
 from halfstep.train.model import Model, drop_weights, load, save_stage
 from halfstep.train.processes import TIMEOUT_MINUTES, Lookout, LostProcess, Processes, is_lost, make_accelerator
-from halfstep.train.stop import Interrupted, StopSignal
+from halfstep.train.stop import Interrupted, StopSignal, at_once
+from halfstep.train.storage import last_good, no_storage
 from halfstep.train.trackers import Trackers, chosen_trackers
 
 
@@ -73,7 +75,9 @@ class RunSpec:
     seed: int = 0
     precision: str = "float32"
     cpu: bool = False
-    micro_batch: int | None = None
+    micro_batch: int | Literal["auto"] | None = None
+    """Samples that go through the network at once; None for a process' whole share of the batch, "auto" for the
+    largest part of it that fits into memory."""
     lora_rank: int | None = None
     """Rank of the additions that students are; None for students that are trained whole."""
     sharding: str = "none"
@@ -110,6 +114,11 @@ class RunSpec:
         if self.teacher is not None:
             return self.teacher.num_classes
         return self.data.num_classes if self.conditional else 0
+
+    @property
+    def set_micro_batch(self) -> int | None:
+        """The micro batch that was asked for; None for the whole share, or as long as it is not known what fits."""
+        return None if self.micro_batch == "auto" else self.micro_batch
 
     def batches(self, device: torch.device) -> Batches:
         """The training batches, with the data held on the device if it is small."""
@@ -276,7 +285,7 @@ def trainer_for(
         seed=spec.seed,
         stream=stream,
         accelerator=accelerator,
-        micro_batch=spec.micro_batch,
+        micro_batch=spec.set_micro_batch,
         optimizer=spec.optimizer,
         ahead=updates_ahead(accelerator.device, reads_files=not isinstance(spec.data, MemoryData)),
         compiled=spec.compiled,
@@ -292,9 +301,11 @@ def run(spec: RunSpec, path: Path, stop: StopSignal | None = None) -> Iterator[E
     Raises:
         DifferentRecipe: if the folder holds a run of another recipe or other data; nothing is changed then.
         ValueError: if the folder is not empty and no run, or is being written by another process.
-        NonFinite: if training diverged; the last checkpoint is kept.
+        NonFinite: if training diverged; the last checkpoint is kept, and what is known of the batch is in the stage's
+            non-finite.json.
+        OutOfMemory: if an update or the sampling of an evaluation does not fit into memory.
         Interrupted: if `stop` was set; the state is saved.
-        OSError: if the disk is full or gone; the message names the last good checkpoint.
+        NoStorage: if the disk is full or gone; the message names the last good checkpoint.
         LostProcess: if another process of the run has gone; the message names the last good checkpoint.
         FailedElsewhere: on the other processes, if the first had one of these errors.
     """
@@ -302,6 +313,7 @@ def run(spec: RunSpec, path: Path, stop: StopSignal | None = None) -> Iterator[E
     accelerator = make_accelerator(spec.precision, spec.cpu, spec.timeout_minutes)
     processes = Processes(accelerator, spec.timeout_minutes)
     lock = FileLock(path / ".lock")
+    runner = None
     try:
         fingerprint = processes.on_main(lambda: _take_folder(spec, folder, lock))
         (odd,) = processes.agree(processes.index if spec.data.fingerprint != fingerprint else 0)
@@ -310,32 +322,24 @@ def run(spec: RunSpec, path: Path, stop: StopSignal | None = None) -> Iterator[E
                 f"process {odd} of the run sees other data under {spec.data.source} than the first: give all of them "
                 "the same files"
             )
+        runner = _Runner(spec, folder, stop, accelerator, processes)
         # Of several processes the one that writes gives the signs of life.
         beat = Heartbeat(folder.heartbeat_path, {Interrupted: "stopped", NonFinite: "diverged"})
         with beat if processes.is_main else contextlib.nullcontext():
-            yield from _Runner(spec, folder, stop, accelerator, processes).run()
+            yield from runner.run()
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OSError(
-                error.errno,
-                f"no space left for {path}: {_last_good(path)}; free some space and run the same command again",
-            ) from None
-        raise
+        raise no_storage(error, path, None if runner is None else runner.last) from None
     except RuntimeError as error:
         if not is_lost(error):
             raise
         reason = " ".join(str(error).split())[:160]
+        last = max(path.glob("stages/*/checkpoint-*"), default=None, key=lambda p: p.stat().st_mtime)
         raise LostProcess(
-            f"another process of this run has ended or does not answer, so this one stops; {_last_good(path)}; start "
+            f"another process of this run has ended or does not answer, so this one stops; {last_good(last)}; start "
             f"all of them again with the same command ({reason})"
         ) from None
     finally:
         lock.release()
-
-
-def _last_good(path: Path) -> str:
-    last = max(path.glob("stages/*/checkpoint-*"), default=None, key=lambda p: p.stat().st_mtime)
-    return f"the last good checkpoint is {last}" if last else "no checkpoint was written yet in this stage"
 
 
 def _take_folder(spec: RunSpec, folder: RunFolder, lock: FileLock) -> str:
@@ -348,9 +352,30 @@ def _take_folder(spec: RunSpec, folder: RunFolder, lock: FileLock) -> str:
         lock.acquire(timeout=0)
     except Timeout:
         raise ValueError(f"{path} is being written by another halfstep process: wait for it, or choose --out") from None
+    sweep(path)
     if not folder.recipe_path.exists():
         _write_recipe(spec, folder)
     return spec.data.fingerprint
+
+
+def _statistics_path(folder: StageFolder) -> Path:
+    return folder.path / "non-finite.json"
+
+
+@contextlib.contextmanager
+def _with_remedy(folder: StageFolder) -> Iterator[None]:
+    """What is read of a complete stage in here: of a damaged file it is said what to do.
+
+    Raises:
+        DamagedFile: if a file of it is damaged.
+    """
+    try:
+        yield
+    except DamagedFile as error:
+        raise DamagedFile(
+            f"{error}; put a copy of it back, or remove {folder.path} and the stages after it and run the same command "
+            "again, which trains them anew"
+        ) from None
 
 
 def _check_folder(spec: RunSpec, folder: RunFolder) -> None:
@@ -369,8 +394,13 @@ def _check_folder(spec: RunSpec, folder: RunFolder) -> None:
             )
     elif folder.path.exists() and not folder.path.is_dir():
         raise ValueError(f"{folder.path} is a file, not a folder: choose another --out")
-    elif folder.path.is_dir() and any(entry.name != ".lock" for entry in folder.path.iterdir()):
+    elif folder.path.is_dir() and any(not _is_ours(entry) for entry in folder.path.iterdir()):
         raise ValueError(f"{folder.path} is not empty and holds no run (no recipe.json): choose another --out")
+
+
+def _is_ours(entry: Path) -> bool:
+    """Whether an entry of a folder without recipe.json is what a run leaves that was killed before it wrote that."""
+    return entry.name == ".lock" or (entry.name.startswith(".recipe.json.") and entry.name.endswith(".tmp"))
 
 
 def _write_recipe(spec: RunSpec, folder: RunFolder) -> None:
@@ -421,6 +451,8 @@ class _Runner:
         self._updates_before = 0
         """Updates of the plan before the stage at work."""
         self._notices: list[str] = []
+        self.last: Path | None = None
+        """The latest good checkpoint or complete stage."""
 
     def run(self) -> Iterator[Event]:
         try:
@@ -446,7 +478,9 @@ class _Runner:
                 continue
             if found == "absent" and stage is not None:
                 yield from self._trained(index, folder, stage, model)
-            model = load(folder.path)
+            with _with_remedy(folder):
+                model = load(folder.path)
+            self.last = folder.path
             yield StageEnd(folder.name, model.manifest.seconds, found != "absent")
             self._updates_before += model.manifest.num_updates if stage is not None else 0
             yield from self._measured(folder, model)
@@ -454,10 +488,12 @@ class _Runner:
 
     def _found(self, folder: StageFolder, stage: Stage | None, before: StageFolder | None) -> str:
         """What is there of a stage: it is "complete", "absent", or "dropped" its weights."""
-        if folder.is_complete() and not folder.manifest(verify=False).weights_kept:
-            # It was measured and followed by another before its weights went.
-            drop_weights(folder)
-            return "dropped"
+        self._still_there()
+        with _with_remedy(folder):
+            if folder.is_complete() and not folder.manifest(verify=False).weights_kept:
+                # It was measured and followed by another before its weights went.
+                drop_weights(folder)
+                return "dropped"
         if folder.is_complete():
             remove_checkpoints(folder)
         elif stage is None:
@@ -493,33 +529,35 @@ class _Runner:
         if spec.sharding != "none" and parent is not None:
             # It has been measured on the device, which need not hold two whole networks.
             parent = parent.to("cpu")
-        trainer = trainer_for(spec, stage, folder.name, parent, self.accelerator)
-        if parent is not None and spec.teacher_precision != "float32":
-            # A copy of it is asked and another one trained (a LoRA holds what it shares), so its own would be a third.
-            parent.to("meta")
-        resumed = resume(trainer, folder, self._notices.append)
+        with self._at_once():
+            trainer = trainer_for(spec, stage, folder.name, parent, self.accelerator)
+            if parent is not None and spec.teacher_precision != "float32":
+                # A copy of it is asked and another one trained (a LoRA holds what it shares), so its own would be a
+                # third.
+                parent.to("meta")
+            held = resume(trainer, folder, self._notices.append)
         yield from self._drain_notices()
+        resumed = trainer.update
         self.log.keep(lambda row: row.get("stage") != folder.name or row.get("update", 0) <= resumed)
         self.trackers.start(self._updates_before + resumed)
         yield StageStart(folder.name, index, stage, resumed)
-        lookout = Lookout(self.processes, self.stop, spec.checkpoint_minutes * 60)
-        for update in trainer.run():
-            done = update == trainer.last_update
-            stopping, late = lookout.look(update)
-            due = update % spec.checkpoint_updates == 0 or late or stopping
-            if update % spec.log_every == 0 or done or due:
-                window = trainer.window()
-                self._write_log(folder.name, window)
-                yield Progress(folder.name, trainer.last_update, window)
-            if due and not done:
-                before = time.perf_counter()
-                save_checkpoint(trainer, folder)
-                trainer.pause(time.perf_counter() - before)
-                lookout.saved()
-                if stopping and self.stop is not None:
-                    # Not a signal of which the others do not know yet.
-                    self.stop.check()
-        trainer.check_finite()
+        if spec.micro_batch == "auto":
+            with self._at_once():
+                refused = trainer.fit_micro_batch(micro_batch_of(held))
+            if refused:
+                did_not = f"{' and '.join(map(str, refused))} did not fit into memory"
+                yield Notice(f"{folder.name}: micro batch {trainer.micro_batch}, for {did_not}")
+        writer = CheckpointWriter(folder, self.processes)
+        writer.last = held
+        try:
+            yield from self._updates(trainer, writer)
+        except NonFinite as error:
+            writer.close()
+            self._keep_statistics(folder, error, writer.last)
+        finally:
+            # Whatever ends the stage, nothing is written into the folder once its lock is given back.
+            writer.close()
+            self.last = writer.last or self.last
         if trainer.update < stage.num_updates:
             yield Notice(
                 f"{folder.name} ended at update {trainer.update} of {stage.num_updates}: its loss had stopped falling"
@@ -530,10 +568,79 @@ class _Runner:
         self.accelerator._optimizers.clear()
 
         def write() -> None:
+            self._still_there()
             save_stage(folder, denoiser, self._manifest(folder.name, stage, parent, trainer, denoiser))
             remove_checkpoints(folder)
+            _statistics_path(folder).unlink(missing_ok=True)
 
         self.processes.on_main(write)
+
+    def _updates(self, trainer: StageTrainer, writer: CheckpointWriter) -> Iterator[Event]:
+        """Trains a stage to its end, with log lines and checkpoints on the way.
+
+        Raises:
+            Interrupted: if `stop` was set; the state is saved.
+        """
+        spec = self.spec
+        lookout = Lookout(self.processes, self.stop, spec.checkpoint_minutes * 60)
+        saved = logged = trainer.update
+        for update in trainer.run(self.stop):
+            writer.check()
+            done = update == trainer.last_update
+            stopping, late = lookout.look(update)
+            due = update % spec.checkpoint_updates == 0 or late or stopping
+            if update % spec.log_every == 0 or done or due:
+                yield self._logged(trainer)
+                logged = update
+            if due and not done:
+                trainer.pause(writer.save(trainer))
+                lookout.saved()
+                saved = update
+                if stopping:
+                    break
+        # A signal ends the iteration too, where it comes in the middle of an update: that one is done again then.
+        if trainer.update < trainer.last_update:
+            if trainer.update > logged:
+                yield self._logged(trainer)
+            if trainer.update > saved:
+                writer.save(trainer)
+        trainer.check_finite()
+        writer.wait()
+        if self.stop is not None and trainer.update < trainer.last_update:
+            self.stop.check()
+
+    def _logged(self, trainer: StageTrainer) -> Progress:
+        """Takes the statistics since the last line of the log and writes the next."""
+        window = trainer.window()
+        if self.processes.is_main:
+            self._still_there()
+        self._write_log(trainer.stream, window)
+        return Progress(trainer.stream, trainer.last_update, window)
+
+    def _still_there(self) -> None:
+        """Passes if the run folder is; else folders would be made anew where a vanished mount had been.
+
+        Raises:
+            OSError: if it is not.
+        """
+        if not self.folder.recipe_path.exists():
+            raise OSError(errno.ESTALE, "it is gone", str(self.folder.path))
+
+    def _at_once(self) -> contextlib.AbstractContextManager[None]:
+        """In here a signal ends a process alone where it comes. Several end together, where they have agreed to."""
+        return at_once(self.stop if self.processes.count == 1 else None)
+
+    def _keep_statistics(self, folder: StageFolder, error: NonFinite, last: Path | None) -> NoReturn:
+        """Writes what is known of the batch into the stage's folder and says where, and what is still good."""
+        kept = ""
+        if error.statistics is not None and self.processes.is_main:
+            write_json(_statistics_path(folder), dict(error.statistics))
+            kept = f"; the batch's figures are in {_statistics_path(folder)}"
+        raise NonFinite(
+            f"{error}, and give another --out, for the same recipe would come to the same point{kept}; "
+            f"{last_good(last)}",
+            error.statistics,
+        ) from None
 
     def _write_log(self, stage: str, window: Window) -> None:
         if not (math.isfinite(window.loss) and math.isfinite(window.grad_norm)):
@@ -603,6 +710,24 @@ class _Runner:
         )
         return sorted({int(steps) for steps in wanted if steps}, reverse=True)
 
+    @contextlib.contextmanager
+    def _nothing_to_save(self) -> Iterator[None]:
+        """Measuring: a signal ends it where it comes, for figures that are missing are measured again.
+
+        Raises:
+            OutOfMemory: if it does not fit.
+        """
+        try:
+            with self._at_once():
+                yield
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            size = self.spec.evaluation.batch_size if self.spec.evaluation else 0
+            raise OutOfMemory(
+                f"out of memory while measuring, with {size} samples at once: lower evaluation.batch_size"
+            ) from None
+
     def _measured(self, folder: StageFolder, model: Model) -> Iterator[Event]:
         evaluation = self.spec.evaluation
         if evaluation is None:
@@ -615,7 +740,8 @@ class _Runner:
         model = model.to(self.accelerator.device)
         if self._reference is None:
             reference = functools.partial(Reference, self.spec.data, evaluation, self.spec.cache)
-            self._reference = self.processes.main_first(reference)
+            with self._nothing_to_save():
+                self._reference = self.processes.main_first(reference)
         protocol = self._reference.protocol | {"device": str(self.accelerator.device)}
 
         def there() -> bool:
@@ -632,16 +758,17 @@ class _Runner:
             return
         results: list[Result] = []
         for num_steps in steps:
-            result, samples = measure(
-                model,
-                num_steps,
-                evaluation,
-                self._reference,
-                teacher_samples=self._teacher_samples,
-                keep=folder.path,
-                stop=self.stop,
-                processes=self.processes,
-            )
+            with self._nothing_to_save():
+                result, samples = measure(
+                    model,
+                    num_steps,
+                    evaluation,
+                    self._reference,
+                    teacher_samples=self._teacher_samples,
+                    keep=folder.path,
+                    stop=self.stop,
+                    processes=self.processes,
+                )
             if self._teacher_samples is None and samples is not None:
                 # The first model of a chain at its most steps is what every student is compared with.
                 self._teacher_samples = samples

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from halfstep.train.stop import Interrupted, StopSignal
+from halfstep.train.storage import is_of_storage
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -54,11 +55,14 @@ class LostProcess(RuntimeError):
 
 
 def exit_code(error: BaseException) -> int:
-    """What a process ends with after an error: 2 for bad input or a disk, 128 + n for signal n, 1 for anything else."""
+    """What a process ends with after an error: 2 for bad input, 3 for a disk that is full or gone, 128 + n for signal
+    n, 1 for anything else."""
     if isinstance(error, FailedElsewhere):
         return error.code
     if isinstance(error, Interrupted):
         return 128 + error.signal
+    if is_of_storage(error):
+        return 3
     return 2 if isinstance(error, ValueError | OSError) else 1
 
 

@@ -15,8 +15,8 @@ from halfstep.core.warnings import HalfstepWarning
 from halfstep.data import Data
 from halfstep.runs import Manifest
 from halfstep.samplers import Sampler
-from halfstep.train.engine import NonFinite
 from halfstep.train.evaluate import conditions_for
+from halfstep.train.failures import NonFinite
 from halfstep.train.model import Model
 from halfstep.train.stop import StopSignal
 

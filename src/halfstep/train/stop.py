@@ -1,28 +1,51 @@
-"""Stopping in good order: the first Ctrl-C or SIGTERM asks, the second insists."""
+"""Stopping in good order: a signal asks, and the run saves its state and ends.
 
+SIGTERM is what schedulers send before they kill (Kubernetes, Slurm, spot machines), SIGUSR1 what Slurm's `--signal`
+sends as early as one likes, SIGINT is Ctrl-C. Launchers and schedulers often send the same signal twice, to a process
+and to its whole group, so only a Ctrl-C that comes a moment after another one ends the process at once.
+"""
+
+import contextlib
 import signal
+import time
+from collections.abc import Iterator
 from types import FrameType, TracebackType
-from typing import Self, final
+from typing import Final, Self, final
+
+SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""The signals that ask a run to stop."""
+
+SAME_PRESS: Final = 0.5
+"""Seconds within which a second SIGINT is the same Ctrl-C, passed on by a launcher."""
 
 
 class Interrupted(Exception):
-    """The run was asked to stop and has saved its state; `signal` is the signal's number."""
+    """The run was asked to stop and has saved its state; `signal` is the signal's number.
+
+    `code` is the exit code that a process should end with.
+    """
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
         self.signal = number
+        self.code = 128 + number
 
 
 @final
 class StopSignal:
-    """While entered, SIGINT and SIGTERM set `number` instead of ending the process; a second one ends it at once."""
+    """While entered, a signal of `SIGNALS` sets `number` instead of ending the process.
+
+    Within `at_once` it also raises Interrupted where it comes: for work of which nothing has to be saved.
+    """
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self._since = 0.0
+        self._at_once = False
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in SIGNALS:
             self._before[number] = signal.signal(number, self._receive)
         return self
 
@@ -33,11 +56,51 @@ class StopSignal:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.number is not None:
+        now = time.monotonic()
+        if self.number == number == signal.SIGINT and now - self._since > SAME_PRESS:
             raise KeyboardInterrupt
-        self.number = number
+        if self.number is None:
+            self.number, self._since = number, now
+        if self._at_once and not _importing(frame):
+            # Only once: what is unwound may wait for a device or close files, and must come to its end.
+            self._at_once = False
+            raise Interrupted(self.number)
 
     def check(self) -> None:
         """Raises Interrupted if a signal has come."""
         if self.number is not None:
             raise Interrupted(self.number)
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """In here a signal raises Interrupted wherever it comes, in the main thread; one that came before does so too.
+
+        Only for what may be left at any point. While a module is imported, which may swallow exceptions, the signal
+        waits, at most for the end of this.
+        """
+        try:
+            # In this order no signal is missed: one that comes between the two lines raises by itself.
+            self._at_once = True
+            self.check()
+            yield
+            self.check()
+        finally:
+            self._at_once = False
+
+
+def _importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
+
+
+@contextlib.contextmanager
+def at_once(stop: StopSignal | None) -> Iterator[None]:
+    """`stop.at_once()`, or nothing without a `stop`."""
+    if stop is None:
+        yield
+        return
+    with stop.at_once():
+        yield

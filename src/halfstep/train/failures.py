@@ -1,0 +1,141 @@
+"""What can go wrong in an update, and what is said of it.
+
+A loss or a gradient that is not finite ends the run. Nothing in the hot loop waits for the device to find out: the
+engine hands its tensors to `Recent`, which looks at them only when there is something to explain.
+"""
+
+from collections import deque
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple, final
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import Tensor
+
+from halfstep.objectives import Losses
+
+KEPT: Final = 1000
+"""Updates whose losses are kept to be looked at: more than lie between two lines of the log."""
+
+
+class NonFinite(RuntimeError):
+    """The loss or the gradient was not a finite number; the message says where and what to do.
+
+    Args:
+        statistics: what is known of the batch, JSON-ready; None where there was no batch.
+    """
+
+    def __init__(self, message: str, statistics: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.statistics = statistics
+
+
+class OutOfMemory(RuntimeError):
+    """An update did not fit into memory; the message names the micro batch that was tried and what to do."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory could not be had, on the CPU or on a device."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, Exception) and (
+        should_reduce_batch_size(error)
+        # What accelerate does not list: what cuBLAS and cuDNN say where their workspace does not fit.
+        or (isinstance(error, RuntimeError) and ("_ALLOC_FAILED" in text or "CUDA error: out of memory" in text))
+    )
+
+
+@final
+class _Part(NamedTuple):
+    """What an objective returned for some places of the batch of an update, where it lies."""
+
+    update: int
+    places: range
+    loss: Tensor
+    log_snr: Tensor
+    largest_x0: Tensor
+
+
+@final
+class Recent:
+    """The losses and gradient norms of the last updates, where they lie, without waiting for them."""
+
+    def __init__(self) -> None:
+        self._parts: deque[_Part] = deque()
+        self._norms: deque[tuple[int, Tensor]] = deque(maxlen=KEPT)
+
+    def losses(self, update: int, places: range, losses: Losses, x0: Tensor) -> None:
+        """Keeps what an objective returned for some places of the batch of an update, and the size of the data."""
+        largest = torch.linalg.vector_norm(x0, ord=torch.inf)
+        self._parts.append(_Part(update, places, losses.loss.detach(), losses.log_snr.detach(), largest))
+        while self._parts[0].update <= update - KEPT:
+            self._parts.popleft()
+
+    def norm(self, update: int, norm: Tensor) -> None:
+        """Keeps the gradient norm of an update, before clipping."""
+        self._norms.append((update, norm.detach()))
+
+    def forget(self) -> None:
+        """Lets go of everything before the next update, but for the last norm."""
+        self._parts.clear()
+        while len(self._norms) > 1:
+            self._norms.popleft()
+
+    def statistics(self, update: int) -> dict[str, Any]:
+        """What is known of an update that was not finite, JSON-ready; this waits for the device."""
+        norms = {held: float(norm) for held, norm in self._norms if held in (update, update - 1)}
+        parts = [part for part in self._parts if part.update == update]
+        statistics: dict[str, Any] = {"update": update}
+        if parts:
+            place = [place for part in parts for place in part.places]
+            loss = torch.cat([part.loss.double().cpu() for part in parts])
+            log_snr = torch.cat([part.log_snr.double().cpu() for part in parts])
+            finite = loss.isfinite()
+            some = bool(finite.any())
+            statistics |= {
+                "samples": len(loss),
+                "loss_min": _json(loss[finite].min()) if some else None,
+                "loss_max": _json(loss[finite].max()) if some else None,
+                "log_snr_of_loss_max": _json(log_snr[finite][loss[finite].argmax()]) if some else None,
+                "not_finite": [
+                    {"place": place[i], "loss": str(float(loss[i])), "log_snr": _json(log_snr[i])}
+                    for i in (~finite).nonzero().flatten().tolist()
+                ],
+                "largest_x0": _json(torch.stack([part.largest_x0 for part in parts]).max()),
+            }
+        statistics["grad_norm"] = _json(norms[update]) if update in norms else None
+        statistics["grad_norm_before"] = _json(norms[update - 1]) if update - 1 in norms else None
+        return statistics
+
+
+def _json(value: Tensor | float) -> float | str:
+    """A number as JSON can hold it: those that are not finite as words."""
+    number = float(value)
+    return number if torch.isfinite(torch.tensor(number)) else str(number)
+
+
+def _number(value: float | str | None) -> str:
+    return "unknown" if value is None else value if isinstance(value, str) else f"{value:.3g}"
+
+
+def in_words(statistics: Mapping[str, Any]) -> str:
+    """The statistics of a batch in one sentence."""
+    parts = []
+    if "samples" in statistics:
+        bad = statistics["not_finite"]
+        if bad:
+            levels = sorted(entry["log_snr"] for entry in bad if isinstance(entry["log_snr"], float))
+            where = f" at log-SNR {levels[0]:.3g}" if levels else ""
+            where += f" to {levels[-1]:.3g}" if len(levels) > 1 else ""
+            parts.append(f"{len(bad)} of {statistics['samples']} losses were not finite{where}")
+        if statistics["loss_max"] is not None:
+            parts.append(
+                f"{'the others' if bad else 'losses'} from {_number(statistics['loss_min'])} to "
+                f"{_number(statistics['loss_max'])}, the largest at log-SNR "
+                f"{_number(statistics['log_snr_of_loss_max'])}"
+            )
+    if "largest_x0" in statistics:
+        parts.append(f"largest |x0| {_number(statistics['largest_x0'])}")
+    parts.append(f"gradient norm {_number(statistics['grad_norm'])}, {_number(statistics['grad_norm_before'])} before")
+    return "; ".join(parts)

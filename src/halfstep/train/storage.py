@@ -1,0 +1,43 @@
+"""Disks and mounts that are full or gone under a run."""
+
+import errno
+import os
+from pathlib import Path
+from typing import Final
+
+FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+GONE: Final = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO, errno.EROFS, errno.ETIMEDOUT)
+"""What disks and network mounts say when they are full, and when they are gone."""
+
+
+class NoStorage(OSError):
+    """The run folder cannot be written any more: its disk is full, or gone. The message names the last good state."""
+
+
+def is_of_storage(error: BaseException) -> bool:
+    """Whether an error is of a disk or mount that is full or gone."""
+    return isinstance(error, NoStorage) or (isinstance(error, OSError) and error.errno in (*FULL, *GONE))
+
+
+def last_good(last: Path | None) -> str:
+    """What is said of the latest good checkpoint, or of the latest complete stage."""
+    if last is None:
+        return "no checkpoint was written yet"
+    kind = "good checkpoint" if last.name.startswith("checkpoint-") else "complete stage"
+    return f"the last {kind} is {last}"
+
+
+def no_storage(error: OSError, path: Path, last: Path | None) -> OSError:
+    """What an error means for the run folder `path`: NoStorage with the last good state, or itself if it is of other
+    files.
+
+    The folder may be gone, so nothing is looked up in it.
+    """
+    within = error.filename is not None and Path(os.fsdecode(error.filename)).is_relative_to(path)
+    if error.errno in FULL:
+        what, then = f"no space left for {path}", "free some space"
+    elif within or (error.filename is None and error.errno in GONE):
+        what, then = f"{path} cannot be written or read any more ({error.strerror})", "bring it back"
+    else:
+        return error
+    return NoStorage(error.errno, f"{what}: {last_good(last)}; {then} and run the same command again")

@@ -1,0 +1,36 @@
+"""Kills, signals, damage and a full disk at random moments: every run ends with the weights of an uncut run.
+
+A few of each; `python benchmarks/torture.py` deals many.
+"""
+
+import json
+from pathlib import Path
+
+from teams import context
+from torture import Ordeal, write_growth
+
+
+def test_a_run_that_is_cut_at_random_moments_ends_with_the_weights_and_the_figures_of_an_uncut_one(
+    tmp_path: Path,
+) -> None:
+    ordeal = Ordeal(tmp_path, seed=20221)
+    ordeal.deal({"sigkill": 3, "sigterm": 2, "damage": 1, "full_disk": 1})
+    assert ordeal.dealt["SIGKILL"] == 3
+    assert ordeal.dealt["SIGTERM"] == 2
+    assert ordeal.dealt["truncation"] + ordeal.dealt["bit flip"] == 1
+    assert ordeal.dealt.total() == 7
+    # A run that was cut and came to its end is compared with the uncut one, so there must be one at least.
+    assert ordeal.finished >= 1
+    assert ordeal.slowest_stop < 5
+
+
+def test_memory_grows_by_nothing_over_2000_updates_after_the_first_50(tmp_path: Path) -> None:
+    process = context().Process(target=write_growth, args=(str(tmp_path / "run"), str(tmp_path / "growth.json")))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+    grown = json.loads((tmp_path / "growth.json").read_text())
+    # 200 checkpoints and log lines are written on the way; an allocator settles in a few hundred kilobytes. What leaks
+    # a tensor of the small network in each update would take two megabytes.
+    assert grown["bytes"] < 1 << 20
+    assert grown["objects"] < 200

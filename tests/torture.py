@@ -1,0 +1,308 @@
+"""What a run must survive: kills, signals, damaged files, a full disk, a vanished folder, each at a random moment.
+
+`Ordeal` deals blows to runs of the toy chain with figures measured after each stage, in processes of their own, and
+holds every run that comes to its end to the weights and the figures of an uncut run. `tests/behaviour/test_torture.py`
+deals a few, `benchmarks/torture.py` all that were asked for.
+"""
+
+import gc
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import Event
+from pathlib import Path
+from typing import Any, Final
+
+# What a run imports as it goes. A fork server has it ready then, so that blows fall on the run and not on imports.
+import torch._dynamo  # noqa: F401
+import torchmetrics  # noqa: F401
+
+import teams
+from halfstep.objectives import Plan
+from halfstep.runs import RunFolder
+from halfstep.train import Evaluation, Interrupted, NoStorage, Progress, RunSpec, StopSignal, run
+from toys import finish, toy_plan, toy_spec, weights
+
+NO_STORAGE: Final = 3
+"""Exit code of a run that names its last good state because its disk is full or gone."""
+
+
+def spec() -> RunSpec:
+    """The toy chain, three stages with checkpoints every few updates, each measured at its end."""
+    return toy_spec(evaluation=Evaluation(num_samples=60, num_compared=20, num_shown=8, batch_size=20))
+
+
+def child(path: str, began: Event, said: str) -> None:
+    """A run as the command line makes it, with its exit codes; what it says at its end goes into the file `said`."""
+    with StopSignal() as stop:
+        began.set()
+        try:
+            finish(spec(), Path(path), stop)
+        except Interrupted as stopped:
+            os._exit(stopped.code)
+        except NoStorage as error:
+            Path(said).write_text(str(error.strerror))
+            os._exit(NO_STORAGE)
+
+
+def rank(path: str) -> None:
+    """A run as one of several processes makes it."""
+    finish(spec(), Path(path))
+
+
+def figures(path: Path) -> dict[str, Any]:
+    """What was measured in a run, without the times."""
+    held = {}
+    for file in sorted(path.glob("stages/*/metrics.json")):
+        results = json.loads(file.read_text())["results"]
+        held[file.parent.name] = [{k: v for k, v in one.items() if k != "seconds_per_1000"} for one in results]
+    return held
+
+
+class Ordeal:
+    """Blows to runs in `folder`, at moments that the dice tell."""
+
+    def __init__(self, folder: Path, seed: int = 0) -> None:
+        self.folder = folder
+        self.path = folder / "run"
+        self.dice = random.Random(seed)
+        self.dealt: Counter[str] = Counter()
+        """Blows by their kind."""
+        self.finished = 0
+        """Runs that came to their end, with the weights and figures of the uncut one."""
+        self.where: Counter[str] = Counter()
+        """What the blows met: the stage and what of it was there."""
+        self.slowest_loss = 0.0
+        """The longest time from the end of one of two processes to that of the other, in seconds."""
+        self._pair: tuple[dict[str, bytes], dict[str, Any]] | None = None
+        self.slowest_stop = 0.0
+        """The longest time from a SIGTERM to the end of a run, with its state saved, in seconds."""
+        self._context = teams.context()
+        finish(spec(), folder / "uncut")
+        self._weights, self._figures = weights(folder / "uncut"), figures(folder / "uncut")
+        begun = time.monotonic()
+        self._ended(self.start(folder / "timed"))
+        self.duration = time.monotonic() - begun
+
+    @property
+    def said(self) -> Path:
+        """The file with what the last run that found no storage said."""
+        return self.folder / "said.txt"
+
+    def start(self, path: Path | None = None) -> BaseProcess:
+        """A run that has begun, so far that it listens to signals."""
+        began = self._context.Event()
+        process = self._context.Process(target=child, args=(str(path or self.path), began, str(self.said)))
+        process.start()
+        assert began.wait(60)
+        return process
+
+    @staticmethod
+    def _ended(process: BaseProcess) -> int:
+        process.join(120)
+        assert process.exitcode is not None, "a run hangs"
+        return process.exitcode
+
+    def running(self) -> BaseProcess:
+        """A run that is killed at a random moment if the caller does not do it: it has run for a random time."""
+        while True:
+            process = self.start()
+            process.join(self.dice.uniform(0.0, 0.8) * self.duration)
+            if process.exitcode is None:
+                return process
+            self._check(process.exitcode)
+
+    def _check(self, code: int) -> None:
+        """Holds a run that ended by itself to the uncut one, and clears it away."""
+        assert code == 0, f"a run ended with {code}"
+        assert weights(self.path) == self._weights
+        assert figures(self.path) == self._figures
+        left = [file for file in self.path.rglob("*") if ".tmp" in file.name or "checkpoint" in file.name]
+        assert not left, f"a complete run keeps {left}"
+        self.finished += 1
+        self._clear()
+
+    def _clear(self) -> None:
+        shutil.rmtree(self.path)
+
+    def _deal(self, kind: str) -> None:
+        self.dealt[kind] += 1
+        stages = sorted(self.path.glob("stages/*"))
+        what = "nothing yet" if not stages else stages[-1].name
+        if stages and (stages[-1] / "manifest.json").exists():
+            what += ", complete"
+        self.where[what] += 1
+
+    def to_the_end(self) -> None:
+        """Lets the run that is there come to its end."""
+        self._check(self._ended(self.start()))
+
+    def sigkill(self) -> None:
+        """Kills a run."""
+        process = self.running()
+        process.kill()
+        self._ended(process)
+        self._deal("SIGKILL")
+
+    def sigterm(self) -> None:
+        """Asks a run to end: it does, soon, with its state saved, and says so by its exit code."""
+        process = self.running()
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGTERM)
+        sent = time.monotonic()
+        code = self._ended(process)
+        if code == 0:
+            # It was so near its end that nothing was left to save.
+            self._check(code)
+            return
+        assert code == 128 + signal.SIGTERM, f"SIGTERM ended a run with {code}"
+        self.slowest_stop = max(self.slowest_stop, time.monotonic() - sent)
+        self._deal("SIGTERM")
+
+    def damage(self) -> None:
+        """Kills a run, then cuts a file of a checkpoint short, or turns one bit of it round."""
+        while True:
+            process = self.running()
+            process.kill()
+            self._ended(process)
+            files = sorted(file for file in self.path.glob("stages/*/checkpoint-*/*") if file.stat().st_size)
+            if files:
+                break
+        file = self.dice.choice(files)
+        content = bytearray(file.read_bytes())
+        if self.dice.random() < 0.5:
+            file.write_bytes(content[: self.dice.randrange(len(content))])
+            self._deal("truncation")
+        else:
+            bit = self.dice.randrange(8 * len(content))
+            content[bit // 8] ^= 1 << bit % 8
+            file.write_bytes(content)
+            self._deal("bit flip")
+
+    def full_disk(self) -> None:
+        """Fills the disk of a run: it ends, names its last good state, and goes on when there is room again.
+
+        The disk is a tmpfs where one may be mounted; else the process may write no byte more (RLIMIT_FSIZE).
+        """
+        disk, elsewhere = self.folder / "disk", self.path
+        disk.mkdir(exist_ok=True)
+        small = mount(disk, "4m")
+        self.path = disk / "run"
+        try:
+            process = self.running()
+            if small:
+                with open(disk / "ballast", "wb", buffering=0) as file:
+                    self._fill(file.write)
+            else:
+                assert process.pid is not None
+                resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
+            code = self._ended(process)
+            (disk / "ballast").unlink(missing_ok=True)
+            if code == 0:
+                # It was so near its end that it had nothing more to write.
+                self._check(code)
+                return
+            assert code == NO_STORAGE, f"a full disk ended a run with {code}"
+            said = self.said.read_text()
+            assert said.startswith(f"no space left for {self.path}: ")
+            good = [*self.path.glob("stages/*/checkpoint-*"), *self.path.glob("stages/*/manifest.json")]
+            assert bool(good) == bool(re.search("the last (good checkpoint|complete stage) is ", said)), said
+            self._deal("full disk (tmpfs)" if small else "full disk (RLIMIT_FSIZE)")
+            self.to_the_end()
+        finally:
+            self.path = elsewhere
+            if small:
+                unmount(disk)
+
+    def killed_rank(self) -> None:
+        """Kills one of two processes of a run: the other ends with a message, and both go on together, to the end."""
+        if self._pair is None:
+            begun = time.monotonic()
+            teams.together(2, rank, self.folder / "left", str(self.folder / "pair"))
+            self._pair_duration = time.monotonic() - begun
+            self._pair = weights(self.folder / "pair"), figures(self.folder / "pair")
+        path, left = self.folder / "ranks", self.folder / "left"
+        shutil.rmtree(left)
+        team = teams.start(2, rank, left, str(path))
+        team[0].join(self.dice.uniform(0.2, 0.9) * self._pair_duration)
+        victim = self.dice.randrange(2)
+        if all(process.exitcode is None for process in team):
+            team[victim].kill()
+            killed = time.monotonic()
+            said = teams.ended(team, left)[1 - victim].get("error", "")
+            self.slowest_loss = max(self.slowest_loss, time.monotonic() - killed)
+            # Before they are connected there is nothing that could tell one of the other's end but the connecting.
+            if path.exists():
+                assert said.startswith("LostProcess: another process of this run has ended"), said
+                assert "the last good checkpoint is" in said or "no checkpoint was written yet" in said
+                self._deal("killed rank")
+        teams.together(2, rank, left, str(path))
+        assert (weights(path), figures(path)) == self._pair
+        self.finished += 1
+        shutil.rmtree(path)
+
+    @staticmethod
+    def _fill(write: Callable[[bytes], int]) -> None:
+        for size in (1 << 16, 1 << 8, 1):
+            try:
+                while True:
+                    write(bytes(size))
+            except OSError:
+                continue
+
+    def deal(self, counts: dict[str, int]) -> None:
+        """So many blows of each method's name, in random order, and then the way to the end."""
+        blows = [kind for kind, count in counts.items() for _ in range(count)]
+        self.dice.shuffle(blows)
+        for kind in blows:
+            before = sum(self.dealt.values())
+            while sum(self.dealt.values()) == before:
+                getattr(self, kind)()
+        if self.path.exists():
+            self.to_the_end()
+
+
+def mount(path: Path, size: str) -> bool:
+    """Whether a tmpfs of that size could be mounted, which needs root."""
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)]
+    return not subprocess.run(command, capture_output=True, check=False).returncode
+
+
+def unmount(path: Path) -> None:
+    """Undoes `mount`, whoever still holds files there."""
+    subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+def growth(path: Path, num_updates: int = 2000, after: int = 50) -> dict[str, int]:
+    """By how much a stage of the toy chain has grown from one update to `num_updates` later: resident bytes, and Python
+    objects. With a line of the log and a checkpoint every 10 updates."""
+    last = after + num_updates
+    teacher = toy_plan(last + 10).stages[0]
+    held: dict[int, tuple[int, int]] = {}
+    for event in run(toy_spec(plan=Plan((teacher,)), log_every=10, checkpoint_updates=10), path):
+        # Looked at once before, for the list of all objects is large itself.
+        if isinstance(event, Progress) and event.window.update in (after - 10, after, last):
+            # The checkpoint of ten updates ago is surely written then.
+            time.sleep(0.3)
+            gc.collect()
+            objects = len(gc.get_objects())
+            # Of the resident memory that which is no file's: pages of libraries come and go.
+            kilobytes = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+            assert kilobytes is not None
+            held[event.window.update] = (1024 * int(kilobytes[1]), objects)
+    assert RunFolder(path).stage("00-denoise").is_complete()
+    return {"bytes": held[last][0] - held[after][0], "objects": held[last][1] - held[after][1]}
+
+
+def write_growth(path: str, out: str) -> None:
+    """`growth` as JSON, for a process of its own."""
+    Path(out).write_text(json.dumps(growth(Path(path))))
