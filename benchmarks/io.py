@@ -20,7 +20,7 @@ import torch
 from common import arguments, halving, median, median_ratio, model_of, parsed, spec_of, timed, write
 from halfstep.runs import StageFolder
 from halfstep.train import StageTrainer, make_accelerator
-from halfstep.train.checkpoint import resume, save_checkpoint
+from halfstep.train.checkpoint import CheckpointWriter, resume
 from halfstep.train.engine import State
 from halfstep.train.pipeline import trainer_for
 from halfstep.train.tensors import read_tensors, write_tensors
@@ -47,9 +47,12 @@ def cost(trainer: StageTrainer, folder: StageFolder, rounds: int, seconds: float
             next(updates)
         trainer.check_finite()
 
+    writer = CheckpointWriter(folder, trainer.processes)
+
     def go_on_and_save() -> None:
-        save_checkpoint(trainer, folder)
+        writer.save(trainer)
         go_on()
+        writer.wait()
 
     held = timed({"plain": go_on, "saved": go_on_and_save}, rounds, str(trainer.accelerator.device), warm_up=1)
     return [saved - plain for saved, plain in zip(held["saved"], held["plain"], strict=True)]
@@ -75,14 +78,17 @@ def measured(name: str, batch: int, device: str, rounds: int, where: Path | None
                 for tensor in read_tensors(plain / f"{part}.safetensors").values():
                     tensor.clone()
 
+        writer = CheckpointWriter(folder, trainer.processes)
+
         def save() -> None:
             # As in a run, where each checkpoint is another update's.
             trainer.update += 1
-            save_checkpoint(trainer, folder)
+            writer.save(trainer)
+            writer.wait()
 
         def go_on() -> None:
             last = trainer.update
-            if resume(trainer, folder, print) != last:
+            if resume(trainer, folder, print) is None or trainer.update != last:
                 raise RuntimeError(f"the checkpoint of update {last} was not the one that was resumed from")
 
         parts = {"write": write_plainly, "checkpoint": save, "read": read_plainly, "resume": go_on}
