@@ -220,7 +220,7 @@ def test_errors_of_memory_are_told_from_others() -> None:
     others = (
         RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
         ValueError("memory"),
-        OSError(errno.ENOMEM, "x"),
+        OSError(errno.EIO, "x"),
     )
     assert not any(is_out_of_memory(error) for error in others)
 
@@ -361,7 +361,7 @@ def test_what_may_be_left_is_left_once_and_only_inside() -> None:
 def test_a_module_that_is_being_imported_is_not_left_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "half_imported.py").write_text("import signal\nsignal.raise_signal(signal.SIGTERM)\nwhole = True\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with StopSignal() as stop, pytest.raises(Interrupted), at_once(stop):
+    with StopSignal() as stop, pytest.raises(Interrupted), at_once(stop):  # noqa: PT012
         import half_imported  # type: ignore[import-not-found]
 
         assert half_imported.whole
