@@ -5,7 +5,8 @@
 
 `write` saves the same tensors with safetensors and syncs them; `read` loads them again (both files lie in the page
 cache); these, `checkpoint` (from the call until it is on the disk, read back and found right) and `resume` (checksums,
-reading, taking the state over) take turns. `costs` is what a run of updates takes longer for one checkpoint that begins
+reading, taking the state over) take turns. `waits` is the part of `checkpoint` for which an update waits: the copy of the
+state; the rest is done beside the training. `costs` is what a run of updates takes longer for one checkpoint that begins
 with it, everything counted: in turns with the same updates without one. The share is that of a run that saves every 60
 seconds.
 """
@@ -34,7 +35,7 @@ def copied(state: State) -> State:
     return {part: {name: tensor.clone() for name, tensor in held.items()} for part, held in state.items()}
 
 
-def cost(trainer: StageTrainer, folder: StageFolder, rounds: int, seconds: float) -> list[float]:
+def cost(trainer: StageTrainer, writer: CheckpointWriter, rounds: int, seconds: float) -> list[float]:
     """Seconds that each of some checkpoints has cost a run that goes on for longer than one takes."""
     updates = trainer.run()
     next(updates)
@@ -46,8 +47,6 @@ def cost(trainer: StageTrainer, folder: StageFolder, rounds: int, seconds: float
         for _ in range(number):
             next(updates)
         trainer.check_finite()
-
-    writer = CheckpointWriter(folder, trainer.processes)
 
     def go_on_and_save() -> None:
         writer.save(trainer)
@@ -68,6 +67,8 @@ def measured(name: str, batch: int, device: str, rounds: int, where: Path | None
         folder, plain = StageFolder(Path(made) / "stage"), Path(made) / "plain"
         folder.path.mkdir()
         plain.mkdir()
+        writer = CheckpointWriter(folder, trainer.processes)
+        waits: list[float] = []
 
         def write_plainly() -> None:
             for part, tensors in state.items():
@@ -78,26 +79,27 @@ def measured(name: str, batch: int, device: str, rounds: int, where: Path | None
                 for tensor in read_tensors(plain / f"{part}.safetensors").values():
                     tensor.clone()
 
-        writer = CheckpointWriter(folder, trainer.processes)
-
         def save() -> None:
             # As in a run, where each checkpoint is another update's.
             trainer.update += 1
-            writer.save(trainer)
+            waits.append(writer.save(trainer))
             writer.wait()
 
         def go_on() -> None:
             last = trainer.update
-            if resume(trainer, folder, print) is None or trainer.update != last:
+            resume(trainer, folder, print)
+            if trainer.update != last:
                 raise RuntimeError(f"the checkpoint of update {last} was not the one that was resumed from")
 
         parts = {"write": write_plainly, "checkpoint": save, "read": read_plainly, "resume": go_on}
         seconds = timed(parts, rounds, device, warm_up=1)
         size = sum(file.stat().st_size for file in plain.iterdir())
-        costs = cost(trainer, folder, rounds, median(seconds["checkpoint"]))
+        costs = cost(trainer, writer, rounds, median(seconds["checkpoint"]))
+        writer.close()
     return {
         "network": name, "batch": batch, "MB": round(size / 1e6, 2),
         **{f"{part}, s": round(median(held), 4) for part, held in seconds.items()},
+        "waits, s": round(median(waits), 4),
         "checkpoint / write": round(median_ratio(seconds["checkpoint"], seconds["write"]), 3),
         "resume / read": round(median_ratio(seconds["resume"], seconds["read"]), 3),
         "costs, s": round(median(costs), 4),

@@ -141,8 +141,9 @@ def test_a_stage_that_was_cut_and_resumed_is_the_uncut_one_bit_for_bit(tmp_path:
     assert parent.num_steps is None
     whole = own_state(trained(6).finish().network)
     folder = StageFolder(tmp_path / "cut")
-    writer = CheckpointWriter(folder)
-    writer.save(trained(3))
+    cut = trained(3)
+    writer = CheckpointWriter(folder, cut.processes)
+    writer.save(cut)
     writer.wait()
     again = own_state(trained(6, folder).finish().network)
     assert whole.keys() == again.keys()

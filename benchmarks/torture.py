@@ -1,0 +1,71 @@
+"""Deals blows to a run until something is lost: kills, signals, damaged files, full disks, killed ranks.
+
+python benchmarks/torture.py            50 SIGKILLs, 10 SIGTERMs, 10 damaged checkpoints, 3 full disks, 5 killed ranks
+python benchmarks/torture.py --short    a fifth of them
+
+--seed N deals the same blows again, as far as the machine lets it.
+
+The chain and the blows are those of the tests (tests/torture.py): three stages on points in the plane, a checkpoint
+every third update, figures measured after each stage, every blow at a random moment. A run that comes to its end must
+have the weights and the figures of an uncut run, bit for bit (of two processes: of an uncut run of two), leave no file
+of its checkpoints behind, and end with the exit code of what stopped it; the first that does not ends the torture with
+an error. Then the growth of a stage of 2,060 updates with 206 checkpoints is measured.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Final
+
+TESTS: Final = Path(__file__).parent.parent / "tests"
+BLOWS: Final = {"sigkill": 50, "sigterm": 10, "damage": 10, "full_disk": 3, "killed_rank": 5}
+
+
+def main() -> None:
+    """Tortures, prints and writes."""
+    # The directory of this file would lie before the standard library's, of which it has a name or two.
+    sys.path[0] = str(TESTS)
+    import teams
+    import torture
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", action="store_true", help="a fifth of the blows; writes no file")
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    options = parser.parse_args()
+    counts = {kind: -(-count // 5) for kind, count in BLOWS.items()} if options.short else BLOWS
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        ordeal = torture.Ordeal(Path(folder), seed=options.seed)
+        ordeal.deal(counts)
+        told = Path(folder) / "growth.json"
+        process = teams.context().Process(target=torture.write_growth, args=(f"{folder}/growth", str(told)))
+        process.start()
+        process.join()
+        growth = json.loads(told.read_text())
+    from halfstep.train.pipeline import environment
+
+    result: dict[str, Any] = {
+        "what": "blows at random moments to the toy chain; every run ends with the weights of an uncut run",
+        "command": " ".join(["python", *sys.orig_argv[1:]]),
+        "environment": environment(),
+        "seed": options.seed,
+        "asked": counts,
+        "dealt": dict(ordeal.dealt),
+        "met": dict(ordeal.where),
+        "runs_compared_with_the_uncut_one": ordeal.finished,
+        "seconds_of_a_run": round(ordeal.duration, 2),
+        "longest_seconds_from_sigterm_to_end": round(ordeal.slowest_stop, 2),
+        "longest_seconds_from_a_killed_rank_to_the_end_of_the_other": round(ordeal.slowest_loss, 2),
+        "growth_over_2000_updates_after_the_first_50": growth,
+        "seconds": round(time.monotonic() - begun),
+    }
+    print(json.dumps(result, indent=1))
+    if not options.short:
+        (TESTS.parent / "docs" / "results" / "torture.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,562 @@
+"""What a run says and keeps when it cannot go on: divergence, memory, signals, disks, damage; and its exit codes."""
+
+import contextlib
+import dataclasses
+import errno
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+
+import torture
+from halfstep.cli import commands, main
+from halfstep.core.draw import Draw
+from halfstep.data import MemoryData
+from halfstep.objectives import Batch, Denoising, Losses, Models, Objective, Plan, objectives
+from halfstep.runs import DamagedFile, RunFolder, StageFolder, read_log
+from halfstep.train import (
+    Interrupted,
+    NonFinite,
+    NoStorage,
+    OutOfMemory,
+    Progress,
+    StageTrainer,
+    StopSignal,
+    load,
+    make_accelerator,
+    pipeline,
+    run,
+)
+from halfstep.train import checkpoint as checkpoints
+from halfstep.train.failures import Recent, is_out_of_memory
+from halfstep.train.pipeline import trainer_for
+from halfstep.train.processes import exit_code
+from halfstep.train.stop import SAME_PRESS, at_once
+from halfstep.train.storage import no_storage
+from torture import mount, unmount
+from toys import TINY_ARRAYS, finish, points, toy_plan, toy_spec, weights
+
+
+@pytest.fixture(scope="module")
+def uncut(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("uncut") / "run"
+    finish(toy_spec(), path)
+    return path
+
+
+@dataclasses.dataclass(frozen=True)
+class Poisoned(Objective):
+    """Denoising whose losses of two places are not finite at one update."""
+
+    update: int
+    places: tuple[int, ...]
+    value: float
+    needs_teacher: ClassVar[bool] = False
+
+    @property
+    def teacher_evals(self) -> int:
+        return 0
+
+    def loss(self, models: Models, batch: Batch, draw: Draw) -> Losses:
+        losses = Denoising().loss(models, batch, draw)
+        factor = torch.ones(len(draw.places))
+        if draw.update == self.update:
+            factor[[place in self.places for place in draw.places]] = self.value
+        return Losses(losses.loss * factor, losses.log_snr)
+
+
+@dataclasses.dataclass(frozen=True)
+class Hungry(Objective):
+    """Denoising that asks for a petabyte if it is shown more samples than `fitting`."""
+
+    fitting: int
+    needs_teacher: ClassVar[bool] = False
+
+    @property
+    def teacher_evals(self) -> int:
+        return 0
+
+    def loss(self, models: Models, batch: Batch, draw: Draw) -> Losses:
+        losses = Denoising().loss(models, batch, draw)
+        if len(draw.places) > self.fitting:
+            torch.empty(2**50, dtype=torch.uint8)
+        return losses
+
+
+@dataclasses.dataclass(frozen=True)
+class Slow(Objective):
+    """Denoising that takes minutes from one update on, while `slow` is set; `reached` says that it has begun to."""
+
+    update: int
+    needs_teacher: ClassVar[bool] = False
+    slow: ClassVar[threading.Event] = threading.Event()
+    reached: ClassVar[threading.Event] = threading.Event()
+
+    @property
+    def teacher_evals(self) -> int:
+        return 0
+
+    def loss(self, models: Models, batch: Batch, draw: Draw) -> Losses:
+        if draw.update >= self.update and self.slow.is_set():
+            self.reached.set()
+            time.sleep(100)
+        return Denoising().loss(models, batch, draw)
+
+
+@pytest.fixture(autouse=True)
+def known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In these tests, their objectives have a name."""
+    for kind in (Poisoned, Hungry, Slow):
+        monkeypatch.setitem(objectives._members, kind.__name__.lower(), kind)
+
+
+def one_stage(objective: Objective, num_updates: int = 20) -> Plan:
+    """A stage with dropout and a moving average."""
+    return Plan((dataclasses.replace(toy_plan(num_updates).stages[0], objective=objective),))
+
+
+def trainer(objective: Objective, micro_batch: int | None = None, x0: torch.Tensor | None = None) -> StageTrainer:
+    spec = toy_spec(plan=one_stage(objective), data=MemoryData("toy", points() if x0 is None else x0))
+    made = dataclasses.replace(spec, micro_batch=micro_batch)
+    return trainer_for(made, spec.plan.stages[0], "00-x", None, make_accelerator(cpu=True))
+
+
+# ------------------------------------------------------------------------------------------------------- divergence
+
+
+@pytest.mark.parametrize("micro_batch", [None, 5])
+def test_a_loss_that_is_not_finite_is_told_with_the_statistics_of_its_batch(micro_batch: int | None) -> None:
+    x0 = points()[:16]
+    x0[3] = torch.tensor([7.0, -9.0])
+    poisoned = trainer(Poisoned(6, (2, 11), math.nan), micro_batch, x0)
+    sound = trainer(Denoising(), None, x0)
+    norms = []
+    for _ in sound.run():
+        norms.append(sound.window().grad_norm)
+        if sound.update == 6:
+            break
+    # The losses of the seventh update as they are without the poison, in one batch and without dropout's part.
+    draw = Draw(0, "00-x", 6, 16, range(16))
+    log_snr = sound._models.student.process.log_snr(draw.uniform("time"))
+
+    list(poisoned.run())
+    with pytest.raises(NonFinite) as error:
+        poisoned.check_finite()
+    held = dict(error.value.statistics or {})
+    assert held["stage"] == "00-x"
+    assert held["update"] == 6
+    assert held["samples"] == 16
+    assert [entry["place"] for entry in held["not_finite"]] == [2, 11]
+    assert [entry["log_snr"] for entry in held["not_finite"]] == pytest.approx([log_snr[2].item(), log_snr[11].item()])
+    assert {entry["loss"] for entry in held["not_finite"]} == {"nan"}
+    assert held["largest_x0"] == 9.0
+    assert held["grad_norm"] == "nan"
+    assert held["grad_norm_before"] == pytest.approx(norms[5], rel=0.2 if micro_batch else 1e-5)
+    assert 0 < held["loss_min"] < held["loss_max"] < math.inf
+    assert any(held["log_snr_of_loss_max"] == pytest.approx(value.item()) for value in log_snr)
+    low, high = sorted((log_snr[2].item(), log_snr[11].item()))
+    message = str(error.value)
+    assert f"stage 00-x at update 6 (2 of 16 losses were not finite at log-SNR {low:.3g} to {high:.3g}; " in message
+    assert "largest |x0| 9; gradient norm nan, " in message
+    assert "lower the learning rate (0.002)" in message
+
+
+def test_the_losses_of_a_batch_are_those_of_its_objective() -> None:
+    recent = Recent()
+    loss, log_snr = torch.tensor([3.0, 1.0, math.inf, 2.0]), torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+    recent.norm(8, torch.tensor(0.5))
+    recent.losses(9, range(4, 6), Losses(loss[:2], log_snr[:2]), torch.tensor([[0.1], [-0.2]]))
+    recent.losses(9, range(6, 8), Losses(loss[2:], log_snr[2:]), torch.tensor([[0.3], [0.0]]))
+    recent.norm(9, torch.tensor(math.inf))
+    assert recent.statistics(9) == {
+        "update": 9,
+        "samples": 4,
+        "loss_min": 1.0,
+        "loss_max": 3.0,
+        "log_snr_of_loss_max": 1.0,
+        "not_finite": [{"place": 6, "loss": "inf", "log_snr": 3.0}],
+        "largest_x0": pytest.approx(0.3),
+        "grad_norm": "inf",
+        "grad_norm_before": 0.5,
+    }
+    # A window that ends lets go of its updates, but the next one can still name the norm before it.
+    recent.forget()
+    assert recent.statistics(10) == {"update": 10, "grad_norm": None, "grad_norm_before": "inf"}
+
+
+def test_a_run_that_diverged_keeps_the_statistics_and_its_last_checkpoint(tmp_path: Path) -> None:
+    spec = toy_spec(plan=one_stage(Poisoned(7, (4,), math.inf)))
+    with pytest.raises(NonFinite, match=r"1 of 16 losses were not finite.*the last good checkpoint is .*00000006"):
+        finish(spec, tmp_path / "run")
+    stage = tmp_path / "run" / "stages" / "00-poisoned"
+    held = json.loads((stage / "non-finite.json").read_text())
+    assert (held["stage"], held["update"], held["not_finite"][0]["place"]) == ("00-poisoned", 7, 4)
+    assert [path.name for path in StageFolder(stage).checkpoints()] == ["checkpoint-00000006", "checkpoint-00000003"]
+    # It is said that nothing was repaired: the same comes to the same, from the checkpoint.
+    with pytest.raises(NonFinite, match="at update 7"):
+        finish(spec, tmp_path / "run")
+
+
+# ----------------------------------------------------------------------------------------------------------- memory
+
+
+def test_errors_of_memory_are_told_from_others() -> None:
+    with pytest.raises(RuntimeError) as real:
+        torch.empty(2**50, dtype=torch.uint8)
+    held = (real.value, MemoryError(), torch.OutOfMemoryError("CUDA out of memory."))
+    assert all(is_out_of_memory(error) for error in held)
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"))
+    others = (
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+        ValueError("memory"),
+        OSError(errno.EIO, "x"),
+    )
+    assert not any(is_out_of_memory(error) for error in others)
+
+
+def test_an_update_that_does_not_fit_names_the_micro_batch_that_was_tried(tmp_path: Path) -> None:
+    with pytest.raises(
+        OutOfMemory, match=r"stage 00-hungry at update 0 with a micro batch of 16 \(batch 16\)"
+    ) as error:
+        finish(toy_spec(plan=one_stage(Hungry(5))), tmp_path / "run")
+    assert "give engine.micro_batch 8, or auto" in str(error.value)
+    with pytest.raises(OutOfMemory, match=r"micro batch of 1 .*gradient_checkpointing"):
+        finish(toy_spec(plan=one_stage(Hungry(0)), micro_batch="auto"), tmp_path / "none")
+
+
+def test_the_largest_micro_batch_that_fits_is_found_and_the_result_is_that_of_the_batch(tmp_path: Path) -> None:
+    hungry = toy_spec(plan=one_stage(Hungry(5)))
+    told = finish(dataclasses.replace(hungry, micro_batch="auto"), tmp_path / "auto")
+    assert told == ["00-hungry: micro batch 4, for 16 and 8 did not fit into memory"]
+    finish(dataclasses.replace(hungry, micro_batch=4), tmp_path / "four")
+    assert weights(tmp_path / "auto") == weights(tmp_path / "four")
+
+    # Dropout draws for the micro batch, so without it: the whole batch, to rounding.
+    plans = [Plan((dataclasses.replace(one_stage(Hungry(n)).stages[0], dropout=0.0),)) for n in (5, 16)]
+    results = []
+    for name, plan in zip(("tried", "whole"), plans, strict=True):
+        finish(toy_spec(plan=plan, micro_batch="auto"), tmp_path / name)
+        network = load(tmp_path / name).denoiser
+        results.append(torch.cat([p.detach().flatten() for p in network.parameters()]))
+    assert 0 < torch.linalg.norm(results[0] - results[1]) < 1e-5 * torch.linalg.norm(results[1])
+
+
+def test_trying_leaves_no_trace_in_the_result(tmp_path: Path) -> None:
+    plain, tried = trainer(Denoising()), trainer(Denoising())
+    assert tried.fit_micro_batch() == []
+    assert tried.micro_batch == 16
+    for made in (plain, tried):
+        list(made.run())
+    assert tried.window().loss == plain.window().loss
+    for part, tensors in plain.state().items():
+        held = tried.state()[part]
+        assert all(torch.equal(held[name], value) for name, value in tensors.items())
+
+
+def test_a_run_goes_on_with_the_micro_batch_that_was_found(tmp_path: Path) -> None:
+    # On a machine with more memory, too: another split would round otherwise.
+    spec = toy_spec(plan=one_stage(Hungry(5)), micro_batch="auto", log_every=1)
+    finish(spec, tmp_path / "uncut")
+    events = run(spec, tmp_path / "cut")
+    next(e for e in events if isinstance(e, Progress) and e.window.update == 10)
+    events.close()  # type: ignore[attr-defined]
+    finish(dataclasses.replace(spec, plan=one_stage(Hungry(100))), tmp_path / "cut")
+    assert weights(tmp_path / "cut") == weights(tmp_path / "uncut")
+
+
+# ---------------------------------------------------------------------------------------------------------- signals
+
+
+@contextlib.contextmanager
+def _sent(number: int, when: Callable[[], bool]) -> Iterator[None]:
+    """Sends this process a signal, twice, as launchers do, once it is time."""
+
+    def wait() -> None:
+        while not when():
+            time.sleep(0.01)
+        for _ in range(2):
+            os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    yield
+    thread.join()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_in_the_middle_of_a_long_update_saves_the_state_before_it_at_once(tmp_path: Path, number: int) -> None:
+    spec = toy_spec(plan=one_stage(Slow(7)), checkpoint_updates=1000, micro_batch=6)
+    Slow.slow.set()
+    Slow.reached.clear()
+    begun = time.monotonic()
+    with StopSignal() as stop, _sent(number, Slow.reached.is_set), pytest.raises(Interrupted) as stopped:
+        finish(spec, tmp_path / "run", stop)
+    assert time.monotonic() - begun < 30
+    assert stopped.value.code == 128 + number
+    assert [path.name for path in RunFolder(tmp_path / "run").stage("00-slow").checkpoints()] == ["checkpoint-00000007"]
+    Slow.slow.clear()
+    finish(spec, tmp_path / "run")
+    finish(spec, tmp_path / "uncut")
+    assert weights(tmp_path / "run") == weights(tmp_path / "uncut")
+    rows = [(row["stage"], row["update"]) for row in read_log(RunFolder(tmp_path / "run").log_path)]
+    assert rows == sorted(set(rows))
+
+
+def test_a_signal_in_the_middle_of_an_evaluation_ends_it_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached = threading.Event()
+
+    def endless(*_: object, **__: object) -> None:
+        reached.set()
+        time.sleep(100)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "measure", endless)
+        with StopSignal() as stop, _sent(signal.SIGTERM, reached.is_set), pytest.raises(Interrupted):
+            finish(torture.spec(), tmp_path / "run", stop)
+    assert [stage.name for stage in RunFolder(tmp_path / "run").stages()] == ["00-denoise"]
+    assert not list(tmp_path.glob("run/stages/*/metrics.json"))
+    finish(torture.spec(), tmp_path / "run")
+    assert len(list(tmp_path.glob("run/stages/*/metrics.json"))) == 3
+
+
+def test_only_a_second_ctrl_c_ends_a_process_at_once_and_not_a_launchers_echo() -> None:
+    with StopSignal() as stop:
+        for _ in range(3):
+            signal.raise_signal(signal.SIGTERM)
+        assert stop.number == signal.SIGTERM
+    with StopSignal() as stop:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(SAME_PRESS)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert stop.number == signal.SIGINT
+
+
+def test_what_may_be_left_is_left_once_and_only_inside() -> None:
+    with StopSignal() as stop:
+        with pytest.raises(Interrupted), at_once(stop):
+            signal.raise_signal(signal.SIGTERM)
+        # A signal that came before, and one more after.
+        with pytest.raises(Interrupted), at_once(stop):
+            raise AssertionError("entered")
+        signal.raise_signal(signal.SIGTERM)
+    with at_once(None):
+        pass
+
+
+def test_a_module_that_is_being_imported_is_not_left_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "half_imported.py").write_text("import signal\nsignal.raise_signal(signal.SIGTERM)\nwhole = True\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with StopSignal() as stop, pytest.raises(Interrupted), at_once(stop):  # noqa: PT012
+        import half_imported  # type: ignore[import-not-found]
+
+        assert half_imported.whole
+        reached = True
+    assert reached
+
+
+# ------------------------------------------------------------------------------------------------------------ disks
+
+
+@pytest.mark.parametrize("how", ["moved away", "unmounted"])
+def test_a_folder_that_vanishes_names_the_last_good_checkpoint_and_is_not_made_anew(
+    tmp_path: Path, uncut: Path, how: str
+) -> None:
+    disk, away = tmp_path / "disk", tmp_path / "away"
+    disk.mkdir()
+    if how == "unmounted" and not mount(disk, "16m"):
+        pytest.skip("mounting a tmpfs needs root")
+    path = disk / "run"
+    spec = toy_spec(log_every=1)
+    with pytest.raises(NoStorage) as error:  # noqa: PT012 (the folder goes in the middle of the run)
+        for event in run(spec, path):
+            if isinstance(event, Progress) and (event.name, event.window.update) == ("01-halve-0002", 8):
+                # What was there is what comes back with the mount.
+                shutil.copytree(path, away) if how == "unmounted" else path.rename(away)
+                if how == "unmounted":
+                    unmount(disk)
+    assert "disk/run cannot be written or read any more" in str(error.value.strerror)
+    assert re.search(r"the last good checkpoint is .*/01-halve-0002/checkpoint-0000000[36]; bring", str(error.value))
+    assert "\n" not in str(error.value)
+    assert not list(disk.iterdir()), "folders were made where the mount had been"
+    away.rename(path)
+    finish(spec, path)
+    assert weights(path) == weights(uncut)
+
+
+def test_an_error_of_the_disk_is_told_from_one_of_other_files() -> None:
+    run_path, last = Path("runs/x"), Path("runs/x/stages/00-denoise/checkpoint-00000003")
+    for number in (errno.EIO, errno.ESTALE, errno.ENOTCONN):
+        said = no_storage(OSError(number, os.strerror(number)), run_path, last)
+        assert isinstance(said, NoStorage)
+        assert exit_code(said) == exit_code(OSError(number, "")) == 3
+        assert f"the last good checkpoint is {last}" in str(said.strerror)
+    within = no_storage(OSError(errno.EACCES, "Permission denied", "runs/x/log.jsonl"), run_path, Path("runs/x/00-a"))
+    assert "the last complete stage is runs/x/00-a" in str(within.strerror)
+    missing = FileNotFoundError(errno.ENOENT, "No such file", "photos/1.png")
+    assert no_storage(missing, run_path, None) is missing
+
+
+def test_checkpoints_are_pruned_only_after_a_newer_one_was_read_back(
+    tmp_path: Path, uncut: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, path = checkpoints.write_tensors, tmp_path / "run"
+    stage = RunFolder(path).stage("00-denoise")
+
+    def unsound(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
+        written(tensors, file)
+        if "checkpoint-00000012" in file.parent.name and file.name == "optimizer.safetensors":
+            content = bytearray(file.read_bytes())
+            content[-3] ^= 1
+            file.write_bytes(content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "write_tensors", unsound)
+        with pytest.raises(DamagedFile, match=r"checkpoint-00000012: optimizer.safetensors was written, but .* check"):
+            finish(toy_spec(), path)
+    assert [held.name for held in stage.checkpoints()] == ["checkpoint-00000009", "checkpoint-00000006"]
+    finish(toy_spec(), path)
+    assert weights(path) == weights(uncut)
+
+
+def test_a_checkpoint_is_of_the_moment_at_which_it_was_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, go_on, written = trainer(Denoising()), threading.Event(), checkpoints.write_checkpoint
+
+    def late(*arguments: Any) -> Path:
+        assert go_on.wait(30)
+        return written(*arguments)
+
+    monkeypatch.setattr(checkpoints, "write_checkpoint", late)
+    folder = StageFolder(tmp_path / "stage")
+    writer = checkpoints.CheckpointWriter(folder, made.processes)
+    updates = made.run()
+    for _ in range(5):
+        next(updates)
+    expected = {part: {k: v.clone() for k, v in held.items()} for part, held in made.state().items()}
+    writer.save(made)
+    # Training goes on while the checkpoint is being written.
+    for _ in range(5):
+        next(updates)
+    writer.check()
+    assert writer.last is None
+    go_on.set()
+    writer.wait()
+    assert writer.last == folder.path / "checkpoint-00000005"
+    again = trainer(Denoising())
+    checkpoints.resume(again, folder, print)
+    writer.close()
+    for part, held in expected.items():
+        assert all(torch.equal(again.state()[part][name], value) for name, value in held.items())
+
+
+def test_the_remedy_for_a_damaged_stage_is_one(tmp_path: Path, uncut: Path) -> None:
+    path = tmp_path / "run"
+    shutil.copytree(uncut, path)
+    stage = RunFolder(path).stage("01-halve-0002")
+    stage.model.write_bytes(stage.model.read_bytes()[:-5])
+    with pytest.raises(DamagedFile, match=r"put a copy of it back, or remove .*/01-halve-0002 and the stages after it"):
+        finish(toy_spec(), path)
+    for folder in (stage, RunFolder(path).stage("02-halve-0001")):
+        shutil.rmtree(folder.path)
+    finish(toy_spec(), path)
+    assert weights(path) == weights(uncut)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_begins_the_stage_anew_and_says_so(tmp_path: Path, uncut: Path) -> None:
+    path = tmp_path / "run"
+    events = run(toy_spec(log_every=1), path)
+    next(e for e in events if isinstance(e, Progress) and e.window.update == 14)
+    events.close()  # type: ignore[attr-defined]
+    for held in RunFolder(path).stage("00-denoise").checkpoints():
+        (held / "student.safetensors").write_bytes(b"")
+    told = finish(toy_spec(), path)
+    assert len(told) == 2
+    assert told[0].endswith("using the checkpoint before it")
+    assert told[1].endswith("no other is there, so the stage begins anew")
+    assert weights(path) == weights(uncut)
+
+
+def test_what_a_killed_writer_leaves_is_cleared_away_and_refuses_no_run(tmp_path: Path, uncut: Path) -> None:
+    path = tmp_path / "run"
+    path.mkdir()
+    # Killed while it wrote its recipe.
+    (path / ".recipe.json.4711.tmp").write_text("{")
+    (path / ".lock").touch()
+    events = run(toy_spec(log_every=1), path)
+    next(e for e in events if isinstance(e, Progress) and e.window.update == 8)
+    events.close()  # type: ignore[attr-defined]
+    stage = RunFolder(path).stage("00-denoise").path
+    (stage / ".checkpoint-00000009.4711.tmp").mkdir()
+    (stage / ".checkpoint-00000009.4711.tmp" / "student.safetensors").write_bytes(b"half")
+    (stage / ".model.safetensors.tmp").write_bytes(b"half")
+    (path / ".log.jsonl.4711.tmp").write_bytes(b"half")
+    finish(toy_spec(), path)
+    assert weights(path) == weights(uncut)
+    assert not list(path.rglob("*.tmp"))
+
+
+# ------------------------------------------------------------------------------------------------------- exit codes
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (NonFinite("it diverged"), 1),
+        (OutOfMemory("it does not fit"), 1),
+        (ValueError("that is no recipe"), 2),
+        (NoStorage(errno.ENOSPC, "no space left"), 3),
+        (Interrupted(signal.SIGINT), 130),
+        (Interrupted(signal.SIGUSR1), 138),
+        (Interrupted(signal.SIGTERM), 143),
+    ],
+)
+def test_a_scheduler_can_tell_by_the_exit_code_whether_to_run_the_job_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, code: int
+) -> None:
+    def failing(argv: object) -> None:
+        raise error
+
+    monkeypatch.setattr(commands, "run", failing)
+    with pytest.raises(SystemExit) as end:
+        main(["run", "digits"])
+    assert end.value.code == code
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_the_command_takes_a_code_for_its_scheduler_and_goes_on_with_other_codes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save(tmp_path / "toy.npy", points().numpy())
+    out = tmp_path / "run"
+    long = [*TINY_ARRAYS, "--teacher.num-updates", "1000000", "--engine.micro-batch", "auto", "--engine.log-every", "1"]
+    words = ["run", "arrays", "--data", str(tmp_path / "toy.npy"), "--out", str(out), *long]
+    cases = (
+        (signal.SIGUSR1, ["--engine.requeue-code", "85"], 85),
+        (signal.SIGTERM, ["--engine.requeue-code", "85"], 85),
+        (signal.SIGTERM, [], 143),
+        (signal.SIGINT, ["--engine.requeue-code", "85"], 130),
+    )
+    updates = 0
+    for number, extra, code in cases:
+        rows = len(read_log(RunFolder(out).log_path))
+        with _sent(number, lambda: len(read_log(RunFolder(out).log_path)) > rows + 3), pytest.raises(SystemExit) as end:  # noqa: B023
+            main([*words, *extra])
+        assert end.value.code == code
+        assert "the state is saved: run the same command again" in capsys.readouterr().err
+        latest = int(RunFolder(out).stage("00-denoise").checkpoints()[0].name.rpartition("-")[2])
+        assert latest > updates
+        updates = latest
