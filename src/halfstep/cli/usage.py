@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Final, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Final, Literal, TypeVar, Union, get_args, get_origin
 
 import tyro
 from pydantic import ValidationError
@@ -28,9 +28,14 @@ METAVARS: Final = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
 @PLAIN.primitive_rule
 def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     kinds = get_args(info.type)
-    if get_origin(info.type) not in (Union, UnionType) or len(kinds) != 2 or NoneType not in kinds:
+    if get_origin(info.type) not in (Union, UnionType) or NoneType not in kinds:
         return None
-    kind = next(kind for kind in kinds if kind is not NoneType)
+    # A word, such as auto, may stand in the place of a value.
+    words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+    values = [kind for kind in kinds if kind is not NoneType and get_origin(kind) is not Literal]
+    if len(values) != 1:
+        return None
+    kind = values[0]
     if get_origin(kind) is Annotated:
         # A bound of pydantic's, which checks it.
         kind = get_args(kind)[0]
@@ -38,9 +43,13 @@ def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
         return None
     return PrimitiveConstructorSpec(
         nargs=1,
-        metavar=METAVARS[kind],
-        instance_from_str=lambda texts: None if texts[0] == "None" else kind(texts[0]),
-        is_instance=lambda value: value is None or isinstance(value, kind) or (kind is float and type(value) is int),
+        metavar="|".join([METAVARS[kind], *words]),
+        instance_from_str=lambda texts: (
+            None if texts[0] == "None" else texts[0] if texts[0] in words else kind(texts[0])
+        ),
+        is_instance=lambda value: (
+            value is None or value in words or isinstance(value, kind) or (kind is float and type(value) is int)
+        ),
         str_from_instance=lambda value: [str(value)],
     )
 
