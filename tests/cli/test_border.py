@@ -235,13 +235,14 @@ def test_a_run_that_was_cut_in_the_matching_stage_ends_as_the_uncut_one(
     here: Path, ddpm_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from halfstep.train import engine
+    from halfstep.train.feed import Fed
 
     update = engine.StageTrainer._one_update
 
-    def failing(trainer: engine.StageTrainer) -> None:
+    def failing(trainer: engine.StageTrainer, fed: list[Fed]) -> None:
         if trainer.stream == "01-match" and trainer.update == 2:
             raise KeyboardInterrupt
-        update(trainer)
+        update(trainer, fed)
 
     words = ["--engine.checkpoint-updates", "1"]
     monkeypatch.setattr(engine.StageTrainer, "_one_update", failing)

@@ -7,6 +7,7 @@ from typing import Any, Final, final
 from pydantic import BaseModel
 
 from halfstep.recipes import EvaluationConfig, Recipe, TeacherConfig, recipes
+from halfstep.recipes.schema import CHANGING, EngineConfig
 
 
 @final
@@ -37,12 +38,19 @@ class Scale:
     """Teacher steps that a student's step replaces there."""
 
     def as_data(self, uses: Sequence[str]) -> dict[str, Any]:
-        """The settings named in `uses`, JSON-ready; "evaluation" is that of the recipe."""
+        """The settings named in `uses`, JSON-ready; "evaluation" is that of the recipe. Of a recipe's engine only what
+        changes what is learned: how a run uses its machine is no setting of a study."""
         data: dict[str, Any] = {"name": self.name}
         for name in uses:
             value = self.recipe.evaluation if name == "evaluation" else getattr(self, name)
-            data[name] = value.model_dump(mode="json") if isinstance(value, BaseModel) else list_of(value)
+            left_out = {"engine": IDLE} if isinstance(value, Recipe) else None
+            said = value.model_dump(mode="json", exclude=left_out) if isinstance(value, BaseModel) else list_of(value)
+            data[name] = said
         return data
+
+
+IDLE: Final = {name for name in EngineConfig.model_fields if name not in CHANGING}
+"""Fields of a recipe's engine that do not change what is learned."""
 
 
 def list_of(value: object) -> object:
