@@ -5,7 +5,7 @@
 
 `write` saves the same tensors with safetensors and syncs them; `read` loads them again (both files lie in the page
 cache); these, `checkpoint` (from the call until it is on the disk, read back and found right) and `resume` (checksums,
-reading, taking the state over) take turns. `waits` is the part of `checkpoint` for which an update waits: the copy of
+reading, taking the state over) take turns. `waits` is the part of `checkpoint` for which an update waits, the copy of
 the state; the rest is done beside the training. `costs` is what a run of updates takes longer for one checkpoint that
 begins with it, everything counted: in turns with the same updates without one. The share is that of a run that saves
 every 60 seconds.
