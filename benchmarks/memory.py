@@ -3,12 +3,12 @@
     python benchmarks/memory.py                   # the CIFAR-10 network
     python benchmarks/memory.py --short
 
-Every setting runs in a process of its own: a few updates of a tiny network first, so that what libraries take for
-themselves is there, then the network. `weights` are those of student, moving average and teacher, as they stand before
-the first update; `moments` what an update leaves behind beyond them; `pass` what comes and goes within an update
-(activations, gradients, workspaces); `peak` all of it. On the CPU it is the resident memory of the process, with an
-allocator that gives freed memory back at once (MALLOC_MMAP_THRESHOLD_; without it a process holds on to some of it);
-on a GPU, what torch has allocated. A run keeps the model that it distils from in float32 as well, and so does this.
+Every setting is a run in a process of its own: of a tiny network first, so that what libraries take for themselves is
+there, then of the network. `weights` are those of student, moving average and teacher, as they stand before the first
+update of the run's last stage; `moments` what updates leave behind beyond them; `pass` what comes and goes within an
+update (activations, gradients, workspaces); `peak` all of it. On the CPU it is the resident memory of the process, with
+an allocator that gives freed memory back at once (MALLOC_MMAP_THRESHOLD_; without it a process holds on to some of it);
+on a GPU, what torch has allocated.
 
 `growth` is a run of 2,050 updates with its log and checkpoints: memory at its end beyond that at update 50.
 """
@@ -31,10 +31,9 @@ import torch
 
 from common import arguments, halving, images, model_of, network, parsed, show, spec_of, write
 from halfstep.data import MemoryData
-from halfstep.objectives import Denoising, Stage
-from halfstep.train import Progress, RunSpec, StageTrainer, make_accelerator, run
+from halfstep.objectives import Denoising, Plan
+from halfstep.train import Progress, RunSpec, StageStart, run
 from halfstep.train.cost import count_forward, memory_of_update
-from halfstep.train.pipeline import trainer_for
 
 MB = 1e6
 
@@ -76,18 +75,16 @@ def settings_of(name: str) -> list[tuple[str, str]]:
     ]
 
 
-def spec_for(name: str, kind: str, setting: str, batch: int, cpu: bool, data: MemoryData) -> RunSpec:
-    """The run whose update is measured."""
+def chain_for(name: str, kind: str, setting: str, batch: int, updates: int, cpu: bool, data: MemoryData) -> RunSpec:
+    """A run that ends in the stage that is measured: a teacher alone, or one of an update and a student of it."""
     changes = dict(SETTINGS[kind][setting])
-    stage: Stage = halving(batch, ema_decay=changes.pop("ema_decay", 0.99))
-    if kind == "denoise":
-        stage = dataclasses.replace(stage, objective=Denoising())
-        changes["network"] = lambda: network(name)
-    else:
-        changes["teacher"] = model_of(name)
+    last = halving(batch, num_updates=updates, ema_decay=changes.pop("ema_decay", 0.99))
+    teacher = dataclasses.replace(last, objective=Denoising())
+    plan = Plan((teacher,) if kind == "denoise" else (dataclasses.replace(teacher, num_updates=1), last))
     if "micro" in changes:
         changes["micro_batch"] = max(1, batch // changes.pop("micro"))
-    return spec_of(name, stage, cpu=cpu, data=data, **changes)
+    spec = spec_of(name, last, data=data, network=lambda: network(name), cpu=cpu, log_every=1, **changes)
+    return dataclasses.replace(spec, plan=plan)
 
 
 class Gauge:
@@ -119,11 +116,24 @@ class Gauge:
         return most if sys.platform == "darwin" else most * 1024
 
 
-def few_updates(trainer: StageTrainer) -> None:
-    """Enough that moments are there and an allocator has seen all sizes."""
-    for update in trainer.run():
-        if update == 3:
-            break
+UPDATES = 3
+"""Enough that moments are there and an allocator has seen all sizes."""
+
+
+def stage_measured(spec: RunSpec, gauge: Gauge) -> tuple[int, int, int]:
+    """Bytes held before the first update of the run's last stage and after a few, and the most in between."""
+    first = after = peak = 0
+    with tempfile.TemporaryDirectory() as folder:
+        events = run(spec, Path(folder) / "run")
+        for event in events:
+            if isinstance(event, StageStart) and event.index == len(spec.plan.stages) - 1:
+                first = gauge.now()
+                gauge.reset_peak()
+            elif isinstance(event, Progress) and first and event.window.update == UPDATES:
+                peak, after = gauge.peak(), gauge.now()
+                break
+        events.close()
+    return first, after, peak
 
 
 def measured_here(name: str, kind: str, setting: str, batch: int, device: str) -> dict[str, float]:
@@ -131,28 +141,23 @@ def measured_here(name: str, kind: str, setting: str, batch: int, device: str) -
     cpu = device == "cpu"
     if "LoRA" in setting:
         import peft  # noqa: F401
-    tiny = spec_for("tiny", kind, setting if (kind, setting) in settings_of("tiny") else "", 8, cpu, images("tiny"))
-    accelerator = make_accelerator(tiny.precision, cpu)
-    few_updates(trainer_for(tiny, tiny.plan.stages[0], "warm", tiny.teacher, accelerator))
-    del tiny
     data, gauge = images(name), Gauge(device)
+    small = setting if (kind, setting) in settings_of("tiny") else ""
+    stage_measured(chain_for("tiny", kind, small, 8, UPDATES + 1, cpu, images("tiny")), gauge)
     before = gauge.now()
-    gauge.reset_peak()
-    spec = spec_for(name, kind, setting, batch, cpu, data)
-    trainer = trainer_for(spec, spec.plan.stages[0], "bench", spec.teacher, accelerator)
-    weights = gauge.now()
-    few_updates(trainer)
-    after = gauge.now()
-    found = {"weights": weights - before, "moments": after - weights, "pass": gauge.peak() - after}
-    return {part: size / MB for part, size in (found | {"peak": gauge.peak() - before}).items()}
+    first, after, peak = stage_measured(chain_for(name, kind, setting, batch, UPDATES + 1, cpu, data), gauge)
+    found = {"weights": first - before, "moments": after - first, "pass": peak - after, "peak": peak - before}
+    return {part: size / MB for part, size in found.items()}
 
 
 def counted(name: str, kind: str, setting: str, batch: int) -> dict[str, float]:
     """Megabytes of the parts, as a dry run counts them."""
-    spec = spec_for(name, kind, setting, batch, True, images(name))
-    memory = memory_of_update(
-        spec.plan.stages[0], count_forward(spec), spec.micro_batch, spec.optimizer, spec.teacher_precision
-    )
+    spec = chain_for(name, kind, setting, batch, UPDATES, True, images(name))
+    stage = spec.plan.stages[-1]
+    if kind == "halve":
+        # A dry run of a chain from this teacher.
+        spec = dataclasses.replace(spec, network=None, teacher=model_of(name))
+    memory = memory_of_update(stage, count_forward(spec), spec.micro_batch, spec.optimizer, spec.teacher_precision)
     return {part: size / MB for part, size in memory._asdict().items()} | {"peak": sum(memory) / MB}
 
 

@@ -27,7 +27,7 @@ from halfstep.nets import (
 )
 from halfstep.objectives import Plan
 from halfstep.runs import StageFolder
-from halfstep.train import RunSpec, load, make_accelerator, run
+from halfstep.train import Model, RunSpec, StageStart, load, make_accelerator, pipeline, run
 from halfstep.train.checkpoint import resume, save_checkpoint
 from halfstep.train.cost import count_forward, memory_of_update
 from halfstep.train.pipeline import trainer_for
@@ -144,6 +144,24 @@ def test_a_stage_that_was_cut_and_resumed_is_the_uncut_one_bit_for_bit(tmp_path:
     again = own_state(trained(6, folder).finish().network)
     assert whole.keys() == again.keys()
     assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora_rank": 2}], ids=lambda changes: "+".join(changes) or "whole")
+def test_beside_a_teacher_in_bfloat16_its_weights_in_float32_are_let_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    parents: list[Model] = []
+    monkeypatch.setattr(pipeline, "load", lambda path: parents.append(load(path)) or parents[-1])
+    torch.set_num_threads(1)
+    for precision, gone in (("float32", False), ("bf16", True)):
+        parents.clear()
+        students = 0
+        for event in run(spec(teacher_precision=precision, **changes), tmp_path / precision):
+            if isinstance(event, StageStart) and event.index:
+                students += 1
+                assert {parameter.is_meta for parameter in parents[-1].parameters()} == {gone}
+        assert students == 2
+        assert all(bool(p.isfinite().all()) for p in load(tmp_path / precision).parameters())
 
 
 def test_moments_of_8_bits_take_a_quarter_of_the_memory() -> None:
