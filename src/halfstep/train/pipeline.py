@@ -540,6 +540,9 @@ class _Runner:
         resumed = trainer.update
         self.log.keep(lambda row: row.get("stage") != folder.name or row.get("update", 0) <= resumed)
         self.trackers.start(self._updates_before + resumed)
+        if parent is not None and spec.teacher_precision != "float32":
+            # A copy of it is asked and another one trained (a LoRA holds what it shares), so its own would be a third.
+            parent.to("meta")
         yield StageStart(folder.name, index, stage, resumed)
         if spec.micro_batch == "auto":
             with self._at_once():
