@@ -238,10 +238,10 @@ def test_a_run_that_was_cut_in_the_matching_stage_ends_as_the_uncut_one(
 
     update = engine.StageTrainer._one_update
 
-    def failing(trainer: engine.StageTrainer) -> None:
+    def failing(trainer: engine.StageTrainer, fed: list[Any]) -> None:
         if trainer.stream == "01-match" and trainer.update == 2:
             raise KeyboardInterrupt
-        update(trainer)
+        update(trainer, fed)
 
     words = ["--engine.checkpoint-updates", "1"]
     monkeypatch.setattr(engine.StageTrainer, "_one_update", failing)
