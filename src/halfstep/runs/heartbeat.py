@@ -38,7 +38,7 @@ class Heartbeat:
 
     {"state": "running", or "finished", "stopped", "diverged", "failed"; "message": of the error, or null; "pid",
     "machine": see `this_machine`; "started", "updated": seconds since 1970}. A file that cannot be written is passed
-    over: a full disk is for those to tell who have something to lose.
+    over: a full disk is for those to tell who have something to lose. Where the folder has gone, none is made.
 
     Args:
         ends: states for kinds of errors; any other is "failed", and none is "finished".
@@ -73,6 +73,8 @@ class Heartbeat:
             self._write("running", None)
 
     def _write(self, state: str, message: str | None) -> None:
+        if not self.path.parent.is_dir():
+            return
         with contextlib.suppress(OSError):
             write_json(
                 self.path,
