@@ -77,11 +77,12 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=STEPS, default=None)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=None)
+    parser.add_argument("--steps", type=int, nargs="+", default=None, help="in the place of each network's own")
     options = parsed(parser)
     rows: list[dict[str, Any]] = []
     for name in options.networks or (["tiny"] if options.short else ["digits", "cifar10"]):
         rounds = options.rounds or (5 if name != "tiny" else 3)
-        rows += measured(name, options.batch, STEPS[name], options.device, rounds)
+        rows += measured(name, options.batch, options.steps or STEPS[name], options.device, rounds)
     write("sample", rows, options, threads=torch.get_num_threads())
 
 
