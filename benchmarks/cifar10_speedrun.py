@@ -28,7 +28,7 @@ from halfstep.data import DataConfig, open_data
 from halfstep.recipes import build, recipes
 from halfstep.recipes.schema import ChainConfig, EngineConfig, EvaluationConfig, Recipe, TeacherConfig, UNetConfig
 from halfstep.runs import RunFolder
-from halfstep.train.cost import count_forward, update_cost
+from halfstep.train.cost import count_forward
 from halfstep.train.evaluate import samples_array
 from halfstep.train.pipeline import trainer_for
 from halfstep.train.processes import make_accelerator
@@ -155,7 +155,7 @@ def table(options: argparse.Namespace, plan: dict[str, Any], recipe: Recipe) -> 
     spec = build(recipe, what="all")
     forward = count_forward(spec)
     stage = spec.plan.stages[1]
-    rate = forward.flops * update_cost(stage) / plan["seconds"]["chain"]
+    rate = forward.flops * stage.update_cost / plan["seconds"]["chain"]
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     peak = next((value for part, value in PEAK_BF16.items() if part in name), None)
     return {

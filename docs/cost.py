@@ -12,7 +12,7 @@ from typing import Any
 
 from halfstep.recipes import build, recipes
 from halfstep.recipes.schema import data_or_stand_in
-from halfstep.train.cost import count_forward, update_cost
+from halfstep.train.cost import count_forward
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS / "results" / "benchmarks"
@@ -65,9 +65,9 @@ def priced() -> str:
         work = {"train": 0.0, "distil": 0.0}
         for stage in spec.plan.stages:
             part = "train" if stage.num_steps is None else "distil"
-            work[part] += forward.flops * update_cost(stage) * stage.num_updates
+            work[part] += forward.flops * stage.update_cost * stage.num_updates
         stage = spec.plan.stages[-1]
-        update = forward.flops * update_cost(stage) / devices / (PEAK * SHARE)
+        update = forward.flops * stage.update_cost / devices / (PEAK * SHARE)
         traffic = 2 * (devices - 1) / devices * 4 * forward.parameters / LINK
         rows.append(
             {
