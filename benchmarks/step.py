@@ -171,7 +171,7 @@ def main() -> None:
         settings += [("float32", True), ("bf16", True)]
     rows: list[dict[str, Any]] = []
     for name in names:
-        rounds = options.rounds or (60 if name in ("digits", "tiny") else 12)
+        rounds = options.rounds or (60 if name in ("digits", "tiny") else 8)
         rows += measured(name, options.device, options.batch or BATCH[name], rounds, settings)
     write("step", rows, options, threads=torch.get_num_threads(), num_steps=NUM_STEPS)
 
