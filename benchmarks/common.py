@@ -87,8 +87,8 @@ def model_of(name: str) -> Model:
     return Model(made, manifest)
 
 
-def halving(batch: int, num_updates: int = 10**9, ema_decay: float = 0.0, num_steps: int = 8) -> Stage:
-    """A stage of the chain, whose updates cost the same at any number of steps."""
+def halving(batch: int, num_updates: int = 10**9, ema_decay: float = 0.999, num_steps: int = 8) -> Stage:
+    """A stage of the chain with a moving average, whose updates cost the same at any number of steps."""
     return Stage(
         Halving(num_steps), num_updates=num_updates, batch_size=batch, learning_rate=1e-4, anneal=False,
         ema_decay=ema_decay,

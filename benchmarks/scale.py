@@ -95,6 +95,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=None)
     parser.add_argument("--worker", nargs=4, metavar=("NETWORK", "BATCH", "NUMBER", "ROUNDS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.threads is not None:
+        parser.error("--threads says nothing here, where each setting has its own: leave it out")
     if options.worker:
         name, *numbers = options.worker
         batch, number, rounds = (int(value) for value in numbers)

@@ -173,7 +173,8 @@ def main() -> None:
     for name in names:
         rounds = options.rounds or (60 if name in ("digits", "tiny") else 8)
         rows += measured(name, options.device, options.batch or BATCH[name], rounds, settings)
-    write("step", rows, options, threads=torch.get_num_threads(), num_steps=NUM_STEPS)
+        # After each network: to compile them can take an hour of a CPU's time, and what was measured stays.
+        write("step", rows, options, threads=torch.get_num_threads(), num_steps=NUM_STEPS)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,12 @@ A fork server imports torch once, so that each team costs a fraction of a second
 """
 
 import dataclasses
+import math
 import multiprocessing
 import os
 import signal
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
@@ -26,13 +28,12 @@ from halfstep.core.noise import VPCosine
 from halfstep.core.prediction import V
 from halfstep.data import MemoryData, training_batch
 from halfstep.nets import MLP
-from halfstep.objectives import EarlyEnd, Plan, Stage
+from halfstep.objectives import EarlyEnd, Plan, Stage, objectives
 from halfstep.runs import RunFolder
 from halfstep.train import (
     Evaluation,
     FailedElsewhere,
     Interrupted,
-    LostProcess,
     Processes,
     Progress,
     StageTrainer,
@@ -43,7 +44,7 @@ from halfstep.train import (
 )
 from halfstep.train.engine import copy_denoiser
 from halfstep.train.processes import exit_code, leave
-from toys import finish, points, toy_plan, toy_spec
+from toys import Poisoned, finish, one_stage, points, toy_plan, toy_spec
 
 Work = Callable[..., Any]
 
@@ -290,11 +291,16 @@ def run_cases(folder: str, one: str) -> list[Any]:
 def refusals(folder: str) -> list[str]:
     """How the errors of one process reach the others."""
     said = []
+    objectives._members["poisoned"] = Poisoned
     processes = Processes(make_accelerator(cpu=True))
 
     def work(item: int) -> tuple[torch.Tensor]:
         if item == 1:
             raise ValueError("no such item")
+        return (torch.zeros(1),)
+
+    def slow(item: int) -> tuple[torch.Tensor]:
+        time.sleep(1.5 * item)
         return (torch.zeros(1),)
 
     for attempt in (
@@ -303,10 +309,12 @@ def refusals(folder: str) -> list[str]:
         lambda: trainer(halving(batch_size=25)),
         lambda: run_with(f"{folder}/new", "full", None, {"optimizer": "adamw8bit"}),
         lambda: finish(toy_spec(data=MemoryData("toy", points() + processes.index)), Path(folder + "-data")),
+        lambda: finish(toy_spec(plan=one_stage(Poisoned(7, (12,), math.nan))), Path(folder + "-nan")),
+        lambda: Processes(make_accelerator(cpu=True), timeout_minutes=0.005).spread(range(2), slow),
     ):
         try:
             attempt()
-        except (ValueError, FailedElsewhere, LostProcess) as error:
+        except (ValueError, RuntimeError, FailedElsewhere) as error:
             code = exit_code(error)
             said.append(f"{type(error).__name__} {code}: {error}")
         else:

@@ -2,15 +2,16 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
+from halfstep.core.draw import Draw
 from halfstep.core.noise import VPCosine
 from halfstep.core.prediction import V
 from halfstep.data import MemoryData
 from halfstep.nets import MLP
-from halfstep.objectives import Plan
+from halfstep.objectives import Batch, Denoising, Losses, Models, Objective, Plan
 from halfstep.train import Notice, RunSpec, StopSignal, run
 
 # Options of the command line that make a run of any recipe last a second.
@@ -75,3 +76,29 @@ def weights(path: Path) -> dict[str, bytes]:
 def run_toy(path: str) -> None:
     """The uncut toy run, as a target for other processes."""
     finish(toy_spec(), Path(path))
+
+
+def one_stage(objective: Objective, num_updates: int = 20) -> Plan:
+    """A stage with dropout and a moving average."""
+    return Plan((dataclasses.replace(toy_plan(num_updates).stages[0], objective=objective),))
+
+
+@dataclasses.dataclass(frozen=True)
+class Poisoned(Objective):
+    """Denoising whose losses of two places are not finite at one update."""
+
+    update: int
+    places: tuple[int, ...]
+    value: float
+    needs_teacher: ClassVar[bool] = False
+
+    @property
+    def teacher_evals(self) -> int:
+        return 0
+
+    def loss(self, models: Models, batch: Batch, draw: Draw) -> Losses:
+        losses = Denoising().loss(models, batch, draw)
+        factor = torch.ones(len(draw.places))
+        if draw.update == self.update:
+            factor[[place in self.places for place in draw.places]] = self.value
+        return Losses(losses.loss * factor, losses.log_snr)

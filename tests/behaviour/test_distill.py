@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from halfstep import X0, GaussianDenoiser, NetworkDenoiser, Plan, VPCosine, distill, sample
+from halfstep import X0, GaussianDenoiser, NetworkDenoiser, Plan, V, VPCosine, distill, sample
+from halfstep.nets import MLP
 
 PROCESS = VPCosine()
 STEPS = 16
@@ -58,6 +59,18 @@ def test_batches_of_pixels_are_refused_and_a_teacher_is_given_back_as_it_was() -
         distill(teacher, [torch.zeros(8, 1, dtype=torch.uint8)], start=16, to=8)
     assert teacher.training
     assert all(p.requires_grad for p in teacher.parameters())
+
+
+def test_a_plan_of_ones_own_shows_its_students_the_scales_that_were_matched() -> None:
+    torch.manual_seed(0)
+    teacher = NetworkDenoiser(MLP((2,), width=16, depth=1, num_classes=3), VPCosine(), V())
+    data = [(torch.randn(16, 2), {"class_labels": torch.arange(16) % 2})]
+    plan = Plan.halvings(4, 2, num_updates=2, batch_size=16, learning_rate=1e-3)
+    settings = {"guidance": (1.0, 4.0), "null": {"class_labels": torch.tensor(2)}, "batch_size": 16}
+    student = distill(teacher, data, plan=plan, matching_updates=2, **settings)  # type: ignore[arg-type]
+    cond = {"class_labels": torch.arange(4) % 2, "guidance_scale": torch.linspace(1, 4, 4)}
+    assert sample(student, torch.randn(4, 2), 2, cond=cond).isfinite().all()
+    assert student.network.guided
 
 
 def test_distill_gives_the_same_student_twice_and_calls_back() -> None:

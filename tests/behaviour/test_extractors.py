@@ -99,6 +99,17 @@ def test_dinov2_is_the_class_token_of_transformers_model(tmp_path: Path) -> None
     assert extractor.logits(expected) is None
     with pytest.raises(ValueError, match="no DINOv2 model could be read there"):
         extractor_for(f"dinov2={tmp_path}/none", _measured())
+    # Of another network transformers would draw at random what it does not find.
+    other = transformers.Dinov2WithRegistersConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    transformers.Dinov2WithRegistersModel(other).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="its weights are of another network"):
+        extractor_for(f"dinov2={tmp_path / 'other'}", _measured())
+    cut = tmp_path / "model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:100])
+    with pytest.raises(ValueError, match="no DINOv2 model could be read there"):
+        extractor_for(f"dinov2={tmp_path}", _measured())
 
 
 @pytest.fixture

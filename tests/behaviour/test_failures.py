@@ -25,6 +25,7 @@ from halfstep.core.draw import Draw
 from halfstep.data import MemoryData
 from halfstep.objectives import Batch, Denoising, Losses, Models, Objective, Plan, objectives
 from halfstep.runs import DamagedFile, RunFolder, StageFolder, read_log
+from halfstep.runs.storage import no_storage
 from halfstep.train import (
     Interrupted,
     NonFinite,
@@ -33,19 +34,20 @@ from halfstep.train import (
     Progress,
     StageTrainer,
     StopSignal,
+    failures,
     load,
     make_accelerator,
     pipeline,
     run,
 )
 from halfstep.train import checkpoint as checkpoints
+from halfstep.train import model as model_module
 from halfstep.train.failures import Recent, is_out_of_memory
 from halfstep.train.pipeline import trainer_for
 from halfstep.train.processes import exit_code
 from halfstep.train.stop import SAME_PRESS, at_once
-from halfstep.train.storage import no_storage
 from torture import mount, unmount
-from toys import TINY_ARRAYS, finish, points, toy_plan, toy_spec, weights
+from toys import TINY_ARRAYS, Poisoned, finish, one_stage, points, toy_plan, toy_spec, weights
 
 
 @pytest.fixture(scope="module")
@@ -53,27 +55,6 @@ def uncut(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("uncut") / "run"
     finish(toy_spec(), path)
     return path
-
-
-@dataclasses.dataclass(frozen=True)
-class Poisoned(Objective):
-    """Denoising whose losses of two places are not finite at one update."""
-
-    update: int
-    places: tuple[int, ...]
-    value: float
-    needs_teacher: ClassVar[bool] = False
-
-    @property
-    def teacher_evals(self) -> int:
-        return 0
-
-    def loss(self, models: Models, batch: Batch, draw: Draw) -> Losses:
-        losses = Denoising().loss(models, batch, draw)
-        factor = torch.ones(len(draw.places))
-        if draw.update == self.update:
-            factor[[place in self.places for place in draw.places]] = self.value
-        return Losses(losses.loss * factor, losses.log_snr)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,11 +100,6 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
     """In these tests, their objectives have a name."""
     for kind in (Poisoned, Hungry, Slow):
         monkeypatch.setitem(objectives._members, kind.__name__.lower(), kind)
-
-
-def one_stage(objective: Objective, num_updates: int = 20) -> Plan:
-    """A stage with dropout and a moving average."""
-    return Plan((dataclasses.replace(toy_plan(num_updates).stages[0], objective=objective),))
 
 
 def trainer(objective: Objective, micro_batch: int | None = None, x0: torch.Tensor | None = None) -> StageTrainer:
@@ -193,6 +169,52 @@ def test_the_losses_of_a_batch_are_those_of_its_objective() -> None:
     # A window that ends lets go of its updates, but the next one can still name the norm before it.
     recent.forget()
     assert recent.statistics(10) == {"update": 10, "grad_norm": None, "grad_norm_before": "inf"}
+
+
+def test_a_signal_that_a_library_makes_an_error_of_its_own_of_is_still_one() -> None:
+    def compiled() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(30)
+        except Exception as error:
+            raise RuntimeError("the compiler failed") from error
+
+    with StopSignal() as stop, pytest.raises(Interrupted), stop.at_once():
+        compiled()
+    with StopSignal() as stop, pytest.raises(RuntimeError, match="its own"), stop.at_once():
+        raise RuntimeError("its own")
+
+
+@pytest.mark.parametrize("where", ["build", "make_report"])
+def test_a_signal_before_and_after_training_ends_with_the_code_that_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], where: str
+) -> None:
+    np.save(tmp_path / "toy.npy", points().numpy())
+
+    def killed(*arguments: Any, **settings: Any) -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(30)
+
+    monkeypatch.setattr(commands, where, killed)
+    words = ["run", "arrays", "--data", str(tmp_path / "toy.npy"), "--out", str(tmp_path / "run"), *TINY_ARRAYS]
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--engine.requeue-code", "85"])
+    assert ended.value.code == 85
+    assert "stopped by SIGUSR1; the state is saved" in capsys.readouterr().err
+
+
+def test_what_broke_is_known_however_seldom_the_log_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (failures, pipeline):
+        monkeypatch.setattr(module, "KEPT", 4)
+    spec = toy_spec(plan=one_stage(Poisoned(7, (4,), math.inf)), log_every=10**6, checkpoint_updates=10**6)
+    with pytest.raises(NonFinite, match=r"at update 7 \(1 of 16 losses were not finite"):
+        finish(spec, tmp_path / "run")
+
+
+def test_what_broke_in_a_later_stage_names_the_stage_before_it(tmp_path: Path) -> None:
+    stages = (toy_plan().stages[0], one_stage(Poisoned(1, (4,), math.inf)).stages[0])
+    with pytest.raises(NonFinite, match=r"the last complete stage is .*00-denoise$"):
+        finish(toy_spec(plan=Plan(stages)), tmp_path / "run")
 
 
 def test_a_run_that_diverged_keeps_the_statistics_and_its_last_checkpoint(tmp_path: Path) -> None:
@@ -426,9 +448,31 @@ def test_checkpoints_are_pruned_only_after_a_newer_one_was_read_back(
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints, "write_tensors", unsound)
-        with pytest.raises(DamagedFile, match=r"checkpoint-00000012: optimizer.safetensors was written, but .* check"):
+        with pytest.raises(DamagedFile, match=r"checkpoint-00000012.*optimizer.safetensors was written, but .* check"):
             finish(toy_spec(), path)
     assert [held.name for held in stage.checkpoints()] == ["checkpoint-00000009", "checkpoint-00000006"]
+    finish(toy_spec(), path)
+    assert weights(path) == weights(uncut)
+
+
+def test_checkpoints_outlive_a_stage_whose_weights_were_not_written_right(
+    tmp_path: Path, uncut: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, path = model_module.write_tensors, tmp_path / "run"
+
+    def unsound(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
+        written(tensors, file)
+        content = bytearray(file.read_bytes())
+        content[-3] ^= 1
+        file.write_bytes(content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model_module, "write_tensors", unsound)
+        with pytest.raises(DamagedFile, match=r"model.safetensors.* was written, but .* check the disk"):
+            finish(toy_spec(), path)
+    stage = RunFolder(path).stage("00-denoise")
+    assert stage.checkpoints()
+    assert not stage.is_complete()
     finish(toy_spec(), path)
     assert weights(path) == weights(uncut)
 

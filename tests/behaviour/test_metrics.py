@@ -25,6 +25,7 @@ from halfstep.metrics import (
     sliced_wasserstein,
     ssim,
     train_classifier,
+    why_no_lpips,
 )
 from halfstep.metrics.reference import described, halves
 from halfstep.train import Evaluation, Reference
@@ -187,6 +188,18 @@ def test_lpips_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     with pytest.raises(ValueError, match="its AlexNet is not at"):
         lpips(a, a)
     assert any("LPIPS is left out" in text for text in paired_figures(a, a, is_image=True).missing)
+    # AlexNet's poolings leave nothing of small images, wherever its weights are.
+    assert "at least 31 x 31 pixels" in str(why_no_lpips((1, 28, 28)))
+    assert "4 channels" in str(why_no_lpips((4, 64, 64)))
+
+
+def test_ssim_of_many_pairs_is_that_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.rand(7, 3, 16, 16, generator=generator) * 2 - 1 for _ in range(2))
+    together = ssim(a, b)
+    monkeypatch.setattr("halfstep.metrics.paired.AT_ONCE", 3)
+    assert ssim(a, b) == pytest.approx(together, rel=1e-12)
+    assert together == pytest.approx(sum(ssim(x[None], y[None]) for x, y in zip(a, b, strict=True)) / 7, rel=1e-12)
 
 
 def test_all_figures_of_a_set_are_there_and_those_without_enough_samples_are_named() -> None:

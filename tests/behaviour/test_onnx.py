@@ -122,6 +122,17 @@ def test_a_graph_that_samples_otherwise_is_not_written(tmp_path: Path, monkeypat
     assert not list(tmp_path.iterdir())
 
 
+def test_weights_beside_the_graph_are_found_where_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from halfstep.hub import onnx as room
+
+    monkeypatch.setattr(room, "LARGEST", 0)
+    made = points(VPCosine(), V())
+    file = export_onnx(made, tmp_path / "sampler.onnx", 2)
+    assert sorted(held.name for held in tmp_path.iterdir()) == ["sampler.onnx", "sampler.onnx.data"]
+    noise = torch.randn(3, 2)
+    assert_same(ran(file, noise=noise), sample(made, noise, 2))
+
+
 def test_a_missing_package_and_a_missing_number_of_steps_are_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -174,6 +174,13 @@ def test_what_one_process_refuses_ends_all_with_its_code(tmp_path: Path) -> None
     assert "the optimizer adamw8bit cannot be sharded" in first[3]
     assert first[4] == second[4]
     assert "process 1 of the run sees other data under toy than the first" in first[4]
+    # What broke was in the second process' share; both say so, and the first keeps it.
+    assert first[5].partition("; the last good")[0] == second[5].partition("; the last good")[0]
+    assert "at update 7 (1 of 8 losses were not finite" in first[5]
+    held = json.loads((tmp_path / "folder-nan" / "stages" / "00-poisoned" / "non-finite.json").read_text())
+    assert [entry["place"] for entry in held["not_finite"]] == [12]
+    # One item may take longer than the patience of training.
+    assert first[6] == second[6] == "nothing"
 
 
 def test_a_signal_to_one_process_stops_all_at_the_same_update_with_the_state_saved(tmp_path: Path) -> None:
@@ -238,6 +245,7 @@ def test_torchrun_and_accelerate_launch_run_halfstep(tmp_path: Path) -> None:
     points = tmp_path / "points.npy"
     np.save(points, teams.points().numpy())
     run_argv = ["run", "arrays", "--data", str(points), "--out", str(tmp_path / "run"), *TINY_ARRAYS]
+    run_argv += ["--evaluation.batch-size", "10"]
     done = _launch(TORCHRUN, [*run_argv, "--engine.sharding", "full"], tmp_path)
     assert done.returncode == 0, done.stderr
     # One of them speaks.

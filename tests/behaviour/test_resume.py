@@ -45,15 +45,20 @@ def test_a_cut_inside_or_between_stages_is_not_seen_in_the_weights_nor_in_the_lo
     assert keys == sorted(set(keys)), "a row was lost, doubled or out of order"
 
 
-@pytest.mark.parametrize("damage", ["truncated", "bit flipped", "manifest cut", "file missing"])
+@pytest.mark.parametrize("damage", ["truncated", "bit flipped", "manifest cut", "update altered", "file missing"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path: Path, uncut: Path, damage: str) -> None:
     path = tmp_path / "run"
     _cut(path, "00-denoise", 25)
     latest, before = RunFolder(path).stage("00-denoise").checkpoints()[:2]
-    target = latest / ("manifest.json" if damage == "manifest cut" else "optimizer.safetensors")
+    target = latest / ("manifest.json" if damage in ("manifest cut", "update altered") else "optimizer.safetensors")
     content = bytearray(target.read_bytes())
     if damage == "file missing":
         target.unlink()
+    elif damage == "update altered":
+        # One bit makes another digit of it, and the file is JSON as before.
+        assert b'"update": 24' in content
+        content[content.index(b'"update": 24') + len(b'"update": 2')] ^= 1
+        target.write_bytes(content)
     else:
         if damage == "bit flipped":
             content[-7] ^= 0x10

@@ -227,6 +227,15 @@ def test_a_teacher_in_half_precision_says_nearly_the_same_in_half_the_memory() -
     assert all(torch.equal(value, before[name]) for name, value in plain.state_dict().items())
 
 
+@torch.no_grad()
+def test_networks_of_arrays_are_asked_in_half_precision_too() -> None:
+    torch.manual_seed(0)
+    plain = MLP((3,), width=32, depth=2, guided=True)
+    x_t, time, scale = torch.randn(16, 3), torch.linspace(0.05, 1, 16), torch.linspace(1, 8, 16)
+    found, wanted = InHalf(plain)(x_t, time, guidance_scale=scale), plain(x_t, time, guidance_scale=scale)
+    assert float((found - wanted).square().mean().sqrt()) < 0.02 * float(wanted.square().mean().sqrt())
+
+
 def test_the_memory_that_is_counted_is_that_of_the_tensors_that_are_there(tmp_path: Path) -> None:
     finish(tmp_path / "run", plan=Plan(spec().plan.stages[:1]))
     teacher = load(tmp_path / "run")

@@ -159,6 +159,91 @@ def test_the_same_command_again_changes_nothing_and_another_goes_on(ddpm_run: Pa
     main(["report", str(further)])
 
 
+@pytest.mark.parametrize("run", ["dit_run", "sd_run", "lora_run"])
+def test_a_run_that_has_taken_guidance_in_goes_on(
+    run: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: Capture
+) -> None:
+    path: Path = request.getfixturevalue(run)
+    main(["distill", str(path), "--to", "2", "--out", str(tmp_path / "more")])
+    assert stages(tmp_path / "more") == ["00-teacher", "01-halve-0002"]
+    before, after = load(path), load(tmp_path / "more")
+    assert after.manifest.guidance == before.manifest.guidance
+    assert after.num_steps == 2
+    # Its teacher is the student that it goes on from, whole.
+    cond = {n: torch.randn(3, *shape) for n, shape in before.manifest.conditions.items()}
+    given = load(tmp_path / "more" / "stages" / "00-teacher")
+    torch.testing.assert_close(
+        given.sample(range(3), 4, cond=cond), before.sample(range(3), 4, cond=cond), rtol=0, atol=1e-5
+    )
+    if run == "lora_run":
+        asked = ["export", str(tmp_path / "more"), "--format", "lora", "--out", str(tmp_path / "lora")]
+        assert "were trained by halfstep and are not those of" in refused(asked, capsys)
+    matching = ["--matching.prediction", "x0", "--out", str(tmp_path / "third")]
+    assert "match its own teacher" in refused(["distill", str(path), "--to", "2", *matching], capsys)
+
+
+def test_a_run_on_a_clock_that_was_asked_for_goes_on_without_another_match(
+    here: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    run = distil(here / "ddpm", "digits", tmp_path / "run", "--matching.process", "cosine")
+    main(["distill", str(run), "--to", "2", "--out", str(tmp_path / "more")])
+    assert stages(tmp_path / "more") == ["00-teacher", "01-halve-0002"]
+
+
+@pytest.mark.parametrize("word", ["--model.prediction", "--network.dropout", "--teacher.num-updates"])
+def test_options_of_a_teacher_that_is_there_are_refused(word: str, ddpm_run: Path, capsys: Capture) -> None:
+    assert f"{word} says nothing to a teacher that is there" in refused(
+        ["distill", str(ddpm_run), "--to", "2", f"{word}=1"], capsys
+    )
+
+
+def test_samples_are_of_the_classes_that_the_data_had(here: Path, tmp_path: Path) -> None:
+    words = ["--matching.guidance-scale", "2", "--matching.null-class", "10"]
+    run = distil(here / "classes-ddpm", "digits", tmp_path / "run", *words)
+    for stage in RunFolder(run).stages():
+        model = load(stage.path)
+        assert model.num_classes == 11
+        assert model.cond(range(21))["class_labels"].tolist() == [*range(10), *range(10), 0]
+    main(["export", str(run), "--out", str(tmp_path / "out")])
+
+
+def test_a_pipeline_whose_parts_lie_in_its_root_is_read(here: Path, tmp_path: Path) -> None:
+    flat = shutil.copytree(here / "ddpm", tmp_path / "flat")
+    for part in ("unet", "scheduler"):
+        for file in (flat / part).iterdir():
+            file.rename(flat / file.name)
+        (flat / part).rmdir()
+    drawn = []
+    for source in (here / "ddpm", flat):
+        main(["import", "diffusers", str(source), "--out", str(tmp_path / f"stage-{source.name}")])
+        drawn.append(load(tmp_path / f"stage-{source.name}").sample(range(2), 4))
+    assert torch.equal(*drawn)
+    pipe = diffusers.DDPMPipeline.from_pretrained(flat)
+    assert pipe.unet.config.in_channels == 1
+
+
+def test_latents_of_texts_are_not_clipped_though_their_scheduler_says_nothing(here: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(here / "sd", tmp_path / "sd")
+    file = folder / "scheduler" / "scheduler_config.json"
+    held = json.loads(file.read_text())
+    del held["clip_sample"]
+    file.write_text(json.dumps(held))
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    assert pipe.scheduler.config.clip_sample is False
+    main(["import", "diffusers", str(folder), "--out", str(tmp_path / "stage")])
+    assert load(tmp_path / "stage").manifest.clip is False
+
+
+@pytest.mark.parametrize("part", ["text_encoder_2", "tokenizer_2"])
+def test_a_transformer_of_texts_needs_its_second_encoder(
+    part: str, here: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    folder = shutil.copytree(here / "sd3", tmp_path / "sd3")
+    edit("model_index.json", **{part: [None, None]})(folder)
+    asked = ["distill", str(folder), "--data", str(here / "latents3"), "--to", "4", "--out", str(tmp_path / "run")]
+    assert f"has no {part}" in refused(asked, capsys)
+
+
 def test_another_teacher_in_the_same_folder_makes_another_run(here: Path, tmp_path: Path, capsys: Capture) -> None:
     folder = shutil.copytree(here / "ddpm", tmp_path / "ddpm")
     run = distil(folder, "digits", tmp_path / "run")
@@ -299,6 +384,7 @@ def test_pushing_goes_through_the_hub_s_own_client(
     out = tmp_path / "out"
     main(["export", str(ddpm_run), "--out", str(out), "--push-to-hub", "me/digits"])
     assert said == ["me/digits", ("me/digits", out)]
+    assert 'from_pretrained("me/digits")' in (out / "README.md").read_text()
     assert "https://huggingface.co/me/digits" in capsys.readouterr().out
 
 
@@ -359,7 +445,7 @@ SOLVED_FLOW: Final = {
         (lambda f: (f / "unet" / "config.json").unlink(), "has no config.json: the pipeline was not saved whole"),
         (
             lambda f: shutil.rmtree(f / "scheduler"),
-            "has no scheduler/scheduler_config.json: the pipeline was not saved",
+            "has no scheduler_config.json: the pipeline was not saved",
         ),
         (edit(SCHEDULER, beta_start=None), "the config of the DDPMScheduler does not make one (linspace()"),
         (edit(SCHEDULER, num_train_timesteps="many"), "the config of the DDPMScheduler does not make one (linspace()"),

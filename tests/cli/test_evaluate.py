@@ -264,8 +264,86 @@ def test_what_is_damaged_or_not_there_yet_is_left_out_and_said(toy_run: Path, tm
         assert any(said in notice for notice in result.notices)
         assert said in printed
     teacher = run / "stages" / "00-denoise" / "model.safetensors"
+    whole = shutil.copytree(toy_run, tmp_path / "whole")
+    (whole / "stages" / "00-denoise" / "model.safetensors").write_bytes(b"")
+    main(["evaluate", str(whole), "--num-steps", "2"])
+    held = RunFolder(whole).evaluation()
+    assert held is not None
+    assert {row.series for row in held.tables[0].rows} == {"student"}
     teacher.write_bytes(b"")
     assert "has no stage that can be measured" in refused(["evaluate", str(run)], capsys)
+
+
+def test_what_was_cut_says_the_same_in_all_its_files(
+    toy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from halfstep.train import Model
+
+    main(["evaluate", str(toy_run), "--num-steps", "1", "--out", str(tmp_path)])
+    sample = Model.sample
+
+    def cut(self: Model, seeds: list[int], num_steps: int | None = None, *rest: object, **more: object) -> object:
+        if num_steps == 3:
+            raise KeyboardInterrupt
+        return sample(self, seeds, num_steps, *rest, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Model, "sample", cut)
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(toy_run), "--num-steps", "3", "2", "--num-samples", "20", "--out", str(tmp_path)])
+    assert not _result(tmp_path).complete
+    said = (tmp_path / "evaluation.md").read_text()
+    assert "It was cut, or still runs" in said
+    assert "20 samples" in said
+    with (tmp_path / "evaluation.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    tables = _result(tmp_path).tables
+    assert len(rows) == sum(len(row.figures) for table in tables for row in table.rows)
+
+
+def test_a_row_is_of_all_sets_of_seeds_or_not_there(
+    toy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from halfstep.train import Model
+
+    sample = Model.sample
+
+    def broken(self: Model, seeds: list[int], num_steps: int | None = None, *rest: object, **more: object) -> object:
+        drawn = sample(self, seeds, num_steps, *rest, **more)  # type: ignore[arg-type]
+        return drawn * float("nan") if num_steps == 2 and 20 in seeds else drawn
+
+    monkeypatch.setattr(Model, "sample", broken)
+    options = ["--num-steps", "3", "2", "--num-samples", "20", "--seeds", "2", "--against", "teacher-ddim"]
+    main(["evaluate", _stage(toy_run, "00-denoise"), *options, "--out", str(tmp_path)])
+    result = _result(tmp_path)
+    assert [row.num_steps for row in result.tables[0].rows] == [3]
+    assert not result.complete
+    assert any("at 2 steps is left out" in notice for notice in result.notices)
+
+
+def test_times_of_another_machine_are_no_column_with_those_of_this(toy_run: Path, tmp_path: Path) -> None:
+    command = ["evaluate", _stage(toy_run, "00-denoise"), "--num-steps", "3", "2", "--out", str(tmp_path)]
+    main(command)
+    (cell,) = (tmp_path / "cells").glob("teacher-ddim-0003-*/cell.json")
+    held = json.loads(cell.read_text())
+    cell.write_text(json.dumps(held | {"pace": ["NVIDIA H100", 1]}))
+    main(command)
+    there = {row.num_steps: row.seconds_per_1000 for row in _result(tmp_path).tables[0].rows}
+    assert there[3] is None
+    assert there[2] is not None
+
+
+def test_photos_of_mixed_sizes_are_brought_to_that_of_the_samples(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    for index, side in enumerate([8, 9, 12, 16] * 3):
+        for folder in ("photos", "samples"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            size = side if folder == "photos" else 8
+            picture = random.integers(0, 255, (size, size, 3), dtype=np.uint8)
+            Image.fromarray(picture).save(tmp_path / folder / f"{index}.png")
+    words = ["--data", str(tmp_path / "photos"), "--image-size", "8", "--extractors", "pixels"]
+    main(["evaluate", str(tmp_path / "samples"), *words, "--out", str(tmp_path / "out")])
+    (table,) = _result(tmp_path / "out").tables
+    assert (table.protocol.num_reference, table.protocol.reference_split) == (12, None)
 
 
 def test_bad_input_is_refused_in_one_line(toy_run: Path, digits_run: Path, tmp_path: Path, capsys: Capture) -> None:

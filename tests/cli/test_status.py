@@ -99,6 +99,28 @@ def test_damage_and_bad_folders(tmp_path: Path, capsys: Capture) -> None:
     assert "leave one of them out" in refused(["status", str(path), "--watch", "--json"], capsys)
 
 
+def test_numbers_that_no_float_can_hold_and_endless_nesting_are_passed_over(tmp_path: Path) -> None:
+    path = folder_of(tmp_path / "run", [row("00-denoise", 10, 3.0)], state="running")
+    huge = '{"stage": "00-denoise", "update": 11, "seconds": 4, "loss": 1' + "0" * 400 + "}"
+    (path / "log.jsonl").write_text(f"{'[' * 100_000}\n{huge}\n")
+    stage = read_status(path).stages[0]
+    assert (stage.update, stage.loss) == (11, None)
+    (path / "recipe.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="not readable JSON"):
+        read_status(path)
+
+
+def test_ctrl_c_ends_the_watch_in_good_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    path = folder_of(tmp_path / "run", [row("00-denoise", 10, 3.0)], state="running")
+
+    def pressed(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("halfstep.cli.status.time.sleep", pressed)
+    main(["status", str(path), "--watch"])
+    assert capsys.readouterr().err == ""
+
+
 def test_only_the_end_of_a_long_log_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [row("00-denoise", update, 0.5 * update) for update in range(1, 101)]
     path = folder_of(tmp_path / "run", rows, state="running")

@@ -153,7 +153,7 @@ def test_sampling_is_stopped_when_its_time_is_up(run: Path) -> None:
     slow = Explorer(run, bounds=Bounds(seconds=1.0))
     # Time is asked after every step: a clock that jumps stands for a slow network.
     object.__setattr__(slow.bounds, "seconds", 0.0)
-    with pytest.raises(ValueError, match="00-denoise was stopped after 0 s at step 1 of 1000"):
+    with pytest.raises(ValueError, match="00-denoise was stopped at step 1 of 1000, for the request had taken 0 s"):
         slow.compare("00-denoise", 1000)
     assert len(Explorer(run).compare("00-denoise", 3).shown) == 2
 
@@ -177,6 +177,36 @@ def test_stages_without_weights_and_damaged_ones_are_named_and_the_others_answer
     assert len(explorer.compare("00-denoise", 2).shown[0].samples) == 16
     manifest.write_text("{", encoding="utf-8")
     assert "not readable JSON" in (Explorer(run).choices[2].missing or "")
+
+
+def test_a_damaged_stage_takes_no_other_down_with_it(tmp_path: Path) -> None:
+    run = write_asked_run(tmp_path / "run")
+    for name in ("00-denoise", "01-halve-0004"):
+        weights = run / "stages" / name / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-8])
+    explorer = Explorer(run)
+    for answer in (explorer.compare("02-halve-0002"), explorer.strip(0), explorer.walk("02-halve-0002")):
+        assert [shown.stage for shown in answer.shown] == ["02-halve-0002"]
+        assert any(note.startswith("00-denoise cannot be asked: stages/00-denoise/model") for note in answer.notes)
+    weights = run / "stages/02-halve-0002/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(ValueError, match="cannot be asked"):
+        Explorer(run).strip(0)
+
+
+def test_time_is_up_for_a_request_not_for_each_of_its_models(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    explorer = Explorer(run, bounds=Bounds(seconds=5.0))
+    ticks = iter(range(10**6))
+    # Each look at the clock is a second later: the strip's stages take 14 steps together, each less than the bound.
+    monkeypatch.setattr("halfstep.report.exploring.time.perf_counter", lambda: float(next(ticks)))
+    with pytest.raises(ValueError, match=r"for the request had taken 5 s"):
+        explorer.strip(0)
+
+
+def test_a_student_alone_is_not_called_the_teacher(run: Path) -> None:
+    answer = Explorer(run / "stages" / "02-halve-0002").compare("02-halve-0002")
+    assert [shown.is_teacher for shown in answer.shown] == [False]
+    assert answer.notes == ["There is no teacher to compare with, the teacher: it is not in this folder."]
 
 
 def test_without_a_teacher_students_are_shown_alone(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -40,7 +40,7 @@ from halfstep.metrics import extractors, to_uint8
 from halfstep.nets import networks
 from halfstep.objectives import objectives
 from halfstep.recipes import Recipe, build, recipes
-from halfstep.recipes.schema import data_or_stand_in
+from halfstep.recipes.schema import MatchingConfig, data_or_stand_in
 from halfstep.registry import nearest
 from halfstep.runs import StageFolder, read_status
 from halfstep.samplers import Ancestral, Sampler, samplers
@@ -48,8 +48,9 @@ from halfstep.studies import studies
 from halfstep.train import Interrupted, Model, Processes, RunSpec, StopSignal, load, make_accelerator
 from halfstep.train import run as run_spec
 from halfstep.train.evaluate import grid_image, samples_array
-from halfstep.train.model import find_stage
+from halfstep.train.model import find_stage, samples_at_once
 from halfstep.train.processes import launched
+from halfstep.train.stop import at_once
 
 
 def _processes(cpu: bool = False) -> Processes:
@@ -86,22 +87,28 @@ def _threads(recipe: Recipe) -> None:
         torch.set_num_threads(recipe.engine.threads)
 
 
-def _execute(spec: RunSpec, out: Path, json: bool) -> None:
+def _execute(recipe: Recipe, made: Callable[[], RunSpec], out: Path, json: bool) -> None:
+    """Makes a run, does it, and shows what came out; a signal ends each of the three in good order."""
     console = console_for(json)
     started = time.monotonic()
-    console.print(f"halfstep: {spec.recipe['name']} -> {out}", highlight=False)
     try:
         with StopSignal() as stop:
+            # Several processes end together, at the first point where they have agreed to.
+            alone = stop if launched() == 1 else None
+            with at_once(alone):
+                spec = made()
+            console.print(f"halfstep: {recipe.name} -> {out}", highlight=False)
             RunDisplay(spec.plan, console, spec.teacher is not None).show(run_spec(spec, out, stop))
+            if console.quiet:
+                return
+            show_results(out, console)
+            with at_once(alone):
+                console.print(f"report: {make_report(out, spec.data)}", highlight=False, soft_wrap=True)
     except Interrupted as stopped:
-        requeue = spec.recipe["engine"]["requeue_code"]
+        requeue = recipe.engine.requeue_code
         if requeue is not None and stopped.signal != signal.SIGINT:
             stopped.code = requeue
         raise
-    if console.quiet:
-        return
-    show_results(out, console)
-    console.print(f"report: {make_report(out, spec.data)}", highlight=False, soft_wrap=True)
     console.print(f"finished in {duration(time.monotonic() - started)}", highlight=False)
     if json:
         print_json(read_status(out).as_json())
@@ -135,7 +142,7 @@ def _run(arguments: RunArguments, what: Literal["all", "teacher"]) -> None:
         data, missing = data_or_stand_in(recipe)
         show_plan(build(recipe, what=what, data=data), out, arguments.json, missing)
         return
-    _execute(build(recipe, what=what), out, arguments.json)
+    _execute(recipe, lambda: build(recipe, what=what), out, arguments.json)
 
 
 def distill(argv: Sequence[str]) -> None:
@@ -167,6 +174,12 @@ def distill(argv: Sequence[str]) -> None:
         }
     )
     recipe = recipe.model_copy(update={"chain": chain})
+    if model.manifest.objective in ("match", "halve"):
+        # It has been matched already, where its run asked for that.
+        done = ("prediction", "process", "guidance_scale", "guidance_range", "null_class")
+        defaults = {name: MatchingConfig.model_fields[name].default for name in done}
+        recipe = recipe.model_copy(update={"matching": recipe.matching.model_copy(update=defaults)})
+    _check_acting(rest)
     arguments = parse(
         DistillArguments,
         rest,
@@ -188,7 +201,20 @@ def distill(argv: Sequence[str]) -> None:
         data, missing = data_or_stand_in(recipe)
         show_plan(build(recipe, what="chain", teacher=model, data=data), out, arguments.json, missing)
         return
-    _execute(build(recipe, what="chain", teacher=model), out, arguments.json)
+    _execute(recipe, lambda: build(recipe, what="chain", teacher=model), out, arguments.json)
+
+
+def _check_acting(words: Sequence[str]) -> None:
+    """Refuses options of a recipe that say nothing to a teacher that is there.
+
+    Raises:
+        UsageError: naming the first.
+    """
+    for name in (word.partition("=")[0].replace("_", "-") for word in words):
+        if name.startswith(("--network.", "--teacher.")) or (
+            name.startswith("--model.") and name != "--model.weighting"
+        ):
+            raise UsageError(f"{name} says nothing to a teacher that is there: leave it out")
 
 
 def _recipe_of(stage: StageFolder) -> Recipe | None:
@@ -233,8 +259,9 @@ def sample(argv: Sequence[str]) -> None:
     model = load(arguments.model, device_of(arguments.device, processes))
     seeds = range(arguments.seed, arguments.seed + arguments.num_samples)
     cond = _prompted(model, arguments.prompt, len(seeds))
-    # One process lets the model find the batch that fits; several share the samples out in such parts.
-    share = len(seeds) if processes.count == 1 else arguments.batch_size or 256
+    # One process lets the model find the batch that fits; several share the samples out in parts as large as it would
+    # begin with, for the batch decides about the last bits on a GPU.
+    share = len(seeds) if processes.count == 1 else arguments.batch_size or samples_at_once(model.device)
 
     def drawn(first: int) -> tuple[torch.Tensor]:
         part = seeds[first : first + share]

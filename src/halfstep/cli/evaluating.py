@@ -1,5 +1,6 @@
 """`halfstep evaluate`: the curve of a run, of a pipeline, or the figures of a folder of images."""
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,6 +51,10 @@ class EvaluateArguments:
     """For models that know guidance; each model's own by default."""
     data: str | None = None
     """Real samples to compare with; those of the recipe by default."""
+    image_size: int | None = None
+    """Side to which real images of another size are brought; as in the recipe by default."""
+    channels: int | None = None
+    """1 reads real images as grey, 3 in colour; as in the recipe by default."""
     split: str | None = None
     """Their split; the recipe's by default, on which the models were trained."""
     out: Path | None = None
@@ -103,7 +108,7 @@ def evaluate(
         references=processes.main_first(
             lambda: [Reference(data, replace(evaluation, features=one), cache_folder(), device) for one in features]
         ),
-        reference_split=None if recipe.data.source == "digits" else recipe.data.split,
+        reference_split=_split_of(recipe.data),
         num_samples=evaluation.num_samples,
         num_seeds=arguments.seeds,
         batch_size=evaluation.batch_size,
@@ -118,11 +123,14 @@ def evaluate(
             curve.share(processes)
         if not processes.is_main:
             return
-        for cell in curve.run():
-            console.print(_line(cell), highlight=False, markup=False)
+        try:
+            for cell in curve.run():
+                console.print(_line(cell), highlight=False, markup=False)
+        finally:
+            # Of a call that was cut, what is there: all files say the same.
+            written = [] if curve.result is None else write_evaluation(curve.result, out)
     assert curve.result is not None
     show(curve.result, console)
-    written = write_evaluation(curve.result, out)
     if arguments.json:
         print_json(read_json(out / "evaluation.json"))
     names = ", ".join([str(out / "evaluation.json"), *(path.name for path in written)])
@@ -145,9 +153,21 @@ def _recipe(subject: Subject, arguments: EvaluateArguments) -> Recipe:
     if subject.recipe is None and arguments.data is None:
         raise UsageError(f"{arguments.subject} lies outside a run, so its data is not known: add --data SOURCE")
     recipe = subject.recipe or Recipe(name="evaluate")
-    given = {"source": arguments.data, "split": arguments.split}
+    given = {
+        "source": arguments.data,
+        "split": arguments.split,
+        "image_size": arguments.image_size,
+        "channels": arguments.channels,
+    }
     changes = {name: value for name, value in given.items() if value is not None}
     return recipe.model_copy(update={"data": recipe.data.model_copy(update=changes)})
+
+
+def _split_of(data: DataConfig) -> str | None:
+    """The split that was read; None of data that have none."""
+    path = Path(data.source)
+    whole = path.is_file() or (path.is_dir() and not any(path.glob(f"{data.split}*")))
+    return None if whole or data.source == "digits" else data.split
 
 
 def _samples(path: Path, data: Data) -> Data:
@@ -157,7 +177,8 @@ def _samples(path: Path, data: Data) -> Data:
         UsageError: if they have another size or range.
     """
     channels = data.shape[0] if data.is_image and path.is_dir() and data.shape[0] in (1, 3) else None
-    samples = open_data(DataConfig.model_validate({"source": str(path), "labels": False, "channels": channels}))
+    config = {"source": str(path), "labels": False, "channels": channels, "max_bytes": sys.maxsize}
+    samples = open_data(DataConfig.model_validate(config))
     if samples.is_image != data.is_image:
         kinds = {True: "uint8 images", False: "arrays of floats"}
         raise UsageError(

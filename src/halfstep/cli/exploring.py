@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import tyro
 
-from halfstep.cli.arguments import UsageError, parse
+from halfstep.cli.arguments import UsageError, device_of, parse
 from halfstep.report.explorer import LOCAL, serve
 from halfstep.report.exploring import Bounds, Explorer
 
@@ -30,8 +29,8 @@ class ExploreArguments:
     """Most sampler steps of a request."""
     max_seconds: float = 60.0
     """Longest time that a request may sample for."""
-    device: str = "cpu"
-    """cpu, cuda, mps."""
+    device: str | None = None
+    """cpu, cuda, mps; by default the fastest that is there."""
 
 
 def explore(argv: Sequence[str]) -> None:
@@ -39,16 +38,11 @@ def explore(argv: Sequence[str]) -> None:
     arguments = parse(ExploreArguments, argv, "halfstep explore")
     if not 0 <= arguments.port <= 65535:
         raise UsageError(f"--port must be from 0 to 65535, got {arguments.port}")
-    try:
-        torch.empty(1, device=arguments.device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"the device {arguments.device!r} cannot be used here ({reason})") from None
     for name in ("max_samples", "max_steps", "max_seconds"):
         if not getattr(arguments, name) >= 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
     bounds = Bounds(num_samples=arguments.max_samples, num_steps=arguments.max_steps, seconds=arguments.max_seconds)
-    explorer = Explorer(arguments.run, arguments.device, bounds)
+    explorer = Explorer(arguments.run, device_of(arguments.device), bounds)
     for choice in explorer.choices:
         if choice.missing is not None:
             print(f"halfstep: warning: {choice.name} is missing: {choice.missing}", file=sys.stderr)

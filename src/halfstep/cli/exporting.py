@@ -23,7 +23,7 @@ from halfstep.hub import (
     read_sample_shape,
     release_texts,
 )
-from halfstep.runs import read_json
+from halfstep.runs import StageFolder, read_json
 from halfstep.train import load
 from halfstep.train.model import find_stage
 
@@ -67,10 +67,12 @@ def export(argv: Sequence[str]) -> None:
         print(f"{arguments.out}: {steps} steps, noise in, x0 out, checked against torch")
         return
     if arguments.format == "lora":
-        export_lora(model, arguments.out)
+        base = model.manifest.base
+        added_to = None if base is None else StageFolder(stage.path.parent / base).manifest(verify=False)
+        export_lora(model, arguments.out, added_to, arguments.push_to_hub)
         print(f"{arguments.out}: low-rank additions; README.md says how to use them")
     else:
-        export_pipeline(model, arguments.out, stage.metrics())
+        export_pipeline(model, arguments.out, stage.metrics(), arguments.push_to_hub)
         kind = read_json(arguments.out / "model_index.json")["_class_name"]
         print(f"{arguments.out}: a {kind}; README.md says how to use it")
     if arguments.push_to_hub is not None:

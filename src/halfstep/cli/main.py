@@ -133,9 +133,12 @@ def _dispatch(verb: Verb, rest: Sequence[str]) -> None:
     except (ValueError, OSError) as error:
         if os.environ.get("HALFSTEP_TRACEBACK"):
             raise
+        from halfstep.runs.storage import is_of_storage
+
+        code = 3 if is_of_storage(error) else 2
         if isinstance(error, OSError) and error.strerror:
-            fail(f"{error.strerror}" + (f": {error.filename}" if error.filename else ""))
-        fail(error)
+            fail(f"{error.strerror}" + (f": {error.filename}" if error.filename else ""), code)
+        fail(error, code)
 
 
 def _command(verb: Verb, rest: Sequence[str]) -> None:
@@ -144,7 +147,7 @@ def _command(verb: Verb, rest: Sequence[str]) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from halfstep.cli import commands
     from halfstep.core.warnings import HalfstepWarning
-    from halfstep.train import FailedElsewhere, Interrupted, LostProcess, NonFinite, NoStorage, OutOfMemory
+    from halfstep.train import FailedElsewhere, Interrupted, LostProcess, NonFinite, OutOfMemory
 
     with warnings.catch_warnings():
         warnings.showwarning = _warning_printer()
@@ -164,5 +167,3 @@ def _command(verb: Verb, rest: Sequence[str]) -> None:
             raise SystemExit(error.code) from None
         except (NonFinite, OutOfMemory, LostProcess) as error:
             fail(error, code=1)
-        except NoStorage as error:
-            fail(error.strerror, code=3)

@@ -1,5 +1,6 @@
 """`halfstep status`: how far a run is that any process writes, here or elsewhere."""
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,7 +46,8 @@ def status(argv: Sequence[str]) -> None:
     if not arguments.watch:
         console.print(view(found))
         return
-    with Live(view(found), console=console, auto_refresh=False) as live:
+    # Ctrl-C is how one ends it.
+    with contextlib.suppress(KeyboardInterrupt), Live(view(found), console=console, auto_refresh=False) as live:
         while found.state == "running":
             time.sleep(WATCH_SECONDS)
             found = read_status(arguments.run)

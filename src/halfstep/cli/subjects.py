@@ -18,7 +18,7 @@ from halfstep.runs.evaluation import Series
 from halfstep.samplers import DDIM, Ancestral, Sampler, samplers
 from halfstep.train import Model, load
 from halfstep.train.curve import Entry
-from halfstep.train.model import find_stage
+from halfstep.train.model import base_of, find_stage
 from halfstep.train.sources import DataSource, ModelSource, weights_of
 
 LABELS = {"ddim": "DDIM", "ancestral": "ancestral", "heun": "Heun", "euler": "Euler", "dpmpp_2m": "DPM-Solver++(2M)"}
@@ -78,6 +78,8 @@ def _run(run: RunFolder, recipe: Recipe | None) -> Subject:
     for stage in run.stages():
         try:
             manifest = stage.manifest()
+            if manifest.base is not None and manifest.weights_kept:
+                base_of(stage, manifest)
         except (DamagedFile, OSError) as error:
             notices.append(f"Stage {stage.name} is damaged and left out: {error}.")
             continue
@@ -160,10 +162,10 @@ def plan_of(subject: Subject, asked: Asked, recipe: Recipe, data: Data, device: 
                 rows.add("student", model, DDIM(), count)
     against = asked.against
     if against is None:
-        against = ("teacher-ddim",) if subject.teacher is not None else ()
+        # A run whose teacher is damaged has said so.
+        against = ("teacher-ddim",) if subject.teacher is not None or subject.kind == "run" else ()
     for name in dict.fromkeys(against):
         who, sampler = _series(name)
-        # A run whose teacher is damaged has said so.
         if subject.kind != "run" and not (subject.teacher if who == "teacher" else subject.students):
             raise UsageError(f"--against {name}: there is no {who} here; leave it out, or give the run's folder")
         if who == "teacher" and subject.teacher is not None:

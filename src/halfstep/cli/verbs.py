@@ -115,7 +115,7 @@ _ALL: Final = (
             "halfstep evaluate samples/ --data ~/photos",
         ),
         (),
-        (0, 2, 130, 143),
+        TRAINS,
         group="Use",
     ),
     Verb("report", "RUN", "write RUN/report/index.html", ("halfstep report runs/digits",), group="Use"),

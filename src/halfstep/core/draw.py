@@ -12,7 +12,7 @@ and sent ahead.
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, NamedTuple, final
 
@@ -23,10 +23,25 @@ SHARD: Final = 32
 """Places of the global batch that share a generator."""
 
 
+def _number(key: tuple[object, ...]) -> int:
+    """What a generator for this key is seeded with."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
+
+
 def generator_for(*key: object) -> torch.Generator:
     """A CPU generator seeded by a hash of `key`: equal keys, equal numbers; any other key, unrelated ones."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.Generator().manual_seed(_number(key))
+
+
+def _normal_rows(keys: Iterable[tuple[object, ...]], length: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Unit normal numbers `[length, *shape]`, each row by a generator of its own key.
+
+    One generator is seeded anew for each: to make as many would take longer than to draw the numbers.
+    """
+    rows, generator = torch.empty(length, *shape, dtype=dtype), torch.Generator()
+    for row, key in zip(rows.unbind(), keys, strict=True):
+        row.normal_(generator=generator.manual_seed(_number(key)))
+    return rows
 
 
 @functools.lru_cache(maxsize=4)
@@ -121,9 +136,7 @@ class Draw:
 
 def sample_noise(seeds: Sequence[int], shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
     """Unit normal noise `[len(seeds), *shape]` whose every row depends on its own seed alone."""
-    return torch.stack(
-        [torch.randn(*shape, generator=generator_for("sample", int(seed)), dtype=dtype) for seed in seeds]
-    )
+    return _normal_rows((("sample", int(seed)) for seed in seeds), len(seeds), shape, dtype)
 
 
 def step_noise(
@@ -135,8 +148,7 @@ def step_noise(
     """
 
     def noise(number: int) -> Tensor:
-        generators = (generator_for("sample", int(seed), "step", number) for seed in seeds)
-        return torch.stack([torch.randn(*shape, generator=generator, dtype=dtype) for generator in generators])
+        return _normal_rows((("sample", int(seed), "step", number) for seed in seeds), len(seeds), shape, dtype)
 
     return noise
 

@@ -1,6 +1,6 @@
 """Training data: where they come from, and the batch of an update. The only room that imports `datasets`."""
 
-from halfstep.data.base import Data, MemoryData, held_on, training_batch
+from halfstep.data.base import Data, MemoryData, held_on, sent, training_batch
 from halfstep.data.captions import CaptionedImages, read_captions, read_classes
 from halfstep.data.config import DataConfig, open_data
 from halfstep.data.images import ImageFiles
@@ -22,5 +22,6 @@ __all__ = [
     "open_latents",
     "read_captions",
     "read_classes",
+    "sent",
     "training_batch",
 ]

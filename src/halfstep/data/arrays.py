@@ -11,8 +11,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from halfstep.data.base import MemoryData, first_line
+from halfstep.data.base import MemoryData
 from halfstep.data.images import Preparation
+from halfstep.runs import first_line
 
 DATA_KEYS: Final = ("x", "arr_0")
 LABEL_KEYS: Final = ("y", "labels", "arr_1")

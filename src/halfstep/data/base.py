@@ -98,7 +98,7 @@ class MemoryData(Data):
         return len(self.x)
 
     def fetch(self, indices: Tensor) -> Batch:
-        indices = indices.to(self.x.device)
+        indices = sent(indices, self.x.device)
         return to_batch(self.x.index_select(0, indices), self.labels, indices)
 
     def to(self, device: torch.device | str) -> "MemoryData":
@@ -107,6 +107,14 @@ class MemoryData(Data):
         # Content decides about it, and the content of a device cannot be hashed there.
         vars(moved)["fingerprint"] = self.fingerprint
         return moved
+
+
+def sent(value: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device. On its way to a GPU the host does not wait for it: only a copy from pinned memory lets
+    it go on before all that the device was asked before is done."""
+    if value.device.type == "cpu" and device.type == "cuda":
+        value = value.pin_memory()
+    return value.to(device, non_blocking=True)
 
 
 HELD_SHARE: Final = 1 / 8
@@ -131,7 +139,7 @@ def training_batch(data: Data, draw: Draw, flip: bool) -> Batch:
     check_flip(data, flip)
     x0, cond = data.fetch(draw.order(len(data)))
     if flip:
-        mirrored = (draw.uniform("flip") < 0.5).to(x0.device)
+        mirrored = sent(draw.uniform("flip") < 0.5, x0.device)
         x0 = torch.where(mirrored[:, None, None, None], x0.flip(-1), x0)
     return Batch(x0, cond)
 
@@ -140,12 +148,6 @@ def to_batch(x: Tensor, labels: Tensor | None, indices: Tensor) -> Batch:
     """The batch of samples `x` `[n, *dims]`, uint8 pixels or float32, and of the labels at `indices`."""
     x0 = x.float().div_(127.5).sub_(1) if x.dtype == torch.uint8 else x
     return Batch(x0, {} if labels is None else {"class_labels": labels.index_select(0, indices)})
-
-
-def first_line(error: BaseException) -> str:
-    """What went wrong, short enough for a message of ours."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def check_flip(data: Data, flip: bool) -> None:

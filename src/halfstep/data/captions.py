@@ -14,9 +14,10 @@ from typing import Any, Final, TextIO, final
 
 from torch import Tensor
 
-from halfstep.data.base import MemoryData, first_line
+from halfstep.data.base import MemoryData
 from halfstep.data.folders import IMAGE_SUFFIXES, Files, files_below, image_folder
 from halfstep.data.images import Preparation, decoded
+from halfstep.runs import first_line
 
 TABLES: Final = ("metadata.jsonl", "metadata.csv")
 RGB: Final = Preparation(channels=3)

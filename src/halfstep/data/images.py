@@ -21,8 +21,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from halfstep.data.base import Data, MemoryData, check_labels, first_line, to_batch
+from halfstep.data.base import Data, MemoryData, check_labels, to_batch
 from halfstep.objectives.base import Batch
+from halfstep.runs import first_line
+from halfstep.runs.storage import GONE
 
 Channels = Literal[1, 3]
 Resize = Literal["crop", "stretch"]
@@ -196,7 +198,11 @@ def _open(file: Path | bytes, name: str, prepare: Preparation) -> NDArray[np.uin
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=_FORMATS) as image:
             return prepare(image)
-    except UnidentifiedImageError as error:
+    except OSError as error:
+        if error.errno in GONE:
+            raise OSError(error.errno, f"{error.strerror}: the data are gone; bring them back", name) from None
+        if not isinstance(error, UnidentifiedImageError):
+            raise ValueError(f"{name} cannot be decoded ({first_line(error)}): repair or remove it") from error
         raise ValueError(f"{name} is no image ({', '.join(_FORMATS)}): repair or remove it") from error
     except Exception as error:  # Pillow's decoders raise many types on damaged files
         raise ValueError(f"{name} cannot be decoded ({first_line(error)}): repair or remove it") from error

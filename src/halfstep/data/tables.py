@@ -8,9 +8,9 @@ from typing import Any, final
 import numpy as np
 import torch
 
-from halfstep.data.base import first_line
 from halfstep.data.folders import Labelled
 from halfstep.data.images import EncodedImages
+from halfstep.runs import first_line
 
 
 @final

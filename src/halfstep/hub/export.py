@@ -18,19 +18,21 @@ from halfstep.hub.card import lora_card, model_card
 from halfstep.hub.pipelines import fetch
 from halfstep.hub.quiet import quiet, stock
 from halfstep.hub.schedulers import StockSchedule, clipping, exact_steps, write_schedule
+from halfstep.hub.weights import check_weights
 from halfstep.nets import SD3, LoRA, StockNetwork, TableNetwork, merged
-from halfstep.runs import Metrics, read_json, write_folder, write_text
+from halfstep.runs import Manifest, Metrics, read_json, write_folder, write_text
 from halfstep.train.model import Model
 
 COPIED: Final = (".json", ".safetensors", ".txt", ".model")
 """Suffixes of the files of an origin's other parts that are copied."""
 
 
-def export_pipeline(model: Model, out: Path, metrics: Metrics | None = None) -> Path:
+def export_pipeline(model: Model, out: Path, metrics: Metrics | None = None, name: str | None = None) -> Path:
     """The model in the layout of a stock pipeline, in the folder `out`, which must not hold anything.
 
     Args:
         metrics: what the card says of the model's quality, with its protocol.
+        name: under which the card tells how to load it; that of the folder if None.
 
     Raises:
         ValueError: if diffusers has no pipeline, scheduler or exact grid for the model, a part of its origin is
@@ -45,14 +47,7 @@ def export_pipeline(model: Model, out: Path, metrics: Metrics | None = None) -> 
             "onnx, or halfstep.load in Python"
         )
     schedule, kind, component = _layout(model, network)
-    exact = exact_steps(schedule)
-    if model.num_steps is not None and model.num_steps not in exact:
-        raise ValueError(
-            f"the exported grid cannot represent {model.num_steps} steps exactly on "
-            f"{schedule.config['num_train_timesteps']} timesteps: exact are {', '.join(map(str, exact))}; export a "
-            "stage of one of these, or match the teacher to the cosine process, whose timesteps are a power of two "
-            "(halfstep distill --matching.process cosine), or use --format onnx"
-        )
+    exact = _exact(model, schedule, network)
     origin = None
     if not model.manifest.is_image:
         if model.manifest.pipeline is None:
@@ -64,15 +59,17 @@ def export_pipeline(model: Model, out: Path, metrics: Metrics | None = None) -> 
     copies = {} if origin is None else _other_parts(origin, component)
     index = _index(kind, component, schedule, network, origin if copies else None, copies)
 
-    absent = [name for name in ("text_encoder_3", "tokenizer_3") if kind.endswith("3Pipeline") and name not in copies]
+    absent = [part for part in ("text_encoder_3", "tokenizer_3") if kind.endswith("3Pipeline") and part not in copies]
 
     def write(into: Path) -> None:
         _save_network(network, into / component)
         _save_scheduler(schedule, into / "scheduler")
-        for name, folder in copies.items():
-            _copy_part(folder, into / name)
+        for part, folder in copies.items():
+            _copy_part(folder, into / part)
         write_text(into / "model_index.json", json.dumps(index, indent=2) + "\n")
-        write_text(into / "README.md", model_card(out.name, model.manifest, kind, schedule, exact, metrics, absent))
+        write_text(
+            into / "README.md", model_card(name or out.name, model.manifest, kind, schedule, exact, metrics, absent)
+        )
 
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.exists():
@@ -81,12 +78,17 @@ def export_pipeline(model: Model, out: Path, metrics: Metrics | None = None) -> 
     return out
 
 
-def export_lora(model: Model, out: Path) -> Path:
+def export_lora(model: Model, out: Path, base: Manifest | None = None, name: str | None = None) -> Path:
     """The additions of a LoRA student in diffusers' layout, and the scheduler that they were made for, in the folder
     `out`, which must not hold anything: what `pipe.load_lora_weights` reads.
 
+    Args:
+        base: of the stage to whose weights they are added; None if it is known to be the imported one.
+        name: under which the card tells how to load them; that of the folder if None.
+
     Raises:
-        ValueError: if the model is no LoRA, its pipeline loads none, or `out` holds something.
+        ValueError: if the model is no LoRA, its additions are not to the pipeline's own weights, the pipeline loads
+            none, the number of steps has no exact grid, or `out` holds something.
     """
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise ValueError(f"{out} is there already: choose another --out")
@@ -99,7 +101,13 @@ def export_lora(model: Model, out: Path) -> Path:
         raise ValueError(
             f"diffusers loads no low-rank additions into {where}: use --format diffusers, which merges them"
         )
+    if base is not None and base.objective != "imported":
+        raise ValueError(
+            f"the additions are to the weights of {base.stage}, which were trained by halfstep and are not those of "
+            f"{pipeline.folder}: use --format diffusers, which merges them"
+        )
     schedule, _, component = _layout(model, network.base)
+    _exact(model, schedule, network.base)
     # In peft's names, which diffusers reads as they are; its own older names lose the layers of attention.
     state = {name: value.cpu().float().contiguous() for name, value in network.layers().items()}
 
@@ -107,13 +115,35 @@ def export_lora(model: Model, out: Path) -> Path:
         with quiet():
             kind.save_lora_weights(into, **{f"{component}_lora_layers": state})
         _save_scheduler(schedule, into / "scheduler")
-        write_text(into / "README.md", lora_card(out.name, model.manifest, pipeline, schedule))
+        write_text(into / "README.md", lora_card(name or out.name, model.manifest, pipeline, schedule))
 
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.exists():
         out.rmdir()
     write_folder(out, write)
     return out
+
+
+def _exact(model: Model, schedule: StockSchedule, network: Any) -> list[int]:
+    """The numbers of steps whose times the scheduler asks for exactly.
+
+    Raises:
+        ValueError: if the model's own is none of them.
+    """
+    exact = exact_steps(schedule)
+    if model.num_steps is not None and model.num_steps not in exact:
+        another = (
+            "match the teacher to the cosine process, whose timesteps are a power of two (halfstep distill "
+            "--matching.process cosine), "
+            if isinstance(network, TableNetwork) and not isinstance(model.denoiser.network, LoRA)
+            else ""
+        )
+        raise ValueError(
+            f"the exported grid cannot represent {model.num_steps} steps exactly on "
+            f"{schedule.config['num_train_timesteps']} timesteps: exact are {', '.join(map(str, exact))}; export a "
+            f"stage of one of these, {another}or use --format onnx"
+        )
+    return exact
 
 
 def push_to_hub(folder: Path, name: str) -> str:
@@ -170,6 +200,9 @@ def _other_parts(origin: Path, component: str) -> dict[str, Path]:
             continue
         if not folder.is_dir():
             raise ValueError(f"{origin} has no {name} any more, which the exported pipeline needs")
+        if "text_encoder" in name or name in ("vae", "safety_checker"):
+            # Only what is safe to be read is copied, and a part without its weights would load nowhere.
+            check_weights(folder, ".".join(map(str, value)))
         parts[name] = folder
     return parts
 

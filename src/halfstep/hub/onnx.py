@@ -5,6 +5,7 @@ calls and a few sums between them.
 """
 
 import logging
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -25,6 +26,8 @@ from halfstep.nets import merged
 from halfstep.samplers import sample
 from halfstep.train.model import Model
 
+LARGEST: Final = int(1.4 * 2**30)
+"""Bytes of weights that lie in the graph's own file; a protobuf cannot hold 2 GiB, and torch parts them from 1.5 on."""
 CLOSE: Final = 1e-4
 """Largest difference between graph and torch, for samples on [-1, 1]."""
 
@@ -110,9 +113,10 @@ def export_onnx(
     sampler = UnrolledSampler(model, steps, tuple(cond)).eval()
     batch = torch.export.Dim("batch")
     shapes: tuple[Any, ...] = ({0: batch}, tuple({0: batch} for _ in cond)) if cond else ({0: batch},)
-    temporary = out.with_name(f".{out.stem}.tmp.onnx")
     out.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    # Under its own name, for a graph names the file of its weights beside it.
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.", suffix=".tmp") as place:
+        made = Path(place) / out.name
         with _silent(), torch.no_grad():
             program: Any = torch.onnx.export(
                 sampler,
@@ -131,15 +135,12 @@ def export_onnx(
             "clip": str(model.manifest.clip),
         }
         program.model.metadata_props.update(facts)
-        # Beyond 2 GiB, which a protobuf cannot hold, weights lie in a file beside the graph.
         size = sum(parameter.numel() * parameter.element_size() for parameter in sampler.parameters())
-        program.save(temporary, external_data=size > 1.9 * 2**30)
-        check_graph(temporary, model, steps, cond)
-        for file in sorted(temporary.parent.glob(f"{temporary.name}*")):
-            file.replace(file.with_name(file.name.replace(temporary.name, out.name)))
-    finally:
-        for file in temporary.parent.glob(f"{temporary.name}*"):
-            file.unlink()
+        program.save(made, external_data=size > LARGEST)
+        check_graph(made, model, steps, cond)
+        # The weights before the graph, whose appearance says that all is there.
+        for file in sorted(made.parent.iterdir(), reverse=True):
+            file.replace(out.parent / file.name)
     return out
 
 

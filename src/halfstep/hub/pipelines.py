@@ -7,7 +7,7 @@ asked for by name. Only safetensors are read, and no code of a repository is run
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -126,6 +126,9 @@ def import_pipeline(source: str | Path) -> Model:
     if not scheduler_file.is_file():
         raise ValueError(f"{folder} has no {scheduler_file.relative_to(folder)}: the pipeline was not saved whole")
     schedule = read_schedule(_json(scheduler_file))
+    if kind == "StableDiffusionPipeline" and not _json(scheduler_file).get("thresholding"):
+        # Latents have no bounds, and that pipeline turns clipping off where its scheduler's config leaves it on.
+        schedule = replace(schedule, clip=False)
     network = _network(network_folder, layout, schedule)
     conditions: dict[str, tuple[int, ...]] = {}
     null: dict[str, Tensor] = {}
@@ -187,7 +190,12 @@ def _parts(folder: Path) -> tuple[str | None, Layout, Path, Path]:
     if not (folder / "model_index.json").is_file():
         return _plain_parts(folder)
     kind, layout = read_layout(folder)
-    return kind, layout, folder / layout.component, folder / "scheduler" / "scheduler_config.json"
+
+    def part(name: str) -> Path:
+        # As diffusers does: where a part has no folder of its own, it lies in the root.
+        return folder / name if (folder / name).is_dir() else folder
+
+    return kind, layout, part(layout.component), part("scheduler") / "scheduler_config.json"
 
 
 def read_layout(folder: Path) -> tuple[str, Layout]:
@@ -218,7 +226,11 @@ def read_layout(folder: Path) -> tuple[str, Layout]:
         raise ValueError(f"{folder} holds a {kind}, which is not understood: known are {', '.join(LAYOUTS)}")
     layout = LAYOUTS[kind]
     if layout.text:
-        for name in ("text_encoder", "tokenizer"):
+        needed: tuple[str, ...] = ("text_encoder", "tokenizer")
+        if kind == "StableDiffusion3Pipeline":
+            # The third encoder of that pipeline may be left out, the second not.
+            needed += ("text_encoder_2", "tokenizer_2")
+        for name in needed:
             if (index.get(name) or [None])[0] is None or not (folder / name).is_dir():
                 raise ValueError(
                     f"{folder} has no {name}, which a model of texts is conditioned by: save the pipeline with it"

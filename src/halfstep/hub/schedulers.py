@@ -201,7 +201,8 @@ def write_schedule(
             "prediction_type": names[type(prediction)],
             "timestep_spacing": "trailing",
             "set_alpha_to_one": True,
-            "steps_offset": 0,
+            # Trailing spacing knows no offset; Stable Diffusion's pipeline complains of any other than 1.
+            "steps_offset": 1,
             "clip_sample": clip,
         },
     )

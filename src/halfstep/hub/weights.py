@@ -33,7 +33,10 @@ def check_weights(folder: Path, kind: str) -> None:
             f"where you trust them, for example {kind}.from_pretrained(FOLDER).save_pretrained(FOLDER, "
             "safe_serialization=True)"
         )
-    raise ValueError(f"{folder} has no weights (.safetensors): save the pipeline with them")
+    raise ValueError(
+        f"{folder} has no weights (.safetensors): save the pipeline with them, as {kind}.from_pretrained(SOURCE)"
+        ".save_pretrained(FOLDER) does, where you trust what it may have pickled"
+    )
 
 
 def pickled_message(source: str | Path) -> str:

@@ -15,7 +15,7 @@ from halfstep.metrics.features import FeatureExtractor, Measured, Pixels, extrac
 from halfstep.metrics.images import from_uint8, to_uint8
 from halfstep.metrics.inception import Inception
 from halfstep.metrics.neighbours import PRDC, precision_recall
-from halfstep.metrics.paired import lpips, psnr, rmse, ssim
+from halfstep.metrics.paired import lpips, psnr, rmse, ssim, why_no_lpips
 from halfstep.metrics.reference import RealFeatures, real_features
 from halfstep.metrics.resnet20 import ResNet20Features
 from halfstep.metrics.scores import inception_score
@@ -54,4 +54,5 @@ __all__ = [
     "ssim",
     "to_uint8",
     "train_classifier",
+    "why_no_lpips",
 ]

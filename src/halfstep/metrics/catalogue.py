@@ -125,7 +125,7 @@ def paired_figures(samples: Tensor, others: Tensor, is_image: bool) -> Figures:
             values["ssim"] = ssim(samples, others)
         else:
             missing.append(f"SSIM needs images of at least {SSIM_SIDE} x {SSIM_SIDE} pixels, and is left out.")
-        if (lacking := why_no_lpips()) is None:
+        if (lacking := why_no_lpips(samples.shape[1:])) is None:
             values["lpips"] = lpips(samples, others)
         else:
             missing.append(f"LPIPS is left out: {lacking}.")

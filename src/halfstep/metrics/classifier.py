@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from halfstep.core.draw import generator_for
-from halfstep.metrics.features import FeatureExtractor, Measured, extractors, refuse_path
+from halfstep.metrics.features import FeatureExtractor, Measured, digest_of, extractors, refuse_path
 
 CLASSIFIER: Final = "classifier-1"
 """Name of the classifier's architecture and training; another number when either changes, for old figures are not
@@ -110,8 +110,8 @@ def train_classifier(
     """A classifier of `x` `[n, *dims]` with int64 `labels` `[n]`, the same for the same arguments on one machine.
 
     It is trained for `num_updates`, by default for 4 epochs, but at least 300 and at most 3,000 updates. A tenth of the
-    data is held out to measure its accuracy. With `cache`, the weights are read from and written to that safetensors
-    file, whose name must be unique to the data.
+    data is held out to measure its accuracy. The extractor's name is `name` with a hash of the weights. With `cache`,
+    the weights are read from and written to that safetensors file, whose name must be unique to the data.
 
     Raises:
         ValueError: if there are fewer than 20 samples or fewer than 2 classes.
@@ -146,7 +146,8 @@ def train_classifier(
     network.eval()
     with torch.no_grad():
         right = torch.cat([network(chunk.float()).argmax(1) for chunk in x[held_out].split(1000)]) == labels[held_out]
-    return Classifier(name, network, float(right.double().mean()))
+    # Another machine, or another number of threads, trains another network of the same name.
+    return Classifier(f"{name}-{digest_of(network)[:12]}", network, float(right.double().mean()))
 
 
 @extractors.register("classifier")

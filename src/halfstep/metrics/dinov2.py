@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from typing import Any, Final, final
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from halfstep.metrics.features import FeatureExtractor, Measured, digest_of, extractors, in_batches
 from halfstep.metrics.images import unit_range
+from halfstep.runs import first_line
 
 DEFAULT: Final = "facebook/dinov2-large"
 """The size that Stein et al. used."""
@@ -38,10 +40,13 @@ class DINOv2(FeatureExtractor):
         except ImportError:
             raise ValueError("the features `dinov2` need transformers: pip install 'halfstep[dinov2]'") from None
         try:
-            network = Dinov2Model.from_pretrained(source, use_safetensors=True)
-        except (OSError, ValueError) as error:
+            network, said = Dinov2Model.from_pretrained(source, use_safetensors=True, output_loading_info=True)
+            if odd := sorted({*said["missing_keys"], *said["unexpected_keys"], *map(str, said["mismatched_keys"])}):
+                # transformers draws at random what it does not find.
+                raise ValueError(f"its weights are of another network, {len(odd)} differ, such as {odd[0]}")
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ValueError(
-                f"dinov2={source}: no DINOv2 model could be read there ({str(error).strip().splitlines()[0]}); give "
+                f"dinov2={source}: no DINOv2 model could be read there ({first_line(error)}); give "
                 "dinov2=FOLDER, or a name on the Hub that can be reached"
             ) from None
         self.source = source

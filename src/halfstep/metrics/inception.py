@@ -21,7 +21,7 @@ from torch import Tensor
 
 from halfstep.metrics.features import FeatureExtractor, Measured, digest_of, extractors, in_batches
 from halfstep.metrics.images import as_rgb, to_uint8
-from halfstep.runs import DamagedFile
+from halfstep.runs import DamagedFile, first_line
 
 PACKAGE: Final = "torch_fidelity"
 MODULE: Final = f"{PACKAGE}.feature_extractor_inceptionv3"
@@ -66,7 +66,7 @@ def _weights(module: ModuleType, path: str | None) -> dict[str, Tensor]:
                 url, map_location="cpu", progress=False, check_hash=True, weights_only=True
             )
             return state
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # torch.hub has a RuntimeError for a file of another hash
             raise ValueError(
                 f"the weights of `inception` could not be fetched from {url} ({error}): fetch the file elsewhere and "
                 "give inception=PATH"
@@ -77,10 +77,12 @@ def _weights(module: ModuleType, path: str | None) -> dict[str, Tensor]:
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
-        held: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
-        return held
+        held = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or hostile archive raises whatever zipfile or the unpickler stumble over
-        raise DamagedFile(f"{file} cannot be read as weights ({str(error).splitlines()[0]})") from None
+        raise DamagedFile(f"{file} cannot be read as weights ({first_line(error)})") from None
+    if not isinstance(held, dict):
+        raise DamagedFile(f"{file} holds no weights by name, but a {type(held).__name__}")
+    return held
 
 
 @final

@@ -5,6 +5,7 @@ Samples are on their own scale; for images that is [-1, 1], of width 2.
 
 import importlib.util
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -18,6 +19,10 @@ WIDTH: Final = 2.0
 """Of the range of images."""
 SSIM_SIDE: Final = 11
 """Of the window of Wang et al. 2004, in pixels: images must be as large."""
+LPIPS_SIDE: Final = 31
+"""Of the smallest image of which AlexNet's two poolings leave anything, in pixels."""
+AT_ONCE: Final = 64
+"""Pairs that go through SSIM or LPIPS together."""
 ALEXNET: Final = "alexnet-owt-7be5be79.pth"
 """torchvision's weights, as torch.hub keeps them."""
 
@@ -59,16 +64,24 @@ def ssim(a: Tensor, b: Tensor) -> float:
     with torchmetrics_at_hand():
         from torchmetrics.functional.image import structural_similarity_index_measure
 
-    # Shifted to [0, 2]: its constants presume values from 0 up.
-    score = structural_similarity_index_measure(
-        a.double() + 1, b.double() + 1, data_range=WIDTH, reduction="elementwise_mean"
-    )
-    assert isinstance(score, Tensor)
-    return float(score)
+    total = 0.0
+    # A few at a time, for it holds all that it is given some twenty times over.
+    for first, second in zip(a.split(AT_ONCE), b.split(AT_ONCE), strict=True):
+        # Shifted to [0, 2]: its constants presume values from 0 up.
+        score = structural_similarity_index_measure(
+            first.double() + 1, second.double() + 1, data_range=WIDTH, reduction="sum"
+        )
+        assert isinstance(score, Tensor)
+        total += float(score)
+    return total / len(a)
 
 
-def why_no_lpips() -> str | None:
-    """What LPIPS lacks on this machine; None if it can be measured."""
+def why_no_lpips(shape: Sequence[int]) -> str | None:
+    """What LPIPS lacks for images of this shape `(c, h, w)` on this machine; None if it can be measured."""
+    if shape[0] not in (1, 3):
+        return f"images of {shape[0]} channels are neither grey nor in colour"
+    if min(shape[1:]) < LPIPS_SIDE:
+        return f"it needs images of at least {LPIPS_SIDE} x {LPIPS_SIDE} pixels"
     if importlib.util.find_spec("torchvision") is None:
         return "torchvision is not installed"
     file = Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET
@@ -82,12 +95,12 @@ def lpips(a: Tensor, b: Tensor) -> float:
         ValueError: if their shapes differ, they are no images, or what it needs is not there (`why_no_lpips`).
     """
     _check_pair(a, b)
-    if (lacking := why_no_lpips()) is not None:
+    if (lacking := why_no_lpips(a.shape[1:])) is not None:
         raise ValueError(f"LPIPS cannot be measured: {lacking}")
     with torchmetrics_at_hand():
         from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
     metric = LearnedPerceptualImagePatchSimilarity(net_type="alex", reduction="mean", normalize=False, **ALONE)
     with torch.inference_mode():
-        for first, second in zip(a.split(64), b.split(64), strict=True):
+        for first, second in zip(a.split(AT_ONCE), b.split(AT_ONCE), strict=True):
             metric.update(as_rgb(first.float()), as_rgb(second.float()))
         return float(metric.compute())

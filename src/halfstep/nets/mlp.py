@@ -114,4 +114,5 @@ class MLP(Network):
 
     def _sinusoids(self, numbers: Tensor) -> Tensor:
         angles = numbers[:, None] * self.frequencies.to(numbers)
-        return torch.cat([torch.sin(angles), torch.cos(angles)], dim=1)
+        # Angles need the precision of the times; what follows may compute in half of it.
+        return torch.cat([torch.sin(angles), torch.cos(angles)], dim=1).to(self.time.weight.dtype)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from halfstep.nets.base import Network, build_network, describe_network
+from halfstep.nets.lora import LoRA
 from halfstep.nets.mlp import MLP
 from halfstep.nets.stock import TableNetwork, UNet2DCondition
 
@@ -25,6 +26,8 @@ lowers the error of the fit by less than a tenth."""
 
 def takes_guidance(network: nn.Module) -> bool:
     """Whether the network is shown a guidance scale."""
+    if isinstance(network, LoRA):
+        network = network.base
     if isinstance(network, MLP):
         return network.guided
     return isinstance(network, UNet2DCondition) and network.config.get("time_cond_proj_dim") is not None

@@ -121,9 +121,8 @@ class Halving(Objective):
     def loss(self, models: Models, batch: Batch, draw: Draw) -> Losses:
         teacher = check_one_process(models)
         cond = batch.cond if self.guidance is None else self.guidance.shown(batch.cond, draw, batch.x0)
-        index = draw.integers("time", self.num_steps)
-        t = as_clock((index + 1) / self.num_steps, batch.x0)
-        s = as_clock(index / self.num_steps, batch.x0)
+        index = as_clock(draw.integers("time", self.num_steps), batch.x0)
+        t, s = (index + 1) / self.num_steps, index / self.num_steps
         eps = draw.normal("noise", batch.x0.shape[1:]).to(batch.x0)
         x_t = models.student.process.mix(batch.x0, eps, t)
         target = _target(teacher, x_t, t, s, cond, self.num_teacher_steps)

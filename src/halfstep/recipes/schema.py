@@ -583,11 +583,22 @@ def build(
         else recipe.matched(
             process,
             prediction,
-            given=teacher is not None,
+            # A student, and a network that has learned its guidance, is halved as it is.
+            given=teacher is not None and not (teacher.num_steps or teacher.manifest.guidance),
             network="" if teacher is None else str(teacher.manifest.network.get("type")),
         )
     )
     student = None
+    if matched is not None and teacher is not None and (teacher.num_steps or teacher.manifest.guidance):
+        what_it_is = (
+            f"is a student of {teacher.num_steps} steps, which knows x0 at its own times only"
+            if teacher.num_steps
+            else "has learned its guidance"
+        )
+        raise ValueError(
+            f"the matching stage asks a teacher at all times and guides it, and {teacher.manifest.stage} {what_it_is}: "
+            "match its own teacher, with all that is to change at once"
+        )
     if matched is not None:
         plan = plan + recipe.matching_plan(matched.process)
         shown_scale = matched.guidance is not None and matched.guidance[0] < matched.guidance[1]
@@ -681,7 +692,7 @@ def _with_null(teacher: Model, config: MatchingConfig, data: Data) -> Model:
                 f"{max(own, teacher.num_classes - 1)}"
             )
         null = {"class_labels": torch.tensor(config.null_class)}
-    if isinstance(data, LatentData) and not null:
+    if isinstance(data, LatentData) and not null and teacher.manifest.guidance is None:
         null = dict(data.null)
     if config.guidance is not None:
         if teacher.manifest.guidance is not None:

@@ -9,9 +9,10 @@ from markupsafe import Markup
 
 from halfstep.report import figures
 from halfstep.report.quality import Group
-from halfstep.report.reading import RunFacts, StageFacts, is_finite
+from halfstep.report.reading import RunFacts, StageFacts
 from halfstep.report.summary import Summary
 from halfstep.report.words import count, duration, number, ratio
+from halfstep.runs import is_finite
 
 NOT_BEGUN = "not begun"
 

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from halfstep.report import figures
-from halfstep.report.reading import is_finite
 from halfstep.report.words import duration, flatten, number
-from halfstep.runs import EvaluationResult
+from halfstep.runs import EvaluationResult, is_finite
 from halfstep.runs.evaluation import EvaluationTable, Figure, MetricInfo, Row, Series
 
 FIRST = ("frechet", "rmse")
@@ -57,7 +56,6 @@ class ShownEvaluation:
     notices: Sequence[str]
     complete: bool
     seconds: str
-    subject: str
 
 
 def shown_evaluation(evaluation: EvaluationResult | None) -> ShownEvaluation | None:
@@ -67,9 +65,7 @@ def shown_evaluation(evaluation: EvaluationResult | None) -> ShownEvaluation | N
     tables = [_table(f"evaluation{i}", table, evaluation) for i, table in enumerate(evaluation.tables) if table.rows]
     if not tables:
         return None
-    return ShownEvaluation(
-        tables, evaluation.notices, evaluation.complete, duration(evaluation.seconds), evaluation.subject
-    )
+    return ShownEvaluation(tables, evaluation.notices, evaluation.complete, duration(evaluation.seconds))
 
 
 def _table(name: str, table: EvaluationTable, evaluation: EvaluationResult) -> ShownTable:
@@ -94,9 +90,16 @@ def _table(name: str, table: EvaluationTable, evaluation: EvaluationResult) -> S
         real=[_plain(table.halves.figures.get(metric)) for metric in names] if table.halves is not None else (),
         num_each=table.halves.num_each if table.halves is not None else 0,
         figure=_figure(name, table, series, drawn, evaluation.metrics[drawn]) if drawn else None,
-        figure_alt=f"Line chart: {label} against the number of sampler steps; the table below holds its figures.",
+        figure_alt=f"Line chart: {label} against the number of sampler steps; the table below holds its figures"
+        f"{_left_out(series)}.",
         protocol=flatten(table.protocol.model_dump(mode="json")),
     )
+
+
+def _left_out(series: Mapping[str, Series]) -> str:
+    """What is said of series for which the chart has no colour."""
+    more = sum(line.role == "other" for line in series.values()) - len(figures.OTHERS)
+    return f", and {more} more series that have no place in the chart" if more > 0 else ""
 
 
 def _searched(row: Row) -> str:

@@ -162,7 +162,8 @@ def serve(explorer: Explorer, host: str = "127.0.0.1", port: int = 7860, ready: 
     Raises:
         ValueError: if gradio is not installed, or the address cannot be had.
     """
-    app = page(explorer, None if host not in ("127.0.0.1", "localhost", "::1") else LOCAL)
+    everywhere = host in ("0.0.0.0", "::", "")
+    app = page(explorer, None if everywhere else (*LOCAL, f"[{host}]" if ":" in host else host))
     import uvicorn
 
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -383,7 +384,7 @@ def _figure(shown: Shown, answer: Answer, columns: int) -> Markup:
     words = f"{count(shown.num_steps, 'step')}, {count(shown.num_evals, 'network call')}, {_seconds(shown.seconds)}"
     alt = f"{count(len(shown.samples), 'sample')} of {who} at {count(shown.num_steps, 'step')}"
     if figures.is_images(shown.samples):
-        data, width, height = figures.png_grid(shown.samples, columns)
+        data, width, height = figures.png_grid(shown.samples, columns, in_full=True)
         source = f"data:image/png;base64,{data}"
         picture = Markup('<img src="{}" width="{}" height="{}" alt="{}">').format(source, width, height, alt)
         pictures = [("PNG", "png", source)]

@@ -33,6 +33,10 @@ LARGEST_SEED = 2**53
 """Up to here JSON's numbers are whole."""
 
 
+class Unreadable(ValueError):
+    """The files of a stage cannot be read; the message names it."""
+
+
 @final
 @dataclass(frozen=True)
 class Bounds:
@@ -80,7 +84,12 @@ class StageChoice:
         """What a list shows."""
         if self.missing is not None:
             return f"{self.name} (missing)"
-        return f"{self.name} (teacher)" if self.num_steps is None else self.name
+        return f"{self.name} (teacher)" if self.is_teacher else self.name
+
+    @property
+    def is_teacher(self) -> bool:
+        """Whether it is undistilled: the first stage of a chain, and no student of one that was only matched."""
+        return self.num_steps is None and not self.name.startswith("01-")
 
 
 @final
@@ -143,11 +152,14 @@ class Explorer:
             )
         self._models: OrderedDict[str, Model] = OrderedDict()
         self._lock = threading.Lock()
+        self._deadline = math.inf
+        """Of the request that is served, on the clock of `perf_counter`."""
 
     @property
     def teacher(self) -> StageChoice:
         """The chain's first stage, which may be missing."""
-        return self.choices[0]
+        first = self.choices[0]
+        return first if first.is_teacher else StageChoice("the teacher", None, "it is not in this folder")
 
     @property
     def start_steps(self) -> int:
@@ -158,12 +170,13 @@ class Explorer:
     @property
     def knows_guidance(self) -> bool:
         """Whether a guidance scale can act on one of the models."""
-        for choice in self.present:
-            manifest, folder = self._manifests[choice.name], self._folders[choice.name]
-            learned = manifest.guidance
-            if folder.null.name in manifest.files or (learned is not None and learned[0] < learned[1]):
-                return True
-        return False
+        return any(map(self._guided, self.present))
+
+    def _guided(self, choice: StageChoice) -> bool:
+        """Whether a guidance scale can act on its model."""
+        manifest, folder = self._manifests[choice.name], self._folders[choice.name]
+        learned = manifest.guidance
+        return folder.null.name in manifest.files or (learned is not None and learned[0] < learned[1])
 
     def _choices(self) -> list[StageChoice]:
         run = RunFolder(self.path)
@@ -241,7 +254,7 @@ class Explorer:
             else:
                 asked.append((self.teacher, other))
             seeds = range(first, first + number)
-            shown = [self._ask(c, n, lambda m: m.noise(seeds), seeds, class_label, guidance_scale) for c, n in asked]
+            shown = self._all(asked, lambda m: m.noise(seeds), seeds, class_label, guidance_scale, notes)
         return Answer(shown, notes)
 
     def strip(self, seed: object = 0, class_label: object = None, guidance_scale: object = None) -> Answer:
@@ -252,11 +265,8 @@ class Explorer:
         """
         seeds = [self._whole("seed", seed, 0, LARGEST_SEED)]
         with self._one_at_a_time() as notes:
-            shown = [
-                self._ask(choice, own, lambda m: m.noise(seeds), seeds, class_label, guidance_scale)
-                for choice in self.present
-                for own in [self._steps("steps", None, choice)]
-            ]
+            asked = [(choice, self._steps("steps", None, choice)) for choice in self.present]
+            shown = self._all(asked, lambda m: m.noise(seeds), seeds, class_label, guidance_scale, notes, needed=None)
             notes += [f"{c.name} is missing: {c.missing}." for c in self.choices if c.missing is not None]
         return Answer(shown, notes)
 
@@ -295,7 +305,7 @@ class Explorer:
             if self.teacher.missing is not None:
                 notes.append(f"There is no teacher to compare with, {self.teacher.name}: {self.teacher.missing}.")
             seeds = [first] * number
-            shown = [self._ask(c, n, noise, seeds, class_label, guidance_scale) for c, n in asked]
+            shown = self._all(asked, noise, seeds, class_label, guidance_scale, notes)
         return Answer(shown, notes)
 
     # --- Checks ---
@@ -345,6 +355,7 @@ class Explorer:
         notes: list[str] = []
         with self._lock, warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", HalfstepWarning)
+            self._deadline = time.perf_counter() + self.bounds.seconds
             yield notes
         for warning in caught:
             if issubclass(warning.category, HalfstepWarning) and (text := f"{warning.message}.") not in notes:
@@ -357,15 +368,43 @@ class Explorer:
         try:
             model = load(self._folders[name].path, self.device)
         except (ValueError, OSError) as error:
-            raise ValueError(f"{name} cannot be asked: {self._inside(error)}") from None
+            raise Unreadable(f"{name} cannot be asked: {self._inside(error)}") from None
         self._models[name] = model
         while len(self._models) > 1 and sum(map(_num_bytes, self._models.values())) > KEPT_BYTES:
             self._models.popitem(last=False)
-        # The first call of a network is slower than the others, and would be timed.
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", HalfstepWarning)
-            model(model.noise([0]), 1.0, model.cond([0]))
+        model.warm_up()
         return model
+
+    def _all(
+        self,
+        asked: Sequence[tuple[StageChoice, int]],
+        noise: Callable[[Model], Tensor],
+        seeds: range | list[int],
+        class_label: object,
+        guidance_scale: object,
+        notes: list[str],
+        needed: int | None = 0,
+    ) -> list[Shown]:
+        """What each makes in its steps. Of stages that cannot be read it is noted, and they are passed over.
+
+        Args:
+            needed: the place of the one that must be read; None for any.
+        """
+        self._scale(guidance_scale)
+        shown = []
+        for place, (choice, num_steps) in enumerate(asked):
+            scale = guidance_scale
+            if scale is not None and place != needed and not self._guided(choice):
+                scale = None
+                notes.append(f"{choice.name} knows no guidance scale, and was asked without.")
+            try:
+                shown.append(self._ask(choice, num_steps, noise, seeds, class_label, scale))
+            except Unreadable as error:
+                last = place == len(asked) - 1
+                if place == needed or (last and not shown):
+                    raise
+                notes.append(f"{error}.")
+        return shown
 
     def _ask(
         self,
@@ -385,10 +424,10 @@ class Explorer:
         with torch.inference_mode():
             for step in trajectory(model, x_t, num_steps, DDIM(), cond):
                 x_t = step.x_s
-                if time.perf_counter() - start > self.bounds.seconds and step.s > 0:
+                if time.perf_counter() > self._deadline and step.s > 0:
                     raise ValueError(
-                        f"{choice.name} was stopped after {self.bounds.seconds:g} s at step {step.number + 1} of "
-                        f"{num_steps}: ask for fewer samples or steps"
+                        f"{choice.name} was stopped at step {step.number + 1} of {num_steps}, for the request had "
+                        f"taken {self.bounds.seconds:g} s: ask for fewer samples or steps"
                     )
             x0 = x_t.cpu()
         seconds = time.perf_counter() - start

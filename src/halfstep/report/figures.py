@@ -261,12 +261,14 @@ GAP = 4
 """Pixels between two images."""
 
 
-def png_grid(samples: np.ndarray, columns: int) -> tuple[str, int, int]:
+def png_grid(samples: np.ndarray, columns: int, in_full: bool = False) -> tuple[str, int, int]:
     """Images uint8 `[n, h, w, c]` side by side, as the base64 of a PNG, with its width and height.
 
-    Small ones are enlarged by a whole factor, without smoothing.
+    Small ones are enlarged by a whole factor, without smoothing; large ones made smaller, unless they are wanted
+    `in_full`.
     """
-    height, width = tile_size(samples)
+    large = max(samples.shape[1:3]) > LARGEST_TILE
+    height, width = samples.shape[1:3] if in_full and large else tile_size(samples)
     rows = -(-len(samples) // columns)
     canvas = Image.new("RGBA", (columns * (width + GAP) - GAP, rows * (height + GAP) - GAP))
     small = max(samples.shape[1:3]) <= LARGEST_TILE

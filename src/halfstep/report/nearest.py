@@ -1,10 +1,7 @@
 """Nearest training samples: has the model learned its data by heart? The file of them, and how they are shown."""
 
-import io
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
 
 import numpy as np
 from markupsafe import Markup
@@ -12,7 +9,7 @@ from markupsafe import Markup
 from halfstep.report import figures
 from halfstep.report.reading import UNREADABLE, NearestFacts
 from halfstep.report.words import count, number
-from halfstep.runs import RunFolder
+from halfstep.runs import RunFolder, write_arrays
 
 
 def save_nearest(run: RunFolder, facts: NearestFacts, key: str) -> None:
@@ -21,17 +18,8 @@ def save_nearest(run: RunFolder, facts: NearestFacts, key: str) -> None:
     Args:
         key: of what the facts were made; `nearest_key` gives it back.
     """
-    buffer = io.BytesIO()
-    arrays: dict[str, Any] = {field.name: np.asarray(getattr(facts, field.name)) for field in fields(facts)}
-    np.savez(buffer, key=np.array(key), **arrays)
-    path = run.nearest_path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(buffer.getvalue())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    arrays = {field.name: np.asarray(getattr(facts, field.name)) for field in fields(facts)}
+    write_arrays(run.nearest_path, key=np.array(key), **arrays)
 
 
 def nearest_key(run: RunFolder) -> str | None:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from halfstep.report import figures
-from halfstep.report.reading import RunFacts, StageFacts, is_finite
+from halfstep.report.reading import RunFacts, StageFacts
 from halfstep.report.words import count, flatten, ratio
+from halfstep.runs import is_finite
 from halfstep.runs.schema import Result
 
 REFERENCE_STEPS = 64

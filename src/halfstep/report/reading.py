@@ -11,12 +11,22 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from halfstep.runs import DamagedFile, EvaluationResult, Manifest, Metrics, RunFolder, StageFolder, read_json, read_log
+from halfstep.runs import (
+    DamagedFile,
+    EvaluationResult,
+    Manifest,
+    Metrics,
+    RunFolder,
+    StageFolder,
+    is_finite,
+    read_json,
+    read_log,
+)
 
 UNREADABLE = (
     OSError,
@@ -25,6 +35,8 @@ UNREADABLE = (
     TypeError,
     EOFError,
     RuntimeError,
+    MemoryError,
+    OverflowError,
     zipfile.BadZipFile,
     zlib.error,
 )
@@ -329,8 +341,3 @@ def _study(folder: Path) -> StudyFacts:
         seconds=float(data["seconds"]) if is_finite(data.get("seconds")) else None,
         scale=name if isinstance(name, str) else None,
     )
-
-
-def is_finite(value: object) -> TypeGuard[int | float]:
-    """Whether it is a number that a figure can show."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from halfstep.report.reading import is_finite
+from halfstep.runs import is_finite
 
 
 def number(value: float | None) -> str:

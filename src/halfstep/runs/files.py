@@ -1,6 +1,7 @@
 """Files that are either whole or absent: written under a temporary name, synced, then renamed."""
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -11,6 +12,12 @@ from typing import Any
 
 class DamagedFile(ValueError):
     """A file that is missing, cut short or altered; the message names it."""
+
+
+def first_line(error: BaseException) -> str:
+    """What went wrong, short enough for a message of ours."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def sha256_of(path: Path) -> str:
@@ -27,19 +34,24 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_text(path: Path, text: str) -> None:
-    """`text` in `path`: at any moment the file is the old one or the new one, never a part."""
+def write_bytes(path: Path, content: bytes) -> None:
+    """`content` in `path`: at any moment the file is the old one or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """`text` in `path`, in UTF-8, atomically."""
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -49,6 +61,16 @@ def write_json(path: Path, value: Any) -> None:
         ValueError: if it holds a number that is not finite.
     """
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def write_arrays(path: Path, **arrays: Any) -> None:
+    """Arrays by name in the .npz `path`, atomically."""
+    # Here, for most that read a run folder have no use for it.
+    import numpy as np
+
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    write_bytes(path, buffer.getvalue())
 
 
 def read_json(path: Path) -> Any:
@@ -61,7 +83,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DamagedFile(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise DamagedFile(f"{path} is not readable JSON ({error})") from None
 
 

@@ -4,11 +4,19 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, TypeGuard
 
 from halfstep.runs.files import write_text
 
 Row = dict[str, Any]
+
+LARGEST: Final = 1e300
+"""No figure is larger, and JSON may hold whole numbers that no float can."""
+
+
+def is_finite(value: object) -> TypeGuard[int | float]:
+    """Whether it is a number that a figure can show."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
 
 
 def read_log(path: Path, last_bytes: int | None = None) -> list[Row]:
@@ -30,7 +38,7 @@ def read_log(path: Path, last_bytes: int | None = None) -> list[Row]:
     for line in text.splitlines():
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(row, dict):
             rows.append(row)

@@ -46,6 +46,9 @@ class Manifest(BaseModel):
     """Shape of one sample."""
     num_classes: int = 0
     """Classes that the model is conditioned on; 0 for an unconditional model."""
+    classes_shown: int | None = None
+    """How many of them, from the first on, the data had on which the model or its students were trained; samples are of
+    these in turn. None for all."""
     conditions: dict[str, tuple[int, ...]] = {}
     """Conditions beside the class that the model is shown, with the shape of each for one sample."""
     guidance: tuple[float, float] | None = None

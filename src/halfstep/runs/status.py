@@ -15,7 +15,7 @@ from typing import Any, Final, Literal
 
 from halfstep.runs.files import DamagedFile, read_json
 from halfstep.runs.heartbeat import SECONDS, SILENT_SECONDS, this_machine
-from halfstep.runs.log import read_log
+from halfstep.runs.log import is_finite, read_log
 from halfstep.runs.schema import RunFolder, StageFolder
 
 StageState = Literal["to come", "training", "measuring", "done", "damaged"]
@@ -71,14 +71,14 @@ class StageStatus:
     def take(self, row: Mapping[str, Any]) -> None:
         """A row of the log."""
         update, seconds = row.get("update"), row.get("seconds")
-        if not isinstance(update, int) or not isinstance(seconds, int | float):
+        if not (isinstance(update, int) and is_finite(update) and is_finite(seconds)):
             return
-        self.update, self.seconds = update, float(seconds)
-        self.rows.append((update, float(seconds)))
+        self.update, self.seconds = int(update), float(seconds)
+        self.rows.append((self.update, self.seconds))
         del self.rows[: -4 * PACE_ROWS]
         for name in ("loss", "learning_rate", "samples_per_second"):
             value = row.get(name)
-            setattr(self, name, float(value) if isinstance(value, int | float) else None)
+            setattr(self, name, float(value) if is_finite(value) else None)
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """The engine: trains the stages of a plan into a run folder, survives kills, measures what comes out."""
 
+from halfstep.runs.storage import NoStorage
 from halfstep.train.distill import distill, fit
 from halfstep.train.engine import StageTrainer, Window
 from halfstep.train.evaluate import Evaluation, Reference, measure
@@ -20,7 +21,6 @@ from halfstep.train.pipeline import (
 )
 from halfstep.train.processes import FailedElsewhere, LostProcess, Processes, make_accelerator
 from halfstep.train.stop import Interrupted, StopSignal
-from halfstep.train.storage import NoStorage
 
 __all__ = [
     "DifferentRecipe",

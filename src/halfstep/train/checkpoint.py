@@ -6,6 +6,8 @@ while training goes on: an update waits only for the copy of the state, and for 
 being written.
 """
 
+import errno
+import hashlib
 import json
 import shutil
 import time
@@ -13,9 +15,6 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final, final
-
-import torch
-from torch import Tensor
 
 from halfstep.runs import (
     DamagedFile,
@@ -28,10 +27,7 @@ from halfstep.runs import (
 )
 from halfstep.train.engine import StageTrainer, State
 from halfstep.train.processes import Processes
-from halfstep.train.tensors import read_tensors, write_tensors
-
-CHUNK: Final = 1 << 18
-"""Bytes that are compared at once."""
+from halfstep.train.tensors import check_written, read_tensors, write_tensors
 
 KEPT: Final = 2
 """Checkpoints of a stage that are kept: the latest, and the one before it."""
@@ -71,6 +67,8 @@ class CheckpointWriter:
                 "seconds": trainer.seconds,
                 "micro_batch": trainer.micro_batch,
             }
+            # Here, where the run has just looked whether its folder is there; the thread makes none.
+            self.folder.path.mkdir(parents=True, exist_ok=True)
             self._begun = self._thread.submit(write_checkpoint, state, about, self.folder)
         return time.perf_counter() - begun
 
@@ -112,6 +110,8 @@ def write_checkpoint(state: State, about: dict[str, Any], folder: StageFolder) -
         OSError: if the disk is full or gone.
         DamagedFile: if what is read back is not what was written; the checkpoints before stay as they are.
     """
+    if not folder.path.is_dir():
+        raise OSError(errno.ESTALE, "it is gone", str(folder.path))
     path = folder.path / f"checkpoint-{about['update']:08d}"
 
     def write(into: Path) -> None:
@@ -120,8 +120,9 @@ def write_checkpoint(state: State, about: dict[str, Any], folder: StageFolder) -
             file = into / f"{part}.safetensors"
             write_tensors(tensors, file)
             digests[file.name] = sha256_of(file)
-            _compare(file, tensors, path)
-        write_json(into / "manifest.json", about | {"files": digests})
+            check_written(tensors, file)
+        body = about | {"files": digests}
+        write_json(into / "manifest.json", body | {"sha256": _digest(body)})
 
     write_folder(path, write)
     for old in folder.checkpoints()[KEPT:]:
@@ -129,21 +130,9 @@ def write_checkpoint(state: State, about: dict[str, Any], folder: StageFolder) -
     return path
 
 
-def _compare(file: Path, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Passes if the file holds the tensors, byte for byte (a number that is not one differs from itself).
-
-    The bytes are read, not mapped into memory: a disk that is gone is an error then, and not the end of the process.
-    """
-    buffer = bytearray(CHUNK)
-    with open(file, "rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
-        for name, tensor in tensors.items():
-            stream.seek(8 + length + header[name]["data_offsets"][0])
-            for part in tensor.reshape(-1).view(torch.uint8).split(CHUNK):
-                count = stream.readinto(memoryview(buffer)[: len(part)])
-                if count != len(part) or not torch.equal(torch.frombuffer(buffer, dtype=torch.uint8)[:count], part):
-                    raise DamagedFile(f"{path}: {file.name} was written, but {name} reads otherwise: check the disk")
+def _digest(manifest: Mapping[str, Any]) -> str:
+    """The sha256 of what a manifest says."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def resume(trainer: StageTrainer, folder: StageFolder, notice: Callable[[str], None]) -> Path | None:
@@ -167,8 +156,10 @@ def _latest_good(folder: StageFolder, notice: Callable[[str], None]) -> str | No
     for path in held:
         try:
             manifest = read_json(path / "manifest.json")
-            if not isinstance(manifest, dict) or not {"update", "seconds", "files"} <= manifest.keys():
+            if not isinstance(manifest, dict) or not {"update", "seconds", "files", "sha256"} <= manifest.keys():
                 raise DamagedFile(f"{path / 'manifest.json'} is not a checkpoint's manifest")
+            if manifest.pop("sha256") != _digest(manifest):
+                raise DamagedFile(f"{path / 'manifest.json'} is altered: its sha256 is not the one that it says")
             check_files(path, manifest["files"])
         except DamagedFile as error:
             aside = path.with_name(f"damaged-{path.name}")

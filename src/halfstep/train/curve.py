@@ -9,6 +9,7 @@ weights find none.
 import contextlib
 import hashlib
 import json
+import math
 import re
 import time
 import zipfile
@@ -25,14 +26,14 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from halfstep.metrics import METRICS, Figures, figures_of, figures_of_halves, from_uint8, paired_figures
+from halfstep.metrics import METRICS, Figures, figures_of, figures_of_halves, from_uint8, paired_figures, why_no_lpips
 from halfstep.runs import DamagedFile, EvaluationResult, read_json, write_folder, write_json
 from halfstep.runs.evaluation import EvaluationTable, Figure, Halves, Protocol, Row, Series
 from halfstep.train.evaluate import Reference, samples_array
 from halfstep.train.failures import NonFinite
 from halfstep.train.pipeline import environment
 from halfstep.train.processes import Processes
-from halfstep.train.sources import Source
+from halfstep.train.sources import Drawn, Source
 from halfstep.train.stop import StopSignal
 
 FIGURES_FORMAT: Final = 1
@@ -118,8 +119,10 @@ def _seeds_name(seeds: range) -> str:
 class _Cell:
     """One entry with one set of seeds, on disk."""
 
-    def __init__(self, folder: Path, spec: CurveSpec, entry: Entry, seeds: range) -> None:
+    def __init__(self, folder: Path, spec: CurveSpec, entry: Entry, seeds: range, pace: Sequence[str | int]) -> None:
         self.spec, self.entry, self.seeds = spec, entry, seeds
+        self.pace = list(pace)
+        """What the time of sampling depends on beside the model: device and threads."""
         self.is_image = spec.references[0].data.is_image
         self.key = {
             "content": entry.source.content,
@@ -139,17 +142,52 @@ class _Cell:
             return None
         return held if isinstance(held, dict) and held.get("key") == self.key else None
 
+    def is_filled(self) -> bool:
+        """Whether the samples are there and can be read."""
+        return self.facts() is not None and self._read() is not None
+
     def fill(self, stop: StopSignal | None) -> None:
-        """Draws the samples if they are not there, or cannot be read."""
-        if self.facts() is not None and self._read() is not None:
+        """Draws the samples if they are not there."""
+        if not self.is_filled():
+            self._keep(self.entry.source.draw(self.entry.num_steps, self.seeds, self.spec.batch_size, stop))
+
+    def fill_together(self, processes: Processes, stop: StopSignal | None) -> None:
+        """Draws the samples if they are not there, batch by batch by several processes. Of broken ones none is kept."""
+        if processes.on_main(self.is_filled):
             return
-        drawn = self.entry.source.draw(self.entry.num_steps, self.seeds, self.spec.batch_size, stop)
+
+        def draw(seeds: range) -> tuple[Tensor, ...]:
+            try:
+                drawn = self.entry.source.draw(self.entry.num_steps, seeds, len(seeds), None)
+            except NonFinite:
+                return ()
+            seconds = math.nan if drawn.seconds is None else drawn.seconds
+            return drawn.x0, torch.tensor([seconds, math.nan if drawn.num_evals is None else drawn.num_evals])
+
+        size = self.spec.batch_size
+        parts = processes.spread(
+            [self.seeds[first : first + size] for first in range(0, len(self.seeds), size)], draw, stop
+        )
+
+        def keep() -> None:
+            if parts and all(parts):
+                numbers = torch.stack([told for _, told in parts])
+                seconds, evals = float(numbers[:, 0].sum()), float(numbers[0, 1])
+                x0 = torch.cat([samples for samples, _ in parts])
+                self._keep(
+                    Drawn(x0, None if math.isnan(seconds) else seconds, None if math.isnan(evals) else int(evals))
+                )
+
+        processes.on_main(keep)
+
+    def _keep(self, drawn: Drawn) -> None:
         each = None if drawn.seconds is None else drawn.seconds * 1000 / len(drawn.x0)
         facts = {
             "key": self.key,
             "num_evals": drawn.num_evals,
             "seconds_per_1000": each,
             "seconds": drawn.seconds or 0.0,
+            "pace": self.pace,
         }
 
         def write(folder: Path) -> None:
@@ -193,8 +231,10 @@ class Curve:
         self.spec, self.out, self.stop = spec, out, stop
         self.notices = list(dict.fromkeys(spec.notices))
         self._sets = [self._protocol(reference) for reference in spec.references]
+        self._environment = environment()
+        self._pace = [self._environment["device"], self._environment["threads"]]
         self._cells = {
-            (index, number): _Cell(out, spec, entry, seeds)
+            (index, number): _Cell(out, spec, entry, seeds, self._pace)
             for number, seeds in enumerate(spec.seed_sets)
             for index, entry in enumerate(spec.entries)
         }
@@ -202,16 +242,18 @@ class Curve:
         self._found: dict[tuple[str, tuple[int, int]], dict[str, float]] = {}
         self._halves: dict[str, Halves] = {}
         self._seconds: dict[str, float] = {}
-        self._environment = environment()
         self.result: EvaluationResult | None = None
         """What was written last."""
 
     def share(self, processes: Processes) -> None:
-        """Measures all cells that are not there, each by one of several processes: the first then finds them in `run`.
+        """Measures all cells that are not there by several processes, which share out the samples of each cell and then
+        the cells' figures: the first then finds them in `run`.
 
         Raises:
             Interrupted, FailedElsewhere: on all; what was measured stays.
         """
+        for cell in self._cells.values():
+            cell.fill_together(processes, self.stop)
 
         def work(place: tuple[tuple[int, int], _Cell]) -> tuple[()]:
             key, cell = place
@@ -269,7 +311,7 @@ class Curve:
         if broken is not None and not self._found:
             raise broken
         self._compare()
-        self._write(complete=True)
+        self._write(complete=not self._failed)
 
     def _words(self, entry: Entry) -> str:
         return entry.series if entry.num_steps is None else f"{entry.series} at {entry.num_steps} steps"
@@ -366,8 +408,11 @@ class Curve:
         teacher = self.spec.teacher
         if teacher is None:
             return
+        reference = self.spec.references[0]
+        # What is installed later is measured then.
+        lacking = why_no_lpips(reference.data.shape) if reference.is_image else None
         for number, seeds in enumerate(self.spec.seed_sets):
-            base = _Cell(self.out, self.spec, teacher, seeds)
+            base = _Cell(self.out, self.spec, teacher, seeds, self._pace)
             for index in range(len(self.spec.entries)):
                 cell = self._cells[index, number]
                 if (index, number) in self._failed or cell.name == base.name:
@@ -380,7 +425,7 @@ class Curve:
                         one.fill(self.stop)
                     return paired_figures(cell.samples, base.samples, cell.is_image)
 
-                name = f"{cell.name}-same-noise-{_hash((FIGURES_FORMAT, base.key))}"
+                name = f"{cell.name}-same-noise-{_hash((FIGURES_FORMAT, base.key, lacking))}"
                 try:
                     figures, _ = self._kept(name, make)
                 except NonFinite as error:
@@ -407,6 +452,9 @@ class Curve:
         return sorted([*chosen, *(index for _, index in best.values())])
 
     def _figures(self, table: str, index: int) -> dict[str, Figure]:
+        """Of an entry, over all sets of seeds; none where one was broken, for the others are another protocol."""
+        if any((index, number) in self._failed for number in range(self.spec.num_seeds)):
+            return {}
         found = [
             self._found[table, (index, number)]
             for number in range(self.spec.num_seeds)
@@ -427,7 +475,9 @@ class Curve:
             if not figures:
                 continue
             facts = [f for n in range(self.spec.num_seeds) if (f := self._cells[index, n].facts()) is not None]
-            times = [f["seconds_per_1000"] for f in facts if f["seconds_per_1000"] is not None]
+            # Times of another machine are no column with those of this one.
+            here = [f for f in facts if f.get("pace") == self._pace]
+            times = [f["seconds_per_1000"] for f in here if f["seconds_per_1000"] is not None]
             rows.append(
                 Row(
                     series=entry.series,
@@ -447,6 +497,7 @@ class Curve:
         teacher = self.spec.teacher
         if teacher is None or not rows:
             return []
+        content = _Cell(self.out, self.spec, teacher, range(1), self._pace).key["content"]
         changes: dict[str, Any] = {
             "kind": "same_noise",
             "extractor": "none",
@@ -454,7 +505,7 @@ class Curve:
             "resize": "none",
             "reference": f"{teacher.stage or teacher.series}, {self._words(teacher)}, from the same noise",
             "reference_split": None,
-            "reference_fingerprint": _hash(_Cell(self.out, self.spec, teacher, range(1)).key["content"], 64),
+            "reference_fingerprint": _hash(content, 64),
             "num_reference": self.spec.num_samples,
             "reference_rows": "all",
         }

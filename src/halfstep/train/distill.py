@@ -1,6 +1,7 @@
 """Distillation in memory, for models that are made in Python."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, final
 
 import numpy as np
@@ -13,7 +14,7 @@ from halfstep.core.noise import NoiseProcess
 from halfstep.core.prediction import Prediction
 from halfstep.core.weighting import Weighting
 from halfstep.data import Data, DataConfig, MemoryData, held_on, open_data, training_batch
-from halfstep.objectives import Batch, GuidanceRange, Plan
+from halfstep.objectives import Batch, GuidanceRange, Halving, Plan
 from halfstep.train.engine import StageTrainer, Window, copy_denoiser
 from halfstep.train.feed import Batches, updates_ahead
 from halfstep.train.matching import matched_student, viewed
@@ -219,6 +220,12 @@ def distill(
     if shown is None and scales is None and isinstance(teacher, Model) and teacher.manifest.guidance is not None:
         low, high = teacher.manifest.guidance
         shown = None if low == high else GuidanceRange(low, high)
+    if plan is not None and shown is not None:
+        stages = (
+            replace(s, objective=replace(s.objective, guidance=shown)) if isinstance(s.objective, Halving) else s
+            for s in plan.stages
+        )
+        plan = Plan(tuple(stages))
     chain = plan or Plan.halvings(
         16 * to if start is None else start,
         to,

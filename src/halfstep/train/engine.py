@@ -124,6 +124,9 @@ class StageTrainer:
                 # Of DDP's argument broadcast_buffers, whose successor accelerate does not pass on.
                 warnings.simplefilter("ignore", FutureWarning)
                 self._network, self._optimizer = accelerator.prepare(student.network, made)
+            # What enters autocast here is the engine. accelerate's own wrapper would make the network another to the
+            # compiler in each stage, and once more where it is taken off.
+            accelerator.unwrap_model(self._network, keep_fp32_wrapper=False)
         self._ema = EMA(student.network, stage.ema_decay) if stage.ema_decay else None
         if compiled:
             compile_networks(student)
@@ -356,6 +359,9 @@ class StageTrainer:
         first = -late
         if first < 2**62:
             statistics = self._recent.statistics(first)
+            # The gradient is broken on all, the losses on some: one of those tells what it has seen.
+            (seen,) = self.processes.agree(self.processes.index + 1 if statistics.get("not_finite") else 0)
+            statistics = self.processes.told_by(max(0, seen - 1), statistics)
             share = self.processes.count > 1
             raise NonFinite(
                 f"the loss or its gradient was not finite in stage {self.stream} at update {first} "

@@ -4,6 +4,7 @@ Images are measured as they would be saved: rounded to uint8. The seeds are 0, 1
 shown the same noise, and "distance to the teacher" compares samples of the same noise.
 """
 
+import io
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from halfstep.metrics import (
     rmse,
     to_uint8,
 )
+from halfstep.runs import write_arrays, write_bytes
 from halfstep.runs.schema import Result
 from halfstep.samplers import DDIM, Ancestral, Sampler, samplers
 from halfstep.train.failures import NonFinite
@@ -231,8 +233,9 @@ def keep_samples(folder: Path, num_steps: int, x0: Tensor, is_image: bool) -> st
     """Writes samples/steps-NNNN.npz, and a .png for images, under `folder`; returns the path of the .npz in it."""
     name = f"samples/steps-{num_steps:04d}.npz"
     array = samples_array(x0, is_image)
-    (folder / "samples").mkdir(parents=True, exist_ok=True)
-    np.savez(folder / name, arr_0=array)
+    write_arrays(folder / name, arr_0=array)
     if is_image:
-        grid_image(array).save((folder / name).with_suffix(".png"))
+        picture = io.BytesIO()
+        grid_image(array).save(picture, "PNG")
+        write_bytes((folder / name).with_suffix(".png"), picture.getvalue())
     return name

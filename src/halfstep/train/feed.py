@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from halfstep.core.draw import Asked, Draw
+from halfstep.data import sent
 from halfstep.objectives import Batch
 
 Batches = Callable[[Draw], Batch]
@@ -86,14 +87,11 @@ class Feed:
                 draw = replace(draw, asked=[])
                 self._asked = draw.asked
             elif self._ahead:
-                draw = draw.made_ahead(tuple(self._asked), self._sent)
+                draw = draw.made_ahead(tuple(self._asked), self._send)
             made.append(
-                Fed(draw, Batch(self._sent(batch.x0), {name: self._sent(value) for name, value in batch.cond.items()}))
+                Fed(draw, Batch(self._send(batch.x0), {name: self._send(value) for name, value in batch.cond.items()}))
             )
         return made
 
-    def _sent(self, value: Tensor) -> Tensor:
-        """The tensor on the device. Only a copy from pinned memory lets the host go on before it is done."""
-        if value.device.type == "cpu" and self._device.type == "cuda":
-            value = value.pin_memory()
-        return value.to(self._device, non_blocking=True)
+    def _send(self, value: Tensor) -> Tensor:
+        return sent(value, self._device)

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -18,10 +18,12 @@ from halfstep.nets import LoRA, build_network, load_own_state, own_state
 from halfstep.runs import DamagedFile, Manifest, RunFolder, StageFolder, sha256_of, write_json
 from halfstep.samplers import Sampler, sample
 from halfstep.train.failures import is_out_of_memory
-from halfstep.train.tensors import read_tensors, write_tensors
+from halfstep.train.tensors import check_written, read_tensors, write_tensors
 
-BATCH_SIZE: Final = {"cpu": 256, "cuda": 1024}
-"""Samples drawn at once on a kind of device where nothing is said."""
+
+def samples_at_once(device: torch.device) -> int:
+    """Samples drawn at once on a device where nothing is said."""
+    return 1024 if device.type == "cuda" else 256
 
 
 @final
@@ -123,7 +125,7 @@ class Model(Denoiser):
         """Conditions for samples of these seeds, by name; empty if the model is unconditional.
 
         Args:
-            class_label: one class for all; classes in turn if None.
+            class_label: one class for all; if None, those in turn that the data had.
             guidance_scale: the model's own if None.
             others: those of `manifest.conditions`, each `[len(seeds), ...]`.
 
@@ -145,7 +147,7 @@ class Model(Denoiser):
             if class_label is not None:
                 raise ValueError("a class was asked for, but this model knows no classes: leave the class out")
         elif class_label is None:
-            cond["class_labels"] = sample_labels(seeds, self.num_classes).to(self.device)
+            cond["class_labels"] = sample_labels(seeds, self.manifest.classes_shown or self.num_classes).to(self.device)
         elif 0 <= class_label < self.num_classes:
             cond["class_labels"] = torch.full((len(seeds),), class_label, device=self.device)
         else:
@@ -186,6 +188,17 @@ class Model(Denoiser):
             )
         return num_steps
 
+    @torch.no_grad()
+    def warm_up(self, others: Cond | None = None) -> None:
+        """Asks the network once: its first call is slower than all others, and must not be timed.
+
+        Args:
+            others: those of `manifest.conditions`, each `[1, ...]`.
+        """
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", HalfstepWarning)
+            self(self.noise([0]), 1.0, self.cond([0], others=others))
+
     def sample(
         self,
         seeds: range | list[int],
@@ -216,7 +229,7 @@ class Model(Denoiser):
         if precision not in ("float32", "bf16"):
             raise ValueError(f"precision must be float32 or bf16, got {precision!r}")
         self.eval()
-        size = batch_size or BATCH_SIZE.get(self.device.type, 256)
+        size = batch_size or samples_at_once(self.device)
         chunks: list[Tensor] = []
         first = 0
         while first < len(seeds):
@@ -240,7 +253,12 @@ def save_stage(
     folder: StageFolder, denoiser: NetworkDenoiser, manifest: Manifest, null: Mapping[str, Tensor] | None = None
 ) -> Manifest:
     """Writes model.safetensors (and null.safetensors) and then manifest.json, whose appearance says that the stage is
-    complete."""
+    complete.
+
+    Raises:
+        OSError: if the disk is full or gone.
+        DamagedFile: if what is read back is not what was written; there is no manifest then.
+    """
     folder.path.mkdir(parents=True, exist_ok=True)
     contents = {folder.model: own_state(denoiser.network)}
     if null:
@@ -248,7 +266,9 @@ def save_stage(
     for file, tensors in contents.items():
         temporary = file.with_name(f".{file.name}.tmp")
         try:
-            write_tensors({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary)
+            held = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+            write_tensors(held, temporary)
+            check_written(held, temporary)
             temporary.replace(file)
         finally:
             temporary.unlink(missing_ok=True)
@@ -296,7 +316,7 @@ def blank_denoiser(manifest: Manifest) -> NetworkDenoiser:
     return NetworkDenoiser(build_network(manifest.network), process, prediction)
 
 
-def _base_of(folder: StageFolder, manifest: Manifest) -> StageFolder:
+def base_of(folder: StageFolder, manifest: Manifest) -> StageFolder:
     """The stage whose weights a stage's are added to, after checking its files.
 
     Raises:
@@ -327,7 +347,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Model:
     denoiser = blank_denoiser(manifest)
     try:
         if isinstance(denoiser.network, LoRA):
-            denoiser.network.load_base(read_tensors(_base_of(folder, manifest).model))
+            denoiser.network.load_base(read_tensors(base_of(folder, manifest).model))
         load_own_state(denoiser.network, read_tensors(folder.model))
     except RuntimeError as error:
         raise DamagedFile(f"{folder.model} does not fit its manifest: {str(error).splitlines()[-1].strip()}") from None

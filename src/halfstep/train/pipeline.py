@@ -30,20 +30,31 @@ from halfstep.core.draw import Draw, generator_for
 from halfstep.core.noise import NoiseProcess, processes
 from halfstep.core.prediction import Prediction, predictions
 from halfstep.data import Data, MemoryData, held_on, training_batch
-from halfstep.nets import LoRA, Network, checkpoint_gradients, describe_network
+from halfstep.nets import LoRA, Network, checkpoint_gradients, describe_network, merged
 from halfstep.objectives import Batch, Matching, Plan, Stage, objectives
-from halfstep.runs import DamagedFile, Heartbeat, Manifest, Metrics, RunFolder, RunLog, StageFolder, sweep, write_json
+from halfstep.runs import (
+    DamagedFile,
+    Heartbeat,
+    Manifest,
+    Metrics,
+    RunFolder,
+    RunLog,
+    StageFolder,
+    sweep,
+    write_arrays,
+    write_json,
+)
 from halfstep.runs.schema import Result
+from halfstep.runs.storage import last_good, no_storage
 from halfstep.train.checkpoint import CheckpointWriter, micro_batch_of, remove_checkpoints, resume
 from halfstep.train.engine import StageTrainer, Window
 from halfstep.train.evaluate import Evaluation, Reference, measure
-from halfstep.train.failures import NonFinite, OutOfMemory, is_out_of_memory
+from halfstep.train.failures import KEPT, NonFinite, OutOfMemory, is_out_of_memory
 from halfstep.train.feed import Batches, updates_ahead
 from halfstep.train.matching import asked, start_student, viewed
 from halfstep.train.model import Model, drop_weights, load, save_stage
 from halfstep.train.processes import TIMEOUT_MINUTES, Lookout, LostProcess, Processes, is_lost, make_accelerator
 from halfstep.train.stop import Interrupted, StopSignal, at_once
-from halfstep.train.storage import last_good, no_storage
 from halfstep.train.trackers import Trackers, chosen_trackers
 
 
@@ -333,7 +344,9 @@ def run(spec: RunSpec, path: Path, stop: StopSignal | None = None) -> Iterator[E
         if not is_lost(error):
             raise
         reason = " ".join(str(error).split())[:160]
-        last = max(path.glob("stages/*/checkpoint-*"), default=None, key=lambda p: p.stat().st_mtime)
+        # By their names, for the first process may be pruning them.
+        last = max(path.glob("stages/*/checkpoint-*"), default=None, key=lambda p: (p.parent.name, p.name))
+        last = last or (None if runner is None else runner.last)
         raise LostProcess(
             f"another process of this run has ended or does not answer, so this one stops; {last_good(last)}; start "
             f"all of them again with the same command ({reason})"
@@ -515,7 +528,14 @@ class _Runner:
         if self.spec.guidance is not None:
             # So that the students are compared with what they learn: the guided teacher.
             changes["guidance_scale"] = sum(self.spec.guidance) / 2
-        save_stage(folder, teacher.denoiser, teacher.manifest.model_copy(update=changes), teacher.null)
+        if teacher.num_classes:
+            changes["classes_shown"] = self.spec.data.num_classes
+        denoiser = teacher.denoiser
+        if isinstance(denoiser.network, LoRA):
+            # The weights that its additions belong to are in another run.
+            denoiser = NetworkDenoiser(merged(denoiser.network).eval(), denoiser.process, denoiser.prediction)
+            changes |= {"network": describe_network(denoiser.network), "base": None}
+        save_stage(folder, denoiser, teacher.manifest.model_copy(update=changes), teacher.null)
 
     def _prune(self, students: list[tuple[StageFolder, Stage | None]]) -> None:
         """Removes the weights of students that have been measured and followed, and were not asked to stay."""
@@ -538,11 +558,10 @@ class _Runner:
             held = resume(trainer, folder, self._notices.append)
         yield from self._drain_notices()
         resumed = trainer.update
-        self.log.keep(lambda row: row.get("stage") != folder.name or row.get("update", 0) <= resumed)
+        self.processes.on_main(
+            lambda: self.log.keep(lambda row: row.get("stage") != folder.name or row.get("update", 0) <= resumed)
+        )
         self.trackers.start(self._updates_before + resumed)
-        if parent is not None and spec.teacher_precision != "float32":
-            # A copy of it is asked and another one trained (a LoRA holds what it shares), so its own would be a third.
-            parent.to("meta")
         yield StageStart(folder.name, index, stage, resumed)
         if spec.micro_batch == "auto":
             with self._at_once():
@@ -556,7 +575,7 @@ class _Runner:
             yield from self._updates(trainer, writer)
         except NonFinite as error:
             writer.close()
-            self._keep_statistics(folder, error, writer.last)
+            self._keep_statistics(folder, error, writer.last or self.last)
         finally:
             # Whatever ends the stage, nothing is written into the folder once its lock is given back.
             writer.close()
@@ -595,6 +614,9 @@ class _Runner:
             if update % spec.log_every == 0 or done or due:
                 yield self._logged(trainer)
                 logged = update
+            elif update % KEPT == 0:
+                # While the batch that broke it is still known.
+                trainer.check_finite()
             if due and not done:
                 trainer.pause(writer.save(trainer))
                 lookout.saved()
@@ -615,9 +637,7 @@ class _Runner:
     def _logged(self, trainer: StageTrainer) -> Progress:
         """Takes the statistics since the last line of the log and writes the next."""
         window = trainer.window()
-        if self.processes.is_main:
-            self._still_there()
-        self._write_log(trainer.stream, window)
+        self.processes.on_main(lambda: self._write_log(trainer.stream, window))
         return Progress(trainer.stream, trainer.last_update, window)
 
     def _still_there(self) -> None:
@@ -636,8 +656,9 @@ class _Runner:
     def _keep_statistics(self, folder: StageFolder, error: NonFinite, last: Path | None) -> NoReturn:
         """Writes what is known of the batch into the stage's folder and says where, and what is still good."""
         kept = ""
-        if error.statistics is not None and self.processes.is_main:
-            write_json(_statistics_path(folder), dict(error.statistics))
+        if error.statistics is not None:
+            held = dict(error.statistics)
+            self.processes.on_main(lambda: write_json(_statistics_path(folder), held))
             kept = f"; the batch's figures are in {_statistics_path(folder)}"
         raise NonFinite(
             f"{error}, and give another --out, for the same recipe would come to the same point{kept}; "
@@ -646,6 +667,7 @@ class _Runner:
         ) from None
 
     def _write_log(self, stage: str, window: Window) -> None:
+        self._still_there()
         if not (math.isfinite(window.loss) and math.isfinite(window.grad_norm)):
             return
         figures = {
@@ -665,7 +687,7 @@ class _Runner:
         origin = None if parent is None else parent.manifest
         guidance = None if origin is None else origin.guidance
         if isinstance(stage.objective, Matching):
-            guidance = spec.guidance
+            guidance = spec.guidance or guidance
         return Manifest(
             stage=name,
             objective=objectives.name_of(stage.objective),
@@ -676,6 +698,7 @@ class _Runner:
             seconds=round(trainer.seconds, 3),
             shape=spec.data.shape,
             num_classes=spec.num_classes,
+            classes_shown=spec.data.num_classes if spec.num_classes else None,
             conditions=origin.conditions if origin else {},
             guidance=guidance,
             guidance_scale=None if guidance is None else sum(guidance) / 2,
@@ -742,7 +765,8 @@ class _Runner:
             return
         model = model.to(self.accelerator.device)
         if self._reference is None:
-            reference = functools.partial(Reference, self.spec.data, evaluation, self.spec.cache)
+            device = self.accelerator.device
+            reference = functools.partial(Reference, self.spec.data, evaluation, self.spec.cache, device)
             with self._nothing_to_save():
                 self._reference = self.processes.main_first(reference)
         protocol = self._reference.protocol | {"device": str(self.accelerator.device)}
@@ -775,7 +799,7 @@ class _Runner:
             if self._teacher_samples is None and samples is not None:
                 # The first model of a chain at its most steps is what every student is compared with.
                 self._teacher_samples = samples
-                np.savez(compared, arr_0=samples.numpy())
+                write_arrays(compared, arr_0=samples.numpy())
             results.append(result)
             self._track(folder, result)
             yield Measured(folder.name, result)

@@ -24,8 +24,8 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor
 from torch import distributed as dist
 
+from halfstep.runs.storage import is_of_storage
 from halfstep.train.stop import Interrupted, StopSignal
-from halfstep.train.storage import is_of_storage
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -194,13 +194,26 @@ class Processes:
         self.on_main(lambda: made.append(work()))
         return made[0] if made else work()
 
-    def agree(self, *numbers: int) -> tuple[int, ...]:
-        """The largest of each number over all processes."""
+    def agree(self, *numbers: int, patience: timedelta | None = None) -> tuple[int, ...]:
+        """The largest of each number over all processes.
+
+        Args:
+            patience: how long to wait for the others; as in training if None.
+        """
         if self.count == 1:
             return numbers
         held = torch.tensor(numbers, dtype=torch.int64)
-        dist.all_reduce(held, dist.ReduceOp.MAX, group=_words(), async_op=True).wait(self._timeout)
+        dist.all_reduce(held, dist.ReduceOp.MAX, group=_words(), async_op=True).wait(patience or self._timeout)
         return tuple(held.tolist())
+
+    def told_by(self, index: int, value: Any) -> Any:
+        """The value that process `index` has, as JSON holds it, on all."""
+        if self.count == 1:
+            return value
+        if self.index == index:
+            self._tell(value, index)
+            return value
+        return self._told(index)
 
     def mean(self, *numbers: float) -> tuple[float, ...]:
         """The mean of each number over all processes."""
@@ -247,7 +260,8 @@ class Processes:
 
     def _end_if(self, failure: Exception | None, asked: int) -> None:
         """Passes if no process has failed and none was asked to stop."""
-        number, failed = self.agree(asked, 0 if failure is None else self.index + 1)
+        # Items may differ in size without bound: a sample in 256 steps beside one in 1.
+        number, failed = self.agree(asked, 0 if failure is None else self.index + 1, patience=WAIT_FOR_MAIN)
         if failed == self.index + 1 and failure is not None:
             if self.count > 1:
                 self._tell({"code": exit_code(failure), "message": str(failure)}, self.index)

@@ -83,11 +83,11 @@ class ModelSource(Source):
 
     def draw(self, num_steps: int | None, seeds: range, batch_size: int, stop: StopSignal | None) -> Drawn:
         assert num_steps is not None
-        model = self._model = self._model or self._load()
         chunks, seconds = [], 0.0
         with warnings.catch_warnings():
             # Teachers and students are asked for other numbers of steps than they are made for on purpose.
             warnings.simplefilter("ignore", HalfstepWarning)
+            model = self._ready(seeds[0])
             for first in range(0, len(seeds), batch_size):
                 if stop is not None:
                     stop.check()
@@ -98,7 +98,6 @@ class ModelSource(Source):
                     part,
                     num_steps,
                     self.sampler,
-                    batch_size=len(part),
                     cond=cond,
                     guidance_scale=self.guidance_scale,
                 )
@@ -109,6 +108,13 @@ class ModelSource(Source):
         if not bool(torch.isfinite(x0).all()):
             raise NonFinite(f"sampling with {num_steps} steps gave values that are not finite: the model diverged")
         return Drawn(x0, seconds, evals)
+
+    def _ready(self, seed: int) -> Model:
+        """The model, loaded and asked once: the first call is slower than the others, and would be timed."""
+        if self._model is None:
+            self._model = self._load()
+            self._model.warm_up({} if self.conditions is None else conditions_for(self._model, self.conditions, [seed]))
+        return self._model
 
 
 @final

@@ -84,6 +84,10 @@ class StopSignal:
             self.check()
             yield
             self.check()
+        except Exception:
+            # What raises it may be deep in a library that makes an error of its own of every other, as compilers do.
+            self.check()
+            raise
         finally:
             self._at_once = False
 

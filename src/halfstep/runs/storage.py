@@ -35,7 +35,8 @@ def no_storage(error: OSError, path: Path, last: Path | None) -> OSError:
     """
     within = error.filename is not None and Path(os.fsdecode(error.filename)).is_relative_to(path)
     if error.errno in FULL:
-        what, then = f"no space left for {path}", "free some space"
+        full = path if within or error.filename is None else os.fsdecode(error.filename)
+        what, then = f"no space left for {full}", "free some space"
     elif within or (error.filename is None and error.errno in GONE):
         what, then = f"{path} cannot be written or read any more ({error.strerror})", "bring it back"
     else:
