@@ -21,7 +21,6 @@ from halfstep.runs import (
     StageFolder,
     check_files,
     read_json,
-    sha256_of,
     write_folder,
     write_json,
 )
@@ -119,8 +118,7 @@ def write_checkpoint(state: State, about: dict[str, Any], folder: StageFolder) -
         for part, tensors in state.items():
             file = into / f"{part}.safetensors"
             write_tensors(tensors, file)
-            digests[file.name] = sha256_of(file)
-            check_written(tensors, file)
+            digests[file.name] = check_written(tensors, file)
         body = about | {"files": digests}
         write_json(into / "manifest.json", body | {"sha256": _digest(body)})
 

@@ -15,7 +15,7 @@ from halfstep.core.noise import NoiseProcess, processes
 from halfstep.core.prediction import Denoised, Prediction, predictions
 from halfstep.core.warnings import HalfstepWarning
 from halfstep.nets import LoRA, build_network, load_own_state, own_state
-from halfstep.runs import DamagedFile, Manifest, RunFolder, StageFolder, sha256_of, write_json
+from halfstep.runs import DamagedFile, Manifest, RunFolder, StageFolder, write_json
 from halfstep.samplers import Sampler, sample
 from halfstep.train.failures import is_out_of_memory
 from halfstep.train.tensors import check_written, read_tensors, write_tensors
@@ -263,16 +263,17 @@ def save_stage(
     contents = {folder.model: own_state(denoiser.network)}
     if null:
         contents[folder.null] = dict(null)
+    digests = {}
     for file, tensors in contents.items():
         temporary = file.with_name(f".{file.name}.tmp")
         try:
             held = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
             write_tensors(held, temporary)
-            check_written(held, temporary)
+            digests[file.name] = check_written(held, temporary)
             temporary.replace(file)
         finally:
             temporary.unlink(missing_ok=True)
-    complete = manifest.model_copy(update={"files": {file.name: sha256_of(file) for file in contents}})
+    complete = manifest.model_copy(update={"files": digests})
     write_json(folder.manifest_path, complete.model_dump(mode="json"))
     return complete
 
