@@ -20,12 +20,13 @@ from common import arguments, median, median_ratio, model_of, parsed, timed, wri
 from halfstep.hub import export_pipeline
 
 FEW = 8
-"""Steps up to which the rounds are eight times as many."""
+ROUNDS = {"digits": (40, 4), "cifar10": (3, 1), "tiny": (5, 1)}
+"""Rounds of up to so few steps, and of more."""
 
 STEPS = {"digits": [1, 2, 4, 8, 16, 32, 64, 128, 256], "cifar10": [1, 2, 4], "tiny": [1, 4, 16]}
 
 
-def measured(name: str, batch: int, steps: list[int], device: str, rounds: int) -> list[dict[str, Any]]:
+def measured(name: str, batch: int, steps: list[int], device: str, rounds: tuple[int, int]) -> list[dict[str, Any]]:
     """A row for each number of steps."""
     from diffusers import DDIMPipeline
 
@@ -35,7 +36,8 @@ def measured(name: str, batch: int, steps: list[int], device: str, rounds: int) 
         pipeline = DDIMPipeline.from_pretrained(Path(folder) / "exported").to(device)
     pipeline.set_progress_bar_config(disable=True)
     model = model.to(device)
-    pipeline.unet = pipeline.unet.to(memory_format=torch.channels_last)
+    if device.startswith("cuda"):
+        pipeline.unet = pipeline.unet.to(memory_format=torch.channels_last)
     noise = model.noise(range(batch))
     time = torch.full((batch,), 0.5, device=device)
 
@@ -58,7 +60,7 @@ def measured(name: str, batch: int, steps: list[int], device: str, rounds: int) 
         parts[f"stock {num}"] = stock(num)
     # Few steps take milliseconds, of which a busy machine takes its share: they are timed more often.
     seconds: dict[str, list[float]] = {}
-    for few, often in ((True, 8 * rounds), (False, rounds)):
+    for few, often in zip((True, False), rounds, strict=True):
         group = {name: part for name, part in parts.items() if (int(name.split()[1]) <= FEW) == few}
         seconds |= timed(group, often, device, warm_up=1)
     least = median(seconds["ours 4"]) if 4 in steps else None
@@ -88,7 +90,7 @@ def main() -> None:
     options = parsed(parser)
     rows: list[dict[str, Any]] = []
     for name in options.networks or (["tiny"] if options.short else ["digits", "cifar10"]):
-        rounds = options.rounds or {"digits": 5, "cifar10": 1, "tiny": 1}[name]
+        rounds = (options.rounds, options.rounds) if options.rounds else ROUNDS[name]
         rows += measured(name, options.batch, options.steps or STEPS[name], options.device, rounds)
     write("sample", rows, options, threads=torch.get_num_threads())
 

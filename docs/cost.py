@@ -82,6 +82,16 @@ def priced() -> str:
     return markdown(rows)
 
 
+def growth() -> str:
+    """What a long run's memory grew by, in a sentence."""
+    held = json.loads((RESULTS / "memory.json").read_text())["growth"]
+    return (
+        f"Over {held['updates']:,} updates with their checkpoints, after the first 50, the process of a run of the "
+        f"{held['network']} network grew from {held['MB at 50']:.1f} MB to {held['MB at the end']:.1f} MB, and its live "
+        f"tensors by {held['growth, bytes of live tensors']:,} bytes."
+    )
+
+
 TABLES = {
     "step": lambda: measured(
         "step", ["network", "M parameters", "batch", "precision", "compiled", "seconds", "ours / bare", "naive / ours"]
@@ -89,6 +99,20 @@ TABLES = {
     "sample": lambda: measured(
         "sample", ["network", "batch", "steps", "images / s", "ours / bare", "diffusers / ours", "time / time at 4"]
     ),
+    "io": lambda: measured(
+        "io", ["network", "batch", "MB", "checkpoint, s", "resume, s", "waits, s", "costs, s", "costs / 60 s"]
+    ),
+    "scale": lambda: measured(
+        "scale",
+        ["network", "batch", "processes", "threads of each", "micro batches of each", "seconds", "ours / bare",
+         "against 1"],
+    ),
+    "memory": lambda: measured(
+        "memory",
+        ["network", "stage", "setting", "batch", "measured weights", "measured moments", "measured pass",
+         "measured peak", "measured / counted"],
+    ),
+    "growth": growth,
     "priced": priced,
 }
 

@@ -433,45 +433,33 @@ def test_an_error_of_the_disk_is_told_from_one_of_other_files() -> None:
     assert no_storage(missing, run_path, None) is missing
 
 
-def test_checkpoints_are_pruned_only_after_a_newer_one_was_read_back(
-    tmp_path: Path, uncut: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("where", "spoilt", "kept"),
+    [
+        (checkpoints, "checkpoint-00000012.*/optimizer", ["checkpoint-00000009", "checkpoint-00000006"]),
+        # Those of a whole stage go when its weights have been read back, and not before.
+        (model_module, "00-denoise/.model", ["checkpoint-00000039", "checkpoint-00000036"]),
+    ],
+    ids=["checkpoint", "stage"],
+)
+def test_checkpoints_are_pruned_only_after_what_replaces_them_was_read_back(
+    tmp_path: Path, uncut: Path, monkeypatch: pytest.MonkeyPatch, where: Any, spoilt: str, kept: list[str]
 ) -> None:
-    written, path = checkpoints.write_tensors, tmp_path / "run"
+    path, written = tmp_path / "run", where.write_tensors
     stage = RunFolder(path).stage("00-denoise")
 
     def unsound(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
         written(tensors, file)
-        if "checkpoint-00000012" in file.parent.name and file.name == "optimizer.safetensors":
+        if re.search(spoilt, str(file)):
             content = bytearray(file.read_bytes())
             content[-3] ^= 1
             file.write_bytes(content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "write_tensors", unsound)
-        with pytest.raises(DamagedFile, match=r"checkpoint-00000012.*optimizer.safetensors was written, but .* check"):
+        patch.setattr(where, "write_tensors", unsound)
+        with pytest.raises(DamagedFile, match=rf"{spoilt}.safetensors.* was written, but .* check the disk"):
             finish(toy_spec(), path)
-    assert [held.name for held in stage.checkpoints()] == ["checkpoint-00000009", "checkpoint-00000006"]
-    finish(toy_spec(), path)
-    assert weights(path) == weights(uncut)
-
-
-def test_checkpoints_outlive_a_stage_whose_weights_were_not_written_right(
-    tmp_path: Path, uncut: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    written, path = model_module.write_tensors, tmp_path / "run"
-
-    def unsound(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
-        written(tensors, file)
-        content = bytearray(file.read_bytes())
-        content[-3] ^= 1
-        file.write_bytes(content)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(model_module, "write_tensors", unsound)
-        with pytest.raises(DamagedFile, match=r"model.safetensors.* was written, but .* check the disk"):
-            finish(toy_spec(), path)
-    stage = RunFolder(path).stage("00-denoise")
-    assert stage.checkpoints()
+    assert [held.name for held in stage.checkpoints()] == kept
     assert not stage.is_complete()
     finish(toy_spec(), path)
     assert weights(path) == weights(uncut)

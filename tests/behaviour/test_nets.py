@@ -31,6 +31,18 @@ def test_time_becomes_diffusers_whole_timesteps() -> None:
     assert torch.equal(seen, expected)
 
 
+def test_weights_of_convolutions_lie_as_the_device_computes_them_fastest() -> None:
+    network = _unet()
+    kernels = [p for p in network.parameters() if p.ndim == 4 and min(p.shape[1:]) > 1]
+    assert kernels
+    assert all(kernel.is_contiguous() for kernel in kernels)
+    if not torch.cuda.is_available():
+        pytest.skip("the CPU's half holds; that of a GPU needs one")
+    network.to("cuda")
+    kernels = [p for p in network.parameters() if p.ndim == 4 and min(p.shape[1:]) > 1]
+    assert all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)
+
+
 def test_every_power_of_two_grid_falls_on_whole_timesteps() -> None:
     network = _unet()
     asked: list[torch.Tensor] = []

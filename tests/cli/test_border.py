@@ -190,6 +190,38 @@ def test_a_run_on_a_clock_that_was_asked_for_goes_on_without_another_match(
     assert stages(tmp_path / "more") == ["00-teacher", "01-halve-0002"]
 
 
+MATCHED: Final = ["01-match", "02-halve-0004"]
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "words", "planned", "guidance"),
+    [
+        ("ddpm", "digits", [], MATCHED, None),
+        ("dit", "latents-dit", ["--matching.guidance-scale", "4"], MATCHED, [4, 4]),
+        ("sd", "latents", ["--matching.guidance-range", "1", "8"], MATCHED, [1, 8]),
+        ("sd", "latents", ["--matching.guidance-scale", "3", "--chain.lora-rank", "2"], MATCHED, [3, 3]),
+        ("run-sd", "latents", ["--chain.lora-rank", "2"], ["01-halve-0002"], None),
+    ],
+)
+def test_a_dry_run_tells_what_a_distillation_takes_and_writes_nothing(
+    model: str, data: str, words: list[str], planned: list[str], guidance: list[int] | None, here: Path, sd_run: Path,
+    tmp_path: Path, capsys: Capture,
+) -> None:  # fmt: skip
+    source = data if data == "digits" else str(here / data)
+    more = ["--to", "2"] if sd_run == here / model else ["--to", "4", *UNMEASURED]
+    capsys.readouterr()
+    argv = ["distill", str(here / model), "--data", source, "--out", str(tmp_path / "run"), *more, *words]
+    main([*argv, "--dry-run", "--json"])
+    told = json.loads(capsys.readouterr().out)
+    assert [stage["stage"] for stage in told["stages"]] == planned
+    assert not (tmp_path / "run").exists()
+    assert (told["trainable_parameters"] < 0.2 * told["parameters"]) == ("--chain.lora-rank" in words)
+    # Two moments in float32 for each parameter that is trained.
+    assert told["memory_bytes"]["moments"] == 8 * told["trainable_parameters"]
+    assert told["guidance"] == guidance
+    assert told["estimated_seconds"] > 0
+
+
 @pytest.mark.parametrize("word", ["--model.prediction", "--network.dropout", "--teacher.num-updates"])
 def test_options_of_a_teacher_that_is_there_are_refused(word: str, ddpm_run: Path, capsys: Capture) -> None:
     assert f"{word} says nothing to a teacher that is there" in refused(

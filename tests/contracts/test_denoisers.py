@@ -55,6 +55,33 @@ def test_a_perfect_network_denoises_to_the_x0_and_eps_that_were_mixed(
     torch.testing.assert_close(found, Denoised(x0, eps), rtol=0, atol=1e-11)
 
 
+@every_process
+@every_prediction
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_time_for_all_says_what_the_same_time_for_each_says(
+    process: NoiseProcess, prediction: Prediction, dtype: torch.dtype
+) -> None:
+    x_t = numbers(5, 3, 2).to(dtype)
+    heard: list[Tensor] = []
+
+    def network(x: Tensor, time: Tensor) -> Tensor:
+        heard.append(time)
+        return torch.cat([x * 0.3 - time[:, None, None]] * prediction.channels, dim=1)
+
+    denoiser = NetworkDenoiser(network, process, prediction)
+    exact = torch.finfo(dtype).eps
+    for t in (0.013, 0.4, 0.77, 0.9):
+        for asked in (denoiser, Clipped(denoiser)):
+            one, each = asked(x_t, t), asked(x_t, clock(t).expand(5))
+            assert torch.equal(heard[-1], heard[-2])
+            for found, wanted in zip(one, each, strict=True):
+                assert found.dtype == dtype
+                torch.testing.assert_close(found, wanted, rtol=8 * exact, atol=8 * exact * float(wanted.abs().max()))
+            for s in (0.0, t / 3):
+                landed, wanted = ddim_step(each, process, s), ddim_step(each, process, clock(s).expand(5))
+                torch.testing.assert_close(landed, wanted, rtol=8 * exact, atol=8 * exact * float(wanted.abs().max()))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_the_network_is_told_the_time_exactly_on_every_grid_of_a_power_of_two(dtype: torch.dtype) -> None:
     heard: list[Tensor] = []

@@ -158,5 +158,12 @@ def show_results(path: Path, console: Console) -> None:
     teacher, students = result_rows(RunFolder(path))
     if teacher or students:
         first = RunFolder(path).stages()[0].metrics()
-        features = first.protocol.get("features", "?") if first else "?"
+        protocol = first.protocol if first else {}
+        features = protocol.get("features", "?")
         console.print(results_table(teacher, students, f"Frechet distance in {features} features"))
+        console.print(
+            f"Of {protocol.get('num_samples', '?')} samples to {protocol.get('num_reference', '?')} real ones: biased "
+            "upwards, the more the fewer they are, so compare within this table.",
+            style="dim",
+            highlight=False,
+        )

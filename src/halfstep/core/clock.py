@@ -3,7 +3,12 @@
 A *clock* tensor (t, alpha, sigma, log_snr) is float64 and has one number per sample. Data is of any floating dtype
 and any shape `[batch, *dims]`. Times near 0 and 1 differ by parts in 10^8 at 8192 steps, so the clock is never
 computed in the data's precision; it is cast once, here, when it multiplies data.
+
+In sampling all samples have one time. It stays a plain number then, which is a float64 as well: a step of a small
+network takes as long as a hundred operations on tensors, however small these are.
 """
+
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -32,6 +37,13 @@ def as_clock(times: Tensor | float, like: Tensor) -> Tensor:
     return values
 
 
-def per_sample(clock: Tensor, like: Tensor) -> Tensor:
-    """The clock tensor `[batch]` in the dtype and on the device of `like`, shaped `[batch, 1, ...]` to multiply it."""
+@overload
+def per_sample(clock: Tensor, like: Tensor) -> Tensor: ...
+@overload
+def per_sample(clock: Tensor | float, like: Tensor) -> Tensor | float: ...
+def per_sample(clock: Tensor | float, like: Tensor) -> Tensor | float:
+    """The clock tensor `[batch]` in the dtype and on the device of `like`, shaped `[batch, 1, ...]` to multiply it; a
+    number, which torch takes into the data's dtype, as it is."""
+    if isinstance(clock, float):
+        return clock
     return clock.to(device=like.device, dtype=like.dtype).reshape(-1, *[1] * (like.ndim - 1))

@@ -64,8 +64,12 @@ class NetworkDenoiser(Denoiser):
         self.prediction = prediction
 
     def forward(self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None) -> Denoised:
-        clock = as_clock(t, x_t)
-        time = clock.to(device=x_t.device, dtype=torch.promote_types(x_t.dtype, torch.float32))
+        precision = torch.promote_types(x_t.dtype, torch.float32)
+        if isinstance(t, float):
+            time = torch.full(x_t.shape[:1], t, dtype=precision, device=x_t.device)
+        else:
+            t = as_clock(t, x_t)
+            time = t.to(device=x_t.device, dtype=precision)
         output: Tensor = self.network(x_t, time, **(cond or {}))
         if x_t.ndim > 1:
             needed = (x_t.shape[0], x_t.shape[1] * self.prediction.channels, *x_t.shape[2:])
@@ -76,7 +80,7 @@ class NetworkDenoiser(Denoiser):
                 f"the network put out {tuple(output.shape)} for an input of {tuple(x_t.shape)}; "
                 f"{type(self.prediction).__name__} needs {needed}"
             )
-        alpha, sigma = self.process.alpha_sigma(clock)
+        alpha, sigma = self.process.amplitudes(t)
         return self.prediction.denoised(output.to(x_t.dtype), x_t, alpha, sigma)
 
 
@@ -100,9 +104,10 @@ class Clipped(Denoiser):
         self.high = high
 
     def forward(self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None) -> Denoised:
-        clock = as_clock(t, x_t)
-        x0 = self.denoiser(x_t, clock, cond).x0.clamp(self.low, self.high)
-        alpha, sigma = self.process.alpha_sigma(clock)
+        if not isinstance(t, float):
+            t = as_clock(t, x_t)
+        x0 = self.denoiser(x_t, t, cond).x0.clamp(self.low, self.high)
+        alpha, sigma = self.process.amplitudes(t)
         return Denoised(x0, eps_from_x0(x_t, x0, alpha, sigma))
 
 
@@ -177,7 +182,7 @@ class Guided(Denoiser):
             wanted = missing[0] if missing else GUIDANCE
             raise ValueError(f"guidance needs the condition {wanted!r}, got {', '.join(sorted(cond or {})) or 'none'}")
         both = {name: torch.cat([self._null(name, value), value]) for name, value in shown.items()}
-        found = self.denoiser(torch.cat([x_t, x_t]), as_clock(t, x_t).repeat(2), both)
+        found = self.denoiser(torch.cat([x_t, x_t]), t if isinstance(t, float) else as_clock(t, x_t).repeat(2), both)
         weight = per_sample(scale, x_t)
 
         def guided(pair: Tensor) -> Tensor:
@@ -222,7 +227,7 @@ def warn_of_gain(process: NoiseProcess, prediction: Prediction) -> None:
         )
 
 
-def ddim_step(denoised: Denoised, process: NoiseProcess, s: Tensor) -> Tensor:
+def ddim_step(denoised: Denoised, process: NoiseProcess, s: Tensor | float) -> Tensor:
     """x_s = alpha_s x0 + sigma_s eps, `[batch, *dims]`; x0 itself at s = 0.
 
     Source: Song et al. 2020 (arXiv:2010.02502) with eta = 0; Salimans & Ho 2022, equations 7 and 8.

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import final
+from typing import final, overload
 
 import torch
 from torch import Tensor
@@ -34,13 +34,42 @@ class NoiseProcess(ABC):
     def time_at(self, log_snr: Tensor) -> Tensor:
         """The time at which `log_snr` is reached: the inverse of `log_snr()`."""
 
+    @overload
+    def amplitudes(self, t: Tensor) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def amplitudes(self, t: float) -> tuple[float, float]: ...
+    @overload
+    def amplitudes(self, t: Tensor | float) -> tuple[Tensor, Tensor] | tuple[float, float]: ...
     @final
-    def landing(self, s: Tensor) -> tuple[Tensor, Tensor]:
+    def amplitudes(self, t: Tensor | float) -> tuple[Tensor, Tensor] | tuple[float, float]:
+        """`alpha_sigma` at clock times `[batch]`; at one time for all samples, as two numbers, which are remembered."""
+        if not isinstance(t, float):
+            return self.alpha_sigma(t)
+        if t not in self._remembered:
+            alpha, sigma = self.alpha_sigma(torch.tensor([t], dtype=torch.float64))
+            self._remembered[t] = float(alpha), float(sigma)
+        return self._remembered[t]
+
+    @final
+    @cached_property
+    def _remembered(self) -> dict[float, tuple[float, float]]:
+        return {}
+
+    @overload
+    def landing(self, s: Tensor) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def landing(self, s: float) -> tuple[float, float]: ...
+    @overload
+    def landing(self, s: Tensor | float) -> tuple[Tensor, Tensor] | tuple[float, float]: ...
+    @final
+    def landing(self, s: Tensor | float) -> tuple[Tensor, Tensor] | tuple[float, float]:
         """Amplitudes at which a sampler's step arrives: those of the process, but exactly (1, 0) at s = 0.
 
         The last step lands on clean data, so it returns x0 itself, whatever small noise the process keeps at time 0.
         (The authors' code does the same, in its sampler and in its target.)
         """
+        if isinstance(s, float):
+            return (1.0, 0.0) if s == 0 else self.amplitudes(s)
         alpha, sigma = self.alpha_sigma(s)
         clean = s == 0
         return torch.where(clean, torch.ones_like(alpha), alpha), torch.where(clean, torch.zeros_like(sigma), sigma)

@@ -14,7 +14,9 @@ Source: Salimans & Ho 2022 (arXiv:2202.00512), section 4; "both" as in the autho
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar, NamedTuple, final
 
 import torch
@@ -32,7 +34,8 @@ class Denoised(NamedTuple):
 
 
 class Prediction(ABC):
-    """The meaning of a network's output. `alpha` and `sigma` are clock tensors `[batch]`."""
+    """The meaning of a network's output. `alpha` and `sigma` are clock tensors `[batch]`, or in `denoised` two numbers
+    for all samples."""
 
     channels: ClassVar[int]
     """Output channels for each channel of data: 1, and 2 for `Both`."""
@@ -42,7 +45,7 @@ class Prediction(ABC):
         """The output of a perfect network, `[batch, channels * C, ...]`."""
 
     @abstractmethod
-    def denoised(self, output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Denoised:
+    def denoised(self, output: Tensor, x_t: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Denoised:
         """x0 and eps, each shaped as `x_t`, from the network's output at `x_t`."""
 
 
@@ -64,13 +67,27 @@ class LinearPrediction(Prediction):
         return per_sample(a, x0) * x0 + per_sample(b, x0) * eps
 
     @final
-    def denoised(self, output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Denoised:
+    def denoised(self, output: Tensor, x_t: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Denoised:
+        solved: Sequence[Tensor | float]
+        if isinstance(alpha, Tensor) and isinstance(sigma, Tensor):
+            solved = self._solved(alpha, sigma)
+        else:
+            solved = _solved_once(self, float(alpha), float(sigma))
+        x0_x, x0_p, eps_x, eps_p = (per_sample(number, x_t) for number in solved)
+        return Denoised(x0=x0_x * x_t + x0_p * output, eps=eps_x * x_t + eps_p * output)
+
+    def _solved(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What x_t and p are multiplied by to be x0, and to be eps."""
         a, b = self.coefficients(alpha, sigma)
         d = b * alpha - a * sigma
-        return Denoised(
-            x0=per_sample(b / d, x_t) * x_t + per_sample(-sigma / d, x_t) * output,
-            eps=per_sample(-a / d, x_t) * x_t + per_sample(alpha / d, x_t) * output,
-        )
+        return b / d, -sigma / d, -a / d, alpha / d
+
+
+@lru_cache(maxsize=4096)
+def _solved_once(prediction: LinearPrediction, alpha: float, sigma: float) -> tuple[float, ...]:
+    """`LinearPrediction._solved` at amplitudes of all samples; sampling asks for the same few again and again."""
+    alphas, sigmas = (torch.tensor([number], dtype=torch.float64) for number in (alpha, sigma))
+    return tuple(float(number) for number in prediction._solved(alphas, sigmas))
 
 
 @final
@@ -158,7 +175,7 @@ class Both(Prediction):
     def target(self, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         return torch.cat([x0, eps], dim=1)
 
-    def denoised(self, output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Denoised:
+    def denoised(self, output: Tensor, x_t: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Denoised:
         x0_head, eps_head = output.chunk(2, dim=1)
         power = alpha**2 + sigma**2
         x0 = (
@@ -169,6 +186,6 @@ class Both(Prediction):
         return Denoised(x0, eps_from_x0(x_t, x0, alpha, sigma))
 
 
-def eps_from_x0(x_t: Tensor, x0: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+def eps_from_x0(x_t: Tensor, x0: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
     """eps = (x_t - alpha x0) / sigma, `[batch, *dims]`: the noise that goes with a clean sample."""
     return (x_t - per_sample(alpha, x_t) * x0) / per_sample(sigma, x_t)

@@ -7,8 +7,8 @@ N <= T are whole timesteps.
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping
-from typing import Any, ClassVar, final
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Self, final
 
 import torch
 from torch import Tensor, nn
@@ -67,8 +67,17 @@ class TableNetwork(StockNetwork):
             raise ValueError(f"clock_range must rise from t = 0 to t = 1, got {first} and {last}")
         self.num_train_timesteps = num_train_timesteps
         self.clock_range = (float(first), float(last))
-        # Convolutions are faster on channels-last weights, on CPU and GPU alike.
-        self.model = self.build(config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model = self.build(config)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What every move to a device goes through: on a GPU, weights of convolutions then have their channels last.
+
+        On the CPU that costs up to half as much again in bfloat16, and some percent in float32 (benchmarks/step.py).
+        """
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if next(self.parameters()).device.type == "cuda":
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return self
 
     @final
     def arguments(self) -> dict[str, Any]:

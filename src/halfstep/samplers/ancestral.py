@@ -19,7 +19,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from halfstep.core.clock import per_sample
+from halfstep.core.clock import as_clock, per_sample
 from halfstep.core.denoiser import Cond, Denoiser
 from halfstep.samplers.base import Memory, Sampler, samplers
 
@@ -54,8 +54,8 @@ class Ancestral(Sampler):
         self,
         denoiser: Denoiser,
         x_t: Tensor,
-        t: Tensor,
-        s: Tensor,
+        t: Tensor | float,
+        s: Tensor | float,
         cond: Cond | None,
         memory: Memory,
         noise: Tensor | None = None,
@@ -63,6 +63,7 @@ class Ancestral(Sampler):
         if noise is None:
             raise ValueError("ancestral sampling draws noise, and was given none: pass noise, such as step_noise(...)")
         process = denoiser.process
+        t, s = as_clock(t, x_t), as_clock(s, x_t)
         x0, eps = denoiser(x_t, t, cond)
         alpha_s, sigma_s = process.landing(s)
         _, sigma_t = process.alpha_sigma(t)

@@ -31,8 +31,8 @@ class Sampler(ABC):
         self,
         denoiser: Denoiser,
         x_t: Tensor,
-        t: Tensor,
-        s: Tensor,
+        t: Tensor | float,
+        s: Tensor | float,
         cond: Cond | None,
         memory: Memory,
         noise: Tensor | None = None,
@@ -40,8 +40,9 @@ class Sampler(ABC):
         """x_s, shaped as `x_t` `[batch, *dims]`, and the memory for the next step.
 
         Args:
-            t: clock times `[batch]` at which the step starts.
-            s: clock times `[batch]` at which it lands, s < t; at s = 0 the result is clean data.
+            t: time at which the step starts, one for all samples or clock times `[batch]` (`as_clock` makes the second
+                of the first).
+            s: time at which it lands, likewise, s < t; at s = 0 the result is clean data.
             noise: unit normal numbers shaped as `x_t` for a stochastic sampler; None for any other.
         """
 

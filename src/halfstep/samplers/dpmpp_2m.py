@@ -46,15 +46,16 @@ class DPMSolverPP2M(Sampler):
         self,
         denoiser: Denoiser,
         x_t: Tensor,
-        t: Tensor,
-        s: Tensor,
+        t: Tensor | float,
+        s: Tensor | float,
         cond: Cond | None,
         memory: Memory,
         noise: Tensor | None = None,
     ) -> tuple[Tensor, Memory]:
         process = denoiser.process
+        t, s = as_clock(t, x_t), as_clock(s, x_t)
         denoised = denoiser(x_t, t, cond)
-        here = process.log_snr(as_clock(t, x_t))
+        here = process.log_snr(t)
         if memory is None:
             return ddim_step(denoised, process, s), Last(denoised.x0, here)
         share = torch.where(s == 0, 0.0, (process.log_snr(s) - here) / (2 * (here - memory.log_snr)))

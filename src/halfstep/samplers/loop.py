@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from halfstep.core.clock import as_clock
 from halfstep.core.denoiser import Cond, Denoiser
 from halfstep.core.grids import check_num_steps, uniform_times
 from halfstep.samplers.base import Memory, Sampler
@@ -65,7 +64,7 @@ def trajectory(
     memory: Memory = None
     for number, (t, s) in enumerate(itertools.pairwise(times)):
         drawn = None if noise is None else noise(number).to(x_t)
-        x_t, memory = method.step(denoiser, x_t, as_clock(t, x_t), as_clock(s, x_t), cond, memory, drawn)
+        x_t, memory = method.step(denoiser, x_t, t, s, cond, memory, drawn)
         yield SamplerStep(number, t, s, x_t)
 
 

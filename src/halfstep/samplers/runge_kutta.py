@@ -26,7 +26,7 @@ from typing import ClassVar, Final, NamedTuple, final
 import torch
 from torch import Tensor
 
-from halfstep.core.clock import per_sample
+from halfstep.core.clock import as_clock, per_sample
 from halfstep.core.denoiser import Cond, Denoiser
 from halfstep.core.noise import NoiseProcess
 from halfstep.core.prediction import Denoised
@@ -202,13 +202,14 @@ class RungeKutta(Sampler):
         self,
         denoiser: Denoiser,
         x_t: Tensor,
-        t: Tensor,
-        s: Tensor,
+        t: Tensor | float,
+        s: Tensor | float,
         cond: Cond | None,
         memory: Memory,
         noise: Tensor | None = None,
     ) -> tuple[Tensor, Memory]:
-        return _step(self.rule, self.last, self.coordinate, denoiser, x_t, t, s, cond), None
+        start, end = as_clock(t, x_t), as_clock(s, x_t)
+        return _step(self.rule, self.last, self.coordinate, denoiser, x_t, start, end, cond), None
 
 
 @final

@@ -451,7 +451,7 @@ class StageTrainer:
                 value = spread_as(value, parameter) if value.shape == parameter.shape else value
             elif value.shape == parameter.shape:
                 # A fused optimiser walks through memory, so moments must lie there as their weights do, which a file
-                # does not tell: weights of convolutions have their channels last.
+                # does not tell: on a GPU, weights of convolutions have their channels last.
                 value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
             entry = entries.setdefault(index_of[name], {})
             *groups, last = kind.split("/")
