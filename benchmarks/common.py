@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import random
 import statistics
 import sys
 import time
@@ -121,10 +122,14 @@ def synchronise(device: str) -> None:
 def timed(
     parts: Mapping[str, Callable[[], Any]], rounds: int, device: str = "cpu", warm_up: int = 2
 ) -> dict[str, list[float]]:
-    """Seconds of each part in each round. The parts take turns, so that what disturbs the machine disturbs them all."""
+    """Seconds of each part in each round. The parts take turns, so that what disturbs the machine disturbs them all, in
+    another order each round: after one that has used the same weights a part finds them in the cache."""
     seconds: dict[str, list[float]] = {name: [] for name in parts}
     for number in range(warm_up + rounds):
-        for name, part in parts.items():
+        order = list(parts)
+        random.Random(number).shuffle(order)
+        for name in order:
+            part = parts[name]
             synchronise(device)
             start = time.perf_counter()
             part()

@@ -228,7 +228,9 @@ class Model(Denoiser):
         warn_of_gain(self.process, self.denoiser.prediction)
         if precision not in ("float32", "bf16"):
             raise ValueError(f"precision must be float32 or bf16, got {precision!r}")
-        self.eval()
+        if any(part.training for part in self.modules()):
+            # To say so to each part of a network again takes a millisecond.
+            self.eval()
         size = batch_size or samples_at_once(self.device)
         chunks: list[Tensor] = []
         first = 0
