@@ -119,7 +119,12 @@ def test_the_main_path_in_a_browser(run: Path, url: str, window: Any) -> None:
         np.testing.assert_array_equal(pictures(source, 1), drawn(run, stage, [7], steps, 1))
 
     page.get_by_role("tab", name="Walk").click()
+    # A tab's fields are made when it is first opened, and what is typed before they are bound is lost.
+    page.locator("#walk").wait_for(state="visible")
+    page.wait_for_timeout(1000)
     page.fill("#other-seed input", "3")
+    page.locator("#other-seed input").press("Tab")
+    page.wait_for_timeout(500)
     page.click("#walk")
     page.wait_for_selector("#walked figure")
     shown = pictures(page.locator("#walked figure >> nth=0").locator("img").get_attribute("src"), 8)
