@@ -87,8 +87,9 @@ def growth() -> str:
     held = json.loads((RESULTS / "memory.json").read_text())["growth"]
     return (
         f"Over {held['updates']:,} updates with their checkpoints, after the first 50, the process of a run of the "
-        f"{held['network']} network grew from {held['MB at 50']:.1f} MB to {held['MB at the end']:.1f} MB, and its live "
-        f"tensors by {held['growth, bytes of live tensors']:,} bytes."
+        f"{held['network']} network grew from {held['MB at 50']:.1f} MB to {held['MB at the end']:.1f} MB, and its "
+        f"live tensors by {held['growth, bytes of live tensors']:,} bytes: the orders of the last four epochs are "
+        "kept, and what the first checkpoint has taken the allocator keeps."
     )
 
 
