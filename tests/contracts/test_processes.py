@@ -235,3 +235,16 @@ def test_a_shift_or_a_rho_that_is_not_a_finite_number_above_0_is_refused(value: 
 def test_the_cosine_process_refuses_bounds_that_leave_no_range(low: float, high: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         VPCosine(low, high)
+
+
+def test_what_a_process_remembers_of_its_times_is_bounded_and_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("halfstep.core.noise.REMEMBERED", 8)
+    process = VPCosine()
+    for number in range(100):
+        t = number / 100
+        alpha, sigma = process.alpha_sigma(torch.tensor([t], dtype=torch.float64))
+        assert process.amplitudes(t) == (float(alpha), float(sigma))
+        assert len(process._remembered) <= 8
+    # A whole number is a time as well.
+    assert process.landing(0) == (1.0, 0.0)
+    assert process.amplitudes(1) == process.amplitudes(1.0)

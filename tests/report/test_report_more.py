@@ -114,6 +114,22 @@ def test_an_evaluation_is_shown_one_table_for_each_protocol(tmp_path: Path) -> N
         assert text in page.text
 
 
+@pytest.mark.parametrize(("further", "said"), [(3, ""), (4, ", and 1 more series that have no place in the chart")])
+def test_series_for_which_the_chart_has_no_colour_are_counted(tmp_path: Path, further: int, said: str) -> None:
+    run = write_fake_run(tmp_path / "run")
+    content = fake_evaluation()
+    rows, series = content["tables"][0]["rows"], content["series"]
+    # Beside the students, the teacher, and one more of its samplers.
+    for index in range(further):
+        series.append(series[-1] | {"name": f"teacher-{index}"})
+        rows.append(rows[-1] | {"series": f"teacher-{index}"})
+    write_json(RunFolder(run).evaluation_path, content)
+    page = write_report(run).read_text(encoding="utf-8")
+    charts = re.findall(r'aria-label="(Line chart[^"]*)"', page)
+    assert any(text.endswith(f"the table below holds its figures{said}.") for text in charts)
+    assert any("more series" in text for text in charts) == bool(said)
+
+
 def test_a_run_without_figures_of_its_own_takes_the_first_sentence_from_its_evaluation(tmp_path: Path) -> None:
     run = write_fake_run(tmp_path / "run")
     for path in run.glob("stages/*/metrics.json"):

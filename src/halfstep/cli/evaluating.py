@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
@@ -53,7 +54,7 @@ class EvaluateArguments:
     """Real samples to compare with; those of the recipe by default."""
     image_size: int | None = None
     """Side to which real images of another size are brought; as in the recipe by default."""
-    channels: int | None = None
+    channels: Literal[1, 3] | None = None
     """1 reads real images as grey, 3 in colour; as in the recipe by default."""
     split: str | None = None
     """Their split; the recipe's by default, on which the models were trained."""

@@ -10,13 +10,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import final, overload
+from typing import Final, final, overload
 
 import torch
 from torch import Tensor
 
 from halfstep.core.clock import per_sample
 from halfstep.registry import Registry
+
+REMEMBERED: Final = 4096
+"""Times of which a process remembers the amplitudes: more than any grid has, and few enough for any memory."""
 
 
 class NoiseProcess(ABC):
@@ -43,9 +46,11 @@ class NoiseProcess(ABC):
     @final
     def amplitudes(self, t: Tensor | float) -> tuple[Tensor, Tensor] | tuple[float, float]:
         """`alpha_sigma` at clock times `[batch]`; at one time for all samples, as two numbers, which are remembered."""
-        if not isinstance(t, float):
+        if isinstance(t, Tensor):
             return self.alpha_sigma(t)
         if t not in self._remembered:
+            if len(self._remembered) >= REMEMBERED:
+                self._remembered.clear()
             alpha, sigma = self.alpha_sigma(torch.tensor([t], dtype=torch.float64))
             self._remembered[t] = float(alpha), float(sigma)
         return self._remembered[t]
@@ -68,7 +73,7 @@ class NoiseProcess(ABC):
         The last step lands on clean data, so it returns x0 itself, whatever small noise the process keeps at time 0.
         (The authors' code does the same, in its sampler and in its target.)
         """
-        if isinstance(s, float):
+        if not isinstance(s, Tensor):
             return (1.0, 0.0) if s == 0 else self.amplitudes(s)
         alpha, sigma = self.alpha_sigma(s)
         clean = s == 0

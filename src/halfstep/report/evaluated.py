@@ -1,6 +1,6 @@
 """What `halfstep evaluate` found, as the page shows it: a curve and a table for each protocol, never two in one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -91,14 +91,15 @@ def _table(name: str, table: EvaluationTable, evaluation: EvaluationResult) -> S
         num_each=table.halves.num_each if table.halves is not None else 0,
         figure=_figure(name, table, series, drawn, evaluation.metrics[drawn]) if drawn else None,
         figure_alt=f"Line chart: {label} against the number of sampler steps; the table below holds its figures"
-        f"{_left_out(series)}.",
+        f"{_left_out({row.series for row in table.rows}, series)}.",
         protocol=flatten(table.protocol.model_dump(mode="json")),
     )
 
 
-def _left_out(series: Mapping[str, Series]) -> str:
-    """What is said of series for which the chart has no colour."""
-    more = sum(line.role == "other" for line in series.values()) - len(figures.OTHERS)
+def _left_out(shown: Set[str], series: Mapping[str, Series]) -> str:
+    """What is said of series for which the chart has no colour: it has one for a student, a teacher, and a few more."""
+    roles = {series[name].role for name in shown if name in series}
+    more = len(shown) - len(roles & {"student", "teacher"}) - len(figures.OTHERS)
     return f", and {more} more series that have no place in the chart" if more > 0 else ""
 
 
