@@ -22,6 +22,7 @@ import torchmetrics.image.fid  # noqa: F401  (seconds that each process would ne
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives, _fsdp_param_group
+from torch.distributed.tensor import DTensor
 
 from halfstep.core.denoiser import NetworkDenoiser
 from halfstep.core.noise import VPCosine
@@ -197,6 +198,28 @@ def all_trainings(cases: list[tuple[str, int | None, Stage, int | None]]) -> lis
     return [trained(*case) for case in cases]
 
 
+def shares() -> list[float]:
+    """Which part of the numbers of teacher, student, average and moments this process holds, where all is spread."""
+    from halfstep.train import sharding
+
+    sharding.UNIT = 500
+    made = trainer(halving(2), "full")
+    list(made.run())
+    assert made._models.teacher is not None
+    assert made._ema is not None
+    held = {
+        "student": list(made._network.parameters()),
+        "teacher": list(made._models.teacher.parameters()),
+        "average": list(made._ema.state_dict().values()),
+        "moments": [value for entry in made._optimizer.state_dict()["state"].values() for value in entry.values()],
+    }
+    return [
+        sum(value.to_local().numel() if isinstance(value, DTensor) else value.numel() for value in values)
+        / sum(value.numel() for value in values)
+        for values in held.values()
+    ]
+
+
 def sends(sharding: str) -> list[int]:
     """How often gradients are sent in each of three updates of three micro batches."""
     made = trainer(halving(4), sharding, micro_batch=4)
@@ -248,7 +271,7 @@ def engine_cases() -> dict[str, Any]:
     ]
     held = {"trainings": all_trainings(trainings), "early": early(), "early cut": early(7)}
     if Processes(make_accelerator(cpu=True)).count > 1:
-        held |= {"sends": sends("none"), "sends sharded": sends("full")}
+        held |= {"sends": sends("none"), "sends sharded": sends("full"), "shares": shares()}
     return held
 
 
@@ -311,6 +334,8 @@ def refusals(folder: str) -> list[str]:
         lambda: finish(toy_spec(data=MemoryData("toy", points() + processes.index)), Path(folder + "-data")),
         lambda: finish(toy_spec(plan=one_stage(Poisoned(7, (12,), math.nan))), Path(folder + "-nan")),
         lambda: Processes(make_accelerator(cpu=True), timeout_minutes=0.005).spread(range(2), slow),
+        lambda: processes.check_same("classifier-1", "a classifier", "share the cache"),
+        lambda: processes.check_same(f"classifier-{processes.index}", "a classifier", "share the cache"),
     ):
         try:
             attempt()

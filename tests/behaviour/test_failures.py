@@ -297,6 +297,15 @@ def test_a_run_goes_on_with_the_micro_batch_that_was_found(tmp_path: Path) -> No
     assert weights(tmp_path / "cut") == weights(tmp_path / "uncut")
 
 
+def test_a_micro_batch_that_was_given_is_no_bound_for_one_that_is_looked_for(tmp_path: Path) -> None:
+    spec = toy_spec(plan=one_stage(Hungry(5)), micro_batch=1, log_every=1)
+    events = run(spec, tmp_path)
+    next(e for e in events if isinstance(e, Progress) and e.window.update == 10)
+    events.close()  # type: ignore[attr-defined]
+    told = finish(dataclasses.replace(spec, micro_batch="auto"), tmp_path)
+    assert told == ["00-hungry: micro batch 4, for 16 and 8 did not fit into memory"]
+
+
 # ---------------------------------------------------------------------------------------------------------- signals
 
 

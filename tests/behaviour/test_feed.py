@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,17 +13,17 @@ import torch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from halfstep.core.denoiser import NetworkDenoiser
+from halfstep.core.denoiser import Guided, NetworkDenoiser
 from halfstep.core.draw import Draw
-from halfstep.core.noise import VPCosine
+from halfstep.core.noise import FlowMatching, NoiseProcess, VPCosine, VPTable
 from halfstep.core.prediction import V
 from halfstep.data import MemoryData, held_on, training_batch
 from halfstep.nets import MLP
-from halfstep.objectives import Batch, Denoising, GuidanceRange, Halving, Matching, Stage
+from halfstep.objectives import Batch, Denoising, GuidanceRange, Halving, Matching, Models, Objective, Plan, Stage
 from halfstep.runs import RunFolder
-from halfstep.train import StageTrainer, make_accelerator
+from halfstep.train import Progress, StageTrainer, make_accelerator, run
 from halfstep.train.feed import Feed
-from toys import finish, points, toy_spec
+from toys import finish, points, toy_plan, toy_spec, weights
 
 CPU = torch.device("cpu")
 
@@ -136,6 +137,63 @@ def test_an_update_never_waits_for_the_device(objective: object) -> None:
     assert watch.waits, "the watch sees nothing"
 
 
+class _Copies(TorchDispatchMode):
+    """Notes what is copied from the host to another device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copies: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = function(*args, **(kwargs or {}))
+        moved = isinstance(result, torch.Tensor) and result.device.type != "cpu"
+        given = [value for value in args if isinstance(value, torch.Tensor)]
+        if moved and any(value.device.type == "cpu" for value in given if value.ndim):
+            self.copies.append(str(function))
+        return result
+
+
+@pytest.mark.parametrize("objective", [Denoising(), Halving(4), Matching(32), Halving(4, guidance=GuidanceRange(1, 4))])
+@pytest.mark.parametrize("process", [VPCosine(), VPTable(), FlowMatching(3.0)], ids=lambda p: type(p).__name__)
+def test_an_update_copies_nothing_from_the_host_but_what_is_made_ahead(
+    objective: Objective, process: NoiseProcess
+) -> None:
+    # On the device "meta", where no numbers are, as there are none of it on the host: a copy of them would wait.
+    meta = torch.device("meta")
+    guided = getattr(objective, "guidance", None) is not None
+    made = [NetworkDenoiser(MLP((2,), width=16, depth=1, cond_width=3, guided=guided), process, V()) for _ in range(2)]
+    student, bare = (one.to(meta) for one in made)
+    teacher = Guided(bare, {"observation": torch.zeros(3)}, scale=2.0) if isinstance(objective, Matching) else bare
+    copies = []
+    for fed in Feed(_observed, _draws, meta, ahead=1).updates(0, lambda: 6):
+        with _Copies() as watch:
+            for part in fed:
+                objective.loss(Models(student, teacher), part.batch, part.draw)
+        copies.append(watch.copies)
+    # What the first update asks for is found out then; what is held on a device from then on is copied there once.
+    assert copies[0], "the watch sees nothing"
+    assert copies[-1] == []
+
+
+def _observed(draw: Draw) -> Batch:
+    x0, _ = _batches(draw)
+    return Batch(x0, {"observation": torch.zeros(len(x0), 3)})
+
+
+def test_clock_numbers_are_sent_where_there_is_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Apple's GPUs have none, and refuse the copy.
+    went: list[tuple[torch.dtype, str]] = []
+    monkeypatch.setattr(
+        "halfstep.train.feed.sent", lambda value, device: went.append((value.dtype, device.type)) or value
+    )
+    for fed in Feed(_batches, _draws, torch.device("mps"), ahead=1).updates(0, lambda: 4):
+        for part in fed:
+            part.draw.uniform("time")
+            part.draw.normal("noise", (2,))
+    assert (torch.float32, "mps") in went
+    assert {device for dtype, device in went if dtype == torch.float64} == {"cpu"}
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch itself watches there")
 def test_on_a_gpu_torch_finds_no_wait_either() -> None:
     trainer = _trainer(Halving(4), ahead=3, cpu=False)
@@ -175,7 +233,9 @@ def _finds_no_wait(trainer: StageTrainer) -> None:
 def _quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """All of torch.compile but the generation of C++, which takes a minute."""
     compile_ = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_(module, backend="aot_eager"))
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda module, **settings: compile_(module, backend="aot_eager", **settings)
+    )
 
 
 @pytest.mark.usefixtures("_quick_compiler")
@@ -191,12 +251,47 @@ def test_networks_are_compiled_once_for_the_chain_and_train_alike(tmp_path: Path
     finish(toy_spec(precision=precision, compiled=True, checkpoint_updates=3), tmp_path / "compiled")
     # The teacher's training, a teacher that is asked, a student's training: the second student finds them all.
     assert 2 <= counters["stats"]["unique_graphs"] <= 3
+    assert not counters["recompiles"]
     for stage in RunFolder(tmp_path / "eager").stages():
         for name, value in load_file(stage.model).items():
             other = load_file(tmp_path / "compiled" / "stages" / stage.name / stage.model.name)[name]
             # Fused, roundings to bfloat16 fall elsewhere.
             apart = 1e-4 if precision == "float32" else 1e-2
             assert torch.linalg.norm(other - value) <= apart * torch.linalg.norm(value)
+
+
+def test_code_is_made_for_the_shapes_at_hand_whatever_was_compiled_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._dynamo import reset
+    from torch._dynamo.backends.debugging import aot_eager
+
+    seen: list[set[str]] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[object]) -> object:
+        seen.append({str(type(value).__name__) for value in inputs})
+        return aot_eager(graph, inputs)
+
+    compile_ = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda module, **settings: compile_(module, backend=backend, **settings)
+    )
+    reset()
+    # A teacher of another batch than its students: by itself torch would make the second code one for any batch.
+    plan = toy_plan()
+    plan = Plan((replace(plan.stages[0], batch_size=24), *plan.stages[1:]))
+    spec = toy_spec(plan=plan, compiled=True, checkpoint_updates=10)
+    finish(spec, tmp_path / "uncut")
+    assert len(seen) == 3
+    assert not any("SymInt" in kinds for kinds in seen)
+    reset()
+    # A run that is resumed in a later stage never sees the first: it ends with the same weights.
+    events = run(spec, tmp_path / "cut")
+    next(e for e in events if isinstance(e, Progress) and (e.name, e.window.update) == ("01-halve-0002", 20))
+    events.close()  # type: ignore[attr-defined]
+    reset()
+    finish(spec, tmp_path / "cut")
+    assert weights(tmp_path / "cut") == weights(tmp_path / "uncut")
 
 
 @pytest.mark.usefixtures("_quick_compiler")

@@ -69,6 +69,16 @@ def test_gradients_are_sent_once_an_update_not_with_each_micro_batch(pair: list[
     assert 1 < counts[0] < 10
 
 
+def test_what_is_sharded_lies_in_halves_teacher_and_moments_too(pair: list[dict[str, Any]]) -> None:
+    for held in pair:
+        student, teacher, average, moments = held["shares"]
+        # Uneven slices, and a counter for each parameter beside the moments.
+        assert student == pytest.approx(0.5, abs=0.05)
+        assert teacher == pytest.approx(0.5, abs=0.05)
+        assert average == pytest.approx(0.5, abs=0.05)
+        assert moments == pytest.approx(0.5, abs=0.05)
+
+
 def test_a_stage_ends_early_at_the_same_update_on_all_processes_and_on_one(
     alone: dict[str, Any], pair: list[dict[str, Any]]
 ) -> None:
@@ -181,6 +191,13 @@ def test_what_one_process_refuses_ends_all_with_its_code(tmp_path: Path) -> None
     assert [entry["place"] for entry in held["not_finite"]] == [12]
     # One item may take longer than the patience of training.
     assert first[6] == second[6] == "nothing"
+    # What would make figures of two kinds is refused by both, by its name.
+    assert first[7] == second[7] == "nothing"
+    for index, said in enumerate((first[8], second[8])):
+        assert said == (
+            f"ValueError 2: processes of the run have a classifier each of its own, here classifier-{index}: share the "
+            "cache"
+        )
 
 
 def test_a_signal_to_one_process_stops_all_at_the_same_update_with_the_state_saved(tmp_path: Path) -> None:

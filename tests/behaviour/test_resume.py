@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from halfstep.runs import RunFolder, read_log
+from halfstep.runs import InUse, RunFolder, read_log
 from halfstep.runs import files as run_files
-from halfstep.train import DifferentRecipe, Interrupted, Progress, StopSignal, run
+from halfstep.train import DifferentRecipe, Interrupted, NoStorage, Progress, StopSignal, checkpoint, run
+from halfstep.train.processes import exit_code
 from toys import finish, toy_spec, weights
 
 
@@ -161,11 +162,56 @@ def test_a_folder_that_is_no_run_is_refused_and_left_alone(tmp_path: Path) -> No
     assert [entry.name for entry in tmp_path.iterdir()] == ["letter.txt"]
 
 
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_a_resumed_run_in_either_precision_is_the_uncut_one(tmp_path: Path, precision: str) -> None:
+    spec = toy_spec(precision=precision, log_every=1)
+    finish(spec, tmp_path / "uncut")
+    events = run(spec, tmp_path / "cut")
+    next(e for e in events if isinstance(e, Progress) and (e.name, e.window.update) == ("01-halve-0002", 13))
+    events.close()  # type: ignore[attr-defined]
+    finish(spec, tmp_path / "cut")
+    assert weights(tmp_path / "cut") == weights(tmp_path / "uncut")
+
+
+def test_a_checkpoint_that_the_disk_does_not_give_back_is_passed_over_and_left(
+    tmp_path: Path, uncut: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run"
+    _cut(path, "00-denoise", 25)
+    latest, before = RunFolder(path).stage("00-denoise").checkpoints()[:2]
+    check = checkpoint.check_files
+    unread = [latest]
+
+    def failing(folder: Path, files: dict[str, str]) -> None:
+        if folder in unread:
+            raise OSError(errno.EIO, "Input/output error", str(folder / "ema.safetensors"))
+        check(folder, files)
+
+    monkeypatch.setattr(checkpoint, "check_files", failing)
+    events = run(toy_spec(), path)
+    notice, start = next(events), next(events)
+    events.close()  # type: ignore[attr-defined]
+    assert notice.text.startswith(f"{latest} cannot be read (Input/output error)")  # type: ignore[attr-defined]
+    assert start.resumed_at == int(before.name.rpartition("-")[2])  # type: ignore[attr-defined]
+    assert latest.is_dir()
+    # Where none is given back nothing is trained, and in time pruned, that another look may find.
+    unread.append(before)
+    with pytest.raises(NoStorage):
+        finish(toy_spec(), path)
+    assert latest.is_dir()
+    assert before.is_dir()
+    monkeypatch.undo()
+    finish(toy_spec(), path)
+    assert weights(path) == weights(uncut)
+
+
 def test_two_processes_do_not_write_one_run(tmp_path: Path) -> None:
     first: Iterator[object] = run(toy_spec(), tmp_path / "run")
     next(first)
-    with pytest.raises(ValueError, match="is being written by another"):
+    with pytest.raises(InUse, match="is being written by another") as refused:
         finish(toy_spec(), tmp_path / "run")
+    # The one before may be about to end: a scheduler is told to try again.
+    assert exit_code(refused.value) == 75
     first.close()  # type: ignore[attr-defined]
     finish(toy_spec(), tmp_path / "run")
 

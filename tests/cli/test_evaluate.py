@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 from halfstep.cli import main
+from halfstep.core.denoiser import NetworkDenoiser
 from halfstep.data import DataConfig, open_data
 from halfstep.metrics import frechet_distance
 from halfstep.runs import EvaluationResult, RunFolder
@@ -68,6 +70,39 @@ def test_the_students_figures_are_those_of_the_run(toy_run: Path, tmp_path: Path
     # The teacher at the chain's own start is what the others are compared with.
     assert all(row.series == "student" for row in same_noise.rows)
     assert "4 steps, from the same noise" in same_noise.protocol.reference
+
+
+def test_bfloat16_sampling_is_a_protocol_of_its_own_with_nearly_the_same_figures(
+    digits_run: Path, tmp_path: Path
+) -> None:
+    options = ["evaluate", str(digits_run), "--against", "teacher-ddim", "--num-steps", "2", "--num-samples", "40"]
+    main([*options, "--out", str(tmp_path)])
+    whole = _result(tmp_path).tables[0]
+    main([*options, "--out", str(tmp_path), "--precision", "bf16", "--batch-size", "7"])
+    half = _result(tmp_path).tables[0]
+    assert (whole.protocol.precision, half.protocol.precision) == ("float32", "bf16")
+    assert "sampled in bf16" in (tmp_path / "evaluation.md").read_text()
+    found = [_row(table, "teacher-ddim", 2).figures["frechet"].mean for table in (whole, half)]
+    # Its samples are its own: another rounding, and not those that lay there.
+    assert found[0] != found[1]
+    assert found[1] == pytest.approx(found[0], rel=0.05)
+
+
+@pytest.mark.parametrize(("size", "most"), [(None, 256), (7, 7), (300, 300)])
+def test_samples_are_drawn_as_many_at_once_as_was_asked(
+    toy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int | None, most: int
+) -> None:
+    asked: list[int] = []
+    call = NetworkDenoiser.forward
+
+    def counted(self: NetworkDenoiser, x_t: torch.Tensor, *others: Any) -> Any:
+        asked.append(len(x_t))
+        return call(self, x_t, *others)
+
+    monkeypatch.setattr(NetworkDenoiser, "forward", counted)
+    options = [] if size is None else ["--batch-size", str(size)]
+    main(["evaluate", str(toy_run), "--num-steps", "1", "--num-samples", "600", "--out", str(tmp_path), *options])
+    assert max(asked) == most
 
 
 def test_several_sets_of_seeds_are_disjoint_and_have_a_spread(toy_run: Path, tmp_path: Path) -> None:

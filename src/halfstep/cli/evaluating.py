@@ -50,6 +50,10 @@ class EvaluateArguments:
     """Try so many values of gamma from 0 to 1 (the paper: 11) for each ancestral row and show the best."""
     guidance_scale: float | None = None
     """For models that know guidance; each model's own by default."""
+    precision: Literal["float32", "bf16"] | None = None
+    """bf16 lets the networks compute in bfloat16 while they sample; as in the recipe by default."""
+    batch_size: int | None = None
+    """Samples drawn at once; as many as fit by default."""
     data: str | None = None
     """Real samples to compare with; those of the recipe by default."""
     image_size: int | None = None
@@ -87,8 +91,9 @@ def evaluate(
     for _, manifest, _ in subject.models:
         check_fit(manifest, data)
     settings = recipe.evaluation.model_dump()
-    if arguments.num_samples is not None:
-        settings["num_samples"] = arguments.num_samples
+    for name in ("num_samples", "batch_size", "precision"):
+        if (value := getattr(arguments, name)) is not None:
+            settings[name] = value
     evaluation = EvaluationConfig.model_validate(settings).as_object()
     if subject.files is not None:
         _check_files(arguments)
@@ -97,23 +102,31 @@ def evaluate(
         evaluation = replace(evaluation, num_samples=_count(arguments, samples))
     else:
         asked = Asked(
-            arguments.num_steps, arguments.against, arguments.gamma, arguments.search_gamma, arguments.guidance_scale
-        )
+            arguments.num_steps, arguments.against, arguments.gamma, arguments.search_gamma, arguments.guidance_scale,
+            evaluation.precision,
+        )  # fmt: skip
         rows = plan_of(subject, asked, recipe, data, device)
     features = dict.fromkeys(arguments.extractors or (evaluation.features,))
+    references = processes.main_first(
+        lambda: [Reference(data, replace(evaluation, features=one), cache_folder(), device) for one in features]
+    )
+    processes.check_same(
+        " and ".join(reference.extractor.name for reference in references),
+        "extractors of features",
+        "let all of them see the same cache folder (HALFSTEP_CACHE)",
+    )
     spec = CurveSpec(
         subject=arguments.subject,
         kind=subject.kind,
         series=rows.series,
         entries=rows.entries,
-        references=processes.main_first(
-            lambda: [Reference(data, replace(evaluation, features=one), cache_folder(), device) for one in features]
-        ),
+        references=references,
         reference_split=_split_of(recipe.data),
         num_samples=evaluation.num_samples,
         num_seeds=arguments.seeds,
         batch_size=evaluation.batch_size,
         guidance_scale=arguments.guidance_scale,
+        precision="float32" if subject.files is not None else evaluation.precision,
         teacher=rows.teacher,
         notices=subject.notices,
     )
@@ -140,7 +153,7 @@ def evaluate(
 
 def _check(arguments: EvaluateArguments) -> None:
     """Refuses what is out of range or contradicts itself."""
-    for name, least in (("num_samples", 2), ("seeds", 1), ("search_gamma", 2)):
+    for name, least in (("num_samples", 2), ("seeds", 1), ("search_gamma", 2), ("batch_size", 1)):
         value = getattr(arguments, name)
         if value is not None and value < least:
             reason = ": a search over gamma needs at least 2 levels, from 0 to 1" if name == "search_gamma" else ""
@@ -198,7 +211,7 @@ def _check_files(arguments: EvaluateArguments) -> None:
     """Refuses what says nothing to samples that are there."""
     for name, idle in (
         ("num_steps", ()), ("against", None), ("seeds", 1), ("gamma", None), ("search_gamma", None),
-        ("guidance_scale", None),
+        ("guidance_scale", None), ("precision", None), ("batch_size", None),
     ):  # fmt: skip
         if getattr(arguments, name) != idle:
             raise UsageError(f"--{name.replace('_', '-')} says nothing to samples in files: leave it out")

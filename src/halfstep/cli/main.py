@@ -133,9 +133,9 @@ def _dispatch(verb: Verb, rest: Sequence[str]) -> None:
     except (ValueError, OSError) as error:
         if os.environ.get("HALFSTEP_TRACEBACK"):
             raise
-        from halfstep.runs.storage import is_of_storage
+        from halfstep.runs.storage import exit_code
 
-        code = 3 if is_of_storage(error) else 2
+        code = exit_code(error)
         if isinstance(error, OSError) and error.strerror:
             fail(f"{error.strerror}" + (f": {error.filename}" if error.filename else ""), code)
         fail(error, code)

@@ -130,6 +130,7 @@ class Asked:
     gamma: float | None
     search_gamma: int | None
     guidance_scale: float | None
+    precision: str
 
 
 @final
@@ -252,6 +253,7 @@ class _Rows:
             sampler,
             self.data if manifest.conditions else None,
             self.asked.guidance_scale,
+            self.asked.precision,
         )
         return Entry(name, stage, source, steps, gamma)
 

@@ -37,7 +37,7 @@ class Verb:
         return f"{self.name}_" if keyword.iskeyword(self.name) else self.name
 
 
-TRAINS: Final = (0, 1, 2, 3, 130, 138, 143)
+TRAINS: Final = (0, 1, 2, 3, 75, 130, 138, 143)
 
 RECIPE_NOTES: Final = (
     "RECIPE is a name (`halfstep ls recipes`), a .json file, or the folder of a run. Defaults shown are RECIPE's own.",
@@ -152,6 +152,7 @@ _ALL: Final = (
         "PIPELINE",
         "images and texts to latents, once, for a latent pipeline; resumable",
         ("halfstep encode my-sd --data ~/captioned --out latents",),
+        codes=(0, 2, 3, 75, 130),
         group="Use",
     ),
     Verb(
@@ -198,6 +199,7 @@ EXIT_CODES: Final = MappingProxyType(
         "the run was lost; the last checkpoint is kept",
         2: "bad input: one line says what was got, what was needed and what to do",
         3: "the disk or mount of a run is full or gone; the last good state is named",
+        75: "another halfstep process is writing the folder: wait for it, and run the same command again",
         130: "stopped by Ctrl-C; a run has saved its state and goes on with the same command",
         138: "stopped by SIGUSR1; likewise (--engine.requeue-code puts another code in its place)",
         143: "stopped by SIGTERM; likewise",

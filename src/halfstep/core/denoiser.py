@@ -172,6 +172,7 @@ class Guided(Denoiser):
         self.denoiser = denoiser
         self.process = denoiser.process
         self.null = {name: torch.as_tensor(value) for name, value in null.items()}
+        self._null_held: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
         self.scale = scale
 
     def forward(self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None) -> Denoised:
@@ -194,7 +195,11 @@ class Guided(Denoiser):
     def _null(self, name: str, like: Tensor) -> Tensor:
         if name not in self.null:
             return like
-        return self.null[name].to(like).expand_as(like)
+        # Copied to a device once: a copy makes the host wait for all that the device has to do.
+        place = (name, like.device, like.dtype)
+        if place not in self._null_held:
+            self._null_held[place] = self.null[name].to(like)
+        return self._null_held[place].expand_as(like)
 
 
 def output_gain(process: NoiseProcess, prediction: Prediction, t: float = 1.0) -> float:

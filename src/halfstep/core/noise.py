@@ -186,12 +186,22 @@ class VPTable(NoiseProcess):
         levels = log_power - torch.log(-torch.expm1(log_power))
         return torch.cat([2 * levels[:1] - levels[1:2], levels])
 
+    @cached_property
+    def _nodes_held(self) -> dict[torch.device, Tensor]:
+        return {}
+
+    def _nodes_on(self, device: torch.device) -> Tensor:
+        """`_nodes` on a device, copied there once: a copy makes the host wait for all that the device has to do."""
+        if device not in self._nodes_held:
+            self._nodes_held[device] = self._nodes.to(device)
+        return self._nodes_held[device]
+
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         log_snr = self.log_snr(t)
         return torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
 
     def log_snr(self, t: Tensor) -> Tensor:
-        nodes = self._nodes.to(t.device)
+        nodes = self._nodes_on(t.device)
         place = t * len(self.betas)
         left = place.floor().clamp(0, len(self.betas) - 1).long()
         share = place - left
@@ -201,7 +211,7 @@ class VPTable(NoiseProcess):
         )
 
     def time_at(self, log_snr: Tensor) -> Tensor:
-        nodes = self._nodes.to(log_snr.device)
+        nodes = self._nodes_on(log_snr.device)
         left = (torch.searchsorted(-nodes, -log_snr, right=True) - 1).clamp(0, len(self.betas) - 1)
         here, there = nodes[left], nodes[left + 1]
         share = torch.where(

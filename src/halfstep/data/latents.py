@@ -30,7 +30,7 @@ from torch import Tensor
 from halfstep.data.base import Data
 from halfstep.data.captions import CaptionedImages
 from halfstep.objectives.base import Batch
-from halfstep.runs import DamagedFile, read_json, sha256_of, write_json
+from halfstep.runs import DamagedFile, InUse, read_json, sha256_of, write_json
 
 FORMAT: Final = 1
 """The version of the layout; a reader refuses another."""
@@ -241,7 +241,7 @@ def encode(
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise ValueError(f"{folder} is being written by another process: wait for it, or give another folder") from None
+        raise InUse(f"{folder} is being written by another process: wait for it, or give another folder") from None
     try:
         for left in root.glob(".*.tmp"):
             left.unlink()

@@ -54,7 +54,7 @@ EVALUATION: Final = EvaluationConfig(
 
 
 ONE_GPU: Final = EngineConfig(micro_batch=32)
-"""A batch of 2048 goes through one device in parts; the result does not depend on them."""
+"""A batch of 2048 goes through one device in parts; but for the masks of dropout the result does not depend on them."""
 
 
 @recipes.register("cifar10_paper")

@@ -287,8 +287,10 @@ class EvaluationConfig(Config):
     """Samples over which student and teacher are compared from the same noise."""
     num_shown: Positive = 64
     """Samples that are kept to be looked at."""
-    batch_size: Positive = 250
-    """Samples drawn at once."""
+    batch_size: Positive | None = None
+    """Samples drawn at once; by default many, and half as many whenever they do not fit into memory."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """bf16 lets the networks compute in bfloat16 while they sample: faster, and another protocol."""
     teacher_steps: tuple[Positive, ...] = ()
     """Steps at which the undistilled teacher is measured besides the chain's start; empty: those of all students."""
 
@@ -348,6 +350,7 @@ CHANGING: Final = ("precision", "teacher_precision", "optimizer")
 
 FREE_FIELDS = (
     "chain.keep",
+    "evaluation.batch_size",
     *(f"engine.{name}" for name in EngineConfig.model_fields if name not in CHANGING),
 )
 """Fields that may change when a run goes on: they decide how, not what."""

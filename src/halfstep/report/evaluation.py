@@ -60,7 +60,8 @@ def protocol_words(protocol: Protocol) -> str:
         f"{len(protocol.seeds)} {'set' if len(protocol.seeds) == 1 else 'sets'} of seeds ({', '.join(protocol.seeds)})"
     )
     guidance = "" if protocol.guidance_scale is None else f", guidance scale {protocol.guidance_scale:g}"
-    counts = f"{protocol.num_samples:,} samples in each of {sets}, {protocol.images}{guidance}"
+    bf16 = "" if protocol.precision == "float32" else f", sampled in {protocol.precision}"
+    counts = f"{protocol.num_samples:,} samples in each of {sets}, {protocol.images}{guidance}{bf16}"
     if protocol.kind == "same_noise":
         return f"Protocol: {counts}, against {protocol.reference}."
     split = "" if protocol.reference_split is None else f", split {protocol.reference_split}"
@@ -101,8 +102,8 @@ def markdown(result: EvaluationResult) -> str:
 
 COLUMNS = (
     "kind", "extractor", "reference", "reference_split", "reference_fingerprint", "num_reference", "resize", "images",
-    "num_samples", "seeds", "guidance_scale", "series", "stage", "num_steps", "num_evals", "gamma", "seconds_per_1000",
-    "metric", "mean", "spread", "values",
+    "num_samples", "seeds", "guidance_scale", "precision", "series", "stage", "num_steps", "num_evals", "gamma",
+    "seconds_per_1000", "metric", "mean", "spread", "values",
 )  # fmt: skip
 """Of evaluation.csv: one line for each figure, with its protocol."""
 

@@ -18,6 +18,7 @@ RUN/
 from halfstep.runs.evaluation import EvaluationResult
 from halfstep.runs.files import (
     DamagedFile,
+    InUse,
     cache_folder,
     check_files,
     first_line,
@@ -39,6 +40,7 @@ __all__ = [
     "DamagedFile",
     "EvaluationResult",
     "Heartbeat",
+    "InUse",
     "Manifest",
     "Metrics",
     "Pipeline",

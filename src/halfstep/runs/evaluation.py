@@ -90,6 +90,8 @@ class Protocol(BaseModel):
     """`rounded to uint8` or `as they are`."""
     guidance_scale: float | None = None
     """The scale that was asked for; None for each model's own."""
+    precision: str = "float32"
+    """In which the networks computed while they sampled."""
 
 
 class Row(BaseModel):

@@ -14,6 +14,10 @@ class DamagedFile(ValueError):
     """A file that is missing, cut short or altered; the message names it."""
 
 
+class InUse(ValueError):
+    """A folder that another process is writing."""
+
+
 def first_line(error: BaseException) -> str:
     """What went wrong, short enough for a message of ours."""
     lines = str(error).strip().splitlines()

@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Final
 
+from halfstep.runs.files import InUse
+
 FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 GONE: Final = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO, errno.EROFS, errno.ETIMEDOUT)
 """What disks and network mounts say when they are full, and when they are gone."""
@@ -17,6 +19,17 @@ class NoStorage(OSError):
 def is_of_storage(error: BaseException) -> bool:
     """Whether an error is of a disk or mount that is full or gone."""
     return isinstance(error, NoStorage) or (isinstance(error, OSError) and error.errno in (*FULL, *GONE))
+
+
+def exit_code(error: BaseException) -> int:
+    """What a process ends with after an error of ours: 2 for bad input, 3 for a disk that is full or gone, 75 for a
+    folder that another process is writing, 1 for anything else."""
+    if is_of_storage(error):
+        return 3
+    if isinstance(error, InUse):
+        # EX_TEMPFAIL of sysexits.h: another try, later, may do.
+        return 75
+    return 2 if isinstance(error, ValueError | OSError) else 1
 
 
 def last_good(last: Path | None) -> str:

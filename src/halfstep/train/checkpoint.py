@@ -57,14 +57,11 @@ class CheckpointWriter:
         self.wait()
         state = trainer.state()
         if self._processes.is_main:
-            if trainer.accelerator.device.type == "cpu":
-                # There it shares the live tensors, which the next update changes.
-                state = {part: {name: tensor.clone() for name, tensor in held.items()} for part, held in state.items()}
             about = {
                 "stage": trainer.stream,
                 "update": trainer.update,
                 "seconds": trainer.seconds,
-                "micro_batch": trainer.micro_batch,
+                "micro_batch": trainer.micro_batch if trainer.micro_batch_found else None,
             }
             # Here, where the run has just looked whether its folder is there; the thread makes none.
             self.folder.path.mkdir(parents=True, exist_ok=True)
@@ -136,7 +133,11 @@ def _digest(manifest: Mapping[str, Any]) -> str:
 def resume(trainer: StageTrainer, folder: StageFolder, notice: Callable[[str], None]) -> Path | None:
     """Puts the trainer into the state of the latest good checkpoint and returns that one; None if there is none.
 
-    A damaged checkpoint is named through `notice`, set aside under the name `damaged-...`, and the one before it used.
+    A damaged checkpoint is named through `notice`, set aside under the name `damaged-...`, and the one before it used;
+    so is one that the disk does not give back, which stays where it is.
+
+    Raises:
+        OSError: if the disk gives back none.
     """
     found: str | None = trainer.processes.on_main(lambda: _latest_good(folder, notice))
     if found is None:
@@ -151,6 +152,7 @@ def resume(trainer: StageTrainer, folder: StageFolder, notice: Callable[[str], N
 def _latest_good(folder: StageFolder, notice: Callable[[str], None]) -> str | None:
     """Name of the latest checkpoint whose files are whole; those after it are set aside."""
     held = folder.checkpoints()
+    unread: OSError | None = None
     for path in held:
         try:
             manifest = read_json(path / "manifest.json")
@@ -167,12 +169,19 @@ def _latest_good(folder: StageFolder, notice: Callable[[str], None]) -> str | No
             then = "no other is there, so the stage begins anew" if last else "using the checkpoint before it"
             notice(f"{error}; {then}")
             continue
+        except OSError as error:
+            unread = error
+            notice(f"{path} cannot be read ({error.strerror}); looking for the checkpoint before it")
+            continue
         return path.name
+    if unread is not None:
+        # To begin anew would in time prune what another look at the disk may still bring back.
+        raise unread
     return None
 
 
 def micro_batch_of(checkpoint: Path | None) -> int | None:
-    """The micro batch with which a checkpoint's run went on, where that is known."""
+    """The micro batch that a checkpoint's run had found to fit; None if it was not looked for."""
     return None if checkpoint is None else read_json(checkpoint / "manifest.json").get("micro_batch")
 
 

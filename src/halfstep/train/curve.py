@@ -6,7 +6,6 @@ another reference draws nothing anew; its figures are kept for each protocol. Bo
 weights find none.
 """
 
-import contextlib
 import hashlib
 import json
 import math
@@ -27,7 +26,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from halfstep.metrics import METRICS, Figures, figures_of, figures_of_halves, from_uint8, paired_figures, why_no_lpips
-from halfstep.runs import DamagedFile, EvaluationResult, read_json, write_folder, write_json
+from halfstep.runs import DamagedFile, EvaluationResult, InUse, read_json, write_folder, write_json
 from halfstep.runs.evaluation import EvaluationTable, Figure, Halves, Protocol, Row, Series
 from halfstep.train.evaluate import Reference, samples_array
 from halfstep.train.failures import NonFinite
@@ -74,16 +73,20 @@ class CurveSpec:
     num_samples: int
     num_seeds: int = 1
     """Sets of seeds: set k holds the seeds from k * num_samples on."""
-    batch_size: int = 250
+    batch_size: int | None = None
+    """Samples drawn at once; None for as many as the source draws by itself."""
     guidance_scale: float | None = None
+    precision: str = "float32"
+    """Of sampling, for the protocol's words: what the entries' sources compute in."""
     teacher: Entry | None = None
     """What the others are compared with from the same noise."""
     notices: Sequence[str] = field(default=())
 
     def __post_init__(self) -> None:
         for name, least in (("num_samples", 2), ("num_seeds", 1), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name.replace('_', ' ')} must be at least {least}, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name.replace('_', ' ')} must be at least {least}, got {value}")
         if not self.references:
             raise ValueError("no extractor was given: name at least one, such as pixels")
 
@@ -109,6 +112,14 @@ class CellDone:
 
 def _hash(value: Any, length: int = 10) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:length]
+
+
+def _timed(make: Callable[[], Figures]) -> dict[str, Any]:
+    """What is kept of figures: their values, what is missing, and the seconds that they took."""
+    start = time.perf_counter()
+    figures = make()
+    seconds = round(time.perf_counter() - start, 3)
+    return {"values": figures.values, "missing": figures.missing, "seconds": seconds}
 
 
 def _seeds_name(seeds: range) -> str:
@@ -158,13 +169,13 @@ class _Cell:
 
         def draw(seeds: range) -> tuple[Tensor, ...]:
             try:
-                drawn = self.entry.source.draw(self.entry.num_steps, seeds, len(seeds), None)
+                drawn = self.entry.source.draw(self.entry.num_steps, seeds, self.spec.batch_size, None)
             except NonFinite:
                 return ()
             seconds = math.nan if drawn.seconds is None else drawn.seconds
             return drawn.x0, torch.tensor([seconds, math.nan if drawn.num_evals is None else drawn.num_evals])
 
-        size = self.spec.batch_size
+        size = self.spec.batch_size or self.entry.source.at_once
         parts = processes.spread(
             [self.seeds[first : first + size] for first in range(0, len(self.seeds), size)], draw, stop
         )
@@ -247,7 +258,7 @@ class Curve:
 
     def share(self, processes: Processes) -> None:
         """Measures all cells that are not there by several processes, which share out the samples of each cell and then
-        the cells' figures: the first then finds them in `run`.
+        the cells' figures: the first writes them, and then finds them in `run`.
 
         Raises:
             Interrupted, FailedElsewhere: on all; what was measured stays.
@@ -255,21 +266,30 @@ class Curve:
         for cell in self._cells.values():
             cell.fill_together(processes, self.stop)
 
-        def work(place: tuple[tuple[int, int], _Cell]) -> tuple[()]:
-            key, cell = place
-            # Of a cell whose samples are broken, `run` tells.
-            with contextlib.suppress(NonFinite):
-                self._measure(key, cell)
+        def work(cell: _Cell) -> tuple[Tensor]:
+            made = {}
+            # Of a cell whose samples are broken, and so are not there, `run` tells.
+            if cell.is_filled():
+                for _, name, make in self._makers(cell):
+                    if not self._figures_path(name).is_file():
+                        made[name] = _timed(make)
             cell.forget()
-            return ()
+            return (torch.frombuffer(bytearray(json.dumps(made).encode()), dtype=torch.uint8),)
 
-        processes.spread(list(self._cells.items()), work, self.stop)
+        done = processes.spread(list(self._cells.values()), work, self.stop)
+
+        def write() -> None:
+            for (told,) in done or ():
+                for name, held in json.loads(bytes(told.tolist())).items():
+                    write_json(self._figures_path(name), held)
+
+        processes.on_main(write)
 
     def run(self) -> Iterator[CellDone]:
         """Measures all cells that are not there, and writes evaluation.json anew after each.
 
         Raises:
-            ValueError: if another process writes the folder.
+            InUse: if another process writes the folder.
             NonFinite: if the samples of every cell are broken.
             Interrupted: if a stop was asked for; what was measured stays.
         """
@@ -278,7 +298,7 @@ class Curve:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            raise ValueError(f"{self.out} is being written by another halfstep process: wait for it") from None
+            raise InUse(f"{self.out} is being written by another halfstep process: wait for it") from None
         try:
             yield from self._run()
         finally:
@@ -336,6 +356,7 @@ class Curve:
             seeds=[_seeds_name(seeds) for seeds in self.spec.seed_sets],
             images=said["images"],
             guidance_scale=self.spec.guidance_scale,
+            precision=self.spec.precision,
         )
 
     def _say_of_bias(self, reference: Reference, protocol: Protocol) -> None:
@@ -354,22 +375,25 @@ class Curve:
 
     def _kept(self, name: str, make: Callable[[], Figures]) -> tuple[Figures, bool]:
         """The figures in figures/`name`.json, made and kept if they are not there; and whether they were."""
-        file = self.out / "figures" / f"{name}.json"
         try:
-            held = read_json(file)
-            figures = Figures({str(k): float(v) for k, v in held["values"].items()}, [str(t) for t in held["missing"]])
-            self._seconds[name] = float(held["seconds"])
+            figures = self._read_figures(name)
             was_there = True
         except (DamagedFile, KeyError, TypeError, ValueError, AttributeError):
-            start = time.perf_counter()
-            figures = make()
-            self._seconds[name] = time.perf_counter() - start
-            held = {"values": figures.values, "missing": figures.missing, "seconds": round(self._seconds[name], 3)}
-            write_json(file, held)
+            write_json(self._figures_path(name), _timed(make))
+            figures = self._read_figures(name)
             was_there = False
         for sentence in figures.missing:
             self._say(sentence)
         return figures, was_there
+
+    def _read_figures(self, name: str) -> Figures:
+        held = read_json(self._figures_path(name))
+        figures = Figures({str(k): float(v) for k, v in held["values"].items()}, [str(t) for t in held["missing"]])
+        self._seconds[name] = float(held["seconds"])
+        return figures
+
+    def _figures_path(self, name: str) -> Path:
+        return self.out / "figures" / f"{name}.json"
 
     def _figures_name(self, protocol: Protocol, cell: str) -> str:
         """Unique to the cell and all of the protocol that its figures depend on."""
@@ -387,21 +411,25 @@ class Curve:
 
     def _measure(self, key: tuple[int, int], cell: _Cell) -> bool:
         """Draws and measures a cell where that was not done; returns whether all was there."""
-        wanted = {p.extractor: self._figures_name(p, cell.name) for p in self._sets}
-        there = all((self.out / "figures" / f"{name}.json").is_file() for name in wanted.values())
-        was_there = cell.facts() is not None and there
+        wanted = list(self._makers(cell))
+        was_there = cell.facts() is not None and all(self._figures_path(name).is_file() for _, name, _ in wanted)
         if not was_there:
             cell.fill(self.stop)
+        for extractor, name, make in wanted:
+            figures, held = self._kept(name, make)
+            was_there = was_there and held
+            self._found[extractor, key] = figures.values
+        return was_there
+
+    def _makers(self, cell: _Cell) -> Iterator[tuple[str, str, Callable[[], Figures]]]:
+        """Of each protocol the extractor, the name of the cell's figures, and what makes them."""
         for reference, protocol in zip(self.spec.references, self._sets, strict=True):
 
             def make(reference: Reference = reference) -> Figures:
                 cell.fill(self.stop)
                 return figures_of(reference.extractor, reference.extractor.features(cell.samples), reference.real)
 
-            figures, held = self._kept(wanted[protocol.extractor], make)
-            was_there = was_there and held
-            self._found[protocol.extractor, key] = figures.values
-        return was_there
+            yield protocol.extractor, self._figures_name(protocol, cell.name), make
 
     def _compare(self) -> None:
         """The distances from the same noise, for all cells of each set of seeds."""

@@ -27,7 +27,7 @@ from halfstep.objectives import Batch, Models, Stage
 from halfstep.train.ema import EMA
 from halfstep.train.failures import NonFinite, OutOfMemory, Recent, in_words, is_out_of_memory
 from halfstep.train.feed import Batches, Fed, Feed
-from halfstep.train.processes import Processes
+from halfstep.train.processes import TIMEOUT_MINUTES, Processes
 from halfstep.train.sharding import SHARDINGS, fill, is_sharded, load_whole, shard, skeleton, spread_as, unsynced, whole
 from halfstep.train.stop import Interrupted, StopSignal, at_once
 
@@ -64,11 +64,12 @@ class StageTrainer:
         batches: see `Batches`.
         seed, stream: with the update, the key of every random number.
         micro_batch: samples that go through the network at once; None for a process' whole share. The result does
-            not depend on it beyond rounding.
+            not depend on it beyond rounding, but for the masks of dropout.
         optimizer: one of `OPTIMIZERS`.
         ahead: updates whose batches and random numbers a thread makes ready, as `Feed`'s.
         compiled: whether the networks are compiled.
         sharding: "full" spreads the weights of student and teacher, both in place, over the processes.
+        timeout_minutes: how long another process is waited for.
 
     Raises:
         ValueError: if the objective needs a teacher and there is none, the global batch cannot be split evenly over
@@ -90,6 +91,7 @@ class StageTrainer:
         ahead: int = 0,
         compiled: bool = False,
         sharding: str = "none",
+        timeout_minutes: float = TIMEOUT_MINUTES,
     ) -> None:
         if stage.objective.needs_teacher and teacher is None:
             raise ValueError(f"stage {stream} learns from a teacher, and there is none")
@@ -100,7 +102,7 @@ class StageTrainer:
         _check_sharding(sharding, accelerator, optimizer, compiled)
         self.stage, self.seed, self.stream = stage, seed, stream
         self.accelerator = accelerator
-        self.processes = Processes(accelerator)
+        self.processes = Processes(accelerator, timeout_minutes)
         self.update = 0
         """Updates done."""
         self._plain = student
@@ -159,6 +161,7 @@ class StageTrainer:
         """Sends a process' share of the batch through the network `micro_batch` samples at a time."""
         self.micro_batch = micro_batch
         first, end = self._share.start, self._share.stop
+        self.micro_batch_found = False
         self._places = [range(a, min(a + micro_batch, end)) for a in range(first, end, micro_batch)]
 
     def fit_micro_batch(self, largest: int | None = None) -> list[int]:
@@ -195,6 +198,7 @@ class StageTrainer:
                 buffer.copy_(before)
         if len(refused) == len(sizes):
             raise OutOfMemory(self._does_not_fit())
+        self.micro_batch_found = True
         return refused
 
     def _passes_fit(self) -> bool:
@@ -408,8 +412,7 @@ class StageTrainer:
     def state(self) -> State:
         """All that a resumed run needs beyond `update` and `seconds`, in one form for any number of processes.
 
-        Every process must ask; the first gets all, on the CPU, where tensors that are not spread share the live ones'
-        memory, and the others nothing.
+        Every process must ask; the first gets copies of all, on the CPU, and the others nothing.
         """
         sums = self.processes.each(float(self._window_sum))
         if not (self.processes.is_main or is_sharded(self._network)):
@@ -434,7 +437,12 @@ class StageTrainer:
             for name, value in tensors.items():
                 full = whole(value.detach())
                 if self.processes.is_main:
-                    held[part][name] = full.cpu().contiguous()
+                    # Not by the trainer's device: the moments of a paged optimiser lie on the CPU beside a GPU.
+                    held[part][name] = (
+                        full.cpu().contiguous()
+                        if full.device.type != "cpu"
+                        else full.clone(memory_format=torch.contiguous_format)
+                    )
         return held if self.processes.is_main else {}
 
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]], update: int, seconds: float) -> None:
@@ -494,11 +502,12 @@ def compile_networks(denoiser: Denoiser) -> None:
     """Lets torch compile each network of the denoiser, in place, at its first call.
 
     The code that it makes is kept for the class of the network, with the weights as its arguments: the networks of the
-    next stage find it there.
+    next stage find it there. It is made for one shape of the batch: code for any, which torch would make at the second
+    shape, is slower, and rounds otherwise in a run that was resumed after that than in the uncut one.
     """
     for part in denoiser.modules():
         if isinstance(part, NetworkDenoiser) and isinstance(part.network, torch.nn.Module):
-            part.network.compile()
+            part.network.compile(dynamic=False)
 
 
 def _check_sharding(sharding: str, accelerator: Accelerator, optimizer: str, compiled: bool) -> None:

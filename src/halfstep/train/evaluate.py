@@ -34,7 +34,7 @@ from halfstep.runs import write_arrays, write_bytes
 from halfstep.runs.schema import Result
 from halfstep.samplers import DDIM, Ancestral, Sampler, samplers
 from halfstep.train.failures import NonFinite
-from halfstep.train.model import Model
+from halfstep.train.model import Model, check_precision, samples_at_once
 from halfstep.train.processes import Processes
 from halfstep.train.stop import StopSignal
 
@@ -61,14 +61,19 @@ class Evaluation:
     """Samples over which student and teacher are compared from the same noise."""
     num_shown: int = 64
     """Samples that are kept to be looked at."""
-    batch_size: int = 250
+    batch_size: int | None = None
+    """Samples drawn at once; None for as many as `Model.sample` draws by itself."""
+    precision: str = "float32"
+    """"bf16" for networks that compute in bfloat16 while they sample."""
     teacher_steps: tuple[int, ...] = ()
     """Numbers of steps at which the teacher is measured, besides the start of the chain and those of its students."""
 
     def __post_init__(self) -> None:
         for name, least in (("num_samples", 2), ("num_reference", 2), ("batch_size", 1), ("num_compared", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"evaluation.{name} must be at least {least}, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"evaluation.{name} must be at least {least}, got {value}")
+        check_precision(self.precision)
         if self.features is not None:
             _ = extractors[self.features.partition("=")[0]]
 
@@ -114,6 +119,8 @@ class Reference:
             "seeds": "0, 1, 2, ...",
             "images": "rounded to uint8" if data.is_image else "as they are",
         }
+        if evaluation.precision != "float32":
+            self.protocol["precision"] = evaluation.precision
         if isinstance(self.extractor, Classifier):
             self.protocol["classifier_accuracy"] = round(self.extractor.accuracy, 4)
 
@@ -193,12 +200,16 @@ def measure(
         """Samples, their features, and the seconds that sampling alone took."""
         cond = conditions_for(model, reference.data, seeds)
         start = time.perf_counter()
-        x0 = model.sample(seeds, num_steps, method, batch_size=len(seeds), cond=cond)
+        x0 = model.sample(
+            seeds, num_steps, method, batch_size=evaluation.batch_size, cond=cond, precision=evaluation.precision
+        )
         seconds = torch.tensor([time.perf_counter() - start], dtype=torch.float64)
         return x0, reference.extractor.features(_as_measured(x0, reference.is_image)), seconds
 
     seeds = list(range(evaluation.num_samples))
-    size = evaluation.batch_size
+    # By default there is a part for each of eight processes, however many there are: the batch decides about the last
+    # bits on a GPU, and samples must not depend on who draws them.
+    size = evaluation.batch_size or max(1, min(samples_at_once(model.device), -(-len(seeds) // 8)))
     parts = together.spread([seeds[first : first + size] for first in range(0, len(seeds), size)], drawn, stop)
     compared: list[Tensor] = []
 

@@ -89,8 +89,8 @@ class Recent:
         statistics: dict[str, Any] = {"update": update}
         if parts:
             place = [place for part in parts for place in part.places]
-            loss = torch.cat([part.loss.double().cpu() for part in parts])
-            log_snr = torch.cat([part.log_snr.double().cpu() for part in parts])
+            loss = torch.cat([part.loss.cpu().double() for part in parts])
+            log_snr = torch.cat([part.log_snr.cpu().double() for part in parts])
             finite = loss.isfinite()
             some = bool(finite.any())
             statistics |= {

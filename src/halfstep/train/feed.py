@@ -14,6 +14,7 @@ from typing import Final, NamedTuple, final
 import torch
 from torch import Tensor
 
+from halfstep.core.clock import clock_device
 from halfstep.core.draw import Asked, Draw
 from halfstep.data import sent
 from halfstep.objectives import Batch
@@ -94,4 +95,5 @@ class Feed:
         return made
 
     def _send(self, value: Tensor) -> Tensor:
-        return sent(value, self._device)
+        # Clock numbers stay where clock tensors lie, for not every device has float64.
+        return sent(value, clock_device(self._device) if value.dtype == torch.float64 else self._device)

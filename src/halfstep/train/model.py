@@ -26,6 +26,16 @@ def samples_at_once(device: torch.device) -> int:
     return 1024 if device.type == "cuda" else 256
 
 
+def check_precision(precision: str) -> None:
+    """Passes for what `Model.sample` takes.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if precision not in ("float32", "bf16"):
+        raise ValueError(f"precision must be float32 or bf16, got {precision!r}")
+
+
 @final
 class Model(Denoiser):
     """A trained denoiser with what is known of it.
@@ -226,8 +236,7 @@ class Model(Denoiser):
         """
         steps = self.check_steps(num_steps)
         warn_of_gain(self.process, self.denoiser.prediction)
-        if precision not in ("float32", "bf16"):
-            raise ValueError(f"precision must be float32 or bf16, got {precision!r}")
+        check_precision(precision)
         if any(part.training for part in self.modules()):
             # To say so to each part of a network again takes a millisecond.
             self.eval()

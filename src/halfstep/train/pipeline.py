@@ -35,6 +35,7 @@ from halfstep.objectives import Batch, Matching, Plan, Stage, objectives
 from halfstep.runs import (
     DamagedFile,
     Heartbeat,
+    InUse,
     Manifest,
     Metrics,
     RunFolder,
@@ -301,6 +302,7 @@ def trainer_for(
         ahead=updates_ahead(accelerator.device, reads_files=not isinstance(spec.data, MemoryData)),
         compiled=spec.compiled,
         sharding=spec.sharding,
+        timeout_minutes=spec.timeout_minutes,
     )
 
 
@@ -311,7 +313,8 @@ def run(spec: RunSpec, path: Path, stop: StopSignal | None = None) -> Iterator[E
 
     Raises:
         DifferentRecipe: if the folder holds a run of another recipe or other data; nothing is changed then.
-        ValueError: if the folder is not empty and no run, or is being written by another process.
+        ValueError: if the folder is not empty and no run.
+        InUse: if another process is writing it.
         NonFinite: if training diverged; the last checkpoint is kept, and what is known of the batch is in the stage's
             non-finite.json.
         OutOfMemory: if an update or the sampling of an evaluation does not fit into memory.
@@ -364,7 +367,7 @@ def _take_folder(spec: RunSpec, folder: RunFolder, lock: FileLock) -> str:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise ValueError(f"{path} is being written by another halfstep process: wait for it, or choose --out") from None
+        raise InUse(f"{path} is being written by another halfstep process: wait for it, or choose --out") from None
     sweep(path)
     if not folder.recipe_path.exists():
         _write_recipe(spec, folder)
@@ -749,9 +752,15 @@ class _Runner:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            size = self.spec.evaluation.batch_size if self.spec.evaluation else 0
+            size = self.spec.evaluation.batch_size if self.spec.evaluation else None
             raise OutOfMemory(
-                f"out of memory while measuring, with {size} samples at once: lower evaluation.batch_size"
+                "out of memory while measuring"
+                + (
+                    f", with {size} samples at once: lower evaluation.batch_size, or leave it out"
+                    if size
+                    else ", though fewer samples at once were tried: take a smaller evaluation.num_reference, or "
+                    "--evaluation.features pixels"
+                )
             ) from None
 
     def _measured(self, folder: StageFolder, model: Model) -> Iterator[Event]:
@@ -769,6 +778,11 @@ class _Runner:
             reference = functools.partial(Reference, self.spec.data, evaluation, self.spec.cache, device)
             with self._nothing_to_save():
                 self._reference = self.processes.main_first(reference)
+                self.processes.check_same(
+                    self._reference.extractor.name,
+                    "an extractor of features",
+                    "let all of them see the same cache folder (HALFSTEP_CACHE)",
+                )
         protocol = self._reference.protocol | {"device": str(self.accelerator.device)}
 
         def there() -> bool:

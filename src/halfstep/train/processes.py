@@ -8,6 +8,7 @@ Without `torchrun` or `accelerate launch` there is one process, and every call h
 """
 
 import functools
+import hashlib
 import json
 import os
 import re
@@ -24,7 +25,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor
 from torch import distributed as dist
 
-from halfstep.runs.storage import is_of_storage
+from halfstep.runs import storage
 from halfstep.train.stop import Interrupted, StopSignal
 
 Item = TypeVar("Item")
@@ -55,15 +56,13 @@ class LostProcess(RuntimeError):
 
 
 def exit_code(error: BaseException) -> int:
-    """What a process ends with after an error: 2 for bad input, 3 for a disk that is full or gone, 128 + n for signal
-    n, 1 for anything else."""
+    """What a process ends with after an error: that of another process, 128 + n for signal n, or `storage.exit_code`'s
+    code."""
     if isinstance(error, FailedElsewhere):
         return error.code
     if isinstance(error, Interrupted):
         return 128 + error.signal
-    if is_of_storage(error):
-        return 3
-    return 2 if isinstance(error, ValueError | OSError) else 1
+    return storage.exit_code(error)
 
 
 def launched() -> int:
@@ -205,6 +204,17 @@ class Processes:
         held = torch.tensor(numbers, dtype=torch.int64)
         dist.all_reduce(held, dist.ReduceOp.MAX, group=_words(), async_op=True).wait(patience or self._timeout)
         return tuple(held.tolist())
+
+    def check_same(self, name: str, what: str, remedy: str) -> None:
+        """Passes if `name` is the same on all processes.
+
+        Raises:
+            ValueError: on all, if it is not.
+        """
+        own = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7])
+        most, least = self.agree(own, -own, patience=WAIT_FOR_MAIN)
+        if most != -least:
+            raise ValueError(f"processes of the run have {what} each of its own, here {name}: {remedy}")
 
     def told_by(self, index: int, value: Any) -> Any:
         """The value that process `index` has, as JSON holds it, on all."""
@@ -371,7 +381,9 @@ _BROKEN: Final = re.compile(r"gloo|nccl|connection (was )?(closed|reset)|broken 
 
 def is_lost(error: BaseException) -> bool:
     """Whether an error is what a process sees of another that has gone."""
-    return isinstance(error, RuntimeError) and dist.is_initialized() and bool(_BROKEN.search(str(error)))
+    # Our own errors name files and folders, which may be called anything.
+    ours = type(error).__module__.startswith("halfstep.")
+    return isinstance(error, RuntimeError) and not ours and dist.is_initialized() and bool(_BROKEN.search(str(error)))
 
 
 def leave() -> None:

@@ -17,7 +17,7 @@ from halfstep.runs import Manifest
 from halfstep.samplers import Sampler
 from halfstep.train.evaluate import conditions_for
 from halfstep.train.failures import NonFinite
-from halfstep.train.model import Model
+from halfstep.train.model import Model, samples_at_once
 from halfstep.train.stop import StopSignal
 
 
@@ -40,9 +40,17 @@ class Source(ABC):
     def content(self) -> dict[str, Any]:
         """JSON-ready: what the samples of a seed are a function of, beside the number of steps."""
 
+    @property
     @abstractmethod
-    def draw(self, num_steps: int | None, seeds: range, batch_size: int, stop: StopSignal | None) -> Drawn:
+    def at_once(self) -> int:
+        """Samples that are drawn together where nothing is said."""
+
+    @abstractmethod
+    def draw(self, num_steps: int | None, seeds: range, batch_size: int | None, stop: StopSignal | None) -> Drawn:
         """The samples of `seeds`.
+
+        Args:
+            batch_size: samples drawn together; None for `at_once`, and fewer where those do not fit into memory.
 
         Raises:
             Interrupted: if `stop` was set.
@@ -66,40 +74,50 @@ class ModelSource(Source):
         sampler: Sampler,
         conditions: Data | None = None,
         guidance_scale: float | None = None,
+        precision: str = "float32",
     ) -> None:
         self._load = load
         self.weights, self.sampler, self.conditions = weights, sampler, conditions
-        self.guidance_scale = guidance_scale
+        self.guidance_scale, self.precision = guidance_scale, precision
         self._model: Model | None = None
+        self._is_warm = False
 
     @property
     def content(self) -> dict[str, Any]:
-        return {
+        said = {
             "weights": self.weights,
             "sampler": repr(self.sampler),
             "guidance_scale": self.guidance_scale,
             "conditions": None if self.conditions is None else self.conditions.fingerprint,
         }
+        return said if self.precision == "float32" else said | {"precision": self.precision}
 
-    def draw(self, num_steps: int | None, seeds: range, batch_size: int, stop: StopSignal | None) -> Drawn:
+    @property
+    def at_once(self) -> int:
+        return samples_at_once(self._model_here().device)
+
+    def draw(self, num_steps: int | None, seeds: range, batch_size: int | None, stop: StopSignal | None) -> Drawn:
         assert num_steps is not None
         chunks, seconds = [], 0.0
         with warnings.catch_warnings():
             # Teachers and students are asked for other numbers of steps than they are made for on purpose.
             warnings.simplefilter("ignore", HalfstepWarning)
             model = self._ready(seeds[0])
-            for first in range(0, len(seeds), batch_size):
+            size = batch_size or self.at_once
+            for first in range(0, len(seeds), size):
                 if stop is not None:
                     stop.check()
-                part = list(seeds[first : first + batch_size])
+                part = list(seeds[first : first + size])
                 cond = {} if self.conditions is None else conditions_for(model, self.conditions, part)
                 start = time.perf_counter()
                 x0 = model.sample(
                     part,
                     num_steps,
                     self.sampler,
+                    batch_size=batch_size,
                     cond=cond,
                     guidance_scale=self.guidance_scale,
+                    precision=self.precision,
                 )
                 chunks.append(x0)
                 seconds += time.perf_counter() - start
@@ -111,9 +129,15 @@ class ModelSource(Source):
 
     def _ready(self, seed: int) -> Model:
         """The model, loaded and asked once: the first call is slower than the others, and would be timed."""
+        model = self._model_here()
+        if not self._is_warm:
+            model.warm_up({} if self.conditions is None else conditions_for(model, self.conditions, [seed]))
+            self._is_warm = True
+        return model
+
+    def _model_here(self) -> Model:
         if self._model is None:
             self._model = self._load()
-            self._model.warm_up({} if self.conditions is None else conditions_for(self._model, self.conditions, [seed]))
         return self._model
 
 
@@ -128,7 +152,11 @@ class DataSource(Source):
     def content(self) -> dict[str, Any]:
         return {"samples": self.data.fingerprint}
 
-    def draw(self, num_steps: int | None, seeds: range, batch_size: int, stop: StopSignal | None) -> Drawn:
+    @property
+    def at_once(self) -> int:
+        return 256
+
+    def draw(self, num_steps: int | None, seeds: range, batch_size: int | None, stop: StopSignal | None) -> Drawn:
         return Drawn(self.data.fetch(torch.tensor(list(seeds))).x0, None, None)
 
 
