@@ -4,12 +4,14 @@
         --features ../shared/data/weights/resnet20-cifar10.safetensors
     python benchmarks/cifar10_speedrun.py RUN --tiny ...      # the same on a CPU, at a size that shows the way only
 
-First batch and compilation are chosen by the samples a second that an update reaches here, and the numbers of updates
-by the seconds that calibration, compilation and measuring leave of the budget (RUN.plan.json). Network, precision,
-schedule and learning rates are set, not chosen: no GPU was at hand to choose them on. Then the teacher and its students
-are trained, and all are measured with 10,000 samples in the features of --features against the test images, beside the
-teacher's DDIM at 1 to 256 steps. A call ends in good order after --seconds; the same command goes on until the table is
-there. The seconds of all calls are added up, and told beside the budget.
+What is chosen is chosen by measurement on the machine at hand (RUN.plan.json): the precision that makes an update
+fastest; the largest of the networks whose teacher still sees ENOUGH samples in its share of the budget, with what it
+takes to measure that network taken off first; the smallest batch that comes within CLOSE of the most samples a second;
+compilation, if more updates fit with it than without, after the time that it takes. Learning rates and shares are set.
+Then the teacher and its students are trained, and all are measured with 10,000 samples in the features of --features
+against the test images, beside the teacher's DDIM at 1 to 256 steps. A call ends in good order after --seconds; the
+same command goes on until the table is there, with every trial, update and row that was done. The seconds of all calls
+are added up, from the start of each process, and told beside the budget.
 """
 
 import argparse
@@ -17,102 +19,137 @@ import contextlib
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple
 
+import psutil
 import torch
 
 from common import RESULTS, facts, show
-from halfstep.cli.main import main
-from halfstep.data import DataConfig, open_data
+from halfstep.core.draw import generator_for
+from halfstep.core.noise import processes
+from halfstep.core.prediction import predictions
+from halfstep.data import Data, DataConfig, open_data
+from halfstep.metrics import frechet_of_moments, moments_of
+from halfstep.nets import describe_network
 from halfstep.recipes import build, recipes
 from halfstep.recipes.schema import ChainConfig, EngineConfig, EvaluationConfig, Recipe, TeacherConfig, UNetConfig
-from halfstep.runs import RunFolder, read_json, write_arrays, write_json
+from halfstep.runs import Manifest, RunFolder, cache_folder, read_json, write_json
+from halfstep.train import Interrupted, Model, Progress, Reference, StageEnd, StopSignal, load, measure, run
 from halfstep.train.cost import count_forward
-from halfstep.train.evaluate import samples_array
-from halfstep.train.pipeline import trainer_for
+from halfstep.train.evaluate import Evaluation
+from halfstep.train.pipeline import RunSpec, fresh_denoiser, trainer_for
 from halfstep.train.processes import make_accelerator
 
-PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+PEAK_BF16 = {"H100 80GB HBM3": 989e12, "H100 SXM": 989e12, "H200": 989e12, "A100": 312e12}
 """Dense bfloat16 operations a second, by a part of the card's name; from the makers' data sheets."""
 
-SHARES = {"teacher": 0.6, "chain": 0.3}
-"""Of what calibration, measuring and compilation leave of the budget; the rest is for what goes another way."""
+SHARES = {"teacher": 0.6, "chain": 0.32}
+"""Of what calibration and measuring leave of the budget; the rest is for loading, checkpoints and the unforeseen."""
 
-CANDIDATES = [(256, False), (256, True), (512, True), (1024, True)]
-"""Batch size, and whether the networks are compiled."""
+CLOSE = 0.95
+"""Of the most samples a second: a batch that is larger for less than this costs updates and gains nothing."""
 
-NETWORK = UNetConfig(
-    block_out_channels=(96, 192, 192), layers_per_block=2, attention=(False, True, False), attention_head_dim=64
-)
-TINY = UNetConfig(
-    block_out_channels=(8, 16), layers_per_block=1, attention=(False, False), mid_attention=False,
-    attention_head_dim=8, norm_num_groups=4,
+WORTH_COMPILING = 300.0
+"""Seconds that must be left to try compiled networks, for to compile takes a minute or two of them."""
+
+
+class Size(NamedTuple):
+    """What a run of one size tries and measures."""
+
+    networks: dict[str, UNetConfig]
+    """Those that are tried, the smallest first."""
+    batches: tuple[int, ...]
+    """The first is that at which networks and precisions are tried."""
+    enough: int
+    """Samples that a teacher should see at least."""
+    students: tuple[int, ...]
+    start: int
+    """Steps of the teacher that the first student learns from."""
+    count: int
+    """Samples that are drawn for a row of the table, and training images for its floor."""
+    num_reference: int
+    rounds: int
+    """Updates that are timed in a trial, after those that warm up."""
+    at_once: int
+    """Samples drawn together."""
+
+    @property
+    def evals(self) -> int:
+        """Network calls for one sample of everything that the table holds."""
+        return sum(self.teacher_steps) + sum(self.students)
+
+    @property
+    def teacher_steps(self) -> list[int]:
+        """Steps at which the teacher is measured, the fewest first."""
+        return [2**k for k in range(self.start.bit_length())]
+
+
+def unet(*widths: int) -> UNetConfig:
+    """A network with attention at 16 x 16."""
+    return UNetConfig(
+        block_out_channels=widths, layers_per_block=2, attention=(False, True, False), attention_head_dim=64
+    )
+
+
+def small_unet(*widths: int) -> UNetConfig:
+    """A network that a CPU trains in seconds, and that learns little."""
+    return UNetConfig(
+        block_out_channels=widths, layers_per_block=1, attention=(False, False), mid_attention=False,
+        attention_head_dim=8, norm_num_groups=4,
+    )  # fmt: skip
+
+
+FULL = Size(
+    networks={"narrow": unet(64, 128, 128), "middle": unet(96, 192, 192), "wide": unet(128, 256, 256)},
+    batches=(256, 128, 512), enough=3_000_000, students=(64, 16, 8, 4, 2, 1), start=256, count=10_000,
+    num_reference=10_000, rounds=20, at_once=1000,
+)  # fmt: skip
+TINY = Size(
+    networks={"narrow": small_unet(8, 16), "middle": small_unet(16, 32)}, batches=(32, 16), enough=20_000,
+    students=(4, 2, 1), start=16, count=200, num_reference=1000, rounds=3, at_once=100,
 )  # fmt: skip
 
 
-def recipe_of(data: str, batch: int, compiled: bool, updates: dict[str, int], tiny: bool) -> Recipe:
-    """The recipe with this batch and these numbers of updates, for the teacher and for all students together."""
-    chain = ChainConfig(
-        start_steps=256 if not tiny else 16, students=(64, 16, 8, 4, 2, 1) if not tiny else (4, 2, 1),
-        num_updates=max(1, updates["chain"] // (7 if not tiny else 4)), batch_size=batch, learning_rate=2e-4,
-        updates_at={1: max(1, 2 * updates["chain"] // 7)} if not tiny else {}, adam_betas=(0.9, 0.99),
-    )  # fmt: skip
-    teacher = TeacherConfig(
-        num_updates=updates["teacher"], batch_size=batch, learning_rate=5e-4, anneal=True, adam_betas=(0.9, 0.99),
-        warmup_updates=updates["teacher"] // 20, ema_decay=0.999,
-    )  # fmt: skip
-    cuda = torch.cuda.is_available()
+class Setting(NamedTuple):
+    """What is chosen by measurement."""
+
+    network: str
+    precision: str
+    batch: int
+    compiled: bool
+
+
+def recipe_of(data: str, size: Size, setting: Setting, updates: dict[str, int]) -> Recipe:
+    """The recipe of a setting with these numbers of updates, for the teacher and for all students together."""
+    parts = len(size.students) + 1
+    each = max(1, updates["chain"] // parts)
     return Recipe(
         name="cifar10-speedrun",
         data=DataConfig(source=data, flip=True),
-        network=TINY if tiny else NETWORK,
+        network=size.networks[setting.network],
         model=recipes["cifar10"]().model,
-        teacher=teacher,
-        chain=chain,
+        teacher=TeacherConfig(
+            num_updates=updates["teacher"], batch_size=setting.batch, learning_rate=5e-4, anneal=True,
+            adam_betas=(0.9, 0.99), warmup_updates=updates["teacher"] // 20, ema_decay=0.999,
+        ),
+        chain=ChainConfig(
+            start_steps=size.start, students=size.students, num_updates=each, updates_at={1: 2 * each},
+            batch_size=setting.batch, learning_rate=2e-4, adam_betas=(0.9, 0.99),
+        ),
         evaluation=EvaluationConfig(enabled=False),
         engine=EngineConfig(
-            precision="bf16" if cuda else "float32", compile=compiled, log_every=20, checkpoint_minutes=1.0
+            precision=setting.precision, compile=setting.compiled, log_every=20, checkpoint_minutes=1.0
         ),
     )  # fmt: skip
 
 
-def seconds_of_updates(recipe: Recipe, rounds: int) -> tuple[dict[str, float], float]:
-    """Median seconds of an update of the teacher and of a student, after those that compile; and the seconds that
-    those took."""
-    spec = build(recipe, what="all")
-    found, compiling = {}, 0.0
-    for name, stage in (("teacher", spec.plan.stages[0]), ("chain", spec.plan.stages[1])):
-        accelerator = make_accelerator(spec.precision, spec.cpu)
-        parent = None
-        if name == "chain":
-            parent = _untrained(spec)
-        trainer = trainer_for(spec, stage, f"calibrate-{name}", parent, accelerator)
-        times = []
-        start = time.perf_counter()
-        for update in trainer.run():
-            trainer.check_finite()
-            now = time.perf_counter()
-            times.append(now - start)
-            start = now
-            if update >= 3 + rounds:
-                break
-        found[name] = sorted(times[3:])[len(times[3:]) // 2]
-        compiling += sum(times[:3])
-    return found, compiling
-
-
-def _untrained(spec: Any) -> Any:
-    from halfstep.core.noise import processes
-    from halfstep.core.prediction import predictions
-    from halfstep.nets import describe_network
-    from halfstep.runs import Manifest
-    from halfstep.train.model import Model
-    from halfstep.train.pipeline import fresh_denoiser
-
+def untrained(spec: RunSpec) -> Model:
+    """A teacher for trials."""
     made = fresh_denoiser(spec)
     manifest = Manifest(
         stage="00-denoise", objective="denoise", parent=None, num_steps=None, num_updates=0, seconds=0.0,
@@ -123,153 +160,245 @@ def _untrained(spec: Any) -> Any:
     return Model(made, manifest)
 
 
-def planned(options: argparse.Namespace) -> dict[str, Any]:
-    """Batch, compilation and updates, by measurement; kept beside the run for the calls that go on with it."""
-    file = options.run.with_name(options.run.name + ".plan.json")
-    if file.is_file():
-        return dict(read_json(file))
-    begun = time.monotonic()
-    rows = []
-    for batch, compiled in [(16, False), (32, False)] if options.tiny else CANDIDATES:
-        recipe = recipe_of(options.data, batch, compiled, {"teacher": 1000, "chain": 1000}, options.tiny)
-        seconds, compiling = seconds_of_updates(recipe, 3 if options.tiny else 20)
-        rows.append({"batch": batch, "compiled": compiled, **seconds, "samples / s": batch / seconds["teacher"],
-                     "compiling": compiling})  # fmt: skip
-    best = max(rows, key=lambda row: row["samples / s"])
-    # An update of the teacher is three forward passes of a batch.
-    measuring = COUNT[options.tiny] * evals_of_all(recipe, options.tiny) * best["teacher"] / best["batch"] / 3
-    calibrating = time.monotonic() - begun
-    left = options.budget - calibrating - best["compiling"] - measuring
-    if left <= 0:
-        raise SystemExit(f"a budget of {options.budget:g} s leaves nothing to train in: calibration took "
-                         f"{calibrating:.0f} s, and measuring will take {measuring:.0f} s")  # fmt: skip
-    updates = {name: max(1, int(share * left / best[name])) for name, share in SHARES.items()}
-    plan = {"tried": rows, "batch": best["batch"], "compiled": best["compiled"], "updates": updates,
-            "seconds": {name: best[name] for name in SHARES}, "calibrating": calibrating,
-            "measuring, estimated": measuring, "environment": facts()}  # fmt: skip
-    write_json(file, plan)
-    show("calibration", rows)
-    return plan
+def synchronise() -> None:
+    """Waits until the device has done all that it was asked."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
-COUNT = {False: 10_000, True: 200}
-"""Samples that are measured, by whether the run is a tiny one."""
+def trial(options: argparse.Namespace, size: Size, setting: Setting, data: Data) -> dict[str, Any]:
+    """Seconds of an update of the teacher and of a student, of a network call of one sample in sampling, and what the
+    first updates took, which compile."""
+    spec = build(recipe_of(options.data, size, setting, {"teacher": 1000, "chain": 1000}), what="all", data=data)
+    found: dict[str, Any] = setting._asdict() | {"first": 0.0}
+    for name, stage in (("teacher", spec.plan.stages[0]), ("chain", spec.plan.stages[1])):
+        accelerator = make_accelerator(spec.precision, spec.cpu)
+        parent = untrained(spec).to(accelerator.device) if name == "chain" else None
+        trainer = trainer_for(spec, stage, f"trial-{name}", parent, accelerator)
+        updates = trainer.run()
+        begun = time.perf_counter()
+        for _ in range(3):
+            next(updates)
+        synchronise()
+        first = time.perf_counter()
+        for _ in range(size.rounds):
+            next(updates)
+        synchronise()
+        found[name] = (time.perf_counter() - first) / size.rounds
+        found["first"] += first - begun
+        trainer.check_finite()
+        updates.close()
+    model = untrained(spec).to(accelerator.device)
+    precision = {"precision": setting.precision}
+    model.sample(range(size.at_once), 1, batch_size=size.at_once, **precision)
+    begun = time.perf_counter()
+    model.sample(range(size.at_once), 4, batch_size=size.at_once, **precision)
+    found["call"] = (time.perf_counter() - begun) / 4 / size.at_once
+    found["samples / s"] = setting.batch / found["teacher"]
+    return found
 
 
-def steps_of(tiny: bool) -> list[int]:
-    """Steps at which the teacher is measured."""
-    return [2**k for k in range(5 if tiny else 9)]
+class Plan:
+    """What was tried and chosen, kept in RUN.plan.json after each trial for the calls that go on with it."""
+
+    def __init__(self, options: argparse.Namespace, size: Size, data: Data, clock: "Clock", stop: StopSignal) -> None:
+        self.options, self.size, self.data, self.clock, self.stop = options, size, data, clock, stop
+        self.file = options.run.with_name(options.run.name + ".plan.json")
+        self.held: dict[str, Any] = read_json(self.file) if self.file.is_file() else {"tried": []}
+
+    def tried(self, setting: Setting) -> dict[str, Any]:
+        """The trial of a setting, done if it is not there."""
+        for row in self.held["tried"]:
+            if all(row[name] == value for name, value in setting._asdict().items()):
+                return dict(row)
+        with self.stop.at_once():
+            row = trial(self.options, self.size, setting, self.data)
+        self.held["tried"].append(row)
+        write_json(self.file, self.held)
+        return row
+
+    def left(self, row: dict[str, Any]) -> float:
+        """Seconds for training, from now on, beside what it takes to measure everything."""
+        return self.options.budget - self.clock.now() - self.size.count * self.size.evals * row["call"]
+
+    def updates(self, row: dict[str, Any]) -> dict[str, int]:
+        """The numbers of updates that fit."""
+        return {name: int(share * self.left(row) / row[name]) for name, share in SHARES.items()}
+
+    def made(self) -> tuple[Setting, dict[str, int]]:
+        """The setting that is chosen, and its numbers of updates."""
+        if "updates" not in self.held:
+            self._choose()
+        return Setting(*self.held["chosen"]), self.held["updates"]
+
+    def _choose(self) -> None:
+        size, names = self.size, list(self.size.networks)
+        batch = size.batches[0]
+        both = [self.tried(Setting(names[1], precision, batch, False)) for precision in ("bf16", "float32")]
+        precision = min(both, key=lambda row: row["teacher"])["precision"]
+        rows = [self.tried(Setting(name, precision, batch, False)) for name in names]
+        seen = [self.updates(row)["teacher"] * batch for row in rows]
+        row = next((r for r, n in reversed(list(zip(rows, seen, strict=True))) if n >= size.enough), rows[0])
+        rows = [self.tried(Setting(row["network"], precision, other, False)) for other in sorted(size.batches)]
+        most = max(row["samples / s"] for row in rows)
+        row = next(row for row in rows if row["samples / s"] >= CLOSE * most)
+        if torch.cuda.is_available() and self.left(row) > WORTH_COMPILING:
+            plain, row = row, self.tried(Setting(row["network"], precision, row["batch"], True))
+            # Sampling is not compiled: its batches are others, and each size of batch is a graph of its own.
+            row["call"] = min(row["call"], plain["call"])
+            row = max((plain, row), key=lambda one: self.updates(one)["teacher"])
+        if min(updates := self.updates(row).values()) < len(size.students) + 1:
+            raise SystemExit(
+                f"a budget of {self.options.budget:g} s leaves {max(0.0, self.left(row)):.0f} s to train in, which is "
+                f"{min(updates)} updates: {self.clock.now():.0f} s are gone, and measuring will take "
+                f"{size.count * size.evals * row['call']:.0f} s; give a larger --budget"
+            )
+        self.held |= {
+            "chosen": [row[name] for name in Setting._fields], "updates": self.updates(row),
+            "seconds": {name: row[name] for name in SHARES}, "calibrated after": round(self.clock.now(), 1),
+            "measuring, estimated": size.count * size.evals * row["call"], "environment": facts(),
+        }  # fmt: skip
+        write_json(self.file, self.held)
+        show("tried", self.held["tried"])
 
 
-def evals_of_all(recipe: Recipe, tiny: bool) -> int:
-    """Network calls for one sample of everything that the table holds."""
-    return sum(steps_of(tiny)) + sum(recipe.chain.students or ())
+class Clock:
+    """The seconds of this call and of all before it, from the start of each process."""
+
+    def __init__(self, run: Path) -> None:
+        self.file = run.with_name(run.name + ".seconds.json")
+        self._before = float(read_json(self.file)) if self.file.is_file() else 0.0
+        self._begun = psutil.Process().create_time()
+
+    def now(self) -> float:
+        """Seconds in all."""
+        return self._before + time.time() - self._begun
+
+    def keep(self) -> None:
+        """Writes them for the next call."""
+        write_json(self.file, round(self.now(), 1))
+
+
+def trained(options: argparse.Namespace, spec: RunSpec, stop: StopSignal) -> None:
+    """Trains into the run folder what is not there yet."""
+    for event in run(spec, options.run, stop):
+        if isinstance(event, Progress) and event.num_updates == event.window.update:
+            print(f"{event.name}: {event.num_updates} updates, loss {event.window.loss:.4g}", flush=True)
+        elif isinstance(event, StageEnd):
+            print(f"{event.name}: {event.seconds:.1f} s{', was there' if event.was_there else ''}", flush=True)
+
+
+def measured(options: argparse.Namespace, size: Size, precision: str, stop: StopSignal) -> dict[str, Any]:
+    """The rows of the table and its floor, each kept in RUN.figures.json once it is there; the students' come first."""
+    file = options.run.with_name(options.run.name + ".figures.json")
+    held: dict[str, Any] = read_json(file) if file.is_file() else {"rows": []}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    evaluation = Evaluation(
+        num_samples=size.count, num_reference=size.num_reference, num_compared=1,
+        features=f"resnet20-cifar10={options.features}", batch_size=size.at_once, precision=precision,
+    )  # fmt: skip
+    with stop.at_once():
+        test = open_data(DataConfig(source=options.data, split="test"))
+        reference = Reference(test, evaluation, cache_folder(), device)
+    stages = RunFolder(options.run).stages()
+    own = [(stage, stage.manifest(verify=False).num_steps) for stage in stages[1:]]
+    for stage, steps in [*reversed(own), *((stages[0], steps) for steps in size.teacher_steps)]:
+        assert steps is not None
+        place = {"model": "teacher" if stage is stages[0] else "student", "steps": steps}
+        if any(place.items() <= row.items() for row in held["rows"]):
+            continue
+        with stop.at_once():
+            model = load(stage.path, device)
+            model.warm_up()
+            result, _ = measure(model, steps, evaluation, reference)
+        row = place | {
+            "FD(resnet20)": result.frechet, "images / s": round(1000 / result.seconds_per_1000, 1),
+            "device": facts()["device"],
+        }  # fmt: skip
+        held["rows"].append(row)
+        write_json(file, held)
+        print(
+            f"{row['model']} at {steps} steps: FD {row['FD(resnet20)']:.4g}, {row['images / s']} images/s", flush=True
+        )
+    if "floor" not in held:
+        with stop.at_once():
+            data = open_data(DataConfig(source=options.data))
+            rows = torch.randperm(len(data), generator=generator_for("floor"))[: size.count]
+            features = reference.extractor.features(data.fetch(rows).x0)
+        held |= {
+            "floor": frechet_of_moments(reference.real.moments, moments_of(features)), "protocol": reference.protocol,
+        }  # fmt: skip
+        write_json(file, held)
+    return held
+
+
+def table(options: argparse.Namespace, size: Size, clock: Clock, stop: StopSignal) -> dict[str, Any]:
+    """Everything, up to the table."""
+    with stop.at_once():
+        data = open_data(DataConfig(source=options.data, flip=True))
+    plan = Plan(options, size, data, clock, stop)
+    setting, updates = plan.made()
+    spec = build(recipe_of(options.data, size, setting, updates), what="all", data=data)
+    trained(options, spec, stop)
+    held = measured(options, size, setting.precision, stop)
+    seconds = {stage.name: stage.manifest(verify=False).seconds for stage in RunFolder(options.run).stages()}
+    return {"plan": plan.held, **held, "training seconds": seconds} | share_of_peak(spec, plan.held["seconds"])
+
+
+def share_of_peak(spec: RunSpec, seconds: dict[str, float]) -> dict[str, Any]:
+    """Operations a second of the updates of teacher and students, as they were tried, and their share of the card's
+    peak: those of the network calls alone, a backward pass as two forward ones."""
+    each = count_forward(spec).flops
+    rates = {
+        name: each * stage.update_cost / seconds[name]
+        for name, stage in zip(("teacher", "chain"), spec.plan.stages, strict=False)
+    }
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    peak = next((value for part, value in PEAK_BF16.items() if part in name), None)
+    shares = None if peak is None else {name: rate / peak for name, rate in rates.items()}
+    return {"operations a second": rates, "share of the bf16 peak": shares}
 
 
 @contextlib.contextmanager
-def counted(run: Path) -> Iterator[Path]:
-    """In here the time of this call is added to that of the calls before it, in the file that is given, however it
-    ends."""
-    file, begun = run.with_name(run.name + ".seconds.json"), time.monotonic()
-    before = float(read_json(file)) if file.is_file() else 0.0
-    try:
-        yield file
-    finally:
-        write_json(file, round(before + time.monotonic() - begun, 1))
-
-
-def stopped(number: int, frame: object) -> NoReturn:
-    """Ends a call that is not in a run, with what it has measured so far."""
-    raise SystemExit(128 + number)
-
-
-def table(options: argparse.Namespace, plan: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """What came out: quality, images a second, and the share of the card's peak."""
-    folder = RunFolder(options.run)
-    sets = _sets(options.run / "evaluation")
-    rows = []
-    for row in sets["rows"]:
-        distance = row["figures"]["frechet"]["mean"]
-        rows.append(
-            {
-                "model": row["series"], "steps": row["num_steps"], "FD(resnet20)": distance,
-                "images / s": round(1000 / row["seconds_per_1000"], 1),
-            }
-        )  # fmt: skip
-    seconds = {stage.name: stage.manifest(verify=False).seconds for stage in folder.stages()}
-    spec = build(recipe, what="all")
-    forward = count_forward(spec)
-    stage = spec.plan.stages[1]
-    rate = forward.flops * stage.update_cost / plan["seconds"]["chain"]
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    peak = next((value for part, value in PEAK_BF16.items() if part in name), None)
-    return {
-        "rows": rows, "protocol": sets["protocol"], "training seconds": seconds,
-        "operations a second": rate, "share of the bf16 peak": None if peak is None else rate / peak,
-    }  # fmt: skip
-
-
-def floor(options: argparse.Namespace, count: int, extractor: str) -> float:
-    """The distance of as many training images as a model draws: what a model that has learned all would come to."""
-    images = options.run.with_name(options.run.name + ".train.npz")
-    measured = images.with_suffix(".evaluation")
-    if not images.is_file():
-        data = open_data(DataConfig(source=options.data, labels=False))
-        rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:count]
-        write_arrays(images, arr_0=samples_array(data.fetch(rows).x0, True))
-    words = ["--extractors", extractor, "--data", options.data, "--split", "test", "--out", str(measured)]
-    main(["evaluate", str(images), *words])
-    return float(_sets(measured)["rows"][0]["figures"]["frechet"]["mean"])
-
-
-def _sets(evaluation: Path) -> dict[str, Any]:
-    """The table of distances to the data."""
-    tables = read_json(evaluation / "evaluation.json")["tables"]
-    (found,) = [table for table in tables if table["protocol"]["kind"] == "sets"]
-    return dict(found)
-
-
-def within(seconds: float) -> None:
-    """Asks this process to stop in good order after so many seconds."""
+def within(seconds: float) -> Iterator[None]:
+    """Asks this process to stop in good order if this takes more than so many seconds."""
     timer = threading.Timer(seconds, lambda: os.kill(os.getpid(), signal.SIGTERM))
     timer.daemon = True
     timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
-def made(options: argparse.Namespace) -> dict[str, Any]:
-    """Everything, up to the table."""
-    plan = planned(options)
-    recipe = recipe_of(options.data, plan["batch"], plan["compiled"], plan["updates"], options.tiny)
-    file = options.run.with_name(options.run.name + ".recipe.json")
-    file.write_text(recipe.model_dump_json(indent=1))
-    main(["run", str(file), "--out", str(options.run)])
-    count, extractor = COUNT[options.tiny], f"resnet20-cifar10={options.features}"
-    steps = [str(number) for number in steps_of(options.tiny)]
-    main(
-        ["evaluate", str(options.run), "--num-steps", *steps, "--against", "teacher-ddim", "--num-samples", str(count),
-         "--extractors", extractor, "--data", options.data, "--split", "test"]
-    )  # fmt: skip
-    return {"plan": plan, **table(options, plan, recipe), "floor": floor(options, count, extractor)}
-
-
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of the run")
     parser.add_argument("--data", required=True, help="CIFAR-10: a folder with splits train and test, or a Hub name")
     parser.add_argument("--features", required=True, help="resnet20-cifar10.safetensors")
-    parser.add_argument("--budget", type=float, default=600.0, help="seconds for all")
+    parser.add_argument("--budget", type=float, default=None, help="seconds for all; 600, or 200 for a tiny run")
     parser.add_argument("--seconds", type=float, default=540.0, help="seconds of this call")
-    parser.add_argument("--tiny", action="store_true", help="a size that a CPU goes through in two minutes")
+    parser.add_argument("--tiny", action="store_true", help="a size that a CPU goes through in some minutes")
     parser.add_argument("--out", type=Path, default=None, help="file for the JSON; docs/results/benchmarks by default")
     options = parser.parse_args()
+    options.budget = options.budget or (200.0 if options.tiny else 600.0)
     options.run.parent.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, stopped)
-    within(options.seconds)
-    with counted(options.run) as spent:
-        result = made(options)
-    result["seconds in all"], result["budget"] = read_json(spent), options.budget
+    clock = Clock(options.run)
+    try:
+        with StopSignal() as stop, within(options.seconds):
+            result = table(options, TINY if options.tiny else FULL, clock, stop)
+    except Interrupted as error:
+        print(f"{error}: the same command goes on from here ({clock.now():.0f} s in all so far)", file=sys.stderr)
+        raise SystemExit(error.code) from None
+    finally:
+        clock.keep()
+    result = {"tiny": options.tiny, "seconds in all": round(clock.now(), 1), "budget": options.budget, **result}
     title = f"CIFAR-10 speedrun, {result['seconds in all']:.0f} s in all; training images: FD {result['floor']:.4g}"
     show(title, result["rows"])
-    out = options.out or (None if options.tiny else RESULTS / "cifar10_speedrun.json")
-    if out is not None:
-        out.write_text(json.dumps({"environment": facts(), **result}, indent=1) + "\n")
+    out = options.out or RESULTS / f"cifar10_speedrun{'-tiny' if options.tiny else ''}.json"
+    out.write_text(json.dumps({"environment": facts(), **result}, indent=1) + "\n")
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    main()

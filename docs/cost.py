@@ -63,9 +63,14 @@ def priced() -> str:
         spec = build(recipe, what="all", data=data_or_stand_in(recipe)[0])
         forward = count_forward(spec)
         work = {"train": 0.0, "distil": 0.0}
+        updates = {"train": 0, "to 4": 0}
+        to_four = 0.0
         for stage in spec.plan.stages:
             part = "train" if stage.num_steps is None else "distil"
             work[part] += forward.flops * stage.update_cost * stage.num_updates
+            if stage.num_steps is None or stage.num_steps >= 4:
+                updates["train" if stage.num_steps is None else "to 4"] += stage.num_updates
+                to_four += 0.0 if stage.num_steps is None else forward.flops * stage.update_cost * stage.num_updates
         stage = spec.plan.stages[-1]
         update = forward.flops * stage.update_cost / devices / (PEAK * SHARE)
         traffic = 2 * (devices - 1) / devices * 4 * forward.parameters / LINK
@@ -74,6 +79,8 @@ def priced() -> str:
                 "recipe": name, "M parameters": forward.parameters / 1e6, "GFLOP a forward pass": forward.flops / 1e9,
                 "batch": stage.batch_size, "EFLOP to train": work["train"] / 1e18,
                 "EFLOP to distil": work["distil"] / 1e18, "distil / train": work["distil"] / work["train"],
+                "to 4 steps / train": to_four / work["train"],
+                "in updates": updates["to 4"] / updates["train"],
                 "GPU days to train": work["train"] / (PEAK * SHARE) / 86400,
                 "GPU days to distil": work["distil"] / (PEAK * SHARE) / 86400,
                 "devices": devices, "all-reduce / computing": traffic / update,
@@ -86,10 +93,9 @@ def growth() -> str:
     """What a long run's memory grew by, in a sentence."""
     held = json.loads((RESULTS / "memory.json").read_text())["growth"]
     return (
-        f"Over {held['updates']:,} updates with their checkpoints, after the first 50, the process of a run of the "
-        f"{held['network']} network grew from {held['MB at 50']:.1f} MB to {held['MB at the end']:.1f} MB, and its "
-        f"live tensors by {held['growth, bytes of live tensors']:,} bytes: the orders of the last four epochs are "
-        "kept, and what the first checkpoint has taken the allocator keeps."
+        f"Over {held['updates']:,} updates with a checkpoint every 25, after the first 50, the process of a run of the "
+        f"{held['network']} network went from {held['MB at 50']:.1f} MB to {held['MB at the end']:.1f} MB, and its "
+        f"live tensors grew by {held['growth, bytes of live tensors']:,} bytes."
     )
 
 

@@ -24,11 +24,12 @@ from torch import nn
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives, _fsdp_param_group
 from torch.distributed.tensor import DTensor
 
+from halfstep.cli import main
 from halfstep.core.denoiser import NetworkDenoiser
 from halfstep.core.noise import VPCosine
 from halfstep.core.prediction import V
 from halfstep.data import MemoryData, training_batch
-from halfstep.nets import MLP
+from halfstep.nets import MLP, UNet2D, unet2d_config
 from halfstep.objectives import EarlyEnd, Plan, Stage, objectives
 from halfstep.runs import RunFolder
 from halfstep.train import (
@@ -39,6 +40,7 @@ from halfstep.train import (
     Progress,
     StageTrainer,
     StopSignal,
+    curve,
     load,
     make_accelerator,
     run,
@@ -345,6 +347,50 @@ def refusals(folder: str) -> list[str]:
         else:
             said.append("nothing")
     return said
+
+
+UNETS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "bf16": {"precision": "bf16", "gradient_checkpointing": True},
+    "LoRA": {"lora_rank": 2, "teacher_precision": "bf16"},
+}
+"""What goes together with weights that are spread, for networks of diffusers."""
+
+
+def unet_runs(folder: str, sharding: str) -> None:
+    """Short runs of a U-Net whose middle has no attention, each as `UNETS` says."""
+    from halfstep.train import sharding as module
+
+    module.UNIT = 5000
+    pixels = torch.randint(256, (32, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    shape = {
+        "block_out_channels": (8, 16), "layers_per_block": 1, "attention": (False, True), "mid_attention": False,
+        "attention_head_dim": 8, "norm_num_groups": 4,
+    }  # fmt: skip
+    for name, changes in UNETS.items():
+        spec = toy_spec(
+            plan=toy_plan(5, 2, dropout=0.0), data=MemoryData("noise", pixels), clip=True, sharding=sharding,
+            checkpoint_updates=100,
+            network=lambda: UNet2D(unet2d_config(size=(8, 8), in_channels=1, out_channels=1, **shape), 1024),
+            **changes,
+        )  # fmt: skip
+        finish(spec, Path(folder) / name)
+
+
+def evaluated(folder: str, out: str) -> list[str]:
+    """What this process writes of an evaluation, by the names of files and folders."""
+    wrote = []
+
+    def noting(write: Callable[..., Any]) -> Callable[..., Any]:
+        def call(path: Path, *rest: Any) -> Any:
+            wrote.append(path.name)
+            return write(path, *rest)
+
+        return call
+
+    curve.write_json, curve.write_folder = noting(curve.write_json), noting(curve.write_folder)  # type: ignore[assignment]
+    main(["evaluate", folder, "--num-steps", "2", "1", "--num-samples", "24", "--out", out])
+    return wrote
 
 
 def terminated(folder: str) -> list[Any]:

@@ -9,14 +9,21 @@ import importlib.util
 import io
 import json
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
+import numpy as np
+import psutil
 import pytest
 import torch
+from PIL import Image
+
+from halfstep.train import Interrupted
 
 FOLDER: Final = Path(__file__).parents[2] / "benchmarks"
+SHARED: Final = Path(__file__).parents[3] / "shared" / "data"
 
 
 @pytest.fixture
@@ -133,3 +140,56 @@ def test_scale(modules: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert found == [(1, 1, 1), (2, 1, 1), (1, 1, 2)]
     assert positive(rows, "seconds", "bare", "ours / bare", "against 1")
     assert rows[0]["against 1"] == 1
+
+
+def test_the_speedrun_goes_on_where_it_was_cut(modules: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    weights = SHARED / "weights" / "resnet20-cifar10.safetensors"
+    if not weights.is_file():
+        pytest.skip(f"{weights} is not there")
+    speedrun = modules("cifar10_speedrun")
+    generator = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for number in range(24):
+            folder = tmp_path / "data" / split / f"class{number % 2}"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(generator.integers(256, size=(32, 32, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    small = speedrun.TINY._replace(
+        batches=(4, 8), enough=1, students=(2, 1), start=4, count=8, num_reference=24, rounds=1, at_once=8
+    )
+    monkeypatch.setattr(speedrun, "TINY", small)
+    run, out = tmp_path / "run", tmp_path / "speedrun.json"
+    argv = ["speedrun", str(run), "--tiny", "--data", str(tmp_path / "data"), "--features", str(weights)]
+    argv += ["--out", str(out), "--budget", str(time.time() - psutil.Process().create_time() + 30)]
+    monkeypatch.setattr(sys, "argv", argv)
+    # Few updates, whatever the machine.
+    monkeypatch.setattr(speedrun.Plan, "updates", lambda *_: {"teacher": 6, "chain": 3})
+    measure, asked = speedrun.measure, []
+
+    def cut_once(*given: Any) -> Any:
+        asked.append(given[1])
+        if len(asked) == 2:
+            raise Interrupted(15)
+        return measure(*given)
+
+    monkeypatch.setattr(speedrun, "measure", cut_once)
+    with pytest.raises(SystemExit) as ended:
+        speedrun.main()
+    assert ended.value.code == 143
+    assert not out.exists()
+    tried = json.loads((tmp_path / "run.plan.json").read_text())["tried"]
+    spent = json.loads((tmp_path / "run.seconds.json").read_text())
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        speedrun.main()
+    result = json.loads(out.read_text())
+    assert printed.getvalue().count("was there") == 3
+    # Precisions, networks and batches, each once; nothing was tried or measured again.
+    assert result["plan"]["tried"] == tried
+    places = [tuple(row[name] for name in ("network", "precision", "batch", "compiled")) for row in tried]
+    assert len(places) == len(set(places)) == 4
+    assert asked == [1, 2, 2, 1, 2, 4]
+    found = [(row["model"], row["steps"]) for row in result["rows"]]
+    assert found == [("student", 1), ("student", 2), ("teacher", 1), ("teacher", 2), ("teacher", 4)]
+    assert positive(result["rows"], "FD(resnet20)", "images / s")
+    assert result["floor"] > 0
+    assert set(result["training seconds"]) == {"00-denoise", "01-halve-0002", "02-halve-0001"}
+    assert result["seconds in all"] > spent

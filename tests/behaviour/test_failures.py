@@ -23,10 +23,12 @@ import torture
 from halfstep.cli import commands, main
 from halfstep.core.draw import Draw
 from halfstep.data import MemoryData
+from halfstep.nets import MLP
 from halfstep.objectives import Batch, Denoising, Losses, Models, Objective, Plan, objectives
 from halfstep.runs import DamagedFile, RunFolder, StageFolder, read_log
 from halfstep.runs.storage import no_storage
 from halfstep.train import (
+    Evaluation,
     Interrupted,
     NonFinite,
     NoStorage,
@@ -44,7 +46,7 @@ from halfstep.train import checkpoint as checkpoints
 from halfstep.train import model as model_module
 from halfstep.train.failures import Recent, is_out_of_memory
 from halfstep.train.pipeline import trainer_for
-from halfstep.train.processes import exit_code
+from halfstep.train.processes import exit_code, is_lost
 from halfstep.train.stop import SAME_PRESS, at_once
 from torture import mount, unmount
 from toys import TINY_ARRAYS, Poisoned, finish, one_stage, points, toy_plan, toy_spec, weights
@@ -297,6 +299,35 @@ def test_a_run_goes_on_with_the_micro_batch_that_was_found(tmp_path: Path) -> No
     assert weights(tmp_path / "cut") == weights(tmp_path / "uncut")
 
 
+@pytest.mark.parametrize(
+    ("size", "fits", "remedy"),
+    [(None, 3, None), (None, 0, "take a smaller evaluation.num_reference"), (8, 3, "lower evaluation.batch_size")],
+)
+def test_an_evaluation_draws_what_fits_or_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int | None, fits: int, remedy: str | None
+) -> None:
+    evaluation = Evaluation(num_samples=64, num_compared=4, num_shown=4, batch_size=size)
+    plan = Plan(toy_plan(5).stages[:1])
+    finish(toy_spec(plan=plan, evaluation=evaluation), tmp_path / "plenty")
+    call = MLP.forward
+
+    def hungry(self: MLP, x_t: torch.Tensor, *rest: Any, **cond: Any) -> torch.Tensor:
+        if not self.training and len(x_t) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return call(self, x_t, *rest, **cond)
+
+    monkeypatch.setattr(MLP, "forward", hungry)
+    if remedy is not None:
+        with pytest.raises(OutOfMemory, match=f"out of memory while measuring, .*{remedy}"):
+            finish(toy_spec(plan=plan, evaluation=evaluation), tmp_path / "scarce")
+        return
+    finish(toy_spec(plan=plan, evaluation=evaluation), tmp_path / "scarce")
+    one, two = (RunFolder(tmp_path / name).stage("00-denoise").metrics() for name in ("plenty", "scarce"))
+    assert one is not None
+    assert two is not None
+    assert [row.frechet for row in two.results] == pytest.approx([row.frechet for row in one.results], rel=1e-5)
+
+
 def test_a_micro_batch_that_was_given_is_no_bound_for_one_that_is_looked_for(tmp_path: Path) -> None:
     spec = toy_spec(plan=one_stage(Hungry(5)), micro_batch=1, log_every=1)
     events = run(spec, tmp_path)
@@ -427,6 +458,14 @@ def test_a_folder_that_vanishes_names_the_last_good_checkpoint_and_is_not_made_a
     away.rename(path)
     finish(spec, path)
     assert weights(path) == weights(uncut)
+
+
+def test_only_an_error_of_the_connection_is_one_of_a_lost_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert is_lost(RuntimeError("[enforce fail] gloo: Connection closed by peer [127.0.0.1]:2000"))
+    # Ours name the run's folder, whatever it is called.
+    assert not is_lost(NonFinite("the loss was not finite ...; the last good checkpoint is /runs/nccl-test/stages"))
+    assert not is_lost(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
 def test_an_error_of_the_disk_is_told_from_one_of_other_files() -> None:

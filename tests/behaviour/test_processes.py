@@ -246,6 +246,31 @@ def test_sharding_one_process_is_refused() -> None:
         teams.trainer(halving(), "full")
 
 
+def test_networks_of_diffusers_are_sharded_with_what_goes_with_it(tmp_path: Path) -> None:
+    teams.unet_runs(str(tmp_path / "one"), "none")
+    together(2, teams.unet_runs, tmp_path / "left", str(tmp_path / "two"), "full")
+    for name in teams.UNETS:
+        for stage in ("00-denoise", "02-halve-0001"):
+            # What they compute, for AdamW takes rounding for a direction where a gradient is none.
+            one, two = (load(tmp_path / who / name / "stages" / stage).denoiser for who in ("one", "two"))
+            x_t = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+            found, expected = (denoiser(x_t, 0.6).x0.detach() for denoiser in (two, one))
+            assert apart(found, expected) < (1e-2 if name == "bf16" else 1e-4), (name, stage)
+
+
+def test_one_process_writes_an_evaluation(tmp_path: Path) -> None:
+    np.save(tmp_path / "points.npy", teams.points().numpy())
+    main(["run", "arrays", "--data", str(tmp_path / "points.npy"), "--out", str(tmp_path / "run"), *TINY_ARRAYS])
+    out = tmp_path / "evaluation"
+    first, second = together(2, teams.evaluated, tmp_path / "left", str(tmp_path / "run"), str(out))
+    assert second == []
+    # The files that are there are those that it has written, each of them once but for the table itself.
+    figures, cells = ({path.name for path in out.glob(f"{kind}/*")} for kind in ("figures", "cells"))
+    assert len(figures) > 4
+    assert figures | cells <= set(first)
+    assert all(first.count(name) == 1 for name in figures | cells)
+
+
 def _launch(launcher: list[str], argv: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HALFSTEP_CACHE": str(folder / "cache")}
     return subprocess.run(

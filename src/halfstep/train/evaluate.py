@@ -33,7 +33,7 @@ from halfstep.metrics import (
 from halfstep.runs import write_arrays, write_bytes
 from halfstep.runs.schema import Result
 from halfstep.samplers import DDIM, Ancestral, Sampler, samplers
-from halfstep.train.failures import NonFinite
+from halfstep.train.failures import NonFinite, OutOfMemory, is_out_of_memory
 from halfstep.train.model import Model, check_precision, samples_at_once
 from halfstep.train.processes import Processes
 from halfstep.train.stop import StopSignal
@@ -76,6 +76,19 @@ class Evaluation:
         check_precision(self.precision)
         if self.features is not None:
             _ = extractors[self.features.partition("=")[0]]
+
+    @property
+    def does_not_fit(self) -> str:
+        """What is said when memory ran out."""
+        if self.batch_size is not None:
+            return (
+                f"out of memory while measuring, with {self.batch_size} samples at once: lower evaluation.batch_size, "
+                "or leave it out"
+            )
+        return (
+            "out of memory while measuring, though fewer samples at once were tried: take a smaller "
+            "evaluation.num_reference, or evaluation.features pixels"
+        )
 
 
 @final
@@ -192,6 +205,7 @@ def measure(
     Raises:
         Interrupted: if `stop` was set.
         NonFinite: if a sample is not finite.
+        OutOfMemory: if it does not fit.
     """
     method = DDIM() if sampler is None else sampler
     together = processes or Processes()
@@ -200,11 +214,17 @@ def measure(
         """Samples, their features, and the seconds that sampling alone took."""
         cond = conditions_for(model, reference.data, seeds)
         start = time.perf_counter()
-        x0 = model.sample(
-            seeds, num_steps, method, batch_size=evaluation.batch_size, cond=cond, precision=evaluation.precision
-        )
-        seconds = torch.tensor([time.perf_counter() - start], dtype=torch.float64)
-        return x0, reference.extractor.features(_as_measured(x0, reference.is_image)), seconds
+        try:
+            x0 = model.sample(
+                seeds, num_steps, method, batch_size=evaluation.batch_size, cond=cond, precision=evaluation.precision
+            )
+            seconds = torch.tensor([time.perf_counter() - start], dtype=torch.float64)
+            return x0, reference.extractor.features(_as_measured(x0, reference.is_image)), seconds
+        except Exception as error:
+            # Here, so that other processes hear of the remedy as well.
+            if not is_out_of_memory(error):
+                raise
+            raise OutOfMemory(evaluation.does_not_fit) from None
 
     seeds = list(range(evaluation.num_samples))
     # By default there is a part for each of eight processes, however many there are: the batch decides about the last

@@ -752,16 +752,8 @@ class _Runner:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            size = self.spec.evaluation.batch_size if self.spec.evaluation else None
-            raise OutOfMemory(
-                "out of memory while measuring"
-                + (
-                    f", with {size} samples at once: lower evaluation.batch_size, or leave it out"
-                    if size
-                    else ", though fewer samples at once were tried: take a smaller evaluation.num_reference, or "
-                    "--evaluation.features pixels"
-                )
-            ) from None
+            assert self.spec.evaluation is not None
+            raise OutOfMemory(self.spec.evaluation.does_not_fit) from None
 
     def _measured(self, folder: StageFolder, model: Model) -> Iterator[Event]:
         evaluation = self.spec.evaluation

@@ -44,7 +44,9 @@ def _blocks(network: nn.Module, unit: int) -> list[nn.Module]:
     """Entries of lists of blocks with at least `unit` parameters that are in no smaller unit, the innermost first."""
     found: list[nn.Module] = []
     taken: set[nn.Parameter] = set()
-    entries = [entry for module in network.modules() if isinstance(module, nn.ModuleList) for entry in module]
+    lists = [module for module in network.modules() if isinstance(module, nn.ModuleList)]
+    # diffusers puts None into a list where a block has no attention.
+    entries = [entry for blocks in lists for entry in blocks if entry is not None]
     for block in reversed(entries):
         own = {parameter for parameter in block.parameters() if parameter not in taken}
         if sum(parameter.numel() for parameter in own) >= unit:
