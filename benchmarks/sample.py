@@ -3,9 +3,9 @@
     python benchmarks/sample.py                   # the digits network at 1 to 256 steps, the CIFAR-10 network at 1 to 4
     python benchmarks/sample.py --short
 
-Ours is `Model.sample` from seeds to samples on the CPU; bare is the same number of calls of the same network on noise
-that is there; diffusers' pipeline draws its own noise, shows no progress bar and returns arrays. They take turns in one
-process.
+Ours is `Model.sample` from seeds to samples on the CPU, in float32 and in bfloat16; bare is the same number of calls of
+the same network on noise that is there, in float32 as diffusers' pipeline, which draws its own noise, shows no progress
+bar and returns arrays. They take turns in one process.
 """
 
 import tempfile
@@ -59,6 +59,7 @@ def measured(name: str, batch: int, steps: list[int], device: str, rounds: tuple
     parts: dict[str, Callable[[], Any]] = {}
     for num in steps:
         parts[f"ours {num}"] = lambda num=num: model.sample(range(batch), num, batch_size=batch)
+        parts[f"half {num}"] = lambda num=num: model.sample(range(batch), num, batch_size=batch, precision="bf16")
         parts[f"bare {num}"] = bare(num)
         parts[f"stock {num}"] = stock(num)
     # Few steps take milliseconds, of which a busy machine takes its share: they are timed more often.
@@ -77,7 +78,7 @@ def measured(name: str, batch: int, steps: list[int], device: str, rounds: tuple
             over |= {name: TIMES * median_ratio(times, least) for name, times in found.items()} | {"ours 4": 1.0}
     rows = []
     for num in steps:
-        mine, base, theirs = (seconds[f"{kind} {num}"] for kind in ("ours", "bare", "stock"))
+        mine, half, base, theirs = (seconds[f"{kind} {num}"] for kind in ("ours", "half", "bare", "stock"))
         rows.append(
             {
                 "network": name, "batch": batch, "steps": num, "images / s": round(batch / median(mine), 3),
@@ -85,6 +86,7 @@ def measured(name: str, batch: int, steps: list[int], device: str, rounds: tuple
                 "diffusers images / s": round(batch / median(theirs), 3),
                 "ours / bare": round(median_ratio(mine, base), 4),
                 "diffusers / ours": round(median_ratio(theirs, mine), 4),
+                "ours / ours in bf16": round(median_ratio(mine, half), 4),
                 "time / time at 4": round(over[f"ours {num}"], 2) if over else None,
             }
         )  # fmt: skip

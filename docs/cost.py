@@ -104,7 +104,17 @@ TABLES = {
         "step", ["network", "M parameters", "batch", "precision", "compiled", "seconds", "ours / bare", "naive / ours"]
     ),
     "sample": lambda: measured(
-        "sample", ["network", "batch", "steps", "images / s", "ours / bare", "diffusers / ours", "time / time at 4"]
+        "sample",
+        [
+            "network",
+            "batch",
+            "steps",
+            "images / s",
+            "ours / bare",
+            "diffusers / ours",
+            "ours / ours in bf16",
+            "time / time at 4",
+        ],
     ),
     "io": lambda: measured(
         "io", ["network", "batch", "MB", "checkpoint, s", "resume, s", "waits, s", "costs, s", "costs / 60 s"]

@@ -90,6 +90,7 @@ def test_step_and_sample(modules: Any, monkeypatch: pytest.MonkeyPatch, tmp_path
         "diffusers images / s",
         "ours / bare",
         "diffusers / ours",
+        "ours / ours in bf16",
         "time / time at 4",
     )
     assert all(row[key] > 0 for row in rows for key in keys)
