@@ -11,7 +11,9 @@ compilation, if more updates fit with it than without, after the time that it ta
 Then the teacher and its students are trained, and all are measured with 10,000 samples in the features of --features
 against the test images, beside the teacher's DDIM at 1 to 256 steps. A call ends in good order after --seconds; the
 same command goes on until the table is there, with every trial, update and row that was done. The seconds of all calls
-are added up, from the start of each process, and told beside the budget.
+are added up, from the start of each process, and told beside the budget. A call that is cut in a row of the table does
+that row again, so all is best done in one call; a row that would not fit into what is left of a call
+waits for the next. The last row is that of the four-step student in float32, for what sampling in bfloat16 changes.
 """
 
 import argparse
@@ -23,6 +25,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,18 +47,20 @@ from halfstep.train.cost import count_forward
 from halfstep.train.evaluate import Evaluation
 from halfstep.train.pipeline import RunSpec, fresh_denoiser, trainer_for
 from halfstep.train.processes import make_accelerator
+from halfstep.train.sources import weights_of
 
 PEAK_BF16 = {"H100 80GB HBM3": 989e12, "H100 SXM": 989e12, "H200": 989e12, "A100": 312e12}
 """Dense bfloat16 operations a second, by a part of the card's name; from the makers' data sheets."""
 
-SHARES = {"teacher": 0.6, "chain": 0.32}
+SHARES = {"teacher": 0.55, "chain": 0.3}
 """Of what calibration and measuring leave of the budget; the rest is for loading, checkpoints and the unforeseen."""
 
 CLOSE = 0.95
 """Of the most samples a second: a batch that is larger for less than this costs updates and gains nothing."""
 
-WORTH_COMPILING = 300.0
-"""Seconds that must be left to try compiled networks, for to compile takes a minute or two of them."""
+WORTH_COMPILING = 400.0
+"""Seconds that must be left to try compiled networks: to compile them takes a minute or two, and with less to train in
+they could not win that back. What it took is gone when the two are compared."""
 
 
 class Size(NamedTuple):
@@ -106,7 +111,7 @@ def small_unet(*widths: int) -> UNetConfig:
 
 FULL = Size(
     networks={"narrow": unet(64, 128, 128), "middle": unet(96, 192, 192), "wide": unet(128, 256, 256)},
-    batches=(256, 128, 512), enough=3_000_000, students=(64, 16, 8, 4, 2, 1), start=256, count=10_000,
+    batches=(256, 128, 512), enough=1_000_000, students=(64, 16, 8, 4, 2, 1), start=256, count=10_000,
     num_reference=10_000, rounds=20, at_once=1000,
 )  # fmt: skip
 TINY = Size(
@@ -167,8 +172,8 @@ def synchronise() -> None:
 
 
 def trial(options: argparse.Namespace, size: Size, setting: Setting, data: Data) -> dict[str, Any]:
-    """Seconds of an update of the teacher and of a student, of a network call of one sample in sampling, and what the
-    first updates took, which compile."""
+    """Seconds of an update of the teacher, and of one of a student on the average; of a network call in sampling for
+    one sample, and of all else that it takes to draw it; and what the first updates took, which compile."""
     spec = build(recipe_of(options.data, size, setting, {"teacher": 1000, "chain": 1000}), what="all", data=data)
     found: dict[str, Any] = setting._asdict() | {"first": 0.0}
     for name, stage in (("teacher", spec.plan.stages[0]), ("chain", spec.plan.stages[1])):
@@ -188,14 +193,24 @@ def trial(options: argparse.Namespace, size: Size, setting: Setting, data: Data)
         found["first"] += first - begun
         trainer.check_finite()
         updates.close()
+    # Students learn from teachers of two calls, but where a factor is larger: on the average.
+    costs = [stage.update_cost * stage.num_updates for stage in spec.plan.stages[1:]]
+    updates_ = sum(stage.num_updates for stage in spec.plan.stages[1:])
+    found["chain"] *= sum(costs) / updates_ / spec.plan.stages[1].update_cost
     model = untrained(spec).to(accelerator.device)
-    precision = {"precision": setting.precision}
-    model.sample(range(size.at_once), 1, batch_size=size.at_once, **precision)
-    begun = time.perf_counter()
-    model.sample(range(size.at_once), 4, batch_size=size.at_once, **precision)
-    found["call"] = (time.perf_counter() - begun) / 4 / size.at_once
+    drawn(model, size, 1, setting.precision)
+    one, five = (drawn(model, size, steps, setting.precision) for steps in (1, 5))
+    found["call"] = (five - one) / 4 / size.at_once
+    found["sample"] = max(0.0, one / size.at_once - found["call"])
     found["samples / s"] = setting.batch / found["teacher"]
     return found
+
+
+def drawn(model: Model, size: Size, steps: int, precision: str) -> float:
+    """Seconds in which the model draws as many samples as are drawn together."""
+    begun = time.perf_counter()
+    model.sample(range(size.at_once), steps, batch_size=size.at_once, precision=precision)
+    return time.perf_counter() - begun
 
 
 class Plan:
@@ -215,11 +230,17 @@ class Plan:
             row = trial(self.options, self.size, setting, self.data)
         self.held["tried"].append(row)
         write_json(self.file, self.held)
+        self.clock.keep()
         return row
 
     def left(self, row: dict[str, Any]) -> float:
         """Seconds for training, from now on, beside what it takes to measure everything."""
-        return self.options.budget - self.clock.now() - self.size.count * self.size.evals * row["call"]
+        return self.options.budget - self.clock.now() - self.measuring(row)
+
+    def measuring(self, row: dict[str, Any]) -> float:
+        """Seconds that it takes to draw all samples of the table."""
+        rows = len(self.size.teacher_steps) + len(self.size.students)
+        return self.size.count * (self.size.evals * row["call"] + rows * row["sample"])
 
     def updates(self, row: dict[str, Any]) -> dict[str, int]:
         """The numbers of updates that fit."""
@@ -243,20 +264,21 @@ class Plan:
         most = max(row["samples / s"] for row in rows)
         row = next(row for row in rows if row["samples / s"] >= CLOSE * most)
         if torch.cuda.is_available() and self.left(row) > WORTH_COMPILING:
-            plain, row = row, self.tried(Setting(row["network"], precision, row["batch"], True))
-            # Sampling is not compiled: its batches are others, and each size of batch is a graph of its own.
-            row["call"] = min(row["call"], plain["call"])
-            row = max((plain, row), key=lambda one: self.updates(one)["teacher"])
+            # Sampling is not compiled, so it takes what it took.
+            sampling = {name: row[name] for name in ("call", "sample")}
+            compiled = self.tried(Setting(row["network"], precision, row["batch"], True)) | sampling
+            row = max((row, compiled), key=lambda one: self.updates(one)["teacher"])
         if min(updates := self.updates(row).values()) < len(size.students) + 1:
             raise SystemExit(
                 f"a budget of {self.options.budget:g} s leaves {max(0.0, self.left(row)):.0f} s to train in, which is "
                 f"{min(updates)} updates: {self.clock.now():.0f} s are gone, and measuring will take "
-                f"{size.count * size.evals * row['call']:.0f} s; give a larger --budget"
+                f"{self.measuring(row):.0f} s; give a larger --budget"
             )
         self.held |= {
             "chosen": [row[name] for name in Setting._fields], "updates": self.updates(row),
             "seconds": {name: row[name] for name in SHARES}, "calibrated after": round(self.clock.now(), 1),
-            "measuring, estimated": size.count * size.evals * row["call"], "environment": facts(),
+            "measuring, estimated": self.measuring(row), "environment": facts(),
+            **{name: row[name] for name in ("call", "sample")},
         }  # fmt: skip
         write_json(self.file, self.held)
         show("tried", self.held["tried"])
@@ -265,70 +287,91 @@ class Plan:
 class Clock:
     """The seconds of this call and of all before it, from the start of each process."""
 
-    def __init__(self, run: Path) -> None:
-        self.file = run.with_name(run.name + ".seconds.json")
+    def __init__(self, run: Path, seconds: float) -> None:
+        self.file, self._seconds = run.with_name(run.name + ".seconds.json"), seconds
         self._before = float(read_json(self.file)) if self.file.is_file() else 0.0
         self._begun = psutil.Process().create_time()
 
+    def call(self) -> float:
+        """Seconds of this call."""
+        return time.time() - self._begun
+
+    def left_of_call(self) -> float:
+        """Seconds until this call ends."""
+        return self._seconds - self.call()
+
     def now(self) -> float:
         """Seconds in all."""
-        return self._before + time.time() - self._begun
+        return self._before + self.call()
 
     def keep(self) -> None:
         """Writes them for the next call."""
         write_json(self.file, round(self.now(), 1))
 
 
-def trained(options: argparse.Namespace, spec: RunSpec, stop: StopSignal) -> None:
+def trained(options: argparse.Namespace, spec: RunSpec, clock: Clock, stop: StopSignal) -> None:
     """Trains into the run folder what is not there yet."""
     for event in run(spec, options.run, stop):
         if isinstance(event, Progress) and event.num_updates == event.window.update:
             print(f"{event.name}: {event.num_updates} updates, loss {event.window.loss:.4g}", flush=True)
         elif isinstance(event, StageEnd):
+            clock.keep()
             print(f"{event.name}: {event.seconds:.1f} s{', was there' if event.was_there else ''}", flush=True)
 
 
-def measured(options: argparse.Namespace, size: Size, precision: str, stop: StopSignal) -> dict[str, Any]:
+def measured(
+    options: argparse.Namespace, size: Size, setting: Setting, plan: dict[str, Any], data: Data, clock: Clock,
+    stop: StopSignal,
+) -> dict[str, Any]:  # fmt: skip
     """The rows of the table and its floor, each kept in RUN.figures.json once it is there; the students' come first."""
     file = options.run.with_name(options.run.name + ".figures.json")
     held: dict[str, Any] = read_json(file) if file.is_file() else {"rows": []}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     evaluation = Evaluation(
         num_samples=size.count, num_reference=size.num_reference, num_compared=1,
-        features=f"resnet20-cifar10={options.features}", batch_size=size.at_once, precision=precision,
+        features=f"resnet20-cifar10={options.features}", batch_size=size.at_once, precision=setting.precision,
     )  # fmt: skip
     with stop.at_once():
         test = open_data(DataConfig(source=options.data, split="test"))
         reference = Reference(test, evaluation, cache_folder(), device)
-    stages = RunFolder(options.run).stages()
-    own = [(stage, stage.manifest(verify=False).num_steps) for stage in stages[1:]]
-    for stage, steps in [*reversed(own), *((stages[0], steps) for steps in size.teacher_steps)]:
-        assert steps is not None
-        place = {"model": "teacher" if stage is stages[0] else "student", "steps": steps}
+    if "floor" not in held:
+        with stop.at_once():
+            rows = torch.randperm(len(data), generator=generator_for("floor"))[: size.count]
+            features = reference.extractor.features(data.fetch(rows).x0)
+        held |= {
+            "floor": frechet_of_moments(reference.real.moments, moments_of(features)), "protocol": reference.protocol,
+        }  # fmt: skip
+    teacher, *students = RunFolder(options.run).stages()
+    asked = [(stage, stage.manifest(verify=False).num_steps or 0, setting.precision) for stage in reversed(students)]
+    asked += [(teacher, steps, setting.precision) for steps in size.teacher_steps]
+    if setting.precision != "float32":
+        asked += [(stage, steps, "float32") for stage, steps, _ in asked if stage is not teacher and steps == 4]
+    loaded: dict[str, Model] = {}
+    for stage, steps, precision in asked:
+        # Of the weights that are there now, whatever the folder held before.
+        place = {
+            "model": "teacher" if stage is teacher else "student", "steps": steps, "precision": precision,
+            "weights": weights_of(stage.manifest(verify=False))[:12],
+        }  # fmt: skip
         if any(place.items() <= row.items() for row in held["rows"]):
             continue
+        if clock.left_of_call() < 1.3 * size.count * (steps * plan["call"] + plan["sample"]) and clock.call() > 60:
+            raise Interrupted(signal.SIGTERM)
         with stop.at_once():
-            model = load(stage.path, device)
-            model.warm_up()
-            result, _ = measure(model, steps, evaluation, reference)
+            if stage.name not in loaded:
+                loaded = {stage.name: load(stage.path, device)}
+            # A first batch is slower than all others, and must not be timed.
+            drawn(loaded[stage.name], size, loaded[stage.name].num_steps or 1, precision)
+            result, _ = measure(loaded[stage.name], steps, replace(evaluation, precision=precision), reference)
         row = place | {
             "FD(resnet20)": result.frechet, "images / s": round(1000 / result.seconds_per_1000, 1),
             "device": facts()["device"],
         }  # fmt: skip
         held["rows"].append(row)
         write_json(file, held)
-        print(
-            f"{row['model']} at {steps} steps: FD {row['FD(resnet20)']:.4g}, {row['images / s']} images/s", flush=True
-        )
-    if "floor" not in held:
-        with stop.at_once():
-            data = open_data(DataConfig(source=options.data))
-            rows = torch.randperm(len(data), generator=generator_for("floor"))[: size.count]
-            features = reference.extractor.features(data.fetch(rows).x0)
-        held |= {
-            "floor": frechet_of_moments(reference.real.moments, moments_of(features)), "protocol": reference.protocol,
-        }  # fmt: skip
-        write_json(file, held)
+        clock.keep()
+        shown = f"FD {row['FD(resnet20)']:.4g}, {row['images / s']} images a second"
+        print(f"{row['model']} at {steps} steps in {precision}: {shown}", flush=True)
     return held
 
 
@@ -339,20 +382,27 @@ def table(options: argparse.Namespace, size: Size, clock: Clock, stop: StopSigna
     plan = Plan(options, size, data, clock, stop)
     setting, updates = plan.made()
     spec = build(recipe_of(options.data, size, setting, updates), what="all", data=data)
-    trained(options, spec, stop)
-    held = measured(options, size, setting.precision, stop)
+    trained(options, spec, clock, stop)
+    held = measured(options, size, setting, plan.held, data, clock, stop)
     seconds = {stage.name: stage.manifest(verify=False).seconds for stage in RunFolder(options.run).stages()}
-    return {"plan": plan.held, **held, "training seconds": seconds} | share_of_peak(spec, plan.held["seconds"])
+    about = {
+        "training images": len(data), "training data": data.fingerprint, "recipe": dict(spec.recipe),
+        "parameters": count_forward(spec).parameters,
+    }  # fmt: skip
+    return {"plan": plan.held, **about, **held, "training seconds": seconds} | share_of_peak(spec, plan.held["seconds"])
 
 
 def share_of_peak(spec: RunSpec, seconds: dict[str, float]) -> dict[str, Any]:
     """Operations a second of the updates of teacher and students, as they were tried, and their share of the card's
     peak: those of the network calls alone, a backward pass as two forward ones."""
     each = count_forward(spec).flops
-    rates = {
-        name: each * stage.update_cost / seconds[name]
-        for name, stage in zip(("teacher", "chain"), spec.plan.stages, strict=False)
+    teacher, *students = spec.plan.stages
+    updates = sum(stage.num_updates for stage in students)
+    costs = {
+        "teacher": teacher.update_cost,
+        "chain": sum(stage.update_cost * stage.num_updates for stage in students) / updates,
     }
+    rates = {name: each * cost / seconds[name] for name, cost in costs.items()}
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     peak = next((value for part, value in PEAK_BF16.items() if part in name), None)
     shares = None if peak is None else {name: rate / peak for name, rate in rates.items()}
@@ -377,15 +427,15 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="CIFAR-10: a folder with splits train and test, or a Hub name")
     parser.add_argument("--features", required=True, help="resnet20-cifar10.safetensors")
     parser.add_argument("--budget", type=float, default=None, help="seconds for all; 600, or 200 for a tiny run")
-    parser.add_argument("--seconds", type=float, default=540.0, help="seconds of this call")
+    parser.add_argument("--seconds", type=float, default=580.0, help="seconds of this call")
     parser.add_argument("--tiny", action="store_true", help="a size that a CPU goes through in some minutes")
     parser.add_argument("--out", type=Path, default=None, help="file for the JSON; docs/results/benchmarks by default")
     options = parser.parse_args()
     options.budget = options.budget or (200.0 if options.tiny else 600.0)
     options.run.parent.mkdir(parents=True, exist_ok=True)
-    clock = Clock(options.run)
+    clock = Clock(options.run, options.seconds)
     try:
-        with StopSignal() as stop, within(options.seconds):
+        with StopSignal() as stop, within(clock.left_of_call()):
             result = table(options, TINY if options.tiny else FULL, clock, stop)
     except Interrupted as error:
         print(f"{error}: the same command goes on from here ({clock.now():.0f} s in all so far)", file=sys.stderr)

@@ -10,7 +10,7 @@ update (activations, gradients, workspaces); `peak` all of it. On the CPU it is 
 an allocator that gives freed memory back at once (MALLOC_MMAP_THRESHOLD_; without it a process holds on to some of it);
 on a GPU, what torch has allocated.
 
-`growth` is a run of 2,050 updates with its log and a checkpoint every 25: memory at its end beyond that at update 50.
+`growth` is a run of 2,050 updates with its log and a checkpoint every 20: memory at its end beyond that at update 50.
 Its data set is small, so that each part has come around by then: an epoch is 8 updates, and orders of some are kept.
 """
 
@@ -186,7 +186,7 @@ def growth_here(name: str, device: str, updates: int) -> dict[str, Any]:
     stage = halving(8, num_updates=updates + 50, ema_decay=0.99)
     spec = spec_of(
         name, stage, data=images(name, 64), cpu=device == "cpu", teacher=model_of(name), log_every=50,
-        checkpoint_updates=25,
+        checkpoint_updates=20,
     )  # fmt: skip
     gauge, held = Gauge(device), {}
     with tempfile.TemporaryDirectory() as folder:

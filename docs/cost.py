@@ -93,7 +93,7 @@ def growth() -> str:
     """What a long run's memory grew by, in a sentence."""
     held = json.loads((RESULTS / "memory.json").read_text())["growth"]
     return (
-        f"Over {held['updates']:,} updates with a checkpoint every 25, after the first 50, the process of a run of the "
+        f"Over {held['updates']:,} updates with a checkpoint every 20, after the first 50, the process of a run of the "
         f"{held['network']} network went from {held['MB at 50']:.1f} MB to {held['MB at the end']:.1f} MB, and its "
         f"live tensors grew by {held['growth, bytes of live tensors']:,} bytes."
     )

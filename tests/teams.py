@@ -361,7 +361,7 @@ def unet_runs(folder: str, sharding: str) -> None:
     """Short runs of a U-Net whose middle has no attention, each as `UNETS` says."""
     from halfstep.train import sharding as module
 
-    module.UNIT = 5000
+    unit, module.UNIT = module.UNIT, 5000
     pixels = torch.randint(256, (32, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     shape = {
         "block_out_channels": (8, 16), "layers_per_block": 1, "attention": (False, True), "mid_attention": False,
@@ -375,6 +375,7 @@ def unet_runs(folder: str, sharding: str) -> None:
             **changes,
         )  # fmt: skip
         finish(spec, Path(folder) / name)
+    module.UNIT = unit
 
 
 def evaluated(folder: str, out: str) -> list[str]:
@@ -391,6 +392,26 @@ def evaluated(folder: str, out: str) -> list[str]:
     curve.write_json, curve.write_folder = noting(curve.write_json), noting(curve.write_folder)  # type: ignore[assignment]
     main(["evaluate", folder, "--num-steps", "2", "1", "--num-samples", "24", "--out", out])
     return wrote
+
+
+def evaluated_till(folder: str, out: str, rounds: int) -> str:
+    """What an evaluation ends with that fails on both processes after each has made figures so often."""
+    made, timed = [0], curve._timed
+
+    def failing(make: Callable[[], Any]) -> dict[str, Any]:
+        made[0] += 1
+        if made[0] > rounds:
+            raise ValueError("no more")
+        return timed(make)
+
+    curve._timed = failing
+    try:
+        main(["evaluate", folder, "--num-steps", "2", "1", "--num-samples", "24", "--out", out])
+    except SystemExit as ended:
+        return f"{ended.code}"
+    finally:
+        curve._timed = timed
+    return "nothing"
 
 
 def terminated(folder: str) -> list[Any]:

@@ -301,7 +301,7 @@ def test_a_run_goes_on_with_the_micro_batch_that_was_found(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("size", "fits", "remedy"),
-    [(None, 3, None), (None, 0, "take a smaller evaluation.num_reference"), (8, 3, "lower evaluation.batch_size")],
+    [(None, 3, None), (None, 0, "measure on the CPU"), (8, 3, "lower evaluation.batch_size")],
 )
 def test_an_evaluation_draws_what_fits_or_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int | None, fits: int, remedy: str | None
@@ -326,6 +326,22 @@ def test_an_evaluation_draws_what_fits_or_says_what_to_do(
     assert one is not None
     assert two is not None
     assert [row.frechet for row in two.results] == pytest.approx([row.frechet for row in one.results], rel=1e-5)
+
+
+def test_only_the_micro_batch_that_is_found_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo import reset
+    from torch._dynamo.utils import counters
+
+    compile_ = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda module, **settings: compile_(module, backend="aot_eager", **settings)
+    )
+    reset()
+    counters.clear()
+    # Torch gives up after eight sizes; and in a resumed run there is but one.
+    told = finish(toy_spec(plan=one_stage(Hungry(1)), compiled=True, micro_batch="auto"), tmp_path)
+    assert told == ["00-hungry: micro batch 1, for 16 and 8 and 4 and 2 did not fit into memory"]
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_a_micro_batch_that_was_given_is_no_bound_for_one_that_is_looked_for(tmp_path: Path) -> None:

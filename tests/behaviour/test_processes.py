@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file
 
 import teams
@@ -269,6 +270,21 @@ def test_one_process_writes_an_evaluation(tmp_path: Path) -> None:
     assert len(figures) > 4
     assert figures | cells <= set(first)
     assert all(first.count(name) == 1 for name in figures | cells)
+
+
+def test_an_evaluation_of_two_that_is_cut_keeps_what_was_measured(tmp_path: Path) -> None:
+    np.save(tmp_path / "points.npy", teams.points().numpy())
+    main(["run", "arrays", "--data", str(tmp_path / "points.npy"), "--out", str(tmp_path / "run"), *TINY_ARRAYS])
+    out = tmp_path / "evaluation"
+    words = (str(tmp_path / "run"), str(out), 1)
+    team = teams.start(2, teams.evaluated_till, tmp_path / "left", *words)
+    teams.ended(team, tmp_path / "left")
+    assert len(list(out.glob("cells/*"))) == 4
+    # One figure of each of the two, of the first round.
+    assert len(list(out.glob("figures/*"))) == 2
+    with FileLock(out / ".lock"), pytest.raises(SystemExit) as ended:
+        main(["evaluate", str(tmp_path / "run"), "--num-steps", "2", "1", "--num-samples", "24", "--out", str(out)])
+    assert ended.value.code == 75
 
 
 def _launch(launcher: list[str], argv: list[str], folder: Path) -> subprocess.CompletedProcess[str]:

@@ -178,14 +178,15 @@ def test_a_checkpoint_that_the_disk_does_not_give_back_is_passed_over_and_left(
 ) -> None:
     path = tmp_path / "run"
     _cut(path, "00-denoise", 25)
-    latest, before = RunFolder(path).stage("00-denoise").checkpoints()[:2]
+    folder = RunFolder(path).stage("00-denoise")
+    latest, before = folder.checkpoints()[:2]
     check = checkpoint.check_files
     unread = [latest]
 
-    def failing(folder: Path, files: dict[str, str]) -> None:
-        if folder in unread:
-            raise OSError(errno.EIO, "Input/output error", str(folder / "ema.safetensors"))
-        check(folder, files)
+    def failing(held: Path, files: dict[str, str]) -> None:
+        if held in unread:
+            raise OSError(errno.EIO, "Input/output error", str(held / "ema.safetensors"))
+        check(held, files)
 
     monkeypatch.setattr(checkpoint, "check_files", failing)
     events = run(toy_spec(), path)
@@ -193,13 +194,12 @@ def test_a_checkpoint_that_the_disk_does_not_give_back_is_passed_over_and_left(
     events.close()  # type: ignore[attr-defined]
     assert notice.text.startswith(f"{latest} cannot be read (Input/output error)")  # type: ignore[attr-defined]
     assert start.resumed_at == int(before.name.rpartition("-")[2])  # type: ignore[attr-defined]
-    assert latest.is_dir()
-    # Where none is given back nothing is trained, and in time pruned, that another look may find.
-    unread.append(before)
+    assert latest.with_name(f"damaged-{latest.name}").is_dir()
+    # Where none is given back nothing is trained, and in time removed, that another look may find.
+    unread += folder.checkpoints()
     with pytest.raises(NoStorage):
         finish(toy_spec(), path)
-    assert latest.is_dir()
-    assert before.is_dir()
+    assert folder.checkpoints() == unread[1:]
     monkeypatch.undo()
     finish(toy_spec(), path)
     assert weights(path) == weights(uncut)

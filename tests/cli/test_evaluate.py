@@ -17,6 +17,7 @@ from halfstep.data import DataConfig, open_data
 from halfstep.metrics import frechet_distance
 from halfstep.runs import EvaluationResult, RunFolder
 from halfstep.runs.evaluation import EvaluationTable, Row
+from halfstep.samplers import sample
 from support_cli import Capture, refused
 from toys import TINY_ARRAYS, TINY_DIGITS, points
 
@@ -103,6 +104,37 @@ def test_samples_are_drawn_as_many_at_once_as_was_asked(
     options = [] if size is None else ["--batch-size", str(size)]
     main(["evaluate", str(toy_run), "--num-steps", "1", "--num-samples", "600", "--out", str(tmp_path), *options])
     assert max(asked) == most
+
+
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [(["--batch-size", "16"], "with 16 samples at once: lower --batch-size"), ([], "leave more of it to this process")],
+)
+def test_memory_that_does_not_suffice_is_told_in_one_line(
+    toy_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    remedy: str,
+) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    command = ["evaluate", str(toy_run), "--num-steps", "1", "--out", str(tmp_path), *options]
+    monkeypatch.setattr("halfstep.train.model.sample", full)
+    with pytest.raises(SystemExit) as ended:
+        main(command)
+    assert ended.value.code == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("halfstep: error:")]
+    assert "out of memory while sampling, " in line
+    assert remedy in line
+    monkeypatch.setattr("halfstep.train.model.sample", sample)
+    monkeypatch.setattr("halfstep.train.curve.figures_of", full)
+    with pytest.raises(SystemExit) as ended:
+        main(command)
+    assert ended.value.code == 1
+    assert "take fewer samples (--num-samples)" in capsys.readouterr().err
 
 
 def test_several_sets_of_seeds_are_disjoint_and_have_a_spread(toy_run: Path, tmp_path: Path) -> None:

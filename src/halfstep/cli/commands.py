@@ -48,6 +48,7 @@ from halfstep.studies import studies
 from halfstep.train import Interrupted, Model, Processes, RunSpec, StopSignal, load, make_accelerator
 from halfstep.train import run as run_spec
 from halfstep.train.evaluate import grid_image, samples_array
+from halfstep.train.failures import told_when_out_of_memory
 from halfstep.train.model import find_stage, samples_at_once
 from halfstep.train.processes import launched
 from halfstep.train.stop import at_once
@@ -350,7 +351,10 @@ def write_samples(x0: torch.Tensor, model: Model, seeds: range, out: Path) -> No
 def evaluate(argv: Sequence[str]) -> None:
     """Measure models and print the tables."""
     processes = _processes()
-    evaluating.evaluate(argv, _recipe_of, device_of(None, processes), processes)
+    with told_when_out_of_memory(
+        "out of memory while measuring: take fewer samples (--num-samples), or an extractor with fewer features"
+    ):
+        evaluating.evaluate(argv, _recipe_of, device_of(None, processes), processes)
 
 
 def import_(argv: Sequence[str]) -> None:

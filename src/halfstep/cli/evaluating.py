@@ -53,7 +53,7 @@ class EvaluateArguments:
     precision: Literal["float32", "bf16"] | None = None
     """bf16 lets the networks compute in bfloat16 while they sample; as in the recipe by default."""
     batch_size: int | None = None
-    """Samples drawn at once; as many as fit by default."""
+    """Samples drawn at once; the recipe's number by default, or as many as fit if it has none."""
     data: str | None = None
     """Real samples to compare with; those of the recipe by default."""
     image_size: int | None = None
@@ -126,7 +126,6 @@ def evaluate(
         num_seeds=arguments.seeds,
         batch_size=evaluation.batch_size,
         guidance_scale=arguments.guidance_scale,
-        precision="float32" if subject.files is not None else evaluation.precision,
         teacher=rows.teacher,
         notices=subject.notices,
     )

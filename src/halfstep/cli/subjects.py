@@ -251,6 +251,7 @@ class _Rows:
             self._once(stage, loader),
             weights_of(manifest),
             sampler,
+            self.device,
             self.data if manifest.conditions else None,
             self.asked.guidance_scale,
             self.asked.precision,

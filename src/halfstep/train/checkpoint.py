@@ -133,11 +133,11 @@ def _digest(manifest: Mapping[str, Any]) -> str:
 def resume(trainer: StageTrainer, folder: StageFolder, notice: Callable[[str], None]) -> Path | None:
     """Puts the trainer into the state of the latest good checkpoint and returns that one; None if there is none.
 
-    A damaged checkpoint is named through `notice`, set aside under the name `damaged-...`, and the one before it used;
-    so is one that the disk does not give back, which stays where it is.
+    A damaged checkpoint, or one that the disk does not give back, is named through `notice`, set aside under the name
+    `damaged-...`, and the one before it used.
 
     Raises:
-        OSError: if the disk gives back none.
+        OSError: if the disk gives back none of those that are there.
     """
     found: str | None = trainer.processes.on_main(lambda: _latest_good(folder, notice))
     if found is None:
@@ -151,8 +151,8 @@ def resume(trainer: StageTrainer, folder: StageFolder, notice: Callable[[str], N
 
 def _latest_good(folder: StageFolder, notice: Callable[[str], None]) -> str | None:
     """Name of the latest checkpoint whose files are whole; those after it are set aside."""
+    unread: list[tuple[Path, OSError]] = []
     held = folder.checkpoints()
-    unread: OSError | None = None
     for path in held:
         try:
             manifest = read_json(path / "manifest.json")
@@ -162,22 +162,31 @@ def _latest_good(folder: StageFolder, notice: Callable[[str], None]) -> str | No
                 raise DamagedFile(f"{path / 'manifest.json'} is altered: its sha256 is not the one that it says")
             check_files(path, manifest["files"])
         except DamagedFile as error:
-            aside = path.with_name(f"damaged-{path.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
-            last = path == held[-1]
+            _set_aside(path)
+            last = path == held[-1] and not unread
             then = "no other is there, so the stage begins anew" if last else "using the checkpoint before it"
             notice(f"{error}; {then}")
             continue
         except OSError as error:
-            unread = error
-            notice(f"{path} cannot be read ({error.strerror}); looking for the checkpoint before it")
+            if error.errno != errno.EIO:
+                raise
+            unread.append((path, error))
             continue
+        for lost, why in unread:
+            _set_aside(lost)
+            notice(f"{lost} cannot be read ({why.strerror}); using the checkpoint before it")
         return path.name
-    if unread is not None:
-        # To begin anew would in time prune what another look at the disk may still bring back.
-        raise unread
+    if unread:
+        # To begin anew would in time remove what another look at the disk may still bring back.
+        raise unread[0][1]
     return None
+
+
+def _set_aside(checkpoint: Path) -> None:
+    """Takes a checkpoint out of the sight of resuming and pruning; it stays until the stage is complete."""
+    aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.rename(aside)
 
 
 def micro_batch_of(checkpoint: Path | None) -> int | None:

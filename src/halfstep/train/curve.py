@@ -6,6 +6,7 @@ another reference draws nothing anew; its figures are kept for each protocol. Bo
 weights find none.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -76,8 +77,6 @@ class CurveSpec:
     batch_size: int | None = None
     """Samples drawn at once; None for as many as the source draws by itself."""
     guidance_scale: float | None = None
-    precision: str = "float32"
-    """Of sampling, for the protocol's words: what the entries' sources compute in."""
     teacher: Entry | None = None
     """What the others are compared with from the same noise."""
     notices: Sequence[str] = field(default=())
@@ -89,6 +88,13 @@ class CurveSpec:
                 raise ValueError(f"{name.replace('_', ' ')} must be at least {least}, got {value}")
         if not self.references:
             raise ValueError("no extractor was given: name at least one, such as pixels")
+        if len({entry.source.precision for entry in self.entries}) > 1:
+            raise ValueError("samples of one evaluation are drawn in one precision: give the others one of their own")
+
+    @property
+    def precision(self) -> str:
+        """In which the networks of the entries compute."""
+        return self.entries[0].source.precision if self.entries else "float32"
 
     @property
     def seed_sets(self) -> list[range]:
@@ -253,6 +259,7 @@ class Curve:
         self._found: dict[tuple[str, tuple[int, int]], dict[str, float]] = {}
         self._halves: dict[str, Halves] = {}
         self._seconds: dict[str, float] = {}
+        self._lock = FileLock(out / ".lock")
         self.result: EvaluationResult | None = None
         """What was written last."""
 
@@ -261,29 +268,44 @@ class Curve:
         the cells' figures: the first writes them, and then finds them in `run`.
 
         Raises:
-            Interrupted, FailedElsewhere: on all; what was measured stays.
+            InUse, Interrupted, FailedElsewhere: on all; what was measured stays.
         """
-        for cell in self._cells.values():
-            cell.fill_together(processes, self.stop)
+        processes.on_main(self._take)
+        try:
+            for cell in self._cells.values():
+                cell.fill_together(processes, self.stop)
+            cells = list(self._cells.values())
+            # One for each process at a time, for what was made by then is written then.
+            for first in range(0, len(cells), processes.count):
+                done = processes.spread(cells[first : first + processes.count], self._figures_to_write, self.stop)
+                processes.on_main(functools.partial(self._write_figures, done or []))
+        finally:
+            self._lock.release()
 
-        def work(cell: _Cell) -> tuple[Tensor]:
-            made = {}
-            # Of a cell whose samples are broken, and so are not there, `run` tells.
-            if cell.is_filled():
-                for _, name, make in self._makers(cell):
-                    if not self._figures_path(name).is_file():
-                        made[name] = _timed(make)
-            cell.forget()
-            return (torch.frombuffer(bytearray(json.dumps(made).encode()), dtype=torch.uint8),)
+    def _figures_to_write(self, cell: _Cell) -> tuple[Tensor]:
+        """The figures of a cell that are not there, by their names, as JSON in bytes."""
+        wanted = [(name, make) for _, name, make in self._makers(cell) if not self._figures_path(name).is_file()]
+        # Of a cell whose samples are broken, and so are not there, `run` tells.
+        made = {name: _timed(make) for name, make in wanted} if wanted and cell.is_filled() else {}
+        cell.forget()
+        return (torch.frombuffer(bytearray(json.dumps(made).encode()), dtype=torch.uint8),)
 
-        done = processes.spread(list(self._cells.values()), work, self.stop)
+    def _write_figures(self, done: Sequence[tuple[Tensor, ...]]) -> None:
+        for (told,) in done:
+            for name, held in json.loads(bytes(told.tolist())).items():
+                write_json(self._figures_path(name), held)
 
-        def write() -> None:
-            for (told,) in done or ():
-                for name, held in json.loads(bytes(told.tolist())).items():
-                    write_json(self._figures_path(name), held)
+    def _take(self) -> None:
+        """Takes the folder for this process.
 
-        processes.on_main(write)
+        Raises:
+            InUse: if another one has it.
+        """
+        self.out.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise InUse(f"{self.out} is being written by another halfstep process: wait for it") from None
 
     def run(self) -> Iterator[CellDone]:
         """Measures all cells that are not there, and writes evaluation.json anew after each.
@@ -293,16 +315,11 @@ class Curve:
             NonFinite: if the samples of every cell are broken.
             Interrupted: if a stop was asked for; what was measured stays.
         """
-        self.out.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.out / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise InUse(f"{self.out} is being written by another halfstep process: wait for it") from None
+        self._take()
         try:
             yield from self._run()
         finally:
-            lock.release()
+            self._lock.release()
 
     def _run(self) -> Iterator[CellDone]:
         for reference, protocol in zip(self.spec.references, self._sets, strict=True):

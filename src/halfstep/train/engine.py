@@ -208,7 +208,9 @@ class StageTrainer:
             first = self.update
             feed = Feed(self._batches, self._draws, self.accelerator.device)
             ahead = list(feed.updates(first, lambda: min(first + 1 + self._ahead, self.stage.num_updates)))
-            with unsynced(self._network):
+            # Not compiled: each size would be compiled anew, and after some torch compiles no more, so that the size
+            # that is found would run otherwise than in a run that is resumed with it.
+            with unsynced(self._network), torch.compiler.set_stance("force_eager"):
                 for part in ahead[0][:2]:
                     self._gradient(part.draw, part.batch)
             del held, ahead

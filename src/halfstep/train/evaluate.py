@@ -33,7 +33,7 @@ from halfstep.metrics import (
 from halfstep.runs import write_arrays, write_bytes
 from halfstep.runs.schema import Result
 from halfstep.samplers import DDIM, Ancestral, Sampler, samplers
-from halfstep.train.failures import NonFinite, OutOfMemory, is_out_of_memory
+from halfstep.train.failures import NonFinite, told_when_out_of_memory
 from halfstep.train.model import Model, check_precision, samples_at_once
 from halfstep.train.processes import Processes
 from halfstep.train.stop import StopSignal
@@ -62,7 +62,7 @@ class Evaluation:
     num_shown: int = 64
     """Samples that are kept to be looked at."""
     batch_size: int | None = None
-    """Samples drawn at once; None for as many as `Model.sample` draws by itself."""
+    """Samples drawn at once; None for as many as `Model.sample` draws by itself, but at most an eighth of all."""
     precision: str = "float32"
     """"bf16" for networks that compute in bfloat16 while they sample."""
     teacher_steps: tuple[int, ...] = ()
@@ -86,8 +86,8 @@ class Evaluation:
                 "or leave it out"
             )
         return (
-            "out of memory while measuring, though fewer samples at once were tried: take a smaller "
-            "evaluation.num_reference, or evaluation.features pixels"
+            "out of memory while measuring, though fewer samples at once were tried: leave more of it to this process, "
+            "or measure on the CPU (engine.cpu)"
         )
 
 
@@ -214,17 +214,13 @@ def measure(
         """Samples, their features, and the seconds that sampling alone took."""
         cond = conditions_for(model, reference.data, seeds)
         start = time.perf_counter()
-        try:
+        # Said here, so that other processes hear of the remedy as well.
+        with told_when_out_of_memory(evaluation.does_not_fit):
             x0 = model.sample(
                 seeds, num_steps, method, batch_size=evaluation.batch_size, cond=cond, precision=evaluation.precision
             )
             seconds = torch.tensor([time.perf_counter() - start], dtype=torch.float64)
             return x0, reference.extractor.features(_as_measured(x0, reference.is_image)), seconds
-        except Exception as error:
-            # Here, so that other processes hear of the remedy as well.
-            if not is_out_of_memory(error):
-                raise
-            raise OutOfMemory(evaluation.does_not_fit) from None
 
     seeds = list(range(evaluation.num_samples))
     # By default there is a part for each of eight processes, however many there are: the batch decides about the last

@@ -4,8 +4,9 @@ A loss or a gradient that is not finite ends the run. Nothing in the hot loop wa
 engine hands its tensors to `Recent`, which looks at them only when there is something to explain.
 """
 
+import contextlib
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final, NamedTuple, final
 
 import torch
@@ -31,7 +32,19 @@ class NonFinite(RuntimeError):
 
 
 class OutOfMemory(RuntimeError):
-    """An update did not fit into memory; the message names the micro batch that was tried and what to do."""
+    """An update or a batch of samples did not fit into memory; the message says what was tried and what to do."""
+
+
+@contextlib.contextmanager
+def told_when_out_of_memory(message: str) -> Iterator[None]:
+    """In here an exception that says that memory could not be had becomes OutOfMemory with a message of ours."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
+            raise
+        # What holds the memory hangs on the exception's frames.
+        raise OutOfMemory(message) from None
 
 
 def is_out_of_memory(error: BaseException) -> bool:

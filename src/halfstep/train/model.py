@@ -198,16 +198,23 @@ class Model(Denoiser):
             )
         return num_steps
 
+    def _computing(self, precision: str) -> torch.autocast:
+        """In here the network computes in this precision."""
+        check_precision(precision)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16")
+
     @torch.no_grad()
-    def warm_up(self, others: Cond | None = None) -> None:
+    def warm_up(self, others: Cond | None = None, precision: str = "float32") -> None:
         """Asks the network once: its first call is slower than all others, and must not be timed.
 
         Args:
             others: those of `manifest.conditions`, each `[1, ...]`.
+            precision: that of `sample`, which has calls of its own.
         """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", HalfstepWarning)
-            self(self.noise([0]), 1.0, self.cond([0], others=others))
+            with self._computing(precision):
+                self(self.noise([0]), 1.0, self.cond([0], others=others))
 
     def sample(
         self,
@@ -236,7 +243,6 @@ class Model(Denoiser):
         """
         steps = self.check_steps(num_steps)
         warn_of_gain(self.process, self.denoiser.prediction)
-        check_precision(precision)
         if any(part.training for part in self.modules()):
             # To say so to each part of a network again takes a millisecond.
             self.eval()
@@ -249,7 +255,7 @@ class Model(Denoiser):
             others = {name: value[first : first + size] for name, value in (cond or {}).items()}
             shown = self.cond(part, class_label, guidance_scale, others)
             try:
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16"):
+                with self._computing(precision):
                     chunks.append(sample(self, self.noise(part), steps, sampler, shown, noise=drawn).cpu())
             except Exception as error:
                 if batch_size is not None or size == 1 or not is_out_of_memory(error):

@@ -50,7 +50,7 @@ from halfstep.runs.storage import last_good, no_storage
 from halfstep.train.checkpoint import CheckpointWriter, micro_batch_of, remove_checkpoints, resume
 from halfstep.train.engine import StageTrainer, Window
 from halfstep.train.evaluate import Evaluation, Reference, measure
-from halfstep.train.failures import KEPT, NonFinite, OutOfMemory, is_out_of_memory
+from halfstep.train.failures import KEPT, NonFinite, told_when_out_of_memory
 from halfstep.train.feed import Batches, updates_ahead
 from halfstep.train.matching import asked, start_student, viewed
 from halfstep.train.model import Model, drop_weights, load, save_stage
@@ -746,14 +746,9 @@ class _Runner:
         Raises:
             OutOfMemory: if it does not fit.
         """
-        try:
-            with self._at_once():
-                yield
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            assert self.spec.evaluation is not None
-            raise OutOfMemory(self.spec.evaluation.does_not_fit) from None
+        assert self.spec.evaluation is not None
+        with told_when_out_of_memory(self.spec.evaluation.does_not_fit), self._at_once():
+            yield
 
     def _measured(self, folder: StageFolder, model: Model) -> Iterator[Event]:
         evaluation = self.spec.evaluation

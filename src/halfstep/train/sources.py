@@ -16,7 +16,7 @@ from halfstep.data import Data
 from halfstep.runs import Manifest
 from halfstep.samplers import Sampler
 from halfstep.train.evaluate import conditions_for
-from halfstep.train.failures import NonFinite
+from halfstep.train.failures import NonFinite, told_when_out_of_memory
 from halfstep.train.model import Model, samples_at_once
 from halfstep.train.stop import StopSignal
 
@@ -41,6 +41,11 @@ class Source(ABC):
         """JSON-ready: what the samples of a seed are a function of, beside the number of steps."""
 
     @property
+    def precision(self) -> str:
+        """In which networks compute while they sample."""
+        return "float32"
+
+    @property
     @abstractmethod
     def at_once(self) -> int:
         """Samples that are drawn together where nothing is said."""
@@ -55,6 +60,7 @@ class Source(ABC):
         Raises:
             Interrupted: if `stop` was set.
             NonFinite: if one is not finite.
+            OutOfMemory: if they do not fit.
         """
 
 
@@ -64,6 +70,7 @@ class ModelSource(Source):
 
     Args:
         weights: what tells its weights apart from all others.
+        device: where `load` puts it.
         conditions: the data whose conditions a model of texts is shown; None for a model that is shown none.
     """
 
@@ -72,15 +79,16 @@ class ModelSource(Source):
         load: Callable[[], Model],
         weights: str,
         sampler: Sampler,
+        device: torch.device,
         conditions: Data | None = None,
         guidance_scale: float | None = None,
         precision: str = "float32",
     ) -> None:
         self._load = load
         self.weights, self.sampler, self.conditions = weights, sampler, conditions
-        self.guidance_scale, self.precision = guidance_scale, precision
+        self._device = device
+        self.guidance_scale, self._precision = guidance_scale, precision
         self._model: Model | None = None
-        self._is_warm = False
 
     @property
     def content(self) -> dict[str, Any]:
@@ -93,8 +101,12 @@ class ModelSource(Source):
         return said if self.precision == "float32" else said | {"precision": self.precision}
 
     @property
+    def precision(self) -> str:
+        return self._precision
+
+    @property
     def at_once(self) -> int:
-        return samples_at_once(self._model_here().device)
+        return samples_at_once(self._device)
 
     def draw(self, num_steps: int | None, seeds: range, batch_size: int | None, stop: StopSignal | None) -> Drawn:
         assert num_steps is not None
@@ -110,15 +122,21 @@ class ModelSource(Source):
                 part = list(seeds[first : first + size])
                 cond = {} if self.conditions is None else conditions_for(model, self.conditions, part)
                 start = time.perf_counter()
-                x0 = model.sample(
-                    part,
-                    num_steps,
-                    self.sampler,
-                    batch_size=batch_size,
-                    cond=cond,
-                    guidance_scale=self.guidance_scale,
-                    precision=self.precision,
-                )
+                with told_when_out_of_memory(
+                    f"out of memory while sampling, with {batch_size} samples at once: lower --batch-size"
+                    if batch_size
+                    else "out of memory while sampling, though fewer samples at once were tried: leave more of it to "
+                    "this process"
+                ):
+                    x0 = model.sample(
+                        part,
+                        num_steps,
+                        self.sampler,
+                        batch_size=batch_size,
+                        cond=cond,
+                        guidance_scale=self.guidance_scale,
+                        precision=self.precision,
+                    )
                 chunks.append(x0)
                 seconds += time.perf_counter() - start
             evals = model.num_evals(self.sampler, num_steps, self.guidance_scale)
@@ -129,15 +147,12 @@ class ModelSource(Source):
 
     def _ready(self, seed: int) -> Model:
         """The model, loaded and asked once: the first call is slower than the others, and would be timed."""
-        model = self._model_here()
-        if not self._is_warm:
-            model.warm_up({} if self.conditions is None else conditions_for(model, self.conditions, [seed]))
-            self._is_warm = True
-        return model
-
-    def _model_here(self) -> Model:
         if self._model is None:
-            self._model = self._load()
+            model = self._load()
+            model.warm_up(
+                {} if self.conditions is None else conditions_for(model, self.conditions, [seed]), self.precision
+            )
+            self._model = model
         return self._model
 
 
