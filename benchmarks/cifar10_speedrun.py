@@ -213,13 +213,18 @@ def drawn(model: Model, size: Size, steps: int, precision: str) -> float:
     return time.perf_counter() - begun
 
 
+FORMAT = 2
+"""Of RUN.plan.json; one of another is made anew."""
+
+
 class Plan:
     """What was tried and chosen, kept in RUN.plan.json after each trial for the calls that go on with it."""
 
     def __init__(self, options: argparse.Namespace, size: Size, data: Data, clock: "Clock", stop: StopSignal) -> None:
         self.options, self.size, self.data, self.clock, self.stop = options, size, data, clock, stop
         self.file = options.run.with_name(options.run.name + ".plan.json")
-        self.held: dict[str, Any] = read_json(self.file) if self.file.is_file() else {"tried": []}
+        held = read_json(self.file) if self.file.is_file() else {}
+        self.held: dict[str, Any] = held if held.get("format") == FORMAT else {"format": FORMAT, "tried": []}
 
     def tried(self, setting: Setting) -> dict[str, Any]:
         """The trial of a setting, done if it is not there."""
@@ -288,7 +293,7 @@ class Clock:
     """The seconds of this call and of all before it, from the start of each process."""
 
     def __init__(self, run: Path, seconds: float) -> None:
-        self.file, self._seconds = run.with_name(run.name + ".seconds.json"), seconds
+        self.file, self.seconds = run.with_name(run.name + ".seconds.json"), seconds
         self._before = float(read_json(self.file)) if self.file.is_file() else 0.0
         self._begun = psutil.Process().create_time()
 
@@ -298,7 +303,7 @@ class Clock:
 
     def left_of_call(self) -> float:
         """Seconds until this call ends."""
-        return self._seconds - self.call()
+        return self.seconds - self.call()
 
     def now(self) -> float:
         """Seconds in all."""
@@ -334,28 +339,35 @@ def measured(
     with stop.at_once():
         test = open_data(DataConfig(source=options.data, split="test"))
         reference = Reference(test, evaluation, cache_folder(), device)
-    if "floor" not in held:
+    floor_of = {"features": reference.extractor.name, "data": data.fingerprint, "count": size.count}
+    if held.get("floor of") != floor_of:
         with stop.at_once():
             rows = torch.randperm(len(data), generator=generator_for("floor"))[: size.count]
             features = reference.extractor.features(data.fetch(rows).x0)
         held |= {
-            "floor": frechet_of_moments(reference.real.moments, moments_of(features)), "protocol": reference.protocol,
+            "floor": frechet_of_moments(reference.real.moments, moments_of(features)), "floor of": floor_of,
+            "protocol": reference.protocol,
         }  # fmt: skip
+        write_json(file, held)
     teacher, *students = RunFolder(options.run).stages()
     asked = [(stage, stage.manifest(verify=False).num_steps or 0, setting.precision) for stage in reversed(students)]
     asked += [(teacher, steps, setting.precision) for steps in size.teacher_steps]
     if setting.precision != "float32":
         asked += [(stage, steps, "float32") for stage, steps, _ in asked if stage is not teacher and steps == 4]
     loaded: dict[str, Model] = {}
+    shown_rows = []
     for stage, steps, precision in asked:
-        # Of the weights that are there now, whatever the folder held before.
+        # Of the weights and the features that are there now, whatever the folder held before.
         place = {
             "model": "teacher" if stage is teacher else "student", "steps": steps, "precision": precision,
-            "weights": weights_of(stage.manifest(verify=False))[:12],
+            "weights": weights_of(stage.manifest(verify=False))[:12], "features": reference.extractor.name,
         }  # fmt: skip
-        if any(place.items() <= row.items() for row in held["rows"]):
+        there = [row for row in held["rows"] if place.items() <= row.items()]
+        if there:
+            shown_rows += there[:1]
             continue
-        if clock.left_of_call() < 1.3 * size.count * (steps * plan["call"] + plan["sample"]) and clock.call() > 60:
+        # A row that is too long for a call is done in none, so it is begun in any.
+        if clock.left_of_call() < 1.2 * size.count * (steps * plan["call"] + plan["sample"]) < 0.8 * clock.seconds:
             raise Interrupted(signal.SIGTERM)
         with stop.at_once():
             if stage.name not in loaded:
@@ -368,11 +380,12 @@ def measured(
             "device": facts()["device"],
         }  # fmt: skip
         held["rows"].append(row)
+        shown_rows.append(row)
         write_json(file, held)
         clock.keep()
         shown = f"FD {row['FD(resnet20)']:.4g}, {row['images / s']} images a second"
         print(f"{row['model']} at {steps} steps in {precision}: {shown}", flush=True)
-    return held
+    return held | {"rows": shown_rows}
 
 
 def table(options: argparse.Namespace, size: Size, clock: Clock, stop: StopSignal) -> dict[str, Any]:

@@ -119,6 +119,16 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def repeated(part: Callable[[], Any], times: int) -> Callable[[], Any]:
+    """A part so many times in a row."""
+
+    def call() -> None:
+        for _ in range(times):
+            part()
+
+    return part if times == 1 else call
+
+
 def timed(
     parts: Mapping[str, Callable[[], Any]], rounds: int, device: str = "cpu", warm_up: int = 2
 ) -> dict[str, list[float]]:

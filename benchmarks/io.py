@@ -9,6 +9,9 @@ reading, taking the state over) take turns. `waits` is the part of `checkpoint` 
 the state; the rest is done beside the training. `costs` is what a run of updates takes longer for one checkpoint that
 begins with it, everything counted: in turns with the same updates without one. The share is that of a run that saves
 every 60 seconds.
+
+`reading` is how many images a second come out of a folder that is too large for memory: opened, decoded and brought to
+size for each batch, as a run's feed does it, by all cores, with nothing beside it.
 """
 
 import tempfile
@@ -17,22 +20,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
-from common import arguments, halving, median, median_ratio, model_of, parsed, spec_of, timed, write
+from common import arguments, halving, median, median_ratio, model_of, parsed, show, spec_of, timed, write
+from halfstep.data import DataConfig, open_data
 from halfstep.runs import StageFolder
 from halfstep.train import StageTrainer, make_accelerator
 from halfstep.train.checkpoint import CheckpointWriter, resume
-from halfstep.train.engine import State
 from halfstep.train.pipeline import trainer_for
 from halfstep.train.tensors import read_tensors, write_tensors
 
 EVERY_SECONDS = 60
 BATCH = {"digits": 64, "cifar10": 16, "tiny": 8}
-
-
-def copied(state: State) -> State:
-    """The state in memory of its own."""
-    return {part: {name: tensor.clone() for name, tensor in held.items()} for part, held in state.items()}
 
 
 def cost(trainer: StageTrainer, writer: CheckpointWriter, rounds: int, seconds: float) -> list[float]:
@@ -62,7 +61,7 @@ def measured(name: str, batch: int, device: str, rounds: int, where: Path | None
     spec = spec_of(name, halving(batch, ema_decay=0.99), teacher=model_of(name), cpu=device == "cpu")
     trainer = trainer_for(spec, spec.plan.stages[0], "bench", spec.teacher, make_accelerator(cpu=spec.cpu))
     next(trainer.run())
-    state = copied(trainer.state())
+    state = trainer.state()
     with tempfile.TemporaryDirectory(dir=where, prefix="halfstep-io-") as made:
         folder, plain = StageFolder(Path(made) / "stage"), Path(made) / "plain"
         folder.path.mkdir()
@@ -111,6 +110,30 @@ def measured(name: str, batch: int, device: str, rounds: int, where: Path | None
     }  # fmt: skip
 
 
+IMAGES = {"PNG": (32, 32), "JPEG": (256, 64)}
+"""Kinds of files, their side and the side that they are brought to."""
+
+
+def reading(kind: str, rounds: int, where: Path | None, count: int = 256) -> dict[str, Any]:
+    """Images a second from files of a kind, whose pages are in memory."""
+    side, size = IMAGES[kind]
+    generator = torch.Generator().manual_seed(0)
+    # Noise that is smooth enough to take the bytes of a photograph: a decoder's time goes with them.
+    small = torch.rand(count, 3, side // 4, side // 4, generator=generator)
+    pixels = torch.nn.functional.interpolate(small, size=side, mode="bicubic").clamp(0, 1).mul(255).byte()
+    with tempfile.TemporaryDirectory(dir=where, prefix="halfstep-io-") as folder:
+        for number, image in enumerate(pixels.permute(0, 2, 3, 1).numpy()):
+            Image.fromarray(image).save(Path(folder) / f"{number}.{kind.lower()}")
+        data = open_data(DataConfig(source=folder, labels=False, image_size=size, channels=3, max_bytes=0))
+        order = torch.randperm(count, generator=generator)
+        bytes_ = sum(file.stat().st_size for file in Path(folder).iterdir()) / count
+        seconds = timed({"fetch": lambda: data.fetch(order)}, rounds, warm_up=1)["fetch"]
+    return {
+        "files": f"{kind}, {side} x {side}", "kB each": round(bytes_ / 1e3, 1), "brought to": f"{size} x {size}",
+        "images / s": round(count / median(seconds), 1),
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--networks", nargs="+", choices=BATCH, default=None)
@@ -123,7 +146,9 @@ def main() -> None:
                  options.folder)
         for name in options.networks or (["tiny"] if options.short else ["digits", "cifar10"])
     ]  # fmt: skip
-    write("io", rows, options, threads=torch.get_num_threads())
+    decoded = [reading(kind, options.rounds or (2 if options.short else 7), options.folder) for kind in IMAGES]
+    show("reading", decoded)
+    write("io", rows, options, reading=decoded, threads=torch.get_num_threads())
 
 
 if __name__ == "__main__":

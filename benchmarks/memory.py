@@ -12,6 +12,7 @@ on a GPU, what torch has allocated.
 
 `growth` is a run of 2,050 updates with its log and a checkpoint every 20: memory at its end beyond that at update 50.
 Its data set is small, so that each part has come around by then: an epoch is 8 updates, and orders of some are kept.
+What is held after a quarter is told as well, for it takes some checkpoints until the allocator has all that it needs.
 """
 
 import argparse
@@ -189,13 +190,15 @@ def growth_here(name: str, device: str, updates: int) -> dict[str, Any]:
         checkpoint_updates=20,
     )  # fmt: skip
     gauge, held = Gauge(device), {}
+    settled = 50 + 50 * max(1, updates // 200)
     with tempfile.TemporaryDirectory() as folder:
         for event in run(spec, Path(folder) / "run"):
-            if isinstance(event, Progress) and event.window.update in (50, updates + 50):
+            if isinstance(event, Progress) and event.window.update in (50, settled, updates + 50):
                 held[event.window.update] = (gauge.now(), live_tensors())
-    (first, tensors), (last, at_end) = held.values()
+    (first, tensors), (then, _), (last, at_end) = held.values()
     return {
-        "network": name, "updates": updates, "MB at 50": round(first / MB, 2), "MB at the end": round(last / MB, 2),
+        "network": name, "updates": updates, "MB at 50": round(first / MB, 2), "settled at": settled,
+        "MB then": round(then / MB, 2), "MB at the end": round(last / MB, 2),
         "growth, MB": round((last - first) / MB, 3), "growth, bytes of live tensors": at_end - tensors,
     }  # fmt: skip
 
@@ -208,7 +211,8 @@ def live_tensors() -> int:
         storages = {
             thing.untyped_storage().data_ptr(): thing.untyped_storage().nbytes()
             for thing in gc.get_objects()
-            if isinstance(thing, torch.Tensor) and thing.layout == torch.strided
+            # Not those without memory, which torch's compiler leaves behind.
+            if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.layout == torch.strided
         }
     return sum(storages.values())
 

@@ -16,20 +16,22 @@ from typing import Any
 
 import torch
 
-from common import arguments, median, median_ratio, model_of, parsed, timed, write
+from common import arguments, median, median_ratio, model_of, parsed, repeated, timed, write
 from halfstep.hub import export_pipeline
 
 TIMES = 8
 """How often samples of 4 steps are drawn in a row, to be a measure of those of hundreds."""
 
 FEW = 8
-ROUNDS = {"digits": (40, 4), "cifar10": (2, 1), "tiny": (5, 1)}
-"""Rounds of up to so few steps, and of more."""
+"""Steps up to which they are drawn once."""
+
+ROUNDS = {"digits": 240, "cifar10": 16, "tiny": 20}
+"""Rounds of one step; of n steps an n-th of them, but three at least."""
 
 STEPS = {"digits": [1, 2, 4, 8, 16, 32, 64, 128, 256], "cifar10": [1, 2, 4], "tiny": [1, 4, 16]}
 
 
-def measured(name: str, batch: int, steps: list[int], device: str, rounds: tuple[int, int]) -> list[dict[str, Any]]:
+def measured(name: str, batch: int, steps: list[int], device: str, rounds: int | None) -> list[dict[str, Any]]:
     """A row for each number of steps."""
     from diffusers import DDIMPipeline
 
@@ -56,29 +58,22 @@ def measured(name: str, batch: int, steps: list[int], device: str, rounds: tuple
         settings = {"num_inference_steps": num, "output_type": "np", "use_clipped_model_output": True}
         return lambda: pipeline(batch_size=batch, generator=torch.Generator(device).manual_seed(0), **settings)
 
-    parts: dict[str, Callable[[], Any]] = {}
+    def ours(num: int, precision: str = "float32") -> Callable[[], Any]:
+        return lambda: model.sample(range(batch), num, batch_size=batch, precision=precision)
+
+    seconds: dict[int, dict[str, list[float]]] = {}
+    over: dict[int, float] = {}
     for num in steps:
-        parts[f"ours {num}"] = lambda num=num: model.sample(range(batch), num, batch_size=batch)
-        parts[f"half {num}"] = lambda num=num: model.sample(range(batch), num, batch_size=batch, precision="bf16")
-        parts[f"bare {num}"] = bare(num)
-        parts[f"stock {num}"] = stock(num)
-    # Few steps take milliseconds, of which a busy machine takes its share: they are timed more often.
-    seconds: dict[str, list[float]] = {}
-    over: dict[str, float] = {}
-    for few, often in zip((True, False), rounds, strict=True):
-        group = {name: part for name, part in parts.items() if (int(name.split()[1]) <= FEW) == few}
-        if not group:
-            continue
-        if 4 in steps:
-            group["at 4"] = lambda: [parts["ours 4"]() for _ in range(TIMES)]
-        found = timed(group, often, device, warm_up=1)
-        least = found.pop("at 4", None)
-        seconds |= found
-        if least is not None:
-            over |= {name: TIMES * median_ratio(times, least) for name, times in found.items()} | {"ours 4": 1.0}
+        # What is compared takes turns that are near each other in time, so that the machine is the same to all.
+        parts = {"ours": ours(num), "half": ours(num, "bf16"), "bare": bare(num), "stock": stock(num)}
+        times = 1 if num <= FEW else TIMES
+        if num != 4:
+            parts["at 4"] = repeated(ours(4), times)
+        seconds[num] = timed(parts, rounds or max(3, ROUNDS[name] // num), device, warm_up=1)
+        over[num] = 1.0 if num == 4 else times * median_ratio(seconds[num]["ours"], seconds[num]["at 4"])
     rows = []
     for num in steps:
-        mine, half, base, theirs = (seconds[f"{kind} {num}"] for kind in ("ours", "half", "bare", "stock"))
+        mine, half, base, theirs = (seconds[num][kind] for kind in ("ours", "half", "bare", "stock"))
         rows.append(
             {
                 "network": name, "batch": batch, "steps": num, "images / s": round(batch / median(mine), 3),
@@ -87,7 +82,7 @@ def measured(name: str, batch: int, steps: list[int], device: str, rounds: tuple
                 "ours / bare": round(median_ratio(mine, base), 4),
                 "diffusers / ours": round(median_ratio(theirs, mine), 4),
                 "ours / ours in bf16": round(median_ratio(mine, half), 4),
-                "time / time at 4": round(over[f"ours {num}"], 2) if over else None,
+                "time / time at 4": round(over[num], 2),
             }
         )  # fmt: skip
     return rows
@@ -103,8 +98,7 @@ def main() -> None:
     options = parsed(parser)
     rows: list[dict[str, Any]] = []
     for name in options.networks or (["tiny"] if options.short else ["digits", "cifar10"]):
-        rounds = (options.rounds, options.rounds) if options.rounds else ROUNDS[name]
-        rows += measured(name, options.batch, options.steps or STEPS[name], options.device, rounds)
+        rows += measured(name, options.batch, options.steps or STEPS[name], options.device, options.rounds)
     write("sample", rows, options, threads=torch.get_num_threads())
 
 

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common import arguments, denoiser, halving, images, median, median_ratio, parsed, timed, write
+from common import arguments, denoiser, halving, images, median, median_ratio, parsed, repeated, timed, write
 from halfstep.data import MemoryData, held_on, training_batch
 from halfstep.nets import set_dropout
 from halfstep.train import StageTrainer, make_accelerator
@@ -45,18 +45,6 @@ def ours(name: str, data: MemoryData, precision: str, compiled: bool, device: st
     )  # fmt: skip
     updates = trainer.run()
     return lambda: next(updates)
-
-
-def several(part: Callable[[], Any], number: int) -> Callable[[], Any]:
-    """A part so many times in a row."""
-    if number == 1:
-        return part
-
-    def call() -> None:
-        for _ in range(number):
-            part()
-
-    return call
 
 
 def bare(
@@ -154,7 +142,7 @@ def measured(name: str, device: str, batch: int, rounds: int, settings: list[tup
         parts[f"bare {kind}"] = bare(name, data, precision, compiled, device, batch)
         parts[f"ours {kind}"] = ours(name, data, precision, compiled, device, batch)
     each = 1 if device == "cpu" else 20
-    turns = timed({part: several(call, each) for part, call in parts.items()}, rounds, device, warm_up=3)
+    turns = timed({part: repeated(call, each) for part, call in parts.items()}, rounds, device, warm_up=3)
     seconds = {part: [one / each for one in found] for part, found in turns.items()}
     millions = sum(p.numel() for p in denoiser(name).parameters()) / 1e6
     rows = []

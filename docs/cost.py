@@ -89,13 +89,19 @@ def priced() -> str:
     return markdown(rows)
 
 
+def reading() -> str:
+    """How fast images are read."""
+    return markdown(json.loads((RESULTS / "io.json").read_text())["reading"])
+
+
 def growth() -> str:
     """What a long run's memory grew by, in a sentence."""
     held = json.loads((RESULTS / "memory.json").read_text())["growth"]
     return (
-        f"Over {held['updates']:,} updates with a checkpoint every 20, after the first 50, the process of a run of the "
-        f"{held['network']} network went from {held['MB at 50']:.1f} MB to {held['MB at the end']:.1f} MB, and its "
-        f"live tensors grew by {held['growth, bytes of live tensors']:,} bytes."
+        f"Over {held['updates']:,} updates with a checkpoint every 20, after the first 50, the live tensors of a run "
+        f"of the {held['network']} network grew by {held['growth, bytes of live tensors']:,} bytes. Its process went "
+        f"from {held['MB at 50']:.1f} MB to {held['MB then']:.1f} MB at update {held['settled at']}, which is the "
+        f"allocator with its first checkpoints, and to {held['MB at the end']:.1f} MB at the end."
     )
 
 
@@ -147,6 +153,7 @@ TABLES = {
         ],
     ),
     "growth": growth,
+    "reading": reading,
     "priced": priced,
 }
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 # What a run imports as it goes. A fork server has it ready then, so that blows fall on the run and not on imports.
-import torch._dynamo  # noqa: F401
+import torch._dynamo
 import torchmetrics  # noqa: F401
 
 import teams
@@ -43,6 +43,7 @@ def spec() -> RunSpec:
 
 def child(path: str, began: Event, said: str) -> None:
     """A run as the command line makes it, with its exit codes; what it says at its end goes into the file `said`."""
+    torch.set_num_threads(1)
     with StopSignal() as stop:
         began.set()
         try:
@@ -245,7 +246,8 @@ class Ordeal:
             # Before they are connected there is nothing that could tell one of the other's end but the connecting.
             if path.exists():
                 assert said.startswith("LostProcess: another process of this run has ended"), said
-                assert "the last good checkpoint is" in said or "no checkpoint was written yet" in said
+                known = ("the last good checkpoint is", "the last complete stage is", "no checkpoint was written yet")
+                assert any(words in said for words in known), said
                 self._deal("killed rank")
         teams.together(2, rank, left, str(path))
         assert (weights(path), figures(path)) == self._pair
@@ -307,4 +309,5 @@ def growth(path: Path, num_updates: int = 2000, after: int = 50) -> dict[str, in
 
 def write_growth(path: str, out: str) -> None:
     """`growth` as JSON, for a process of its own."""
+    torch.set_num_threads(1)
     Path(out).write_text(json.dumps(growth(Path(path))))

@@ -3,13 +3,17 @@ and networks that are compiled."""
 
 import contextlib
 import itertools
+import shutil
 import threading
+import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,10 +21,10 @@ from halfstep.core.denoiser import Guided, NetworkDenoiser
 from halfstep.core.draw import Draw
 from halfstep.core.noise import FlowMatching, NoiseProcess, VPCosine, VPTable
 from halfstep.core.prediction import V
-from halfstep.data import MemoryData, held_on, training_batch
+from halfstep.data import Data, DataConfig, MemoryData, held_on, open_data, training_batch
 from halfstep.nets import MLP
 from halfstep.objectives import Batch, Denoising, GuidanceRange, Halving, Matching, Models, Objective, Plan, Stage
-from halfstep.runs import RunFolder
+from halfstep.runs import RunFolder, read_log
 from halfstep.train import Progress, StageTrainer, make_accelerator, run
 from halfstep.train.feed import Feed
 from toys import finish, points, toy_plan, toy_spec, weights
@@ -36,14 +40,16 @@ def _draws(update: int) -> list[Draw]:
     return [Draw(0, "a", update, 12, range(8)), Draw(0, "a", update, 12, range(8, 12))]
 
 
-def _trainer(objective: object, ahead: int = 0, compiled: bool = False, cpu: bool = True) -> StageTrainer:
+def _trainer(
+    objective: object, ahead: int = 0, compiled: bool = False, cpu: bool = True, micro: int = 6
+) -> StageTrainer:
     torch.manual_seed(0)
     guided = getattr(objective, "guidance", None) is not None
     student, teacher = (NetworkDenoiser(MLP((2,), width=16, depth=1, guided=guided), VPCosine(), V()) for _ in range(2))
     stage = Stage(objective, num_updates=8, batch_size=16, learning_rate=1e-3)  # type: ignore[arg-type]
     return StageTrainer(
         student, teacher, stage, _batches, seed=0, stream="s", accelerator=make_accelerator(cpu=cpu),
-        micro_batch=6, ahead=ahead, compiled=compiled,
+        micro_batch=micro, ahead=ahead, compiled=compiled,
     )  # fmt: skip
 
 
@@ -97,6 +103,21 @@ def test_the_feed_stops_where_the_stage_ends_and_leaves_no_thread() -> None:
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("halfstep-feed")]
 
 
+def test_training_on_files_that_do_not_fit_into_memory_is_training_on_those_that_do(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    for number in range(40):
+        Image.fromarray(generator.integers(256, size=(9, 7, 3), dtype=np.uint8)).save(tmp_path / f"{number:02}.png")
+    for name, most in (("held", 2**30), ("streamed", 0)):
+        data = open_data(
+            DataConfig(source=str(tmp_path), labels=False, image_size=6, channels=3, flip=True, max_bytes=most)
+        )
+        assert isinstance(data, MemoryData) == (name == "held")
+        network = {"network": lambda: MLP((3, 6, 6), width=16, depth=1)}
+        # Micro batches, and epochs that begin in the middle of a batch.
+        finish(toy_spec(data=data, flip=True, micro_batch=6, **network), tmp_path / "runs" / name)
+    assert weights(tmp_path / "runs" / "held") == weights(tmp_path / "runs" / "streamed")
+
+
 def test_an_error_of_the_data_reaches_the_one_who_trains() -> None:
     def batches(draw: Draw) -> Batch:
         if draw.update == 4:
@@ -107,6 +128,43 @@ def test_an_error_of_the_data_reaches_the_one_who_trains() -> None:
     assert [fed[0].draw.update for fed in itertools.islice(updates, 4)] == [0, 1, 2, 3]
     with pytest.raises(ValueError, match=r"picture\.png cannot be decoded"):
         next(updates)
+
+
+@dataclass(frozen=True)
+class _Slow(Data):
+    """Points that take their time to be read."""
+
+    seconds: float
+    source: str = "slow points"
+    fingerprint: str = "0" * 64
+    class_names: tuple[str, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (2,)
+
+    @property
+    def is_image(self) -> bool:
+        return False
+
+    def __len__(self) -> int:
+        return 200
+
+    def fetch(self, indices: torch.Tensor) -> Batch:
+        time.sleep(self.seconds)
+        return Batch(points()[indices], {})
+
+
+@pytest.mark.parametrize(("seconds", "is_told"), [(0.05, True), (0.0, False)])
+def test_a_run_that_waits_for_its_data_is_told(tmp_path: Path, seconds: float, is_told: bool) -> None:
+    plan = Plan(toy_plan(25).stages[:1])
+    told = finish(toy_spec(plan=plan, data=_Slow(seconds), log_every=5, checkpoint_updates=1000), tmp_path)
+    assert len(told) == is_told
+    shares = [row["data_share"] for row in read_log(RunFolder(tmp_path).log_path)]
+    assert all(0 <= share <= 1 for share in shares)
+    if is_told:
+        assert told[0].startswith("00-denoise: updates wait for their data ")
+        assert min(shares[1:]) > 0.5
 
 
 class _Watch(TorchDispatchMode):
@@ -293,11 +351,22 @@ def test_code_is_made_for_the_shapes_at_hand_whatever_was_compiled_before(
     assert weights(tmp_path / "cut") == weights(tmp_path / "uncut")
 
 
-@pytest.mark.usefixtures("_quick_compiler")
-def test_a_compiled_stage_ends_near_the_eager_one() -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_compiled_stage_ends_near_the_eager_one(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    from torch._dynamo import reset
+
+    if backend == "inductor" and shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("torch compiles for the CPU with g++ or clang++, and neither is here")
+    reset()
+    compile_ = torch.nn.Module.compile
+    if backend != "inductor":
+        monkeypatch.setattr(
+            torch.nn.Module, "compile", lambda module, **settings: compile_(module, backend=backend, **settings)
+        )
     results = []
     for compiled in (False, True):
-        trainer = _trainer(Halving(4), compiled=compiled)
+        # In one piece: each size would be another code to be made.
+        trainer = _trainer(Halving(4), compiled=compiled, micro=16)
         list(trainer.run())
         results.append(_weights(trainer))
     assert torch.linalg.norm(results[1] - results[0]) < 1e-5 * torch.linalg.norm(results[0])

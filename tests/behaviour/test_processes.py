@@ -279,12 +279,16 @@ def test_an_evaluation_of_two_that_is_cut_keeps_what_was_measured(tmp_path: Path
     words = (str(tmp_path / "run"), str(out), 1)
     team = teams.start(2, teams.evaluated_till, tmp_path / "left", *words)
     teams.ended(team, tmp_path / "left")
+    assert [process.exitcode for process in team] == [2, 2]
     assert len(list(out.glob("cells/*"))) == 4
     # One figure of each of the two, of the first round.
     assert len(list(out.glob("figures/*"))) == 2
-    with FileLock(out / ".lock"), pytest.raises(SystemExit) as ended:
-        main(["evaluate", str(tmp_path / "run"), "--num-steps", "2", "1", "--num-samples", "24", "--out", str(out)])
-    assert ended.value.code == 75
+    # A folder that another process is writing is left alone by both.
+    with FileLock(out / ".lock"):
+        team = teams.start(2, teams.evaluated_till, tmp_path / "left", *words)
+        teams.ended(team, tmp_path / "left")
+    assert [process.exitcode for process in team] == [75, 75]
+    assert len(list(out.glob("figures/*"))) == 2
 
 
 def _launch(launcher: list[str], argv: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
@@ -327,6 +331,17 @@ def test_torchrun_and_accelerate_launch_run_halfstep(tmp_path: Path) -> None:
     assert [[row["figures"] for row in table["rows"]] for table in two["tables"]] == [
         [row["figures"] for row in table["rows"]] for table in one["tables"]
     ]
+    # Students of that teacher by the other launcher, and by none: the same batches, to rounding.
+    teacher = ["distill", str(tmp_path / "run" / "stages" / "00-denoise"), "--chain.students", "1"]
+    teacher += ["--chain.num-updates", "4", "--evaluation.no-enabled"]
+    trained = _launch(ACCELERATE, [*teacher, "--out", str(tmp_path / "by two")], tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    main([*teacher, "--out", str(tmp_path / "by one")])
+    ours, theirs = (
+        torch.cat([p.detach().flatten() for p in load(tmp_path / name).denoiser.parameters()])
+        for name in ("by one", "by two")
+    )
+    assert apart(theirs, ours) < 1e-5
     expected = load(tmp_path / "run").sample(range(5), batch_size=2).numpy()
     assert np.array_equal(np.load(tmp_path / "two.npz")["arr_0"], expected)
     assert json.loads((tmp_path / "run" / "recipe.json").read_text())["recipe"]["engine"]["sharding"] == "full"

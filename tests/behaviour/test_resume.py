@@ -197,8 +197,9 @@ def test_a_checkpoint_that_the_disk_does_not_give_back_is_passed_over_and_left(
     assert latest.with_name(f"damaged-{latest.name}").is_dir()
     # Where none is given back nothing is trained, and in time removed, that another look may find.
     unread += folder.checkpoints()
-    with pytest.raises(NoStorage):
+    with pytest.raises(NoStorage) as error:
         finish(toy_spec(), path)
+    assert f"the last good checkpoint is {unread[1]}" in str(error.value)
     assert folder.checkpoints() == unread[1:]
     monkeypatch.undo()
     finish(toy_spec(), path)

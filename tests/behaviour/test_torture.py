@@ -14,11 +14,12 @@ def test_a_run_that_is_cut_at_random_moments_ends_with_the_weights_and_the_figur
     tmp_path: Path,
 ) -> None:
     ordeal = Ordeal(tmp_path, seed=20221)
-    ordeal.deal({"sigkill": 3, "sigterm": 2, "damage": 1, "full_disk": 1})
+    ordeal.deal({"sigkill": 3, "sigterm": 2, "damage": 1, "full_disk": 1, "killed_rank": 1})
     assert ordeal.dealt["SIGKILL"] == 3
     assert ordeal.dealt["SIGTERM"] == 2
     assert ordeal.dealt["truncation"] + ordeal.dealt["bit flip"] == 1
-    assert ordeal.dealt.total() == 7
+    assert ordeal.dealt["killed rank"] == 1
+    assert ordeal.dealt.total() == 8
     # A run that was cut and came to its end is compared with the uncut one, so there must be one at least.
     assert ordeal.finished >= 1
     assert ordeal.slowest_stop < 5

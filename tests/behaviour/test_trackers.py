@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,6 +65,57 @@ def test_a_picture_is_shown_as_it_lies_in_the_folder(tmp_path: Path) -> None:
     (event,) = held.Images("01-halve-0002/samples")
     assert event.step == 70
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(event.encoded_image_string))), pixels)
+
+
+def _cut_and_gone_on(path: Path, tracker: str) -> list[dict[str, Any]]:
+    """The log of a run with a tracker that was cut after update 10 of its second stage, and went on."""
+    spec = toy_spec(trackers=(tracker,))
+    events = run(spec, path)
+    next(e for e in events if isinstance(e, Progress) and (e.name, e.window.update) == ("01-halve-0002", 10))
+    events.close()  # type: ignore[attr-defined]
+    finish(spec, path)
+    return read_log(RunFolder(path).log_path)
+
+
+def test_trackio_holds_the_log_of_a_run_that_was_cut_as_one_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # It is read when the package is imported, which is here.
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    pytest.importorskip("trackio")
+    from trackio import sqlite_storage
+
+    rows = _cut_and_gone_on(tmp_path / "toy", "trackio")
+    # A run prints its own lines on stdout, or one document for machines.
+    assert "rackio" not in capsys.readouterr().out
+    (name,) = sqlite_storage.SQLiteStorage.get_runs("halfstep")
+    assert name.startswith("toy-")
+    told = {entry["step"]: entry for entry in sqlite_storage.SQLiteStorage.get_logs("halfstep", name)}
+    before = {"00-denoise": 0, "01-halve-0002": 40, "02-halve-0001": 70}
+    for row in rows:
+        entry = told[before[row["stage"]] + row["update"]]
+        assert entry[f"{row['stage']}/loss"] == pytest.approx(row["loss"], rel=1e-6)
+
+
+def test_weights_and_biases_is_told_the_log_of_a_run_that_was_cut_as_one_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    _cut_and_gone_on(tmp_path, "wandb")
+    first, second = sorted(tmp_path.glob("wandb/offline-run-*"))
+    # The part behind the date is the run's name there: what is sent of the two later is one run.
+    assert first.name.split("-")[3] == second.name.split("-")[3]
+    for folder, stages in ((first, {0, 1}), (second, {1, 2})):
+        (file,) = folder.glob("*.wandb")
+        content = file.read_bytes()
+        for number, stage in enumerate(("00-denoise", "01-halve-0002", "02-halve-0001")):
+            assert (f"{stage}/loss".encode() in content) == (number in stages)
+
+
+def test_tensorboard_is_the_default_where_it_is_installed() -> None:
+    assert chosen_trackers(None) == ("tensorboard",)
 
 
 def test_a_tracker_whose_package_is_missing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

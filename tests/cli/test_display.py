@@ -11,7 +11,7 @@ from halfstep.train import Notice, Progress, StageEnd, StageStart, Window
 
 
 def _window(update: int, seconds: float) -> Window:
-    return Window(update, 0.1, 0.1, 1e-3, 100.0, seconds)
+    return Window(update, 0.1, 0.1, 1e-3, 100.0, seconds, 0.0)
 
 
 def test_the_time_left_counts_network_calls_and_batches_of_all_stages() -> None:

@@ -352,7 +352,7 @@ def evaluate(argv: Sequence[str]) -> None:
     """Measure models and print the tables."""
     processes = _processes()
     with told_when_out_of_memory(
-        "out of memory while measuring: take fewer samples (--num-samples), or an extractor with fewer features"
+        "out of memory while measuring: leave more of it to this process, or take fewer samples (--num-samples)"
     ):
         evaluating.evaluate(argv, _recipe_of, device_of(None, processes), processes)
 

@@ -38,7 +38,14 @@ _FILTERS: Final = {
 }
 _FORMATS: Final = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 _GREY: Final = ("1", "L", "LA", "La")
-_WORKERS: Final = min(8, os.cpu_count() or 1)
+
+
+def _workers() -> int:
+    """Threads that decode: as many as this process may use cores, of which several on one machine have a share each."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(16, cores // max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))))
+
+
 _CHUNK: Final = 4096
 """Images that are read at a time to be decoded, which bounds the memory for their encoded bytes."""
 
@@ -184,13 +191,14 @@ def decoded(
 def _decode(images: EncodedImages, indices: Sequence[int], prepare: Preparation) -> list[NDArray[np.uint8]]:
     """The pixels of the images at `indices`, each thread decoding a share of them."""
     files = images.read(indices)
-    share = max(1, -(-len(indices) // _WORKERS))
+    workers = _workers()
+    share = max(1, -(-len(indices) // workers))
 
     def work(start: int) -> list[NDArray[np.uint8]]:
         places = range(start, min(start + share, len(indices)))
         return [_open(files[place], images.name(indices[place]), prepare) for place in places]
 
-    with ThreadPoolExecutor(_WORKERS) as pool:
+    with ThreadPoolExecutor(workers) as pool:
         return [pixels for part in pool.map(work, range(0, len(indices), share)) for pixels in part]
 
 

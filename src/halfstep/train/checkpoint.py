@@ -6,6 +6,7 @@ while training goes on: an update waits only for the copy of the state, and for 
 being written.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -186,7 +187,9 @@ def _set_aside(checkpoint: Path) -> None:
     """Takes a checkpoint out of the sight of resuming and pruning; it stays until the stage is complete."""
     aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
     shutil.rmtree(aside, ignore_errors=True)
-    checkpoint.rename(aside)
+    # On a disk that is failing it may have to stay; the one before it is used all the same.
+    with contextlib.suppress(OSError):
+        checkpoint.rename(aside)
 
 
 def micro_batch_of(checkpoint: Path | None) -> int | None:

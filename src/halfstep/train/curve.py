@@ -30,7 +30,7 @@ from halfstep.metrics import METRICS, Figures, figures_of, figures_of_halves, fr
 from halfstep.runs import DamagedFile, EvaluationResult, InUse, read_json, write_folder, write_json
 from halfstep.runs.evaluation import EvaluationTable, Figure, Halves, Protocol, Row, Series
 from halfstep.train.evaluate import Reference, samples_array
-from halfstep.train.failures import NonFinite
+from halfstep.train.failures import NonFinite, told_when_out_of_memory
 from halfstep.train.pipeline import environment
 from halfstep.train.processes import Processes
 from halfstep.train.sources import Drawn, Source
@@ -265,7 +265,8 @@ class Curve:
 
     def share(self, processes: Processes) -> None:
         """Measures all cells that are not there by several processes, which share out the samples of each cell and then
-        the cells' figures: the first writes them, and then finds them in `run`.
+        the cells' figures: the first writes them, and then finds them in `run`, up to the end of which the folder is
+        its own.
 
         Raises:
             InUse, Interrupted, FailedElsewhere: on all; what was measured stays.
@@ -279,8 +280,9 @@ class Curve:
             for first in range(0, len(cells), processes.count):
                 done = processes.spread(cells[first : first + processes.count], self._figures_to_write, self.stop)
                 processes.on_main(functools.partial(self._write_figures, done or []))
-        finally:
+        except BaseException:
             self._lock.release()
+            raise
 
     def _figures_to_write(self, cell: _Cell) -> tuple[Tensor]:
         """The figures of a cell that are not there, by their names, as JSON in bytes."""
@@ -319,7 +321,7 @@ class Curve:
         try:
             yield from self._run()
         finally:
-            self._lock.release()
+            self._lock.release(force=True)
 
     def _run(self) -> Iterator[CellDone]:
         for reference, protocol in zip(self.spec.references, self._sets, strict=True):
@@ -444,7 +446,11 @@ class Curve:
 
             def make(reference: Reference = reference) -> Figures:
                 cell.fill(self.stop)
-                return figures_of(reference.extractor, reference.extractor.features(cell.samples), reference.real)
+                with told_when_out_of_memory(
+                    f"out of memory while measuring in {reference.extractor.name}: take fewer samples (--num-samples), "
+                    "or an extractor with fewer features"
+                ):
+                    return figures_of(reference.extractor, reference.extractor.features(cell.samples), reference.real)
 
             yield protocol.extractor, self._figures_name(protocol, cell.name), make
 

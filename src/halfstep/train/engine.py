@@ -51,6 +51,8 @@ class Window:
     samples_per_second: float
     seconds: float
     """Training time of the stage so far, over all restarts."""
+    data_share: float
+    """Share of the window's time in which an update waited for what is made ahead of it; 0 where nothing is."""
 
 
 @final
@@ -154,6 +156,7 @@ class StageTrainer:
         self._recent = Recent()
         self._stop: StopSignal | None = None
         self._window_start = 0
+        self._waited = 0.0
         self._seconds = 0.0
         self._clock = time.perf_counter()
 
@@ -227,12 +230,15 @@ class StageTrainer:
     def _does_not_fit(self) -> str:
         """What is said when memory ran out."""
         size, processes = self.micro_batch, self.accelerator.num_processes
-        remedy = (
-            f"give engine.micro_batch {size // 2}, or auto, which tries what fits; batch and result stay the same"
-            if size > 1
-            else "turn on engine.gradient_checkpointing, take engine.teacher_precision bf16 or chain.lora_rank, or a "
-            "smaller network"
-        )
+        if size == 1:
+            remedy = (
+                "turn on engine.gradient_checkpointing, take engine.teacher_precision bf16 or chain.lora_rank, or a "
+                "smaller network"
+            )
+        else:
+            # Sizes are looked for without compiling, which may take more.
+            auto = "in the place of auto" if self.micro_batch_found else "or auto, which tries what fits"
+            remedy = f"give engine.micro_batch {size // 2}, {auto}; batch and result stay the same"
         return (
             f"out of memory in stage {self.stream} at update {self.update} with a micro batch of {size} (batch "
             f"{self.stage.batch_size}{f' over {processes} processes' if processes > 1 else ''}): {remedy}"
@@ -254,7 +260,9 @@ class StageTrainer:
         while True:
             try:
                 with at_once(self._stop):
+                    asked_at = time.perf_counter()
                     fed = next(feed, None)
+                    self._waited += time.perf_counter() - asked_at
                 if fed is None:
                     return
                 self._settle(fed)
@@ -276,8 +284,12 @@ class StageTrainer:
 
     def _one_update(self, fed: list[Fed]) -> None:
         stage, accelerator = self.stage, self.accelerator
-        # Layers with randomness of their own (dropout) draw from the global generator.
-        torch.manual_seed(generator_for(self.seed, self.stream, self.update, accelerator.process_index).initial_seed())
+        # Layers with randomness of their own (dropout) draw from the device's global generator. torch.manual_seed would
+        # seed those of all devices that there could be, which takes a millisecond.
+        seed = generator_for(self.seed, self.stream, self.update, accelerator.process_index).initial_seed()
+        torch.random.default_generator.manual_seed(seed)
+        if accelerator.device.type != "cpu":
+            torch.get_device_module(accelerator.device).manual_seed(seed)
         rate = self.learning_rate(self.update)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
@@ -395,7 +407,9 @@ class StageTrainer:
             learning_rate=self.learning_rate(max(0, self.update - 1)),
             samples_per_second=count * self.stage.batch_size / max(elapsed, 1e-9),
             seconds=self._seconds,
+            data_share=min(1.0, self._waited / max(elapsed, 1e-9)) if self._ahead else 0.0,
         )
+        self._waited = 0.0
         self._loss_sum.zero_()
         self._norm_sum.zero_()
         self._window_start = self.update

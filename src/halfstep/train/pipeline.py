@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, NoReturn, final
+from typing import Any, Final, Literal, NoReturn, final
 
 import numpy as np
 import torch
@@ -374,6 +374,21 @@ def _take_folder(spec: RunSpec, folder: RunFolder, lock: FileLock) -> str:
     return spec.data.fingerprint
 
 
+STARVED: Final = 0.2
+"""Share of its time from which on a run is told that it waits for its data."""
+
+STARVED_WINDOWS: Final = 3
+"""Lines of the log in a row that must say so: the first updates of a stage wait for a thread that has just begun."""
+
+
+def _of_starving(progress: Progress) -> str:
+    return (
+        f"{progress.name}: updates wait for their data {progress.window.data_share:.0%} of the time: store the images "
+        "once at the size of --data.image-size, let them be held in memory (--data.max-bytes), or give the process "
+        "more CPU cores or a faster disk"
+    )
+
+
 def _statistics_path(folder: StageFolder) -> Path:
     return folder.path / "non-finite.json"
 
@@ -558,7 +573,10 @@ class _Runner:
                 # A copy of it is asked and another one trained (a LoRA holds what it shares), so its own would be a
                 # third.
                 parent.to("meta")
+            # Of a disk that gives back none, the latest is named.
+            before, self.last = self.last, next(iter(folder.checkpoints()), self.last)
             held = resume(trainer, folder, self._notices.append)
+            self.last = held or before
         yield from self._drain_notices()
         resumed = trainer.update
         self.processes.on_main(
@@ -609,14 +627,19 @@ class _Runner:
         spec = self.spec
         lookout = Lookout(self.processes, self.stop, spec.checkpoint_minutes * 60)
         saved = logged = trainer.update
+        starved = 0
         for update in trainer.run(self.stop):
             writer.check()
             done = update == trainer.last_update
             stopping, late = lookout.look(update)
             due = update % spec.checkpoint_updates == 0 or late or stopping
             if update % spec.log_every == 0 or done or due:
-                yield self._logged(trainer)
+                progress = self._logged(trainer)
+                yield progress
                 logged = update
+                starved = starved + 1 if progress.window.data_share > STARVED else 0
+                if starved == STARVED_WINDOWS and self.processes.is_main:
+                    yield Notice(_of_starving(progress))
             elif update % KEPT == 0:
                 # While the batch that broke it is still known.
                 trainer.check_finite()
@@ -679,6 +702,7 @@ class _Runner:
             "grad_norm": window.grad_norm,
             "seconds": round(window.seconds, 3),
             "samples_per_second": round(window.samples_per_second, 1),
+            "data_share": round(window.data_share, 3),
         }
         self.log.append({"stage": stage, "update": window.update, **figures})
         self.trackers.log(stage, figures, self._updates_before + window.update)
@@ -740,14 +764,13 @@ class _Runner:
         return sorted({int(steps) for steps in wanted if steps}, reverse=True)
 
     @contextlib.contextmanager
-    def _nothing_to_save(self) -> Iterator[None]:
+    def _nothing_to_save(self, out_of_memory: str) -> Iterator[None]:
         """Measuring: a signal ends it where it comes, for figures that are missing are measured again.
 
         Raises:
-            OutOfMemory: if it does not fit.
+            OutOfMemory: with that message, if it does not fit.
         """
-        assert self.spec.evaluation is not None
-        with told_when_out_of_memory(self.spec.evaluation.does_not_fit), self._at_once():
+        with told_when_out_of_memory(out_of_memory), self._at_once():
             yield
 
     def _measured(self, folder: StageFolder, model: Model) -> Iterator[Event]:
@@ -763,7 +786,10 @@ class _Runner:
         if self._reference is None:
             device = self.accelerator.device
             reference = functools.partial(Reference, self.spec.data, evaluation, self.spec.cache, device)
-            with self._nothing_to_save():
+            with self._nothing_to_save(
+                "out of memory while the real data are measured: measure on the CPU (engine.cpu), or give another "
+                "--out a smaller evaluation.num_reference"
+            ):
                 self._reference = self.processes.main_first(reference)
                 self.processes.check_same(
                     self._reference.extractor.name,
@@ -786,7 +812,7 @@ class _Runner:
             return
         results: list[Result] = []
         for num_steps in steps:
-            with self._nothing_to_save():
+            with self._nothing_to_save(evaluation.does_not_fit):
                 result, samples = measure(
                     model,
                     num_steps,

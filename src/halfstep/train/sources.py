@@ -110,40 +110,41 @@ class ModelSource(Source):
 
     def draw(self, num_steps: int | None, seeds: range, batch_size: int | None, stop: StopSignal | None) -> Drawn:
         assert num_steps is not None
-        chunks, seconds = [], 0.0
-        with warnings.catch_warnings():
+        remedy = "lower --batch-size" if batch_size else "leave more of it to this process"
+        tried = f"with {batch_size} samples at once" if batch_size else "though fewer samples at once were tried"
+        with told_when_out_of_memory(f"out of memory while sampling, {tried}: {remedy}"), warnings.catch_warnings():
             # Teachers and students are asked for other numbers of steps than they are made for on purpose.
             warnings.simplefilter("ignore", HalfstepWarning)
-            model = self._ready(seeds[0])
-            size = batch_size or self.at_once
-            for first in range(0, len(seeds), size):
-                if stop is not None:
-                    stop.check()
-                part = list(seeds[first : first + size])
-                cond = {} if self.conditions is None else conditions_for(model, self.conditions, part)
-                start = time.perf_counter()
-                with told_when_out_of_memory(
-                    f"out of memory while sampling, with {batch_size} samples at once: lower --batch-size"
-                    if batch_size
-                    else "out of memory while sampling, though fewer samples at once were tried: leave more of it to "
-                    "this process"
-                ):
-                    x0 = model.sample(
-                        part,
-                        num_steps,
-                        self.sampler,
-                        batch_size=batch_size,
-                        cond=cond,
-                        guidance_scale=self.guidance_scale,
-                        precision=self.precision,
-                    )
-                chunks.append(x0)
-                seconds += time.perf_counter() - start
-            evals = model.num_evals(self.sampler, num_steps, self.guidance_scale)
-        x0 = torch.cat(chunks)
+            x0, seconds, evals = self._drawn(num_steps, seeds, batch_size, stop)
         if not bool(torch.isfinite(x0).all()):
             raise NonFinite(f"sampling with {num_steps} steps gave values that are not finite: the model diverged")
         return Drawn(x0, seconds, evals)
+
+    def _drawn(
+        self, num_steps: int, seeds: range, batch_size: int | None, stop: StopSignal | None
+    ) -> tuple[Tensor, float, int]:
+        """Samples, the seconds that they took, and network calls for each."""
+        model = self._ready(seeds[0])
+        size = batch_size or self.at_once
+        chunks, seconds = [], 0.0
+        for first in range(0, len(seeds), size):
+            if stop is not None:
+                stop.check()
+            part = list(seeds[first : first + size])
+            cond = {} if self.conditions is None else conditions_for(model, self.conditions, part)
+            start = time.perf_counter()
+            x0 = model.sample(
+                part,
+                num_steps,
+                self.sampler,
+                batch_size=batch_size,
+                cond=cond,
+                guidance_scale=self.guidance_scale,
+                precision=self.precision,
+            )
+            seconds += time.perf_counter() - start
+            chunks.append(x0)
+        return torch.cat(chunks), seconds, model.num_evals(self.sampler, num_steps, self.guidance_scale)
 
     def _ready(self, seed: int) -> Model:
         """The model, loaded and asked once: the first call is slower than the others, and would be timed."""

@@ -4,8 +4,10 @@ One axis for the whole plan: the updates of all stages before, and of the stage 
 "01-halve-0512/loss".
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
+from importlib import import_module
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
@@ -14,6 +16,8 @@ from typing import Any, Final, final
 import numpy as np
 from accelerate.tracking import TensorBoardTracker, TrackioTracker, WandBTracker
 from PIL import Image
+
+from halfstep.runs import RunFolder
 
 TRACKERS: Final = ("tensorboard", "wandb", "trackio")
 """Trackers by the names of their packages, which are those of halfstep's extras too."""
@@ -52,22 +56,34 @@ class Trackers:
 
     def start(self, step: int) -> None:
         """Begins, or goes on, at this update of the plan: what a run wrote after the checkpoint that it resumes from
-        is struck out where the tracker can (TensorBoard)."""
+        is struck out where the tracker can (TensorBoard), and told again where it cannot. A run that is resumed is the
+        same one to all of them."""
         if self._started or not self._names:
             return
         settings = {key: value for key, value in self._recipe.items() if isinstance(value, str | int | float | bool)}
+        identity = self._identity()
         for name in self._names:
             tracker: Any
             if name == "tensorboard":
                 tracker = TensorBoardTracker("tensorboard", self._folder, purge_step=step + 1 if step else None)
             elif name == "wandb":
-                tracker = WandBTracker("halfstep", name=self._name, dir=str(self._folder), config=settings)
+                tracker = WandBTracker(
+                    "halfstep", name=self._name, id=identity, resume="allow", dir=str(self._folder), config=settings
+                )
             else:
-                tracker = TrackioTracker("halfstep", name=self._name, config=settings)
-            # Trackio greets on stdout, where a run prints its own lines.
+                # By its name it is known there.
+                unique = f"{self._name}-{identity[:6]}"
+                tracker = TrackioTracker("halfstep", name=unique, resume="allow", config=settings)
+            # Trackio greets on stdout, and takes its leave there, where a run prints its own lines.
             with redirect_stdout(StringIO()):
                 tracker.start()
             self._started.append(tracker)
+
+    def _identity(self) -> str:
+        """What tells this run from all others, of the same recipe too: recipe.json says when and where it began."""
+        recipe = RunFolder(self._folder).recipe_path
+        content = recipe.read_bytes() if recipe.is_file() else str(self._folder.resolve()).encode()
+        return hashlib.sha256(content).hexdigest()[:12]
 
     def log(self, stage: str, values: Mapping[str, float], step: int) -> None:
         """Numbers of a stage at an update of the plan."""
@@ -86,4 +102,9 @@ class Trackers:
     def finish(self) -> None:
         """Ends what was started."""
         while self._started:
-            self._started.pop().finish()
+            tracker = self._started.pop()
+            with redirect_stdout(StringIO()):
+                tracker.finish()
+                if isinstance(tracker, TrackioTracker):
+                    # It lets go of the run only so, and would end it once more, and say so, when Python ends.
+                    import_module("trackio").finish()
