@@ -236,15 +236,19 @@ class Ordeal:
         path, left = self.folder / "ranks", self.folder / "left"
         shutil.rmtree(left)
         team = teams.start(2, rank, left, str(path))
-        team[0].join(self.dice.uniform(0.2, 0.9) * self._pair_duration)
+        # Before they are connected there is nothing that could tell one of the other's end but the connecting.
+        while not (path / "recipe.json").exists() and all(process.exitcode is None for process in team):
+            time.sleep(0.01)
+        team[0].join(self.dice.uniform(0.0, 0.7) * self._pair_duration)
         victim = self.dice.randrange(2)
         if all(process.exitcode is None for process in team):
             team[victim].kill()
             killed = time.monotonic()
-            said = teams.ended(team, left)[1 - victim].get("error", "")
+            other = teams.ended(team, left)[1 - victim]
             self.slowest_loss = max(self.slowest_loss, time.monotonic() - killed)
-            # Before they are connected there is nothing that could tell one of the other's end but the connecting.
-            if path.exists():
+            # One that needed the other no more has come to its end.
+            if "result" not in other:
+                said = other["error"]
                 assert said.startswith("LostProcess: another process of this run has ended"), said
                 known = ("the last good checkpoint is", "the last complete stage is", "no checkpoint was written yet")
                 assert any(words in said for words in known), said

@@ -52,7 +52,8 @@ class Window:
     seconds: float
     """Training time of the stage so far, over all restarts."""
     data_share: float
-    """Share of the window's time in which an update waited for what is made ahead of it; 0 where nothing is."""
+    """Share of the window's time in which an update waited for what is made ahead of it, of the process that waited
+    most; 0 where nothing is made ahead."""
 
 
 @final
@@ -287,7 +288,7 @@ class StageTrainer:
         # Layers with randomness of their own (dropout) draw from the device's global generator. torch.manual_seed would
         # seed those of all devices that there could be, which takes a millisecond.
         seed = generator_for(self.seed, self.stream, self.update, accelerator.process_index).initial_seed()
-        torch.random.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         if accelerator.device.type != "cpu":
             torch.get_device_module(accelerator.device).manual_seed(seed)
         rate = self.learning_rate(self.update)
@@ -400,6 +401,8 @@ class StageTrainer:
         elapsed, self._clock = now - self._clock, now
         self._seconds += elapsed
         (loss_sum,) = self.processes.mean(float(self._loss_sum))
+        # The others wait for the one that waits.
+        (waited,) = self.processes.agree(int(1000 * min(1.0, self._waited / max(elapsed, 1e-9))) if self._ahead else 0)
         window = Window(
             update=self.update,
             loss=loss_sum / count,
@@ -407,7 +410,7 @@ class StageTrainer:
             learning_rate=self.learning_rate(max(0, self.update - 1)),
             samples_per_second=count * self.stage.batch_size / max(elapsed, 1e-9),
             seconds=self._seconds,
-            data_share=min(1.0, self._waited / max(elapsed, 1e-9)) if self._ahead else 0.0,
+            data_share=waited / 1000,
         )
         self._waited = 0.0
         self._loss_sum.zero_()

@@ -381,11 +381,13 @@ STARVED_WINDOWS: Final = 3
 """Lines of the log in a row that must say so: the first updates of a stage wait for a thread that has just begun."""
 
 
-def _of_starving(progress: Progress) -> str:
+def _of_starving(progress: Progress, data: Data) -> str:
+    images = (
+        "store the images once at the size of --data.image-size, let them be held in memory (--data.max-bytes), or "
+    )
     return (
-        f"{progress.name}: updates wait for their data {progress.window.data_share:.0%} of the time: store the images "
-        "once at the size of --data.image-size, let them be held in memory (--data.max-bytes), or give the process "
-        "more CPU cores or a faster disk"
+        f"{progress.name}: updates wait for their data {progress.window.data_share:.0%} of the time: "
+        f"{images if data.is_image else ''}give the run more CPU cores or a faster disk"
     )
 
 
@@ -573,10 +575,12 @@ class _Runner:
                 # A copy of it is asked and another one trained (a LoRA holds what it shares), so its own would be a
                 # third.
                 parent.to("meta")
-            # Of a disk that gives back none, the latest is named.
-            before, self.last = self.last, next(iter(folder.checkpoints()), self.last)
-            held = resume(trainer, folder, self._notices.append)
-            self.last = held or before
+            try:
+                held = resume(trainer, folder, self._notices.append)
+            except OSError:
+                # Of a disk that gives back none, the latest is named.
+                self.last = next(iter(folder.checkpoints()), self.last)
+                raise
         yield from self._drain_notices()
         resumed = trainer.update
         self.processes.on_main(
@@ -637,9 +641,10 @@ class _Runner:
                 progress = self._logged(trainer)
                 yield progress
                 logged = update
-                starved = starved + 1 if progress.window.data_share > STARVED else 0
-                if starved == STARVED_WINDOWS and self.processes.is_main:
-                    yield Notice(_of_starving(progress))
+                if starved < STARVED_WINDOWS:
+                    starved = starved + 1 if progress.window.data_share > STARVED else 0
+                    if starved == STARVED_WINDOWS and not isinstance(spec.data, MemoryData):
+                        yield Notice(_of_starving(progress, spec.data))
             elif update % KEPT == 0:
                 # While the batch that broke it is still known.
                 trainer.check_finite()

@@ -4,20 +4,20 @@ One axis for the whole plan: the updates of all stages before, and of the stage 
 "01-halve-0512/loss".
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from importlib import import_module
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from typing import Any, Final, final
+from uuid import uuid4
 
 import numpy as np
 from accelerate.tracking import TensorBoardTracker, TrackioTracker, WandBTracker
 from PIL import Image
 
-from halfstep.runs import RunFolder
+from halfstep.runs import write_text
 
 TRACKERS: Final = ("tensorboard", "wandb", "trackio")
 """Trackers by the names of their packages, which are those of halfstep's extras too."""
@@ -61,7 +61,7 @@ class Trackers:
         if self._started or not self._names:
             return
         settings = {key: value for key, value in self._recipe.items() if isinstance(value, str | int | float | bool)}
-        identity = self._identity()
+        identity = self._identity() if set(self._names) - {"tensorboard"} else ""
         for name in self._names:
             tracker: Any
             if name == "tensorboard":
@@ -77,18 +77,26 @@ class Trackers:
             # Trackio greets on stdout, and takes its leave there, where a run prints its own lines.
             with redirect_stdout(StringIO()):
                 tracker.start()
+            if isinstance(tracker, WandBTracker):
+                tracker.run.define_metric("*", step_metric="update")
             self._started.append(tracker)
 
     def _identity(self) -> str:
-        """What tells this run from all others, of the same recipe too: recipe.json says when and where it began."""
-        recipe = RunFolder(self._folder).recipe_path
-        content = recipe.read_bytes() if recipe.is_file() else str(self._folder.resolve()).encode()
-        return hashlib.sha256(content).hexdigest()[:12]
+        """What tells this run from all others, drawn once and kept in its folder."""
+        file = self._folder / "tracking-id"
+        if not file.is_file():
+            write_text(file, uuid4().hex[:12])
+        return file.read_text(encoding="utf-8")
 
     def log(self, stage: str, values: Mapping[str, float], step: int) -> None:
         """Numbers of a stage at an update of the plan."""
+        named = {f"{stage}/{key}": value for key, value in values.items()}
         for tracker in self._started:
-            tracker.log({f"{stage}/{key}": value for key, value in values.items()}, step=step)
+            if isinstance(tracker, WandBTracker):
+                # As a number beside the others: a step of its own that comes again it would ignore.
+                tracker.log(named | {"update": step})
+            else:
+                tracker.log(named, step=step)
 
     def picture(self, stage: str, name: str, file: Path, step: int) -> None:
         """A picture of a stage, from its file; Trackio takes none."""
@@ -97,7 +105,8 @@ class Trackers:
                 continue
             pixels = np.asarray(Image.open(file).convert("RGB"))[None]
             shape = {"dataformats": "NHWC"} if isinstance(tracker, TensorBoardTracker) else {}
-            tracker.log_images({f"{stage}/{name}": pixels}, step=step, **shape)
+            at = None if isinstance(tracker, WandBTracker) else step
+            tracker.log_images({f"{stage}/{name}": pixels}, step=at, **shape)
 
     def finish(self) -> None:
         """Ends what was started."""
@@ -107,4 +116,5 @@ class Trackers:
                 tracker.finish()
                 if isinstance(tracker, TrackioTracker):
                     # It lets go of the run only so, and would end it once more, and say so, when Python ends.
-                    import_module("trackio").finish()
+                    with suppress(RuntimeError):
+                        import_module("trackio").finish()
