@@ -351,8 +351,7 @@ def refusals(folder: str) -> list[str]:
 
 UNETS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "bf16": {"precision": "bf16", "gradient_checkpointing": True},
-    "LoRA": {"lora_rank": 2, "teacher_precision": "bf16"},
+    "small": {"precision": "bf16", "gradient_checkpointing": True, "lora_rank": 2, "teacher_precision": "bf16"},
 }
 """What goes together with weights that are spread, for networks of diffusers."""
 

@@ -256,7 +256,7 @@ def test_networks_of_diffusers_are_sharded_with_what_goes_with_it(tmp_path: Path
             one, two = (load(tmp_path / who / name / "stages" / stage).denoiser for who in ("one", "two"))
             x_t = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(1))
             found, expected = (denoiser(x_t, 0.6).x0.detach() for denoiser in (two, one))
-            assert apart(found, expected) < (1e-2 if name == "bf16" else 1e-4), (name, stage)
+            assert apart(found, expected) < (1e-4 if name == "plain" else 1e-2), (name, stage)
 
 
 def test_one_process_writes_an_evaluation(tmp_path: Path) -> None:
@@ -300,7 +300,8 @@ def _launch(launcher: list[str], argv: list[str], folder: Path) -> subprocess.Co
 
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-ACCELERATE = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+# With --cpu it starts one process, whatever number it is told.
+ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
 
 
 def test_torchrun_and_accelerate_launch_run_halfstep(tmp_path: Path) -> None:
@@ -333,7 +334,7 @@ def test_torchrun_and_accelerate_launch_run_halfstep(tmp_path: Path) -> None:
     ]
     # Students of that teacher by the other launcher, and by none: the same batches, to rounding.
     teacher = ["distill", str(tmp_path / "run" / "stages" / "00-denoise"), "--chain.students", "1"]
-    teacher += ["--chain.num-updates", "4", "--evaluation.no-enabled"]
+    teacher += ["--chain.num-updates", "4", "--evaluation.no-enabled", "--engine.sharding", "none"]
     trained = _launch(ACCELERATE, [*teacher, "--out", str(tmp_path / "by two")], tmp_path)
     assert trained.returncode == 0, trained.stderr
     main([*teacher, "--out", str(tmp_path / "by one")])

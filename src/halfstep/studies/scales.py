@@ -46,6 +46,10 @@ class Scale:
             left_out = {"engine": IDLE} if isinstance(value, Recipe) else None
             said = value.model_dump(mode="json", exclude=left_out) if isinstance(value, BaseModel) else list_of(value)
             data[name] = said
+            for part in (said, said.get("evaluation") if isinstance(said, dict) else None):
+                # A setting that is younger than the studies that there are, and was this in all of them.
+                if isinstance(part, dict) and part.get("precision") == "float32" and "num_samples" in part:
+                    del part["precision"]
         return data
 
 
