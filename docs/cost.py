@@ -89,6 +89,21 @@ def priced() -> str:
     return markdown(rows)
 
 
+def speedrun() -> str:
+    """The table of the speedrun on one GPU, or of its tiny form where none has run it."""
+    full = RESULTS / "cifar10_speedrun.json"
+    file = full if full.is_file() else RESULTS / "cifar10_speedrun-tiny.json"
+    held = json.loads(file.read_text())
+    columns = ["model", "steps", "precision", "FD(resnet20)", "images / s"]
+    environment = held["environment"]
+    return (
+        f"{markdown([{column: row[column] for column in columns} for row in held['rows']])}\n\n"
+        f"*{held['seconds in all']:.0f} seconds in all, of a budget of {held['budget']:.0f}; as many training images "
+        f"are at a distance of {held['floor']:.3g}. {environment['cpu_count']} CPU cores ({environment['device']}), "
+        f"commit {environment['git_commit']}, {environment['started'][:10]}: docs/results/benchmarks/{file.name}.*"
+    )
+
+
 def reading() -> str:
     """How fast images are read."""
     return markdown(json.loads((RESULTS / "io.json").read_text())["reading"])
@@ -154,6 +169,7 @@ TABLES = {
     ),
     "growth": growth,
     "reading": reading,
+    "speedrun": speedrun,
     "priced": priced,
 }
 
