@@ -49,7 +49,8 @@ def url(run: Path) -> Iterator[str]:
         assert found, process.communicate(timeout=10)
         yield found[0]
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=90)
+        # On a busy machine requests that are being answered take their time to end.
+        _, errors = process.communicate(timeout=240)
         assert process.returncode == 0
         assert "Traceback" not in errors, errors
         assert "03-halve-0001 is missing: it has not been trained yet" in errors
