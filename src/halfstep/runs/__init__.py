@@ -4,6 +4,7 @@ RUN/
   recipe.json                 {"recipe": ..., "environment": ...}
   heartbeat.json              `Heartbeat`: whether a process is at work on the run, or how the last one ended
   log.jsonl                   one row a log interval, flat keys (`LogRow`)
+  tracking-id                 the run's name at Weights & Biases and Trackio, where they are told of it
   stages/00-denoise/ 01-halve-0128/ ...
       model.safetensors
       manifest.json           `Manifest`; its presence says that the stage is complete
