@@ -37,17 +37,23 @@ from halfstep.core.draw import generator_for
 from halfstep.core.noise import processes
 from halfstep.core.prediction import predictions
 from halfstep.data import Data, DataConfig, open_data
+from halfstep.measure.evaluate import Evaluation, Reference, measure
+from halfstep.measure.sources import weights_of
 from halfstep.metrics import frechet_of_moments, moments_of
+from halfstep.models.folder import load
+from halfstep.models.model import Model
 from halfstep.nets import describe_network
 from halfstep.recipes import build, recipes
 from halfstep.recipes.schema import ChainConfig, EngineConfig, EvaluationConfig, Recipe, TeacherConfig, UNetConfig
-from halfstep.runs import Manifest, RunFolder, cache_folder, read_json, write_json
-from halfstep.train import Interrupted, Model, Progress, Reference, StageEnd, StopSignal, load, measure, run
-from halfstep.train.cost import count_forward
-from halfstep.train.evaluate import Evaluation
-from halfstep.train.pipeline import RunSpec, fresh_denoiser, trainer_for
-from halfstep.train.processes import make_accelerator
-from halfstep.train.sources import weights_of
+from halfstep.run.cost import count_forward
+from halfstep.run.events import Progress, StageEnd
+from halfstep.run.runner import run
+from halfstep.run.spec import RunSpec
+from halfstep.run.start import fresh_denoiser, trainer_for
+from halfstep.runs import Manifest, RunFolder
+from halfstep.runtime.files import cache_folder, read_json, write_json
+from halfstep.runtime.processes import make_accelerator
+from halfstep.runtime.stop import Interrupted, StopSignal
 
 PEAK_BF16 = {"H100 80GB HBM3": 989e12, "H100 SXM": 989e12, "H200": 989e12, "A100": 312e12}
 """Dense bfloat16 operations a second, by a part of the card's name; from the makers' data sheets."""

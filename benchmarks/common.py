@@ -18,13 +18,14 @@ from halfstep.core.denoiser import NetworkDenoiser
 from halfstep.core.noise import VPCosine, processes
 from halfstep.core.prediction import V, predictions
 from halfstep.data import MemoryData
+from halfstep.models.model import Model
 from halfstep.nets import UNet2D, describe_network, unet2d_config
 from halfstep.objectives import Halving, Plan, Stage
 from halfstep.recipes import recipes
 from halfstep.recipes.schema import UNetConfig
+from halfstep.run.spec import RunSpec
 from halfstep.runs import Manifest
-from halfstep.train import Model, RunSpec
-from halfstep.train.pipeline import environment
+from halfstep.runtime.environment import environment
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results" / "benchmarks"
 

@@ -24,11 +24,12 @@ from PIL import Image
 
 from common import arguments, halving, median, median_ratio, model_of, parsed, show, spec_of, timed, write
 from halfstep.data import DataConfig, open_data
+from halfstep.run.start import trainer_for
 from halfstep.runs import StageFolder
-from halfstep.train import StageTrainer, make_accelerator
+from halfstep.runtime.processes import make_accelerator
+from halfstep.runtime.tensors import read_tensors, write_tensors
 from halfstep.train.checkpoint import CheckpointWriter, resume
-from halfstep.train.pipeline import trainer_for
-from halfstep.train.tensors import read_tensors, write_tensors
+from halfstep.train.engine import StageTrainer
 
 EVERY_SECONDS = 60
 BATCH = {"digits": 64, "cifar10": 16, "tiny": 8}

@@ -34,8 +34,10 @@ import torch
 from common import arguments, halving, images, model_of, network, parsed, show, spec_of, write
 from halfstep.data import MemoryData
 from halfstep.objectives import Denoising, Plan
-from halfstep.train import Progress, RunSpec, StageStart, run
-from halfstep.train.cost import count_forward, memory_of_update
+from halfstep.run.cost import count_forward, memory_of_update
+from halfstep.run.events import Progress, StageStart
+from halfstep.run.runner import run
+from halfstep.run.spec import RunSpec
 
 MB = 1e6
 

@@ -94,7 +94,15 @@ def digests(folder: Path) -> dict[str, str]:
     small_mlp = ("--network.width", "16", "--network.depth", "1", "--data", str(points))
     halfstep("train", "arrays", *SMALL, *TEACHER[:6], *small_mlp, "--out", str(plain))
     matching = ("--matching.guidance-range", "1", "4", "--matching.null-class", "2", "--matching.num-updates", "8")
-    matched = (*matching, "--matching.batch-size", "8", "--matching.prediction", "x0", "--out", str(folder / "matching"))
+    matched = (
+        *matching,
+        "--matching.batch-size",
+        "8",
+        "--matching.prediction",
+        "x0",
+        "--out",
+        str(folder / "matching"),
+    )
     halfstep("distill", str(plain / "stages" / "00-denoise"), *SMALL, *matched)
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     two = ("run", "digits", *SMALL, *TEACHER, "--out", str(folder / "two-processes"))

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from common import arguments, halving, images, median, median_ratio, model_of, spec_of, timed, write
-from halfstep.train import make_accelerator
-from halfstep.train.pipeline import trainer_for
+from halfstep.run.start import trainer_for
+from halfstep.runtime.processes import make_accelerator
 from step import bare
 
 BATCH = {"digits": 64, "cifar10": 16, "tiny": 8}

@@ -25,9 +25,11 @@ from torch import Tensor
 
 from common import arguments, denoiser, halving, images, median, median_ratio, parsed, repeated, timed, write
 from halfstep.data import MemoryData, held_on, training_batch
+from halfstep.models.students import copy_denoiser
 from halfstep.nets import set_dropout
-from halfstep.train import StageTrainer, make_accelerator
-from halfstep.train.engine import compile_networks, copy_denoiser, make_optimizer
+from halfstep.runtime.processes import make_accelerator
+from halfstep.train.engine import StageTrainer, compile_networks
+from halfstep.train.optimizers import make_optimizer
 
 NUM_STEPS = 8
 BATCH = {"digits": 64, "fashion_mnist": 64, "cifar10": 16, "tiny": 8}

@@ -45,7 +45,7 @@ def main() -> None:
         process.start()
         process.join()
         growth = json.loads(told.read_text())
-    from halfstep.train.pipeline import environment
+    from halfstep.runtime.environment import environment
 
     result: dict[str, Any] = {
         "what": "blows at random moments to the toy chain; every run ends with the weights of an uncut run",

@@ -29,24 +29,18 @@ from halfstep.core.denoiser import NetworkDenoiser
 from halfstep.core.noise import VPCosine
 from halfstep.core.prediction import V
 from halfstep.data import MemoryData, training_batch
+from halfstep.measure import curve
+from halfstep.measure.evaluate import Evaluation
+from halfstep.models.folder import load
+from halfstep.models.students import copy_denoiser
 from halfstep.nets import MLP, UNet2D, unet2d_config
 from halfstep.objectives import EarlyEnd, Plan, Stage, objectives
+from halfstep.run.events import Progress
+from halfstep.run.runner import run
 from halfstep.runs import RunFolder
-from halfstep.train import (
-    Evaluation,
-    FailedElsewhere,
-    Interrupted,
-    Processes,
-    Progress,
-    StageTrainer,
-    StopSignal,
-    curve,
-    load,
-    make_accelerator,
-    run,
-)
-from halfstep.train.engine import copy_denoiser
-from halfstep.train.processes import exit_code, leave
+from halfstep.runtime.processes import FailedElsewhere, Processes, exit_code, leave, make_accelerator
+from halfstep.runtime.stop import Interrupted, StopSignal
+from halfstep.train.engine import StageTrainer
 from toys import Poisoned, finish, one_stage, points, toy_plan, toy_spec
 
 Work = Callable[..., Any]

@@ -27,9 +27,14 @@ import torch._dynamo
 import torchmetrics  # noqa: F401
 
 import teams
+from halfstep.measure.evaluate import Evaluation
 from halfstep.objectives import Plan
+from halfstep.run.events import Progress
+from halfstep.run.runner import run
+from halfstep.run.spec import RunSpec
 from halfstep.runs import RunFolder
-from halfstep.train import Evaluation, Interrupted, NoStorage, Progress, RunSpec, StopSignal, run
+from halfstep.runtime.stop import Interrupted, StopSignal
+from halfstep.runtime.storage import NoStorage
 from toys import finish, toy_plan, toy_spec, weights
 
 NO_STORAGE: Final = 3

@@ -12,7 +12,10 @@ from halfstep.core.prediction import V
 from halfstep.data import MemoryData
 from halfstep.nets import MLP
 from halfstep.objectives import Batch, Denoising, Losses, Models, Objective, Plan
-from halfstep.train import Notice, RunSpec, StopSignal, run
+from halfstep.run.events import Notice
+from halfstep.run.runner import run
+from halfstep.run.spec import RunSpec
+from halfstep.runtime.stop import StopSignal
 
 # Options of the command line that make a run of any recipe last a second.
 TINY = [

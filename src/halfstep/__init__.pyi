@@ -16,6 +16,8 @@ from .core.prediction import EDM, X0, Both, Denoised, Eps, FlowVelocity, Predict
 from .core.warnings import HalfstepWarning
 from .core.weighting import SNR, Constant, SNRPlusOne, TruncatedSNR, Weighting
 from .data import Data, DataConfig, open_data
+from .models.folder import load
+from .models.model import Model
 from .objectives import (
     Batch,
     Denoising,
@@ -30,6 +32,7 @@ from .objectives import (
     Stage,
     halving_target,
 )
+from .run.distill import distill, fit
 from .samplers import (
     DDIM,
     RK4,
@@ -46,7 +49,6 @@ from .samplers import (
     sample,
     trajectory,
 )
-from .train import Model, distill, fit, load
 
 __version__ = "0.1.0"
 

@@ -15,15 +15,7 @@ from halfstep.core.noise import NoiseProcess, VPCosine, processes
 from halfstep.core.oracle import GaussianDenoiser
 from halfstep.core.prediction import Prediction, V, predictions
 from halfstep.samplers import DDIM, Angle, Coordinate, Euler, LogSNR, NoiseToSignal, coordinates, trajectory
-from halfstep.samplers.runge_kutta import (
-    CLASSICAL_4,
-    EULER,
-    HEUN_3,
-    MIDPOINT,
-    TRAPEZOID,
-    Tableau,
-    runge_kutta_step,
-)
+from halfstep.samplers.runge_kutta import CLASSICAL_4, EULER, HEUN_3, MIDPOINT, TRAPEZOID, Tableau, runge_kutta_step
 from support import (
     clock,
     integrated_flow,

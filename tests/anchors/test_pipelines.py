@@ -11,8 +11,8 @@ from torch import Tensor
 from halfstep.hub.encoding import text_conditions
 from halfstep.hub.pipelines import import_pipeline
 from halfstep.hub.schedulers import times_of
+from halfstep.models.model import Model
 from halfstep.samplers import sample
-from halfstep.train import Model
 from support_pipelines import assert_same, noise, quietly, save_ddpm, save_dit, save_sd, save_sd3
 
 

@@ -20,7 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
-from halfstep.train import Interrupted
+from halfstep.runtime.stop import Interrupted
 
 FOLDER: Final = Path(__file__).parents[2] / "benchmarks"
 SHARED: Final = Path(__file__).parents[3] / "shared" / "data"

@@ -11,14 +11,17 @@ import torch
 from halfstep.core.denoiser import NetworkDenoiser
 from halfstep.core.noise import VPCosine
 from halfstep.core.prediction import V
+from halfstep.models.folder import load
 from halfstep.nets import MLP
 from halfstep.objectives import EarlyEnd, Halving, Plan
+from halfstep.run import distill
+from halfstep.run.distill import as_batches
+from halfstep.run.events import Progress
+from halfstep.run.runner import run
 from halfstep.runs import RunFolder, read_log
+from halfstep.runtime.processes import make_accelerator
 from halfstep.samplers import sample
-from halfstep.train import Progress, distill, load, run
-from halfstep.train.distill import as_batches
 from halfstep.train.engine import StageTrainer
-from halfstep.train.processes import make_accelerator
 from toys import finish, toy_plan, toy_spec, weights
 
 STUDENTS = ("01-halve-0008", "02-halve-0004", "03-halve-0002", "04-halve-0001")

@@ -11,8 +11,8 @@ from halfstep.objectives import Plan
 from halfstep.recipes import Recipe, build, recipes
 from halfstep.recipes.paper import PAPER_CIFAR10
 from halfstep.recipes.schema import DataFacts, UNetConfig, data_or_stand_in
-from halfstep.train import cost
-from halfstep.train.cost import Memory, count_forward, memory_of_update, time_updates
+from halfstep.run import cost
+from halfstep.run.cost import Memory, count_forward, memory_of_update, time_updates
 from toys import toy_plan, toy_spec
 
 PAPER = [name for name in recipes if name.endswith("_paper")]

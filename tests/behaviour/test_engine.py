@@ -14,8 +14,10 @@ from halfstep.core.prediction import V
 from halfstep.data import MemoryData, training_batch
 from halfstep.nets import MLP
 from halfstep.objectives import Batch, Denoising, Models, Plan, Stage
-from halfstep.train import NonFinite, StageTrainer, make_accelerator
+from halfstep.runtime.failures import NonFinite
+from halfstep.runtime.processes import make_accelerator
 from halfstep.train.ema import EMA
+from halfstep.train.engine import StageTrainer
 from toys import finish, points, toy_plan, toy_spec, weights
 
 

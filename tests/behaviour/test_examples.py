@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from halfstep.hub import text_conditions
+from halfstep.models.folder import load
 from halfstep.samplers import sample
-from halfstep.train import load
 from support_pipelines import assert_same, noise, quietly, save_sd
 
 EXAMPLES: Final = Path(__file__).parents[2] / "examples"

@@ -12,11 +12,11 @@ from halfstep.core.denoiser import NetworkDenoiser
 from halfstep.core.noise import VPCosine, processes
 from halfstep.core.prediction import V, predictions
 from halfstep.hub import export_pipeline, import_pipeline, text_conditions
+from halfstep.models.model import Model
 from halfstep.nets import describe_network, with_guidance
 from halfstep.recipes.schema import UNetConfig, make_unet
 from halfstep.runs import Manifest
 from halfstep.samplers import sample
-from halfstep.train import Model
 from support_pipelines import assert_same, noise, quietly, save_ddpm, save_dit, save_sd, save_sd3, wake
 
 STEPS = (1, 2, 4, 8)

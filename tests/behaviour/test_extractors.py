@@ -13,7 +13,7 @@ from halfstep.data import DataConfig, open_data
 from halfstep.metrics import Inception, Measured, extractor_for, extractors
 from halfstep.metrics.inception import network_module
 from halfstep.metrics.resnet20 import ResNet20
-from halfstep.runs import DamagedFile
+from halfstep.runtime.files import DamagedFile
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 FIDELITY = Path(sys.prefix) / "torch-fidelity"

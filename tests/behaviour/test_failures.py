@@ -23,31 +23,25 @@ import torture
 from halfstep.cli import commands, main
 from halfstep.core.draw import Draw
 from halfstep.data import MemoryData
+from halfstep.measure.evaluate import Evaluation
+from halfstep.models import folder as model_folder
+from halfstep.models.folder import load
 from halfstep.nets import MLP
 from halfstep.objectives import Batch, Denoising, Losses, Models, Objective, Plan, objectives
-from halfstep.runs import DamagedFile, RunFolder, StageFolder, read_log
-from halfstep.runs.storage import no_storage
-from halfstep.train import (
-    Evaluation,
-    Interrupted,
-    NonFinite,
-    NoStorage,
-    OutOfMemory,
-    Progress,
-    StageTrainer,
-    StopSignal,
-    failures,
-    load,
-    make_accelerator,
-    pipeline,
-    run,
-)
+from halfstep.run import runner as pipeline
+from halfstep.run.events import Progress
+from halfstep.run.runner import run
+from halfstep.run.start import trainer_for
+from halfstep.runs import RunFolder, StageFolder, read_log
+from halfstep.runtime.failures import NonFinite, OutOfMemory, is_out_of_memory
+from halfstep.runtime.files import DamagedFile
+from halfstep.runtime.processes import exit_code, is_lost, make_accelerator
+from halfstep.runtime.stop import SAME_PRESS, Interrupted, StopSignal, at_once
+from halfstep.runtime.storage import NoStorage, no_storage
 from halfstep.train import checkpoint as checkpoints
-from halfstep.train import model as model_module
-from halfstep.train.failures import Recent, is_out_of_memory
-from halfstep.train.pipeline import trainer_for
-from halfstep.train.processes import exit_code, is_lost
-from halfstep.train.stop import SAME_PRESS, at_once
+from halfstep.train import recent
+from halfstep.train.engine import StageTrainer
+from halfstep.train.recent import Recent
 from torture import mount, unmount
 from toys import TINY_ARRAYS, Poisoned, finish, one_stage, points, toy_plan, toy_spec, weights
 
@@ -206,7 +200,7 @@ def test_a_signal_before_and_after_training_ends_with_the_code_that_was_asked_fo
 
 
 def test_what_broke_is_known_however_seldom_the_log_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (failures, pipeline):
+    for module in (recent, pipeline):
         monkeypatch.setattr(module, "KEPT", 4)
     spec = toy_spec(plan=one_stage(Poisoned(7, (4,), math.inf)), log_every=10**6, checkpoint_updates=10**6)
     with pytest.raises(NonFinite, match=r"at update 7 \(1 of 16 losses were not finite"):
@@ -502,7 +496,7 @@ def test_an_error_of_the_disk_is_told_from_one_of_other_files() -> None:
     [
         (checkpoints, "checkpoint-00000012.*/optimizer", ["checkpoint-00000009", "checkpoint-00000006"]),
         # Those of a whole stage go when its weights have been read back, and not before.
-        (model_module, "00-denoise/.model", ["checkpoint-00000039", "checkpoint-00000036"]),
+        (model_folder, "00-denoise/.model", ["checkpoint-00000039", "checkpoint-00000036"]),
     ],
     ids=["checkpoint", "stage"],
 )

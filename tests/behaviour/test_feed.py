@@ -25,8 +25,11 @@ from halfstep.core.prediction import V
 from halfstep.data import Data, DataConfig, MemoryData, held_on, open_data, training_batch
 from halfstep.nets import MLP
 from halfstep.objectives import Batch, Denoising, GuidanceRange, Halving, Matching, Models, Objective, Plan, Stage
+from halfstep.run.events import Progress
+from halfstep.run.runner import run
 from halfstep.runs import RunFolder, read_log
-from halfstep.train import Progress, StageTrainer, make_accelerator, run
+from halfstep.runtime.processes import make_accelerator
+from halfstep.train.engine import StageTrainer
 from halfstep.train.feed import Feed
 from toys import finish, points, toy_plan, toy_spec, weights
 

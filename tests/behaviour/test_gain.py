@@ -11,7 +11,7 @@ from halfstep.core.noise import VPCosine
 from halfstep.core.prediction import X0, Both, Eps, Prediction, V
 from halfstep.core.warnings import HalfstepWarning
 from halfstep.recipes import build, recipes
-from halfstep.train import distill
+from halfstep.run import distill
 from support import clock, numbers, toy_denoiser
 
 

@@ -13,8 +13,8 @@ import torch
 from halfstep.cli import main
 from halfstep.hub import config_of, import_google_pd
 from halfstep.hub.google_pd import convert, read_checkpoint
+from halfstep.models.folder import load
 from halfstep.runs import RunFolder
-from halfstep.train import load
 from support_google_pd import TINY, checkpoint_bytes, packed, params, tree_of
 
 Capture = pytest.CaptureFixture[str]

@@ -13,12 +13,12 @@ from halfstep.core.denoiser import GUIDANCE, Cond, Denoiser, Guided, NetworkDeno
 from halfstep.core.noise import NoiseProcess, VPCosine, VPTable
 from halfstep.core.oracle import MixtureDenoiser
 from halfstep.core.prediction import Denoised, Eps, V
+from halfstep.models.students import copy_denoiser, matched_student, viewed
 from halfstep.nets import MLP, UNet2D, on_clock, unet2d_config, with_guidance
 from halfstep.objectives import Batch, GuidanceRange, Matching, Models, Plan
+from halfstep.runtime.processes import make_accelerator
 from halfstep.samplers import sample
-from halfstep.train import make_accelerator
-from halfstep.train.engine import StageTrainer, copy_denoiser
-from halfstep.train.matching import matched_student, viewed
+from halfstep.train.engine import StageTrainer
 from support import Watched, numbers
 
 MEANS: Final = torch.tensor([[[0.8, 0.3], [0.2, 0.9]], [[-0.7, 0.1], [-0.1, -0.8]]], dtype=torch.float64)
@@ -160,7 +160,7 @@ def test_an_eps_teacher_on_a_table_becomes_a_v_student_on_the_cosine_clock_that_
         num_updates=1500, batch_size=256, learning_rate=3e-3, warmup_updates=50, anneal=True, ema_decay=0.99,
         adam_betas=(0.9, 0.99), weighting=halfstep.SNR(),
     )  # fmt: skip
-    from halfstep.train.distill import StreamedBatches
+    from halfstep.run.distill import StreamedBatches
 
     torch.set_num_threads(1)
     trainer = StageTrainer(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from halfstep.data import DataConfig, MemoryData, open_data
+from halfstep.measure.evaluate import Evaluation, Reference
 from halfstep.metrics import (
     METRICS,
     Pixels,
@@ -28,7 +29,6 @@ from halfstep.metrics import (
     why_no_lpips,
 )
 from halfstep.metrics.reference import described, halves
-from halfstep.train import Evaluation, Reference
 
 
 def _features(n: int, d: int, seed: int) -> Tensor:

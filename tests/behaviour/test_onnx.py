@@ -16,11 +16,11 @@ from halfstep.core.noise import VE, FlowMatching, NoiseProcess, VPCosine, proces
 from halfstep.core.prediction import EDM, Both, FlowVelocity, Prediction, V, predictions
 from halfstep.hub import export_onnx
 from halfstep.hub.onnx import example_conditions
+from halfstep.models.model import Model
 from halfstep.nets import MLP, describe_network
 from halfstep.recipes.schema import UNetConfig, make_unet
 from halfstep.runs import Manifest
 from halfstep.samplers import sample
-from halfstep.train import Model
 from support_pipelines import wake
 
 

@@ -17,9 +17,11 @@ from safetensors.torch import load_file
 
 import teams
 from halfstep.cli import main
+from halfstep.models.folder import load
+from halfstep.run.events import Progress
+from halfstep.run.runner import run
 from halfstep.runs import RunFolder, read_log
-from halfstep.train import Progress, load, run
-from halfstep.train.processes import make_accelerator
+from halfstep.runtime.processes import make_accelerator
 from teams import all_trainings, engine_cases, halving, run_with, together
 from toys import TINY_ARRAYS, toy_plan, toy_spec
 

@@ -11,10 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from halfstep.runs import InUse, RunFolder, read_log
-from halfstep.runs import files as run_files
-from halfstep.train import DifferentRecipe, Interrupted, NoStorage, Progress, StopSignal, checkpoint, run
-from halfstep.train.processes import exit_code
+from halfstep.run.events import Progress
+from halfstep.run.folder import DifferentRecipe
+from halfstep.run.runner import run
+from halfstep.runs import RunFolder, read_log
+from halfstep.runtime import files as run_files
+from halfstep.runtime.files import InUse
+from halfstep.runtime.processes import exit_code
+from halfstep.runtime.stop import Interrupted, StopSignal
+from halfstep.runtime.storage import NoStorage
+from halfstep.train import checkpoint
 from toys import finish, toy_spec, weights
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from halfstep.train import Model, load
+from halfstep.models.folder import load
+from halfstep.models.model import Model
 from toys import finish, toy_spec
 
 

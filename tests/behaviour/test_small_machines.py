@@ -12,6 +12,8 @@ from halfstep.core.denoiser import NetworkDenoiser
 from halfstep.core.noise import VPCosine
 from halfstep.core.prediction import V
 from halfstep.data import DataConfig, MemoryData, open_data
+from halfstep.models.folder import load
+from halfstep.models.model import Model
 from halfstep.nets import (
     MLP,
     InHalf,
@@ -26,11 +28,15 @@ from halfstep.nets import (
     with_lora,
 )
 from halfstep.objectives import Plan
+from halfstep.run import runner as pipeline
+from halfstep.run.cost import count_forward, memory_of_update
+from halfstep.run.events import StageStart
+from halfstep.run.runner import run
+from halfstep.run.spec import RunSpec
+from halfstep.run.start import trainer_for
 from halfstep.runs import StageFolder
-from halfstep.train import Model, RunSpec, StageStart, load, make_accelerator, pipeline, run
+from halfstep.runtime.processes import make_accelerator
 from halfstep.train.checkpoint import CheckpointWriter, resume
-from halfstep.train.cost import count_forward, memory_of_update
-from halfstep.train.pipeline import trainer_for
 from support import numbers
 
 DIGITS: Final = open_data(DataConfig(source="digits", labels=False))

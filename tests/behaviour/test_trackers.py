@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from halfstep.measure.evaluate import Evaluation
+from halfstep.run.events import Progress
+from halfstep.run.runner import run
+from halfstep.run.trackers import Trackers, chosen_trackers
 from halfstep.runs import RunFolder, read_log
-from halfstep.train import Evaluation, Progress, run
-from halfstep.train.trackers import Trackers, chosen_trackers
 from toys import finish, toy_spec
 
 pytest.importorskip("tensorboard")
@@ -119,7 +121,7 @@ def test_tensorboard_is_the_default_where_it_is_installed() -> None:
 
 
 def test_a_tracker_whose_package_is_missing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("halfstep.train.trackers.find_spec", lambda name: None)
+    monkeypatch.setattr("halfstep.run.trackers.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"the tracker wandb needs the package wandb: pip install 'halfstep\[wandb\]'"):
         chosen_trackers(("wandb",))
     assert chosen_trackers(None) == ()

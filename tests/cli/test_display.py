@@ -7,7 +7,8 @@ from rich.console import Console
 from halfstep.cli.display import RunDisplay
 from halfstep.cli.words import duration
 from halfstep.objectives import Plan
-from halfstep.train import Notice, Progress, StageEnd, StageStart, Window
+from halfstep.run.events import Notice, Progress, StageEnd, StageStart
+from halfstep.train.engine import Window
 
 
 def _window(update: int, seconds: float) -> Window:

@@ -122,15 +122,15 @@ def test_memory_that_does_not_suffice_is_told_in_one_line(
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     command = ["evaluate", str(toy_run), "--num-steps", "1", "--out", str(tmp_path), *options]
-    monkeypatch.setattr("halfstep.train.model.sample", full)
+    monkeypatch.setattr("halfstep.models.model.sample", full)
     with pytest.raises(SystemExit) as ended:
         main(command)
     assert ended.value.code == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("halfstep: error:")]
     assert "out of memory while sampling, " in line
     assert remedy in line
-    monkeypatch.setattr("halfstep.train.model.sample", sample)
-    monkeypatch.setattr("halfstep.train.curve.figures_of", full)
+    monkeypatch.setattr("halfstep.models.model.sample", sample)
+    monkeypatch.setattr("halfstep.measure.curve.figures_of", full)
     with pytest.raises(SystemExit) as ended:
         main(command)
     assert ended.value.code == 1
@@ -227,7 +227,7 @@ def test_the_kept_samples_are_lossless_and_give_the_figures(digits_run: Path, tm
 def test_a_second_call_draws_nothing_and_a_cut_one_goes_on(
     toy_run: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from halfstep.train import Model
+    from halfstep.models.model import Model
 
     drawn: list[int] = []
     sample = Model.sample
@@ -344,7 +344,7 @@ def test_what_is_damaged_or_not_there_yet_is_left_out_and_said(toy_run: Path, tm
 def test_what_was_cut_says_the_same_in_all_its_files(
     toy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from halfstep.train import Model
+    from halfstep.models.model import Model
 
     main(["evaluate", str(toy_run), "--num-steps", "1", "--out", str(tmp_path)])
     sample = Model.sample
@@ -370,7 +370,7 @@ def test_what_was_cut_says_the_same_in_all_its_files(
 def test_a_row_is_of_all_sets_of_seeds_or_not_there(
     toy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from halfstep.train import Model
+    from halfstep.models.model import Model
 
     sample = Model.sample
 

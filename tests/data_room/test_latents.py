@@ -21,7 +21,7 @@ from halfstep.data import training_batch
 from halfstep.data.captions import CaptionedImages, read_captions
 from halfstep.data.images import Preparation
 from halfstep.data.latents import Encoder, LatentData, encode, open_latents
-from halfstep.runs import DamagedFile
+from halfstep.runtime.files import DamagedFile
 
 COUNT = 11
 

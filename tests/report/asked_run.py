@@ -7,10 +7,11 @@ import torch
 from halfstep.core.denoiser import NetworkDenoiser
 from halfstep.core.noise import VPCosine, processes
 from halfstep.core.prediction import V
+from halfstep.models.folder import save_stage
 from halfstep.nets import MLP, Network, describe_network
 from halfstep.recipes.schema import UNetConfig, make_unet
-from halfstep.runs import Manifest, RunFolder, write_json
-from halfstep.train import save_stage
+from halfstep.runs import Manifest, RunFolder
+from halfstep.runtime.files import write_json
 
 STAGES = (("00-denoise", None), ("01-halve-0004", 4), ("02-halve-0002", 2), ("03-halve-0001", 1))
 NUM_CLASSES = 3

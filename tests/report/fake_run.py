@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from sklearn.datasets import load_digits
 
-from halfstep.runs import Manifest, Metrics, RunFolder, write_json
+from halfstep.runs import Manifest, Metrics, RunFolder
 from halfstep.runs.schema import Result
+from halfstep.runtime.files import write_json
 
 TEACHER_STEPS = (256, 64, 8, 4, 2, 1)
 STUDENT_STEPS = (128, 64, 32, 16, 8, 4, 2, 1)

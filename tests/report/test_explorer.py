@@ -22,8 +22,8 @@ from PIL import Image
 
 from halfstep import load
 from halfstep.cli import main
-from halfstep.report import explorer as explorer_module
-from halfstep.train.evaluate import samples_array
+from halfstep.explore import page as explorer_module
+from halfstep.measure.samples import samples_array
 from report.asked_run import write_asked_run
 from report.support_browser import Watched, browser, serious
 from support_cli import Capture, refused

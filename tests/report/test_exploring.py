@@ -9,9 +9,9 @@ import torch
 
 from halfstep import load
 from halfstep.core.draw import between
-from halfstep.report.exploring import Bounds, Explorer
-from halfstep.runs import read_json, write_json
-from halfstep.train.evaluate import samples_array
+from halfstep.explore.explorer import Bounds, Explorer
+from halfstep.measure.samples import samples_array
+from halfstep.runtime.files import read_json, write_json
 from report.asked_run import write_asked_run
 from support import numbers
 
@@ -198,7 +198,7 @@ def test_time_is_up_for_a_request_not_for_each_of_its_models(run: Path, monkeypa
     explorer = Explorer(run, bounds=Bounds(seconds=5.0))
     ticks = iter(range(10**6))
     # Each look at the clock is a second later: the strip's stages take 14 steps together, each less than the bound.
-    monkeypatch.setattr("halfstep.report.exploring.time.perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr("halfstep.explore.explorer.time.perf_counter", lambda: float(next(ticks)))
     with pytest.raises(ValueError, match=r"for the request had taken 5 s"):
         explorer.strip(0)
 
@@ -235,7 +235,7 @@ def test_what_cannot_be_explored_is_said_at_once(tmp_path: Path) -> None:
 
 
 def test_models_beyond_what_memory_may_hold_are_let_go(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("halfstep.report.exploring.KEPT_BYTES", 1)
+    monkeypatch.setattr("halfstep.explore.explorer.KEPT_BYTES", 1)
     explorer = Explorer(run)
     first = explorer.strip(1)
     again = explorer.strip(1)

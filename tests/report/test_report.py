@@ -19,7 +19,8 @@ import pytest
 from PIL import Image
 
 from halfstep.report import write_report
-from halfstep.runs import RunFolder, write_json
+from halfstep.runs import RunFolder
+from halfstep.runtime.files import write_json
 from report.fake_run import (
     PROTOCOL,
     STUDENT_STEPS,

@@ -11,11 +11,12 @@ import torch
 
 from halfstep.cli import main
 from halfstep.data import DataConfig, MemoryData, open_data
+from halfstep.measure.nearest import nearest_samples
 from halfstep.report import read_run, write_report
 from halfstep.report.page import MOST_BYTES
 from halfstep.report.words import number
-from halfstep.runs import RunFolder, write_json
-from halfstep.train import nearest_samples
+from halfstep.runs import RunFolder
+from halfstep.runtime.files import write_json
 from report.fake_run import (
     STUDENT_STEPS,
     digit_samples,
@@ -215,7 +216,7 @@ def pictures(number: int, seed: int = 0, size: int = 6) -> MemoryData:
 
 
 def test_neighbours_are_those_of_a_plain_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("halfstep.train.nearest.CHUNK", 36 * 7)
+    monkeypatch.setattr("halfstep.measure.nearest.CHUNK", 36 * 7)
     data = pictures(50)
     everything = data.fetch(torch.arange(50)).x0.double()
     x0 = pictures(5, seed=1).fetch(torch.arange(5)).x0
@@ -256,7 +257,7 @@ def test_a_symmetric_image_counts_once_and_few_images_are_enough() -> None:
 
 
 def test_of_large_data_a_part_is_searched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("halfstep.train.nearest.MOST_VALUES", 36 * 10)
+    monkeypatch.setattr("halfstep.measure.nearest.MOST_VALUES", 36 * 10)
     assert nearest_samples(pictures(50), pictures(2, 1).fetch(torch.arange(2)).x0).num_searched == 10
 
 

@@ -14,6 +14,8 @@ from halfstep.data import DataConfig
 from halfstep.recipes import EvaluationConfig, MLPConfig, Recipe, TeacherConfig
 from halfstep.recipes.schema import ChainConfig
 from halfstep.runs import RunFolder
+from halfstep.runtime.failures import NonFinite
+from halfstep.runtime.stop import Interrupted, StopSignal
 from halfstep.samplers import samplers
 from halfstep.studies import SCALES, Bench, Cell, Row, Scale, Study, Table, run_study, studies, write_study
 from halfstep.studies.integrators import METHODS
@@ -21,7 +23,6 @@ from halfstep.studies.published import COST, FIGURE_4, TABLE_1, TABLE_2
 from halfstep.studies.sampling import most_steps, students_of
 from halfstep.studies.schedules import students_by
 from halfstep.studies.show import number, spread
-from halfstep.train import Interrupted, NonFinite, StopSignal
 
 
 def tiny() -> Scale:

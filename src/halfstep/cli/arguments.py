@@ -13,8 +13,9 @@ from halfstep.cli.usage import Switch, first_line
 from halfstep.cli.usage import UsageError as UsageError
 from halfstep.cli.usage import parse as parse
 from halfstep.recipes import Recipe, recipes
-from halfstep.runs import DamagedFile, RunFolder, read_json
-from halfstep.train import Processes
+from halfstep.runs import RunFolder
+from halfstep.runtime.files import DamagedFile, read_json
+from halfstep.runtime.processes import Processes
 
 SHORT: Final = {"--data": "--data.source", "--to": "--chain.end-steps", "--start": "--chain.start-steps"}
 """Short names of a recipe's options."""

@@ -20,38 +20,38 @@ from halfstep.cli.arguments import (
     ReportArguments,
     RunArguments,
     SampleArguments,
-    UsageError,
     device_of,
     expand_data,
     flags_of,
-    parse,
     recipe_from,
     recipe_of_file,
 )
 from halfstep.cli.display import RunDisplay, show_results
 from halfstep.cli.dry_run import show_plan
 from halfstep.cli.reporting import make_report
+from halfstep.cli.usage import UsageError, parse
 from halfstep.cli.words import console_for, duration, print_json
 from halfstep.core.noise import processes
 from halfstep.core.prediction import predictions
 from halfstep.core.weighting import weightings
 from halfstep.hub import decoder_of, fetch, import_pipeline, is_pipeline, release_texts, text_conditions
+from halfstep.measure.samples import grid_image, samples_array
 from halfstep.metrics import extractors, to_uint8
+from halfstep.models.folder import find_stage, load
+from halfstep.models.model import Model, samples_at_once
 from halfstep.nets import networks
 from halfstep.objectives import objectives
 from halfstep.recipes import Recipe, build, recipes
 from halfstep.recipes.schema import MatchingConfig, data_or_stand_in
 from halfstep.registry import nearest
+from halfstep.run.runner import run as run_spec
+from halfstep.run.spec import RunSpec
 from halfstep.runs import StageFolder, read_status
+from halfstep.runtime.failures import told_when_out_of_memory
+from halfstep.runtime.processes import Processes, launched, make_accelerator
+from halfstep.runtime.stop import Interrupted, StopSignal, at_once
 from halfstep.samplers import Ancestral, Sampler, samplers
 from halfstep.studies import studies
-from halfstep.train import Interrupted, Model, Processes, RunSpec, StopSignal, load, make_accelerator
-from halfstep.train import run as run_spec
-from halfstep.train.evaluate import grid_image, samples_array
-from halfstep.train.failures import told_when_out_of_memory
-from halfstep.train.model import find_stage, samples_at_once
-from halfstep.train.processes import launched
-from halfstep.train.stop import at_once
 
 
 def _processes(cpu: bool = False) -> Processes:

@@ -18,10 +18,10 @@ from rich.table import Table
 from halfstep.cli.plan_view import PlanView
 from halfstep.cli.words import duration
 from halfstep.objectives import Plan
+from halfstep.run.events import Event, Measured, Notice, StageEnd, StageStart
+from halfstep.run.events import Progress as TrainingProgress
 from halfstep.runs import RunFolder, RunStatus, StageStatus
 from halfstep.runs.schema import Result
-from halfstep.train import Event, Measured, Notice, StageEnd, StageStart
-from halfstep.train import Progress as TrainingProgress
 
 QUIET_SECONDS = 10.0
 """Time between two lines of progress where the output is no terminal."""

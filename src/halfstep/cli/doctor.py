@@ -19,7 +19,7 @@ from rich.table import Table
 
 from halfstep.cli.usage import Switch, parse
 from halfstep.cli.words import console_for, print_json
-from halfstep.runs import cache_folder
+from halfstep.runtime.files import cache_folder
 
 GIVES: Final = {
     "text": "models of texts, such as Stable Diffusion: encode, distill and sample with --prompt",

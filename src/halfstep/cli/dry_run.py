@@ -8,8 +8,8 @@ from rich.table import Table
 
 from halfstep.cli.words import console_for, duration, print_json
 from halfstep.objectives import Halving
-from halfstep.train import RunSpec
-from halfstep.train.cost import count_forward, memory_of_update, time_updates
+from halfstep.run.cost import count_forward, memory_of_update, time_updates
+from halfstep.run.spec import RunSpec
 
 
 def plan_facts(spec: RunSpec, out: Path, missing: str | None = None) -> dict[str, Any]:

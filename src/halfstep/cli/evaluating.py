@@ -16,12 +16,15 @@ from halfstep.cli.subjects import Asked, Subject, files_plan, plan_of, subject_o
 from halfstep.cli.usage import Switch, UsageError, parse
 from halfstep.cli.words import console_for, print_json
 from halfstep.data import Data, DataConfig, open_data
+from halfstep.measure.curve import CellDone, Curve, CurveSpec
+from halfstep.measure.evaluate import Reference
 from halfstep.recipes import EvaluationConfig, Recipe
 from halfstep.recipes.schema import check_fit
 from halfstep.report.evaluation import cells_of, headings_of, protocol_words, title_of, write_evaluation
-from halfstep.runs import EvaluationResult, StageFolder, cache_folder, read_json
-from halfstep.train import Processes, Reference, StopSignal
-from halfstep.train.curve import CellDone, Curve, CurveSpec
+from halfstep.runs import EvaluationResult, StageFolder
+from halfstep.runtime.files import cache_folder, read_json
+from halfstep.runtime.processes import Processes
+from halfstep.runtime.stop import StopSignal
 
 
 @dataclass

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import tyro
 
-from halfstep.cli.arguments import UsageError, device_of, parse
-from halfstep.report.explorer import LOCAL, serve
-from halfstep.report.exploring import Bounds, Explorer
+from halfstep.cli.arguments import device_of
+from halfstep.cli.usage import UsageError, parse
+from halfstep.explore.explorer import Bounds, Explorer
+from halfstep.explore.page import LOCAL, serve
 
 
 @dataclass

@@ -9,7 +9,8 @@ import torch
 import tyro
 from rich.console import Console
 
-from halfstep.cli.arguments import UsageError, device_of, parse
+from halfstep.cli.arguments import device_of
+from halfstep.cli.usage import UsageError, parse
 from halfstep.data import encode, read_captions, read_classes
 from halfstep.data.images import Preparation
 from halfstep.hub import (
@@ -23,9 +24,9 @@ from halfstep.hub import (
     read_sample_shape,
     release_texts,
 )
-from halfstep.runs import StageFolder, read_json
-from halfstep.train import load
-from halfstep.train.model import find_stage
+from halfstep.models.folder import find_stage, load
+from halfstep.runs import StageFolder
+from halfstep.runtime.files import read_json
 
 
 @dataclass

@@ -7,10 +7,10 @@ from typing import Literal
 
 import tyro
 
-from halfstep.cli.arguments import UsageError, parse
+from halfstep.cli.usage import UsageError, parse
 from halfstep.hub import config_of, import_google_pd, import_pipeline
+from halfstep.models.folder import save_stage
 from halfstep.runs import StageFolder
-from halfstep.train import save_stage
 
 
 @dataclass

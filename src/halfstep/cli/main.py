@@ -31,7 +31,7 @@ def fail(message: object, code: int = 2) -> NoReturn:
     """
     text = " ".join(str(message).split())
     if _index():
-        from halfstep.train.processes import wait_to_be_ended
+        from halfstep.runtime.processes import wait_to_be_ended
 
         wait_to_be_ended(PATIENCE_SECONDS, code)
         text = f"(process {_index()}) {text}"
@@ -102,7 +102,7 @@ def _dispatch_together(verb: Verb, rest: Sequence[str]) -> None:
     """The verb in one of several processes."""
     if verb.name not in SHARED_VERBS:
         fail(f"halfstep {verb.name} is done by one process: start it without torchrun or accelerate launch")
-    from halfstep.train.processes import leave
+    from halfstep.runtime.processes import leave
 
     try:
         _dispatch(verb, rest)
@@ -133,7 +133,7 @@ def _dispatch(verb: Verb, rest: Sequence[str]) -> None:
     except (ValueError, OSError) as error:
         if os.environ.get("HALFSTEP_TRACEBACK"):
             raise
-        from halfstep.runs.storage import exit_code
+        from halfstep.runtime.storage import exit_code
 
         code = exit_code(error)
         if isinstance(error, OSError) and error.strerror:
@@ -147,7 +147,9 @@ def _command(verb: Verb, rest: Sequence[str]) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from halfstep.cli import commands
     from halfstep.core.warnings import HalfstepWarning
-    from halfstep.train import FailedElsewhere, Interrupted, LostProcess, NonFinite, OutOfMemory
+    from halfstep.runtime.failures import NonFinite, OutOfMemory
+    from halfstep.runtime.processes import FailedElsewhere, LostProcess
+    from halfstep.runtime.stop import Interrupted
 
     with warnings.catch_warnings():
         warnings.showwarning = _warning_printer()

@@ -8,13 +8,13 @@ import torch
 
 from halfstep.cli.arguments import recipe_of_file
 from halfstep.data import Data, open_data
+from halfstep.measure.nearest import nearest_samples
+from halfstep.measure.samples import samples_array
 from halfstep.metrics import from_uint8
 from halfstep.report import headline, read_run, save_nearest, write_report
 from halfstep.report.nearest import nearest_key
 from halfstep.report.reading import NearestFacts, RunFacts
 from halfstep.runs import RunFolder
-from halfstep.train import nearest_samples
-from halfstep.train.evaluate import samples_array
 
 NUM_SHOWN = 8
 """Samples whose nearest training images are shown."""

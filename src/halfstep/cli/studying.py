@@ -16,9 +16,10 @@ from halfstep.cli.usage import Switch, UsageError, parse
 from halfstep.cli.words import console_for, duration, print_json
 from halfstep.recipes import Recipe, recipes
 from halfstep.registry import nearest
-from halfstep.runs import read_json
+from halfstep.run.events import Event, Notice, StageStart
+from halfstep.runtime.files import read_json
+from halfstep.runtime.stop import StopSignal
 from halfstep.studies import SCALES, Cell, Scale, Table, run_study, studies, write_study
-from halfstep.train import Event, Notice, StageStart, StopSignal
 
 
 @dataclass

@@ -7,19 +7,20 @@ from typing import Literal, final
 
 import torch
 
-from halfstep.cli.arguments import UsageError
+from halfstep.cli.usage import UsageError
 from halfstep.core.grids import check_num_steps
 from halfstep.data import Data
 from halfstep.hub import import_pipeline, is_pipeline
+from halfstep.measure.curve import Entry
+from halfstep.measure.sources import DataSource, ModelSource, weights_of
+from halfstep.models.folder import base_of, find_stage, load
+from halfstep.models.model import Model
 from halfstep.recipes import Recipe
 from halfstep.registry import nearest
-from halfstep.runs import DamagedFile, Manifest, RunFolder, StageFolder
+from halfstep.runs import Manifest, RunFolder, StageFolder
 from halfstep.runs.evaluation import Series
+from halfstep.runtime.files import DamagedFile
 from halfstep.samplers import DDIM, Ancestral, Sampler, samplers
-from halfstep.train import Model, load
-from halfstep.train.curve import Entry
-from halfstep.train.model import base_of, find_stage
-from halfstep.train.sources import DataSource, ModelSource, weights_of
 
 LABELS = {"ddim": "DDIM", "ancestral": "ancestral", "heun": "Heun", "euler": "Euler", "dpmpp_2m": "DPM-Solver++(2M)"}
 """How samplers are written in a table; others by their names."""

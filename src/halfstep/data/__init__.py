@@ -6,22 +6,3 @@ from halfstep.data.config import DataConfig, open_data
 from halfstep.data.images import ImageFiles
 from halfstep.data.latents import Encoder, LatentData, encode, open_latents
 from halfstep.data.standin import StandIn
-
-__all__ = [
-    "CaptionedImages",
-    "Data",
-    "DataConfig",
-    "Encoder",
-    "ImageFiles",
-    "LatentData",
-    "MemoryData",
-    "StandIn",
-    "encode",
-    "held_on",
-    "open_data",
-    "open_latents",
-    "read_captions",
-    "read_classes",
-    "sent",
-    "training_batch",
-]

@@ -13,7 +13,7 @@ from PIL import Image
 
 from halfstep.data.base import MemoryData
 from halfstep.data.images import Preparation
-from halfstep.runs import first_line
+from halfstep.runtime.files import first_line
 
 DATA_KEYS: Final = ("x", "arr_0")
 LABEL_KEYS: Final = ("y", "labels", "arr_1")

@@ -17,7 +17,7 @@ from torch import Tensor
 from halfstep.data.base import MemoryData
 from halfstep.data.folders import IMAGE_SUFFIXES, Files, files_below, image_folder
 from halfstep.data.images import Preparation, decoded
-from halfstep.runs import first_line
+from halfstep.runtime.files import first_line
 
 TABLES: Final = ("metadata.jsonl", "metadata.csv")
 RGB: Final = Preparation(channels=3)

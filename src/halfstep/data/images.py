@@ -23,8 +23,8 @@ from torch import Tensor
 
 from halfstep.data.base import Data, MemoryData, check_labels, to_batch
 from halfstep.objectives.base import Batch
-from halfstep.runs import first_line
-from halfstep.runs.storage import GONE
+from halfstep.runtime.files import first_line
+from halfstep.runtime.storage import GONE
 
 Channels = Literal[1, 3]
 Resize = Literal["crop", "stretch"]

@@ -30,7 +30,7 @@ from torch import Tensor
 from halfstep.data.base import Data
 from halfstep.data.captions import CaptionedImages
 from halfstep.objectives.base import Batch
-from halfstep.runs import DamagedFile, InUse, read_json, sha256_of, write_json
+from halfstep.runtime.files import DamagedFile, InUse, read_json, sha256_of, write_json
 
 FORMAT: Final = 1
 """The version of the layout; a reader refuses another."""

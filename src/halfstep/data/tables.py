@@ -10,7 +10,7 @@ import torch
 
 from halfstep.data.folders import Labelled
 from halfstep.data.images import EncodedImages
-from halfstep.runs import first_line
+from halfstep.runtime.files import first_line
 
 
 @final

@@ -6,26 +6,3 @@ from halfstep.hub.google_pd import CONFIGS, GooglePDConfig, config_of, import_go
 from halfstep.hub.onnx import export_onnx
 from halfstep.hub.pipelines import fetch, import_pipeline, is_pipeline, read_layout, read_sample_shape
 from halfstep.hub.schedulers import read_schedule, times_of, write_schedule
-
-__all__ = [
-    "CONFIGS",
-    "GooglePDConfig",
-    "config_of",
-    "decoder_of",
-    "encoder_of",
-    "export_lora",
-    "export_onnx",
-    "export_pipeline",
-    "fetch",
-    "import_google_pd",
-    "import_pipeline",
-    "is_pipeline",
-    "push_to_hub",
-    "read_layout",
-    "read_sample_shape",
-    "read_schedule",
-    "release_texts",
-    "text_conditions",
-    "times_of",
-    "write_schedule",
-]

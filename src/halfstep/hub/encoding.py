@@ -13,7 +13,7 @@ from torch import Tensor
 from halfstep.data import Encoder
 from halfstep.hub.quiet import quiet, stock
 from halfstep.hub.weights import check_weights
-from halfstep.runs import DamagedFile, read_json, sha256_of
+from halfstep.runtime.files import DamagedFile, read_json, sha256_of
 
 
 def encoder_of(kind: str, folder: Path, device: str | torch.device = "cpu", class_names: Sequence[str] = ()) -> Encoder:

@@ -19,9 +19,10 @@ from halfstep.hub.pipelines import fetch
 from halfstep.hub.quiet import quiet, stock
 from halfstep.hub.schedulers import StockSchedule, clipping, exact_steps, write_schedule
 from halfstep.hub.weights import check_weights
+from halfstep.models.model import Model
 from halfstep.nets import SD3, LoRA, StockNetwork, TableNetwork, merged
-from halfstep.runs import Manifest, Metrics, read_json, write_folder, write_text
-from halfstep.train.model import Model
+from halfstep.runs import Manifest, Metrics
+from halfstep.runtime.files import read_json, write_folder, write_text
 
 COPIED: Final = (".json", ".safetensors", ".txt", ".model")
 """Suffixes of the files of an origin's other parts that are copied."""

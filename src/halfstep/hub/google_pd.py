@@ -27,10 +27,11 @@ from torch import Tensor
 from halfstep.core.denoiser import NetworkDenoiser
 from halfstep.core.noise import VPCosine, processes
 from halfstep.core.prediction import predictions
+from halfstep.models.folder import save_stage
 from halfstep.nets import UNet2D, describe_network, unet2d_config
 from halfstep.registry import nearest
-from halfstep.runs import DamagedFile, Manifest, StageFolder, read_json, sha256_of
-from halfstep.train.model import save_stage
+from halfstep.runs import Manifest, StageFolder
+from halfstep.runtime.files import DamagedFile, read_json, sha256_of
 
 PROCESS: Final = VPCosine()
 """The process of every released model: the clipped cosine."""

@@ -22,9 +22,9 @@ from halfstep.core.clock import per_sample
 from halfstep.core.denoiser import GUIDANCE
 from halfstep.core.grids import uniform_times
 from halfstep.core.prediction import eps_from_x0
+from halfstep.models.model import Model
 from halfstep.nets import merged
 from halfstep.samplers import sample
-from halfstep.train.model import Model
 
 LARGEST: Final = int(1.4 * 2**30)
 """Bytes of weights that lie in the graph's own file; a protobuf cannot hold 2 GiB, and torch parts them from 1.5 on."""

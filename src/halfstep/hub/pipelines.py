@@ -21,9 +21,10 @@ from halfstep.hub.encoding import release_texts, text_conditions
 from halfstep.hub.quiet import quiet, stock
 from halfstep.hub.schedulers import Schedule, read_schedule
 from halfstep.hub.weights import PICKLED, check_weights, pickled_message
+from halfstep.models.model import Model
 from halfstep.nets import SD3, DiT, StockNetwork, UNet2D, UNet2DCondition, describe_network
-from halfstep.runs import DamagedFile, Manifest, Pipeline, read_json, sha256_of
-from halfstep.train.model import Model
+from halfstep.runs import Manifest, Pipeline
+from halfstep.runtime.files import DamagedFile, read_json, sha256_of
 
 START_STEPS: Final = 128
 """DDIM steps of an imported teacher at the start of its chain, where none are asked for: a compromise between what the

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from halfstep.metrics.features import FeatureExtractor, Measured, digest_of, extractors, in_batches
 from halfstep.metrics.images import unit_range
-from halfstep.runs import first_line
+from halfstep.runtime.files import first_line
 
 DEFAULT: Final = "facebook/dinov2-large"
 """The size that Stein et al. used."""

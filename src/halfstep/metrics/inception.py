@@ -21,7 +21,7 @@ from torch import Tensor
 
 from halfstep.metrics.features import FeatureExtractor, Measured, digest_of, extractors, in_batches
 from halfstep.metrics.images import as_rgb, to_uint8
-from halfstep.runs import DamagedFile, first_line
+from halfstep.runtime.files import DamagedFile, first_line
 
 PACKAGE: Final = "torch_fidelity"
 MODULE: Final = f"{PACKAGE}.feature_extractor_inceptionv3"

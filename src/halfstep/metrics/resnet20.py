@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from halfstep.metrics.features import FeatureExtractor, Measured, digest_of, extractors, in_batches
 from halfstep.metrics.images import unit_range
-from halfstep.runs import DamagedFile
+from halfstep.runtime.files import DamagedFile
 
 SIDE: Final = 32
 MEAN: Final = (0.485, 0.456, 0.406)

@@ -16,31 +16,3 @@ from halfstep.nets.mlp import MLP
 from halfstep.nets.stock import SD3, DiT, StockNetwork, TableNetwork, UNet2D, UNet2DCondition
 from halfstep.nets.surgery import on_clock, takes_guidance, with_guidance
 from halfstep.nets.unet2d import unet2d_config
-
-__all__ = [
-    "MLP",
-    "SD3",
-    "DiT",
-    "InHalf",
-    "LoRA",
-    "Network",
-    "StockNetwork",
-    "TableNetwork",
-    "UNet2D",
-    "UNet2DCondition",
-    "build_network",
-    "checkpoint_gradients",
-    "copy_network",
-    "describe_network",
-    "load_own_state",
-    "merged",
-    "networks",
-    "on_clock",
-    "own_state",
-    "set_dropout",
-    "takes_guidance",
-    "trainable",
-    "unet2d_config",
-    "with_guidance",
-    "with_lora",
-]

@@ -74,7 +74,7 @@ class TableNetwork(StockNetwork):
 
         On the CPU that costs up to half as much again in bfloat16, and some percent in float32 (benchmarks/step.py).
         """
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         if next(self.parameters()).device.type == "cuda":
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return self

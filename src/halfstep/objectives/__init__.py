@@ -5,20 +5,3 @@ from halfstep.objectives.denoising import Denoising
 from halfstep.objectives.halving import Halving, halving_target
 from halfstep.objectives.matching import GuidanceRange, Matching
 from halfstep.objectives.plan import EarlyEnd, Plan, Stage
-
-__all__ = [
-    "Batch",
-    "Denoising",
-    "EarlyEnd",
-    "GuidanceRange",
-    "Halving",
-    "Losses",
-    "Matching",
-    "Models",
-    "Objective",
-    "Plan",
-    "Stage",
-    "halving_target",
-    "objectives",
-    "weighted_x0_loss",
-]

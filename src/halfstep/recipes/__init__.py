@@ -15,26 +15,3 @@ from halfstep.recipes.schema import (
     UNetConfig,
     build,
 )
-
-__all__ = [
-    "ChainConfig",
-    "DataFacts",
-    "EngineConfig",
-    "EvaluationConfig",
-    "MLPConfig",
-    "ModelConfig",
-    "Recipe",
-    "TeacherConfig",
-    "UNetConfig",
-    "arrays",
-    "build",
-    "cifar10",
-    "cifar10_paper",
-    "digits",
-    "fashion_mnist",
-    "imagenet64_paper",
-    "images",
-    "lsun_bedroom128_paper",
-    "lsun_church128_paper",
-    "recipes",
-]

@@ -15,12 +15,17 @@ from halfstep.core.noise import NoiseProcess, VPCosine, VPTable
 from halfstep.core.prediction import Prediction, V, predictions
 from halfstep.core.weighting import weightings
 from halfstep.data import Data, DataConfig, LatentData, StandIn, open_data
+from halfstep.measure.evaluate import Evaluation
 from halfstep.metrics import extractors
+from halfstep.models.folder import blank_denoiser
+from halfstep.models.model import Model
+from halfstep.models.students import matched_student
 from halfstep.nets import MLP, Network, UNet2D, unet2d_config
 from halfstep.objectives import EarlyEnd, GuidanceRange, Plan
-from halfstep.runs import Manifest, cache_folder
-from halfstep.train import Evaluation, Model, RunSpec, blank_denoiser, matched_student
-from halfstep.train.trackers import chosen_trackers
+from halfstep.run.spec import RunSpec
+from halfstep.run.trackers import chosen_trackers
+from halfstep.runs import Manifest
+from halfstep.runtime.files import cache_folder
 
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]

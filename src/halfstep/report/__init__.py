@@ -6,5 +6,3 @@ The report is made from the run folder alone, without torch; the explorer loads 
 from halfstep.report.nearest import save_nearest
 from halfstep.report.page import headline, write_report
 from halfstep.report.reading import read_run
-
-__all__ = ["headline", "read_run", "save_nearest", "write_report"]

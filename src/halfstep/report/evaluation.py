@@ -10,8 +10,9 @@ from pathlib import Path
 
 from halfstep.report.study_figure import Panel, draw_panels
 from halfstep.report.study_figure import Series as Line
-from halfstep.runs import EvaluationResult, write_text
+from halfstep.runs import EvaluationResult
 from halfstep.runs.evaluation import EvaluationTable, Figure, Protocol, Row
+from halfstep.runtime.files import write_text
 
 
 def write_evaluation(result: EvaluationResult, folder: Path) -> list[Path]:

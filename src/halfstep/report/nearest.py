@@ -9,7 +9,8 @@ from markupsafe import Markup
 from halfstep.report import figures
 from halfstep.report.reading import UNREADABLE, NearestFacts
 from halfstep.report.words import count, number
-from halfstep.runs import RunFolder, write_arrays
+from halfstep.runs import RunFolder
+from halfstep.runtime.files import write_arrays
 
 
 def save_nearest(run: RunFolder, facts: NearestFacts, key: str) -> None:

@@ -17,7 +17,7 @@ from halfstep.report.reading import RunFacts, StudyFacts, read_run
 from halfstep.report.summary import KEPT, summarise
 from halfstep.report.words import count, duration, flatten, number, text, times
 from halfstep.runs import RunFolder
-from halfstep.runs.files import write_text
+from halfstep.runtime.files import write_text
 
 MOST_BYTES = 7_500_000
 """Of a page; larger pictures than that leave room for are shown fewer at a time."""

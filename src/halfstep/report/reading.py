@@ -16,17 +16,8 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from halfstep.runs import (
-    DamagedFile,
-    EvaluationResult,
-    Manifest,
-    Metrics,
-    RunFolder,
-    StageFolder,
-    is_finite,
-    read_json,
-    read_log,
-)
+from halfstep.runs import EvaluationResult, Manifest, Metrics, RunFolder, StageFolder, is_finite, read_log
+from halfstep.runtime.files import DamagedFile, read_json
 
 UNREADABLE = (
     OSError,

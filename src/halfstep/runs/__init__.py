@@ -17,51 +17,7 @@ RUN/
 """
 
 from halfstep.runs.evaluation import EvaluationResult
-from halfstep.runs.files import (
-    DamagedFile,
-    InUse,
-    cache_folder,
-    check_files,
-    first_line,
-    read_json,
-    sha256_of,
-    sweep,
-    write_arrays,
-    write_bytes,
-    write_folder,
-    write_json,
-    write_text,
-)
 from halfstep.runs.heartbeat import Heartbeat
 from halfstep.runs.log import RunLog, is_finite, read_log
 from halfstep.runs.schema import Manifest, Metrics, Pipeline, RunFolder, StageFolder
 from halfstep.runs.status import RunStatus, StageStatus, read_status
-
-__all__ = [
-    "DamagedFile",
-    "EvaluationResult",
-    "Heartbeat",
-    "InUse",
-    "Manifest",
-    "Metrics",
-    "Pipeline",
-    "RunFolder",
-    "RunLog",
-    "RunStatus",
-    "StageFolder",
-    "StageStatus",
-    "cache_folder",
-    "check_files",
-    "first_line",
-    "is_finite",
-    "read_json",
-    "read_log",
-    "read_status",
-    "sha256_of",
-    "sweep",
-    "write_arrays",
-    "write_bytes",
-    "write_folder",
-    "write_json",
-    "write_text",
-]

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from halfstep.runs.files import DamagedFile
+from halfstep.runtime.files import DamagedFile
 
 EVALUATION_FORMAT = 1
 """The version of evaluation.json; a reader refuses any other."""

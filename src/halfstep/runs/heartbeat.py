@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self, final
 
-from halfstep.runs.files import write_json
+from halfstep.runtime.files import write_json
 
 SECONDS: Final = 5.0
 """Time between two signs of life."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, TypeGuard
 
-from halfstep.runs.files import write_text
+from halfstep.runtime.files import write_text
 
 Row = dict[str, Any]
 

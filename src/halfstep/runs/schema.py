@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from halfstep.runs.evaluation import EvaluationResult, parse_evaluation
-from halfstep.runs.files import DamagedFile, check_files, read_json
+from halfstep.runtime.files import DamagedFile, check_files, read_json
 
 FORMAT = 2
 """The version of the layout; a reader refuses any other."""

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from halfstep.runs.files import DamagedFile, read_json
 from halfstep.runs.heartbeat import SECONDS, SILENT_SECONDS, this_machine
 from halfstep.runs.log import is_finite, read_log
 from halfstep.runs.schema import RunFolder, StageFolder
+from halfstep.runtime.files import DamagedFile, read_json
 
 StageState = Literal["to come", "training", "measuring", "done", "damaged"]
 RunState = Literal["running", "stopped", "finished", "diverged", "failed"]

@@ -16,25 +16,3 @@ from halfstep.samplers.runge_kutta import (
     NoiseToSignal,
     coordinates,
 )
-
-__all__ = [
-    "DDIM",
-    "RK4",
-    "Ancestral",
-    "Angle",
-    "Coordinate",
-    "DPMSolverPP2M",
-    "Euler",
-    "Heun",
-    "LogSNR",
-    "Memory",
-    "Midpoint",
-    "NoiseToSignal",
-    "Sampler",
-    "SamplerStep",
-    "StepNoise",
-    "coordinates",
-    "sample",
-    "samplers",
-    "trajectory",
-]

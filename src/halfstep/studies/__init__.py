@@ -4,21 +4,3 @@ from halfstep.studies import cost, integrators, sampling, schedules, table1
 from halfstep.studies.base import Bench, Cell, Row, Study, Table, run_study, studies
 from halfstep.studies.scales import SCALES, Scale
 from halfstep.studies.write import write_study
-
-__all__ = [
-    "SCALES",
-    "Bench",
-    "Cell",
-    "Row",
-    "Scale",
-    "Study",
-    "Table",
-    "cost",
-    "integrators",
-    "run_study",
-    "sampling",
-    "schedules",
-    "studies",
-    "table1",
-    "write_study",
-]

@@ -21,18 +21,23 @@ from torch import Tensor
 from halfstep.core.draw import sample_noise
 from halfstep.core.warnings import HalfstepWarning
 from halfstep.data import Data, open_data
+from halfstep.measure.evaluate import Evaluation, Reference, measure
 from halfstep.metrics import frechet_distance
+from halfstep.models.folder import load
+from halfstep.models.model import Model
 from halfstep.recipes import Recipe, build
 from halfstep.registry import Registry
 from halfstep.report.study_figure import Panel
-from halfstep.runs import RunFolder, cache_folder, read_json, write_json
+from halfstep.run.events import Event
+from halfstep.run.runner import run as run_spec
+from halfstep.runs import RunFolder
 from halfstep.runs.schema import Result
+from halfstep.runtime.environment import environment
+from halfstep.runtime.failures import NonFinite
+from halfstep.runtime.files import cache_folder, read_json, write_json
+from halfstep.runtime.stop import StopSignal
 from halfstep.samplers import Ancestral, Sampler
 from halfstep.studies.scales import Scale
-from halfstep.train import Event, Model, NonFinite, Reference, StopSignal, load, measure
-from halfstep.train import run as run_spec
-from halfstep.train.evaluate import Evaluation
-from halfstep.train.pipeline import environment
 
 Figures = dict[str, Any]
 """What a cell found, JSON-ready. A cell that diverged has only "diverged": why."""

@@ -4,11 +4,11 @@ import statistics
 from collections.abc import Sequence
 from typing import ClassVar, final
 
+from halfstep.models.folder import load
 from halfstep.report.study_figure import Panel, Series
 from halfstep.studies.base import Bench, Cell, Figures, Row, Study, Table, studies
 from halfstep.studies.scales import Scale
 from halfstep.studies.show import number, spread, where
-from halfstep.train import load
 
 
 def students_by(start: int, factor: int) -> tuple[int, ...]:

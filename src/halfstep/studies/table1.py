@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from typing import ClassVar, final
 
+from halfstep.models.folder import load
 from halfstep.report.study_figure import Panel, Series
+from halfstep.runtime.failures import NonFinite
 from halfstep.studies.base import Bench, Cell, Figures, Row, Study, Table, studies
 from halfstep.studies.published import TABLE_1
 from halfstep.studies.scales import Scale
 from halfstep.studies.show import spread, where
-from halfstep.train import NonFinite, load
 
 SAMPLERS = ("ancestral", "ddim")
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from halfstep.report.study_figure import draw_panels
-from halfstep.runs import write_text
+from halfstep.runtime.files import write_text
 from halfstep.studies.base import Row, Study, studies
 from halfstep.studies.scales import Scale
 

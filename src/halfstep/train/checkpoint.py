@@ -17,17 +17,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final, final
 
-from halfstep.runs import (
-    DamagedFile,
-    StageFolder,
-    check_files,
-    read_json,
-    write_folder,
-    write_json,
-)
+from halfstep.runs import StageFolder
+from halfstep.runtime.files import DamagedFile, check_files, read_json, write_folder, write_json
+from halfstep.runtime.processes import Processes
+from halfstep.runtime.tensors import check_written, read_tensors, write_tensors
 from halfstep.train.engine import StageTrainer, State
-from halfstep.train.processes import Processes
-from halfstep.train.tensors import check_written, read_tensors, write_tensors
 
 KEPT: Final = 2
 """Checkpoints of a stage that are kept: the latest, and the one before it."""

@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, final
+from typing import Any, final
 
 import torch
 from accelerate import Accelerator
@@ -22,14 +22,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from halfstep.core.denoiser import Denoiser, NetworkDenoiser
 from halfstep.core.draw import Draw, generator_for
-from halfstep.nets import copy_network, load_own_state, own_state, set_dropout, trainable
+from halfstep.nets import load_own_state, own_state, set_dropout, trainable
 from halfstep.objectives import Batch, Models, Stage
+from halfstep.runtime.failures import NonFinite, OutOfMemory, is_out_of_memory
+from halfstep.runtime.processes import TIMEOUT_MINUTES, Processes
+from halfstep.runtime.stop import Interrupted, StopSignal, at_once
 from halfstep.train.ema import EMA
-from halfstep.train.failures import NonFinite, OutOfMemory, Recent, in_words, is_out_of_memory
 from halfstep.train.feed import Batches, Fed, Feed
-from halfstep.train.processes import TIMEOUT_MINUTES, Processes
+from halfstep.train.optimizers import flatten_state, make_optimizer
+from halfstep.train.recent import Recent, in_words
 from halfstep.train.sharding import SHARDINGS, fill, is_sharded, load_whole, shard, skeleton, spread_as, unsynced, whole
-from halfstep.train.stop import Interrupted, StopSignal, at_once
 
 State = dict[str, dict[str, Tensor]]
 """What a checkpoint holds: tensors by name, for "student", "ema", "optimizer" and "early_end"."""
@@ -546,48 +548,3 @@ def _check_sharding(sharding: str, accelerator: Accelerator, optimizer: str, com
             f"the optimizer {optimizer} cannot be sharded, which makes moments smaller by itself: use adamw, or leave "
             "--engine.sharding out"
         )
-
-
-def copy_denoiser(denoiser: NetworkDenoiser) -> NetworkDenoiser:
-    """A student: the same process and prediction, and a copy of the network with weights that can be trained."""
-    return NetworkDenoiser(copy_network(denoiser.network), denoiser.process, denoiser.prediction)
-
-
-OPTIMIZERS: Final = ("adamw", "adamw8bit", "paged_adamw8bit")
-"""AdamW; and bitsandbytes' AdamW with moments of 8 bits, in the second case moved out of a full GPU's memory."""
-
-
-def make_optimizer(kind: str, parameters: list[torch.nn.Parameter], stage: Stage) -> torch.optim.Optimizer:
-    """The optimiser of a stage.
-
-    Raises:
-        ValueError: if the kind is unknown or the package bitsandbytes is missing.
-    """
-    settings: dict[str, Any] = {
-        "lr": stage.learning_rate, "betas": stage.adam_betas, "weight_decay": stage.weight_decay
-    }  # fmt: skip
-    if kind == "adamw":
-        fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
-        return torch.optim.AdamW(parameters, fused=fused, **settings)
-    if kind not in OPTIMIZERS:
-        raise ValueError(f"unknown optimizer {kind!r} (known: {', '.join(OPTIMIZERS)})")
-    try:
-        import bitsandbytes
-    except ImportError:
-        raise ValueError(f"the optimizer {kind} needs the package bitsandbytes: pip install bitsandbytes") from None
-    for parameter in parameters:
-        # It does so itself at its first step, after the moments of a resumed stage were laid out like the weights.
-        parameter.data = parameter.data.contiguous()
-    made = {"adamw8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw8bit": bitsandbytes.optim.PagedAdamW8bit}
-    optimizer: torch.optim.Optimizer = made[kind](parameters, **settings)
-    return optimizer
-
-
-def flatten_state(entry: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """What an optimiser holds of one parameter: tensors by name, those of a nested group as "group/name"."""
-    for key, value in entry.items():
-        if isinstance(value, Mapping):
-            yield from flatten_state(value, f"{prefix}{key}/")
-        else:
-            # Groups hold tensors that several parameters share, which a file of tensors must not.
-            yield f"{prefix}{key}", torch.as_tensor(value).clone() if prefix else torch.as_tensor(value)

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from halfstep.runs import DamagedFile
+from halfstep.runtime.files import DamagedFile
 
 CHUNK: Final = 1 << 20
 """Bytes that are compared at once."""

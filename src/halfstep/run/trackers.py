@@ -17,7 +17,7 @@ import numpy as np
 from accelerate.tracking import TensorBoardTracker, TrackioTracker, WandBTracker
 from PIL import Image
 
-from halfstep.runs import write_text
+from halfstep.runtime.files import write_text
 
 TRACKERS: Final = ("tensorboard", "wandb", "trackio")
 """Trackers by the names of their packages, which are those of halfstep's extras too."""

@@ -20,8 +20,8 @@ from typing import Any, Final, final
 import numpy as np
 from markupsafe import Markup, escape
 
+from halfstep.explore.explorer import Answer, Explorer, Shown
 from halfstep.report import figures
-from halfstep.report.exploring import Answer, Explorer, Shown
 from halfstep.report.words import count, number
 
 LARGEST_QUEUE: Final = 32

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from halfstep.core.warnings import HalfstepWarning
 from halfstep.data import Data
+from halfstep.measure.samples import conditions_for
+from halfstep.models.model import Model, samples_at_once
 from halfstep.runs import Manifest
+from halfstep.runtime.failures import NonFinite, told_when_out_of_memory
+from halfstep.runtime.stop import StopSignal
 from halfstep.samplers import Sampler
-from halfstep.train.evaluate import conditions_for
-from halfstep.train.failures import NonFinite, told_when_out_of_memory
-from halfstep.train.model import Model, samples_at_once
-from halfstep.train.stop import StopSignal
 
 
 class Drawn(NamedTuple):

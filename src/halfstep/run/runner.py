@@ -8,302 +8,40 @@ import contextlib
 import errno
 import functools
 import math
-import os
-import platform
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final, Literal, NoReturn, final
+from typing import Any, Final, NoReturn, final
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from torch import Tensor
 
-from halfstep.core.denoiser import Denoiser, NetworkDenoiser
-from halfstep.core.draw import Draw, generator_for
-from halfstep.core.noise import NoiseProcess, processes
-from halfstep.core.prediction import Prediction, predictions
-from halfstep.data import Data, MemoryData, held_on, training_batch
-from halfstep.nets import LoRA, Network, checkpoint_gradients, describe_network, merged
-from halfstep.objectives import Batch, Matching, Plan, Stage, objectives
-from halfstep.runs import (
-    DamagedFile,
-    Heartbeat,
-    InUse,
-    Manifest,
-    Metrics,
-    RunFolder,
-    RunLog,
-    StageFolder,
-    sweep,
-    write_arrays,
-    write_json,
-)
+from halfstep.core.denoiser import NetworkDenoiser
+from halfstep.core.noise import processes
+from halfstep.core.prediction import predictions
+from halfstep.data import Data, MemoryData
+from halfstep.measure.evaluate import Evaluation, Reference, measure
+from halfstep.models.folder import drop_weights, load, save_stage
+from halfstep.models.model import Model
+from halfstep.nets import LoRA, describe_network, merged
+from halfstep.objectives import Matching, Stage, objectives
+from halfstep.run.events import Event, Measured, Notice, Progress, StageEnd, StageStart
+from halfstep.run.folder import _take_folder, flatten
+from halfstep.run.spec import RunSpec
+from halfstep.run.start import trainer_for
+from halfstep.run.trackers import Trackers
+from halfstep.runs import Heartbeat, Manifest, Metrics, RunFolder, RunLog, StageFolder
 from halfstep.runs.schema import Result
-from halfstep.runs.storage import last_good, no_storage
+from halfstep.runtime.failures import NonFinite, told_when_out_of_memory
+from halfstep.runtime.files import DamagedFile, write_arrays, write_json
+from halfstep.runtime.processes import Lookout, LostProcess, Processes, is_lost, make_accelerator
+from halfstep.runtime.stop import Interrupted, StopSignal, at_once
+from halfstep.runtime.storage import last_good, no_storage
 from halfstep.train.checkpoint import CheckpointWriter, micro_batch_of, remove_checkpoints, resume
 from halfstep.train.engine import StageTrainer, Window
-from halfstep.train.evaluate import Evaluation, Reference, measure
-from halfstep.train.failures import KEPT, NonFinite, told_when_out_of_memory
-from halfstep.train.feed import Batches, updates_ahead
-from halfstep.train.matching import asked, start_student, viewed
-from halfstep.train.model import Model, drop_weights, load, save_stage
-from halfstep.train.processes import TIMEOUT_MINUTES, Lookout, LostProcess, Processes, is_lost, make_accelerator
-from halfstep.train.stop import Interrupted, StopSignal, at_once
-from halfstep.train.trackers import Trackers, chosen_trackers
-
-
-@final
-@dataclass(frozen=True)
-class RunSpec:
-    """Everything that a run needs, as objects. Recipes make it."""
-
-    recipe: Mapping[str, Any]
-    """The recipe as data: what recipe.json holds, and what decides whether a folder is of this run."""
-    plan: Plan
-    data: Data
-    process: NoiseProcess
-    prediction: Prediction
-    network: Callable[[], Network] | None = None
-    """Makes a fresh network for the first stage; not called when there is a `teacher`."""
-    teacher: Model | None = None
-    """The model to start the chain from, in the place of a first stage."""
-    start_steps: int | None = None
-    """Steps of the first teacher of the chain."""
-    matched: Callable[[NetworkDenoiser], NetworkDenoiser] | None = None
-    """Makes the student of a matching stage from its teacher, as it is before the first update."""
-    guidance: tuple[float, float] | None = None
-    """Guidance scales that a matching stage takes into the network; equal for one scale."""
-    conditional: bool = True
-    """Whether models are told the class of a sample, where the data has classes."""
-    flip: bool = False
-    clip: bool = False
-    seed: int = 0
-    precision: str = "float32"
-    cpu: bool = False
-    micro_batch: int | Literal["auto"] | None = None
-    """Samples that go through the network at once; None for a process' whole share of the batch, "auto" for the
-    largest part of it that fits into memory."""
-    lora_rank: int | None = None
-    """Rank of the additions that students are; None for students that are trained whole."""
-    sharding: str = "none"
-    """"full" spreads the weights of teacher and student over the processes."""
-    timeout_minutes: float = TIMEOUT_MINUTES
-    """Minutes after which a process that does not answer is given up."""
-    trackers: tuple[str, ...] = ()
-    """Of `trackers.TRACKERS`."""
-    optimizer: str = "adamw"
-    """One of `engine.OPTIMIZERS`."""
-    teacher_precision: str = "float32"
-    """"float32", or "bf16" for teachers whose weights are kept and asked in bfloat16."""
-    gradient_checkpointing: bool = False
-    """Whether the student's activations are computed again in the backward pass in the place of being kept."""
-    compiled: bool = False
-    """Whether torch compiles the networks."""
-    log_every: int = 50
-    checkpoint_updates: int = 5000
-    checkpoint_minutes: float = 10.0
-    keep: tuple[int, ...] | None = None
-    """Students, by their steps, whose weights stay on disk; None for all. The first model of the chain and the last
-    always stay."""
-    evaluation: Evaluation | None = None
-    cache: Path | None = None
-    """Where the feature classifier's weights are kept."""
-    free: tuple[str, ...] = field(default=())
-    """Dotted names of recipe fields that may change when a run goes on."""
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    """Recipe fields with their defaults: what a run's recipe means that was written before a field was there."""
-
-    @property
-    def num_classes(self) -> int:
-        """Classes that the models are conditioned on; 0 for none."""
-        if self.teacher is not None:
-            return self.teacher.num_classes
-        return self.data.num_classes if self.conditional else 0
-
-    @property
-    def set_micro_batch(self) -> int | None:
-        """The micro batch that was asked for; None for the whole share, or as long as it is not known what fits."""
-        return None if self.micro_batch == "auto" else self.micro_batch
-
-    def batches(self, device: torch.device) -> Batches:
-        """The training batches, with the data held on the device if it is small."""
-        data = held_on(device, self.data)
-        shown = {"class_labels"} if self.conditional else set()
-        if self.teacher is not None:
-            shown |= set(self.teacher.manifest.conditions)
-
-        def batch(draw: Draw) -> Batch:
-            x0, cond = training_batch(data, draw, self.flip)
-            return Batch(x0, {name: value for name, value in cond.items() if name in shown})
-
-        return batch
-
-
-class Event:
-    """Something that happened in a run."""
-
-
-@final
-@dataclass(frozen=True)
-class StageStart(Event):
-    name: str
-    index: int
-    stage: Stage
-    resumed_at: int
-    """Updates that a checkpoint brought; 0 for a fresh start."""
-
-
-@final
-@dataclass(frozen=True)
-class Progress(Event):
-    name: str
-    num_updates: int
-    window: Window
-
-
-@final
-@dataclass(frozen=True)
-class StageEnd(Event):
-    name: str
-    seconds: float
-    was_there: bool
-    """Whether the stage was complete before this call."""
-
-
-@final
-@dataclass(frozen=True)
-class Measured(Event):
-    name: str
-    result: Result
-
-
-@final
-@dataclass(frozen=True)
-class Notice(Event):
-    text: str
-
-
-class DifferentRecipe(ValueError):
-    """The folder holds a run of another recipe; the message shows the difference."""
-
-
-def environment() -> dict[str, Any]:
-    """Versions, commit, machine and command line: what a reader needs to judge or repeat a run."""
-    versions = {}
-    for package in ("halfstep", "torch", "diffusers", "accelerate", "numpy"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "unknown"
-    try:
-        commit = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"],
-            capture_output=True, text=True, timeout=5, check=False,
-        ).stdout.strip()  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired):
-        commit = ""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else (platform.processor() or platform.machine())
-    return {
-        "versions": versions,
-        "python": platform.python_version(),
-        "git_commit": commit or None,
-        "platform": platform.platform(),
-        "device": device,
-        "cpu_count": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "command": " ".join(["halfstep", *sys.argv[1:]]),
-        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-    }
-
-
-def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested data under dotted names."""
-    flat: dict[str, Any] = {}
-    for key, value in data.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def differences(
-    old: Mapping[str, Any],
-    new: Mapping[str, Any],
-    free: tuple[str, ...] = (),
-    defaults: Mapping[str, Any] | None = None,
-) -> list[str]:
-    """The fields in which two recipes differ, as "name: new value (the folder has old value)".
-
-    Args:
-        defaults: of fields that the old one need not have.
-    """
-    a, b = flatten(old), flatten(new)
-    a = {name: value for name, value in flatten(defaults or {}).items() if name in b} | a
-    missing = "nothing"
-    return [
-        f"{name}: {b.get(name, missing)} (the folder has {a.get(name, missing)})"
-        for name in sorted(a.keys() | b.keys())
-        if a.get(name) != b.get(name) and name not in free
-    ]
-
-
-def fresh_denoiser(spec: RunSpec) -> NetworkDenoiser:
-    """The run's untrained denoiser: its weights are a function of the seed.
-
-    Raises:
-        ValueError: if the spec has no network.
-    """
-    if spec.network is None:
-        raise ValueError("the plan's first stage needs a network or a teacher, and there is neither")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator_for(spec.seed, "weights").initial_seed())
-        network = spec.network()
-    return NetworkDenoiser(network, spec.process, spec.prediction)
-
-
-def pair_for(spec: RunSpec, stage: Stage, parent: Model | None) -> tuple[NetworkDenoiser, Denoiser | None]:
-    """The student of a stage as it is before the first update, and the denoiser that it learns from."""
-    if parent is None:
-        return fresh_denoiser(spec), None
-    if not isinstance(stage.objective, Matching):
-        return start_student(parent.denoiser, spec.lora_rank), asked(parent.denoiser, spec.teacher_precision)
-    if spec.matched is None:
-        raise ValueError("the plan has a matching stage, but nothing says what its student is")
-    student = start_student(spec.matched(parent.denoiser), spec.lora_rank)
-    teacher = asked(parent.denoiser, spec.teacher_precision)
-    return student, viewed(teacher, student.process, spec.guidance, parent.null)
-
-
-def trainer_for(
-    spec: RunSpec, stage: Stage, stream: str, parent: Model | None, accelerator: Accelerator
-) -> StageTrainer:
-    """The trainer of a stage: of a fresh network, or of what its parent's is made into."""
-    student, teacher = pair_for(spec, stage, parent)
-    if spec.gradient_checkpointing:
-        checkpoint_gradients(student.network)
-    return StageTrainer(
-        student,
-        teacher,
-        stage,
-        spec.batches(accelerator.device),
-        seed=spec.seed,
-        stream=stream,
-        accelerator=accelerator,
-        micro_batch=spec.set_micro_batch,
-        optimizer=spec.optimizer,
-        ahead=updates_ahead(accelerator.device, reads_files=not isinstance(spec.data, MemoryData)),
-        compiled=spec.compiled,
-        sharding=spec.sharding,
-        timeout_minutes=spec.timeout_minutes,
-    )
+from halfstep.train.recent import KEPT
 
 
 def run(spec: RunSpec, path: Path, stop: StopSignal | None = None) -> Iterator[Event]:
@@ -358,22 +96,6 @@ def run(spec: RunSpec, path: Path, stop: StopSignal | None = None) -> Iterator[E
         lock.release()
 
 
-def _take_folder(spec: RunSpec, folder: RunFolder, lock: FileLock) -> str:
-    """Makes the folder the run's own, and returns the fingerprint of its data."""
-    path = folder.path
-    _check_folder(spec, folder)
-    chosen_trackers(spec.trackers)
-    path.mkdir(parents=True, exist_ok=True)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise InUse(f"{path} is being written by another halfstep process: wait for it, or choose --out") from None
-    sweep(path)
-    if not folder.recipe_path.exists():
-        _write_recipe(spec, folder)
-    return spec.data.fingerprint
-
-
 STARVED: Final = 0.2
 """Share of its time from which on a run is told that it waits for its data."""
 
@@ -409,54 +131,6 @@ def _with_remedy(folder: StageFolder) -> Iterator[None]:
             f"{error}; put a copy of it back, or remove {folder.path} and the stages after it and run the same command "
             "again, which trains them anew"
         ) from None
-
-
-def _check_folder(spec: RunSpec, folder: RunFolder) -> None:
-    if folder.recipe_path.exists():
-        held = folder.recipe()
-        changed = differences(held["recipe"], spec.recipe, spec.free, spec.defaults)
-        if changed:
-            raise DifferentRecipe(
-                f"{folder.path} holds a run of a different recipe; choose another --out. Different: "
-                + "; ".join(changed[:8])
-                + (f"; and {len(changed) - 8} more" if len(changed) > 8 else "")
-            )
-        if held.get("data_fingerprint") not in (None, spec.data.fingerprint):
-            raise DifferentRecipe(
-                f"{folder.path} holds a run on other data: {spec.data.source} has changed since; choose another --out"
-            )
-    elif folder.path.exists() and not folder.path.is_dir():
-        raise ValueError(f"{folder.path} is a file, not a folder: choose another --out")
-    elif folder.path.is_dir() and any(not _is_ours(entry) for entry in folder.path.iterdir()):
-        raise ValueError(f"{folder.path} is not empty and holds no run (no recipe.json): choose another --out")
-
-
-def _is_ours(entry: Path) -> bool:
-    """Whether an entry of a folder without recipe.json is what a run leaves that was killed before it wrote that."""
-    return entry.name == ".lock" or (entry.name.startswith(".recipe.json.") and entry.name.endswith(".tmp"))
-
-
-def _write_recipe(spec: RunSpec, folder: RunFolder) -> None:
-    first = 1 if spec.teacher is not None else 0
-    names = (["00-teacher"] if first else []) + spec.plan.names(first)
-    stages: list[Stage | None] = ([None] if first else []) + list(spec.plan.stages)
-    write_json(
-        folder.recipe_path,
-        {
-            "recipe": dict(spec.recipe),
-            "data_fingerprint": spec.data.fingerprint,
-            "plan": [
-                {
-                    "stage": name,
-                    "num_steps": None if stage is None else stage.num_steps,
-                    "num_updates": 0 if stage is None else stage.num_updates,
-                    "update_cost": 0 if stage is None else stage.update_cost,
-                }
-                for name, stage in zip(names, stages, strict=True)
-            ],
-            "environment": environment(),
-        },
-    )
 
 
 @final

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Final
 
-from halfstep.runs.files import InUse
+from halfstep.runtime.files import InUse
 
 FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 GONE: Final = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO, errno.EROFS, errno.ETIMEDOUT)

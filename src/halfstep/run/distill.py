@@ -14,12 +14,12 @@ from halfstep.core.noise import NoiseProcess
 from halfstep.core.prediction import Prediction
 from halfstep.core.weighting import Weighting
 from halfstep.data import Data, DataConfig, MemoryData, held_on, open_data, training_batch
+from halfstep.models.model import Model
+from halfstep.models.students import copy_denoiser, matched_student, viewed
 from halfstep.objectives import Batch, GuidanceRange, Halving, Plan
-from halfstep.train.engine import StageTrainer, Window, copy_denoiser
+from halfstep.runtime.processes import make_accelerator
+from halfstep.train.engine import StageTrainer, Window
 from halfstep.train.feed import Batches, updates_ahead
-from halfstep.train.matching import matched_student, viewed
-from halfstep.train.model import Model
-from halfstep.train.processes import make_accelerator
 
 Source = Tensor | np.ndarray | Data | str | Iterable[Any]
 """Where batches come from; see `distill`."""

@@ -26,15 +26,17 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+from halfstep.measure.evaluate import Reference
+from halfstep.measure.samples import samples_array
+from halfstep.measure.sources import Drawn, Source
 from halfstep.metrics import METRICS, Figures, figures_of, figures_of_halves, from_uint8, paired_figures, why_no_lpips
-from halfstep.runs import DamagedFile, EvaluationResult, InUse, read_json, write_folder, write_json
+from halfstep.runs import EvaluationResult
 from halfstep.runs.evaluation import EvaluationTable, Figure, Halves, Protocol, Row, Series
-from halfstep.train.evaluate import Reference, samples_array
-from halfstep.train.failures import NonFinite, told_when_out_of_memory
-from halfstep.train.pipeline import environment
-from halfstep.train.processes import Processes
-from halfstep.train.sources import Drawn, Source
-from halfstep.train.stop import StopSignal
+from halfstep.runtime.environment import environment
+from halfstep.runtime.failures import NonFinite, told_when_out_of_memory
+from halfstep.runtime.files import DamagedFile, InUse, read_json, write_folder, write_json
+from halfstep.runtime.processes import Processes
+from halfstep.runtime.stop import StopSignal
 
 FIGURES_FORMAT: Final = 1
 """Of the kept figures; another number when a metric changes, so that old ones are taken anew."""

@@ -9,12 +9,13 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from halfstep.core.denoiser import GUIDANCE
+from halfstep.models.folder import blank_denoiser
+from halfstep.models.students import start_student
 from halfstep.nets import checkpoint_gradients, takes_guidance, trainable
 from halfstep.objectives import Stage
-from halfstep.train.matching import start_student
-from halfstep.train.model import blank_denoiser
-from halfstep.train.pipeline import RunSpec, trainer_for
-from halfstep.train.processes import make_accelerator
+from halfstep.run.spec import RunSpec
+from halfstep.run.start import trainer_for
+from halfstep.runtime.processes import make_accelerator
 
 FLOPS_OF_A_TRIAL = 1e11
 """Arithmetic of an update that is timed: seconds on a CPU, moments on a GPU."""

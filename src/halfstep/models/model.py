@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import final
 
 import torch
@@ -11,14 +10,12 @@ from torch import Tensor
 from halfstep.core.denoiser import GUIDANCE, Clipped, Cond, Denoiser, Guided, NetworkDenoiser, warn_of_gain
 from halfstep.core.draw import sample_labels, sample_noise, step_noise
 from halfstep.core.grids import check_num_steps
-from halfstep.core.noise import NoiseProcess, processes
-from halfstep.core.prediction import Denoised, Prediction, predictions
+from halfstep.core.noise import NoiseProcess
+from halfstep.core.prediction import Denoised
 from halfstep.core.warnings import HalfstepWarning
-from halfstep.nets import LoRA, build_network, load_own_state, own_state
-from halfstep.runs import DamagedFile, Manifest, RunFolder, StageFolder, write_json
+from halfstep.runs import Manifest
+from halfstep.runtime.failures import is_out_of_memory
 from halfstep.samplers import Sampler, sample
-from halfstep.train.failures import is_out_of_memory
-from halfstep.train.tensors import check_written, read_tensors, write_tensors
 
 
 def samples_at_once(device: torch.device) -> int:
@@ -264,111 +261,3 @@ class Model(Denoiser):
                 continue
             first += len(part)
         return torch.cat(chunks) if chunks else torch.empty(0, *self.shape)
-
-
-def save_stage(
-    folder: StageFolder, denoiser: NetworkDenoiser, manifest: Manifest, null: Mapping[str, Tensor] | None = None
-) -> Manifest:
-    """Writes model.safetensors (and null.safetensors) and then manifest.json, whose appearance says that the stage is
-    complete.
-
-    Raises:
-        OSError: if the disk is full or gone.
-        DamagedFile: if what is read back is not what was written; there is no manifest then.
-    """
-    folder.path.mkdir(parents=True, exist_ok=True)
-    contents = {folder.model: own_state(denoiser.network)}
-    if null:
-        contents[folder.null] = dict(null)
-    digests = {}
-    for file, tensors in contents.items():
-        temporary = file.with_name(f".{file.name}.tmp")
-        try:
-            held = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-            write_tensors(held, temporary)
-            digests[file.name] = check_written(held, temporary)
-            temporary.replace(file)
-        finally:
-            temporary.unlink(missing_ok=True)
-    complete = manifest.model_copy(update={"files": digests})
-    write_json(folder.manifest_path, complete.model_dump(mode="json"))
-    return complete
-
-
-def drop_weights(folder: StageFolder) -> None:
-    """Removes a complete stage's weights, and says so in its manifest first: a cut between the two is made good by a
-    second call."""
-    manifest = folder.manifest(verify=False)
-    if manifest.weights_kept:
-        dropped = manifest.model_copy(update={"weights_kept": False, "files": {}})
-        write_json(folder.manifest_path, dropped.model_dump(mode="json"))
-    folder.model.unlink(missing_ok=True)
-
-
-def find_stage(path: Path) -> StageFolder:
-    """The stage that `path` means: itself, or the last complete stage of the run that it is.
-
-    Raises:
-        ValueError: if it is neither.
-    """
-    if not path.exists():
-        raise ValueError(f"{path} does not exist: give the folder of a run or of one of its stages")
-    if path.is_dir() and (path / "manifest.json").is_file():
-        return StageFolder(path)
-    stages = RunFolder(path).stages() if path.is_dir() else []
-    if stages:
-        return stages[-1]
-    if (path / "recipe.json").is_file():
-        raise ValueError(f"{path} is a run without a complete stage: let it train first")
-    raise ValueError(f"{path} is no model: give the folder of a run or of one of its stages (with a manifest.json)")
-
-
-def blank_denoiser(manifest: Manifest) -> NetworkDenoiser:
-    """The denoiser that a manifest describes, with fresh weights.
-
-    Raises:
-        ValueError: if the manifest names a network, process or prediction that is not known here.
-    """
-    process: NoiseProcess = processes.rebuild(manifest.process)
-    prediction: Prediction = predictions.rebuild(manifest.prediction)
-    return NetworkDenoiser(build_network(manifest.network), process, prediction)
-
-
-def base_of(folder: StageFolder, manifest: Manifest) -> StageFolder:
-    """The stage whose weights a stage's are added to, after checking its files.
-
-    Raises:
-        DamagedFile: if it is not there or not whole.
-    """
-    base = StageFolder(folder.path.parent / str(manifest.base))
-    if not base.is_complete() or not base.manifest().weights_kept:
-        raise DamagedFile(
-            f"{folder.path} holds low-rank additions to the weights of {manifest.base}, which are not beside it: copy "
-            "the run whole"
-        )
-    return base
-
-
-def load(path: str | Path, device: str | torch.device = "cpu") -> Model:
-    """The model in `path`: the folder of a stage, or of a run, which means its last complete stage.
-
-    Raises:
-        ValueError: if there is no model, or (DamagedFile) a file of it is missing, altered or does not fit.
-    """
-    folder = find_stage(Path(path))
-    manifest = folder.manifest()
-    if not manifest.weights_kept:
-        raise ValueError(
-            f"{folder.path} has no weights any more: its run was asked to keep those of other stages only "
-            "(chain.keep); load another stage"
-        )
-    denoiser = blank_denoiser(manifest)
-    try:
-        if isinstance(denoiser.network, LoRA):
-            denoiser.network.load_base(read_tensors(base_of(folder, manifest).model))
-        load_own_state(denoiser.network, read_tensors(folder.model))
-    except RuntimeError as error:
-        raise DamagedFile(f"{folder.model} does not fit its manifest: {str(error).splitlines()[-1].strip()}") from None
-    denoiser.eval()
-    null = read_tensors(folder.null) if folder.null.name in manifest.files else {}
-    return Model(denoiser, manifest, null).to(device)

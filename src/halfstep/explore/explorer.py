@@ -21,11 +21,12 @@ from torch import Tensor
 
 from halfstep.core.draw import between
 from halfstep.core.warnings import HalfstepWarning
-from halfstep.runs import DamagedFile, Manifest, RunFolder, StageFolder
+from halfstep.measure.samples import samples_array
+from halfstep.models.folder import find_stage, load
+from halfstep.models.model import Model
+from halfstep.runs import Manifest, RunFolder, StageFolder
+from halfstep.runtime.files import DamagedFile
 from halfstep.samplers import DDIM, trajectory
-from halfstep.train import Model, load
-from halfstep.train.evaluate import samples_array
-from halfstep.train.model import find_stage
 
 KEPT_BYTES = 2 * 2**30
 """Of weights that stay in memory; beyond it, the model that was used longest ago goes."""
@@ -328,7 +329,7 @@ class Explorer:
     def _whole(what: str, value: object, low: int, high: int) -> int:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if number and low <= value <= high and value == int(value):  # type: ignore[operator, call-overload]
-            return int(value)  # type: ignore[call-overload, no-any-return]
+            return int(value)  # type: ignore[call-overload]
         raise ValueError(f"{what} must be a whole number from {low} to {high:,}, got {_short(value)}")
 
     def _class(self, value: object) -> int | None:

@@ -4,39 +4,34 @@ Images are measured as they would be saved: rounded to uint8. The seeds are 0, 1
 shown the same noise, and "distance to the teacher" compares samples of the same noise.
 """
 
-import io
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from halfstep.core.draw import generator_for
 from halfstep.data import Data
+from halfstep.measure.samples import _as_measured, conditions_for, keep_samples
 from halfstep.metrics import (
     Classifier,
     Measured,
     extractor_for,
     extractors,
     frechet_of_moments,
-    from_uint8,
     kernel_distance,
     moments_of,
     real_features,
     rmse,
-    to_uint8,
 )
-from halfstep.runs import write_arrays, write_bytes
+from halfstep.models.model import Model, check_precision, samples_at_once
 from halfstep.runs.schema import Result
+from halfstep.runtime.failures import NonFinite, told_when_out_of_memory
+from halfstep.runtime.processes import Processes
+from halfstep.runtime.stop import StopSignal
 from halfstep.samplers import DDIM, Ancestral, Sampler, samplers
-from halfstep.train.failures import NonFinite, told_when_out_of_memory
-from halfstep.train.model import Model, check_precision, samples_at_once
-from halfstep.train.processes import Processes
-from halfstep.train.stop import StopSignal
 
 CLASSIFIER_ROWS = 10_000
 """Real samples at most on which the classifier is trained, however many there are to compare with: its features must
@@ -138,47 +133,6 @@ class Reference:
             self.protocol["classifier_accuracy"] = round(self.extractor.accuracy, 4)
 
 
-def samples_array(x0: Tensor, is_image: bool) -> np.ndarray:
-    """What is written into an .npz: uint8 `[n, h, w, c]` for images `[n, c, h, w]`, float32 as it is otherwise."""
-    if is_image:
-        return to_uint8(x0).permute(0, 2, 3, 1).contiguous().numpy()
-    return x0.float().numpy()
-
-
-def grid_image(pixels: np.ndarray, columns: int | None = None, gap: int = 1) -> Image.Image:
-    """A picture of all images uint8 `[n, h, w, c]` side by side, small ones enlarged to be seen.
-
-    Args:
-        columns: a square by default.
-    """
-    count, height, width, channels = pixels.shape
-    across = columns or int(np.ceil(np.sqrt(count)))
-    down = -(-count // across)
-    canvas = np.full((down * (height + gap) - gap, across * (width + gap) - gap, channels), 255, np.uint8)
-    for index, picture in enumerate(pixels):
-        top, left = (index // across) * (height + gap), (index % across) * (width + gap)
-        canvas[top : top + height, left : left + width] = picture
-    image = Image.fromarray(canvas.squeeze(-1) if channels == 1 else canvas)
-    factor = max(1, 32 // max(height, width))
-    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-
-
-def conditions_for(model: Model, data: Data, seeds: list[int]) -> dict[str, Tensor]:
-    """What the model is shown beside a class, for samples of these seeds: the conditions of data sample seed modulo
-    their number. Empty for a model that needs none.
-
-    Raises:
-        ValueError: if the data has no such conditions.
-    """
-    if not model.manifest.conditions:
-        return {}
-    cond = data.fetch(torch.tensor([seed % len(data) for seed in seeds])).cond
-    for name in model.manifest.conditions:
-        if name not in cond:
-            raise ValueError(f"the model is conditioned on {name}, which {data.source} does not hold")
-    return {name: cond[name] for name in model.manifest.conditions}
-
-
 def measure(
     model: Model,
     num_steps: int,
@@ -250,19 +204,3 @@ def measure(
         ).model_dump()
 
     return Result.model_validate(together.on_main(figures)), compared[0] if compared else None
-
-
-def _as_measured(x0: Tensor, is_image: bool) -> Tensor:
-    return from_uint8(to_uint8(x0)) if is_image else x0
-
-
-def keep_samples(folder: Path, num_steps: int, x0: Tensor, is_image: bool) -> str:
-    """Writes samples/steps-NNNN.npz, and a .png for images, under `folder`; returns the path of the .npz in it."""
-    name = f"samples/steps-{num_steps:04d}.npz"
-    array = samples_array(x0, is_image)
-    write_arrays(folder / name, arr_0=array)
-    if is_image:
-        picture = io.BytesIO()
-        grid_image(array).save(picture, "PNG")
-        write_bytes((folder / name).with_suffix(".png"), picture.getvalue())
-    return name

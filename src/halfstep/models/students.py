@@ -7,8 +7,7 @@ from torch import Tensor
 from halfstep.core.denoiser import Denoiser, Guided, NetworkDenoiser, Reprocessed
 from halfstep.core.noise import NoiseProcess
 from halfstep.core.prediction import Prediction
-from halfstep.nets import InHalf, LoRA, StockNetwork, on_clock, takes_guidance, with_guidance, with_lora
-from halfstep.train.engine import copy_denoiser
+from halfstep.nets import InHalf, LoRA, StockNetwork, copy_network, on_clock, takes_guidance, with_guidance, with_lora
 
 
 def start_student(teacher: NetworkDenoiser, lora_rank: int | None = None) -> NetworkDenoiser:
@@ -91,3 +90,8 @@ def viewed(
         low, high = guidance
         view = Guided(view, null, low if low == high else None)
     return view if process == view.process else Reprocessed(view, process)
+
+
+def copy_denoiser(denoiser: NetworkDenoiser) -> NetworkDenoiser:
+    """A student: the same process and prediction, and a copy of the network with weights that can be trained."""
+    return NetworkDenoiser(copy_network(denoiser.network), denoiser.process, denoiser.prediction)

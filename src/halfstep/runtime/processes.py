@@ -25,8 +25,8 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor
 from torch import distributed as dist
 
-from halfstep.runs import storage
-from halfstep.train.stop import Interrupted, StopSignal
+from halfstep.runtime import storage
+from halfstep.runtime.stop import Interrupted, StopSignal
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")

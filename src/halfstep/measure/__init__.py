@@ -1,0 +1,1 @@
+"""Samples of models and their figures, drawn and measured once and kept."""

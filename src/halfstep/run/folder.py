@@ -1,0 +1,114 @@
+"""A run's own folder: taken, compared with the recipe, begun."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from halfstep.objectives import Stage
+from halfstep.run.spec import RunSpec
+from halfstep.run.trackers import chosen_trackers
+from halfstep.runs import RunFolder
+from halfstep.runtime.environment import environment
+from halfstep.runtime.files import InUse, sweep, write_json
+
+
+class DifferentRecipe(ValueError):
+    """The folder holds a run of another recipe; the message shows the difference."""
+
+
+def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested data under dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def differences(
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    free: tuple[str, ...] = (),
+    defaults: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """The fields in which two recipes differ, as "name: new value (the folder has old value)".
+
+    Args:
+        defaults: of fields that the old one need not have.
+    """
+    a, b = flatten(old), flatten(new)
+    a = {name: value for name, value in flatten(defaults or {}).items() if name in b} | a
+    missing = "nothing"
+    return [
+        f"{name}: {b.get(name, missing)} (the folder has {a.get(name, missing)})"
+        for name in sorted(a.keys() | b.keys())
+        if a.get(name) != b.get(name) and name not in free
+    ]
+
+
+def _take_folder(spec: RunSpec, folder: RunFolder, lock: FileLock) -> str:
+    """Makes the folder the run's own, and returns the fingerprint of its data."""
+    path = folder.path
+    _check_folder(spec, folder)
+    chosen_trackers(spec.trackers)
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InUse(f"{path} is being written by another halfstep process: wait for it, or choose --out") from None
+    sweep(path)
+    if not folder.recipe_path.exists():
+        _write_recipe(spec, folder)
+    return spec.data.fingerprint
+
+
+def _check_folder(spec: RunSpec, folder: RunFolder) -> None:
+    if folder.recipe_path.exists():
+        held = folder.recipe()
+        changed = differences(held["recipe"], spec.recipe, spec.free, spec.defaults)
+        if changed:
+            raise DifferentRecipe(
+                f"{folder.path} holds a run of a different recipe; choose another --out. Different: "
+                + "; ".join(changed[:8])
+                + (f"; and {len(changed) - 8} more" if len(changed) > 8 else "")
+            )
+        if held.get("data_fingerprint") not in (None, spec.data.fingerprint):
+            raise DifferentRecipe(
+                f"{folder.path} holds a run on other data: {spec.data.source} has changed since; choose another --out"
+            )
+    elif folder.path.exists() and not folder.path.is_dir():
+        raise ValueError(f"{folder.path} is a file, not a folder: choose another --out")
+    elif folder.path.is_dir() and any(not _is_ours(entry) for entry in folder.path.iterdir()):
+        raise ValueError(f"{folder.path} is not empty and holds no run (no recipe.json): choose another --out")
+
+
+def _is_ours(entry: Path) -> bool:
+    """Whether an entry of a folder without recipe.json is what a run leaves that was killed before it wrote that."""
+    return entry.name == ".lock" or (entry.name.startswith(".recipe.json.") and entry.name.endswith(".tmp"))
+
+
+def _write_recipe(spec: RunSpec, folder: RunFolder) -> None:
+    first = 1 if spec.teacher is not None else 0
+    names = (["00-teacher"] if first else []) + spec.plan.names(first)
+    stages: list[Stage | None] = ([None] if first else []) + list(spec.plan.stages)
+    write_json(
+        folder.recipe_path,
+        {
+            "recipe": dict(spec.recipe),
+            "data_fingerprint": spec.data.fingerprint,
+            "plan": [
+                {
+                    "stage": name,
+                    "num_steps": None if stage is None else stage.num_steps,
+                    "num_updates": 0 if stage is None else stage.num_updates,
+                    "update_cost": 0 if stage is None else stage.update_cost,
+                }
+                for name, stage in zip(names, stages, strict=True)
+            ],
+            "environment": environment(),
+        },
+    )

@@ -1,0 +1,52 @@
+"""What can go wrong in an update, and what is said of it.
+
+A loss or a gradient that is not finite ends the run. Nothing in the hot loop waits for the device to find out: the
+engine hands its tensors to `Recent`, which looks at them only when there is something to explain.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+
+
+class NonFinite(RuntimeError):
+    """The loss or the gradient was not a finite number; the message says where and what to do.
+
+    Args:
+        statistics: what is known of the batch, JSON-ready; None where there was no batch.
+    """
+
+    def __init__(self, message: str, statistics: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.statistics = statistics
+
+
+class OutOfMemory(RuntimeError):
+    """An update or a batch of samples did not fit into memory; the message says what was tried and what to do."""
+
+
+@contextlib.contextmanager
+def told_when_out_of_memory(message: str) -> Iterator[None]:
+    """In here an exception that says that memory could not be had becomes OutOfMemory with a message of ours."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
+            raise
+        # What holds the memory hangs on the exception's frames.
+        raise OutOfMemory(message) from None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory could not be had, on the CPU or on a device."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, Exception) and (
+        should_reduce_batch_size(error)
+        # What accelerate does not list: what cuBLAS and cuDNN say where their workspace does not fit.
+        or (isinstance(error, RuntimeError) and ("_ALLOC_FAILED" in text or "CUDA error: out of memory" in text))
+    )

@@ -1,0 +1,48 @@
+"""Optimisers by name, and their state as tensors by name."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from halfstep.objectives import Stage
+
+OPTIMIZERS: Final = ("adamw", "adamw8bit", "paged_adamw8bit")
+"""AdamW; and bitsandbytes' AdamW with moments of 8 bits, in the second case moved out of a full GPU's memory."""
+
+
+def make_optimizer(kind: str, parameters: list[torch.nn.Parameter], stage: Stage) -> torch.optim.Optimizer:
+    """The optimiser of a stage.
+
+    Raises:
+        ValueError: if the kind is unknown or the package bitsandbytes is missing.
+    """
+    settings: dict[str, Any] = {
+        "lr": stage.learning_rate, "betas": stage.adam_betas, "weight_decay": stage.weight_decay
+    }  # fmt: skip
+    if kind == "adamw":
+        fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
+        return torch.optim.AdamW(parameters, fused=fused, **settings)
+    if kind not in OPTIMIZERS:
+        raise ValueError(f"unknown optimizer {kind!r} (known: {', '.join(OPTIMIZERS)})")
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise ValueError(f"the optimizer {kind} needs the package bitsandbytes: pip install bitsandbytes") from None
+    for parameter in parameters:
+        # It does so itself at its first step, after the moments of a resumed stage were laid out like the weights.
+        parameter.data = parameter.data.contiguous()
+    made = {"adamw8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw8bit": bitsandbytes.optim.PagedAdamW8bit}
+    optimizer: torch.optim.Optimizer = made[kind](parameters, **settings)
+    return optimizer
+
+
+def flatten_state(entry: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """What an optimiser holds of one parameter: tensors by name, those of a nested group as "group/name"."""
+    for key, value in entry.items():
+        if isinstance(value, Mapping):
+            yield from flatten_state(value, f"{prefix}{key}/")
+        else:
+            # Groups hold tensors that several parameters share, which a file of tensors must not.
+            yield f"{prefix}{key}", torch.as_tensor(value).clone() if prefix else torch.as_tensor(value)
