@@ -56,8 +56,9 @@ class Network(torch.nn.Module):
 
 data = torch.randn(256, 2, generator=torch.Generator().manual_seed(1)) * 0.3 + 0.2
 teacher = halfstep.NetworkDenoiser(Network(), halfstep.VPCosine(), halfstep.V())
-halfstep.fit(teacher, data, num_updates=40, batch_size=32)
-student = halfstep.distill(teacher, data, start=4, to=1, num_updates=20, batch_size=32)
+training = halfstep.Training(40, 2e-4, batch_size=32, warmup_updates=2, ema_decay=0.995)
+halfstep.fit(teacher, data, training)
+student = halfstep.distill(teacher, data, start=4, to=1, training=halfstep.Training(20, 2e-4, batch_size=32))
 save_file(student.network.state_dict(), sys.argv[1])
 """
 

@@ -14,11 +14,15 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {found[0]!r}?" if found else ""
 
 
+_families: "dict[str, Registry[Any]]" = {}
+
+
 class Registry(Generic[Member]):
     """Named members of one family, in the order in which they were registered."""
 
     def __init__(self, family: str) -> None:
         self.family = family
+        _families[family] = self
         self._members: dict[str, Member] = {}
 
     def register(self, name: str) -> Callable[[Member], Member]:
@@ -49,18 +53,21 @@ class Registry(Generic[Member]):
         return self._members[name]
 
     def describe(self, member: object) -> dict[str, Any]:
-        """{"type": name, **fields}: a registered dataclass' instance as data, from which `rebuild` makes it again."""
+        """Return {"type": name, **fields}: a registered dataclass' instance as data, for `rebuild`.
+
+        A field that is itself a registered dataclass becomes {"family": its registry's, **its description}.
+        """
         assert dataclasses.is_dataclass(member)
-        fields = {field.name: getattr(member, field.name) for field in dataclasses.fields(member)}
+        fields = {field.name: _described(getattr(member, field.name)) for field in dataclasses.fields(member)}
         return {"type": self.name_of(member), **fields}
 
     def rebuild(self, data: Mapping[str, Any]) -> Any:
-        """What `describe` described.
+        """Return what `describe` described.
 
         Raises:
             ValueError: if the type is unknown or the fields do not fit it.
         """
-        fields = dict(data)
+        fields = {name: _rebuilt(value) for name, value in data.items()}
         kind: Any = self[str(fields.pop("type", "(none)"))]
         try:
             return kind(**fields)
@@ -88,3 +95,17 @@ class Registry(Generic[Member]):
     def items(self) -> Iterator[tuple[str, Member]]:
         """Pairs of name and member."""
         return iter(self._members.items())
+
+
+def _described(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        for registry in _families.values():
+            if type(value) in registry.values():
+                return {"family": registry.family, **registry.describe(value)}
+    return value
+
+
+def _rebuilt(value: Any) -> Any:
+    if isinstance(value, Mapping) and value.get("family") in _families:
+        return _families[value["family"]].rebuild({name: part for name, part in value.items() if name != "family"})
+    return value

@@ -1,7 +1,7 @@
 """The arguments of the verbs that know recipes and models."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -108,13 +108,16 @@ class ListArguments:
     """Print one JSON document: families, their members, and what each is."""
 
 
-def flags_of(model: BaseModel, prefix: str = "") -> list[str]:
-    """The flags of a recipe's fields."""
+def flags_of(settings: Any, prefix: str = "") -> list[str]:
+    """Return the flags of a recipe's fields, or of a part of it: a pydantic model or a dataclass."""
     flags: list[str] = []
-    for name in type(model).model_fields:
-        value = getattr(model, name)
-        dotted = f"{prefix}{name.replace('_', '-')}"
-        flags += flags_of(value, f"{dotted}.") if isinstance(value, BaseModel) else [f"--{dotted}"]
+    for name in type(settings).model_fields if isinstance(settings, BaseModel) else [f.name for f in fields(settings)]:
+        value, dotted = getattr(settings, name), f"{prefix}{name.replace('_', '-')}"
+        if isinstance(value, BaseModel) or is_dataclass(value):
+            # Hyperparameters take no prefix of their own (`recipes.schema.Flat`).
+            flags += flags_of(value, prefix if name == "training" else f"{dotted}.")
+        else:
+            flags.append(f"--{dotted}")
     return flags
 
 

@@ -40,7 +40,7 @@ from halfstep.metrics import extractors, to_uint8
 from halfstep.models.folder import find_stage, load
 from halfstep.models.model import Model, samples_at_once
 from halfstep.nets import networks
-from halfstep.objectives import objectives
+from halfstep.objectives import Role, objectives
 from halfstep.recipes import Recipe, build, recipes
 from halfstep.recipes.schema import MatchingConfig, data_or_stand_in
 from halfstep.registry import nearest
@@ -99,7 +99,7 @@ def _execute(recipe: Recipe, made: Callable[[], RunSpec], out: Path, json: bool)
             with at_once(alone):
                 spec = made()
             console.print(f"halfstep: {recipe.name} -> {out}", highlight=False)
-            RunDisplay(spec.plan, console, spec.teacher is not None).show(run_spec(spec, out, stop))
+            RunDisplay(spec.stages, console).show(run_spec(spec, out, stop))
             if console.quiet:
                 return
             show_results(out, console)
@@ -175,7 +175,7 @@ def distill(argv: Sequence[str]) -> None:
         }
     )
     recipe = recipe.model_copy(update={"chain": chain})
-    if model.manifest.objective in ("match", "halve"):
+    if model.role is not Role.TEACHER:
         # It has been matched already, where its run asked for that.
         done = ("prediction", "process", "guidance_scale", "guidance_range", "null_class")
         defaults = {name: MatchingConfig.model_fields[name].default for name in done}

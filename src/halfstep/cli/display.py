@@ -17,7 +17,7 @@ from rich.table import Table
 
 from halfstep.cli.plan_view import PlanView
 from halfstep.cli.words import duration
-from halfstep.objectives import Plan
+from halfstep.objectives import Stage
 from halfstep.run.events import Event, Measured, Notice, StageEnd, StageStart
 from halfstep.run.events import Progress as TrainingProgress
 from halfstep.runs import RunFolder, RunStatus, StageStatus
@@ -32,18 +32,19 @@ class RunDisplay:
     """Shows the events of a run.
 
     Args:
-        has_teacher: whether the chain starts from a model that was given, which is the first stage then.
+        stages: as `RunSpec.stages`.
     """
 
-    def __init__(self, plan: Plan, console: Console, has_teacher: bool = False, name: str = "") -> None:
+    def __init__(self, stages: Sequence[tuple[str, Stage | None]], console: Console, name: str = "") -> None:
         self.console = console
         self.is_live = console.is_terminal and not console.is_dumb_terminal
-        given = [StageStatus("00-teacher", None, 0, 0.0)] if has_teacher else []
-        stages = [
-            StageStatus(stage_name, stage.num_steps, stage.num_updates, stage.update_cost)
-            for stage_name, stage in zip(plan.names(has_teacher), plan.stages, strict=True)
+        rows = [
+            StageStatus(stage_name, None, 0, 0.0)
+            if stage is None
+            else StageStatus(stage_name, stage.num_steps, stage.training.num_updates, stage.update_cost)
+            for stage_name, stage in stages
         ]
-        self.status = RunStatus(Path(), name, given + stages)
+        self.status = RunStatus(Path(), name, rows)
         self._last_line = 0.0
 
     def show(self, events: Iterable[Event]) -> None:
@@ -73,7 +74,7 @@ class RunDisplay:
         if isinstance(event, StageStart):
             stage.state, stage.update = "training", event.resumed_at
             at = f", going on at update {event.resumed_at}" if event.resumed_at else ""
-            self._line(f"{event.name}: {event.stage.num_updates} updates{at}")
+            self._line(f"{event.name}: {event.stage.training.num_updates} updates{at}")
         elif isinstance(event, TrainingProgress):
             stage.num_updates = event.num_updates
             stage.take(dataclasses.asdict(event.window))

@@ -7,25 +7,28 @@ from rich.console import Console
 from rich.table import Table
 
 from halfstep.cli.words import console_for, duration, print_json
-from halfstep.objectives import Halving
-from halfstep.run.cost import count_forward, memory_of_update, time_updates
+from halfstep.objectives import Role, guidances
+from halfstep.run.cost import count_forward, helper_sizes, memory_of_update, time_updates, update_flops
 from halfstep.run.spec import RunSpec
 
 
 def plan_facts(spec: RunSpec, out: Path, missing: str | None = None) -> dict[str, Any]:
     """What the run would do and cost, as data: bytes, seconds, and FLOPs counted as multiplications and additions."""
     forward = count_forward(spec)
+    sizes = [helper_sizes(spec, stage) for stage in spec.plan.stages]
+    micro_batch = spec.engine.set_micro_batch
     memory = max(
         (
-            memory_of_update(stage, forward, spec.set_micro_batch, spec.optimizer, spec.teacher_precision)
-            for stage in spec.plan.stages
+            memory_of_update(stage, forward, spec.engine, helpers)
+            for stage, helpers in zip(spec.plan.stages, sizes, strict=True)
         ),
         key=sum,
     )
     rate = time_updates(spec, forward)
-    first = spec.plan.stages[0]
-    unit = rate.seconds / first.update_cost
-    is_guided = spec.guidance is not None and 2 in {stage.objective.teacher_evals for stage in spec.plan.stages}
+    stages = [(name, stage) for name, stage in spec.stages if stage is not None]
+    each = [update_flops(stage, forward, helpers) for (_, stage), helpers in zip(stages, sizes, strict=True)]
+    unit = rate.seconds / max(1.0, each[0])
+    learned = [s.objective.guidance for _, s in stages if s.objective.outcome.role is Role.MATCHED]
     return {
         "name": spec.recipe["name"],
         "out": str(out),
@@ -33,17 +36,19 @@ def plan_facts(spec: RunSpec, out: Path, missing: str | None = None) -> dict[str
             {
                 "stage": name,
                 "num_steps": stage.num_steps,
-                "num_teacher_steps": stage.objective.num_teacher_steps
-                if isinstance(stage.objective, Halving)
-                else None,
-                "num_updates": stage.num_updates,
-                "batch_size": stage.batch_size,
-                "samples_seen": stage.num_updates * stage.batch_size,
-                "learning_rate": stage.learning_rate,
-                "update_flops": stage.update_cost * forward.flops,
-                "estimated_seconds": stage.num_updates * stage.update_cost * unit,
+                "role": stage.objective.outcome.role,
+                "evals": {
+                    network: {"forward": evals.forward, "backward": evals.backward}
+                    for network, evals in stage.objective.evals.items()
+                },
+                "num_updates": stage.training.num_updates,
+                "batch_size": stage.training.batch_size,
+                "samples_seen": stage.training.num_updates * stage.training.batch_size,
+                "learning_rate": stage.training.learning_rate,
+                "update_flops": flops,
+                "estimated_seconds": stage.training.num_updates * flops * unit,
             }
-            for name, stage in zip(spec.plan.names(spec.teacher is not None), spec.plan.stages, strict=True)
+            for (name, stage), flops in zip(stages, each, strict=True)
         ],
         "data": {
             "source": spec.data.source,
@@ -56,11 +61,13 @@ def plan_facts(spec: RunSpec, out: Path, missing: str | None = None) -> dict[str
         "trainable_parameters": forward.trainable,
         "forward_flops": forward.flops,
         "memory_bytes": memory._asdict(),
-        "micro_batch": min(spec.set_micro_batch or 2**62, max(stage.batch_size for stage in spec.plan.stages)),
-        "guidance": list(spec.guidance) if is_guided and spec.guidance is not None else None,
+        "micro_batch": min(micro_batch or 2**62, max(stage.training.batch_size for _, stage in stages)),
+        "guidance": guidances.describe(learned[0]) if learned and learned[0] is not None else None,
         "seconds_an_update": rate.seconds,
         "timed_batch_size": rate.batch_size,
-        "estimated_seconds": sum(stage.num_updates * stage.update_cost * unit for stage in spec.plan.stages),
+        "estimated_seconds": sum(
+            stage.training.num_updates * flops * unit for (_, stage), flops in zip(stages, each, strict=True)
+        ),
     }
 
 
@@ -83,7 +90,7 @@ def _print_plan(facts: dict[str, Any], console: Console) -> None:
     table = Table(title=f"{facts['name']} -> {facts['out']}", title_justify="left")
     for heading in (
         "stage",
-        "teacher steps",
+        "teacher calls",
         "updates",
         "batch",
         "samples seen",
@@ -94,7 +101,7 @@ def _print_plan(facts: dict[str, Any], console: Console) -> None:
     for stage in stages:
         table.add_row(
             stage["stage"],
-            str(stage["num_teacher_steps"] or "-"),
+            f"{stage['evals']['teacher']['forward']:g}" if "teacher" in stage["evals"] else "-",
             f"{stage['num_updates']:,}",
             f"{stage['batch_size']:,}",
             f"{stage['samples_seen']:,}",
@@ -128,9 +135,11 @@ def _print_plan(facts: dict[str, Any], console: Console) -> None:
         f"(of a micro batch of {facts['micro_batch']:,})"
     )
     if facts["guidance"] is not None:
-        low, high = facts["guidance"]
-        scales = f"the scale {low:g}" if low == high else f"scales from {low:g} to {high:g}"
-        lines.append(f"guidance: {scales} is taken into the student; one network call a step, the teacher needs two")
+        found = facts["guidance"]
+        scales = (
+            f"the scale {found['scale']:g}" if found["type"] == "fixed" else f"{found['low']:g} to {found['high']:g}"
+        )
+        lines.append(f"guidance: {scales}, baked into the student; one network call a step, the teacher needs two")
     timed = facts["timed_batch_size"]
     how = "measured here" if timed == stages[0]["batch_size"] else f"extrapolated from a batch of {timed}"
     lines.append(

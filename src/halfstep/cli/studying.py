@@ -69,7 +69,7 @@ def study(argv: Sequence[str]) -> None:
 
     def watch(event: Event) -> None:
         if isinstance(event, StageStart):
-            console.print(f"  {event.name}: {event.stage.num_updates} updates", highlight=False, style="dim")
+            console.print(f"  {event.name}: {event.stage.training.num_updates} updates", highlight=False, style="dim")
         elif isinstance(event, Notice):
             console.print(f"  [yellow]note:[/yellow] {escape(event.text)}", highlight=False)
 

@@ -177,7 +177,7 @@ class Explorer:
         """Whether a guidance scale can act on its model."""
         manifest, folder = self._manifests[choice.name], self._folders[choice.name]
         learned = manifest.guidance
-        return folder.null.name in manifest.files or (learned is not None and learned[0] < learned[1])
+        return folder.null.name in manifest.files or (learned is not None and learned["type"] == "range")
 
     def _choices(self) -> list[StageChoice]:
         run = RunFolder(self.path)

@@ -62,7 +62,7 @@ def usage(manifest: Manifest, kind: str, absent: Sequence[str] = (), steps: int 
         absent="".join(f", {name}=None" for name in absent),
         number=len(labels),
         labels=labels,
-        scale="1.0" if guidance is None or guidance[0] == guidance[1] else f"{(guidance[0] + guidance[1]) / 2:g}",
+        scale=f"{manifest.guidance_scale:g}" if guidance is not None and guidance["type"] == "range" else "1.0",
         sigmas=", ".join(f"{1 - k / steps:.6g}" for k in range(steps)),
         clipped=", use_clipped_model_output=True" if manifest.clip else "",
     )

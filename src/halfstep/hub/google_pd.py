@@ -30,7 +30,7 @@ from halfstep.core.prediction import predictions
 from halfstep.models.folder import save_stage
 from halfstep.nets import UNet2D, describe_network, unet2d_config
 from halfstep.registry import nearest
-from halfstep.runs import Manifest, StageFolder
+from halfstep.runs import Manifest, Outcome, StageFolder
 from halfstep.runtime.files import DamagedFile, read_json, sha256_of
 
 PROCESS: Final = VPCosine()
@@ -353,7 +353,7 @@ def import_google_pd(file: Path, config: GooglePDConfig, out: Path) -> Manifest:
         objective="imported",
         parent=None,
         # The first teacher of a chain takes any number of steps.
-        num_steps=steps if 0 < steps < config.start_steps else None,
+        outcome=Outcome(role="student", num_steps=steps) if 0 < steps < config.start_steps else Outcome(role="teacher"),
         start_steps=config.start_steps,
         num_updates=0,
         seconds=0.0,

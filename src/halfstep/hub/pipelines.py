@@ -23,7 +23,7 @@ from halfstep.hub.schedulers import Schedule, read_schedule
 from halfstep.hub.weights import PICKLED, check_weights, pickled_message
 from halfstep.models.model import Model
 from halfstep.nets import SD3, DiT, StockNetwork, UNet2D, UNet2DCondition, describe_network
-from halfstep.runs import Manifest, Pipeline
+from halfstep.runs import Manifest, Outcome, Pipeline
 from halfstep.runtime.files import DamagedFile, read_json, sha256_of
 
 START_STEPS: Final = 128
@@ -147,7 +147,7 @@ def import_pipeline(source: str | Path) -> Model:
         stage=folder.name,
         objective="imported",
         parent=None,
-        num_steps=None,
+        outcome=Outcome(role="teacher"),
         start_steps=START_STEPS,
         num_updates=0,
         seconds=0.0,

@@ -13,9 +13,10 @@ from halfstep.core.grids import check_num_steps
 from halfstep.core.noise import NoiseProcess
 from halfstep.core.prediction import Denoised
 from halfstep.core.warnings import HalfstepWarning
+from halfstep.objectives import Guidance, Role, guidances
 from halfstep.runs import Manifest
 from halfstep.runtime.failures import is_out_of_memory
-from halfstep.samplers import Sampler, sample
+from halfstep.samplers import Sampler, sample, samplers
 
 
 def samples_at_once(device: torch.device) -> int:
@@ -72,31 +73,31 @@ class Model(Denoiser):
         Raises:
             ValueError: if it cannot act.
         """
-        learned = self.manifest.guidance
         scale = self.manifest.guidance_scale if guidance_scale is None else guidance_scale
-        if learned is None:
-            if scale is not None and not self.null:
-                raise ValueError(
-                    f"a guidance scale of {scale:g} was asked for, but this model knows no guidance: leave it out"
-                )
-            # At 1 guidance is none, and one call says what two would.
-            return None if scale == 1 else scale
-        low, high = learned
-        if low == high:
-            if scale not in (None, low):
-                raise ValueError(
-                    f"a guidance scale of {scale:g} was asked for, but this model has learned that of {low:g} and no "
-                    "other: leave it out, or distil one with a range of scales"
-                )
-            return None
-        if scale is not None and not low <= scale <= high:
-            warnings.warn(
-                f"a guidance scale of {scale:g} was asked for, but this model has learned scales from {low:g} to "
-                f"{high:g}: outside them it guesses",
-                HalfstepWarning,
-                stacklevel=4,
+        if self.guidance is not None:
+            return self.guidance.scale_for(scale)
+        if scale is not None and not self.null:
+            raise ValueError(
+                f"a guidance scale of {scale:g} was asked for, but this model knows no guidance: leave it out"
             )
-        return (low + high) / 2 if scale is None else scale
+        # At 1 guidance is off, and one call does what two would.
+        return None if scale == 1 else scale
+
+    @property
+    def sampler(self) -> Sampler:
+        """The sampler that the model is made for."""
+        sampler: Sampler = samplers.rebuild(self.manifest.outcome.sampler)
+        return sampler
+
+    @property
+    def guidance(self) -> Guidance | None:
+        """The guidance that the network itself has learned."""
+        return None if self.manifest.guidance is None else guidances.rebuild(self.manifest.guidance)
+
+    @property
+    def role(self) -> Role:
+        """What the model is good for."""
+        return Role(self.manifest.outcome.role)
 
     @property
     def num_steps(self) -> int | None:
@@ -228,7 +229,7 @@ class Model(Denoiser):
 
         Args:
             num_steps: the model's own number if None.
-            sampler: DDIM if None.
+            sampler: the model's own if None.
             class_label: one class for all; classes in turn if None.
             batch_size: samples drawn at once; if None, many on a GPU, and half as many whenever they do not fit.
             guidance_scale: the model's own if None; 1 is no guidance.
@@ -238,7 +239,7 @@ class Model(Denoiser):
         Raises:
             ValueError: if the number of steps, the class, the scale, a condition or the precision is not possible.
         """
-        steps = self.check_steps(num_steps)
+        steps, method = self.check_steps(num_steps), sampler or self.sampler
         warn_of_gain(self.process, self.denoiser.prediction)
         if any(part.training for part in self.modules()):
             # To say so to each part of a network again takes a millisecond.
@@ -248,12 +249,12 @@ class Model(Denoiser):
         first = 0
         while first < len(seeds):
             part = seeds[first : first + size]
-            drawn = step_noise(part, self.shape) if sampler is not None and sampler.stochastic else None
+            drawn = step_noise(part, self.shape) if method.stochastic else None
             others = {name: value[first : first + size] for name, value in (cond or {}).items()}
             shown = self.cond(part, class_label, guidance_scale, others)
             try:
                 with self._computing(precision):
-                    chunks.append(sample(self, self.noise(part), steps, sampler, shown, noise=drawn).cpu())
+                    chunks.append(sample(self, self.noise(part), steps, method, shown, noise=drawn).cpu())
             except Exception as error:
                 if batch_size is not None or size == 1 or not is_out_of_memory(error):
                     raise

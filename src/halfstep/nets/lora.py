@@ -13,6 +13,7 @@ from typing import Any, Final, final
 import torch
 from torch import Tensor, nn
 
+from halfstep.core.denoiser import Denoiser, NetworkDenoiser
 from halfstep.nets.base import Network, build_network, describe_network, networks
 from halfstep.nets.stock import StockNetwork
 
@@ -162,6 +163,13 @@ def copy_network(network: nn.Module) -> nn.Module:
     for _, parameter in trainable(twin):
         parameter.requires_grad_(True)
     return twin
+
+
+def copy_denoiser(denoiser: Denoiser) -> Denoiser:
+    """Return a denoiser whose trainable weights are its own, for a student or a helper that starts from another."""
+    if isinstance(denoiser, NetworkDenoiser):
+        return NetworkDenoiser(copy_network(denoiser.network), denoiser.process, denoiser.prediction)
+    return copy.deepcopy(denoiser).requires_grad_(True)
 
 
 def _is_own(network: LoRA, parameter: nn.Parameter) -> bool:

@@ -1,7 +1,24 @@
-"""Objectives, one file a method, and the plan: the chain of stages as data."""
+"""Objectives, one file a method; their training; and the plan: the chain of stages as data."""
 
-from halfstep.objectives.base import Batch, Losses, Models, Objective, objectives, weighted_x0_loss
+from halfstep.objectives.base import (
+    STUDENT,
+    Auxiliary,
+    Average,
+    Batch,
+    Evals,
+    Helper,
+    Losses,
+    Models,
+    Objective,
+    Outcome,
+    Role,
+    Turn,
+    objectives,
+    weighted_x0_loss,
+)
 from halfstep.objectives.denoising import Denoising
+from halfstep.objectives.guidance import FixedGuidance, Guidance, GuidanceRange, guidances
 from halfstep.objectives.halving import Halving, halving_target
-from halfstep.objectives.matching import GuidanceRange, Matching
-from halfstep.objectives.plan import EarlyEnd, Plan, Stage
+from halfstep.objectives.matching import Matching
+from halfstep.objectives.plan import HALVING, Plan, Stage
+from halfstep.objectives.training import EarlyEnd, Training

@@ -1,22 +1,32 @@
 """The interface of an objective, and the one loss that teacher training and distillation share.
 
-The loss of a sample is weight(log_snr) * mean((x0 - x0_target)^2), the mean over the entries of a sample. A weighting
-makes it the squared error in eps, v, or their maximum; the space in which a network predicts does not matter to it.
+An objective says what is trained, in which turns, against which loss, and what the result is. It knows nothing of
+optimisers, devices and files.
+
+The shared loss of a sample is weight(log_snr) * mean((x0 - x0_target)^2), the mean over the entries of a sample. A
+weighting makes it the squared error in eps, v, or their maximum; the space in which a network predicts does not matter.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import ClassVar, Final, NamedTuple, final
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from halfstep.core.clock import per_sample
 from halfstep.core.denoiser import Cond, Denoiser
 from halfstep.core.draw import Draw
 from halfstep.core.noise import NoiseProcess
 from halfstep.core.weighting import Weighting
+from halfstep.objectives.guidance import Guidance
+from halfstep.objectives.training import Training
 from halfstep.registry import Registry
+from halfstep.samplers import DDIM, Sampler
+
+STUDENT: Final = "student"
+"""The player whose network a stage hands on. All others are named by the objective's helpers."""
 
 
 class Batch(NamedTuple):
@@ -28,14 +38,17 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Models:
-    """The denoisers that an objective works with; a teacher is absent where there is none to learn from."""
+    """The networks that an objective works with."""
 
     student: Denoiser
     teacher: Denoiser | None = None
+    """What the student learns from; None for a teacher in training."""
+    helpers: Mapping[str, nn.Module] = field(default_factory=dict)
+    """The objective's own networks, by the names of `Objective.helpers`."""
 
 
 class Losses(NamedTuple):
-    """What an objective returns for a batch."""
+    """What a turn returns for a batch."""
 
     loss: Tensor
     """Weighted losses, `[batch]`; the engine descends on their mean over the global batch."""
@@ -43,36 +56,155 @@ class Losses(NamedTuple):
     """The noise level of each sample, float64 `[batch]`, for statistics."""
 
 
+class Role(StrEnum):
+    """What a stage's model is good for."""
+
+    TEACHER = "teacher"
+    """Undistilled: knows x0 at all times and takes any number of steps."""
+    MATCHED = "matched"
+    """A teacher carried over to another prediction, process or guidance."""
+    STUDENT = "student"
+    """Distilled for `num_steps` steps of `sampler`."""
+
+
+class Outcome(NamedTuple):
+    """What a stage's model is and how it is sampled; the manifest holds it."""
+
+    role: Role
+    num_steps: int | None = None
+    """Sampler steps that the model is made for; None for any number."""
+    sampler: Sampler = DDIM()
+    """How the model is sampled, evaluated, explored and exported."""
+
+
+class Evals(NamedTuple):
+    """Calls of one network for a sample of an update."""
+
+    forward: float
+    backward: float = 0.0
+
+    @property
+    def cost(self) -> float:
+        """In forward passes; a backward pass costs two."""
+        return self.forward + 2 * self.backward
+
+
+@final
+@dataclass(frozen=True)
+class Auxiliary:
+    """A further network with an optimiser of its own: an auxiliary denoiser, a critic."""
+
+    start: Callable[[Models], nn.Module]
+    """Makes the network before the first update, from student and teacher; a copy, never one of these itself."""
+    training: Callable[[Training], Training]
+    """Makes its hyperparameters from the student's; budget and batch stay the stage's."""
+
+
+@final
+@dataclass(frozen=True)
+class Average:
+    """A moving average of a player's weights that the objective can call.
+
+    Args:
+        decay: reached in the end, in [0, 1); after n updates it is min(decay, (1 + n) / (10 + n)).
+        of: the player whose weights are averaged.
+
+    Raises:
+        ValueError: if the decay is out of range.
+    """
+
+    decay: float
+    of: str = STUDENT
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"the decay of an average must be in [0, 1), got {self.decay}")
+
+
+Helper = Auxiliary | Average
+
+
+class Turn(NamedTuple):
+    """One optimiser step of one player."""
+
+    trains: str
+    """`STUDENT`, or the name of an `Auxiliary`."""
+    loss: Callable[[Models, Batch, Draw], Losses]
+    """Gradients reach this player only; the engine takes those of all others away."""
+
+
 class Objective(ABC):
-    """(models, batch, draw) -> losses. It knows nothing of optimisers, devices and files."""
+    """What a stage trains, in which turns, against which loss, and what comes out."""
 
     needs_teacher: ClassVar[bool]
-    """Whether `Models.teacher` must be there."""
+    """Whether `Models.teacher` must exist."""
+    loss_falls: ClassVar[bool] = True
+    """Whether a student's loss that stops falling means that it has learned; False for a game between two players,
+    whose losses `EarlyEnd` does not watch."""
 
     @property
     @abstractmethod
-    def teacher_evals(self) -> int:
-        """Network calls of the teacher for a sample of an update."""
+    def outcome(self) -> Outcome:
+        """Role, steps and sampler of the model that the stage hands on."""
+
+    @property
+    @abstractmethod
+    def evals(self) -> Mapping[str, Evals]:
+        """Network calls for a sample of an update: of "student", "teacher" and each helper. Cost estimates use these
+        alone."""
+
+    @property
+    def guidance(self) -> Guidance | None:
+        """The guidance that the student learns or keeps; None for none."""
+        return None
+
+    @property
+    def helpers(self) -> Mapping[str, Helper]:
+        """Further networks by name."""
+        return {}
+
+    def turns(self, update: int) -> tuple[Turn, ...]:
+        """Return the optimiser steps of an update, in order; each has a batch and random numbers of its own."""
+        return (Turn(STUDENT, self.loss),)
+
+    def start(self, teacher: Denoiser) -> Denoiser:
+        """Return what the student starts from: the teacher (which the engine copies), or one made from it.
+
+        Raises:
+            ValueError: if the teacher cannot be made into such a student.
+        """
+        return teacher
+
+    def view(self, teacher: Denoiser, student: Denoiser, null: Mapping[str, Tensor]) -> Denoiser:
+        """Return the teacher as the student sees it: itself, or guided, or on the student's process.
+
+        Args:
+            null: conditions that stand for "no condition", for one sample; empty if there are none.
+
+        Raises:
+            ValueError: if the teacher cannot be seen so.
+        """
+        return teacher
 
     @abstractmethod
     def loss(self, models: Models, batch: Batch, draw: Draw) -> Losses:
-        """Losses of the student on the batch, with gradients to the student only."""
+        """Return the losses of the student on the batch."""
 
 
 objectives: Registry[type[Objective]] = Registry("objective")
 
 
 def weighted_x0_loss(x0: Tensor, target: Tensor, log_snr: Tensor, weighting: Weighting) -> Tensor:
-    """weight * mean((x0 - target)^2) for each sample, `[batch]`."""
+    """Return weight * mean((x0 - target)^2) for each sample, `[batch]`."""
     error = (x0 - target).square().flatten(1).mean(1) if x0.ndim > 1 else (x0 - target).square()
     return per_sample(weighting(log_snr), error) * error
 
 
 def check_one_process(models: Models) -> Denoiser:
-    """The teacher, which is there and has the student's process.
+    """Return the teacher after checking that it has the student's process.
 
     Raises:
-        ValueError: if there is none, or the processes differ.
+        ValueError: if there is no teacher, or the processes differ.
     """
     if models.teacher is None:
         raise ValueError("a student learns from a teacher, and there is none")
@@ -87,7 +219,7 @@ def check_one_process(models: Models) -> Denoiser:
 def noisy_student_loss(
     models: Models, x_t: Tensor, t: Tensor, target: Tensor, cond: Cond, weighting: Weighting
 ) -> Losses:
-    """The losses of the student's x0 at (x_t, t) against `target`."""
+    """Return the losses of the student's x0 at (x_t, t) against `target`."""
     process: NoiseProcess = models.student.process
     log_snr = process.log_snr(t)
     return Losses(weighted_x0_loss(models.student(x_t, t, cond).x0, target, log_snr, weighting), log_snr)

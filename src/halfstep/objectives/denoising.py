@@ -3,13 +3,25 @@
 t ~ U[0, 1], x_t = alpha x0 + sigma eps, target x0. Source: Salimans & Ho 2022 (arXiv:2202.00512), algorithm 1.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, final
 
 from halfstep.core.clock import as_clock
 from halfstep.core.draw import Draw
 from halfstep.core.weighting import TruncatedSNR, Weighting
-from halfstep.objectives.base import Batch, Losses, Models, Objective, noisy_student_loss, objectives
+from halfstep.objectives.base import (
+    STUDENT,
+    Batch,
+    Evals,
+    Losses,
+    Models,
+    Objective,
+    Outcome,
+    Role,
+    noisy_student_loss,
+    objectives,
+)
 
 
 @final
@@ -22,8 +34,12 @@ class Denoising(Objective):
     needs_teacher: ClassVar[bool] = False
 
     @property
-    def teacher_evals(self) -> int:
-        return 0
+    def outcome(self) -> Outcome:
+        return Outcome(Role.TEACHER)
+
+    @property
+    def evals(self) -> Mapping[str, Evals]:
+        return {STUDENT: Evals(1, 1)}
 
     def loss(self, models: Models, batch: Batch, draw: Draw) -> Losses:
         t = as_clock(draw.uniform("time"), batch.x0)

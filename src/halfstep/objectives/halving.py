@@ -16,6 +16,7 @@ float32 at 8192 steps, against less than 1e-6).
 Source: Salimans & Ho 2022 (arXiv:2202.00512), algorithm 2; the authors' dpm.py for s = 0.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, final
 
@@ -27,8 +28,21 @@ from halfstep.core.denoiser import Cond, Denoiser, ddim_step
 from halfstep.core.draw import Draw
 from halfstep.core.grids import check_num_steps
 from halfstep.core.weighting import TruncatedSNR, Weighting
-from halfstep.objectives.base import Batch, Losses, Models, Objective, check_one_process, noisy_student_loss, objectives
-from halfstep.objectives.matching import GuidanceRange
+from halfstep.objectives.base import (
+    STUDENT,
+    Batch,
+    Evals,
+    Losses,
+    Models,
+    Objective,
+    Outcome,
+    Role,
+    check_one_process,
+    noisy_student_loss,
+    objectives,
+)
+from halfstep.objectives.guidance import Guidance
+from halfstep.samplers import DDIM
 
 
 def halving_target(
@@ -106,8 +120,8 @@ class Halving(Objective):
     num_steps: int
     num_teacher_steps: int = 2
     weighting: Weighting = field(default_factory=TruncatedSNR)
-    guidance: GuidanceRange | None = None
-    """Scales that teacher and student are shown; None if they are shown none."""
+    guidance: Guidance | None = None
+    """What the teacher has learned; None for none."""
     needs_teacher: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -115,8 +129,12 @@ class Halving(Objective):
         check_num_steps(self.num_teacher_steps)
 
     @property
-    def teacher_evals(self) -> int:
-        return self.num_teacher_steps
+    def outcome(self) -> Outcome:
+        return Outcome(Role.STUDENT, self.num_steps, DDIM())
+
+    @property
+    def evals(self) -> Mapping[str, Evals]:
+        return {STUDENT: Evals(1, 1), "teacher": Evals(self.num_teacher_steps)}
 
     def loss(self, models: Models, batch: Batch, draw: Draw) -> Losses:
         teacher = check_one_process(models)

@@ -1,15 +1,14 @@
 """Matching: the student learns the teacher's own x0, at random times, before any step is distilled.
 
-It carries a teacher over to what halving needs: another prediction (x0 or v in the place of eps, which says nothing at
-zero SNR), another clock, and classifier-free guidance taken into the network, at one scale or at any of a range that
-the network is then shown. The noisy samples are those of the student's process; the teacher is asked at the same noise
+It carries a teacher over to what halving needs: another prediction (x0 or v instead of eps, which has no x0 at zero
+SNR), another clock, and classifier-free guidance baked into the weights, at one scale or at any of a range that the
+network is then shown. The noisy samples are those of the student's process; the teacher is called at the same noise
 levels, and twice where it is guided.
 
 Source: Meng et al. 2023, "On Distillation of Guided Diffusion Models" (arXiv:2210.03142), section 3.1, for guidance;
 Salimans & Ho 2022 (arXiv:2202.00512), section 4, for the predictions that few steps need.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, final
@@ -18,35 +17,27 @@ import torch
 from torch import Tensor
 
 from halfstep.core.clock import as_clock
-from halfstep.core.denoiser import GUIDANCE, Cond
+from halfstep.core.denoiser import Denoiser, NetworkDenoiser, Reprocessed
 from halfstep.core.draw import Draw
 from halfstep.core.grids import check_num_steps
+from halfstep.core.noise import NoiseProcess
+from halfstep.core.prediction import Prediction
 from halfstep.core.weighting import SNRPlusOne, Weighting
-from halfstep.objectives.base import Batch, Losses, Models, Objective, check_one_process, noisy_student_loss, objectives
-
-
-@final
-@dataclass(frozen=True)
-class GuidanceRange:
-    """Guidance scales from `low` to `high`, of which each training sample draws one, uniformly.
-
-    A scale is uncond + scale (cond - uncond): 1 is no guidance.
-
-    Raises:
-        ValueError: if not 0 <= low < high < infinity. (One fixed scale is no range: it belongs to the teacher.)
-    """
-
-    low: float
-    high: float
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.low < self.high < math.inf:
-            raise ValueError(f"a range of guidance scales needs 0 <= low < high, got {self.low} and {self.high}")
-
-    def shown(self, cond: Cond, draw: Draw, like: Tensor) -> Mapping[str, Tensor]:
-        """The conditions with a scale for each sample of `like` `[batch, *dims]`."""
-        scale = self.low + (self.high - self.low) * draw.uniform("guidance")
-        return {**cond, GUIDANCE: scale.to(device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))}
+from halfstep.nets import StockNetwork, on_clock, takes_guidance, with_guidance
+from halfstep.objectives.base import (
+    STUDENT,
+    Batch,
+    Evals,
+    Losses,
+    Models,
+    Objective,
+    Outcome,
+    Role,
+    check_one_process,
+    noisy_student_loss,
+    objectives,
+)
+from halfstep.objectives.guidance import Guidance
 
 
 @final
@@ -55,7 +46,7 @@ class GuidanceRange:
 class Matching(Objective):
     """Squared error against the teacher's x0 at the times i / num_times, i = 1 ... num_times.
 
-    With as many times as the teacher has noise levels it is asked about no other. The default weighting makes it the
+    With as many times as the teacher has noise levels it is called at no other. The default weighting makes it the
     squared error in v, which is even over all noise levels.
 
     Raises:
@@ -64,18 +55,47 @@ class Matching(Objective):
 
     num_times: int = 1024
     weighting: Weighting = field(default_factory=SNRPlusOne)
-    guidance: GuidanceRange | None = None
-    """Scales that teacher and student are shown; None if they are shown none."""
-    guided: bool = False
-    """Whether the teacher is guided, and so asked twice; it only counts for the cost."""
+    guidance: Guidance | None = None
+    """The guidance that the student learns; None for none."""
+    prediction: Prediction | None = None
+    """What the student's network predicts; None keeps the teacher's."""
+    process: NoiseProcess | None = None
+    """The student's process; None keeps the teacher's."""
+    num_train_timesteps: int = 1024
+    """Timesteps of a network's clock on another process."""
     needs_teacher: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_num_steps(self.num_times)
 
     @property
-    def teacher_evals(self) -> int:
-        return 2 if self.guided else 1
+    def outcome(self) -> Outcome:
+        return Outcome(Role.MATCHED)
+
+    @property
+    def evals(self) -> Mapping[str, Evals]:
+        return {STUDENT: Evals(1, 1), "teacher": Evals(1 if self.guidance is None else 2)}
+
+    def start(self, teacher: Denoiser) -> Denoiser:
+        if not isinstance(teacher, NetworkDenoiser):
+            raise ValueError(f"{type(teacher).__name__} has no network to match: pass a NetworkDenoiser")
+        meaning = self.prediction or teacher.prediction
+        if meaning.channels != teacher.prediction.channels:
+            raise ValueError(
+                f"the teacher's network has {teacher.prediction.channels} outputs for each channel, but "
+                f"{type(meaning).__name__} needs {meaning.channels}: choose another prediction for the student"
+            )
+        network, own = teacher.network, teacher.process
+        process = self.process or own
+        if self.guidance is not None and self.guidance.is_shown and not takes_guidance(network):
+            network = with_guidance(network)
+        if process != own and isinstance(network, StockNetwork):
+            network = on_clock(network, lambda t: own.time_at(process.log_snr(t)).clamp(0, 1), self.num_train_timesteps)
+        return NetworkDenoiser(network, process, meaning)
+
+    def view(self, teacher: Denoiser, student: Denoiser, null: Mapping[str, Tensor]) -> Denoiser:
+        seen = teacher if self.guidance is None else self.guidance.view(teacher, null)
+        return seen if student.process == teacher.process else Reprocessed(seen, student.process)
 
     def loss(self, models: Models, batch: Batch, draw: Draw) -> Losses:
         teacher = check_one_process(models)

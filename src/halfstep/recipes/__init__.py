@@ -6,12 +6,10 @@ from halfstep.recipes.registered import recipes
 from halfstep.recipes.schema import (
     ChainConfig,
     DataFacts,
-    EngineConfig,
     EvaluationConfig,
     MLPConfig,
     ModelConfig,
     Recipe,
-    TeacherConfig,
     UNetConfig,
     build,
 )

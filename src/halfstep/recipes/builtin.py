@@ -1,17 +1,17 @@
 """The recipes that come with halfstep."""
 
 from halfstep.data import DataConfig
+from halfstep.objectives import Training
 from halfstep.recipes.registered import recipes
 from halfstep.recipes.schema import (
     ChainConfig,
-    EngineConfig,
     EvaluationConfig,
     MLPConfig,
     ModelConfig,
     Recipe,
-    TeacherConfig,
     UNetConfig,
 )
+from halfstep.train.settings import Engine
 
 
 @recipes.register("digits")
@@ -30,28 +30,20 @@ def digits() -> Recipe:
         ),
         # Told the class, even an undistilled teacher needs few steps, and there would be little to see.
         model=ModelConfig(conditional=False),
-        teacher=TeacherConfig(
-            num_updates=1500,
-            batch_size=128,
-            learning_rate=2e-3,
-            anneal=True,
-            warmup_updates=50,
-            adam_betas=(0.9, 0.99),
-            ema_decay=0.995,
+        teacher=Training(
+            num_updates=1500, learning_rate=2e-3, warmup_updates=50, adam_betas=(0.9, 0.99), ema_decay=0.995
         ),
         # The first students are nearly their teachers: a high rate would cost them more than it teaches.
         chain=ChainConfig(
             start_steps=64,
-            num_updates=800,
+            training=Training(
+                num_updates=800, batch_size=64, learning_rate=5e-4, warmup_updates=20, adam_betas=(0.9, 0.99)
+            ),
             updates_at={32: 100, 16: 200, 8: 650, 2: 650, 1: 750},
-            batch_size=64,
-            learning_rate=5e-4,
             learning_rate_at={32: 1.5e-4, 16: 2e-4, 8: 4e-4, 2: 7e-4, 1: 1e-3},
-            warmup_updates=20,
-            adam_betas=(0.9, 0.99),
         ),
         evaluation=EvaluationConfig(num_samples=2000, teacher_steps=(64, 8, 4, 2, 1), batch_size=500),
-        engine=EngineConfig(log_every=20),
+        engine=Engine(log_every=20),
     )
 
 
@@ -62,8 +54,8 @@ def fashion_mnist() -> Recipe:
         name="fashion_mnist",
         data=DataConfig(source="zalando-datasets/fashion_mnist"),
         network=UNetConfig(block_out_channels=(64, 128, 128), layers_per_block=2, attention=(False, False, True)),
-        teacher=TeacherConfig(num_updates=30_000, batch_size=128, learning_rate=3e-4, ema_decay=0.999),
-        chain=ChainConfig(start_steps=256, num_updates=4000, batch_size=128, learning_rate=1e-4),
+        teacher=Training(num_updates=30_000, learning_rate=3e-4, warmup_updates=1000, anneal=False, ema_decay=0.999),
+        chain=ChainConfig(start_steps=256, training=Training(num_updates=4000, learning_rate=1e-4)),
         evaluation=EvaluationConfig(num_samples=5000, teacher_steps=(64, 16, 8, 4, 2, 1)),
     )
 
@@ -80,17 +72,18 @@ def cifar10() -> Recipe:
             attention=(False, True, False),
             attention_head_dim=64,
         ),
-        teacher=TeacherConfig(
+        teacher=Training(
             num_updates=100_000,
-            batch_size=128,
             learning_rate=2e-4,
+            warmup_updates=1000,
+            anneal=False,
             weight_decay=0.001,
-            dropout=0.1,
             ema_decay=0.9995,
+            dropout=0.1,
         ),
-        chain=ChainConfig(start_steps=1024, num_updates=10_000, batch_size=128, learning_rate=1e-4),
+        chain=ChainConfig(start_steps=1024, training=Training(num_updates=10_000, learning_rate=1e-4)),
         evaluation=EvaluationConfig(num_samples=10_000, teacher_steps=(256, 64, 16, 8, 4, 2, 1)),
-        engine=EngineConfig(precision="bf16"),
+        engine=Engine(precision="bf16"),
     )
 
 
@@ -112,6 +105,6 @@ def arrays() -> Recipe:
         name="arrays",
         data=DataConfig(source="data.npy"),
         network=MLPConfig(width=256, depth=4),
-        teacher=TeacherConfig(num_updates=20_000, batch_size=256, learning_rate=1e-3, anneal=True, ema_decay=0.999),
-        chain=ChainConfig(start_steps=128, num_updates=4000, batch_size=256, learning_rate=3e-4),
+        teacher=Training(num_updates=20_000, batch_size=256, learning_rate=1e-3, warmup_updates=1000, ema_decay=0.999),
+        chain=ChainConfig(start_steps=128, training=Training(num_updates=4000, batch_size=256, learning_rate=3e-4)),
     )

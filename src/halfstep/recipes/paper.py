@@ -12,17 +12,17 @@ Source: Salimans & Ho 2022 (arXiv:2202.00512), sections 5 and appendices, and th
 from typing import Final
 
 from halfstep.data import DataConfig
+from halfstep.objectives import Training
 from halfstep.recipes.registered import recipes
 from halfstep.recipes.schema import (
     ChainConfig,
     DataFacts,
-    EngineConfig,
     EvaluationConfig,
     ModelConfig,
     Recipe,
-    TeacherConfig,
     UNetConfig,
 )
+from halfstep.train.settings import Engine
 
 
 def _network(
@@ -53,7 +53,7 @@ EVALUATION: Final = EvaluationConfig(
 )
 
 
-ONE_GPU: Final = EngineConfig(micro_batch=32)
+ONE_GPU: Final = Engine(micro_batch=32)
 """A batch of 2048 goes through one device in parts; but for the masks of dropout the result does not depend on them."""
 
 
@@ -66,8 +66,16 @@ def cifar10_paper() -> Recipe:
         facts=DataFacts(shape=(3, 32, 32), num_samples=50_000, num_classes=10),
         network=PAPER_CIFAR10,
         model=ModelConfig(prediction="x0", conditional=False),
-        teacher=TeacherConfig(num_updates=800_000, batch_size=128, learning_rate=2e-4, weight_decay=0.001, dropout=0.2),
-        chain=ChainConfig(start_steps=8192, num_updates=50_000, batch_size=128, learning_rate=5e-5),
+        teacher=Training(
+            num_updates=800_000,
+            learning_rate=2e-4,
+            warmup_updates=1000,
+            anneal=False,
+            weight_decay=0.001,
+            ema_decay=0.9999,
+            dropout=0.2,
+        ),
+        chain=ChainConfig(start_steps=8192, training=Training(num_updates=50_000, learning_rate=5e-5)),
         evaluation=EVALUATION,
     )
 
@@ -81,8 +89,16 @@ def imagenet64_paper() -> Recipe:
         facts=DataFacts(shape=(3, 64, 64), num_samples=1_281_167, num_classes=1000),
         network=PAPER_IMAGENET64,
         model=ModelConfig(prediction="both"),
-        teacher=TeacherConfig(num_updates=550_000, batch_size=2048, learning_rate=3e-4, dropout=0.1),
-        chain=ChainConfig(start_steps=1024, num_updates=50_000, batch_size=2048, learning_rate=1e-4),
+        teacher=Training(
+            num_updates=550_000,
+            batch_size=2048,
+            learning_rate=3e-4,
+            warmup_updates=1000,
+            anneal=False,
+            ema_decay=0.9999,
+            dropout=0.1,
+        ),
+        chain=ChainConfig(start_steps=1024, training=Training(num_updates=50_000, batch_size=2048, learning_rate=1e-4)),
         evaluation=EVALUATION,
         engine=ONE_GPU,
     )
@@ -103,8 +119,16 @@ def _lsun(name: str, num_samples: int) -> Recipe:
         facts=DataFacts(shape=(3, 128, 128), num_samples=num_samples, num_classes=0),
         network=PAPER_LSUN128,
         model=ModelConfig(prediction="both", conditional=False),
-        teacher=TeacherConfig(num_updates=400_000, batch_size=2048, learning_rate=3e-4, dropout=0.1),
-        chain=ChainConfig(start_steps=1024, num_updates=50_000, batch_size=2048, learning_rate=1e-4),
+        teacher=Training(
+            num_updates=400_000,
+            batch_size=2048,
+            learning_rate=3e-4,
+            warmup_updates=1000,
+            anneal=False,
+            ema_decay=0.9999,
+            dropout=0.1,
+        ),
+        chain=ChainConfig(start_steps=1024, training=Training(num_updates=50_000, batch_size=2048, learning_rate=1e-4)),
         evaluation=EVALUATION,
         engine=ONE_GPU,
     )

@@ -4,32 +4,31 @@ Every field has a flag on the command line (`--chain.start-steps 256`); its docs
 names here and become objects in `build`, nowhere deeper.
 """
 
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, NamedTuple
+from typing import Annotated, Any, Final, Literal
 
 import torch
+import tyro
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from halfstep.core.denoiser import output_gain, warn_of_gain
-from halfstep.core.noise import NoiseProcess, VPCosine, VPTable
-from halfstep.core.prediction import Prediction, V, predictions
+from halfstep.core.noise import NoiseProcess, VPCosine
+from halfstep.core.prediction import Prediction, predictions
 from halfstep.core.weighting import weightings
 from halfstep.data import Data, DataConfig, LatentData, StandIn, open_data
 from halfstep.measure.evaluate import Evaluation
 from halfstep.metrics import extractors
-from halfstep.models.folder import blank_denoiser
 from halfstep.models.model import Model
-from halfstep.models.students import matched_student
 from halfstep.nets import MLP, Network, UNet2D, unet2d_config
-from halfstep.objectives import EarlyEnd, GuidanceRange, Plan
+from halfstep.objectives import HALVING, Denoising, FixedGuidance, Guidance, GuidanceRange, Plan, Training
+from halfstep.run.course import Match, Start, check_start, cosine_within, course
 from halfstep.run.spec import RunSpec
-from halfstep.run.trackers import chosen_trackers
 from halfstep.runs import Manifest
 from halfstep.runtime.files import cache_folder
+from halfstep.train.settings import LEARNED, Engine
 
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Config(BaseModel):
@@ -131,46 +130,12 @@ class ModelConfig(Config):
         return VPCosine(self.log_snr_min, self.log_snr_max), predictions[self.prediction]()
 
 
-class StageConfig(Config):
-    """What the training of a teacher and of a student have in common."""
-
-    num_updates: Positive
-    """Optimiser updates of a stage."""
-    batch_size: Positive = 128
-    """Samples of an update, over all processes."""
-    learning_rate: Rate
-    """Peak learning rate of AdamW."""
-    warmup_updates: int = Field(default=0, ge=0)
-    """Updates of a stage over which the rate rises first."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """Decoupled weight decay."""
-    adam_betas: tuple[Share, Share] = (0.9, 0.999)
-    """AdamW's two decays."""
-    grad_clip: Rate = 1.0
-    """Largest global norm of the gradient."""
-    ema_decay: Share = 0.0
-    """Decay of the moving average of the weights that a stage hands on; 0 hands on the weights themselves."""
-    dropout: Share = 0.0
-    """Dropout probability while training."""
+Flat = Annotated[Training, tyro.conf.arg(name="")]
+"""Hyperparameters whose flags take no prefix of their own: --chain.num-updates."""
 
 
-class TeacherConfig(StageConfig):
-    """How the teacher is trained."""
-
-    num_updates: Positive = 100_000
-    """Optimiser updates."""
-    learning_rate: Rate = 2e-4
-    """Peak learning rate of AdamW."""
-    anneal: bool = False
-    """Let the rate fall linearly to 0."""
-    warmup_updates: int = Field(default=1000, ge=0)
-    """Updates over which the rate rises."""
-    ema_decay: Share = 0.9999
-    """Decay of the moving average that becomes the teacher; 0 for none."""
-
-
-class ChainConfig(StageConfig):
-    """How the students are made. Decay, averaging, dropout and warm-up are 0 by default, as in the paper."""
+class ChainConfig(Config):
+    """How the students are made."""
 
     start_steps: Positive = 1024
     """Steps of the first teacher."""
@@ -179,28 +144,16 @@ class ChainConfig(StageConfig):
     factor: Annotated[int, Field(ge=2)] = 2
     """Teacher steps that one step of its student replaces: 2 halves, 4 quarters."""
     students: tuple[Positive, ...] | None = None
-    """Steps of all students, in the place of end and factor, such as 256 64 16 8 4."""
-    num_updates: Positive = 50_000
-    """Updates of each stage."""
+    """Steps of all students instead of end and factor, such as 256 64 16 8 4."""
+    training: Flat = HALVING
+    """Training of each student."""
     updates_at: dict[int, Positive] | None = None
     """Exceptions, student's steps to updates; by default twice num_updates at 2 and at 1 step."""
-    learning_rate: Rate = 5e-5
-    """Rate at the start of each stage, from where it falls linearly to 0."""
     learning_rate_at: dict[int, Rate] | None = None
     """Exceptions, student's steps to its rate."""
-    early_end: bool = False
-    """End a stage before its budget when its loss has stopped falling: --chain.early-patience windows of
-    --chain.early-window updates in a row whose mean loss is not lower by the share --chain.early-min-drop than the
-    lowest before. The rate is then faded to 0 over one more window."""
-    early_window: Positive = 1000
-    """Updates of a window."""
-    early_patience: Positive = 3
-    """Windows in a row that may bring nothing."""
-    early_min_drop: Share = 0.01
-    """Share by which a window's loss must be lower to count as falling."""
     lora_rank: Positive | None = None
-    """Train low-rank additions of this rank to the teacher's weights, which teacher and students then share, in the
-    place of whole students (networks of diffusers; the matching stage too)."""
+    """Train low-rank additions of this rank to the teacher's weights, which teacher and students then share, instead of
+    whole students (networks of diffusers; the matching stage too)."""
     keep: tuple[Positive, ...] | None = None
     """Students, by their steps, whose weights stay on disk; all by default. Teacher and last student always stay."""
 
@@ -210,25 +163,11 @@ class ChainConfig(StageConfig):
             if self.end_steps not in (1, *self.students[-1:]):
                 raise ValueError(f"the students end at {self.students[-1]} steps: leave end_steps {self.end_steps} out")
             if self.factor != 2:
-                raise ValueError(f"the students are listed, so a factor of {self.factor} says nothing: leave it out")
-        rule = {name: getattr(self, name) for name in ("early_window", "early_patience", "early_min_drop")}
-        if not self.early_end:
-            for name, value in rule.items():
-                if value != type(self).model_fields[name].default:
-                    raise ValueError(f"{name} {value} does nothing without early_end: add it")
+                raise ValueError(f"the students are listed, so a factor of {self.factor} has no effect: leave it out")
         return self
 
 
-MATCHED_GAIN: Final = 10.0
-"""Gain at t = 1 (see `output_gain`) from which a given teacher is matched to v before it is halved. Stable Diffusion's
-eps has 15, DDPM's 160."""
-
-
-RECLOCKED: Final = ("unet2d", "unet2d_condition")
-"""Networks whose clock of timesteps can be replaced."""
-
-
-class MatchingConfig(StageConfig):
+class MatchingConfig(Config):
     """How a teacher is carried over to another prediction, clock or guidance before it is halved. The stage is there
     if one of these says so, or if a given teacher predicts eps at a signal-to-noise ratio near 0."""
 
@@ -245,13 +184,9 @@ class MatchingConfig(StageConfig):
     null_class: int | None = Field(default=None, ge=0)
     """The class that stands for none, where the teacher's files do not say."""
     num_times: Positive = 1024
-    """Times at which teacher and student are compared; a teacher on a table of noise levels is asked at its own."""
-    num_updates: Positive = 10_000
-    """Optimiser updates."""
-    learning_rate: Rate = 1e-4
-    """Rate at the start, from where it falls linearly to 0."""
-    warmup_updates: int = Field(default=0, ge=0)
-    """Updates over which the rate rises first."""
+    """Times at which teacher and student are compared; a teacher on a table of noise levels is called at its own."""
+    training: Flat = Training(num_updates=10_000, learning_rate=1e-4)
+    """Training of the matched student."""
 
     @field_validator("prediction")
     @classmethod
@@ -269,11 +204,21 @@ class MatchingConfig(StageConfig):
         return self
 
     @property
-    def guidance(self) -> tuple[float, float] | None:
-        """Lowest and highest scale; None for no guidance."""
+    def guidance(self) -> Guidance | None:
+        """What the student learns; None for no guidance."""
         if self.guidance_scale is not None:
-            return self.guidance_scale, self.guidance_scale
-        return self.guidance_range
+            return FixedGuidance(self.guidance_scale)
+        return None if self.guidance_range is None else GuidanceRange(*self.guidance_range)
+
+    def match(self) -> Match:
+        """Return the settings as the builder takes them."""
+        return Match(
+            self.training,
+            None if self.prediction is None else predictions[self.prediction](),
+            {None: None, "own": lambda process: process, "cosine": cosine_within}[self.process],
+            self.guidance,
+            self.num_times,
+        )
 
 
 class EvaluationConfig(Config):
@@ -312,68 +257,12 @@ class EvaluationConfig(Config):
         return Evaluation(features=None if self.features == "auto" else self.features, **settings)
 
 
-class EngineConfig(Config):
-    """How the run uses the machine. None of these changes what is learned, but for precisions and optimizer."""
-
-    precision: Literal["float32", "bf16"] = "float32"
-    """float32, or bfloat16 autocast over float32 weights."""
-    cpu: bool = False
-    """Stay on the CPU even if there is an accelerator."""
-    threads: Positive | None = None
-    """CPU threads of torch; its own choice by default."""
-    micro_batch: Positive | Literal["auto"] | None = None
-    """Samples that go through the network at once; the whole batch by default. auto tries the batch, then powers of two
-    below it, and takes the first that fits into memory."""
-    sharding: Literal["none", "full"] = "none"
-    """full spreads the weights of teacher and student, gradients, moments and average over the processes (FSDP2)."""
-    timeout_minutes: float = Field(default=10.0, gt=0)
-    """Minutes after which a process that does not answer the others is given up."""
-    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] | None = None
-    """Where the log and sample grids go beside log.jsonl; by default TensorBoard, where it is installed."""
-    teacher_precision: Literal["float32", "bf16"] = "float32"
-    """bf16 keeps and asks teachers in bfloat16, for half the memory of their weights."""
-    gradient_checkpointing: bool = False
-    """Compute the student's activations again in the backward pass in the place of keeping them."""
-    compile: bool = False
-    """Let torch compile the networks: some minutes at the first update, once for the whole chain, and faster updates
-    from then on. Roundings differ from those of networks that are not compiled."""
-    optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
-    """adamw8bit and paged_adamw8bit are bitsandbytes', with moments of 8 bits."""
-    log_every: Positive = 50
-    """Updates between two lines of the log."""
-    checkpoint_updates: Positive = 5000
-    """Updates between two checkpoints."""
-    checkpoint_minutes: float = Field(default=5.0, gt=0)
-    """Minutes between two checkpoints."""
-    requeue_code: Annotated[int, Field(ge=1, le=255)] | None = None
-    """Exit code of a run that SIGTERM or SIGUSR1 stopped with its state saved, for a scheduler that runs a job again
-    on a code of its own; 143 and 138 by default."""
-
-
-CHANGING: Final = ("precision", "teacher_precision", "optimizer")
-"""Settings of the engine that change what is learned."""
-
-FREE_FIELDS = (
+FREE_FIELDS: Final = (
     "chain.keep",
     "evaluation.batch_size",
-    *(f"engine.{name}" for name in EngineConfig.model_fields if name not in CHANGING),
+    *(f"engine.{setting.name}" for setting in fields(Engine) if setting.name not in LEARNED),
 )
-"""Fields that may change when a run goes on: they decide how, not what."""
-
-
-class Matched(NamedTuple):
-    """What a matching stage makes of its teacher."""
-
-    prediction: Prediction
-    process: NoiseProcess
-    guidance: tuple[float, float] | None
-
-
-def cosine_within(process: NoiseProcess) -> VPCosine:
-    """The cosine process over the noise levels of another, from pure noise (or its last level) down to its first."""
-    first = 1 / len(process.betas) if isinstance(process, VPTable) else 0.0
-    bounds = process.log_snr(torch.tensor([1.0, first], dtype=torch.float64)).clamp(-20, 20)
-    return VPCosine(*bounds.tolist())
+"""Fields that may change when a run resumes: they decide how, not what."""
 
 
 class Recipe(Config):
@@ -391,7 +280,9 @@ class Recipe(Config):
     """The network of teacher and students."""
     model: ModelConfig = ModelConfig()
     """What the network predicts."""
-    teacher: TeacherConfig = TeacherConfig()
+    teacher: Training = Training(
+        num_updates=100_000, learning_rate=2e-4, warmup_updates=1000, anneal=False, ema_decay=0.9999
+    )
     """Training of the teacher."""
     matching: MatchingConfig = MatchingConfig()
     """Carrying the teacher over to what halving needs."""
@@ -399,71 +290,33 @@ class Recipe(Config):
     """The chain of students."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Measuring."""
-    engine: EngineConfig = EngineConfig()
+    engine: Engine = Engine()
     """Machine."""
 
     def teacher_plan(self) -> Plan:
-        """The stage that trains the teacher.
+        """Return the stage that trains the teacher."""
+        return Plan.of(Denoising(weightings[self.model.weighting]()), self.teacher)
 
-        Raises:
-            ValueError: if its settings contradict each other.
-        """
-        settings = self.teacher.model_dump()
-        return Plan.teacher(weighting=weightings[self.model.weighting](), **settings)
-
-    def matched(
-        self, process: NoiseProcess, prediction: Prediction, *, given: bool, network: str = ""
-    ) -> "Matched | None":
-        """What the matching stage makes of a teacher with this process and prediction; None if there is no need of one.
+    def chain_plan(self, guidance: Guidance | None = None) -> Plan:
+        """Return the halving stages.
 
         Args:
-            given: whether the teacher was given, and not made by this recipe, which could have chosen better.
-            network: the kind of a given teacher's network.
-        """
-        config = self.matching
-        meaning = prediction if config.prediction is None else predictions[config.prediction]()
-        if config.prediction is None and given and output_gain(process, prediction) > MATCHED_GAIN:
-            meaning = V()
-        clock = cosine_within(process) if config.process == "cosine" else process
-        if (meaning, clock, config.guidance) == (prediction, process, None):
-            return None
-        may_change = isinstance(process, VPTable) and network in RECLOCKED and self.chain.lora_rank is None
-        if config.process is None and may_change:
-            clock = cosine_within(process)
-        return Matched(meaning, clock, config.guidance)
-
-    def matching_plan(self, process: NoiseProcess) -> Plan:
-        """The matching stage, for a student on this process."""
-        config = self.matching
-        scales = config.guidance_range
-        return Plan.matching(
-            guidance=None if scales is None else GuidanceRange(*scales),
-            guided=config.guidance is not None,
-            # A table's own levels are the only ones that a teacher on it was trained for.
-            num_times=len(process.betas) if isinstance(process, VPTable) else config.num_times,
-            **{name: getattr(config, name) for name in StageConfig.model_fields},
-        )
-
-    def chain_plan(self, guidance: tuple[float, float] | None = None) -> Plan:
-        """The halving stages.
-
-        Args:
-            guidance: scales that the first teacher has learned.
+            guidance: what the first teacher has learned.
 
         Raises:
             ValueError: if the start cannot be halved to the end.
         """
         chain = self.chain
-        rule = ("early_window", "early_patience", "early_min_drop")
-        settings = chain.model_dump(exclude={"start_steps", "end_steps", "early_end", "keep", "lora_rank", *rule})
-        early_end = EarlyEnd(chain.early_window, chain.early_patience, chain.early_min_drop)
         plan = Plan.halvings(
             chain.start_steps,
             chain.end_steps,
+            chain.training,
+            factor=chain.factor,
+            students=chain.students,
+            updates_at=chain.updates_at,
+            learning_rate_at=chain.learning_rate_at,
             weighting=weightings[self.model.weighting](),
-            early_end=early_end if chain.early_end else None,
-            guidance=None if guidance is None or guidance[0] == guidance[1] else GuidanceRange(*guidance),
-            **settings,
+            guidance=guidance,
         )
         steps = [stage.num_steps for stage in plan.stages]
         foreign = [number for number in chain.keep or () if number not in steps]
@@ -579,62 +432,20 @@ def build(
     Raises:
         ValueError: if the data cannot be opened or the recipe's parts do not fit each other.
     """
-    plan = Plan()
     process, prediction = recipe.model.objects()
-    if teacher is not None:
-        process, prediction = teacher.process, teacher.denoiser.prediction
-    if what in ("all", "teacher"):
-        plan = plan + recipe.teacher_plan()
-    matched = (
-        None
-        if what == "teacher"
-        else recipe.matched(
-            process,
-            prediction,
-            # A student, and a network that has learned its guidance, is halved as it is.
-            given=teacher is not None and not (teacher.num_steps or teacher.manifest.guidance),
-            network="" if teacher is None else str(teacher.manifest.network.get("type")),
-        )
-    )
-    student = None
-    if matched is not None and teacher is not None and (teacher.num_steps or teacher.manifest.guidance):
-        what_it_is = (
-            f"is a student of {teacher.num_steps} steps, which knows x0 at its own times only"
-            if teacher.num_steps
-            else "has learned its guidance"
-        )
-        raise ValueError(
-            f"the matching stage asks a teacher at all times and guides it, and {teacher.manifest.stage} {what_it_is}: "
-            "match its own teacher, with all that is to change at once"
-        )
-    if matched is not None:
-        plan = plan + recipe.matching_plan(matched.process)
-        shown_scale = matched.guidance is not None and matched.guidance[0] < matched.guidance[1]
-        student = matched_student(matched.prediction, matched.process, shown_scale)
-        if matched.guidance is not None and teacher is None:
-            raise ValueError(
-                "matching.guidance_scale and matching.guidance_range guide a given teacher that knows a class for "
-                "none; a teacher that this recipe trains does not: leave them out"
-            )
-    if what in ("all", "chain"):
-        learned = None if teacher is None else teacher.manifest.guidance
-        plan = plan + recipe.chain_plan(learned if matched is None else matched.guidance)
+    start = Start(process, prediction, given=False) if teacher is None else Start.of(teacher)
     opened = open_data(recipe.data) if data is None else data
     if teacher is not None:
+        process, prediction = teacher.process, teacher.denoiser.prediction
         check_fit(teacher.manifest, opened)
         teacher = _with_null(teacher, recipe.matching, opened)
-        if matched is not None and recipe.chain.lora_rank is not None and (shown_scale or matched.process != process):
-            raise ValueError(
-                "low-rank additions are to weights that stay as they are, and a range of guidance scales or another "
-                "process changes the network's inputs: use one --matching.guidance-scale and --matching.process own, "
-                "or leave --chain.lora-rank out"
-            )
-        if student is not None:
+    plan = recipe.teacher_plan() if what in ("all", "teacher") else Plan()
+    if what in ("all", "chain"):
+        chain = course(start, recipe.matching.match(), recipe.chain_plan, recipe.chain.lora_rank)
+        if teacher is not None:
             # Refused now, not after hours of the stage before.
-            with torch.device("meta"):
-                student(blank_denoiser(teacher.manifest))
-    if what != "teacher":
-        warn_of_gain(*((process, prediction) if matched is None else (matched.process, matched.prediction)))
+            check_start(teacher, chain)
+        plan = plan + chain
     evaluation = recipe.evaluation.as_object() if recipe.evaluation.enabled else None
     if teacher is None:
         # Built without memory for its weights, so that a network that does not fit is refused before anything is done.
@@ -654,28 +465,14 @@ def build(
         prediction=prediction,
         network=None if teacher is not None else lambda: recipe.make_network(opened),
         teacher=teacher,
-        matched=student,
-        guidance=None if matched is None else matched.guidance,
         start_steps=recipe.chain.start_steps,
         keep=recipe.chain.keep,
         conditional=recipe.model.conditional if teacher is None else teacher.num_classes > 0,
         flip=recipe.data.flip,
         clip=opened.is_image if teacher is None else teacher.manifest.clip,
         seed=recipe.seed,
-        precision=recipe.engine.precision,
-        cpu=recipe.engine.cpu,
-        micro_batch=recipe.engine.micro_batch,
         lora_rank=recipe.chain.lora_rank,
-        sharding=recipe.engine.sharding,
-        timeout_minutes=recipe.engine.timeout_minutes,
-        trackers=chosen_trackers(recipe.engine.trackers),
-        optimizer=recipe.engine.optimizer,
-        teacher_precision=recipe.engine.teacher_precision,
-        gradient_checkpointing=recipe.engine.gradient_checkpointing,
-        compiled=recipe.engine.compile,
-        log_every=recipe.engine.log_every,
-        checkpoint_updates=recipe.engine.checkpoint_updates,
-        checkpoint_minutes=recipe.engine.checkpoint_minutes,
+        engine=recipe.engine,
         evaluation=evaluation,
         cache=cache_folder(),
         free=FREE_FIELDS,

@@ -1,27 +1,40 @@
 """What a run will cost: arithmetic and memory of an update, counted and not run, and time, from a measured rate."""
 
-import dataclasses
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from halfstep.core.denoiser import GUIDANCE
+from halfstep.core.denoiser import GUIDANCE, NetworkDenoiser
 from halfstep.models.folder import blank_denoiser
 from halfstep.models.students import start_student
-from halfstep.nets import checkpoint_gradients, takes_guidance, trainable
-from halfstep.objectives import Stage
+from halfstep.nets import checkpoint_gradients, copy_denoiser, takes_guidance, trainable
+from halfstep.objectives import Models, Stage
 from halfstep.run.spec import RunSpec
 from halfstep.run.start import trainer_for
 from halfstep.runtime.processes import make_accelerator
+from halfstep.train.engine import make_helpers
+from halfstep.train.player import network_of
+from halfstep.train.settings import Engine
 
 FLOPS_OF_A_TRIAL = 1e11
 """Arithmetic of an update that is timed: seconds on a CPU, moments on a GPU."""
 
 SECONDS_OF_A_TRIAL = 10.0
 """Time of an update beyond which no larger one is tried."""
+
+
+@final
+class Size(NamedTuple):
+    """Parameters of a network."""
+
+    parameters: int
+    trainable: int
+    """Those that training changes: all, or the additions of a LoRA student."""
 
 
 @final
@@ -44,22 +57,14 @@ def count_forward(spec: RunSpec) -> Forward:
         ValueError: if the spec has neither network nor teacher.
     """
     with torch.device("meta"):
-        if spec.network is not None:
-            network: torch.nn.Module = spec.network()
-        elif spec.teacher is not None:
-            denoiser = blank_denoiser(spec.teacher.manifest)
-            if spec.matched is not None:
-                denoiser = spec.matched(denoiser)
-            network = start_student(denoiser, spec.lora_rank).network
-        else:
-            raise ValueError("the plan's first stage needs a network or a teacher, and there is neither")
+        network = _student(spec)
         x_t, t = torch.empty(1, *spec.data.shape), torch.empty(1)
         cond = {"class_labels": torch.empty(1, dtype=torch.int64)} if spec.num_classes else {}
         if spec.teacher is not None:
             cond |= {name: torch.empty(1, *shape) for name, shape in spec.teacher.manifest.conditions.items()}
         if takes_guidance(network):
             cond[GUIDANCE] = torch.empty(1)
-    if spec.gradient_checkpointing:
+    if spec.engine.gradient_checkpointing:
         checkpoint_gradients(network)
         network.train()
     own = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
@@ -82,6 +87,47 @@ def count_forward(spec: RunSpec) -> Forward:
     )
 
 
+def _denoiser(spec: RunSpec) -> NetworkDenoiser:
+    """Return a student of the plan, before additions, on the current device.
+
+    Raises:
+        ValueError: if the spec has neither network nor teacher.
+    """
+    if spec.network is not None:
+        return NetworkDenoiser(spec.network(), spec.process, spec.prediction)
+    if spec.teacher is None:
+        raise ValueError("the plan's first stage needs a network or a teacher, and there is neither")
+    denoiser = blank_denoiser(spec.teacher.manifest)
+    for stage in spec.plan.stages:
+        started = stage.objective.start(denoiser)
+        assert isinstance(started, NetworkDenoiser)
+        denoiser = started
+    return denoiser
+
+
+def _student(spec: RunSpec) -> torch.nn.Module:
+    student = start_student(_denoiser(spec), None if spec.network is not None else spec.lora_rank)
+    return network_of(student)
+
+
+def helper_sizes(spec: RunSpec, stage: Stage) -> dict[str, Size]:
+    """Return the parameters of a stage's helpers, counted on the meta device."""
+    if not stage.objective.helpers:
+        return {}
+    with torch.device("meta"):
+        student = _denoiser(spec)
+        auxiliaries, followers = make_helpers(stage, Models(student, copy_denoiser(student)), 0, "cost")
+    networks = {name: network_of(model) for name, (model, _) in auxiliaries.items()}
+    averaged = {name: follower.network for name, follower in followers.items()}
+    return {
+        name: Size(
+            sum(p.numel() for p in network.parameters()),
+            sum(p.numel() for _, p in trainable(network)) if name in networks else 0,
+        )
+        for name, network in {**networks, **averaged}.items()
+    }
+
+
 @final
 class Memory(NamedTuple):
     """Bytes of an update of one stage on one device; bfloat16 autocast about halves the activations."""
@@ -89,36 +135,45 @@ class Memory(NamedTuple):
     weights: int
     """The student's, in float32."""
     gradients: int
+    """Of all that is trained."""
     moments: int
-    """AdamW's two, in float32 or in 8 bits."""
+    """AdamW's two for each player, in float32 or in 8 bits."""
     average: int
-    """The moving average, if there is one."""
+    """The moving average that the stage hands on, if there is one."""
     teacher: int
     """Its weights, as far as the student does not share them."""
+    helpers: int
+    """The weights of the objective's own networks."""
     activations: int
     """What the backward pass of one micro batch needs."""
 
 
-def memory_of_update(
-    stage: Stage,
-    forward: Forward,
-    micro_batch: int | None,
-    optimizer: str = "adamw",
-    teacher_precision: str = "float32",
-) -> Memory:
-    """Counted, not measured: an allocator and convolution workspaces come on top."""
-    samples = min(micro_batch or stage.batch_size, stage.batch_size)
+def memory_of_update(stage: Stage, forward: Forward, engine: Engine, helpers: Mapping[str, Size]) -> Memory:
+    """Return counted, not measured, bytes: an allocator and convolution workspaces come on top."""
+    training = stage.training
+    samples = min(engine.set_micro_batch or training.batch_size, training.batch_size)
     own, all_ = forward.trainable, forward.parameters
     # A LoRA student shares the frozen weights with a teacher in its own precision, and only the additions are two.
-    teacher = 2 * all_ if teacher_precision == "bf16" else 4 * own
+    teacher = 2 * all_ if engine.teacher_precision == "bf16" else 4 * own
+    trained = own + sum(size.trainable for size in helpers.values())
     return Memory(
         weights=4 * all_,
-        gradients=4 * own,
-        moments=(8 if optimizer == "adamw" else 2) * own,
-        average=4 * own if stage.ema_decay else 0,
+        gradients=4 * trained,
+        moments=(8 if engine.optimizer == "adamw" else 2) * trained,
+        average=4 * own if training.ema_decay else 0,
         teacher=teacher if stage.objective.needs_teacher else 0,
+        helpers=4 * sum(size.parameters for size in helpers.values()),
         activations=samples * forward.saved_bytes,
     )
+
+
+def update_flops(stage: Stage, forward: Forward, helpers: Mapping[str, Size]) -> float:
+    """Return the arithmetic of an update. A helper's call counts by its parameters beside the student's."""
+    each = sum(
+        evals.cost * (helpers[name].parameters / forward.parameters if name in helpers else 1)
+        for name, evals in stage.objective.evals.items()
+    )
+    return each * stage.training.batch_size * forward.flops
 
 
 @final
@@ -133,28 +188,34 @@ class Rate(NamedTuple):
 def time_updates(spec: RunSpec, forward: Forward) -> Rate:
     """The seconds of an update of the plan's first stage: timed, or extrapolated where that would take minutes."""
     stage = spec.plan.stages[0]
-    per_sample = stage.update_cost / stage.batch_size * max(1, forward.flops)
-    trial = max(1, min(stage.batch_size, int(FLOPS_OF_A_TRIAL / per_sample)))
-    if trial == stage.batch_size:
+    batch_size = stage.training.batch_size
+    per_sample = stage.update_cost / batch_size * max(1, forward.flops)
+    trial = max(1, min(batch_size, int(FLOPS_OF_A_TRIAL / per_sample)))
+    if trial == batch_size:
         return Rate(_seconds(spec, stage), trial)
     # An update costs something of its own (the optimiser, the launch of kernels) and something for each sample. The
     # second shows only once a doubled batch takes markedly longer.
-    small = _seconds(spec, dataclasses.replace(stage, batch_size=trial))
-    most = min(spec.set_micro_batch or stage.batch_size, stage.batch_size)
+    small = _seconds(spec, _of_batch(stage, trial))
+    most = min(spec.engine.set_micro_batch or batch_size, batch_size)
     while True:
-        large = _seconds(spec, dataclasses.replace(stage, batch_size=2 * trial))
+        large = _seconds(spec, _of_batch(stage, 2 * trial))
         if large > 1.5 * small or large > SECONDS_OF_A_TRIAL or 4 * trial > most:
             break
         trial, small = 2 * trial, large
     each = max(large - small, 0.0) / trial
-    return Rate(large + each * (stage.batch_size - 2 * trial), 2 * trial)
+    return Rate(large + each * (batch_size - 2 * trial), 2 * trial)
+
+
+def _of_batch(stage: Stage, batch_size: int) -> Stage:
+    return replace(stage, training=replace(stage.training, batch_size=batch_size))
 
 
 def _seconds(spec: RunSpec, stage: Stage, num_updates: int = 3) -> float:
-    """The fastest of a few updates, after one to warm up."""
-    accelerator = make_accelerator(spec.precision, spec.cpu)
+    """Return the fastest of a few updates, after one to warm up."""
+    accelerator = make_accelerator(spec.engine.precision, spec.engine.cpu)
     # One process is timed, which holds all weights.
-    trainer = trainer_for(dataclasses.replace(spec, sharding="none"), stage, "timing", spec.teacher, accelerator)
+    alone = replace(spec, engine=replace(spec.engine, sharding="none"))
+    trainer = trainer_for(alone, stage, "timing", spec.teacher, accelerator)
     times = []
     start = time.perf_counter()
     for update in trainer.run():

@@ -1,25 +1,28 @@
 """Distillation in memory, for models that are made in Python."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
-from typing import Any, final
+from typing import Any, Final, final
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from halfstep.core.denoiser import Cond, Denoiser, NetworkDenoiser, warn_of_gain
+from halfstep.core.denoiser import Cond, Denoiser, NetworkDenoiser
 from halfstep.core.draw import Draw
 from halfstep.core.noise import NoiseProcess
 from halfstep.core.prediction import Prediction
-from halfstep.core.weighting import Weighting
+from halfstep.core.weighting import TruncatedSNR, Weighting
 from halfstep.data import Data, DataConfig, MemoryData, held_on, open_data, training_batch
 from halfstep.models.model import Model
-from halfstep.models.students import copy_denoiser, matched_student, viewed
-from halfstep.objectives import Batch, GuidanceRange, Halving, Plan
+from halfstep.nets import copy_denoiser
+from halfstep.objectives import Batch, Denoising, Guidance, Plan, Role, Stage, Training
+from halfstep.run.course import Match, Start, course
 from halfstep.runtime.processes import make_accelerator
 from halfstep.train.engine import StageTrainer, Window
 from halfstep.train.feed import Batches, updates_ahead
+from halfstep.train.settings import Engine, Precision
+
+STUDENT_TRAINING: Final = Training(num_updates=1000, learning_rate=2e-4)
 
 Source = Tensor | np.ndarray | Data | str | Iterable[Any]
 """Where batches come from; see `distill`."""
@@ -116,96 +119,102 @@ def as_batches(data: Source, device: torch.device) -> tuple[Batches, int]:
 
 
 def fit(
-    denoiser: NetworkDenoiser,
+    denoiser: Denoiser,
     data: Source,
+    training: Training,
     *,
-    num_updates: int,
-    batch_size: int = 128,
-    learning_rate: float = 2e-4,
     weighting: Weighting | None = None,
-    ema_decay: float = 0.995,
     seed: int = 0,
-    precision: str = "float32",
+    precision: Precision = "float32",
     on_window: Callable[[str, Window], None] | None = None,
-) -> NetworkDenoiser:
-    """The denoiser itself, trained in place to denoise the data: a teacher.
+) -> Denoiser:
+    """Train a denoiser in place to denoise the data, and return it: a teacher.
 
     Args:
+        denoiser: a `NetworkDenoiser`, or a denoiser of one's own; it keeps its moving average if `training` has one.
         data: as for `distill`.
-        num_updates, batch_size, learning_rate: of AdamW, whose rate rises over a twentieth of the updates and then
-            falls linearly to 0.
         weighting: of the squared error in x0; truncated SNR if None.
-        ema_decay: of the moving average of the weights, which is what is left in the network; 0 for none.
         seed, precision, on_window: as for `distill`.
 
     Raises:
-        ValueError: if the data cannot be used, or a setting is out of range.
+        ValueError: if the data cannot be used.
         NonFinite: if training diverged.
     """
-    (stage,) = Plan.teacher(
-        num_updates=num_updates,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        weighting=weighting,
-        warmup_updates=num_updates // 20,
-        anneal=True,
-        ema_decay=ema_decay,
-    ).stages
-    accelerator = make_accelerator(precision)
-    batches, ahead = as_batches(data, accelerator.device)
-    return _trained(
-        StageTrainer(denoiser, None, stage, batches, seed=seed, stream="fit", accelerator=accelerator, ahead=ahead),
-        on_window,
+    stage = Stage(Denoising(weighting or TruncatedSNR()), training)
+    return _trained(denoiser, None, stage, "fit", _Bench(data, seed, precision, on_window))
+
+
+@final
+class _Bench:
+    """What all stages of one call share."""
+
+    def __init__(
+        self, data: Source, seed: int, precision: Precision, on_window: Callable[[str, Window], None] | None
+    ) -> None:
+        self.engine = Engine(precision=precision)
+        self.accelerator = make_accelerator(precision)
+        self.batches, self.ahead = as_batches(data, self.accelerator.device)
+        self.seed, self.on_window = seed, on_window
+
+
+def _trained(student: Denoiser, teacher: Denoiser | None, stage: Stage, name: str, bench: _Bench) -> Denoiser:
+    """Run a stage to its end and return its result."""
+    trainer = StageTrainer(
+        student,
+        teacher,
+        stage,
+        bench.batches,
+        seed=bench.seed,
+        stream=name,
+        accelerator=bench.accelerator,
+        engine=bench.engine,
+        ahead=bench.ahead,
     )
-
-
-def _trained(trainer: StageTrainer, on_window: Callable[[str, Window], None] | None) -> NetworkDenoiser:
-    """The result of a stage, run to its end."""
     for update in trainer.run():
         if update % 100 == 0 or update == trainer.last_update:
             window = trainer.window()
-            if on_window is not None:
-                on_window(trainer.stream, window)
+            if bench.on_window is not None:
+                bench.on_window(name, window)
     return trainer.finish()
 
 
 def distill(
-    teacher: NetworkDenoiser | Model,
+    teacher: Denoiser | Model,
     data: Source,
     *,
     to: int = 4,
     start: int | None = None,
-    num_updates: int = 1000,
-    batch_size: int = 128,
-    learning_rate: float = 2e-4,
+    training: Training = STUDENT_TRAINING,
     plan: Plan | None = None,
     prediction: Prediction | None = None,
     process: NoiseProcess | None = None,
-    guidance: float | tuple[float, float] | None = None,
+    guidance: Guidance | None = None,
     null: Cond | None = None,
-    matching_updates: int | None = None,
+    matching: Training | None = None,
     seed: int = 0,
-    precision: str = "float32",
+    precision: Precision = "float32",
     on_window: Callable[[str, Window], None] | None = None,
-) -> NetworkDenoiser:
-    """A student that samples in `to` steps what the teacher samples in `start`: the whole chain of halvings, in memory.
+) -> Denoiser:
+    """Return a student that samples in `to` steps what the teacher samples in `start`: the whole chain, in memory.
 
-    A stage of matching comes first if `prediction`, `process` or `guidance` asks for it.
+    The plan is the one that a recipe would make: a matching stage comes first where `prediction`, `process` or
+    `guidance` asks for it, or where the teacher predicts eps at a signal-to-noise ratio near 0.
 
     Args:
         teacher: an unclipped denoiser, or a loaded model; it is not changed.
         data: clean samples `[n, *dims]` (float32 as they are; uint8 as images), opened data, a source such as a folder
             of images, or any iterable of batches x0 `[batch, *dims]` or (x0, cond) with cond from names to tensors
-            `[batch, ...]`, which is begun again at its end.
+            `[batch, ...]`, which is restarted at its end.
         to: DDIM steps of the student.
         start: DDIM steps of the teacher, `to` times a power of two; 16 times `to` if None.
-        num_updates, batch_size, learning_rate: of each stage; twice the updates at 2 steps and 1.
-        plan: the halving stages, in the place of the arguments before it.
+        training: of each halving stage; twice the updates at 2 steps and 1.
+        plan: the halving stages instead of `to`, `start` and `training`.
         prediction: what the student's network predicts; as the teacher's if None.
-        process: the student's noise process; the teacher's if None.
-        guidance: one scale, or a range of them that the student's network is shown as `guidance_scale` `[batch]`.
+        process: the student's noise process; the teacher's, or the cosine clock for a matched U-Net, if None.
+        guidance: what the student learns: `FixedGuidance`, or a `GuidanceRange` that its network is shown as
+            `guidance_scale` `[batch]`.
         null: what stands for no condition, for one sample, by the names of the conditions; needed for guidance.
-        matching_updates: of the stage of matching; `num_updates` if None.
+        matching: training of the matching stage; `training` if None.
         seed: with the update, the key of every random number.
         on_window: called with the stage's name and its statistics at every hundredth update.
 
@@ -213,62 +222,36 @@ def distill(
         ValueError: if `start` cannot be halved to `to`, the data cannot be used, or settings contradict each other.
         NonFinite: if training diverged.
     """
-    current = teacher.denoiser if isinstance(teacher, Model) else teacher
-    held_null = dict(null or (teacher.null if isinstance(teacher, Model) else {}))
-    scales = (guidance, guidance) if isinstance(guidance, int | float) else guidance
-    shown = None if scales is None or scales[0] == scales[1] else GuidanceRange(*scales)
-    if shown is None and scales is None and isinstance(teacher, Model) and teacher.manifest.guidance is not None:
-        low, high = teacher.manifest.guidance
-        shown = None if low == high else GuidanceRange(low, high)
-    if plan is not None and shown is not None:
-        stages = (
-            replace(s, objective=replace(s.objective, guidance=shown)) if isinstance(s.objective, Halving) else s
-            for s in plan.stages
-        )
-        plan = Plan(tuple(stages))
-    chain = plan or Plan.halvings(
-        16 * to if start is None else start,
-        to,
-        num_updates=num_updates,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        guidance=shown,
-    )
-    if (prediction, process, scales) != (None, None, None):
-        matching = Plan.matching(
-            num_updates=num_updates if matching_updates is None else matching_updates,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            guidance=shown,
-            guided=scales is not None,
-        )
-        chain = matching + chain
-    elif matching_updates is not None:
-        raise ValueError(
-            f"matching_updates {matching_updates} says nothing without prediction, process or guidance: leave it out"
-        )
-    if null is not None and scales is None:
-        raise ValueError("null says what stands for no condition, which only guidance asks: give guidance, or leave it")
-    warn_of_gain(process or current.process, prediction or current.prediction)
-    accelerator = make_accelerator(precision)
-    batches, ahead = as_batches(data, accelerator.device)
+    if null is not None and guidance is None:
+        raise ValueError("null stands for no condition, which only guidance needs. Pass guidance, or leave null out")
+    current: Denoiser
+    if isinstance(teacher, Model):
+        current, known, held_null = teacher.denoiser, Start.of(teacher), dict(null or teacher.null)
+    else:
+        known = Start(teacher.process, None)
+        if isinstance(teacher, NetworkDenoiser):
+            known = Start(teacher.process, teacher.prediction, network=type(teacher.network))
+        current, held_null = teacher, dict(null or {})
+    wanted = Match(matching or training, prediction, None if process is None else lambda _: process, guidance)
+
+    def halvings(learned: Guidance | None) -> Plan:
+        if plan is None:
+            return Plan.halvings(16 * to if start is None else start, to, training, guidance=learned)
+        return plan.guided(learned)
+
+    chain = course(known, wanted, halvings)
+    if matching is not None and chain.stages[0].objective.outcome.role is not Role.MATCHED:
+        raise ValueError("matching has no effect without prediction, process or guidance. Leave it out")
+    bench = _Bench(data, seed, precision, on_window)
     was_training = current.training
     frozen = [parameter.requires_grad for parameter in current.parameters()]
-    result = current
-    learned_from: Denoiser
+    result: Denoiser = current
     try:
         for name, stage in zip(chain.names(1), chain.stages, strict=True):
-            if stage.num_steps is None:
-                student = copy_denoiser(matched_student(prediction, process, shown is not None)(result))
-                learned_from = viewed(result, student.process, scales, held_null)
-            else:
-                student, learned_from = copy_denoiser(result), result
-            trainer = StageTrainer(
-                student, learned_from, stage, batches, seed=seed, stream=name, accelerator=accelerator, ahead=ahead
-            )
-            result = _trained(trainer, on_window)
+            student = copy_denoiser(stage.objective.start(result))
+            result = _trained(student, stage.objective.view(result, student, held_null), stage, name, bench)
     finally:
-        # The stages ask a teacher in evaluation mode and frozen; it goes back as it came, also if one diverged.
+        # The stages run a teacher in evaluation mode and frozen; it is restored, also if one diverged.
         current.train(was_training)
         for parameter, needed in zip(current.parameters(), frozen, strict=True):
             parameter.requires_grad_(needed)

@@ -50,11 +50,11 @@ def differences(
     ]
 
 
-def _take_folder(spec: RunSpec, folder: RunFolder, lock: FileLock) -> str:
+def take_folder(spec: RunSpec, folder: RunFolder, lock: FileLock) -> str:
     """Makes the folder the run's own, and returns the fingerprint of its data."""
     path = folder.path
     _check_folder(spec, folder)
-    chosen_trackers(spec.trackers)
+    chosen_trackers(spec.engine.trackers)
     path.mkdir(parents=True, exist_ok=True)
     try:
         lock.acquire(timeout=0)
@@ -92,23 +92,28 @@ def _is_ours(entry: Path) -> bool:
 
 
 def _write_recipe(spec: RunSpec, folder: RunFolder) -> None:
-    first = 1 if spec.teacher is not None else 0
-    names = (["00-teacher"] if first else []) + spec.plan.names(first)
-    stages: list[Stage | None] = ([None] if first else []) + list(spec.plan.stages)
     write_json(
         folder.recipe_path,
         {
             "recipe": dict(spec.recipe),
             "data_fingerprint": spec.data.fingerprint,
-            "plan": [
-                {
-                    "stage": name,
-                    "num_steps": None if stage is None else stage.num_steps,
-                    "num_updates": 0 if stage is None else stage.num_updates,
-                    "update_cost": 0 if stage is None else stage.update_cost,
-                }
-                for name, stage in zip(names, stages, strict=True)
-            ],
+            "plan": [_row(spec, name, stage) for name, stage in spec.stages],
             "environment": environment(),
         },
     )
+
+
+def _row(spec: RunSpec, name: str, stage: Stage | None) -> dict[str, Any]:
+    """Return what recipe.json holds of a stage before it is trained."""
+    if stage is None:
+        assert spec.teacher is not None
+        # A student that a run continues from is measured as the chain's start, at its own number of steps.
+        return {"stage": name, "role": spec.teacher.role, "num_steps": None, "num_updates": 0, "update_cost": 0}
+    outcome = stage.objective.outcome
+    return {
+        "stage": name,
+        "role": outcome.role,
+        "num_steps": outcome.num_steps,
+        "num_updates": stage.training.num_updates,
+        "update_cost": stage.update_cost,
+    }

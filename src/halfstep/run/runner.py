@@ -26,19 +26,20 @@ from halfstep.measure.evaluate import Evaluation, Reference, measure
 from halfstep.models.folder import drop_weights, load, save_stage
 from halfstep.models.model import Model
 from halfstep.nets import LoRA, describe_network, merged
-from halfstep.objectives import Matching, Stage, objectives
+from halfstep.objectives import Role, Stage, guidances, objectives
 from halfstep.run.events import Event, Measured, Notice, Progress, StageEnd, StageStart
-from halfstep.run.folder import _take_folder, flatten
+from halfstep.run.folder import flatten, take_folder
 from halfstep.run.spec import RunSpec
 from halfstep.run.start import trainer_for
-from halfstep.run.trackers import Trackers
-from halfstep.runs import Heartbeat, Manifest, Metrics, RunFolder, RunLog, StageFolder
+from halfstep.run.trackers import Trackers, chosen_trackers
+from halfstep.runs import Heartbeat, Manifest, Metrics, Outcome, RunFolder, RunLog, StageFolder
 from halfstep.runs.schema import Result
 from halfstep.runtime.failures import NonFinite, told_when_out_of_memory
 from halfstep.runtime.files import DamagedFile, write_arrays, write_json
 from halfstep.runtime.processes import Lookout, LostProcess, Processes, is_lost, make_accelerator
 from halfstep.runtime.stop import Interrupted, StopSignal, at_once
 from halfstep.runtime.storage import last_good, no_storage
+from halfstep.samplers import samplers
 from halfstep.train.checkpoint import CheckpointWriter, micro_batch_of, remove_checkpoints, resume
 from halfstep.train.engine import StageTrainer, Window
 from halfstep.train.recent import KEPT
@@ -62,12 +63,12 @@ def run(spec: RunSpec, path: Path, stop: StopSignal | None = None) -> Iterator[E
         FailedElsewhere: on the other processes, if the first had one of these errors.
     """
     folder = RunFolder(path)
-    accelerator = make_accelerator(spec.precision, spec.cpu, spec.timeout_minutes)
-    processes = Processes(accelerator, spec.timeout_minutes)
+    accelerator = make_accelerator(spec.engine.precision, spec.engine.cpu, spec.engine.timeout_minutes)
+    processes = Processes(accelerator, spec.engine.timeout_minutes)
     lock = FileLock(path / ".lock")
     runner = None
     try:
-        fingerprint = processes.on_main(lambda: _take_folder(spec, folder, lock))
+        fingerprint = processes.on_main(lambda: take_folder(spec, folder, lock))
         (odd,) = processes.agree(processes.index if spec.data.fingerprint != fingerprint else 0)
         if odd:
             raise ValueError(
@@ -149,7 +150,8 @@ class _Runner:
         self.accelerator, self.processes = accelerator, processes
         self.log = RunLog(folder.log_path if processes.is_main else None)
         name = str(spec.recipe.get("name", folder.path.name))
-        self.trackers = Trackers(spec.trackers if processes.is_main else (), folder.path, name, flatten(spec.recipe))
+        trackers = chosen_trackers(spec.engine.trackers) if processes.is_main else ()
+        self.trackers = Trackers(trackers, folder.path, name, flatten(spec.recipe))
         self._reference: Reference | None = None
         self._teacher_samples: Tensor | None = None
         """What students are compared with, where it is: on the first process."""
@@ -169,19 +171,13 @@ class _Runner:
 
     def _run(self) -> Iterator[Event]:
         model: Model | None = None
-        first = 0
-        stages: list[tuple[StageFolder, Stage | None]] = []
-        if self.spec.teacher is not None:
-            first = 1
-            stages.append((self.folder.stage("00-teacher"), None))
-        names = self.spec.plan.names(first)
-        stages += [(self.folder.stage(name), stage) for name, stage in zip(names, self.spec.plan.stages, strict=True)]
+        stages = [(self.folder.stage(name), stage) for name, stage in self.spec.stages]
         for index, (folder, stage) in enumerate(stages):
             before = stages[index - 1][0] if index else None
             found = self.processes.on_main(functools.partial(self._found, folder, stage, before))
             if found == "dropped":
                 yield StageEnd(folder.name, folder.manifest(verify=False).seconds, was_there=True)
-                self._updates_before += stage.num_updates if stage is not None else 0
+                self._updates_before += stage.training.num_updates if stage is not None else 0
                 continue
             if found == "absent" and stage is not None:
                 yield from self._trained(index, folder, stage, model)
@@ -219,9 +215,10 @@ class _Runner:
         teacher = self.spec.teacher
         assert teacher is not None
         changes: dict[str, Any] = {"stage": folder.name, "start_steps": self.spec.start_steps}
-        if self.spec.guidance is not None:
+        learned = [stage.objective.guidance for stage in self.spec.plan.stages if stage.objective.guidance is not None]
+        if learned and teacher.guidance is None:
             # So that the students are compared with what they learn: the guided teacher.
-            changes["guidance_scale"] = sum(self.spec.guidance) / 2
+            changes["guidance_scale"] = learned[0].default_scale
         if teacher.num_classes:
             changes["classes_shown"] = self.spec.data.num_classes
         denoiser = teacher.denoiser
@@ -240,12 +237,12 @@ class _Runner:
 
     def _trained(self, index: int, folder: StageFolder, stage: Stage, parent: Model | None) -> Iterator[Event]:
         spec = self.spec
-        if spec.sharding != "none" and parent is not None:
+        if spec.engine.sharding != "none" and parent is not None:
             # It has been measured on the device, which need not hold two whole networks.
             parent = parent.to("cpu")
         with self._at_once():
             trainer = trainer_for(spec, stage, folder.name, parent, self.accelerator)
-            if parent is not None and spec.teacher_precision != "float32":
+            if parent is not None and spec.engine.teacher_precision != "float32":
                 # A copy of it is asked and another one trained (a LoRA holds what it shares), so its own would be a
                 # third.
                 parent.to("meta")
@@ -262,7 +259,7 @@ class _Runner:
         )
         self.trackers.start(self._updates_before + resumed)
         yield StageStart(folder.name, index, stage, resumed)
-        if spec.micro_batch == "auto":
+        if spec.engine.micro_batch == "auto":
             with self._at_once():
                 refused = trainer.fit_micro_batch(micro_batch_of(held))
             if refused:
@@ -279,11 +276,13 @@ class _Runner:
             # Whatever ends the stage, nothing is written into the folder once its lock is given back.
             writer.close()
             self.last = writer.last or self.last
-        if trainer.update < stage.num_updates:
+        if trainer.update < stage.training.num_updates:
             yield Notice(
-                f"{folder.name} ended at update {trainer.update} of {stage.num_updates}: its loss had stopped falling"
+                f"{folder.name} ended at update {trainer.update} of {stage.training.num_updates}: its loss had stopped "
+                "falling"
             )
         denoiser = trainer.finish()
+        assert isinstance(denoiser, NetworkDenoiser)
         # accelerate keeps what it has prepared, which would be the networks and moments of all stages.
         self.accelerator._models.clear()
         self.accelerator._optimizers.clear()
@@ -303,15 +302,15 @@ class _Runner:
             Interrupted: if `stop` was set; the state is saved.
         """
         spec = self.spec
-        lookout = Lookout(self.processes, self.stop, spec.checkpoint_minutes * 60)
+        lookout = Lookout(self.processes, self.stop, spec.engine.checkpoint_minutes * 60)
         saved = logged = trainer.update
         starved = 0
         for update in trainer.run(self.stop):
             writer.check()
             done = update == trainer.last_update
             stopping, late = lookout.look(update)
-            due = update % spec.checkpoint_updates == 0 or late or stopping
-            if update % spec.log_every == 0 or done or due:
+            due = update % spec.engine.checkpoint_updates == 0 or late or stopping
+            if update % spec.engine.log_every == 0 or done or due:
                 progress = self._logged(trainer)
                 yield progress
                 logged = update
@@ -373,8 +372,6 @@ class _Runner:
 
     def _write_log(self, stage: str, window: Window) -> None:
         self._still_there()
-        if not (math.isfinite(window.loss) and math.isfinite(window.grad_norm)):
-            return
         figures = {
             "loss": window.loss,
             "learning_rate": window.learning_rate,
@@ -383,6 +380,10 @@ class _Runner:
             "samples_per_second": round(window.samples_per_second, 1),
             "data_share": round(window.data_share, 3),
         }
+        for name, helper in window.helpers.items():
+            figures |= {f"{name}_loss": helper.loss, f"{name}_grad_norm": helper.grad_norm}
+        # A player without a turn in this window has no figures in it.
+        figures = {name: value for name, value in figures.items() if math.isfinite(value)}
         self.log.append({"stage": stage, "update": window.update, **figures})
         self.trackers.log(stage, figures, self._updates_before + window.update)
 
@@ -391,14 +392,15 @@ class _Runner:
     ) -> Manifest:
         spec = self.spec
         origin = None if parent is None else parent.manifest
-        guidance = None if origin is None else origin.guidance
-        if isinstance(stage.objective, Matching):
-            guidance = spec.guidance or guidance
+        learned, outcome = stage.objective.guidance, stage.objective.outcome
+        guidance = guidances.describe(learned) if learned is not None else origin.guidance if origin else None
         return Manifest(
             stage=name,
             objective=objectives.name_of(stage.objective),
             parent=None if origin is None else origin.stage,
-            num_steps=stage.num_steps,
+            outcome=Outcome(
+                role=outcome.role.value, num_steps=outcome.num_steps, sampler=samplers.describe(outcome.sampler)
+            ),
             start_steps=spec.start_steps,
             num_updates=trainer.update,
             seconds=round(trainer.seconds, 3),
@@ -407,7 +409,7 @@ class _Runner:
             classes_shown=spec.data.num_classes if spec.num_classes else None,
             conditions=origin.conditions if origin else {},
             guidance=guidance,
-            guidance_scale=None if guidance is None else sum(guidance) / 2,
+            guidance_scale=None if guidance is None else guidances.rebuild(guidance).default_scale,
             is_image=spec.data.is_image,
             clip=spec.clip,
             network=describe_network(denoiser.network),
@@ -434,7 +436,7 @@ class _Runner:
     def _steps_to_measure(self, model: Model, evaluation: Evaluation) -> list[int]:
         if model.num_steps is not None:
             return [model.num_steps]
-        if model.manifest.objective == "match":
+        if model.role is Role.MATCHED:
             return [self.spec.start_steps] if self.spec.start_steps else []
         students = [stage.num_steps for stage in self.spec.plan.stages if stage.num_steps is not None]
         wanted = set(evaluation.teacher_steps or students) | (

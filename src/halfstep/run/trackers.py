@@ -10,7 +10,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Any, final, get_args
 from uuid import uuid4
 
 import numpy as np
@@ -18,22 +18,22 @@ from accelerate.tracking import TensorBoardTracker, TrackioTracker, WandBTracker
 from PIL import Image
 
 from halfstep.runtime.files import write_text
-
-TRACKERS: Final = ("tensorboard", "wandb", "trackio")
-"""Trackers by the names of their packages, which are those of halfstep's extras too."""
+from halfstep.train.settings import Tracker
 
 
 def chosen_trackers(names: Sequence[str] | None) -> tuple[str, ...]:
-    """The trackers of these names; for None, TensorBoard where it is installed.
+    """Return the trackers of these names, without repetition; for None, TensorBoard where it is installed.
 
     Raises:
         ValueError: if one is unknown or its package is missing.
     """
     if names is None:
         return ("tensorboard",) if find_spec("tensorboard") else ()
+    known = get_args(Tracker)
     for name in names:
-        if name not in TRACKERS:
-            raise ValueError(f"unknown tracker {name!r} (known: {', '.join(TRACKERS)})")
+        if name not in known:
+            raise ValueError(f"unknown tracker {name!r} (known: {', '.join(known)})")
+        # Trackers are called like their packages, and like halfstep's extras.
         if find_spec(name) is None:
             raise ValueError(f"the tracker {name} needs the package {name}: pip install 'halfstep[{name}]'")
     return tuple(dict.fromkeys(names))
@@ -44,7 +44,7 @@ class Trackers:
     """What a run tells its trackers, which are started with the first word.
 
     Args:
-        names: of `TRACKERS`.
+        names: as `chosen_trackers` returns them.
         folder: of the run; TensorBoard's files are in its tensorboard/, the others' in a folder of their names.
         recipe: what is kept as the run's settings.
         name: of the run.

@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from halfstep.runs.evaluation import EvaluationResult, parse_evaluation
 from halfstep.runtime.files import DamagedFile, check_files, read_json
 
-FORMAT = 2
+FORMAT = 3
 """The version of the layout; a reader refuses any other."""
 
 
@@ -26,6 +26,19 @@ class Pipeline(BaseModel):
     """The part that the model replaces: unet or transformer."""
 
 
+class Outcome(BaseModel):
+    """What a stage's model is and how it is sampled, as its objective declares it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    role: Literal["teacher", "matched", "student"]
+    """teacher: undistilled; matched: carried over to another prediction, process or guidance; student: distilled."""
+    num_steps: int | None = None
+    """Sampler steps that the model is made for; None for any number."""
+    sampler: dict[str, Any] = {"type": "ddim"}
+    """{"type": name in the registry of samplers, and its fields}."""
+
+
 class Manifest(BaseModel):
     """manifest.json of a stage: all that is needed to rebuild its model, and where it came from."""
 
@@ -35,8 +48,8 @@ class Manifest(BaseModel):
     stage: str
     objective: str
     parent: str | None
-    num_steps: int | None
-    """Sampler steps that the model is made for; None for a teacher."""
+    outcome: Outcome
+    """Role, steps and sampler: nothing else says what the model is."""
     start_steps: int | None = None
     """Steps of the first teacher of the chain that the stage belongs to."""
     num_updates: int
@@ -51,9 +64,8 @@ class Manifest(BaseModel):
     these in turn. None for all."""
     conditions: dict[str, tuple[int, ...]] = {}
     """Conditions beside the class that the model is shown, with the shape of each for one sample."""
-    guidance: tuple[float, float] | None = None
-    """Guidance scales that the network itself has learned, from the lowest to the highest; it is shown the scale if
-    they differ. None for a network that knows none."""
+    guidance: dict[str, Any] | None = None
+    """{"type": name in the registry of guidances, and its fields}: what the network has learned; None for none."""
     guidance_scale: float | None = None
     """The scale at which the model is sampled where none is asked for; None for no guidance."""
     is_image: bool
@@ -79,11 +91,16 @@ class Manifest(BaseModel):
     weights_kept: bool = True
     """False once the weights were removed because only those of other stages were asked for."""
 
+    @property
+    def num_steps(self) -> int | None:
+        """Sampler steps that the model is made for; None for any number."""
+        return self.outcome.num_steps
+
     def guidance_words(self) -> str:
         """What `guidance_scale` means for the model, whether negative prompts act, and the network calls of a step."""
         if not self.num_classes and not self.conditions:
             return "The model is shown no condition, so there is nothing to guide by: one network call a step."
-        if self.guidance is None and self.num_steps is None:
+        if self.guidance is None and self.outcome.role == "teacher":
             return (
                 "A teacher: guidance_scale 1 is no guidance and one network call a step; any other asks it twice, with "
                 "and without its condition (uncond + scale (cond - uncond)), and negative prompts act."
@@ -93,13 +110,15 @@ class Manifest(BaseModel):
                 "The model has learned no guidance: leave guidance_scale at 1, one network call a step. A scale above "
                 "1 would ask it twice a step, with and without its condition, which a student was not distilled for."
             )
-        low, high = self.guidance
-        if low == high:
+        if self.guidance["type"] == "fixed":
+            scale = self.guidance["scale"]
             return (
-                f"The model has taken in the teacher's guidance at the scale {low:g} (uncond + {low:g} (cond - uncond))"
+                f"The model has taken in the teacher's guidance at the scale {scale:g} (uncond + {scale:g} (cond - "
+                "uncond))"
                 ". Pass guidance_scale 1, which turns a pipeline's own guidance off: one network call a step where the "
                 "teacher needed two. Another scale would guide a second time; negative prompts do not act."
             )
+        low, high = self.guidance["low"], self.guidance["high"]
         return (
             "The model has taken in the teacher's guidance (uncond + scale (cond - uncond)) at all scales from "
             f"{low:g} to {high:g} and is shown the scale: pass guidance_scale in that range. One network call a "

@@ -1,13 +1,14 @@
 """The three sizes of every study: what is trained, how often, and how it is measured."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, Final, final
 
 from pydantic import BaseModel
 
-from halfstep.recipes import EvaluationConfig, Recipe, TeacherConfig, recipes
-from halfstep.recipes.schema import CHANGING, EngineConfig
+from halfstep.objectives import Training
+from halfstep.recipes import EvaluationConfig, Recipe, recipes
+from halfstep.train.settings import LEARNED, Engine
 
 
 @final
@@ -53,7 +54,7 @@ class Scale:
         return data
 
 
-IDLE: Final = {name for name in EngineConfig.model_fields if name not in CHANGING}
+IDLE: Final = {setting.name for setting in fields(Engine) if setting.name not in LEARNED}
 """Fields of a recipe's engine that do not change what is learned."""
 
 
@@ -68,10 +69,9 @@ def smoke() -> Scale:
     recipe = recipe.model_copy(
         update={"evaluation": EvaluationConfig(num_samples=1000, num_reference=1797, batch_size=500)}
     )
-    teacher = TeacherConfig(
-        num_updates=700, batch_size=64, learning_rate=2e-3, anneal=True, warmup_updates=20, adam_betas=(0.9, 0.99),
-        ema_decay=0.98,
-    )  # fmt: skip
+    teacher = Training(
+        num_updates=700, batch_size=64, learning_rate=2e-3, warmup_updates=20, adam_betas=(0.9, 0.99), ema_decay=0.98
+    )
     network = recipe.network.model_copy(update={"block_out_channels": (24, 48)})
     return Scale(
         name="smoke",
@@ -96,7 +96,7 @@ def small() -> Scale:
     return Scale(
         name="small",
         recipe=recipe,
-        ablation=recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"num_updates": 10_000})}),
+        ablation=recipe.model_copy(update={"teacher": replace(recipe.teacher, num_updates=10_000)}),
         seeds=3,
         gamma_levels=11,
         ablation_gamma_levels=11,
@@ -113,7 +113,7 @@ def paper() -> Scale:
     return Scale(
         name="paper",
         recipe=recipe,
-        ablation=recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"num_updates": 2_000_000})}),
+        ablation=recipe.model_copy(update={"teacher": replace(recipe.teacher, num_updates=2_000_000)}),
         seeds=4,
         gamma_levels=11,
         ablation_gamma_levels=11,

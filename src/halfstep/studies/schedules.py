@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import ClassVar, final
 
 from halfstep.models.folder import load
@@ -27,15 +28,19 @@ def shown(scale: Scale) -> list[int]:
 
 def _cell(scale: Scale, factor: int, updates: int, rate: float, seed: int) -> Cell:
     # Only the exceptions of the paper: twice the updates at 2 steps and at 1, and one rate for all.
+    training = scale.recipe.chain.training
     chain = scale.recipe.chain.model_copy(
         update={
             "factor": 2,
             "students": students_by(scale.recipe.chain.start_steps, factor),
-            "num_updates": updates,
+            "training": replace(
+                training,
+                num_updates=updates,
+                learning_rate=rate,
+                warmup_updates=min(training.warmup_updates, updates),
+            ),
             "updates_at": None,
-            "learning_rate": rate,
             "learning_rate_at": None,
-            "warmup_updates": min(scale.recipe.chain.warmup_updates, updates),
             "keep": tuple(shown(scale)),
         }
     )
@@ -44,8 +49,9 @@ def _cell(scale: Scale, factor: int, updates: int, rate: float, seed: int) -> Ce
     def work(bench: Bench) -> Figures:
         name = f"schedule-{factor}-{updates}-{rate:g}-{seed}"
         folder = bench.chain_from_teacher(name, recipe)
-        figures: Figures = {"updates": sum(stage.num_updates for stage in recipe.chain_plan().stages)}
-        figures["forward_passes"] = sum(s.num_updates * s.update_cost for s in recipe.chain_plan().stages)
+        plan = recipe.chain_plan()
+        figures: Figures = {"updates": plan.num_updates}
+        figures["forward_passes"] = sum(s.training.num_updates * s.update_cost for s in plan.stages)
         for stage in folder.stages()[1:]:
             steps = stage.manifest(verify=False).num_steps
             if steps in shown(scale):

@@ -6,7 +6,7 @@ the same is made when it is asked for.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Final, NamedTuple, final
@@ -17,7 +17,7 @@ from torch import Tensor
 from halfstep.core.clock import clock_device
 from halfstep.core.draw import Asked, Draw
 from halfstep.data import sent
-from halfstep.objectives import Batch
+from halfstep.objectives import Batch, Turn
 
 Batches = Callable[[Draw], Batch]
 """From a draw to its batch: `x0` `[len(draw.places), *dims]`, a function of the draw alone."""
@@ -33,30 +33,44 @@ def updates_ahead(device: torch.device, reads_files: bool) -> int:
 
 
 @final
+class Place(NamedTuple):
+    """A micro batch of a turn: where it lies in the global batch, and its random numbers."""
+
+    number: int
+    """Of the turn in its update."""
+    turn: Turn
+    draw: Draw
+
+
+@final
 class Fed(NamedTuple):
     """What one micro batch needs."""
 
-    draw: Draw
+    place: Place
     batch: Batch
 
 
 @final
 class Feed:
-    """The micro batches of consecutive updates, on `device`.
+    """The micro batches of consecutive updates, turn by turn, on `device`.
 
     Args:
-        draws: from an update's number to the draws of its micro batches.
-        ahead: updates that are made ready before they are asked for, by one thread; 0 for none.
+        places: from an update's number to the micro batches of its turns.
+        ahead: updates that are made ready before they are needed, by one thread; 0 for none.
     """
 
     def __init__(
-        self, batches: Batches, draws: Callable[[int], Iterable[Draw]], device: torch.device, ahead: int = 0
+        self,
+        batches: Batches,
+        places: Callable[[int], Iterable[Sequence[Place]]],
+        device: torch.device,
+        ahead: int = 0,
     ) -> None:
-        self._batches, self._draws, self._device, self._ahead = batches, draws, device, ahead
-        self._asked: list[Asked] | None = None
+        self._batches, self._places, self._device, self._ahead = batches, places, device, ahead
+        self._asked: dict[tuple[int, str], list[Asked]] = {}
 
-    def updates(self, first: int, last: Callable[[], int]) -> Iterator[list[Fed]]:
-        """The micro batches of the updates from `first` on, while they are below `last()`.
+    def updates(self, first: int, last: Callable[[], int]) -> Iterator[list[list[Fed]]]:
+        """Yield the micro batches of the updates from `first` on, while they are below `last()`, by turn.
 
         Raises:
             ValueError: if the data cannot be read; as `Batches`.
@@ -66,7 +80,7 @@ class Feed:
                 yield self._made(first)
                 first += 1
             return
-        waiting: deque[Future[list[Fed]]] = deque()
+        waiting: deque[Future[list[list[Fed]]]] = deque()
         thread = ThreadPoolExecutor(1, thread_name_prefix="halfstep-feed")
         try:
             next_ = first
@@ -79,20 +93,20 @@ class Feed:
         finally:
             thread.shutdown(wait=True, cancel_futures=True)
 
-    def _made(self, update: int) -> list[Fed]:
-        made = []
-        for draw in self._draws(update):
-            batch = self._batches(draw)
-            if self._asked is None:
-                # What the first micro batch's objective asks for is what every later one will.
-                draw = replace(draw, asked=[])
-                self._asked = draw.asked
-            elif self._ahead:
-                draw = draw.made_ahead(tuple(self._asked), self._send)
-            made.append(
-                Fed(draw, Batch(self._send(batch.x0), {name: self._send(value) for name, value in batch.cond.items()}))
-            )
-        return made
+    def _made(self, update: int) -> list[list[Fed]]:
+        return [[self._fed(place) for place in places] for places in self._places(update)]
+
+    def _fed(self, place: Place) -> Fed:
+        batch = self._batches(place.draw)
+        key = place.number, place.turn.trains
+        if key not in self._asked:
+            # What a turn's first micro batch draws is what every later one will.
+            place = place._replace(draw=replace(place.draw, asked=[]))
+            assert place.draw.asked is not None
+            self._asked[key] = place.draw.asked
+        elif self._ahead:
+            place = place._replace(draw=place.draw.made_ahead(tuple(self._asked[key]), self._send))
+        return Fed(place, Batch(self._send(batch.x0), {name: self._send(value) for name, value in batch.cond.items()}))
 
     def _send(self, value: Tensor) -> Tensor:
         # Clock numbers stay where clock tensors lie, for not every device has float64.

@@ -1,31 +1,29 @@
 """Optimisers by name, and their state as tensors by name."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from halfstep.objectives import Stage
-
-OPTIMIZERS: Final = ("adamw", "adamw8bit", "paged_adamw8bit")
-"""AdamW; and bitsandbytes' AdamW with moments of 8 bits, in the second case moved out of a full GPU's memory."""
+from halfstep.objectives import Training
 
 
-def make_optimizer(kind: str, parameters: list[torch.nn.Parameter], stage: Stage) -> torch.optim.Optimizer:
-    """The optimiser of a stage.
+def make_optimizer(kind: str, parameters: list[torch.nn.Parameter], training: Training) -> torch.optim.Optimizer:
+    """Return AdamW, or bitsandbytes' with 8-bit moments, which "paged" may move out of a full GPU's memory.
 
     Raises:
         ValueError: if the kind is unknown or the package bitsandbytes is missing.
     """
     settings: dict[str, Any] = {
-        "lr": stage.learning_rate, "betas": stage.adam_betas, "weight_decay": stage.weight_decay
+        "lr": training.learning_rate, "betas": training.adam_betas, "weight_decay": training.weight_decay
     }  # fmt: skip
     if kind == "adamw":
         fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
         return torch.optim.AdamW(parameters, fused=fused, **settings)
-    if kind not in OPTIMIZERS:
-        raise ValueError(f"unknown optimizer {kind!r} (known: {', '.join(OPTIMIZERS)})")
+    made = {"adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit"}
+    if kind not in made:
+        raise ValueError(f"unknown optimizer {kind!r} (known: adamw, {', '.join(made)})")
     try:
         import bitsandbytes
     except ImportError:
@@ -33,8 +31,7 @@ def make_optimizer(kind: str, parameters: list[torch.nn.Parameter], stage: Stage
     for parameter in parameters:
         # It does so itself at its first step, after the moments of a resumed stage were laid out like the weights.
         parameter.data = parameter.data.contiguous()
-    made = {"adamw8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw8bit": bitsandbytes.optim.PagedAdamW8bit}
-    optimizer: torch.optim.Optimizer = made[kind](parameters, **settings)
+    optimizer: torch.optim.Optimizer = getattr(bitsandbytes.optim, made[kind])(parameters, **settings)
     return optimizer
 
 

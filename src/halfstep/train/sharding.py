@@ -21,9 +21,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from halfstep.nets import own_state
 
-SHARDINGS: Final = ("none", "full")
-"""Every process holds all weights; or each a slice of them."""
-
 UNIT: Final = 500_000
 """Parameters from which a block is a unit of its own, gathered and let go of alone."""
 

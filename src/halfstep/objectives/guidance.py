@@ -1,0 +1,137 @@
+"""Classifier-free guidance that a network learns: one scale, or any of a range that the network is shown.
+
+A scale is uncond + scale (cond - uncond): 1 disables guidance.
+
+Source: Meng et al. 2023, "On Distillation of Guided Diffusion Models" (arXiv:2210.03142), section 3.1.
+"""
+
+import math
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+
+from halfstep.core.denoiser import GUIDANCE, Cond, Denoiser, Guided
+from halfstep.core.draw import Draw
+from halfstep.core.warnings import HalfstepWarning
+from halfstep.registry import Registry
+
+
+class Guidance(ABC):
+    """The guidance scales that a network learns."""
+
+    is_shown: ClassVar[bool]
+    """Whether the network is shown the scale as the condition `guidance_scale`."""
+
+    @property
+    @abstractmethod
+    def default_scale(self) -> float:
+        """The scale to sample with when none is given."""
+
+    @abstractmethod
+    def scale_for(self, scale: float | None) -> float | None:
+        """Return the scale to show the network when `scale` is asked for (None: none is); None to show it none.
+
+        Warns if the network has not learned it.
+
+        Raises:
+            ValueError: if it cannot act.
+        """
+
+    @abstractmethod
+    def view(self, teacher: Denoiser, null: Mapping[str, Tensor]) -> Denoiser:
+        """Return the guided teacher that a student learns from.
+
+        Args:
+            null: conditions that stand for "no condition", for one sample.
+
+        Raises:
+            ValueError: if `null` is empty.
+        """
+
+    @abstractmethod
+    def shown(self, cond: Cond, draw: Draw, like: Tensor) -> Cond:
+        """Return the conditions for the samples `like` `[batch, *dims]`, with a scale for each if it is shown."""
+
+
+guidances: Registry[type[Guidance]] = Registry("guidance")
+
+
+@final
+@guidances.register("fixed")
+@dataclass(frozen=True)
+class FixedGuidance(Guidance):
+    """One scale, which the network is not shown.
+
+    Raises:
+        ValueError: if it is not a finite number of at least 0.
+    """
+
+    scale: float
+    is_shown: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.scale < math.inf:
+            raise ValueError(f"a guidance scale must be finite and at least 0, got {self.scale}")
+
+    @property
+    def default_scale(self) -> float:
+        return self.scale
+
+    def scale_for(self, scale: float | None) -> float | None:
+        if scale not in (None, self.scale):
+            raise ValueError(
+                f"a guidance scale of {scale:g} was asked for, but this model has learned that of {self.scale:g} and "
+                "no other: leave it out, or distil one with a range of scales"
+            )
+        return None
+
+    def view(self, teacher: Denoiser, null: Mapping[str, Tensor]) -> Denoiser:
+        return Guided(teacher, null, self.scale)
+
+    def shown(self, cond: Cond, draw: Draw, like: Tensor) -> Cond:
+        return cond
+
+
+@final
+@guidances.register("range")
+@dataclass(frozen=True)
+class GuidanceRange(Guidance):
+    """Scales from `low` to `high`, of which each training sample draws one, uniformly; the network is shown it.
+
+    Raises:
+        ValueError: if not 0 <= low < high < infinity.
+    """
+
+    low: float
+    high: float
+    is_shown: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low < self.high < math.inf:
+            raise ValueError(f"a range of guidance scales needs 0 <= low < high, got {self.low} and {self.high}")
+
+    @property
+    def default_scale(self) -> float:
+        return (self.low + self.high) / 2
+
+    def scale_for(self, scale: float | None) -> float | None:
+        if scale is not None and not self.low <= scale <= self.high:
+            warnings.warn(
+                f"a guidance scale of {scale:g} was asked for, but this model has learned scales from {self.low:g} to "
+                f"{self.high:g}: outside them it guesses",
+                HalfstepWarning,
+                stacklevel=5,
+            )
+        return self.default_scale if scale is None else scale
+
+    def view(self, teacher: Denoiser, null: Mapping[str, Tensor]) -> Denoiser:
+        return Guided(teacher, null)
+
+    def shown(self, cond: Cond, draw: Draw, like: Tensor) -> Cond:
+        scale = self.low + (self.high - self.low) * draw.uniform("guidance")
+        return {**cond, GUIDANCE: scale.to(device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))}

@@ -1,0 +1,166 @@
+"""The chain from a teacher, as a plan: the one builder, for recipes and for `halfstep.distill`.
+
+A teacher whose error would be multiplied at t = 1 is matched to v before it is halved; a U-Net on a table of noise
+levels that is matched anyway moves to the cosine clock, on which its steps lose less and every power of two is exact.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, final
+
+import torch
+
+from halfstep.core.denoiser import NetworkDenoiser, output_gain, warn_of_gain
+from halfstep.core.noise import NoiseProcess, VPCosine, VPTable
+from halfstep.core.prediction import Prediction, V
+from halfstep.models.folder import blank_denoiser
+from halfstep.models.model import Model
+from halfstep.nets import UNet2D, UNet2DCondition
+from halfstep.objectives import Guidance, Matching, Plan, Role, Training
+
+MATCHED_GAIN: Final = 10.0
+"""Gain at t = 1 (see `output_gain`) from which a given teacher is matched to v before it is halved. Stable Diffusion's
+eps has 15, DDPM's 160."""
+
+
+def cosine_within(process: NoiseProcess) -> VPCosine:
+    """Return the cosine process over another's noise levels, from pure noise (or its last level) down to its first."""
+    first = 1 / len(process.betas) if isinstance(process, VPTable) else 0.0
+    bounds = process.log_snr(torch.tensor([1.0, first], dtype=torch.float64)).clamp(-20, 20)
+    return VPCosine(*bounds.tolist())
+
+
+@final
+@dataclass(frozen=True)
+class Start:
+    """The teacher that a chain starts from.
+
+    Args:
+        given: whether it exists, and is not trained by the same plan, which could have chosen better.
+    """
+
+    process: NoiseProcess
+    prediction: Prediction | None
+    """None for a denoiser of one's own, which can be halved only as it is."""
+    name: str = "the teacher"
+    role: Role = Role.TEACHER
+    num_steps: int | None = None
+    guidance: Guidance | None = None
+    """What it has learned already."""
+    network: type[torch.nn.Module] | None = None
+    given: bool = True
+
+    @classmethod
+    def of(cls, model: Model) -> "Start":
+        """Return the start that a loaded model is."""
+        return cls(
+            model.process,
+            model.denoiser.prediction,
+            model.manifest.stage,
+            model.role,
+            model.num_steps,
+            model.guidance,
+            type(model.denoiser.network),
+        )
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it is halved as it is: a student, or a network that has learned its guidance."""
+        return self.role is Role.STUDENT or self.guidance is not None
+
+
+@final
+@dataclass(frozen=True)
+class Match:
+    """How a teacher is carried over before it is halved; None leaves a choice to the builder."""
+
+    training: Training
+    prediction: Prediction | None = None
+    """What the student predicts; v where the teacher's own prediction is unfit for few steps."""
+    process: Callable[[NoiseProcess], NoiseProcess] | None = None
+    """From the teacher's process to the student's."""
+    guidance: Guidance | None = None
+    num_times: int = 1024
+    """Times at which both are compared; a teacher on a table of noise levels is called at its own."""
+
+    def plan(self, start: Start, lora_rank: int | None = None) -> Plan:
+        """Return the matching stage that `start` needs; an empty plan if it needs none.
+
+        Raises:
+            ValueError: if the teacher cannot be matched, or the additions of LoRA students cannot follow.
+        """
+        own = start.process
+        clock = own if self.process is None else self.process(own)
+        meaning = self.prediction or start.prediction
+        if start.prediction is None:
+            if self.prediction is not None or clock != own:
+                raise ValueError(f"{start.name} has no prediction to match: pass a NetworkDenoiser")
+        elif self.prediction is None and start.given and not start.is_finished:
+            meaning = V() if output_gain(own, start.prediction) > MATCHED_GAIN else meaning
+        if (meaning, clock, self.guidance) == (start.prediction, own, None):
+            return Plan()
+        if start.is_finished:
+            what = (
+                "has learned its guidance"
+                if start.role is not Role.STUDENT
+                else f"is a student of {start.num_steps} steps, which knows x0 at its own times only"
+            )
+            raise ValueError(
+                f"the matching stage calls a teacher at all times and guides it, and {start.name} {what}: match its "
+                "own teacher, with all that is to change at once"
+            )
+        if self.guidance is not None and not start.given:
+            raise ValueError(
+                "matching.guidance_scale and matching.guidance_range guide a given teacher that knows a class for "
+                "none; a teacher that this recipe trains does not: leave them out"
+            )
+        may_move = isinstance(own, VPTable) and start.network in (UNet2D, UNet2DCondition) and lora_rank is None
+        if self.process is None and may_move:
+            clock = cosine_within(own)
+        if lora_rank is not None and (clock != own or (self.guidance is not None and self.guidance.is_shown)):
+            raise ValueError(
+                "low-rank additions are to weights that stay as they are, and a range of guidance scales or another "
+                "process changes the network's inputs: use one --matching.guidance-scale and --matching.process own, "
+                "or leave --chain.lora-rank out"
+            )
+        # A table's own levels are the only ones that a teacher on it was trained for.
+        num_times = len(clock.betas) if isinstance(clock, VPTable) else self.num_times
+        objective = Matching(num_times, guidance=self.guidance, prediction=meaning, process=clock)
+        return Plan.of(objective, self.training)
+
+
+def course(
+    start: Start, match: Match, halvings: Callable[[Guidance | None], Plan], lora_rank: int | None = None
+) -> Plan:
+    """Return the stages from a teacher to the last student: matching where it is needed, then the halvings.
+
+    Warns if the chain's first step from t = 1 multiplies the network's error beyond use.
+
+    Args:
+        halvings: from the guidance that the chain's first teacher has learned to its halving stages.
+
+    Raises:
+        ValueError: as `Match.plan`, or if the halvings cannot be made.
+    """
+    matching = match.plan(start, lora_rank)
+    process, prediction, guidance = start.process, start.prediction, start.guidance
+    for stage in matching.stages:
+        objective = stage.objective
+        assert isinstance(objective, Matching)
+        process, prediction = objective.process or process, objective.prediction or prediction
+        guidance = objective.guidance
+    if prediction is not None:
+        warn_of_gain(process, prediction)
+    return matching + halvings(guidance)
+
+
+def check_start(teacher: Model, plan: Plan) -> None:
+    """Raise if the first stage cannot make its student from the teacher, without memory for its weights.
+
+    Raises:
+        ValueError: as `Objective.start`.
+    """
+    with torch.device("meta"):
+        denoiser: NetworkDenoiser = blank_denoiser(teacher.manifest)
+        for stage in plan.stages[:1]:
+            stage.objective.start(denoiser)

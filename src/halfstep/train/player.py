@@ -1,0 +1,286 @@
+"""A player: a network of a stage with its optimiser, its averages and the statistics of its turns.
+
+The student is one, each auxiliary network another; the engine, checkpoints, DDP, FSDP2, micro batches and the search
+for memory treat all alike.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any, final
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from halfstep.core.denoiser import Cond, Denoiser, NetworkDenoiser
+from halfstep.core.prediction import Denoised
+from halfstep.nets import LoRA, copy_network, load_own_state, own_state, set_dropout, trainable
+from halfstep.objectives import Losses, Training
+from halfstep.train.ema import EMA
+from halfstep.train.optimizers import flatten_state, make_optimizer
+from halfstep.train.recent import Recent
+from halfstep.train.sharding import fill, is_sharded, load_whole, shard, skeleton, spread_as, unsynced, whole
+
+
+def network_of(model: nn.Module) -> nn.Module:
+    """Return what is trained, wrapped and saved of a model: the network of a `NetworkDenoiser`, else the model."""
+    network: nn.Module = model.network if isinstance(model, NetworkDenoiser) else model
+    return network
+
+
+def seen_through(model: nn.Module, network: nn.Module) -> nn.Module:
+    """Return the model with another network of its kind in it: a copy, or the same behind DDP."""
+    if isinstance(model, NetworkDenoiser):
+        return NetworkDenoiser(network, model.process, model.prediction)
+    if isinstance(model, Denoiser) and isinstance(network, DistributedDataParallel):
+        return _Wrapped(network, model)
+    return network
+
+
+@final
+class _Wrapped(Denoiser):
+    """A denoiser behind DDP, which keeps none of its attributes."""
+
+    def __init__(self, network: nn.Module, denoiser: Denoiser) -> None:
+        super().__init__()
+        self.network, self.process = network, denoiser.process
+
+    def forward(self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None) -> Denoised:
+        x0, eps = self.network(x_t, t, cond)
+        return Denoised(x0, eps)
+
+
+@final
+class Follower:
+    """A moving average of a player that the objective calls.
+
+    Args:
+        model: the player's model, whose network has not been spread over processes yet.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        # Additions of a LoRA average over a base that both share; anything else is averaged in float32.
+        copied = copy_network(network_of(model))
+        self.network = copied if isinstance(copied, LoRA) else copied.float()
+        self.model = seen_through(model, self.network.requires_grad_(False).eval())
+        self._ema: EMA | None = None
+
+    def follow(self, network: nn.Module) -> None:
+        """Average the weights of `network` from now on."""
+        self._ema = EMA(network, self.decay, self.network)
+
+    @property
+    def ema(self) -> EMA:
+        assert self._ema is not None
+        return self._ema
+
+
+@final
+class Player:
+    """One trained network.
+
+    Args:
+        model: a denoiser or any module; trained in place.
+        training: its hyperparameters.
+        optimizer: as `make_optimizer` takes it.
+        sharded: whether its weights are spread over the processes.
+    """
+
+    def __init__(
+        self, name: str, model: nn.Module, training: Training, accelerator: Accelerator, optimizer: str, sharded: bool
+    ) -> None:
+        self.name, self.model, self.training = name, model, training
+        self._accelerator = accelerator
+        network = network_of(model)
+        set_dropout(network, training.dropout)
+        network.train()
+        self._skeleton = skeleton(network) if sharded else None
+        if sharded:
+            shard(network, accelerator.device, accelerator.num_processes)
+        made = make_optimizer(optimizer, [parameter for _, parameter in trainable(network)], training)
+        if sharded:
+            self._wrapped, self._optimizer = network, made
+        else:
+            with warnings.catch_warnings():
+                # About DDP's argument broadcast_buffers, whose successor accelerate does not pass on.
+                warnings.simplefilter("ignore", FutureWarning)
+                self._wrapped, self._optimizer = accelerator.prepare(network, made)
+            # The engine enters autocast. accelerate's own wrapper would make the network another one to the compiler in
+            # each stage, and once more where it is taken off.
+            accelerator.unwrap_model(self._wrapped, keep_fp32_wrapper=False)
+        self._ema = EMA(self.network, training.ema_decay) if training.ema_decay else None
+        self.followers: list[Follower] = []
+        self.trained = seen_through(model, self._wrapped)
+        """The model in its own turns: behind DDP where there are several processes."""
+        self.called = seen_through(model, self.network)
+        """The model in the turns of others."""
+        self.steps = 0
+        """Optimiser steps done."""
+        self._settled = False
+        device = accelerator.device
+        self._parameters = [parameter for _, parameter in trainable(self.network)]
+        self._loss_sum = torch.zeros((), device=device)
+        self._norm_sum = torch.zeros((), device=device)
+        self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
+        self._window_turns = 0
+        self.recent = Recent()
+
+    @property
+    def network(self) -> nn.Module:
+        """The network without what several processes wrap around it."""
+        network: nn.Module = self._accelerator.unwrap_model(self._wrapped, keep_fp32_wrapper=False)
+        return network
+
+    @property
+    def device_zero(self) -> Tensor:
+        """A zero on the device of the statistics."""
+        return torch.zeros_like(self._loss_sum)
+
+    @contextlib.contextmanager
+    def alone(self, others: "list[Player]") -> Iterator[None]:
+        """Within it, gradients of the other players' weights are neither computed nor kept."""
+        frozen = [p for other in others if not is_sharded(other.network) for p in other._parameters]
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+            for other in others:
+                if is_sharded(other.network):
+                    # FSDP2 decides about gradients when it first gathers weights, so those are thrown away instead.
+                    other.clear()
+
+    def unsynced(self) -> contextlib.AbstractContextManager[None]:
+        """Within it, gradients are added up on each process and not sent."""
+        return unsynced(self._wrapped)
+
+    def backward(self, update: int, places: range, losses: Losses, x0: Tensor) -> Tensor:
+        """Add the gradient of a micro batch; return its part of the mean loss."""
+        accelerator = self._accelerator
+        self.recent.losses(update, places, losses, x0)
+        # Gradients are averaged over processes; each process' share of the mean is summed here.
+        loss: Tensor = losses.loss.sum() * (accelerator.num_processes / self.training.batch_size)
+        accelerator.backward(loss)
+        return loss.detach()
+
+    def step(self, update: int, rate: float, loss: Tensor) -> None:
+        """Take one optimiser step with the gradients that have been added up, whose mean loss was `loss`."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        norm = whole(self._accelerator.clip_grad_norm_(self._wrapped.parameters(), self.training.grad_clip))
+        self._optimizer.step()
+        self.clear()
+        bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
+        self._first_bad = torch.where(bad & (self._first_bad < 0), update, self._first_bad)
+        self._loss_sum += loss
+        self._norm_sum += norm
+        self.recent.norm(update, norm)
+        self.steps += 1
+        self._window_turns += 1
+        for ema in self._averages():
+            ema.update(self.steps)
+
+    def _averages(self) -> list[EMA]:
+        return [*([] if self._ema is None else [self._ema]), *(follower.ema for follower in self.followers)]
+
+    def clear(self) -> None:
+        """Drop all gradients."""
+        self._optimizer.zero_grad()
+
+    def needs_settling(self, count: int) -> bool:
+        """Return, once, whether DDP still has to put its messages in order.
+
+        It does so after its first backward pass, and in which order more than two numbers are added depends on their
+        place in a message: a resumed run would differ from the uncut one in its first update.
+        """
+        settled, self._settled = self._settled, True
+        return not settled and isinstance(self._wrapped, DistributedDataParallel) and count > 2
+
+    def place_for_moments(self) -> list[Tensor]:
+        """Return as much memory as the optimiser will take at its first step; none after it."""
+        if self._optimizer.state_dict()["state"]:
+            return []
+        return [torch.empty_like(p) for p in self._parameters for _ in range(2)]
+
+    def first_bad(self) -> int:
+        """Return the first update whose loss or gradient was not finite, -1 for none. Waits for the device."""
+        return int(self._first_bad)
+
+    def take_sums(self) -> tuple[float, float, int]:
+        """Return the sums of losses and gradient norms and the number of turns since the last call."""
+        sums = float(self._loss_sum), float(self._norm_sum), self._window_turns
+        self._loss_sum.zero_()
+        self._norm_sum.zero_()
+        self._window_turns = 0
+        self.recent.forget()
+        return sums
+
+    @property
+    def parts(self) -> list[str]:
+        """The keys of `state`."""
+        return [
+            *("network", "optimizer", *([] if self._ema is None else ["ema"])),
+            *(f"average{number}" for number in range(len(self.followers))),
+        ]
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Return weights, moments and averages by name; tensors may be spread over the processes."""
+        network = self.network
+        names = [name for name, _ in trainable(network)]
+        moments: dict[str, Tensor] = {}
+        for index, entry in self._optimizer.state_dict()["state"].items():
+            for key, value in flatten_state(entry):
+                moments[f"{key}.{names[index]}"] = value
+        state = {"network": own_state(network), "optimizer": moments}
+        if self._ema is not None:
+            state["ema"] = self._ema.state_dict()
+        for number, follower in enumerate(self.followers):
+            state[f"average{number}"] = follower.ema.state_dict()
+        return state
+
+    def load_state(self, state: Mapping[str, Mapping[str, Tensor]], steps: int) -> None:
+        """Continue from what `state` returned, in one piece, after `steps` steps."""
+        network = self.network
+        (load_whole if is_sharded(network) else load_own_state)(network, state["network"])
+        parameters = trainable(network)
+        index_of = {name: index for index, (name, _) in enumerate(parameters)}
+        entries: dict[int, dict[str, Any]] = {}
+        for key, value in state["optimizer"].items():
+            kind, name = key.split(".", 1)
+            parameter = parameters[index_of[name]][1]
+            if is_sharded(network):
+                value = spread_as(value, parameter) if value.shape == parameter.shape else value
+            elif value.shape == parameter.shape:
+                # A fused optimiser walks through memory, so moments must lie there as their weights do, which a file
+                # does not tell: on a GPU, weights of convolutions have their channels last.
+                value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+            entry = entries.setdefault(index_of[name], {})
+            *groups, last = kind.split("/")
+            for group in groups:
+                entry = entry.setdefault(group, {})
+            entry[last] = value
+        held_groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": entries, "param_groups": held_groups})
+        if self._ema is not None:
+            self._ema.load_state_dict(state["ema"])
+        for number, follower in enumerate(self.followers):
+            follower.ema.load_state_dict(state[f"average{number}"])
+        self.steps = steps
+
+    def finish(self) -> nn.Module:
+        """Return the model with its moving average if it has one, unwrapped, in evaluation mode."""
+        network = self.network
+        if self._skeleton is not None:
+            if self._ema is not None:
+                load_whole(network, {name: whole(value) for name, value in self._ema.state_dict().items()})
+            fill(self._skeleton, network)
+            network = self._skeleton
+        elif self._ema is not None:
+            load_own_state(network, self._ema.state_dict())
+        network.eval()
+        return seen_through(self.model, network)

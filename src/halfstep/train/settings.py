@@ -1,0 +1,86 @@
+"""How a run uses the machine."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Final, Literal, final, get_args
+
+from halfstep.objectives.training import FORBID_EXTRA, check_whole
+
+Precision = Literal["float32", "bf16"]
+Sharding = Literal["none", "full"]
+Optimizer = Literal["adamw", "adamw8bit", "paged_adamw8bit"]
+Tracker = Literal["tensorboard", "wandb", "trackio"]
+
+
+@final
+@dataclass(frozen=True)
+class Engine:
+    """How a run uses the machine. Only precisions and optimizer change what is learned.
+
+    Raises:
+        ValueError: if a setting is out of range or unknown.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = FORBID_EXTRA
+
+    precision: Precision = "float32"
+    """float32, or bfloat16 autocast over float32 weights."""
+    cpu: bool = False
+    """Stay on the CPU even if there is an accelerator."""
+    threads: int | None = None
+    """CPU threads of torch; its own choice by default."""
+    micro_batch: int | Literal["auto"] | None = None
+    """Samples that go through the network at once; the whole batch by default. auto tries the batch, then powers of two
+    below it, and takes the first that fits into memory."""
+    sharding: Sharding = "none"
+    """full spreads weights, gradients, moments and averages of all networks over the processes (FSDP2)."""
+    timeout_minutes: float = 10.0
+    """Minutes after which a process that does not answer the others is given up."""
+    trackers: tuple[Tracker, ...] | None = None
+    """Where the log and sample grids go beside log.jsonl; by default TensorBoard, where it is installed."""
+    teacher_precision: Precision = "float32"
+    """bf16 stores and runs the teacher in bfloat16, halving its weight memory."""
+    gradient_checkpointing: bool = False
+    """Recompute the student's activations in the backward pass instead of keeping them."""
+    compile: bool = False
+    """Compile the networks: minutes at the first update, once for the whole chain, then faster updates. Rounds
+    differently from eager networks."""
+    optimizer: Optimizer = "adamw"
+    """AdamW, or bitsandbytes' with 8-bit moments, paged or not."""
+    log_every: int = 50
+    """Updates between two lines of the log."""
+    checkpoint_updates: int = 5000
+    """Updates between two checkpoints."""
+    checkpoint_minutes: float = 5.0
+    """Minutes between two checkpoints."""
+    requeue_code: int | None = None
+    """Exit code after SIGTERM or SIGUSR1 with the state saved, for a scheduler that requeues on a code of its own; 143
+    and 138 by default."""
+
+    def __post_init__(self) -> None:
+        for name in ("log_every", "checkpoint_updates"):
+            check_whole(f"engine.{name}", getattr(self, name))
+        if self.threads is not None:
+            check_whole("engine.threads", self.threads)
+        if self.micro_batch not in (None, "auto"):
+            check_whole("engine.micro_batch", self.micro_batch)
+        for name in ("timeout_minutes", "checkpoint_minutes"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"engine.{name} must be a finite number above 0, got {getattr(self, name)}")
+        if self.requeue_code is not None and not 1 <= self.requeue_code <= 255:
+            raise ValueError(f"engine.requeue_code must be from 1 to 255, got {self.requeue_code}")
+        known = {"precision": Precision, "teacher_precision": Precision, "sharding": Sharding, "optimizer": Optimizer}
+        for name, kind in known.items():
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(
+                    f"engine.{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}"
+                )
+
+    @property
+    def set_micro_batch(self) -> int | None:
+        """The micro batch as a number; None for the whole share, or while "auto" has not been resolved."""
+        return None if self.micro_batch == "auto" else self.micro_batch
+
+
+LEARNED: Final = ("precision", "teacher_precision", "optimizer")
+"""Settings of the engine that change what is learned."""
