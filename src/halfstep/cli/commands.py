@@ -174,7 +174,7 @@ def distill(argv: Sequence[str]) -> None:
             **dict.fromkeys(("updates_at", "learning_rate_at", "students", "keep")),
         }
     )
-    recipe = recipe.model_copy(update={"chain": chain})
+    recipe = recipe.model_copy(update={"chain": chain, "further": ()})
     if model.role is not Role.TEACHER:
         # It has been matched already, where its run asked for that.
         done = ("prediction", "process", "guidance_scale", "guidance_range", "null_class")

@@ -20,7 +20,17 @@ from halfstep.measure.evaluate import Evaluation
 from halfstep.metrics import extractors
 from halfstep.models.model import Model
 from halfstep.nets import MLP, Network, UNet2D, unet2d_config
-from halfstep.objectives import HALVING, Denoising, FixedGuidance, Guidance, GuidanceRange, Plan, Training
+from halfstep.objectives import (
+    HALVING,
+    Denoising,
+    FixedGuidance,
+    Guidance,
+    GuidanceRange,
+    Plan,
+    Stage,
+    Training,
+    objectives,
+)
 from halfstep.run.course import Match, Start, check_start, cosine_within, course
 from halfstep.run.spec import RunSpec
 from halfstep.runs import Manifest
@@ -257,6 +267,25 @@ class EvaluationConfig(Config):
         return Evaluation(features=None if self.features == "auto" else self.features, **settings)
 
 
+class StageConfig(Config):
+    """A stage of any registered objective, such as one of your own."""
+
+    objective: dict[str, Any]
+    """{"type": its name in the registry of objectives, and its fields}, as `objectives.describe` writes it."""
+    training: Training
+    """Training of its student."""
+
+    @field_validator("objective")
+    @classmethod
+    def _buildable(cls, objective: dict[str, Any]) -> dict[str, Any]:
+        objectives.rebuild(objective)
+        return objective
+
+    def stage(self) -> Stage:
+        """Return the stage."""
+        return Stage(objectives.rebuild(self.objective), self.training)
+
+
 FREE_FIELDS: Final = (
     "chain.keep",
     "evaluation.batch_size",
@@ -288,6 +317,8 @@ class Recipe(Config):
     """Carrying the teacher over to what halving needs."""
     chain: ChainConfig = ChainConfig()
     """The chain of students."""
+    further: tuple[StageConfig, ...] = ()
+    """Stages after the chain, each taught by the model of the stage before it."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Measuring."""
     engine: Engine = Engine()
@@ -445,7 +476,7 @@ def build(
         if teacher is not None:
             # Refused now, not after hours of the stage before.
             check_start(teacher, chain)
-        plan = plan + chain
+        plan = plan + chain + Plan(tuple(config.stage() for config in recipe.further))
     evaluation = recipe.evaluation.as_object() if recipe.evaluation.enabled else None
     if teacher is None:
         # Built without memory for its weights, so that a network that does not fit is refused before anything is done.

@@ -293,6 +293,11 @@ class StageTrainer:
     def _places_of(self, update: int) -> Iterator[list[Place]]:
         """Yield, turn by turn, where the micro batches of this rank lie in an update, with their random numbers."""
         for number, turn in enumerate(self.stage.objective.turns(update)):
+            if turn.trains not in self.players:
+                raise ValueError(
+                    f"turn {number} of update {update} trains {turn.trains!r}, but the players of stage {self.stream} "
+                    f"are {', '.join(self.players)}"
+                )
             stream = self.stream if number == 0 else f"{self.stream}, turn {number}"
             yield [
                 Place(number, turn, Draw(self.seed, stream, update, self.stage.training.batch_size, places))
@@ -391,9 +396,12 @@ class StageTrainer:
         firsts = [player.first_bad() for player in self.players.values()]
         # Each rank sees its own share of the losses: the earliest that any has seen, on all of them.
         late = self.processes.agree(*(-first if first >= 0 else -(2**62) for first in firsts))
-        first, name = min(zip((-number for number in late), self.players, strict=True), key=lambda pair: pair[0])
+        first = -max(late)
         if first == 2**62:
             return
+        # What one player breaks breaks the others in their turns after it.
+        broken = {name for name, number in zip(self.players, late, strict=True) if -number == first}
+        name = next(turn.trains for turn in self.stage.objective.turns(first) if turn.trains in broken)
         player = self.players[name]
         statistics = player.recent.statistics(first)
         # The gradient is broken on all, the losses on some: one of those reports what it has seen.

@@ -1,0 +1,331 @@
+"""An objective with networks of its own, two turns an update and a sampler other than DDIM, from a researcher's file.
+
+No file of src knows `own_objective`. It goes through everything that the built-in objectives go through.
+"""
+
+import json
+import math
+import os
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import own_objective
+import teams
+from halfstep.cli import main
+from halfstep.core.denoiser import NetworkDenoiser
+from halfstep.core.draw import Draw
+from halfstep.core.noise import VPCosine
+from halfstep.core.prediction import V
+from halfstep.models.folder import load
+from halfstep.nets import MLP, copy_denoiser
+from halfstep.objectives import (
+    STUDENT,
+    Auxiliary,
+    Average,
+    Batch,
+    Evals,
+    Helper,
+    Losses,
+    Models,
+    Stage,
+    Training,
+    Turn,
+)
+from halfstep.runs import RunFolder
+from halfstep.runtime.failures import NonFinite
+from halfstep.runtime.processes import make_accelerator
+from halfstep.samplers import Heun, sample
+from halfstep.train.engine import StageTrainer
+from halfstep.train.settings import Engine
+from own_objective import Game
+from toys import points
+
+LAST = "02-own_game-0004"
+TRAINING = Training(num_updates=8, batch_size=12, learning_rate=1e-2, warmup_updates=2)
+
+
+def words(folder: Path, out: str, *more: str) -> list[str]:
+    """The command that runs the researcher's recipe into `folder/out`."""
+    data = folder / "points.npy"
+    if not data.exists():
+        np.save(data, points(64).numpy())
+    return ["run", "own_game", "--data", str(data), "--out", str(folder / out), *more]
+
+
+def final(run: Path) -> dict[str, Tensor]:
+    """The weights that the game handed on."""
+    return load_file(run / "stages" / LAST / "model.safetensors")
+
+
+def run_here(argv: list[str]) -> None:
+    """A command, as a target for other processes."""
+    main(argv)
+
+
+@pytest.fixture(scope="module")
+def uncut(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("own")
+    main(words(folder, "uncut"))
+    return folder / "uncut"
+
+
+def test_the_manifest_says_what_the_objective_declares_and_helpers_are_not_handed_on(uncut: Path) -> None:
+    stage = RunFolder(uncut).stage(LAST)
+    outcome = stage.manifest().outcome
+    assert (outcome.role, outcome.num_steps, outcome.sampler["type"]) == ("student", 4, "heun")
+    model = load(stage.path)
+    assert model.sampler == Heun()
+    assert final(uncut).keys() == load_file(uncut / "stages" / "01-halve-0004" / "model.safetensors").keys()
+    assert {file.name for file in stage.path.iterdir()} == {
+        "manifest.json", "metrics.json", "model.safetensors", "samples"
+    }  # fmt: skip
+
+
+def test_it_is_sampled_by_its_own_sampler(uncut: Path, tmp_path: Path) -> None:
+    main(["sample", str(uncut), "--num-samples", "5", "--out", str(tmp_path / "drawn.npz")])
+    model = load(uncut)
+    by_hand = sample(model, model.noise(range(5)), 4, Heun())
+    drawn = torch.from_numpy(np.load(tmp_path / "drawn.npz")["arr_0"])
+    torch.testing.assert_close(drawn, by_hand, atol=1e-6, rtol=0)
+    (result,) = json.loads((uncut / "stages" / LAST / "metrics.json").read_text())["results"]
+    assert (result["sampler"], result["num_evals"]) == ("heun", Heun().num_evals(4))
+
+
+@pytest.mark.parametrize("by", ["SIGKILL", "SIGTERM"])
+def test_a_run_cut_between_two_turns_resumes_bit_for_bit(
+    uncut: Path, tmp_path: Path, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = words(tmp_path, "cut")
+    if by == "SIGKILL":
+        (left,) = teams.ended(teams.start(1, run_killed, tmp_path / "team", cut, by), tmp_path / "team")
+        assert left == {}
+    else:
+        monkeypatch.setenv("KILLED_AT", "5")
+        monkeypatch.setenv("KILLED_BY", by)
+        with pytest.raises(SystemExit) as ended:
+            main(cut)
+        assert ended.value.code == 128 + signal.SIGTERM
+        monkeypatch.delenv("KILLED_AT")
+    assert list((tmp_path / "cut" / "stages" / LAST).glob("checkpoint-*/helper-critic.safetensors"))
+    main(cut)
+    for name, value in final(uncut).items():
+        assert torch.equal(value, final(tmp_path / "cut")[name]), name
+
+
+def run_killed(argv: list[str], by: str) -> None:
+    """A command that is killed in the middle of a pair of turns."""
+    os.environ |= {"KILLED_AT": "5", "KILLED_BY": by}
+    main(argv)
+
+
+@pytest.mark.parametrize("more", [(), ("--engine.sharding", "full")], ids=["ddp", "sharded"])
+def test_two_processes_give_the_weights_of_one(uncut: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
+    teams.together(2, run_here, tmp_path / "team", words(tmp_path, "two", *more))
+    for name, value in final(uncut).items():
+        torch.testing.assert_close(final(tmp_path / "two")[name], value, atol=1e-5, rtol=0)
+
+
+def test_micro_batches_give_the_weights_of_the_batch(uncut: Path, tmp_path: Path) -> None:
+    main(words(tmp_path, "micro", "--engine.micro-batch", "5"))
+    for name, value in final(uncut).items():
+        torch.testing.assert_close(final(tmp_path / "micro")[name], value, atol=1e-5, rtol=0)
+
+
+def test_the_micro_batch_that_fits_is_looked_for_with_all_players(uncut: Path, tmp_path: Path) -> None:
+    main(words(tmp_path, "auto", "--engine.micro-batch", "auto"))
+    for name, value in final(uncut).items():
+        assert torch.equal(value, final(tmp_path / "auto")[name]), name
+
+
+def test_a_dry_run_counts_the_helpers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([*words(tmp_path, "none"), "--dry-run", "--json"])
+    facts = json.loads(capsys.readouterr().out)
+    stage = facts["stages"][-1]
+    # Student 2 + 2 * 1, teacher 1, critic 2 + 2 * 1, average 1: in forward passes of networks of one size.
+    assert stage["update_flops"] == pytest.approx((4 + 1 + 4 + 1) * 16 * facts["forward_flops"])
+    weights = 4 * facts["parameters"]
+    memory = facts["memory_bytes"]
+    assert (memory["helpers"], memory["moments"], memory["gradients"]) == (2 * weights, 4 * weights, 2 * weights)
+
+
+def test_each_player_is_in_the_log(uncut: Path) -> None:
+    rows = [json.loads(line) for line in (uncut / "log.jsonl").read_text().splitlines()]
+    last = [row for row in rows if row["stage"] == LAST][-1]
+    assert last["update"] == 12
+    assert all(math.isfinite(last[name]) for name in ("loss", "grad_norm", "critic_loss", "critic_grad_norm"))
+
+
+# What the engine does, against the same training written out in plain torch.
+
+
+def denoiser(seed: int) -> NetworkDenoiser:
+    torch.manual_seed(seed)
+    network = MLP((2,), width=8, depth=1)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return NetworkDenoiser(network, VPCosine(), V())
+
+
+def data(draw: Draw) -> Batch:
+    return Batch(points()[draw.order(200)])
+
+
+def made_trainer(objective: Game, training: Training = TRAINING, micro_batch: int | None = None) -> StageTrainer:
+    return StageTrainer(
+        denoiser(1), denoiser(0), Stage(objective, training), data,
+        seed=0, stream="game", accelerator=make_accelerator(cpu=True), engine=Engine(micro_batch=micro_batch),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("micro_batch", [None, 5])
+def test_turns_are_steps_of_adamw_in_their_order_with_random_numbers_of_their_own(micro_batch: int | None) -> None:
+    game = Game(pull=2.0)
+    trainer = made_trainer(game, micro_batch=micro_batch)
+    for _ in trainer.run():
+        pass
+    teacher, student = denoiser(0), denoiser(1)
+    critic, slow = copy_denoiser(teacher), copy_denoiser(student)
+    models = Models(student, teacher, {"critic": critic, "slow": slow})
+    optimizers = {
+        "critic": torch.optim.AdamW(critic.parameters(), weight_decay=0.0),
+        STUDENT: torch.optim.AdamW(student.parameters(), weight_decay=0.0),
+    }
+    for update in range(TRAINING.num_updates):
+        rate = TRAINING.rate_at(update)
+        for name, stream, loss in (
+            ("critic", "game", game.critic_loss),
+            (STUDENT, "game, turn 1", game.loss),
+        ):
+            draw = Draw(0, stream, update, 12, range(12))
+            optimizers[name].zero_grad()
+            loss(models, data(draw), draw).loss.mean().backward()
+            optimizers[name].param_groups[0]["lr"] = 2 * rate if name == "critic" else rate
+            trained = critic if name == "critic" else student
+            torch.nn.utils.clip_grad_norm_(trained.parameters(), TRAINING.grad_clip)
+            optimizers[name].step()
+        decay = min(0.9, (2 + update) / (11 + update))
+        with torch.no_grad():
+            for average, weight in zip(slow.parameters(), student.parameters(), strict=True):
+                average.mul_(decay).add_(weight, alpha=1 - decay)
+    found = trainer.finish()
+    for mine, theirs in ((found, student), (trainer.players["critic"].model, critic)):
+        for one, other in zip(mine.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(one.detach(), other.detach(), atol=2e-6, rtol=0)
+    for one, other in zip(trainer._averages["slow"].parameters(), slow.parameters(), strict=True):
+        torch.testing.assert_close(one.detach(), other.detach(), atol=2e-6, rtol=0)
+
+
+def test_the_gradient_reaches_only_the_player_whose_turn_it_is() -> None:
+    trainer = made_trainer(Game(pull=2.0))
+    stepped: list[str] = []
+    for name, player in trainer.players.items():
+        original = player.step
+
+        def step(update: int, rate: float, loss: Tensor, name: str = name, original: Any = original) -> None:
+            for other, held in trainer.players.items():
+                given = [parameter.grad is not None for parameter in held.network.parameters()]
+                assert all(given) if other == name else not any(given), (name, other)
+            assert all(parameter.grad is None for parameter in trainer._averages["slow"].parameters())
+            stepped.append(name)
+            original(update, rate, loss)
+
+        player.step = step  # type: ignore[method-assign]
+    for _ in trainer.run():
+        pass
+    assert stepped == ["critic", STUDENT] * TRAINING.num_updates
+
+
+@dataclass(frozen=True)
+class Broken(Game):
+    """The game, with a critic whose loss is not finite at one update."""
+
+    def critic_loss(self, models: Models, batch: Batch, draw: Draw) -> Losses:
+        loss, log_snr = super().critic_loss(models, batch, draw)
+        return Losses(loss * (math.inf if draw.update == 3 else 1), log_snr)
+
+
+def test_a_helper_that_diverges_is_named() -> None:
+    trainer = made_trainer(Broken())
+    for _ in trainer.run():
+        pass
+    with pytest.raises(NonFinite, match=r"the loss of critic or its gradient was not finite in stage game at update 3"):
+        trainer.check_finite()
+
+
+@dataclass(frozen=True)
+class Seldom(Game):
+    """The game, with a turn of the student's at every third update only."""
+
+    def turns(self, update: int) -> tuple[Turn, ...]:
+        critic, student = super().turns(update)
+        return (critic, student) if update % 3 == 2 else (critic,)
+
+
+def test_turns_may_differ_from_update_to_update_and_resume() -> None:
+    whole = made_trainer(Seldom())
+    for _ in whole.run():
+        pass
+    assert (whole.student.steps, whole.players["critic"].steps) == (2, 8)
+    first = made_trainer(Seldom())
+    for update in first.run():
+        if update == 4:
+            break
+    rest = made_trainer(Seldom())
+    rest.load_state(first.state(), first.update, 0.0)
+    assert (rest.student.steps, rest.players["critic"].steps) == (1, 4)
+    for _ in rest.run():
+        pass
+    for name, player in whole.players.items():
+        for one, other in zip(player.model.parameters(), rest.players[name].model.parameters(), strict=True):
+            assert torch.equal(one, other)
+
+
+@dataclass(frozen=True)
+class Wrong(Game):
+    """The game with other helpers or turns."""
+
+    other: str = "average"
+
+    @property
+    def helpers(self) -> Mapping[str, Helper]:
+        critic = super().helpers["critic"]
+        assert isinstance(critic, Auxiliary)
+        return {
+            "average": {"slow": Average(0.9, "nobody")},
+            "name": {"student": critic},
+            "capital": {"Critic": critic},
+            "updates": {"critic": Auxiliary(critic.start, lambda own: replace(own, num_updates=3))},
+            "ema": {"critic": Auxiliary(critic.start, lambda own: replace(own, ema_decay=0.5))},
+            "turn": {},
+        }[self.other]
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ("average", "helper slow averages 'nobody', but the players are student"),
+        ("name", "a helper cannot be called 'student'"),
+        ("capital", "a helper cannot be called 'Critic'"),
+        ("updates", "helper critic has num_updates 3, its stage 8"),
+        ("ema", "helper critic has an ema_decay or early_end, which have no effect: use an Average"),
+        ("turn", "turn 0 of update 0 trains 'critic', but the players of stage game are student"),
+    ],
+)
+def test_contradictions_are_refused_in_one_line(other: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        next(iter(made_trainer(Wrong(other=other)).run()))
+
+
+def test_the_average_is_none_of_the_student_s_own_and_evals_name_every_network() -> None:
+    assert set(Game().evals) == {STUDENT, "teacher", *Game().helpers}
+    assert all(isinstance(evals, Evals) for evals in Game().evals.values())
+    assert own_objective.own_game().further[0].stage().objective == Game()
