@@ -1,0 +1,81 @@
+"""A user's own `Denoiser`, written against `process.alpha_sigma(t)` alone: trained, distilled and sampled."""
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import halfstep
+from halfstep.core.clock import per_sample
+from halfstep.core.noise import NoiseProcess, VPCosine
+from halfstep.core.prediction import Denoised
+from halfstep.samplers import samplers
+from support import members
+from toys import points
+
+
+class Linear(halfstep.Denoiser):
+    """x0 = gain(t) x_t + shift(t), the form of the optimal denoiser of a Gaussian, with learned mean and spread."""
+
+    def __init__(self, process: NoiseProcess) -> None:
+        super().__init__()
+        self.process = process
+        self.mean = nn.Parameter(torch.zeros(2))
+        self.log_std = nn.Parameter(torch.zeros(2))
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor] | None = None) -> Denoised:
+        alpha, sigma = self.process.alpha_sigma(t)
+        assert alpha.shape == x_t.shape[:1]
+        alpha, sigma = per_sample(alpha, x_t), per_sample(sigma, x_t)
+        power = (2 * self.log_std).exp()
+        rest = x_t - alpha * self.mean
+        variance = alpha**2 * power + sigma**2
+        return Denoised(self.mean + alpha * power / variance * rest, sigma / variance * rest)
+
+
+@pytest.fixture(scope="module")
+def fitted() -> Linear:
+    torch.manual_seed(0)
+    own = Linear(VPCosine())
+    found = halfstep.fit(own, points(), halfstep.Training(400, 2e-2, batch_size=64, ema_decay=0.9))
+    assert found is own
+    return own
+
+
+def test_it_is_trained_to_the_mean_and_spread_of_the_data(fitted: Linear) -> None:
+    data = points()
+    torch.testing.assert_close(fitted.mean.detach(), data.mean(0), atol=0.05, rtol=0)
+    torch.testing.assert_close(fitted.log_std.exp().detach(), data.std(0), atol=0.08, rtol=0)
+
+
+@pytest.mark.parametrize("sampler", members(samplers))
+def test_every_sampler_brings_noise_to_the_fitted_gaussian(fitted: Linear, sampler: halfstep.Sampler) -> None:
+    seeds = range(400)
+    noise = halfstep.step_noise(seeds, (2,)) if sampler.stochastic else None
+    x_1 = halfstep.sample_noise(seeds, (2,))
+    steps = list(halfstep.trajectory(fitted, x_1, 16, sampler, noise=noise))
+    x0 = steps[-1].x_s.detach()
+    torch.testing.assert_close(x0, halfstep.sample(fitted, x_1, 16, sampler, noise=noise))
+    torch.testing.assert_close(x0.mean(0), fitted.mean.detach(), atol=0.1, rtol=0)
+    torch.testing.assert_close(x0.std(0), fitted.log_std.exp().detach(), atol=0.1, rtol=0)
+
+
+def test_a_student_is_distilled_from_it_and_it_stays_as_it_was(fitted: Linear) -> None:
+    before = [parameter.clone() for parameter in fitted.parameters()]
+    training = halfstep.Training(600, 2e-2, batch_size=64)
+    student = halfstep.distill(fitted, points(), start=4, to=2, training=training)
+    assert isinstance(student, Linear)
+    assert student is not fitted
+    assert all(torch.equal(a, b) for a, b in zip(before, fitted.parameters(), strict=True))
+    assert all(parameter.requires_grad for parameter in fitted.parameters())
+    x_1 = halfstep.sample_noise(range(400), (2,))
+    two, four = halfstep.sample(student, x_1, 2), halfstep.sample(fitted, x_1, 4)
+    undistilled = halfstep.sample(fitted, x_1, 2)
+    # A line through the teacher's landings: nearer to them than the teacher's own two steps are.
+    assert (two - four).square().mean() < 0.3 * (undistilled - four).square().mean()
+
+
+def test_what_only_a_network_can_do_is_refused(fitted: Linear) -> None:
+    with pytest.raises(ValueError, match="the teacher has no prediction to match: pass a NetworkDenoiser"):
+        halfstep.distill(fitted, points(), start=4, to=2, prediction=halfstep.X0())
