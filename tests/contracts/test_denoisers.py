@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from halfstep.core.clock import as_clock
 from halfstep.core.denoiser import GUIDANCE, Clipped, Cond, Denoiser, Guided, NetworkDenoiser, Reprocessed, ddim_step
 from halfstep.core.noise import (
     VE,
@@ -346,10 +345,10 @@ class ClassDenoiser(Denoiser):
         self.heard: list[dict[str, Tensor]] = []
         self.batches: list[int] = []
 
-    def forward(self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None) -> Denoised:
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Denoised:
         self.heard.append(dict(cond or {}))
         self.batches.append(len(x_t))
-        answers = [denoiser(x_t, as_clock(t, x_t)) for denoiser in self.classes]
+        answers = [denoiser(x_t, t) for denoiser in self.classes]
         rows = torch.arange(len(x_t))
         labels = (cond or {})["class_labels"]
         return Denoised(*(torch.stack([each[part] for each in answers])[labels, rows] for part in (0, 1)))

@@ -67,7 +67,7 @@ class Answers(Denoiser):
         self.process = process
         self.left = list(answers)
 
-    def forward(self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None) -> Denoised:
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Denoised:
         x0 = self.left.pop(0).expand_as(x_t)
         return Denoised(x0, torch.zeros_like(x_t))
 
@@ -259,7 +259,7 @@ def test_the_target_carries_no_gradient_and_conditions_reach_the_teacher() -> No
             super().__init__()
             self.inner = toy_denoiser(VPCosine(), V())
 
-        def forward(self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None) -> Denoised:
+        def forward(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Denoised:
             heard.append(cond)
             return self.inner(x_t, t)
 

@@ -1,7 +1,7 @@
 """Samplers, one file a method or a family, and the one loop that runs them."""
 
 from halfstep.samplers.ancestral import Ancestral
-from halfstep.samplers.base import Memory, Sampler, samplers
+from halfstep.samplers.base import DataPredictionSampler, Memory, Sampler, samplers
 from halfstep.samplers.ddim import DDIM
 from halfstep.samplers.dpmpp_2m import DPMSolverPP2M
 from halfstep.samplers.loop import SamplerStep, StepNoise, sample, trajectory
