@@ -3,8 +3,8 @@
 A denoiser is a network seen through a process and a prediction, or a wrapper around another denoiser. Samplers and
 objectives know denoisers only, never networks.
 
-A denoiser is called with clock times `[batch]` or with one time for all samples. `forward` gets a clock tensor in both
-cases. Only the classes here and `Model` also take the plain number, which saves small operations at every sampling step.
+Call a denoiser with clock times `[batch]`, or with one time for all samples. `forward` gets a clock tensor either way.
+Some classes of the library also take the plain number, which saves small operations at every sampling step.
 """
 
 import warnings

@@ -1,18 +1,10 @@
 """The standard integrators of the probability-flow ODE: Euler, midpoint, Heun and the classical RK4.
 
-The ODE reads dy / dtau = slope(x0, eps) for a sample y = x_t / scale and a coordinate tau of the noise level. Three
-coordinates are offered, all functions of (alpha, sigma) alone, so that they serve every process:
-
-    Angle          tau = phi = arctan(sigma / alpha)  y = x_t / hypot(alpha, sigma)  slope = cos(phi) eps - sin(phi) x0
-    LogSNR         tau = log_snr                      the same y                     slope = -sin(2 phi) / 4 of that
-    NoiseToSignal  tau = sigma / alpha                y = x_t / alpha                slope = eps
-
-On a variance-preserving process the first slope is v. Only the first is finite, with a finite slope, from pure noise
-to clean data, so it is the default. The second is the paper's (appendix A). In the third Euler's step is DDIM's, and
+A rule integrates the ODE in one of the coordinates of `coordinates.py`. In noise-to-signal Euler's step is DDIM's, and
 Heun's is the sampler of Karras et al. and of diffusers; it wants a grid that does not start at zero SNR.
 
-Where a method asks the network at the end of the step, the step onto clean data is one of an order less that does not:
-Euler for Heun, Heun's third-order rule for RK4. Being one step of N, it costs no order. In LogSNR that step would be
+Where a method calls the network at the end of the step, the step onto clean data is one of an order less that does not:
+Euler for Heun, Heun's third-order rule for RK4. Being one step of N, it costs no order. In log-SNR that step would be
 infinitely long, and is taken in the angle, whose y is the same. A process that keeps noise at t = 0 can end before a
 stage of that step; the network is then called at the stage's share of the time, and the sample is moved only that far.
 
@@ -22,8 +14,7 @@ the device, and every step calls the network as often as one that lands at s > 0
 Source: Salimans & Ho 2022 (arXiv:2202.00512), appendices A to D; Karras et al. 2022 (arXiv:2206.00364), algorithm 1.
 """
 
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final, NamedTuple, final
 
 import torch
@@ -33,90 +24,8 @@ from halfstep.core.clock import as_clock, per_sample
 from halfstep.core.denoiser import Cond, Denoiser
 from halfstep.core.noise import NoiseProcess
 from halfstep.core.prediction import Denoised
-from halfstep.registry import Registry
 from halfstep.samplers.base import Memory, Sampler, samplers
-
-
-class Coordinate(ABC):
-    """A variable in which the probability-flow ODE is written. Clock tensors are `[batch]`."""
-
-    reaches_clean: ClassVar[bool]
-    """Whether tau is finite on clean data."""
-
-    @abstractmethod
-    def place(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """The clock tensors (tau, scale)."""
-
-    @abstractmethod
-    def log_snr(self, tau: Tensor) -> Tensor:
-        """The log-SNR at tau: the inverse of `place`."""
-
-    @abstractmethod
-    def slope(self, denoised: Denoised, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """dy / dtau, `[batch, *dims]`."""
-
-
-coordinates: Registry[type[Coordinate]] = Registry("coordinate")
-
-
-@final
-@coordinates.register("angle")
-@dataclass(frozen=True)
-class Angle(Coordinate):
-    """tau = arctan(sigma / alpha), in radians."""
-
-    reaches_clean: ClassVar[bool] = True
-
-    def place(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.atan2(sigma, alpha), torch.hypot(alpha, sigma)
-
-    def log_snr(self, tau: Tensor) -> Tensor:
-        return -2 * torch.log(torch.tan(tau))
-
-    def slope(self, denoised: Denoised, alpha: Tensor, sigma: Tensor) -> Tensor:
-        radius = torch.hypot(alpha, sigma)
-        x0, eps = denoised
-        return per_sample(alpha / radius, x0) * eps - per_sample(sigma / radius, x0) * x0
-
-
-@final
-@coordinates.register("log_snr")
-@dataclass(frozen=True)
-class LogSNR(Coordinate):
-    """tau = log(alpha^2 / sigma^2), infinite on clean data."""
-
-    reaches_clean: ClassVar[bool] = False
-
-    def place(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        return 2 * torch.log(alpha / sigma), torch.hypot(alpha, sigma)
-
-    def log_snr(self, tau: Tensor) -> Tensor:
-        return tau
-
-    def slope(self, denoised: Denoised, alpha: Tensor, sigma: Tensor) -> Tensor:
-        power = alpha**2 + sigma**2
-        half = alpha * sigma / (2 * power * torch.sqrt(power))
-        x0, eps = denoised
-        return per_sample(half * sigma, x0) * x0 - per_sample(half * alpha, x0) * eps
-
-
-@final
-@coordinates.register("noise_to_signal")
-@dataclass(frozen=True)
-class NoiseToSignal(Coordinate):
-    """tau = sigma / alpha, which Karras et al. and diffusers call sigma."""
-
-    reaches_clean: ClassVar[bool] = True
-
-    def place(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        return sigma / alpha, alpha
-
-    def log_snr(self, tau: Tensor) -> Tensor:
-        return -2 * torch.log(tau)
-
-    def slope(self, denoised: Denoised, alpha: Tensor, sigma: Tensor) -> Tensor:
-        return denoised.eps
-
+from halfstep.samplers.coordinates import Angle, Coordinate
 
 Share = float | Tensor
 """A number for all samples, or a clock tensor `[batch]`."""
@@ -251,7 +160,7 @@ class RungeKutta(Sampler):
 class Euler(RungeKutta):
     """First order, deterministic, one network call a step."""
 
-    coordinate: Coordinate = Angle()
+    coordinate: Coordinate = field(default_factory=Angle)
 
     rule: ClassVar[Rule] = EULER
     last: ClassVar[Rule] = EULER
@@ -266,7 +175,7 @@ class Euler(RungeKutta):
 class Midpoint(RungeKutta):
     """Second order, deterministic, two network calls a step: the slope in its middle."""
 
-    coordinate: Coordinate = Angle()
+    coordinate: Coordinate = field(default_factory=Angle)
 
     rule: ClassVar[Rule] = MIDPOINT
     last: ClassVar[Rule] = MIDPOINT
@@ -281,7 +190,7 @@ class Midpoint(RungeKutta):
 class Heun(RungeKutta):
     """Second order, deterministic, two network calls a step and one in the last: the mean of the slopes at its ends."""
 
-    coordinate: Coordinate = Angle()
+    coordinate: Coordinate = field(default_factory=Angle)
 
     rule: ClassVar[Rule] = TRAPEZOID
     last: ClassVar[Rule] = EULER
@@ -296,7 +205,7 @@ class Heun(RungeKutta):
 class RK4(RungeKutta):
     """Fourth order, deterministic, four network calls a step and three in the last: the classical Runge-Kutta rule."""
 
-    coordinate: Coordinate = Angle()
+    coordinate: Coordinate = field(default_factory=Angle)
 
     rule: ClassVar[Rule] = CLASSICAL_4
     last: ClassVar[Rule] = HEUN_3
