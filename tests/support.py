@@ -24,7 +24,7 @@ from halfstep.core.noise import (
 from halfstep.core.oracle import GaussianDenoiser, MixtureDenoiser
 from halfstep.core.prediction import Denoised, Prediction, eps_from_x0
 from halfstep.registry import Registry
-from halfstep.samplers import DDIM
+from halfstep.samplers import DDIM, coordinates, samplers
 
 REQUIRED: Final = {"num_steps": 4}
 """Values for the arguments without a default that a registered class may have."""
@@ -59,6 +59,18 @@ def members(registry: Registry[Any]) -> list[Any]:
     """Every registered member, built, as a pytest parameter that bears its name."""
     found = [pytest.param(build(member), id=name) for name, member in registry.items()]
     assert found, f"no {registry.family} is registered, so its contract would pass unseen"
+    return found
+
+
+def variants() -> list[Any]:
+    """Every registered sampler, and those that integrate in a coordinate in every registered coordinate."""
+    found = []
+    for name, member in samplers.items():
+        if "coordinate" in {field.name for field in dataclasses.fields(member)}:
+            for where, coordinate in coordinates.items():
+                found.append(pytest.param(member(coordinate=coordinate()), id=f"{name}-{where}"))  # type: ignore[call-arg]
+        else:
+            found.append(pytest.param(build(member), id=name))
     return found
 
 

@@ -19,9 +19,9 @@ point x_s only, and one step of the student lands there with
 
     x0 = (x_s - q x_t) / (alpha_s - q alpha_t),   q = sigma_s / sigma_t,
 
-which is x_s itself at s = 0. Here the steps and the quotient are computed in float64 and only the teacher in its own
-dtype. An error of the teacher's x0 then moves x_s by about the width of the step, by which the quotient divides, so the
-target keeps the teacher's precision again.
+which is x_s itself at s = 0. Here the steps and the quotient are computed in float64, from the teacher's x0 in its own
+dtype. An error of x0 moves x_s in proportion to the width of the step, by which the quotient divides, so this target
+keeps the teacher's precision as well.
 
 Source: Salimans & Ho 2022 (arXiv:2202.00512), algorithm 2; the authors' dpm.py for s = 0.
 """
@@ -38,7 +38,7 @@ from halfstep.core.clock import as_clock, per_sample
 from halfstep.core.denoiser import Cond, Denoiser, ddim_step
 from halfstep.core.draw import Draw
 from halfstep.core.grids import check_num_steps
-from halfstep.core.prediction import Denoised
+from halfstep.core.prediction import Denoised, eps_from_x0
 from halfstep.core.weighting import TruncatedSNR, Weighting
 from halfstep.objectives.base import Batch, Losses, Models, Objective, check_one_process, noisy_student_loss, objectives
 from halfstep.objectives.matching import GuidanceRange
@@ -152,7 +152,7 @@ def _solved(teacher: Denoiser, x_t: Tensor, times: Sequence[Tensor], cond: Cond 
 
 @final
 class _InFloat64(Denoiser):
-    """Another denoiser, called with samples of the dtype and device of `like`, for samples in float64.
+    """Another denoiser for samples in float64, itself called with the dtype and device of `like`; eps follows from x0.
 
     The float64 samples are where clock tensors are: on the CPU if the device has no float64.
     """
@@ -164,8 +164,8 @@ class _InFloat64(Denoiser):
         self.like = like
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Denoised:
-        x0, eps = self.denoiser(x_t.to(self.like), t, cond)
-        return Denoised(x0.to(x_t), eps.to(x_t))
+        x0 = self.denoiser(x_t.to(self.like), t, cond).x0.to(x_t)
+        return Denoised(x0, eps_from_x0(x_t, x0, *self.process.alpha_sigma(t)))
 
 
 @final
