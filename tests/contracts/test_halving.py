@@ -1,8 +1,10 @@
 """The halving target: the student's one step lands on the teacher's K, in float32 too, and it is a mean."""
 
 import itertools
+import re
 from collections.abc import Callable
 from math import nan
+from pathlib import Path
 from typing import Final
 
 import pytest
@@ -468,3 +470,12 @@ def test_the_teacher_s_sampler_is_ddim_unless_another_is_named() -> None:
         for sampler in (DDIM(), Heun())
     ]
     assert not bool((losses[0] == losses[1]).any())
+
+
+def test_the_example_of_the_page_on_targets_runs() -> None:
+    page = Path(__file__).parents[2] / "docs" / "pages" / "target.md"
+    (example,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    names = {"teacher": mixture(VPCosine()), "x_t": numbers(3, 2)}
+    exec(example, names)
+    assert torch.equal(names["target"], halving_target(names["teacher"], names["x_t"], 0.5, 0.25, sampler=Heun()))
+    assert names["objective"] == Halving(4, teacher_sampler=DPMSolverPP2M())
