@@ -9,7 +9,7 @@ import torch
 from scipy.integrate import solve_ivp
 from torch import Tensor, nn
 
-from halfstep.core.clock import as_clock, per_sample
+from halfstep.core.clock import per_sample
 from halfstep.core.denoiser import Cond, Denoiser, NetworkDenoiser
 from halfstep.core.noise import (
     FlowMatching,
@@ -24,7 +24,7 @@ from halfstep.core.noise import (
 from halfstep.core.oracle import GaussianDenoiser, MixtureDenoiser
 from halfstep.core.prediction import Denoised, Prediction, eps_from_x0
 from halfstep.registry import Registry
-from halfstep.samplers import DDIM
+from halfstep.samplers import DDIM, coordinates, samplers
 
 REQUIRED: Final = {"num_steps": 4}
 """Values for the arguments without a default that a registered class may have."""
@@ -59,6 +59,18 @@ def members(registry: Registry[Any]) -> list[Any]:
     """Every registered member, built, as a pytest parameter that bears its name."""
     found = [pytest.param(build(member), id=name) for name, member in registry.items()]
     assert found, f"no {registry.family} is registered, so its contract would pass unseen"
+    return found
+
+
+def variants() -> list[Any]:
+    """Every registered sampler, and those that integrate in a coordinate in every registered coordinate."""
+    found = []
+    for name, member in samplers.items():
+        if "coordinate" in {field.name for field in dataclasses.fields(member)}:
+            for where, coordinate in coordinates.items():
+                found.append(pytest.param(member(coordinate=coordinate()), id=f"{name}-{where}"))  # type: ignore[call-arg]
+        else:
+            found.append(pytest.param(build(member), id=name))
     return found
 
 
@@ -128,8 +140,8 @@ class Watched(Denoiser):
         self.times: list[Tensor] = []
         self.answers: list[Denoised] = []
 
-    def forward(self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None) -> Denoised:
-        self.times.append(as_clock(t, x_t).clone())
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Denoised:
+        self.times.append(t.clone())
         self.answers.append(self.denoiser(x_t, t, cond))
         return self.answers[-1]
 
@@ -193,12 +205,11 @@ class Landing(Denoiser):
             x_t, _ = DDIM().step(self.teacher, x_t, here, there, None, None)
         return x_t
 
-    def forward(self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None) -> Denoised:
-        start = as_clock(t, x_t)
-        alpha_t, sigma_t = self.process.alpha_sigma(start)
-        alpha_s, sigma_s = self.process.landing(((start * self.num_steps).round() - 1) / self.num_steps)
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Denoised:
+        alpha_t, sigma_t = self.process.alpha_sigma(t)
+        alpha_s, sigma_s = self.process.landing(((t * self.num_steps).round() - 1) / self.num_steps)
         ratio = sigma_s / sigma_t
-        x0 = (self.landing(x_t, start) - per_sample(ratio, x_t) * x_t) / per_sample(alpha_s - ratio * alpha_t, x_t)
+        x0 = (self.landing(x_t, t) - per_sample(ratio, x_t) * x_t) / per_sample(alpha_s - ratio * alpha_t, x_t)
         return Denoised(x0 + self.offset, eps_from_x0(x_t, x0 + self.offset, alpha_t, sigma_t))
 
 

@@ -15,7 +15,7 @@ from halfstep.core.noise import NoiseProcess, VPCosine, processes
 from halfstep.core.oracle import GaussianDenoiser
 from halfstep.core.prediction import Prediction, V, predictions
 from halfstep.samplers import DDIM, Angle, Coordinate, Euler, LogSNR, NoiseToSignal, coordinates, trajectory
-from halfstep.samplers.runge_kutta import CLASSICAL_4, EULER, HEUN_3, MIDPOINT, TRAPEZOID, Tableau, runge_kutta_step
+from halfstep.samplers.runge_kutta import CLASSICAL_4, EULER, HEUN_3, MIDPOINT, TRAPEZOID, Rule, runge_kutta_step
 from support import (
     clock,
     integrated_flow,
@@ -127,7 +127,7 @@ def test_euler_s_step_in_noise_to_signal_is_ddim_s(
     ],
 )
 @torch.no_grad()
-def test_a_rule_has_its_order(rule: Tableau, order: int) -> None:
+def test_a_rule_has_its_order(rule: Rule, order: int) -> None:
     """Those of the last step too, which takes but one step of many by them and so hides what they lack."""
     process, first, last = VPCosine(), 0.95, 0.05
     denoiser, x_1 = mixture(process), numbers(16, 2)

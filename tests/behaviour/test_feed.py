@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import pytest
@@ -31,6 +31,7 @@ from halfstep.runs import RunFolder, read_log
 from halfstep.runtime.processes import make_accelerator
 from halfstep.train.engine import StageTrainer
 from halfstep.train.feed import Feed
+from support import variants
 from toys import finish, points, toy_plan, toy_spec, weights
 
 CPU = torch.device("cpu")
@@ -196,7 +197,17 @@ class _Watch(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("objective", [Denoising(), Halving(4), Matching(32)])
+OBJECTIVES: Final = [
+    Denoising(),
+    Halving(4),
+    Matching(32),
+    Halving(4, guidance=GuidanceRange(1, 4)),
+    *(Halving(4, teacher_sampler=each.values[0]) for each in variants() if not each.values[0].stochastic),
+]
+"""Every kind of target, with every sampler of the teacher."""
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_an_update_never_waits_for_the_device(objective: object) -> None:
     # What the feed makes is made on the CPU, wherever the networks are: it is asked before the watch begins.
     trainer = _trainer(objective)
@@ -226,7 +237,7 @@ class _Copies(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("objective", [Denoising(), Halving(4), Matching(32), Halving(4, guidance=GuidanceRange(1, 4))])
+@pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("process", [VPCosine(), VPTable(), FlowMatching(3.0)], ids=lambda p: type(p).__name__)
 def test_an_update_copies_nothing_from_the_host_but_what_is_made_ahead(
     objective: Objective, process: NoiseProcess

@@ -36,7 +36,7 @@ class ByClass(Denoiser):
         self.process = process
         self.each = [MixtureDenoiser(process, means, STD) for means in (*MEANS, MEANS.flatten(0, 1))]
 
-    def forward(self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None) -> Denoised:
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Denoised:
         assert cond is not None
         answers = [denoiser(x_t, t) for denoiser in self.each]
         rows, label = torch.arange(len(x_t)), cond["class_labels"]

@@ -1,8 +1,8 @@
 """A network seen through a process and a prediction; its x0 clipped, its process exchanged, its conditions weighed."""
 
 import math
-from collections.abc import Mapping
-from typing import Any, final
+from collections.abc import Callable, Mapping
+from typing import Any, Final, final
 
 import pytest
 import torch
@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from halfstep.core.clock import as_clock
 from halfstep.core.denoiser import GUIDANCE, Clipped, Cond, Denoiser, Guided, NetworkDenoiser, Reprocessed, ddim_step
+from halfstep.core.draw import step_noise
 from halfstep.core.noise import (
     VE,
     FlowMatching,
@@ -22,8 +22,10 @@ from halfstep.core.noise import (
     processes,
     zero_terminal_betas,
 )
-from halfstep.core.oracle import MixtureDenoiser
+from halfstep.core.oracle import GaussianDenoiser, MixtureDenoiser
 from halfstep.core.prediction import X0, Both, Denoised, Prediction, V, predictions
+from halfstep.objectives import halving_target
+from halfstep.samplers import Sampler, sample, trajectory
 from support import (
     Watched,
     clock,
@@ -34,6 +36,7 @@ from support import (
     numbers,
     pure_noise,
     toy_denoiser,
+    variants,
 )
 
 every_process = pytest.mark.parametrize("process", members(processes))
@@ -53,6 +56,67 @@ def test_a_perfect_network_denoises_to_the_x0_and_eps_that_were_mixed(
 
     found = NetworkDenoiser(perfect, process, prediction)(process.mix(x0, eps, t), t)
     torch.testing.assert_close(found, Denoised(x0, eps), rtol=0, atol=1e-11)
+
+
+class OwnDenoiser(Denoiser):
+    """What a user writes: the exact denoiser of x0 ~ N(0.3, 0.5^2) from the amplitudes at t, and nothing of clocks."""
+
+    def __init__(self, process: NoiseProcess) -> None:
+        super().__init__()
+        self.process = process
+        self.times: list[Tensor] = []
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Denoised:
+        self.times.append(t)
+        alpha, sigma = (a[:, None].to(x_t) for a in self.process.alpha_sigma(t))
+        rest = (x_t - alpha * 0.3) / (alpha**2 * 0.25 + sigma**2)
+        return Denoised(0.3 + alpha * 0.25 * rest, sigma * rest)
+
+
+OWN_AND_EXACT: Final[dict[str, Callable[[Denoiser, NoiseProcess], Denoiser]]] = {
+    "bare": lambda denoiser, process: denoiser,
+    "clipped": lambda denoiser, process: Clipped(denoiser, -0.6, 0.7),
+    "guided": lambda denoiser, process: Guided(denoiser, {"label": torch.tensor(0)}, 2.0),
+    "reprocessed": lambda denoiser, process: Reprocessed(denoiser, VPCosine(-9.0, 9.0)),
+    "clipped guided reprocessed": lambda denoiser, process: Clipped(
+        Guided(Reprocessed(denoiser, VPCosine(-9.0, 9.0)), {"label": torch.tensor(0)}, 2.0), -0.6, 0.7
+    ),
+}
+every_wrapping = pytest.mark.parametrize("wrapped", OWN_AND_EXACT.values(), ids=OWN_AND_EXACT)
+
+
+@every_wrapping
+@pytest.mark.parametrize("sampler", variants())
+@pytest.mark.parametrize("process", [VPCosine(), VE()], ids=["vp_cosine", "ve"])
+def test_a_denoiser_written_on_the_process_alone_samples_and_teaches(
+    process: NoiseProcess, sampler: Sampler, wrapped: Callable[[Denoiser, NoiseProcess], Denoiser]
+) -> None:
+    """As the library's own exact denoiser does, in sampling and in a target, inside every wrapper."""
+    own, exact = OwnDenoiser(process), GaussianDenoiser(process, 0.3, 0.5)
+    asked, known = wrapped(own, process), wrapped(exact, process)
+    x_1, cond = pure_noise(asked.process, 5, 2), {"label": torch.ones(5)}
+    noise = step_noise(range(5), (2,), torch.float64) if sampler.stochastic else None
+    steps = list(trajectory(asked, x_1, 3, sampler, cond, noise=noise))
+    for found, wanted in zip(steps, trajectory(known, x_1, 3, sampler, cond, noise=noise), strict=True):
+        torch.testing.assert_close(found.x_s, wanted.x_s, rtol=1e-9, atol=1e-9)
+    assert torch.equal(sample(asked, x_1, 3, sampler, cond, noise=noise), steps[-1].x_s)
+    if not sampler.stochastic:
+        for t, s in [(1.0, 0.5), (clock(1.0, 0.75, 0.5, 0.25, 0.25), clock(0.75, 0.5, 0.25, 0.0, 0.0))]:
+            found, wanted = (halving_target(each, x_1, t, s, cond, sampler=sampler) for each in (asked, known))
+            torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+    batch = 10 if isinstance(asked, Guided) or isinstance(getattr(asked, "denoiser", None), Guided) else 5
+    assert own.times
+    assert all(time.dtype == torch.float64 and time.shape == (batch,) for time in own.times)
+
+
+def test_hooks_of_a_denoiser_and_of_what_it_wraps_run_for_one_time_and_for_each() -> None:
+    inner = toy_denoiser(VPCosine(), V())
+    outer, called = Clipped(inner), []
+    for denoiser in (inner, outer):
+        denoiser.register_forward_hook(lambda module, args, result: called.append(type(module).__name__))
+    for t in (0.5, clock(0.5).expand(3)):
+        outer(numbers(3, 2), t)
+    assert called == ["NetworkDenoiser", "Clipped"] * 2
 
 
 @every_process
@@ -346,10 +410,10 @@ class ClassDenoiser(Denoiser):
         self.heard: list[dict[str, Tensor]] = []
         self.batches: list[int] = []
 
-    def forward(self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None) -> Denoised:
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Denoised:
         self.heard.append(dict(cond or {}))
         self.batches.append(len(x_t))
-        answers = [denoiser(x_t, as_clock(t, x_t)) for denoiser in self.classes]
+        answers = [denoiser(x_t, t) for denoiser in self.classes]
         rows = torch.arange(len(x_t))
         labels = (cond or {})["class_labels"]
         return Denoised(*(torch.stack([each[part] for each in answers])[labels, rows] for part in (0, 1)))

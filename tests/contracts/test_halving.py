@@ -1,7 +1,11 @@
 """The halving target: the student's one step lands on the teacher's K, in float32 too, and it is a mean."""
 
 import itertools
+import re
+from collections.abc import Callable
 from math import nan
+from pathlib import Path
+from typing import Final
 
 import pytest
 import torch
@@ -9,12 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from halfstep.core.denoiser import Cond, Denoiser
+from halfstep.core.denoiser import Cond, Denoiser, NetworkDenoiser, ddim_step
+from halfstep.core.draw import Draw
 from halfstep.core.noise import NoiseProcess, VPCosine, processes
 from halfstep.core.oracle import data_set_denoiser
 from halfstep.core.prediction import Denoised, FlowVelocity, Prediction, V, eps_from_x0, predictions
-from halfstep.objectives import halving_target
-from halfstep.samplers import DDIM
+from halfstep.objectives import Batch, Halving, Models, halving_target
+from halfstep.samplers import DDIM, Ancestral, Angle, DataPredictionSampler, DPMSolverPP2M, Heun, Sampler
 from support import (
     FURTHER_PROCESSES,
     Landing,
@@ -30,6 +35,7 @@ from support import (
     skip_where_x0_is_undefined,
     step_width,
     toy_denoiser,
+    variants,
 )
 
 every_process = pytest.mark.parametrize("process", members(processes))
@@ -67,7 +73,7 @@ class Answers(Denoiser):
         self.process = process
         self.left = list(answers)
 
-    def forward(self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None) -> Denoised:
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Denoised:
         x0 = self.left.pop(0).expand_as(x_t)
         return Denoised(x0, torch.zeros_like(x_t))
 
@@ -259,7 +265,7 @@ def test_the_target_carries_no_gradient_and_conditions_reach_the_teacher() -> No
             super().__init__()
             self.inner = toy_denoiser(VPCosine(), V())
 
-        def forward(self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None) -> Denoised:
+        def forward(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Denoised:
             heard.append(cond)
             return self.inner(x_t, t)
 
@@ -307,3 +313,169 @@ def test_a_whole_trajectory_of_perfect_students_is_the_teacher_s_trajectory() ->
         alpha, sigma = process.landing(s)
         x_student = alpha[:, None] * x0 + sigma[:, None] * eps_from_x0(x_student, x0, *process.alpha_sigma(t))
         torch.testing.assert_close(x_student, x_teacher, rtol=0, atol=1e-13)
+
+
+every_deterministic = pytest.mark.parametrize(
+    "sampler", [parameter for parameter in variants() if not parameter.values[0].stochastic]
+)
+every_few = pytest.mark.parametrize("num_teacher_steps", [1, 2, 3, 4])
+NARROW: Final = VPCosine(-4.0, 4.0)
+"""A process whose noise at t = 0 ends before the stages of a step onto clean data."""
+
+
+def steps_of(process: NoiseProcess, sampler: Sampler, num_steps: int) -> tuple[Tensor, Tensor]:
+    """All steps from t = 1 onto clean data at once; from t = 0.95 where the coordinate is infinite at t = 1."""
+    t, s = grid_steps(num_steps)
+    no_signal = float(process.alpha_sigma(clock(1.0))[0]) == 0
+    first = 0.95 if no_signal and not isinstance(getattr(sampler, "coordinate", Angle()), Angle) else 1.0
+    return first * t, first * s
+
+
+def landing(teacher: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, num_teacher_steps: int, sampler: Sampler) -> Tensor:
+    """Where the teacher's steps take each sample by itself, between times that are plain numbers."""
+    rows = []
+    for x, start, end in zip(x_t.split(1), t.tolist(), s.tolist(), strict=True):
+        memory = None
+        times = [start + (end - start) * (k / num_teacher_steps) for k in range(num_teacher_steps)]
+        for here, there in itertools.pairwise([*times, end]):
+            x, memory = sampler.step(teacher, x, here, there, None, memory)
+        rows.append(x)
+    return torch.cat(rows)
+
+
+@every_process_or_further
+@every_deterministic
+@every_few
+@pytest.mark.parametrize("num_steps", [1, 8])
+@torch.no_grad()
+def test_one_ddim_step_of_the_student_lands_where_any_sampler_takes_the_teacher(
+    process: NoiseProcess, sampler: Sampler, num_teacher_steps: int, num_steps: int
+) -> None:
+    """From t = 1, between interior times and onto clean data, all in one batch; 1e-9 of the sample's size."""
+    teacher = toy_denoiser(process, V())
+    t, s = steps_of(process, sampler, num_steps)
+    x_t = noisy(process, t, 2)
+    x0 = halving_target(teacher, x_t, t, s, None, num_teacher_steps, sampler)
+    landed = ddim_step(Denoised(x0, eps_from_x0(x_t, x0, *process.alpha_sigma(t))), process, s)
+    expected = landing(teacher, x_t, t, s, num_teacher_steps, sampler)
+    size = torch.maximum(expected.abs(), x_t.abs()).clamp(min=1)
+    assert bool(((landed - expected).abs() <= 1e-9 * size).all())
+
+
+@every_process_or_further
+@every_deterministic
+@torch.no_grad()
+def test_the_target_of_a_sample_does_not_depend_on_its_company(process: NoiseProcess, sampler: Sampler) -> None:
+    def network(x_t: Tensor, time: Tensor, *, shift: Tensor) -> Tensor:
+        return torch.sin(2 * x_t + 3 * time[:, None]) + shift
+
+    teacher = NetworkDenoiser(network, process, V())
+    t, s = steps_of(process, sampler, 6)
+    x_t, cond = noisy(process, t, 2), {"shift": numbers(6, 1, seed=2)}
+    together = halving_target(teacher, x_t, t, s, cond, 2, sampler)
+    for row in range(6):
+        part = slice(row, row + 1)
+        alone = halving_target(teacher, x_t[part], t[part], s[part], {"shift": cond["shift"][part]}, 2, sampler)
+        torch.testing.assert_close(together[part], alone, rtol=1e-10, atol=1e-10)
+
+
+@every_process_or_further
+@every_deterministic
+@pytest.mark.parametrize("kind", ["gaussian", "mixture", "network"])
+@pytest.mark.parametrize("num_steps", [64, 4096])
+@torch.no_grad()
+def test_the_float32_target_of_any_sampler_is_the_float64_one_to_1e_5(
+    process: NoiseProcess, sampler: Sampler, kind: str, num_steps: int
+) -> None:
+    t, s = steps_of(process, sampler, num_steps)
+    teacher, x_t = teacher_of(kind, process), noisy(process, t, 2).float()
+    target = halving_target(teacher, x_t, t, s, None, 2, sampler)
+    assert target.dtype == torch.float32
+    assert float((target - halving_target(teacher, x_t.double(), t, s, None, 2, sampler)).abs().max()) < 1e-5
+
+
+def ddim_by_hand(process: NoiseProcess, x_t: Tensor, found: list[Tensor], times: Tensor) -> Tensor:
+    """x_s = (sigma_s / sigma_t) x_t + (alpha_s - alpha_t sigma_s / sigma_t) x0."""
+    alpha, sigma = (a[:, None, None] for a in process.alpha_sigma(times))
+    q = sigma[-1] / sigma[-2]
+    return q * x_t + (alpha[-1] - q * alpha[-2]) * found[-1]
+
+
+def dpmpp_2m_by_hand(process: NoiseProcess, x_t: Tensor, found: list[Tensor], times: Tensor) -> Tensor:
+    """Algorithm 2 of Lu et al. 2022 (arXiv:2211.01095), with lambda = log(alpha / sigma)."""
+    alpha, sigma = (a[:, None, None] for a in process.alpha_sigma(times))
+    h = (alpha / sigma).log().diff(dim=0)
+    d = found[-1]
+    if len(found) > 1:
+        r = h[-2] / h[-1]
+        d = (1 + 1 / (2 * r)) * found[-1] - 1 / (2 * r) * found[-2]
+    return sigma[-1] / sigma[-2] * x_t - alpha[-1] * torch.expm1(-h[-1]) * d
+
+
+BY_HAND: Final[dict[type[Sampler], Callable[..., Tensor]]] = {DDIM: ddim_by_hand, DPMSolverPP2M: dpmpp_2m_by_hand}
+
+
+@every_process
+@pytest.mark.parametrize("sampler", [each for each in variants() if isinstance(each.values[0], DataPredictionSampler)])
+def test_the_effective_prediction_makes_a_ddim_step_of_the_method_s_own(
+    process: NoiseProcess, sampler: DataPredictionSampler
+) -> None:
+    """Against the published formula, over three steps, and it splits x_t as any prediction does."""
+    teacher, memory = mixture(process), None
+    times, found = clock(0.9, 0.7, 0.45, 0.25), []
+    x_t = noisy(process, times[:1].expand(5), 2)
+    for k in range(3):
+        here, there = times[k].expand(5), times[k + 1].expand(5)
+        found.append(teacher(x_t, here).x0)
+        stepped, _ = sampler.step(teacher, x_t, here, there, None, memory)
+        effective, memory = sampler.effective(teacher, x_t, here, there, None, memory)
+        torch.testing.assert_close(process.mix(*effective, here), x_t, rtol=1e-13, atol=1e-13)
+        wanted = BY_HAND[type(sampler)](process, x_t, found, times[: k + 2])
+        x_t = ddim_step(effective, process, there)
+        torch.testing.assert_close(x_t, wanted, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(stepped, x_t, rtol=0, atol=0)
+
+
+@every_deterministic
+@every_few
+@pytest.mark.parametrize("process", [VPCosine(), NARROW], ids=["vp_cosine", "narrow"])
+def test_an_update_calls_the_teacher_as_often_as_it_says_and_never_at_time_0(
+    process: NoiseProcess, sampler: Sampler, num_teacher_steps: int
+) -> None:
+    teacher, exact = Watched(mixture(process)), mixture(process)
+    objective = Halving(4, num_teacher_steps, teacher_sampler=sampler)
+    objective.loss(Models(exact, teacher), Batch(0.5 * numbers(32, 2)), Draw(0, "stage", 0, 32, range(32)))
+    assert len(teacher.times) == objective.evals["teacher"].forward
+    times = torch.stack(teacher.times)
+    assert times.shape == (objective.evals["teacher"].forward, 32)
+    assert bool(((times > 0) & (times <= 1)).all())
+
+
+def test_a_teacher_that_draws_noise_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^Ancestral draws noise, .*Choose a deterministic sampler"):
+        halving_target(mixture(VPCosine()), numbers(2, 2), 0.5, 0.25, sampler=Ancestral())
+    with pytest.raises(ValueError, match=r"^Ancestral draws noise, .*Choose a deterministic sampler"):
+        Halving(4, teacher_sampler=Ancestral())
+
+
+def test_the_teacher_s_sampler_is_ddim_unless_another_is_named() -> None:
+    teacher, (t, s) = mixture(VPCosine()), grid_steps(4)
+    x_t = noisy(VPCosine(), t, 2)
+    assert torch.equal(halving_target(teacher, x_t, t, s), halving_target(teacher, x_t, t, s, sampler=DDIM()))
+    assert Halving(4).teacher_sampler == DDIM()
+    losses = [
+        Halving(4, teacher_sampler=sampler)
+        .loss(Models(teacher, teacher), Batch(0.5 * numbers(8, 2)), Draw(0, "stage", 0, 8, range(8)))
+        .loss
+        for sampler in (DDIM(), Heun())
+    ]
+    assert not bool((losses[0] == losses[1]).any())
+
+
+def test_the_example_of_the_page_on_targets_runs() -> None:
+    page = Path(__file__).parents[2] / "docs" / "pages" / "target.md"
+    (example,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    names = {"teacher": mixture(VPCosine()), "x_t": numbers(3, 2)}
+    exec(example, names)
+    assert torch.equal(names["target"], halving_target(names["teacher"], names["x_t"], 0.5, 0.25, sampler=Heun()))
+    assert names["objective"] == Halving(4, teacher_sampler=DPMSolverPP2M())

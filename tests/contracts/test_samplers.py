@@ -1,6 +1,5 @@
 """What every sampler promises: its order, its cost, and results that depend on its arguments alone."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, Final
@@ -24,14 +23,12 @@ from halfstep.samplers import (
     NoiseToSignal,
     Sampler,
     StepNoise,
-    coordinates,
     sample,
     samplers,
     trajectory,
 )
 from support import (
     Watched,
-    build,
     clock,
     gaussian,
     integrated_flow,
@@ -41,19 +38,8 @@ from support import (
     numbers,
     pure_noise,
     toy_denoiser,
+    variants,
 )
-
-
-def variants() -> list[Any]:
-    """Every registered sampler, and those that integrate in a coordinate in every registered coordinate."""
-    found = []
-    for name, member in samplers.items():
-        if "coordinate" in {field.name for field in dataclasses.fields(member)}:
-            for where, coordinate in coordinates.items():
-                found.append(pytest.param(member(coordinate=coordinate()), id=f"{name}-{where}"))  # type: ignore[call-arg]
-        else:
-            found.append(pytest.param(build(member), id=name))
-    return found
 
 
 def those(parameters: list[Any], kind: str, *, wanted: bool) -> list[Any]:

@@ -26,7 +26,10 @@ def as_clock(times: Tensor | float, like: Tensor) -> Tensor:
         ValueError: if `times` is neither a scalar nor of shape `[batch]`.
     """
     device = clock_device(like.device)
-    values = torch.as_tensor(times, dtype=torch.float64, device=device)
+    if not isinstance(times, Tensor):
+        # Filled on the device: a copy would make the host wait.
+        return torch.full(like.shape[:1], times, dtype=torch.float64, device=device)
+    values = times.to(device=device, dtype=torch.float64)
     if values.ndim == 0:
         values = values.expand(like.shape[0])
     if values.shape != like.shape[:1]:

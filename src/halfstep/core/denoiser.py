@@ -1,13 +1,16 @@
 """Denoisers: (x_t, t, cond) -> (x0, eps), on `[batch, *dims]` of any modality.
 
-A denoiser is a network seen through a process and a prediction, or a wrapper round another denoiser. Samplers and
+A denoiser is a network seen through a process and a prediction, or a wrapper around another denoiser. Samplers and
 objectives know denoisers only, never networks.
+
+Call a denoiser with clock times `[batch]`, or with one time for all samples. `forward` gets a clock tensor either way.
+Some classes of the library also take the plain number, which saves small operations at every sampling step.
 """
 
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, Final, final
+from typing import Any, ClassVar, Final, final
 
 import torch
 from torch import Tensor, nn
@@ -22,22 +25,31 @@ Cond = Mapping[str, Tensor]
 
 
 class Denoiser(nn.Module, ABC):
-    """Estimates the clean sample and the noise in x_t."""
+    """An estimator of the clean sample and the noise in x_t. A subclass sets `process` and defines `forward`."""
 
     process: NoiseProcess
 
+    _takes_number: ClassVar[bool] = False
+    """Whether `forward` also takes one time for all samples as a float; private to the library."""
+
     @abstractmethod
-    def forward(self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None) -> Denoised:
-        """x0 and eps, each shaped as `x_t` `[batch, *dims]`.
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Denoised:
+        """Return x0 and eps, each shaped as `x_t` `[batch, *dims]`.
 
         Args:
             x_t: noisy samples.
-            t: clock times in (0, 1], one for all or `[batch]`.
+            t: clock times in (0, 1], float64 `[batch]`.
             cond: conditions by name, or None.
         """
 
     def __call__(self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None) -> Denoised:
-        """`forward`, with its hooks."""
+        """Run `forward` and its hooks at the times `t`, `[batch]` or one for all samples.
+
+        Raises:
+            ValueError: if `t` is neither a scalar nor of shape `[batch]`.
+        """
+        if not (self._takes_number and isinstance(t, float)):
+            t = as_clock(t, x_t)
         result: Denoised = super().__call__(x_t, t, cond)
         return result
 
@@ -49,11 +61,13 @@ class NetworkDenoiser(Denoiser):
     The network is any callable `(x_t, time, **cond) -> output`. `time` is t itself, in [0, 1], `[batch]`, in the dtype
     of x_t but never below float32; a network that keeps another clock (diffusers' timesteps, log-SNR) converts it.
     The output has `prediction.channels` times the channels of x_t and is brought to the dtype of x_t, so a network
-    may compute in half precision while the algebra round it does not.
+    may compute in half precision while the algebra around it does not.
 
     Raises:
         ValueError: at the call, if the output's shape is not what the prediction needs.
     """
+
+    _takes_number: ClassVar[bool] = True
 
     def __init__(
         self, network: nn.Module | Callable[..., Tensor], process: NoiseProcess, prediction: Prediction
@@ -68,7 +82,6 @@ class NetworkDenoiser(Denoiser):
         if isinstance(t, float):
             time = torch.full(x_t.shape[:1], t, dtype=precision, device=x_t.device)
         else:
-            t = as_clock(t, x_t)
             time = t.to(device=x_t.device, dtype=precision)
         output: Tensor = self.network(x_t, time, **(cond or {}))
         if x_t.ndim > 1:
@@ -94,6 +107,8 @@ class Clipped(Denoiser):
         ValueError: if low >= high.
     """
 
+    _takes_number: ClassVar[bool] = True
+
     def __init__(self, denoiser: Denoiser, low: float = -1.0, high: float = 1.0) -> None:
         super().__init__()
         if not low < high:
@@ -104,8 +119,6 @@ class Clipped(Denoiser):
         self.high = high
 
     def forward(self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None) -> Denoised:
-        if not isinstance(t, float):
-            t = as_clock(t, x_t)
         x0 = self.denoiser(x_t, t, cond).x0.clamp(self.low, self.high)
         alpha, sigma = self.process.amplitudes(t)
         return Denoised(x0, eps_from_x0(x_t, x0, alpha, sigma))
@@ -135,11 +148,10 @@ class Reprocessed(Denoiser):
         self.denoiser = denoiser
         self.process = process
 
-    def forward(self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None) -> Denoised:
-        clock = as_clock(t, x_t)
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Denoised:
         own = self.denoiser.process
-        there = own.time_at(self.process.log_snr(clock)).clamp(max=1)
-        scale = torch.hypot(*own.alpha_sigma(there)) / torch.hypot(*self.process.alpha_sigma(clock))
+        there = own.time_at(self.process.log_snr(t)).clamp(max=1)
+        scale = torch.hypot(*own.alpha_sigma(there)) / torch.hypot(*self.process.alpha_sigma(t))
         return self.denoiser(per_sample(scale, x_t) * x_t, there, cond)
 
 
@@ -165,6 +177,8 @@ class Guided(Denoiser):
         ValueError: if `null` names nothing, or at the call, if a condition that it names or the scale is missing.
     """
 
+    _takes_number: ClassVar[bool] = True
+
     def __init__(self, denoiser: Denoiser, null: Mapping[str, Tensor], scale: float | None = None) -> None:
         super().__init__()
         if not null:
@@ -183,7 +197,7 @@ class Guided(Denoiser):
             wanted = missing[0] if missing else GUIDANCE
             raise ValueError(f"guidance needs the condition {wanted!r}, got {', '.join(sorted(cond or {})) or 'none'}")
         both = {name: torch.cat([self._null(name, value), value]) for name, value in shown.items()}
-        found = self.denoiser(torch.cat([x_t, x_t]), t if isinstance(t, float) else as_clock(t, x_t).repeat(2), both)
+        found = self.denoiser(torch.cat([x_t, x_t]), t if isinstance(t, float) else t.repeat(2), both)
         weight = per_sample(scale, x_t)
 
         def guided(pair: Tensor) -> Tensor:

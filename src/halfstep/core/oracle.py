@@ -31,8 +31,8 @@ class GaussianDenoiser(Denoiser):
         self.register_buffer("mean", torch.as_tensor(mean, dtype=torch.float64))
         self.register_buffer("std", torch.as_tensor(std, dtype=torch.float64))
 
-    def forward(self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None) -> Denoised:
-        alpha, sigma = (per_sample(a, x_t.double()) for a in self.process.alpha_sigma(as_clock(t, x_t)))
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Denoised:
+        alpha, sigma = (per_sample(a, x_t.double()) for a in self.process.alpha_sigma(t))
         rest = x_t.double() - alpha * self.mean
         variance = alpha**2 * self.std**2 + sigma**2
         x0 = self.mean + alpha * self.std**2 / variance * rest
@@ -81,8 +81,8 @@ class MixtureDenoiser(Denoiser):
         self.register_buffer("stds", stds)
         self.register_buffer("log_weights", torch.log(shares / shares.sum()))
 
-    def forward(self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None) -> Denoised:
-        alpha, sigma = (a[:, None] for a in self.process.alpha_sigma(as_clock(t, x_t)))
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Denoised:
+        alpha, sigma = (a[:, None] for a in self.process.alpha_sigma(t))
         x = x_t.double().flatten(1)[:, None]
         means = self.means.flatten(1)
         rest = x - alpha[..., None] * means
@@ -91,8 +91,7 @@ class MixtureDenoiser(Denoiser):
         share = torch.softmax(log_density + self.log_weights, dim=1)[..., None]
         gain = (alpha * self.stds**2 / variance)[..., None]
         x0 = (share * (means + gain * rest)).sum(1).reshape(x_t.shape)
-        clock = as_clock(t, x_t)
-        eps = eps_from_x0(x_t.double(), x0, *self.process.alpha_sigma(clock))
+        eps = eps_from_x0(x_t.double(), x0, *self.process.alpha_sigma(t))
         return Denoised(x0.to(x_t.dtype), eps.to(x_t.dtype))
 
 

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -45,6 +45,8 @@ class Model(Denoiser):
         null: the conditions that stand for none, for one sample: what guidance of a teacher needs; empty if there are
             none.
     """
+
+    _takes_number: ClassVar[bool] = True
 
     def __init__(self, denoiser: NetworkDenoiser, manifest: Manifest, null: Mapping[str, Tensor] | None = None) -> None:
         super().__init__()

@@ -1,12 +1,13 @@
-"""The interface of a sampler: one step from t to s."""
+"""The interfaces of samplers: one step from t to s."""
 
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, final
 
 from torch import Tensor
 
-from halfstep.core.denoiser import Cond, Denoiser
+from halfstep.core.denoiser import Cond, Denoiser, ddim_step
 from halfstep.core.grids import check_num_steps
+from halfstep.core.prediction import Denoised
 from halfstep.registry import Registry
 
 Memory = Any
@@ -37,11 +38,12 @@ class Sampler(ABC):
         memory: Memory,
         noise: Tensor | None = None,
     ) -> tuple[Tensor, Memory]:
-        """x_s, shaped as `x_t` `[batch, *dims]`, and the memory for the next step.
+        """Return x_s, shaped as `x_t` `[batch, *dims]`, and the memory for the next step.
 
         Args:
-            t: time at which the step starts, one for all samples or clock times `[batch]` (`as_clock` makes the second
-                of the first).
+            t: time at which the step starts: in sampling one float for all samples, in a target clock times `[batch]`.
+                `as_clock` turns either into clock times. Read no number from a tensor: the host would wait for the
+                device.
             s: time at which it lands, likewise, s < t; at s = 0 the result is clean data.
             noise: unit normal numbers shaped as `x_t` for a stochastic sampler; None for any other.
         """
@@ -51,6 +53,41 @@ class Sampler(ABC):
         """Network calls of sampling in `num_steps` steps."""
         check_num_steps(num_steps)
         return (num_steps - 1) * self.evals_per_step + self.evals_last_step
+
+
+class DataPredictionSampler(Sampler):
+    """A deterministic sampler whose step is DDIM's with an (x0, eps) of its own."""
+
+    stochastic: ClassVar[bool] = False
+
+    @abstractmethod
+    def effective(
+        self,
+        denoiser: Denoiser,
+        x_t: Tensor,
+        t: Tensor | float,
+        s: Tensor | float,
+        cond: Cond | None,
+        memory: Memory,
+    ) -> tuple[Denoised, Memory]:
+        """Return the (x0, eps) with which a DDIM step from t to s is this method's step, and the memory for the next.
+
+        x_t = alpha x0 + sigma eps holds as it does for the denoiser's own. The arguments are those of `step`.
+        """
+
+    @final
+    def step(
+        self,
+        denoiser: Denoiser,
+        x_t: Tensor,
+        t: Tensor | float,
+        s: Tensor | float,
+        cond: Cond | None,
+        memory: Memory,
+        noise: Tensor | None = None,
+    ) -> tuple[Tensor, Memory]:
+        denoised, memory = self.effective(denoiser, x_t, t, s, cond, memory)
+        return ddim_step(denoised, denoiser.process, s), memory
 
 
 samplers: Registry[type[Sampler]] = Registry("sampler")

@@ -11,22 +11,22 @@ from typing import ClassVar, final
 
 from torch import Tensor
 
-from halfstep.core.denoiser import Cond, Denoiser, ddim_step
-from halfstep.samplers.base import Memory, Sampler, samplers
+from halfstep.core.denoiser import Cond, Denoiser
+from halfstep.core.prediction import Denoised
+from halfstep.samplers.base import DataPredictionSampler, Memory, samplers
 
 
 @final
 @samplers.register("ddim")
 @dataclass(frozen=True)
-class DDIM(Sampler):
+class DDIM(DataPredictionSampler):
     """First order, deterministic, one network call a step."""
 
     order: ClassVar[int] = 1
-    stochastic: ClassVar[bool] = False
     evals_per_step: ClassVar[int] = 1
     evals_last_step: ClassVar[int] = 1
 
-    def step(
+    def effective(
         self,
         denoiser: Denoiser,
         x_t: Tensor,
@@ -34,6 +34,5 @@ class DDIM(Sampler):
         s: Tensor | float,
         cond: Cond | None,
         memory: Memory,
-        noise: Tensor | None = None,
-    ) -> tuple[Tensor, Memory]:
-        return ddim_step(denoiser(x_t, t, cond), denoiser.process, s), None
+    ) -> tuple[Denoised, Memory]:
+        return denoiser(x_t, t, cond), None

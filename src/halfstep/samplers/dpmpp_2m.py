@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from halfstep.core.clock import as_clock, per_sample
-from halfstep.core.denoiser import Cond, Denoiser, ddim_step
+from halfstep.core.denoiser import Cond, Denoiser
 from halfstep.core.prediction import Denoised, eps_from_x0
-from halfstep.samplers.base import Memory, Sampler, samplers
+from halfstep.samplers.base import DataPredictionSampler, Memory, samplers
 
 
 class Last(NamedTuple):
@@ -34,15 +34,14 @@ class Last(NamedTuple):
 @final
 @samplers.register("dpmpp_2m")
 @dataclass(frozen=True)
-class DPMSolverPP2M(Sampler):
+class DPMSolverPP2M(DataPredictionSampler):
     """Second order, deterministic, one network call a step; it remembers the last prediction."""
 
     order: ClassVar[int] = 2
-    stochastic: ClassVar[bool] = False
     evals_per_step: ClassVar[int] = 1
     evals_last_step: ClassVar[int] = 1
 
-    def step(
+    def effective(
         self,
         denoiser: Denoiser,
         x_t: Tensor,
@@ -50,15 +49,14 @@ class DPMSolverPP2M(Sampler):
         s: Tensor | float,
         cond: Cond | None,
         memory: Memory,
-        noise: Tensor | None = None,
-    ) -> tuple[Tensor, Memory]:
+    ) -> tuple[Denoised, Memory]:
         process = denoiser.process
-        t, s = as_clock(t, x_t), as_clock(s, x_t)
         denoised = denoiser(x_t, t, cond)
-        here = process.log_snr(t)
+        here = process.log_snr(as_clock(t, x_t))
+        last = Last(denoised.x0, here)
         if memory is None:
-            return ddim_step(denoised, process, s), Last(denoised.x0, here)
-        share = torch.where(s == 0, 0.0, (process.log_snr(s) - here) / (2 * (here - memory.log_snr)))
+            return denoised, last
+        end = as_clock(s, x_t)
+        share = torch.where(end == 0, 0.0, (process.log_snr(end) - here) / (2 * (here - memory.log_snr)))
         ahead = denoised.x0 + per_sample(share, x_t) * (denoised.x0 - memory.x0)
-        eps = eps_from_x0(x_t, ahead, *process.alpha_sigma(t))
-        return ddim_step(Denoised(ahead, eps), process, s), Last(denoised.x0, here)
+        return Denoised(ahead, eps_from_x0(x_t, ahead, *process.amplitudes(t))), last

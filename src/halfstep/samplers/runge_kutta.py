@@ -1,27 +1,21 @@
 """The standard integrators of the probability-flow ODE: Euler, midpoint, Heun and the classical RK4.
 
-The ODE reads dy / dtau = slope(x0, eps) for a sample y = x_t / scale and a coordinate tau of the noise level. Three
-coordinates are offered, all functions of (alpha, sigma) alone, so that they serve every process:
-
-    Angle          tau = phi = arctan(sigma / alpha)  y = x_t / hypot(alpha, sigma)  slope = cos(phi) eps - sin(phi) x0
-    LogSNR         tau = log_snr                      the same y                     slope = -sin(2 phi) / 4 of that
-    NoiseToSignal  tau = sigma / alpha                y = x_t / alpha                slope = eps
-
-On a variance-preserving process the first slope is v. Only the first is finite, with a finite slope, from pure noise
-to clean data, so it is the default. The second is the paper's (appendix A). In the third Euler's step is DDIM's, and
+A rule integrates the ODE in one of the coordinates of `coordinates.py`. In noise-to-signal Euler's step is DDIM's, and
 Heun's is the sampler of Karras et al. and of diffusers; it wants a grid that does not start at zero SNR.
 
-Where a method asks the network at the end of the step, the step onto clean data is one of an order less that does not:
-Euler for Heun, Heun's third-order rule for RK4. Being one step of N, it costs no order. In LogSNR that step would be
+Where a method calls the network at the end of the step, the step onto clean data is one of an order less that does not:
+Euler for Heun, Heun's third-order rule for RK4. Being one step of N, it costs no order. In log-SNR that step would be
 infinitely long, and is taken in the angle, whose y is the same. A process that keeps noise at t = 0 can end before a
-stage of that step; the network is then asked at the stage's share of the time, and the sample is moved only that far.
+stage of that step; the network is then called at the stage's share of the time, and the sample is moved only that far.
+
+With one time for all samples the step knows its rule. With clock times `[batch]` each sample has its own, chosen on
+the device, and every step calls the network as often as one that lands at s > 0.
 
 Source: Salimans & Ho 2022 (arXiv:2202.00512), appendices A to D; Karras et al. 2022 (arXiv:2206.00364), algorithm 1.
 """
 
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar, Final, NamedTuple, final
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Final, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -30,170 +24,108 @@ from halfstep.core.clock import as_clock, per_sample
 from halfstep.core.denoiser import Cond, Denoiser
 from halfstep.core.noise import NoiseProcess
 from halfstep.core.prediction import Denoised
-from halfstep.registry import Registry
 from halfstep.samplers.base import Memory, Sampler, samplers
+from halfstep.samplers.coordinates import Angle, Coordinate
+
+Share = float | Tensor
+"""A number for all samples, or a clock tensor `[batch]`."""
 
 
-class Coordinate(ABC):
-    """A variable in which the probability-flow ODE is written. Clock tensors are `[batch]`."""
+class Rule(NamedTuple):
+    """An explicit Runge-Kutta rule in which the slope of each stage leads to the next."""
 
-    reaches_clean: ClassVar[bool]
-    """Whether tau is finite on clean data."""
-
-    @abstractmethod
-    def place(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """The clock tensors (tau, scale)."""
-
-    @abstractmethod
-    def log_snr(self, tau: Tensor) -> Tensor:
-        """The log-SNR at tau: the inverse of `place`."""
-
-    @abstractmethod
-    def slope(self, denoised: Denoised, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """dy / dtau, `[batch, *dims]`."""
+    nodes: tuple[Share, ...]
+    """The stages, as shares of the step; the first is 0."""
+    weights: tuple[Share, ...]
+    """The weights of the slopes at the stages; their sum is 1."""
 
 
-coordinates: Registry[type[Coordinate]] = Registry("coordinate")
-
-
-@final
-@coordinates.register("angle")
-@dataclass(frozen=True)
-class Angle(Coordinate):
-    """tau = arctan(sigma / alpha), in radians."""
-
-    reaches_clean: ClassVar[bool] = True
-
-    def place(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.atan2(sigma, alpha), torch.hypot(alpha, sigma)
-
-    def log_snr(self, tau: Tensor) -> Tensor:
-        return -2 * torch.log(torch.tan(tau))
-
-    def slope(self, denoised: Denoised, alpha: Tensor, sigma: Tensor) -> Tensor:
-        radius = torch.hypot(alpha, sigma)
-        x0, eps = denoised
-        return per_sample(alpha / radius, x0) * eps - per_sample(sigma / radius, x0) * x0
-
-
-@final
-@coordinates.register("log_snr")
-@dataclass(frozen=True)
-class LogSNR(Coordinate):
-    """tau = log(alpha^2 / sigma^2), infinite on clean data."""
-
-    reaches_clean: ClassVar[bool] = False
-
-    def place(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        return 2 * torch.log(alpha / sigma), torch.hypot(alpha, sigma)
-
-    def log_snr(self, tau: Tensor) -> Tensor:
-        return tau
-
-    def slope(self, denoised: Denoised, alpha: Tensor, sigma: Tensor) -> Tensor:
-        power = alpha**2 + sigma**2
-        half = alpha * sigma / (2 * power * torch.sqrt(power))
-        x0, eps = denoised
-        return per_sample(half * sigma, x0) * x0 - per_sample(half * alpha, x0) * eps
-
-
-@final
-@coordinates.register("noise_to_signal")
-@dataclass(frozen=True)
-class NoiseToSignal(Coordinate):
-    """tau = sigma / alpha, which Karras et al. and diffusers call sigma."""
-
-    reaches_clean: ClassVar[bool] = True
-
-    def place(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        return sigma / alpha, alpha
-
-    def log_snr(self, tau: Tensor) -> Tensor:
-        return -2 * torch.log(tau)
-
-    def slope(self, denoised: Denoised, alpha: Tensor, sigma: Tensor) -> Tensor:
-        return denoised.eps
-
-
-class Tableau(NamedTuple):
-    """An explicit Runge-Kutta rule: slopes at the shares `nodes` of the step, each reached by its row of slopes."""
-
-    nodes: tuple[float, ...]
-    rows: tuple[tuple[float, ...], ...]
-    weights: tuple[float, ...]
-
-
-EULER: Final = Tableau((0,), ((),), (1,))
-MIDPOINT: Final = Tableau((0, 1 / 2), ((), (1 / 2,)), (0, 1))
-TRAPEZOID: Final = Tableau((0, 1), ((), (1,)), (1 / 2, 1 / 2))
-HEUN_3: Final = Tableau((0, 1 / 3, 2 / 3), ((), (1 / 3,), (0, 2 / 3)), (1 / 4, 0, 3 / 4))
-CLASSICAL_4: Final = Tableau((0, 1 / 2, 1 / 2, 1), ((), (1 / 2,), (0, 1 / 2), (0, 0, 1)), (1 / 6, 1 / 3, 1 / 3, 1 / 6))
+EULER: Final = Rule((0.0,), (1.0,))
+MIDPOINT: Final = Rule((0.0, 1 / 2), (0.0, 1.0))
+TRAPEZOID: Final = Rule((0.0, 1.0), (1 / 2, 1 / 2))
+HEUN_3: Final = Rule((0.0, 1 / 3, 2 / 3), (1 / 4, 0.0, 3 / 4))
+CLASSICAL_4: Final = Rule((0.0, 1 / 2, 1 / 2, 1.0), (1 / 6, 1 / 3, 1 / 3, 1 / 6))
 
 
 def runge_kutta_step(
-    rule: Tableau, coordinate: Coordinate, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond | None
+    rule: Rule, coordinate: Coordinate, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond | None
 ) -> Tensor:
-    """x_s, `[batch, *dims]`, by one step of `rule` along the probability-flow ODE."""
+    """Return x_s `[batch, *dims]` after one step of `rule` along the probability-flow ODE."""
     process = denoiser.process
-    alpha_t, sigma_t = process.alpha_sigma(t)
-    start, scale_t = coordinate.place(alpha_t, sigma_t)
+    alpha, sigma = process.alpha_sigma(t)
+    start, scale_t = coordinate.place(alpha, sigma)
     end, scale_s = coordinate.place(*process.landing(s))
     y, width = x_t / per_sample(scale_t, x_t), end - start
-    slopes: list[Tensor] = []
-
-    def moved(shares: tuple[float, ...], width: Tensor) -> Tensor:
-        way = sum((share * slope for share, slope in zip(shares, slopes, strict=True) if share), torch.zeros_like(y))
-        return y + per_sample(width, y) * way
-
-    for node, row in zip(rule.nodes, rule.rows, strict=True):
-        if node == 0:
-            x, time, alpha, sigma = x_t, t, alpha_t, sigma_t
-        else:
+    x, time = x_t, t
+    way = slope = torch.zeros_like(y)
+    for number, (node, weight) in enumerate(zip(rule.nodes, rule.weights, strict=True)):
+        if number:
             time = _time_of(node, start + node * width, coordinate, process, t, s)
             alpha, sigma = process.alpha_sigma(time)
             tau, scale = coordinate.place(alpha, sigma)
-            x = moved(row, (tau - start) / node) * per_sample(scale, y)
-        slopes.append(coordinate.slope(denoiser(x, time, cond), alpha, sigma))
-    return moved(rule.weights, width) * per_sample(scale_s, y)
+            x = (y + per_sample(tau - start, y) * slope) * per_sample(scale, y)
+        slope = coordinate.slope(denoiser(x, time, cond), alpha, sigma)
+        if isinstance(weight, Tensor) or weight:
+            way = way + per_sample(weight, y) * slope
+    return (y + per_sample(width, y) * way) * per_sample(scale_s, y)
 
 
-def _time_of(node: float, tau: Tensor, coordinate: Coordinate, process: NoiseProcess, t: Tensor, s: Tensor) -> Tensor:
-    """The clock times `[batch]` of the stage at `tau`, which is the share `node` of the step from t to s."""
-    if node == 1:
-        return s  # Itself, not s through two inverse functions.
+def _time_of(node: Share, tau: Tensor, coordinate: Coordinate, process: NoiseProcess, t: Tensor, s: Tensor) -> Tensor:
+    """Return the clock times `[batch]` of the stage at `tau`, which is the share `node` of the step from t to s."""
+    # t and s are returned as they are: two inverse functions would round them.
+    if not isinstance(node, Tensor) and node == 1:
+        return s
     time = process.time_at(coordinate.log_snr(tau))
-    return torch.where(time > s, time, t + node * (s - t))
+    time = torch.where(time > s, time, t + node * (s - t))
+    if isinstance(node, Tensor):
+        time = torch.where(node == 1, s, torch.where(node == 0, t, time))
+    return time
 
 
-def _step(
-    rule: Tableau,
-    last: Tableau,
-    coordinate: Coordinate,
-    denoiser: Denoiser,
-    x_t: Tensor,
-    t: Tensor,
-    s: Tensor,
-    cond: Cond | None,
-) -> Tensor:
-    """x_s by one step of `rule`, or of `last` for the samples that land on clean data."""
-    clean = s == 0
-    if not bool(clean.any()):
-        return runge_kutta_step(rule, coordinate, denoiser, x_t, t, s, cond)
-    if bool(clean.all()):
-        onto_clean = coordinate if coordinate.reaches_clean else Angle()
-        return runge_kutta_step(last, onto_clean, denoiser, x_t, t, s, cond)
-    x_s = torch.empty_like(x_t)
-    for rows in (clean, ~clean):
-        part = None if cond is None else {name: value[rows] for name, value in cond.items()}
-        x_s[rows] = _step(rule, last, coordinate, denoiser, x_t[rows], t[rows], s[rows], part)
-    return x_s
+def _rule_for_each(clean: Tensor, last: Rule, rule: Rule) -> Rule:
+    """Return `last` for the samples `clean` `[batch]` and `rule` for the others, as one rule.
+
+    Where `last` has fewer stages, the denoiser is called again at the start of the step, with weight 0.
+    """
+
+    def shares(of_last: tuple[Any, ...], of_rule: tuple[Any, ...]) -> tuple[Share, ...]:
+        padded = of_last + (0.0,) * (len(of_rule) - len(of_last))
+        pairs = zip(padded, of_rule, strict=True)
+        return tuple(b if a == b else torch.full_like(clock, b).masked_fill(clean, a) for a, b in pairs)
+
+    clock = torch.empty_like(clean, dtype=torch.float64)
+
+    return Rule(shares(last.nodes, rule.nodes), shares(last.weights, rule.weights))
+
+
+@final
+@dataclass(frozen=True)
+class _AngleOntoClean(Coordinate):
+    """`coordinate`, replaced by the angle for the samples `clean` `[batch]`, which land on clean data."""
+
+    coordinate: Coordinate
+    clean: Tensor
+    reaches_clean: ClassVar[bool] = True
+
+    def place(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        tau, scale = self.coordinate.place(alpha, sigma)
+        angle, radius = Angle().place(alpha, sigma)
+        return torch.where(self.clean, angle, tau), torch.where(self.clean, radius, scale)
+
+    def log_snr(self, tau: Tensor) -> Tensor:
+        return torch.where(self.clean, Angle().log_snr(tau), self.coordinate.log_snr(tau))
+
+    def slope(self, denoised: Denoised, alpha: Tensor, sigma: Tensor) -> Tensor:
+        in_angle, slope = (each.slope(denoised, alpha, sigma) for each in (Angle(), self.coordinate))
+        return torch.where(per_sample(self.clean, slope).bool(), in_angle, slope)
 
 
 class RungeKutta(Sampler):
     """A rule in a coordinate; a member says only which rule, and which one lands on clean data."""
 
-    rule: ClassVar[Tableau]
-    last: ClassVar[Tableau]
+    rule: ClassVar[Rule]
+    last: ClassVar[Rule]
+    """The rule onto clean data, of at most as many stages as `rule`."""
     stochastic: ClassVar[bool] = False
     coordinate: Coordinate
 
@@ -209,7 +141,17 @@ class RungeKutta(Sampler):
         noise: Tensor | None = None,
     ) -> tuple[Tensor, Memory]:
         start, end = as_clock(t, x_t), as_clock(s, x_t)
-        return _step(self.rule, self.last, self.coordinate, denoiser, x_t, start, end, cond), None
+        rule, coordinate = self.rule, self.coordinate
+        if isinstance(s, Tensor):
+            clean = end == 0
+            rule = _rule_for_each(clean, self.last, rule)
+            if not coordinate.reaches_clean:
+                coordinate = _AngleOntoClean(coordinate, clean)
+        elif s == 0:
+            rule = self.last
+            if not coordinate.reaches_clean:
+                coordinate = Angle()
+        return runge_kutta_step(rule, coordinate, denoiser, x_t, start, end, cond), None
 
 
 @final
@@ -218,10 +160,10 @@ class RungeKutta(Sampler):
 class Euler(RungeKutta):
     """First order, deterministic, one network call a step."""
 
-    coordinate: Coordinate = Angle()
+    coordinate: Coordinate = field(default_factory=Angle)
 
-    rule: ClassVar[Tableau] = EULER
-    last: ClassVar[Tableau] = EULER
+    rule: ClassVar[Rule] = EULER
+    last: ClassVar[Rule] = EULER
     order: ClassVar[int] = 1
     evals_per_step: ClassVar[int] = 1
     evals_last_step: ClassVar[int] = 1
@@ -233,10 +175,10 @@ class Euler(RungeKutta):
 class Midpoint(RungeKutta):
     """Second order, deterministic, two network calls a step: the slope in its middle."""
 
-    coordinate: Coordinate = Angle()
+    coordinate: Coordinate = field(default_factory=Angle)
 
-    rule: ClassVar[Tableau] = MIDPOINT
-    last: ClassVar[Tableau] = MIDPOINT
+    rule: ClassVar[Rule] = MIDPOINT
+    last: ClassVar[Rule] = MIDPOINT
     order: ClassVar[int] = 2
     evals_per_step: ClassVar[int] = 2
     evals_last_step: ClassVar[int] = 2
@@ -248,10 +190,10 @@ class Midpoint(RungeKutta):
 class Heun(RungeKutta):
     """Second order, deterministic, two network calls a step and one in the last: the mean of the slopes at its ends."""
 
-    coordinate: Coordinate = Angle()
+    coordinate: Coordinate = field(default_factory=Angle)
 
-    rule: ClassVar[Tableau] = TRAPEZOID
-    last: ClassVar[Tableau] = EULER
+    rule: ClassVar[Rule] = TRAPEZOID
+    last: ClassVar[Rule] = EULER
     order: ClassVar[int] = 2
     evals_per_step: ClassVar[int] = 2
     evals_last_step: ClassVar[int] = 1
@@ -263,10 +205,10 @@ class Heun(RungeKutta):
 class RK4(RungeKutta):
     """Fourth order, deterministic, four network calls a step and three in the last: the classical Runge-Kutta rule."""
 
-    coordinate: Coordinate = Angle()
+    coordinate: Coordinate = field(default_factory=Angle)
 
-    rule: ClassVar[Tableau] = CLASSICAL_4
-    last: ClassVar[Tableau] = HEUN_3
+    rule: ClassVar[Rule] = CLASSICAL_4
+    last: ClassVar[Rule] = HEUN_3
     order: ClassVar[int] = 4
     evals_per_step: ClassVar[int] = 4
     evals_last_step: ClassVar[int] = 3
