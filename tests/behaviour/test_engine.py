@@ -16,8 +16,8 @@ from halfstep.nets import MLP
 from halfstep.objectives import Batch, Denoising, Models, Plan, Stage
 from halfstep.runtime.failures import NonFinite
 from halfstep.runtime.processes import make_accelerator
-from halfstep.train.ema import EMA
 from halfstep.train.engine import StageTrainer
+from halfstep.train.player import EMA
 from toys import finish, points, toy_plan, toy_spec, weights
 
 

@@ -8,7 +8,7 @@ from halfstep.cli.display import RunDisplay
 from halfstep.cli.words import duration
 from halfstep.objectives import Plan
 from halfstep.run.events import Notice, Progress, StageEnd, StageStart
-from halfstep.train.engine import Window
+from halfstep.train.window import Window
 
 
 def _window(update: int, seconds: float) -> Window:

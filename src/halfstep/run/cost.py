@@ -17,7 +17,7 @@ from halfstep.objectives import Models, Stage
 from halfstep.run.spec import RunSpec
 from halfstep.run.start import trainer_for
 from halfstep.runtime.processes import make_accelerator
-from halfstep.train.engine import make_helpers
+from halfstep.train.helpers import make_helpers
 from halfstep.train.player import network_of
 from halfstep.train.settings import Engine
 

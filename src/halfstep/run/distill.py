@@ -18,9 +18,10 @@ from halfstep.nets import copy_denoiser
 from halfstep.objectives import Batch, Denoising, Guidance, Plan, Role, Stage, Training
 from halfstep.run.course import Match, Start, course
 from halfstep.runtime.processes import make_accelerator
-from halfstep.train.engine import StageTrainer, Window
+from halfstep.train.engine import StageTrainer
 from halfstep.train.feed import Batches, updates_ahead
 from halfstep.train.settings import Engine, Precision
+from halfstep.train.window import Window
 
 STUDENT_TRAINING: Final = Training(num_updates=1000, learning_rate=2e-4)
 

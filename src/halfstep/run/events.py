@@ -5,7 +5,7 @@ from typing import final
 
 from halfstep.objectives import Stage
 from halfstep.runs.schema import Result
-from halfstep.train.engine import Window
+from halfstep.train.window import Window
 
 
 class Event:

@@ -41,8 +41,9 @@ from halfstep.runtime.stop import Interrupted, StopSignal, at_once
 from halfstep.runtime.storage import last_good, no_storage
 from halfstep.samplers import samplers
 from halfstep.train.checkpoint import CheckpointWriter, micro_batch_of, remove_checkpoints, resume
-from halfstep.train.engine import StageTrainer, Window
+from halfstep.train.engine import StageTrainer
 from halfstep.train.recent import KEPT
+from halfstep.train.window import Window
 
 
 def run(spec: RunSpec, path: Path, stop: StopSignal | None = None) -> Iterator[Event]:

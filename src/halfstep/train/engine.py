@@ -9,11 +9,9 @@ can be compiled: once for the whole chain, since the networks of all stages are 
 
 import contextlib
 import math
-import re
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Final, NamedTuple, final
+from typing import final
 
 import torch
 from accelerate import Accelerator
@@ -22,50 +20,21 @@ from torch import Tensor
 
 from halfstep.core.denoiser import Denoiser, NetworkDenoiser
 from halfstep.core.draw import Draw, generator_for
-from halfstep.objectives import STUDENT, Auxiliary, Average, Models, Stage, Training
+from halfstep.objectives import STUDENT, Models, Stage
 from halfstep.runtime.failures import NonFinite, OutOfMemory, is_out_of_memory
 from halfstep.runtime.processes import Processes
-from halfstep.runtime.stop import Interrupted, StopSignal, at_once
+from halfstep.runtime.stop import Interrupted, StopSignal
 from halfstep.train.feed import Batches, Fed, Feed, Place
-from halfstep.train.player import Follower, Player
+from halfstep.train.helpers import make_helpers
+from halfstep.train.player import Player
 from halfstep.train.recent import in_words
 from halfstep.train.settings import Engine
 from halfstep.train.sharding import is_sharded, shard, whole
+from halfstep.train.window import PlayerWindow, Window
 
 State = dict[str, dict[str, Tensor]]
 """What a checkpoint holds, by file and name: "student", "optimizer", "ema", "early_end", and the same of each helper as
 "helper-NAME", "helper-NAME-optimizer"."""
-
-
-class PlayerWindow(NamedTuple):
-    """Statistics of one player's turns since the last window; the mean of none is NaN."""
-
-    loss: float
-    grad_norm: float
-    """Global gradient norm before clipping."""
-
-
-@final
-@dataclass(frozen=True)
-class Window:
-    """Statistics of the updates since the last window."""
-
-    update: int
-    """Updates done."""
-    loss: float
-    """Mean of the student's losses; NaN if it had no turn."""
-    grad_norm: float
-    """Mean of its global gradient norm before clipping."""
-    learning_rate: float
-    """Of the last update."""
-    samples_per_second: float
-    seconds: float
-    """Training time of the stage so far, over all restarts."""
-    data_share: float
-    """Share of the window's time in which an update waited for what is made ahead of it, on the rank that waited most;
-    0 where nothing is made ahead."""
-    helpers: Mapping[str, PlayerWindow] = field(default_factory=dict)
-    """Of the auxiliary networks."""
 
 
 @final
@@ -272,10 +241,10 @@ class StageTrainer:
         feed = self._feed.updates(self.update, lambda: self.last_update)
         while True:
             try:
-                with at_once(self._stop):
-                    asked_at = time.perf_counter()
+                with contextlib.nullcontext() if self._stop is None else self._stop.at_once():
+                    waits_since = time.perf_counter()
                     fed = next(feed, None)
-                    self._waited += time.perf_counter() - asked_at
+                    self._waited += time.perf_counter() - waits_since
                 if fed is None:
                     return
                 self._one_update(fed)
@@ -315,7 +284,8 @@ class StageTrainer:
             self._seed_layers(draw)
             others = self._others(player)
             # Until the first optimiser step an update can be left at any point.
-            with at_once(self._stop if number == 0 else None), player.alone(others):
+            may_stop = contextlib.nullcontext() if self._stop is None or number else self._stop.at_once()
+            with may_stop, player.alone(others):
                 if player.needs_settling(self.processes.count):
                     self._gradient(player, parts[0])
                     player.clear()
@@ -525,44 +495,6 @@ def _file_of(player: str, part: str) -> str:
     if player == STUDENT:
         return STUDENT if part == "network" else part
     return f"helper-{player}" if part == "network" else f"helper-{player}-{part}"
-
-
-HELPER_NAME: Final = re.compile("[a-z][a-z0-9_]*")
-
-
-def make_helpers(
-    stage: Stage, models: Models, seed: int, stream: str
-) -> tuple[dict[str, tuple[torch.nn.Module, Training]], dict[str, Follower]]:
-    """Return the objective's auxiliary networks with their training, and its averages, as before the first update.
-
-    Raises:
-        ValueError: if a name or a training contradicts the stage.
-    """
-    auxiliaries: dict[str, tuple[torch.nn.Module, Training]] = {}
-    helpers = stage.objective.helpers
-    for name, helper in helpers.items():
-        if name in (STUDENT, "teacher") or not HELPER_NAME.fullmatch(name):
-            raise ValueError(f"a helper cannot be called {name!r}: use lower-case letters, digits and underscores")
-        if isinstance(helper, Auxiliary):
-            training = helper.training(stage.training)
-            for setting in ("num_updates", "batch_size"):
-                mine, own = getattr(stage.training, setting), getattr(training, setting)
-                if own != mine:
-                    raise ValueError(f"helper {name} has {setting} {own}, its stage {mine}: derive it from the stage's")
-            if training.ema_decay or training.early_end.patience:
-                raise ValueError(f"helper {name} has an ema_decay or early_end, which have no effect: use an Average")
-            with torch.random.fork_rng(devices=[]):
-                # Fresh layers are a function of the run's seed, on every rank.
-                torch.manual_seed(generator_for(seed, stream, "helper", name).initial_seed())
-                auxiliaries[name] = helper.start(models), training
-    followers = {}
-    for name, helper in helpers.items():
-        if isinstance(helper, Average):
-            of = {STUDENT: models.student, **{other: model for other, (model, _) in auxiliaries.items()}}
-            if helper.of not in of:
-                raise ValueError(f"helper {name} averages {helper.of!r}, but the players are {', '.join(of)}")
-            followers[name] = Follower(of[helper.of], helper.decay)
-    return auxiliaries, followers
 
 
 def compile_networks(model: torch.nn.Module) -> None:

@@ -18,10 +18,20 @@ from halfstep.core.denoiser import Cond, Denoiser, NetworkDenoiser
 from halfstep.core.prediction import Denoised
 from halfstep.nets import LoRA, copy_network, load_own_state, own_state, set_dropout, trainable
 from halfstep.objectives import Losses, Training
-from halfstep.train.ema import EMA
 from halfstep.train.optimizers import flatten_state, make_optimizer
-from halfstep.train.recent import Recent
-from halfstep.train.sharding import fill, is_sharded, load_whole, shard, skeleton, spread_as, unsynced, whole
+from halfstep.train.recent import KEPT, Part, Recent
+from halfstep.train.sharding import (
+    fill,
+    is_sharded,
+    joined,
+    load_whole,
+    local,
+    shard,
+    skeleton,
+    spread_as,
+    unsynced,
+    whole,
+)
 
 
 def network_of(model: nn.Module) -> nn.Module:
@@ -50,6 +60,55 @@ class _Wrapped(Denoiser):
     def forward(self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None) -> Denoised:
         x0, eps = self.network(x_t, t, cond)
         return Denoised(x0, eps)
+
+
+@final
+class EMA:
+    """The exponential moving average of the trainable parameters of `module`; its buffers are copied.
+
+    The decay is min(decay, (1 + n) / (10 + n)) after n steps, so that the average forgets the random start quickly and
+    does not hold a short run back. Kept in float32, updated for all tensors at once.
+
+    Args:
+        decay: reached in the end, in [0, 1).
+        into: a copy of the module, in float32 and spread over processes like it, whose parameters become the averages,
+            so that they can be called; None keeps them beside the module.
+    """
+
+    def __init__(self, module: nn.Module, decay: float, into: nn.Module | None = None) -> None:
+        self.decay = decay
+        self._module, self._into = module, into
+        self._names = [name for name, _ in trainable(module)]
+        self._weights = [p.detach() for _, p in trainable(module)]
+        # For weights that are spread over processes: this one's slices, which average like any others.
+        self._parameters = [local(p) for p in self._weights]
+        if into is None:
+            self._averages = [p.float().clone() for p in self._parameters]
+        else:
+            self._averages = [local(p.detach()) for _, p in trainable(into)]
+
+    @torch.no_grad()
+    def update(self, num_steps: int) -> None:
+        """Move the average towards the weights as they are after `num_steps` steps."""
+        weight = 1 - min(self.decay, (1 + num_steps) / (10 + num_steps))
+        current = [p if p.dtype == torch.float32 else p.float() for p in self._parameters]
+        torch._foreach_lerp_(self._averages, current, weight)
+        if self._into is not None:
+            for own, buffer in zip(self._into.buffers(), self._module.buffers(), strict=True):
+                own.copy_(buffer)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the module's own state with averages instead of parameters."""
+        state = own_state(self._module)
+        for name, weight, average in zip(self._names, self._weights, self._averages, strict=True):
+            state[name] = joined(average.to(weight.dtype), weight)
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take the averages from what `state_dict` returned, its tensors in one piece."""
+        for name, weight, average in zip(self._names, self._weights, self._averages, strict=True):
+            average.copy_(local(spread_as(state[name], weight)))
 
 
 @final
@@ -162,7 +221,10 @@ class Player:
     def backward(self, update: int, places: range, losses: Losses, x0: Tensor) -> Tensor:
         """Add the gradient of a micro batch; return its part of the mean loss."""
         accelerator = self._accelerator
-        self.recent.losses(update, places, losses, x0)
+        largest = torch.linalg.vector_norm(x0, ord=torch.inf)
+        self.recent.parts.append(Part(update, places, losses.loss.detach(), losses.log_snr.detach(), largest))
+        while self.recent.parts[0].update <= update - KEPT:
+            self.recent.parts.popleft()
         # Gradients are averaged over processes; each process' share of the mean is summed here.
         loss: Tensor = losses.loss.sum() * (accelerator.num_processes / self.training.batch_size)
         accelerator.backward(loss)
@@ -172,14 +234,16 @@ class Player:
         """Take one optimiser step with the gradients that have been added up, whose mean loss was `loss`."""
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        norm = whole(self._accelerator.clip_grad_norm_(self._wrapped.parameters(), self.training.grad_clip))
+        norm = self._accelerator.clip_grad_norm_(self._wrapped.parameters(), self.training.grad_clip)
+        if self._skeleton is not None:
+            norm = whole(norm)
         self._optimizer.step()
         self.clear()
         bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
         self._first_bad = torch.where(bad & (self._first_bad < 0), update, self._first_bad)
         self._loss_sum += loss
         self._norm_sum += norm
-        self.recent.norm(update, norm)
+        self.recent.norms.append((update, norm.detach()))
         self.steps += 1
         self._window_turns += 1
         for ema in self._averages():

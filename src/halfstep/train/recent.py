@@ -7,15 +7,13 @@ from typing import Any, Final, NamedTuple, final
 import torch
 from torch import Tensor
 
-from halfstep.objectives import Losses
-
 KEPT: Final = 1000
-"""Updates whose losses are kept to be looked at: more than lie between two lines of the log."""
+"""Updates after which the engine looks at what it keeps, where no line of the log made it do so before."""
 
 
 @final
-class _Part(NamedTuple):
-    """What an objective returned for some places of the batch of an update, where it lies."""
+class Part(NamedTuple):
+    """What a turn returned for some places of the batch of an update, on its device."""
 
     update: int
     places: range
@@ -26,33 +24,25 @@ class _Part(NamedTuple):
 
 @final
 class Recent:
-    """The losses and gradient norms of the last updates, where they lie, without waiting for them."""
+    """The losses and gradient norms of a player's last updates, kept on their device until something must be explained.
+
+    The engine appends to both; nothing here is entered in an update.
+    """
 
     def __init__(self) -> None:
-        self._parts: deque[_Part] = deque()
-        self._norms: deque[tuple[int, Tensor]] = deque(maxlen=KEPT)
-
-    def losses(self, update: int, places: range, losses: Losses, x0: Tensor) -> None:
-        """Keeps what an objective returned for some places of the batch of an update, and the size of the data."""
-        largest = torch.linalg.vector_norm(x0, ord=torch.inf)
-        self._parts.append(_Part(update, places, losses.loss.detach(), losses.log_snr.detach(), largest))
-        while self._parts[0].update <= update - KEPT:
-            self._parts.popleft()
-
-    def norm(self, update: int, norm: Tensor) -> None:
-        """Keeps the gradient norm of an update, before clipping."""
-        self._norms.append((update, norm.detach()))
+        self.parts: deque[Part] = deque()
+        self.norms: deque[tuple[int, Tensor]] = deque(maxlen=KEPT)
 
     def forget(self) -> None:
-        """Lets go of everything before the next update, but for the last norm."""
-        self._parts.clear()
-        while len(self._norms) > 1:
-            self._norms.popleft()
+        """Drop everything before the next update, except the last norm."""
+        self.parts.clear()
+        while len(self.norms) > 1:
+            self.norms.popleft()
 
     def statistics(self, update: int) -> dict[str, Any]:
-        """What is known of an update that was not finite, JSON-ready; this waits for the device."""
-        norms = {held: float(norm) for held, norm in self._norms if held in (update, update - 1)}
-        parts = [part for part in self._parts if part.update == update]
+        """Return what is known of an update that was not finite, JSON-ready; this waits for the device."""
+        norms = {held: float(norm) for held, norm in self.norms if held in (update, update - 1)}
+        parts = [part for part in self.parts if part.update == update]
         statistics: dict[str, Any] = {"update": update}
         if parts:
             place = [place for part in parts for place in part.places]
