@@ -59,12 +59,12 @@ def sync(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        # On a failed disk, the error that is being raised says more than this one.
-        with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)
+    # On a failed disk, the error that is being raised says more than this one.
+    with contextlib.suppress(OSError):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
 
 
 @contextmanager
