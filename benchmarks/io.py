@@ -21,13 +21,15 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from common import arguments, halving, median, median_ratio, model_of, parsed, show, spec_of, timed, write
 from halfstep.data import DataConfig, open_data
 from halfstep.run.start import trainer_for
 from halfstep.runs import StageFolder
+from halfstep.runtime.files import sync
 from halfstep.runtime.processes import make_accelerator
-from halfstep.runtime.tensors import read_tensors, write_tensors
+from halfstep.runtime.tensors import read_tensors
 from halfstep.train.checkpoint import CheckpointWriter, resume
 from halfstep.train.engine import StageTrainer
 
@@ -72,7 +74,9 @@ def measured(name: str, batch: int, device: str, rounds: int, where: Path | None
 
         def write_plainly() -> None:
             for part, tensors in state.items():
-                write_tensors(tensors, plain / f"{part}.safetensors")
+                file = plain / f"{part}.safetensors"
+                save_file(tensors, file)
+                sync(file)
 
         def read_plainly() -> None:
             for part in state:

@@ -382,7 +382,8 @@ def evaluated(folder: str, out: str) -> list[str]:
 
         return call
 
-    curve.write_json, curve.write_folder = noting(curve.write_json), noting(curve.write_folder)  # type: ignore[assignment]
+    curve.write_json = noting(curve.write_json)
+    curve.replacing_folder = noting(curve.replacing_folder)
     main(["evaluate", folder, "--num-steps", "2", "1", "--num-samples", "24", "--out", out])
     return wrote
 

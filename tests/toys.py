@@ -1,6 +1,9 @@
 """A run that takes a second: points of two clusters, a small MLP, the chain 4 -> 2 -> 1."""
 
 import dataclasses
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -105,3 +108,14 @@ class Poisoned(Objective):
         if draw.update == self.update:
             factor[[place in self.places for place in draw.places]] = self.value
         return Losses(losses.loss * factor, losses.log_snr)
+
+
+@contextmanager
+def file_size_limit(num_bytes: int) -> Iterator[None]:
+    """Within it every write beyond so many bytes of a file fails, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -24,7 +24,6 @@ from halfstep.cli import commands, main
 from halfstep.core.draw import Draw
 from halfstep.data import MemoryData
 from halfstep.measure.evaluate import Evaluation
-from halfstep.models import folder as model_folder
 from halfstep.models.folder import load
 from halfstep.nets import MLP
 from halfstep.objectives import Batch, Denoising, Losses, Models, Objective, Plan, objectives
@@ -33,6 +32,7 @@ from halfstep.run.events import Progress
 from halfstep.run.runner import run
 from halfstep.run.start import trainer_for
 from halfstep.runs import RunFolder, StageFolder, read_log
+from halfstep.runtime import tensors as tensor_files
 from halfstep.runtime.failures import NonFinite, OutOfMemory, is_out_of_memory
 from halfstep.runtime.files import DamagedFile
 from halfstep.runtime.processes import exit_code, is_lost, make_accelerator
@@ -492,18 +492,18 @@ def test_an_error_of_the_disk_is_told_from_one_of_other_files() -> None:
 
 
 @pytest.mark.parametrize(
-    ("where", "spoilt", "kept"),
+    ("spoilt", "kept"),
     [
-        (checkpoints, "checkpoint-00000012.*/optimizer", ["checkpoint-00000009", "checkpoint-00000006"]),
+        ("checkpoint-00000012.*/.optimizer", ["checkpoint-00000009", "checkpoint-00000006"]),
         # Those of a whole stage go when its weights have been read back, and not before.
-        (model_folder, "00-denoise/.model", ["checkpoint-00000039", "checkpoint-00000036"]),
+        ("00-denoise/.model", ["checkpoint-00000039", "checkpoint-00000036"]),
     ],
     ids=["checkpoint", "stage"],
 )
 def test_checkpoints_are_pruned_only_after_what_replaces_them_was_read_back(
-    tmp_path: Path, uncut: Path, monkeypatch: pytest.MonkeyPatch, where: Any, spoilt: str, kept: list[str]
+    tmp_path: Path, uncut: Path, monkeypatch: pytest.MonkeyPatch, spoilt: str, kept: list[str]
 ) -> None:
-    path, written = tmp_path / "run", where.write_tensors
+    path, written = tmp_path / "run", tensor_files.save_file
     stage = RunFolder(path).stage("00-denoise")
 
     def unsound(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
@@ -514,7 +514,7 @@ def test_checkpoints_are_pruned_only_after_what_replaces_them_was_read_back(
             file.write_bytes(content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(where, "write_tensors", unsound)
+        patch.setattr(tensor_files, "save_file", unsound)
         with pytest.raises(DamagedFile, match=rf"{spoilt}.safetensors.* was written, but .* check the disk"):
             finish(toy_spec(), path)
     assert [held.name for held in stage.checkpoints()] == kept

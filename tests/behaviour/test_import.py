@@ -218,7 +218,7 @@ def test_bad_arguments_get_one_line(checkpoint: Path, config: Path, tmp_path: Pa
     )
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "mine.txt").write_text("mine")
-    assert "is there already" in refused(["import", "google-pd", file, "--config", str(config), "--out", out], capsys)
+    assert "already exists" in refused(["import", "google-pd", file, "--config", str(config), "--out", out], capsys)
     assert (tmp_path / "s" / "mine.txt").read_text() == "mine"
 
 

@@ -111,7 +111,7 @@ def test_a_full_disk_names_the_last_good_checkpoint_and_loses_nothing(
     tmp_path: Path, uncut: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "run"
-    synced = run_files._sync
+    synced = run_files.sync
     calls = 0
 
     def full(file: Path) -> None:
@@ -122,7 +122,7 @@ def test_a_full_disk_names_the_last_good_checkpoint_and_loses_nothing(
         synced(file)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_files, "_sync", full)
+        patch.setattr(run_files, "sync", full)
         with pytest.raises(OSError, match=r"last good checkpoint is .*checkpoint-0000") as error:
             finish(toy_spec(), path)
     assert "\n" not in str(error.value)

@@ -598,14 +598,14 @@ def test_latents_of_classes_go_on_where_they_were_cut(
     cond = whole.fetch(torch.arange(12)).cond
     assert cond["class_labels"].tolist() == [0] * 6 + [1] * 6
     argv = ["encode", str(here / "dit"), "--data", str(here / "classes"), "--out", str(tmp_path / "out")]
-    write = latents._write
+    write = latents.write_tensors
 
-    def failing(path: Path, tensors: Any) -> Any:
+    def failing(path: Path, tensors: Any) -> str:
         if path.name.startswith("shard"):
             raise OSError(28, "No space left on device")
         return write(path, tensors)
 
-    monkeypatch.setattr(latents, "_write", failing)
+    monkeypatch.setattr(latents, "write_tensors", failing)
     with pytest.raises(SystemExit):
         main(argv)
     monkeypatch.undo()
@@ -739,7 +739,7 @@ def test_exports_that_cannot_be_are_refused(
     assert "was trained whole and has no low-rank additions" in said(ddpm_run, "--format", "lora")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
-    assert "is there already" in said(ddpm_run, out="full")
+    assert "already exists" in said(ddpm_run, out="full")
     assert (tmp_path / "full" / "mine.txt").read_text() == "mine"
     np.save(tmp_path / "toy.npy", points().numpy())
     toy = tmp_path / "toy"

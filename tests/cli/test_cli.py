@@ -17,7 +17,7 @@ from halfstep.cli import main
 from halfstep.registry import Registry
 from halfstep.runs import RunFolder
 from support_cli import Capture, refused
-from toys import TINY_ARRAYS, TINY_DIGITS, points
+from toys import TINY_ARRAYS, TINY_DIGITS, file_size_limit, points
 
 
 @pytest.fixture(autouse=True)
@@ -233,10 +233,32 @@ def test_a_sample_depends_on_its_own_seed_only(digits_run: Path) -> None:
 def test_nothing_is_overwritten_unless_told(digits_run: Path, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "s.npz"
     out.write_text("mine")
-    assert "is there already" in refused(["sample", str(digits_run), "--out", str(out)], capsys)
+    assert "already exists" in refused(["sample", str(digits_run), "--out", str(out)], capsys)
     assert out.read_text() == "mine"
     main(["sample", str(digits_run), "--num-samples", "2", "--out", str(out), "--overwrite"])
     assert np.load(out)["arr_0"].shape[0] == 2
+
+
+@pytest.mark.parametrize("name", ["UP.NPZ", "UP.PNG", "folder"])
+def test_samples_are_written_under_their_own_name_or_not_at_all(
+    digits_run: Path, tmp_path: Path, capsys: Capture, name: str
+) -> None:
+    out = tmp_path / name
+    argv = ["sample", str(digits_run), "--num-samples", "2", "--out", str(out), "--overwrite"]
+
+    def held() -> dict[str, bytes]:
+        return {str(f.relative_to(tmp_path)): f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
+
+    with file_size_limit(20):
+        refused(argv, capsys, code=3)
+    assert held() == {}
+    main(argv)
+    names = [name] if out.suffix else ["folder/000000.png", "folder/000001.png"]
+    before = held()
+    assert sorted(before) == names
+    with file_size_limit(20):
+        refused([*argv, "--seed", "7"], capsys, code=3)
+    assert held() == before
 
 
 @pytest.mark.parametrize(

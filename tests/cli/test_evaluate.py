@@ -256,6 +256,9 @@ def test_a_second_call_draws_nothing_and_a_cut_one_goes_on(
     (broken / "samples.npz").write_bytes(b"PK cut")
     for file in (tmp_path / "figures").glob("teacher-ddim-0002-*"):
         file.write_text("{")
+    # A writer that was killed has left these.
+    (tmp_path / "cells" / ".x-0001.0a1b.tmp").mkdir()
+    (tmp_path / "figures" / ".x.json.0a1b.tmp").write_text("{")
     main(command)
     assert sorted(drawn) == [1, 2]
     assert _result(tmp_path).tables[0].rows[0].figures == first.tables[0].rows[0].figures

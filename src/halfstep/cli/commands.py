@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from PIL import Image
 from rich.markup import escape
@@ -35,7 +34,7 @@ from halfstep.core.noise import processes
 from halfstep.core.prediction import predictions
 from halfstep.core.weighting import weightings
 from halfstep.hub import decoder_of, fetch, import_pipeline, is_pipeline, release_texts, text_conditions
-from halfstep.measure.samples import grid_image, samples_array
+from halfstep.measure.samples import grid_image, samples_array, write_png
 from halfstep.metrics import extractors, to_uint8
 from halfstep.models.folder import find_stage, load
 from halfstep.models.model import Model, samples_at_once
@@ -48,6 +47,7 @@ from halfstep.run.runner import run as run_spec
 from halfstep.run.spec import RunSpec
 from halfstep.runs import StageFolder, read_status
 from halfstep.runtime.failures import told_when_out_of_memory
+from halfstep.runtime.files import refuse_taken, write_arrays
 from halfstep.runtime.processes import Processes, launched, make_accelerator
 from halfstep.runtime.stop import Interrupted, StopSignal, at_once
 from halfstep.samplers import Ancestral, Sampler, samplers
@@ -253,9 +253,8 @@ def sample(argv: Sequence[str]) -> None:
         raise UsageError(
             f"--out {out}: write a .png, a .npz, or a folder (a name without a suffix); lossy formats are not offered"
         )
-    taken = out.exists() if as_file else (out.is_file() or (out.is_dir() and any(out.iterdir())))
-    if taken and not arguments.overwrite:
-        raise UsageError(f"{out} is there already: choose another --out, or add --overwrite")
+    if not arguments.overwrite:
+        refuse_taken(out, as_file, "choose another --out, or add --overwrite")
     processes = _processes(arguments.device == "cpu")
     model = load(arguments.model, device_of(arguments.device, processes))
     seeds = range(arguments.seed, arguments.seed + arguments.num_samples)
@@ -329,8 +328,7 @@ def write_samples(x0: torch.Tensor, model: Model, seeds: range, out: Path) -> No
     """
     is_image = model.manifest.is_image
     if out.suffix.lower() == ".npz":
-        out.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(out, arr_0=samples_array(x0, is_image))
+        write_arrays(out, arr_0=samples_array(x0, is_image))
         return
     if not is_image:
         pipeline = model.manifest.pipeline
@@ -340,12 +338,11 @@ def write_samples(x0: torch.Tensor, model: Model, seeds: range, out: Path) -> No
         x0 = torch.cat([decode(part) for part in x0.split(8)])
     pixels = to_uint8(x0).permute(0, 2, 3, 1).numpy()
     if out.suffix.lower() == ".png":
-        out.parent.mkdir(parents=True, exist_ok=True)
-        grid_image(pixels).save(out)
+        write_png(out, grid_image(pixels))
         return
-    out.mkdir(parents=True, exist_ok=True)
     for seed, picture in zip(seeds, pixels, strict=True):
-        Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture).save(out / f"{seed:06d}.png")
+        image = Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture)
+        write_png(out / f"{seed:06d}.png", image)
 
 
 def evaluate(argv: Sequence[str]) -> None:

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from halfstep.cli.usage import Switch, parse
 from halfstep.cli.words import console_for, print_json
-from halfstep.runtime.files import cache_folder
+from halfstep.runtime.files import cache_folder, first_line
 
 GIVES: Final = {
     "text": "models of texts, such as Stable Diffusion: encode, distill and sample with --prompt",
@@ -117,7 +117,7 @@ def _torch() -> list[Finding]:
     try:
         import torch
     except (ImportError, OSError) as error:
-        return [Finding("torch", "problem", f"torch cannot be imported ({_line(error)})", "install it anew")]
+        return [Finding("torch", "problem", f"torch cannot be imported ({first_line(error)})", "install it anew")]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     findings = [
         Finding(
@@ -155,7 +155,9 @@ def device_finding(name: str) -> Finding:
         device = torch.device(name)
         torch.ones(8, device=device).sum().item()
     except (RuntimeError, AssertionError) as error:
-        return Finding(name, "problem", f"it does not compute ({_line(error)})", "stay on the CPU with --engine.cpu")
+        return Finding(
+            name, "problem", f"it does not compute ({first_line(error)})", "stay on the CPU with --engine.cpu"
+        )
     shown = torch.cuda.get_device_name(device) if device.type == "cuda" else "Apple's GPU"
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
@@ -198,7 +200,7 @@ def _diffusers() -> list[Finding]:
             [sys.executable, "-c", code], capture_output=True, text=True, timeout=IMPORT_SECONDS, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        return [Finding("diffusers", "problem", f"its import does not end ({_line(error)})", None)]
+        return [Finding("diffusers", "problem", f"its import does not end ({first_line(error)})", None)]
     if ended.returncode == 0:
         return [Finding("diffusers", "ok", "pipelines, networks and schedulers can be imported")]
     return [diffusers_failure(ended.stderr, version_of("torch"), version_of("torchvision"))]
@@ -270,7 +272,3 @@ def place_finding(name: str, path: Path, advice: str) -> Finding:
     if free < LEAST_DISK:
         return Finding(name, "problem", shown, "little space: checkpoints and caches may not fit")
     return Finding(name, "ok", shown)
-
-
-def _line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

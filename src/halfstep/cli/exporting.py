@@ -26,7 +26,7 @@ from halfstep.hub import (
 )
 from halfstep.models.folder import find_stage, load
 from halfstep.runs import StageFolder
-from halfstep.runtime.files import read_json
+from halfstep.runtime.files import read_json, refuse_taken
 
 
 @dataclass
@@ -61,8 +61,7 @@ def export(argv: Sequence[str]) -> None:
     stage = find_stage(arguments.model)
     model = load(stage.path)
     if arguments.format == "onnx":
-        if arguments.out.exists():
-            raise UsageError(f"{arguments.out} is there already: choose another --out")
+        refuse_taken(arguments.out, is_file=True)
         export_onnx(model, arguments.out, arguments.num_steps)
         steps = model.check_steps(arguments.num_steps)
         print(f"{arguments.out}: {steps} steps, noise in, x0 out, checked against torch")

@@ -11,6 +11,7 @@ from halfstep.cli.usage import UsageError, parse
 from halfstep.hub import config_of, import_google_pd, import_pipeline
 from halfstep.models.folder import save_stage
 from halfstep.runs import StageFolder
+from halfstep.runtime.files import refuse_taken
 
 
 @dataclass
@@ -37,8 +38,7 @@ def import_(argv: Sequence[str]) -> None:
     if arguments.format == "diffusers":
         if arguments.config is not None:
             raise UsageError(f"--config {arguments.config} says nothing to diffusers, whose folders hold theirs")
-        if out.exists() and (out.is_file() or any(out.iterdir())):
-            raise UsageError(f"{out} is there already: choose another --out")
+        refuse_taken(out)
         model = import_pipeline(arguments.source)
         manifest = save_stage(
             StageFolder(out), model.denoiser, model.manifest.model_copy(update={"stage": out.name}), model.null

@@ -24,13 +24,14 @@ import torch
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
 from halfstep.data.base import Data
 from halfstep.data.captions import CaptionedImages
 from halfstep.objectives.base import Batch
-from halfstep.runtime.files import DamagedFile, InUse, read_json, sha256_of, write_json
+from halfstep.runtime.files import DamagedFile, InUse, read_json, sha256_of, sweep, write_json
+from halfstep.runtime.tensors import write_tensors
 
 FORMAT: Final = 1
 """The version of the layout; a reader refuses another."""
@@ -243,8 +244,7 @@ def encode(
     except Timeout:
         raise InUse(f"{folder} is being written by another process: wait for it, or give another folder") from None
     try:
-        for left in root.glob(".*.tmp"):
-            left.unlink()
+        sweep(root)
         index = _begin(images, encoder, root, shard_size, tuple(class_names))
         _Encoding(images, encoder, root, batch_size, on_progress or (lambda done, total: None), index).run()
     finally:
@@ -452,15 +452,7 @@ def _read_as(dtype: torch.dtype) -> torch.dtype:
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> Stored:
-    """Writes the tensors: at any moment the file is whole or absent."""
-    content = save({name: value.contiguous() for name, value in tensors.items()})
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    return Stored(sha256=hashlib.sha256(content).hexdigest(), size=len(content))
+    return Stored(sha256=write_tensors(path, tensors), size=path.stat().st_size)
 
 
 def _record(root: Path, index: Index) -> None:

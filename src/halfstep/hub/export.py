@@ -6,7 +6,6 @@ copied. No code of ours is in the folder.
 """
 
 import copy
-import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,7 +21,7 @@ from halfstep.hub.weights import check_weights
 from halfstep.models.model import Model
 from halfstep.nets import SD3, LoRA, StockNetwork, TableNetwork, merged
 from halfstep.runs import Manifest, Metrics
-from halfstep.runtime.files import read_json, write_folder, write_text
+from halfstep.runtime.files import first_line, read_json, refuse_taken, replacing_folder, write_json, write_text
 
 COPIED: Final = (".json", ".safetensors", ".txt", ".model")
 """Suffixes of the files of an origin's other parts that are copied."""
@@ -39,8 +38,7 @@ def export_pipeline(model: Model, out: Path, metrics: Metrics | None = None, nam
         ValueError: if diffusers has no pipeline, scheduler or exact grid for the model, a part of its origin is
             missing, or `out` holds something; nothing is written then.
     """
-    if out.exists() and (out.is_file() or any(out.iterdir())):
-        raise ValueError(f"{out} is there already: choose another --out")
+    refuse_taken(out)
     network = merged(model.denoiser.network)
     if not isinstance(network, StockNetwork):
         raise ValueError(
@@ -62,20 +60,14 @@ def export_pipeline(model: Model, out: Path, metrics: Metrics | None = None, nam
 
     absent = [part for part in ("text_encoder_3", "tokenizer_3") if kind.endswith("3Pipeline") and part not in copies]
 
-    def write(into: Path) -> None:
+    with replacing_folder(out) as into:
         _save_network(network, into / component)
         _save_scheduler(schedule, into / "scheduler")
         for part, folder in copies.items():
             _copy_part(folder, into / part)
-        write_text(into / "model_index.json", json.dumps(index, indent=2) + "\n")
-        write_text(
-            into / "README.md", model_card(name or out.name, model.manifest, kind, schedule, exact, metrics, absent)
-        )
-
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if out.exists():
-        out.rmdir()
-    write_folder(out, write)
+        write_json(into / "model_index.json", index)
+        card = model_card(name or out.name, model.manifest, kind, schedule, exact, metrics, absent)
+        write_text(into / "README.md", card)
     return out
 
 
@@ -91,8 +83,7 @@ def export_lora(model: Model, out: Path, base: Manifest | None = None, name: str
         ValueError: if the model is no LoRA, its additions are not to the pipeline's own weights, the pipeline loads
             none, the number of steps has no exact grid, or `out` holds something.
     """
-    if out.exists() and (out.is_file() or any(out.iterdir())):
-        raise ValueError(f"{out} is there already: choose another --out")
+    refuse_taken(out)
     network, pipeline = model.denoiser.network, model.manifest.pipeline
     if not isinstance(network, LoRA):
         raise ValueError("this model was trained whole and has no low-rank additions: use --format diffusers")
@@ -112,16 +103,11 @@ def export_lora(model: Model, out: Path, base: Manifest | None = None, name: str
     # In peft's names, which diffusers reads as they are; its own older names lose the layers of attention.
     state = {name: value.cpu().float().contiguous() for name, value in network.layers().items()}
 
-    def write(into: Path) -> None:
+    with replacing_folder(out) as into:
         with quiet():
             kind.save_lora_weights(into, **{f"{component}_lora_layers": state})
         _save_scheduler(schedule, into / "scheduler")
         write_text(into / "README.md", lora_card(name or out.name, model.manifest, pipeline, schedule))
-
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if out.exists():
-        out.rmdir()
-    write_folder(out, write)
     return out
 
 
@@ -160,8 +146,9 @@ def push_to_hub(folder: Path, name: str) -> str:
         address = api.create_repo(name, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder)
     except Exception as error:  # the Hub's client has many errors of its own, and network libraries below it more
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"{folder} could not be pushed to {name} ({lines[0]}); the folder is complete") from None
+        raise ValueError(
+            f"{folder} could not be pushed to {name} ({first_line(error)}); the folder is complete"
+        ) from None
     return str(address)
 
 
@@ -237,7 +224,7 @@ def _save_network(network: StockNetwork, folder: Path) -> None:
         # Some pipelines know square samples only, and want the side as one number.
         config["sample_size"] = size[0]
     config.pop("_name_or_path", None)
-    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    write_json(folder / "config.json", config)
 
 
 def _save_scheduler(schedule: StockSchedule, folder: Path) -> None:

@@ -31,7 +31,7 @@ from halfstep.models.folder import save_stage
 from halfstep.nets import UNet2D, describe_network, unet2d_config
 from halfstep.registry import nearest
 from halfstep.runs import Manifest, Outcome, StageFolder
-from halfstep.runtime.files import DamagedFile, read_json, sha256_of
+from halfstep.runtime.files import DamagedFile, read_json, refuse_taken, sha256_of
 
 PROCESS: Final = VPCosine()
 """The process of every released model: the clipped cosine."""
@@ -340,8 +340,7 @@ def import_google_pd(file: Path, config: GooglePDConfig, out: Path) -> Manifest:
     Raises:
         ValueError: if the file is damaged or of another configuration, or `out` holds something; nothing is written.
     """
-    if out.exists() and (out.is_file() or any(out.iterdir())):
-        raise ValueError(f"{out} is there already: choose another --out")
+    refuse_taken(out)
     checkpoint = read_checkpoint(file)
     try:
         network = convert(checkpoint.params, config)

@@ -5,7 +5,6 @@ calls and a few sums between them.
 """
 
 import logging
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -24,6 +23,7 @@ from halfstep.core.grids import uniform_times
 from halfstep.core.prediction import eps_from_x0
 from halfstep.models.model import Model
 from halfstep.nets import merged
+from halfstep.runtime.files import replacing, scratch
 from halfstep.samplers import sample
 
 LARGEST: Final = int(1.4 * 2**30)
@@ -113,10 +113,10 @@ def export_onnx(
     sampler = UnrolledSampler(model, steps, tuple(cond)).eval()
     batch = torch.export.Dim("batch")
     shapes: tuple[Any, ...] = ({0: batch}, tuple({0: batch} for _ in cond)) if cond else ({0: batch},)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # Under its own name, for a graph names the file of its weights beside it.
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.", suffix=".tmp") as place:
-        made = Path(place) / out.name
+    with scratch(out) as place:
+        place.mkdir()
+        # Under its own name, for a graph names the file of its weights beside it.
+        made = place / out.name
         with _silent(), torch.no_grad():
             program: Any = torch.onnx.export(
                 sampler,
@@ -139,8 +139,9 @@ def export_onnx(
         program.save(made, external_data=size > LARGEST)
         check_graph(made, model, steps, cond)
         # The weights before the graph, whose appearance says that all is there.
-        for file in sorted(made.parent.iterdir(), reverse=True):
-            file.replace(out.parent / file.name)
+        for file in sorted(place.iterdir(), reverse=True):
+            with replacing(out.parent / file.name) as temporary:
+                file.rename(temporary)
     return out
 
 

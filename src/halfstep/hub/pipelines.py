@@ -24,7 +24,7 @@ from halfstep.hub.weights import PICKLED, check_weights, pickled_message
 from halfstep.models.model import Model
 from halfstep.nets import SD3, DiT, StockNetwork, UNet2D, UNet2DCondition, describe_network
 from halfstep.runs import Manifest, Outcome, Pipeline
-from halfstep.runtime.files import DamagedFile, read_json, sha256_of
+from halfstep.runtime.files import DamagedFile, first_line, read_json, sha256_of
 
 START_STEPS: Final = 128
 """DDIM steps of an imported teacher at the start of its chain, where none are asked for: a compromise between what the
@@ -107,9 +107,8 @@ def fetch(source: str) -> Path:
     try:
         return Path(snapshot_download(source, allow_patterns=list(FETCHED), ignore_patterns=list(NOT_FETCHED)))
     except Exception as error:  # the Hub's client has many errors of its own, and network libraries below it more
-        reason = str(error).strip().splitlines()
         raise ValueError(
-            f"{source} is no folder here and could not be fetched from the Hub ({reason[0] if reason else error})"
+            f"{source} is no folder here and could not be fetched from the Hub ({first_line(error)})"
         ) from None
 
 

@@ -7,13 +7,10 @@ weights find none.
 """
 
 import functools
-import hashlib
 import json
 import math
 import re
 import time
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -34,7 +31,17 @@ from halfstep.runs import EvaluationResult
 from halfstep.runs.evaluation import EvaluationTable, Figure, Halves, Protocol, Row, Series
 from halfstep.runtime.environment import environment
 from halfstep.runtime.failures import NonFinite, told_when_out_of_memory
-from halfstep.runtime.files import DamagedFile, InUse, read_json, write_folder, write_json
+from halfstep.runtime.files import (
+    DamagedFile,
+    InUse,
+    json_digest,
+    read_arrays,
+    read_json,
+    replacing_folder,
+    sweep,
+    write_arrays,
+    write_json,
+)
 from halfstep.runtime.processes import Processes
 from halfstep.runtime.stop import StopSignal
 
@@ -118,10 +125,6 @@ class CellDone:
     total: int
 
 
-def _hash(value: Any, length: int = 10) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:length]
-
-
 def _timed(make: Callable[[], Figures]) -> dict[str, Any]:
     """What is kept of figures: their values, what is missing, and the seconds that they took."""
     start = time.perf_counter()
@@ -149,7 +152,7 @@ class _Cell:
             "seeds": _seeds_name(seeds),
         }
         steps = "" if entry.num_steps is None else f"-{entry.num_steps:04d}"
-        self.name = f"{entry.series}{steps}-{_seeds_name(seeds)}-{_hash(self.key)}"
+        self.name = f"{entry.series}{steps}-{_seeds_name(seeds)}-{json_digest(self.key, length=10)}"
         self.path = folder / "cells" / self.name
         self.samples_path = self.path / "samples.npz"
 
@@ -209,17 +212,14 @@ class _Cell:
             "pace": self.pace,
         }
 
-        def write(folder: Path) -> None:
-            np.savez(folder / "samples.npz", arr_0=samples_array(drawn.x0, self.is_image))
+        with replacing_folder(self.path) as folder:
+            write_arrays(folder / "samples.npz", arr_0=samples_array(drawn.x0, self.is_image))
             write_json(folder / "cell.json", facts)
-
-        write_folder(self.path, write)
 
     def _read(self) -> np.ndarray | None:
         try:
-            with np.load(self.samples_path, allow_pickle=False) as file:
-                array: np.ndarray = file["arr_0"]
-        except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error):
+            array = read_arrays(self.samples_path, "arr_0")["arr_0"]
+        except DamagedFile:
             return None
         wanted = np.dtype(np.uint8 if self.is_image else np.float32)
         return array if len(array) == len(self.seeds) and array.dtype == wanted else None
@@ -310,6 +310,7 @@ class Curve:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise InUse(f"{self.out} is being written by another halfstep process: wait for it") from None
+        sweep(self.out, self.out / "cells", self.out / "figures")
 
     def run(self) -> Iterator[CellDone]:
         """Measures all cells that are not there, and writes evaluation.json anew after each.
@@ -420,7 +421,7 @@ class Curve:
         """Unique to the cell and all of the protocol that its figures depend on."""
         real = (protocol.extractor, protocol.reference_fingerprint, protocol.num_reference)
         short = re.sub("[^a-z0-9]+", "-", protocol.extractor.lower())
-        return f"{cell}-{short}-{_hash((FIGURES_FORMAT, *real))}"
+        return f"{cell}-{short}-{json_digest((FIGURES_FORMAT, *real), length=10)}"
 
     def _measure_halves(self, reference: Reference, protocol: Protocol) -> None:
         each = protocol.num_reference // 2
@@ -478,7 +479,8 @@ class Curve:
                         one.fill(self.stop)
                     return paired_figures(cell.samples, base.samples, cell.is_image)
 
-                name = f"{cell.name}-same-noise-{_hash((FIGURES_FORMAT, base.key, lacking))}"
+                digest = json_digest((FIGURES_FORMAT, base.key, lacking), length=10)
+                name = f"{cell.name}-same-noise-{digest}"
                 try:
                     figures, _ = self._kept(name, make)
                 except NonFinite as error:
@@ -558,7 +560,7 @@ class Curve:
             "resize": "none",
             "reference": f"{teacher.stage or teacher.series}, {self._words(teacher)}, from the same noise",
             "reference_split": None,
-            "reference_fingerprint": _hash(content, 64),
+            "reference_fingerprint": json_digest(content),
             "num_reference": self.spec.num_samples,
             "reference_rows": "all",
         }

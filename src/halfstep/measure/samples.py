@@ -1,6 +1,5 @@
 """Samples as arrays and pictures, and what a model is shown for them."""
 
-import io
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from halfstep.metrics import (
     to_uint8,
 )
 from halfstep.models.model import Model
-from halfstep.runtime.files import write_arrays, write_bytes
+from halfstep.runtime.files import replacing, write_arrays
 
 
 def samples_array(x0: Tensor, is_image: bool) -> np.ndarray:
@@ -40,6 +39,12 @@ def grid_image(pixels: np.ndarray, columns: int | None = None, gap: int = 1) -> 
     image = Image.fromarray(canvas.squeeze(-1) if channels == 1 else canvas)
     factor = max(1, 32 // max(height, width))
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
+def write_png(path: Path, image: Image.Image) -> None:
+    """Write a picture as PNG, atomically."""
+    with replacing(path) as temporary:
+        image.save(temporary, "PNG")
 
 
 def conditions_for(model: Model, data: Data, seeds: list[int]) -> dict[str, Tensor]:
@@ -68,7 +73,5 @@ def keep_samples(folder: Path, num_steps: int, x0: Tensor, is_image: bool) -> st
     array = samples_array(x0, is_image)
     write_arrays(folder / name, arr_0=array)
     if is_image:
-        picture = io.BytesIO()
-        grid_image(array).save(picture, "PNG")
-        write_bytes((folder / name).with_suffix(".png"), picture.getvalue())
+        write_png((folder / name).with_suffix(".png"), grid_image(array))
     return name

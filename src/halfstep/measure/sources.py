@@ -1,7 +1,5 @@
 """Where the samples of an evaluation come from: a model with a sampler, or a folder that somebody has filled."""
 
-import hashlib
-import json
 import time
 import warnings
 from abc import ABC, abstractmethod
@@ -17,6 +15,7 @@ from halfstep.measure.samples import conditions_for
 from halfstep.models.model import Model, samples_at_once
 from halfstep.runs import Manifest
 from halfstep.runtime.failures import NonFinite, told_when_out_of_memory
+from halfstep.runtime.files import json_digest
 from halfstep.runtime.stop import StopSignal
 from halfstep.samplers import Sampler
 
@@ -180,4 +179,4 @@ def weights_of(manifest: Manifest) -> str:
     """What tells a stage's samples apart from those of all others, without reading its weights: their sha256, and all
     else that the manifest says of the model."""
     said = manifest.model_dump(mode="json", exclude={"seconds", "data"})
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    return json_digest(said)

@@ -1,19 +1,16 @@
 """The classifier whose features the data's own labels make: trained on them, with a fixed seed, and kept."""
 
-import contextlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, final
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from halfstep.core.draw import generator_for
 from halfstep.metrics.features import FeatureExtractor, Measured, digest_of, extractors, refuse_path
+from halfstep.runtime.tensors import read_cached, write_cached
 
 CLASSIFIER: Final = "classifier-1"
 """Name of the classifier's architecture and training; another number when either changes, for old figures are not
@@ -88,11 +85,9 @@ class ClassifierNetwork(nn.Module):
 
 def _restored(network: nn.Module, cache: Path | None) -> bool:
     """Whether the weights could be read from the cache; a damaged cache is as good as none."""
-    if cache is None or not cache.is_file():
-        return False
     try:
-        network.load_state_dict(load_file(cache))
-    except (SafetensorError, RuntimeError):
+        network.load_state_dict(read_cached(cache))
+    except RuntimeError:
         return False
     return True
 
@@ -136,13 +131,7 @@ def train_classifier(
             F.cross_entropy(network(x[rows].float()), labels[rows], label_smoothing=0.1).backward()
             optimizer.step()
             schedule.step()
-        if cache is not None:
-            # A cache that cannot be written (read-only, full) costs the next run some seconds, and nothing else.
-            with contextlib.suppress(OSError, SafetensorError):
-                cache.parent.mkdir(parents=True, exist_ok=True)
-                temporary = cache.with_suffix(f".{os.getpid()}.tmp")
-                save_file(network.state_dict(), temporary)
-                temporary.replace(cache)
+        write_cached(cache, network.state_dict())
     network.eval()
     with torch.no_grad():
         right = torch.cat([network(chunk.float()).argmax(1) for chunk in x[held_out].split(1000)]) == labels[held_out]

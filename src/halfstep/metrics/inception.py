@@ -21,7 +21,7 @@ from torch import Tensor
 
 from halfstep.metrics.features import FeatureExtractor, Measured, digest_of, extractors, in_batches
 from halfstep.metrics.images import as_rgb, to_uint8
-from halfstep.runtime.files import DamagedFile, first_line
+from halfstep.runtime.files import DamagedFile, first_line, last_line
 
 PACKAGE: Final = "torch_fidelity"
 MODULE: Final = f"{PACKAGE}.feature_extractor_inceptionv3"
@@ -103,9 +103,9 @@ class Inception(FeatureExtractor):
         try:
             network = module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
         except RuntimeError as error:
-            reason = str(error).splitlines()[-1].strip()
             raise DamagedFile(
-                f"{path or module.URL_INCEPTION_V3} does not hold the weights of torch-fidelity's Inception ({reason})"
+                f"{path or module.URL_INCEPTION_V3} does not hold the weights of torch-fidelity's Inception "
+                f"({last_line(error)})"
             ) from None
         self.network = network.to(device)
         self.device = device

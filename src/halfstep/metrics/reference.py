@@ -4,22 +4,19 @@ Kept in float64: mean and covariance, and the radii of the neighbourhoods. The f
 came, in float32.
 """
 
-import contextlib
 import hashlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from halfstep.metrics.distances import Moments, moments_of
 from halfstep.metrics.features import FeatureExtractor
 from halfstep.metrics.neighbours import K, radii
+from halfstep.runtime.tensors import read_cached, write_cached
 
 FORMAT = 1
 """Of the kept files; another number when what they hold changes."""
@@ -57,36 +54,16 @@ def real_features(
     """
     key = hashlib.sha256(repr((FORMAT, extractor.name, content)).encode()).hexdigest()[:24]
     file = None if cache is None else cache / "reference" / f"{key}.safetensors"
-    held = _read(file)
-    if held is None:
+    held = read_cached(file)
+    if not {"features", "mean", "covariance"} <= held.keys():
         made = described(extractor.features(fetch()))
         held = {"features": made.features, "mean": made.moments.mean, "covariance": made.moments.covariance}
         if made.radii is not None:
             held["radii"] = made.radii
-        _write(file, held)
+        write_cached(file, held)
         return made
     moments = Moments(held["mean"], held["covariance"], len(held["features"]))
     return RealFeatures(held["features"], moments, held.get("radii"))
-
-
-def _read(file: Path | None) -> dict[str, Tensor] | None:
-    if file is None or not file.is_file():
-        return None
-    try:
-        held = load_file(file)
-    except (SafetensorError, OSError):
-        return None
-    return held if {"features", "mean", "covariance"} <= held.keys() else None
-
-
-def _write(file: Path | None, held: dict[str, Tensor]) -> None:
-    if file is None:
-        return
-    with contextlib.suppress(OSError, SafetensorError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(f".{os.getpid()}.tmp")
-        save_file({name: value.contiguous() for name, value in held.items()}, temporary)
-        temporary.replace(file)
 
 
 def halves(features: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from halfstep.metrics.features import FeatureExtractor, Measured, digest_of, extractors, in_batches
 from halfstep.metrics.images import unit_range
-from halfstep.runtime.files import DamagedFile
+from halfstep.runtime.files import DamagedFile, last_line
 
 SIDE: Final = 32
 MEAN: Final = (0.485, 0.456, 0.406)
@@ -77,7 +77,7 @@ class ResNet20Features(FeatureExtractor):
             weights = load_file(path)
             missing = network.load_state_dict(weights, strict=False)
         except (SafetensorError, RuntimeError) as error:
-            raise DamagedFile(f"{path} does not hold the weights of a ResNet-20 ({_first(error)})") from None
+            raise DamagedFile(f"{path} does not hold the weights of a ResNet-20 ({last_line(error)})") from None
         # Counters of batches are not published and say nothing.
         lost = [name for name in missing.missing_keys if not name.endswith("num_batches_tracked")]
         if lost or missing.unexpected_keys:
@@ -108,10 +108,6 @@ class ResNet20Features(FeatureExtractor):
     def logits(self, features: Tensor) -> Tensor | None:
         logits: Tensor = self.network.linear(features.to(self.device)).cpu()
         return logits
-
-
-def _first(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1].strip()
 
 
 @extractors.register("resnet20-cifar10")

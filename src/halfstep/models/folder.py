@@ -12,8 +12,8 @@ from halfstep.core.prediction import Prediction, predictions
 from halfstep.models.model import Model
 from halfstep.nets import LoRA, build_network, load_own_state, own_state
 from halfstep.runs import Manifest, RunFolder, StageFolder
-from halfstep.runtime.files import DamagedFile, write_json
-from halfstep.runtime.tensors import check_written, read_tensors, write_tensors
+from halfstep.runtime.files import DamagedFile, last_line, write_json
+from halfstep.runtime.tensors import read_tensors, write_tensors
 
 
 def save_stage(
@@ -26,20 +26,10 @@ def save_stage(
         OSError: if the disk is full or gone.
         DamagedFile: if what is read back is not what was written; there is no manifest then.
     """
-    folder.path.mkdir(parents=True, exist_ok=True)
     contents = {folder.model: own_state(denoiser.network)}
     if null:
         contents[folder.null] = dict(null)
-    digests = {}
-    for file, tensors in contents.items():
-        temporary = file.with_name(f".{file.name}.tmp")
-        try:
-            held = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-            write_tensors(held, temporary)
-            digests[file.name] = check_written(held, temporary)
-            temporary.replace(file)
-        finally:
-            temporary.unlink(missing_ok=True)
+    digests = {file.name: write_tensors(file, tensors) for file, tensors in contents.items()}
     complete = manifest.model_copy(update={"files": digests})
     write_json(folder.manifest_path, complete.model_dump(mode="json"))
     return complete
@@ -118,7 +108,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Model:
             denoiser.network.load_base(read_tensors(base_of(folder, manifest).model))
         load_own_state(denoiser.network, read_tensors(folder.model))
     except RuntimeError as error:
-        raise DamagedFile(f"{folder.model} does not fit its manifest: {str(error).splitlines()[-1].strip()}") from None
+        raise DamagedFile(f"{folder.model} does not fit its manifest: {last_line(error)}") from None
     denoiser.eval()
     null = read_tensors(folder.null) if folder.null.name in manifest.files else {}
     return Model(denoiser, manifest, null).to(device)

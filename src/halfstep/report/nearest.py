@@ -7,10 +7,10 @@ import numpy as np
 from markupsafe import Markup
 
 from halfstep.report import figures
-from halfstep.report.reading import UNREADABLE, NearestFacts
+from halfstep.report.reading import NearestFacts
 from halfstep.report.words import count, number
 from halfstep.runs import RunFolder
-from halfstep.runtime.files import write_arrays
+from halfstep.runtime.files import DamagedFile, read_arrays, write_arrays
 
 
 def save_nearest(run: RunFolder, facts: NearestFacts, key: str) -> None:
@@ -26,9 +26,8 @@ def save_nearest(run: RunFolder, facts: NearestFacts, key: str) -> None:
 def nearest_key(run: RunFolder) -> str | None:
     """The key of the report/nearest.npz that is there; None if there is none, or none that can be read."""
     try:
-        with np.load(run.nearest_path, allow_pickle=False) as file:
-            return str(file["key"])
-    except UNREADABLE:
+        return str(read_arrays(run.nearest_path, "key")["key"])
+    except DamagedFile:
         return None
 
 

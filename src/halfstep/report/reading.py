@@ -6,10 +6,8 @@ a file is followed, and the manifests' hashes are not checked: the report shows 
 
 import math
 import re
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from halfstep.runs import EvaluationResult, Manifest, Metrics, RunFolder, StageFolder, is_finite, read_log
-from halfstep.runtime.files import DamagedFile, read_json
-
-UNREADABLE = (
-    OSError,
-    ValueError,
-    LookupError,
-    TypeError,
-    EOFError,
-    RuntimeError,
-    MemoryError,
-    OverflowError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
-"""What numpy raises for a file that is no .npz, or not a whole one."""
+from halfstep.runtime.files import DamagedFile, read_arrays, read_json
 
 
 @dataclass(frozen=True)
@@ -212,7 +196,7 @@ def _stage(folder: StageFolder, notices: list[str]) -> StageFacts:
             continue
         try:
             samples[int(named[1])] = _array(path)
-        except UNREADABLE:
+        except ValueError:
             notices.append(f"The samples in stages/{folder.name}/samples/{path.name} cannot be read and are not shown.")
     return StageFacts(folder.name, manifest, metrics, samples, _num_parameters(folder.model))
 
@@ -227,11 +211,10 @@ def _num_parameters(path: Path) -> int | None:
 
 
 def _array(path: Path) -> np.ndarray:
-    with np.load(path, allow_pickle=False) as file:
-        array = file["arr_0"]
+    array = read_arrays(path, "arr_0")["arr_0"]
     if array.dtype.kind not in "fu" or array.ndim < 2 or array.size == 0:
         raise ValueError(f"no samples, but {array.dtype} {array.shape}")
-    return np.asarray(array)
+    return array
 
 
 def _plan(rows: object) -> list[PlannedStage]:
@@ -279,8 +262,7 @@ def _nearest(folder: RunFolder, notices: list[str]) -> NearestFacts | None:
     if not path.is_file():
         return None
     try:
-        with np.load(path, allow_pickle=False) as file:
-            held = {name: file[name] for name in file.files}
+        held = read_arrays(path, *(field.name for field in fields(NearestFacts)))
         facts = NearestFacts(
             stage=str(held["stage"]),
             num_steps=int(held["num_steps"]),
@@ -295,7 +277,7 @@ def _nearest(folder: RunFolder, notices: list[str]) -> NearestFacts | None:
         if not fitting or facts.distances.shape[0] < n or k < 1 or facts.samples.dtype.kind not in "fu":
             raise ValueError("its arrays do not fit each other")
         return facts
-    except UNREADABLE:
+    except (ValueError, TypeError, OverflowError):
         notices.append("report/nearest.npz cannot be read, so the nearest training samples are left out.")
         return None
 

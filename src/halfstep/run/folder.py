@@ -11,7 +11,7 @@ from halfstep.run.spec import RunSpec
 from halfstep.run.trackers import chosen_trackers
 from halfstep.runs import RunFolder
 from halfstep.runtime.environment import environment
-from halfstep.runtime.files import InUse, sweep, write_json
+from halfstep.runtime.files import InUse, leftovers, sweep, write_json
 
 
 class DifferentRecipe(ValueError):
@@ -60,7 +60,7 @@ def take_folder(spec: RunSpec, folder: RunFolder, lock: FileLock) -> str:
         lock.acquire(timeout=0)
     except Timeout:
         raise InUse(f"{path} is being written by another halfstep process: wait for it, or choose --out") from None
-    sweep(path)
+    sweep(path, *path.glob("stages/*"), *path.glob("stages/*/samples"))
     if not folder.recipe_path.exists():
         _write_recipe(spec, folder)
     return spec.data.fingerprint
@@ -88,7 +88,7 @@ def _check_folder(spec: RunSpec, folder: RunFolder) -> None:
 
 def _is_ours(entry: Path) -> bool:
     """Whether an entry of a folder without recipe.json is what a run leaves that was killed before it wrote that."""
-    return entry.name == ".lock" or (entry.name.startswith(".recipe.json.") and entry.name.endswith(".tmp"))
+    return entry.name == ".lock" or entry in leftovers(entry.parent, "recipe.json")
 
 
 def _write_recipe(spec: RunSpec, folder: RunFolder) -> None:

@@ -1,13 +1,19 @@
 """Files that are either whole or absent: written under a temporary name, synced, then renamed."""
 
+import contextlib
+import errno
 import hashlib
-import io
 import json
 import os
+import secrets
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class DamagedFile(ValueError):
@@ -19,9 +25,17 @@ class InUse(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """What went wrong, short enough for a message of ours."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    """Return the first line of an error's text, which fits into a message of ours."""
+    return _lines(error)[0]
+
+
+def last_line(error: BaseException) -> str:
+    """Return the last line of an error's text, where torch puts the reason."""
+    return _lines(error)[-1].strip()
+
+
+def _lines(error: BaseException) -> list[str]:
+    return str(error).strip().splitlines() or [type(error).__name__]
 
 
 def sha256_of(path: Path) -> str:
@@ -30,7 +44,13 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def json_digest(value: Any, length: int = 64) -> str:
+    """Return the first `length` hex digits of the sha256 of `value` as JSON with sorted keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:length]
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the list of a folder's entries, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -38,43 +58,126 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """`content` in `path`: at any moment the file is the old one or the new one, never a part."""
+def _remove(path: Path) -> None:
+    # On a failed disk, the error that is being raised says more than this one.
+    with contextlib.suppress(OSError):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
+
+
+@contextmanager
+def scratch(path: Path) -> Iterator[Path]:
+    """Yield an unused name beside `path`, and remove what was written there.
+
+    The name is random: threads have one process id, and so do processes in different containers.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync(path.parent)
+        yield temporary
     finally:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
+
+
+def leftovers(folder: Path, name: str = "*") -> list[Path]:
+    """Return what killed writers of `name` left in `folder` under their temporary names."""
+    return list(folder.glob(f".{name}.*.tmp"))
+
+
+def sweep(*folders: Path) -> None:
+    """Remove the leftovers in folders that no other process writes."""
+    for folder in folders:
+        for path in leftovers(folder):
+            _remove(path)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary name for a file or folder that becomes `path` when the block ends.
+
+    It is synced, then renamed, so `path` is whole at any moment: the old one until the rename, and for good if the
+    block raises an exception. Only a folder that replaces another leaves a gap, between two renames.
+    """
+    with scratch(path) as temporary:
+        yield temporary
+        for written in (*temporary.rglob("*"), temporary):
+            sync(written)
+        _rename(temporary, path)
+        sync(path.parent)
+
+
+def _rename(temporary: Path, path: Path) -> None:
+    try:
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        # Only an empty folder is replaced by a rename.
+        with scratch(path) as aside:
+            try:
+                with contextlib.suppress(FileNotFoundError):
+                    os.rename(path, aside)
+                _rename(temporary, path)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.rename(aside, path)
+                raise
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty temporary folder that becomes `path` when the block ends (see `replacing`)."""
+    with replacing(path) as temporary:
+        temporary.mkdir()
+        yield temporary
 
 
 def write_text(path: Path, text: str) -> None:
-    """`text` in `path`, in UTF-8, atomically."""
-    write_bytes(path, text.encode())
+    """Write `text` in UTF-8, atomically."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`value` as indented JSON in `path`, atomically.
+    """Write `value` as indented JSON, atomically.
 
     Raises:
-        ValueError: if it holds a number that is not finite.
+        ValueError: if it contains a number that is not finite.
     """
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def write_arrays(path: Path, **arrays: Any) -> None:
-    """Arrays by name in the .npz `path`, atomically."""
-    # Here, for most that read a run folder have no use for it.
+    """Write arrays by name as an .npz, atomically, whatever the suffix of `path`."""
+    # Most readers of a run folder need no arrays.
     import numpy as np
 
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    write_bytes(path, buffer.getvalue())
+    # A file and not its name, to which numpy would add a suffix.
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)
+
+
+def read_arrays(path: Path, *names: str) -> "dict[str, np.ndarray]":
+    """Load the named arrays of an .npz, or all of them.
+
+    Raises:
+        DamagedFile: if the file cannot be read, is not a whole .npz or lacks one of the arrays.
+    """
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as held:
+            return {name: held[name] for name in names or held.files}
+    except Exception as error:  # a damaged archive raises whatever zipfile, zlib or numpy stumble over
+        raise DamagedFile(f"{path} cannot be read as .npz ({first_line(error)})") from None
+
+
+def refuse_taken(out: Path, is_file: bool = False, remedy: str = "choose another --out") -> None:
+    """Raise ValueError if something exists where an output file or folder would go; an empty folder may be filled."""
+    if out.exists() and (is_file or out.is_file() or any(out.iterdir())):
+        raise ValueError(f"{out} already exists: {remedy}")
 
 
 def read_json(path: Path) -> Any:
@@ -89,40 +192,6 @@ def read_json(path: Path) -> Any:
         raise DamagedFile(f"{path} does not exist") from None
     except (ValueError, RecursionError) as error:
         raise DamagedFile(f"{path} is not readable JSON ({error})") from None
-
-
-def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """A folder that appears with all its files or not at all.
-
-    `write` fills a temporary folder beside it, whose files are then synced to the disk and which is renamed; a folder
-    that was there before is replaced.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        write(temporary)
-        for path in sorted(temporary.rglob("*")):
-            if path.is_file():
-                _sync(path)
-        _sync(temporary)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.rename(temporary, folder)
-        _sync(folder.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def sweep(folder: Path) -> None:
-    """Removes what writers that were killed have left under their temporary names, in a run folder that no other
-    process writes."""
-    for path in [*folder.glob(".*.tmp"), *folder.glob("stages/*/.*.tmp")]:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
 
 
 def check_files(folder: Path, digests: Mapping[str, str]) -> None:

@@ -1,5 +1,6 @@
 """Tensors in safetensors files, whose errors are those of any other file."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -13,30 +14,30 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from halfstep.runtime.files import DamagedFile
+from halfstep.runtime.files import DamagedFile, replacing, sync
 
 CHUNK: Final = 1 << 20
 """Bytes that are compared at once."""
 
 
-def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Writes contiguous CPU tensors and waits until they are on the disk.
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write tensors as safetensors, atomically, and return the sha256 of the file, which was read back and compared.
 
     Raises:
         OSError: if the disk is full or gone (safetensors itself hides the reason in its own error's text).
+        DamagedFile: if the file reads otherwise; `path` stays as it was.
     """
-    try:
-        save_file(dict(tensors), path)
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    held = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    with replacing(path) as temporary:
+        try:
+            save_file(held, temporary)
+        except SafetensorError as error:
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+        sync(temporary)
+        return check_written(held, temporary)
 
 
 def check_written(tensors: Mapping[str, Tensor], path: Path) -> str:
@@ -79,3 +80,20 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise DamagedFile(f"{path} is not a whole safetensors file ({error})") from None
+
+
+def read_cached(file: Path | None) -> dict[str, Tensor]:
+    """Load a cached file's tensors; none if there is no file or it is damaged."""
+    if file is None:
+        return {}
+    try:
+        return read_tensors(file)
+    except (DamagedFile, OSError):
+        return {}
+
+
+def write_cached(file: Path | None, tensors: Mapping[str, Tensor]) -> None:
+    """Cache tensors. A cache that cannot be written (read-only, full) costs the next run time, and nothing else."""
+    if file is not None:
+        with contextlib.suppress(DamagedFile, OSError, SafetensorError):
+            write_tensors(file, tensors)

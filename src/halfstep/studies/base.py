@@ -5,8 +5,6 @@ Runs that a cell needs are run folders, resumable in themselves; measurements ar
 sampler, steps, protocol), so that studies that share a teacher share them too.
 """
 
-import hashlib
-import json
 import time
 import warnings
 from abc import ABC, abstractmethod
@@ -34,7 +32,7 @@ from halfstep.runs import RunFolder
 from halfstep.runs.schema import Result
 from halfstep.runtime.environment import environment
 from halfstep.runtime.failures import NonFinite
-from halfstep.runtime.files import cache_folder, read_json, write_json
+from halfstep.runtime.files import cache_folder, json_digest, read_json, write_json
 from halfstep.runtime.stop import StopSignal
 from halfstep.samplers import Ancestral, Sampler
 from halfstep.studies.scales import Scale
@@ -187,7 +185,7 @@ class Bench:
             "sampler": "ddim" if sampler is None else repr(sampler),
             "protocol": reference.protocol | {"device": str(self.device)},
         }
-        name = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
+        name = json_digest(what, length=24)
         file = self.out / "measured" / f"{name}.json"
         if file.is_file():
             return Result.model_validate(read_json(file)["result"])
@@ -195,7 +193,6 @@ class Bench:
             # A study asks teachers and students for other numbers of steps than they are made for, and knows it.
             warnings.simplefilter("ignore", HalfstepWarning)
             result, _ = measure(model, num_steps, evaluation, reference, sampler=sampler, stop=self.stop)
-        file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, what | {"result": result.model_dump()})
         return result
 
@@ -260,7 +257,6 @@ def run_study(
             figures = cell.work(bench)
         except NonFinite as error:
             figures = {"diverged": str(error)}
-        file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, {"key": key, "figures": figures, "seconds": round(time.perf_counter() - start, 2)})
         done(cell, figures, False)
         rows.append(Row(cell.axes, figures))

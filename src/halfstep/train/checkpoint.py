@@ -8,19 +8,17 @@ being written.
 
 import contextlib
 import errno
-import hashlib
-import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final, final
 
 from halfstep.runs import StageFolder
-from halfstep.runtime.files import DamagedFile, check_files, read_json, write_folder, write_json
+from halfstep.runtime.files import DamagedFile, check_files, json_digest, read_json, replacing_folder, write_json
 from halfstep.runtime.processes import Processes
-from halfstep.runtime.tensors import check_written, read_tensors, write_tensors
+from halfstep.runtime.tensors import read_tensors, write_tensors
 from halfstep.train.engine import StageTrainer, State
 
 KEPT: Final = 2
@@ -105,24 +103,13 @@ def write_checkpoint(state: State, about: dict[str, Any], folder: StageFolder) -
         raise OSError(errno.ESTALE, "it is gone", str(folder.path))
     path = folder.path / f"checkpoint-{about['update']:08d}"
 
-    def write(into: Path) -> None:
-        digests = {}
-        for part, tensors in state.items():
-            file = into / f"{part}.safetensors"
-            write_tensors(tensors, file)
-            digests[file.name] = check_written(tensors, file)
-        body = about | {"files": digests}
-        write_json(into / "manifest.json", body | {"sha256": _digest(body)})
-
-    write_folder(path, write)
+    with replacing_folder(path) as into:
+        names = {f"{part}.safetensors": tensors for part, tensors in state.items()}
+        body = about | {"files": {name: write_tensors(into / name, tensors) for name, tensors in names.items()}}
+        write_json(into / "manifest.json", body | {"sha256": json_digest(body)})
     for old in folder.checkpoints()[KEPT:]:
         shutil.rmtree(old, ignore_errors=True)
     return path
-
-
-def _digest(manifest: Mapping[str, Any]) -> str:
-    """The sha256 of what a manifest says."""
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def resume(trainer: StageTrainer, folder: StageFolder, notice: Callable[[str], None]) -> Path | None:
@@ -153,7 +140,7 @@ def _latest_good(folder: StageFolder, notice: Callable[[str], None]) -> str | No
             manifest = read_json(path / "manifest.json")
             if not isinstance(manifest, dict) or not {"update", "seconds", "files", "sha256"} <= manifest.keys():
                 raise DamagedFile(f"{path / 'manifest.json'} is not a checkpoint's manifest")
-            if manifest.pop("sha256") != _digest(manifest):
+            if manifest.pop("sha256") != json_digest(manifest):
                 raise DamagedFile(f"{path / 'manifest.json'} is altered: its sha256 is not the one that it says")
             check_files(path, manifest["files"])
         except DamagedFile as error:
