@@ -86,7 +86,10 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ["run", "arrays", "--data", "digits", "--chain.students", "48", "1"],
             "a student of 48 steps cannot follow a teacher of 128",
         ),
-        (["run", "digits", "--chain.early-window", "50"], "early_window 50 does nothing without early_end"),
+        (
+            ["run", "digits", "--chain.early-end.window", "50"],
+            "early_end.window 50 has no effect without early_end.patience. Add it",
+        ),
         (["run", "digits", "--chain.keep", "3"], "chain.keep names a student of 3 steps"),
         (["study"], "is missing"),
         (["study", "tabel1"], "unknown study 'tabel1'; did you mean 'table1'?"),
