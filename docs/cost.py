@@ -67,17 +67,17 @@ def priced() -> str:
         to_four = 0.0
         for stage in spec.plan.stages:
             part = "train" if stage.num_steps is None else "distil"
-            work[part] += forward.flops * stage.update_cost * stage.num_updates
+            work[part] += forward.flops * stage.update_cost * stage.training.num_updates
             if stage.num_steps is None or stage.num_steps >= 4:
-                updates["train" if stage.num_steps is None else "to 4"] += stage.num_updates
-                to_four += 0.0 if stage.num_steps is None else forward.flops * stage.update_cost * stage.num_updates
+                updates["train" if stage.num_steps is None else "to 4"] += stage.training.num_updates
+                to_four += 0.0 if stage.num_steps is None else forward.flops * stage.update_cost * stage.training.num_updates
         stage = spec.plan.stages[-1]
         update = forward.flops * stage.update_cost / devices / (PEAK * SHARE)
         traffic = 2 * (devices - 1) / devices * 4 * forward.parameters / LINK
         rows.append(
             {
                 "recipe": name, "M parameters": forward.parameters / 1e6, "GFLOP a forward pass": forward.flops / 1e9,
-                "batch": stage.batch_size, "EFLOP to train": work["train"] / 1e18,
+                "batch": stage.training.batch_size, "EFLOP to train": work["train"] / 1e18,
                 "EFLOP to distil": work["distil"] / 1e18, "distil / train": work["distil"] / work["train"],
                 "to 4 steps / train": to_four / work["train"],
                 "in updates": updates["to 4"] / updates["train"],
