@@ -274,10 +274,10 @@ def test_an_update_that_does_not_fit_names_the_micro_batch_that_was_tried(tmp_pa
 
 
 def test_the_largest_micro_batch_that_fits_is_found_and_the_result_is_that_of_the_batch(tmp_path: Path) -> None:
-    hungry = toy_spec(plan=one_stage(Hungry(5)))
-    told = finish(dataclasses.replace(hungry, micro_batch="auto"), tmp_path / "auto")
+    hungry = one_stage(Hungry(5))
+    told = finish(toy_spec(plan=hungry, micro_batch="auto"), tmp_path / "auto")
     assert told == ["00-hungry: micro batch 4, for 16 and 8 did not fit into memory"]
-    finish(dataclasses.replace(hungry, micro_batch=4), tmp_path / "four")
+    finish(toy_spec(plan=hungry, micro_batch=4), tmp_path / "four")
     assert weights(tmp_path / "auto") == weights(tmp_path / "four")
 
     # Dropout draws for the micro batch, so without it: the whole batch, to rounding.
@@ -363,7 +363,7 @@ def test_a_micro_batch_that_was_given_is_no_bound_for_one_that_is_looked_for(tmp
     events = run(spec, tmp_path)
     next(e for e in events if isinstance(e, Progress) and e.window.update == 10)
     events.close()  # type: ignore[attr-defined]
-    told = finish(dataclasses.replace(spec, micro_batch="auto"), tmp_path)
+    told = finish(toy_spec(plan=spec.plan, micro_batch="auto", log_every=1), tmp_path)
     assert told == ["00-hungry: micro batch 4, for 16 and 8 did not fit into memory"]
 
 
