@@ -14,6 +14,7 @@ from halfstep.core.prediction import V, predictions
 from halfstep.hub import export_pipeline, import_pipeline, text_conditions
 from halfstep.models.model import Model
 from halfstep.nets import describe_network, with_guidance
+from halfstep.objectives import guidances
 from halfstep.recipes.schema import UNetConfig, make_unet
 from halfstep.runs import Manifest, Outcome
 from halfstep.samplers import sample
@@ -124,7 +125,9 @@ def test_a_dit_whose_guidance_was_taken_in(
 @every_count
 @pytest.mark.parametrize("guidance", [fixed(7.5), {"type": "range", "low": 1.0, "high": 8.0}], ids=["fixed", "range"])
 def test_latent_text_to_image(tmp_path: Path, guidance: dict[str, Any], num_steps: int) -> None:
-    model = as_student(import_pipeline(save_sd(tmp_path / "sd", tmp_path / "tokens")), guidance=guidance)
+    usual = guidances.rebuild(guidance).default_scale
+    teacher = import_pipeline(save_sd(tmp_path / "sd", tmp_path / "tokens"))
+    model = as_student(teacher, guidance=guidance, guidance_scale=usual)
     if guidance["type"] == "range":
         network = with_guidance(model.denoiser.network)
         wake(network)
