@@ -43,17 +43,19 @@ from halfstep.metrics import frechet_of_moments, moments_of
 from halfstep.models.folder import load
 from halfstep.models.model import Model
 from halfstep.nets import describe_network
+from halfstep.objectives import Training
 from halfstep.recipes import build, recipes
-from halfstep.recipes.schema import ChainConfig, EngineConfig, EvaluationConfig, Recipe, TeacherConfig, UNetConfig
+from halfstep.recipes.schema import ChainConfig, EvaluationConfig, Recipe, UNetConfig
 from halfstep.run.cost import count_forward
 from halfstep.run.events import Progress, StageEnd
 from halfstep.run.runner import run
 from halfstep.run.spec import RunSpec
 from halfstep.run.start import fresh_denoiser, trainer_for
-from halfstep.runs import Manifest, RunFolder
+from halfstep.runs import Manifest, Outcome, RunFolder
 from halfstep.runtime.files import cache_folder, read_json, write_json
 from halfstep.runtime.processes import make_accelerator
 from halfstep.runtime.stop import Interrupted, StopSignal
+from halfstep.train.settings import Engine, Precision
 
 PEAK_BF16 = {"H100 80GB HBM3": 989e12, "H100 SXM": 989e12, "H200": 989e12, "A100": 312e12}
 """Dense bfloat16 operations a second, by a part of the card's name; from the makers' data sheets."""
@@ -130,7 +132,7 @@ class Setting(NamedTuple):
     """What is chosen by measurement."""
 
     network: str
-    precision: str
+    precision: Precision
     batch: int
     compiled: bool
 
@@ -144,18 +146,16 @@ def recipe_of(data: str, size: Size, setting: Setting, updates: dict[str, int]) 
         data=DataConfig(source=data, flip=True),
         network=size.networks[setting.network],
         model=recipes["cifar10"]().model,
-        teacher=TeacherConfig(
-            num_updates=updates["teacher"], batch_size=setting.batch, learning_rate=5e-4, anneal=True,
+        teacher=Training(
+            num_updates=updates["teacher"], batch_size=setting.batch, learning_rate=5e-4,
             adam_betas=(0.9, 0.99), warmup_updates=updates["teacher"] // 20, ema_decay=0.999,
         ),
         chain=ChainConfig(
-            start_steps=size.start, students=size.students, num_updates=each, updates_at={1: 2 * each},
-            batch_size=setting.batch, learning_rate=2e-4, adam_betas=(0.9, 0.99),
+            start_steps=size.start, students=size.students, updates_at={1: 2 * each},
+            training=Training(each, 2e-4, setting.batch, adam_betas=(0.9, 0.99)),
         ),
         evaluation=EvaluationConfig(enabled=False),
-        engine=EngineConfig(
-            precision=setting.precision, compile=setting.compiled, log_every=20, checkpoint_minutes=1.0
-        ),
+        engine=Engine(precision=setting.precision, compile=setting.compiled, log_every=20, checkpoint_minutes=1.0),
     )  # fmt: skip
 
 
@@ -163,8 +163,8 @@ def untrained(spec: RunSpec) -> Model:
     """A teacher for trials."""
     made = fresh_denoiser(spec)
     manifest = Manifest(
-        stage="00-denoise", objective="denoise", parent=None, num_steps=None, num_updates=0, seconds=0.0,
-        shape=spec.data.shape, num_classes=spec.num_classes, is_image=True, clip=True,
+        stage="00-denoise", objective="denoise", parent=None, outcome=Outcome(role="teacher"), num_updates=0,
+        seconds=0.0, shape=spec.data.shape, num_classes=spec.num_classes, is_image=True, clip=True,
         network=describe_network(made.network), process=processes.describe(made.process),
         prediction=predictions.describe(made.prediction), files={},
     )  # fmt: skip
@@ -183,7 +183,7 @@ def trial(options: argparse.Namespace, size: Size, setting: Setting, data: Data)
     spec = build(recipe_of(options.data, size, setting, {"teacher": 1000, "chain": 1000}), what="all", data=data)
     found: dict[str, Any] = setting._asdict() | {"first": 0.0}
     for name, stage in (("teacher", spec.plan.stages[0]), ("chain", spec.plan.stages[1])):
-        accelerator = make_accelerator(spec.precision, spec.cpu)
+        accelerator = make_accelerator(spec.engine.precision, spec.engine.cpu)
         parent = untrained(spec).to(accelerator.device) if name == "chain" else None
         trainer = trainer_for(spec, stage, f"trial-{name}", parent, accelerator)
         updates = trainer.run()
@@ -200,8 +200,8 @@ def trial(options: argparse.Namespace, size: Size, setting: Setting, data: Data)
         trainer.check_finite()
         updates.close()
     # Students learn from teachers of two calls, but where a factor is larger: on the average.
-    costs = [stage.update_cost * stage.num_updates for stage in spec.plan.stages[1:]]
-    updates_ = sum(stage.num_updates for stage in spec.plan.stages[1:])
+    costs = [stage.update_cost * stage.training.num_updates for stage in spec.plan.stages[1:]]
+    updates_ = sum(stage.training.num_updates for stage in spec.plan.stages[1:])
     found["chain"] *= sum(costs) / updates_ / spec.plan.stages[1].update_cost
     model = untrained(spec).to(accelerator.device)
     drawn(model, size, 1, setting.precision)
@@ -416,10 +416,10 @@ def share_of_peak(spec: RunSpec, seconds: dict[str, float]) -> dict[str, Any]:
     peak: those of the network calls alone, a backward pass as two forward ones."""
     each = count_forward(spec).flops
     teacher, *students = spec.plan.stages
-    updates = sum(stage.num_updates for stage in students)
+    updates = sum(stage.training.num_updates for stage in students)
     costs = {
         "teacher": teacher.update_cost,
-        "chain": sum(stage.update_cost * stage.num_updates for stage in students) / updates,
+        "chain": sum(stage.update_cost * stage.training.num_updates for stage in students) / updates,
     }
     rates = {name: each * cost / seconds[name] for name, cost in costs.items()}
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""

@@ -7,6 +7,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ from halfstep.core.prediction import V, predictions
 from halfstep.data import MemoryData
 from halfstep.models.model import Model
 from halfstep.nets import UNet2D, describe_network, unet2d_config
-from halfstep.objectives import Halving, Plan, Stage
+from halfstep.objectives import Halving, Plan, Stage, Training
 from halfstep.recipes import recipes
 from halfstep.recipes.schema import UNetConfig
 from halfstep.run.spec import RunSpec
-from halfstep.runs import Manifest
+from halfstep.runs import Manifest, Outcome
 from halfstep.runtime.environment import environment
+from halfstep.train.settings import Engine
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results" / "benchmarks"
 
@@ -82,8 +84,8 @@ def model_of(name: str) -> Model:
     made = denoiser(name).eval()
     channels, side = SIZES[name]
     manifest = Manifest(
-        stage="benchmark", objective="denoise", parent=None, num_steps=None, num_updates=1, seconds=0.0,
-        shape=(channels, side, side), is_image=True, clip=True, network=describe_network(made.network),
+        stage="benchmark", objective="denoise", parent=None, outcome=Outcome(role="teacher"), num_updates=1,
+        seconds=0.0, shape=(channels, side, side), is_image=True, clip=True, network=describe_network(made.network),
         process=processes.describe(made.process), prediction=predictions.describe(made.prediction), files={},
     )  # fmt: skip
     return Model(made, manifest)
@@ -91,18 +93,17 @@ def model_of(name: str) -> Model:
 
 def halving(batch: int, num_updates: int = 10**9, ema_decay: float = 0.999, num_steps: int = 8) -> Stage:
     """A stage of the chain with a moving average, whose updates cost the same at any number of steps."""
-    return Stage(
-        Halving(num_steps), num_updates=num_updates, batch_size=batch, learning_rate=1e-4, anneal=False,
-        ema_decay=ema_decay,
-    )  # fmt: skip
+    return Stage(Halving(num_steps), Training(num_updates, 1e-4, batch, anneal=False, ema_decay=ema_decay))
 
 
 def spec_of(name: str, stage: Stage, **changes: Any) -> RunSpec:
-    """A run of one stage on random images, from `network` or `teacher` as `changes` say."""
+    """A run of one stage on random images, from `network` or `teacher` and with an engine as `changes` say."""
     changes.setdefault("data", images(name))
+    engine = {each.name: changes.pop(each.name) for each in fields(Engine) if each.name in changes}
     return RunSpec(
-        recipe={"name": "benchmark"}, plan=Plan((stage,)), process=VPCosine(), prediction=V(), clip=True, **changes
-    )
+        recipe={"name": "benchmark"}, plan=Plan((stage,)), process=VPCosine(), prediction=V(), clip=True,
+        engine=Engine(trackers=(), **engine), **changes,
+    )  # fmt: skip
 
 
 def images(name: str, count: int = 2048) -> MemoryData:

@@ -62,7 +62,7 @@ def cost(trainer: StageTrainer, writer: CheckpointWriter, rounds: int, seconds: 
 def measured(name: str, batch: int, device: str, rounds: int, where: Path | None) -> dict[str, Any]:
     """A network's row."""
     spec = spec_of(name, halving(batch, ema_decay=0.99), teacher=model_of(name), cpu=device == "cpu")
-    trainer = trainer_for(spec, spec.plan.stages[0], "bench", spec.teacher, make_accelerator(cpu=spec.cpu))
+    trainer = trainer_for(spec, spec.plan.stages[0], "bench", spec.teacher, make_accelerator(cpu=spec.engine.cpu))
     next(trainer.run())
     state = trainer.state()
     with tempfile.TemporaryDirectory(dir=where, prefix="halfstep-io-") as made:

@@ -33,7 +33,7 @@ import torch
 
 from common import arguments, halving, images, model_of, network, parsed, show, spec_of, write
 from halfstep.data import MemoryData
-from halfstep.objectives import Denoising, Plan
+from halfstep.objectives import Denoising, Plan, Stage
 from halfstep.run.cost import count_forward, memory_of_update
 from halfstep.run.events import Progress, StageStart
 from halfstep.run.runner import run
@@ -79,12 +79,17 @@ def settings_of(name: str) -> list[tuple[str, str]]:
     ]
 
 
+def one_update(stage: Stage) -> Stage:
+    """The stage, cut short."""
+    return dataclasses.replace(stage, training=dataclasses.replace(stage.training, num_updates=1))
+
+
 def chain_for(name: str, kind: str, setting: str, batch: int, updates: int, cpu: bool, data: MemoryData) -> RunSpec:
     """A run that ends in the stage that is measured: a teacher alone, or one of an update and a student of it."""
     changes = dict(SETTINGS[kind][setting])
     last = halving(batch, num_updates=updates, ema_decay=changes.pop("ema_decay", 0.99))
     teacher = dataclasses.replace(last, objective=Denoising())
-    plan = Plan((teacher,) if kind == "denoise" else (dataclasses.replace(teacher, num_updates=1), last))
+    plan = Plan((teacher,) if kind == "denoise" else (one_update(teacher), last))
     if "micro" in changes:
         changes["micro_batch"] = max(1, batch // changes.pop("micro"))
     spec = spec_of(name, last, data=data, network=lambda: network(name), cpu=cpu, log_every=1, **changes)
@@ -161,7 +166,7 @@ def counted(name: str, kind: str, setting: str, batch: int) -> dict[str, float]:
     if kind == "halve":
         # A dry run of a chain from this teacher.
         spec = dataclasses.replace(spec, network=None, teacher=model_of(name))
-    memory = memory_of_update(stage, count_forward(spec), spec.micro_batch, spec.optimizer, spec.teacher_precision)
+    memory = memory_of_update(stage, count_forward(spec), spec.engine, {})
     return {part: size / MB for part, size in memory._asdict().items()} | {"peak": sum(memory) / MB}
 
 

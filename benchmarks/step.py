@@ -25,11 +25,11 @@ from torch import Tensor
 
 from common import arguments, denoiser, halving, images, median, median_ratio, parsed, repeated, timed, write
 from halfstep.data import MemoryData, held_on, training_batch
-from halfstep.models.students import copy_denoiser
-from halfstep.nets import set_dropout
+from halfstep.nets import copy_denoiser, set_dropout
 from halfstep.runtime.processes import make_accelerator
 from halfstep.train.engine import StageTrainer, compile_networks
 from halfstep.train.optimizers import make_optimizer
+from halfstep.train.settings import Engine
 
 NUM_STEPS = 8
 BATCH = {"digits": 64, "fashion_mnist": 64, "cifar10": 16, "tiny": 8}
@@ -43,7 +43,8 @@ def ours(name: str, data: MemoryData, precision: str, compiled: bool, device: st
     trainer = StageTrainer(
         copy_denoiser(teacher), teacher, halving(batch, num_steps=NUM_STEPS),
         lambda draw: training_batch(near, draw, False),
-        seed=0, stream="bench", accelerator=accelerator, compiled=compiled, ahead=0 if device == "cpu" else 3,
+        seed=0, stream="bench", accelerator=accelerator, engine=Engine(compile=compiled),
+        ahead=0 if device == "cpu" else 3,
     )  # fmt: skip
     updates = trainer.run()
     return lambda: next(updates)
@@ -58,7 +59,7 @@ def bare(
     if compiled:
         compile_networks(teacher)
         compile_networks(student)
-    optimizer = make_optimizer("adamw", list(student.parameters()), halving(batch, num_steps=NUM_STEPS))
+    optimizer = make_optimizer("adamw", list(student.parameters()), halving(batch).training)
     x0 = data.fetch(torch.arange(batch)).x0.to(device)
     time = torch.full((batch,), 0.5, device=device)
     kind = torch.device(device).type

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from halfstep.objectives import Role
 from halfstep.recipes import build, recipes
 from halfstep.recipes.schema import data_or_stand_in
 from halfstep.run.cost import count_forward
@@ -66,18 +67,23 @@ def priced() -> str:
         updates = {"train": 0, "to 4": 0}
         to_four = 0.0
         for stage in spec.plan.stages:
-            part = "train" if stage.num_steps is None else "distil"
-            work[part] += forward.flops * stage.update_cost * stage.num_updates
-            if stage.num_steps is None or stage.num_steps >= 4:
-                updates["train" if stage.num_steps is None else "to 4"] += stage.num_updates
-                to_four += 0.0 if stage.num_steps is None else forward.flops * stage.update_cost * stage.num_updates
+            number = stage.training.num_updates
+            flops = forward.flops * stage.update_cost * number
+            if stage.objective.outcome.role is Role.TEACHER:
+                work["train"] += flops
+                updates["train"] += number
+                continue
+            work["distil"] += flops
+            if (stage.num_steps or 0) >= 4:
+                updates["to 4"] += number
+                to_four += flops
         stage = spec.plan.stages[-1]
         update = forward.flops * stage.update_cost / devices / (PEAK * SHARE)
         traffic = 2 * (devices - 1) / devices * 4 * forward.parameters / LINK
         rows.append(
             {
                 "recipe": name, "M parameters": forward.parameters / 1e6, "GFLOP a forward pass": forward.flops / 1e9,
-                "batch": stage.batch_size, "EFLOP to train": work["train"] / 1e18,
+                "batch": stage.training.batch_size, "EFLOP to train": work["train"] / 1e18,
                 "EFLOP to distil": work["distil"] / 1e18, "distil / train": work["distil"] / work["train"],
                 "to 4 steps / train": to_four / work["train"],
                 "in updates": updates["to 4"] / updates["train"],

@@ -37,8 +37,9 @@ def main(teacher_updates: int = 3000, student_updates: int = 1000) -> tuple[floa
     network = MLP((2, HORIZON), width=192, depth=3, cond_width=4)
     teacher = halfstep.NetworkDenoiser(network, halfstep.VPCosine(), halfstep.V())
     data = batches()
-    halfstep.fit(teacher, data, num_updates=teacher_updates, batch_size=256, learning_rate=2e-3)
-    student = halfstep.distill(teacher, data, to=2, start=16, num_updates=student_updates, learning_rate=1e-3)
+    training = halfstep.Training(teacher_updates, 2e-3, 256, warmup_updates=teacher_updates // 20, ema_decay=0.995)
+    halfstep.fit(teacher, data, training)
+    student = halfstep.distill(teacher, data, to=2, start=16, training=halfstep.Training(student_updates, 1e-3))
     _, seen = demonstrations(500, seed=1)
     noise = halfstep.sample_noise(range(500), (2, HORIZON))
     goal = seen["observation"][:, 2:]

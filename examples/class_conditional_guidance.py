@@ -39,17 +39,17 @@ class Digits:
 def main(teacher_updates: int = 1500, student_updates: int = 600, start: int = 32) -> tuple[float, float]:
     """Distances of student and undistilled guided teacher, both at 4 steps, from the guided teacher at `start`."""
     teacher = make_teacher()
-    halfstep.fit(teacher, Digits(drop=0.2, seed=0), num_updates=teacher_updates, batch_size=128, learning_rate=2e-3)
+    training = halfstep.Training(teacher_updates, 2e-3, warmup_updates=teacher_updates // 20, ema_decay=0.995)
+    halfstep.fit(teacher, Digits(drop=0.2, seed=0), training)
     null = {"class_labels": torch.tensor(NONE)}
     student = halfstep.distill(
-        teacher, Digits(drop=0.0, seed=1), to=4, start=start, guidance=SCALE, null=null,
-        num_updates=student_updates, matching_updates=2 * student_updates, learning_rate=1e-3,
+        teacher, Digits(drop=0.0, seed=1), to=4, start=start, guidance=halfstep.FixedGuidance(SCALE), null=null,
+        training=halfstep.Training(student_updates, 1e-3), matching=halfstep.Training(2 * student_updates, 1e-3),
     )  # fmt: skip
     guided = halfstep.Clipped(halfstep.Guided(teacher, null, SCALE))  # two calls a step
     noise, cond = halfstep.sample_noise(range(100), (1, 8, 8)), {"class_labels": torch.arange(100) % 10}
     slow = halfstep.sample(guided, noise, start, cond=cond)
-    fast = halfstep.sample(halfstep.Clipped(student), noise, 4, cond=cond)
-    coarse = halfstep.sample(guided, noise, 4, cond=cond)
+    fast, coarse = (halfstep.sample(m, noise, 4, cond=cond) for m in (halfstep.Clipped(student), guided))
     distances = [float((x - slow).square().mean().sqrt()) for x in (fast, coarse)]
     print(f"from {start} steps of it: student, 4 calls, {distances[0]:.3f}; teacher, 8 calls, {distances[1]:.3f}")
     return distances[0], distances[1]

@@ -24,10 +24,9 @@ def main(teacher_updates: int = 3000, student_updates: int = 1000, shift: float 
     # x_t = (1 - s) x0 + s eps with s = shift t / (1 + (shift - 1) t); the network puts out eps - x0.
     process, velocity = halfstep.FlowMatching(shift), halfstep.FlowVelocity()
     teacher = halfstep.NetworkDenoiser(MLP((2,), width=96, depth=3), process, velocity)
-    halfstep.fit(teacher, points, num_updates=teacher_updates, batch_size=256, learning_rate=3e-3)
-    student = halfstep.distill(
-        teacher, points, to=4, start=64, num_updates=student_updates, batch_size=256, learning_rate=1e-3
-    )
+    training = halfstep.Training(teacher_updates, 3e-3, 256, warmup_updates=teacher_updates // 20, ema_decay=0.995)
+    halfstep.fit(teacher, points, training)
+    student = halfstep.distill(teacher, points, to=4, start=64, training=halfstep.Training(student_updates, 1e-3, 256))
     assert (student.process, student.prediction) == (process, velocity)
     noise = halfstep.sample_noise(range(1000), (2,))
     slow = halfstep.sample(teacher, noise, 64)

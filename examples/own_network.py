@@ -28,8 +28,7 @@ class MyNetwork(nn.Module):
         """The raw residual F `[batch, 2]`."""
         sigma = self.process.alpha_sigma(time)[1][:, None]
         scaled, noise = x_t / torch.sqrt(sigma**2 + SIGMA_DATA**2), sigma.log() / 4
-        output: Tensor = self.layers(torch.cat([scaled, noise, noise.sin()], dim=1))
-        return output
+        return self.layers(torch.cat([scaled, noise, noise.sin()], dim=1))
 
 
 class Spiral:
@@ -45,8 +44,9 @@ def main(teacher_updates: int = 4000, student_updates: int = 1000, out: str = "o
     torch.manual_seed(0)
     process = halfstep.VE(sigma_min=0.01, sigma_max=20.0)
     teacher = halfstep.NetworkDenoiser(MyNetwork(process), process, halfstep.EDM(SIGMA_DATA))
-    halfstep.fit(teacher, Spiral(), num_updates=teacher_updates, batch_size=256, learning_rate=2e-3)
-    student = halfstep.distill(teacher, Spiral(), to=4, start=64, num_updates=student_updates, learning_rate=1e-3)
+    training = halfstep.Training(teacher_updates, 2e-3, 256, warmup_updates=teacher_updates // 20, ema_decay=0.995)
+    halfstep.fit(teacher, Spiral(), training)
+    student = halfstep.distill(teacher, Spiral(), to=4, start=64, training=halfstep.Training(student_updates, 1e-3))
     save_file(student.network.state_dict(), out)
     noise = process.start_scale * halfstep.sample_noise(range(1000), (2,))
     slow = halfstep.sample(teacher, noise, 64)

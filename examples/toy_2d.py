@@ -41,9 +41,7 @@ def main(teacher_updates: int = 3000, student_updates: int = 1000) -> tuple[floa
     """Distances of student and undistilled teacher, both at 4 steps, from the teacher at 64, from the same noise."""
     points = moons(4096, seed=0)
     teacher = train_teacher(points, teacher_updates)
-    student = halfstep.distill(
-        teacher, points, to=4, start=64, num_updates=student_updates, batch_size=256, learning_rate=1e-3
-    )
+    student = halfstep.distill(teacher, points, to=4, start=64, training=halfstep.Training(student_updates, 1e-3, 256))
     noise = halfstep.sample_noise(range(1000), (2,))
     slow = halfstep.sample(teacher, noise, 64)
     distances = [float((halfstep.sample(m, noise, 4) - slow).square().mean().sqrt()) for m in (student, teacher)]

@@ -3,7 +3,6 @@
 A fork server imports torch once, so that each team costs a fraction of a second for a process.
 """
 
-import dataclasses
 import math
 import multiprocessing
 import os
@@ -32,16 +31,16 @@ from halfstep.data import MemoryData, training_batch
 from halfstep.measure import curve
 from halfstep.measure.evaluate import Evaluation
 from halfstep.models.folder import load
-from halfstep.models.students import copy_denoiser
-from halfstep.nets import MLP, UNet2D, unet2d_config
-from halfstep.objectives import EarlyEnd, Plan, Stage, objectives
+from halfstep.nets import MLP, UNet2D, copy_denoiser, unet2d_config
+from halfstep.objectives import EarlyEnd, Plan, Stage, Training, objectives
 from halfstep.run.events import Progress
 from halfstep.run.runner import run
 from halfstep.runs import RunFolder
 from halfstep.runtime.processes import FailedElsewhere, Processes, exit_code, leave, make_accelerator
 from halfstep.runtime.stop import Interrupted, StopSignal
 from halfstep.train.engine import StageTrainer
-from toys import Poisoned, finish, one_stage, points, toy_plan, toy_spec
+from halfstep.train.settings import Engine, Sharding
+from toys import Poisoned, finish, one_stage, points, toy_plan, toy_spec, tuned
 
 Work = Callable[..., Any]
 
@@ -115,7 +114,7 @@ def denoiser(seed: int = 0, width: int = 16) -> NetworkDenoiser:
     return NetworkDenoiser(MLP((2,), width=width, depth=2), VPCosine(), V())
 
 
-def trainer(stage: Stage, sharding: str = "none", micro_batch: int | None = None) -> StageTrainer:
+def trainer(stage: Stage, sharding: Sharding = "none", micro_batch: int | None = None) -> StageTrainer:
     """A stage of 50 updates or so on the toy's points, the same on any number of processes."""
     student = denoiser()
     teacher = copy_denoiser(student) if stage.objective.needs_teacher else None
@@ -128,15 +127,14 @@ def trainer(stage: Stage, sharding: str = "none", micro_batch: int | None = None
         seed=0,
         stream="01",
         accelerator=make_accelerator(cpu=True),
-        micro_batch=micro_batch,
-        sharding=sharding,
+        engine=Engine(micro_batch=micro_batch, sharding=sharding),
     )
 
 
 def halving(num_updates: int = 50, **changes: Any) -> Stage:
     """A halving of 4 steps to 2, with a moving average and gradients that are clipped."""
-    stage = Plan.halvings(4, 2, num_updates=num_updates, batch_size=24, learning_rate=1e-3, updates_at={}).stages[0]
-    return dataclasses.replace(stage, **({"ema_decay": 0.9, "grad_clip": 0.05} | changes))
+    stage = Plan.halvings(4, 2, Training(num_updates, 1e-3, batch_size=24), updates_at={}).stages[0]
+    return tuned(stage, **({"ema_decay": 0.9, "grad_clip": 0.05} | changes))
 
 
 def flat(network: nn.Module) -> torch.Tensor:
@@ -144,7 +142,7 @@ def flat(network: nn.Module) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in network.parameters()])
 
 
-def trained(sharding: str, micro_batch: int | None, stage: Stage, cut_at: int | None = None) -> dict[str, Any]:
+def trained(sharding: Sharding, micro_batch: int | None, stage: Stage, cut_at: int | None = None) -> dict[str, Any]:
     """What training a stage gives, if it is cut after an update and goes on in a new trainer from the saved state."""
     made = trainer(stage, sharding, micro_batch)
     for update in made.run():
@@ -185,7 +183,7 @@ def _from_first(state: dict[str, dict[str, torch.Tensor]]) -> dict[str, dict[str
     }
 
 
-def all_trainings(cases: list[tuple[str, int | None, Stage, int | None]]) -> list[dict[str, Any]]:
+def all_trainings(cases: list[tuple[Sharding, int | None, Stage, int | None]]) -> list[dict[str, Any]]:
     """`trained` of each case."""
     from halfstep.train import sharding
 
@@ -201,13 +199,14 @@ def shares() -> list[float]:
     sharding.UNIT = 500
     made = trainer(halving(2), "full")
     list(made.run())
-    assert made._models.teacher is not None
-    assert made._ema is not None
+    student = made.student
+    assert made._teacher is not None
+    assert student._ema is not None
     held = {
-        "student": list(made._network.parameters()),
-        "teacher": list(made._models.teacher.parameters()),
-        "average": list(made._ema.state_dict().values()),
-        "moments": [value for entry in made._optimizer.state_dict()["state"].values() for value in entry.values()],
+        "student": list(student.network.parameters()),
+        "teacher": list(made._teacher.parameters()),
+        "average": list(student._ema.state_dict().values()),
+        "moments": [value for entry in student._optimizer.state_dict()["state"].values() for value in entry.values()],
     }
     return [
         sum(value.to_local().numel() if isinstance(value, DTensor) else value.numel() for value in values)
@@ -216,11 +215,12 @@ def shares() -> list[float]:
     ]
 
 
-def sends(sharding: str) -> list[int]:
+def sends(sharding: Sharding) -> list[int]:
     """How often gradients are sent in each of three updates of three micro batches."""
     made = trainer(halving(4), sharding, micro_batch=4)
     counts = [0]
-    if isinstance(made._network, nn.parallel.DistributedDataParallel):
+    wrapped = made.student._wrapped
+    if isinstance(wrapped, nn.parallel.DistributedDataParallel):
         average = made.processes.count
 
         def hook(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -228,7 +228,7 @@ def sends(sharding: str) -> list[int]:
             sent = dist.all_reduce(bucket.buffer().div_(average), async_op=True).get_future()
             return sent.then(lambda done: done.value()[0])
 
-        made._network.register_comm_hook(None, hook)
+        wrapped.register_comm_hook(None, hook)
     else:
         real = _fsdp_collectives.foreach_reduce
 
@@ -259,7 +259,7 @@ def early(cut_at: int | None = None) -> list[float]:
 def engine_cases() -> dict[str, Any]:
     """What the tests of the engine ask of two processes, in one go."""
     stage = halving()
-    trainings = [
+    trainings: list[tuple[Sharding, int | None, Stage, int | None]] = [
         ("none", None, stage, None),
         ("none", 5, stage, 20),
         ("full", 5, stage, None),

@@ -2,7 +2,7 @@
 
 import dataclasses
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,11 +14,25 @@ from halfstep.core.noise import VPCosine
 from halfstep.core.prediction import V
 from halfstep.data import MemoryData
 from halfstep.nets import MLP
-from halfstep.objectives import Batch, Denoising, Losses, Models, Objective, Plan
+from halfstep.objectives import (
+    STUDENT,
+    Batch,
+    Denoising,
+    Evals,
+    Losses,
+    Models,
+    Objective,
+    Outcome,
+    Plan,
+    Role,
+    Stage,
+    Training,
+)
 from halfstep.run.events import Notice
 from halfstep.run.runner import run
 from halfstep.run.spec import RunSpec
 from halfstep.runtime.stop import StopSignal
+from halfstep.train.settings import Engine
 
 # Options of the command line that make a run of any recipe last a second.
 TINY = [
@@ -46,13 +60,18 @@ def points(num: int = 200) -> torch.Tensor:
 
 def toy_plan(teacher_updates: int = 40, student_updates: int = 30, dropout: float = 0.1) -> Plan:
     """A teacher with dropout and a moving average, and two students."""
-    return Plan.teacher(
-        num_updates=teacher_updates, batch_size=16, learning_rate=2e-3, warmup_updates=5, ema_decay=0.9, dropout=dropout
-    ) + Plan.halvings(4, 1, num_updates=student_updates, batch_size=16, learning_rate=1e-3, updates_at={})
+    teacher = Training(teacher_updates, 2e-3, 16, warmup_updates=5, anneal=False, ema_decay=0.9, dropout=dropout)
+    return Plan.of(Denoising(), teacher) + Plan.halvings(4, 1, Training(student_updates, 1e-3, 16), updates_at={})
+
+
+def tuned(stage: Stage, **changes: Any) -> Stage:
+    """The stage with hyperparameters replaced."""
+    return dataclasses.replace(stage, training=dataclasses.replace(stage.training, **changes))
 
 
 def toy_spec(**changes: Any) -> RunSpec:
-    """The run of `toy_plan`, with anything replaced."""
+    """The run of `toy_plan`, with anything replaced in it or in its engine."""
+    engine = {field.name: changes.pop(field.name) for field in dataclasses.fields(Engine) if field.name in changes}
     spec = RunSpec(
         recipe={"name": "toy", "seed": 0},
         plan=toy_plan(),
@@ -61,9 +80,7 @@ def toy_spec(**changes: Any) -> RunSpec:
         prediction=V(),
         network=lambda: MLP((2,), width=16, depth=1),
         start_steps=4,
-        log_every=5,
-        checkpoint_updates=3,
-        cpu=True,
+        engine=Engine(**{"log_every": 5, "checkpoint_updates": 3, "cpu": True, "trackers": (), **engine}),
     )
     return dataclasses.replace(spec, **changes)
 
@@ -99,8 +116,12 @@ class Poisoned(Objective):
     needs_teacher: ClassVar[bool] = False
 
     @property
-    def teacher_evals(self) -> int:
-        return 0
+    def outcome(self) -> Outcome:
+        return Outcome(Role.TEACHER)
+
+    @property
+    def evals(self) -> Mapping[str, Evals]:
+        return {STUDENT: Evals(1, 1)}
 
     def loss(self, models: Models, batch: Batch, draw: Draw) -> Losses:
         losses = Denoising().loss(models, batch, draw)

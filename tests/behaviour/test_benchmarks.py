@@ -110,7 +110,7 @@ def test_memory(modules: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     # Counted is exact, whatever this process holds already: what is computed again is not kept.
     assert again["counted activations"] < plain["counted activations"]
     for row in result["rows"]:
-        parts = ("weights", "gradients", "moments", "average", "teacher", "activations")
+        parts = ("weights", "gradients", "moments", "average", "teacher", "helpers", "activations")
         assert row["counted peak"] == pytest.approx(sum(row[f"counted {part}"] for part in parts), abs=0.05)
         parts = ("weights", "moments", "pass")
         assert row["measured peak"] == pytest.approx(sum(row[f"measured {part}"] for part in parts), abs=0.05)

@@ -13,16 +13,15 @@ from halfstep.core.noise import VPCosine
 from halfstep.core.prediction import V
 from halfstep.models.folder import load
 from halfstep.nets import MLP
-from halfstep.objectives import EarlyEnd, Halving, Plan
-from halfstep.run import distill
-from halfstep.run.distill import as_batches
+from halfstep.objectives import Denoising, EarlyEnd, Halving, Plan, Stage, Training
+from halfstep.run.distill import as_batches, distill
 from halfstep.run.events import Progress
 from halfstep.run.runner import run
 from halfstep.runs import RunFolder, read_log
 from halfstep.runtime.processes import make_accelerator
 from halfstep.samplers import sample
 from halfstep.train.engine import StageTrainer
-from toys import finish, toy_plan, toy_spec, weights
+from toys import finish, toy_plan, toy_spec, tuned, weights
 
 STUDENTS = ("01-halve-0008", "02-halve-0004", "03-halve-0002", "04-halve-0001")
 
@@ -30,8 +29,8 @@ STUDENTS = ("01-halve-0008", "02-halve-0004", "03-halve-0002", "04-halve-0001")
 def _long(**changes: object) -> Plan:
     """A teacher and four students, each of few updates."""
     teacher = toy_plan(teacher_updates=10).stages[:1]
-    students = Plan.halvings(16, 1, num_updates=6, batch_size=16, learning_rate=1e-3, updates_at={}).stages
-    return Plan(teacher + tuple(dataclasses.replace(stage, **changes) for stage in students))  # type: ignore[arg-type]
+    students = Plan.halvings(16, 1, Training(6, 1e-3, 16), updates_at={}).stages
+    return Plan(teacher + tuple(tuned(stage, **changes) for stage in students))
 
 
 def _weights_there(path: Path) -> set[str]:
@@ -46,7 +45,7 @@ def uncut(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_chain_of_uneven_factors_trains_each_student_on_its_own_number_of_teacher_steps(tmp_path: Path) -> None:
-    chain = Plan.halvings(24, students=(8, 4, 1), num_updates=4, batch_size=16, learning_rate=1e-3, updates_at={})
+    chain = Plan.halvings(24, 1, Training(4, 1e-3, 16), students=(8, 4, 1), updates_at={})
     assert [s.objective.num_teacher_steps for s in chain.stages if isinstance(s.objective, Halving)] == [3, 2, 4]
     plan = Plan(toy_plan(teacher_updates=5).stages[:1]) + chain
     finish(toy_spec(plan=plan, start_steps=24), tmp_path / "run")
@@ -113,7 +112,7 @@ RULE = EarlyEnd(window=5, patience=2, min_drop=0.5)
 def _early() -> Plan:
     """The toy plan with students that may end early."""
     teacher, *students = toy_plan().stages
-    return Plan((teacher, *(dataclasses.replace(stage, num_updates=60, early_end=RULE) for stage in students)))
+    return Plan((teacher, *(tuned(stage, num_updates=60, early_end=RULE) for stage in students)))
 
 
 def test_a_stage_whose_loss_has_stopped_falling_ends_by_its_rule(tmp_path: Path) -> None:
@@ -146,7 +145,7 @@ def test_a_stage_that_ends_early_is_the_same_after_a_cut(tmp_path: Path, update:
 
 
 def test_a_rule_that_never_holds_changes_nothing(tmp_path: Path) -> None:
-    never = Plan(tuple(dataclasses.replace(s, early_end=EarlyEnd(5, 1000)) for s in toy_plan().stages))
+    never = Plan(tuple(tuned(s, early_end=EarlyEnd(1000, 5)) for s in toy_plan().stages))
     finish(toy_spec(plan=never), tmp_path / "never")
     finish(toy_spec(), tmp_path / "plain")
     assert weights(tmp_path / "never") == weights(tmp_path / "plain")
@@ -158,7 +157,7 @@ def test_one_step_of_a_quartering_student_is_nearer_to_four_steps_of_its_teacher
     trainer = StageTrainer(
         NetworkDenoiser(MLP((2,), width=32, depth=2), VPCosine(), V()),
         None,
-        Plan.teacher(num_updates=300, batch_size=64, learning_rate=3e-3, anneal=True, ema_decay=0.0).stages[0],
+        Stage(Denoising(), Training(300, 3e-3, batch_size=64)),
         as_batches(data, torch.device("cpu"))[0],
         seed=0,
         stream="teacher",
@@ -167,7 +166,7 @@ def test_one_step_of_a_quartering_student_is_nearer_to_four_steps_of_its_teacher
     for _ in trainer.run():
         pass
     teacher = trainer.finish()
-    plan = Plan.halvings(4, 1, factor=4, num_updates=400, batch_size=64, learning_rate=2e-3, updates_at={})
+    plan = Plan.halvings(4, 1, Training(400, 2e-3, batch_size=64), factor=4, updates_at={})
     student = distill(teacher, data, start=4, to=1, plan=plan)
     noise = torch.randn(256, 2, generator=torch.Generator().manual_seed(2))
     landed = sample(student, noise, 1)

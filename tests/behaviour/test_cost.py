@@ -1,19 +1,18 @@
 """What a dry run counts is what happens: parameters, arithmetic, memory, and what stands in for data."""
 
-import dataclasses
-
 import pytest
 import torch
 
 from halfstep.data import DataConfig, StandIn
 from halfstep.nets import MLP
-from halfstep.objectives import Plan
+from halfstep.objectives import Plan, Training
 from halfstep.recipes import Recipe, build, recipes
 from halfstep.recipes.paper import PAPER_CIFAR10
 from halfstep.recipes.schema import DataFacts, UNetConfig, data_or_stand_in
 from halfstep.run import cost
 from halfstep.run.cost import Memory, count_forward, memory_of_update, time_updates
-from toys import toy_plan, toy_spec
+from halfstep.train.settings import Engine
+from toys import toy_plan, toy_spec, tuned
 
 PAPER = [name for name in recipes if name.endswith("_paper")]
 
@@ -50,11 +49,11 @@ def test_the_memory_of_an_update_counts_every_copy_of_the_weights_and_one_micro_
     teacher, student = toy_plan().stages[:2]
     weights = 4 * forward.parameters
     # weights, gradients, two moments, and the average of the one, the teacher of the other
-    assert states(memory_of_update(teacher, forward, None)) == 5 * weights
-    assert states(memory_of_update(student, forward, None)) == 5 * weights
-    assert states(memory_of_update(dataclasses.replace(teacher, ema_decay=0.0), forward, None)) == 4 * weights
-    assert memory_of_update(teacher, forward, 4).activations == 4 * forward.saved_bytes
-    assert memory_of_update(teacher, forward, 10**6).activations == 16 * forward.saved_bytes
+    assert states(memory_of_update(teacher, forward, Engine(), {})) == 5 * weights
+    assert states(memory_of_update(student, forward, Engine(), {})) == 5 * weights
+    assert states(memory_of_update(tuned(teacher, ema_decay=0.0), forward, Engine(), {})) == 4 * weights
+    assert memory_of_update(teacher, forward, Engine(micro_batch=4), {}).activations == 4 * forward.saved_bytes
+    assert memory_of_update(teacher, forward, Engine(micro_batch=10**6), {}).activations == 16 * forward.saved_bytes
 
 
 def test_a_forward_pass_is_counted_on_the_meta_device_whatever_its_size() -> None:
@@ -70,7 +69,7 @@ def test_a_forward_pass_is_counted_on_the_meta_device_whatever_its_size() -> Non
 
 
 def test_a_large_update_is_extrapolated_from_smaller_ones() -> None:
-    spec = toy_spec(plan=Plan(tuple(dataclasses.replace(s, batch_size=512) for s in toy_plan().stages)))
+    spec = toy_spec(plan=Plan(tuple(tuned(s, batch_size=512) for s in toy_plan().stages)))
     forward = count_forward(spec)
     assert time_updates(spec, forward).batch_size == 512
 
@@ -80,16 +79,16 @@ def test_the_extrapolated_time_is_that_of_an_update_with_a_cost_of_its_own_and_o
     own: float, each: float, timed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the cost of its own hides that of a sample, larger batches are tried until it shows."""
-    spec = toy_spec(plan=Plan(tuple(dataclasses.replace(s, batch_size=512) for s in toy_plan().stages)))
+    spec = toy_spec(plan=Plan(tuple(tuned(s, batch_size=512) for s in toy_plan().stages)))
     slow = count_forward(spec)._replace(flops=int(1e11 / 3 / 4))
-    monkeypatch.setattr(cost, "_seconds", lambda spec, stage: own + each * stage.batch_size)
+    monkeypatch.setattr(cost, "_seconds", lambda spec, stage: own + each * stage.training.batch_size)
     rate = time_updates(spec, slow)
     assert rate.batch_size == timed
     assert rate.seconds == pytest.approx(own + each * 512)
 
 
 def test_a_student_s_update_costs_its_teacher_s_steps_more() -> None:
-    chain = Plan.halvings(12, students=(6, 2), num_updates=1, batch_size=10, learning_rate=1.0)
+    chain = Plan.halvings(12, training=Training(1, 1.0, batch_size=10), students=(6, 2))
     assert [stage.update_cost for stage in chain.stages] == [50.0, 60.0]
 
 
@@ -125,18 +124,20 @@ def test_the_papers_recipes_make_a_run_and_cost_what_the_paper_says(name: str) -
         recipe, data=StandIn("here", facts.shape, facts.num_samples, tuple(map(str, range(facts.num_classes))))
     )
     teacher, *students = spec.plan.stages
-    assert teacher.num_updates == {"c": 800_000, "i": 550_000, "l": 400_000}[name[0]]
-    assert sum(s.num_updates for s in students if (s.num_steps or 0) >= 4) <= teacher.num_updates
-    assert [s.num_updates for s in students[-2:]] == [100_000, 100_000]
+    assert teacher.training.num_updates == {"c": 800_000, "i": 550_000, "l": 400_000}[name[0]]
+    assert sum(s.training.num_updates for s in students if (s.num_steps or 0) >= 4) <= teacher.training.num_updates
+    assert [s.training.num_updates for s in students[-2:]] == [100_000, 100_000]
     assert recipe.network.num_train_timesteps >= recipe.chain.start_steps  # type: ignore[union-attr]
-    assert all(not s.weight_decay and not s.dropout and not s.ema_decay and s.anneal for s in students)
+    trainings = [s.training for s in students]
+    assert all(not t.weight_decay and not t.dropout and not t.ema_decay and t.anneal for t in trainings)
 
 
 def test_settings_of_a_chain_that_say_nothing_are_refused() -> None:
+    idle = {"num_updates": 5, "learning_rate": 1e-3, "early_end": {"window": 7}}
     for settings, said in (
-        ({"early_window": 7}, "early_window 7 does nothing without early_end"),
+        ({"training": idle}, r"early_end\.window 7 has no effect without early_end\.patience\. Add it"),
         ({"students": (8, 4), "end_steps": 2}, "the students end at 4 steps: leave end_steps 2 out"),
-        ({"students": (8, 4), "factor": 4}, "a factor of 4 says nothing"),
+        ({"students": (8, 4), "factor": 4}, "so a factor of 4 has no effect: leave it out"),
     ):
         with pytest.raises(ValueError, match=said):
             recipes["arrays"]().chain.model_validate(settings)
@@ -159,12 +160,12 @@ PUBLISHED = {
 def test_the_papers_recipes_have_the_authors_settings(name: str) -> None:
     batch, rate, decay, dropout, chain_rate, start, prediction = PUBLISHED[name]
     recipe = recipes[name]()
-    teacher, chain = recipe.teacher, recipe.chain
+    teacher, chain = recipe.teacher, recipe.chain.training
     assert (teacher.batch_size, teacher.learning_rate) == (batch, rate)
     assert (teacher.weight_decay, teacher.dropout, teacher.ema_decay) == (decay, dropout, 0.9999)
     assert (teacher.warmup_updates, teacher.anneal, teacher.grad_clip) == (1000, False, 1.0)
     assert (chain.batch_size, chain.learning_rate, chain.warmup_updates) == (batch, chain_rate, 0)
-    assert (chain.start_steps, chain.num_updates, chain.grad_clip) == (start, 50_000, 1.0)
+    assert (recipe.chain.start_steps, chain.num_updates, chain.grad_clip) == (start, 50_000, 1.0)
     assert teacher.adam_betas == chain.adam_betas == (0.9, 0.999)
     assert (recipe.model.prediction, recipe.model.weighting) == (prediction, "truncated_snr")
     assert recipe.data.flip

@@ -4,7 +4,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from halfstep import X0, GaussianDenoiser, NetworkDenoiser, Plan, V, VPCosine, distill, sample
+from halfstep import (
+    X0,
+    GaussianDenoiser,
+    GuidanceRange,
+    NetworkDenoiser,
+    Plan,
+    Training,
+    V,
+    VPCosine,
+    distill,
+    sample,
+)
 from halfstep.nets import MLP
 
 PROCESS = VPCosine()
@@ -33,7 +44,7 @@ def test_a_gaussian_teacher_distilled_from_16_steps_to_1_keeps_its_map() -> None
     teacher = NetworkDenoiser(LinearAtEachTime(), PROCESS, X0())
     generator = torch.Generator().manual_seed(0)
     data = (MEAN + STD * torch.randn(512, 1, generator=generator)).double()
-    plan = Plan.halvings(STEPS, 1, num_updates=400, batch_size=64, learning_rate=0.02, updates_at={})
+    plan = Plan.halvings(STEPS, 1, Training(400, 0.02, batch_size=64), updates_at={})
     before = [p.detach().clone() for p in teacher.parameters()]
     # The engine trains in the data's dtype: float64 is kept because MemoryData takes arrays as float32.
     student = distill(teacher, data.float(), start=STEPS, to=1, plan=plan)
@@ -65,9 +76,10 @@ def test_a_plan_of_ones_own_shows_its_students_the_scales_that_were_matched() ->
     torch.manual_seed(0)
     teacher = NetworkDenoiser(MLP((2,), width=16, depth=1, num_classes=3), VPCosine(), V())
     data = [(torch.randn(16, 2), {"class_labels": torch.arange(16) % 2})]
-    plan = Plan.halvings(4, 2, num_updates=2, batch_size=16, learning_rate=1e-3)
-    settings = {"guidance": (1.0, 4.0), "null": {"class_labels": torch.tensor(2)}, "batch_size": 16}
-    student = distill(teacher, data, plan=plan, matching_updates=2, **settings)  # type: ignore[arg-type]
+    training = Training(2, 1e-3, batch_size=16)
+    plan = Plan.halvings(4, 2, training, updates_at={})
+    null = {"class_labels": torch.tensor(2)}
+    student = distill(teacher, data, plan=plan, matching=training, guidance=GuidanceRange(1.0, 4.0), null=null)
     cond = {"class_labels": torch.arange(4) % 2, "guidance_scale": torch.linspace(1, 4, 4)}
     assert sample(student, torch.randn(4, 2), 2, cond=cond).isfinite().all()
     assert student.network.guided
@@ -76,7 +88,7 @@ def test_a_plan_of_ones_own_shows_its_students_the_scales_that_were_matched() ->
 def test_distill_gives_the_same_student_twice_and_calls_back() -> None:
     teacher = NetworkDenoiser(LinearAtEachTime(), PROCESS, X0())
     seen: list[tuple[str, int]] = []
-    settings = {"start": 16, "to": 8, "num_updates": 20, "batch_size": 16}
+    settings = {"start": 16, "to": 8, "training": Training(20, 2e-4, batch_size=16)}
     one = distill(teacher, torch.randn(50, 1), on_window=lambda name, w: seen.append((name, w.update)), **settings)  # type: ignore[arg-type]
     torch.manual_seed(1)
     data = torch.randn(50, 1)

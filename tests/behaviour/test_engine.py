@@ -1,7 +1,6 @@
 """The engine's update: what it does is what the definition says, whatever the split."""
 
 import copy
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -13,12 +12,13 @@ from halfstep.core.noise import VPCosine
 from halfstep.core.prediction import V
 from halfstep.data import MemoryData, training_batch
 from halfstep.nets import MLP
-from halfstep.objectives import Batch, Denoising, Models, Plan, Stage
+from halfstep.objectives import Batch, Denoising, Models, Plan, Stage, Training
 from halfstep.runtime.failures import NonFinite
 from halfstep.runtime.processes import make_accelerator
 from halfstep.train.engine import StageTrainer
 from halfstep.train.player import EMA
-from toys import finish, points, toy_plan, toy_spec, weights
+from halfstep.train.settings import Engine
+from toys import finish, points, toy_plan, toy_spec, tuned, weights
 
 
 def _batches(draw: Draw) -> Batch:
@@ -39,12 +39,12 @@ def _trainer(stage: Stage, micro_batch: int | None = None, denoiser: NetworkDeno
         seed=0,
         stream="00-denoise",
         accelerator=make_accelerator(cpu=True),
-        micro_batch=micro_batch,
+        engine=Engine(micro_batch=micro_batch),
     )
 
 
 def test_accumulating_micro_batches_equals_the_large_batch() -> None:
-    stage = dataclasses.replace(toy_plan(dropout=0.0).stages[0], num_updates=20)
+    stage = tuned(toy_plan(dropout=0.0).stages[0], num_updates=20)
     results = []
     for micro_batch in (None, 4, 5):
         trainer = _trainer(stage, micro_batch)
@@ -55,7 +55,7 @@ def test_accumulating_micro_batches_equals_the_large_batch() -> None:
 
 
 def test_an_update_is_adamw_on_the_clipped_gradient_of_the_mean_loss() -> None:
-    stage = Stage(Denoising(), num_updates=3, batch_size=16, learning_rate=1e-2, weight_decay=0.1, grad_clip=0.05)
+    stage = Stage(Denoising(), Training(3, 1e-2, batch_size=16, weight_decay=0.1, grad_clip=0.05))
     trainer = _trainer(stage)
     list(trainer.run())
 
@@ -93,13 +93,13 @@ def test_the_moving_average_is_the_weighted_mean_of_all_weights() -> None:
 
 
 def test_a_stage_hands_on_its_average_and_a_student_without_one_its_weights(tmp_path: Path) -> None:
-    trainer = _trainer(dataclasses.replace(toy_plan().stages[0], num_updates=10))
+    trainer = _trainer(tuned(toy_plan().stages[0], num_updates=10))
     list(trainer.run())
     state = copy.deepcopy(trainer.state())
     handed_on = trainer.finish().network.state_dict()
     assert all(torch.equal(handed_on[name], state["ema"][name]) for name in handed_on)
     assert any(not torch.equal(state["student"][name], state["ema"][name]) for name in handed_on)
-    plain = _trainer(Stage(Denoising(), num_updates=2, batch_size=4, learning_rate=1e-3))
+    plain = _trainer(Stage(Denoising(), Training(2, 1e-3, batch_size=4)))
     list(plain.run())
     assert "ema" not in plain.state()
 
@@ -136,7 +136,7 @@ def test_dropout_acts_in_the_stage_that_asks_for_it_only(tmp_path: Path) -> None
     finish(toy_spec(plan=without), tmp_path / "a")
     finish(toy_spec(plan=with_dropout), tmp_path / "b")
     assert weights(tmp_path / "a")["00-denoise"] != weights(tmp_path / "b")["00-denoise"]
-    student = dataclasses.replace(toy_plan().stages[1])
+    student = toy_plan().stages[1]
     trainer = StageTrainer(
         _denoiser(),
         _denoiser(),
@@ -153,11 +153,11 @@ def test_dropout_acts_in_the_stage_that_asks_for_it_only(tmp_path: Path) -> None
 
 def test_a_halving_stage_without_a_teacher_is_refused() -> None:
     with pytest.raises(ValueError, match="learns from a teacher, and there is none"):
-        _trainer(Plan.halvings(4, 2, num_updates=2, updates_at={}).stages[0])
+        _trainer(Plan.halvings(4, 2, Training(2, 1e-3), updates_at={}).stages[0])
 
 
 def test_bfloat16_trains_float32_weights_close_to_float32() -> None:
-    stage = Stage(Denoising(), num_updates=30, batch_size=64, learning_rate=1e-3)
+    stage = Stage(Denoising(), Training(30, 1e-3, batch_size=64))
     losses = []
     for precision in ("float32", "bf16"):
         trainer = StageTrainer(

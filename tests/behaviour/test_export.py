@@ -14,13 +14,19 @@ from halfstep.core.prediction import V, predictions
 from halfstep.hub import export_pipeline, import_pipeline, text_conditions
 from halfstep.models.model import Model
 from halfstep.nets import describe_network, with_guidance
+from halfstep.objectives import guidances
 from halfstep.recipes.schema import UNetConfig, make_unet
-from halfstep.runs import Manifest
+from halfstep.runs import Manifest, Outcome
 from halfstep.samplers import sample
 from support_pipelines import assert_same, noise, quietly, save_ddpm, save_dit, save_sd, save_sd3, wake
 
 STEPS = (1, 2, 4, 8)
 every_count = pytest.mark.parametrize("num_steps", STEPS)
+
+
+def fixed(scale: float) -> dict[str, Any]:
+    """Guidance at one scale, as a manifest holds it."""
+    return {"type": "fixed", "scale": scale}
 
 
 def as_student(model: Model, **changes: Any) -> Model:
@@ -41,9 +47,9 @@ def digits_student(clip: bool, num_classes: int) -> Model:
     network = make_unet(config, (3, 8, 8), num_classes, 1)
     wake(network)
     manifest = Manifest(
-        stage="04-halve-0004", objective="halve", parent="03-halve-0008", num_steps=None, num_updates=1, seconds=1.0,
-        shape=(3, 8, 8), num_classes=num_classes, is_image=True, clip=clip, network=describe_network(network),
-        process=processes.describe(VPCosine()), prediction={"type": "v"}, files={},
+        stage="04-halve-0004", objective="halve", parent="03-halve-0008", outcome=Outcome(role="student"),
+        num_updates=1, seconds=1.0, shape=(3, 8, 8), num_classes=num_classes, is_image=True, clip=clip,
+        network=describe_network(network), process=processes.describe(VPCosine()), prediction={"type": "v"}, files={},
     )  # fmt: skip
     return Model(NetworkDenoiser(network, VPCosine(), V()), manifest)
 
@@ -101,7 +107,7 @@ def test_a_dit_whose_guidance_was_taken_in(
     """Where x0 is clipped, its pipeline does not say use_clipped_model_output: the scheduler alone must do it."""
     from diffusers.pipelines.dit import pipeline_dit
 
-    model = as_student(import_pipeline(save_dit(tmp_path / "dit")), guidance=(4.0, 4.0), clip=clip)
+    model = as_student(import_pipeline(save_dit(tmp_path / "dit")), guidance=fixed(4.0), clip=clip)
     folder = export_pipeline(model, tmp_path / "out")
     pipe = quietly(diffusers.DiTPipeline.from_pretrained(folder))
     x_1 = noise(2, 4, 4, 4)
@@ -117,22 +123,24 @@ def test_a_dit_whose_guidance_was_taken_in(
 
 
 @every_count
-@pytest.mark.parametrize("guidance", [(7.5, 7.5), (1.0, 8.0)], ids=["fixed", "range"])
-def test_latent_text_to_image(tmp_path: Path, guidance: tuple[float, float], num_steps: int) -> None:
-    model = as_student(import_pipeline(save_sd(tmp_path / "sd", tmp_path / "tokens")), guidance=guidance)
-    if guidance[0] < guidance[1]:
+@pytest.mark.parametrize("guidance", [fixed(7.5), {"type": "range", "low": 1.0, "high": 8.0}], ids=["fixed", "range"])
+def test_latent_text_to_image(tmp_path: Path, guidance: dict[str, Any], num_steps: int) -> None:
+    usual = guidances.rebuild(guidance).default_scale
+    teacher = import_pipeline(save_sd(tmp_path / "sd", tmp_path / "tokens"))
+    model = as_student(teacher, guidance=guidance, guidance_scale=usual)
+    if guidance["type"] == "range":
         network = with_guidance(model.denoiser.network)
         wake(network)
         model = Model(NetworkDenoiser(network, model.process, V()), model.manifest)
     folder = export_pipeline(model, tmp_path / "out")
     pipe = quietly(diffusers.StableDiffusionPipeline.from_pretrained(folder))
     x_1 = noise(2, 4, 4, 4)
-    asked = 1.0 if guidance[0] == guidance[1] else 3.0
+    asked = 1.0 if guidance["type"] == "fixed" else 3.0
     stock = pipe(
         ["a cat", "b"], latents=x_1, guidance_scale=asked, num_inference_steps=num_steps, output_type="latent",
         height=8, width=8,
     ).images  # fmt: skip
-    own = None if guidance[0] == guidance[1] else asked
+    own = None if guidance["type"] == "fixed" else asked
     cond = model.cond(range(2), guidance_scale=own, others=text_conditions(folder, ["a cat", "b"]))
     assert_same(sample(model, x_1, num_steps, cond=cond), stock)
     if own is not None:
@@ -143,7 +151,7 @@ def test_latent_text_to_image(tmp_path: Path, guidance: tuple[float, float], num
 @every_count
 def test_a_flow_matching_transformer(tmp_path: Path, num_steps: int) -> None:
     teacher = import_pipeline(save_sd3(tmp_path / "sd3", tmp_path / "tokens"))
-    model = as_student(teacher, keep=teacher.denoiser.prediction, guidance=(5.0, 5.0))
+    model = as_student(teacher, keep=teacher.denoiser.prediction, guidance=fixed(5.0))
     folder = export_pipeline(model, tmp_path / "out")
     pipe = quietly(diffusers.StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None))
     x_1 = noise(2, 4, 4, 4)

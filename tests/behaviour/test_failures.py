@@ -26,7 +26,19 @@ from halfstep.data import MemoryData
 from halfstep.measure.evaluate import Evaluation
 from halfstep.models.folder import load
 from halfstep.nets import MLP
-from halfstep.objectives import Batch, Denoising, Losses, Models, Objective, Plan, objectives
+from halfstep.objectives import (
+    STUDENT,
+    Batch,
+    Denoising,
+    Evals,
+    Losses,
+    Models,
+    Objective,
+    Outcome,
+    Plan,
+    Role,
+    objectives,
+)
 from halfstep.run import runner as pipeline
 from halfstep.run.events import Progress
 from halfstep.run.runner import run
@@ -43,7 +55,7 @@ from halfstep.train import recent
 from halfstep.train.engine import StageTrainer
 from halfstep.train.recent import Recent
 from torture import mount, unmount
-from toys import TINY_ARRAYS, Poisoned, finish, one_stage, points, toy_plan, toy_spec, weights
+from toys import TINY_ARRAYS, Poisoned, finish, one_stage, points, toy_plan, toy_spec, tuned, weights
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +73,12 @@ class Hungry(Objective):
     needs_teacher: ClassVar[bool] = False
 
     @property
-    def teacher_evals(self) -> int:
-        return 0
+    def outcome(self) -> Outcome:
+        return Outcome(Role.TEACHER)
+
+    @property
+    def evals(self) -> Mapping[str, Evals]:
+        return {STUDENT: Evals(1, 1)}
 
     def loss(self, models: Models, batch: Batch, draw: Draw) -> Losses:
         losses = Denoising().loss(models, batch, draw)
@@ -81,8 +97,12 @@ class Slow(Objective):
     reached: ClassVar[threading.Event] = threading.Event()
 
     @property
-    def teacher_evals(self) -> int:
-        return 0
+    def outcome(self) -> Outcome:
+        return Outcome(Role.TEACHER)
+
+    @property
+    def evals(self) -> Mapping[str, Evals]:
+        return {STUDENT: Evals(1, 1)}
 
     def loss(self, models: Models, batch: Batch, draw: Draw) -> Losses:
         if draw.update >= self.update and self.slow.is_set():
@@ -99,9 +119,9 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def trainer(objective: Objective, micro_batch: int | None = None, x0: torch.Tensor | None = None) -> StageTrainer:
-    spec = toy_spec(plan=one_stage(objective), data=MemoryData("toy", points() if x0 is None else x0))
-    made = dataclasses.replace(spec, micro_batch=micro_batch)
-    return trainer_for(made, spec.plan.stages[0], "00-x", None, make_accelerator(cpu=True))
+    data = MemoryData("toy", points() if x0 is None else x0)
+    spec = toy_spec(plan=one_stage(objective), data=data, micro_batch=micro_batch)
+    return trainer_for(spec, spec.plan.stages[0], "00-x", None, make_accelerator(cpu=True))
 
 
 # ------------------------------------------------------------------------------------------------------- divergence
@@ -120,7 +140,7 @@ def test_a_loss_that_is_not_finite_is_told_with_the_statistics_of_its_batch(micr
             break
     # The losses of the seventh update as they are without the poison, in one batch and without dropout's part.
     draw = Draw(0, "00-x", 6, 16, range(16))
-    log_snr = sound._models.student.process.log_snr(draw.uniform("time"))
+    log_snr = sound.student.model.process.log_snr(draw.uniform("time"))
 
     list(poisoned.run())
     with pytest.raises(NonFinite) as error:
@@ -254,14 +274,14 @@ def test_an_update_that_does_not_fit_names_the_micro_batch_that_was_tried(tmp_pa
 
 
 def test_the_largest_micro_batch_that_fits_is_found_and_the_result_is_that_of_the_batch(tmp_path: Path) -> None:
-    hungry = toy_spec(plan=one_stage(Hungry(5)))
-    told = finish(dataclasses.replace(hungry, micro_batch="auto"), tmp_path / "auto")
+    hungry = one_stage(Hungry(5))
+    told = finish(toy_spec(plan=hungry, micro_batch="auto"), tmp_path / "auto")
     assert told == ["00-hungry: micro batch 4, for 16 and 8 did not fit into memory"]
-    finish(dataclasses.replace(hungry, micro_batch=4), tmp_path / "four")
+    finish(toy_spec(plan=hungry, micro_batch=4), tmp_path / "four")
     assert weights(tmp_path / "auto") == weights(tmp_path / "four")
 
     # Dropout draws for the micro batch, so without it: the whole batch, to rounding.
-    plans = [Plan((dataclasses.replace(one_stage(Hungry(n)).stages[0], dropout=0.0),)) for n in (5, 16)]
+    plans = [Plan((tuned(one_stage(Hungry(n)).stages[0], dropout=0.0),)) for n in (5, 16)]
     results = []
     for name, plan in zip(("tried", "whole"), plans, strict=True):
         finish(toy_spec(plan=plan, micro_batch="auto"), tmp_path / name)
@@ -333,7 +353,7 @@ def test_only_the_micro_batch_that_is_found_is_compiled(tmp_path: Path, monkeypa
     reset()
     counters.clear()
     # Torch gives up after eight sizes; and in a resumed run there is but one.
-    told = finish(toy_spec(plan=one_stage(Hungry(1)), compiled=True, micro_batch="auto"), tmp_path)
+    told = finish(toy_spec(plan=one_stage(Hungry(1)), compile=True, micro_batch="auto"), tmp_path)
     assert told == ["00-hungry: micro batch 1, for 16 and 8 and 4 and 2 did not fit into memory"]
     assert counters["stats"]["unique_graphs"] == 1
 
@@ -343,7 +363,7 @@ def test_a_micro_batch_that_was_given_is_no_bound_for_one_that_is_looked_for(tmp
     events = run(spec, tmp_path)
     next(e for e in events if isinstance(e, Progress) and e.window.update == 10)
     events.close()  # type: ignore[attr-defined]
-    told = finish(dataclasses.replace(spec, micro_batch="auto"), tmp_path)
+    told = finish(toy_spec(plan=spec.plan, micro_batch="auto", log_every=1), tmp_path)
     assert told == ["00-hungry: micro batch 4, for 16 and 8 did not fit into memory"]
 
 

@@ -7,7 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,15 +24,29 @@ from halfstep.core.noise import FlowMatching, NoiseProcess, VPCosine, VPTable
 from halfstep.core.prediction import V
 from halfstep.data import Data, DataConfig, MemoryData, held_on, open_data, training_batch
 from halfstep.nets import MLP
-from halfstep.objectives import Batch, Denoising, GuidanceRange, Halving, Matching, Models, Objective, Plan, Stage
+from halfstep.objectives import (
+    STUDENT,
+    Batch,
+    Denoising,
+    GuidanceRange,
+    Halving,
+    Matching,
+    Models,
+    Objective,
+    Plan,
+    Stage,
+    Training,
+    Turn,
+)
 from halfstep.run.events import Progress
 from halfstep.run.runner import run
 from halfstep.runs import RunFolder, read_log
 from halfstep.runtime.processes import make_accelerator
 from halfstep.train.engine import StageTrainer
-from halfstep.train.feed import Feed
+from halfstep.train.feed import Feed, Place
+from halfstep.train.settings import Engine
 from support import variants
-from toys import finish, points, toy_plan, toy_spec, weights
+from toys import finish, points, toy_plan, toy_spec, tuned, weights
 
 CPU = torch.device("cpu")
 
@@ -41,8 +55,15 @@ def _batches(draw: Draw) -> Batch:
     return training_batch(MemoryData("toy", points()), draw, False)
 
 
-def _draws(update: int) -> list[Draw]:
-    return [Draw(0, "a", update, 12, range(8)), Draw(0, "a", update, 12, range(8, 12))]
+def _places(update: int) -> list[list[Place]]:
+    """One turn of two micro batches."""
+    turn = Turn(STUDENT, Denoising().loss)
+    return [[Place(0, turn, Draw(0, "a", update, 12, places)) for places in (range(8), range(8, 12))]]
+
+
+def _first(update: int) -> list[list[Place]]:
+    """Its first micro batch."""
+    return [_places(update)[0][:1]]
 
 
 def _trainer(
@@ -51,10 +72,10 @@ def _trainer(
     torch.manual_seed(0)
     guided = getattr(objective, "guidance", None) is not None
     student, teacher = (NetworkDenoiser(MLP((2,), width=16, depth=1, guided=guided), VPCosine(), V()) for _ in range(2))
-    stage = Stage(objective, num_updates=8, batch_size=16, learning_rate=1e-3)  # type: ignore[arg-type]
+    stage = Stage(objective, Training(8, 1e-3, batch_size=16))  # type: ignore[arg-type]
     return StageTrainer(
         student, teacher, stage, _batches, seed=0, stream="s", accelerator=make_accelerator(cpu=cpu),
-        micro_batch=micro, ahead=ahead, compiled=compiled,
+        engine=Engine(micro_batch=micro, compile=compiled), ahead=ahead,
     )  # fmt: skip
 
 
@@ -75,10 +96,10 @@ def test_training_ahead_is_training_bit_for_bit(objective: object) -> None:
 
 
 def test_what_is_asked_for_at_the_first_update_is_made_ahead_for_the_later_ones() -> None:
-    feed = Feed(_batches, _draws, CPU, ahead=2)
+    feed = Feed(_batches, _places, CPU, ahead=2)
     drawn_late = []
     for number, fed in enumerate(feed.updates(0, lambda: 6)):
-        for draw, batch in fed:
+        for (_, _, draw), batch in fed[0]:
             made = dict(draw._ahead)
             value = draw.normal("noise", batch.x0.shape[1:])
             drawn_late.append(not made)
@@ -99,10 +120,10 @@ def test_the_feed_stops_where_the_stage_ends_and_leaves_no_thread() -> None:
         asked.append(draw.update)
         return _batches(draw)
 
-    updates = Feed(batches, lambda update: _draws(update)[:1], CPU, ahead=3).updates(2, lambda: 7)
+    updates = Feed(batches, _first, CPU, ahead=3).updates(2, lambda: 7)
     assert sum(1 for _ in updates) == 5
     assert asked == [2, 3, 4, 5, 6]
-    half = Feed(batches, lambda update: _draws(update)[:1], CPU, ahead=3).updates(0, lambda: 100)
+    half = Feed(batches, _first, CPU, ahead=3).updates(0, lambda: 100)
     next(half)
     half.close()  # type: ignore[attr-defined]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("halfstep-feed")]
@@ -129,8 +150,8 @@ def test_an_error_of_the_data_reaches_the_one_who_trains() -> None:
             raise ValueError("picture.png cannot be decoded")
         return _batches(draw)
 
-    updates = Feed(batches, _draws, CPU, ahead=3).updates(0, lambda: 9)
-    assert [fed[0].draw.update for fed in itertools.islice(updates, 4)] == [0, 1, 2, 3]
+    updates = Feed(batches, _places, CPU, ahead=3).updates(0, lambda: 9)
+    assert [fed[0][0].place.draw.update for fed in itertools.islice(updates, 4)] == [0, 1, 2, 3]
     with pytest.raises(ValueError, match=r"picture\.png cannot be decoded"):
         next(updates)
 
@@ -249,10 +270,10 @@ def test_an_update_copies_nothing_from_the_host_but_what_is_made_ahead(
     student, bare = (one.to(meta) for one in made)
     teacher = Guided(bare, {"observation": torch.zeros(3)}, scale=2.0) if isinstance(objective, Matching) else bare
     copies = []
-    for fed in Feed(_observed, _draws, meta, ahead=1).updates(0, lambda: 6):
+    for fed in Feed(_observed, _places, meta, ahead=1).updates(0, lambda: 6):
         with _Copies() as watch:
-            for part in fed:
-                objective.loss(Models(student, teacher), part.batch, part.draw)
+            for part in fed[0]:
+                objective.loss(Models(student, teacher), part.batch, part.place.draw)
         copies.append(watch.copies)
     # What the first update asks for is found out then; what is held on a device from then on is copied there once.
     assert copies[0], "the watch sees nothing"
@@ -270,10 +291,10 @@ def test_clock_numbers_are_sent_where_there_is_float64(monkeypatch: pytest.Monke
     monkeypatch.setattr(
         "halfstep.train.feed.sent", lambda value, device: went.append((value.dtype, device.type)) or value
     )
-    for fed in Feed(_batches, _draws, torch.device("mps"), ahead=1).updates(0, lambda: 4):
-        for part in fed:
-            part.draw.uniform("time")
-            part.draw.normal("noise", (2,))
+    for fed in Feed(_batches, _places, torch.device("mps"), ahead=1).updates(0, lambda: 4):
+        for part in fed[0]:
+            part.place.draw.uniform("time")
+            part.place.draw.normal("noise", (2,))
     assert (torch.float32, "mps") in went
     assert {device for dtype, device in went if dtype == torch.float64} == {"cpu"}
 
@@ -289,7 +310,7 @@ def test_on_a_gpu_images_that_lie_there_are_fetched_and_mirrored_without_a_wait(
     pixels = torch.randint(256, (64, 1, 2, 2), dtype=torch.uint8)
     held = held_on(torch.device("cuda"), MemoryData("toy", pixels))
     assert held.fetch(torch.arange(2)).x0.is_cuda
-    feed = Feed(lambda draw: training_batch(held, draw, True), _draws, torch.device("cuda"))
+    feed = Feed(lambda draw: training_batch(held, draw, True), _places, torch.device("cuda"))
     updates = feed.updates(0, lambda: 8)
     next(updates)
     with _errors_at_waits():
@@ -332,7 +353,7 @@ def test_networks_are_compiled_once_for_the_chain_and_train_alike(tmp_path: Path
     counters.clear()
     finish(toy_spec(precision=precision), tmp_path / "eager")
     # With checkpoints, for which the network is unwrapped.
-    finish(toy_spec(precision=precision, compiled=True, checkpoint_updates=3), tmp_path / "compiled")
+    finish(toy_spec(precision=precision, compile=True, checkpoint_updates=3), tmp_path / "compiled")
     # The teacher's training, a teacher that is asked, a student's training: the second student finds them all.
     assert 2 <= counters["stats"]["unique_graphs"] <= 3
     for stage in RunFolder(tmp_path / "eager").stages():
@@ -362,8 +383,8 @@ def test_code_is_made_for_the_shapes_at_hand_whatever_was_compiled_before(
     reset()
     # A teacher of another batch than its students: by itself torch would make the second code one for any batch.
     plan = toy_plan()
-    plan = Plan((replace(plan.stages[0], batch_size=24), *plan.stages[1:]))
-    spec = toy_spec(plan=plan, compiled=True, checkpoint_updates=10)
+    plan = Plan((tuned(plan.stages[0], batch_size=24), *plan.stages[1:]))
+    spec = toy_spec(plan=plan, compile=True, checkpoint_updates=10)
     finish(spec, tmp_path / "uncut")
     assert len(seen) == 3
     assert not any("SymInt" in kinds for kinds in seen)

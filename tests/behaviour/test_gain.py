@@ -10,8 +10,9 @@ from halfstep.core.denoiser import NetworkDenoiser, output_gain, warn_of_gain
 from halfstep.core.noise import VPCosine
 from halfstep.core.prediction import X0, Both, Eps, Prediction, V
 from halfstep.core.warnings import HalfstepWarning
+from halfstep.objectives import Training
 from halfstep.recipes import build, recipes
-from halfstep.run import distill
+from halfstep.run.distill import distill
 from support import clock, numbers, toy_denoiser
 
 
@@ -46,8 +47,11 @@ def test_no_other_network_warns(process: VPCosine, prediction: Prediction) -> No
 def test_distillation_in_memory_and_by_recipe_warn_but_training_an_eps_teacher_does_not() -> None:
     teacher = toy_denoiser(VPCosine(), Eps())
     teacher.network.to(torch.float32)
+    training = Training(1, 2e-4, batch_size=4)
     with pytest.warns(HalfstepWarning, match="predicts eps"):
-        distill(teacher, numbers(16, 2).float(), start=2, to=1, num_updates=1, batch_size=4)
+        distill(teacher, numbers(16, 2).float(), start=2, to=1, training=training, prediction=Eps())
+    # Unless it is told to keep eps, a chain matches such a teacher to v first.
+    assert distill(teacher, numbers(16, 2).float(), start=2, to=1, training=training).prediction == V()
     recipe = recipes["digits"]()
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"prediction": "eps"})})
     with pytest.warns(HalfstepWarning, match="predicts eps"):

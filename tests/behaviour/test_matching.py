@@ -13,9 +13,18 @@ from halfstep.core.denoiser import GUIDANCE, Cond, Denoiser, Guided, NetworkDeno
 from halfstep.core.noise import NoiseProcess, VPCosine, VPTable
 from halfstep.core.oracle import MixtureDenoiser
 from halfstep.core.prediction import Denoised, Eps, V
-from halfstep.models.students import copy_denoiser, matched_student, viewed
-from halfstep.nets import MLP, UNet2D, on_clock, unet2d_config, with_guidance
-from halfstep.objectives import Batch, GuidanceRange, Matching, Models, Plan
+from halfstep.nets import MLP, UNet2D, copy_denoiser, on_clock, unet2d_config, with_guidance
+from halfstep.objectives import (
+    Batch,
+    Denoising,
+    FixedGuidance,
+    GuidanceRange,
+    Matching,
+    Models,
+    Plan,
+    Stage,
+    Training,
+)
 from halfstep.runtime.processes import make_accelerator
 from halfstep.samplers import sample
 from halfstep.train.engine import StageTrainer
@@ -77,10 +86,10 @@ def test_guidance_of_a_mixture_is_taken_in_at_every_scale_and_halved_to_4_steps(
     scales = GuidanceRange(LOW, HIGH)
     torch.manual_seed(0)
     student = NetworkDenoiser(MLP((2,), width=96, depth=3, num_classes=2, guided=True), process, V())
-    matching = Plan.matching(
-        num_updates=4000, batch_size=256, learning_rate=4e-3, warmup_updates=50, adam_betas=(0.9, 0.99),
-        guidance=scales, ema_decay=0.995,
-    )  # fmt: skip
+    matching = Plan.of(
+        Matching(guidance=scales),
+        Training(4000, 4e-3, 256, warmup_updates=50, adam_betas=(0.9, 0.99), ema_decay=0.995),
+    )
     matched = trained(student, guided, matching)
 
     for scale in torch.linspace(LOW, HIGH, 7):
@@ -96,10 +105,8 @@ def test_guidance_of_a_mixture_is_taken_in_at_every_scale_and_halved_to_4_steps(
         exact = guided_exactly(teacher, x_t, t, label, shown)
         assert float((found - exact).square().mean().sqrt() / exact.square().mean().sqrt()) < 0.02, float(scale)
 
-    chain = Plan.halvings(
-        16, 4, num_updates=700, batch_size=256, learning_rate=2e-3, warmup_updates=20, adam_betas=(0.9, 0.99),
-        guidance=scales,
-    )  # fmt: skip
+    training = Training(700, 2e-3, 256, warmup_updates=20, adam_betas=(0.9, 0.99))
+    chain = Plan.halvings(16, 4, training, guidance=scales)
     final_ = trained(copy_denoiser(matched), matched, chain)
     x_1 = numbers(500, 2).float()
     label = torch.arange(500) % 2
@@ -156,23 +163,23 @@ def test_an_eps_teacher_on_a_table_becomes_a_v_student_on_the_cosine_clock_that_
     table = VPTable()
     points = [(batches(halfstep.Draw(5, "data", k, 256, range(256))).x0, {}) for k in range(8)]
     teacher = NetworkDenoiser(MLP((2,), width=64, depth=2), table, Eps())
-    plan = Plan.teacher(
-        num_updates=1500, batch_size=256, learning_rate=3e-3, warmup_updates=50, anneal=True, ema_decay=0.99,
-        adam_betas=(0.9, 0.99), weighting=halfstep.SNR(),
-    )  # fmt: skip
+    stage = Stage(
+        Denoising(halfstep.SNR()),
+        Training(1500, 3e-3, 256, warmup_updates=50, adam_betas=(0.9, 0.99), ema_decay=0.99),
+    )
     from halfstep.run.distill import StreamedBatches
 
     torch.set_num_threads(1)
     trainer = StageTrainer(
-        teacher, None, plan.stages[0], StreamedBatches(points), seed=0, stream="t", accelerator=make_accelerator()
+        teacher, None, stage, StreamedBatches(points), seed=0, stream="t", accelerator=make_accelerator()
     )
     for _ in trainer.run():
         pass
     teacher = trainer.finish()
     clock = VPCosine(*table.log_snr(torch.tensor([1.0, 1 / 1000], dtype=torch.float64)).tolist())
     student = halfstep.distill(
-        teacher, points, to=4, start=16, prediction=V(), process=clock, num_updates=500, matching_updates=1500,
-        batch_size=256, learning_rate=2e-3,
+        teacher, points, to=4, start=16, prediction=V(), process=clock,
+        training=Training(500, 2e-3, batch_size=256), matching=Training(1500, 2e-3, batch_size=256),
     )  # fmt: skip
     assert (student.process, student.prediction) == (clock, V())
     x_1 = numbers(1000, 2).float()
@@ -247,12 +254,12 @@ def test_a_network_that_is_shown_a_scale_starts_as_it_was_whatever_the_scale() -
 def test_networks_without_an_input_for_a_scale_and_heads_of_another_number_are_refused() -> None:
     teacher = NetworkDenoiser(small_unet(), VPTable(), Eps())
     with pytest.raises(ValueError, match="UNet2DModel has no input for it: distil one fixed scale"):
-        matched_student(V(), None, shown_scale=True)(teacher)
+        Matching(prediction=V(), guidance=GuidanceRange(1, 2)).start(teacher)
     with pytest.raises(ValueError, match="has 1 outputs for each channel, but Both needs 2"):
-        matched_student(halfstep.Both())(teacher)
+        Matching(prediction=halfstep.Both()).start(teacher)
 
 
 def test_guidance_without_anything_for_no_condition_is_refused() -> None:
     teacher = NetworkDenoiser(MLP((2,), num_classes=2), VPCosine(), V())
     with pytest.raises(ValueError, match="guidance needs to know what stands for no condition"):
-        viewed(teacher, VPCosine(), (2.0, 2.0), {})
+        Matching(guidance=FixedGuidance(2.0)).view(teacher, teacher, {})

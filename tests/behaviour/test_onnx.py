@@ -19,15 +19,15 @@ from halfstep.hub.onnx import example_conditions
 from halfstep.models.model import Model
 from halfstep.nets import MLP, describe_network
 from halfstep.recipes.schema import UNetConfig, make_unet
-from halfstep.runs import Manifest
+from halfstep.runs import Manifest, Outcome
 from halfstep.samplers import sample
 from support_pipelines import wake
 
 
 def model(network: Any, process: NoiseProcess, prediction: Prediction, shape: tuple[int, ...], **changes: Any) -> Model:
     facts: dict[str, Any] = {
-        "stage": "s", "objective": "halve", "parent": None, "num_steps": None, "num_updates": 1, "seconds": 1.0,
-        "shape": shape, "is_image": False, "clip": False, "network": describe_network(network),
+        "stage": "s", "objective": "halve", "parent": None, "outcome": {"role": "student"}, "num_updates": 1,
+        "seconds": 1.0, "shape": shape, "is_image": False, "clip": False, "network": describe_network(network),
         "process": processes.describe(process), "prediction": predictions.describe(prediction), "files": {},
     }  # fmt: skip
     return Model(NetworkDenoiser(network, process, prediction), Manifest(**facts | changes)).eval()
@@ -80,7 +80,7 @@ def test_a_graph_of_points_samples_as_torch_for_batches_of_any_length(
 
 def test_a_graph_of_images_of_classes_clips_and_listens_to_the_class(tmp_path: Path) -> None:
     made = images()
-    made = Model(made.denoiser, made.manifest.model_copy(update={"num_steps": 4}))
+    made = Model(made.denoiser, made.manifest.model_copy(update={"outcome": Outcome(role="student", num_steps=4)}))
     file = export_onnx(made, tmp_path / "sampler.onnx")
     noise, label = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(9)), torch.tensor([4, 0, 2])
     found = ran(file, noise=noise, class_labels=label)
@@ -94,7 +94,8 @@ def test_a_graph_of_images_of_classes_clips_and_listens_to_the_class(tmp_path: P
 def test_a_graph_of_a_guided_student_takes_the_scale(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = MLP((2,), width=16, depth=1, num_classes=3, guided=True)
-    made = model(network, VPCosine(), V(), (2,), num_classes=3, guidance=(1.0, 4.0), guidance_scale=2.5)
+    guidance = {"type": "range", "low": 1.0, "high": 4.0}
+    made = model(network, VPCosine(), V(), (2,), num_classes=3, guidance=guidance, guidance_scale=2.5)
     assert set(example_conditions(made, 2)) == {"class_labels", "guidance_scale"}
     file = export_onnx(made, tmp_path / "sampler.onnx", 2)
     noise, label, scale = torch.randn(3, 2), torch.tensor([2, 0, 1]), torch.tensor([1.0, 2.0, 4.0])

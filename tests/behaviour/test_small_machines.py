@@ -1,5 +1,6 @@
 """What is there for small machines changes the memory, and the result only where it says so."""
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any, Final
@@ -27,7 +28,7 @@ from halfstep.nets import (
     unet2d_config,
     with_lora,
 )
-from halfstep.objectives import Plan
+from halfstep.objectives import Denoising, Plan, Training
 from halfstep.run import runner as pipeline
 from halfstep.run.cost import count_forward, memory_of_update
 from halfstep.run.events import StageStart
@@ -37,6 +38,7 @@ from halfstep.run.start import trainer_for
 from halfstep.runs import StageFolder
 from halfstep.runtime.processes import make_accelerator
 from halfstep.train.checkpoint import CheckpointWriter, resume
+from halfstep.train.settings import Engine
 from support import numbers
 
 DIGITS: Final = open_data(DataConfig(source="digits", labels=False))
@@ -53,12 +55,13 @@ def network(seed: int = 0) -> UNet2D:
 
 def spec(**changes: Any) -> RunSpec:
     """A teacher of a few updates, matched by itself, and two students."""
-    plan = Plan.teacher(num_updates=4, batch_size=8, learning_rate=1e-3, ema_decay=0.9) + Plan.halvings(
-        4, 1, num_updates=6, batch_size=8, learning_rate=1e-3, updates_at={}, ema_decay=0.9
-    )
+    teacher, student = (Training(updates, 1e-3, batch_size=8, ema_decay=0.9) for updates in (4, 6))
+    plan = Plan.of(Denoising(), teacher) + Plan.halvings(4, 1, student, updates_at={})
+    engine = {field.name: changes.pop(field.name) for field in dataclasses.fields(Engine) if field.name in changes}
     settings: dict[str, Any] = {
         "recipe": {"name": "small"}, "plan": plan, "data": DIGITS, "process": VPCosine(), "prediction": V(),
-        "network": network, "start_steps": 4, "checkpoint_updates": 2, "cpu": True,
+        "network": network, "start_steps": 4,
+        "engine": Engine(**{"checkpoint_updates": 2, "cpu": True, "trackers": (), **engine}),
     }  # fmt: skip
     return RunSpec(**settings | changes)
 
@@ -187,7 +190,7 @@ def test_moments_of_8_bits_take_a_quarter_of_the_memory() -> None:
     def moments(kind: str) -> int:
         made = spec(
             network=Wide, data=MemoryData("rows", numbers(32, 128).float()), optimizer=kind,
-            plan=Plan.teacher(num_updates=2, batch_size=8, learning_rate=1e-3),
+            plan=Plan.of(Denoising(), Training(2, 1e-3, batch_size=8)),
         )  # fmt: skip
         trainer = trainer_for(made, made.plan.stages[0], "s", None, make_accelerator(cpu=True))
         list(trainer.run())
@@ -248,17 +251,17 @@ def test_the_memory_that_is_counted_is_that_of_the_tensors_that_are_there(tmp_pa
     made = spec(teacher=teacher, network=None, lora_rank=2)
     stage = made.plan.stages[1]
     forward = count_forward(made)
-    counted = memory_of_update(stage, forward, None)
+    counted = memory_of_update(stage, forward, made.engine, {})
     trainer = trainer_for(made, stage, "s", teacher, make_accelerator(cpu=True))
-    student, models = trainer.finish().network, trainer._models
+    student, held = trainer.finish().network, trainer._teacher
 
     def size(*modules: nn.Module) -> int:
         there = {p.data_ptr(): p.numel() * p.element_size() for module in modules for p in module.parameters()}
         return sum(there.values())
 
-    assert models.teacher is not None
+    assert held is not None
     assert size(student) == counted.weights
-    assert size(student, models.teacher) == counted.weights + 0 * counted.teacher
+    assert size(student, held) == counted.weights + 0 * counted.teacher
     assert counted.gradients == 4 * sum(p.numel() for _, p in trainable(student))
     assert counted.moments == 2 * counted.gradients
     assert counted.gradients < 0.1 * counted.weights

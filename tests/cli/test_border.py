@@ -197,15 +197,18 @@ MATCHED: Final = ["01-match", "02-halve-0004"]
     ("model", "data", "words", "planned", "guidance"),
     [
         ("ddpm", "digits", [], MATCHED, None),
-        ("dit", "latents-dit", ["--matching.guidance-scale", "4"], MATCHED, [4, 4]),
-        ("sd", "latents", ["--matching.guidance-range", "1", "8"], MATCHED, [1, 8]),
-        ("sd", "latents", ["--matching.guidance-scale", "3", "--chain.lora-rank", "2"], MATCHED, [3, 3]),
+        ("dit", "latents-dit", ["--matching.guidance-scale", "4"], MATCHED, {"type": "fixed", "scale": 4}),
+        ("sd", "latents", ["--matching.guidance-range", "1", "8"], MATCHED, {"type": "range", "low": 1, "high": 8}),
+        (
+            "sd", "latents", ["--matching.guidance-scale", "3", "--chain.lora-rank", "2"], MATCHED,
+            {"type": "fixed", "scale": 3},
+        ),
         ("run-sd", "latents", ["--chain.lora-rank", "2"], ["01-halve-0002"], None),
     ],
-)
+)  # fmt: skip
 def test_a_dry_run_tells_what_a_distillation_takes_and_writes_nothing(
-    model: str, data: str, words: list[str], planned: list[str], guidance: list[int] | None, here: Path, sd_run: Path,
-    tmp_path: Path, capsys: Capture,
+    model: str, data: str, words: list[str], planned: list[str], guidance: dict[str, Any] | None, here: Path,
+    sd_run: Path, tmp_path: Path, capsys: Capture,
 ) -> None:  # fmt: skip
     source = data if data == "digits" else str(here / data)
     more = ["--to", "2"] if sd_run == here / model else ["--to", "4", *UNMEASURED]
@@ -286,7 +289,7 @@ def test_another_teacher_in_the_same_folder_makes_another_run(here: Path, tmp_pa
 
 def test_a_dit_takes_its_guidance_in_and_asks_half_as_often(dit_run: Path, tmp_path: Path) -> None:
     student = load(dit_run)
-    assert student.manifest.guidance == (4.0, 4.0)
+    assert student.manifest.guidance == {"type": "fixed", "scale": 4.0}
     assert student.num_classes == 1000
     teacher, *_, last = RunFolder(dit_run).stages()
     of_teacher, of_student = teacher.metrics(), last.metrics()
@@ -305,7 +308,7 @@ def test_a_dit_takes_its_guidance_in_and_asks_half_as_often(dit_run: Path, tmp_p
 
 def test_texts_with_a_range_of_scales(sd_run: Path, tmp_path: Path, capsys: Capture) -> None:
     student = load(sd_run)
-    assert student.manifest.guidance == (1.0, 8.0)
+    assert student.manifest.guidance == {"type": "range", "low": 1.0, "high": 8.0}
     assert student.manifest.conditions == {"encoder_hidden_states": (7, 16)}
     words = ["sample", str(sd_run), "--num-samples", "2", "--prompt", "a b"]
     main([*words, "--guidance-scale", "3", "--out", str(tmp_path / "a.png")])

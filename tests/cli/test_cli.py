@@ -60,7 +60,10 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ["run", "digits", "--chain.start-steps", "0"],
             "should be greater than or equal to 1, got 0",
         ),
-        (["run", "digits", "--teacher.learning-rate", "nan"], "should be a finite number, got nan"),
+        (
+            ["run", "digits", "--teacher.learning-rate", "nan"],
+            "--teacher.learning-rate must be a finite number above 0, got nan",
+        ),
         (["run", "digits", "--model.prediction", "vv"], "unknown prediction 'vv'; did you mean 'v'?"),
         (["run", "digits", "--model.weighting", "truncated-snr"], "did you mean 'truncated_snr'?"),
         (["run", "digits", "--engine.precision", "bf-16"], "'bf-16' is not one of float32, bf16; did you mean 'bf16'?"),
@@ -86,7 +89,18 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ["run", "arrays", "--data", "digits", "--chain.students", "48", "1"],
             "a student of 48 steps cannot follow a teacher of 128",
         ),
-        (["run", "digits", "--chain.early-window", "50"], "early_window 50 does nothing without early_end"),
+        (
+            ["run", "digits", "--chain.early-end.window", "50"],
+            "--chain.early-end.window 50 has no effect without early_end.patience. Add it",
+        ),
+        (
+            ["run", "digits", "--engine.log-every", "0"],
+            "--engine.log-every must be a whole number of at least 1, got 0",
+        ),
+        (
+            ["run", "digits", "--engine.requeue-code", "300"],
+            "--engine.requeue-code must be from 1 to 255, got 300",
+        ),
         (["run", "digits", "--chain.keep", "3"], "chain.keep names a student of 3 steps"),
         (["study"], "is missing"),
         (["study", "tabel1"], "unknown study 'tabel1'; did you mean 'table1'?"),

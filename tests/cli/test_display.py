@@ -6,7 +6,7 @@ from rich.console import Console
 
 from halfstep.cli.display import RunDisplay
 from halfstep.cli.words import duration
-from halfstep.objectives import Plan
+from halfstep.objectives import Denoising, Plan, Training
 from halfstep.run.events import Notice, Progress, StageEnd, StageStart
 from halfstep.train.window import Window
 
@@ -15,13 +15,15 @@ def _window(update: int, seconds: float) -> Window:
     return Window(update, 0.1, 0.1, 1e-3, 100.0, seconds, 0.0)
 
 
+def _plan(teacher: Training, student: Training) -> Plan:
+    return Plan.of(Denoising(), teacher) + Plan.halvings(2, 1, student, updates_at={})
+
+
 def test_the_time_left_counts_network_calls_and_batches_of_all_stages() -> None:
-    plan = Plan.teacher(num_updates=100, batch_size=20, learning_rate=1e-3) + Plan.halvings(
-        2, 1, num_updates=60, batch_size=10, learning_rate=1e-3, updates_at={}
-    )
+    plan = _plan(Training(100, 1e-3, batch_size=20), Training(60, 1e-3, batch_size=10))
     assert [stage.update_cost for stage in plan.stages] == [60.0, 50.0]
     out = io.StringIO()
-    display = RunDisplay(plan, Console(file=out, width=200))
+    display = RunDisplay(list(zip(plan.names(), plan.stages, strict=True)), Console(file=out, width=200))
     display.show(
         [
             StageStart("00-denoise", 0, plan.stages[0], 0),
@@ -37,9 +39,7 @@ def test_the_time_left_counts_network_calls_and_batches_of_all_stages() -> None:
 
 
 def test_a_terminal_gets_one_display_and_no_terminal_gets_lines() -> None:
-    plan = Plan.teacher(num_updates=20, batch_size=20, learning_rate=1e-3) + Plan.halvings(
-        2, 1, num_updates=6, batch_size=10, learning_rate=1e-3, updates_at={}
-    )
+    plan = _plan(Training(20, 1e-3, batch_size=20), Training(6, 1e-3, batch_size=10))
     events = [
         StageStart("00-denoise", 0, plan.stages[0], 0),
         Progress("00-denoise", 20, _window(10, 6.0)),
@@ -51,7 +51,7 @@ def test_a_terminal_gets_one_display_and_no_terminal_gets_lines() -> None:
     for terminal in (True, False):
         out = io.StringIO()
         console = Console(file=out, width=120, height=20, force_terminal=terminal, color_system=None)
-        display = RunDisplay(plan, console)
+        display = RunDisplay(list(zip(plan.names(), plan.stages, strict=True)), console)
         display.show(events)
         printed[terminal] = out.getvalue()
         assert [stage.state for stage in display.status.stages] == ["done", "training"]

@@ -10,15 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from halfstep.core.weighting import SNRPlusOne, TruncatedSNR
-from halfstep.objectives import Denoising, EarlyEnd, Halving, Plan, Stage
+from halfstep.objectives import Denoising, EarlyEnd, Halving, Objective, Plan, Stage, Training
+from halfstep.recipes import Recipe
 
 
 def steps_of(plan: Plan) -> list[int | None]:
     return [stage.num_steps for stage in plan.stages]
 
 
-def stage_of(**changes: object) -> Stage:
-    usual = Stage(Denoising(), num_updates=100, batch_size=8, learning_rate=1e-3)
+def training_of(**changes: object) -> Training:
+    usual = Training(num_updates=100, batch_size=8, learning_rate=1e-3)
     return dataclasses.replace(usual, **changes)  # type: ignore[arg-type]
 
 
@@ -109,14 +110,24 @@ def test_a_loss_has_stopped_falling_when_patience_windows_in_a_row_brought_no_ne
         if not lows or loss < losses[lows[-1]] * (1 - min_drop):
             lows.append(index)
     expected = bool(lows) and len(losses) - 1 - lows[-1] >= patience
-    assert EarlyEnd(10, patience, min_drop).has_stopped_falling(losses) == expected
+    assert EarlyEnd(patience, 10, min_drop).has_stopped_falling(losses) == expected
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"window": 0}, {"patience": 0}, {"window": 2.5}, {"min_drop": 1.0}, {"min_drop": -1}]
+    "wrong",
+    [
+        {"patience": 2, "window": 0},
+        {"patience": -1},
+        {"patience": 0.5},
+        {"patience": 2, "window": 2.5},
+        {"patience": 2, "min_drop": 1.0},
+        {"patience": 2, "min_drop": -1},
+        {"window": 10},
+        {"min_drop": 0.5},
+    ],
 )
 def test_an_early_end_that_makes_no_sense_is_refused(wrong: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="early end: "):
+    with pytest.raises(ValueError, match=rf"^early_end\.{list(wrong)[-1]} "):
         EarlyEnd(**wrong)  # type: ignore[arg-type]
 
 
@@ -136,8 +147,8 @@ def test_the_defaults_cost_what_the_paper_s_chains_cost(start: int, end: int, nu
 
 
 def test_the_stages_of_2_steps_and_1_step_get_twice_the_updates() -> None:
-    plan = Plan.halvings(16, num_updates=30)
-    assert [(stage.num_steps, stage.num_updates) for stage in plan.stages] == [
+    plan = Plan.halvings(16, training=Training(30, 1e-3))
+    assert [(stage.num_steps, stage.training.num_updates) for stage in plan.stages] == [
         (8, 30),
         (4, 30),
         (2, 60),
@@ -146,13 +157,16 @@ def test_the_stages_of_2_steps_and_1_step_get_twice_the_updates() -> None:
 
 
 def test_exceptions_replace_the_doubling() -> None:
-    given = Plan.halvings(16, num_updates=30, updates_at={4: 7})
-    assert [stage.num_updates for stage in given.stages] == [30, 7, 30, 30]
-    assert [stage.num_updates for stage in Plan.halvings(16, num_updates=30, updates_at={}).stages] == [30] * 4
+    training = Training(30, 1e-3)
+    given = Plan.halvings(16, training=training, updates_at={4: 7})
+    assert [stage.training.num_updates for stage in given.stages] == [30, 7, 30, 30]
+    even = Plan.halvings(16, training=training, updates_at={})
+    assert [stage.training.num_updates for stage in even.stages] == [30] * 4
 
 
 def test_the_doubling_may_name_steps_that_the_chain_does_not_reach() -> None:
-    assert [stage.num_updates for stage in Plan.halvings(32, 8, num_updates=30).stages] == [30, 30]
+    plan = Plan.halvings(32, 8, Training(30, 1e-3))
+    assert [stage.training.num_updates for stage in plan.stages] == [30, 30]
 
 
 @pytest.mark.parametrize("foreign", [16, 3, 64])
@@ -172,26 +186,27 @@ def test_the_settings_of_a_chain_reach_every_stage() -> None:
         "ema_decay": 0.75,
         "dropout": 0.125,
     }
-    teacher = Plan.teacher(num_updates=5, weighting=SNRPlusOne(), warmup_updates=2, **settings)  # type: ignore[arg-type]
-    students = Plan.halvings(8, num_updates=5, weighting=SNRPlusOne(), **settings)  # type: ignore[arg-type]
-    for stage in (teacher + students).stages:
-        assert {name: getattr(stage, name) for name in settings} == settings
+    training = Training(num_updates=5, warmup_updates=2, anneal=False, early_end=EarlyEnd(3), **settings)  # type: ignore[arg-type]
+    for stage in Plan.halvings(8, training=training, updates_at={}, weighting=SNRPlusOne()).stages:
+        assert stage.training == training
         assert stage.objective.weighting == SNRPlusOne()  # type: ignore[attr-defined]
-    assert teacher.stages[0].warmup_updates == 2
+    # All that `Training` declares differs from its default here, so that none can be lost on the way.
+    assert all(getattr(training, each.name) != each.default for each in dataclasses.fields(Training))
 
 
 def test_a_student_anneals_and_keeps_no_average_where_a_teacher_does_the_reverse() -> None:
     """The authors' configurations: in distillation the fall of the rate to 0 takes the place of averaging."""
-    teacher = Plan.teacher(num_updates=5, batch_size=1, learning_rate=1.0).stages[0]
+    teacher = Recipe(name="default").teacher_plan().stages[0]
     student = Plan.halvings(2).stages[0]
-    assert (teacher.anneal, teacher.ema_decay) == (False, 0.9999)
-    assert (student.anneal, student.ema_decay, student.dropout, student.weight_decay) == (True, 0.0, 0.0, 0.0)
+    assert (teacher.training.anneal, teacher.training.ema_decay) == (False, 0.9999)
+    own = student.training
+    assert (own.anneal, own.ema_decay, own.dropout, own.weight_decay) == (True, 0.0, 0.0, 0.0)
     for stage in (teacher, student):
         assert stage.objective.weighting == TruncatedSNR()  # type: ignore[attr-defined]
 
 
 def test_folders_are_named_by_place_and_steps_and_sort_in_the_order_in_which_they_run() -> None:
-    plan = Plan.teacher(num_updates=1, batch_size=1, learning_rate=1.0) + Plan.halvings(8192)
+    plan = Plan.of(Denoising(), training_of()) + Plan.halvings(8192)
     names = plan.names()
     assert names[:3] == ["00-denoise", "01-halve-4096", "02-halve-2048"]
     assert names[-1] == "13-halve-0001"
@@ -200,7 +215,7 @@ def test_folders_are_named_by_place_and_steps_and_sort_in_the_order_in_which_the
 
 
 def test_plans_add_up_in_order() -> None:
-    first, second = Plan.halvings(16, 4, num_updates=3), Plan.halvings(4, num_updates=5)
+    first, second = Plan.halvings(16, 4, training_of(num_updates=3)), Plan.halvings(4, 1, training_of(num_updates=5))
     assert steps_of(first + second) == steps_of(Plan.halvings(16))
     assert (first + second).num_updates == first.num_updates + second.num_updates
 
@@ -209,8 +224,8 @@ def test_plans_add_up_in_order() -> None:
 def test_an_annealed_rate_falls_linearly_and_would_be_0_at_the_update_after_the_last(
     num_updates: int, rate: float
 ) -> None:
-    stage = stage_of(num_updates=num_updates, learning_rate=rate)
-    rates = [stage.learning_rate_at(update) for update in range(num_updates)]
+    training = training_of(num_updates=num_updates, learning_rate=rate)
+    rates = [training.rate_at(update) for update in range(num_updates)]
     assert rates[0] == rate
     assert min(rates) > 0
     falls = [a - b for a, b in zip(rates, [*rates[1:], 0.0], strict=True)]
@@ -220,19 +235,19 @@ def test_an_annealed_rate_falls_linearly_and_would_be_0_at_the_update_after_the_
 @given(num_updates=st.integers(1, 200), data=st.data())
 def test_a_warm_up_rises_evenly_from_above_0_to_the_full_rate_and_stays(num_updates: int, data: st.DataObject) -> None:
     warmup = data.draw(st.integers(1, num_updates))
-    stage = stage_of(num_updates=num_updates, warmup_updates=warmup, anneal=False, learning_rate=0.5)
-    rates = [stage.learning_rate_at(update) for update in range(num_updates)]
+    training = training_of(num_updates=num_updates, warmup_updates=warmup, anneal=False, learning_rate=0.5)
+    rates = [training.rate_at(update) for update in range(num_updates)]
     rises = [b - a for a, b in zip([0.0, *rates], rates, strict=False)]
     assert rises[:warmup] == pytest.approx([0.5 / warmup] * warmup, rel=1e-9)
     assert rates[warmup - 1 :] == [0.5] * (num_updates - warmup + 1)
 
 
 def test_a_rate_that_warms_up_and_anneals_is_the_product_of_the_two() -> None:
-    both = stage_of(warmup_updates=10, learning_rate=2.0)
-    warming, falling = stage_of(warmup_updates=10, anneal=False), stage_of()
+    both = training_of(warmup_updates=10, learning_rate=2.0)
+    warming, falling = training_of(warmup_updates=10, anneal=False), training_of()
     for update in range(100):
-        product = warming.learning_rate_at(update) * falling.learning_rate_at(update) / 1e-3**2 * 2
-        assert both.learning_rate_at(update) == pytest.approx(product, rel=1e-12)
+        product = warming.rate_at(update) * falling.rate_at(update) / 1e-3**2 * 2
+        assert both.rate_at(update) == pytest.approx(product, rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -253,9 +268,12 @@ def test_a_rate_that_warms_up_and_anneals_is_the_product_of_the_two() -> None:
 )
 def test_a_stage_refuses_a_budget_that_makes_no_sense(changes: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        stage_of(**changes)
+        training_of(**changes)
 
 
 def test_a_halving_stage_is_made_for_its_students_steps_and_a_teacher_for_any() -> None:
-    assert stage_of(objective=Halving(4, num_teacher_steps=3)).num_steps == 4
-    assert stage_of().num_steps is None
+    def steps(objective: Objective) -> int | None:
+        return Stage(objective, training_of()).num_steps
+
+    assert steps(Halving(4, num_teacher_steps=3)) == 4
+    assert steps(Denoising()) is None

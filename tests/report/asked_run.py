@@ -10,7 +10,7 @@ from halfstep.core.prediction import V
 from halfstep.models.folder import save_stage
 from halfstep.nets import MLP, Network, describe_network
 from halfstep.recipes.schema import UNetConfig, make_unet
-from halfstep.runs import Manifest, RunFolder
+from halfstep.runs import Manifest, Outcome, RunFolder
 from halfstep.runtime.files import write_json
 
 STAGES = (("00-denoise", None), ("01-halve-0004", 4), ("02-halve-0002", 2), ("03-halve-0001", 1))
@@ -43,7 +43,7 @@ def write_asked_run(run: Path, points: bool = False, trained: int = 3) -> Path:
             stage=name,
             objective="halve" if index else "denoise",
             parent=STAGES[index - 1][0] if index else None,
-            num_steps=num_steps,
+            outcome=Outcome(role="student" if index else "teacher", num_steps=num_steps),
             start_steps=8,
             num_updates=1,
             seconds=1.0,
@@ -57,6 +57,9 @@ def write_asked_run(run: Path, points: bool = False, trained: int = 3) -> Path:
             files={},
         )
         save_stage(RunFolder(run).stage(name), NetworkDenoiser(network, VPCosine(), V()), manifest)
-    plan = [{"stage": name, "num_steps": steps, "num_updates": 1} for name, steps in STAGES]
+    plan = [
+        {"stage": name, "role": "student" if steps else "teacher", "num_steps": steps, "num_updates": 1}
+        for name, steps in STAGES
+    ]
     write_json(run / "recipe.json", {"recipe": {"name": "asked"}, "plan": plan, "environment": {}})
     return run

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from sklearn.datasets import load_digits
 
-from halfstep.runs import Manifest, Metrics, RunFolder
+from halfstep.runs import Manifest, Metrics, Outcome, RunFolder
 from halfstep.runs.schema import Result
 from halfstep.runtime.files import write_json
 
@@ -79,7 +79,7 @@ def write_stage(
         stage=name,
         objective="denoise" if num_steps is None else "halve",
         parent=None if num_steps is None else parent,
-        num_steps=num_steps,
+        outcome=Outcome(role="teacher" if num_steps is None else "student", num_steps=num_steps),
         start_steps=256,
         num_updates=2000 if num_steps is None else 400,
         seconds=seconds,
@@ -113,7 +113,12 @@ def write_fake_run(
         {
             "recipe": {"name": name, "seed": 0, "data": {"source": "digits"}, "chain": {"start_steps": 256}},
             "plan": [
-                {"stage": stage, "num_steps": n, "num_updates": 2000 if n is None else 400}
+                {
+                    "stage": stage,
+                    "role": "teacher" if n is None else "student",
+                    "num_steps": n,
+                    "num_updates": 2000 if n is None else 400,
+                }
                 for stage, n in zip(names, steps, strict=True)
             ],
             "environment": {

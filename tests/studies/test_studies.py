@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from halfstep.data import DataConfig
-from halfstep.recipes import EvaluationConfig, MLPConfig, Recipe, TeacherConfig
+from halfstep.objectives import Training
+from halfstep.recipes import EvaluationConfig, MLPConfig, Recipe
 from halfstep.recipes.schema import ChainConfig
 from halfstep.runs import RunFolder
 from halfstep.runtime.failures import NonFinite
@@ -31,8 +32,8 @@ def tiny() -> Scale:
         name="tiny",
         data=DataConfig(source="digits", limit=200),
         network=MLPConfig(width=16, depth=1),
-        teacher=TeacherConfig(num_updates=4, batch_size=8, warmup_updates=1, ema_decay=0.5),
-        chain=ChainConfig(start_steps=16, num_updates=2, batch_size=8, learning_rate=1e-3),
+        teacher=Training(4, 2e-4, 8, warmup_updates=1, anneal=False, ema_decay=0.5),
+        chain=ChainConfig(start_steps=16, training=Training(2, 1e-3, 8)),
         evaluation=EvaluationConfig(num_samples=24, num_reference=100, features="pixels", batch_size=12),
     )
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"conditional": False})})

@@ -87,6 +87,14 @@ def plain_reason(message: str) -> str:
     return " ".join(lines)
 
 
+def with_flag(reason: str, argv: Sequence[str]) -> str:
+    """Return a complaint that begins with a setting's name, with the one flag of that name in its place."""
+    name, _, rest = reason.partition(" ")
+    flags = [token.partition("=")[0] for token in argv if token.startswith("--")]
+    found = [flag for flag in flags if flag.replace("-", "_").endswith((f".{name}", f"__{name}"))]
+    return f"{found[0]} {rest}" if len(found) == 1 else reason
+
+
 def parse(
     kind: type[Arguments],
     argv: Sequence[str],
@@ -133,7 +141,8 @@ def parse(
             )
         if isinstance(event, tyro_errors.InstantiationFailure):
             flag = event.argument.lowered.name_or_flags[0] if event.argument is not None else ""
-            raise UsageError(f"{flag + ': ' if flag else ''}{plain_reason(event.message)}")
+            reason = plain_reason(event.message)
+            raise UsageError(f"{flag}: {reason}" if flag else with_flag(reason, argv))
 
     try:
         with tyro_errors.on_parse_error(explain):
