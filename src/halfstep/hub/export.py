@@ -102,7 +102,7 @@ def export_lora(model: Model, out: Path, base: Manifest | None = None, name: str
         raise ValueError(
             f"diffusers loads no low-rank additions into {where}: use --format diffusers, which merges them"
         )
-    if base is not None and base.objective != "imported":
+    if base is not None and base.num_updates:
         raise ValueError(
             f"the additions are to the weights of {base.stage}, which were trained by halfstep and are not those of "
             f"{pipeline.folder}: use --format diffusers, which merges them"
