@@ -381,7 +381,8 @@ def _html(kind: str, answer: Answer, made: Sequence[Markup]) -> str:
 
 def _figure(shown: Shown, answer: Answer, columns: int) -> Markup:
     who = "The teacher" if shown.is_start and shown.role == "teacher" else shown.stage
-    words = f"{count(shown.num_steps, 'step')}, {count(shown.num_evals, 'network call')}, {_seconds(shown.seconds)}, {shown.sampler}"
+    calls = count(shown.num_evals, "network call")
+    words = f"{count(shown.num_steps, 'step')}, {calls}, {_seconds(shown.seconds)}, {shown.sampler}"
     alt = f"{count(len(shown.samples), 'sample')} of {who} at {count(shown.num_steps, 'step')}"
     if figures.is_images(shown.samples):
         data, width, height = figures.png_grid(shown.samples, columns, in_full=True)

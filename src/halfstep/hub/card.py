@@ -105,7 +105,7 @@ def model_card(
         + (f"; conditions {', '.join(manifest.conditions)}" if manifest.conditions else "")
         + ".",
         f"- Predicts {manifest.prediction['type']} on the process {manifest.process['type']}; x0 is "
-        f"{'clipped to [-1, 1]' if manifest.clip else 'not clipped'}.",
+        f"{'clipped to [-1, 1]' if manifest.clip else 'not clipped'}; the sampler is {manifest.outcome.sampler_name}.",
         "",
         "## Numbers of steps",
         "",

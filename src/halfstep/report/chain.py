@@ -218,7 +218,9 @@ def _paid(facts: RunFacts, groups: Sequence[Group], summary: Summary) -> str | N
     group = next((g for g in groups if g.most is not None), None)
     if group is None or group.most is None or summary.best is None:
         return None
-    row = next((r for r in group.rows if r.student is not None and not r.is_matched and r.steps == summary.best.steps), None)
+    row = next(
+        (r for r in group.rows if r.student is not None and not r.is_matched and r.steps == summary.best.steps), None
+    )
     if row is None or row.student is None or row.student_stage is None:
         return None
     names = [stage.name for stage in facts.others]

@@ -81,9 +81,9 @@ def _group(name: str, facts: RunFacts, stages: Sequence[StageFacts]) -> Group:
     most = max(teacher.values(), key=lambda r: r.num_steps, default=None)
     reference = next((r for r in teacher.values() if r.num_steps == REFERENCE_STEPS), most)
     pairs: list[tuple[StageFacts | None, Result | None, Result | None]] = []
-    for stage, student in others:
-        own = (student.num_steps, start.sampler if start else "")
-        pairs.append((stage, student, teacher.get((student.num_steps, student.sampler)) or teacher.get(own)))
+    for other, result in others:
+        own = (result.num_steps, start.sampler if start else "")
+        pairs.append((other, result, teacher.get((result.num_steps, result.sampler)) or teacher.get(own)))
     beside = [alone for _, _, alone in pairs]
     pairs += [(None, None, alone) for alone in teacher.values() if alone not in beside]
     rows = []

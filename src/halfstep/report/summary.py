@@ -77,7 +77,9 @@ def summarise(facts: RunFacts, groups: Sequence[Group]) -> Summary:
 
 
 def _of_group(group: Group) -> Comparison | None:
-    rated = [Rated(row.steps, row.ratio, row.speed_up) for row in group.rows if row.ratio is not None and not row.is_matched]
+    rated = [
+        Rated(row.steps, row.ratio, row.speed_up) for row in group.rows if row.ratio is not None and not row.is_matched
+    ]
     if not rated or group.most is None or group.reference is None:
         return None
     return Comparison(rated, group.most.num_steps, group.reference.num_steps)
