@@ -70,8 +70,8 @@ class SampleArguments:
     """uncond + scale (cond - uncond), for a model that knows guidance; 1 is none. The model's own by default."""
     prompt: str | None = None
     """What to show, for a model of texts."""
-    sampler: str = "ddim"
-    """Sampler (see `halfstep ls samplers`)."""
+    sampler: str | None = None
+    """Sampler (see `halfstep ls samplers`); the model's own by default."""
     gamma: float | None = None
     """Of ancestral sampling: its variance, from 0 for the lower bound to 1 for the upper, which is the default."""
     batch_size: int | None = None

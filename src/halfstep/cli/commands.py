@@ -224,17 +224,18 @@ def _recipe_of(stage: StageFolder) -> Recipe | None:
     return recipe_of_file(file) if file.is_file() and stage.path.resolve().parent.name == "stages" else None
 
 
-def _sampler(name: str, gamma: float | None) -> Sampler:
-    """The sampler of that name.
+def _sampler(name: str | None, gamma: float | None, own: Sampler) -> Sampler:
+    """Return the sampler of that name, or the model's own.
 
     Raises:
-        ValueError: if it is unknown, or gamma is out of range or would say nothing.
+        ValueError: if it is unknown, or gamma is out of range or has no effect.
     """
+    name = name or samplers.name_of(own)
     kind = samplers[name]
     if gamma is None:
-        return kind()
+        return own if kind is type(own) else kind()
     if kind is not Ancestral:
-        raise UsageError(f"--gamma {gamma} says nothing to --sampler {name}: leave it out, or use --sampler ancestral")
+        raise UsageError(f"--gamma {gamma} has no effect on the sampler {name}. Remove it, or add --sampler ancestral.")
     return Ancestral(gamma)
 
 
@@ -246,7 +247,8 @@ def sample(argv: Sequence[str]) -> None:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
     if arguments.seed < 0:
         raise UsageError(f"--seed must be at least 0, got {arguments.seed}")
-    method = _sampler(arguments.sampler, arguments.gamma)
+    if arguments.sampler is not None:
+        _ = samplers[arguments.sampler]
     out = arguments.out
     as_file = out.suffix.lower() in (".png", ".npz")
     if out.suffix and not as_file:
@@ -257,6 +259,7 @@ def sample(argv: Sequence[str]) -> None:
         refuse_taken(out, as_file, "choose another --out, or add --overwrite")
     processes = _processes(arguments.device == "cpu")
     model = load(arguments.model, device_of(arguments.device, processes))
+    method = _sampler(arguments.sampler, arguments.gamma, model.sampler)
     seeds = range(arguments.seed, arguments.seed + arguments.num_samples)
     cond = _prompted(model, arguments.prompt, len(seeds))
     # One process lets the model find the batch that fits; several share the samples out in parts as large as it would
@@ -294,7 +297,8 @@ def sample(argv: Sequence[str]) -> None:
                 "first_seed": arguments.seed,
                 "shape": list(model.shape),
                 "num_steps": steps,
-                "sampler": arguments.sampler,
+                "sampler": samplers.name_of(method),
+                "num_evals": model.num_evals(method, model.check_steps(steps), arguments.guidance_scale),
                 "seconds": round(seconds, 3),
             }
         )

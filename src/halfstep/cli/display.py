@@ -115,13 +115,15 @@ class RunDisplay:
 
 
 def result_rows(folder: RunFolder) -> tuple[list[Result], list[Result]]:
-    """The figures of a run: of the undistilled teacher, and of the students."""
+    """Return the figures of a run: of the model where its chain starts, and of the students."""
     teacher: list[Result] = []
     students: list[Result] = []
-    for index, stage in enumerate(folder.stages()):
+    for stage in folder.stages():
         metrics = stage.metrics()
-        if metrics is not None:
-            (teacher if index == 0 else students).extend(metrics.results)
+        if metrics is not None and stage == folder.start:
+            teacher.extend(metrics.results)
+        elif metrics is not None and stage.manifest(verify=False).outcome.role == "student":
+            students.extend(metrics.results)
     return teacher, students
 
 
@@ -158,8 +160,8 @@ def show_results(path: Path, console: Console) -> None:
     """Prints the table of a run; nothing if it has not been measured."""
     teacher, students = result_rows(RunFolder(path))
     if teacher or students:
-        first = RunFolder(path).stages()[0].metrics()
-        protocol = first.protocol if first else {}
+        measured = (stage.metrics() for stage in RunFolder(path).stages())
+        protocol = next((metrics.protocol for metrics in measured if metrics), {})
         features = protocol.get("features", "?")
         console.print(results_table(teacher, students, f"Frechet distance in {features} features"))
         console.print(

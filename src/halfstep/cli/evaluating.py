@@ -29,7 +29,7 @@ from halfstep.runtime.stop import StopSignal
 
 @dataclass
 class EvaluateArguments:
-    """Measure every student of a run at its own steps, and the teacher by several samplers at all, in one or several
+    """Measure every student of a run at its own steps by its own sampler, the teacher by several at all, in one or more
     kinds of features, over one or several sets of seeds. SUBJECT is the folder of a run, of a stage, of a diffusers
     pipeline (or its name on the Hub), or a folder of images or an .npz of samples. The same command goes on where it
     was cut, and draws nothing that is there. It writes evaluation.json, .md, .csv, .svg, and keeps the samples."""
@@ -39,8 +39,8 @@ class EvaluateArguments:
     num_steps: tuple[int, ...] = ()
     """Steps of the --against series, and of a single stage; by default the start of the chain, halved down to 1."""
     against: tuple[str, ...] | None = None
-    """Series beside the students: teacher-SAMPLER or student-SAMPLER (see `halfstep ls samplers`); teacher-ddim by
-    default."""
+    """Series beside the students: teacher-SAMPLER or student-SAMPLER (see `halfstep ls samplers`); by default the
+    teacher by its own sampler."""
     extractors: tuple[str, ...] = ()
     """Where distances are measured: NAME or NAME=WEIGHTS (see `halfstep ls extractors`); the recipe's by default."""
     seeds: int = 1

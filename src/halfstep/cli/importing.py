@@ -47,7 +47,7 @@ def import_(argv: Sequence[str]) -> None:
         if arguments.config is None:
             raise UsageError("--config is missing: cifar10, imagenet64, bedroom128, church128, or a .json file")
         manifest = import_google_pd(Path(arguments.source), config_of(arguments.config), out)
-    kind = "a teacher" if manifest.num_steps is None else f"a student of {manifest.num_steps} steps"
+    kind = f"a {manifest.outcome.role}" + (f" of {manifest.num_steps} steps" if manifest.num_steps else "")
     classes = f"{manifest.num_classes} classes" if manifest.num_classes else "no classes"
     shown = f", conditioned on {', '.join(manifest.conditions)}" if manifest.conditions else ""
     meaning = f"predicts {manifest.prediction['type']}"

@@ -20,7 +20,7 @@ from halfstep.registry import nearest
 from halfstep.runs import Manifest, RunFolder, StageFolder
 from halfstep.runs.evaluation import Series
 from halfstep.runtime.files import DamagedFile
-from halfstep.samplers import DDIM, Ancestral, Sampler, samplers
+from halfstep.samplers import Ancestral, Sampler, samplers
 
 LABELS = {"ddim": "DDIM", "ancestral": "ancestral", "heun": "Heun", "euler": "Euler", "dpmpp_2m": "DPM-Solver++(2M)"}
 """How samplers are written in a table; others by their names."""
@@ -37,7 +37,7 @@ class Subject:
     recipe: Recipe | None = None
     """Of its run; None outside one."""
     teacher: tuple[str, Manifest, Callable[[], Model]] | None = None
-    """Name, manifest and loader of the undistilled model."""
+    """Name, manifest and loader of the model from which the chain starts: what the others are compared with."""
     students: tuple[tuple[str, Manifest, Callable[[], Model]], ...] = ()
     files: Path | None = None
     """A folder of images, or a file of samples."""
@@ -86,17 +86,12 @@ def _run(run: RunFolder, recipe: Recipe | None) -> Subject:
             continue
         if not manifest.weights_kept:
             notices.append(f"Stage {stage.name} is left out: its weights were not kept.")
-        elif stage.name.startswith("00-"):
+        elif stage == run.start:
             teacher = (stage.name, manifest, _loader(stage))
         else:
             found.append((stage.name, manifest, _loader(stage)))
-    try:
-        rows = run.recipe().get("plan")
-    except DamagedFile:
-        rows = None
-    planned = [row["stage"] for row in rows or [] if isinstance(row, dict) and isinstance(row.get("stage"), str)]
     there = {stage.name for stage in run.stages()}
-    if missing := [name for name in planned if name not in there]:
+    if missing := [row.name for row in run.plan if row.name not in there]:
         notices.append(
             f"The run is not at its end: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not there yet; "
             "run the same command again later."
@@ -111,8 +106,7 @@ def _stage(stage: StageFolder, recipe: Recipe | None) -> Subject:
     if not manifest.weights_kept:
         raise UsageError(f"{stage.path} has no weights any more (chain.keep): measure another stage")
     entry = (stage.name, manifest, _loader(stage))
-    is_student = manifest.num_steps is not None or manifest.objective == "match"
-    teacher, students = (None, (entry,)) if is_student else (entry, ())
+    teacher, students = (entry, ()) if manifest.outcome.role == "teacher" else (None, (entry,))
     return Subject("stage", stage.path / "evaluation", recipe, teacher, students)
 
 
@@ -127,7 +121,7 @@ class Asked:
 
     num_steps: tuple[int, ...]
     against: tuple[str, ...] | None
-    """None for teacher-ddim, where there is a teacher."""
+    """None for the teacher by its own sampler, where there is a teacher."""
     gamma: float | None
     search_gamma: int | None
     guidance_scale: float | None
@@ -146,7 +140,8 @@ class Plan:
 
 
 def plan_of(subject: Subject, asked: Asked, recipe: Recipe, data: Data, device: torch.device) -> Plan:
-    """The rows that `asked` means: students at their own steps, and each series of `asked.against` at all.
+    """The rows that `asked` means: students at their own steps by their own samplers, and the series of
+    `asked.against`.
 
     Raises:
         ValueError: if a series is unknown, or there is nothing that it could be of.
@@ -155,32 +150,33 @@ def plan_of(subject: Subject, asked: Asked, recipe: Recipe, data: Data, device: 
         raise ValueError("samples in files have no curve")
     rows = _Rows(asked, data, device)
     steps = _steps(subject, asked, recipe)
-    if subject.students:
-        rows.series.append(Series(name="student", label="student", role="student", sampler="ddim"))
-        for model in subject.students:
-            own = model[1].num_steps or model[1].start_steps
-            wanted = asked.num_steps if subject.kind == "stage" and asked.num_steps else (own,) if own else steps
-            for count in wanted:
-                rows.add("student", model, DDIM(), count)
+    for model in subject.students:
+        name = rows.begin_own(model[1])
+        own = model[1].num_steps or (model[1].start_steps if model[1].outcome.role == "matched" else None)
+        wanted = asked.num_steps if subject.kind == "stage" and asked.num_steps else (own,) if own else steps
+        for count in wanted:
+            rows.add(name, model, _own(model[1]), count)
     against = asked.against
     if against is None:
         # A run whose teacher is damaged has said so.
-        against = ("teacher-ddim",) if subject.teacher is not None or subject.kind == "run" else ()
+        against = () if subject.teacher is None else (f"teacher-{subject.teacher[1].outcome.sampler_name}",)
     for name in dict.fromkeys(against):
         who, sampler = _series(name)
         if subject.kind != "run" and not (subject.teacher if who == "teacher" else subject.students):
             raise UsageError(f"--against {name}: there is no {who} here; leave it out, or give the run's folder")
         if who == "teacher" and subject.teacher is not None:
-            is_other = subject.kind == "pipeline"
-            rows.begin(name, sampler, "other" if is_other else "teacher", "model" if is_other else "teacher")
-            for count in steps:
+            is_other, own = subject.kind == "pipeline", subject.teacher[1].num_steps
+            role: Literal["other", "teacher"] = "other" if is_other else "teacher"
+            rows.begin(name, sampler, role, "model" if is_other else "teacher", subject.teacher[1])
+            for count in (own,) if own and not asked.num_steps else steps:
                 rows.sampled(name, subject.teacher, sampler, count)
         elif who == "student" and subject.students:
-            rows.begin(name, sampler, "student", "student")
+            rows.begin(name, sampler, "student", "student", subject.students[0][1])
             for model in subject.students:
                 if own := model[1].num_steps:
                     rows.sampled(name, model, sampler, own)
-    if asked.num_steps and subject.kind != "stage" and not any(name.startswith("teacher-") for name in against):
+    only_students = asked.against is not None and not any(name.startswith("teacher-") for name in against)
+    if asked.num_steps and subject.kind != "stage" and only_students:
         raise UsageError(
             "--num-steps says at how many steps a teacher is measured; students have their own: add --against "
             "teacher-ddim, or leave it out"
@@ -210,24 +206,48 @@ class _Rows:
         self.entries: list[Entry] = []
         self._loaded: dict[str, Callable[[], Model]] = {}
 
-    def begin(self, name: str, sampler: str, role: Literal["student", "teacher", "other"], who: str) -> None:
+    def begin_own(self, manifest: Manifest) -> str:
+        """Return the series of models of this role and sampler, begun at the first of them."""
+        role, sampler = manifest.outcome.role, _own(manifest)
+        kind = manifest.outcome.sampler_name
+        by = LABELS.get(kind, kind) if sampler == samplers[kind]() else repr(sampler)
+        label = f"{role if role == 'student' else f'{role} model'}, {by}"
+        known = next((series for series in self.series if series.label == label), None)
+        if known is not None:
+            return known.name
+        names = [role, *(f"{role}-{number}" for number in range(2, len(self.series) + 2))]
+        name = next(name for name in names if name not in [series.name for series in self.series])
+        gamma = sampler.gamma if isinstance(sampler, Ancestral) else None
+        shown: Literal["student", "other"] = "student" if role == "student" else "other"
+        self.series.append(Series(name=name, label=label, role=shown, sampler=kind, gamma=gamma))
+        return name
+
+    def begin(
+        self, name: str, sampler: str, role: Literal["student", "teacher", "other"], who: str, manifest: Manifest
+    ) -> None:
         gamma = None
         if samplers[sampler] is Ancestral and self.asked.search_gamma is None:
-            gamma = 1.0 if self.asked.gamma is None else self.asked.gamma
+            gamma = self._gamma(manifest)
         label = f"{who}, {LABELS.get(sampler, sampler)}"
         self.series.append(Series(name=name, label=label, role=role, sampler=sampler, gamma=gamma))
 
     def sampled(self, name: str, model: tuple[str, Manifest, Callable[[], Model]], sampler: str, steps: int) -> None:
         """Adds a row, or one for each gamma that is tried."""
+        is_own = sampler == model[1].outcome.sampler_name
         if samplers[sampler] is not Ancestral:
-            self.add(name, model, samplers[sampler](), steps)
+            self.add(name, model, _own(model[1]) if is_own else samplers[sampler](), steps)
             return
         levels = self.asked.search_gamma
         if levels is None:
-            self.add(name, model, Ancestral(1.0 if self.asked.gamma is None else self.asked.gamma), steps)
+            self.add(name, model, Ancestral(self._gamma(model[1])), steps)
             return
         for index in range(levels):
             self.add(name, model, Ancestral(index / (levels - 1)), steps, gamma=index / (levels - 1))
+
+    def _gamma(self, manifest: Manifest) -> float:
+        own = _own(manifest)
+        known = own.gamma if isinstance(own, Ancestral) else 1.0
+        return known if self.asked.gamma is None else self.asked.gamma
 
     def add(
         self,
@@ -298,9 +318,16 @@ def _steps(subject: Subject, asked: Asked, recipe: Recipe) -> tuple[int, ...]:
 
 
 def _base(subject: Subject, asked: Asked, steps: tuple[int, ...], rows: _Rows) -> Entry | None:
-    """The teacher at the steps from which the chain starts, by DDIM: what its students were taught to land on."""
+    """The model where the chain starts at its own steps, by its own sampler: what its students learned to land on."""
     if subject.teacher is None or subject.kind == "pipeline":
         return None
-    start = subject.teacher[1].start_steps
+    manifest = subject.teacher[1]
+    start = manifest.num_steps or manifest.start_steps
     starts = [manifest.start_steps for _, manifest, _ in subject.students if manifest.start_steps]
-    return rows.entry("teacher-ddim", subject.teacher, DDIM(), start or max(starts, default=max(steps)))
+    name = f"teacher-{manifest.outcome.sampler_name}"
+    return rows.entry(name, subject.teacher, _own(manifest), start or max(starts, default=max(steps)))
+
+
+def _own(manifest: Manifest) -> Sampler:
+    sampler: Sampler = samplers.rebuild(manifest.outcome.sampler)
+    return sampler

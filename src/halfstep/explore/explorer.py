@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from halfstep.core.draw import between
+from halfstep.core.draw import between, step_noise
 from halfstep.core.warnings import HalfstepWarning
 from halfstep.measure.samples import samples_array
 from halfstep.models.folder import find_stage, load
 from halfstep.models.model import Model
 from halfstep.runs import Manifest, RunFolder, StageFolder
 from halfstep.runtime.files import DamagedFile
-from halfstep.samplers import DDIM, trajectory
+from halfstep.samplers import trajectory
 
 KEPT_BYTES = 2 * 2**30
 """Of weights that stay in memory; beyond it, the model that was used longest ago goes."""
@@ -77,7 +77,9 @@ class StageChoice:
 
     name: str
     num_steps: int | None
-    """Its own; None for a teacher."""
+    """Its own; None for any number."""
+    role: str | None
+    """teacher, matched or student; None if unknown."""
     missing: str | None = None
 
     @property
@@ -85,12 +87,7 @@ class StageChoice:
         """What a list shows."""
         if self.missing is not None:
             return f"{self.name} (missing)"
-        return f"{self.name} (teacher)" if self.is_teacher else self.name
-
-    @property
-    def is_teacher(self) -> bool:
-        """Whether it is undistilled: the first stage of a chain, and no student of one that was only matched."""
-        return self.num_steps is None and not self.name.startswith("01-")
+        return self.name if self.role in (None, "student") else f"{self.name} ({self.role})"
 
 
 @final
@@ -99,10 +96,13 @@ class Shown:
     """What a model made."""
 
     stage: str
-    is_teacher: bool
+    role: str | None
+    is_start: bool
+    """Whether the chain starts from it."""
     num_steps: int
     num_evals: int
     """Network calls for a sample."""
+    sampler: str
     seconds: float
     """Wall time of sampling alone."""
     samples: np.ndarray
@@ -157,16 +157,17 @@ class Explorer:
         """Of the request that is served, on the clock of `perf_counter`."""
 
     @property
-    def teacher(self) -> StageChoice:
-        """The chain's first stage, which may be missing."""
-        first = self.choices[0]
-        return first if first.is_teacher else StageChoice("the teacher", None, "it is not in this folder")
+    def start(self) -> StageChoice:
+        """The model from which the chain starts, which may be missing: the others are compared with it."""
+        found = next((choice for choice in self.choices if choice.name == self._start), None)
+        return found or StageChoice("the teacher", None, None, "it is not in this folder")
 
     @property
     def start_steps(self) -> int:
-        """Steps at which the teacher is asked where nothing else is said."""
-        first = self._manifests.get(self.teacher.name, self.manifest)
-        return min(self.bounds.num_steps, first.num_steps or self.manifest.start_steps or 64)
+        """Default number of steps of the start of the chain."""
+        first = self._manifests.get(self.start.name)
+        own = None if first is None else first.num_steps
+        return min(self.bounds.num_steps, own or self.manifest.start_steps or 64)
 
     @property
     def knows_guidance(self) -> bool:
@@ -184,12 +185,15 @@ class Explorer:
         folders = run.stages() if self.path.is_dir() else []
         if not folders:
             folders = [find_stage(self.path)]
+        plan = run.plan
+        roles = {row.name: row.role for row in plan}
+        self._start = None if run.start is None else run.start.name
         choices: dict[str, StageChoice] = {}
         for folder in folders:
             try:
                 manifest = folder.manifest(verify=False)
             except (DamagedFile, OSError) as error:
-                choices[folder.name] = StageChoice(folder.name, None, self._inside(error))
+                choices[folder.name] = StageChoice(folder.name, None, roles.get(folder.name), self._inside(error))
                 continue
             why = None
             if not manifest.weights_kept:
@@ -200,20 +204,12 @@ class Explorer:
                 why = "its samples have another shape than those of the first stage"
             else:
                 self._folders[folder.name], self._manifests[folder.name] = folder, manifest
-            choices[folder.name] = StageChoice(folder.name, manifest.num_steps, why)
-        for name, num_steps in self._planned(run):
-            choices.setdefault(name, StageChoice(name, num_steps, "it has not been trained yet"))
-        return [choices[name] for name in sorted(choices)]
-
-    def _planned(self, run: RunFolder) -> Iterator[tuple[str, int | None]]:
-        try:
-            rows = run.recipe().get("plan")
-        except (DamagedFile, OSError):
-            return
-        for row in rows if isinstance(rows, list) else []:
-            if isinstance(row, dict) and isinstance(row.get("stage"), str):
-                steps = row.get("num_steps")
-                yield row["stage"], steps if isinstance(steps, int) else None
+            choices[folder.name] = StageChoice(folder.name, manifest.num_steps, manifest.outcome.role, why)
+            if self._start is None and folder.path == self.path and manifest.outcome.role == "teacher":
+                self._start = folder.name
+        for row in plan:
+            choices.setdefault(row.name, StageChoice(row.name, row.num_steps, row.role, "it has not been trained yet"))
+        return [choices[name] for name in dict.fromkeys([*roles, *choices])]
 
     def _inside(self, error: Exception) -> str:
         return str(error).replace(f"{self.path}/", "")
@@ -230,10 +226,10 @@ class Explorer:
         class_label: object = None,
         guidance_scale: object = None,
     ) -> Answer:
-        """A stage and the undistilled teacher beside each other, from the same noise.
+        """A stage and the start of the chain beside each other, from the same noise.
 
         Args:
-            num_steps: of the stage; its own if None, for a teacher those where the chain starts.
+            num_steps: of the stage; its own if None, for any other those where the chain starts.
             teacher_steps: those where the chain starts if None.
             seed: of the first sample; the others follow it.
 
@@ -242,18 +238,16 @@ class Explorer:
         """
         choice = self._stage(stage)
         steps = self._steps("steps", num_steps, choice)
-        other = self._steps("teacher's steps", teacher_steps, self.teacher)
+        other = self._steps("teacher's steps", teacher_steps, self.start)
         first = self._whole("seed", seed, 0, LARGEST_SEED)
         number = self._whole("samples", num_samples, 1, self.bounds.samples(self.shape))
         asked = [(choice, steps)]
         with self._one_at_a_time() as notes:
-            if self.teacher.missing is not None:
-                notes.append(f"There is no teacher to compare with, {self.teacher.name}: {self.teacher.missing}.")
-            elif choice == self.teacher:
-                notes.append("The teacher itself was chosen: both are the same model.")
-                asked.append((self.teacher, other))
-            else:
-                asked.append((self.teacher, other))
+            self._note_start(notes)
+            if self.start.missing is None:
+                asked.append((self.start, other))
+                if choice == self.start:
+                    notes.append("The teacher itself was chosen: both are the same model.")
             seeds = range(first, first + number)
             shown = self._all(asked, lambda m: m.noise(seeds), seeds, class_label, guidance_scale, notes)
         return Answer(shown, notes)
@@ -281,7 +275,7 @@ class Explorer:
         class_label: object = None,
         guidance_scale: object = None,
     ) -> Answer:
-        """Samples along the great circle from one noise to another, by a stage and by the undistilled teacher.
+        """Samples along the great circle from one noise to another, by a stage and by the start of the chain.
 
         Where no class is chosen, all frames are of the first seed's.
 
@@ -295,19 +289,22 @@ class Explorer:
         number = self._whole("frames", num_frames, 2, self.bounds.frames(self.shape))
         shares = [index / (number - 1) for index in range(number)]
         asked = [(choice, steps)]
-        if self.teacher.missing is None and choice != self.teacher:
-            asked.append((self.teacher, self.start_steps))
+        if self.start.missing is None and choice != self.start:
+            asked.append((self.start, self.start_steps))
 
         def noise(model: Model) -> Tensor:
             ends = model.noise([first, last])
             return between(ends[0], ends[1], shares)
 
         with self._one_at_a_time() as notes:
-            if self.teacher.missing is not None:
-                notes.append(f"There is no teacher to compare with, {self.teacher.name}: {self.teacher.missing}.")
+            self._note_start(notes)
             seeds = [first] * number
             shown = self._all(asked, noise, seeds, class_label, guidance_scale, notes)
         return Answer(shown, notes)
+
+    def _note_start(self, notes: list[str]) -> None:
+        if self.start.missing is not None:
+            notes.append(f"There is no teacher to compare with, {self.start.name}: {self.start.missing}.")
 
     # --- Checks ---
 
@@ -420,10 +417,11 @@ class Explorer:
         model = self._model(choice.name)
         model.check_steps(num_steps)
         cond: Mapping[str, Tensor] = model.cond(seeds, label, scale)
-        x_t = noise(model)
+        x_t, sampler = noise(model), model.sampler
+        drawn = step_noise(seeds, model.shape) if sampler.stochastic else None
         start = time.perf_counter()
         with torch.inference_mode():
-            for step in trajectory(model, x_t, num_steps, DDIM(), cond):
+            for step in trajectory(model, x_t, num_steps, sampler, cond, noise=drawn):
                 x_t = step.x_s
                 if time.perf_counter() > self._deadline and step.s > 0:
                     raise ValueError(
@@ -436,9 +434,11 @@ class Explorer:
             raise ValueError(f"{choice.name} gave samples that are not finite at {num_steps} steps: the model diverged")
         return Shown(
             stage=choice.name,
-            is_teacher=choice == self.teacher,
+            role=choice.role,
+            is_start=choice == self.start,
             num_steps=num_steps,
-            num_evals=model.num_evals(DDIM(), num_steps, scale),
+            num_evals=model.num_evals(sampler, num_steps, scale),
+            sampler=model.manifest.outcome.sampler_name,
             seconds=seconds,
             samples=samples_array(x0, self.manifest.is_image),
         )

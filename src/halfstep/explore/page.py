@@ -380,8 +380,9 @@ def _html(kind: str, answer: Answer, made: Sequence[Markup]) -> str:
 
 
 def _figure(shown: Shown, answer: Answer, columns: int) -> Markup:
-    who = "The teacher" if shown.is_teacher else shown.stage
-    words = f"{count(shown.num_steps, 'step')}, {count(shown.num_evals, 'network call')}, {_seconds(shown.seconds)}"
+    who = "The teacher" if shown.is_start and shown.role == "teacher" else shown.stage
+    calls = count(shown.num_evals, "network call")
+    words = f"{count(shown.num_steps, 'step')}, {calls}, {_seconds(shown.seconds)}, {shown.sampler}"
     alt = f"{count(len(shown.samples), 'sample')} of {who} at {count(shown.num_steps, 'step')}"
     if figures.is_images(shown.samples):
         data, width, height = figures.png_grid(shown.samples, columns, in_full=True)
@@ -389,7 +390,7 @@ def _figure(shown: Shown, answer: Answer, columns: int) -> Markup:
         picture = Markup('<img src="{}" width="{}" height="{}" alt="{}">').format(source, width, height, alt)
         pictures = [("PNG", "png", source)]
     else:
-        box = figures.limits([one.samples for one in answer.shown if one.is_teacher] or [shown.samples])
+        box = figures.limits([one.samples for one in answer.shown if one.is_start] or [shown.samples])
         svg = figures.scatter(shown.samples, box, STRIP_SEEDS)
         picture = Markup('<span role="img" aria-label="{}">{}</span>').format(alt, svg)
         pictures = []

@@ -97,7 +97,7 @@ def model_card(
         "",
         "## What it is",
         "",
-        f"- Teacher: {manifest.source or 'trained by halfstep'}; the chain began at {manifest.start_steps or '?'} DDIM "
+        f"- Teacher: {manifest.source or 'trained by halfstep'}; the chain began at {manifest.start_steps or '?'} "
         f"steps; this stage learned from `{manifest.parent or 'data'}`, {manifest.num_updates:,} updates.",
         f"- Data: {manifest.data or 'not recorded'}.",
         f"- Samples: {'images' if manifest.is_image else 'latents'} of shape {list(manifest.shape)}; "
@@ -105,11 +105,11 @@ def model_card(
         + (f"; conditions {', '.join(manifest.conditions)}" if manifest.conditions else "")
         + ".",
         f"- Predicts {manifest.prediction['type']} on the process {manifest.process['type']}; x0 is "
-        f"{'clipped to [-1, 1]' if manifest.clip else 'not clipped'}.",
+        f"{'clipped to [-1, 1]' if manifest.clip else 'not clipped'}; the sampler is {manifest.outcome.sampler_name}.",
         "",
         "## Numbers of steps",
         "",
-        (f"Distilled for **{own}**. " if own else "A teacher: the more the better. ")
+        (f"Distilled for **{own}**. " if own else f"A {manifest.outcome.role} model: the more the better. ")
         + f"The exported scheduler asks for the times that the model was distilled at exactly at {_few(exact)} steps; "
         "at others its timesteps are rounded.",
         *_notes(manifest, kind, schedule),

@@ -16,12 +16,20 @@ import torch
 from halfstep.hub.card import lora_card, model_card
 from halfstep.hub.pipelines import fetch
 from halfstep.hub.quiet import quiet, stock
-from halfstep.hub.schedulers import StockSchedule, clipping, exact_steps, write_schedule
+from halfstep.hub.schedulers import StockSchedule, exact_steps, multistep, write_schedule
 from halfstep.hub.weights import check_weights
 from halfstep.models.model import Model
 from halfstep.nets import SD3, LoRA, StockNetwork, TableNetwork, merged
 from halfstep.runs import Manifest, Metrics
-from halfstep.runtime.files import first_line, read_json, refuse_taken, replacing_folder, write_json, write_text
+from halfstep.runtime.files import (
+    first_line,
+    read_json,
+    refuse_taken,
+    replacing_folder,
+    write_json,
+    write_text,
+)
+from halfstep.samplers import DDIM, DPMSolverPP2M
 
 COPIED: Final = (".json", ".safetensors", ".txt", ".model")
 """Suffixes of the files of an origin's other parts that are copied."""
@@ -35,8 +43,8 @@ def export_pipeline(model: Model, out: Path, metrics: Metrics | None = None, nam
         name: under which the card tells how to load it; that of the folder if None.
 
     Raises:
-        ValueError: if diffusers has no pipeline, scheduler or exact grid for the model, a part of its origin is
-            missing, or `out` holds something; nothing is written then.
+        ValueError: if diffusers has no pipeline, scheduler or exact grid for the model and its sampler, a part of its origin
+            is missing, or `out` holds something; nothing is written then.
     """
     refuse_taken(out)
     network = merged(model.denoiser.network)
@@ -93,7 +101,7 @@ def export_lora(model: Model, out: Path, base: Manifest | None = None, name: str
         raise ValueError(
             f"diffusers loads no low-rank additions into {where}: use --format diffusers, which merges them"
         )
-    if base is not None and base.objective != "imported":
+    if base is not None and base.num_updates:
         raise ValueError(
             f"the additions are to the weights of {base.stage}, which were trained by halfstep and are not those of "
             f"{pipeline.folder}: use --format diffusers, which merges them"
@@ -166,10 +174,17 @@ def _layout(model: Model, network: StockNetwork) -> tuple[StockSchedule, str, st
         raise ValueError(f"the network's clock has the shift {network.shift:g}, but its process is {process}")
     timesteps: Any = network.num_train_timesteps
     schedule = write_schedule(process, model.denoiser.prediction, timesteps, manifest.clip)
-    if manifest.is_image and not manifest.num_classes:
+    is_plain_image, sampler = manifest.is_image and not manifest.num_classes, model.sampler
+    order = 1 if sampler == DDIM() else 2 if sampler == DPMSolverPP2M() else None
+    if order is None or (order == 2 and is_plain_image):
+        raise ValueError(
+            f"no {'pipeline' if order else 'scheduler'} of diffusers samples this model by its own sampler {sampler}. "
+            "Use --format onnx (deterministic samplers), or halfstep.load in Python."
+        )
+    if is_plain_image:
         return schedule, "DDIMPipeline", "unet"
-    if manifest.clip:
-        schedule = clipping(schedule)
+    if manifest.clip or order == 2:
+        schedule = multistep(schedule, order, manifest.clip)
     if manifest.pipeline is not None and not manifest.is_image:
         return schedule, manifest.pipeline.kind, manifest.pipeline.component
     return schedule, "ConsistencyModelPipeline", "unet"

@@ -1,9 +1,11 @@
 """Export of a whole sampler as one ONNX graph: noise in, x0 out, its steps unrolled.
 
 The clock of every step is computed here in float64 and enters the graph as constants; what remains are the network's
-calls and a few sums between them.
+calls and a few sums between them: a deterministic sampler is linear in what the network answers.
 """
 
+import functools
+import itertools
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
@@ -17,10 +19,10 @@ from typing import Any, Final, final
 import torch
 from torch import Tensor, nn
 
-from halfstep.core.clock import per_sample
-from halfstep.core.denoiser import GUIDANCE
+from halfstep.core.denoiser import GUIDANCE, Cond, Denoiser
 from halfstep.core.grids import uniform_times
-from halfstep.core.prediction import eps_from_x0
+from halfstep.core.noise import NoiseProcess
+from halfstep.core.prediction import Denoised, eps_from_x0
 from halfstep.models.model import Model
 from halfstep.nets import merged
 from halfstep.runtime.files import replacing, scratch
@@ -33,43 +35,93 @@ CLOSE: Final = 1e-4
 
 
 @final
-class UnrolledSampler(nn.Module):
-    """DDIM in a fixed number of steps, from unit noise and conditions to x0.
+class _Recorder(Denoiser):
+    """A denoiser of coefficients: it records where a sampler calls it, and answers with unit vectors.
+
+    A step of a sampler is a linear combination of x_t, of noise-free answers (x0, eps) and of what it remembers of
+    earlier steps. Run on vectors of coefficients `[1, size]`, it leaves the combination itself.
 
     Args:
-        model: whose own clipping is part of the graph.
+        size: values of the whole program: the noise, two a call, one a step.
+    """
+
+    def __init__(self, process: NoiseProcess, size: int) -> None:
+        super().__init__()
+        self.process, self.size = process, size
+        self.program: list[tuple[list[tuple[int, float]], float | None]] = []
+        """Terms (value, coefficient) of a sum, and the time of the call made with it; None for the end of a step."""
+        self.known = 1
+
+    def value(self) -> Tensor:
+        """Return the unit vector of the next value."""
+        self.known += 1
+        return torch.eye(self.size, dtype=torch.float64)[None, self.known - 1]
+
+    def record(self, x: Tensor, t: float | None) -> None:
+        """Append the sum that the coefficients `x` stand for."""
+        self.program.append(([(int(j), float(x[0, j])) for j in x[0].nonzero().flatten()], t))
+
+    def forward(self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None) -> Denoised:
+        self.record(x_t, float(torch.as_tensor(t, dtype=torch.float64).flatten()[0]))
+        return Denoised(self.value(), self.value())
+
+
+@final
+class UnrolledSampler(nn.Module):
+    """A deterministic sampler in a fixed number of steps, from unit noise and conditions to x0.
+
+    Args:
+        model: whose own sampler and clipping are part of the graph.
         num_steps: of the sampler.
         names: of the conditions, in the order in which the call takes them.
+
+    Raises:
+        ValueError: if the sampler draws noise.
     """
 
     def __init__(self, model: Model, num_steps: int, names: tuple[str, ...]) -> None:
         super().__init__()
+        sampler = model.sampler
+        if sampler.stochastic:
+            raise ValueError(
+                f"the model's sampler {sampler} draws noise at each step, but the graph has one input of noise. Sample "
+                "with halfstep.load in Python."
+            )
         self.network: Any = merged(model.denoiser.network)
         self.prediction = model.denoiser.prediction
         self.clip = model.manifest.clip
         self.start_scale = model.process.start_scale
         self.names = names
-        times = uniform_times(num_steps)
-        alpha, sigma = model.process.alpha_sigma(times)
-        alpha_s, sigma_s = model.process.landing(times)
-        self.steps = [
-            (float(times[k]), alpha[k : k + 1], sigma[k : k + 1], alpha_s[k + 1 : k + 2], sigma_s[k + 1 : k + 2])
-            for k in range(num_steps)
+        recorder = _Recorder(model.process, 1 + 2 * sampler.num_evals(num_steps) + num_steps)
+        x_t, memory = torch.eye(recorder.size, dtype=torch.float64)[None, 0], None
+        for t, s in itertools.pairwise(uniform_times(num_steps).tolist()):
+            x_s, memory = sampler.step(recorder, x_t, t, s, None, memory)
+            recorder.record(x_s, None)
+            x_t = recorder.value()
+        self.program = [
+            (terms, None if t is None else (t, *model.process.alpha_sigma(torch.tensor([t], dtype=torch.float64))))
+            for terms, t in recorder.program
         ]
 
     def forward(self, noise: Tensor, *conditions: Tensor) -> Tensor:
         """x0 `[batch, *dims]` from unit noise `[batch, *dims]` and conditions `[batch, ...]`."""
-        x_t = noise * self.start_scale
+        values = [noise * self.start_scale]
         cond = dict(zip(self.names, conditions, strict=True))
-        for t, alpha, sigma, alpha_s, sigma_s in self.steps:
+        for terms, call in self.program:
+            parts = [values[place] if share == 1 else share * values[place] for place, share in terms]
+            x = functools.reduce(torch.add, parts)
+            if call is None:
+                values.append(x)
+                continue
+            t, alpha, sigma = call
             # Filled from the input, so that the length of the batch stays open in the graph.
-            time = torch.zeros_like(x_t).flatten(1)[:, 0] + t
-            x0, eps = self.prediction.denoised(self.network(x_t, time, **cond), x_t, alpha, sigma)
+            time = torch.zeros_like(x).flatten(1)[:, 0] + t
+            x0, eps = self.prediction.denoised(self.network(x, time, **cond), x, alpha, sigma)
             if self.clip:
                 x0 = x0.clamp(-1, 1)
-                eps = eps_from_x0(x_t, x0, alpha, sigma)
-            x_t = per_sample(alpha_s, x0) * x0 + per_sample(sigma_s, x0) * eps
-        return x_t
+                eps = eps_from_x0(x, x0, alpha, sigma)
+            values += [x0, eps]
+        return values[-1]
 
 
 @contextmanager
@@ -87,7 +139,7 @@ def _silent() -> Iterator[None]:
 def export_onnx(
     model: Model, out: Path, num_steps: int | None = None, example: Mapping[str, Tensor] | None = None
 ) -> Path:
-    """The sampler of a model as a graph in the file `out`, compared with torch before it appears there.
+    """The model's own sampler as a graph in the file `out`, compared with torch before it appears there.
 
     Inputs are `noise` float32 `[batch, *shape]`, of unit variance, and the conditions that the model is shown, each
     `[batch, ...]`; the output is `x0` `[batch, *shape]`. The length of a batch is open.
@@ -97,8 +149,8 @@ def export_onnx(
         example: conditions of two samples, each `[2, ...]`; made up from the manifest if None.
 
     Raises:
-        ValueError: if a package is missing, the number of steps is not known, or the graph's samples are not torch's;
-            nothing is written then.
+        ValueError: if a package is missing, the number of steps is not known, the sampler draws noise, or the graph's
+            samples are not torch's; nothing is written then.
     """
     missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]
     if missing:
@@ -129,6 +181,7 @@ def export_onnx(
         facts = {
             "halfstep": version("halfstep"),
             "num_steps": str(steps),
+            "sampler": str(model.sampler),
             "shape": str(list(model.shape)),
             "prediction": str(model.manifest.prediction["type"]),
             "process": str(model.manifest.process["type"]),
@@ -173,7 +226,7 @@ def check_graph(file: Path, model: Model, num_steps: int, cond: Mapping[str, Ten
         rows = torch.arange(length) % 2
         noise = torch.randn(length, *model.shape, generator=torch.Generator().manual_seed(length))
         shown = {name: value[rows] for name, value in cond.items()}
-        expected = sample(model, noise * model.process.start_scale, num_steps, cond=shown)
+        expected = sample(model, noise * model.process.start_scale, num_steps, model.sampler, cond=shown)
         found = session.run(["x0"], {"noise": noise.numpy(), **{name: v.numpy() for name, v in shown.items()}})[0]
         apart = float((torch.from_numpy(found) - expected).abs().max())
         if not apart <= CLOSE * max(1.0, float(expected.abs().max())):

@@ -232,26 +232,31 @@ def _stock_betas(process: NoiseProcess, num: int) -> dict[str, Any]:
     return {"trained_betas": list(betas)}
 
 
-def clipping(schedule: StockSchedule) -> StockSchedule:
-    """The scheduler that takes the same steps and derives the noise anew from the clipped x0 in any pipeline.
+def multistep(schedule: StockSchedule, order: int, clip: bool) -> StockSchedule:
+    """Return the DPM-Solver++ of an order on a DDIM scheduler's table.
 
-    `DDIMScheduler` does that only where a pipeline passes `use_clipped_model_output`. A DPM-Solver++ of order 1 is
-    DDIM, and its thresholding with a largest value of 1 is clipping.
+    Order 1 is DDIM, with the noise derived again from the clipped x0 in any pipeline: `DDIMScheduler` does that only
+    where a pipeline passes `use_clipped_model_output`. Order 2 is our DPM-Solver++(2M). Thresholding with a largest
+    value of 1 is clipping.
 
     Raises:
-        ValueError: if the table ends without any signal, which this scheduler divides by.
+        ValueError: if the scheduler is no DDIM, or its table ends without any signal, which this one divides by.
     """
+    if schedule.kind != "DDIMScheduler":
+        raise ValueError(f"no scheduler of diffusers takes these steps on a {schedule.kind}: export --format onnx")
     config = {k: v for k, v in schedule.config.items() if k not in ("set_alpha_to_one", "clip_sample")}
     if config.get("trained_betas") and config["trained_betas"][-1] == 1:
-        raise ValueError("no scheduler of diffusers clips on a table that ends at zero signal: export --format onnx")
+        raise ValueError(
+            "no scheduler of diffusers takes these steps on a table that ends at zero signal: export --format onnx"
+        )
     return StockSchedule(
         "DPMSolverMultistepScheduler",
         {
             **config,
             "algorithm_type": "dpmsolver++",
-            "solver_order": 1,
+            "solver_order": order,
             "final_sigmas_type": "zero",
-            "thresholding": True,
+            "thresholding": clip,
             "sample_max_value": 1.0,
         },
     )

@@ -31,7 +31,7 @@ from halfstep.runs.schema import Result
 from halfstep.runtime.failures import NonFinite, told_when_out_of_memory
 from halfstep.runtime.processes import Processes
 from halfstep.runtime.stop import StopSignal
-from halfstep.samplers import DDIM, Ancestral, Sampler, samplers
+from halfstep.samplers import Ancestral, Sampler, samplers
 
 CLASSIFIER_ROWS = 10_000
 """Real samples at most on which the classifier is trained, however many there are to compare with: its features must
@@ -151,7 +151,7 @@ def measure(
     samples, all have the figures.
 
     Args:
-        sampler: DDIM if None.
+        sampler: the model's own if None.
         teacher_samples: what to compare with from the same noise, at least `num_compared` rows; None for nothing.
         keep: a stage's folder whose samples/ takes the first `num_shown` samples.
         processes: those that call this together; this one alone if None.
@@ -161,7 +161,7 @@ def measure(
         NonFinite: if a sample is not finite.
         OutOfMemory: if it does not fit.
     """
-    method = DDIM() if sampler is None else sampler
+    method = sampler or model.sampler
     together = processes or Processes()
 
     def drawn(seeds: list[int]) -> tuple[Tensor, Tensor, Tensor]:

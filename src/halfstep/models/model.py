@@ -103,7 +103,7 @@ class Model(Denoiser):
 
     @property
     def num_steps(self) -> int | None:
-        """Sampler steps that the model was distilled for; None for a teacher, which takes any number."""
+        """Sampler steps that the model was distilled for; None for any number."""
         return self.manifest.num_steps
 
     @property
@@ -180,7 +180,7 @@ class Model(Denoiser):
         own = self.num_steps
         if num_steps is None:
             if own is None:
-                raise ValueError("this is a teacher, which takes any number of steps: say how many (num_steps)")
+                raise ValueError(f"this {self.role} model takes any number of steps: say how many (num_steps)")
             return own
         check_num_steps(num_steps)
         if own is not None and num_steps > own:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from markupsafe import Markup
@@ -23,7 +23,7 @@ class StageRow:
 
     name: str
     label: str
-    """ "teacher", the student's steps, or the stage's number."""
+    """The role, a student's steps, or "?" if neither is known."""
     status: str
     complete: bool
     damaged: bool
@@ -40,7 +40,7 @@ class StageRow:
     to_parent: float | None
     """Root mean square difference from its teacher's samples of the same seeds, each at its own steps."""
     to_first: float | None
-    """The same from the undistilled teacher at the steps where the chain starts."""
+    """The same from the model where the chain starts."""
     num_compared: int
     """Samples behind these two; 0 for none."""
 
@@ -51,12 +51,11 @@ def stage_rows(facts: RunFacts) -> list[StageRow]:
     planned = {row.name: row for row in facts.plan}
     longest = max((stage.manifest.seconds for stage in facts.stages), default=0.0)
     rows = []
-    for name in sorted({*stages, *planned, *facts.log, *facts.damaged}):
+    for name in dict.fromkeys([*planned, *sorted({*stages, *facts.log, *facts.damaged})]):
         stage, plan, log = stages.get(name), planned.get(name), facts.log.get(name, ())
         num_updates = stage.manifest.num_updates if stage else plan.num_updates if plan else 0
         steps = stage.manifest.num_steps if stage else plan.num_steps if plan else None
-        number_ = name.partition("-")[0]
-        teacher = number_.strip("0") == ""
+        role = stage.role if stage else plan.role if plan else None
         if stage:
             status = "complete"
         elif name in facts.damaged:
@@ -67,11 +66,11 @@ def stage_rows(facts: RunFacts) -> list[StageRow]:
             status = NOT_BEGUN
         seconds = stage.manifest.seconds if stage and is_finite(stage.manifest.seconds) else None
         share = ratio(seconds, longest) or 0.0
-        to_parent, to_first, num_compared = _distances(stage, stages, facts.teacher)
+        to_parent, to_first, num_compared = _distances(stage, stages, facts.start)
         rows.append(
             StageRow(
                 name=name,
-                label="teacher" if teacher else number_ if steps is None else str(steps),
+                label=role or "?" if steps is None else str(steps),
                 status=status,
                 complete=stage is not None,
                 damaged=name in facts.damaged,
@@ -95,7 +94,7 @@ def _distances(
     stage: StageFacts | None, stages: Mapping[str, StageFacts], first: StageFacts | None
 ) -> tuple[float | None, float | None, int]:
     """The distances of a student's samples to its teacher's and to the first one's, and how many were compared."""
-    if stage is None or stage.manifest.num_steps is None:
+    if stage is None or stage is first or stage.role != "student" or stage.manifest.num_steps is None:
         return None, None, 0
     own = stage.samples.get(stage.manifest.num_steps)
     parent = stages.get(stage.manifest.parent or "")
@@ -133,10 +132,9 @@ def loss_figure(facts: RunFacts, rows: Sequence[StageRow]) -> Markup | None:
         length = max([row.num_updates, *(point.update for point in log)])
         if length <= 0:
             continue
-        label = row.label if row.label == "teacher" or row.label.isdecimal() else "?"
         losses = [(point.update, point.loss) for point in log if point.loss > 0]
         rates = [(p.update, p.learning_rate) for p in log if p.learning_rate is not None and p.learning_rate >= 0]
-        stages.append((_curve(label, losses), _curve(label, rates), float(length)))
+        stages.append((_curve(row.label, losses), _curve(row.label, rates), float(length)))
     return figures.chain_figure("chain", stages)
 
 
@@ -154,7 +152,7 @@ def distance_figure(rows: Sequence[StageRow]) -> Markup | None:
 
     return figures.steps_figure(
         "distance",
-        curve("from the undistilled teacher", "to_first"),
+        curve("from the start of the chain", "to_first"),
         curve("from its own teacher", "to_parent"),
         (),
         None,
@@ -164,25 +162,31 @@ def distance_figure(rows: Sequence[StageRow]) -> Markup | None:
 
 # --- What it cost ---
 
+SECTIONS: Final = (
+    ("Teacher", "teacher", "teacher"),
+    ("Matching", "matched", "matching"),
+    ("Students", "student", "chain"),
+)
+"""What is trained, its role, and the section of the recipe that holds its hyperparameters."""
+
 
 def cost(facts: RunFacts, groups: Sequence[Group], summary: Summary) -> tuple[list[tuple[str, str]], str | None]:
     """What was spent, as names and texts, and the sentence about when the students have paid for themselves."""
     pairs = []
-    for what, stages, section in (
-        ("Teacher", [s for s in facts.stages if s.is_teacher], "teacher"),
-        ("Students", facts.students, "chain"),
-    ):
+    given = {row.name for row in facts.plan if row.num_updates == 0}
+    given |= {stage.name for stage in facts.stages if stage.manifest.num_updates == 0}
+    if facts.start is not None and facts.start_name in given:
+        what = "Teacher" if facts.start.role == "teacher" else "Start of the chain"
+        pairs.append((what, "given, not trained here"))
+    for what, role, section in SECTIONS:
+        stages = [stage for stage in facts.stages if stage.role == role and stage.name not in given]
         if not stages:
             continue
         updates = sum(stage.manifest.num_updates for stage in stages)
         seconds = sum(stage.manifest.seconds for stage in stages)
-        if updates == 0:
-            pairs.append((what, "given, not trained here"))
-            continue
         text = f"{duration(seconds)}, {count(updates, 'update')}"
         batch = _batch_size(facts.recipe, section)
-        # A matching stage has a batch size of its own.
-        if batch is not None and all(stage.manifest.objective in ("denoise", "halve") for stage in stages):
+        if batch is not None:
             text += f" of {count(batch, 'sample')}"
         if len(stages) > 1:
             text += f", {count(len(stages), 'stage')}"
@@ -214,10 +218,13 @@ def _paid(facts: RunFacts, groups: Sequence[Group], summary: Summary) -> str | N
     group = next((g for g in groups if g.most is not None), None)
     if group is None or group.most is None or summary.best is None:
         return None
-    row = next((r for r in group.rows if r.student is not None and r.steps == summary.best.steps), None)
+    row = next(
+        (r for r in group.rows if r.student is not None and not r.is_matched and r.steps == summary.best.steps), None
+    )
     if row is None or row.student is None or row.student_stage is None:
         return None
-    trained = sum(stage.manifest.seconds for stage in facts.students if stage.name <= row.student_stage)
+    names = [stage.name for stage in facts.others]
+    trained = sum(stage.manifest.seconds for stage in facts.others[: names.index(row.student_stage) + 1])
     saved = (group.most.seconds_per_1000 - row.student.seconds_per_1000) / 1000
     if not (is_finite(saved) and saved > 0 and is_finite(trained)):
         return None

@@ -15,6 +15,12 @@ from halfstep.report.words import count
 from halfstep.runs.schema import Result
 
 WALKED_COLUMNS = 5
+MODELS = {
+    "student": "the student",
+    "matched": "the matched teacher",
+    "teacher": "the teacher, not distilled,",
+}
+"""How the text of a picture calls its model."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,7 @@ class Picture:
     """What a model makes of the seeds at one number of steps."""
 
     who: str
-    """"student" or "teacher"."""
+    """"student", "matched" or "teacher"."""
     alt: str
     image: Markup
     """An <img> or <svg> of ours."""
@@ -53,7 +59,7 @@ class Walked:
 
     steps: int
     student: Picture | None
-    """Above the first student's steps the teacher, where the chain starts."""
+    """Above the first student's steps the teacher that it learns from: the matched model, or the start of the chain."""
     teacher: Picture | None
 
 
@@ -65,7 +71,7 @@ class Gallery:
     """"images", "points", or why there is no picture."""
     steps: Sequence[int] = ()
     students: Sequence[Picture | None] = ()
-    """For each of `steps`, with the teacher above the first student's steps; empty if there is no student."""
+    """For each of `steps`, with their teacher above the first student's steps; empty if there is no student."""
     teachers: Sequence[Picture | None] = ()
     num_seeds: int = 0
     row_height: int = 0
@@ -79,11 +85,16 @@ class Gallery:
 
 def gallery(facts: RunFacts, groups: Sequence[Group], summary: Summary, sizes: Sizes) -> Gallery | None:
     """The pictures, None if no stage has samples."""
-    teacher = dict(facts.teacher.samples) if facts.teacher else {}
+    teacher = dict(facts.start.samples) if facts.start else {}
+    matched: dict[int, np.ndarray] = {}
     students: dict[int, np.ndarray] = {}
-    for stage in facts.students:
-        students |= stage.samples
-    arrays = [array for _, array in sorted(teacher.items(), reverse=True)] + list(students.values())
+    for stage in facts.others:
+        (students if stage.role == "student" else matched).update(stage.samples)
+    arrays = [
+        *(array for _, array in sorted(teacher.items(), reverse=True)),
+        *matched.values(),
+        *students.values(),
+    ]
     if not arrays:
         return None
     if {array.shape[1:] for array in arrays} != {arrays[0].shape[1:]}:
@@ -101,7 +112,7 @@ def gallery(facts: RunFacts, groups: Sequence[Group], summary: Summary, sizes: S
         if chosen is None:
             return None
         result = measured.get((steps, who))
-        model = "the student" if who == "student" else "the teacher, not distilled,"
+        model = MODELS[who]
         if images:
             data, width, height = figures.png_grid(chosen, columns)
             order = "from top to bottom" if columns == 1 else "row by row"
@@ -116,7 +127,16 @@ def gallery(facts: RunFacts, groups: Sequence[Group], summary: Summary, sizes: S
             )
         return Picture(who, alt, image, result.frechet if result else None)
 
-    steps = sorted(teacher.keys() | students.keys(), reverse=True)
+    def distilled(steps: int, length: int, columns: int) -> Picture | None:
+        """The student, or above the first one's steps the teacher that it learns from."""
+        made = picture("student", steps, _head(students.get(steps), length), columns)
+        if made is not None or steps <= max(students, default=0):
+            return made
+        return picture("matched", steps, _head(matched.get(steps), length), columns) or picture(
+            "teacher", steps, _head(teacher.get(steps), length), columns
+        )
+
+    steps = sorted(teacher.keys() | matched.keys() | students.keys(), reverse=True)
     walked = fewest
     if images:
         walked = max(
@@ -125,22 +145,18 @@ def gallery(facts: RunFacts, groups: Sequence[Group], summary: Summary, sizes: S
         )
     strip = num_seeds if images else fewest
     alone = [picture("teacher", n, _head(teacher.get(n), strip), 1) for n in steps]
-    made = [
-        picture("student", n, _head(students.get(n), strip), 1) or (shown if n > max(students, default=0) else None)
-        for n, shown in zip(steps, alone, strict=True)
-    ]
+    made = [distilled(n, strip, 1) for n in steps]
     walk = []
     for n in steps:
         undistilled = picture("teacher", n, _head(teacher.get(n), walked), WALKED_COLUMNS)
-        distilled = picture("student", n, _head(students.get(n), walked), WALKED_COLUMNS)
-        walk.append(Walked(n, distilled or (undistilled if n > max(students, default=0) else None), undistilled))
+        walk.append(Walked(n, distilled(n, walked, WALKED_COLUMNS), undistilled))
     start = summary.best.steps if summary.best and summary.best.steps in steps else min(students, default=steps[0])
     height, width = figures.tile_size(arrays[0]) if images else (0, 88)
     size = arrays[0].shape[1:3]
     return Gallery(
         kind="images" if images else "points",
         steps=steps,
-        students=made if students else (),
+        students=made if students or matched else (),
         teachers=alone,
         num_seeds=num_seeds,
         row_height=height + figures.GAP,
@@ -152,9 +168,9 @@ def gallery(facts: RunFacts, groups: Sequence[Group], summary: Summary, sizes: S
 
 
 def _measured(groups: Sequence[Group]) -> dict[tuple[int, str], Result]:
-    """The figures to put below a picture, by its steps and "student" or "teacher"."""
+    """The figures to put below a picture, by its steps and "student", "matched" or "teacher"."""
     rows = [row for group in groups for row in group.rows]
-    pairs = [(row.steps, "student", row.student) for row in rows] + [
+    pairs = [(row.steps, "matched" if row.is_matched else "student", row.student) for row in rows] + [
         (row.steps, "teacher", row.teacher) for row in rows
     ]
     return {(steps, who): result for steps, who, result in pairs if result is not None}

@@ -90,7 +90,7 @@ def _page(facts: RunFacts, without_nearest: str | None, sizes: Sizes) -> str:
         gallery=gallery(facts, groups, summary, sizes),
         groups=groups,
         evaluation=shown_evaluation(facts.evaluation),
-        guidance=next((s.manifest.guidance_words() for s in reversed(facts.students) if s.manifest.guidance), None),
+        guidance=next((s.manifest.guidance_words() for s in reversed(facts.others) if s.manifest.guidance), None),
         stages=rows,
         losses=loss_figure(facts, rows),
         distances=distance_figure(rows),

@@ -22,13 +22,17 @@ REFERENCE_STEPS = 64
 
 @dataclass(frozen=True)
 class Row:
-    """One number of steps, with one student or none."""
+    """One number of steps, with one student (or matched model) or none."""
 
     steps: int
     sampler: str
+    """The student's, and the teacher's if it is another."""
     teacher: Result | None
+    """The model where the chain starts, by its own sampler if it was not measured by the student's."""
     student: Result | None
     student_stage: str | None
+    is_matched: bool
+    """Whether the student is no student, but a teacher carried over."""
     ratio: float | None
     """The student's Frechet distance over the reference's."""
     speed_up: float | None
@@ -62,44 +66,48 @@ def quality_groups(facts: RunFacts) -> list[Group]:
     for stage in facts.stages:
         if stage.metrics is not None and stage.metrics.results:
             by_protocol.setdefault(json.dumps(stage.metrics.protocol, sort_keys=True), []).append(stage)
-    return [_group(f"quality{index}", stages) for index, stages in enumerate(by_protocol.values())]
+    return [_group(f"quality{index}", facts, stages) for index, stages in enumerate(by_protocol.values())]
 
 
 def _results(stage: StageFacts) -> Sequence[Result]:
     return stage.metrics.results if stage.metrics is not None else ()
 
 
-def _group(name: str, stages: Sequence[StageFacts]) -> Group:
-    teacher = {(r.num_steps, r.sampler): r for stage in stages if stage.is_teacher for r in _results(stage)}
-    students = [(stage.name, r) for stage in stages if not stage.is_teacher for r in _results(stage)]
+def _group(name: str, facts: RunFacts, stages: Sequence[StageFacts]) -> Group:
+    start = facts.start if facts.start in stages else None
+    teacher = {(r.num_steps, r.sampler): r for r in (_results(start) if start else ())}
+    others = [(stage, r) for stage in stages if stage is not start for r in _results(stage)]
+    students = [r for stage, r in others if stage.role == "student"]
     most = max(teacher.values(), key=lambda r: r.num_steps, default=None)
     reference = next((r for r in teacher.values() if r.num_steps == REFERENCE_STEPS), most)
+    pairs: list[tuple[StageFacts | None, Result | None, Result | None]] = []
+    for other, result in others:
+        own = (result.num_steps, start.sampler if start else "")
+        pairs.append((other, result, teacher.get((result.num_steps, result.sampler)) or teacher.get(own)))
+    beside = [alone for _, _, alone in pairs]
+    pairs += [(None, None, alone) for alone in teacher.values() if alone not in beside]
     rows = []
-    for steps, sampler in sorted({*teacher, *((r.num_steps, r.sampler) for _, r in students)}, reverse=True):
-        alone = teacher.get((steps, sampler))
-        here: list[tuple[str | None, Result | None]] = [
-            *((s, r) for s, r in students if (r.num_steps, r.sampler) == (steps, sampler))
-        ]
-        for stage_name, student in here or [(None, None)]:
-            measured = student or alone
-            rows.append(
-                Row(
-                    steps=steps,
-                    sampler=sampler,
-                    teacher=alone,
-                    student=student,
-                    student_stage=stage_name,
-                    ratio=ratio(student.frechet if student else None, reference.frechet if reference else None),
-                    speed_up=ratio(
-                        most.seconds_per_1000 if most else None,
-                        measured.seconds_per_1000 if measured else None,
-                    ),
-                )
+    for stage, student, alone in pairs:
+        measured = [result for result in (student, alone) if result is not None]
+        names = [result.sampler for result in measured]
+        rows.append(
+            Row(
+                steps=measured[0].num_steps,
+                sampler=names[0] if len(set(names)) == 1 else f"{names[0]}, teacher {names[1]}",
+                teacher=alone,
+                student=student,
+                student_stage=stage.name if stage else None,
+                is_matched=stage is not None and stage.role == "matched",
+                ratio=ratio(student.frechet if student else None, reference.frechet if reference else None),
+                speed_up=ratio(most.seconds_per_1000 if most else None, measured[0].seconds_per_1000),
             )
+        )
+    # Of equal steps and sampler, the plan's order stays.
+    rows.sort(key=lambda row: (row.steps, row.sampler), reverse=True)
     figure = figures.quality_figure(
         name,
         _curve("the teacher, not distilled", list(teacher.values())),
-        _curve("students, each at its own steps", [r for _, r in students]),
+        _curve("students, each at its own steps", students),
         _curve(f"the teacher at {count(reference.num_steps, 'step')}", [reference]) if reference else None,
     )
     return Group(

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from halfstep.runs import EvaluationResult, Manifest, Metrics, RunFolder, StageFolder, is_finite, read_log
+from halfstep.runs import EvaluationResult, Manifest, Metrics, PlannedStage, RunFolder, StageFolder, is_finite, read_log
 from halfstep.runtime.files import DamagedFile, read_arrays, read_json
 
 
@@ -31,18 +31,14 @@ class StageFacts:
     """Numbers in model.safetensors; None if it is not there or cannot be read."""
 
     @property
-    def is_teacher(self) -> bool:
-        """Whether the chain starts from this model: stage 0, trained here or given."""
-        return re.match("0+-", self.name) is not None
+    def role(self) -> str:
+        """What the model is: teacher, matched or student."""
+        return self.manifest.outcome.role
 
-
-@dataclass(frozen=True)
-class PlannedStage:
-    """A row of the plan in recipe.json."""
-
-    name: str
-    num_steps: int | None
-    num_updates: int
+    @property
+    def sampler(self) -> str:
+        """Name of the model's own sampler."""
+        return self.manifest.outcome.sampler_name
 
 
 @dataclass(frozen=True)
@@ -103,19 +99,26 @@ class RunFacts:
     log: Mapping[str, Sequence[LogPoint]]
     """Stage names to rows, in the order of the updates."""
     notices: Sequence[str]
+    start_name: str | None = None
+    """The stage from which the chain starts; None if unknown."""
     evaluation: EvaluationResult | None = None
     nearest: NearestFacts | None = None
     studies: Sequence[StudyFacts] = ()
 
     @property
-    def teacher(self) -> StageFacts | None:
-        """The undistilled model, None if its stage is missing or damaged."""
-        return next((stage for stage in self.stages if stage.is_teacher), None)
+    def start(self) -> StageFacts | None:
+        """The model from which the chain starts; None if its stage is missing or damaged."""
+        return next((stage for stage in self.stages if stage.name == self.start_name), None)
+
+    @property
+    def others(self) -> list[StageFacts]:
+        """All stages after the start."""
+        return [stage for stage in self.stages if stage.name != self.start_name]
 
     @property
     def students(self) -> list[StageFacts]:
-        """All other stages."""
-        return [stage for stage in self.stages if not stage.is_teacher]
+        """The distilled models after the start."""
+        return [stage for stage in self.others if stage.role == "student"]
 
 
 def read_run(path: Path, studies: Path | None = None) -> RunFacts:
@@ -158,11 +161,12 @@ def read_run(path: Path, studies: Path | None = None) -> RunFacts:
         name=path.resolve().name,
         recipe=content if isinstance(content, dict) else {},
         environment=environment if isinstance(environment, dict) else {},
-        plan=_plan(recipe.get("plan")),
+        plan=folder.plan,
         stages=stages,
         damaged=frozenset(damaged),
         log=log,
         notices=notices,
+        start_name=None if folder.start is None else folder.start.name,
         evaluation=evaluation,
         nearest=nearest,
         studies=shown_studies,
@@ -215,21 +219,6 @@ def _array(path: Path) -> np.ndarray:
     if array.dtype.kind not in "fu" or array.ndim < 2 or array.size == 0:
         raise ValueError(f"no samples, but {array.dtype} {array.shape}")
     return array
-
-
-def _plan(rows: object) -> list[PlannedStage]:
-    planned = []
-    for row in rows if isinstance(rows, list) else []:
-        if isinstance(row, dict) and isinstance(row.get("stage"), str):
-            steps, updates = row.get("num_steps"), row.get("num_updates")
-            planned.append(
-                PlannedStage(
-                    row["stage"],
-                    steps if isinstance(steps, int) else None,
-                    updates if isinstance(updates, int) else 0,
-                )
-            )
-    return planned
 
 
 def _log(folder: RunFolder) -> dict[str, list[LogPoint]]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from halfstep.report.quality import REFERENCE_STEPS, Group
 from halfstep.report.reading import RunFacts
 from halfstep.report.words import count, duration, ratio, times
-from halfstep.runs import EvaluationResult
+from halfstep.runs.evaluation import Row
 
 KEPT = 1.5
 """Quality counts as kept up to this multiple of the teacher's Frechet distance."""
@@ -49,9 +49,9 @@ class Summary:
 
 def summarise(facts: RunFacts, groups: Sequence[Group]) -> Summary:
     """The summary of a run: from its own measurements, or where they do not compare, from its evaluation."""
-    tiles = [(duration(sum(stage.manifest.seconds for stage in facts.students)), "training time of all students")]
+    tiles = [(duration(sum(stage.manifest.seconds for stage in facts.others)), "training time of all students")]
     found = next((c for c in (_of_group(group) for group in groups) if c is not None), None)
-    found = found or _of_evaluation(facts.evaluation)
+    found = found or _of_evaluation(facts)
     if found is None:
         return Summary(_unrated(facts), None, tiles if facts.students else [], None)
     kept = [student for student in found.students if student.ratio <= KEPT]
@@ -77,20 +77,26 @@ def summarise(facts: RunFacts, groups: Sequence[Group]) -> Summary:
 
 
 def _of_group(group: Group) -> Comparison | None:
-    rated = [Rated(row.steps, row.ratio, row.speed_up) for row in group.rows if row.ratio is not None]
+    rated = [
+        Rated(row.steps, row.ratio, row.speed_up) for row in group.rows if row.ratio is not None and not row.is_matched
+    ]
     if not rated or group.most is None or group.reference is None:
         return None
     return Comparison(rated, group.most.num_steps, group.reference.num_steps)
 
 
-def _of_evaluation(evaluation: EvaluationResult | None) -> Comparison | None:
-    """From the first table that holds the Frechet distance of students and of the teacher with the same sampler."""
+def _of_evaluation(facts: RunFacts) -> Comparison | None:
+    """From the first table that holds the Frechet distance of the students and of the teacher, each by its sampler."""
+    evaluation = facts.evaluation
+    own = None if facts.start is None else facts.start.sampler
     for table in evaluation.tables if evaluation is not None else ():
-        shown = {
-            series: {row.num_steps: row for row in table.rows if row.series == series and row.num_steps is not None}
-            for series in ("student", "teacher-ddim")
-        }
-        teacher = {n: row for n, row in shown["teacher-ddim"].items() if "frechet" in row.figures}
+        shown: dict[str, dict[int, Row]] = {"student": {}, "teacher": {}}
+        for series in evaluation.series if evaluation is not None else ():
+            if series.role in shown and (series.role == "student" or own in (None, series.sampler)):
+                for row in table.rows:
+                    if row.series == series.name and row.num_steps is not None:
+                        shown[series.role].setdefault(row.num_steps, row)
+        teacher = {n: row for n, row in shown["teacher"].items() if "frechet" in row.figures}
         if not teacher:
             continue
         most = max(teacher)
@@ -122,7 +128,9 @@ def _unrated(facts: RunFacts) -> str:
     if not facts.stages:
         return "A run that has begun; no stage is complete yet."
     if not facts.students:
-        return f"A teacher, trained in {duration(facts.stages[0].manifest.seconds)}; no student is complete yet."
+        first = facts.stages[0]
+        what = "teacher" if first.role == "teacher" else f"{first.role} model"
+        return f"A {what}, trained in {duration(first.manifest.seconds)}; no student is complete yet."
     what = count(len(facts.students), "student")
     if steps:
         what += f" of {steps[0]:,} down to {steps[-1]:,} steps" if steps[1:] else f" of {count(steps[0], 'step')}"

@@ -107,8 +107,8 @@ def _row(spec: RunSpec, name: str, stage: Stage | None) -> dict[str, Any]:
     """Return what recipe.json holds of a stage before it is trained."""
     if stage is None:
         assert spec.teacher is not None
-        # A student that a run continues from is measured as the chain's start, at its own number of steps.
-        return {"stage": name, "role": spec.teacher.role, "num_steps": None, "num_updates": 0, "update_cost": 0}
+        role, steps = spec.teacher.role, spec.teacher.num_steps
+        return {"stage": name, "role": role, "num_steps": steps, "num_updates": 0, "update_cost": 0}
     outcome = stage.objective.outcome
     return {
         "stage": name,

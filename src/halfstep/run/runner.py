@@ -87,9 +87,9 @@ def run(spec: RunSpec, path: Path, stop: StopSignal | None = None) -> Iterator[E
         if not is_lost(error):
             raise
         reason = " ".join(str(error).split())[:160]
-        # By their names, for the first process may be pruning them.
-        last = max(path.glob("stages/*/checkpoint-*"), default=None, key=lambda p: (p.parent.name, p.name))
-        last = last or (None if runner is None else runner.last)
+        # Rank 0 may be pruning them meanwhile.
+        saved = (file for name, _ in reversed(spec.stages) for file in folder.stage(name).checkpoints())
+        last = next(saved, None if runner is None else runner.last)
         raise LostProcess(
             f"another process of this run has ended or does not answer, so this one stops; {last_good(last)}; start "
             f"all of them again with the same command ({reason})"
@@ -437,7 +437,7 @@ class _Runner:
     def _steps_to_measure(self, model: Model, evaluation: Evaluation) -> list[int]:
         if model.num_steps is not None:
             return [model.num_steps]
-        if model.role is Role.MATCHED:
+        if model.role is Role.MATCHED and self._compared:
             return [self.spec.start_steps] if self.spec.start_steps else []
         students = [stage.num_steps for stage in self.spec.plan.stages if stage.num_steps is not None]
         wanted = set(evaluation.teacher_steps or students) | (

@@ -1,7 +1,7 @@
 """The run folder as a schema: the contract between engine, report and export. No torch here.
 
 RUN/
-  recipe.json                 {"recipe": ..., "environment": ...}
+  recipe.json                 {"recipe": ..., "plan": [`PlannedStage`, ...], "environment": ...}
   heartbeat.json              `Heartbeat`: whether a process is at work on the run, or how the last one ended
   log.jsonl                   one row a log interval, flat keys (`LogRow`)
   tracking-id                 the run's name at Weights & Biases and Trackio, where they are told of it
@@ -19,5 +19,5 @@ RUN/
 from halfstep.runs.evaluation import EvaluationResult
 from halfstep.runs.heartbeat import Heartbeat
 from halfstep.runs.log import RunLog, is_finite, read_log
-from halfstep.runs.schema import Manifest, Metrics, Outcome, Pipeline, RunFolder, StageFolder
+from halfstep.runs.schema import Manifest, Metrics, Outcome, Pipeline, PlannedStage, RunFolder, StageFolder
 from halfstep.runs.status import RunStatus, StageStatus, read_status

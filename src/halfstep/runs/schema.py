@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -11,6 +11,9 @@ from halfstep.runtime.files import DamagedFile, check_files, read_json
 
 FORMAT = 3
 """The version of the layout; a reader refuses any other."""
+
+RoleName = Literal["teacher", "matched", "student"]
+"""teacher: undistilled; matched: carried over to another prediction, process or guidance; student: distilled."""
 
 
 class Pipeline(BaseModel):
@@ -31,12 +34,29 @@ class Outcome(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    role: Literal["teacher", "matched", "student"]
-    """teacher: undistilled; matched: carried over to another prediction, process or guidance; student: distilled."""
+    role: RoleName
     num_steps: int | None = None
     """Sampler steps that the model is made for; None for any number."""
     sampler: dict[str, Any] = {"type": "ddim"}
     """{"type": name in the registry of samplers, and its fields}."""
+
+    @property
+    def sampler_name(self) -> str:
+        """Name in the registry of samplers."""
+        return str(self.sampler.get("type"))
+
+
+class PlannedStage(NamedTuple):
+    """A row of the plan in recipe.json: a stage before it is trained."""
+
+    name: str
+    role: RoleName | None = None
+    """None if the row holds none."""
+    num_steps: int | None = None
+    num_updates: int = 0
+    """0 for a model that the run was given."""
+    update_cost: float = 1.0
+    """Cost of an update in forward passes of one sample."""
 
 
 class Manifest(BaseModel):
@@ -276,10 +296,40 @@ class RunFolder:
         """The folder of the stage called `name`, which need not exist."""
         return StageFolder(self.path / "stages" / name)
 
+    @property
+    def plan(self) -> list[PlannedStage]:
+        """The rows of recipe.json's plan, in order; empty without a readable plan."""
+        try:
+            rows = self.recipe().get("plan")
+        except (DamagedFile, OSError):
+            return []
+        return [
+            _planned(row)
+            for row in (rows if isinstance(rows, list) else [])
+            if isinstance(row, dict) and isinstance(row.get("stage"), str)
+        ]
+
+    @property
+    def start(self) -> StageFolder | None:
+        """The stage from which the run's chain starts, which need not exist: all others are compared with it.
+
+        Without a plan: the first stage, if it is a teacher.
+        """
+        if plan := self.plan:
+            return self.stage(plan[0].name)
+        for first in self.stages()[:1]:
+            try:
+                return first if first.manifest(verify=False).outcome.role == "teacher" else None
+            except (DamagedFile, OSError):
+                return None
+        return None
+
     def stages(self) -> list[StageFolder]:
-        """The folders of all stages that are complete, in order."""
-        found = sorted((self.path / "stages").glob("[0-9]*-*"))
-        return [StageFolder(path) for path in found if StageFolder(path).is_complete()]
+        """The folders of all complete stages, in the plan's order; those outside the plan by name, last."""
+        names = [row.name for row in self.plan]
+        found = sorted(path.name for path in (self.path / "stages").glob("[!.]*"))
+        ordered = [*(name for name in names if name in found), *(name for name in found if name not in names)]
+        return [folder for folder in map(self.stage, ordered) if folder.is_complete()]
 
     def recipe(self) -> dict[str, Any]:
         """The content of recipe.json: {"recipe": ..., "environment": ...}.
@@ -291,3 +341,14 @@ class RunFolder:
         if not isinstance(data, dict) or "recipe" not in data:
             raise DamagedFile(f"{self.recipe_path} does not hold a recipe")
         return data
+
+
+def _planned(row: dict[str, Any]) -> PlannedStage:
+    role, steps, updates, cost = (row.get(name) for name in ("role", "num_steps", "num_updates", "update_cost"))
+    return PlannedStage(
+        name=row["stage"],
+        role=role if role in get_args(RoleName) else None,
+        num_steps=steps if isinstance(steps, int) else None,
+        num_updates=updates if isinstance(updates, int) else 0,
+        update_cost=float(cost) if isinstance(cost, int | float) else 1.0,
+    )

@@ -34,7 +34,7 @@ class StageStatus:
 
     name: str
     num_steps: int | None
-    """Sampler steps that its model is made for; None for a teacher."""
+    """Sampler steps that its model is made for; None for any number."""
     num_updates: int
     """Its budget; updates done once it is done."""
     update_cost: float = 1.0
@@ -52,6 +52,8 @@ class StageStatus:
     """Update of the last checkpoint of an unfinished stage."""
     results: list[tuple[int, float]] = field(default_factory=list)
     """Sampler steps and distance, as far as measured."""
+    role: str | None = None
+    """What its model is: teacher, matched or student; None if unknown."""
     rows: list[tuple[int, float]] = field(default_factory=list)
     """Updates and seconds of the last rows of the log."""
 
@@ -151,6 +153,7 @@ class RunStatus:
                 {
                     "stage": stage.name,
                     "state": stage.state,
+                    "role": stage.role,
                     "num_steps": stage.num_steps,
                     "update": stage.update,
                     "num_updates": stage.num_updates,
@@ -184,8 +187,9 @@ def read_status(path: Path, now: float | None = None) -> RunStatus:
     if not folder.recipe_path.is_file():
         raise ValueError(f"{path} is no run (it has no recipe.json): give the folder that `halfstep run` writes")
     data = folder.recipe()
-    plan = data.get("plan")
-    stages = [_planned(row) for row in plan if isinstance(row, dict)] if isinstance(plan, list) else []
+    stages = [
+        StageStatus(row.name, row.num_steps, row.num_updates, row.update_cost, role=row.role) for row in folder.plan
+    ]
     if not stages:
         raise DamagedFile(f"{folder.recipe_path} holds no plan")
     by_name = {stage.name: stage for stage in stages}
@@ -199,16 +203,6 @@ def read_status(path: Path, now: float | None = None) -> RunStatus:
     status = RunStatus(path, str(name or path.resolve().name), stages)
     _tell_state(status, folder, time.time() if now is None else now)
     return status
-
-
-def _planned(row: Mapping[str, Any]) -> StageStatus:
-    steps, updates, cost = row.get("num_steps"), row.get("num_updates"), row.get("update_cost")
-    return StageStatus(
-        name=str(row.get("stage")),
-        num_steps=steps if isinstance(steps, int) else None,
-        num_updates=updates if isinstance(updates, int) else 0,
-        update_cost=float(cost) if isinstance(cost, int | float) else 1.0,
-    )
 
 
 def _look(folder: StageFolder, stage: StageStatus) -> None:
@@ -228,7 +222,7 @@ def _look(folder: StageFolder, stage: StageStatus) -> None:
     except (DamagedFile, OSError):
         stage.state = "damaged"
         return
-    stage.state = "done"
+    stage.state, stage.role, stage.num_steps = "done", manifest.outcome.role, manifest.num_steps
     # A stage that was given, not trained here, brings the updates of its own past.
     stage.update = min(manifest.num_updates, stage.num_updates)
     stage.num_updates = stage.update

@@ -154,7 +154,8 @@ class Bench:
         """The students of that teacher, by the scale's own recipe, by their steps."""
         if not self._students:
             folder = self.chain_from_teacher("chain", self.scale.recipe)
-            models = [load(stage.path, self.device) for stage in folder.stages()[1:]]
+            names = [row.name for row in folder.plan[1:] if row.role == "student"]
+            models = [load(folder.stage(name).path, self.device) for name in names]
             self._students = {model.num_steps: model for model in models if model.num_steps is not None}
         return self._students
 
@@ -182,7 +183,7 @@ class Bench:
         what = {
             "weights": model.manifest.files,
             "steps": num_steps,
-            "sampler": "ddim" if sampler is None else repr(sampler),
+            "sampler": repr(sampler or model.sampler),
             "protocol": reference.protocol | {"device": str(self.device)},
         }
         name = json_digest(what, length=24)
