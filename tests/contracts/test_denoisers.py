@@ -77,9 +77,9 @@ OWN_AND_EXACT: Final[dict[str, Callable[[Denoiser, NoiseProcess], Denoiser]]] = 
     "bare": lambda denoiser, process: denoiser,
     "clipped": lambda denoiser, process: Clipped(denoiser, -0.6, 0.7),
     "guided": lambda denoiser, process: Guided(denoiser, {"label": torch.tensor(0)}, 2.0),
-    "reprocessed": lambda denoiser, process: Reprocessed(denoiser, VPCosine(-9.0, 9.0)),
+    "reprocessed": lambda denoiser, process: Reprocessed(denoiser, VPCosine(-8.0, 9.0)),
     "clipped guided reprocessed": lambda denoiser, process: Clipped(
-        Guided(Reprocessed(denoiser, VPCosine(-9.0, 9.0)), {"label": torch.tensor(0)}, 2.0), -0.6, 0.7
+        Guided(Reprocessed(denoiser, VPCosine(-8.0, 9.0)), {"label": torch.tensor(0)}, 2.0), -0.6, 0.7
     ),
 }
 every_wrapping = pytest.mark.parametrize("wrapped", OWN_AND_EXACT.values(), ids=OWN_AND_EXACT)
