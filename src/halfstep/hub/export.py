@@ -37,7 +37,7 @@ def export_pipeline(model: Model, out: Path, metrics: Metrics | None = None, nam
         name: under which the card tells how to load it; that of the folder if None.
 
     Raises:
-        ValueError: if diffusers has no pipeline, scheduler or exact grid for the model and its sampler, a part of its origin
+        ValueError: if diffusers has no pipeline, exact grid, or scheduler of the model's sampler, a part of its origin
             is missing, or `out` holds something; nothing is written then.
     """
     if out.exists() and (out.is_file() or any(out.iterdir())):
