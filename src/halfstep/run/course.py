@@ -83,8 +83,8 @@ class Match:
     num_times: int = 1024
     """Times at which both are compared; a teacher on a table of noise levels is called at its own."""
 
-    def plan(self, start: Start, lora_rank: int | None = None) -> Plan:
-        """Return the matching stage that `start` needs; an empty plan if it needs none.
+    def objective(self, start: Start, lora_rank: int | None = None) -> Matching | None:
+        """Return the objective of the matching stage that `start` needs; None if it needs none.
 
         Raises:
             ValueError: if the teacher cannot be matched, or the additions of LoRA students cannot follow.
@@ -98,7 +98,7 @@ class Match:
         elif self.prediction is None and start.given and not start.is_finished:
             meaning = V() if output_gain(own, start.prediction) > MATCHED_GAIN else meaning
         if (meaning, clock, self.guidance) == (start.prediction, own, None):
-            return Plan()
+            return None
         if start.is_finished:
             what = (
                 "has learned its guidance"
@@ -125,8 +125,7 @@ class Match:
             )
         # A table's own levels are the only ones that a teacher on it was trained for.
         num_times = len(clock.betas) if isinstance(clock, VPTable) else self.num_times
-        objective = Matching(num_times, guidance=self.guidance, prediction=meaning, process=clock)
-        return Plan.of(objective, self.training)
+        return Matching(num_times, guidance=self.guidance, prediction=meaning, process=clock)
 
 
 def course(
@@ -140,18 +139,16 @@ def course(
         halvings: from the guidance that the chain's first teacher has learned to its halving stages.
 
     Raises:
-        ValueError: as `Match.plan`, or if the halvings cannot be made.
+        ValueError: as `Match.objective`, or if the halvings cannot be made.
     """
-    matching = match.plan(start, lora_rank)
+    matching = match.objective(start, lora_rank)
     process, prediction, guidance = start.process, start.prediction, start.guidance
-    for stage in matching.stages:
-        objective = stage.objective
-        assert isinstance(objective, Matching)
-        process, prediction = objective.process or process, objective.prediction or prediction
-        guidance = objective.guidance
+    if matching is not None:
+        process, prediction = matching.process or process, matching.prediction or prediction
+        guidance = matching.guidance
     if prediction is not None:
         warn_of_gain(process, prediction)
-    return matching + halvings(guidance)
+    return (Plan() if matching is None else Plan.of(matching, match.training)) + halvings(guidance)
 
 
 def check_start(teacher: Model, plan: Plan) -> None:
