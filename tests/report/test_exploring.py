@@ -35,7 +35,7 @@ def test_both_models_are_shown_the_same_noise_and_class(run: Path, explorer: Exp
     student, teacher = explorer.compare("02-halve-0002", 2, 8, 5, 3, 1).shown
     np.testing.assert_array_equal(student.samples, drawn(run, "02-halve-0002", [5, 6, 7], 2, 1))
     np.testing.assert_array_equal(teacher.samples, drawn(run, "00-denoise", [5, 6, 7], 8, 1))
-    assert (student.num_evals, teacher.num_evals, teacher.is_teacher) == (2, 8, True)
+    assert (student.num_evals, teacher.num_evals, teacher.is_start) == (2, 8, True)
     assert student.seconds > 0
     assert not np.array_equal(student.samples, explorer.compare("02-halve-0002", 2, 8, 5, 3, 2).shown[0].samples)
 
@@ -205,7 +205,7 @@ def test_time_is_up_for_a_request_not_for_each_of_its_models(run: Path, monkeypa
 
 def test_a_student_alone_is_not_called_the_teacher(run: Path) -> None:
     answer = Explorer(run / "stages" / "02-halve-0002").compare("02-halve-0002")
-    assert [shown.is_teacher for shown in answer.shown] == [False]
+    assert [shown.is_start for shown in answer.shown] == [False]
     assert answer.notes == ["There is no teacher to compare with, the teacher: it is not in this folder."]
 
 

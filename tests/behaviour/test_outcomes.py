@@ -1,0 +1,330 @@
+"""What a model is stands in its manifest, and where a chain starts in its plan: every reader takes both from there.
+
+The stages have names that say nothing, or the wrong thing, and objectives that no registry knows.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from halfstep.cli import main
+from halfstep.core.denoiser import NetworkDenoiser
+from halfstep.core.noise import VPCosine, processes
+from halfstep.core.prediction import V
+from halfstep.explore.explorer import Explorer
+from halfstep.hub import export_onnx, export_pipeline
+from halfstep.models.folder import load, save_stage
+from halfstep.models.model import Model
+from halfstep.nets import MLP, Network, describe_network
+from halfstep.recipes import recipes
+from halfstep.recipes.schema import UNetConfig, make_unet
+from halfstep.report.chain import stage_rows
+from halfstep.report.gallery import Sizes, gallery
+from halfstep.report.page import headline, page
+from halfstep.report.quality import quality_groups
+from halfstep.report.reading import read_run
+from halfstep.report.summary import summarise
+from halfstep.runs import Manifest, Metrics, Outcome, RunFolder, read_status
+from halfstep.runs.schema import Result
+from halfstep.runtime.files import write_json
+from halfstep.samplers import DDIM, RK4, Ancestral, DPMSolverPP2M, Heun, LogSNR, Sampler, sample, samplers
+from support_cli import Capture, refused
+from support_pipelines import assert_same, noise, quietly, wake
+from toys import points
+
+START, MATCHED, OWN = "zeta", "00-between", "x-own-thing"
+"""By name the matched model comes first, and looks like a teacher."""
+TEACHER = Outcome(role="teacher")
+STUDENT = Outcome(role="student", num_steps=4, sampler=samplers.describe(Heun()))
+
+
+def made(
+    outcome: Outcome, name: str = OWN, network: Network | None = None, seed: int = 0, **changes: Any
+) -> tuple[NetworkDenoiser, Manifest]:
+    """A network with random weights, and the manifest of a stage that an unknown objective has made."""
+    torch.manual_seed(seed)
+    network = network or MLP((2,), width=16, depth=1)
+    facts: dict[str, Any] = {
+        "stage": name, "objective": "anything", "parent": None, "outcome": outcome, "start_steps": 8, "num_updates": 10,
+        "seconds": 5.0, "shape": (2,), "is_image": False, "clip": False, "network": describe_network(network),
+        "process": processes.describe(VPCosine()), "prediction": {"type": "v"}, "files": {},
+    }  # fmt: skip
+    return NetworkDenoiser(network, VPCosine(), V()), Manifest(**facts | changes)
+
+
+def figures(sampler: str, num_steps: int, num_evals: int, frechet: float) -> Result:
+    return Result(
+        sampler=sampler, num_steps=num_steps, num_evals=num_evals, frechet=frechet, kid=0.1, seconds_per_1000=num_evals
+    )
+
+
+def write_run(run: Path, stages: Mapping[str, Outcome], given: bool = False) -> Path:
+    """A finished run of these stages in this order; the first takes 8 and 4 steps if it takes any number."""
+    np.save(run.parent / "points.npy", points().numpy())
+    recipe = recipes["arrays"]()
+    recipe = recipe.model_copy(
+        update={"data": recipe.data.model_copy(update={"source": str(run.parent / "points.npy")})}
+    )
+    rows = []
+    for index, (name, outcome) in enumerate(stages.items()):
+        folder = RunFolder(run).stage(name)
+        parent = None if index == 0 else list(stages)[index - 1]
+        save_stage(folder, *made(outcome, name, seed=index, parent=parent))
+        own = [outcome.num_steps] if outcome.num_steps else [8, 4] if index == 0 else [8]
+        sampler: Sampler = samplers.rebuild(outcome.sampler)
+        results = [figures(outcome.sampler_name, n, sampler.num_evals(n), 1 + index + 1 / n) for n in own]
+        write_json(folder.metrics_path, Metrics(protocol={"features": "pixels"}, results=results).model_dump())
+        folder.samples.mkdir()
+        for n in own:
+            np.savez(folder.samples / f"steps-{n:04d}.npz", arr_0=load(folder.path).sample(range(16), n).numpy())
+        updates = 0 if given and index == 0 else 10
+        rows.append({"stage": name, "role": outcome.role, "num_steps": outcome.num_steps, "num_updates": updates})
+    held = {"recipe": recipe.model_dump(mode="json"), "plan": rows, "environment": {}}
+    write_json(run / "recipe.json", held)
+    return run
+
+
+WITHOUT = {START: TEACHER, OWN: STUDENT}
+WITH = {START: TEACHER, MATCHED: Outcome(role="matched"), OWN: STUDENT}
+CONTINUED = {START: Outcome(role="student", num_steps=8, sampler=samplers.describe(RK4())), OWN: STUDENT}
+
+
+@pytest.fixture(scope="module", params=["without", "with"])
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("outcomes") / "run", WITH if request.param == "with" else WITHOUT)
+
+
+@pytest.fixture(scope="module")
+def continued(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that goes on from a student of 8 steps."""
+    return write_run(tmp_path_factory.mktemp("continued") / "run", CONTINUED, given=True)
+
+
+def names(run: Path) -> list[str]:
+    return [stage.name for stage in RunFolder(run).stages()]
+
+
+def test_stages_stand_in_the_order_of_the_plan(run: Path, tmp_path: Path) -> None:
+    assert names(run) == [row.name for row in RunFolder(run).plan]
+    start = RunFolder(run).start
+    assert start is not None
+    assert (start.name, names(run)[-1]) == (START, OWN)
+    # Without a plan there are the names alone, and a start only if the first of them is a teacher.
+    for outcome, found in ((TEACHER, "a"), (STUDENT, None)):
+        bare = RunFolder(tmp_path / outcome.role)
+        save_stage(bare.stage("a"), *made(outcome, "a"))
+        save_stage(bare.stage("b"), *made(TEACHER, "b"))
+        assert names(bare.path) == ["a", "b"]
+        assert (bare.start.name if bare.start else None) == found
+
+
+def test_the_report_puts_each_model_into_its_place(run: Path) -> None:
+    facts = read_run(run)
+    is_matched = MATCHED in names(run)
+    assert [stage.name for stage in facts.students] == [OWN]
+    assert facts.start is not None
+    assert facts.start.name == START
+    assert [(row.name, row.label) for row in stage_rows(facts)] == [
+        (START, "teacher"),
+        *([(MATCHED, "matched")] if is_matched else []),
+        (OWN, "4"),
+    ]
+    (group,) = quality_groups(facts)
+    # The student by Heun beside the teacher by its own DDIM at as many steps.
+    (student,) = [row for row in group.rows if row.steps == 4]
+    assert student.teacher is not None
+    assert student.student is not None
+    assert (student.sampler, student.teacher.sampler) == ("heun, teacher ddim", "ddim")
+    assert (student.measured.num_evals, student.student_stage) == (7, OWN)
+    assert [(row.student_stage, row.is_matched) for row in group.rows if row.steps == 8] == [
+        (MATCHED, True) if is_matched else (None, False)
+    ]
+    summary = summarise(facts, [group])
+    assert summary.best is not None
+    assert summary.best.steps == 4
+    assert summary.lead.startswith("A student that needs 4 steps instead of 8")
+    assert headline(facts) == (OWN, 4)
+    pictures = gallery(facts, [group], summary, Sizes())
+    assert pictures is not None
+    shown = [picture.who if picture else None for picture in pictures.students]
+    assert shown == ["matched" if is_matched else "teacher", "student"]
+    html = page(facts)
+    assert "heun, teacher ddim" in html
+    assert html.index(f">{START}<") < html.index(f">{OWN}<")
+    assert ("8 (matched)" in html) == is_matched
+
+
+def test_a_chain_that_starts_from_a_student_is_compared_with_that(continued: Path) -> None:
+    facts = read_run(continued)
+    assert [stage.name for stage in facts.students] == [OWN]
+    (group,) = quality_groups(facts)
+    assert group.most is not None
+    assert (group.most.num_steps, group.most.sampler) == (8, "rk4")
+    rows = {row.name: row for row in stage_rows(facts)}
+    assert (rows[START].label, rows[START].to_first, rows[START].num_compared) == ("8", None, 0)
+    assert rows[OWN].to_first is not None
+    assert rows[OWN].to_first > 0
+    assert "given, not trained here" in page(facts)
+    explorer = Explorer(continued)
+    own, start = explorer.compare(OWN).shown
+    assert (own.num_evals, start.stage, start.num_steps, start.num_evals) == (7, START, 8, RK4().num_evals(8))
+
+
+def test_the_explorer_asks_each_model_by_its_own_sampler(run: Path) -> None:
+    explorer = Explorer(run)
+    assert [choice.name for choice in explorer.choices] == names(run)
+    assert [choice.label for choice in explorer.choices][:: len(names(run)) - 1] == [f"{START} (teacher)", OWN]
+    own, start = explorer.compare(OWN, seed=3, num_samples=5).shown
+    assert (own.num_steps, own.num_evals, own.sampler, own.is_start) == (4, 7, "heun", False)
+    assert (start.stage, start.num_steps, start.num_evals, start.sampler, start.is_start) == (START, 8, 8, "ddim", True)
+    stages = run / "stages"
+    np.testing.assert_array_equal(own.samples, load(stages / OWN).sample(range(3, 8), sampler=Heun()).numpy())
+    np.testing.assert_array_equal(start.samples, load(stages / START).sample(range(3, 8), 8, DDIM()).numpy())
+    assert len(explorer.strip().shown) == len(names(run))
+    # A stage alone has nothing to be compared with, unless it is a teacher.
+    assert Explorer(stages / OWN).start.missing is not None
+    assert Explorer(stages / START).start.name == START
+
+
+def test_the_explorer_draws_the_noise_of_a_stochastic_sampler_as_the_library_does(tmp_path: Path) -> None:
+    outcome = Outcome(role="student", num_steps=4, sampler=samplers.describe(Ancestral(0.3)))
+    run = write_run(tmp_path / "run", {START: TEACHER, OWN: outcome})
+    own = Explorer(run).compare(OWN, num_samples=5).shown[0]
+    np.testing.assert_array_equal(own.samples, load(run / "stages" / OWN).sample(range(5), 4, Ancestral(0.3)).numpy())
+    frames = Explorer(run).walk(OWN, seed=2, other_seed=2, num_frames=2).shown[0].samples
+    np.testing.assert_array_equal(frames[0], load(run / "stages" / OWN).sample([2]).numpy()[0])
+
+
+def test_status_tells_the_roles(run: Path, capsys: Capture) -> None:
+    main(["status", str(run), "--json"])
+    stages = json.loads(capsys.readouterr().out)["stages"]
+    assert [(s["stage"], s["role"], s["num_steps"], s["state"]) for s in stages[:: len(stages) - 1]] == [
+        (START, "teacher", None, "done"),
+        (OWN, "student", 4, "done"),
+    ]
+    # Of a stage that is not there the plan tells them.
+    assert read_status(run).stages[-1].role == "student"
+
+
+def test_sample_takes_the_models_own_sampler(run: Path, tmp_path: Path, capsys: Capture) -> None:
+    def drawn(*options: str) -> tuple[dict[str, Any], np.ndarray]:
+        main(
+            [
+                "sample",
+                str(run),
+                "--num-samples",
+                "6",
+                "--json",
+                "--overwrite",
+                "--out",
+                str(tmp_path / "s.npz"),
+                *options,
+            ]
+        )
+        held: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return held, np.load(tmp_path / "s.npz")["arr_0"]
+
+    said, x0 = drawn()
+    assert (said["model"], said["sampler"], said["num_steps"], said["num_evals"]) == (OWN, "heun", 4, 7)
+    model = load(run)
+    np.testing.assert_array_equal(x0, model.sample(range(6), 4, Heun()).numpy())
+    said, by_ddim = drawn("--sampler", "ddim")
+    assert (said["sampler"], said["num_evals"]) == ("ddim", 4)
+    np.testing.assert_array_equal(by_ddim, model.sample(range(6), 4, DDIM()).numpy())
+    assert np.abs(by_ddim - x0).max() > 1e-3
+    error = refused(["sample", str(run), "--gamma", "0.5", "--out", str(tmp_path / "t.npz")], capsys)
+    assert error.startswith("--gamma 0.5 has no effect on the sampler heun")
+
+
+def evaluated(subject: Path, out: Path, capsys: Capture, *options: str) -> dict[str, Any]:
+    capsys.readouterr()
+    options = ("--num-samples", "16", "--extractors", "pixels", "--out", str(out), "--json", *options)
+    main(["evaluate", str(subject), *options])
+    held: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return held
+
+
+def test_an_evaluation_samples_each_model_by_its_own_sampler(
+    run: Path, continued: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    held = evaluated(run, tmp_path / "whole", capsys)
+    series = {one["name"]: (one["role"], one["sampler"]) for one in held["series"]}
+    between = {"matched": ("other", "ddim")} if MATCHED in names(run) else {}
+    assert series == between | {"student": ("student", "heun"), "teacher-ddim": ("teacher", "ddim")}
+    rows = {(row["series"], row["num_steps"]): (row["stage"], row["num_evals"]) for row in held["tables"][0]["rows"]}
+    assert rows["student", 4] == (OWN, 7)
+    assert rows["teacher-ddim", 8] == (START, 8)
+    assert not between or rows["matched", 8] == (MATCHED, 8)
+    assert "8 steps" in held["tables"][-1]["protocol"]["reference"]
+    held = evaluated(continued, tmp_path / "continued", capsys)
+    found = [(row["series"], row["stage"], row["num_steps"], row["num_evals"]) for row in held["tables"][0]["rows"]]
+    assert found == [("student", OWN, 4, 7), ("teacher-rk4", START, 8, RK4().num_evals(8))]
+    # One stage alone: what it is decides, not its name.
+    held = evaluated(run / "stages" / OWN, tmp_path / "one", capsys)
+    assert [(row["series"], row["num_evals"]) for row in held["tables"][0]["rows"]] == [("student", 7)]
+
+
+# --- Export ---
+
+
+@pytest.mark.parametrize(
+    "sampler", [DDIM(), Heun(), RK4(), DPMSolverPP2M(), Heun(LogSNR())], ids=lambda s: type(s).__name__
+)
+def test_a_graph_takes_the_steps_of_the_models_own_sampler(tmp_path: Path, sampler: Sampler) -> None:
+    import onnxruntime
+
+    model = Model(*made(Outcome(role="student", num_steps=4, sampler=samplers.describe(sampler))))
+    session = onnxruntime.InferenceSession(str(export_onnx(model, tmp_path / "sampler.onnx")))
+    found = torch.from_numpy(session.run(["x0"], {"noise": model.noise(range(7)).numpy()})[0])
+    torch.testing.assert_close(found, model.sample(range(7)), rtol=0, atol=1e-5)
+    if sampler != DDIM():
+        assert float((found - model.sample(range(7), sampler=DDIM())).abs().max()) > 1e-3
+
+
+def test_a_graph_has_no_noise_for_a_stochastic_sampler(tmp_path: Path) -> None:
+    model = Model(*made(Outcome(role="student", num_steps=4, sampler={"type": "ancestral", "gamma": 0.5})))
+    with pytest.raises(ValueError, match=r"Ancestral\(gamma=0.5\) draws noise at each step"):
+        export_onnx(model, tmp_path / "sampler.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def images(sampler: Sampler, num_steps: int, num_classes: int, clip: bool = True) -> Model:
+    torch.manual_seed(0)
+    config = UNetConfig(
+        block_out_channels=(8, 16), layers_per_block=1, attention=(False, False), mid_attention=False, norm_num_groups=4
+    )
+    network = make_unet(config, (3, 8, 8), num_classes, 1)
+    wake(network)
+    outcome = Outcome(role="student", num_steps=num_steps, sampler=samplers.describe(sampler))
+    facts: dict[str, Any] = {"shape": (3, 8, 8), "is_image": True, "num_classes": num_classes, "clip": clip}
+    return Model(*made(outcome, network=network, **facts))
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 4, 16])
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("sampler", [DDIM(), DPMSolverPP2M()], ids=["ddim", "dpmpp_2m"])
+def test_a_stock_scheduler_takes_the_steps_of_the_models_own_sampler(
+    tmp_path: Path, sampler: Sampler, clip: bool, num_steps: int
+) -> None:
+    model = images(sampler, num_steps, 5, clip)
+    pipe = quietly(diffusers.ConsistencyModelPipeline.from_pretrained(export_pipeline(model, tmp_path / "out")))
+    x_1 = noise(3, 3, 8, 8)
+    stock = pipe(3, class_labels=[0, 4, 2], num_inference_steps=num_steps, latents=x_1, output_type="np").images
+    shown = {"class_labels": torch.tensor([0, 4, 2])}
+    found = sample(model, x_1, num_steps, sampler, shown)
+    assert_same(found.clamp(-1, 1), torch.as_tensor(stock).permute(0, 3, 1, 2) * 2 - 1)
+    if sampler != DDIM() and num_steps > 2:
+        assert float((found - sample(model, x_1, num_steps, DDIM(), shown)).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize(("sampler", "num_classes"), [(Heun(), 5), (Ancestral(), 5), (DPMSolverPP2M(), 0)])
+def test_a_sampler_without_a_stock_scheduler_is_refused(tmp_path: Path, sampler: Sampler, num_classes: int) -> None:
+    with pytest.raises(ValueError, match=r"of diffusers samples this model by its own sampler .* Use --format onnx"):
+        export_pipeline(images(sampler, 4, num_classes), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
