@@ -80,14 +80,16 @@ def test_an_update_is_adamw_on_the_clipped_gradient_of_the_mean_loss() -> None:
 
 
 def test_the_moving_average_is_the_weighted_mean_of_all_weights() -> None:
+    """With unequal weights for the average and the current value, during the first updates (up to 80, where the decay
+    reaches 0.9) and after them."""
     module = torch.nn.Linear(3, 2).double().float()
-    ema = EMA(module, decay=0.5)
+    ema = EMA(module, decay=0.9)
     expected = module.weight.detach().double().clone()
-    for n in range(1, 30):
+    for n in range(1, 101):
         with torch.no_grad():
             module.weight += torch.randn(2, 3, generator=torch.Generator().manual_seed(n))
         ema.update(n)
-        decay = min(0.5, (1 + n) / (10 + n))
+        decay = min(0.9, (1 + n) / (10 + n))
         expected = decay * expected + (1 - decay) * module.weight.detach().double()
     assert torch.allclose(ema.state_dict()["weight"].double(), expected, rtol=0, atol=1e-5)
 
