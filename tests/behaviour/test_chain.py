@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from halfstep import distill
 from halfstep.core.denoiser import NetworkDenoiser
 from halfstep.core.noise import VPCosine
 from halfstep.core.prediction import V
 from halfstep.models.folder import load
 from halfstep.nets import MLP
 from halfstep.objectives import EarlyEnd, Halving, Plan
-from halfstep.run import distill
 from halfstep.run.distill import as_batches
 from halfstep.run.events import Progress
 from halfstep.run.runner import run

@@ -6,12 +6,12 @@ import warnings
 import pytest
 import torch
 
+from halfstep import distill
 from halfstep.core.denoiser import NetworkDenoiser, output_gain, warn_of_gain
 from halfstep.core.noise import VPCosine
 from halfstep.core.prediction import X0, Both, Eps, Prediction, V
 from halfstep.core.warnings import HalfstepWarning
 from halfstep.recipes import build, recipes
-from halfstep.run import distill
 from support import clock, numbers, toy_denoiser
 
 

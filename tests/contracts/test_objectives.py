@@ -214,7 +214,9 @@ def test_matching_draws_every_time_of_its_grid_and_no_other(guidance: GuidanceRa
         student.times.clear()
         teacher.times.clear()
         for update in range(20):
-            Matching(num_times, guidance=guidance).loss(Models(student, teacher), Batch(data()), draw_for(update=update))
+            Matching(num_times, guidance=guidance).loss(
+                Models(student, teacher), Batch(data()), draw_for(update=update)
+            )
         times = torch.cat(student.times)
         assert torch.equal(times, torch.cat(teacher.times))
         drawn, counts = times.unique(return_counts=True)

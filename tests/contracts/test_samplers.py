@@ -130,7 +130,7 @@ def slope(steps: Sequence[int], errors: Sequence[float]) -> float:
 
 def step_counts(sampler: Sampler) -> tuple[int, ...]:
     """Enough to be near the limit, and few enough for the errors to stay above that of the reference."""
-    return (32, 64, 128, 256) if sampler.order < 3 else (16, 32, 64, 128)
+    return (32, 64, 128, 256) if sampler.order < 3 else (32, 64, 128)
 
 
 # A table's log-SNR has kinks in t, but the methods see t only through the ends of their steps: in the coordinate, in
