@@ -56,6 +56,13 @@ def test_the_student_is_nearer_to_its_teacher_than_the_teacher_s_own_few_steps(
     assert 0 < student < share * teacher
 
 
+def test_the_example_of_guidance_trains_and_samples() -> None:
+    """Its claim needs two minutes, above. Within one update each, a student is as far off as its untrained teacher."""
+    student, teacher = loaded("class_conditional_guidance").main(teacher_updates=2, student_updates=1, start=8)
+    assert 0 < teacher < 2
+    assert 0 < student < 2
+
+
 def test_low_rank_additions_of_the_latent_example_sample_in_stock_diffusers_as_here(tmp_path: Path) -> None:
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
