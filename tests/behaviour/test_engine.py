@@ -94,6 +94,18 @@ def test_the_moving_average_is_the_weighted_mean_of_all_weights() -> None:
     assert torch.allclose(ema.state_dict()["weight"].double(), expected, rtol=0, atol=1e-5)
 
 
+def test_a_stage_averages_its_weights_as_they_are_after_each_update() -> None:
+    stage = dataclasses.replace(toy_plan().stages[0], num_updates=12)
+    trainer = _trainer(stage)
+    expected = {name: value.double() for name, value in trainer.state()["student"].items()}
+    for n in trainer.run():
+        decay = min(0.9, (1 + n) / (10 + n))
+        for name, value in trainer.state()["student"].items():
+            expected[name] = decay * expected[name] + (1 - decay) * value.double()
+    for name, value in trainer.state()["ema"].items():
+        torch.testing.assert_close(value.double(), expected[name], rtol=0, atol=1e-6)
+
+
 def test_a_stage_hands_on_its_average_and_a_student_without_one_its_weights(tmp_path: Path) -> None:
     trainer = _trainer(dataclasses.replace(toy_plan().stages[0], num_updates=10))
     list(trainer.run())
