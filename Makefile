@@ -8,11 +8,14 @@ STAMP  := $(VENV)/.installed-$(shell cksum pyproject.toml constraints-cpu.txt | 
 DOCS_STAMP := $(STAMP)-docs
 
 export HF_HUB_OFFLINE ?= 1
+# Tests start many processes, and each of them would compile every module again.
+unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test check bench docs clean help
+.PHONY: demo test test-slow check bench docs clean help
 help:
 	@echo "make demo    train a teacher on the digits, halve it to 8, 4, 2 and 1 steps, write runs/digits/report/index.html"
-	@echo "make test    prove every formula (tests/, CPU, no network)"
+	@echo "make test    prove every formula (tests/, CPU, no network), in 6 minutes on two cores"
+	@echo "make test-slow    run the tests marked slow: larger scales, compilers, launchers"
 	@echo "make check   ruff, mypy, import-linter"
 	@echo "make bench   what an update, a sample, memory, a checkpoint and a second process cost, in their short form"
 	@echo "make docs    build the documentation into site/ and check its links"
@@ -36,8 +39,11 @@ demo: $(STAMP)
 	$(BIN)/halfstep demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist worksteal --cov=halfstep --cov-report=term:skip-covered
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --cov=halfstep --cov-report=term:skip-covered
 	$(BIN)/python -m coverage report --include='*/halfstep/core/*,*/halfstep/samplers/*,*/halfstep/objectives/*' --fail-under=95
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 check: $(STAMP)
 	$(BIN)/ruff check .

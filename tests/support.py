@@ -1,7 +1,10 @@
 """What the tests of the mathematics share: numbers, members of a registry, teachers, an integrator."""
 
 import dataclasses
+import functools
+import inspect
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, Final, final
 
 import pytest
@@ -92,6 +95,34 @@ def even_amplitudes(process: NoiseProcess) -> bool:
     """Whether it is one of those whose samples are of unit size and whose angle falls at an even rate in t, so that
     fixed bounds on roundings hold at every step of the uniform grid."""
     return process in (VPCosine(), FlowMatching())
+
+
+def in_turn(name: str, values: Sequence[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Run a test for each value of an argument within one test: `parametrize` for cases that take less time than pytest
+    needs for a test of its own. A failure names the value."""
+
+    def decorate(test: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(test)
+        def run(**arguments: Any) -> None:
+            skipped = []
+            for value in values:
+                try:
+                    test(**arguments, **{name: value})
+                except pytest.skip.Exception as skip:
+                    skipped.append(skip)
+                except Exception as error:
+                    error.add_note(f"with {name} = {value!r}")
+                    raise
+            if len(skipped) == len(values):
+                raise skipped[0]
+
+        signature = inspect.signature(test)
+        kept = [parameter for parameter in signature.parameters.values() if parameter.name != name]
+        assert len(kept) == len(signature.parameters) - 1, f"the test takes no {name}"
+        run.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
+        return run
+
+    return decorate
 
 
 class ToyNetwork(nn.Module):

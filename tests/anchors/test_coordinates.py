@@ -18,6 +18,7 @@ from halfstep.samplers import DDIM, Angle, Coordinate, Euler, LogSNR, NoiseToSig
 from halfstep.samplers.runge_kutta import CLASSICAL_4, EULER, HEUN_3, MIDPOINT, TRAPEZOID, Rule, runge_kutta_step
 from support import (
     clock,
+    in_turn,
     integrated_flow,
     interior_times,
     members,
@@ -97,7 +98,7 @@ def test_on_the_circle_the_slope_in_the_angle_is_v(prediction: Prediction) -> No
 
 @every_process
 @every_prediction
-@pytest.mark.parametrize("num_steps", [1, 2, 7, 64])
+@in_turn("num_steps", [1, 2, 7, 64])
 @torch.no_grad()
 def test_euler_s_step_in_noise_to_signal_is_ddim_s(
     process: NoiseProcess, prediction: Prediction, num_steps: int

@@ -17,7 +17,7 @@ from halfstep.core.denoiser import Clipped
 from halfstep.core.noise import VPCosine
 from halfstep.core.prediction import X0, Eps, Prediction, V
 from halfstep.samplers import Ancestral, DPMSolverPP2M, Heun, NoiseToSignal, Sampler, sample, trajectory
-from support import ToyNetwork, clock, numbers, toy_denoiser
+from support import ToyNetwork, clock, in_turn, numbers, toy_denoiser
 
 TABLE: Final = 1024
 PROCESS: Final = VPCosine()
@@ -119,7 +119,7 @@ def ancestral_by_ddpm(
             yield x_t
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 4, 8, 64, 1024])
+@in_turn("num_steps", [1, 2, 4, 8, 64, 1024])
 @either_clip
 @every_prediction
 @pytest.mark.parametrize("reference", ["ddim eta 1", "fixed_small", "fixed_large"])

@@ -80,16 +80,30 @@ def test_an_update_is_adamw_on_the_clipped_gradient_of_the_mean_loss() -> None:
 
 
 def test_the_moving_average_is_the_weighted_mean_of_all_weights() -> None:
+    """With unequal weights for the average and the current value, during the first updates (up to 80, where the decay
+    reaches 0.9) and after them."""
     module = torch.nn.Linear(3, 2).double().float()
-    ema = EMA(module, decay=0.5)
+    ema = EMA(module, decay=0.9)
     expected = module.weight.detach().double().clone()
-    for n in range(1, 30):
+    for n in range(1, 101):
         with torch.no_grad():
             module.weight += torch.randn(2, 3, generator=torch.Generator().manual_seed(n))
         ema.update(n)
-        decay = min(0.5, (1 + n) / (10 + n))
+        decay = min(0.9, (1 + n) / (10 + n))
         expected = decay * expected + (1 - decay) * module.weight.detach().double()
     assert torch.allclose(ema.state_dict()["weight"].double(), expected, rtol=0, atol=1e-5)
+
+
+def test_a_stage_averages_its_weights_as_they_are_after_each_update() -> None:
+    stage = toy_plan(12).stages[0]
+    trainer = _trainer(stage)
+    expected = {name: value.double() for name, value in trainer.state()["student"].items()}
+    for n in trainer.run():
+        decay = min(0.9, (1 + n) / (10 + n))
+        for name, value in trainer.state()["student"].items():
+            expected[name] = decay * expected[name] + (1 - decay) * value.double()
+    for name, value in trainer.state()["ema"].items():
+        torch.testing.assert_close(value.double(), expected[name], rtol=0, atol=1e-6)
 
 
 def test_a_stage_hands_on_its_average_and_a_student_without_one_its_weights(tmp_path: Path) -> None:

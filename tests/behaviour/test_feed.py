@@ -267,7 +267,7 @@ def test_an_update_copies_nothing_from_the_host_but_what_is_made_ahead(
     student, bare = (one.to(meta) for one in made)
     teacher = Guided(bare, {"observation": torch.zeros(3)}, scale=2.0) if isinstance(objective, Matching) else bare
     copies = []
-    for fed in Feed(_observed, _places, meta, ahead=1).updates(0, lambda: 6):
+    for fed in Feed(_observed, _places, meta, ahead=1).updates(0, lambda: 4):
         with _Copies() as watch:
             for part in fed[0]:
                 objective.loss(Models(student, teacher), part.batch, part.place.draw)
@@ -395,7 +395,10 @@ def test_code_is_made_for_the_shapes_at_hand_whatever_was_compiled_before(
     assert weights(tmp_path / "cut") == weights(tmp_path / "uncut")
 
 
-@pytest.mark.parametrize(("backend", "objective"), [("aot_eager", Halving(4)), ("inductor", Denoising())])
+@pytest.mark.parametrize(
+    ("backend", "objective"),
+    [("aot_eager", Halving(4)), pytest.param("inductor", Denoising(), marks=pytest.mark.slow)],
+)
 def test_a_compiled_stage_ends_near_the_eager_one(
     monkeypatch: pytest.MonkeyPatch, backend: str, objective: Objective
 ) -> None:

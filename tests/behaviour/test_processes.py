@@ -306,6 +306,18 @@ TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
 
 
+def test_torchrun_runs_halfstep(tmp_path: Path) -> None:
+    points = tmp_path / "points.npy"
+    np.save(points, teams.points().numpy())
+    argv = ["run", "arrays", "--data", str(points), "--out", str(tmp_path / "run"), *TINY_ARRAYS]
+    done = _launch(TORCHRUN, [*argv, "--evaluation.batch-size", "10", "--engine.sharding", "full"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    # One of them speaks.
+    assert done.stdout.count("finished in") == 1
+    assert (tmp_path / "run" / "report" / "index.html").is_file()
+
+
+@pytest.mark.slow
 def test_torchrun_and_accelerate_launch_run_halfstep(tmp_path: Path) -> None:
     points = tmp_path / "points.npy"
     np.save(points, teams.points().numpy())

@@ -17,34 +17,18 @@ from halfstep.cli import main
 from halfstep.registry import Registry
 from halfstep.runs import RunFolder
 from support_cli import Capture, refused
-from toys import TINY_ARRAYS, TINY_DIGITS, file_size_limit, points
+from toys import TINY_ARRAYS, TINY_DIGITS, file_size_limit
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    monkeypatch.setenv("HALFSTEP_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
 
 
 @pytest.fixture(scope="module")
-def toy_npy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "toy.npy"
-    np.save(path, points().numpy())
-    return path
-
-
-@pytest.fixture(scope="module")
-def toy_run(tmp_path_factory: pytest.TempPathFactory, toy_npy: Path) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "toy"
-    main(["run", "arrays", "--data", str(toy_npy), "--out", str(out), *TINY_ARRAYS])
-    return out
-
-
-@pytest.fixture(scope="module")
-def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "digits"
-    main(["run", "digits", "--out", str(out), *TINY_DIGITS])
-    return out
+def toy_npy(toy_run: Path) -> Path:
+    """The data of `toy_run`, as its recipe names it."""
+    return Path(json.loads((toy_run / "recipe.json").read_text())["recipe"]["data"]["source"])
 
 
 @pytest.mark.parametrize(
@@ -201,6 +185,9 @@ def test_dry_run_of_a_paper_recipe_needs_none_of_its_data(
 ) -> None:
     """With a network cut down to be timed in a moment; the whole ones are counted in tests/behaviour."""
     os.chdir(tmp_path)
+    # Timed on batches of a few samples, whose time is extrapolated as well.
+    monkeypatch.setattr("halfstep.run.cost.FLOPS_OF_A_TRIAL", 1e8)
+    monkeypatch.setattr("halfstep.run.cost.SECONDS_OF_A_TRIAL", 0.1)
     small = ["--network.block-out-channels", *["32"] * (3 if "cifar" in name else 5), "--network.layers-per-block", "1"]
     small += ["--network.attention-head-dim", "32", "--engine.threads", "1"]
     main(["run", name, "--data", "nowhere", "--dry-run", *small])

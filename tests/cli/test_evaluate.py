@@ -19,28 +19,11 @@ from halfstep.runs import EvaluationResult, RunFolder
 from halfstep.runs.evaluation import EvaluationTable, Row
 from halfstep.samplers import sample
 from support_cli import Capture, refused
-from toys import TINY_ARRAYS, TINY_DIGITS, points
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    monkeypatch.setenv("HALFSTEP_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "240")
-
-
-@pytest.fixture(scope="module")
-def toy_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    np.save(folder / "toy.npy", points().numpy())
-    main(["run", "arrays", "--data", str(folder / "toy.npy"), "--out", str(folder / "toy"), *TINY_ARRAYS])
-    return folder / "toy"
-
-
-@pytest.fixture(scope="module")
-def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "digits"
-    main(["run", "digits", "--out", str(out), *TINY_DIGITS])
-    return out
 
 
 def _result(out: Path) -> EvaluationResult:

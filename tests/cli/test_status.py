@@ -17,6 +17,7 @@ from halfstep.cli import main
 from halfstep.runs import Heartbeat, RunStatus, read_status
 from halfstep.runs.heartbeat import SILENT_SECONDS, this_machine
 from support_cli import Capture, refused
+from teams import context
 from toys import TINY_ARRAYS, finish, points, toy_spec
 
 PLAN = [
@@ -185,16 +186,16 @@ def test_another_process_sees_a_run_run_and_be_killed_and_stopped(tmp_path: Path
     argv += ["--engine.log-every", "1"]
     argv[argv.index("--teacher.num-updates") + 1] = "100000"
     for number, said in ((signal.SIGKILL, "gone without a word"), (signal.SIGTERM, "stopped by SIGTERM")):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "halfstep", *argv], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        process = context().Process(target=main, args=(argv,))
+        process.start()
         running = wait_for(out, "running")
         assert running.process is not None
         assert running.process["pid"] == process.pid
         assert running.stages[0].state == "training"
         assert 0 < running.seconds_left < float("inf")
-        process.send_signal(number)
-        process.wait(timeout=60)
+        assert process.pid is not None
+        os.kill(process.pid, number)
+        process.join(60)
         stopped = wait_for(out, "stopped")
         assert said in str(stopped.message)
         assert stopped.process is not None

@@ -14,7 +14,7 @@ from halfstep.cli import main
 from halfstep.cli.completion import argument_kinds, options_of
 from halfstep.cli.verbs import EXIT_CODES, VERBS
 from support_cli import Capture, refused
-from toys import TINY_ARRAYS, points
+from toys import TINY_ARRAYS
 
 ROOT = Path(__file__).parents[2]
 FIRST = {"run": ["digits"], "train": ["digits"], "distill": ["MODEL"]}
@@ -22,16 +22,12 @@ FIRST = {"run": ["digits"], "train": ["digits"], "distill": ["MODEL"]}
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("verbs")
-    np.save(folder / "toy.npy", points().numpy())
-    main(["run", "arrays", "--data", str(folder / "toy.npy"), "--out", str(folder / "toy"), *TINY_ARRAYS])
-    return folder / "toy"
+def run(toy_run: Path) -> Path:
+    return toy_run
 
 
 @pytest.fixture(autouse=True)
-def _wide(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    monkeypatch.setenv("HALFSTEP_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
     # Wide enough for one line each, too narrow for two boxes beside each other.
     monkeypatch.setenv("COLUMNS", "100")
 

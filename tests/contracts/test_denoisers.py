@@ -29,6 +29,7 @@ from halfstep.samplers import Sampler, sample, trajectory
 from support import (
     Watched,
     clock,
+    in_turn,
     integrated_flow,
     interior_times,
     members,
@@ -492,7 +493,7 @@ def test_guidance_is_linear_in_the_scale_and_each_sample_may_have_its_own(proces
 
 @every_process
 @every_prediction
-@pytest.mark.parametrize("scale", SCALES)
+@in_turn("scale", SCALES)
 @torch.no_grad()
 def test_a_guided_denoiser_splits_the_same_x_t(process: NoiseProcess, prediction: Prediction, scale: float) -> None:
     """x_t = alpha x0 + sigma eps, whatever network and scale: the two answers do, and their weights add up to 1."""

@@ -27,6 +27,7 @@ from support import (
     clock,
     even_amplitudes,
     gaussian,
+    in_turn,
     landing_roundings,
     members,
     members_and_further_processes,
@@ -90,7 +91,7 @@ def weights_of(process: NoiseProcess, t: Tensor, s: Tensor, num_teacher_steps: i
 
 @every_process_and_prediction
 @every_k
-@pytest.mark.parametrize("num_steps", [1, 2, 4, 64, 4096])
+@in_turn("num_steps", [1, 2, 4, 64, 4096])
 @torch.no_grad()
 def test_one_step_of_the_student_lands_where_the_teacher_s_steps_land(
     process: NoiseProcess, prediction: Prediction, num_teacher_steps: int, num_steps: int
@@ -120,7 +121,7 @@ def test_one_step_of_the_student_lands_where_the_teacher_s_steps_land(
 
 @every_process_or_further
 @every_k
-@pytest.mark.parametrize("num_steps", [1, 2, 4, 64, 4096])
+@in_turn("num_steps", [1, 2, 4, 64, 4096])
 def test_the_target_is_the_x0_that_the_subtractive_formula_solves_for_in_float64(
     process: NoiseProcess, num_teacher_steps: int, num_steps: int
 ) -> None:
@@ -172,7 +173,7 @@ def test_short_steps_far_from_the_data_weigh_the_two_predictions_alike() -> None
 
 
 @every_process
-@pytest.mark.parametrize("num_steps", [2**k for k in range(13)])
+@in_turn("num_steps", [2**k for k in range(13)])
 @every_k
 def test_the_teacher_is_asked_exactly_on_its_own_grid(
     process: NoiseProcess, num_steps: int, num_teacher_steps: int

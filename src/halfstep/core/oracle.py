@@ -82,7 +82,8 @@ class MixtureDenoiser(Denoiser):
         self.register_buffer("log_weights", torch.log(shares / shares.sum()))
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Denoised:
-        alpha, sigma = (a[:, None] for a in self.process.alpha_sigma(t))
+        amplitudes = self.process.alpha_sigma(t)
+        alpha, sigma = (a[:, None] for a in amplitudes)
         x = x_t.double().flatten(1)[:, None]
         means = self.means.flatten(1)
         rest = x - alpha[..., None] * means
@@ -91,7 +92,7 @@ class MixtureDenoiser(Denoiser):
         share = torch.softmax(log_density + self.log_weights, dim=1)[..., None]
         gain = (alpha * self.stds**2 / variance)[..., None]
         x0 = (share * (means + gain * rest)).sum(1).reshape(x_t.shape)
-        eps = eps_from_x0(x_t.double(), x0, *self.process.alpha_sigma(t))
+        eps = eps_from_x0(x_t.double(), x0, *amplitudes)
         return Denoised(x0.to(x_t.dtype), eps.to(x_t.dtype))
 
 

@@ -43,13 +43,8 @@ def export_pipeline(model: Model, out: Path, metrics: Metrics | None = None, nam
         name: under which the card tells how to load it; that of the folder if None.
 
     Raises:
-<<<<<<< HEAD
-        ValueError: if diffusers has no pipeline, scheduler or exact grid for the model and its sampler, a part of its
-            origin is missing, or `out` holds something; nothing is written then.
-=======
         ValueError: if diffusers has no pipeline, exact grid, or scheduler of the model's sampler, a part of its origin
             is missing, or `out` holds something; nothing is written then.
->>>>>>> roles
     """
     refuse_taken(out)
     network = merged(model.denoiser.network)

@@ -84,11 +84,7 @@ class Match:
     """Times at which both are compared; a teacher on a table of noise levels is called at its own."""
 
     def objective(self, start: Start, lora_rank: int | None = None) -> Matching | None:
-<<<<<<< HEAD
         """Return the matching that `start` needs; None if it needs none.
-=======
-        """Return the objective of the matching stage that `start` needs; None if it needs none.
->>>>>>> roles
 
         Raises:
             ValueError: if the teacher cannot be matched, or the additions of LoRA students cannot follow.

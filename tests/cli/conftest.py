@@ -1,0 +1,62 @@
+"""Runs that several tests of the command line use: trained once for a session, however many processes test it."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from filelock import FileLock
+
+from halfstep.cli import main
+from toys import TINY_ARRAYS, TINY_DIGITS, points
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of the session, the same one in each worker of pytest-xdist."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_cache(shared: Path) -> Iterator[None]:
+    """Set the cache folder of the session: the classifier of the digits is trained once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HALFSTEP_CACHE", str(shared / "cache"))
+        yield
+
+
+def copied(shared: Path, name: str, make: Callable[[Path], None], to: Path) -> Path:
+    """Return `to`, a copy of the folder that `make` fills; only the first call of the session calls `make`."""
+    made = shared / "once" / name
+    made.parent.mkdir(exist_ok=True)
+    with FileLock(made.with_suffix(".lock")):
+        if not made.exists():
+            unfinished = made.with_suffix(".unfinished")
+            unfinished.mkdir()
+            make(unfinished)
+            unfinished.rename(made)
+    return shutil.copytree(made, to)
+
+
+@pytest.fixture(scope="module")
+def toy_run(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of `TINY_ARRAYS`, of each module its own copy, with its data beside it as toy.npy."""
+
+    def make(folder: Path) -> None:
+        np.save(folder / "toy.npy", points().numpy())
+        main(["run", "arrays", "--data", str(folder / "toy.npy"), "--out", str(folder / "toy"), *TINY_ARRAYS])
+
+    return copied(shared, "toy", make, tmp_path_factory.mktemp("runs") / "copy") / "toy"
+
+
+@pytest.fixture(scope="module")
+def digits_run(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of `TINY_DIGITS`, of each module its own copy."""
+
+    def make(folder: Path) -> None:
+        main(["run", "digits", "--out", str(folder / "digits"), *TINY_DIGITS])
+
+    return copied(shared, "digits", make, tmp_path_factory.mktemp("runs") / "copy") / "digits"
