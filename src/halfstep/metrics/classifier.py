@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from halfstep.core.draw import generator_for
-from halfstep.metrics.features import FeatureExtractor, Measured, digest_of, extractors, refuse_path
+from halfstep.metrics.features import FeatureExtractor, RealData, digest_of, extractors, refuse_path
 
 CLASSIFIER: Final = "classifier-1"
 """Name of the classifier's architecture and training; another number when either changes, for old figures are not
@@ -151,7 +151,7 @@ def train_classifier(
 
 
 @extractors.register("classifier")
-def classifier(path: str | None, measured: Measured) -> FeatureExtractor:
+def classifier(path: str | None, measured: RealData) -> FeatureExtractor:
     """64 features of a small network trained on the labelled data; kept in the cache folder."""
     refuse_path("classifier", path)
     if not measured.num_classes:

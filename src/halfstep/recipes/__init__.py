@@ -7,7 +7,6 @@ from halfstep.recipes.schema import (
     ChainConfig,
     DataFacts,
     EngineConfig,
-    EvaluationConfig,
     MLPConfig,
     ModelConfig,
     Recipe,

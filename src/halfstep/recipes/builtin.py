@@ -1,11 +1,11 @@
 """The recipes that come with halfstep."""
 
 from halfstep.data import DataConfig
+from halfstep.measure.evaluate import Evaluation
 from halfstep.recipes.registered import recipes
 from halfstep.recipes.schema import (
     ChainConfig,
     EngineConfig,
-    EvaluationConfig,
     MLPConfig,
     ModelConfig,
     Recipe,
@@ -50,7 +50,7 @@ def digits() -> Recipe:
             warmup_updates=20,
             adam_betas=(0.9, 0.99),
         ),
-        evaluation=EvaluationConfig(num_samples=2000, teacher_steps=(64, 8, 4, 2, 1), batch_size=500),
+        evaluation=Evaluation(num_samples=2000, teacher_steps=(64, 8, 4, 2, 1), batch_size=500),
         engine=EngineConfig(log_every=20),
     )
 
@@ -64,7 +64,7 @@ def fashion_mnist() -> Recipe:
         network=UNetConfig(block_out_channels=(64, 128, 128), layers_per_block=2, attention=(False, False, True)),
         teacher=TeacherConfig(num_updates=30_000, batch_size=128, learning_rate=3e-4, ema_decay=0.999),
         chain=ChainConfig(start_steps=256, num_updates=4000, batch_size=128, learning_rate=1e-4),
-        evaluation=EvaluationConfig(num_samples=5000, teacher_steps=(64, 16, 8, 4, 2, 1)),
+        evaluation=Evaluation(num_samples=5000, teacher_steps=(64, 16, 8, 4, 2, 1)),
     )
 
 
@@ -89,7 +89,7 @@ def cifar10() -> Recipe:
             ema_decay=0.9995,
         ),
         chain=ChainConfig(start_steps=1024, num_updates=10_000, batch_size=128, learning_rate=1e-4),
-        evaluation=EvaluationConfig(num_samples=10_000, teacher_steps=(256, 64, 16, 8, 4, 2, 1)),
+        evaluation=Evaluation(num_samples=10_000, teacher_steps=(256, 64, 16, 8, 4, 2, 1)),
         engine=EngineConfig(precision="bf16"),
     )
 

@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from halfstep.report.chain import cost, distance_figure, loss_figure, progress, stage_rows
-from halfstep.report.evaluated import shown_evaluation
+from halfstep.report.evaluation import shown_evaluation
 from halfstep.report.gallery import Sizes, gallery
 from halfstep.report.nearest import shown_nearest
 from halfstep.report.quality import protocol_notices, quality_groups

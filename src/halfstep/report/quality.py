@@ -21,7 +21,7 @@ REFERENCE_STEPS = 64
 
 
 @dataclass(frozen=True)
-class Row:
+class Pair:
     """One number of steps, with one student or none."""
 
     steps: int
@@ -47,7 +47,7 @@ class Group:
     """Figures of one protocol."""
 
     protocol: Mapping[str, str]
-    rows: Sequence[Row]
+    rows: Sequence[Pair]
     most: Result | None
     """The teacher at its most steps."""
     reference: Result | None
@@ -83,7 +83,7 @@ def _group(name: str, stages: Sequence[StageFacts]) -> Group:
         for stage_name, student in here or [(None, None)]:
             measured = student or alone
             rows.append(
-                Row(
+                Pair(
                     steps=steps,
                     sampler=sampler,
                     teacher=alone,

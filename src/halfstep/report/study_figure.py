@@ -13,7 +13,7 @@ MARKERS: Final = "osD^vPX*"
 
 @final
 @dataclass(frozen=True)
-class Series:
+class Line:
     """A curve, or the bars of one colour."""
 
     label: str
@@ -33,7 +33,7 @@ class Panel:
     title: str
     x_label: str
     y_label: str
-    series: Sequence[Series]
+    series: Sequence[Line]
     categories: Sequence[str] = field(default=())
     log_x: bool = True
     log_y: bool = True

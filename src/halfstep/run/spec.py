@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, Final, Literal, final
 
 import torch
 
@@ -18,6 +18,8 @@ from halfstep.nets import Network
 from halfstep.objectives import Batch, Plan
 from halfstep.runtime.processes import TIMEOUT_MINUTES
 from halfstep.train.feed import Batches
+
+NOT_MEASURED: Final = Evaluation(enabled=False)
 
 
 @final
@@ -73,7 +75,7 @@ class RunSpec:
     keep: tuple[int, ...] | None = None
     """Students, by their steps, whose weights stay on disk; None for all. The first model of the chain and the last
     always stay."""
-    evaluation: Evaluation | None = None
+    evaluation: Evaluation = NOT_MEASURED
     cache: Path | None = None
     """Where the feature classifier's weights are kept."""
     free: tuple[str, ...] = field(default=())
