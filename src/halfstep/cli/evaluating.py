@@ -15,10 +15,10 @@ from halfstep.cli.subjects import Rows, Subject, subject_of
 from halfstep.cli.usage import UsageError, parse
 from halfstep.cli.words import console_for, print_json, print_table
 from halfstep.data import Data, DataConfig, open_data
-from halfstep.measure.curve import Curve, CurveSpec, Entry, Progress
+from halfstep.measure.curve import CellDone, Curve, CurveSpec, Entry
 from halfstep.measure.evaluate import Evaluation, Reference
 from halfstep.measure.sources import DataSource
-from halfstep.measure.store import Store
+from halfstep.measure.store import Store, seeds_name
 from halfstep.recipes import Recipe
 from halfstep.recipes.schema import check_fit
 from halfstep.report.evaluation import protocol_words, text_table, title_of, write_evaluation
@@ -57,12 +57,12 @@ def evaluate(
     spec = _spec(subject, arguments, recipe, evaluation, data, device, processes)
     out = arguments.out or subject.out
     with StopSignal() as stop:
-        also = () if subject.run is None else (subject.run,)
-        store = Store(out, also=also, batch_size=evaluation.batch_size, processes=processes, stop=stop)
+        folder = arguments.out or subject.store or out
+        store = Store(folder, batch_size=evaluation.batch_size, processes=processes, stop=stop)
         curve = Curve(spec, store, out)
         try:
             for cell in curve.run():
-                console.print(_line(cell), highlight=False, markup=False)
+                console.print(_line(cell, len(curve.cells)), highlight=False, markup=False)
         finally:
             # After an interruption too, so that all files say the same.
             written = [] if curve.result is None else write_evaluation(curve.result, out)
@@ -197,15 +197,14 @@ def _count(arguments: EvaluateArguments, samples: Data) -> int:
     return wanted
 
 
-def _line(cell: Progress) -> str:
+def _line(cell: CellDone, total: int) -> str:
     """Return one line for a cell whose figures exist."""
     gamma = "" if cell.entry.gamma is None else f", gamma {cell.entry.gamma:g}"
     shown = ", ".join(
         f"{number(values['frechet'])} in {_short(name)}" for name, values in cell.figures.items() if "frechet" in values
     )
     there = " (was there)" if cell.was_there else ""
-    seeds = f"seeds {cell.seeds[0]}-{cell.seeds[-1]}"
-    return f"[{cell.done}/{cell.total}] {cell.entry}{gamma}, {seeds}: {shown}{there}"
+    return f"[{cell.done}/{total}] {cell.entry.words()}{gamma}, seeds {seeds_name(cell.cell.seeds)}: {shown}{there}"
 
 
 def _short(extractor: str) -> str:

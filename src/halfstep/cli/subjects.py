@@ -49,8 +49,8 @@ class Subject:
     files: Path | None = None
     """A folder of images, or a file of samples."""
     notices: tuple[str, ...] = ()
-    run: Path | None = None
-    """The run's own store of samples and figures."""
+    store: Path | None = None
+    """Default folder of its samples and figures; `out` if None."""
 
 
 def subject_of(text: str, recipe_of: Callable[[StageFolder], Recipe | None]) -> Subject:
@@ -116,7 +116,7 @@ def _run(path: Path, recipe: Recipe | None) -> Subject:
     if teacher is None and not students:
         raise DamagedFile(f"{path} has no stage that can be measured ({'; '.join(notices)})")
     out = run.evaluation_path.parent
-    return Subject("run", out, recipe, teacher, tuple(students), notices=tuple(notices), run=out)
+    return Subject("run", out, recipe, teacher, tuple(students), notices=tuple(notices))
 
 
 def _stage(path: Path, recipe: Recipe | None) -> Subject:
@@ -126,8 +126,8 @@ def _stage(path: Path, recipe: Recipe | None) -> Subject:
         raise UsageError(f"{path} has no weights any more (chain.keep): measure another stage")
     found = Candidate(stage.name, manifest, cache(partial(load, path)))
     teacher, students = (found, ()) if _is_teacher(manifest) else (None, (found,))
-    run = RunFolder(path.parent.parent).evaluation_path.parent
-    return Subject("stage", path / "evaluation", recipe, teacher, students, run=run)
+    store = RunFolder(path.parent.parent).evaluation_path.parent if path.parent.name == "stages" else None
+    return Subject("stage", path / "evaluation", recipe, teacher, students, store=store)
 
 
 @final

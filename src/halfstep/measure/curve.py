@@ -1,17 +1,17 @@
 """The curve: the tables of an evaluation, from the store's figures of every model at every number of steps."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from time import monotonic
-from typing import Any, Final, Literal, final
+from typing import Final, Literal, NamedTuple, final
 
 from filelock import FileLock, Timeout
 
-from halfstep.measure.evaluate import Evaluation, Reference
+from halfstep.measure.evaluate import Against, Evaluation, Reference
 from halfstep.measure.sources import Source, json_hash
-from halfstep.measure.store import Cell, SameNoise, Store, seeds_name
+from halfstep.measure.store import Cell, Kept, SameNoise, Store, seeds_name
 from halfstep.metrics import METRICS
 from halfstep.runs import EvaluationResult
 from halfstep.runs.evaluation import EvaluationTable, Figure, Halves, Protocol, Row, Series
@@ -25,9 +25,7 @@ SAVED: Final = 5.0
 """Seconds between two writes of the tables while nothing is drawn."""
 
 
-@final
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """A source at one number of steps: a row of every table."""
 
     series: str
@@ -37,7 +35,8 @@ class Entry:
     gamma: float | None = None
     """Of ancestral sampling, where several are tried and the best is shown."""
 
-    def __str__(self) -> str:
+    def words(self) -> str:
+        """Return the entry in a few words."""
         return self.series if self.num_steps is None else f"{self.series} at {self.num_steps} steps"
 
 
@@ -59,27 +58,23 @@ class CurveSpec:
     guidance_scale: float | None = None
     teacher: Entry | None = None
     """What the others are compared with from the same noise."""
-    notices: Sequence[str] = field(default=())
+    notices: Sequence[str] = ()
 
-    @property
-    def seed_sets(self) -> list[range]:
-        """The sets of seeds, disjoint."""
+    def cells(self, entry: Entry) -> list[Cell]:
+        """Return an entry's cells, one for each set of seeds."""
         size = self.evaluation.num_samples
-        return [range(k * size, (k + 1) * size) for k in range(self.num_seeds)]
+        return [Cell(entry.source, entry.num_steps, range(k * size, (k + 1) * size)) for k in range(self.num_seeds)]
 
 
-@final
-@dataclass(frozen=True)
-class Progress:
+class CellDone(NamedTuple):
     """A cell's figures exist."""
 
     entry: Entry
-    seeds: range
+    cell: Cell
     figures: dict[str, dict[str, float]]
     """By extractor."""
     was_there: bool
     done: int
-    total: int
 
 
 @final
@@ -92,22 +87,14 @@ class Curve:
 
     def __init__(self, spec: CurveSpec, store: Store, out: Path) -> None:
         self.spec, self.store, self.out = spec, store, out
-        self.notices = list(dict.fromkeys(spec.notices))
         self._environment = environment()
-        self._protocols = [self._protocol(reference) for reference in spec.references]
-        self._cells = {
-            (index, number): Cell(entry.source, entry.num_steps, seeds)
-            for number, seeds in enumerate(spec.seed_sets)
-            for index, entry in enumerate(spec.entries)
-        }
-        self._failed: set[tuple[int, int]] = set()
-        self._found: dict[tuple[str, tuple[int, int]], dict[str, float]] = {}
-        self._halves: dict[str, Halves] = {}
+        self._notices: list[str] = []
         self._seconds = 0.0
+        self.cells = [(entry, spec.cells(entry)[k]) for k in range(spec.num_seeds) for entry in spec.entries]
         self.result: EvaluationResult | None = None
         """The last version that was written; None on processes that do not write."""
 
-    def run(self) -> Iterator[Progress]:
+    def run(self) -> Iterator[CellDone]:
         """Measure all cells that are missing, and write evaluation.json after each.
 
         Raises:
@@ -130,143 +117,112 @@ class Curve:
         finally:
             lock.release(force=True)
 
-    def _run(self) -> Iterator[Progress]:
-        for reference, protocol in zip(self.spec.references, self._protocols, strict=True):
-            self._warn_of_bias(reference, protocol)
-            if (each := protocol.num_reference // 2) >= 2:
-                halves = self.store.halves(reference)
-                self._take(halves.missing, halves.seconds)
-                self._halves[protocol.extractor] = Halves(num_each=each, figures=halves.values)
-        written, done = 0.0, 0
-        for part in self._rounds(list(self._cells)):
-            found = self.store.figures([self._cells[key] for key in part], self.spec.references)
-            told = []
-            for key, row in zip(part, found, strict=True):
-                done += 1
-                entry, cell = self.spec.entries[key[0]], self._cells[key]
-                kept = [one for one in row if one is not None]
-                if not kept:
-                    self._failed.add(key)
-                    self._say(f"{entry} is left out: {self.store.broken[cell.name]}.")
-                    continue
-                for protocol, one in zip(self._protocols, kept, strict=True):
-                    self._found[protocol.extractor, key] = one.values
-                    self._take(one.missing, one.seconds)
-                figures = {p.extractor: self._found[p.extractor, key] for p in self._protocols}
-                was_there = all(one.was_there for one in kept)
-                told.append(Progress(entry, cell.seeds, figures, was_there, done, len(self._cells)))
+    def _run(self) -> Iterator[CellDone]:
+        store, against = self.store, self.spec.references
+        written, at_once = 0.0, store.processes.count
+        for first in range(0, len(self.cells), at_once):
+            part = self.cells[first : first + at_once]
+            there = [store.facts(c) is not None and all(store.kept(c, one) for one in against) for _, c in part]
+            store.measure([cell for _, cell in part], against)
             # Cells that existed cost nothing, and a write after each would.
-            if not all(one.was_there for one in told) or monotonic() - written > SAVED:
+            if not all(there) or monotonic() - written > SAVED:
                 self._write(complete=False)
                 written = monotonic()
-            yield from told
-        if self._failed and not self._found:
-            raise NonFinite(next(reversed(self.store.broken.values())))
-        self._compare()
-        self._write(complete=not self._failed)
+            for done, ((entry, cell), was_there) in enumerate(zip(part, there, strict=True), start=first + 1):
+                found = {one.extractor.name: kept.values for one in against if (kept := store.kept(cell, one))}
+                if found:
+                    yield CellDone(entry, cell, found, was_there, done)
+        if all(cell.name in store.broken for _, cell in self.cells):
+            raise NonFinite(next(reversed(store.broken.values())))
+        for base, same_noise in self._bases():
+            cells = [cell for _, cell in self.cells if cell.seeds == base.seeds and cell.name != base.name]
+            store.measure([cell for cell in cells if cell.name not in store.broken], [same_noise])
+        self._write(complete=not any(cell.name in store.broken for _, cell in self.cells))
 
-    def _rounds(self, keys: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
-        """Yield as many cells at a time as processes measure them."""
-        count = self.store.processes.count
-        return (keys[first : first + count] for first in range(0, len(keys), count))
+    def _bases(self) -> list[tuple[Cell, SameNoise]]:
+        """Return the teacher's cells, with which the others are compared, one for each set of seeds."""
+        spec = self.spec
+        cells = [] if spec.teacher is None else spec.cells(spec.teacher)
+        return [(base, SameNoise(base, spec.references[0].data.shape)) for base in cells]
 
-    def _say(self, notice: str) -> None:
-        if notice not in self.notices:
-            self.notices.append(notice)
-
-    def _take(self, missing: Sequence[str], seconds: float) -> None:
-        self._seconds += seconds
-        for sentence in missing:
-            self._say(sentence)
-
-    def _protocol(self, reference: Reference) -> Protocol:
-        said = reference.protocol
-        return Protocol(
-            kind="sets",
-            extractor=reference.extractor.name,
-            extractor_facts={"dimension": reference.real.features.shape[1], **reference.extractor.facts},
-            resize=reference.extractor.resize,
-            reference_split=self.spec.reference_split,
-            num_samples=self.spec.evaluation.num_samples,
-            seeds=[seeds_name(seeds) for seeds in self.spec.seed_sets],
-            guidance_scale=self.spec.guidance_scale,
-            precision=self.spec.evaluation.precision,
-            **{n: said[n] for n in ("reference", "reference_fingerprint", "num_reference", "reference_rows", "images")},
-        )
-
-    def _warn_of_bias(self, reference: Reference, protocol: Protocol) -> None:
-        least, size = min(protocol.num_samples, protocol.num_reference), reference.real.features.shape[1]
-        where = f"In {protocol.extractor} the Frechet distance of {protocol.num_samples:,} samples"
-        if least <= size:
-            self._say(
-                f"{where} to {protocol.num_reference:,} real ones says little: {size} dimensions need more than "
-                f"{size} of each, better ten times as many; read KID instead."
-            )
-        elif least < MANY:
-            self._say(
-                f"{where} to {protocol.num_reference:,} real ones is biased upwards, the more the fewer they are: "
-                "compare it within its table only."
-            )
-
-    def _compare(self) -> None:
-        """Measure the distances from the same noise, for all cells of each set of seeds."""
-        teacher = self.spec.teacher
-        if teacher is None:
+    def _write(self, complete: bool) -> None:
+        """Write evaluation.json from what the store holds."""
+        if not self.store.processes.is_main:
             return
-        for number, seeds in enumerate(self.spec.seed_sets):
-            base = Cell(teacher.source, teacher.num_steps, seeds)
-            same_noise = SameNoise(base, self.spec.references[0].data.shape)
-            keys = [key for key in self._cells if key[1] == number and key not in self._failed]
-            for part in self._rounds([key for key in keys if self._cells[key].name != base.name]):
-                for key, (kept,) in zip(
-                    part, self.store.figures([self._cells[key] for key in part], [same_noise]), strict=True
-                ):
-                    if kept is None:
-                        self._say(
-                            f"Nothing is compared from the same noise: {teacher}: {self.store.broken[base.name]}."
-                        )
-                        return
-                    self._take(kept.missing, kept.seconds)
-                    self._found["same_noise", key] = kept.values
+        spec, store = self.spec, self.store
+        self._notices, self._seconds = list(spec.notices), 0.0
+        bases = self._bases()
+        for words, cell in [(entry.words(), cell) for entry, cell in self.cells]:
+            self._seconds += (store.facts(cell) or {"seconds": 0.0})["seconds"]
+            if cell.name in store.broken:
+                self._notices.append(f"{words} is left out: {store.broken[cell.name]}.")
+        if spec.teacher is not None and (why := [w for base, _ in bases if (w := store.broken.get(base.name))]):
+            self._notices.append(f"Nothing is compared from the same noise: {spec.teacher.words()}: {why[0]}.")
+        chosen = self._chosen()
+        tables = []
+        for one in spec.references:
+            protocol, halves = self._protocol(one), None
+            self._warn_of_bias(protocol, one.real.features.shape[1])
+            if (each := protocol.num_reference // 2) >= 2:
+                halves = Halves(num_each=each, figures=self._counted(store.halves(one)).values)
+            rows = self._rows(chosen, [one] * spec.num_seeds)
+            tables.append(EvaluationTable(protocol=protocol, rows=rows, halves=halves))
+        if spec.teacher is not None and (rows := self._rows(chosen, [one for _, one in bases])):
+            tables.append(EvaluationTable(protocol=self._same_noise(spec.teacher), rows=rows))
+        shown = {name for table in tables for row in table.rows for name in row.figures}
+        self.result = EvaluationResult(
+            subject=spec.subject,
+            kind=spec.kind,
+            complete=complete,
+            metrics={name: info for name, info in METRICS.items() if name in shown},
+            series=list(spec.series),
+            tables=tables,
+            notices=list(dict.fromkeys(self._notices)),
+            environment=self._environment,
+            seconds=round(self._seconds, 2),
+        )
+        write_json(self.out / "evaluation.json", self.result.model_dump(mode="json"))
 
-    def _chosen(self) -> list[int]:
-        """Return the entries that are shown: of those that differ in gamma alone the best in the first table."""
-        best: dict[tuple[str, int | None], tuple[float, int]] = {}
-        chosen = []
-        for index, entry in enumerate(self.spec.entries):
-            if entry.gamma is None:
-                chosen.append(index)
-                continue
-            figures = self._figures(self._protocols[0].extractor, index).get("frechet")
-            place = (entry.series, entry.num_steps)
-            if figures is not None and (place not in best or figures.mean < best[place][0]):
-                best[place] = (figures.mean, index)
-        return sorted([*chosen, *(index for _, index in best.values())])
+    def _counted(self, kept: Kept) -> Kept:
+        """Take note of what figures took and lack."""
+        self._notices += kept.missing
+        self._seconds += kept.seconds
+        return kept
 
-    def _figures(self, table: str, index: int) -> dict[str, Figure]:
-        """Return an entry's figures over all sets of seeds; none where a set was broken, for the others are another
-        protocol."""
-        numbers = range(self.spec.num_seeds)
-        if any((index, number) in self._failed for number in numbers):
-            return {}
-        found = [one for number in numbers if (one := self._found.get((table, (index, number)))) is not None]
-        figures = {}
-        for name in METRICS:
-            if values := [one[name] for one in found if name in one]:
-                spread = stdev(values) if len(values) > 1 else None
-                figures[name] = Figure(mean=fmean(values), spread=spread, values=values)
-        return figures
+    def _figures(self, entry: Entry, against: Sequence[Against]) -> list[Kept]:
+        """Return an entry's figures for each set of seeds; none where one was broken: the rest is another protocol."""
+        pairs = list(zip(self.spec.cells(entry), against, strict=True))
+        if any(cell.name in self.store.broken for cell, _ in pairs):
+            return []
+        return [kept for cell, one in pairs if (kept := self.store.kept(cell, one)) is not None]
 
-    def _rows(self, table: str, chosen: Sequence[int]) -> list[Row]:
+    def _chosen(self) -> list[Entry]:
+        """Return the entries that are shown: of those that differ in gamma alone, the best in the first table."""
+        best: dict[tuple[str, int | None], tuple[float, Entry]] = {}
+        chosen = [entry for entry in self.spec.entries if entry.gamma is None]
+        for entry in self.spec.entries:
+            found = self._figures(entry, [self.spec.references[0]] * self.spec.num_seeds)
+            if entry.gamma is not None and found:
+                mean, place = fmean(kept.values["frechet"] for kept in found), (entry.series, entry.num_steps)
+                if place not in best or mean < best[place][0]:
+                    best[place] = (mean, entry)
+        return [*chosen, *(entry for _, entry in best.values())]
+
+    def _rows(self, entries: Sequence[Entry], against: Sequence[Against]) -> list[Row]:
+        """Return the rows of a table; `against` holds one for each set of seeds."""
         rows = []
-        for index in chosen:
-            entry, figures = self.spec.entries[index], self._figures(table, index)
+        for entry in entries:
+            kept = [self._counted(one).values for one in self._figures(entry, against)]
+            figures = {}
+            for name in METRICS:
+                if values := [one[name] for one in kept if name in one]:
+                    spread = stdev(values) if len(values) > 1 else None
+                    figures[name] = Figure(mean=fmean(values), spread=spread, values=values)
             if not figures:
                 continue
-            cells = [self._cells[index, number] for number in range(self.spec.num_seeds)]
-            facts = [held for cell in cells if (held := self.store.facts(cell)) is not None]
+            facts = [held for cell in self.spec.cells(entry) if (held := self.store.facts(cell)) is not None]
             # Times of another machine do not belong in one column with those of this one.
-            here = [held["seconds_per_1000"] for held in facts if held.get("pace") == self.store.pace]
+            here = [held["seconds_per_1000"] for held in facts if held["pace"] == self.store.pace]
             times = [seconds for seconds in here if seconds is not None]
             rows.append(
                 Row(
@@ -279,47 +235,51 @@ class Curve:
                     figures=figures,
                 )
             )
-        order = {series.name: place for place, series in enumerate(self.spec.series)}
-        return sorted(rows, key=lambda row: (order[row.series], -(row.num_steps or 0)))
+        order = [series.name for series in self.spec.series]
+        return sorted(rows, key=lambda row: (order.index(row.series), -(row.num_steps or 0)))
 
-    def _same_noise(self, chosen: Sequence[int]) -> list[EvaluationTable]:
-        rows = self._rows("same_noise", chosen)
-        teacher = self.spec.teacher
-        if teacher is None or not rows:
-            return []
-        changes: dict[str, Any] = {
+    def _protocol(self, reference: Reference) -> Protocol:
+        said, evaluation = reference.protocol, self.spec.evaluation
+        size = evaluation.num_samples
+        return Protocol(
+            kind="sets",
+            extractor=reference.extractor.name,
+            extractor_facts={"dimension": reference.real.features.shape[1], **reference.extractor.facts},
+            resize=reference.extractor.resize,
+            reference_split=self.spec.reference_split,
+            num_samples=size,
+            seeds=[seeds_name(range(k * size, (k + 1) * size)) for k in range(self.spec.num_seeds)],
+            guidance_scale=self.spec.guidance_scale,
+            precision=evaluation.precision,
+            **{n: said[n] for n in ("reference", "reference_fingerprint", "num_reference", "reference_rows", "images")},
+        )
+
+    def _same_noise(self, teacher: Entry) -> Protocol:
+        changes = {
             "kind": "same_noise",
             "extractor": "none",
             "extractor_facts": {},
             "resize": "none",
-            "reference": f"{teacher.stage or teacher.series}, {teacher}, from the same noise",
+            "reference": f"{teacher.stage or teacher.series}, {teacher.words()}, from the same noise",
             "reference_split": None,
             "reference_fingerprint": json_hash(teacher.source.content),
             "num_reference": self.spec.evaluation.num_samples,
             "reference_rows": "all",
         }
-        return [EvaluationTable(protocol=self._protocols[0].model_copy(update=changes), rows=rows)]
+        return self._protocol(self.spec.references[0]).model_copy(update=changes)
 
-    def _write(self, complete: bool) -> None:
-        if not self.store.processes.is_main:
-            return
-        chosen = self._chosen()
-        tables = [
-            EvaluationTable(protocol=p, rows=self._rows(p.extractor, chosen), halves=self._halves.get(p.extractor))
-            for p in self._protocols
-        ]
-        tables += self._same_noise(chosen)
-        shown = {name for table in tables for row in table.rows for name in row.figures}
-        sampled = sum(facts["seconds"] for cell in self._cells.values() if (facts := self.store.facts(cell)))
-        self.result = EvaluationResult(
-            subject=self.spec.subject,
-            kind=self.spec.kind,
-            complete=complete,
-            metrics={name: info for name, info in METRICS.items() if name in shown},
-            series=list(self.spec.series),
-            tables=tables,
-            notices=self.notices,
-            environment=self._environment,
-            seconds=round(sampled + self._seconds, 2),
+    def _warn_of_bias(self, protocol: Protocol, size: int) -> None:
+        least = min(protocol.num_samples, protocol.num_reference)
+        where = (
+            f"In {protocol.extractor} the Frechet distance of {protocol.num_samples:,} samples to "
+            f"{protocol.num_reference:,} real ones "
         )
-        write_json(self.out / "evaluation.json", self.result.model_dump(mode="json"))
+        if least <= size:
+            self._notices.append(
+                f"{where}says little: {size} dimensions need more than {size} of each, better ten times as many; read "
+                "KID instead."
+            )
+        elif least < MANY:
+            self._notices.append(
+                f"{where}is biased upwards, the more the fewer they are: compare it within its table only."
+            )

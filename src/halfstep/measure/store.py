@@ -17,7 +17,7 @@ import json
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -94,8 +94,6 @@ class Kept(NamedTuple):
     missing: list[str]
     """One sentence for each figure that could not be measured."""
     seconds: float
-    was_there: bool = True
-    """Whether the cell and its figures existed before this call."""
 
 
 @final
@@ -105,7 +103,6 @@ class Store:
     Several processes must make the same calls; they share the work, and the first one writes.
 
     Args:
-        also: folders of other stores, which are read but not written.
         batch_size: samples drawn at once; None for an eighth of a cell, but at most `Source.at_once`, and fewer where
             those do not fit into memory.
         own_device: whether cells that another kind of device drew are drawn again.
@@ -115,14 +112,12 @@ class Store:
         self,
         folder: Path,
         *,
-        also: Sequence[Path] = (),
         batch_size: int | None = None,
         own_device: bool = False,
         processes: Processes | None = None,
         stop: StopSignal | None = None,
     ) -> None:
-        self.folder, self._folders = folder, [folder, *(other for other in also if other != folder)]
-        self.batch_size, self._own_device = batch_size, own_device
+        self.folder, self.batch_size, self._own_device = folder, batch_size, own_device
         self.processes, self._stop = processes or Processes(), stop
         self.pace = [device_name(), torch.get_num_threads()]
         """What the time of sampling depends on besides the model."""
@@ -134,7 +129,12 @@ class Store:
 
     def facts(self, cell: Cell) -> dict[str, Any] | None:
         """Return cell.json, or None if the cell does not exist."""
-        return next((facts for _, facts in self._places(cell)), None)
+        try:
+            facts: dict[str, Any] = read_json(self._path(cell) / "cell.json")
+            here = not self._own_device or facts["pace"][0] == self.pace[0]
+            return facts if facts["key"] == cell.key and here else None
+        except (DamagedFile, LookupError, TypeError):
+            return None
 
     def samples(self, cell: Cell) -> Tensor:
         """Return the samples `[n, *shape]` of a filled cell as they are measured: images rounded to uint8.
@@ -193,7 +193,7 @@ class Store:
     def drop_samples(self, cell: Cell) -> None:
         """Remove the samples of a cell of which only the figures are of use."""
         self._held.pop(cell.name, None)
-        self.processes.on_main(lambda: (self.folder / "cells" / cell.name / "samples.npz").unlink(missing_ok=True))
+        self.processes.on_main(lambda: (self._path(cell) / "samples.npz").unlink(missing_ok=True))
 
     @property
     def _too_large(self) -> str:
@@ -207,29 +207,17 @@ class Store:
             "or measure on the CPU (engine.cpu)"
         )
 
-    def _places(self, cell: Cell) -> Iterator[tuple[Path, dict[str, Any]]]:
-        """Yield the folders that hold the cell, each with its facts."""
-        for folder in self._folders:
-            path = folder / "cells" / cell.name
-            try:
-                facts = read_json(path / "cell.json")
-                here = not self._own_device or facts["pace"][0] == self.pace[0]
-                if facts["key"] == cell.key and here:
-                    yield path, facts
-            except (DamagedFile, LookupError, TypeError):
-                continue
+    def _path(self, cell: Cell) -> Path:
+        return self.folder / "cells" / cell.name
 
     def _read(self, cell: Cell) -> np.ndarray | None:
         wanted = np.dtype(np.uint8 if cell.source.is_image else np.float32)
-        for path, _ in self._places(cell):
-            try:
-                with np.load(path / "samples.npz", allow_pickle=False) as file:
-                    array: np.ndarray = file["arr_0"]
-            except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error):
-                continue
-            if len(array) == len(cell.seeds) and array.dtype == wanted:
-                return array
-        return None
+        try:
+            with np.load(self._path(cell) / "samples.npz", allow_pickle=False) as file:
+                array: np.ndarray = file["arr_0"]
+        except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error):
+            return None
+        return array if self.facts(cell) and len(array) == len(cell.seeds) and array.dtype == wanted else None
 
     def _keep(self, cell: Cell, drawn: Drawn) -> str | None:
         """Write the cell; return what is wrong with it, None if nothing is."""
@@ -251,13 +239,13 @@ class Store:
         # Figures belong to the samples that they were measured on.
         for file in self.folder.glob(f"figures/{cell.name}-*.json"):
             file.unlink()
-        write_folder(self.folder / "cells" / cell.name, write)
+        write_folder(self._path(cell), write)
         return None
 
     # --- Figures ---
 
-    def figures(self, cells: Sequence[Cell], against: Sequence[Against]) -> list[list[Kept | None]]:
-        """Return the figures of each cell, one for each of `against`; None if samples that they need are broken.
+    def measure(self, cells: Sequence[Cell], against: Sequence[Against]) -> None:
+        """Make the figures of each cell that are missing, except where samples that they need are `broken`.
 
         Each process measures one pair at a time, and what was measured by then is written then.
 
@@ -268,14 +256,11 @@ class Store:
         absent = self.processes.on_main(lambda: [cell.name for cell in cells if self.facts(cell) is None])
         self.fill([cell for cell in cells if cell.name in absent])
         lacking = self.processes.on_main(
-            lambda: [index for index, (cell, one) in enumerate(pairs) if self._kept(f"{cell.name}-{one.name}") is None]
+            lambda: [index for index, (cell, one) in enumerate(pairs) if self.kept(cell, one) is None]
         )
-        self.fill(list({c.name: c for i in lacking for c in (pairs[i][0], *pairs[i][1].needs)}.values()))
-
-        def is_broken(cell: Cell, one: Against) -> bool:
-            return any(needed.name in self.broken for needed in (cell, *one.needs))
-
-        todo = [pairs[index] for index in lacking if not is_broken(*pairs[index])]
+        todo = [pairs[index] for index in lacking]
+        self.fill([needed for cell, one in todo for needed in (cell, *one.needs)])
+        todo = [(cell, one) for cell, one in todo if not self.is_broken(cell, one)]
         for first in range(0, len(todo), self.processes.count):
             part = todo[first : first + self.processes.count]
             done = self.processes.spread(part, self._measured, self._stop)
@@ -286,31 +271,22 @@ class Store:
 
             self.processes.on_main(write)
 
-        def read() -> list[list[Kept | None]]:
-            return [
-                [None if is_broken(cell, one) else self._kept(f"{cell.name}-{one.name}") for one in against]
-                for cell in cells
-            ]
+    def is_broken(self, cell: Cell, one: Against) -> bool:
+        """Return whether samples that these figures need are not finite."""
+        return any(needed.name in self.broken for needed in (cell, *one.needs))
 
-        made = {(pairs[index][0].name, pairs[index][1].name) for index in lacking}
-        return [
-            [
-                kept and Kept(*kept)._replace(was_there=cell.name not in absent and (cell.name, one.name) not in made)
-                for one, kept in zip(against, row, strict=True)
-            ]
-            for cell, row in zip(cells, self.processes.on_main(read), strict=True)
-        ]
+    def kept(self, cell: Cell, one: Against) -> Kept | None:
+        """Return the figures of a cell; None if they do not exist."""
+        return None if self.is_broken(cell, one) else self._kept(f"{cell.name}-{one.name}")
 
     def halves(self, reference: Reference) -> Kept:
-        """Return the figures of one half of the real data against the other."""
+        """Return the figures of one half of the real data against the other; for the process that writes."""
         name = f"halves-{reference.name}"
-
-        def made() -> Kept | None:
-            if self._kept(name) is None:
-                write_json(self._file(name), _timed(reference.figures_of_halves))
-            return self._kept(name)
-
-        return Kept(*self.processes.on_main(made))
+        if (kept := self._kept(name)) is None:
+            held = _timed(reference.figures_of_halves)
+            write_json(self._file(name), held)
+            return Kept(**held)
+        return kept
 
     def result(self, cell: Cell, reference: Reference) -> Result:
         """Return the figures of a model's cell as a row of metrics.json.
@@ -318,10 +294,10 @@ class Store:
         Raises:
             NonFinite: if a sample is not finite.
         """
-        ((kept,),) = self.figures([cell], [reference])
-        if kept is None:
+        self.measure([cell], [reference])
+        if cell.name in self.broken:
             raise NonFinite(self.broken[cell.name])
-        facts = self.processes.on_main(lambda: self.facts(cell))
+        values, facts = self.processes.on_main(lambda: [self.kept(cell, reference).values, self.facts(cell)])
         assert isinstance(cell.source, ModelSource)
         assert cell.num_steps is not None
         sampler = cell.source.sampler
@@ -330,8 +306,8 @@ class Store:
             gamma=sampler.gamma if isinstance(sampler, Ancestral) else None,
             num_steps=cell.num_steps,
             num_evals=facts["num_evals"],
-            frechet=kept.values["frechet"],
-            kid=kept.values["kid"],
+            frechet=values["frechet"],
+            kid=values["kid"],
             seconds_per_1000=facts["seconds_per_1000"],
         )
 
@@ -342,14 +318,12 @@ class Store:
         return (torch.frombuffer(bytearray(json.dumps(held).encode()), dtype=torch.uint8),)
 
     def _kept(self, name: str) -> Kept | None:
-        for folder in self._folders:
-            try:
-                held = read_json(folder / "figures" / f"{name}.json")
-                values = {str(key): float(value) for key, value in held["values"].items()}
-                return Kept(values, [str(text) for text in held["missing"]], float(held["seconds"]))
-            except (ValueError, LookupError, TypeError, AttributeError):
-                continue
-        return None
+        try:
+            held = read_json(self._file(name))
+            values = {str(key): float(value) for key, value in held["values"].items()}
+            return Kept(values, [str(text) for text in held["missing"]], float(held["seconds"]))
+        except (ValueError, LookupError, TypeError, AttributeError):
+            return None
 
     def _file(self, name: str) -> Path:
         return self.folder / "figures" / f"{name}.json"

@@ -22,9 +22,11 @@ def sampler_label(name: str) -> str:
 
 
 def number(value: float | None) -> str:
-    """Three significant digits, or a dash for nothing."""
+    """Return three significant digits, a whole number as it is, or a dash for nothing."""
     if value is None:
         return "–"
+    if isinstance(value, int):
+        return f"{value:,}"
     if not math.isfinite(value):
         return "not finite"
     if value == 0:

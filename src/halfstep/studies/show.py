@@ -25,4 +25,4 @@ def where(rows: Sequence[Finding], **axes: object) -> list[Finding]:
 def figure_of(rows: Sequence[Finding], name: str, **axes: object) -> float | None:
     """The one figure of that name at these axes; None if it is not there."""
     found = [row.figures[name] for row in where(rows, **axes) if row.figures.get(name) is not None]
-    return float(found[0]) if found else None
+    return found[0] if found else None
