@@ -31,10 +31,7 @@ from halfstep.runtime.stop import StopSignal
 
 
 def evaluate(
-    argv: Sequence[str],
-    recipe_of: Callable[[StageFolder], Recipe | None],
-    device: torch.device,
-    processes: Processes,
+    argv: Sequence[str], recipe_of: Callable[[StageFolder], Recipe | None], device: torch.device, processes: Processes
 ) -> None:
     """Measure, print one table for each protocol, and write the files.
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from time import monotonic
@@ -126,7 +127,7 @@ class Curve:
             store.measure([cell for _, cell in part], against)
             # Cells that existed cost nothing, and a write after each would.
             if not all(there) or monotonic() - written > SAVED:
-                self._write(complete=False)
+                store.processes.on_main(partial(self._write, complete=False))
                 written = monotonic()
             for done, ((entry, cell), was_there) in enumerate(zip(part, there, strict=True), start=first + 1):
                 found = {one.extractor.name: kept.values for one in against if (kept := store.kept(cell, one))}
@@ -137,7 +138,8 @@ class Curve:
         for base, same_noise in self._bases():
             cells = [cell for _, cell in self.cells if cell.seeds == base.seeds and cell.name != base.name]
             store.measure([cell for cell in cells if cell.name not in store.broken], [same_noise])
-        self._write(complete=not any(cell.name in store.broken for _, cell in self.cells))
+        complete = not any(cell.name in store.broken for _, cell in self.cells)
+        store.processes.on_main(partial(self._write, complete))
 
     def _bases(self) -> list[tuple[Cell, SameNoise]]:
         """Return the teacher's cells, with which the others are compared, one for each set of seeds."""
@@ -147,8 +149,6 @@ class Curve:
 
     def _write(self, complete: bool) -> None:
         """Write evaluation.json from what the store holds."""
-        if not self.store.processes.is_main:
-            return
         spec, store = self.spec, self.store
         self._notices, self._seconds = list(spec.notices), 0.0
         bases = self._bases()

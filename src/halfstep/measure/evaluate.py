@@ -107,11 +107,7 @@ class Reference(Against):
     """
 
     def __init__(
-        self,
-        data: Data,
-        evaluation: Evaluation,
-        cache: Path | None = None,
-        device: torch.device | str = "cpu",
+        self, data: Data, evaluation: Evaluation, cache: Path | None = None, device: torch.device | str = "cpu"
     ) -> None:
         # A folder is sorted by class, so its first rows are of few classes.
         order = torch.randperm(len(data), generator=generator_for("reference"))

@@ -6,17 +6,17 @@ One table for each protocol, and the protocol beside it: figures of two protocol
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from markupsafe import Markup
 
 from halfstep.report import figures
 from halfstep.report.study_figure import Line, Panel, draw_panels
 from halfstep.report.table import Table
-from halfstep.report.words import duration, flatten, number, with_spread
+from halfstep.report.words import flatten, number, with_spread
 from halfstep.runs import EvaluationResult, is_finite
-from halfstep.runs.evaluation import EvaluationTable, MetricInfo, Protocol, Row, Series
+from halfstep.runs.evaluation import EvaluationTable, Protocol, Row, Series
 from halfstep.runtime.files import write_text
 
 DRAWN = ("frechet", "rmse")
@@ -76,8 +76,7 @@ def protocol_words(protocol: Protocol) -> str:
     )
 
 
-@dataclass(frozen=True)
-class Curve:
+class Curve(NamedTuple):
     """A series as a logarithmic chart can show it."""
 
     series: Series
@@ -85,12 +84,6 @@ class Curve:
     y: Sequence[float]
     error: Sequence[float]
     """Half the length of an error bar at each point; empty for none."""
-
-
-def drawn_metric(table: EvaluationTable, result: EvaluationResult) -> str | None:
-    """Return the name of the metric whose curve is drawn."""
-    names = metrics_of(table, result)
-    return next((name for name in DRAWN if name in names), names[0] if names else None)
 
 
 def curves_of(table: EvaluationTable, result: EvaluationResult, metric: str) -> list[Curve]:
@@ -182,74 +175,44 @@ def comma_separated(result: EvaluationResult) -> str:
 # --- The page's section ---
 
 
-@dataclass(frozen=True)
-class ShownRow:
-    """A series at one number of steps: its role, its label and texts, and the figures behind these, None for a dash."""
+class Shown(NamedTuple):
+    """One protocol, as the page shows it."""
 
-    role: str
-    texts: Sequence[str]
-    values: Sequence[float | None]
-
-
-@dataclass(frozen=True)
-class ShownTable:
-    """One protocol."""
-
+    table: EvaluationTable
     heading: str
-    metrics: Sequence[MetricInfo]
-    rows: Sequence[ShownRow]
-    real: Sequence[float | None]
-    """The real data against itself, for each metric; empty where that is not known."""
-    num_each: int
+    names: Sequence[str]
+    """Of its metrics."""
+    roles: Sequence[str]
+    """Of its rows' series."""
+    texts: Table
     figure: Markup | None
     figure_alt: str
     protocol: Mapping[str, str]
 
 
-@dataclass(frozen=True)
-class ShownEvaluation:
-    """The section of the page."""
-
-    tables: Sequence[ShownTable]
-    notices: Sequence[str]
-    complete: bool
-    seconds: str
-
-
-def shown_evaluation(result: EvaluationResult | None) -> ShownEvaluation | None:
-    """Return the section; None without an evaluation, or where it holds no row yet."""
-    tables = [] if result is None else [table for table in result.tables if table.rows]
-    if result is None or not tables:
-        return None
-    shown = [_shown(f"evaluation{index}", table, result) for index, table in enumerate(tables)]
-    return ShownEvaluation(shown, result.notices, result.complete, duration(result.seconds))
+def shown_tables(result: EvaluationResult | None) -> list[Shown]:
+    """Return the tables that hold a row."""
+    shown = []
+    for table in [] if result is None else result.tables:
+        assert result is not None
+        if not table.rows:
+            continue
+        figure, alt = _figure(f"evaluation{len(shown)}", table, result)
+        known = {series.name: series.role for series in result.series}
+        roles = [known.get(row.series, "other") for row in table.rows]
+        protocol = flatten(table.protocol.model_dump(mode="json"))
+        names, texts = metrics_of(table, result), text_table(table, result)
+        shown.append(Shown(table, title_of(table), names, roles, texts, figure, alt, protocol))
+    return shown
 
 
-def _shown(name: str, table: EvaluationTable, result: EvaluationResult) -> ShownTable:
-    names, roles = metrics_of(table, result), {series.name: series.role for series in result.series}
-    rows = []
-    for row, texts in zip(table.rows, text_table(table, result).rows, strict=True):
-        values = [row.figures[one].mean if one in row.figures else None for one in names]
-        rows.append(ShownRow(roles.get(row.series, "other"), texts, [*values, row.seconds_per_1000]))
-    metric = drawn_metric(table, result)
-    halves = table.halves
-    figure, alt = (None, "") if metric is None else _figure(name, table, result, metric)
-    return ShownTable(
-        heading=title_of(table),
-        metrics=[result.metrics[one] for one in names],
-        rows=rows,
-        real=[halves.figures.get(one) for one in names] if halves is not None else (),
-        num_each=halves.num_each if halves is not None else 0,
-        figure=figure,
-        figure_alt=alt,
-        protocol=flatten(table.protocol.model_dump(mode="json")),
-    )
-
-
-def _figure(name: str, table: EvaluationTable, result: EvaluationResult, metric: str) -> tuple[Markup | None, str]:
+def _figure(name: str, table: EvaluationTable, result: EvaluationResult) -> tuple[Markup | None, str]:
     """Return the chart, which has a colour for a student, one for a teacher and some more, and its description."""
-    info = result.metrics[metric]
-    curves = curves_of(table, result, metric)
+    names = metrics_of(table, result)
+    if not names:
+        return None, ""
+    metric = next((one for one in DRAWN if one in names), names[0])
+    info, curves = result.metrics[metric], curves_of(table, result, metric)
     first = [next((one for one in curves if one.series.role == role), None) for role in ("teacher", "student")]
     others = [one for one in curves if one not in first]
     more = len(others) - len(figures.OTHERS)

@@ -91,8 +91,7 @@ def _group(name: str, stages: Sequence[StageFacts]) -> Group:
                     student_stage=stage_name,
                     ratio=ratio(student.frechet if student else None, reference.frechet if reference else None),
                     speed_up=ratio(
-                        most.seconds_per_1000 if most else None,
-                        measured.seconds_per_1000 if measured else None,
+                        most.seconds_per_1000 if most else None, measured.seconds_per_1000 if measured else None
                     ),
                 )
             )

@@ -240,9 +240,7 @@ def _plan(rows: object) -> list[PlannedStage]:
             steps, updates = row.get("num_steps"), row.get("num_updates")
             planned.append(
                 PlannedStage(
-                    row["stage"],
-                    steps if isinstance(steps, int) else None,
-                    updates if isinstance(updates, int) else 0,
+                    row["stage"], steps if isinstance(steps, int) else None, updates if isinstance(updates, int) else 0
                 )
             )
     return planned

@@ -1,7 +1,7 @@
 """The figure of a study: panels of curves or of bars side by side, as PNG and SVG."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, final
@@ -23,6 +23,12 @@ class Line:
     """Half the length of an error bar at each point."""
     colour: int | None = None
     """Number of its colour; its place among the series by default."""
+
+    @classmethod
+    def through(cls, label: str, points: Iterable[tuple[float, float]]) -> "Line":
+        """Return the curve through these points."""
+        pairs = list(points)
+        return cls(label, [float(x) for x, _ in pairs], [float(y) for _, y in pairs])
 
 
 @final

@@ -118,7 +118,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
 def sweep(folder: Path) -> None:
     """Removes what writers that were killed have left under their temporary names, in a run folder that no other
     process writes."""
-    for path in [*folder.glob(".*.tmp"), *folder.glob("stages/*/.*.tmp")]:
+    for path in [path for place in (".", "stages/*", "evaluation/*") for path in folder.glob(f"{place}/.*.tmp")]:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:

@@ -81,12 +81,8 @@ class Integrators(Study):
         def curves(figure: str) -> list[Line]:
             found = []
             for name in METHODS:
-                points = [
-                    (float(row.figures["evals"]), float(row.figures[figure]))
-                    for row in rows
-                    if row.axes["method"] == name and row.figures.get(figure) is not None
-                ]
-                found.append(Line(name, [x for x, _ in sorted(points)], [y for _, y in sorted(points)]))
+                own = [row for row in rows if row.axes["method"] == name and row.figures.get(figure) is not None]
+                found.append(Line.through(name, sorted((row.figures["evals"], row.figures[figure]) for row in own)))
             return found
 
         return [

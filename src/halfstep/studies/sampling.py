@@ -56,9 +56,20 @@ def _curves(rows: Sequence[Finding], methods: Sequence[str], x_name: str, names:
     curves = []
     for method in methods:
         found = [row for row in rows if row.axes["method"] == method and "distance" in row.figures]
-        points = sorted((float(row.figures[x_name]), float(row.figures["distance"])) for row in found)
-        curves.append(Line(names[method], [x for x, _ in points], [y for _, y in points]))
+        curves.append(
+            Line.through(names[method], sorted((row.figures[x_name], row.figures["distance"]) for row in found))
+        )
     return curves
+
+
+def _distances(rows: Sequence[Finding], methods: Sequence[str], steps: int) -> list[str]:
+    """Return the distance of each method, with the gamma that was best."""
+    texts = []
+    for method in methods:
+        gamma = figure_of(rows, "gamma", method=method, steps=steps)
+        shown = number(figure_of(rows, "distance", method=method, steps=steps))
+        texts.append(shown if gamma is None else f"{shown} (gamma {gamma:g})")
+    return texts
 
 
 def _protocol(scale: Scale) -> str:
@@ -107,10 +118,7 @@ class Table2(Study):
         return Table(("network calls", *map(str, evals)), lines, notes)
 
     def panels(self, rows: Sequence[Finding], scale: Scale) -> list[Panel]:
-        theirs = [
-            Line(NAMES.get(name, name), [float(x) for x in points], list(points.values()))
-            for name, points in TABLE_2.items()
-        ]
+        theirs = [Line.through(NAMES.get(name, name), points.items()) for name, points in TABLE_2.items()]
         return [
             Panel("ours", "network calls", "Frechet distance", _curves(rows, self.methods, "evals", NAMES)),
             Panel("the paper, CIFAR-10", "network calls", "FID", theirs),
@@ -137,11 +145,7 @@ class Steps(Study):
         steps = sorted({row.axes["steps"] for row in rows} | set(scale.steps))
         lines = []
         for count in steps:
-            line = [str(count)]
-            for method in self.methods:
-                gamma = figure_of(rows, "gamma", method=method, steps=count)
-                shown = number(figure_of(rows, "distance", method=method, steps=count))
-                line.append(shown if gamma is None else f"{shown} (gamma {gamma:g})")
+            line = [str(count), *_distances(rows, self.methods, count)]
             for published in FIGURE_4.values():
                 line += [number(published[method].get(count)) for method in self.methods]
             lines.append(line)
@@ -160,10 +164,7 @@ class Steps(Study):
                 f"the paper, {data}",
                 STEPS_LABEL,
                 "FID",
-                [
-                    Line(NAMES[method], [float(x) for x in points], list(points.values()))
-                    for method, points in published.items()
-                ],
+                [Line.through(NAMES[m], p.items()) for m, p in published.items()],
             )
             for data, published in FIGURE_4.items()
         ]
@@ -189,14 +190,8 @@ class Stochastic(Study):
         return [_trial(method, "steps", steps, steps) for steps in students_of(scale) for method in self.methods]
 
     def table(self, rows: Sequence[Finding], scale: Scale) -> Table:
-        lines = []
-        for count in sorted({row.axes["steps"] for row in rows}):
-            line = [str(count)]
-            for method in self.methods:
-                gamma = figure_of(rows, "gamma", method=method, steps=count)
-                shown = number(figure_of(rows, "distance", method=method, steps=count))
-                line.append(shown if gamma is None else f"{shown} (gamma {gamma:g})")
-            lines.append(line)
+        steps = sorted({row.axes["steps"] for row in rows})
+        lines = [[str(count), *_distances(rows, self.methods, count)] for count in steps]
         notes = (
             _protocol(scale) + " At one step there is no noise to add, and a student's two samplers are one. The "
             "numbers of the paper's figure 6 (ImageNet 64x64) are not known, so none are shown.",

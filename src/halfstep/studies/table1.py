@@ -77,18 +77,16 @@ class Table1(Study):
         labels = [f"{prediction}, {weighting}" for prediction, weighting in TABLE_1]
         ours = []
         for name, label in zip(SAMPLERS, ("ancestral, tuned", "DDIM"), strict=True):
-            x, y = [], []
+            points = []
             for index, (prediction, weighting) in enumerate(TABLE_1):
                 found = where(rows, prediction=prediction, weighting=weighting)
-                values = [float(row.figures[name]) for row in found if name in row.figures]
-                if values:
-                    x.append(float(index))
-                    y.append(sum(values) / len(values))
-            ours.append(Line(label, x, y))
+                if values := [float(row.figures[name]) for row in found if name in row.figures]:
+                    points.append((float(index), sum(values) / len(values)))
+            ours.append(Line.through(label, points))
         theirs = []
         for place, label in enumerate(("stochastic", "DDIM")):
             known = [(float(i), value[place]) for i, value in enumerate(TABLE_1.values()) if value is not None]
-            theirs.append(Line(label, [x for x, _ in known], [y for _, y in known]))
+            theirs.append(Line.through(label, known))
         return [
             Panel("ours", "", "Frechet distance", ours, labels, log_y=False),
             Panel("the paper, CIFAR-10", "", "FID", theirs, labels, log_y=False),
