@@ -16,7 +16,7 @@ from halfstep.cli.usage import UsageError, parse
 from halfstep.cli.words import console_for, print_json, print_table
 from halfstep.data import Data, DataConfig, open_data
 from halfstep.measure.curve import CellDone, Curve, CurveSpec, Entry
-from halfstep.measure.evaluate import Evaluation, Reference
+from halfstep.measure.evaluate import Evaluation, references_for
 from halfstep.measure.sources import DataSource
 from halfstep.measure.store import Store, seeds_name
 from halfstep.recipes import Recipe
@@ -93,14 +93,7 @@ def _spec(
         rows = Rows(subject, arguments, recipe, evaluation.precision, data, device)
         series, entries, teacher = rows.series, rows.entries, rows.teacher()
     features = dict.fromkeys(arguments.extractors or (evaluation.features,))
-    references = processes.main_first(
-        lambda: [Reference(data, replace(evaluation, features=one), cache_folder(), device) for one in features]
-    )
-    processes.check_same(
-        " and ".join(reference.extractor.name for reference in references),
-        "extractors of features",
-        "let all of them see the same cache folder (HALFSTEP_CACHE)",
-    )
+    references = references_for(data, evaluation, features, cache_folder(), device, processes)
     return CurveSpec(
         subject=arguments.subject,
         kind=subject.kind,

@@ -6,8 +6,8 @@ shown the same noise.
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, final
 
@@ -25,10 +25,10 @@ from halfstep.metrics import (
     extractor_for,
     extractors,
     figures_of,
-    figures_of_halves,
     real_features,
 )
 from halfstep.runtime.failures import told_when_out_of_memory
+from halfstep.runtime.processes import Processes
 
 if TYPE_CHECKING:
     from halfstep.measure.store import Cell
@@ -151,6 +151,24 @@ class Reference(Against):
         ):
             return figures_of(self.extractor, self.extractor.features(samples), self.real)
 
-    def figures_of_halves(self) -> Figures:
-        """Return the figures of one half of the real data against the other."""
-        return figures_of_halves(self.extractor, self.real)
+
+def references_for(
+    data: Data,
+    evaluation: Evaluation,
+    features: Iterable[str],
+    cache: Path | None,
+    device: torch.device,
+    processes: Processes,
+) -> list[Reference]:
+    """Return the reference in each of `features`, the same on all processes.
+
+    Raises:
+        ValueError: if the processes' extractors differ.
+    """
+    made = processes.main_first(
+        lambda: [Reference(data, replace(evaluation, features=one), cache, device) for one in features]
+    )
+    names = " and ".join(reference.extractor.name for reference in made)
+    remedy = "let all of them see the same cache folder (HALFSTEP_CACHE)"
+    processes.check_same(names, "extractors of features", remedy)
+    return made

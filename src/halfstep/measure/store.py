@@ -30,7 +30,7 @@ from torch import Tensor
 from halfstep.measure.evaluate import FIGURES_FORMAT, Against, Reference
 from halfstep.measure.samples import samples_array
 from halfstep.measure.sources import Drawn, ModelSource, Source, json_hash
-from halfstep.metrics import Figures, from_uint8, paired_figures, why_no_lpips
+from halfstep.metrics import Figures, figures_of_halves, from_uint8, paired_figures, why_no_lpips
 from halfstep.runs.schema import Result
 from halfstep.runtime.environment import device_name
 from halfstep.runtime.failures import NonFinite, told_when_out_of_memory
@@ -283,7 +283,7 @@ class Store:
         """Return the figures of one half of the real data against the other; for the process that writes."""
         name = f"halves-{reference.name}"
         if (kept := self._kept(name)) is None:
-            held = _timed(reference.figures_of_halves)
+            held = _timed(lambda: figures_of_halves(reference.extractor, reference.real))
             write_json(self._file(name), held)
             return Kept(**held)
         return kept

@@ -12,7 +12,8 @@ from typing import NamedTuple
 from markupsafe import Markup
 
 from halfstep.report import figures
-from halfstep.report.study_figure import Line, Panel, draw_panels
+from halfstep.report.figures import Curve
+from halfstep.report.study_figure import Panel, draw_panels
 from halfstep.report.table import Table
 from halfstep.report.words import flatten, number, with_spread
 from halfstep.runs import EvaluationResult, is_finite
@@ -76,29 +77,18 @@ def protocol_words(protocol: Protocol) -> str:
     )
 
 
-class Curve(NamedTuple):
-    """A series as a logarithmic chart can show it."""
-
-    series: Series
-    x: Sequence[float]
-    y: Sequence[float]
-    error: Sequence[float]
-    """Half the length of an error bar at each point; empty for none."""
-
-
-def curves_of(table: EvaluationTable, result: EvaluationResult, metric: str) -> list[Curve]:
-    """Return the curves of a metric, in the order of the series; those without a point are left out."""
+def curves_of(table: EvaluationTable, result: EvaluationResult, metric: str) -> list[tuple[Series, Curve]]:
+    """Return the curves of a metric that a logarithmic chart can show, in the order of the series."""
     curves = []
-    for series in result.series:
+    for place, series in enumerate(result.series):
         points = sorted(
             (float(row.num_steps), figure.mean, figure.spread if is_finite(figure.spread) else 0.0)
             for row in table.rows
             if row.series == series.name and row.num_steps and (figure := row.figures.get(metric)) is not None
             if is_finite(figure.mean) and figure.mean > 0
         )
-        x, y, error = ([point[place] for point in points] for place in range(3))
         if points:
-            curves.append(Curve(series, x, y, error if any(error) else ()))
+            curves.append((series, Curve.through(series.label, points, place)))
     return curves
 
 
@@ -113,12 +103,8 @@ def write_evaluation(result: EvaluationResult, folder: Path) -> list[Path]:
     panels = []
     for table in result.tables:
         metric = "frechet" if table.protocol.kind == "sets" else "rmse"
-        lines = [
-            Line(one.series.label, one.x, one.y, one.error or None, result.series.index(one.series))
-            for one in curves_of(table, result, metric)
-        ]
-        if lines:
-            panels.append(Panel(title_of(table), "sampler steps", result.metrics[metric].label, lines))
+        if curves := [curve for _, curve in curves_of(table, result, metric)]:
+            panels.append(Panel(title_of(table), "sampler steps", result.metrics[metric].label, curves))
     if panels:
         draw_panels(panels, folder / "evaluation")
         paths += [folder / "evaluation.svg", folder / "evaluation.png"]
@@ -213,16 +199,14 @@ def _figure(name: str, table: EvaluationTable, result: EvaluationResult) -> tupl
         return None, ""
     metric = next((one for one in DRAWN if one in names), names[0])
     info, curves = result.metrics[metric], curves_of(table, result, metric)
-    first = [next((one for one in curves if one.series.role == role), None) for role in ("teacher", "student")]
-    others = [one for one in curves if one not in first]
+    first = [next((one for one in curves if one[0].role == role), None) for role in ("teacher", "student")]
+    others = [curve for one in curves if one not in first for curve in one[1:]]
     more = len(others) - len(figures.OTHERS)
     text = (
         f"Line chart: {info.label} against the number of sampler steps; the table below holds its figures"
         + (f", and {more} more series that have no place in the chart" if more > 0 else "")
         + "."
     )
-    teacher, student, *rest = (
-        None if one is None else figures.Curve(one.series.label, one.x, one.y, one.error) for one in (*first, *others)
-    )
+    teacher, student = (None if one is None else one[1] for one in first)
     label = f"{info.label} ({info.better} is better)"
-    return figures.steps_figure(name, teacher, student, [one for one in rest if one is not None], None, label), text
+    return figures.steps_figure(name, teacher, student, others, None, label), text

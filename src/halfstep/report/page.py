@@ -43,7 +43,7 @@ def write_report(run: Path, studies: Path | None = None, without_nearest: str | 
 def headline(facts: RunFacts) -> tuple[str, int] | None:
     """The stage and the steps whose samples stand for the run: the student that the first sentence is about, or the
     last model that has samples; None if none has."""
-    best = summarise(facts, quality_groups(facts)).best
+    best = summarise(facts, quality_groups(facts.stages)).best
     if best is not None:
         for stage in facts.students:
             if stage.manifest.num_steps == best.steps and best.steps in stage.samples:
@@ -76,7 +76,7 @@ def _page(facts: RunFacts, without_nearest: str | None, sizes: Sizes) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": number, "duration": duration, "times": times, "count": count}
-    groups = quality_groups(facts)
+    groups = quality_groups(facts.stages)
     summary = summarise(facts, groups)
     rows = stage_rows(facts)
     tables = shown_tables(facts.evaluation)

@@ -7,13 +7,15 @@ measured there) is the measure of quality, the teacher at its most steps that of
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from markupsafe import Markup
 
 from halfstep.report import figures
-from halfstep.report.reading import RunFacts, StageFacts
-from halfstep.report.words import count, flatten, ratio
-from halfstep.runs import is_finite
+from halfstep.report.reading import StageFacts
+from halfstep.report.table import Table
+from halfstep.report.words import count, flatten, number, ratio, times
+from halfstep.runs import Metrics, is_finite
 from halfstep.runs.schema import Result
 
 REFERENCE_STEPS = 64
@@ -46,78 +48,91 @@ class Pair:
 class Group:
     """Figures of one protocol."""
 
-    protocol: Mapping[str, str]
+    name: str
+    protocol: Mapping[str, Any]
     rows: Sequence[Pair]
     most: Result | None
     """The teacher at its most steps."""
     reference: Result | None
     stages: Sequence[str]
     samplers: Sequence[str]
-    figure: Markup | None
+
+    @property
+    def figure(self) -> Markup | None:
+        """The curves of teacher and students."""
+        level = self.reference
+        return figures.quality_figure(
+            self.name,
+            _curve("the teacher, not distilled", [row.teacher for row in self.rows]),
+            _curve("students, each at its own steps", [row.student for row in self.rows]),
+            _curve(f"the teacher at {count(level.num_steps, 'step')}", [level]) if level else None,
+        )
 
 
-def quality_groups(facts: RunFacts) -> list[Group]:
-    """One group for each protocol that the stages were measured under, in the order of the stages."""
-    by_protocol: dict[str, list[StageFacts]] = {}
-    for stage in facts.stages:
+def quality_groups(stages: Sequence[StageFacts]) -> list[Group]:
+    """Return one group for each protocol that the stages were measured under, in the order of the stages."""
+    by_protocol: dict[str, list[tuple[StageFacts, Metrics]]] = {}
+    for stage in stages:
         if stage.metrics is not None and stage.metrics.results:
-            by_protocol.setdefault(json.dumps(stage.metrics.protocol, sort_keys=True), []).append(stage)
-    return [_group(f"quality{index}", stages) for index, stages in enumerate(by_protocol.values())]
+            key = json.dumps(stage.metrics.protocol, sort_keys=True)
+            by_protocol.setdefault(key, []).append((stage, stage.metrics))
+    return [_group(f"quality{index}", found) for index, found in enumerate(by_protocol.values())]
 
 
-def _results(stage: StageFacts) -> Sequence[Result]:
-    return stage.metrics.results if stage.metrics is not None else ()
-
-
-def _group(name: str, stages: Sequence[StageFacts]) -> Group:
-    teacher = {(r.num_steps, r.sampler): r for stage in stages if stage.is_teacher for r in _results(stage)}
-    students = [(stage.name, r) for stage in stages if not stage.is_teacher for r in _results(stage)]
+def _group(name: str, stages: Sequence[tuple[StageFacts, Metrics]]) -> Group:
+    teacher = {(r.num_steps, r.sampler): r for stage, held in stages if stage.is_teacher for r in held.results}
+    students = [(stage.name, r) for stage, held in stages if not stage.is_teacher for r in held.results]
     most = max(teacher.values(), key=lambda r: r.num_steps, default=None)
     reference = next((r for r in teacher.values() if r.num_steps == REFERENCE_STEPS), most)
     rows = []
-    for steps, sampler in sorted({*teacher, *((r.num_steps, r.sampler) for _, r in students)}, reverse=True):
-        alone = teacher.get((steps, sampler))
-        here: list[tuple[str | None, Result | None]] = [
-            *((s, r) for s, r in students if (r.num_steps, r.sampler) == (steps, sampler))
-        ]
+    for place in sorted({*teacher, *((r.num_steps, r.sampler) for _, r in students)}, reverse=True):
+        alone = teacher.get(place)
+        here = [(stage, r) for stage, r in students if (r.num_steps, r.sampler) == place]
         for stage_name, student in here or [(None, None)]:
             measured = student or alone
-            rows.append(
-                Pair(
-                    steps=steps,
-                    sampler=sampler,
-                    teacher=alone,
-                    student=student,
-                    student_stage=stage_name,
-                    ratio=ratio(student.frechet if student else None, reference.frechet if reference else None),
-                    speed_up=ratio(
-                        most.seconds_per_1000 if most else None, measured.seconds_per_1000 if measured else None
-                    ),
-                )
-            )
-    figure = figures.quality_figure(
-        name,
-        _curve("the teacher, not distilled", list(teacher.values())),
-        _curve("students, each at its own steps", [r for _, r in students]),
-        _curve(f"the teacher at {count(reference.num_steps, 'step')}", [reference]) if reference else None,
-    )
-    return Group(
-        protocol=flatten(next(stage.metrics.protocol for stage in stages if stage.metrics is not None)),
-        rows=rows,
-        most=most,
-        reference=reference,
-        stages=[stage.name for stage in stages],
-        samplers=sorted({row.sampler for row in rows}),
-        figure=figure,
-    )
+            quality = ratio(student and student.frechet, reference and reference.frechet)
+            speed = ratio(most and most.seconds_per_1000, measured and measured.seconds_per_1000)
+            rows.append(Pair(*place, alone, student, stage_name, quality, speed))
+    samplers = sorted({row.sampler for row in rows})
+    return Group(name, flatten(stages[0][1].protocol), rows, most, reference, [s.name for s, _ in stages], samplers)
 
 
-def _curve(label: str, results: Sequence[Result]) -> figures.Curve | None:
-    """What of the results a logarithmic axis can show."""
+def text_table(group: Group) -> Table:
+    """Return the group as texts, for a terminal."""
+    rows = [
+        [
+            str(row.steps),
+            number(row.teacher and row.teacher.frechet),
+            number(row.student and row.student.frechet),
+            "–" if row.ratio is None else f"{row.ratio:.2f}",
+            number(row.student and row.student.teacher_rmse),
+            number(row.measured.seconds_per_1000),
+            "–" if row.speed_up is None else f"{times(row.speed_up)}x",
+        ]
+        for row in group.rows
+    ]
+    headings = [
+        "steps", "teacher's distance", "student's distance",
+        f"ratio to teacher at {group.reference.num_steps}" if group.reference else "ratio",
+        "student-teacher rmse", "s per 1,000", f"speed-up over {group.most.num_steps}" if group.most else "speed-up",
+    ]  # fmt: skip
+    note = (
+        f"Of {group.protocol.get('num_samples', '?')} samples to {group.protocol.get('num_reference', '?')} real ones: "
+        "biased upwards, the more the fewer they are, so compare within this table."
+    )
+    return Table(headings, rows, [note])
+
+
+def _curve(label: str, results: Sequence[Result | None]) -> figures.Curve | None:
+    """Return the curve of those results that a logarithmic axis can show."""
     points = sorted(
-        (r.num_steps, r.frechet) for r in results if r.num_steps > 0 and is_finite(r.frechet) and r.frechet > 0
+        {
+            (r.num_steps, r.frechet)
+            for r in results
+            if r is not None and r.num_steps > 0 and is_finite(r.frechet) and r.frechet > 0
+        }
     )
-    return figures.Curve(label, [x for x, _ in points], [y for _, y in points]) if points else None
+    return figures.Curve.through(label, points) if points else None
 
 
 def protocol_notices(groups: Sequence[Group]) -> list[str]:

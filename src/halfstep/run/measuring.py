@@ -8,7 +8,7 @@ from typing import final
 
 import torch
 
-from halfstep.measure.evaluate import Reference
+from halfstep.measure.evaluate import Reference, references_for
 from halfstep.measure.samples import keep_samples
 from halfstep.measure.sources import ModelSource
 from halfstep.measure.store import Cell, Store
@@ -132,19 +132,14 @@ class Measuring:
 
     def _made_reference(self) -> Reference:
         if self._reference is None:
-            make = functools.partial(Reference, self.spec.data, self.evaluation, self.spec.cache, self.device)
-            with (
-                self._interruptible(),
-                told_when_out_of_memory(
-                    "out of memory while the real data are measured: measure on the CPU (engine.cpu), or give another "
-                    "--out a smaller evaluation.num_reference"
-                ),
-            ):
-                self._reference = self.processes.main_first(make)
-                self.processes.check_same(
-                    self._reference.extractor.name,
-                    "an extractor of features",
-                    "let all of them see the same cache folder (HALFSTEP_CACHE)",
+            remedy = (
+                "out of memory while the real data are measured: measure on the CPU (engine.cpu), or give another "
+                "--out a smaller evaluation.num_reference"
+            )
+            with self._interruptible(), told_when_out_of_memory(remedy):
+                features = [self.evaluation.features]
+                (self._reference,) = references_for(
+                    self.spec.data, self.evaluation, features, self.spec.cache, self.device, self.processes
                 )
         return self._reference
 

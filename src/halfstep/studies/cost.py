@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import ClassVar, final
 
-from halfstep.report.study_figure import Line, Panel
+from halfstep.report.figures import Curve
+from halfstep.report.study_figure import Panel
 from halfstep.report.words import number
 from halfstep.studies.base import Bench, Figures, Finding, Study, Table, Trial, studies
 from halfstep.studies.published import COST
@@ -81,9 +82,9 @@ class Cost(Study):
             values = [figure_of(rows, name, part=part) for part in parts]
             if whole and all(value is not None for value in values):
                 shares = [(value or 0.0) / whole for value in values]
-                series.append(Line(label, [float(i) for i in range(len(parts))], shares))
+                series.append(Curve(label, [float(i) for i in range(len(parts))], shares))
         places = [float(i) for i in range(3)]
-        theirs = [Line(data, places, [1.0, to_4 / train, to_1 / train]) for data, (train, to_4, to_1) in COST.items()]
+        theirs = [Curve(data, places, [1.0, to_4 / train, to_1 / train]) for data, (train, to_4, to_1) in COST.items()]
         labels = [TEACHER, "to 4", "to 1"]
         return [
             Panel("ours", "", "share of base training", series, parts, log_y=False),

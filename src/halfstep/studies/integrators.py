@@ -6,7 +6,8 @@ from typing import ClassVar, Final, final
 import torch
 
 from halfstep.metrics import rmse
-from halfstep.report.study_figure import Line, Panel
+from halfstep.report.figures import Curve
+from halfstep.report.study_figure import Panel
 from halfstep.report.words import number
 from halfstep.samplers import DDIM, RK4, DPMSolverPP2M, Euler, Heun, LogSNR, Midpoint, Sampler
 from halfstep.samplers import sample as draw
@@ -78,11 +79,11 @@ class Integrators(Study):
         return Table(("method", *(f"{count} steps" for count in steps)), lines, notes)
 
     def panels(self, rows: Sequence[Finding], scale: Scale) -> list[Panel]:
-        def curves(figure: str) -> list[Line]:
+        def curves(figure: str) -> list[Curve]:
             found = []
             for name in METHODS:
                 own = [row for row in rows if row.axes["method"] == name and row.figures.get(figure) is not None]
-                found.append(Line.through(name, sorted((row.figures["evals"], row.figures[figure]) for row in own)))
+                found.append(Curve.through(name, sorted((row.figures["evals"], row.figures[figure]) for row in own)))
             return found
 
         return [

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import ClassVar, final
 
-from halfstep.report.study_figure import Line, Panel
+from halfstep.report.figures import Curve
+from halfstep.report.study_figure import Panel
 from halfstep.report.words import number
 from halfstep.samplers import DDIM, samplers
 from halfstep.studies.base import Bench, Figures, Finding, Study, Table, Trial, studies
@@ -52,12 +53,12 @@ def most_steps(method: str, num_evals: int) -> int:
     return steps
 
 
-def _curves(rows: Sequence[Finding], methods: Sequence[str], x_name: str, names: dict[str, str]) -> list[Line]:
+def _curves(rows: Sequence[Finding], methods: Sequence[str], x_name: str, names: dict[str, str]) -> list[Curve]:
     curves = []
     for method in methods:
         found = [row for row in rows if row.axes["method"] == method and "distance" in row.figures]
         curves.append(
-            Line.through(names[method], sorted((row.figures[x_name], row.figures["distance"]) for row in found))
+            Curve.through(names[method], sorted((row.figures[x_name], row.figures["distance"]) for row in found))
         )
     return curves
 
@@ -118,7 +119,7 @@ class Table2(Study):
         return Table(("network calls", *map(str, evals)), lines, notes)
 
     def panels(self, rows: Sequence[Finding], scale: Scale) -> list[Panel]:
-        theirs = [Line.through(NAMES.get(name, name), points.items()) for name, points in TABLE_2.items()]
+        theirs = [Curve.through(NAMES.get(name, name), points.items()) for name, points in TABLE_2.items()]
         return [
             Panel("ours", "network calls", "Frechet distance", _curves(rows, self.methods, "evals", NAMES)),
             Panel("the paper, CIFAR-10", "network calls", "FID", theirs),
@@ -164,7 +165,7 @@ class Steps(Study):
                 f"the paper, {data}",
                 STEPS_LABEL,
                 "FID",
-                [Line.through(NAMES[m], p.items()) for m, p in published.items()],
+                [Curve.through(NAMES[m], p.items()) for m, p in published.items()],
             )
             for data, published in FIGURE_4.items()
         ]

@@ -1,10 +1,11 @@
 """The schedules of appendix E: how many updates a stage needs, and whether halving may be quartering."""
 
-import statistics
 from collections.abc import Sequence
+from statistics import fmean, stdev
 from typing import ClassVar, final
 
-from halfstep.report.study_figure import Line, Panel
+from halfstep.report.figures import Curve
+from halfstep.report.study_figure import Panel
 from halfstep.report.words import number
 from halfstep.samplers import DDIM
 from halfstep.studies.base import Bench, Figures, Finding, Study, Table, Trial, studies
@@ -62,7 +63,7 @@ def _best(rows: Sequence[Finding], steps: int, **axes: object) -> tuple[float | 
     found = where(rows, **axes)
     for rate in sorted({float(row.axes["rate"]) for row in found}):
         values = [float(r.figures[f"at {steps}"]) for r in where(found, rate=rate) if f"at {steps}" in r.figures]
-        if values and (not best[1] or statistics.fmean(values) < statistics.fmean(best[1])):
+        if values and (not best[1] or fmean(values) < fmean(best[1])):
             best = rate, values
     return best
 
@@ -118,9 +119,10 @@ class Schedules(Study):
                     if (row := where(rows, factor=factor, updates=updates)) and "updates" in row[0].figures
                 ]
                 points = [(x, values) for x, values in points if values]
-                errors = [statistics.stdev(v) if len(v) > 1 else 0.0 for _, v in points]
                 curves.append(
-                    Line(f"factor {factor}", [x for x, _ in points], [statistics.fmean(v) for _, v in points], errors)
+                    Curve.through(
+                        f"factor {factor}", [(x, fmean(v), stdev(v) if len(v) > 1 else 0.0) for x, v in points]
+                    )
                 )
             panels.append(Panel(f"ours, student at {steps}", "updates of the whole chain", "Frechet distance", curves))
         return panels

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import ClassVar, final
 
-from halfstep.report.study_figure import Line, Panel
+from halfstep.report.figures import Curve
+from halfstep.report.study_figure import Panel
 from halfstep.runtime.failures import NonFinite
 from halfstep.samplers import DDIM
 from halfstep.studies.base import Bench, Figures, Finding, Study, Table, Trial, studies
@@ -82,11 +83,11 @@ class Table1(Study):
                 found = where(rows, prediction=prediction, weighting=weighting)
                 if values := [float(row.figures[name]) for row in found if name in row.figures]:
                     points.append((float(index), sum(values) / len(values)))
-            ours.append(Line.through(label, points))
+            ours.append(Curve.through(label, points))
         theirs = []
         for place, label in enumerate(("stochastic", "DDIM")):
             known = [(float(i), value[place]) for i, value in enumerate(TABLE_1.values()) if value is not None]
-            theirs.append(Line.through(label, known))
+            theirs.append(Curve.through(label, known))
         return [
             Panel("ours", "", "Frechet distance", ours, labels, log_y=False),
             Panel("the paper, CIFAR-10", "", "FID", theirs, labels, log_y=False),
