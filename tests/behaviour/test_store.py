@@ -138,6 +138,8 @@ def test_figures_of_a_cell_need_its_samples_no_longer(
     assert not drawn
     Store(tmp_path).measure([cell()], [SameNoise(cell(steps=4), (2,))])
     assert drawn == {2: 16, 4: 16}
+    # The samples are the same ones again, so their figures stay.
+    assert Store(tmp_path).kept(cell(), reference) is not None
 
 
 def test_figures_are_those_of_the_samples_that_are_kept(tmp_path: Path, reference: Reference) -> None:

@@ -236,9 +236,10 @@ class Store:
             write_json(folder / "cell.json", facts)
 
         self._held.pop(cell.name, None)
-        # Figures belong to the samples that they were measured on.
-        for file in self.folder.glob(f"figures/{cell.name}-*.json"):
-            file.unlink()
+        if self.facts(cell) is None:
+            # Figures that are left may be of another device's samples.
+            for file in self.folder.glob(f"figures/{cell.name}-*.json"):
+                file.unlink()
         write_folder(self._path(cell), write)
         return None
 
@@ -260,7 +261,7 @@ class Store:
         )
         todo = [pairs[index] for index in lacking]
         self.fill([needed for cell, one in todo for needed in (cell, *one.needs)])
-        todo = [(cell, one) for cell, one in todo if not self.is_broken(cell, one)]
+        todo = [pair for pair in todo if not self.is_broken(*pair)]
         for first in range(0, len(todo), self.processes.count):
             part = todo[first : first + self.processes.count]
             done = self.processes.spread(part, self._measured, self._stop)
