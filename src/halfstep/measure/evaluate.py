@@ -76,9 +76,9 @@ class Evaluation:
         for name, bound in least.items():
             value = getattr(self, name)
             if value is not None and value < bound:
-                raise ValueError(f"{name} must be at least {bound}, got {value}")
+                raise ValueError(f"evaluation.{name} must be at least {bound}, got {value}")
         if any(steps < 1 for steps in self.teacher_steps):
-            raise ValueError(f"teacher_steps must be at least 1, got {min(self.teacher_steps)}")
+            raise ValueError(f"evaluation.teacher_steps must be at least 1, got {min(self.teacher_steps)}")
         if self.precision not in ("float32", "bf16"):
             raise ValueError(f"precision must be float32 or bf16, got {self.precision!r}")
         if self.features != "auto":
