@@ -14,7 +14,7 @@ from halfstep.core.grids import check_num_steps
 from halfstep.data import Data
 from halfstep.hub import import_pipeline, is_pipeline
 from halfstep.measure.curve import Entry
-from halfstep.measure.sources import ModelSource
+from halfstep.measure.sources import ModelSource, sampler_of
 from halfstep.models.folder import base_of, find_stage, load
 from halfstep.models.model import Model
 from halfstep.recipes import Recipe
@@ -23,7 +23,7 @@ from halfstep.report.words import sampler_label
 from halfstep.runs import Manifest, RunFolder, StageFolder
 from halfstep.runs.evaluation import Series
 from halfstep.runtime.files import DamagedFile
-from halfstep.samplers import DDIM, Ancestral, Sampler, samplers
+from halfstep.samplers import Ancestral, Sampler, samplers
 
 
 class Candidate(NamedTuple):
@@ -153,12 +153,13 @@ class Rows:
         self.entries: list[Entry] = []
         self._steps = self._baseline_steps(recipe)
         if subject.students:
-            self.series.append(Series(name="student", label="student", role="student", sampler="ddim"))
+            sampler = samplers.name_of(sampler_of(subject.students[0].manifest))
+            self.series.append(Series(name="student", label="student", role="student", sampler=sampler))
         for model in subject.students:
             own = model.manifest.num_steps or model.manifest.start_steps
             asked = arguments.num_steps if subject.kind == "stage" else ()
             for count in asked or ((own,) if own else self._steps):
-                self.entries.append(self._entry("student", model, DDIM(), count))
+                self.entries.append(self._entry("student", model, sampler_of(model.manifest), count))
         against = arguments.against
         if against is None:
             # A run whose teacher is damaged has said so.
@@ -218,13 +219,14 @@ class Rows:
             raise UsageError("--gamma and --search-gamma say nothing without --against teacher-ancestral: add it")
 
     def teacher(self) -> Entry | None:
-        """Return the teacher at the chain's first steps, by DDIM: what its students learned to land on."""
+        """Return the teacher at the chain's first steps: what its students learned to land on."""
         teacher = self.subject.teacher
         if teacher is None or self.subject.kind == "pipeline":
             return None
         starts = [model.manifest.start_steps for model in self.subject.students if model.manifest.start_steps]
         start = teacher.manifest.start_steps or max(starts, default=max(self._steps))
-        return self._entry("teacher-ddim", teacher, DDIM(), start)
+        sampler = sampler_of(teacher.manifest)
+        return self._entry(f"teacher-{samplers.name_of(sampler)}", teacher, sampler, start)
 
     def _entry(self, series: str, model: Candidate, sampler: Sampler, steps: int, gamma: float | None = None) -> Entry:
         source = ModelSource(

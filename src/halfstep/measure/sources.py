@@ -16,7 +16,7 @@ from halfstep.data import Data
 from halfstep.measure.samples import conditions_for
 from halfstep.models.model import Model, samples_at_once
 from halfstep.runs import Manifest
-from halfstep.samplers import Sampler, samplers
+from halfstep.samplers import DDIM, Sampler, samplers
 
 
 def json_hash(value: Any, length: int = 64) -> str:
@@ -28,6 +28,11 @@ def weights_of(manifest: Manifest) -> str:
     """Return what distinguishes a stage's samples from those of all others, without reading its weights: a hash of
     their sha256 and of everything else that the manifest says of the model."""
     return json_hash(manifest.model_dump(mode="json", exclude={"seconds", "data"}))
+
+
+def sampler_of(manifest: Manifest) -> Sampler:
+    """Return the sampler by which a model is measured where none is asked for."""
+    return DDIM()
 
 
 class Drawn(NamedTuple):

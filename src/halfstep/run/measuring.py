@@ -10,7 +10,7 @@ import torch
 
 from halfstep.measure.evaluate import Reference, references_for
 from halfstep.measure.samples import keep_samples
-from halfstep.measure.sources import ModelSource
+from halfstep.measure.sources import ModelSource, sampler_of
 from halfstep.measure.store import Cell, Store
 from halfstep.metrics import rmse
 from halfstep.models.folder import load
@@ -24,12 +24,6 @@ from halfstep.runtime.failures import told_when_out_of_memory
 from halfstep.runtime.files import write_json
 from halfstep.runtime.processes import Processes
 from halfstep.runtime.stop import StopSignal, at_once
-from halfstep.samplers import DDIM, Sampler
-
-
-def sampler_of(model: Model) -> Sampler:
-    """Return the sampler by which a run measures a model."""
-    return DDIM()
 
 
 @final
@@ -47,13 +41,8 @@ class Measuring:
     ) -> None:
         self.spec, self.evaluation, self.device = spec, spec.evaluation, device
         self.processes, self.trackers, self._stop = processes, trackers, stop
-        self.store = Store(
-            folder.evaluation_path.parent,
-            batch_size=spec.evaluation.batch_size,
-            own_device=True,
-            processes=processes,
-            stop=stop,
-        )
+        place, size = folder.evaluation_path.parent, spec.evaluation.batch_size
+        self.store = Store(place, batch_size=size, own_device=True, processes=processes, stop=stop)
         self._reference: Reference | None = None
         self._base: Cell | None = None
         """The first model of the chain at its most steps, with which all others are compared."""
@@ -105,7 +94,7 @@ class Measuring:
         source = ModelSource(
             model.manifest,
             (lambda: model) if path is None else functools.partial(load, path, self.device),
-            sampler_of(model),
+            sampler_of(model.manifest),
             self.device,
             self.spec.data,
             precision=self.evaluation.precision,

@@ -2,8 +2,8 @@
 
 Figures of different protocols (extractor, reference, counts, seeds) are never comparable, so they never share a table.
 
-It is written again after every cell, so an interrupted one shows what exists. evaluation.md, .csv and .svg beside it hold
-the same for readers; cells/ and figures/ are the store (`measure/store.py`).
+It is written again after every cell, so an interrupted one shows what exists. evaluation.md, .csv and .svg hold the
+same for readers; cells/ and figures/ beside it are the store (`measure/store.py`).
 """
 
 from typing import Any, Literal

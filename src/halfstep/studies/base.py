@@ -21,7 +21,7 @@ from halfstep.core.draw import sample_noise
 from halfstep.core.warnings import HalfstepWarning
 from halfstep.data import open_data
 from halfstep.measure.evaluate import Reference
-from halfstep.measure.sources import ModelSource
+from halfstep.measure.sources import ModelSource, sampler_of
 from halfstep.measure.store import Cell, Store
 from halfstep.metrics import frechet_distance
 from halfstep.models.folder import load
@@ -161,12 +161,13 @@ class Bench:
         source = ModelSource(manifest, lambda: self.model(stage), sampler, self.device, data, precision=precision)
         return Cell(source, num_steps, range(evaluation.num_samples))
 
-    def measured(self, stage: StageFolder, num_steps: int, sampler: Sampler) -> Result:
-        """Return the figures of a stage's model; they are measured once for each protocol.
+    def measured(self, stage: StageFolder, num_steps: int, sampler: Sampler | None = None) -> Result:
+        """Return the figures of a stage's model, by its own sampler if None; measured once for each protocol.
 
         Raises:
             NonFinite: if a sample is not finite.
         """
+        sampler = sampler or sampler_of(stage.manifest(verify=False))
         return self._store(stage).result(self._cell(stage, num_steps, sampler), self.reference())
 
     def tuned(self, stage: StageFolder, num_steps: int, levels: int | None = None) -> Result:

@@ -6,7 +6,7 @@ from typing import ClassVar, final
 from halfstep.report.figures import Curve
 from halfstep.report.study_figure import Panel
 from halfstep.report.words import number
-from halfstep.samplers import DDIM, samplers
+from halfstep.samplers import samplers
 from halfstep.studies.base import Bench, Figures, Finding, Study, Table, Trial, studies
 from halfstep.studies.published import FIGURE_4, TABLE_2
 from halfstep.studies.scales import Scale
@@ -18,7 +18,7 @@ STEPS_LABEL = "sampler steps"
 def _measured(bench: Bench, method: str, num_steps: int) -> Figures:
     """The distance of a method, of the students or of the undistilled teacher, at a number of steps."""
     if method == "student":
-        result = bench.measured(bench.chain()[num_steps], num_steps, DDIM())
+        result = bench.measured(bench.chain()[num_steps], num_steps)
     elif method == "ancestral":
         result = bench.tuned(bench.teacher(), num_steps)
     elif method == "student, ancestral":

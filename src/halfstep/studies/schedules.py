@@ -7,7 +7,6 @@ from typing import ClassVar, final
 from halfstep.report.figures import Curve
 from halfstep.report.study_figure import Panel
 from halfstep.report.words import number
-from halfstep.samplers import DDIM
 from halfstep.studies.base import Bench, Figures, Finding, Study, Table, Trial, studies
 from halfstep.studies.scales import Scale
 from halfstep.studies.show import spread, where
@@ -51,7 +50,7 @@ def _trial(scale: Scale, factor: int, updates: int, rate: float, seed: int) -> T
         for stage in folder.stages()[1:]:
             steps = stage.manifest(verify=False).num_steps
             if steps in shown(scale):
-                figures[f"at {steps}"] = bench.measured(stage, steps, DDIM()).frechet
+                figures[f"at {steps}"] = bench.measured(stage, steps).frechet
         return figures
 
     return Trial({"factor": factor, "updates": updates, "rate": rate, "seed": seed}, work)
