@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from time import monotonic
-from typing import Final, Literal, NamedTuple, final
+from typing import Any, Final, Literal, NamedTuple, final
 
 from filelock import FileLock, Timeout
 
@@ -255,7 +255,7 @@ class Curve:
         )
 
     def _same_noise(self, teacher: Entry) -> Protocol:
-        changes = {
+        changes: dict[str, Any] = {
             "kind": "same_noise",
             "extractor": "none",
             "extractor_facts": {},

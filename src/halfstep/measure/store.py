@@ -298,7 +298,7 @@ class Store:
         self.measure([cell], [reference])
         if cell.name in self.broken:
             raise NonFinite(self.broken[cell.name])
-        values, facts = self.processes.on_main(lambda: [self.kept(cell, reference).values, self.facts(cell)])
+        (values, *_), facts = self.processes.on_main(lambda: (self.kept(cell, reference), self.facts(cell)))
         assert isinstance(cell.source, ModelSource)
         assert cell.num_steps is not None
         sampler = cell.source.sampler

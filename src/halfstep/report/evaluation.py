@@ -178,7 +178,7 @@ class Shown(NamedTuple):
 
 def shown_tables(result: EvaluationResult | None) -> list[Shown]:
     """Return the tables that hold a row."""
-    shown = []
+    shown: list[Shown] = []
     for table in [] if result is None else result.tables:
         assert result is not None
         if not table.rows:

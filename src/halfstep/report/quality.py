@@ -79,6 +79,10 @@ def quality_groups(stages: Sequence[StageFacts]) -> list[Group]:
     return [_group(f"quality{index}", found) for index, found in enumerate(by_protocol.values())]
 
 
+def _value(result: Result | None, name: str) -> float | None:
+    return None if result is None else getattr(result, name)
+
+
 def _group(name: str, stages: Sequence[tuple[StageFacts, Metrics]]) -> Group:
     teacher = {(r.num_steps, r.sampler): r for stage, held in stages if stage.is_teacher for r in held.results}
     students = [(stage.name, r) for stage, held in stages if not stage.is_teacher for r in held.results]
@@ -87,11 +91,12 @@ def _group(name: str, stages: Sequence[tuple[StageFacts, Metrics]]) -> Group:
     rows = []
     for place in sorted({*teacher, *((r.num_steps, r.sampler) for _, r in students)}, reverse=True):
         alone = teacher.get(place)
-        here = [(stage, r) for stage, r in students if (r.num_steps, r.sampler) == place]
+        here: list[tuple[str | None, Result | None]] = []
+        here += [(stage, r) for stage, r in students if (r.num_steps, r.sampler) == place]
         for stage_name, student in here or [(None, None)]:
             measured = student or alone
-            quality = ratio(student and student.frechet, reference and reference.frechet)
-            speed = ratio(most and most.seconds_per_1000, measured and measured.seconds_per_1000)
+            quality = ratio(_value(student, "frechet"), _value(reference, "frechet"))
+            speed = ratio(_value(most, "seconds_per_1000"), _value(measured, "seconds_per_1000"))
             rows.append(Pair(*place, alone, student, stage_name, quality, speed))
     samplers = sorted({row.sampler for row in rows})
     return Group(name, flatten(stages[0][1].protocol), rows, most, reference, [s.name for s, _ in stages], samplers)
@@ -102,10 +107,10 @@ def text_table(group: Group) -> Table:
     rows = [
         [
             str(row.steps),
-            number(row.teacher and row.teacher.frechet),
-            number(row.student and row.student.frechet),
+            number(_value(row.teacher, "frechet")),
+            number(_value(row.student, "frechet")),
             "–" if row.ratio is None else f"{row.ratio:.2f}",
-            number(row.student and row.student.teacher_rmse),
+            number(_value(row.student, "teacher_rmse")),
             number(row.measured.seconds_per_1000),
             "–" if row.speed_up is None else f"{times(row.speed_up)}x",
         ]
