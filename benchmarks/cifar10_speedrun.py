@@ -25,7 +25,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,15 +37,16 @@ from halfstep.core.draw import generator_for
 from halfstep.core.noise import processes
 from halfstep.core.prediction import predictions
 from halfstep.data import Data, DataConfig, open_data
-from halfstep.measure.evaluate import Evaluation, Reference, measure
-from halfstep.measure.sources import weights_of
+from halfstep.measure.evaluate import Evaluation, Reference
+from halfstep.measure.sources import ModelSource, weights_of
+from halfstep.measure.store import Cell, Store
 from halfstep.metrics import frechet_of_moments, moments_of
 from halfstep.models.folder import load
 from halfstep.models.model import Model
 from halfstep.nets import describe_network
 from halfstep.objectives import Training
 from halfstep.recipes import build, recipes
-from halfstep.recipes.schema import ChainConfig, EvaluationConfig, Recipe, UNetConfig
+from halfstep.recipes.schema import ChainConfig, Recipe, UNetConfig
 from halfstep.run.cost import count_forward
 from halfstep.run.events import Progress, StageEnd
 from halfstep.run.runner import run
@@ -55,6 +56,7 @@ from halfstep.runs import Manifest, Outcome, RunFolder
 from halfstep.runtime.files import cache_folder, read_json, write_json
 from halfstep.runtime.processes import make_accelerator
 from halfstep.runtime.stop import Interrupted, StopSignal
+from halfstep.samplers import DDIM
 from halfstep.train.settings import Engine, Precision
 
 PEAK_BF16 = {"H100 80GB HBM3": 989e12, "H100 SXM": 989e12, "H200": 989e12, "A100": 312e12}
@@ -154,7 +156,7 @@ def recipe_of(data: str, size: Size, setting: Setting, updates: dict[str, int]) 
             start_steps=size.start, students=size.students, updates_at={1: 2 * each},
             training=Training(each, 2e-4, setting.batch, adam_betas=(0.9, 0.99)),
         ),
-        evaluation=EvaluationConfig(enabled=False),
+        evaluation=Evaluation(enabled=False),
         engine=Engine(precision=setting.precision, compile=setting.compiled, log_every=20, checkpoint_minutes=1.0),
     )  # fmt: skip
 
@@ -345,6 +347,7 @@ def measured(
     with stop.at_once():
         test = open_data(DataConfig(source=options.data, split="test"))
         reference = Reference(test, evaluation, cache_folder(), device)
+    store = Store(RunFolder(options.run).evaluation_path.parent, batch_size=size.at_once, own_device=True)
     floor_of = {"features": reference.extractor.name, "data": data.fingerprint, "count": size.count}
     if held.get("floor of") != floor_of:
         with stop.at_once():
@@ -378,9 +381,18 @@ def measured(
         with stop.at_once():
             if stage.name not in loaded:
                 loaded = {stage.name: load(stage.path, device)}
+            model = loaded[stage.name]
             # A first batch is slower than all others, and must not be timed.
-            drawn(loaded[stage.name], size, loaded[stage.name].num_steps or 1, precision)
-            result, _ = measure(loaded[stage.name], steps, replace(evaluation, precision=precision), reference)
+            drawn(model, size, model.num_steps or 1, precision)
+            source = ModelSource(
+                model.manifest,
+                partial(loaded.__getitem__, stage.name),
+                DDIM(),
+                torch.device(device),
+                data,
+                precision=precision,
+            )
+            result = store.result(Cell(source, steps, range(size.count)), reference)
         row = place | {
             "FD(resnet20)": result.frechet, "images / s": round(1000 / result.seconds_per_1000, 1),
             "device": facts()["device"],

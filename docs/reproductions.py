@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from halfstep.report.study_figure import draw_panels
-from halfstep.studies import SCALES, Row, studies
+from halfstep.studies import SCALES, Finding, Table, studies
 
 DOCS = Path(__file__).parent
 ORDER = ("table1", "table2", "steps", "stochastic", "schedules", "integrators", "cost")
@@ -33,8 +33,6 @@ Run so far: {run}. Not run yet, for want of a GPU: {missing}.
 def section(name: str, held: dict[str, Any], figure: str) -> str:
     """A study's part of the page."""
     study = studies[name]()
-    scale = SCALES[held["scale"]["name"]]()
-    rows = [Row(row["axes"], row["figures"]) for row in held["rows"]]
     environment = held["environment"]
     comment = (DOCS / "reproductions" / f"{name}.md").read_text(encoding="utf-8").strip()
     return "\n".join(
@@ -47,8 +45,8 @@ def section(name: str, held: dict[str, Any], figure: str) -> str:
             "",
             f"![{study.title}: ours, and the paper's where they are known]({figure})",
             "",
-            study.table(rows, scale).markdown(),
-            f"Command: `halfstep study {name} --scale {scale.name}`, {spent(held['seconds'])} on "
+            Table.from_json(held["table"]).markdown(),
+            f"Command: `halfstep study {name} --scale {held['scale']['name']}`, {spent(held['seconds'])} on "
             f"{environment['cpu_count']} CPU cores ({environment['device']}), without what another study of the scale "
             "had trained or measured before; torch "
             f"{environment['versions']['torch']}, commit {environment['git_commit'] or 'unknown'}, "
@@ -77,7 +75,7 @@ def page(figures: Path) -> str:
                 raise SystemExit(f"{file} was made by other settings of the scale {scale_name}: run the study again")
             run.append(f"{name} ({scale_name})")
             figures.mkdir(parents=True, exist_ok=True)
-            rows = [Row(row["axes"], row["figures"]) for row in held["rows"]]
+            rows = [Finding(row["axes"], row["figures"]) for row in held["rows"]]
             draw_panels(studies[name]().panels(rows, scale()), figures / f"{name}-{scale_name}")
             (figures / f"{name}-{scale_name}.png").unlink()
             parts.append(section(name, held, f"studies/{name}-{scale_name}.svg"))

@@ -28,7 +28,7 @@ from halfstep.core.denoiser import NetworkDenoiser
 from halfstep.core.noise import VPCosine
 from halfstep.core.prediction import V
 from halfstep.data import MemoryData, training_batch
-from halfstep.measure import curve
+from halfstep.measure import curve, store
 from halfstep.measure.evaluate import Evaluation
 from halfstep.models.folder import load
 from halfstep.nets import MLP, UNet2D, copy_denoiser, unet2d_config
@@ -382,15 +382,15 @@ def evaluated(folder: str, out: str) -> list[str]:
 
         return call
 
-    curve.write_json = noting(curve.write_json)
-    curve.replacing_folder = noting(curve.replacing_folder)
+    curve.write_json = store.write_json = noting(store.write_json)
+    store.replacing_folder = noting(store.replacing_folder)
     main(["evaluate", folder, "--num-steps", "2", "1", "--num-samples", "24", "--out", out])
     return wrote
 
 
 def evaluated_till(folder: str, out: str, rounds: int) -> str:
     """What an evaluation ends with that fails on both processes after each has made figures so often."""
-    made, timed = [0], curve._timed
+    made, timed = [0], store._timed
 
     def failing(make: Callable[[], Any]) -> dict[str, Any]:
         made[0] += 1
@@ -398,13 +398,13 @@ def evaluated_till(folder: str, out: str, rounds: int) -> str:
             raise ValueError("no more")
         return timed(make)
 
-    curve._timed = failing
+    store._timed = failing
     try:
         main(["evaluate", folder, "--num-steps", "2", "1", "--num-samples", "24", "--out", out])
     except SystemExit as ended:
         return f"{ended.code}"
     finally:
-        curve._timed = timed
+        store._timed = timed
     return "nothing"
 
 

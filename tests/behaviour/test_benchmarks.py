@@ -168,15 +168,15 @@ def test_the_speedrun_goes_on_where_it_was_cut(modules: Any, monkeypatch: pytest
     monkeypatch.setattr(sys, "argv", argv)
     # Few updates, whatever the machine.
     monkeypatch.setattr(speedrun.Plan, "updates", lambda *_: {"teacher": 6, "chain": 3})
-    measure, asked = speedrun.measure, []
+    ask, asked = speedrun.Store.result, []
 
-    def cut_once(*given: Any) -> Any:
-        asked.append(given[1])
+    def cut_once(store: Any, cell: Any, reference: Any) -> Any:
+        asked.append(cell.num_steps)
         if len(asked) == 2:
             raise Interrupted(15)
-        return measure(*given)
+        return ask(store, cell, reference)
 
-    monkeypatch.setattr(speedrun, "measure", cut_once)
+    monkeypatch.setattr(speedrun.Store, "result", cut_once)
     with pytest.raises(SystemExit) as ended:
         speedrun.main()
     assert ended.value.code == 143

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from halfstep.data import DataConfig, open_data
-from halfstep.metrics import Inception, Measured, extractor_for, extractors
+from halfstep.metrics import Inception, RealData, extractor_for, extractors
 from halfstep.metrics.inception import network_module
 from halfstep.metrics.resnet20 import ResNet20
 from halfstep.runtime.files import DamagedFile
@@ -24,8 +24,8 @@ def _no_labels() -> tuple[Tensor, Tensor]:
     raise AssertionError("not asked for")
 
 
-def _measured(num_classes: int = 0) -> Measured:
-    return Measured("0" * 64, num_classes, _no_labels)
+def _real_data(num_classes: int = 0) -> RealData:
+    return RealData("0" * 64, num_classes, _no_labels)
 
 
 def _images(n: int, channels: int, side: int) -> Tensor:
@@ -38,7 +38,7 @@ def test_the_resnet_knows_cifar10() -> None:
     weights, images = SHARED / "weights" / "resnet20-cifar10.safetensors", SHARED / "cifar10"
     if not weights.is_file() or not images.is_dir():
         pytest.skip(f"{SHARED} holds no CIFAR-10 and its classifier")
-    extractor = extractor_for(f"resnet20-cifar10={weights}", _measured())
+    extractor = extractor_for(f"resnet20-cifar10={weights}", _real_data())
     data = open_data(DataConfig(source=str(images), split="test", limit=1000))
     batch = data.fetch(torch.arange(1000))
     features = extractor.features(batch.x0)
@@ -55,22 +55,22 @@ def test_a_resnet_of_other_weights_has_another_name_and_damaged_ones_are_refused
     for seed in (0, 1):
         torch.manual_seed(seed)
         save_file(ResNet20().state_dict(), tmp_path / f"{seed}.safetensors")
-        names.append(extractor_for(f"resnet20-cifar10={tmp_path}/{seed}.safetensors", _measured()).name)
+        names.append(extractor_for(f"resnet20-cifar10={tmp_path}/{seed}.safetensors", _real_data()).name)
     assert len(set(names)) == 2
     torch.manual_seed(0)
     save_file(ResNet20().state_dict(), tmp_path / "copy.safetensors", metadata={"from": "elsewhere"})
-    assert extractor_for(f"resnet20-cifar10={tmp_path}/copy.safetensors", _measured()).name == names[0]
+    assert extractor_for(f"resnet20-cifar10={tmp_path}/copy.safetensors", _real_data()).name == names[0]
     lacking = {name: value for name, value in ResNet20().state_dict().items() if name != "linear.bias"}
     save_file(lacking, tmp_path / "lacking.safetensors")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "0.safetensors").read_bytes()[:100])
     for name in ("lacking", "cut"):
         with pytest.raises(DamagedFile, match="does not hold the weights of a ResNet-20"):
-            extractor_for(f"resnet20-cifar10={tmp_path}/{name}.safetensors", _measured())
+            extractor_for(f"resnet20-cifar10={tmp_path}/{name}.safetensors", _real_data())
 
 
 def test_grey_images_of_other_sizes_are_shown_to_the_resnet_as_large_rgb(tmp_path: Path) -> None:
     save_file(ResNet20().state_dict(), tmp_path / "w.safetensors")
-    extractor = extractor_for(f"resnet20-cifar10={tmp_path}/w.safetensors", _measured())
+    extractor = extractor_for(f"resnet20-cifar10={tmp_path}/w.safetensors", _real_data())
     # A constant image stays constant under any resizing.
     small, large = torch.full((2, 1, 8, 8), 0.25), torch.full((2, 3, 32, 32), 0.25)
     torch.testing.assert_close(extractor.features(small), extractor.features(large))
@@ -86,7 +86,7 @@ def test_dinov2_is_the_class_token_of_transformers_model(tmp_path: Path) -> None
     torch.manual_seed(0)
     model = transformers.Dinov2Model(config).eval()
     model.save_pretrained(tmp_path)
-    extractor = extractor_for(f"dinov2={tmp_path}", _measured())
+    extractor = extractor_for(f"dinov2={tmp_path}", _real_data())
     images = _images(3, 3, 224)
     processor = transformers.BitImageProcessorPil(
         do_resize=False, do_center_crop=False, image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225]
@@ -98,18 +98,18 @@ def test_dinov2_is_the_class_token_of_transformers_model(tmp_path: Path) -> None
     torch.testing.assert_close(extractor.features(images), expected, rtol=1e-4, atol=1e-4)
     assert extractor.logits(expected) is None
     with pytest.raises(ValueError, match="no DINOv2 model could be read there"):
-        extractor_for(f"dinov2={tmp_path}/none", _measured())
+        extractor_for(f"dinov2={tmp_path}/none", _real_data())
     # Of another network transformers would draw at random what it does not find.
     other = transformers.Dinov2WithRegistersConfig(
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
     )
     transformers.Dinov2WithRegistersModel(other).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="its weights are of another network"):
-        extractor_for(f"dinov2={tmp_path / 'other'}", _measured())
+        extractor_for(f"dinov2={tmp_path / 'other'}", _real_data())
     cut = tmp_path / "model.safetensors"
     cut.write_bytes(cut.read_bytes()[:100])
     with pytest.raises(ValueError, match="no DINOv2 model could be read there"):
-        extractor_for(f"dinov2={tmp_path}", _measured())
+        extractor_for(f"dinov2={tmp_path}", _real_data())
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ def test_inception_is_torch_fidelitys_network_on_the_same_pixels(
         Inception(str(tmp_path / "other.safetensors"), "cpu")
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", _unreachable)
     with pytest.raises(ValueError, match="fetch the file elsewhere and give inception=PATH"):
-        extractor_for("inception", _measured())
+        extractor_for("inception", _real_data())
 
 
 @pytest.mark.usefixtures("_fidelity")
@@ -161,7 +161,7 @@ def test_a_pickle_that_runs_code_is_refused_as_weights(tmp_path: Path) -> None:
 
     torch.save({"fc.bias": Runs()}, tmp_path / "bad.pth")
     with pytest.raises(DamagedFile, match="cannot be read as weights"):
-        extractor_for(f"inception={tmp_path}/bad.pth", _measured())
+        extractor_for(f"inception={tmp_path}/bad.pth", _real_data())
     assert not (tmp_path / "ran").exists()
 
 
@@ -194,7 +194,7 @@ def _random_inception(module: Any) -> dict[str, Tensor]:
 def test_without_torch_fidelity_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("halfstep.metrics.inception.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'halfstep\[inception\]'"):
-        extractor_for("inception", _measured())
+        extractor_for("inception", _real_data())
 
 
 def test_every_extractor_is_registered_and_described() -> None:
@@ -205,7 +205,7 @@ def test_every_extractor_is_registered_and_described() -> None:
 def test_the_classifiers_logits_are_those_of_its_network() -> None:
     labels = torch.arange(100) % 2
     x = torch.randn(100, 4, generator=torch.Generator().manual_seed(0)) + 4 * labels[:, None]
-    classifier: Any = extractor_for("classifier", Measured("0" * 64, 2, lambda: (x, labels)))
+    classifier: Any = extractor_for("classifier", RealData("0" * 64, 2, lambda: (x, labels)))
     with torch.no_grad():
         expected = classifier.network(x)
     torch.testing.assert_close(classifier.logits(classifier.features(x)), expected)

@@ -24,6 +24,7 @@ from halfstep.cli import commands, main
 from halfstep.core.draw import Draw
 from halfstep.data import MemoryData
 from halfstep.measure.evaluate import Evaluation
+from halfstep.measure.store import Store
 from halfstep.models.folder import load
 from halfstep.nets import MLP
 from halfstep.objectives import (
@@ -315,7 +316,7 @@ def test_a_run_goes_on_with_the_micro_batch_that_was_found(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("size", "fits", "remedy"),
-    [(None, 3, None), (None, 0, "measure on the CPU"), (8, 3, "lower evaluation.batch_size")],
+    [(None, 3, None), (None, 0, "measure on the CPU"), (8, 3, "lower --batch-size .*--evaluation.batch-size")],
 )
 def test_an_evaluation_draws_what_fits_or_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int | None, fits: int, remedy: str | None
@@ -332,7 +333,7 @@ def test_an_evaluation_draws_what_fits_or_says_what_to_do(
 
     monkeypatch.setattr(MLP, "forward", hungry)
     if remedy is not None:
-        with pytest.raises(OutOfMemory, match=f"out of memory while measuring, .*{remedy}"):
+        with pytest.raises(OutOfMemory, match=f"out of memory while sampling, .*{remedy}"):
             finish(toy_spec(plan=plan, evaluation=evaluation), tmp_path / "scarce")
         return
     finish(toy_spec(plan=plan, evaluation=evaluation), tmp_path / "scarce")
@@ -415,7 +416,7 @@ def test_a_signal_in_the_middle_of_an_evaluation_ends_it_at_once(
         time.sleep(100)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "measure", endless)
+        patch.setattr(Store, "result", endless)
         with StopSignal() as stop, _sent(signal.SIGTERM, reached.is_set), pytest.raises(Interrupted):
             finish(torture.spec(), tmp_path / "run", stop)
     assert [stage.name for stage in RunFolder(tmp_path / "run").stages()] == ["00-denoise"]

@@ -282,7 +282,7 @@ def test_an_evaluation_of_two_that_is_cut_keeps_what_was_measured(tmp_path: Path
     team = teams.start(2, teams.evaluated_till, tmp_path / "left", *words)
     teams.ended(team, tmp_path / "left")
     assert [process.exitcode for process in team] == [2, 2]
-    assert len(list(out.glob("cells/*"))) == 4
+    assert len(list(out.glob("cells/*"))) == 2
     # One figure of each of the two, of the first round.
     assert len(list(out.glob("figures/*"))) == 2
     # A folder that another process is writing is left alone by both.

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def test_bfloat16_sampling_is_a_protocol_of_its_own_with_nearly_the_same_figures
     assert found[1] == pytest.approx(found[0], rel=0.05)
 
 
-@pytest.mark.parametrize(("size", "most"), [(None, 256), (7, 7), (300, 300)])
+@pytest.mark.parametrize(("size", "most"), [(None, 75), (7, 7), (300, 300)])
 def test_samples_are_drawn_as_many_at_once_as_was_asked(
     toy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int | None, most: int
 ) -> None:
@@ -113,7 +114,7 @@ def test_memory_that_does_not_suffice_is_told_in_one_line(
     assert "out of memory while sampling, " in line
     assert remedy in line
     monkeypatch.setattr("halfstep.models.model.sample", sample)
-    monkeypatch.setattr("halfstep.measure.curve.figures_of", full)
+    monkeypatch.setattr("halfstep.measure.evaluate.figures_of", full)
     with pytest.raises(SystemExit) as ended:
         main(command)
     assert ended.value.code == 1
@@ -185,7 +186,7 @@ def test_figures_of_different_protocols_are_in_different_tables(digits_run: Path
 
 def test_the_kept_samples_are_lossless_and_give_the_figures(digits_run: Path, tmp_path: Path) -> None:
     main(["evaluate", str(digits_run), "--extractors", "pixels", "--num-steps", "1", "--out", str(tmp_path)])
-    (cell,) = (tmp_path / "cells").glob("teacher-ddim-0001-*")
+    (cell,) = (tmp_path / "cells").glob("00-denoise-ddim-0001-*")
     kept = np.load(cell / "samples.npz")["arr_0"]
     assert kept.dtype == np.uint8
     main(
@@ -222,7 +223,8 @@ def test_a_second_call_draws_nothing_and_a_cut_one_goes_on(
     monkeypatch.setattr(Model, "sample", counted)
     command = ["evaluate", str(toy_run), "--num-steps", "2", "1", "--out", str(tmp_path)]
     main(command)
-    assert sorted(drawn) == [1, 1, 2, 2, 4]
+    # Each cell is drawn in eight parts.
+    assert Counter(drawn) == {1: 16, 2: 16, 4: 8}
     first = _result(tmp_path)
     drawn.clear()
     main(command)
@@ -233,17 +235,17 @@ def test_a_second_call_draws_nothing_and_a_cut_one_goes_on(
     main([*command, "--num-samples", "24", "--data", str(toy_run.parent / "toy.npy"), "--extractors", "pixels"])
     assert drawn == []
     # A cell that is gone, and one that is damaged, are drawn again, and nothing else.
-    (gone,) = (tmp_path / "cells").glob("student-0001-*")
+    (gone,) = (tmp_path / "cells").glob("02-halve-0001-ddim-0001-*")
     shutil.rmtree(gone)
-    (broken,) = (tmp_path / "cells").glob("teacher-ddim-0002-*")
+    (broken,) = (tmp_path / "cells").glob("00-denoise-ddim-0002-*")
     (broken / "samples.npz").write_bytes(b"PK cut")
-    for file in (tmp_path / "figures").glob("teacher-ddim-0002-*"):
+    for file in (tmp_path / "figures").glob("00-denoise-ddim-0002-*"):
         file.write_text("{")
     # A writer that was killed has left these.
     (tmp_path / "cells" / ".x-0001.0a1b.tmp").mkdir()
     (tmp_path / "figures" / ".x.json.0a1b.tmp").write_text("{")
     main(command)
-    assert sorted(drawn) == [1, 2]
+    assert Counter(drawn) == {1: 8, 2: 8}
     assert _result(tmp_path).tables[0].rows[0].figures == first.tables[0].rows[0].figures
     assert not list(tmp_path.rglob("*.tmp"))
 
@@ -345,7 +347,7 @@ def test_what_was_cut_says_the_same_in_all_its_files(
         main(["evaluate", str(toy_run), "--num-steps", "3", "2", "--num-samples", "20", "--out", str(tmp_path)])
     assert not _result(tmp_path).complete
     said = (tmp_path / "evaluation.md").read_text()
-    assert "It was cut, or still runs" in said
+    assert "Interrupted, or still running" in said
     assert "20 samples" in said
     with (tmp_path / "evaluation.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -376,7 +378,7 @@ def test_a_row_is_of_all_sets_of_seeds_or_not_there(
 def test_times_of_another_machine_are_no_column_with_those_of_this(toy_run: Path, tmp_path: Path) -> None:
     command = ["evaluate", _stage(toy_run, "00-denoise"), "--num-steps", "3", "2", "--out", str(tmp_path)]
     main(command)
-    (cell,) = (tmp_path / "cells").glob("teacher-ddim-0003-*/cell.json")
+    (cell,) = (tmp_path / "cells").glob("00-denoise-ddim-0003-*/cell.json")
     held = json.loads(cell.read_text())
     cell.write_text(json.dumps(held | {"pace": ["NVIDIA H100", 1]}))
     main(command)

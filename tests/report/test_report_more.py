@@ -166,25 +166,13 @@ def test_a_damaged_evaluation_is_left_out_and_said(tmp_path: Path, spoil: Any) -
 
 # --- Studies ---
 
-TABLE = """# A title
-
-A question?
-
-![A title](figure.svg)
-
-| steps | ours | theirs |
-|---|---:|---:|
-| 4 | 1.5 | <b>2 |
-
-A note.
-"""
+TABLE = {"headings": ["steps", "ours", "theirs"], "rows": [["4", "1.5", "<b>2"]], "notes": ["A note."]}
 
 
-def write_study(folder: Path, table: str = TABLE) -> None:
+def write_study(folder: Path, table: Any = TABLE) -> None:
     folder.mkdir(parents=True)
     held = {"title": "Schedules", "question": "How long?", "scale": {"name": "smoke"}, "seconds": 125.0, "rows": []}
-    write_json(folder / "study.json", held)
-    (folder / "table.md").write_text(table, encoding="utf-8")
+    write_json(folder / "study.json", held | {"table": table})
     (folder / "figure.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>", encoding="utf-8")
 
 
@@ -197,13 +185,21 @@ def test_studies_in_the_run_or_in_a_folder_named_are_shown(tmp_path: Path, capsy
         assert text in page.text
     assert any((image["src"] or "").startswith("data:image/svg+xml;base64,") for image in page.attributes("img"))
     write_study(tmp_path / "elsewhere" / "other")
-    write_study(tmp_path / "elsewhere" / "damaged", table="no table")
+    for name, wrong in {
+        "none": None,
+        "short": TABLE | {"rows": [["4"]]},
+        "number": TABLE | {"rows": [[4, "", ""]]},
+    }.items():
+        write_study(tmp_path / "elsewhere" / name, wrong)
     (tmp_path / "elsewhere" / "cut").mkdir()
     (tmp_path / "elsewhere" / "cut" / "study.json").write_text("{", encoding="utf-8")
     main(["report", str(run), "--studies", str(tmp_path / "elsewhere")])
     page = Page(RunFolder(run).report_path.read_text(encoding="utf-8"))
     assert "The study cut is left out: cut/study.json is not readable JSON" in page.text
-    assert "The study damaged is left out: damaged/table.md does not hold a table." in page.text
+    for name in ("none", "short", "number"):
+        assert (
+            f"The study {name} is left out: {name}/study.json cannot be shown: it does not hold a table." in page.text
+        )
     assert "holds no studies" in refused(["report", str(run), "--studies", str(tmp_path)], capsys)
 
 

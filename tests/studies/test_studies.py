@@ -11,19 +11,21 @@ import pytest
 import torch
 
 from halfstep.data import DataConfig
+from halfstep.measure.evaluate import Evaluation
 from halfstep.objectives import Training
-from halfstep.recipes import EvaluationConfig, MLPConfig, Recipe
+from halfstep.recipes import MLPConfig, Recipe
 from halfstep.recipes.schema import ChainConfig
+from halfstep.report.words import number
 from halfstep.runs import RunFolder
 from halfstep.runtime.failures import NonFinite
 from halfstep.runtime.stop import Interrupted, StopSignal
 from halfstep.samplers import samplers
-from halfstep.studies import SCALES, Bench, Cell, Row, Scale, Study, Table, run_study, studies, write_study
+from halfstep.studies import SCALES, Bench, Finding, Scale, Study, Table, Trial, run_study, studies, write_study
 from halfstep.studies.integrators import METHODS
 from halfstep.studies.published import COST, FIGURE_4, TABLE_1, TABLE_2
 from halfstep.studies.sampling import most_steps, students_of
 from halfstep.studies.schedules import students_by
-from halfstep.studies.show import number, spread
+from halfstep.studies.show import spread
 
 
 def tiny() -> Scale:
@@ -34,7 +36,7 @@ def tiny() -> Scale:
         network=MLPConfig(width=16, depth=1),
         teacher=Training(4, 2e-4, 8, warmup_updates=1, anneal=False, ema_decay=0.5),
         chain=ChainConfig(start_steps=16, training=Training(2, 1e-3, 8)),
-        evaluation=EvaluationConfig(num_samples=24, num_reference=100, features="pixels", batch_size=12),
+        evaluation=Evaluation(num_samples=24, num_reference=100, features="pixels", batch_size=12),
     )
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"conditional": False})})
     return Scale(
@@ -62,8 +64,8 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_study_fills_its_cells_and_shows_every_one_of_them(name: str, shared: Path) -> None:
     study, scale = studies[name](), tiny()
     rows = run_study(study, scale, shared)
-    assert [dict(row.axes) for row in rows] == [dict(cell.axes) for cell in study.cells(scale)]
-    assert len({cell.name for cell in study.cells(scale)}) == len(rows)
+    assert [dict(row.axes) for row in rows] == [dict(cell.axes) for cell in study.trials(scale)]
+    assert len({cell.name for cell in study.trials(scale)}) == len(rows)
     table = study.table(rows, scale)
     assert {len(row) for row in table.rows} == {len(table.headings)}
     path = write_study(study, scale, rows, shared)
@@ -72,7 +74,7 @@ def test_a_study_fills_its_cells_and_shows_every_one_of_them(name: str, shared: 
     held = json.loads((shared / name / "study.json").read_text(encoding="utf-8"))
     assert [(row["axes"], row["figures"]) for row in held["rows"]] == [(dict(r.axes), r.figures) for r in rows]
     # What the JSON holds is all that the table and the figure need.
-    again = [Row(row["axes"], row["figures"]) for row in held["rows"]]
+    again = [Finding(row["axes"], row["figures"]) for row in held["rows"]]
     assert study.table(again, scale) == table
     assert study.panels(again, scale) == study.panels(rows, scale)
     shown = " ".join(value for row in table.rows for value in row)
@@ -100,7 +102,8 @@ def test_a_second_call_only_reads(shared: Path) -> None:
 def test_studies_share_their_measurements(shared: Path) -> None:
     """Table 2 asks for nothing of DDIM that figure 4 has not measured, and of students neither."""
     run_study(studies["steps"](), tiny(), shared)
-    before = set((shared / "measured").iterdir())
+    kept = "runs/*/evaluation/cells/*"
+    before = set(shared.glob(kept))
     shutil.rmtree(shared / "table2", ignore_errors=True)
     rows = run_study(studies["table2"](), tiny(), shared)
     steps = {
@@ -110,9 +113,9 @@ def test_studies_share_their_measurements(shared: Path) -> None:
     for row in rows:
         if row.axes["method"] in ("student", "ddim"):
             assert row.figures["distance"] == steps[row.axes["method"], row.figures["steps"]]
-    new = set((shared / "measured").iterdir()) - before
-    samplers_of = {json.loads(file.read_text(encoding="utf-8"))["sampler"] for file in new}
-    assert not any(name == "ddim" for name in samplers_of)
+    new = {folder.name for folder in set(shared.glob(kept)) - before}
+    assert new
+    assert not any("-ddim-" in name for name in new)
 
 
 def test_cells_of_other_settings_are_refused_and_left_alone(shared: Path) -> None:
@@ -135,8 +138,8 @@ class Probe(Study):
         self.calls: list[int] = []
         self.stop_at: int | None = None
 
-    def cells(self, scale: Scale) -> list[Cell]:
-        return [Cell({"number": n}, lambda bench, n=n: self.work(bench, n)) for n in range(3)]  # type: ignore[misc]
+    def trials(self, scale: Scale) -> list[Trial]:
+        return [Trial({"number": n}, lambda bench, n=n: self.work(bench, n)) for n in range(3)]  # type: ignore[misc]
 
     def work(self, bench: Bench, n: int) -> dict[str, Any]:
         self.calls.append(n)
@@ -186,16 +189,16 @@ def test_a_signal_stops_a_study_between_cells(tmp_path: Path, probe: Probe) -> N
 
 def test_a_teacher_that_learned_nothing_is_marked_as_diverged_in_table_1() -> None:
     rows = [
-        Row({"prediction": p, "weighting": w, "seed": seed}, {"ddim": 1.0 + seed, "ancestral": 2.0, "gamma": 0.5})
+        Finding({"prediction": p, "weighting": w, "seed": seed}, {"ddim": 1.0 + seed, "ancestral": 2.0, "gamma": 0.5})
         for p, w in TABLE_1
         for seed in (0, 1)
     ]
-    rows[0] = Row(rows[0].axes, {"diverged": "noise"})
-    rows[2:4] = [Row(row.axes, {"diverged": "noise"}) for row in rows[2:4]]
+    rows[0] = Finding(rows[0].axes, {"diverged": "noise"})
+    rows[2:4] = [Finding(row.axes, {"diverged": "noise"}) for row in rows[2:4]]
     lines = studies["table1"]().table(rows, dataclasses.replace(tiny(), seeds=2)).rows
-    assert list(lines[0]) == ["both, snr", "2 (diverges in 1 of 2)", "2 (diverges in 1 of 2)", "2.54", "2.78"]
+    assert list(lines[0]) == ["both, snr", "2.00 (diverges in 1 of 2)", "2.00 (diverges in 1 of 2)", "2.54", "2.78"]
     assert list(lines[1])[1:3] == ["diverges", "diverges"]
-    assert list(lines[2])[1:3] == ["2 ± 0", "1.5 ± 0.707"]
+    assert list(lines[2])[1:3] == ["2.00 ± 0", "1.50 ± 0.707"]
     eps = next(line for line in lines if line[0] == "eps, truncated_snr")
     assert list(eps)[3:] == ["diverges", "diverges"]
 
@@ -203,7 +206,7 @@ def test_a_teacher_that_learned_nothing_is_marked_as_diverged_in_table_1() -> No
 def test_schedules_are_shown_at_the_best_of_their_rates_with_mean_and_deviation() -> None:
     distances = {(1e-4, 0): 4.0, (1e-4, 1): 6.0, (1e-3, 0): 1.0, (1e-3, 1): 3.0}
     rows = [
-        Row(
+        Finding(
             {"factor": factor, "updates": updates, "rate": rate, "seed": seed},
             {"updates": 100 * updates, "at 4": factor * distance, "at 1": 10.0},
         )
@@ -213,8 +216,8 @@ def test_schedules_are_shown_at_the_best_of_their_rates_with_mean_and_deviation(
     ]
     table = studies["schedules"]().table(rows, dataclasses.replace(tiny(), seeds=2))
     assert list(table.headings)[2:] == ["student at 4", "student at 1"]
-    assert list(table.rows[0]) == ["2, 1", "100", "4 ± 2.83 (rate 0.001)", "10 ± 0 (rate 0.0001)"]
-    assert table.rows[2][2] == "8 ± 5.66 (rate 0.001)"
+    assert list(table.rows[0]) == ["2, 1", "100", "4.00 ± 2.83 (rate 0.001)", "10.0 ± 0 (rate 0.0001)"]
+    assert table.rows[2][2] == "8.00 ± 5.66 (rate 0.001)"
 
 
 @pytest.mark.parametrize("method", ["ddim", "ancestral", "heun", "dpmpp_2m", "rk4"])
@@ -262,7 +265,7 @@ def test_quartering_ends_at_one_step_from_any_start(start: int, factor: int, stu
 @pytest.mark.parametrize("study", list(studies))
 def test_every_scale_has_a_plan_whose_models_exist(name: str, study: str) -> None:
     scale = SCALES[name]()
-    cells = studies[study]().cells(scale)
+    cells = studies[study]().trials(scale)
     assert cells
     students = students_of(scale)
     for cell in cells:
@@ -293,7 +296,7 @@ def test_every_integrator_of_the_study_is_a_registered_sampler() -> None:
 
 
 def test_numbers_are_shown_to_three_digits_and_means_with_their_spread() -> None:
-    assert [number(v) for v in (None, float("nan"), 1234.5, 0.012345, 3.0)] == ["–", "–", "1,234", "0.0123", "3"]
+    assert [number(v) for v in (None, 1234.5, 0.012345, 3.0, 30)] == ["–", "1,234", "0.0123", "3.00", "30"]
     assert spread([]) == "–"
-    assert spread([2.0]) == "2"
-    assert spread([1.0, 3.0]) == "2 ± 1.41"
+    assert spread([2.0]) == "2.00"
+    assert spread([1.0, 3.0]) == "2.00 ± 1.41"

@@ -89,6 +89,50 @@ class SampleArguments:
 
 
 @dataclass
+class EvaluateArguments:
+    """Measure every student of a run at its own steps, and the teacher by several samplers at all, in one or several
+    kinds of features, over one or several sets of seeds. SUBJECT is the folder of a run, of a stage, of a diffusers
+    pipeline (or its name on the Hub), or a folder of images or an .npz of samples. The same command goes on where it
+    was cut, and draws nothing that is there. It writes evaluation.json, .md, .csv, .svg, and keeps the samples."""
+
+    subject: tyro.conf.Positional[str]
+    """What to measure."""
+    num_steps: tuple[int, ...] = ()
+    """Steps of the --against series, and of a single stage; by default the start of the chain, halved down to 1."""
+    against: tuple[str, ...] | None = None
+    """Series beside the students: teacher-SAMPLER or student-SAMPLER (see `halfstep ls samplers`); teacher-ddim by
+    default."""
+    extractors: tuple[str, ...] = ()
+    """Where distances are measured: NAME or NAME=WEIGHTS (see `halfstep ls extractors`); the recipe's by default."""
+    seeds: int = 1
+    """Sets of seeds; with several, figures have a spread."""
+    num_samples: int | None = None
+    """Samples in a set; as in the recipe by default, and all of a folder's."""
+    gamma: float | None = None
+    """Of ancestral sampling: its variance, from 0 for the lower bound to 1 for the upper, which is the default."""
+    search_gamma: int | None = None
+    """Try so many values of gamma from 0 to 1 (the paper: 11) for each ancestral row and show the best."""
+    guidance_scale: float | None = None
+    """For models that know guidance; each model's own by default."""
+    precision: Literal["float32", "bf16"] | None = None
+    """bf16 lets the networks compute in bfloat16 while they sample; as in the recipe by default."""
+    batch_size: int | None = None
+    """Samples drawn at once; the recipe's number by default, or as many as fit if it has none."""
+    data: str | None = None
+    """Real samples to compare with; those of the recipe by default."""
+    image_size: int | None = None
+    """Side to which real images of another size are brought; as in the recipe by default."""
+    channels: Literal[1, 3] | None = None
+    """1 reads real images as grey, 3 in colour; as in the recipe by default."""
+    split: str | None = None
+    """Their split; the recipe's by default, on which the models were trained."""
+    out: Path | None = None
+    """Folder of the evaluation; SUBJECT/evaluation by default, evaluation-NAME here for what is no run or stage."""
+    json: Switch = False
+    """Print the evaluation as one JSON document, as in evaluation.json; progress goes to stderr."""
+
+
+@dataclass
 class ReportArguments:
     """Write RUN/report/index.html, one file that needs no network."""
 

@@ -36,7 +36,7 @@ def completion(argv: Sequence[str]) -> None:
 
 def argument_kinds() -> dict[str, type]:
     """The dataclass of each verb's arguments."""
-    from halfstep.cli import arguments, doctor, evaluating, exploring, exporting, importing, status, studying
+    from halfstep.cli import arguments, doctor, exploring, exporting, importing, status, studying
 
     return {
         "run": arguments.RunArguments,
@@ -45,7 +45,7 @@ def argument_kinds() -> dict[str, type]:
         "distill": arguments.DistillArguments,
         "study": studying.StudyArguments,
         "sample": arguments.SampleArguments,
-        "evaluate": evaluating.EvaluateArguments,
+        "evaluate": arguments.EvaluateArguments,
         "report": arguments.ReportArguments,
         "explore": exploring.ExploreArguments,
         "export": exporting.ExportArguments,

@@ -13,15 +13,15 @@ from typing import final
 from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
-from rich.table import Table
 
 from halfstep.cli.plan_view import PlanView
-from halfstep.cli.words import duration
+from halfstep.cli.words import duration, print_table
 from halfstep.objectives import Stage
+from halfstep.report.quality import quality_groups, text_table
+from halfstep.report.reading import StageFacts
 from halfstep.run.events import Event, Measured, Notice, StageEnd, StageStart
 from halfstep.run.events import Progress as TrainingProgress
 from halfstep.runs import RunFolder, RunStatus, StageStatus
-from halfstep.runs.schema import Result
 
 QUIET_SECONDS = 10.0
 """Time between two lines of progress where the output is no terminal."""
@@ -114,59 +114,11 @@ class RunDisplay:
         return self.status.seconds_left
 
 
-def result_rows(folder: RunFolder) -> tuple[list[Result], list[Result]]:
-    """Return the figures of a run: of the model where its chain starts, and of the students."""
-    teacher: list[Result] = []
-    students: list[Result] = []
-    for stage in folder.stages():
-        metrics = stage.metrics()
-        if metrics is not None and stage == folder.start:
-            teacher.extend(metrics.results)
-        elif metrics is not None and stage.manifest(verify=False).outcome.role == "student":
-            students.extend(metrics.results)
-    return teacher, students
-
-
-def results_table(teacher: Sequence[Result], students: Sequence[Result], title: str = "") -> Table:
-    """Steps, distances, times: teacher and students at the same numbers of steps."""
-    by_steps = {result.num_steps: result for result in teacher}
-    of_students = {result.num_steps: result for result in students}
-    most = max(by_steps, default=0)
-    base = by_steps.get(64) or by_steps.get(most)
-    slowest = by_steps.get(most)
-    table = Table(title=title, title_justify="left")
-    for heading in ("steps", "teacher's distance", "student's distance"):
-        table.add_column(heading, justify="right")
-    table.add_column(f"ratio to teacher at {base.num_steps}" if base else "ratio", justify="right")
-    for heading in ("student-teacher rmse", "s per 1,000", f"speed-up over {most}" if most else "speed-up"):
-        table.add_column(heading, justify="right")
-    for steps in sorted(by_steps.keys() | of_students.keys(), reverse=True):
-        a, b = by_steps.get(steps), of_students.get(steps)
-        shown = b or a
-        assert shown is not None
-        table.add_row(
-            str(steps),
-            f"{a.frechet:.4g}" if a else "-",
-            f"{b.frechet:.4g}" if b else "-",
-            f"{shown.frechet / base.frechet:.2f}" if base and b and base.frechet > 0 else "-",
-            f"{b.teacher_rmse:.4f}" if b and b.teacher_rmse is not None else "-",
-            f"{shown.seconds_per_1000:.3g}",
-            f"{slowest.seconds_per_1000 / shown.seconds_per_1000:.1f}x" if slowest else "-",
-        )
-    return table
-
-
 def show_results(path: Path, console: Console) -> None:
-    """Prints the table of a run; nothing if it has not been measured."""
-    teacher, students = result_rows(RunFolder(path))
-    if teacher or students:
-        measured = (stage.metrics() for stage in RunFolder(path).stages())
-        protocol = next((metrics.protocol for metrics in measured if metrics), {})
-        features = protocol.get("features", "?")
-        console.print(results_table(teacher, students, f"Frechet distance in {features} features"))
-        console.print(
-            f"Of {protocol.get('num_samples', '?')} samples to {protocol.get('num_reference', '?')} real ones: biased "
-            "upwards, the more the fewer they are, so compare within this table.",
-            style="dim",
-            highlight=False,
-        )
+    """Print a table of a run's figures for each protocol; nothing if it has not been measured."""
+    run = RunFolder(path)
+    stages = [StageFacts(one.name, one.manifest(verify=False), one.metrics(), {}) for one in run.stages()]
+    start = next((stage for stage in stages if run.start is not None and stage.name == run.start.name), None)
+    for group in quality_groups(stages, start):
+        title = f"Frechet distance in {group.protocol.get('features', '?')} features"
+        print_table(text_table(group), title, console)

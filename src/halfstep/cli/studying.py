@@ -8,18 +8,16 @@ from typing import Literal
 
 import torch
 import tyro
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table as RichTable
 
 from halfstep.cli.usage import Switch, UsageError, parse
-from halfstep.cli.words import console_for, duration, print_json
+from halfstep.cli.words import console_for, duration, print_json, print_table
 from halfstep.recipes import Recipe, recipes
 from halfstep.registry import nearest
 from halfstep.run.events import Event, Notice, StageStart
 from halfstep.runtime.files import read_json
 from halfstep.runtime.stop import StopSignal
-from halfstep.studies import SCALES, Cell, Scale, Table, run_study, studies, write_study
+from halfstep.studies import SCALES, Scale, Trial, run_study, studies, write_study
 
 
 @dataclass
@@ -55,15 +53,15 @@ def study(argv: Sequence[str]) -> None:
     out = arguments.out or Path("studies") / scale.name
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    cells = chosen.cells(scale)
+    trials = chosen.trials(scale)
     if arguments.dry_run:
         if arguments.json:
             described = {"study": arguments.name, "scale": scale.name, "out": str(out / arguments.name)}
-            print_json({**described, "cells": [dict(cell.axes) for cell in cells]})
+            print_json({**described, "cells": [dict(trial.axes) for trial in trials]})
             return
-        console.print(f"{chosen.title}: {len(cells)} cells -> {out / arguments.name}", highlight=False)
-        for cell in cells:
-            console.print("  " + describe(cell), highlight=False, markup=False)
+        console.print(f"{chosen.title}: {len(trials)} cells -> {out / arguments.name}", highlight=False)
+        for trial in trials:
+            console.print("  " + describe(trial), highlight=False, markup=False)
         return
     count = 0
 
@@ -73,24 +71,24 @@ def study(argv: Sequence[str]) -> None:
         elif isinstance(event, Notice):
             console.print(f"  [yellow]note:[/yellow] {escape(event.text)}", highlight=False)
 
-    def done(cell: Cell, figures: dict[str, object], was_there: bool) -> None:
+    def done(trial: Trial, figures: dict[str, object], was_there: bool) -> None:
         nonlocal count
         count += 1
         shown = ", ".join(
             f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items() if v is not None
         )
         there = " (was there)" if was_there else ""
-        console.print(f"[{count}/{len(cells)}] {describe(cell)}: {shown}{there}", highlight=False, markup=False)
+        console.print(f"[{count}/{len(trials)}] {describe(trial)}: {shown}{there}", highlight=False, markup=False)
 
     with StopSignal() as stop:
         rows = run_study(chosen, scale, out, stop=stop, watch=watch, done=done)
     path = write_study(chosen, scale, rows, out)
+    table = chosen.table(rows, scale)
     if arguments.json:
-        table = chosen.table(rows, scale)
         described = {"study": arguments.name, "scale": scale.name, "title": chosen.title, "out": str(path.parent)}
         print_json({**described, "headings": table.headings, "rows": table.rows, "notes": table.notes})
         return
-    show_table(chosen.table(rows, scale), chosen.title, console)
+    print_table(table, chosen.title, console)
     seconds = duration(sum_seconds(path.parent))
     console.print(f"{path}, {path.with_name('figure.png').name}; cells took {seconds}", highlight=False, soft_wrap=True)
 
@@ -131,18 +129,6 @@ def with_data(recipe: Recipe, source: str) -> Recipe:
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": source})})
 
 
-def describe(cell: Cell) -> str:
-    """The cell's axes in one line."""
-    return ", ".join(f"{key} {value}" for key, value in cell.axes.items())
-
-
-def show_table(table: Table, title: str, console: Console) -> None:
-    """The table on the terminal."""
-    shown = RichTable(title=title, title_justify="left")
-    for index, heading in enumerate(table.headings):
-        shown.add_column(escape(heading), justify="right" if index else "left")
-    for row in table.rows:
-        shown.add_row(*(escape(value) for value in row))
-    console.print(shown)
-    for note in table.notes:
-        console.print(escape(note), highlight=False)
+def describe(trial: Trial) -> str:
+    """Return the trial's axes in one line."""
+    return ", ".join(f"{key} {value}" for key, value in trial.axes.items())

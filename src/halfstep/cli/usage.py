@@ -65,7 +65,7 @@ def first_line(error: ValidationError) -> str:
     reason = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         return f"{where}: {reason}"
-    if first["type"] == "extra_forbidden":
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"unknown field {where!r}"
     return f"{where}: {reason[0].lower()}{reason[1:]}, got {first['input']!r}"
 

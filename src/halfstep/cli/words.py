@@ -7,6 +7,10 @@ import sys
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table as RichTable
+
+from halfstep.report.table import Table
 
 
 def duration(seconds: float) -> str:
@@ -38,3 +42,15 @@ def print_json(value: Any) -> None:
         ValueError: if it holds a number that is not finite.
     """
     sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def print_table(table: Table, title: str, console: Console) -> None:
+    """Print a table and its notes."""
+    shown = RichTable(title=escape(title), title_justify="left")
+    for index, heading in enumerate(table.headings):
+        shown.add_column(escape(heading), justify="right" if index else "left")
+    for row in table.rows:
+        shown.add_row(*map(escape, row))
+    console.print(shown)
+    for note in table.notes:
+        console.print(escape(note), highlight=False)

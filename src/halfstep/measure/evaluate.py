@@ -1,93 +1,105 @@
-"""Measuring a model: samples from fixed seeds, their distance to the data and to the teacher, and the time they take.
+"""How models are measured: the settings, and the real data that samples are compared with.
 
 Images are measured as they would be saved: rounded to uint8. The seeds are 0, 1, 2, ..., so every model of a chain is
-shown the same noise, and "distance to the teacher" compares samples of the same noise.
+shown the same noise.
 """
 
-import time
-from dataclasses import dataclass
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, final
 
 import torch
+from pydantic import ConfigDict
 from torch import Tensor
 
 from halfstep.core.draw import generator_for
 from halfstep.data import Data
-from halfstep.measure.samples import _as_measured, conditions_for, keep_samples
 from halfstep.metrics import (
     Classifier,
-    Measured,
+    Figures,
+    RealData,
     extractor_for,
     extractors,
-    frechet_of_moments,
-    kernel_distance,
-    moments_of,
+    figures_of,
     real_features,
-    rmse,
 )
-from halfstep.models.model import Model, check_precision, samples_at_once
-from halfstep.runs.schema import Result
-from halfstep.runtime.failures import NonFinite, told_when_out_of_memory
+from halfstep.runtime.failures import told_when_out_of_memory
+from halfstep.runtime.files import json_digest
 from halfstep.runtime.processes import Processes
-from halfstep.runtime.stop import StopSignal
-from halfstep.samplers import Ancestral, Sampler, samplers
+
+if TYPE_CHECKING:
+    from halfstep.measure.store import Cell
 
 CLASSIFIER_ROWS = 10_000
-"""Real samples at most on which the classifier is trained, however many there are to compare with: its features must
-not depend on that."""
+"""Most real samples on which the classifier is trained, however many there are to compare with: its features must not
+depend on that."""
+FIGURES_FORMAT: Final = 1
+"""Version of the kept figures; raise it when a metric changes, so that old ones are measured again."""
 
 
 @final
 @dataclass(frozen=True)
 class Evaluation:
-    """How models are measured.
+    """How every model of the chain is measured.
 
     Raises:
         ValueError: if a count is too small or the features are unknown.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    enabled: bool = True
+    """Measure at all."""
     num_samples: int = 2000
+    """Samples that each model draws."""
     num_reference: int = 10_000
     """Largest number of real samples to compare with."""
-    features: str | None = None
-    """An extractor, NAME or NAME=PATH of its weights; None takes the classifier where the data is labelled."""
+    features: str = "auto"
+    """Where distances are measured (see `halfstep ls extractors`), NAME or NAME=WEIGHTS; auto takes a classifier
+    trained on the data where it is labelled, and the pixels where not."""
     num_compared: int = 256
     """Samples over which student and teacher are compared from the same noise."""
     num_shown: int = 64
-    """Samples that are kept to be looked at."""
+    """Samples to look at, kept beside each stage."""
     batch_size: int | None = None
-    """Samples drawn at once; None for as many as `Model.sample` draws by itself, but at most an eighth of all."""
-    precision: str = "float32"
-    """"bf16" for networks that compute in bfloat16 while they sample."""
+    """Samples drawn at once; by default many, and half as many whenever they do not fit into memory."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """bf16 computes the networks in bfloat16 while sampling: faster, and another protocol."""
     teacher_steps: tuple[int, ...] = ()
-    """Numbers of steps at which the teacher is measured, besides the start of the chain and those of its students."""
+    """Steps at which the undistilled teacher is measured besides the chain's start; empty: those of all students."""
 
     def __post_init__(self) -> None:
-        for name, least in (("num_samples", 2), ("num_reference", 2), ("batch_size", 1), ("num_compared", 1)):
+        least = {"num_samples": 2, "num_reference": 2, "num_compared": 1, "num_shown": 1, "batch_size": 1}
+        for name, bound in least.items():
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"evaluation.{name} must be at least {least}, got {value}")
-        check_precision(self.precision)
-        if self.features is not None:
+            if value is not None and value < bound:
+                raise ValueError(f"evaluation.{name} must be at least {bound}, got {value}")
+        if any(steps < 1 for steps in self.teacher_steps):
+            raise ValueError(f"evaluation.teacher_steps must be at least 1, got {min(self.teacher_steps)}")
+        if self.precision not in ("float32", "bf16"):
+            raise ValueError(f"precision must be float32 or bf16, got {self.precision!r}")
+        if self.features != "auto":
             _ = extractors[self.features.partition("=")[0]]
 
-    @property
-    def does_not_fit(self) -> str:
-        """What is said when memory ran out."""
-        if self.batch_size is not None:
-            return (
-                f"out of memory while measuring, with {self.batch_size} samples at once: lower evaluation.batch_size, "
-                "or leave it out"
-            )
-        return (
-            "out of memory while measuring, though fewer samples at once were tried: leave more of it to this process, "
-            "or measure on the CPU (engine.cpu)"
-        )
+
+class Against(ABC):
+    """What a set of samples is compared with."""
+
+    name: str
+    """For file names; unique to everything that the figures depend on besides the samples."""
+    needs: Sequence["Cell"] = ()
+    """Cells whose samples `figures` takes."""
+
+    @abstractmethod
+    def figures(self, samples: Tensor, others: Sequence[Tensor]) -> Figures:
+        """Return the figures of `samples` `[n, *shape]`; `others` are the samples of `needs`."""
 
 
 @final
-class Reference:
+class Reference(Against):
     """The real data's features, and the extractor that made them.
 
     Args:
@@ -95,11 +107,7 @@ class Reference:
     """
 
     def __init__(
-        self,
-        data: Data,
-        evaluation: Evaluation,
-        cache: Path | None = None,
-        device: torch.device | str = "cpu",
+        self, data: Data, evaluation: Evaluation, cache: Path | None = None, device: torch.device | str = "cpu"
     ) -> None:
         # A folder is sorted by class, so its first rows are of few classes.
         order = torch.randperm(len(data), generator=generator_for("reference"))
@@ -109,13 +117,15 @@ class Reference:
             batch = data.fetch(order[:CLASSIFIER_ROWS].sort().values)
             return batch.x0, batch.cond["class_labels"]
 
-        asked = evaluation.features or ("classifier" if data.num_classes > 1 else "pixels")
-        measured = Measured(data.fingerprint, data.num_classes, labelled, cache, torch.device(device))
-        self.extractor = extractor_for(asked, measured)
+        features = evaluation.features
+        if features == "auto":
+            features = "classifier" if data.num_classes > 1 else "pixels"
+        self.extractor = extractor_for(
+            features, RealData(data.fingerprint, data.num_classes, labelled, cache, torch.device(device))
+        )
         content = (data.fingerprint, len(data), evaluation.num_reference)
         self.real = real_features(self.extractor, lambda: data.fetch(rows).x0, content, cache)
         self.data = data
-        self.is_image = data.is_image
         self.protocol: dict[str, Any] = {
             "features": self.extractor.name,
             "reference": data.source,
@@ -131,76 +141,34 @@ class Reference:
             self.protocol["precision"] = evaluation.precision
         if isinstance(self.extractor, Classifier):
             self.protocol["classifier_accuracy"] = round(self.extractor.accuracy, 4)
+        short = re.sub("[^a-z0-9]+", "-", self.extractor.name.lower())
+        self.name = f"{short}-{json_digest((FIGURES_FORMAT, self.extractor.name, data.fingerprint, len(rows)), 10)}"
+
+    def figures(self, samples: Tensor, others: Sequence[Tensor] = ()) -> Figures:
+        with told_when_out_of_memory(
+            f"out of memory while measuring in {self.extractor.name}: take fewer samples (--num-samples), or an "
+            "extractor with fewer features"
+        ):
+            return figures_of(self.extractor, self.extractor.features(samples), self.real)
 
 
-def measure(
-    model: Model,
-    num_steps: int,
+def references_for(
+    data: Data,
     evaluation: Evaluation,
-    reference: Reference,
-    *,
-    sampler: Sampler | None = None,
-    teacher_samples: Tensor | None = None,
-    keep: Path | None = None,
-    stop: StopSignal | None = None,
-    processes: Processes | None = None,
-) -> tuple[Result, Tensor | None]:
-    """The figures of a model at a number of steps, and its samples `[num_compared, *shape]` as they were measured.
-
-    Several processes share the samples out, batch by batch, with the same result as one alone: the first has the
-    samples, all have the figures.
-
-    Args:
-        sampler: the model's own if None.
-        teacher_samples: what to compare with from the same noise, at least `num_compared` rows; None for nothing.
-        keep: a stage's folder whose samples/ takes the first `num_shown` samples.
-        processes: those that call this together; this one alone if None.
+    features: Iterable[str],
+    cache: Path | None,
+    device: torch.device,
+    processes: Processes,
+) -> list[Reference]:
+    """Return the reference in each of `features`, the same on all processes.
 
     Raises:
-        Interrupted: if `stop` was set.
-        NonFinite: if a sample is not finite.
-        OutOfMemory: if it does not fit.
+        ValueError: if the processes' extractors differ.
     """
-    method = sampler or model.sampler
-    together = processes or Processes()
-
-    def drawn(seeds: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Samples, their features, and the seconds that sampling alone took."""
-        cond = conditions_for(model, reference.data, seeds)
-        start = time.perf_counter()
-        # Said here, so that other processes hear of the remedy as well.
-        with told_when_out_of_memory(evaluation.does_not_fit):
-            x0 = model.sample(
-                seeds, num_steps, method, batch_size=evaluation.batch_size, cond=cond, precision=evaluation.precision
-            )
-            seconds = torch.tensor([time.perf_counter() - start], dtype=torch.float64)
-            return x0, reference.extractor.features(_as_measured(x0, reference.is_image)), seconds
-
-    seeds = list(range(evaluation.num_samples))
-    # By default there is a part for each of eight processes, however many there are: the batch decides about the last
-    # bits on a GPU, and samples must not depend on who draws them.
-    size = evaluation.batch_size or max(1, min(samples_at_once(model.device), -(-len(seeds) // 8)))
-    parts = together.spread([seeds[first : first + size] for first in range(0, len(seeds), size)], drawn, stop)
-    compared: list[Tensor] = []
-
-    def figures() -> dict[str, Any]:
-        assert parts is not None
-        x0, features, seconds = (torch.cat(column) for column in zip(*parts, strict=True))
-        if not bool(torch.isfinite(x0).all()):
-            raise NonFinite(f"sampling with {num_steps} steps gave values that are not finite: the model diverged")
-        compared.append(_as_measured(x0[: evaluation.num_compared], reference.is_image))
-        teacher_rmse = None if teacher_samples is None else rmse(compared[0], teacher_samples[: len(compared[0])])
-        shown = x0[: evaluation.num_shown]
-        return Result(
-            sampler=samplers.name_of(method),
-            gamma=method.gamma if isinstance(method, Ancestral) else None,
-            num_steps=num_steps,
-            num_evals=model.num_evals(method, num_steps),
-            frechet=frechet_of_moments(reference.real.moments, moments_of(features)),
-            kid=kernel_distance(reference.real.features, features),
-            teacher_rmse=teacher_rmse,
-            seconds_per_1000=float(seconds.sum()) * 1000 / len(x0),
-            samples=None if keep is None else keep_samples(keep, num_steps, shown, reference.is_image),
-        ).model_dump()
-
-    return Result.model_validate(together.on_main(figures)), compared[0] if compared else None
+    made = processes.main_first(
+        lambda: [Reference(data, replace(evaluation, features=one), cache, device) for one in features]
+    )
+    names = " and ".join(reference.extractor.name for reference in made)
+    remedy = "let all of them see the same cache folder (HALFSTEP_CACHE)"
+    processes.check_same(names, "extractors of features", remedy)
+    return made

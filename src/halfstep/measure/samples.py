@@ -8,10 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from halfstep.data import Data
-from halfstep.metrics import (
-    from_uint8,
-    to_uint8,
-)
+from halfstep.metrics import to_uint8
 from halfstep.models.model import Model
 from halfstep.runtime.files import replacing, write_arrays
 
@@ -61,10 +58,6 @@ def conditions_for(model: Model, data: Data, seeds: list[int]) -> dict[str, Tens
         if name not in cond:
             raise ValueError(f"the model is conditioned on {name}, which {data.source} does not hold")
     return {name: cond[name] for name in model.manifest.conditions}
-
-
-def _as_measured(x0: Tensor, is_image: bool) -> Tensor:
-    return from_uint8(to_uint8(x0)) if is_image else x0
 
 
 def keep_samples(folder: Path, num_steps: int, x0: Tensor, is_image: bool) -> str:

@@ -1,4 +1,4 @@
-"""Where the samples of an evaluation come from: a model with a sampler, or a folder that somebody has filled."""
+"""Where samples come from: a model with a sampler, or files that somebody has filled."""
 
 import time
 import warnings
@@ -14,79 +14,84 @@ from halfstep.data import Data
 from halfstep.measure.samples import conditions_for
 from halfstep.models.model import Model, samples_at_once
 from halfstep.runs import Manifest
-from halfstep.runtime.failures import NonFinite, told_when_out_of_memory
 from halfstep.runtime.files import json_digest
-from halfstep.runtime.stop import StopSignal
-from halfstep.samplers import Sampler
+from halfstep.samplers import Sampler, samplers
+
+
+def weights_of(manifest: Manifest) -> str:
+    """Return what distinguishes a stage's samples from those of all others, without reading its weights: a hash of
+    their sha256 and of everything else that the manifest says of the model."""
+    return json_digest(manifest.model_dump(mode="json", exclude={"seconds", "data"}))
+
+
+def sampler_of(manifest: Manifest) -> Sampler:
+    """Return the sampler that a model is made for: by it the model is measured where none is asked for."""
+    sampler: Sampler = samplers.rebuild(manifest.outcome.sampler)
+    return sampler
 
 
 class Drawn(NamedTuple):
-    """A set of samples."""
+    """A batch of samples."""
 
     x0: Tensor
     """`[n, *shape]` on the CPU."""
-    seconds: float | None
-    """What sampling alone took; None for samples that were there."""
-    num_evals: int | None
-    """Network calls for a sample."""
+    seconds: float = 0.0
+    """Time that sampling took."""
+    num_evals: int | None = None
+    """Network calls for a sample; None for samples in files."""
 
 
 class Source(ABC):
-    """Samples by their seeds, the same ones every time."""
+    """Samples as a function of their seeds."""
+
+    name: str
+    """Prefix of its cells' names."""
+    is_image: bool
+    at_once: int
+    """Default batch size."""
 
     @property
     @abstractmethod
     def content(self) -> dict[str, Any]:
-        """JSON-ready: what the samples of a seed are a function of, beside the number of steps."""
-
-    @property
-    def precision(self) -> str:
-        """In which networks compute while they sample."""
-        return "float32"
-
-    @property
-    @abstractmethod
-    def at_once(self) -> int:
-        """Samples that are drawn together where nothing is said."""
+        """JSON-ready: what the samples of a seed are a function of, besides the number of steps."""
 
     @abstractmethod
-    def draw(self, num_steps: int | None, seeds: range, batch_size: int | None, stop: StopSignal | None) -> Drawn:
-        """The samples of `seeds`.
+    def draw(self, num_steps: int | None, seeds: range, batch_size: int | None) -> Drawn:
+        """Return the samples of `seeds`.
 
         Args:
-            batch_size: samples drawn together; None for `at_once`, and fewer where those do not fit into memory.
-
-        Raises:
-            Interrupted: if `stop` was set.
-            NonFinite: if one is not finite.
-            OutOfMemory: if they do not fit.
+            batch_size: None halves the batch whenever it does not fit into memory.
         """
 
 
 @final
 class ModelSource(Source):
-    """A model with a sampler; loaded only when a sample is missing.
+    """A model with a sampler, loaded only when a sample is missing.
 
     Args:
-        weights: what tells its weights apart from all others.
+        load: returns the model on its device.
         device: where `load` puts it.
-        conditions: the data whose conditions a model of texts is shown; None for a model that is shown none.
+        data: whose conditions (captions, latents) the model is shown, if it has any.
+        name: of the model; its stage by default.
     """
 
     def __init__(
         self,
+        manifest: Manifest,
         load: Callable[[], Model],
-        weights: str,
         sampler: Sampler,
         device: torch.device,
-        conditions: Data | None = None,
+        data: Data,
         guidance_scale: float | None = None,
         precision: str = "float32",
+        name: str | None = None,
     ) -> None:
+        self.weights, self.sampler, self.is_image = weights_of(manifest), sampler, manifest.is_image
+        self.name = f"{name or manifest.stage}-{samplers.name_of(sampler)}"
+        self.at_once = samples_at_once(device)
+        self._conditions = data if manifest.conditions else None
+        self._guidance_scale, self._precision = guidance_scale, precision
         self._load = load
-        self.weights, self.sampler, self.conditions = weights, sampler, conditions
-        self._device = device
-        self.guidance_scale, self._precision = guidance_scale, precision
         self._model: Model | None = None
 
     @property
@@ -94,89 +99,55 @@ class ModelSource(Source):
         said = {
             "weights": self.weights,
             "sampler": repr(self.sampler),
-            "guidance_scale": self.guidance_scale,
-            "conditions": None if self.conditions is None else self.conditions.fingerprint,
+            "guidance_scale": self._guidance_scale,
+            "conditions": None if self._conditions is None else self._conditions.fingerprint,
         }
-        return said if self.precision == "float32" else said | {"precision": self.precision}
+        return said if self._precision == "float32" else said | {"precision": self._precision}
 
-    @property
-    def precision(self) -> str:
-        return self._precision
-
-    @property
-    def at_once(self) -> int:
-        return samples_at_once(self._device)
-
-    def draw(self, num_steps: int | None, seeds: range, batch_size: int | None, stop: StopSignal | None) -> Drawn:
-        assert num_steps is not None
-        remedy = "lower --batch-size" if batch_size else "leave more of it to this process"
-        tried = f"with {batch_size} samples at once" if batch_size else "though fewer samples at once were tried"
-        with told_when_out_of_memory(f"out of memory while sampling, {tried}: {remedy}"), warnings.catch_warnings():
-            # Teachers and students are asked for other numbers of steps than they are made for on purpose.
+    def draw(self, num_steps: int | None, seeds: range, batch_size: int | None) -> Drawn:
+        model = self._ready(seeds[:1])
+        with warnings.catch_warnings():
+            # Teachers and students are sampled with other numbers of steps than they are made for on purpose.
             warnings.simplefilter("ignore", HalfstepWarning)
-            x0, seconds, evals = self._drawn(num_steps, seeds, batch_size, stop)
-        if not bool(torch.isfinite(x0).all()):
-            raise NonFinite(f"sampling with {num_steps} steps gave values that are not finite: the model diverged")
-        return Drawn(x0, seconds, evals)
-
-    def _drawn(
-        self, num_steps: int, seeds: range, batch_size: int | None, stop: StopSignal | None
-    ) -> tuple[Tensor, float, int]:
-        """Samples, the seconds that they took, and network calls for each."""
-        model = self._ready(seeds[0])
-        size = batch_size or self.at_once
-        chunks, seconds = [], 0.0
-        for first in range(0, len(seeds), size):
-            if stop is not None:
-                stop.check()
-            part = list(seeds[first : first + size])
-            cond = {} if self.conditions is None else conditions_for(model, self.conditions, part)
+            cond = self._cond(model, seeds)
             start = time.perf_counter()
             x0 = model.sample(
-                part,
+                list(seeds),
                 num_steps,
                 self.sampler,
                 batch_size=batch_size,
                 cond=cond,
-                guidance_scale=self.guidance_scale,
-                precision=self.precision,
+                guidance_scale=self._guidance_scale,
+                precision=self._precision,
             )
-            seconds += time.perf_counter() - start
-            chunks.append(x0)
-        return torch.cat(chunks), seconds, model.num_evals(self.sampler, num_steps, self.guidance_scale)
+            seconds = time.perf_counter() - start
+        assert num_steps is not None
+        return Drawn(x0, seconds, model.num_evals(self.sampler, num_steps, self._guidance_scale))
 
-    def _ready(self, seed: int) -> Model:
-        """The model, loaded and asked once: the first call is slower than the others, and would be timed."""
+    def _cond(self, model: Model, seeds: range) -> dict[str, Tensor]:
+        return {} if self._conditions is None else conditions_for(model, self._conditions, list(seeds))
+
+    def _ready(self, seeds: range) -> Model:
+        """Return the loaded model, called once: the first call is slower than the others and would be timed."""
         if self._model is None:
-            model = self._load()
-            model.warm_up(
-                {} if self.conditions is None else conditions_for(model, self.conditions, [seed]), self.precision
-            )
-            self._model = model
+            self._model = self._load()
+            self._model.warm_up(self._cond(self._model, seeds), self._precision)
         return self._model
 
 
 @final
 class DataSource(Source):
-    """Samples that are there, such as a folder of images; a seed is a place among them."""
+    """Samples in files; a seed is a place among them."""
+
+    name = "samples"
+    at_once = 256
 
     def __init__(self, data: Data) -> None:
-        self.data = data
+        self.data, self.is_image = data, data.is_image
 
     @property
     def content(self) -> dict[str, Any]:
         return {"samples": self.data.fingerprint}
 
-    @property
-    def at_once(self) -> int:
-        return 256
-
-    def draw(self, num_steps: int | None, seeds: range, batch_size: int | None, stop: StopSignal | None) -> Drawn:
-        return Drawn(self.data.fetch(torch.tensor(list(seeds))).x0, None, None)
-
-
-def weights_of(manifest: Manifest) -> str:
-    """What tells a stage's samples apart from those of all others, without reading its weights: their sha256, and all
-    else that the manifest says of the model."""
-    said = manifest.model_dump(mode="json", exclude={"seconds", "data"})
-    return json_digest(said)
+    def draw(self, num_steps: int | None, seeds: range, batch_size: int | None) -> Drawn:
+        return Drawn(self.data.fetch(torch.tensor(list(seeds))).x0)

@@ -11,7 +11,7 @@ from halfstep.metrics.distances import (
     moments_of,
     sliced_wasserstein,
 )
-from halfstep.metrics.features import FeatureExtractor, Measured, Pixels, extractor_for, extractors
+from halfstep.metrics.features import FeatureExtractor, Pixels, RealData, extractor_for, extractors
 from halfstep.metrics.images import from_uint8, to_uint8
 from halfstep.metrics.inception import Inception
 from halfstep.metrics.neighbours import PRDC, precision_recall

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from halfstep.core.draw import generator_for
-from halfstep.metrics.features import FeatureExtractor, Measured, digest_of, extractors, refuse_path
+from halfstep.metrics.features import FeatureExtractor, RealData, digest_of, extractors, refuse_path
 from halfstep.runtime.tensors import read_cached, write_cached
 
 CLASSIFIER: Final = "classifier-1"
@@ -140,7 +140,7 @@ def train_classifier(
 
 
 @extractors.register("classifier")
-def classifier(path: str | None, measured: Measured) -> FeatureExtractor:
+def classifier(path: str | None, measured: RealData) -> FeatureExtractor:
     """64 features of a small network trained on the labelled data; kept in the cache folder."""
     refuse_path("classifier", path)
     if not measured.num_classes:

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from halfstep.metrics.features import FeatureExtractor, Measured, digest_of, extractors, in_batches
+from halfstep.metrics.features import FeatureExtractor, RealData, digest_of, extractors, in_batches
 from halfstep.metrics.images import unit_range
 from halfstep.runtime.files import first_line
 
@@ -81,6 +81,6 @@ class DINOv2(FeatureExtractor):
 
 
 @extractors.register("dinov2")
-def dinov2(path: str | None, measured: Measured) -> FeatureExtractor:
+def dinov2(path: str | None, measured: RealData) -> FeatureExtractor:
     """The class token of DINOv2, through transformers; dinov2=FOLDER or a name on the Hub."""
     return DINOv2(path or DEFAULT, measured.device)

@@ -51,7 +51,7 @@ class FeatureExtractor(ABC):
 
 @final
 @dataclass(frozen=True)
-class Measured:
+class RealData:
     """The real data that an extractor is made for."""
 
     fingerprint: str
@@ -64,11 +64,11 @@ class Measured:
     """Where its network runs."""
 
 
-extractors: Registry[Callable[[str | None, Measured], FeatureExtractor]] = Registry("feature extractor")
+extractors: Registry[Callable[[str | None, RealData], FeatureExtractor]] = Registry("feature extractor")
 """From the weights' path, None if none is given, and the real data to an extractor."""
 
 
-def extractor_for(asked: str, measured: Measured) -> FeatureExtractor:
+def extractor_for(asked: str, measured: RealData) -> FeatureExtractor:
     """The extractor that `asked`, NAME or NAME=PATH, means.
 
     Raises:
@@ -146,7 +146,7 @@ class Pixels(FeatureExtractor):
 
 
 @extractors.register("pixels")
-def pixels(path: str | None, measured: Measured) -> FeatureExtractor:
+def pixels(path: str | None, measured: RealData) -> FeatureExtractor:
     """The entries of a sample themselves; needs nothing."""
     refuse_path("pixels", path)
     return Pixels()

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from halfstep.metrics.features import FeatureExtractor, Measured, digest_of, extractors, in_batches
+from halfstep.metrics.features import FeatureExtractor, RealData, digest_of, extractors, in_batches
 from halfstep.metrics.images import as_rgb, to_uint8
 from halfstep.runtime.files import DamagedFile, first_line, last_line
 
@@ -134,6 +134,6 @@ class Inception(FeatureExtractor):
 
 
 @extractors.register("inception")
-def inception(path: str | None, measured: Measured) -> FeatureExtractor:
+def inception(path: str | None, measured: RealData) -> FeatureExtractor:
     """The FID's network, through torch-fidelity; its weights are fetched, or inception=PATH."""
     return Inception(path, measured.device)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from halfstep.metrics.features import FeatureExtractor, Measured, digest_of, extractors, in_batches
+from halfstep.metrics.features import FeatureExtractor, RealData, digest_of, extractors, in_batches
 from halfstep.metrics.images import unit_range
 from halfstep.runtime.files import DamagedFile, last_line
 
@@ -111,7 +111,7 @@ class ResNet20Features(FeatureExtractor):
 
 
 @extractors.register("resnet20-cifar10")
-def resnet20_cifar10(path: str | None, measured: Measured) -> FeatureExtractor:
+def resnet20_cifar10(path: str | None, measured: RealData) -> FeatureExtractor:
     """64 features of a CIFAR-10 classifier, a safetensors file: resnet20-cifar10=PATH."""
     if path is None:
         raise ValueError(

@@ -6,7 +6,6 @@ from halfstep.recipes.registered import recipes
 from halfstep.recipes.schema import (
     ChainConfig,
     DataFacts,
-    EvaluationConfig,
     MLPConfig,
     ModelConfig,
     Recipe,

@@ -1,11 +1,11 @@
 """The recipes that come with halfstep."""
 
 from halfstep.data import DataConfig
+from halfstep.measure.evaluate import Evaluation
 from halfstep.objectives import Training
 from halfstep.recipes.registered import recipes
 from halfstep.recipes.schema import (
     ChainConfig,
-    EvaluationConfig,
     MLPConfig,
     ModelConfig,
     Recipe,
@@ -42,7 +42,7 @@ def digits() -> Recipe:
             updates_at={32: 100, 16: 200, 8: 650, 2: 650, 1: 750},
             learning_rate_at={32: 1.5e-4, 16: 2e-4, 8: 4e-4, 2: 7e-4, 1: 1e-3},
         ),
-        evaluation=EvaluationConfig(num_samples=2000, teacher_steps=(64, 8, 4, 2, 1), batch_size=500),
+        evaluation=Evaluation(num_samples=2000, teacher_steps=(64, 8, 4, 2, 1), batch_size=500),
         engine=Engine(log_every=20),
     )
 
@@ -56,7 +56,7 @@ def fashion_mnist() -> Recipe:
         network=UNetConfig(block_out_channels=(64, 128, 128), layers_per_block=2, attention=(False, False, True)),
         teacher=Training(num_updates=30_000, learning_rate=3e-4, warmup_updates=1000, anneal=False, ema_decay=0.999),
         chain=ChainConfig(start_steps=256, training=Training(num_updates=4000, learning_rate=1e-4)),
-        evaluation=EvaluationConfig(num_samples=5000, teacher_steps=(64, 16, 8, 4, 2, 1)),
+        evaluation=Evaluation(num_samples=5000, teacher_steps=(64, 16, 8, 4, 2, 1)),
     )
 
 
@@ -82,7 +82,7 @@ def cifar10() -> Recipe:
             dropout=0.1,
         ),
         chain=ChainConfig(start_steps=1024, training=Training(num_updates=10_000, learning_rate=1e-4)),
-        evaluation=EvaluationConfig(num_samples=10_000, teacher_steps=(256, 64, 16, 8, 4, 2, 1)),
+        evaluation=Evaluation(num_samples=10_000, teacher_steps=(256, 64, 16, 8, 4, 2, 1)),
         engine=Engine(precision="bf16"),
     )
 

@@ -12,12 +12,12 @@ Source: Salimans & Ho 2022 (arXiv:2202.00512), sections 5 and appendices, and th
 from typing import Final
 
 from halfstep.data import DataConfig
+from halfstep.measure.evaluate import Evaluation
 from halfstep.objectives import Training
 from halfstep.recipes.registered import recipes
 from halfstep.recipes.schema import (
     ChainConfig,
     DataFacts,
-    EvaluationConfig,
     ModelConfig,
     Recipe,
     UNetConfig,
@@ -48,7 +48,7 @@ PAPER_CIFAR10: Final = _network(256, (1, 1, 1), (False, True, True), 256, 1024, 
 PAPER_IMAGENET64: Final = _network(192, (1, 2, 3, 4), (False, True, True, True), 64, 768, 1024)
 PAPER_LSUN128: Final = _network(64, (1, 2, 4, 6, 8), (False, False, True, True, True), 64, 768, 1024)
 
-EVALUATION: Final = EvaluationConfig(
+EVALUATION: Final = Evaluation(
     num_samples=50_000, num_reference=50_000, teacher_steps=(1024, 512, 256, 128, 64, 32, 16, 8, 4, 2, 1)
 )
 

@@ -17,7 +17,6 @@ from halfstep.core.prediction import Prediction, predictions
 from halfstep.core.weighting import weightings
 from halfstep.data import Data, DataConfig, LatentData, StandIn, open_data
 from halfstep.measure.evaluate import Evaluation
-from halfstep.metrics import extractors
 from halfstep.models.model import Model
 from halfstep.nets import MLP, Network, UNet2D, unet2d_config
 from halfstep.objectives import (
@@ -231,42 +230,6 @@ class MatchingConfig(Config):
         )
 
 
-class EvaluationConfig(Config):
-    """How every model of the chain is measured."""
-
-    enabled: bool = True
-    """Measure at all."""
-    num_samples: int = Field(default=2000, ge=2)
-    """Samples that each model draws."""
-    num_reference: int = Field(default=10_000, ge=2)
-    """Largest number of real samples to compare with."""
-    features: str = "auto"
-    """Where distances are measured (see `halfstep ls extractors`), NAME or NAME=WEIGHTS; auto takes a classifier
-    trained on the data where it is labelled, and the pixels where not."""
-    num_compared: Positive = 256
-    """Samples over which student and teacher are compared from the same noise."""
-    num_shown: Positive = 64
-    """Samples that are kept to be looked at."""
-    batch_size: Positive | None = None
-    """Samples drawn at once; by default many, and half as many whenever they do not fit into memory."""
-    precision: Literal["float32", "bf16"] = "float32"
-    """bf16 lets the networks compute in bfloat16 while they sample: faster, and another protocol."""
-    teacher_steps: tuple[Positive, ...] = ()
-    """Steps at which the undistilled teacher is measured besides the chain's start; empty: those of all students."""
-
-    @field_validator("features")
-    @classmethod
-    def _known(cls, features: str) -> str:
-        if features != "auto":
-            _ = extractors[features.partition("=")[0]]
-        return features
-
-    def as_object(self) -> Evaluation:
-        """The evaluation that these settings describe."""
-        settings = self.model_dump(exclude={"enabled", "features"})
-        return Evaluation(features=None if self.features == "auto" else self.features, **settings)
-
-
 class StageConfig(Config):
     """A stage of any registered objective, such as one of your own."""
 
@@ -319,7 +282,7 @@ class Recipe(Config):
     """The chain of students."""
     further: tuple[StageConfig, ...] = ()
     """Stages after the chain, each taught by the model of the stage before it."""
-    evaluation: EvaluationConfig = EvaluationConfig()
+    evaluation: Evaluation = Evaluation()
     """Measuring."""
     engine: Engine = Engine()
     """Machine."""
@@ -477,7 +440,6 @@ def build(
             # Refused now, not after hours of the stage before.
             check_start(teacher, chain)
         plan = plan + chain + Plan(tuple(config.stage() for config in recipe.further))
-    evaluation = recipe.evaluation.as_object() if recipe.evaluation.enabled else None
     if teacher is None:
         # Built without memory for its weights, so that a network that does not fit is refused before anything is done.
         with torch.device("meta"):
@@ -504,7 +466,7 @@ def build(
         seed=recipe.seed,
         lora_rank=recipe.chain.lora_rank,
         engine=recipe.engine,
-        evaluation=evaluation,
+        evaluation=recipe.evaluation,
         cache=cache_folder(),
         free=FREE_FIELDS,
         defaults=Recipe(name=recipe.name).model_dump(mode="json"),

@@ -134,12 +134,10 @@ def loss_figure(facts: RunFacts, rows: Sequence[StageRow]) -> Markup | None:
             continue
         losses = [(point.update, point.loss) for point in log if point.loss > 0]
         rates = [(p.update, p.learning_rate) for p in log if p.learning_rate is not None and p.learning_rate >= 0]
-        stages.append((_curve(row.label, losses), _curve(row.label, rates), float(length)))
+        stages.append(
+            (figures.Curve.through(row.label, losses), figures.Curve.through(row.label, rates), float(length))
+        )
     return figures.chain_figure("chain", stages)
-
-
-def _curve(label: str, points: Sequence[tuple[int, float]]) -> figures.Curve:
-    return figures.Curve(label, [x for x, _ in points], [y for _, y in points])
 
 
 def distance_figure(rows: Sequence[StageRow]) -> Markup | None:
@@ -148,7 +146,7 @@ def distance_figure(rows: Sequence[StageRow]) -> Markup | None:
 
     def curve(label: str, name: str) -> figures.Curve | None:
         points = sorted((int(row.label), value) for row in students if (value := getattr(row, name)))
-        return figures.Curve(label, [x for x, _ in points], [y for _, y in points]) if points else None
+        return figures.Curve.through(label, points) if points else None
 
     return figures.steps_figure(
         "distance",

@@ -1,62 +1,65 @@
-"""An evaluation to be read: evaluation.md, .csv, and the curve as .svg and .png, from `EvaluationResult` alone.
+"""An evaluation for readers: evaluation.md, .csv, .svg and .png, and the page's section, from `EvaluationResult` alone.
 
 One table for each protocol, and the protocol beside it: figures of two protocols are never in one row.
 """
 
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+from markupsafe import Markup
+
+from halfstep.report import figures
+from halfstep.report.figures import Curve
 from halfstep.report.study_figure import Panel, draw_panels
-from halfstep.report.study_figure import Series as Line
-from halfstep.runs import EvaluationResult
-from halfstep.runs.evaluation import EvaluationTable, Figure, Protocol, Row
+from halfstep.report.table import Table
+from halfstep.report.words import flatten, number, with_spread
+from halfstep.runs import EvaluationResult, is_finite
+from halfstep.runs.evaluation import EvaluationTable, Protocol, Row, Series
 from halfstep.runtime.files import write_text
 
+DRAWN = ("frechet", "rmse")
+"""Metrics whose curve is drawn; the first of a table's others where it has neither."""
 
-def write_evaluation(result: EvaluationResult, folder: Path) -> list[Path]:
-    """Writes evaluation.md and .csv, and .svg and .png if there is a curve; returns their paths."""
-    paths = [folder / "evaluation.md", folder / "evaluation.csv"]
-    write_text(paths[0], markdown(result))
-    write_text(paths[1], comma_separated(result))
-    panels = [panel for table in result.tables if (panel := _panel(table, result)) is not None]
-    if panels:
-        draw_panels(panels, folder / "evaluation")
-        paths += [folder / "evaluation.svg", folder / "evaluation.png"]
-    return paths
+
+def metrics_of(table: EvaluationTable, result: EvaluationResult) -> list[str]:
+    """Return the names of the metrics that the table holds, in the order in which they are shown."""
+    return [name for name in result.metrics if any(name in row.figures for row in table.rows)]
 
 
 def title_of(table: EvaluationTable) -> str:
-    """What a table shows, in some words."""
+    """Return a table's heading."""
     if table.protocol.kind == "same_noise":
         return "Against the teacher, from the same noise"
     return f"Against real data, in the features {table.protocol.extractor}"
 
 
-def headings_of(table: EvaluationTable, result: EvaluationResult) -> list[str]:
-    """The headings of a table's columns."""
-    shown = [result.metrics[name].label for name in _metrics(table, result)]
-    return ["series", "steps", "network calls", *shown, "s per 1,000"]
+def label_of(row: Row, result: EvaluationResult) -> str:
+    """Return a row's label: its series, and the gamma that was found best for it."""
+    label = next((series.label for series in result.series if series.name == row.series), row.series)
+    return label + ("" if row.gamma is None else f", gamma {row.gamma:g}")
 
 
-def cells_of(table: EvaluationTable, result: EvaluationResult) -> Iterator[list[str]]:
-    """The cells of a table, row by row, as text."""
-    labels = {series.name: series.label for series in result.series}
-    names = _metrics(table, result)
-    for row in table.rows:
-        gamma = "" if row.gamma is None else f" (gamma {row.gamma:g})"
-        yield [
-            labels.get(row.series, row.series) + gamma,
-            _text(row.num_steps),
-            _text(row.num_evals),
-            *(_figure(row.figures.get(name)) for name in names),
-            "-" if row.seconds_per_1000 is None else f"{row.seconds_per_1000:.3g}",
+def text_table(table: EvaluationTable, result: EvaluationResult) -> Table:
+    """Return the table as texts."""
+    names = metrics_of(table, result)
+    rows = [
+        [
+            label_of(row, result),
+            "–" if row.num_steps is None else f"{row.num_steps:,}",
+            "–" if row.num_evals is None else f"{row.num_evals:,}",
+            *(with_spread(row.figures[n].mean, row.figures[n].spread) if n in row.figures else "–" for n in names),
+            number(row.seconds_per_1000),
         ]
+        for row in table.rows
+    ]
+    return Table(["series", "steps", "network calls", *(result.metrics[n].label for n in names), "s per 1,000"], rows)
 
 
 def protocol_words(protocol: Protocol) -> str:
-    """How the figures of a table were made, in one paragraph."""
+    """Return how the figures of a table were made, in one paragraph."""
     sets = (
         f"{len(protocol.seeds)} {'set' if len(protocol.seeds) == 1 else 'sets'} of seeds ({', '.join(protocol.seeds)})"
     )
@@ -74,20 +77,50 @@ def protocol_words(protocol: Protocol) -> str:
     )
 
 
+def curves_of(table: EvaluationTable, result: EvaluationResult, metric: str) -> list[tuple[Series, Curve]]:
+    """Return the curves of a metric that a logarithmic chart can show, in the order of the series."""
+    curves = []
+    for place, series in enumerate(result.series):
+        points = sorted(
+            (float(row.num_steps), figure.mean, figure.spread if is_finite(figure.spread) else 0.0)
+            for row in table.rows
+            if row.series == series.name and row.num_steps and (figure := row.figures.get(metric)) is not None
+            if is_finite(figure.mean) and figure.mean > 0
+        )
+        if points:
+            curves.append((series, Curve.through(series.label, points, place)))
+    return curves
+
+
+# --- Files ---
+
+
+def write_evaluation(result: EvaluationResult, folder: Path) -> list[Path]:
+    """Write evaluation.md and .csv, and .svg and .png if there is a curve; return their paths."""
+    paths = [folder / "evaluation.md", folder / "evaluation.csv"]
+    write_text(paths[0], markdown(result))
+    write_text(paths[1], comma_separated(result))
+    panels = []
+    for table in result.tables:
+        metric = "frechet" if table.protocol.kind == "sets" else "rmse"
+        if curves := [curve for _, curve in curves_of(table, result, metric)]:
+            panels.append(Panel(title_of(table), "sampler steps", result.metrics[metric].label, curves))
+    if panels:
+        draw_panels(panels, folder / "evaluation")
+        paths += [folder / "evaluation.svg", folder / "evaluation.png"]
+    return paths
+
+
 def markdown(result: EvaluationResult) -> str:
-    """The tables, their protocols and the notices."""
+    """Return the tables, their protocols and the notices."""
     lines = [f"# Evaluation of {result.subject}", ""]
     if not result.complete:
-        lines += ["It was cut, or still runs: what is there.", ""]
+        lines += ["Interrupted, or still running: the figures so far.", ""]
     for table in result.tables:
-        headings = headings_of(table, result)
-        lines += [f"## {title_of(table)}", ""]
-        lines += ["| " + " | ".join(headings) + " |", "|---" + "|---:" * (len(headings) - 1) + "|"]
-        lines += ["| " + " | ".join(cells) + " |" for cells in cells_of(table, result)]
-        lines += ["", protocol_words(table.protocol), ""]
+        lines += [f"## {title_of(table)}", "", text_table(table, result).markdown(), protocol_words(table.protocol), ""]
         if table.halves is not None:
             shown = ", ".join(
-                f"{result.metrics[name].label} {value:.4g}"
+                f"{result.metrics[name].label} {number(value)}"
                 for name, value in table.halves.figures.items()
                 if name in result.metrics
             )
@@ -97,7 +130,7 @@ def markdown(result: EvaluationResult) -> str:
                 "",
             ]
     if result.notices:
-        lines += ["## To be read with care", "", *(f"* {notice}" for notice in result.notices), ""]
+        lines += ["## Notices", "", *(f"* {notice}" for notice in result.notices), ""]
     return "\n".join(lines)
 
 
@@ -110,7 +143,7 @@ COLUMNS = (
 
 
 def comma_separated(result: EvaluationResult) -> str:
-    """One line for each figure."""
+    """Return one line for each figure."""
     out = io.StringIO()
     writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -125,41 +158,55 @@ def comma_separated(result: EvaluationResult) -> str:
     return out.getvalue()
 
 
-def _metrics(table: EvaluationTable, result: EvaluationResult) -> list[str]:
-    return [name for name in result.metrics if any(name in row.figures for row in table.rows)]
+# --- The page's section ---
 
 
-def _text(value: int | None) -> str:
-    return "-" if value is None else str(value)
+class Shown(NamedTuple):
+    """One protocol, as the page shows it."""
+
+    table: EvaluationTable
+    heading: str
+    names: Sequence[str]
+    """Of its metrics."""
+    roles: Sequence[str]
+    """Of its rows' series."""
+    texts: Table
+    figure: Markup | None
+    figure_alt: str
+    protocol: Mapping[str, str]
 
 
-def _figure(figure: Figure | None) -> str:
-    if figure is None:
-        return "-"
-    return f"{figure.mean:.4g}" + ("" if figure.spread is None else f" ± {figure.spread:.2g}")
+def shown_tables(result: EvaluationResult | None) -> list[Shown]:
+    """Return the tables that hold a row."""
+    shown: list[Shown] = []
+    for table in [] if result is None else result.tables:
+        assert result is not None
+        if not table.rows:
+            continue
+        figure, alt = _figure(f"evaluation{len(shown)}", table, result)
+        known = {series.name: series.role for series in result.series}
+        roles = [known.get(row.series, "other") for row in table.rows]
+        protocol = flatten(table.protocol.model_dump(mode="json"))
+        names, texts = metrics_of(table, result), text_table(table, result)
+        shown.append(Shown(table, title_of(table), names, roles, texts, figure, alt, protocol))
+    return shown
 
 
-def _panel(table: EvaluationTable, result: EvaluationResult) -> Panel | None:
-    """The curve of the table's first metric that is a distance; None for rows without steps."""
-    name = "frechet" if table.protocol.kind == "sets" else "rmse"
-    lines = []
-    for number, series in enumerate(result.series):
-        rows: list[Row] = sorted(
-            (row for row in table.rows if row.series == series.name and row.num_steps and name in row.figures),
-            key=lambda row: row.num_steps or 0,
-        )
-        if rows:
-            figures = [row.figures[name] for row in rows]
-            error = [figure.spread or 0.0 for figure in figures]
-            lines.append(
-                Line(
-                    series.label,
-                    [float(row.num_steps or 0) for row in rows],
-                    [figure.mean for figure in figures],
-                    error if any(error) else None,
-                    colour=number,
-                )
-            )
-    if not lines or any(y <= 0 for line in lines for y in line.y):
-        return None
-    return Panel(title_of(table), "sampler steps", result.metrics[name].label, lines)
+def _figure(name: str, table: EvaluationTable, result: EvaluationResult) -> tuple[Markup | None, str]:
+    """Return the chart, which has a colour for a student, one for a teacher and some more, and its description."""
+    names = metrics_of(table, result)
+    if not names:
+        return None, ""
+    metric = next((one for one in DRAWN if one in names), names[0])
+    info, curves = result.metrics[metric], curves_of(table, result, metric)
+    first = [next((one for one in curves if one[0].role == role), None) for role in ("teacher", "student")]
+    others = [curve for one in curves if one not in first for curve in one[1:]]
+    more = len(others) - len(figures.OTHERS)
+    text = (
+        f"Line chart: {info.label} against the number of sampler steps; the table below holds its figures"
+        + (f", and {more} more series that have no place in the chart" if more > 0 else "")
+        + "."
+    )
+    teacher, student = (None if one is None else one[1] for one in first)
+    label = f"{info.label} ({info.better} is better)"
+    return figures.steps_figure(name, teacher, student, others, None, label), text

@@ -7,7 +7,7 @@ dark and print. The hues are Okabe and Ito's, which the colour-blind can tell ap
 import base64
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +49,14 @@ class Curve:
     y: Sequence[float]
     spread: Sequence[float] = ()
     """Half the length of an error bar at each point; empty for none."""
+    colour: int | None = None
+    """Number of its colour in a study's figure; its place among the curves by default."""
+
+    @classmethod
+    def through(cls, label: str, points: Iterable[Sequence[float]], colour: int | None = None) -> "Curve":
+        """Return the curve through the points (x, y) or (x, y, spread)."""
+        x, y, *spread = [list(column) for column in zip(*points, strict=True)] or [[], []]
+        return cls(label, x, y, spread[0] if spread and any(spread[0]) else (), colour)
 
 
 def _figure(name: str, height: float, draw: Any, panels: Sequence[float] = (1.0,)) -> Markup:

@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from halfstep.report.chain import cost, distance_figure, loss_figure, progress, stage_rows
-from halfstep.report.evaluated import shown_evaluation
+from halfstep.report.evaluation import shown_tables
 from halfstep.report.gallery import Sizes, gallery
 from halfstep.report.nearest import shown_nearest
 from halfstep.report.quality import protocol_notices, quality_groups
@@ -43,7 +43,7 @@ def write_report(run: Path, studies: Path | None = None, without_nearest: str | 
 def headline(facts: RunFacts) -> tuple[str, int] | None:
     """The stage and the steps whose samples stand for the run: the student that the first sentence is about, or the
     last model that has samples; None if none has."""
-    best = summarise(facts, quality_groups(facts)).best
+    best = summarise(facts, quality_groups(facts.stages, facts.start)).best
     if best is not None:
         for stage in facts.students:
             if stage.manifest.num_steps == best.steps and best.steps in stage.samples:
@@ -76,9 +76,10 @@ def _page(facts: RunFacts, without_nearest: str | None, sizes: Sizes) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": number, "duration": duration, "times": times, "count": count}
-    groups = quality_groups(facts)
+    groups = quality_groups(facts.stages, facts.start)
     summary = summarise(facts, groups)
     rows = stage_rows(facts)
+    tables = shown_tables(facts.evaluation)
     spent, paid = cost(facts, groups, summary)
     return environment.get_template("page.html.j2").render(
         script=Markup(script),
@@ -89,7 +90,8 @@ def _page(facts: RunFacts, without_nearest: str | None, sizes: Sizes) -> str:
         notices=[*facts.notices, *protocol_notices(groups)],
         gallery=gallery(facts, groups, summary, sizes),
         groups=groups,
-        evaluation=shown_evaluation(facts.evaluation),
+        evaluation=facts.evaluation if tables else None,
+        tables=tables,
         guidance=next((s.manifest.guidance_words() for s in reversed(facts.others) if s.manifest.guidance), None),
         stages=rows,
         losses=loss_figure(facts, rows),

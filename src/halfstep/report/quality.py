@@ -7,13 +7,15 @@ measured there) is the measure of quality, the teacher at its most steps that of
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from markupsafe import Markup
 
 from halfstep.report import figures
-from halfstep.report.reading import RunFacts, StageFacts
-from halfstep.report.words import count, flatten, ratio
-from halfstep.runs import is_finite
+from halfstep.report.reading import StageFacts
+from halfstep.report.table import Table
+from halfstep.report.words import count, flatten, number, ratio, times
+from halfstep.runs import Metrics, is_finite
 from halfstep.runs.schema import Result
 
 REFERENCE_STEPS = 64
@@ -21,7 +23,7 @@ REFERENCE_STEPS = 64
 
 
 @dataclass(frozen=True)
-class Row:
+class Pair:
     """One number of steps, with one student (or matched model) or none."""
 
     steps: int
@@ -50,34 +52,48 @@ class Row:
 class Group:
     """Figures of one protocol."""
 
-    protocol: Mapping[str, str]
-    rows: Sequence[Row]
+    name: str
+    protocol: Mapping[str, Any]
+    rows: Sequence[Pair]
     most: Result | None
     """The teacher at its most steps."""
     reference: Result | None
     stages: Sequence[str]
     samplers: Sequence[str]
-    figure: Markup | None
+
+    @property
+    def figure(self) -> Markup | None:
+        """The curves of teacher and students."""
+        level = self.reference
+        return figures.quality_figure(
+            self.name,
+            _curve("the teacher, not distilled", [row.teacher for row in self.rows]),
+            _curve("students, each at its own steps", [row.student for row in self.rows]),
+            _curve(f"the teacher at {count(level.num_steps, 'step')}", [level]) if level else None,
+        )
 
 
-def quality_groups(facts: RunFacts) -> list[Group]:
-    """One group for each protocol that the stages were measured under, in the order of the stages."""
-    by_protocol: dict[str, list[StageFacts]] = {}
-    for stage in facts.stages:
+def quality_groups(stages: Sequence[StageFacts], start: StageFacts | None) -> list[Group]:
+    """Return one group for each protocol that the stages were measured under, in the order of the stages.
+
+    Args:
+        start: the stage where the chain starts, with which the others are compared.
+    """
+    by_protocol: dict[str, list[tuple[StageFacts, Metrics]]] = {}
+    for stage in stages:
         if stage.metrics is not None and stage.metrics.results:
-            by_protocol.setdefault(json.dumps(stage.metrics.protocol, sort_keys=True), []).append(stage)
-    return [_group(f"quality{index}", facts, stages) for index, stages in enumerate(by_protocol.values())]
+            key = json.dumps(stage.metrics.protocol, sort_keys=True)
+            by_protocol.setdefault(key, []).append((stage, stage.metrics))
+    return [_group(f"quality{index}", start, found) for index, found in enumerate(by_protocol.values())]
 
 
-def _results(stage: StageFacts) -> Sequence[Result]:
-    return stage.metrics.results if stage.metrics is not None else ()
+def _value(result: Result | None, name: str) -> float | None:
+    return None if result is None else getattr(result, name)
 
 
-def _group(name: str, facts: RunFacts, stages: Sequence[StageFacts]) -> Group:
-    start = facts.start if facts.start in stages else None
-    teacher = {(r.num_steps, r.sampler): r for r in (_results(start) if start else ())}
-    others = [(stage, r) for stage in stages if stage is not start for r in _results(stage)]
-    students = [r for stage, r in others if stage.role == "student"]
+def _group(name: str, start: StageFacts | None, stages: Sequence[tuple[StageFacts, Metrics]]) -> Group:
+    teacher = {(r.num_steps, r.sampler): r for stage, held in stages if stage == start for r in held.results}
+    others = [(stage, r) for stage, held in stages if stage != start for r in held.results]
     most = max(teacher.values(), key=lambda r: r.num_steps, default=None)
     reference = next((r for r in teacher.values() if r.num_steps == REFERENCE_STEPS), most)
     pairs: list[tuple[StageFacts | None, Result | None, Result | None]] = []
@@ -91,42 +107,59 @@ def _group(name: str, facts: RunFacts, stages: Sequence[StageFacts]) -> Group:
         measured = [result for result in (student, alone) if result is not None]
         names = [result.sampler for result in measured]
         rows.append(
-            Row(
+            Pair(
                 steps=measured[0].num_steps,
                 sampler=names[0] if len(set(names)) == 1 else f"{names[0]}, teacher {names[1]}",
                 teacher=alone,
                 student=student,
                 student_stage=stage.name if stage else None,
                 is_matched=stage is not None and stage.role == "matched",
-                ratio=ratio(student.frechet if student else None, reference.frechet if reference else None),
-                speed_up=ratio(most.seconds_per_1000 if most else None, measured[0].seconds_per_1000),
+                ratio=ratio(_value(student, "frechet"), _value(reference, "frechet")),
+                speed_up=ratio(_value(most, "seconds_per_1000"), measured[0].seconds_per_1000),
             )
         )
-    # Of equal steps and sampler, the plan's order stays.
+    # At equal steps and sampler, the plan's order stays.
     rows.sort(key=lambda row: (row.steps, row.sampler), reverse=True)
-    figure = figures.quality_figure(
-        name,
-        _curve("the teacher, not distilled", list(teacher.values())),
-        _curve("students, each at its own steps", students),
-        _curve(f"the teacher at {count(reference.num_steps, 'step')}", [reference]) if reference else None,
-    )
-    return Group(
-        protocol=flatten(next(stage.metrics.protocol for stage in stages if stage.metrics is not None)),
-        rows=rows,
-        most=most,
-        reference=reference,
-        stages=[stage.name for stage in stages],
-        samplers=sorted({row.sampler for row in rows}),
-        figure=figure,
-    )
+    samplers = sorted({row.sampler for row in rows})
+    return Group(name, flatten(stages[0][1].protocol), rows, most, reference, [s.name for s, _ in stages], samplers)
 
 
-def _curve(label: str, results: Sequence[Result]) -> figures.Curve | None:
-    """What of the results a logarithmic axis can show."""
+def text_table(group: Group) -> Table:
+    """Return the group as texts, for a terminal."""
+    rows = [
+        [
+            str(row.steps),
+            number(_value(row.teacher, "frechet")),
+            number(_value(row.student, "frechet")),
+            "–" if row.ratio is None else f"{row.ratio:.2f}",
+            number(_value(row.student, "teacher_rmse")),
+            number(row.measured.seconds_per_1000),
+            "–" if row.speed_up is None else f"{times(row.speed_up)}x",
+        ]
+        for row in group.rows
+    ]
+    headings = [
+        "steps", "teacher's distance", "student's distance",
+        f"ratio to teacher at {group.reference.num_steps}" if group.reference else "ratio",
+        "student-teacher rmse", "s per 1,000", f"speed-up over {group.most.num_steps}" if group.most else "speed-up",
+    ]  # fmt: skip
+    note = (
+        f"Of {group.protocol.get('num_samples', '?')} samples to {group.protocol.get('num_reference', '?')} real ones: "
+        "biased upwards, the more the fewer they are, so compare within this table."
+    )
+    return Table(headings, rows, [note])
+
+
+def _curve(label: str, results: Sequence[Result | None]) -> figures.Curve | None:
+    """Return the curve of those results that a logarithmic axis can show."""
     points = sorted(
-        (r.num_steps, r.frechet) for r in results if r.num_steps > 0 and is_finite(r.frechet) and r.frechet > 0
+        {
+            (r.num_steps, r.frechet)
+            for r in results
+            if r is not None and r.num_steps > 0 and is_finite(r.frechet) and r.frechet > 0
+        }
     )
-    return figures.Curve(label, [x for x, _ in points], [y for _, y in points]) if points else None
+    return figures.Curve.through(label, points) if points else None
 
 
 def protocol_notices(groups: Sequence[Group]) -> list[str]:

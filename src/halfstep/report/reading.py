@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from halfstep.report.table import Table
 from halfstep.runs import EvaluationResult, Manifest, Metrics, PlannedStage, RunFolder, StageFolder, is_finite, read_log
 from halfstep.runtime.files import DamagedFile, read_arrays, read_json
 
@@ -74,9 +75,7 @@ class StudyFacts:
 
     title: str
     question: str
-    headings: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    notes: Sequence[str]
+    table: Table
     figure: bytes | None
     """An SVG."""
     seconds: float | None
@@ -285,20 +284,17 @@ def _study(folder: Path) -> StudyFacts:
     data = read_json(folder / "study.json")
     if not isinstance(data, dict):
         raise DamagedFile(f"{folder.name}/study.json does not hold a study")
-    lines = (folder / "table.md").read_text(encoding="utf-8").splitlines()
-    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
-    if len(table) < 2 or any(len(row) != len(table[0]) for row in table):
-        raise DamagedFile(f"{folder.name}/table.md does not hold a table")
-    last = max(index for index, line in enumerate(lines) if line.startswith("|"))
+    try:
+        table = Table.from_json(data.get("table"))
+    except ValueError as error:
+        raise DamagedFile(f"{folder.name}/study.json cannot be shown: {error}") from None
     figure = folder / "figure.svg"
     scale = data.get("scale")
     name = scale.get("name") if isinstance(scale, dict) else scale
     return StudyFacts(
         title=str(data.get("title") or folder.name),
         question=str(data.get("question") or ""),
-        headings=table[0],
-        rows=table[2:],
-        notes=[line.strip() for line in lines[last + 1 :] if line.strip()],
+        table=table,
         figure=figure.read_bytes() if figure.is_file() else None,
         seconds=float(data["seconds"]) if is_finite(data.get("seconds")) else None,
         scale=name if isinstance(name, str) else None,

@@ -6,23 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, final
 
+from halfstep.report.figures import Curve
+
 COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#444444")
 """Okabe and Ito's, which the colour-blind can tell apart; each with a marker of its own."""
 MARKERS: Final = "osD^vPX*"
-
-
-@final
-@dataclass(frozen=True)
-class Series:
-    """A curve, or the bars of one colour."""
-
-    label: str
-    x: Sequence[float]
-    y: Sequence[float]
-    error: Sequence[float] | None = None
-    """Half the length of an error bar at each point."""
-    colour: int | None = None
-    """Number of its colour; its place among the series by default."""
 
 
 @final
@@ -33,7 +21,7 @@ class Panel:
     title: str
     x_label: str
     y_label: str
-    series: Sequence[Series]
+    series: Sequence[Curve]
     categories: Sequence[str] = field(default=())
     log_x: bool = True
     log_y: bool = True
@@ -72,12 +60,12 @@ def _draw(axes: Any, panel: Panel) -> None:
         if bars:
             width = 0.8 / count
             places = [x + (index - (count - 1) / 2) * width for x in series.x]
-            axes.bar(places, series.y, width, yerr=series.error, color=colour, label=series.label, capsize=2)
+            axes.bar(places, series.y, width, yerr=series.spread or None, color=colour, label=series.label, capsize=2)
         else:
             marker = MARKERS[(index if series.colour is None else series.colour) % len(MARKERS)]
             axes.errorbar(
-                series.x, series.y, yerr=series.error, color=colour, marker=marker, markersize=5, linewidth=1.6,
-                capsize=2, label=series.label,
+                series.x, series.y, yerr=series.spread or None, color=colour, marker=marker, markersize=5,
+                linewidth=1.6, capsize=2, label=series.label,
             )  # fmt: skip
     if bars:
         axes.set_xticks(range(len(panel.categories)), panel.categories, rotation=45, ha="right", fontsize=8)

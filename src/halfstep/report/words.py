@@ -3,15 +3,30 @@
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from halfstep.runs import is_finite
 
+SAMPLER_LABELS: Final = {
+    "ddim": "DDIM",
+    "euler": "Euler",
+    "heun": "Heun",
+    "rk4": "RK4",
+    "dpmpp_2m": "DPM-Solver++(2M)",
+}
+
+
+def sampler_label(name: str) -> str:
+    """Return a sampler's name as it is written in a table."""
+    return SAMPLER_LABELS.get(name, name)
+
 
 def number(value: float | None) -> str:
-    """Three significant digits, or a dash for nothing."""
+    """Return three significant digits, a whole number as it is, or a dash for nothing."""
     if value is None:
         return "–"
+    if isinstance(value, int):
+        return f"{value:,}"
     if not math.isfinite(value):
         return "not finite"
     if value == 0:
@@ -19,6 +34,11 @@ def number(value: float | None) -> str:
     if not 1e-4 <= abs(value) < 1e7:
         return f"{value:.2e}"
     return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
+
+
+def with_spread(mean: float, spread: float | None) -> str:
+    """Return a mean with its standard deviation, where there is one."""
+    return number(mean) + ("" if spread is None else f" ± {number(spread)}")
 
 
 def times(value: float) -> str:

@@ -12,30 +12,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, NoReturn, final
 
-import numpy as np
-import torch
 from accelerate import Accelerator
 from filelock import FileLock
-from torch import Tensor
 
 from halfstep.core.denoiser import NetworkDenoiser
 from halfstep.core.noise import processes
 from halfstep.core.prediction import predictions
 from halfstep.data import Data, MemoryData
-from halfstep.measure.evaluate import Evaluation, Reference, measure
 from halfstep.models.folder import drop_weights, load, save_stage
 from halfstep.models.model import Model
 from halfstep.nets import LoRA, describe_network, merged
-from halfstep.objectives import Role, Stage, guidances, objectives
-from halfstep.run.events import Event, Measured, Notice, Progress, StageEnd, StageStart
+from halfstep.objectives import Stage, guidances, objectives
+from halfstep.run.events import Event, Notice, Progress, StageEnd, StageStart
 from halfstep.run.folder import flatten, take_folder
+from halfstep.run.measuring import Measuring
 from halfstep.run.spec import RunSpec
 from halfstep.run.start import trainer_for
 from halfstep.run.trackers import Trackers, chosen_trackers
-from halfstep.runs import Heartbeat, Manifest, Metrics, Outcome, RunFolder, RunLog, StageFolder
-from halfstep.runs.schema import Result
-from halfstep.runtime.failures import NonFinite, told_when_out_of_memory
-from halfstep.runtime.files import DamagedFile, write_arrays, write_json
+from halfstep.runs import Heartbeat, Manifest, Outcome, RunFolder, RunLog, StageFolder
+from halfstep.runtime.failures import NonFinite
+from halfstep.runtime.files import DamagedFile, write_json
 from halfstep.runtime.processes import Lookout, LostProcess, Processes, is_lost, make_accelerator
 from halfstep.runtime.stop import Interrupted, StopSignal, at_once
 from halfstep.runtime.storage import last_good, no_storage
@@ -153,11 +149,7 @@ class _Runner:
         name = str(spec.recipe.get("name", folder.path.name))
         trackers = chosen_trackers(spec.engine.trackers) if processes.is_main else ()
         self.trackers = Trackers(trackers, folder.path, name, flatten(spec.recipe))
-        self._reference: Reference | None = None
-        self._teacher_samples: Tensor | None = None
-        """What students are compared with, where it is: on the first process."""
-        self._compared = False
-        """Whether what students are compared with has been drawn."""
+        self.measuring = Measuring(spec, folder, stop, accelerator.device, processes, self.trackers)
         self._updates_before = 0
         """Updates of the plan before the stage at work."""
         self._notices: list[str] = []
@@ -187,7 +179,7 @@ class _Runner:
             self.last = folder.path
             yield StageEnd(folder.name, model.manifest.seconds, found != "absent")
             self._updates_before += model.manifest.num_updates if stage is not None else 0
-            yield from self._measured(folder, model)
+            yield from self.measuring.measured(folder, model, self._updates_before)
             self.processes.on_main(functools.partial(self._prune, stages[1:index]))
 
     def _found(self, folder: StageFolder, stage: Stage | None, before: StageFolder | None) -> str:
@@ -433,96 +425,3 @@ class _Runner:
     def _drain_notices(self) -> Iterator[Event]:
         while self._notices:
             yield Notice(self._notices.pop(0))
-
-    def _steps_to_measure(self, model: Model, evaluation: Evaluation) -> list[int]:
-        if model.num_steps is not None:
-            return [model.num_steps]
-        if model.role is Role.MATCHED and self._compared:
-            return [self.spec.start_steps] if self.spec.start_steps else []
-        students = [stage.num_steps for stage in self.spec.plan.stages if stage.num_steps is not None]
-        wanted = set(evaluation.teacher_steps or students) | (
-            {self.spec.start_steps} if self.spec.start_steps else set()
-        )
-        return sorted({int(steps) for steps in wanted if steps}, reverse=True)
-
-    @contextlib.contextmanager
-    def _nothing_to_save(self, out_of_memory: str) -> Iterator[None]:
-        """Measuring: a signal ends it where it comes, for figures that are missing are measured again.
-
-        Raises:
-            OutOfMemory: with that message, if it does not fit.
-        """
-        with told_when_out_of_memory(out_of_memory), self._at_once():
-            yield
-
-    def _measured(self, folder: StageFolder, model: Model) -> Iterator[Event]:
-        evaluation = self.spec.evaluation
-        if evaluation is None:
-            return
-        is_teacher = not self._compared
-        compared = folder.samples / "compared.npz"
-        steps = self._steps_to_measure(model, evaluation)
-        if not steps:
-            return
-        model = model.to(self.accelerator.device)
-        if self._reference is None:
-            device = self.accelerator.device
-            reference = functools.partial(Reference, self.spec.data, evaluation, self.spec.cache, device)
-            with self._nothing_to_save(
-                "out of memory while the real data are measured: measure on the CPU (engine.cpu), or give another "
-                "--out a smaller evaluation.num_reference"
-            ):
-                self._reference = self.processes.main_first(reference)
-                self.processes.check_same(
-                    self._reference.extractor.name,
-                    "an extractor of features",
-                    "let all of them see the same cache folder (HALFSTEP_CACHE)",
-                )
-        protocol = self._reference.protocol | {"device": str(self.accelerator.device)}
-
-        def there() -> bool:
-            held = folder.metrics()
-            if held is None or held.protocol != protocol or not {r.num_steps for r in held.results} >= set(steps):
-                return False
-            if is_teacher and compared.is_file():
-                self._teacher_samples = torch.from_numpy(np.load(compared, allow_pickle=False)["arr_0"])
-            return not is_teacher or self._teacher_samples is not None
-
-        was_there = self.processes.on_main(there)
-        self._compared = True
-        if was_there:
-            return
-        results: list[Result] = []
-        for num_steps in steps:
-            with self._nothing_to_save(evaluation.does_not_fit):
-                result, samples = measure(
-                    model,
-                    num_steps,
-                    evaluation,
-                    self._reference,
-                    teacher_samples=self._teacher_samples,
-                    keep=folder.path,
-                    stop=self.stop,
-                    processes=self.processes,
-                )
-            if self._teacher_samples is None and samples is not None:
-                # The first model of a chain at its most steps is what every student is compared with.
-                self._teacher_samples = samples
-                write_arrays(compared, arr_0=samples.numpy())
-            results.append(result)
-            self._track(folder, result)
-            yield Measured(folder.name, result)
-        figures = Metrics(protocol=protocol, results=results)
-        self.processes.on_main(lambda: write_json(folder.metrics_path, figures.model_dump(mode="json")))
-
-    def _track(self, folder: StageFolder, result: Result) -> None:
-        """Tells the trackers what was measured."""
-        self.trackers.start(self._updates_before)
-        steps = f"steps-{result.num_steps:04d}"
-        figures = {"frechet": result.frechet, "kid": result.kid, "teacher_rmse": result.teacher_rmse}
-        held = {f"{steps}/{name}": value for name, value in figures.items() if value is not None}
-        self.trackers.log(folder.name, held, self._updates_before)
-        if result.samples is not None:
-            picture = (folder.path / result.samples).with_suffix(".png")
-            if picture.is_file():
-                self.trackers.picture(folder.name, f"{steps}/samples", picture, self._updates_before)

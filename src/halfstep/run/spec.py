@@ -21,6 +21,8 @@ from halfstep.train.settings import Engine
 GIVEN: Final = "00-teacher"
 """The folder of a teacher that the run was given."""
 
+NOT_MEASURED: Final = Evaluation(enabled=False)
+
 
 @final
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class RunSpec:
     keep: tuple[int, ...] | None = None
     """Students, by their steps, whose weights stay on disk; None for all. The first model of the chain and the last
     always stay."""
-    evaluation: Evaluation | None = None
+    evaluation: Evaluation = NOT_MEASURED
     cache: Path | None = None
     """Where the feature classifier's weights are kept."""
     free: tuple[str, ...] = field(default=())

@@ -2,13 +2,8 @@
 
 Figures of different protocols (extractor, reference, counts, seeds) are never comparable, so they never share a table.
 
-RUN/evaluation/
-  evaluation.json             `EvaluationResult`; written again after every cell, so that a cut one shows what is there
-  evaluation.md .csv .svg     the same, to be read
-  cells/NAME/                 one sampled series at one number of steps and one set of seeds; whole or absent
-      cell.json               what was sampled and how long it took
-      samples.npz             arr_0: uint8 [n, h, w, c] for images, float32 [n, *dims] otherwise
-  figures/NAME.json           the figures of one cell in one extractor
+It is written again after every cell, so an interrupted one shows what exists. evaluation.md, .csv and .svg hold the
+same for readers; cells/ and figures/ beside it are the store (`measure/store.py`).
 """
 
 from typing import Any, Literal

@@ -12,6 +12,11 @@ from typing import Any
 import torch
 
 
+def device_name() -> str:
+    """Return the name of the GPU, or of the processor."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else (platform.processor() or platform.machine())
+
+
 def environment() -> dict[str, Any]:
     """Versions, commit, machine and command line: what a reader needs to judge or repeat a run."""
     versions = {}
@@ -27,13 +32,12 @@ def environment() -> dict[str, Any]:
         ).stdout.strip()  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
         commit = ""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else (platform.processor() or platform.machine())
     return {
         "versions": versions,
         "python": platform.python_version(),
         "git_commit": commit or None,
         "platform": platform.platform(),
-        "device": device,
+        "device": device_name(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "command": " ".join(["halfstep", *sys.argv[1:]]),

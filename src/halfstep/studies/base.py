@@ -1,48 +1,53 @@
-"""A study: a question, a plan of cells that answers it, and the table and the figure at its end.
+"""A study: a question, a plan of trials that answers it, and the table and the figure at its end.
 
-Each cell's figures are a file, written whole when the cell is done, so that the same command goes on where it was cut.
-Runs that a cell needs are run folders, resumable in themselves; measurements are kept by what was measured (weights,
-sampler, steps, protocol), so that studies that share a teacher share them too.
+Each trial's figures are a file in STUDY/cells, written whole when the trial is done, so that the same command resumes.
+Runs that a trial needs are run folders, resumable in themselves; what is measured of their models lies in the runs' own
+stores, so that studies that share a teacher share its figures too.
 """
 
-import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, final
+from typing import Any, ClassVar, NamedTuple, TypeVar, final
 
 import torch
 from torch import Tensor
 
 from halfstep.core.draw import sample_noise
 from halfstep.core.warnings import HalfstepWarning
-from halfstep.data import Data, open_data
-from halfstep.measure.evaluate import Evaluation, Reference, measure
+from halfstep.data import open_data
+from halfstep.measure.evaluate import Reference
+from halfstep.measure.sources import ModelSource, sampler_of
+from halfstep.measure.store import Cell, Store
 from halfstep.metrics import frechet_distance
 from halfstep.models.folder import load
 from halfstep.models.model import Model
 from halfstep.recipes import Recipe, build
 from halfstep.registry import Registry
-from halfstep.report.study_figure import Panel
+from halfstep.report.study_figure import Panel, draw_panels
+from halfstep.report.table import Table
 from halfstep.run.events import Event
 from halfstep.run.runner import run as run_spec
-from halfstep.runs import RunFolder
+from halfstep.runs import RunFolder, StageFolder
 from halfstep.runs.schema import Result
 from halfstep.runtime.environment import environment
 from halfstep.runtime.failures import NonFinite
-from halfstep.runtime.files import cache_folder, json_digest, read_json, write_json
+from halfstep.runtime.files import cache_folder, read_json, write_json, write_text
 from halfstep.runtime.stop import StopSignal
 from halfstep.samplers import Ancestral, Sampler
 from halfstep.studies.scales import Scale
 
+Made = TypeVar("Made")
+
 Figures = dict[str, Any]
-"""What a cell found, JSON-ready. A cell that diverged has only "diverged": why."""
+"""What a trial found, JSON-ready. One that diverged has only "diverged": why."""
 
 
-class Row(NamedTuple):
-    """A finished cell."""
+class Finding(NamedTuple):
+    """A finished trial."""
 
     axes: Mapping[str, Any]
     figures: Figures
@@ -50,54 +55,37 @@ class Row(NamedTuple):
 
 @final
 @dataclass(frozen=True)
-class Cell:
-    """One entry of a study: what sets it apart from the others, and the work that fills it."""
+class Trial:
+    """One entry of a study: what distinguishes it from the others, and the work that fills it."""
 
     axes: Mapping[str, Any]
     work: Callable[["Bench"], Figures]
 
     @property
     def name(self) -> str:
-        """The cell's axes in one word, for its file."""
+        """The trial's axes in one word, for its file."""
         return "_".join(f"{key}-{value}" for key, value in self.axes.items())
 
 
-class Table(NamedTuple):
-    """The table at the end of a study, with what a reader must know to read it."""
-
-    headings: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    notes: Sequence[str] = ()
-
-    def markdown(self) -> str:
-        """The table in Markdown; the first column is text, the others are numbers."""
-        lines = [
-            "| " + " | ".join(self.headings) + " |",
-            "|---" + "|---:" * (len(self.headings) - 1) + "|",
-            *("| " + " | ".join(row) + " |" for row in self.rows),
-        ]
-        return "\n".join([*lines, "", *(f"{note}\n" for note in self.notes)])
-
-
 class Study(ABC):
-    """A question and its plan. A member says which cells there are and how they are shown."""
+    """A question and its plan: the trials, and how their findings are shown."""
 
     title: ClassVar[str]
     question: ClassVar[str]
     uses: ClassVar[tuple[str, ...]]
-    """Settings of the scale on which its figures depend: with others, its cells must be filled anew."""
+    """Settings of the scale on which its figures depend; with others, its trials must be run again."""
 
     @abstractmethod
-    def cells(self, scale: Scale) -> list[Cell]:
-        """The plan, in the order in which it runs."""
+    def trials(self, scale: Scale) -> list[Trial]:
+        """Return the plan, in the order in which it runs."""
 
     @abstractmethod
-    def table(self, rows: Sequence[Row], scale: Scale) -> Table:
-        """The table of all cells, the paper's published figures beside ours where they are known."""
+    def table(self, rows: Sequence[Finding], scale: Scale) -> Table:
+        """Return the table of all findings, the paper's published figures beside ours where they are known."""
 
     @abstractmethod
-    def panels(self, rows: Sequence[Row], scale: Scale) -> list[Panel]:
-        """The figure's panels, ours first."""
+    def panels(self, rows: Sequence[Finding], scale: Scale) -> list[Panel]:
+        """Return the figure's panels, ours first."""
 
 
 studies: Registry[type[Study]] = Registry("study")
@@ -105,116 +93,107 @@ studies: Registry[type[Study]] = Registry("study")
 
 @final
 class Bench:
-    """What the cells of a study work with: runs, models and measurements of one scale, in one folder."""
+    """What the trials of a study work with: runs, models and measurements of one scale, in one folder."""
 
     def __init__(self, out: Path, scale: Scale, stop: StopSignal | None, watch: Callable[[Event], None]) -> None:
         self.out, self.scale, self.stop, self.watch = out, scale, stop, watch
         self.device = torch.device("cuda" if torch.cuda.is_available() and not scale.recipe.engine.cpu else "cpu")
-        self._references: dict[str, tuple[Evaluation, Reference]] = {}
-        self._data: dict[str, Data] = {}
+        self.model = lru_cache(maxsize=8)(lambda stage: load(stage.path, self.device))
+        """The model of a stage."""
+        self.data = cache(lambda config: open_data(config))
+        """The data of a configuration, opened once."""
         self._made: dict[str, Any] = {}
-        self._teacher: Model | None = None
-        self._students: dict[int, Model] = {}
 
     def run(self, name: str, recipe: Recipe, *, what: str = "all", teacher: Model | None = None) -> RunFolder:
-        """The finished run `name`: run now, gone on with, or there already. It is not measured.
+        """Return the finished run `name`: started, resumed, or complete already. It is not measured.
 
         Raises:
             NonFinite: if it diverged.
             Interrupted: if a signal came; the state is saved.
         """
-        silent = recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"enabled": False})})
+        silent = recipe.model_copy(update={"evaluation": replace(recipe.evaluation, enabled=False)})
         folder = RunFolder(self.out / "runs" / name)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", HalfstepWarning)
-            spec = build(silent, what=what, teacher=teacher, data=self.data(recipe))  # type: ignore[arg-type]
+            spec = build(silent, what=what, teacher=teacher, data=self.data(recipe.data))  # type: ignore[arg-type]
         for event in run_spec(spec, folder.path, self.stop):
             self.watch(event)
         return folder
 
-    def data(self, recipe: Recipe) -> Data:
-        """The recipe's data, opened once."""
-        key = recipe.data.model_dump_json()
-        if key not in self._data:
-            self._data[key] = open_data(recipe.data)
-        return self._data[key]
-
-    def teacher(self) -> Model:
-        """The teacher that all studies of the scale but the ablation share."""
-        if self._teacher is None:
-            self._teacher = load(self.run("teacher", self.scale.recipe, what="teacher").path, self.device)
-        return self._teacher
+    def teacher(self) -> StageFolder:
+        """Return the teacher that all studies of the scale but the ablation share."""
+        return self.once("teacher", lambda: self.run("teacher", self.scale.recipe, what="teacher").stages()[-1])
 
     def chain_from_teacher(self, name: str, recipe: Recipe) -> RunFolder:
-        """The finished run `name` of a recipe's chain from that teacher."""
-        teacher = load(self.run("teacher", self.scale.recipe, what="teacher").path)
-        return self.run(name, recipe, what="chain", teacher=teacher)
+        """Return the finished run `name` of a recipe's chain from that teacher."""
+        return self.run(name, recipe, what="chain", teacher=load(self.teacher().path))
 
-    def chain(self) -> dict[int, Model]:
-        """The students of that teacher, by the scale's own recipe, by their steps."""
-        if not self._students:
-            folder = self.chain_from_teacher("chain", self.scale.recipe)
-            names = [row.name for row in folder.plan[1:] if row.role == "student"]
-            models = [load(folder.stage(name).path, self.device) for name in names]
-            self._students = {model.num_steps: model for model in models if model.num_steps is not None}
-        return self._students
+    def chain(self) -> dict[int, StageFolder]:
+        """Return the students of that teacher, by the scale's own recipe, by their steps."""
 
-    def once(self, name: str, make: Callable[[], Any]) -> Any:
-        """What `make` returns, made at the first call for this name: for what many cells compare with."""
+        def students() -> dict[int, StageFolder]:
+            stages = self.chain_from_teacher("chain", self.scale.recipe).stages()[1:]
+            return {stage.manifest(verify=False).num_steps or 0: stage for stage in stages}
+
+        return self.once("chain", students)
+
+    def once(self, name: str, make: Callable[[], Made]) -> Made:
+        """Return what `make` returned at the first call for this name: for what many trials compare with."""
         if name not in self._made:
             self._made[name] = make()
-        return self._made[name]
+        made: Made = self._made[name]
+        return made
 
-    def reference(self, recipe: Recipe) -> tuple[Evaluation, Reference]:
-        """The protocol and the real data's features."""
-        key = recipe.evaluation.model_dump_json() + recipe.data.model_dump_json()
-        if key not in self._references:
-            evaluation = recipe.evaluation.as_object()
-            self._references[key] = evaluation, Reference(self.data(recipe), evaluation, cache_folder())
-        return self._references[key]
+    def reference(self) -> Reference:
+        """Return the real data's features."""
+        recipe = self.scale.recipe
+        return self.once("reference", lambda: Reference(self.data(recipe.data), recipe.evaluation, cache_folder()))
 
-    def measured(self, model: Model, num_steps: int, sampler: Sampler | None = None) -> Result:
-        """The figures of a model at a number of steps; measured once for each protocol.
+    def _store(self, stage: StageFolder) -> Store:
+        """Return the store of a stage's run, which `halfstep evaluate` uses too."""
+        folder = RunFolder(stage.path.parent.parent).evaluation_path.parent
+        return Store(folder, batch_size=self.scale.recipe.evaluation.batch_size, own_device=True, stop=self.stop)
+
+    def _cell(self, stage: StageFolder, num_steps: int, sampler: Sampler) -> Cell:
+        evaluation, data = self.scale.recipe.evaluation, self.reference().data
+        manifest, precision = stage.manifest(verify=False), evaluation.precision
+        source = ModelSource(manifest, lambda: self.model(stage), sampler, self.device, data, precision=precision)
+        return Cell(source, num_steps, range(evaluation.num_samples))
+
+    def measured(self, stage: StageFolder, num_steps: int, sampler: Sampler | None = None) -> Result:
+        """Return the figures of a stage's model, by its own sampler if None; measured once for each protocol.
 
         Raises:
-            NonFinite: if a sample was not finite.
+            NonFinite: if a sample is not finite.
         """
-        evaluation, reference = self.reference(self.scale.recipe)
-        what = {
-            "weights": model.manifest.files,
-            "steps": num_steps,
-            "sampler": repr(sampler or model.sampler),
-            "protocol": reference.protocol | {"device": str(self.device)},
-        }
-        name = json_digest(what, length=24)
-        file = self.out / "measured" / f"{name}.json"
-        if file.is_file():
-            return Result.model_validate(read_json(file)["result"])
-        with warnings.catch_warnings():
-            # A study asks teachers and students for other numbers of steps than they are made for, and knows it.
-            warnings.simplefilter("ignore", HalfstepWarning)
-            result, _ = measure(model, num_steps, evaluation, reference, sampler=sampler, stop=self.stop)
-        write_json(file, what | {"result": result.model_dump()})
-        return result
+        sampler = sampler or sampler_of(stage.manifest(verify=False))
+        return self._store(stage).result(self._cell(stage, num_steps, sampler), self.reference())
 
-    def tuned(self, model: Model, num_steps: int, levels: int | None = None) -> Result:
-        """Ancestral sampling at the best of several levels of gamma, the scale's by default: the paper's baseline."""
+    def tuned(self, stage: StageFolder, num_steps: int, levels: int | None = None) -> Result:
+        """Return ancestral sampling at the best of several levels of gamma, the scale's by default: the paper's
+        baseline."""
         levels = levels or self.scale.gamma_levels
         gammas = [index / (levels - 1) for index in range(levels)]
         found: list[Result] = []
         for gamma in gammas:
             try:
-                found.append(self.measured(model, num_steps, Ancestral(gamma)))
+                found.append(self.measured(stage, num_steps, Ancestral(gamma)))
             except NonFinite:
                 # A level that diverges is not the best one; only all of them together say that the model has.
                 if gamma == gammas[-1] and not found:
                     raise
-        return min(found, key=lambda result: result.frechet)
+        best = min(found, key=lambda result: result.frechet)
+        for gamma in gammas:
+            if gamma != best.gamma:
+                # There are many, and nothing else needs them.
+                self._store(stage).drop_samples(self._cell(stage, num_steps, Ancestral(gamma)))
+        return best
 
     def noise_distance(self) -> float:
-        """The distance of unit noise, clipped as samples are: a model that is farther from the data has diverged."""
-        evaluation, reference = self.reference(self.scale.recipe)
-        noise: Tensor = sample_noise(range(evaluation.num_samples), self.data(self.scale.recipe).shape).clamp(-1, 1)
+        """Return the distance of unit noise, clipped as samples are: a model that is farther from the data has
+        diverged."""
+        reference = self.reference()
+        noise: Tensor = sample_noise(range(self.scale.recipe.evaluation.num_samples), reference.data.shape).clamp(-1, 1)
         return frechet_distance(reference.real.features, reference.extractor.features(noise))
 
 
@@ -225,54 +204,57 @@ def run_study(
     *,
     stop: StopSignal | None = None,
     watch: Callable[[Event], None] = lambda event: None,
-    done: Callable[[Cell, Figures, bool], None] = lambda cell, figures, was_there: None,
-) -> list[Row]:
-    """Fills all cells of a study that are not filled yet; a diverged one says so and does not stop the others.
+    done: Callable[[Trial, Figures, bool], None] = lambda trial, figures, was_there: None,
+) -> list[Finding]:
+    """Run all trials of a study that are missing, and write study.json; a diverged one says so and stops no other.
 
     Args:
-        out: of the scale, shared by its studies: runs/, measured/, and a folder for each study.
-        done: told of each cell, with whether it was there before.
+        out: of the scale, shared by its studies: runs/, and a folder for each study.
+        done: called for each trial, with whether it existed before.
 
     Raises:
-        Interrupted: if a signal came; the same call goes on.
-        ValueError: if a cell in the folder was made by other settings.
+        Interrupted: if a signal came; the same call resumes.
+        ValueError: if a trial in the folder was made by other settings.
     """
     bench = Bench(out, scale, stop, watch)
-    name = studies.name_of(study)
+    folder = out / studies.name_of(study)
     settings = scale.as_data(study.uses)
-    rows = []
-    for cell in study.cells(scale):
+    rows, seconds = [], 0.0
+    for trial in study.trials(scale):
         if stop is not None:
             stop.check()
-        file = out / name / "cells" / f"{cell.name}.json"
-        key = {"axes": dict(cell.axes), "scale": settings}
-        if file.is_file():
+        file = folder / "cells" / f"{trial.name}.json"
+        key = {"axes": dict(trial.axes), "scale": settings}
+        was_there = file.is_file()
+        if was_there:
             held = read_json(file)
             if not isinstance(held, dict) or held.get("key") != key:
                 raise ValueError(f"{file} was made by other settings of this study: choose another --out")
-            done(cell, held["figures"], True)
-            rows.append(Row(cell.axes, held["figures"]))
-            continue
-        start = time.perf_counter()
-        try:
-            figures = cell.work(bench)
-        except NonFinite as error:
-            figures = {"diverged": str(error)}
-        write_json(file, {"key": key, "figures": figures, "seconds": round(time.perf_counter() - start, 2)})
-        done(cell, figures, False)
-        rows.append(Row(cell.axes, figures))
-    _, reference = bench.reference(scale.recipe)
+            write_json(file, held)
+        done(trial, held["figures"], was_there)
+        rows.append(Finding(trial.axes, held["figures"]))
+        seconds += held["seconds"]
     write_json(
-        out / name / "study.json",
+        folder / "study.json",
         {
-            "study": name,
+            "study": folder.name,
             "title": study.title,
             "question": study.question,
             "scale": settings,
-            "protocol": reference.protocol,
+            "protocol": bench.reference().protocol,
             "environment": environment(),
-            "seconds": round(sum(read_json(f)["seconds"] for f in (out / name / "cells").glob("*.json")), 1),
+            "seconds": round(seconds, 1),
             "rows": [{"axes": dict(row.axes), "figures": row.figures} for row in rows],
+            "table": study.table(rows, scale)._asdict(),
         },
     )
     return rows
+
+
+def write_study(study: Study, scale: Scale, rows: Sequence[Finding], out: Path) -> Path:
+    """Write table.md, figure.png and figure.svg beside the study's study.json; return the table's path."""
+    folder = out / studies.name_of(study)
+    head = f"# {study.title}\n\n{study.question}\n\n![{study.title}](figure.svg)\n\n"
+    write_text(folder / "table.md", head + study.table(rows, scale).markdown())
+    draw_panels(study.panels(rows, scale), folder / "figure")
+    return folder / "table.md"

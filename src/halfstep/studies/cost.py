@@ -3,20 +3,22 @@
 from collections.abc import Sequence
 from typing import ClassVar, final
 
-from halfstep.report.study_figure import Panel, Series
-from halfstep.studies.base import Bench, Cell, Figures, Row, Study, Table, studies
+from halfstep.report.figures import Curve
+from halfstep.report.study_figure import Panel
+from halfstep.report.words import number
+from halfstep.studies.base import Bench, Figures, Finding, Study, Table, Trial, studies
 from halfstep.studies.published import COST
 from halfstep.studies.sampling import students_of
 from halfstep.studies.scales import Scale
-from halfstep.studies.show import figure_of, number
+from halfstep.studies.show import figure_of
 
 TEACHER = "base training"
 
 
-def _cell(scale: Scale, part: str, end: int | None) -> Cell:
+def _trial(scale: Scale, part: str, end: int | None) -> Trial:
     def work(bench: Bench) -> Figures:
         if end is None:
-            manifest = bench.run("teacher", scale.recipe, what="teacher").stages()[0].manifest(verify=False)
+            manifest = bench.teacher().manifest(verify=False)
             cost = scale.recipe.teacher_plan().stages[0].update_cost
             updates, seconds = manifest.num_updates, manifest.seconds
             return {"updates": updates, "forward_passes": updates * cost, "seconds": seconds}
@@ -30,7 +32,7 @@ def _cell(scale: Scale, part: str, end: int | None) -> Cell:
             "seconds": sum(manifest.seconds for manifest in done),
         }
 
-    return Cell({"part": part}, work)
+    return Trial({"part": part}, work)
 
 
 def _parts(scale: Scale) -> dict[str, int | None]:
@@ -48,10 +50,10 @@ class Cost(Study):
     question: ClassVar[str] = "Does distilling to four steps cost no more than training the teacher?"
     uses: ClassVar[tuple[str, ...]] = ("recipe",)
 
-    def cells(self, scale: Scale) -> list[Cell]:
-        return [_cell(scale, part, end) for part, end in _parts(scale).items()]
+    def trials(self, scale: Scale) -> list[Trial]:
+        return [_trial(scale, part, end) for part, end in _parts(scale).items()]
 
-    def table(self, rows: Sequence[Row], scale: Scale) -> Table:
+    def table(self, rows: Sequence[Finding], scale: Scale) -> Table:
         lines = []
         base = {name: figure_of(rows, name, part=TEACHER) for name in ("updates", "forward_passes", "seconds")}
         for part in _parts(scale):
@@ -72,7 +74,7 @@ class Cost(Study):
         )
         return Table(("part", "updates", "network calls", "seconds"), lines, notes)
 
-    def panels(self, rows: Sequence[Row], scale: Scale) -> list[Panel]:
+    def panels(self, rows: Sequence[Finding], scale: Scale) -> list[Panel]:
         parts = list(_parts(scale))
         series = []
         for name, label in (("updates", "updates"), ("forward_passes", "network calls"), ("seconds", "seconds")):
@@ -80,9 +82,9 @@ class Cost(Study):
             values = [figure_of(rows, name, part=part) for part in parts]
             if whole and all(value is not None for value in values):
                 shares = [(value or 0.0) / whole for value in values]
-                series.append(Series(label, [float(i) for i in range(len(parts))], shares))
+                series.append(Curve(label, [float(i) for i in range(len(parts))], shares))
         places = [float(i) for i in range(3)]
-        theirs = [Series(data, places, [1.0, to_4 / train, to_1 / train]) for data, (train, to_4, to_1) in COST.items()]
+        theirs = [Curve(data, places, [1.0, to_4 / train, to_1 / train]) for data, (train, to_4, to_1) in COST.items()]
         labels = [TEACHER, "to 4", "to 1"]
         return [
             Panel("ours", "", "share of base training", series, parts, log_y=False),

@@ -6,12 +6,14 @@ from typing import ClassVar, Final, final
 import torch
 
 from halfstep.metrics import rmse
-from halfstep.report.study_figure import Panel, Series
+from halfstep.report.figures import Curve
+from halfstep.report.study_figure import Panel
+from halfstep.report.words import number
 from halfstep.samplers import DDIM, RK4, DPMSolverPP2M, Euler, Heun, LogSNR, Midpoint, Sampler
 from halfstep.samplers import sample as draw
-from halfstep.studies.base import Bench, Cell, Figures, Row, Study, Table, studies
+from halfstep.studies.base import Bench, Figures, Finding, Study, Table, Trial, studies
 from halfstep.studies.scales import Scale
-from halfstep.studies.show import figure_of, number
+from halfstep.studies.show import figure_of
 
 METHODS: Final[dict[str, Sampler]] = {
     "DDIM": DDIM(),
@@ -29,11 +31,11 @@ COMPARED: Final = 128
 """Noises from which solutions are compared."""
 
 
-def _cell(name: str, num_steps: int) -> Cell:
+def _trial(name: str, num_steps: int) -> Trial:
     def work(bench: Bench) -> Figures:
-        teacher = bench.teacher()
         sampler = METHODS[name]
-        result = bench.measured(teacher, num_steps, sampler)
+        result = bench.measured(bench.teacher(), num_steps, sampler)
+        teacher = bench.model(bench.teacher())
         # The error against the ODE is that of the bare denoiser: clipping x0 would make another ODE of it.
         seeds = list(range(COMPARED))
         noise, cond = teacher.noise(seeds), teacher.cond(seeds)
@@ -42,7 +44,7 @@ def _cell(name: str, num_steps: int) -> Cell:
         error = rmse(ours, exact) if bool(torch.isfinite(ours).all()) else None
         return {"distance": result.frechet, "evals": result.num_evals, "error": error}
 
-    return Cell({"method": name, "steps": num_steps}, work)
+    return Trial({"method": name, "steps": num_steps}, work)
 
 
 @final
@@ -54,10 +56,10 @@ class Integrators(Study):
     question: ClassVar[str] = "Is DDIM only another integrator, or a better one?"
     uses: ClassVar[tuple[str, ...]] = ("recipe", "steps")
 
-    def cells(self, scale: Scale) -> list[Cell]:
-        return [_cell(name, steps) for name in METHODS for steps in scale.steps if steps >= 4]
+    def trials(self, scale: Scale) -> list[Trial]:
+        return [_trial(name, steps) for name in METHODS for steps in scale.steps if steps >= 4]
 
-    def table(self, rows: Sequence[Row], scale: Scale) -> Table:
+    def table(self, rows: Sequence[Finding], scale: Scale) -> Table:
         steps = sorted({row.axes["steps"] for row in rows})
         lines = []
         for name in METHODS:
@@ -76,16 +78,12 @@ class Integrators(Study):
         )
         return Table(("method", *(f"{count} steps" for count in steps)), lines, notes)
 
-    def panels(self, rows: Sequence[Row], scale: Scale) -> list[Panel]:
-        def curves(figure: str) -> list[Series]:
+    def panels(self, rows: Sequence[Finding], scale: Scale) -> list[Panel]:
+        def curves(figure: str) -> list[Curve]:
             found = []
             for name in METHODS:
-                points = [
-                    (float(row.figures["evals"]), float(row.figures[figure]))
-                    for row in rows
-                    if row.axes["method"] == name and row.figures.get(figure) is not None
-                ]
-                found.append(Series(name, [x for x, _ in sorted(points)], [y for _, y in sorted(points)]))
+                own = [row for row in rows if row.axes["method"] == name and row.figures.get(figure) is not None]
+                found.append(Curve.through(name, sorted((row.figures["evals"], row.figures[figure]) for row in own)))
             return found
 
         return [

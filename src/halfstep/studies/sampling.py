@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from typing import ClassVar, final
 
-from halfstep.report.study_figure import Panel, Series
+from halfstep.report.figures import Curve
+from halfstep.report.study_figure import Panel
+from halfstep.report.words import number
 from halfstep.samplers import samplers
-from halfstep.studies.base import Bench, Cell, Figures, Row, Study, Table, studies
+from halfstep.studies.base import Bench, Figures, Finding, Study, Table, Trial, studies
 from halfstep.studies.published import FIGURE_4, TABLE_2
 from halfstep.studies.scales import Scale
-from halfstep.studies.show import NAMES, figure_of, number
+from halfstep.studies.show import NAMES, figure_of
 
 STEPS_LABEL = "sampler steps"
 
@@ -33,8 +35,8 @@ def _measured(bench: Bench, method: str, num_steps: int) -> Figures:
     }
 
 
-def _cell(method: str, axis: str, value: int, num_steps: int) -> Cell:
-    return Cell({"method": method, axis: value}, lambda bench: _measured(bench, method, num_steps))
+def _trial(method: str, axis: str, value: int, num_steps: int) -> Trial:
+    return Trial({"method": method, axis: value}, lambda bench: _measured(bench, method, num_steps))
 
 
 def students_of(scale: Scale) -> list[int]:
@@ -51,13 +53,24 @@ def most_steps(method: str, num_evals: int) -> int:
     return steps
 
 
-def _curves(rows: Sequence[Row], methods: Sequence[str], x_name: str, names: dict[str, str]) -> list[Series]:
+def _curves(rows: Sequence[Finding], methods: Sequence[str], x_name: str, names: dict[str, str]) -> list[Curve]:
     curves = []
     for method in methods:
         found = [row for row in rows if row.axes["method"] == method and "distance" in row.figures]
-        points = sorted((float(row.figures[x_name]), float(row.figures["distance"])) for row in found)
-        curves.append(Series(names[method], [x for x, _ in points], [y for _, y in points]))
+        curves.append(
+            Curve.through(names[method], sorted((row.figures[x_name], row.figures["distance"]) for row in found))
+        )
     return curves
+
+
+def _distances(rows: Sequence[Finding], methods: Sequence[str], steps: int) -> list[str]:
+    """Return the distance of each method, with the gamma that was best."""
+    texts = []
+    for method in methods:
+        gamma = figure_of(rows, "gamma", method=method, steps=steps)
+        shown = number(figure_of(rows, "distance", method=method, steps=steps))
+        texts.append(shown if gamma is None else f"{shown} (gamma {gamma:g})")
+    return texts
 
 
 def _protocol(scale: Scale) -> str:
@@ -77,15 +90,15 @@ class Table2(Study):
     uses: ClassVar[tuple[str, ...]] = ("recipe", "gamma_levels")
     methods: ClassVar[tuple[str, ...]] = ("student", "ddim", "ancestral", "heun", "dpmpp_2m")
 
-    def cells(self, scale: Scale) -> list[Cell]:
-        cells = []
+    def trials(self, scale: Scale) -> list[Trial]:
+        trials = []
         for evals in sorted(students_of(scale)):
             for method in self.methods:
                 kind = method if method in samplers else "ddim"
-                cells.append(_cell(method, "evals", evals, most_steps(kind, evals)))
-        return cells
+                trials.append(_trial(method, "evals", evals, most_steps(kind, evals)))
+        return trials
 
-    def table(self, rows: Sequence[Row], scale: Scale) -> Table:
+    def table(self, rows: Sequence[Finding], scale: Scale) -> Table:
         evals = sorted({row.axes["evals"] for row in rows})
         lines = []
         for method in self.methods:
@@ -105,11 +118,8 @@ class Table2(Study):
         )
         return Table(("network calls", *map(str, evals)), lines, notes)
 
-    def panels(self, rows: Sequence[Row], scale: Scale) -> list[Panel]:
-        theirs = [
-            Series(NAMES.get(name, name), [float(x) for x in points], list(points.values()))
-            for name, points in TABLE_2.items()
-        ]
+    def panels(self, rows: Sequence[Finding], scale: Scale) -> list[Panel]:
+        theirs = [Curve.through(NAMES.get(name, name), points.items()) for name, points in TABLE_2.items()]
         return [
             Panel("ours", "network calls", "Frechet distance", _curves(rows, self.methods, "evals", NAMES)),
             Panel("the paper, CIFAR-10", "network calls", "FID", theirs),
@@ -126,21 +136,17 @@ class Steps(Study):
     uses: ClassVar[tuple[str, ...]] = ("recipe", "gamma_levels", "steps")
     methods: ClassVar[tuple[str, ...]] = ("student", "ddim", "ancestral")
 
-    def cells(self, scale: Scale) -> list[Cell]:
-        cells = [_cell("student", "steps", steps, steps) for steps in students_of(scale)]
-        return cells + [
-            _cell(method, "steps", steps, steps) for method in ("ddim", "ancestral") for steps in scale.steps[::-1]
+    def trials(self, scale: Scale) -> list[Trial]:
+        trials = [_trial("student", "steps", steps, steps) for steps in students_of(scale)]
+        return trials + [
+            _trial(method, "steps", steps, steps) for method in ("ddim", "ancestral") for steps in scale.steps[::-1]
         ]
 
-    def table(self, rows: Sequence[Row], scale: Scale) -> Table:
+    def table(self, rows: Sequence[Finding], scale: Scale) -> Table:
         steps = sorted({row.axes["steps"] for row in rows} | set(scale.steps))
         lines = []
         for count in steps:
-            line = [str(count)]
-            for method in self.methods:
-                gamma = figure_of(rows, "gamma", method=method, steps=count)
-                shown = number(figure_of(rows, "distance", method=method, steps=count))
-                line.append(shown if gamma is None else f"{shown} (gamma {gamma:g})")
+            line = [str(count), *_distances(rows, self.methods, count)]
             for published in FIGURE_4.values():
                 line += [number(published[method].get(count)) for method in self.methods]
             lines.append(line)
@@ -152,17 +158,14 @@ class Steps(Study):
         )
         return Table(headings, lines, notes)
 
-    def panels(self, rows: Sequence[Row], scale: Scale) -> list[Panel]:
+    def panels(self, rows: Sequence[Finding], scale: Scale) -> list[Panel]:
         ours = Panel("ours", STEPS_LABEL, "Frechet distance", _curves(rows, self.methods, "steps", NAMES))
         theirs = [
             Panel(
                 f"the paper, {data}",
                 STEPS_LABEL,
                 "FID",
-                [
-                    Series(NAMES[method], [float(x) for x in points], list(points.values()))
-                    for method, points in published.items()
-                ],
+                [Curve.through(NAMES[m], p.items()) for m, p in published.items()],
             )
             for data, published in FIGURE_4.items()
         ]
@@ -184,23 +187,17 @@ class Stochastic(Study):
         "ancestral": "undistilled, ancestral",
     }
 
-    def cells(self, scale: Scale) -> list[Cell]:
-        return [_cell(method, "steps", steps, steps) for steps in students_of(scale) for method in self.methods]
+    def trials(self, scale: Scale) -> list[Trial]:
+        return [_trial(method, "steps", steps, steps) for steps in students_of(scale) for method in self.methods]
 
-    def table(self, rows: Sequence[Row], scale: Scale) -> Table:
-        lines = []
-        for count in sorted({row.axes["steps"] for row in rows}):
-            line = [str(count)]
-            for method in self.methods:
-                gamma = figure_of(rows, "gamma", method=method, steps=count)
-                shown = number(figure_of(rows, "distance", method=method, steps=count))
-                line.append(shown if gamma is None else f"{shown} (gamma {gamma:g})")
-            lines.append(line)
+    def table(self, rows: Sequence[Finding], scale: Scale) -> Table:
+        steps = sorted({row.axes["steps"] for row in rows})
+        lines = [[str(count), *_distances(rows, self.methods, count)] for count in steps]
         notes = (
             _protocol(scale) + " At one step there is no noise to add, and a student's two samplers are one. The "
             "numbers of the paper's figure 6 (ImageNet 64x64) are not known, so none are shown.",
         )
         return Table(("steps", *(self.names[method] for method in self.methods)), lines, notes)
 
-    def panels(self, rows: Sequence[Row], scale: Scale) -> list[Panel]:
+    def panels(self, rows: Sequence[Finding], scale: Scale) -> list[Panel]:
         return [Panel("ours", STEPS_LABEL, "Frechet distance", _curves(rows, self.methods, "steps", self.names))]

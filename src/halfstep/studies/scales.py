@@ -5,9 +5,11 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Final, final
 
 from pydantic import BaseModel
+from pydantic_core import to_jsonable_python
 
+from halfstep.measure.evaluate import Evaluation
 from halfstep.objectives import Training
-from halfstep.recipes import EvaluationConfig, Recipe, recipes
+from halfstep.recipes import Recipe, recipes
 from halfstep.train.settings import LEARNED, Engine
 
 
@@ -45,7 +47,8 @@ class Scale:
         for name in uses:
             value = self.recipe.evaluation if name == "evaluation" else getattr(self, name)
             left_out = {"engine": IDLE} if isinstance(value, Recipe) else None
-            said = value.model_dump(mode="json", exclude=left_out) if isinstance(value, BaseModel) else list_of(value)
+            held = value.model_dump(exclude=left_out) if isinstance(value, BaseModel) else value
+            said = to_jsonable_python(held)
             data[name] = said
             for part in (said, said.get("evaluation") if isinstance(said, dict) else None):
                 # A setting that is younger than the studies that there are, and was this in all of them.
@@ -58,17 +61,10 @@ IDLE: Final = {setting.name for setting in fields(Engine) if setting.name not in
 """Fields of a recipe's engine that do not change what is learned."""
 
 
-def list_of(value: object) -> object:
-    """A tuple as the list that it becomes in JSON."""
-    return list(value) if isinstance(value, tuple) else value
-
-
 def smoke() -> Scale:
     """Digits, minutes on two CPU cores: shows that all runs, and what shows at this size."""
     recipe = recipes["digits"]()
-    recipe = recipe.model_copy(
-        update={"evaluation": EvaluationConfig(num_samples=1000, num_reference=1797, batch_size=500)}
-    )
+    recipe = recipe.model_copy(update={"evaluation": Evaluation(num_samples=1000, num_reference=1797, batch_size=500)})
     teacher = Training(
         num_updates=700, batch_size=64, learning_rate=2e-3, warmup_updates=20, adam_betas=(0.9, 0.99), ema_decay=0.98
     )
@@ -91,7 +87,7 @@ def small() -> Scale:
     """Fashion-MNIST, hours on one GPU; `--data FOLDER` where the Hub is out of reach."""
     recipe = recipes["fashion_mnist"]()
     recipe = recipe.model_copy(
-        update={"evaluation": EvaluationConfig(num_samples=5000, num_reference=10_000, batch_size=1000)}
+        update={"evaluation": Evaluation(num_samples=5000, num_reference=10_000, batch_size=1000)}
     )
     return Scale(
         name="small",

@@ -1,15 +1,16 @@
 """The schedules of appendix E: how many updates a stage needs, and whether halving may be quartering."""
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import replace
+from statistics import fmean, stdev
 from typing import ClassVar, final
 
-from halfstep.models.folder import load
-from halfstep.report.study_figure import Panel, Series
-from halfstep.studies.base import Bench, Cell, Figures, Row, Study, Table, studies
+from halfstep.report.figures import Curve
+from halfstep.report.study_figure import Panel
+from halfstep.report.words import number
+from halfstep.studies.base import Bench, Figures, Finding, Study, Table, Trial, studies
 from halfstep.studies.scales import Scale
-from halfstep.studies.show import number, spread, where
+from halfstep.studies.show import spread, where
 
 
 def students_by(start: int, factor: int) -> tuple[int, ...]:
@@ -26,7 +27,7 @@ def shown(scale: Scale) -> list[int]:
     return sorted((steps for steps in set.intersection(*chains) if steps <= 16), reverse=True)
 
 
-def _cell(scale: Scale, factor: int, updates: int, rate: float, seed: int) -> Cell:
+def _trial(scale: Scale, factor: int, updates: int, rate: float, seed: int) -> Trial:
     # Only the exceptions of the paper: twice the updates at 2 steps and at 1, and one rate for all.
     training = scale.recipe.chain.training
     chain = scale.recipe.chain.model_copy(
@@ -55,19 +56,19 @@ def _cell(scale: Scale, factor: int, updates: int, rate: float, seed: int) -> Ce
         for stage in folder.stages()[1:]:
             steps = stage.manifest(verify=False).num_steps
             if steps in shown(scale):
-                figures[f"at {steps}"] = bench.measured(load(stage.path, bench.device), steps).frechet
+                figures[f"at {steps}"] = bench.measured(stage, steps).frechet
         return figures
 
-    return Cell({"factor": factor, "updates": updates, "rate": rate, "seed": seed}, work)
+    return Trial({"factor": factor, "updates": updates, "rate": rate, "seed": seed}, work)
 
 
-def _best(rows: Sequence[Row], steps: int, **axes: object) -> tuple[float | None, list[float]]:
+def _best(rows: Sequence[Finding], steps: int, **axes: object) -> tuple[float | None, list[float]]:
     """The learning rate whose mean distance is the least, and its distances over the seeds."""
     best: tuple[float | None, list[float]] = (None, [])
     found = where(rows, **axes)
     for rate in sorted({float(row.axes["rate"]) for row in found}):
         values = [float(r.figures[f"at {steps}"]) for r in where(found, rate=rate) if f"at {steps}" in r.figures]
-        if values and (not best[1] or statistics.fmean(values) < statistics.fmean(best[1])):
+        if values and (not best[1] or fmean(values) < fmean(best[1])):
             best = rate, values
     return best
 
@@ -81,16 +82,16 @@ class Schedules(Study):
     question: ClassVar[str] = "How many updates does a stage need, and may it quarter the steps?"
     uses: ClassVar[tuple[str, ...]] = ("recipe", "seeds", "updates", "rates", "factors")
 
-    def cells(self, scale: Scale) -> list[Cell]:
+    def trials(self, scale: Scale) -> list[Trial]:
         return [
-            _cell(scale, factor, updates, rate, seed)
+            _trial(scale, factor, updates, rate, seed)
             for seed in range(scale.seeds)
             for rate in scale.rates
             for updates in scale.updates
             for factor in scale.factors
         ]
 
-    def table(self, rows: Sequence[Row], scale: Scale) -> Table:
+    def table(self, rows: Sequence[Finding], scale: Scale) -> Table:
         lines = []
         for factor in scale.factors:
             for updates in scale.updates:
@@ -112,7 +113,7 @@ class Schedules(Study):
             ("factor, updates a stage", "updates in all", *(f"student at {n}" for n in shown(scale))), lines, notes
         )
 
-    def panels(self, rows: Sequence[Row], scale: Scale) -> list[Panel]:
+    def panels(self, rows: Sequence[Finding], scale: Scale) -> list[Panel]:
         panels = []
         for steps in shown(scale)[-2:]:
             curves = []
@@ -123,9 +124,10 @@ class Schedules(Study):
                     if (row := where(rows, factor=factor, updates=updates)) and "updates" in row[0].figures
                 ]
                 points = [(x, values) for x, values in points if values]
-                errors = [statistics.stdev(v) if len(v) > 1 else 0.0 for _, v in points]
                 curves.append(
-                    Series(f"factor {factor}", [x for x, _ in points], [statistics.fmean(v) for _, v in points], errors)
+                    Curve.through(
+                        f"factor {factor}", [(x, fmean(v), stdev(v) if len(v) > 1 else 0.0) for x, v in points]
+                    )
                 )
             panels.append(Panel(f"ours, student at {steps}", "updates of the whole chain", "Frechet distance", curves))
         return panels

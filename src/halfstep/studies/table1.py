@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from typing import ClassVar, final
 
-from halfstep.models.folder import load
-from halfstep.report.study_figure import Panel, Series
+from halfstep.report.figures import Curve
+from halfstep.report.study_figure import Panel
 from halfstep.runtime.failures import NonFinite
-from halfstep.studies.base import Bench, Cell, Figures, Row, Study, Table, studies
+from halfstep.samplers import DDIM
+from halfstep.studies.base import Bench, Figures, Finding, Study, Table, Trial, studies
 from halfstep.studies.published import TABLE_1
 from halfstep.studies.scales import Scale
 from halfstep.studies.show import spread, where
@@ -14,7 +15,7 @@ from halfstep.studies.show import spread, where
 SAMPLERS = ("ancestral", "ddim")
 
 
-def _cell(scale: Scale, prediction: str, weighting: str, seed: int) -> Cell:
+def _trial(scale: Scale, prediction: str, weighting: str, seed: int) -> Trial:
     recipe, num_steps = scale.ablation, scale.ablation_steps
     axes = {"prediction": prediction, "weighting": weighting, "seed": seed}
     model = recipe.model.model_copy(update={"prediction": prediction, "weighting": weighting})
@@ -22,9 +23,9 @@ def _cell(scale: Scale, prediction: str, weighting: str, seed: int) -> Cell:
 
     def work(bench: Bench) -> Figures:
         folder = bench.run(f"ablation-{prediction}-{weighting}-{seed}", own, what="teacher")
-        trained = load(folder.path, bench.device)
+        (trained,) = folder.stages()
         stochastic = bench.tuned(trained, num_steps, scale.ablation_gamma_levels)
-        ddim = bench.measured(trained, num_steps)
+        ddim = bench.measured(trained, num_steps, DDIM())
         noise = bench.noise_distance()
         if not min(ddim.frechet, stochastic.frechet) < noise:
             raise NonFinite(
@@ -33,7 +34,7 @@ def _cell(scale: Scale, prediction: str, weighting: str, seed: int) -> Cell:
             )
         return {"ddim": ddim.frechet, "ancestral": stochastic.frechet, "gamma": stochastic.gamma}
 
-    return Cell(axes, work)
+    return Trial(axes, work)
 
 
 @final
@@ -45,14 +46,14 @@ class Table1(Study):
     question: ClassVar[str] = "Which output and which weighting train the best undistilled model?"
     uses: ClassVar[tuple[str, ...]] = ("ablation", "evaluation", "seeds", "ablation_gamma_levels", "ablation_steps")
 
-    def cells(self, scale: Scale) -> list[Cell]:
+    def trials(self, scale: Scale) -> list[Trial]:
         return [
-            _cell(scale, prediction, weighting, seed)
+            _trial(scale, prediction, weighting, seed)
             for seed in range(scale.seeds)
             for prediction, weighting in TABLE_1
         ]
 
-    def table(self, rows: Sequence[Row], scale: Scale) -> Table:
+    def table(self, rows: Sequence[Finding], scale: Scale) -> Table:
         lines = []
         for (prediction, weighting), published in TABLE_1.items():
             found = where(rows, prediction=prediction, weighting=weighting)
@@ -73,22 +74,20 @@ class Table1(Study):
         )
         return Table(("output, weighting", "ancestral", "DDIM", "paper: stochastic", "paper: DDIM"), lines, notes)
 
-    def panels(self, rows: Sequence[Row], scale: Scale) -> list[Panel]:
+    def panels(self, rows: Sequence[Finding], scale: Scale) -> list[Panel]:
         labels = [f"{prediction}, {weighting}" for prediction, weighting in TABLE_1]
         ours = []
         for name, label in zip(SAMPLERS, ("ancestral, tuned", "DDIM"), strict=True):
-            x, y = [], []
+            points = []
             for index, (prediction, weighting) in enumerate(TABLE_1):
                 found = where(rows, prediction=prediction, weighting=weighting)
-                values = [float(row.figures[name]) for row in found if name in row.figures]
-                if values:
-                    x.append(float(index))
-                    y.append(sum(values) / len(values))
-            ours.append(Series(label, x, y))
+                if values := [float(row.figures[name]) for row in found if name in row.figures]:
+                    points.append((float(index), sum(values) / len(values)))
+            ours.append(Curve.through(label, points))
         theirs = []
         for place, label in enumerate(("stochastic", "DDIM")):
             known = [(float(i), value[place]) for i, value in enumerate(TABLE_1.values()) if value is not None]
-            theirs.append(Series(label, [x for x, _ in known], [y for _, y in known]))
+            theirs.append(Curve.through(label, known))
         return [
             Panel("ours", "", "Frechet distance", ours, labels, log_y=False),
             Panel("the paper, CIFAR-10", "", "FID", theirs, labels, log_y=False),

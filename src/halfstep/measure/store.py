@@ -1,0 +1,339 @@
+"""One store of samples and figures, used by a run, by `halfstep evaluate` and by the studies.
+
+A *cell* is a source at one number of steps with one set of seeds. Its samples are kept, so that measuring them with
+another extractor draws nothing again, and its figures are kept for each protocol:
+
+FOLDER/
+  cells/NAME/                 one cell; whole or absent
+      cell.json               what was sampled, how long it took and on which machine
+      samples.npz             arr_0: uint8 [n, h, w, c] for images, float32 [n, *dims] otherwise
+  figures/NAME.json           the figures of one cell in one protocol
+
+Names contain a hash of everything that the content depends on: the same request reads the files, other weights or
+another protocol find none. The cells of a run's models lie in RUN/evaluation.
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Final, NamedTuple, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from halfstep.measure.evaluate import FIGURES_FORMAT, Against, Reference
+from halfstep.measure.samples import samples_array
+from halfstep.measure.sources import Drawn, ModelSource, Source
+from halfstep.metrics import Figures, figures_of_halves, from_uint8, paired_figures, why_no_lpips
+from halfstep.runs.schema import Result
+from halfstep.runtime.environment import device_name
+from halfstep.runtime.failures import NonFinite, told_when_out_of_memory
+from halfstep.runtime.files import (
+    DamagedFile,
+    json_digest,
+    read_arrays,
+    read_json,
+    replacing_folder,
+    write_arrays,
+    write_json,
+)
+from halfstep.runtime.processes import Processes
+from halfstep.runtime.stop import StopSignal
+from halfstep.samplers import Ancestral, samplers
+
+PARTS: Final = 8
+"""Least number of batches of a cell, so that as many processes can share it. The batch may change the last bits of a
+sample, so it must not depend on who draws it."""
+HELD: Final = 2
+"""Cells whose samples stay in memory."""
+
+
+@final
+@dataclass(frozen=True)
+class Cell:
+    """A source at one number of steps with one set of seeds."""
+
+    source: Source
+    num_steps: int | None
+    """None for samples in files."""
+    seeds: range
+
+    @cached_property
+    def key(self) -> dict[str, Any]:
+        """JSON-ready: everything that the samples depend on."""
+        return {"content": self.source.content, "num_steps": self.num_steps, "seeds": seeds_name(self.seeds)}
+
+    @cached_property
+    def name(self) -> str:
+        """The cell's folder."""
+        steps = "" if self.num_steps is None else f"-{self.num_steps:04d}"
+        return f"{self.source.name}{steps}-{seeds_name(self.seeds)}-{json_digest(self.key, 10)}"
+
+
+def seeds_name(seeds: range) -> str:
+    """Return a set of seeds as `first-last`."""
+    return f"{seeds[0]}-{seeds[-1]}"
+
+
+@final
+class SameNoise(Against):
+    """The samples of another cell from the same noise."""
+
+    def __init__(self, base: Cell, shape: Sequence[int]) -> None:
+        self.needs = (base,)
+        # What is installed later is measured then.
+        lacking = why_no_lpips(shape) if base.source.is_image else None
+        self.name = f"same-noise-{json_digest((FIGURES_FORMAT, base.key, lacking), 10)}"
+
+    def figures(self, samples: Tensor, others: Sequence[Tensor]) -> Figures:
+        return paired_figures(samples, others[0], self.needs[0].source.is_image)
+
+
+class Kept(NamedTuple):
+    """Figures as the store holds them."""
+
+    values: dict[str, float]
+    missing: list[str]
+    """One sentence for each figure that could not be measured."""
+    seconds: float
+
+
+@final
+class Store:
+    """The samples and figures in a folder, made when they are missing.
+
+    Several processes must make the same calls; they share the work, and the first one writes.
+
+    Args:
+        batch_size: samples drawn at once; None for an eighth of a cell, but at most `Source.at_once`, and fewer where
+            those do not fit into memory.
+        own_device: whether cells that another kind of device drew are drawn again.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        batch_size: int | None = None,
+        own_device: bool = False,
+        processes: Processes | None = None,
+        stop: StopSignal | None = None,
+    ) -> None:
+        self.folder, self.batch_size, self._own_device = folder, batch_size, own_device
+        self.processes, self._stop = processes or Processes(), stop
+        self.pace = [device_name(), torch.get_num_threads()]
+        """What the time of sampling depends on besides the model."""
+        self.broken: dict[str, str] = {}
+        """Names of cells whose samples are not finite, and what to say of them."""
+        self._held: dict[str, Tensor] = {}
+
+    # --- Samples ---
+
+    def facts(self, cell: Cell) -> dict[str, Any] | None:
+        """Return cell.json, or None if the cell does not exist."""
+        try:
+            facts: dict[str, Any] = read_json(self._path(cell) / "cell.json")
+            here = not self._own_device or facts["pace"][0] == self.pace[0]
+            return facts if facts["key"] == cell.key and here else None
+        except (DamagedFile, LookupError, TypeError):
+            return None
+
+    def samples(self, cell: Cell) -> Tensor:
+        """Return the samples `[n, *shape]` of a filled cell as they are measured: images rounded to uint8.
+
+        Raises:
+            DamagedFile: if they cannot be read.
+        """
+        held = self._held.pop(cell.name, None)
+        if held is None:
+            array = self._read(cell)
+            if array is None:
+                raise DamagedFile(
+                    f"the samples of {cell.name} in {self.folder} are missing. Run the same command again"
+                )
+            held = torch.from_numpy(array)
+            if cell.source.is_image:
+                held = from_uint8(held.permute(0, 3, 1, 2))
+        for name in list(self._held)[: len(self._held) - HELD + 1]:
+            del self._held[name]
+        self._held[cell.name] = held
+        return held
+
+    def fill(self, cells: Sequence[Cell]) -> None:
+        """Draw the samples that are missing, batch by batch by all processes; note the cells that are `broken`.
+
+        Raises:
+            Interrupted: if a stop was asked for.
+            OutOfMemory: if a batch does not fit.
+        """
+        for cell in cells:
+            if cell.name in self.broken or self.processes.on_main(partial(self._is_filled, cell)):
+                continue
+            size = self.batch_size or max(1, min(cell.source.at_once, -(-len(cell.seeds) // PARTS)))
+
+            def draw(seeds: range, cell: Cell = cell) -> tuple[Tensor, ...]:
+                with told_when_out_of_memory(self._too_large):
+                    drawn = cell.source.draw(cell.num_steps, seeds, self.batch_size)
+                evals = -1 if drawn.num_evals is None else drawn.num_evals
+                return drawn.x0, torch.tensor([drawn.seconds, evals], dtype=torch.float64)
+
+            batches = [cell.seeds[first : first + size] for first in range(0, len(cell.seeds), size)]
+            parts = self.processes.spread(batches, draw, self._stop)
+
+            def keep(cell: Cell = cell, parts: Any = parts) -> str | None:
+                told = torch.stack([numbers for _, numbers in parts])
+                evals = int(told[0, 1])
+                x0 = torch.cat([samples for samples, _ in parts])
+                return self._keep(cell, Drawn(x0, float(told[:, 0].sum()), None if evals < 0 else evals))
+
+            if (why := self.processes.on_main(keep)) is not None:
+                self.broken[cell.name] = why
+
+    def _is_filled(self, cell: Cell) -> bool:
+        return self._read(cell) is not None
+
+    def drop_samples(self, cell: Cell) -> None:
+        """Remove the samples of a cell of which only the figures are of use."""
+        self._held.pop(cell.name, None)
+        self.processes.on_main(lambda: (self._path(cell) / "samples.npz").unlink(missing_ok=True))
+
+    @property
+    def _too_large(self) -> str:
+        if self.batch_size is not None:
+            return (
+                f"out of memory while sampling, with {self.batch_size} samples at once: lower --batch-size (in a run: "
+                "--evaluation.batch-size)"
+            )
+        return (
+            "out of memory while sampling, though fewer samples at once were tried: leave more of it to this process, "
+            "or measure on the CPU (engine.cpu)"
+        )
+
+    def _path(self, cell: Cell) -> Path:
+        return self.folder / "cells" / cell.name
+
+    def _read(self, cell: Cell) -> np.ndarray | None:
+        wanted = np.dtype(np.uint8 if cell.source.is_image else np.float32)
+        try:
+            array = read_arrays(self._path(cell) / "samples.npz", "arr_0")["arr_0"]
+        except DamagedFile:
+            return None
+        return array if self.facts(cell) and len(array) == len(cell.seeds) and array.dtype == wanted else None
+
+    def _keep(self, cell: Cell, drawn: Drawn) -> str | None:
+        """Write the cell; return what is wrong with it, None if nothing is."""
+        if not bool(torch.isfinite(drawn.x0).all()):
+            return f"sampling with {cell.num_steps} steps gave values that are not finite: the model diverged"
+        facts = {
+            "key": cell.key,
+            "num_evals": drawn.num_evals,
+            "seconds_per_1000": None if drawn.num_evals is None else drawn.seconds * 1000 / len(drawn.x0),
+            "seconds": drawn.seconds,
+            "pace": self.pace,
+        }
+
+        self._held.pop(cell.name, None)
+        if self.facts(cell) is None:
+            # Figures that are left may be of another device's samples.
+            for file in self.folder.glob(f"figures/{cell.name}-*.json"):
+                file.unlink()
+        with replacing_folder(self._path(cell)) as folder:
+            write_arrays(folder / "samples.npz", arr_0=samples_array(drawn.x0, cell.source.is_image))
+            write_json(folder / "cell.json", facts)
+        return None
+
+    # --- Figures ---
+
+    def measure(self, cells: Sequence[Cell], against: Sequence[Against]) -> None:
+        """Make the figures of each cell that are missing, except where samples that they need are `broken`.
+
+        Each process measures one pair at a time, and what was measured by then is written then.
+
+        Raises:
+            Interrupted, OutOfMemory: what was measured stays.
+        """
+        pairs = [(cell, one) for cell in cells for one in against]
+        absent = self.processes.on_main(lambda: [cell.name for cell in cells if self.facts(cell) is None])
+        self.fill([cell for cell in cells if cell.name in absent])
+        lacking = self.processes.on_main(
+            lambda: [index for index, (cell, one) in enumerate(pairs) if self.kept(cell, one) is None]
+        )
+        todo = [pairs[index] for index in lacking]
+        self.fill([needed for cell, one in todo for needed in (cell, *one.needs)])
+        todo = [pair for pair in todo if not self.is_broken(*pair)]
+        for first in range(0, len(todo), self.processes.count):
+            part = todo[first : first + self.processes.count]
+            done = self.processes.spread(part, self._measured, self._stop)
+
+            def write(part: Any = part, done: Any = done) -> None:
+                for (cell, one), (told,) in zip(part, done, strict=True):
+                    write_json(self._file(f"{cell.name}-{one.name}"), json.loads(bytes(told.tolist())))
+
+            self.processes.on_main(write)
+
+    def is_broken(self, cell: Cell, one: Against) -> bool:
+        """Return whether samples that these figures need are not finite."""
+        return any(needed.name in self.broken for needed in (cell, *one.needs))
+
+    def kept(self, cell: Cell, one: Against) -> Kept | None:
+        """Return the figures of a cell; None if they do not exist."""
+        return None if self.is_broken(cell, one) else self._kept(f"{cell.name}-{one.name}")
+
+    def halves(self, reference: Reference) -> Kept:
+        """Return the figures of one half of the real data against the other; for the process that writes."""
+        name = f"halves-{reference.name}"
+        if (kept := self._kept(name)) is None:
+            held = _timed(lambda: figures_of_halves(reference.extractor, reference.real))
+            write_json(self._file(name), held)
+            return Kept(**held)
+        return kept
+
+    def result(self, cell: Cell, reference: Reference) -> Result:
+        """Return the figures of a model's cell as a row of metrics.json.
+
+        Raises:
+            NonFinite: if a sample is not finite.
+        """
+        self.measure([cell], [reference])
+        if cell.name in self.broken:
+            raise NonFinite(self.broken[cell.name])
+        (values, *_), facts = self.processes.on_main(lambda: (self.kept(cell, reference), self.facts(cell)))
+        assert isinstance(cell.source, ModelSource)
+        assert cell.num_steps is not None
+        sampler = cell.source.sampler
+        return Result(
+            sampler=samplers.name_of(sampler),
+            gamma=sampler.gamma if isinstance(sampler, Ancestral) else None,
+            num_steps=cell.num_steps,
+            num_evals=facts["num_evals"],
+            frechet=values["frechet"],
+            kid=values["kid"],
+            seconds_per_1000=facts["seconds_per_1000"],
+        )
+
+    def _measured(self, pair: tuple[Cell, Against]) -> tuple[Tensor]:
+        """Return the figures of a pair, as JSON in bytes."""
+        cell, one = pair
+        held = _timed(lambda: one.figures(self.samples(cell), [self.samples(other) for other in one.needs]))
+        return (torch.frombuffer(bytearray(json.dumps(held).encode()), dtype=torch.uint8),)
+
+    def _kept(self, name: str) -> Kept | None:
+        try:
+            held = read_json(self._file(name))
+            values = {str(key): float(value) for key, value in held["values"].items()}
+            return Kept(values, [str(text) for text in held["missing"]], float(held["seconds"]))
+        except (ValueError, LookupError, TypeError, AttributeError):
+            return None
+
+    def _file(self, name: str) -> Path:
+        return self.folder / "figures" / f"{name}.json"
+
+
+def _timed(make: Callable[[], Figures]) -> dict[str, Any]:
+    start = time.perf_counter()
+    figures = make()
+    return {**figures._asdict(), "seconds": round(time.perf_counter() - start, 3)}

@@ -1,0 +1,148 @@
+"""Measures the stages of a run: figures into metrics.json, samples to look at beside them, both from the store."""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import final
+
+import torch
+
+from halfstep.measure.evaluate import Reference, references_for
+from halfstep.measure.samples import keep_samples
+from halfstep.measure.sources import ModelSource, sampler_of
+from halfstep.measure.store import Cell, Store
+from halfstep.metrics import rmse
+from halfstep.models.folder import load
+from halfstep.models.model import Model
+from halfstep.objectives import Role
+from halfstep.run.events import Measured
+from halfstep.run.spec import RunSpec
+from halfstep.run.trackers import Trackers
+from halfstep.runs import Metrics, RunFolder, StageFolder
+from halfstep.runs.schema import Result
+from halfstep.runtime.failures import told_when_out_of_memory
+from halfstep.runtime.files import write_json
+from halfstep.runtime.processes import Processes
+from halfstep.runtime.stop import StopSignal, at_once
+
+
+@final
+class Measuring:
+    """Measures one stage after the other; students are compared with the first model from the same noise."""
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        folder: RunFolder,
+        stop: StopSignal | None,
+        device: torch.device,
+        processes: Processes,
+        trackers: Trackers,
+    ) -> None:
+        self.spec, self.evaluation, self.device = spec, spec.evaluation, device
+        self.processes, self.trackers, self._stop = processes, trackers, stop
+        place, size = folder.evaluation_path.parent, spec.evaluation.batch_size
+        self.store = Store(place, batch_size=size, own_device=True, processes=processes, stop=stop)
+        self._reference: Reference | None = None
+        self._base: Cell | None = None
+        """The first model of the chain at its most steps, with which all others are compared."""
+
+    def measured(self, folder: StageFolder, model: Model, updates_before: int) -> Iterator[Measured]:
+        """Measure a stage, unless its figures of this protocol exist.
+
+        Args:
+            updates_before: of the plan, for the trackers.
+        """
+        steps = self._steps(model) if self.evaluation.enabled else []
+        if not steps:
+            return
+        reference = self._made_reference()
+        protocol = reference.protocol | {"device": str(self.device)}
+        if self._base is None:
+            # Loaded again if it is needed, for the device need not hold it beside every student.
+            self._base = self._cell(model, steps[0], folder.path)
+
+        def is_measured() -> bool:
+            held = folder.metrics()
+            return held is not None and held.protocol == protocol and {r.num_steps for r in held.results} >= set(steps)
+
+        if self.processes.on_main(is_measured):
+            return
+        model = model.to(self.device)
+        results = []
+        for num_steps in steps:
+            with self._interruptible():
+                result = self._result(folder, self._cell(model, num_steps), reference)
+            results.append(result)
+            self._track(folder, result, updates_before)
+            yield Measured(folder.name, result)
+        figures = Metrics(protocol=protocol, results=results)
+        self.processes.on_main(lambda: write_json(folder.metrics_path, figures.model_dump(mode="json")))
+
+    def _steps(self, model: Model) -> list[int]:
+        """Return the steps at which a model is measured, the most first."""
+        start = self.spec.start_steps
+        if model.num_steps is not None:
+            return [model.num_steps]
+        if model.role is Role.MATCHED and self._base is not None:
+            return [start] if start else []
+        students = [stage.num_steps for stage in self.spec.plan.stages]
+        return sorted({n for n in (*(self.evaluation.teacher_steps or students), start) if n}, reverse=True)
+
+    def _cell(self, model: Model, num_steps: int, path: Path | None = None) -> Cell:
+        """Return the cell of a model, which is loaded from `path` if that is given."""
+        source = ModelSource(
+            model.manifest,
+            (lambda: model) if path is None else functools.partial(load, path, self.device),
+            sampler_of(model.manifest),
+            self.device,
+            self.spec.data,
+            precision=self.evaluation.precision,
+        )
+        return Cell(source, num_steps, range(self.evaluation.num_samples))
+
+    def _result(self, folder: StageFolder, cell: Cell, reference: Reference) -> Result:
+        base = self._base
+        assert base is not None
+        result = self.store.result(cell, reference)
+        self.store.fill([cell, base])
+
+        def look() -> dict[str, object]:
+            """Compare with the first model, and keep some samples."""
+            samples, count = self.store.samples(cell), self.evaluation.num_compared
+            apart = None if cell.name == base.name else rmse(samples[:count], self.store.samples(base)[:count])
+            shown = samples[: self.evaluation.num_shown]
+            return {
+                "teacher_rmse": apart,
+                "samples": keep_samples(folder.path, result.num_steps, shown, self.spec.data.is_image),
+            }
+
+        return result.model_copy(update=self.processes.on_main(look))
+
+    def _made_reference(self) -> Reference:
+        if self._reference is None:
+            remedy = (
+                "out of memory while the real data are measured: measure on the CPU (engine.cpu), or give another "
+                "--out a smaller evaluation.num_reference"
+            )
+            with self._interruptible(), told_when_out_of_memory(remedy):
+                features = [self.evaluation.features]
+                (self._reference,) = references_for(
+                    self.spec.data, self.evaluation, features, self.spec.cache, self.device, self.processes
+                )
+        return self._reference
+
+    def _interruptible(self) -> contextlib.AbstractContextManager[None]:
+        """In here a signal ends a process alone where it comes: figures that are missing are measured again."""
+        return at_once(self._stop if self.processes.count == 1 else None)
+
+    def _track(self, folder: StageFolder, result: Result, updates_before: int) -> None:
+        self.trackers.start(updates_before)
+        steps = f"steps-{result.num_steps:04d}"
+        figures = {"frechet": result.frechet, "kid": result.kid, "teacher_rmse": result.teacher_rmse}
+        held = {f"{steps}/{name}": value for name, value in figures.items() if value is not None}
+        self.trackers.log(folder.name, held, updates_before)
+        picture = (folder.path / str(result.samples)).with_suffix(".png")
+        if picture.is_file():
+            self.trackers.picture(folder.name, f"{steps}/samples", picture, updates_before)

@@ -1,0 +1,169 @@
+"""One store: whoever asks for a cell first draws it, and the others read it."""
+
+import dataclasses
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from halfstep.cli import main
+from halfstep.core.denoiser import NetworkDenoiser
+from halfstep.core.noise import VPCosine
+from halfstep.core.prediction import V
+from halfstep.data import MemoryData
+from halfstep.measure.evaluate import Evaluation, Reference
+from halfstep.measure.sources import ModelSource
+from halfstep.measure.store import Cell, SameNoise, Store
+from halfstep.models.model import Model
+from halfstep.nets import MLP
+from halfstep.recipes import Recipe
+from halfstep.runs import Manifest, RunFolder
+from halfstep.runtime.failures import NonFinite
+from halfstep.samplers import DDIM, Ancestral, Heun, Sampler
+from halfstep.studies import SCALES, Bench
+from toys import TINY_ARRAYS, points
+
+EVALUATION = Evaluation(num_samples=16, num_reference=60, features="pixels")
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> Counter[int | None]:
+    """How many samples were drawn at each number of steps."""
+    counted: Counter[int | None] = Counter()
+    sample = Model.sample
+
+    def counting(self: Model, seeds: list[int], num_steps: int | None = None, *rest: object, **more: object) -> object:
+        counted[num_steps] += len(seeds)
+        return sample(self, seeds, num_steps, *rest, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Model, "sample", counting)
+    return counted
+
+
+def model(shift: float = 0.0) -> Model:
+    torch.manual_seed(0)
+    network = MLP((2,), width=8, depth=1)
+    with torch.no_grad():
+        next(network.parameters()).add_(shift)
+    manifest = Manifest(
+        stage="00-denoise", objective="denoise", parent=None, num_steps=None, num_updates=0, seconds=0.0, shape=(2,),
+        is_image=False, clip=False, network={}, process={}, prediction={}, files={"model.safetensors": str(shift)},
+    )  # fmt: skip
+    return Model(NetworkDenoiser(network, VPCosine(), V()).eval(), manifest)
+
+
+def cell(
+    steps: int = 2, seeds: range = range(16), sampler: Sampler | None = None, shift: float = 0.0, **more: object
+) -> Cell:
+    made, data = model(shift), MemoryData("toy", points())
+    source = ModelSource(made.manifest, lambda: made, sampler or DDIM(), torch.device("cpu"), data, **more)  # type: ignore[arg-type]
+    return Cell(source, steps, seeds)
+
+
+@pytest.fixture(scope="module")
+def reference() -> Reference:
+    return Reference(MemoryData("toy", points()), EVALUATION)
+
+
+def test_a_run_an_evaluation_and_a_study_that_ask_for_one_cell_draw_it_once(
+    tmp_path: Path, drawn: Counter[int | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HALFSTEP_CACHE", str(tmp_path / "cache"))
+    np.save(tmp_path / "toy.npy", points().numpy())
+    run = tmp_path / "runs" / "teacher"
+    main(["run", "arrays", "--data", str(tmp_path / "toy.npy"), "--out", str(run), *TINY_ARRAYS])
+    assert drawn == {4: 24, 2: 48, 1: 48}
+    drawn.clear()
+    main(["evaluate", str(run), "--num-steps", "2", "1"])
+    main(["evaluate", str(run / "stages" / "00-denoise"), "--num-steps", "4", "2"])
+    assert not drawn
+    # What the run has not measured is drawn, and nothing else.
+    main(["evaluate", str(run), "--num-steps", "3", "2"])
+    assert drawn == {3: 24}
+    drawn.clear()
+    recipe = Recipe.model_validate(RunFolder(run).recipe()["recipe"])
+    bench = Bench(tmp_path, dataclasses.replace(SCALES["smoke"](), recipe=recipe), None, lambda event: None)
+    teacher, _, last = RunFolder(run).stages()
+    found = [bench.measured(teacher, 3, DDIM()), bench.measured(last, 1, DDIM())]
+    assert not drawn
+    (student,) = last.metrics().results  # type: ignore[union-attr]
+    tables = json.loads(RunFolder(run).evaluation_path.read_text())["tables"]
+    (row,) = [row for row in tables[0]["rows"] if row["num_steps"] == 3]
+    assert found[0].frechet == row["figures"]["frechet"]["mean"]
+    assert (found[1].frechet, found[1].kid) == (student.frechet, student.kid)
+    # A study of another sampler draws, and the evaluation reads it.
+    bench.measured(teacher, 2, Heun())
+    assert drawn == {2: 24}
+    main(["evaluate", str(run), "--num-steps", "2", "--against", "teacher-heun"])
+    assert drawn == {2: 24}
+
+
+def test_a_cell_is_told_apart_by_all_that_its_samples_depend_on() -> None:
+    others = [
+        cell(steps=4), cell(seeds=range(16, 32)), cell(sampler=Heun()), cell(sampler=Ancestral(0.0)),
+        cell(sampler=Ancestral(1.0)), cell(shift=0.5), cell(guidance_scale=1.0), cell(precision="bf16"),
+    ]  # fmt: skip
+    names = {one.name for one in [cell(), *others]}
+    assert len(names) == 1 + len(others)
+    assert cell().name in names
+
+
+def test_samples_of_another_device_are_drawn_again_only_where_that_matters(
+    tmp_path: Path, drawn: Counter[int | None], reference: Reference
+) -> None:
+    Store(tmp_path).result(cell(), reference)
+    file = tmp_path / "cells" / cell().name / "cell.json"
+    held = json.loads(file.read_text())
+    file.write_text(json.dumps(held | {"pace": ["NVIDIA H100", 1]}))
+    drawn.clear()
+    Store(tmp_path).measure([cell()], [reference])
+    assert not drawn
+    Store(tmp_path, own_device=True).result(cell(), reference)
+    assert drawn == {2: 16}
+    assert json.loads(file.read_text())["pace"] == held["pace"]
+
+
+def test_figures_of_a_cell_need_its_samples_no_longer(
+    tmp_path: Path, drawn: Counter[int | None], reference: Reference
+) -> None:
+    store = Store(tmp_path)
+    first = store.result(cell(), reference)
+    store.drop_samples(cell())
+    drawn.clear()
+    assert Store(tmp_path).result(cell(), reference) == first
+    assert not drawn
+    Store(tmp_path).measure([cell()], [SameNoise(cell(steps=4), (2,))])
+    assert drawn == {2: 16, 4: 16}
+    # The samples are the same ones again, so their figures stay.
+    assert Store(tmp_path).kept(cell(), reference) is not None
+
+
+def test_figures_are_those_of_the_samples_that_are_kept(tmp_path: Path, reference: Reference) -> None:
+    store = Store(tmp_path)
+    result = store.result(cell(), reference)
+    kept = torch.from_numpy(np.load(tmp_path / "cells" / cell().name / "samples.npz")["arr_0"])
+    assert torch.equal(store.samples(cell()), kept)
+    torch.testing.assert_close(kept, model().sample(range(16), 2), rtol=1e-5, atol=1e-6)
+    assert reference.figures(kept).values["frechet"] == result.frechet
+    # Figures do not outlive samples that were lost and drawn again.
+    (file,) = tmp_path.glob("figures/*")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"values": {"frechet": -1.0, "kid": 0.0}}))
+    shutil.rmtree(tmp_path / "cells")
+    assert Store(tmp_path).result(cell(), reference) == result.model_copy(
+        update={"seconds_per_1000": Store(tmp_path).result(cell(), reference).seconds_per_1000}
+    )
+
+
+def test_a_broken_cell_is_named_and_leaves_nothing(tmp_path: Path, reference: Reference) -> None:
+    store, bad = Store(tmp_path), cell(shift=float("nan"))
+    with pytest.raises(NonFinite, match="sampling with 2 steps gave values that are not finite"):
+        store.result(bad, reference)
+    store.measure([bad, cell()], [reference, SameNoise(bad, (2,))])
+    assert store.kept(bad, reference) is None
+    assert store.kept(cell(), SameNoise(bad, (2,))) is None
+    assert store.kept(cell(), reference) is not None
+    assert [folder.name for folder in tmp_path.glob("cells/*")] == [cell().name]
