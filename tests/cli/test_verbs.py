@@ -1,17 +1,19 @@
 """All verbs from outside: help, examples, exit codes, and JSON where a table is printed."""
 
+import functools
 import itertools
 import json
 import re
 import shlex
 import sys
+from argparse import ArgumentParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from halfstep.cli import main
-from halfstep.cli.completion import argument_kinds, options_of
+from halfstep.cli.completion import argument_kinds, command_line
 from halfstep.cli.verbs import EXIT_CODES, VERBS
 from support_cli import Capture, refused
 from toys import TINY_ARRAYS
@@ -30,6 +32,19 @@ def run(toy_run: Path) -> Path:
 def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
     # Wide enough for one line each, too narrow for two boxes beside each other.
     monkeypatch.setenv("COLUMNS", "100")
+
+
+@functools.cache
+def parsers() -> dict[str, ArgumentParser]:
+    """The parsers of the verbs, from which shells complete."""
+    (verbs,) = [action.choices for action in command_line()._actions if isinstance(action.choices, dict)]
+    return verbs
+
+
+def options_of(verb: str) -> dict[str, tuple[str, ...]]:
+    """The options of a verb with the choices of their values."""
+    actions = parsers()[verb]._option_string_actions
+    return {option: tuple(action.choices or ()) for option, action in actions.items() if option.startswith("--")}
 
 
 def help_of(argv: list[str], capsys: Capture) -> str:

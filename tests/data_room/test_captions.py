@@ -2,6 +2,7 @@
 
 import csv
 import json
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -86,6 +87,43 @@ def test_tables_are_those_that_datasets_reads(tmp_path):
     assert dict(zip(map(str, ours.files), ours.captions, strict=True)) == theirs
 
 
+def write_parquet(folder: Path, captions: Mapping[str, str]) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    parquet.write_table(
+        pa.table({"file_name": list(captions), "text": list(captions.values())}), folder / "metadata.parquet"
+    )
+
+
+@pytest.mark.parametrize("write", [write_jsonl, write_csv, write_parquet])
+def test_words_and_numbers_stay_the_texts_that_they_are(tmp_path, write):
+    """Readers of tables like to take them for missing values and for numbers."""
+    captions = {"a.png": "NA", "b.png": "None", "c.png": "007", "d.png": " x "}
+    for name in captions:
+        image(tmp_path / name)
+    write(tmp_path, captions)
+    assert read_captions(tmp_path).captions == tuple(captions.values())
+
+
+def test_names_with_backslashes_and_of_another_spelling_are_found(tmp_path):
+    composed, apart = (unicodedata.normalize(form, "s/caf\u00e9.png") for form in ("NFC", "NFD"))
+    image(tmp_path / apart)
+    write_jsonl(tmp_path, {composed.replace("/", "\\"): "a cat"})
+    read = read_captions(tmp_path)
+    assert (read.files, read.captions) == ((Path(apart),), ("a cat",))
+
+
+def test_splits_are_not_mixed_and_mistyped_tables_are_named(tmp_path):
+    for split in ("train", "test"):
+        image(tmp_path / f"{split}/a.png")
+        write_jsonl(tmp_path / split, {"a.png": split})
+    refused(tmp_path, "train and test", str(tmp_path / "train"))
+    assert read_captions(tmp_path / "test").captions == ("test",)
+    (tmp_path / "test/metadata.jsonl").rename(tmp_path / "test/metadata.json1")
+    refused(tmp_path / "test", "rename metadata.json1", "metadata.jsonl")
+
+
 def test_a_null_is_the_empty_caption(tmp_path):
     image(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": null}')
@@ -140,7 +178,7 @@ def test_captions_of_missing_images(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["b.png", "../a.png", "b.heic", ""])
-@pytest.mark.parametrize(("write", "line"), [(write_jsonl, "jsonl line 2"), (write_csv, "csv line 3")])
+@pytest.mark.parametrize(("write", "line"), [(write_jsonl, "jsonl row 2"), (write_csv, "csv row 2")])
 def test_rows_of_missing_images(tmp_path, write, line, name):
     image(tmp_path / "a.png")
     (tmp_path / "b.heic").write_bytes(b"")
@@ -151,10 +189,10 @@ def test_rows_of_missing_images(tmp_path, write, line, name):
 def test_two_captions_of_one_image(tmp_path):
     image(tmp_path / "a.png")
     write_jsonl(tmp_path, {"a.png": "a cat", "./a.png": "a dog"})
-    refused(tmp_path, "jsonl line 2", "second caption", "jsonl line 1")
+    refused(tmp_path, "jsonl row 2", "second caption", "jsonl row 1")
     write_jsonl(tmp_path, {"a.png": "a cat"})
     write_csv(tmp_path, {"a.png": "a cat"})
-    refused(tmp_path, "metadata.csv line 2", "metadata.jsonl line 1")
+    refused(tmp_path, "metadata.csv row 1", "metadata.jsonl row 1")
 
 
 def test_both_kinds(tmp_path):
@@ -167,12 +205,11 @@ def test_both_kinds(tmp_path):
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ("{", ["line 1", "not JSON"]),
-        ("[1]", ["line 1", "not a JSON object"]),
-        ('{"file_name": "a.png", "caption": "x"}', ["line 1", "'text'", "file_name, caption"]),
-        ("{}", ["line 1", "'file_name'", "none"]),
-        ('{"file_name": "a.png", "text": ["x"]}', ["line 1", "list"]),
-        ('{"file_name": null, "text": "x"}', ["line 1", "NoneType"]),
+        ("{", ["cannot be read", "JSON"]),
+        ("[1]", ["cannot be read", "JSON"]),
+        ('{"file_name": "a.png", "caption": "x"}', ["'text'", "file_name, caption"]),
+        ('{"file_name": "a.png", "text": ["x"]}', ["cannot be read", "list"]),
+        ('{"file_name": null, "text": "x"}', ["row 1", "no file_name"]),
         ('{"file_name": "a.png", "text": "\xe9"}', ["cannot be read", "UTF-8"]),
     ],
 )
@@ -185,15 +222,16 @@ def test_damaged_jsonl(tmp_path, row, words):
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        ("file_name,text\na.png,a cat, and a dog", ["line 2", "3 fields under 2 columns", "quotes"]),
-        ("file_name,text\na.png", ["line 2", "1 fields under 2 columns"]),
-        ('file_name,text\na.png,"a cat', ["cannot be read", "unexpected end"]),
-        ("a.png,a cat\na.png,a dog", ["line 2", "'file_name'", "a.png, a cat"]),
+        ("file_name,text\na.png,a cat, and a dog", ["Expected 2 columns, got 3", "quotes"]),
+        ("file_name,text\na.png", ["Expected 2 columns, got 1"]),
+        ('file_name,text\na.png,"a cat\nb.png,a dog', ["1 of 2 images", "b.png"]),
+        ("a.png,a cat\na.png,a dog", ["'file_name'", "a.png, a cat"]),
         ("", ["1 of 1 images"]),
     ],
 )
 def test_damaged_csv(tmp_path, rows, words):
-    image(tmp_path / "a.png")
+    for name in ("a.png", "b.png")[: 1 + ("b.png" in rows)]:
+        image(tmp_path / name)
     (tmp_path / "metadata.csv").write_text(rows)
     refused(tmp_path, "metadata.csv", *words)
 

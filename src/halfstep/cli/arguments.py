@@ -1,24 +1,56 @@
 """The arguments of the verbs that know recipes and models."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import torch
 import tyro
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from halfstep.cli.usage import Switch, first_line
 from halfstep.cli.usage import UsageError as UsageError
 from halfstep.cli.usage import parse as parse
+from halfstep.core.noise import processes
+from halfstep.core.prediction import predictions
+from halfstep.core.weighting import weightings
+from halfstep.metrics import extractors
+from halfstep.nets import networks
+from halfstep.objectives import objectives
 from halfstep.recipes import Recipe, recipes
+from halfstep.registry import Registry
 from halfstep.runs import RunFolder
 from halfstep.runtime.files import DamagedFile, read_json
 from halfstep.runtime.processes import Processes
+from halfstep.samplers import samplers
+from halfstep.studies import studies
 
 SHORT: Final = {"--data": "--data.source", "--to": "--chain.end-steps", "--start": "--chain.start-steps"}
 """Short names of a recipe's options."""
+
+FAMILIES: Final[Mapping[str, Registry[Any]]] = MappingProxyType(
+    {
+        "recipes": recipes,
+        "samplers": samplers,
+        "predictions": predictions,
+        "weightings": weightings,
+        "processes": processes,
+        "objectives": objectives,
+        "networks": networks,
+        "studies": studies,
+        "extractors": extractors,
+    }
+)
+"""What recipes and options can name."""
+
+if TYPE_CHECKING:
+    SamplerName = str
+    FamilyName = str
+else:
+    SamplerName = tyro.extras.literal_type_from_choices(samplers)
+    FamilyName = tyro.extras.literal_type_from_choices(FAMILIES)
 
 RecipeFields = tyro.conf.AvoidSubcommands[Annotated[Recipe, tyro.conf.arg(name="", help="")]]
 
@@ -70,8 +102,8 @@ class SampleArguments:
     """uncond + scale (cond - uncond), for a model that knows guidance; 1 is none. The model's own by default."""
     prompt: str | None = None
     """What to show, for a model of texts."""
-    sampler: str | None = None
-    """Sampler (see `halfstep ls samplers`); the model's own by default."""
+    sampler: SamplerName | None = None
+    """Sampler (`halfstep ls samplers` describes them); the model's own by default."""
     gamma: float | None = None
     """Of ancestral sampling: its variance, from 0 for the lower bound to 1 for the upper, which is the default."""
     batch_size: int | None = None
@@ -146,23 +178,10 @@ class ReportArguments:
 class ListArguments:
     """List what recipes and options can name: the members of every family, with a line on each."""
 
-    families: tyro.conf.Positional[tuple[str, ...]] = field(default=())
+    families: tyro.conf.Positional[tuple[FamilyName, ...]] = field(default=())
     """Families to list; all by default."""
     json: Switch = False
     """Print one JSON document: families, their members, and what each is."""
-
-
-def flags_of(settings: Any, prefix: str = "") -> list[str]:
-    """Return the flags of a recipe's fields, or of a part of it: a pydantic model or a dataclass."""
-    flags: list[str] = []
-    for name in type(settings).model_fields if isinstance(settings, BaseModel) else [f.name for f in fields(settings)]:
-        value, dotted = getattr(settings, name), f"{prefix}{name.replace('_', '-')}"
-        if isinstance(value, BaseModel) or is_dataclass(value):
-            # Hyperparameters take no prefix of their own (`recipes.schema.Flat`).
-            flags += flags_of(value, prefix if name == "training" else f"{dotted}.")
-        else:
-            flags.append(f"--{dotted}")
-    return flags
 
 
 def recipe_from(text: str) -> Recipe:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from halfstep.cli import evaluating, exploring, exporting, importing, studying
 from halfstep.cli.arguments import (
+    FAMILIES,
     SHORT,
     DistillArguments,
     ListArguments,
@@ -21,7 +22,6 @@ from halfstep.cli.arguments import (
     SampleArguments,
     device_of,
     expand_data,
-    flags_of,
     recipe_from,
     recipe_of_file,
 )
@@ -30,19 +30,14 @@ from halfstep.cli.dry_run import show_plan
 from halfstep.cli.reporting import make_report
 from halfstep.cli.usage import UsageError, parse
 from halfstep.cli.words import console_for, duration, print_json
-from halfstep.core.noise import processes
-from halfstep.core.prediction import predictions
-from halfstep.core.weighting import weightings
 from halfstep.hub import decoder_of, fetch, import_pipeline, is_pipeline, release_texts, text_conditions
 from halfstep.measure.samples import grid_image, samples_array, write_png
-from halfstep.metrics import extractors, to_uint8
+from halfstep.metrics import to_uint8
 from halfstep.models.folder import find_stage, load
 from halfstep.models.model import Model, samples_at_once
-from halfstep.nets import networks
-from halfstep.objectives import Role, objectives
+from halfstep.objectives import Role
 from halfstep.recipes import Recipe, build, recipes
 from halfstep.recipes.schema import MatchingConfig, data_or_stand_in
-from halfstep.registry import nearest
 from halfstep.run.runner import run as run_spec
 from halfstep.run.spec import RunSpec
 from halfstep.runs import StageFolder, read_status
@@ -51,7 +46,6 @@ from halfstep.runtime.files import refuse_taken, write_arrays
 from halfstep.runtime.processes import Processes, launched, make_accelerator
 from halfstep.runtime.stop import Interrupted, StopSignal, at_once
 from halfstep.samplers import Ancestral, Sampler, samplers
-from halfstep.studies import studies
 
 
 def _processes(cpu: bool = False) -> Processes:
@@ -78,8 +72,7 @@ def _with_recipe(argv: Sequence[str], verb: str) -> tuple[RunArguments, str]:
     else:
         recipe, name, rest = recipe_from(argv[0]), argv[0], list(argv[1:])
     prog = f"halfstep {verb}" if verb == "demo" else f"halfstep {verb} {name}"
-    known = [*flags_of(recipe), *SHORT]
-    arguments = parse(RunArguments, expand_data(rest), prog, RunArguments(recipe), known)
+    arguments = parse(RunArguments, expand_data(rest), prog, RunArguments(recipe), SHORT)
     return arguments, name
 
 
@@ -186,7 +179,7 @@ def distill(argv: Sequence[str]) -> None:
         rest,
         f"halfstep distill {argv[0]}",
         DistillArguments(recipe),
-        [*flags_of(recipe), *SHORT],
+        SHORT,
     )
     recipe = arguments.recipe
     if model.num_steps is not None and recipe.chain.start_steps != model.num_steps:
@@ -393,39 +386,20 @@ def explore(argv: Sequence[str]) -> None:
     exploring.explore(argv)
 
 
-def families() -> dict[str, list[tuple[str, str]]]:
-    """What recipes and options can name: by family, the members with a line on each."""
-    found: dict[str, list[tuple[str, str]]] = {}
-    for name, registry in {
-        "recipes": recipes,
-        "samplers": samplers,
-        "predictions": predictions,
-        "weightings": weightings,
-        "processes": processes,
-        "objectives": objectives,
-        "networks": networks,
-        "studies": studies,
-        "extractors": extractors,
-    }.items():
-        found[name] = [(member, _summary(thing)) for member, thing in registry.items()]  # type: ignore[attr-defined]
-    return found
-
-
 def ls(argv: Sequence[str]) -> None:
     """List the members of every family."""
     arguments = parse(ListArguments, argv, "halfstep ls")
-    found = families()
-    for wanted in arguments.families:
-        if wanted not in found:
-            raise UsageError(f"unknown family {wanted!r}{nearest(wanted, found)} (known: {', '.join(found)})")
-    shown = arguments.families or tuple(found)
+    shown = {
+        family: {name: _summary(member) for name, member in FAMILIES[family].items()}
+        for family in arguments.families or FAMILIES
+    }
     if arguments.json:
-        print_json({family: dict(found[family]) for family in shown})
+        print_json(shown)
         return
     console = console_for()
-    for family in shown:
+    for family, members in shown.items():
         table = Table(title=family, title_justify="left", show_header=False, box=None, padding=(0, 2))
-        for member, text in found[family]:
+        for member, text in members.items():
             table.add_row(f"  {member}", escape(text))
         console.print(table)
 

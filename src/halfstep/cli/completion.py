@@ -1,37 +1,33 @@
-"""`halfstep completion`: scripts for shells, which complete verbs, options, their choices, and files.
+"""`halfstep completion`: shtab writes the script of a shell from the parsers of the verbs.
 
-tyro writes such scripts too, but for one parser at a time and by starting Python at each key; a verb's options here
-depend on what stands behind it. So the words are written out once, and the script needs nothing else.
+tyro writes such scripts too, but they start Python at each key.
 """
 
-import typing
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
+import shtab
 import tyro
-from pydantic import BaseModel
 
-from halfstep.cli.usage import parse
+from halfstep.cli.usage import parse, parser_of
 from halfstep.cli.verbs import VERBS
-
-Words = tuple[str, ...]
 
 
 @dataclass
 class CompletionArguments:
-    """Print a script with which a shell completes verbs, options, their choices and files. Write it anew after an
+    """Print a script with which a shell completes verbs, options, their choices and files. Write it again after an
     update of halfstep."""
 
-    shell: tyro.conf.Positional[Literal["bash", "zsh", "fish"]]
+    shell: tyro.conf.Positional[Literal["bash", "zsh", "fish", "tcsh"]]
     """The shell."""
 
 
 def completion(argv: Sequence[str]) -> None:
     """Prints the script."""
     arguments = parse(CompletionArguments, argv, "halfstep completion")
-    print({"bash": bash, "zsh": zsh, "fish": fish}[arguments.shell]())
+    print(shtab.complete(command_line(), arguments.shell))
 
 
 def argument_kinds() -> dict[str, type]:
@@ -41,9 +37,9 @@ def argument_kinds() -> dict[str, type]:
     return {
         "run": arguments.RunArguments,
         "train": arguments.RunArguments,
-        "demo": arguments.RunArguments,
         "distill": arguments.DistillArguments,
         "study": studying.StudyArguments,
+        "demo": arguments.RunArguments,
         "sample": arguments.SampleArguments,
         "evaluate": arguments.EvaluateArguments,
         "report": arguments.ReportArguments,
@@ -58,146 +54,38 @@ def argument_kinds() -> dict[str, type]:
     }
 
 
-def options_of(verb: str) -> dict[str, Words]:
-    """The options of a verb with the choices of their values, which are empty for free ones."""
-    from halfstep.cli.arguments import RunArguments
-    from halfstep.recipes import Recipe, recipes
-    from halfstep.samplers import samplers
-
-    kind = argument_kinds()[verb]
-    options: dict[str, Words] = {"--help": ()}
-    hints = typing.get_type_hints(kind, include_extras=True)
-    for field in fields(kind):
-        hint = hints[field.name]
-        if field.name == "recipe" and Recipe in _unwrapped(hint):
-            for make in recipes.values():
-                options |= _fields(make())
-            options |= {"--data": (), "--to": (), "--start": ()}
-        elif not _is_positional(hint):
-            options[f"--{field.name.replace('_', '-')}"] = _choices(hint)
-    if "--sampler" in options:
-        options["--sampler"] = tuple(samplers)
-    if kind is RunArguments:
-        options.pop("--recipe", None)
-    return options
+def command_line() -> ArgumentParser:
+    """All verbs as one parser of argparse. A verb that takes a recipe has the options of every recipe."""
+    line = ArgumentParser("halfstep")
+    line.add_argument("--version", "-V", action="store_true", help="print the version")
+    verbs = line.add_subparsers()
+    verbs.add_parser("help", help="show the options of a verb").add_argument("verb", choices=list(VERBS))
+    for name, kind in argument_kinds().items():
+        verb = verbs.add_parser(name, help=VERBS[name].summary, add_help=False)
+        known: set[str] = set()
+        for parser in _parsers_of(name, kind):
+            # argparse's own way to merge parsers, `parents`, refuses those that share an option in a group.
+            for action in parser._actions:
+                if known.isdisjoint(action.option_strings):
+                    # A default here is that of one recipe.
+                    action.help = (action.help or "").partition(" (default:")[0]
+                    verb._add_action(action)
+                    known.update(action.option_strings)
+    return line
 
 
-def members_of(verb: str) -> Words:
-    """The names that may stand right behind a verb, besides files."""
-    from halfstep.cli.commands import families
+def _parsers_of(verb: str, kind: Any) -> list[ArgumentParser]:
+    """The parser of a verb, or those of a verb that takes a recipe, one for each recipe."""
+    from halfstep.cli.arguments import SHORT, DistillArguments, RunArguments
     from halfstep.recipes import recipes
-    from halfstep.studies import studies
 
-    known: dict[str, Iterable[str]] = {"run": recipes, "train": recipes, "study": studies, "ls": families()}
-    known |= {"import": ("diffusers", "google-pd"), "completion": ("bash", "zsh", "fish")}
-    return tuple(known.get(verb, ()))
-
-
-def _unwrapped(hint: Any) -> tuple[Any, ...]:
-    """The hint and all that it is made of."""
-    return (hint, *(part for argument in get_args(hint) for part in _unwrapped(argument)))
-
-
-def _is_positional(hint: Any) -> bool:
-    return any("Positional" in repr(part) for part in getattr(hint, "__metadata__", ()))
-
-
-def _choices(hint: Any) -> Words:
-    parts = _unwrapped(hint)
-    if any(get_origin(part) in (tuple, list) for part in parts):
-        return ()
-    return tuple(str(value) for part in parts if get_origin(part) is Literal for value in get_args(part))
-
-
-def _is_flag(hint: Any) -> bool:
-    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    return bool in kinds and NoneType not in kinds
-
-
-def _fields(model: BaseModel, prefix: str = "") -> dict[str, Words]:
-    options: dict[str, Words] = {}
-    for name, field in type(model).model_fields.items():
-        value, plain = getattr(model, name), name.replace("_", "-")
-        if isinstance(value, BaseModel):
-            options |= _fields(value, f"{prefix}{plain}.")
-            continue
-        if any(isinstance(part, type) and issubclass(part, BaseModel) for part in get_args(field.annotation)):
-            # Left out of this recipe: its help has no options for it either.
-            continue
-        options[f"--{prefix}{plain}"] = () if _is_flag(field.annotation) else _choices(field.annotation)
-        if _is_flag(field.annotation):
-            options[f"--{prefix}no-{plain}"] = ()
-    return options
-
-
-def bash() -> str:
-    """The script for bash."""
-    values, after, options = [], [], []
-    for verb in VERBS:
-        known = options_of(verb)
-        options.append(f'    {verb}) words="{" ".join(sorted(known))}" ;;')
-        values += [f'    "{verb} {option}") words="{" ".join(c)}" ;;' for option, c in known.items() if c]
-        if members := members_of(verb):
-            after.append(f'    {verb}) words="{" ".join(members)}" ;;')
-    return "\n".join(
-        [
-            "# bash completion for halfstep; written by `halfstep completion bash`",
-            "_halfstep() {",
-            '  local cur="${COMP_WORDS[COMP_CWORD]}" prev="${COMP_WORDS[COMP_CWORD-1]}"',
-            '  local verb="${COMP_WORDS[1]}" words=""',
-            "  COMPREPLY=()",
-            "  if (( COMP_CWORD == 1 )); then",
-            f'    COMPREPLY=( $(compgen -W "{" ".join(VERBS)} help --help --version" -- "$cur") )',
-            "    return",
-            "  fi",
-            '  case "$verb $prev" in',
-            f'    "help help") words="{" ".join(VERBS)}" ;;',
-            *values,
-            "  esac",
-            '  if [[ -n "$words" ]]; then',
-            '    COMPREPLY=( $(compgen -W "$words" -- "$cur") )',
-            "    return",
-            "  fi",
-            '  if [[ "$cur" == -* ]]; then',
-            '    case "$verb" in',
-            *(f"  {line}" for line in options),
-            "    esac",
-            '    COMPREPLY=( $(compgen -W "$words" -- "$cur") )',
-            "    return",
-            "  fi",
-            "  if (( COMP_CWORD == 2 )); then",
-            '    case "$verb" in',
-            *(f"  {line}" for line in after),
-            "    esac",
-            '    COMPREPLY=( $(compgen -W "$words" -- "$cur") )',
-            "  fi",
-            "  # With nothing of ours, bash completes files.",
-            "}",
-            "complete -o bashdefault -o default -F _halfstep halfstep",
-        ]
-    )
-
-
-def zsh() -> str:
-    """The script for zsh: the one of bash, which zsh reads through its own layer for that."""
-    return f"#compdef halfstep\nautoload -U +X bashcompinit && bashcompinit\n{bash()}"
-
-
-def fish() -> str:
-    """The script for fish."""
-    lines = ["# fish completion for halfstep; written by `halfstep completion fish`"]
-    lines.append("complete -c halfstep -n __fish_use_subcommand -f")
-    for verb in VERBS.values():
-        lines.append(f"complete -c halfstep -n __fish_use_subcommand -a {verb.name} -d {_quoted(verb.summary)}")
-    for verb_name in VERBS:
-        at = f"complete -c halfstep -n '__fish_seen_subcommand_from {verb_name}'"
-        if members := members_of(verb_name):
-            lines.append(f"{at} -a '{' '.join(members)}'")
-        for option, choices in sorted(options_of(verb_name).items()):
-            lines.append(f"{at} -l {option[2:]}" + (f" -x -a '{' '.join(choices)}'" if choices else ""))
-    return "\n".join(lines)
-
-
-def _quoted(text: str) -> str:
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
+    if kind not in (RunArguments, DistillArguments):
+        return [parser_of(kind)]
+    more = ArgumentParser(add_help=False)
+    if verb == "distill":
+        more.add_argument("model").complete = shtab.FILE  # type: ignore[attr-defined]
+    elif verb != "demo":
+        more.add_argument("recipe", choices=list(recipes))
+    for short, field in SHORT.items():
+        more.add_argument(short, help=f"short for {field}")
+    return [more, *(parser_of(kind, kind(make())) for make in recipes.values())]

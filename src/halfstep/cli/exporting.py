@@ -87,7 +87,7 @@ class EncodeArguments:
     pipeline: tyro.conf.Positional[str]
     """Folder of the pipeline, or its name on the Hub."""
     data: str
-    """Images with captions (metadata.jsonl, metadata.csv or a .txt beside each) for a model of texts; images in a
+    """Images with captions (metadata.jsonl, .csv, .parquet or a .txt beside each) for a model of texts; images in a
     folder for each class, in the order of the names of its classes, for a model of classes."""
     out: Path
     """Folder of the latents."""

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import tyro
@@ -13,22 +13,28 @@ from rich.markup import escape
 from halfstep.cli.usage import Switch, UsageError, parse
 from halfstep.cli.words import console_for, duration, print_json, print_table
 from halfstep.recipes import Recipe, recipes
-from halfstep.registry import nearest
 from halfstep.run.events import Event, Notice, StageStart
 from halfstep.runtime.files import read_json
 from halfstep.runtime.stop import StopSignal
 from halfstep.studies import SCALES, Scale, Trial, run_study, studies, write_study
+
+if TYPE_CHECKING:
+    StudyName = str
+    RecipeName = str
+else:
+    StudyName = tyro.extras.literal_type_from_choices(studies)
+    RecipeName = tyro.extras.literal_type_from_choices(recipes)
 
 
 @dataclass
 class StudyArguments:
     """Run one of the paper's studies: a plan of runs that ends in a table and a figure. The same command goes on."""
 
-    name: tyro.conf.Positional[str]
-    """Study (see `halfstep ls studies`)."""
+    name: tyro.conf.Positional[StudyName]
+    """Study (`halfstep ls studies` describes them)."""
     scale: Literal["smoke", "small", "paper"] = "smoke"
     """smoke: digits, minutes on two CPU cores; small: Fashion-MNIST, hours on a GPU; paper: CIFAR-10 as published."""
-    recipe: str | None = None
+    recipe: RecipeName | None = None
     """Another recipe for teacher and chain, such as imagenet64_paper."""
     data: str | None = None
     """Another source of the data, such as a folder."""
@@ -103,10 +109,7 @@ def scale_of(arguments: StudyArguments) -> Scale:
 
     Raises:
         UsageError: if a number of seeds is below 1.
-        ValueError: if the recipe is unknown.
     """
-    if arguments.scale not in SCALES:
-        raise UsageError(f"unknown scale {arguments.scale!r}{nearest(arguments.scale, SCALES)}")
     scale = SCALES[arguments.scale]()
     recipe, ablation = scale.recipe, scale.ablation
     if arguments.recipe is not None:

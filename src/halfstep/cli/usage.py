@@ -1,9 +1,11 @@
-"""From command lines to typed arguments, by tyro; from its complaints to one line that names what is near."""
+"""Parse a command line by tyro; report a wrong one in one line that names what is near."""
 
+import sys
+from argparse import ArgumentParser
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Final, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Final, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
 import tyro
 from pydantic import ValidationError
@@ -17,38 +19,50 @@ Arguments = TypeVar("Arguments")
 
 
 Switch = tyro.conf.FlagCreatePairsOff[bool]
-"""An option without a value that is off by default."""
+"""An option without a value, off by default."""
+
+CONFIG: Final = (tyro.conf.PositionalMetavarFromFieldName,)
 
 PLAIN: Final = ConstructorRegistry()
-"""How the help writes options that may be left out: INT, where tyro would write {None}|INT."""
+"""How values are shown in the help (INT, where tyro would write {None}|INT) and how bad ones are reported."""
 
 METAVARS: Final = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
+NEEDED: Final = {int: "a whole number", float: "a number"}
 
 
 @PLAIN.primitive_rule
-def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    kinds = get_args(info.type)
-    if get_origin(info.type) not in (Union, UnionType) or NoneType not in kinds:
-        return None
-    # A word, such as auto, may stand in the place of a value.
+def _plain(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    kinds = get_args(info.type) if get_origin(info.type) in (Union, UnionType) else (info.type,)
+    # A word, such as auto, may stand for a value.
     words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
     values = [kind for kind in kinds if kind is not NoneType and get_origin(kind) is not Literal]
     if len(values) != 1:
         return None
     kind = values[0]
     if get_origin(kind) is Annotated:
-        # A bound of pydantic's, which checks it.
+        # A bound, which pydantic checks.
         kind = get_args(kind)[0]
     if kind not in METAVARS:
         return None
+
+    def read(texts: Sequence[str]) -> Any:
+        text = texts[0]
+        if text in words or (text == "None" and NoneType in kinds):
+            return None if text == "None" else text
+        try:
+            return kind(text)
+        except ValueError:
+            raise ValueError(f"needs {' or '.join([NEEDED[kind], *words])}, got {text!r}") from None
+
     return PrimitiveConstructorSpec(
         nargs=1,
         metavar="|".join([METAVARS[kind], *words]),
-        instance_from_str=lambda texts: (
-            None if texts[0] == "None" else texts[0] if texts[0] in words else kind(texts[0])
-        ),
+        instance_from_str=read,
         is_instance=lambda value: (
-            value is None or value in words or isinstance(value, kind) or (kind is float and type(value) is int)
+            (value is None and NoneType in kinds)
+            or value in words
+            or isinstance(value, kind)
+            or (kind is float and type(value) is int)
         ),
         str_from_instance=lambda value: [str(value)],
     )
@@ -63,28 +77,22 @@ def first_line(error: ValidationError) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"] if part not in ("unet2d", "mlp"))
     reason = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "value_error":
-        return f"{where}: {reason}"
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"unknown field {where!r}"
-    return f"{where}: {reason[0].lower()}{reason[1:]}, got {first['input']!r}"
+    if first["type"] != "value_error":
+        reason = f"{reason[0].lower()}{reason[1:]}, got {first['input']!r}"
+    # A contradiction between fields has no field of its own.
+    return f"{where}: {reason}" if where else reason
 
 
-def plain_reason(message: str) -> str:
-    """tyro's and pydantic's words for a bad value, in one line."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    if len(lines) >= 3 and "validation error" in lines[0]:
-        if " [type=" in lines[1]:
-            # A contradiction between fields has no field of its own.
-            return lines[1].partition(" [type=")[0].removeprefix("Value error, ")
-        reason, _, details = lines[2].partition(" [type=")
-        got = details.partition("input_value=")[2].partition(", input_type")[0]
-        reason = reason.removeprefix("Value error, ")
-        return f"{lines[1].replace('_', '-')}: {reason}" + ("" if "got" in reason or not got else f", got {got}")
-    for kind, needed in (("int()", "a whole number"), ("float", "a number")):
-        if kind in message and ":" in message:
-            return f"needs {needed}, got {message.rpartition(':')[2].strip()}"
-    return " ".join(lines)
+def parser_of(kind: type[Arguments], default: Arguments | None = None) -> ArgumentParser:
+    """The options that `parse` reads, as a parser of argparse."""
+    # Its class is a copy of argparse's own, which is its base, but not to type checkers.
+    parser: Any = tyro.extras.get_parser(
+        kind, default=tyro.MISSING_NONPROP if default is None else default, config=CONFIG, registry=PLAIN
+    )
+    assert isinstance(parser, ArgumentParser)
+    return parser
 
 
 def with_flag(reason: str, argv: Sequence[str]) -> str:
@@ -100,58 +108,32 @@ def parse(
     argv: Sequence[str],
     prog: str,
     default: Arguments | None = None,
-    flags: Iterable[str] = (),
+    short: Iterable[str] = (),
 ) -> Arguments:
-    """The arguments in `argv`.
+    """The arguments in `argv`. `short` are further options, which the caller has replaced in it.
 
     Raises:
         UsageError: one line, if an option is unknown, lacks its value or has one of the wrong type.
         SystemExit: after --help.
     """
-    known = [
-        *flags,
-        *(f"--{name.replace('_', '-')}" for name in getattr(kind, "__dataclass_fields__", {})),
-        "--help",
-    ]
 
-    def explain(event: tyro_errors.ParseErrorEvent) -> None:
-        if isinstance(event, tyro_errors.UnrecognizedArgs):
-            token = event.tokens[0]
-            raise UsageError(f"unknown option {token!r}{nearest(token.split('=')[0], known)}; see {prog} --help")
-        if isinstance(event, tyro_errors.MissingArgs):
-            if event.unrecognized_tokens:
-                token = event.unrecognized_tokens[0]
-                raise UsageError(f"unknown option {token!r}{nearest(token, known)}; see {prog} --help")
-            names = ", ".join(argument.arg.lowered.name_or_flags[0] for argument in event.missing_arguments)
-            raise UsageError(f"{names} is missing; see {prog} --help")
-        if isinstance(event, tyro_errors.BadValue):
-            flag = event.argument.lowered.name_or_flags[0]
-            if not flag.startswith("-"):
-                # What stands in the place of a positional is an option, which may be a mistyped one.
-                for token in argv:
-                    name = token.partition("=")[0]
-                    if name.startswith("--") and name not in known:
-                        raise UsageError(f"unknown option {token!r}{nearest(name, known)}; see {prog} --help")
-                raise UsageError(f"{flag.upper()} is missing; see {prog} --help")
-            raise UsageError(f"{flag} needs a value; see {prog} --help")
-        if isinstance(event, tyro_errors.InvalidChoice):
-            flag = event.argument.lowered.name_or_flags[0]
-            raise UsageError(
-                f"{flag}: {event.value!r} is not one of {', '.join(event.choices)}{nearest(event.value, event.choices)}"
-            )
-        if isinstance(event, tyro_errors.InstantiationFailure):
-            flag = event.argument.lowered.name_or_flags[0] if event.argument is not None else ""
-            reason = plain_reason(event.message)
-            raise UsageError(f"{flag}: {reason}" if flag else with_flag(reason, argv))
+    def refuse(event: tyro_errors.ParseErrorEvent) -> NoReturn:
+        known = [*parser_of(kind, default)._option_string_actions, *short]
+        # A mistyped option comes first: what else is wrong mostly follows from it.
+        for token in argv:
+            name = token.partition("=")[0].replace("_", "-")
+            if name.startswith("--") and name not in known:
+                raise UsageError(f"unknown option {token!r}{nearest(name, known)}; see {prog} --help")
+        raise UsageError(_reason(event, prog, argv))
 
     try:
-        with tyro_errors.on_parse_error(explain):
+        with tyro_errors.on_parse_error(refuse):
             return tyro.cli(
                 kind,
                 args=list(argv),
                 prog=prog,
-                default=default if default is not None else tyro.MISSING_NONPROP,
-                config=(tyro.conf.PositionalMetavarFromFieldName,),
+                default=tyro.MISSING_NONPROP if default is None else default,
+                config=CONFIG,
                 registry=PLAIN,
             )
     except SystemExit as end:
@@ -161,3 +143,42 @@ def parse(
         raise
     except ValidationError as error:
         raise UsageError(first_line(error)) from None
+
+
+def _reason(event: tyro_errors.ParseErrorEvent, prog: str, argv: Sequence[str]) -> str:
+    """Why tyro refuses a command line, in one line.
+
+    tyro prints its reasons in boxes of many lines, and hands them over by a private hook only. All that is known of
+    its events stands here.
+    """
+
+    def name_of(argument: Any) -> str:
+        name: str = argument.lowered.name_or_flags[0]
+        return name if name.startswith("-") else name.upper()
+
+    help = f"; see {prog} --help"
+    match event:
+        case tyro_errors.UnrecognizedArgs():
+            return f"unexpected argument {event.tokens[0]!r}{help}"
+        case tyro_errors.MissingArgs():
+            return f"{', '.join(name_of(each.arg) for each in event.missing_arguments)} is missing{help}"
+        case tyro_errors.BadValue():
+            name, number = name_of(event.argument), event.argument.lowered.nargs
+            if not name.startswith("-"):
+                return f"{name} is missing{help}"
+            return f"{name} needs {'a value' if number in (1, '*') else f'{number} values'}{help}"
+        case tyro_errors.InvalidChoice():
+            choices = ", ".join(event.choices)
+            hint = nearest(event.value, event.choices)
+            return f"{name_of(event.argument)}: {event.value!r} is not one of {choices}{hint}"
+        case tyro_errors.InstantiationFailure():
+            # tyro keeps the text of an exception only; the exception itself is the one that it was handling.
+            cause = getattr(sys.exception(), "__context__", None)
+            if isinstance(cause, ValidationError):
+                return first_line(cause)
+            if event.argument is None:
+                return with_flag(" ".join(str(cause or event.message).split()), argv)
+            # Of several values tyro tells types of Python; of one, `_plain` has said what it needs.
+            reason = event.message if event.message.startswith("needs ") else f"needs {event.argument.lowered.metavar}"
+            return f"{name_of(event.argument)}: {reason}"
+    return f"this command line is not understood{help}"

@@ -179,12 +179,15 @@ _ALL: Final = (
     Verb(
         "completion",
         "SHELL",
-        "a script that lets bash, zsh or fish complete verbs and options",
+        "a script that lets bash, zsh, fish or tcsh complete verbs and options",
         ("halfstep completion bash > ~/.local/share/bash-completion/completions/halfstep",),
         (
-            "bash: as in the example, or: source <(halfstep completion bash)",
-            "zsh: add to ~/.zshrc, after compinit: source <(halfstep completion zsh)",
+            "bash: as in the example.",
+            "zsh: halfstep completion zsh > ~/.zfunc/_halfstep; ~/.zshrc: fpath=(~/.zfunc $fpath) before compinit.",
             "fish: halfstep completion fish > ~/.config/fish/completions/halfstep.fish",
+            "tcsh: halfstep completion tcsh > ~/.halfstep.tcsh; ~/.tcshrc: source ~/.halfstep.tcsh",
+            "RECIPE completes names, not files; after any recipe the options of all recipes are offered.",
+            "tcsh offers the options of all verbs together.",
         ),
         module="halfstep.cli.completion",
     ),

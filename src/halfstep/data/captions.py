@@ -1,16 +1,16 @@
 """Folders of image files with a caption each.
 
-The captions lie in metadata.jsonl or metadata.csv, as the `imagefolder` of the `datasets` library reads them (columns
-file_name, relative to the folder of that file, and text; other columns are ignored), or for a.png in a.txt beside it.
+The captions lie in metadata.jsonl, metadata.csv or metadata.parquet, as the `imagefolder` of the `datasets` library
+reads them (columns file_name, relative to the folder of that file, and text; other columns are ignored), or for a.png
+in a.txt beside it.
 """
 
-import csv
-import json
 import sys
-from collections.abc import Iterator, Sequence
+import unicodedata
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
-from typing import Any, Final, TextIO, final
+from typing import Any, Final, final
 
 from torch import Tensor
 
@@ -19,7 +19,7 @@ from halfstep.data.folders import IMAGE_SUFFIXES, Files, files_below, image_fold
 from halfstep.data.images import Preparation, decoded
 from halfstep.runtime.files import first_line
 
-TABLES: Final = ("metadata.jsonl", "metadata.csv")
+TABLES: Final = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 RGB: Final = Preparation(channels=3)
 """Images in the size that they have, in colour."""
 
@@ -77,7 +77,7 @@ class CaptionedImages:
 def read_captions(folder: Path, preparation: Preparation = RGB) -> CaptionedImages:
     """All images of the folder and its sub-folders with their captions, sorted by their relative paths.
 
-    Of a .txt the space around the text is left out; a null in a metadata.jsonl is the empty caption. Hidden files are
+    Of a .txt the space around the text is left out; a null in a table is the empty caption. Hidden files are
     ignored.
 
     Raises:
@@ -90,6 +90,10 @@ def read_captions(folder: Path, preparation: Preparation = RGB) -> CaptionedImag
             f"{folder} is {'not a folder' if root.exists() else 'missing'}: give a folder of images with captions"
         )
     below = files_below(root)
+    if (root / "train").is_dir() and (other := {path.parts[0] for path in below} & {"test", "validation", "val"}):
+        raise ValueError(
+            f"{folder} holds the splits train and {min(other)}: give one of them, such as {folder / 'train'}"
+        )
     files = [path for path in below if path.suffix.lower() in IMAGE_SUFFIXES]
     if not files:
         raise ValueError(f"{folder} holds no images: it and its sub-folders have no file {' '.join(IMAGE_SUFFIXES)}")
@@ -98,6 +102,8 @@ def read_captions(folder: Path, preparation: Preparation = RGB) -> CaptionedImag
     captions = _from_tables(root, files, tables, beside) if tables else _from_texts(root, files, beside)
     if missing := [path for path in files if path not in captions]:
         remedy = f"name it in {tables[0]}" if tables else f"write {missing[0].with_suffix('.txt')} or a metadata.jsonl"
+        if not tables and (like := [path for path in below if path.stem == "metadata"]):
+            remedy = f"rename {like[0]} to one of {', '.join(TABLES)}"
         raise ValueError(
             f"{folder} has {len(missing)} of {len(files)} images without a caption, the first is {missing[0]}: "
             f"{remedy}; an empty caption says that there is none"
@@ -152,16 +158,19 @@ def _from_tables(
     """The captions in the tables, which are of images only, and of each once."""
     if both := [path for path in files if path.with_suffix("") in beside]:
         raise ValueError(f"{root} has captions in {tables[0]} and in {beside[both[0].with_suffix('')]}: keep one kind")
-    known = set(files)
+    # One name may be spelled in two ways: \u00e9 is one character on most systems and two on a Mac.
+    known = {_composed(path): path for path in files}
     captions: dict[PurePath, str] = {}
     places: dict[PurePath, str] = {}
     for table in tables:
-        for where, name, caption in _rows(root / table):
-            path = table.parent / PurePosixPath(name)
-            if path not in known:
+        for row, (name, caption) in enumerate(_rows(root / table), 1):
+            where = f"{root / table} row {row}"
+            named = table.parent / PurePosixPath(name.replace("\\", "/"))
+            path = known.get(_composed(named))
+            if path is None:
                 raise ValueError(
-                    f"{where} has a caption for {name}, but {root / path} is no image of the folder: add it, or remove "
-                    f"the row"
+                    f"{where} has a caption for {name}, but {root / named} is no image of the folder: write names "
+                    f"relative to the folder of the table, add the image, or remove the row"
                 )
             if path in captions:
                 raise ValueError(f"{where} has a second caption for {name}, after {places[path]}: keep one of them")
@@ -169,48 +178,41 @@ def _from_tables(
     return captions
 
 
-def _rows(path: Path) -> Iterator[tuple[str, str, str]]:
-    """The rows of a table: where each is, its file_name and its text."""
-    parse = _csv_rows if path.suffix == ".csv" else _json_rows
+def _composed(path: PurePath) -> str:
+    return unicodedata.normalize("NFC", path.as_posix())
+
+
+def _rows(path: Path) -> list[tuple[str, str]]:
+    """file_name and text of each row of a table."""
+    import pyarrow as pa  # type: ignore[import-untyped]
+    from pyarrow import csv, json, parquet
+
+    # `imagefolder` itself takes a caption "NA" or "None" of a .csv for none, and shifts the columns of a row with one
+    # field too many.
+    text = {name: pa.string() for name in ("file_name", "text")}
+    size = min(max(path.stat().st_size, 1 << 16), 2**31 - 1)
+    readers: dict[str, Callable[[], Any]] = {
+        ".jsonl": lambda: json.read_json(path, json.ReadOptions(block_size=size)),
+        ".csv": lambda: csv.read_csv(
+            path,
+            parse_options=csv.ParseOptions(newlines_in_values=True),
+            convert_options=csv.ConvertOptions(column_types=text),
+        ),
+        ".parquet": lambda: parquet.read_table(path),
+    }
+    if path.stat().st_size == 0:
+        return []
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = list(parse(path, file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} cannot be read ({first_line(error)}): save it anew, as UTF-8") from error
-    for where, row in rows:
-        for column in ("file_name", "text"):
-            if column not in row:
-                columns = ", ".join(row) or "none"
-                raise ValueError(f"{where} has no {column!r} (its columns: {columns}): file_name and text are needed")
-        name, caption = row["file_name"], "" if row["text"] is None else row["text"]
-        if not isinstance(name, str) or not isinstance(caption, str):
-            kinds = f"{type(name).__name__} and {type(caption).__name__}"
-            raise ValueError(f"{where} has file_name and text of the types {kinds}: both are strings")
-        yield where, name, caption
-
-
-def _json_rows(path: Path, file: TextIO) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(file, 1):
-        where = f"{path} line {number}"
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where} is not JSON ({error.msg}): write one object a line") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{where} is not a JSON object: write one a line, with file_name and text")
-        yield where, row
-
-
-def _csv_rows(path: Path, file: TextIO) -> Iterator[tuple[str, dict[str, Any]]]:
-    rows = csv.reader(file, strict=True)
-    names = next(rows, [])
-    for row in rows:
-        where = f"{path} line {rows.line_num}"
-        if row and len(row) != len(names):
-            raise ValueError(
-                f"{where} has {len(row)} fields under {len(names)} columns: put captions with commas into quotes"
-            )
-        if row:
-            yield where, dict(zip(names, row, strict=True))
+        table = readers[path.suffix]()
+        columns = ", ".join(table.column_names) or "none"
+        if missing := text.keys() - set(table.column_names):
+            raise ValueError(f"has no column {min(missing)!r} (its columns: {columns})")
+        names, captions = (table[name].cast(pa.string()).to_pylist() for name in text)
+    except (OSError, pa.ArrowException, ValueError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({first_line(error)}): save it as UTF-8, with the columns file_name and text, and "
+            f"quotes around texts that hold commas"
+        ) from error
+    if None in names:
+        raise ValueError(f"{path} row {names.index(None) + 1} has no file_name: write it, or remove the row")
+    return list(zip(names, (caption or "" for caption in captions), strict=True))
