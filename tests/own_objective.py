@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 import torch
 
 from halfstep.cli import main
-from halfstep.core.clock import as_clock
 from halfstep.core.draw import Draw
+from halfstep.core.noise import as_clock
 from halfstep.data import DataConfig
 from halfstep.nets import copy_denoiser
 from halfstep.objectives import (

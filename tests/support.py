@@ -12,7 +12,6 @@ import torch
 from scipy.integrate import solve_ivp
 from torch import Tensor, nn
 
-from halfstep.core.clock import per_sample
 from halfstep.core.denoiser import Cond, Denoiser, NetworkDenoiser
 from halfstep.core.noise import (
     FlowMatching,
@@ -21,6 +20,7 @@ from halfstep.core.noise import (
     VPTable,
     cosine_betas,
     linear_betas,
+    per_sample,
     processes,
     zero_terminal_betas,
 )

@@ -12,9 +12,22 @@ from .core.noise import (
     zero_terminal_betas,
 )
 from .core.oracle import GaussianDenoiser, MixtureDenoiser, data_set_denoiser
-from .core.prediction import EDM, X0, Both, Denoised, Eps, FlowVelocity, Prediction, V
+from .core.prediction import (
+    EDM,
+    SNR,
+    X0,
+    Both,
+    Constant,
+    Denoised,
+    Eps,
+    FlowVelocity,
+    Prediction,
+    SNRPlusOne,
+    TruncatedSNR,
+    V,
+    Weighting,
+)
 from .core.warnings import HalfstepWarning
-from .core.weighting import SNR, Constant, SNRPlusOne, TruncatedSNR, Weighting
 from .data import Data, DataConfig, open_data
 from .models.folder import load
 from .models.model import Model

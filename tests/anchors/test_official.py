@@ -9,11 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from halfstep.core.clock import per_sample
 from halfstep.core.denoiser import Clipped, Denoiser, NetworkDenoiser
-from halfstep.core.noise import VPCosine
-from halfstep.core.prediction import X0, Both, Eps, Prediction, V
-from halfstep.core.weighting import SNR, Constant, SNRPlusOne, TruncatedSNR, Weighting
+from halfstep.core.noise import VPCosine, per_sample
+from halfstep.core.prediction import SNR, X0, Both, Constant, Eps, Prediction, SNRPlusOne, TruncatedSNR, V, Weighting
 from halfstep.objectives import halving_target, weighted_x0_loss
 from halfstep.samplers import DDIM, Ancestral, Sampler, StepNoise, sample
 

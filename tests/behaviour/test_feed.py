@@ -23,6 +23,7 @@ from halfstep.core.draw import Draw
 from halfstep.core.noise import FlowMatching, NoiseProcess, VPCosine, VPTable
 from halfstep.core.prediction import V
 from halfstep.data import Data, DataConfig, MemoryData, held_on, open_data, training_batch
+from halfstep.data.base import Feed, Place
 from halfstep.nets import MLP
 from halfstep.objectives import (
     STUDENT,
@@ -44,7 +45,6 @@ from halfstep.runs import RunFolder, read_log
 from halfstep.runtime.processes import make_accelerator
 from halfstep.samplers import Heun, LogSNR
 from halfstep.train.engine import StageTrainer
-from halfstep.train.feed import Feed, Place
 from halfstep.train.settings import Engine
 from support import variants
 from toys import finish, points, toy_plan, toy_spec, tuned, weights

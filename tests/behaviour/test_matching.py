@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 import halfstep
-from halfstep.core.clock import as_clock
 from halfstep.core.denoiser import GUIDANCE, Cond, Denoiser, Guided, NetworkDenoiser, Reprocessed
-from halfstep.core.noise import NoiseProcess, VPCosine, VPTable
+from halfstep.core.noise import NoiseProcess, VPCosine, VPTable, as_clock
 from halfstep.core.oracle import MixtureDenoiser
 from halfstep.core.prediction import Denoised, Eps, V
 from halfstep.nets import MLP, UNet2D, copy_denoiser, on_clock, unet2d_config, with_guidance

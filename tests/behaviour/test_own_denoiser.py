@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import halfstep
-from halfstep.core.clock import per_sample
-from halfstep.core.noise import NoiseProcess, VPCosine
+from halfstep.core.noise import NoiseProcess, VPCosine, per_sample
 from halfstep.core.prediction import Denoised
 from halfstep.samplers import samplers
 from support import members

@@ -353,8 +353,8 @@ def test_an_imported_teacher_is_a_stage_that_samples_with_guidance(here: Path, t
 def test_a_run_that_was_cut_in_the_matching_stage_ends_as_the_uncut_one(
     here: Path, ddpm_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from halfstep.data.base import Fed
     from halfstep.train import engine
-    from halfstep.train.feed import Fed
 
     update = engine.StageTrainer._one_update
 

@@ -389,8 +389,7 @@ def test_a_student_whose_weights_were_not_kept_is_left_out(toy_npy: Path, tmp_pa
 
 
 def test_ls_names_every_member(capsys: Capture) -> None:
-    from halfstep.core.prediction import predictions
-    from halfstep.core.weighting import weightings
+    from halfstep.core.prediction import predictions, weightings
     from halfstep.recipes import recipes
     from halfstep.samplers import samplers
 

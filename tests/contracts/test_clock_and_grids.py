@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from halfstep.core.clock import as_clock, clock_device, per_sample
 from halfstep.core.grids import uniform_times
+from halfstep.core.noise import as_clock, clock_device, per_sample
 from support import clock, numbers
 
 

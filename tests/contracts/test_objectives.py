@@ -12,8 +12,7 @@ from torch import Tensor
 from halfstep.core.draw import Draw
 from halfstep.core.noise import NoiseProcess, VPCosine, processes
 from halfstep.core.oracle import data_set_denoiser
-from halfstep.core.prediction import X0, Prediction, V, predictions
-from halfstep.core.weighting import Constant, Weighting, weightings
+from halfstep.core.prediction import X0, Constant, Prediction, V, Weighting, predictions, weightings
 from halfstep.objectives import (
     Batch,
     Denoising,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from halfstep.core.weighting import SNRPlusOne, TruncatedSNR
+from halfstep.core.prediction import SNRPlusOne, TruncatedSNR
 from halfstep.objectives import Denoising, EarlyEnd, Halving, Objective, Plan, Stage, Training
 from halfstep.recipes import Recipe
 

@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from halfstep.core.noise import processes
-from halfstep.core.prediction import predictions
-from halfstep.core.weighting import weightings
+from halfstep.core.prediction import predictions, weightings
 from halfstep.objectives import objectives
 from halfstep.registry import Registry, nearest
 from halfstep.samplers import samplers

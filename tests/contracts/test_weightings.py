@@ -5,8 +5,18 @@ import torch
 from torch import Tensor
 
 from halfstep.core.noise import VPCosine
-from halfstep.core.prediction import X0, Eps, Prediction, V
-from halfstep.core.weighting import SNR, Constant, SNRPlusOne, TruncatedSNR, Weighting, weightings
+from halfstep.core.prediction import (
+    SNR,
+    X0,
+    Constant,
+    Eps,
+    Prediction,
+    SNRPlusOne,
+    TruncatedSNR,
+    V,
+    Weighting,
+    weightings,
+)
 from halfstep.objectives import weighted_x0_loss
 from support import interior_times, members, numbers
 

@@ -14,8 +14,7 @@ from halfstep.cli.usage import Switch, first_line
 from halfstep.cli.usage import UsageError as UsageError
 from halfstep.cli.usage import parse as parse
 from halfstep.core.noise import processes
-from halfstep.core.prediction import predictions
-from halfstep.core.weighting import weightings
+from halfstep.core.prediction import predictions, weightings
 from halfstep.metrics import extractors
 from halfstep.nets import networks
 from halfstep.objectives import objectives

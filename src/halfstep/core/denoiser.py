@@ -15,8 +15,7 @@ from typing import Any, ClassVar, Final, final
 import torch
 from torch import Tensor, nn
 
-from halfstep.core.clock import as_clock, per_sample
-from halfstep.core.noise import NoiseProcess
+from halfstep.core.noise import NoiseProcess, as_clock, per_sample
 from halfstep.core.prediction import Denoised, Prediction, eps_from_x0
 from halfstep.core.warnings import HalfstepWarning
 

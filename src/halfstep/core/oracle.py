@@ -9,9 +9,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from halfstep.core.clock import as_clock, per_sample
 from halfstep.core.denoiser import Cond, Denoiser
-from halfstep.core.noise import NoiseProcess
+from halfstep.core.noise import NoiseProcess, as_clock, per_sample
 from halfstep.core.prediction import Denoised, eps_from_x0
 
 

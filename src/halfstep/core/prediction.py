@@ -1,4 +1,4 @@
-"""Predictions: what the number that a network puts out means.
+"""Predictions: what a network's output means; weightings: how much an error in x0 counts at each noise level.
 
 Every usual parameterisation is one linear form p = a x0 + b eps with amplitudes a, b that depend on the noise level.
 Together with x_t = alpha x0 + sigma eps it makes a 2x2 system with determinant d = b alpha - a sigma, whose solution is
@@ -10,7 +10,10 @@ so no pair of parameterisations needs a converter of its own. The four quotients
 only then meet the data: for a prediction of x0 they are exactly 0 and 1, and its x0 is the network's output itself.
 "both" is the exception: two outputs for two unknowns, blended.
 
-Source: Salimans & Ho 2022 (arXiv:2202.00512), section 4; "both" as in the authors' dpm.py.
+A weighting is a function of log_snr, the weight of the squared error in x0. In other spaces the same loss has another
+weight: |eps error|^2 = SNR |x0 error|^2 and, on a variance-preserving process, |v error|^2 = (SNR + 1) |x0 error|^2.
+
+Source: Salimans & Ho 2022 (arXiv:2202.00512), section 4; "both" and the constant weighting as in the authors' dpm.py.
 """
 
 from abc import ABC, abstractmethod
@@ -22,7 +25,7 @@ from typing import ClassVar, NamedTuple, final
 import torch
 from torch import Tensor
 
-from halfstep.core.clock import per_sample
+from halfstep.core.noise import per_sample
 from halfstep.registry import Registry
 
 
@@ -189,3 +192,54 @@ class Both(Prediction):
 def eps_from_x0(x_t: Tensor, x0: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
     """eps = (x_t - alpha x0) / sigma, `[batch, *dims]`: the noise that goes with a clean sample."""
     return (x_t - per_sample(alpha, x_t) * x0) / per_sample(sigma, x_t)
+
+
+class Weighting(ABC):
+    """The weight of the squared x0 error as a function of log_snr."""
+
+    @abstractmethod
+    def __call__(self, log_snr: Tensor) -> Tensor:
+        """Weights, float64 and shaped as `log_snr`."""
+
+
+weightings: Registry[type[Weighting]] = Registry("weighting")
+
+
+@final
+@weightings.register("constant")
+@dataclass(frozen=True)
+class Constant(Weighting):
+    """1: the plain squared error in x0."""
+
+    def __call__(self, log_snr: Tensor) -> Tensor:
+        return torch.ones_like(log_snr)
+
+
+@final
+@weightings.register("snr")
+@dataclass(frozen=True)
+class SNR(Weighting):
+    """SNR: the squared error in eps."""
+
+    def __call__(self, log_snr: Tensor) -> Tensor:
+        return torch.exp(log_snr)
+
+
+@final
+@weightings.register("truncated_snr")
+@dataclass(frozen=True)
+class TruncatedSNR(Weighting):
+    """max(SNR, 1): the larger of the squared errors in x0 and eps. The weighting of every model of the paper."""
+
+    def __call__(self, log_snr: Tensor) -> Tensor:
+        return torch.exp(log_snr.clamp(min=0))
+
+
+@final
+@weightings.register("snr_plus_one")
+@dataclass(frozen=True)
+class SNRPlusOne(Weighting):
+    """SNR + 1: the squared error in v."""
+
+    def __call__(self, log_snr: Tensor) -> Tensor:
+        return torch.exp(log_snr) + 1

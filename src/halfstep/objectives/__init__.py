@@ -5,6 +5,7 @@ from halfstep.objectives.base import (
     Auxiliary,
     Average,
     Batch,
+    EarlyEnd,
     Evals,
     Helper,
     Losses,
@@ -12,6 +13,7 @@ from halfstep.objectives.base import (
     Objective,
     Outcome,
     Role,
+    Training,
     Turn,
     objectives,
     weighted_x0_loss,
@@ -21,4 +23,3 @@ from halfstep.objectives.guidance import FixedGuidance, Guidance, GuidanceRange,
 from halfstep.objectives.halving import Halving, halving_target
 from halfstep.objectives.matching import Matching
 from halfstep.objectives.plan import HALVING, Plan, Stage
-from halfstep.objectives.training import EarlyEnd, Training

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, final
 
-from halfstep.core.clock import as_clock
 from halfstep.core.draw import Draw
-from halfstep.core.weighting import TruncatedSNR, Weighting
+from halfstep.core.noise import as_clock
+from halfstep.core.prediction import TruncatedSNR, Weighting
 from halfstep.objectives.base import (
     STUDENT,
     Batch,

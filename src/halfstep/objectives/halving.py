@@ -34,12 +34,11 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from halfstep.core.clock import as_clock, per_sample
 from halfstep.core.denoiser import Cond, Denoiser, ddim_step
 from halfstep.core.draw import Draw
 from halfstep.core.grids import check_num_steps
-from halfstep.core.prediction import Denoised, eps_from_x0
-from halfstep.core.weighting import TruncatedSNR, Weighting
+from halfstep.core.noise import as_clock, per_sample
+from halfstep.core.prediction import Denoised, TruncatedSNR, Weighting, eps_from_x0
 from halfstep.objectives.base import (
     STUDENT,
     Batch,

@@ -16,13 +16,11 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from halfstep.core.clock import as_clock
 from halfstep.core.denoiser import Denoiser, NetworkDenoiser, Reprocessed
 from halfstep.core.draw import Draw
 from halfstep.core.grids import check_num_steps
-from halfstep.core.noise import NoiseProcess
-from halfstep.core.prediction import Prediction
-from halfstep.core.weighting import SNRPlusOne, Weighting
+from halfstep.core.noise import NoiseProcess, as_clock
+from halfstep.core.prediction import Prediction, SNRPlusOne, Weighting
 from halfstep.nets import StockNetwork, on_clock, takes_guidance, with_guidance
 from halfstep.objectives.base import (
     STUDENT,

@@ -12,11 +12,10 @@ from itertools import pairwise
 from typing import Final, final
 
 from halfstep.core.grids import check_num_steps
-from halfstep.core.weighting import TruncatedSNR, Weighting
-from halfstep.objectives.base import Objective, objectives
+from halfstep.core.prediction import TruncatedSNR, Weighting
+from halfstep.objectives.base import Objective, Training, objectives
 from halfstep.objectives.guidance import Guidance
 from halfstep.objectives.halving import Halving
-from halfstep.objectives.training import Training
 
 HALVING: Final = Training(num_updates=50_000, learning_rate=5e-5)
 """The paper's training of a student: no warm-up, the rate falls linearly to 0."""

@@ -13,8 +13,7 @@ import tyro
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from halfstep.core.noise import NoiseProcess, VPCosine
-from halfstep.core.prediction import Prediction, predictions
-from halfstep.core.weighting import weightings
+from halfstep.core.prediction import Prediction, predictions, weightings
 from halfstep.data import Data, DataConfig, LatentData, StandIn, open_data
 from halfstep.measure.evaluate import Evaluation
 from halfstep.models.model import Model

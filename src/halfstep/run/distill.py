@@ -10,16 +10,15 @@ from torch import Tensor
 from halfstep.core.denoiser import Cond, Denoiser, NetworkDenoiser
 from halfstep.core.draw import Draw
 from halfstep.core.noise import NoiseProcess
-from halfstep.core.prediction import Prediction
-from halfstep.core.weighting import TruncatedSNR, Weighting
+from halfstep.core.prediction import Prediction, TruncatedSNR, Weighting
 from halfstep.data import Data, DataConfig, MemoryData, held_on, open_data, training_batch
+from halfstep.data.base import Batches, updates_ahead
 from halfstep.models.model import Model
 from halfstep.nets import copy_denoiser
 from halfstep.objectives import Batch, Denoising, Guidance, Plan, Role, Stage, Training
 from halfstep.run.course import Match, Start, course
 from halfstep.runtime.processes import make_accelerator
 from halfstep.train.engine import StageTrainer
-from halfstep.train.feed import Batches, updates_ahead
 from halfstep.train.settings import Engine, Precision
 from halfstep.train.window import Window
 

@@ -11,11 +11,11 @@ from halfstep.core.draw import Draw
 from halfstep.core.noise import NoiseProcess
 from halfstep.core.prediction import Prediction
 from halfstep.data import Data, held_on, training_batch
+from halfstep.data.base import Batches
 from halfstep.measure.evaluate import Evaluation
 from halfstep.models.model import Model
 from halfstep.nets import Network
 from halfstep.objectives import Batch, Plan, Stage
-from halfstep.train.feed import Batches
 from halfstep.train.settings import Engine
 
 GIVEN: Final = "00-teacher"

@@ -6,13 +6,13 @@ from accelerate import Accelerator
 from halfstep.core.denoiser import Denoiser, NetworkDenoiser
 from halfstep.core.draw import generator_for
 from halfstep.data import MemoryData
+from halfstep.data.base import updates_ahead
 from halfstep.models.model import Model
 from halfstep.models.students import in_precision, start_student
 from halfstep.nets import checkpoint_gradients
 from halfstep.objectives import Stage
 from halfstep.run.spec import RunSpec
 from halfstep.train.engine import StageTrainer
-from halfstep.train.feed import updates_ahead
 
 
 def fresh_denoiser(spec: RunSpec) -> NetworkDenoiser:

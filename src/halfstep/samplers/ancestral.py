@@ -19,8 +19,8 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from halfstep.core.clock import as_clock, per_sample
 from halfstep.core.denoiser import Cond, Denoiser
+from halfstep.core.noise import as_clock, per_sample
 from halfstep.samplers.base import Memory, Sampler, samplers
 
 

@@ -20,7 +20,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from halfstep.core.clock import per_sample
+from halfstep.core.noise import per_sample
 from halfstep.core.prediction import Denoised
 from halfstep.registry import Registry
 

@@ -18,8 +18,8 @@ from typing import ClassVar, NamedTuple, final
 import torch
 from torch import Tensor
 
-from halfstep.core.clock import as_clock, per_sample
 from halfstep.core.denoiser import Cond, Denoiser
+from halfstep.core.noise import as_clock, per_sample
 from halfstep.core.prediction import Denoised, eps_from_x0
 from halfstep.samplers.base import DataPredictionSampler, Memory, samplers
 

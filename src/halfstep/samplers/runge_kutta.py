@@ -20,9 +20,8 @@ from typing import Any, ClassVar, Final, NamedTuple, final
 import torch
 from torch import Tensor
 
-from halfstep.core.clock import as_clock, per_sample
 from halfstep.core.denoiser import Cond, Denoiser
-from halfstep.core.noise import NoiseProcess
+from halfstep.core.noise import NoiseProcess, as_clock, per_sample
 from halfstep.core.prediction import Denoised
 from halfstep.samplers.base import Memory, Sampler, samplers
 from halfstep.samplers.coordinates import Angle, Coordinate

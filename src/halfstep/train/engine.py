@@ -20,11 +20,11 @@ from torch import Tensor
 
 from halfstep.core.denoiser import Denoiser, NetworkDenoiser
 from halfstep.core.draw import Draw, generator_for
+from halfstep.data.base import Batches, Fed, Feed, Place
 from halfstep.objectives import STUDENT, Models, Stage
 from halfstep.runtime.failures import NonFinite, OutOfMemory, is_out_of_memory
 from halfstep.runtime.processes import Processes
 from halfstep.runtime.stop import Interrupted, StopSignal
-from halfstep.train.feed import Batches, Fed, Feed, Place
 from halfstep.train.helpers import make_helpers
 from halfstep.train.player import Player
 from halfstep.train.recent import in_words

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Final, Literal, final, get_args
 
-from halfstep.objectives.training import FORBID_EXTRA, check_whole
+from halfstep.objectives.base import FORBID_EXTRA, check_whole
 
 Precision = Literal["float32", "bf16"]
 Sharding = Literal["none", "full"]
