@@ -57,13 +57,13 @@ def train_teacher(folder: Path) -> None:
 
 def distill(teacher: Path, run: Path) -> list[str]:
     """The one command, with the demo's budgets; its words are returned."""
-    chain = recipes["digits"]().chain
+    training = recipes["digits"]().chain.training
     words = [
         *("distill", str(teacher), "--data", "digits", "--to", "4", "--start", "64", "--out", str(run)),
         *("--matching.num-updates", "4000", "--matching.learning-rate", "2e-3"),
         *("--matching.warmup-updates", "50", "--matching.adam-betas", "0.9", "0.99", "--matching.ema-decay", "0.995"),
-        *("--chain.num-updates", str(chain.num_updates), "--chain.batch-size", str(chain.batch_size)),
-        *("--chain.learning-rate", str(chain.learning_rate), "--chain.warmup-updates", "20"),
+        *("--chain.num-updates", str(training.num_updates), "--chain.batch-size", str(training.batch_size)),
+        *("--chain.learning-rate", str(training.learning_rate), "--chain.warmup-updates", "20"),
         *("--chain.adam-betas", "0.9", "0.99", "--evaluation.batch-size", "500"),
         *("--chain.updates-at", "32", "100", "16", "200", "8", "650"),
         *("--chain.learning-rate-at", "32", "1.5e-4", "16", "2e-4", "8", "4e-4"),
