@@ -17,8 +17,10 @@ from halfstep.cli import main
 from halfstep.core.denoiser import NetworkDenoiser
 from halfstep.core.noise import VPCosine, processes
 from halfstep.core.prediction import V
+from halfstep.data import MemoryData
 from halfstep.explore.explorer import Explorer
 from halfstep.hub import export_onnx, export_pipeline
+from halfstep.measure.evaluate import Evaluation, Reference, measure
 from halfstep.models.folder import load, save_stage
 from halfstep.models.model import Model
 from halfstep.nets import MLP, Network, describe_network
@@ -268,6 +270,16 @@ def test_an_evaluation_samples_each_model_by_its_own_sampler(
     # One stage alone: what it is decides, not its name.
     held = evaluated(run / "stages" / OWN, tmp_path / "one", capsys)
     assert [(row["series"], row["num_evals"]) for row in held["tables"][0]["rows"]] == [("student", 7)]
+
+
+def test_a_run_measures_a_model_by_its_own_sampler() -> None:
+    evaluation = Evaluation(num_samples=8, num_reference=8, num_compared=4, features="pixels")
+    reference = Reference(MemoryData("points", points()), evaluation)
+    model = Model(*made(STUDENT))
+    result, samples = measure(model, 4, evaluation, reference)
+    assert (result.sampler, result.num_evals) == ("heun", 7)
+    assert samples is not None
+    torch.testing.assert_close(samples, model.sample(range(4), sampler=Heun()), rtol=0, atol=1e-6)
 
 
 # --- Export ---
