@@ -152,10 +152,17 @@ class ListArguments:
     """Print one JSON document: families, their members, and what each is."""
 
 
+def settings_of(model: Any) -> dict[str, Any]:
+    """Return the types of the fields of a configuration, by name."""
+    if is_dataclass(model):
+        return {one.name: one.type for one in fields(model)}
+    return {name: one.annotation for name, one in type(model).model_fields.items()}
+
+
 def flags_of(model: Any, prefix: str = "") -> list[str]:
     """The flags of a recipe's fields."""
     flags: list[str] = []
-    for name in [one.name for one in fields(model)] if is_dataclass(model) else type(model).model_fields:
+    for name in settings_of(model):
         value = getattr(model, name)
         dotted = f"{prefix}{name.replace('_', '-')}"
         nested = isinstance(value, BaseModel) or is_dataclass(value)

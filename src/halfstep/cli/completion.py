@@ -6,7 +6,7 @@ depend on what stands behind it. So the words are written out once, and the scri
 
 import typing
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -114,18 +114,20 @@ def _is_flag(hint: Any) -> bool:
     return bool in kinds and NoneType not in kinds
 
 
-def _fields(model: BaseModel, prefix: str = "") -> dict[str, Words]:
+def _fields(model: Any, prefix: str = "") -> dict[str, Words]:
+    from halfstep.cli.arguments import settings_of
+
     options: dict[str, Words] = {}
-    for name, field in type(model).model_fields.items():
+    for name, hint in settings_of(model).items():
         value, plain = getattr(model, name), name.replace("_", "-")
-        if isinstance(value, BaseModel):
+        if isinstance(value, BaseModel) or is_dataclass(value):
             options |= _fields(value, f"{prefix}{plain}.")
             continue
-        if any(isinstance(part, type) and issubclass(part, BaseModel) for part in get_args(field.annotation)):
+        if any(isinstance(part, type) and issubclass(part, BaseModel) for part in get_args(hint)):
             # Left out of this recipe: its help has no options for it either.
             continue
-        options[f"--{prefix}{plain}"] = () if _is_flag(field.annotation) else _choices(field.annotation)
-        if _is_flag(field.annotation):
+        options[f"--{prefix}{plain}"] = () if _is_flag(hint) else _choices(hint)
+        if _is_flag(hint):
             options[f"--{prefix}no-{plain}"] = ()
     return options
 
