@@ -74,7 +74,7 @@ def test_half_precision_is_near_and_unknown_precisions_are_refused(model: Model)
 def test_the_noise_of_a_sample_has_the_size_that_the_process_has_at_its_start(tmp_path: Path) -> None:
     """And each row that of its own seed. On a process whose noise is not of unit size."""
     process = VE(sigma_min=0.01, sigma_max=20.0)
-    finish(toy_spec(process=process, prediction=EDM(), plan=Plan(toy_plan(2).stages[:1])), tmp_path)
+    finish(toy_spec(process=process, prediction=EDM(), plan=Plan(toy_plan(6).stages[:1])), tmp_path)
     noise = load(tmp_path).noise(range(2000))
     assert float(noise.std()) == pytest.approx(20.0, rel=0.05)
     torch.testing.assert_close(load(tmp_path).noise([7, 1990]), noise[[7, 1990]], rtol=0, atol=0)
