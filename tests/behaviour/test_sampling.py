@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from halfstep.core.denoiser import GUIDANCE
 from halfstep.core.noise import VE
 from halfstep.core.prediction import EDM
 from halfstep.models.folder import load
@@ -78,3 +79,13 @@ def test_the_noise_of_a_sample_has_the_size_that_the_process_has_at_its_start(tm
     noise = load(tmp_path).noise(range(2000))
     assert float(noise.std()) == pytest.approx(20.0, rel=0.05)
     torch.testing.assert_close(load(tmp_path).noise([7, 1990]), noise[[7, 1990]], rtol=0, atol=0)
+
+
+def test_a_model_of_a_range_of_scales_samples_at_its_own_or_at_the_middle_unless_told(model: Model) -> None:
+    def scales(asked: float | None, **facts: object) -> list[float]:
+        manifest = model.manifest.model_copy(update={"guidance": (1.0, 4.0), **facts})
+        return Model(model.denoiser, manifest).cond(range(2), guidance_scale=asked)[GUIDANCE].tolist()
+
+    assert scales(None) == [2.5, 2.5]
+    assert scales(None, guidance_scale=1.5) == [1.5, 1.5]
+    assert scales(4.0, guidance_scale=1.5) == [4.0, 4.0]
