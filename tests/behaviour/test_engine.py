@@ -13,8 +13,11 @@ from halfstep.core.prediction import V
 from halfstep.data import MemoryData, training_batch
 from halfstep.nets import MLP
 from halfstep.objectives import Batch, Denoising, Models, Plan, Stage, Training
+from halfstep.runs import StageFolder
 from halfstep.runtime.failures import NonFinite
 from halfstep.runtime.processes import make_accelerator
+from halfstep.train.checkpoint import resume, write_checkpoint
+from halfstep.train.ema import EMA
 from halfstep.train.engine import StageTrainer
 from halfstep.train.player import EMA
 from halfstep.train.settings import Engine
@@ -116,6 +119,17 @@ def test_a_stage_hands_on_its_average_and_a_student_without_one_its_weights(tmp_
     plain = _trainer(Stage(Denoising(), Training(2, 1e-3, batch_size=4)))
     list(plain.run())
     assert "ema" not in plain.state()
+
+
+def test_a_resumed_stage_counts_its_seconds_from_those_of_the_checkpoint(tmp_path: Path) -> None:
+    stage, folder = toy_plan().stages[0], StageFolder(tmp_path)
+    trainer, again = _trainer(stage), _trainer(stage)
+    next(trainer.run())
+    write_checkpoint(trainer.state(), {"update": 1, "seconds": 1234.5}, folder)
+    resume(again, folder, print)
+    assert (again.update, again.seconds) == (1, 1234.5)
+    next(again.run())
+    assert 1234.5 < again.window().seconds < 1334.5
 
 
 def test_a_loss_that_is_not_finite_names_stage_and_update_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:

@@ -5,9 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from halfstep.core.denoiser import GUIDANCE
+from halfstep.core.noise import VE
+from halfstep.core.prediction import EDM
 from halfstep.models.folder import load
 from halfstep.models.model import Model
-from toys import finish, toy_spec
+from halfstep.objectives import Plan
+from toys import finish, toy_plan, toy_spec
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +70,22 @@ def test_half_precision_is_near_and_unknown_precisions_are_refused(model: Model)
     assert 0 < float((whole - half).square().mean().sqrt()) < 0.01
     with pytest.raises(ValueError, match="precision must be float32 or bf16, got 'fp8'"):
         model.sample(range(2), precision="fp8")
+
+
+def test_the_noise_of_a_sample_has_the_size_that_the_process_has_at_its_start(tmp_path: Path) -> None:
+    """And each row that of its own seed. On a process whose noise is not of unit size."""
+    process = VE(sigma_min=0.01, sigma_max=20.0)
+    finish(toy_spec(process=process, prediction=EDM(), plan=Plan(toy_plan(6).stages[:1])), tmp_path)
+    noise = load(tmp_path).noise(range(2000))
+    assert float(noise.std()) == pytest.approx(20.0, rel=0.05)
+    torch.testing.assert_close(load(tmp_path).noise([7, 1990]), noise[[7, 1990]], rtol=0, atol=0)
+
+
+def test_a_model_of_a_range_of_scales_samples_at_its_own_or_at_the_middle_unless_told(model: Model) -> None:
+    def scales(asked: float | None, **facts: object) -> list[float]:
+        manifest = model.manifest.model_copy(update={"guidance": (1.0, 4.0), **facts})
+        return Model(model.denoiser, manifest).cond(range(2), guidance_scale=asked)[GUIDANCE].tolist()
+
+    assert scales(None) == [2.5, 2.5]
+    assert scales(None, guidance_scale=1.5) == [1.5, 1.5]
+    assert scales(4.0, guidance_scale=1.5) == [4.0, 4.0]

@@ -31,13 +31,12 @@ def _one_cache(shared: Path) -> Iterator[None]:
 def copied(shared: Path, name: str, make: Callable[[Path], None], to: Path) -> Path:
     """Return `to`, a copy of the folder that `make` fills; only the first call of the session calls `make`."""
     made = shared / "once" / name
-    made.parent.mkdir(exist_ok=True)
+    made.mkdir(parents=True, exist_ok=True)
     with FileLock(made.with_suffix(".lock")):
-        if not made.exists():
-            unfinished = made.with_suffix(".unfinished")
-            unfinished.mkdir()
-            make(unfinished)
-            unfinished.rename(made)
+        # A recipe names the place of its data, so the folder is filled where it stays.
+        if not made.with_suffix(".done").exists():
+            make(made)
+            made.with_suffix(".done").touch()
     return shutil.copytree(made, to)
 
 
