@@ -17,7 +17,6 @@ from halfstep.runs import StageFolder
 from halfstep.runtime.failures import NonFinite
 from halfstep.runtime.processes import make_accelerator
 from halfstep.train.checkpoint import resume, write_checkpoint
-from halfstep.train.ema import EMA
 from halfstep.train.engine import StageTrainer
 from halfstep.train.player import EMA
 from halfstep.train.settings import Engine

@@ -20,7 +20,9 @@ from halfstep.core.prediction import V
 from halfstep.data import MemoryData
 from halfstep.explore.explorer import Explorer
 from halfstep.hub import export_onnx, export_pipeline
-from halfstep.measure.evaluate import Evaluation, Reference, measure
+from halfstep.measure.evaluate import Evaluation, Reference
+from halfstep.measure.sources import ModelSource, sampler_of
+from halfstep.measure.store import Cell, Store
 from halfstep.models.folder import load, save_stage
 from halfstep.models.model import Model
 from halfstep.nets import MLP, Network, describe_network
@@ -137,7 +139,7 @@ def test_the_report_puts_each_model_into_its_place(run: Path) -> None:
         *([(MATCHED, "matched")] if is_matched else []),
         (OWN, "4"),
     ]
-    (group,) = quality_groups(facts)
+    (group,) = quality_groups(facts.stages, facts.start)
     # The student by Heun beside the teacher by its own DDIM at as many steps.
     (student,) = [row for row in group.rows if row.steps == 4]
     assert student.teacher is not None
@@ -165,7 +167,7 @@ def test_the_report_puts_each_model_into_its_place(run: Path) -> None:
 def test_a_chain_that_starts_from_a_student_is_compared_with_that(continued: Path) -> None:
     facts = read_run(continued)
     assert [stage.name for stage in facts.students] == [OWN]
-    (group,) = quality_groups(facts)
+    (group,) = quality_groups(facts.stages, facts.start)
     assert group.most is not None
     assert (group.most.num_steps, group.most.sampler) == (8, "rk4")
     rows = {row.name: row for row in stage_rows(facts)}
@@ -272,14 +274,16 @@ def test_an_evaluation_samples_each_model_by_its_own_sampler(
     assert [(row["series"], row["num_evals"]) for row in held["tables"][0]["rows"]] == [("student", 7)]
 
 
-def test_a_run_measures_a_model_by_its_own_sampler() -> None:
+def test_a_model_is_measured_by_its_own_sampler(tmp_path: Path) -> None:
     evaluation = Evaluation(num_samples=8, num_reference=8, num_compared=4, features="pixels")
     reference = Reference(MemoryData("points", points()), evaluation)
     model = Model(*made(STUDENT))
-    result, samples = measure(model, 4, evaluation, reference)
+    manifest = model.manifest
+    source = ModelSource(manifest, lambda: model, sampler_of(manifest), torch.device("cpu"), reference.data)
+    store, cell = Store(tmp_path), Cell(source, 4, range(8))
+    result = store.result(cell, reference)
     assert (result.sampler, result.num_evals) == ("heun", 7)
-    assert samples is not None
-    torch.testing.assert_close(samples, model.sample(range(4), sampler=Heun()), rtol=0, atol=1e-6)
+    torch.testing.assert_close(store.samples(cell), model.sample(range(8), sampler=Heun()), rtol=0, atol=1e-6)
 
 
 # --- Export ---
