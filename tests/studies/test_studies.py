@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -99,21 +98,20 @@ def test_a_second_call_only_reads(shared: Path) -> None:
     assert changed <= {"study.json"}
 
 
-def test_studies_share_their_measurements(shared: Path) -> None:
+def test_studies_share_their_measurements(tmp_path: Path) -> None:
     """Table 2 asks for nothing of DDIM that figure 4 has not measured, and of students neither."""
-    run_study(studies["steps"](), tiny(), shared)
+    run_study(studies["steps"](), tiny(), tmp_path)
     kept = "runs/*/evaluation/cells/*"
-    before = set(shared.glob(kept))
-    shutil.rmtree(shared / "table2", ignore_errors=True)
-    rows = run_study(studies["table2"](), tiny(), shared)
+    before = set(tmp_path.glob(kept))
+    rows = run_study(studies["table2"](), tiny(), tmp_path)
     steps = {
         (row.axes["method"], row.figures["steps"]): row.figures["distance"]
-        for row in run_study(studies["steps"](), tiny(), shared)
+        for row in run_study(studies["steps"](), tiny(), tmp_path)
     }
     for row in rows:
         if row.axes["method"] in ("student", "ddim"):
             assert row.figures["distance"] == steps[row.axes["method"], row.figures["steps"]]
-    new = {folder.name for folder in set(shared.glob(kept)) - before}
+    new = {folder.name for folder in set(tmp_path.glob(kept)) - before}
     assert new
     assert not any("-ddim-" in name for name in new)
 
