@@ -1,5 +1,6 @@
 """Runs that several tests of the command line use: trained once for a session, however many processes test it."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -49,6 +50,12 @@ def toy_run(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         main(["run", "arrays", "--data", str(folder / "toy.npy"), "--out", str(folder / "toy"), *TINY_ARRAYS])
 
     return copied(shared, "toy", make, tmp_path_factory.mktemp("runs") / "copy") / "toy"
+
+
+@pytest.fixture(scope="module")
+def toy_npy(toy_run: Path) -> Path:
+    """The data of `toy_run`, as its recipe names it."""
+    return Path(json.loads((toy_run / "recipe.json").read_text())["recipe"]["data"]["source"])
 
 
 @pytest.fixture(scope="module")

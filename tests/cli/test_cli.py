@@ -25,12 +25,6 @@ def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
 
 
-@pytest.fixture(scope="module")
-def toy_npy(toy_run: Path) -> Path:
-    """The data of `toy_run`, as its recipe names it."""
-    return Path(json.loads((toy_run / "recipe.json").read_text())["recipe"]["data"]["source"])
-
-
 @pytest.mark.parametrize(
     ("argv", "said"),
     [

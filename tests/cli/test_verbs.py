@@ -160,8 +160,8 @@ def document(argv: list[str], capsys: Capture) -> dict:  # type: ignore[type-arg
     return found
 
 
-def test_a_run_ends_with_its_status_as_json(run: Path, tmp_path: Path, capsys: Capture) -> None:
-    data = str(run.parent / "toy.npy")
+def test_a_run_ends_with_its_status_as_json(run: Path, toy_npy: Path, tmp_path: Path, capsys: Capture) -> None:
+    data = str(toy_npy)
     argv = ["run", "arrays", "--data", data, "--out", str(run), *TINY_ARRAYS, "--json"]
     status = document(argv, capsys)
     assert status == document(["status", str(run), "--json"], capsys)
