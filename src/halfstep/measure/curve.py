@@ -1,5 +1,6 @@
 """The curve: the tables of an evaluation, from the store's figures of every model at every number of steps."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +22,7 @@ from halfstep.runtime.failures import NonFinite
 from halfstep.runtime.files import (
     InUse,
     json_digest,
+    sweep,
     write_json,
 )
 
@@ -115,6 +117,12 @@ class Curve:
                 lock.acquire(timeout=0)
             except Timeout:
                 raise InUse(f"{self.out} is being written by another halfstep process: wait for it") from None
+            # A run that is at work writes into the same store, and its unfinished files are no leftovers.
+            with (
+                contextlib.suppress(Timeout, FileNotFoundError),
+                FileLock(self.store.folder.parent / ".lock", timeout=0),
+            ):
+                sweep(self.out, self.store.folder / "cells", self.store.folder / "figures")
 
         self.store.processes.on_main(take)
         try:

@@ -1,5 +1,6 @@
 """A run's own folder: taken, compared with the recipe, begun."""
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,10 @@ def take_folder(spec: RunSpec, folder: RunFolder, lock: FileLock) -> str:
     except Timeout:
         raise InUse(f"{path} is being written by another halfstep process: wait for it, or choose --out") from None
     sweep(path, *path.glob("stages/*"), *path.glob("stages/*/samples"))
+    if (evaluation := path / "evaluation").is_dir():
+        # What `halfstep evaluate` is writing is no leftover.
+        with contextlib.suppress(Timeout), FileLock(evaluation / ".lock", timeout=0):
+            sweep(evaluation, evaluation / "cells", evaluation / "figures")
     if not folder.recipe_path.exists():
         _write_recipe(spec, folder)
     return spec.data.fingerprint

@@ -38,6 +38,7 @@ from halfstep.runtime.storage import last_good, no_storage
 from halfstep.samplers import samplers
 from halfstep.train.checkpoint import CheckpointWriter, micro_batch_of, remove_checkpoints, resume
 from halfstep.train.engine import StageTrainer
+from halfstep.train.memory import fit_micro_batch
 from halfstep.train.recent import KEPT
 from halfstep.train.window import Window
 
@@ -254,7 +255,7 @@ class _Runner:
         yield StageStart(folder.name, index, stage, resumed)
         if spec.engine.micro_batch == "auto":
             with self._at_once():
-                refused = trainer.fit_micro_batch(micro_batch_of(held))
+                refused = fit_micro_batch(trainer, micro_batch_of(held))
             if refused:
                 did_not = f"{' and '.join(map(str, refused))} did not fit into memory"
                 yield Notice(f"{folder.name}: micro batch {trainer.micro_batch}, for {did_not}")

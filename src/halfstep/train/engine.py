@@ -15,7 +15,6 @@ from typing import final
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 
 from halfstep.core.denoiser import Denoiser, NetworkDenoiser
@@ -26,6 +25,7 @@ from halfstep.runtime.failures import NonFinite, OutOfMemory, is_out_of_memory
 from halfstep.runtime.processes import Processes
 from halfstep.runtime.stop import Interrupted, StopSignal
 from halfstep.train.helpers import make_helpers
+from halfstep.train.memory import does_not_fit
 from halfstep.train.player import Player
 from halfstep.train.recent import in_words
 from halfstep.train.settings import Engine
@@ -113,12 +113,12 @@ class StageTrainer:
 
         share = training.batch_size // accelerator.num_processes
         first = share * accelerator.process_index
-        self._share = range(first, first + share)
+        self.share = range(first, first + share)
         self.split(min(engine.set_micro_batch or share, share))
 
         device = accelerator.device
-        self._batches, self._ahead = batches, ahead
-        self._feed = Feed(batches, self._places_of, device, ahead)
+        self.batches, self.ahead = batches, ahead
+        self._feed = Feed(batches, self.places_of, device, ahead)
         self._window_losses: list[float] = []
         self._window_sum = torch.zeros((), dtype=torch.float64, device=device if device.type != "mps" else "cpu")
         self._plateau_at: int | None = None
@@ -143,88 +143,9 @@ class StageTrainer:
     def split(self, micro_batch: int) -> None:
         """Send a rank's share of the batch through the networks `micro_batch` samples at a time."""
         self.micro_batch = micro_batch
-        first, end = self._share.start, self._share.stop
+        first, end = self.share.start, self.share.stop
         self.micro_batch_found = False
         self._places = [range(a, min(a + micro_batch, end)) for a in range(first, end, micro_batch)]
-
-    def fit_micro_batch(self, largest: int | None = None) -> list[int]:
-        """Split a rank's share into the largest micro batch that fits into memory; return those that did not.
-
-        Tries the whole share, then powers of two below it, each with the passes of an update of this stage beside the
-        optimisers' moments. Weights, buffers, moments and all random numbers stay as they are.
-
-        Args:
-            largest: where to begin; the whole share if None.
-
-        Raises:
-            OutOfMemory: if not even a single sample fits.
-            ValueError: if the weights are spread over processes, which would wait for one that has no memory left.
-        """
-        if is_sharded(self.student.network):
-            raise ValueError("micro batches are not tried with sharding full: give engine.micro_batch a number")
-        top = min(largest or len(self._share), len(self._share))
-        sizes = [top, *(2**k for k in reversed(range((top - 1).bit_length())))]
-        buffers = [(b, b.clone()) for player in self.players.values() for b in player.network.buffers()]
-        refused: list[int] = []
-        for size in sizes:
-            self.split(size)
-            (too_large,) = self.processes.agree(int(not self._passes_fit()))
-            for player in self.players.values():
-                player.clear()
-                player.recent.forget()
-            # Gradients, activations and the place held for moments are free again, for the next try too.
-            clear_device_cache(garbage_collection=True)
-            if not too_large:
-                break
-            refused.append(size)
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
-        if len(refused) == len(sizes):
-            raise OutOfMemory(self._does_not_fit())
-        self.micro_batch_found = True
-        return refused
-
-    def _passes_fit(self) -> bool:
-        """Whether two micro batches of each turn go forward and backward: the second finds the gradients of the first
-        in memory."""
-        try:
-            held = [player.place_for_moments() for player in self.players.values()]
-            first = self.update
-            feed = Feed(self._batches, self._places_of, self.accelerator.device)
-            ahead = list(feed.updates(first, lambda: min(first + 1 + self._ahead, self.stage.training.num_updates)))
-            # Not compiled: each size would be compiled again, and after some torch compiles no more, so that the size
-            # that is found would run otherwise than in a run that is resumed with it.
-            with torch.compiler.set_stance("force_eager"):
-                for parts in ahead[0]:
-                    player = self.players[parts[0].place.turn.trains]
-                    with player.alone(self._others(player)), player.unsynced():
-                        for part in parts[:2]:
-                            self._gradient(player, part)
-                    player.clear()
-            del held, ahead
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            return False
-        return True
-
-    def _does_not_fit(self) -> str:
-        """Return the message for memory that ran out."""
-        size, processes = self.micro_batch, self.accelerator.num_processes
-        if size == 1:
-            remedy = (
-                "turn on engine.gradient_checkpointing, take engine.teacher_precision bf16 or chain.lora_rank, or a "
-                "smaller network"
-            )
-        else:
-            # Sizes are looked for without compiling, which may take more.
-            auto = "instead of auto" if self.micro_batch_found else "or auto, which tries what fits"
-            remedy = f"give engine.micro_batch {size // 2}, {auto}; batch and result stay the same"
-        return (
-            f"out of memory in stage {self.stream} at update {self.update} with a micro batch of {size} (batch "
-            f"{self.stage.training.batch_size}{f' over {processes} processes' if processes > 1 else ''}): {remedy}"
-        )
 
     def run(self, stop: StopSignal | None = None) -> Iterator[int]:
         """Train to the end of the stage, yielding the number of updates done after each.
@@ -256,10 +177,10 @@ class StageTrainer:
                 if not is_out_of_memory(error):
                     raise
                 # What holds the memory hangs on the exception's frames.
-                raise OutOfMemory(self._does_not_fit()) from None
+                raise OutOfMemory(does_not_fit(self)) from None
             yield self.update
 
-    def _places_of(self, update: int) -> Iterator[list[Place]]:
+    def places_of(self, update: int) -> Iterator[list[Place]]:
         """Yield, turn by turn, where the micro batches of this rank lie in an update, with their random numbers."""
         for number, turn in enumerate(self.stage.objective.turns(update)):
             if turn.trains not in self.players:
@@ -273,7 +194,7 @@ class StageTrainer:
                 for places in self._places
             ]
 
-    def _others(self, player: Player) -> list[Player]:
+    def others(self, player: Player) -> list[Player]:
         return [other for other in self.players.values() if other is not player]
 
     def _one_update(self, fed: list[list[Fed]]) -> None:
@@ -282,19 +203,19 @@ class StageTrainer:
             turn, draw = parts[0].place.turn, parts[0].place.draw
             player = self.players[turn.trains]
             self._seed_layers(draw)
-            others = self._others(player)
+            others = self.others(player)
             # Until the first optimiser step an update can be left at any point.
             may_stop = contextlib.nullcontext() if self._stop is None or number else self._stop.at_once()
             with may_stop, player.alone(others):
                 if player.needs_settling(self.processes.count):
-                    self._gradient(player, parts[0])
+                    self.gradient(player, parts[0])
                     player.clear()
                     player.recent.forget()
                 total = player.device_zero
                 for part in parts:
                     # Gradients are sent once a turn, with its last micro batch.
                     with contextlib.nullcontext() if part is parts[-1] else player.unsynced():
-                        total += self._gradient(player, part)
+                        total += self.gradient(player, part)
             player.step(self.update, player.training.rate_at(self.update) * rate_share, total)
             if player is self.student:
                 self._watch_for_early_end(total)
@@ -312,7 +233,7 @@ class StageTrainer:
         if self.accelerator.device.type != "cpu":
             torch.get_device_module(self.accelerator.device).manual_seed(seed)
 
-    def _gradient(self, player: Player, part: Fed) -> Tensor:
+    def gradient(self, player: Player, part: Fed) -> Tensor:
         """Add the gradient of a micro batch; return its part of the mean loss."""
         turn, draw = part.place.turn, part.place.draw
         with self.accelerator.autocast():
@@ -411,7 +332,7 @@ class StageTrainer:
             )
         student = found.pop(STUDENT)
         # The others wait for the one that waits.
-        (waited,) = self.processes.agree(int(1000 * min(1.0, self._waited / max(elapsed, 1e-9))) if self._ahead else 0)
+        (waited,) = self.processes.agree(int(1000 * min(1.0, self._waited / max(elapsed, 1e-9))) if self.ahead else 0)
         window = Window(
             update=self.update,
             loss=student.loss,
