@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -47,6 +48,7 @@ from halfstep.samplers import Heun, sample
 from halfstep.train.engine import StageTrainer
 from halfstep.train.settings import Engine
 from own_objective import Game
+from support_cli import refused
 from toys import points
 
 LAST = "02-own_game-0004"
@@ -162,6 +164,42 @@ def test_each_player_is_in_the_log(uncut: Path) -> None:
     last = [row for row in rows if row["stage"] == LAST][-1]
     assert last["update"] == 12
     assert all(math.isfinite(last[name]) for name in ("loss", "grad_norm", "critic_loss", "critic_grad_norm"))
+
+
+def test_it_is_evaluated_reported_and_listed_by_its_role_and_sampler(
+    uncut: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["evaluate", str(uncut), "--num-samples", "24"])
+    evaluation = RunFolder(uncut).evaluation()
+    assert evaluation is not None
+    samplers = {series.name: series.sampler for series in evaluation.series}
+    rows = {(row.stage, samplers[row.series], row.num_steps) for row in evaluation.tables[0].rows}
+    assert {("01-halve-0004", "ddim", 4), (LAST, "heun", 4), ("00-denoise", "ddim", 8)} <= rows
+    main(["report", str(uncut)])
+    page = (uncut / "report" / "index.html").read_text()
+    assert LAST in page
+    assert "heun" in page.lower()
+    capsys.readouterr()
+    main(["status", str(uncut), "--json"])
+    stages = json.loads(capsys.readouterr().out)["stages"]
+    assert [(stage["role"], stage["num_steps"]) for stage in stages] == [
+        ("teacher", None),
+        ("student", 4),
+        ("student", 4),
+    ]
+
+
+def test_its_graph_takes_the_steps_of_its_own_sampler_and_a_stock_pipeline_is_refused(
+    uncut: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["export", str(uncut), "--format", "onnx", "--out", str(tmp_path / "own.onnx")])
+    graph = onnxruntime.InferenceSession(tmp_path / "own.onnx")
+    model = load(uncut)
+    noise = model.noise(range(3)) / model.process.start_scale
+    (found,) = graph.run(None, {graph.get_inputs()[0].name: noise.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), model.sample(range(3)), atol=1e-4, rtol=0)
+    assert "diffusers" in refused(["export", str(uncut), "--out", str(tmp_path / "stock")], capsys)
+    assert not (tmp_path / "stock").exists()
 
 
 # What the engine does, against the same training written out in plain torch.
