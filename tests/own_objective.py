@@ -38,7 +38,6 @@ from halfstep.samplers import Heun
 from halfstep.train.settings import Engine
 
 
-@objectives.register("own_game")
 @dataclass(frozen=True)
 class Game(Objective):
     """An auxiliary denoiser learns the student's samples; the student moves to where the teacher is surer than it.
@@ -104,11 +103,10 @@ class Game(Objective):
         return Losses(error.flatten(1).mean(1), process.log_snr(t))
 
 
-@recipes.register("own_game")
 def own_game() -> Recipe:
     """Points, a small MLP, 8 -> 4 steps, and then the game at 4."""
     student = Training(num_updates=12, batch_size=16, learning_rate=1e-3)
-    settings: dict[str, Any] = objectives.describe(Game())
+    settings: dict[str, Any] = {"type": "own_game", "num_steps": 4, "pull": 0.5}
     return Recipe.model_validate(
         {
             "name": "own_game",
@@ -123,5 +121,13 @@ def own_game() -> Recipe:
     )
 
 
+def register() -> None:
+    """Register both. (Decorators would do it, but this file is also imported by tests that share a process with others,
+    which run over all registered members.)"""
+    objectives.register("own_game")(Game)
+    recipes.register("own_game")(own_game)
+
+
 if __name__ == "__main__":
+    register()
     main()

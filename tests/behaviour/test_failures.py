@@ -55,7 +55,7 @@ from halfstep.train import checkpoint as checkpoints
 from halfstep.train import recent
 from halfstep.train.engine import StageTrainer
 from halfstep.train.memory import fit_micro_batch
-from halfstep.train.recent import Recent
+from halfstep.train.recent import Part, Recent
 from torture import mount, unmount
 from toys import TINY_ARRAYS, Poisoned, finish, one_stage, points, toy_plan, toy_spec, tuned, weights
 
@@ -169,10 +169,10 @@ def test_a_loss_that_is_not_finite_is_told_with_the_statistics_of_its_batch(micr
 def test_the_losses_of_a_batch_are_those_of_its_objective() -> None:
     recent = Recent()
     loss, log_snr = torch.tensor([3.0, 1.0, math.inf, 2.0]), torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
-    recent.norm(8, torch.tensor(0.5))
-    recent.losses(9, range(4, 6), Losses(loss[:2], log_snr[:2]), torch.tensor([[0.1], [-0.2]]))
-    recent.losses(9, range(6, 8), Losses(loss[2:], log_snr[2:]), torch.tensor([[0.3], [0.0]]))
-    recent.norm(9, torch.tensor(math.inf))
+    recent.norms.append((8, torch.tensor(0.5)))
+    recent.parts.append(Part(9, range(4, 6), loss[:2], log_snr[:2], torch.tensor(0.2)))
+    recent.parts.append(Part(9, range(6, 8), loss[2:], log_snr[2:], torch.tensor(0.3)))
+    recent.norms.append((9, torch.tensor(math.inf)))
     assert recent.statistics(9) == {
         "update": 9,
         "samples": 4,

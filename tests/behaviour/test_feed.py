@@ -286,7 +286,7 @@ def test_clock_numbers_are_sent_where_there_is_float64(monkeypatch: pytest.Monke
     # Apple's GPUs have none, and refuse the copy.
     went: list[tuple[torch.dtype, str]] = []
     monkeypatch.setattr(
-        "halfstep.train.feed.sent", lambda value, device: went.append((value.dtype, device.type)) or value
+        "halfstep.data.base.sent", lambda value, device: went.append((value.dtype, device.type)) or value
     )
     for fed in Feed(_batches, _places, torch.device("mps"), ahead=1).updates(0, lambda: 4):
         for part in fed[0]:

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,9 @@ from halfstep.objectives import (
     Stage,
     Training,
     Turn,
+    objectives,
 )
+from halfstep.recipes import recipes
 from halfstep.runs import RunFolder
 from halfstep.runtime.failures import NonFinite
 from halfstep.runtime.processes import make_accelerator
@@ -70,7 +72,17 @@ def final(run: Path) -> dict[str, Tensor]:
 
 def run_here(argv: list[str]) -> None:
     """A command, as a target for other processes."""
+    own_objective.register()
     main(argv)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered() -> Iterator[None]:
+    """The researcher's objective and recipe, known for as long as these tests run."""
+    own_objective.register()
+    yield
+    for registry in (objectives, recipes):
+        del registry._members["own_game"]
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +138,7 @@ def test_a_run_cut_between_two_turns_resumes_bit_for_bit(
 def run_killed(argv: list[str], by: str) -> None:
     """A command that is killed in the middle of a pair of turns."""
     os.environ |= {"KILLED_AT": "5", "KILLED_BY": by}
+    own_objective.register()
     main(argv)
 
 
@@ -367,3 +380,4 @@ def test_the_average_is_none_of_the_student_s_own_and_evals_name_every_network()
     assert set(Game().evals) == {STUDENT, "teacher", *Game().helpers}
     assert all(isinstance(evals, Evals) for evals in Game().evals.values())
     assert own_objective.own_game().further[0].stage().objective == Game()
+    assert objectives.describe(Game()) == own_objective.own_game().further[0].objective

@@ -83,7 +83,7 @@ def test_the_noise_of_a_sample_has_the_size_that_the_process_has_at_its_start(tm
 
 def test_a_model_of_a_range_of_scales_samples_at_its_own_or_at_the_middle_unless_told(model: Model) -> None:
     def scales(asked: float | None, **facts: object) -> list[float]:
-        manifest = model.manifest.model_copy(update={"guidance": (1.0, 4.0), **facts})
+        manifest = model.manifest.model_copy(update={"guidance": {"type": "range", "low": 1.0, "high": 4.0}, **facts})
         return Model(model.denoiser, manifest).cond(range(2), guidance_scale=asked)[GUIDANCE].tolist()
 
     assert scales(None) == [2.5, 2.5]

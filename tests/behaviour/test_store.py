@@ -21,7 +21,7 @@ from halfstep.measure.store import Cell, SameNoise, Store
 from halfstep.models.model import Model
 from halfstep.nets import MLP
 from halfstep.recipes import Recipe
-from halfstep.runs import Manifest, RunFolder
+from halfstep.runs import Manifest, Outcome, RunFolder
 from halfstep.runtime.failures import NonFinite
 from halfstep.samplers import DDIM, Ancestral, Heun, Sampler
 from halfstep.studies import SCALES, Bench
@@ -50,8 +50,9 @@ def model(shift: float = 0.0) -> Model:
     with torch.no_grad():
         next(network.parameters()).add_(shift)
     manifest = Manifest(
-        stage="00-denoise", objective="denoise", parent=None, num_steps=None, num_updates=0, seconds=0.0, shape=(2,),
-        is_image=False, clip=False, network={}, process={}, prediction={}, files={"model.safetensors": str(shift)},
+        stage="00-denoise", objective="denoise", parent=None, outcome=Outcome(role="teacher"), num_updates=0,
+        seconds=0.0, shape=(2,), is_image=False, clip=False, network={}, process={}, prediction={},
+        files={"model.safetensors": str(shift)},
     )  # fmt: skip
     return Model(NetworkDenoiser(network, VPCosine(), V()).eval(), manifest)
 

@@ -265,7 +265,7 @@ def test_samples_are_written_under_their_own_name_or_not_at_all(
         (["--num-steps", "0"], "num_steps must be a whole number of at least 1, got 0"),
         (["--sampler", "dim"], "did you mean 'ddim'?"),
         (["--sampler", "ancestral", "--gamma", "1.5"], "gamma must be in [0, 1]"),
-        (["--gamma", "0.5"], "--gamma 0.5 says nothing to --sampler ddim"),
+        (["--gamma", "0.5"], "--gamma 0.5 has no effect on the sampler ddim. Remove it, or add --sampler ancestral"),
         (["--class-label", "12"], "classes 0 to 9"),
         (["--device", "abacus"], "the device 'abacus' cannot be used here"),
         (["--num-stesp", "4"], "did you mean '--num-steps'?"),

@@ -69,6 +69,8 @@ def command_line() -> ArgumentParser:
                 if known.isdisjoint(action.option_strings):
                     # A default here is that of one recipe.
                     action.help = (action.help or "").partition(" (default:")[0]
+                    # Leaving an option out is the way to its default.
+                    action.choices = None if action.choices is None else [c for c in action.choices if c != "None"]
                     verb._add_action(action)
                     known.update(action.option_strings)
     return line

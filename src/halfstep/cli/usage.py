@@ -97,10 +97,11 @@ def parser_of(kind: type[Arguments], default: Arguments | None = None) -> Argume
 
 def with_flag(reason: str, argv: Sequence[str]) -> str:
     """Return a complaint that begins with a setting's name, with the one flag of that name in its place."""
-    name, _, rest = reason.partition(" ")
+    first, _, rest = reason.partition(" ")
+    name = first.rstrip(":")
     flags = [token.partition("=")[0] for token in argv if token.startswith("--")]
     found = [flag for flag in flags if flag.replace("-", "_").endswith((f".{name}", f"__{name}"))]
-    return f"{found[0]} {rest}" if len(found) == 1 else reason
+    return f"{found[0]}{first[len(name) :]} {rest}" if len(found) == 1 else reason
 
 
 def parse(
@@ -175,7 +176,7 @@ def _reason(event: tyro_errors.ParseErrorEvent, prog: str, argv: Sequence[str]) 
             # tyro keeps the text of an exception only; the exception itself is the one that it was handling.
             cause = getattr(sys.exception(), "__context__", None)
             if isinstance(cause, ValidationError):
-                return first_line(cause)
+                return with_flag(first_line(cause), argv)
             if event.argument is None:
                 return with_flag(" ".join(str(cause or event.message).split()), argv)
             # Of several values tyro tells types of Python; of one, `_plain` has said what it needs.

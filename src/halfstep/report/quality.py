@@ -124,15 +124,19 @@ def _group(name: str, start: StageFacts | None, stages: Sequence[tuple[StageFact
     return Group(name, flatten(stages[0][1].protocol), rows, most, reference, [s.name for s, _ in stages], samplers)
 
 
+def _written(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
 def text_table(group: Group) -> Table:
     """Return the group as texts, for a terminal."""
     rows = [
         [
             str(row.steps),
-            number(_value(row.teacher, "frechet")),
-            number(_value(row.student, "frechet")),
-            "–" if row.ratio is None else f"{row.ratio:.2f}",
-            number(_value(row.student, "teacher_rmse")),
+            _written(_value(row.teacher, "frechet"), ".4g"),
+            _written(_value(row.student, "frechet"), ".4g"),
+            _written(row.ratio, ".2f"),
+            _written(_value(row.student, "teacher_rmse"), ".4f"),
             number(row.measured.seconds_per_1000),
             "–" if row.speed_up is None else f"{times(row.speed_up)}x",
         ]

@@ -5,6 +5,7 @@ Runs that a trial needs are run folders, resumable in themselves; what is measur
 stores, so that studies that share a teacher share its figures too.
 """
 
+import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -230,6 +231,13 @@ def run_study(
             held = read_json(file)
             if not isinstance(held, dict) or held.get("key") != key:
                 raise ValueError(f"{file} was made by other settings of this study: choose another --out")
+        else:
+            start = time.perf_counter()
+            try:
+                figures = trial.work(bench)
+            except NonFinite as error:
+                figures = {"diverged": str(error)}
+            held = {"key": key, "figures": figures, "seconds": round(time.perf_counter() - start, 2)}
             write_json(file, held)
         done(trial, held["figures"], was_there)
         rows.append(Finding(trial.axes, held["figures"]))
