@@ -27,6 +27,7 @@ from halfstep.core.draw import Draw
 from halfstep.core.noise import VPCosine
 from halfstep.core.prediction import V
 from halfstep.models.folder import load
+from halfstep.models.students import in_precision
 from halfstep.nets import MLP, copy_denoiser
 from halfstep.objectives import (
     STUDENT,
@@ -244,7 +245,7 @@ def test_turns_are_steps_of_adamw_in_their_order_with_random_numbers_of_their_ow
     for _ in trainer.run():
         pass
     teacher, student = denoiser(0), denoiser(1)
-    critic, slow = copy_denoiser(teacher), copy_denoiser(student)
+    critic, slow = copy_denoiser(student), copy_denoiser(student)
     models = Models(student, teacher, {"critic": critic, "slow": slow})
     optimizers = {
         "critic": torch.optim.AdamW(critic.parameters(), weight_decay=0.0),
@@ -374,6 +375,20 @@ class Wrong(Game):
 def test_contradictions_are_refused_in_one_line(other: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         next(iter(made_trainer(Wrong(other=other)).run()))
+
+
+def test_a_helper_in_bfloat16_is_refused() -> None:
+    @dataclass(frozen=True)
+    class OfTheTeacher(Game):
+        @property
+        def helpers(self) -> Mapping[str, Helper]:
+            return {"critic": Auxiliary(lambda models: copy_denoiser(models.teacher), lambda own: own)}
+
+    with pytest.raises(ValueError, match="helper critic is a copy of a teacher in bfloat16: start it from the student"):
+        StageTrainer(
+            denoiser(1), in_precision(denoiser(0), "bf16"), Stage(OfTheTeacher(), TRAINING), data,
+            seed=0, stream="game", accelerator=make_accelerator(cpu=True),
+        )  # fmt: skip
 
 
 def test_the_average_is_none_of_the_student_s_own_and_evals_name_every_network() -> None:

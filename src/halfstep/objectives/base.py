@@ -218,7 +218,8 @@ class Auxiliary:
     """A further network with an optimiser of its own: an auxiliary denoiser, a critic."""
 
     start: Callable[[Models], nn.Module]
-    """Makes the network before the first update, from student and teacher; a copy, never one of these itself."""
+    """Makes the network before the first update: a copy, never student or teacher itself. A copy of the student has the
+    teacher's weights in float32, whatever the teacher's precision, or additions of its own to a LoRA's base."""
     training: Callable[[Training], Training]
     """Makes its hyperparameters from the student's; budget and batch stay the stage's."""
 

@@ -6,6 +6,7 @@ from typing import Final
 import torch
 
 from halfstep.core.draw import generator_for
+from halfstep.nets import InHalf
 from halfstep.objectives import STUDENT, Auxiliary, Average, Models, Stage, Training
 from halfstep.train.player import Follower
 
@@ -37,6 +38,8 @@ def make_helpers(
                 # Fresh layers are a function of the run's seed, on every rank.
                 torch.manual_seed(generator_for(seed, stream, "helper", name).initial_seed())
                 auxiliaries[name] = helper.start(models), training
+            if any(isinstance(part, InHalf) for part in auxiliaries[name][0].modules()):
+                raise ValueError(f"helper {name} is a copy of a teacher in bfloat16: start it from the student")
     followers = {}
     for name, helper in helpers.items():
         if isinstance(helper, Average):
