@@ -1,18 +1,17 @@
 """`halfstep evaluate`: the curve of a run, of a pipeline, or the figures of a folder of images."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.markup import escape
 
-from halfstep.cli.arguments import EvaluateArguments
+from halfstep.cli.arguments import EvaluateArguments, device_of, processes_of
 from halfstep.cli.subjects import Rows, Subject, subject_of
-from halfstep.cli.usage import UsageError, parse
+from halfstep.cli.usage import UsageError, check_least, flag, parse
 from halfstep.cli.words import console_for, print_json, print_table
 from halfstep.data import Data, DataConfig, open_data
 from halfstep.measure.curve import CellDone, Curve, CurveSpec, Entry
@@ -23,26 +22,24 @@ from halfstep.recipes import Recipe
 from halfstep.recipes.schema import check_fit
 from halfstep.report.evaluation import protocol_words, text_table, title_of, write_evaluation
 from halfstep.report.words import number
-from halfstep.runs import EvaluationResult, StageFolder
 from halfstep.runs.evaluation import Series
+from halfstep.runtime.failures import told_when_out_of_memory
 from halfstep.runtime.files import cache_folder, read_json
 from halfstep.runtime.processes import Processes
 from halfstep.runtime.stop import StopSignal
 
 
-def evaluate(
-    argv: Sequence[str], recipe_of: Callable[[StageFolder], Recipe | None], device: torch.device, processes: Processes
-) -> None:
-    """Measure, print one table for each protocol, and write the files.
-
-    Args:
-        recipe_of: the recipe of a stage's run, None if the stage lies outside one.
-        processes: those that do this together; the first prints and writes the tables.
-    """
+@told_when_out_of_memory(
+    "out of memory while measuring: leave more of it to this process, or take fewer samples (--num-samples)"
+)
+def evaluate(argv: Sequence[str]) -> None:
+    """Measure, print one table for each protocol, and write the files."""
+    processes = processes_of()
+    device = device_of(None, processes)
     arguments = parse(EvaluateArguments, argv, "halfstep evaluate")
     console = console_for(arguments.json)
     _check(arguments)
-    subject = subject_of(arguments.subject, recipe_of)
+    subject = subject_of(arguments.subject)
     recipe = _recipe(subject, arguments)
     if recipe.engine.threads is not None:
         torch.set_num_threads(recipe.engine.threads)
@@ -65,7 +62,11 @@ def evaluate(
             written = [] if curve.result is None else write_evaluation(curve.result, out)
     if curve.result is None:
         return
-    show(curve.result, console)
+    for table in curve.result.tables:
+        print_table(text_table(table, curve.result), title_of(table), console)
+        console.print(escape(protocol_words(table.protocol)), highlight=False, style="dim")
+    for notice in curve.result.notices:
+        console.print(f"[yellow]note:[/yellow] {escape(notice)}", highlight=False)
     if arguments.json:
         print_json(read_json(out / "evaluation.json"))
     names = ", ".join([str(out / "evaluation.json"), *(path.name for path in written)])
@@ -116,11 +117,9 @@ def _given(arguments: EvaluateArguments, *names: str) -> dict[str, Any]:
 
 def _check(arguments: EvaluateArguments) -> None:
     """Refuse values that are out of range or contradict each other."""
-    for name, least in (("num_samples", 2), ("seeds", 1), ("search_gamma", 2), ("batch_size", 1)):
-        value = getattr(arguments, name)
-        if value is not None and value < least:
-            reason = ": a search over gamma needs at least 2 levels, from 0 to 1" if name == "search_gamma" else ""
-            raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, got {value}{reason}")
+    check_least(arguments, 2, "num_samples")
+    check_least(arguments, 1, "seeds", "batch_size")
+    check_least(arguments, 2, "search_gamma", reason=": a search over gamma needs at least 2 levels, from 0 to 1")
     if arguments.search_gamma is not None and arguments.gamma is not None:
         raise UsageError("--search-gamma searches gamma and --gamma sets it: leave one out")
 
@@ -173,7 +172,7 @@ def _check_files(arguments: EvaluateArguments) -> None:
         "num_steps", "against", "seeds", "gamma", "search_gamma", "guidance_scale", "precision", "batch_size",
     ):  # fmt: skip
         if getattr(arguments, name) != getattr(idle, name):
-            raise UsageError(f"--{name.replace('_', '-')} says nothing to samples in files: leave it out")
+            raise UsageError(f"{flag(name)} says nothing to samples in files: leave it out")
 
 
 def _count(arguments: EvaluateArguments, samples: Data) -> int:
@@ -201,12 +200,3 @@ def _short(extractor: str) -> str:
     """Return an extractor's name without the digest at its end."""
     head, _, tail = extractor.rpartition("-")
     return head if len(tail) == 12 and head else extractor
-
-
-def show(result: EvaluationResult, console: Console) -> None:
-    """Print a table for each protocol, and the notices."""
-    for table in result.tables:
-        print_table(text_table(table, result), title_of(table), console)
-        console.print(escape(protocol_words(table.protocol)), highlight=False, style="dim")
-    for notice in result.notices:
-        console.print(f"[yellow]note:[/yellow] {escape(notice)}", highlight=False)

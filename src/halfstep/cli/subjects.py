@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, final
 
 import torch
 
-from halfstep.cli.arguments import EvaluateArguments
+from halfstep.cli.arguments import EvaluateArguments, recipe_of_stage
 from halfstep.cli.usage import UsageError
 from halfstep.core.grids import check_num_steps
 from halfstep.data import Data
@@ -53,7 +53,7 @@ class Subject:
     """Default folder of its samples and figures; `out` if None."""
 
 
-def subject_of(text: str, recipe_of: Callable[[StageFolder], Recipe | None]) -> Subject:
+def subject_of(text: str) -> Subject:
     """Return what `text` names.
 
     Raises:
@@ -69,7 +69,7 @@ def subject_of(text: str, recipe_of: Callable[[StageFolder], Recipe | None]) -> 
     if path.is_file() and path.suffix.lower() in (".npz", ".npy"):
         return Subject("images", Path(f"evaluation-{path.stem}"), files=path)
     last = find_stage(path)
-    return (_stage if last.path == path else _run)(path, recipe_of(last))
+    return (_stage if last.path == path else _run)(path, recipe_of_stage(last))
 
 
 def _run(path: Path, recipe: Recipe | None) -> Subject:
