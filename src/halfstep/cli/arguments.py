@@ -54,7 +54,9 @@ RecipeFields = tyro.conf.AvoidSubcommands[Annotated[Recipe, tyro.conf.arg(name="
 
 
 @dataclass
-class _PlanArguments:
+class PlanArguments:
+    """What the verbs that carry out a plan share."""
+
     recipe: RecipeFields
     dry_run: Switch = False
     """Print plan, parameters and an estimate of time, and write nothing."""
@@ -63,7 +65,7 @@ class _PlanArguments:
 
 
 @dataclass
-class RunArguments(_PlanArguments):
+class RunArguments(PlanArguments):
     """Train, halve, measure and report: the whole plan of a recipe. The same command again continues where it was."""
 
     out: Path | None = None
@@ -71,7 +73,7 @@ class RunArguments(_PlanArguments):
 
 
 @dataclass
-class DistillArguments(_PlanArguments):
+class DistillArguments(PlanArguments):
     """Halve a model to fewer steps. MODEL is the folder of a run or of a stage, a folder that diffusers has saved, or a
     name on the Hub; --data says what to train on. Options are those of the recipe of the model's run. A teacher that
     predicts eps is matched to v first; --matching.guidance-scale takes classifier-free guidance into the student."""

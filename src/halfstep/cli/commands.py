@@ -3,6 +3,7 @@
 import signal
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +17,7 @@ from halfstep.cli.arguments import (
     SHORT,
     DistillArguments,
     ListArguments,
+    PlanArguments,
     ReportArguments,
     RunArguments,
     SampleArguments,
@@ -48,29 +50,24 @@ from halfstep.samplers import Ancestral, Sampler, samplers
 
 
 def _carry_out(
-    arguments: RunArguments | DistillArguments,
-    out: Path,
-    what: Literal["all", "teacher", "chain"],
-    teacher: Model | None = None,
+    arguments: PlanArguments, out: Path, what: Literal["all", "teacher", "chain"], teacher: Model | None = None
 ) -> None:
-    """Show the plan with --dry-run; else make the run, train it and show its results.
-
-    Raises:
-        UsageError: if several processes are to do a dry run, which times an update by the clock of one.
-    """
+    """Show the plan with --dry-run; else make the run, train it and show its results."""
     recipe = arguments.recipe
+    make = partial(build, recipe, what=what, teacher=teacher)
     if recipe.engine.threads is not None:
         torch.set_num_threads(recipe.engine.threads)
     if not arguments.dry_run:
-        _execute(recipe, lambda: build(recipe, what=what, teacher=teacher), out, arguments.json)
+        _execute(recipe, make, out, arguments.json)
         return
     if launched() > 1:
+        # It times an update by the clock of one.
         raise UsageError("a dry run is done by one process: start it without torchrun or accelerate launch")
     data, missing = data_or_stand_in(recipe)
-    show_plan(build(recipe, what=what, teacher=teacher, data=data), out, arguments.json, missing)
+    show_plan(make(data=data), out, arguments.json, missing)
 
 
-def _execute(recipe: Recipe, made: Callable[[], RunSpec], out: Path, json: bool) -> None:
+def _execute(recipe: Recipe, make: Callable[[], RunSpec], out: Path, json: bool) -> None:
     """Make a run, train it and show its results; a signal ends each of the three in good order."""
     console = console_for(json)
     started = time.monotonic()
@@ -79,7 +76,7 @@ def _execute(recipe: Recipe, made: Callable[[], RunSpec], out: Path, json: bool)
             # Several processes end together, at the first point where they have agreed to.
             alone = stop if launched() == 1 else None
             with at_once(alone):
-                spec = made()
+                spec = make()
             console.print(f"halfstep: {recipe.name} -> {out}", highlight=False)
             RunDisplay(spec.stages, console).show(run_spec(spec, out, stop))
             if console.quiet:
@@ -88,9 +85,8 @@ def _execute(recipe: Recipe, made: Callable[[], RunSpec], out: Path, json: bool)
             with at_once(alone):
                 console.print(f"report: {make_report(out, spec.data)}", highlight=False, soft_wrap=True)
     except Interrupted as stopped:
-        requeue = recipe.engine.requeue_code
-        if requeue is not None and stopped.signal != signal.SIGINT:
-            stopped.code = requeue
+        if recipe.engine.requeue_code is not None and stopped.signal != signal.SIGINT:
+            stopped.code = recipe.engine.requeue_code
         raise
     console.print(f"finished in {duration(time.monotonic() - started)}", highlight=False)
     if json:
@@ -135,17 +131,19 @@ def distill(argv: Sequence[str]) -> None:
     recipe = None
     if is_pipeline(argv[0]) or not Path(argv[0]).is_dir():
         model = import_pipeline(argv[0])
-        where, name = argv[0], model.manifest.stage
+        where, stage = argv[0], model.manifest.stage
     else:
         folder = find_stage(Path(argv[0]))
         model = load(folder.path)
         recipe = recipe_of_stage(folder)
-        where, name = str(folder.path), folder.name
+        where, stage = str(folder.path), folder.name
     if recipe is None:
         if not any(token.partition("=")[0] == "--data.source" for token in rest):
             raise UsageError(f"{where} lies outside its run, so its data is not known: add --data SOURCE")
         recipe = Recipe(name="distilled")
-    _check_acting(rest)
+    for name in (word.partition("=")[0].replace("_", "-") for word in rest):
+        if name.startswith(("--network.", "--teacher.", "--model.")) and name != "--model.weighting":
+            raise UsageError(f"{name} says nothing to a teacher that is there: leave it out")
     default = DistillArguments(_going_on(recipe, model))
     arguments = parse(DistillArguments, rest, f"halfstep distill {argv[0]}", default, SHORT)
     chain = arguments.recipe.chain
@@ -155,7 +153,7 @@ def distill(argv: Sequence[str]) -> None:
             "leave --start out, or distil from an earlier stage"
         )
     last = chain.students[-1] if chain.students else chain.end_steps
-    out = arguments.out or Path("runs") / f"{arguments.recipe.name}-{name}-to-{last}"
+    out = arguments.out or Path("runs") / f"{arguments.recipe.name}-{stage}-to-{last}"
     _carry_out(arguments, out, "chain", model)
 
 
@@ -176,23 +174,8 @@ def _going_on(recipe: Recipe, model: Model) -> Recipe:
     return recipe.model_copy(update=changes)
 
 
-def _check_acting(words: Sequence[str]) -> None:
-    """Refuse the first recipe option that only applies when training a teacher from scratch.
-
-    Raises:
-        UsageError: if there is one.
-    """
-    for name in (word.partition("=")[0].replace("_", "-") for word in words):
-        if name.startswith(("--network.", "--teacher.", "--model.")) and name != "--model.weighting":
-            raise UsageError(f"{name} says nothing to a teacher that is there: leave it out")
-
-
 def _sampler(name: str | None, gamma: float | None, own: Sampler) -> Sampler:
-    """Return the sampler of that name, or the model's own.
-
-    Raises:
-        ValueError: if it is unknown, or gamma is out of range or has no effect.
-    """
+    """Return the sampler of that name, or the model's own; refuse a gamma without effect."""
     name = name or samplers.name_of(own)
     kind = samplers[name]
     if gamma is None:
@@ -265,11 +248,7 @@ def sample(argv: Sequence[str]) -> None:
 
 
 def _prompted(model: Model, prompt: str | None, number: int) -> dict[str, torch.Tensor]:
-    """Return the conditions of a text, repeated for `number` samples; empty for a model without text conditions.
-
-    Raises:
-        UsageError: if the text is missing or has no effect.
-    """
+    """Return the conditions of a text, repeated for `number` samples; empty for a model without text conditions."""
     manifest = model.manifest
     if not manifest.conditions:
         if prompt is not None:

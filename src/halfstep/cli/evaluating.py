@@ -1,5 +1,6 @@
 """`halfstep evaluate`: the curve of a run, of a pipeline, or the figures of a folder of images."""
 
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ from halfstep.cli.usage import UsageError, check_least, flag, parse
 from halfstep.cli.words import console_for, print_json, print_table
 from halfstep.data import Data, DataConfig, open_data
 from halfstep.measure.curve import CellDone, Curve, CurveSpec, Entry
-from halfstep.measure.evaluate import Evaluation, references_for
+from halfstep.measure.evaluate import references_for
 from halfstep.measure.sources import DataSource
 from halfstep.measure.store import Store, seeds_name
 from halfstep.recipes import Recipe
@@ -40,19 +41,11 @@ def evaluate(argv: Sequence[str]) -> None:
     console = console_for(arguments.json)
     _check(arguments)
     subject = subject_of(arguments.subject)
-    recipe = _recipe(subject, arguments)
-    if recipe.engine.threads is not None:
-        torch.set_num_threads(recipe.engine.threads)
-    data = open_data(recipe.data)
-    for model in (subject.teacher, *subject.students):
-        if model is not None:
-            check_fit(model.manifest, data)
-    evaluation = replace(recipe.evaluation, **_given(arguments, "num_samples", "batch_size", "precision"))
-    spec = _spec(subject, arguments, recipe, evaluation, data, device, processes)
+    spec = _spec(subject, arguments, device, processes)
     out = arguments.out or subject.out
     with StopSignal() as stop:
         folder = arguments.out or subject.store or out
-        store = Store(folder, batch_size=evaluation.batch_size, processes=processes, stop=stop)
+        store = Store(folder, batch_size=spec.evaluation.batch_size, processes=processes, stop=stop)
         curve = Curve(spec, store, out)
         try:
             for cell in curve.run():
@@ -73,16 +66,16 @@ def evaluate(argv: Sequence[str]) -> None:
     console.print(f"{names}; {curve.result.seconds:.0f} s of work", highlight=False, soft_wrap=True)
 
 
-def _spec(
-    subject: Subject,
-    arguments: EvaluateArguments,
-    recipe: Recipe,
-    evaluation: Evaluation,
-    data: Data,
-    device: torch.device,
-    processes: Processes,
-) -> CurveSpec:
+def _spec(subject: Subject, arguments: EvaluateArguments, device: torch.device, processes: Processes) -> CurveSpec:
     """Return what is measured, after checking the options against it."""
+    recipe = _recipe(subject, arguments)
+    if recipe.engine.threads is not None:
+        torch.set_num_threads(recipe.engine.threads)
+    data = open_data(recipe.data)
+    for model in (subject.teacher, *subject.students):
+        if model is not None:
+            check_fit(model.manifest, data)
+    evaluation = recipe.evaluation
     teacher = None
     if subject.files is not None:
         _check_files(arguments)
@@ -91,7 +84,7 @@ def _spec(
         series = [Series(name="samples", label="samples", role="other")]
         entries = [Entry("samples", None, DataSource(samples), None)]
     else:
-        rows = Rows(subject, arguments, recipe, evaluation.precision, data, device)
+        rows = Rows(subject, arguments, recipe, data, device)
         series, entries, teacher = rows.series, rows.entries, rows.teacher()
     features = dict.fromkeys(arguments.extractors or (evaluation.features,))
     references = references_for(data, evaluation, features, cache_folder(), device, processes)
@@ -129,10 +122,10 @@ def _recipe(subject: Subject, arguments: EvaluateArguments) -> Recipe:
     if subject.recipe is None and arguments.data is None:
         raise UsageError(f"{arguments.subject} lies outside a run, so its data is not known: add --data SOURCE")
     recipe = subject.recipe or Recipe(name="evaluate")
-    changes = _given(arguments, "split", "image_size", "channels")
-    if arguments.data is not None:
-        changes["source"] = arguments.data
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update=changes)})
+    source = {} if arguments.data is None else {"source": arguments.data}
+    data = recipe.data.model_copy(update={**_given(arguments, "split", "image_size", "channels"), **source})
+    evaluation = replace(recipe.evaluation, **_given(arguments, "num_samples", "batch_size", "precision"))
+    return recipe.model_copy(update={"data": data, "evaluation": evaluation})
 
 
 def _split_of(data: DataConfig) -> str | None:
@@ -143,11 +136,7 @@ def _split_of(data: DataConfig) -> str | None:
 
 
 def _samples(path: Path, data: Data) -> Data:
-    """Return the samples in files, in the form of the data that they are compared with.
-
-    Raises:
-        UsageError: if they have another size or range.
-    """
+    """Return the samples in files, in the form of the data that they are compared with; refuse another one."""
     channels = data.shape[0] if data.is_image and path.is_dir() and data.shape[0] in (1, 3) else None
     config = {"source": str(path), "labels": False, "channels": channels, "max_bytes": sys.maxsize}
     samples = open_data(DataConfig.model_validate(config))
@@ -189,14 +178,11 @@ def _count(arguments: EvaluateArguments, samples: Data) -> int:
 def _line(cell: CellDone, total: int) -> str:
     """Return one line for a cell whose figures exist."""
     gamma = "" if cell.entry.gamma is None else f", gamma {cell.entry.gamma:g}"
+    # Names of extractors are shown without the digest at their end.
     shown = ", ".join(
-        f"{number(values['frechet'])} in {_short(name)}" for name, values in cell.figures.items() if "frechet" in values
+        f"{number(values['frechet'])} in {re.sub('(?<=.)-[^-]{12}$', '', name)}"
+        for name, values in cell.figures.items()
+        if "frechet" in values
     )
     there = " (was there)" if cell.was_there else ""
     return f"[{cell.done}/{total}] {cell.entry.words()}{gamma}, seeds {seeds_name(cell.cell.seeds)}: {shown}{there}"
-
-
-def _short(extractor: str) -> str:
-    """Return an extractor's name without the digest at its end."""
-    head, _, tail = extractor.rpartition("-")
-    return head if len(tail) == 12 and head else extractor

@@ -32,20 +32,17 @@ class PlanView:
         self.status, self.reserved = status, reserved
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        stages = self.status.stages
+        stages, current = self.status.stages, self.status.current
         # The last line is of the whole; lines above and below tell what was left out.
         room = max(1, console.height - self.reserved - 1) if console.is_terminal else len(stages)
-        first, last = shown_range(len(stages), self._at(), room)
+        at = len(stages) - 1 if current is None else stages.index(current)
+        first, last = shown_range(len(stages), at, room)
         if first:
             yield Text(f"  {first} stages before", style="dim")
         yield self._table(stages[first:last], options)
         if last < len(stages):
             yield Text(f"  {len(stages) - last} stages to come", style="dim")
         yield self._whole()
-
-    def _at(self) -> int:
-        current = self.status.current
-        return len(self.status.stages) - 1 if current is None else self.status.stages.index(current)
 
     def _table(self, stages: list[StageStatus], options: ConsoleOptions) -> Table:
         has_figures, has_bar, has_rate = (options.max_width >= width for width in WIDTHS)
@@ -64,10 +61,9 @@ class PlanView:
             cells: list[Text | ProgressBar | str] = [Text(f"{marks[stage.state]} {stage.name}", style=style)]
             if has_bar:
                 is_shown = not is_given and stage.state not in ("to come", "damaged")
-                cells.append(
-                    ProgressBar(total=stage.num_updates, completed=stage.update, width=BAR_WIDTH) if is_shown else ""
-                )
-            cells.append(Text("given" if is_given else updates_words(stage), style="dim" if is_given else style))
+                bar = ProgressBar(total=stage.num_updates, completed=stage.update, width=BAR_WIDTH)
+                cells.append(bar if is_shown else "")
+            cells.append(Text("given", style="dim") if is_given else Text(updates_words(stage), style=style))
             if has_figures:
                 cells.append("" if stage.loss is None or is_given else f"loss {stage.loss:.4g}")
             if has_rate:
@@ -100,32 +96,30 @@ class PlanView:
         elif not math.isnan(left):
             parts.append(f"{duration(left)} left")
             if status.state == "running" and left < 30 * 86400:
-                parts.append(f"done about {clock(time.time() + left, left)}")
+                # With the date from half a day on.
+                clock = time.strftime("%H:%M" if left < 43200 else "%a %d %b %H:%M", time.localtime(time.time() + left))
+                parts.append(f"done about {clock}")
         return Text("  ".join(parts), style="bold")
 
 
-def clock(moment: float, away: float) -> str:
-    """ "14:05", with the date if it is half a day `away` or more."""
-    return time.strftime("%H:%M" if away < 43200 else "%a %d %b %H:%M", time.localtime(moment))
-
-
 def updates_words(stage: StageStatus) -> str:
-    """ "120/1,500", or "1,500" where nothing is between."""
-    if stage.state in ("training", "damaged"):
-        return f"{stage.update:,}/{stage.num_updates:,}"
-    return f"{stage.num_updates:,}"
+    """Return updates done and budgeted, "120/1,500", or the budget alone for a stage that is done or to come."""
+    done = f"{stage.update:,}/" if stage.state in ("training", "damaged") else ""
+    return f"{done}{stage.num_updates:,}"
 
 
 def distance_words(stage: StageStatus) -> str:
-    """The distance of a student, or of a teacher at its most steps; or that it is being measured."""
+    """Return the distance of a student, or of a teacher at its most steps; or that it is being measured."""
     if stage.state == "measuring" and not (stage.results and stage.num_steps):
         return "measuring ..."
     return f"distance {max(stage.results)[1]:.4g}" if stage.results else ""
 
 
 def shown_range(count: int, at: int, room: int) -> tuple[int, int]:
-    """First and one past the last of `count` lines that fit into `room`, `at` among them, beside a line for those
-    before and one for those after where some are left out."""
+    """Return which of `count` lines, from the first to before the last, fit into `room` and include `at`.
+
+    Lines that are left out before or after them take one line of the room each time.
+    """
     if count <= room:
         return 0, count
     inside = max(1, room - 2)

@@ -123,10 +123,7 @@ _USE: Final = (
     Verb(
         "export MODEL",
         "to a stock diffusers pipeline, LoRA files or one ONNX graph",
-        (
-            "halfstep export runs/digits --out digits-1",
-            "halfstep export runs/digits --format onnx --out digits-1.onnx",
-        ),
+        ("halfstep export runs/digits --out digits-1", "halfstep export runs/digits --format onnx --out digits-1.onnx"),
         module="exporting",
     ),
     Verb(
