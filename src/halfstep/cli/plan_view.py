@@ -2,11 +2,12 @@
 
 import math
 import time
+from itertools import compress
 from typing import final
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from halfstep.cli.words import duration
@@ -46,34 +47,34 @@ class PlanView:
 
     def _table(self, stages: list[StageStatus], options: ConsoleOptions) -> Table:
         has_figures, has_bar, has_rate = (options.max_width >= width for width in WIDTHS)
+        shown = (True, has_bar, True, has_figures, has_rate, True, has_figures)
+        columns = [
+            # Names must not be cut: they are what one looks for.
+            Column(no_wrap=True, min_width=max(len(stage.name) for stage in stages) + 2),
+            Column(width=BAR_WIDTH),
+            Column(justify="right", no_wrap=True),
+            *(Column(no_wrap=True) for _ in range(4)),
+        ]
+        table = Table.grid(*compress(columns, shown), padding=(0, 2))
         marks = ASCII_MARKS if options.ascii_only else MARKS
-        table = Table.grid(padding=(0, 2))
-        # Names must not be cut: they are what one looks for.
-        table.add_column(no_wrap=True, min_width=max(len(stage.name) for stage in stages) + 2)
-        if has_bar:
-            table.add_column(width=BAR_WIDTH)
-        table.add_column(justify="right", no_wrap=True)
-        for _ in range(1 + 2 * has_figures + has_rate):
-            table.add_column(no_wrap=True)
         for stage in stages:
-            style = STYLES[stage.state]
-            is_given = stage.num_updates == 0
-            cells: list[Text | ProgressBar | str] = [Text(f"{marks[stage.state]} {stage.name}", style=style)]
-            if has_bar:
-                is_shown = not is_given and stage.state not in ("to come", "damaged")
-                bar = ProgressBar(total=stage.num_updates, completed=stage.update, width=BAR_WIDTH)
-                cells.append(bar if is_shown else "")
-            cells.append(Text("given", style="dim") if is_given else Text(updates_words(stage), style=style))
-            if has_figures:
-                cells.append("" if stage.loss is None or is_given else f"loss {stage.loss:.4g}")
-            if has_rate:
-                is_at_work = stage.state == "training" and stage.samples_per_second is not None
-                cells.append(f"{stage.samples_per_second:,.0f} samples/s" if is_at_work else "")
-            cells.append(Text(self._time(stage), style="dim" if stage.state == "to come" else ""))
-            if has_figures:
-                cells.append(distance_words(stage))
-            table.add_row(*cells)
+            table.add_row(*compress(self._cells(stage, marks[stage.state]), shown))
         return table
+
+    def _cells(self, stage: StageStatus, mark: str) -> list[Text | ProgressBar | str]:
+        style = STYLES[stage.state]
+        is_given = stage.num_updates == 0
+        has_bar = not is_given and stage.state not in ("to come", "damaged")
+        has_rate = stage.state == "training" and stage.samples_per_second is not None
+        return [
+            Text(f"{mark} {stage.name}", style=style),
+            ProgressBar(total=stage.num_updates, completed=stage.update, width=BAR_WIDTH) if has_bar else "",
+            Text("given", style="dim") if is_given else Text(updates_words(stage), style=style),
+            "" if stage.loss is None or is_given else f"loss {stage.loss:.4g}",
+            f"{stage.samples_per_second:,.0f} samples/s" if has_rate else "",
+            Text(self._time(stage), style="dim" if stage.state == "to come" else ""),
+            distance_words(stage),
+        ]
 
     def _time(self, stage: StageStatus) -> str:
         if stage.state == "damaged":
