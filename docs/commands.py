@@ -58,7 +58,7 @@ def text() -> str:
         for verb in VERBS.values()
     ]
     for verb in VERBS.values():
-        lines += ["", f"### {verb.name}", "", f"`halfstep {f'{verb.name} {verb.takes}'.strip()}`: {verb.summary}.", ""]
+        lines += ["", f"### {verb.name}", "", f"`halfstep {verb.usage}`: {verb.summary}.", ""]
         lines += [f"* {note}" for note in verb.notes] + ([""] if verb.notes else [])
         lines += ["```bash", *verb.examples, "```"]
     return "\n".join([*lines, "", TAIL])

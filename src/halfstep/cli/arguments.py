@@ -1,66 +1,63 @@
-"""The arguments of the verbs that know recipes and models."""
+"""The arguments of the verbs that know recipes and models, and what they name: recipes, processes, devices."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import torch
 import tyro
 from pydantic import ValidationError
 
-from halfstep.cli.usage import Switch, first_line
-from halfstep.cli.usage import UsageError as UsageError
-from halfstep.cli.usage import parse as parse
-from halfstep.core.noise import processes
+from halfstep.cli.usage import Switch, UsageError, first_line
+from halfstep.core.noise import processes as noise_processes
 from halfstep.core.prediction import predictions, weightings
 from halfstep.metrics import extractors
 from halfstep.nets import networks
 from halfstep.objectives import objectives
 from halfstep.recipes import Recipe, recipes
 from halfstep.registry import Registry
-from halfstep.runs import RunFolder
+from halfstep.runs import RunFolder, StageFolder
 from halfstep.runtime.files import DamagedFile, read_json
-from halfstep.runtime.processes import Processes
+from halfstep.runtime.processes import Processes, launched, make_accelerator
 from halfstep.samplers import samplers
 from halfstep.studies import studies
 
 SHORT: Final = {"--data": "--data.source", "--to": "--chain.end-steps", "--start": "--chain.start-steps"}
 """Short names of a recipe's options."""
 
-FAMILIES: Final[Mapping[str, Registry[Any]]] = MappingProxyType(
-    {
-        "recipes": recipes,
-        "samplers": samplers,
-        "predictions": predictions,
-        "weightings": weightings,
-        "processes": processes,
-        "objectives": objectives,
-        "networks": networks,
-        "studies": studies,
-        "extractors": extractors,
-    }
-)
+FAMILIES: Final[Mapping[str, Registry[Any]]] = {
+    "recipes": recipes,
+    "samplers": samplers,
+    "predictions": predictions,
+    "weightings": weightings,
+    "processes": noise_processes,
+    "objectives": objectives,
+    "networks": networks,
+    "studies": studies,
+    "extractors": extractors,
+}
 """What recipes and options can name."""
 
 if TYPE_CHECKING:
-    SamplerName = str
     FamilyName = str
+    RecipeName = str
+    SamplerName = str
+    StudyName = str
 else:
-    SamplerName = tyro.extras.literal_type_from_choices(samplers)
     FamilyName = tyro.extras.literal_type_from_choices(FAMILIES)
+    RecipeName = tyro.extras.literal_type_from_choices(recipes)
+    SamplerName = tyro.extras.literal_type_from_choices(samplers)
+    StudyName = tyro.extras.literal_type_from_choices(studies)
 
 RecipeFields = tyro.conf.AvoidSubcommands[Annotated[Recipe, tyro.conf.arg(name="", help="")]]
 
 
 @dataclass
-class RunArguments:
-    """Train, halve, measure and report: the whole plan of a recipe. The same command again continues where it was."""
+class PlanArguments:
+    """What the verbs that carry out a plan share."""
 
     recipe: RecipeFields
-    out: Path | None = None
-    """Folder of the run; runs/NAME by default."""
     dry_run: Switch = False
     """Print plan, parameters and an estimate of time, and write nothing."""
     json: Switch = False
@@ -68,18 +65,21 @@ class RunArguments:
 
 
 @dataclass
-class DistillArguments:
+class RunArguments(PlanArguments):
+    """Train, halve, measure and report: the whole plan of a recipe. The same command again continues where it was."""
+
+    out: Path | None = None
+    """Folder of the run; runs/NAME by default."""
+
+
+@dataclass
+class DistillArguments(PlanArguments):
     """Halve a model to fewer steps. MODEL is the folder of a run or of a stage, a folder that diffusers has saved, or a
     name on the Hub; --data says what to train on. Options are those of the recipe of the model's run. A teacher that
     predicts eps is matched to v first; --matching.guidance-scale takes classifier-free guidance into the student."""
 
-    recipe: RecipeFields
     out: Path | None = None
     """Folder of the new run; by default beside the model's run, with the steps in its name."""
-    dry_run: Switch = False
-    """Print plan, parameters and an estimate of time, and write nothing."""
-    json: Switch = False
-    """Print one JSON document: the plan with --dry-run, else the run's status at its end; progress goes to stderr."""
 
 
 @dataclass
@@ -184,20 +184,19 @@ class ListArguments:
 
 
 def recipe_from(text: str) -> Recipe:
-    """The recipe that `text` names: one that comes with halfstep, a run's folder, or a .json file.
+    """Return the recipe that `text` names: one that comes with halfstep, a run's folder, or a .json file.
 
     Raises:
         ValueError: if there is none, or the file does not hold a recipe.
     """
     path = Path(text)
-    if text not in list(recipes) and (path.suffix == ".json" or path.is_dir()):
-        file = RunFolder(path).recipe_path if path.is_dir() else path
-        return recipe_of_file(file)
-    return recipes[text]()
+    if text in list(recipes) or not (path.suffix == ".json" or path.is_dir()):
+        return recipes[text]()
+    return recipe_of_file(RunFolder(path).recipe_path if path.is_dir() else path)
 
 
 def recipe_of_file(file: Path) -> Recipe:
-    """The recipe in a run's recipe.json, or in a file that holds a recipe alone.
+    """Return the recipe in a run's recipe.json, or in a file that holds a recipe alone.
 
     Raises:
         ValueError: if it is no recipe.
@@ -207,30 +206,36 @@ def recipe_of_file(file: Path) -> Recipe:
         data = data["recipe"]
     if not isinstance(data, dict):
         raise DamagedFile(f"{file} does not hold a recipe")
-    data = {key: value for key, value in data.items() if key not in ("what", "parent")}
     try:
-        return Recipe.model_validate(data)
+        return Recipe.model_validate({key: value for key, value in data.items() if key not in ("what", "parent")})
     except ValidationError as error:
         raise UsageError(f"{file}: {first_line(error)}") from None
 
 
-def expand_data(argv: Sequence[str]) -> list[str]:
-    """`--data SOURCE` and `--to N` written out as the recipe's fields."""
-    expanded = []
-    for token in argv:
-        name, equals, value = token.partition("=")
-        expanded.append(SHORT.get(name, name) + equals + value if name in SHORT else token)
-    return expanded
+def recipe_of_stage(stage: StageFolder) -> Recipe | None:
+    """Return the recipe of the run in which a stage lies, or None if it lies elsewhere."""
+    folder = stage.path.resolve().parent
+    file = folder.parent / "recipe.json"
+    return recipe_of_file(file) if folder.name == "stages" and file.is_file() else None
+
+
+def expand_short(argv: Sequence[str]) -> list[str]:
+    """Replace the short names of a recipe's options."""
+    return [SHORT.get(name, name) + equals + value for name, equals, value in (token.partition("=") for token in argv)]
+
+
+def processes_of(cpu: bool = False) -> Processes:
+    """Return the processes that share this verb; mostly one."""
+    return Processes(make_accelerator(cpu=cpu)) if launched() > 1 else Processes()
 
 
 def device_of(name: str | None, processes: Processes | None = None) -> torch.device:
-    """The device of that name, or the one there is; with several processes, the own one of each.
+    """Return the device of that name, or the fastest one; with several processes, each has its own.
 
     Raises:
         UsageError: if it cannot be used here.
     """
     if name in (None, "cuda") and processes is not None and processes.count > 1 and torch.cuda.is_available():
-        # Each of several has its own.
         return torch.device("cuda", torch.cuda.current_device())
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -3,6 +3,7 @@
 import signal
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -11,24 +12,25 @@ from PIL import Image
 from rich.markup import escape
 from rich.table import Table
 
-from halfstep.cli import evaluating, exploring, exporting, importing, studying
 from halfstep.cli.arguments import (
     FAMILIES,
     SHORT,
     DistillArguments,
     ListArguments,
+    PlanArguments,
     ReportArguments,
     RunArguments,
     SampleArguments,
     device_of,
-    expand_data,
+    expand_short,
+    processes_of,
     recipe_from,
-    recipe_of_file,
+    recipe_of_stage,
 )
 from halfstep.cli.display import RunDisplay, show_results
 from halfstep.cli.dry_run import show_plan
 from halfstep.cli.reporting import make_report
-from halfstep.cli.usage import UsageError, parse
+from halfstep.cli.usage import UsageError, check_least, parse
 from halfstep.cli.words import console_for, duration, print_json
 from halfstep.hub import decoder_of, fetch, import_pipeline, is_pipeline, release_texts, text_conditions
 from halfstep.measure.samples import grid_image, samples_array, write_png
@@ -40,49 +42,33 @@ from halfstep.recipes import Recipe, build, recipes
 from halfstep.recipes.schema import MatchingConfig, data_or_stand_in
 from halfstep.run.runner import run as run_spec
 from halfstep.run.spec import RunSpec
-from halfstep.runs import StageFolder, read_status
-from halfstep.runtime.failures import told_when_out_of_memory
+from halfstep.runs import read_status
 from halfstep.runtime.files import refuse_taken, write_arrays
-from halfstep.runtime.processes import Processes, launched, make_accelerator
+from halfstep.runtime.processes import launched
 from halfstep.runtime.stop import Interrupted, StopSignal, at_once
 from halfstep.samplers import Ancestral, Sampler, samplers
 
 
-def _processes(cpu: bool = False) -> Processes:
-    """The processes that do this verb together; mostly one."""
-    return Processes(make_accelerator(cpu=cpu)) if launched() > 1 else Processes()
-
-
-def _refuse_dry_run() -> None:
-    """A dry run times an update by the clock of one process.
-
-    Raises:
-        UsageError: if there are several.
-    """
-    if launched() > 1:
-        raise UsageError("a dry run is done by one process: start it without torchrun or accelerate launch")
-
-
-def _with_recipe(argv: Sequence[str], verb: str) -> tuple[RunArguments, str]:
-    if not argv or argv[0].startswith("-"):
-        text = "the recipe is missing" if not argv or argv[0] not in ("-h", "--help") else ""
-        if text:
-            raise UsageError(f"{text}: halfstep {verb} RECIPE (known: {', '.join(recipes)})")
-        recipe, name, rest = recipes["digits"](), "RECIPE", list(argv)
-    else:
-        recipe, name, rest = recipe_from(argv[0]), argv[0], list(argv[1:])
-    prog = f"halfstep {verb}" if verb == "demo" else f"halfstep {verb} {name}"
-    arguments = parse(RunArguments, expand_data(rest), prog, RunArguments(recipe), SHORT)
-    return arguments, name
-
-
-def _threads(recipe: Recipe) -> None:
+def _carry_out(
+    arguments: PlanArguments, out: Path, what: Literal["all", "teacher", "chain"], teacher: Model | None = None
+) -> None:
+    """Show the plan with --dry-run; else make the run, train it and show its results."""
+    recipe = arguments.recipe
+    make = partial(build, recipe, what=what, teacher=teacher)
     if recipe.engine.threads is not None:
         torch.set_num_threads(recipe.engine.threads)
+    if not arguments.dry_run:
+        _execute(recipe, make, out, arguments.json)
+        return
+    if launched() > 1:
+        # It times an update by the clock of one.
+        raise UsageError("a dry run is done by one process: start it without torchrun or accelerate launch")
+    data, missing = data_or_stand_in(recipe)
+    show_plan(make(data=data), out, arguments.json, missing)
 
 
-def _execute(recipe: Recipe, made: Callable[[], RunSpec], out: Path, json: bool) -> None:
-    """Makes a run, does it, and shows what came out; a signal ends each of the three in good order."""
+def _execute(recipe: Recipe, make: Callable[[], RunSpec], out: Path, json: bool) -> None:
+    """Make a run, train it and show its results; a signal ends each of the three in good order."""
     console = console_for(json)
     started = time.monotonic()
     try:
@@ -90,7 +76,7 @@ def _execute(recipe: Recipe, made: Callable[[], RunSpec], out: Path, json: bool)
             # Several processes end together, at the first point where they have agreed to.
             alone = stop if launched() == 1 else None
             with at_once(alone):
-                spec = made()
+                spec = make()
             console.print(f"halfstep: {recipe.name} -> {out}", highlight=False)
             RunDisplay(spec.stages, console).show(run_spec(spec, out, stop))
             if console.quiet:
@@ -99,9 +85,8 @@ def _execute(recipe: Recipe, made: Callable[[], RunSpec], out: Path, json: bool)
             with at_once(alone):
                 console.print(f"report: {make_report(out, spec.data)}", highlight=False, soft_wrap=True)
     except Interrupted as stopped:
-        requeue = recipe.engine.requeue_code
-        if requeue is not None and stopped.signal != signal.SIGINT:
-            stopped.code = requeue
+        if recipe.engine.requeue_code is not None and stopped.signal != signal.SIGINT:
+            stopped.code = recipe.engine.requeue_code
         raise
     console.print(f"finished in {duration(time.monotonic() - started)}", highlight=False)
     if json:
@@ -109,34 +94,31 @@ def _execute(recipe: Recipe, made: Callable[[], RunSpec], out: Path, json: bool)
 
 
 def run(argv: Sequence[str]) -> None:
-    """The whole plan of a recipe."""
-    arguments, _ = _with_recipe(argv, "run")
-    _run(arguments, "all")
+    """Run the whole plan of a recipe."""
+    _run(argv, "run")
 
 
 def demo(argv: Sequence[str]) -> None:
-    """`run digits`."""
-    arguments, _ = _with_recipe(["digits", *argv], "demo")
-    _run(arguments, "all")
+    """Run the digits."""
+    _run(["digits", *argv], "demo")
 
 
 def train(argv: Sequence[str]) -> None:
-    """The teacher of a recipe."""
-    arguments, _ = _with_recipe(argv, "train")
-    _run(arguments, "teacher")
+    """Train the teacher of a recipe."""
+    _run(argv, "train", "teacher")
 
 
-def _run(arguments: RunArguments, what: Literal["all", "teacher"]) -> None:
-    recipe = arguments.recipe
+def _run(argv: Sequence[str], verb: str, what: Literal["all", "teacher"] = "all") -> None:
+    if argv and argv[0] in ("-h", "--help"):
+        recipe, name, rest = recipes["digits"](), "RECIPE", argv
+    elif not argv or argv[0].startswith("-"):
+        raise UsageError(f"the recipe is missing: halfstep {verb} RECIPE (known: {', '.join(recipes)})")
+    else:
+        recipe, name, rest = recipe_from(argv[0]), argv[0], argv[1:]
+    prog = f"halfstep {verb}" if verb == "demo" else f"halfstep {verb} {name}"
+    arguments = parse(RunArguments, expand_short(rest), prog, RunArguments(recipe), SHORT)
     suffix = "-teacher" if what == "teacher" else ""
-    out = arguments.out or Path("runs") / f"{recipe.name}{suffix}"
-    _threads(recipe)
-    if arguments.dry_run:
-        _refuse_dry_run()
-        data, missing = data_or_stand_in(recipe)
-        show_plan(build(recipe, what=what, data=data), out, arguments.json, missing)
-        return
-    _execute(recipe, lambda: build(recipe, what=what), out, arguments.json)
+    _carry_out(arguments, arguments.out or Path("runs") / f"{arguments.recipe.name}{suffix}", what)
 
 
 def distill(argv: Sequence[str]) -> None:
@@ -145,84 +127,55 @@ def distill(argv: Sequence[str]) -> None:
         parse(DistillArguments, ["--help"], "halfstep distill MODEL", DistillArguments(recipes["digits"]()))
     if not argv or argv[0].startswith("-"):
         raise UsageError("the model is missing: halfstep distill MODEL --to 4")
-    rest = expand_data(argv[1:])
+    rest = expand_short(argv[1:])
     recipe = None
     if is_pipeline(argv[0]) or not Path(argv[0]).is_dir():
         model = import_pipeline(argv[0])
-        where, name = argv[0], model.manifest.stage
+        where, stage = argv[0], model.manifest.stage
     else:
         folder = find_stage(Path(argv[0]))
         model = load(folder.path)
-        recipe = _recipe_of(folder)
-        where, name = str(folder.path), folder.name
+        recipe = recipe_of_stage(folder)
+        where, stage = str(folder.path), folder.name
     if recipe is None:
         if not any(token.partition("=")[0] == "--data.source" for token in rest):
             raise UsageError(f"{where} lies outside its run, so its data is not known: add --data SOURCE")
         recipe = Recipe(name="distilled")
+    for name in (word.partition("=")[0].replace("_", "-") for word in rest):
+        if name.startswith(("--network.", "--teacher.", "--model.")) and name != "--model.weighting":
+            raise UsageError(f"{name} says nothing to a teacher that is there: leave it out")
+    default = DistillArguments(_going_on(recipe, model))
+    arguments = parse(DistillArguments, rest, f"halfstep distill {argv[0]}", default, SHORT)
+    chain = arguments.recipe.chain
+    if model.num_steps is not None and chain.start_steps != model.num_steps:
+        raise UsageError(
+            f"{where} samples in {model.num_steps} steps, so the chain must start there, not at {chain.start_steps}: "
+            "leave --start out, or distil from an earlier stage"
+        )
+    last = chain.students[-1] if chain.students else chain.end_steps
+    out = arguments.out or Path("runs") / f"{arguments.recipe.name}-{stage}-to-{last}"
+    _carry_out(arguments, out, "chain", model)
+
+
+def _going_on(recipe: Recipe, model: Model) -> Recipe:
+    """Return the recipe of the model's run for a chain that starts at the model."""
     # What was set for single students of the old chain need not fit the new one.
-    chain = recipe.chain.model_copy(
-        update={
-            "start_steps": model.num_steps or model.manifest.start_steps or recipe.chain.start_steps,
-            "factor": 2,
-            **dict.fromkeys(("updates_at", "learning_rate_at", "students", "keep")),
-        }
-    )
-    recipe = recipe.model_copy(update={"chain": chain, "further": ()})
+    chain = {
+        "start_steps": model.num_steps or model.manifest.start_steps or recipe.chain.start_steps,
+        "factor": 2,
+        **dict.fromkeys(("updates_at", "learning_rate_at", "students", "keep")),
+    }
+    changes: dict[str, object] = {"chain": recipe.chain.model_copy(update=chain), "further": ()}
     if model.role is not Role.TEACHER:
         # It has been matched already, where its run asked for that.
         done = ("prediction", "process", "guidance_scale", "guidance_range", "null_class")
         defaults = {name: MatchingConfig.model_fields[name].default for name in done}
-        recipe = recipe.model_copy(update={"matching": recipe.matching.model_copy(update=defaults)})
-    _check_acting(rest)
-    arguments = parse(
-        DistillArguments,
-        rest,
-        f"halfstep distill {argv[0]}",
-        DistillArguments(recipe),
-        SHORT,
-    )
-    recipe = arguments.recipe
-    if model.num_steps is not None and recipe.chain.start_steps != model.num_steps:
-        raise UsageError(
-            f"{where} samples in {model.num_steps} steps, so the chain must start there, not at "
-            f"{recipe.chain.start_steps}: leave --start out, or distil from an earlier stage"
-        )
-    last = recipe.chain.students[-1] if recipe.chain.students else recipe.chain.end_steps
-    out = arguments.out or Path("runs") / f"{recipe.name}-{name}-to-{last}"
-    _threads(recipe)
-    if arguments.dry_run:
-        _refuse_dry_run()
-        data, missing = data_or_stand_in(recipe)
-        show_plan(build(recipe, what="chain", teacher=model, data=data), out, arguments.json, missing)
-        return
-    _execute(recipe, lambda: build(recipe, what="chain", teacher=model), out, arguments.json)
-
-
-def _check_acting(words: Sequence[str]) -> None:
-    """Refuses options of a recipe that say nothing to a teacher that is there.
-
-    Raises:
-        UsageError: naming the first.
-    """
-    for name in (word.partition("=")[0].replace("_", "-") for word in words):
-        if name.startswith(("--network.", "--teacher.")) or (
-            name.startswith("--model.") and name != "--model.weighting"
-        ):
-            raise UsageError(f"{name} says nothing to a teacher that is there: leave it out")
-
-
-def _recipe_of(stage: StageFolder) -> Recipe | None:
-    """The recipe of the run in which a stage lies, or None if it lies elsewhere."""
-    file = stage.path.resolve().parent.parent / "recipe.json"
-    return recipe_of_file(file) if file.is_file() and stage.path.resolve().parent.name == "stages" else None
+        changes["matching"] = recipe.matching.model_copy(update=defaults)
+    return recipe.model_copy(update=changes)
 
 
 def _sampler(name: str | None, gamma: float | None, own: Sampler) -> Sampler:
-    """Return the sampler of that name, or the model's own.
-
-    Raises:
-        ValueError: if it is unknown, or gamma is out of range or has no effect.
-    """
+    """Return the sampler of that name, or the model's own; refuse a gamma without effect."""
     name = name or samplers.name_of(own)
     kind = samplers[name]
     if gamma is None:
@@ -235,13 +188,8 @@ def _sampler(name: str | None, gamma: float | None, own: Sampler) -> Sampler:
 def sample(argv: Sequence[str]) -> None:
     """Draw samples into a grid, an .npz or a folder."""
     arguments = parse(SampleArguments, argv, "halfstep sample")
-    for name in ("num_samples", "batch_size"):
-        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
-    if arguments.seed < 0:
-        raise UsageError(f"--seed must be at least 0, got {arguments.seed}")
-    if arguments.sampler is not None:
-        _ = samplers[arguments.sampler]
+    check_least(arguments, 1, "num_samples", "batch_size")
+    check_least(arguments, 0, "seed")
     out = arguments.out
     as_file = out.suffix.lower() in (".png", ".npz")
     if out.suffix and not as_file:
@@ -250,7 +198,7 @@ def sample(argv: Sequence[str]) -> None:
         )
     if not arguments.overwrite:
         refuse_taken(out, as_file, "choose another --out, or add --overwrite")
-    processes = _processes(arguments.device == "cpu")
+    processes = processes_of(arguments.device == "cpu")
     model = load(arguments.model, device_of(arguments.device, processes))
     method = _sampler(arguments.sampler, arguments.gamma, model.sampler)
     seeds = range(arguments.seed, arguments.seed + arguments.num_samples)
@@ -300,11 +248,7 @@ def sample(argv: Sequence[str]) -> None:
 
 
 def _prompted(model: Model, prompt: str | None, number: int) -> dict[str, torch.Tensor]:
-    """The conditions of a text, the same for `number` samples; empty for a model that is shown none.
-
-    Raises:
-        UsageError: if a text is missing, or says nothing to the model.
-    """
+    """Return the conditions of a text, repeated for `number` samples; empty for a model without text conditions."""
     manifest = model.manifest
     if not manifest.conditions:
         if prompt is not None:
@@ -318,7 +262,7 @@ def _prompted(model: Model, prompt: str | None, number: int) -> dict[str, torch.
 
 
 def write_samples(x0: torch.Tensor, model: Model, seeds: range, out: Path) -> None:
-    """Samples `[n, *shape]` in the format that `out` names.
+    """Write samples `[n, *shape]` in the format that `out` names.
 
     Raises:
         UsageError: if the samples are no images and a picture was asked for.
@@ -342,35 +286,6 @@ def write_samples(x0: torch.Tensor, model: Model, seeds: range, out: Path) -> No
         write_png(out / f"{seed:06d}.png", image)
 
 
-def evaluate(argv: Sequence[str]) -> None:
-    """Measure models and print the tables."""
-    processes = _processes()
-    with told_when_out_of_memory(
-        "out of memory while measuring: leave more of it to this process, or take fewer samples (--num-samples)"
-    ):
-        evaluating.evaluate(argv, _recipe_of, device_of(None, processes), processes)
-
-
-def import_(argv: Sequence[str]) -> None:
-    """Turn a checkpoint from elsewhere into a stage."""
-    importing.import_(argv)
-
-
-def export(argv: Sequence[str]) -> None:
-    """Write a model as other tools read it."""
-    exporting.export(argv)
-
-
-def encode(argv: Sequence[str]) -> None:
-    """Encode images and texts by a pipeline's own parts."""
-    exporting.encode_(argv, console_for())
-
-
-def study(argv: Sequence[str]) -> None:
-    """Run one of the paper's studies."""
-    studying.study(argv)
-
-
 def report(argv: Sequence[str]) -> None:
     """Write a run's report."""
     arguments = parse(ReportArguments, argv, "halfstep report")
@@ -379,11 +294,6 @@ def report(argv: Sequence[str]) -> None:
     if arguments.studies is not None and not any(arguments.studies.glob("*/study.json")):
         raise UsageError(f"{arguments.studies} holds no studies: give the folder that `halfstep study` wrote to")
     print(make_report(arguments.run, studies=arguments.studies))
-
-
-def explore(argv: Sequence[str]) -> None:
-    """Serve a local page on which a run's models can be asked."""
-    exploring.explore(argv)
 
 
 def ls(argv: Sequence[str]) -> None:

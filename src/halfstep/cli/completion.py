@@ -25,13 +25,13 @@ class CompletionArguments:
 
 
 def completion(argv: Sequence[str]) -> None:
-    """Prints the script."""
+    """Print the script."""
     arguments = parse(CompletionArguments, argv, "halfstep completion")
     print(shtab.complete(command_line(), arguments.shell))
 
 
 def argument_kinds() -> dict[str, type]:
-    """The dataclass of each verb's arguments."""
+    """Return the dataclass of each verb's arguments."""
     from halfstep.cli import arguments, doctor, exploring, exporting, importing, status, studying
 
     return {
@@ -55,7 +55,7 @@ def argument_kinds() -> dict[str, type]:
 
 
 def command_line() -> ArgumentParser:
-    """All verbs as one parser of argparse. A verb that takes a recipe has the options of every recipe."""
+    """Return all verbs as one parser of argparse; a verb that takes a recipe has the options of every recipe."""
     line = ArgumentParser("halfstep")
     line.add_argument("--version", "-V", action="store_true", help="print the version")
     verbs = line.add_subparsers()
@@ -77,7 +77,7 @@ def command_line() -> ArgumentParser:
 
 
 def _parsers_of(verb: str, kind: Any) -> list[ArgumentParser]:
-    """The parser of a verb, or those of a verb that takes a recipe, one for each recipe."""
+    """Return the parser of a verb, or those of a verb that takes a recipe, one for each recipe."""
     from halfstep.cli.arguments import SHORT, DistillArguments, RunArguments
     from halfstep.recipes import recipes
 

@@ -23,9 +23,6 @@ from halfstep.run.events import Event, Measured, Notice, StageEnd, StageStart
 from halfstep.run.events import Progress as TrainingProgress
 from halfstep.runs import RunFolder, RunStatus, StageStatus
 
-QUIET_SECONDS = 10.0
-"""Time between two lines of progress where the output is no terminal."""
-
 
 @final
 class RunDisplay:
@@ -35,20 +32,20 @@ class RunDisplay:
         stages: as `RunSpec.stages`.
     """
 
-    def __init__(self, stages: Sequence[tuple[str, Stage | None]], console: Console, name: str = "") -> None:
+    def __init__(self, stages: Sequence[tuple[str, Stage | None]], console: Console) -> None:
         self.console = console
         self.is_live = console.is_terminal and not console.is_dumb_terminal
         rows = [
-            StageStatus(stage_name, None, 0, 0.0)
+            StageStatus(name, None, 0, 0.0)
             if stage is None
-            else StageStatus(stage_name, stage.num_steps, stage.training.num_updates, stage.update_cost)
-            for stage_name, stage in stages
+            else StageStatus(name, stage.num_steps, stage.training.num_updates, stage.update_cost)
+            for name, stage in stages
         ]
-        self.status = RunStatus(Path(), name, rows)
+        self.status = RunStatus(Path(), "", rows)
         self._last_line = 0.0
 
     def show(self, events: Iterable[Event]) -> None:
-        """Runs through the events, showing each."""
+        """Run through the events and show each."""
         if not self.is_live:
             for event in events:
                 self._take(event)
@@ -59,7 +56,7 @@ class RunDisplay:
             self._settle(None)
 
     def _settle(self, at_work: StageStatus | None) -> None:
-        """Once another is at work, or has a figure of its own, those before are measured."""
+        """Mark the other stages as measured: another one is at work, or has a figure of its own."""
         for stage in self.status.stages:
             if stage is not at_work and stage.state == "measuring":
                 stage.state = "done"
@@ -71,27 +68,25 @@ class RunDisplay:
             return
         stage = next(stage for stage in self.status.stages if stage.name == event.name)
         self._settle(stage)
-        if isinstance(event, StageStart):
-            stage.state, stage.update = "training", event.resumed_at
-            at = f", going on at update {event.resumed_at}" if event.resumed_at else ""
-            self._line(f"{event.name}: {event.stage.training.num_updates} updates{at}")
-        elif isinstance(event, TrainingProgress):
-            stage.num_updates = event.num_updates
-            stage.take(dataclasses.asdict(event.window))
-            self._now_and_then(stage)
-        elif isinstance(event, StageEnd):
-            if not event.was_there:
-                stage.num_updates = stage.update or stage.num_updates
-            stage.update, stage.state = stage.num_updates, "measuring"
-            stage.seconds = event.seconds if stage.num_updates else 0.0
-            self._line(f"{event.name}: {'complete' if event.was_there else f'done in {duration(event.seconds)}'}")
-        else:
-            result = event.result
-            stage.results.append((result.num_steps, result.frechet))
-            self._line(
-                f"{event.name}: {result.num_steps} steps, distance {result.frechet:.4g}, "
-                f"{result.seconds_per_1000:.2g} s per 1,000"
-            )
+        match event:
+            case StageStart(resumed_at=resumed_at):
+                stage.state, stage.update = "training", resumed_at
+                at = f", going on at update {resumed_at}" if resumed_at else ""
+                self._line(f"{stage.name}: {event.stage.training.num_updates} updates{at}")
+            case TrainingProgress():
+                stage.num_updates = event.num_updates
+                stage.take(dataclasses.asdict(event.window))
+                self._now_and_then(stage)
+            case StageEnd():
+                if not event.was_there:
+                    stage.num_updates = stage.update or stage.num_updates
+                stage.update, stage.state = stage.num_updates, "measuring"
+                stage.seconds = event.seconds if stage.num_updates else 0.0
+                self._line(f"{stage.name}: {'complete' if event.was_there else f'done in {duration(event.seconds)}'}")
+            case Measured(result=result):
+                stage.results.append((result.num_steps, result.frechet))
+                pace = f"{result.seconds_per_1000:.2g} s per 1,000"
+                self._line(f"{stage.name}: {result.num_steps} steps, distance {result.frechet:.4g}, {pace}")
 
     def _line(self, text: str) -> None:
         if not self.is_live:
@@ -99,18 +94,17 @@ class RunDisplay:
 
     def _now_and_then(self, stage: StageStatus) -> None:
         now = time.monotonic()
-        if self.is_live or now - self._last_line <= QUIET_SECONDS:
+        if self.is_live or now - self._last_line <= 10.0:
             return
         self._last_line = now
-        left = self.seconds_left()
+        left = "..." if math.isnan(self.seconds_left()) else duration(self.seconds_left())
         self._line(
             f"{stage.name}: update {stage.update}/{stage.num_updates}  loss {stage.loss:.4g}  "
-            f"{stage.samples_per_second:,.0f} samples/s  "
-            f"training left {duration(left) if not math.isnan(left) else '...'}"
+            f"{stage.samples_per_second:,.0f} samples/s  training left {left}"
         )
 
     def seconds_left(self) -> float:
-        """Training time left for the whole plan at the present pace; NaN before there is one."""
+        """Return the training time left for the whole plan at the present pace; NaN before there is one."""
         return self.status.seconds_left
 
 

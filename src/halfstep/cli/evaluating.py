@@ -1,61 +1,51 @@
 """`halfstep evaluate`: the curve of a run, of a pipeline, or the figures of a folder of images."""
 
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.markup import escape
 
-from halfstep.cli.arguments import EvaluateArguments
+from halfstep.cli.arguments import EvaluateArguments, device_of, processes_of
 from halfstep.cli.subjects import Rows, Subject, subject_of
-from halfstep.cli.usage import UsageError, parse
+from halfstep.cli.usage import UsageError, check_least, flag, parse
 from halfstep.cli.words import console_for, print_json, print_table
 from halfstep.data import Data, DataConfig, open_data
 from halfstep.measure.curve import CellDone, Curve, CurveSpec, Entry
-from halfstep.measure.evaluate import Evaluation, references_for
+from halfstep.measure.evaluate import references_for
 from halfstep.measure.sources import DataSource
 from halfstep.measure.store import Store, seeds_name
 from halfstep.recipes import Recipe
 from halfstep.recipes.schema import check_fit
 from halfstep.report.evaluation import protocol_words, text_table, title_of, write_evaluation
 from halfstep.report.words import number
-from halfstep.runs import EvaluationResult, StageFolder
 from halfstep.runs.evaluation import Series
+from halfstep.runtime.failures import told_when_out_of_memory
 from halfstep.runtime.files import cache_folder, read_json
 from halfstep.runtime.processes import Processes
 from halfstep.runtime.stop import StopSignal
 
 
-def evaluate(
-    argv: Sequence[str], recipe_of: Callable[[StageFolder], Recipe | None], device: torch.device, processes: Processes
-) -> None:
-    """Measure, print one table for each protocol, and write the files.
-
-    Args:
-        recipe_of: the recipe of a stage's run, None if the stage lies outside one.
-        processes: those that do this together; the first prints and writes the tables.
-    """
+@told_when_out_of_memory(
+    "out of memory while measuring: leave more of it to this process, or take fewer samples (--num-samples)"
+)
+def evaluate(argv: Sequence[str]) -> None:
+    """Measure, print one table for each protocol, and write the files."""
+    processes = processes_of()
+    device = device_of(None, processes)
     arguments = parse(EvaluateArguments, argv, "halfstep evaluate")
     console = console_for(arguments.json)
     _check(arguments)
-    subject = subject_of(arguments.subject, recipe_of)
-    recipe = _recipe(subject, arguments)
-    if recipe.engine.threads is not None:
-        torch.set_num_threads(recipe.engine.threads)
-    data = open_data(recipe.data)
-    for model in (subject.teacher, *subject.students):
-        if model is not None:
-            check_fit(model.manifest, data)
-    evaluation = replace(recipe.evaluation, **_given(arguments, "num_samples", "batch_size", "precision"))
-    spec = _spec(subject, arguments, recipe, evaluation, data, device, processes)
+    subject = subject_of(arguments.subject)
+    spec = _spec(subject, arguments, device, processes)
     out = arguments.out or subject.out
     with StopSignal() as stop:
         folder = arguments.out or subject.store or out
-        store = Store(folder, batch_size=evaluation.batch_size, processes=processes, stop=stop)
+        store = Store(folder, batch_size=spec.evaluation.batch_size, processes=processes, stop=stop)
         curve = Curve(spec, store, out)
         try:
             for cell in curve.run():
@@ -65,23 +55,27 @@ def evaluate(
             written = [] if curve.result is None else write_evaluation(curve.result, out)
     if curve.result is None:
         return
-    show(curve.result, console)
+    for table in curve.result.tables:
+        print_table(text_table(table, curve.result), title_of(table), console)
+        console.print(escape(protocol_words(table.protocol)), highlight=False, style="dim")
+    for notice in curve.result.notices:
+        console.print(f"[yellow]note:[/yellow] {escape(notice)}", highlight=False)
     if arguments.json:
         print_json(read_json(out / "evaluation.json"))
     names = ", ".join([str(out / "evaluation.json"), *(path.name for path in written)])
     console.print(f"{names}; {curve.result.seconds:.0f} s of work", highlight=False, soft_wrap=True)
 
 
-def _spec(
-    subject: Subject,
-    arguments: EvaluateArguments,
-    recipe: Recipe,
-    evaluation: Evaluation,
-    data: Data,
-    device: torch.device,
-    processes: Processes,
-) -> CurveSpec:
+def _spec(subject: Subject, arguments: EvaluateArguments, device: torch.device, processes: Processes) -> CurveSpec:
     """Return what is measured, after checking the options against it."""
+    recipe = _recipe(subject, arguments)
+    if recipe.engine.threads is not None:
+        torch.set_num_threads(recipe.engine.threads)
+    data = open_data(recipe.data)
+    for model in (subject.teacher, *subject.students):
+        if model is not None:
+            check_fit(model.manifest, data)
+    evaluation = recipe.evaluation
     teacher = None
     if subject.files is not None:
         _check_files(arguments)
@@ -90,7 +84,7 @@ def _spec(
         series = [Series(name="samples", label="samples", role="other")]
         entries = [Entry("samples", None, DataSource(samples), None)]
     else:
-        rows = Rows(subject, arguments, recipe, evaluation.precision, data, device)
+        rows = Rows(subject, arguments, recipe, data, device)
         series, entries, teacher = rows.series, rows.entries, rows.teacher()
     features = dict.fromkeys(arguments.extractors or (evaluation.features,))
     references = references_for(data, evaluation, features, cache_folder(), device, processes)
@@ -116,11 +110,9 @@ def _given(arguments: EvaluateArguments, *names: str) -> dict[str, Any]:
 
 def _check(arguments: EvaluateArguments) -> None:
     """Refuse values that are out of range or contradict each other."""
-    for name, least in (("num_samples", 2), ("seeds", 1), ("search_gamma", 2), ("batch_size", 1)):
-        value = getattr(arguments, name)
-        if value is not None and value < least:
-            reason = ": a search over gamma needs at least 2 levels, from 0 to 1" if name == "search_gamma" else ""
-            raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, got {value}{reason}")
+    check_least(arguments, 2, "num_samples")
+    check_least(arguments, 1, "seeds", "batch_size")
+    check_least(arguments, 2, "search_gamma", reason=": a search over gamma needs at least 2 levels, from 0 to 1")
     if arguments.search_gamma is not None and arguments.gamma is not None:
         raise UsageError("--search-gamma searches gamma and --gamma sets it: leave one out")
 
@@ -130,10 +122,10 @@ def _recipe(subject: Subject, arguments: EvaluateArguments) -> Recipe:
     if subject.recipe is None and arguments.data is None:
         raise UsageError(f"{arguments.subject} lies outside a run, so its data is not known: add --data SOURCE")
     recipe = subject.recipe or Recipe(name="evaluate")
-    changes = _given(arguments, "split", "image_size", "channels")
-    if arguments.data is not None:
-        changes["source"] = arguments.data
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update=changes)})
+    source = {} if arguments.data is None else {"source": arguments.data}
+    data = recipe.data.model_copy(update={**_given(arguments, "split", "image_size", "channels"), **source})
+    evaluation = replace(recipe.evaluation, **_given(arguments, "num_samples", "batch_size", "precision"))
+    return recipe.model_copy(update={"data": data, "evaluation": evaluation})
 
 
 def _split_of(data: DataConfig) -> str | None:
@@ -144,11 +136,7 @@ def _split_of(data: DataConfig) -> str | None:
 
 
 def _samples(path: Path, data: Data) -> Data:
-    """Return the samples in files, in the form of the data that they are compared with.
-
-    Raises:
-        UsageError: if they have another size or range.
-    """
+    """Return the samples in files, in the form of the data that they are compared with; refuse another one."""
     channels = data.shape[0] if data.is_image and path.is_dir() and data.shape[0] in (1, 3) else None
     config = {"source": str(path), "labels": False, "channels": channels, "max_bytes": sys.maxsize}
     samples = open_data(DataConfig.model_validate(config))
@@ -173,7 +161,7 @@ def _check_files(arguments: EvaluateArguments) -> None:
         "num_steps", "against", "seeds", "gamma", "search_gamma", "guidance_scale", "precision", "batch_size",
     ):  # fmt: skip
         if getattr(arguments, name) != getattr(idle, name):
-            raise UsageError(f"--{name.replace('_', '-')} says nothing to samples in files: leave it out")
+            raise UsageError(f"{flag(name)} says nothing to samples in files: leave it out")
 
 
 def _count(arguments: EvaluateArguments, samples: Data) -> int:
@@ -190,23 +178,11 @@ def _count(arguments: EvaluateArguments, samples: Data) -> int:
 def _line(cell: CellDone, total: int) -> str:
     """Return one line for a cell whose figures exist."""
     gamma = "" if cell.entry.gamma is None else f", gamma {cell.entry.gamma:g}"
+    # Names of extractors are shown without the digest at their end.
     shown = ", ".join(
-        f"{number(values['frechet'])} in {_short(name)}" for name, values in cell.figures.items() if "frechet" in values
+        f"{number(values['frechet'])} in {re.sub('(?<=.)-[^-]{12}$', '', name)}"
+        for name, values in cell.figures.items()
+        if "frechet" in values
     )
     there = " (was there)" if cell.was_there else ""
     return f"[{cell.done}/{total}] {cell.entry.words()}{gamma}, seeds {seeds_name(cell.cell.seeds)}: {shown}{there}"
-
-
-def _short(extractor: str) -> str:
-    """Return an extractor's name without the digest at its end."""
-    head, _, tail = extractor.rpartition("-")
-    return head if len(tail) == 12 and head else extractor
-
-
-def show(result: EvaluationResult, console: Console) -> None:
-    """Print a table for each protocol, and the notices."""
-    for table in result.tables:
-        print_table(text_table(table, result), title_of(table), console)
-        console.print(escape(protocol_words(table.protocol)), highlight=False, style="dim")
-    for notice in result.notices:
-        console.print(f"[yellow]note:[/yellow] {escape(notice)}", highlight=False)

@@ -8,7 +8,7 @@ from pathlib import Path
 import tyro
 
 from halfstep.cli.arguments import device_of
-from halfstep.cli.usage import UsageError, parse
+from halfstep.cli.usage import UsageError, check_least, parse
 from halfstep.explore.explorer import Bounds, Explorer
 from halfstep.explore.page import LOCAL, serve
 
@@ -35,13 +35,11 @@ class ExploreArguments:
 
 
 def explore(argv: Sequence[str]) -> None:
-    """Serves the page until it is stopped."""
+    """Serve the page until it is stopped."""
     arguments = parse(ExploreArguments, argv, "halfstep explore")
     if not 0 <= arguments.port <= 65535:
         raise UsageError(f"--port must be from 0 to 65535, got {arguments.port}")
-    for name in ("max_samples", "max_steps", "max_seconds"):
-        if not getattr(arguments, name) >= 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
+    check_least(arguments, 1, "max_samples", "max_steps", "max_seconds")
     bounds = Bounds(num_samples=arguments.max_samples, num_steps=arguments.max_steps, seconds=arguments.max_seconds)
     explorer = Explorer(arguments.run, device_of(arguments.device), bounds)
     for choice in explorer.choices:

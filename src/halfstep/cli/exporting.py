@@ -3,15 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Literal
 
 import torch
 import tyro
-from rich.console import Console
 
 from halfstep.cli.arguments import device_of
-from halfstep.cli.usage import UsageError, parse
-from halfstep.data import encode, read_captions, read_classes
+from halfstep.cli.usage import UsageError, check_least, parse
+from halfstep.cli.words import console_for
+from halfstep.data import encode as encode_images
+from halfstep.data import read_captions, read_classes
 from halfstep.data.images import Preparation
 from halfstep.hub import (
     encoder_of,
@@ -47,20 +48,21 @@ class ExportArguments:
 
 
 def export(argv: Sequence[str]) -> None:
-    """Exports a stage and says where it lies."""
+    """Write a model as other tools read it."""
     arguments = parse(ExportArguments, argv, "halfstep export")
-    if arguments.format != "onnx" and arguments.num_steps is not None:
+    is_onnx = arguments.format == "onnx"
+    if not is_onnx and arguments.num_steps is not None:
         raise UsageError(
             f"--num-steps {arguments.num_steps} says nothing to --format {arguments.format}, whose pipeline is "
             "told when it is called: leave it out"
         )
-    if arguments.format == "onnx" and arguments.push_to_hub is not None:
+    if is_onnx and arguments.push_to_hub is not None:
         raise UsageError("--push-to-hub is for folders, not for --format onnx: leave it out")
-    if arguments.format == "onnx" and arguments.out.suffix != ".onnx":
+    if is_onnx and arguments.out.suffix != ".onnx":
         raise UsageError(f"--out {arguments.out}: give a file that ends in .onnx")
     stage = find_stage(arguments.model)
     model = load(stage.path)
-    if arguments.format == "onnx":
+    if is_onnx:
         refuse_taken(arguments.out, is_file=True)
         export_onnx(model, arguments.out, arguments.num_steps)
         steps = model.check_steps(arguments.num_steps)
@@ -99,13 +101,10 @@ class EncodeArguments:
     """Where the encoders run: cuda if there is one by default."""
 
 
-def encode_(argv: Sequence[str], console: Console) -> None:
-    """Encodes a folder of images and says what came out."""
+def encode(argv: Sequence[str]) -> None:
+    """Encode images and texts by a pipeline's own parts."""
     arguments = parse(EncodeArguments, argv, "halfstep encode")
-    for name in ("batch_size", "image_size"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    check_least(arguments, 1, "batch_size", "image_size")
     device = device_of(arguments.device)
     folder = fetch(arguments.pipeline)
     kind, layout = read_layout(folder)
@@ -117,13 +116,14 @@ def encode_(argv: Sequence[str], console: Console) -> None:
     # What cannot be read is found before the folder is begun, which belongs to these very encoders.
     encoder.texts([""])
     needed = read_sample_shape(folder, layout)
-    made = tuple(encoder.images(images.loaded([0]).fetch(_FIRST).x0).shape[1:])
+    made = tuple(encoder.images(images.loaded([0]).fetch(torch.tensor([0])).x0).shape[1:])
     if made != needed:
         raise UsageError(
             f"images as large as {images.files[0]} become latents of shape {list(made)}, but the network of {folder} "
             f"takes {list(needed)}: choose another --image-size"
         )
-    found = encode(
+    console = console_for()
+    found = encode_images(
         images,
         encoder,
         arguments.out,
@@ -134,6 +134,3 @@ def encode_(argv: Sequence[str], console: Console) -> None:
     release_texts()
     shown = f"of {len(names)} classes" if names else "with their texts"
     print(f"{arguments.out}: {len(found)} latents of shape {list(found.shape)} {shown}")
-
-
-_FIRST: Final = torch.zeros(1, dtype=torch.int64)

@@ -32,7 +32,7 @@ class ImportArguments:
 
 
 def import_(argv: Sequence[str]) -> None:
-    """Imports a model and says what it is."""
+    """Turn a checkpoint from elsewhere into a stage."""
     arguments = parse(ImportArguments, argv, "halfstep import")
     out = arguments.out or Path("imported") / Path(arguments.source).stem
     if arguments.format == "diffusers":
@@ -40,9 +40,8 @@ def import_(argv: Sequence[str]) -> None:
             raise UsageError(f"--config {arguments.config} says nothing to diffusers, whose folders hold theirs")
         refuse_taken(out)
         model = import_pipeline(arguments.source)
-        manifest = save_stage(
-            StageFolder(out), model.denoiser, model.manifest.model_copy(update={"stage": out.name}), model.null
-        )
+        manifest = model.manifest.model_copy(update={"stage": out.name})
+        manifest = save_stage(StageFolder(out), model.denoiser, manifest, model.null)
     else:
         if arguments.config is None:
             raise UsageError("--config is missing: cifar10, imagenet64, bedroom128, church128, or a .json file")

@@ -1,4 +1,4 @@
-"""Dispatch of verbs, and one line and an exit code for every error; `verbs.EXIT_CODES` tells what the codes mean."""
+"""Dispatch verbs; report every error in one line and an exit code, which `verbs.EXIT_CODES` explains."""
 
 import importlib
 import logging
@@ -10,43 +10,41 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from halfstep.cli.verbs import COMMANDS, VERBS, Verb, overview
-
-PATIENCE_SECONDS = 4.0
-"""Time in which a launcher ends all processes of a run once one of them has failed."""
+from halfstep.cli.verbs import VERBS, Verb, overview
 
 
-def _index() -> int:
-    """Which of the processes that `torchrun` or `accelerate launch` has started this is; 0 without them."""
+def _rank() -> int:
+    """Return the rank that `torchrun` or `accelerate launch` has set; 0 without them."""
     return int(os.environ.get("RANK", "0") or "0")
 
 
 def fail(message: object, code: int = 2) -> NoReturn:
-    """Ends the process with one line on stderr.
+    """End the process with one line on stderr.
 
-    Of several processes, which mostly fail alike, the first speaks for all. Another one speaks if nobody has ended it
-    in a while, so that the failure was its own.
+    Several processes mostly fail alike: rank 0 speaks for all. Another rank speaks if nobody has ended it in a while,
+    because then the failure is its own.
     """
     text = " ".join(str(message).split())
-    if _index():
+    if rank := _rank():
         from halfstep.runtime.processes import wait_to_be_ended
 
-        wait_to_be_ended(PATIENCE_SECONDS, code)
-        text = f"(process {_index()}) {text}"
+        # A launcher ends all processes of a run within this time once one of them has failed.
+        wait_to_be_ended(4.0, code)
+        text = f"(process {rank}) {text}"
     print(f"halfstep: error: {text}", file=sys.stderr, flush=True)
     raise SystemExit(code)
 
 
 def _warning_printer() -> Callable[..., None]:
-    """Prints each warning of ours once: the models of a chain have the same to say each time that they are sampled."""
+    """Return a printer that shows each warning of ours once: sampling repeats those of a model."""
     from halfstep.core.warnings import HalfstepWarning
 
     said: set[str] = set()
 
     def show(message: Warning | str, category: type[Warning], *_: object) -> None:
-        if issubclass(category, HalfstepWarning) and str(message) not in said and not _index():
+        if issubclass(category, HalfstepWarning) and str(message) not in said and not _rank():
             said.add(str(message))
             print(f"halfstep: warning: {message}", file=sys.stderr)
 
@@ -54,13 +52,13 @@ def _warning_printer() -> Callable[..., None]:
 
 
 def _end(number: int, frame: FrameType | None) -> NoReturn:
-    """Ends a process that has nothing to save. The first process of a container needs a handler to be ended at all."""
+    """End a process that has nothing to save; the first process of a container only ends by a handler."""
     print(f"\nhalfstep: stopped by {signal.Signals(number).name}", file=sys.stderr)
     raise SystemExit(128 + number)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command `halfstep`.
+    """Run the command `halfstep`.
 
     Raises:
         SystemExit: with one of `verbs.EXIT_CODES`.
@@ -84,23 +82,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from halfstep.registry import nearest
 
-    name, rest = arguments[0], arguments[1:]
+    name, *rest = arguments
     if name not in VERBS:
         fail(f"unknown verb {name!r}{nearest(name, VERBS)} (known: {', '.join(VERBS)})")
-    verb = VERBS[name]
     if int(os.environ.get("WORLD_SIZE", "1") or "1") > 1:
-        _dispatch_together(verb, rest)
+        _dispatch_together(VERBS[name], rest)
     else:
-        _dispatch(verb, rest)
-
-
-SHARED_VERBS = ("run", "train", "distill", "sample", "evaluate", "demo")
-"""Verbs that several processes do together."""
+        _dispatch(VERBS[name], rest)
 
 
 def _dispatch_together(verb: Verb, rest: Sequence[str]) -> None:
-    """The verb in one of several processes."""
-    if verb.name not in SHARED_VERBS:
+    """Run the verb in one of several processes."""
+    if verb.name not in ("run", "train", "distill", "sample", "evaluate", "demo"):
         fail(f"halfstep {verb.name} is done by one process: start it without torchrun or accelerate launch")
     from halfstep.runtime.processes import leave
 
@@ -119,10 +112,10 @@ def _dispatch_together(verb: Verb, rest: Sequence[str]) -> None:
 
 def _dispatch(verb: Verb, rest: Sequence[str]) -> None:
     try:
-        if verb.module == COMMANDS:
-            _command(verb, rest)
+        if verb.is_light:
+            _function_of(verb)(rest)
         else:
-            getattr(importlib.import_module(verb.module), verb.function)(rest)
+            _call_heavy(verb, rest)
     except KeyboardInterrupt:
         print("\nhalfstep: stopped at once; what the last checkpoint holds is safe", file=sys.stderr)
         raise SystemExit(130) from None
@@ -141,30 +134,33 @@ def _dispatch(verb: Verb, rest: Sequence[str]) -> None:
         fail(error, code)
 
 
-def _command(verb: Verb, rest: Sequence[str]) -> None:
-    """A verb that needs torch and diffusers."""
+def _function_of(verb: Verb) -> Any:
+    return getattr(importlib.import_module(f"halfstep.cli.{verb.module}"), verb.function)
+
+
+def _call_heavy(verb: Verb, rest: Sequence[str]) -> None:
+    """Call a verb that needs torch and diffusers."""
     # An optional library that diffusers looks for and that warns at its import of what it cannot do here.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    from halfstep.cli import commands
     from halfstep.core.warnings import HalfstepWarning
     from halfstep.runtime.failures import NonFinite, OutOfMemory
     from halfstep.runtime.processes import FailedElsewhere, LostProcess
     from halfstep.runtime.stop import Interrupted
 
+    function = _function_of(verb)
     with warnings.catch_warnings():
         warnings.showwarning = _warning_printer()
         warnings.simplefilter("always", HalfstepWarning)
         try:
-            getattr(commands, verb.function)(rest)
+            function(rest)
         except Interrupted as stopped:
-            if not _index():
-                print(
-                    f"\nhalfstep: {stopped}; the state is saved: run the same command again to go on", file=sys.stderr
-                )
+            if not _rank():
+                said = f"{stopped}; the state is saved: run the same command again to go on"
+                print(f"\nhalfstep: {said}", file=sys.stderr)
             raise SystemExit(stopped.code) from None
         except FailedElsewhere as error:
-            # The first process has said its own, and speaks for the others.
-            if not _index():
+            # Rank 0 has given its own reason, and speaks for the others.
+            if not _rank():
                 fail(error, error.code)
             raise SystemExit(error.code) from None
         except (NonFinite, OutOfMemory, LostProcess) as error:

@@ -2,11 +2,12 @@
 
 import math
 import time
+from itertools import compress
 from typing import final
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from halfstep.cli.words import duration
@@ -32,10 +33,11 @@ class PlanView:
         self.status, self.reserved = status, reserved
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        stages = self.status.stages
+        stages, current = self.status.stages, self.status.current
         # The last line is of the whole; lines above and below tell what was left out.
         room = max(1, console.height - self.reserved - 1) if console.is_terminal else len(stages)
-        first, last = shown_range(len(stages), self._at(), room)
+        at = len(stages) - 1 if current is None else stages.index(current)
+        first, last = shown_range(len(stages), at, room)
         if first:
             yield Text(f"  {first} stages before", style="dim")
         yield self._table(stages[first:last], options)
@@ -43,41 +45,36 @@ class PlanView:
             yield Text(f"  {len(stages) - last} stages to come", style="dim")
         yield self._whole()
 
-    def _at(self) -> int:
-        current = self.status.current
-        return len(self.status.stages) - 1 if current is None else self.status.stages.index(current)
-
     def _table(self, stages: list[StageStatus], options: ConsoleOptions) -> Table:
         has_figures, has_bar, has_rate = (options.max_width >= width for width in WIDTHS)
+        shown = (True, has_bar, True, has_figures, has_rate, True, has_figures)
+        columns = [
+            # Names must not be cut: they are what one looks for.
+            Column(no_wrap=True, min_width=max(len(stage.name) for stage in stages) + 2),
+            Column(width=BAR_WIDTH),
+            Column(justify="right", no_wrap=True),
+            *(Column(no_wrap=True) for _ in range(4)),
+        ]
+        table = Table.grid(*compress(columns, shown), padding=(0, 2))
         marks = ASCII_MARKS if options.ascii_only else MARKS
-        table = Table.grid(padding=(0, 2))
-        # Names must not be cut: they are what one looks for.
-        table.add_column(no_wrap=True, min_width=max(len(stage.name) for stage in stages) + 2)
-        if has_bar:
-            table.add_column(width=BAR_WIDTH)
-        table.add_column(justify="right", no_wrap=True)
-        for _ in range(1 + 2 * has_figures + has_rate):
-            table.add_column(no_wrap=True)
         for stage in stages:
-            style = STYLES[stage.state]
-            is_given = stage.num_updates == 0
-            cells: list[Text | ProgressBar | str] = [Text(f"{marks[stage.state]} {stage.name}", style=style)]
-            if has_bar:
-                is_shown = not is_given and stage.state not in ("to come", "damaged")
-                cells.append(
-                    ProgressBar(total=stage.num_updates, completed=stage.update, width=BAR_WIDTH) if is_shown else ""
-                )
-            cells.append(Text("given" if is_given else updates_words(stage), style="dim" if is_given else style))
-            if has_figures:
-                cells.append("" if stage.loss is None or is_given else f"loss {stage.loss:.4g}")
-            if has_rate:
-                is_at_work = stage.state == "training" and stage.samples_per_second is not None
-                cells.append(f"{stage.samples_per_second:,.0f} samples/s" if is_at_work else "")
-            cells.append(Text(self._time(stage), style="dim" if stage.state == "to come" else ""))
-            if has_figures:
-                cells.append(distance_words(stage))
-            table.add_row(*cells)
+            table.add_row(*compress(self._cells(stage, marks[stage.state]), shown))
         return table
+
+    def _cells(self, stage: StageStatus, mark: str) -> list[Text | ProgressBar | str]:
+        style = STYLES[stage.state]
+        is_given = stage.num_updates == 0
+        has_bar = not is_given and stage.state not in ("to come", "damaged")
+        has_rate = stage.state == "training" and stage.samples_per_second is not None
+        return [
+            Text(f"{mark} {stage.name}", style=style),
+            ProgressBar(total=stage.num_updates, completed=stage.update, width=BAR_WIDTH) if has_bar else "",
+            Text("given", style="dim") if is_given else Text(updates_words(stage), style=style),
+            "" if stage.loss is None or is_given else f"loss {stage.loss:.4g}",
+            f"{stage.samples_per_second:,.0f} samples/s" if has_rate else "",
+            Text(self._time(stage), style="dim" if stage.state == "to come" else ""),
+            distance_words(stage),
+        ]
 
     def _time(self, stage: StageStatus) -> str:
         if stage.state == "damaged":
@@ -100,32 +97,30 @@ class PlanView:
         elif not math.isnan(left):
             parts.append(f"{duration(left)} left")
             if status.state == "running" and left < 30 * 86400:
-                parts.append(f"done about {clock(time.time() + left, left)}")
+                # With the date from half a day on.
+                clock = time.strftime("%H:%M" if left < 43200 else "%a %d %b %H:%M", time.localtime(time.time() + left))
+                parts.append(f"done about {clock}")
         return Text("  ".join(parts), style="bold")
 
 
-def clock(moment: float, away: float) -> str:
-    """ "14:05", with the date if it is half a day `away` or more."""
-    return time.strftime("%H:%M" if away < 43200 else "%a %d %b %H:%M", time.localtime(moment))
-
-
 def updates_words(stage: StageStatus) -> str:
-    """ "120/1,500", or "1,500" where nothing is between."""
-    if stage.state in ("training", "damaged"):
-        return f"{stage.update:,}/{stage.num_updates:,}"
-    return f"{stage.num_updates:,}"
+    """Return updates done and budgeted, "120/1,500", or the budget alone for a stage that is done or to come."""
+    done = f"{stage.update:,}/" if stage.state in ("training", "damaged") else ""
+    return f"{done}{stage.num_updates:,}"
 
 
 def distance_words(stage: StageStatus) -> str:
-    """The distance of a student, or of a teacher at its most steps; or that it is being measured."""
+    """Return the distance of a student, or of a teacher at its most steps; or that it is being measured."""
     if stage.state == "measuring" and not (stage.results and stage.num_steps):
         return "measuring ..."
     return f"distance {max(stage.results)[1]:.4g}" if stage.results else ""
 
 
 def shown_range(count: int, at: int, room: int) -> tuple[int, int]:
-    """First and one past the last of `count` lines that fit into `room`, `at` among them, beside a line for those
-    before and one for those after where some are left out."""
+    """Return which of `count` lines, from the first to before the last, fit into `room` and include `at`.
+
+    Lines that are left out before or after them take one line of the room each time.
+    """
     if count <= room:
         return 0, count
     inside = max(1, room - 2)

@@ -20,13 +20,10 @@ NUM_SHOWN = 8
 """Samples whose nearest training images are shown."""
 NUM_SEARCHED = 64
 """Samples whose distances are told."""
-NUM_NEIGHBOURS = 3
-VERSION = 1
-"""Another number when the search changes, so that what an earlier one found is looked for again."""
 
 
 def make_report(run: Path, data: Data | None = None, studies: Path | None = None) -> Path:
-    """RUN/report/index.html, with the nearest training samples where the data can be opened; its path.
+    """Write RUN/report/index.html, with the nearest training samples if the data can be opened; return its path.
 
     Args:
         data: the run's training data; opened as its recipe says if None.
@@ -40,7 +37,7 @@ def make_report(run: Path, data: Data | None = None, studies: Path | None = None
 
 
 def _look(run: RunFolder, facts: RunFacts, data: Data | None) -> str | None:
-    """Writes report/nearest.npz if it is not there already; returns why it cannot."""
+    """Write report/nearest.npz unless it exists; return why that is impossible."""
     shown = headline(facts)
     if shown is None:
         run.nearest_path.unlink(missing_ok=True)
@@ -52,25 +49,24 @@ def _look(run: RunFolder, facts: RunFacts, data: Data | None) -> str | None:
         recipe = recipe_of_file(run.recipe_path)
         digest = hashlib.sha256(samples.tobytes()).hexdigest()
         fingerprint = run.recipe().get("data_fingerprint")
-        key = f"{VERSION} {fingerprint} {recipe.data.flip} {name} {steps} {digest}"
+        # The first number changes with the search, so that what an earlier one found is looked for again.
+        key = f"1 {fingerprint} {recipe.data.flip} {name} {steps} {digest}"
         if fingerprint is not None and nearest_key(run) == key:
             return None
         # Those of other samples must not be shown beside these.
         run.nearest_path.unlink(missing_ok=True)
-        if data is None:
-            data = open_data(recipe.data)
+        data = open_data(recipe.data) if data is None else data
         if fingerprint not in (None, data.fingerprint):
             return f"{data.source} has changed since the run was trained on it"
         images = samples.dtype == np.uint8
         x0 = torch.from_numpy(samples)
-        found = nearest_samples(
-            data, from_uint8(x0.permute(0, 3, 1, 2)) if images else x0, NUM_NEIGHBOURS, recipe.data.flip
-        )
+        x0 = from_uint8(x0.permute(0, 3, 1, 2)) if images else x0
+        found = nearest_samples(data, x0, 3, recipe.data.flip)
     except (ValueError, OSError) as error:
         return " ".join(str(error).split())
     neighbours = found.x0[:NUM_SHOWN]
     pictures = samples_array(neighbours.flatten(0, 1), images).reshape(*neighbours.shape[:2], *samples.shape[1:])
-    facts_found = NearestFacts(
+    nearest = NearestFacts(
         stage=name,
         num_steps=steps,
         samples=samples[:NUM_SHOWN],
@@ -79,5 +75,5 @@ def _look(run: RunFolder, facts: RunFacts, data: Data | None) -> str | None:
         real=found.real.numpy(),
         num_searched=found.num_searched,
     )
-    save_nearest(run, facts_found, key)
+    save_nearest(run, nearest, key)
     return None

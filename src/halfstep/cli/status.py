@@ -1,4 +1,4 @@
-"""`halfstep status`: how far a run is that any process writes, here or elsewhere."""
+"""`halfstep status`: the progress of a run, from any shell or machine."""
 
 import contextlib
 import time
@@ -17,7 +17,6 @@ from halfstep.cli.words import duration, print_json
 from halfstep.runs import RunStatus, read_status
 
 STYLES = {"running": "bold green", "finished": "green", "stopped": "yellow", "diverged": "red", "failed": "red"}
-WATCH_SECONDS = 2.0
 
 
 @dataclass
@@ -34,7 +33,7 @@ class StatusArguments:
 
 
 def status(argv: Sequence[str]) -> None:
-    """Prints how far a run is."""
+    """Print the progress of a run."""
     arguments = parse(StatusArguments, argv, "halfstep status")
     if arguments.watch and arguments.json:
         raise UsageError("--watch is for people, --json for machines: leave one of them out")
@@ -49,18 +48,18 @@ def status(argv: Sequence[str]) -> None:
     # Ctrl-C is how one ends it.
     with contextlib.suppress(KeyboardInterrupt), Live(view(found), console=console, auto_refresh=False) as live:
         while found.state == "running":
-            time.sleep(WATCH_SECONDS)
+            time.sleep(2.0)
             found = read_status(arguments.run)
             live.update(view(found), refresh=True)
 
 
 def view(status: RunStatus) -> Group:
-    """The status on a terminal."""
+    """Return the status as a terminal shows it."""
     head = Text.assemble(f"{status.path}: ", (status.state, STYLES[status.state]))
     process = status.process or {}
     if process and status.state == "running":
-        silent = max(0.0, time.time() - process["updated"])
-        head.append(f", process {process['pid']} on {process['host']}, last sign of life {duration(silent)} ago")
+        silent = duration(max(0.0, time.time() - process["updated"]))
+        head.append(f", process {process['pid']} on {process['host']}, last sign of life {silent} ago")
     elif process:
         head.append(f" {time.strftime('%Y-%m-%d %H:%M', time.localtime(process['updated']))}")
     if status.message:

@@ -1,29 +1,24 @@
 """`halfstep study`: the paper's tables and figures."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 import tyro
 from rich.markup import escape
 
-from halfstep.cli.usage import Switch, UsageError, parse
+from halfstep.cli.arguments import RecipeName, StudyName
+from halfstep.cli.usage import Switch, UsageError, check_least, parse
 from halfstep.cli.words import console_for, duration, print_json, print_table
-from halfstep.recipes import Recipe, recipes
+from halfstep.recipes import recipes
 from halfstep.run.events import Event, Notice, StageStart
 from halfstep.runtime.files import read_json
 from halfstep.runtime.stop import StopSignal
 from halfstep.studies import SCALES, Scale, Trial, run_study, studies, write_study
-
-if TYPE_CHECKING:
-    StudyName = str
-    RecipeName = str
-else:
-    StudyName = tyro.extras.literal_type_from_choices(studies)
-    RecipeName = tyro.extras.literal_type_from_choices(recipes)
 
 
 @dataclass
@@ -51,7 +46,7 @@ class StudyArguments:
 
 
 def study(argv: Sequence[str]) -> None:
-    """Runs a study and prints its table."""
+    """Run a study and print its table."""
     arguments = parse(StudyArguments, argv, "halfstep study")
     console = console_for(arguments.json)
     chosen = studies[arguments.name]()
@@ -60,16 +55,16 @@ def study(argv: Sequence[str]) -> None:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     trials = chosen.trials(scale)
+    described = {"study": arguments.name, "scale": scale.name, "out": str(out / arguments.name)}
     if arguments.dry_run:
         if arguments.json:
-            described = {"study": arguments.name, "scale": scale.name, "out": str(out / arguments.name)}
             print_json({**described, "cells": [dict(trial.axes) for trial in trials]})
             return
         console.print(f"{chosen.title}: {len(trials)} cells -> {out / arguments.name}", highlight=False)
         for trial in trials:
             console.print("  " + describe(trial), highlight=False, markup=False)
         return
-    count = 0
+    numbers = itertools.count(1)
 
     def watch(event: Event) -> None:
         if isinstance(event, StageStart):
@@ -78,58 +73,49 @@ def study(argv: Sequence[str]) -> None:
             console.print(f"  [yellow]note:[/yellow] {escape(event.text)}", highlight=False)
 
     def done(trial: Trial, figures: dict[str, object], was_there: bool) -> None:
-        nonlocal count
-        count += 1
         shown = ", ".join(
             f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items() if v is not None
         )
         there = " (was there)" if was_there else ""
-        console.print(f"[{count}/{len(trials)}] {describe(trial)}: {shown}{there}", highlight=False, markup=False)
+        console.print(
+            f"[{next(numbers)}/{len(trials)}] {describe(trial)}: {shown}{there}", highlight=False, markup=False
+        )
 
     with StopSignal() as stop:
         rows = run_study(chosen, scale, out, stop=stop, watch=watch, done=done)
     path = write_study(chosen, scale, rows, out)
     table = chosen.table(rows, scale)
     if arguments.json:
-        described = {"study": arguments.name, "scale": scale.name, "title": chosen.title, "out": str(path.parent)}
-        print_json({**described, "headings": table.headings, "rows": table.rows, "notes": table.notes})
+        print_json({**described, "title": chosen.title, **table._asdict()})
         return
     print_table(table, chosen.title, console)
-    seconds = duration(sum_seconds(path.parent))
+    seconds = duration(float(read_json(path.with_name("study.json"))["seconds"]))
     console.print(f"{path}, {path.with_name('figure.png').name}; cells took {seconds}", highlight=False, soft_wrap=True)
 
 
-def sum_seconds(folder: Path) -> float:
-    """Time that the cells of a study took, over all its calls."""
-    return float(read_json(folder / "study.json")["seconds"])
-
-
 def scale_of(arguments: StudyArguments) -> Scale:
-    """The scale, with what the command line sets otherwise.
+    """Return the scale, overridden by the command line.
 
     Raises:
-        UsageError: if a number of seeds is below 1.
+        UsageError: if a number of seeds is below 1, or has no effect on the study.
     """
     scale = SCALES[arguments.scale]()
-    recipe, ablation = scale.recipe, scale.ablation
     if arguments.recipe is not None:
-        other = recipes[arguments.recipe]()
-        # What the scale says of measuring stays; what is trained is the recipe's.
-        recipe = other.model_copy(update={"evaluation": recipe.evaluation})
-        ablation = recipe
+        # How the scale measures stays; what is trained is the recipe's.
+        recipe = recipes[arguments.recipe]().model_copy(update={"evaluation": scale.recipe.evaluation})
+        scale = dataclasses.replace(scale, recipe=recipe, ablation=recipe)
     if arguments.data is not None:
-        recipe, ablation = with_data(recipe, arguments.data), with_data(ablation, arguments.data)
-    if arguments.seeds is not None and "seeds" not in studies[arguments.name].uses:
+        recipe, ablation = (
+            recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": arguments.data})})
+            for recipe in (scale.recipe, scale.ablation)
+        )
+        scale = dataclasses.replace(scale, recipe=recipe, ablation=ablation)
+    if arguments.seeds is None:
+        return scale
+    if "seeds" not in studies[arguments.name].uses:
         raise UsageError(f"--seeds says nothing to the study {arguments.name}, which has one seed: leave it out")
-    seeds = scale.seeds if arguments.seeds is None else arguments.seeds
-    if seeds < 1:
-        raise UsageError(f"--seeds must be at least 1, got {seeds}")
-    return dataclasses.replace(scale, recipe=recipe, ablation=ablation, seeds=seeds)
-
-
-def with_data(recipe: Recipe, source: str) -> Recipe:
-    """The recipe on other data."""
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": source})})
+    check_least(arguments, 1, "seeds")
+    return dataclasses.replace(scale, seeds=arguments.seeds)
 
 
 def describe(trial: Trial) -> str:

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, final
 
 import torch
 
-from halfstep.cli.arguments import EvaluateArguments
+from halfstep.cli.arguments import EvaluateArguments, recipe_of_stage
 from halfstep.cli.usage import UsageError
 from halfstep.core.grids import check_num_steps
 from halfstep.data import Data
@@ -53,7 +53,7 @@ class Subject:
     """Default folder of its samples and figures; `out` if None."""
 
 
-def subject_of(text: str, recipe_of: Callable[[StageFolder], Recipe | None]) -> Subject:
+def subject_of(text: str) -> Subject:
     """Return what `text` names.
 
     Raises:
@@ -69,7 +69,7 @@ def subject_of(text: str, recipe_of: Callable[[StageFolder], Recipe | None]) -> 
     if path.is_file() and path.suffix.lower() in (".npz", ".npy"):
         return Subject("images", Path(f"evaluation-{path.stem}"), files=path)
     last = find_stage(path)
-    return (_stage if last.path == path else _run)(path, recipe_of(last))
+    return (_stage if last.path == path else _run)(path, recipe_of_stage(last))
 
 
 def _run(path: Path, recipe: Recipe | None) -> Subject:
@@ -99,8 +99,7 @@ def _run(path: Path, recipe: Recipe | None) -> Subject:
         )
     if teacher is None and not students:
         raise DamagedFile(f"{path} has no stage that can be measured ({'; '.join(notices)})")
-    out = run.evaluation_path.parent
-    return Subject("run", out, recipe, teacher, tuple(students), notices=tuple(notices))
+    return Subject("run", run.evaluation_path.parent, recipe, teacher, tuple(students), notices=tuple(notices))
 
 
 def _stage(path: Path, recipe: Recipe | None) -> Subject:
@@ -123,19 +122,13 @@ class Rows:
     """
 
     def __init__(
-        self,
-        subject: Subject,
-        arguments: EvaluateArguments,
-        recipe: Recipe,
-        precision: str,
-        data: Data,
-        device: torch.device,
+        self, subject: Subject, arguments: EvaluateArguments, recipe: Recipe, data: Data, device: torch.device
     ) -> None:
         self.subject, self.arguments = subject, arguments
-        self._precision, self._data, self._device = precision, data, device
+        self._recipe, self._data, self._device = recipe, data, device
         self.series: list[Series] = []
         self.entries: list[Entry] = []
-        self._steps = self._baseline_steps(recipe)
+        self._steps = self._baseline_steps()
         for model in subject.students:
             series, manifest = self._own_series(model.manifest), model.manifest
             own = manifest.num_steps or (manifest.start_steps if manifest.outcome.role == "matched" else None)
@@ -148,7 +141,7 @@ class Rows:
             against = () if subject.teacher is None else (f"teacher-{subject.teacher.manifest.outcome.sampler_name}",)
         for name in dict.fromkeys(against):
             self._add(name)
-        self._check(against)
+        self._check()
 
     def _own_series(self, manifest: Manifest) -> str:
         """Return the series of models of this role and sampler, begun at the first of them."""
@@ -156,15 +149,14 @@ class Rows:
         kind = manifest.outcome.sampler_name
         by = sampler_label(kind) if sampler == samplers[kind]() else repr(sampler)
         label = f"{role if role == 'student' else f'{role} model'}, {by}"
-        known = next((series for series in self.series if series.label == label), None)
-        if known is not None:
-            return known.name
-        names = [role, *(f"{role}-{number}" for number in range(2, len(self.series) + 2))]
-        name = next(name for name in names if name not in [series.name for series in self.series])
-        gamma = sampler.gamma if isinstance(sampler, Ancestral) else None
-        shown: Literal["student", "other"] = "student" if role == "student" else "other"
-        self.series.append(Series(name=name, label=label, role=shown, sampler=kind, gamma=gamma))
-        return name
+        names = {series.label: series.name for series in self.series}
+        if label not in names:
+            free = (role, *(f"{role}-{number}" for number in range(2, len(names) + 2)))
+            names[label] = next(name for name in free if name not in names.values())
+            gamma = sampler.gamma if isinstance(sampler, Ancestral) else None
+            shown: Literal["student", "other"] = "student" if role == "student" else "other"
+            self.series.append(Series(name=names[label], label=label, role=shown, sampler=kind, gamma=gamma))
+        return names[label]
 
     def _add(self, name: str) -> None:
         """Add a series of --against."""
@@ -174,13 +166,14 @@ class Rows:
             known = [f"teacher-{sampler}" for sampler in samplers]
             raise UsageError(f"--against {name}: give teacher-SAMPLER or student-SAMPLER{nearest(name, known)}")
         kind = samplers[sampler]
-        of_teacher = who == "teacher"
-        if not (subject.teacher if of_teacher else subject.students):
+        teachers = () if subject.teacher is None else (subject.teacher,)
+        models = teachers if who == "teacher" else subject.students
+        if not models:
             if subject.kind != "run":
                 raise UsageError(f"--against {name}: there is no {who} here; leave it out, or give the run's folder")
             return
-        levels: list[tuple[Sampler, float | None]]
         gamma = None
+        levels: list[tuple[Sampler, float | None]]
         if kind is not Ancestral:
             levels = [(kind(), None)]
         elif arguments.search_gamma is None:
@@ -189,34 +182,29 @@ class Rows:
         else:
             tried = [index / (arguments.search_gamma - 1) for index in range(arguments.search_gamma)]
             levels = [(Ancestral(one), one) for one in tried]
-        foreign = subject.kind == "pipeline"
-        label = f"{'model' if foreign else who}, {sampler_label(sampler)}"
-        role: Literal["student", "teacher", "other"] = "other" if foreign else "teacher" if of_teacher else "student"
+        is_foreign = subject.kind == "pipeline"
+        label = f"{'model' if is_foreign else who}, {sampler_label(sampler)}"
+        role: Literal["student", "teacher", "other"]
+        role = "other" if is_foreign else "teacher" if who == "teacher" else "student"
         self.series.append(Series(name=name, label=label, role=role, sampler=sampler, gamma=gamma))
-        if of_teacher:
-            own = subject.teacher.manifest.num_steps if subject.teacher else None
-            steps = (own,) if own and not arguments.num_steps else self._steps
-            rows = [(subject.teacher, count) for count in steps]
-        else:
-            rows = [(model, own) for model in subject.students if (own := model.manifest.num_steps)]
-        for model, count in rows:
-            assert model is not None
-            self.entries += [self._entry(name, model, method, count, level) for method, level in levels]
+        for model in models:
+            own = model.manifest.num_steps
+            takes_any = who == "teacher" and (arguments.num_steps or not own)
+            for count in self._steps if takes_any else (own,) if own else ():
+                self.entries += [self._entry(name, model, method, count, level) for method, level in levels]
 
-    def _check(self, against: tuple[str, ...]) -> None:
+    def _check(self) -> None:
         """Refuse options that would be ignored."""
-        asked, subject = self.arguments, self.subject
-        only_students = asked.against is not None and not any(name.startswith("teacher-") for name in against)
-        if asked.num_steps and subject.kind != "stage" and only_students:
+        asked = self.arguments
+        only_students = asked.against is not None and not any(name.startswith("teacher-") for name in asked.against)
+        if asked.num_steps and self.subject.kind != "stage" and only_students:
             raise UsageError(
                 "--num-steps says at how many steps a teacher is measured; students have their own: add --against "
                 "teacher-ddim, or leave it out"
             )
         if not self.entries:
             raise UsageError("nothing is left to be measured: name a series that there is with --against")
-        has_gamma = any(
-            gamma is not None for gamma in [*(e.gamma for e in self.entries), *(s.gamma for s in self.series)]
-        )
+        has_gamma = any(e.gamma is not None for e in self.entries) or any(s.gamma is not None for s in self.series)
         if (asked.gamma is not None or asked.search_gamma is not None) and not has_gamma:
             raise UsageError("--gamma and --search-gamma say nothing without --against teacher-ancestral: add it")
 
@@ -239,20 +227,20 @@ class Rows:
             self._device,
             self._data,
             self.arguments.guidance_scale,
-            self._precision,
+            self._recipe.evaluation.precision,
             model.name,
         )
         return Entry(series, model.name, source, steps, gamma)
 
-    def _baseline_steps(self, recipe: Recipe) -> tuple[int, ...]:
+    def _baseline_steps(self) -> tuple[int, ...]:
         """Return the steps of the baselines, the most first."""
         for count in self.arguments.num_steps:
             check_num_steps(count)
-        wanted = self.arguments.num_steps or recipe.evaluation.teacher_steps
+        wanted = self.arguments.num_steps or self._recipe.evaluation.teacher_steps
         if not wanted and self.subject.kind == "pipeline":
             raise UsageError("this pipeline takes any number of steps: say how many, for example --num-steps 4 16 64")
         if not wanted:
             teacher = self.subject.teacher
-            start = (teacher.manifest.start_steps if teacher else None) or recipe.chain.start_steps
+            start = (teacher.manifest.start_steps if teacher else None) or self._recipe.chain.start_steps
             wanted = tuple(start // 2**k for k in range(start.bit_length()) if start % 2**k == 0)
         return tuple(sorted(set(wanted), reverse=True))

@@ -1,4 +1,4 @@
-"""Parse a command line by tyro; report a wrong one in one line that names what is near."""
+"""Parse a command line by tyro; report a wrong one in one line that names the nearest option or value."""
 
 import sys
 from argparse import ArgumentParser
@@ -16,7 +16,6 @@ from halfstep.cli.verbs import epilogue
 from halfstep.registry import nearest
 
 Arguments = TypeVar("Arguments")
-
 
 Switch = tyro.conf.FlagCreatePairsOff[bool]
 """An option without a value, off by default."""
@@ -38,10 +37,8 @@ def _plain(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     values = [kind for kind in kinds if kind is not NoneType and get_origin(kind) is not Literal]
     if len(values) != 1:
         return None
-    kind = values[0]
-    if get_origin(kind) is Annotated:
-        # A bound, which pydantic checks.
-        kind = get_args(kind)[0]
+    # pydantic checks the bounds of an annotated type.
+    kind = get_args(values[0])[0] if get_origin(values[0]) is Annotated else values[0]
     if kind not in METAVARS:
         return None
 
@@ -72,8 +69,25 @@ class UsageError(ValueError):
     """A command line that cannot be understood; one line."""
 
 
+def flag(name: str) -> str:
+    """Return an argument's name as it is typed."""
+    return f"--{name.replace('_', '-')}"
+
+
+def check_least(arguments: object, least: int, *names: str, reason: str = "") -> None:
+    """Refuse the first of the named arguments that is given and below `least`; `reason` ends the message.
+
+    Raises:
+        UsageError: if there is one.
+    """
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and not value >= least:
+            raise UsageError(f"{flag(name)} must be at least {least}, got {value}{reason}")
+
+
 def first_line(error: ValidationError) -> str:
-    """A pydantic error in one line: field, what was got, what was needed."""
+    """Return a pydantic error in one line: field, what was got, what was needed."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"] if part not in ("unet2d", "mlp"))
     reason = first["msg"].removeprefix("Value error, ")
@@ -86,8 +100,8 @@ def first_line(error: ValidationError) -> str:
 
 
 def parser_of(kind: type[Arguments], default: Arguments | None = None) -> ArgumentParser:
-    """The options that `parse` reads, as a parser of argparse."""
-    # Its class is a copy of argparse's own, which is its base, but not to type checkers.
+    """Return the options that `parse` reads, as a parser of argparse."""
+    # Its class derives from argparse's own, which type checkers do not see.
     parser: Any = tyro.extras.get_parser(
         kind, default=tyro.MISSING_NONPROP if default is None else default, config=CONFIG, registry=PLAIN
     )
@@ -105,13 +119,9 @@ def with_flag(reason: str, argv: Sequence[str]) -> str:
 
 
 def parse(
-    kind: type[Arguments],
-    argv: Sequence[str],
-    prog: str,
-    default: Arguments | None = None,
-    short: Iterable[str] = (),
+    kind: type[Arguments], argv: Sequence[str], prog: str, default: Arguments | None = None, short: Iterable[str] = ()
 ) -> Arguments:
-    """The arguments in `argv`. `short` are further options, which the caller has replaced in it.
+    """Parse `argv`, in which the caller has already replaced the options named `short`.
 
     Raises:
         UsageError: one line, if an option is unknown, lacks its value or has one of the wrong type.
@@ -147,10 +157,9 @@ def parse(
 
 
 def _reason(event: tyro_errors.ParseErrorEvent, prog: str, argv: Sequence[str]) -> str:
-    """Why tyro refuses a command line, in one line.
+    """Return in one line why tyro refuses a command line.
 
-    tyro prints its reasons in boxes of many lines, and hands them over by a private hook only. All that is known of
-    its events stands here.
+    tyro prints its reasons in boxes of many lines; only a private hook hands over its events. Nothing else reads them.
     """
 
     def name_of(argument: Any) -> str:

@@ -1,15 +1,12 @@
-"""The verbs as data: what the overview, the end of each --help, the shell completion and the documentation say of them.
+"""The verbs as data, for the overview, the end of each --help, the shell completion and the documentation.
 
 Nothing heavy is imported here.
 """
 
 import keyword
+from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Final, final
-
-COMMANDS: Final = "halfstep.cli.commands"
-"""The module of the verbs that need torch and diffusers, which take seconds to be imported."""
 
 
 @final
@@ -17,23 +14,29 @@ COMMANDS: Final = "halfstep.cli.commands"
 class Verb:
     """A verb of the command line."""
 
-    name: str
-    takes: str
-    """What follows it."""
+    usage: str
+    """Its name and what follows it."""
     summary: str
-    """In the overview, one line."""
+    """One line, in the overview."""
     examples: tuple[str, ...]
     """Whole command lines; the tests hold their options to the parser."""
     notes: tuple[str, ...] = ()
     """What its options alone do not tell, a line each."""
     codes: tuple[int, ...] = (0, 2)
-    """Exit codes that it ends with."""
-    module: str = COMMANDS
-    group: str = "Look"
+    """Its exit codes."""
+    module: str = "commands"
+    """Its module in `halfstep.cli`."""
+    is_light: bool = False
+    """Whether it works without torch and diffusers, which take seconds to import."""
+
+    @property
+    def name(self) -> str:
+        """The first word of its usage."""
+        return self.usage.partition(" ")[0]
 
     @property
     def function(self) -> str:
-        """Its name in `module`: the verb's, or where that is a word of Python, with an underscore."""
+        """Its function in `module`: its name, with an underscore if that is a word of Python."""
         return f"{self.name}_" if keyword.iskeyword(self.name) else self.name
 
 
@@ -45,10 +48,9 @@ RECIPE_NOTES: Final = (
     "Stopped or killed: run the same command again and it goes on from its last checkpoint.",
 )
 
-_ALL: Final = (
+_TRAIN: Final = (
     Verb(
-        "run",
-        "RECIPE",
+        "run RECIPE",
         "train a teacher, halve it to few steps, measure, report; resumable",
         (
             "halfstep run digits",
@@ -57,20 +59,16 @@ _ALL: Final = (
         ),
         RECIPE_NOTES,
         TRAINS,
-        group="Train",
     ),
     Verb(
-        "train",
-        "RECIPE",
+        "train RECIPE",
         "the teacher of a recipe only",
         ("halfstep train digits --teacher.num-updates 500", "halfstep train cifar10 --dry-run"),
         RECIPE_NOTES,
         TRAINS,
-        group="Train",
     ),
     Verb(
-        "distill",
-        "MODEL",
+        "distill MODEL",
         "halve a trained model to fewer steps",
         (
             "halfstep distill runs/digits/stages/00-denoise --start 64 --to 4",
@@ -83,102 +81,91 @@ _ALL: Final = (
             *RECIPE_NOTES[1:],
         ),
         TRAINS,
-        group="Train",
     ),
     Verb(
-        "study",
-        "NAME",
+        "study NAME",
         "one of the paper's tables and figures, as a plan of runs; resumable",
         ("halfstep study table1 --scale smoke", "halfstep study steps --scale small --dry-run"),
-        (),
-        TRAINS,
-        group="Train",
+        codes=TRAINS,
+        module="studying",
     ),
-    Verb("demo", "", "the same as `run digits`", ("halfstep demo",), RECIPE_NOTES[1:], TRAINS, group="Train"),
+    Verb("demo", "the same as `run digits`", ("halfstep demo",), RECIPE_NOTES[1:], TRAINS),
+)
+
+_USE: Final = (
     Verb(
-        "sample",
-        "MODEL",
+        "sample MODEL",
         "draw samples into a grid, a file of arrays or a folder",
         (
             "halfstep sample runs/digits --num-samples 64 --seed 0 --out grid.png",
             "halfstep sample runs/digits/stages/00-denoise --num-steps 16 --sampler heun --out samples.npz",
         ),
-        group="Use",
     ),
     Verb(
-        "evaluate",
-        "SUBJECT",
+        "evaluate SUBJECT",
         "measure a run, a stage, a pipeline or a folder of images",
         (
             "halfstep evaluate runs/digits --num-samples 5000",
             "halfstep evaluate runs/digits --num-steps 1 2 4 8 --against teacher-ddim teacher-ancestral --seeds 3",
             "halfstep evaluate samples/ --data ~/photos",
         ),
-        (),
-        TRAINS,
-        group="Use",
+        codes=TRAINS,
+        module="evaluating",
     ),
-    Verb("report", "RUN", "write RUN/report/index.html", ("halfstep report runs/digits",), group="Use"),
+    Verb("report RUN", "write RUN/report/index.html", ("halfstep report runs/digits",)),
     Verb(
-        "explore",
-        "RUN",
+        "explore RUN",
         "a local page: teacher and students side by side from the same noise",
         ("halfstep explore runs/digits", "halfstep explore runs/digits --port 8000 --max-samples 16"),
         ("Ctrl-C ends it; that is no error.",),
-        group="Use",
+        module="exploring",
     ),
     Verb(
-        "export",
-        "MODEL",
+        "export MODEL",
         "to a stock diffusers pipeline, LoRA files or one ONNX graph",
-        (
-            "halfstep export runs/digits --out digits-1",
-            "halfstep export runs/digits --format onnx --out digits-1.onnx",
-        ),
-        group="Use",
+        ("halfstep export runs/digits --out digits-1", "halfstep export runs/digits --format onnx --out digits-1.onnx"),
+        module="exporting",
     ),
     Verb(
-        "import",
-        "FORMAT SOURCE",
+        "import FORMAT SOURCE",
         "a model from elsewhere as a stage",
         (
             "halfstep import diffusers google/ddpm-cifar10-32",
             "halfstep import google-pd cifar_8.msgpack --config cifar10 --out cifar-8",
         ),
-        group="Use",
+        module="importing",
     ),
     Verb(
-        "encode",
-        "PIPELINE",
+        "encode PIPELINE",
         "images and texts to latents, once, for a latent pipeline; resumable",
         ("halfstep encode my-sd --data ~/captioned --out latents",),
         codes=(0, 2, 3, 75, 130),
-        group="Use",
+        module="exporting",
     ),
+)
+
+_LOOK: Final = (
     Verb(
-        "status",
-        "RUN",
+        "status RUN",
         "how far a run is that any shell or machine writes",
         ("halfstep status runs/digits", "halfstep status runs/digits --watch", "halfstep status runs/digits --json"),
-        module="halfstep.cli.status",
+        module="status",
+        is_light=True,
     ),
     Verb(
-        "ls",
-        "[FAMILY ...]",
+        "ls [FAMILY ...]",
         "recipes, samplers, predictions, studies, ...",
         ("halfstep ls", "halfstep ls samplers --json"),
     ),
     Verb(
         "doctor",
-        "",
         "what this machine and its packages can do, and what is missing",
         ("halfstep doctor", "halfstep doctor --json"),
-        codes=(0, 2),
-        module="halfstep.cli.doctor",
+        module="doctor",
+        is_light=True,
     ),
     Verb(
-        "completion",
-        "SHELL",
+        "completion SHELL",
         "a script that lets bash, zsh, fish or tcsh complete verbs and options",
         ("halfstep completion bash > ~/.local/share/bash-completion/completions/halfstep",),
         (
@@ -189,39 +176,34 @@ _ALL: Final = (
             "RECIPE completes names, not files; after any recipe the options of all recipes are offered.",
             "tcsh offers the options of all verbs together.",
         ),
-        module="halfstep.cli.completion",
+        module="completion",
+        is_light=True,
     ),
 )
 
-VERBS: Final = MappingProxyType({verb.name: verb for verb in _ALL})
+_GROUPS: Final = {"Train": _TRAIN, "Use": _USE, "Look": _LOOK}
 
-EXIT_CODES: Final = MappingProxyType(
-    {
-        0: "done",
-        1: "training diverged (a loss or gradient was not finite) or does not fit into memory, or another process of "
-        "the run was lost; the last checkpoint is kept",
-        2: "bad input: one line says what was got, what was needed and what to do",
-        3: "the disk or mount of a run is full or gone; the last good state is named",
-        75: "another halfstep process is writing the folder: wait for it, and run the same command again",
-        130: "stopped by Ctrl-C; a run has saved its state and goes on with the same command",
-        138: "stopped by SIGUSR1; likewise (--engine.requeue-code puts another code in its place)",
-        143: "stopped by SIGTERM; likewise",
-    }
-)
+VERBS: Final[Mapping[str, Verb]] = {verb.name: verb for verbs in _GROUPS.values() for verb in verbs}
+
+EXIT_CODES: Final[Mapping[int, str]] = {
+    0: "done",
+    1: "training diverged (a loss or gradient was not finite) or does not fit into memory, or another process of "
+    "the run was lost; the last checkpoint is kept",
+    2: "bad input: one line says what was got, what was needed and what to do",
+    3: "the disk or mount of a run is full or gone; the last good state is named",
+    75: "another halfstep process is writing the folder: wait for it, and run the same command again",
+    130: "stopped by Ctrl-C; a run has saved its state and goes on with the same command",
+    138: "stopped by SIGUSR1; likewise (--engine.requeue-code puts another code in its place)",
+    143: "stopped by SIGTERM; likewise",
+}
 
 
 def overview() -> str:
     """What `halfstep` alone prints."""
-    width = max(len(f"{verb.name} {verb.takes}") for verb in VERBS.values())
+    width = max(len(verb.usage) for verb in VERBS.values())
     lines = ["usage: halfstep VERB ...", ""]
-    for group in dict.fromkeys(verb.group for verb in VERBS.values()):
-        lines.append(f"{group}:")
-        lines += [
-            f"  {f'{verb.name} {verb.takes}':<{width}}  {verb.summary}"
-            for verb in VERBS.values()
-            if verb.group == group
-        ]
-        lines.append("")
+    for group, verbs in _GROUPS.items():
+        lines += [f"{group}:", *(f"  {verb.usage:<{width}}  {verb.summary}" for verb in verbs), ""]
     lines += [
         "MODEL is the folder of a run (its last stage is meant) or of a stage.",
         "`halfstep VERB --help` shows all options and examples, `halfstep --version` the version.",
@@ -236,7 +218,6 @@ def overview() -> str:
 def epilogue(name: str) -> str:
     """What follows the options in `halfstep NAME --help`."""
     verb = VERBS[name]
-    lines = [*verb.notes, ""] if verb.notes else []
-    lines += ["examples:", *(f"  {example}" for example in verb.examples), ""]
-    lines.append("exit codes: " + ", ".join(map(str, verb.codes)) + " (`halfstep --help` tells what they mean)")
-    return "\n".join(lines)
+    notes = [*verb.notes, ""] if verb.notes else []
+    codes = f"exit codes: {', '.join(map(str, verb.codes))} (`halfstep --help` tells what they mean)"
+    return "\n".join([*notes, "examples:", *(f"  {example}" for example in verb.examples), "", codes])

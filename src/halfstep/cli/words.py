@@ -1,4 +1,4 @@
-"""Numbers as people read them, and text as machines do."""
+"""Output for people (durations, tables) and for machines (JSON)."""
 
 import json
 import math
@@ -28,15 +28,14 @@ def duration(seconds: float) -> str:
 
 
 def console_for(json: bool = False) -> Console:
-    """Where progress and tables go: stdout, or with --json, where stdout is the document's, stderr."""
+    """Return the console of progress and tables: stdout, or stderr with --json; quiet except on rank 0."""
     stream = sys.stderr if json else sys.stdout
-    # Of several processes, the first one speaks.
-    quiet = int(os.environ.get("RANK", "0") or "0") > 0
-    return Console(stderr=json, width=None if stream.isatty() else 160, quiet=quiet)
+    is_main = not int(os.environ.get("RANK", "0") or "0")
+    return Console(stderr=json, width=None if stream.isatty() else 160, quiet=not is_main)
 
 
 def print_json(value: Any) -> None:
-    """The one document that a command with --json writes to stdout.
+    """Write the one document of a command with --json to stdout.
 
     Raises:
         ValueError: if it holds a number that is not finite.
