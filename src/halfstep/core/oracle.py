@@ -38,7 +38,7 @@ class GaussianDenoiser(Denoiser):
         return Denoised(x0.to(x_t.dtype), (sigma / variance * rest).to(x_t.dtype))
 
     def flow(self, x_t: Tensor, t: Tensor | float, s: Tensor | float) -> Tensor:
-        """Where the probability-flow ODE takes `x_t` from time t to time s, exactly: x_s, shaped as `x_t`."""
+        """Return the exact solution x_s of the probability-flow ODE from `x_t` at time t to time s, shaped as `x_t`."""
         alpha_t, sigma_t = (per_sample(a, x_t) for a in self.process.alpha_sigma(as_clock(t, x_t)))
         alpha_s, sigma_s = (per_sample(a, x_t) for a in self.process.landing(as_clock(s, x_t)))
         mean, std = self.mean.to(x_t), self.std.to(x_t)
@@ -60,11 +60,7 @@ class MixtureDenoiser(Denoiser):
     """
 
     def __init__(
-        self,
-        process: NoiseProcess,
-        means: Tensor,
-        std: Tensor | float,
-        weights: Tensor | None = None,
+        self, process: NoiseProcess, means: Tensor, std: Tensor | float, weights: Tensor | None = None
     ) -> None:
         super().__init__()
         self.process = process
@@ -96,5 +92,5 @@ class MixtureDenoiser(Denoiser):
 
 
 def data_set_denoiser(process: NoiseProcess, points: Tensor) -> MixtureDenoiser:
-    """The exact denoiser of the finite data set `points` `[n, *dims]`: what a network with no limits would learn."""
+    """Return the exact denoiser of the finite data set `points` `[n, *dims]`, which a perfect network would learn."""
     return MixtureDenoiser(process, points, std=0.0)

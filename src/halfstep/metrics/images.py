@@ -1,4 +1,4 @@
-"""Pixels: between x0 in [-1, 1] and uint8, which is what is saved, shown and measured."""
+"""Pixels: between x0 in [-1, 1] and uint8, which is saved, shown and measured."""
 
 import torch
 from torch import Tensor
@@ -29,8 +29,8 @@ def as_rgb(x0: Tensor) -> Tensor:
     return x0.expand(-1, 3, -1, -1)
 
 
-def unit_range(x0: Tensor, side: int, mode: str = "bilinear") -> Tensor:
-    """RGB float32 in [0, 1] `[n, 3, side, side]` of images x0 in [-1, 1]; other sizes are resized with antialiasing.
+def normalised(x0: Tensor, side: int, mode: str = "bilinear") -> Tensor:
+    """Images x0 in [-1, 1] as RGB float32 `[n, 3, side, side]` normalised as ImageNet, resized with antialiasing.
 
     Raises:
         ValueError: if they are no images.
@@ -38,4 +38,6 @@ def unit_range(x0: Tensor, side: int, mode: str = "bilinear") -> Tensor:
     rgb = (as_rgb(x0).float() + 1) / 2
     if tuple(rgb.shape[2:]) != (side, side):
         rgb = F.interpolate(rgb, (side, side), mode=mode, align_corners=False, antialias=True).clamp(0, 1)
-    return rgb
+    moments = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    mean, std = (torch.tensor(values, device=rgb.device)[:, None, None] for values in moments)
+    return (rgb - mean) / std

@@ -1,8 +1,4 @@
-"""The features of the real data with their statistics, kept by content: the same data and extractor are read back.
-
-Kept in float64: mean and covariance, and the radii of the neighbourhoods. The features themselves are kept as they
-came, in float32.
-"""
+"""The features of the real data (float32) with their statistics (float64), cached by data and extractor."""
 
 import hashlib
 from collections.abc import Callable
@@ -19,7 +15,7 @@ from halfstep.metrics.neighbours import K, radii
 from halfstep.runtime.tensors import read_cached, write_cached
 
 FORMAT = 1
-"""Of the kept files; another number when what they hold changes."""
+"""Version of the cached files; raise it when their content changes."""
 
 
 @final
@@ -46,11 +42,11 @@ def described(features: Tensor) -> RealFeatures:
 def real_features(
     extractor: FeatureExtractor, fetch: Callable[[], Tensor], content: object, cache: Path | None
 ) -> RealFeatures:
-    """The features of the samples that `fetch` returns, or what was kept of them.
+    """Return the features of the samples that `fetch` returns, from the cache if possible.
 
     Args:
-        content: what tells the samples apart from all others: the data's fingerprint and the rows.
-        cache: folder; None keeps nothing. A file that cannot be read or written costs time, and nothing else.
+        content: identifies the samples: the data's fingerprint and the rows.
+        cache: folder; None caches nothing. A file that cannot be read or written costs only time.
     """
     key = hashlib.sha256(repr((FORMAT, extractor.name, content)).encode()).hexdigest()[:24]
     file = None if cache is None else cache / "reference" / f"{key}.safetensors"
