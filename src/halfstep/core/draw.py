@@ -11,7 +11,7 @@ Numbers are drawn on the CPU, to be the same for every device; they can be made 
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, NamedTuple, final
 
@@ -32,12 +32,12 @@ def generator_for(*key: object) -> torch.Generator:
     return torch.Generator().manual_seed(_number(key))
 
 
-def _normal_rows(keys: Iterable[tuple[object, ...]], length: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Return unit normal numbers `[length, *shape]`, each row by a generator of its own key.
+def _normal_rows(keys: Sequence[tuple[object, ...]], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return unit normal numbers `[len(keys), *shape]`, each row by a generator of its own key.
 
     One generator is seeded again for each: making a generator takes longer than drawing the numbers.
     """
-    rows, generator = torch.empty(length, *shape, dtype=dtype), torch.Generator()
+    rows, generator = torch.empty(len(keys), *shape, dtype=dtype), torch.Generator()
     for row, key in zip(rows.unbind(), keys, strict=True):
         row.normal_(generator=generator.manual_seed(_number(key)))
     return rows
@@ -135,7 +135,7 @@ class Draw:
 
 def sample_noise(seeds: Sequence[int], shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
     """Return unit normal noise `[len(seeds), *shape]`, each row a function of its own seed alone."""
-    return _normal_rows((("sample", int(seed)) for seed in seeds), len(seeds), shape, dtype)
+    return _normal_rows([("sample", int(seed)) for seed in seeds], shape, dtype)
 
 
 def step_noise(
@@ -147,7 +147,7 @@ def step_noise(
     """
 
     def noise(number: int) -> Tensor:
-        return _normal_rows((("sample", int(seed), "step", number) for seed in seeds), len(seeds), shape, dtype)
+        return _normal_rows([("sample", int(seed), "step", number) for seed in seeds], shape, dtype)
 
     return noise
 

@@ -209,21 +209,17 @@ class VPTable(NoiseProcess):
         return f"VPTable({len(self.betas)} betas from {self.betas[0]:.4g} to {self.betas[-1]:.4g})"
 
     @cached_property
-    def _nodes(self) -> Tensor:
-        """log_snr at the times 0, 1 / T, ..., 1."""
-        log_power = torch.log1p(-torch.tensor(self.betas, dtype=torch.float64)).cumsum(0)
+    def _nodes(self) -> dict[torch.device, Tensor]:
+        """log_snr at the times 0, 1 / T, ..., 1, by device."""
+        log_power = torch.log1p(-torch.tensor(self.betas, dtype=torch.float64, device="cpu")).cumsum(0)
         levels = log_power - torch.log(-torch.expm1(log_power))
-        return torch.cat([2 * levels[:1] - levels[1:2], levels])
-
-    @cached_property
-    def _nodes_held(self) -> dict[torch.device, Tensor]:
-        return {}
+        return {levels.device: torch.cat([2 * levels[:1] - levels[1:2], levels])}
 
     def _nodes_on(self, device: torch.device) -> Tensor:
         """Return `_nodes` on a device, copied there once: a copy makes the host wait for the device."""
-        if device not in self._nodes_held:
-            self._nodes_held[device] = self._nodes.to(device)
-        return self._nodes_held[device]
+        if device not in self._nodes:
+            self._nodes[device] = self._nodes[torch.device("cpu")].to(device)
+        return self._nodes[device]
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         log_snr = self.log_snr(t)

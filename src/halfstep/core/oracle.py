@@ -7,7 +7,7 @@ They need no training, so they prove samplers, targets and losses: a Gaussian's 
 from typing import final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from halfstep.core.denoiser import Cond, Denoiser
 from halfstep.core.noise import NoiseProcess, as_clock, per_sample
@@ -25,10 +25,8 @@ class GaussianDenoiser(Denoiser):
     def __init__(self, process: NoiseProcess, mean: Tensor | float = 0.0, std: Tensor | float = 1.0) -> None:
         super().__init__()
         self.process = process
-        self.mean: Tensor
-        self.std: Tensor
-        self.register_buffer("mean", torch.as_tensor(mean, dtype=torch.float64))
-        self.register_buffer("std", torch.as_tensor(std, dtype=torch.float64))
+        self.mean = nn.Buffer(torch.as_tensor(mean, dtype=torch.float64))
+        self.std = nn.Buffer(torch.as_tensor(std, dtype=torch.float64))
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Denoised:
         alpha, sigma = (per_sample(a, x_t.double()) for a in self.process.alpha_sigma(t))
@@ -69,12 +67,9 @@ class MixtureDenoiser(Denoiser):
         shares = torch.ones(components, dtype=torch.float64) if weights is None else weights.double()
         if bool((stds < 0).any()) or bool((shares <= 0).any()):
             raise ValueError("standard deviations must be at least 0 and weights above 0")
-        self.means: Tensor
-        self.stds: Tensor
-        self.log_weights: Tensor
-        self.register_buffer("means", means.double())
-        self.register_buffer("stds", stds)
-        self.register_buffer("log_weights", torch.log(shares / shares.sum()))
+        self.means = nn.Buffer(means.double())
+        self.stds = nn.Buffer(stds)
+        self.log_weights = nn.Buffer(torch.log(shares / shares.sum()))
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Denoised:
         amplitudes = self.process.alpha_sigma(t)

@@ -76,8 +76,8 @@ def read_captions(folder: Path, preparation: Preparation = RGB) -> CaptionedImag
     Strips the text of a .txt; a null in a table is the empty caption. Ignores hidden files.
 
     Raises:
-        ValueError: in one line, if the folder is missing or has no images, if an image has no caption, two captions, or
-            both a row of a table and a .txt, if a caption has no image, or if a table or a .txt cannot be read.
+        ValueError: if the folder is missing or has no images, if an image has no caption, two captions, or both a row
+            of a table and a .txt, if a caption has no image, or if a table or a .txt cannot be read.
     """
     root = _existing(folder, "of images with captions")
     below = files_below(root)

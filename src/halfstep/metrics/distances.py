@@ -111,10 +111,10 @@ def _root(matrix: Tensor) -> Tensor:
 
 
 def frechet_of_moments(a: Moments, b: Moments) -> float:
-    """The Frechet distance of two Gaussians.
+    """Return the Frechet distance of two Gaussians.
 
-    tr (C_a C_b)^(1/2) is the sum of the singular values of C_a^(1/2) C_b^(1/2): no root of a product that is not
-    symmetric, no imaginary part to be thrown away, and exact for singular covariances.
+    tr (C_a C_b)^(1/2) is the sum of the singular values of C_a^(1/2) C_b^(1/2): no root of an asymmetric product, no
+    imaginary part, and exact for singular covariances.
 
     Raises:
         ValueError: if their dimensions differ.
@@ -128,7 +128,7 @@ def frechet_of_moments(a: Moments, b: Moments) -> float:
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """The Frechet distance between feature sets `[n, d]` and `[m, d]`, computed in float64.
+    """Return the Frechet distance between feature sets `[n, d]` and `[m, d]`, computed in float64.
 
     Raises:
         ValueError: if the shapes do not fit, a set has fewer than 2 rows, or a feature is not finite.
@@ -138,11 +138,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 
 def kernel_distance(a: Tensor, b: Tensor, subsets: int = 20, subset_size: int = 1000) -> float:
-    """KID between feature sets `[n, d]` and `[m, d]`: the mean over random subsets, drawn with a fixed seed.
-
-    Raises:
-        ValueError: if the shapes do not fit, a set has fewer than 2 rows, or a feature is not finite.
-    """
+    """Return KID between feature sets as in `frechet_distance`: the mean over random subsets with a fixed seed."""
     _check(a, b)
     with importing_torchmetrics():
         from torchmetrics.image.kid import KernelInceptionDistance
@@ -154,11 +150,7 @@ def kernel_distance(a: Tensor, b: Tensor, subsets: int = 20, subset_size: int = 
 
 
 def sliced_wasserstein(a: Tensor, b: Tensor, num_directions: int = 128) -> float:
-    """The sliced Wasserstein-1 distance between feature sets `[n, d]` and `[m, d]`, over fixed random directions.
-
-    Raises:
-        ValueError: if the shapes do not fit, a set has fewer than 2 rows, or a feature is not finite.
-    """
+    """Return the sliced Wasserstein-1 distance, over fixed random directions, as in `frechet_distance`."""
     from scipy.stats import wasserstein_distance
 
     _check(a, b)

@@ -26,11 +26,7 @@ PACKAGE: Final = "torch_fidelity"
 
 
 def network_module() -> ModuleType:
-    """Import torch-fidelity's module of the network without the imports of its package.
-
-    Raises:
-        ValueError: if torch-fidelity is not installed; the message says how.
-    """
+    """Import torch-fidelity's module without its package's imports; raise ValueError if it is not installed."""
     known = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == PACKAGE}
     for name in known:
         del sys.modules[name]

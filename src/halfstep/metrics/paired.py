@@ -1,7 +1,4 @@
-"""What only distillation needs: each sample against another from the same noise.
-
-Samples are on their own scale; for images that is [-1, 1], of width 2.
-"""
+"""Metrics of distillation: each sample against another from the same noise, on its own scale, for images [-1, 1]."""
 
 import importlib.util
 import math
@@ -40,11 +37,7 @@ def rmse(a: Tensor, b: Tensor) -> float:
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """The peak signal-to-noise ratio, in dB, of all pairs of images in [-1, 1] together; infinite for equal ones.
-
-    Raises:
-        ValueError: if their shapes differ.
-    """
+    """Return the PSNR, in dB, of all pairs of images in [-1, 1] together, infinite for equal ones; raises as `rmse`."""
     difference = rmse(a, b)
     return math.inf if difference == 0 else 20 * math.log10(WIDTH / difference)
 
@@ -62,7 +55,7 @@ def ssim(a: Tensor, b: Tensor) -> float:
         from torchmetrics.functional.image import structural_similarity_index_measure
 
     total = 0.0
-    # A few at a time, for it holds all that it is given some twenty times over.
+    # A few at a time: it holds some twenty copies of its input.
     for first, second in zip(a.split(AT_ONCE), b.split(AT_ONCE), strict=True):
         # Shifted to [0, 2]: its constants presume values from 0 up.
         score = structural_similarity_index_measure(

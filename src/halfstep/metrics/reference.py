@@ -31,11 +31,7 @@ class RealFeatures:
 
 
 def described(features: Tensor) -> RealFeatures:
-    """Features `[n, d]` with their statistics.
-
-    Raises:
-        ValueError: if there are fewer than 2, or one is not finite.
-    """
+    """Return features `[n, d]` with their statistics; raises as `moments_of`."""
     return RealFeatures(features, moments_of(features), radii(features) if len(features) >= K + 2 else None)
 
 
@@ -63,7 +59,7 @@ def real_features(
 
 
 def halves(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Two disjoint halves of the rows, of one size, by a fixed random choice."""
+    """Return two disjoint halves of the rows, of one size, by a fixed random choice."""
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
     middle = len(features) // 2
     return features[order[:middle]], features[order[middle : 2 * middle]]

@@ -17,16 +17,12 @@ StepNoise = Callable[[int], Tensor]
 
 
 class SamplerStep(NamedTuple):
-    """One finished step of a trajectory."""
+    """A finished step, `number` from 0, of a trajectory: from time t to s and the samples `x_s` `[batch, *dims]`."""
 
     number: int
-    """0 for the first step."""
     t: float
-    """Time at which the step started."""
     s: float
-    """Time at which it landed; 0 at the last step."""
     x_s: Tensor
-    """The samples there, `[batch, *dims]`; clean data at s = 0."""
 
 
 @torch.no_grad()
@@ -76,12 +72,9 @@ def sample(
     grid: Callable[[int], Tensor] = uniform_times,
     noise: StepNoise | None = None,
 ) -> Tensor:
-    """Return clean samples x0 `[batch, *dims]`, the end of `trajectory` with the same arguments.
+    """Return clean samples x0 `[batch, *dims]`, the end of `trajectory` with the same arguments and errors.
 
     x0 is clipped on the way only if the denoiser does so (`Clipped`; a model from `load` does for images).
-
-    Raises:
-        ValueError: if `num_steps` is not a whole number of at least 1, or noise is missing or would not be used.
     """
     x_s = x_t
     for step in trajectory(denoiser, x_t, num_steps, sampler, cond, grid, noise):

@@ -31,12 +31,13 @@ Share = float | Tensor
 
 
 class Rule(NamedTuple):
-    """An explicit Runge-Kutta rule in which the slope of each stage leads to the next."""
+    """An explicit Runge-Kutta rule in which the slope of each stage leads to the next.
+
+    The nodes are the stages as shares of the step, from 0; the weights are those of their slopes and sum to 1.
+    """
 
     nodes: tuple[Share, ...]
-    """The stages, as shares of the step; the first is 0."""
     weights: tuple[Share, ...]
-    """The weights of the slopes at the stages; their sum is 1."""
 
 
 EULER: Final = Rule((0.0,), (1.0,))
