@@ -106,7 +106,7 @@ class MemoryData(Data):
         return to_batch(self.x.index_select(0, indices), self.labels, indices)
 
     def to(self, device: torch.device | str) -> "MemoryData":
-        """The same samples in the memory of `device`, where they are fetched to."""
+        """Return the same samples in the memory of `device`, which `fetch` then returns there."""
         moved = replace(self, x=self.x.to(device), labels=None if self.labels is None else self.labels.to(device))
         # Content on a device cannot be hashed there.
         vars(moved)["fingerprint"] = self.fingerprint
@@ -215,7 +215,7 @@ class Place(NamedTuple):
 
 @final
 class Fed(NamedTuple):
-    """What one micro batch needs."""
+    """A micro batch with its place."""
 
     place: Place
     batch: Batch
@@ -267,7 +267,7 @@ class Feed:
         batch = self._batches(place.draw)
         key = place.number, place.turn.trains
         if key not in self._asked:
-            # What a turn's first micro batch draws is what every later one will.
+            # Every later micro batch of a turn draws as its first.
             place = place._replace(draw=replace(place.draw, asked=[]))
             assert place.draw.asked is not None
             self._asked[key] = place.draw.asked

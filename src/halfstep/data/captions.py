@@ -106,7 +106,7 @@ def read_classes(folder: Path, preparation: Preparation = RGB) -> tuple[Captione
     """Read a folder with a sub-folder for each class, whose name is the caption; return images and classes' names.
 
     Raises:
-        ValueError: in one line, if the folder is missing, has no images, or not two classes at least.
+        ValueError: if the folder is missing or has no images, or fewer than two classes.
     """
     root = _existing(folder, "with a sub-folder of images for each class")
     paths = [path for path in files_below(root) if path.suffix.lower() in IMAGE_SUFFIXES]

@@ -104,7 +104,7 @@ class Index(_Record):
     shards: tuple[Stored | None, ...]
 
     def places(self, number: int) -> range:
-        """The images of a shard."""
+        """Return the images of a shard."""
         first = number * self.shard_size
         return range(first, min(first + self.shard_size, self.images.count))
 
@@ -301,7 +301,7 @@ def _origin(images: CaptionedImages) -> Origin:
 
 
 def _digest(values: Iterable[Any]) -> str:
-    """A sha256 of JSON values in order."""
+    """Return the sha256 of JSON values in order."""
     digest = hashlib.sha256()
     for value in values:
         digest.update(json.dumps(value).encode() + b"\n")
@@ -398,8 +398,7 @@ class _Encoding:
                     f"encode in float32 if it was a shorter type, or remove the sample"
                 )
             found[name] = value
-            if name not in self.index.tensors:
-                self.index = self.index.model_copy(update={"tensors": {**self.index.tensors, name: entry}})
+            self.index = self.index.model_copy(update={"tensors": {**self.index.tensors, name: entry}})
         return found
 
     def _record(self, **files: Any) -> None:

@@ -14,7 +14,7 @@ from halfstep.objectives.base import Batch
 @final
 @dataclass(frozen=True, eq=False)
 class StandIn(Data):
-    """`num_samples` random images `[*image_shape]` with random labels; never to be trained on."""
+    """`num_samples` random images `[*image_shape]` with random labels, not for training."""
 
     source: str
     image_shape: tuple[int, ...]
