@@ -3,8 +3,8 @@
 A denoiser is a network seen through a process and a prediction, or a wrapper around another denoiser. Samplers and
 objectives know denoisers only, never networks.
 
-Call a denoiser with clock times `[batch]`, or with one time for all samples. `forward` gets a clock tensor either way.
-Some classes of the library also take the plain number, which saves small operations at every sampling step.
+Call a denoiser with clock times `[batch]`, or with one time for all samples. `forward` gets a clock tensor either way;
+some classes of the library also take the plain number, which saves small operations at every sampling step.
 """
 
 import warnings
@@ -58,9 +58,9 @@ class NetworkDenoiser(Denoiser):
     """A network seen through a process and a prediction.
 
     The network is any callable `(x_t, time, **cond) -> output`. `time` is t itself, in [0, 1], `[batch]`, in the dtype
-    of x_t but never below float32; a network that keeps another clock (diffusers' timesteps, log-SNR) converts it.
-    The output has `prediction.channels` times the channels of x_t and is brought to the dtype of x_t, so a network
-    may compute in half precision while the algebra around it does not.
+    of x_t but never below float32; a network with another clock (diffusers' timesteps, log-SNR) converts it. The output
+    has `prediction.channels` times the channels of x_t and is cast to the dtype of x_t: the network may compute in half
+    precision while the algebra does not.
 
     Raises:
         ValueError: at the call, if the output's shape is not what the prediction needs.
@@ -83,22 +83,20 @@ class NetworkDenoiser(Denoiser):
         else:
             time = t.to(device=x_t.device, dtype=precision)
         output: Tensor = self.network(x_t, time, **(cond or {}))
+        needed = tuple(x_t.shape)
         if x_t.ndim > 1:
-            needed = (x_t.shape[0], x_t.shape[1] * self.prediction.channels, *x_t.shape[2:])
-        else:
-            needed = tuple(x_t.shape)
+            needed = (needed[0], needed[1] * self.prediction.channels, *needed[2:])
         if tuple(output.shape) != needed:
             raise ValueError(
                 f"the network put out {tuple(output.shape)} for an input of {tuple(x_t.shape)}; "
                 f"{type(self.prediction).__name__} needs {needed}"
             )
-        alpha, sigma = self.process.amplitudes(t)
-        return self.prediction.denoised(output.to(x_t.dtype), x_t, alpha, sigma)
+        return self.prediction.denoised(output.to(x_t.dtype), x_t, *self.process.amplitudes(t))
 
 
 @final
 class Clipped(Denoiser):
-    """Another denoiser with x0 clipped to [low, high] and eps derived anew from it: how images are sampled.
+    """Another denoiser with x0 clipped to [low, high] and eps derived from it again: how images are sampled.
 
     Never used for targets or losses. Source: the authors' dpm.py (arXiv:2202.00512).
 
@@ -119,17 +117,16 @@ class Clipped(Denoiser):
 
     def forward(self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None) -> Denoised:
         x0 = self.denoiser(x_t, t, cond).x0.clamp(self.low, self.high)
-        alpha, sigma = self.process.amplitudes(t)
-        return Denoised(x0, eps_from_x0(x_t, x0, alpha, sigma))
+        return Denoised(x0, eps_from_x0(x_t, x0, *self.process.amplitudes(t)))
 
 
 @final
 class Reprocessed(Denoiser):
-    """Another denoiser seen through another process, exactly: asked at the time at which its own process has the same
-    log-SNR, about a sample scaled to its own amplitudes. Both have the same probability flow, on different clocks.
+    """Another denoiser seen through another process, exactly: called at the time at which its own process has the same
+    log-SNR, with the sample scaled to its own amplitudes. Both have the same probability flow, on different clocks.
 
     Raises:
-        ValueError: if the process goes to noise levels that the denoiser's own does not have.
+        ValueError: if the process reaches noise levels that the denoiser's own does not have.
     """
 
     def __init__(self, denoiser: Denoiser, process: NoiseProcess) -> None:
@@ -162,13 +159,12 @@ GUIDANCE: Final = "guidance_scale"
 class Guided(Denoiser):
     """Another denoiser with classifier-free guidance: uncond + scale (cond - uncond), for x0 and eps alike.
 
-    A scale of 1 is no guidance, 0 ignores the conditions. The denoiser is asked once, about a batch of twice the size.
+    Scale 1 disables guidance, 0 drops the conditions. The denoiser is called once, on a doubled batch.
 
     Args:
-        null: what stands for "no condition": a tensor for one sample, by the name of the condition that it replaces;
-            conditions that are not named stay as they are.
-        scale: one for all samples; None takes each sample's own from the condition `guidance_scale`, which the
-            denoiser itself is not shown then.
+        null: for each condition to replace, a tensor for one sample that means "no condition"; others stay.
+        scale: one for all samples; None takes each sample's own from the condition `guidance_scale`, which is not
+            passed on.
 
     Source: Ho & Salimans 2022 (arXiv:2207.12598), whose w is scale - 1.
 
@@ -208,7 +204,7 @@ class Guided(Denoiser):
     def _null(self, name: str, like: Tensor) -> Tensor:
         if name not in self.null:
             return like
-        # Copied to a device once: a copy makes the host wait for all that the device has to do.
+        # Copied to a device once: a copy makes the host wait for the device.
         place = (name, like.device, like.dtype)
         if place not in self._null_held:
             self._null_held[place] = self.null[name].to(like)
@@ -216,9 +212,9 @@ class Guided(Denoiser):
 
 
 def output_gain(process: NoiseProcess, prediction: Prediction, t: float = 1.0) -> float:
-    """How many times as large an error of the network's output is in x0 at time t: sigma / alpha for eps, 1 for x0.
+    """Return the error in x0 at time t over that of the network's output: sigma / alpha for eps, 1 for x0.
 
-    Of "both", the error is the same in both heads, whose effects on x0 partly cancel.
+    For "both", the error is the same in both heads, whose effects on x0 partly cancel.
     """
     alpha, sigma = process.alpha_sigma(torch.tensor([t], dtype=torch.float64))
     output = torch.ones(1, prediction.channels, dtype=torch.float64)
@@ -226,14 +222,11 @@ def output_gain(process: NoiseProcess, prediction: Prediction, t: float = 1.0) -
     return float(prediction.denoised(output, x_t, alpha, sigma).x0.abs())
 
 
-LARGEST_GAIN: Final = 1000.0
-"""Gain at t = 1 beyond which `warn_of_gain` speaks: an output good to 1 % then says nothing about x0."""
-
-
 def warn_of_gain(process: NoiseProcess, prediction: Prediction) -> None:
-    """Warns if the first step from t = 1 multiplies the network's error beyond use: prediction of eps at zero SNR."""
+    """Warn if the first step from t = 1 multiplies the network's error beyond use: prediction of eps at zero SNR."""
     gain = output_gain(process, prediction)
-    if not gain <= LARGEST_GAIN:
+    # Beyond a gain of 1,000 an output good to 1 % determines nothing about x0.
+    if not gain <= 1000:
         log_snr = float(process.log_snr(torch.ones(1, dtype=torch.float64)))
         warnings.warn(
             f"this network predicts {type(prediction).__name__.lower()}, and at t = 1, where the log-SNR is "

@@ -1,18 +1,17 @@
 """Every random number, as a function of what it is for.
 
 Training draws are a function of (seed, stream, update, purpose, place in the global batch); a generated sample's noise
-is a function of the sample's own seed. Nothing depends on what was drawn before, so a resumed run, another micro batch
-or another number of processes draws the same numbers. A generator is seeded for each *shard* of 32 places rather than
-for each place, which keeps the cost of this at microseconds an update.
+is a function of the sample's own seed. Nothing depends on earlier draws, so a resumed run, another micro batch or
+another world size draws the same numbers. A generator is seeded for each *shard* of 32 places rather than for each
+place, which costs microseconds an update.
 
-Numbers are drawn on the CPU, so that they are the same whatever the device; where it is another one, they can be made
-and sent ahead.
+Numbers are drawn on the CPU, to be the same for every device; they can be made and sent to it ahead.
 """
 
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, NamedTuple, final
 
@@ -24,21 +23,21 @@ SHARD: Final = 32
 
 
 def _number(key: tuple[object, ...]) -> int:
-    """What a generator for this key is seeded with."""
+    """Return the seed of a generator for this key."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
 
 
 def generator_for(*key: object) -> torch.Generator:
-    """A CPU generator seeded by a hash of `key`: equal keys, equal numbers; any other key, unrelated ones."""
+    """Return a CPU generator seeded by a hash of `key`: equal keys give equal numbers, others unrelated ones."""
     return torch.Generator().manual_seed(_number(key))
 
 
-def _normal_rows(keys: Iterable[tuple[object, ...]], length: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Unit normal numbers `[length, *shape]`, each row by a generator of its own key.
+def _normal_rows(keys: Sequence[tuple[object, ...]], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return unit normal numbers `[len(keys), *shape]`, each row by a generator of its own key.
 
-    One generator is seeded anew for each: to make as many would take longer than to draw the numbers.
+    One generator is seeded again for each: making a generator takes longer than drawing the numbers.
     """
-    rows, generator = torch.empty(length, *shape, dtype=dtype), torch.Generator()
+    rows, generator = torch.empty(len(keys), *shape, dtype=dtype), torch.Generator()
     for row, key in zip(rows.unbind(), keys, strict=True):
         row.normal_(generator=generator.manual_seed(_number(key)))
     return rows
@@ -61,10 +60,10 @@ class Asked(NamedTuple):
 class Draw:
     """The random numbers of one update for some places of the global batch.
 
-    `stream` tells stages apart, `places` is the part of `range(batch_size)` that is wanted.
+    `stream` distinguishes stages, `places` is a part of `range(batch_size)`.
 
-    Numbers can be made before they are asked for (`made_ahead`), by a thread that also brings them to a device: what
-    an objective asks for at one update it asks for at the next, and `asked` takes note of it.
+    An objective needs the same calls at every update: `asked` records them, and a thread can make their results ahead
+    (`made_ahead`) and move them to a device.
 
     Raises:
         ValueError: if `places` is empty or not within the batch.
@@ -76,7 +75,7 @@ class Draw:
     batch_size: int
     places: range
     asked: list[Asked] | None = field(default=None, compare=False, repr=False)
-    """Takes down what is asked for, if it is a list."""
+    """Records the calls, if it is a list."""
     _ahead: dict[Asked, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -84,8 +83,10 @@ class Draw:
             raise ValueError(f"places {self.places} are not a part of a batch of {self.batch_size}")
 
     def made_ahead(self, asked: Sequence[Asked], place: Callable[[Tensor], Tensor]) -> "Draw":
-        """This draw with the answers to `asked` already made and passed through `place`, which may move them to a
-        device. Each answer is given once; all else is drawn when it is asked for, on the CPU."""
+        """Return this draw with the results of `asked` made and passed through `place`, such as to a device.
+
+        Each is returned once; everything else is drawn at its call, on the CPU.
+        """
         return replace(self, _ahead={call: place(getattr(self, call.method)(*call.arguments)) for call in asked})
 
     def _answer(self, call: Asked, make: Callable[[], Tensor]) -> Tensor:
@@ -96,10 +97,8 @@ class Draw:
 
     def _shards(self, purpose: str, draw: "functools.partial[Tensor]") -> Tensor:
         first, last = self.places.start // SHARD, -(-self.places.stop // SHARD)
-        drawn = [
-            draw(generator=generator_for(self.seed, self.stream, self.update, purpose, shard))
-            for shard in range(first, last)
-        ]
+        key = self.seed, self.stream, self.update, purpose
+        drawn = [draw(generator=generator_for(*key, shard)) for shard in range(first, last)]
         offset = first * SHARD
         return torch.cat(drawn)[self.places.start - offset : self.places.stop - offset]
 
@@ -135,39 +134,37 @@ class Draw:
 
 
 def sample_noise(seeds: Sequence[int], shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Unit normal noise `[len(seeds), *shape]` whose every row depends on its own seed alone."""
-    return _normal_rows((("sample", int(seed)) for seed in seeds), len(seeds), shape, dtype)
+    """Return unit normal noise `[len(seeds), *shape]`, each row a function of its own seed alone."""
+    return _normal_rows([("sample", int(seed)) for seed in seeds], shape, dtype)
 
 
 def step_noise(
     seeds: Sequence[int], shape: Sequence[int], dtype: torch.dtype = torch.float32
 ) -> Callable[[int], Tensor]:
-    """What a stochastic sampler adds at its steps: from a step's number to unit normal noise `[len(seeds), *shape]`.
+    """Return a function from a step's number to the unit normal noise `[len(seeds), *shape]` that the step adds.
 
-    Every row depends on its own seed and the step's number alone.
+    Each row is a function of its own seed and the step's number alone.
     """
 
     def noise(number: int) -> Tensor:
-        return _normal_rows((("sample", int(seed), "step", number) for seed in seeds), len(seeds), shape, dtype)
+        return _normal_rows([("sample", int(seed), "step", number) for seed in seeds], shape, dtype)
 
     return noise
 
 
 def sample_labels(seeds: Sequence[int], num_classes: int) -> Tensor:
-    """Class labels int64 `[len(seeds)]`: seed modulo classes, so that consecutive seeds show every class equally."""
+    """Return class labels int64 `[len(seeds)]`, seed modulo classes: consecutive seeds cover all classes equally."""
     return torch.tensor([seed % num_classes for seed in seeds])
 
 
 def between(first: Tensor, second: Tensor, shares: Sequence[float]) -> Tensor:
-    """Noise on the way from `first` to `second`, both `[*shape]`: `[len(shares), *shape]`, first at 0, second at 1.
+    """Return `[len(shares), *shape]`, noise interpolated from `first` at 0 to `second` at 1, both `[*shape]`.
 
-    The way is the great circle (spherical interpolation): its points keep the size of noise, on which a model was
-    trained, where the straight line's middle would be too small by the square root of 2. Noises of one direction are
-    joined by the straight line.
+    Spherical interpolation keeps the norm of noise; the straight line's middle would be too small by the square root of
+    2. Noises of one direction are joined by the straight line.
 
     Raises:
-        ValueError: if the shapes differ, or the noises point in opposite directions, between which no way is the
-            shortest.
+        ValueError: if the shapes differ, or the noises point in opposite directions.
     """
     if first.shape != second.shape:
         raise ValueError(f"noises of the shapes {list(first.shape)} and {list(second.shape)} have nothing between them")

@@ -5,11 +5,7 @@ from torch import Tensor
 
 
 def check_num_steps(num_steps: int) -> None:
-    """Refuses a number of steps that is not a whole number of at least one.
-
-    Raises:
-        ValueError: if it is not.
-    """
+    """Raise ValueError unless `num_steps` is a whole number of at least 1."""
     if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
         raise ValueError(f"num_steps must be a whole number of at least 1, got {num_steps!r}")
 

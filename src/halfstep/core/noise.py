@@ -7,8 +7,7 @@ sees a process only through these three functions.
 Times and amplitudes are *clock* tensors: float64, one number per sample. Data is of any floating dtype and any shape
 `[batch, *dims]`. Times near 0 and 1 differ by parts in 10^8 at 8192 steps, so the clock is never computed in the data's
 precision; it is cast once, in `per_sample`, when it multiplies data. In sampling all samples have one time, which stays
-a plain number (a float64 as well): a step of a small network takes as long as a hundred operations on tensors, however
-small these are.
+a plain number: a step of a small network takes as long as a hundred operations on tensors, however small these are.
 """
 
 import math
@@ -55,15 +54,14 @@ def per_sample(clock: Tensor, like: Tensor) -> Tensor: ...
 @overload
 def per_sample(clock: Tensor | float, like: Tensor) -> Tensor | float: ...
 def per_sample(clock: Tensor | float, like: Tensor) -> Tensor | float:
-    """The clock tensor `[batch]` in the dtype and on the device of `like`, shaped `[batch, 1, ...]` to multiply it; a
-    number, which torch takes into the data's dtype, as it is."""
+    """Return the clock tensor `[batch]` as `[batch, 1, ...]` in `like`'s dtype on its device; a number as it is."""
     if isinstance(clock, float):
         return clock
     return clock.to(device=like.device, dtype=like.dtype).reshape(-1, *[1] * (like.ndim - 1))
 
 
 REMEMBERED: Final = 4096
-"""Times of which a process remembers the amplitudes: more than any grid has, and few enough for any memory."""
+"""Times for which a process caches its amplitudes: more than any grid has."""
 
 
 class NoiseProcess(ABC):
@@ -81,15 +79,9 @@ class NoiseProcess(ABC):
     def time_at(self, log_snr: Tensor) -> Tensor:
         """The time at which `log_snr` is reached: the inverse of `log_snr()`."""
 
-    @overload
-    def amplitudes(self, t: Tensor) -> tuple[Tensor, Tensor]: ...
-    @overload
-    def amplitudes(self, t: float) -> tuple[float, float]: ...
-    @overload
-    def amplitudes(self, t: Tensor | float) -> tuple[Tensor, Tensor] | tuple[float, float]: ...
     @final
     def amplitudes(self, t: Tensor | float) -> tuple[Tensor, Tensor] | tuple[float, float]:
-        """`alpha_sigma` at clock times `[batch]`; at one time for all samples, as two numbers, which are remembered."""
+        """Return `alpha_sigma` at clock times `[batch]`; at one time for all samples two numbers, which are cached."""
         if isinstance(t, Tensor):
             return self.alpha_sigma(t)
         if t not in self._remembered:
@@ -107,15 +99,12 @@ class NoiseProcess(ABC):
     @overload
     def landing(self, s: Tensor) -> tuple[Tensor, Tensor]: ...
     @overload
-    def landing(self, s: float) -> tuple[float, float]: ...
-    @overload
     def landing(self, s: Tensor | float) -> tuple[Tensor, Tensor] | tuple[float, float]: ...
     @final
     def landing(self, s: Tensor | float) -> tuple[Tensor, Tensor] | tuple[float, float]:
-        """Amplitudes at which a sampler's step arrives: those of the process, but exactly (1, 0) at s = 0.
+        """Return the amplitudes where a sampler's step lands: those of the process, but exactly (1, 0) at s = 0.
 
-        The last step lands on clean data, so it returns x0 itself, whatever small noise the process keeps at time 0.
-        (The authors' code does the same, in its sampler and in its target.)
+        The last step returns x0 itself, whatever small noise the process keeps at time 0, as in the authors' code.
         """
         if not isinstance(s, Tensor):
             return (1.0, 0.0) if s == 0 else self.amplitudes(s)
@@ -126,10 +115,7 @@ class NoiseProcess(ABC):
     @final
     @cached_property
     def start_scale(self) -> float:
-        """What unit noise is multiplied by to be a sample at t = 1: the spread of x_1 for data of unit variance.
-
-        1 for every process that preserves variance, and for flow matching; about sigma(1) where variance explodes.
-        """
+        """Scale of the noise at t = 1: the spread of x_1 for data of unit variance; 1 if the process preserves it."""
         alpha, sigma = self.alpha_sigma(torch.ones(1, dtype=torch.float64))
         return math.hypot(float(alpha), float(sigma))
 
@@ -150,8 +136,7 @@ class VPCosine(NoiseProcess):
     """The variance-preserving cosine process, alpha = cos(phi), sigma = sin(phi), with its log-SNR clipped.
 
     The angle phi grows linearly in t between the angles of the two log-SNR bounds, so that alpha^2 + sigma^2 = 1 and
-    log_snr = -2 log tan(phi). The default bounds of +-20 are those of every model of the paper's authors; at them
-    sigma(0) = alpha(1) = 4.5e-5.
+    log_snr = -2 log tan(phi). The default bounds of +-20 are the authors'; sigma(0) = alpha(1) = 4.5e-5.
 
     Source: Salimans & Ho 2022 (arXiv:2202.00512), section 4, and the authors' schedules.py.
 
@@ -195,8 +180,8 @@ class VPTable(NoiseProcess):
     """The discrete process of DDPM, between whose T noise levels the log-SNR is interpolated linearly.
 
     Level k, the timestep of diffusers, lies at t = (k + 1) / T, where alpha^2 is the product of 1 - beta_i over i <= k.
-    Below the first level the log-SNR goes on at the slope of the first interval. If the last level has no signal at
-    all, the ratio alpha / sigma is linear over the last interval in the place of its logarithm.
+    Below the first level the log-SNR keeps the slope of the first interval. If the last level has no signal, the ratio
+    alpha / sigma is linear over the last interval instead of its logarithm.
 
     Args:
         betas: T numbers in (0, 1), of which the last may be 1 if there are at least 3.
@@ -224,21 +209,17 @@ class VPTable(NoiseProcess):
         return f"VPTable({len(self.betas)} betas from {self.betas[0]:.4g} to {self.betas[-1]:.4g})"
 
     @cached_property
-    def _nodes(self) -> Tensor:
-        """log_snr at the times 0, 1 / T, ..., 1."""
-        log_power = torch.log1p(-torch.tensor(self.betas, dtype=torch.float64)).cumsum(0)
+    def _nodes(self) -> dict[torch.device, Tensor]:
+        """log_snr at the times 0, 1 / T, ..., 1, by device."""
+        log_power = torch.log1p(-torch.tensor(self.betas, dtype=torch.float64, device="cpu")).cumsum(0)
         levels = log_power - torch.log(-torch.expm1(log_power))
-        return torch.cat([2 * levels[:1] - levels[1:2], levels])
-
-    @cached_property
-    def _nodes_held(self) -> dict[torch.device, Tensor]:
-        return {}
+        return {levels.device: torch.cat([2 * levels[:1] - levels[1:2], levels])}
 
     def _nodes_on(self, device: torch.device) -> Tensor:
-        """`_nodes` on a device, copied there once: a copy makes the host wait for all that the device has to do."""
-        if device not in self._nodes_held:
-            self._nodes_held[device] = self._nodes.to(device)
-        return self._nodes_held[device]
+        """Return `_nodes` on a device, copied there once: a copy makes the host wait for the device."""
+        if device not in self._nodes:
+            self._nodes[device] = self._nodes[torch.device("cpu")].to(device)
+        return self._nodes[device]
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         log_snr = self.log_snr(t)
@@ -277,8 +258,10 @@ def scaled_linear_betas(num: int = 1000, first: float = 0.00085, last: float = 0
 
 
 def cosine_betas(num: int = 1000, largest: float = 0.999) -> tuple[float, ...]:
-    """`num` betas, none above `largest`, under which alpha^2 falls as cos^2. Source: Nichol & Dhariwal 2021
-    (arXiv:2102.09672), equation 17."""
+    """`num` betas, none above `largest`, under which alpha^2 falls as cos^2.
+
+    Source: Nichol & Dhariwal 2021 (arXiv:2102.09672), equation 17.
+    """
 
     def power(t: float) -> float:
         return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2

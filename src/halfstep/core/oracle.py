@@ -7,7 +7,7 @@ They need no training, so they prove samplers, targets and losses: a Gaussian's 
 from typing import final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from halfstep.core.denoiser import Cond, Denoiser
 from halfstep.core.noise import NoiseProcess, as_clock, per_sample
@@ -25,10 +25,8 @@ class GaussianDenoiser(Denoiser):
     def __init__(self, process: NoiseProcess, mean: Tensor | float = 0.0, std: Tensor | float = 1.0) -> None:
         super().__init__()
         self.process = process
-        self.mean: Tensor
-        self.std: Tensor
-        self.register_buffer("mean", torch.as_tensor(mean, dtype=torch.float64))
-        self.register_buffer("std", torch.as_tensor(std, dtype=torch.float64))
+        self.mean = nn.Buffer(torch.as_tensor(mean, dtype=torch.float64))
+        self.std = nn.Buffer(torch.as_tensor(std, dtype=torch.float64))
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Denoised:
         alpha, sigma = (per_sample(a, x_t.double()) for a in self.process.alpha_sigma(t))
@@ -38,7 +36,7 @@ class GaussianDenoiser(Denoiser):
         return Denoised(x0.to(x_t.dtype), (sigma / variance * rest).to(x_t.dtype))
 
     def flow(self, x_t: Tensor, t: Tensor | float, s: Tensor | float) -> Tensor:
-        """Where the probability-flow ODE takes `x_t` from time t to time s, exactly: x_s, shaped as `x_t`."""
+        """Return the exact solution x_s of the probability-flow ODE from `x_t` at time t to time s, shaped as `x_t`."""
         alpha_t, sigma_t = (per_sample(a, x_t) for a in self.process.alpha_sigma(as_clock(t, x_t)))
         alpha_s, sigma_s = (per_sample(a, x_t) for a in self.process.landing(as_clock(s, x_t)))
         mean, std = self.mean.to(x_t), self.std.to(x_t)
@@ -60,11 +58,7 @@ class MixtureDenoiser(Denoiser):
     """
 
     def __init__(
-        self,
-        process: NoiseProcess,
-        means: Tensor,
-        std: Tensor | float,
-        weights: Tensor | None = None,
+        self, process: NoiseProcess, means: Tensor, std: Tensor | float, weights: Tensor | None = None
     ) -> None:
         super().__init__()
         self.process = process
@@ -73,12 +67,9 @@ class MixtureDenoiser(Denoiser):
         shares = torch.ones(components, dtype=torch.float64) if weights is None else weights.double()
         if bool((stds < 0).any()) or bool((shares <= 0).any()):
             raise ValueError("standard deviations must be at least 0 and weights above 0")
-        self.means: Tensor
-        self.stds: Tensor
-        self.log_weights: Tensor
-        self.register_buffer("means", means.double())
-        self.register_buffer("stds", stds)
-        self.register_buffer("log_weights", torch.log(shares / shares.sum()))
+        self.means = nn.Buffer(means.double())
+        self.stds = nn.Buffer(stds)
+        self.log_weights = nn.Buffer(torch.log(shares / shares.sum()))
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Denoised:
         amplitudes = self.process.alpha_sigma(t)
@@ -96,5 +87,5 @@ class MixtureDenoiser(Denoiser):
 
 
 def data_set_denoiser(process: NoiseProcess, points: Tensor) -> MixtureDenoiser:
-    """The exact denoiser of the finite data set `points` `[n, *dims]`: what a network with no limits would learn."""
+    """Return the exact denoiser of the finite data set `points` `[n, *dims]`, which a perfect network would learn."""
     return MixtureDenoiser(process, points, std=0.0)

@@ -30,15 +30,14 @@ from halfstep.registry import Registry
 
 
 class Denoised(NamedTuple):
-    """What a denoiser makes of x_t: the clean sample and the unit noise, each `[batch, *dims]`."""
+    """A denoiser's estimates from x_t: the clean sample and the unit noise, each `[batch, *dims]`."""
 
     x0: Tensor
     eps: Tensor
 
 
 class Prediction(ABC):
-    """The meaning of a network's output. `alpha` and `sigma` are clock tensors `[batch]`, or in `denoised` two numbers
-    for all samples."""
+    """The meaning of a network's output; `alpha` and `sigma` are clock tensors, or for `denoised` also two numbers."""
 
     channels: ClassVar[int]
     """Output channels for each channel of data: 1, and 2 for `Both`."""
@@ -80,7 +79,7 @@ class LinearPrediction(Prediction):
         return Denoised(x0=x0_x * x_t + x0_p * output, eps=eps_x * x_t + eps_p * output)
 
     def _solved(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What x_t and p are multiplied by to be x0, and to be eps."""
+        """Return the factors of x_t and p in x0, and those in eps."""
         a, b = self.coefficients(alpha, sigma)
         d = b * alpha - a * sigma
         return b / d, -sigma / d, -a / d, alpha / d
@@ -88,7 +87,7 @@ class LinearPrediction(Prediction):
 
 @lru_cache(maxsize=4096)
 def _solved_once(prediction: LinearPrediction, alpha: float, sigma: float) -> tuple[float, ...]:
-    """`LinearPrediction._solved` at amplitudes of all samples; sampling asks for the same few again and again."""
+    """Return `LinearPrediction._solved` at two numbers; sampling needs the same few again and again."""
     alphas, sigmas = (torch.tensor([number], dtype=torch.float64) for number in (alpha, sigma))
     return tuple(float(number) for number in prediction._solved(alphas, sigmas))
 
@@ -141,8 +140,8 @@ class EDM(LinearPrediction):
     """The network predicts EDM's residual F, from which x0 = c_skip y + c_out F with y = x_t / alpha.
 
     With the noise-to-signal ratio s = sigma / alpha and rho = sqrt(s^2 + sigma_data^2), c_skip is sigma_data^2 / rho^2
-    and c_out is s sigma_data / rho, so that F = (s x0 - sigma_data^2 eps) / (sigma_data rho). (What the network is
-    shown, y / rho and log(s) / 4, is the matter of its adapter.)
+    and c_out is s sigma_data / rho, so that F = (s x0 - sigma_data^2 eps) / (sigma_data rho). The network's inputs,
+    y / rho and log(s) / 4, are made by its adapter.
 
     Source: Karras et al. 2022, EDM (arXiv:2206.00364), table 1.
 

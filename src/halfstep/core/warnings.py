@@ -1,5 +1,5 @@
-"""The warning that halfstep gives where something asked for is allowed but unwise."""
+"""The warning about choices that are allowed but unwise."""
 
 
 class HalfstepWarning(UserWarning):
-    """Something was asked for that works, but outside what the model or the method was made for."""
+    """A choice works, but outside what the model or the method was made for."""

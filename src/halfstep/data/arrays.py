@@ -18,7 +18,7 @@ from halfstep.runtime.files import first_line
 DATA_KEYS: Final = ("x", "arr_0")
 LABEL_KEYS: Final = ("y", "labels", "arr_1")
 MAX_CLASSES: Final = 100_000
-"""A label beyond it is taken for something else, such as an identifier."""
+"""Labels beyond it are presumably something else, such as identifiers."""
 
 
 def digits(prepare: Preparation, labels: bool, limit: int | None) -> MemoryData:
@@ -31,7 +31,7 @@ def digits(prepare: Preparation, labels: bool, limit: int | None) -> MemoryData:
 
 
 def array_file(source: str, prepare: Preparation, labels: bool, limit: int | None) -> MemoryData:
-    """The samples of a .npy file, or the samples and labels of a .npz file.
+    """Load the samples of a .npy file, or the samples and labels of a .npz file.
 
     Raises:
         ValueError: if the file is missing, damaged or holds Python objects, if a .npz has no array under a known name,
@@ -54,13 +54,12 @@ def from_arrays(
     """
     if x.size == 0:
         raise ValueError(f"{source} holds no samples (shape {x.shape}): at least 1 is needed")
-    classes: Classes = (None, ()) if labels is None else _classes(source, labels, len(x))
+    numbers = None if labels is None else _classes(source, labels, len(x))
     kept = _pixels(source, x[:limit], prepare) if x.dtype == np.uint8 else _floats(source, x[:limit], prepare)
-    numbers, names = classes
-    return MemoryData(source, torch.from_numpy(kept), None if numbers is None else numbers[:limit], names)
-
-
-Classes = tuple[torch.Tensor | None, tuple[str, ...]]
+    if numbers is None:
+        return MemoryData(source, torch.from_numpy(kept))
+    names = tuple(map(str, range(int(numbers.max()) + 1)))
+    return MemoryData(source, torch.from_numpy(kept), numbers[:limit], names)
 
 
 def _load(path: Path) -> tuple[NDArray[Any], NDArray[Any] | None]:
@@ -71,10 +70,10 @@ def _load(path: Path) -> tuple[NDArray[Any], NDArray[Any] | None]:
             loaded = np.load(file, allow_pickle=False)
             if isinstance(loaded, np.ndarray):
                 return loaded, None
-            arrays = {name: loaded[name] for name in loaded.files if name in DATA_KEYS + LABEL_KEYS}
             names = loaded.files
             if len(names) == 1:
                 return loaded[names[0]], None
+            arrays = {name: loaded[name] for name in names if name in DATA_KEYS + LABEL_KEYS}
     except Exception as error:  # a damaged archive raises whatever zipfile, zlib or numpy stumble over
         raise ValueError(
             f"{path} cannot be read ({first_line(error)}): save plain arrays, without Python objects, anew with "
@@ -119,7 +118,7 @@ def _floats(source: str, x: NDArray[Any], prepare: Preparation) -> NDArray[np.fl
         return np.ascontiguousarray(x, dtype=np.float32)
 
 
-def _classes(source: str, labels: NDArray[Any], length: int) -> Classes:
+def _classes(source: str, labels: NDArray[Any], length: int) -> torch.Tensor:
     if labels.dtype.kind not in "iu" or labels.shape != (length,):
         raise ValueError(
             f"{source} has {labels.dtype} labels of shape {labels.shape}: {length} samples need integer labels of "
@@ -130,4 +129,4 @@ def _classes(source: str, labels: NDArray[Any], length: int) -> Classes:
             f"{source} has labels from {labels.min()} to {labels.max()}: number the classes from 0 up, below "
             f"{MAX_CLASSES}; or use --data.no-labels to leave them out"
         )
-    return torch.from_numpy(labels.astype(np.int64)), tuple(map(str, range(int(labels.max()) + 1)))
+    return torch.from_numpy(labels.astype(np.int64))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Final, NamedTuple, final
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -106,36 +106,30 @@ class MemoryData(Data):
         return to_batch(self.x.index_select(0, indices), self.labels, indices)
 
     def to(self, device: torch.device | str) -> "MemoryData":
-        """The same samples in the memory of `device`, where they are fetched to."""
+        """Return the same samples in the memory of `device`, which `fetch` then returns there."""
         moved = replace(self, x=self.x.to(device), labels=None if self.labels is None else self.labels.to(device))
-        # Content decides about it, and the content of a device cannot be hashed there.
+        # Content on a device cannot be hashed there.
         vars(moved)["fingerprint"] = self.fingerprint
         return moved
 
 
 def sent(value: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device. On its way to a GPU the host does not wait for it: only a copy from pinned memory lets
-    it go on before all that the device was asked before is done."""
+    """Return the tensor on the device. Pinned memory lets the host go on without waiting for a GPU's earlier work."""
     if value.device.type == "cpu" and device.type == "cuda":
         value = value.pin_memory()
     return value.to(device, non_blocking=True)
 
 
-HELD_SHARE: Final = 1 / 8
-"""Share of a GPU's memory up to which data is held there: enough for every common set of small images."""
-
-
 def held_on(device: torch.device, data: Data) -> Data:
-    """The data in the memory of the GPU, if it is small against that, so that a batch costs no copy; else as it is."""
+    """Move data that fill at most an eighth of the GPU's memory there, where a batch costs no copy."""
     if device.type != "cuda" or not isinstance(data, MemoryData):
         return data
-    largest = torch.cuda.get_device_properties(device).total_memory * HELD_SHARE
+    largest = torch.cuda.get_device_properties(device).total_memory / 8
     return data.to(device) if data.x.nbytes <= largest else data
 
 
 def training_batch(data: Data, draw: Draw, flip: bool) -> Batch:
-    """The samples of an update, where the data lies; a function of `draw` alone. If `flip`, each is mirrored or not by
-    chance.
+    """Return the samples of an update on the data's device, a function of `draw` alone; `flip` mirrors half at random.
 
     Raises:
         ValueError: if `flip` is set for data that are not images.
@@ -149,13 +143,13 @@ def training_batch(data: Data, draw: Draw, flip: bool) -> Batch:
 
 
 def to_batch(x: Tensor, labels: Tensor | None, indices: Tensor) -> Batch:
-    """The batch of samples `x` `[n, *dims]`, uint8 pixels or float32, and of the labels at `indices`."""
+    """Return the batch of samples `x` `[n, *dims]`, uint8 pixels or float32, and of the labels at `indices`."""
     x0 = x.float().div_(127.5).sub_(1) if x.dtype == torch.uint8 else x
     return Batch(x0, {} if labels is None else {"class_labels": labels.index_select(0, indices)})
 
 
 def check_flip(data: Data, flip: bool) -> None:
-    """Refuses to mirror what is not an image."""
+    """Raise ValueError if `flip` is set for data that are not images."""
     if flip and not data.is_image:
         raise ValueError(
             f"{data.source} holds arrays of shape {data.shape}, and only images can be mirrored: use --data.no-flip"
@@ -163,7 +157,7 @@ def check_flip(data: Data, flip: bool) -> None:
 
 
 def check_samples(source: str, x: Tensor) -> None:
-    """Refuses samples that are neither uint8 images nor finite float32 arrays."""
+    """Raise ValueError unless samples are uint8 images or finite float32 arrays."""
     if (x.dtype, x.ndim) != (torch.uint8, 4) and (x.dtype != torch.float32 or x.ndim < 2):
         raise ValueError(
             f"{source} holds {x.dtype} of shape {tuple(x.shape)}: images are uint8 [n, channels, height, width], "
@@ -180,7 +174,7 @@ def check_samples(source: str, x: Tensor) -> None:
 
 
 def check_labels(source: str, labels: Tensor | None, class_names: tuple[str, ...], length: int) -> None:
-    """Refuses labels that are not one index of a class for each sample."""
+    """Raise ValueError unless labels are one index of a class for each sample."""
     if labels is None:
         if class_names:
             raise ValueError(f"{source} names {len(class_names)} classes but has no labels")
@@ -203,13 +197,10 @@ Batches = Callable[[Draw], Batch]
 """From a draw to its batch: `x0` `[len(draw.places), *dims]`, a function of the draw alone."""
 
 
-UPDATES_AHEAD: Final = 3
-"""Enough for the host to ride over a slow read; each costs a batch's memory."""
-
-
 def updates_ahead(device: torch.device, reads_files: bool) -> int:
-    """Updates that are worth making ahead: none where the CPU itself trains on data in its memory."""
-    return 0 if device.type == "cpu" and not reads_files else UPDATES_AHEAD
+    """Return the number of updates to prepare ahead: 0 where the CPU trains on data in its memory."""
+    # 3 outlast a slow read; each costs a batch's memory.
+    return 0 if device.type == "cpu" and not reads_files else 3
 
 
 @final
@@ -217,14 +208,14 @@ class Place(NamedTuple):
     """A micro batch of a turn: where it lies in the global batch, and its random numbers."""
 
     number: int
-    """Of the turn in its update."""
+    """Number of the turn in its update."""
     turn: Turn
     draw: Draw
 
 
 @final
 class Fed(NamedTuple):
-    """What one micro batch needs."""
+    """A micro batch with its place."""
 
     place: Place
     batch: Batch
@@ -236,15 +227,11 @@ class Feed:
 
     Args:
         places: from an update's number to the micro batches of its turns.
-        ahead: updates that are made ready before they are needed, by one thread; 0 for none.
+        ahead: updates that one thread prepares before they are needed.
     """
 
     def __init__(
-        self,
-        batches: Batches,
-        places: Callable[[int], Iterable[Sequence[Place]]],
-        device: torch.device,
-        ahead: int = 0,
+        self, batches: Batches, places: Callable[[int], Iterable[Sequence[Place]]], device: torch.device, ahead: int = 0
     ) -> None:
         self._batches, self._places, self._device, self._ahead = batches, places, device, ahead
         self._asked: dict[tuple[int, str], list[Asked]] = {}
@@ -280,7 +267,7 @@ class Feed:
         batch = self._batches(place.draw)
         key = place.number, place.turn.trains
         if key not in self._asked:
-            # What a turn's first micro batch draws is what every later one will.
+            # Every later micro batch of a turn draws as its first.
             place = place._replace(draw=replace(place.draw, asked=[]))
             assert place.draw.asked is not None
             self._asked[key] = place.draw.asked

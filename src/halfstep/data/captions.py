@@ -16,7 +16,7 @@ from torch import Tensor
 
 from halfstep.data.base import MemoryData
 from halfstep.data.folders import IMAGE_SUFFIXES, Files, files_below, image_folder
-from halfstep.data.images import Preparation, decoded
+from halfstep.data.images import Labelled, Preparation, decoded
 from halfstep.runtime.files import first_line
 
 TABLES: Final = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -27,7 +27,7 @@ RGB: Final = Preparation(channels=3)
 @final
 @dataclass(frozen=True, eq=False)
 class CaptionedImages:
-    """Image files below the folder `source`, each with its caption; the empty one says that there is none.
+    """Image files below the folder `source`, each with its caption, which may be empty.
 
     Raises:
         ValueError: if there are no files, or not one caption for each.
@@ -55,40 +55,31 @@ class CaptionedImages:
         return Path(self.source).expanduser()
 
     def load(self, index: int) -> Tensor:
-        """The pixels of one image, prepared, uint8 `[channels, height, width]`.
-
-        Raises:
-            ValueError: if the file cannot be decoded.
-        """
+        """Return the prepared pixels of one image, uint8 `[channels, height, width]`; as `loaded`."""
         return self.loaded([index]).x[0]
 
     def loaded(self, indices: Sequence[int]) -> MemoryData:
-        """The images at `indices`, which must not be empty, prepared and in memory.
+        """Load and prepare the images at `indices`, at least one.
 
         Raises:
             ValueError: if a file cannot be decoded, or differs from the first of them in channels or size.
         """
         files = Files(self.root, tuple(self.files[index] for index in indices))
-        data = decoded(self.source, files, None, (), self.preparation, sys.maxsize)
+        data = decoded(self.source, Labelled(files), self.preparation, sys.maxsize)
         assert isinstance(data, MemoryData)
         return data
 
 
 def read_captions(folder: Path, preparation: Preparation = RGB) -> CaptionedImages:
-    """All images of the folder and its sub-folders with their captions, sorted by their relative paths.
+    """Read all images of the folder and its sub-folders with their captions, sorted by relative path.
 
-    Of a .txt the space around the text is left out; a null in a table is the empty caption. Hidden files are
-    ignored.
+    Strips the text of a .txt; a null in a table is the empty caption. Ignores hidden files.
 
     Raises:
-        ValueError: in one line, if the folder is missing or has no images, if an image has no caption, two captions, or
-            both a row of a table and a .txt, if a caption has no image, or if a table or a .txt cannot be read.
+        ValueError: if the folder is missing or has no images, if an image has no caption, two captions, or both a row
+            of a table and a .txt, if a caption has no image, or if a table or a .txt cannot be read.
     """
-    root = folder.expanduser()
-    if not root.is_dir():
-        raise ValueError(
-            f"{folder} is {'not a folder' if root.exists() else 'missing'}: give a folder of images with captions"
-        )
+    root = _existing(folder, "of images with captions")
     below = files_below(root)
     if (root / "train").is_dir() and (other := {path.parts[0] for path in below} & {"test", "validation", "val"}):
         raise ValueError(
@@ -112,17 +103,12 @@ def read_captions(folder: Path, preparation: Preparation = RGB) -> CaptionedImag
 
 
 def read_classes(folder: Path, preparation: Preparation = RGB) -> tuple[CaptionedImages, tuple[str, ...]]:
-    """The images of a folder with one sub-folder for each class, whose name is their caption; and the classes' names.
+    """Read a folder with a sub-folder for each class, whose name is the caption; return images and classes' names.
 
     Raises:
-        ValueError: in one line, if the folder is missing, has no images, or not two classes at least.
+        ValueError: if the folder is missing or has no images, or fewer than two classes.
     """
-    root = folder.expanduser()
-    if not root.is_dir():
-        raise ValueError(
-            f"{folder} is {'not a folder' if root.exists() else 'missing'}: give a folder with a sub-folder of images "
-            "for each class"
-        )
+    root = _existing(folder, "with a sub-folder of images for each class")
     paths = [path for path in files_below(root) if path.suffix.lower() in IMAGE_SUFFIXES]
     found = image_folder(root, paths, "train", labels=True, limit=None)
     if found.labels is None:
@@ -133,8 +119,15 @@ def read_classes(folder: Path, preparation: Preparation = RGB) -> tuple[Captione
     return CaptionedImages(str(found.images.root), files, captions, preparation), found.class_names
 
 
+def _existing(folder: Path, content: str) -> Path:
+    root = folder.expanduser()
+    if not root.is_dir():
+        raise ValueError(f"{folder} is {'not a folder' if root.exists() else 'missing'}: give a folder {content}")
+    return root
+
+
 def _from_texts(root: Path, files: Sequence[PurePath], beside: dict[PurePath, PurePath]) -> dict[PurePath, str]:
-    """The captions of those images that have a .txt beside them."""
+    """Return the captions of those images that have a .txt beside them."""
     stems = {path.with_suffix("") for path in files}
     if lost := sorted(path for stem, path in beside.items() if stem not in stems):
         raise ValueError(
@@ -155,7 +148,7 @@ def _read_text(path: Path) -> str:
 def _from_tables(
     root: Path, files: Sequence[PurePath], tables: Sequence[PurePath], beside: dict[PurePath, PurePath]
 ) -> dict[PurePath, str]:
-    """The captions in the tables, which are of images only, and of each once."""
+    """Return the captions in the tables, which are of images only, and of each once."""
     if both := [path for path in files if path.with_suffix("") in beside]:
         raise ValueError(f"{root} has captions in {tables[0]} and in {beside[both[0].with_suffix('')]}: keep one kind")
     # One name may be spelled in two ways: \u00e9 is one character on most systems and two on a Mac.
@@ -183,7 +176,7 @@ def _composed(path: PurePath) -> str:
 
 
 def _rows(path: Path) -> list[tuple[str, str]]:
-    """file_name and text of each row of a table."""
+    """Return file_name and text of each row of a table."""
     import pyarrow as pa  # type: ignore[import-untyped]
     from pyarrow import csv, json, parquet
 
@@ -194,9 +187,7 @@ def _rows(path: Path) -> list[tuple[str, str]]:
     readers: dict[str, Callable[[], Any]] = {
         ".jsonl": lambda: json.read_json(path, json.ReadOptions(block_size=size)),
         ".csv": lambda: csv.read_csv(
-            path,
-            parse_options=csv.ParseOptions(newlines_in_values=True),
-            convert_options=csv.ConvertOptions(column_types=text),
+            path, None, csv.ParseOptions(newlines_in_values=True), csv.ConvertOptions(column_types=text)
         ),
         ".parquet": lambda: parquet.read_table(path),
     }

@@ -1,4 +1,4 @@
-"""What the user says about the data, and the one function that opens them."""
+"""The user's configuration of the data, and the one function that opens them."""
 
 import re
 from pathlib import Path
@@ -8,8 +8,8 @@ from pydantic import BaseModel, ConfigDict
 
 from halfstep.data.arrays import array_file, digits
 from halfstep.data.base import Data, check_flip
-from halfstep.data.folders import IMAGE_SUFFIXES, Labelled, files_below, image_folder
-from halfstep.data.images import Channels, Preparation, Resample, Resize, decoded
+from halfstep.data.folders import IMAGE_SUFFIXES, files_below, image_folder
+from halfstep.data.images import Channels, Labelled, Preparation, Resample, Resize, decoded
 from halfstep.data.latents import is_latents, open_latents
 from halfstep.data.tables import is_saved, table
 
@@ -47,11 +47,11 @@ class DataConfig(BaseModel):
 
 
 def open_data(config: DataConfig) -> Data:
-    """The data that `config` names, prepared as it says.
+    """Open and prepare the data that `config` names.
 
     Raises:
-        ValueError: in one line, if the source is not there, cannot be read or holds other things than samples of one
-            shape, or if a setting is out of range or would be ignored.
+        ValueError: if the source is missing, unreadable or not samples of one shape, or if a setting is out of range or
+            would be ignored.
     """
     _check(config)
     data = _open(config)
@@ -74,9 +74,9 @@ def _open(config: DataConfig) -> Data:
             raise ValueError(f"{source} holds latents, which are taken as they are: leave out other --data options")
         return open_latents(path)
     if path.is_dir():
-        return decoded(source, *_folder(config, path), prepare, config.max_bytes)
+        return decoded(source, _folder(config, path), prepare, config.max_bytes)
     if re.fullmatch(r"\w[\w.-]*/[\w.-]+", source) and not path.exists():
-        return decoded(source, *_table(config), prepare, config.max_bytes)
+        return decoded(source, _table(config), prepare, config.max_bytes)
     raise ValueError(
         f"{source} {'is a file of another kind' if path.exists() else 'does not exist'}: --data.source is digits, a "
         f".npy or .npz file, a folder, or a name on the Hub such as owner/name"
@@ -84,7 +84,7 @@ def _open(config: DataConfig) -> Data:
 
 
 def _folder(config: DataConfig, root: Path) -> Labelled:
-    """The images of a folder: those in its tables if it has any, else its image files."""
+    """Return the images of a folder: those in its tables if it has any, else its image files."""
     if is_saved(root):
         return _table(config)
     files = files_below(root)
@@ -110,7 +110,7 @@ def _refuse_label_column(config: DataConfig) -> None:
 
 
 def _check(config: DataConfig) -> None:
-    """Refuses settings that are out of range, or that others make idle."""
+    """Raise ValueError for settings that are out of range or would be ignored."""
     for flag, value in (("limit", config.limit), ("image-size", config.image_size)):
         if value is not None and value < 1:
             raise ValueError(f"--data.{flag} is {value}: give 1 or more, or leave it out")

@@ -1,26 +1,17 @@
 """Data from folders of image files: any formats and sizes, with sub-folders for splits and for classes."""
 
+import itertools
 import os
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Final, NamedTuple, final
+from typing import Final, final
 
 import torch
-from torch import Tensor
 
-from halfstep.data.images import EncodedImages
+from halfstep.data.images import EncodedImages, Labelled
 
 IMAGE_SUFFIXES: Final = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-
-
-class Labelled(NamedTuple):
-    """Encoded images and, if they have classes, the index of each one's class, int64 `[n]`, and the classes' names."""
-
-    images: EncodedImages
-    labels: Tensor | None = None
-    class_names: tuple[str, ...] = ()
 
 
 @final
@@ -45,10 +36,10 @@ class Files(EncodedImages):
 
 
 def image_folder(root: Path, paths: Sequence[PurePath], split: str, labels: bool, limit: int | None) -> Labelled:
-    """The image files at `paths` below `root`, or those in its sub-folder `split` if there is one.
+    """Return the image files at the sorted `paths` below `root`, or those in its sub-folder `split` if there is one.
 
-    If each image lies in exactly one level of sub-folders, and these are two or more, their names are the classes, and
-    `limit` takes as many images of each as there are; otherwise it takes the first by name.
+    If each image lies in one of two or more sub-folders, their names are the classes and `limit` is balanced across
+    them; otherwise it takes the first by name.
 
     Raises:
         ValueError: if there are no images, or no sub-folder `split`; "train" without one is the whole folder.
@@ -62,13 +53,16 @@ def image_folder(root: Path, paths: Sequence[PurePath], split: str, labels: bool
     names = tuple(sorted({path.parts[0] for path in paths}))
     if not labels or len(names) < 2 or any(len(path.parts) != 2 for path in paths):
         return Labelled(Files(root, tuple(paths[:limit])))
-    paths = sorted(_in_turn(paths)[:limit], key=lambda path: path.parts)
+    classes = [list(group) for _, group in itertools.groupby(paths, key=lambda path: path.parts[0])]
+    # The first of each class, then the second of each, and so on.
+    in_turn = [path for row in itertools.zip_longest(*classes) for path in row if path is not None]
+    paths = sorted(in_turn[:limit], key=lambda path: path.parts)
     numbers = {name: number for number, name in enumerate(names)}
     return Labelled(Files(root, tuple(paths)), torch.tensor([numbers[path.parts[0]] for path in paths]), names)
 
 
 def files_below(root: Path) -> list[PurePath]:
-    """The files below `root`, sorted, without what is hidden; links to folders are followed, each folder once."""
+    """Return the files below `root`, sorted, without hidden ones; follows links to folders, each folder once."""
     found: list[PurePath] = []
     seen: set[str] = set()
     for folder, folders, names in os.walk(root, followlinks=True):
@@ -80,13 +74,3 @@ def files_below(root: Path) -> list[PurePath]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [Path(folder, name).relative_to(root) for name in names if not name.startswith(".")]
     return sorted(found, key=lambda path: path.parts)
-
-
-def _in_turn(paths: Sequence[PurePath]) -> list[PurePath]:
-    """The first of each class, then the second of each, and so on."""
-    met: Counter[str] = Counter()
-    ranks = []
-    for path in paths:
-        ranks.append((met[path.parts[0]], path.parts))
-        met[path.parts[0]] += 1
-    return [PurePath(*parts) for _, parts in sorted(ranks)]

@@ -1,7 +1,7 @@
 """From encoded images to pixels, in memory or only when they are fetched.
 
-The order is: turn by the EXIF orientation, lay transparency on white, convert to the channels that are wanted, crop and
-resample. Of a file with several frames the first is read. An image that needs none of this keeps its pixels exactly.
+In this order: turn by the EXIF orientation, lay transparency on white, convert channels, crop and resample. Only the
+first of several frames is read. An image that needs none of this keeps its pixels exactly.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Final, Literal, final
+from typing import ClassVar, Final, Literal, NamedTuple, final
 
 import numpy as np
 import torch
@@ -41,13 +41,13 @@ _GREY: Final = ("1", "L", "LA", "La")
 
 
 def _workers() -> int:
-    """Threads that decode: as many as this process may use cores, of which several on one machine have a share each."""
+    """Return the number of decoding threads: the cores that this process may use, shared with other local ranks."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(16, cores // max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))))
 
 
 _CHUNK: Final = 4096
-"""Images that are read at a time to be decoded, which bounds the memory for their encoded bytes."""
+"""Images read at a time, which bounds the memory for their encoded bytes."""
 
 
 @final
@@ -80,7 +80,7 @@ class Preparation:
         return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
     def _box(self, width: int, height: int) -> tuple[int, int, int, int]:
-        """The part (left, upper, right, lower) of the image that is kept, in whole pixels so that none is blurred."""
+        """Return the box (left, upper, right, lower) to keep, in whole pixels so that none is blurred."""
         if self.resize == "stretch":
             return 0, 0, width, height
         side = min(width, height)
@@ -89,14 +89,14 @@ class Preparation:
 
 
 class EncodedImages(ABC):
-    """Image files, or what is like them, by index."""
+    """Encoded images by index."""
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """What to call the image in an error."""
+        """Name of the image in an error."""
 
     @abstractmethod
     def read(self, indices: Sequence[int]) -> Sequence[Path | bytes]:
@@ -107,12 +107,20 @@ class EncodedImages(ABC):
         """For each image a name that is the same on every machine, and its encoded size in bytes."""
 
 
+class Labelled(NamedTuple):
+    """Encoded images and, if they have classes, the index of each one's class, int64 `[n]`, and the classes' names."""
+
+    images: EncodedImages
+    labels: Tensor | None = None
+    class_names: tuple[str, ...] = ()
+
+
 @final
 @dataclass(frozen=True, eq=False)
 class ImageFiles(Data):
-    """Images too many for memory: decoded by a few threads each time they are fetched.
+    """Images too many for memory, decoded by a few threads at each fetch.
 
-    Its fingerprint is of names, sizes in bytes, labels and preparation, not of pixels.
+    The fingerprint is that of names, sizes in bytes, labels and preparation, not of pixels.
 
     Raises:
         ValueError: if `prepare` leaves the size or the channels to the files, or labels are not indices of class_names.
@@ -123,6 +131,7 @@ class ImageFiles(Data):
     prepare: Preparation
     labels: Tensor | None = None
     class_names: tuple[str, ...] = ()
+    is_image: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.prepare.image_size is None or self.prepare.channels is None:
@@ -137,10 +146,6 @@ class ImageFiles(Data):
         assert self.prepare.channels is not None
         assert self.prepare.image_size is not None
         return self.prepare.channels, self.prepare.image_size, self.prepare.image_size
-
-    @property
-    def is_image(self) -> bool:
-        return True
 
     @cached_property
     def fingerprint(self) -> str:
@@ -162,19 +167,13 @@ class ImageFiles(Data):
         return to_batch(torch.from_numpy(x), self.labels, indices)
 
 
-def decoded(
-    source: str,
-    images: EncodedImages,
-    labels: Tensor | None,
-    class_names: tuple[str, ...],
-    prepare: Preparation,
-    max_bytes: int,
-) -> Data:
-    """The images as data: in memory if their pixels fit into `max_bytes`, else as `ImageFiles`.
+def decoded(source: str, found: Labelled, prepare: Preparation, max_bytes: int) -> Data:
+    """Return the images as data: in memory if their pixels fit into `max_bytes`, else as `ImageFiles`.
 
     Raises:
         ValueError: if an image cannot be decoded, or differs from the first in channels or size; or as `ImageFiles`.
     """
+    images, labels, class_names = found
     first = _decode(images, [0], prepare)[0]
     if first.nbytes * len(images) > max_bytes:
         return ImageFiles(source, images, prepare, labels, class_names)
@@ -206,13 +205,11 @@ def _open(file: Path | bytes, name: str, prepare: Preparation) -> NDArray[np.uin
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=_FORMATS) as image:
             return prepare(image)
-    except OSError as error:
-        if error.errno in GONE:
-            raise OSError(error.errno, f"{error.strerror}: the data are gone; bring them back", name) from None
-        if not isinstance(error, UnidentifiedImageError):
-            raise ValueError(f"{name} cannot be decoded ({first_line(error)}): repair or remove it") from error
-        raise ValueError(f"{name} is no image ({', '.join(_FORMATS)}): repair or remove it") from error
     except Exception as error:  # Pillow's decoders raise many types on damaged files
+        if isinstance(error, OSError) and error.errno in GONE:
+            raise OSError(error.errno, f"{error.strerror}: the data are gone; bring them back", name) from None
+        if isinstance(error, UnidentifiedImageError):
+            raise ValueError(f"{name} is no image ({', '.join(_FORMATS)}): repair or remove it") from error
         raise ValueError(f"{name} cannot be decoded ({first_line(error)}): repair or remove it") from error
 
 

@@ -6,8 +6,8 @@ FOLDER/
   shard-00000.safetensors     latents [n, channels, height, width] and each condition [n, ...] of the first `shard_size`
   shard-00001.safetensors     images; and so on, in the order of the images
 
-The encoders are callables, so that this room knows nothing of the libraries that they come from. Tensors are stored in
-the dtype of the encoder and read as float32, but for integers and bools, which are left as they are.
+The encoders are callables, independent of the libraries that they come from. Tensors are stored in the dtype of the
+encoder and floats are read as float32.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Any, ClassVar, Final, final
 
 import torch
 from filelock import FileLock, Timeout
@@ -43,41 +43,39 @@ LATENTS: Final = "latents"
 @final
 @dataclass(frozen=True)
 class Encoder:
-    """What makes latents of images and conditions of captions; it may return them on any device."""
+    """Makes latents of images and conditions of captions, on any device."""
 
     images: Callable[[Tensor], Tensor]
     """float32 images `[n, 3, h, w]` in [-1, 1] -> latents `[n, c, h/8, w/8]`, scaled as the network takes them."""
     texts: Callable[[list[str]], dict[str, Tensor]]
     """n captions -> the conditions by name, each `[n, ...]` with one shape for all captions."""
     key: str
-    """Says which weights and settings these are: equal if the encoders are."""
+    """Identifies weights and settings: equal if the encoders are."""
 
 
-class Entry(BaseModel):
-    """A tensor of each sample."""
-
+class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Entry(_Record):
+    """A tensor of each sample."""
 
     shape: tuple[int, ...]
     """Shape of one sample."""
     dtype: str
-    """As it is stored: the name of a torch dtype."""
+    """The stored torch dtype, by name."""
 
 
-class Stored(BaseModel):
-    """A file that was written."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class Stored(_Record):
+    """A written file."""
 
     sha256: str
     size: int
     """Bytes."""
 
 
-class Origin(BaseModel):
-    """Which images were encoded: the same on every machine, wherever their folder lies."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class Origin(_Record):
+    """The encoded images, identified independently of machine and folder."""
 
     count: int
     names: str
@@ -90,10 +88,8 @@ class Origin(BaseModel):
     """The fields of their `Preparation`."""
 
 
-class Index(BaseModel):
-    """index.json: what the folder is to hold, and what of it is there."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class Index(_Record):
+    """index.json: the planned content of the folder, and the files written so far."""
 
     format: int = FORMAT
     encoder: str
@@ -101,23 +97,14 @@ class Index(BaseModel):
     images: Origin
     shard_size: int
     class_names: tuple[str, ...] = ()
-    """Of images of classes, whose captions are these names and whose conditions are `class_labels`."""
+    """For images of classes, whose captions are these names and whose conditions are `class_labels`."""
     tensors: dict[str, Entry] = {}
-    """The latents and the conditions by name; they are known once they were encoded for the first time."""
+    """The latents and conditions by name; empty until the first are encoded."""
     null: Stored | None = None
     shards: tuple[Stored | None, ...]
 
-    @property
-    def written(self) -> int:
-        """Number of shards that are there."""
-        return sum(shard is not None for shard in self.shards)
-
-    def is_complete(self) -> bool:
-        """Whether all was encoded."""
-        return self.null is not None and self.written == len(self.shards)
-
     def places(self, number: int) -> range:
-        """The images of a shard."""
+        """Return the images of a shard."""
         first = number * self.shard_size
         return range(first, min(first + self.shard_size, self.images.count))
 
@@ -125,24 +112,18 @@ class Index(BaseModel):
 @final
 @dataclass(frozen=True, eq=False)
 class LatentData(Data):
-    """The samples of a finished folder, read from its memory-mapped shards as they are fetched.
-
-    The latents are x0, the conditions `Batch.cond`. The fingerprint is of the files' digests.
-    """
+    """The samples of a finished folder, read from memory-mapped shards: latents as x0, conditions as `Batch.cond`."""
 
     source: str
     index: Index
     null: Mapping[str, Tensor]
     """The conditions of the empty caption, as `fetch` returns them but without the batch axis."""
     class_names: tuple[str, ...] = ()
+    is_image: ClassVar[bool] = False
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.index.tensors[LATENTS].shape
-
-    @property
-    def is_image(self) -> bool:
-        return False
 
     @cached_property
     def fingerprint(self) -> str:
@@ -161,19 +142,16 @@ class LatentData(Data):
         shards = indices // self.index.shard_size
         for number in shards.unique().tolist():
             places = (shards == number).nonzero()[:, 0]
-            self._read(number, indices[places] % self.index.shard_size, places, found)
+            rows = indices[places] % self.index.shard_size
+            path = Path(self.source).expanduser() / shard_name(number)
+            try:
+                # Opened for each batch, in microseconds: kept open, there would be as many files as shards.
+                with safe_open(path, "pt") as file:
+                    for name, value in found.items():
+                        value[places] = file.get_tensor(name)[rows].to(value.dtype)
+            except (OSError, SafetensorError) as error:
+                raise _damaged(path, self.source) from error
         return Batch(found.pop(LATENTS), found)
-
-    def _read(self, number: int, rows: Tensor, places: Tensor, into: Mapping[str, Tensor]) -> None:
-        """Copies the rows of a shard to their places in the batch."""
-        path = Path(self.source).expanduser() / shard_name(number)
-        try:
-            # Opened for each batch: that takes microseconds, and open files would be as many as there are shards.
-            with safe_open(path, "pt") as file:
-                for name, value in into.items():
-                    value[places] = file.get_tensor(name)[rows].to(value.dtype)
-        except (OSError, SafetensorError) as error:
-            raise _damaged(path, self.source) from error
 
 
 def is_latents(path: Path) -> bool:
@@ -182,7 +160,7 @@ def is_latents(path: Path) -> bool:
 
 
 def open_latents(folder: Path) -> LatentData:
-    """The data of a folder that `encode` has finished. Sizes are checked now, contents only by `encode`.
+    """Open a folder that `encode` has finished. Sizes are checked now, contents only by `encode`.
 
     Raises:
         ValueError: if the folder is missing, is of another format, or is not finished.
@@ -192,15 +170,15 @@ def open_latents(folder: Path) -> LatentData:
     if not (root / INDEX).is_file():
         raise ValueError(f"{folder} holds no latents (it has no {INDEX}): give a folder that was encoded")
     index = _read_index(root)
-    if index.null is None or not index.is_complete():
+    if index.null is None or None in index.shards:
+        written = sum(shard is not None for shard in index.shards)
         raise ValueError(
-            f"{folder} is not finished ({index.written} of {len(index.shards)} shards): encode the same images into it "
+            f"{folder} is not finished ({written} of {len(index.shards)} shards): encode the same images into it "
             f"again, which goes on where it was stopped"
         )
     for number, stored in enumerate(index.shards):
-        path = root / shard_name(number)
-        if stored is None or not path.is_file() or path.stat().st_size != stored.size:
-            raise _damaged(path, str(folder))
+        if not _has_size(root / shard_name(number), stored):
+            raise _damaged(root / shard_name(number), str(folder))
     if not _is_intact(root / NULL, index.null):
         raise _damaged(root / NULL, str(folder))
     null = {name: value.to(_read_as(value.dtype)) for name, value in load((root / NULL).read_bytes()).items()}
@@ -216,15 +194,15 @@ def encode(
     on_progress: Callable[[int, int], None] | None = None,
     class_names: Sequence[str] = (),
 ) -> LatentData:
-    """The latents and conditions of all images, from `folder` where they are there, else encoded into it.
+    """Encode all images into `folder`, except those encoded there already, and return their latents and conditions.
 
-    Files are whole or absent, and a shard that was recorded is never encoded again unless its content has changed.
-    Stopped at any moment, the same call goes on with the first shard that is missing and ends with the same bytes as
-    if it had not been stopped, given encoders that are functions of their batch. No batch crosses shards.
+    Files are whole or absent, and a recorded shard is encoded again only if its content has changed. Repeat an
+    interrupted call to resume it with the first missing shard; given encoders that are functions of their batch, the
+    bytes are those of an uninterrupted call. No batch crosses shards.
 
     Args:
         on_progress: called with the number of images that are done and of all, at the start and after each batch.
-        class_names: of images of classes (`read_classes`), in the order of the `class_labels` that the encoder makes.
+        class_names: for images of classes (`read_classes`), in the order of the encoder's `class_labels`.
 
     Raises:
         ValueError: in one line, if `folder` holds something else, latents of another encoder, of other images or in
@@ -253,12 +231,12 @@ def encode(
 
 
 def shard_name(number: int) -> str:
-    """The file of a shard."""
+    """Return the file name of a shard."""
     return f"shard-{number:05d}.safetensors"
 
 
 def _check_folder(root: Path) -> None:
-    """Refuses a folder that was not begun by `encode`."""
+    """Raise ValueError unless the folder is absent, empty or begun by `encode`."""
     if root.exists() and not root.is_dir():
         raise ValueError(f"{root} is a file: give a folder for the latents")
     if root.is_dir() and not (root / INDEX).exists():
@@ -270,15 +248,11 @@ def _check_folder(root: Path) -> None:
 def _begin(
     images: CaptionedImages, encoder: Encoder, root: Path, shard_size: int, class_names: tuple[str, ...]
 ) -> Index:
-    """The index of the folder, written now if there is none."""
+    """Return the index of the folder, written now if there is none."""
     if not (root / INDEX).exists():
-        count = -(-len(images) // shard_size)
+        shards = (None,) * -(-len(images) // shard_size)
         index = Index(
-            encoder=encoder.key,
-            images=_origin(images),
-            shard_size=shard_size,
-            class_names=class_names,
-            shards=(None,) * count,
+            encoder=encoder.key, images=_origin(images), shard_size=shard_size, class_names=class_names, shards=shards
         )
         _record(root, index)
         return index
@@ -299,7 +273,7 @@ def _begin(
 
 
 def _differs(then: Origin, now: Origin) -> str:
-    """What tells two sets of images apart, in words."""
+    """Return the difference between two sets of images, in words."""
     if then.count != now.count:
         return f"{then.count} then and {now.count} now"
     if then.preparation != now.preparation:
@@ -310,7 +284,7 @@ def _differs(then: Origin, now: Origin) -> str:
 
 
 def _origin(images: CaptionedImages) -> Origin:
-    """Which images these are; all files are read."""
+    """Identify the images; reads all files."""
     paths = [images.root / path for path in images.files]
     try:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -327,7 +301,7 @@ def _origin(images: CaptionedImages) -> Origin:
 
 
 def _digest(values: Iterable[Any]) -> str:
-    """A sha256 of JSON values in order."""
+    """Return the sha256 of JSON values in order."""
     digest = hashlib.sha256()
     for value in values:
         digest.update(json.dumps(value).encode() + b"\n")
@@ -335,24 +309,16 @@ def _digest(values: Iterable[Any]) -> str:
 
 
 @final
+@dataclass
 class _Encoding:
     """Fills a folder, recording each file once it is whole."""
 
-    def __init__(
-        self,
-        images: CaptionedImages,
-        encoder: Encoder,
-        root: Path,
-        batch_size: int,
-        on_progress: Callable[[int, int], None],
-        index: Index,
-    ) -> None:
-        self.images = images
-        self.encoder = encoder
-        self.root = root
-        self.batch_size = batch_size
-        self.on_progress = on_progress
-        self.index = index
+    images: CaptionedImages
+    encoder: Encoder
+    root: Path
+    batch_size: int
+    on_progress: Callable[[int, int], None]
+    index: Index
 
     def run(self) -> None:
         if not _is_intact(self.root / NULL, self.index.null):
@@ -373,7 +339,7 @@ class _Encoding:
         self._record(null=_write(self.root / NULL, {name: value[0] for name, value in null.items()}))
 
     def _write_shard(self, number: int, done: int) -> int:
-        """Encodes a shard, of which all `done` before it are, and returns how many then are."""
+        """Encode a shard; return the number of encoded images, which was `done`."""
         places = self.index.places(number)
         parts = []
         for first in range(places.start, places.stop, self.batch_size):
@@ -387,7 +353,7 @@ class _Encoding:
         return done
 
     def _encode(self, part: range) -> dict[str, Tensor]:
-        """Latents and conditions of the images of a batch, on the CPU."""
+        """Return latents and conditions of a batch of images, on the CPU."""
         x0 = self.images.loaded(part).fetch(torch.arange(len(part))).x0
         names = [str(self.images.files[index]) for index in part]
         if x0.shape[1] != 3:
@@ -409,7 +375,7 @@ class _Encoding:
         return self._checked({LATENTS: latents, **conditions}, names)
 
     def _checked(self, tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
-        """The tensors on the CPU: one finite sample for each name, all of one form, which the index then knows."""
+        """Check for one finite sample of one form for each name; return them on the CPU, with the form in the index."""
         found = {}
         for name, value in tensors.items():
             if value.ndim == 0 or len(value) != len(names):
@@ -432,12 +398,11 @@ class _Encoding:
                     f"encode in float32 if it was a shorter type, or remove the sample"
                 )
             found[name] = value
-            if name not in self.index.tensors:
-                self.index = self.index.model_copy(update={"tensors": {**self.index.tensors, name: entry}})
+            self.index = self.index.model_copy(update={"tensors": {**self.index.tensors, name: entry}})
         return found
 
     def _record(self, **files: Any) -> None:
-        """Puts files that are on the disk into the index."""
+        """Add written files to the index."""
         self.index = self.index.model_copy(update=files)
         _record(self.root, self.index)
 
@@ -447,7 +412,7 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _read_as(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a stored tensor is returned."""
+    """Return the dtype in which a stored tensor is read."""
     return torch.float32 if dtype.is_floating_point else dtype
 
 
@@ -456,15 +421,17 @@ def _write(path: Path, tensors: Mapping[str, Tensor]) -> Stored:
 
 
 def _record(root: Path, index: Index) -> None:
-    """Writes the index. A file that a power cut takes away all the same is found missing by its record."""
+    """Write the index, which also reveals a file lost in a power cut."""
     write_json(root / INDEX, index.model_dump(mode="json"))
 
 
+def _has_size(path: Path, stored: Stored | None) -> bool:
+    return stored is not None and path.is_file() and path.stat().st_size == stored.size
+
+
 def _is_intact(path: Path, stored: Stored | None) -> bool:
-    """Whether a file was recorded and is what was recorded."""
-    if stored is None or not path.is_file() or path.stat().st_size != stored.size:
-        return False
-    return sha256_of(path) == stored.sha256
+    """Whether a file was recorded and is unchanged."""
+    return stored is not None and _has_size(path, stored) and sha256_of(path) == stored.sha256
 
 
 def _read_index(root: Path) -> Index:

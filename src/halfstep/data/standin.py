@@ -1,7 +1,7 @@
-"""Random pixels in the shape of data that is not at hand: for a dry run, which asks only what an update costs."""
+"""Random pixels in the shape of missing data, for a dry run, which only measures what an update costs."""
 
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -14,24 +14,18 @@ from halfstep.objectives.base import Batch
 @final
 @dataclass(frozen=True, eq=False)
 class StandIn(Data):
-    """`num_samples` random images `[*image_shape]` with random labels; never to be trained on."""
+    """`num_samples` random images `[*image_shape]` with random labels, not for training."""
 
     source: str
     image_shape: tuple[int, ...]
     num_samples: int
     class_names: tuple[str, ...] = ()
+    is_image: ClassVar[bool] = True
+    fingerprint: ClassVar[str] = "stand-in"
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.image_shape
-
-    @property
-    def is_image(self) -> bool:
-        return True
-
-    @property
-    def fingerprint(self) -> str:
-        return "stand-in"
 
     def __len__(self) -> int:
         return self.num_samples
@@ -40,7 +34,8 @@ class StandIn(Data):
         generator = generator_for("stand-in", indices.tolist())
         size = (len(indices), *self.image_shape)
         pixels = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
-        if not self.class_names:
-            return to_batch(pixels, None, indices)
-        labels = torch.randint(self.num_classes, (len(indices),), generator=generator)
-        return Batch(to_batch(pixels, None, indices).x0, {"class_labels": labels})
+        batch = to_batch(pixels, None, indices)
+        if self.class_names:
+            labels = torch.randint(self.num_classes, (len(indices),), generator=generator)
+            batch = Batch(batch.x0, {"class_labels": labels})
+        return batch

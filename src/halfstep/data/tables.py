@@ -8,8 +8,7 @@ from typing import Any, final
 import numpy as np
 import torch
 
-from halfstep.data.folders import Labelled
-from halfstep.data.images import EncodedImages
+from halfstep.data.images import EncodedImages, Labelled
 from halfstep.runtime.files import first_line
 
 
@@ -50,20 +49,19 @@ class Column(EncodedImages):
 
 
 def table(source: str, split: str, labels: bool, label_column: str | None, limit: int | None) -> Labelled:
-    """The images and labels of a folder or of a name on the Hub; columns are found by their types, not by their names.
+    """Return the images and labels of a folder or a name on the Hub; columns are found by type, not by name.
 
     Raises:
-        ValueError: if it cannot be opened, has no such split or no rows in it, has not one Image column, or several
+        ValueError: if it cannot be opened, has no such split or no rows in it, not exactly one Image column, or several
             ClassLabel columns of which none is chosen.
     """
     import datasets
 
     rows = _open(source, split)
-    kinds = {name: type(feature).__name__ for name, feature in rows.features.items()}
     images = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
     classes = [name for name, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
     if len(images) != 1:
-        columns = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
+        columns = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in rows.features.items())
         raise ValueError(f"{source} has {len(images)} Image columns and needs one; its columns are {columns}")
     if label_column is not None and label_column not in classes:
         known = ", ".join(classes) or "none"
@@ -89,7 +87,7 @@ def is_saved(root: Path) -> bool:
 
 
 def _open(source: str, split: str) -> Any:
-    """The `datasets.Dataset` of a split."""
+    """Return the `datasets.Dataset` of a split."""
     import datasets
 
     root = Path(source).expanduser()

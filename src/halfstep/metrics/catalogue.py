@@ -1,4 +1,4 @@
-"""All figures that are taken of a set of samples, by name, and what each name means to a reader."""
+"""All figures of a set of samples, by name, and their meaning to a reader."""
 
 import math
 from collections.abc import Mapping
@@ -14,57 +14,41 @@ from halfstep.metrics.reference import RealFeatures, described, halves
 from halfstep.metrics.scores import SPLITS, inception_score
 from halfstep.runs.evaluation import MetricInfo
 
+
+def _lower(label: str, meaning: str) -> MetricInfo:
+    return MetricInfo(label=label, better="lower", meaning=meaning)
+
+
+def _higher(label: str, meaning: str) -> MetricInfo:
+    return MetricInfo(label=label, better="higher", meaning=meaning)
+
+
 METRICS: Final[Mapping[str, MetricInfo]] = {
-    "frechet": MetricInfo(
-        label="Frechet distance",
-        better="lower",
-        meaning="Distance of Gaussians fitted to the features of samples and real data; in `inception` features, FID.",
+    "frechet": _lower(
+        "Frechet distance",
+        "Distance of Gaussians fitted to the features of samples and real data; in `inception` features, FID.",
     ),
-    "kid": MetricInfo(
-        label="KID",
-        better="lower",
-        meaning="Squared kernel distance of the features; unbiased for any count, so it may be slightly negative.",
+    "kid": _lower(
+        "KID", "Squared kernel distance of the features; unbiased for any count, so it may be slightly negative."
     ),
-    "inception_score": MetricInfo(
-        label="Inception score",
-        better="higher",
-        meaning="How sure the extractor's classifier is of each sample, and how many classes there are.",
+    "inception_score": _higher(
+        "Inception score", "How sure the extractor's classifier is of each sample, and how many classes there are."
     ),
-    "precision": MetricInfo(
-        label="precision", better="higher", meaning="Share of samples that lie among the real data."
+    "precision": _higher("precision", "Share of samples that lie among the real data."),
+    "recall": _higher("recall", "Share of the real data that lie among the samples."),
+    "density": _higher(
+        "density", "By how many real neighbourhoods a sample is covered, over their expected number; may exceed 1."
     ),
-    "recall": MetricInfo(label="recall", better="higher", meaning="Share of the real data that lie among the samples."),
-    "density": MetricInfo(
-        label="density",
-        better="higher",
-        meaning="By how many real neighbourhoods a sample is covered, over their expected number; may exceed 1.",
+    "coverage": _higher("coverage", "Share of the real data with a sample in their neighbourhood."),
+    "sliced_wasserstein": _lower(
+        "sliced Wasserstein", "Mean Wasserstein-1 distance of the features projected on 128 fixed random directions."
     ),
-    "coverage": MetricInfo(
-        label="coverage", better="higher", meaning="Share of the real data with a sample in their neighbourhood."
+    "rmse": _lower("RMSE to teacher", "Root mean square difference from the teacher's samples of the same noise."),
+    "psnr": _higher("PSNR to teacher, dB", "The same in decibels below the range of the pixels."),
+    "ssim": _higher(
+        "SSIM to teacher", "Structural similarity with the teacher's images of the same noise; 1 for equal ones."
     ),
-    "sliced_wasserstein": MetricInfo(
-        label="sliced Wasserstein",
-        better="lower",
-        meaning="Mean Wasserstein-1 distance of the features projected on 128 fixed random directions.",
-    ),
-    "rmse": MetricInfo(
-        label="RMSE to teacher",
-        better="lower",
-        meaning="Root mean square difference from the teacher's samples of the same noise.",
-    ),
-    "psnr": MetricInfo(
-        label="PSNR to teacher, dB", better="higher", meaning="The same in decibels below the range of the pixels."
-    ),
-    "ssim": MetricInfo(
-        label="SSIM to teacher",
-        better="higher",
-        meaning="Structural similarity with the teacher's images of the same noise; 1 for equal ones.",
-    ),
-    "lpips": MetricInfo(
-        label="LPIPS to teacher",
-        better="lower",
-        meaning="Perceptual distance (AlexNet) from the teacher's images of the same noise.",
-    ),
+    "lpips": _lower("LPIPS to teacher", "Perceptual distance (AlexNet) from the teacher's images of the same noise."),
 }
 """In the order in which they are shown."""
 
@@ -77,7 +61,7 @@ class Figures(NamedTuple):
 
 
 def figures_of(extractor: FeatureExtractor, features: Tensor, real: RealFeatures) -> Figures:
-    """All figures of a set's `features` `[n, d]` against the real data's.
+    """Return all figures of a set's `features` `[n, d]` against the real data's.
 
     Raises:
         ValueError: if there are fewer than 2 samples, or features are not finite.
@@ -104,13 +88,13 @@ def figures_of(extractor: FeatureExtractor, features: Tensor, real: RealFeatures
 
 
 def figures_of_halves(extractor: FeatureExtractor, real: RealFeatures) -> Figures:
-    """The figures of one half of the real data against the other."""
+    """Return the figures of one half of the real data against the other."""
     first, second = halves(real.features)
     return figures_of(extractor, second, described(first))
 
 
 def paired_figures(samples: Tensor, others: Tensor, is_image: bool) -> Figures:
-    """The figures of samples `[n, *dims]` against those of another model from the same noise.
+    """Return the figures of samples `[n, *dims]` against those of another model from the same noise.
 
     Raises:
         ValueError: if their shapes differ.

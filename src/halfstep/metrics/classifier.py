@@ -1,15 +1,14 @@
-"""The classifier whose features the data's own labels make: trained on them, with a fixed seed, and kept."""
+"""A classifier trained on the data's own labels, with a fixed seed, and cached."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Final, final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from halfstep.core.draw import generator_for
-from halfstep.metrics.features import FeatureExtractor, RealData, digest_of, extractors, refuse_path
+from halfstep.metrics.features import FeatureExtractor, RealData, digest_of, extractors, in_batches, refuse_path
 from halfstep.runtime.tensors import read_cached, write_cached
 
 CLASSIFIER: Final = "classifier-1"
@@ -22,35 +21,19 @@ class Classifier(FeatureExtractor):
     """The 64 linear features before the last layer of a small network trained on labelled data (`train_classifier`).
 
     They are taken before their ReLU, so that no direction of error is cut off.
-
-    Args:
-        name: see `FeatureExtractor.name`.
-        network: maps samples to logits through `body` (features) and `head`.
     """
 
     def __init__(self, name: str, network: "ClassifierNetwork", accuracy: float) -> None:
-        self._name = name
+        self.name = name
         self.network = network.eval()
         self.accuracy = accuracy
-        """Share of held-out samples that it classifies rightly."""
+        """Share of held-out samples that it classifies correctly."""
+        self.facts = {"accuracy": round(accuracy, 4)}
+        self.resize = "none"
 
-    @property
-    def name(self) -> str:
-        return self._name
-
-    @property
-    def facts(self) -> Mapping[str, Any]:
-        return {"accuracy": round(self.accuracy, 4)}
-
-    @property
-    def resize(self) -> str:
-        return "none"
-
-    @torch.no_grad()
     def features(self, samples: Tensor) -> Tensor:
-        device = next(self.network.parameters()).device
-        chunks = [self.network.body(chunk.to(device).float()).cpu() for chunk in samples.split(1000)]
-        return torch.cat(chunks)
+        device = self.network.head.weight.device
+        return in_batches(lambda part: self.network.body(part.float()), samples, device, 1000)
 
     @torch.no_grad()
     def logits(self, features: Tensor) -> Tensor | None:
@@ -83,15 +66,6 @@ class ClassifierNetwork(nn.Module):
         return logits
 
 
-def _restored(network: nn.Module, cache: Path | None) -> bool:
-    """Whether the weights could be read from the cache; a damaged cache is as good as none."""
-    try:
-        network.load_state_dict(read_cached(cache))
-    except RuntimeError:
-        return False
-    return True
-
-
 def train_classifier(
     x: Tensor,
     labels: Tensor,
@@ -102,11 +76,11 @@ def train_classifier(
     batch_size: int = 128,
     seed: int = 0,
 ) -> Classifier:
-    """A classifier of `x` `[n, *dims]` with int64 `labels` `[n]`, the same for the same arguments on one machine.
+    """Train a classifier of `x` `[n, *dims]` with int64 `labels` `[n]`; deterministic on one machine.
 
-    It is trained for `num_updates`, by default for 4 epochs, but at least 300 and at most 3,000 updates. A tenth of the
-    data is held out to measure its accuracy. The extractor's name is `name` with a hash of the weights. With `cache`,
-    the weights are read from and written to that safetensors file, whose name must be unique to the data.
+    `num_updates` defaults to 4 epochs, at least 300 and at most 3,000 updates. A tenth of the data is held out to
+    measure the accuracy. The extractor's name is `name` with a hash of the weights. `cache` is a safetensors file of
+    the weights, whose name must be unique to the data.
 
     Raises:
         ValueError: if there are fewer than 20 samples or fewer than 2 classes.
@@ -120,13 +94,14 @@ def train_classifier(
         network = ClassifierNetwork(tuple(x.shape[1:]), num_classes)
     order = torch.randperm(len(x), generator=generator_for(seed, "classifier split"))
     held_out, kept = order[: len(x) // 10], order[len(x) // 10 :]
-    if not _restored(network, cache):
+    try:
+        network.load_state_dict(read_cached(cache))
+    except RuntimeError:  # no cache, or a damaged one
         num_updates = num_updates or min(3000, max(300, 4 * len(kept) // batch_size))
         optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=num_updates)
         for update in range(num_updates):
-            picks = torch.randint(len(kept), (batch_size,), generator=generator_for(seed, "classifier", update))
-            rows = kept[picks]
+            rows = kept[torch.randint(len(kept), (batch_size,), generator=generator_for(seed, "classifier", update))]
             optimizer.zero_grad()
             F.cross_entropy(network(x[rows].float()), labels[rows], label_smoothing=0.1).backward()
             optimizer.step()

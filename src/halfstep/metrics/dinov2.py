@@ -4,27 +4,22 @@ The class token after the last normalisation of the image at 224 x 224, as in St
 found distances in it nearer to people's judgement than Inception's.
 """
 
-from collections.abc import Mapping
-from typing import Any, Final, final
+from typing import ClassVar, Final, final
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from halfstep.metrics.features import FeatureExtractor, RealData, digest_of, extractors, in_batches
-from halfstep.metrics.images import unit_range
+from halfstep.metrics.features import FeatureExtractor, NetworkFeatures, RealData, extractors
+from halfstep.metrics.images import normalised
 from halfstep.runtime.files import first_line
 
 DEFAULT: Final = "facebook/dinov2-large"
 """The size that Stein et al. used."""
-SIDE: Final = 224
-MEAN: Final = (0.485, 0.456, 0.406)
-STD: Final = (0.229, 0.224, 0.225)
-"""ImageNet's, on which it was trained."""
 
 
 @final
-class DINOv2(FeatureExtractor):
+class DINOv2(NetworkFeatures):
     """The class token of a DINOv2 model.
 
     Args:
@@ -33,6 +28,8 @@ class DINOv2(FeatureExtractor):
     Raises:
         ValueError: if transformers is missing, or the model is not there or another one.
     """
+
+    batch_size: ClassVar[int] = 32
 
     def __init__(self, source: str, device: torch.device | str) -> None:
         try:
@@ -49,35 +46,13 @@ class DINOv2(FeatureExtractor):
                 f"dinov2={source}: no DINOv2 model could be read there ({first_line(error)}); give "
                 "dinov2=FOLDER, or a name on the Hub that can be reached"
             ) from None
-        self.source = source
-        self.network = network.eval().to(device)
-        self.device = device
-        self._sha256 = digest_of(network)
+        super().__init__("dinov2", network, device)
+        self.facts = {"weights": source, **self.facts}
+        self.resize = "224 x 224, bicubic with antialiasing; grey as RGB"
 
-    @property
-    def name(self) -> str:
-        return f"dinov2-{self._sha256[:12]}"
-
-    @property
-    def facts(self) -> Mapping[str, Any]:
-        return {"weights": self.source, "weights_sha256": self._sha256}
-
-    @property
-    def resize(self) -> str:
-        return f"{SIDE} x {SIDE}, bicubic with antialiasing; grey as RGB"
-
-    def features(self, samples: Tensor) -> Tensor:
-        mean, std = (torch.tensor(values, device=self.device)[:, None, None] for values in (MEAN, STD))
-
-        def token(part: Tensor) -> Tensor:
-            shown = (unit_range(part, SIDE, "bicubic") - mean) / std
-            out: Tensor = self.network(pixel_values=shown).last_hidden_state[:, 0]
-            return out
-
-        return in_batches(token, samples, self.device, 32)
-
-    def logits(self, features: Tensor) -> Tensor | None:
-        return None
+    def batch_features(self, samples: Tensor) -> Tensor:
+        token: Tensor = self.network(pixel_values=normalised(samples, 224, "bicubic")).last_hidden_state[:, 0]
+        return token
 
 
 @extractors.register("dinov2")

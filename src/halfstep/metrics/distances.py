@@ -4,18 +4,17 @@
   |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)). It is biased upwards for few samples: compare equal counts only.
 * Kernel distance, KID (Binkowski et al. 2018, arXiv:1801.01401): the squared maximum mean discrepancy with the kernel
   (x . y / d + 1)^3, unbiased; it may be slightly negative.
-
 * Sliced Wasserstein distance (Bonneel et al. 2015): the mean over random directions of the Wasserstein-1 distance of
   the features projected on them. It compares all moments and needs no Gaussians.
 
-KID comes from torchmetrics and the one-dimensional distances from scipy; this room feeds them features in float64 and
-fixes what they draw at random. The Frechet distance is computed from moments, because those of the real data are kept
-(`reference.py`), which torchmetrics' metric cannot take.
+KID comes from torchmetrics and the one-dimensional distances from scipy, in float64 and with fixed random numbers. The
+Frechet distance is computed from moments, because those of the real data are cached (`reference.py`), which
+torchmetrics' metric cannot take.
 """
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final, final
 
@@ -27,7 +26,7 @@ from halfstep.core.draw import generator_for
 
 @final
 class Given(nn.Module):
-    """torchmetrics asks for a feature network; the features are already there."""
+    """The feature network that torchmetrics requires, for features computed already."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -38,12 +37,8 @@ class Given(nn.Module):
 
 
 @contextlib.contextmanager
-def torchmetrics_at_hand() -> Iterator[None]:
-    """Turns torchmetrics' failure to be imported into one line.
-
-    Raises:
-        ValueError: if it cannot: it imports torch-fidelity where that is installed, which needs torchvision.
-    """
+def importing_torchmetrics() -> Iterator[None]:
+    """Raise ValueError if torchmetrics cannot be imported: an installed torch-fidelity needs torchvision."""
     try:
         yield
     except ImportError as error:
@@ -53,9 +48,14 @@ def torchmetrics_at_hand() -> Iterator[None]:
         ) from None
 
 
-def _check(a: Tensor, b: Tensor) -> None:
+def check_shapes(a: Tensor, b: Tensor) -> None:
+    """Raise ValueError unless both are features `[n, d]` of one dimension."""
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
         raise ValueError(f"features must be [n, d] with one d, got {tuple(a.shape)} and {tuple(b.shape)}")
+
+
+def _check(a: Tensor, b: Tensor) -> None:
+    check_shapes(a, b)
     if min(len(a), len(b)) < 2:
         raise ValueError(f"a distance between sets needs at least 2 samples of each, got {len(a)} and {len(b)}")
     if not (bool(torch.isfinite(a).all()) and bool(torch.isfinite(b).all())):
@@ -63,7 +63,22 @@ def _check(a: Tensor, b: Tensor) -> None:
 
 
 ALONE: Final[dict[str, Any]] = {"sync_on_compute": False}
-"""Keeps torchmetrics from waiting for other processes of the run: one of them has all features, and asks alone."""
+"""Keeps torchmetrics from waiting for other ranks: only one has the features and calls it."""
+
+
+def metric_of_features(kind: Callable[..., Any], num_features: int, **settings: Any) -> Any:
+    """Return torchmetrics' metric `kind`, such as KID, that takes features `[n, num_features]` in float64."""
+    with warnings.catch_warnings():
+        # torchmetrics warns that it keeps all features, which are in memory anyway.
+        warnings.simplefilter("ignore", UserWarning)
+        return kind(feature=Given(num_features), **settings, **ALONE).set_dtype(torch.float64)
+
+
+def computed(metric: Any) -> float:
+    """Return the mean that a torchmetrics metric computes, with fixed random numbers."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return float(metric.compute()[0])
 
 
 @final
@@ -89,17 +104,17 @@ def moments_of(features: Tensor) -> Moments:
 
 
 def _root(matrix: Tensor) -> Tensor:
-    """The square root of a symmetric matrix without negative eigenvalues, but for rounding."""
+    """Return the square root of a symmetric matrix whose eigenvalues are negative by rounding only."""
     values, vectors = torch.linalg.eigh(matrix)
     root: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     return root
 
 
 def frechet_of_moments(a: Moments, b: Moments) -> float:
-    """The Frechet distance of two Gaussians.
+    """Return the Frechet distance of two Gaussians.
 
-    tr (C_a C_b)^(1/2) is the sum of the singular values of C_a^(1/2) C_b^(1/2): no root of a product that is not
-    symmetric, no imaginary part to be thrown away, and exact for singular covariances.
+    tr (C_a C_b)^(1/2) is the sum of the singular values of C_a^(1/2) C_b^(1/2): no root of an asymmetric product, no
+    imaginary part, and exact for singular covariances.
 
     Raises:
         ValueError: if their dimensions differ.
@@ -113,7 +128,7 @@ def frechet_of_moments(a: Moments, b: Moments) -> float:
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """The Frechet distance between feature sets `[n, d]` and `[m, d]`, computed in float64.
+    """Return the Frechet distance between feature sets `[n, d]` and `[m, d]`, computed in float64.
 
     Raises:
         ValueError: if the shapes do not fit, a set has fewer than 2 rows, or a feature is not finite.
@@ -123,35 +138,19 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 
 def kernel_distance(a: Tensor, b: Tensor, subsets: int = 20, subset_size: int = 1000) -> float:
-    """KID between feature sets `[n, d]` and `[m, d]`: the mean over random subsets, drawn with a fixed seed.
-
-    Raises:
-        ValueError: if the shapes do not fit, a set has fewer than 2 rows, or a feature is not finite.
-    """
+    """Return KID between feature sets as in `frechet_distance`: the mean over random subsets with a fixed seed."""
     _check(a, b)
-    with torchmetrics_at_hand():
+    with importing_torchmetrics():
         from torchmetrics.image.kid import KernelInceptionDistance
     size = min(subset_size, len(a), len(b))
-    with warnings.catch_warnings():
-        # torchmetrics says that it keeps all features, which are here already.
-        warnings.simplefilter("ignore", UserWarning)
-        metric = KernelInceptionDistance(
-            feature=Given(a.shape[1]), subsets=subsets, subset_size=size, normalize=False, **ALONE
-        )
-    metric.set_dtype(torch.float64)
+    metric = metric_of_features(KernelInceptionDistance, a.shape[1], subsets=subsets, subset_size=size)
     metric.update(a.double(), real=True)
     metric.update(b.double(), real=False)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return float(metric.compute()[0])
+    return computed(metric)
 
 
 def sliced_wasserstein(a: Tensor, b: Tensor, num_directions: int = 128) -> float:
-    """The sliced Wasserstein-1 distance between feature sets `[n, d]` and `[m, d]`, over fixed random directions.
-
-    Raises:
-        ValueError: if the shapes do not fit, a set has fewer than 2 rows, or a feature is not finite.
-    """
+    """Return the sliced Wasserstein-1 distance, over fixed random directions, as in `frechet_distance`."""
     from scipy.stats import wasserstein_distance
 
     _check(a, b)

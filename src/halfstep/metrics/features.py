@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Any, ClassVar, Final, final
 
 import torch
 from torch import Tensor, nn
@@ -21,20 +21,12 @@ from halfstep.registry import Registry
 class FeatureExtractor(ABC):
     """Samples in, features out."""
 
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """What a protocol says of it; equal names mean comparable features."""
-
-    @property
-    @abstractmethod
-    def facts(self) -> Mapping[str, Any]:
-        """What else a protocol says of it, JSON-ready: where its weights came from, how good it is."""
-
-    @property
-    @abstractmethod
-    def resize(self) -> str:
-        """How samples are brought to its size, in words; "none" if they are not."""
+    name: str
+    """Its name in a protocol; equal names mean comparable features."""
+    facts: Mapping[str, Any]
+    """Further facts for a protocol, JSON-ready: where its weights came from, how good it is."""
+    resize: str
+    """How samples are brought to its size, in words; "none" if they are not."""
 
     @abstractmethod
     def features(self, samples: Tensor) -> Tensor:
@@ -44,9 +36,30 @@ class FeatureExtractor(ABC):
             ValueError: if it takes images only, and these are none.
         """
 
-    @abstractmethod
     def logits(self, features: Tensor) -> Tensor | None:
-        """Logits `[n, classes]` that belong to `features`, or None for an extractor that knows no classes."""
+        """Logits `[n, classes]` of `features`; None, the default, for an extractor without classes."""
+        return None
+
+
+class NetworkFeatures(FeatureExtractor):
+    """Features of a published network, with a hash of its weights in the name `KIND-HASH`."""
+
+    batch_size: ClassVar[int]
+
+    def __init__(self, kind: str, network: Any, device: torch.device | str) -> None:
+        self.network = network.eval().to(device)
+        self.device = device
+        sha256 = digest_of(network)
+        self.name = f"{kind}-{sha256[:12]}"
+        self.facts = {"weights_sha256": sha256}
+
+    @abstractmethod
+    def batch_features(self, samples: Tensor) -> Tensor:
+        """Features `[n, d]` of one batch, both on `device`."""
+
+    @final
+    def features(self, samples: Tensor) -> Tensor:
+        return in_batches(self.batch_features, samples, self.device, self.batch_size)
 
 
 @final
@@ -57,9 +70,9 @@ class RealData:
     fingerprint: str
     num_classes: int
     labelled: Callable[[], tuple[Tensor, Tensor]]
-    """Real samples `[n, *dims]` and their classes int64 `[n]`; asked for by extractors that are trained on them."""
+    """Return real samples `[n, *dims]` and their classes int64 `[n]`, for extractors that are trained on them."""
     cache: Path | None = None
-    """Folder for weights that can be made again."""
+    """Folder for weights that can be trained again."""
     device: torch.device | str = "cpu"
     """Where its network runs."""
 
@@ -69,7 +82,7 @@ extractors: Registry[Callable[[str | None, RealData], FeatureExtractor]] = Regis
 
 
 def extractor_for(asked: str, measured: RealData) -> FeatureExtractor:
-    """The extractor that `asked`, NAME or NAME=PATH, means.
+    """Return the extractor `asked`, NAME or NAME=PATH.
 
     Raises:
         ValueError: if it is unknown, its weights are missing or damaged, or the data lack what it needs.
@@ -79,23 +92,19 @@ def extractor_for(asked: str, measured: RealData) -> FeatureExtractor:
 
 
 def refuse_path(name: str, path: str | None) -> None:
-    """Passes if no weights were given to an extractor that has none.
-
-    Raises:
-        ValueError: otherwise.
-    """
+    """Raise ValueError if a path of weights was given to an extractor without any."""
     if path is not None:
         raise ValueError(f"{name}={path}: the features `{name}` take no file; leave ={path} out")
 
 
 def in_batches(network: Callable[[Tensor], Tensor], samples: Tensor, device: torch.device | str, size: int) -> Tensor:
-    """What `network` makes of `samples`, `size` of them at a time on `device`; float32 on the CPU."""
+    """Run `network` on `samples`, `size` at a time on `device`; return float32 on the CPU."""
     with torch.inference_mode():
         return torch.cat([network(part.to(device)).float().cpu() for part in samples.split(size)])
 
 
 def digest_of(network: nn.Module) -> str:
-    """A sha256 in hexadecimal of a network's weights: equal for equal weights, whatever file they came from."""
+    """Return the hexadecimal sha256 of a network's weights, independent of the file that they came from."""
     digest = hashlib.sha256()
     for name, value in sorted(network.state_dict().items()):
         digest.update(repr((name, str(value.dtype), tuple(value.shape))).encode())
@@ -104,31 +113,23 @@ def digest_of(network: nn.Module) -> str:
 
 
 LARGEST: Final = 4096
-"""Entries of a sample beyond which pixels are averaged first."""
+"""Entries of a sample beyond which pixels are averaged: a square matrix of more would not fit into memory."""
 
 
 @final
 class Pixels(FeatureExtractor):
     """The entries themselves. Honest for low-dimensional data, blunt for images.
 
-    Samples of more entries than `LARGEST`, the square matrix of which would not fit a machine, must be images
-    `[n, c, h, w]`, and are averaged over areas down to at most 32 x 32 pixels.
+    Samples of more than `LARGEST` entries must be images `[n, c, h, w]`; areas are averaged to at most 32 x 32 pixels.
 
     Raises:
         ValueError: at the call, if samples have more entries and are no images.
     """
 
-    @property
-    def name(self) -> str:
-        return "pixels"
-
-    @property
-    def facts(self) -> Mapping[str, Any]:
-        return {}
-
-    @property
-    def resize(self) -> str:
-        return f"averaged to 32 x 32 if a sample has more than {LARGEST} entries"
+    def __init__(self) -> None:
+        self.name = "pixels"
+        self.facts = {}
+        self.resize = f"averaged to 32 x 32 if a sample has more than {LARGEST} entries"
 
     def features(self, samples: Tensor) -> Tensor:
         if samples[0].numel() > LARGEST:
@@ -140,9 +141,6 @@ class Pixels(FeatureExtractor):
             sides = (min(32, samples.shape[2]), min(32, samples.shape[3]))
             samples = F.adaptive_avg_pool2d(samples.float(), sides)
         return samples.flatten(1).float()
-
-    def logits(self, features: Tensor) -> Tensor | None:
-        return None
 
 
 @extractors.register("pixels")

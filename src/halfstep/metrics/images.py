@@ -1,4 +1,4 @@
-"""Pixels: between x0 in [-1, 1] and uint8, which is what is saved, shown and measured."""
+"""Pixels: between x0 in [-1, 1] and uint8, which is saved, shown and measured."""
 
 import torch
 from torch import Tensor
@@ -16,11 +16,7 @@ def from_uint8(pixels: Tensor) -> Tensor:
 
 
 def as_rgb(x0: Tensor) -> Tensor:
-    """Images x0 `[n, 1 or 3, h, w]` as `[n, 3, h, w]`; grey is shown to all three channels.
-
-    Raises:
-        ValueError: if they are no images.
-    """
+    """Return images x0 `[n, 1 or 3, h, w]` as `[n, 3, h, w]`, grey repeated; raise ValueError for other shapes."""
     if x0.ndim != 4 or x0.shape[1] not in (1, 3):
         raise ValueError(
             f"samples of shape {list(x0.shape[1:])} are no images of 1 or 3 channels, which these features need: use "
@@ -29,13 +25,11 @@ def as_rgb(x0: Tensor) -> Tensor:
     return x0.expand(-1, 3, -1, -1)
 
 
-def unit_range(x0: Tensor, side: int, mode: str = "bilinear") -> Tensor:
-    """RGB float32 in [0, 1] `[n, 3, side, side]` of images x0 in [-1, 1]; other sizes are resized with antialiasing.
-
-    Raises:
-        ValueError: if they are no images.
-    """
+def normalised(x0: Tensor, side: int, mode: str = "bilinear") -> Tensor:
+    """Return images as RGB `[n, 3, side, side]`, resized with antialiasing, normalised as ImageNet; see `as_rgb`."""
     rgb = (as_rgb(x0).float() + 1) / 2
     if tuple(rgb.shape[2:]) != (side, side):
         rgb = F.interpolate(rgb, (side, side), mode=mode, align_corners=False, antialias=True).clamp(0, 1)
-    return rgb
+    moments = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    mean, std = (torch.tensor(values, device=rgb.device)[:, None, None] for values in moments)
+    return (rgb - mean) / std

@@ -1,38 +1,32 @@
-"""The features of the FID: the Inception network of 2015 as TensorFlow ran it, through torch-fidelity's port of it.
+"""The features of the FID: the Inception network of 2015 as TensorFlow ran it, through torch-fidelity's port.
 
-torch-fidelity's package imports torchvision for parts that are not needed here, and torchvision is a build for one
-torch only. So its one module is loaded without the package round it; torchvision need not be there.
+torch-fidelity's package imports torchvision, which the network does not need and which fits one torch build only. Its
+one module is loaded without the package around it.
 
-Its constructor reads weights with an unpickler that runs code. They are read here instead, from safetensors or by
-torch's restricted unpickler, and handed to it.
+Its constructor reads weights with an unpickler that runs code. This module passes it weights read from safetensors or
+by torch's restricted unpickler.
 """
 
 import importlib
 import importlib.util
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Final, final
+from typing import Any, ClassVar, Final, final
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from halfstep.metrics.features import FeatureExtractor, RealData, digest_of, extractors, in_batches
+from halfstep.metrics.features import FeatureExtractor, NetworkFeatures, RealData, extractors
 from halfstep.metrics.images import as_rgb, to_uint8
 from halfstep.runtime.files import DamagedFile, first_line, last_line
 
 PACKAGE: Final = "torch_fidelity"
-MODULE: Final = f"{PACKAGE}.feature_extractor_inceptionv3"
 
 
 def network_module() -> ModuleType:
-    """torch-fidelity's module of the network, without the imports of its package.
-
-    Raises:
-        ValueError: if torch-fidelity is not installed; the message says how.
-    """
+    """Import torch-fidelity's module without its package's imports; raise ValueError if it is not installed."""
     known = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == PACKAGE}
     for name in known:
         del sys.modules[name]
@@ -46,7 +40,7 @@ def network_module() -> ModuleType:
         bare = ModuleType(PACKAGE)
         bare.__path__ = list(spec.submodule_search_locations)
         sys.modules[PACKAGE] = bare
-        return importlib.import_module(MODULE)
+        return importlib.import_module(f"{PACKAGE}.feature_extractor_inceptionv3")
     finally:
         for name in [name for name in sys.modules if name.partition(".")[0] == PACKAGE]:
             del sys.modules[name]
@@ -54,11 +48,7 @@ def network_module() -> ModuleType:
 
 
 def _weights(module: ModuleType, path: str | None) -> dict[str, Tensor]:
-    """The network's weights.
-
-    Raises:
-        ValueError: if they cannot be read or fetched.
-    """
+    """Return the network's weights; raise ValueError if they cannot be read or fetched."""
     if path is None:
         url = module.URL_INCEPTION_V3
         try:
@@ -86,7 +76,7 @@ def _weights(module: ModuleType, path: str | None) -> dict[str, Tensor]:
 
 
 @final
-class Inception(FeatureExtractor):
+class Inception(NetworkFeatures):
     """The 2048 features before the last layer: a Frechet distance in them is the FID.
 
     Args:
@@ -95,6 +85,8 @@ class Inception(FeatureExtractor):
     Raises:
         ValueError: if torch-fidelity or the weights are missing, or (DamagedFile) do not fit.
     """
+
+    batch_size: ClassVar[int] = 50
 
     def __init__(self, path: str | None, device: torch.device | str) -> None:
         module: Any = network_module()
@@ -107,24 +99,12 @@ class Inception(FeatureExtractor):
                 f"{path or module.URL_INCEPTION_V3} does not hold the weights of torch-fidelity's Inception "
                 f"({last_line(error)})"
             ) from None
-        self.network = network.to(device)
-        self.device = device
-        self._sha256 = digest_of(network)
+        super().__init__("inception", network, device)
+        self.resize = "299 x 299, TensorFlow 1's bilinear without antialiasing, as in the FID's first code; grey as RGB"
 
-    @property
-    def name(self) -> str:
-        return f"inception-{self._sha256[:12]}"
-
-    @property
-    def facts(self) -> Mapping[str, Any]:
-        return {"weights_sha256": self._sha256}
-
-    @property
-    def resize(self) -> str:
-        return "299 x 299, TensorFlow 1's bilinear without antialiasing, as in the FID's first code; grey as RGB"
-
-    def features(self, samples: Tensor) -> Tensor:
-        return in_batches(lambda part: self.network(as_rgb(to_uint8(part)))[0], samples, self.device, 50)
+    def batch_features(self, samples: Tensor) -> Tensor:
+        features: Tensor = self.network(as_rgb(to_uint8(samples)))[0]
+        return features
 
     @torch.no_grad()
     def logits(self, features: Tensor) -> Tensor | None:

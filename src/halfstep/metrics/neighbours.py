@@ -5,8 +5,8 @@
 * Density and coverage (Naeem et al. 2020, arXiv:2002.09797): by how many real neighbourhoods a sample is covered, over
   k, and the share of real ones with a sample in their neighbourhood. Both bear outliers better.
 
-The distances are scikit-learn's, in blocks, so that memory grows with the number of samples and not with its square;
-the definitions are those of `prdc`, which the tests hold them to.
+The distances are scikit-learn's, in blocks, so that memory grows with the number of samples, not with its square. The
+tests compare the results with `prdc`.
 """
 
 from typing import Final, NamedTuple
@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from halfstep.metrics.distances import check_shapes
 
 K: Final = 5
 """Neighbours, as Naeem et al. recommend."""
@@ -56,15 +58,14 @@ def precision_recall(real: Tensor, fake: Tensor, real_radii: Tensor | None = Non
     """Precision, recall, density and coverage of `fake` `[m, d]` against `real` `[n, d]`, in float64.
 
     Args:
-        real_radii: `radii(real, k)`, if it is at hand.
+        real_radii: `radii(real, k)`, if available.
 
     Raises:
         ValueError: if the dimensions differ or a set has fewer than k + 2 rows.
     """
     from sklearn.metrics import pairwise_distances
 
-    if real.ndim != 2 or fake.ndim != 2 or real.shape[1] != fake.shape[1]:
-        raise ValueError(f"features must be [n, d] with one d, got {tuple(real.shape)} and {tuple(fake.shape)}")
+    check_shapes(real, fake)
     r = (radii(real, k) if real_radii is None else real_radii).numpy()
     f = radii(fake, k).numpy()
     x, y = real.double().numpy(), fake.double().numpy()
@@ -72,8 +73,7 @@ def precision_recall(real: Tensor, fake: Tensor, real_radii: Tensor | None = Non
     recalled, covered = 0, 0
     for start in range(0, len(x), BLOCK):
         distances = pairwise_distances(x[start : start + BLOCK], y)
-        own = r[start : start + BLOCK, None]
-        inside = distances < own
+        inside = distances < r[start : start + BLOCK, None]
         hits += inside.sum(0)
         recalled += int((distances < f[None, :]).any(1).sum())
         covered += int(inside.any(1).sum())

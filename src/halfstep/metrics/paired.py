@@ -1,7 +1,4 @@
-"""What only distillation needs: each sample against another from the same noise.
-
-Samples are on their own scale; for images that is [-1, 1], of width 2.
-"""
+"""Metrics of distillation: each sample against another from the same noise, on its own scale, for images [-1, 1]."""
 
 import importlib.util
 import math
@@ -12,19 +9,16 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from halfstep.metrics.distances import ALONE, torchmetrics_at_hand
+from halfstep.metrics.distances import ALONE, importing_torchmetrics
 from halfstep.metrics.images import as_rgb
 
 WIDTH: Final = 2.0
-"""Of the range of images."""
 SSIM_SIDE: Final = 11
-"""Of the window of Wang et al. 2004, in pixels: images must be as large."""
+"""Side in pixels of the window of Wang et al. 2004, the smallest image."""
 LPIPS_SIDE: Final = 31
-"""Of the smallest image of which AlexNet's two poolings leave anything, in pixels."""
+"""Side in pixels of the smallest image of which AlexNet's two poolings leave anything."""
 AT_ONCE: Final = 64
-"""Pairs that go through SSIM or LPIPS together."""
-ALEXNET: Final = "alexnet-owt-7be5be79.pth"
-"""torchvision's weights, as torch.hub keeps them."""
+"""Pairs in one call of SSIM or LPIPS."""
 
 
 def _check_pair(a: Tensor, b: Tensor) -> None:
@@ -43,11 +37,7 @@ def rmse(a: Tensor, b: Tensor) -> float:
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """The peak signal-to-noise ratio, in dB, of all pairs of images in [-1, 1] together; infinite for equal ones.
-
-    Raises:
-        ValueError: if their shapes differ.
-    """
+    """Return the PSNR, in dB, of all pairs of images in [-1, 1] together, infinite for equal ones; raises as `rmse`."""
     difference = rmse(a, b)
     return math.inf if difference == 0 else 20 * math.log10(WIDTH / difference)
 
@@ -61,11 +51,11 @@ def ssim(a: Tensor, b: Tensor) -> float:
     _check_pair(a, b)
     if a.ndim != 4 or min(a.shape[2:]) < SSIM_SIDE:
         raise ValueError(f"SSIM needs images of at least {SSIM_SIDE} x {SSIM_SIDE} pixels, got {list(a.shape[1:])}")
-    with torchmetrics_at_hand():
+    with importing_torchmetrics():
         from torchmetrics.functional.image import structural_similarity_index_measure
 
     total = 0.0
-    # A few at a time, for it holds all that it is given some twenty times over.
+    # A few at a time: it holds some twenty copies of its input.
     for first, second in zip(a.split(AT_ONCE), b.split(AT_ONCE), strict=True):
         # Shifted to [0, 2]: its constants presume values from 0 up.
         score = structural_similarity_index_measure(
@@ -77,14 +67,14 @@ def ssim(a: Tensor, b: Tensor) -> float:
 
 
 def why_no_lpips(shape: Sequence[int]) -> str | None:
-    """What LPIPS lacks for images of this shape `(c, h, w)` on this machine; None if it can be measured."""
+    """Return the reason why LPIPS cannot be measured here for images `(c, h, w)`; None if it can."""
     if shape[0] not in (1, 3):
         return f"images of {shape[0]} channels are neither grey nor in colour"
     if min(shape[1:]) < LPIPS_SIDE:
         return f"it needs images of at least {LPIPS_SIDE} x {LPIPS_SIDE} pixels"
     if importlib.util.find_spec("torchvision") is None:
         return "torchvision is not installed"
-    file = Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET
+    file = Path(torch.hub.get_dir()) / "checkpoints" / "alexnet-owt-7be5be79.pth"
     return None if file.is_file() else f"its AlexNet is not at {file}"
 
 
@@ -97,7 +87,7 @@ def lpips(a: Tensor, b: Tensor) -> float:
     _check_pair(a, b)
     if (lacking := why_no_lpips(a.shape[1:])) is not None:
         raise ValueError(f"LPIPS cannot be measured: {lacking}")
-    with torchmetrics_at_hand():
+    with importing_torchmetrics():
         from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
     metric = LearnedPerceptualImagePatchSimilarity(net_type="alex", reduction="mean", normalize=False, **ALONE)
     with torch.inference_mode():

@@ -1,8 +1,4 @@
-"""The features of the real data with their statistics, kept by content: the same data and extractor are read back.
-
-Kept in float64: mean and covariance, and the radii of the neighbourhoods. The features themselves are kept as they
-came, in float32.
-"""
+"""The features of the real data (float32) with their statistics (float64), cached by data and extractor."""
 
 import hashlib
 from collections.abc import Callable
@@ -19,7 +15,7 @@ from halfstep.metrics.neighbours import K, radii
 from halfstep.runtime.tensors import read_cached, write_cached
 
 FORMAT = 1
-"""Of the kept files; another number when what they hold changes."""
+"""Version of the cached files; raise it when their content changes."""
 
 
 @final
@@ -35,22 +31,18 @@ class RealFeatures:
 
 
 def described(features: Tensor) -> RealFeatures:
-    """Features `[n, d]` with their statistics.
-
-    Raises:
-        ValueError: if there are fewer than 2, or one is not finite.
-    """
+    """Return features `[n, d]` with their statistics; raises as `moments_of`."""
     return RealFeatures(features, moments_of(features), radii(features) if len(features) >= K + 2 else None)
 
 
 def real_features(
     extractor: FeatureExtractor, fetch: Callable[[], Tensor], content: object, cache: Path | None
 ) -> RealFeatures:
-    """The features of the samples that `fetch` returns, or what was kept of them.
+    """Return the features of the samples that `fetch` returns, from the cache if possible.
 
     Args:
-        content: what tells the samples apart from all others: the data's fingerprint and the rows.
-        cache: folder; None keeps nothing. A file that cannot be read or written costs time, and nothing else.
+        content: identifies the samples: the data's fingerprint and the rows.
+        cache: folder; None caches nothing. A file that cannot be read or written costs only time.
     """
     key = hashlib.sha256(repr((FORMAT, extractor.name, content)).encode()).hexdigest()[:24]
     file = None if cache is None else cache / "reference" / f"{key}.safetensors"
@@ -67,7 +59,7 @@ def real_features(
 
 
 def halves(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Two disjoint halves of the rows, of one size, by a fixed random choice."""
+    """Return two disjoint halves of the rows, of one size, by a fixed random choice."""
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
     middle = len(features) // 2
     return features[order[:middle]], features[order[middle : 2 * middle]]

@@ -5,9 +5,8 @@ new channels are zeros, half before and half after the old ones (option A, which
 the 64 averages before the last layer.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, final
+from typing import ClassVar, final
 
 import torch
 from safetensors import SafetensorError
@@ -15,14 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from halfstep.metrics.features import FeatureExtractor, RealData, digest_of, extractors, in_batches
-from halfstep.metrics.images import unit_range
+from halfstep.metrics.features import FeatureExtractor, NetworkFeatures, RealData, extractors
+from halfstep.metrics.images import normalised
 from halfstep.runtime.files import DamagedFile, last_line
-
-SIDE: Final = 32
-MEAN: Final = (0.485, 0.456, 0.406)
-STD: Final = (0.229, 0.224, 0.225)
-"""Of the published weights' normalisation, ImageNet's."""
 
 
 @final
@@ -64,18 +58,19 @@ class ResNet20(nn.Module):
 
 
 @final
-class ResNet20Features(FeatureExtractor):
+class ResNet20Features(NetworkFeatures):
     """The 64 averages before the last layer, of images brought to 32 x 32.
 
     Raises:
         DamagedFile: if the file is no safetensors file, or holds other weights.
     """
 
+    batch_size: ClassVar[int] = 250
+
     def __init__(self, path: Path, device: torch.device | str) -> None:
         network = ResNet20()
         try:
-            weights = load_file(path)
-            missing = network.load_state_dict(weights, strict=False)
+            missing = network.load_state_dict(load_file(path), strict=False)
         except (SafetensorError, RuntimeError) as error:
             raise DamagedFile(f"{path} does not hold the weights of a ResNet-20 ({last_line(error)})") from None
         # Counters of batches are not published and say nothing.
@@ -84,25 +79,12 @@ class ResNet20Features(FeatureExtractor):
             raise DamagedFile(
                 f"{path} does not hold the weights of a ResNet-20 ({(lost + missing.unexpected_keys)[0]})"
             )
-        self.network = network.eval().to(device)
-        self.device = device
-        self._sha256 = digest_of(network)
+        super().__init__("resnet20-cifar10", network, device)
+        self.resize = "32 x 32, bilinear with antialiasing; grey as RGB"
 
-    @property
-    def name(self) -> str:
-        return f"resnet20-cifar10-{self._sha256[:12]}"
-
-    @property
-    def facts(self) -> Mapping[str, Any]:
-        return {"weights_sha256": self._sha256}
-
-    @property
-    def resize(self) -> str:
-        return f"{SIDE} x {SIDE}, bilinear with antialiasing; grey as RGB"
-
-    def features(self, samples: Tensor) -> Tensor:
-        mean, std = (torch.tensor(values, device=self.device)[:, None, None] for values in (MEAN, STD))
-        return in_batches(lambda part: self.network((unit_range(part, SIDE) - mean) / std), samples, self.device, 250)
+    def batch_features(self, samples: Tensor) -> Tensor:
+        features: Tensor = self.network(normalised(samples, 32))
+        return features
 
     @torch.no_grad()
     def logits(self, features: Tensor) -> Tensor | None:

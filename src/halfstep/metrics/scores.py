@@ -1,15 +1,13 @@
 """The Inception score (Salimans et al. 2016, arXiv:1606.03498) in any classifier: exp E KL(p(y | x) | p(y)).
 
-It looks at the samples alone: high where the classifier is sure of each and their classes are many. It is biased
-downwards for few samples.
+High where the classifier is sure of each sample and their classes are many; real data play no part. Biased downwards
+for few samples.
 """
-
-import warnings
 
 import torch
 from torch import Tensor
 
-from halfstep.metrics.distances import ALONE, Given, torchmetrics_at_hand
+from halfstep.metrics.distances import computed, importing_torchmetrics, metric_of_features
 
 SPLITS = 10
 """Parts over which the score is averaged, as in the first paper."""
@@ -27,14 +25,8 @@ def inception_score(logits: Tensor, splits: int = SPLITS) -> float:
         )
     if not bool(torch.isfinite(logits).all()):
         raise ValueError("logits are not finite: the samples are broken")
-    with torchmetrics_at_hand():
+    with importing_torchmetrics():
         from torchmetrics.image.inception import InceptionScore
-    with warnings.catch_warnings():
-        # torchmetrics says that it keeps all features, which are here already.
-        warnings.simplefilter("ignore", UserWarning)
-        metric = InceptionScore(feature=Given(logits.shape[1]), splits=splits, **ALONE)
-    metric.set_dtype(torch.float64)
+    metric = metric_of_features(InceptionScore, logits.shape[1], splits=splits)
     metric.update(logits.double())
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return float(metric.compute()[0])
+    return computed(metric)

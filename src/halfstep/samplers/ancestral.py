@@ -1,13 +1,13 @@
 """Ancestral sampling: a step of the reversed noising chain, with its variance between the two bounds.
 
 Given x0, the chain's reverse q(x_s | x_t, x0) is normal. With q = exp((log_snr_t - log_snr_s) / 2) < 1 and the
-prediction in the place of x0, its mean is
+prediction instead of x0, its mean is
 
     alpha_s x0 + sigma_s q eps
 
-and its variance (1 - q^2) sigma_s^2, which is the least that the true reverse q(x_s | x_t) can have: it is exact for
-data of a single point. The most is the variance of the forward step, (1 - q^2) sigma_t^2, exact for data of unit
-normal noise. `gamma` goes from one to the other in log variance. The last step adds no noise and returns x0.
+and its variance (1 - q^2) sigma_s^2, the lower bound of that of the true reverse q(x_s | x_t), exact for data of a
+single point. The upper bound is the variance of the forward step, (1 - q^2) sigma_t^2, exact for data of unit normal
+noise. `gamma` interpolates them in log variance. The last step adds no noise and returns x0.
 
 Source: Ho et al. 2020 (arXiv:2006.11239); Salimans & Ho 2022 (arXiv:2202.00512), equations 3 to 5, and the authors'
 dpm.py ("fixed_small", "fixed_large", "fixed_medium:gamma").
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from halfstep.core.denoiser import Cond, Denoiser
 from halfstep.core.noise import as_clock, per_sample
-from halfstep.samplers.base import Memory, Sampler, samplers
+from halfstep.samplers.base import Memory, Noise, Sampler, Time, samplers
 
 
 @final
@@ -46,19 +46,10 @@ class Ancestral(Sampler):
 
     def __post_init__(self) -> None:
         if not 0 <= self.gamma <= 1:
-            raise ValueError(
-                f"gamma must be in [0, 1], from the lower bound of the variance to the upper, got {self.gamma}"
-            )
+            raise ValueError(f"gamma must be in [0, 1], the lower to the upper bound of the variance, got {self.gamma}")
 
     def step(
-        self,
-        denoiser: Denoiser,
-        x_t: Tensor,
-        t: Tensor | float,
-        s: Tensor | float,
-        cond: Cond | None,
-        memory: Memory,
-        noise: Tensor | None = None,
+        self, denoiser: Denoiser, x_t: Tensor, t: Time, s: Time, cond: Cond | None, memory: Memory, noise: Noise = None
     ) -> tuple[Tensor, Memory]:
         if noise is None:
             raise ValueError("ancestral sampling draws noise, and was given none: pass noise, such as step_noise(...)")

@@ -10,42 +10,33 @@ from halfstep.core.grids import check_num_steps
 from halfstep.core.prediction import Denoised
 from halfstep.registry import Registry
 
+Time = Tensor | float
+"""One time for all samples, in sampling, or clock times `[batch]`, in a target; `as_clock` makes either clock times."""
+Noise = Tensor | None
+"""Unit normal noise shaped as the samples for a stochastic sampler; None for any other."""
 Memory = Any
-"""What a sampler carries from step to step; None before the first. Samplers keep no state of their own."""
+"""A sampler's state from step to step; None before the first."""
 
 
 class Sampler(ABC):
-    """One step of sampling. Members are frozen and hold no state: what they remember is passed in and out."""
+    """One step of sampling. Members are frozen and hold no state: their memory is passed in and out."""
 
     order: ClassVar[int]
-    """The global order of convergence as the steps shrink; the contract tests measure it. For a stochastic sampler: of
-    its distribution."""
-    stochastic: ClassVar[bool]
+    """Global order of convergence, of a stochastic sampler's distribution; the contract tests measure it."""
+    stochastic: ClassVar[bool] = False
     """Whether a step draws noise."""
     evals_per_step: ClassVar[int]
     """Network calls of a step that lands at s > 0; the contract tests count them."""
     evals_last_step: ClassVar[int]
-    """Network calls of the step that lands on clean data, where no network can be asked."""
+    """Network calls of the step that lands on clean data, where no network can be called."""
 
     @abstractmethod
     def step(
-        self,
-        denoiser: Denoiser,
-        x_t: Tensor,
-        t: Tensor | float,
-        s: Tensor | float,
-        cond: Cond | None,
-        memory: Memory,
-        noise: Tensor | None = None,
+        self, denoiser: Denoiser, x_t: Tensor, t: Time, s: Time, cond: Cond | None, memory: Memory, noise: Noise = None
     ) -> tuple[Tensor, Memory]:
-        """Return x_s, shaped as `x_t` `[batch, *dims]`, and the memory for the next step.
+        """Step from t to s < t; return x_s, shaped as `x_t` `[batch, *dims]`, and the memory for the next step.
 
-        Args:
-            t: time at which the step starts: in sampling one float for all samples, in a target clock times `[batch]`.
-                `as_clock` turns either into clock times. Read no number from a tensor: the host would wait for the
-                device.
-            s: time at which it lands, likewise, s < t; at s = 0 the result is clean data.
-            noise: unit normal numbers shaped as `x_t` for a stochastic sampler; None for any other.
+        At s = 0 the result is clean data. Read no number from a tensor: the host would wait for the device.
         """
 
     @final
@@ -58,17 +49,9 @@ class Sampler(ABC):
 class DataPredictionSampler(Sampler):
     """A deterministic sampler whose step is DDIM's with an (x0, eps) of its own."""
 
-    stochastic: ClassVar[bool] = False
-
     @abstractmethod
     def effective(
-        self,
-        denoiser: Denoiser,
-        x_t: Tensor,
-        t: Tensor | float,
-        s: Tensor | float,
-        cond: Cond | None,
-        memory: Memory,
+        self, denoiser: Denoiser, x_t: Tensor, t: Time, s: Time, cond: Cond | None, memory: Memory
     ) -> tuple[Denoised, Memory]:
         """Return the (x0, eps) with which a DDIM step from t to s is this method's step, and the memory for the next.
 
@@ -77,14 +60,7 @@ class DataPredictionSampler(Sampler):
 
     @final
     def step(
-        self,
-        denoiser: Denoiser,
-        x_t: Tensor,
-        t: Tensor | float,
-        s: Tensor | float,
-        cond: Cond | None,
-        memory: Memory,
-        noise: Tensor | None = None,
+        self, denoiser: Denoiser, x_t: Tensor, t: Time, s: Time, cond: Cond | None, memory: Memory, noise: Noise = None
     ) -> tuple[Tensor, Memory]:
         denoised, memory = self.effective(denoiser, x_t, t, s, cond, memory)
         return ddim_step(denoised, denoiser.process, s), memory

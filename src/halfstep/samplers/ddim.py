@@ -13,7 +13,7 @@ from torch import Tensor
 
 from halfstep.core.denoiser import Cond, Denoiser
 from halfstep.core.prediction import Denoised
-from halfstep.samplers.base import DataPredictionSampler, Memory, samplers
+from halfstep.samplers.base import DataPredictionSampler, Memory, Time, samplers
 
 
 @final
@@ -27,12 +27,6 @@ class DDIM(DataPredictionSampler):
     evals_last_step: ClassVar[int] = 1
 
     def effective(
-        self,
-        denoiser: Denoiser,
-        x_t: Tensor,
-        t: Tensor | float,
-        s: Tensor | float,
-        cond: Cond | None,
-        memory: Memory,
+        self, denoiser: Denoiser, x_t: Tensor, t: Time, s: Time, cond: Cond | None, memory: Memory
     ) -> tuple[Denoised, Memory]:
         return denoiser(x_t, t, cond), None

@@ -21,7 +21,7 @@ from torch import Tensor
 from halfstep.core.denoiser import Cond, Denoiser
 from halfstep.core.noise import as_clock, per_sample
 from halfstep.core.prediction import Denoised, eps_from_x0
-from halfstep.samplers.base import DataPredictionSampler, Memory, samplers
+from halfstep.samplers.base import DataPredictionSampler, Memory, Time, samplers
 
 
 class Last(NamedTuple):
@@ -42,13 +42,7 @@ class DPMSolverPP2M(DataPredictionSampler):
     evals_last_step: ClassVar[int] = 1
 
     def effective(
-        self,
-        denoiser: Denoiser,
-        x_t: Tensor,
-        t: Tensor | float,
-        s: Tensor | float,
-        cond: Cond | None,
-        memory: Memory,
+        self, denoiser: Denoiser, x_t: Tensor, t: Time, s: Time, cond: Cond | None, memory: Memory
     ) -> tuple[Denoised, Memory]:
         process = denoiser.process
         denoised = denoiser(x_t, t, cond)

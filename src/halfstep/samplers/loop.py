@@ -13,21 +13,16 @@ from halfstep.samplers.base import Memory, Sampler
 from halfstep.samplers.ddim import DDIM
 
 StepNoise = Callable[[int], Tensor]
-"""From the number of a step, 0 for the first, to its unit normal noise `[batch, *dims]`: `step_noise` for samples that
-are functions of their own seeds, or the `__getitem__` of stored noise."""
+"""From a step's number (from 0) to unit normal noise `[batch, *dims]`: `step_noise(...)` or a list's `__getitem__`."""
 
 
 class SamplerStep(NamedTuple):
-    """One finished step of a trajectory."""
+    """A finished step, `number` from 0, of a trajectory: from time t to s and the samples `x_s` `[batch, *dims]`."""
 
     number: int
-    """0 for the first step."""
     t: float
-    """Time at which the step started."""
     s: float
-    """Time at which it landed; 0 at the last step."""
     x_s: Tensor
-    """The samples there, `[batch, *dims]`; clean data at s = 0."""
 
 
 @torch.no_grad()
@@ -40,14 +35,14 @@ def trajectory(
     grid: Callable[[int], Tensor] = uniform_times,
     noise: StepNoise | None = None,
 ) -> Iterator[SamplerStep]:
-    """The steps of sampling from the noise `x_t` `[batch, *dims]` at t = 1 down to clean data, one after the other.
+    """Yield the steps of sampling from the noise `x_t` `[batch, *dims]` at t = 1 down to clean data.
 
     Args:
         num_steps: steps of the sampler, at least 1.
         sampler: DDIM() if None.
         cond: conditions by name, each `[batch, ...]`.
         grid: from `num_steps` to `num_steps + 1` falling times.
-        noise: what a stochastic sampler adds at each step; None for any other.
+        noise: added by a stochastic sampler at each step; None for any other.
 
     Raises:
         ValueError: if `num_steps` is not a whole number of at least 1, or noise is missing or would not be used.
@@ -77,12 +72,9 @@ def sample(
     grid: Callable[[int], Tensor] = uniform_times,
     noise: StepNoise | None = None,
 ) -> Tensor:
-    """Clean samples x0, `[batch, *dims]`, from the starting noise `x_t`: the end of `trajectory`, same arguments.
+    """Return clean samples x0 `[batch, *dims]`, the end of `trajectory` with the same arguments and errors.
 
     x0 is clipped on the way only if the denoiser does so (`Clipped`; a model from `load` does for images).
-
-    Raises:
-        ValueError: if `num_steps` is not a whole number of at least 1, or noise is missing or would not be used.
     """
     x_s = x_t
     for step in trajectory(denoiser, x_t, num_steps, sampler, cond, grid, noise):

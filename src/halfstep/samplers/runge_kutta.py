@@ -8,8 +8,8 @@ Euler for Heun, Heun's third-order rule for RK4. Being one step of N, it costs n
 infinitely long, and is taken in the angle, whose y is the same. A process that keeps noise at t = 0 can end before a
 stage of that step; the network is then called at the stage's share of the time, and the sample is moved only that far.
 
-With one time for all samples the step knows its rule. With clock times `[batch]` each sample has its own, chosen on
-the device, and every step calls the network as often as one that lands at s > 0.
+With clock times `[batch]` each sample has its own rule, chosen on the device, and every step calls the network as often
+as one that lands at s > 0.
 
 Source: Salimans & Ho 2022 (arXiv:2202.00512), appendices A to D; Karras et al. 2022 (arXiv:2206.00364), algorithm 1.
 """
@@ -23,7 +23,7 @@ from torch import Tensor
 from halfstep.core.denoiser import Cond, Denoiser
 from halfstep.core.noise import NoiseProcess, as_clock, per_sample
 from halfstep.core.prediction import Denoised
-from halfstep.samplers.base import Memory, Sampler, samplers
+from halfstep.samplers.base import Memory, Noise, Sampler, Time, samplers
 from halfstep.samplers.coordinates import Angle, Coordinate
 
 Share = float | Tensor
@@ -31,12 +31,13 @@ Share = float | Tensor
 
 
 class Rule(NamedTuple):
-    """An explicit Runge-Kutta rule in which the slope of each stage leads to the next."""
+    """An explicit Runge-Kutta rule in which the slope of each stage leads to the next.
+
+    The nodes are the stages as shares of the step, from 0; the weights are those of their slopes and sum to 1.
+    """
 
     nodes: tuple[Share, ...]
-    """The stages, as shares of the step; the first is 0."""
     weights: tuple[Share, ...]
-    """The weights of the slopes at the stages; their sum is 1."""
 
 
 EULER: Final = Rule((0.0,), (1.0,))
@@ -119,25 +120,22 @@ class _AngleOntoClean(Coordinate):
         return torch.where(per_sample(self.clean, slope).bool(), in_angle, slope)
 
 
+@dataclass(frozen=True)
 class RungeKutta(Sampler):
     """A rule in a coordinate; a member says only which rule, and which one lands on clean data."""
+
+    coordinate: Coordinate = field(default_factory=Angle)
 
     rule: ClassVar[Rule]
     last: ClassVar[Rule]
     """The rule onto clean data, of at most as many stages as `rule`."""
-    stochastic: ClassVar[bool] = False
-    coordinate: Coordinate
+
+    def __init_subclass__(cls) -> None:
+        cls.evals_per_step, cls.evals_last_step = len(cls.rule.nodes), len(cls.last.nodes)
 
     @final
     def step(
-        self,
-        denoiser: Denoiser,
-        x_t: Tensor,
-        t: Tensor | float,
-        s: Tensor | float,
-        cond: Cond | None,
-        memory: Memory,
-        noise: Tensor | None = None,
+        self, denoiser: Denoiser, x_t: Tensor, t: Time, s: Time, cond: Cond | None, memory: Memory, noise: Noise = None
     ) -> tuple[Tensor, Memory]:
         start, end = as_clock(t, x_t), as_clock(s, x_t)
         rule, coordinate = self.rule, self.coordinate
@@ -159,13 +157,9 @@ class RungeKutta(Sampler):
 class Euler(RungeKutta):
     """First order, deterministic, one network call a step."""
 
-    coordinate: Coordinate = field(default_factory=Angle)
-
     rule: ClassVar[Rule] = EULER
     last: ClassVar[Rule] = EULER
     order: ClassVar[int] = 1
-    evals_per_step: ClassVar[int] = 1
-    evals_last_step: ClassVar[int] = 1
 
 
 @final
@@ -174,13 +168,9 @@ class Euler(RungeKutta):
 class Midpoint(RungeKutta):
     """Second order, deterministic, two network calls a step: the slope in its middle."""
 
-    coordinate: Coordinate = field(default_factory=Angle)
-
     rule: ClassVar[Rule] = MIDPOINT
     last: ClassVar[Rule] = MIDPOINT
     order: ClassVar[int] = 2
-    evals_per_step: ClassVar[int] = 2
-    evals_last_step: ClassVar[int] = 2
 
 
 @final
@@ -189,13 +179,9 @@ class Midpoint(RungeKutta):
 class Heun(RungeKutta):
     """Second order, deterministic, two network calls a step and one in the last: the mean of the slopes at its ends."""
 
-    coordinate: Coordinate = field(default_factory=Angle)
-
     rule: ClassVar[Rule] = TRAPEZOID
     last: ClassVar[Rule] = EULER
     order: ClassVar[int] = 2
-    evals_per_step: ClassVar[int] = 2
-    evals_last_step: ClassVar[int] = 1
 
 
 @final
@@ -204,10 +190,6 @@ class Heun(RungeKutta):
 class RK4(RungeKutta):
     """Fourth order, deterministic, four network calls a step and three in the last: the classical Runge-Kutta rule."""
 
-    coordinate: Coordinate = field(default_factory=Angle)
-
     rule: ClassVar[Rule] = CLASSICAL_4
     last: ClassVar[Rule] = HEUN_3
     order: ClassVar[int] = 4
-    evals_per_step: ClassVar[int] = 4
-    evals_last_step: ClassVar[int] = 3
