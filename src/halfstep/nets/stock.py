@@ -149,9 +149,7 @@ class UNet2DCondition(TableNetwork):
             # What diffusers' text-to-image pipelines feed.
             sinusoids: Tensor = get_timestep_embedding(1000 * (guidance_scale - 1), width, downscale_freq_shift=1)
             embedded = sinusoids.to(x_t.dtype)
-        return self.model(
-            x_t, self.timestep(time), encoder_hidden_states, timestep_cond=embedded, return_dict=False
-        )[0]
+        return self.model(x_t, self.timestep(time), encoder_hidden_states, timestep_cond=embedded, return_dict=False)[0]
 
 
 @final
