@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Final
 
-from halfstep.hub.schedulers import FLOW, StockSchedule
+from halfstep.hub.schedulers import FLOW, StockSchedule, exact_steps
 from halfstep.runs import Manifest, Metrics, Pipeline
 
 _ARGUMENTS: Final = {
@@ -37,17 +37,15 @@ def model_card(
     manifest: Manifest,
     kind: str,
     schedule: StockSchedule,
-    exact: list[int],
     metrics: Metrics | None,
     absent: Sequence[str] = (),
 ) -> str:
     """Return README.md of an exported folder.
 
     Args:
-        exact: numbers of steps at which the scheduler asks for the times of our grid.
         absent: parts that the pipeline can do without and the folder does not hold, which diffusers wants to be told.
     """
-    own = manifest.num_steps
+    own, exact = manifest.num_steps, exact_steps(schedule)
     made = "A diffusion model" if own is None else f"A diffusion model that samples in {own} step{'s' * (own > 1)}"
     classes = f"{manifest.num_classes} classes" if manifest.num_classes else "no classes"
     conditions = f"; conditions {', '.join(manifest.conditions)}" if manifest.conditions else ""

@@ -8,7 +8,7 @@ copied. No code of ours is in the folder.
 import copy
 import shutil
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 
@@ -21,9 +21,6 @@ from halfstep.nets import SD3, LoRA, StockNetwork, TableNetwork, merged
 from halfstep.runs import Manifest, Metrics
 from halfstep.runtime.files import first_line, read_json, refuse_taken, replacing_folder, write_json, write_text
 from halfstep.samplers import DDIM, DPMSolverPP2M
-
-COPIED: Final = (".json", ".safetensors", ".txt", ".model")
-"""Suffixes of the files of an origin's other parts that are copied."""
 
 
 def export_pipeline(model: Model, out: Path, metrics: Metrics | None = None, name: str | None = None) -> Path:
@@ -45,7 +42,6 @@ def export_pipeline(model: Model, out: Path, metrics: Metrics | None = None, nam
             "onnx, or halfstep.load in Python"
         )
     schedule, kind, component = _layout(model, network)
-    exact = _exact(model, schedule, network)
     index: dict[str, Any] = {}
     copies: dict[str, Path] = {}
     # An image model is whole without its origin, which may be gone.
@@ -71,11 +67,10 @@ def export_pipeline(model: Model, out: Path, metrics: Metrics | None = None, nam
         for part, folder in copies.items():
             (into / part).mkdir()
             for file in folder.iterdir():
-                if file.suffix in COPIED:
+                if file.suffix in (".json", ".safetensors", ".txt", ".model"):
                     shutil.copyfile(file, into / part / file.name)
         write_json(into / "model_index.json", index)
-        card = model_card(name or out.name, model.manifest, kind, schedule, exact, metrics, absent)
-        write_text(into / "README.md", card)
+        write_text(into / "README.md", model_card(name or out.name, model.manifest, kind, schedule, metrics, absent))
     return out
 
 
@@ -107,7 +102,6 @@ def export_lora(model: Model, out: Path, base: Manifest | None = None, name: str
             f"{pipeline.folder}: use --format diffusers, which merges them"
         )
     schedule, _, component = _layout(model, network.base)
-    _exact(model, schedule, network.base)
     # In peft's names without that of the adapter ("...to_q.lora_A.weight"), which diffusers reads as they are; its own
     # older names lose the layers of attention.
     state = {
@@ -120,24 +114,6 @@ def export_lora(model: Model, out: Path, base: Manifest | None = None, name: str
         _save_scheduler(schedule, into / "scheduler")
         write_text(into / "README.md", lora_card(name or out.name, model.manifest, pipeline, schedule))
     return out
-
-
-def _exact(model: Model, schedule: StockSchedule, network: StockNetwork) -> list[int]:
-    """The numbers of steps whose times the scheduler asks for exactly, the model's own among them."""
-    exact = exact_steps(schedule)
-    if model.num_steps is not None and model.num_steps not in exact:
-        another = ""
-        if isinstance(network, TableNetwork) and not isinstance(model.denoiser.network, LoRA):
-            another = (
-                "match the teacher to the cosine process, whose timesteps are a power of two (halfstep distill "
-                "--matching.process cosine), "
-            )
-        raise ValueError(
-            f"the exported grid cannot represent {model.num_steps} steps exactly on "
-            f"{schedule.config['num_train_timesteps']} timesteps: exact are {', '.join(map(str, exact))}; export a "
-            f"stage of one of these, {another}or use --format onnx"
-        )
-    return exact
 
 
 def push_to_hub(folder: Path, name: str) -> str:
@@ -178,6 +154,19 @@ def _layout(model: Model, network: StockNetwork) -> tuple[StockSchedule, str, st
         raise ValueError(
             f"no {'pipeline' if order else 'scheduler'} of diffusers samples this model by its own sampler {sampler}. "
             "Use --format onnx (deterministic samplers), or halfstep.load in Python."
+        )
+    exact = exact_steps(schedule)
+    if model.num_steps is not None and model.num_steps not in exact:
+        another = ""
+        if isinstance(network, TableNetwork) and not isinstance(model.denoiser.network, LoRA):
+            another = (
+                "match the teacher to the cosine process, whose timesteps are a power of two (halfstep distill "
+                "--matching.process cosine), "
+            )
+        raise ValueError(
+            f"the exported grid cannot represent {model.num_steps} steps exactly on {network.num_train_timesteps} "
+            f"timesteps: exact are {', '.join(map(str, exact))}; export a stage of one of these, {another}or use "
+            "--format onnx"
         )
     if is_plain_image:
         return schedule, "DDIMPipeline", "unet"

@@ -95,7 +95,7 @@ CONFIGS: Final[dict[str, GooglePDConfig]] = {
 
 
 def config_of(text: str) -> GooglePDConfig:
-    """The configuration that `text` names: one of `CONFIGS`, or a .json file with the fields of `GooglePDConfig`.
+    """Return the configuration that `text` names: one of `CONFIGS`, or a .json file with `GooglePDConfig`'s fields.
 
     Raises:
         ValueError: if it is neither, or the file does not hold one.
@@ -109,7 +109,7 @@ def config_of(text: str) -> GooglePDConfig:
         return GooglePDConfig.model_validate(read_json(Path(text)))
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = ".".join(map(str, first["loc"]))
         reason = first["msg"].removeprefix("Value error, ")
         raise ValueError(f"{text}: {where + ': ' if where else ''}{reason}") from None
 
@@ -153,7 +153,7 @@ def _flat(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, np.n
 
 
 def read_checkpoint(file: Path) -> Checkpoint:
-    """The checkpoint in `file`.
+    """Read the checkpoint in `file`.
 
     Raises:
         DamagedFile: if it is not there, cut short, or no checkpoint of the authors' code.
@@ -183,7 +183,7 @@ class _Place(NamedTuple):
 
     path: str
     shape: tuple[int, ...]
-    """Of the array there, but for axes that are joined or of length 1."""
+    """Of the array there, except for axes that are joined or of length 1."""
     axes: tuple[int, ...] | None
     """The permutation that makes the tensor of it."""
 
@@ -248,7 +248,7 @@ def _regroups(got: tuple[int, ...], needed: tuple[int, ...]) -> bool:
 
 
 def convert(params: Mapping[str, np.ndarray], config: GooglePDConfig) -> UNet2D:
-    """The stock network with the checkpoint's weights.
+    """Return the stock network with the checkpoint's weights.
 
     Raises:
         ValueError: naming the first tensor that is missing, does not fit, or is left over.
@@ -294,7 +294,7 @@ def _earlier_by_one(weight: Tensor) -> Tensor:
 
 
 def empty_network(config: GooglePDConfig) -> UNet2D:
-    """The network of a configuration on the meta device: its tensors have shapes and no content."""
+    """Return the network of a configuration on the meta device: its tensors have shapes and no content."""
     first, last = (2 / math.pi * math.atan(math.exp(-bound / 2)) for bound in (20.0, -20.0))
     with torch.device("meta"):
         return UNet2D(
@@ -319,7 +319,7 @@ def empty_network(config: GooglePDConfig) -> UNet2D:
 
 
 def import_google_pd(file: Path, config: GooglePDConfig, out: Path) -> Manifest:
-    """The checkpoint as a stage in the folder `out`, which must not hold anything.
+    """Write the checkpoint as a stage to the folder `out`.
 
     Raises:
         ValueError: if the file is damaged or of another configuration, or `out` holds something; nothing is written.

@@ -185,7 +185,7 @@ def export_onnx(
             "clip": str(model.manifest.clip),
         }
         program.model.metadata_props.update(facts)
-        size = sum(parameter.numel() * parameter.element_size() for parameter in sampler.parameters())
+        size = sum(parameter.nbytes for parameter in sampler.parameters())
         program.save(made, external_data=size > LARGEST)
         check_graph(made, model, steps, cond)
         # The weights before the graph, whose appearance says that all is there.

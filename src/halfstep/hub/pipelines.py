@@ -56,9 +56,6 @@ FETCHED: Final = ("*.json", "*.txt", "*.model", "*/*.safetensors", "diffusion_py
 """Of a repository: neither pickles nor code, and no weights beside the parts, where many keep them all in one file."""
 NOT_FETCHED: Final = ("*.fp16.*", "*.fp16-*", "*.bf16.*", "*.bf16-*", "*.non_ema.*", "*.non_ema-*")
 """Variants of the weights, which are not read."""
-FOREIGN: Final = ("class_embed_type", "addition_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim")
-"""Fields of a network's config that give it inputs of which its files do not say enough, or that no pipeline here
-feeds: of a guidance scale that it has learned, for one, they do not say the range."""
 
 
 def is_pipeline(path: str | Path) -> bool:
@@ -187,12 +184,11 @@ def _parts(folder: Path) -> tuple[str | None, Layout, Path, Path]:
     if not (folder / "model_index.json").is_file():
         return _plain_parts(folder)
     kind, layout = read_layout(folder)
-
-    def part(name: str) -> Path:
-        # As diffusers does: where a part has no folder of its own, it lies in the root.
-        return folder / name if (folder / name).is_dir() else folder
-
-    return kind, layout, part(layout.component), part("scheduler") / "scheduler_config.json"
+    # As diffusers does: where a part has no folder of its own, it lies in the root.
+    network, scheduler = (
+        folder / name if (folder / name).is_dir() else folder for name in (layout.component, "scheduler")
+    )
+    return kind, layout, network, scheduler / "scheduler_config.json"
 
 
 def read_layout(folder: Path) -> tuple[str, Layout]:
@@ -205,7 +201,6 @@ def read_layout(folder: Path) -> tuple[str, Layout]:
         raise ValueError(f"{folder} is no pipeline (no model_index.json): give a folder that diffusers has saved whole")
     index = _json(folder / "model_index.json")
     kind = index.get("_class_name")
-    code = sorted(file.name for file in folder.rglob("*.py"))
     foreign = [
         name
         for name, value in index.items()
@@ -213,11 +208,13 @@ def read_layout(folder: Path) -> tuple[str, Layout]:
         and not (name.isidentifier() and value[:1] in ([None], ["diffusers"], ["transformers"]))
         and not (value[:1] == ["stable_diffusion"] and name == "safety_checker")
     ]
-    if not isinstance(kind, str) or foreign or code:
-        what = f"its class is {kind}" if not isinstance(kind, str) else ", ".join(foreign or code)
+    code = foreign or sorted(file.name for file in folder.rglob("*.py"))
+    if not isinstance(kind, str):
+        code = [f"its class is {kind}"]
+    if code:
         raise ValueError(
-            f"{folder} wants code of its own to be run ({what}), which halfstep refuses: save it as a pipeline that "
-            "diffusers knows"
+            f"{folder} wants code of its own to be run ({', '.join(code)}), which halfstep refuses: save it as a "
+            "pipeline that diffusers knows"
         )
     if kind not in LAYOUTS:
         raise ValueError(f"{folder} holds a {kind}, which is not understood: known are {', '.join(LAYOUTS)}")
@@ -257,10 +254,9 @@ def _plain_parts(folder: Path) -> tuple[None, Layout, Path, Path]:
 def _network(folder: Path, layout: Layout, schedule: Schedule) -> StockNetwork:
     """The adapter with the weights in `folder`, without the channels of a learned variance."""
     name = layout.network.stock
-    config_file = folder / "config.json"
-    if not config_file.is_file():
+    if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json: the pipeline was not saved whole")
-    config = _json(config_file)
+    config = _json(folder / "config.json")
     if "auto_map" in config:
         raise ValueError(f"{folder} wants code of its own to be run (auto_map), which halfstep refuses")
     if config.get("_class_name") != name:
@@ -271,7 +267,8 @@ def _network(folder: Path, layout: Layout, schedule: Schedule) -> StockNetwork:
             f"({type(schedule.process).__name__}): known are tables of betas for U-Nets and DiT, and flow matching for "
             f"{SD3.stock}; in Python halfstep.distill takes any network"
         )
-    for field in FOREIGN:
+    # Inputs that no pipeline here feeds, or of which files do not say enough (the range of a learned guidance scale).
+    for field in ("class_embed_type", "addition_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim"):
         if config.get(field) is not None:
             raise ValueError(
                 f"{folder} holds a {name} with {field} {config[field]!r}, an input that halfstep does not know: give "
@@ -299,10 +296,8 @@ def _network(folder: Path, layout: Layout, schedule: Schedule) -> StockNetwork:
         for part in (f"{last}.weight", f"{last}.bias"):
             # DiT's last layer puts out (row of the patch, column, channel), channels fastest; a U-Net's channels alone.
             state[part] = state[part].unflatten(0, (-1, 2 * channels))[:, :channels].flatten(0, 1)
-    arguments: dict[str, Any] = {"config": config, "num_train_timesteps": schedule.num_train_timesteps}
-    if layout.network is SD3:
-        arguments["shift"] = vars(schedule.process)["shift"]
-    network = layout.network(**arguments)
+    shift = {"shift": schedule.process.shift} if isinstance(schedule.process, FlowMatching) else {}
+    network = layout.network(config, num_train_timesteps=schedule.num_train_timesteps, **shift)
     network.model.load_state_dict(state)
     return network
 

@@ -37,9 +37,8 @@ PREDICTIONS: Final[dict[str, Prediction]] = {
     "epsilon": Eps(),
     "sample": X0(),
     "v_prediction": V(),
-    "flow_prediction": FlowVelocity(),
 }
-"""diffusers' names of what a network predicts."""
+"""diffusers' names of what a network predicts on a table of betas."""
 _RAMPS: Final = {"linear": linear_betas, "scaled_linear": scaled_linear_betas}
 """diffusers' names of tables from a first to a last beta."""
 
@@ -90,10 +89,10 @@ def _read(kind: str, full: Mapping[str, Any]) -> Schedule:
             _refuse(kind, full, {"prediction_type": "flow_prediction"})
         shift = float(full["shift"] if kind == FLOW else full["flow_shift"])
         return Schedule(FlowMatching(shift), FlowVelocity(), False, num, False)
-    if name not in PREDICTIONS:
-        raise ValueError(f"{kind} has prediction_type {name!r}, which is none of {', '.join(PREDICTIONS)}")
     if name == "flow_prediction":
         raise ValueError(f"{kind} has prediction_type {name!r} on a table of betas: its use_flow_sigmas must be true")
+    if name not in PREDICTIONS:
+        raise ValueError(f"{kind} has prediction_type {name!r}, which is none of {', '.join(PREDICTIONS)}")
     # Told a continuous time, a network keeps another clock than that of a table.
     _refuse(kind, full, {"timestep_type": "discrete"})
     clip = bool(full.get("clip_sample", False))
@@ -174,7 +173,7 @@ def write_schedule(
     if isinstance(process, FlowMatching) and isinstance(prediction, FlowVelocity):
         return StockSchedule(FLOW, {"num_train_timesteps": num_train_timesteps, "shift": process.shift})
     names = {type(member): name for name, member in PREDICTIONS.items()}
-    if type(prediction) not in names or isinstance(prediction, FlowVelocity):
+    if type(prediction) not in names:
         raise ValueError(
             f"no scheduler of diffusers steps with {type(prediction).__name__} on {type(process).__name__}: match the "
             "model to v or x0 first (halfstep distill --matching.prediction v), or export --format onnx"

@@ -84,7 +84,7 @@ class LoRA(Network):
 
 
 def with_lora(network: Network, rank: int, targets: Sequence[str] = TARGETS) -> LoRA:
-    """The network with additions that are 0 yet, sharing its weights."""
+    """Return the network with additions that are still 0, sharing its weights."""
     twin = copy.deepcopy(network, {id(p): p for p in network.parameters()})
     with torch.random.fork_rng(devices=[]):
         # What is drawn for A is a function of nothing but its shapes.
@@ -93,18 +93,18 @@ def with_lora(network: Network, rank: int, targets: Sequence[str] = TARGETS) -> 
 
 
 def trainable(network: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The parameters that training changes, by name: all, or the additions of a `LoRA`."""
+    """Return the parameters that training changes, by name: all, or the additions of a `LoRA`."""
     return network.own() if isinstance(network, LoRA) else list(network.named_parameters())
 
 
 def own_state(network: nn.Module) -> dict[str, Tensor]:
-    """What is saved of a network: its state, or the additions of a `LoRA`."""
+    """Return the tensors that are saved: a network's state, or the additions of a `LoRA`."""
     state = network.own() if isinstance(network, LoRA) else network.state_dict().items()
     return {name: value.detach() for name, value in state}
 
 
 def load_own_state(network: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Takes what `own_state` returned.
+    """Load what `own_state` returned.
 
     Raises:
         RuntimeError: if names or shapes do not fit.
