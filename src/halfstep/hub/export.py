@@ -7,36 +7,24 @@ copied. No code of ours is in the folder.
 
 import copy
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 
 from halfstep.hub.card import lora_card, model_card
 from halfstep.hub.pipelines import fetch
-from halfstep.hub.quiet import quiet, stock
 from halfstep.hub.schedulers import StockSchedule, exact_steps, multistep, write_schedule
-from halfstep.hub.weights import check_weights
+from halfstep.hub.stock import check_weights, quiet, stock
 from halfstep.models.model import Model
 from halfstep.nets import SD3, LoRA, StockNetwork, TableNetwork, merged
 from halfstep.runs import Manifest, Metrics
-from halfstep.runtime.files import (
-    first_line,
-    read_json,
-    refuse_taken,
-    replacing_folder,
-    write_json,
-    write_text,
-)
+from halfstep.runtime.files import first_line, read_json, refuse_taken, replacing_folder, write_json, write_text
 from halfstep.samplers import DDIM, DPMSolverPP2M
-
-COPIED: Final = (".json", ".safetensors", ".txt", ".model")
-"""Suffixes of the files of an origin's other parts that are copied."""
 
 
 def export_pipeline(model: Model, out: Path, metrics: Metrics | None = None, name: str | None = None) -> Path:
-    """The model in the layout of a stock pipeline, in the folder `out`, which must not hold anything.
+    """Write the model in the layout of a stock pipeline to the folder `out`, and return that.
 
     Args:
         metrics: what the card says of the model's quality, with its protocol.
@@ -54,34 +42,41 @@ def export_pipeline(model: Model, out: Path, metrics: Metrics | None = None, nam
             "onnx, or halfstep.load in Python"
         )
     schedule, kind, component = _layout(model, network)
-    exact = _exact(model, schedule, network)
-    origin = None
+    index: dict[str, Any] = {}
+    copies: dict[str, Path] = {}
+    # An image model is whole without its origin, which may be gone.
     if not model.manifest.is_image:
         if model.manifest.pipeline is None:
             raise ValueError(
                 "this model makes latents, and the pipeline that it came from is not known: use --format onnx"
             )
-        # An image model is whole without its origin, which may be gone.
         origin = fetch(model.manifest.pipeline.folder)
-    copies = {} if origin is None else _other_parts(origin, component)
-    index = _index(kind, component, schedule, network, origin if copies else None, copies)
-
+        index = read_json(origin / "model_index.json")
+        copies = _other_parts(origin, index, component)
+    if "safety_checker" in index and "safety_checker" not in copies:
+        index |= {"safety_checker": [None, None], "requires_safety_checker": False}
     absent = [part for part in ("text_encoder_3", "tokenizer_3") if kind.endswith("3Pipeline") and part not in copies]
 
+    import diffusers
+
+    index |= {"_class_name": kind, "_diffusers_version": diffusers.__version__}
+    index |= {component: ["diffusers", network.stock], "scheduler": ["diffusers", schedule.kind]}
     with replacing_folder(out) as into:
         _save_network(network, into / component)
         _save_scheduler(schedule, into / "scheduler")
         for part, folder in copies.items():
-            _copy_part(folder, into / part)
+            (into / part).mkdir()
+            for file in folder.iterdir():
+                if file.suffix in (".json", ".safetensors", ".txt", ".model"):
+                    shutil.copyfile(file, into / part / file.name)
         write_json(into / "model_index.json", index)
-        card = model_card(name or out.name, model.manifest, kind, schedule, exact, metrics, absent)
-        write_text(into / "README.md", card)
+        write_text(into / "README.md", model_card(name or out.name, model.manifest, kind, schedule, metrics, absent))
     return out
 
 
 def export_lora(model: Model, out: Path, base: Manifest | None = None, name: str | None = None) -> Path:
-    """The additions of a LoRA student in diffusers' layout, and the scheduler that they were made for, in the folder
-    `out`, which must not hold anything: what `pipe.load_lora_weights` reads.
+    """Write the additions of a LoRA student, as `pipe.load_lora_weights` reads them, and the scheduler that they were
+    made for to the folder `out`, and return that.
 
     Args:
         base: of the stage to whose weights they are added; None if it is known to be the imported one.
@@ -107,10 +102,12 @@ def export_lora(model: Model, out: Path, base: Manifest | None = None, name: str
             f"{pipeline.folder}: use --format diffusers, which merges them"
         )
     schedule, _, component = _layout(model, network.base)
-    _exact(model, schedule, network.base)
-    # In peft's names, which diffusers reads as they are; its own older names lose the layers of attention.
-    state = {name: value.cpu().float().contiguous() for name, value in network.layers().items()}
-
+    # In peft's names without that of the adapter ("...to_q.lora_A.weight"), which diffusers reads as they are; its own
+    # older names lose the layers of attention.
+    state = {
+        name.removeprefix("base.model.").replace(".default.", "."): value.detach().cpu().float().contiguous()
+        for name, value in network.own()
+    }
     with replacing_folder(out) as into:
         with quiet():
             kind.save_lora_weights(into, **{f"{component}_lora_layers": state})
@@ -119,30 +116,8 @@ def export_lora(model: Model, out: Path, base: Manifest | None = None, name: str
     return out
 
 
-def _exact(model: Model, schedule: StockSchedule, network: Any) -> list[int]:
-    """The numbers of steps whose times the scheduler asks for exactly.
-
-    Raises:
-        ValueError: if the model's own is none of them.
-    """
-    exact = exact_steps(schedule)
-    if model.num_steps is not None and model.num_steps not in exact:
-        another = (
-            "match the teacher to the cosine process, whose timesteps are a power of two (halfstep distill "
-            "--matching.process cosine), "
-            if isinstance(network, TableNetwork) and not isinstance(model.denoiser.network, LoRA)
-            else ""
-        )
-        raise ValueError(
-            f"the exported grid cannot represent {model.num_steps} steps exactly on "
-            f"{schedule.config['num_train_timesteps']} timesteps: exact are {', '.join(map(str, exact))}; export a "
-            f"stage of one of these, {another}or use --format onnx"
-        )
-    return exact
-
-
 def push_to_hub(folder: Path, name: str) -> str:
-    """The address of the repository `name` (OWNER/NAME) on the Hub, which then holds what `folder` does.
+    """Upload `folder` to the repository `name` (OWNER/NAME) on the Hub and return its address.
 
     Raises:
         ValueError: if the Hub refuses or cannot be reached.
@@ -172,14 +147,26 @@ def _layout(model: Model, network: StockNetwork) -> tuple[StockSchedule, str, st
     process = model.denoiser.process
     if isinstance(network, SD3) and vars(process).get("shift") != network.shift:
         raise ValueError(f"the network's clock has the shift {network.shift:g}, but its process is {process}")
-    timesteps: Any = network.num_train_timesteps
-    schedule = write_schedule(process, model.denoiser.prediction, timesteps, manifest.clip)
+    schedule = write_schedule(process, model.denoiser.prediction, network.num_train_timesteps, manifest.clip)
     is_plain_image, sampler = manifest.is_image and not manifest.num_classes, model.sampler
     order = 1 if sampler == DDIM() else 2 if sampler == DPMSolverPP2M() else None
     if order is None or (order == 2 and is_plain_image):
         raise ValueError(
             f"no {'pipeline' if order else 'scheduler'} of diffusers samples this model by its own sampler {sampler}. "
             "Use --format onnx (deterministic samplers), or halfstep.load in Python."
+        )
+    exact = exact_steps(schedule)
+    if model.num_steps is not None and model.num_steps not in exact:
+        another = ""
+        if isinstance(network, TableNetwork) and not isinstance(model.denoiser.network, LoRA):
+            another = (
+                "match the teacher to the cosine process, whose timesteps are a power of two (halfstep distill "
+                "--matching.process cosine), "
+            )
+        raise ValueError(
+            f"the exported grid cannot represent {model.num_steps} steps exactly on {network.num_train_timesteps} "
+            f"timesteps: exact are {', '.join(map(str, exact))}; export a stage of one of these, {another}or use "
+            "--format onnx"
         )
     if is_plain_image:
         return schedule, "DDIMPipeline", "unet"
@@ -190,9 +177,8 @@ def _layout(model: Model, network: StockNetwork) -> tuple[StockSchedule, str, st
     return schedule, "ConsistencyModelPipeline", "unet"
 
 
-def _other_parts(origin: Path, component: str) -> dict[str, Path]:
+def _other_parts(origin: Path, index: dict[str, Any], component: str) -> dict[str, Path]:
     """The folders of an origin's parts beside network and scheduler, by name."""
-    index = read_json(origin / "model_index.json")
     parts = {}
     for name, value in index.items():
         if name in (component, "scheduler") or not isinstance(value, list) or value[0] is None:
@@ -210,27 +196,9 @@ def _other_parts(origin: Path, component: str) -> dict[str, Path]:
     return parts
 
 
-def _index(
-    kind: str,
-    component: str,
-    schedule: StockSchedule,
-    network: StockNetwork,
-    origin: Path | None,
-    copied: Iterable[str],
-) -> dict[str, Any]:
-    import diffusers
-
-    index: dict[str, Any] = {"_class_name": kind, "_diffusers_version": diffusers.__version__}
-    if origin is not None:
-        index |= {name: value for name, value in read_json(origin / "model_index.json").items() if name not in index}
-    if "safety_checker" in index and "safety_checker" not in copied:
-        index |= {"safety_checker": [None, None], "requires_safety_checker": False}
-    return index | {component: ["diffusers", network.stock], "scheduler": ["diffusers", schedule.kind]}
-
-
 def _save_network(network: StockNetwork, folder: Path) -> None:
     # safetensors takes no channels-last tensors.
-    module: Any = copy.deepcopy(network.model).cpu().float().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    module = copy.deepcopy(network.model).cpu().float().to(memory_format=torch.contiguous_format)
     with quiet():
         module.save_pretrained(folder, safe_serialization=True)
     config: dict[str, Any] = read_json(folder / "config.json")
@@ -245,10 +213,3 @@ def _save_network(network: StockNetwork, folder: Path) -> None:
 def _save_scheduler(schedule: StockSchedule, folder: Path) -> None:
     with quiet():
         stock(schedule.kind)(**schedule.config).save_pretrained(folder)
-
-
-def _copy_part(source: Path, target: Path) -> None:
-    target.mkdir(parents=True)
-    for file in sorted(source.iterdir()):
-        if file.suffix in COPIED:
-            shutil.copyfile(file, target / file.name)

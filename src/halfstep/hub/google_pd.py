@@ -13,20 +13,21 @@ Source: Salimans & Ho 2022 (arXiv:2202.00512), the authors' unet.py, model.py, c
 """
 
 import math
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, final
 
 import msgpack
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError, model_validator
 from torch import Tensor
 
 from halfstep.core.denoiser import NetworkDenoiser
 from halfstep.core.noise import VPCosine, processes
 from halfstep.core.prediction import predictions
+from halfstep.hub.stock import in_one_line
 from halfstep.models.folder import save_stage
 from halfstep.nets import UNet2D, describe_network, unet2d_config
 from halfstep.registry import nearest
@@ -35,10 +36,6 @@ from halfstep.runtime.files import DamagedFile, read_json, refuse_taken, sha256_
 
 PROCESS: Final = VPCosine()
 """The process of every released model: the clipped cosine."""
-CLOCK: Final = 1000
-"""Their clock's largest value."""
-
-Positive = Field(ge=1)
 
 
 @final
@@ -47,25 +44,25 @@ class GooglePDConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    image_size: int = Positive
+    image_size: PositiveInt
     """Height and width."""
-    ch: int = Positive
+    ch: PositiveInt
     """Channels at the finest level."""
     multipliers: tuple[int, ...]
     """Channels of each level, from the finest, in multiples of `ch`."""
-    layers_per_block: int = Positive
+    layers_per_block: PositiveInt
     """Residual blocks of a level on the way down; one more on the way up."""
     attention: tuple[bool, ...]
     """Whether each level has self-attention."""
-    attention_head_dim: int = Positive
+    attention_head_dim: PositiveInt
     """Channels of an attention head."""
-    time_embedding_dim: int = Positive
+    time_embedding_dim: PositiveInt
     """Width of the embedding of time and class."""
-    num_classes: int = Field(default=0, ge=0)
+    num_classes: NonNegativeInt = 0
     """0 for an unconditional network."""
     prediction: Literal["x0", "eps", "v", "both"]
     """What the network predicts."""
-    start_steps: int = Positive
+    start_steps: PositiveInt
     """Steps of the first teacher of its chain."""
 
     @model_validator(mode="after")
@@ -78,14 +75,10 @@ class GooglePDConfig(BaseModel):
         return self
 
 
-def _lsun() -> GooglePDConfig:
-    return GooglePDConfig(
-        image_size=128, ch=64, multipliers=(1, 2, 4, 6, 8), layers_per_block=3,
-        attention=(False, False, True, True, True), attention_head_dim=64, time_embedding_dim=768,
-        prediction="both", start_steps=1024,
-    )  # fmt: skip
-
-
+_LSUN: Final = GooglePDConfig(
+    image_size=128, ch=64, multipliers=(1, 2, 4, 6, 8), layers_per_block=3, attention=(False, False, True, True, True),
+    attention_head_dim=64, time_embedding_dim=768, prediction="both", start_steps=1024,
+)  # fmt: skip
 CONFIGS: Final[dict[str, GooglePDConfig]] = {
     "cifar10": GooglePDConfig(
         image_size=32, ch=256, multipliers=(1, 1, 1), layers_per_block=3, attention=(False, True, True),
@@ -95,14 +88,14 @@ CONFIGS: Final[dict[str, GooglePDConfig]] = {
         image_size=64, ch=192, multipliers=(1, 2, 3, 4), layers_per_block=3, attention=(False, True, True, True),
         attention_head_dim=64, time_embedding_dim=768, num_classes=1000, prediction="both", start_steps=1024,
     ),
-    "bedroom128": _lsun(),
-    "church128": _lsun(),
+    "bedroom128": _LSUN,
+    "church128": _LSUN,
 }  # fmt: skip
 """The released models' configurations."""
 
 
 def config_of(text: str) -> GooglePDConfig:
-    """The configuration that `text` names: one of `CONFIGS`, or a .json file with the fields of `GooglePDConfig`.
+    """Return the configuration that `text` names: one of `CONFIGS`, or a .json file with `GooglePDConfig`'s fields.
 
     Raises:
         ValueError: if it is neither, or the file does not hold one.
@@ -116,14 +109,12 @@ def config_of(text: str) -> GooglePDConfig:
         return GooglePDConfig.model_validate(read_json(Path(text)))
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = ".".join(map(str, first["loc"]))
         reason = first["msg"].removeprefix("Value error, ")
         raise ValueError(f"{text}: {where + ': ' if where else ''}{reason}") from None
 
 
-@final
-@dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(NamedTuple):
     """What is used of a checkpoint file."""
 
     params: Mapping[str, np.ndarray]
@@ -132,12 +123,9 @@ class Checkpoint:
     """Sampler steps that the model is made for; 0 if the file does not say."""
 
 
-_ARRAY, _SCALAR = 1, 3
-"""flax's extension types of msgpack that are read; a complex number (2) is in no checkpoint."""
-
-
 def _array(code: int, data: bytes) -> np.ndarray:
-    if code not in (_ARRAY, _SCALAR):
+    """An array (1) or a scalar (3) of flax's extension types; a complex number (2) is in no checkpoint."""
+    if code not in (1, 3):
         raise ValueError(f"an entry is of msgpack's extension type {code}, which is no array of flax")
     shape, name, content = msgpack.unpackb(data, raw=False)
     kind = np.dtype(name)
@@ -165,7 +153,7 @@ def _flat(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, np.n
 
 
 def read_checkpoint(file: Path) -> Checkpoint:
-    """The checkpoint in `file`.
+    """Read the checkpoint in `file`.
 
     Raises:
         DamagedFile: if it is not there, cut short, or no checkpoint of the authors' code.
@@ -183,9 +171,9 @@ def read_checkpoint(file: Path) -> Checkpoint:
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
             raise ValueError(f"its num_sample_steps is {steps!r}")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, msgpack.UnpackException) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise DamagedFile(
-            f"{file} is cut short or no checkpoint of the authors' code ({reason}): give one of their .msgpack files"
+            f"{file} is cut short or no checkpoint of the authors' code ({in_one_line(error)}): give one of their "
+            ".msgpack files"
         ) from None
     return Checkpoint(params, steps)
 
@@ -195,7 +183,7 @@ class _Place(NamedTuple):
 
     path: str
     shape: tuple[int, ...]
-    """Of the array there, but for axes that are joined or of length 1."""
+    """Of the array there, except for axes that are joined or of length 1."""
     axes: tuple[int, ...] | None
     """The permutation that makes the tensor of it."""
 
@@ -218,6 +206,12 @@ _PARTS: Final = {
     "to_v": "v",
     "to_out.0": "proj_out",
 }
+_BLOCKS: Final = {
+    "resnets": "block_{}",
+    "attentions": "attn_{}",
+    "downsamplers": "downsample",
+    "upsamplers": "upsample",
+}
 
 
 def _place(name: str, shape: tuple[int, ...], levels: int) -> _Place:
@@ -227,20 +221,14 @@ def _place(name: str, shape: tuple[int, ...], levels: int) -> _Place:
         if module == ours or module.startswith(f"{ours}."):
             module = theirs + module.removeprefix(ours).replace(".", "/", 1)
             break
-    else:
-        words = module.split(".")
-        if words[0] in ("down_blocks", "up_blocks"):
-            level = int(words[1]) if words[0] == "down_blocks" else levels - 1 - int(words[1])
-            place = {"resnets": f"block_{words[3]}", "attentions": f"attn_{words[3]}"}
-            place |= {"downsamplers": "downsample", "upsamplers": "upsample"}
-            side = "down" if words[0] == "down_blocks" else "up"
-            module = "/".join([f"{side}_{level}.{place[words[2]]}", ".".join(words[4:])])
+    if found := re.fullmatch(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.+)", module):
+        side, block, part, number, inner = found.groups()
+        level = int(block) if side == "down" else levels - 1 - int(block)
+        module = f"{side}_{level}.{_BLOCKS[part].format(number)}/{inner}"
     head, slash, part = module.rpartition("/")
     module = head + slash + _PARTS.get(part, part)
-    if kind == "bias":
-        return _Place(f"{module}/bias", shape, None)
     if len(shape) == 1:
-        return _Place(f"{module}/scale", shape, None)
+        return _Place(f"{module}/{'bias' if kind == 'bias' else 'scale'}", shape, None)
     if name == "class_embedding.weight":
         return _Place(f"{module}/kernel", shape, None)
     if len(shape) == 4 and shape[2:] != (1, 1):
@@ -260,7 +248,7 @@ def _regroups(got: tuple[int, ...], needed: tuple[int, ...]) -> bool:
 
 
 def convert(params: Mapping[str, np.ndarray], config: GooglePDConfig) -> UNet2D:
-    """The stock network with the checkpoint's weights.
+    """Return the stock network with the checkpoint's weights.
 
     Raises:
         ValueError: naming the first tensor that is missing, does not fit, or is left over.
@@ -270,8 +258,7 @@ def convert(params: Mapping[str, np.ndarray], config: GooglePDConfig) -> UNet2D:
     used: set[str] = set()
     for name, tensor in network.model.state_dict().items():
         place = _place(name, tuple(tensor.shape), len(config.multipliers))
-        array = params.get(place.path)
-        if array is None:
+        if (array := params.get(place.path)) is None:
             raise ValueError(f"it has no tensor {place.path}, which needs the shape {list(place.shape)}")
         if not _regroups(array.shape, place.shape):
             raise ValueError(
@@ -286,11 +273,8 @@ def convert(params: Mapping[str, np.ndarray], config: GooglePDConfig) -> UNet2D:
         used.add("class_emb/bias")
         if "class_emb/bias" not in params:
             raise ValueError("it has no tensor class_emb/bias")
-        state["class_embedding.weight"] = state["class_embedding.weight"] + torch.from_numpy(
-            np.array(params["class_emb/bias"], np.float64)
-        )
-    left = sorted(set(params) - used)
-    if left:
+        state["class_embedding.weight"] += torch.from_numpy(np.array(params["class_emb/bias"], np.float64))
+    if left := sorted(set(params) - used):
         raise ValueError(f"the tensor {left[0]} of shape {list(params[left[0]].shape)} has no place in the network")
     weight = "time_embedding.linear_1.weight"
     state[weight] = _earlier_by_one(state[weight])
@@ -310,7 +294,7 @@ def _earlier_by_one(weight: Tensor) -> Tensor:
 
 
 def empty_network(config: GooglePDConfig) -> UNet2D:
-    """The network of a configuration on the meta device: its tensors have shapes and no content."""
+    """Return the network of a configuration on the meta device: its tensors have shapes and no content."""
     first, last = (2 / math.pi * math.atan(math.exp(-bound / 2)) for bound in (20.0, -20.0))
     with torch.device("meta"):
         return UNet2D(
@@ -329,13 +313,13 @@ def empty_network(config: GooglePDConfig) -> UNet2D:
                 freq_shift=1,
                 num_classes=config.num_classes,
             ),
-            num_train_timesteps=CLOCK,
+            num_train_timesteps=1000,
             clock_range=(first, last),
         )
 
 
 def import_google_pd(file: Path, config: GooglePDConfig, out: Path) -> Manifest:
-    """The checkpoint as a stage in the folder `out`, which must not hold anything.
+    """Write the checkpoint as a stage to the folder `out`.
 
     Raises:
         ValueError: if the file is damaged or of another configuration, or `out` holds something; nothing is written.

@@ -30,8 +30,6 @@ from halfstep.samplers import sample
 
 LARGEST: Final = int(1.4 * 2**30)
 """Bytes of weights that lie in the graph's own file; a protobuf cannot hold 2 GiB, and torch parts them from 1.5 on."""
-CLOSE: Final = 1e-4
-"""Largest difference between graph and torch, for samples on [-1, 1]."""
 
 
 @final
@@ -126,7 +124,7 @@ class UnrolledSampler(nn.Module):
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Within it the exporter says nothing: its hints are for those who call it directly."""
+    """Silence torch's exporter, whose hints are for those who call it directly."""
     with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
@@ -139,7 +137,7 @@ def _silent() -> Iterator[None]:
 def export_onnx(
     model: Model, out: Path, num_steps: int | None = None, example: Mapping[str, Tensor] | None = None
 ) -> Path:
-    """The model's own sampler as a graph in the file `out`, compared with torch before it appears there.
+    """Write the model's own sampler as a graph to the file `out`, after comparing it with torch, and return that.
 
     Inputs are `noise` float32 `[batch, *shape]`, of unit variance, and the conditions that the model is shown, each
     `[batch, ...]`; the output is `x0` `[batch, *shape]`. The length of a batch is open.
@@ -160,11 +158,10 @@ def export_onnx(
         )
     steps = model.check_steps(num_steps)
     model = model.cpu().eval()
-    cond = dict(example) if example is not None else example_conditions(model, 2)
+    cond = example_conditions(model, 2) if example is None else dict(example)
     noise = torch.randn(2, *model.shape, generator=torch.Generator().manual_seed(0))
     sampler = UnrolledSampler(model, steps, tuple(cond)).eval()
-    batch = torch.export.Dim("batch")
-    shapes: tuple[Any, ...] = ({0: batch}, tuple({0: batch} for _ in cond)) if cond else ({0: batch},)
+    batch = {0: torch.export.Dim("batch")}
     with scratch(out) as place:
         place.mkdir()
         # Under its own name, for a graph names the file of its weights beside it.
@@ -176,7 +173,7 @@ def export_onnx(
                 dynamo=True,
                 input_names=["noise", *cond],
                 output_names=["x0"],
-                dynamic_shapes=shapes,
+                dynamic_shapes=(batch, (batch,) * len(cond)) if cond else (batch,),
             )
         facts = {
             "halfstep": version("halfstep"),
@@ -188,7 +185,7 @@ def export_onnx(
             "clip": str(model.manifest.clip),
         }
         program.model.metadata_props.update(facts)
-        size = sum(parameter.numel() * parameter.element_size() for parameter in sampler.parameters())
+        size = sum(parameter.nbytes for parameter in sampler.parameters())
         program.save(made, external_data=size > LARGEST)
         check_graph(made, model, steps, cond)
         # The weights before the graph, whose appearance says that all is there.
@@ -199,7 +196,7 @@ def export_onnx(
 
 
 def example_conditions(model: Model, number: int) -> dict[str, Tensor]:
-    """Conditions that a model can be shown, `[number, ...]` each: classes in turn, and numbers without meaning."""
+    """Return conditions for a model, each `[number, ...]`: classes in turn, and random numbers."""
     generator = torch.Generator().manual_seed(1)
     others = {
         name: torch.randn(number, *shape, generator=generator) for name, shape in model.manifest.conditions.items()
@@ -212,10 +209,10 @@ def example_conditions(model: Model, number: int) -> dict[str, Tensor]:
 
 
 def check_graph(file: Path, model: Model, num_steps: int, cond: Mapping[str, Tensor]) -> None:
-    """Passes if the graph in `file` samples as torch does, for batches of two lengths.
+    """Pass if the graph in `file` samples as torch does, for batches of two lengths.
 
     Raises:
-        ValueError: if it does not, by more than 1e-4 of what [-1, 1] is to images.
+        ValueError: if an entry differs by more than 1e-4 times the largest (at least 1).
     """
     import onnxruntime
 
@@ -229,7 +226,7 @@ def check_graph(file: Path, model: Model, num_steps: int, cond: Mapping[str, Ten
         expected = sample(model, noise * model.process.start_scale, num_steps, model.sampler, cond=shown)
         found = session.run(["x0"], {"noise": noise.numpy(), **{name: v.numpy() for name, v in shown.items()}})[0]
         apart = float((torch.from_numpy(found) - expected).abs().max())
-        if not apart <= CLOSE * max(1.0, float(expected.abs().max())):
+        if not apart <= 1e-4 * max(1.0, float(expected.abs().max())):
             raise ValueError(
                 f"the exported graph's samples differ from torch's by up to {apart:.2g}: it was not written"
             )

@@ -7,9 +7,9 @@ asked for by name. Only safetensors are read, and no code of a repository is run
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,9 +18,8 @@ from halfstep.core.denoiser import NetworkDenoiser
 from halfstep.core.noise import FlowMatching, processes
 from halfstep.core.prediction import predictions
 from halfstep.hub.encoding import release_texts, text_conditions
-from halfstep.hub.quiet import quiet, stock
 from halfstep.hub.schedulers import Schedule, read_schedule
-from halfstep.hub.weights import PICKLED, check_weights, pickled_message
+from halfstep.hub.stock import PICKLED, check_weights, load_stock
 from halfstep.models.model import Model
 from halfstep.nets import SD3, DiT, StockNetwork, UNet2D, UNet2DCondition, describe_network
 from halfstep.runs import Manifest, Outcome, Pipeline
@@ -32,9 +31,7 @@ steps lose and what the stages cost; a power of two that no table of 1000 levels
 are interpolated."""
 
 
-@final
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """How a pipeline of diffusers is laid out."""
 
     component: str
@@ -55,53 +52,46 @@ LAYOUTS: Final[dict[str, Layout]] = {
     "StableDiffusion3Pipeline": Layout("transformer", SD3, is_image=False, text=True),
 }
 """The pipelines that can be imported."""
-PLAIN: Final[dict[str, Layout]] = {"UNet2DModel": Layout("", UNet2D, is_image=True)}
-"""Networks that are known without a pipeline round them."""
 FETCHED: Final = ("*.json", "*.txt", "*.model", "*/*.safetensors", "diffusion_pytorch_model*.safetensors")
 """Of a repository: neither pickles nor code, and no weights beside the parts, where many keep them all in one file."""
 NOT_FETCHED: Final = ("*.fp16.*", "*.fp16-*", "*.bf16.*", "*.bf16-*", "*.non_ema.*", "*.non_ema-*")
 """Variants of the weights, which are not read."""
-FOREIGN: Final = (
-    "class_embed_type",
-    "addition_embed_type",
-    "encoder_hid_dim_type",
-    "time_cond_proj_dim",
-)
-"""Fields of a network's config that give it inputs of which its files do not say enough, or that no pipeline here
-feeds: of a guidance scale that it has learned, for one, they do not say the range."""
 
 
 def is_pipeline(path: str | Path) -> bool:
-    """Whether a path is a folder that diffusers has written: a pipeline, or a network with its config."""
+    """Return whether a path is a folder that diffusers has written: a pipeline, or a network with its config."""
     folder = Path(path)
     if (folder / "model_index.json").is_file():
         return True
-    configs = [place / "config.json" for place in _places(folder)]
-    return any(file.is_file() for file in configs) and not (folder / "manifest.json").is_file()
+    return _plain_network(folder) is not None and not (folder / "manifest.json").is_file()
 
 
-def _places(folder: Path) -> list[Path]:
-    """Where a network may lie without a model_index.json."""
-    return [folder, folder / "unet", folder / "transformer"]
+def _plain_network(folder: Path) -> Path | None:
+    """The folder of a network without a model_index.json."""
+    places = (folder, folder / "unet", folder / "transformer")
+    return next((place for place in places if (place / "config.json").is_file()), None)
 
 
 def fetch(source: str) -> Path:
-    """The folder that `source` means: itself, or the copy of a repository on the Hub, without pickles and code.
+    """Return the folder that `source` means: itself, or the copy of a repository on the Hub, without pickles and code.
 
     Raises:
         ValueError: if it is pickled weights, or neither a folder nor a repository that can be reached.
     """
     path = Path(source).expanduser()
     if path.suffix in PICKLED:
-        raise ValueError(pickled_message(source))
+        raise ValueError(
+            f"{source} is pickled and could run code when it is read, so halfstep does not: convert it where you trust "
+            "it, for example diffusers' StableDiffusionPipeline.from_single_file(...).save_pretrained(FOLDER)"
+        )
     if path.is_dir():
         return path
-    if not path.exists() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
-        raise ValueError(f"{source} does not exist: give a folder, or a name on the Hub (OWNER/NAME)")
     if path.exists():
         raise ValueError(
             f"{source} is a file: give a folder that diffusers has saved, or a name on the Hub (OWNER/NAME)"
         )
+    if source.count("/") != 1 or source.startswith((".", "/", "~")):
+        raise ValueError(f"{source} does not exist: give a folder, or a name on the Hub (OWNER/NAME)")
     from huggingface_hub import snapshot_download
 
     try:
@@ -113,7 +103,7 @@ def fetch(source: str) -> Path:
 
 
 def import_pipeline(source: str | Path) -> Model:
-    """The network of a pipeline as a teacher, on the CPU in float32.
+    """Load the network of a pipeline as a teacher, on the CPU in float32.
 
     Args:
         source: a folder that diffusers has saved, or a name on the Hub.
@@ -125,23 +115,34 @@ def import_pipeline(source: str | Path) -> Model:
     kind, layout, network_folder, scheduler_file = _parts(folder)
     if not scheduler_file.is_file():
         raise ValueError(f"{folder} has no {scheduler_file.relative_to(folder)}: the pipeline was not saved whole")
-    schedule = read_schedule(_json(scheduler_file))
-    if kind == "StableDiffusionPipeline" and not _json(scheduler_file).get("thresholding"):
+    scheduler = _json(scheduler_file)
+    schedule = read_schedule(scheduler)
+    if kind == "StableDiffusionPipeline" and not scheduler.get("thresholding"):
         # Latents have no bounds, and that pipeline turns clipping off where its scheduler's config leaves it on.
         schedule = replace(schedule, clip=False)
     network = _network(network_folder, layout, schedule)
     conditions: dict[str, tuple[int, ...]] = {}
     null: dict[str, Tensor] = {}
+    num_classes = 0
     if layout.text:
         null = {name: value[0] for name, value in text_conditions(folder, [""]).items()}
+        # Training needs the memory that the text encoders take.
+        release_texts()
         conditions = {name: tuple(value.shape) for name, value in null.items()}
-        _check_text_width(network, conditions)
-    num_classes = 0
-    if isinstance(network, UNet2D):
+        needed = network.config.get("cross_attention_dim", network.config.get("joint_attention_dim"))
+        found = conditions["encoder_hidden_states"][-1]
+        if isinstance(needed, int) and needed != found:
+            raise ValueError(
+                f"the network takes texts of width {needed}, but the pipeline's text encoder makes {found}: the parts "
+                "do not belong together"
+            )
+    elif isinstance(network, UNet2D):
         num_classes = int(network.config.get("num_class_embeds") or 0)
     elif isinstance(network, DiT):
         num_classes = int(network.config["num_embeds_ada_norm"])
         null = {"class_labels": torch.tensor(num_classes)}
+    # A folder by its full path, and a name on the Hub as it is.
+    origin = str(folder.resolve()) if folder == Path(source).expanduser() else str(source)
     manifest = Manifest(
         stage=folder.name,
         objective="imported",
@@ -158,24 +159,17 @@ def import_pipeline(source: str | Path) -> Model:
         network=describe_network(network),
         process=processes.describe(schedule.process),
         prediction=predictions.describe(schedule.prediction),
-        pipeline=None if kind is None else Pipeline(kind=kind, folder=_origin(source), component=layout.component),
+        pipeline=None if kind is None else Pipeline(kind=kind, folder=origin, component=layout.component),
         files={},
         source=f"{source} (weights sha256 {_digest(network_folder)})",
     )
-    # Training needs the memory that the text encoders take.
-    release_texts()
     return Model(NetworkDenoiser(network.eval(), schedule.process, schedule.prediction), manifest, null)
 
 
 def _digest(folder: Path) -> str:
-    """Of all weights of a network, so that another teacher in the same folder makes another run."""
+    """The digest of all weights of a network, so that another teacher in the same folder makes another run."""
     digests = [sha256_of(file) for file in sorted(folder.glob("*.safetensors"))]
     return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
-
-
-def _origin(source: str | Path) -> str:
-    path = Path(source).expanduser()
-    return str(path.resolve()) if path.is_dir() else str(source)
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -190,16 +184,15 @@ def _parts(folder: Path) -> tuple[str | None, Layout, Path, Path]:
     if not (folder / "model_index.json").is_file():
         return _plain_parts(folder)
     kind, layout = read_layout(folder)
-
-    def part(name: str) -> Path:
-        # As diffusers does: where a part has no folder of its own, it lies in the root.
-        return folder / name if (folder / name).is_dir() else folder
-
-    return kind, layout, part(layout.component), part("scheduler") / "scheduler_config.json"
+    # As diffusers does: where a part has no folder of its own, it lies in the root.
+    network, scheduler = (
+        folder / name if (folder / name).is_dir() else folder for name in (layout.component, "scheduler")
+    )
+    return kind, layout, network, scheduler / "scheduler_config.json"
 
 
 def read_layout(folder: Path) -> tuple[str, Layout]:
-    """The class of the pipeline in a folder and its layout; no file of the folder is code.
+    """Return the class of the pipeline in a folder, and its layout; no file of the folder is code.
 
     Raises:
         ValueError: if there is none, it wants code of its own, is not understood, or lacks what it makes of texts.
@@ -208,7 +201,6 @@ def read_layout(folder: Path) -> tuple[str, Layout]:
         raise ValueError(f"{folder} is no pipeline (no model_index.json): give a folder that diffusers has saved whole")
     index = _json(folder / "model_index.json")
     kind = index.get("_class_name")
-    code = sorted(file.name for file in folder.rglob("*.py"))
     foreign = [
         name
         for name, value in index.items()
@@ -216,38 +208,38 @@ def read_layout(folder: Path) -> tuple[str, Layout]:
         and not (name.isidentifier() and value[:1] in ([None], ["diffusers"], ["transformers"]))
         and not (value[:1] == ["stable_diffusion"] and name == "safety_checker")
     ]
-    if not isinstance(kind, str) or foreign or code:
-        what = f"its class is {kind}" if not isinstance(kind, str) else ", ".join(foreign or code)
+    code = foreign or sorted(file.name for file in folder.rglob("*.py"))
+    if not isinstance(kind, str):
+        code = [f"its class is {kind}"]
+    if code:
         raise ValueError(
-            f"{folder} wants code of its own to be run ({what}), which halfstep refuses: save it as a pipeline that "
-            "diffusers knows"
+            f"{folder} wants code of its own to be run ({', '.join(code)}), which halfstep refuses: save it as a "
+            "pipeline that diffusers knows"
         )
     if kind not in LAYOUTS:
         raise ValueError(f"{folder} holds a {kind}, which is not understood: known are {', '.join(LAYOUTS)}")
     layout = LAYOUTS[kind]
-    if layout.text:
-        needed: tuple[str, ...] = ("text_encoder", "tokenizer")
-        if kind == "StableDiffusion3Pipeline":
-            # The third encoder of that pipeline may be left out, the second not.
-            needed += ("text_encoder_2", "tokenizer_2")
-        for name in needed:
-            if (index.get(name) or [None])[0] is None or not (folder / name).is_dir():
-                raise ValueError(
-                    f"{folder} has no {name}, which a model of texts is conditioned by: save the pipeline with it"
-                )
+    needed = ["text_encoder", "tokenizer"] if layout.text else []
+    if kind == "StableDiffusion3Pipeline":
+        # The third encoder of that pipeline may be left out, the second not.
+        needed += ["text_encoder_2", "tokenizer_2"]
+    for name in needed:
+        if (index.get(name) or [None])[0] is None or not (folder / name).is_dir():
+            raise ValueError(
+                f"{folder} has no {name}, which a model of texts is conditioned by: save the pipeline with it"
+            )
     return kind, layout
 
 
 def _plain_parts(folder: Path) -> tuple[None, Layout, Path, Path]:
-    network = next((place for place in _places(folder) if (place / "config.json").is_file()), None)
+    network = _plain_network(folder)
     if network is None:
         raise ValueError(f"{folder} is no pipeline (no model_index.json) and holds no network (no config.json)")
-    config = _json(network / "config.json")
-    kind = str(config.get("_class_name"))
-    if kind not in PLAIN:
+    kind = _json(network / "config.json").get("_class_name")
+    if kind != UNet2D.stock:
         raise ValueError(
             f"{network} holds a {kind}, of which config.json does not say enough: give a whole pipeline (known without "
-            f"one: {', '.join(PLAIN)})"
+            f"one: {UNet2D.stock})"
         )
     files = [folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json"]
     scheduler = next((file for file in files if file.is_file()), None)
@@ -256,16 +248,15 @@ def _plain_parts(folder: Path) -> tuple[None, Layout, Path, Path]:
             f"{folder} has no scheduler_config.json, and process and prediction are not guessed: write one, such as "
             'diffusers\' DDPMScheduler(beta_schedule="linear", prediction_type="epsilon").save_pretrained(FOLDER)'
         )
-    return None, PLAIN[kind], network, scheduler
+    return None, LAYOUTS["DDPMPipeline"], network, scheduler
 
 
 def _network(folder: Path, layout: Layout, schedule: Schedule) -> StockNetwork:
     """The adapter with the weights in `folder`, without the channels of a learned variance."""
     name = layout.network.stock
-    config_file = folder / "config.json"
-    if not config_file.is_file():
+    if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json: the pipeline was not saved whole")
-    config = _json(config_file)
+    config = _json(folder / "config.json")
     if "auto_map" in config:
         raise ValueError(f"{folder} wants code of its own to be run (auto_map), which halfstep refuses")
     if config.get("_class_name") != name:
@@ -276,21 +267,15 @@ def _network(folder: Path, layout: Layout, schedule: Schedule) -> StockNetwork:
             f"({type(schedule.process).__name__}): known are tables of betas for U-Nets and DiT, and flow matching for "
             f"{SD3.stock}; in Python halfstep.distill takes any network"
         )
-    for field in FOREIGN:
+    # Inputs that no pipeline here feeds, or of which files do not say enough (the range of a learned guidance scale).
+    for field in ("class_embed_type", "addition_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim"):
         if config.get(field) is not None:
             raise ValueError(
                 f"{folder} holds a {name} with {field} {config[field]!r}, an input that halfstep does not know: give "
                 "a model without it, or distil it in Python (halfstep.distill), where conditions have any name"
             )
     check_weights(folder, f"diffusers.{name}")
-    try:
-        with quiet():
-            stock_model = stock(name).from_pretrained(
-                folder, use_safetensors=True, low_cpu_mem_usage=False, local_files_only=True, torch_dtype=torch.float32
-            )
-    except Exception as error:  # whatever diffusers, safetensors or a wrong shape raise
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise DamagedFile(f"{folder} cannot be read as a {name} ({' '.join(lines)[:200]})") from None
+    stock_model = load_stock(name, folder, f"{folder} cannot be read as a {name}", low_cpu_mem_usage=False)
     config = json.loads(json.dumps({k: v for k, v in stock_model.config.items() if not k.startswith("_")}))
     state = dict(stock_model.state_dict())
     channels = int(config["in_channels"])
@@ -307,37 +292,26 @@ def _network(folder: Path, layout: Layout, schedule: Schedule) -> StockNetwork:
                 'nothing of a learned variance: set variance_type to "learned_range" if the second half is one'
             )
         config["out_channels"] = channels
-        _drop_variance(state, config, layout)
-    arguments: dict[str, Any] = {"config": config, "num_train_timesteps": schedule.num_train_timesteps}
-    if layout.network is SD3:
-        arguments["shift"] = vars(schedule.process)["shift"]
-    network = layout.network(**arguments)
+        last = "proj_out_2" if layout.network is DiT else "conv_out"
+        for part in (f"{last}.weight", f"{last}.bias"):
+            # DiT's last layer puts out (row of the patch, column, channel), channels fastest; a U-Net's channels alone.
+            state[part] = state[part].unflatten(0, (-1, 2 * channels))[:, :channels].flatten(0, 1)
+    shift = {"shift": schedule.process.shift} if isinstance(schedule.process, FlowMatching) else {}
+    network = layout.network(config, num_train_timesteps=schedule.num_train_timesteps, **shift)
     network.model.load_state_dict(state)
     return network
 
 
-def _drop_variance(state: dict[str, Tensor], config: Mapping[str, Any], layout: Layout) -> None:
-    """Leaves the outputs of the prediction in a state, out of as many again of a variance behind them."""
-    channels = int(config["out_channels"])
-    for part in ("weight", "bias"):
-        if layout.network is DiT:
-            # An output of the last layer is (row of the patch, column, channel), channels fastest.
-            held = state[f"proj_out_2.{part}"]
-            state[f"proj_out_2.{part}"] = held.unflatten(0, (-1, 2 * channels))[:, :channels].flatten(0, 1)
-        else:
-            state[f"conv_out.{part}"] = state[f"conv_out.{part}"][:channels]
-
-
 def read_sample_shape(folder: Path, layout: Layout) -> tuple[int, ...]:
-    """Shape of a sample of the network of the pipeline in a folder."""
+    """Return the shape of a sample of the network of the pipeline in a folder."""
     return shape_of(_json(folder / layout.component / "config.json"))
 
 
 def shape_of(config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Shape of a sample of the network with this config.
+    """Return the shape of a sample of the network with this config.
 
     Raises:
-        ValueError: if it does not say.
+        ValueError: if it does not contain one.
     """
     size = config.get("sample_size")
     if size is None:
@@ -346,13 +320,3 @@ def shape_of(config: Mapping[str, Any]) -> tuple[int, ...]:
     if not isinstance(sides, list) or len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
         raise ValueError(f"the network's config has sample_size {size!r}: their height and width are needed")
     return int(config["in_channels"]), *sides
-
-
-def _check_text_width(network: StockNetwork, conditions: Mapping[str, tuple[int, ...]]) -> None:
-    needed = network.config.get("cross_attention_dim", network.config.get("joint_attention_dim"))
-    found = conditions["encoder_hidden_states"][-1]
-    if isinstance(needed, int) and needed != found:
-        raise ValueError(
-            f"the network takes texts of width {needed}, but the pipeline's text encoder makes {found}: the parts do "
-            "not belong together"
-        )

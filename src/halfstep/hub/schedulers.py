@@ -23,23 +23,13 @@ from halfstep.core.noise import (
     zero_terminal_betas,
 )
 from halfstep.core.prediction import X0, Eps, FlowVelocity, Prediction, V
-from halfstep.hub.quiet import quiet, stock
+from halfstep.hub.stock import in_one_line, quiet, stock
 
 TABLES: Final = (
-    "DDIMScheduler",
-    "DDPMScheduler",
-    "PNDMScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestepScheduler",
-    "DEISMultistepScheduler",
-    "UniPCMultistepScheduler",
-    "EulerDiscreteScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "LMSDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-)
+    "DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
+    "DEISMultistepScheduler", "UniPCMultistepScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler", "LMSDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler",
+)  # fmt: skip
 """Schedulers over a table of betas: they differ in how they step, which is not a matter of the model."""
 FLOW: Final = "FlowMatchEulerDiscreteScheduler"
 """The scheduler of flow matching."""
@@ -47,9 +37,10 @@ PREDICTIONS: Final[dict[str, Prediction]] = {
     "epsilon": Eps(),
     "sample": X0(),
     "v_prediction": V(),
-    "flow_prediction": FlowVelocity(),
 }
-"""diffusers' names of what a network predicts."""
+"""diffusers' names of what a network predicts on a table of betas."""
+_RAMPS: Final = {"linear": linear_betas, "scaled_linear": scaled_linear_betas}
+"""diffusers' names of tables from a first to a last beta."""
 
 
 @final
@@ -67,7 +58,7 @@ class Schedule:
 
 
 def read_schedule(config: Mapping[str, Any]) -> Schedule:
-    """What the scheduler with this config says of its model; fields that are left out have diffusers' own defaults.
+    """Return what a scheduler's config says of its model; missing fields have diffusers' own defaults.
 
     Raises:
         ValueError: naming the class or the fields that are not understood.
@@ -82,11 +73,10 @@ def read_schedule(config: Mapping[str, Any]) -> Schedule:
         with quiet():
             full: dict[str, Any] = dict(stock(kind).from_config(dict(config)).config)
         return _read(kind, full)
-    except (TypeError, RuntimeError, OverflowError) as error:
-        # Whatever diffusers and torch raise for fields of another type than they take.
+    except (TypeError, RuntimeError, OverflowError) as error:  # what diffusers and torch raise for a wrong type
         raise ValueError(
-            f"the config of the {kind} does not make one ({' '.join(str(error).split())[:120]}): compare its fields "
-            f"with those of diffusers.{kind}().config"
+            f"the config of the {kind} does not make one ({in_one_line(error)}): compare its fields with those of "
+            f"diffusers.{kind}().config"
         ) from None
 
 
@@ -99,10 +89,10 @@ def _read(kind: str, full: Mapping[str, Any]) -> Schedule:
             _refuse(kind, full, {"prediction_type": "flow_prediction"})
         shift = float(full["shift"] if kind == FLOW else full["flow_shift"])
         return Schedule(FlowMatching(shift), FlowVelocity(), False, num, False)
-    if name not in PREDICTIONS:
-        raise ValueError(f"{kind} has prediction_type {name!r}, which is none of {', '.join(PREDICTIONS)}")
     if name == "flow_prediction":
         raise ValueError(f"{kind} has prediction_type {name!r} on a table of betas: its use_flow_sigmas must be true")
+    if name not in PREDICTIONS:
+        raise ValueError(f"{kind} has prediction_type {name!r}, which is none of {', '.join(PREDICTIONS)}")
     # Told a continuous time, a network keeps another clock than that of a table.
     _refuse(kind, full, {"timestep_type": "discrete"})
     clip = bool(full.get("clip_sample", False))
@@ -112,9 +102,8 @@ def _read(kind: str, full: Mapping[str, Any]) -> Schedule:
         # With a largest value of 1, thresholding is clipping.
         _refuse(kind, full, {"sample_max_value": 1.0})
         clip = True
-    return Schedule(
-        VPTable(_betas(kind, full)), PREDICTIONS[name], clip, num, "learned" in str(full.get("variance_type") or "")
-    )
+    learned = "learned" in str(full.get("variance_type"))
+    return Schedule(VPTable(_betas(kind, full, num)), PREDICTIONS[name], clip, num, learned)
 
 
 def _refuse(kind: str, config: Mapping[str, Any], needed: Mapping[str, Any]) -> None:
@@ -123,8 +112,7 @@ def _refuse(kind: str, config: Mapping[str, Any], needed: Mapping[str, Any]) -> 
             raise ValueError(f"{kind} has {name} {config[name]!r}, and only {value!r} is understood")
 
 
-def _betas(kind: str, config: Mapping[str, Any]) -> tuple[float, ...]:
-    num = int(config["num_train_timesteps"])
+def _betas(kind: str, config: Mapping[str, Any], num: int) -> tuple[float, ...]:
     schedule = config["beta_schedule"]
     if config.get("trained_betas") is not None:
         betas = tuple(float(beta) for beta in config["trained_betas"])
@@ -132,21 +120,20 @@ def _betas(kind: str, config: Mapping[str, Any]) -> tuple[float, ...]:
             raise ValueError(
                 f"{kind} has {len(betas)} trained_betas for its {num} num_train_timesteps: one each is needed"
             )
-    elif schedule in ("linear", "scaled_linear"):
-        made = linear_betas if schedule == "linear" else scaled_linear_betas
-        betas = made(num, float(config["beta_start"]), float(config["beta_end"]))
+    elif schedule in _RAMPS:
+        betas = _RAMPS[schedule](num, float(config["beta_start"]), float(config["beta_end"]))
     elif schedule == "squaredcos_cap_v2":
         betas = cosine_betas(num)
     else:
         raise ValueError(
-            f"{kind} has beta_schedule {schedule!r}, which is none of linear, scaled_linear, squaredcos_cap_v2: write "
+            f"{kind} has beta_schedule {schedule!r}, which is none of {', '.join(_RAMPS)}, squaredcos_cap_v2: write "
             "its betas into trained_betas"
         )
     return zero_terminal_betas(betas) if config.get("rescale_betas_zero_snr") else betas
 
 
 def times_of(scheduler: Any, num_steps: int) -> Tensor:
-    """The `num_steps + 1` times at which a stock scheduler's steps start and land, float64: a grid for our samplers.
+    """Return the `num_steps + 1` times at which a stock scheduler's steps start and land, float64.
 
     Raises:
         ValueError: if a step of the scheduler does not start where the one before it landed.
@@ -178,9 +165,7 @@ class StockSchedule(NamedTuple):
 def write_schedule(
     process: NoiseProcess, prediction: Prediction, num_train_timesteps: int, clip: bool
 ) -> StockSchedule:
-    """The stock scheduler whose steps are those of DDIM on our grids, on a network's clock of so many timesteps.
-
-    It spaces `trailing` and lands on clean data (`set_alpha_to_one`), as ours does.
+    """Return the stock scheduler whose steps are DDIM's on our grids: `trailing`, and landing on clean data.
 
     Raises:
         ValueError: if diffusers has none for this process or prediction.
@@ -188,7 +173,7 @@ def write_schedule(
     if isinstance(process, FlowMatching) and isinstance(prediction, FlowVelocity):
         return StockSchedule(FLOW, {"num_train_timesteps": num_train_timesteps, "shift": process.shift})
     names = {type(member): name for name, member in PREDICTIONS.items()}
-    if type(prediction) not in names or isinstance(prediction, FlowVelocity):
+    if type(prediction) not in names:
         raise ValueError(
             f"no scheduler of diffusers steps with {type(prediction).__name__} on {type(process).__name__}: match the "
             "model to v or x0 first (halfstep distill --matching.prediction v), or export --format onnx"
@@ -220,12 +205,8 @@ def _stock_betas(process: NoiseProcess, num: int) -> dict[str, Any]:
             "(halfstep distill --matching.process cosine), or export --format onnx"
         )
     betas = process.betas
-    named = {
-        "linear": linear_betas(num, betas[0], betas[-1]),
-        "scaled_linear": scaled_linear_betas(num, betas[0], betas[-1]),
-    }
-    for name, known in named.items():
-        if np.allclose(betas, known, rtol=1e-12, atol=0):
+    for name, ramp in _RAMPS.items():
+        if np.allclose(betas, ramp(num, betas[0], betas[-1]), rtol=1e-12, atol=0):
             return {"beta_schedule": name, "beta_start": betas[0], "beta_end": betas[-1]}
     if np.allclose(betas, cosine_betas(num), rtol=1e-12, atol=0):
         return {"beta_schedule": "squaredcos_cap_v2"}
@@ -236,8 +217,7 @@ def multistep(schedule: StockSchedule, order: int, clip: bool) -> StockSchedule:
     """Return the DPM-Solver++ of an order on a DDIM scheduler's table.
 
     Order 1 is DDIM, with the noise derived again from the clipped x0 in any pipeline: `DDIMScheduler` does that only
-    where a pipeline passes `use_clipped_model_output`. Order 2 is our DPM-Solver++(2M). Thresholding with a largest
-    value of 1 is clipping.
+    where a pipeline passes `use_clipped_model_output`. Order 2 is our DPM-Solver++(2M).
 
     Raises:
         ValueError: if the scheduler is no DDIM, or its table ends without any signal, which this one divides by.
@@ -263,8 +243,6 @@ def multistep(schedule: StockSchedule, order: int, clip: bool) -> StockSchedule:
 
 
 def exact_steps(schedule: StockSchedule) -> list[int]:
-    """The numbers of steps, up to 64, at which the scheduler asks for the times of our grid exactly."""
-    if schedule.kind == FLOW:
-        return list(range(1, 65))
+    """Return the numbers of steps, up to 64, at which the scheduler asks for the times of our grid exactly."""
     num = int(schedule.config["num_train_timesteps"])
-    return [steps for steps in range(1, 65) if num % steps == 0]
+    return [steps for steps in range(1, 65) if schedule.kind == FLOW or num % steps == 0]

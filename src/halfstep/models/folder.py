@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from halfstep.core.denoiser import NetworkDenoiser
-from halfstep.core.noise import NoiseProcess, processes
-from halfstep.core.prediction import Prediction, predictions
+from halfstep.core.noise import processes
+from halfstep.core.prediction import predictions
 from halfstep.models.model import Model
 from halfstep.nets import LoRA, build_network, load_own_state, own_state
 from halfstep.runs import Manifest, RunFolder, StageFolder
@@ -19,8 +19,7 @@ from halfstep.runtime.tensors import read_tensors, write_tensors
 def save_stage(
     folder: StageFolder, denoiser: NetworkDenoiser, manifest: Manifest, null: Mapping[str, Tensor] | None = None
 ) -> Manifest:
-    """Writes model.safetensors (and null.safetensors) and then manifest.json, whose appearance says that the stage is
-    complete.
+    """Write model.safetensors (and null.safetensors), then manifest.json, which marks the stage as complete.
 
     Raises:
         OSError: if the disk is full or gone.
@@ -36,8 +35,7 @@ def save_stage(
 
 
 def drop_weights(folder: StageFolder) -> None:
-    """Removes a complete stage's weights, and says so in its manifest first: a cut between the two is made good by a
-    second call."""
+    """Remove a complete stage's weights, after its manifest says so: rerun it if it was interrupted between."""
     manifest = folder.manifest(verify=False)
     if manifest.weights_kept:
         dropped = manifest.model_copy(update={"weights_kept": False, "files": {}})
@@ -46,7 +44,7 @@ def drop_weights(folder: StageFolder) -> None:
 
 
 def find_stage(path: Path) -> StageFolder:
-    """The stage that `path` means: itself, or the last complete stage of the run that it is.
+    """Return the stage that `path` means: itself, or the last complete stage of a run.
 
     Raises:
         ValueError: if it is neither.
@@ -64,18 +62,17 @@ def find_stage(path: Path) -> StageFolder:
 
 
 def blank_denoiser(manifest: Manifest) -> NetworkDenoiser:
-    """The denoiser that a manifest describes, with fresh weights.
+    """Return the denoiser that a manifest describes, with fresh weights.
 
     Raises:
         ValueError: if the manifest names a network, process or prediction that is not known here.
     """
-    process: NoiseProcess = processes.rebuild(manifest.process)
-    prediction: Prediction = predictions.rebuild(manifest.prediction)
+    process, prediction = processes.rebuild(manifest.process), predictions.rebuild(manifest.prediction)
     return NetworkDenoiser(build_network(manifest.network), process, prediction)
 
 
 def base_of(folder: StageFolder, manifest: Manifest) -> StageFolder:
-    """The stage whose weights a stage's are added to, after checking its files.
+    """Return the stage whose weights a LoRA stage adds to, after checking its files.
 
     Raises:
         DamagedFile: if it is not there or not whole.
@@ -90,7 +87,7 @@ def base_of(folder: StageFolder, manifest: Manifest) -> StageFolder:
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> Model:
-    """The model in `path`: the folder of a stage, or of a run, which means its last complete stage.
+    """Load the model in `path`: the folder of a stage, or of a run, which means its last complete stage.
 
     Raises:
         ValueError: if there is no model, or (DamagedFile) a file of it is missing, altered or does not fit.

@@ -20,18 +20,8 @@ from halfstep.samplers import Sampler, sample, samplers
 
 
 def samples_at_once(device: torch.device) -> int:
-    """Samples drawn at once on a device where nothing is said."""
+    """Return the default number of samples drawn at once."""
     return 1024 if device.type == "cuda" else 256
-
-
-def check_precision(precision: str) -> None:
-    """Passes for what `Model.sample` takes.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    if precision not in ("float32", "bf16"):
-        raise ValueError(f"precision must be float32 or bf16, got {precision!r}")
 
 
 @final
@@ -42,8 +32,7 @@ class Model(Denoiser):
     network does not take itself; `denoiser` is the bare one, for targets and losses.
 
     Args:
-        null: the conditions that stand for none, for one sample: what guidance of a teacher needs; empty if there are
-            none.
+        null: the conditions that stand for none, for one sample, which guidance of a teacher needs.
     """
 
     _takes_number: ClassVar[bool] = True
@@ -59,22 +48,15 @@ class Model(Denoiser):
         self._guided: Denoiser = Clipped(guided) if manifest.clip else guided
 
     def forward(self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None) -> Denoised:
-        by_two_calls = self.null and GUIDANCE in (cond or {})
-        return (self._guided if by_two_calls else self._plain)(x_t, t, cond)
+        return (self._guided if GUIDANCE in (cond or {}) else self._plain)(x_t, t, cond)
 
     def num_evals(self, sampler: Sampler, num_steps: int, guidance_scale: float | None = None) -> int:
-        """Network calls for a sample: twice those of the sampler where guidance asks with and without conditions."""
-        asked_twice = self.null and self._scale(guidance_scale) is not None
-        return sampler.num_evals(num_steps) * (2 if asked_twice else 1)
+        """Return the network calls for a sample: twice the sampler's if guidance calls with and without conditions."""
+        is_doubled = self.null and self._scale(guidance_scale) is not None
+        return sampler.num_evals(num_steps) * (2 if is_doubled else 1)
 
     def _scale(self, guidance_scale: float | None) -> float | None:
-        """The scale that the network or `Guided` is shown; None if neither is shown one.
-
-        Warns if it lies outside the range that the model has learned.
-
-        Raises:
-            ValueError: if it cannot act.
-        """
+        """The scale that the network or `Guided` takes, or None; warns outside the range that the model has learned."""
         scale = self.manifest.guidance_scale if guidance_scale is None else guidance_scale
         if self.guidance is not None:
             return self.guidance.scale_for(scale)
@@ -88,8 +70,7 @@ class Model(Denoiser):
     @property
     def sampler(self) -> Sampler:
         """The sampler that the model is made for."""
-        sampler: Sampler = samplers.rebuild(self.manifest.outcome.sampler)
-        return sampler
+        return samplers.rebuild(self.manifest.outcome.sampler)
 
     @property
     def guidance(self) -> Guidance | None:
@@ -122,7 +103,7 @@ class Model(Denoiser):
         return next(self.denoiser.parameters()).device
 
     def noise(self, seeds: range | list[int]) -> Tensor:
-        """Samples at t = 1 `[len(seeds), *shape]`: noise of the process's own size, each row a function of its seed."""
+        """Draw x_t at t = 1 `[len(seeds), *shape]`, scaled as the process is, each row a function of its seed."""
         return (sample_noise(seeds, self.shape) * self.process.start_scale).to(self.device)
 
     def cond(
@@ -132,7 +113,7 @@ class Model(Denoiser):
         guidance_scale: float | None = None,
         others: Cond | None = None,
     ) -> dict[str, Tensor]:
-        """Conditions for samples of these seeds, by name; empty if the model is unconditional.
+        """Return the conditions of samples by name; empty if the model is unconditional.
 
         Args:
             class_label: one class for all; if None, those in turn that the data had.
@@ -170,9 +151,7 @@ class Model(Denoiser):
         return cond
 
     def check_steps(self, num_steps: int | None) -> int:
-        """The number of steps to sample with: `num_steps`, or the model's own if it is None.
-
-        Warns if it is not the number that the model was distilled for.
+        """Return the number of steps to sample with, the model's own by default; warn if it is another.
 
         Raises:
             ValueError: if neither is known.
@@ -183,29 +162,28 @@ class Model(Denoiser):
                 raise ValueError(f"this {self.role} model takes any number of steps: say how many (num_steps)")
             return own
         check_num_steps(num_steps)
-        if own is not None and num_steps > own:
-            warnings.warn(
-                f"{num_steps} steps were asked of a model that was distilled for {own}: more steps do not make it "
-                "better; use an earlier stage of the chain",
-                HalfstepWarning,
-                stacklevel=3,
+        if own is not None and num_steps != own:
+            advice = (
+                "more steps do not make it better; use an earlier stage of the chain"
+                if num_steps > own
+                else "use a later stage of the chain"
             )
-        elif own is not None and num_steps < own:
             warnings.warn(
-                f"{num_steps} steps were asked of a model that was distilled for {own}: use a later stage of the chain",
+                f"{num_steps} steps were asked of a model that was distilled for {own}: {advice}",
                 HalfstepWarning,
                 stacklevel=3,
             )
         return num_steps
 
     def _computing(self, precision: str) -> torch.autocast:
-        """In here the network computes in this precision."""
-        check_precision(precision)
+        """Make the network compute in this precision."""
+        if precision not in ("float32", "bf16"):
+            raise ValueError(f"precision must be float32 or bf16, got {precision!r}")
         return torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16")
 
     @torch.no_grad()
     def warm_up(self, others: Cond | None = None, precision: str = "float32") -> None:
-        """Asks the network once: its first call is slower than all others, and must not be timed.
+        """Call the network once: its first call is slower than all others, and must not be timed.
 
         Args:
             others: those of `manifest.conditions`, each `[1, ...]`.
@@ -227,7 +205,7 @@ class Model(Denoiser):
         cond: Cond | None = None,
         precision: str = "float32",
     ) -> Tensor:
-        """Samples x0 `[len(seeds), *shape]`, on the CPU, each a function of its own seed.
+        """Sample x0 `[len(seeds), *shape]`, on the CPU, each a function of its own seed.
 
         Args:
             num_steps: the model's own number if None.
@@ -244,7 +222,7 @@ class Model(Denoiser):
         steps, method = self.check_steps(num_steps), sampler or self.sampler
         warn_of_gain(self.process, self.denoiser.prediction)
         if any(part.training for part in self.modules()):
-            # To say so to each part of a network again takes a millisecond.
+            # Setting every part of a network again takes a millisecond.
             self.eval()
         size = batch_size or samples_at_once(self.device)
         chunks: list[Tensor] = []

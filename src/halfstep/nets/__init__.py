@@ -14,6 +14,5 @@ from halfstep.nets.lora import (
     with_lora,
 )
 from halfstep.nets.mlp import MLP
-from halfstep.nets.stock import SD3, DiT, StockNetwork, TableNetwork, UNet2D, UNet2DCondition
+from halfstep.nets.stock import SD3, DiT, StockNetwork, TableNetwork, UNet2D, UNet2DCondition, unet2d_config
 from halfstep.nets.surgery import on_clock, takes_guidance, with_guidance
-from halfstep.nets.unet2d import unet2d_config

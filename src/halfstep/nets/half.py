@@ -11,7 +11,7 @@ from halfstep.core.denoiser import GUIDANCE
 
 @final
 class InHalf(nn.Module):
-    """A bfloat16 copy of a network, for a teacher that is only asked: half the memory of its weights.
+    """A bfloat16 copy of a frozen teacher: half the memory of its weights.
 
     Times and guidance scales stay in float32, samples and other conditions are rounded; the output has x_t's dtype.
     """
@@ -21,10 +21,8 @@ class InHalf(nn.Module):
         self.network = copy.deepcopy(network).to(torch.bfloat16)
 
     def forward(self, x_t: Tensor, time: Tensor, **cond: Tensor) -> Tensor:
-        """The output, shaped as the network's."""
         shown = {
             name: value.to(torch.bfloat16) if value.is_floating_point() and name != GUIDANCE else value
             for name, value in cond.items()
         }
-        output: Tensor = self.network(x_t.to(torch.bfloat16), time, **shown)
-        return output.to(x_t.dtype)
+        return self.network(x_t.to(torch.bfloat16), time, **shown).to(x_t.dtype)

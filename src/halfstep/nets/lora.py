@@ -55,37 +55,28 @@ class LoRA(Network):
         try:
             inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets)), base.model)
         except ValueError:
-            raise ValueError(
-                f"no layer of {base.stock} ends in {', '.join(targets)}, so there is nothing to add to"
-            ) from None
+            names = ", ".join(targets)
+            raise ValueError(f"no layer of {base.stock} ends in {names}, so there is nothing to add to") from None
 
     def arguments(self) -> dict[str, Any]:
         return {"base": self.description, "rank": self.rank, "targets": list(self.targets)}
 
     def forward(self, x_t: Tensor, time: Tensor, **cond: Tensor) -> Tensor:
-        """The output of the base with its additions."""
-        output: Tensor = self.base(x_t, time, **cond)
-        return output
+        return self.base(x_t, time, **cond)
 
     def own(self) -> list[tuple[str, nn.Parameter]]:
         """The additions, by name."""
         return [(name, p) for name, p in self.named_parameters() if ".lora_" in name]
 
-    def layers(self) -> dict[str, Tensor]:
-        """The additions as peft names them, without the name of the adapter: "...to_q.lora_A.weight"."""
-        return {
-            name.removeprefix("base.model.").replace(".default.", "."): parameter.detach()
-            for name, parameter in self.own()
-        }
-
     def load_base(self, state: Mapping[str, Tensor]) -> None:
-        """Takes the weights of the base from its own state."""
-        renamed = {}
-        mine = self.state_dict()
-        for name, value in state.items():
-            head, _, kind = name.rpartition(".")
-            inner = f"base.{head}.base_layer.{kind}"
-            renamed[inner if inner in mine else f"base.{name}"] = value
+        """Load the weights of the base from its own state.
+
+        Raises:
+            RuntimeError: if names or shapes do not fit.
+        """
+        # peft moves a layer that it adds to into `base_layer`.
+        mine = {name.replace(".base_layer.", "."): name for name in self.state_dict()}
+        renamed = {mine.get(f"base.{name}", f"base.{name}"): value for name, value in state.items()}
         result = self.load_state_dict(renamed, strict=False)
         foreign = [*result.unexpected_keys, *(name for name in result.missing_keys if ".lora_" not in name)]
         if foreign:
@@ -93,7 +84,7 @@ class LoRA(Network):
 
 
 def with_lora(network: Network, rank: int, targets: Sequence[str] = TARGETS) -> LoRA:
-    """The network with additions that are 0 yet, sharing its weights."""
+    """Return the network with additions that are still 0, sharing its weights."""
     twin = copy.deepcopy(network, {id(p): p for p in network.parameters()})
     with torch.random.fork_rng(devices=[]):
         # What is drawn for A is a function of nothing but its shapes.
@@ -102,19 +93,18 @@ def with_lora(network: Network, rank: int, targets: Sequence[str] = TARGETS) -> 
 
 
 def trainable(network: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The parameters that training changes, by name: all, or the additions of a `LoRA`."""
+    """Return the parameters that training changes, by name: all, or the additions of a `LoRA`."""
     return network.own() if isinstance(network, LoRA) else list(network.named_parameters())
 
 
 def own_state(network: nn.Module) -> dict[str, Tensor]:
-    """What is saved of a network: its state, or the additions of a `LoRA`."""
-    if isinstance(network, LoRA):
-        return {name: parameter.detach() for name, parameter in network.own()}
-    return {name: value.detach() for name, value in network.state_dict().items()}
+    """Return the tensors that are saved: a network's state, or the additions of a `LoRA`."""
+    state = network.own() if isinstance(network, LoRA) else network.state_dict().items()
+    return {name: value.detach() for name, value in state}
 
 
 def load_own_state(network: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Takes what `own_state` returned.
+    """Load what `own_state` returned.
 
     Raises:
         RuntimeError: if names or shapes do not fit.
@@ -133,33 +123,32 @@ def merged(network: nn.Module) -> nn.Module:
     if not isinstance(network, LoRA):
         return network
     twin = copy.deepcopy(network.base)
-    for name, layer in [(name, layer) for name, layer in twin.named_modules() if hasattr(layer, "lora_A")]:
-        merging: Any = layer
-        merging.merge()
-        parent, _, last = name.rpartition(".")
-        setattr(twin.get_submodule(parent), last, merging.get_base_layer())
+    layers: list[tuple[str, Any]] = [part for part in twin.named_modules() if hasattr(part[1], "lora_A")]
+    for name, layer in layers:
+        layer.merge()
+        twin.set_submodule(name, layer.get_base_layer())
     return twin
 
 
 def checkpoint_gradients(network: nn.Module) -> None:
-    """Lets a network of diffusers compute its activations again in the backward pass in the place of keeping them.
+    """Make a network of diffusers recompute its activations in the backward pass instead of keeping them.
 
     Raises:
         ValueError: if it cannot.
     """
     stock = network.base if isinstance(network, LoRA) else network
-    model: Any = getattr(stock, "model", None)
-    if not isinstance(stock, StockNetwork) or not getattr(model, "_supports_gradient_checkpointing", False):
+    if not isinstance(stock, StockNetwork) or not getattr(stock.model, "_supports_gradient_checkpointing", False):
         raise ValueError(
             f"a {type(stock).__name__} cannot compute its activations again: leave --engine.gradient-checkpointing out"
         )
-    model.enable_gradient_checkpointing()
+    stock.model.enable_gradient_checkpointing()
 
 
 def copy_network(network: nn.Module) -> nn.Module:
     """A copy whose trainable weights are its own; the frozen ones of a `LoRA` are shared."""
-    frozen = [] if not isinstance(network, LoRA) else [p for p in network.parameters() if not _is_own(network, p)]
-    twin: nn.Module = copy.deepcopy(network, {id(p): p for p in frozen})
+    own = {id(parameter) for _, parameter in trainable(network)}
+    shared = {id(parameter): parameter for parameter in network.parameters() if id(parameter) not in own}
+    twin: nn.Module = copy.deepcopy(network, shared)
     for _, parameter in trainable(twin):
         parameter.requires_grad_(True)
     return twin
@@ -170,7 +159,3 @@ def copy_denoiser(denoiser: Denoiser) -> Denoiser:
     if isinstance(denoiser, NetworkDenoiser):
         return NetworkDenoiser(copy_network(denoiser.network), denoiser.process, denoiser.prediction)
     return copy.deepcopy(denoiser).requires_grad_(True)
-
-
-def _is_own(network: LoRA, parameter: nn.Parameter) -> bool:
-    return any(parameter is own for _, own in network.own())

@@ -109,8 +109,7 @@ class MLP(Network):
         hidden = self.enter(x_t.flatten(1))
         for norm, up, down, shift in zip(self.norms, self.ups, self.downs, self.shifts, strict=True):
             hidden = hidden + down(self.drop(F.silu(up(norm(hidden) + shift(signal)))))
-        output: Tensor = self.leave(hidden)
-        return output.reshape(x_t.shape[0], x_t.shape[1] * self.channels, *x_t.shape[2:])
+        return self.leave(hidden).reshape(x_t.shape[0], x_t.shape[1] * self.channels, *x_t.shape[2:])
 
     def _sinusoids(self, numbers: Tensor) -> Tensor:
         angles = numbers[:, None] * self.frequencies.to(numbers)

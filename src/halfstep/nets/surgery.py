@@ -20,8 +20,8 @@ GUIDANCE_WIDTH = 256
 
 SMALLEST_DIRECTION = 1e-2
 """Share of the largest singular value below which a direction of the sinusoids is not fitted. The slow sinusoids are
-nearly alike: fitting them to the last bit takes weights of 1e6 that cancel, whose sum float32 knows to 0.1 only, and
-lowers the error of the fit by less than a tenth."""
+nearly alike: fitting them to the last bit takes weights of 1e6 that cancel to 0.1 in float32, and lowers the error of
+the fit by less than a tenth."""
 
 
 def takes_guidance(network: nn.Module) -> bool:
@@ -34,29 +34,23 @@ def takes_guidance(network: nn.Module) -> bool:
 
 
 def with_guidance(network: nn.Module) -> Network:
-    """A network that also takes `guidance_scale` and puts out the same whatever it is, until it is trained.
+    """Return a network that also takes `guidance_scale`, which changes nothing until it is trained.
 
     Raises:
         ValueError: if networks of this kind have no such input.
     """
     if isinstance(network, MLP):
-        return _grown(network, {"guided": True}, zero=("scale.weight", "scale.bias"))
-    if isinstance(network, UNet2DCondition):
-        config = network.config | {"time_cond_proj_dim": GUIDANCE_WIDTH}
-        return _grown(network, {"config": config}, zero=("model.time_embedding.cond_proj.weight",))
-    raise ValueError(
-        f"a range of guidance scales must be shown to the network, and {_name(network)} has no input for it: distil "
-        "one fixed scale (a guidance scale in the place of a range)"
-    )
-
-
-def _grown(network: Network, changes: dict[str, Any], zero: tuple[str, ...]) -> Network:
-    """The network with other arguments and its own weights; the tensors `zero`, which it lacks, are 0."""
+        changes: dict[str, Any] = {"guided": True}
+    elif isinstance(network, UNet2DCondition):
+        changes = {"config": network.config | {"time_cond_proj_dim": GUIDANCE_WIDTH}}
+    else:
+        raise ValueError(
+            f"a range of guidance scales must be shown to the network, and {_name(network)} has no input for it: "
+            "distil one fixed scale (a guidance scale in the place of a range)"
+        )
     grown = build_network(describe_network(network) | changes)
-    state = network.state_dict()
-    for name in zero:
-        state[name] = torch.zeros_like(grown.state_dict()[name])
-    grown.load_state_dict(state)
+    new = {name: torch.zeros_like(value) for name, value in grown.state_dict().items()}
+    grown.load_state_dict(new | network.state_dict())
     return grown.to(next(network.parameters()))
 
 
@@ -78,16 +72,12 @@ def on_clock(network: nn.Module, times: Callable[[Tensor], Tensor], num_train_ti
     assert isinstance(moved, TableNetwork)
     if next(moved.parameters()).is_meta:
         return moved
-    model: Any = moved.model
+    project, layer = moved.model.time_proj, moved.model.time_embedding.linear_1
     grid = torch.arange(1, num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps
-    layer: nn.Linear = model.time_embedding.linear_1
-    old = network.timestep(times(grid))
-    new = moved.timestep(grid)
     with torch.no_grad():
-        features = model.time_proj(new.float()).double()
-        wanted = model.time_proj(old.float()).double() @ layer.weight.double().T
-        ones = torch.ones(len(features), 1, dtype=torch.float64)
-        design = torch.cat([features, ones], dim=1)
+        features = project(moved.timestep(grid).float()).double()
+        wanted = project(network.timestep(times(grid)).float()).double() @ layer.weight.double().T
+        design = torch.cat([features, torch.ones(len(features), 1, dtype=torch.float64)], dim=1)
         found = torch.linalg.lstsq(design, wanted, rcond=SMALLEST_DIRECTION, driver="gelsd").solution
         layer.weight.copy_(found[:-1].T)
         layer.bias.add_(found[-1])
