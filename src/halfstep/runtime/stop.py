@@ -20,10 +20,7 @@ SAME_PRESS: Final = 0.5
 
 
 class Interrupted(Exception):
-    """The run was asked to stop and has saved its state; `signal` is the signal's number.
-
-    `code` is the exit code that a process should end with.
-    """
+    """The run was asked to stop and has saved its state: the `signal`, and the exit `code` for the process."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -67,16 +64,15 @@ class StopSignal:
             raise Interrupted(self.number)
 
     def check(self) -> None:
-        """Raises Interrupted if a signal has come."""
+        """Raise Interrupted if a signal has come."""
         if self.number is not None:
             raise Interrupted(self.number)
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """In here a signal raises Interrupted wherever it comes, in the main thread; one that came before does so too.
+        """Raise Interrupted in the main thread as soon as a signal comes, or if one has come already.
 
-        Only for what may be left at any point. While a module is imported, which may swallow exceptions, the signal
-        waits, at most for the end of this.
+        Only for work that may be left at any point. An import, which may swallow exceptions, delays the signal.
         """
         try:
             # In this order no signal is missed: one that comes between the two lines raises by itself.
@@ -85,7 +81,7 @@ class StopSignal:
             yield
             self.check()
         except Exception:
-            # What raises it may be deep in a library that makes an error of its own of every other, as compilers do.
+            # A library, such as a compiler, may have turned Interrupted into an error of its own.
             self.check()
             raise
         finally:
@@ -100,11 +96,6 @@ def _importing(frame: FrameType | None) -> bool:
     return False
 
 
-@contextlib.contextmanager
-def at_once(stop: StopSignal | None) -> Iterator[None]:
-    """`stop.at_once()`, or nothing without a `stop`."""
-    if stop is None:
-        yield
-        return
-    with stop.at_once():
-        yield
+def at_once(stop: StopSignal | None) -> contextlib.AbstractContextManager[None]:
+    """Return `stop.at_once()`, or a context that does nothing without a `stop`."""
+    return contextlib.nullcontext() if stop is None else stop.at_once()

@@ -41,10 +41,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
 
 
 def check_written(tensors: Mapping[str, Tensor], path: Path) -> str:
-    """The sha256 of the file, if it holds the tensors, byte for byte (a number that is not one differs from itself).
+    """Return the sha256 of the file, which must hold the tensors byte for byte (NaN differs from itself).
 
-    The bytes are read once, not mapped into memory: a disk that is gone is an error then, and not the end of the
-    process.
+    Bytes are read, not mapped into memory, so that a disk that is gone is an error and not the end of the process.
 
     Raises:
         DamagedFile: if it reads otherwise.
@@ -61,7 +60,7 @@ def check_written(tensors: Mapping[str, Tensor], path: Path) -> str:
                 wanted = held[start : start + CHUNK]
                 if len(buffer) != len(wanted):
                     buffer = bytearray(len(wanted))
-                # Arrays of bytes are compared by their memory, views of it number by number.
+                # A bytearray compares memory; a memoryview compares number by number.
                 if stream.readinto(buffer) != len(wanted) or buffer != wanted:
                     raise DamagedFile(f"{path} was written, but {name} reads otherwise: check the disk")
                 digest.update(buffer)
@@ -71,7 +70,7 @@ def check_written(tensors: Mapping[str, Tensor], path: Path) -> str:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file.
+    """Load the tensors of a file.
 
     Raises:
         DamagedFile: if it is no safetensors file.
