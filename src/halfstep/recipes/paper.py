@@ -8,12 +8,13 @@ clock, which has a power of two timesteps instead of 1000, so that every student
 Source: Salimans & Ho 2022 (arXiv:2202.00512), sections 5 and appendices, and the authors' configurations.
 """
 
+from dataclasses import replace
 from typing import Final
 
 from halfstep.data import DataConfig
 from halfstep.measure.evaluate import Evaluation
 from halfstep.objectives import Training
-from halfstep.recipes.schema import ChainConfig, DataFacts, ModelConfig, Recipe, UNetConfig, recipes
+from halfstep.recipes.schema import TEACHER, ChainConfig, DataFacts, ModelConfig, Recipe, UNetConfig, recipes
 from halfstep.train.settings import Engine
 
 
@@ -53,15 +54,7 @@ def cifar10_paper() -> Recipe:
         facts=DataFacts(shape=(3, 32, 32), num_samples=50_000, num_classes=10),
         network=PAPER_CIFAR10,
         model=ModelConfig(prediction="x0", conditional=False),
-        teacher=Training(
-            num_updates=800_000,
-            learning_rate=2e-4,
-            warmup_updates=1000,
-            anneal=False,
-            weight_decay=0.001,
-            ema_decay=0.9999,
-            dropout=0.2,
-        ),
+        teacher=replace(TEACHER, num_updates=800_000, weight_decay=0.001, dropout=0.2),
         chain=ChainConfig(start_steps=8192, training=Training(num_updates=50_000, learning_rate=5e-5)),
         evaluation=EVALUATION,
     )
@@ -75,15 +68,7 @@ def _large(name: str, data: DataConfig, facts: DataFacts, network: UNetConfig, n
         facts=facts,
         network=network,
         model=ModelConfig(prediction="both", conditional=facts.num_classes > 0),
-        teacher=Training(
-            num_updates=num_updates,
-            batch_size=2048,
-            learning_rate=3e-4,
-            warmup_updates=1000,
-            anneal=False,
-            ema_decay=0.9999,
-            dropout=0.1,
-        ),
+        teacher=replace(TEACHER, num_updates=num_updates, batch_size=2048, learning_rate=3e-4, dropout=0.1),
         chain=ChainConfig(training=Training(num_updates=50_000, batch_size=2048, learning_rate=1e-4)),
         evaluation=EVALUATION,
         # A batch of 2048 goes through one GPU in parts; only the masks of dropout depend on them.

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final, Literal
 
 import torch
 import tyro
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from halfstep.core.noise import NoiseProcess, VPCosine
 from halfstep.core.prediction import Prediction, predictions, weightings
@@ -39,6 +39,14 @@ from halfstep.train.settings import LEARNED, Engine
 
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def _member_of(family: Registry[Any]) -> AfterValidator:
+    def known(name: str) -> str:
+        family[name]
+        return name
+
+    return AfterValidator(known)
 
 
 class Config(BaseModel):
@@ -112,9 +120,9 @@ class DataFacts(Config):
 class ModelConfig(Config):
     """What the network's output means and how noise is added."""
 
-    prediction: str = "v"
+    prediction: Annotated[str, _member_of(predictions)] = "v"
     """What the network predicts: eps, x0, v or both (see `halfstep ls`)."""
-    weighting: str = "truncated_snr"
+    weighting: Annotated[str, _member_of(weightings)] = "truncated_snr"
     """Weight of the error in x0: constant, snr, truncated_snr or snr_plus_one."""
     conditional: bool = True
     """Tell the network the class of a sample, where the data has classes."""
@@ -122,18 +130,6 @@ class ModelConfig(Config):
     """Log signal-to-noise ratio at t = 1."""
     log_snr_max: float = 20.0
     """Log signal-to-noise ratio at t = 0."""
-
-    @field_validator("prediction")
-    @classmethod
-    def _known_prediction(cls, name: str) -> str:
-        predictions[name]
-        return name
-
-    @field_validator("weighting")
-    @classmethod
-    def _known_weighting(cls, name: str) -> str:
-        weightings[name]
-        return name
 
     def objects(self) -> tuple[NoiseProcess, Prediction]:
         """Return the process and the prediction."""
@@ -181,7 +177,7 @@ class MatchingConfig(Config):
     """How a teacher is carried over to another prediction, clock or guidance before it is halved. The stage is there
     if one of these says so, or if a given teacher predicts eps at a signal-to-noise ratio near 0."""
 
-    prediction: str | None = None
+    prediction: Annotated[str, _member_of(predictions)] | None = None
     """What the student predicts: x0 or v; as the teacher by default, but v where that predicts eps near zero SNR."""
     process: Literal["own", "cosine"] | None = None
     """The student's noise process: that of the teacher, or the cosine clock over the teacher's own noise levels, with
@@ -197,13 +193,6 @@ class MatchingConfig(Config):
     """Times at which teacher and student are compared; a teacher on a table of noise levels is called at its own."""
     training: Flat = Training(num_updates=10_000, learning_rate=1e-4)
     """Training of the matched student."""
-
-    @field_validator("prediction")
-    @classmethod
-    def _known_prediction(cls, name: str | None) -> str | None:
-        if name is not None:
-            predictions[name]
-        return name
 
     @model_validator(mode="after")
     def _one_guidance(self) -> "MatchingConfig":
@@ -252,6 +241,10 @@ FREE_FIELDS: Final = ("chain.keep", "evaluation.batch_size", *(f"engine.{name}" 
 """Fields that may change when a run resumes: they decide how, not what."""
 
 
+TEACHER: Final = Training(num_updates=100_000, learning_rate=2e-4, warmup_updates=1000, anneal=False, ema_decay=0.9999)
+"""Training of a teacher as the paper trains CIFAR-10's, without weight decay and dropout, in fewer updates."""
+
+
 class Recipe(Config):
     """Everything that a run needs."""
 
@@ -267,9 +260,7 @@ class Recipe(Config):
     """The network of teacher and students."""
     model: ModelConfig = ModelConfig()
     """What the network predicts."""
-    teacher: Training = Training(
-        num_updates=100_000, learning_rate=2e-4, warmup_updates=1000, anneal=False, ema_decay=0.9999
-    )
+    teacher: Training = TEACHER
     """Training of the teacher."""
     matching: MatchingConfig = MatchingConfig()
     """Carrying the teacher over to what halving needs."""
@@ -414,12 +405,20 @@ def build(
         ValueError: if the data cannot be opened or the recipe's parts do not fit each other.
     """
     process, prediction = recipe.model.objects()
-    start = Start(process, prediction, given=False) if teacher is None else Start.of(teacher)
     opened = open_data(recipe.data) if data is None else data
-    if teacher is not None:
-        process, prediction = teacher.process, teacher.denoiser.prediction
+    origin: dict[str, Any] = {} if what == "all" else {"what": what}
+    if teacher is None:
+        start = Start(process, prediction, given=False)
+        # A network that does not fit the data is refused here, without memory for its weights.
+        with torch.device("meta"):
+            recipe.make_network(opened)
+    else:
+        start, process, prediction = Start.of(teacher), teacher.process, teacher.denoiser.prediction
         check_fit(teacher.manifest, opened)
         teacher = _with_null(teacher, recipe.matching, opened)
+        # Another teacher makes another run, even under the same settings.
+        imported = {} if teacher.manifest.source is None else {"source": teacher.manifest.source}
+        origin["parent"] = {"stage": teacher.manifest.stage, **imported, **teacher.manifest.files}
     plan = recipe.teacher_plan() if what in ("all", "teacher") else Plan()
     if what in ("all", "chain"):
         chain = course(start, recipe.matching.match(), recipe.chain_plan, recipe.chain.lora_rank)
@@ -427,15 +426,6 @@ def build(
             check_start(teacher, chain)
         further = [Stage(objectives.rebuild(config.objective), config.training) for config in recipe.further]
         plan = plan + chain + Plan(tuple(further))
-    if teacher is None:
-        # Built without memory for its weights, so that a network that does not fit is refused before anything is done.
-        with torch.device("meta"):
-            recipe.make_network(opened)
-    origin: dict[str, Any] = {} if what == "all" else {"what": what}
-    if teacher is not None:
-        # Another teacher makes another run, even under the same settings.
-        imported = {} if teacher.manifest.source is None else {"source": teacher.manifest.source}
-        origin["parent"] = {"stage": teacher.manifest.stage, **imported, **teacher.manifest.files}
     return RunSpec(
         recipe=recipe.model_dump(mode="json") | origin,
         plan=plan,
@@ -460,11 +450,7 @@ def build(
 
 
 def _with_null(teacher: Model, config: MatchingConfig, data: Data) -> Model:
-    """Return the teacher with what stands for no condition: its own, or that of the recipe or the data.
-
-    Raises:
-        ValueError: if guidance is asked for and nothing stands for no condition, or a setting would be ignored.
-    """
+    """Return the teacher with what stands for no condition: its own, or that of the recipe or the data."""
     null = dict(teacher.null)
     if config.null_class is not None:
         if not teacher.num_classes:

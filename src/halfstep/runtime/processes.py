@@ -12,6 +12,7 @@ import re
 import signal
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from itertools import chain
 from typing import Any, Final, TypeVar, final
@@ -24,7 +25,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from halfstep.runtime import storage
-from halfstep.runtime.stop import Interrupted, StopSignal
+from halfstep.runtime.stop import Interrupted, StopSignal, at_once
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -34,11 +35,8 @@ TIMEOUT_MINUTES: Final = 10.0
 """Minutes after which a process that does not answer in training is given up."""
 
 WAIT_FOR_MAIN: Final = timedelta(hours=6)
-"""How long the others wait while the first process writes, measures or trains a classifier: its end is noticed at once,
-so this is for a disk that does not answer."""
-
-LOOK_SECONDS: Final = 1.0
-"""Training time between two looks at the signals and clocks of all processes."""
+"""How long the others wait while rank 0 writes, measures or trains a classifier. They notice its death at once, so this
+is for a disk that does not answer."""
 
 
 class FailedElsewhere(Exception):
@@ -179,6 +177,10 @@ class Processes:
         _from(0, {"result": result})
         return result
 
+    def at_once(self, stop: StopSignal | None) -> AbstractContextManager[None]:
+        """Return `stop.at_once()` for a process alone. Several end together, where they have agreed to."""
+        return at_once(stop if self.count == 1 else None)
+
     def main_first(self, work: Callable[[], Made]) -> Made:
         """Return what `work` returns, called by the first process before the others: for what leaves a cache behind."""
         made: list[Made] = []
@@ -318,7 +320,7 @@ class Lookout:
         wait = 1
         if self._last >= 0:
             pace = (now - self._looked) / max(1, update - self._last)
-            wait = max(1, min(1000, int(LOOK_SECONDS / max(pace, 1e-6))))
+            wait = max(1, min(1000, int(1 / max(pace, 1e-6))))
         # Clocks differ, so the first process' own count.
         main = self._processes.is_main
         number, overdue, wait = self._processes.agree(number, int(late and main), wait if main else 0)

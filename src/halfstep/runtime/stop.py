@@ -1,19 +1,16 @@
-"""Stopping in good order: a signal asks, and the run saves its state and ends.
+"""Stopping in good order: on a signal, the run saves its state and ends.
 
-SIGTERM is what schedulers send before they kill (Kubernetes, Slurm, spot machines), SIGUSR1 what Slurm's `--signal`
-sends as early as one likes, SIGINT is Ctrl-C. Launchers and schedulers often send the same signal twice, to a process
-and to its whole group, so only a Ctrl-C that comes a moment after another one ends the process at once.
+Schedulers send SIGTERM before they kill (Kubernetes, Slurm, spot machines), Slurm's `--signal` sends SIGUSR1 earlier,
+and SIGINT is Ctrl-C. Launchers often send a signal twice, to a process and to its group, so only a second Ctrl-C after
+a moment ends the process at once.
 """
 
 import contextlib
 import signal
 import time
 from collections.abc import Iterator
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Final, Self, final
-
-SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""The signals that ask a run to stop."""
 
 SAME_PRESS: Final = 0.5
 """Seconds within which a second SIGINT is the same Ctrl-C, passed on by a launcher."""
@@ -30,9 +27,9 @@ class Interrupted(Exception):
 
 @final
 class StopSignal:
-    """While entered, a signal of `SIGNALS` sets `number` instead of ending the process.
+    """While entered, SIGINT, SIGTERM and SIGUSR1 set `number` instead of ending the process.
 
-    Within `at_once` it also raises Interrupted where it comes: for work of which nothing has to be saved.
+    Within `at_once` they also raise Interrupted.
     """
 
     def __init__(self) -> None:
@@ -42,13 +39,11 @@ class StopSignal:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Self:
-        for number in SIGNALS:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             self._before[number] = signal.signal(number, self._receive)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 

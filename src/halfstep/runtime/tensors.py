@@ -41,12 +41,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
 
 
 def check_written(tensors: Mapping[str, Tensor], path: Path) -> str:
-    """Return the sha256 of the file, which must hold the tensors byte for byte (NaN differs from itself).
+    """Return the sha256 of the file; raise DamagedFile unless it holds the tensors byte for byte.
 
     Bytes are read, not mapped into memory, so that a disk that is gone is an error and not the end of the process.
-
-    Raises:
-        DamagedFile: if it reads otherwise.
     """
     digest, buffer = hashlib.sha256(), bytearray(CHUNK)
     with open(path, "rb") as stream:

@@ -4,6 +4,7 @@ Each finished trial writes its figures to a file in STUDY/cells, so the same com
 needs are run folders with their own stores, so studies that share a teacher share its samples and figures.
 """
 
+import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -213,6 +214,13 @@ def run_study(
             held = read_json(file)
             if not isinstance(held, dict) or held.get("key") != key:
                 raise ValueError(f"{file} was made by other settings of this study: choose another --out")
+        else:
+            start = time.perf_counter()
+            try:
+                figures = trial.work(bench)
+            except NonFinite as error:
+                figures = {"diverged": str(error)}
+            held = {"key": key, "figures": figures, "seconds": round(time.perf_counter() - start, 2)}
             write_json(file, held)
         done(trial, held["figures"], was_there)
         rows.append(Finding(trial.axes, held["figures"]))
