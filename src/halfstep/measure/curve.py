@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from time import monotonic
-from typing import Any, Final, Literal, NamedTuple, final
+from typing import Any, Literal, NamedTuple, final
 
 from filelock import FileLock, Timeout
 
@@ -19,17 +19,7 @@ from halfstep.runs import EvaluationResult
 from halfstep.runs.evaluation import EvaluationTable, Figure, Halves, Protocol, Row, Series
 from halfstep.runtime.environment import environment
 from halfstep.runtime.failures import NonFinite
-from halfstep.runtime.files import (
-    InUse,
-    json_digest,
-    sweep,
-    write_json,
-)
-
-MANY: Final = 50_000
-"""Samples from which on the Frechet distance's bias is ignored, by custom."""
-SAVED: Final = 5.0
-"""Seconds between two writes of the tables while nothing is drawn."""
+from halfstep.runtime.files import InUse, json_digest, sweep, write_json
 
 
 class Entry(NamedTuple):
@@ -67,10 +57,15 @@ class CurveSpec:
     """What the others are compared with from the same noise."""
     notices: Sequence[str] = ()
 
+    @property
+    def seeds(self) -> list[range]:
+        """The sets of seeds."""
+        size = self.evaluation.num_samples
+        return [range(k * size, (k + 1) * size) for k in range(self.num_seeds)]
+
     def cells(self, entry: Entry) -> list[Cell]:
         """Return an entry's cells, one for each set of seeds."""
-        size = self.evaluation.num_samples
-        return [Cell(entry.source, entry.num_steps, range(k * size, (k + 1) * size)) for k in range(self.num_seeds)]
+        return [Cell(entry.source, entry.num_steps, seeds) for seeds in self.seeds]
 
 
 class CellDone(NamedTuple):
@@ -86,11 +81,7 @@ class CellDone(NamedTuple):
 
 @final
 class Curve:
-    """Measures what a specification asks for, and writes evaluation.json. Several processes do this together.
-
-    Args:
-        out: the evaluation's folder.
-    """
+    """Measures what a specification asks for into the folder `out`; several processes do this together."""
 
     def __init__(self, spec: CurveSpec, store: Store, out: Path) -> None:
         self.spec, self.store, self.out = spec, store, out
@@ -137,8 +128,8 @@ class Curve:
             part = self.cells[first : first + at_once]
             there = [store.facts(c) is not None and all(store.kept(c, one) for one in against) for _, c in part]
             store.measure([cell for _, cell in part], against)
-            # Cells that existed cost nothing, and a write after each would.
-            if not all(there) or monotonic() - written > SAVED:
+            # Existing cells cost nothing, so a write after each would take most of the time.
+            if not all(there) or monotonic() - written > 5:
                 store.processes.on_main(partial(self._write, complete=False))
                 written = monotonic()
             for done, ((entry, cell), was_there) in enumerate(zip(part, there, strict=True), start=first + 1):
@@ -164,10 +155,10 @@ class Curve:
         spec, store = self.spec, self.store
         self._notices, self._seconds = list(spec.notices), 0.0
         bases = self._bases()
-        for words, cell in [(entry.words(), cell) for entry, cell in self.cells]:
+        for entry, cell in self.cells:
             self._seconds += (store.facts(cell) or {"seconds": 0.0})["seconds"]
             if cell.name in store.broken:
-                self._notices.append(f"{words} is left out: {store.broken[cell.name]}.")
+                self._notices.append(f"{entry.words()} is left out: {store.broken[cell.name]}.")
         if spec.teacher is not None and (why := [w for base, _ in bases if (w := store.broken.get(base.name))]):
             self._notices.append(f"Nothing is compared from the same noise: {spec.teacher.words()}: {why[0]}.")
         chosen = self._chosen()
@@ -196,7 +187,7 @@ class Curve:
         write_json(self.out / "evaluation.json", self.result.model_dump(mode="json"))
 
     def _counted(self, kept: Kept) -> Kept:
-        """Take note of what figures took and lack."""
+        """Add the time that figures took and those that are missing."""
         self._notices += kept.missing
         self._seconds += kept.seconds
         return kept
@@ -233,7 +224,7 @@ class Curve:
             if not figures:
                 continue
             facts = [held for cell in self.spec.cells(entry) if (held := self.store.facts(cell)) is not None]
-            # Times of another machine do not belong in one column with those of this one.
+            # Times of different machines do not belong in one column.
             here = [held["seconds_per_1000"] for held in facts if held["pace"] == self.store.pace]
             times = [seconds for seconds in here if seconds is not None]
             rows.append(
@@ -251,18 +242,17 @@ class Curve:
         return sorted(rows, key=lambda row: (order.index(row.series), -(row.num_steps or 0)))
 
     def _protocol(self, reference: Reference) -> Protocol:
-        said, evaluation = reference.protocol, self.spec.evaluation
-        size = evaluation.num_samples
+        said, spec = reference.protocol, self.spec
         return Protocol(
             kind="sets",
             extractor=reference.extractor.name,
             extractor_facts={"dimension": reference.real.features.shape[1], **reference.extractor.facts},
             resize=reference.extractor.resize,
-            reference_split=self.spec.reference_split,
-            num_samples=size,
-            seeds=[seeds_name(range(k * size, (k + 1) * size)) for k in range(self.spec.num_seeds)],
-            guidance_scale=self.spec.guidance_scale,
-            precision=evaluation.precision,
+            reference_split=spec.reference_split,
+            num_samples=spec.evaluation.num_samples,
+            seeds=[seeds_name(seeds) for seeds in spec.seeds],
+            guidance_scale=spec.guidance_scale,
+            precision=spec.evaluation.precision,
             **{n: said[n] for n in ("reference", "reference_fingerprint", "num_reference", "reference_rows", "images")},
         )
 
@@ -284,14 +274,12 @@ class Curve:
         least = min(protocol.num_samples, protocol.num_reference)
         where = (
             f"In {protocol.extractor} the Frechet distance of {protocol.num_samples:,} samples to "
-            f"{protocol.num_reference:,} real ones "
+            f"{protocol.num_reference:,} real ones"
         )
         if least <= size:
-            self._notices.append(
-                f"{where}says little: {size} dimensions need more than {size} of each, better ten times as many; read "
-                "KID instead."
-            )
-        elif least < MANY:
-            self._notices.append(
-                f"{where}is biased upwards, the more the fewer they are: compare it within its table only."
-            )
+            remedy = f"{size} dimensions need more than {size} of each, better ten times as many; read KID instead"
+            self._notices.append(f"{where} says little: {remedy}.")
+        # By custom the bias of 50,000 samples is ignored.
+        elif least < 50_000:
+            flaw = "is biased upwards, the more the fewer they are: compare it within its table only"
+            self._notices.append(f"{where} {flaw}.")

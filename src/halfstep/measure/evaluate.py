@@ -17,15 +17,7 @@ from torch import Tensor
 
 from halfstep.core.draw import generator_for
 from halfstep.data import Data
-from halfstep.metrics import (
-    Classifier,
-    Figures,
-    RealData,
-    extractor_for,
-    extractors,
-    figures_of,
-    real_features,
-)
+from halfstep.metrics import Classifier, Figures, RealData, extractor_for, extractors, figures_of, real_features
 from halfstep.runtime.failures import told_when_out_of_memory
 from halfstep.runtime.files import json_digest
 from halfstep.runtime.processes import Processes
@@ -33,9 +25,6 @@ from halfstep.runtime.processes import Processes
 if TYPE_CHECKING:
     from halfstep.measure.store import Cell
 
-CLASSIFIER_ROWS = 10_000
-"""Most real samples on which the classifier is trained, however many there are to compare with: its features must not
-depend on that."""
 FIGURES_FORMAT: Final = 1
 """Version of the kept figures; raise it when a metric changes, so that old ones are measured again."""
 
@@ -100,11 +89,7 @@ class Against(ABC):
 
 @final
 class Reference(Against):
-    """The real data's features, and the extractor that made them.
-
-    Args:
-        cache: folder for the classifier's weights.
-    """
+    """The real data's features, and the extractor that made them; `cache` is the folder for a classifier's weights."""
 
     def __init__(
         self, data: Data, evaluation: Evaluation, cache: Path | None = None, device: torch.device | str = "cpu"
@@ -114,15 +99,14 @@ class Reference(Against):
         rows = order[: evaluation.num_reference].sort().values
 
         def labelled() -> tuple[Tensor, Tensor]:
-            batch = data.fetch(order[:CLASSIFIER_ROWS].sort().values)
+            # However many samples are compared with: the classifier's features must not depend on that.
+            batch = data.fetch(order[:10_000].sort().values)
             return batch.x0, batch.cond["class_labels"]
 
-        features = evaluation.features
-        if features == "auto":
-            features = "classifier" if data.num_classes > 1 else "pixels"
-        self.extractor = extractor_for(
-            features, RealData(data.fingerprint, data.num_classes, labelled, cache, torch.device(device))
-        )
+        auto = "classifier" if data.num_classes > 1 else "pixels"
+        features = auto if evaluation.features == "auto" else evaluation.features
+        real_data = RealData(data.fingerprint, data.num_classes, labelled, cache, torch.device(device))
+        self.extractor = extractor_for(features, real_data)
         content = (data.fingerprint, len(data), evaluation.num_reference)
         self.real = real_features(self.extractor, lambda: data.fetch(rows).x0, content, cache)
         self.data = data

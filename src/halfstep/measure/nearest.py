@@ -1,7 +1,7 @@
-"""Whether a model has learned its training data by heart: the training samples that lie nearest to its own.
+"""Whether a model has memorised its training data: the training samples that lie nearest to its own.
 
-Distances are root mean square differences of all values, on the scale of x0 ([-1, 1] for images). A copy is at 0. What
-is near is told by the data itself: `real` holds the distances of training samples to their own nearest other ones.
+Distances are root mean square differences of all values, on the scale of x0 ([-1, 1] for images). A copy is at 0. The
+scale of "near" is `real`: the distances of training samples to their own nearest other ones.
 """
 
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ class Neighbours:
 
 
 def nearest_samples(data: Data, x0: Tensor, k: int = 3, flip: bool = False) -> Neighbours:
-    """The k training samples nearest to each of the samples `x0` `[n, *shape]`, or all if there are fewer.
+    """Return the k training samples nearest to each of the samples `x0` `[n, *shape]`, or all if there are fewer.
 
     Args:
         flip: whether mirrored training images count too: those that the model was shown.
@@ -54,23 +54,19 @@ def nearest_samples(data: Data, x0: Tensor, k: int = 3, flip: bool = False) -> N
     size = x0[0].numel()
     searched = _searched(data, size)
     own = searched[torch.randperm(len(searched), generator=generator_for("nearest"))[:NUM_REAL]]
-    real = data.fetch(own).x0
     samples = x0.float()
-    # The k nearest of each mirror image, and 2 of the real ones, for one of these is the sample itself.
-    best = [_Best(k), _Best(k), _Best(2)]
-    queries = [samples, samples.flip(-1) if flip else samples[:0], real]
+    # Mirrored samples are searched for apart. Of the 2 rows nearest to a real sample one is itself.
+    near, mirrored = _Best(samples, k), _Best(samples.flip(-1) if flip else samples[:0], k)
+    others = _Best(data.fetch(own).x0, 2)
     for part in searched.split(max(1, CHUNK // size)):
         found = data.fetch(part).x0.flatten(1)
-        for one, query in zip(best, queries, strict=True):
-            one.offer(query.flatten(1), found, part)
-    rows, distances = best[0].exact(data, samples)
-    pictures = data.fetch(rows.flatten()).x0.view(*rows.shape, *data.shape)
+        for one in (near, mirrored, others):
+            one.offer(found, part)
+    rows, distances, pictures = near.exact(data)
     if flip:
-        mirrored, further = best[1].exact(data, samples.flip(-1))
-        rows = torch.cat([rows, mirrored], 1)
-        pictures = torch.cat(
-            [pictures, data.fetch(mirrored.flatten()).x0.view(*mirrored.shape, *data.shape).flip(-1)], 1
-        )
+        further_rows, further, further_pictures = mirrored.exact(data)
+        rows = torch.cat([rows, further_rows], 1)
+        pictures = torch.cat([pictures, further_pictures.flip(-1)], 1)
         distances, order = torch.cat([distances, further], 1).sort(dim=1, stable=True)
         # An image that is near both ways counts once, the nearer way.
         rows = rows.gather(1, order)
@@ -80,7 +76,9 @@ def nearest_samples(data: Data, x0: Tensor, k: int = 3, flip: bool = False) -> N
         distances = distances[:, : kept.shape[1]]
         rows = rows.gather(1, kept)
         pictures = pictures[torch.arange(len(samples))[:, None], order.gather(1, kept)]
-    return Neighbours(rows, pictures, distances, _to_others(best[2], data, real, own), len(searched))
+    real_rows, real, _ = others.exact(data)
+    real = real.masked_fill(real_rows == own[:, None], torch.inf).min(1).values
+    return Neighbours(rows, pictures, distances, real[real.isfinite()], len(searched))
 
 
 def _searched(data: Data, size: int) -> Tensor:
@@ -91,32 +89,22 @@ def _searched(data: Data, size: int) -> Tensor:
 
 
 class _Best:
-    """The nearest rows so far, of each of some samples."""
+    """The k rows so far that are nearest to each of the samples `query` `[n, *shape]`."""
 
-    def __init__(self, k: int) -> None:
-        self.k = k
-        self.squared, self.rows = torch.empty(0, 0), torch.empty(0, 0, dtype=torch.int64)
+    def __init__(self, query: Tensor, k: int) -> None:
+        self.query, self.k = query, k
+        self.squared, self.rows = query.new_empty(len(query), 0), torch.empty(len(query), 0, dtype=torch.int64)
 
-    def offer(self, query: Tensor, found: Tensor, rows: Tensor) -> None:
-        """Takes those of `found` `[m, values]` that are nearer to the samples `query` `[n, values]`."""
-        squared = found.square().sum(1) - 2 * query @ found.T
-        if self.squared.numel() == 0:
-            self.squared, self.rows = squared.new_empty(len(query), 0), rows.new_empty(len(query), 0)
-        squared = torch.cat([self.squared, squared], 1)
-        rows = torch.cat([self.rows, rows.expand(len(query), -1)], 1)
+    def offer(self, found: Tensor, rows: Tensor) -> None:
+        """Keep those of `found` `[m, values]` that are nearer."""
+        squared = torch.cat([self.squared, found.square().sum(1) - 2 * self.query.flatten(1) @ found.T], 1)
+        rows = torch.cat([self.rows, rows.expand(len(self.query), -1)], 1)
         self.squared, order = squared.topk(min(self.k, squared.shape[1]), largest=False)
         self.rows = rows.gather(1, order)
 
-    def exact(self, data: Data, query: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows and distances, measured anew: the search's differences of large numbers blur what is nearly equal."""
-        found = data.fetch(self.rows.flatten()).x0.view(*self.rows.shape, *data.shape).double()
-        distances = (found - query.double()[:, None]).flatten(2).square().mean(2).sqrt()
+    def exact(self, data: Data) -> tuple[Tensor, Tensor, Tensor]:
+        """Return rows, distances and samples, the nearest first, measured again: the search cancels large numbers."""
+        found = data.fetch(self.rows.flatten()).x0.view(*self.rows.shape, *data.shape)
+        distances = (found.double() - self.query.double()[:, None]).flatten(2).square().mean(2).sqrt()
         distances, order = distances.sort(dim=1, stable=True)
-        return self.rows.gather(1, order), distances
-
-
-def _to_others(best: _Best, data: Data, real: Tensor, own: Tensor) -> Tensor:
-    """The distance of each real sample to the nearest row that is not its own."""
-    rows, distances = best.exact(data, real)
-    others = distances.masked_fill(rows == own[:, None], torch.inf).min(1).values
-    return others[others.isfinite()]
+        return self.rows.gather(1, order), distances, found[torch.arange(len(order))[:, None], order]

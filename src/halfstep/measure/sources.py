@@ -11,7 +11,6 @@ from torch import Tensor
 
 from halfstep.core.warnings import HalfstepWarning
 from halfstep.data import Data
-from halfstep.measure.samples import conditions_for
 from halfstep.models.model import Model, samples_at_once
 from halfstep.runs import Manifest
 from halfstep.runtime.files import json_digest
@@ -19,13 +18,12 @@ from halfstep.samplers import Sampler, samplers
 
 
 def weights_of(manifest: Manifest) -> str:
-    """Return what distinguishes a stage's samples from those of all others, without reading its weights: a hash of
-    their sha256 and of everything else that the manifest says of the model."""
+    """Return a hash of everything that a manifest says of a model, the sha256 of its weights included."""
     return json_digest(manifest.model_dump(mode="json", exclude={"seconds", "data"}))
 
 
 def sampler_of(manifest: Manifest) -> Sampler:
-    """Return the sampler that a model is made for: by it the model is measured where none is asked for."""
+    """Return the sampler that a model is made for, the default when it is measured."""
     sampler: Sampler = samplers.rebuild(manifest.outcome.sampler)
     return sampler
 
@@ -69,8 +67,7 @@ class ModelSource(Source):
     """A model with a sampler, loaded only when a sample is missing.
 
     Args:
-        load: returns the model on its device.
-        device: where `load` puts it.
+        load: returns the model, on `device`.
         data: whose conditions (captions, latents) the model is shown, if it has any.
         name: of the model; its stage by default.
     """
@@ -107,7 +104,7 @@ class ModelSource(Source):
     def draw(self, num_steps: int | None, seeds: range, batch_size: int | None) -> Drawn:
         model = self._ready(seeds[:1])
         with warnings.catch_warnings():
-            # Teachers and students are sampled with other numbers of steps than they are made for on purpose.
+            # Models are measured with other numbers of steps than they are made for on purpose.
             warnings.simplefilter("ignore", HalfstepWarning)
             cond = self._cond(model, seeds)
             start = time.perf_counter()
@@ -125,7 +122,15 @@ class ModelSource(Source):
         return Drawn(x0, seconds, model.num_evals(self.sampler, num_steps, self._guidance_scale))
 
     def _cond(self, model: Model, seeds: range) -> dict[str, Tensor]:
-        return {} if self._conditions is None else conditions_for(model, self._conditions, list(seeds))
+        """Return the conditions of each data sample seed modulo their number, if the model is shown any."""
+        data = self._conditions
+        if data is None:
+            return {}
+        cond = data.fetch(torch.tensor([seed % len(data) for seed in seeds])).cond
+        for name in model.manifest.conditions:
+            if name not in cond:
+                raise ValueError(f"the model is conditioned on {name}, which {data.source} does not hold")
+        return {name: cond[name] for name in model.manifest.conditions}
 
     def _ready(self, seeds: range) -> Model:
         """Return the loaded model, called once: the first call is slower than the others and would be timed."""

@@ -1,7 +1,7 @@
 """One store of samples and figures, used by a run, by `halfstep evaluate` and by the studies.
 
-A *cell* is a source at one number of steps with one set of seeds. Its samples are kept, so that measuring them with
-another extractor draws nothing again, and its figures are kept for each protocol:
+A *cell* is a source at one number of steps with one set of seeds. Its samples are kept, so that another extractor draws
+nothing again, and its figures are kept for each protocol:
 
 FOLDER/
   cells/NAME/                 one cell; whole or absent
@@ -9,25 +9,25 @@ FOLDER/
       samples.npz             arr_0: uint8 [n, h, w, c] for images, float32 [n, *dims] otherwise
   figures/NAME.json           the figures of one cell in one protocol
 
-Names contain a hash of everything that the content depends on: the same request reads the files, other weights or
-another protocol find none. The cells of a run's models lie in RUN/evaluation.
+Names contain a hash of everything that the content depends on. The cells of a run's models are in RUN/evaluation.
 """
 
 import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, NamedTuple, final
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from halfstep.measure.evaluate import FIGURES_FORMAT, Against, Reference
 from halfstep.measure.samples import samples_array
-from halfstep.measure.sources import Drawn, ModelSource, Source
+from halfstep.measure.sources import ModelSource, Source
 from halfstep.metrics import Figures, figures_of_halves, from_uint8, paired_figures, why_no_lpips
 from halfstep.runs.schema import Result
 from halfstep.runtime.environment import device_name
@@ -102,6 +102,9 @@ class Kept(NamedTuple):
     seconds: float
 
 
+KEPT: Final = TypeAdapter(Kept)
+
+
 @final
 class Store:
     """The samples and figures in a folder, made when they are missing.
@@ -152,9 +155,8 @@ class Store:
         if held is None:
             array = self._read(cell)
             if array is None:
-                raise DamagedFile(
-                    f"the samples of {cell.name} in {self.folder} are missing. Run the same command again"
-                )
+                missing = f"the samples of {cell.name} in {self.folder} are missing"
+                raise DamagedFile(f"{missing}. Run the same command again")
             held = torch.from_numpy(array)
             if cell.source.is_image:
                 held = from_uint8(held.permute(0, 3, 1, 2))
@@ -170,48 +172,32 @@ class Store:
             Interrupted: if a stop was asked for.
             OutOfMemory: if a batch does not fit.
         """
-        for cell in cells:
-            if cell.name in self.broken or self.processes.on_main(partial(self._is_filled, cell)):
-                continue
-            size = self.batch_size or max(1, min(cell.source.at_once, -(-len(cell.seeds) // PARTS)))
+        wanted = {cell.name: cell for cell in cells if cell.name not in self.broken}
+        for name in self.processes.on_main(lambda: [cell.name for cell in wanted.values() if self._read(cell) is None]):
+            self._draw(wanted[name])
 
-            def draw(seeds: range, cell: Cell = cell) -> tuple[Tensor, ...]:
-                with told_when_out_of_memory(self._too_large):
-                    drawn = cell.source.draw(cell.num_steps, seeds, self.batch_size)
-                evals = -1 if drawn.num_evals is None else drawn.num_evals
-                return drawn.x0, torch.tensor([drawn.seconds, evals], dtype=torch.float64)
+    def _draw(self, cell: Cell) -> None:
+        size = self.batch_size or max(1, min(cell.source.at_once, -(-len(cell.seeds) // PARTS)))
+        tried = f"with {size} samples at once: lower --batch-size (in a run: --evaluation.batch-size)"
+        if self.batch_size is None:
+            tried = "though fewer samples at once were tried: leave more of it to this process, or measure on the CPU"
+            tried += " (engine.cpu)"
 
-            batches = [cell.seeds[first : first + size] for first in range(0, len(cell.seeds), size)]
-            parts = self.processes.spread(batches, draw, self._stop)
+        def draw(seeds: range) -> tuple[Tensor, ...]:
+            with told_when_out_of_memory(f"out of memory while sampling, {tried}"):
+                drawn = cell.source.draw(cell.num_steps, seeds, self.batch_size)
+            evals = -1 if drawn.num_evals is None else drawn.num_evals
+            return drawn.x0, torch.tensor([drawn.seconds, evals], dtype=torch.float64)
 
-            def keep(cell: Cell = cell, parts: Any = parts) -> str | None:
-                told = torch.stack([numbers for _, numbers in parts])
-                evals = int(told[0, 1])
-                x0 = torch.cat([samples for samples, _ in parts])
-                return self._keep(cell, Drawn(x0, float(told[:, 0].sum()), None if evals < 0 else evals))
-
-            if (why := self.processes.on_main(keep)) is not None:
-                self.broken[cell.name] = why
-
-    def _is_filled(self, cell: Cell) -> bool:
-        return self._read(cell) is not None
+        batches = [cell.seeds[first : first + size] for first in range(0, len(cell.seeds), size)]
+        parts = self.processes.spread(batches, draw, self._stop)
+        if why := self.processes.on_main(lambda: self._keep(cell, parts or [])):
+            self.broken[cell.name] = why
 
     def drop_samples(self, cell: Cell) -> None:
         """Remove the samples of a cell of which only the figures are of use."""
         self._held.pop(cell.name, None)
         self.processes.on_main(lambda: (self._path(cell) / "samples.npz").unlink(missing_ok=True))
-
-    @property
-    def _too_large(self) -> str:
-        if self.batch_size is not None:
-            return (
-                f"out of memory while sampling, with {self.batch_size} samples at once: lower --batch-size (in a run: "
-                "--evaluation.batch-size)"
-            )
-        return (
-            "out of memory while sampling, though fewer samples at once were tried: leave more of it to this process, "
-            "or measure on the CPU (engine.cpu)"
-        )
 
     def _path(self, cell: Cell) -> Path:
         return self.folder / "cells" / cell.name
@@ -224,25 +210,27 @@ class Store:
             return None
         return array if self.facts(cell) and len(array) == len(cell.seeds) and array.dtype == wanted else None
 
-    def _keep(self, cell: Cell, drawn: Drawn) -> str | None:
-        """Write the cell; return what is wrong with it, None if nothing is."""
-        if not bool(torch.isfinite(drawn.x0).all()):
+    def _keep(self, cell: Cell, parts: Sequence[tuple[Tensor, ...]]) -> str | None:
+        """Write the cell of these batches; return what is wrong with it, None if nothing is."""
+        x0 = torch.cat([samples for samples, _ in parts])
+        if not bool(torch.isfinite(x0).all()):
             return f"sampling with {cell.num_steps} steps gave values that are not finite: the model diverged"
+        times, evals = torch.stack([numbers for _, numbers in parts]).unbind(1)
+        seconds, is_drawn = float(times.sum()), bool(evals[0] >= 0)
         facts = {
             "key": cell.key,
-            "num_evals": drawn.num_evals,
-            "seconds_per_1000": None if drawn.num_evals is None else drawn.seconds * 1000 / len(drawn.x0),
-            "seconds": drawn.seconds,
+            "num_evals": int(evals[0]) if is_drawn else None,
+            "seconds_per_1000": seconds * 1000 / len(x0) if is_drawn else None,
+            "seconds": seconds,
             "pace": self.pace,
         }
-
         self._held.pop(cell.name, None)
         if self.facts(cell) is None:
             # Figures that are left may be of another device's samples.
             for file in self.folder.glob(f"figures/{cell.name}-*.json"):
                 file.unlink()
         with replacing_folder(self._path(cell)) as folder:
-            write_arrays(folder / "samples.npz", arr_0=samples_array(drawn.x0, cell.source.is_image))
+            write_arrays(folder / "samples.npz", arr_0=samples_array(x0, cell.source.is_image))
             write_json(folder / "cell.json", facts)
         return None
 
@@ -256,13 +244,11 @@ class Store:
         Raises:
             Interrupted, OutOfMemory: what was measured stays.
         """
-        pairs = [(cell, one) for cell in cells for one in against]
+        pairs = {(cell.name, one.name): (cell, one) for cell in cells for one in against}
         absent = self.processes.on_main(lambda: [cell.name for cell in cells if self.facts(cell) is None])
         self.fill([cell for cell in cells if cell.name in absent])
-        lacking = self.processes.on_main(
-            lambda: [index for index, (cell, one) in enumerate(pairs) if self.kept(cell, one) is None]
-        )
-        todo = [pairs[index] for index in lacking]
+        lacking = self.processes.on_main(lambda: [names for names, pair in pairs.items() if self.kept(*pair) is None])
+        todo = [pairs[names] for names in lacking]
         self.fill([needed for cell, one in todo for needed in (cell, *one.needs)])
         todo = [pair for pair in todo if not self.is_broken(*pair)]
         for first in range(0, len(todo), self.processes.count):
@@ -286,11 +272,11 @@ class Store:
     def halves(self, reference: Reference) -> Kept:
         """Return the figures of one half of the real data against the other; for the process that writes."""
         name = f"halves-{reference.name}"
-        if (kept := self._kept(name)) is None:
-            held = _timed(lambda: figures_of_halves(reference.extractor, reference.real))
-            write_json(self._file(name), held)
-            return Kept(**held)
-        return kept
+        if kept := self._kept(name):
+            return kept
+        held = _timed(lambda: figures_of_halves(reference.extractor, reference.real))
+        write_json(self._file(name), held)
+        return Kept(**held)
 
     def result(self, cell: Cell, reference: Reference) -> Result:
         """Return the figures of a model's cell as a row of metrics.json.
@@ -323,10 +309,8 @@ class Store:
 
     def _kept(self, name: str) -> Kept | None:
         try:
-            held = read_json(self._file(name))
-            values = {str(key): float(value) for key, value in held["values"].items()}
-            return Kept(values, [str(text) for text in held["missing"]], float(held["seconds"]))
-        except (ValueError, LookupError, TypeError, AttributeError):
+            return KEPT.validate_python(read_json(self._file(name)))
+        except ValueError:
             return None
 
     def _file(self, name: str) -> Path:

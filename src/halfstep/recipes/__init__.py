@@ -2,13 +2,4 @@
 
 from halfstep.recipes.builtin import arrays, cifar10, digits, fashion_mnist, images
 from halfstep.recipes.paper import cifar10_paper, imagenet64_paper, lsun_bedroom128_paper, lsun_church128_paper
-from halfstep.recipes.registered import recipes
-from halfstep.recipes.schema import (
-    ChainConfig,
-    DataFacts,
-    MLPConfig,
-    ModelConfig,
-    Recipe,
-    UNetConfig,
-    build,
-)
+from halfstep.recipes.schema import ChainConfig, DataFacts, MLPConfig, ModelConfig, Recipe, UNetConfig, build, recipes

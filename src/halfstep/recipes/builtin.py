@@ -1,16 +1,11 @@
 """The recipes that come with halfstep."""
 
+from dataclasses import replace
+
 from halfstep.data import DataConfig
 from halfstep.measure.evaluate import Evaluation
 from halfstep.objectives import Training
-from halfstep.recipes.registered import recipes
-from halfstep.recipes.schema import (
-    ChainConfig,
-    MLPConfig,
-    ModelConfig,
-    Recipe,
-    UNetConfig,
-)
+from halfstep.recipes.schema import TEACHER, ChainConfig, MLPConfig, ModelConfig, Recipe, UNetConfig, recipes
 from halfstep.train.settings import Engine
 
 
@@ -53,8 +48,8 @@ def fashion_mnist() -> Recipe:
     return Recipe(
         name="fashion_mnist",
         data=DataConfig(source="zalando-datasets/fashion_mnist"),
-        network=UNetConfig(block_out_channels=(64, 128, 128), layers_per_block=2, attention=(False, False, True)),
-        teacher=Training(num_updates=30_000, learning_rate=3e-4, warmup_updates=1000, anneal=False, ema_decay=0.999),
+        network=UNetConfig(block_out_channels=(64, 128, 128), attention=(False, False, True)),
+        teacher=replace(TEACHER, num_updates=30_000, learning_rate=3e-4, ema_decay=0.999),
         chain=ChainConfig(start_steps=256, training=Training(num_updates=4000, learning_rate=1e-4)),
         evaluation=Evaluation(num_samples=5000, teacher_steps=(64, 16, 8, 4, 2, 1)),
     )
@@ -66,22 +61,9 @@ def cifar10() -> Recipe:
     return Recipe(
         name="cifar10",
         data=DataConfig(source="uoft-cs/cifar10", flip=True),
-        network=UNetConfig(
-            block_out_channels=(96, 192, 192),
-            layers_per_block=2,
-            attention=(False, True, False),
-            attention_head_dim=64,
-        ),
-        teacher=Training(
-            num_updates=100_000,
-            learning_rate=2e-4,
-            warmup_updates=1000,
-            anneal=False,
-            weight_decay=0.001,
-            ema_decay=0.9995,
-            dropout=0.1,
-        ),
-        chain=ChainConfig(start_steps=1024, training=Training(num_updates=10_000, learning_rate=1e-4)),
+        network=UNetConfig(block_out_channels=(96, 192, 192), attention=(False, True, False), attention_head_dim=64),
+        teacher=replace(TEACHER, weight_decay=0.001, ema_decay=0.9995, dropout=0.1),
+        chain=ChainConfig(training=Training(num_updates=10_000, learning_rate=1e-4)),
         evaluation=Evaluation(num_samples=10_000, teacher_steps=(256, 64, 16, 8, 4, 2, 1)),
         engine=Engine(precision="bf16"),
     )
@@ -90,12 +72,8 @@ def cifar10() -> Recipe:
 @recipes.register("images")
 def images() -> Recipe:
     """Your own images: `halfstep run images --data FOLDER --data.image-size 32`; sized for one GPU."""
-    return cifar10().model_copy(
-        update={
-            "name": "images",
-            "data": DataConfig(source="images", image_size=32, channels=3, labels=False),
-        }
-    )
+    data = DataConfig(source="images", image_size=32, channels=3, labels=False)
+    return cifar10().model_copy(update={"name": "images", "data": data})
 
 
 @recipes.register("arrays")

@@ -1,27 +1,20 @@
 """The paper's own models, at its own scale: days on many accelerators, written down as data.
 
-What is the authors' is theirs to the last number where they published it: networks, batches, rates, warm-up, decay,
-dropout, EMA, clipping, augmentation, updates. Where the paper and the released configurations differ, the
-configurations win (learning rate of CIFAR-10's distillation: 5e-5). Two things are ours: the shape of the warm-up
-(linear; theirs is not public) and the network's clock, which counts a power of two of timesteps in place of 1000, so
-that every student of the chain falls on whole ones.
+Every published number is the authors': networks, batches, rates, warm-up, decay, dropout, EMA, clipping, augmentation,
+updates. Where the paper and the released configurations differ, the configurations win (learning rate of CIFAR-10's
+distillation: 5e-5). Two things are ours: the shape of the warm-up (linear; theirs is not public) and the network's
+clock, which has a power of two timesteps instead of 1000, so that every student of the chain falls on whole ones.
 
 Source: Salimans & Ho 2022 (arXiv:2202.00512), sections 5 and appendices, and the authors' configurations.
 """
 
+from dataclasses import replace
 from typing import Final
 
 from halfstep.data import DataConfig
 from halfstep.measure.evaluate import Evaluation
 from halfstep.objectives import Training
-from halfstep.recipes.registered import recipes
-from halfstep.recipes.schema import (
-    ChainConfig,
-    DataFacts,
-    ModelConfig,
-    Recipe,
-    UNetConfig,
-)
+from halfstep.recipes.schema import TEACHER, ChainConfig, DataFacts, ModelConfig, Recipe, UNetConfig, recipes
 from halfstep.train.settings import Engine
 
 
@@ -33,7 +26,6 @@ def _network(
         layers_per_block=3,
         attention=attention,
         attention_head_dim=head_dim,
-        norm_num_groups=32,
         norm_eps=1e-6,
         resample="resnet",
         time_scale_shift="scale_shift",
@@ -53,10 +45,6 @@ EVALUATION: Final = Evaluation(
 )
 
 
-ONE_GPU: Final = Engine(micro_batch=32)
-"""A batch of 2048 goes through one device in parts; but for the masks of dropout the result does not depend on them."""
-
-
 @recipes.register("cifar10_paper")
 def cifar10_paper() -> Recipe:
     """The paper's CIFAR-10: unconditional, x0-prediction, 60 million parameters, 8192 steps to 1."""
@@ -66,72 +54,42 @@ def cifar10_paper() -> Recipe:
         facts=DataFacts(shape=(3, 32, 32), num_samples=50_000, num_classes=10),
         network=PAPER_CIFAR10,
         model=ModelConfig(prediction="x0", conditional=False),
-        teacher=Training(
-            num_updates=800_000,
-            learning_rate=2e-4,
-            warmup_updates=1000,
-            anneal=False,
-            weight_decay=0.001,
-            ema_decay=0.9999,
-            dropout=0.2,
-        ),
+        teacher=replace(TEACHER, num_updates=800_000, weight_decay=0.001, dropout=0.2),
         chain=ChainConfig(start_steps=8192, training=Training(num_updates=50_000, learning_rate=5e-5)),
         evaluation=EVALUATION,
+    )
+
+
+def _large(name: str, data: DataConfig, facts: DataFacts, network: UNetConfig, num_updates: int) -> Recipe:
+    """Return a recipe of the paper's larger data sets: both heads, batches of 2048, 1024 steps to 1."""
+    return Recipe(
+        name=name,
+        data=data,
+        facts=facts,
+        network=network,
+        model=ModelConfig(prediction="both", conditional=facts.num_classes > 0),
+        teacher=replace(TEACHER, num_updates=num_updates, batch_size=2048, learning_rate=3e-4, dropout=0.1),
+        chain=ChainConfig(training=Training(num_updates=50_000, batch_size=2048, learning_rate=1e-4)),
+        evaluation=EVALUATION,
+        # A batch of 2048 goes through one GPU in parts; only the masks of dropout depend on them.
+        engine=Engine(micro_batch=32),
     )
 
 
 @recipes.register("imagenet64_paper")
 def imagenet64_paper() -> Recipe:
     """The paper's ImageNet 64x64: class-conditional, both heads, 296 million parameters, 1024 steps to 1."""
-    return Recipe(
-        name="imagenet64_paper",
-        data=DataConfig(source="ILSVRC/imagenet-1k", image_size=64, resample="area", channels=3, flip=True),
-        facts=DataFacts(shape=(3, 64, 64), num_samples=1_281_167, num_classes=1000),
-        network=PAPER_IMAGENET64,
-        model=ModelConfig(prediction="both"),
-        teacher=Training(
-            num_updates=550_000,
-            batch_size=2048,
-            learning_rate=3e-4,
-            warmup_updates=1000,
-            anneal=False,
-            ema_decay=0.9999,
-            dropout=0.1,
-        ),
-        chain=ChainConfig(start_steps=1024, training=Training(num_updates=50_000, batch_size=2048, learning_rate=1e-4)),
-        evaluation=EVALUATION,
-        engine=ONE_GPU,
-    )
+    data = DataConfig(source="ILSVRC/imagenet-1k", image_size=64, resample="area", channels=3, flip=True)
+    facts = DataFacts(shape=(3, 64, 64), num_samples=1_281_167, num_classes=1000)
+    return _large("imagenet64_paper", data, facts, PAPER_IMAGENET64, 550_000)
 
 
 def _lsun(name: str, num_samples: int) -> Recipe:
-    return Recipe(
-        name=name,
-        # LSUN has no home on the Hub that is its makers': the images are expected in a folder.
-        data=DataConfig(
-            source=name.removesuffix("128_paper"),
-            image_size=128,
-            resample="bilinear",
-            channels=3,
-            labels=False,
-            flip=True,
-        ),
-        facts=DataFacts(shape=(3, 128, 128), num_samples=num_samples, num_classes=0),
-        network=PAPER_LSUN128,
-        model=ModelConfig(prediction="both", conditional=False),
-        teacher=Training(
-            num_updates=400_000,
-            batch_size=2048,
-            learning_rate=3e-4,
-            warmup_updates=1000,
-            anneal=False,
-            ema_decay=0.9999,
-            dropout=0.1,
-        ),
-        chain=ChainConfig(start_steps=1024, training=Training(num_updates=50_000, batch_size=2048, learning_rate=1e-4)),
-        evaluation=EVALUATION,
-        engine=ONE_GPU,
-    )
+    # LSUN has no home on the Hub that is its makers': the images are expected in a folder.
+    folder = name.removesuffix("128_paper")
+    data = DataConfig(source=folder, image_size=128, resample="bilinear", channels=3, labels=False, flip=True)
+    facts = DataFacts(shape=(3, 128, 128), num_samples=num_samples)
+    return _large(name, data, facts, PAPER_LSUN128, 400_000)
 
 
 @recipes.register("lsun_bedroom128_paper")

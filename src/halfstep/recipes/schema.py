@@ -4,13 +4,14 @@ Every field has a flag on the command line (`--chain.start-steps 256`); its docs
 names here and become objects in `build`, nowhere deeper.
 """
 
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import torch
 import tyro
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from halfstep.core.noise import NoiseProcess, VPCosine
 from halfstep.core.prediction import Prediction, predictions, weightings
@@ -29,6 +30,7 @@ from halfstep.objectives import (
     Training,
     objectives,
 )
+from halfstep.registry import Registry
 from halfstep.run.course import Match, Start, check_start, cosine_within, course
 from halfstep.run.spec import RunSpec
 from halfstep.runs import Manifest
@@ -39,8 +41,16 @@ Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
+def _member_of(family: Registry[Any]) -> AfterValidator:
+    def known(name: str) -> str:
+        family[name]
+        return name
+
+    return AfterValidator(known)
+
+
 class Config(BaseModel):
-    """Frozen, and refusing fields that it does not know."""
+    """Frozen data that refuses unknown fields."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -110,9 +120,9 @@ class DataFacts(Config):
 class ModelConfig(Config):
     """What the network's output means and how noise is added."""
 
-    prediction: str = "v"
+    prediction: Annotated[str, _member_of(predictions)] = "v"
     """What the network predicts: eps, x0, v or both (see `halfstep ls`)."""
-    weighting: str = "truncated_snr"
+    weighting: Annotated[str, _member_of(weightings)] = "truncated_snr"
     """Weight of the error in x0: constant, snr, truncated_snr or snr_plus_one."""
     conditional: bool = True
     """Tell the network the class of a sample, where the data has classes."""
@@ -121,20 +131,8 @@ class ModelConfig(Config):
     log_snr_max: float = 20.0
     """Log signal-to-noise ratio at t = 0."""
 
-    @field_validator("prediction")
-    @classmethod
-    def _known_prediction(cls, name: str) -> str:
-        predictions[name]
-        return name
-
-    @field_validator("weighting")
-    @classmethod
-    def _known_weighting(cls, name: str) -> str:
-        weightings[name]
-        return name
-
     def objects(self) -> tuple[NoiseProcess, Prediction]:
-        """The process and the prediction."""
+        """Return the process and the prediction."""
         return VPCosine(self.log_snr_min, self.log_snr_max), predictions[self.prediction]()
 
 
@@ -179,7 +177,7 @@ class MatchingConfig(Config):
     """How a teacher is carried over to another prediction, clock or guidance before it is halved. The stage is there
     if one of these says so, or if a given teacher predicts eps at a signal-to-noise ratio near 0."""
 
-    prediction: str | None = None
+    prediction: Annotated[str, _member_of(predictions)] | None = None
     """What the student predicts: x0 or v; as the teacher by default, but v where that predicts eps near zero SNR."""
     process: Literal["own", "cosine"] | None = None
     """The student's noise process: that of the teacher, or the cosine clock over the teacher's own noise levels, with
@@ -195,13 +193,6 @@ class MatchingConfig(Config):
     """Times at which teacher and student are compared; a teacher on a table of noise levels is called at its own."""
     training: Flat = Training(num_updates=10_000, learning_rate=1e-4)
     """Training of the matched student."""
-
-    @field_validator("prediction")
-    @classmethod
-    def _known_prediction(cls, name: str | None) -> str | None:
-        if name is not None:
-            predictions[name]
-        return name
 
     @model_validator(mode="after")
     def _one_guidance(self) -> "MatchingConfig":
@@ -243,17 +234,15 @@ class StageConfig(Config):
         objectives.rebuild(objective)
         return objective
 
-    def stage(self) -> Stage:
-        """Return the stage."""
-        return Stage(objectives.rebuild(self.objective), self.training)
 
-
-FREE_FIELDS: Final = (
-    "chain.keep",
-    "evaluation.batch_size",
-    *(f"engine.{setting.name}" for setting in fields(Engine) if setting.name not in LEARNED),
-)
+IDLE: Final = tuple(setting.name for setting in fields(Engine) if setting.name not in LEARNED)
+"""Fields of the engine that do not change what is learned."""
+FREE_FIELDS: Final = ("chain.keep", "evaluation.batch_size", *(f"engine.{name}" for name in IDLE))
 """Fields that may change when a run resumes: they decide how, not what."""
+
+
+TEACHER: Final = Training(num_updates=100_000, learning_rate=2e-4, warmup_updates=1000, anneal=False, ema_decay=0.9999)
+"""Training of a teacher as the paper trains CIFAR-10's, without weight decay and dropout, in fewer updates."""
 
 
 class Recipe(Config):
@@ -271,9 +260,7 @@ class Recipe(Config):
     """The network of teacher and students."""
     model: ModelConfig = ModelConfig()
     """What the network predicts."""
-    teacher: Training = Training(
-        num_updates=100_000, learning_rate=2e-4, warmup_updates=1000, anneal=False, ema_decay=0.9999
-    )
+    teacher: Training = TEACHER
     """Training of the teacher."""
     matching: MatchingConfig = MatchingConfig()
     """Carrying the teacher over to what halving needs."""
@@ -321,31 +308,30 @@ class Recipe(Config):
         return plan
 
     def make_network(self, data: Data) -> Network:
-        """A fresh network for this data.
+        """Return a fresh network for this data.
 
         Raises:
             ValueError: if the data does not fit the kind of network.
         """
-        prediction = predictions[self.model.prediction]
+        channels = predictions[self.model.prediction].channels
         num_classes = data.num_classes if self.model.conditional else 0
-        if isinstance(self.network, MLPConfig):
-            return MLP(
-                data.shape,
-                width=self.network.width,
-                depth=self.network.depth,
-                channels=prediction.channels,
-                num_classes=num_classes,
-            )
-        return make_unet(self.network, data.shape, num_classes, prediction.channels)
+        if isinstance(self.network, UNetConfig):
+            return make_unet(self.network, data.shape, num_classes, channels)
+        width, depth = self.network.width, self.network.depth
+        return MLP(data.shape, width=width, depth=depth, channels=channels, num_classes=num_classes)
+
+
+recipes: Registry[Callable[[], Recipe]] = Registry("recipe")
 
 
 def make_unet(config: UNetConfig, shape: tuple[int, ...], num_classes: int, channels: int) -> UNet2D:
-    """The U-Net for images `[c, h, w]`.
+    """Return the U-Net for images `[c, h, w]`.
 
     Raises:
-        ValueError: if samples are no such images, their sides cannot be halved so often, or lists differ in length.
+        ValueError: if samples have another shape, their sides cannot be halved so often, lists differ in length, or
+            channels are no multiple of the groups or of an attention head's.
     """
-    levels = len(config.block_out_channels)
+    widths, levels = config.block_out_channels, len(config.block_out_channels)
     if len(shape) != 3:
         raise ValueError(
             f"a U-Net needs images [c, h, w], but samples have shape {list(shape)}: use the recipe `arrays`"
@@ -354,21 +340,17 @@ def make_unet(config: UNetConfig, shape: tuple[int, ...], num_classes: int, chan
         raise ValueError(
             f"network.attention has {len(config.attention)} entries for {levels} resolutions: give one for each"
         )
-    for channels_here, attention in zip(config.block_out_channels, config.attention, strict=True):
-        if channels_here % config.norm_num_groups:
-            raise ValueError(
-                f"network.norm_num_groups {config.norm_num_groups} does not divide {channels_here} channels: "
-                "choose --network.norm-num-groups or --network.block-out-channels so that it does"
-            )
-        if attention and channels_here % config.attention_head_dim:
-            raise ValueError(
-                f"network.attention_head_dim {config.attention_head_dim} does not divide {channels_here} channels: "
-                "choose --network.attention-head-dim or --network.block-out-channels so that it does"
-            )
-    if config.mid_attention and config.block_out_channels[-1] % config.attention_head_dim:
+    for channels_here, attention in zip(widths, config.attention, strict=True):
+        for name in ("norm_num_groups", "attention_head_dim") if attention else ("norm_num_groups",):
+            if channels_here % getattr(config, name):
+                raise ValueError(
+                    f"network.{name} {getattr(config, name)} does not divide {channels_here} channels: choose "
+                    f"--network.{name.replace('_', '-')} or --network.block-out-channels so that it does"
+                )
+    if config.mid_attention and widths[-1] % config.attention_head_dim:
         raise ValueError(
-            f"network.attention_head_dim {config.attention_head_dim} does not divide the middle's "
-            f"{config.block_out_channels[-1]} channels: choose another, or add --network.no-mid-attention"
+            f"network.attention_head_dim {config.attention_head_dim} does not divide the middle's {widths[-1]} "
+            "channels: choose another, or add --network.no-mid-attention"
         )
     factor = 2 ** (levels - 1)
     if shape[1] % factor or shape[2] % factor:
@@ -376,24 +358,21 @@ def make_unet(config: UNetConfig, shape: tuple[int, ...], num_classes: int, chan
             f"images of {shape[1]}x{shape[2]} cannot be halved {levels - 1} times: sides must be multiples of {factor} "
             f"(--data.image-size, or fewer network.block_out_channels)"
         )
-    settings = config.model_dump(exclude={"type", "num_train_timesteps"})
-    return UNet2D(
-        unet2d_config(
-            size=shape[1:],
-            in_channels=shape[0],
-            out_channels=shape[0] * channels,
-            num_classes=num_classes,
-            **settings,
-        ),
-        num_train_timesteps=config.num_train_timesteps,
+    described = unet2d_config(
+        size=shape[1:],
+        in_channels=shape[0],
+        out_channels=shape[0] * channels,
+        num_classes=num_classes,
+        **config.model_dump(exclude={"type", "num_train_timesteps"}),
     )
+    return UNet2D(described, num_train_timesteps=config.num_train_timesteps)
 
 
 def data_or_stand_in(recipe: Recipe) -> tuple[Data, str | None]:
-    """The recipe's data; or, where it is not on this machine but known, random pixels of its shape, and the reason.
+    """Return the recipe's data; or, if it is not on this machine, random pixels of its shape and the reason.
 
     Raises:
-        ValueError: if it cannot be opened and the recipe does not tell what it is (`facts`).
+        ValueError: if it cannot be opened and the recipe has no `facts`.
     """
     data, facts = recipe.data, recipe.facts
     if facts is None:
@@ -417,40 +396,38 @@ def build(
     teacher: Model | None = None,
     data: Data | None = None,
 ) -> RunSpec:
-    """The run that a recipe describes: all of it, its teacher only, or a chain from a given teacher.
+    """Return the run that a recipe describes: all of it, its teacher only, or a chain from a given teacher.
 
     Args:
-        data: in the place of the recipe's own.
+        data: instead of the recipe's own.
 
     Raises:
         ValueError: if the data cannot be opened or the recipe's parts do not fit each other.
     """
     process, prediction = recipe.model.objects()
-    start = Start(process, prediction, given=False) if teacher is None else Start.of(teacher)
     opened = open_data(recipe.data) if data is None else data
-    if teacher is not None:
-        process, prediction = teacher.process, teacher.denoiser.prediction
+    origin: dict[str, Any] = {} if what == "all" else {"what": what}
+    if teacher is None:
+        start = Start(process, prediction, given=False)
+        # A network that does not fit the data is refused here, without memory for its weights.
+        with torch.device("meta"):
+            recipe.make_network(opened)
+    else:
+        start, process, prediction = Start.of(teacher), teacher.process, teacher.denoiser.prediction
         check_fit(teacher.manifest, opened)
         teacher = _with_null(teacher, recipe.matching, opened)
+        # Another teacher makes another run, even under the same settings.
+        imported = {} if teacher.manifest.source is None else {"source": teacher.manifest.source}
+        origin["parent"] = {"stage": teacher.manifest.stage, **imported, **teacher.manifest.files}
     plan = recipe.teacher_plan() if what in ("all", "teacher") else Plan()
     if what in ("all", "chain"):
         chain = course(start, recipe.matching.match(), recipe.chain_plan, recipe.chain.lora_rank)
         if teacher is not None:
-            # Refused now, not after hours of the stage before.
             check_start(teacher, chain)
-        plan = plan + chain + Plan(tuple(config.stage() for config in recipe.further))
-    if teacher is None:
-        # Built without memory for its weights, so that a network that does not fit is refused before anything is done.
-        with torch.device("meta"):
-            recipe.make_network(opened)
-    origin: dict[str, Any] = {} if what == "all" else {"what": what}
-    if teacher is not None:
-        # Another teacher makes another run, even under the same settings.
-        imported = {} if teacher.manifest.source is None else {"source": teacher.manifest.source}
-        origin["parent"] = {"stage": teacher.manifest.stage, **imported, **teacher.manifest.files}
-    data_as_json: dict[str, Any] = recipe.model_dump(mode="json")
+        further = [Stage(objectives.rebuild(config.objective), config.training) for config in recipe.further]
+        plan = plan + chain + Plan(tuple(further))
     return RunSpec(
-        recipe=data_as_json | origin,
+        recipe=recipe.model_dump(mode="json") | origin,
         plan=plan,
         data=opened,
         process=process,
@@ -473,20 +450,15 @@ def build(
 
 
 def _with_null(teacher: Model, config: MatchingConfig, data: Data) -> Model:
-    """The teacher with what stands for no condition: its own, or that of the recipe or the data.
-
-    Raises:
-        ValueError: if guidance is asked for and nothing stands for no condition, or a setting would be ignored.
-    """
+    """Return the teacher with what stands for no condition: its own, or that of the recipe or the data."""
     null = dict(teacher.null)
     if config.null_class is not None:
         if not teacher.num_classes:
             raise ValueError(f"matching.null_class {config.null_class} says nothing to a teacher without classes")
-        own = int(null["class_labels"]) if "class_labels" in null else teacher.num_classes - 1
-        if config.null_class > max(own, teacher.num_classes - 1):
+        last = max(int(null.get("class_labels", 0)), teacher.num_classes - 1)
+        if config.null_class > last:
             raise ValueError(
-                f"matching.null_class {config.null_class} is no class of the teacher, which knows 0 to "
-                f"{max(own, teacher.num_classes - 1)}"
+                f"matching.null_class {config.null_class} is no class of the teacher, which knows 0 to {last}"
             )
         null = {"class_labels": torch.tensor(config.null_class)}
     if isinstance(data, LatentData) and not null and teacher.manifest.guidance is None:
@@ -503,13 +475,9 @@ def _with_null(teacher: Model, config: MatchingConfig, data: Data) -> Model:
 
 
 def check_fit(model: Manifest, data: Data) -> None:
-    """Passes if a model, as its manifest says it, can be trained and measured on this data.
-
-    Raises:
-        ValueError: if shapes, ranges or classes differ.
-    """
+    """Raise ValueError if a model cannot be trained or measured on this data: shapes, ranges or conditions differ."""
+    kinds = {True: "images in [-1, 1]", False: "plain arrays"}
     if model.is_image != data.is_image:
-        kinds = {True: "images in [-1, 1]", False: "plain arrays"}
         raise ValueError(
             f"the model makes {kinds[model.is_image]}, but {data.source} holds {kinds[data.is_image]}: give the data "
             "that it was trained on (--data)"

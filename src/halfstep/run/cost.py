@@ -15,7 +15,7 @@ from halfstep.models.students import start_student
 from halfstep.nets import checkpoint_gradients, copy_denoiser, takes_guidance, trainable
 from halfstep.objectives import Models, Stage
 from halfstep.run.spec import RunSpec
-from halfstep.run.start import trainer_for
+from halfstep.run.start import fresh_denoiser, trainer_for
 from halfstep.runtime.processes import make_accelerator
 from halfstep.train.helpers import make_helpers
 from halfstep.train.player import network_of
@@ -43,7 +43,7 @@ class Forward(NamedTuple):
 
     parameters: int
     trainable: int
-    """Parameters that training changes: all, or the additions of a LoRA student."""
+    """As in `Size`."""
     flops: int
     """Multiplications and additions."""
     saved_bytes: int
@@ -51,13 +51,13 @@ class Forward(NamedTuple):
 
 
 def count_forward(spec: RunSpec) -> Forward:
-    """Counts a forward pass on the meta device: nothing is computed and no memory taken.
+    """Count a forward pass on the meta device, without computing it or taking memory.
 
     Raises:
         ValueError: if the spec has neither network nor teacher.
     """
     with torch.device("meta"):
-        network = _student(spec)
+        network = network_of(start_student(_denoiser(spec), None if spec.teacher is None else spec.lora_rank))
         x_t, t = torch.empty(1, *spec.data.shape), torch.empty(1)
         cond = {"class_labels": torch.empty(1, dtype=torch.int64)} if spec.num_classes else {}
         if spec.teacher is not None:
@@ -88,26 +88,15 @@ def count_forward(spec: RunSpec) -> Forward:
 
 
 def _denoiser(spec: RunSpec) -> NetworkDenoiser:
-    """Return a student of the plan, before additions, on the current device.
-
-    Raises:
-        ValueError: if the spec has neither network nor teacher.
-    """
-    if spec.network is not None:
-        return NetworkDenoiser(spec.network(), spec.process, spec.prediction)
+    """Return a student of the plan, before additions, on the current device."""
     if spec.teacher is None:
-        raise ValueError("the plan's first stage needs a network or a teacher, and there is neither")
+        return fresh_denoiser(spec)
     denoiser = blank_denoiser(spec.teacher.manifest)
     for stage in spec.plan.stages:
         started = stage.objective.start(denoiser)
         assert isinstance(started, NetworkDenoiser)
         denoiser = started
     return denoiser
-
-
-def _student(spec: RunSpec) -> torch.nn.Module:
-    student = start_student(_denoiser(spec), None if spec.network is not None else spec.lora_rank)
-    return network_of(student)
 
 
 def helper_sizes(spec: RunSpec, stage: Stage) -> dict[str, Size]:
@@ -186,15 +175,15 @@ class Rate(NamedTuple):
 
 
 def time_updates(spec: RunSpec, forward: Forward) -> Rate:
-    """The seconds of an update of the plan's first stage: timed, or extrapolated where that would take minutes."""
+    """Return the seconds of an update of the plan's first stage, extrapolated if timing it would take minutes."""
     stage = spec.plan.stages[0]
     batch_size = stage.training.batch_size
     per_sample = stage.update_cost / batch_size * max(1, forward.flops)
     trial = max(1, min(batch_size, int(FLOPS_OF_A_TRIAL / per_sample)))
     if trial == batch_size:
         return Rate(_seconds(spec, stage), trial)
-    # An update costs something of its own (the optimiser, the launch of kernels) and something for each sample. The
-    # second shows only once a doubled batch takes markedly longer.
+    # An update has a fixed cost (optimiser, kernel launches) and a cost per sample, which shows only once a doubled
+    # batch takes markedly longer.
     small = _seconds(spec, _of_batch(stage, trial))
     most = min(spec.engine.set_micro_batch or batch_size, batch_size)
     while True:

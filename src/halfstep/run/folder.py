@@ -7,7 +7,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from halfstep.objectives import Stage
+from halfstep.models.model import Model
+from halfstep.objectives import Outcome, Stage
 from halfstep.run.spec import RunSpec
 from halfstep.run.trackers import chosen_trackers
 from halfstep.runs import RunFolder
@@ -20,7 +21,7 @@ class DifferentRecipe(ValueError):
 
 
 def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested data under dotted names."""
+    """Return nested data under dotted names."""
     flat: dict[str, Any] = {}
     for key, value in data.items():
         if isinstance(value, Mapping) and value:
@@ -36,23 +37,22 @@ def differences(
     free: tuple[str, ...] = (),
     defaults: Mapping[str, Any] | None = None,
 ) -> list[str]:
-    """The fields in which two recipes differ, as "name: new value (the folder has old value)".
+    """Return the fields in which two recipes differ, as "name: new value (the folder has old value)".
 
     Args:
         defaults: of fields that the old one need not have.
     """
-    a, b = flatten(old), flatten(new)
-    a = {name: value for name, value in flatten(defaults or {}).items() if name in b} | a
-    missing = "nothing"
+    b = flatten(new)
+    a = {name: value for name, value in flatten(defaults or {}).items() if name in b} | flatten(old)
     return [
-        f"{name}: {b.get(name, missing)} (the folder has {a.get(name, missing)})"
+        f"{name}: {b.get(name, 'nothing')} (the folder has {a.get(name, 'nothing')})"
         for name in sorted(a.keys() | b.keys())
         if a.get(name) != b.get(name) and name not in free
     ]
 
 
 def take_folder(spec: RunSpec, folder: RunFolder, lock: FileLock) -> str:
-    """Makes the folder the run's own, and returns the fingerprint of its data."""
+    """Lock the run's folder after checking that it is this run's, and return the fingerprint of its data."""
     path = folder.path
     _check_folder(spec, folder)
     chosen_trackers(spec.engine.trackers)
@@ -67,7 +67,13 @@ def take_folder(spec: RunSpec, folder: RunFolder, lock: FileLock) -> str:
         with contextlib.suppress(Timeout), FileLock(evaluation / ".lock", timeout=0):
             sweep(evaluation, evaluation / "cells", evaluation / "figures")
     if not folder.recipe_path.exists():
-        _write_recipe(spec, folder)
+        described = {
+            "recipe": dict(spec.recipe),
+            "data_fingerprint": spec.data.fingerprint,
+            "plan": [_row(spec, name, stage) for name, stage in spec.stages],
+            "environment": environment(),
+        }
+        write_json(folder.recipe_path, described)
     return spec.data.fingerprint
 
 
@@ -92,33 +98,16 @@ def _check_folder(spec: RunSpec, folder: RunFolder) -> None:
 
 
 def _is_ours(entry: Path) -> bool:
-    """Whether an entry of a folder without recipe.json is what a run leaves that was killed before it wrote that."""
+    """Return whether a run that was killed before it wrote recipe.json leaves this entry of its folder."""
     return entry.name == ".lock" or entry in leftovers(entry.parent, "recipe.json")
-
-
-def _write_recipe(spec: RunSpec, folder: RunFolder) -> None:
-    write_json(
-        folder.recipe_path,
-        {
-            "recipe": dict(spec.recipe),
-            "data_fingerprint": spec.data.fingerprint,
-            "plan": [_row(spec, name, stage) for name, stage in spec.stages],
-            "environment": environment(),
-        },
-    )
 
 
 def _row(spec: RunSpec, name: str, stage: Stage | None) -> dict[str, Any]:
     """Return what recipe.json holds of a stage before it is trained."""
-    if stage is None:
-        assert spec.teacher is not None
-        role, steps = spec.teacher.role, spec.teacher.num_steps
-        return {"stage": name, "role": role, "num_steps": steps, "num_updates": 0, "update_cost": 0}
-    outcome = stage.objective.outcome
-    return {
-        "stage": name,
-        "role": outcome.role,
-        "num_steps": outcome.num_steps,
-        "num_updates": stage.training.num_updates,
-        "update_cost": stage.update_cost,
-    }
+    row: dict[str, float] = {"num_updates": 0, "update_cost": 0}
+    known: Outcome | Model | None = spec.teacher
+    if stage is not None:
+        known = stage.objective.outcome
+        row = {"num_updates": stage.training.num_updates, "update_cost": stage.update_cost}
+    assert known is not None
+    return {"stage": name, "role": known.role, "num_steps": known.num_steps, **row}

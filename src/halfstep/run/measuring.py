@@ -1,6 +1,5 @@
 """Measures the stages of a run: figures into metrics.json, samples to look at beside them, both from the store."""
 
-import contextlib
 import functools
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +23,7 @@ from halfstep.runs.schema import Result
 from halfstep.runtime.failures import told_when_out_of_memory
 from halfstep.runtime.files import write_json
 from halfstep.runtime.processes import Processes
-from halfstep.runtime.stop import StopSignal, at_once
+from halfstep.runtime.stop import StopSignal
 
 
 @final
@@ -44,23 +43,17 @@ class Measuring:
         self.processes, self.trackers, self._stop = processes, trackers, stop
         place, size = folder.evaluation_path.parent, spec.evaluation.batch_size
         self.store = Store(place, batch_size=size, own_device=True, processes=processes, stop=stop)
-        self._reference: Reference | None = None
         self._base: Cell | None = None
         """The first model of the chain at its most steps, with which all others are compared."""
 
     def measured(self, folder: StageFolder, model: Model, updates_before: int) -> Iterator[Measured]:
-        """Measure a stage, unless its figures of this protocol exist.
-
-        Args:
-            updates_before: of the plan, for the trackers.
-        """
+        """Measure a stage, unless its figures exist; trackers log it at `updates_before` of the plan."""
         steps = self._steps(model) if self.evaluation.enabled else []
         if not steps:
             return
-        reference = self._made_reference()
-        protocol = reference.protocol | {"device": str(self.device)}
+        protocol = self._reference.protocol | {"device": str(self.device)}
         if self._base is None:
-            # Loaded again if it is needed, for the device need not hold it beside every student.
+            # Loaded again on demand: the device need not hold it beside every student.
             self._base = self._cell(model, steps[0], folder.path)
 
         def is_measured() -> bool:
@@ -72,8 +65,8 @@ class Measuring:
         model = model.to(self.device)
         results = []
         for num_steps in steps:
-            with self._interruptible():
-                result = self._result(folder, self._cell(model, num_steps), reference)
+            with self.processes.at_once(self._stop):
+                result = self._result(folder, self._cell(model, num_steps))
             results.append(result)
             self._track(folder, result, updates_before)
             yield Measured(folder.name, result)
@@ -102,10 +95,10 @@ class Measuring:
         )
         return Cell(source, num_steps, range(self.evaluation.num_samples))
 
-    def _result(self, folder: StageFolder, cell: Cell, reference: Reference) -> Result:
+    def _result(self, folder: StageFolder, cell: Cell) -> Result:
         base = self._base
         assert base is not None
-        result = self.store.result(cell, reference)
+        result = self.store.result(cell, self._reference)
         self.store.fill([cell, base])
 
         def look() -> dict[str, object]:
@@ -113,29 +106,23 @@ class Measuring:
             samples, count = self.store.samples(cell), self.evaluation.num_compared
             apart = None if cell.name == base.name else rmse(samples[:count], self.store.samples(base)[:count])
             shown = samples[: self.evaluation.num_shown]
-            return {
-                "teacher_rmse": apart,
-                "samples": keep_samples(folder.path, result.num_steps, shown, self.spec.data.is_image),
-            }
+            kept = keep_samples(folder.path, result.num_steps, shown, self.spec.data.is_image)
+            return {"teacher_rmse": apart, "samples": kept}
 
         return result.model_copy(update=self.processes.on_main(look))
 
-    def _made_reference(self) -> Reference:
-        if self._reference is None:
-            remedy = (
-                "out of memory while the real data are measured: measure on the CPU (engine.cpu), or give another "
-                "--out a smaller evaluation.num_reference"
+    @functools.cached_property
+    def _reference(self) -> Reference:
+        remedy = (
+            "out of memory while the real data are measured: measure on the CPU (engine.cpu), or give another --out a "
+            "smaller evaluation.num_reference"
+        )
+        with self.processes.at_once(self._stop), told_when_out_of_memory(remedy):
+            features = [self.evaluation.features]
+            (reference,) = references_for(
+                self.spec.data, self.evaluation, features, self.spec.cache, self.device, self.processes
             )
-            with self._interruptible(), told_when_out_of_memory(remedy):
-                features = [self.evaluation.features]
-                (self._reference,) = references_for(
-                    self.spec.data, self.evaluation, features, self.spec.cache, self.device, self.processes
-                )
-        return self._reference
-
-    def _interruptible(self) -> contextlib.AbstractContextManager[None]:
-        """In here a signal ends a process alone where it comes: figures that are missing are measured again."""
-        return at_once(self._stop if self.processes.count == 1 else None)
+        return reference
 
     def _track(self, folder: StageFolder, result: Result, updates_before: int) -> None:
         self.trackers.start(updates_before)

@@ -1,7 +1,7 @@
 """Runs a plan into a run folder, as a generator of events, so that the caller owns what is shown.
 
-The same call on the same folder continues where the last one ended: complete stages are read back, an unfinished one
-goes on from its latest good checkpoint, figures that are there are not measured again.
+The same call on the same folder resumes: complete stages are read back, an unfinished one continues from its latest
+good checkpoint, and existing figures are not measured again.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from halfstep.runs import Heartbeat, Manifest, Outcome, RunFolder, RunLog, Stage
 from halfstep.runtime.failures import NonFinite
 from halfstep.runtime.files import DamagedFile, write_json
 from halfstep.runtime.processes import Lookout, LostProcess, Processes, is_lost, make_accelerator
-from halfstep.runtime.stop import Interrupted, StopSignal, at_once
+from halfstep.runtime.stop import Interrupted, StopSignal
 from halfstep.runtime.storage import last_good, no_storage
 from halfstep.samplers import samplers
 from halfstep.train.checkpoint import CheckpointWriter, micro_batch_of, remove_checkpoints, resume
@@ -44,9 +44,9 @@ from halfstep.train.window import Window
 
 
 def run(spec: RunSpec, path: Path, stop: StopSignal | None = None) -> Iterator[Event]:
-    """Trains, halves and measures into the run folder `path`, or goes on with it.
+    """Train, halve and measure into the run folder `path`, or resume it.
 
-    Of several processes each must call this; the first alone writes, and all must see the folder.
+    Each of several processes must call this and see the folder; only rank 0 writes.
 
     Raises:
         DifferentRecipe: if the folder holds a run of another recipe or other data; nothing is changed then.
@@ -74,9 +74,9 @@ def run(spec: RunSpec, path: Path, stop: StopSignal | None = None) -> Iterator[E
                 "the same files"
             )
         runner = _Runner(spec, folder, stop, accelerator, processes)
-        # Of several processes the one that writes gives the signs of life.
         beat = Heartbeat(folder.heartbeat_path, {Interrupted: "stopped", NonFinite: "diverged"})
-        with beat if processes.is_main else contextlib.nullcontext():
+        with beat if processes.is_main else contextlib.nullcontext(), contextlib.ExitStack() as ending:
+            ending.callback(runner.trackers.finish)
             yield from runner.run()
     except OSError as error:
         raise no_storage(error, path, None if runner is None else runner.last) from None
@@ -102,11 +102,11 @@ STARVED_WINDOWS: Final = 3
 """Lines of the log in a row that must say so: the first updates of a stage wait for a thread that has just begun."""
 
 
-def _of_starving(progress: Progress, data: Data) -> str:
+def _of_starving(progress: Progress, data: Data) -> Notice:
     images = (
         "store the images once at the size of --data.image-size, let them be held in memory (--data.max-bytes), or "
     )
-    return (
+    return Notice(
         f"{progress.name}: updates wait for their data {progress.window.data_share:.0%} of the time: "
         f"{images if data.is_image else ''}give the run more CPU cores or a faster disk"
     )
@@ -118,11 +118,7 @@ def _statistics_path(folder: StageFolder) -> Path:
 
 @contextlib.contextmanager
 def _with_remedy(folder: StageFolder) -> Iterator[None]:
-    """What is read of a complete stage in here: of a damaged file it is said what to do.
-
-    Raises:
-        DamagedFile: if a file of it is damaged.
-    """
+    """Re-raise a DamagedFile of a complete stage with the remedy."""
     try:
         yield
     except DamagedFile as error:
@@ -137,12 +133,7 @@ class _Runner:
     """The state of one call of `run`."""
 
     def __init__(
-        self,
-        spec: RunSpec,
-        folder: RunFolder,
-        stop: StopSignal | None,
-        accelerator: Accelerator,
-        processes: Processes,
+        self, spec: RunSpec, folder: RunFolder, stop: StopSignal | None, accelerator: Accelerator, processes: Processes
     ) -> None:
         self.spec, self.folder, self.stop = spec, folder, stop
         self.accelerator, self.processes = accelerator, processes
@@ -152,18 +143,11 @@ class _Runner:
         self.trackers = Trackers(trackers, folder.path, name, flatten(spec.recipe))
         self.measuring = Measuring(spec, folder, stop, accelerator.device, processes, self.trackers)
         self._updates_before = 0
-        """Updates of the plan before the stage at work."""
-        self._notices: list[str] = []
+        """Updates of the plan before the current stage."""
         self.last: Path | None = None
         """The latest good checkpoint or complete stage."""
 
     def run(self) -> Iterator[Event]:
-        try:
-            yield from self._run()
-        finally:
-            self.trackers.finish()
-
-    def _run(self) -> Iterator[Event]:
         model: Model | None = None
         stages = [(self.folder.stage(name), stage) for name, stage in self.spec.stages]
         for index, (folder, stage) in enumerate(stages):
@@ -184,7 +168,7 @@ class _Runner:
             self.processes.on_main(functools.partial(self._prune, stages[1:index]))
 
     def _found(self, folder: StageFolder, stage: Stage | None, before: StageFolder | None) -> str:
-        """What is there of a stage: it is "complete", "absent", or "dropped" its weights."""
+        """Return whether a stage is "complete", "absent", or has "dropped" its weights."""
         self._still_there()
         with _with_remedy(folder):
             if folder.is_complete() and not folder.manifest(verify=False).weights_kept:
@@ -205,7 +189,7 @@ class _Runner:
         return "complete"
 
     def _keep_teacher(self, folder: StageFolder) -> None:
-        """The given teacher as the run's own first stage."""
+        """Save the given teacher as the run's own first stage."""
         teacher = self.spec.teacher
         assert teacher is not None
         changes: dict[str, Any] = {"stage": folder.name, "start_steps": self.spec.start_steps}
@@ -223,30 +207,28 @@ class _Runner:
         save_stage(folder, denoiser, teacher.manifest.model_copy(update=changes), teacher.null)
 
     def _prune(self, students: list[tuple[StageFolder, Stage | None]]) -> None:
-        """Removes the weights of students that have been measured and followed, and were not asked to stay."""
-        keep = self.spec.keep
+        """Remove the weights of students that have been measured and followed, and are not to be kept."""
         for folder, stage in students:
-            if keep is not None and stage is not None and stage.num_steps not in keep:
+            if self.spec.keep is not None and stage is not None and stage.num_steps not in self.spec.keep:
                 drop_weights(folder)
 
     def _trained(self, index: int, folder: StageFolder, stage: Stage, parent: Model | None) -> Iterator[Event]:
-        spec = self.spec
+        spec, notices = self.spec, list[str]()
         if spec.engine.sharding != "none" and parent is not None:
             # It has been measured on the device, which need not hold two whole networks.
             parent = parent.to("cpu")
-        with self._at_once():
+        with self.processes.at_once(self.stop):
             trainer = trainer_for(spec, stage, folder.name, parent, self.accelerator)
             if parent is not None and spec.engine.teacher_precision != "float32":
-                # A copy of it is asked and another one trained (a LoRA holds what it shares), so its own would be a
-                # third.
+                # One copy of it teaches and another is trained (a LoRA holds what it shares): it would be a third.
                 parent.to("meta")
             try:
-                held = resume(trainer, folder, self._notices.append)
+                held = resume(trainer, folder, notices.append)
             except OSError:
-                # Of a disk that gives back none, the latest is named.
+                # If the disk returns no checkpoint, the message names the latest.
                 self.last = next(iter(folder.checkpoints()), self.last)
                 raise
-        yield from self._drain_notices()
+        yield from map(Notice, notices)
         resumed = trainer.update
         self.processes.on_main(
             lambda: self.log.keep(lambda row: row.get("stage") != folder.name or row.get("update", 0) <= resumed)
@@ -254,7 +236,7 @@ class _Runner:
         self.trackers.start(self._updates_before + resumed)
         yield StageStart(folder.name, index, stage, resumed)
         if spec.engine.micro_batch == "auto":
-            with self._at_once():
+            with self.processes.at_once(self.stop):
                 refused = fit_micro_batch(trainer, micro_batch_of(held))
             if refused:
                 did_not = f"{' and '.join(map(str, refused))} did not fit into memory"
@@ -290,7 +272,7 @@ class _Runner:
         self.processes.on_main(write)
 
     def _updates(self, trainer: StageTrainer, writer: CheckpointWriter) -> Iterator[Event]:
-        """Trains a stage to its end, with log lines and checkpoints on the way.
+        """Train a stage to its end, with log lines and checkpoints on the way.
 
         Raises:
             Interrupted: if `stop` was set; the state is saved.
@@ -311,7 +293,7 @@ class _Runner:
                 if starved < STARVED_WINDOWS:
                     starved = starved + 1 if progress.window.data_share > STARVED else 0
                     if starved == STARVED_WINDOWS and not isinstance(spec.data, MemoryData):
-                        yield Notice(_of_starving(progress, spec.data))
+                        yield _of_starving(progress, spec.data)
             elif update % KEPT == 0:
                 # While the batch that broke it is still known.
                 trainer.check_finite()
@@ -321,7 +303,7 @@ class _Runner:
                 saved = update
                 if stopping:
                     break
-        # A signal ends the iteration too, where it comes in the middle of an update: that one is done again then.
+        # A signal in the middle of an update ends the iteration too; a resumed run repeats that update.
         if trainer.update < trainer.last_update:
             if trainer.update > logged:
                 yield self._logged(trainer)
@@ -333,31 +315,22 @@ class _Runner:
             self.stop.check()
 
     def _logged(self, trainer: StageTrainer) -> Progress:
-        """Takes the statistics since the last line of the log and writes the next."""
+        """Write a line of the log with the statistics since the last one."""
         window = trainer.window()
         self.processes.on_main(lambda: self._write_log(trainer.stream, window))
         return Progress(trainer.stream, trainer.last_update, window)
 
     def _still_there(self) -> None:
-        """Passes if the run folder is; else folders would be made anew where a vanished mount had been.
-
-        Raises:
-            OSError: if it is not.
-        """
+        """Raise OSError if the run folder is gone: writing would recreate it where a vanished mount had been."""
         if not self.folder.recipe_path.exists():
             raise OSError(errno.ESTALE, "it is gone", str(self.folder.path))
 
-    def _at_once(self) -> contextlib.AbstractContextManager[None]:
-        """In here a signal ends a process alone where it comes. Several end together, where they have agreed to."""
-        return at_once(self.stop if self.processes.count == 1 else None)
-
     def _keep_statistics(self, folder: StageFolder, error: NonFinite, last: Path | None) -> NoReturn:
-        """Writes what is known of the batch into the stage's folder and says where, and what is still good."""
-        kept = ""
-        if error.statistics is not None:
-            held = dict(error.statistics)
-            self.processes.on_main(lambda: write_json(_statistics_path(folder), held))
-            kept = f"; the batch's figures are in {_statistics_path(folder)}"
+        """Write what is known of the batch into the stage's folder, and raise with the last good state."""
+        kept, file, statistics = "", _statistics_path(folder), error.statistics
+        if statistics is not None:
+            self.processes.on_main(lambda: write_json(file, dict(statistics)))
+            kept = f"; the batch's figures are in {file}"
         raise NonFinite(
             f"{error}, and give another --out, for the same recipe would come to the same point{kept}; "
             f"{last_good(last)}",
@@ -386,6 +359,10 @@ class _Runner:
     ) -> Manifest:
         spec = self.spec
         origin = None if parent is None else parent.manifest
+        base = None
+        if origin is not None and isinstance(denoiser.network, LoRA):
+            # The additions are to the weights of its teacher, or of that one's own base.
+            base = origin.base or origin.stage
         learned, outcome = stage.objective.guidance, stage.objective.outcome
         guidance = guidances.describe(learned) if learned is not None else origin.guidance if origin else None
         return Manifest(
@@ -409,20 +386,9 @@ class _Runner:
             network=describe_network(denoiser.network),
             process=processes.describe(denoiser.process),
             prediction=predictions.describe(denoiser.prediction),
-            base=self._base(denoiser, parent),
+            base=base,
             pipeline=None if origin is None else origin.pipeline,
             source=None if origin is None else origin.source,
             data=f"{spec.data.source}, {len(spec.data):,} samples",
             files={},
         )
-
-    @staticmethod
-    def _base(denoiser: NetworkDenoiser, parent: Model | None) -> str | None:
-        """The stage of which the weights are that a student's are added to: its teacher, or that one's own base."""
-        if parent is None or not isinstance(denoiser.network, LoRA):
-            return None
-        return parent.manifest.base or parent.manifest.stage
-
-    def _drain_notices(self) -> Iterator[Event]:
-        while self._notices:
-            yield Notice(self._notices.pop(0))

@@ -1,9 +1,9 @@
-"""Everything that a run needs, as objects."""
+"""What a run is made from."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Any, final
 
 import torch
 
@@ -17,11 +17,6 @@ from halfstep.models.model import Model
 from halfstep.nets import Network
 from halfstep.objectives import Batch, Plan, Stage
 from halfstep.train.settings import Engine
-
-GIVEN: Final = "00-teacher"
-"""The folder of a teacher that the run was given."""
-
-NOT_MEASURED: Final = Evaluation(enabled=False)
 
 
 @final
@@ -53,18 +48,18 @@ class RunSpec:
     keep: tuple[int, ...] | None = None
     """Students, by their steps, whose weights stay on disk; None for all. The first model of the chain and the last
     always stay."""
-    evaluation: Evaluation = NOT_MEASURED
+    evaluation: Evaluation = field(default_factory=lambda: Evaluation(enabled=False))
     cache: Path | None = None
     """Where the feature classifier's weights are kept."""
-    free: tuple[str, ...] = field(default=())
+    free: tuple[str, ...] = ()
     """Dotted names of recipe fields that may change when a run resumes."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """Recipe fields with their defaults: what a run's recipe means that was written before a field existed."""
+    """Recipe fields with their defaults: the values that a recipe written before a field existed has."""
 
     @property
     def stages(self) -> list[tuple[str, Stage | None]]:
         """Folder names and stages in order; None stands for a given teacher."""
-        given: list[tuple[str, Stage | None]] = [] if self.teacher is None else [(GIVEN, None)]
+        given: list[tuple[str, Stage | None]] = [] if self.teacher is None else [("00-teacher", None)]
         return [*given, *zip(self.plan.names(len(given)), self.plan.stages, strict=True)]
 
     @property

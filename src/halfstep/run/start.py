@@ -29,21 +29,18 @@ def fresh_denoiser(spec: RunSpec) -> NetworkDenoiser:
     return NetworkDenoiser(network, spec.process, spec.prediction)
 
 
-def pair_for(spec: RunSpec, stage: Stage, parent: Model | None) -> tuple[Denoiser, Denoiser | None]:
-    """Return the student of a stage as it is before the first update, and the denoiser that it learns from."""
-    if parent is None:
-        return fresh_denoiser(spec), None
-    objective = stage.objective
-    student = start_student(objective.start(parent.denoiser), spec.lora_rank)
-    teacher = in_precision(parent.denoiser, spec.engine.teacher_precision)
-    return student, objective.view(teacher, student, parent.null)
-
-
 def trainer_for(
     spec: RunSpec, stage: Stage, stream: str, parent: Model | None, accelerator: Accelerator
 ) -> StageTrainer:
-    """Return the trainer of a stage: of a fresh network, or of what its parent's is made into."""
-    student, teacher = pair_for(spec, stage, parent)
+    """Return the trainer of a stage: of a fresh network, or of a student of `parent`."""
+    student: Denoiser
+    teacher: Denoiser | None
+    if parent is None:
+        student, teacher = fresh_denoiser(spec), None
+    else:
+        student = start_student(stage.objective.start(parent.denoiser), spec.lora_rank)
+        asked = in_precision(parent.denoiser, spec.engine.teacher_precision)
+        teacher = stage.objective.view(asked, student, parent.null)
     if spec.engine.gradient_checkpointing and isinstance(student, NetworkDenoiser):
         checkpoint_gradients(student.network)
     return StageTrainer(

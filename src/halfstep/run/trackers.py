@@ -1,7 +1,6 @@
 """The log and the pictures of a run in TensorBoard, Weights & Biases or Trackio, through accelerate's trackers.
 
-One axis for the whole plan: the updates of all stages before, and of the stage itself. Names are those of the stages:
-"01-halve-0512/loss".
+Their one axis counts the updates of the whole plan. Names are those of the stages: "01-halve-0512/loss".
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,13 +40,9 @@ def chosen_trackers(names: Sequence[str] | None) -> tuple[str, ...]:
 
 @final
 class Trackers:
-    """What a run tells its trackers, which are started with the first word.
+    """The trackers of a run, by the names that `chosen_trackers` returns.
 
-    Args:
-        names: as `chosen_trackers` returns them.
-        folder: of the run; TensorBoard's files are in its tensorboard/, the others' in a folder of their names.
-        recipe: what is kept as the run's settings.
-        name: of the run.
+    Each writes into a folder of its own name in the run's `folder`, and keeps the `recipe` as the run's settings.
     """
 
     def __init__(self, names: Sequence[str], folder: Path, name: str, recipe: Mapping[str, Any]) -> None:
@@ -55,9 +50,10 @@ class Trackers:
         self._started: list[Any] = []
 
     def start(self, step: int) -> None:
-        """Begins, or goes on, at this update of the plan: what a run wrote after the checkpoint that it resumes from
-        is struck out where the tracker can (TensorBoard), and told again where it cannot. A run that is resumed is the
-        same one to all of them."""
+        """Start, or resume the same run, at this update of the plan.
+
+        TensorBoard drops what was logged after the checkpoint; the others log it again.
+        """
         if self._started or not self._names:
             return
         settings = {key: value for key, value in self._recipe.items() if isinstance(value, str | int | float | bool)}
@@ -71,10 +67,10 @@ class Trackers:
                     "halfstep", name=self._name, id=identity, resume="allow", dir=str(self._folder), config=settings
                 )
             else:
-                # By its name it is known there.
+                # Trackio identifies a run by its name.
                 unique = f"{self._name}-{identity[:6]}"
                 tracker = TrackioTracker("halfstep", name=unique, resume="allow", config=settings)
-            # Trackio greets on stdout, and takes its leave there, where a run prints its own lines.
+            # Trackio prints to stdout, where a run prints its own lines.
             with redirect_stdout(StringIO()):
                 tracker.start()
             if isinstance(tracker, WandBTracker):
@@ -82,24 +78,24 @@ class Trackers:
             self._started.append(tracker)
 
     def _identity(self) -> str:
-        """What tells this run from all others, drawn once and kept in its folder."""
+        """Return the run's unique id, drawn once and kept in its folder."""
         file = self._folder / "tracking-id"
         if not file.is_file():
             write_text(file, uuid4().hex[:12])
         return file.read_text(encoding="utf-8")
 
     def log(self, stage: str, values: Mapping[str, float], step: int) -> None:
-        """Numbers of a stage at an update of the plan."""
+        """Log numbers of a stage at an update of the plan."""
         named = {f"{stage}/{key}": value for key, value in values.items()}
         for tracker in self._started:
             if isinstance(tracker, WandBTracker):
-                # As a number beside the others: a step of its own that comes again it would ignore.
+                # Weights & Biases ignores a step that comes again, so the update is a number beside the others.
                 tracker.log(named | {"update": step})
             else:
                 tracker.log(named, step=step)
 
     def picture(self, stage: str, name: str, file: Path, step: int) -> None:
-        """A picture of a stage, from its file; Trackio takes none."""
+        """Log a picture of a stage, from its file; Trackio takes none."""
         for tracker in self._started:
             if isinstance(tracker, TrackioTracker):
                 continue
@@ -109,12 +105,12 @@ class Trackers:
             tracker.log_images({f"{stage}/{name}": pixels}, step=at, **shape)
 
     def finish(self) -> None:
-        """Ends what was started."""
+        """End the trackers that were started."""
         while self._started:
             tracker = self._started.pop()
             with redirect_stdout(StringIO()):
                 tracker.finish()
                 if isinstance(tracker, TrackioTracker):
-                    # It lets go of the run only so, and would end it once more, and say so, when Python ends.
+                    # Otherwise it would end the run again, and say so, when Python ends.
                     with suppress(RuntimeError):
                         import_module("trackio").finish()

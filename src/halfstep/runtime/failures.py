@@ -1,8 +1,4 @@
-"""What can go wrong in an update, and what is said of it.
-
-A loss or a gradient that is not finite ends the run. Nothing in the hot loop waits for the device to find out: the
-engine hands its tensors to `Recent`, which looks at them only when there is something to explain.
-"""
+"""Errors of an update: numbers that are not finite, and memory that runs out."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -30,7 +26,7 @@ class OutOfMemory(RuntimeError):
 
 @contextlib.contextmanager
 def told_when_out_of_memory(message: str) -> Iterator[None]:
-    """In here an exception that says that memory could not be had becomes OutOfMemory with a message of ours."""
+    """Re-raise any out-of-memory error as OutOfMemory(message)."""
     try:
         yield
     except Exception as error:
@@ -41,12 +37,12 @@ def told_when_out_of_memory(message: str) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory could not be had, on the CPU or on a device."""
+    """Return whether an exception is an out-of-memory error, on the CPU or on a device."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     text = str(error)
     return isinstance(error, Exception) and (
         should_reduce_batch_size(error)
-        # What accelerate does not list: what cuBLAS and cuDNN say where their workspace does not fit.
+        # accelerate does not list the messages of cuBLAS and cuDNN.
         or (isinstance(error, RuntimeError) and ("_ALLOC_FAILED" in text or "CUDA error: out of memory" in text))
     )

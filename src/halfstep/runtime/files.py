@@ -39,7 +39,7 @@ def _lines(error: BaseException) -> list[str]:
 
 
 def sha256_of(path: Path) -> str:
-    """The sha256 of the file's bytes, in hex."""
+    """Return the sha256 of a file in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -181,7 +181,7 @@ def refuse_taken(out: Path, is_file: bool = False, remedy: str = "choose another
 
 
 def read_json(path: Path) -> Any:
-    """The JSON value in `path`.
+    """Load the JSON value in `path`.
 
     Raises:
         DamagedFile: if the file is not there or is not JSON.
@@ -195,11 +195,7 @@ def read_json(path: Path) -> Any:
 
 
 def check_files(folder: Path, digests: Mapping[str, str]) -> None:
-    """Passes if every file of `digests` is in `folder` with the sha256 given for it.
-
-    Raises:
-        DamagedFile: naming the first that is missing or differs.
-    """
+    """Raise DamagedFile for the first file of `digests` that is missing in `folder` or has another sha256."""
     for name, digest in digests.items():
         path = folder / name
         if not path.is_file():
@@ -209,5 +205,5 @@ def check_files(folder: Path, digests: Mapping[str, str]) -> None:
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept: $HALFSTEP_CACHE, or ~/.cache/halfstep."""
+    """Return $HALFSTEP_CACHE, or ~/.cache/halfstep: the folder for what can be made again."""
     return Path(os.environ.get("HALFSTEP_CACHE", Path.home() / ".cache" / "halfstep"))

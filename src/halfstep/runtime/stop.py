@@ -1,29 +1,23 @@
-"""Stopping in good order: a signal asks, and the run saves its state and ends.
+"""Stopping in good order: on a signal, the run saves its state and ends.
 
-SIGTERM is what schedulers send before they kill (Kubernetes, Slurm, spot machines), SIGUSR1 what Slurm's `--signal`
-sends as early as one likes, SIGINT is Ctrl-C. Launchers and schedulers often send the same signal twice, to a process
-and to its whole group, so only a Ctrl-C that comes a moment after another one ends the process at once.
+Schedulers send SIGTERM before they kill (Kubernetes, Slurm, spot machines), Slurm's `--signal` sends SIGUSR1 earlier,
+and SIGINT is Ctrl-C. Launchers often send a signal twice, to a process and to its group, so only a second Ctrl-C after
+a moment ends the process at once.
 """
 
 import contextlib
 import signal
 import time
 from collections.abc import Iterator
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Final, Self, final
-
-SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""The signals that ask a run to stop."""
 
 SAME_PRESS: Final = 0.5
 """Seconds within which a second SIGINT is the same Ctrl-C, passed on by a launcher."""
 
 
 class Interrupted(Exception):
-    """The run was asked to stop and has saved its state; `signal` is the signal's number.
-
-    `code` is the exit code that a process should end with.
-    """
+    """The run was asked to stop and has saved its state: the `signal`, and the exit `code` for the process."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -33,9 +27,9 @@ class Interrupted(Exception):
 
 @final
 class StopSignal:
-    """While entered, a signal of `SIGNALS` sets `number` instead of ending the process.
+    """While entered, SIGINT, SIGTERM and SIGUSR1 set `number` instead of ending the process.
 
-    Within `at_once` it also raises Interrupted where it comes: for work of which nothing has to be saved.
+    Within `at_once` they also raise Interrupted.
     """
 
     def __init__(self) -> None:
@@ -45,13 +39,11 @@ class StopSignal:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Self:
-        for number in SIGNALS:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             self._before[number] = signal.signal(number, self._receive)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
@@ -67,16 +59,15 @@ class StopSignal:
             raise Interrupted(self.number)
 
     def check(self) -> None:
-        """Raises Interrupted if a signal has come."""
+        """Raise Interrupted if a signal has come."""
         if self.number is not None:
             raise Interrupted(self.number)
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """In here a signal raises Interrupted wherever it comes, in the main thread; one that came before does so too.
+        """Raise Interrupted in the main thread as soon as a signal comes, or if one has come already.
 
-        Only for what may be left at any point. While a module is imported, which may swallow exceptions, the signal
-        waits, at most for the end of this.
+        Only for work that may be left at any point. An import, which may swallow exceptions, delays the signal.
         """
         try:
             # In this order no signal is missed: one that comes between the two lines raises by itself.
@@ -85,7 +76,7 @@ class StopSignal:
             yield
             self.check()
         except Exception:
-            # What raises it may be deep in a library that makes an error of its own of every other, as compilers do.
+            # A library, such as a compiler, may have turned Interrupted into an error of its own.
             self.check()
             raise
         finally:
@@ -100,11 +91,6 @@ def _importing(frame: FrameType | None) -> bool:
     return False
 
 
-@contextlib.contextmanager
-def at_once(stop: StopSignal | None) -> Iterator[None]:
-    """`stop.at_once()`, or nothing without a `stop`."""
-    if stop is None:
-        yield
-        return
-    with stop.at_once():
-        yield
+def at_once(stop: StopSignal | None) -> contextlib.AbstractContextManager[None]:
+    """Return `stop.at_once()`, or a context that does nothing without a `stop`."""
+    return contextlib.nullcontext() if stop is None else stop.at_once()

@@ -16,15 +16,10 @@ class NoStorage(OSError):
     """The run folder cannot be written any more: its disk is full, or gone. The message names the last good state."""
 
 
-def is_of_storage(error: BaseException) -> bool:
-    """Whether an error is of a disk or mount that is full or gone."""
-    return isinstance(error, NoStorage) or (isinstance(error, OSError) and error.errno in (*FULL, *GONE))
-
-
 def exit_code(error: BaseException) -> int:
-    """What a process ends with after an error of ours: 2 for bad input, 3 for a disk that is full or gone, 75 for a
-    folder that another process is writing, 1 for anything else."""
-    if is_of_storage(error):
+    """Return the exit code after an error: 2 for bad input, 3 for a disk that is full or gone, 75 for a folder that
+    another process is writing, 1 for anything else."""
+    if isinstance(error, NoStorage) or (isinstance(error, OSError) and error.errno in (*FULL, *GONE)):
         return 3
     if isinstance(error, InUse):
         # EX_TEMPFAIL of sysexits.h: another try, later, may do.
@@ -33,7 +28,7 @@ def exit_code(error: BaseException) -> int:
 
 
 def last_good(last: Path | None) -> str:
-    """What is said of the latest good checkpoint, or of the latest complete stage."""
+    """Return the words for the latest good checkpoint or complete stage."""
     if last is None:
         return "no checkpoint was written yet"
     kind = "good checkpoint" if last.name.startswith("checkpoint-") else "complete stage"
@@ -41,8 +36,7 @@ def last_good(last: Path | None) -> str:
 
 
 def no_storage(error: OSError, path: Path, last: Path | None) -> OSError:
-    """What an error means for the run folder `path`: NoStorage with the last good state, or itself if it is of other
-    files.
+    """Return NoStorage with the last good state if the error is the run folder's, else the error itself.
 
     The folder may be gone, so nothing is looked up in it.
     """

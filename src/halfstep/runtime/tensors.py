@@ -41,13 +41,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
 
 
 def check_written(tensors: Mapping[str, Tensor], path: Path) -> str:
-    """The sha256 of the file, if it holds the tensors, byte for byte (a number that is not one differs from itself).
+    """Return the sha256 of the file; raise DamagedFile unless it holds the tensors byte for byte.
 
-    The bytes are read once, not mapped into memory: a disk that is gone is an error then, and not the end of the
-    process.
-
-    Raises:
-        DamagedFile: if it reads otherwise.
+    Bytes are read, not mapped into memory, so that a disk that is gone is an error and not the end of the process.
     """
     digest, buffer = hashlib.sha256(), bytearray(CHUNK)
     with open(path, "rb") as stream:
@@ -61,7 +57,7 @@ def check_written(tensors: Mapping[str, Tensor], path: Path) -> str:
                 wanted = held[start : start + CHUNK]
                 if len(buffer) != len(wanted):
                     buffer = bytearray(len(wanted))
-                # Arrays of bytes are compared by their memory, views of it number by number.
+                # A bytearray compares memory; a memoryview compares number by number.
                 if stream.readinto(buffer) != len(wanted) or buffer != wanted:
                     raise DamagedFile(f"{path} was written, but {name} reads otherwise: check the disk")
                 digest.update(buffer)
@@ -71,7 +67,7 @@ def check_written(tensors: Mapping[str, Tensor], path: Path) -> str:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file.
+    """Load the tensors of a file.
 
     Raises:
         DamagedFile: if it is no safetensors file.

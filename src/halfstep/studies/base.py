@@ -1,8 +1,7 @@
 """A study: a question, a plan of trials that answers it, and the table and the figure at its end.
 
-Each trial's figures are a file in STUDY/cells, written whole when the trial is done, so that the same command resumes.
-Runs that a trial needs are run folders, resumable in themselves; what is measured of their models lies in the runs' own
-stores, so that studies that share a teacher share its figures too.
+Each finished trial writes its figures to a file in STUDY/cells, so the same command resumes. The runs that a trial
+needs are run folders with their own stores, so studies that share a teacher share its samples and figures.
 """
 
 import time
@@ -10,9 +9,9 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeVar, final
+from typing import Any, ClassVar, Literal, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -25,7 +24,6 @@ from halfstep.measure.sources import ModelSource, sampler_of
 from halfstep.measure.store import Cell, Store
 from halfstep.metrics import frechet_distance
 from halfstep.models.folder import load
-from halfstep.models.model import Model
 from halfstep.recipes import Recipe, build
 from halfstep.registry import Registry
 from halfstep.report.study_figure import Panel, draw_panels
@@ -40,8 +38,6 @@ from halfstep.runtime.files import cache_folder, read_json, write_json, write_te
 from halfstep.runtime.stop import StopSignal
 from halfstep.samplers import Ancestral, Sampler
 from halfstep.studies.scales import Scale
-
-Made = TypeVar("Made")
 
 Figures = dict[str, Any]
 """What a trial found, JSON-ready. One that diverged has only "diverged": why."""
@@ -101,54 +97,42 @@ class Bench:
         self.device = torch.device("cuda" if torch.cuda.is_available() and not scale.recipe.engine.cpu else "cpu")
         self.model = lru_cache(maxsize=8)(lambda stage: load(stage.path, self.device))
         """The model of a stage."""
-        self.data = cache(lambda config: open_data(config))
+        self.data = cache(open_data)
         """The data of a configuration, opened once."""
-        self._made: dict[str, Any] = {}
 
-    def run(self, name: str, recipe: Recipe, *, what: str = "all", teacher: Model | None = None) -> RunFolder:
-        """Return the finished run `name`: started, resumed, or complete already. It is not measured.
+    def run(self, name: str, recipe: Recipe, what: Literal["teacher", "chain"]) -> RunFolder:
+        """Return the finished run `name` of a recipe's teacher, or of its chain from the shared teacher; not measured.
 
         Raises:
             NonFinite: if it diverged.
             Interrupted: if a signal came; the state is saved.
         """
         silent = recipe.model_copy(update={"evaluation": replace(recipe.evaluation, enabled=False)})
+        teacher = load(self.teacher.path) if what == "chain" else None
         folder = RunFolder(self.out / "runs" / name)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", HalfstepWarning)
-            spec = build(silent, what=what, teacher=teacher, data=self.data(recipe.data))  # type: ignore[arg-type]
+            spec = build(silent, what=what, teacher=teacher, data=self.data(recipe.data))
         for event in run_spec(spec, folder.path, self.stop):
             self.watch(event)
         return folder
 
+    @cached_property
     def teacher(self) -> StageFolder:
-        """Return the teacher that all studies of the scale but the ablation share."""
-        return self.once("teacher", lambda: self.run("teacher", self.scale.recipe, what="teacher").stages()[-1])
+        """The teacher that all studies of the scale but the ablation share."""
+        return self.run("teacher", self.scale.recipe, "teacher").stages()[-1]
 
-    def chain_from_teacher(self, name: str, recipe: Recipe) -> RunFolder:
-        """Return the finished run `name` of a recipe's chain from that teacher."""
-        return self.run(name, recipe, what="chain", teacher=load(self.teacher().path))
-
+    @cached_property
     def chain(self) -> dict[int, StageFolder]:
-        """Return the students of that teacher, by the scale's own recipe, by their steps."""
+        """The students of that teacher, by the scale's own recipe, by their steps."""
+        stages = self.run("chain", self.scale.recipe, "chain").stages()[1:]
+        return {stage.manifest(verify=False).num_steps or 0: stage for stage in stages}
 
-        def students() -> dict[int, StageFolder]:
-            stages = self.chain_from_teacher("chain", self.scale.recipe).stages()[1:]
-            return {stage.manifest(verify=False).num_steps or 0: stage for stage in stages}
-
-        return self.once("chain", students)
-
-    def once(self, name: str, make: Callable[[], Made]) -> Made:
-        """Return what `make` returned at the first call for this name: for what many trials compare with."""
-        if name not in self._made:
-            self._made[name] = make()
-        made: Made = self._made[name]
-        return made
-
+    @cached_property
     def reference(self) -> Reference:
-        """Return the real data's features."""
+        """The real data's features."""
         recipe = self.scale.recipe
-        return self.once("reference", lambda: Reference(self.data(recipe.data), recipe.evaluation, cache_folder()))
+        return Reference(self.data(recipe.data), recipe.evaluation, cache_folder())
 
     def _store(self, stage: StageFolder) -> Store:
         """Return the store of a stage's run, which `halfstep evaluate` uses too."""
@@ -156,7 +140,7 @@ class Bench:
         return Store(folder, batch_size=self.scale.recipe.evaluation.batch_size, own_device=True, stop=self.stop)
 
     def _cell(self, stage: StageFolder, num_steps: int, sampler: Sampler) -> Cell:
-        evaluation, data = self.scale.recipe.evaluation, self.reference().data
+        evaluation, data = self.scale.recipe.evaluation, self.reference.data
         manifest, precision = stage.manifest(verify=False), evaluation.precision
         source = ModelSource(manifest, lambda: self.model(stage), sampler, self.device, data, precision=precision)
         return Cell(source, num_steps, range(evaluation.num_samples))
@@ -168,11 +152,10 @@ class Bench:
             NonFinite: if a sample is not finite.
         """
         sampler = sampler or sampler_of(stage.manifest(verify=False))
-        return self._store(stage).result(self._cell(stage, num_steps, sampler), self.reference())
+        return self._store(stage).result(self._cell(stage, num_steps, sampler), self.reference)
 
     def tuned(self, stage: StageFolder, num_steps: int, levels: int | None = None) -> Result:
-        """Return ancestral sampling at the best of several levels of gamma, the scale's by default: the paper's
-        baseline."""
+        """Return ancestral sampling at the best of several levels of gamma (the scale's by default)."""
         levels = levels or self.scale.gamma_levels
         gammas = [index / (levels - 1) for index in range(levels)]
         found: list[Result] = []
@@ -180,7 +163,7 @@ class Bench:
             try:
                 found.append(self.measured(stage, num_steps, Ancestral(gamma)))
             except NonFinite:
-                # A level that diverges is not the best one; only all of them together say that the model has.
+                # A level that diverges is not the best one; the model has diverged if all of them do.
                 if gamma == gammas[-1] and not found:
                     raise
         best = min(found, key=lambda result: result.frechet)
@@ -193,7 +176,7 @@ class Bench:
     def noise_distance(self) -> float:
         """Return the distance of unit noise, clipped as samples are: a model that is farther from the data has
         diverged."""
-        reference = self.reference()
+        reference = self.reference
         noise: Tensor = sample_noise(range(self.scale.recipe.evaluation.num_samples), reference.data.shape).clamp(-1, 1)
         return frechet_distance(reference.real.features, reference.extractor.features(noise))
 
@@ -249,7 +232,7 @@ def run_study(
             "title": study.title,
             "question": study.question,
             "scale": settings,
-            "protocol": bench.reference().protocol,
+            "protocol": bench.reference.protocol,
             "environment": environment(),
             "seconds": round(seconds, 1),
             "rows": [{"axes": dict(row.axes), "figures": row.figures} for row in rows],

@@ -18,18 +18,15 @@ TEACHER = "base training"
 def _trial(scale: Scale, part: str, end: int | None) -> Trial:
     def work(bench: Bench) -> Figures:
         if end is None:
-            manifest = bench.teacher().manifest(verify=False)
-            cost = scale.recipe.teacher_plan().stages[0].update_cost
-            updates, seconds = manifest.num_updates, manifest.seconds
-            return {"updates": updates, "forward_passes": updates * cost, "seconds": seconds}
-        plan = {stage.num_steps: stage for stage in scale.recipe.chain_plan().stages}
-        folder = bench.chain_from_teacher("chain", scale.recipe)
-        done = [stage.manifest(verify=False) for stage in folder.stages()[1:]]
-        done = [manifest for manifest in done if manifest.num_steps is not None and manifest.num_steps >= end]
+            done = [(bench.teacher.manifest(verify=False), scale.recipe.teacher_plan().stages[0].update_cost)]
+        else:
+            costs = {stage.num_steps: stage.update_cost for stage in scale.recipe.chain_plan().stages}
+            students = {steps: stage for steps, stage in bench.chain.items() if steps >= end}
+            done = [(stage.manifest(verify=False), costs[steps]) for steps, stage in students.items()]
         return {
-            "updates": sum(manifest.num_updates for manifest in done),
-            "forward_passes": sum(manifest.num_updates * plan[manifest.num_steps].update_cost for manifest in done),
-            "seconds": sum(manifest.seconds for manifest in done),
+            "updates": sum(manifest.num_updates for manifest, _ in done),
+            "forward_passes": sum(manifest.num_updates * cost for manifest, cost in done),
+            "seconds": sum(manifest.seconds for manifest, _ in done),
         }
 
     return Trial({"part": part}, work)
@@ -65,8 +62,9 @@ class Cost(Study):
             lines.append(line)
         for data, (train, to_4, to_1) in COST.items():
             lines.append([f"paper, {data}: {TEACHER}", f"{train:,}", "–", "–"])
-            lines.append([f"paper, {data}: distillation to 4", f"{to_4:,} ({to_4 / train:.2f})", "–", "–"])
-            lines.append([f"paper, {data}: distillation to 1", f"{to_1:,} ({to_1 / train:.2f})", "–", "–"])
+            for end, updates in ((4, to_4), (1, to_1)):
+                told = f"{updates:,} ({updates / train:.2f})"
+                lines.append([f"paper, {data}: distillation to {end}", told, "–", "–"])
         notes = (
             "In brackets: the share of base training. Network calls count samples through the network, a backward "
             f"pass as two and the teacher's steps as one each. Recipe `{scale.recipe.name}`; the share is a choice of "
@@ -79,12 +77,13 @@ class Cost(Study):
         series = []
         for name, label in (("updates", "updates"), ("forward_passes", "network calls"), ("seconds", "seconds")):
             whole = figure_of(rows, name, part=TEACHER)
-            values = [figure_of(rows, name, part=part) for part in parts]
-            if whole and all(value is not None for value in values):
-                shares = [(value or 0.0) / whole for value in values]
-                series.append(Curve(label, [float(i) for i in range(len(parts))], shares))
-        places = [float(i) for i in range(3)]
-        theirs = [Curve(data, places, [1.0, to_4 / train, to_1 / train]) for data, (train, to_4, to_1) in COST.items()]
+            values = [value for part in parts if (value := figure_of(rows, name, part=part)) is not None]
+            if whole and len(values) == len(parts):
+                series.append(Curve.through(label, enumerate(value / whole for value in values)))
+        theirs = [
+            Curve.through(data, enumerate((1.0, to_4 / train, to_1 / train)))
+            for data, (train, to_4, to_1) in COST.items()
+        ]
         labels = [TEACHER, "to 4", "to 1"]
         return [
             Panel("ours", "", "share of base training", series, parts, log_y=False),

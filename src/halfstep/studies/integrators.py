@@ -1,19 +1,20 @@
 """Appendix C: DDIM against the standard integrators of the probability-flow ODE."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import ClassVar, Final, final
 
 import torch
+from torch import Tensor
 
 from halfstep.metrics import rmse
-from halfstep.report.figures import Curve
 from halfstep.report.study_figure import Panel
 from halfstep.report.words import number
 from halfstep.samplers import DDIM, RK4, DPMSolverPP2M, Euler, Heun, LogSNR, Midpoint, Sampler
 from halfstep.samplers import sample as draw
 from halfstep.studies.base import Bench, Figures, Finding, Study, Table, Trial, studies
 from halfstep.studies.scales import Scale
-from halfstep.studies.show import figure_of
+from halfstep.studies.show import curves, figure_of
 
 METHODS: Final[dict[str, Sampler]] = {
     "DDIM": DDIM(),
@@ -31,17 +32,23 @@ COMPARED: Final = 128
 """Noises from which solutions are compared."""
 
 
+def _solution(bench: Bench, num_steps: int, sampler: Sampler) -> Tensor:
+    """Return samples of the bare teacher: to clip x0 would change the ODE."""
+    teacher, seeds = bench.model(bench.teacher), list(range(COMPARED))
+    return draw(teacher.denoiser, teacher.noise(seeds), num_steps, sampler, teacher.cond(seeds))
+
+
+@lru_cache(maxsize=1)
+def _exact(bench: Bench) -> Tensor:
+    return _solution(bench, EXACT_STEPS, RK4())
+
+
 def _trial(name: str, num_steps: int) -> Trial:
     def work(bench: Bench) -> Figures:
         sampler = METHODS[name]
-        result = bench.measured(bench.teacher(), num_steps, sampler)
-        teacher = bench.model(bench.teacher())
-        # The error against the ODE is that of the bare denoiser: clipping x0 would make another ODE of it.
-        seeds = list(range(COMPARED))
-        noise, cond = teacher.noise(seeds), teacher.cond(seeds)
-        exact = bench.once("exact", lambda: draw(teacher.denoiser, noise, EXACT_STEPS, RK4(), cond))
-        ours = draw(teacher.denoiser, noise, num_steps, sampler, cond)
-        error = rmse(ours, exact) if bool(torch.isfinite(ours).all()) else None
+        result = bench.measured(bench.teacher, num_steps, sampler)
+        ours = _solution(bench, num_steps, sampler)
+        error = rmse(ours, _exact(bench)) if bool(torch.isfinite(ours).all()) else None
         return {"distance": result.frechet, "evals": result.num_evals, "error": error}
 
     return Trial({"method": name, "steps": num_steps}, work)
@@ -79,14 +86,9 @@ class Integrators(Study):
         return Table(("method", *(f"{count} steps" for count in steps)), lines, notes)
 
     def panels(self, rows: Sequence[Finding], scale: Scale) -> list[Panel]:
-        def curves(figure: str) -> list[Curve]:
-            found = []
-            for name in METHODS:
-                own = [row for row in rows if row.axes["method"] == name and row.figures.get(figure) is not None]
-                found.append(Curve.through(name, sorted((row.figures["evals"], row.figures[figure]) for row in own)))
-            return found
-
+        names = {name: name for name in METHODS}
+        quality, error = (curves(rows, names, "evals", figure) for figure in ("distance", "error"))
         return [
-            Panel("ours: quality", "network calls", "Frechet distance", curves("distance")),
-            Panel("ours: error of the solution", "network calls", "rmse to the exact solution", curves("error")),
+            Panel("ours: quality", "network calls", "Frechet distance", quality),
+            Panel("ours: error of the solution", "network calls", "rmse to the exact solution", error),
         ]

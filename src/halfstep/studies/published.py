@@ -1,8 +1,7 @@
 """What the paper and its code publish, to be shown beside our figures; nothing that could not be verified.
 
-FID in the paper is never comparable with a distance in other features: compare the order of
-methods and the ratios, not the numbers. Figures that only recollections give (appendix C's integrators, the numbers of
-the fast schedules, the curves of figure 6) are left out.
+Never compare the paper's FID with a distance in other features: compare orders and ratios. Figures that are known from
+memory only (appendix C's integrators, the numbers of the fast schedules, the curves of figure 6) are left out.
 
 Source: Salimans & Ho 2022 (arXiv:2202.00512), tables 1 and 2 and section 5.2; figure 4 as digitised from the authors'
 README to +-0.5 % (the values at 1 to 8 steps on CIFAR-10 are table 2's).

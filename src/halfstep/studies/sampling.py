@@ -1,6 +1,7 @@
 """Table 2, figures 4 and 6: the students of one chain against samplers of its undistilled teacher."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import count
 from typing import ClassVar, final
 
 from halfstep.report.figures import Curve
@@ -10,60 +11,48 @@ from halfstep.samplers import samplers
 from halfstep.studies.base import Bench, Figures, Finding, Study, Table, Trial, studies
 from halfstep.studies.published import FIGURE_4, TABLE_2
 from halfstep.studies.scales import Scale
-from halfstep.studies.show import NAMES, figure_of
+from halfstep.studies.show import NAMES, curves, figure_of
 
 STEPS_LABEL = "sampler steps"
 
 
-def _measured(bench: Bench, method: str, num_steps: int) -> Figures:
-    """The distance of a method, of the students or of the undistilled teacher, at a number of steps."""
-    if method == "student":
-        result = bench.measured(bench.chain()[num_steps], num_steps)
-    elif method == "ancestral":
-        result = bench.tuned(bench.teacher(), num_steps)
-    elif method == "student, ancestral":
-        result = bench.tuned(bench.chain()[num_steps], num_steps)
-    else:
-        result = bench.measured(bench.teacher(), num_steps, samplers[method]())
-    return {
-        "distance": result.frechet,
-        "kid": result.kid,
-        "gamma": result.gamma,
-        "steps": result.num_steps,
-        "evals": result.num_evals,
-        "seconds_per_1000": result.seconds_per_1000,
-    }
+def _named(*methods: str) -> dict[str, str]:
+    return {method: NAMES[method] for method in methods}
 
 
 def _trial(method: str, axis: str, value: int, num_steps: int) -> Trial:
-    return Trial({"method": method, axis: value}, lambda bench: _measured(bench, method, num_steps))
+    """Return the trial of a method, of the students or of the undistilled teacher, at a number of steps."""
+
+    def work(bench: Bench) -> Figures:
+        stage = bench.chain[num_steps] if method.startswith("student") else bench.teacher
+        if method.endswith("ancestral"):
+            result = bench.tuned(stage, num_steps)
+        else:
+            result = bench.measured(stage, num_steps, None if method == "student" else samplers[method]())
+        return {
+            "distance": result.frechet,
+            "kid": result.kid,
+            "gamma": result.gamma,
+            "steps": result.num_steps,
+            "evals": result.num_evals,
+            "seconds_per_1000": result.seconds_per_1000,
+        }
+
+    return Trial({"method": method, axis: value}, work)
 
 
 def students_of(scale: Scale) -> list[int]:
-    """Steps of the students of the scale's chain, the most first."""
+    """Return the steps of the students of the scale's chain, the most first."""
     return [stage.num_steps for stage in scale.recipe.chain_plan().stages if stage.num_steps is not None]
 
 
 def most_steps(method: str, num_evals: int) -> int:
-    """The most steps that a sampler takes with so many network calls, 0 if it cannot take one."""
+    """Return the most steps that a sampler takes with so many network calls; 0 if it cannot take one."""
     kind = samplers[method]()
-    steps = 0
-    while kind.num_evals(steps + 1) <= num_evals:
-        steps += 1
-    return steps
+    return next(steps for steps in count() if kind.num_evals(steps + 1) > num_evals)
 
 
-def _curves(rows: Sequence[Finding], methods: Sequence[str], x_name: str, names: dict[str, str]) -> list[Curve]:
-    curves = []
-    for method in methods:
-        found = [row for row in rows if row.axes["method"] == method and "distance" in row.figures]
-        curves.append(
-            Curve.through(names[method], sorted((row.figures[x_name], row.figures["distance"]) for row in found))
-        )
-    return curves
-
-
-def _distances(rows: Sequence[Finding], methods: Sequence[str], steps: int) -> list[str]:
+def _distances(rows: Sequence[Finding], methods: Iterable[str], steps: int) -> list[str]:
     """Return the distance of each method, with the gamma that was best."""
     texts = []
     for method in methods:
@@ -88,7 +77,7 @@ class Table2(Study):
     title: ClassVar[str] = "Table 2: fast samplers at equal network calls"
     question: ClassVar[str] = "What does distillation buy beyond the best samplers of the undistilled teacher?"
     uses: ClassVar[tuple[str, ...]] = ("recipe", "gamma_levels")
-    methods: ClassVar[tuple[str, ...]] = ("student", "ddim", "ancestral", "heun", "dpmpp_2m")
+    methods: ClassVar = _named("student", "ddim", "ancestral", "heun", "dpmpp_2m")
 
     def trials(self, scale: Scale) -> list[Trial]:
         trials = []
@@ -101,12 +90,12 @@ class Table2(Study):
     def table(self, rows: Sequence[Finding], scale: Scale) -> Table:
         evals = sorted({row.axes["evals"] for row in rows})
         lines = []
-        for method in self.methods:
-            line = [NAMES[method]]
-            for count in evals:
-                used = figure_of(rows, "evals", method=method, evals=count)
-                shown = number(figure_of(rows, "distance", method=method, evals=count))
-                line.append(shown if used in (None, count) else f"{shown} ({used:g})")
+        for method, name in self.methods.items():
+            line = [name]
+            for calls in evals:
+                used = figure_of(rows, "evals", method=method, evals=calls)
+                shown = number(figure_of(rows, "distance", method=method, evals=calls))
+                line.append(shown if used in (None, calls) else f"{shown} ({used:g})")
             lines.append(line)
         for method, published in TABLE_2.items():
             others = ", ".join(f"{value:.2f} at {n}" for n, value in published.items() if n not in evals)
@@ -121,7 +110,7 @@ class Table2(Study):
     def panels(self, rows: Sequence[Finding], scale: Scale) -> list[Panel]:
         theirs = [Curve.through(NAMES.get(name, name), points.items()) for name, points in TABLE_2.items()]
         return [
-            Panel("ours", "network calls", "Frechet distance", _curves(rows, self.methods, "evals", NAMES)),
+            Panel("ours", "network calls", "Frechet distance", curves(rows, self.methods, "evals")),
             Panel("the paper, CIFAR-10", "network calls", "FID", theirs),
         ]
 
@@ -134,7 +123,7 @@ class Steps(Study):
     title: ClassVar[str] = "Figure 4: quality against steps"
     question: ClassVar[str] = "Down to how many steps do students keep the teacher's quality?"
     uses: ClassVar[tuple[str, ...]] = ("recipe", "gamma_levels", "steps")
-    methods: ClassVar[tuple[str, ...]] = ("student", "ddim", "ancestral")
+    methods: ClassVar = _named("student", "ddim", "ancestral")
 
     def trials(self, scale: Scale) -> list[Trial]:
         trials = [_trial("student", "steps", steps, steps) for steps in students_of(scale)]
@@ -145,13 +134,13 @@ class Steps(Study):
     def table(self, rows: Sequence[Finding], scale: Scale) -> Table:
         steps = sorted({row.axes["steps"] for row in rows} | set(scale.steps))
         lines = []
-        for count in steps:
-            line = [str(count), *_distances(rows, self.methods, count)]
-            for published in FIGURE_4.values():
-                line += [number(published[method].get(count)) for method in self.methods]
-            lines.append(line)
-        headings = ["steps", *(NAMES[method] for method in self.methods)]
-        headings += [f"paper, {data}: {NAMES[method]}" for data in FIGURE_4 for method in self.methods]
+        for num_steps in steps:
+            theirs = [
+                number(published[method].get(num_steps)) for published in FIGURE_4.values() for method in self.methods
+            ]
+            lines.append([str(num_steps), *_distances(rows, self.methods, num_steps), *theirs])
+        names = list(self.methods.values())
+        headings = ["steps", *names, *(f"paper, {data}: {name}" for data in FIGURE_4 for name in names)]
         notes = (
             _protocol(scale) + " The paper's: FID, read off its figure to 0.5 %; a dash where it lies above 20 or is "
             "not known. Its LSUN curves are not known in numbers.",
@@ -159,17 +148,12 @@ class Steps(Study):
         return Table(headings, lines, notes)
 
     def panels(self, rows: Sequence[Finding], scale: Scale) -> list[Panel]:
-        ours = Panel("ours", STEPS_LABEL, "Frechet distance", _curves(rows, self.methods, "steps", NAMES))
-        theirs = [
-            Panel(
-                f"the paper, {data}",
-                STEPS_LABEL,
-                "FID",
-                [Curve.through(NAMES[m], p.items()) for m, p in published.items()],
-            )
+        ours = Panel("ours", STEPS_LABEL, "Frechet distance", curves(rows, self.methods, "steps"))
+        theirs = {
+            data: [Curve.through(NAMES[method], points.items()) for method, points in published.items()]
             for data, published in FIGURE_4.items()
-        ]
-        return [ours, *theirs]
+        }
+        return [ours, *(Panel(f"the paper, {data}", STEPS_LABEL, "FID", lines) for data, lines in theirs.items())]
 
 
 @final
@@ -180,8 +164,7 @@ class Stochastic(Study):
     title: ClassVar[str] = "Figure 6: stochastic sampling from distilled students"
     question: ClassVar[str] = "Does noise help a student as it helps its teacher?"
     uses: ClassVar[tuple[str, ...]] = ("recipe", "gamma_levels")
-    methods: ClassVar[tuple[str, ...]] = ("student", "student, ancestral", "ancestral")
-    names: ClassVar[dict[str, str]] = {
+    methods: ClassVar[dict[str, str]] = {
         "student": "distilled, DDIM",
         "student, ancestral": "distilled, ancestral",
         "ancestral": "undistilled, ancestral",
@@ -192,12 +175,12 @@ class Stochastic(Study):
 
     def table(self, rows: Sequence[Finding], scale: Scale) -> Table:
         steps = sorted({row.axes["steps"] for row in rows})
-        lines = [[str(count), *_distances(rows, self.methods, count)] for count in steps]
+        lines = [[str(num_steps), *_distances(rows, self.methods, num_steps)] for num_steps in steps]
         notes = (
             _protocol(scale) + " At one step there is no noise to add, and a student's two samplers are one. The "
             "numbers of the paper's figure 6 (ImageNet 64x64) are not known, so none are shown.",
         )
-        return Table(("steps", *(self.names[method] for method in self.methods)), lines, notes)
+        return Table(("steps", *self.methods.values()), lines, notes)
 
     def panels(self, rows: Sequence[Finding], scale: Scale) -> list[Panel]:
-        return [Panel("ours", STEPS_LABEL, "Frechet distance", _curves(rows, self.methods, "steps", self.names))]
+        return [Panel("ours", STEPS_LABEL, "Frechet distance", curves(rows, self.methods, "steps"))]

@@ -1,7 +1,7 @@
 """The three sizes of every study: what is trained, how often, and how it is measured."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Final, final
 
 from pydantic import BaseModel
@@ -10,11 +10,11 @@ from pydantic_core import to_jsonable_python
 from halfstep.measure.evaluate import Evaluation
 from halfstep.objectives import Training
 from halfstep.recipes import Recipe, recipes
-from halfstep.train.settings import LEARNED, Engine
+from halfstep.recipes.schema import IDLE
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Scale:
     """The settings of all studies at one size."""
 
@@ -25,9 +25,9 @@ class Scale:
     """Of the teachers of table 1, before prediction, weighting and seed are set."""
     seeds: int
     """Repetitions of what is trained several times."""
-    gamma_levels: int
+    gamma_levels: int = 11
     """Levels of the search over the variance of ancestral sampling."""
-    ablation_gamma_levels: int
+    ablation_gamma_levels: int = 11
     """The same in table 1, whose cells are many."""
     steps: tuple[int, ...]
     """Sampler steps at which methods are compared."""
@@ -35,30 +35,27 @@ class Scale:
     """Sampler steps of table 1."""
     updates: tuple[int, ...]
     """Updates of a stage in the study of schedules."""
-    rates: tuple[float, ...]
+    rates: tuple[float, ...] = (5e-5, 1e-4, 2e-4, 3e-4)
     """Learning rates of which the best is taken there."""
     factors: tuple[int, ...] = (2, 4)
     """Teacher steps that a student's step replaces there."""
 
     def as_data(self, uses: Sequence[str]) -> dict[str, Any]:
-        """The settings named in `uses`, JSON-ready; "evaluation" is that of the recipe. Of a recipe's engine only what
-        changes what is learned: how a run uses its machine is no setting of a study."""
+        """Return the settings named in `uses`, JSON-ready, without fields of a recipe's engine that are `IDLE`.
+
+        "evaluation" is the recipe's.
+        """
         data: dict[str, Any] = {"name": self.name}
         for name in uses:
             value = self.recipe.evaluation if name == "evaluation" else getattr(self, name)
-            left_out = {"engine": IDLE} if isinstance(value, Recipe) else None
+            left_out = {"engine": set(IDLE)} if isinstance(value, Recipe) else None
             held = value.model_dump(exclude=left_out) if isinstance(value, BaseModel) else value
-            said = to_jsonable_python(held)
-            data[name] = said
+            data[name] = said = to_jsonable_python(held)
             for part in (said, said.get("evaluation") if isinstance(said, dict) else None):
-                # A setting that is younger than the studies that there are, and was this in all of them.
+                # A setting that is younger than existing studies, and had this value in all of them.
                 if isinstance(part, dict) and part.get("precision") == "float32" and "num_samples" in part:
                     del part["precision"]
         return data
-
-
-IDLE: Final = {setting.name for setting in fields(Engine) if setting.name not in LEARNED}
-"""Fields of a recipe's engine that do not change what is learned."""
 
 
 def smoke() -> Scale:
@@ -86,20 +83,15 @@ def smoke() -> Scale:
 def small() -> Scale:
     """Fashion-MNIST, hours on one GPU; `--data FOLDER` where the Hub is out of reach."""
     recipe = recipes["fashion_mnist"]()
-    recipe = recipe.model_copy(
-        update={"evaluation": Evaluation(num_samples=5000, num_reference=10_000, batch_size=1000)}
-    )
+    recipe = recipe.model_copy(update={"evaluation": Evaluation(num_samples=5000, batch_size=1000)})
     return Scale(
         name="small",
         recipe=recipe,
         ablation=recipe.model_copy(update={"teacher": replace(recipe.teacher, num_updates=10_000)}),
         seeds=3,
-        gamma_levels=11,
-        ablation_gamma_levels=11,
         steps=(1, 2, 4, 8, 16, 32, 64, 128, 256),
         ablation_steps=128,
         updates=(500, 1000, 2500, 5000),
-        rates=(5e-5, 1e-4, 2e-4, 3e-4),
     )
 
 
@@ -111,12 +103,9 @@ def paper() -> Scale:
         recipe=recipe,
         ablation=recipe.model_copy(update={"teacher": replace(recipe.teacher, num_updates=2_000_000)}),
         seeds=4,
-        gamma_levels=11,
-        ablation_gamma_levels=11,
         steps=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
         ablation_steps=1024,
         updates=(5000, 10_000, 25_000, 50_000),
-        rates=(5e-5, 1e-4, 2e-4, 3e-4),
     )
 
 

@@ -14,7 +14,7 @@ from halfstep.studies.show import spread, where
 
 
 def students_by(start: int, factor: int) -> tuple[int, ...]:
-    """The students' steps from `start` down to 1, each stage dividing by `factor`, the last by what is left."""
+    """Return the students' steps from `start` to 1, each stage dividing by `factor`, the last by what is left."""
     steps = [start]
     while steps[-1] > 1:
         steps.append(steps[-1] // factor if steps[-1] % factor == 0 else 1)
@@ -22,7 +22,7 @@ def students_by(start: int, factor: int) -> tuple[int, ...]:
 
 
 def shown(scale: Scale) -> list[int]:
-    """Students of few steps that the chain of every factor passes, the most steps first: those that are measured."""
+    """Return the students that are measured: those of few steps that every factor's chain has, the most steps first."""
     chains = [set(students_by(scale.recipe.chain.start_steps, factor)) for factor in scale.factors]
     return sorted((steps for steps in set.intersection(*chains) if steps <= 16), reverse=True)
 
@@ -30,16 +30,12 @@ def shown(scale: Scale) -> list[int]:
 def _trial(scale: Scale, factor: int, updates: int, rate: float, seed: int) -> Trial:
     # Only the exceptions of the paper: twice the updates at 2 steps and at 1, and one rate for all.
     training = scale.recipe.chain.training
+    warmup = min(training.warmup_updates, updates)
     chain = scale.recipe.chain.model_copy(
         update={
             "factor": 2,
             "students": students_by(scale.recipe.chain.start_steps, factor),
-            "training": replace(
-                training,
-                num_updates=updates,
-                learning_rate=rate,
-                warmup_updates=min(training.warmup_updates, updates),
-            ),
+            "training": replace(training, num_updates=updates, learning_rate=rate, warmup_updates=warmup),
             "updates_at": None,
             "learning_rate_at": None,
             "keep": tuple(shown(scale)),
@@ -49,10 +45,10 @@ def _trial(scale: Scale, factor: int, updates: int, rate: float, seed: int) -> T
 
     def work(bench: Bench) -> Figures:
         name = f"schedule-{factor}-{updates}-{rate:g}-{seed}"
-        folder = bench.chain_from_teacher(name, recipe)
+        folder = bench.run(name, recipe, "chain")
         plan = recipe.chain_plan()
-        figures: Figures = {"updates": plan.num_updates}
-        figures["forward_passes"] = sum(s.training.num_updates * s.update_cost for s in plan.stages)
+        passes = sum(one.training.num_updates * one.update_cost for one in plan.stages)
+        figures: Figures = {"updates": plan.num_updates, "forward_passes": passes}
         for stage in folder.stages()[1:]:
             steps = stage.manifest(verify=False).num_steps
             if steps in shown(scale):
@@ -62,15 +58,13 @@ def _trial(scale: Scale, factor: int, updates: int, rate: float, seed: int) -> T
     return Trial({"factor": factor, "updates": updates, "rate": rate, "seed": seed}, work)
 
 
-def _best(rows: Sequence[Finding], steps: int, **axes: object) -> tuple[float | None, list[float]]:
-    """The learning rate whose mean distance is the least, and its distances over the seeds."""
-    best: tuple[float | None, list[float]] = (None, [])
-    found = where(rows, **axes)
-    for rate in sorted({float(row.axes["rate"]) for row in found}):
-        values = [float(r.figures[f"at {steps}"]) for r in where(found, rate=rate) if f"at {steps}" in r.figures]
-        if values and (not best[1] or fmean(values) < fmean(best[1])):
-            best = rate, values
-    return best
+def _best(rows: Sequence[Finding], steps: int) -> tuple[float | None, list[float]]:
+    """Return the learning rate whose mean distance is the least, and its distances over the seeds."""
+    at_rate: dict[float, list[float]] = {}
+    for row in rows:
+        if f"at {steps}" in row.figures:
+            at_rate.setdefault(float(row.axes["rate"]), []).append(float(row.figures[f"at {steps}"]))
+    return min(sorted(at_rate.items()), key=lambda item: fmean(item[1]), default=(None, []))
 
 
 @final
@@ -99,7 +93,7 @@ class Schedules(Study):
                 total = next((row.figures["updates"] for row in found if "updates" in row.figures), None)
                 line = [f"{factor}, {updates:,}", number(total)]
                 for steps in shown(scale):
-                    rate, values = _best(rows, steps, factor=factor, updates=updates)
+                    rate, values = _best(found, steps)
                     line.append(spread(values) + (f" (rate {rate:g})" if rate else ""))
                 lines.append(line)
         notes = (
@@ -109,25 +103,21 @@ class Schedules(Study):
             "seeds share one teacher and the same sampling noise. Updates "
             "are doubled at 2 steps and at 1. The numbers of the paper's ablation are not known, so none are shown.",
         )
-        return Table(
-            ("factor, updates a stage", "updates in all", *(f"student at {n}" for n in shown(scale))), lines, notes
-        )
+        students = (f"student at {steps}" for steps in shown(scale))
+        return Table(("factor, updates a stage", "updates in all", *students), lines, notes)
 
     def panels(self, rows: Sequence[Finding], scale: Scale) -> list[Panel]:
         panels = []
         for steps in shown(scale)[-2:]:
             curves = []
             for factor in scale.factors:
-                points = [
-                    (float(row[0].figures["updates"]), _best(rows, steps, factor=factor, updates=updates)[1])
-                    for updates in scale.updates
-                    if (row := where(rows, factor=factor, updates=updates)) and "updates" in row[0].figures
-                ]
-                points = [(x, values) for x, values in points if values]
-                curves.append(
-                    Curve.through(
-                        f"factor {factor}", [(x, fmean(v), stdev(v) if len(v) > 1 else 0.0) for x, v in points]
-                    )
-                )
+                points = []
+                for updates in scale.updates:
+                    found = where(rows, factor=factor, updates=updates)
+                    _, values = _best(found, steps)
+                    if values and "updates" in found[0].figures:
+                        error = stdev(values) if len(values) > 1 else 0.0
+                        points.append((float(found[0].figures["updates"]), fmean(values), error))
+                curves.append(Curve.through(f"factor {factor}", points))
             panels.append(Panel(f"ours, student at {steps}", "updates of the whole chain", "Frechet distance", curves))
         return panels

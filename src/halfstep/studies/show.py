@@ -1,8 +1,9 @@
 """What the tables of studies have in common: names of methods, and means over seeds."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from halfstep.report.figures import Curve
 from halfstep.report.words import SAMPLER_LABELS, with_spread
 from halfstep.studies.base import Finding
 
@@ -11,18 +12,31 @@ NAMES = SAMPLER_LABELS | {"student": "students", "ancestral": "ancestral, tuned"
 
 
 def spread(values: Sequence[float]) -> str:
-    """The mean, and the standard deviation where there are several."""
+    """Return the mean, with the standard deviation of several."""
     if not values:
         return "–"
     return with_spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
 def where(rows: Sequence[Finding], **axes: object) -> list[Finding]:
-    """The rows with these axes."""
+    """Return the rows with these axes."""
     return [row for row in rows if all(row.axes.get(key) == value for key, value in axes.items())]
 
 
 def figure_of(rows: Sequence[Finding], name: str, **axes: object) -> float | None:
-    """The one figure of that name at these axes; None if it is not there."""
-    found = [row.figures[name] for row in where(rows, **axes) if row.figures.get(name) is not None]
-    return found[0] if found else None
+    """Return the figure of that name at these axes; None if it does not exist."""
+    found = (row.figures.get(name) for row in where(rows, **axes))
+    return next((figure for figure in found if figure is not None), None)
+
+
+def curves(rows: Sequence[Finding], names: Mapping[str, str], x: str, y: str = "distance") -> list[Curve]:
+    """Return each method's curve from figure `x` to figure `y`, without findings that lack `y`.
+
+    Args:
+        names: methods with the labels of their curves.
+    """
+    drawn = []
+    for method, label in names.items():
+        found = [row.figures for row in where(rows, method=method) if row.figures.get(y) is not None]
+        drawn.append(Curve.through(label, sorted((figures[x], figures[y]) for figures in found)))
+    return drawn

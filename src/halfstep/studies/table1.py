@@ -22,7 +22,7 @@ def _trial(scale: Scale, prediction: str, weighting: str, seed: int) -> Trial:
     own = recipe.model_copy(update={"model": model, "seed": seed})
 
     def work(bench: Bench) -> Figures:
-        folder = bench.run(f"ablation-{prediction}-{weighting}-{seed}", own, what="teacher")
+        folder = bench.run(f"ablation-{prediction}-{weighting}-{seed}", own, "teacher")
         (trained,) = folder.stages()
         stochastic = bench.tuned(trained, num_steps, scale.ablation_gamma_levels)
         ddim = bench.measured(trained, num_steps, DDIM())
