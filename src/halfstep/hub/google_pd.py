@@ -207,11 +207,8 @@ _PARTS: Final = {
     "to_out.0": "proj_out",
 }
 _BLOCKS: Final = {
-    "resnets": "block_{}",
-    "attentions": "attn_{}",
-    "downsamplers": "downsample",
-    "upsamplers": "upsample",
-}
+    "resnets": "block_{}", "attentions": "attn_{}", "downsamplers": "downsample", "upsamplers": "upsample",
+}  # fmt: skip
 
 
 def _place(name: str, shape: tuple[int, ...], levels: int) -> _Place:

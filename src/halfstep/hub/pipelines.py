@@ -26,9 +26,8 @@ from halfstep.runs import Manifest, Outcome, Pipeline
 from halfstep.runtime.files import DamagedFile, first_line, read_json, sha256_of
 
 START_STEPS: Final = 128
-"""DDIM steps of an imported teacher at the start of its chain, where none are asked for: a compromise between what the
-steps lose and what the stages cost; a power of two that no table of 1000 levels makes whole, so times between levels
-are interpolated."""
+"""Default DDIM steps of an imported teacher at the start of its chain: a compromise between what steps lose and stages
+cost. No table of 1000 levels has them as whole timesteps, so times between levels are interpolated."""
 
 
 class Layout(NamedTuple):

@@ -95,15 +95,12 @@ def _read(kind: str, full: Mapping[str, Any]) -> Schedule:
         raise ValueError(f"{kind} has prediction_type {name!r}, which is none of {', '.join(PREDICTIONS)}")
     # Told a continuous time, a network keeps another clock than that of a table.
     _refuse(kind, full, {"timestep_type": "discrete"})
-    clip = bool(full.get("clip_sample", False))
-    if clip:
-        _refuse(kind, full, {"clip_sample_range": 1.0})
-    if full.get("thresholding"):
-        # With a largest value of 1, thresholding is clipping.
-        _refuse(kind, full, {"sample_max_value": 1.0})
-        clip = True
+    # With a largest value of 1, thresholding is clipping.
+    bounds = {"clip_sample": "clip_sample_range", "thresholding": "sample_max_value"}
+    used = [bound for setting, bound in bounds.items() if full.get(setting)]
+    _refuse(kind, full, dict.fromkeys(used, 1.0))
     learned = "learned" in str(full.get("variance_type"))
-    return Schedule(VPTable(_betas(kind, full, num)), PREDICTIONS[name], clip, num, learned)
+    return Schedule(VPTable(_betas(kind, full, num)), PREDICTIONS[name], bool(used), num, learned)
 
 
 def _refuse(kind: str, config: Mapping[str, Any], needed: Mapping[str, Any]) -> None:

@@ -163,13 +163,9 @@ class Model(Denoiser):
             return own
         check_num_steps(num_steps)
         if own is not None and num_steps != own:
-            advice = (
-                "more steps do not make it better; use an earlier stage of the chain"
-                if num_steps > own
-                else "use a later stage of the chain"
-            )
+            advice = "more steps do not make it better; use an earlier" if num_steps > own else "use a later"
             warnings.warn(
-                f"{num_steps} steps were asked of a model that was distilled for {own}: {advice}",
+                f"{num_steps} steps were asked of a model that was distilled for {own}: {advice} stage of the chain",
                 HalfstepWarning,
                 stacklevel=3,
             )
