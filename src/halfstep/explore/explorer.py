@@ -1,7 +1,7 @@
-"""What the explorer does, without its page: a run's models, asked within bounds, from noise that is the same for all.
+"""The explorer without its page: a run's models, sampled within bounds from the same noise.
 
-Every value that a request brings is checked here and refused in one line; none of them is used as a path. Models are
-read from safetensors, one request is served at a time.
+Every value of a request is checked here and refused in one line; none is used as a path. Models are read from
+safetensors, one request is served at a time.
 """
 
 import math
@@ -9,11 +9,10 @@ import threading
 import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import NamedTuple, final
 
 import numpy as np
 import torch
@@ -24,14 +23,15 @@ from halfstep.core.warnings import HalfstepWarning
 from halfstep.measure.samples import samples_array
 from halfstep.models.folder import find_stage, load
 from halfstep.models.model import Model
-from halfstep.runs import Manifest, RunFolder, StageFolder
+from halfstep.report.words import inside
+from halfstep.runs import Manifest, RunFolder, StageFolder, is_finite
 from halfstep.runtime.files import DamagedFile
 from halfstep.samplers import trajectory
 
 KEPT_BYTES = 2 * 2**30
-"""Of weights that stay in memory; beyond it, the model that was used longest ago goes."""
+"""Weights that stay in memory; beyond it, the least recently used model is dropped."""
 LARGEST_SEED = 2**53
-"""Up to here JSON's numbers are whole."""
+"""JSON's numbers are exact integers up to here."""
 
 
 class Unreadable(ValueError):
@@ -62,18 +62,16 @@ class Bounds:
                 raise ValueError(f"the bound {name} must be at least 1, got {value}")
 
     def samples(self, shape: Sequence[int]) -> int:
-        """Samples of this shape in one request."""
+        """Return the number of samples of this shape in one request."""
         return max(1, min(self.num_samples, self.num_values // math.prod(shape)))
 
     def frames(self, shape: Sequence[int]) -> int:
-        """Frames of a walk through samples of this shape, at least 2."""
+        """Return the number of frames of a walk through samples of this shape, at least 2."""
         return max(2, min(self.num_frames, self.num_values // math.prod(shape)))
 
 
-@final
-@dataclass(frozen=True)
-class StageChoice:
-    """A stage that can be asked, or why it cannot."""
+class StageChoice(NamedTuple):
+    """A stage that can be sampled, or why it cannot."""
 
     name: str
     num_steps: int | None
@@ -90,10 +88,8 @@ class StageChoice:
         return self.name if self.role in (None, "student") else f"{self.name} ({self.role})"
 
 
-@final
-@dataclass(frozen=True)
-class Shown:
-    """What a model made."""
+class Shown(NamedTuple):
+    """Samples of a model."""
 
     stage: str
     role: str | None
@@ -109,10 +105,8 @@ class Shown:
     """uint8 `[n, h, w, c]` for images, float32 `[n, *dims]` otherwise."""
 
 
-@final
-@dataclass(frozen=True)
-class Answer:
-    """What was asked for, with what is to be said about it."""
+class Answer(NamedTuple):
+    """The samples of a request, with notes about them."""
 
     shown: Sequence[Shown]
     notes: Sequence[str]
@@ -120,13 +114,13 @@ class Answer:
 
 @final
 class Explorer:
-    """A run whose models can be asked.
+    """A run whose models can be sampled.
 
     Args:
         path: the folder of a run, or of one stage.
 
     Raises:
-        ValueError: if it holds no model that can be asked, or one whose samples are no pictures.
+        ValueError: if it holds no model that can be sampled, or its samples are neither images nor points in the plane.
     """
 
     def __init__(self, path: Path, device: str | torch.device = "cpu", bounds: Bounds | None = None) -> None:
@@ -154,11 +148,11 @@ class Explorer:
         self._models: OrderedDict[str, Model] = OrderedDict()
         self._lock = threading.Lock()
         self._deadline = math.inf
-        """Of the request that is served, on the clock of `perf_counter`."""
+        """Of the current request, on the clock of `perf_counter`."""
 
     @property
     def start(self) -> StageChoice:
-        """The model from which the chain starts, which may be missing: the others are compared with it."""
+        """The model from which the chain starts, which may be missing."""
         found = next((choice for choice in self.choices if choice.name == self._start), None)
         return found or StageChoice("the teacher", None, None, "it is not in this folder")
 
@@ -182,18 +176,16 @@ class Explorer:
 
     def _choices(self) -> list[StageChoice]:
         run = RunFolder(self.path)
-        folders = run.stages() if self.path.is_dir() else []
-        if not folders:
-            folders = [find_stage(self.path)]
-        plan = run.plan
-        roles = {row.name: row.role for row in plan}
+        folders = (run.stages() if self.path.is_dir() else []) or [find_stage(self.path)]
         self._start = None if run.start is None else run.start.name
-        choices: dict[str, StageChoice] = {}
+        missing = "it has not been trained yet"
+        choices = {row.name: StageChoice(row.name, row.num_steps, row.role, missing) for row in run.plan}
         for folder in folders:
             try:
                 manifest = folder.manifest(verify=False)
             except (DamagedFile, OSError) as error:
-                choices[folder.name] = StageChoice(folder.name, None, roles.get(folder.name), self._inside(error))
+                role = choices[folder.name].role if folder.name in choices else None
+                choices[folder.name] = StageChoice(folder.name, None, role, inside(self.path, error))
                 continue
             why = None
             if not manifest.weights_kept:
@@ -207,12 +199,7 @@ class Explorer:
             choices[folder.name] = StageChoice(folder.name, manifest.num_steps, manifest.outcome.role, why)
             if self._start is None and folder.path == self.path and manifest.outcome.role == "teacher":
                 self._start = folder.name
-        for row in plan:
-            choices.setdefault(row.name, StageChoice(row.name, row.num_steps, row.role, "it has not been trained yet"))
-        return [choices[name] for name in dict.fromkeys([*roles, *choices])]
-
-    def _inside(self, error: Exception) -> str:
-        return str(error).replace(f"{self.path}/", "")
+        return list(choices.values())
 
     # --- The three questions ---
 
@@ -226,44 +213,38 @@ class Explorer:
         class_label: object = None,
         guidance_scale: object = None,
     ) -> Answer:
-        """A stage and the start of the chain beside each other, from the same noise.
+        """Sample a stage and the start of the chain from the same noise.
 
         Args:
-            num_steps: of the stage; its own if None, for any other those where the chain starts.
-            teacher_steps: those where the chain starts if None.
+            num_steps: of the stage; its own, or else `start_steps`, if None.
+            teacher_steps: of the start of the chain; `start_steps` if None.
             seed: of the first sample; the others follow it.
 
         Raises:
             ValueError: in one line, if a value is not possible or beyond the bounds.
         """
         choice = self._stage(stage)
-        steps = self._steps("steps", num_steps, choice)
+        asked = [(choice, self._steps("steps", num_steps, choice))]
         other = self._steps("teacher's steps", teacher_steps, self.start)
         first = self._whole("seed", seed, 0, LARGEST_SEED)
-        number = self._whole("samples", num_samples, 1, self.bounds.samples(self.shape))
-        asked = [(choice, steps)]
-        with self._one_at_a_time() as notes:
-            self._note_start(notes)
-            if self.start.missing is None:
-                asked.append((self.start, other))
-                if choice == self.start:
-                    notes.append("The teacher itself was chosen: both are the same model.")
-            seeds = range(first, first + number)
-            shown = self._all(asked, lambda m: m.noise(seeds), seeds, class_label, guidance_scale, notes)
-        return Answer(shown, notes)
+        seeds = range(first, first + self._whole("samples", num_samples, 1, self.bounds.samples(self.shape)))
+        notes = self._start_notes()
+        if self.start.missing is None:
+            asked.append((self.start, other))
+            if choice == self.start:
+                notes.append("The teacher itself was chosen: both are the same model.")
+        return self._answer(asked, seeds, lambda m: m.noise(seeds), class_label, guidance_scale, notes)
 
     def strip(self, seed: object = 0, class_label: object = None, guidance_scale: object = None) -> Answer:
-        """One noise through all stages, each at its own steps, the teacher at those where the chain starts.
+        """Sample one noise by all stages, each at its own steps, the teacher at `start_steps`.
 
         Raises:
             ValueError: in one line, if a value is not possible.
         """
         seeds = [self._whole("seed", seed, 0, LARGEST_SEED)]
-        with self._one_at_a_time() as notes:
-            asked = [(choice, self._steps("steps", None, choice)) for choice in self.present]
-            shown = self._all(asked, lambda m: m.noise(seeds), seeds, class_label, guidance_scale, notes, needed=None)
-            notes += [f"{c.name} is missing: {c.missing}." for c in self.choices if c.missing is not None]
-        return Answer(shown, notes)
+        asked = [(choice, self._steps("steps", None, choice)) for choice in self.present]
+        notes = self.missing_notes()
+        return self._answer(asked, seeds, lambda m: m.noise(seeds), class_label, guidance_scale, notes, needed=None)
 
     def walk(
         self,
@@ -275,36 +256,35 @@ class Explorer:
         class_label: object = None,
         guidance_scale: object = None,
     ) -> Answer:
-        """Samples along the great circle from one noise to another, by a stage and by the start of the chain.
+        """Sample the great circle from one noise to another by a stage and by the start of the chain.
 
-        Where no class is chosen, all frames are of the first seed's.
+        Without a class, all frames have the first seed's.
 
         Raises:
             ValueError: in one line, if a value is not possible or beyond the bounds.
         """
         choice = self._stage(stage)
-        steps = self._steps("steps", num_steps, choice)
+        asked = [(choice, self._steps("steps", num_steps, choice))]
         first = self._whole("first seed", seed, 0, LARGEST_SEED)
         last = self._whole("last seed", other_seed, 0, LARGEST_SEED)
         number = self._whole("frames", num_frames, 2, self.bounds.frames(self.shape))
-        shares = [index / (number - 1) for index in range(number)]
-        asked = [(choice, steps)]
         if self.start.missing is None and choice != self.start:
             asked.append((self.start, self.start_steps))
 
         def noise(model: Model) -> Tensor:
             ends = model.noise([first, last])
-            return between(ends[0], ends[1], shares)
+            return between(ends[0], ends[1], [index / (number - 1) for index in range(number)])
 
-        with self._one_at_a_time() as notes:
-            self._note_start(notes)
-            seeds = [first] * number
-            shown = self._all(asked, noise, seeds, class_label, guidance_scale, notes)
-        return Answer(shown, notes)
+        return self._answer(asked, [first] * number, noise, class_label, guidance_scale, self._start_notes())
 
-    def _note_start(self, notes: list[str]) -> None:
-        if self.start.missing is not None:
-            notes.append(f"There is no teacher to compare with, {self.start.name}: {self.start.missing}.")
+    def missing_notes(self) -> list[str]:
+        """Return a sentence for each stage that is missing."""
+        return [f"{choice.name} is missing: {choice.missing}." for choice in self.choices if choice.missing is not None]
+
+    def _start_notes(self) -> list[str]:
+        if self.start.missing is None:
+            return []
+        return [f"There is no teacher to compare with, {self.start.name}: {self.start.missing}."]
 
     # --- Checks ---
 
@@ -324,9 +304,8 @@ class Explorer:
 
     @staticmethod
     def _whole(what: str, value: object, low: int, high: int) -> int:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if number and low <= value <= high and value == int(value):  # type: ignore[operator, call-overload]
-            return int(value)  # type: ignore[call-overload]
+        if is_finite(value) and low <= value <= high and value == int(value):
+            return int(value)
         raise ValueError(f"{what} must be a whole number from {low} to {high:,}, got {_short(value)}")
 
     def _class(self, value: object) -> int | None:
@@ -339,25 +318,13 @@ class Explorer:
     def _scale(self, value: object) -> float | None:
         if value is None:
             return None
-        if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= self.bounds.guidance_scale:
+        if is_finite(value) and 0 <= value <= self.bounds.guidance_scale:
             return float(value)
         raise ValueError(
             f"the guidance scale must be a number from 0 to {self.bounds.guidance_scale:g}, got {_short(value)}"
         )
 
     # --- Models ---
-
-    @contextmanager
-    def _one_at_a_time(self) -> Iterator[list[str]]:
-        """Notes that take the warnings of the library; one request holds the models at a time."""
-        notes: list[str] = []
-        with self._lock, warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", HalfstepWarning)
-            self._deadline = time.perf_counter() + self.bounds.seconds
-            yield notes
-        for warning in caught:
-            if issubclass(warning.category, HalfstepWarning) and (text := f"{warning.message}.") not in notes:
-                notes.append(text[0].upper() + text[1:])
 
     def _model(self, name: str) -> Model:
         if name in self._models:
@@ -366,54 +333,57 @@ class Explorer:
         try:
             model = load(self._folders[name].path, self.device)
         except (ValueError, OSError) as error:
-            raise Unreadable(f"{name} cannot be asked: {self._inside(error)}") from None
+            raise Unreadable(f"{name} cannot be asked: {inside(self.path, error)}") from None
         self._models[name] = model
         while len(self._models) > 1 and sum(map(_num_bytes, self._models.values())) > KEPT_BYTES:
             self._models.popitem(last=False)
         model.warm_up()
         return model
 
-    def _all(
+    def _answer(
         self,
         asked: Sequence[tuple[StageChoice, int]],
-        noise: Callable[[Model], Tensor],
         seeds: range | list[int],
+        noise: Callable[[Model], Tensor],
         class_label: object,
         guidance_scale: object,
         notes: list[str],
         needed: int | None = 0,
-    ) -> list[Shown]:
-        """What each makes in its steps. Of stages that cannot be read it is noted, and they are passed over.
+    ) -> Answer:
+        """Sample each stage in its steps, one request at a time; warnings and unreadable stages become notes.
 
         Args:
-            needed: the place of the one that must be read; None for any.
+            needed: the place of the stage that must be readable; None for any.
         """
-        self._scale(guidance_scale)
-        shown = []
-        for place, (choice, num_steps) in enumerate(asked):
-            scale = guidance_scale
-            if scale is not None and place != needed and not self._guided(choice):
-                scale = None
-                notes.append(f"{choice.name} knows no guidance scale, and was asked without.")
-            try:
-                shown.append(self._ask(choice, num_steps, noise, seeds, class_label, scale))
-            except Unreadable as error:
-                last = place == len(asked) - 1
-                if place == needed or (last and not shown):
-                    raise
-                notes.append(f"{error}.")
-        return shown
+        label, scale = self._class(class_label), self._scale(guidance_scale)
+        shown: list[Shown] = []
+        with self._lock, warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", HalfstepWarning)
+            self._deadline = time.perf_counter() + self.bounds.seconds
+            for place, (choice, num_steps) in enumerate(asked):
+                is_guided = place == needed or self._guided(choice)
+                if scale is not None and not is_guided:
+                    notes.append(f"{choice.name} knows no guidance scale, and was asked without.")
+                try:
+                    shown.append(self._sample(choice, num_steps, seeds, noise, label, scale if is_guided else None))
+                except Unreadable as error:
+                    if place == needed or (place == len(asked) - 1 and not shown):
+                        raise
+                    notes.append(f"{error}.")
+        for warning in caught:
+            if issubclass(warning.category, HalfstepWarning) and (text := f"{warning.message}.") not in notes:
+                notes.append(text[0].upper() + text[1:])
+        return Answer(shown, notes)
 
-    def _ask(
+    def _sample(
         self,
         choice: StageChoice,
         num_steps: int,
-        noise: Callable[[Model], Tensor],
         seeds: range | list[int],
-        class_label: object,
-        guidance_scale: object,
+        noise: Callable[[Model], Tensor],
+        label: int | None,
+        scale: float | None,
     ) -> Shown:
-        label, scale = self._class(class_label), self._scale(guidance_scale)
         model = self._model(choice.name)
         model.check_steps(num_steps)
         cond: Mapping[str, Tensor] = model.cond(seeds, label, scale)

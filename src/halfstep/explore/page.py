@@ -1,11 +1,10 @@
-"""The explorer's page: gradio round `Explorer`, behind a door that lets in what the page needs and nothing else.
+"""The explorer's page: gradio around `Explorer`, behind a door that passes only what the page needs.
 
-gradio can do much more than is wanted here: take uploads, hand out files, fetch from other hosts, count its users. The
-door answers only the paths in `PATHS`, forbids the browser any other host, and refuses requests that were sent to
-another name than this machine's (DNS rebinding). Pictures travel inside the answers, so that no file is written.
+gradio also takes uploads, hands out files, fetches from other hosts and counts its users. The door answers only the
+paths in `PATHS`, forbids the browser any other host, and refuses requests that were sent to another name than this
+machine's (DNS rebinding). Pictures travel inside the answers, so that no file is written.
 """
 
-import base64
 import io
 import json
 import os
@@ -18,18 +17,16 @@ from importlib.util import find_spec
 from typing import Any, Final, final
 
 import numpy as np
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from halfstep.explore.explorer import Answer, Explorer, Shown
 from halfstep.report import figures
 from halfstep.report.words import count, number
 
 LARGEST_QUEUE: Final = 32
-"""Requests that wait; more are told to come back."""
+"""Requests that may wait; more are refused."""
 LARGEST_BODY: Final = 64 * 1024
 """Bytes of a request."""
-STRIP_SEEDS: Final = 8
-"""Points that are coloured."""
 PATHS: Final = re.compile(
     r"/(|config|theme\.css|favicon\.ico|(assets|static)/.*"
     r"|gradio_api/(info|app_id|theme\.css|startup-events|queue/(join|data)|heartbeat/\w+|call/(compare|strip|walk)(/\w+)?|cancel|reset))/?"
@@ -82,15 +79,15 @@ class Door:
             return
 
         body = b""
-        more = scope["method"] == "POST"
+        is_post = more = scope["method"] == "POST"
         while more:
             message = await receive()
             body += message.get("body", b"")
             more = message["type"] == "http.request" and message.get("more_body", False)
-        if scope["method"] == "POST" and (wrong := self._wrong(scope["path"].rstrip("/"), body)) is not None:
+        if is_post and (wrong := self._wrong(scope["path"].rstrip("/"), body)) is not None:
             await _refuse(send, 400, wrong)
             return
-        failed, given = False, scope["method"] != "POST"
+        failed, given = False, not is_post
 
         async def again() -> Message:
             nonlocal given
@@ -115,7 +112,7 @@ class Door:
         try:
             await self.app(scope, again, with_policy)
         except Exception as error:
-            # What gradio does not expect of a request it raises: a function's number that there is not.
+            # gradio raises on a request that it does not expect, such as an unknown function's number.
             print(f"halfstep: a request to {scope['path']} failed ({type(error).__name__})", file=sys.stderr)
             if not failed:
                 raise
@@ -123,7 +120,7 @@ class Door:
             await _refuse(send, 400, "this request cannot be understood")
 
     def _wrong(self, path: str, body: bytes) -> str | None:
-        """What is wrong with a call of one of the functions; None if it can be passed on."""
+        """Return what is wrong with a call of one of the functions; None if it can be passed on."""
         found = re.fullmatch(r"/gradio_api/(?:call/(\w+)|queue/join)", path)
         if found is None:
             return None
@@ -153,14 +150,14 @@ async def _refuse(send: Send, status: int, text: str) -> None:
 
 
 def serve(explorer: Explorer, host: str = "127.0.0.1", port: int = 7860, ready: Callable[[str], None] = print) -> None:
-    """Serves the page until it is stopped (Ctrl-C).
+    """Serve the page until Ctrl-C.
 
     Args:
-        port: 0 for any that is free.
-        ready: told the address once the port is held.
+        port: 0 for any free one.
+        ready: called with the address once the port is bound.
 
     Raises:
-        ValueError: if gradio is not installed, or the address cannot be had.
+        ValueError: if gradio is not installed, or the address cannot be bound.
     """
     everywhere = host in ("0.0.0.0", "::", "")
     app = page(explorer, None if everywhere else (*LOCAL, f"[{host}]" if ":" in host else host))
@@ -177,7 +174,7 @@ def serve(explorer: Explorer, host: str = "127.0.0.1", port: int = 7860, ready: 
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         config = uvicorn.Config(app, log_level="warning", access_log=False, ws="none", timeout_graceful_shutdown=1)
         server = uvicorn.Server(config)
-        # In a thread of its own it leaves signals alone, which it would answer with a traceback.
+        # In the main thread it would handle signals, and end with a traceback.
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         try:
             thread.start()
@@ -190,7 +187,7 @@ def serve(explorer: Explorer, host: str = "127.0.0.1", port: int = 7860, ready: 
 
 
 def page(explorer: Explorer, hosts: Sequence[str] | None) -> App:
-    """The whole as an ASGI app.
+    """Return the whole as an ASGI app.
 
     Raises:
         ValueError: if gradio is not installed.
@@ -203,14 +200,15 @@ def page(explorer: Explorer, hosts: Sequence[str] | None) -> App:
     import gradio as gr
     from fastapi import FastAPI
 
-    fonts = ["system-ui", "sans-serif"]
     blocks = _blocks(gr, explorer)
     inner = gr.mount_gradio_app(
         FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
         blocks,
         path="/",
-        theme=gr.themes.Default(primary_hue="blue", font=fonts, font_mono=["ui-monospace", "monospace"]).set(
-            # The theme's own are too pale to be read: these have 6 to 1 and 5.2 to 1 and more.
+        theme=gr.themes.Default(
+            primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+        ).set(
+            # The theme's own colours are too pale; these have a contrast of 6 to 1, and of at least 5.2 to 1.
             body_text_color_subdued="#59626d",
             body_text_color_subdued_dark="#a4adb8",
             button_primary_background_fill="#0072b2",
@@ -256,15 +254,14 @@ CSS: Final = """
 
 
 def _blocks(gr: Any, explorer: Explorer) -> Any:
-    """The page: what is asked at the top, and a tab for each of the three questions."""
+    """Return the page: what is asked at the top, and a tab for each of the three questions."""
     last = explorer.present[-1]
-    manifest, bounds = explorer.manifest, explorer.bounds
-    missing = [f"{one.name} is missing: {one.missing}." for one in explorer.choices if one.missing is not None]
+    most_samples, most_frames = explorer.bounds.samples(explorer.shape), explorer.bounds.frames(explorer.shape)
 
-    def answered(ask: Callable[..., Answer], show: Callable[[Answer], str], label: str) -> Callable[..., str]:
+    def answered(ask: Callable[..., Answer], kind: str, label: str) -> Callable[..., str]:
         def call(*values: Any) -> str:
             try:
-                return show(ask(*values))
+                return _html(kind, ask(*values))
             except ValueError as error:
                 raise gr.Error(str(error), duration=None, title="Not possible", print_exception=False) from None
 
@@ -272,10 +269,12 @@ def _blocks(gr: Any, explorer: Explorer) -> Any:
         return call
 
     # gradio's own refusal of a value that is not in a list prints a traceback here; ours says more.
-    checked_here: dict[str, Any] = {"allow_custom_value": True}
+    checked_here: dict[str, Any] = {"filterable": False, "allow_custom_value": True}
+    together = {"concurrency_limit": 1, "concurrency_id": "models"}
+    silent = {"api_visibility": "private", "show_progress": "hidden"}
     with gr.Blocks(title=f"halfstep: {explorer.path.resolve().name}", analytics_enabled=False) as blocks:
         gr.Markdown(f"# {_plain(explorer.path.resolve().name)}: teacher and students from the same noise")
-        if missing:
+        if missing := explorer.missing_notes():
             gr.Markdown("\n".join(f"* {_plain(text)}" for text in missing))
         with gr.Row():
             stage = gr.Dropdown(
@@ -283,31 +282,21 @@ def _blocks(gr: Any, explorer: Explorer) -> Any:
                 value=last.name,
                 label="Stage",
                 elem_id="stage",
-                filterable=False,
                 **checked_here,
             )
             steps = gr.Number(last.num_steps or explorer.start_steps, label="Steps of the stage", elem_id="steps")
             teacher_steps = gr.Number(explorer.start_steps, label="Steps of the teacher", elem_id="teacher-steps")
             seed = gr.Number(0, label="Seed", elem_id="seed")
-            classes = [("all in turn", None), *((str(k), k) for k in range(manifest.num_classes))]
+            num_classes = explorer.manifest.num_classes
+            classes = [("all in turn", None), *((str(k), k) for k in range(num_classes))]
             class_label = gr.Dropdown(
-                classes,
-                value=None,
-                label="Class",
-                elem_id="class",
-                visible=manifest.num_classes > 0,
-                filterable=False,
-                **checked_here,
+                classes, value=None, label="Class", elem_id="class", visible=num_classes > 0, **checked_here
             )
             scale = gr.Number(
                 None, label="Guidance (empty: the model’s own)", elem_id="guidance", visible=explorer.knows_guidance
             )
         with gr.Tab("Compare"):
-            samples = gr.Number(
-                min(16, bounds.samples(explorer.shape)),
-                label=f"Samples, at most {bounds.samples(explorer.shape)}",
-                elem_id="samples",
-            )
+            samples = gr.Number(min(16, most_samples), label=f"Samples, at most {most_samples}", elem_id="samples")
             compare = gr.Button("Sample", variant="primary", elem_id="compare")
             compared = gr.HTML(elem_id="compared")
         with gr.Tab("All stages"):
@@ -318,7 +307,7 @@ def _blocks(gr: Any, explorer: Explorer) -> Any:
             gr.Markdown("From the noise of one seed to that of another, along the great circle between them.")
             with gr.Row():
                 other_seed = gr.Number(1, label="Second seed", elem_id="other-seed")
-                frames = gr.Number(8, label=f"Frames, at most {bounds.frames(explorer.shape)}", elem_id="frames")
+                frames = gr.Number(8, label=f"Frames, at most {most_frames}", elem_id="frames")
             walk = gr.Button("Walk", variant="primary", elem_id="walk")
             walked = gr.HTML(elem_id="walked")
 
@@ -327,26 +316,16 @@ def _blocks(gr: Any, explorer: Explorer) -> Any:
         def own_steps(name: object) -> int:
             return own.get(name, 1) if isinstance(name, str) else 1
 
-        stage.change(own_steps, stage, steps, api_visibility="private", show_progress="hidden")
-        together = {"concurrency_limit": 1, "concurrency_id": "models"}
+        stage.change(own_steps, stage, steps, **silent)
         asked = [stage, steps, teacher_steps, seed, samples, class_label, scale]
-        first = answered(explorer.compare, _beside, "A stage and the teacher from the same noise, as HTML.")
-        compare.click(first, asked, compared, api_name="compare", **together)
-        blocks.load(first, asked, compared, api_visibility="private", show_progress="hidden", **together)
-        strip.click(
-            answered(explorer.strip, _strip, "One noise through all stages, as HTML."),
-            [seed, class_label, scale],
-            stripped,
-            api_name="strip",
-            **together,
-        )
-        walk.click(
-            answered(explorer.walk, _walk, "A walk from one noise to another, as HTML."),
-            [stage, steps, seed, other_seed, frames, class_label, scale],
-            walked,
-            api_name="walk",
-            **together,
-        )
+        call = answered(explorer.compare, "pair", "A stage and the teacher from the same noise, as HTML.")
+        compare.click(call, asked, compared, api_name="compare", **together)
+        blocks.load(call, asked, compared, **silent, **together)
+        call = answered(explorer.strip, "row", "One noise through all stages, as HTML.")
+        strip.click(call, [seed, class_label, scale], stripped, api_name="strip", **together)
+        asked = [stage, steps, seed, other_seed, frames, class_label, scale]
+        call = answered(explorer.walk, "walk", "A walk from one noise to another, as HTML.")
+        walk.click(call, asked, walked, api_name="walk", **together)
     return blocks.queue(max_size=LARGEST_QUEUE, default_concurrency_limit=1)
 
 
@@ -354,62 +333,42 @@ def _blocks(gr: Any, explorer: Explorer) -> Any:
 
 
 def _plain(text: str) -> str:
-    """A text as Markdown that says just that."""
+    """Return a text as Markdown that shows just that text."""
     return re.sub(r"([\\`*_{}\[\]()<>#+!|&~$-])", r"\\\1", text)
 
 
-def _beside(answer: Answer) -> str:
-    columns = max(1, round(len(answer.shown[0].samples) ** 0.5))
-    return _html("pair", answer, [_figure(one, answer, columns) for one in answer.shown])
-
-
-def _strip(answer: Answer) -> str:
-    return _html("row", answer, [_figure(one, answer, 1) for one in answer.shown])
-
-
-def _walk(answer: Answer) -> str:
-    return _html("walk", answer, [_figure(one, answer, len(one.samples)) for one in answer.shown])
-
-
-def _html(kind: str, answer: Answer, made: Sequence[Markup]) -> str:
+def _html(kind: str, answer: Answer) -> str:
+    """Return the answer, whose pictures stand beside each other ("pair", "row") or below each other ("walk")."""
+    number = len(answer.shown[0].samples)
+    columns = {"pair": max(1, round(number**0.5)), "row": 1, "walk": number}[kind]
+    made = Markup("").join(_figure(one, answer, columns) for one in answer.shown)
     notes = Markup("").join(Markup("<li>{}</li>").format(note) for note in answer.notes)
-    head = Markup('<ul class="notes">{}</ul>').format(notes) if answer.notes else Markup("")
-    html = Markup('{}<div class="made {}">{}</div>').format(head, kind, Markup("").join(made))
+    head = Markup('<ul class="notes">{}</ul>').format(notes) if answer.notes else ""
     # gradio's component takes ${...} for a template.
-    return str(html).replace("${", "$&#123;")
+    return str(Markup('{}<div class="made {}">{}</div>').format(head, kind, made)).replace("${", "$&#123;")
 
 
 def _figure(shown: Shown, answer: Answer, columns: int) -> Markup:
     who = "The teacher" if shown.is_start and shown.role == "teacher" else shown.stage
     calls = count(shown.num_evals, "network call")
-    words = f"{count(shown.num_steps, 'step')}, {calls}, {_seconds(shown.seconds)}, {shown.sampler}"
-    alt = f"{count(len(shown.samples), 'sample')} of {who} at {count(shown.num_steps, 'step')}"
+    time = f"{number(1000 * shown.seconds)} ms" if shown.seconds < 1 else f"{number(shown.seconds)} s"
+    steps = count(shown.num_steps, "step")
+    alt = f"{count(len(shown.samples), 'sample')} of {who} at {steps}"
+    downloads = {}
     if figures.is_images(shown.samples):
-        data, width, height = figures.png_grid(shown.samples, columns, in_full=True)
-        source = f"data:image/png;base64,{data}"
-        picture = Markup('<img src="{}" width="{}" height="{}" alt="{}">').format(source, width, height, alt)
-        pictures = [("PNG", "png", source)]
+        picture, downloads["PNG"] = figures.image_grid(shown.samples, columns, alt, in_full=True)
     else:
-        box = figures.limits([one.samples for one in answer.shown if one.is_start] or [shown.samples])
-        svg = figures.scatter(shown.samples, box, STRIP_SEEDS)
-        picture = Markup('<span role="img" aria-label="{}">{}</span>').format(alt, svg)
-        pictures = []
+        box = figures.limits(next((one.samples for one in answer.shown if one.is_start), shown.samples))
+        picture = figures.scatter(shown.samples, box, len(figures.SEED_COLOURS), alt)
+    npz = io.BytesIO()
+    np.savez_compressed(npz, arr_0=shown.samples)
+    downloads["npz"] = figures.data_url(npz.getvalue(), "application/octet-stream")
     name = re.sub(r"[^\w.-]", "_", f"{shown.stage}-{shown.num_steps}-steps")
     links = Markup("").join(
-        Markup('<a download="{}.{}" href="{}">{}</a>').format(name, suffix, source, f"Download {label}")
-        for label, suffix, source in [*pictures, ("npz", "npz", _npz(shown.samples))]
+        Markup('<a download="{}.{}" href="{}">Download {}</a>').format(name, label.lower(), url, label)
+        for label, url in downloads.items()
     )
-    caption = Markup("<figcaption><b>{}</b>{}</figcaption>").format(escape(who), words)
+    caption = Markup("<figcaption><b>{}</b>{}, {}, {}, {}</figcaption>").format(who, steps, calls, time, shown.sampler)
     return Markup('<figure data-stage="{}" data-seconds="{:.6f}">{}{}<div class="get">{}</div></figure>').format(
         shown.stage, shown.seconds, caption, picture, links
     )
-
-
-def _seconds(seconds: float) -> str:
-    return f"{number(1000 * seconds)} ms" if seconds < 1 else f"{number(seconds)} s"
-
-
-def _npz(samples: np.ndarray) -> str:
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, arr_0=samples)
-    return f"data:application/octet-stream;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from markupsafe import Markup
@@ -12,9 +12,7 @@ from halfstep.report.quality import Group
 from halfstep.report.reading import RunFacts, StageFacts
 from halfstep.report.summary import Summary
 from halfstep.report.words import count, duration, number, ratio
-from halfstep.runs import is_finite
-
-NOT_BEGUN = "not begun"
+from halfstep.runs import PlannedStage, finite, is_finite
 
 
 @dataclass(frozen=True)
@@ -25,8 +23,7 @@ class StageRow:
     label: str
     """The role, a student's steps, or "?" if neither is known."""
     status: str
-    complete: bool
-    damaged: bool
+    """complete, damaged, not begun, or the updates done."""
     objective: str | None
     num_updates: int
     seconds: float | None
@@ -46,38 +43,35 @@ class StageRow:
 
 
 def stage_rows(facts: RunFacts) -> list[StageRow]:
-    """All stages that the plan, the folder or the log names, in order."""
+    """Return all stages that the plan, the folder or the log names, in order."""
     stages = {stage.name: stage for stage in facts.stages}
     planned = {row.name: row for row in facts.plan}
     longest = max((stage.manifest.seconds for stage in facts.stages), default=0.0)
     rows = []
     for name in dict.fromkeys([*planned, *sorted({*stages, *facts.log, *facts.damaged})]):
-        stage, plan, log = stages.get(name), planned.get(name), facts.log.get(name, ())
-        num_updates = stage.manifest.num_updates if stage else plan.num_updates if plan else 0
-        steps = stage.manifest.num_steps if stage else plan.num_steps if plan else None
-        role = stage.role if stage else plan.role if plan else None
+        stage, log = stages.get(name), facts.log.get(name, ())
+        plan = planned.get(name, PlannedStage(name))
+        source, role = (stage.manifest, stage.role) if stage else (plan, plan.role)
         if stage:
             status = "complete"
         elif name in facts.damaged:
             status = "damaged"
         elif log:
-            status = f"{log[-1].update:,}" + (f" of {num_updates:,}" if num_updates else "") + " updates done"
+            total = f" of {source.num_updates:,}" if source.num_updates else ""
+            status = f"{log[-1].update:,}{total} updates done"
         else:
-            status = NOT_BEGUN
+            status = "not begun"
         seconds = stage.manifest.seconds if stage and is_finite(stage.manifest.seconds) else None
-        share = ratio(seconds, longest) or 0.0
         to_parent, to_first, num_compared = _distances(stage, stages, facts.start)
         rows.append(
             StageRow(
                 name=name,
-                label=role or "?" if steps is None else str(steps),
+                label=role or "?" if source.num_steps is None else str(source.num_steps),
                 status=status,
-                complete=stage is not None,
-                damaged=name in facts.damaged,
                 objective=stage.manifest.objective if stage else None,
-                num_updates=num_updates,
+                num_updates=source.num_updates,
                 seconds=seconds,
-                share=min(1.0, max(0.0, share)),
+                share=min(1.0, max(0.0, ratio(seconds, longest) or 0.0)),
                 first_loss=log[0].loss if log else None,
                 last_loss=log[-1].loss if log else None,
                 learning_rate=max((p.learning_rate for p in log if p.learning_rate is not None), default=None),
@@ -93,16 +87,14 @@ def stage_rows(facts: RunFacts) -> list[StageRow]:
 def _distances(
     stage: StageFacts | None, stages: Mapping[str, StageFacts], first: StageFacts | None
 ) -> tuple[float | None, float | None, int]:
-    """The distances of a student's samples to its teacher's and to the first one's, and how many were compared."""
+    """Return the distances of a student's samples to its teacher's and to the first one's, and their number."""
     if stage is None or stage is first or stage.role != "student" or stage.manifest.num_steps is None:
         return None, None, 0
     own = stage.samples.get(stage.manifest.num_steps)
-    parent = stages.get(stage.manifest.parent or "")
     found = []
-    for teacher in (parent, first):
-        start = None if teacher is None else teacher.manifest.num_steps or stage.manifest.start_steps
-        theirs = None if teacher is None or start is None else teacher.samples.get(start)
-        found.append(_rmse(own, theirs))
+    for teacher in (stages.get(stage.manifest.parent or ""), first):
+        start = (teacher.manifest.num_steps or stage.manifest.start_steps) if teacher else None
+        found.append(_rmse(own, teacher.samples.get(start) if teacher and start else None))
     return found[0], found[1], 0 if own is None or found == [None, None] else len(own)
 
 
@@ -110,51 +102,46 @@ def _rmse(a: np.ndarray | None, b: np.ndarray | None) -> float | None:
     if a is None or b is None or a.shape != b.shape or a.dtype != b.dtype:
         return None
     scale = 127.5 if a.dtype == np.uint8 else 1.0
-    value = float(np.sqrt(np.mean(np.square((a.astype(np.float64) - b.astype(np.float64)) / scale))))
-    return value if is_finite(value) else None
+    return finite(float(np.sqrt(np.mean(np.square((a.astype(np.float64) - b.astype(np.float64)) / scale)))))
 
 
 def progress(rows: Sequence[StageRow]) -> str | None:
-    """The sentence about a run that is not at its end; None for one that is."""
-    missing = [row for row in rows if not row.complete and not row.damaged]
+    """Return the sentence about a run that is not at its end; None for one that is."""
+    missing = [row for row in rows if row.status not in ("complete", "damaged")]
     if not missing:
         return None
-    done = sum(row.complete for row in rows)
-    text = f"This run is not at its end: {done} of {count(len(rows), 'stage')} complete. Missing: "
-    return text + ", ".join(f"{r.name} ({r.status})" if r.status != NOT_BEGUN else r.name for r in missing) + "."
+    done = sum(row.status == "complete" for row in rows)
+    names = ", ".join(row.name if row.status == "not begun" else f"{row.name} ({row.status})" for row in missing)
+    return f"This run is not at its end: {done} of {count(len(rows), 'stage')} complete. Missing: {names}."
 
 
 def loss_figure(facts: RunFacts, rows: Sequence[StageRow]) -> Markup | None:
-    """Loss and learning rate of all stages, None if none has a loss that can be drawn."""
+    """Draw loss and learning rate of all stages; None without a loss that can be drawn."""
     stages = []
     for row in rows:
         log = facts.log.get(row.name, ())
         length = max([row.num_updates, *(point.update for point in log)])
-        if length <= 0:
-            continue
         losses = [(point.update, point.loss) for point in log if point.loss > 0]
         rates = [(p.update, p.learning_rate) for p in log if p.learning_rate is not None and p.learning_rate >= 0]
-        stages.append(
-            (figures.Curve.through(row.label, losses), figures.Curve.through(row.label, rates), float(length))
-        )
+        if length > 0:
+            curves = [figures.Curve.through(row.label, points) for points in (losses, rates)]
+            stages.append((curves[0], curves[1], float(length)))
     return figures.chain_figure("chain", stages)
 
 
 def distance_figure(rows: Sequence[StageRow]) -> Markup | None:
-    """The students' distances against their steps; None if there is none above 0."""
-    students = [row for row in rows if row.complete and row.label.isdecimal()]
+    """Draw the students' distances against their steps; None without one above 0."""
+    students = [row for row in rows if row.num_compared]
 
-    def curve(label: str, name: str) -> figures.Curve | None:
-        points = sorted((int(row.label), value) for row in students if (value := getattr(row, name)))
-        return figures.Curve.through(label, points) if points else None
+    def curve(label: str, distances: Sequence[float | None]) -> figures.Curve:
+        pairs = zip(students, distances, strict=True)
+        return figures.Curve.through(label, sorted((int(row.label), value) for row, value in pairs if value))
 
     return figures.steps_figure(
         "distance",
-        curve("from the start of the chain", "to_first"),
-        curve("from its own teacher", "to_parent"),
-        (),
-        None,
         "RMSE, same noise",
+        curve("from the start of the chain", [row.to_first for row in students]),
+        curve("from its own teacher", [row.to_parent for row in students]),
     )
 
 
@@ -169,7 +156,7 @@ SECTIONS: Final = (
 
 
 def cost(facts: RunFacts, groups: Sequence[Group], summary: Summary) -> tuple[list[tuple[str, str]], str | None]:
-    """What was spent, as names and texts, and the sentence about when the students have paid for themselves."""
+    """Return what was spent, as names and texts, and after how many samples the students have paid for themselves."""
     pairs = []
     given = {row.name for row in facts.plan if row.num_updates == 0}
     given |= {stage.name for stage in facts.stages if stage.manifest.num_updates == 0}
@@ -183,8 +170,9 @@ def cost(facts: RunFacts, groups: Sequence[Group], summary: Summary) -> tuple[li
         updates = sum(stage.manifest.num_updates for stage in stages)
         seconds = sum(stage.manifest.seconds for stage in stages)
         text = f"{duration(seconds)}, {count(updates, 'update')}"
-        batch = _batch_size(facts.recipe, section)
-        if batch is not None:
+        settings = facts.recipe.get(section)
+        batch = settings.get("batch_size") if isinstance(settings, Mapping) else None
+        if isinstance(batch, int) and batch > 0:
             text += f" of {count(batch, 'sample')}"
         if len(stages) > 1:
             text += f", {count(len(stages), 'stage')}"
@@ -194,10 +182,10 @@ def cost(facts: RunFacts, groups: Sequence[Group], summary: Summary) -> tuple[li
         kind = network.manifest.network.get("type", "network")
         pairs.append(("Network", f"{kind}, {network.num_parameters:,} parameters in {network.name}"))
     hardware = [str(facts.environment[name]) for name in ("device", "platform") if facts.environment.get(name)]
-    for name, noun in (("cpu_count", "CPU core"), ("threads", "thread of torch")):
+    for name, user, noun in (("cpu_count", "", "CPU core"), ("threads", "torch on ", "thread")):
         value = facts.environment.get(name)
         if isinstance(value, int) and value > 0:
-            hardware.append(count(value, noun) if noun != "thread of torch" else f"torch on {count(value, 'thread')}")
+            hardware.append(user + count(value, noun))
     if hardware:
         pairs.append(("Hardware", ", ".join(hardware)))
     if isinstance(facts.environment.get("started"), str):
@@ -205,29 +193,21 @@ def cost(facts: RunFacts, groups: Sequence[Group], summary: Summary) -> tuple[li
     return pairs, _paid(facts, groups, summary)
 
 
-def _batch_size(recipe: Mapping[str, Any], section: str) -> int | None:
-    part = recipe.get(section)
-    size = part.get("batch_size") if isinstance(part, Mapping) else None
-    return size if isinstance(size, int) and size > 0 else None
-
-
 def _paid(facts: RunFacts, groups: Sequence[Group], summary: Summary) -> str | None:
-    """After how many samples the training of the summary's student has been won back."""
-    group = next((g for g in groups if g.most is not None), None)
-    if group is None or group.most is None or summary.best is None:
-        return None
-    row = next(
-        (r for r in group.rows if r.student is not None and not r.is_matched and r.steps == summary.best.steps), None
-    )
-    if row is None or row.student is None or row.student_stage is None:
-        return None
+    """Return after how many samples the training of the summary's student has been won back."""
     names = [stage.name for stage in facts.others]
-    trained = sum(stage.manifest.seconds for stage in facts.others[: names.index(row.student_stage) + 1])
-    saved = (group.most.seconds_per_1000 - row.student.seconds_per_1000) / 1000
-    if not (is_finite(saved) and saved > 0 and is_finite(trained)):
-        return None
-    return (
-        f"Training the chain down to {count(row.steps, 'step')} took {duration(trained)} and saves "
-        f"{number(saved * 1000)} s per 1,000 samples against the teacher at {count(group.most.num_steps, 'step')}: "
-        f"it is won back after about {float(f'{trained / saved:.2g}'):,.0f} samples."
-    )
+    most, rows = next(((group.most, group.rows) for group in groups if group.most is not None), (None, ()))
+    for row in rows:
+        is_best = summary.best is not None and row.steps == summary.best.steps and not row.is_matched
+        if most is None or row.student is None or row.student_stage is None or not is_best:
+            continue
+        trained = sum(stage.manifest.seconds for stage in facts.others[: names.index(row.student_stage) + 1])
+        saved = (most.seconds_per_1000 - row.student.seconds_per_1000) / 1000
+        if not (is_finite(saved) and saved > 0 and is_finite(trained)):
+            return None
+        return (
+            f"Training the chain down to {count(row.steps, 'step')} took {duration(trained)} and saves "
+            f"{number(saved * 1000)} s per 1,000 samples against the teacher at {count(most.num_steps, 'step')}: "
+            f"it is won back after about {float(f'{trained / saved:.2g}'):,.0f} samples."
+        )
+    return None

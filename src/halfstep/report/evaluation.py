@@ -15,9 +15,9 @@ from halfstep.report import figures
 from halfstep.report.figures import Curve
 from halfstep.report.study_figure import Panel, draw_panels
 from halfstep.report.table import Table
-from halfstep.report.words import flatten, number, with_spread
-from halfstep.runs import EvaluationResult, is_finite
-from halfstep.runs.evaluation import EvaluationTable, Protocol, Row, Series
+from halfstep.report.words import count, flatten, number, with_spread
+from halfstep.runs import EvaluationResult, finite, is_finite
+from halfstep.runs.evaluation import EvaluationTable, Protocol, Series
 from halfstep.runtime.files import write_text
 
 DRAWN = ("frechet", "rmse")
@@ -36,20 +36,15 @@ def title_of(table: EvaluationTable) -> str:
     return f"Against real data, in the features {table.protocol.extractor}"
 
 
-def label_of(row: Row, result: EvaluationResult) -> str:
-    """Return a row's label: its series, and the gamma that was found best for it."""
-    label = next((series.label for series in result.series if series.name == row.series), row.series)
-    return label + ("" if row.gamma is None else f", gamma {row.gamma:g}")
-
-
 def text_table(table: EvaluationTable, result: EvaluationResult) -> Table:
-    """Return the table as texts."""
+    """Return the table as texts; a row's label is its series, and the gamma that was found best for it."""
     names = metrics_of(table, result)
+    labels = {series.name: series.label for series in result.series}
     rows = [
         [
-            label_of(row, result),
-            "–" if row.num_steps is None else f"{row.num_steps:,}",
-            "–" if row.num_evals is None else f"{row.num_evals:,}",
+            labels.get(row.series, row.series) + ("" if row.gamma is None else f", gamma {row.gamma:g}"),
+            number(row.num_steps),
+            number(row.num_evals),
             *(with_spread(row.figures[n].mean, row.figures[n].spread) if n in row.figures else "–" for n in names),
             number(row.seconds_per_1000),
         ]
@@ -60,9 +55,7 @@ def text_table(table: EvaluationTable, result: EvaluationResult) -> Table:
 
 def protocol_words(protocol: Protocol) -> str:
     """Return how the figures of a table were made, in one paragraph."""
-    sets = (
-        f"{len(protocol.seeds)} {'set' if len(protocol.seeds) == 1 else 'sets'} of seeds ({', '.join(protocol.seeds)})"
-    )
+    sets = f"{count(len(protocol.seeds), 'set')} of seeds ({', '.join(protocol.seeds)})"
     guidance = "" if protocol.guidance_scale is None else f", guidance scale {protocol.guidance_scale:g}"
     bf16 = "" if protocol.precision == "float32" else f", sampled in {protocol.precision}"
     counts = f"{protocol.num_samples:,} samples in each of {sets}, {protocol.images}{guidance}{bf16}"
@@ -82,7 +75,7 @@ def curves_of(table: EvaluationTable, result: EvaluationResult, metric: str) -> 
     curves = []
     for place, series in enumerate(result.series):
         points = sorted(
-            (float(row.num_steps), figure.mean, figure.spread if is_finite(figure.spread) else 0.0)
+            (float(row.num_steps), figure.mean, finite(figure.spread) or 0.0)
             for row in table.rows
             if row.series == series.name and row.num_steps and (figure := row.figures.get(metric)) is not None
             if is_finite(figure.mean) and figure.mean > 0
@@ -97,10 +90,10 @@ def curves_of(table: EvaluationTable, result: EvaluationResult, metric: str) -> 
 
 def write_evaluation(result: EvaluationResult, folder: Path) -> list[Path]:
     """Write evaluation.md and .csv, and .svg and .png if there is a curve; return their paths."""
-    paths = [folder / "evaluation.md", folder / "evaluation.csv"]
-    write_text(paths[0], markdown(result))
-    write_text(paths[1], comma_separated(result))
-    panels = []
+    texts = {folder / "evaluation.md": markdown(result), folder / "evaluation.csv": comma_separated(result)}
+    for path, text in texts.items():
+        write_text(path, text)
+    paths, panels = list(texts), []
     for table in result.tables:
         metric = "frechet" if table.protocol.kind == "sets" else "rmse"
         if curves := [curve for _, curve in curves_of(table, result, metric)]:
@@ -167,9 +160,9 @@ class Shown(NamedTuple):
     table: EvaluationTable
     heading: str
     names: Sequence[str]
-    """Of its metrics."""
+    """The table's metrics."""
     roles: Sequence[str]
-    """Of its rows' series."""
+    """The role of each row's series."""
     texts: Table
     figure: Markup | None
     figure_alt: str
@@ -178,13 +171,12 @@ class Shown(NamedTuple):
 
 def shown_tables(result: EvaluationResult | None) -> list[Shown]:
     """Return the tables that hold a row."""
-    shown: list[Shown] = []
-    for table in [] if result is None else result.tables:
-        assert result is not None
-        if not table.rows:
-            continue
-        figure, alt = _figure(f"evaluation{len(shown)}", table, result)
-        known = {series.name: series.role for series in result.series}
+    if result is None:
+        return []
+    known = {series.name: series.role for series in result.series}
+    shown = []
+    for index, table in enumerate(table for table in result.tables if table.rows):
+        figure, alt = _figure(f"evaluation{index}", table, result)
         roles = [known.get(row.series, "other") for row in table.rows]
         protocol = flatten(table.protocol.model_dump(mode="json"))
         names, texts = metrics_of(table, result), text_table(table, result)
@@ -202,11 +194,7 @@ def _figure(name: str, table: EvaluationTable, result: EvaluationResult) -> tupl
     first = [next((one for one in curves if one[0].role == role), None) for role in ("teacher", "student")]
     others = [curve for one in curves if one not in first for curve in one[1:]]
     more = len(others) - len(figures.OTHERS)
-    text = (
-        f"Line chart: {info.label} against the number of sampler steps; the table below holds its figures"
-        + (f", and {more} more series that have no place in the chart" if more > 0 else "")
-        + "."
-    )
+    rest = f", and {more} more series that have no place in the chart" if more > 0 else ""
+    text = f"Line chart: {info.label} against the number of sampler steps; the table below holds its figures{rest}."
     teacher, student = (None if one is None else one[1] for one in first)
-    label = f"{info.label} ({info.better} is better)"
-    return figures.steps_figure(name, teacher, student, others, None, label), text
+    return figures.steps_figure(name, f"{info.label} ({info.better} is better)", teacher, student, others), text

@@ -15,10 +15,11 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
+STYLE = {"svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+"""matplotlib's settings for every figure."""
 INK, FAINT, TEACHER, STUDENT = "#010101", "#020202", "#030303", "#040404"
-"""Stand-in colours."""
 OTHERS = ("#050505", "#060606", "#070707", "#080808")
-"""Those of further series."""
+"""Stand-in colours of further series."""
 VARIABLES = {
     INK: "var(--ink)",
     FAINT: "var(--faint)",
@@ -26,16 +27,13 @@ VARIABLES = {
     STUDENT: "var(--student)",
     **{stand_in: f"var(--other-{index})" for index, stand_in in enumerate(OTHERS)},
 }
-MARKERS = "D^vPX*"
-"""Of further series: colour alone tells nobody anything."""
+MARKERS = "D^vP"
+"""Of further series, which must differ by more than colour."""
 SEED_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#7F7F7F")
-"""Of the first eight points of a scatter plot."""
-SMALLEST_TILE = 64
-"""Pixels to which small images are enlarged, about."""
-LARGEST_TILE = 96
-"""Pixels to which large images are reduced."""
-WIDTH = 5.0
-"""Inches of a figure; its text is 12 points, so that it can be read on a phone too."""
+SMALLEST_TILE, LARGEST_TILE = 64, 96
+"""Pixels to which small images are enlarged, about, and large ones reduced."""
+GAP = 4
+"""Pixels between two images."""
 MOST_POINTS = 400
 """Points of a curve or of a scatter plot, so that the page stays light."""
 
@@ -60,36 +58,27 @@ class Curve:
 
 
 def _figure(name: str, height: float, draw: Any, panels: Sequence[float] = (1.0,)) -> Markup:
-    """The SVG that `draw` makes, with ids that begin with `name`: the same for the same numbers.
+    """Return the SVG that `draw` makes, with ids that begin with `name`: the same for the same numbers.
 
     Args:
-        draw: called with the axes, one for each of `panels`, which lie below each other and share x.
-        panels: their heights, relative to each other.
+        draw: called with the axes, one below the other with a common x.
+        panels: the relative height of each.
     """
     import matplotlib
     from matplotlib.figure import Figure
 
-    settings = {
-        "svg.fonttype": "none",
+    settings = STYLE | {
         "svg.hashsalt": name,
         "font.family": "sans-serif",
         "font.size": 12,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.edgecolor": FAINT,
-        "xtick.color": FAINT,
-        "ytick.color": FAINT,
-        "xtick.labelcolor": INK,
-        "ytick.labelcolor": INK,
-        "axes.labelcolor": INK,
-        "text.color": INK,
-        "grid.color": FAINT,
+        **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), FAINT),
+        **dict.fromkeys(("xtick.labelcolor", "ytick.labelcolor", "axes.labelcolor", "text.color"), INK),
         "grid.alpha": 0.35,
         "grid.linewidth": 0.6,
-        "legend.frameon": False,
     }
     with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        # At 5 inches, text of 12 points can be read on a phone too.
+        figure = Figure(figsize=(5.0, height), layout="constrained")
         draw(*figure.subplots(len(panels), sharex=True, squeeze=False, height_ratios=list(panels))[:, 0])
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -103,41 +92,38 @@ def _figure(name: str, height: float, draw: Any, panels: Sequence[float] = (1.0,
     svg = re.sub(r'href="#', f'href="#{name}-', svg)
     for stand_in, variable in VARIABLES.items():
         svg = svg.replace(stand_in, variable)
-    # The figure's text alternative stands at the element round it.
+    # The element around the figure holds its text alternative.
     return Markup(svg.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1).strip())
 
 
 def _log_axis(axis: Any, values: Sequence[float]) -> None:
-    """Ticks at 1, 2 and 5 with plain numbers, or evenly where the values span less than that can show."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+    """Set ticks at 1, 2 and 5 with plain numbers, or evenly where the values span less than that can show."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     wide = max(values) / min(values)
     subs = (1.0,) if wide > 1e4 else (1.0, 2.0, 5.0)
     axis.set_major_locator(LogLocator(subs=subs) if wide > 6 else MaxNLocator(5))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())
 
 
-def quality_figure(name: str, teacher: Curve | None, student: Curve | None, level: Curve | None) -> Markup | None:
-    """Frechet distance against steps on two logarithmic axes; None if there is no point to show.
-
-    Args:
-        level: a horizontal line to compare with, one point.
-    """
-    return steps_figure(name, teacher, student, (), level, "Fréchet distance (lower is better)")
-
-
 def steps_figure(
-    name: str, teacher: Curve | None, student: Curve | None, others: Sequence[Curve], level: Curve | None, y_label: str
+    name: str,
+    y_label: str,
+    teacher: Curve | None,
+    student: Curve | None,
+    others: Sequence[Curve] = (),
+    level: Curve | None = None,
 ) -> Markup | None:
-    """Curves against sampler steps on two logarithmic axes; None if there is no point to show.
+    """Draw curves against sampler steps on two logarithmic axes; None without a point to show.
 
     Args:
-        others: further curves, at most as many as there are colours for; the rest is not drawn.
-        level: a horizontal line to compare with, one point.
+        others: further curves, of which the first `len(OTHERS)` are drawn.
+        level: one point, at whose height a horizontal line is drawn.
     """
     styles = [(teacher, TEACHER, "s--"), (student, STUDENT, "o-")]
-    styles += [(curve, OTHERS[i], f"{MARKERS[i]}-.") for i, curve in enumerate(others[: len(OTHERS)])]
+    # Further curves without a colour of their own are not drawn.
+    styles += [(curve, c, f"{marker}-.") for curve, c, marker in zip(others, OTHERS, MARKERS, strict=False)]
     shown = [(curve, colour, style) for curve, colour, style in styles if curve is not None and curve.x]
     if not shown:
         return None
@@ -153,7 +139,10 @@ def steps_figure(
             axes.errorbar(curve.x, curve.y, error, fmt=style, label=curve.label, **look)
         if level is not None:
             axes.axhline(level.y[0], color=FAINT, linewidth=1.2, linestyle=":", label=level.label, zorder=1)
-        _steps_axis(axes, [x for curve, _, _ in shown for x in curve.x])
+        steps = sorted({x for curve, _, _ in shown for x in curve.x})
+        axes.set_xticks(steps, [f"{x:g}" for x in steps])
+        axes.minorticks_off()
+        axes.set_xlabel("sampler steps")
         _log_axis(axes.yaxis, [y for curve, _, _ in shown for y in curve.y])
         axes.grid(axis="y")
         axes.set_ylabel(y_label)
@@ -163,33 +152,29 @@ def steps_figure(
     return _figure(name, 3.6 + 0.15 * len(others[: len(OTHERS)]), draw)
 
 
-def _steps_axis(axes: Any, values: Sequence[float]) -> None:
-    steps = sorted(set(values))
-    axes.set_xticks(steps, [f"{x:g}" for x in steps])
-    axes.minorticks_off()
-    axes.set_xlabel("sampler steps")
-
-
 def chain_figure(name: str, stages: Sequence[tuple[Curve, Curve, float]]) -> Markup | None:
-    """Training loss, and the learning rate below it, one stage after the other; None if no stage has a loss above 0.
+    """Draw the training loss, and the learning rate below it, stage after stage; None without a loss above 0.
 
     Args:
-        stages: of each stage its loss and its learning rate over its updates, and the updates that it takes.
+        stages: the loss and the learning rate of each stage over its updates, and its number of updates.
     """
     if not any(loss.x for loss, _, _ in stages):
         return None
     with_rate = any(rate.x for _, rate, _ in stages)
 
-    def draw(axes: Any, below: Any = None) -> None:
+    def draw(axes: Any, *below: Any) -> None:
+        from matplotlib.ticker import MaxNLocator
+
         axes.set_yscale("log")
         start, centres, labels = 0.0, [], []
         for index, (loss, rate, length) in enumerate(stages):
             colour = TEACHER if loss.label == "teacher" else STUDENT
-            _thinned(axes, loss, start, colour)
-            if below is not None:
-                _thinned(below, rate, start, colour)
-            for panel in (axes, below) if index else ():
-                if panel is not None:
+            for panel, curve in zip((axes, *below), (loss, rate), strict=False):
+                if curve.x:
+                    stride = -(-len(curve.x) // MOST_POINTS)
+                    shifted = [start + x for x in curve.x[::-stride]]
+                    panel.plot(shifted, curve.y[::-stride], color=colour, linewidth=1.5)
+                if index:
                     panel.axvline(start, color=FAINT, linewidth=0.8)
             centres.append(start + length / 2)
             labels.append(loss.label)
@@ -198,18 +183,18 @@ def chain_figure(name: str, stages: Sequence[tuple[Curve, Curve, float]]) -> Mar
         _log_axis(axes.yaxis, [y for loss, _, _ in stages for y in loss.y])
         axes.grid(axis="y")
         axes.set_ylabel("loss")
-        lowest = axes if below is None else below
-        if below is not None:
-            below.set_ylim(bottom=0)
-            below.grid(axis="y")
-            below.set_ylabel("learning rate")
-            below.yaxis.set_major_locator(_few_ticks(3, integer=False))
-            below.yaxis.set_major_formatter(_plain())
+        for panel in below:
+            panel.set_ylim(bottom=0)
+            panel.grid(axis="y")
+            panel.set_ylabel("learning rate")
+            panel.yaxis.set_major_locator(MaxNLocator(3))
+            panel.yaxis.set_major_formatter("{x:g}")
+        lowest = (axes, *below)[-1]
         lowest.set_xlabel("updates, over the whole run")
-        lowest.xaxis.set_major_locator(_few_ticks(5, integer=True))
-        lowest.xaxis.set_major_formatter(_thousands())
+        lowest.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        lowest.xaxis.set_major_formatter("{x:,.0f}")
         top = axes.secondary_xaxis("top")
-        # About 290 points are the axes'; labels stand upright where they are wider than their stage.
+        # The axes are about 290 points wide; labels stand upright where they are wider than their stage.
         room = [290 * length / start for _, _, length in stages]
         upright = any(6.5 * len(label) > space for label, space in zip(labels, room, strict=True))
         labels = [label if space > 11 else "" for label, space in zip(labels, room, strict=True)]
@@ -221,42 +206,18 @@ def chain_figure(name: str, stages: Sequence[tuple[Curve, Curve, float]]) -> Mar
     return _figure(name, 4.6 if with_rate else 3.5, draw, (2.6, 1.0) if with_rate else (1.0,))
 
 
-def _thinned(axes: Any, curve: Curve, start: float, colour: str) -> None:
-    if curve.x:
-        stride = -(-len(curve.x) // MOST_POINTS)
-        axes.plot([start + x for x in curve.x[::-stride]], curve.y[::-stride], color=colour, linewidth=1.5)
-
-
-def _few_ticks(number: int, *, integer: bool) -> Any:
-    from matplotlib.ticker import MaxNLocator
-
-    return MaxNLocator(number, integer=integer)
-
-
-def _plain() -> Any:
-    from matplotlib.ticker import FuncFormatter
-
-    return FuncFormatter(lambda value, _: f"{value:g}")
-
-
-def _thousands() -> Any:
-    from matplotlib.ticker import FuncFormatter
-
-    return FuncFormatter(lambda value, _: f"{value:,.0f}")
-
-
 def is_images(samples: np.ndarray) -> bool:
-    """Whether these are grey or colour images, uint8 `[n, h, w, c]`."""
+    """Return whether these are grey or colour images, uint8 `[n, h, w, c]`."""
     return samples.dtype == np.uint8 and samples.ndim == 4 and samples.shape[3] in (1, 3)
 
 
 def is_points(samples: np.ndarray) -> bool:
-    """Whether these are points in the plane, float `[n, 2]`."""
+    """Return whether these are points in the plane, float `[n, 2]`."""
     return samples.dtype.kind == "f" and samples.shape[1:] == (2,)
 
 
 def tile_size(samples: np.ndarray) -> tuple[int, int]:
-    """Height and width, in the page's pixels, of one image of uint8 `[n, h, w, c]`."""
+    """Return height and width, in the page's pixels, of one image of uint8 `[n, h, w, c]`."""
     height, width = samples.shape[1:3]
     side = max(height, width)
     if side > LARGEST_TILE:
@@ -265,22 +226,21 @@ def tile_size(samples: np.ndarray) -> tuple[int, int]:
     return height * factor, width * factor
 
 
-GAP = 4
-"""Pixels between two images."""
+def data_url(content: bytes, kind: str) -> str:
+    """Return the content as a URL of the media type `kind`, which needs no file."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def png_grid(samples: np.ndarray, columns: int, in_full: bool = False) -> tuple[str, int, int]:
-    """Images uint8 `[n, h, w, c]` side by side, as the base64 of a PNG, with its width and height.
+def image_grid(samples: np.ndarray, columns: int, alt: str, in_full: bool = False) -> tuple[Markup, str]:
+    """Return images uint8 `[n, h, w, c]` side by side as an <img>, and the URL of its PNG.
 
-    Small ones are enlarged by a whole factor, without smoothing; large ones made smaller, unless they are wanted
-    `in_full`.
+    Small images are enlarged by a whole factor, without smoothing; large ones are reduced unless `in_full`.
     """
     large = max(samples.shape[1:3]) > LARGEST_TILE
     height, width = samples.shape[1:3] if in_full and large else tile_size(samples)
     rows = -(-len(samples) // columns)
     canvas = Image.new("RGBA", (columns * (width + GAP) - GAP, rows * (height + GAP) - GAP))
-    small = max(samples.shape[1:3]) <= LARGEST_TILE
-    how = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
+    how = Image.Resampling.LANCZOS if large else Image.Resampling.NEAREST
     for index, pixels in enumerate(samples):
         tile = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).resize((width, height), how)
         canvas.paste(tile, ((index % columns) * (width + GAP), (index // columns) * (height + GAP)))
@@ -288,15 +248,14 @@ def png_grid(samples: np.ndarray, columns: int, in_full: bool = False) -> tuple[
         canvas = canvas.convert("LA")
     buffer = io.BytesIO()
     canvas.save(buffer, "PNG", optimize=True)
-    return base64.b64encode(buffer.getvalue()).decode(), canvas.width, canvas.height
+    url = data_url(buffer.getvalue(), "image/png")
+    image = Markup('<img src="{}" width="{}" height="{}" alt="{}">').format(url, canvas.width, canvas.height, alt)
+    return image, url
 
 
-def limits(arrays: Sequence[np.ndarray]) -> tuple[float, float, float]:
-    """Centre x, centre y and half the side of the square round the first array's points `[n, 2]`.
-
-    Points of the others that flew far off must not shrink all to a dot.
-    """
-    points = arrays[0][np.isfinite(arrays[0]).all(axis=1)].astype(np.float64)
+def limits(points: np.ndarray) -> tuple[float, float, float]:
+    """Return centre x, centre y and half the side of the square around points `[n, 2]`."""
+    points = points[np.isfinite(points).all(axis=1)].astype(np.float64)
     if not len(points):
         return 0.0, 0.0, 1.0
     low, high = points.min(axis=0), points.max(axis=0)
@@ -304,8 +263,8 @@ def limits(arrays: Sequence[np.ndarray]) -> tuple[float, float, float]:
     return float(centre[0]), float(centre[1]), float(max((high - low).max() / 2 * 1.15, 1e-6))
 
 
-def scatter(points: np.ndarray, box: tuple[float, float, float], num_seeds: int) -> Markup:
-    """Points `[n, 2]` in a square of 100 units; the first `num_seeds` large, in the colours of their seeds."""
+def scatter(points: np.ndarray, box: tuple[float, float, float], num_seeds: int, alt: str) -> Markup:
+    """Draw points `[n, 2]` in the square `box` (see `limits`); the first `num_seeds` large, each in its own colour."""
     x, y, half = box
     with np.errstate(over="ignore", invalid="ignore"):
         scaled = np.stack([points[:, 0] - x, y - points[:, 1]], axis=1).astype(np.float64) / half * 50 + 50
@@ -320,4 +279,5 @@ def scatter(points: np.ndarray, box: tuple[float, float, float], num_seeds: int)
         if inside[index]:
             colour = SEED_COLOURS[index % len(SEED_COLOURS)]
             parts.append(f'<path class="seed" stroke="{colour}" d="{dots(scaled[index : index + 1])}"/>')
-    return Markup(f'<svg class="points" viewBox="0 0 100 100" aria-hidden="true">{"".join(parts)}</svg>')
+    svg = Markup(f'<svg class="points" viewBox="0 0 100 100" aria-hidden="true">{"".join(parts)}</svg>')
+    return Markup('<span role="img" aria-label="{}">{}</span>').format(alt, svg)

@@ -1,8 +1,8 @@
 """The same noise through every model: the pictures behind the slider, and the strip of all models."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from markupsafe import Markup
@@ -12,15 +12,10 @@ from halfstep.report.quality import Group
 from halfstep.report.reading import RunFacts
 from halfstep.report.summary import Summary
 from halfstep.report.words import count
-from halfstep.runs.schema import Result
 
 WALKED_COLUMNS = 5
-MODELS = {
-    "student": "the student",
-    "matched": "the matched teacher",
-    "teacher": "the teacher, not distilled,",
-}
-"""How the text of a picture calls its model."""
+MODELS = {"student": "the student", "matched": "the matched teacher", "teacher": "the teacher, not distilled,"}
+"""Names of the models in a picture's text."""
 
 
 @dataclass(frozen=True)
@@ -35,26 +30,22 @@ class Sizes:
     """Pixels of one picture behind the slider."""
 
     def smaller(self) -> "Sizes | None":
-        """About half as much; None where there is no less."""
+        """Return about half as much; None from one seed on."""
         if self.num_seeds == 1:
             return None
         return Sizes(self.num_seeds // 2, max(1, self.num_walked // 2), self.most_pixels // 2)
 
 
-@dataclass(frozen=True)
-class Picture:
-    """What a model makes of the seeds at one number of steps."""
+class Picture(NamedTuple):
+    """Samples of a model at one number of steps."""
 
     who: str
     """"student", "matched" or "teacher"."""
-    alt: str
     image: Markup
-    """An <img> or <svg> of ours."""
     frechet: float | None
 
 
-@dataclass(frozen=True)
-class Walked:
+class Walked(NamedTuple):
     """One place of the slider."""
 
     steps: int
@@ -63,8 +54,7 @@ class Walked:
     teacher: Picture | None
 
 
-@dataclass(frozen=True)
-class Gallery:
+class Gallery(NamedTuple):
     """The same noise through every model."""
 
     kind: str
@@ -84,17 +74,14 @@ class Gallery:
 
 
 def gallery(facts: RunFacts, groups: Sequence[Group], summary: Summary, sizes: Sizes) -> Gallery | None:
-    """The pictures, None if no stage has samples."""
-    teacher = dict(facts.start.samples) if facts.start else {}
-    matched: dict[int, np.ndarray] = {}
-    students: dict[int, np.ndarray] = {}
+    """Return the pictures, None if no stage has samples."""
+    held: dict[str, dict[int, np.ndarray]] = {"teacher": {}, "matched": {}, "student": {}}
+    if facts.start is not None:
+        held["teacher"] = {steps: facts.start.samples[steps] for steps in sorted(facts.start.samples, reverse=True)}
     for stage in facts.others:
-        (students if stage.role == "student" else matched).update(stage.samples)
-    arrays = [
-        *(array for _, array in sorted(teacher.items(), reverse=True)),
-        *matched.values(),
-        *students.values(),
-    ]
+        held["student" if stage.role == "student" else "matched"] |= stage.samples
+    students = held["student"]
+    arrays = [array for by_steps in held.values() for array in by_steps.values()]
     if not arrays:
         return None
     if {array.shape[1:] for array in arrays} != {arrays[0].shape[1:]}:
@@ -105,59 +92,46 @@ def gallery(facts: RunFacts, groups: Sequence[Group], summary: Summary, sizes: S
     images = figures.is_images(arrays[0])
     fewest = min(len(array) for array in arrays)
     num_seeds = min(sizes.num_seeds, fewest)
-    measured = _measured(groups)
-    box = (0.0, 0.0, 1.0) if images else figures.limits(arrays)
+    distances = _distances(groups)
+    # Points of the other models that flew far off must not shrink all to a dot.
+    box = (0.0, 0.0, 1.0) if images else figures.limits(arrays[0])
 
-    def picture(who: str, steps: int, chosen: np.ndarray | None, columns: int) -> Picture | None:
-        if chosen is None:
+    def picture(who: str, steps: int, length: int, columns: int) -> Picture | None:
+        if steps not in held[who]:
             return None
-        result = measured.get((steps, who))
-        model = MODELS[who]
+        chosen = held[who][steps][:length]
+        made = f"samples of {MODELS[who]} at {count(steps, 'step')}"
         if images:
-            data, width, height = figures.png_grid(chosen, columns)
             order = "from top to bottom" if columns == 1 else "row by row"
-            alt = f"Seeds 0 to {len(chosen) - 1}, {order}: samples of {model} at {count(steps, 'step')}"
-            source = f"data:image/png;base64,{data}"
-            image = Markup('<img src="{}" width="{}" height="{}" alt="{}">').format(source, width, height, alt)
+            alt = f"Seeds 0 to {len(chosen) - 1}, {order}: {made}"
+            image, _ = figures.image_grid(chosen, columns, alt)
         else:
-            shown = min(len(chosen), figures.MOST_POINTS)
-            alt = f"Scatter plot of {shown} samples of {model} at {count(steps, 'step')}"
-            image = Markup('<span role="img" aria-label="{}">{}</span>').format(
-                alt, figures.scatter(chosen, box, num_seeds)
-            )
-        return Picture(who, alt, image, result.frechet if result else None)
+            alt = f"Scatter plot of {min(len(chosen), figures.MOST_POINTS)} {made}"
+            image = figures.scatter(chosen, box, num_seeds, alt)
+        return Picture(who, image, distances.get((steps, who)))
 
     def distilled(steps: int, length: int, columns: int) -> Picture | None:
-        """The student, or above the first one's steps the teacher that it learns from."""
-        made = picture("student", steps, _head(students.get(steps), length), columns)
-        if made is not None or steps <= max(students, default=0):
-            return made
-        return picture("matched", steps, _head(matched.get(steps), length), columns) or picture(
-            "teacher", steps, _head(teacher.get(steps), length), columns
-        )
+        """Return the student, or above the first one's steps the teacher that it learns from."""
+        if steps <= max(students, default=0):
+            return picture("student", steps, length, columns)
+        return picture("matched", steps, length, columns) or picture("teacher", steps, length, columns)
 
-    steps = sorted(teacher.keys() | matched.keys() | students.keys(), reverse=True)
-    walked = fewest
-    if images:
-        walked = max(
-            min(num_seeds, fewest),
-            min(sizes.num_walked, fewest, sizes.most_pixels // math.prod(figures.tile_size(arrays[0]))),
-        )
-    strip = num_seeds if images else fewest
-    alone = [picture("teacher", n, _head(teacher.get(n), strip), 1) for n in steps]
-    made = [distilled(n, strip, 1) for n in steps]
-    walk = []
-    for n in steps:
-        undistilled = picture("teacher", n, _head(teacher.get(n), walked), WALKED_COLUMNS)
-        walk.append(Walked(n, distilled(n, walked, WALKED_COLUMNS), undistilled))
-    start = summary.best.steps if summary.best and summary.best.steps in steps else min(students, default=steps[0])
+    steps = sorted(set().union(*held.values()), reverse=True)
     height, width = figures.tile_size(arrays[0]) if images else (0, 88)
+    strip = walked = fewest
+    if images:
+        strip = num_seeds
+        walked = max(num_seeds, min(sizes.num_walked, fewest, sizes.most_pixels // (height * width)))
+    walk = [
+        Walked(n, distilled(n, walked, WALKED_COLUMNS), picture("teacher", n, walked, WALKED_COLUMNS)) for n in steps
+    ]
+    start = summary.best.steps if summary.best and summary.best.steps in steps else min(students, default=steps[0])
     size = arrays[0].shape[1:3]
     return Gallery(
         kind="images" if images else "points",
         steps=steps,
-        students=made if students or matched else (),
-        teachers=alone,
+        students=[distilled(n, strip, 1) for n in steps] if students or held["matched"] else (),
+        teachers=[picture("teacher", n, strip, 1) for n in steps],
         num_seeds=num_seeds,
         row_height=height + figures.GAP,
         width=width,
@@ -167,14 +141,11 @@ def gallery(facts: RunFacts, groups: Sequence[Group], summary: Summary, sizes: S
     )
 
 
-def _measured(groups: Sequence[Group]) -> dict[tuple[int, str], Result]:
-    """The figures to put below a picture, by its steps and "student", "matched" or "teacher"."""
-    rows = [row for group in groups for row in group.rows]
-    pairs = [(row.steps, "matched" if row.is_matched else "student", row.student) for row in rows] + [
-        (row.steps, "teacher", row.teacher) for row in rows
-    ]
-    return {(steps, who): result for steps, who, result in pairs if result is not None}
-
-
-def _head(array: np.ndarray | None, length: int) -> np.ndarray | None:
-    return None if array is None else array[:length]
+def _distances(groups: Sequence[Group]) -> dict[tuple[int, str], float]:
+    """Return the Frechet distance below a picture, by its steps and "student", "matched" or "teacher"."""
+    found = {}
+    for row in (row for group in groups for row in group.rows):
+        for who, result in (("matched" if row.is_matched else "student", row.student), ("teacher", row.teacher)):
+            if result is not None:
+                found[row.steps, who] = result.frechet
+    return found

@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from halfstep.report.chain import cost, distance_figure, loss_figure, progress, stage_rows
 from halfstep.report.evaluation import shown_tables
+from halfstep.report.figures import data_url
 from halfstep.report.gallery import Sizes, gallery
 from halfstep.report.nearest import shown_nearest
 from halfstep.report.quality import protocol_notices, quality_groups
@@ -24,9 +25,7 @@ MOST_BYTES = 7_500_000
 
 
 def write_report(run: Path, studies: Path | None = None, without_nearest: str | None = None) -> Path:
-    """RUN/report/index.html, one file that needs nothing else; its path.
-
-    The same run folder gives the same bytes.
+    """Write RUN/report/index.html, one file that needs nothing else and is the same for the same folder.
 
     Args:
         studies: a folder of studies to show; RUN/studies if None.
@@ -41,8 +40,7 @@ def write_report(run: Path, studies: Path | None = None, without_nearest: str | 
 
 
 def headline(facts: RunFacts) -> tuple[str, int] | None:
-    """The stage and the steps whose samples stand for the run: the student that the first sentence is about, or the
-    last model that has samples; None if none has."""
+    """Return the stage and steps whose samples stand for the run: the best student, else the last with samples."""
     best = summarise(facts, quality_groups(facts.stages, facts.start)).best
     if best is not None:
         for stage in facts.students:
@@ -56,12 +54,10 @@ def headline(facts: RunFacts) -> tuple[str, int] | None:
 
 
 def page(facts: RunFacts, without_nearest: str | None = None) -> str:
-    """The HTML of a report, of at most `MOST_BYTES` however large the samples are."""
+    """Return the HTML of a report, with pictures few enough for `MOST_BYTES`."""
     sizes = Sizes()
-    html = _page(facts, without_nearest, sizes)
-    while len(html) > MOST_BYTES and (smaller := sizes.smaller()) is not None:
+    while len(html := _page(facts, without_nearest, sizes)) > MOST_BYTES and (smaller := sizes.smaller()) is not None:
         sizes = smaller
-        html = _page(facts, without_nearest, sizes)
     return html
 
 
@@ -113,6 +109,5 @@ def _study_figure(study: StudyFacts) -> Markup | None:
     """The study's SVG as a picture, in which no script of it runs and nothing is fetched."""
     if study.figure is None:
         return None
-    source = f"data:image/svg+xml;base64,{base64.b64encode(study.figure).decode()}"
     alt = f"Figure of the study {study.title}; the table below holds its figures."
-    return Markup('<img class="study" src="{}" alt="{}">').format(source, alt)
+    return Markup('<img class="study" src="{}" alt="{}">').format(data_url(study.figure, "image/svg+xml"), alt)

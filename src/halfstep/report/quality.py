@@ -34,18 +34,13 @@ class Pair:
     student: Result | None
     student_stage: str | None
     is_matched: bool
-    """Whether the student is no student, but a teacher carried over."""
+    """Whether the student is a matched teacher instead."""
     ratio: float | None
     """The student's Frechet distance over the reference's."""
+    measured: Result
+    """The student, else the teacher, with whose network calls and time the row is shown."""
     speed_up: float | None
-    """Of the student, or of the teacher where there is no student, against the teacher at its most steps."""
-
-    @property
-    def measured(self) -> Result:
-        """Whose network calls and time the row gives."""
-        found = self.student or self.teacher
-        assert found is not None
-        return found
+    """Of `measured` against the teacher at its most steps."""
 
 
 @dataclass(frozen=True)
@@ -65,20 +60,17 @@ class Group:
     def figure(self) -> Markup | None:
         """The curves of teacher and students."""
         level = self.reference
-        return figures.quality_figure(
+        return figures.steps_figure(
             self.name,
+            "Fréchet distance (lower is better)",
             _curve("the teacher, not distilled", [row.teacher for row in self.rows]),
             _curve("students, each at its own steps", [row.student for row in self.rows]),
-            _curve(f"the teacher at {count(level.num_steps, 'step')}", [level]) if level else None,
+            level=_curve(f"the teacher at {count(level.num_steps, 'step')}", [level]) if level else None,
         )
 
 
 def quality_groups(stages: Sequence[StageFacts], start: StageFacts | None) -> list[Group]:
-    """Return one group for each protocol that the stages were measured under, in the order of the stages.
-
-    Args:
-        start: the stage where the chain starts, with which the others are compared.
-    """
+    """Return one group for each protocol of the stages' metrics, in order; all are compared with `start`."""
     by_protocol: dict[str, list[tuple[StageFacts, Metrics]]] = {}
     for stage in stages:
         if stage.metrics is not None and stage.metrics.results:
@@ -98,24 +90,25 @@ def _group(name: str, start: StageFacts | None, stages: Sequence[tuple[StageFact
     reference = next((r for r in teacher.values() if r.num_steps == REFERENCE_STEPS), most)
     pairs: list[tuple[StageFacts | None, Result | None, Result | None]] = []
     for other, result in others:
-        own = (result.num_steps, start.sampler if start else "")
+        own = (result.num_steps, start.manifest.outcome.sampler_name if start else "")
         pairs.append((other, result, teacher.get((result.num_steps, result.sampler)) or teacher.get(own)))
     beside = [alone for _, _, alone in pairs]
     pairs += [(None, None, alone) for alone in teacher.values() if alone not in beside]
     rows = []
     for stage, student, alone in pairs:
-        measured = [result for result in (student, alone) if result is not None]
-        names = [result.sampler for result in measured]
+        held = [result for result in (student, alone) if result is not None]
+        names = list(dict.fromkeys(result.sampler for result in held))
         rows.append(
             Pair(
-                steps=measured[0].num_steps,
-                sampler=names[0] if len(set(names)) == 1 else f"{names[0]}, teacher {names[1]}",
+                steps=held[0].num_steps,
+                sampler=", teacher ".join(names),
                 teacher=alone,
                 student=student,
                 student_stage=stage.name if stage else None,
                 is_matched=stage is not None and stage.role == "matched",
                 ratio=ratio(_value(student, "frechet"), _value(reference, "frechet")),
-                speed_up=ratio(_value(most, "seconds_per_1000"), measured[0].seconds_per_1000),
+                measured=held[0],
+                speed_up=ratio(_value(most, "seconds_per_1000"), held[0].seconds_per_1000),
             )
         )
     # At equal steps and sampler, the plan's order stays.
@@ -156,13 +149,8 @@ def text_table(group: Group) -> Table:
 
 def _curve(label: str, results: Sequence[Result | None]) -> figures.Curve | None:
     """Return the curve of those results that a logarithmic axis can show."""
-    points = sorted(
-        {
-            (r.num_steps, r.frechet)
-            for r in results
-            if r is not None and r.num_steps > 0 and is_finite(r.frechet) and r.frechet > 0
-        }
-    )
+    held = [r for r in results if r is not None and r.num_steps > 0]
+    points = sorted({(r.num_steps, r.frechet) for r in held if is_finite(r.frechet) and r.frechet > 0})
     return figures.Curve.through(label, points) if points else None
 
 
@@ -171,8 +159,8 @@ def protocol_notices(groups: Sequence[Group]) -> list[str]:
     if len(groups) < 2:
         return []
     names = sorted({name for group in groups for name in group.protocol})
-    differing = [name for name in names if len({group.protocol.get(name) for group in groups}) > 1]
+    differing = ", ".join(name for name in names if len({group.protocol.get(name) for group in groups}) > 1)
     return [
-        f"Not all stages were measured under the same protocol (different: {', '.join(differing)}). Figures "
-        "of different protocols cannot be compared, so each protocol has its own table and figure."
+        f"Not all stages were measured under the same protocol (different: {differing}). Figures of different "
+        "protocols cannot be compared, so each protocol has its own table and figure."
     ]

@@ -4,9 +4,10 @@ Texts and numbers come from files that may be cut short, edited or hostile. Noth
 a file is followed, and the manifests' hashes are not checked: the report shows a run, it does not certify one.
 """
 
+import contextlib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from halfstep.report.table import Table
-from halfstep.runs import EvaluationResult, Manifest, Metrics, PlannedStage, RunFolder, StageFolder, is_finite, read_log
+from halfstep.report.words import inside
+from halfstep.runs import EvaluationResult, Manifest, Metrics, PlannedStage, RunFolder, StageFolder, finite, read_log
 from halfstep.runtime.files import DamagedFile, read_arrays, read_json
 
 
@@ -29,17 +31,12 @@ class StageFacts:
     samples: Mapping[int, np.ndarray]
     """Sampler steps to samples of the same seeds: uint8 `[n, h, w, c]` for images, float `[n, *dims]` otherwise."""
     num_parameters: int | None = None
-    """Numbers in model.safetensors; None if it is not there or cannot be read."""
+    """Numbers in model.safetensors; None if it does not exist or cannot be read."""
 
     @property
     def role(self) -> str:
         """What the model is: teacher, matched or student."""
         return self.manifest.outcome.role
-
-    @property
-    def sampler(self) -> str:
-        """Name of the model's own sampler."""
-        return self.manifest.outcome.sampler_name
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,7 @@ class LogPoint:
     update: int
     loss: float
     samples_per_second: float | None
-    learning_rate: float | None = None
+    learning_rate: float | None
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,7 @@ class NearestFacts:
     distances: np.ndarray
     """Root mean square differences `[m, k]` on the scale of x0, of the first m >= n samples."""
     real: np.ndarray
-    """The same of some training samples to the nearest other one, `[r]`."""
+    """Distances `[r]` of some training samples to the nearest other one."""
     num_searched: int
 
 
@@ -121,7 +118,7 @@ class RunFacts:
 
 
 def read_run(path: Path, studies: Path | None = None) -> RunFacts:
-    """The facts of the run folder `path`.
+    """Read the run folder `path`.
 
     Args:
         studies: a folder of studies (`halfstep study`) to show; RUN/studies if None.
@@ -133,13 +130,15 @@ def read_run(path: Path, studies: Path | None = None) -> RunFacts:
     if not path.is_dir():
         raise ValueError(f"{path} is not a run folder: give the folder that `halfstep run` wrote")
     notices: list[str] = []
-    recipe = _recipe(folder, notices)
+    recipe: dict[str, Any] = {}
+    with _noting(notices, "The recipe cannot be shown: ", path):
+        recipe = folder.recipe()
     stages, damaged = [], {}
     for stage_folder in folder.stages():
         try:
             stages.append(_stage(stage_folder, notices))
         except (DamagedFile, OSError) as error:
-            damaged[stage_folder.name] = _inside(error, path)
+            damaged[stage_folder.name] = inside(path, error)
     log = _log(folder)
     if not stages and not log:
         why = "; ".join(damaged.values()) or "no stages/*/manifest.json, no log.jsonl"
@@ -151,9 +150,15 @@ def read_run(path: Path, studies: Path | None = None) -> RunFacts:
     ):
         if without:
             notices.append(f"No {what} for {'stage' if len(without) == 1 else 'stages'} {', '.join(without)}.")
-    evaluation = _evaluation(folder, notices)
-    nearest = _nearest(folder, notices)
-    shown_studies = _studies(path / "studies" if studies is None else studies, notices)
+    evaluation = None
+    with _noting(notices, "The evaluation is left out: ", path):
+        evaluation = folder.evaluation()
+    nearest = _nearest(folder.nearest_path, notices)
+    shown_studies = []
+    studies = path / "studies" if studies is None else studies
+    for study in sorted(studies.glob("*/study.json")):
+        with _noting(notices, f"The study {study.parent.name} is left out: ", studies):
+            shown_studies.append(_study(study.parent))
     environment = recipe.get("environment")
     content = recipe.get("recipe")
     return RunFacts(
@@ -172,81 +177,49 @@ def read_run(path: Path, studies: Path | None = None) -> RunFacts:
     )
 
 
-def _inside(error: Exception, path: Path) -> str:
-    """The error's message with paths as they are inside the run: a report tells nothing of the machine."""
-    return str(error).replace(f"{path}/", "")
-
-
-def _recipe(folder: RunFolder, notices: list[str]) -> dict[str, Any]:
+@contextlib.contextmanager
+def _noting(notices: list[str], what: str, path: Path) -> Iterator[None]:
+    """Turn a file in the folder `path` that cannot be read into a notice, which begins with `what`."""
     try:
-        return folder.recipe()
+        yield
     except (DamagedFile, OSError) as error:
-        notices.append(f"The recipe cannot be shown: {_inside(error, folder.path)}.")
-        return {}
+        notices.append(f"{what}{inside(path, error)}.")
 
 
 def _stage(folder: StageFolder, notices: list[str]) -> StageFacts:
     manifest = folder.manifest(verify=False)
     metrics = None
-    try:
+    with _noting(notices, "", folder.path.parent.parent):
         metrics = folder.metrics()
-    except (DamagedFile, OSError) as error:
-        notices.append(f"{_inside(error, folder.path.parent.parent)}.")
     samples = {}
     for path in sorted(folder.samples.glob("steps-*.npz")):
         named = re.fullmatch("steps-([0-9]{1,9})", path.stem)
         if not named or int(named[1]) == 0:
             continue
-        try:
-            samples[int(named[1])] = _array(path)
-        except ValueError:
+        array = None
+        with contextlib.suppress(ValueError):
+            array = read_arrays(path, "arr_0")["arr_0"]
+        if array is not None and array.dtype.kind in "fu" and array.ndim >= 2 and array.size:
+            samples[int(named[1])] = array
+        else:
             notices.append(f"The samples in stages/{folder.name}/samples/{path.name} cannot be read and are not shown.")
-    return StageFacts(folder.name, manifest, metrics, samples, _num_parameters(folder.model))
-
-
-def _num_parameters(path: Path) -> int | None:
-    """From the header of a safetensors file alone."""
-    try:
-        with safe_open(path, framework="np") as file:
-            return sum(int(math.prod(file.get_slice(key).get_shape())) for key in file.keys())  # noqa: SIM118
-    except (OSError, ValueError, SafetensorError):
-        return None
-
-
-def _array(path: Path) -> np.ndarray:
-    array = read_arrays(path, "arr_0")["arr_0"]
-    if array.dtype.kind not in "fu" or array.ndim < 2 or array.size == 0:
-        raise ValueError(f"no samples, but {array.dtype} {array.shape}")
-    return array
+    num_parameters = None
+    with contextlib.suppress(OSError, ValueError, SafetensorError), safe_open(folder.model, framework="np") as file:
+        num_parameters = sum(int(math.prod(file.get_slice(key).get_shape())) for key in file.keys())  # noqa: SIM118
+    return StageFacts(folder.name, manifest, metrics, samples, num_parameters)
 
 
 def _log(folder: RunFolder) -> dict[str, list[LogPoint]]:
     log: dict[str, list[LogPoint]] = {}
     for row in read_log(folder.log_path):
-        stage, update, loss = row.get("stage"), row.get("update"), row.get("loss")
-        if isinstance(stage, str) and isinstance(update, int) and is_finite(loss):
-            rate, learning = row.get("samples_per_second"), row.get("learning_rate")
-            log.setdefault(stage, []).append(
-                LogPoint(
-                    update,
-                    float(loss),
-                    float(rate) if is_finite(rate) else None,
-                    float(learning) if is_finite(learning) else None,
-                )
-            )
+        stage, update, loss = row.get("stage"), row.get("update"), finite(row.get("loss"))
+        if isinstance(stage, str) and isinstance(update, int) and loss is not None:
+            rates = (finite(row.get(name)) for name in ("samples_per_second", "learning_rate"))
+            log.setdefault(stage, []).append(LogPoint(update, loss, *rates))
     return {stage: sorted(points, key=lambda point: point.update) for stage, points in sorted(log.items())}
 
 
-def _evaluation(folder: RunFolder, notices: list[str]) -> EvaluationResult | None:
-    try:
-        return folder.evaluation()
-    except (DamagedFile, OSError) as error:
-        notices.append(f"The evaluation is left out: {_inside(error, folder.path)}.")
-        return None
-
-
-def _nearest(folder: RunFolder, notices: list[str]) -> NearestFacts | None:
-    path = folder.nearest_path
+def _nearest(path: Path, notices: list[str]) -> NearestFacts | None:
     if not path.is_file():
         return None
     try:
@@ -270,16 +243,6 @@ def _nearest(folder: RunFolder, notices: list[str]) -> NearestFacts | None:
         return None
 
 
-def _studies(folder: Path, notices: list[str]) -> list[StudyFacts]:
-    found = []
-    for path in sorted(folder.glob("*/study.json")):
-        try:
-            found.append(_study(path.parent))
-        except (DamagedFile, OSError, ValueError) as error:
-            notices.append(f"The study {path.parent.name} is left out: {_inside(error, folder)}.")
-    return found
-
-
 def _study(folder: Path) -> StudyFacts:
     data = read_json(folder / "study.json")
     if not isinstance(data, dict):
@@ -296,6 +259,6 @@ def _study(folder: Path) -> StudyFacts:
         question=str(data.get("question") or ""),
         table=table,
         figure=figure.read_bytes() if figure.is_file() else None,
-        seconds=float(data["seconds"]) if is_finite(data.get("seconds")) else None,
+        seconds=finite(data.get("seconds")),
         scale=name if isinstance(name, str) else None,
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, final
 
-from halfstep.report.figures import Curve
+from halfstep.report.figures import STYLE, Curve
 
 COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#444444")
 """Okabe and Ito's, which the colour-blind can tell apart; each with a marker of its own."""
@@ -28,21 +28,12 @@ class Panel:
 
 
 def draw_panels(panels: Sequence[Panel], path: Path) -> None:
-    """Writes `path` with the suffixes .png and .svg; the same panels make the same files."""
+    """Write `path` with the suffixes .png and .svg; the same panels make the same files."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    settings = {
-        "svg.hashsalt": path.name,
-        "svg.fonttype": "none",
-        "font.size": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "legend.frameon": False,
-        "grid.alpha": 0.3,
-    }
     shown = [panel for panel in panels if any(len(series.x) for series in panel.series)]
-    with matplotlib.rc_context(settings):
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": path.name, "font.size": 10, "grid.alpha": 0.3}):
         figure = Figure(figsize=(5.6 * max(1, len(shown)), 4.2), layout="constrained")
         for index, panel in enumerate(shown):
             _draw(figure.add_subplot(1, len(shown), index + 1), panel)
@@ -51,23 +42,19 @@ def draw_panels(panels: Sequence[Panel], path: Path) -> None:
 
 
 def _draw(axes: Any, panel: Panel) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter
 
-    bars = bool(panel.categories)
-    count = len(panel.series)
+    width = 0.8 / len(panel.series)
     for index, series in enumerate(panel.series):
-        colour = COLOURS[(index if series.colour is None else series.colour) % len(COLOURS)]
-        if bars:
-            width = 0.8 / count
-            places = [x + (index - (count - 1) / 2) * width for x in series.x]
-            axes.bar(places, series.y, width, yerr=series.spread or None, color=colour, label=series.label, capsize=2)
+        look = (index if series.colour is None else series.colour) % len(COLOURS)
+        style: dict[str, Any] = {"yerr": series.spread or None, "color": COLOURS[look], "label": series.label}
+        if panel.categories:
+            places = [x + (index - (len(panel.series) - 1) / 2) * width for x in series.x]
+            axes.bar(places, series.y, width, capsize=2, **style)
         else:
-            marker = MARKERS[(index if series.colour is None else series.colour) % len(MARKERS)]
-            axes.errorbar(
-                series.x, series.y, yerr=series.spread or None, color=colour, marker=marker, markersize=5,
-                linewidth=1.6, capsize=2, label=series.label,
-            )  # fmt: skip
-    if bars:
+            style |= {"marker": MARKERS[look], "markersize": 5, "linewidth": 1.6, "capsize": 2}
+            axes.errorbar(series.x, series.y, **style)
+    if panel.categories:
         axes.set_xticks(range(len(panel.categories)), panel.categories, rotation=45, ha="right", fontsize=8)
     elif panel.log_x:
         axes.set_xscale("log", base=2)
@@ -80,7 +67,7 @@ def _draw(axes: Any, panel: Panel) -> None:
         values = [y for series in panel.series for y in series.y if y > 0]
         narrow = max(values) / min(values) < 1e3
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if narrow else (1.0,)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(axis="y")
     axes.set_title(panel.title, fontsize=11)

@@ -1,7 +1,7 @@
 """The first sentence of a report: what was made, how much faster it is, and how much of the quality is left."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from halfstep.report.quality import REFERENCE_STEPS, Group
 from halfstep.report.reading import RunFacts
@@ -12,8 +12,7 @@ KEPT = 1.5
 """Quality counts as kept up to this multiple of the teacher's Frechet distance."""
 
 
-@dataclass(frozen=True)
-class Rated:
+class Rated(NamedTuple):
     """A student beside the teacher, in figures of one protocol."""
 
     steps: int
@@ -23,20 +22,17 @@ class Rated:
     """Against the teacher at its most steps."""
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """All students that can be compared with the teacher."""
+class Comparison(NamedTuple):
+    """All students that can be compared with the teacher, at least one."""
 
     students: Sequence[Rated]
-    """At least one."""
     most_steps: int
-    """Of the teacher; the measure of time."""
+    """The teacher's steps against which time is compared."""
     reference_steps: int
-    """Of the teacher; the measure of quality."""
+    """The teacher's steps against which quality is compared."""
 
 
-@dataclass(frozen=True)
-class Summary:
+class Summary(NamedTuple):
     """The outcome in a sentence or two, and in a few large figures."""
 
     lead: str
@@ -48,18 +44,17 @@ class Summary:
 
 
 def summarise(facts: RunFacts, groups: Sequence[Group]) -> Summary:
-    """The summary of a run: from its own measurements, or where they do not compare, from its evaluation."""
+    """Summarise a run by its own measurements, or by its evaluation if they do not compare."""
     tiles = [(duration(sum(stage.manifest.seconds for stage in facts.others)), "training time of all students")]
-    found = next((c for c in (_of_group(group) for group in groups) if c is not None), None)
-    found = found or _of_evaluation(facts)
+    found = next(filter(None, map(_of_group, groups)), None) or _of_evaluation(facts)
     if found is None:
         return Summary(_unrated(facts), None, tiles if facts.students else [], None)
+    fewest = min(found.students, key=lambda student: student.steps)
     kept = [student for student in found.students if student.ratio <= KEPT]
     if kept:
         best = min(kept, key=lambda student: student.steps)
     else:
         best = min(found.students, key=lambda student: (student.ratio, student.steps))
-    fewest = min(found.students, key=lambda student: student.steps)
     lead = (
         f"A student that needs {count(best.steps, 'step')} instead of {found.most_steps:,}: "
         f"{_said(best)} the teacher’s at {count(found.reference_steps, 'step')}."
@@ -87,28 +82,24 @@ def _of_group(group: Group) -> Comparison | None:
 
 def _of_evaluation(facts: RunFacts) -> Comparison | None:
     """From the first table that holds the Frechet distance of the students and of the teacher, each by its sampler."""
-    evaluation = facts.evaluation
-    own = None if facts.start is None else facts.start.sampler
-    for table in evaluation.tables if evaluation is not None else ():
+    if facts.evaluation is None:
+        return None
+    own = None if facts.start is None else facts.start.manifest.outcome.sampler_name
+    for table in facts.evaluation.tables:
         shown: dict[str, dict[int, Row]] = {"student": {}, "teacher": {}}
-        for series in evaluation.series if evaluation is not None else ():
-            if series.role in shown and (series.role == "student" or own in (None, series.sampler)):
+        for series in facts.evaluation.series:
+            if series.role == "student" or (series.role == "teacher" and own in (None, series.sampler)):
                 for row in table.rows:
                     if row.series == series.name and row.num_steps is not None:
                         shown[series.role].setdefault(row.num_steps, row)
-        teacher = {n: row for n, row in shown["teacher"].items() if "frechet" in row.figures}
-        if not teacher:
-            continue
-        most = max(teacher)
+        students, teacher = ({n: row for n, row in rows.items() if "frechet" in row.figures} for rows in shown.values())
+        most = max(teacher, default=0)
         reference = REFERENCE_STEPS if REFERENCE_STEPS in teacher else most
         rated = []
-        for steps, row in shown["student"].items():
-            if "frechet" not in row.figures:
-                continue
+        for steps, row in students.items() if teacher else ():
             quality = ratio(row.figures["frechet"].mean, teacher[reference].figures["frechet"].mean)
             if quality is not None:
-                speed = ratio(teacher[most].seconds_per_1000, row.seconds_per_1000)
-                rated.append(Rated(steps, quality, speed))
+                rated.append(Rated(steps, quality, ratio(teacher[most].seconds_per_1000, row.seconds_per_1000)))
         if rated:
             return Comparison(rated, most, reference)
     return None

@@ -3,17 +3,12 @@
 import json
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Final
 
 from halfstep.runs import is_finite
 
-SAMPLER_LABELS: Final = {
-    "ddim": "DDIM",
-    "euler": "Euler",
-    "heun": "Heun",
-    "rk4": "RK4",
-    "dpmpp_2m": "DPM-Solver++(2M)",
-}
+SAMPLER_LABELS: Final = {"ddim": "DDIM", "euler": "Euler", "heun": "Heun", "rk4": "RK4", "dpmpp_2m": "DPM-Solver++(2M)"}
 
 
 def sampler_label(name: str) -> str:
@@ -42,12 +37,12 @@ def with_spread(mean: float, spread: float | None) -> str:
 
 
 def times(value: float) -> str:
-    """A factor as one says it: "61", "6.3", "1.21"."""
+    """Return a factor as "61", "6.3", "1.21"."""
     return f"{value:,.0f}" if value >= 10 else f"{value:.1f}" if value >= 2 else f"{value:.2f}"
 
 
 def duration(seconds: float) -> str:
-    """A time in the two largest of its units."""
+    """Return a time in the two largest of its units."""
     if not math.isfinite(seconds) or seconds < 0:
         return "not known"
     if seconds < 60:
@@ -60,12 +55,17 @@ def duration(seconds: float) -> str:
 
 
 def count(num: int, noun: str) -> str:
-    """ "1 step", "4 steps"."""
+    """Return "1 step" or "4 steps"."""
     return f"{num:,} {noun}" + ("" if num == 1 else "s")
 
 
+def inside(folder: Path, error: Exception) -> str:
+    """Return an error's message with paths relative to `folder`, which says nothing of the machine."""
+    return str(error).replace(f"{folder}/", "")
+
+
 def flatten(data: Mapping[Any, Any], prefix: str = "") -> dict[str, str]:
-    """Nested data as dotted names and texts."""
+    """Return nested data as dotted names and texts."""
     flat: dict[str, str] = {}
     for key, value in data.items():
         if isinstance(value, Mapping) and value:
@@ -76,12 +76,12 @@ def flatten(data: Mapping[Any, Any], prefix: str = "") -> dict[str, str]:
 
 
 def text(value: object) -> str | None:
-    """A text that says something, else None."""
+    """Return a text that is not blank, else None."""
     return value if isinstance(value, str) and value.strip() else None
 
 
 def ratio(value: float | None, base: float | None) -> float | None:
-    """value / base where both are finite and the base is above 0, else None."""
+    """Return value / base if both are finite and the base is above 0, else None."""
     if value is None or base is None or not (is_finite(value) and is_finite(base) and base > 0):
         return None
     return value / base

@@ -18,6 +18,6 @@ RUN/
 
 from halfstep.runs.evaluation import EvaluationResult
 from halfstep.runs.heartbeat import Heartbeat
-from halfstep.runs.log import RunLog, is_finite, read_log
+from halfstep.runs.log import RunLog, finite, is_finite, read_log
 from halfstep.runs.schema import Manifest, Metrics, Outcome, Pipeline, PlannedStage, RunFolder, StageFolder
 from halfstep.runs.status import RunStatus, StageStatus, read_status

@@ -8,18 +8,20 @@ same for readers; cells/ and figures/ beside it are the store (`measure/store.py
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
-from halfstep.runtime.files import DamagedFile
+from pydantic import BaseModel, ConfigDict
 
 EVALUATION_FORMAT = 1
 """The version of evaluation.json; a reader refuses any other."""
 
 
-class Figure(BaseModel):
-    """One figure over all sets of seeds."""
+class Record(BaseModel):
+    """Data of a JSON file, without unknown names."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Figure(Record):
+    """One figure over all sets of seeds."""
 
     mean: float
     spread: float | None = None
@@ -28,22 +30,16 @@ class Figure(BaseModel):
     """One for each set of seeds, in the order of `Protocol.seeds`, as far as they were measured."""
 
 
-class MetricInfo(BaseModel):
-    """What a metric's name means to a reader."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class MetricInfo(Record):
+    """A metric as a reader meets it: the heading of its column and its meaning in a sentence."""
 
     label: str
-    """A column's heading."""
     better: Literal["lower", "higher"]
     meaning: str
-    """One sentence."""
 
 
-class Series(BaseModel):
+class Series(Record):
     """One line of the curve: models with a sampler, at several numbers of steps."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     """`student`, `teacher-ddim`, `teacher-ancestral`, `teacher-heun`, ...; `samples` for a folder of images."""
@@ -56,17 +52,15 @@ class Series(BaseModel):
     """Of ancestral sampling: 0 is the lower bound of the variance, 1 the upper."""
 
 
-class Protocol(BaseModel):
-    """How the figures of one table were made; figures of another protocol are not comparable with them."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class Protocol(Record):
+    """How the figures of one table were made."""
 
     kind: Literal["sets", "same_noise"]
     """`sets`: samples against real data, in features. `same_noise`: each against the teacher's from its noise."""
     extractor: str
     """`pixels`, `classifier-1-<data>`, `resnet20-cifar10-<weights>`, ...: equal names mean comparable features."""
     extractor_facts: dict[str, Any]
-    """Dimension of the features, sha256 of the weights, accuracy: what is known of it."""
+    """Dimension of the features, sha256 of the weights, accuracy, as far as known."""
     resize: str
     """How samples are brought to the extractor's size."""
     reference: str
@@ -84,15 +78,13 @@ class Protocol(BaseModel):
     images: str
     """`rounded to uint8` or `as they are`."""
     guidance_scale: float | None = None
-    """The scale that was asked for; None for each model's own."""
+    """None for each model's own."""
     precision: str = "float32"
-    """In which the networks computed while they sampled."""
+    """Of the networks while sampling."""
 
 
-class Row(BaseModel):
+class Row(Record):
     """One series at one number of steps, in one protocol."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     series: str
     """`Series.name`."""
@@ -107,23 +99,19 @@ class Row(BaseModel):
     seconds_per_1000: float | None
     """Wall time for 1,000 samples, the mean over the sets of seeds."""
     figures: dict[str, Figure]
-    """Metric's name to its figure; a metric that could not be measured is absent, and a notice says why."""
+    """By the metric's name; a metric that could not be measured is absent, and a notice says why."""
 
 
-class Halves(BaseModel):
-    """The real data against itself, which tells what distance means nothing."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class Halves(Record):
+    """The real data against itself: a distance that means nothing."""
 
     num_each: int
     """Samples in each of two disjoint halves: fewer than in a row, so its Frechet distance is biased upwards more."""
     figures: dict[str, float]
 
 
-class EvaluationTable(BaseModel):
+class EvaluationTable(Record):
     """All rows of one protocol."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     protocol: Protocol
     rows: list[Row]
@@ -132,19 +120,17 @@ class EvaluationTable(BaseModel):
     """None for `same_noise`, or where the reference is too small."""
 
 
-class EvaluationResult(BaseModel):
+class EvaluationResult(Record):
     """evaluation.json."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: int = EVALUATION_FORMAT
     subject: str
-    """What was measured, as it was given."""
+    """As the user typed it."""
     kind: Literal["run", "stage", "pipeline", "images"]
     complete: bool
-    """Whether every cell that was asked for was measured; False while it runs, or after a cut."""
+    """Whether every requested cell was measured; False while it runs, or if it was interrupted."""
     metrics: dict[str, MetricInfo]
-    """Every metric's name that a row may hold, in the order in which they are shown."""
+    """All metrics that a row may hold, in the order in which they are shown."""
     series: list[Series]
     tables: list[EvaluationTable]
     """Those of `sets` first, in the order of the extractors asked for, then `same_noise`."""
@@ -154,20 +140,3 @@ class EvaluationResult(BaseModel):
     """Versions, commit, machine, command line."""
     seconds: float
     """Wall time of sampling and measuring, over all calls."""
-
-
-def parse_evaluation(data: Any, name: str) -> EvaluationResult:
-    """The evaluation in JSON `data`, read from the file `name`.
-
-    Raises:
-        DamagedFile: if it is none, or of another format.
-    """
-    if isinstance(data, dict) and data.get("format") != EVALUATION_FORMAT:
-        raise DamagedFile(
-            f"{name} has format {data.get('format')}, this halfstep reads {EVALUATION_FORMAT}: run `halfstep evaluate` "
-            "again"
-        )
-    try:
-        return EvaluationResult.model_validate(data)
-    except ValidationError as error:
-        raise DamagedFile(f"{name} does not hold an evaluation ({error.errors()[0]['msg']})") from None

@@ -1,7 +1,7 @@
 """Signs of life of the process that writes a run, for readers in other shells and on other machines.
 
-A file lock would not do: a reader that tries it may take it from a run that is just starting, and shared disks need not
-pass it on. A small file that is written every few seconds can be read by anyone.
+A file lock would not do: a reader that tries it may take it from a run that is starting, and shared disks may not
+support it. A small file that is written every few seconds can be read by anyone.
 """
 
 import contextlib
@@ -18,13 +18,12 @@ from halfstep.runtime.files import write_json
 
 SECONDS: Final = 5.0
 """Time between two signs of life."""
-
 SILENT_SECONDS: Final = 60.0
-"""Time without a sign of life after which a process counts as gone, where it cannot be looked for."""
+"""Time without a sign of life after which a process counts as gone if it runs on another machine."""
 
 
 def this_machine() -> list[str]:
-    """What tells whether process numbers mean the same here and there: host, boot and pid namespace."""
+    """Return host, boot and pid namespace: where they are equal, process ids mean the same."""
     parts = [platform.node()]
     with contextlib.suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
@@ -34,11 +33,11 @@ def this_machine() -> list[str]:
 
 @final
 class Heartbeat:
-    """While entered, a file that says every few seconds that this process is at work; then, how it ended.
+    """A file that is rewritten every few seconds while entered, then says how the process ended.
 
-    {"state": "running", or "finished", "stopped", "diverged", "failed"; "message": of the error, or null; "pid",
-    "machine": see `this_machine`; "started", "updated": seconds since 1970}. A file that cannot be written is passed
-    over: a full disk is for those to tell who have something to lose. Where the folder has gone, none is made.
+    {"state": "running", "finished", "stopped", "diverged" or "failed"; "message": of the error, or null; "pid";
+    "machine": see `this_machine`; "started", "updated": seconds since 1970}. Failed writes are ignored: a full disk is
+    reported by those who lose data. A folder that has gone is not made again.
 
     Args:
         ends: states for kinds of errors; any other is "failed", and none is "finished".
@@ -75,15 +74,13 @@ class Heartbeat:
     def _write(self, state: str, message: str | None) -> None:
         if not self.path.parent.is_dir():
             return
+        beat = {
+            "state": state,
+            "message": message,
+            "pid": os.getpid(),
+            "machine": this_machine(),
+            "started": round(self._started, 3),
+            "updated": round(time.time(), 3),
+        }
         with contextlib.suppress(OSError):
-            write_json(
-                self.path,
-                {
-                    "state": state,
-                    "message": message,
-                    "pid": os.getpid(),
-                    "machine": this_machine(),
-                    "started": round(self._started, 3),
-                    "updated": round(time.time(), 3),
-                },
-            )
+            write_json(self.path, beat)

@@ -4,26 +4,28 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final, TypeGuard
+from typing import Any, TypeGuard
 
 from halfstep.runtime.files import write_text
 
 Row = dict[str, Any]
 
-LARGEST: Final = 1e300
-"""No figure is larger, and JSON may hold whole numbers that no float can."""
-
 
 def is_finite(value: object) -> TypeGuard[int | float]:
-    """Whether it is a number that a figure can show."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
+    """Return whether it is a number that a figure can show; JSON may hold integers larger than any float."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def finite(value: object) -> float | None:
+    """Return a number that a figure can show, else None."""
+    return float(value) if is_finite(value) else None
 
 
 def read_log(path: Path, last_bytes: int | None = None) -> list[Row]:
-    """The rows of a log; a last line that was cut short by a kill is passed over.
+    """Return the rows of a log, without a last line that a kill cut short.
 
     Args:
-        last_bytes: only rows that begin in this many bytes at the end of the file.
+        last_bytes: read only rows that begin in this many bytes at the end of the file.
     """
     if not path.is_file():
         return []
@@ -46,13 +48,13 @@ def read_log(path: Path, last_bytes: int | None = None) -> list[Row]:
 
 
 class RunLog:
-    """Appends rows to a log file; None as the path keeps nothing."""
+    """A log file to which rows are appended; with None as its path, nothing is kept."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Adds one row with flat keys."""
+        """Add one row with flat keys."""
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +62,7 @@ class RunLog:
             file.write(json.dumps(row) + "\n")
 
     def keep(self, wanted: Callable[[Row], bool]) -> None:
-        """Drops the rows that are not `wanted`: those that a run wrote after the checkpoint it resumes from."""
+        """Drop the rows that are not `wanted`: those that a run wrote after the checkpoint it resumes from."""
         if self.path is None or not self.path.exists():
             return
         kept = [row for row in read_log(self.path) if wanted(row)]

@@ -1,12 +1,13 @@
 """What is where in a run folder, and the types of its JSON files."""
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field, ValidationError
 
-from halfstep.runs.evaluation import EvaluationResult, parse_evaluation
+from halfstep.runs.evaluation import EVALUATION_FORMAT, EvaluationResult, Record
 from halfstep.runtime.files import DamagedFile, check_files, read_json
 
 FORMAT = 3
@@ -16,28 +17,23 @@ RoleName = Literal["teacher", "matched", "student"]
 """teacher: undistilled; matched: carried over to another prediction, process or guidance; student: distilled."""
 
 
-class Pipeline(BaseModel):
-    """A pipeline of diffusers in a folder or on the Hub."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class Pipeline(Record):
+    """A diffusers pipeline in a folder or on the Hub."""
 
     kind: str
     """Its class."""
     folder: str
-    """Where it lies."""
     component: str
     """The part that the model replaces: unet or transformer."""
 
 
-class Outcome(BaseModel):
+class Outcome(Record):
     """What a stage's model is and how it is sampled, as its objective declares it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     role: RoleName
     num_steps: int | None = None
     """Sampler steps that the model is made for; None for any number."""
-    sampler: dict[str, Any] = {"type": "ddim"}
+    sampler: dict[str, Any] = Field(default={"type": "ddim"})
     """{"type": name in the registry of samplers, and its fields}."""
 
     @property
@@ -59,10 +55,8 @@ class PlannedStage(NamedTuple):
     """Cost of an update in forward passes of one sample."""
 
 
-class Manifest(BaseModel):
+class Manifest(Record):
     """manifest.json of a stage: all that is needed to rebuild its model, and where it came from."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: int = FORMAT
     stage: str
@@ -80,14 +74,13 @@ class Manifest(BaseModel):
     num_classes: int = 0
     """Classes that the model is conditioned on; 0 for an unconditional model."""
     classes_shown: int | None = None
-    """How many of them, from the first on, the data had on which the model or its students were trained; samples are of
-    these in turn. None for all."""
-    conditions: dict[str, tuple[int, ...]] = {}
-    """Conditions beside the class that the model is shown, with the shape of each for one sample."""
+    """How many of them, from the first on, the training data had; samples are of these in turn. None for all."""
+    conditions: dict[str, tuple[int, ...]] = Field(default={})
+    """Further conditions of the model, with the shape of each for one sample."""
     guidance: dict[str, Any] | None = None
     """{"type": name in the registry of guidances, and its fields}: what the network has learned; None for none."""
     guidance_scale: float | None = None
-    """The scale at which the model is sampled where none is asked for; None for no guidance."""
+    """The default scale; None for no guidance."""
     is_image: bool
     """Whether samples are images, in [-1, 1]."""
     clip: bool
@@ -134,9 +127,8 @@ class Manifest(BaseModel):
             scale = self.guidance["scale"]
             return (
                 f"The model has taken in the teacher's guidance at the scale {scale:g} (uncond + {scale:g} (cond - "
-                "uncond))"
-                ". Pass guidance_scale 1, which turns a pipeline's own guidance off: one network call a step where the "
-                "teacher needed two. Another scale would guide a second time; negative prompts do not act."
+                "uncond)). Pass guidance_scale 1, which turns a pipeline's own guidance off: one network call a step "
+                "where the teacher needed two. Another scale would guide a second time; negative prompts do not act."
             )
         low, high = self.guidance["low"], self.guidance["high"]
         return (
@@ -146,10 +138,8 @@ class Manifest(BaseModel):
         )
 
 
-class Result(BaseModel):
+class Result(Record):
     """One row of metrics.json: a model sampled with some number of steps."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     sampler: str
     gamma: float | None = None
@@ -160,18 +150,15 @@ class Result(BaseModel):
     frechet: float
     kid: float
     teacher_rmse: float | None = None
-    """Root mean square difference from the undistilled teacher's samples at `start` steps from the same noise, on
-    [-1, 1]; None where that is the model itself."""
+    """Root mean square difference from the start's samples of the same noise, on [-1, 1]; None for the start itself."""
     seconds_per_1000: float
     """Wall time for 1,000 samples."""
     samples: str | None = None
     """Path in the stage's folder of the .npz with the first samples."""
 
 
-class Metrics(BaseModel):
+class Metrics(Record):
     """metrics.json of a stage."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     protocol: dict[str, Any]
     """Extractor, counts, reference data, seed, device: figures of different protocols must not be compared."""
@@ -288,9 +275,19 @@ class RunFolder:
         Raises:
             DamagedFile: if the file cannot be read or is of another format.
         """
-        if not self.evaluation_path.is_file():
+        path = self.evaluation_path
+        if not path.is_file():
             return None
-        return parse_evaluation(read_json(self.evaluation_path), str(self.evaluation_path))
+        data = read_json(path)
+        if isinstance(data, dict) and data.get("format") != EVALUATION_FORMAT:
+            raise DamagedFile(
+                f"{path} has format {data.get('format')}, this halfstep reads {EVALUATION_FORMAT}: run `halfstep "
+                "evaluate` again"
+            )
+        try:
+            return EvaluationResult.model_validate(data)
+        except ValidationError as error:
+            raise DamagedFile(f"{path} does not hold an evaluation ({error.errors()[0]['msg']})") from None
 
     def stage(self, name: str) -> StageFolder:
         """The folder of the stage called `name`, which need not exist."""
@@ -303,33 +300,24 @@ class RunFolder:
             rows = self.recipe().get("plan")
         except (DamagedFile, OSError):
             return []
-        return [
-            _planned(row)
-            for row in (rows if isinstance(rows, list) else [])
-            if isinstance(row, dict) and isinstance(row.get("stage"), str)
-        ]
+        rows = rows if isinstance(rows, list) else []
+        return [_planned(row) for row in rows if isinstance(row, dict) and isinstance(row.get("stage"), str)]
 
     @property
     def start(self) -> StageFolder | None:
-        """The stage from which the run's chain starts, which need not exist: all others are compared with it.
-
-        Without a plan: the first stage, if it is a teacher.
-        """
+        """The stage, which need not exist, from which the run's chain starts; without a plan, a first teacher."""
         if plan := self.plan:
             return self.stage(plan[0].name)
-        for first in self.stages()[:1]:
-            try:
+        with contextlib.suppress(DamagedFile, OSError):
+            for first in self.stages()[:1]:
                 return first if first.manifest(verify=False).outcome.role == "teacher" else None
-            except (DamagedFile, OSError):
-                return None
         return None
 
     def stages(self) -> list[StageFolder]:
         """The folders of all complete stages, in the plan's order; those outside the plan by name, last."""
-        names = [row.name for row in self.plan]
         found = sorted(path.name for path in (self.path / "stages").glob("[!.]*"))
-        ordered = [*(name for name in names if name in found), *(name for name in found if name not in names)]
-        return [folder for folder in map(self.stage, ordered) if folder.is_complete()]
+        names = dict.fromkeys([*(row.name for row in self.plan), *found])
+        return [folder for folder in map(self.stage, names) if folder.name in found and folder.is_complete()]
 
     def recipe(self) -> dict[str, Any]:
         """The content of recipe.json: {"recipe": ..., "environment": ...}.

@@ -1,7 +1,7 @@
-"""How far a run is: what its live display shows, and what any other process reads from its folder.
+"""The progress of a run, as its live display shows it and as any other process reads it from the folder.
 
-Time left is counted in units of work: a stage's updates times the cost of one in forward passes, which recipe.json
-holds. The pace is that of the last updates of the stage at work, or before there are some that of the stage before.
+Time left is counted in forward passes: a stage's updates times the cost of one, from recipe.json. The pace is that of
+the last updates of the current stage, or of the stage before until it has some.
 """
 
 import contextlib
@@ -11,10 +11,10 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
-from halfstep.runs.heartbeat import SECONDS, SILENT_SECONDS, this_machine
-from halfstep.runs.log import is_finite, read_log
+from halfstep.runs.heartbeat import SILENT_SECONDS, this_machine
+from halfstep.runs.log import finite, read_log
 from halfstep.runs.schema import RunFolder, StageFolder
 from halfstep.runtime.files import DamagedFile, read_json
 
@@ -23,14 +23,13 @@ RunState = Literal["running", "stopped", "finished", "diverged", "failed"]
 
 PACE_ROWS: Final = 10
 """Rows of the log over which the pace is taken."""
-
 LOG_BYTES: Final = 2**20
-"""Bytes from the end of the log that are read: the stage at work is at its end."""
+"""Bytes from the end of the log that are read: the current stage is at its end."""
 
 
 @dataclass
 class StageStatus:
-    """How far one stage is."""
+    """The progress of one stage."""
 
     name: str
     num_steps: int | None
@@ -38,14 +37,14 @@ class StageStatus:
     num_updates: int
     """Its budget; updates done once it is done."""
     update_cost: float = 1.0
-    """Of one update, in forward passes of one sample."""
+    """Forward passes of one sample in an update."""
     state: StageState = "to come"
     update: int = 0
     """Updates done."""
     seconds: float = 0.0
     """Training time so far, over all restarts."""
     loss: float | None = None
-    """Of the last window."""
+    """Mean over the last log interval."""
     learning_rate: float | None = None
     samples_per_second: float | None = None
     checkpoint: int | None = None
@@ -71,21 +70,20 @@ class StageStatus:
         return self.seconds / self.update if self.update and self.seconds else math.nan
 
     def take(self, row: Mapping[str, Any]) -> None:
-        """A row of the log."""
-        update, seconds = row.get("update"), row.get("seconds")
-        if not (isinstance(update, int) and is_finite(update) and is_finite(seconds)):
+        """Take in a row of the log."""
+        update, seconds = row.get("update"), finite(row.get("seconds"))
+        if not isinstance(update, int) or finite(update) is None or seconds is None:
             return
-        self.update, self.seconds = int(update), float(seconds)
-        self.rows.append((self.update, self.seconds))
+        self.update, self.seconds = update, seconds
+        self.rows.append((update, seconds))
         del self.rows[: -4 * PACE_ROWS]
-        for name in ("loss", "learning_rate", "samples_per_second"):
-            value = row.get(name)
-            setattr(self, name, float(value) if is_finite(value) else None)
+        self.loss, self.learning_rate = finite(row.get("loss")), finite(row.get("learning_rate"))
+        self.samples_per_second = finite(row.get("samples_per_second"))
 
 
 @dataclass
 class RunStatus:
-    """How far a run is."""
+    """The progress of a run."""
 
     path: Path
     name: str
@@ -136,18 +134,17 @@ class RunStatus:
     def as_json(self) -> dict[str, Any]:
         """The status as data; times in seconds, None for what is not known."""
         done, total = self.updates
-        current = self.current
         return {
             "run": str(self.path),
             "name": self.name,
             "state": self.state,
             "message": self.message,
-            "stage": current.name if current is not None else None,
+            "stage": None if self.current is None else self.current.name,
             "updates_done": done,
             "num_updates": total,
             "share_done": self.share,
             "training_seconds": math.fsum(stage.seconds for stage in self.stages),
-            "training_seconds_left": _known(self.seconds_left),
+            "training_seconds_left": finite(self.seconds_left),
             "process": None if self.process is None else dict(self.process),
             "stages": [
                 {
@@ -161,7 +158,7 @@ class RunStatus:
                     "learning_rate": stage.learning_rate,
                     "samples_per_second": stage.samples_per_second,
                     "seconds": stage.seconds,
-                    "seconds_left": _known(self.seconds_left_of(stage)),
+                    "seconds_left": finite(self.seconds_left_of(stage)),
                     "checkpoint": stage.checkpoint,
                     "results": [{"num_steps": steps, "frechet": frechet} for steps, frechet in stage.results],
                 }
@@ -170,12 +167,8 @@ class RunStatus:
         }
 
 
-def _known(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
 def read_status(path: Path, now: float | None = None) -> RunStatus:
-    """How far the run in the folder `path` is, whoever writes it. Nothing is written, locked or hashed.
+    """Read the progress of the run in the folder `path`. Nothing is written, locked or hashed.
 
     Args:
         now: seconds since 1970, for tests.
@@ -197,16 +190,15 @@ def read_status(path: Path, now: float | None = None) -> RunStatus:
         if (known := by_name.get(str(row.get("stage")))) is not None:
             known.take(row)
     for stage in stages:
-        _look(folder.stage(stage.name), stage)
+        _update_stage(stage, folder.stage(stage.name))
     recipe = data["recipe"]
     name = recipe.get("name") if isinstance(recipe, dict) else None
     status = RunStatus(path, str(name or path.resolve().name), stages)
-    _tell_state(status, folder, time.time() if now is None else now)
+    _update_run(status, folder, time.time() if now is None else now)
     return status
 
 
-def _look(folder: StageFolder, stage: StageStatus) -> None:
-    """What the stage's folder says of it."""
+def _update_stage(stage: StageStatus, folder: StageFolder) -> None:
     for checkpoint in folder.checkpoints():
         with contextlib.suppress(ValueError):
             stage.checkpoint = int(checkpoint.name.removeprefix("checkpoint-"))
@@ -232,13 +224,12 @@ def _look(folder: StageFolder, stage: StageStatus) -> None:
         stage.results = [(result.num_steps, result.frechet) for result in metrics.results] if metrics else []
 
 
-def _tell_state(status: RunStatus, folder: RunFolder, now: float) -> None:
-    try:
+def _update_run(status: RunStatus, folder: RunFolder, now: float) -> None:
+    beat = None
+    with contextlib.suppress(DamagedFile):
         beat = read_json(folder.heartbeat_path)
-    except DamagedFile:
-        beat = None
     current = status.current
-    if not isinstance(beat, dict) or beat.get("state") not in ("running", "stopped", "finished", "diverged", "failed"):
+    if not isinstance(beat, dict) or beat.get("state") not in get_args(RunState):
         status.state = "finished" if current is None else "stopped"
         status.message = None if current is None else "no process has left a sign of life"
         return
@@ -267,7 +258,7 @@ def _tell_state(status: RunStatus, folder: RunFolder, now: float) -> None:
 
 
 def _gone(pid: object, machine: object, age: float) -> str | None:
-    """Why the process that said it is at work counts as gone; None if it does not."""
+    """Return why the process that was running counts as gone; None if it does not."""
     if isinstance(pid, int) and pid > 0 and machine == this_machine():
         try:
             os.kill(pid, 0)
@@ -275,6 +266,4 @@ def _gone(pid: object, machine: object, age: float) -> str | None:
             return "its process has gone without a word (killed, or the machine failed)"
         except PermissionError:
             pass
-    if age > max(SILENT_SECONDS, 3 * SECONDS):
-        return f"no sign of life for {age:.0f} seconds"
-    return None
+    return f"no sign of life for {age:.0f} seconds" if age > SILENT_SECONDS else None
