@@ -122,7 +122,6 @@ def steps_figure(
         level: one point, at whose height a horizontal line is drawn.
     """
     styles = [(teacher, TEACHER, "s--"), (student, STUDENT, "o-")]
-    # Further curves without a colour of their own are not drawn.
     styles += [(curve, c, f"{marker}-.") for curve, c, marker in zip(others, OTHERS, MARKERS, strict=False)]
     shown = [(curve, colour, style) for curve, colour, style in styles if curve is not None and curve.x]
     if not shown:

@@ -182,7 +182,7 @@ def _noting(notices: list[str], what: str, path: Path) -> Iterator[None]:
     """Turn a file in the folder `path` that cannot be read into a notice, which begins with `what`."""
     try:
         yield
-    except (DamagedFile, OSError) as error:
+    except (ValueError, OSError) as error:
         notices.append(f"{what}{inside(path, error)}.")
 
 
