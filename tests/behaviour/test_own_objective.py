@@ -394,5 +394,5 @@ def test_a_helper_in_bfloat16_is_refused() -> None:
 def test_the_average_is_none_of_the_student_s_own_and_evals_name_every_network() -> None:
     assert set(Game().evals) == {STUDENT, "teacher", *Game().helpers}
     assert all(isinstance(evals, Evals) for evals in Game().evals.values())
-    assert own_objective.own_game().further[0].stage().objective == Game()
+    assert objectives.rebuild(own_objective.own_game().further[0].objective) == Game()
     assert objectives.describe(Game()) == own_objective.own_game().further[0].objective
