@@ -52,7 +52,7 @@ every_process_and_prediction = pytest.mark.parametrize(
         for process, prediction in itertools.product(processes_, predictions_)
     ],
 )
-every_k = pytest.mark.parametrize("num_teacher_steps", [1, 2, 3, 4, 8])
+every_k = in_turn("num_teacher_steps", [1, 2, 3, 4, 8])
 
 
 def grid_steps(num_steps: int) -> tuple[Tensor, Tensor]:
@@ -319,7 +319,7 @@ def test_a_whole_trajectory_of_perfect_students_is_the_teacher_s_trajectory() ->
 every_deterministic = pytest.mark.parametrize(
     "sampler", [parameter for parameter in variants() if not parameter.values[0].stochastic]
 )
-every_few = pytest.mark.parametrize("num_teacher_steps", [1, 2, 3, 4])
+every_few = in_turn("num_teacher_steps", [1, 2, 3, 4])
 NARROW: Final = VPCosine(-4.0, 4.0)
 """A process whose noise at t = 0 ends before the stages of a step onto clean data."""
 
@@ -347,7 +347,7 @@ def landing(teacher: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, num_teacher_st
 @every_process_or_further
 @every_deterministic
 @every_few
-@pytest.mark.parametrize("num_steps", [1, 8])
+@in_turn("num_steps", [1, 8])
 @torch.no_grad()
 def test_one_ddim_step_of_the_student_lands_where_any_sampler_takes_the_teacher(
     process: NoiseProcess, sampler: Sampler, num_teacher_steps: int, num_steps: int
@@ -382,8 +382,8 @@ def test_the_target_of_a_sample_does_not_depend_on_its_company(process: NoisePro
 
 @every_process_or_further
 @every_deterministic
-@pytest.mark.parametrize("kind", ["mixture", "network"])
-@pytest.mark.parametrize("num_steps", [64, 4096])
+@in_turn("kind", ["mixture", "network"])
+@in_turn("num_steps", [64, 4096])
 @torch.no_grad()
 def test_the_float32_target_of_any_sampler_is_the_float64_one_to_1e_5(
     process: NoiseProcess, sampler: Sampler, kind: str, num_steps: int
