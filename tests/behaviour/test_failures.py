@@ -375,12 +375,14 @@ def test_a_micro_batch_that_was_given_is_no_bound_for_one_that_is_looked_for(tmp
 @contextlib.contextmanager
 def _sent(number: int, when: Callable[[], bool]) -> Iterator[None]:
     """Sends this process a signal, twice, as launchers do, once it is time."""
+    # A signal to the process may be handed to any thread, and then a sleep in this one runs on to its end.
+    main = threading.get_ident()
 
     def wait() -> None:
         while not when():
             time.sleep(0.01)
         for _ in range(2):
-            os.kill(os.getpid(), number)
+            signal.pthread_kill(main, number)
 
     thread = threading.Thread(target=wait)
     thread.start()
