@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Run all six; return sha256 by name: of the weights of every stage, and of the figures of the first run."""
+    """Make the six runs; return the sha256 of each stage's weights and of the first run's figures, by name."""
     chain = folder / "chain"
     teacher = str(chain / "stages" / "00-denoise")
     halfstep("run", "digits", *SMALL, *TEACHER, "--out", str(chain))

@@ -226,7 +226,7 @@ def test_a_dry_run_tells_what_a_distillation_takes_and_writes_nothing(
 
 @pytest.mark.parametrize("word", ["--model.prediction", "--network.dropout", "--teacher.num-updates"])
 def test_options_of_a_teacher_that_is_there_are_refused(word: str, ddpm_run: Path, capsys: Capture) -> None:
-    assert f"{word} says nothing to a teacher that is there" in refused(
+    assert f"{word} cannot change an existing teacher" in refused(
         ["distill", str(ddpm_run), "--to", "2", f"{word}=1"], capsys
     )
 
@@ -686,7 +686,7 @@ def test_what_is_no_pipeline_is_refused(source: str, said: str, tmp_path: Path, 
     ("model", "data", "words", "said"),
     [
         ("ddpm", "digits", ["--matching.guidance-scale", "3"], "what stands for no condition is not known"),
-        ("ddpm", "digits", ["--matching.null-class", "3"], "says nothing to a teacher without classes"),
+        ("ddpm", "digits", ["--matching.null-class", "3"], "needs a teacher with classes"),
         ("classes-ddpm", "digits", ["--matching.guidance-scale", "3", "--matching.null-class", "11"],
          "matching.null_class 11 is no class of the teacher, which knows 0 to 10"),
         ("classes-ddpm", "digits", ["--matching.guidance-scale", "3"], "give --matching.null-class"),

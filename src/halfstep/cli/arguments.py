@@ -104,7 +104,7 @@ class SampleArguments:
     sampler: SamplerName | None = None
     """Sampler (`halfstep ls samplers` describes them); the model's own by default."""
     gamma: float | None = None
-    """Of ancestral sampling: its variance, from 0 for the lower bound to 1 for the upper, which is the default."""
+    """Variance of ancestral sampling: 0 is its lower bound, 1 its upper bound (the default)."""
     batch_size: int | None = None
     """Samples drawn at once; as many as fit by default."""
     precision: Literal["float32", "bf16"] = "float32"
@@ -123,8 +123,9 @@ class SampleArguments:
 class EvaluateArguments:
     """Measure every student of a run at its own steps, and the teacher by several samplers at all, in one or several
     kinds of features, over one or several sets of seeds. SUBJECT is the folder of a run, of a stage, of a diffusers
-    pipeline (or its name on the Hub), or a folder of images or an .npz of samples. The same command goes on where it
-    was cut, and draws nothing that is there. It writes evaluation.json, .md, .csv, .svg, and keeps the samples."""
+    pipeline (or its name on the Hub), or a folder of images or an .npz of samples. Run the same command again to
+    resume it: finished samples are not drawn twice. It writes evaluation.json, .md, .csv and .svg, and keeps the
+    samples."""
 
     subject: tyro.conf.Positional[str]
     """What to measure."""
@@ -140,7 +141,7 @@ class EvaluateArguments:
     num_samples: int | None = None
     """Samples in a set; as in the recipe by default, and all of a folder's."""
     gamma: float | None = None
-    """Of ancestral sampling: its variance, from 0 for the lower bound to 1 for the upper, which is the default."""
+    """Variance of ancestral sampling: 0 is its lower bound, 1 its upper bound (the default)."""
     search_gamma: int | None = None
     """Try so many values of gamma from 0 to 1 (the paper: 11) for each ancestral row and show the best."""
     guidance_scale: float | None = None

@@ -143,7 +143,7 @@ def distill(argv: Sequence[str]) -> None:
         recipe = Recipe(name="distilled")
     for name in (word.partition("=")[0].replace("_", "-") for word in rest):
         if name.startswith(("--network.", "--teacher.", "--model.")) and name != "--model.weighting":
-            raise UsageError(f"{name} says nothing to a teacher that is there: leave it out")
+            raise UsageError(f"{name} cannot change an existing teacher: leave it out")
     default = DistillArguments(_going_on(recipe, model))
     arguments = parse(DistillArguments, rest, f"halfstep distill {argv[0]}", default, SHORT)
     chain = arguments.recipe.chain
@@ -167,7 +167,7 @@ def _going_on(recipe: Recipe, model: Model) -> Recipe:
     }
     changes: dict[str, object] = {"chain": recipe.chain.model_copy(update=chain), "further": ()}
     if model.role is not Role.TEACHER:
-        # It has been matched already, where its run asked for that.
+        # Only a teacher is matched; a student was distilled from one that has these settings already.
         done = ("prediction", "process", "guidance_scale", "guidance_range", "null_class")
         defaults = {name: MatchingConfig.model_fields[name].default for name in done}
         changes["matching"] = recipe.matching.model_copy(update=defaults)

@@ -108,7 +108,7 @@ def _torch() -> Iterator[Finding]:
     try:
         import torch
     except (ImportError, OSError) as error:
-        yield Finding("torch", "problem", f"torch cannot be imported ({first_line(error)})", "install it anew")
+        yield Finding("torch", "problem", f"torch cannot be imported ({first_line(error)})", "reinstall torch")
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = ""

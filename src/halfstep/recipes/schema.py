@@ -454,7 +454,9 @@ def _with_null(teacher: Model, config: MatchingConfig, data: Data) -> Model:
     null = dict(teacher.null)
     if config.null_class is not None:
         if not teacher.num_classes:
-            raise ValueError(f"matching.null_class {config.null_class} says nothing to a teacher without classes")
+            raise ValueError(
+                f"matching.null_class {config.null_class} needs a teacher with classes, and this one has none"
+            )
         last = max(int(null.get("class_labels", 0)), teacher.num_classes - 1)
         if config.null_class > last:
             raise ValueError(
