@@ -51,8 +51,9 @@ from halfstep.runtime.files import DamagedFile
 from halfstep.runtime.processes import exit_code, is_lost, make_accelerator
 from halfstep.runtime.stop import SAME_PRESS, Interrupted, StopSignal, at_once
 from halfstep.runtime.storage import NoStorage, no_storage
+from halfstep.runtime.tensors import write_tensors
+from halfstep.train import checkpoint, recent
 from halfstep.train import checkpoint as checkpoints
-from halfstep.train import recent
 from halfstep.train.engine import StageTrainer
 from halfstep.train.memory import fit_micro_batch
 from halfstep.train.recent import Part, Recent
@@ -492,6 +493,26 @@ def test_a_folder_that_vanishes_names_the_last_good_checkpoint_and_is_not_made_a
     away.rename(path)
     finish(spec, path)
     assert weights(path) == weights(uncut)
+
+
+@pytest.mark.parametrize("part", ["first", "second"])
+def test_a_folder_that_vanishes_while_a_checkpoint_is_written_is_not_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    folder = RunFolder(tmp_path / "disk" / "run").stage("00-denoise")
+    folder.path.mkdir(parents=True)
+
+    def writes(path: Path, tensors: dict[str, torch.Tensor]) -> str:
+        if path.stem == part:
+            (tmp_path / "disk" / "run").rename(tmp_path / "away")
+        return write_tensors(path, tensors)
+
+    monkeypatch.setattr(checkpoint, "write_tensors", writes)
+    state = {name: {"x": torch.ones(2)} for name in ("first", "second")}
+    with pytest.raises(OSError, match="No such file") as error:
+        checkpoint.write_checkpoint(state, {"update": 3}, folder)
+    assert isinstance(no_storage(error.value, tmp_path / "disk" / "run", None), NoStorage)
+    assert not list((tmp_path / "disk").iterdir())
 
 
 def test_only_an_error_of_the_connection_is_one_of_a_lost_process(monkeypatch: pytest.MonkeyPatch) -> None:

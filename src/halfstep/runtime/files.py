@@ -9,6 +9,7 @@ import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +74,10 @@ def scratch(path: Path) -> Iterator[Path]:
 
     The name is random: threads have one process id, and so do processes in different containers.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    # A scratch folder is made once, by its writer. If it is missing its disk has gone, and to make it again would write
+    # to the disk below the mount.
+    if not fnmatch(path.parent.name, ".*.tmp"):
+        path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         yield temporary
