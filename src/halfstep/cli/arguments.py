@@ -26,6 +26,9 @@ from halfstep.studies import studies
 SHORT: Final = {"--data": "--data.source", "--to": "--chain.end-steps", "--start": "--chain.start-steps"}
 """Short names of a recipe's options."""
 
+SHORT_OF_FINISH: Final = {"--steps": "--finish.steps"}
+"""Those of the verb `finish`."""
+
 FAMILIES: Final[Mapping[str, Registry[Any]]] = {
     "recipes": recipes,
     "samplers": samplers,
@@ -80,6 +83,13 @@ class DistillArguments(PlanArguments):
 
     out: Path | None = None
     """Folder of the new run; by default beside the model's run, with the steps in its name."""
+
+
+@dataclass
+class FinishArguments(PlanArguments):
+    """Finish students of a trained run: move their landing points onto the distribution of the undistilled teacher.
+    RUN is the folder of a run, to which the stages are added. Options are those of its recipe; those of stages that are
+    trained already cannot change."""
 
 
 @dataclass
@@ -220,9 +230,9 @@ def recipe_of_stage(stage: StageFolder) -> Recipe | None:
     return recipe_of_file(file) if folder.name == "stages" and file.is_file() else None
 
 
-def expand_short(argv: Sequence[str]) -> list[str]:
+def expand_short(argv: Sequence[str], short: Mapping[str, str] = SHORT) -> list[str]:
     """Replace the short names of a recipe's options."""
-    return [SHORT.get(name, name) + equals + value for name, equals, value in (token.partition("=") for token in argv)]
+    return [short.get(name, name) + equals + value for name, equals, value in (token.partition("=") for token in argv)]
 
 
 def processes_of(cpu: bool = False) -> Processes:

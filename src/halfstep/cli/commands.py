@@ -2,10 +2,10 @@
 
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -15,7 +15,9 @@ from rich.table import Table
 from halfstep.cli.arguments import (
     FAMILIES,
     SHORT,
+    SHORT_OF_FINISH,
     DistillArguments,
+    FinishArguments,
     ListArguments,
     PlanArguments,
     ReportArguments,
@@ -41,8 +43,8 @@ from halfstep.objectives import Role
 from halfstep.recipes import Recipe, build, recipes
 from halfstep.recipes.schema import MatchingConfig, data_or_stand_in
 from halfstep.run.runner import run as run_spec
-from halfstep.run.spec import RunSpec
-from halfstep.runs import read_status
+from halfstep.run.spec import GIVEN_TEACHER, RunSpec
+from halfstep.runs import RunFolder, read_status
 from halfstep.runtime.files import refuse_taken, write_arrays
 from halfstep.runtime.processes import launched
 from halfstep.runtime.stop import Interrupted, StopSignal, at_once
@@ -50,11 +52,15 @@ from halfstep.samplers import Ancestral, Sampler, samplers
 
 
 def _carry_out(
-    arguments: PlanArguments, out: Path, what: Literal["all", "teacher", "chain"], teacher: Model | None = None
+    arguments: PlanArguments,
+    out: Path,
+    what: Literal["all", "teacher", "chain"],
+    teacher: Model | None = None,
+    parent: Mapping[str, Any] | None = None,
 ) -> None:
     """Show the plan with --dry-run; else make the run, train it and show its results."""
     recipe = arguments.recipe
-    make = partial(build, recipe, what=what, teacher=teacher)
+    make = partial(build, recipe, what=what, teacher=teacher, parent=parent)
     if recipe.engine.threads is not None:
         torch.set_num_threads(recipe.engine.threads)
     if not arguments.dry_run:
@@ -157,6 +163,28 @@ def distill(argv: Sequence[str]) -> None:
     _carry_out(arguments, out, "chain", model)
 
 
+def finish(argv: Sequence[str]) -> None:
+    """Finish students of a trained run."""
+    if argv and argv[0] in ("-h", "--help"):
+        default = FinishArguments(recipes["digits"]())
+        parse(FinishArguments, ["--help"], "halfstep finish RUN", default, SHORT_OF_FINISH)
+    if not argv or argv[0].startswith("-"):
+        raise UsageError("the run is missing: halfstep finish RUN --steps 4 2 1")
+    folder = RunFolder(Path(argv[0]))
+    if not folder.recipe_path.is_file():
+        raise UsageError(f"{argv[0]} is no run (no recipe.json). Give the folder of a run")
+    recipe, held = recipe_from(argv[0]), folder.recipe()["recipe"]
+    rest = expand_short(argv[1:], SHORT_OF_FINISH)
+    arguments = parse(FinishArguments, rest, f"halfstep finish {argv[0]}", FinishArguments(recipe), SHORT_OF_FINISH)
+    if not arguments.recipe.finish.steps:
+        raise UsageError("no student to finish. Add --steps, such as --steps 4 2 1")
+    what, parent = held.get("what", "all"), held.get("parent")
+    if what == "teacher":
+        raise UsageError(f"{argv[0]} holds a teacher only. Distil it first: halfstep distill {argv[0]}")
+    teacher = None if parent is None else load(folder.stage(GIVEN_TEACHER).path)
+    _carry_out(arguments, folder.path, what, teacher, parent)
+
+
 def _going_on(recipe: Recipe, model: Model) -> Recipe:
     """Return the recipe of the model's run for a chain that starts at the model."""
     # What was set for single students of the old chain need not fit the new one.
@@ -165,7 +193,11 @@ def _going_on(recipe: Recipe, model: Model) -> Recipe:
         "factor": 2,
         **dict.fromkeys(("updates_at", "learning_rate_at", "students", "keep")),
     }
-    changes: dict[str, object] = {"chain": recipe.chain.model_copy(update=chain), "further": ()}
+    changes: dict[str, object] = {
+        "chain": recipe.chain.model_copy(update=chain),
+        "further": (),
+        "finish": Recipe.model_fields["finish"].default,
+    }
     if model.role is not Role.TEACHER:
         # Only a teacher is matched; a student was distilled from one that has these settings already.
         done = ("prediction", "process", "guidance_scale", "guidance_range", "null_class")

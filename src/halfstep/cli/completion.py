@@ -38,6 +38,7 @@ def argument_kinds() -> dict[str, type]:
         "run": arguments.RunArguments,
         "train": arguments.RunArguments,
         "distill": arguments.DistillArguments,
+        "finish": arguments.FinishArguments,
         "study": studying.StudyArguments,
         "demo": arguments.RunArguments,
         "sample": arguments.SampleArguments,
@@ -78,16 +79,18 @@ def command_line() -> ArgumentParser:
 
 def _parsers_of(verb: str, kind: Any) -> list[ArgumentParser]:
     """Return the parser of a verb, or those of a verb that takes a recipe, one for each recipe."""
-    from halfstep.cli.arguments import SHORT, DistillArguments, RunArguments
+    from halfstep.cli.arguments import SHORT, SHORT_OF_FINISH, PlanArguments
     from halfstep.recipes import recipes
 
-    if kind not in (RunArguments, DistillArguments):
+    if not issubclass(kind, PlanArguments):
         return [parser_of(kind)]
     more = ArgumentParser(add_help=False)
     if verb == "distill":
         more.add_argument("model").complete = shtab.FILE  # type: ignore[attr-defined]
+    elif verb == "finish":
+        more.add_argument("run").complete = shtab.DIRECTORY  # type: ignore[attr-defined]
     elif verb != "demo":
         more.add_argument("recipe", choices=list(recipes))
-    for short, field in SHORT.items():
+    for short, field in (SHORT_OF_FINISH if verb == "finish" else SHORT).items():
         more.add_argument(short, help=f"short for {field}")
     return [more, *(parser_of(kind, kind(make())) for make in recipes.values())]

@@ -98,8 +98,10 @@ class RunDisplay:
             return
         self._last_line = now
         left = "..." if math.isnan(self.seconds_left()) else duration(self.seconds_left())
+        # Turns of other players alone give the student no loss.
+        loss = "" if stage.loss is None else f"loss {stage.loss:.4g}  "
         self._line(
-            f"{stage.name}: update {stage.update}/{stage.num_updates}  loss {stage.loss:.4g}  "
+            f"{stage.name}: update {stage.update}/{stage.num_updates}  {loss}"
             f"{stage.samples_per_second:,.0f} samples/s  training left {left}"
         )
 

@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _dispatch_together(verb: Verb, rest: Sequence[str]) -> None:
     """Run the verb in one of several processes."""
-    if verb.name not in ("run", "train", "distill", "sample", "evaluate", "demo"):
+    if verb.name not in ("run", "train", "distill", "finish", "sample", "evaluate", "demo"):
         fail(f"halfstep {verb.name} is done by one process: start it without torchrun or accelerate launch")
     from halfstep.runtime.processes import leave
 

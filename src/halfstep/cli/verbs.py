@@ -83,6 +83,17 @@ _TRAIN: Final = (
         TRAINS,
     ),
     Verb(
+        "finish RUN",
+        "move a run's students onto the teacher's distribution",
+        ("halfstep finish runs/digits --steps 4 2 1", "halfstep finish runs/digits --steps 1 --dry-run"),
+        (
+            "The stages are added to RUN. Each starts from RUN's student of as many steps; its map is kept.",
+            "--steps S is short for --finish.steps S.",
+            RECIPE_NOTES[2],
+        ),
+        TRAINS,
+    ),
+    Verb(
         "study NAME",
         "one of the paper's tables and figures, as a plan of runs; resumable",
         ("halfstep study table1 --scale smoke", "halfstep study steps --scale small --dry-run"),

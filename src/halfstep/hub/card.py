@@ -85,7 +85,7 @@ images[0].save("sample.png")
 ## What it is
 
 - Teacher: {manifest.source or "trained by halfstep"}; the chain began at {manifest.start_steps or "?"} steps; this \
-stage learned from `{manifest.parent or "data"}`, {manifest.num_updates:,} updates.
+stage learned from `{manifest.teacher or "data"}`, {manifest.num_updates:,} updates.
 - Data: {manifest.data or "not recorded"}.
 - Samples: {"images" if manifest.is_image else "latents"} of shape {list(manifest.shape)}; {classes}{conditions}.
 - Predicts {manifest.prediction["type"]} on the process {manifest.process["type"]}; x0 is \

@@ -7,6 +7,7 @@ from halfstep.objectives.base import (
     Batch,
     EarlyEnd,
     Evals,
+    Frozen,
     Helper,
     Losses,
     Models,
@@ -19,7 +20,8 @@ from halfstep.objectives.base import (
     weighted_x0_loss,
 )
 from halfstep.objectives.denoising import Denoising
+from halfstep.objectives.finishing import Finishing
 from halfstep.objectives.guidance import FixedGuidance, Guidance, GuidanceRange, guidances
 from halfstep.objectives.halving import Halving, halving_target
 from halfstep.objectives.matching import Matching
-from halfstep.objectives.plan import HALVING, Plan, Stage
+from halfstep.objectives.plan import FINISHING, HALVING, Parents, Plan, Stage, parents_of

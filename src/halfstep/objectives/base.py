@@ -245,7 +245,15 @@ class Average:
             raise ValueError(f"the decay of an average must be in [0, 1), got {self.decay}")
 
 
-Helper = Auxiliary | Average
+@final
+@dataclass(frozen=True)
+class Frozen:
+    """A player's network as it is before the first update, which the objective can call."""
+
+    of: str = STUDENT
+
+
+Helper = Auxiliary | Average | Frozen
 
 
 class Turn(NamedTuple):
@@ -324,9 +332,14 @@ class Objective(ABC):
 objectives: Registry[type[Objective]] = Registry("objective")
 
 
+def entry_mean(values: Tensor) -> Tensor:
+    """Return the mean over the entries of each sample, `[batch]`."""
+    return values.flatten(1).mean(1) if values.ndim > 1 else values
+
+
 def weighted_x0_loss(x0: Tensor, target: Tensor, log_snr: Tensor, weighting: Weighting) -> Tensor:
     """Return weight * mean((x0 - target)^2) for each sample, `[batch]`."""
-    error = (x0 - target).square().flatten(1).mean(1) if x0.ndim > 1 else (x0 - target).square()
+    error = entry_mean((x0 - target).square())
     return per_sample(weighting(log_snr), error) * error
 
 

@@ -6,19 +6,26 @@ not a loop hidden in a script.
 Source of the defaults: Salimans & Ho 2022 (arXiv:2202.00512), section 5.2 and appendix; the authors' configurations.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
-from typing import Final, final
+from typing import Final, NamedTuple, final
 
 from halfstep.core.grids import check_num_steps
 from halfstep.core.prediction import TruncatedSNR, Weighting
-from halfstep.objectives.base import Objective, Training, objectives
+from halfstep.objectives.base import Objective, Outcome, Role, Training, objectives
+from halfstep.objectives.finishing import Finishing
 from halfstep.objectives.guidance import Guidance
 from halfstep.objectives.halving import Halving
+from halfstep.samplers import DDIM, Sampler
 
 HALVING: Final = Training(num_updates=50_000, learning_rate=5e-5)
 """The paper's training of a student: no warm-up, the rate falls linearly to 0."""
+
+FINISHING: Final = Training(
+    num_updates=460, batch_size=64, learning_rate=5e-5, adam_betas=(0.0, 0.99), grad_clip=1.0, ema_decay=0.98
+)
+"""Training of a finished student, the updates included in which only the auxiliary denoiser learns."""
 
 
 @final
@@ -38,6 +45,44 @@ class Stage:
     def update_cost(self) -> float:
         """Cost of an update in forward passes of one sample."""
         return sum(evals.cost for evals in self.objective.evals.values()) * self.training.batch_size
+
+
+class Parents(NamedTuple):
+    """Where a stage comes from: places among the models before it."""
+
+    start: int
+    """Whose weights the student starts with."""
+    teacher: int
+    """Whom it learns from."""
+
+
+def parents_of(objective: Objective, models: Sequence[Outcome]) -> Parents | None:
+    """Return the parents of a stage among the models before it, in order; None for the first stage.
+
+    Raises:
+        ValueError: if the objective needs a model that does not precede it.
+    """
+    if not models:
+        return None
+    start = teacher = len(models) - 1
+    name = objectives.name_of(objective)
+    if objective.refines:
+        steps = objective.outcome.num_steps
+        same = [place for place, model in enumerate(models) if (model.role, model.num_steps) == (Role.STUDENT, steps)]
+        if not same:
+            made = sorted({m.num_steps for m in models if m.role is Role.STUDENT and m.num_steps}, reverse=True)
+            known = f"the students before it take {', '.join(map(str, made))}" if made else "no student precedes it"
+            raise ValueError(f"the stage {name} refines a student of {steps} steps, but {known}. Choose one of them")
+        start = same[-1]
+    if objective.learns_from_undistilled:
+        whole = [place for place, model in enumerate(models) if model.role is not Role.STUDENT]
+        if not whole:
+            raise ValueError(
+                f"the stage {name} learns from an undistilled teacher, and the chain starts from a student. Start it "
+                "from that student's teacher"
+            )
+        teacher = whole[-1]
+    return Parents(start, teacher)
 
 
 @final
@@ -64,15 +109,10 @@ class Plan:
         return Plan(self.stages + other.stages)
 
     def guided(self, guidance: Guidance | None) -> "Plan":
-        """Return the plan with `guidance` as what the teachers of its halvings have learned."""
-        return Plan(
-            tuple(
-                replace(stage, objective=replace(stage.objective, guidance=guidance))
-                if isinstance(stage.objective, Halving) and guidance is not None
-                else stage
-                for stage in self.stages
-            )
-        )
+        """Return the plan with `guidance` as what the teachers of its students have learned."""
+        if guidance is None:
+            return self
+        return Plan(tuple(replace(stage, objective=_guided(stage.objective, guidance)) for stage in self.stages))
 
     @classmethod
     def of(cls, objective: Objective, training: Training) -> "Plan":
@@ -92,8 +132,13 @@ class Plan:
         learning_rate_at: Mapping[int, float] | None = None,
         weighting: Weighting | None = None,
         guidance: Guidance | None = None,
+        teacher_sampler: Sampler | None = None,
+        teacher_steps: int | None = None,
     ) -> "Plan":
         """Return the chain start -> start / 2 -> ... -> end, one halving stage a student.
+
+        The first student may learn from another sampler of the teacher, or from more of its steps. Students teach by
+        DDIM, as they sample.
 
         Args:
             start: steps of the first teacher; the first student takes half of them.
@@ -106,10 +151,12 @@ class Plan:
                 and 1, as in the paper.
             learning_rate_at: exceptions, from a student's steps to its rate; none by default.
             guidance: what the first teacher has learned.
+            teacher_sampler: the first teacher's, deterministic; DDIM if None.
+            teacher_steps: steps of the first teacher for each step of the first student; as the chain says if None.
 
         Raises:
-            ValueError: if `end` is not below `start`, the factors do not lead from `start` to `end`, or an exception
-                names a number of steps that is not in the chain.
+            ValueError: if `end` is not below `start`, the factors do not lead from `start` to `end`, an exception names
+                a number of steps that is not in the chain, or the sampler is stochastic.
         """
         steps = [start, *students] if students is not None else _divided(start, end, factor)
         factors = _factors(steps)
@@ -125,19 +172,53 @@ class Plan:
                     f"{what} {verb} given for a student of {foreign[0]} steps, but the chain's students take "
                     f"{steps[1:]}: give exceptions for these, or none ({name} None)"
                 )
+        halvings = [
+            Halving(n, k, weighting or TruncatedSNR(), guidance) for n, k in zip(steps[1:], factors, strict=True)
+        ]
+        halvings[0] = replace(
+            halvings[0],
+            num_teacher_steps=factors[0] if teacher_steps is None else teacher_steps,
+            teacher_sampler=teacher_sampler or DDIM(),
+        )
         return cls(
             tuple(
                 Stage(
-                    Halving(n, k, weighting or TruncatedSNR(), guidance),
+                    halving,
                     replace(
                         training,
-                        num_updates=exceptions.get(n, training.num_updates),
-                        learning_rate=rates.get(n, training.learning_rate),
+                        num_updates=exceptions.get(halving.num_steps, training.num_updates),
+                        learning_rate=rates.get(halving.num_steps, training.learning_rate),
                     ),
                 )
-                for n, k in zip(steps[1:], factors, strict=True)
+                for halving in halvings
             )
         )
+
+    @classmethod
+    def finishes(
+        cls,
+        steps: Sequence[int],
+        training: Training = FINISHING,
+        finishing: Callable[[int], Finishing] = Finishing,
+    ) -> "Plan":
+        """Return one finishing stage for each student of `steps`, in order.
+
+        Args:
+            finishing: from a number of steps to the objective.
+
+        Raises:
+            ValueError: if a number is not a whole number of at least 1, or is given twice.
+        """
+        if len(set(steps)) < len(steps):
+            raise ValueError(f"a student can be finished once, got {', '.join(map(str, steps))}. Give each number once")
+        return cls(tuple(Stage(finishing(number), training) for number in steps))
+
+
+def _guided(objective: Objective, guidance: Guidance) -> Objective:
+    """Return a student's objective with the guidance that its teacher has learned; any other as it is."""
+    if objective.outcome.role is not Role.STUDENT or "guidance" not in {field.name for field in fields(objective)}:  # type: ignore[arg-type]
+        return objective
+    return replace(objective, guidance=guidance)  # type: ignore[type-var]
 
 
 def _divided(start: int, end: int, factor: int) -> list[int]:

@@ -4,8 +4,8 @@ Every field has a flag on the command line (`--chain.start-steps 256`); its docs
 names here and become objects in `build`, nowhere deeper.
 """
 
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -20,8 +20,10 @@ from halfstep.measure.evaluate import Evaluation
 from halfstep.models.model import Model
 from halfstep.nets import MLP, Network, UNet2D, unet2d_config
 from halfstep.objectives import (
+    FINISHING,
     HALVING,
     Denoising,
+    Finishing,
     FixedGuidance,
     Guidance,
     GuidanceRange,
@@ -35,6 +37,7 @@ from halfstep.run.course import Match, Start, check_start, cosine_within, course
 from halfstep.run.spec import RunSpec
 from halfstep.runs import Manifest
 from halfstep.runtime.files import cache_folder
+from halfstep.samplers import samplers
 from halfstep.train.settings import LEARNED, Engine
 
 Positive = Annotated[int, Field(ge=1)]
@@ -149,6 +152,10 @@ class ChainConfig(Config):
     """Steps of the last student."""
     factor: Annotated[int, Field(ge=2)] = 2
     """Teacher steps that one step of its student replaces: 2 halves, 4 quarters."""
+    teacher_sampler: Annotated[str, _member_of(samplers)] = "ddim"
+    """Deterministic sampler of the first teacher; students teach by DDIM."""
+    teacher_steps: Positive | None = None
+    """Steps of that sampler for a step of the first student; the factor by default."""
     students: tuple[Positive, ...] | None = None
     """Steps of all students instead of end and factor, such as 256 64 16 8 4."""
     training: Flat = HALVING
@@ -171,6 +178,13 @@ class ChainConfig(Config):
             if self.factor != 2:
                 raise ValueError(f"the students are listed, so a factor of {self.factor} has no effect: leave it out")
         return self
+
+    @field_validator("teacher_sampler")
+    @classmethod
+    def _deterministic(cls, name: str) -> str:
+        if samplers[name].stochastic:
+            raise ValueError(f"{name} draws noise, so no step can land where its steps do. Choose ddim or heun")
+        return name
 
 
 class MatchingConfig(Config):
@@ -217,6 +231,65 @@ class MatchingConfig(Config):
             {None: None, "own": lambda process: process, "cosine": cosine_within}[self.process],
             self.guidance,
             self.num_times,
+        )
+
+
+class FinishConfig(Config):
+    """How students are finished: their landing points are moved onto the teacher's distribution."""
+
+    steps: tuple[Positive, ...] = ()
+    """Students to finish, by their steps, such as 4 2 1."""
+    training: Flat = FINISHING
+    """Training of each finished student."""
+    updates_at: dict[int, Positive] | None = None
+    """Exceptions, student's steps to updates."""
+    learning_rate_at: dict[int, Rate] | None = None
+    """Exceptions, student's steps to its rate."""
+    map_weight: float = Finishing.map_weight
+    """Strength with which the map from noise to sample is kept."""
+    auxiliary_turns: Positive = Finishing.auxiliary_turns
+    """Updates of the auxiliary denoiser before each of the student's."""
+    auxiliary_rate: Rate = Finishing.auxiliary_rate
+    """Rate of the auxiliary denoiser over the student's."""
+    lead_updates: int = Field(default=Finishing.lead_updates, ge=0)
+    """First updates, which train the auxiliary denoiser only."""
+
+    @model_validator(mode="after")
+    def _nothing_idle(self) -> "FinishConfig":
+        for name in ("updates_at", "learning_rate_at"):
+            foreign = sorted(set(getattr(self, name) or {}) - set(self.steps))
+            if foreign:
+                raise ValueError(
+                    f"{name} names a student of {foreign[0]} steps, which is not finished. Add it to finish.steps"
+                )
+        self.plan()
+        return self
+
+    def plan(self) -> Plan:
+        """Return the finishing stages.
+
+        Raises:
+            ValueError: if they contradict each other.
+        """
+
+        def finishing(num_steps: int) -> Finishing:
+            return Finishing(num_steps, self.map_weight, self.auxiliary_turns, self.auxiliary_rate, self.lead_updates)
+
+        updates, rates = self.updates_at or {}, self.learning_rate_at or {}
+        return Plan(
+            tuple(
+                replace(
+                    stage,
+                    training=replace(
+                        stage.training,
+                        num_updates=updates.get(steps, stage.training.num_updates),
+                        learning_rate=rates.get(steps, stage.training.learning_rate),
+                    ),
+                )
+                for steps, stage in zip(
+                    self.steps, Plan.finishes(self.steps, self.training, finishing).stages, strict=True
+                )
+            )
         )
 
 
@@ -267,7 +340,9 @@ class Recipe(Config):
     chain: ChainConfig = ChainConfig()
     """The chain of students."""
     further: tuple[StageConfig, ...] = ()
-    """Stages after the chain, each taught by the model of the stage before it."""
+    """Stages after the chain, of any objective."""
+    finish: FinishConfig = FinishConfig()
+    """Finishing students, after all other stages."""
     evaluation: Evaluation = Evaluation()
     """Measuring."""
     engine: Engine = Engine()
@@ -297,6 +372,8 @@ class Recipe(Config):
             learning_rate_at=chain.learning_rate_at,
             weighting=weightings[self.model.weighting](),
             guidance=guidance,
+            teacher_sampler=samplers[chain.teacher_sampler](),
+            teacher_steps=chain.teacher_steps,
         )
         steps = [stage.num_steps for stage in plan.stages]
         foreign = [number for number in chain.keep or () if number not in steps]
@@ -395,11 +472,13 @@ def build(
     what: Literal["all", "teacher", "chain"] = "all",
     teacher: Model | None = None,
     data: Data | None = None,
+    parent: Mapping[str, Any] | None = None,
 ) -> RunSpec:
     """Return the run that a recipe describes: all of it, its teacher only, or a chain from a given teacher.
 
     Args:
         data: instead of the recipe's own.
+        parent: what identifies the given teacher; its own stage, source and files if None.
 
     Raises:
         ValueError: if the data cannot be opened or the recipe's parts do not fit each other.
@@ -418,14 +497,16 @@ def build(
         teacher = _with_null(teacher, recipe.matching, opened)
         # Another teacher makes another run, even under the same settings.
         imported = {} if teacher.manifest.source is None else {"source": teacher.manifest.source}
-        origin["parent"] = {"stage": teacher.manifest.stage, **imported, **teacher.manifest.files}
+        own = {"stage": teacher.manifest.stage, **imported, **teacher.manifest.files}
+        origin["parent"] = own if parent is None else dict(parent)
     plan = recipe.teacher_plan() if what in ("all", "teacher") else Plan()
     if what in ("all", "chain"):
-        chain = course(start, recipe.matching.match(), recipe.chain_plan, recipe.chain.lora_rank)
+        further = [Stage(objectives.rebuild(config.objective), config.training) for config in recipe.further]
+        after = Plan(tuple(further)) + recipe.finish.plan()
+        chain = course(start, recipe.matching.match(), recipe.chain_plan, recipe.chain.lora_rank, after)
         if teacher is not None:
             check_start(teacher, chain)
-        further = [Stage(objectives.rebuild(config.objective), config.training) for config in recipe.further]
-        plan = plan + chain + Plan(tuple(further))
+        plan = plan + chain
     return RunSpec(
         recipe=recipe.model_dump(mode="json") | origin,
         plan=plan,

@@ -16,7 +16,7 @@ from halfstep.core.prediction import Prediction, V
 from halfstep.models.folder import blank_denoiser
 from halfstep.models.model import Model
 from halfstep.nets import UNet2D, UNet2DCondition
-from halfstep.objectives import Guidance, Matching, Plan, Role, Training
+from halfstep.objectives import Guidance, Matching, Outcome, Plan, Role, Training, parents_of
 
 MATCHED_GAIN: Final = 10.0
 """Gain at t = 1 (see `output_gain`) from which a given teacher is matched to v before it is halved. Stable Diffusion's
@@ -129,17 +129,23 @@ class Match:
 
 
 def course(
-    start: Start, match: Match, halvings: Callable[[Guidance | None], Plan], lora_rank: int | None = None
+    start: Start,
+    match: Match,
+    halvings: Callable[[Guidance | None], Plan],
+    lora_rank: int | None = None,
+    after: Plan | None = None,
 ) -> Plan:
-    """Return the stages from a teacher to the last student: matching where it is needed, then the halvings.
+    """Return the stages from a teacher to the last student: matching where it is needed, the halvings, then the rest.
 
     Warns if the chain's first step from t = 1 multiplies the network's error beyond use.
 
     Args:
         halvings: from the guidance that the chain's first teacher has learned to its halving stages.
+        after: stages that follow the halvings, such as finishes; they get the guidance of the chain's teacher.
 
     Raises:
-        ValueError: as `Match.objective`, or if the halvings cannot be made.
+        ValueError: as `Match.objective`, or if the halvings cannot be made, or a stage needs a model that does not
+            precede it.
     """
     matching = match.objective(start, lora_rank)
     process, prediction, guidance = start.process, start.prediction, start.guidance
@@ -148,7 +154,14 @@ def course(
         guidance = matching.guidance
     if prediction is not None:
         warn_of_gain(process, prediction)
-    return (Plan() if matching is None else Plan.of(matching, match.training)) + halvings(guidance)
+    plan = (Plan() if matching is None else Plan.of(matching, match.training)) + halvings(guidance)
+    if after is not None:
+        plan += after.guided(guidance)
+    models = [Outcome(start.role, start.num_steps)]
+    for stage in plan.stages:
+        parents_of(stage.objective, models)
+        models.append(stage.objective.outcome)
+    return plan
 
 
 def check_start(teacher: Model, plan: Plan) -> None:

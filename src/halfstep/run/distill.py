@@ -1,6 +1,6 @@
 """Distillation in memory, for models that are made in Python."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, final
 
 import numpy as np
@@ -15,9 +15,10 @@ from halfstep.data import Data, DataConfig, MemoryData, held_on, open_data, trai
 from halfstep.data.base import Batches, updates_ahead
 from halfstep.models.model import Model
 from halfstep.nets import copy_denoiser
-from halfstep.objectives import Batch, Denoising, Guidance, Plan, Role, Stage, Training
+from halfstep.objectives import Batch, Denoising, Guidance, Outcome, Plan, Role, Stage, Training, parents_of
 from halfstep.run.course import Match, Start, course
 from halfstep.runtime.processes import make_accelerator
+from halfstep.samplers import Sampler
 from halfstep.train.engine import StageTrainer
 from halfstep.train.settings import Engine, Precision
 from halfstep.train.window import Window
@@ -191,6 +192,9 @@ def distill(
     guidance: Guidance | None = None,
     null: Cond | None = None,
     matching: Training | None = None,
+    finish: Sequence[int] | Plan = (),
+    teacher_sampler: Sampler | None = None,
+    teacher_steps: int | None = None,
     seed: int = 0,
     precision: Precision = "float32",
     on_window: Callable[[str, Window], None] | None = None,
@@ -215,6 +219,10 @@ def distill(
             `guidance_scale` `[batch]`.
         null: what stands for no condition, for one sample, by the names of the conditions; needed for guidance.
         matching: training of the matching stage; `training` if None.
+        finish: students, by their steps, that are finished after the chain, or the stages of `Plan.finishes`; the last
+            of them is returned.
+        teacher_sampler: deterministic sampler of the first teacher; DDIM if None. Students teach by DDIM.
+        teacher_steps: its steps for each step of the first student; 2 if None.
         seed: with the update, the key of every random number.
         on_window: called with the stage's name and its statistics at every hundredth update.
 
@@ -236,23 +244,35 @@ def distill(
 
     def halvings(learned: Guidance | None) -> Plan:
         if plan is None:
-            return Plan.halvings(16 * to if start is None else start, to, training, guidance=learned)
+            first = 16 * to if start is None else start
+            return Plan.halvings(
+                first, to, training, guidance=learned, teacher_sampler=teacher_sampler, teacher_steps=teacher_steps
+            )
         return plan.guided(learned)
 
-    chain = course(known, wanted, halvings)
+    if plan is not None and (teacher_sampler, teacher_steps) != (None, None):
+        raise ValueError(
+            "plan gives the halving stages, so teacher_sampler and teacher_steps have no effect. Remove them"
+        )
+    after = finish if isinstance(finish, Plan) else Plan.finishes(finish)
+    chain = course(known, wanted, halvings, after=after)
     if matching is not None and chain.stages[0].objective.outcome.role is not Role.MATCHED:
         raise ValueError("matching has no effect without prediction, process or guidance. Leave it out")
     bench = _Bench(data, seed, precision, on_window)
     was_training = current.training
     frozen = [parameter.requires_grad for parameter in current.parameters()]
-    result: Denoiser = current
+    made, outcomes = [current], [Outcome(known.role, known.num_steps)]
     try:
         for name, stage in zip(chain.names(1), chain.stages, strict=True):
-            student = copy_denoiser(stage.objective.start(result))
-            result = _trained(student, stage.objective.view(result, student, held_null), stage, name, bench)
+            parents = parents_of(stage.objective, outcomes)
+            assert parents is not None
+            seen = made[parents.teacher]
+            student = copy_denoiser(stage.objective.start(made[parents.start]))
+            made.append(_trained(student, stage.objective.view(seen, student, held_null), stage, name, bench))
+            outcomes.append(stage.objective.outcome)
     finally:
         # The stages run a teacher in evaluation mode and frozen; it is restored, also if one diverged.
         current.train(was_training)
         for parameter, needed in zip(current.parameters(), frozen, strict=True):
             parameter.requires_grad_(needed)
-    return result
+    return made[-1]

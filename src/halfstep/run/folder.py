@@ -66,21 +66,19 @@ def take_folder(spec: RunSpec, folder: RunFolder, lock: FileLock) -> str:
         # What `halfstep evaluate` is writing is no leftover.
         with contextlib.suppress(Timeout), FileLock(evaluation / ".lock", timeout=0):
             sweep(evaluation, evaluation / "cells", evaluation / "figures")
+    described = {"recipe": dict(spec.recipe), "data_fingerprint": spec.data.fingerprint, "plan": _rows(spec)}
     if not folder.recipe_path.exists():
-        described = {
-            "recipe": dict(spec.recipe),
-            "data_fingerprint": spec.data.fingerprint,
-            "plan": [_row(spec, name, stage) for name, stage in spec.stages],
-            "environment": environment(),
-        }
-        write_json(folder.recipe_path, described)
+        write_json(folder.recipe_path, described | {"environment": environment()})
+    elif len((held := folder.recipe())["plan"]) < len(spec.stages):
+        write_json(folder.recipe_path, held | described)
     return spec.data.fingerprint
 
 
 def _check_folder(spec: RunSpec, folder: RunFolder) -> None:
     if folder.recipe_path.exists():
         held = folder.recipe()
-        changed = differences(held["recipe"], spec.recipe, spec.free, spec.defaults)
+        free = (*spec.free, *_growing(spec, held))
+        changed = differences(held["recipe"], spec.recipe, free, spec.defaults)
         if changed:
             raise DifferentRecipe(
                 f"{folder.path} holds a run of a different recipe; choose another --out. Different: "
@@ -97,9 +95,27 @@ def _check_folder(spec: RunSpec, folder: RunFolder) -> None:
         raise ValueError(f"{folder.path} is not empty and holds no run (no recipe.json): choose another --out")
 
 
+def _growing(spec: RunSpec, held: Mapping[str, Any]) -> list[str]:
+    """Return the fields that may differ because the recipe adds finishing stages after those of the folder.
+
+    All of them while the folder has no such stage; later only the list, to which more are added at its end.
+    """
+    new = flatten(spec.recipe)
+    old = flatten(spec.defaults) | flatten(held["recipe"])
+    before, after = old.get("finish.steps") or [], new.get("finish.steps") or []
+    if list(after[: len(before)]) != list(before) or held.get("plan") != _rows(spec)[: len(held.get("plan") or [])]:
+        return []
+    return ["finish.steps"] if before else sorted(name for name in old | new if name.startswith("finish."))
+
+
 def _is_ours(entry: Path) -> bool:
     """Return whether a run that was killed before it wrote recipe.json leaves this entry of its folder."""
     return entry.name == ".lock" or entry in leftovers(entry.parent, "recipe.json")
+
+
+def _rows(spec: RunSpec) -> list[dict[str, Any]]:
+    """Return what recipe.json holds of the plan."""
+    return [_row(spec, name, stage) for name, stage in spec.stages]
 
 
 def _row(spec: RunSpec, name: str, stage: Stage | None) -> dict[str, Any]:

@@ -142,32 +142,44 @@ class _Runner:
         trackers = chosen_trackers(spec.engine.trackers) if processes.is_main else ()
         self.trackers = Trackers(trackers, folder.path, name, flatten(spec.recipe))
         self.measuring = Measuring(spec, folder, stop, accelerator.device, processes, self.trackers)
+        self._models: dict[Path, Model] = {}
         self._updates_before = 0
         """Updates of the plan before the current stage."""
         self.last: Path | None = None
         """The latest good checkpoint or complete stage."""
 
     def run(self) -> Iterator[Event]:
-        model: Model | None = None
         stages = [(self.folder.stage(name), stage) for name, stage in self.spec.stages]
+        parents = self.spec.parents
         for index, (folder, stage) in enumerate(stages):
-            before = stages[index - 1][0] if index else None
-            found = self.processes.on_main(functools.partial(self._found, folder, stage, before))
+            needed = [stages[place][0] for place in parents[index] or ()]
+            found = self.processes.on_main(functools.partial(self._found, folder, stage, needed))
             if found == "dropped":
                 yield StageEnd(folder.name, folder.manifest(verify=False).seconds, was_there=True)
                 self._updates_before += stage.training.num_updates if stage is not None else 0
                 continue
             if found == "absent" and stage is not None:
-                yield from self._trained(index, folder, stage, model)
-            with _with_remedy(folder):
-                model = load(folder.path)
+                yield from self._trained(index, folder, stage, self._loaded(needed))
+            (model,) = self._loaded([folder])
             self.last = folder.path
             yield StageEnd(folder.name, model.manifest.seconds, found != "absent")
             self._updates_before += model.manifest.num_updates if stage is not None else 0
             yield from self.measuring.measured(folder, model, self._updates_before)
-            self.processes.on_main(functools.partial(self._prune, stages[1:index]))
+            later = {place for kin in parents[index + 1 :] for place in kin or ()}
+            done = [stages[place] for place in range(1, index) if place not in later]
+            self.processes.on_main(functools.partial(self._prune, done))
 
-    def _found(self, folder: StageFolder, stage: Stage | None, before: StageFolder | None) -> str:
+    def _loaded(self, folders: list[StageFolder]) -> list[Model]:
+        """Return the models of complete stages, each loaded once, and let go of all other models."""
+        held = {folder.path: self._models[folder.path] for folder in folders if folder.path in self._models}
+        self._models = held
+        for folder in folders:
+            if folder.path not in held:
+                with _with_remedy(folder):
+                    held[folder.path] = load(folder.path)
+        return [held[folder.path] for folder in folders]
+
+    def _found(self, folder: StageFolder, stage: Stage | None, needed: list[StageFolder]) -> str:
         """Return whether a stage is "complete", "absent", or has "dropped" its weights."""
         self._still_there()
         with _with_remedy(folder):
@@ -179,12 +191,14 @@ class _Runner:
             remove_checkpoints(folder)
         elif stage is None:
             self._keep_teacher(folder)
-        elif before is not None and not before.manifest(verify=False).weights_kept:
-            raise ValueError(
-                f"{folder.path} must be trained, but the weights of {before.name}, its teacher, were not kept "
-                "(chain.keep): start a new run, or remove the stages after the last one that has its weights"
-            )
         else:
+            for parent in needed:
+                if not parent.manifest(verify=False).weights_kept:
+                    raise ValueError(
+                        f"{folder.path} must be trained, but the weights of {parent.name}, which it starts or learns "
+                        "from, were not kept (chain.keep): start a new run, or remove the stages after the last one "
+                        "that has its weights"
+                    )
             return "absent"
         return "complete"
 
@@ -212,16 +226,19 @@ class _Runner:
             if self.spec.keep is not None and stage is not None and stage.num_steps not in self.spec.keep:
                 drop_weights(folder)
 
-    def _trained(self, index: int, folder: StageFolder, stage: Stage, parent: Model | None) -> Iterator[Event]:
+    def _trained(self, index: int, folder: StageFolder, stage: Stage, parents: list[Model]) -> Iterator[Event]:
         spec, notices = self.spec, list[str]()
-        if spec.engine.sharding != "none" and parent is not None:
-            # It has been measured on the device, which need not hold two whole networks.
-            parent = parent.to("cpu")
+        if spec.engine.sharding != "none":
+            # They have been measured on the device, which need not hold two whole networks.
+            parents = [parent.to("cpu") for parent in parents]
+        start, teacher = parents or (None, None)
         with self.processes.at_once(self.stop):
-            trainer = trainer_for(spec, stage, folder.name, parent, self.accelerator)
-            if parent is not None and spec.engine.teacher_precision != "float32":
+            trainer = trainer_for(spec, stage, folder.name, start, teacher, self.accelerator)
+            # Their manifests are still needed. What is trained and called has been copied from them, or shares theirs.
+            if teacher is not None and spec.engine.teacher_precision != "float32":
                 # One copy of it teaches and another is trained (a LoRA holds what it shares): it would be a third.
-                parent.to("meta")
+                teacher.to("meta")
+                self._models.clear()
             try:
                 held = resume(trainer, folder, notices.append)
             except OSError:
@@ -265,7 +282,7 @@ class _Runner:
 
         def write() -> None:
             self._still_there()
-            save_stage(folder, denoiser, self._manifest(folder.name, stage, parent, trainer, denoiser))
+            save_stage(folder, denoiser, self._manifest(folder.name, stage, start, teacher, trainer, denoiser))
             remove_checkpoints(folder)
             _statistics_path(folder).unlink(missing_ok=True)
 
@@ -355,10 +372,16 @@ class _Runner:
         self.trackers.log(stage, figures, self._updates_before + window.update)
 
     def _manifest(
-        self, name: str, stage: Stage, parent: Model | None, trainer: StageTrainer, denoiser: NetworkDenoiser
+        self,
+        name: str,
+        stage: Stage,
+        start: Model | None,
+        teacher: Model | None,
+        trainer: StageTrainer,
+        denoiser: NetworkDenoiser,
     ) -> Manifest:
         spec = self.spec
-        origin = None if parent is None else parent.manifest
+        origin = None if start is None else start.manifest
         base = None
         if origin is not None and isinstance(denoiser.network, LoRA):
             # The additions are to the weights of its teacher, or of that one's own base.
@@ -369,6 +392,7 @@ class _Runner:
             stage=name,
             objective=objectives.name_of(stage.objective),
             parent=None if origin is None else origin.stage,
+            teacher=None if teacher is None else teacher.manifest.stage,
             outcome=Outcome(
                 role=outcome.role.value, num_steps=outcome.num_steps, sampler=samplers.describe(outcome.sampler)
             ),

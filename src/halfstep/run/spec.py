@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Final, final
 
 import torch
 
@@ -15,8 +15,11 @@ from halfstep.data.base import Batches
 from halfstep.measure.evaluate import Evaluation
 from halfstep.models.model import Model
 from halfstep.nets import Network
-from halfstep.objectives import Batch, Plan, Stage
+from halfstep.objectives import Batch, Outcome, Parents, Plan, Stage, parents_of
 from halfstep.train.settings import Engine
+
+GIVEN_TEACHER: Final = "00-teacher"
+"""Stage of a teacher that was given."""
 
 
 @final
@@ -59,8 +62,27 @@ class RunSpec:
     @property
     def stages(self) -> list[tuple[str, Stage | None]]:
         """Folder names and stages in order; None stands for a given teacher."""
-        given: list[tuple[str, Stage | None]] = [] if self.teacher is None else [("00-teacher", None)]
+        given: list[tuple[str, Stage | None]] = [] if self.teacher is None else [(GIVEN_TEACHER, None)]
         return [*given, *zip(self.plan.names(len(given)), self.plan.stages, strict=True)]
+
+    @property
+    def parents(self) -> list[Parents | None]:
+        """Return the parents of each of `stages`, as places among them; None for the first.
+
+        Raises:
+            ValueError: if a stage needs a model that does not precede it.
+        """
+        models: list[Outcome] = []
+        found: list[Parents | None] = []
+        for _, stage in self.stages:
+            if stage is None:
+                assert self.teacher is not None
+                found.append(None)
+                models.append(Outcome(self.teacher.role, self.teacher.num_steps))
+            else:
+                found.append(parents_of(stage.objective, models))
+                models.append(stage.objective.outcome)
+        return found
 
     @property
     def num_classes(self) -> int:

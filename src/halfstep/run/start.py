@@ -30,22 +30,22 @@ def fresh_denoiser(spec: RunSpec) -> NetworkDenoiser:
 
 
 def trainer_for(
-    spec: RunSpec, stage: Stage, stream: str, parent: Model | None, accelerator: Accelerator
+    spec: RunSpec, stage: Stage, stream: str, start: Model | None, teacher: Model | None, accelerator: Accelerator
 ) -> StageTrainer:
-    """Return the trainer of a stage: of a fresh network, or of a student of `parent`."""
+    """Return the trainer of a stage: of a fresh network, or of a student that starts from a model and has a teacher."""
     student: Denoiser
-    teacher: Denoiser | None
-    if parent is None:
-        student, teacher = fresh_denoiser(spec), None
+    seen: Denoiser | None
+    if start is None or teacher is None:
+        student, seen = fresh_denoiser(spec), None
     else:
-        student = start_student(stage.objective.start(parent.denoiser), spec.lora_rank)
-        asked = in_precision(parent.denoiser, spec.engine.teacher_precision)
-        teacher = stage.objective.view(asked, student, parent.null)
+        student = start_student(stage.objective.start(start.denoiser), spec.lora_rank)
+        called = in_precision(teacher.denoiser, spec.engine.teacher_precision)
+        seen = stage.objective.view(called, student, teacher.null)
     if spec.engine.gradient_checkpointing and isinstance(student, NetworkDenoiser):
         checkpoint_gradients(student.network)
     return StageTrainer(
         student,
-        teacher,
+        seen,
         stage,
         spec.batches(accelerator.device),
         seed=spec.seed,

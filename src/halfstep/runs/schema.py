@@ -62,6 +62,9 @@ class Manifest(Record):
     stage: str
     objective: str
     parent: str | None
+    """The stage whose weights it started with."""
+    teacher: str | None = None
+    """The stage that it learned from."""
     outcome: Outcome
     """Role, steps and sampler: nothing else says what the model is."""
     start_steps: int | None = None

@@ -101,14 +101,15 @@ class StageTrainer:
                 shard(follower.network, accelerator.device, accelerator.num_processes)
             else:
                 follower.network.to(accelerator.device)
-            of = objective.helpers[name].of  # type: ignore[union-attr]
-            follower.follow(self.players[of].network)
-            self.players[of].followers.append(follower)
+            if follower.decay is not None:
+                of = objective.helpers[name].of  # type: ignore[union-attr]
+                follower.follow(self.players[of].network)
+                self.players[of].followers.append(follower)
         if engine.compile:
             for model in (*(player.model for player in self.players.values()), *([] if teacher is None else [teacher])):
                 compile_networks(model)
         self._teacher = teacher
-        self._averages = {name: follower.model for name, follower in followers.items()}
+        self._copies = {name: follower.model for name, follower in followers.items()}
         self._models = {name: self._models_of(name) for name in self.players}
 
         share = training.batch_size // accelerator.num_processes
@@ -138,7 +139,7 @@ class StageTrainer:
         shown = {name: p.trained if name == trains else p.called for name, p in self.players.items()}
         student = shown.pop(STUDENT)
         assert isinstance(student, Denoiser)
-        return Models(student, self._teacher, {**shown, **self._averages})
+        return Models(student, self._teacher, {**shown, **self._copies})
 
     def split(self, micro_batch: int) -> None:
         """Send a rank's share of the batch through the networks `micro_batch` samples at a time."""

@@ -16,7 +16,8 @@ HELPER_NAME: Final = re.compile("[a-z][a-z0-9_]*")
 def make_helpers(
     stage: Stage, models: Models, seed: int, stream: str
 ) -> tuple[dict[str, tuple[torch.nn.Module, Training]], dict[str, Follower]]:
-    """Return the objective's auxiliary networks with their training, and its averages, as before the first update.
+    """Return the objective's auxiliary networks with their training, and its averages and frozen copies, as before the
+    first update.
 
     Raises:
         ValueError: if a name or a training contradicts the stage.
@@ -42,9 +43,9 @@ def make_helpers(
                 raise ValueError(f"helper {name} is a copy of a teacher in bfloat16: start it from the student")
     followers = {}
     for name, helper in helpers.items():
-        if isinstance(helper, Average):
+        if not isinstance(helper, Auxiliary):
             of = {STUDENT: models.student, **{other: model for other, (model, _) in auxiliaries.items()}}
             if helper.of not in of:
-                raise ValueError(f"helper {name} averages {helper.of!r}, but the players are {', '.join(of)}")
-            followers[name] = Follower(of[helper.of], helper.decay)
+                raise ValueError(f"helper {name} is a copy of {helper.of!r}, but the players are {', '.join(of)}")
+            followers[name] = Follower(of[helper.of], helper.decay if isinstance(helper, Average) else None)
     return auxiliaries, followers

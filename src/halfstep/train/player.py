@@ -113,13 +113,14 @@ class EMA:
 
 @final
 class Follower:
-    """A moving average of a player that the objective calls.
+    """A copy of a player that the objective calls: a moving average, or the player as it was before the first update.
 
     Args:
         model: the player's model, whose network has not been spread over processes yet.
+        decay: of the average; None freezes the copy.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: nn.Module, decay: float | None) -> None:
         self.decay = decay
         # Additions of a LoRA average over a base that both share; anything else is averaged in float32.
         copied = copy_network(network_of(model))
@@ -129,6 +130,7 @@ class Follower:
 
     def follow(self, network: nn.Module) -> None:
         """Average the weights of `network` from now on."""
+        assert self.decay is not None
         self._ema = EMA(network, self.decay, self.network)
 
     @property
