@@ -1,0 +1,306 @@
+"""The finish: its auxiliary denoiser learns the score of the landing points, and its gradient closes their distance."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import pytest
+import scipy.stats
+import torch
+from torch import Tensor, nn
+
+from halfstep.core.denoiser import Cond, Denoiser
+from halfstep.core.draw import Draw
+from halfstep.core.noise import NoiseProcess, VPCosine, per_sample, processes
+from halfstep.core.oracle import GaussianDenoiser, data_set_denoiser
+from halfstep.core.prediction import Denoised, eps_from_x0
+from halfstep.objectives import (
+    FINISHING,
+    STUDENT,
+    Batch,
+    Denoising,
+    Finishing,
+    FixedGuidance,
+    Halving,
+    Matching,
+    Models,
+    Objective,
+    Outcome,
+    Parents,
+    Plan,
+    Role,
+    Stage,
+    Training,
+    parents_of,
+)
+from support import Watched, members, numbers
+
+MEAN, STD = 0.3, 0.5
+SIZE = 20_000
+
+every_process = pytest.mark.parametrize("process", members(processes))
+several_steps = pytest.mark.parametrize("num_steps", [1, 2, 4])
+
+
+def draw_for(count: int = SIZE, update: int = 3) -> Draw:
+    return Draw(seed=5, stream="finish", update=update, batch_size=count, places=range(count))
+
+
+def gaussian_data(count: int = SIZE) -> Batch:
+    return Batch(MEAN + STD * numbers(count, 1, seed=9))
+
+
+class AffineStudent(Denoiser):
+    """The x0 with which a DDIM step follows the exact flow of the Gaussian data, and then lands `shift` times the
+    step's width beside it: landing points are Gaussian."""
+
+    def __init__(self, process: NoiseProcess, num_steps: int, shift: float = 0.0) -> None:
+        super().__init__()
+        self.process, self.num_steps, self.shift = process, num_steps, shift
+
+    def spread(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return torch.sqrt(alpha**2 * STD**2 + sigma**2)
+
+    def width(self, t: Tensor) -> Tensor:
+        """The change of x_s with x0."""
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = self.ends(t)
+        return alpha_s - sigma_s * alpha_t / sigma_t
+
+    def ends(self, t: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        s = ((t * self.num_steps).round() - 1) / self.num_steps
+        return self.process.alpha_sigma(t), self.process.landing(s)
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Denoised:
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = self.ends(t)
+        scale = self.spread(alpha_s, sigma_s) / self.spread(alpha_t, sigma_t)
+        x_s = per_sample(alpha_s * MEAN, x_t) + per_sample(scale, x_t) * (x_t - per_sample(alpha_t * MEAN, x_t))
+        q = sigma_s / sigma_t
+        x0 = (x_s - per_sample(q, x_t) * x_t) / per_sample(self.width(t), x_t) + self.shift
+        return Denoised(x0, eps_from_x0(x_t, x0, alpha_t, sigma_t))
+
+
+class OptimalAuxiliary(Denoiser):
+    """E[(z - sigma^2 eps' / b) / alpha | z] for the landing points of an `AffineStudent`: what the auxiliary's loss is
+    smallest for; `bend` adds a function of z and tau to it."""
+
+    def __init__(self, student: AffineStudent, bend: float = 0.0) -> None:
+        super().__init__()
+        self.process, self.student, self.bend = student.process, student, bend
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Denoised:
+        end = torch.ceil(t * self.student.num_steps) / self.student.num_steps
+        _, (alpha_s, _) = self.student.ends(end)
+        alpha, sigma = self.process.alpha_sigma(t)
+        k = alpha / alpha_s
+        variance = alpha**2 * STD**2 + sigma**2
+        mean = alpha * MEAN + k * self.student.width(end) * self.student.shift
+        # The score of z, N(mean, variance), gives x0 by Tweedie's formula.
+        score = -(x_t - per_sample(mean, x_t)) / per_sample(variance, x_t)
+        x0 = (x_t + per_sample(sigma**2, x_t) * score) / per_sample(alpha, x_t)
+        # Small where there is little noise, whose samples would drown all others.
+        share = per_sample(sigma**2 / (alpha**2 + sigma**2), x_t)
+        x0 = x0 + self.bend * share * (1 + x_t / per_sample(torch.hypot(alpha, sigma), x_t))
+        return Denoised(x0, eps_from_x0(x_t, x0, alpha, sigma))
+
+
+def models_of(student: Denoiser, teacher: Denoiser, auxiliary: Denoiser, start: Denoiser | None = None) -> Models:
+    helpers: Mapping[str, nn.Module] = {"auxiliary": auxiliary, "start": student if start is None else start}
+    return Models(student, teacher, helpers)
+
+
+@every_process
+@several_steps
+def test_the_auxiliary_loss_is_smallest_at_the_score_of_the_landing_points(
+    process: NoiseProcess, num_steps: int
+) -> None:
+    """The loss is a square in the bend, so its slope at 0 is half the difference between +1 and -1."""
+    student = AffineStudent(process, num_steps, shift=0.4)
+    objective, batch, draw = Finishing(num_steps), gaussian_data(), draw_for()
+
+    def slope(shift_known: float) -> float:
+        known = AffineStudent(process, num_steps, shift_known)
+        up, down = (
+            objective.auxiliary_loss(models_of(student, student, OptimalAuxiliary(known, bend)), batch, draw).loss
+            for bend in (1.0, -1.0)
+        )
+        slopes = (up - down) / 2
+        return float(slopes.mean() / (slopes.std() / math.sqrt(SIZE)))
+
+    assert abs(slope(0.4)) < 4, "the score of the landing points must be a minimum"
+    assert abs(slope(0.0)) > 8, "the score of other points must not, or nothing was shown"
+
+
+@every_process
+@several_steps
+def test_for_a_student_that_follows_the_flow_nothing_is_left_to_do(process: NoiseProcess, num_steps: int) -> None:
+    teacher, student = GaussianDenoiser(process, MEAN, STD), AffineStudent(process, num_steps)
+    models = models_of(student, teacher, OptimalAuxiliary(student))
+    losses = Finishing(num_steps, whitened=False).loss(models, gaussian_data(200), draw_for(200))
+    assert float(losses.loss.max()) < 1e-18
+
+
+@every_process
+@several_steps
+@pytest.mark.parametrize("shift", [-0.3, 0.2])
+def test_a_shifted_student_is_pushed_back_at_every_sample(process: NoiseProcess, num_steps: int, shift: float) -> None:
+    teacher, student = GaussianDenoiser(process, MEAN, STD), AffineStudent(process, num_steps, shift)
+    moved = Moved(student, torch.zeros(200, 1, dtype=torch.float64, requires_grad=True))
+    models = models_of(moved, teacher, OptimalAuxiliary(student), start=student)
+    Finishing(num_steps).loss(models, gaussian_data(200), draw_for(200)).loss.sum().backward()
+    assert moved.by.grad is not None
+    assert bool((moved.by.grad * shift > 0).all()), "descent must go against the shift"
+
+
+class Moved(Denoiser):
+    """Another denoiser whose x0 is moved by something that can be differentiated by."""
+
+    def __init__(self, denoiser: Denoiser, by: Tensor) -> None:
+        super().__init__()
+        self.denoiser, self.process, self.by = denoiser, denoiser.process, by
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Denoised:
+        x0 = self.denoiser(x_t, t, cond).x0 + self.by
+        return Denoised(x0, eps_from_x0(x_t, x0, *self.process.alpha_sigma(t)))
+
+
+@pytest.mark.parametrize("whitened", [True, False])
+@pytest.mark.parametrize("map_weight", [0.0, 0.7])
+def test_the_gradient_is_the_difference_of_the_two_denoisers_and_the_way_back_to_the_start(
+    whitened: bool, map_weight: float
+) -> None:
+    count, process = 64, VPCosine()
+    point = numbers(1, 3)
+    real, own = (Watched(data_set_denoiser(process, point + offset)) for offset in (0.0, numbers(1, 3, seed=4)))
+    before = data_set_denoiser(process, point - 0.1)
+    student = Moved(before, (0.2 * numbers(count, 3, seed=2)).requires_grad_())
+    models = models_of(student, real, own, before)
+    objective = Finishing(2, map_weight=map_weight, whitened=whitened)
+    objective.loss(models, Batch(point.expand(count, 3)), draw_for(count)).loss.sum().backward()
+    x0, direction = point - 0.1 + student.by, own.answers[0].x0 - real.answers[0].x0
+    if whitened:
+        direction = direction / ((x0 - real.answers[0].x0).abs().mean(1, keepdim=True) + 1e-3)
+    torch.testing.assert_close(student.by.grad, (direction + 2 * map_weight * student.by) / 3, rtol=1e-9, atol=1e-12)
+
+
+@every_process
+@several_steps
+@pytest.mark.parametrize("inside", [True, False])
+def test_landing_points_get_as_much_noise_as_data_has_at_tau(
+    process: NoiseProcess, num_steps: int, inside: bool
+) -> None:
+    """For data of one point the exact student keeps the noise that was mixed in, so z has that of the process."""
+    point, count = numbers(1, 3), 4000
+    exact = data_set_denoiser(process, point)
+    student, seen = Watched(exact), Watched(exact)
+    objective, batch = Finishing(num_steps, inside_step=inside), Batch(point.expand(count, 3))
+    objective.auxiliary_loss(models_of(student, exact, seen), batch, draw_for(count))
+    (t,), (tau,) = student.times, seen.times
+    assert scipy.stats.kstest(seen.answers[0].eps.flatten().numpy(), "norm").pvalue > 1e-3
+    s = t - 1 / num_steps
+    share = (tau - s) / ((t if inside else 1.0) - s)
+    assert scipy.stats.kstest(share.numpy(), "uniform").pvalue > 1e-3
+    kept = process.log_snr(tau) <= process.log_snr(s.clamp(min=1e-12))
+    assert bool(kept.all()), "noise can only be added"
+
+
+def test_the_noise_that_is_added_is_new() -> None:
+    """Noise in proportion to that of x_s would have the right law at tau, but a score of its own."""
+    process, point, count = VPCosine(), numbers(1, 1), 20_000
+    exact = data_set_denoiser(process, point)
+    student, seen = Watched(exact), Watched(exact)
+    Finishing(4).auxiliary_loss(models_of(student, exact, seen), Batch(point.expand(count, 1)), draw_for(count))
+    (t,), (tau,) = student.times, seen.times
+    s = t - 1 / 4
+    late = s > 0
+    k = process.alpha_sigma(tau)[0] / process.landing(s)[0]
+    kept = k * process.landing(s)[1] / process.alpha_sigma(tau)[1]
+    both = student.answers[0].eps[late, 0] * seen.answers[0].eps[late, 0] - kept[late]
+    assert abs(float(both.mean() / (both.std() / math.sqrt(len(both))))) < 4
+
+
+def test_the_auxiliary_learns_first_and_then_before_each_turn_of_the_student() -> None:
+    objective = Finishing(2, auxiliary_turns=3, lead_updates=5)
+    assert [[turn.trains for turn in objective.turns(update)] for update in (0, 4, 5, 99)] == [
+        ["auxiliary"] * 3,
+        ["auxiliary"] * 3,
+        ["auxiliary"] * 3 + [STUDENT],
+        ["auxiliary"] * 3 + [STUDENT],
+    ]
+    own = dataclasses.replace(FINISHING, learning_rate=2e-4)
+    training = objective.helpers["auxiliary"].training(own)  # type: ignore[union-attr]
+    assert (training.rate_at(0), training.rate_at(own.num_updates - 1)) == pytest.approx((12e-4, 12e-4))
+    assert training.adam_betas == own.adam_betas
+
+
+def test_costs_count_every_call_of_an_update() -> None:
+    """Against the calls that are made: forward passes, and backward passes of whoever is trained."""
+    objective, batch, draw = Finishing(2, auxiliary_turns=3), gaussian_data(8), draw_for(8)
+    process = VPCosine()
+    called = {
+        name: Watched(GaussianDenoiser(process, MEAN, STD)) for name in (STUDENT, "teacher", "auxiliary", "start")
+    }
+    models = models_of(called[STUDENT], called["teacher"], called["auxiliary"], called["start"])
+    turns = objective.turns(1000)
+    for turn in turns:
+        turn.loss(models, batch, draw)
+    for name, evals in objective.evals.items():
+        assert evals.forward == len(called[name].answers)
+        assert evals.backward == [turn.trains for turn in turns].count(name)
+
+
+def test_a_finish_starts_from_the_student_of_its_steps_and_learns_from_the_last_undistilled_model() -> None:
+    teacher, matched = Outcome(Role.TEACHER), Outcome(Role.MATCHED)
+    students = [Outcome(Role.STUDENT, steps) for steps in (8, 4, 2)]
+    models = [teacher, matched, *students, Outcome(Role.STUDENT, 4)]
+    assert parents_of(Finishing(8), models) == Parents(start=2, teacher=1)
+    assert parents_of(Finishing(4), models) == Parents(start=5, teacher=1)
+    assert parents_of(Halving(1), models) == Parents(start=5, teacher=5)
+    assert parents_of(Denoising(), []) is None
+    with pytest.raises(ValueError, match="refines a student of 3 steps, but the students before it take 8, 4, 2"):
+        parents_of(Finishing(3), models)
+    with pytest.raises(ValueError, match="no student precedes it"):
+        parents_of(Finishing(3), [teacher])
+    with pytest.raises(ValueError, match="learns from an undistilled teacher"):
+        parents_of(Finishing(8), students)
+
+
+def test_guidance_that_a_teacher_has_learned_reaches_every_student_of_the_plan() -> None:
+    training = Training(2, 1e-3)
+    plan = (
+        Plan.of(Matching(), training) + Plan.halvings(4, 1, training, updates_at={}) + Plan.finishes([2, 1], training)
+    )
+    guided = plan.guided(FixedGuidance(3.0))
+    assert [stage.objective.guidance for stage in guided.stages] == [None] + [FixedGuidance(3.0)] * 4
+    assert plan.guided(None) == plan
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"num_steps": 0}, "at least 1"),
+        ({"map_weight": -1.0}, "map_weight must be finite and at least 0"),
+        ({"map_weight": math.nan}, "map_weight must be finite"),
+        ({"auxiliary_turns": 0}, "auxiliary_turns must be a whole number of at least 1"),
+        ({"auxiliary_rate": 0.0}, "auxiliary_rate must be a finite number above 0"),
+        ({"lead_updates": -1}, "lead_updates must be a whole number of at least 0"),
+    ],
+)
+def test_settings_out_of_range_are_refused(wrong: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Finishing(**{"num_steps": 4, **wrong})  # type: ignore[arg-type]
+
+
+def test_a_student_is_finished_once() -> None:
+    with pytest.raises(ValueError, match="finished once, got 4, 4"):
+        Plan.finishes([4, 4])
+
+
+def test_the_first_student_alone_learns_from_another_sampler() -> None:
+    from halfstep.samplers import DDIM, Heun
+
+    plan = Plan.halvings(16, 2, teacher_sampler=Heun(), teacher_steps=3)
+    found = [stage.objective for stage in plan.stages]
+    kinds = [(h.num_steps, h.num_teacher_steps, h.teacher_sampler) for h in found if isinstance(h, Halving)]
+    assert kinds == [(8, 3, Heun()), (4, 2, DDIM()), (2, 2, DDIM())]
+    objective: Objective = Stage(found[0], Training(1, 1.0)).objective
+    assert objective.evals["teacher"].forward == 6
