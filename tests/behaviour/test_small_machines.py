@@ -28,7 +28,7 @@ from halfstep.nets import (
     unet2d_config,
     with_lora,
 )
-from halfstep.objectives import Denoising, Plan, Training
+from halfstep.objectives import Denoising, Matching, Plan, Training
 from halfstep.run import runner as pipeline
 from halfstep.run.cost import count_forward, memory_of_update
 from halfstep.run.events import StageStart
@@ -102,6 +102,31 @@ def test_a_run_of_lora_students_changes_additions_alone_and_is_read_back_with_it
     moved = [not torch.equal(a, b) for (_, a), (_, b) in zip(trainable(before), trainable(after), strict=True)]
     assert all(moved)
     assert all(float(p.detach().abs().max()) > 0 for _, p in trainable(after))
+
+
+@pytest.mark.parametrize("match_first", [False, True])
+def test_the_teacher_and_the_auxiliary_of_a_finish_share_the_base_of_a_lora_student(
+    tmp_path: Path, match_first: bool
+) -> None:
+    """Memory holds one base, whether the teacher is the base itself or has additions of its own."""
+    student = Training(2, 1e-3, batch_size=8)
+    chain = Plan.halvings(4, 2, student, updates_at={})
+    matching = Plan.of(Matching(), student) if match_first else Plan()
+    plan = Plan((spec().plan.stages[0],)) + matching + chain + Plan.finishes([2], student)
+    made = spec(plan=plan, lora_rank=2)
+    finish(tmp_path / "run", plan=plan, lora_rank=2)
+    stages = tmp_path / "run" / "stages"
+    start, teacher = (load(stages / made.stages[place][0]) for place in made.parents[-1] or ())
+    trainer = trainer_for(made, plan.stages[-1], "s", start, make_accelerator(cpu=True), teacher)
+    models = trainer._models["auxiliary"]
+    held = [models.student, models.teacher, *models.helpers.values()]
+    frozen = [{id(p) for n, p in model.named_parameters() if ".lora_" not in n} for model in held]
+    assert all(ids == frozen[0] for ids in frozen)
+    added = [{id(p) for n, p in model.named_parameters() if ".lora_" in n} for model in held]
+    assert sum(map(len, added)) == len(set().union(*added)) > 0
+    finished = load(tmp_path / "run")
+    assert (finished.manifest.base, finished.manifest.teacher) == ("00-denoise", made.stages[int(match_first)][0])
+    assert isinstance(finished.denoiser.network, LoRA)
 
 
 def test_additions_merged_into_the_weights_say_the_same(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from halfstep.nets.lora import (
     load_own_state,
     merged,
     own_state,
+    share_base,
     trainable,
     with_lora,
 )

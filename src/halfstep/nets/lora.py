@@ -92,6 +92,21 @@ def with_lora(network: Network, rank: int, targets: Sequence[str] = TARGETS) -> 
         return LoRA(twin, rank, targets)
 
 
+def share_base(network: nn.Module, lora: LoRA) -> None:
+    """Let `network` hold the weights of a LoRA's base wherever it has the same ones, so that memory holds them once."""
+
+    def plain(name: str) -> str:
+        return name.replace(".base_layer.", ".").removeprefix("base.")
+
+    own = {name for name, _ in lora.own()}
+    base = {plain(name): value for name, value in lora.named_parameters() if name not in own}
+    for path, module in network.named_modules():
+        for name, value in module.named_parameters(recurse=False):
+            same = base.get(plain(f"{path}.{name}" if path else name))
+            if same is not None and same.shape == value.shape and torch.equal(same, value):
+                setattr(module, name, same)
+
+
 def trainable(network: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Return the parameters that training changes, by name: all, or the additions of a `LoRA`."""
     return network.own() if isinstance(network, LoRA) else list(network.named_parameters())

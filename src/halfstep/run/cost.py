@@ -204,7 +204,7 @@ def _seconds(spec: RunSpec, stage: Stage, num_updates: int = 3) -> float:
     accelerator = make_accelerator(spec.engine.precision, spec.engine.cpu)
     # One process is timed, which holds all weights.
     alone = replace(spec, engine=replace(spec.engine, sharding="none"))
-    trainer = trainer_for(alone, stage, "timing", spec.teacher, spec.teacher, accelerator)
+    trainer = trainer_for(alone, stage, "timing", spec.teacher, accelerator)
     times = []
     start = time.perf_counter()
     for update in trainer.run():

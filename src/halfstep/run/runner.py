@@ -233,7 +233,7 @@ class _Runner:
             parents = [parent.to("cpu") for parent in parents]
         start, teacher = parents or (None, None)
         with self.processes.at_once(self.stop):
-            trainer = trainer_for(spec, stage, folder.name, start, teacher, self.accelerator)
+            trainer = trainer_for(spec, stage, folder.name, start, self.accelerator, teacher)
             # Their manifests are still needed. What is trained and called has been copied from them, or shares theirs.
             if teacher is not None and spec.engine.teacher_precision != "float32":
                 # One copy of it teaches and another is trained (a LoRA holds what it shares): it would be a third.

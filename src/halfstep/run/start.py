@@ -9,7 +9,7 @@ from halfstep.data import MemoryData
 from halfstep.data.base import updates_ahead
 from halfstep.models.model import Model
 from halfstep.models.students import in_precision, start_student
-from halfstep.nets import checkpoint_gradients
+from halfstep.nets import LoRA, checkpoint_gradients, share_base
 from halfstep.objectives import Stage
 from halfstep.run.spec import RunSpec
 from halfstep.train.engine import StageTrainer
@@ -30,14 +30,27 @@ def fresh_denoiser(spec: RunSpec) -> NetworkDenoiser:
 
 
 def trainer_for(
-    spec: RunSpec, stage: Stage, stream: str, start: Model | None, teacher: Model | None, accelerator: Accelerator
+    spec: RunSpec,
+    stage: Stage,
+    stream: str,
+    start: Model | None,
+    accelerator: Accelerator,
+    teacher: Model | None = None,
 ) -> StageTrainer:
-    """Return the trainer of a stage: of a fresh network, or of a student that starts from a model and has a teacher."""
+    """Return the trainer of a stage: of a fresh network, or of a student.
+
+    Args:
+        start: the model whose weights the student starts with; None for a fresh network.
+        teacher: the model that it learns from; `start` if None.
+    """
     student: Denoiser
     seen: Denoiser | None
-    if start is None or teacher is None:
+    if start is None:
         student, seen = fresh_denoiser(spec), None
     else:
+        teacher = start if teacher is None else teacher
+        if isinstance(start.denoiser.network, LoRA) and teacher is not start:
+            share_base(teacher.denoiser.network, start.denoiser.network)
         student = start_student(stage.objective.start(start.denoiser), spec.lora_rank)
         called = in_precision(teacher.denoiser, spec.engine.teacher_precision)
         seen = stage.objective.view(called, student, teacher.null)
