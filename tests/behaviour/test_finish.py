@@ -1,0 +1,243 @@
+"""A finish in use: it repairs a distribution, survives cuts, and is added to a run that is there."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from halfstep import GaussianDenoiser, NetworkDenoiser, Training, V, VPCosine, distill, sample
+from halfstep.cli import main
+from halfstep.core.denoiser import Cond, Denoiser
+from halfstep.core.noise import per_sample
+from halfstep.core.prediction import Denoised, eps_from_x0
+from halfstep.data import MemoryData, training_batch
+from halfstep.models.folder import load
+from halfstep.nets import MLP
+from halfstep.objectives import FINISHING, Finishing, Plan, Stage
+from halfstep.run.events import Progress
+from halfstep.run.folder import DifferentRecipe
+from halfstep.run.runner import run
+from halfstep.runs import RunFolder
+from halfstep.runtime.processes import make_accelerator
+from halfstep.train.engine import StageTrainer
+from support_cli import Capture, refused
+from toys import TINY_ARRAYS, finish, points, toy_plan, toy_spec, weights
+
+MEAN, STD = 0.3, 0.5
+
+
+class LearnedGaussian(Denoiser):
+    """The exact denoiser of a Gaussian whose mean and width are learned, and a further linear map of x_t.
+
+    As a teacher or an auxiliary denoiser it can be exact; as a one-step student it can be any linear map of noise.
+    """
+
+    def __init__(self, gain: float = 0.0, shift: float = 0.0) -> None:
+        super().__init__()
+        self.process = VPCosine()
+        self.mean, self.log_std = nn.Parameter(torch.tensor(MEAN)), nn.Parameter(torch.tensor(STD).log())
+        self.gain, self.shift = nn.Parameter(torch.tensor(gain)), nn.Parameter(torch.tensor(shift))
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Denoised:
+        amplitudes = self.process.alpha_sigma(t)
+        alpha, sigma = (per_sample(value, x_t) for value in amplitudes)
+        variance = self.log_std.exp() ** 2
+        share = alpha * variance / (alpha**2 * variance + sigma**2)
+        x0 = self.mean + share * (x_t - alpha * self.mean) + self.gain * x_t + self.shift
+        return Denoised(x0, eps_from_x0(x_t, x0, *amplitudes))
+
+
+@pytest.mark.parametrize(("gain", "shift"), [(0.3, 0.4), (0.8, -0.2)])
+def test_a_finish_brings_mean_and_width_of_a_wrong_student_to_the_teachers(gain: float, shift: float) -> None:
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    data = MemoryData("gaussian", MEAN + STD * torch.randn(4096, 1, generator=generator))
+    training = dataclasses.replace(FINISHING, num_updates=300, batch_size=128, learning_rate=8e-3)
+    student, teacher = LearnedGaussian(gain, shift), LearnedGaussian()
+    noise = torch.randn(20_000, 1, generator=generator)
+
+    def moments() -> tuple[float, float]:
+        with torch.no_grad():
+            made = sample(student, noise, 1)
+        return float(made.mean()), float(made.std())
+
+    before = moments()
+    stage = Stage(Finishing(1, map_weight=0.0), training)
+    trainer = StageTrainer(
+        student,
+        teacher,
+        stage,
+        lambda draw: training_batch(data, draw, False),
+        seed=0,
+        stream="finish",
+        accelerator=make_accelerator(cpu=True),
+    )
+    for _ in trainer.run():
+        pass
+    after = moments()
+    assert max(abs(before[0] - MEAN), abs(before[1] - STD)) > 0.15, "the student must start wrong"
+    assert abs(after[0] - MEAN) < 0.03
+    assert abs(after[1] - STD) < 0.03
+
+
+def _plan() -> Plan:
+    students = toy_plan(20, 12)
+    return students + Plan.finishes(
+        [2, 1], Training(9, 1e-3, 16, ema_decay=0.9), lambda n: Finishing(n, lead_updates=4)
+    )
+
+
+def _spec(**changes: Any) -> Any:
+    return toy_spec(plan=_plan(), **changes)
+
+
+@pytest.fixture(scope="module")
+def uncut(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("uncut") / "run"
+    finish(_spec(), path)
+    return path
+
+
+@pytest.mark.parametrize(("stage", "update"), [("03-finish-0002", 2), ("03-finish-0002", 7), ("04-finish-0001", 2)])
+def test_a_finish_that_was_cut_ends_as_the_uncut_one(tmp_path: Path, uncut: Path, stage: str, update: int) -> None:
+    """In the lead of the auxiliary denoiser, after it, and between two finishes."""
+    events: Iterator[Any] = run(_spec(log_every=1, checkpoint_updates=1), tmp_path / "run")
+    for event in events:
+        if isinstance(event, Progress) and (event.name, event.window.update) == (stage, update):
+            break
+    events.close()  # type: ignore[attr-defined]
+    assert RunFolder(tmp_path / "run").stage(stage).checkpoints()
+    finish(_spec(), tmp_path / "run")
+    assert weights(tmp_path / "run") == weights(uncut)
+
+
+def test_the_finished_student_is_another_than_the_one_it_started_from_and_names_both_parents(uncut: Path) -> None:
+    halved, finished = (load(uncut / "stages" / name) for name in ("01-halve-0002", "03-finish-0002"))
+    assert (finished.manifest.parent, finished.manifest.teacher) == ("01-halve-0002", "00-denoise")
+    assert (finished.role, finished.num_steps) == ("student", 2)
+    apart = (finished.sample(range(8)) - halved.sample(range(8))).abs().max()
+    assert 0 < float(apart) < 1
+
+
+def test_micro_batches_give_the_same_finish_to_rounding(tmp_path: Path) -> None:
+    plan = Plan((*toy_plan(5, 5, dropout=0.0).stages, *_plan().stages[-1:]))
+    results = []
+    for micro in (16, 5):
+        finish(toy_spec(plan=plan, micro_batch=micro), tmp_path / str(micro))
+        results.append(load(tmp_path / str(micro)).sample(range(32)))
+    torch.testing.assert_close(*results, rtol=0, atol=1e-4)
+
+
+def test_weights_that_a_later_finish_needs_are_kept_until_then(tmp_path: Path) -> None:
+    finish(_spec(keep=(1,)), tmp_path / "run")
+    kept = {stage.name: stage.manifest().weights_kept for stage in RunFolder(tmp_path / "run").stages()}
+    assert kept == {
+        "00-denoise": True,
+        "01-halve-0002": False,
+        "02-halve-0001": True,
+        "03-finish-0002": False,
+        "04-finish-0001": True,
+    }
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("verb")
+    np.save(folder / "points.npy", points(64).numpy())
+    data = str(folder / "points.npy")
+    main(["run", "arrays", "--data", data, "--out", str(folder / "run"), *TINY_ARRAYS])
+    return folder / "run"
+
+
+BRIEF = ["--finish.num-updates", "4", "--finish.batch-size", "8", "--finish.lead-updates", "2"]
+
+
+def test_a_finish_is_added_to_a_run_and_further_ones_after_it(trained: Path, capsys: Capture) -> None:
+    before = weights(trained)
+    main(["finish", str(trained), "--steps", "2", *BRIEF])
+    assert weights(trained).items() > before.items()
+    assert "other settings" not in capsys.readouterr().err
+    asked = refused(["finish", str(trained), "--steps", "2", *BRIEF, "--finish.map-weight", "3"], capsys)
+    assert "Different: finish.map_weight: 3.0 (the folder has 1.0)" in asked
+    main(["finish", str(trained), "--steps", "2", "1", *BRIEF])
+    stages = [stage.name for stage in RunFolder(trained).stages()]
+    assert stages == ["00-denoise", "01-halve-0002", "02-halve-0001", "03-finish-0002", "04-finish-0001"]
+    assert weights(trained).items() > before.items(), "no earlier stage may change"
+    held = json.loads((trained / "recipe.json").read_text())
+    assert held["recipe"]["finish"]["steps"] == [2, 1]
+    assert [row["stage"] for row in held["plan"]] == stages
+    capsys.readouterr()
+    main(["finish", str(trained), *BRIEF])
+    assert "04-finish-0001: complete" in capsys.readouterr().out
+
+
+def test_what_a_finish_cannot_do_is_one_line(trained: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert "refines a student of 3 steps" in refused(["finish", str(trained), "--steps", "3"], capsys)
+    assert "finished once, got 1, 1" in refused(["finish", str(trained), "--steps", "1", "1"], capsys)
+    assert "is no run (no recipe.json)" in refused(["finish", str(tmp_path), "--steps", "1"], capsys)
+    assert "the run is missing" in refused(["finish", "--steps", "1"], capsys)
+    other = ["finish", str(trained), "--steps", "1", *BRIEF, "--chain.learning-rate", "0.5"]
+    assert "Different: chain.training.learning_rate" in refused(other, capsys)
+    ahead = ["finish", str(trained), "--steps", "1", "--finish.updates-at", "2", "5"]
+    assert "updates-at names a student of 2 steps, which is not finished" in refused(ahead, capsys)
+
+
+def test_a_run_without_students_cannot_be_finished(trained: Path, tmp_path: Path, capsys: Capture) -> None:
+    data = json.loads((trained / "recipe.json").read_text())["recipe"]["data"]["source"]
+    main(["train", "arrays", "--data", data, "--out", str(tmp_path / "teacher"), *TINY_ARRAYS])
+    assert "Add --steps" in refused(["finish", str(tmp_path / "teacher")], capsys)
+    assert "holds a teacher only" in refused(["finish", str(tmp_path / "teacher"), "--steps", "1"], capsys)
+
+
+def test_a_chain_from_a_given_teacher_is_finished_in_its_own_folder(trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "chain"
+    teacher = str(trained / "stages" / "00-denoise")
+    main(["distill", teacher, "--to", "2", "--out", str(out), "--chain.num-updates", "2"])
+    main(["finish", str(out), "--steps", "2", *BRIEF])
+    assert [stage.name for stage in RunFolder(out).stages()][-1] == "02-finish-0002"
+    assert load(out).manifest.teacher == "00-teacher"
+
+
+def test_stages_cannot_be_changed_under_the_cover_of_a_finish(tmp_path: Path) -> None:
+    recipe = {"name": "toy", "seed": 0, "finish": {"steps": []}}
+    finish(toy_spec(recipe=recipe), tmp_path / "run")
+    other = dataclasses.replace(_spec(), recipe={**recipe, "finish": {"steps": [2, 1]}})
+    with pytest.raises(DifferentRecipe, match=r"finish\.steps"):
+        finish(other, tmp_path / "run")
+
+
+def test_distill_finishes_in_memory_and_integrates_its_teacher_by_another_sampler() -> None:
+    from halfstep.samplers import Heun
+
+    torch.manual_seed(0)
+    teacher = NetworkDenoiser(MLP((2,), width=16, depth=1), VPCosine(), V())
+    training = Training(3, 1e-3, batch_size=16)
+    names: list[str] = []
+    finished = distill(
+        teacher,
+        points(),
+        start=8,
+        to=2,
+        training=training,
+        teacher_sampler=Heun(),
+        finish=Plan.finishes([4, 2], training, lambda n: Finishing(n, lead_updates=1)),
+        on_window=lambda name, _: names.append(name),
+    )
+    assert list(dict.fromkeys(names)) == ["01-halve-0004", "02-halve-0002", "03-finish-0004", "04-finish-0002"]
+    assert sample(finished, torch.randn(4, 2), 2).isfinite().all()
+    with pytest.raises(ValueError, match="refines a student of 1 steps, but the students before it take 4, 2"):
+        distill(teacher, points(), start=8, to=2, training=training, finish=[1])
+    with pytest.raises(ValueError, match="teacher_sampler and teacher_steps have no effect"):
+        distill(teacher, points(), plan=Plan.halvings(4, 2, training, updates_at={}), teacher_steps=3)
+
+
+def test_the_exact_gaussian_teacher_is_what_the_learned_one_starts_as() -> None:
+    x_t, t = torch.linspace(-2, 2, 9)[:, None], torch.linspace(0.1, 1, 9, dtype=torch.float64)
+    exact = GaussianDenoiser(VPCosine(), MEAN, STD)
+    torch.testing.assert_close(LearnedGaussian()(x_t, t).x0, exact(x_t, t).x0)
