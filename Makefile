@@ -39,8 +39,8 @@ demo: $(STAMP)
 	$(BIN)/halfstep demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --cov=halfstep --cov-report=term:skip-covered
-	$(BIN)/python -m coverage report --include='*/halfstep/core/*,*/halfstep/samplers/*,*/halfstep/objectives/*' --fail-under=95
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --cov --cov-report=
+	$(BIN)/python -m coverage report --skip-covered --fail-under=95
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow

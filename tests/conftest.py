@@ -2,6 +2,9 @@
 
 import gc
 import os
+from collections.abc import Generator
+from pathlib import Path
+from typing import Final
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # A fork server looks here for what it is to import ahead, and not where its parent does (Python 3.11), without a word.
@@ -15,6 +18,27 @@ torch.set_num_threads(1)
 
 settings.register_profile("repeatable", derandomize=True, database=None, deadline=None, max_examples=40)
 settings.load_profile("repeatable")
+
+
+MEASURED: Final = tuple(
+    Path(__file__).parent / name
+    for name in ("contracts", "anchors", "behaviour/test_gain.py", "behaviour/test_matching.py")
+)
+"""The tests of the mathematics: only they are measured for coverage, which slows down all Python code that runs."""
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Pause coverage for all other tests and their fixtures."""
+    plugin = item.config.pluginmanager.getplugin("_cov")
+    controller = getattr(plugin, "cov_controller", None)
+    if controller is None or any(item.path.is_relative_to(folder) for folder in MEASURED):
+        return (yield)
+    controller.pause()
+    try:
+        return (yield)
+    finally:
+        controller.resume()
 
 
 def pytest_configure(config: pytest.Config) -> None:

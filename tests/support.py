@@ -177,7 +177,7 @@ class Watched(Denoiser):
         return self.answers[-1]
 
 
-def integrated_flow(denoiser: Denoiser, x_t: Tensor, s: float = 0.0, t: float = 1.0) -> Tensor:
+def integrated_flow(denoiser: Denoiser, x_t: Tensor, s: float = 0.0, t: float = 1.0, rtol: float = 1e-12) -> Tensor:
     """Where the probability-flow ODE takes `x_t` from time t to time s, by an integrator that is not ours.
 
     With u = x_t / sqrt(alpha^2 + sigma^2) and tan(phi) = sigma / alpha, every process obeys du / dphi =
@@ -200,7 +200,7 @@ def integrated_flow(denoiser: Denoiser, x_t: Tensor, s: float = 0.0, t: float = 
         return (math.cos(phi) * eps - math.sin(phi) * x0).flatten().numpy()
 
     (start, radius), (end, _) = place(t), place(last)
-    result = solve_ivp(slope, (start, end), (x_t / radius).flatten().numpy(), "DOP853", rtol=1e-12, atol=1e-13)
+    result = solve_ivp(slope, (start, end), (x_t / radius).flatten().numpy(), "DOP853", rtol=rtol, atol=rtol / 10)
     assert result.success
     x_s, time = state(end, result.y[:, -1])
     return x_s if s else denoiser(x_s, time).x0

@@ -3,11 +3,15 @@
 A fork server imports torch once, so that each team costs a fraction of a second for a process.
 """
 
+import contextlib
+import importlib
+import io
 import math
 import multiprocessing
 import os
 import signal
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -362,13 +366,26 @@ def unet_runs(folder: str, sharding: str) -> None:
     }  # fmt: skip
     for name, changes in UNETS.items():
         spec = toy_spec(
-            plan=toy_plan(5, 2, dropout=0.0), data=MemoryData("noise", pixels), clip=True, sharding=sharding,
+            plan=toy_plan(5, 1, dropout=0.0), data=MemoryData("noise", pixels), clip=True, sharding=sharding,
             checkpoint_updates=100,
             network=lambda: UNet2D(unet2d_config(size=(8, 8), in_channels=1, out_channels=1, **shape), 1024),
             **changes,
         )  # fmt: skip
         finish(spec, Path(folder) / name)
     module.UNIT = unit
+
+
+def scaled(benchmarks: str, name: str, batch: int, number: int, rounds: int, device: str, out: str) -> None:
+    """A process of one setting of `benchmarks/scale.py`."""
+    sys.path.insert(0, benchmarks)
+    importlib.import_module("scale").worker(name, batch, number, rounds, device, Path(out))
+
+
+def printed(*argv: str) -> str:
+    """What this process prints as it obeys a command."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        main(list(argv))
+    return out.getvalue()
 
 
 def evaluated(folder: str, out: str) -> list[str]:

@@ -43,7 +43,8 @@ NO_STORAGE: Final = 3
 
 def spec() -> RunSpec:
     """The toy chain, three stages with checkpoints every few updates, each measured at its end."""
-    return toy_spec(evaluation=Evaluation(num_samples=60, num_compared=20, num_shown=8, batch_size=20))
+    evaluation = Evaluation(num_samples=60, num_compared=20, num_shown=8, batch_size=20)
+    return toy_spec(plan=toy_plan(20, 15), evaluation=evaluation)
 
 
 def child(path: str, began: Event, said: str) -> None:

@@ -119,14 +119,38 @@ def ancestral_by_ddpm(
             yield x_t
 
 
-@in_turn("num_steps", [1, 2, 4, 8, 64, 1024])
+every_reference = pytest.mark.parametrize("reference", ["ddim eta 1", "fixed_small", "fixed_large"])
+
+
+@in_turn("num_steps", [1, 2, 4, 8, 64])
 @either_clip
 @every_prediction
-@pytest.mark.parametrize("reference", ["ddim eta 1", "fixed_small", "fixed_large"])
+@every_reference
 def test_every_step_of_ancestral_sampling_is_diffusers(
     reference: str, prediction: Prediction, prediction_type: str, clip: bool, num_steps: int
 ) -> None:
     """From the same noise; gamma = 0 is DDIM with eta = 1 and DDPM's "fixed_small", gamma = 1 its "fixed_large"."""
+    assert_ancestral_steps_are_diffusers(reference, prediction, prediction_type, clip, num_steps)
+
+
+@every_reference
+def test_every_step_of_ancestral_sampling_through_every_timestep_is_diffusers(reference: str) -> None:
+    assert_ancestral_steps_are_diffusers(reference, V(), "v_prediction", True, TABLE)
+
+
+@pytest.mark.slow
+@either_clip
+@every_prediction
+@every_reference
+def test_every_step_of_ancestral_sampling_through_every_timestep_is_diffusers_in_every_prediction(
+    reference: str, prediction: Prediction, prediction_type: str, clip: bool
+) -> None:
+    assert_ancestral_steps_are_diffusers(reference, prediction, prediction_type, clip, TABLE)
+
+
+def assert_ancestral_steps_are_diffusers(
+    reference: str, prediction: Prediction, prediction_type: str, clip: bool, num_steps: int
+) -> None:
     denoiser, x_1 = toy_denoiser(PROCESS, prediction), numbers(4, 3, 2)
     noise = numbers(num_steps, 4, 3, 2, seed=1)
     network: Any = denoiser.network

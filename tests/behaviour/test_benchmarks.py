@@ -1,7 +1,6 @@
 """The benchmarks run in their short form and write what their tables promise.
 
-All in this process, but for one start of two processes; what the full forms start afresh for each setting is called
-here as they call it.
+All in this process and a team of two; the full forms start a program for each setting.
 """
 
 import contextlib
@@ -20,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
+import teams
 from halfstep.runtime.stop import Interrupted
 
 FOLDER: Final = Path(__file__).parents[2] / "benchmarks"
@@ -129,20 +129,30 @@ def test_io(modules: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 
 
 def test_scale(modules: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    scale, started = modules("scale"), modules("scale").started
+    scale, file = modules("scale"), tmp_path / "seconds.json"
 
-    def alone_here(name: str, batch: int, processes: int, threads: int, *rest: Any) -> Any:
+    def here(name: str, batch: int, processes: int, threads: int, *rest: Any) -> Any:
         if processes > 1:
-            return started(name, batch, processes, threads, *rest)
-        scale.worker(name, batch, *rest, tmp_path / "seconds.json")
-        return json.loads((tmp_path / "seconds.json").read_text())["seconds"]
+            teams.together(processes, teams.scaled, tmp_path / "left", str(FOLDER), name, batch, *rest, str(file))
+        else:
+            scale.worker(name, batch, *rest, file)
+        found = json.loads(file.read_text())
+        assert found["processes"] == processes
+        return found["seconds"]
 
-    monkeypatch.setattr(scale, "started", alone_here)
+    monkeypatch.setattr(scale, "started", here)
     rows = written(scale, monkeypatch, tmp_path / "scale.json", "--rounds", "2")["rows"]
     found = [(row["processes"], row["threads of each"], row["micro batches of each"]) for row in rows]
     assert found == [(1, 1, 1), (2, 1, 1), (1, 1, 2)]
     assert positive(rows, "seconds", "bare", "ours / bare", "against 1")
     assert rows[0]["against 1"] == 1
+
+
+@pytest.mark.slow
+def test_a_setting_of_scale_is_started_by_torchrun(modules: Any) -> None:
+    seconds = modules("scale").started("tiny", 8, 2, 1, 1, 2, "cpu")
+    assert seconds.keys() == {"ours", "bare"}
+    assert all(value > 0 for values in seconds.values() for value in values)
 
 
 def test_the_speedrun_goes_on_where_it_was_cut(modules: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

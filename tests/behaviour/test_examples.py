@@ -37,14 +37,14 @@ def test_there_are_six_and_each_is_under_60_lines() -> None:
 @pytest.mark.parametrize(
     ("name", "budget", "share"),
     [
-        ("toy_2d", {"teacher_updates": 200, "student_updates": 50}, 0.6),
+        ("toy_2d", {"teacher_updates": 100, "student_updates": 25}, 0.6),
         pytest.param(
             *("class_conditional_guidance", {"teacher_updates": 120, "student_updates": 70, "start": 16}, 0.9),
             marks=pytest.mark.slow,
         ),
-        ("action_policy", {"teacher_updates": 200, "student_updates": 50}, 0.8),
-        ("flow_matching_teacher", {"teacher_updates": 200, "student_updates": 50}, 0.6),
-        ("own_network", {"teacher_updates": 400, "student_updates": 80}, 0.6),
+        ("action_policy", {"teacher_updates": 60, "student_updates": 15}, 0.8),
+        ("flow_matching_teacher", {"teacher_updates": 100, "student_updates": 25}, 0.6),
+        ("own_network", {"teacher_updates": 200, "student_updates": 40}, 0.6),
     ],
 )
 def test_the_student_is_nearer_to_its_teacher_than_the_teacher_s_own_few_steps(

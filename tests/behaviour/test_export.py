@@ -1,5 +1,6 @@
 """The exported folder gives, in plain diffusers, our samples."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from halfstep.samplers import sample
 from support_pipelines import assert_same, noise, quietly, save_ddpm, save_dit, save_sd, save_sd3, wake
 
 STEPS = (1, 2, 4, 8)
-every_count = pytest.mark.parametrize("num_steps", STEPS)
 
 
 def fixed(scale: float) -> dict[str, Any]:
@@ -54,56 +54,52 @@ def digits_student(clip: bool, num_classes: int) -> Model:
     return Model(NetworkDenoiser(network, VPCosine(), V()), manifest)
 
 
-def ddim_images(folder: Path, x_1: Tensor, num_steps: int, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+def ddim_images(folder: Path, x_1: Tensor, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, Tensor]]:
+    """Each number of steps, and what the stock pipeline in the folder makes of `x_1` in as many."""
     from diffusers.pipelines.ddim import pipeline_ddim
 
     pipe = quietly(diffusers.DDIMPipeline.from_pretrained(folder))
     monkeypatch.setattr(pipeline_ddim, "randn_tensor", lambda *args, **kwargs: x_1.clone())
-    images = pipe(len(x_1), num_inference_steps=num_steps, use_clipped_model_output=True, output_type="np").images
-    return torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1
+    options = {"use_clipped_model_output": True, "output_type": "np"}
+    for num_steps in STEPS:
+        images = pipe(len(x_1), num_inference_steps=num_steps, **options).images
+        yield num_steps, torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1
 
 
-@every_count
 @pytest.mark.parametrize("clip", [True, False])
-def test_an_image_model_on_the_cosine_process(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, clip: bool, num_steps: int
-) -> None:
+def test_an_image_model_on_the_cosine_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, clip: bool) -> None:
     model = digits_student(clip, 0)
     folder = export_pipeline(model, tmp_path / "out")
     x_1 = noise(2, 3, 8, 8)
-    assert_same(sample(model, x_1, num_steps).clamp(-1, 1), ddim_images(folder, x_1, num_steps, monkeypatch))
+    for num_steps, images in ddim_images(folder, x_1, monkeypatch):
+        assert_same(sample(model, x_1, num_steps).clamp(-1, 1), images)
 
 
-@every_count
 @pytest.mark.parametrize("settings", [{}, {"beta_schedule": "squaredcos_cap_v2"}, {"rescale_betas_zero_snr": True}])
-def test_an_image_model_on_a_table(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, settings: dict[str, Any], num_steps: int
-) -> None:
+def test_an_image_model_on_a_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, settings: dict[str, Any]) -> None:
     scheduler = diffusers.DDIMScheduler(prediction_type="v_prediction", **settings)
     model = as_student(import_pipeline(save_ddpm(tmp_path / "teacher", scheduler, "DDIMPipeline")))
     folder = export_pipeline(model, tmp_path / "out")
     x_1 = noise(2, 3, 8, 8)
-    assert_same(sample(model, x_1, num_steps).clamp(-1, 1), ddim_images(folder, x_1, num_steps, monkeypatch))
+    for num_steps, images in ddim_images(folder, x_1, monkeypatch):
+        assert_same(sample(model, x_1, num_steps).clamp(-1, 1), images)
 
 
-@every_count
 @pytest.mark.parametrize("clip", [True, False])
-def test_an_image_model_of_classes(tmp_path: Path, clip: bool, num_steps: int) -> None:
+def test_an_image_model_of_classes(tmp_path: Path, clip: bool) -> None:
     """Its pipeline is told nothing of clipping: the scheduler alone derives the noise anew."""
     model = digits_student(clip, 5)
     folder = export_pipeline(model, tmp_path / "out")
     pipe = quietly(diffusers.ConsistencyModelPipeline.from_pretrained(folder))
     x_1 = noise(3, 3, 8, 8)
-    images = pipe(3, class_labels=[0, 4, 2], num_inference_steps=num_steps, latents=x_1, output_type="np").images
-    found = sample(model, x_1, num_steps, cond={"class_labels": torch.tensor([0, 4, 2])})
-    assert_same(found.clamp(-1, 1), torch.as_tensor(images).permute(0, 3, 1, 2) * 2 - 1)
+    for num_steps in STEPS:
+        images = pipe(3, class_labels=[0, 4, 2], num_inference_steps=num_steps, latents=x_1, output_type="np").images
+        found = sample(model, x_1, num_steps, cond={"class_labels": torch.tensor([0, 4, 2])})
+        assert_same(found.clamp(-1, 1), torch.as_tensor(images).permute(0, 3, 1, 2) * 2 - 1)
 
 
-@every_count
 @pytest.mark.parametrize("clip", [False, True])
-def test_a_dit_whose_guidance_was_taken_in(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, num_steps: int, clip: bool
-) -> None:
+def test_a_dit_whose_guidance_was_taken_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, clip: bool) -> None:
     """Where x0 is clipped, its pipeline does not say use_clipped_model_output: the scheduler alone must do it."""
     from diffusers.pipelines.dit import pipeline_dit
 
@@ -115,16 +111,17 @@ def test_a_dit_whose_guidance_was_taken_in(
     latents: list[Tensor] = []
     decode = pipe.vae.decode
     monkeypatch.setattr(pipe.vae, "decode", lambda z, *a, **k: latents.append(z) or decode(z, *a, **k))
-    pipe([3, 3], guidance_scale=1.0, num_inference_steps=num_steps)
-    assert not clip or float(latents[0].abs().max()) <= pipe.vae.config.scaling_factor**-1
-    found = sample(model, x_1, num_steps, cond=model.cond(range(2), class_label=3))
-    assert_same(found, latents[0] * pipe.vae.config.scaling_factor)
+    for num_steps in STEPS:
+        pipe([3, 3], guidance_scale=1.0, num_inference_steps=num_steps)
+        made = latents.pop()
+        assert not clip or float(made.abs().max()) <= pipe.vae.config.scaling_factor**-1
+        found = sample(model, x_1, num_steps, cond=model.cond(range(2), class_label=3))
+        assert_same(found, made * pipe.vae.config.scaling_factor)
     assert pipe.labels["cat"] == 1
 
 
-@every_count
 @pytest.mark.parametrize("guidance", [fixed(7.5), {"type": "range", "low": 1.0, "high": 8.0}], ids=["fixed", "range"])
-def test_latent_text_to_image(tmp_path: Path, guidance: dict[str, Any], num_steps: int) -> None:
+def test_latent_text_to_image(tmp_path: Path, guidance: dict[str, Any]) -> None:
     usual = guidances.rebuild(guidance).default_scale
     teacher = import_pipeline(save_sd(tmp_path / "sd", tmp_path / "tokens"))
     model = as_student(teacher, guidance=guidance, guidance_scale=usual)
@@ -136,28 +133,30 @@ def test_latent_text_to_image(tmp_path: Path, guidance: dict[str, Any], num_step
     pipe = quietly(diffusers.StableDiffusionPipeline.from_pretrained(folder))
     x_1 = noise(2, 4, 4, 4)
     asked = 1.0 if guidance["type"] == "fixed" else 3.0
-    stock = pipe(
-        ["a cat", "b"], latents=x_1, guidance_scale=asked, num_inference_steps=num_steps, output_type="latent",
-        height=8, width=8,
-    ).images  # fmt: skip
     own = None if guidance["type"] == "fixed" else asked
-    cond = model.cond(range(2), guidance_scale=own, others=text_conditions(folder, ["a cat", "b"]))
-    assert_same(sample(model, x_1, num_steps, cond=cond), stock)
-    if own is not None:
-        other = model.cond(range(2), guidance_scale=6.0, others=text_conditions(folder, ["a cat", "b"]))
-        assert float((sample(model, x_1, num_steps, cond=other) - stock).abs().max()) > 1e-2
+    texts = text_conditions(folder, ["a cat", "b"])
+    for num_steps in STEPS:
+        stock = pipe(
+            ["a cat", "b"], latents=x_1, guidance_scale=asked, num_inference_steps=num_steps, output_type="latent",
+            height=8, width=8,
+        ).images  # fmt: skip
+        cond = model.cond(range(2), guidance_scale=own, others=texts)
+        assert_same(sample(model, x_1, num_steps, cond=cond), stock)
+        if own is not None:
+            other = model.cond(range(2), guidance_scale=6.0, others=texts)
+            assert float((sample(model, x_1, num_steps, cond=other) - stock).abs().max()) > 1e-2
 
 
-@every_count
-def test_a_flow_matching_transformer(tmp_path: Path, num_steps: int) -> None:
+def test_a_flow_matching_transformer(tmp_path: Path) -> None:
     teacher = import_pipeline(save_sd3(tmp_path / "sd3", tmp_path / "tokens"))
     model = as_student(teacher, keep=teacher.denoiser.prediction, guidance=fixed(5.0))
     folder = export_pipeline(model, tmp_path / "out")
     pipe = quietly(diffusers.StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None))
     x_1 = noise(2, 4, 4, 4)
-    stock = pipe(
-        ["a cat", "b"], latents=x_1, guidance_scale=1.0, num_inference_steps=num_steps, output_type="latent",
-        sigmas=[1 - k / num_steps for k in range(num_steps)], height=8, width=8,
-    ).images  # fmt: skip
     cond = model.cond(range(2), others=text_conditions(folder, ["a cat", "b"]))
-    assert_same(sample(model, x_1, num_steps, cond=cond), stock)
+    for num_steps in STEPS:
+        stock = pipe(
+            ["a cat", "b"], latents=x_1, guidance_scale=1.0, num_inference_steps=num_steps, output_type="latent",
+            sigmas=[1 - k / num_steps for k in range(num_steps)], height=8, width=8,
+        ).images  # fmt: skip
+        assert_same(sample(model, x_1, num_steps, cond=cond), stock)

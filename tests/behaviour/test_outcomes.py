@@ -20,6 +20,7 @@ from halfstep.core.prediction import V
 from halfstep.data import MemoryData
 from halfstep.explore.explorer import Explorer
 from halfstep.hub import export_onnx, export_pipeline
+from halfstep.hub.onnx import UnrolledSampler
 from halfstep.measure.evaluate import Evaluation, Reference
 from halfstep.measure.sources import ModelSource, sampler_of
 from halfstep.measure.store import Cell, Store
@@ -289,18 +290,40 @@ def test_a_model_is_measured_by_its_own_sampler(tmp_path: Path) -> None:
 # --- Export ---
 
 
+EXPORTED = [DDIM(), Heun(), RK4(), DPMSolverPP2M(), Heun(LogSNR())]
+
+
+def assert_samples_by(sampler: Sampler, model: Model, x0: torch.Tensor) -> None:
+    """Assert that x0 are the samples 0 to 6 by the model's own sampler, and not by DDIM."""
+    torch.testing.assert_close(x0, model.sample(range(7)), rtol=0, atol=1e-5)
+    if sampler != DDIM():
+        assert float((x0 - model.sample(range(7), sampler=DDIM())).abs().max()) > 1e-3
+
+
+def student_of(sampler: Sampler, num_steps: int) -> Model:
+    """A student of random weights with a sampler of its own."""
+    return Model(*made(Outcome(role="student", num_steps=num_steps, sampler=samplers.describe(sampler))))
+
+
+@pytest.mark.parametrize("sampler", EXPORTED, ids=lambda s: type(s).__name__)
+def test_the_unrolled_program_takes_the_steps_of_the_models_own_sampler(sampler: Sampler) -> None:
+    model = student_of(sampler, 4)
+    with torch.no_grad():
+        assert_samples_by(sampler, model, UnrolledSampler(model, 4, ())(model.noise(range(7))))
+
+
 @pytest.mark.parametrize(
-    "sampler", [DDIM(), Heun(), RK4(), DPMSolverPP2M(), Heun(LogSNR())], ids=lambda s: type(s).__name__
+    ("sampler", "num_steps"),
+    [(Heun(), 2), *(pytest.param(sampler, 4, marks=pytest.mark.slow) for sampler in EXPORTED)],
+    ids=lambda value: str(value) if isinstance(value, int) else type(value).__name__,
 )
-def test_a_graph_takes_the_steps_of_the_models_own_sampler(tmp_path: Path, sampler: Sampler) -> None:
+def test_a_graph_takes_the_steps_of_the_models_own_sampler(tmp_path: Path, sampler: Sampler, num_steps: int) -> None:
     import onnxruntime
 
-    model = Model(*made(Outcome(role="student", num_steps=4, sampler=samplers.describe(sampler))))
+    model = student_of(sampler, num_steps)
     session = onnxruntime.InferenceSession(str(export_onnx(model, tmp_path / "sampler.onnx")))
-    found = torch.from_numpy(session.run(["x0"], {"noise": model.noise(range(7)).numpy()})[0])
-    torch.testing.assert_close(found, model.sample(range(7)), rtol=0, atol=1e-5)
-    if sampler != DDIM():
-        assert float((found - model.sample(range(7), sampler=DDIM())).abs().max()) > 1e-3
+    x0 = session.run(["x0"], {"noise": model.noise(range(7)).numpy()})[0]
+    assert_samples_by(sampler, model, torch.from_numpy(x0))
 
 
 def test_a_graph_has_no_noise_for_a_stochastic_sampler(tmp_path: Path) -> None:

@@ -72,6 +72,22 @@ def finish(folder: Path, **changes: Any) -> None:
         pass
 
 
+@pytest.fixture(scope="module")
+def teacher_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the teacher alone."""
+    folder = tmp_path_factory.mktemp("teacher") / "run"
+    finish(folder, plan=Plan(spec().plan.stages[:1]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lora_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose students are low-rank additions."""
+    folder = tmp_path_factory.mktemp("lora") / "run"
+    finish(folder, lora_rank=2)
+    return folder
+
+
 @torch.no_grad()
 def test_a_lora_student_starts_as_its_teacher_and_shares_its_weights() -> None:
     base = network()
@@ -86,9 +102,8 @@ def test_a_lora_student_starts_as_its_teacher_and_shares_its_weights() -> None:
     assert not any(parameter.requires_grad for name, parameter in student.named_parameters() if ".lora_" not in name)
 
 
-def test_a_run_of_lora_students_changes_additions_alone_and_is_read_back_with_its_base(tmp_path: Path) -> None:
-    finish(tmp_path / "run", lora_rank=2)
-    stages = tmp_path / "run" / "stages"
+def test_a_run_of_lora_students_changes_additions_alone_and_is_read_back_with_its_base(lora_run: Path) -> None:
+    stages = lora_run / "stages"
     sizes = {path.parent.name: path.stat().st_size for path in stages.glob("*/model.safetensors")}
     assert max(sizes["01-halve-0002"], sizes["02-halve-0001"]) < 0.15 * sizes["00-denoise"]
     teacher, student = load(stages / "00-denoise"), load(stages / "02-halve-0001")
@@ -129,16 +144,15 @@ def test_the_teacher_and_the_auxiliary_of_a_finish_share_the_base_of_a_lora_stud
     assert isinstance(finished.denoiser.network, LoRA)
 
 
-def test_additions_merged_into_the_weights_say_the_same(tmp_path: Path) -> None:
-    finish(tmp_path / "run", lora_rank=2)
-    lora = load(tmp_path / "run").denoiser.network
+def test_additions_merged_into_the_weights_say_the_same(lora_run: Path) -> None:
+    lora = load(lora_run).denoiser.network
     x_t, time = numbers(3, 1, 8, 8).float(), torch.tensor([0.1, 0.5, 1.0])
     plain = merged(lora).requires_grad_(False)
     lora.requires_grad_(False)
     assert isinstance(plain, UNet2D)
     assert set(plain.state_dict()) == set(network().state_dict())
     torch.testing.assert_close(plain(x_t, time), lora(x_t, time), rtol=0, atol=2e-6)
-    teacher = load(tmp_path / "run" / "stages" / "00-denoise").denoiser.network
+    teacher = load(lora_run / "stages" / "00-denoise").denoiser.network
     assert float((plain(x_t, time) - teacher(x_t, time)).detach().abs().max()) > 1e-4
 
 
@@ -154,15 +168,15 @@ def test_additions_merged_into_the_weights_say_the_same(tmp_path: Path) -> None:
     ],
     ids=lambda changes: "+".join(changes),
 )
-def test_a_stage_that_was_cut_and_resumed_is_the_uncut_one_bit_for_bit(tmp_path: Path, changes: dict[str, Any]) -> None:
-    finish(tmp_path / "run", plan=spec().plan.__class__(spec().plan.stages[:1]))
-    parent = load(tmp_path / "run")
+def test_a_stage_that_was_cut_and_resumed_is_the_uncut_one_bit_for_bit(
+    teacher_run: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
     made = spec(**changes)
     stage = made.plan.stages[1]
     accelerator = make_accelerator(cpu=True)
 
     def trained(upto: int, folder: StageFolder | None = None) -> Any:
-        trainer = trainer_for(made, stage, "s", load(parent_folder), accelerator)
+        trainer = trainer_for(made, stage, "s", load(teacher_run), accelerator)
         if folder is not None:
             assert resume(trainer, folder, print) == folder.path / "checkpoint-00000003"
             assert trainer.update == 3
@@ -171,8 +185,6 @@ def test_a_stage_that_was_cut_and_resumed_is_the_uncut_one_bit_for_bit(tmp_path:
                 break
         return trainer
 
-    parent_folder = tmp_path / "run"
-    assert parent.num_steps is None
     whole = own_state(trained(6).finish().network)
     folder = StageFolder(tmp_path / "cut")
     cut = trained(3)
@@ -191,10 +203,12 @@ def test_beside_a_teacher_in_bfloat16_its_weights_in_float32_are_let_go(
     parents: list[Model] = []
     monkeypatch.setattr(pipeline, "load", lambda path: parents.append(load(path)) or parents[-1])
     torch.set_num_threads(1)
+    one = Training(1, 1e-3, batch_size=8)
+    plan = Plan.of(Denoising(), one) + Plan.halvings(4, 1, one, updates_at={})
     for precision, gone in (("float32", False), ("bf16", True)):
         parents.clear()
         students = 0
-        for event in run(spec(teacher_precision=precision, **changes), tmp_path / precision):
+        for event in run(spec(teacher_precision=precision, plan=plan, **changes), tmp_path / precision):
             if isinstance(event, StageStart) and event.index:
                 students += 1
                 assert {parameter.is_meta for parameter in parents[-1].parameters()} == {gone}
@@ -270,9 +284,8 @@ def test_networks_of_arrays_are_asked_in_half_precision_too() -> None:
     assert float((found - wanted).square().mean().sqrt()) < 0.02 * float(wanted.square().mean().sqrt())
 
 
-def test_the_memory_that_is_counted_is_that_of_the_tensors_that_are_there(tmp_path: Path) -> None:
-    finish(tmp_path / "run", plan=Plan(spec().plan.stages[:1]))
-    teacher = load(tmp_path / "run")
+def test_the_memory_that_is_counted_is_that_of_the_tensors_that_are_there(teacher_run: Path) -> None:
+    teacher = load(teacher_run)
     made = spec(teacher=teacher, network=None, lora_rank=2)
     stage = made.plan.stages[1]
     forward = count_forward(made)

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -415,7 +416,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(toy_npy: Path, tmp_path: P
     )
     log = out / "log.jsonl"
     while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 3):
-        pass
+        time.sleep(0.02)
     process.send_signal(2)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors

@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -35,8 +36,18 @@ def test_the_doctor_ends_with_0_and_one_document(
     assert "mend it" in printed
 
 
-def test_a_torchvision_that_breaks_diffusers_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that fails as a real one does that was built for another torch: when its operators are registered."""
+@pytest.mark.parametrize("importer", ["torchvision", pytest.param("diffusers", marks=pytest.mark.slow)])
+def test_a_torchvision_that_breaks_diffusers_is_named(
+    importer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that fails as a real one does that was built for another torch: when its operators are registered.
+
+    Diffusers needs five seconds to get there, so the quick form imports torchvision alone.
+    """
+    run = subprocess.run
+    if importer == "torchvision":
+        alone = [sys.executable, "-c", "import torchvision"]
+        monkeypatch.setattr(doctor.subprocess, "run", lambda _, **options: run(alone, **options))
     package = tmp_path / "torchvision"
     package.mkdir()
     (package / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')\n")

@@ -347,7 +347,7 @@ def landing(teacher: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, num_teacher_st
 @every_process_or_further
 @every_deterministic
 @every_few
-@in_turn("num_steps", [1, 8])
+@in_turn("num_steps", [1, 3])
 @torch.no_grad()
 def test_one_ddim_step_of_the_student_lands_where_any_sampler_takes_the_teacher(
     process: NoiseProcess, sampler: Sampler, num_teacher_steps: int, num_steps: int
