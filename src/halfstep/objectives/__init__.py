@@ -18,8 +18,10 @@ from halfstep.objectives.base import (
     objectives,
     weighted_x0_loss,
 )
+from halfstep.objectives.consistency import Consistency, consistency_target
 from halfstep.objectives.denoising import Denoising
 from halfstep.objectives.guidance import FixedGuidance, Guidance, GuidanceRange, guidances
 from halfstep.objectives.halving import Halving, halving_target
 from halfstep.objectives.matching import Matching
+from halfstep.objectives.metric import LossMetric, PseudoHuber, Squared, loss_metrics
 from halfstep.objectives.plan import HALVING, Plan, Stage
