@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -423,6 +425,16 @@ def test_times_that_do_not_fall_to_the_boundary_are_refused(times: tuple[float, 
     teacher = mixture(VPCosine())
     with pytest.raises(ValueError, match="0 <= boundary <= s < t"):
         consistency_target(teacher, teacher, numbers(2, 2), *times)
+
+
+def test_the_example_of_the_page_on_targets_runs() -> None:
+    page = Path(__file__).parents[2] / "docs" / "pages" / "target.md"
+    *_, example = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(example, names)
+    (stage,) = names["plan"].stages
+    assert stage.objective == Consistency(2, 64, 1280, 10_000, metric=PseudoHuber(), teacher_sampler=Heun())
+    assert stage.num_steps == 2
 
 
 def _trainer(objective: Consistency) -> StageTrainer:

@@ -475,7 +475,7 @@ def test_the_teacher_s_sampler_is_ddim_unless_another_is_named() -> None:
 
 def test_the_example_of_the_page_on_targets_runs() -> None:
     page = Path(__file__).parents[2] / "docs" / "pages" / "target.md"
-    (example,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    example, *_ = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     names = {"teacher": mixture(VPCosine()), "x_t": numbers(3, 2)}
     exec(example, names)
     assert torch.equal(names["target"], halving_target(names["teacher"], names["x_t"], 0.5, 0.25, sampler=Heun()))

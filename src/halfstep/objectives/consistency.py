@@ -205,7 +205,8 @@ class Consistency(Objective):
     def grid_steps(self, update: int) -> int:
         """Return T, the times of the teacher's grid at an update: a multiple of num_steps."""
         done = min(update / self.anneal_updates, 1.0)
-        return self.num_steps * round((self.grid_start ** (1 - done) * self.grid_end**done) / self.num_steps)
+        grid: float = self.grid_start ** (1 - done) * self.grid_end**done
+        return self.num_steps * round(grid / self.num_steps)
 
     @property
     def outcome(self) -> Outcome:
