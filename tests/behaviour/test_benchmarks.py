@@ -81,6 +81,21 @@ def test_step_and_sample(modules: Any, monkeypatch: pytest.MonkeyPatch, tmp_path
     assert all(
         min(row["seconds"], row["bare"], row["naive"], row["ours / bare"], row["naive / ours"]) > 0 for row in rows
     )
+    called(
+        modules("step"),
+        monkeypatch,
+        "--short",
+        "--networks",
+        "tiny",
+        "--out",
+        str(tmp_path / "own.json"),
+        "--objective",
+        "consistency",
+        "--rounds",
+        "2",
+    )
+    rows = json.loads((tmp_path / "own.json").read_text())["rows"]
+    assert all(row["ours / bare"] > 0 and "naive" not in row for row in rows)
     words = ("--rounds", "1", "--batch", "4")
     rows = written(modules("sample"), monkeypatch, tmp_path / "sample.json", *words)["rows"]
     assert [row["steps"] for row in rows] == [1, 4, 16]

@@ -204,7 +204,7 @@ def teacher_of(kind: str, process: NoiseProcess) -> Denoiser:
 def test_the_float32_target_of_a_teacher_of_8192_steps_is_the_float64_one_to_1e_6(
     process: NoiseProcess, kind: str
 ) -> None:
-    """The claim of halving.py at every step of the student, the first and the last among them."""
+    """The claim of landing.py at every step of the student, the first and the last among them."""
     t, s = grid_steps(4096)
     teacher, x_t = teacher_of(kind, process), noisy(process, t, 2).float()
     target = halving_target(teacher, x_t, t, s)
@@ -475,7 +475,7 @@ def test_the_teacher_s_sampler_is_ddim_unless_another_is_named() -> None:
 
 def test_the_example_of_the_page_on_targets_runs() -> None:
     page = Path(__file__).parents[2] / "docs" / "pages" / "target.md"
-    (example,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    example, *_ = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     names = {"teacher": mixture(VPCosine()), "x_t": numbers(3, 2)}
     exec(example, names)
     assert torch.equal(names["target"], halving_target(names["teacher"], names["x_t"], 0.5, 0.25, sampler=Heun()))

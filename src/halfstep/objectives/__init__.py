@@ -20,9 +20,11 @@ from halfstep.objectives.base import (
     objectives,
     weighted_x0_loss,
 )
+from halfstep.objectives.consistency import Consistency, consistency_target
 from halfstep.objectives.denoising import Denoising
 from halfstep.objectives.finishing import Finishing
 from halfstep.objectives.guidance import FixedGuidance, Guidance, GuidanceRange, guidances
 from halfstep.objectives.halving import Halving, halving_target
 from halfstep.objectives.matching import Matching
+from halfstep.objectives.metric import LossMetric, PseudoHuber, Squared, loss_metrics
 from halfstep.objectives.plan import FINISHING, HALVING, Parents, Plan, Stage, parents_of

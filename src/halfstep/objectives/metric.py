@@ -1,0 +1,57 @@
+"""Loss metrics: the loss of a sample as a function of its weighted mean squared error."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from halfstep.registry import Registry
+
+
+class LossMetric(ABC):
+    """A rising function of the weighted mean squared error, 0 at 0."""
+
+    @abstractmethod
+    def __call__(self, square: Tensor) -> Tensor:
+        """Return losses, shaped as the squared errors `[batch]`."""
+
+
+loss_metrics: Registry[type[LossMetric]] = Registry("loss metric")
+
+
+@final
+@loss_metrics.register("squared")
+@dataclass(frozen=True)
+class Squared(LossMetric):
+    """The squared error itself."""
+
+    def __call__(self, square: Tensor) -> Tensor:
+        return square
+
+
+@final
+@loss_metrics.register("pseudo_huber")
+@dataclass(frozen=True)
+class PseudoHuber(LossMetric):
+    """sqrt(square + c^2) - c: the norm of the error where it is above c, smooth at 0.
+
+    Under a large weight at low noise, a norm has less variance than its square.
+
+    Source: Song & Dhariwal 2023 (arXiv:2310.14189), section 3.3.
+
+    Raises:
+        ValueError: if c is not a finite number above 0.
+    """
+
+    c: float = 1e-4
+    """Root mean square error, weighted, below which the loss is quadratic."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.c < float("inf"):
+            raise ValueError(f"c must be a finite number above 0, got {self.c}")
+
+    def __call__(self, square: Tensor) -> Tensor:
+        # The difference of the root and c, without subtracting nearly equal numbers.
+        return square / (torch.sqrt(square + self.c**2) + self.c)
