@@ -5,6 +5,7 @@ from halfstep.nets.half import InHalf
 from halfstep.nets.lora import (
     LoRA,
     checkpoint_gradients,
+    checkpoints_gradients,
     copy_denoiser,
     copy_network,
     load_own_state,

@@ -144,6 +144,12 @@ def checkpoint_gradients(network: nn.Module) -> None:
     stock.model.enable_gradient_checkpointing()
 
 
+def checkpoints_gradients(network: nn.Module) -> bool:
+    """Whether `checkpoint_gradients` was called on the network, or on what it is a copy of."""
+    stock = network.base if isinstance(network, LoRA) else network
+    return isinstance(stock, StockNetwork) and bool(stock.model.is_gradient_checkpointing)
+
+
 def copy_network(network: nn.Module) -> nn.Module:
     """A copy whose trainable weights are its own; the frozen ones of a `LoRA` are shared."""
     own = {id(parameter) for _, parameter in trainable(network)}

@@ -1,5 +1,6 @@
 """Objectives, one file a method; their training; and the plan: the chain of stages as data."""
 
+from halfstep.objectives.auxiliary import auxiliary_denoiser
 from halfstep.objectives.base import (
     STUDENT,
     Auxiliary,

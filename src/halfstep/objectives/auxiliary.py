@@ -1,0 +1,64 @@
+"""The auxiliary denoiser of a game between two players: trained on the student's samples, started from the teacher."""
+
+import copy
+
+import torch
+
+from halfstep.core.denoiser import Denoiser, Guided, NetworkDenoiser, Reprocessed
+from halfstep.nets import (
+    InHalf,
+    LoRA,
+    checkpoint_gradients,
+    checkpoints_gradients,
+    copy_network,
+    load_own_state,
+    own_state,
+    takes_guidance,
+    trainable,
+    with_guidance,
+)
+from halfstep.objectives.base import Models
+
+
+def auxiliary_denoiser(models: Models) -> Denoiser:
+    """Return a trainable denoiser that starts as the teacher without guidance.
+
+    It is a copy in float32, whatever the precision of the teacher, and takes a guidance scale, which changes nothing
+    yet, if the student does. For a LoRA student it is a second set of additions to the student's own base, those of the
+    teacher or 0, so that memory holds one base. Any other denoiser of one's own is copied as it is.
+
+    Raises:
+        ValueError: if there is no teacher, or its network has no input for the student's guidance scale.
+    """
+    if models.teacher is None:
+        raise ValueError("an auxiliary denoiser starts as the teacher, and there is none")
+    return _copied(models.teacher, models.student)
+
+
+def _copied(teacher: Denoiser, student: Denoiser) -> Denoiser:
+    """Return a trainable copy of the teacher without its guidance, on the process on which it is seen."""
+    if isinstance(teacher, Guided):
+        return _copied(teacher.denoiser, student)
+    if isinstance(teacher, Reprocessed):
+        return Reprocessed(_copied(teacher.denoiser, student), teacher.process)
+    if not isinstance(teacher, NetworkDenoiser):
+        return copy.deepcopy(teacher).requires_grad_(True)
+    network = teacher.network.network if isinstance(teacher.network, InHalf) else teacher.network
+    beside = student.network if isinstance(student, NetworkDenoiser) else None
+    if isinstance(beside, LoRA):
+        twin = copy_network(beside)
+        with torch.no_grad():
+            for name, parameter in trainable(twin):
+                if ".lora_B." in name:
+                    parameter.zero_()
+        if isinstance(network, LoRA):
+            load_own_state(twin, own_state(network))
+    else:
+        twin = copy_network(network)
+        if isinstance(teacher.network, InHalf):
+            twin = twin.float()
+        if beside is not None and takes_guidance(beside) and not takes_guidance(twin):
+            twin = with_guidance(twin)
+        if beside is not None and checkpoints_gradients(beside):
+            checkpoint_gradients(twin)
+    return NetworkDenoiser(twin, teacher.process, teacher.prediction)
