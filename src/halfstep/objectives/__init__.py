@@ -23,4 +23,5 @@ from halfstep.objectives.denoising import Denoising
 from halfstep.objectives.guidance import FixedGuidance, Guidance, GuidanceRange, guidances
 from halfstep.objectives.halving import Halving, halving_target
 from halfstep.objectives.matching import Matching
+from halfstep.objectives.moments import AUXILIARY, MomentMatching
 from halfstep.objectives.plan import HALVING, Plan, Stage
