@@ -16,6 +16,7 @@ from halfstep.core.prediction import TruncatedSNR, Weighting
 from halfstep.objectives.base import Objective, Training, objectives
 from halfstep.objectives.guidance import Guidance
 from halfstep.objectives.halving import Halving
+from halfstep.objectives.moments import MomentMatching
 
 HALVING: Final = Training(num_updates=50_000, learning_rate=5e-5)
 """The paper's training of a student: no warm-up, the rate falls linearly to 0."""
@@ -64,11 +65,11 @@ class Plan:
         return Plan(self.stages + other.stages)
 
     def guided(self, guidance: Guidance | None) -> "Plan":
-        """Return the plan with `guidance` as what the teachers of its halvings have learned."""
+        """Return the plan with `guidance` as what the teachers of its students have learned."""
         return Plan(
             tuple(
                 replace(stage, objective=replace(stage.objective, guidance=guidance))
-                if isinstance(stage.objective, Halving) and guidance is not None
+                if isinstance(stage.objective, Halving | MomentMatching) and guidance is not None
                 else stage
                 for stage in self.stages
             )
