@@ -15,11 +15,20 @@ import torch
 
 from halfstep.cli import main
 from halfstep.core.denoiser import NetworkDenoiser
-from halfstep.core.noise import VPCosine, processes
-from halfstep.core.prediction import V
+from halfstep.core.noise import (
+    FlowMatching,
+    NoiseProcess,
+    VPCosine,
+    VPTable,
+    linear_betas,
+    processes,
+    zero_terminal_betas,
+)
+from halfstep.core.prediction import FlowVelocity, Prediction, V
 from halfstep.data import MemoryData
 from halfstep.explore.explorer import Explorer
 from halfstep.hub import export_onnx, export_pipeline
+from halfstep.hub.schedulers import SOLVERS, multistep, write_schedule
 from halfstep.measure.evaluate import Evaluation, Reference
 from halfstep.measure.sources import ModelSource, sampler_of
 from halfstep.measure.store import Cell, Store
@@ -389,3 +398,23 @@ def test_a_sampler_without_a_stock_scheduler_is_refused(tmp_path: Path, sampler:
     with pytest.raises(ValueError, match=r"of diffusers samples this model by its own sampler .* Use --format onnx"):
         export_pipeline(images(sampler, 4, num_classes), tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("process", "prediction", "message"),
+    [
+        (FlowMatching(3.0), FlowVelocity(), r"takes sde-dpmsolver\+\+ steps of order 1 .* path of flow matching\. Use"),
+        (
+            VPTable(zero_terminal_betas(linear_betas())),
+            V(),
+            "on a table that ends at zero signal: export --format onnx",
+        ),
+    ],
+    ids=["flow", "zero terminal"],
+)
+def test_processes_on_which_no_stock_scheduler_draws_an_ancestral_students_steps_are_refused(
+    process: NoiseProcess, prediction: Prediction, message: str
+) -> None:
+    schedule = write_schedule(process, prediction, 1000, clip=False)
+    with pytest.raises(ValueError, match=message):
+        multistep(schedule, SOLVERS[Ancestral(gamma=0.0)], clip=False)
