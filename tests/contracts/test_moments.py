@@ -270,7 +270,7 @@ def denoiser(seed: int) -> NetworkDenoiser:
 
 def trainer() -> StageTrainer:
     """Of a student that has moved away from its teacher, with settings that a helper cannot have."""
-    early = EarlyEnd(patience=1, window=2)
+    early = EarlyEnd(patience=1, window=2, min_drop=0.9)
     training = Training(8, 1e-2, batch_size=12, adam_betas=(0.5, 0.9), ema_decay=0.7, early_end=early)
     return StageTrainer(
         denoiser(1), denoiser(0), Stage(MomentMatching(2, auxiliary_rate=3.0), training),
