@@ -14,8 +14,9 @@ from diffusers.schedulers import scheduling_ddpm
 from torch import Tensor
 
 from halfstep.core.denoiser import Clipped
-from halfstep.core.noise import VPCosine
-from halfstep.core.prediction import X0, Eps, Prediction, V
+from halfstep.core.grids import uniform_times
+from halfstep.core.noise import FlowMatching, NoiseProcess, VPCosine, VPTable, cosine_betas, linear_betas
+from halfstep.core.prediction import X0, Eps, FlowVelocity, Prediction, V
 from halfstep.samplers import Ancestral, DPMSolverPP2M, Heun, NoiseToSignal, Sampler, sample, trajectory
 from support import ToyNetwork, clock, in_turn, numbers, toy_denoiser
 
@@ -213,8 +214,11 @@ class WithoutRounding(DPMSolverMultistepScheduler):
         self.unrounded = sample
         return super().step(model_output, timestep, sample, *args, **kwargs)
 
-    def dpm_solver_first_order_update(self, *args: Any, sample: Tensor, **kwargs: Any) -> Tensor:
-        return super().dpm_solver_first_order_update(*args, sample=self.unrounded, **kwargs)
+    def dpm_solver_first_order_update(
+        self, *args: Any, sample: Tensor, noise: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        exact = None if noise is None else noise.to(self.unrounded)
+        return super().dpm_solver_first_order_update(*args, sample=self.unrounded, noise=exact, **kwargs)
 
     def multistep_dpm_solver_second_order_update(self, *args: Any, sample: Tensor, **kwargs: Any) -> Tensor:
         return super().multistep_dpm_solver_second_order_update(*args, sample=self.unrounded, **kwargs)
@@ -255,3 +259,47 @@ def test_every_step_of_heun_and_of_dpmpp_2m_is_diffusers(
     ours = trajectory(denoiser, x_t, num_steps, sampler, grid=later_times)
     for step, their_x_s in zip(ours, theirs, strict=True):
         torch.testing.assert_close(step.x_s, their_x_s, rtol=1e-12, atol=1e-12)
+
+
+def stock_sde(process: NoiseProcess, times: Tensor) -> Any:
+    """Diffusers' SDE-DPM-Solver++ of order 1 for a network of v or of the flow's velocity, on our times in float64."""
+    settings: dict[str, Any] = {"prediction_type": "v_prediction"}
+    if isinstance(process, FlowMatching):
+        settings = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": process.shift}
+    scheduler = WithoutRounding(
+        algorithm_type="sde-dpmsolver++",
+        solver_order=1,
+        final_sigmas_type="zero",
+        num_train_timesteps=TABLE,
+        **settings,
+    )
+    scheduler.set_timesteps(len(times) - 1)
+    alpha, sigma = process.landing(times)
+    exact = sigma if isinstance(process, FlowMatching) else sigma / alpha
+    assert scheduler.sigmas.shape == exact.shape
+    scheduler.sigmas = exact
+    return scheduler
+
+
+@in_turn("num_steps", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    "process",
+    [VPCosine(), VPTable(linear_betas(TABLE)), VPTable(cosine_betas(TABLE)), FlowMatching(), FlowMatching(3.0)],
+    ids=["cosine", "linear betas", "cosine betas", "flow", "flow of shift 3"],
+)
+@torch.no_grad()
+def test_ancestral_sampling_with_the_lower_variance_is_the_stock_sde_solver(
+    process: NoiseProcess, num_steps: int
+) -> None:
+    """Step by step from the same noise, so in mean and variance; without noise the two agree in the mean alone."""
+    prediction = FlowVelocity() if isinstance(process, FlowMatching) else V()
+    denoiser, x_t = toy_denoiser(process, prediction), numbers(4, 3, 2)
+    # Theirs rounds the noise that it is given to float32.
+    for noise in (numbers(num_steps, 4, 3, 2, seed=1).float().double(), torch.zeros(num_steps, 4, 3, 2).double()):
+        scheduler, theirs = stock_sde(process, uniform_times(num_steps)), x_t
+        ours = trajectory(denoiser, x_t, num_steps, Ancestral(0.0), noise=noise.__getitem__)
+        for step, timestep, drawn in zip(ours, scheduler.timesteps, noise, strict=True):
+            output = denoiser.network(theirs, clock(step.t).expand(len(theirs)))
+            theirs = scheduler.step(output, timestep, theirs, variance_noise=drawn).prev_sample
+            # exp(-2 h) near 1 and sigma / alpha of 2e4 cost them digits.
+            torch.testing.assert_close(step.x_s, theirs, rtol=1e-8, atol=1e-8)

@@ -15,12 +15,21 @@ import torch
 
 from halfstep.cli import main
 from halfstep.core.denoiser import NetworkDenoiser
-from halfstep.core.noise import VPCosine, processes
-from halfstep.core.prediction import V
+from halfstep.core.noise import (
+    FlowMatching,
+    NoiseProcess,
+    VPCosine,
+    VPTable,
+    linear_betas,
+    processes,
+    zero_terminal_betas,
+)
+from halfstep.core.prediction import FlowVelocity, Prediction, V
 from halfstep.data import MemoryData
 from halfstep.explore.explorer import Explorer
 from halfstep.hub import export_onnx, export_pipeline
 from halfstep.hub.onnx import UnrolledSampler
+from halfstep.hub.schedulers import SOLVERS, multistep, write_schedule
 from halfstep.measure.evaluate import Evaluation, Reference
 from halfstep.measure.sources import ModelSource, sampler_of
 from halfstep.measure.store import Cell, Store
@@ -326,11 +335,24 @@ def test_a_graph_takes_the_steps_of_the_models_own_sampler(tmp_path: Path, sampl
     assert_samples_by(sampler, model, torch.from_numpy(x0))
 
 
-def test_a_graph_has_no_noise_for_a_stochastic_sampler(tmp_path: Path) -> None:
-    model = Model(*made(Outcome(role="student", num_steps=4, sampler={"type": "ancestral", "gamma": 0.5})))
-    with pytest.raises(ValueError, match=r"Ancestral\(gamma=0.5\) draws noise at each step"):
-        export_onnx(model, tmp_path / "sampler.onnx")
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize(("gamma", "num_steps"), [(0.0, 1), (0.5, 3), pytest.param(0.0, 8, marks=pytest.mark.slow)])
+def test_a_graph_of_a_stochastic_sampler_takes_the_noise_of_its_steps(
+    tmp_path: Path, gamma: float, num_steps: int
+) -> None:
+    """Of all but the last, which draws none."""
+    import onnxruntime
+
+    sampler = {"type": "ancestral", "gamma": gamma}
+    model = Model(*made(Outcome(role="student", num_steps=num_steps, sampler=sampler)))
+    session = onnxruntime.InferenceSession(str(export_onnx(model, tmp_path / "sampler.onnx")))
+    drawn = torch.randn(7, num_steps - 1, 2, generator=torch.Generator().manual_seed(3))
+    x_1 = model.noise(range(7))
+    inputs = {"noise": x_1} | ({"step_noise": drawn} if num_steps > 1 else {})
+    assert [one.name for one in session.get_inputs()] == list(inputs)
+    found = torch.from_numpy(session.run(["x0"], {name: value.numpy() for name, value in inputs.items()})[0])
+    steps = [*drawn.unbind(1), torch.zeros(7, 2)]
+    expected = sample(model, x_1, num_steps, Ancestral(gamma), noise=steps.__getitem__)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 def images(sampler: Sampler, num_steps: int, num_classes: int, clip: bool = True) -> Model:
@@ -362,8 +384,60 @@ def test_a_stock_scheduler_takes_the_steps_of_the_models_own_sampler(
         assert float((found - sample(model, x_1, num_steps, DDIM(), shown)).abs().max()) > 1e-2
 
 
+@pytest.mark.parametrize("num_steps", [1, 2, 4, 8])
+@pytest.mark.parametrize(("num_classes", "clip"), [(0, True), (0, False), (5, True), (5, False)])
+def test_a_stock_pipeline_draws_the_steps_of_an_ancestral_student(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, num_classes: int, clip: bool, num_steps: int
+) -> None:
+    """Given the noise that ours draws, its samples are ours."""
+    from diffusers.pipelines.ddpm import pipeline_ddpm
+    from diffusers.schedulers import scheduling_dpmsolver_multistep
+
+    model = images(Ancestral(gamma=0.0), num_steps, num_classes, clip)
+    folder = export_pipeline(model, tmp_path / "out")
+    x_1, noises = (
+        noise(3, 3, 8, 8),
+        list(torch.randn(num_steps, 3, 3, 8, 8, generator=torch.Generator().manual_seed(1))),
+    )
+    drawn = iter(noises)
+    monkeypatch.setattr(scheduling_dpmsolver_multistep, "randn_tensor", lambda *_, **__: next(drawn))
+    monkeypatch.setattr(pipeline_ddpm, "randn_tensor", lambda *_, **__: x_1.clone())
+    asked: dict[str, Any] = {"num_inference_steps": num_steps, "output_type": "np"}
+    if num_classes:
+        pipe = quietly(diffusers.ConsistencyModelPipeline.from_pretrained(folder))
+        stock = pipe(3, class_labels=[0, 4, 2], latents=x_1, **asked).images
+    else:
+        stock = quietly(diffusers.DDPMPipeline.from_pretrained(folder))(3, **asked).images
+    shown = {"class_labels": torch.tensor([0, 4, 2])} if num_classes else None
+    found = sample(model, x_1, num_steps, Ancestral(gamma=0.0), shown, noise=noises.__getitem__)
+    assert_same(found.clamp(-1, 1), torch.as_tensor(stock).permute(0, 3, 1, 2) * 2 - 1)
+    assert not list(drawn)
+    if num_steps > 1:
+        assert float((found - sample(model, x_1, num_steps, DDIM(), shown)).abs().max()) > 1e-2
+
+
 @pytest.mark.parametrize(("sampler", "num_classes"), [(Heun(), 5), (Ancestral(), 5), (DPMSolverPP2M(), 0)])
 def test_a_sampler_without_a_stock_scheduler_is_refused(tmp_path: Path, sampler: Sampler, num_classes: int) -> None:
     with pytest.raises(ValueError, match=r"of diffusers samples this model by its own sampler .* Use --format onnx"):
         export_pipeline(images(sampler, 4, num_classes), tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("process", "prediction", "message"),
+    [
+        (FlowMatching(3.0), FlowVelocity(), r"takes sde-dpmsolver\+\+ steps of order 1 .* path of flow matching\. Use"),
+        (
+            VPTable(zero_terminal_betas(linear_betas())),
+            V(),
+            "on a table that ends at zero signal: export --format onnx",
+        ),
+    ],
+    ids=["flow", "zero terminal"],
+)
+def test_processes_on_which_no_stock_scheduler_draws_an_ancestral_students_steps_are_refused(
+    process: NoiseProcess, prediction: Prediction, message: str
+) -> None:
+    schedule = write_schedule(process, prediction, 1000, clip=False)
+    with pytest.raises(ValueError, match=message):
+        multistep(schedule, SOLVERS[Ancestral(gamma=0.0)], clip=False)

@@ -8,6 +8,7 @@ from halfstep.runs import Manifest, Metrics, Pipeline
 
 _ARGUMENTS: Final = {
     "DDIMPipeline": "batch_size=4, num_inference_steps={steps}{clipped}",
+    "DDPMPipeline": "batch_size=4, num_inference_steps={steps}",
     "ConsistencyModelPipeline": "{number}, class_labels={labels}, num_inference_steps={steps}",
     "DiTPipeline": "[0, 1], num_inference_steps={steps}, guidance_scale={scale}",
     "StableDiffusionPipeline": '"a prompt", num_inference_steps={steps}, guidance_scale={scale}',

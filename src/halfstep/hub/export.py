@@ -1,8 +1,8 @@
 """Export: a stage as a pipeline of stock diffusers, with a card that says how to use it.
 
-An image model without classes becomes a `DDIMPipeline`, one with classes a `ConsistencyModelPipeline` (what diffusers
-has for a `UNet2DModel` with labels), and a model that came from another pipeline that pipeline, with its other parts
-copied. No code of ours is in the folder.
+An image model without classes becomes a `DDIMPipeline`, or a `DDPMPipeline` if its sampler draws noise; one with
+classes a `ConsistencyModelPipeline` (what diffusers has for a `UNet2DModel` with labels), and a model that came from
+another pipeline that pipeline, with its other parts copied. No code of ours is in the folder.
 """
 
 import copy
@@ -14,13 +14,13 @@ import torch
 
 from halfstep.hub.card import lora_card, model_card
 from halfstep.hub.pipelines import fetch
-from halfstep.hub.schedulers import StockSchedule, exact_steps, multistep, write_schedule
+from halfstep.hub.schedulers import SOLVERS, StockSchedule, exact_steps, multistep, write_schedule
 from halfstep.hub.stock import check_weights, quiet, stock
 from halfstep.models.model import Model
 from halfstep.nets import SD3, LoRA, StockNetwork, TableNetwork, merged
 from halfstep.runs import Manifest, Metrics
 from halfstep.runtime.files import first_line, read_json, refuse_taken, replacing_folder, write_json, write_text
-from halfstep.samplers import DDIM, DPMSolverPP2M
+from halfstep.samplers import DDIM
 
 
 def export_pipeline(model: Model, out: Path, metrics: Metrics | None = None, name: str | None = None) -> Path:
@@ -149,11 +149,11 @@ def _layout(model: Model, network: StockNetwork) -> tuple[StockSchedule, str, st
         raise ValueError(f"the network's clock has the shift {network.shift:g}, but its process is {process}")
     schedule = write_schedule(process, model.denoiser.prediction, network.num_train_timesteps, manifest.clip)
     is_plain_image, sampler = manifest.is_image and not manifest.num_classes, model.sampler
-    order = 1 if sampler == DDIM() else 2 if sampler == DPMSolverPP2M() else None
-    if order is None or (order == 2 and is_plain_image):
+    solver = SOLVERS.get(sampler)
+    if solver is None or (solver.order == 2 and is_plain_image):
         raise ValueError(
-            f"no {'pipeline' if order else 'scheduler'} of diffusers samples this model by its own sampler {sampler}. "
-            "Use --format onnx (deterministic samplers), or halfstep.load in Python."
+            f"no {'pipeline' if solver else 'scheduler'} of diffusers samples this model by its own sampler {sampler}. "
+            "Use --format onnx, or halfstep.load in Python."
         )
     exact = exact_steps(schedule)
     if model.num_steps is not None and model.num_steps not in exact:
@@ -168,10 +168,12 @@ def _layout(model: Model, network: StockNetwork) -> tuple[StockSchedule, str, st
             f"timesteps: exact are {', '.join(map(str, exact))}; export a stage of one of these, {another}or use "
             "--format onnx"
         )
-    if is_plain_image:
+    if is_plain_image and not sampler.stochastic:
         return schedule, "DDIMPipeline", "unet"
-    if manifest.clip or order == 2:
-        schedule = multistep(schedule, order, manifest.clip)
+    if manifest.clip or sampler != DDIM():
+        schedule = multistep(schedule, solver, manifest.clip)
+    if is_plain_image:
+        return schedule, "DDPMPipeline", "unet"
     if manifest.pipeline is not None and not manifest.is_image:
         return schedule, manifest.pipeline.kind, manifest.pipeline.component
     return schedule, "ConsistencyModelPipeline", "unet"

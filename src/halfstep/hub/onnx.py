@@ -1,7 +1,7 @@
 """Export of a whole sampler as one ONNX graph: noise in, x0 out, its steps unrolled.
 
 The clock of every step is computed here in float64 and enters the graph as constants; what remains are the network's
-calls and a few sums between them: a deterministic sampler is linear in what the network answers.
+calls and a few sums between them: a sampler is linear in what the network puts out and in the noise of its steps.
 """
 
 import functools
@@ -32,6 +32,10 @@ LARGEST: Final = int(1.4 * 2**30)
 """Bytes of weights that lie in the graph's own file; a protobuf cannot hold 2 GiB, and torch parts them from 1.5 on."""
 
 
+STEP_NOISE: Final = "step_noise"
+"""Input that holds what the steps of a stochastic sampler draw, all but the last, which draws none."""
+
+
 @final
 class _Recorder(Denoiser):
     """A denoiser of coefficients: it records where a sampler calls it, and answers with unit vectors.
@@ -40,7 +44,7 @@ class _Recorder(Denoiser):
     earlier steps. Run on vectors of coefficients `[1, size]`, it leaves the combination itself.
 
     Args:
-        size: values of the whole program: the noise, two a call, one a step.
+        size: values of the whole program: the noise, two a call, one a step, and one a step for what that draws.
     """
 
     def __init__(self, process: NoiseProcess, size: int) -> None:
@@ -66,34 +70,31 @@ class _Recorder(Denoiser):
 
 @final
 class UnrolledSampler(nn.Module):
-    """A deterministic sampler in a fixed number of steps, from unit noise and conditions to x0.
+    """A sampler in a fixed number of steps, from unit noise, that of its steps if it draws any, and conditions to x0.
 
     Args:
         model: whose own sampler and clipping are part of the graph.
         num_steps: of the sampler.
-        names: of the conditions, in the order in which the call takes them.
-
-    Raises:
-        ValueError: if the sampler draws noise.
+        names: of the inputs after the first, in the order in which the call takes them: `STEP_NOISE` if the sampler
+            draws noise before its last step, and the conditions.
     """
 
     def __init__(self, model: Model, num_steps: int, names: tuple[str, ...]) -> None:
         super().__init__()
         sampler = model.sampler
-        if sampler.stochastic:
-            raise ValueError(
-                f"the model's sampler {sampler} draws noise at each step, but the graph has one input of noise. Sample "
-                "with halfstep.load in Python."
-            )
         self.network: Any = merged(model.denoiser.network)
         self.prediction = model.denoiser.prediction
         self.clip = model.manifest.clip
         self.start_scale = model.process.start_scale
         self.names = names
-        recorder = _Recorder(model.process, 1 + 2 * sampler.num_evals(num_steps) + num_steps)
+        recorder = _Recorder(model.process, 1 + 2 * sampler.num_evals(num_steps) + 2 * num_steps)
         x_t, memory = torch.eye(recorder.size, dtype=torch.float64)[None, 0], None
-        for t, s in itertools.pairwise(uniform_times(num_steps).tolist()):
-            x_s, memory = sampler.step(recorder, x_t, t, s, None, memory)
+        self.drawn = num_steps - 1 if sampler.stochastic else 0
+        noises = [recorder.value() for _ in range(self.drawn)]
+        for (t, s), noise in itertools.zip_longest(itertools.pairwise(uniform_times(num_steps).tolist()), noises):
+            # The last step draws none.
+            drawn = torch.zeros_like(x_t) if sampler.stochastic and noise is None else noise
+            x_s, memory = sampler.step(recorder, x_t, t, s, None, memory, drawn)
             recorder.record(x_s, None)
             x_t = recorder.value()
         self.program = [
@@ -101,10 +102,12 @@ class UnrolledSampler(nn.Module):
             for terms, t in recorder.program
         ]
 
-    def forward(self, noise: Tensor, *conditions: Tensor) -> Tensor:
-        """x0 `[batch, *dims]` from unit noise `[batch, *dims]` and conditions `[batch, ...]`."""
+    def forward(self, noise: Tensor, *others: Tensor) -> Tensor:
+        """x0 `[batch, *dims]` from unit noise `[batch, *dims]`, the steps' `[batch, steps, *dims]` and conditions."""
         values = [noise * self.start_scale]
-        cond = dict(zip(self.names, conditions, strict=True))
+        cond = dict(zip(self.names, others, strict=True))
+        if self.drawn:
+            values += cond.pop(STEP_NOISE).unbind(1)
         for terms, call in self.program:
             parts = [values[place] if share == 1 else share * values[place] for place, share in terms]
             x = functools.reduce(torch.add, parts)
@@ -140,15 +143,16 @@ def export_onnx(
     """Write the model's own sampler as a graph to the file `out`, after comparing it with torch, and return that.
 
     Inputs are `noise` float32 `[batch, *shape]`, of unit variance, and the conditions that the model is shown, each
-    `[batch, ...]`; the output is `x0` `[batch, *shape]`. The length of a batch is open.
+    `[batch, ...]`; the output is `x0` `[batch, *shape]`. The length of a batch is open. A stochastic sampler of two
+    steps or more takes `step_noise` `[batch, num_steps - 1, *shape]` as well, of unit variance.
 
     Args:
         num_steps: the model's own number if None.
         example: conditions of two samples, each `[2, ...]`; made up from the manifest if None.
 
     Raises:
-        ValueError: if a package is missing, the number of steps is not known, the sampler draws noise, or the graph's
-            samples are not torch's; nothing is written then.
+        ValueError: if a package is missing, the number of steps is not known, or the graph's samples are not torch's;
+            nothing is written then.
     """
     missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]
     if missing:
@@ -160,7 +164,9 @@ def export_onnx(
     model = model.cpu().eval()
     cond = example_conditions(model, 2) if example is None else dict(example)
     noise = torch.randn(2, *model.shape, generator=torch.Generator().manual_seed(0))
-    sampler = UnrolledSampler(model, steps, tuple(cond)).eval()
+    drawn = {STEP_NOISE: _drawn(model, steps, 2)} if model.sampler.stochastic and steps > 1 else {}
+    inputs = {**drawn, **cond}
+    sampler = UnrolledSampler(model, steps, tuple(inputs)).eval()
     batch = {0: torch.export.Dim("batch")}
     with scratch(out) as place:
         place.mkdir()
@@ -169,11 +175,11 @@ def export_onnx(
         with _silent(), torch.no_grad():
             program: Any = torch.onnx.export(
                 sampler,
-                (noise, *cond.values()),
+                (noise, *inputs.values()),
                 dynamo=True,
-                input_names=["noise", *cond],
+                input_names=["noise", *inputs],
                 output_names=["x0"],
-                dynamic_shapes=(batch, (batch,) * len(cond)) if cond else (batch,),
+                dynamic_shapes=(batch, (batch,) * len(inputs)) if inputs else (batch,),
             )
         facts = {
             "halfstep": version("halfstep"),
@@ -193,6 +199,12 @@ def export_onnx(
             with replacing(out.parent / file.name) as temporary:
                 file.rename(temporary)
     return out
+
+
+def _drawn(model: Model, num_steps: int, length: int) -> Tensor:
+    """Return unit normal numbers for all steps but the last, `[length, num_steps - 1, *shape]`."""
+    generator = torch.Generator().manual_seed(100 + length)
+    return torch.randn(length, num_steps - 1, *model.shape, generator=generator)
 
 
 def example_conditions(model: Model, number: int) -> dict[str, Tensor]:
@@ -223,8 +235,13 @@ def check_graph(file: Path, model: Model, num_steps: int, cond: Mapping[str, Ten
         rows = torch.arange(length) % 2
         noise = torch.randn(length, *model.shape, generator=torch.Generator().manual_seed(length))
         shown = {name: value[rows] for name, value in cond.items()}
-        expected = sample(model, noise * model.process.start_scale, num_steps, model.sampler, cond=shown)
-        found = session.run(["x0"], {"noise": noise.numpy(), **{name: v.numpy() for name, v in shown.items()}})[0]
+        steps, inputs = None, {"noise": noise, **shown}
+        if model.sampler.stochastic:
+            drawn = _drawn(model, num_steps, length)
+            steps = [*drawn.unbind(1), torch.zeros_like(noise)].__getitem__
+            inputs |= {STEP_NOISE: drawn} if num_steps > 1 else {}
+        expected = sample(model, noise * model.process.start_scale, num_steps, model.sampler, cond=shown, noise=steps)
+        found = session.run(["x0"], {name: value.numpy() for name, value in inputs.items()})[0]
         apart = float((torch.from_numpy(found) - expected).abs().max())
         if not apart <= 1e-4 * max(1.0, float(expected.abs().max())):
             raise ValueError(

@@ -24,6 +24,7 @@ from halfstep.core.noise import (
 )
 from halfstep.core.prediction import X0, Eps, FlowVelocity, Prediction, V
 from halfstep.hub.stock import in_one_line, quiet, stock
+from halfstep.samplers import DDIM, Ancestral, DPMSolverPP2M, Sampler
 
 TABLES: Final = (
     "DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
@@ -210,17 +211,36 @@ def _stock_betas(process: NoiseProcess, num: int) -> dict[str, Any]:
     return {"trained_betas": list(betas)}
 
 
-def multistep(schedule: StockSchedule, order: int, clip: bool) -> StockSchedule:
-    """Return the DPM-Solver++ of an order on a DDIM scheduler's table.
+class Solver(NamedTuple):
+    """How diffusers' DPM-Solver++ takes the steps of a sampler of ours."""
+
+    order: int
+    algorithm: str
+
+
+SOLVERS: Final[dict[Sampler, Solver]] = {
+    DDIM(): Solver(1, "dpmsolver++"),
+    DPMSolverPP2M(): Solver(2, "dpmsolver++"),
+    Ancestral(gamma=0.0): Solver(1, "sde-dpmsolver++"),
+}
+
+
+def multistep(schedule: StockSchedule, solver: Solver, clip: bool) -> StockSchedule:
+    """Return the DPM-Solver++ that takes the steps of `solver` on a DDIM scheduler's table.
 
     Order 1 is DDIM, with the noise derived again from the clipped x0 in any pipeline: `DDIMScheduler` does that only
-    where a pipeline passes `use_clipped_model_output`. Order 2 is our DPM-Solver++(2M).
+    where a pipeline passes `use_clipped_model_output`. Order 2 is our DPM-Solver++(2M). The SDE solver of
+    order 1 draws from the posterior that ancestral sampling with gamma = 0 draws from.
 
     Raises:
         ValueError: if the scheduler is no DDIM, or its table ends without any signal, which this one divides by.
     """
     if schedule.kind != "DDIMScheduler":
-        raise ValueError(f"no scheduler of diffusers takes these steps on a {schedule.kind}: export --format onnx")
+        # With use_flow_sigmas it starts at sigma = 1 - 1 / T and truncates its timesteps to whole numbers.
+        raise ValueError(
+            f"no scheduler of diffusers takes {solver.algorithm} steps of order {solver.order} at this model's times "
+            "on the path of flow matching. Use --format onnx"
+        )
     config = {k: v for k, v in schedule.config.items() if k not in ("set_alpha_to_one", "clip_sample")}
     if config.get("trained_betas") and config["trained_betas"][-1] == 1:
         raise ValueError(
@@ -230,8 +250,8 @@ def multistep(schedule: StockSchedule, order: int, clip: bool) -> StockSchedule:
         "DPMSolverMultistepScheduler",
         {
             **config,
-            "algorithm_type": "dpmsolver++",
-            "solver_order": order,
+            "algorithm_type": solver.algorithm,
+            "solver_order": solver.order,
             "final_sigmas_type": "zero",
             "thresholding": clip,
             "sample_max_value": 1.0,

@@ -1,6 +1,6 @@
 """Objectives, one file a method; their training; and the plan: the chain of stages as data."""
 
-from halfstep.objectives.auxiliary import auxiliary_denoiser
+from halfstep.objectives.auxiliary import AUXILIARY, auxiliary_denoiser
 from halfstep.objectives.base import (
     STUDENT,
     Auxiliary,
@@ -27,4 +27,5 @@ from halfstep.objectives.guidance import FixedGuidance, Guidance, GuidanceRange,
 from halfstep.objectives.halving import Halving, halving_target
 from halfstep.objectives.matching import Matching
 from halfstep.objectives.metric import LossMetric, PseudoHuber, Squared, loss_metrics
+from halfstep.objectives.moments import MomentMatching
 from halfstep.objectives.plan import FINISHING, HALVING, Parents, Plan, Stage, parents_of

@@ -1,6 +1,7 @@
 """The auxiliary denoiser of a game between two players: trained on the student's samples, started from the teacher."""
 
 import copy
+from typing import Final
 
 import torch
 
@@ -18,6 +19,9 @@ from halfstep.nets import (
     with_guidance,
 )
 from halfstep.objectives.base import Models
+
+AUXILIARY: Final = "auxiliary"
+"""The name of the auxiliary denoiser among an objective's helpers."""
 
 
 def auxiliary_denoiser(models: Models) -> Denoiser:

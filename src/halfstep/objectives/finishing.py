@@ -36,7 +36,7 @@ from halfstep.core.draw import Draw
 from halfstep.core.grids import check_num_steps
 from halfstep.core.noise import NoiseProcess, as_clock, per_sample
 from halfstep.core.prediction import Denoised
-from halfstep.objectives.auxiliary import auxiliary_denoiser
+from halfstep.objectives.auxiliary import AUXILIARY, auxiliary_denoiser
 from halfstep.objectives.base import (
     STUDENT,
     Auxiliary,
@@ -60,7 +60,6 @@ from halfstep.objectives.base import (
 from halfstep.objectives.guidance import Guidance
 from halfstep.samplers import DDIM
 
-AUXILIARY: Final = "auxiliary"
 START: Final = "start"
 
 SMALLEST_ERROR: Final = 1e-3
