@@ -134,14 +134,16 @@ def distance_figure(rows: Sequence[StageRow]) -> Markup | None:
     students = [row for row in rows if row.num_compared]
 
     def curve(label: str, distances: Sequence[float | None]) -> figures.Curve:
-        pairs = zip(students, distances, strict=True)
-        return figures.Curve.through(label, sorted((int(row.label), value) for row, value in pairs if value))
+        # Of students with as many steps the last is drawn.
+        last = {int(row.label): value for row, value in zip(students, distances, strict=True)}
+        return figures.Curve.through(label, sorted((steps, value) for steps, value in last.items() if value))
 
     return figures.steps_figure(
         "distance",
         "RMSE, same noise",
         curve("from the start of the chain", [row.to_first for row in students]),
         curve("from its own teacher", [row.to_parent for row in students]),
+        x_label="sampler steps",
     )
 
 
@@ -196,18 +198,20 @@ def cost(facts: RunFacts, groups: Sequence[Group], summary: Summary) -> tuple[li
 def _paid(facts: RunFacts, groups: Sequence[Group], summary: Summary) -> str | None:
     """Return after how many samples the training of the summary's student has been won back."""
     names = [stage.name for stage in facts.others]
-    most, rows = next(((group.most, group.rows) for group in groups if group.most is not None), (None, ()))
-    for row in rows:
-        is_best = summary.best is not None and row.steps == summary.best.steps and not row.is_matched
-        if most is None or row.student is None or row.student_stage is None or not is_best:
+    group = next((group for group in groups if group.best is not None), None)
+    for row in group.rows if group is not None else ():
+        is_shown = summary.best is not None and row.steps == summary.best.steps
+        if not is_shown or row.is_matched or row.is_earlier or row.student is None or row.student_stage is None:
             continue
+        assert group is not None
+        assert group.best is not None
         trained = sum(stage.manifest.seconds for stage in facts.others[: names.index(row.student_stage) + 1])
-        saved = (most.seconds_per_1000 - row.student.seconds_per_1000) / 1000
+        saved = ((group.best.seconds_per_1000 or 0.0) - row.student.seconds_per_1000) / 1000
         if not (is_finite(saved) and saved > 0 and is_finite(trained)):
             return None
         return (
             f"Training the chain down to {count(row.steps, 'step')} took {duration(trained)} and saves "
-            f"{number(saved * 1000)} s per 1,000 samples against the teacher at {count(most.num_steps, 'step')}: "
+            f"{number(saved * 1000)} s per 1,000 samples against the teacher at its best ({group.best_words}): "
             f"it is won back after about {float(f'{trained / saved:.2g}'):,.0f} samples."
         )
     return None
