@@ -37,7 +37,7 @@ class StageRow:
     to_parent: float | None
     """Root mean square difference from its teacher's samples of the same seeds, each at its own steps."""
     to_first: float | None
-    """The same from the model where the chain starts."""
+    """The same from the model where the chain starts, at the most steps of which samples are kept."""
     num_compared: int
     """Samples behind these two; 0 for none."""
 
@@ -91,11 +91,11 @@ def _distances(
     if stage is None or stage is first or stage.role != "student" or stage.manifest.num_steps is None:
         return None, None, 0
     own = stage.samples.get(stage.manifest.num_steps)
-    found = []
-    for teacher in (stages.get(stage.manifest.parent or ""), first):
-        start = (teacher.manifest.num_steps or stage.manifest.start_steps) if teacher else None
-        found.append(_rmse(own, teacher.samples.get(start) if teacher and start else None))
-    return found[0], found[1], 0 if own is None or found == [None, None] else len(own)
+    parent = stages.get(stage.manifest.parent or "")
+    start = (parent.manifest.num_steps or stage.manifest.start_steps) if parent else None
+    to_parent = _rmse(own, parent.samples.get(start) if parent and start else None)
+    to_first = _rmse(own, first.samples[max(first.samples)] if first and first.samples else None)
+    return to_parent, to_first, 0 if own is None or to_parent is to_first is None else len(own)
 
 
 def _rmse(a: np.ndarray | None, b: np.ndarray | None) -> float | None:

@@ -58,7 +58,6 @@ class Group:
     teacher_sampler: str
     """The teacher's own."""
     stages: Sequence[str]
-    samplers: Sequence[str]
 
     @property
     def best_words(self) -> str:
@@ -79,6 +78,12 @@ class Group:
     def has_earlier(self) -> bool:
         """Whether several students take as many steps."""
         return any(row.is_earlier for row in self.rows)
+
+    def note_of(self, row: Pair) -> str:
+        """Return what tells a row from others of as many steps: its sampler, role or stage; mostly nothing."""
+        by = [] if row.sampler == sampler_label(self.teacher_sampler) else [row.sampler]
+        of = ["matched"] if row.is_matched else [str(row.student_stage)] if row.is_repeated else []
+        return ", ".join([*by, *of])
 
     @property
     def figure(self) -> Markup | None:
@@ -167,7 +172,6 @@ def _group(name: str, start: StageFacts | None, stages: Sequence[tuple[StageFact
         base=next((result for result in teacher.values() if result.teacher_rmse is None), None),
         teacher_sampler=own,
         stages=[stage.name for stage, _ in stages],
-        samplers=sorted({row.sampler for row in rows}),
     )
 
 
@@ -179,7 +183,7 @@ def text_table(group: Group) -> Table:
     """Return the group as texts, for a terminal."""
     rows = [
         [
-            _label(row, group),
+            str(row.steps) + (f" ({note})" if (note := group.note_of(row)) else ""),
             str(row.measured.num_evals),
             _written(_value(row.teacher, "frechet"), ".4g"),
             _written(_value(row.student, "frechet"), ".4g"),
@@ -193,7 +197,7 @@ def text_table(group: Group) -> Table:
         for row in group.rows
     ]
     headings = [
-        "steps", "calls", "teacher's distance", "student's distance", "ratio", "recall", "coverage", "rmse",
+        "steps", "calls", "teacher", "student", "ratio", "recall", "coverage", "rmse",
         "s per 1,000", "speed-up",
     ]  # fmt: skip
     notes = []
@@ -206,16 +210,6 @@ def text_table(group: Group) -> Table:
         "biased upwards, the more the fewer they are, so compare within this table."
     )
     return Table(headings, rows, notes)
-
-
-def _label(row: Pair, group: Group) -> str:
-    """Return a row's steps, with its sampler and its stage where they tell it from others."""
-    parts = [str(row.steps)]
-    if row.measured.sampler != group.teacher_sampler:
-        parts.append(sampler_label(row.measured.sampler))
-    if row.is_repeated:
-        parts.append(str(row.student_stage))
-    return ", ".join(parts)
 
 
 def _curve(label: str, results: Sequence[Result | None], named: Sequence[Pair] = ()) -> figures.Curve | None:

@@ -58,15 +58,15 @@ def summarise(facts: RunFacts, groups: Sequence[Group]) -> Summary:
         best = min(found.students, key=lambda student: (student.ratio, student.steps))
     lead = (
         f"A student that needs {count(best.num_evals, 'network call')} instead of {found.teacher.num_evals:,}: "
-        f"{_said(best)} the best of the teacher, {method_words(*found.teacher[:3])}."
+        f"{_said(best)} the teacher’s at its best."
     )
     more = None
     if fewest is not best:
-        more = f"Down to {count(fewest.steps, 'step')}: {_said(fewest)} the teacher’s best."
+        more = f"Down to {count(fewest.steps, 'step')}: {_said(fewest)} the teacher’s at its best."
     tiles = [
         (f"{found.teacher.num_evals:,} → {best.num_evals:,}", "network calls"),
         *([(f"{times(best.speed_up)}×", "faster per sample")] if best.speed_up is not None else []),
-        (f"{times(best.ratio)}×", "the Fréchet distance of the teacher at its best"),
+        (f"{times(best.ratio)}×", f"the teacher’s Fréchet distance at its best: {method_words(*found.teacher[:3])}"),
         *tiles,
     ]
     return Summary(lead, more, tiles, best)
