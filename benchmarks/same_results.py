@@ -130,7 +130,7 @@ def figures(run: Path) -> dict[str, Any]:
     """The figures that the report shows: the run's own measurements and the tables of `evaluate`, without times."""
     measured = {
         file.parent.name: [
-            {name: row[name] for name in ("num_steps", "num_evals", "frechet", "kid", "teacher_rmse")}
+            {name: row[name] for name in ("sampler", "num_steps", "num_evals", "frechet", "kid", "teacher_rmse")}
             for row in json.loads(file.read_text())["results"]
         ]
         for file in sorted(run.glob("stages/*/metrics.json"))

@@ -39,7 +39,7 @@ TINY = [
     *("--engine.threads", "1", "--evaluation.num-samples", "24", "--evaluation.num-compared", "8"),
     *("--teacher.num-updates", "6", "--teacher.warmup-updates", "2", "--teacher.batch-size", "8"),
     *("--chain.start-steps", "4", "--chain.num-updates", "2", "--chain.batch-size", "8"),
-    *("--evaluation.num-shown", "4"),
+    *("--evaluation.num-shown", "4", "--evaluation.teacher-heun-steps", "2"),
 ]
 TINY_ARRAYS = [*TINY, "--network.width", "16", "--network.depth", "1"]
 TINY_DIGITS = [

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -15,13 +16,13 @@ from halfstep.core.denoiser import NetworkDenoiser
 from halfstep.core.noise import VPCosine
 from halfstep.core.prediction import V
 from halfstep.data import MemoryData
-from halfstep.measure.evaluate import Evaluation, Reference
+from halfstep.measure.evaluate import Evaluation, Method, Reference, finest, teacher_methods
 from halfstep.measure.sources import ModelSource
 from halfstep.measure.store import Cell, SameNoise, Store
 from halfstep.models.model import Model
 from halfstep.nets import MLP
 from halfstep.recipes import Recipe
-from halfstep.runs import Manifest, Outcome, RunFolder
+from halfstep.runs import Best, Manifest, Outcome, RunFolder, teacher_best
 from halfstep.runtime.failures import NonFinite
 from halfstep.samplers import DDIM, Ancestral, Heun, Sampler
 from halfstep.studies import SCALES, Bench
@@ -77,7 +78,7 @@ def test_a_run_an_evaluation_and_a_study_that_ask_for_one_cell_draw_it_once(
     np.save(tmp_path / "toy.npy", points().numpy())
     run = tmp_path / "runs" / "teacher"
     main(["run", "arrays", "--data", str(tmp_path / "toy.npy"), "--out", str(run), *TINY_ARRAYS])
-    assert drawn == {4: 24, 2: 48, 1: 48}
+    assert drawn == {4: 24, 2: 72, 1: 48}
     drawn.clear()
     main(["evaluate", str(run), "--num-steps", "2", "1"])
     main(["evaluate", str(run / "stages" / "00-denoise"), "--num-steps", "4", "2"])
@@ -97,10 +98,96 @@ def test_a_run_an_evaluation_and_a_study_that_ask_for_one_cell_draw_it_once(
     assert found[0].frechet == row["figures"]["frechet"]["mean"]
     assert (found[1].frechet, found[1].kid) == (student.frechet, student.kid)
     # A study of another sampler draws, and the evaluation reads it.
-    bench.measured(teacher, 2, Heun())
-    assert drawn == {2: 24}
-    main(["evaluate", str(run), "--num-steps", "2", "--against", "teacher-heun"])
-    assert drawn == {2: 24}
+    bench.measured(teacher, 3, Heun())
+    assert drawn == {3: 24}
+    main(["evaluate", str(run), "--num-steps", "3", "2", "--against", "teacher-heun"])
+    assert drawn == {3: 24}
+
+
+def test_one_number_of_steps_by_two_samplers_is_two_rows(
+    tmp_path: Path, drawn: Counter[int | None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HALFSTEP_CACHE", str(tmp_path / "cache"))
+    np.save(tmp_path / "toy.npy", points().numpy())
+    run = tmp_path / "run"
+    heun = ["--evaluation.teacher-heun-steps", "4"]
+    argv = ["run", "arrays", "--data", str(tmp_path / "toy.npy"), "--out", str(run), *TINY_ARRAYS, *heun]
+    main(argv)
+    teacher, *students = RunFolder(run).stages()
+    held = {(r.sampler, r.num_steps): r for r in teacher.metrics().results}  # type: ignore[union-attr]
+    assert list(held) == [("ddim", 4), ("ddim", 2), ("ddim", 1), ("heun", 4)]
+    ddim, by_heun = held["ddim", 4], held["heun", 4]
+    assert (ddim.num_evals, by_heun.num_evals) == (4, 7)
+    assert ddim.frechet != by_heun.frechet
+    # Samples are compared with the finest of the teacher's: those of most network calls.
+    assert by_heun.teacher_rmse is None
+    assert all(r.teacher_rmse for key, r in held.items() if key != ("heun", 4))
+    arrays = [np.load(teacher.path / str(r.samples))["arr_0"] for r in (ddim, by_heun)]
+    assert not np.array_equal(*arrays)
+    (student,) = students[0].metrics().results  # type: ignore[union-attr]
+    samples = np.load(students[0].path / str(student.samples))["arr_0"]
+    assert len(samples) == 4
+    cells = {kind: np.load(next(run.glob(f"evaluation/cells/{kind}-000*/samples.npz")))["arr_0"][:8]
+             for kind in ("00-denoise-heun", "01-halve-0002-ddim")}  # fmt: skip
+    apart = np.sqrt(np.mean((cells["00-denoise-heun"] - cells["01-halve-0002-ddim"]) ** 2))
+    assert student.teacher_rmse == pytest.approx(apart, rel=1e-5)
+    # The ratio is the division, in the table and in the status.
+    best = min(r.frechet for r in held.values())
+    capsys.readouterr()
+    main(["status", str(run), "--json"])
+    told = json.loads(capsys.readouterr().out)
+    assert told["teacher_best"]["frechet"] == best
+    assert told["stages"][1]["results"][0]["ratio"] == student.frechet / best
+    assert [r["ratio"] for r in told["stages"][0]["results"]] == [None] * 4
+    # Nothing is measured again, and a missing row is.
+    drawn.clear()
+    before = teacher.metrics_path.stat().st_mtime_ns
+    main(argv)
+    assert not drawn
+    assert teacher.metrics_path.stat().st_mtime_ns == before
+    told = json.loads(teacher.metrics_path.read_text())
+    told["results"] = [r for r in told["results"] if r["sampler"] != "heun"]
+    teacher.metrics_path.write_text(json.dumps(told))
+    main(argv)
+    assert {(r.sampler, r.num_steps) for r in teacher.metrics().results} == held.keys()  # type: ignore[union-attr]
+    capsys.readouterr()
+    main(["evaluate", str(run)])
+    assert not drawn
+    table = json.loads(RunFolder(run).evaluation_path.read_text())["tables"][0]
+    rows = {(r["series"], r["num_steps"]): r["figures"]["frechet"]["mean"] for r in table["rows"]}
+    assert rows["teacher-heun", 4] == by_heun.frechet
+    assert rows["teacher-ddim", 4] == ddim.frechet
+    shown = (run / "evaluation" / "evaluation.md").read_text()
+    (line,) = [line for line in shown.splitlines() if line.startswith("| student, DDIM | 2 |")][:1]
+    assert line.split(" | ")[3] == f"{student.frechet / best:.2f}"
+
+
+def test_a_fine_teacher_is_what_others_are_compared_with() -> None:
+    fine = teacher_methods(DDIM(), (16, 256, 64), EVALUATION)
+    assert [(type(one.sampler).__name__, one.num_steps) for one in fine] == [
+        ("DDIM", 256), ("DDIM", 64), ("DDIM", 16), ("Heun", 32),
+    ]  # fmt: skip
+    assert finest(fine) == Method(DDIM(), 256)
+    assert finest(teacher_methods(DDIM(), (16,), EVALUATION)) == Method(Heun(), 32)
+    # A teacher whose own sampler is Heun is not measured twice.
+    assert len(teacher_methods(Heun(), (32,), EVALUATION)) == 1
+    with pytest.raises(ValueError, match="teacher_heun_steps must be at least 1, got 0"):
+        Evaluation(teacher_heun_steps=(0,))
+
+
+def test_the_teacher_at_its_best_is_its_smallest_finite_distance_by_ddim_or_heun() -> None:
+    cells = [
+        Best("ddim", 64, 64, 2.0), Best("heun", 32, 63, 1.5), Best("heun", 64, 127, 1.5),
+        Best("ancestral", 64, 64, 0.5), Best("ddim", 256, 256, math.nan), Best("ddim", 128, 128, 1.75),
+    ]  # fmt: skip
+    for order in (cells, cells[::-1]):
+        best = teacher_best(order)
+        assert best == cells[1]
+    assert teacher_best(cells[:1] + cells[3:]) == cells[-1]
+    assert teacher_best([cells[3], cells[4]]) is None
+    assert cells[1].ratio(3.0) == 2.0
+    assert cells[1].ratio(math.inf) is None
+    assert Best("ddim", 1, 1, 0.0).ratio(1.0) is None
 
 
 def test_a_cell_is_told_apart_by_all_that_its_samples_depend_on() -> None:

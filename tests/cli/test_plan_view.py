@@ -7,7 +7,11 @@ import pytest
 from rich.console import Console
 
 from halfstep.cli.plan_view import PlanView, shown_range
-from halfstep.runs import RunStatus, StageStatus
+from halfstep.runs import Result, RunStatus, StageStatus
+
+
+def measured(frechet: float) -> Result:
+    return Result(sampler="ddim", num_steps=1, num_evals=1, frechet=frechet, kid=0.0, seconds_per_1000=1.0)
 
 
 def status_at(current: int, count: int = 11) -> RunStatus:
@@ -16,7 +20,7 @@ def status_at(current: int, count: int = 11) -> RunStatus:
     for index in range(count):
         stage = StageStatus(f"{index:02d}-halve-{2 ** (count - 1 - index):04d}", 2 ** (count - 1 - index), 100)
         if index < current:
-            stage.state, stage.update, stage.seconds, stage.results = "done", 100, 10.0, [(1, 1.5 + index)]
+            stage.state, stage.update, stage.seconds, stage.results = "done", 100, 10.0, [measured(1.5 + index)]
         elif index == current:
             stage.state = "training"
             stage.take({"update": 40, "seconds": 4.0, "loss": 0.25, "samples_per_second": 1234.0})
@@ -38,7 +42,9 @@ def test_done_now_and_to_come_with_the_time_of_each() -> None:
     assert len(lines) == 12
     assert lines[0].startswith("✓ 00-halve-1024")
     assert "10 s" in lines[0]
-    assert "distance 1.5" in lines[0]
+    assert lines[0].rstrip().endswith("distance 1.5")
+    # A later stage's distance over that of the first.
+    assert lines[2].rstrip().endswith(f"distance 3.5 ({3.5 / 1.5:.2f}x)")
     assert lines[3].startswith("▶ 03-halve-0128")
     for said in ("50/100", "loss 0.125", "1,234 samples/s", "5 s left"):
         assert said in lines[3]

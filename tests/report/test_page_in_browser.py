@@ -130,6 +130,6 @@ def test_the_table_of_an_evaluation_is_reached_by_its_link(window: Any, url: str
 def test_a_report_opens_from_a_folder_with_any_name(window: Any, tmp_path: Path) -> None:
     run = write_fake_run(tmp_path / "a #b ?c%20", students=(128,), planned=(128,))
     watched = opened(window, write_report(run).as_uri())
-    assert "128 steps" in watched.page.locator(".lead").inner_text()
+    assert "128 network calls" in watched.page.locator(".lead").inner_text()
     assert watched.complaints == []
     watched.page.close()

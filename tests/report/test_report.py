@@ -19,9 +19,11 @@ import pytest
 from PIL import Image
 
 from halfstep.report import write_report
+from halfstep.report.words import times
 from halfstep.runs import RunFolder
 from halfstep.runtime.files import write_json
 from report.fake_run import (
+    HEUN,
     PROTOCOL,
     STUDENT_STEPS,
     TEACHER_STEPS,
@@ -110,10 +112,13 @@ def test_the_table_shows_the_figures_of_metrics_json(whole: Path, page: Page) ->
     held = {}
     for stage in RunFolder(whole).stages():
         for row in json.loads(stage.metrics_path.read_text())["results"]:
-            held[row["num_steps"], "teacher" if stage.name == "00-denoise" else "student"] = row
-    shown = {int(row[0]): row for row in page.table("Steps")[2:]}
-    assert shown.keys() == {steps for steps, _ in held} == {*TEACHER_STEPS, *STUDENT_STEPS}
-    quality, slowest = held[64, "teacher"]["frechet"], held[256, "teacher"]["seconds_per_1000"]
+            steps = row["num_steps"] if row["sampler"] == "ddim" else f"{row['sampler'].title()} {row['num_steps']}"
+            held[str(steps), "teacher" if stage.name == "00-denoise" else "student"] = row
+    shown = {row[0]: row for row in page.table("Steps")[2:]}
+    assert shown.keys() == {steps for steps, _ in held}
+    assert shown.keys() == {"Heun 32", *map(str, TEACHER_STEPS), *map(str, STUDENT_STEPS)}
+    best = held["Heun 32", "teacher"]
+    assert best["frechet"] < held["256", "teacher"]["frechet"]
     for steps, row in shown.items():
         teacher, student = held.get((steps, "teacher"), {}), held.get((steps, "student"), {})
         timed = (student or teacher)["seconds_per_1000"]
@@ -121,13 +126,14 @@ def test_the_table_shows_the_figures_of_metrics_json(whole: Path, page: Page) ->
             (student or teacher)["num_evals"],
             teacher.get("frechet"),
             student.get("frechet"),
-            student["frechet"] / quality if student else None,
+            student["frechet"] / best["frechet"] if student else None,
             teacher["kid"] * 1000 if teacher else None,
             student["kid"] * 1000 if student else None,
             teacher.get("teacher_rmse"),
             student.get("teacher_rmse"),
+            *((student or teacher)[name] for name in ("precision", "recall", "coverage")),
             timed,
-            slowest / timed,
+            best["seconds_per_1000"] / timed,
         ]
         for cell, value in zip(row[1:], wanted, strict=True):
             assert (figures_of(cell) is None) == (value is None)
@@ -137,17 +143,18 @@ def test_the_table_shows_the_figures_of_metrics_json(whole: Path, page: Page) ->
 
 
 def test_the_first_sentence_follows_from_the_figures(page: Page) -> None:
-    base, most = result(64, False).frechet, result(256, False).seconds_per_1000
+    base, most = HEUN.frechet, HEUN.seconds_per_1000
     kept = min(n for n in STUDENT_STEPS if result(n, True).frechet <= 1.5 * base)
     one = result(kept, True)
     assert 1 < kept < 128
     assert (
-        f"{kept} steps instead of 256: {most / one.seconds_per_1000:.0f} times faster per sample, "
-        f"Fréchet distance {one.frechet / base:.2f} times the teacher’s at 64 steps." in page.text
+        f"{kept} network calls instead of 63: {times(most / one.seconds_per_1000)} times faster per sample, "
+        f"Fréchet distance {one.frechet / base:.2f} times the teacher’s at its best." in page.text
     )
+    assert "at its best: Heun, 32 steps (63 calls)" in page.text
     fewest = result(1, True)
-    assert f"Down to 1 step: {most / fewest.seconds_per_1000:.0f} times faster" in page.text
-    assert f"distance {fewest.frechet / base:.1f} times the teacher’s." in page.text
+    assert f"Down to 1 step: {times(most / fewest.seconds_per_1000)} times faster" in page.text
+    assert f"distance {fewest.frechet / base:.1f} times the teacher’s at its best." in page.text
 
 
 def test_pictures_are_the_same_seeds_enlarged_without_smoothing(whole: Path, page: Page) -> None:
@@ -237,7 +244,7 @@ def test_a_run_in_progress_shows_what_is_there_and_names_what_is_not(tmp_path: P
     states = {row[0]: row[-1] for row in page.table("Stage")[1:]}
     assert states["03-halve-0032"] == "complete"
     assert states["08-halve-0001"] == "not begun"
-    assert "32 steps instead of 256" in page.text
+    assert "32 network calls instead of 63" in page.text
 
 
 def test_a_teacher_alone_is_reported(tmp_path: Path) -> None:
@@ -317,7 +324,7 @@ def test_a_recipe_without_a_plan_is_enough(tmp_path: Path) -> None:
     run = write_fake_run(tmp_path / "run", students=(128,), planned=(128,))
     write_json(run / "recipe.json", {"recipe": "?", "environment": 3, "plan": {"a": 1}})
     page = reported(run)
-    assert page.text.strip().startswith("run: A student that needs 128 steps instead of 256")
+    assert page.text.strip().startswith("run: A student that needs 128 network calls instead of 63")
 
 
 def test_figures_of_different_protocols_share_no_row(tmp_path: Path) -> None:
@@ -326,12 +333,12 @@ def test_figures_of_different_protocols_share_no_row(tmp_path: Path) -> None:
     page = reported(run)
     assert "Not all stages were measured under the same protocol (different: device)." in page.text
     first, second = (table[2:] for table in page.tables if table[0] and table[0][0] == "Steps")
-    assert [row[0] for row in first] == ["256", "128", "64", "8", "4", "2", "1"]
+    assert [row[0] for row in first] == ["256", "128", "64", "Heun 32", "8", "4", "2", "1"]
     (row,) = second
     assert row[0] == "64"
-    assert [row[index] for index in (2, 4, 5, 10)] == ["–"] * 4
+    assert [row[index] for index in (2, 4, 5, 13)] == ["–"] * 4
     assert next(row for row in first if row[0] == "64")[3] == "–"
-    assert "128 steps instead of 256" in page.text
+    assert "128 network calls instead of 63" in page.text
 
 
 def test_numbers_that_no_axis_can_show_do_not_stop_the_report(tmp_path: Path) -> None:
@@ -350,7 +357,7 @@ def test_numbers_that_no_axis_can_show_do_not_stop_the_report(tmp_path: Path) ->
     assert row[3] == "not finite"
     assert row[4] == "–"
     assert figures_of(row[6]) == -1
-    assert row[10] == "–"
+    assert row[13] == "–"
 
 
 def test_points_in_the_plane_are_drawn_where_they_are(tmp_path: Path) -> None:

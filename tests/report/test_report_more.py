@@ -12,16 +12,22 @@ import torch
 from halfstep.cli import main
 from halfstep.data import DataConfig, MemoryData, open_data
 from halfstep.measure.nearest import nearest_samples
-from halfstep.report import read_run, write_report
+from halfstep.report import headline, read_run, write_report
+from halfstep.report.evaluation import curves_of
+from halfstep.report.evaluation import text_table as evaluation_table
 from halfstep.report.page import MOST_BYTES
+from halfstep.report.quality import quality_groups, text_table
 from halfstep.report.words import number
-from halfstep.runs import RunFolder
+from halfstep.runs import EvaluationResult, RunFolder
 from halfstep.runtime.files import write_json
 from report.fake_run import (
+    HEUN,
     STUDENT_STEPS,
     digit_samples,
     fake_evaluation,
+    figure,
     frechet,
+    result,
     write_fake_evaluation,
     write_fake_run,
     write_stage,
@@ -67,10 +73,9 @@ def test_what_it_cost_follows_from_times_and_figures(tmp_path: Path) -> None:
     assert spent["Teacher"] == "6 min 51 s, 2,000 updates of 128 samples"
     assert spent["Students"] == "12 min 28 s, 3,200 updates of 64 samples, 8 stages"
     assert spent["Hardware"] == "NVIDIA H100, 16 CPU cores, torch on 4 threads"
-    # The fourth student's sentence: 6 stages of 93.5 s for 0.0217 s less a step and 1,000 samples.
-    steps = int(re.search(r"needs (\d+) steps instead", page.text)[1])  # type: ignore[index]
+    steps = int(re.search(r"needs (\d+) network calls instead", page.text)[1])  # type: ignore[index]
     stages = STUDENT_STEPS.index(steps) + 1
-    samples = stages * 93.5 / (0.0217 * (256 - steps) / 1000)
+    samples = stages * 93.5 / ((HEUN.seconds_per_1000 - result(steps, True).seconds_per_1000) / 1000)
     said = re.search(r"won back after about ([\d,]+) samples", page.text)
     assert said
     assert float(said[1].replace(",", "")) == pytest.approx(samples, rel=0.05)
@@ -99,12 +104,13 @@ def test_an_evaluation_is_shown_one_table_for_each_protocol(tmp_path: Path) -> N
     page = reported(run)
     sets, near = (table[1:] for table in page.tables if table[0] and table[0][0] == "Series")
     assert [row[:2] for row in sets[:3]] == [["student", "8"], ["student", "4"], ["student", "1"]]
-    assert sets[0][3] == f"{number(frechet(8, True))} ± {number(0.01)}"
-    assert sets[0][4] == "0.800"
-    assert sets[4][4] == "–"
+    assert sets[0][3] == f"{frechet(8, True) / frechet(256, False):.2f}"
+    assert sets[0][4] == f"{number(frechet(8, True))} ± {number(0.01)}"
+    assert sets[0][5] == "0.800"
+    assert sets[4][5] == "–"
     assert [row[0] for row in sets[-3:-1]] == ["teacher, Heun", "teacher, Heun, gamma 0.25"]
     assert sets[-1][0].startswith("real data, one half against the other (898 each; fewer than the samples")
-    assert sets[-1][3] == "0.600"
+    assert sets[-1][3:5] == ["–", "0.600"]
     assert len(near) == 3
     for text in (
         "It is not at its end",
@@ -136,12 +142,12 @@ def test_a_run_without_figures_of_its_own_takes_the_first_sentence_from_its_eval
     for path in run.glob("stages/*/metrics.json"):
         path.unlink()
     write_fake_evaluation(run)
-    ratio = frechet(4, True) / frechet(64, False)
-    assert ratio < 1.5 < frechet(1, True) / frechet(64, False)
     speed = (0.013 + 0.0217 * 256) / (0.013 + 0.0217 * 4)
+    ratio = frechet(4, True) / frechet(256, False)
+    assert ratio < 1.5 < frechet(1, True) / frechet(256, False)
     text = reported(run).text
-    assert f"needs 4 steps instead of 256: {speed:.0f} times faster per sample" in text
-    assert f"Fréchet distance {ratio:.2f} times the teacher’s at 64 steps." in text
+    assert f"needs 4 network calls instead of 256: {speed:.0f} times faster per sample" in text
+    assert f"Fréchet distance {ratio:.2f} times the teacher’s at its best." in text
 
 
 @pytest.mark.parametrize(
@@ -275,7 +281,7 @@ def test_the_report_shows_the_neighbours_of_the_sentences_student(
     page = Page(RunFolder(run).report_path.read_text(encoding="utf-8"))
     facts = read_run(run).nearest
     assert facts is not None
-    assert f"needs {facts.num_steps} steps instead" in page.text
+    assert f"needs {facts.num_steps} network calls instead" in page.text
     np.testing.assert_array_equal(facts.samples, digit_samples(facts.num_steps, True)[:8])
     # The fake samples are digits of that very data set under noise: row i is nearest to digit i.
     np.testing.assert_array_equal(facts.neighbours[:, 0], digit_samples_clean())
@@ -334,3 +340,54 @@ def test_a_student_of_other_steps_than_planned_is_walked_in_its_place(tmp_path: 
     write_stage(run, "02-quarter-0032", 32, [], {32: digit_samples(32, True)}, parent="01-halve-0128")
     labels = [div["data-label"] for div in reported(run).attributes("div") if "data-label" in div]
     assert labels == ["256 steps", "128 steps", "64 steps", "32 steps", "8 steps", "4 steps", "2 steps", "1 step"]
+
+
+def test_a_later_student_of_as_many_steps_stands_for_them_and_the_earlier_one_stays_in_sight(tmp_path: Path) -> None:
+    run = write_fake_run(tmp_path / "run", students=STUDENT_STEPS[:6])
+    content = json.loads((run / "recipe.json").read_text())
+    content["plan"].append({"stage": "09-finish-0004", "role": "student", "num_steps": 4, "num_updates": 400})
+    write_json(run / "recipe.json", content)
+    finished = result(4, True, factor=0.8)
+    write_stage(run, "09-finish-0004", 4, [finished], {4: digit_samples(128, True)}, parent="06-halve-0004")
+    page = reported(run)
+    rows = {row[0]: row for row in page.table("Steps")[2:]}
+    assert rows["06-halve-0004 4"][3:5] == [number(frechet(4, True)), number(frechet(4, True) / HEUN.frechet)]
+    assert rows["09-finish-0004 4"][3:5] == [number(finished.frechet), number(finished.frechet / HEUN.frechet)]
+    assert "needs 4 network calls" in page.text
+    assert f"Fréchet distance {finished.frechet / HEUN.frechet:.2f} times the teacher’s at its best." in page.text
+    assert headline(read_run(run)) == ("09-finish-0004", 4)
+    # The slider shows the later one, with its own distance.
+    places = re.findall(r'data-label="4 steps".*?Fréchet ([0-9.]+)', RunFolder(run).report_path.read_text(), re.S)
+    assert places == [number(finished.frechet)]
+    facts = read_run(run)
+    group = quality_groups(facts.stages, facts.start)[0]
+    assert [row.student_stage for row in group.rows if row.is_earlier] == ["06-halve-0004"]
+    assert "06-halve-0004" in str(group.figure)
+    assert "09-finish-0004" not in str(group.figure)
+    texts = {row[0]: row for row in text_table(group).rows}
+    assert texts["4 (09-finish-0004)"][4] == f"{finished.frechet / HEUN.frechet:.2f}"
+    assert texts["32 (Heun)"][2] == f"{HEUN.frechet:.4g}"
+    # An evaluation, too, has a row for each, and draws the last.
+    told = fake_evaluation()
+    own = next(row for row in told["tables"][0]["rows"] if row["num_steps"] == 4)
+    told["tables"][0]["rows"].insert(2, own | {"stage": "09-finish-0004", "figures": {"frechet": figure(0.2)}})
+    found = EvaluationResult.model_validate(told)
+    labels = [row[0] for row in evaluation_table(found.tables[0], found).rows[:4]]
+    assert labels == ["student", f"student, {own['stage']}", "student", "student"]
+    assert 0.2 in curves_of(found.tables[0], found, "frechet")[0][1].y
+    assert own["figures"]["frechet"]["mean"] not in curves_of(found.tables[0], found, "frechet")[0][1].y
+
+
+def test_figures_of_an_earlier_halfstep_are_read(tmp_path: Path) -> None:
+    run = write_fake_run(tmp_path / "run", students=(128,), planned=(128,))
+    for path in run.glob("stages/*/metrics.json"):
+        held = json.loads(path.read_text())
+        for row in held["results"]:
+            for name in ("precision", "recall", "coverage"):
+                del row[name]
+        held["results"] = [row for row in held["results"] if row["sampler"] != "heun"]
+        write_json(path, held)
+    page = reported(run)
+    (row,) = [row for row in page.table("Steps")[2:] if row[0] == "128"]
+    assert row[3:5] == [number(frechet(128, True)), number(frechet(128, True) / frechet(256, False))]
+    assert len(row) == 11

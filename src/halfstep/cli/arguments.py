@@ -142,8 +142,8 @@ class EvaluateArguments:
     num_steps: tuple[int, ...] = ()
     """Steps of the --against series, and of a single stage; by default the start of the chain, halved down to 1."""
     against: tuple[str, ...] | None = None
-    """Series beside the students: teacher-SAMPLER or student-SAMPLER (see `halfstep ls samplers`); teacher-ddim by
-    default."""
+    """Series beside the students: teacher-SAMPLER or student-SAMPLER (see `halfstep ls samplers`); by default
+    teacher-ddim, and without --num-steps teacher-heun too."""
     extractors: tuple[str, ...] = ()
     """Where distances are measured: NAME or NAME=WEIGHTS (see `halfstep ls extractors`); the recipe's by default."""
     seeds: int = 1

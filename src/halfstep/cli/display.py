@@ -19,6 +19,7 @@ from halfstep.cli.words import duration, print_table
 from halfstep.objectives import Stage
 from halfstep.report.quality import quality_groups, text_table
 from halfstep.report.reading import StageFacts
+from halfstep.report.words import method_words
 from halfstep.run.events import Event, Measured, Notice, StageEnd, StageStart
 from halfstep.run.events import Progress as TrainingProgress
 from halfstep.runs import RunFolder, RunStatus, StageStatus
@@ -84,9 +85,10 @@ class RunDisplay:
                 stage.seconds = event.seconds if stage.num_updates else 0.0
                 self._line(f"{stage.name}: {'complete' if event.was_there else f'done in {duration(event.seconds)}'}")
             case Measured(result=result):
-                stage.results.append((result.num_steps, result.frechet))
+                stage.results.append(result)
                 pace = f"{result.seconds_per_1000:.2g} s per 1,000"
-                self._line(f"{stage.name}: {result.num_steps} steps, distance {result.frechet:.4g}, {pace}")
+                where = method_words(result.sampler, result.num_steps, result.num_evals)
+                self._line(f"{stage.name}: {where}, distance {result.frechet:.4g}, {pace}")
 
     def _line(self, text: str) -> None:
         if not self.is_live:

@@ -73,7 +73,7 @@ class PlanView:
             "" if stage.loss is None or is_given else f"loss {stage.loss:.4g}",
             f"{stage.samples_per_second:,.0f} samples/s" if has_rate else "",
             Text(self._time(stage), style="dim" if stage.state == "to come" else ""),
-            distance_words(stage),
+            self._distance(stage),
         ]
 
     def _time(self, stage: StageStatus) -> str:
@@ -85,6 +85,16 @@ class PlanView:
         if math.isnan(left):
             return ""
         return f"{duration(left)} left" if stage.state == "training" else f"about {duration(left)}"
+
+    def _distance(self, stage: StageStatus) -> str:
+        """Return the distance of a model at its best, and its ratio to the teacher's; or that it is being measured."""
+        if stage.state == "measuring" and not (stage.results and stage.num_steps):
+            return "measuring ..."
+        if not stage.results:
+            return ""
+        best = min(stage.results, key=lambda result: result.frechet)
+        ratio = self.status.ratio(stage, best)
+        return f"distance {best.frechet:.4g}" + ("" if ratio is None else f" ({ratio:.2f}x)")
 
     def _whole(self) -> Text:
         status = self.status
@@ -107,13 +117,6 @@ def updates_words(stage: StageStatus) -> str:
     """Return updates done and budgeted, "120/1,500", or the budget alone for a stage that is done or to come."""
     done = f"{stage.update:,}/" if stage.state in ("training", "damaged") else ""
     return f"{done}{stage.num_updates:,}"
-
-
-def distance_words(stage: StageStatus) -> str:
-    """Return the distance of a student, or of a teacher at its most steps; or that it is being measured."""
-    if stage.state == "measuring" and not (stage.results and stage.num_steps):
-        return "measuring ..."
-    return f"distance {max(stage.results)[1]:.4g}" if stage.results else ""
 
 
 def shown_range(count: int, at: int, room: int) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from rich.text import Text
 from halfstep.cli.plan_view import PlanView
 from halfstep.cli.usage import Switch, UsageError, parse
 from halfstep.cli.words import duration, print_json
+from halfstep.report.words import method_words
 from halfstep.runs import RunStatus, read_status
 
 STYLES = {"running": "bold green", "finished": "green", "stopped": "yellow", "diverged": "red", "failed": "red"}
@@ -64,7 +65,10 @@ def view(status: RunStatus) -> Group:
         head.append(f" {time.strftime('%Y-%m-%d %H:%M', time.localtime(process['updated']))}")
     if status.message:
         head.append(f" ({status.message})")
-    lines: list[Text | PlanView] = [head, PlanView(status, reserved=5)]
+    lines: list[Text | PlanView] = [head, PlanView(status, reserved=6)]
+    if (best := status.teacher_best) is not None:
+        where = method_words(best.sampler, best.num_steps, best.num_evals)
+        lines.append(Text(f"teacher's best: {where}, distance {best.frechet:.4g}; x: ratio to it", style="dim"))
     if status.state != "finished" and (stage := status.current) is not None:
         if stage.checkpoint is not None:
             lines.append(Text(f"last checkpoint: update {stage.checkpoint:,} of {stage.name}"))

@@ -1,6 +1,6 @@
 """What `halfstep evaluate` measures: models of a run, one stage, a pipeline of diffusers, or samples in files."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from halfstep.core.grids import check_num_steps
 from halfstep.data import Data
 from halfstep.hub import import_pipeline, is_pipeline
 from halfstep.measure.curve import Entry
+from halfstep.measure.evaluate import Method, finest, teacher_methods
 from halfstep.measure.sources import ModelSource, sampler_of
 from halfstep.models.folder import base_of, find_stage, load
 from halfstep.models.model import Model
@@ -139,8 +140,10 @@ class Rows:
         if against is None:
             # A run whose teacher is damaged has said so.
             against = () if subject.teacher is None else (f"teacher-{subject.teacher.manifest.outcome.sampler_name}",)
+            if subject.teacher is not None and not arguments.num_steps and recipe.evaluation.teacher_heun_steps:
+                self._add("teacher-heun", recipe.evaluation.teacher_heun_steps)
         for name in dict.fromkeys(against):
-            self._add(name)
+            self._add(name, self._steps)
         self._check()
 
     def _own_series(self, manifest: Manifest) -> str:
@@ -158,8 +161,8 @@ class Rows:
             self.series.append(Series(name=names[label], label=label, role=shown, sampler=kind, gamma=gamma))
         return names[label]
 
-    def _add(self, name: str) -> None:
-        """Add a series of --against."""
+    def _add(self, name: str, steps: Sequence[int]) -> None:
+        """Add a series of --against, of a teacher at these steps."""
         subject, arguments = self.subject, self.arguments
         who, _, sampler = name.partition("-")
         if who not in ("teacher", "student") or not sampler:
@@ -190,7 +193,7 @@ class Rows:
         for model in models:
             own = model.manifest.num_steps
             takes_any = who == "teacher" and (arguments.num_steps or not own)
-            for count in self._steps if takes_any else (own,) if own else ():
+            for count in steps if takes_any else (own,) if own else ():
                 self.entries += [self._entry(name, model, method, count, level) for method, level in levels]
 
     def _check(self) -> None:
@@ -209,15 +212,19 @@ class Rows:
             raise UsageError("--gamma and --search-gamma say nothing without --against teacher-ancestral: add it")
 
     def teacher(self) -> Entry | None:
-        """Return the model where the chain starts at its own steps: what its students learned to land on."""
+        """Return the model where the chain starts at its own steps, or else as the run measures it at its finest."""
         teacher = self.subject.teacher
         if teacher is None or self.subject.kind == "pipeline":
             return None
-        starts = [model.manifest.start_steps for model in self.subject.students if model.manifest.start_steps]
-        own = teacher.manifest.num_steps or teacher.manifest.start_steps
-        start = own or max(starts, default=max(self._steps))
-        sampler = sampler_of(teacher.manifest)
-        return self._entry(f"teacher-{samplers.name_of(sampler)}", teacher, sampler, start)
+        sampler, evaluation = sampler_of(teacher.manifest), self._recipe.evaluation
+        method = Method(sampler, teacher.manifest.num_steps or 1)
+        if teacher.manifest.num_steps is None:
+            models = (teacher, *self.subject.students)
+            starts = [model.manifest.start_steps for model in models if model.manifest.start_steps]
+            steps = (*evaluation.teacher_steps, max(starts, default=max(self._steps)))
+            method = finest(teacher_methods(sampler, steps, evaluation))
+        series = f"teacher-{samplers.name_of(method.sampler)}"
+        return self._entry(series, teacher, method.sampler, method.num_steps)
 
     def _entry(self, series: str, model: Candidate, sampler: Sampler, steps: int, gamma: float | None = None) -> Entry:
         source = ModelSource(

@@ -137,13 +137,14 @@ def _quality(metrics: Metrics) -> str:
     rows = []
     for result in metrics.results:
         rmse = "" if result.teacher_rmse is None else f"{result.teacher_rmse:.4f}"
-        rows.append(f"| {result.num_steps} | {result.num_evals} | {result.frechet:.4g} | {result.kid:.4g} | {rmse} |\n")
+        figures = f"{result.frechet:.4g} | {result.kid:.4g} | {rmse}"
+        rows.append(f"| {result.sampler} | {result.num_steps} | {result.num_evals} | {figures} |\n")
     protocol = "; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in metrics.protocol.items())
     return f"""
 ## Quality
 
-| steps | network calls | Frechet distance | KID | distance to the teacher (RMSE) |
-|---|---|---|---|---|
+| sampler | steps | network calls | Frechet distance | KID | distance to the teacher (RMSE) |
+|---|---|---|---|---|---|
 {"".join(rows)}
 Protocol: {protocol}. Figures of another protocol must not be compared with these.
 """

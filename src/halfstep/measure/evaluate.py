@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, final
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NamedTuple, final
 
 import torch
 from pydantic import ConfigDict
@@ -21,6 +21,7 @@ from halfstep.metrics import Classifier, Figures, RealData, extractor_for, extra
 from halfstep.runtime.failures import told_when_out_of_memory
 from halfstep.runtime.files import json_digest
 from halfstep.runtime.processes import Processes
+from halfstep.samplers import Heun, Sampler
 
 if TYPE_CHECKING:
     from halfstep.measure.store import Cell
@@ -59,6 +60,8 @@ class Evaluation:
     """bf16 computes the networks in bfloat16 while sampling: faster, and another protocol."""
     teacher_steps: tuple[int, ...] = ()
     """Steps at which the undistilled teacher is measured besides the chain's start; empty: those of all students."""
+    teacher_heun_steps: tuple[int, ...] = (32,)
+    """Steps at which Heun's method measures the undistilled teacher too."""
 
     def __post_init__(self) -> None:
         least = {"num_samples": 2, "num_reference": 2, "num_compared": 1, "num_shown": 1, "batch_size": 1}
@@ -66,12 +69,37 @@ class Evaluation:
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise ValueError(f"evaluation.{name} must be at least {bound}, got {value}")
-        if any(steps < 1 for steps in self.teacher_steps):
-            raise ValueError(f"evaluation.teacher_steps must be at least 1, got {min(self.teacher_steps)}")
+        for name, steps in (("teacher_steps", self.teacher_steps), ("teacher_heun_steps", self.teacher_heun_steps)):
+            if any(number < 1 for number in steps):
+                raise ValueError(f"evaluation.{name} must be at least 1, got {min(steps)}")
         if self.precision not in ("float32", "bf16"):
             raise ValueError(f"precision must be float32 or bf16, got {self.precision!r}")
         if self.features != "auto":
             _ = extractors[self.features.partition("=")[0]]
+
+
+class Method(NamedTuple):
+    """How a model is sampled."""
+
+    sampler: Sampler
+    num_steps: int
+
+    @property
+    def num_evals(self) -> int:
+        """Network calls for a sample, without guidance."""
+        return self.sampler.num_evals(self.num_steps)
+
+
+def teacher_methods(own: Sampler, steps: Iterable[int], evaluation: Evaluation) -> list[Method]:
+    """Return how an undistilled model is measured: by its own sampler, then by Heun, each from most steps to fewest."""
+    methods = [Method(own, number) for number in sorted(set(steps), reverse=True)]
+    methods += [Method(Heun(), number) for number in sorted(set(evaluation.teacher_heun_steps), reverse=True)]
+    return list(dict.fromkeys(methods))
+
+
+def finest(methods: Sequence[Method]) -> Method:
+    """Return the method of most network calls, at equal ones the first: others are compared with its samples."""
+    return max(methods, key=lambda method: method.num_evals)
 
 
 class Against(ABC):

@@ -41,9 +41,9 @@ def write_png(path: Path, image: Image.Image) -> None:
         image.save(temporary, "PNG")
 
 
-def keep_samples(folder: Path, num_steps: int, x0: Tensor, is_image: bool) -> str:
-    """Write samples/steps-NNNN.npz, and a .png for images, under `folder`; return the path of the .npz in it."""
-    name = f"samples/steps-{num_steps:04d}.npz"
+def keep_samples(folder: Path, name: str, x0: Tensor, is_image: bool) -> str:
+    """Write samples/NAME.npz, and a .png for images, under `folder`; return the path of the .npz in it."""
+    name = f"samples/{name}.npz"
     array = samples_array(x0, is_image)
     write_arrays(folder / name, arr_0=array)
     if is_image:

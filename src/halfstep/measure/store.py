@@ -298,6 +298,9 @@ class Store:
             num_evals=facts["num_evals"],
             frechet=values["frechet"],
             kid=values["kid"],
+            precision=values.get("precision"),
+            recall=values.get("recall"),
+            coverage=values.get("coverage"),
             seconds_per_1000=facts["seconds_per_1000"],
         )
 

@@ -37,7 +37,7 @@ def digits() -> Recipe:
             updates_at={32: 100, 16: 200, 8: 650, 2: 650, 1: 750},
             learning_rate_at={32: 1.5e-4, 16: 2e-4, 8: 4e-4, 2: 7e-4, 1: 1e-3},
         ),
-        evaluation=Evaluation(num_samples=2000, teacher_steps=(64, 8, 4, 2, 1), batch_size=500),
+        evaluation=Evaluation(num_samples=2000, teacher_steps=(256, 64, 8, 4, 2, 1), batch_size=500),
         engine=Engine(log_every=20),
     )
 

@@ -37,7 +37,7 @@ class StageRow:
     to_parent: float | None
     """Root mean square difference from its teacher's samples of the same seeds, each at its own steps."""
     to_first: float | None
-    """The same from the model where the chain starts."""
+    """The same from the model where the chain starts, at the most steps of which samples are kept."""
     num_compared: int
     """Samples behind these two; 0 for none."""
 
@@ -91,11 +91,11 @@ def _distances(
     if stage is None or stage is first or stage.role != "student" or stage.manifest.num_steps is None:
         return None, None, 0
     own = stage.samples.get(stage.manifest.num_steps)
-    found = []
-    for teacher in (stages.get(stage.manifest.parent or ""), first):
-        start = (teacher.manifest.num_steps or stage.manifest.start_steps) if teacher else None
-        found.append(_rmse(own, teacher.samples.get(start) if teacher and start else None))
-    return found[0], found[1], 0 if own is None or found == [None, None] else len(own)
+    parent = stages.get(stage.manifest.parent or "")
+    start = (parent.manifest.num_steps or stage.manifest.start_steps) if parent else None
+    to_parent = _rmse(own, parent.samples.get(start) if parent and start else None)
+    to_first = _rmse(own, first.samples[max(first.samples)] if first and first.samples else None)
+    return to_parent, to_first, 0 if own is None or to_parent is to_first is None else len(own)
 
 
 def _rmse(a: np.ndarray | None, b: np.ndarray | None) -> float | None:
@@ -134,14 +134,16 @@ def distance_figure(rows: Sequence[StageRow]) -> Markup | None:
     students = [row for row in rows if row.num_compared]
 
     def curve(label: str, distances: Sequence[float | None]) -> figures.Curve:
-        pairs = zip(students, distances, strict=True)
-        return figures.Curve.through(label, sorted((int(row.label), value) for row, value in pairs if value))
+        # Of students with as many steps the last is drawn.
+        last = {int(row.label): value for row, value in zip(students, distances, strict=True)}
+        return figures.Curve.through(label, sorted((steps, value) for steps, value in last.items() if value))
 
     return figures.steps_figure(
         "distance",
         "RMSE, same noise",
         curve("from the start of the chain", [row.to_first for row in students]),
         curve("from its own teacher", [row.to_parent for row in students]),
+        x_label="sampler steps",
     )
 
 
@@ -196,18 +198,20 @@ def cost(facts: RunFacts, groups: Sequence[Group], summary: Summary) -> tuple[li
 def _paid(facts: RunFacts, groups: Sequence[Group], summary: Summary) -> str | None:
     """Return after how many samples the training of the summary's student has been won back."""
     names = [stage.name for stage in facts.others]
-    most, rows = next(((group.most, group.rows) for group in groups if group.most is not None), (None, ()))
-    for row in rows:
-        is_best = summary.best is not None and row.steps == summary.best.steps and not row.is_matched
-        if most is None or row.student is None or row.student_stage is None or not is_best:
+    group = next((group for group in groups if group.best is not None), None)
+    for row in group.rows if group is not None else ():
+        is_shown = summary.best is not None and row.steps == summary.best.steps
+        if not is_shown or row.is_matched or row.is_earlier or row.student is None or row.student_stage is None:
             continue
+        assert group is not None
+        assert group.best is not None
         trained = sum(stage.manifest.seconds for stage in facts.others[: names.index(row.student_stage) + 1])
-        saved = (most.seconds_per_1000 - row.student.seconds_per_1000) / 1000
+        saved = ((group.best.seconds_per_1000 or 0.0) - row.student.seconds_per_1000) / 1000
         if not (is_finite(saved) and saved > 0 and is_finite(trained)):
             return None
         return (
             f"Training the chain down to {count(row.steps, 'step')} took {duration(trained)} and saves "
-            f"{number(saved * 1000)} s per 1,000 samples against the teacher at {count(most.num_steps, 'step')}: "
+            f"{number(saved * 1000)} s per 1,000 samples against the teacher at its best ({group.best_words}): "
             f"it is won back after about {float(f'{trained / saved:.2g}'):,.0f} samples."
         )
     return None

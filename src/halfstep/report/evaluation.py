@@ -13,10 +13,11 @@ from markupsafe import Markup
 
 from halfstep.report import figures
 from halfstep.report.figures import Curve
+from halfstep.report.quality import are_earlier
 from halfstep.report.study_figure import Panel, draw_panels
 from halfstep.report.table import Table
-from halfstep.report.words import count, flatten, number, with_spread
-from halfstep.runs import EvaluationResult, finite, is_finite
+from halfstep.report.words import count, flatten, method_words, number, with_spread
+from halfstep.runs import Best, EvaluationResult, finite, is_finite, teacher_best
 from halfstep.runs.evaluation import EvaluationTable, Protocol, Series
 from halfstep.runtime.files import write_text
 
@@ -29,6 +30,35 @@ def metrics_of(table: EvaluationTable, result: EvaluationResult) -> list[str]:
     return [name for name in result.metrics if any(name in row.figures for row in table.rows)]
 
 
+def best_of_table(table: EvaluationTable, result: EvaluationResult) -> Best | None:
+    """Return the teacher at its best in a table; None without its Frechet distance."""
+    samplers = {series.name: series.sampler for series in result.series if series.role == "teacher"}
+    cells = []
+    for row in table.rows:
+        figure, sampler = row.figures.get("frechet"), samplers.get(row.series)
+        if figure is not None and sampler is not None and row.num_steps is not None and row.num_evals is not None:
+            cells.append(Best(sampler, row.num_steps, row.num_evals, figure.mean, row.seconds_per_1000))
+    return teacher_best(cells)
+
+
+def best_words(table: EvaluationTable, result: EvaluationResult) -> str | None:
+    """Return the note about a table's ratios; None without any."""
+    best = best_of_table(table, result)
+    return None if best is None else f"Ratio: Frechet distance over the teacher's best, {method_words(*best[:3])}."
+
+
+def ratios(table: EvaluationTable, result: EvaluationResult) -> list[float | None]:
+    """Return for each row its Frechet distance over that of the teacher at its best."""
+    best = best_of_table(table, result)
+    figures = [row.figures.get("frechet") for row in table.rows]
+    return [None if best is None or figure is None else best.ratio(figure.mean) for figure in figures]
+
+
+def earlier_rows(table: EvaluationTable) -> list[bool]:
+    """Return for each row whether one of a later stage, of its series, takes as many steps."""
+    return are_earlier([(row.series, row.num_steps, row.gamma) for row in table.rows])
+
+
 def title_of(table: EvaluationTable) -> str:
     """Return a table's heading."""
     if table.protocol.kind == "same_noise":
@@ -37,20 +67,28 @@ def title_of(table: EvaluationTable) -> str:
 
 
 def text_table(table: EvaluationTable, result: EvaluationResult) -> Table:
-    """Return the table as texts; a row's label is its series, and the gamma that was found best for it."""
-    names = metrics_of(table, result)
+    """Return the table as texts.
+
+    A row's label is its series, the gamma that was found best for it, and its stage where a later one stands for it.
+    """
+    names, note = metrics_of(table, result), best_words(table, result)
     labels = {series.name: series.label for series in result.series}
     rows = [
         [
-            labels.get(row.series, row.series) + ("" if row.gamma is None else f", gamma {row.gamma:g}"),
+            labels.get(row.series, row.series)
+            + ("" if row.gamma is None else f", gamma {row.gamma:g}")
+            + (f", {row.stage}" if is_earlier else ""),
             number(row.num_steps),
             number(row.num_evals),
+            *([] if note is None else ["–" if over_best is None else f"{over_best:.2f}"]),
             *(with_spread(row.figures[n].mean, row.figures[n].spread) if n in row.figures else "–" for n in names),
             number(row.seconds_per_1000),
         ]
-        for row in table.rows
+        for row, over_best, is_earlier in zip(table.rows, ratios(table, result), earlier_rows(table), strict=True)
     ]
-    return Table(["series", "steps", "network calls", *(result.metrics[n].label for n in names), "s per 1,000"], rows)
+    headings = ["series", "steps", "network calls", *([] if note is None else ["ratio"])]
+    headings += [*(result.metrics[name].label for name in names), "s per 1,000"]
+    return Table(headings, rows, [] if note is None else [note])
 
 
 def protocol_words(protocol: Protocol) -> str:
@@ -71,14 +109,14 @@ def protocol_words(protocol: Protocol) -> str:
 
 
 def curves_of(table: EvaluationTable, result: EvaluationResult, metric: str) -> list[tuple[Series, Curve]]:
-    """Return the curves of a metric that a logarithmic chart can show, in the order of the series."""
+    """Return the curves of a metric that a logarithmic chart can show, by network calls, in the series' order."""
     curves = []
     for place, series in enumerate(result.series):
         points = sorted(
-            (float(row.num_steps), figure.mean, finite(figure.spread) or 0.0)
-            for row in table.rows
-            if row.series == series.name and row.num_steps and (figure := row.figures.get(metric)) is not None
-            if is_finite(figure.mean) and figure.mean > 0
+            (float(row.num_evals), figure.mean, finite(figure.spread) or 0.0)
+            for row, is_earlier in zip(table.rows, earlier_rows(table), strict=True)
+            if row.series == series.name and row.num_evals and (figure := row.figures.get(metric)) is not None
+            if not is_earlier and is_finite(figure.mean) and figure.mean > 0
         )
         if points:
             curves.append((series, Curve.through(series.label, points, place)))
@@ -97,7 +135,7 @@ def write_evaluation(result: EvaluationResult, folder: Path) -> list[Path]:
     for table in result.tables:
         metric = "frechet" if table.protocol.kind == "sets" else "rmse"
         if curves := [curve for _, curve in curves_of(table, result, metric)]:
-            panels.append(Panel(title_of(table), "sampler steps", result.metrics[metric].label, curves))
+            panels.append(Panel(title_of(table), "network calls", result.metrics[metric].label, curves))
     if panels:
         draw_panels(panels, folder / "evaluation")
         paths += [folder / "evaluation.svg", folder / "evaluation.png"]
@@ -167,6 +205,8 @@ class Shown(NamedTuple):
     figure: Markup | None
     figure_alt: str
     protocol: Mapping[str, str]
+    ratios: Sequence[float | None] | None
+    """Of each row's Frechet distance to that of the teacher at its best; None without a teacher's."""
 
 
 def shown_tables(result: EvaluationResult | None) -> list[Shown]:
@@ -180,7 +220,8 @@ def shown_tables(result: EvaluationResult | None) -> list[Shown]:
         roles = [known.get(row.series, "other") for row in table.rows]
         protocol = flatten(table.protocol.model_dump(mode="json"))
         names, texts = metrics_of(table, result), text_table(table, result)
-        shown.append(Shown(table, title_of(table), names, roles, texts, figure, alt, protocol))
+        over_best = ratios(table, result) if texts.notes else None
+        shown.append(Shown(table, title_of(table), names, roles, texts, figure, alt, protocol, over_best))
     return shown
 
 
@@ -195,6 +236,8 @@ def _figure(name: str, table: EvaluationTable, result: EvaluationResult) -> tupl
     others = [curve for one in curves if one not in first for curve in one[1:]]
     more = len(others) - len(figures.OTHERS)
     rest = f", and {more} more series that have no place in the chart" if more > 0 else ""
-    text = f"Line chart: {info.label} against the number of sampler steps; the table below holds its figures{rest}."
+    text = f"Line chart: {info.label} against the number of network calls; the table below holds its figures{rest}."
     teacher, student = (None if one is None else one[1] for one in first)
-    return figures.steps_figure(name, f"{info.label} ({info.better} is better)", teacher, student, others), text
+    best = best_of_table(table, result) if metric == "frechet" else None
+    level = None if best is None else Curve.through("teacher at its best", [(best.num_evals, best.frechet)])
+    return figures.steps_figure(name, f"{info.label} ({info.better} is better)", teacher, student, others, level), text

@@ -6,6 +6,7 @@ dark and print. The hues are Okabe and Ito's, which the colour-blind can tell ap
 
 import base64
 import io
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -49,6 +50,8 @@ class Curve:
     """Half the length of an error bar at each point; empty for none."""
     colour: int | None = None
     """Number of its colour in a study's figure; its place among the curves by default."""
+    names: Sequence[str] = ()
+    """Written beside the points; empty for none."""
 
     @classmethod
     def through(cls, label: str, points: Iterable[Sequence[float]], colour: int | None = None) -> "Curve":
@@ -114,15 +117,19 @@ def steps_figure(
     student: Curve | None,
     others: Sequence[Curve] = (),
     level: Curve | None = None,
+    earlier: Curve | None = None,
+    x_label: str = "network calls",
 ) -> Markup | None:
-    """Draw curves against sampler steps on two logarithmic axes; None without a point to show.
+    """Draw curves against steps or calls on two logarithmic axes; None without a point to show.
 
     Args:
         others: further curves, of which the first `len(OTHERS)` are drawn.
         level: one point, at whose height a horizontal line is drawn.
+        earlier: points of the students in whose place later ones stand, drawn faintly.
     """
     styles = [(teacher, TEACHER, "s--"), (student, STUDENT, "o-")]
     styles += [(curve, c, f"{marker}-.") for curve, c, marker in zip(others, OTHERS, MARKERS, strict=False)]
+    styles.append((earlier, FAINT, "o"))
     shown = [(curve, colour, style) for curve, colour, style in styles if curve is not None and curve.x]
     if not shown:
         return None
@@ -136,12 +143,16 @@ def steps_figure(
             error = [below, list(curve.spread)] if curve.spread else None
             look = {"color": colour, "linewidth": 2, "markersize": 6.5, "capsize": 3}
             axes.errorbar(curve.x, curve.y, error, fmt=style, label=curve.label, **look)
+            for x, y, named in zip(curve.x, curve.y, curve.names, strict=False):
+                place = {"xytext": (7, 3), "textcoords": "offset points", "fontsize": 8, "color": colour}
+                axes.annotate(named, (x, y), **place)
         if level is not None:
             axes.axhline(level.y[0], color=FAINT, linewidth=1.2, linestyle=":", label=level.label, zorder=1)
-        steps = sorted({x for curve, _, _ in shown for x in curve.x})
-        axes.set_xticks(steps, [f"{x:g}" for x in steps])
+        values = [x for curve, _, _ in shown for x in curve.x]
+        powers = range(math.floor(math.log2(min(values))), math.ceil(math.log2(max(values))) + 1)
+        axes.set_xticks([2.0**power for power in powers], [f"{2.0**power:g}" for power in powers])
         axes.minorticks_off()
-        axes.set_xlabel("sampler steps")
+        axes.set_xlabel(x_label)
         _log_axis(axes.yaxis, [y for curve, _, _ in shown for y in curve.y])
         axes.grid(axis="y")
         axes.set_ylabel(y_label)

@@ -8,7 +8,6 @@ import numpy as np
 from markupsafe import Markup
 
 from halfstep.report import figures
-from halfstep.report.quality import Group
 from halfstep.report.reading import RunFacts
 from halfstep.report.summary import Summary
 from halfstep.report.words import count
@@ -73,15 +72,17 @@ class Gallery(NamedTuple):
     reduced_from: str | None = None
 
 
-def gallery(facts: RunFacts, groups: Sequence[Group], summary: Summary, sizes: Sizes) -> Gallery | None:
+def gallery(facts: RunFacts, summary: Summary, sizes: Sizes) -> Gallery | None:
     """Return the pictures, None if no stage has samples."""
-    held: dict[str, dict[int, np.ndarray]] = {"teacher": {}, "matched": {}, "student": {}}
-    if facts.start is not None:
-        held["teacher"] = {steps: facts.start.samples[steps] for steps in sorted(facts.start.samples, reverse=True)}
+    held: dict[str, dict[int, tuple[str, np.ndarray]]] = {"teacher": {}, "matched": {}, "student": {}}
+    if (first := facts.start) is not None:
+        held["teacher"] = {steps: (first.name, first.samples[steps]) for steps in sorted(first.samples, reverse=True)}
     for stage in facts.others:
-        held["student" if stage.role == "student" else "matched"] |= stage.samples
+        # Of students with as many steps the last is shown.
+        made = {steps: (stage.name, array) for steps, array in stage.samples.items()}
+        held["student" if stage.role == "student" else "matched"] |= made
     students = held["student"]
-    arrays = [array for by_steps in held.values() for array in by_steps.values()]
+    arrays = [array for by_steps in held.values() for _, array in by_steps.values()]
     if not arrays:
         return None
     if {array.shape[1:] for array in arrays} != {arrays[0].shape[1:]}:
@@ -92,14 +93,15 @@ def gallery(facts: RunFacts, groups: Sequence[Group], summary: Summary, sizes: S
     images = figures.is_images(arrays[0])
     fewest = min(len(array) for array in arrays)
     num_seeds = min(sizes.num_seeds, fewest)
-    distances = _distances(groups)
+    distances = _distances(facts)
     # Points of the other models that flew far off must not shrink all to a dot.
     box = (0.0, 0.0, 1.0) if images else figures.limits(arrays[0])
 
     def picture(who: str, steps: int, length: int, columns: int) -> Picture | None:
         if steps not in held[who]:
             return None
-        chosen = held[who][steps][:length]
+        name, array = held[who][steps]
+        chosen = array[:length]
         made = f"samples of {MODELS[who]} at {count(steps, 'step')}"
         if images:
             order = "from top to bottom" if columns == 1 else "row by row"
@@ -108,7 +110,7 @@ def gallery(facts: RunFacts, groups: Sequence[Group], summary: Summary, sizes: S
         else:
             alt = f"Scatter plot of {min(len(chosen), figures.MOST_POINTS)} {made}"
             image = figures.scatter(chosen, box, num_seeds, alt)
-        return Picture(who, image, distances.get((steps, who)))
+        return Picture(who, image, distances.get((name, steps)))
 
     def distilled(steps: int, length: int, columns: int) -> Picture | None:
         """Return the student, or above the first one's steps the teacher that it learns from."""
@@ -141,11 +143,11 @@ def gallery(facts: RunFacts, groups: Sequence[Group], summary: Summary, sizes: S
     )
 
 
-def _distances(groups: Sequence[Group]) -> dict[tuple[int, str], float]:
-    """Return the Frechet distance below a picture, by its steps and "student", "matched" or "teacher"."""
-    found = {}
-    for row in (row for group in groups for row in group.rows):
-        for who, result in (("matched" if row.is_matched else "student", row.student), ("teacher", row.teacher)):
-            if result is not None:
-                found[row.steps, who] = result.frechet
-    return found
+def _distances(facts: RunFacts) -> dict[tuple[str, int], float]:
+    """Return the Frechet distance below a picture, by its stage and steps; pictures are by each model's own sampler."""
+    return {
+        (stage.name, result.num_steps): result.frechet
+        for stage in facts.stages
+        for result in (stage.metrics.results if stage.metrics is not None else ())
+        if result.sampler == stage.manifest.outcome.sampler_name
+    }

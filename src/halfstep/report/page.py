@@ -43,7 +43,7 @@ def headline(facts: RunFacts) -> tuple[str, int] | None:
     """Return the stage and steps whose samples stand for the run: the best student, else the last with samples."""
     best = summarise(facts, quality_groups(facts.stages, facts.start)).best
     if best is not None:
-        for stage in facts.students:
+        for stage in reversed(facts.students):
             if stage.manifest.num_steps == best.steps and best.steps in stage.samples:
                 return stage.name, best.steps
     last = next((stage for stage in reversed(facts.stages) if stage.samples), None)
@@ -84,7 +84,7 @@ def _page(facts: RunFacts, without_nearest: str | None, sizes: Sizes) -> str:
         summary=summary,
         progress=progress(rows),
         notices=[*facts.notices, *protocol_notices(groups)],
-        gallery=gallery(facts, groups, summary, sizes),
+        gallery=gallery(facts, summary, sizes),
         groups=groups,
         evaluation=facts.evaluation if tables else None,
         tables=tables,

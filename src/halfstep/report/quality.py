@@ -1,12 +1,12 @@
 """The figures that a run's own measurements hold (metrics.json): one table and one curve for each protocol.
 
-Ratios are taken between figures of one protocol only. The teacher at 64 steps (or at its most, if it was not
-measured there) is the measure of quality, the teacher at its most steps that of time.
+Ratios are taken between figures of one protocol only. The teacher at its best (`teacher_best`) is the measure of
+quality and of time.
 """
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from markupsafe import Markup
@@ -14,33 +14,34 @@ from markupsafe import Markup
 from halfstep.report import figures
 from halfstep.report.reading import StageFacts
 from halfstep.report.table import Table
-from halfstep.report.words import count, flatten, number, ratio, times
-from halfstep.runs import Metrics, is_finite
+from halfstep.report.words import flatten, method_words, number, ratio, sampler_label, times
+from halfstep.runs import Best, Metrics, is_finite, teacher_best
 from halfstep.runs.schema import Result
-
-REFERENCE_STEPS = 64
-"""Steps of the teacher whose quality is called 1."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One number of steps, with one student (or matched model) or none."""
+    """A student (or matched model) with the teacher at as many steps, or one of them alone."""
 
     steps: int
     sampler: str
-    """The student's, and the teacher's if it is another."""
+    """Label of the student's, and of the teacher's if it is another."""
     teacher: Result | None
     """The model where the chain starts, by its own sampler if it was not measured by the student's."""
     student: Result | None
     student_stage: str | None
     is_matched: bool
     """Whether the student is a matched teacher instead."""
+    is_earlier: bool
+    """Whether a later student takes as many steps, and stands for them."""
+    is_repeated: bool
+    """Whether another student takes as many steps."""
     ratio: float | None
-    """The student's Frechet distance over the reference's."""
+    """The student's Frechet distance over that of the teacher at its best."""
     measured: Result
     """The student, else the teacher, with whose network calls and time the row is shown."""
     speed_up: float | None
-    """Of `measured` against the teacher at its most steps."""
+    """Of `measured` against the teacher at its best."""
 
 
 @dataclass(frozen=True)
@@ -50,23 +51,66 @@ class Group:
     name: str
     protocol: Mapping[str, Any]
     rows: Sequence[Pair]
-    most: Result | None
-    """The teacher at its most steps."""
-    reference: Result | None
+    best: Best | None
+    """The teacher at its best."""
+    base: Result | None
+    """The teacher with whose samples those of the same noise are compared."""
+    teacher_sampler: str
+    """The teacher's own."""
     stages: Sequence[str]
-    samplers: Sequence[str]
+
+    @property
+    def best_words(self) -> str:
+        """How the teacher is sampled at its best."""
+        return "" if self.best is None else method_words(*self.best[:3])
+
+    @property
+    def base_words(self) -> str:
+        """How the teacher is sampled that others are compared with."""
+        return "" if self.base is None else method_words(self.base.sampler, self.base.num_steps, self.base.num_evals)
+
+    @property
+    def has_shares(self) -> bool:
+        """Whether precision, recall and coverage were measured."""
+        return any(row.measured.recall is not None for row in self.rows)
+
+    @property
+    def has_earlier(self) -> bool:
+        """Whether several students take as many steps."""
+        return any(row.is_earlier for row in self.rows)
+
+    def note_of(self, row: Pair) -> str:
+        """Return what tells a row from others of as many steps: its sampler, role or stage; mostly nothing."""
+        by = [] if row.sampler == sampler_label(self.teacher_sampler) else [row.sampler]
+        of = ["matched"] if row.is_matched else [str(row.student_stage)] if row.is_repeated else []
+        return ", ".join([*by, *of])
 
     @property
     def figure(self) -> Markup | None:
-        """The curves of teacher and students."""
-        level = self.reference
+        """The curves of teacher and students by network calls."""
+        teacher = [row.teacher for row in self.rows if row.teacher is not None]
+        names = sorted({result.sampler for result in teacher}, key=lambda name: name != self.teacher_sampler)
+        curves = [
+            _curve(f"teacher, {sampler_label(name)}", [result for result in teacher if result.sampler == name])
+            for name in names
+        ]
+        students = [row for row in self.rows if row.student is not None and not row.is_matched]
+        curves.append(_curve("teacher, matched", [row.student for row in self.rows if row.is_matched]))
+        level = None if self.best is None else [(self.best.num_evals, self.best.frechet)]
         return figures.steps_figure(
             self.name,
             "Fréchet distance (lower is better)",
-            _curve("the teacher, not distilled", [row.teacher for row in self.rows]),
-            _curve("students, each at its own steps", [row.student for row in self.rows]),
-            level=_curve(f"the teacher at {count(level.num_steps, 'step')}", [level]) if level else None,
+            curves[0],
+            _curve("students", [row.student for row in students if not row.is_earlier]),
+            [curve for curve in curves[1:] if curve is not None],
+            level=figures.Curve.through("teacher at its best", level) if level else None,
+            earlier=_curve("earlier stages", [row.student for row in students if row.is_earlier], students),
         )
+
+
+def are_earlier(keys: Sequence[Hashable]) -> list[bool]:
+    """Return for each key whether an equal one follows."""
+    return [key in keys[place + 1 :] for place, key in enumerate(keys)]
 
 
 def quality_groups(stages: Sequence[StageFacts], start: StageFacts | None) -> list[Group]:
@@ -86,18 +130,23 @@ def _value(result: Result | None, name: str) -> float | None:
 def _group(name: str, start: StageFacts | None, stages: Sequence[tuple[StageFacts, Metrics]]) -> Group:
     teacher = {(r.num_steps, r.sampler): r for stage, held in stages if stage == start for r in held.results}
     others = [(stage, r) for stage, held in stages if stage != start for r in held.results]
-    most = max(teacher.values(), key=lambda r: r.num_steps, default=None)
-    reference = next((r for r in teacher.values() if r.num_steps == REFERENCE_STEPS), most)
+    best = teacher_best(map(Best.of, teacher.values()))
+    own = start.manifest.outcome.sampler_name if start else ""
     pairs: list[tuple[StageFacts | None, Result | None, Result | None]] = []
     for other, result in others:
-        own = (result.num_steps, start.manifest.outcome.sampler_name if start else "")
-        pairs.append((other, result, teacher.get((result.num_steps, result.sampler)) or teacher.get(own)))
+        alone = teacher.get((result.num_steps, result.sampler)) or teacher.get((result.num_steps, own))
+        pairs.append((other, result, alone))
     beside = [alone for _, _, alone in pairs]
     pairs += [(None, None, alone) for alone in teacher.values() if alone not in beside]
+    keys: list[Hashable] = list(range(len(pairs)))
+    for place, (stage, student, _) in enumerate(pairs):
+        if stage is not None and student is not None:
+            # A matched model is measured by several samplers.
+            keys[place] = (stage.role, student.num_steps, student.sampler if stage.role == "matched" else None)
     rows = []
-    for stage, student, alone in pairs:
+    for (stage, student, alone), key, is_earlier in zip(pairs, keys, are_earlier(keys), strict=True):
         held = [result for result in (student, alone) if result is not None]
-        names = list(dict.fromkeys(result.sampler for result in held))
+        names = list(dict.fromkeys(sampler_label(result.sampler) for result in held))
         rows.append(
             Pair(
                 steps=held[0].num_steps,
@@ -106,15 +155,24 @@ def _group(name: str, start: StageFacts | None, stages: Sequence[tuple[StageFact
                 student=student,
                 student_stage=stage.name if stage else None,
                 is_matched=stage is not None and stage.role == "matched",
-                ratio=ratio(_value(student, "frechet"), _value(reference, "frechet")),
+                is_earlier=is_earlier,
+                is_repeated=keys.count(key) > 1,
+                ratio=best.ratio(student.frechet) if best and student else None,
                 measured=held[0],
-                speed_up=ratio(_value(most, "seconds_per_1000"), held[0].seconds_per_1000),
+                speed_up=ratio(best.seconds_per_1000 if best else None, held[0].seconds_per_1000),
             )
         )
     # At equal steps and sampler, the plan's order stays.
     rows.sort(key=lambda row: (row.steps, row.sampler), reverse=True)
-    samplers = sorted({row.sampler for row in rows})
-    return Group(name, flatten(stages[0][1].protocol), rows, most, reference, [s.name for s, _ in stages], samplers)
+    return Group(
+        name=name,
+        protocol=flatten(stages[0][1].protocol),
+        rows=rows,
+        best=best,
+        base=next((result for result in teacher.values() if result.teacher_rmse is None), None),
+        teacher_sampler=own,
+        stages=[stage.name for stage, _ in stages],
+    )
 
 
 def _written(value: float | None, form: str) -> str:
@@ -125,10 +183,13 @@ def text_table(group: Group) -> Table:
     """Return the group as texts, for a terminal."""
     rows = [
         [
-            str(row.steps),
+            str(row.steps) + (f" ({note})" if (note := group.note_of(row)) else ""),
+            str(row.measured.num_evals),
             _written(_value(row.teacher, "frechet"), ".4g"),
             _written(_value(row.student, "frechet"), ".4g"),
             _written(row.ratio, ".2f"),
+            _written(row.measured.recall, ".3f"),
+            _written(row.measured.coverage, ".3f"),
             _written(_value(row.student, "teacher_rmse"), ".4f"),
             number(row.measured.seconds_per_1000),
             "–" if row.speed_up is None else f"{times(row.speed_up)}x",
@@ -136,22 +197,34 @@ def text_table(group: Group) -> Table:
         for row in group.rows
     ]
     headings = [
-        "steps", "teacher's distance", "student's distance",
-        f"ratio to teacher at {group.reference.num_steps}" if group.reference else "ratio",
-        "student-teacher rmse", "s per 1,000", f"speed-up over {group.most.num_steps}" if group.most else "speed-up",
+        "steps", "calls", "teacher", "student", "ratio", "recall", "coverage", "rmse",
+        "s per 1,000", "speed-up",
     ]  # fmt: skip
-    note = (
+    notes = []
+    if group.best is not None:
+        notes.append(f"Ratio and speed-up: to the teacher at its best, {group.best_words}.")
+    if group.base is not None:
+        notes.append(f"RMSE: of a student to the teacher, {group.base_words}, from the same noise.")
+    notes.append(
         f"Of {group.protocol.get('num_samples', '?')} samples to {group.protocol.get('num_reference', '?')} real ones: "
         "biased upwards, the more the fewer they are, so compare within this table."
     )
-    return Table(headings, rows, [note])
+    return Table(headings, rows, notes)
 
 
-def _curve(label: str, results: Sequence[Result | None]) -> figures.Curve | None:
-    """Return the curve of those results that a logarithmic axis can show."""
-    held = [r for r in results if r is not None and r.num_steps > 0]
-    points = sorted({(r.num_steps, r.frechet) for r in held if is_finite(r.frechet) and r.frechet > 0})
-    return figures.Curve.through(label, points) if points else None
+def _curve(label: str, results: Sequence[Result | None], named: Sequence[Pair] = ()) -> figures.Curve | None:
+    """Return the curve by network calls of those results that a logarithmic axis can show.
+
+    Args:
+        named: rows whose stages are written beside the points of their students.
+    """
+    drawn = [r for r in results if r is not None and r.num_evals > 0 and is_finite(r.frechet) and r.frechet > 0]
+    held = sorted(dict.fromkeys(drawn), key=lambda result: (result.num_evals, result.frechet))
+    if not held:
+        return None
+    names = [next((row.student_stage or "" for row in named if row.student is result), "") for result in held]
+    curve = figures.Curve.through(label, [(result.num_evals, result.frechet) for result in held])
+    return replace(curve, names=names) if named else curve
 
 
 def protocol_notices(groups: Sequence[Group]) -> list[str]:

@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from halfstep.report.quality import REFERENCE_STEPS, Group
+from halfstep.report.evaluation import best_of_table
+from halfstep.report.quality import Group
 from halfstep.report.reading import RunFacts
-from halfstep.report.words import count, duration, ratio, times
+from halfstep.report.words import count, duration, method_words, ratio, times
+from halfstep.runs import Best
 from halfstep.runs.evaluation import Row
 
 KEPT = 1.5
@@ -16,20 +18,19 @@ class Rated(NamedTuple):
     """A student beside the teacher, in figures of one protocol."""
 
     steps: int
+    num_evals: int
     ratio: float
-    """Its Frechet distance over the teacher's at the reference's steps."""
+    """Its Frechet distance over that of the teacher at its best."""
     speed_up: float | None
-    """Against the teacher at its most steps."""
+    """Against the teacher at its best."""
 
 
 class Comparison(NamedTuple):
     """All students that can be compared with the teacher, at least one."""
 
     students: Sequence[Rated]
-    most_steps: int
-    """The teacher's steps against which time is compared."""
-    reference_steps: int
-    """The teacher's steps against which quality is compared."""
+    teacher: Best
+    """The teacher at its best."""
 
 
 class Summary(NamedTuple):
@@ -56,16 +57,16 @@ def summarise(facts: RunFacts, groups: Sequence[Group]) -> Summary:
     else:
         best = min(found.students, key=lambda student: (student.ratio, student.steps))
     lead = (
-        f"A student that needs {count(best.steps, 'step')} instead of {found.most_steps:,}: "
-        f"{_said(best)} the teacher’s at {count(found.reference_steps, 'step')}."
+        f"A student that needs {count(best.num_evals, 'network call')} instead of {found.teacher.num_evals:,}: "
+        f"{_said(best)} the teacher’s at its best."
     )
     more = None
     if fewest is not best:
-        more = f"Down to {count(fewest.steps, 'step')}: {_said(fewest)} the teacher’s."
+        more = f"Down to {count(fewest.steps, 'step')}: {_said(fewest)} the teacher’s at its best."
     tiles = [
-        (f"{found.most_steps:,} → {best.steps:,}", "sampler steps"),
+        (f"{found.teacher.num_evals:,} → {best.num_evals:,}", "network calls"),
         *([(f"{times(best.speed_up)}×", "faster per sample")] if best.speed_up is not None else []),
-        (f"{times(best.ratio)}×", f"the teacher’s Fréchet distance (at {count(found.reference_steps, 'step')})"),
+        (f"{times(best.ratio)}×", f"the teacher’s Fréchet distance at its best: {method_words(*found.teacher[:3])}"),
         *tiles,
     ]
     return Summary(lead, more, tiles, best)
@@ -73,35 +74,34 @@ def summarise(facts: RunFacts, groups: Sequence[Group]) -> Summary:
 
 def _of_group(group: Group) -> Comparison | None:
     rated = [
-        Rated(row.steps, row.ratio, row.speed_up) for row in group.rows if row.ratio is not None and not row.is_matched
+        Rated(row.steps, row.measured.num_evals, row.ratio, row.speed_up)
+        for row in group.rows
+        if row.ratio is not None and not row.is_matched and not row.is_earlier
     ]
-    if not rated or group.most is None or group.reference is None:
-        return None
-    return Comparison(rated, group.most.num_steps, group.reference.num_steps)
+    return Comparison(rated, group.best) if rated and group.best is not None else None
 
 
 def _of_evaluation(facts: RunFacts) -> Comparison | None:
-    """From the first table that holds the Frechet distance of the students and of the teacher, each by its sampler."""
+    """From the first table that holds the Frechet distance of students and of the teacher."""
     if facts.evaluation is None:
         return None
-    own = None if facts.start is None else facts.start.manifest.outcome.sampler_name
     for table in facts.evaluation.tables:
-        shown: dict[str, dict[int, Row]] = {"student": {}, "teacher": {}}
+        best = best_of_table(table, facts.evaluation)
+        if best is None:
+            continue
+        shown: dict[int, Row] = {}
         for series in facts.evaluation.series:
-            if series.role == "student" or (series.role == "teacher" and own in (None, series.sampler)):
-                for row in table.rows:
-                    if row.series == series.name and row.num_steps is not None:
-                        shown[series.role].setdefault(row.num_steps, row)
-        students, teacher = ({n: row for n, row in rows.items() if "frechet" in row.figures} for rows in shown.values())
-        most = max(teacher, default=0)
-        reference = REFERENCE_STEPS if REFERENCE_STEPS in teacher else most
+            if series.role == "student":
+                # Of students with as many steps the last stands, and the first series of them.
+                rows = [row for row in table.rows if row.series == series.name and "frechet" in row.figures]
+                shown = {row.num_steps: row for row in rows if row.num_steps is not None} | shown
         rated = []
-        for steps, row in students.items() if teacher else ():
-            quality = ratio(row.figures["frechet"].mean, teacher[reference].figures["frechet"].mean)
-            if quality is not None:
-                rated.append(Rated(steps, quality, ratio(teacher[most].seconds_per_1000, row.seconds_per_1000)))
+        for steps, row in shown.items():
+            if (quality := best.ratio(row.figures["frechet"].mean)) is not None:
+                speed_up = ratio(best.seconds_per_1000, row.seconds_per_1000)
+                rated.append(Rated(steps, row.num_evals or steps, quality, speed_up))
         if rated:
-            return Comparison(rated, most, reference)
+            return Comparison(rated, best)
     return None
 
 

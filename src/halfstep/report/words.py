@@ -16,6 +16,11 @@ def sampler_label(name: str) -> str:
     return SAMPLER_LABELS.get(name, name)
 
 
+def method_words(sampler: str, num_steps: int, num_evals: int) -> str:
+    """Return how a model was sampled as "Heun, 32 steps (63 calls)"."""
+    return f"{sampler_label(sampler)}, {count(num_steps, 'step')} ({count(num_evals, 'call')})"
+
+
 def number(value: float | None) -> str:
     """Return three significant digits, a whole number as it is, or a dash for nothing."""
     if value is None:

@@ -7,9 +7,9 @@ from typing import final
 
 import torch
 
-from halfstep.measure.evaluate import Reference, references_for
+from halfstep.measure.evaluate import Method, Reference, finest, references_for, teacher_methods
 from halfstep.measure.samples import keep_samples
-from halfstep.measure.sources import ModelSource, sampler_of
+from halfstep.measure.sources import ModelSource
 from halfstep.measure.store import Cell, Store
 from halfstep.metrics import rmse
 from halfstep.models.folder import load
@@ -24,11 +24,15 @@ from halfstep.runtime.failures import told_when_out_of_memory
 from halfstep.runtime.files import write_json
 from halfstep.runtime.processes import Processes
 from halfstep.runtime.stop import StopSignal
+from halfstep.samplers import samplers
 
 
 @final
 class Measuring:
-    """Measures one stage after the other; students are compared with the first model from the same noise."""
+    """Measures one stage after the other; students are compared with the first model from the same noise.
+
+    The first model is compared at its finest: by the sampler and steps, among those measured, of most network calls.
+    """
 
     def __init__(
         self,
@@ -44,58 +48,65 @@ class Measuring:
         place, size = folder.evaluation_path.parent, spec.evaluation.batch_size
         self.store = Store(place, batch_size=size, own_device=True, processes=processes, stop=stop)
         self._base: Cell | None = None
-        """The first model of the chain at its most steps, with which all others are compared."""
+        """The first model of the chain at its finest, with which all others are compared."""
 
     def measured(self, folder: StageFolder, model: Model, updates_before: int) -> Iterator[Measured]:
         """Measure a stage, unless its figures exist; trackers log it at `updates_before` of the plan."""
-        steps = self._steps(model) if self.evaluation.enabled else []
-        if not steps:
+        methods = self._methods(model) if self.evaluation.enabled else []
+        if not methods:
             return
         protocol = self._reference.protocol | {"device": str(self.device)}
         if self._base is None:
             # Loaded again on demand: the device need not hold it beside every student.
-            self._base = self._cell(model, steps[0], folder.path)
+            self._base = self._cell(model, finest(methods), folder.path)
 
         def is_measured() -> bool:
-            held = folder.metrics()
-            return held is not None and held.protocol == protocol and {r.num_steps for r in held.results} >= set(steps)
+            held, wanted = folder.metrics(), {(samplers.name_of(one.sampler), one.num_steps) for one in methods}
+            if held is None or held.protocol != protocol:
+                return False
+            return {(result.sampler, result.num_steps) for result in held.results} >= wanted
 
         if self.processes.on_main(is_measured):
             return
         model = model.to(self.device)
         results = []
-        for num_steps in steps:
+        for method in methods:
+            by = "" if method.sampler == model.sampler else f"-{samplers.name_of(method.sampler)}"
+            name = f"steps-{method.num_steps:04d}{by}"
             with self.processes.at_once(self._stop):
-                result = self._result(folder, self._cell(model, num_steps))
+                result = self._result(folder, self._cell(model, method), name)
             results.append(result)
-            self._track(folder, result, updates_before)
+            self._track(folder, name, result, updates_before)
             yield Measured(folder.name, result)
         figures = Metrics(protocol=protocol, results=results)
         self.processes.on_main(lambda: write_json(folder.metrics_path, figures.model_dump(mode="json")))
 
-    def _steps(self, model: Model) -> list[int]:
-        """Return the steps at which a model is measured, the most first."""
-        start = self.spec.start_steps
+    def _methods(self, model: Model) -> list[Method]:
+        """Return how a model is sampled to be measured."""
+        own, start = model.sampler, self.spec.start_steps
         if model.num_steps is not None:
-            return [model.num_steps]
-        if model.role is Role.MATCHED and self._base is not None:
-            return [start] if start else []
-        students = [stage.num_steps for stage in self.spec.plan.stages]
-        return sorted({n for n in (*(self.evaluation.teacher_steps or students), start) if n}, reverse=True)
+            return [Method(own, model.num_steps)]
+        steps: list[int | None] = [start]
+        if model.role is not Role.MATCHED or self._base is None:
+            steps += self.evaluation.teacher_steps or [stage.num_steps for stage in self.spec.plan.stages]
+        numbers = [number for number in steps if number]
+        if model.role is Role.STUDENT:
+            return [Method(own, number) for number in sorted(set(numbers), reverse=True)]
+        return teacher_methods(own, numbers, self.evaluation)
 
-    def _cell(self, model: Model, num_steps: int, path: Path | None = None) -> Cell:
+    def _cell(self, model: Model, method: Method, path: Path | None = None) -> Cell:
         """Return the cell of a model, which is loaded from `path` if that is given."""
         source = ModelSource(
             model.manifest,
             (lambda: model) if path is None else functools.partial(load, path, self.device),
-            sampler_of(model.manifest),
+            method.sampler,
             self.device,
             self.spec.data,
             precision=self.evaluation.precision,
         )
-        return Cell(source, num_steps, range(self.evaluation.num_samples))
+        return Cell(source, method.num_steps, range(self.evaluation.num_samples))
 
-    def _result(self, folder: StageFolder, cell: Cell) -> Result:
+    def _result(self, folder: StageFolder, cell: Cell, name: str) -> Result:
         base = self._base
         assert base is not None
         result = self.store.result(cell, self._reference)
@@ -106,7 +117,7 @@ class Measuring:
             samples, count = self.store.samples(cell), self.evaluation.num_compared
             apart = None if cell.name == base.name else rmse(samples[:count], self.store.samples(base)[:count])
             shown = samples[: self.evaluation.num_shown]
-            kept = keep_samples(folder.path, result.num_steps, shown, self.spec.data.is_image)
+            kept = keep_samples(folder.path, name, shown, self.spec.data.is_image)
             return {"teacher_rmse": apart, "samples": kept}
 
         return result.model_copy(update=self.processes.on_main(look))
@@ -124,12 +135,11 @@ class Measuring:
             )
         return reference
 
-    def _track(self, folder: StageFolder, result: Result, updates_before: int) -> None:
+    def _track(self, folder: StageFolder, name: str, result: Result, updates_before: int) -> None:
         self.trackers.start(updates_before)
-        steps = f"steps-{result.num_steps:04d}"
         figures = {"frechet": result.frechet, "kid": result.kid, "teacher_rmse": result.teacher_rmse}
-        held = {f"{steps}/{name}": value for name, value in figures.items() if value is not None}
+        held = {f"{name}/{metric}": value for metric, value in figures.items() if value is not None}
         self.trackers.log(folder.name, held, updates_before)
         picture = (folder.path / str(result.samples)).with_suffix(".png")
         if picture.is_file():
-            self.trackers.picture(folder.name, f"{steps}/samples", picture, updates_before)
+            self.trackers.picture(folder.name, f"{name}/samples", picture, updates_before)

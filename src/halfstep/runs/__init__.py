@@ -9,15 +9,17 @@ RUN/
       model.safetensors
       manifest.json           `Manifest`; its presence says that the stage is complete
       metrics.json            `Metrics`
-      samples/steps-0008.npz  arr_0: the first samples at 8 steps, the same seeds in every stage; .png beside it
+      samples/steps-0008.npz  arr_0: the first samples at 8 steps, the same seeds in every stage; .png beside it;
+                              steps-0032-heun.npz by another sampler than the model's own
       checkpoint-00000400/    state of an unfinished stage; manifest.json with a sha256 of each file
       non-finite.json         of a stage that diverged: what is known of the batch
   report/index.html           and nearest.npz, the training samples nearest to some samples
   evaluation/evaluation.json  `EvaluationResult`, and the cells that it is made of (`evaluation.py`)
 """
 
+from halfstep.runs.best import Best, teacher_best
 from halfstep.runs.evaluation import EvaluationResult
 from halfstep.runs.heartbeat import Heartbeat
 from halfstep.runs.log import RunLog, finite, is_finite, read_log
-from halfstep.runs.schema import Manifest, Metrics, Outcome, Pipeline, PlannedStage, RunFolder, StageFolder
+from halfstep.runs.schema import Manifest, Metrics, Outcome, Pipeline, PlannedStage, Result, RunFolder, StageFolder
 from halfstep.runs.status import RunStatus, StageStatus, read_status

@@ -152,8 +152,12 @@ class Result(Record):
     """Network calls for a sample."""
     frechet: float
     kid: float
+    precision: float | None = None
+    """None, like the next two, where there were too few samples or an earlier halfstep measured."""
+    recall: float | None = None
+    coverage: float | None = None
     teacher_rmse: float | None = None
-    """Root mean square difference from the start's samples of the same noise, on [-1, 1]; None for the start itself."""
+    """Root mean square difference, on [-1, 1], from the start's finest samples of the same noise; None for these."""
     seconds_per_1000: float
     """Wall time for 1,000 samples."""
     samples: str | None = None

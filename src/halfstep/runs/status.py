@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
+from halfstep.runs.best import Best, teacher_best
 from halfstep.runs.heartbeat import SILENT_SECONDS, this_machine
 from halfstep.runs.log import finite, read_log
-from halfstep.runs.schema import RunFolder, StageFolder
+from halfstep.runs.schema import Result, RunFolder, StageFolder
 from halfstep.runtime.files import DamagedFile, read_json
 
 StageState = Literal["to come", "training", "measuring", "done", "damaged"]
@@ -23,6 +24,8 @@ RunState = Literal["running", "stopped", "finished", "diverged", "failed"]
 
 PACE_ROWS: Final = 10
 """Rows of the log over which the pace is taken."""
+RESULT: Final = {"sampler", "num_steps", "num_evals", "frechet"}
+"""Fields of a result that the status as data holds."""
 LOG_BYTES: Final = 2**20
 """Bytes from the end of the log that are read: the current stage is at its end."""
 
@@ -49,8 +52,10 @@ class StageStatus:
     samples_per_second: float | None = None
     checkpoint: int | None = None
     """Update of the last checkpoint of an unfinished stage."""
-    results: list[tuple[int, float]] = field(default_factory=list)
-    """Sampler steps and distance, as far as measured."""
+    results: list[Result] = field(default_factory=list)
+    """As far as measured."""
+    protocol: Mapping[str, Any] | None = None
+    """Of the results."""
     role: str | None = None
     """What its model is: teacher, matched or student; None if unknown."""
     rows: list[tuple[int, float]] = field(default_factory=list)
@@ -100,6 +105,18 @@ class RunStatus:
         return next((stage for stage in self.stages if not stage.is_done), None)
 
     @property
+    def teacher_best(self) -> Best | None:
+        """The first model of the chain at its best; None before it was measured."""
+        return teacher_best(map(Best.of, self.stages[0].results))
+
+    def ratio(self, stage: StageStatus, result: Result) -> float | None:
+        """Return the distance of a later stage's result over the teacher's best; None if they do not compare."""
+        best, first = self.teacher_best, self.stages[0]
+        if best is None or stage is first or stage.protocol != first.protocol:
+            return None
+        return best.ratio(result.frechet)
+
+    @property
     def updates(self) -> tuple[int, int]:
         """Updates done, and updates of the plan."""
         return sum(s.update for s in self.stages), sum(s.num_updates for s in self.stages)
@@ -143,6 +160,7 @@ class RunStatus:
             "updates_done": done,
             "num_updates": total,
             "share_done": self.share,
+            "teacher_best": None if self.teacher_best is None else self.teacher_best._asdict(),
             "training_seconds": math.fsum(stage.seconds for stage in self.stages),
             "training_seconds_left": finite(self.seconds_left),
             "process": None if self.process is None else dict(self.process),
@@ -160,7 +178,10 @@ class RunStatus:
                     "seconds": stage.seconds,
                     "seconds_left": finite(self.seconds_left_of(stage)),
                     "checkpoint": stage.checkpoint,
-                    "results": [{"num_steps": steps, "frechet": frechet} for steps, frechet in stage.results],
+                    "results": [
+                        result.model_dump(mode="json", include=RESULT) | {"ratio": self.ratio(stage, result)}
+                        for result in stage.results
+                    ],
                 }
                 for stage in self.stages
             ],
@@ -221,7 +242,8 @@ def _update_stage(stage: StageStatus, folder: StageFolder) -> None:
     stage.seconds = manifest.seconds if stage.num_updates else 0.0
     with contextlib.suppress(DamagedFile, OSError):
         metrics = folder.metrics()
-        stage.results = [(result.num_steps, result.frechet) for result in metrics.results] if metrics else []
+        if metrics is not None:
+            stage.results, stage.protocol = metrics.results, metrics.protocol
 
 
 def _update_run(status: RunStatus, folder: RunFolder, now: float) -> None:
