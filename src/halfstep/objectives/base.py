@@ -277,8 +277,8 @@ class Objective(ABC):
     """Whether the student starts from the latest student made for as many steps instead of the previous stage's
     model."""
     loss_falls: ClassVar[bool] = True
-    """Whether a student's loss that stops falling means that it has learned; False for a game between two players,
-    whose losses `EarlyEnd` does not watch."""
+    """Whether a student's loss that stops falling means that it has learned; False for a game between two players and
+    for a student that is its own teacher, whose losses `EarlyEnd` does not watch."""
 
     @property
     @abstractmethod
