@@ -97,6 +97,7 @@ def write_stage(
         stage=name,
         objective="denoise" if num_steps is None else "halve",
         parent=None if num_steps is None else parent,
+        teacher=None if num_steps is None else parent,
         outcome=Outcome(role="teacher" if num_steps is None else "student", num_steps=num_steps),
         start_steps=256,
         num_updates=2000 if num_steps is None else 400,

@@ -34,7 +34,7 @@ class StageRow:
     learning_rate: float | None
     """The highest that the log holds."""
     samples_per_second: float | None
-    to_parent: float | None
+    to_teacher: float | None
     """Root mean square difference from its teacher's samples of the same seeds, each at its own steps."""
     to_first: float | None
     """The same from the model where the chain starts, at the most steps of which samples are kept."""
@@ -62,7 +62,7 @@ def stage_rows(facts: RunFacts) -> list[StageRow]:
         else:
             status = "not begun"
         seconds = stage.manifest.seconds if stage and is_finite(stage.manifest.seconds) else None
-        to_parent, to_first, num_compared = _distances(stage, stages, facts.start)
+        to_teacher, to_first, num_compared = _distances(stage, stages, facts.start)
         rows.append(
             StageRow(
                 name=name,
@@ -76,7 +76,7 @@ def stage_rows(facts: RunFacts) -> list[StageRow]:
                 last_loss=log[-1].loss if log else None,
                 learning_rate=max((p.learning_rate for p in log if p.learning_rate is not None), default=None),
                 samples_per_second=log[-1].samples_per_second if log else None,
-                to_parent=to_parent,
+                to_teacher=to_teacher,
                 to_first=to_first,
                 num_compared=num_compared,
             )
@@ -91,11 +91,12 @@ def _distances(
     if stage is None or stage is first or stage.role != "student" or stage.manifest.num_steps is None:
         return None, None, 0
     own = stage.samples.get(stage.manifest.num_steps)
-    parent = stages.get(stage.manifest.parent or "")
-    start = (parent.manifest.num_steps or stage.manifest.start_steps) if parent else None
-    to_parent = _rmse(own, parent.samples.get(start) if parent and start else None)
     to_first = _rmse(own, first.samples[max(first.samples)] if first and first.samples else None)
-    return to_parent, to_first, 0 if own is None or to_parent is to_first is None else len(own)
+    teacher = stages.get(stage.manifest.teacher or "")
+    # An undistilled teacher may have taught by a sampler of which there are no samples.
+    steps = teacher.manifest.num_steps if teacher else None
+    to_teacher = _rmse(own, teacher.samples.get(steps)) if teacher and steps else to_first
+    return to_teacher, to_first, 0 if own is None or to_teacher is to_first is None else len(own)
 
 
 def _rmse(a: np.ndarray | None, b: np.ndarray | None) -> float | None:
@@ -142,7 +143,7 @@ def distance_figure(rows: Sequence[StageRow]) -> Markup | None:
         "distance",
         "RMSE, same noise",
         curve("from the start of the chain", [row.to_first for row in students]),
-        curve("from its own teacher", [row.to_parent for row in students]),
+        curve("from its own teacher", [row.to_teacher for row in students]),
         x_label="sampler steps",
     )
 
