@@ -41,7 +41,7 @@ from halfstep.models.folder import find_stage, load
 from halfstep.models.model import Model, samples_at_once
 from halfstep.objectives import Role
 from halfstep.recipes import Recipe, build, recipes
-from halfstep.recipes.schema import MatchingConfig, data_or_stand_in
+from halfstep.recipes.schema import SECOND_ORDER, MatchingConfig, data_or_stand_in
 from halfstep.run.runner import run as run_spec
 from halfstep.run.spec import GIVEN_TEACHER, RunSpec
 from halfstep.runs import RunFolder, read_status
@@ -146,7 +146,7 @@ def distill(argv: Sequence[str]) -> None:
     if recipe is None:
         if not any(token.partition("=")[0] == "--data.source" for token in rest):
             raise UsageError(f"{where} lies outside its run, so its data is not known: add --data SOURCE")
-        recipe = Recipe(name="distilled")
+        recipe = Recipe(name="distilled", chain=SECOND_ORDER)
     for name in (word.partition("=")[0].replace("_", "-") for word in rest):
         if name.startswith(("--network.", "--teacher.", "--model.")) and name != "--model.weighting":
             raise UsageError(f"{name} cannot change an existing teacher: leave it out")
@@ -193,6 +193,9 @@ def _going_on(recipe: Recipe, model: Model) -> Recipe:
         "factor": 2,
         **dict.fromkeys(("updates_at", "learning_rate_at", "students", "keep")),
     }
+    if model.role is Role.STUDENT:
+        # It teaches by the steps that it was distilled for.
+        chain |= {"teacher_sampler": "ddim", "teacher_steps": None}
     changes: dict[str, object] = {
         "chain": recipe.chain.model_copy(update=chain),
         "further": (),

@@ -82,6 +82,12 @@ def parents_of(objective: Objective, models: Sequence[Outcome]) -> Parents | Non
                 "from that student's teacher"
             )
         teacher = whole[-1]
+    taught = models[teacher].role is Role.STUDENT
+    if taught and isinstance(objective, Halving) and objective.teacher_sampler != DDIM():
+        raise ValueError(
+            f"the stage {name} lets a student teach by {type(objective.teacher_sampler).__name__}, but a student knows "
+            "only the steps that it was distilled for. Leave the teacher's sampler out"
+        )
     return Parents(start, teacher)
 
 

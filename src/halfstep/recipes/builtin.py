@@ -5,7 +5,16 @@ from dataclasses import replace
 from halfstep.data import DataConfig
 from halfstep.measure.evaluate import Evaluation
 from halfstep.objectives import Training
-from halfstep.recipes.schema import TEACHER, ChainConfig, MLPConfig, ModelConfig, Recipe, UNetConfig, recipes
+from halfstep.recipes.schema import (
+    SECOND_ORDER,
+    TEACHER,
+    ChainConfig,
+    MLPConfig,
+    ModelConfig,
+    Recipe,
+    UNetConfig,
+    recipes,
+)
 from halfstep.train.settings import Engine
 
 
@@ -50,7 +59,7 @@ def fashion_mnist() -> Recipe:
         data=DataConfig(source="zalando-datasets/fashion_mnist"),
         network=UNetConfig(block_out_channels=(64, 128, 128), attention=(False, False, True)),
         teacher=replace(TEACHER, num_updates=30_000, learning_rate=3e-4, ema_decay=0.999),
-        chain=ChainConfig(start_steps=256, training=Training(num_updates=4000, learning_rate=1e-4)),
+        chain=SECOND_ORDER.model_copy(update={"training": Training(num_updates=4000, learning_rate=1e-4)}),
         evaluation=Evaluation(num_samples=5000, teacher_steps=(64, 16, 8, 4, 2, 1)),
     )
 
@@ -63,7 +72,7 @@ def cifar10() -> Recipe:
         data=DataConfig(source="uoft-cs/cifar10", flip=True),
         network=UNetConfig(block_out_channels=(96, 192, 192), attention=(False, True, False), attention_head_dim=64),
         teacher=replace(TEACHER, weight_decay=0.001, ema_decay=0.9995, dropout=0.1),
-        chain=ChainConfig(training=Training(num_updates=10_000, learning_rate=1e-4)),
+        chain=SECOND_ORDER.model_copy(update={"training": Training(num_updates=10_000, learning_rate=1e-4)}),
         evaluation=Evaluation(num_samples=10_000, teacher_steps=(256, 64, 16, 8, 4, 2, 1)),
         engine=Engine(precision="bf16"),
     )
@@ -84,5 +93,7 @@ def arrays() -> Recipe:
         data=DataConfig(source="data.npy"),
         network=MLPConfig(width=256, depth=4),
         teacher=Training(num_updates=20_000, batch_size=256, learning_rate=1e-3, warmup_updates=1000, ema_decay=0.999),
-        chain=ChainConfig(start_steps=128, training=Training(num_updates=4000, batch_size=256, learning_rate=3e-4)),
+        chain=SECOND_ORDER.model_copy(
+            update={"training": Training(num_updates=4000, batch_size=256, learning_rate=3e-4)}
+        ),
     )
