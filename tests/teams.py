@@ -168,8 +168,8 @@ def trained(sharding: Sharding, micro_batch: int | None, stage: Stage, cut_at: i
         for part in ("student", "helper-auxiliary")
     )
     return {
-        "student": student, "auxiliary": auxiliary, "result": flat(made.finish().network), "shapes": shapes, "updates": update,
-        "loss": window.loss, "norm": window.grad_norm,
+        "student": student, "auxiliary": auxiliary, "result": flat(made.finish().network), "shapes": shapes,
+        "updates": update, "loss": window.loss, "norm": window.grad_norm,
     }  # fmt: skip
 
 
@@ -280,7 +280,12 @@ def engine_cases() -> dict[str, Any]:
         ("full", 5, finishing(), None),
         ("full", 5, finishing(), 20),
     ]
-    held = {"trainings": all_trainings(trainings), "finishes": all_trainings(finishes), "early": early(), "early cut": early(7)}
+    held = {
+        "trainings": all_trainings(trainings),
+        "finishes": all_trainings(finishes),
+        "early": early(),
+        "early cut": early(7),
+    }
     if Processes(make_accelerator(cpu=True)).count > 1:
         held |= {"sends": sends("none"), "sends sharded": sends("full"), "shares": shares()}
     return held

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,20 +13,23 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import teams
 from halfstep import GaussianDenoiser, NetworkDenoiser, Training, V, VPCosine, distill, sample
 from halfstep.cli import main
 from halfstep.core.denoiser import Cond, Denoiser
+from halfstep.core.draw import Draw
 from halfstep.core.noise import per_sample
 from halfstep.core.prediction import Denoised, eps_from_x0
 from halfstep.data import MemoryData, training_batch
 from halfstep.models.folder import load
 from halfstep.nets import MLP
-from halfstep.objectives import FINISHING, Finishing, Plan, Stage
+from halfstep.objectives import FINISHING, Batch, Finishing, Losses, Models, Plan, Stage
 from halfstep.run.events import Progress
 from halfstep.run.folder import DifferentRecipe
 from halfstep.run.runner import run
 from halfstep.runs import RunFolder
 from halfstep.runtime.processes import make_accelerator
+from halfstep.runtime.stop import StopSignal
 from halfstep.train.engine import StageTrainer
 from support_cli import Capture, refused
 from toys import TINY_ARRAYS, finish, points, toy_plan, toy_spec, weights
@@ -115,6 +120,36 @@ def test_a_finish_that_was_cut_ends_as_the_uncut_one(tmp_path: Path, uncut: Path
     assert RunFolder(tmp_path / "run").stage(stage).checkpoints()
     finish(_spec(), tmp_path / "run")
     assert weights(tmp_path / "run") == weights(uncut)
+
+
+@pytest.mark.parametrize("by", ["SIGKILL", "SIGTERM"])
+def test_a_finish_that_is_killed_between_two_turns_of_an_update_ends_as_the_uncut_one(
+    tmp_path: Path, uncut: Path, by: str
+) -> None:
+    team = teams.start(1, run_cut, tmp_path / "team", str(tmp_path / "run"), by)
+    (left,) = teams.ended(team, tmp_path / "team")
+    assert left.get("error", "killed").startswith({"SIGKILL": "killed", "SIGTERM": "Interrupted"}[by])
+    saved = RunFolder(tmp_path / "run").stage("03-finish-0002").checkpoints()[0]
+    update = int(saved.name.removeprefix("checkpoint-"))
+    # A checkpoint is written beside the updates after it, so a kill can come before its end.
+    assert update == 7 if by == "SIGTERM" else update in (2, 4, 6)
+    assert (saved / "helper-auxiliary.safetensors").exists()
+    finish(_spec(), tmp_path / "run")
+    assert weights(tmp_path / "run") == weights(uncut)
+
+
+def run_cut(path: str, by: str) -> None:
+    """A run that gets a signal in the student's turn of update 6, when the auxiliary has taken its two steps."""
+    loss = Finishing.loss
+
+    def signalled(self: Finishing, models: Models, batch: Batch, draw: Draw) -> Losses:
+        if draw.update == 6:
+            os.kill(os.getpid(), signal.Signals[by])
+        return loss(self, models, batch, draw)
+
+    Finishing.loss = signalled  # type: ignore[method-assign]
+    with StopSignal() as stop:
+        finish(_spec(checkpoint_updates=2), Path(path), stop)
 
 
 def test_the_finished_student_is_another_than_the_one_it_started_from_and_names_both_parents(uncut: Path) -> None:
