@@ -1,21 +1,26 @@
 """A finish in use: it repairs a distribution, survives cuts, and is added to a run that is there."""
 
 import dataclasses
+import itertools
 import json
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 import teams
 from halfstep import GaussianDenoiser, NetworkDenoiser, Training, V, VPCosine, distill, sample
-from halfstep.cli import main
+from halfstep.cli import display, main
+from halfstep.cli.display import RunDisplay
 from halfstep.core.denoiser import Cond, Denoiser
 from halfstep.core.draw import Draw
 from halfstep.core.noise import per_sample
@@ -27,7 +32,7 @@ from halfstep.objectives import FINISHING, Batch, Finishing, Losses, Models, Pla
 from halfstep.run.events import Progress
 from halfstep.run.folder import DifferentRecipe
 from halfstep.run.runner import run
-from halfstep.runs import RunFolder
+from halfstep.runs import RunFolder, read_log
 from halfstep.runtime.processes import make_accelerator
 from halfstep.runtime.stop import StopSignal
 from halfstep.train.engine import StageTrainer
@@ -276,3 +281,55 @@ def test_the_exact_gaussian_teacher_is_what_the_learned_one_starts_as() -> None:
     x_t, t = torch.linspace(-2, 2, 9)[:, None], torch.linspace(0.1, 1, 9, dtype=torch.float64)
     exact = GaussianDenoiser(VPCosine(), MEAN, STD)
     torch.testing.assert_close(LearnedGaussian()(x_t, t).x0, exact(x_t, t).x0)
+
+
+def test_a_dry_run_counts_every_call_and_copy_of_a_finish(trained: Path, capsys: Capture) -> None:
+    capsys.readouterr()
+    settings = ["--finish.auxiliary-turns", "3", "--finish.updates-at", "1", "7"]
+    main(["finish", str(trained), "--steps", "2", "1", *BRIEF, *settings, "--dry-run", "--json"])
+    facts = json.loads(capsys.readouterr().out)
+    rows, weights_ = facts["stages"][-2:], 4 * facts["parameters"]
+    assert [(row["stage"], row["num_steps"], row["num_updates"]) for row in rows] == [
+        ("03-finish-0002", 2, 4),
+        ("04-finish-0001", 1, 7),
+    ]
+    for row in rows:
+        # The student is called four times and the auxiliary too, teacher and start once; a backward pass costs two.
+        assert row["update_flops"] == (4 + 2 * 1 + 4 + 2 * 3 + 1 + 1) * 8 * facts["forward_flops"]
+        assert row["samples_seen"] == row["num_updates"] * 8
+    memory = facts["memory_bytes"]
+    assert (memory["weights"], memory["teacher"], memory["helpers"]) == (weights_, weights_, 2 * weights_)
+    assert (memory["gradients"], memory["moments"], memory["average"]) == (2 * weights_, 4 * weights_, weights_)
+
+
+def test_a_finish_whose_student_has_had_no_turn_yet_is_shown_without_a_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr(display, "time", SimpleNamespace(monotonic=itertools.count(0, 100).__next__))
+    events: Iterator[Any] = run(_spec(log_every=1, checkpoint_updates=1), tmp_path / "run")
+
+    def until_the_lead() -> Iterator[Any]:
+        for event in events:
+            yield event
+            if isinstance(event, Progress) and (event.name, event.window.update) == ("03-finish-0002", 3):
+                return
+
+    RunDisplay(_spec().stages, Console(width=200)).show(until_the_lead())
+    events.close()  # type: ignore[attr-defined]
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("03-finish-0002: update")]
+    assert len(said) == 3
+    assert not any("loss" in line for line in said)
+    main(["status", str(tmp_path / "run")])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "03-finish-0002" in line and "3/9" in line]
+    assert "loss" not in line
+    main(["status", str(tmp_path / "run"), "--json"])
+    stage = json.loads(capsys.readouterr().out)["stages"][3]
+    assert (stage["update"], stage["loss"], stage["state"]) == (3, None, "training")
+    assert stage["learning_rate"] > 0
+    last = read_log(RunFolder(tmp_path / "run").log_path)[-1]
+    assert "loss" not in last
+    assert last["auxiliary_loss"] > 0
+    # The page of a run that stands there, and the messages of both, hold no word for what is not known.
+    main(["report", str(tmp_path / "run")])
+    page = (tmp_path / "run" / "report" / "index.html").read_text()
+    assert not re.search(r">\s*(None|nan)\s*<", page)

@@ -17,6 +17,7 @@ from halfstep.models.folder import load
 from halfstep.nets import LoRA
 from halfstep.objectives import Batch, Finishing, FixedGuidance, Guidance, GuidanceRange, Models
 from support import gaussian, numbers
+from support_cli import Capture
 from support_pipelines import save_sd
 
 
@@ -102,3 +103,20 @@ def test_a_text_conditional_student_is_finished(
     own = [row for row in rows if row["stage"] == "05-finish-0001"]
     assert ["loss" in row for row in own] == [False, False, True, True]
     assert all("auxiliary_loss" in row for row in own)
+
+
+def test_a_dry_run_of_lora_students_counts_the_shared_weights_once(
+    pipeline: tuple[str, str], tmp_path: Path, capsys: Capture
+) -> None:
+    teacher, latents = pipeline
+    words = ["distill", teacher, "--data", latents, "--out", str(tmp_path / "none"), "--finish.steps", "1"]
+    settings = ["--matching.guidance-scale", "3", "--chain.lora-rank", "2", "--chain.updates-at", "2", "2"]
+    capsys.readouterr()
+    main([*words, *settings, *BUDGET, "--dry-run", "--json"])
+    facts = json.loads(capsys.readouterr().out)
+    own, memory = facts["trainable_parameters"], facts["memory_bytes"]
+    assert own < facts["parameters"] / 5
+    # Student and auxiliary are trained; teacher, auxiliary and start have additions of their own, no more.
+    assert memory["weights"] == 4 * facts["parameters"]
+    assert (memory["teacher"], memory["helpers"], memory["average"]) == (4 * own, 2 * 4 * own, 4 * own)
+    assert (memory["gradients"], memory["moments"]) == (2 * 4 * own, 2 * 8 * own)
