@@ -37,7 +37,8 @@ from halfstep.runtime.processes import make_accelerator
 from halfstep.runtime.stop import StopSignal
 from halfstep.train.engine import StageTrainer
 from support_cli import Capture, refused
-from toys import TINY_ARRAYS, finish, points, toy_plan, toy_spec, weights
+from support_pipelines import assert_same, quietly
+from toys import TINY_ARRAYS, TINY_DIGITS, finish, points, toy_plan, toy_spec, weights
 
 MEAN, STD = 0.3, 0.5
 
@@ -333,3 +334,42 @@ def test_a_finish_whose_student_has_had_no_turn_yet_is_shown_without_a_loss(
     main(["report", str(tmp_path / "run")])
     page = (tmp_path / "run" / "report" / "index.html").read_text()
     assert not re.search(r">\s*(None|nan)\s*<", page)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Students of 8, 4, 2 and 1 steps on images, all finished."""
+    torch.set_num_threads(1)
+    path = tmp_path_factory.mktemp("digits") / "run"
+    chain = ["--chain.start-steps", "16", "--finish.steps", "8", "4", "2", "1", "--finish.learning-rate", "1e-3"]
+    tiny = [word for word in TINY_DIGITS if word != "--model.conditional"]
+    main(["run", "digits", "--out", str(path), *tiny, *chain, "--evaluation.no-enabled", *BRIEF])
+    return path
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 4, 8])
+def test_finished_students_sample_in_stock_diffusers_and_in_onnx_as_here(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_steps: int
+) -> None:
+    import diffusers
+    import onnxruntime
+    from diffusers.pipelines.ddim import pipeline_ddim
+
+    (stage,) = digits.glob(f"stages/*-finish-{num_steps:04d}")
+    model = load(stage)
+    x_1 = model.noise(range(3))
+    expected = sample(model, x_1, num_steps)
+    started = load(digits / "stages" / str(model.manifest.parent))
+    assert float((sample(started, x_1, num_steps) - expected).abs().max()) > 1e-3, "nothing was finished"
+    main(["export", str(stage), "--out", str(tmp_path / "stock")])
+    pipe = quietly(diffusers.DDIMPipeline.from_pretrained(tmp_path / "stock"))
+    monkeypatch.setattr(pipeline_ddim, "randn_tensor", lambda *args, **kwargs: x_1.clone())
+    images = pipe(3, num_inference_steps=num_steps, use_clipped_model_output=True, output_type="np").images
+    assert_same(torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1, expected)
+    main(["export", str(stage), "--format", "onnx", "--out", str(tmp_path / "finished.onnx")])
+    graph = onnxruntime.InferenceSession(str(tmp_path / "finished.onnx"))
+    (found,) = graph.run(None, {graph.get_inputs()[0].name: x_1.numpy()})
+    assert_same(torch.from_numpy(found), expected)
+    card = (tmp_path / "stock" / "README.md").read_text()
+    assert f"started from `{model.manifest.parent}`" in card
+    assert "learned from `00-denoise`" in card
