@@ -170,6 +170,7 @@ def trained(sharding: Sharding, micro_batch: int | None, stage: Stage, cut_at: i
     return {
         "student": student, "auxiliary": auxiliary, "result": flat(made.finish().network), "shapes": shapes,
         "updates": update, "loss": window.loss, "norm": window.grad_norm,
+        "helpers": [value for helper in window.helpers.values() for value in helper],
     }  # fmt: skip
 
 

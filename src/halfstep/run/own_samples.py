@@ -80,8 +80,8 @@ def samples_of(
             parts.append(sample(teacher, x_1, num_steps or NUM_STEPS, method, cond).float().cpu())
     finally:
         teacher.train(was_training)
-    names = () if labels is None else tuple(str(number) for number in range(int(labels.max()) + 1))
-    return MemoryData("samples of the teacher", torch.cat(parts), labels, names)
+    classes = 0 if labels is None else int(labels.max()) + 1
+    return MemoryData("samples of the teacher", torch.cat(parts), labels, tuple(map(str, range(classes))))
 
 
 def _unguided(model: Model) -> float | None:
