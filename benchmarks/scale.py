@@ -42,7 +42,7 @@ def worker(name: str, batch: int, number: int, rounds: int, device: str, out: Pa
     updates = trainer_for(spec, spec.plan.stages[0], "bench", spec.teacher, accelerator).run()
     parts: dict[str, Callable[[], Any]] = {
         "ours": lambda: next(updates),
-        "bare": bare(name, images(name), "float32", False, str(accelerator.device), micro, number),
+        "bare": bare(name, images(name), halving(micro), "float32", False, str(accelerator.device), number),
     }
     seconds = timed(parts, rounds, device)
     if accelerator.is_main_process:

@@ -1,12 +1,13 @@
-"""Seconds of an update: ours, the bare sum of its network calls and optimiser, and a halving step written naively.
+"""Seconds of an update of each objective: ours, and the bare sum of its network calls and optimiser steps.
+
+A halving is also compared with its step written naively.
 
     python benchmarks/step.py                  # digits, Fashion-MNIST, CIFAR-10; float32 and bf16; eager and compiled
     python benchmarks/step.py --networks digits --short
-    python benchmarks/step.py --objective consistency   # without the naive step, which is a halving's
 
-Bare is the objective's own network calls (for halving two teacher forwards, one forward and backward pass of the
-student) and one optimiser step, on tensors that are there, in the same precision and compiled alike: no data, noise,
-target, loss, clipping. Naive is what public
+Bare is each network's calls with and without a backward pass, as many as the objective declares, and an optimiser step
+for each backward pass, on tensors that are there, in the same precision and compiled alike: no data, noise, target,
+loss, clipping. (A halving: two teacher forwards, one forward and backward pass of the student.) Naive is what public
 re-implementations do, in float32: images decoded at every update, one conversion function for each pair of
 parameterisations, the subtractive target, an optimiser without fusion, a loop over parameters for the moving average,
 the loss fetched at every update. All take turns in one process. On a GPU a turn is several updates: ours
@@ -29,27 +30,23 @@ from torch import Tensor
 from common import arguments, denoiser, halving, images, median, median_ratio, parsed, repeated, timed, write
 from halfstep.data import MemoryData, held_on, training_batch
 from halfstep.nets import copy_denoiser, set_dropout
-from halfstep.objectives import STUDENT, Consistency, Halving, Objective
+from halfstep.objectives import FINISHING, Consistency, Finishing, MomentMatching, Plan, Stage
 from halfstep.runtime.processes import make_accelerator
 from halfstep.train.engine import StageTrainer, compile_networks
 from halfstep.train.optimizers import make_optimizer
 from halfstep.train.settings import Engine
 
 NUM_STEPS = 8
-OBJECTIVES: dict[str, Objective] = {"halve": Halving(NUM_STEPS), "consistency": Consistency(NUM_STEPS)}
-"""Objectives without helpers."""
 BATCH = {"digits": 64, "fashion_mnist": 64, "cifar10": 16, "tiny": 8}
 
 
-def ours(
-    name: str, data: MemoryData, precision: str, compiled: bool, device: str, batch: int, objective: Objective
-) -> Callable[[], Any]:
+def ours(name: str, data: MemoryData, stage: Stage, precision: str, compiled: bool, device: str) -> Callable[[], Any]:
     """One update of a `StageTrainer`."""
     teacher = denoiser(name, device)
     accelerator = make_accelerator(precision, cpu=device == "cpu")
     near = held_on(accelerator.device, data)
     trainer = StageTrainer(
-        copy_denoiser(teacher), teacher, replace(halving(batch), objective=objective),
+        copy_denoiser(teacher), teacher, stage,
         lambda draw: training_batch(near, draw, False),
         seed=0, stream="bench", accelerator=accelerator, engine=Engine(compile=compiled),
         ahead=0 if device == "cpu" else 3,
@@ -59,40 +56,40 @@ def ours(
 
 
 def bare(
-    name: str,
-    data: MemoryData,
-    precision: str,
-    compiled: bool,
-    device: str,
-    batch: int,
-    micro_batches: int = 1,
-    objective: Objective = OBJECTIVES["halve"],
+    name: str, data: MemoryData, stage: Stage, precision: str, compiled: bool, device: str, micro_batches: int = 1
 ) -> Callable[[], Any]:
-    """The network calls and the optimiser of an update, of so many micro batches of `batch` samples each."""
-    teacher, student = denoiser(name, device).eval().requires_grad_(False), denoiser(name, device).train()
-    set_dropout(student.network, 0.0)
-    if compiled:
-        compile_networks(teacher)
-        compile_networks(student)
-    optimizer = make_optimizer("adamw", list(student.parameters()), halving(batch).training)
+    """The network calls and optimiser steps of an update, each micro batch as large as the stage's batch."""
+    evals = stage.objective.evals
+    networks = {each: denoiser(name, device).eval().requires_grad_(False) for each in evals}
+    optimizers = {}
+    for each, made in networks.items():
+        if evals[each].backward:
+            set_dropout(made.network, 0.0)
+            made.train().requires_grad_(True)
+            optimizers[each] = make_optimizer("adamw", list(made.parameters()), stage.training)
+        if compiled:
+            compile_networks(made)
+    batch = stage.training.batch_size
     x0 = data.fetch(torch.arange(batch)).x0.to(device)
     time = torch.full((batch,), 0.5, device=device)
     kind = torch.device(device).type
-    own = objective.evals[STUDENT]
-    assert own.backward == 1
+
+    def called(each: str, times: float) -> None:
+        for _ in range(micro_batches * round(times)):
+            networks[each].network(x0, time)
 
     def update() -> None:
-        for _ in range(micro_batches):
-            with torch.autocast(kind, torch.bfloat16, enabled=precision == "bf16"):
-                with torch.no_grad():
-                    for _ in range(round(objective.evals["teacher"].forward)):
-                        teacher.network(x0, time)
-                    for _ in range(round(own.forward) - 1):
-                        student.network(x0, time)
-                output = student.network(x0, time)
-            output.float().square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        with torch.autocast(kind, torch.bfloat16, enabled=precision == "bf16"), torch.no_grad():
+            for each, found in evals.items():
+                called(each, found.forward - found.backward)
+        for each, optimizer in optimizers.items():
+            for _ in range(round(evals[each].backward)):
+                for _ in range(micro_batches):
+                    with torch.autocast(kind, torch.bfloat16, enabled=precision == "bf16"):
+                        output = networks[each].network(x0, time)
+                    output.float().square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
 
     return update
 
@@ -155,35 +152,48 @@ def naive(name: str, data: MemoryData, device: str, batch: int) -> Callable[[], 
     return update
 
 
-def measured(
-    name: str, device: str, batch: int, rounds: int, settings: list[tuple[str, bool]], objective: str
-) -> list[dict[str, Any]]:
-    """A row for each setting, beside the naive step if it is halving."""
-    data, method = images(name), OBJECTIVES[objective]
-    parts: dict[str, Callable[[], Any]] = {}
-    if objective == "halve":
-        parts["naive"] = naive(name, data, device, batch)
-    for precision, compiled in settings:
-        kind = f"{precision}{' compiled' if compiled else ''}"
-        parts[f"bare {kind}"] = bare(name, data, precision, compiled, device, batch, objective=method)
-        parts[f"ours {kind}"] = ours(name, data, precision, compiled, device, batch, method)
+def finishing(batch: int) -> Stage:
+    """A finish all of whose updates have the student's turn."""
+    stage = Plan.finishes([NUM_STEPS], FINISHING, lambda steps: Finishing(steps, lead_updates=0)).stages[0]
+    return replace(stage, training=replace(stage.training, num_updates=10**9, batch_size=batch, anneal=False))
+
+
+def measured(name: str, device: str, batch: int, rounds: int, settings: list[tuple[str, bool]]) -> list[dict[str, Any]]:
+    """A row for each stage and setting; those of halving beside the naive step."""
+    data = images(name)
+    halved = halving(batch, num_steps=NUM_STEPS)
+    stages = {
+        "halve": halved,
+        "finish": finishing(batch),
+        "consistency": replace(halved, objective=Consistency(NUM_STEPS)),
+        "moments": replace(halved, objective=MomentMatching(NUM_STEPS)),
+    }
+    parts: dict[str, Callable[[], Any]] = {"naive": naive(name, data, device, batch)}
+    kinds = {
+        (update, precision, compiled): f"{update} {precision}{' compiled' if compiled else ''}"
+        for update in stages
+        for precision, compiled in settings
+    }
+    for (update, precision, compiled), kind in kinds.items():
+        parts[f"bare {kind}"] = bare(name, data, stages[update], precision, compiled, device)
+        parts[f"ours {kind}"] = ours(name, data, stages[update], precision, compiled, device)
     each = 1 if device == "cpu" else 20
     turns = timed({part: repeated(call, each) for part, call in parts.items()}, rounds, device, warm_up=3)
     seconds = {part: [one / each for one in found] for part, found in turns.items()}
     millions = sum(p.numel() for p in denoiser(name).parameters()) / 1e6
     rows = []
-    for precision, compiled in settings:
-        kind = f"{precision}{' compiled' if compiled else ''}"
+    for (update, precision, compiled), kind in kinds.items():
         mine, base = seconds[f"ours {kind}"], seconds[f"bare {kind}"]
-        row = {
-            "network": name, "M parameters": round(millions, 3), "batch": batch, "precision": precision,
-            "compiled": compiled, "seconds": median(mine), "bare": median(base),
-            "ours / bare": round(median_ratio(mine, base), 4),
-        }  # fmt: skip
-        if "naive" in seconds:
-            row["naive"] = median(seconds["naive"])
-            row["naive / ours"] = round(median_ratio(seconds["naive"], mine), 3)
-        rows.append(row)
+        beside = seconds["naive"] if update == "halve" else None
+        rows.append(
+            {
+                "network": name, "M parameters": round(millions, 3), "batch": batch, "update": update,
+                "precision": precision, "compiled": compiled, "seconds": median(mine), "bare": median(base),
+                "naive": beside and median(beside),
+                "ours / bare": round(median_ratio(mine, base), 4),
+                "naive / ours": beside and round(median_ratio(beside, mine), 3),
+            }
+        )  # fmt: skip
     return rows
 
 
@@ -191,7 +201,6 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     parser = arguments(__doc__)
     parser.add_argument("--networks", nargs="+", choices=BATCH, default=None)
-    parser.add_argument("--objective", choices=OBJECTIVES, default="halve")
     parser.add_argument("--rounds", type=int, default=None)
     parser.add_argument("--batch", type=int, default=None, help="in the place of each network's own")
     parser.add_argument("--eager", action="store_true", help="leave the compiled networks out")
@@ -205,15 +214,9 @@ def main() -> None:
         # Torch keeps eight graphs of one class of networks, and runs what comes after them without a word as it is.
         torch._dynamo.reset()
         rounds = options.rounds or (60 if name in ("digits", "tiny") else 8)
-        rows += measured(name, options.device, options.batch or BATCH[name], rounds, settings, options.objective)
+        rows += measured(name, options.device, options.batch or BATCH[name], rounds, settings)
         # After each network: to compile them can take an hour of a CPU's time, and what was measured stays.
-        write(
-            "step" if options.objective == "halve" else f"step_{options.objective}",
-            rows,
-            options,
-            threads=torch.get_num_threads(),
-            num_steps=NUM_STEPS,
-        )
+        write("step", rows, options, threads=torch.get_num_threads(), num_steps=NUM_STEPS)
 
 
 if __name__ == "__main__":

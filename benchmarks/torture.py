@@ -5,11 +5,11 @@ python benchmarks/torture.py --short    a fifth of them
 
 --seed N deals the same blows again, as far as the machine lets it.
 
-The chain and the blows are those of the tests (tests/torture.py): three stages on points in the plane, a checkpoint
-every third update, figures measured after each stage, every blow at a random moment. A run that comes to its end must
-have the weights and the figures of an uncut run, bit for bit (of two processes: of an uncut run of two), leave no file
-of its checkpoints behind, and end with the exit code of what stopped it; the first that does not ends the torture with
-an error. Then the growth of a stage of 2,060 updates with 206 checkpoints is measured.
+The chain and the blows are those of the tests (tests/torture.py): a teacher, two students and their finishes on points
+in the plane, a checkpoint every third update, figures measured after each stage, every blow at a random moment. A run
+that comes to its end must have the weights and the figures of an uncut run, bit for bit (of two processes: of an uncut
+run of two), leave no file of its checkpoints behind, and end with the exit code of what stopped it; the first that does
+not ends the torture with an error. Then the growth of a stage of 2,060 updates with 206 checkpoints is measured.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def main() -> None:
     from halfstep.runtime.environment import environment
 
     result: dict[str, Any] = {
-        "what": "blows at random moments to the toy chain; every run ends with the weights of an uncut run",
+        "what": "blows at random moments to a chain with finishes; every run ends with the weights of an uncut run",
         "command": " ".join(["python", *sys.orig_argv[1:]]),
         "environment": environment(),
         "seed": options.seed,

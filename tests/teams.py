@@ -36,7 +36,7 @@ from halfstep.measure import curve, store
 from halfstep.measure.evaluate import Evaluation
 from halfstep.models.folder import load
 from halfstep.nets import MLP, UNet2D, copy_denoiser, unet2d_config
-from halfstep.objectives import EarlyEnd, Plan, Stage, Training, objectives
+from halfstep.objectives import EarlyEnd, Finishing, Plan, Stage, Training, objectives
 from halfstep.run.events import Progress
 from halfstep.run.runner import run
 from halfstep.runs import RunFolder
@@ -141,6 +141,12 @@ def halving(num_updates: int = 50, **changes: Any) -> Stage:
     return tuned(stage, **({"ema_decay": 0.9, "grad_clip": 0.05} | changes))
 
 
+def finishing() -> Stage:
+    """A finish of the student of 2 steps, most of whose updates are turns of both players."""
+    training = Training(50, 1e-3, batch_size=24, ema_decay=0.9, grad_clip=0.05)
+    return Stage(Finishing(2, lead_updates=10), training)
+
+
 def flat(network: nn.Module) -> torch.Tensor:
     """All weights in one vector."""
     return torch.cat([p.detach().flatten() for p in network.parameters()])
@@ -161,10 +167,14 @@ def trained(sharding: Sharding, micro_batch: int | None, stage: Stage, cut_at: i
     window, update = made.window(), made.update
     state = made.state()
     shapes = {f"{part}.{name}": list(value.shape) for part, tensors in state.items() for name, value in tensors.items()}
-    student = torch.cat([value.flatten() for value in state["student"].values()]) if state else torch.zeros(0)
+    student, auxiliary = (
+        torch.cat([value.flatten() for value in state.get(part, {"": torch.zeros(0)}).values()])
+        for part in ("student", "helper-auxiliary")
+    )
     return {
-        "student": student, "result": flat(made.finish().network), "shapes": shapes, "updates": update,
-        "loss": window.loss, "norm": window.grad_norm,
+        "student": student, "auxiliary": auxiliary, "result": flat(made.finish().network), "shapes": shapes,
+        "updates": update, "loss": window.loss, "norm": window.grad_norm,
+        "helpers": [value for helper in window.helpers.values() for value in helper],
     }  # fmt: skip
 
 
@@ -269,7 +279,18 @@ def engine_cases() -> dict[str, Any]:
         ("full", 5, stage, None),
         ("full", 5, stage, 20),
     ]
-    held = {"trainings": all_trainings(trainings), "early": early(), "early cut": early(7)}
+    finishes: list[tuple[Sharding, int | None, Stage, int | None]] = [
+        ("none", None, finishing(), None),
+        ("none", None, finishing(), 20),
+        ("full", 5, finishing(), None),
+        ("full", 5, finishing(), 20),
+    ]
+    held = {
+        "trainings": all_trainings(trainings),
+        "finishes": all_trainings(finishes),
+        "early": early(),
+        "early cut": early(7),
+    }
     if Processes(make_accelerator(cpu=True)).count > 1:
         held |= {"sends": sends("none"), "sends sharded": sends("full"), "shares": shares()}
     return held

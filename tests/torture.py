@@ -1,8 +1,8 @@
 """What a run must survive: kills, signals, damaged files, a full disk, a vanished folder, each at a random moment.
 
-`Ordeal` deals blows to runs of the toy chain with figures measured after each stage, in processes of their own, and
-holds every run that comes to its end to the weights and the figures of an uncut run. `tests/behaviour/test_torture.py`
-deals a few, `benchmarks/torture.py` all that were asked for.
+`Ordeal` deals blows to runs of the toy chain and two finishes, with figures measured after each stage, in processes of
+their own, and holds every run that comes to its end to the weights and the figures of an uncut run.
+`tests/behaviour/test_torture.py` deals a few, `benchmarks/torture.py` all that were asked for.
 """
 
 import gc
@@ -28,7 +28,7 @@ import torchmetrics  # noqa: F401
 
 import teams
 from halfstep.measure.evaluate import Evaluation
-from halfstep.objectives import Plan
+from halfstep.objectives import Finishing, Plan, Training
 from halfstep.run.events import Progress
 from halfstep.run.runner import run
 from halfstep.run.spec import RunSpec
@@ -42,9 +42,12 @@ NO_STORAGE: Final = 3
 
 
 def spec() -> RunSpec:
-    """The toy chain, three stages with checkpoints every few updates, each measured at its end."""
+    """The toy chain and its students' finishes, with checkpoints every few updates, each stage measured at its end."""
     evaluation = Evaluation(num_samples=60, num_compared=20, num_shown=8, batch_size=20)
-    return toy_spec(plan=toy_plan(20, 15), evaluation=evaluation)
+    plan = toy_plan(20, 15) + Plan.finishes(
+        [2, 1], Training(24, 1e-3, 16, ema_decay=0.9), lambda n: Finishing(n, lead_updates=8)
+    )
+    return toy_spec(plan=plan, evaluation=evaluation)
 
 
 def child(path: str, began: Event, said: str) -> None:

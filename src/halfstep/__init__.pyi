@@ -62,6 +62,7 @@ from .objectives import (
     objectives,
 )
 from .run.distill import distill, fit
+from .run.own_samples import samples_of
 from .samplers import (
     DDIM,
     RK4,
@@ -164,6 +165,7 @@ __all__ = [
     "sample",
     "sample_labels",
     "sample_noise",
+    "samples_of",
     "scaled_linear_betas",
     "step_noise",
     "trajectory",

@@ -1,6 +1,7 @@
 """The benchmarks run in their short form and write what their tables promise.
 
-All in this process and a team of two; the full forms start a program for each setting.
+All in this process, but for one start of two processes; what the full forms start afresh for each setting is called
+here as they call it.
 """
 
 import contextlib
@@ -19,7 +20,6 @@ import pytest
 import torch
 from PIL import Image
 
-import teams
 from halfstep.runtime.stop import Interrupted
 
 FOLDER: Final = Path(__file__).parents[2] / "benchmarks"
@@ -75,27 +75,15 @@ def positive(rows: list[dict[str, Any]], *keys: str) -> bool:
     return all(row[key] > 0 for row in rows for key in keys)
 
 
+UPDATES: Final = ("halve", "finish", "consistency", "moments")
+
+
 def test_step_and_sample(modules: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     rows = written(modules("step"), monkeypatch, tmp_path / "step.json", "--rounds", "2")["rows"]
-    assert [(row["precision"], row["compiled"]) for row in rows] == [("float32", False), ("bf16", False)]
-    assert all(
-        min(row["seconds"], row["bare"], row["naive"], row["ours / bare"], row["naive / ours"]) > 0 for row in rows
-    )
-    called(
-        modules("step"),
-        monkeypatch,
-        "--short",
-        "--networks",
-        "tiny",
-        "--out",
-        str(tmp_path / "own.json"),
-        "--objective",
-        "consistency",
-        "--rounds",
-        "2",
-    )
-    rows = json.loads((tmp_path / "own.json").read_text())["rows"]
-    assert all(row["ours / bare"] > 0 and "naive" not in row for row in rows)
+    found = [(row["update"], row["precision"], row["compiled"]) for row in rows]
+    assert found == [(update, kind, False) for update in UPDATES for kind in ("float32", "bf16")]
+    assert positive(rows, "seconds", "bare", "ours / bare")
+    assert positive(rows[:2], "naive", "naive / ours")
     words = ("--rounds", "1", "--batch", "4")
     rows = written(modules("sample"), monkeypatch, tmp_path / "sample.json", *words)["rows"]
     assert [row["steps"] for row in rows] == [1, 4, 16]
@@ -144,30 +132,20 @@ def test_io(modules: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 
 
 def test_scale(modules: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    scale, file = modules("scale"), tmp_path / "seconds.json"
+    scale, started = modules("scale"), modules("scale").started
 
-    def here(name: str, batch: int, processes: int, threads: int, *rest: Any) -> Any:
+    def alone_here(name: str, batch: int, processes: int, threads: int, *rest: Any) -> Any:
         if processes > 1:
-            teams.together(processes, teams.scaled, tmp_path / "left", str(FOLDER), name, batch, *rest, str(file))
-        else:
-            scale.worker(name, batch, *rest, file)
-        found = json.loads(file.read_text())
-        assert found["processes"] == processes
-        return found["seconds"]
+            return started(name, batch, processes, threads, *rest)
+        scale.worker(name, batch, *rest, tmp_path / "seconds.json")
+        return json.loads((tmp_path / "seconds.json").read_text())["seconds"]
 
-    monkeypatch.setattr(scale, "started", here)
+    monkeypatch.setattr(scale, "started", alone_here)
     rows = written(scale, monkeypatch, tmp_path / "scale.json", "--rounds", "2")["rows"]
     found = [(row["processes"], row["threads of each"], row["micro batches of each"]) for row in rows]
     assert found == [(1, 1, 1), (2, 1, 1), (1, 1, 2)]
     assert positive(rows, "seconds", "bare", "ours / bare", "against 1")
     assert rows[0]["against 1"] == 1
-
-
-@pytest.mark.slow
-def test_a_setting_of_scale_is_started_by_torchrun(modules: Any) -> None:
-    seconds = modules("scale").started("tiny", 8, 2, 1, 1, 2, "cpu")
-    assert seconds.keys() == {"ours", "bare"}
-    assert all(value > 0 for values in seconds.values() for value in values)
 
 
 def test_the_speedrun_goes_on_where_it_was_cut(modules: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

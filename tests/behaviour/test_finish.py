@@ -1,33 +1,44 @@
 """A finish in use: it repairs a distribution, survives cuts, and is added to a run that is there."""
 
 import dataclasses
+import itertools
 import json
+import os
+import re
+import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
+import teams
 from halfstep import GaussianDenoiser, NetworkDenoiser, Training, V, VPCosine, distill, sample
-from halfstep.cli import main
+from halfstep.cli import display, main
+from halfstep.cli.display import RunDisplay
 from halfstep.core.denoiser import Cond, Denoiser
+from halfstep.core.draw import Draw
 from halfstep.core.noise import per_sample
 from halfstep.core.prediction import Denoised, eps_from_x0
 from halfstep.data import MemoryData, training_batch
 from halfstep.models.folder import load
 from halfstep.nets import MLP
-from halfstep.objectives import FINISHING, Finishing, Plan, Stage
+from halfstep.objectives import FINISHING, Batch, Finishing, Losses, Models, Plan, Stage
 from halfstep.run.events import Progress
 from halfstep.run.folder import DifferentRecipe
 from halfstep.run.runner import run
-from halfstep.runs import RunFolder
+from halfstep.runs import RunFolder, read_log
 from halfstep.runtime.processes import make_accelerator
+from halfstep.runtime.stop import StopSignal
 from halfstep.train.engine import StageTrainer
 from support_cli import Capture, refused
-from toys import TINY_ARRAYS, finish, points, toy_plan, toy_spec, weights
+from support_pipelines import assert_same, quietly
+from toys import TINY_ARRAYS, TINY_DIGITS, finish, points, toy_plan, toy_spec, weights
 
 MEAN, STD = 0.3, 0.5
 
@@ -115,6 +126,36 @@ def test_a_finish_that_was_cut_ends_as_the_uncut_one(tmp_path: Path, uncut: Path
     assert RunFolder(tmp_path / "run").stage(stage).checkpoints()
     finish(_spec(), tmp_path / "run")
     assert weights(tmp_path / "run") == weights(uncut)
+
+
+@pytest.mark.parametrize("by", ["SIGKILL", "SIGTERM"])
+def test_a_finish_that_is_killed_between_two_turns_of_an_update_ends_as_the_uncut_one(
+    tmp_path: Path, uncut: Path, by: str
+) -> None:
+    team = teams.start(1, run_cut, tmp_path / "team", str(tmp_path / "run"), by)
+    (left,) = teams.ended(team, tmp_path / "team")
+    assert left.get("error", "killed").startswith({"SIGKILL": "killed", "SIGTERM": "Interrupted"}[by])
+    saved = RunFolder(tmp_path / "run").stage("03-finish-0002").checkpoints()[0]
+    update = int(saved.name.removeprefix("checkpoint-"))
+    # A checkpoint is written beside the updates after it, so a kill can come before its end.
+    assert update == 7 if by == "SIGTERM" else update in (2, 4, 6)
+    assert (saved / "helper-auxiliary.safetensors").exists()
+    finish(_spec(), tmp_path / "run")
+    assert weights(tmp_path / "run") == weights(uncut)
+
+
+def run_cut(path: str, by: str) -> None:
+    """A run that gets a signal in the student's turn of update 6, when the auxiliary has taken its two steps."""
+    loss = Finishing.loss
+
+    def signalled(self: Finishing, models: Models, batch: Batch, draw: Draw) -> Losses:
+        if draw.update == 6:
+            os.kill(os.getpid(), signal.Signals[by])
+        return loss(self, models, batch, draw)
+
+    Finishing.loss = signalled  # type: ignore[method-assign]
+    with StopSignal() as stop:
+        finish(_spec(checkpoint_updates=2), Path(path), stop)
 
 
 def test_the_finished_student_is_another_than_the_one_it_started_from_and_names_both_parents(uncut: Path) -> None:
@@ -241,3 +282,94 @@ def test_the_exact_gaussian_teacher_is_what_the_learned_one_starts_as() -> None:
     x_t, t = torch.linspace(-2, 2, 9)[:, None], torch.linspace(0.1, 1, 9, dtype=torch.float64)
     exact = GaussianDenoiser(VPCosine(), MEAN, STD)
     torch.testing.assert_close(LearnedGaussian()(x_t, t).x0, exact(x_t, t).x0)
+
+
+def test_a_dry_run_counts_every_call_and_copy_of_a_finish(trained: Path, capsys: Capture) -> None:
+    capsys.readouterr()
+    settings = ["--finish.auxiliary-turns", "3", "--finish.updates-at", "1", "7"]
+    main(["finish", str(trained), "--steps", "2", "1", *BRIEF, *settings, "--dry-run", "--json"])
+    facts = json.loads(capsys.readouterr().out)
+    rows, weights_ = facts["stages"][-2:], 4 * facts["parameters"]
+    assert [(row["stage"], row["num_steps"], row["num_updates"]) for row in rows] == [
+        ("03-finish-0002", 2, 4),
+        ("04-finish-0001", 1, 7),
+    ]
+    for row in rows:
+        # The student is called four times and the auxiliary too, teacher and start once; a backward pass costs two.
+        assert row["update_flops"] == (4 + 2 * 1 + 4 + 2 * 3 + 1 + 1) * 8 * facts["forward_flops"]
+        assert row["samples_seen"] == row["num_updates"] * 8
+    memory = facts["memory_bytes"]
+    assert (memory["weights"], memory["teacher"], memory["helpers"]) == (weights_, weights_, 2 * weights_)
+    assert (memory["gradients"], memory["moments"], memory["average"]) == (2 * weights_, 4 * weights_, weights_)
+
+
+def test_a_finish_whose_student_has_had_no_turn_yet_is_shown_without_a_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr(display, "time", SimpleNamespace(monotonic=itertools.count(0, 100).__next__))
+    events: Iterator[Any] = run(_spec(log_every=1, checkpoint_updates=1), tmp_path / "run")
+
+    def until_the_lead() -> Iterator[Any]:
+        for event in events:
+            yield event
+            if isinstance(event, Progress) and (event.name, event.window.update) == ("03-finish-0002", 3):
+                return
+
+    RunDisplay(_spec().stages, Console(width=200)).show(until_the_lead())
+    events.close()  # type: ignore[attr-defined]
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("03-finish-0002: update")]
+    assert len(said) == 3
+    assert not any("loss" in line for line in said)
+    main(["status", str(tmp_path / "run")])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "03-finish-0002" in line and "3/9" in line]
+    assert "loss" not in line
+    main(["status", str(tmp_path / "run"), "--json"])
+    stage = json.loads(capsys.readouterr().out)["stages"][3]
+    assert (stage["update"], stage["loss"], stage["state"]) == (3, None, "training")
+    assert stage["learning_rate"] > 0
+    last = read_log(RunFolder(tmp_path / "run").log_path)[-1]
+    assert "loss" not in last
+    assert last["auxiliary_loss"] > 0
+    # The page of a run that stands there, and the messages of both, hold no word for what is not known.
+    main(["report", str(tmp_path / "run")])
+    page = (tmp_path / "run" / "report" / "index.html").read_text()
+    assert not re.search(r">\s*(None|nan)\s*<", page)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Students of 8, 4, 2 and 1 steps on images, all finished."""
+    torch.set_num_threads(1)
+    path = tmp_path_factory.mktemp("digits") / "run"
+    chain = ["--chain.start-steps", "16", "--finish.steps", "8", "4", "2", "1", "--finish.learning-rate", "1e-3"]
+    tiny = [word for word in TINY_DIGITS if word != "--model.conditional"]
+    main(["run", "digits", "--out", str(path), *tiny, *chain, "--evaluation.no-enabled", *BRIEF])
+    return path
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 4, 8])
+def test_finished_students_sample_in_stock_diffusers_and_in_onnx_as_here(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_steps: int
+) -> None:
+    import diffusers
+    import onnxruntime
+    from diffusers.pipelines.ddim import pipeline_ddim
+
+    (stage,) = digits.glob(f"stages/*-finish-{num_steps:04d}")
+    model = load(stage)
+    x_1 = model.noise(range(3))
+    expected = sample(model, x_1, num_steps)
+    started = load(digits / "stages" / str(model.manifest.parent))
+    assert float((sample(started, x_1, num_steps) - expected).abs().max()) > 1e-3, "nothing was finished"
+    main(["export", str(stage), "--out", str(tmp_path / "stock")])
+    pipe = quietly(diffusers.DDIMPipeline.from_pretrained(tmp_path / "stock"))
+    monkeypatch.setattr(pipeline_ddim, "randn_tensor", lambda *args, **kwargs: x_1.clone())
+    images = pipe(3, num_inference_steps=num_steps, use_clipped_model_output=True, output_type="np").images
+    assert_same(torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1, expected)
+    main(["export", str(stage), "--format", "onnx", "--out", str(tmp_path / "finished.onnx")])
+    graph = onnxruntime.InferenceSession(str(tmp_path / "finished.onnx"))
+    (found,) = graph.run(None, {graph.get_inputs()[0].name: x_1.numpy()})
+    assert_same(torch.from_numpy(found), expected)
+    card = (tmp_path / "stock" / "README.md").read_text()
+    assert f"started from `{model.manifest.parent}`" in card
+    assert "learned from `00-denoise`" in card

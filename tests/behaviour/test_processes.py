@@ -22,7 +22,7 @@ from halfstep.run.events import Progress
 from halfstep.run.runner import run
 from halfstep.runs import RunFolder, read_log
 from halfstep.runtime.processes import make_accelerator
-from teams import all_trainings, engine_cases, halving, run_with, together
+from teams import all_trainings, engine_cases, finishing, halving, run_with, together
 from toys import TINY_ARRAYS, toy_plan, toy_spec
 
 
@@ -33,7 +33,11 @@ def apart(one: torch.Tensor, other: torch.Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, Any]:
-    return {"trainings": all_trainings([("none", None, halving(), None)]), "early": teams.early()}
+    return {
+        "trainings": all_trainings([("none", None, halving(), None)]),
+        "finishes": all_trainings([("none", None, finishing(), None)]),
+        "early": teams.early(),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +60,25 @@ def test_two_processes_give_the_weights_of_one_ddp_and_sharded_with_micro_batche
     whole = pair[0]["trainings"][0]
     assert whole["loss"] == pytest.approx(expected["loss"], rel=1e-5)
     assert whole["norm"] == pytest.approx(expected["norm"], rel=1e-5)
+
+
+def test_two_processes_give_the_weights_of_one_in_a_finish_whose_turns_are_of_two_players(
+    alone: dict[str, Any], pair: list[dict[str, Any]]
+) -> None:
+    (expected,) = alone["finishes"]
+    assert expected["norm"] > 0.05
+    for held in pair[0]["finishes"]:
+        assert held["updates"] == 50
+        assert apart(held["student"], expected["student"]) < 1e-5
+        assert apart(held["auxiliary"], expected["auxiliary"]) < 1e-5
+        assert apart(held["result"], expected["result"]) < 1e-5
+        assert held["shapes"] == expected["shapes"]
+        if held is pair[0]["finishes"][0]:
+            # AdamW is blind to the size of a gradient, so that of the auxiliary is compared itself.
+            assert [held["loss"], held["norm"]] == pytest.approx([expected["loss"], expected["norm"]], rel=1e-5)
+            assert held["helpers"] == pytest.approx(expected["helpers"], rel=1e-5)
+    for uncut, cut in (pair[0]["finishes"][:2], pair[0]["finishes"][2:]):
+        assert all(torch.equal(uncut[name], cut[name]) for name in ("student", "auxiliary", "result"))
 
 
 def test_both_processes_end_with_the_same_network_and_one_has_the_state(pair: list[dict[str, Any]]) -> None:

@@ -52,6 +52,8 @@ def model_card(
     conditions = f"; conditions {', '.join(manifest.conditions)}" if manifest.conditions else ""
     steps = f"Distilled for **{own}**." if own else f"A {manifest.outcome.role} model: the more the better."
     exactly = ", ".join(map(str, exact[:12])) + ", ..." * (len(exact) > 12)
+    refines = manifest.parent not in (None, manifest.teacher)
+    started = f" and started from `{manifest.parent}`" if refines else ""
     notes = ""
     if schedule.kind == FLOW:
         notes += (
@@ -86,7 +88,7 @@ images[0].save("sample.png")
 ## What it is
 
 - Teacher: {manifest.source or "trained by halfstep"}; the chain began at {manifest.start_steps or "?"} steps; this \
-stage learned from `{manifest.teacher or "data"}`, {manifest.num_updates:,} updates.
+stage learned from `{manifest.teacher or "data"}`{started}, {manifest.num_updates:,} updates.
 - Data: {manifest.data or "not recorded"}.
 - Samples: {"images" if manifest.is_image else "latents"} of shape {list(manifest.shape)}; {classes}{conditions}.
 - Predicts {manifest.prediction["type"]} on the process {manifest.process["type"]}; x0 is \

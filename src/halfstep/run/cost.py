@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from halfstep.core.denoiser import GUIDANCE, NetworkDenoiser
+from halfstep.core.denoiser import GUIDANCE, Denoiser, NetworkDenoiser
 from halfstep.models.folder import blank_denoiser
 from halfstep.models.students import start_student
 from halfstep.nets import checkpoint_gradients, copy_denoiser, takes_guidance, trainable
@@ -35,6 +35,8 @@ class Size(NamedTuple):
     parameters: int
     trainable: int
     """Those that training changes: all, or the additions of a LoRA student."""
+    held: int
+    """Those that the student does not hold as well."""
 
 
 @final
@@ -57,7 +59,7 @@ def count_forward(spec: RunSpec) -> Forward:
         ValueError: if the spec has neither network nor teacher.
     """
     with torch.device("meta"):
-        network = network_of(start_student(_denoiser(spec), None if spec.teacher is None else spec.lora_rank))
+        network = network_of(_student(spec))
         x_t, t = torch.empty(1, *spec.data.shape), torch.empty(1)
         cond = {"class_labels": torch.empty(1, dtype=torch.int64)} if spec.num_classes else {}
         if spec.teacher is not None:
@@ -87,8 +89,8 @@ def count_forward(spec: RunSpec) -> Forward:
     )
 
 
-def _denoiser(spec: RunSpec) -> NetworkDenoiser:
-    """Return a student of the plan, before additions, on the current device."""
+def _student(spec: RunSpec) -> Denoiser:
+    """Return a student of the plan on the current device."""
     if spec.teacher is None:
         return fresh_denoiser(spec)
     denoiser = blank_denoiser(spec.teacher.manifest)
@@ -96,7 +98,7 @@ def _denoiser(spec: RunSpec) -> NetworkDenoiser:
         started = stage.objective.start(denoiser)
         assert isinstance(started, NetworkDenoiser)
         denoiser = started
-    return denoiser
+    return start_student(denoiser, spec.lora_rank)
 
 
 def helper_sizes(spec: RunSpec, stage: Stage) -> dict[str, Size]:
@@ -104,14 +106,16 @@ def helper_sizes(spec: RunSpec, stage: Stage) -> dict[str, Size]:
     if not stage.objective.helpers:
         return {}
     with torch.device("meta"):
-        student = _denoiser(spec)
+        student = _student(spec)
         auxiliaries, followers = make_helpers(stage, Models(student, copy_denoiser(student)), 0, "cost")
+    beside = {id(parameter) for parameter in network_of(student).parameters()}
     networks = {name: network_of(model) for name, (model, _) in auxiliaries.items()}
     averaged = {name: follower.network for name, follower in followers.items()}
     return {
         name: Size(
             sum(p.numel() for p in network.parameters()),
             sum(p.numel() for _, p in trainable(network)) if name in networks else 0,
+            sum(p.numel() for p in network.parameters() if id(p) not in beside),
         )
         for name, network in {**networks, **averaged}.items()
     }
@@ -132,7 +136,7 @@ class Memory(NamedTuple):
     teacher: int
     """Its weights, as far as the student does not share them."""
     helpers: int
-    """The weights of the objective's own networks."""
+    """The weights of the objective's own networks, as far as the student does not share them."""
     activations: int
     """What the backward pass of one micro batch needs."""
 
@@ -151,7 +155,7 @@ def memory_of_update(stage: Stage, forward: Forward, engine: Engine, helpers: Ma
         moments=(8 if engine.optimizer == "adamw" else 2) * trained,
         average=4 * own if training.ema_decay else 0,
         teacher=teacher if stage.objective.needs_teacher else 0,
-        helpers=4 * sum(size.parameters for size in helpers.values()),
+        helpers=4 * sum(size.held for size in helpers.values()),
         activations=samples * forward.saved_bytes,
     )
 

@@ -17,6 +17,7 @@ from halfstep.models.model import Model
 from halfstep.nets import copy_denoiser
 from halfstep.objectives import Batch, Denoising, Guidance, Outcome, Plan, Role, Stage, Training, parents_of
 from halfstep.run.course import Match, Start, course
+from halfstep.run.own_samples import samples_of
 from halfstep.runtime.processes import make_accelerator
 from halfstep.samplers import Sampler
 from halfstep.train.engine import StageTrainer
@@ -181,7 +182,7 @@ def _trained(student: Denoiser, teacher: Denoiser | None, stage: Stage, name: st
 
 def distill(
     teacher: Denoiser | Model,
-    data: Source,
+    data: Source | None = None,
     *,
     to: int = 4,
     start: int | None = None,
@@ -208,7 +209,7 @@ def distill(
         teacher: an unclipped denoiser, or a loaded model; it is not changed.
         data: clean samples `[n, *dims]` (float32 as they are; uint8 as images), opened data, a source such as a folder
             of images, or any iterable of batches x0 `[batch, *dims]` or (x0, cond) with cond from names to tensors
-            `[batch, ...]`, which is restarted at its end.
+            `[batch, ...]`, which is restarted at its end. If None, samples of the teacher: see `samples_of`.
         to: DDIM steps of the student.
         start: DDIM steps of the teacher, `to` times a power of two; 16 times `to` if None.
         training: of each halving stage; twice the updates at 2 steps and 1.
@@ -258,7 +259,7 @@ def distill(
     chain = course(known, wanted, halvings, after=after)
     if matching is not None and chain.stages[0].objective.outcome.role is not Role.MATCHED:
         raise ValueError("matching has no effect without prediction, process or guidance. Leave it out")
-    bench = _Bench(data, seed, precision, on_window)
+    bench = _Bench(samples_of(teacher, seed=seed) if data is None else data, seed, precision, on_window)
     was_training = current.training
     frozen = [parameter.requires_grad for parameter in current.parameters()]
     made, outcomes = [current], [Outcome(known.role, known.num_steps)]

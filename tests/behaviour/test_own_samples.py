@@ -1,0 +1,113 @@
+"""Distillation without data: training samples come from the teacher, and from no seed of an evaluation."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import halfstep
+from halfstep import GaussianDenoiser, Model, NetworkDenoiser, Training, V, VPCosine, distill, sample, samples_of
+from halfstep.core.noise import VE, NoiseProcess
+from halfstep.models.folder import load
+from halfstep.nets import MLP, describe_network
+from halfstep.objectives import Finishing, Plan
+from halfstep.runs import Manifest, Outcome
+from halfstep.samplers import DDIM, Ancestral
+from toys import finish, toy_spec
+
+
+@pytest.mark.parametrize("process", [VPCosine(), VE(0.01, 20.0)])
+def test_they_have_the_law_of_the_teacher(process: NoiseProcess) -> None:
+    drawn = samples_of(GaussianDenoiser(process, mean=0.3, std=0.5), 20_000, (1,))
+    assert len(drawn) == 20_000
+    # Five standard errors of each.
+    assert float(drawn.x.mean()) == pytest.approx(0.3, abs=5 * 0.5 / math.sqrt(20_000))
+    assert float(drawn.x.std()) == pytest.approx(0.5, abs=5 * 0.5 / math.sqrt(2 * 20_000))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("own") / "run"
+    finish(toy_spec(), path)
+    return path
+
+
+def test_none_of_them_is_a_sample_of_an_evaluation(run: Path) -> None:
+    teacher = load(run / "stages" / "00-denoise")
+    evaluated = teacher.sample(range(300), 16, DDIM())
+    own = samples_of(teacher, 300, num_steps=16, sampler=DDIM()).x
+    assert float(torch.cdist(evaluated, evaluated).topk(2, largest=False).values[:, 1].min()) > 1e-6
+    assert float(torch.cdist(own, evaluated).min()) > 1e-6
+    assert float(torch.cdist(own, samples_of(teacher, 300, num_steps=16, sampler=DDIM(), seed=1).x).min()) > 1e-6
+    assert torch.equal(own, samples_of(teacher, 300, num_steps=16, sampler=DDIM()).x)
+
+
+def test_a_student_draws_with_its_own_steps_and_a_mode_is_restored(run: Path) -> None:
+    student = load(run)
+    student.train()
+    assert student.num_steps == 1
+    drawn = samples_of(student, 5).x
+    assert student.training
+    torch.testing.assert_close(drawn, samples_of(student, 5, num_steps=1, sampler=DDIM()).x, rtol=0, atol=0)
+    assert float((drawn - samples_of(student, 5, num_steps=4).x).abs().max()) > 1e-4
+
+
+def of_classes(null: bool) -> Model:
+    """A model of 3 classes, of which the data showed 2."""
+    torch.manual_seed(0)
+    network = MLP((2,), width=16, depth=1, num_classes=4 if null else 3)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    manifest = Manifest(
+        stage="t", objective="denoise", parent=None, outcome=Outcome(role="teacher"), num_updates=1, seconds=1.0,
+        shape=(2,), num_classes=3, classes_shown=2, guidance_scale=3.0 if null else None, is_image=False, clip=False,
+        network=describe_network(network), process={"type": "vp_cosine"}, prediction={"type": "v"}, files={},
+    )  # fmt: skip
+    denoiser = NetworkDenoiser(network, VPCosine(), V())
+    return Model(denoiser, manifest, {"class_labels": torch.tensor(3)} if null else None)
+
+
+@pytest.mark.parametrize("null", [False, True])
+def test_a_model_of_classes_draws_them_in_turn_without_guidance(null: bool) -> None:
+    model = of_classes(null)
+    drawn = samples_of(model, 6, num_steps=4)
+    batch = drawn.fetch(torch.arange(6))
+    assert batch.cond["class_labels"].tolist() == [0, 1, 0, 1, 0, 1]
+    noise = halfstep.Draw(0, "samples of the teacher", 0, 6, range(6)).normal("noise", (2,))
+    plain = sample(model.denoiser, noise, 4, halfstep.Heun(), cond=batch.cond)
+    torch.testing.assert_close(batch.x0, plain, rtol=0, atol=1e-6)
+
+
+def test_distill_without_data_is_distill_with_these_samples() -> None:
+    model = of_classes(False)
+    training = Training(3, 1e-3, batch_size=16)
+    after = Plan.finishes([2], training, lambda steps: Finishing(steps, lead_updates=1))
+    settings = {"start": 4, "to": 2, "training": training, "finish": after}
+    without = distill(model, **settings)  # type: ignore[arg-type]
+    given = distill(model, samples_of(model), **settings)  # type: ignore[arg-type]
+    for one, other in zip(without.parameters(), given.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_what_cannot_be_drawn_is_one_line() -> None:
+    bare = GaussianDenoiser(VPCosine(), 0.0, 1.0)
+    with pytest.raises(ValueError, match=r"the shape of a sample is not known\. Pass data=samples_of"):
+        distill(bare)
+    with pytest.raises(ValueError, match=r"Ancestral draws noise at each step\. Choose a deterministic sampler"):
+        samples_of(bare, 2, (1,), sampler=Ancestral())
+    with pytest.raises(ValueError, match="number of samples must be at least 1"):
+        samples_of(bare, 0, (1,))
+    model = of_classes(False)
+    with pytest.raises(ValueError, match=r"samples have the shape \[2\], got \[3\]"):
+        samples_of(model, 2, (3,))
+    told = Model(model.denoiser, model.manifest.model_copy(update={"conditions": {"text": (3,)}}))
+    with pytest.raises(ValueError, match="the teacher needs text, which no sample can be drawn without"):
+        samples_of(told)
+
+
+def test_a_teacher_takes_32_heun_steps(run: Path) -> None:
+    teacher = load(run / "stages" / "00-denoise")
+    torch.testing.assert_close(
+        samples_of(teacher, 4).x, samples_of(teacher, 4, num_steps=32, sampler=halfstep.Heun()).x
+    )
