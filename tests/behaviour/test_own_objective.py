@@ -272,7 +272,7 @@ def test_turns_are_steps_of_adamw_in_their_order_with_random_numbers_of_their_ow
     for mine, theirs in ((found, student), (trainer.players["critic"].model, critic)):
         for one, other in zip(mine.parameters(), theirs.parameters(), strict=True):
             torch.testing.assert_close(one.detach(), other.detach(), atol=2e-6, rtol=0)
-    for one, other in zip(trainer._averages["slow"].parameters(), slow.parameters(), strict=True):
+    for one, other in zip(trainer._copies["slow"].parameters(), slow.parameters(), strict=True):
         torch.testing.assert_close(one.detach(), other.detach(), atol=2e-6, rtol=0)
 
 
@@ -286,7 +286,7 @@ def test_the_gradient_reaches_only_the_player_whose_turn_it_is() -> None:
             for other, held in trainer.players.items():
                 given = [parameter.grad is not None for parameter in held.network.parameters()]
                 assert all(given) if other == name else not any(given), (name, other)
-            assert all(parameter.grad is None for parameter in trainer._averages["slow"].parameters())
+            assert all(parameter.grad is None for parameter in trainer._copies["slow"].parameters())
             stepped.append(name)
             original(update, rate, loss)
 
@@ -364,7 +364,7 @@ class Wrong(Game):
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ("average", "helper slow averages 'nobody', but the players are student"),
+        ("average", "helper slow is a copy of 'nobody', but the players are student"),
         ("name", "a helper cannot be called 'student'"),
         ("capital", "a helper cannot be called 'Critic'"),
         ("updates", "helper critic has num_updates 3, its stage 8"),

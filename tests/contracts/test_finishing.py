@@ -267,7 +267,9 @@ def test_a_finish_starts_from_the_student_of_its_steps_and_learns_from_the_last_
 def test_guidance_that_a_teacher_has_learned_reaches_every_student_of_the_plan() -> None:
     training = Training(2, 1e-3)
     plan = (
-        Plan.of(Matching(), training) + Plan.halvings(4, 1, training, updates_at={}) + Plan.finishes([2, 1], training)
+        Plan.of(Matching(), training)
+        + Plan.halvings(4, 1, training, updates_at={})
+        + Plan.finishes([2, 1], training, lambda number: Finishing(number, lead_updates=0))
     )
     guided = plan.guided(FixedGuidance(3.0))
     assert [stage.objective.guidance for stage in guided.stages] == [None] + [FixedGuidance(3.0)] * 4
@@ -288,6 +290,15 @@ def test_guidance_that_a_teacher_has_learned_reaches_every_student_of_the_plan()
 def test_settings_out_of_range_are_refused(wrong: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Finishing(**{"num_steps": 4, **wrong})  # type: ignore[arg-type]
+
+
+def test_a_finish_that_would_not_train_its_student_is_refused() -> None:
+    lead = Finishing(4, lead_updates=60)
+    assert Stage(lead, Training(61, 1e-4)).num_steps == 4
+    with pytest.raises(
+        ValueError, match="a stage of Finishing ends before its student's first turn: num_updates is 60"
+    ):
+        Stage(lead, Training(60, 1e-4))
 
 
 def test_a_student_is_finished_once() -> None:

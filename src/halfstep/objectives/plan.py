@@ -13,7 +13,7 @@ from typing import Final, NamedTuple, final
 
 from halfstep.core.grids import check_num_steps
 from halfstep.core.prediction import TruncatedSNR, Weighting
-from halfstep.objectives.base import Objective, Outcome, Role, Training, objectives
+from halfstep.objectives.base import STUDENT, Objective, Outcome, Role, Training, objectives
 from halfstep.objectives.finishing import Finishing
 from halfstep.objectives.guidance import Guidance
 from halfstep.objectives.halving import Halving
@@ -31,10 +31,23 @@ FINISHING: Final = Training(
 @final
 @dataclass(frozen=True)
 class Stage:
-    """One row of a plan. The student of a halving stage starts as a copy of its teacher, with a fresh optimiser."""
+    """One row of a plan. The student of a halving stage starts as a copy of its teacher, with a fresh optimiser.
+
+    Raises:
+        ValueError: if the student has no turn in any update.
+    """
 
     objective: Objective
     training: Training
+
+    def __post_init__(self) -> None:
+        updates = range(self.training.num_updates)
+        # Mostly the last update decides.
+        if not any(turn.trains == STUDENT for update in reversed(updates) for turn in self.objective.turns(update)):
+            raise ValueError(
+                f"a stage of {type(self.objective).__name__} ends before its student's first turn: num_updates is "
+                f"{len(updates)}. Raise it, or lower lead_updates"
+            )
 
     @property
     def num_steps(self) -> int | None:
