@@ -1,4 +1,5 @@
-"""What every objective promises: 0 at the map it teaches, gradient to the student alone, no trace of a split."""
+"""What every objective promises in each of its turns: 0 at the map it teaches, gradient to the player whose turn it is
+alone, no trace of a split."""
 
 import dataclasses
 
@@ -7,13 +8,17 @@ import scipy.stats
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
+from halfstep.core.denoiser import Denoiser
 from halfstep.core.draw import Draw
 from halfstep.core.noise import NoiseProcess, VPCosine, processes
 from halfstep.core.oracle import data_set_denoiser
 from halfstep.core.prediction import X0, Constant, Prediction, V, Weighting, predictions, weightings
+from halfstep.nets import copy_denoiser
 from halfstep.objectives import (
+    STUDENT,
+    Auxiliary,
     Batch,
     Denoising,
     GuidanceRange,
@@ -54,9 +59,24 @@ def data(count: int = SIZE) -> Tensor:
     return 0.5 * numbers(count, 3)
 
 
-def toy_models(process: NoiseProcess, prediction: Prediction) -> Models:
-    """A student and a teacher that differ; both could be trained."""
-    return Models(toy_denoiser(process, prediction, seed=1), toy_denoiser(process, prediction, seed=2))
+def with_helpers(objective: Objective, student: Denoiser, teacher: Denoiser) -> Models:
+    """The models of a stage before its first update."""
+    models, made = Models(student, teacher), dict[str, nn.Module]()
+    for name, helper in objective.helpers.items():
+        made[name] = helper.start(models) if isinstance(helper, Auxiliary) else copy_denoiser(student)
+    return Models(student, teacher, made)
+
+
+def toy_models(objective: Objective, process: NoiseProcess, prediction: Prediction) -> Models:
+    """A student, a teacher and helpers that differ; all could be trained."""
+    models = with_helpers(
+        objective, toy_denoiser(process, prediction, seed=1), toy_denoiser(process, prediction, seed=2)
+    )
+    with torch.no_grad():
+        for place, helper in enumerate(models.helpers.values()):
+            for parameter in helper.parameters():
+                parameter += 0.3 * numbers(*parameter.shape, seed=3 + place)
+    return models
 
 
 @every_objective
@@ -65,24 +85,29 @@ def test_the_loss_is_0_for_the_exact_denoiser_of_data_of_one_point(process: Nois
     """There every target is the point, whoever the teacher is and however many steps it takes."""
     point = numbers(1, 3)
     exact = data_set_denoiser(process, point)
-    result = objective.loss(Models(exact, exact), Batch(point.expand(SIZE, 3)), draw_for())
-    # Errors of one rounding, 1e-16, in x0, under the largest weight of any weighting, e^20 + 1.
-    assert float((result.loss / (result.log_snr.exp() + 1)).max()) < 1e-30
+    models = with_helpers(objective, exact, exact)
+    for turn in objective.turns(0):
+        result = turn.loss(models, Batch(point.expand(SIZE, 3)), draw_for())
+        # Errors of one rounding, 1e-16, in x0, under the largest weight of any weighting, e^20 + 1.
+        assert float((result.loss / (result.log_snr.exp() + 1)).max()) < 1e-30
 
 
 @every_objective
 @every_process
 @every_prediction
-def test_gradient_reaches_the_student_and_nothing_else(
+def test_gradient_reaches_the_player_whose_turn_it_is_and_nothing_else(
     process: NoiseProcess, prediction: Prediction, objective: Objective
 ) -> None:
-    models, batch = toy_models(process, prediction), Batch(data().requires_grad_())
-    skip_where_x0_is_undefined(models.student)
-    objective.loss(models, batch, draw_for()).loss.mean().backward()
-    assert models.teacher is not None
-    assert all(parameter.grad is None for parameter in models.teacher.parameters())
-    grads = [parameter.grad for parameter in models.student.parameters()]
-    assert all(grad is not None and bool(torch.isfinite(grad).all()) and bool(grad.any()) for grad in grads)
+    for turn in objective.turns(0):
+        models, batch = toy_models(objective, process, prediction), Batch(data().requires_grad_())
+        skip_where_x0_is_undefined(models.student)
+        turn.loss(models, batch, draw_for()).loss.mean().backward()
+        assert models.teacher is not None
+        players = {STUDENT: models.student, "teacher": models.teacher, **models.helpers}
+        grads = [parameter.grad for parameter in players.pop(turn.trains).parameters()]
+        assert all(grad is not None and bool(torch.isfinite(grad).all()) and bool(grad.any()) for grad in grads)
+        for name, other in players.items():
+            assert all(parameter.grad is None for parameter in other.parameters()), (turn.trains, name)
 
 
 @every_objective
@@ -91,35 +116,38 @@ def test_gradient_reaches_the_student_and_nothing_else(
 def test_parts_of_a_batch_have_the_losses_that_they_have_in_the_whole(
     prediction: Prediction, objective: Objective, cut: int
 ) -> None:
-    models, x0 = toy_models(VPCosine(), prediction), data()
-    whole = objective.loss(models, Batch(x0), draw_for())
-    parts = [
-        objective.loss(models, Batch(x0[places.start : places.stop]), draw_for(places))
-        for places in (range(cut), range(cut, SIZE))
-    ]
-    assert torch.equal(torch.cat([part.log_snr for part in parts]), whole.log_snr)
-    torch.testing.assert_close(torch.cat([part.loss for part in parts]), whole.loss, rtol=1e-9, atol=1e-12)
+    models, x0 = toy_models(objective, VPCosine(), prediction), data()
+    for turn in objective.turns(0):
+        whole = turn.loss(models, Batch(x0), draw_for())
+        parts = [
+            turn.loss(models, Batch(x0[places.start : places.stop]), draw_for(places))
+            for places in (range(cut), range(cut, SIZE))
+        ]
+        assert torch.equal(torch.cat([part.log_snr for part in parts]), whole.log_snr)
+        torch.testing.assert_close(torch.cat([part.loss for part in parts]), whole.loss, rtol=1e-9, atol=1e-12)
 
 
 @every_objective
 def test_each_update_draws_other_times_and_noise(objective: Objective) -> None:
-    models, batch = toy_models(VPCosine(), V()), Batch(data())
-    first, second = (objective.loss(models, batch, draw_for(update=update)).loss for update in (0, 1))
-    assert not bool((first == second).any())
+    models, batch = toy_models(objective, VPCosine(), V()), Batch(data())
+    for turn in objective.turns(0):
+        first, second = (turn.loss(models, batch, draw_for(update=update)).loss for update in (0, 1))
+        assert not bool((first == second).any())
 
 
 @every_objective
 def test_what_is_distilled_or_learned_is_the_same_for_float32_data_up_to_its_rounding(
     objective: Objective,
 ) -> None:
-    models, x0 = toy_models(VPCosine(), X0()), data().float()
-    with torch.no_grad():
-        single = objective.loss(models, Batch(x0), draw_for())
-        double = objective.loss(models, Batch(x0.double()), draw_for())
-    assert single.loss.dtype == torch.float32
-    assert single.log_snr.dtype == torch.float64
-    assert torch.equal(single.log_snr, double.log_snr)
-    torch.testing.assert_close(single.loss.double(), double.loss, rtol=1e-4, atol=0)
+    models, x0 = toy_models(objective, VPCosine(), X0()), data().float()
+    for turn in objective.turns(0):
+        with torch.no_grad():
+            single = turn.loss(models, Batch(x0), draw_for())
+            double = turn.loss(models, Batch(x0.double()), draw_for())
+        assert single.loss.dtype == torch.float32
+        assert single.log_snr.dtype == torch.float64
+        assert torch.equal(single.log_snr, double.log_snr)
+        torch.testing.assert_close(single.loss.double(), double.loss, rtol=1e-4, atol=0)
 
 
 @every_objective
@@ -127,27 +155,39 @@ def test_what_is_distilled_or_learned_is_the_same_for_float32_data_up_to_its_rou
 def test_a_student_that_is_off_by_a_known_distance_pays_the_weight_of_its_square(
     objective: Objective, weighting: Weighting
 ) -> None:
-    """So the loss is that of the log-SNR that it reports, and a mean over entries."""
+    """So the loss is that of the log-SNR that it reports, and a mean over entries.
+
+    Of objectives with helpers, which start off by the same distance, a turn's loss is a fixed share of that."""
     if not any(field.name == "weighting" for field in dataclasses.fields(objective)):  # type: ignore[arg-type]
         pytest.skip("it has no weighting")
     process, point = VPCosine(), numbers(1, 3)
     exact = data_set_denoiser(process, point)
     off = data_set_denoiser(process, point + 0.25)
     weighted = dataclasses.replace(objective, weighting=weighting)  # type: ignore[type-var]
-    result = weighted.loss(Models(off, exact), Batch(point.expand(SIZE, 3)), draw_for())
-    torch.testing.assert_close(result.loss, weighting(result.log_snr) / 16, rtol=1e-12, atol=0)
+    models = Models(off, exact, with_helpers(weighted, off, off).helpers)
+    for turn in weighted.turns(0):
+        result = turn.loss(models, Batch(point.expand(SIZE, 3)), draw_for())
+        share = float(result.loss[0] * 16 / weighting(result.log_snr[0])) if objective.helpers else 1.0
+        assert share > 0.1
+        torch.testing.assert_close(result.loss, share * weighting(result.log_snr) / 16, rtol=1e-11, atol=0)
 
 
 @every_objective
-def test_the_student_is_shown_the_noise_level_that_the_losses_report(objective: Objective) -> None:
-    """And x_t there has the amount of noise that the time says: the student is asked at what was mixed."""
+def test_the_noise_level_that_the_losses_report_is_shown(objective: Objective) -> None:
+    """To the student, or to the helpers that judge it; and the noisy samples there have the noise that the time says:
+    networks are called at what was mixed."""
     process, point = VPCosine(), numbers(1, 3)
-    student = Watched(data_set_denoiser(process, point))
-    result = objective.loss(Models(student, student.denoiser), Batch(point.expand(SIZE, 3)), draw_for())
-    assert torch.equal(process.log_snr(student.times[-1]), result.log_snr)
-    # On data of one point the exact denoiser finds the very noise that was mixed in; it would not be of unit
-    # scale if the time of the mixing were another.
-    assert scipy.stats.kstest(student.answers[-1].eps.flatten().numpy(), "norm").pvalue > 0.01
+    exact = data_set_denoiser(process, point)
+    for turn in objective.turns(0):
+        student = Watched(exact)
+        helpers = {name: Watched(exact) for name in objective.helpers}
+        result = turn.loss(Models(student, exact, helpers), Batch(point.expand(SIZE, 3)), draw_for())
+        for shown in helpers.values() or [student]:
+            assert torch.equal(process.log_snr(shown.times[-1]), result.log_snr)
+        # On data of one point the exact denoiser finds the very noise that was mixed in; it would not be of unit
+        # scale if the time of the mixing were another.
+        for shown in (student, *helpers.values()):
+            assert scipy.stats.kstest(shown.answers[-1].eps.flatten().numpy(), "norm").pvalue > 0.01
 
 
 def test_the_objective_that_needs_a_teacher_says_so() -> None:

@@ -25,4 +25,5 @@ from halfstep.objectives.finishing import Finishing
 from halfstep.objectives.guidance import FixedGuidance, Guidance, GuidanceRange, guidances
 from halfstep.objectives.halving import Halving, halving_target
 from halfstep.objectives.matching import Matching
+from halfstep.objectives.moments import AUXILIARY, MomentMatching
 from halfstep.objectives.plan import FINISHING, HALVING, Parents, Plan, Stage, parents_of

@@ -1,6 +1,6 @@
 """Samplers, one file a method or a family, and the one loop that runs them."""
 
-from halfstep.samplers.ancestral import Ancestral
+from halfstep.samplers.ancestral import Ancestral, ancestral_step
 from halfstep.samplers.base import DataPredictionSampler, Memory, Sampler, samplers
 from halfstep.samplers.coordinates import Angle, Coordinate, LogSNR, NoiseToSignal, coordinates
 from halfstep.samplers.ddim import DDIM

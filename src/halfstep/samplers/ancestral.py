@@ -20,8 +20,32 @@ import torch
 from torch import Tensor
 
 from halfstep.core.denoiser import Cond, Denoiser
-from halfstep.core.noise import as_clock, per_sample
+from halfstep.core.noise import NoiseProcess, as_clock, per_sample
+from halfstep.core.prediction import Denoised
 from halfstep.samplers.base import Memory, Noise, Sampler, Time, samplers
+
+
+def ancestral_step(
+    denoised: Denoised, process: NoiseProcess, t: Tensor, s: Tensor, noise: Tensor, gamma: float = 0.0
+) -> Tensor:
+    """Return x_s `[batch, *dims]`, drawn from the reverse at s <= t given x_t's (x0, eps); x0 itself at s = 0.
+
+    Args:
+        t, s: clock times `[batch]`.
+        noise: unit normal, shaped as x0.
+        gamma: share of the upper bound in the log variance; 0 draws from q(x_s | x_t, x0).
+    """
+    x0, eps = denoised
+    alpha_s, sigma_s = process.landing(s)
+    _, sigma_t = process.alpha_sigma(t)
+    clean = s == 0
+    change = torch.where(clean, -torch.inf, process.log_snr(t) - process.log_snr(s))
+    kept = torch.exp(change / 2)
+    spread = torch.sqrt(-torch.expm1(change)) * sigma_s ** (1 - gamma) * sigma_t**gamma
+    # 0 ** 0 is 1: at gamma = 1 the upper bound does not fall to 0 by itself where the step lands on clean data.
+    spread = torch.where(clean, 0.0, spread)
+    mean = per_sample(alpha_s, x0) * x0 + per_sample(sigma_s * kept, x0) * eps
+    return mean + per_sample(spread, x0) * noise
 
 
 @final
@@ -53,16 +77,5 @@ class Ancestral(Sampler):
     ) -> tuple[Tensor, Memory]:
         if noise is None:
             raise ValueError("ancestral sampling draws noise, and was given none: pass noise, such as step_noise(...)")
-        process = denoiser.process
-        t, s = as_clock(t, x_t), as_clock(s, x_t)
-        x0, eps = denoiser(x_t, t, cond)
-        alpha_s, sigma_s = process.landing(s)
-        _, sigma_t = process.alpha_sigma(t)
-        clean = s == 0
-        change = torch.where(clean, -torch.inf, process.log_snr(t) - process.log_snr(s))
-        kept = torch.exp(change / 2)
-        spread = torch.sqrt(-torch.expm1(change)) * sigma_s ** (1 - self.gamma) * sigma_t**self.gamma
-        # 0 ** 0 is 1: at gamma = 1 the upper bound does not fall to 0 by itself where the step lands on clean data.
-        spread = torch.where(clean, 0.0, spread)
-        mean = per_sample(alpha_s, x0) * x0 + per_sample(sigma_s * kept, x0) * eps
-        return mean + per_sample(spread, x0) * noise, None
+        start, end = as_clock(t, x_t), as_clock(s, x_t)
+        return ancestral_step(denoiser(x_t, start, cond), denoiser.process, start, end, noise, self.gamma), None

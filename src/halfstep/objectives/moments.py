@@ -1,0 +1,151 @@
+"""Moment matching: the student's samples have, at every noise level, the conditional mean that the teacher gives.
+
+The student is a few-step ancestral sampler. From x_t, its x0 takes a step to s by the posterior q(x_s | x_t, x0), from
+which `Ancestral(gamma=0)` draws. If the student's x0 are distributed as data given x_t, x_s is distributed as noisy
+data, and the mean of these x0 given x_s is the teacher's x0 at (x_s, s). An auxiliary denoiser learns that mean, and
+the student moves against the difference. An update has two turns, each with its own batch; with D = auxiliary - teacher
+at (x_s, s), and w the weight of the log-SNR at s, the losses are
+
+    auxiliary:  w (|auxiliary - x0|^2 + |auxiliary - teacher|^2),  least at the mean of E[x0 | x_s] and the teacher
+    student:    w |x0 - sg(x0 - D)|^2 / 2,                         whose gradient in x0 is w D
+
+The second term of the auxiliary's loss holds it at the teacher, and halves D at the minimum. The student's loss has the
+value w |D|^2 / 2, the moment gap, which need not fall: the auxiliary widens it as the student closes it.
+
+Times: s ~ U(0, 1), t = min(s + d, 1), d ~ U(0, 1 / num_steps), so that no step is longer than one of the student's, and
+some start from pure noise.
+
+Source: Salimans, Mensink, Heek & Hoogeboom 2024, "Multistep Distillation of Diffusion Models via Moment Matching"
+(arXiv:2406.04103), algorithm 2; squares are means over a sample's entries here, sums there.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Final, NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from halfstep.core.denoiser import Cond, Denoiser
+from halfstep.core.draw import Draw
+from halfstep.core.grids import check_num_steps
+from halfstep.core.noise import as_clock
+from halfstep.core.prediction import SNRPlusOne, Weighting
+from halfstep.objectives.auxiliary import auxiliary_denoiser
+from halfstep.objectives.base import (
+    STUDENT,
+    Auxiliary,
+    Batch,
+    EarlyEnd,
+    Evals,
+    Helper,
+    Losses,
+    Models,
+    Objective,
+    Outcome,
+    Role,
+    Training,
+    Turn,
+    check_one_process,
+    objectives,
+    weighted_x0_loss,
+)
+from halfstep.objectives.guidance import Guidance
+from halfstep.samplers import Ancestral, ancestral_step
+
+AUXILIARY: Final = "auxiliary"
+"""The name of the auxiliary denoiser."""
+
+
+class _Step(NamedTuple):
+    """A step of the student's: its x0 at x_t, `[batch, *dims]`, and where the posterior takes x_t."""
+
+    x0: Tensor
+    x_s: Tensor
+    s: Tensor
+    cond: Cond
+
+
+@final
+@objectives.register("moments")
+@dataclass(frozen=True)
+class MomentMatching(Objective):
+    """Alternating moment matching of a `num_steps`-step ancestral student.
+
+    The default weighting is even over all noise levels: the squared error in v.
+
+    Raises:
+        ValueError: if `num_steps` is not a whole number of at least 1, or `auxiliary_rate` is not above 0.
+    """
+
+    num_steps: int
+    weighting: Weighting = field(default_factory=SNRPlusOne)
+    guidance: Guidance | None = None
+    """What the teacher has learned; None for none."""
+    auxiliary_rate: float = 1.0
+    """The auxiliary's learning rate over the student's."""
+    needs_teacher: ClassVar[bool] = True
+    learns_from_undistilled: ClassVar[bool] = True
+    loss_falls: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_num_steps(self.num_steps)
+        if not 0 < self.auxiliary_rate < math.inf:
+            raise ValueError(f"auxiliary_rate must be a finite number above 0, got {self.auxiliary_rate}")
+
+    @property
+    def outcome(self) -> Outcome:
+        return Outcome(Role.STUDENT, self.num_steps, Ancestral(gamma=0.0))
+
+    @property
+    def evals(self) -> Mapping[str, Evals]:
+        return {STUDENT: Evals(2, 1), "teacher": Evals(2), AUXILIARY: Evals(2, 1)}
+
+    @property
+    def helpers(self) -> Mapping[str, Helper]:
+        return {AUXILIARY: Auxiliary(auxiliary_denoiser, self._training)}
+
+    def _training(self, own: Training) -> Training:
+        rate = self.auxiliary_rate * own.learning_rate
+        return replace(own, learning_rate=rate, ema_decay=0.0, early_end=EarlyEnd())
+
+    def turns(self, update: int) -> tuple[Turn, ...]:
+        return Turn(AUXILIARY, self.auxiliary_loss), Turn(STUDENT, self.loss)
+
+    def auxiliary_loss(self, models: Models, batch: Batch, draw: Draw) -> Losses:
+        """Return the losses of the auxiliary against the student's x0 and against the teacher."""
+        teacher = check_one_process(models)
+        with torch.no_grad():
+            x0, x_s, s, cond = self._step(models.student, batch, draw)
+            known = teacher(x_s, s, cond).x0
+        log_snr = models.student.process.log_snr(s)
+        found = _auxiliary(models)(x_s, s, cond).x0
+        losses = [weighted_x0_loss(found, target, log_snr, self.weighting) for target in (x0, known)]
+        return Losses(losses[0] + losses[1], log_snr)
+
+    def loss(self, models: Models, batch: Batch, draw: Draw) -> Losses:
+        teacher = check_one_process(models)
+        x0, x_s, s, cond = self._step(models.student, batch, draw)
+        with torch.no_grad():
+            gap = teacher(x_s, s, cond).x0 - _auxiliary(models)(x_s, s, cond).x0
+        log_snr = models.student.process.log_snr(s)
+        # x0 - sg(x0 + gap) with x0 taken from both sides, so that a small gap is not rounded to the precision of x0.
+        return Losses(weighted_x0_loss(x0 - x0.detach(), gap, log_snr, self.weighting) / 2, log_snr)
+
+    def _step(self, student: Denoiser, batch: Batch, draw: Draw) -> _Step:
+        cond = batch.cond if self.guidance is None else self.guidance.shown(batch.cond, draw, batch.x0)
+        s = as_clock(draw.uniform("time"), batch.x0)
+        t = (s + as_clock(draw.uniform("step"), batch.x0) / self.num_steps).clamp(max=1)
+        eps, noise = (draw.normal(purpose, batch.x0.shape[1:]).to(batch.x0) for purpose in ("noise", "posterior"))
+        x_t = student.process.mix(batch.x0, eps, t)
+        denoised = student(x_t, t, cond)
+        with torch.no_grad():
+            x_s = ancestral_step(denoised, student.process, t, s, noise)
+        return _Step(denoised.x0, x_s, s, cond)
+
+
+def _auxiliary(models: Models) -> Denoiser:
+    helper = models.helpers[AUXILIARY]
+    assert isinstance(helper, Denoiser)
+    return helper
