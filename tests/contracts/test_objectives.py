@@ -18,9 +18,11 @@ from halfstep.core.prediction import X0, Constant, Prediction, V, Weighting, pre
 from halfstep.nets import copy_denoiser
 from halfstep.objectives import (
     STUDENT,
+    Adversarial,
     Auxiliary,
     Batch,
     Denoising,
+    Finishing,
     GuidanceRange,
     Halving,
     Losses,
@@ -49,6 +51,8 @@ every_prediction = pytest.mark.parametrize("prediction", members(predictions))
 every_weighting = pytest.mark.parametrize("weighting", members(weightings))
 
 SIZE = 96
+LATE = 10**6
+"""An update in which every player has its turns."""
 
 
 def draw_for(places: range = range(SIZE), update: int = 3) -> Draw:
@@ -85,8 +89,12 @@ def test_the_loss_is_0_for_the_exact_denoiser_of_data_of_one_point(process: Nois
     """There every target is the point, whoever the teacher is and however many steps it takes."""
     point = numbers(1, 3)
     exact = data_set_denoiser(process, point)
+    if isinstance(objective, Adversarial):
+        pytest.skip("a critic that cannot decide costs log 2 (see test_critic.py)")
     models = with_helpers(objective, exact, exact)
-    for turn in objective.turns(0):
+    for turn in objective.turns(LATE):
+        if isinstance(objective, Finishing) and turn.trains != STUDENT:
+            continue  # It learns from noise, which it cannot foresee.
         result = turn.loss(models, Batch(point.expand(SIZE, 3)), draw_for())
         # Errors of one rounding, 1e-16, in x0, under the largest weight of any weighting, e^20 + 1.
         assert float((result.loss / (result.log_snr.exp() + 1)).max()) < 1e-30
@@ -98,7 +106,7 @@ def test_the_loss_is_0_for_the_exact_denoiser_of_data_of_one_point(process: Nois
 def test_gradient_reaches_the_player_whose_turn_it_is_and_nothing_else(
     process: NoiseProcess, prediction: Prediction, objective: Objective
 ) -> None:
-    for turn in objective.turns(0):
+    for turn in objective.turns(LATE):
         models, batch = toy_models(objective, process, prediction), Batch(data().requires_grad_())
         skip_where_x0_is_undefined(models.student)
         turn.loss(models, batch, draw_for()).loss.mean().backward()
@@ -107,7 +115,8 @@ def test_gradient_reaches_the_player_whose_turn_it_is_and_nothing_else(
         grads = [parameter.grad for parameter in players.pop(turn.trains).parameters()]
         assert all(grad is not None and bool(torch.isfinite(grad).all()) and bool(grad.any()) for grad in grads)
         for name, other in players.items():
-            assert all(parameter.grad is None for parameter in other.parameters()), (turn.trains, name)
+            if name != "critic":  # The student's gradient passes through it; the engine drops its own (test_critic.py).
+                assert all(parameter.grad is None for parameter in other.parameters()), (turn.trains, name)
 
 
 @every_objective
@@ -117,7 +126,7 @@ def test_parts_of_a_batch_have_the_losses_that_they_have_in_the_whole(
     prediction: Prediction, objective: Objective, cut: int
 ) -> None:
     models, x0 = toy_models(objective, VPCosine(), prediction), data()
-    for turn in objective.turns(0):
+    for turn in objective.turns(LATE):
         whole = turn.loss(models, Batch(x0), draw_for())
         parts = [
             turn.loss(models, Batch(x0[places.start : places.stop]), draw_for(places))
@@ -130,7 +139,7 @@ def test_parts_of_a_batch_have_the_losses_that_they_have_in_the_whole(
 @every_objective
 def test_each_update_draws_other_times_and_noise(objective: Objective) -> None:
     models, batch = toy_models(objective, VPCosine(), V()), Batch(data())
-    for turn in objective.turns(0):
+    for turn in objective.turns(LATE):
         first, second = (turn.loss(models, batch, draw_for(update=update)).loss for update in (0, 1))
         assert not bool((first == second).any())
 
@@ -140,7 +149,7 @@ def test_what_is_distilled_or_learned_is_the_same_for_float32_data_up_to_its_rou
     objective: Objective,
 ) -> None:
     models, x0 = toy_models(objective, VPCosine(), X0()), data().float()
-    for turn in objective.turns(0):
+    for turn in objective.turns(LATE):
         with torch.no_grad():
             single = turn.loss(models, Batch(x0), draw_for())
             double = turn.loss(models, Batch(x0.double()), draw_for())
@@ -165,7 +174,7 @@ def test_a_student_that_is_off_by_a_known_distance_pays_the_weight_of_its_square
     off = data_set_denoiser(process, point + 0.25)
     weighted = dataclasses.replace(objective, weighting=weighting)  # type: ignore[type-var]
     models = Models(off, exact, with_helpers(weighted, off, off).helpers)
-    for turn in weighted.turns(0):
+    for turn in weighted.turns(LATE):
         result = turn.loss(models, Batch(point.expand(SIZE, 3)), draw_for())
         share = float(result.loss[0] * 16 / weighting(result.log_snr[0])) if objective.helpers else 1.0
         assert share > 0.1
@@ -176,18 +185,21 @@ def test_a_student_that_is_off_by_a_known_distance_pays_the_weight_of_its_square
 def test_the_noise_level_that_the_losses_report_is_shown(objective: Objective) -> None:
     """To the student, or to the helpers that judge it; and the noisy samples there have the noise that the time says:
     networks are called at what was mixed."""
+    if isinstance(objective, Adversarial):
+        pytest.skip("its critic is no denoiser (see test_critic.py)")
     process, point = VPCosine(), numbers(1, 3)
     exact = data_set_denoiser(process, point)
-    for turn in objective.turns(0):
+    for turn in objective.turns(LATE):
         student = Watched(exact)
         helpers = {name: Watched(exact) for name in objective.helpers}
         result = turn.loss(Models(student, exact, helpers), Batch(point.expand(SIZE, 3)), draw_for())
-        for shown in helpers.values() or [student]:
-            assert torch.equal(process.log_snr(shown.times[-1]), result.log_snr)
+        shown = [network.times[-1] for network in (student, *helpers.values()) if network.times]
+        assert any(torch.equal(process.log_snr(time), result.log_snr) for time in shown)
         # On data of one point the exact denoiser finds the very noise that was mixed in; it would not be of unit
         # scale if the time of the mixing were another.
-        for shown in (student, *helpers.values()):
-            assert scipy.stats.kstest(shown.answers[-1].eps.flatten().numpy(), "norm").pvalue > 0.01
+        for network in (student, *helpers.values()):
+            if network.answers:
+                assert scipy.stats.kstest(network.answers[-1].eps.flatten().numpy(), "norm").pvalue > 0.01
 
 
 def test_the_objective_that_needs_a_teacher_says_so() -> None:

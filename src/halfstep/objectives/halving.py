@@ -29,7 +29,7 @@ Source: Salimans & Ho 2022 (arXiv:2202.00512), algorithm 2; the authors' dpm.py 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import ClassVar, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -41,18 +41,17 @@ from halfstep.core.noise import as_clock, per_sample
 from halfstep.core.prediction import Denoised, TruncatedSNR, Weighting, eps_from_x0
 from halfstep.objectives.base import (
     STUDENT,
-    Batch,
     Evals,
     Losses,
     Models,
-    Objective,
     Outcome,
     Role,
     check_one_process,
-    noisy_student_loss,
     objectives,
+    weighted_x0_loss,
 )
 from halfstep.objectives.guidance import Guidance
+from halfstep.objectives.landing_points import Step, StepObjective
 from halfstep.samplers import DDIM, DataPredictionSampler, Memory, Sampler
 
 
@@ -182,7 +181,7 @@ class _InFloat64(Denoiser):
 @final
 @objectives.register("halve")
 @dataclass(frozen=True)
-class Halving(Objective):
+class Halving(StepObjective):
     """Squared error against `halving_target` at the student's own times i / num_steps, i = 1 ... num_steps.
 
     Neither the target nor the loss clips x0. The default weighting is that of the paper's models.
@@ -198,7 +197,6 @@ class Halving(Objective):
     """What the teacher has learned; None for none."""
     teacher_sampler: Sampler = field(default_factory=DDIM)
     """The deterministic sampler of the teacher's steps; the student's own is DDIM."""
-    needs_teacher: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_num_steps(self.num_steps)
@@ -216,12 +214,7 @@ class Halving(Objective):
         calls = self.num_teacher_steps * max(sampler.evals_per_step, sampler.evals_last_step)
         return {STUDENT: Evals(1, 1), "teacher": Evals(calls)}
 
-    def loss(self, models: Models, batch: Batch, draw: Draw) -> Losses:
-        teacher = check_one_process(models)
-        cond = batch.cond if self.guidance is None else self.guidance.shown(batch.cond, draw, batch.x0)
-        index = as_clock(draw.integers("time", self.num_steps), batch.x0)
-        t, s = (index + 1) / self.num_steps, index / self.num_steps
-        eps = draw.normal("noise", batch.x0.shape[1:]).to(batch.x0)
-        x_t = models.student.process.mix(batch.x0, eps, t)
-        target = _target(teacher, x_t, t, s, cond, self.num_teacher_steps, self.teacher_sampler)
-        return noisy_student_loss(models, x_t, t, target, cond, self.weighting)
+    def step_losses(self, models: Models, step: Step, denoised: Denoised, draw: Draw) -> Losses:
+        teacher, log_snr = check_one_process(models), models.student.process.log_snr(step.t)
+        target = _target(teacher, *step, self.num_teacher_steps, self.teacher_sampler)
+        return Losses(weighted_x0_loss(denoised.x0, target, log_snr, self.weighting), log_snr)

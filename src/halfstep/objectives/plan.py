@@ -112,7 +112,11 @@ class Plan:
         """Return the plan with `guidance` as what the teachers of its students have learned."""
         if guidance is None:
             return self
-        return Plan(tuple(replace(stage, objective=_guided(stage.objective, guidance)) for stage in self.stages))
+        return self.changed(lambda objective: _guided(objective, guidance))
+
+    def changed(self, change: Callable[[Objective], Objective]) -> "Plan":
+        """Return the plan with every objective replaced: `plan.changed(Adversarial)` adds a critic to each stage."""
+        return Plan(tuple(replace(stage, objective=change(stage.objective)) for stage in self.stages))
 
     @classmethod
     def of(cls, objective: Objective, training: Training) -> "Plan":
@@ -215,10 +219,17 @@ class Plan:
 
 
 def _guided(objective: Objective, guidance: Guidance) -> Objective:
-    """Return a student's objective with the guidance that its teacher has learned; any other as it is."""
-    if objective.outcome.role is not Role.STUDENT or "guidance" not in {field.name for field in fields(objective)}:  # type: ignore[arg-type]
+    """Return a student's objective, or the one that it wraps, with the guidance that its teacher has learned; any other
+    as it is."""
+    if objective.outcome.role is not Role.STUDENT:
         return objective
-    return replace(objective, guidance=guidance)  # type: ignore[type-var]
+    changes: dict[str, object] = {}
+    for name in (setting.name for setting in fields(objective)):  # type: ignore[arg-type]
+        if isinstance(wrapped := getattr(objective, name), Objective):
+            changes[name] = _guided(wrapped, guidance)
+        elif name == "guidance":
+            changes[name] = guidance
+    return replace(objective, **changes)  # type: ignore[type-var]
 
 
 def _divided(start: int, end: int, factor: int) -> list[int]:

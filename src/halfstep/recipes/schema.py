@@ -22,6 +22,7 @@ from halfstep.nets import MLP, Network, UNet2D, unet2d_config
 from halfstep.objectives import (
     FINISHING,
     HALVING,
+    Adversarial,
     Denoising,
     Finishing,
     FixedGuidance,
@@ -164,6 +165,8 @@ class ChainConfig(Config):
     """Exceptions, student's steps to updates; by default twice num_updates at 2 and at 1 step."""
     learning_rate_at: dict[int, Rate] | None = None
     """Exceptions, student's steps to its rate."""
+    critic_weight: Rate | None = None
+    """Weight of an adversarial term on the points where students land; none by default."""
     lora_rank: Positive | None = None
     """Train low-rank additions of this rank to the teacher's weights, which teacher and students then share, instead of
     whole students (networks of diffusers; the matching stage too)."""
@@ -185,6 +188,11 @@ class ChainConfig(Config):
         if samplers[name].stochastic:
             raise ValueError(f"{name} draws noise, so no step can land where its steps do. Choose ddim or heun")
         return name
+
+
+def _with_critic(plan: Plan, weight: float | None) -> Plan:
+    """Return the plan with an adversarial term in every stage, or as it is if its weight is None."""
+    return plan if weight is None else plan.changed(lambda objective: Adversarial(objective, weight))
 
 
 class MatchingConfig(Config):
@@ -253,9 +261,13 @@ class FinishConfig(Config):
     """Rate of the auxiliary denoiser over the student's."""
     lead_updates: int = Field(default=Finishing.lead_updates, ge=0)
     """First updates, which train the auxiliary denoiser only."""
+    critic_weight: Rate | None = None
+    """Weight of an adversarial term on the points where students land; none by default."""
 
     @model_validator(mode="after")
     def _nothing_idle(self) -> "FinishConfig":
+        if self.critic_weight is not None and not self.steps:
+            raise ValueError(f"critic_weight {self.critic_weight} has no effect without finish.steps. Add them")
         for name in ("updates_at", "learning_rate_at"):
             foreign = sorted(set(getattr(self, name) or {}) - set(self.steps))
             if foreign:
@@ -276,7 +288,7 @@ class FinishConfig(Config):
             return Finishing(num_steps, self.map_weight, self.auxiliary_turns, self.auxiliary_rate, self.lead_updates)
 
         updates, rates = self.updates_at or {}, self.learning_rate_at or {}
-        return Plan(
+        plan = Plan(
             tuple(
                 replace(
                     stage,
@@ -291,6 +303,7 @@ class FinishConfig(Config):
                 )
             )
         )
+        return _with_critic(plan, self.critic_weight)
 
 
 class StageConfig(Config):
@@ -382,7 +395,7 @@ class Recipe(Config):
                 f"chain.keep names a student of {foreign[0]} steps, but the chain's students take "
                 f"{', '.join(map(str, steps))}"
             )
-        return plan
+        return _with_critic(plan, chain.critic_weight)
 
     def make_network(self, data: Data) -> Network:
         """Return a fresh network for this data.
