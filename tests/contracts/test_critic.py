@@ -214,6 +214,37 @@ def test_the_penalty_of_a_linear_critic_is_its_squared_slope(gamma: float, delta
     assert float(penalty.min()) > -1e-9
 
 
+def test_every_sample_comes_with_its_own_condition_and_noise_level() -> None:
+    """Classes are points far apart, so that a sample at little noise tells its class."""
+    process, labels = VPCosine(), torch.arange(SIZE)
+    x0 = 100.0 * labels[:, None].double()
+    shown: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    class Onto(Denoiser):
+        def __init__(self) -> None:
+            super().__init__()
+            self.process = process
+
+        def forward(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Denoised:
+            assert cond is not None
+            x0 = 100.0 * cond["class_labels"][:, None].double()
+            return Denoised(x0, eps_from_x0(x_t, x0, *process.alpha_sigma(t)))
+
+    class Told(nn.Module):
+        def forward(self, y: Tensor, tau: Tensor, cond: Cond) -> Tensor:
+            shown.append((y, tau, cond["class_labels"]))
+            return y[:, 0]
+
+    objective, student = Adversarial(Halving(4)), Onto()
+    for turn in objective.turns(LATE):
+        turn.loss(models_of(student, student, Told()), Batch(x0, {"class_labels": labels}), draw_for())
+    assert [len(y) for y, _, _ in shown] == [SIZE, 3 * SIZE]
+    for y, tau, told in shown:
+        alpha, sigma = process.alpha_sigma(tau)
+        noise = (y[:, 0] - 100 * alpha * told) / sigma.clamp(min=0.2)
+        assert float(noise.abs().max()) < 6
+
+
 def test_the_penalty_is_taken_at_data() -> None:
     """A critic whose slope differs: steep where the student lands, flat at data, pays nothing."""
     process, point = VPCosine(), torch.full((1, 2), 5.0).double()

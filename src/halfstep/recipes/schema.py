@@ -180,6 +180,10 @@ class ChainConfig(Config):
                 raise ValueError(f"the students end at {self.students[-1]} steps: leave end_steps {self.end_steps} out")
             if self.factor != 2:
                 raise ValueError(f"the students are listed, so a factor of {self.factor} has no effect: leave it out")
+        if self.critic_weight is not None and self.training.early_end.patience:
+            raise ValueError(
+                "early_end has no effect beside critic_weight: the loss of a student with a critic may rise. Remove one"
+            )
         return self
 
     @field_validator("teacher_sampler")
