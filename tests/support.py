@@ -26,10 +26,12 @@ from halfstep.core.noise import (
 )
 from halfstep.core.oracle import GaussianDenoiser, MixtureDenoiser
 from halfstep.core.prediction import Denoised, Prediction, eps_from_x0
+from halfstep.nets import EncoderHalf, encoder_half
+from halfstep.objectives import Halving
 from halfstep.registry import Registry
 from halfstep.samplers import DDIM, coordinates, samplers
 
-REQUIRED: Final = {"num_steps": 4}
+REQUIRED: Final[dict[str, Any]] = {"num_steps": 4, "objective": Halving(4)}
 """Values for the arguments without a default that a registered class may have."""
 
 
@@ -141,6 +143,26 @@ class ToyNetwork(nn.Module):
 def toy_denoiser(process: NoiseProcess, prediction: Prediction, seed: int = 0) -> NetworkDenoiser:
     """A `ToyNetwork` seen through the process and the prediction: no exact denoiser of anything."""
     return NetworkDenoiser(ToyNetwork(prediction, seed), process, prediction)
+
+
+class ToyHalf(EncoderHalf):
+    """Smooth features of noisy samples of any shape, for what has no blocks to take a half of."""
+
+    channels = 5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.coefficients = nn.Parameter(numbers(self.channels, 3, seed=8))
+
+    def forward(self, x_t: Tensor, time: Tensor, **cond: Tensor) -> Tensor:
+        t, rows = per_sample(time, x_t), self.coefficients.to(x_t)
+        return torch.stack([torch.sin(c[0] * x_t + c[1] * t + c[2]) for c in rows], dim=1)
+
+
+@encoder_half.register(ToyNetwork)
+@encoder_half.register(MixtureDenoiser)
+def _(network: Any) -> EncoderHalf:
+    return ToyHalf()
 
 
 def skip_where_x0_is_undefined(denoiser: Denoiser) -> None:

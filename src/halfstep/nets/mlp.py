@@ -56,7 +56,7 @@ class MLP(Network):
         self.downs = nn.ModuleList(nn.Linear(2 * width, width) for _ in range(depth))
         self.shifts = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
         self.drop = nn.Dropout(dropout)
-        self.leave = nn.Linear(width, entries * channels)
+        self.leave: nn.Module = nn.Linear(width, entries * channels)
 
     def arguments(self) -> dict[str, Any]:
         return {
@@ -78,7 +78,7 @@ class MLP(Network):
         guidance_scale: Tensor | None = None,
         observation: Tensor | None = None,
     ) -> Tensor:
-        """The output `[batch, channels * C, ...]` for samples `x_t` `[batch, C, ...]` at times `[batch]`.
+        """Return the output `[batch, channels * C, ...]` for samples `x_t` `[batch, C, ...]` at times `[batch]`.
 
         Args:
             class_labels: `[batch]`.
@@ -88,6 +88,18 @@ class MLP(Network):
         Raises:
             ValueError: if a condition is given to a network that takes none, or missing for one that does.
         """
+        hidden = self.hidden(x_t, time, class_labels, guidance_scale, observation)
+        return self.leave(hidden).reshape(x_t.shape[0], x_t.shape[1] * self.channels, *x_t.shape[2:])
+
+    def hidden(
+        self,
+        x_t: Tensor,
+        time: Tensor,
+        class_labels: Tensor | None = None,
+        guidance_scale: Tensor | None = None,
+        observation: Tensor | None = None,
+    ) -> Tensor:
+        """Return the output of the last block, `[batch, width]`; arguments as for `forward`."""
         if (class_labels is None) != (self.label is None):
             needed = "needs class_labels" if self.label is not None else "takes no class_labels"
             raise ValueError(f"this network has {self.num_classes} classes and {needed}")
@@ -109,7 +121,7 @@ class MLP(Network):
         hidden = self.enter(x_t.flatten(1))
         for norm, up, down, shift in zip(self.norms, self.ups, self.downs, self.shifts, strict=True):
             hidden = hidden + down(self.drop(F.silu(up(norm(hidden) + shift(signal)))))
-        return self.leave(hidden).reshape(x_t.shape[0], x_t.shape[1] * self.channels, *x_t.shape[2:])
+        return hidden
 
     def _sinusoids(self, numbers: Tensor) -> Tensor:
         angles = numbers[:, None] * self.frequencies.to(numbers)

@@ -228,5 +228,8 @@ class SD3(StockNetwork):
             encoder_hidden_states: of the texts, `[batch, tokens, width]`.
             pooled_projections: of the texts, `[batch, width]`.
         """
-        timestep = self.num_train_timesteps * self.shift * time / (1 + (self.shift - 1) * time)
-        return self.model(x_t, encoder_hidden_states, pooled_projections, timestep, return_dict=False)[0]
+        return self.model(x_t, encoder_hidden_states, pooled_projections, self.timestep(time), return_dict=False)[0]
+
+    def timestep(self, time: Tensor) -> Tensor:
+        """The stock module's timestep at times in [0, 1], `[batch]`."""
+        return self.num_train_timesteps * self.shift * time / (1 + (self.shift - 1) * time)

@@ -1,5 +1,6 @@
 """Objectives, one file a method; their training; and the plan: the chain of stages as data."""
 
+from halfstep.objectives.adversarial import Adversarial
 from halfstep.objectives.auxiliary import AUXILIARY, auxiliary_denoiser
 from halfstep.objectives.base import (
     STUDENT,
@@ -25,6 +26,7 @@ from halfstep.objectives.denoising import Denoising
 from halfstep.objectives.finishing import Finishing
 from halfstep.objectives.guidance import FixedGuidance, Guidance, GuidanceRange, guidances
 from halfstep.objectives.halving import Halving, halving_target
+from halfstep.objectives.landing_points import StepObjective
 from halfstep.objectives.matching import Matching
 from halfstep.objectives.metric import LossMetric, PseudoHuber, Squared, loss_metrics
 from halfstep.objectives.moments import MomentMatching

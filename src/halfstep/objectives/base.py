@@ -270,15 +270,21 @@ class Objective(ABC):
 
     needs_teacher: ClassVar[bool]
     """Whether `Models.teacher` must exist."""
-    learns_from_undistilled: ClassVar[bool] = False
-    """Whether `Models.teacher` is the plan's latest undistilled model (a teacher or a matched one) instead of the model
-    of the previous stage."""
-    refines: ClassVar[bool] = False
-    """Whether the student starts from the latest student made for as many steps instead of the previous stage's
-    model."""
     loss_falls: ClassVar[bool] = True
     """Whether a student's loss that stops falling means that it has learned; False for a game between two players and
     for a student that is its own teacher, whose losses `EarlyEnd` does not watch."""
+
+    @property
+    def learns_from_undistilled(self) -> bool:
+        """Whether `Models.teacher` is the plan's latest undistilled model (a teacher or a matched one) instead of the
+        model of the previous stage."""
+        return False
+
+    @property
+    def refines(self) -> bool:
+        """Whether the student starts from the latest student made for as many steps instead of the previous stage's
+        model."""
+        return False
 
     @property
     @abstractmethod

@@ -3,7 +3,7 @@
 The student takes N steps, so time has N segments, j / N to (j + 1) / N. The teacher's grid has T times, a multiple of
 N. From a time t = b + n / T in the segment above the boundary b, the teacher takes one step to s = t - 1 / T, the
 student itself, without gradient, the rest of the way to b, and the target is the x0 with which one DDIM step from t
-lands at the same point (`landing.py`):
+lands at the same point (`target.py`):
 
     target = w x0_teacher(x_t, t) + (1 - w) x0_student(x_s, s),   w = (r_s - r_t) / (r_b - r_t),   r = alpha / sigma
 
@@ -61,8 +61,8 @@ from halfstep.objectives.base import (
     objectives,
 )
 from halfstep.objectives.guidance import Guidance
-from halfstep.objectives.landing import Step, check_deterministic, landing_x0, steps_of
 from halfstep.objectives.metric import LossMetric, Squared
+from halfstep.objectives.target import Step, check_deterministic, landing_x0, steps_of
 from halfstep.samplers import DDIM, Sampler
 
 REFERENCE: Final = "reference"

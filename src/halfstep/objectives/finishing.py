@@ -2,19 +2,14 @@
 
 A halved student lands where its teacher lands, up to an error that the squared loss spreads over neighbouring samples.
 Finishing changes the law of the landing points x_s instead: for x_t at one of the student's times t, it descends on the
-Kullback-Leibler divergence between x_s and data at noise level s, both with further noise up to a level tau:
+Kullback-Leibler divergence between x_s and data at noise level s, both with further noise up to a level tau
+(`landing_points`, which says why the landing point, and why tau lies inside the step).
 
-    z = k x_s + b eps',   k = alpha_tau / alpha_s,   b^2 = sigma_tau^2 - k^2 sigma_s^2.
-
-The gradient of the divergence is the difference of two scores of z, and in x0 it is auxiliary(z) - teacher(z): the
-teacher's x0 belongs to data, that of the auxiliary denoiser to the student's landings, on which it is trained by
-denoising score matching. Whitened by the student's own error it is a step for x0 = student(x_t, t), since x_s moves
-with x0 in a positive proportion.
-
-Why the landing point and not x0 itself: at s > 0 the student's x0 is a mean that lands well, not a sample. Why tau lies
-inside the step, s < tau < t: more noise than x_t has would hide what the step decides, and levels of two steps never
-mix, so that one auxiliary serves all steps. The map term holds x0 near its value before the finish: two maps can have
-one distribution, and without it the game of the two networks drifts from map to map.
+The gradient of the divergence is the difference of two scores of y, the landing point with its noise, and in x0 it is
+auxiliary(y) - teacher(y): the teacher's x0 belongs to data, that of the auxiliary denoiser to the student's landings,
+on which it is trained by denoising score matching. Whitened by the student's own error it is a step for x0 =
+student(x_t, t), since x_s moves with x0 in a positive proportion. The map term holds x0 near its value before the
+finish: two maps can have one distribution, and without it the game of the two networks drifts from map to map.
 
 At one step this is distribution matching distillation with a regression to the student's own start instead of stored
 pairs. The student stays deterministic, and DDIM its sampler.
@@ -26,15 +21,13 @@ own; compare Phased DMD (arXiv:2510.27684).
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Final, NamedTuple, final
+from typing import ClassVar, Final, final
 
 import torch
-from torch import Tensor
 
-from halfstep.core.denoiser import Cond, ddim_step
 from halfstep.core.draw import Draw
 from halfstep.core.grids import check_num_steps
-from halfstep.core.noise import NoiseProcess, as_clock, per_sample
+from halfstep.core.noise import per_sample
 from halfstep.core.prediction import Denoised
 from halfstep.objectives.auxiliary import AUXILIARY, auxiliary_denoiser
 from halfstep.objectives.base import (
@@ -47,7 +40,6 @@ from halfstep.objectives.base import (
     Helper,
     Losses,
     Models,
-    Objective,
     Outcome,
     Role,
     Training,
@@ -58,6 +50,7 @@ from halfstep.objectives.base import (
     objectives,
 )
 from halfstep.objectives.guidance import Guidance
+from halfstep.objectives.landing_points import Landing, Step, StepObjective, noised_landing
 from halfstep.samplers import DDIM
 
 START: Final = "start"
@@ -71,7 +64,7 @@ LARGEST_RATIO: Final = 5.0
 @final
 @objectives.register("finish")
 @dataclass(frozen=True)
-class Finishing(Objective):
+class Finishing(StepObjective):
     """Distribution matching on the landing points of a student's steps, with a term that keeps its map.
 
     The student starts from the latest student of `num_steps` steps and learns from the undistilled teacher.
@@ -95,7 +88,6 @@ class Finishing(Objective):
     """Divide the gradient by the student's mean distance to the teacher's x0, for each sample."""
     guidance: Guidance | None = None
     """What the teacher has learned; None for none."""
-    needs_teacher: ClassVar[bool] = True
     learns_from_undistilled: ClassVar[bool] = True
     refines: ClassVar[bool] = True
     loss_falls: ClassVar[bool] = False
@@ -135,13 +127,12 @@ class Finishing(Objective):
         learning = (Turn(AUXILIARY, self.auxiliary_loss),) * self.auxiliary_turns
         return learning if update < self.lead_updates else (*learning, Turn(STUDENT, self.loss))
 
-    def loss(self, models: Models, batch: Batch, draw: Draw) -> Losses:
-        teacher, step = check_one_process(models), self._step(models, batch, draw)
-        denoised = models.student(step.x_t, step.t, step.cond)
+    def step_losses(self, models: Models, step: Step, denoised: Denoised, draw: Draw) -> Losses:
+        teacher = check_one_process(models)
         x0 = denoised.x0
         with torch.no_grad():
-            noised = self._noised(denoised, models.student.process, step, draw)
-            at = noised.z, noised.tau, step.cond
+            landing = self._landing(models, denoised, step, draw)
+            at = landing.y, landing.tau, step.cond
             own, real = models.helpers[AUXILIARY](*at).x0, teacher(*at).x0
             towards = real - own
             if self.whitened:
@@ -150,58 +141,23 @@ class Finishing(Objective):
             target = x0 + towards
         # The first gradient is minus `towards` for each entry; the value shows how far the two denoisers are apart.
         matching, moved = entry_mean((x0 - target).square()) / 2, entry_mean((x0 - before).square())
-        return Losses(matching + self.map_weight * moved, models.student.process.log_snr(noised.tau))
+        return Losses(matching + self.map_weight * moved, models.student.process.log_snr(landing.tau))
 
     def auxiliary_loss(self, models: Models, batch: Batch, draw: Draw) -> Losses:
         """Return the denoising score matching losses of the auxiliary denoiser on the student's landing points.
 
-        The score of z given x_s is -eps' / b. The loss is that of the error in eps', with more weight on little signal.
+        The score of y given x_s is -eps' / b. The loss is that of the error in eps', with more weight on little signal.
         """
-        step, process = self._step(models, batch, draw), models.student.process
+        step, process = self.step(models, batch, draw), models.student.process
         with torch.no_grad():
-            noised = self._noised(models.student(step.x_t, step.t, step.cond), process, step, draw)
-        alpha, sigma = process.alpha_sigma(noised.tau)
-        x0 = models.helpers[AUXILIARY](noised.z, noised.tau, step.cond).x0
-        found = per_sample(noised.spread / sigma**2, x0) * (noised.z - per_sample(alpha, x0) * x0)
-        error = entry_mean((found - noised.eps).square())
+            landing = self._landing(models, models.student(step.x_t, step.t, step.cond), step, draw)
+        alpha, sigma = process.alpha_sigma(landing.tau)
+        x0 = models.helpers[AUXILIARY](landing.y, landing.tau, step.cond).x0
+        found = per_sample(landing.spread / sigma**2, x0) * (landing.y - per_sample(alpha, x0) * x0)
+        error = entry_mean((found - landing.eps).square())
         weight = 1 + (sigma / alpha).clamp(max=LARGEST_RATIO) ** 2
-        return Losses(per_sample(weight, error) * error, process.log_snr(noised.tau))
+        return Losses(per_sample(weight, error) * error, process.log_snr(landing.tau))
 
-    def _step(self, models: Models, batch: Batch, draw: Draw) -> "_Step":
-        """Return a step of the student for each sample of the batch."""
-        index = as_clock(draw.integers("time", self.num_steps), batch.x0)
-        t, s = (index + 1) / self.num_steps, index / self.num_steps
-        x_t = models.student.process.mix(batch.x0, draw.normal("noise", batch.x0.shape[1:]).to(batch.x0), t)
-        cond = batch.cond if self.guidance is None else self.guidance.shown(batch.cond, draw, batch.x0)
-        return _Step(x_t, t, s, cond)
-
-    def _noised(self, denoised: Denoised, process: NoiseProcess, step: "_Step", draw: Draw) -> "_Noised":
-        """Return the landing points of the steps with further noise."""
-        x_s = ddim_step(denoised, process, step.s)
-        share = as_clock(draw.uniform("tau"), x_s)
-        tau = step.s + share * ((step.t if self.inside_step else 1.0) - step.s)
-        (alpha, sigma), (alpha_s, _) = process.alpha_sigma(tau), process.landing(step.s)
-        added = torch.where(step.s == 0, -torch.inf, process.log_snr(tau) - process.log_snr(step.s))
-        # sigma_tau^2 - k^2 sigma_s^2, which must not be a difference of nearly equal numbers.
-        spread = sigma * torch.sqrt(-torch.expm1(added))
-        eps = draw.normal("landing", x_s.shape[1:]).to(x_s)
-        z = per_sample(alpha / alpha_s, x_s) * x_s + per_sample(spread, x_s) * eps
-        return _Noised(z, tau, spread, eps)
-
-
-class _Step(NamedTuple):
-    """A step of the student from x_t at time t to time s."""
-
-    x_t: Tensor
-    t: Tensor
-    s: Tensor
-    cond: Cond
-
-
-class _Noised(NamedTuple):
-    """Landing points with further noise, z = k x_s + spread eps, at the noise level of tau."""
-
-    z: Tensor
-    tau: Tensor
-    spread: Tensor
-    eps: Tensor
+    def _landing(self, models: Models, denoised: Denoised, step: Step, draw: Draw) -> Landing:
+        until = step.t if self.inside_step else 1.0
+        return noised_landing(denoised, models.student.process, step, draw, until=until, purpose="")

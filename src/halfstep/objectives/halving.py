@@ -1,6 +1,6 @@
 """Halving: one DDIM step of the student lands where K = 2 steps of the teacher land.
 
-The target is the mean of the teacher's x0 along its K steps; `landing.py` has the formula. The teacher may take its
+The target is the mean of the teacher's x0 along its K steps; `target.py` has the formula. The teacher may take its
 steps with any deterministic sampler.
 
 Source: Salimans & Ho 2022 (arXiv:2202.00512), algorithm 2; the authors' dpm.py for s = 0.
@@ -8,7 +8,7 @@ Source: Salimans & Ho 2022 (arXiv:2202.00512), algorithm 2; the authors' dpm.py 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, final
+from typing import final
 
 from torch import Tensor
 
@@ -16,22 +16,21 @@ from halfstep.core.denoiser import Cond, Denoiser
 from halfstep.core.draw import Draw
 from halfstep.core.grids import check_num_steps
 from halfstep.core.noise import as_clock
-from halfstep.core.prediction import TruncatedSNR, Weighting
+from halfstep.core.prediction import Denoised, TruncatedSNR, Weighting
 from halfstep.objectives.base import (
     STUDENT,
-    Batch,
     Evals,
     Losses,
     Models,
-    Objective,
     Outcome,
     Role,
     check_one_process,
-    noisy_student_loss,
     objectives,
+    weighted_x0_loss,
 )
 from halfstep.objectives.guidance import Guidance
-from halfstep.objectives.landing import check_deterministic, landing_x0, steps_of
+from halfstep.objectives.landing_points import Step, StepObjective
+from halfstep.objectives.target import check_deterministic, landing_x0, steps_of
 from halfstep.samplers import DDIM, Sampler
 
 
@@ -87,7 +86,7 @@ def _target(
 @final
 @objectives.register("halve")
 @dataclass(frozen=True)
-class Halving(Objective):
+class Halving(StepObjective):
     """Squared error against `halving_target` at the student's own times i / num_steps, i = 1 ... num_steps.
 
     Neither the target nor the loss clips x0. The default weighting is that of the paper's models.
@@ -103,7 +102,6 @@ class Halving(Objective):
     """What the teacher has learned; None for none."""
     teacher_sampler: Sampler = field(default_factory=DDIM)
     """The deterministic sampler of the teacher's steps; the student's own is DDIM."""
-    needs_teacher: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_num_steps(self.num_steps)
@@ -121,12 +119,7 @@ class Halving(Objective):
         calls = self.num_teacher_steps * max(sampler.evals_per_step, sampler.evals_last_step)
         return {STUDENT: Evals(1, 1), "teacher": Evals(calls)}
 
-    def loss(self, models: Models, batch: Batch, draw: Draw) -> Losses:
-        teacher = check_one_process(models)
-        cond = batch.cond if self.guidance is None else self.guidance.shown(batch.cond, draw, batch.x0)
-        index = as_clock(draw.integers("time", self.num_steps), batch.x0)
-        t, s = (index + 1) / self.num_steps, index / self.num_steps
-        eps = draw.normal("noise", batch.x0.shape[1:]).to(batch.x0)
-        x_t = models.student.process.mix(batch.x0, eps, t)
-        target = _target(teacher, x_t, t, s, cond, self.num_teacher_steps, self.teacher_sampler)
-        return noisy_student_loss(models, x_t, t, target, cond, self.weighting)
+    def step_losses(self, models: Models, step: Step, denoised: Denoised, draw: Draw) -> Losses:
+        teacher, log_snr = check_one_process(models), models.student.process.log_snr(step.t)
+        target = _target(teacher, *step, self.num_teacher_steps, self.teacher_sampler)
+        return Losses(weighted_x0_loss(denoised.x0, target, log_snr, self.weighting), log_snr)

@@ -13,6 +13,7 @@ from typing import Final, NamedTuple, final
 
 from halfstep.core.grids import check_num_steps
 from halfstep.core.prediction import TruncatedSNR, Weighting
+from halfstep.objectives.adversarial import Adversarial
 from halfstep.objectives.base import STUDENT, Objective, Outcome, Role, Training, objectives
 from halfstep.objectives.finishing import Finishing
 from halfstep.objectives.guidance import Guidance
@@ -95,10 +96,11 @@ def parents_of(objective: Objective, models: Sequence[Outcome]) -> Parents | Non
                 "from that student's teacher"
             )
         teacher = whole[-1]
+    inner = objective.objective if isinstance(objective, Adversarial) else objective
     taught = models[teacher].role is Role.STUDENT
-    if taught and isinstance(objective, Halving) and objective.teacher_sampler != DDIM():
+    if taught and isinstance(inner, Halving) and inner.teacher_sampler != DDIM():
         raise ValueError(
-            f"the stage {name} lets a student teach by {type(objective.teacher_sampler).__name__}, but a student knows "
+            f"the stage {name} lets a student teach by {type(inner.teacher_sampler).__name__}, but a student knows "
             "only the steps that it was distilled for. Leave the teacher's sampler out"
         )
     return Parents(start, teacher)
@@ -131,7 +133,11 @@ class Plan:
         """Return the plan with `guidance` as what the teachers of its students have learned."""
         if guidance is None:
             return self
-        return Plan(tuple(replace(stage, objective=_guided(stage.objective, guidance)) for stage in self.stages))
+        return self.changed(lambda objective: _guided(objective, guidance))
+
+    def changed(self, change: Callable[[Objective], Objective]) -> "Plan":
+        """Return the plan with every objective replaced: `plan.changed(Adversarial)` adds a critic to each stage."""
+        return Plan(tuple(replace(stage, objective=change(stage.objective)) for stage in self.stages))
 
     @classmethod
     def of(cls, objective: Objective, training: Training) -> "Plan":
@@ -234,10 +240,17 @@ class Plan:
 
 
 def _guided(objective: Objective, guidance: Guidance) -> Objective:
-    """Return a student's objective with the guidance that its teacher has learned; any other as it is."""
-    if objective.outcome.role is not Role.STUDENT or "guidance" not in {field.name for field in fields(objective)}:  # type: ignore[arg-type]
+    """Return a student's objective, or the one that it wraps, with the guidance that its teacher has learned; any other
+    as it is."""
+    if objective.outcome.role is not Role.STUDENT:
         return objective
-    return replace(objective, guidance=guidance)  # type: ignore[type-var]
+    changes: dict[str, object] = {}
+    for name in (setting.name for setting in fields(objective)):  # type: ignore[arg-type]
+        if isinstance(wrapped := getattr(objective, name), Objective):
+            changes[name] = _guided(wrapped, guidance)
+        elif name == "guidance":
+            changes[name] = guidance
+    return replace(objective, **changes)  # type: ignore[type-var]
 
 
 def _divided(start: int, end: int, factor: int) -> list[int]:

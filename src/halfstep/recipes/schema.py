@@ -22,6 +22,7 @@ from halfstep.nets import MLP, Network, UNet2D, unet2d_config
 from halfstep.objectives import (
     FINISHING,
     HALVING,
+    Adversarial,
     Denoising,
     Finishing,
     FixedGuidance,
@@ -164,6 +165,8 @@ class ChainConfig(Config):
     """Exceptions, student's steps to updates; by default twice num_updates at 2 and at 1 step."""
     learning_rate_at: dict[int, Rate] | None = None
     """Exceptions, student's steps to its rate."""
+    critic_weight: Rate | None = None
+    """Weight of an adversarial term on the points where students land; none by default."""
     lora_rank: Positive | None = None
     """Train low-rank additions of this rank to the teacher's weights, which teacher and students then share, instead of
     whole students (networks of diffusers; the matching stage too)."""
@@ -177,6 +180,10 @@ class ChainConfig(Config):
                 raise ValueError(f"the students end at {self.students[-1]} steps: leave end_steps {self.end_steps} out")
             if self.factor != 2:
                 raise ValueError(f"the students are listed, so a factor of {self.factor} has no effect: leave it out")
+        if self.critic_weight is not None and self.training.early_end.patience:
+            raise ValueError(
+                "early_end has no effect beside critic_weight: the loss of a student with a critic may rise. Remove one"
+            )
         return self
 
     @field_validator("teacher_sampler")
@@ -190,6 +197,11 @@ class ChainConfig(Config):
 SECOND_ORDER: Final = ChainConfig(start_steps=16, teacher_sampler="heun")
 """The chain 8, 4, 2, 1. Its first student learns from two Heun steps of the teacher for each of its own, which come
 nearer to the teacher at its best than a longer chain, and take three stages less."""
+
+
+def _with_critic(plan: Plan, weight: float | None) -> Plan:
+    """Return the plan with an adversarial term in every stage, or as it is if its weight is None."""
+    return plan if weight is None else plan.changed(lambda objective: Adversarial(objective, weight))
 
 
 class MatchingConfig(Config):
@@ -258,9 +270,13 @@ class FinishConfig(Config):
     """Rate of the auxiliary denoiser over the student's."""
     lead_updates: int = Field(default=Finishing.lead_updates, ge=0)
     """First updates, which train the auxiliary denoiser only."""
+    critic_weight: Rate | None = None
+    """Weight of an adversarial term on the points where students land; none by default."""
 
     @model_validator(mode="after")
     def _nothing_idle(self) -> "FinishConfig":
+        if self.critic_weight is not None and not self.steps:
+            raise ValueError(f"critic_weight {self.critic_weight} has no effect without finish.steps. Add them")
         for name in ("updates_at", "learning_rate_at"):
             foreign = sorted(set(getattr(self, name) or {}) - set(self.steps))
             if foreign:
@@ -281,7 +297,7 @@ class FinishConfig(Config):
             return Finishing(num_steps, self.map_weight, self.auxiliary_turns, self.auxiliary_rate, self.lead_updates)
 
         updates, rates = self.updates_at or {}, self.learning_rate_at or {}
-        return Plan(
+        plan = Plan(
             tuple(
                 replace(
                     stage,
@@ -296,6 +312,7 @@ class FinishConfig(Config):
                 )
             )
         )
+        return _with_critic(plan, self.critic_weight)
 
 
 class StageConfig(Config):
@@ -387,7 +404,7 @@ class Recipe(Config):
                 f"chain.keep names a student of {foreign[0]} steps, but the chain's students take "
                 f"{', '.join(map(str, steps))}"
             )
-        return plan
+        return _with_critic(plan, chain.critic_weight)
 
     def make_network(self, data: Data) -> Network:
         """Return a fresh network for this data.

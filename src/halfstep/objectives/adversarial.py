@@ -1,0 +1,232 @@
+"""An adversarial term: a critic judges the landing points of a student's steps beside data with as much noise.
+
+With y the landing point with noise up to the level tau (`landing_points`), y+ data with noise of the same level, D the
+critic, and one turn each:
+
+    critic:    softplus(-D(y+)) + softplus(D(y)) + gamma / 2 (D(y+ + delta n) - D(y+))^2 / delta^2
+    student:   its own loss + weight softplus(-D(y))
+
+The last term of the critic's turn is, in expectation over the unit normal n, gamma / 2 |grad D(y+)|^2 up to the order
+of delta^2: the penalty R1 without a second derivative. Only the laws of y and y+ enter, so both may come from one
+sample of the batch. Both have its conditions, which the critic is given.
+
+The critic is the encoder half of a copy of the teacher with a small head on its deepest features. The head starts at 0:
+a fresh critic pushes nowhere. In the first updates it learns and the student does not listen to it.
+
+Source: the non-saturating loss, Goodfellow et al. 2014 (arXiv:1406.2661); R1, Mescheder et al. 2018 (arXiv:1801.04406);
+noise on both, Wang et al. 2022 (arXiv:2206.02262); a critic made from the teacher, Lin et al. 2024 (arXiv:2402.13929).
+The form on the landing points is halfstep's own.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, Final, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from halfstep.core.denoiser import GUIDANCE, Cond, Denoiser, NetworkDenoiser
+from halfstep.core.draw import Draw
+from halfstep.core.prediction import Denoised
+from halfstep.nets import EncoderHalf, encoder_half, takes_guidance
+from halfstep.objectives.auxiliary import auxiliary_denoiser
+from halfstep.objectives.base import (
+    STUDENT,
+    Auxiliary,
+    Batch,
+    EarlyEnd,
+    Evals,
+    Helper,
+    Losses,
+    Models,
+    Objective,
+    Outcome,
+    Training,
+    Turn,
+    check_one_process,
+    check_whole,
+    objectives,
+)
+from halfstep.objectives.guidance import Guidance
+from halfstep.objectives.landing_points import Landing, Step, StepObjective, noised_landing
+
+CRITIC: Final = "critic"
+
+
+@final
+class Critic(nn.Module):
+    """A judge of noisy samples: (y, tau, cond) -> one number for each, large for data.
+
+    Args:
+        encoder: the network whose features are judged.
+        takes_guidance: whether it has an input for the guidance scale; else that condition is left out.
+    """
+
+    def __init__(self, encoder: EncoderHalf, takes_guidance: bool = False) -> None:
+        super().__init__()
+        self.encoder, self.takes_guidance = encoder, takes_guidance
+        like = next(encoder.parameters())
+        self.norm = nn.GroupNorm(1, encoder.channels).to(like)
+        self.leave = nn.Linear(encoder.channels, 1).to(like)
+        nn.init.zeros_(self.leave.weight)
+        nn.init.zeros_(self.leave.bias)
+
+    def forward(self, y: Tensor, tau: Tensor, cond: Cond) -> Tensor:
+        """Return `[batch]` for samples `[batch, *dims]` at clock times `[batch]`."""
+        time = tau.to(device=y.device, dtype=torch.promote_types(y.dtype, torch.float32))
+        shown = {name: value for name, value in cond.items() if name != GUIDANCE or self.takes_guidance}
+        features: Tensor = self.encoder(y, time, **shown)
+        features = F.silu(self.norm(features.to(self.norm.weight.dtype)))
+        pooled = features.flatten(2).mean(2) if features.ndim > 2 else features
+        found: Tensor = self.leave(pooled)[:, 0]
+        return found.to(y.dtype)
+
+
+def critic_of(models: Models) -> Critic:
+    """Return a trainable critic made from the teacher, in float32 and without its guidance.
+
+    It holds weights of its own, those of a LoRA student's base included.
+
+    Raises:
+        ValueError: if there is no teacher, or the encoder half of its network is unknown.
+    """
+    twin: Denoiser = auxiliary_denoiser(models)
+    network = twin.network if isinstance(twin, NetworkDenoiser) else twin
+    shown = takes_guidance(network)
+    return Critic(encoder_half(network).requires_grad_(True), shown)
+
+
+@final
+@objectives.register("adversarial")
+@dataclass(frozen=True)
+class Adversarial(Objective):
+    """Another objective with an adversarial term on the landing points of its student's steps.
+
+    Everything else is the other's: its turns, their random numbers, and what comes out.
+
+    Raises:
+        ValueError: if the student of the objective takes no steps of its own, or a setting is out of range.
+    """
+
+    objective: Objective
+    weight: float = 0.1
+    """Weight of the term beside the objective's own loss."""
+    rate: float = 4.0
+    """Learning rate of the critic, constant, over the student's peak rate."""
+    gamma: float = 1.0
+    """Weight of the critic's squared gradient at data; 0 disables."""
+    delta: float = 0.1
+    """Size of the change of a sample by which that gradient is found."""
+    lead_updates: int = 60
+    """First updates, in which the critic learns and the student has its own loss alone."""
+    needs_teacher: ClassVar[bool] = True
+    loss_falls: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.objective, StepObjective):
+            known = ", ".join(name for name, kind in objectives.items() if issubclass(kind, StepObjective))
+            raise ValueError(
+                f"an adversarial term needs a student that takes steps of its own, and that of "
+                f"{type(self.objective).__name__} does not. Choose one of {known}"
+            )
+        check_whole("lead_updates", self.lead_updates, 0)
+        for name in ("weight", "rate", "delta"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} of a critic must be a finite number above 0, got {getattr(self, name)}")
+        if not 0 <= self.gamma < math.inf:
+            raise ValueError(f"gamma of a critic must be finite and at least 0, got {self.gamma}")
+
+    @property
+    def _own(self) -> StepObjective:
+        assert isinstance(self.objective, StepObjective)
+        return self.objective
+
+    @property
+    def learns_from_undistilled(self) -> bool:
+        return self.objective.learns_from_undistilled
+
+    @property
+    def refines(self) -> bool:
+        return self.objective.refines
+
+    @property
+    def outcome(self) -> Outcome:
+        return self.objective.outcome
+
+    @property
+    def guidance(self) -> Guidance | None:
+        return self.objective.guidance
+
+    @property
+    def evals(self) -> Mapping[str, Evals]:
+        own = self.objective.evals
+        calls = 3 if self.gamma else 2
+        student = own[STUDENT]
+        return {
+            **own,
+            STUDENT: Evals(student.forward + 1, student.backward),
+            CRITIC: Evals(calls + 1, calls + 1),
+        }
+
+    @property
+    def helpers(self) -> Mapping[str, Helper]:
+        return {**self.objective.helpers, CRITIC: Auxiliary(critic_of, self._critic_training)}
+
+    def _critic_training(self, own: Training) -> Training:
+        return replace(
+            own,
+            learning_rate=self.rate * own.learning_rate,
+            adam_betas=(0.0, 0.99),
+            anneal=False,
+            warmup_updates=0,
+            weight_decay=0.0,
+            ema_decay=0.0,
+            dropout=0.0,
+            early_end=EarlyEnd(),
+        )
+
+    def turns(self, update: int) -> tuple[Turn, ...]:
+        # The critic comes last, so that the objective's own turns keep their places and with them their random numbers.
+        own, learning = self.objective.turns(update), Turn(CRITIC, self.critic_loss)
+        if update >= self.lead_updates:
+            own = tuple(Turn(STUDENT, self.loss) if turn.trains == STUDENT else turn for turn in own)
+        return (*own, learning)
+
+    def start(self, teacher: Denoiser) -> Denoiser:
+        return self.objective.start(teacher)
+
+    def view(self, teacher: Denoiser, student: Denoiser, null: Mapping[str, Tensor]) -> Denoiser:
+        return self.objective.view(teacher, student, null)
+
+    def loss(self, models: Models, batch: Batch, draw: Draw) -> Losses:
+        step = self._own.step(models, batch, draw)
+        denoised = models.student(step.x_t, step.t, step.cond)
+        own = self._own.step_losses(models, step, denoised, draw)
+        landing = self._landing(models, denoised, step, draw)
+        found = models.helpers[CRITIC](landing.y, landing.tau, step.cond)
+        return Losses(own.loss + self.weight * F.softplus(-found), own.log_snr)
+
+    def critic_loss(self, models: Models, batch: Batch, draw: Draw) -> Losses:
+        """Return the losses of the critic on data and on the student's landing points."""
+        check_one_process(models)
+        process, step = models.student.process, self._own.step(models, batch, draw)
+        with torch.no_grad():
+            landing = self._landing(models, models.student(step.x_t, step.t, step.cond), step, draw)
+            eps = draw.normal("critic_data", batch.x0.shape[1:]).to(batch.x0)
+            real = process.mix(batch.x0, eps, landing.tau)
+        shown = [real, landing.y]
+        if self.gamma:
+            shown.append(real + self.delta * draw.normal("critic_change", real.shape[1:]).to(real))
+        # One call for all, as DDP and FSDP2 expect of a network that is trained.
+        count = len(shown)
+        cond = {name: torch.cat([value] * count) for name, value in step.cond.items()}
+        found = models.helpers[CRITIC](torch.cat(shown), landing.tau.repeat(count), cond).chunk(count)
+        loss = F.softplus(-found[0]) + F.softplus(found[1])
+        if self.gamma:
+            loss = loss + self.gamma / 2 * ((found[2] - found[0]) / self.delta).square()
+        return Losses(loss, process.log_snr(landing.tau))
+
+    def _landing(self, models: Models, denoised: Denoised, step: Step, draw: Draw) -> Landing:
+        return noised_landing(denoised, models.student.process, step, draw, until=step.t, purpose="critic_")
