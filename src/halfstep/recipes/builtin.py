@@ -8,7 +8,7 @@ from halfstep.objectives import Training
 from halfstep.recipes.schema import (
     SECOND_ORDER,
     TEACHER,
-    ChainConfig,
+    FinishConfig,
     MLPConfig,
     ModelConfig,
     Recipe,
@@ -35,18 +35,26 @@ def digits() -> Recipe:
         # Told the class, even an undistilled teacher needs few steps, and there would be little to see.
         model=ModelConfig(conditional=False),
         teacher=Training(
-            num_updates=1500, learning_rate=2e-3, warmup_updates=50, adam_betas=(0.9, 0.99), ema_decay=0.995
+            num_updates=1250, learning_rate=2e-3, warmup_updates=50, adam_betas=(0.9, 0.99), ema_decay=0.995
         ),
-        # The first students are nearly their teachers: a high rate would cost them more than it teaches.
-        chain=ChainConfig(
-            start_steps=64,
+        # The later a student, the more it has to learn, and the higher the rate that it bears.
+        chain=SECOND_ORDER.model_copy(
+            update={
+                "training": Training(
+                    num_updates=250, batch_size=64, learning_rate=1e-3, warmup_updates=20, adam_betas=(0.9, 0.99)
+                ),
+                "updates_at": {8: 300, 1: 350},
+                "learning_rate_at": {8: 6e-4, 4: 7e-4},
+            }
+        ),
+        finish=FinishConfig(
+            steps=(4, 2, 1),
             training=Training(
-                num_updates=800, batch_size=64, learning_rate=5e-4, warmup_updates=20, adam_betas=(0.9, 0.99)
+                num_updates=200, batch_size=32, learning_rate=1e-4, adam_betas=(0.0, 0.99), ema_decay=0.98
             ),
-            updates_at={32: 100, 16: 200, 8: 650, 2: 650, 1: 750},
-            learning_rate_at={32: 1.5e-4, 16: 2e-4, 8: 4e-4, 2: 7e-4, 1: 1e-3},
+            learning_rate_at={4: 5e-5},
         ),
-        evaluation=Evaluation(num_samples=2000, teacher_steps=(256, 64, 8, 4, 2, 1), batch_size=500),
+        evaluation=Evaluation(num_samples=2000, teacher_steps=(4, 2, 1), batch_size=500),
         engine=Engine(log_every=20),
     )
 
