@@ -62,11 +62,11 @@ def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
         (["run", "digits", "--chain.factor", "1"], "should be greater than or equal to 2, got 1"),
         (
             ["run", "digits", "--chain.factor", "3"],
-            "64 steps cannot be divided by 3 again and again to 1: list the students' steps, or start from",
+            "16 steps cannot be divided by 3 again and again to 1: list the students' steps, or start from",
         ),
         (
             ["run", "arrays", "--data", "digits", "--chain.students", "48", "1"],
-            "a student of 48 steps cannot follow a teacher of 128",
+            "a student of 48 steps cannot follow a teacher of 16",
         ),
         (
             ["run", "digits", "--chain.early-end.window", "50"],

@@ -87,6 +87,7 @@ def test_help_is_complete_and_ends_with_examples(verb: str, capsys: Capture) -> 
 @pytest.mark.parametrize("verb", VERBS)
 def test_the_options_that_shells_complete_are_those_of_the_parser(verb: str, capsys: Capture) -> None:
     short = {"--data", "--start", "--to"} if verb in ("run", "train", "demo", "distill") else set()
+    short |= {"--steps"} if verb == "finish" else set()
     known = set(options_of(verb))
     parsed = set()
     for recipe in ("digits", "arrays", "cifar10_paper") if verb in ("run", "train") else ("",):
@@ -136,7 +137,7 @@ def test_the_overview_names_verbs_and_codes_without_torch(capsys: Capture, monke
     assert re.fullmatch(r"halfstep \d+\.\d+\.\d+\S*\n", help_of(["--version"], capsys))
 
 
-@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "distill"])
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ("distill", "finish")])
 def test_a_mistyped_option_names_the_one_that_is_near(verb: str, capsys: Capture) -> None:
     said = refused([verb, *FIRST.get(verb, []), "--hlep"], capsys)
     assert "unknown option '--hlep'; did you mean '--help'?" in said

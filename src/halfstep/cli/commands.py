@@ -3,6 +3,7 @@
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -122,7 +123,11 @@ def _run(argv: Sequence[str], verb: str, what: Literal["all", "teacher"] = "all"
     else:
         recipe, name, rest = recipe_from(argv[0]), argv[0], argv[1:]
     prog = f"halfstep {verb}" if verb == "demo" else f"halfstep {verb} {name}"
-    arguments = parse(RunArguments, expand_short(rest), prog, RunArguments(recipe), SHORT)
+    rest = expand_short(rest)
+    arguments = parse(RunArguments, rest, prog, RunArguments(recipe), SHORT)
+    given = {token.partition("=")[0].removeprefix("--").replace("-", "_") for token in rest}
+    if what == "all":
+        arguments = replace(arguments, recipe=arguments.recipe.fitted(given))
     suffix = "-teacher" if what == "teacher" else ""
     _carry_out(arguments, arguments.out or Path("runs") / f"{arguments.recipe.name}{suffix}", what)
 

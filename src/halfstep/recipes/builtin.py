@@ -43,16 +43,15 @@ def digits() -> Recipe:
                 "training": Training(
                     num_updates=250, batch_size=64, learning_rate=1e-3, warmup_updates=20, adam_betas=(0.9, 0.99)
                 ),
-                "updates_at": {8: 300, 1: 350},
+                "updates_at": {8: 300, 4: 350, 1: 350},
                 "learning_rate_at": {8: 6e-4, 4: 7e-4},
             }
         ),
         finish=FinishConfig(
-            steps=(4, 2, 1),
+            steps=(2, 1),
             training=Training(
                 num_updates=200, batch_size=32, learning_rate=1e-4, adam_betas=(0.0, 0.99), ema_decay=0.98
             ),
-            learning_rate_at={4: 5e-5},
         ),
         evaluation=Evaluation(num_samples=2000, teacher_steps=(4, 2, 1), batch_size=500),
         engine=Engine(log_every=20),

@@ -4,7 +4,7 @@ Every field has a flag on the command line (`--chain.start-steps 256`); its docs
 names here and become objects in `build`, nowhere deeper.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -405,6 +405,29 @@ class Recipe(Config):
                 f"{', '.join(map(str, steps))}"
             )
         return _with_critic(plan, chain.critic_weight)
+
+    def fitted(self, given: Collection[str]) -> "Recipe":
+        """Return the recipe without what its own fields say of students that its chain does not have.
+
+        Args:
+            given: dotted names of the fields that the user has set, which stay as they are.
+
+        Raises:
+            ValueError: as `chain_plan`.
+        """
+        plain = self.chain.model_copy(update={"updates_at": None, "learning_rate_at": None})
+        made = {stage.num_steps for stage in self.model_copy(update={"chain": plain}).chain_plan().stages}
+        changes: dict[str, Any] = {}
+        for name, config in (("chain", self.chain), ("finish", self.finish)):
+            own: dict[str, Any] = {}
+            for field in ("updates_at", "learning_rate_at"):
+                exceptions = getattr(config, field)
+                if exceptions is not None and f"{name}.{field}" not in given:
+                    own[field] = {steps: value for steps, value in exceptions.items() if steps in made}
+            if name == "finish" and "finish.steps" not in given:
+                own["steps"] = tuple(steps for steps in self.finish.steps if steps in made)
+            changes[name] = config.model_copy(update=own)
+        return self.model_copy(update=changes)
 
     def make_network(self, data: Data) -> Network:
         """Return a fresh network for this data.
