@@ -322,6 +322,29 @@ def test_seeds_of_a_road_share_the_teacher_but_neither_training_nor_noise(
     best = {m: [r.figures["distance"] for r in rows if (r.axes["method"], r.axes["evals"]) == m] for m in BEST}
     (panel, _) = study.panels(rows, scale)
     assert panel.level == ("teacher at its best", min(sum(values) / 2 for values in best.values()))
+    figure = write_study(study, scale, rows, tmp_path).with_name("figure.svg")
+    assert panel.level[0] in figure.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"chain": {"teacher_sampler": "heun"}},
+        {"chain": {"teacher_steps": 3}},
+        {"finish": {"steps": (4,)}},
+        {"evaluation": {"precision": "bf16"}},
+        {"evaluation": {"teacher_heun_steps": (16,)}},
+    ],
+)
+def test_settings_younger_than_published_results_count_where_they_change_something(change: Mapping[str, Any]) -> None:
+    scale = tiny()
+    recipe = Recipe.model_validate(
+        {
+            **scale.recipe.model_dump(),
+            **{name: {**scale.recipe.model_dump()[name], **new} for name, new in change.items()},
+        }
+    )
+    assert dataclasses.replace(scale, recipe=recipe).as_data(["recipe"]) != scale.as_data(["recipe"])
 
 
 def test_same_noise_is_the_distance_from_the_teachers_finest_samples(shared: Path) -> None:

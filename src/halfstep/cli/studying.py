@@ -1,11 +1,11 @@
-"""`halfstep study`: the paper's tables and figures."""
+"""`halfstep study`: the paper's tables and figures, and methods compared."""
 
 import dataclasses
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -23,7 +23,7 @@ from halfstep.studies import SCALES, Scale, Trial, run_study, studies, write_stu
 
 @dataclass
 class StudyArguments:
-    """Run one of the paper's studies: a plan of runs that ends in a table and a figure. The same command goes on."""
+    """Run a study: a plan of runs that ends in a table and a figure. The same command resumes."""
 
     name: tyro.conf.Positional[StudyName]
     """Study (`halfstep ls studies` describes them)."""
@@ -40,7 +40,7 @@ class StudyArguments:
     out: Path | None = None
     """Folder that the studies of a scale share; studies/SCALE by default."""
     dry_run: Switch = False
-    """List the cells, and write nothing."""
+    """List the cells, and what they cost where that is counted, and write nothing."""
     json: Switch = False
     """Print one JSON document: the cells with --dry-run, else the table; progress goes to stderr."""
 
@@ -125,7 +125,8 @@ def scale_of(arguments: StudyArguments) -> Scale:
     if not counts:
         raise UsageError(f"--seeds says nothing to the study {arguments.name}, which has one seed: leave it out")
     check_least(arguments, 1, "seeds")
-    return dataclasses.replace(scale, **dict.fromkeys(counts, arguments.seeds))
+    changes: dict[str, Any] = dict.fromkeys(counts, arguments.seeds)
+    return dataclasses.replace(scale, **changes)
 
 
 def describe(trial: Trial) -> str:

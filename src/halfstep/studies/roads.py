@@ -107,10 +107,11 @@ def _second_order(scale: Scale, steps: Sequence[int], share: float = 1.0) -> lis
 def _halves(scale: Scale, steps: Sequence[int], share: float) -> list[Leg]:
     """Return the stages from each of `steps` to the next."""
     legs = []
-    for before, number in pairwise(steps):
-        stage = _stage_of(scale, number)
-        halving = replace(stage.objective, num_teacher_steps=before // number)  # type: ignore[call-arg]
-        legs.append(_as_leg(replace(stage, objective=halving), share * scale.roads.passes[number]))
+    for before, after in pairwise(steps):
+        stage = _stage_of(scale, after)
+        assert isinstance(stage.objective, Halving)
+        halving = replace(stage.objective, num_teacher_steps=before // after)
+        legs.append(_as_leg(replace(stage, objective=halving), share * scale.roads.passes[after]))
     return legs
 
 

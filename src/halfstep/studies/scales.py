@@ -80,12 +80,27 @@ class Scale:
             value = self.recipe.evaluation if name == "evaluation" else getattr(self, name)
             left_out = {"engine": set(IDLE)} if isinstance(value, Recipe) else None
             held = value.model_dump(exclude=left_out) if isinstance(value, BaseModel) else value
-            data[name] = said = to_jsonable_python(held)
-            for part in (said, said.get("evaluation") if isinstance(said, dict) else None):
-                # A setting that is younger than existing studies, and had this value in all of them.
-                if isinstance(part, dict) and part.get("precision") == "float32" and "num_samples" in part:
-                    del part["precision"]
+            data[name] = _as_before(to_jsonable_python(held), name)
         return data
+
+
+YOUNGER: Final[Mapping[tuple[str, str], Any]] = {
+    ("evaluation", "precision"): "float32",
+    ("evaluation", "teacher_heun_steps"): [32],
+    ("chain", "teacher_sampler"): "ddim",
+    ("chain", "teacher_steps"): None,
+}
+"""Settings that are younger than published studies, with the value that all of these had."""
+
+
+def _as_before(said: Any, name: str) -> Any:
+    """Return what is said of `name` without settings that are younger than published studies and change nothing."""
+    if not isinstance(said, dict):
+        return said
+    kept = {key: value for key, value in said.items() if YOUNGER.get((name, key), ...) != value}
+    if not kept.get("finish", {}).get("steps", True):
+        del kept["finish"]
+    return {key: _as_before(value, key) for key, value in kept.items()}
 
 
 def smoke() -> Scale:
@@ -117,7 +132,12 @@ def smoke() -> Scale:
             ),
             grid=(8, 64),
             moments=Training(
-                num_updates=COUNTED, batch_size=32, learning_rate=5e-4, warmup_updates=10, adam_betas=(0.0, 0.99)
+                num_updates=COUNTED,
+                batch_size=32,
+                learning_rate=5e-4,
+                warmup_updates=10,
+                adam_betas=(0.0, 0.99),
+                ema_decay=0.98,
             ),
         ),
         passes_per_second=4400,
@@ -137,12 +157,17 @@ def small() -> Scale:
         ablation_steps=128,
         updates=(500, 1000, 2500, 5000),
         roads=RoadSettings(
-            passes={8: 1_000_000, 4: 1_400_000, 2: 1_800_000, 1: 2_200_000},
+            passes={8: 500_000, 4: 700_000, 2: 900_000, 1: 1_100_000},
             finish=replace(FINISHING, num_updates=COUNTED),
             consistency=Training(num_updates=COUNTED, batch_size=64, learning_rate=3e-4, warmup_updates=100),
             grid=(16, 128),
             moments=Training(
-                num_updates=COUNTED, batch_size=64, learning_rate=2e-4, warmup_updates=100, adam_betas=(0.0, 0.99)
+                num_updates=COUNTED,
+                batch_size=64,
+                learning_rate=2e-4,
+                warmup_updates=100,
+                adam_betas=(0.0, 0.99),
+                ema_decay=0.98,
             ),
         ),
     )
@@ -164,7 +189,9 @@ def paper() -> Scale:
             finish=replace(FINISHING, num_updates=COUNTED),
             consistency=Training(num_updates=COUNTED, learning_rate=1e-4, warmup_updates=1000),
             grid=(64, 1280),
-            moments=Training(num_updates=COUNTED, learning_rate=1e-4, warmup_updates=1000, adam_betas=(0.0, 0.99)),
+            moments=Training(
+                num_updates=COUNTED, learning_rate=1e-4, warmup_updates=1000, adam_betas=(0.0, 0.99), ema_decay=0.99
+            ),
         ),
     )
 
