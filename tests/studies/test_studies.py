@@ -263,14 +263,14 @@ def test_a_chain_makes_all_students_and_the_finish_of_one_leads_to_no_other() ->
 
 
 def test_passes_pay_for_helpers_and_for_what_led_to_a_stage() -> None:
-    """A finish costs 14 calls a sample, a halving 5: 9 updates of 2 samples, and 10 passes are left for half an update
-    of the next, which starts from the first."""
+    """An update of 2 samples costs 28 passes in a finish and 10 in a halving. The finish starts from the
+    halved student, so what that cost is taken off."""
     training = Training(99, 1e-3, 2)
     halving, finishing = Halving(2), Finishing(2, lead_updates=0)
     plan = funded([Leg(lambda _: halving, training, 90), Leg(lambda _: finishing, training, 90 + 5 * 28 + 1)])
     assert [stage.training.num_updates for stage in plan.stages] == [9, 5]
     # What rounding leaves of one stage goes to the next.
-    rounded = funded([Leg(lambda _: halving, training, 94), Leg(lambda _: Halving(1), training, 94 + 56)])
+    rounded = funded([Leg(lambda _: halving, training, 94), Leg(lambda _: Halving(1), training, 94 + 52)])
     assert [stage.training.num_updates for stage in rounded.stages] == [9, 6]
 
 
