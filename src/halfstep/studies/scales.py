@@ -128,7 +128,7 @@ def smoke() -> Scale:
                 num_updates=COUNTED, batch_size=32, learning_rate=1e-4, adam_betas=(0.0, 0.99), ema_decay=0.98
             ),
             consistency=Training(
-                num_updates=COUNTED, batch_size=32, learning_rate=1e-3, warmup_updates=10, adam_betas=(0.9, 0.99)
+                num_updates=COUNTED, batch_size=32, learning_rate=2e-3, warmup_updates=10, adam_betas=(0.9, 0.99)
             ),
             grid=(8, 64),
             moments=Training(
