@@ -14,35 +14,37 @@ from halfstep.report.study_figure import draw_panels
 from halfstep.studies import SCALES, Finding, Table, studies
 
 DOCS = Path(__file__).parent
-ORDER = ("table1", "table2", "steps", "stochastic", "schedules", "integrators", "cost")
+ORDER = ("table1", "table2", "steps", "stochastic", "schedules", "integrators", "cost", "roads")
 HEAD = """# Reproductions
 
 Each of the paper's tables and figures is a study: a plan of runs that goes on where it was cut and ends in a table and
 a figure (`halfstep study NAME --scale smoke|small|paper`). This page is generated from the studies' JSON
 (`docs/results/studies/`) by `docs/reproductions.py`; nothing on it is typed by hand but the paragraphs that say what a
-study repeats of the paper and what it does not.
+study repeats of the paper and what it does not. The last study, `roads`, is not the paper's: it compares methods of
+distillation.
 
 The paper's figures stand beside ours where they are known. They are FID of Inception features on CIFAR-10 or ImageNet;
 ours are distances in the features of a small classifier, on other data. Compare orders and ratios, never numbers. What
 could not be verified from a source is not shown as the paper's.
 
-Run so far: {run}. Not run yet, for want of a GPU: {missing}.
+Run so far: {run}. Not run yet (`small` and `paper` need a GPU): {missing}.
 """
+
+
+def head(name: str) -> list[str]:
+    """Return the lines with which a study's part of the page opens: title, question and comment."""
+    study = studies[name]()
+    comment = (DOCS / "reproductions" / f"{name}.md").read_text(encoding="utf-8").strip()
+    return [f"## {study.title}", "", f"*{study.question}*", "", comment, ""]
 
 
 def section(name: str, held: dict[str, Any], figure: str) -> str:
     """A study's part of the page."""
     study = studies[name]()
     environment = held["environment"]
-    comment = (DOCS / "reproductions" / f"{name}.md").read_text(encoding="utf-8").strip()
     return "\n".join(
         [
-            f"## {study.title}",
-            "",
-            f"*{study.question}*",
-            "",
-            comment,
-            "",
+            *head(name),
             f"![{study.title}: ours, and the paper's where they are known]({figure})",
             "",
             Table.from_json(held["table"]).markdown(),
@@ -79,6 +81,8 @@ def page(figures: Path) -> str:
             draw_panels(studies[name]().panels(rows, scale()), figures / f"{name}-{scale_name}")
             (figures / f"{name}-{scale_name}.png").unlink()
             parts.append(section(name, held, f"studies/{name}-{scale_name}.svg"))
+        if not any(one.startswith(f"{name} ") for one in run):
+            parts.append("\n".join(head(name)))
     return HEAD.format(run=", ".join(run) or "none", missing=", ".join(missing) or "none") + "\n" + "\n".join(parts)
 
 

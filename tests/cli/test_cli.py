@@ -373,6 +373,22 @@ def test_a_study_lists_its_cells(capsys: Capture, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_study_at_equal_cost_says_what_it_costs(capsys: Capture, tmp_path: Path) -> None:
+    os.chdir(tmp_path)
+    passes = {}
+    for seeds in (1, 3):
+        main(["study", "roads", "--dry-run", "--json", "--seeds", str(seeds)])
+        passes[seeds] = json.loads(capsys.readouterr().out)["forward_passes"]
+    assert passes[3] == pytest.approx({n: v * (1 if n == "teacher" else 3) for n, v in passes[1].items()})
+    main(["study", "roads", "--dry-run"])
+    printed = capsys.readouterr().out
+    assert f"in all {sum(passes[3].values()):,.0f}; at 4,400 a second" in printed
+    # What the scale promises: 45 minutes on two cores.
+    assert sum(passes[3].values()) < 45 * 60 * 4400
+    main(["study", "steps", "--dry-run"])
+    assert "in all" not in capsys.readouterr().out
+
+
 def test_a_student_whose_weights_were_not_kept_is_left_out(toy_npy: Path, tmp_path: Path, capsys: Capture) -> None:
     run = tmp_path / "run"
     main(["run", "arrays", "--data", str(toy_npy), "--out", str(run), *TINY_ARRAYS, "--chain.keep", "1"])

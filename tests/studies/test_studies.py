@@ -11,7 +11,7 @@ import torch
 
 from halfstep.data import DataConfig
 from halfstep.measure.evaluate import Evaluation
-from halfstep.objectives import Training
+from halfstep.objectives import Finishing, Halving, Training
 from halfstep.recipes import MLPConfig, Recipe
 from halfstep.recipes.schema import ChainConfig
 from halfstep.report.words import number
@@ -22,9 +22,14 @@ from halfstep.samplers import samplers
 from halfstep.studies import SCALES, Bench, Finding, Scale, Study, Table, Trial, run_study, studies, write_study
 from halfstep.studies.integrators import METHODS
 from halfstep.studies.published import COST, FIGURE_4, TABLE_1, TABLE_2
+from halfstep.studies.roads import ROADS, Leg, funded, passes_of, way_to, ways
 from halfstep.studies.sampling import most_steps, students_of
+from halfstep.studies.scales import RoadSettings
 from halfstep.studies.schedules import students_by
 from halfstep.studies.show import spread
+
+BEST = (("ddim", 256), ("heun", 63))
+"""The teacher at its best: samplers and their network calls."""
 
 
 def tiny() -> Scale:
@@ -49,6 +54,14 @@ def tiny() -> Scale:
         ablation_steps=4,
         updates=(1, 2),
         rates=(1e-4, 1e-3),
+        roads=RoadSettings(
+            passes={4: 800, 1: 1200},
+            finish=Training(99, 1e-4, 4, adam_betas=(0.0, 0.99), ema_decay=0.5),
+            consistency=Training(99, 1e-3, 8, warmup_updates=50),
+            grid=(8, 32),
+            moments=Training(99, 1e-3, 4),
+        ),
+        road_seeds=1,
     )
 
 
@@ -224,6 +237,121 @@ def test_equal_network_calls_are_as_many_steps_as_fit(method: str, num_evals: in
     steps, kind = most_steps(method, num_evals), samplers[method]()
     assert kind.num_evals(steps + 1) > num_evals
     assert steps == 0 or kind.num_evals(steps) <= num_evals
+
+
+@pytest.mark.parametrize("name", ["tiny", *SCALES])
+def test_every_road_to_a_student_costs_what_the_scale_says_within_one_update(name: str) -> None:
+    scale = tiny() if name == "tiny" else SCALES[name]()
+    for road in ROADS.values():
+        for steps, passes in scale.roads.passes.items():
+            plan = road.plan(scale, steps)
+            led = [plan.stages[place] for place in way_to(plan, steps)]
+            assert led[-1].num_steps == steps
+            assert passes_of(led) == pytest.approx(passes, abs=led[-1].update_cost)
+            assert all(stage.training.num_updates > 1 for stage in led)
+
+
+def test_a_chain_makes_all_students_and_the_finish_of_one_leads_to_no_other() -> None:
+    """teacher -> 8 -> 4 -> 2 -> 1, and from each of these its own finish."""
+    plan = ROADS["finish"].plan(SCALES["smoke"](), 1)
+    assert [stage.num_steps for stage in plan.stages] == [8, 4, 2, 1] * 2
+    halved = [(0,), (0, 1), (0, 1, 2), (0, 1, 2, 3)]
+    assert ways(plan.stages) == halved + [(*way, 4 + place) for place, way in enumerate(halved)]
+    # A scale of fewer students has stages of larger factors, each teacher on its own grid.
+    short = [stage.objective for stage in ROADS["second_order"].plan(tiny(), 1).stages]
+    assert [(one.num_steps, one.num_teacher_steps) for one in short if isinstance(one, Halving)] == [(4, 2), (1, 4)]
+
+
+def test_passes_pay_for_helpers_and_for_what_led_to_a_stage() -> None:
+    """An update of 2 samples costs 28 passes in a finish and 10 in a halving. The finish starts from the
+    halved student, so what that cost is taken off."""
+    training = Training(99, 1e-3, 2)
+    halving, finishing = Halving(2), Finishing(2, lead_updates=0)
+    plan = funded([Leg(lambda _: halving, training, 90), Leg(lambda _: finishing, training, 90 + 5 * 28 + 1)])
+    assert [stage.training.num_updates for stage in plan.stages] == [9, 5]
+    # What rounding leaves of one stage goes to the next.
+    rounded = funded([Leg(lambda _: halving, training, 94), Leg(lambda _: Halving(1), training, 94 + 52)])
+    assert [stage.training.num_updates for stage in rounded.stages] == [9, 6]
+
+
+def test_the_recipes_own_chain_keeps_its_proportions_before_the_first_student() -> None:
+    """Digits: 100, 200 and 650 updates to 32, 16 and 8 steps, of one cost each."""
+    plan = ROADS["halving"].plan(SCALES["smoke"](), 1)
+    updates = [stage.training.num_updates for stage in plan.stages]
+    assert [stage.num_steps for stage in plan.stages] == [32, 16, 8, 4, 2, 1]
+    assert [round(updates[place] / updates[0], 1) for place in range(3)] == pytest.approx([1, 2, 6.5], rel=0.03)
+
+
+def test_a_plan_counts_what_its_runs_and_samples_take(shared: Path) -> None:
+    """The costs of a dry run are those of the folders that the study leaves."""
+    study, scale = studies["roads"](), tiny()
+    run_study(study, scale, shared)
+    costs = dict(study.costs(scale))
+    runs: dict[str, float] = {"teacher": 4 * 8 * 3}
+    drawn = 0
+    for folder in (shared / "runs").glob("road-*"):
+        rows = RunFolder(folder).recipe()["plan"]
+        name = folder.name.split("-")[1]
+        runs[name] = runs.get(name, 0) + sum(row["num_updates"] * row["update_cost"] for row in rows)
+    for file in (shared / "runs").glob("road-*/evaluation/cells/*/cell.json"):
+        drawn += json.loads(file.read_text(encoding="utf-8"))["num_evals"] * 24
+    assert {name: costs[name] for name in runs} == runs
+    assert drawn == len(ROADS) * (4 + 1) * 24
+    # DDIM at 4, 1 and 256 calls, Heun at 3, 1 and 63.
+    assert costs["samples"] == drawn + (4 + 1 + 256 + 3 + 1 + 63) * 24
+
+
+def test_seeds_of_a_road_share_the_teacher_but_neither_training_nor_noise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in set(ROADS) - {"halving"}:
+        monkeypatch.delitem(ROADS, name)
+    study, scale = studies["roads"](), dataclasses.replace(tiny(), road_seeds=2)
+    rows = run_study(study, scale, tmp_path)
+    for method in ("halving", "ddim", "heun"):
+        first, second = (r.figures["distance"] for r in rows if r.axes["method"] == method and r.axes["evals"] == 1)
+        assert first != second
+    runs = [RunFolder(tmp_path / "runs" / f"road-halving-{seed}").stages() for seed in (0, 1)]
+    given, last = ([run[place].manifest().files for run in runs] for place in (0, -1))
+    assert given[0] == given[1]
+    assert last[0] != last[1]
+    table = study.table(rows, scale)
+    distances = [r.figures["distance"] for r in rows if r.axes["method"] == "halving" and r.axes["evals"] == 4]
+    assert spread(distances) in [row[1] for row in table.rows]
+    # The line of the teacher at its best is the mean over the seeds, not the luckier of them.
+    best = {m: [r.figures["distance"] for r in rows if (r.axes["method"], r.axes["evals"]) == m] for m in BEST}
+    (panel, _) = study.panels(rows, scale)
+    assert panel.level == ("teacher at its best", min(sum(values) / 2 for values in best.values()))
+    figure = write_study(study, scale, rows, tmp_path).with_name("figure.svg")
+    assert panel.level[0] in figure.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"chain": {"teacher_sampler": "heun"}},
+        {"chain": {"teacher_steps": 3}},
+        {"finish": {"steps": (4,)}},
+        {"evaluation": {"precision": "bf16"}},
+        {"evaluation": {"teacher_heun_steps": (16,)}},
+    ],
+)
+def test_settings_younger_than_published_results_count_where_they_change_something(change: Mapping[str, Any]) -> None:
+    scale = tiny()
+    recipe = Recipe.model_validate(
+        {
+            **scale.recipe.model_dump(),
+            **{name: {**scale.recipe.model_dump()[name], **new} for name, new in change.items()},
+        }
+    )
+    assert dataclasses.replace(scale, recipe=recipe).as_data(["recipe"]) != scale.as_data(["recipe"])
+
+
+def test_same_noise_is_the_distance_from_the_teachers_finest_samples(shared: Path) -> None:
+    """So the teacher itself at that sampler has none, and nothing else."""
+    rows = run_study(studies["roads"](), tiny(), shared)
+    at_zero = [row.axes for row in rows if row.figures["same_noise"] == 0]
+    assert [(axes["method"], axes["evals"]) for axes in at_zero] == [("heun", 63)]
 
 
 def test_a_method_that_cannot_take_a_single_step_has_none() -> None:

@@ -1,11 +1,11 @@
-"""`halfstep study`: the paper's tables and figures."""
+"""`halfstep study`: the paper's tables and figures, and methods compared."""
 
 import dataclasses
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -23,7 +23,7 @@ from halfstep.studies import SCALES, Scale, Trial, run_study, studies, write_stu
 
 @dataclass
 class StudyArguments:
-    """Run one of the paper's studies: a plan of runs that ends in a table and a figure. The same command goes on."""
+    """Run a study: a plan of runs that ends in a table and a figure. The same command resumes."""
 
     name: tyro.conf.Positional[StudyName]
     """Study (`halfstep ls studies` describes them)."""
@@ -40,7 +40,7 @@ class StudyArguments:
     out: Path | None = None
     """Folder that the studies of a scale share; studies/SCALE by default."""
     dry_run: Switch = False
-    """List the cells, and write nothing."""
+    """List the cells, and what they cost where that is counted, and write nothing."""
     json: Switch = False
     """Print one JSON document: the cells with --dry-run, else the table; progress goes to stderr."""
 
@@ -57,12 +57,21 @@ def study(argv: Sequence[str]) -> None:
     trials = chosen.trials(scale)
     described = {"study": arguments.name, "scale": scale.name, "out": str(out / arguments.name)}
     if arguments.dry_run:
+        costs = chosen.costs(scale)
         if arguments.json:
-            print_json({**described, "cells": [dict(trial.axes) for trial in trials]})
+            counted = {"forward_passes": costs} if costs else {}
+            print_json({**described, "cells": [dict(trial.axes) for trial in trials], **counted})
             return
         console.print(f"{chosen.title}: {len(trials)} cells -> {out / arguments.name}", highlight=False)
         for trial in trials:
             console.print("  " + describe(trial), highlight=False, markup=False)
+        if costs:
+            parts = ", ".join(f"{part} {round(passes):,}" for part, passes in costs.items())
+            console.print(f"forward passes of one sample: {parts}", highlight=False, soft_wrap=True)
+            total = sum(costs.values())
+            pace = scale.passes_per_second
+            time = f"; at {pace:,} a second {duration(total / pace)}" if pace else ""
+            console.print(f"in all {round(total):,}{time}", highlight=False)
         return
     numbers = itertools.count(1)
 
@@ -112,10 +121,12 @@ def scale_of(arguments: StudyArguments) -> Scale:
         scale = dataclasses.replace(scale, recipe=recipe, ablation=ablation)
     if arguments.seeds is None:
         return scale
-    if "seeds" not in studies[arguments.name].uses:
+    counts = [name for name in ("seeds", "road_seeds") if name in studies[arguments.name].uses]
+    if not counts:
         raise UsageError(f"--seeds says nothing to the study {arguments.name}, which has one seed: leave it out")
     check_least(arguments, 1, "seeds")
-    return dataclasses.replace(scale, seeds=arguments.seeds)
+    changes: dict[str, Any] = dict.fromkeys(counts, arguments.seeds)
+    return dataclasses.replace(scale, **changes)
 
 
 def describe(trial: Trial) -> str:

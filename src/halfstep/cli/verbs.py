@@ -95,8 +95,8 @@ _TRAIN: Final = (
     ),
     Verb(
         "study NAME",
-        "one of the paper's tables and figures, as a plan of runs; resumable",
-        ("halfstep study table1 --scale smoke", "halfstep study steps --scale small --dry-run"),
+        "one of the paper's tables and figures, or methods compared at equal cost; resumable",
+        ("halfstep study table1 --scale smoke", "halfstep study roads --dry-run"),
         codes=TRAINS,
         module="studying",
     ),

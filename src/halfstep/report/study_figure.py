@@ -25,6 +25,8 @@ class Panel:
     categories: Sequence[str] = field(default=())
     log_x: bool = True
     log_y: bool = True
+    level: tuple[str, float] | None = None
+    """A horizontal line: its label and its y."""
 
 
 def draw_panels(panels: Sequence[Panel], path: Path) -> None:
@@ -54,6 +56,8 @@ def _draw(axes: Any, panel: Panel) -> None:
         else:
             style |= {"marker": MARKERS[look], "markersize": 5, "linewidth": 1.6, "capsize": 2}
             axes.errorbar(series.x, series.y, **style)
+    if panel.level is not None:
+        axes.axhline(panel.level[1], color="#000000", linewidth=1.0, linestyle="--", label=panel.level[0])
     if panel.categories:
         axes.set_xticks(range(len(panel.categories)), panel.categories, rotation=45, ha="right", fontsize=8)
     elif panel.log_x:

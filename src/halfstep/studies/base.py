@@ -24,12 +24,15 @@ from halfstep.measure.sources import ModelSource, sampler_of
 from halfstep.measure.store import Cell, Store
 from halfstep.metrics import frechet_distance
 from halfstep.models.folder import load
+from halfstep.objectives import Plan, objectives
 from halfstep.recipes import Recipe, build
+from halfstep.recipes.schema import StageConfig
 from halfstep.registry import Registry
 from halfstep.report.study_figure import Panel, draw_panels
 from halfstep.report.table import Table
 from halfstep.run.events import Event
 from halfstep.run.runner import run as run_spec
+from halfstep.run.spec import RunSpec
 from halfstep.runs import RunFolder, StageFolder
 from halfstep.runs.schema import Result
 from halfstep.runtime.environment import environment
@@ -76,6 +79,10 @@ class Study(ABC):
     def trials(self, scale: Scale) -> list[Trial]:
         """Return the plan, in the order in which it runs."""
 
+    def costs(self, scale: Scale) -> Mapping[str, float]:
+        """Return the forward passes of one sample that the plan takes, by its parts; empty if they are not counted."""
+        return {}
+
     @abstractmethod
     def table(self, rows: Sequence[Finding], scale: Scale) -> Table:
         """Return the table of all findings, the paper's published figures beside ours where they are known."""
@@ -107,12 +114,27 @@ class Bench:
             NonFinite: if it diverged.
             Interrupted: if a signal came; the state is saved.
         """
+        return self._finished(name, self._spec(recipe, what))
+
+    def distil(self, name: str, plan: Plan, seed: int) -> RunFolder:
+        """Return the finished run `name` of any plan from the shared teacher; raises as `run`."""
+        further = tuple(
+            StageConfig(objective=objectives.describe(stage.objective), training=stage.training)
+            for stage in plan.stages
+        )
+        # The recipe identifies the run, so it holds the plan.
+        recipe = self.scale.recipe.model_copy(update={"further": further, "seed": seed})
+        return self._finished(name, replace(self._spec(recipe, "chain"), plan=plan))
+
+    def _spec(self, recipe: Recipe, what: Literal["teacher", "chain"]) -> RunSpec:
         silent = recipe.model_copy(update={"evaluation": replace(recipe.evaluation, enabled=False)})
         teacher = load(self.teacher.path) if what == "chain" else None
-        folder = RunFolder(self.out / "runs" / name)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", HalfstepWarning)
-            spec = build(silent, what=what, teacher=teacher, data=self.data(recipe.data))
+            return build(silent, what=what, teacher=teacher, data=self.data(recipe.data))
+
+    def _finished(self, name: str, spec: RunSpec) -> RunFolder:
+        folder = RunFolder(self.out / "runs" / name)
         for event in run_spec(spec, folder.path, self.stop):
             self.watch(event)
         return folder
@@ -139,20 +161,30 @@ class Bench:
         folder = RunFolder(stage.path.parent.parent).evaluation_path.parent
         return Store(folder, batch_size=self.scale.recipe.evaluation.batch_size, own_device=True, stop=self.stop)
 
-    def _cell(self, stage: StageFolder, num_steps: int, sampler: Sampler) -> Cell:
+    def _cell(self, stage: StageFolder, num_steps: int, sampler: Sampler | None, noise: int = 0) -> Cell:
         evaluation, data = self.scale.recipe.evaluation, self.reference.data
         manifest, precision = stage.manifest(verify=False), evaluation.precision
-        source = ModelSource(manifest, lambda: self.model(stage), sampler, self.device, data, precision=precision)
-        return Cell(source, num_steps, range(evaluation.num_samples))
+        method = sampler or sampler_of(manifest)
+        source = ModelSource(manifest, lambda: self.model(stage), method, self.device, data, precision=precision)
+        size = evaluation.num_samples
+        return Cell(source, num_steps, range(noise * size, (noise + 1) * size))
 
-    def measured(self, stage: StageFolder, num_steps: int, sampler: Sampler | None = None) -> Result:
+    def measured(self, stage: StageFolder, num_steps: int, sampler: Sampler | None = None, noise: int = 0) -> Result:
         """Return the figures of a stage's model, by its own sampler if None; measured once for each protocol.
+
+        Args:
+            noise: number of the set of seeds; no two sets share one.
 
         Raises:
             NonFinite: if a sample is not finite.
         """
-        sampler = sampler or sampler_of(stage.manifest(verify=False))
-        return self._store(stage).result(self._cell(stage, num_steps, sampler), self.reference)
+        return self._store(stage).result(self._cell(stage, num_steps, sampler, noise), self.reference)
+
+    def samples(self, stage: StageFolder, num_steps: int, sampler: Sampler | None = None, noise: int = 0) -> Tensor:
+        """Return the samples `[n, *shape]` that `measured` measures, drawn once."""
+        store, cell = self._store(stage), self._cell(stage, num_steps, sampler, noise)
+        store.fill([cell])
+        return store.samples(cell)
 
     def tuned(self, stage: StageFolder, num_steps: int, levels: int | None = None) -> Result:
         """Return ancestral sampling at the best of several levels of gamma (the scale's by default)."""

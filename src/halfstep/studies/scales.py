@@ -1,6 +1,6 @@
 """The three sizes of every study: what is trained, how often, and how it is measured."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, final
 
@@ -8,9 +8,33 @@ from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
 from halfstep.measure.evaluate import Evaluation
-from halfstep.objectives import Training
+from halfstep.objectives import FINISHING, Training
 from halfstep.recipes import Recipe, recipes
 from halfstep.recipes.schema import IDLE
+
+COUNTED: Final = 1_000_000
+"""Stands for the updates of a training that a study counts itself."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class RoadSettings:
+    """What the study of roads gives each method; where it says nothing, the recipe's chain does."""
+
+    passes: Mapping[int, int]
+    """From a student's steps to the forward passes of all stages that lead to it."""
+    finish_share: float = 0.4
+    """Share of a finished student's passes that its finish takes."""
+    finish: Training
+    consistency: Training
+    grid: tuple[int, int]
+    """Times of the teacher's grid of consistency at the first update, and from half of the stage on."""
+    moments: Training
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The students' steps, the most first."""
+        return tuple(sorted(self.passes, reverse=True))
 
 
 @final
@@ -39,6 +63,12 @@ class Scale:
     """Learning rates of which the best is taken there."""
     factors: tuple[int, ...] = (2, 4)
     """Teacher steps that a student's step replaces there."""
+    roads: RoadSettings
+    """Costs and trainings in the study of roads."""
+    road_seeds: int = 3
+    """Repetitions there."""
+    passes_per_second: int | None = None
+    """Forward passes of one sample, in training, on the machine that the scale is for; None if not known."""
 
     def as_data(self, uses: Sequence[str]) -> dict[str, Any]:
         """Return the settings named in `uses`, JSON-ready, without fields of a recipe's engine that are `IDLE`.
@@ -50,12 +80,27 @@ class Scale:
             value = self.recipe.evaluation if name == "evaluation" else getattr(self, name)
             left_out = {"engine": set(IDLE)} if isinstance(value, Recipe) else None
             held = value.model_dump(exclude=left_out) if isinstance(value, BaseModel) else value
-            data[name] = said = to_jsonable_python(held)
-            for part in (said, said.get("evaluation") if isinstance(said, dict) else None):
-                # A setting that is younger than existing studies, and had this value in all of them.
-                if isinstance(part, dict) and part.get("precision") == "float32" and "num_samples" in part:
-                    del part["precision"]
+            data[name] = _as_before(to_jsonable_python(held), name)
         return data
+
+
+YOUNGER: Final[Mapping[tuple[str, str], Any]] = {
+    ("evaluation", "precision"): "float32",
+    ("evaluation", "teacher_heun_steps"): [32],
+    ("chain", "teacher_sampler"): "ddim",
+    ("chain", "teacher_steps"): None,
+}
+"""Settings that are younger than published studies, with the value that all of these had."""
+
+
+def _as_before(said: Any, name: str) -> Any:
+    """Return what is said of `name` without settings that are younger than published studies and change nothing."""
+    if not isinstance(said, dict):
+        return said
+    kept = {key: value for key, value in said.items() if YOUNGER.get((name, key), ...) != value}
+    if not kept.get("finish", {}).get("steps", True):
+        del kept["finish"]
+    return {key: _as_before(value, key) for key, value in kept.items()}
 
 
 def smoke() -> Scale:
@@ -77,6 +122,25 @@ def smoke() -> Scale:
         ablation_steps=32,
         updates=(30, 60, 120),
         rates=(3e-4, 1e-3),
+        roads=RoadSettings(
+            passes={8: 120_000, 4: 160_000, 2: 200_000, 1: 250_000},
+            finish=Training(
+                num_updates=COUNTED, batch_size=32, learning_rate=1e-4, adam_betas=(0.0, 0.99), ema_decay=0.98
+            ),
+            consistency=Training(
+                num_updates=COUNTED, batch_size=32, learning_rate=2e-3, warmup_updates=10, adam_betas=(0.9, 0.99)
+            ),
+            grid=(8, 64),
+            moments=Training(
+                num_updates=COUNTED,
+                batch_size=32,
+                learning_rate=5e-4,
+                warmup_updates=10,
+                adam_betas=(0.0, 0.99),
+                ema_decay=0.98,
+            ),
+        ),
+        passes_per_second=4400,
     )
 
 
@@ -92,6 +156,20 @@ def small() -> Scale:
         steps=(1, 2, 4, 8, 16, 32, 64, 128, 256),
         ablation_steps=128,
         updates=(500, 1000, 2500, 5000),
+        roads=RoadSettings(
+            passes={8: 500_000, 4: 700_000, 2: 900_000, 1: 1_100_000},
+            finish=replace(FINISHING, num_updates=COUNTED),
+            consistency=Training(num_updates=COUNTED, batch_size=64, learning_rate=3e-4, warmup_updates=100),
+            grid=(16, 128),
+            moments=Training(
+                num_updates=COUNTED,
+                batch_size=64,
+                learning_rate=2e-4,
+                warmup_updates=100,
+                adam_betas=(0.0, 0.99),
+                ema_decay=0.98,
+            ),
+        ),
     )
 
 
@@ -106,6 +184,15 @@ def paper() -> Scale:
         steps=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
         ablation_steps=1024,
         updates=(5000, 10_000, 25_000, 50_000),
+        roads=RoadSettings(
+            passes={8: 320_000_000, 4: 352_000_000, 2: 416_000_000, 1: 480_000_000},
+            finish=replace(FINISHING, num_updates=COUNTED),
+            consistency=Training(num_updates=COUNTED, learning_rate=1e-4, warmup_updates=1000),
+            grid=(64, 1280),
+            moments=Training(
+                num_updates=COUNTED, learning_rate=1e-4, warmup_updates=1000, adam_betas=(0.0, 0.99), ema_decay=0.99
+            ),
+        ),
     )
 
 
