@@ -10,7 +10,7 @@ from pydantic_core import to_jsonable_python
 from halfstep.measure.evaluate import Evaluation
 from halfstep.objectives import FINISHING, Training
 from halfstep.recipes import Recipe, recipes
-from halfstep.recipes.schema import IDLE
+from halfstep.recipes.schema import IDLE, ChainConfig, FinishConfig
 
 COUNTED: Final = 1_000_000
 """Stands for the updates of a training that a study counts itself."""
@@ -103,10 +103,27 @@ def _as_before(said: Any, name: str) -> Any:
     return {key: _as_before(value, key) for key, value in kept.items()}
 
 
+def _with_chain(recipe: Recipe, start_steps: int, training: Training, **changes: Any) -> Recipe:
+    """Return the recipe with the paper's kind of chain, DDIM from many steps, which the studies are about."""
+    chain = ChainConfig(start_steps=start_steps, training=training, **changes)
+    return recipe.model_copy(update={"chain": chain, "finish": FinishConfig()})
+
+
 def smoke() -> Scale:
     """Digits, minutes on two CPU cores: shows that all runs, and what shows at this size."""
-    recipe = recipes["digits"]()
-    recipe = recipe.model_copy(update={"evaluation": Evaluation(num_samples=1000, num_reference=1797, batch_size=500)})
+    recipe = _with_chain(
+        recipes["digits"](),
+        64,
+        Training(num_updates=800, batch_size=64, learning_rate=5e-4, warmup_updates=20, adam_betas=(0.9, 0.99)),
+        updates_at={32: 100, 16: 200, 8: 650, 2: 650, 1: 750},
+        learning_rate_at={32: 1.5e-4, 16: 2e-4, 8: 4e-4, 2: 7e-4, 1: 1e-3},
+    )
+    recipe = recipe.model_copy(
+        update={
+            "teacher": replace(recipe.teacher, num_updates=1500),
+            "evaluation": Evaluation(num_samples=1000, num_reference=1797, batch_size=500),
+        }
+    )
     teacher = Training(
         num_updates=700, batch_size=64, learning_rate=2e-3, warmup_updates=20, adam_betas=(0.9, 0.99), ema_decay=0.98
     )
@@ -146,7 +163,7 @@ def smoke() -> Scale:
 
 def small() -> Scale:
     """Fashion-MNIST, hours on one GPU; `--data FOLDER` where the Hub is out of reach."""
-    recipe = recipes["fashion_mnist"]()
+    recipe = _with_chain(recipes["fashion_mnist"](), 256, Training(num_updates=4000, learning_rate=1e-4))
     recipe = recipe.model_copy(update={"evaluation": Evaluation(num_samples=5000, batch_size=1000)})
     return Scale(
         name="small",
