@@ -118,13 +118,13 @@ class Bench:
 
     def distil(self, name: str, plan: Plan, seed: int) -> RunFolder:
         """Return the finished run `name` of any plan from the shared teacher; raises as `run`."""
-        further = tuple(
-            StageConfig(objective=objectives.describe(stage.objective), training=stage.training)
+        spec = self._spec(self.scale.recipe.model_copy(update={"seed": seed}), "chain")
+        further = [
+            StageConfig(objective=objectives.describe(stage.objective), training=stage.training).model_dump(mode="json")
             for stage in plan.stages
-        )
+        ]
         # The recipe identifies the run, so it holds the plan.
-        recipe = self.scale.recipe.model_copy(update={"further": further, "seed": seed})
-        return self._finished(name, replace(self._spec(recipe, "chain"), plan=plan))
+        return self._finished(name, replace(spec, plan=plan, recipe={**spec.recipe, "further": further}))
 
     def _spec(self, recipe: Recipe, what: Literal["teacher", "chain"]) -> RunSpec:
         silent = recipe.model_copy(update={"evaluation": replace(recipe.evaluation, enabled=False)})

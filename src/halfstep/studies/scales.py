@@ -89,6 +89,7 @@ YOUNGER: Final[Mapping[tuple[str, str], Any]] = {
     ("evaluation", "teacher_heun_steps"): [32],
     ("chain", "teacher_sampler"): "ddim",
     ("chain", "teacher_steps"): None,
+    ("chain", "critic_weight"): None,
 }
 """Settings that are younger than published studies, with the value that all of these had."""
 
