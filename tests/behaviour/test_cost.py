@@ -141,8 +141,8 @@ def test_settings_of_a_chain_that_say_nothing_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=said):
             recipes["arrays"]().chain.model_validate(settings)
-    chain = recipes["arrays"]().chain.model_copy(update={"keep": (64, 3)})
-    with pytest.raises(ValueError, match=r"keep names a student of 3 steps, but the chain's students take 64, 32"):
+    chain = recipes["arrays"]().chain.model_copy(update={"keep": (8, 3)})
+    with pytest.raises(ValueError, match=r"keep names a student of 3 steps, but the chain's students take 8, 4"):
         Recipe(name="x", chain=chain).chain_plan()
     assert UNetConfig().num_train_timesteps == 1024
 

@@ -426,7 +426,7 @@ def test_a_signal_in_the_middle_of_an_evaluation_ends_it_at_once(
     assert [stage.name for stage in RunFolder(tmp_path / "run").stages()] == ["00-denoise"]
     assert not list(tmp_path.glob("run/stages/*/metrics.json"))
     finish(torture.spec(), tmp_path / "run")
-    assert len(list(tmp_path.glob("run/stages/*/metrics.json"))) == 3
+    assert len(list(tmp_path.glob("run/stages/*/metrics.json"))) == len(torture.spec().stages)
 
 
 def test_only_a_second_ctrl_c_ends_a_process_at_once_and_not_a_launchers_echo() -> None:

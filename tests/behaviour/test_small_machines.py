@@ -28,7 +28,7 @@ from halfstep.nets import (
     unet2d_config,
     with_lora,
 )
-from halfstep.objectives import Denoising, Matching, Plan, Training
+from halfstep.objectives import Denoising, Finishing, Matching, Plan, Training
 from halfstep.run import runner as pipeline
 from halfstep.run.cost import count_forward, memory_of_update
 from halfstep.run.events import StageStart
@@ -127,7 +127,8 @@ def test_the_teacher_and_the_auxiliary_of_a_finish_share_the_base_of_a_lora_stud
     student = Training(2, 1e-3, batch_size=8)
     chain = Plan.halvings(4, 2, student, updates_at={})
     matching = Plan.of(Matching(), student) if match_first else Plan()
-    plan = Plan((spec().plan.stages[0],)) + matching + chain + Plan.finishes([2], student)
+    finishes = Plan.finishes([2], student, lambda number: Finishing(number, lead_updates=1))
+    plan = Plan((spec().plan.stages[0],)) + matching + chain + finishes
     made = spec(plan=plan, lora_rank=2)
     finish(tmp_path / "run", plan=plan, lora_rank=2)
     stages = tmp_path / "run" / "stages"

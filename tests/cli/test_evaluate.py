@@ -172,8 +172,8 @@ def test_figures_of_different_protocols_are_in_different_tables(digits_run: Path
             for name, figure in row.figures.items():
                 (found,) = [
                     r for r in rows
-                    if (r["kind"], r["extractor"], r["series"], r["num_steps"], r["metric"])
-                    == (table.protocol.kind, table.protocol.extractor, row.series, str(row.num_steps), name)
+                    if (r["kind"], r["extractor"], r["series"], r["stage"], r["num_steps"], r["metric"])
+                    == (table.protocol.kind, table.protocol.extractor, row.series, row.stage, str(row.num_steps), name)
                 ]  # fmt: skip
                 assert float(found["mean"]) == figure.mean
                 assert found["num_samples"] == "24"

@@ -140,8 +140,11 @@ class Rows:
         if against is None:
             # A run whose teacher is damaged has said so.
             against = () if subject.teacher is None else (f"teacher-{subject.teacher.manifest.outcome.sampler_name}",)
-            if subject.teacher is not None and not arguments.num_steps and recipe.evaluation.teacher_heun_steps:
-                self._add("teacher-heun", recipe.evaluation.teacher_heun_steps)
+            heun = recipe.evaluation.teacher_heun_steps
+            # A student is sampled by the method that it was distilled for.
+            is_whole = subject.teacher is not None and subject.teacher.manifest.num_steps is None
+            if is_whole and heun and not arguments.num_steps:
+                self._add("teacher-heun", heun)
         for name in dict.fromkeys(against):
             self._add(name, self._steps)
         self._check()
