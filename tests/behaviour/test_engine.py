@@ -18,6 +18,7 @@ from halfstep.runtime.failures import NonFinite
 from halfstep.runtime.processes import make_accelerator
 from halfstep.train.checkpoint import resume, write_checkpoint
 from halfstep.train.engine import StageTrainer
+from halfstep.train.optimizers import make_optimizer
 from halfstep.train.player import EMA
 from halfstep.train.settings import Engine
 from toys import finish, points, toy_plan, toy_spec, tuned, weights
@@ -79,6 +80,14 @@ def test_an_update_is_adamw_on_the_clipped_gradient_of_the_mean_loss() -> None:
         optimizer.step()
     for ours, theirs in zip(trainer.finish().parameters(), denoiser.parameters(), strict=True):
         assert torch.allclose(ours, theirs, rtol=0, atol=2e-6)
+
+
+def test_betas_may_be_whole_numbers() -> None:
+    weight = torch.nn.Parameter(torch.ones(2))
+    made = make_optimizer("adamw", [weight], Training(1, 0.1, adam_betas=(0, 0.99)))
+    weight.sum().backward()
+    made.step()
+    assert float(weight[0]) == pytest.approx(0.9, abs=1e-6), "the first step of Adam is the rate"
 
 
 def test_the_moving_average_is_the_weighted_mean_of_all_weights() -> None:

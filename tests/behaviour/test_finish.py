@@ -254,15 +254,16 @@ def test_stages_cannot_be_changed_under_the_cover_of_a_finish(tmp_path: Path) ->
 
 
 def test_a_recipe_finishes_the_students_that_its_chain_has(tmp_path: Path, capsys: Capture) -> None:
-    """The demo finishes 2 and 1; a chain that ends earlier leaves out what it does not have, unless it is asked for."""
+    """The demo finishes its last student; a chain that ends earlier leaves out what it does not have, unless it is asked for."""
 
     def planned(*words: str) -> list[str]:
         capsys.readouterr()
         main(["run", "digits", "--dry-run", "--json", "--out", str(tmp_path / "x"), "--engine.threads", "1", *words])
         return [row["stage"] for row in json.loads(capsys.readouterr().out)["stages"]]
 
-    assert planned("--to", "2")[-2:] == ["03-halve-0002", "04-finish-0002"]
+    assert planned()[-2:] == ["04-halve-0001", "05-finish-0001"]
     assert planned("--to", "4")[-1] == "02-halve-0004"
+    assert planned("--to", "2", "--finish.steps", "4", "2")[-2:] == ["04-finish-0004", "05-finish-0002"]
     asked = ["run", "digits", "--dry-run", "--to", "2", "--finish.steps", "1", "--out", str(tmp_path / "x")]
     assert "refines a student of 1 steps, but the students before it take 8, 4, 2" in refused(asked, capsys)
 

@@ -35,7 +35,12 @@ def digits() -> Recipe:
         # Told the class, even an undistilled teacher needs few steps, and there would be little to see.
         model=ModelConfig(conditional=False),
         teacher=Training(
-            num_updates=1250, learning_rate=2e-3, warmup_updates=50, adam_betas=(0.9, 0.99), ema_decay=0.995
+            num_updates=1150,
+            batch_size=96,
+            learning_rate=2e-3,
+            warmup_updates=50,
+            adam_betas=(0.9, 0.99),
+            ema_decay=0.995,
         ),
         # The later a student, the more it has to learn, and the higher the rate that it bears.
         chain=SECOND_ORDER.model_copy(
@@ -43,14 +48,14 @@ def digits() -> Recipe:
                 "training": Training(
                     num_updates=250, batch_size=64, learning_rate=1e-3, warmup_updates=20, adam_betas=(0.9, 0.99)
                 ),
-                "updates_at": {8: 300, 4: 350, 1: 350},
+                "updates_at": {8: 280, 1: 300},
                 "learning_rate_at": {8: 6e-4, 4: 7e-4},
             }
         ),
         finish=FinishConfig(
-            steps=(2, 1),
+            steps=(1,),
             training=Training(
-                num_updates=200, batch_size=32, learning_rate=1e-4, adam_betas=(0.0, 0.99), ema_decay=0.98
+                num_updates=260, batch_size=32, learning_rate=1e-4, adam_betas=(0.0, 0.99), ema_decay=0.98
             ),
         ),
         evaluation=Evaluation(num_samples=2000, teacher_steps=(4, 2, 1), batch_size=500),

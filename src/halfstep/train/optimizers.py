@@ -16,8 +16,11 @@ def make_optimizer(kind: str, parameters: list[torch.nn.Parameter], training: Tr
         ValueError: if the kind is unknown or the package bitsandbytes is missing.
     """
     settings: dict[str, Any] = {
-        "lr": training.learning_rate, "betas": training.adam_betas, "weight_decay": training.weight_decay
-    }  # fmt: skip
+        "lr": training.learning_rate,
+        # torch refuses a pair of a whole number and a fraction, such as (0, 0.99).
+        "betas": tuple(map(float, training.adam_betas)),
+        "weight_decay": training.weight_decay,
+    }
     if kind == "adamw":
         fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
         return torch.optim.AdamW(parameters, fused=fused, **settings)
