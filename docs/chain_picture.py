@@ -9,25 +9,36 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from halfstep.runs import RunFolder
+from halfstep.runs import RunFolder, StageFolder
+from halfstep.runs.schema import Result
 
 COLUMNS, SCALE, LABEL, GAP = 16, 5, 190, 14
 
 
 def rows_of(run: RunFolder) -> tuple[list[tuple[str, np.ndarray]], list[tuple[str, np.ndarray]]]:
     """(label, images) of the chain, and of the teacher alone at the students' numbers of steps."""
-    chain, alone = [], []
-    stages = run.stages()
-    teacher = {int(file.stem.rpartition("-")[2]): file for file in stages[0].samples.glob("steps-*.npz")}
-    start = max(teacher)
-    chain.append((f"teacher, {start} steps", np.load(teacher[start])["arr_0"]))
-    for stage in stages[1:]:
-        steps = stage.manifest(verify=False).num_steps
-        if steps is None or steps > 8:
-            continue
-        chain.append((f"student, {steps}", np.load(stage.samples / f"steps-{steps:04d}.npz")["arr_0"]))
-        if steps in teacher:
-            alone.append((f"not distilled, {steps}", np.load(teacher[steps])["arr_0"]))
+    first, *others = run.stages()
+
+    def images(stage: StageFolder, result: Result) -> np.ndarray:
+        return np.load(stage.path / str(result.samples))["arr_0"]
+
+    def results(stage: StageFolder) -> list[Result]:
+        found = stage.metrics()
+        return [] if found is None else found.results
+
+    finest = max(results(first), key=lambda result: result.num_evals)
+    chain = [(f"teacher, {finest.num_evals} calls", images(first, finest))]
+    alone = []
+    for stage in others:
+        made = stage.manifest(verify=False)
+        for result in results(stage):
+            if made.num_steps is None or made.num_steps > 8:
+                continue
+            what = "finished" if made.objective == "finish" else "student"
+            chain.append((f"{what}, {result.num_steps}", images(stage, result)))
+            for other in results(first):
+                if (other.sampler, other.num_steps) == ("ddim", result.num_steps) and what == "student":
+                    alone.append((f"not distilled, {result.num_steps}", images(first, other)))
     return chain, alone
 
 

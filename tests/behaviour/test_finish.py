@@ -254,7 +254,7 @@ def test_stages_cannot_be_changed_under_the_cover_of_a_finish(tmp_path: Path) ->
 
 
 def test_a_recipe_finishes_the_students_that_its_chain_has(tmp_path: Path, capsys: Capture) -> None:
-    """The demo finishes its last student; a chain that ends earlier leaves out what it does not have, unless it is asked for."""
+    """The demo finishes its last student; a chain that ends earlier leaves out what it does not have, unless asked."""
 
     def planned(*words: str) -> list[str]:
         capsys.readouterr()

@@ -24,7 +24,7 @@ HALVING: Final = Training(num_updates=50_000, learning_rate=5e-5)
 """The paper's training of a student: no warm-up, the rate falls linearly to 0."""
 
 FINISHING: Final = Training(
-    num_updates=460, batch_size=64, learning_rate=5e-5, adam_betas=(0.0, 0.99), grad_clip=1.0, ema_decay=0.98
+    num_updates=260, batch_size=64, learning_rate=5e-5, adam_betas=(0.0, 0.99), grad_clip=1.0, ema_decay=0.98
 )
 """Training of a finished student, the updates included in which only the auxiliary denoiser learns."""
 

@@ -58,7 +58,7 @@ def digits() -> Recipe:
                 num_updates=260, batch_size=32, learning_rate=1e-4, adam_betas=(0.0, 0.99), ema_decay=0.98
             ),
         ),
-        evaluation=Evaluation(num_samples=2000, teacher_steps=(4, 2, 1), batch_size=500),
+        evaluation=Evaluation(num_samples=2000, teacher_steps=(8, 4, 2, 1), batch_size=500),
         engine=Engine(log_every=20),
     )
 

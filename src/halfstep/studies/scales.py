@@ -121,7 +121,7 @@ def smoke() -> Scale:
     )
     recipe = recipe.model_copy(
         update={
-            "teacher": replace(recipe.teacher, num_updates=1500),
+            "teacher": replace(recipe.teacher, num_updates=1500, batch_size=128),
             "evaluation": Evaluation(num_samples=1000, num_reference=1797, batch_size=500),
         }
     )
