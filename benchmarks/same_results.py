@@ -29,11 +29,13 @@ SMALL = [
     *("--evaluation.features", "pixels", "--evaluation.teacher-steps", "4", "1", "--evaluation.batch-size", "12"),
     *("--chain.updates-at", "None", "--chain.learning-rate-at", "None", "--chain.warmup-updates", "0"),
     *("--chain.start-steps", "4", "--chain.num-updates", "8", "--chain.batch-size", "8", "--chain.ema-decay", "0.9"),
+    *("--chain.teacher-sampler", "ddim", "--finish.steps"),
 ]
 TEACHER = [
     *("--teacher.num-updates", "12", "--teacher.warmup-updates", "2", "--teacher.batch-size", "8"),
     *("--network.block-out-channels", "8", "16", "--network.attention-head-dim", "8", "--network.norm-num-groups", "8"),
     *("--network.layers-per-block", "1", "--network.attention", "False", "True", "--model.conditional"),
+    *("--chain.learning-rate", "5e-4"),
 ]
 IN_MEMORY = """
 import sys
