@@ -1,5 +1,6 @@
 """Feature extractors: each against an independent reading of the same network, and what they say of missing weights."""
 
+import hashlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -144,7 +145,13 @@ def test_inception_is_torch_fidelitys_network_on_the_same_pixels(
     expected, logits = theirs(pixels)
     torch.testing.assert_close(features, expected)
     torch.testing.assert_close(extractor.logits(features), logits)
+    digest = hashlib.sha256((tmp_path / "w.pth").read_bytes()).hexdigest()
+    monkeypatch.setattr("halfstep.metrics.inception.network_module", lambda: module)
+    monkeypatch.setattr(module, "URL_INCEPTION_V3", f"https://host/weights-inception-2015-12-05-{digest[:8]}.pth")
     assert Inception(str(tmp_path / "w.pth"), "cpu").name == extractor.name
+    torch.save(state | {"fc.bias": state["fc.bias"] + 1}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=f"is not torch-fidelity's own file .*, not {digest[:8]}"):
+        Inception(str(tmp_path / "w.pth"), "cpu")
     save_file({"fc.bias": torch.zeros(1008)}, tmp_path / "other.safetensors")
     with pytest.raises(DamagedFile, match="does not hold the weights of torch-fidelity's Inception"):
         Inception(str(tmp_path / "other.safetensors"), "cpu")
@@ -160,7 +167,7 @@ def test_a_pickle_that_runs_code_is_refused_as_weights(tmp_path: Path) -> None:
             return (Path.touch, (tmp_path / "ran",))
 
     torch.save({"fc.bias": Runs()}, tmp_path / "bad.pth")
-    with pytest.raises(DamagedFile, match="cannot be read as weights"):
+    with pytest.raises(ValueError, match="is not torch-fidelity's own file"):
         extractor_for(f"inception={tmp_path}/bad.pth", _real_data())
     assert not (tmp_path / "ran").exists()
 

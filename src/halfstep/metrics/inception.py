@@ -3,8 +3,8 @@
 torch-fidelity's package imports torchvision, which the network does not need and which fits one torch build only. Its
 one module is loaded without the package around it.
 
-Its constructor reads weights with an unpickler that runs code. This module passes it weights read from safetensors or
-by torch's restricted unpickler.
+Its constructor reads weights with an unpickler that runs code. This module passes it weights read from safetensors, or
+by torch's restricted unpickler from the published file alone, which its hash identifies.
 """
 
 import importlib
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from halfstep.metrics.features import FeatureExtractor, NetworkFeatures, RealData, extractors
 from halfstep.metrics.images import as_rgb, to_uint8
-from halfstep.runtime.files import DamagedFile, first_line, last_line
+from halfstep.runtime.files import DamagedFile, first_line, last_line, sha256_of
 
 PACKAGE: Final = "torch_fidelity"
 
@@ -64,10 +64,16 @@ def _weights(module: ModuleType, path: str | None) -> dict[str, Tensor]:
     file = Path(path).expanduser()
     if not file.is_file():
         raise ValueError(f"inception={path}: no such file; give the file of torch-fidelity's weights")
+    is_plain = file.suffix == ".safetensors"
+    # The address names the beginning of the file's hash, as torch.hub checks it.
+    published = Path(module.URL_INCEPTION_V3).stem.rpartition("-")[2]
+    if not is_plain and not (found := sha256_of(file)).startswith(published):
+        raise ValueError(
+            f"inception={path} is not torch-fidelity's own file (its sha256 begins with {found[:8]}, not {published}). "
+            "Give that file, or a .safetensors of the same tensors"
+        )
     try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        held = torch.load(file, map_location="cpu", weights_only=True)
+        held = load_file(file) if is_plain else torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or hostile archive raises whatever zipfile or the unpickler stumble over
         raise DamagedFile(f"{file} cannot be read as weights ({first_line(error)})") from None
     if not isinstance(held, dict):
@@ -80,7 +86,7 @@ class Inception(NetworkFeatures):
     """The 2048 features before the last layer: a Frechet distance in them is the FID.
 
     Args:
-        path: torch-fidelity's .pth or a .safetensors of the same tensors; fetched from its own address if None.
+        path: torch-fidelity's own .pth, or a .safetensors of the same tensors; fetched from its address if None.
 
     Raises:
         ValueError: if torch-fidelity or the weights are missing, or (DamagedFile) do not fit.
