@@ -101,7 +101,7 @@ def _lines(facts: dict[str, Any]) -> Iterator[str]:
     classes = f"{data['num_classes'] or 'no'} classes"
     yield f"data: {data['source']}, {data['num_samples']:,} samples of shape {data['shape']}, {classes}"
     if data["missing"] is not None:
-        yield f"the data is not at hand, random pixels stand in for it here ({data['missing']})"
+        yield f"the data is not available, so random pixels replace it here ({data['missing']})"
     seen = sum(stage["samples_seen"] for stage in stages)
     parameters, trainable = facts["parameters"], facts["trainable_parameters"]
     yield f"parameters: {parameters:,}    one forward pass of one sample: {quantity(facts['forward_flops'], 'FLOP')}"

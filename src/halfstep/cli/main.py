@@ -38,7 +38,7 @@ def fail(message: object, code: int = 2) -> NoReturn:
 
 
 def _warning_printer() -> Callable[..., None]:
-    """Return a printer that shows each warning of ours once: sampling repeats those of a model."""
+    """Return a printer that shows each halfstep warning once: sampling repeats those of a model."""
     from halfstep.core.warnings import HalfstepWarning
 
     said: set[str] = set()

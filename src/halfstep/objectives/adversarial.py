@@ -20,7 +20,7 @@ The form on the landing points is halfstep's own.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Final, final
 
 import torch
@@ -36,7 +36,6 @@ from halfstep.objectives.base import (
     STUDENT,
     Auxiliary,
     Batch,
-    EarlyEnd,
     Evals,
     Helper,
     Losses,
@@ -175,16 +174,8 @@ class Adversarial(Objective):
         return {**self.objective.helpers, CRITIC: Auxiliary(critic_of, self._critic_training)}
 
     def _critic_training(self, own: Training) -> Training:
-        return replace(
-            own,
-            learning_rate=self.rate * own.learning_rate,
-            adam_betas=(0.0, 0.99),
-            anneal=False,
-            warmup_updates=0,
-            weight_decay=0.0,
-            ema_decay=0.0,
-            dropout=0.0,
-            early_end=EarlyEnd(),
+        return own.of_helper(
+            self.rate, adam_betas=(0.0, 0.99), anneal=False, warmup_updates=0, weight_decay=0.0, dropout=0.0
         )
 
     def turns(self, update: int) -> tuple[Turn, ...]:

@@ -11,9 +11,9 @@ weighting makes it the squared error in eps, v, or their maximum; the space in w
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
-from typing import ClassVar, Final, NamedTuple, final
+from typing import Any, ClassVar, Final, NamedTuple, final
 
 from torch import Tensor, nn
 
@@ -137,6 +137,14 @@ class Training:
             raise ValueError(
                 f"warmup_updates must be from 0 to num_updates = {self.num_updates}, got {self.warmup_updates}"
             )
+
+    def of_helper(self, rate: float, **changes: Any) -> "Training":
+        """Return the hyperparameters of a helper of the stage: `rate` times the learning rate, and `changes`.
+
+        A helper is not handed on, so it has no average of its own, and its loss is that of a game.
+        """
+        own: dict[str, Any] = {"learning_rate": rate * self.learning_rate, "ema_decay": 0.0, "early_end": EarlyEnd()}
+        return replace(self, **own | changes)
 
     def rate_at(self, update: int) -> float:
         """Return the rate of update `update` (from 0): linear warm-up, then constant or linear to 0 after the last."""

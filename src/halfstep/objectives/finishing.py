@@ -20,7 +20,7 @@ own; compare Phased DMD (arXiv:2510.27684).
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Final, final
 
 import torch
@@ -34,7 +34,6 @@ from halfstep.objectives.base import (
     STUDENT,
     Auxiliary,
     Batch,
-    EarlyEnd,
     Evals,
     Frozen,
     Helper,
@@ -120,8 +119,7 @@ class Finishing(StepObjective):
         return {AUXILIARY: Auxiliary(auxiliary_denoiser, self._auxiliary_training), START: Frozen()}
 
     def _auxiliary_training(self, own: Training) -> Training:
-        rate = self.auxiliary_rate * own.learning_rate
-        return replace(own, learning_rate=rate, anneal=False, warmup_updates=0, ema_decay=0.0, early_end=EarlyEnd())
+        return own.of_helper(self.auxiliary_rate, anneal=False, warmup_updates=0)
 
     def turns(self, update: int) -> tuple[Turn, ...]:
         learning = (Turn(AUXILIARY, self.auxiliary_loss),) * self.auxiliary_turns

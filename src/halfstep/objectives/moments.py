@@ -21,7 +21,7 @@ Source: Salimans, Mensink, Heek & Hoogeboom 2024, "Multistep Distillation of Dif
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple, final
 
 import torch
@@ -37,7 +37,6 @@ from halfstep.objectives.base import (
     STUDENT,
     Auxiliary,
     Batch,
-    EarlyEnd,
     Evals,
     Helper,
     Losses,
@@ -104,8 +103,7 @@ class MomentMatching(Objective):
         return {AUXILIARY: Auxiliary(auxiliary_denoiser, self._training)}
 
     def _training(self, own: Training) -> Training:
-        rate = self.auxiliary_rate * own.learning_rate
-        return replace(own, learning_rate=rate, ema_decay=0.0, early_end=EarlyEnd())
+        return own.of_helper(self.auxiliary_rate)
 
     def turns(self, update: int) -> tuple[Turn, ...]:
         return Turn(AUXILIARY, self.auxiliary_loss), Turn(STUDENT, self.loss)
