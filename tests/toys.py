@@ -47,7 +47,7 @@ TINY_DIGITS = [
     *("--chain.updates-at", "None", "--chain.learning-rate-at", "None", "--chain.warmup-updates", "0"),
     *("--network.block-out-channels", "8", "16", "--network.attention-head-dim", "8"),
     *("--network.norm-num-groups", "8", "--network.layers-per-block", "1", "--network.attention", "False", "True"),
-    *("--evaluation.teacher-steps", "4", "1", "--model.conditional"),
+    *("--evaluation.teacher-steps", "4", "--model.conditional"),
 ]
 
 

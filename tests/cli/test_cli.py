@@ -199,6 +199,14 @@ def load_parameters(printed: str) -> int:
     return int(found[1].replace(",", ""))
 
 
+def test_the_teacher_is_measured_at_the_steps_of_its_students_too(digits_run: Path) -> None:
+    metrics = RunFolder(digits_run).stage("00-denoise").metrics()
+    assert metrics is not None
+    assert [(one.sampler, one.num_steps) for one in metrics.results if one.sampler == "ddim"] == [
+        ("ddim", 4), ("ddim", 2), ("ddim", 1),
+    ]  # fmt: skip
+
+
 def test_sample_writes_the_same_pixels_in_every_format(digits_run: Path, tmp_path: Path) -> None:
     common = ["--num-samples", "6", "--seed", "3"]
     main(["sample", str(digits_run), *common, "--out", str(tmp_path / "s.npz")])

@@ -90,7 +90,7 @@ def test_the_main_path_in_a_browser(run: Path, url: str, window: Any) -> None:
 
     # Side by side, of a seed and a class that were typed.
     page.get_by_label("Stage", exact=True).click()
-    page.get_by_role("option", name="01-halve-0004").click()
+    page.get_by_role("option", name="Student of 4 steps").click()
     page.wait_for_function("document.querySelector('#steps input').value === '4'")
     page.fill("#seed input", "7")
     page.fill("#samples input", "5")
@@ -128,7 +128,8 @@ def test_the_main_path_in_a_browser(run: Path, url: str, window: Any) -> None:
     page.wait_for_timeout(500)
     page.click("#walk")
     page.wait_for_selector("#walked figure")
-    shown = pictures(page.locator("#walked figure >> nth=0").locator("img").get_attribute("src"), 8)
+    assert page.locator("#walked figure >> nth=0").locator("picture.moving img").count() == 1
+    shown = pictures(page.locator("#walked figure >> nth=0").locator("img").last.get_attribute("src"), 8)
     np.testing.assert_array_equal(shown[[0, -1]], drawn(run, "01-halve-0004", [7, 3], 4, 1))
 
     # A refusal is said, and the page lives on.

@@ -27,6 +27,7 @@ from report.fake_run import (
     PROTOCOL,
     STUDENT_STEPS,
     TEACHER_STEPS,
+    digit_samples,
     point_samples,
     result,
     write_fake_run,
@@ -127,8 +128,8 @@ def test_the_table_shows_the_figures_of_metrics_json(whole: Path, page: Page) ->
             teacher.get("frechet"),
             student.get("frechet"),
             student["frechet"] / best["frechet"] if student else None,
-            teacher["kid"] * 1000 if teacher else None,
-            student["kid"] * 1000 if student else None,
+            teacher["kid"] if teacher else None,
+            student["kid"] if student else None,
             teacher.get("teacher_rmse"),
             student.get("teacher_rmse"),
             *((student or teacher)[name] for name in ("precision", "recall", "coverage")),
@@ -155,6 +156,46 @@ def test_the_first_sentence_follows_from_the_figures(page: Page) -> None:
     fewest = result(1, True)
     assert f"Down to 1 step: {times(most / fewest.seconds_per_1000)} times faster" in page.text
     assert f"distance {fewest.frechet / base:.1f} times the teacher’s at its best." in page.text
+
+
+def test_a_teacher_that_covers_little_of_the_data_is_not_praised(tmp_path: Path) -> None:
+    run = write_fake_run(tmp_path / "run")
+    path = run / "stages/00-denoise/metrics.json"
+    held = json.loads(path.read_text())
+    for row in held["results"]:
+        row["coverage"] = 0.03
+    path.write_text(json.dumps(held), encoding="utf-8")
+    page = reported(run)
+    assert "The teacher has not learned the data yet: train it longer." in page.text
+    assert "At its best (Heun, 32 steps (63 calls)) its samples cover 3% of the real data" in page.text
+    assert "times faster per sample" not in page.text
+
+
+def test_the_teacher_at_its_best_has_the_first_column(tmp_path: Path) -> None:
+    run = write_fake_run(tmp_path / "run")
+    samples = 255 - digit_samples(256, False)
+    np.savez(run / "stages/00-denoise/samples/steps-0032-heun.npz", arr_0=samples)
+    page = reported(run)
+    (strip,) = [table for table in page.tables if any("Not distilled" in cell for row in table for cell in row)]
+    assert [cell.split()[0] for cell in strip[0][1:]] == ["32", "256", *map(str, STUDENT_STEPS)]
+    assert strip[0][1].endswith("steps of Heun")
+    images = [one for one in page.attributes("img") if (one["alt"] or "").endswith("at 32 steps of Heun")]
+    assert images
+    data = (images[0]["src"] or "").split(",", 1)[1]
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))[..., 0]
+    np.testing.assert_array_equal(pixels[:64:8, :64:8], samples[0, :, :, 0])
+
+
+def test_a_stage_with_one_row_of_the_log_is_seen_in_the_figure(tmp_path: Path) -> None:
+    run = write_fake_run(tmp_path / "run", students=(128,), planned=(128,))
+    drawn = []
+    for length in (1, 2):
+        rows = [{"stage": "01-halve-0128", "update": 20 * k, "loss": 0.1} for k in range(1, length + 1)]
+        (run / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        losses = write_report(run).read_text(encoding="utf-8").partition('id="chain"')[2]
+        # matplotlib draws a marker once among the definitions and refers to it for each point.
+        drawn.append(len(re.findall(r'<use [^>]*href="#chain-m[^"]*" [^>]*fill: var\(--student\)', losses)))
+    assert drawn[0] > drawn[1]
 
 
 def test_pictures_are_the_same_seeds_enlarged_without_smoothing(whole: Path, page: Page) -> None:
@@ -356,7 +397,7 @@ def test_numbers_that_no_axis_can_show_do_not_stop_the_report(tmp_path: Path) ->
     row = next(row for row in page.table("Steps")[2:] if row[0] == "128")
     assert row[3] == "not finite"
     assert row[4] == "–"
-    assert figures_of(row[6]) == -1
+    assert figures_of(row[6]) == -0.001
     assert row[13] == "–"
 
 

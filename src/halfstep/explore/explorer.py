@@ -23,7 +23,7 @@ from halfstep.core.warnings import HalfstepWarning
 from halfstep.measure.samples import samples_array
 from halfstep.models.folder import find_stage, load
 from halfstep.models.model import Model
-from halfstep.report.words import inside
+from halfstep.report.words import count, inside
 from halfstep.runs import Manifest, RunFolder, StageFolder, is_finite
 from halfstep.runtime.files import DamagedFile
 from halfstep.samplers import trajectory
@@ -81,11 +81,12 @@ class StageChoice(NamedTuple):
     missing: str | None = None
 
     @property
-    def label(self) -> str:
-        """What a list shows."""
-        if self.missing is not None:
-            return f"{self.name} (missing)"
-        return self.name if self.role in (None, "student") else f"{self.name} ({self.role})"
+    def words(self) -> str:
+        """Return what the model is, "student of 4 steps", which another one may be too; its name if that is unknown."""
+        if self.role is None:
+            return self.name
+        role = "matched teacher" if self.role == "matched" else self.role
+        return role if self.num_steps is None else f"{role} of {count(self.num_steps, 'step')}"
 
 
 class Shown(NamedTuple):
@@ -95,6 +96,8 @@ class Shown(NamedTuple):
     role: str | None
     is_start: bool
     """Whether the chain starts from it."""
+    label: str
+    """What the model is, as a reader says it."""
     num_steps: int
     num_evals: int
     """Network calls for a sample."""
@@ -155,6 +158,12 @@ class Explorer:
         """The model from which the chain starts, which may be missing."""
         found = next((choice for choice in self.choices if choice.name == self._start), None)
         return found or StageChoice("the teacher", None, None, "it is not in this folder")
+
+    def label(self, choice: StageChoice) -> str:
+        """Return what a stage's model is, with the stage's name where several are the same."""
+        alone = sum(one.words == choice.words for one in self.choices) == 1
+        text = choice.words if alone or choice.role is None else f"{choice.words}, {choice.name}"
+        return text[0].upper() + text[1:]
 
     @property
     def start_steps(self) -> int:
@@ -406,6 +415,7 @@ class Explorer:
             stage=choice.name,
             role=choice.role,
             is_start=choice == self.start,
+            label=self.label(choice),
             num_steps=num_steps,
             num_evals=model.num_evals(sampler, num_steps, scale),
             sampler=model.manifest.outcome.sampler_name,

@@ -18,15 +18,20 @@ from typing import Any, Final, final
 
 import numpy as np
 from markupsafe import Markup
+from PIL import Image
 
 from halfstep.explore.explorer import Answer, Explorer, Shown
 from halfstep.report import figures
-from halfstep.report.words import count, number
+from halfstep.report.words import count, number, sampler_label
 
 LARGEST_QUEUE: Final = 32
 """Requests that may wait; more are refused."""
 LARGEST_BODY: Final = 64 * 1024
 """Bytes of a request."""
+MOVING_WIDTH: Final = 256
+"""Pixels of the moving picture of a walk, about."""
+MILLISECONDS: Final = 120
+"""For which a frame of it is seen."""
 PATHS: Final = re.compile(
     r"/(|config|theme\.css|favicon\.ico|(assets|static)/.*"
     r"|gradio_api/(info|app_id|theme\.css|startup-events|queue/(join|data)|heartbeat/\w+|call/(compare|strip|walk)(/\w+)?|cancel|reset))/?"
@@ -238,11 +243,13 @@ CSS: Final = """
 .made { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 17rem), 1fr)); gap: 1.25rem; }
 .made.row { grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: 1rem .75rem; }
 .made.walk { grid-template-columns: 1fr; }
-.made figure { margin: 0; min-width: 0; }
-.made figcaption { margin-bottom: .35rem; line-height: 1.35; font-size: .95rem; }
+.made figure { margin: 0; min-width: 0; display: grid; grid-template-rows: subgrid; grid-row: span 3; row-gap: .35rem; }
+.made figcaption { line-height: 1.35; font-size: .95rem; }
 .made figcaption b { display: block; }
-.made img { image-rendering: pixelated; width: auto; max-width: 100%; height: auto; }
-.made.pair img { width: 100%; max-width: 30rem; }
+.made img { image-rendering: pixelated; width: 100%; height: auto; }
+.made.pair img, .made.row img { max-width: 34rem; }
+.made.walk figure { grid-row: auto; grid-template-rows: none; }
+.made .moving img { width: 16rem; max-width: 100%; margin-bottom: .5rem; }
 .made svg { width: 100%; max-width: 24rem; border: 1px solid var(--border-color-primary); }
 .made svg path { fill: none; stroke-linecap: round; vector-effect: non-scaling-stroke; }
 .made svg .rest { stroke: var(--body-text-color-subdued); stroke-width: 4px; }
@@ -278,7 +285,10 @@ def _blocks(gr: Any, explorer: Explorer) -> Any:
             gr.Markdown("\n".join(f"* {_plain(text)}" for text in missing))
         with gr.Row():
             stage = gr.Dropdown(
-                [(choice.label, choice.name) for choice in explorer.choices],
+                [
+                    (explorer.label(choice) + (" (missing)" if choice.missing else ""), choice.name)
+                    for choice in explorer.choices
+                ],
                 value=last.name,
                 label="Stage",
                 elem_id="stage",
@@ -341,25 +351,48 @@ def _html(kind: str, answer: Answer) -> str:
     """Return the answer, whose pictures stand beside each other ("pair", "row") or below each other ("walk")."""
     number = len(answer.shown[0].samples)
     columns = {"pair": max(1, round(number**0.5)), "row": 1, "walk": number}[kind]
-    made = Markup("").join(_figure(one, answer, columns) for one in answer.shown)
+    made = Markup("").join(_figure(one, answer, columns, kind) for one in answer.shown)
     notes = Markup("").join(Markup("<li>{}</li>").format(note) for note in answer.notes)
     head = Markup('<ul class="notes">{}</ul>').format(notes) if answer.notes else ""
     # gradio's component takes ${...} for a template.
     return str(Markup('{}<div class="made {}">{}</div>').format(head, kind, made)).replace("${", "$&#123;")
 
 
-def _figure(shown: Shown, answer: Answer, columns: int) -> Markup:
-    who = "The teacher" if shown.is_start and shown.role == "teacher" else shown.stage
+def _there_and_back(shown: Shown, alt: str) -> Markup:
+    """Return the frames of a walk as one moving picture; a reader who wants no motion gets the first frame."""
+    height, width = figures.tile_size(shown.samples)
+    factor = max(1, MOVING_WIDTH // width)
+    frames = [
+        Image.fromarray(frame.squeeze(-1) if frame.shape[-1] == 1 else frame).resize(
+            (width * factor, height * factor), Image.Resampling.NEAREST
+        )
+        for frame in (*shown.samples, *shown.samples[-2:0:-1])
+    ]
+
+    def url(kept: Sequence[Image.Image]) -> str:
+        buffer = io.BytesIO()
+        kept[0].save(buffer, "PNG", save_all=len(kept) > 1, append_images=kept[1:], duration=MILLISECONDS, loop=0)
+        return figures.data_url(buffer.getvalue(), "image/png")
+
+    return Markup(
+        '<picture class="moving"><source media="(prefers-reduced-motion: reduce)" srcset="{}">'
+        '<img src="{}" width="{}" height="{}" alt="{}, moving there and back"></picture>'
+    ).format(url(frames[:1]), url(frames), *frames[0].size, alt)
+
+
+def _figure(shown: Shown, answer: Answer, columns: int, kind: str) -> Markup:
     calls = count(shown.num_evals, "network call")
     time = f"{number(1000 * shown.seconds)} ms" if shown.seconds < 1 else f"{number(shown.seconds)} s"
     steps = count(shown.num_steps, "step")
-    alt = f"{count(len(shown.samples), 'sample')} of {who} at {steps}"
+    alt = f"{count(len(shown.samples), 'sample')} of {shown.stage} at {steps}"
     downloads = {}
     if figures.is_images(shown.samples):
         picture, downloads["PNG"] = figures.image_grid(shown.samples, columns, alt, in_full=True)
     else:
         box = figures.limits(next((one.samples for one in answer.shown if one.is_start), shown.samples))
         picture = figures.scatter(shown.samples, box, len(figures.SEED_COLOURS), alt)
+    if kind == "walk" and figures.is_images(shown.samples):
+        picture = Markup("{}{}").format(_there_and_back(shown, alt), picture)
     npz = io.BytesIO()
     np.savez_compressed(npz, arr_0=shown.samples)
     downloads["npz"] = figures.data_url(npz.getvalue(), "application/octet-stream")
@@ -368,7 +401,9 @@ def _figure(shown: Shown, answer: Answer, columns: int) -> Markup:
         Markup('<a download="{}.{}" href="{}">Download {}</a>').format(name, label.lower(), url, label)
         for label, url in downloads.items()
     )
-    caption = Markup("<figcaption><b>{}</b>{}, {}, {}, {}</figcaption>").format(who, steps, calls, time, shown.sampler)
+    caption = Markup("<figcaption><b>{}</b>{}, {}, {}, {}</figcaption>").format(
+        shown.label, steps, calls, time, sampler_label(shown.sampler)
+    )
     return Markup('<figure data-stage="{}" data-seconds="{:.6f}">{}{}<div class="get">{}</div></figure>').format(
         shown.stage, shown.seconds, caption, picture, links
     )

@@ -58,7 +58,7 @@ def digits() -> Recipe:
                 num_updates=260, batch_size=32, learning_rate=1e-4, adam_betas=(0.0, 0.99), ema_decay=0.98
             ),
         ),
-        evaluation=Evaluation(num_samples=2000, teacher_steps=(8, 4, 2, 1), batch_size=500),
+        evaluation=Evaluation(num_samples=2000, batch_size=500),
         engine=Engine(log_every=20),
     )
 
@@ -72,7 +72,7 @@ def fashion_mnist() -> Recipe:
         network=UNetConfig(block_out_channels=(64, 128, 128), attention=(False, False, True)),
         teacher=replace(TEACHER, num_updates=30_000, learning_rate=3e-4, ema_decay=0.999),
         chain=SECOND_ORDER.model_copy(update={"training": Training(num_updates=4000, learning_rate=1e-4)}),
-        evaluation=Evaluation(num_samples=5000, teacher_steps=(64, 16, 8, 4, 2, 1)),
+        evaluation=Evaluation(num_samples=5000),
     )
 
 
@@ -85,7 +85,7 @@ def cifar10() -> Recipe:
         network=UNetConfig(block_out_channels=(96, 192, 192), attention=(False, True, False), attention_head_dim=64),
         teacher=replace(TEACHER, weight_decay=0.001, ema_decay=0.9995, dropout=0.1),
         chain=SECOND_ORDER.model_copy(update={"training": Training(num_updates=10_000, learning_rate=1e-4)}),
-        evaluation=Evaluation(num_samples=10_000, teacher_steps=(256, 64, 16, 8, 4, 2, 1)),
+        evaluation=Evaluation(num_samples=10_000, teacher_steps=(256, 64)),
         engine=Engine(precision="bf16"),
     )
 

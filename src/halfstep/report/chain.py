@@ -11,7 +11,7 @@ from halfstep.report import figures
 from halfstep.report.quality import Group
 from halfstep.report.reading import RunFacts, StageFacts
 from halfstep.report.summary import Summary
-from halfstep.report.words import count, duration, number, ratio
+from halfstep.report.words import count, duration, number
 from halfstep.runs import PlannedStage, finite, is_finite
 
 
@@ -27,26 +27,24 @@ class StageRow:
     objective: str | None
     num_updates: int
     seconds: float | None
-    share: float
-    """Of the longest stage's time, 0 to 1."""
     first_loss: float | None
     last_loss: float | None
     learning_rate: float | None
     """The highest that the log holds."""
     samples_per_second: float | None
     to_teacher: float | None
-    """Root mean square difference from its teacher's samples of the same seeds, each at its own steps."""
+    """Root mean square difference of the kept samples from its own teacher's of the same noise, each at its own steps;
+    that of metrics.json from the first model, for a student of that."""
     to_first: float | None
-    """The same from the model where the chain starts, at the most steps of which samples are kept."""
+    """The same from the model where the chain starts, as metrics.json has it."""
     num_compared: int
-    """Samples behind these two; 0 for none."""
+    """Samples behind `to_teacher` where they were kept; 0 for none."""
 
 
 def stage_rows(facts: RunFacts) -> list[StageRow]:
     """Return all stages that the plan, the folder or the log names, in order."""
     stages = {stage.name: stage for stage in facts.stages}
     planned = {row.name: row for row in facts.plan}
-    longest = max((stage.manifest.seconds for stage in facts.stages), default=0.0)
     rows = []
     for name in dict.fromkeys([*planned, *sorted({*stages, *facts.log, *facts.damaged})]):
         stage, log = stages.get(name), facts.log.get(name, ())
@@ -71,7 +69,6 @@ def stage_rows(facts: RunFacts) -> list[StageRow]:
                 objective=stage.manifest.objective if stage else None,
                 num_updates=source.num_updates,
                 seconds=seconds,
-                share=min(1.0, max(0.0, ratio(seconds, longest) or 0.0)),
                 first_loss=log[0].loss if log else None,
                 last_loss=log[-1].loss if log else None,
                 learning_rate=max((p.learning_rate for p in log if p.learning_rate is not None), default=None),
@@ -87,16 +84,18 @@ def stage_rows(facts: RunFacts) -> list[StageRow]:
 def _distances(
     stage: StageFacts | None, stages: Mapping[str, StageFacts], first: StageFacts | None
 ) -> tuple[float | None, float | None, int]:
-    """Return the distances of a student's samples to its teacher's and to the first one's, and their number."""
-    if stage is None or stage is first or stage.role != "student" or stage.manifest.num_steps is None:
+    """Return a student's distances to its teacher and to the first model, and the number of samples kept for one."""
+    if stage is None or stage is first or stage.role != "student" or (steps := stage.manifest.num_steps) is None:
         return None, None, 0
-    own = stage.samples.get(stage.manifest.num_steps)
-    to_first = _rmse(own, first.samples[max(first.samples)] if first and first.samples else None)
+    measured = stage.metrics.results if stage.metrics is not None else ()
+    to_first = next((finite(one.teacher_rmse) for one in measured if one.num_steps == steps), None)
     teacher = stages.get(stage.manifest.teacher or "")
     # An undistilled teacher may have taught by a sampler of which there are no samples.
-    steps = teacher.manifest.num_steps if teacher else None
-    to_teacher = _rmse(own, teacher.samples.get(steps)) if teacher and steps else to_first
-    return to_teacher, to_first, 0 if own is None or to_teacher is to_first is None else len(own)
+    if teacher is None or teacher.manifest.num_steps is None:
+        return to_first, to_first, 0
+    own = stage.samples.get(steps)
+    to_teacher = _rmse(own, teacher.samples.get(teacher.manifest.num_steps))
+    return to_teacher, to_first, 0 if own is None or to_teacher is None else len(own)
 
 
 def _rmse(a: np.ndarray | None, b: np.ndarray | None) -> float | None:
@@ -132,7 +131,7 @@ def loss_figure(facts: RunFacts, rows: Sequence[StageRow]) -> Markup | None:
 
 def distance_figure(rows: Sequence[StageRow]) -> Markup | None:
     """Draw the students' distances against their steps; None without one above 0."""
-    students = [row for row in rows if row.num_compared]
+    students = [row for row in rows if row.to_teacher is not None or row.to_first is not None]
 
     def curve(label: str, distances: Sequence[float | None]) -> figures.Curve:
         # Of students with as many steps the last is drawn.
@@ -142,7 +141,7 @@ def distance_figure(rows: Sequence[StageRow]) -> Markup | None:
     return figures.steps_figure(
         "distance",
         "RMSE, same noise",
-        curve("from the start of the chain", [row.to_first for row in students]),
+        curve("from the first model", [row.to_first for row in students]),
         curve("from its own teacher", [row.to_teacher for row in students]),
         x_label="sampler steps",
     )

@@ -37,7 +37,8 @@ def best_of_table(table: EvaluationTable, result: EvaluationResult) -> Best | No
     for row in table.rows:
         figure, sampler = row.figures.get("frechet"), samplers.get(row.series)
         if figure is not None and sampler is not None and row.num_steps is not None and row.num_evals is not None:
-            cells.append(Best(sampler, row.num_steps, row.num_evals, figure.mean, row.seconds_per_1000))
+            covered = row.figures["coverage"].mean if "coverage" in row.figures else None
+            cells.append(Best(sampler, row.num_steps, row.num_evals, figure.mean, row.seconds_per_1000, covered))
     return teacher_best(cells)
 
 

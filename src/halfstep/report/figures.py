@@ -73,14 +73,14 @@ def _figure(name: str, height: float, draw: Any, panels: Sequence[float] = (1.0,
     settings = STYLE | {
         "svg.hashsalt": name,
         "font.family": "sans-serif",
-        "font.size": 12,
+        "font.size": 10.5,
         **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), FAINT),
         **dict.fromkeys(("xtick.labelcolor", "ytick.labelcolor", "axes.labelcolor", "text.color"), INK),
         "grid.alpha": 0.35,
         "grid.linewidth": 0.6,
     }
     with matplotlib.rc_context(settings):
-        # At 5 inches, text of 12 points can be read on a phone too.
+        # At 5 inches, two to a row on a wide page, this is the size of the text around it, and can be read on a phone.
         figure = Figure(figsize=(5.0, height), layout="constrained")
         draw(*figure.subplots(len(panels), sharex=True, squeeze=False, height_ratios=list(panels))[:, 0])
         buffer = io.StringIO()
@@ -108,6 +108,13 @@ def _log_axis(axis: Any, values: Sequence[float]) -> None:
     axis.set_major_locator(LogLocator(subs=subs) if wide > 6 else MaxNLocator(5))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())
+
+
+def _powers_of_two(axes: Any, values: Sequence[float]) -> None:
+    """Set ticks at the powers of two around the values."""
+    powers = range(math.floor(math.log2(min(values))), math.ceil(math.log2(max(values))) + 1)
+    axes.set_xticks([2.0**power for power in powers], [f"{2.0**power:g}" for power in powers])
+    axes.minorticks_off()
 
 
 def steps_figure(
@@ -148,10 +155,7 @@ def steps_figure(
                 axes.annotate(named, (x, y), **place)
         if level is not None:
             axes.axhline(level.y[0], color=FAINT, linewidth=1.2, linestyle=":", label=level.label, zorder=1)
-        values = [x for curve, _, _ in shown for x in curve.x]
-        powers = range(math.floor(math.log2(min(values))), math.ceil(math.log2(max(values))) + 1)
-        axes.set_xticks([2.0**power for power in powers], [f"{2.0**power:g}" for power in powers])
-        axes.minorticks_off()
+        _powers_of_two(axes, [x for curve, _, _ in shown for x in curve.x])
         axes.set_xlabel(x_label)
         _log_axis(axes.yaxis, [y for curve, _, _ in shown for y in curve.y])
         axes.grid(axis="y")
@@ -160,6 +164,32 @@ def steps_figure(
             axes.legend()
 
     return _figure(name, 3.6 + 0.15 * len(others[: len(OTHERS)]), draw)
+
+
+def shares_figure(name: str, curves: Sequence[Curve], levels: Sequence[Curve]) -> Markup | None:
+    """Draw shares from 0 to 1 against network calls on a logarithmic axis; None without a point to show.
+
+    Args:
+        levels: for each curve one point, at whose height a line of its colour is drawn; no point for none.
+    """
+    shown = [(curve, *rest) for curve, *rest in zip(curves, levels, OTHERS, MARKERS, strict=False) if curve.x]
+    if not shown:
+        return None
+
+    def draw(axes: Any) -> None:
+        axes.set_xscale("log", base=2)
+        for curve, level, colour, marker in shown:
+            axes.plot(curve.x, curve.y, f"{marker}-", color=colour, linewidth=2, markersize=6.5, label=curve.label)
+            if level.y:
+                axes.axhline(level.y[0], color=colour, linewidth=1.2, linestyle=":", zorder=1)
+        _powers_of_two(axes, [x for curve, *_ in shown for x in curve.x])
+        axes.set_ylim(min(0.5, *(y for curve, *_ in shown for y in curve.y)), 1.02)
+        axes.grid(axis="y")
+        axes.set_xlabel("network calls")
+        axes.set_ylabel("share (higher is better)")
+        axes.legend()
+
+    return _figure(name, 3.6, draw)
 
 
 def chain_figure(name: str, stages: Sequence[tuple[Curve, Curve, float]]) -> Markup | None:
@@ -183,7 +213,9 @@ def chain_figure(name: str, stages: Sequence[tuple[Curve, Curve, float]]) -> Mar
                 if curve.x:
                     stride = -(-len(curve.x) // MOST_POINTS)
                     shifted = [start + x for x in curve.x[::-stride]]
-                    panel.plot(shifted, curve.y[::-stride], color=colour, linewidth=1.5)
+                    # One point alone makes no line.
+                    mark = "o" if len(shifted) == 1 else None
+                    panel.plot(shifted, curve.y[::-stride], color=colour, linewidth=1.5, marker=mark, markersize=4)
                 if index:
                     panel.axvline(start, color=FAINT, linewidth=0.8)
             centres.append(start + length / 2)

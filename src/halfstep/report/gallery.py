@@ -10,7 +10,8 @@ from markupsafe import Markup
 from halfstep.report import figures
 from halfstep.report.reading import RunFacts
 from halfstep.report.summary import Summary
-from halfstep.report.words import count
+from halfstep.report.words import count, sampler_label
+from halfstep.runs import Best
 
 WALKED_COLUMNS = 5
 MODELS = {"student": "the student", "matched": "the matched teacher", "teacher": "the teacher, not distilled,"}
@@ -44,10 +45,26 @@ class Picture(NamedTuple):
     frechet: float | None
 
 
+class Column(NamedTuple):
+    """A column of the strip."""
+
+    steps: int
+    by: str | None = None
+    """The sampler of the teacher at its best, where that is not its own."""
+
+    @property
+    def label(self) -> str:
+        """Return "8 steps" or "32 steps of Heun"."""
+        return count(self.steps, "step") + (f" of {sampler_label(self.by)}" if self.by else "")
+
+
 class Walked(NamedTuple):
     """One place of the slider."""
 
     steps: int
+
+    label: str
+    """Steps, and the sampler where it is not the model's own."""
     student: Picture | None
     """Above the first student's steps the teacher that it learns from: the matched model, or the start of the chain."""
     teacher: Picture | None
@@ -58,9 +75,9 @@ class Gallery(NamedTuple):
 
     kind: str
     """"images", "points", or why there is no picture."""
-    steps: Sequence[int] = ()
+    columns: Sequence[Column] = ()
     students: Sequence[Picture | None] = ()
-    """For each of `steps`, with their teacher above the first student's steps; empty if there is no student."""
+    """For each column, with their teacher above the first student's steps; empty if there is no student."""
     teachers: Sequence[Picture | None] = ()
     num_seeds: int = 0
     row_height: int = 0
@@ -72,8 +89,12 @@ class Gallery(NamedTuple):
     reduced_from: str | None = None
 
 
-def gallery(facts: RunFacts, summary: Summary, sizes: Sizes) -> Gallery | None:
-    """Return the pictures, None if no stage has samples."""
+def gallery(facts: RunFacts, summary: Summary, sizes: Sizes, best: Best | None = None) -> Gallery | None:
+    """Return the pictures, None if no stage has samples.
+
+    Args:
+        best: the teacher at its best, which has a column of its own where its samples were kept.
+    """
     held: dict[str, dict[int, tuple[str, np.ndarray]]] = {"teacher": {}, "matched": {}, "student": {}}
     if (first := facts.start) is not None:
         held["teacher"] = {steps: (first.name, first.samples[steps]) for steps in sorted(first.samples, reverse=True)}
@@ -85,6 +106,11 @@ def gallery(facts: RunFacts, summary: Summary, sizes: Sizes) -> Gallery | None:
     arrays = [array for by_steps in held.values() for _, array in by_steps.values()]
     if not arrays:
         return None
+    columns = [Column(steps) for steps in sorted(set().union(*held.values()), reverse=True)]
+    at_best = first.by_others.get((best.sampler, best.num_steps)) if first is not None and best is not None else None
+    if best is not None and at_best is not None:
+        arrays.append(at_best)
+        columns = sorted([Column(best.num_steps, best.sampler), *columns], key=lambda one: one.by is None)
     if {array.shape[1:] for array in arrays} != {arrays[0].shape[1:]}:
         return Gallery("The stages hold samples of different shapes, so they are not shown side by side.")
     if not (all(map(figures.is_images, arrays)) or all(map(figures.is_points, arrays))):
@@ -97,12 +123,16 @@ def gallery(facts: RunFacts, summary: Summary, sizes: Sizes) -> Gallery | None:
     # Points of the other models that flew far off must not shrink all to a dot.
     box = (0.0, 0.0, 1.0) if images else figures.limits(arrays[0])
 
-    def picture(who: str, steps: int, length: int, columns: int) -> Picture | None:
-        if steps not in held[who]:
+    def picture(who: str, column: Column, length: int, columns: int) -> Picture | None:
+        if column.by is not None and who == "teacher" and at_best is not None and best is not None:
+            array, frechet = at_best, best.frechet
+        elif column.by is None and column.steps in held[who]:
+            name, array = held[who][column.steps]
+            frechet = distances.get((name, column.steps))
+        else:
             return None
-        name, array = held[who][steps]
         chosen = array[:length]
-        made = f"samples of {MODELS[who]} at {count(steps, 'step')}"
+        made = f"samples of {MODELS[who]} at {column.label}"
         if images:
             order = "from top to bottom" if columns == 1 else "row by row"
             alt = f"Seeds 0 to {len(chosen) - 1}, {order}: {made}"
@@ -110,35 +140,41 @@ def gallery(facts: RunFacts, summary: Summary, sizes: Sizes) -> Gallery | None:
         else:
             alt = f"Scatter plot of {min(len(chosen), figures.MOST_POINTS)} {made}"
             image = figures.scatter(chosen, box, num_seeds, alt)
-        return Picture(who, image, distances.get((name, steps)))
+        return Picture(who, image, frechet)
 
-    def distilled(steps: int, length: int, columns: int) -> Picture | None:
+    def distilled(column: Column, length: int, columns: int) -> Picture | None:
         """Return the student, or above the first one's steps the teacher that it learns from."""
-        if steps <= max(students, default=0):
-            return picture("student", steps, length, columns)
-        return picture("matched", steps, length, columns) or picture("teacher", steps, length, columns)
+        if column.by is None and column.steps <= max(students, default=0):
+            return picture("student", column, length, columns)
+        return picture("matched", column, length, columns) or picture("teacher", column, length, columns)
 
-    steps = sorted(set().union(*held.values()), reverse=True)
     height, width = figures.tile_size(arrays[0]) if images else (0, 88)
     strip = walked = fewest
     if images:
         strip = num_seeds
         walked = max(num_seeds, min(sizes.num_walked, fewest, sizes.most_pixels // (height * width)))
     walk = [
-        Walked(n, distilled(n, walked, WALKED_COLUMNS), picture("teacher", n, walked, WALKED_COLUMNS)) for n in steps
+        Walked(
+            one.steps,
+            one.label,
+            distilled(one, walked, WALKED_COLUMNS),
+            picture("teacher", one, walked, WALKED_COLUMNS),
+        )
+        for one in columns
     ]
-    start = summary.best.steps if summary.best and summary.best.steps in steps else min(students, default=steps[0])
+    shown = summary.best.steps if summary.best is not None else min(students, default=columns[0].steps)
+    start = next((place for place, one in enumerate(columns) if one == Column(shown)), len(columns) - 1)
     size = arrays[0].shape[1:3]
     return Gallery(
         kind="images" if images else "points",
-        steps=steps,
-        students=[distilled(n, strip, 1) for n in steps] if students or held["matched"] else (),
-        teachers=[picture("teacher", n, strip, 1) for n in steps],
+        columns=columns,
+        students=[distilled(one, strip, 1) for one in columns] if students or held["matched"] else (),
+        teachers=[picture("teacher", one, strip, 1) for one in columns],
         num_seeds=num_seeds,
         row_height=height + figures.GAP,
         width=width,
         walk=walk if len(walk) > 1 else (),
-        walk_start=steps.index(start),
+        walk_start=start,
         reduced_from=f"{size[1]} × {size[0]}" if images and max(size) > figures.LARGEST_TILE else None,
     )
 

@@ -84,7 +84,7 @@ def _page(facts: RunFacts, without_nearest: str | None, sizes: Sizes) -> str:
         summary=summary,
         progress=progress(rows),
         notices=[*facts.notices, *protocol_notices(groups)],
-        gallery=gallery(facts, summary, sizes),
+        gallery=gallery(facts, summary, sizes, next((group.best for group in groups), None)),
         groups=groups,
         evaluation=facts.evaluation if tables else None,
         tables=tables,

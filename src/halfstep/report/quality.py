@@ -15,7 +15,7 @@ from halfstep.report import figures
 from halfstep.report.reading import StageFacts
 from halfstep.report.table import Table
 from halfstep.report.words import flatten, method_words, number, ratio, sampler_label, times
-from halfstep.runs import Best, Metrics, is_finite, teacher_best
+from halfstep.runs import Best, Metrics, finite, is_finite, teacher_best
 from halfstep.runs.schema import Result
 
 
@@ -105,6 +105,23 @@ class Group:
             [curve for curve in curves[1:] if curve is not None],
             level=figures.Curve.through("teacher at its best", level) if level else None,
             earlier=_curve("earlier stages", [row.student for row in students if row.is_earlier], students),
+        )
+
+    @property
+    def shares_figure(self) -> Markup | None:
+        """Precision, recall and coverage of the students by network calls, and of the teacher at its best."""
+        students = [r.student for r in self.rows if r.student is not None and not (r.is_matched or r.is_earlier)]
+        at_best = [r.teacher for r in self.rows if r.teacher is not None and Best.of(r.teacher) == self.best]
+        names = ("precision", "recall", "coverage")
+
+        def curve(name: str, results: Sequence[Result]) -> figures.Curve:
+            held = ((one.num_evals, finite(getattr(one, name))) for one in results if one.num_evals > 0)
+            return figures.Curve.through(name, sorted((calls, share) for calls, share in held if share is not None))
+
+        return figures.shares_figure(
+            f"{self.name}shares",
+            [curve(name, students) for name in names],
+            [curve(name, at_best[:1]) for name in names],
         )
 
 

@@ -8,7 +8,7 @@ import contextlib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ class StageFacts:
     """Sampler steps to samples of the same seeds: uint8 `[n, h, w, c]` for images, float `[n, *dims]` otherwise."""
     num_parameters: int | None = None
     """Numbers in model.safetensors; None if it does not exist or cannot be read."""
+    by_others: Mapping[tuple[str, int], np.ndarray] = field(default_factory=dict)
+    """Samples by samplers that are not the model's own, by their name and steps."""
 
     @property
     def role(self) -> str:
@@ -191,22 +193,26 @@ def _stage(folder: StageFolder, notices: list[str]) -> StageFacts:
     metrics = None
     with _noting(notices, "", folder.path.parent.parent):
         metrics = folder.metrics()
-    samples = {}
+    samples: dict[int, np.ndarray] = {}
+    by_others: dict[tuple[str, int], np.ndarray] = {}
     for path in sorted(folder.samples.glob("steps-*.npz")):
-        named = re.fullmatch("steps-([0-9]{1,9})", path.stem)
+        named = re.fullmatch("steps-([0-9]{1,9})(?:-([a-z0-9_]{1,40}))?", path.stem)
         if not named or int(named[1]) == 0:
             continue
         array = None
         with contextlib.suppress(ValueError):
             array = read_arrays(path, "arr_0")["arr_0"]
         if array is not None and array.dtype.kind in "fu" and array.ndim >= 2 and array.size:
-            samples[int(named[1])] = array
+            if named[2]:
+                by_others[named[2], int(named[1])] = array
+            else:
+                samples[int(named[1])] = array
         else:
             notices.append(f"The samples in stages/{folder.name}/samples/{path.name} cannot be read and are not shown.")
     num_parameters = None
     with contextlib.suppress(OSError, ValueError, SafetensorError), safe_open(folder.model, framework="np") as file:
         num_parameters = sum(int(math.prod(file.get_slice(key).get_shape())) for key in file.keys())  # noqa: SIM118
-    return StageFacts(folder.name, manifest, metrics, samples, num_parameters)
+    return StageFacts(folder.name, manifest, metrics, samples, num_parameters, by_others)
 
 
 def _log(folder: RunFolder) -> dict[str, list[LogPoint]]:

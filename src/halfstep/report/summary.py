@@ -12,6 +12,9 @@ from halfstep.runs.evaluation import Row
 
 KEPT = 1.5
 """Quality counts as kept up to this multiple of the teacher's Frechet distance."""
+LEARNED = 0.25
+"""A teacher whose samples cover a smaller share of the real data has not learned them. (Where samples and real data
+have the same distribution, coverage is near 1.)"""
 
 
 class Rated(NamedTuple):
@@ -63,10 +66,14 @@ def summarise(facts: RunFacts, groups: Sequence[Group]) -> Summary:
     more = None
     if fewest is not best:
         more = f"Down to {count(fewest.steps, 'step')}: {_said(fewest)} the teacher’s at its best."
+    covered, how = found.teacher.coverage, method_words(*found.teacher[:3])
+    if covered is not None and covered < LEARNED:
+        more = f"At its best ({how}) its samples cover {covered:.0%} of the real data, and no student learns more."
+        return Summary("The teacher has not learned the data yet: train it longer.", more, tiles, best)
     tiles = [
         (f"{found.teacher.num_evals:,} → {best.num_evals:,}", "network calls"),
         *([(f"{times(best.speed_up)}×", "faster per sample")] if best.speed_up is not None else []),
-        (f"{times(best.ratio)}×", f"the teacher’s Fréchet distance at its best: {method_words(*found.teacher[:3])}"),
+        (f"{times(best.ratio)}×", f"the teacher’s Fréchet distance at its best: {how}"),
         *tiles,
     ]
     return Summary(lead, more, tiles, best)

@@ -88,7 +88,7 @@ class Measuring:
             return [Method(own, model.num_steps)]
         steps: list[int | None] = [start]
         if model.role is not Role.MATCHED or self._base is None:
-            steps += self.evaluation.teacher_steps or [stage.num_steps for stage in self.spec.plan.stages]
+            steps += [*self.evaluation.teacher_steps, *(stage.num_steps for stage in self.spec.plan.stages)]
         numbers = [number for number in steps if number]
         if model.role is Role.STUDENT:
             return [Method(own, number) for number in sorted(set(numbers), reverse=True)]

@@ -19,11 +19,15 @@ class Best(NamedTuple):
     """Network calls for a sample."""
     frechet: float
     seconds_per_1000: float | None = None
+    coverage: float | None = None
+    """Share of the real data with a sample in their neighbourhood."""
 
     @classmethod
     def of(cls, result: Result) -> "Best":
         """Return the part of a row of metrics.json that is compared."""
-        return cls(result.sampler, result.num_steps, result.num_evals, result.frechet, result.seconds_per_1000)
+        return cls(
+            result.sampler, result.num_steps, result.num_evals, result.frechet, result.seconds_per_1000, result.coverage
+        )
 
     def ratio(self, frechet: float) -> float | None:
         """Return a Frechet distance of the same protocol over the teacher's; None where that says nothing."""
