@@ -172,7 +172,7 @@ def shares_figure(name: str, curves: Sequence[Curve], levels: Sequence[Curve]) -
     Args:
         levels: for each curve one point, at whose height a line of its colour is drawn; no point for none.
     """
-    shown = [(curve, *rest) for curve, *rest in zip(curves, levels, OTHERS, MARKERS, strict=False) if curve.x]
+    shown = [row for row in zip(curves, levels, OTHERS, MARKERS, strict=False) if row[0].x]
     if not shown:
         return None
 

@@ -124,8 +124,9 @@ def gallery(facts: RunFacts, summary: Summary, sizes: Sizes, best: Best | None =
     box = (0.0, 0.0, 1.0) if images else figures.limits(arrays[0])
 
     def picture(who: str, column: Column, length: int, columns: int) -> Picture | None:
+        frechet: float | None
         if column.by is not None and who == "teacher" and at_best is not None and best is not None:
-            array, frechet = at_best, best.frechet
+            frechet, array = best.frechet, at_best
         elif column.by is None and column.steps in held[who]:
             name, array = held[who][column.steps]
             frechet = distances.get((name, column.steps))
