@@ -41,7 +41,7 @@ def uncut(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("stage", "update"), [("01-adversarial-0002", 2), ("02-adversarial-0001", 5), ("03-adversarial-0001", 7)]
+    ("stage", "update"), [("01-halve-critic-0002", 2), ("02-halve-critic-0001", 5), ("03-finish-critic-0001", 7)]
 )
 def test_a_stage_with_a_critic_that_was_cut_ends_as_the_uncut_one(
     tmp_path: Path, uncut: Path, stage: str, update: int
@@ -59,8 +59,8 @@ def test_a_stage_with_a_critic_that_was_cut_ends_as_the_uncut_one(
 
 
 def test_a_finish_with_a_critic_names_both_parents_and_its_steps(uncut: Path) -> None:
-    finished = load(uncut / "stages" / "03-adversarial-0001")
-    assert (finished.manifest.parent, finished.manifest.teacher) == ("02-adversarial-0001", "00-denoise")
+    finished = load(uncut / "stages" / "03-finish-critic-0001")
+    assert (finished.manifest.parent, finished.manifest.teacher) == ("02-halve-critic-0001", "00-denoise")
     assert (finished.role, finished.num_steps) == ("student", 1)
 
 
@@ -94,7 +94,7 @@ def test_the_command_line_adds_a_critic_to_halvings_and_to_finishes(tmp_path: Pa
     main(["finish", str(tmp_path / "run"), "--steps", "1", "--finish.critic-weight", "0.2"])
     stages = RunFolder(tmp_path / "run").stages()
     assert [stage.name for stage in stages] == [
-        "00-denoise", "01-adversarial-0002", "02-adversarial-0001", "03-adversarial-0001",
+        "00-denoise", "01-halve-critic-0002", "02-halve-critic-0001", "03-finish-critic-0001",
     ]  # fmt: skip
     for weight in ("0", "-1"):
         assert "critic" in refused(["run", "arrays", *where, "--chain.critic-weight", weight], capsys)

@@ -342,7 +342,7 @@ def test_guidance_of_a_plan_reaches_the_wrapped_objective() -> None:
     plan = Plan.halvings(4, 1, training, updates_at={}).changed(Adversarial) + Plan.finishes([1], training)
     guided = plan.guided(GuidanceRange(1.0, 4.0))
     assert [stage.objective.guidance for stage in guided.stages] == [GuidanceRange(1.0, 4.0)] * 3
-    assert plan.names() == ["00-adversarial-0002", "01-adversarial-0001", "02-finish-0001"]
+    assert plan.names() == ["00-halve-critic-0002", "01-halve-critic-0001", "02-finish-0001"]
 
 
 @pytest.mark.parametrize("wrapped", [Denoising(), Matching(), Adversarial(Halving(2))])

@@ -143,6 +143,11 @@ class Adversarial(Objective):
         return self.objective
 
     @property
+    def label(self) -> str:
+        """The other's, with what was added."""
+        return f"{self.objective.label}-critic"
+
+    @property
     def learns_from_undistilled(self) -> bool:
         return self.objective.learns_from_undistilled
 

@@ -295,6 +295,11 @@ class Objective(ABC):
         return False
 
     @property
+    def label(self) -> str:
+        """What the stage is called in the name of its folder: the name of the class in the registry."""
+        return objectives.name_of(self)
+
+    @property
     @abstractmethod
     def outcome(self) -> Outcome:
         """Role, steps and sampler of the model that the stage hands on."""

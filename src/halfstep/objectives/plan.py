@@ -14,7 +14,7 @@ from typing import Final, NamedTuple, final
 from halfstep.core.grids import check_num_steps
 from halfstep.core.prediction import TruncatedSNR, Weighting
 from halfstep.objectives.adversarial import Adversarial
-from halfstep.objectives.base import STUDENT, Objective, Outcome, Role, Training, objectives
+from halfstep.objectives.base import STUDENT, Objective, Outcome, Role, Training
 from halfstep.objectives.finishing import Finishing
 from halfstep.objectives.guidance import Guidance
 from halfstep.objectives.halving import Halving
@@ -79,7 +79,7 @@ def parents_of(objective: Objective, models: Sequence[Outcome]) -> Parents | Non
     if not models:
         return None
     start = teacher = len(models) - 1
-    name = objectives.name_of(objective)
+    name = objective.label
     if objective.refines:
         steps = objective.outcome.num_steps
         same = [place for place, model in enumerate(models) if (model.role, model.num_steps) == (Role.STUDENT, steps)]
@@ -118,7 +118,7 @@ class Plan:
         names = []
         for index, stage in enumerate(self.stages, start=first):
             steps = "" if stage.num_steps is None else f"-{stage.num_steps:04d}"
-            names.append(f"{index:02d}-{objectives.name_of(stage.objective)}{steps}")
+            names.append(f"{index:02d}-{stage.objective.label}{steps}")
         return names
 
     @property
