@@ -11,7 +11,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, Final
 
 import numpy as np
@@ -20,7 +20,10 @@ import pytest
 import torch
 from PIL import Image
 
+from halfstep.objectives import Training
+from halfstep.recipes.schema import SECOND_ORDER, FinishConfig
 from halfstep.runtime.stop import Interrupted
+from studies.test_studies import tiny
 
 FOLDER: Final = Path(__file__).parents[2] / "benchmarks"
 SHARED: Final = Path(__file__).parents[3] / "shared" / "data"
@@ -204,3 +207,39 @@ def test_the_speedrun_goes_on_where_it_was_cut(modules: Any, monkeypatch: pytest
     assert result["floor"] > 0
     assert set(result["training seconds"]) == {"00-denoise", "01-halve-0004", "02-halve-0001"}
     assert result["seconds in all"] > spent
+
+
+def test_time_to_quality_trains_three_ways_and_takes_the_smallest_budget_that_is_enough(
+    modules: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    quality = modules("quality")
+    scale = tiny()
+    new = scale.recipe.model_copy(update={"chain": SECOND_ORDER.model_copy(update={"training": Training(2, 1e-3, 8)})})
+    new = new.model_copy(update={"finish": FinishConfig(training=Training(12, 1e-4, 4, adam_betas=(0.0, 0.99)))})
+    file = tmp_path / "quality.json"
+    options = SimpleNamespace(runs=tmp_path / "runs", shares=(0.5, 1.0), out=file, short=True)
+    with contextlib.redirect_stdout(io.StringIO()):
+        quality.measure(scale, new, options)
+    result = json.loads(file.read_text())
+    assert [(row["way"], row["share"]) for row in result["rows"]] == [
+        (way, share)
+        for share in (0.5, 1.0)
+        for way in ("the paper's chain", "the new plan", "the paper's chain, naive")
+    ]
+    assert positive(result["rows"], "ratio at 4", "ratio at 1")
+
+    # Nothing is trained twice.
+    def refused(*_: Any) -> Any:
+        raise AssertionError("trained again")
+
+    with monkeypatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+        patch.setattr(quality, "naive_chain", refused)
+        quality.measure(scale, new, options)
+    assert json.loads(file.read_text())["rows"] == result["rows"]
+
+    rows = [
+        {"way": "a", "share": share, "seconds to 4": 10 * share, "ratio at 4": four, "seconds to 1": 20 * share,
+         "ratio at 1": one}
+        for share, four, one in ((2.0, 1.0, 1.2), (0.5, 1.2, 1.5), (1.0, 1.09, 1.3))
+    ]  # fmt: skip
+    assert quality.marks(rows) == [{"way": "a", "seconds to quality at 4": 10.0, "seconds to quality at 1": None}]
