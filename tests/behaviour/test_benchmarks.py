@@ -103,6 +103,7 @@ def test_step_and_sample(modules: Any, monkeypatch: pytest.MonkeyPatch, tmp_path
     assert rows[1]["time / time at 4"] == 1
 
 
+@pytest.mark.slow
 def test_memory(modules: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     memory = modules("memory")
 
@@ -123,6 +124,7 @@ def test_memory(modules: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert result["growth"]["growth, bytes of live tensors"] == 0
 
 
+@pytest.mark.slow
 def test_io(modules: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     words = ("--rounds", "2", "--folder", str(tmp_path))
     result = written(modules("io"), monkeypatch, tmp_path / "io.json", *words)
@@ -134,6 +136,7 @@ def test_io(modules: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     assert not list(tmp_path.glob("halfstep-io-*"))
 
 
+@pytest.mark.slow
 def test_scale(modules: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     scale, started = modules("scale"), modules("scale").started
 
@@ -151,6 +154,7 @@ def test_scale(modules: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert rows[0]["against 1"] == 1
 
 
+@pytest.mark.slow
 def test_the_speedrun_goes_on_where_it_was_cut(modules: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     weights = SHARED / "weights" / "resnet20-cifar10.safetensors"
     if not weights.is_file():

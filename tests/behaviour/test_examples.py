@@ -42,8 +42,10 @@ def test_there_are_six_and_each_is_under_60_lines() -> None:
             *("class_conditional_guidance", {"teacher_updates": 120, "student_updates": 70, "start": 16}, 0.9),
             marks=pytest.mark.slow,
         ),
-        ("action_policy", {"teacher_updates": 60, "student_updates": 15}, 0.8),
-        ("flow_matching_teacher", {"teacher_updates": 100, "student_updates": 25}, 0.6),
+        pytest.param(*("action_policy", {"teacher_updates": 60, "student_updates": 15}, 0.8), marks=pytest.mark.slow),
+        pytest.param(
+            *("flow_matching_teacher", {"teacher_updates": 100, "student_updates": 25}, 0.6), marks=pytest.mark.slow
+        ),
         ("own_network", {"teacher_updates": 200, "student_updates": 40}, 0.6),
     ],
 )
@@ -63,6 +65,7 @@ def test_the_example_of_guidance_trains_and_samples() -> None:
     assert 0 < student < 2
 
 
+@pytest.mark.slow
 def test_low_rank_additions_of_the_latent_example_sample_in_stock_diffusers_as_here(tmp_path: Path) -> None:
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 

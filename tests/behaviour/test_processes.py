@@ -272,6 +272,7 @@ def test_sharding_one_process_is_refused() -> None:
         teams.trainer(halving(), "full")
 
 
+@pytest.mark.slow
 def test_networks_of_diffusers_are_sharded_with_what_goes_with_it(tmp_path: Path) -> None:
     teams.unet_runs(str(tmp_path / "one"), "none")
     together(2, teams.unet_runs, tmp_path / "left", str(tmp_path / "two"), "full")

@@ -6,10 +6,13 @@ A few of each; `python benchmarks/torture.py` deals many.
 import json
 from pathlib import Path
 
+import pytest
+
 from teams import context
 from torture import Ordeal, write_growth
 
 
+@pytest.mark.slow
 def test_a_run_that_is_cut_at_random_moments_ends_with_the_weights_and_the_figures_of_an_uncut_one(
     tmp_path: Path,
 ) -> None:
@@ -25,6 +28,7 @@ def test_a_run_that_is_cut_at_random_moments_ends_with_the_weights_and_the_figur
     assert ordeal.slowest_stop < 5
 
 
+@pytest.mark.slow
 def test_memory_grows_by_nothing_over_2000_updates_after_the_first_50(tmp_path: Path) -> None:
     process = context().Process(target=write_growth, args=(str(tmp_path / "run"), str(tmp_path / "growth.json")))
     process.start()

@@ -191,6 +191,7 @@ def test_hostile_values_get_clear_refusals_through_the_api(url: str, changes: di
     assert said in ask(url, "compare", request(**changes))["error"]
 
 
+@pytest.mark.slow
 def test_two_hundred_at_once_are_served_or_told_to_come_back(run: Path, url: str) -> None:
     def one(seed: int) -> dict[str, Any]:
         return ask(url, "compare", request(seed=seed))
