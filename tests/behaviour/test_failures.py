@@ -620,8 +620,8 @@ def test_a_run_whose_checkpoints_are_all_damaged_begins_the_stage_anew_and_says_
         (held / "student.safetensors").write_bytes(b"")
     told = finish(toy_spec(), path)
     assert len(told) == 2
-    assert told[0].endswith("using the checkpoint before it")
-    assert told[1].endswith("no other is there, so the stage begins anew")
+    assert told[0].endswith("using the previous checkpoint")
+    assert told[1].endswith("there is no other, so the stage restarts")
     assert weights(path) == weights(uncut)
 
 

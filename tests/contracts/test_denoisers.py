@@ -189,7 +189,7 @@ def test_an_output_of_the_wrong_shape_is_refused_with_both_shapes(prediction: Pr
 
 
 def test_a_network_of_one_output_is_refused_where_both_are_needed() -> None:
-    with pytest.raises(ValueError, match=r"put out \(4, 3\) for an input of \(4, 3\); Both needs \(4, 6\)"):
+    with pytest.raises(ValueError, match=r"returned \(4, 3\) for an input of \(4, 3\); Both needs \(4, 6\)"):
         NetworkDenoiser(lambda x_t, time: x_t, VPCosine(), Both())(numbers(4, 3), 0.5)
 
 
@@ -372,7 +372,7 @@ def test_an_imperfect_denoiser_seen_through_another_process_splits_x_t_by_that_p
 def test_a_process_with_noise_levels_that_the_denoiser_does_not_know_is_refused(
     own: NoiseProcess, process: NoiseProcess
 ) -> None:
-    with pytest.raises(ValueError, match=r"the denoiser knows log-SNRs from .* to .*, but the process goes from") as e:
+    with pytest.raises(ValueError, match=r"the denoiser covers log-SNRs from .* to .*, but the process goes from") as e:
         Reprocessed(mixture(own), process)
     for which in (own, process):
         low, high = (float(which.log_snr(clock(t))) for t in (1.0, 0.0))

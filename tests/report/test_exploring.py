@@ -248,5 +248,5 @@ def test_points_are_explored_too(tmp_path: Path) -> None:
     explorer = Explorer(write_asked_run(tmp_path / "run", points=True))
     student, teacher = explorer.compare("02-halve-0002", num_samples=64).shown
     assert student.samples.shape == teacher.samples.shape == (64, 2)
-    with pytest.raises(ValueError, match="these models know no classes"):
+    with pytest.raises(ValueError, match="these models are not class-conditional"):
         explorer.compare("02-halve-0002", class_label=0)

@@ -88,7 +88,7 @@ class NetworkDenoiser(Denoiser):
             needed = (needed[0], needed[1] * self.prediction.channels, *needed[2:])
         if tuple(output.shape) != needed:
             raise ValueError(
-                f"the network put out {tuple(output.shape)} for an input of {tuple(x_t.shape)}; "
+                f"the network returned {tuple(output.shape)} for an input of {tuple(x_t.shape)}; "
                 f"{type(self.prediction).__name__} needs {needed}"
             )
         return self.prediction.denoised(output.to(x_t.dtype), x_t, *self.process.amplitudes(t))
@@ -138,8 +138,8 @@ class Reprocessed(Denoiser):
         slack = 1e-9
         if asked[0] > known[0] + slack or asked[1] < known[1] - slack:
             raise ValueError(
-                f"the denoiser knows log-SNRs from {known[1]:.6g} to {known[0]:.6g}, but the process goes from "
-                f"{asked[1]:.6g} to {asked[0]:.6g}: give it bounds within the denoiser's"
+                f"the denoiser covers log-SNRs from {known[1]:.6g} to {known[0]:.6g}, but the process goes from "
+                f"{asked[1]:.6g} to {asked[0]:.6g}. Give it bounds within the denoiser's"
             )
         self.denoiser = denoiser
         self.process = process

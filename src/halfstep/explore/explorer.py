@@ -151,7 +151,7 @@ class Explorer:
         self._models: OrderedDict[str, Model] = OrderedDict()
         self._lock = threading.Lock()
         self._deadline = math.inf
-        """Of the current request, on the clock of `perf_counter`."""
+        """When the current request must end, on the clock of `perf_counter`."""
 
     @property
     def start(self) -> StageChoice:
@@ -321,7 +321,7 @@ class Explorer:
         if value is None:
             return None
         if not self.manifest.num_classes:
-            raise ValueError(f"class {_short(value)} was asked for, but these models know no classes: leave it out")
+            raise ValueError(f"class {_short(value)} has no effect: these models are not class-conditional. Remove it")
         return self._whole("class", value, 0, self.manifest.num_classes - 1)
 
     def _scale(self, value: object) -> float | None:

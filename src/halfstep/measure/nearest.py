@@ -42,7 +42,7 @@ def nearest_samples(data: Data, x0: Tensor, k: int = 3, flip: bool = False) -> N
     """Return the k training samples nearest to each of the samples `x0` `[n, *shape]`, or all if there are fewer.
 
     Args:
-        flip: whether mirrored training images count too: those that the model was shown.
+        flip: whether mirrored training images count too: those that the model was trained on.
 
     Raises:
         ValueError: if the samples have another shape than the data, are none, or k is below 1.
@@ -55,7 +55,7 @@ def nearest_samples(data: Data, x0: Tensor, k: int = 3, flip: bool = False) -> N
     searched = _searched(data, size)
     own = searched[torch.randperm(len(searched), generator=generator_for("nearest"))[:NUM_REAL]]
     samples = x0.float()
-    # Mirrored samples are searched for apart. Of the 2 rows nearest to a real sample one is itself.
+    # Mirrored samples are searched separately. A real sample is one of the 2 rows nearest to itself.
     near, mirrored = _Best(samples, k), _Best(samples.flip(-1) if flip else samples[:0], k)
     others = _Best(data.fetch(own).x0, 2)
     for part in searched.split(max(1, CHUNK // size)):

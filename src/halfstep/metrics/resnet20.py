@@ -73,7 +73,7 @@ class ResNet20Features(NetworkFeatures):
             missing = network.load_state_dict(load_file(path), strict=False)
         except (SafetensorError, RuntimeError) as error:
             raise DamagedFile(f"{path} does not hold the weights of a ResNet-20 ({last_line(error)})") from None
-        # Counters of batches are not published and say nothing.
+        # Batch counters are not published and have no effect.
         lost = [name for name in missing.missing_keys if not name.endswith("num_batches_tracked")]
         if lost or missing.unexpected_keys:
             raise DamagedFile(

@@ -1,4 +1,4 @@
-"""What a stage trains and what it learns from, made from the model of the stage before."""
+"""The student and the teacher of a stage, made from the model of the previous stage."""
 
 from halfstep.core.denoiser import Denoiser, NetworkDenoiser
 from halfstep.nets import InHalf, LoRA, copy_denoiser, with_lora

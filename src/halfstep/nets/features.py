@@ -90,7 +90,7 @@ class _SD3Half(EncoderHalf):
         embedded = self.time_text_embed(self.timestep(time), cond["pooled_projections"])
         for block in self.blocks:
             text, tokens = block(hidden_states=tokens, encoder_hidden_states=text, temb=embedded)
-        # The last block of a whole network puts out no text.
+        # The last block of a whole network returns no text.
         both = tokens if text is None else torch.cat([tokens, text], dim=1)
         return both.transpose(1, 2)
 

@@ -87,7 +87,7 @@ def with_lora(network: Network, rank: int, targets: Sequence[str] = TARGETS) -> 
     """Return the network with additions that are still 0, sharing its weights."""
     twin = copy.deepcopy(network, {id(p): p for p in network.parameters()})
     with torch.random.fork_rng(devices=[]):
-        # What is drawn for A is a function of nothing but its shapes.
+        # A's random values depend on its shapes only.
         torch.manual_seed(0)
         return LoRA(twin, rank, targets)
 

@@ -1,7 +1,7 @@
 """A student's network made from its teacher's: the same weights behind another clock or with one more input.
 
-What is new starts so that it changes nothing (a guidance scale) or as little as weights can say (another clock); the
-matching stage learns the rest.
+New parts start without effect (a guidance scale) or as close to the old network as its weights allow (another clock);
+the matching stage learns the rest.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ the fit by less than a tenth."""
 
 
 def takes_guidance(network: nn.Module) -> bool:
-    """Whether the network is shown a guidance scale."""
+    """Whether the network has an input for a guidance scale."""
     if isinstance(network, LoRA):
         network = network.base
     if isinstance(network, MLP):
@@ -45,8 +45,8 @@ def with_guidance(network: nn.Module) -> Network:
         changes = {"config": network.config | {"time_cond_proj_dim": GUIDANCE_WIDTH}}
     else:
         raise ValueError(
-            f"a range of guidance scales must be shown to the network, and {_name(network)} has no input for it: "
-            "distil one fixed scale (a guidance scale in the place of a range)"
+            f"a range of guidance scales needs a network with an input for the scale, and {_name(network)} has none. "
+            "Distil one fixed scale (a guidance scale instead of a range)"
         )
     grown = build_network(describe_network(network) | changes)
     new = {name: torch.zeros_like(value) for name, value in grown.state_dict().items()}
@@ -57,8 +57,8 @@ def with_guidance(network: nn.Module) -> Network:
 def on_clock(network: nn.Module, times: Callable[[Tensor], Tensor], num_train_timesteps: int) -> Network:
     """A network whose timestep k of T means what the old network's time `times((k + 1) / T)` meant.
 
-    The first linear layer of its time embedding is fitted, by least squares over all T timesteps, to put out for the
-    new timestep what it put out for the old one. Directions in which the sinusoids hardly vary are left out
+    The first linear layer of its time embedding is fitted, by least squares over all T timesteps, to return for the
+    new timestep what it returned for the old one. Directions in which the sinusoids hardly vary are left out
     (`SMALLEST_DIRECTION`), so that the layer's weights stay as large as those of a trained one.
 
     Raises:

@@ -26,7 +26,7 @@ from halfstep.registry import Registry
 from halfstep.samplers import DDIM, Sampler
 
 FORBID_EXTRA = {"extra": "forbid"}
-"""What pydantic reads off a dataclass that is a field of a recipe: unknown names are an error."""
+"""Tells pydantic to reject unknown names in a dataclass that is a field of a recipe."""
 
 
 def check_whole(name: str, value: object, least: int = 1) -> None:
@@ -173,13 +173,13 @@ class Models:
 
     student: Denoiser
     teacher: Denoiser | None = None
-    """What the student learns from; None for a teacher in training."""
+    """The teacher; None while a teacher is trained."""
     helpers: Mapping[str, nn.Module] = field(default_factory=dict)
     """The objective's own networks, by the names of `Objective.helpers`."""
 
 
 class Losses(NamedTuple):
-    """What a turn returns for a batch."""
+    """The losses of a turn for a batch."""
 
     loss: Tensor
     """Weighted losses, `[batch]`; the engine descends on their mean over the global batch."""
@@ -188,7 +188,7 @@ class Losses(NamedTuple):
 
 
 class Role(StrEnum):
-    """What a stage's model is good for."""
+    """Role of a stage's model in the chain."""
 
     TEACHER = "teacher"
     """Undistilled: knows x0 at all times and takes any number of steps."""
@@ -199,7 +199,7 @@ class Role(StrEnum):
 
 
 class Outcome(NamedTuple):
-    """What a stage's model is and how it is sampled; the manifest holds it."""
+    """A stage's result: the role of its model and how it is sampled. Stored in the manifest."""
 
     role: Role
     num_steps: int | None = None
@@ -274,7 +274,7 @@ class Turn(NamedTuple):
 
 
 class Objective(ABC):
-    """What a stage trains, in which turns, against which loss, and what comes out."""
+    """A training objective: players, turns, losses, and the resulting model."""
 
     needs_teacher: ClassVar[bool]
     """Whether `Models.teacher` must exist."""

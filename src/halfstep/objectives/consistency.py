@@ -168,7 +168,7 @@ class Consistency(Objective):
     metric: LossMetric = field(default_factory=Squared)
     """The loss as a function of the weighted squared error."""
     guidance: Guidance | None = None
-    """What the student learns or keeps; None for none."""
+    """Guidance that the student learns or keeps; None for none."""
     guide_teacher: bool = False
     """Guide the teacher here, which calls it twice; False for a teacher that has learned its guidance."""
     teacher_sampler: Sampler = field(default_factory=DDIM)

@@ -86,7 +86,7 @@ class Finishing(StepObjective):
     whitened: bool = True
     """Divide the gradient by the student's mean distance to the teacher's x0, for each sample."""
     guidance: Guidance | None = None
-    """What the teacher has learned; None for none."""
+    """Guidance that the teacher has learned; None for none."""
     learns_from_undistilled: ClassVar[bool] = True
     refines: ClassVar[bool] = True
     loss_falls: ClassVar[bool] = False

@@ -1,4 +1,4 @@
-"""Classifier-free guidance that a network learns: one scale, or any of a range that the network is shown.
+"""Classifier-free guidance that a network learns: one fixed scale, or a range that is an input of the network.
 
 A scale is uncond + scale (cond - uncond): 1 disables guidance.
 
@@ -25,7 +25,7 @@ class Guidance(ABC):
     """The guidance scales that a network learns."""
 
     is_shown: ClassVar[bool]
-    """Whether the network is shown the scale as the condition `guidance_scale`."""
+    """Whether the scale is an input of the network, the condition `guidance_scale`."""
 
     @property
     @abstractmethod
@@ -65,7 +65,7 @@ guidances: Registry[type[Guidance]] = Registry("guidance")
 @guidances.register("fixed")
 @dataclass(frozen=True)
 class FixedGuidance(Guidance):
-    """One scale, which the network is not shown.
+    """One fixed scale, which is no input of the network.
 
     Raises:
         ValueError: if it is not a finite number of at least 0.
@@ -101,7 +101,7 @@ class FixedGuidance(Guidance):
 @guidances.register("range")
 @dataclass(frozen=True)
 class GuidanceRange(Guidance):
-    """Scales from `low` to `high`, of which each training sample draws one, uniformly; the network is shown it.
+    """Scales from `low` to `high`, an input of the network. Each training sample draws one uniformly.
 
     Raises:
         ValueError: if not 0 <= low < high < infinity.

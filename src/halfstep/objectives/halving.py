@@ -99,7 +99,7 @@ class Halving(StepObjective):
     num_teacher_steps: int = 2
     weighting: Weighting = field(default_factory=TruncatedSNR)
     guidance: Guidance | None = None
-    """What the teacher has learned; None for none."""
+    """Guidance that the teacher has learned; None for none."""
     teacher_sampler: Sampler = field(default_factory=DDIM)
     """The deterministic sampler of the teacher's steps; the student's own is DDIM."""
 

@@ -1,4 +1,4 @@
-"""What objectives share whose student takes one of its own DDIM steps: the step, and its landing point with more noise.
+"""Shared by objectives whose student takes one of its own DDIM steps: the step, and its landing point with more noise.
 
 The student's x0 at (x_t, t) takes x_t to x_s, the landing point. With further noise up to the level tau >= s it is
 

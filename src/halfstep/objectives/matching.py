@@ -56,7 +56,7 @@ class Matching(Objective):
     guidance: Guidance | None = None
     """The guidance that the student learns; None for none."""
     prediction: Prediction | None = None
-    """What the student's network predicts; None keeps the teacher's."""
+    """The student's prediction; None keeps the teacher's."""
     process: NoiseProcess | None = None
     """The student's process; None keeps the teacher's."""
     num_train_timesteps: int = 1024

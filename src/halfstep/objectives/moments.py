@@ -78,7 +78,7 @@ class MomentMatching(Objective):
     num_steps: int
     weighting: Weighting = field(default_factory=SNRPlusOne)
     guidance: Guidance | None = None
-    """What the teacher has learned; None for none."""
+    """Guidance that the teacher has learned; None for none."""
     auxiliary_rate: float = 1.0
     """The auxiliary's learning rate over the student's."""
     needs_teacher: ClassVar[bool] = True

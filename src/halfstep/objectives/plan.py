@@ -100,8 +100,8 @@ def parents_of(objective: Objective, models: Sequence[Outcome]) -> Parents | Non
     taught = models[teacher].role is Role.STUDENT
     if taught and isinstance(inner, Halving) and inner.teacher_sampler != DDIM():
         raise ValueError(
-            f"the stage {name} lets a student teach by {type(inner.teacher_sampler).__name__}, but a student knows "
-            "only the steps that it was distilled for. Leave the teacher's sampler out"
+            f"the stage {name} lets a student teach by {type(inner.teacher_sampler).__name__}, but a student can "
+            "only take the steps that it was distilled for. Remove the teacher's sampler"
         )
     return Parents(start, teacher)
 

@@ -1,4 +1,4 @@
-"""What a run looks like: its report, one HTML file that needs nothing else, and the explorer, a local page.
+"""The report of a run, one self-contained HTML file, and the tables of its figures.
 
 The report is made from the run folder alone, without torch; the explorer loads the run's models.
 """

@@ -134,7 +134,7 @@ def distance_figure(rows: Sequence[StageRow]) -> Markup | None:
     students = [row for row in rows if row.to_teacher is not None or row.to_first is not None]
 
     def curve(label: str, distances: Sequence[float | None]) -> figures.Curve:
-        # Of students with as many steps the last is drawn.
+        # The last of several students with equal steps is drawn.
         last = {int(row.label): value for row, value in zip(students, distances, strict=True)}
         return figures.Curve.through(label, sorted((steps, value) for steps, value in last.items() if value))
 
@@ -154,7 +154,7 @@ SECTIONS: Final = (
     ("Matching", "matched", "matching"),
     ("Students", "student", "chain"),
 )
-"""What is trained, its role, and the section of the recipe that holds its hyperparameters."""
+"""Heading, role, and the section of the recipe with the hyperparameters."""
 
 
 def cost(facts: RunFacts, groups: Sequence[Group], summary: Summary) -> tuple[list[tuple[str, str]], str | None]:

@@ -171,7 +171,7 @@ COLUMNS = (
     "num_samples", "seeds", "guidance_scale", "precision", "series", "stage", "num_steps", "num_evals", "gamma",
     "seconds_per_1000", "metric", "mean", "spread", "values",
 )  # fmt: skip
-"""Of evaluation.csv: one line for each figure, with its protocol."""
+"""Columns of evaluation.csv, which has one line for each figure, with its protocol."""
 
 
 def comma_separated(result: EvaluationResult) -> str:
@@ -207,7 +207,7 @@ class Shown(NamedTuple):
     figure_alt: str
     protocol: Mapping[str, str]
     ratios: Sequence[float | None] | None
-    """Of each row's Frechet distance to that of the teacher at its best; None without a teacher's."""
+    """Each row's Frechet distance over the teacher's best; None without a teacher."""
 
 
 def shown_tables(result: EvaluationResult | None) -> list[Shown]:

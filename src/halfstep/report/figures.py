@@ -29,7 +29,7 @@ VARIABLES = {
     **{stand_in: f"var(--other-{index})" for index, stand_in in enumerate(OTHERS)},
 }
 MARKERS = "D^vP"
-"""Of further series, which must differ by more than colour."""
+"""Markers of further series, which must differ by more than colour."""
 SEED_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#7F7F7F")
 SMALLEST_TILE, LARGEST_TILE = 64, 96
 """Pixels to which small images are enlarged, about, and large ones reduced."""

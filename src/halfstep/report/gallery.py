@@ -99,7 +99,7 @@ def gallery(facts: RunFacts, summary: Summary, sizes: Sizes, best: Best | None =
     if (first := facts.start) is not None:
         held["teacher"] = {steps: (first.name, first.samples[steps]) for steps in sorted(first.samples, reverse=True)}
     for stage in facts.others:
-        # Of students with as many steps the last is shown.
+        # The last of several students with equal steps is shown.
         made = {steps: (stage.name, array) for steps, array in stage.samples.items()}
         held["student" if stage.role == "student" else "matched"] |= made
     students = held["student"]

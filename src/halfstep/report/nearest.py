@@ -1,4 +1,4 @@
-"""Nearest training samples: has the model learned its data by heart? The file of them, and how they are shown."""
+"""Nearest training samples: has the model memorised its training data? Their file, and how they are shown."""
 
 from collections.abc import Sequence
 from dataclasses import fields
@@ -45,7 +45,7 @@ def shown_nearest(facts: NearestFacts | None) -> Nearest | None:
         return None
     closest = facts.distances[:, 0]
     text = (
-        f"Of {count(len(closest), 'sample')}, the median distance to the nearest of {facts.num_searched:,} training "
+        f"The median distance from {count(len(closest), 'sample')} to the nearest of {facts.num_searched:,} training "
         f"samples is {number(float(np.median(closest)))}, the smallest {number(float(closest.min()))} (root mean "
         "square difference of all values; a copy has 0). "
     )

@@ -21,7 +21,7 @@ from halfstep.runs import RunFolder
 from halfstep.runtime.files import write_text
 
 MOST_BYTES = 7_500_000
-"""Of a page; larger pictures than that leave room for are shown fewer at a time."""
+"""Largest size of a page; fewer pictures are shown where more would not fit."""
 
 
 def write_report(run: Path, studies: Path | None = None, without_nearest: str | None = None) -> Path:

@@ -41,7 +41,7 @@ class Pair:
     measured: Result
     """The student, else the teacher, with whose network calls and time the row is shown."""
     speed_up: float | None
-    """Of `measured` against the teacher at its best."""
+    """Speed of `measured` over that of the teacher at its best."""
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,7 @@ def _curve(label: str, results: Sequence[Result | None], named: Sequence[Pair] =
 
 
 def protocol_notices(groups: Sequence[Group]) -> list[str]:
-    """What a reader must know where there are several protocols."""
+    """Return the notice about several protocols, if there are several."""
     if len(groups) < 2:
         return []
     names = sorted({name for group in groups for name in group.protocol})

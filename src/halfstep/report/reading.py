@@ -1,4 +1,4 @@
-"""What a run folder holds, read with suspicion: what is damaged or missing becomes a notice, never a crash.
+"""The contents of a run folder. Damaged or missing files become notices, never a crash.
 
 Texts and numbers come from files that may be cut short, edited or hostile. Nothing is unpickled, no path out of
 a file is followed, and the manifests' hashes are not checked: the report shows a run, it does not certify one.
@@ -37,7 +37,7 @@ class StageFacts:
 
     @property
     def role(self) -> str:
-        """What the model is: teacher, matched or student."""
+        """Role of the model: teacher, matched or student."""
         return self.manifest.outcome.role
 
 

@@ -65,7 +65,7 @@ def count(num: int, noun: str) -> str:
 
 
 def inside(folder: Path, error: Exception) -> str:
-    """Return an error's message with paths relative to `folder`, which says nothing of the machine."""
+    """Return an error's message with paths relative to `folder`, so that it reveals nothing about the machine."""
     return str(error).replace(f"{folder}/", "")
 
 

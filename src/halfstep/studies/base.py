@@ -43,7 +43,7 @@ from halfstep.samplers import Ancestral, Sampler
 from halfstep.studies.scales import Scale
 
 Figures = dict[str, Any]
-"""What a trial found, JSON-ready. One that diverged has only "diverged": why."""
+"""The figures of a trial, JSON-ready. A diverged trial has only "diverged": why."""
 
 
 class Finding(NamedTuple):
@@ -97,7 +97,7 @@ studies: Registry[type[Study]] = Registry("study")
 
 @final
 class Bench:
-    """What the trials of a study work with: runs, models and measurements of one scale, in one folder."""
+    """Runs, models and measurements of one scale in one folder, for the trials of its studies."""
 
     def __init__(self, out: Path, scale: Scale, stop: StopSignal | None, watch: Callable[[Event], None]) -> None:
         self.out, self.scale, self.stop, self.watch = out, scale, stop, watch

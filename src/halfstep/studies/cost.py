@@ -1,4 +1,4 @@
-"""What distillation costs, against the training of its teacher: updates, network calls, seconds."""
+"""Cost of distillation relative to training the teacher: updates, network calls, seconds."""
 
 from collections.abc import Sequence
 from typing import ClassVar, final

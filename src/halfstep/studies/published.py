@@ -1,4 +1,4 @@
-"""What the paper and its code publish, to be shown beside our figures; nothing that could not be verified.
+"""Figures that the paper and its code publish, shown beside ours. Only verified figures are included.
 
 Never compare the paper's FID with a distance in other features: compare orders and ratios. Figures that are known from
 memory only (appendix C's integrators, the numbers of the fast schedules, the curves of figure 6) are left out.

@@ -116,7 +116,7 @@ def _halves(scale: Scale, steps: Sequence[int], share: float) -> list[Leg]:
 
 
 def _stage_of(scale: Scale, steps: int) -> Stage:
-    """Return the stage of the recipe's chain that makes the student of so many steps.
+    """Return the stage of the recipe's chain that makes the student of `steps` steps.
 
     Raises:
         ValueError: if there is none.
@@ -175,7 +175,7 @@ class Road:
     """Whether one run makes all students; else each has a run of its own, straight from the teacher."""
 
     def plan(self, scale: Scale, steps: int) -> Plan:
-        """Return the plan of the run that makes the student of so many steps."""
+        """Return the plan of the run that makes the student of `steps` steps."""
         return funded(self.legs(scale, scale.roads.steps if self.is_chain else (steps,)))
 
 
@@ -212,7 +212,7 @@ def _road(scale: Scale, name: str, steps: int, seed: int) -> Trial:
 
 
 def way_to(plan: Plan, steps: int) -> tuple[int, ...]:
-    """Return the places of the stages that lead to the last student of so many steps, its own the last."""
+    """Return the places of the stages that lead to the last student of `steps` steps, its own last."""
     return next(
         way for stage, way in zip(plan.stages[::-1], ways(plan.stages)[::-1], strict=True) if stage.num_steps == steps
     )

@@ -47,7 +47,7 @@ def students_of(scale: Scale) -> list[int]:
 
 
 def most_steps(method: str, num_evals: int) -> int:
-    """Return the most steps that a sampler takes with so many network calls; 0 if it cannot take one."""
+    """Return the most steps that a sampler takes in `num_evals` network calls; 0 if one step needs more."""
     kind = samplers[method]()
     return next(steps for steps in count() if kind.num_evals(steps + 1) > num_evals)
 
@@ -102,8 +102,8 @@ class Table2(Study):
             line = [f"paper: {NAMES.get(method, method)}" + (f" ({others})" if others else "")]
             lines.append(line + [f"{published[n]:.2f}" if n in published else "–" for n in evals])
         notes = (
-            _protocol(scale) + " A number in brackets: network calls that were really used, for methods that cannot "
-            "use exactly so many. The paper's: FID on CIFAR-10; not comparable with ours, number for number.",
+            _protocol(scale) + " A number in brackets: the network calls used, by methods that cannot use "
+            "exactly that number. The paper's: FID on CIFAR-10; not comparable with ours, number for number.",
         )
         return Table(("network calls", *map(str, evals)), lines, notes)
 

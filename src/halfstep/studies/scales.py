@@ -19,7 +19,7 @@ COUNTED: Final = 1_000_000
 @final
 @dataclass(frozen=True, kw_only=True)
 class RoadSettings:
-    """What the study of roads gives each method; where it says nothing, the recipe's chain does."""
+    """Budgets and training of each method in the study of roads; the recipe's chain sets the rest."""
 
     passes: Mapping[int, int]
     """From a student's steps to the forward passes of all stages that lead to it."""
@@ -44,9 +44,9 @@ class Scale:
 
     name: str
     recipe: Recipe
-    """Of the teacher and the chain that the studies share, and of the protocol by which all is measured."""
+    """Recipe of the teacher and the chain that the studies share, and of the protocol of all measurements."""
     ablation: Recipe
-    """Of the teachers of table 1, before prediction, weighting and seed are set."""
+    """Recipe of the teachers of table 1, before prediction, weighting and seed are set."""
     seeds: int
     """Repetitions of what is trained several times."""
     gamma_levels: int = 11

@@ -1,4 +1,4 @@
-"""What the tables of studies have in common: names of methods, and means over seeds."""
+"""Shared by the tables of studies: names of methods, and means over seeds."""
 
 import statistics
 from collections.abc import Mapping, Sequence

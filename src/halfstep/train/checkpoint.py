@@ -27,8 +27,8 @@ KEPT: Final = 2
 
 @final
 class CheckpointWriter:
-    """Writes the checkpoints of a stage, one at a time, beside the training. Of several processes the first writes, and
-    each calls `save` and `wait` when the others do.
+    """Writes the checkpoints of a stage, one at a time, beside the training. Rank 0 writes, and
+    all ranks call `save` and `wait` together.
 
     `last` is the latest checkpoint that is known to be good: written and verified, or resumed from.
     """
@@ -115,8 +115,8 @@ def write_checkpoint(state: State, about: dict[str, Any], folder: StageFolder) -
 def resume(trainer: StageTrainer, folder: StageFolder, notice: Callable[[str], None]) -> Path | None:
     """Puts the trainer into the state of the latest good checkpoint and returns that one; None if there is none.
 
-    A damaged checkpoint, or one that the disk does not give back, is named through `notice`, set aside under the name
-    `damaged-...`, and the one before it used.
+    Reports a corrupt or unreadable checkpoint through `notice`, renames it to `damaged-...` and falls back to the
+    previous one.
 
     Raises:
         OSError: if the disk gives back none of those that are there.
@@ -146,7 +146,7 @@ def _latest_good(folder: StageFolder, notice: Callable[[str], None]) -> str | No
         except DamagedFile as error:
             _set_aside(path)
             last = path == held[-1] and not unread
-            then = "no other is there, so the stage begins anew" if last else "using the checkpoint before it"
+            then = "there is no other, so the stage restarts" if last else "using the previous checkpoint"
             notice(f"{error}; {then}")
             continue
         except OSError as error:
@@ -159,7 +159,7 @@ def _latest_good(folder: StageFolder, notice: Callable[[str], None]) -> str | No
             notice(f"{lost} cannot be read ({why.strerror}); using the checkpoint before it")
         return path.name
     if unread:
-        # To begin anew would in time remove what another look at the disk may still bring back.
+        # Restarting would eventually remove files that the disk may still return later.
         raise unread[0][1]
     return None
 
@@ -168,7 +168,7 @@ def _set_aside(checkpoint: Path) -> None:
     """Takes a checkpoint out of the sight of resuming and pruning; it stays until the stage is complete."""
     aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
     shutil.rmtree(aside, ignore_errors=True)
-    # On a disk that is failing it may have to stay; the one before it is used all the same.
+    # A failing disk may refuse the rename; the previous checkpoint is used anyway.
     with contextlib.suppress(OSError):
         checkpoint.rename(aside)
 

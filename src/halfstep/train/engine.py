@@ -33,8 +33,8 @@ from halfstep.train.sharding import is_sharded, shard, whole
 from halfstep.train.window import PlayerWindow, Window
 
 State = dict[str, dict[str, Tensor]]
-"""What a checkpoint holds, by file and name: "student", "optimizer", "ema", "early_end", and the same of each helper as
-"helper-NAME", "helper-NAME-optimizer"."""
+"""The contents of a checkpoint, by file and name: "student", "optimizer", "ema", "early_end", and the same of each
+helper as "helper-NAME", "helper-NAME-optimizer"."""
 
 
 @final
@@ -177,7 +177,7 @@ class StageTrainer:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                # What holds the memory hangs on the exception's frames.
+                # The exception's frames keep the memory alive.
                 raise OutOfMemory(does_not_fit(self)) from None
             yield self.update
 
@@ -291,7 +291,7 @@ class StageTrainer:
         first = -max(late)
         if first == 2**62:
             return
-        # What one player breaks breaks the others in their turns after it.
+        # A player that diverges breaks the others in their later turns.
         broken = {name for name, number in zip(self.players, late, strict=True) if -number == first}
         name = next(turn.trains for turn in self.stage.objective.turns(first) if turn.trains in broken)
         player = self.players[name]

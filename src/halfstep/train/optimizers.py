@@ -39,7 +39,7 @@ def make_optimizer(kind: str, parameters: list[torch.nn.Parameter], training: Tr
 
 
 def flatten_state(entry: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """What an optimiser holds of one parameter: tensors by name, those of a nested group as "group/name"."""
+    """Yield the state of one parameter: tensors by name, those of a nested group as "group/name"."""
     for key, value in entry.items():
         if isinstance(value, Mapping):
             yield from flatten_state(value, f"{prefix}{key}/")

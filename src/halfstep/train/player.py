@@ -262,7 +262,7 @@ class Player:
         """Return, once, whether DDP still has to put its messages in order.
 
         It does so after its first backward pass, and in which order more than two numbers are added depends on their
-        place in a message: a resumed run would differ from the uncut one in its first update.
+        place in a message: a resumed run would differ from the uninterrupted one in its first update.
         """
         settled, self._settled = self._settled, True
         return not settled and isinstance(self._wrapped, DistributedDataParallel) and count > 2

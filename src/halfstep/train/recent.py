@@ -1,4 +1,4 @@
-"""What an update that was not finite had seen."""
+"""The inputs of recent updates, for the report on one that was not finite."""
 
 from collections import deque
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ KEPT: Final = 1000
 
 @final
 class Part(NamedTuple):
-    """What a turn returned for some places of the batch of an update, on its device."""
+    """The losses of a turn for some places of an update's batch, on its device."""
 
     update: int
     places: range

@@ -33,7 +33,7 @@ def shard(network: nn.Module, device: torch.device, count: int) -> None:
     mesh = init_device_mesh(device.type, (count,))
     for block in _blocks(network, UNIT):
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
-    # What is left is used at both ends of a network: kept till the backward pass where there is one.
+    # The remaining parameters are used at both ends of a network: keep them until the backward pass, if any.
     fully_shard(network, mesh=mesh, reshard_after_forward=not any(p.requires_grad for p in network.parameters()))
 
 

@@ -25,7 +25,7 @@ class Window:
     grad_norm: float
     """Mean of its global gradient norm before clipping."""
     learning_rate: float
-    """Of the last update."""
+    """Learning rate of the last update."""
     samples_per_second: float
     seconds: float
     """Training time of the stage so far, over all restarts."""
@@ -33,4 +33,4 @@ class Window:
     """Share of the window's time in which an update waited for what is made ahead of it, on the rank that waited most;
     0 where nothing is made ahead."""
     helpers: Mapping[str, PlayerWindow] = field(default_factory=dict)
-    """Of the auxiliary networks."""
+    """Figures of the auxiliary networks."""
