@@ -27,6 +27,7 @@ from halfstep.hub import (
     release_texts,
 )
 from halfstep.models.folder import find_stage, load
+from halfstep.models.model import Model
 from halfstep.runs import RunFolder, StageFolder
 from halfstep.runtime.files import read_json, refuse_taken
 
@@ -102,8 +103,9 @@ def _export_page(arguments: ExportArguments) -> None:
         if manifest.outcome.role == "student" and manifest.num_steps is not None and manifest.weights_kept:
             # A later student replaces an earlier one of as many steps.
             students[manifest.num_steps] = folder
-    chosen = dict(sorted(students.items())) or {arguments.num_steps: find_stage(arguments.model)}
-    models = [(load(folder.path), steps) for steps, folder in chosen.items()]
+    models: list[tuple[Model, int | None]] = [(load(students[steps].path), steps) for steps in sorted(students)]
+    if not models:
+        models = [(load(find_stage(arguments.model).path), arguments.num_steps)]
     title, out = arguments.model.resolve().name, arguments.out
     size = export_web(models, out, title, arguments.single_file, arguments.runtime)
     opened = "open it in a browser" if arguments.single_file else f"serve it: python -m http.server --directory {out}"

@@ -1,4 +1,4 @@
-"""The border with other libraries' files: pipelines of diffusers in and out, ONNX and web pages out, the authors' checkpoints in."""
+"""The border with other libraries' files: pipelines in and out, ONNX and web pages out, the authors' checkpoints in."""
 
 from halfstep.hub.encoding import decoder_of, encoder_of, release_texts, text_conditions
 from halfstep.hub.export import export_lora, export_pipeline, push_to_hub

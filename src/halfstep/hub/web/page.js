@@ -121,20 +121,22 @@ const paint = (canvas, x0, label) => {
   canvas.setAttribute("aria-label", label);
 };
 
-// Return a function that starts `task` and tells its earlier calls to stop.
-const newest = (task) => {
+// Return a function that starts `task`, which fills the element `id`, and tells its earlier calls to stop.
+const newest = (id, task) => {
   let last = 0;
   return async () => {
     const mine = ++last;
+    element(id).setAttribute("aria-busy", true);
     try {
       await task(() => mine === last);
     } catch (error) {
       if (mine === last) fail(error.message);
     }
+    if (mine === last) element(id).setAttribute("aria-busy", false);
   };
 };
 
-const drawSamples = newest(async (isNewest) => {
+const drawSamples = newest("samples", async (isNewest) => {
   const [first, steps, asked] = [element("seed").valueAsNumber, chosenSteps(), options()];
   const times = [];
   for (const [index, figure] of [...element("samples").children].entries()) {
@@ -148,7 +150,7 @@ const drawSamples = newest(async (isNewest) => {
   element("time").textContent = `${count(steps, "step")}, ${rounded(median)} ms per image`;
 });
 
-const drawFrame = newest(async (isNewest) => {
+const drawFrame = newest("frame", async (isNewest) => {
   const [from, to, share] = ["from", "to", "share"].map((id) => element(id).valueAsNumber);
   const steps = chosenSteps();
   const { x0, milliseconds } = await sampleFrom(

@@ -44,8 +44,8 @@ def export_web(
         runtime_source: the npm package onnxruntime-web, packed or unpacked; None to fetch it once into the cache.
 
     Raises:
-        ValueError: if samples are not grey or colour images, a condition has no field on the page, a model is too large,
-            a graph cannot be made (see `export_onnx`) or the runtime is missing; nothing is written then.
+        ValueError: if samples are not grey or colour images, a condition has no field on the page, a model is too
+            large, a graph cannot be made (see `export_onnx`) or the runtime is missing; nothing is written then.
     """
     refuse_taken(out, is_file=single_file)
     for model, _ in models:
@@ -124,12 +124,18 @@ def _html(title: str, model: Model, graphs: Sequence[Mapping[str, Any]], assets:
         connect="'none'" if assets else "'self'",
         style=files("halfstep.report").joinpath("templates/colours.css").read_text(encoding="utf-8")
         + _text("style.css"),
-        assets="".join(holder.format(name, base64.b64encode(content).decode()) for name, content in assets.items()),
+        assets="".join(holder.format(name, _packed(content)) for name, content in assets.items()),
         licences=LICENCES,
         version=version("halfstep"),
         runtime=runtime.VERSION,
     )
     return html.encode()
+
+
+def _packed(content: bytes) -> str:
+    """Return the content, compressed if it is not yet, in base64."""
+    is_packed = content.startswith(b"\x1f\x8b")
+    return base64.b64encode(content if is_packed else gzip.compress(content, mtime=0)).decode()
 
 
 def _text(name: str) -> str:

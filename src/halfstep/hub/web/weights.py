@@ -1,7 +1,7 @@
 """Graphs whose weights take half the bytes: 16-bit integers with a scale for each output channel.
 
-As many bytes as float16, and about nine times as close: a weight's error is at most 2^-16 of the largest of its channel,
-where float16 keeps 11 bits of each. The graph converts them back, which onnxruntime does once, when it loads it.
+They take as many bytes as float16 and are several times as close: an error is at most 2^-16 of the channel's largest
+weight, where float16 rounds each weight to 11 bits. onnxruntime converts them back once, when it loads the graph.
 """
 
 from pathlib import Path
