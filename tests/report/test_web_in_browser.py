@@ -106,7 +106,7 @@ def pictures(stochastic: bool, guided: bool, shape: tuple[int, ...], num_steps: 
 
 
 STUDENTS = [pictures(False, False, (1, 8, 8), steps) for steps in (1, 2)]
-GAME = pictures(True, True, (3, 4, 6), 2)
+GAME = pictures(True, True, (3, 4, 6), 3)
 """Colour, not square, of a stochastic sampler, with a scale of guidance."""
 
 
@@ -169,6 +169,14 @@ def pixels(x0: torch.Tensor) -> np.ndarray:
     return samples_array(x0, True) + np.zeros(3, int)
 
 
+def assert_grid(page: Any, model: Model, first: int, **asked: Any) -> None:
+    settle(page)
+    seeds = range(first, first + 12)
+    assert page.locator("#samples figcaption").all_inner_texts() == [str(seed) for seed in seeds]
+    found = shown(page.locator("#samples canvas"))
+    np.testing.assert_allclose(found, pixels(model.sample(seeds, **asked)), rtol=0, atol=1)
+
+
 def test_seeds_give_the_samples_of_the_library(window: Any, pages: dict[str, str]) -> None:
     watched = opened(window, pages["disk"])
     for student in STUDENTS:
@@ -187,24 +195,17 @@ def test_seeds_give_the_samples_of_the_library(window: Any, pages: dict[str, str
 
 def test_step_noise_and_guidance_give_the_samples_of_the_library(window: Any, pages: dict[str, str]) -> None:
     watched = opened(window, pages["served"])
+    assert_grid(watched.page, GAME, 0)
     for scale in (1.0, 3.5):
         expected = GAME.sample(SEEDS, guidance_scale=scale).flatten(1)
         for seed, one in zip(SEEDS, expected, strict=True):
-            torch.testing.assert_close(drawn(watched.page, seed, 2, scale=scale), one, rtol=0, atol=NEAR)
+            torch.testing.assert_close(drawn(watched.page, seed, 3, scale=scale), one, rtol=0, atol=NEAR)
     field = watched.page.get_by_label("Guidance")
     assert [field.get_attribute(name) for name in ("min", "max")] == ["1", "4"]
     assert float(field.input_value()) == 2.5
     assert watched.elsewhere(pages["served"]) == []
     assert watched.complaints == []
     watched.page.close()
-
-
-def assert_grid(page: Any, model: Model, first: int, **asked: Any) -> None:
-    settle(page)
-    seeds = range(first, first + 12)
-    assert page.locator("#samples figcaption").all_inner_texts() == [str(seed) for seed in seeds]
-    found = shown(page.locator("#samples canvas"))
-    np.testing.assert_allclose(found, pixels(model.sample(seeds, **asked)), rtol=0, atol=1)
 
 
 def test_the_controls_work_by_keyboard(window: Any, pages: dict[str, str]) -> None:
