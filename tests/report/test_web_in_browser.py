@@ -284,6 +284,7 @@ def test_licences_open_from_both(window: Any, pages: dict[str, str]) -> None:
             page.get_by_role("link", name="licence and notices").click()
         popup.value.wait_for_load_state()
         assert "Copyright (c) Microsoft Corporation" in popup.value.inner_text("body")
+        assert len(page.context.pages) == 2
         page.context.close()
 
 
