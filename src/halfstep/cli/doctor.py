@@ -24,7 +24,7 @@ from halfstep.runtime.files import cache_folder, first_line
 GIVES: Final = {
     "text": "models of texts, such as Stable Diffusion: encode, distill and sample with --prompt",
     "lora": "students that are low-rank additions (--chain.lora-rank), and export --format lora",
-    "onnx": "export --format onnx, the whole sampler as one graph",
+    "onnx": "export --format onnx (the whole sampler as one graph) and --format web",
     "explore": "halfstep explore, a local page on which models are asked",
     "inception": "distances in the features of the Inception network, as published FIDs are",
     "dinov2": "distances in the features of DINOv2",

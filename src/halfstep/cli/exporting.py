@@ -9,7 +9,7 @@ import torch
 import tyro
 
 from halfstep.cli.arguments import device_of
-from halfstep.cli.usage import UsageError, check_least, parse
+from halfstep.cli.usage import Switch, UsageError, check_least, parse
 from halfstep.cli.words import console_for
 from halfstep.data import encode as encode_images
 from halfstep.data import read_captions, read_classes
@@ -19,6 +19,7 @@ from halfstep.hub import (
     export_lora,
     export_onnx,
     export_pipeline,
+    export_web,
     fetch,
     push_to_hub,
     read_layout,
@@ -26,7 +27,8 @@ from halfstep.hub import (
     release_texts,
 )
 from halfstep.models.folder import find_stage, load
-from halfstep.runs import StageFolder
+from halfstep.models.model import Model
+from halfstep.runs import RunFolder, StageFolder
 from halfstep.runtime.files import read_json, refuse_taken
 
 
@@ -37,29 +39,40 @@ class ExportArguments:
     model: tyro.conf.Positional[Path]
     """Folder of a run (its last stage is meant) or of a stage."""
     out: Path
-    """diffusers, lora: a folder. onnx: a .onnx file."""
-    format: Literal["diffusers", "lora", "onnx"] = "diffusers"
+    """diffusers, lora, web: a folder. onnx: a .onnx file. web with --single-file: an .html file."""
+    format: Literal["diffusers", "lora", "onnx", "web"] = "diffusers"
     """diffusers: a stock pipeline with its scheduler and a card. lora: the low-rank additions of a LoRA student, as
-    pipe.load_lora_weights reads them. onnx: the whole sampler as one graph, noise in, x0 out."""
+    pipe.load_lora_weights reads them. onnx: the whole sampler as one graph, noise in, x0 out. web: a page that samples
+    in the browser."""
     num_steps: int | None = None
-    """onnx: steps of the sampler; those that the model was distilled for by default."""
+    """onnx, web: sampler steps; the model's own by default. web without it: every student of a run."""
     push_to_hub: str | None = None
     """diffusers, lora: repository on the Hub, OWNER/NAME, that then gets the folder."""
+    single_file: Switch = False
+    """web: write one HTML file, which also opens from disk."""
+    runtime: Path | None = None
+    """web: downloaded npm package onnxruntime-web; fetched once by default."""
 
 
 def export(argv: Sequence[str]) -> None:
     """Write a model as other tools read it."""
     arguments = parse(ExportArguments, argv, "halfstep export")
-    is_onnx = arguments.format == "onnx"
-    if not is_onnx and arguments.num_steps is not None:
+    is_onnx, is_web = arguments.format == "onnx", arguments.format == "web"
+    if not (is_onnx or is_web) and arguments.num_steps is not None:
         raise UsageError(
             f"--num-steps {arguments.num_steps} says nothing to --format {arguments.format}, whose pipeline is "
             "told when it is called: leave it out"
         )
-    if is_onnx and arguments.push_to_hub is not None:
-        raise UsageError("--push-to-hub is for folders, not for --format onnx: leave it out")
+    if (is_onnx or is_web) and arguments.push_to_hub is not None:
+        raise UsageError(f"--push-to-hub is for folders of models, not for --format {arguments.format}: leave it out")
+    for option, is_given in (("--single-file", arguments.single_file), ("--runtime", arguments.runtime is not None)):
+        if is_given and not is_web:
+            raise UsageError(f"{option} only applies to --format web. Remove it.")
     if is_onnx and arguments.out.suffix != ".onnx":
         raise UsageError(f"--out {arguments.out}: give a file that ends in .onnx")
+    if is_web:
+        _export_page(arguments)
+        return
     stage = find_stage(arguments.model)
     model = load(stage.path)
     if is_onnx:
@@ -79,6 +92,24 @@ def export(argv: Sequence[str]) -> None:
         print(f"{arguments.out}: a {kind}; README.md says how to use it")
     if arguments.push_to_hub is not None:
         print(push_to_hub(arguments.out, arguments.push_to_hub))
+
+
+def _export_page(arguments: ExportArguments) -> None:
+    if arguments.single_file and arguments.out.suffix != ".html":
+        raise UsageError(f"--out {arguments.out}: give a file that ends in .html")
+    students: dict[int, StageFolder] = {}
+    for folder in RunFolder(arguments.model).stages() if arguments.num_steps is None else ():
+        manifest = folder.manifest(verify=False)
+        if manifest.outcome.role == "student" and manifest.num_steps is not None and manifest.weights_kept:
+            # A later student replaces an earlier one of as many steps.
+            students[manifest.num_steps] = folder
+    models: list[tuple[Model, int | None]] = [(load(students[steps].path), steps) for steps in sorted(students)]
+    if not models:
+        models = [(load(find_stage(arguments.model).path), arguments.num_steps)]
+    title, out = arguments.model.resolve().name, arguments.out
+    size = export_web(models, out, title, arguments.single_file, arguments.runtime)
+    opened = "open it in a browser" if arguments.single_file else f"serve it: python -m http.server --directory {out}"
+    print(f"{out}: {size / 1e6:.1f} MB; {opened}")
 
 
 @dataclass

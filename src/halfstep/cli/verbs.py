@@ -133,8 +133,12 @@ _USE: Final = (
     ),
     Verb(
         "export MODEL",
-        "to a stock diffusers pipeline, LoRA files or one ONNX graph",
-        ("halfstep export runs/digits --out digits-1", "halfstep export runs/digits --format onnx --out digits-1.onnx"),
+        "to a stock diffusers pipeline, LoRA files, one ONNX graph or a web page",
+        (
+            "halfstep export runs/digits --out digits-1",
+            "halfstep export runs/digits --format onnx --out digits-1.onnx",
+            "halfstep export runs/digits --format web --single-file --out digits.html",
+        ),
         module="exporting",
     ),
     Verb(

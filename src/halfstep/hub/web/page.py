@@ -1,0 +1,142 @@
+"""A model as a web page: its graphs, onnxruntime-web and scripts that draw the noise of a seed as torch does."""
+
+import base64
+import gzip
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from tempfile import TemporaryDirectory
+from typing import Any, Final
+
+from markupsafe import Markup, escape
+
+from halfstep.core.denoiser import GUIDANCE
+from halfstep.hub.onnx import STEP_NOISE, distance_from_torch, example_conditions, export_onnx
+from halfstep.hub.web import runtime
+from halfstep.hub.web.weights import halve_weights
+from halfstep.models.model import Model
+from halfstep.objectives import GuidanceRange
+from halfstep.runtime.files import refuse_taken, replacing, replacing_folder
+
+MOST_BYTES: Final = 256 * 2**20
+"""Weights of one model beyond which no page is made: browsers give up on it."""
+NEAR: Final = 5e-4
+"""The largest difference from torch's samples at which weights of half the bytes are used."""
+LICENCES: Final = "onnxruntime-licences.txt"
+
+
+def export_web(
+    models: Sequence[tuple[Model, int | None]],
+    out: Path,
+    title: str,
+    single_file: bool = False,
+    runtime_source: Path | None = None,
+) -> int:
+    """Write a page that samples in the browser, and return its size in bytes.
+
+    Args:
+        models: each with its number of steps (None: the model's own), among which the page's reader chooses.
+        out: a folder, to be served; with `single_file` one HTML file, which also works from disk.
+        runtime_source: the npm package onnxruntime-web, packed or unpacked; None to fetch it once into the cache.
+
+    Raises:
+        ValueError: if samples are not grey or colour images, a condition has no field on the page, a model is too
+            large, a graph cannot be made (see `export_onnx`) or the runtime is missing; nothing is written then.
+    """
+    refuse_taken(out, is_file=single_file)
+    for model, _ in models:
+        _check(model)
+    held = runtime.read_runtime(runtime_source)
+    graphs, assets = [], {}
+    for model, num_steps in models:
+        steps = model.check_steps(num_steps)
+        file = f"sampler-{steps}.onnx"
+        assets[file] = _graph(model, steps)
+        drawn = [STEP_NOISE] if model.sampler.stochastic and steps > 1 else []
+        graphs.append({"steps": steps, "file": file, "inputs": [*drawn, *example_conditions(model, 1)]})
+    assets[runtime.MODULE] = held[runtime.MODULE]
+    assets[f"{runtime.BINARY}.gz"] = gzip.compress(held[runtime.BINARY], mtime=0)
+    assets[LICENCES] = runtime.licences().encode()
+    html = _html(title, models[0][0], graphs, assets if single_file else {})
+    if single_file:
+        with replacing(out) as temporary:
+            temporary.write_bytes(html)
+        return len(html)
+    with replacing_folder(out) as into:
+        for name, content in ({"index.html": html} | assets).items():
+            (into / name).write_bytes(content)
+    return len(html) + sum(map(len, assets.values()))
+
+
+def _check(model: Model) -> None:
+    """Raise ValueError if the page cannot show the model's samples, set its conditions or hold its weights."""
+    if not model.manifest.is_image or len(model.shape) != 3 or model.shape[0] not in (1, 3):
+        raise ValueError(f"samples of shape {list(model.shape)} are not grey or colour images. Use --format onnx.")
+    if model.manifest.conditions:
+        name = next(iter(model.manifest.conditions))
+        raise ValueError(f"the page has no field for the condition {name}. Use --format onnx.")
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    if size > MOST_BYTES:
+        raise ValueError(
+            f"weights of {size / 1e6:,.0f} MB are too large for a web page (at most {MOST_BYTES / 1e6:,.0f} MB). Use "
+            "--format onnx."
+        )
+
+
+def _graph(model: Model, num_steps: int) -> bytes:
+    """Return the whole sampler as a graph, with weights of half the bytes unless that changes its samples."""
+    with TemporaryDirectory() as folder:
+        whole, halved = Path(folder) / "whole.onnx", Path(folder) / "halved.onnx"
+        export_onnx(model, whole, num_steps)
+        halve_weights(whole, halved)
+        distance = distance_from_torch(halved, model, num_steps, example_conditions(model, 2), (16,))
+        return (halved if distance <= NEAR else whole).read_bytes()
+
+
+def _html(title: str, model: Model, graphs: Sequence[Mapping[str, Any]], assets: Mapping[str, bytes]) -> bytes:
+    """Return the page, with `assets` inside."""
+    guidance = None
+    if isinstance(model.guidance, GuidanceRange):
+        default = float(model.cond([0])[GUIDANCE])
+        guidance = {"min": model.guidance.low, "max": model.guidance.high, "value": default}
+    facts = {
+        "shape": model.shape,
+        "classes": model.manifest.classes_shown or model.num_classes,
+        "guidance": guidance,
+        "graphs": graphs,
+        "module": runtime.MODULE,
+        "binary": f"{runtime.BINARY}.gz",
+        "licences": LICENCES,
+        "worker": _text("worker.js"),
+    }
+    script = f"{_text('noise.js')}\n{_text('page.js')}"
+    holder = Markup('<script type="text/plain" data-file="{}">{}</script>\n')
+    html = Template(_text("page.html")).substitute(
+        title=escape(title),
+        # Inside a script element nothing but "<" can end it.
+        facts=json.dumps(facts).replace("<", "\\u003c"),
+        script=script,
+        digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        connect="'none'" if assets else "'self'",
+        style=files("halfstep.report").joinpath("templates/colours.css").read_text(encoding="utf-8")
+        + _text("style.css"),
+        assets="".join(holder.format(name, _packed(content)) for name, content in assets.items()),
+        licences=LICENCES,
+        version=version("halfstep"),
+        runtime=runtime.VERSION,
+    )
+    return html.encode()
+
+
+def _packed(content: bytes) -> str:
+    """Return the content, compressed if it is not yet, in base64."""
+    is_packed = content.startswith(b"\x1f\x8b")
+    return base64.b64encode(content if is_packed else gzip.compress(content, mtime=0)).decode()
+
+
+def _text(name: str) -> str:
+    return files("halfstep.hub.web").joinpath(name).read_text(encoding="utf-8")

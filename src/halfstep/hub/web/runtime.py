@@ -1,0 +1,93 @@
+"""onnxruntime-web, which runs graphs in browsers: fetched once from the npm registry and held to its sha256."""
+
+import hashlib
+import io
+import tarfile
+import urllib.request
+from collections.abc import Mapping
+from http.client import HTTPException
+from importlib.metadata import distribution
+from pathlib import Path
+from typing import Final
+
+from halfstep.runtime.files import cache_folder, first_line, replacing_folder
+
+VERSION: Final = "1.30.0"
+URL: Final = f"https://registry.npmjs.org/onnxruntime-web/-/onnxruntime-web-{VERSION}.tgz"
+MODULE: Final = "ort.wasm.bundle.min.mjs"
+BINARY: Final = "ort-wasm-simd-threaded.wasm"
+SHA256: Final[Mapping[str, str]] = {
+    MODULE: "11e64bd8ffe11bd1a2a2f0d6275fdfbbba7262f0b76b99b53d228a8a22ef3d90",
+    BINARY: "3398c10d07d229bd91b364548e130e0e51a8e5704b88c7c083ebbeb78842dee2",
+}
+"""The files of the package's folder dist that a page needs."""
+TIMEOUT: Final = 60.0
+"""Seconds without a byte after which the registry counts as unreachable."""
+
+
+def read_runtime(source: Path | None = None) -> dict[str, bytes]:
+    """Return the files of `SHA256` by name.
+
+    Args:
+        source: the npm package, packed (.tgz) or unpacked; None for the cache, which is filled from the registry.
+
+    Raises:
+        ValueError: if a file is missing or altered, or the registry cannot be reached.
+    """
+    if source is not None:
+        return _read(source)
+    folder = cache_folder() / f"onnxruntime-web-{VERSION}"
+    try:
+        return _read(folder)
+    except ValueError:  # not fetched yet, or damaged
+        return _fetch(folder)
+
+
+def licences() -> str:
+    """Return onnxruntime's licence and its notices, which its Python package contains and the npm package does not."""
+    package = distribution("onnxruntime")
+    files = [Path(str(package.locate_file(f"onnxruntime/{name}"))) for name in ("LICENSE", "ThirdPartyNotices.txt")]
+    return "\n\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
+
+
+def _read(source: Path) -> dict[str, bytes]:
+    try:
+        if source.is_dir():
+            found = {name: (source / "dist" / name).read_bytes() for name in SHA256}
+        else:
+            found = _unpacked(source.read_bytes())
+    except (OSError, KeyError, tarfile.TarError) as error:
+        raise ValueError(
+            f"{source} is not the npm package onnxruntime-web ({first_line(error)}). Download {URL} and give that file "
+            "as --runtime."
+        ) from None
+    for name, content in found.items():
+        if hashlib.sha256(content).hexdigest() != SHA256[name]:
+            raise ValueError(
+                f"{name} in {source} is not that of onnxruntime-web {VERSION} (its sha256 differs). Download {URL} and "
+                "give that file as --runtime."
+            )
+    return found
+
+
+def _unpacked(package: bytes) -> dict[str, bytes]:
+    with tarfile.open(fileobj=io.BytesIO(package)) as archive:
+        members = {name: archive.extractfile(f"package/dist/{name}") for name in SHA256}
+        return {name: member.read() for name, member in members.items() if member is not None}
+
+
+def _fetch(folder: Path) -> dict[str, bytes]:
+    """Fill the folder, as the unpacked package has it, with what a page needs."""
+    try:
+        with urllib.request.urlopen(URL, timeout=TIMEOUT) as answer:
+            found = _unpacked(answer.read())
+    except (OSError, HTTPException, KeyError, tarfile.TarError) as error:
+        raise ValueError(
+            f"onnxruntime-web cannot be fetched from the npm registry ({first_line(error)}). Download {URL} elsewhere "
+            "and give that file as --runtime."
+        ) from None
+    with replacing_folder(folder) as into:
+        (into / "dist").mkdir()
+        for name, content in found.items():
+            (into / "dist" / name).write_bytes(content)
+        return _read(into)
