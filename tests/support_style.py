@@ -44,7 +44,7 @@ PATTERNS: Final[Mapping[str, str]] = {
     "'could be had': is available": r"\b(?:be|was|is|are) had\b",
     "'gives back': return": r"\b(?:give|gives|gave) (?:it )?back\b",
     "'puts out': returns": r"\bputs? out\b",
-    "'so it is for': likewise": r"\b[Ss]o it is\b",
+    "'so it is for': likewise": r"^So it is (?:for|with)\b",
     "'for want of': because there was no": r"\bfor want of\b",
     "'all the same': anyway": r"\ball the same\b",
     "'what there is to': the difference to": r"\bwhat there is\b|\bthere is to\b",
