@@ -11,8 +11,8 @@ HEAD = """\
 # The command line
 
 `halfstep VERB --help` shows the options of a verb, its examples and its exit codes; `halfstep ls` lists the names that
-options accept. The error for a mistyped verb, option or name suggests the nearest. Every field of a recipe is an option:
-`halfstep run digits --help`.
+options accept. The error for a mistyped verb, option or name suggests the nearest. Every field of a recipe is an
+option: `halfstep run digits --help`.
 
 <!-- Written by docs/commands.py from src/halfstep/cli/verbs.py. -->
 """
@@ -44,8 +44,8 @@ print the run's status at its end, or the plan with `--dry-run`; `study`, `sampl
 `doctor` have it too. If the output is not a terminal, progress is one line for each stage and figure, and one every ten
 seconds.
 
-Other variables: `HALFSTEP_CACHE` is the cache folder, which can be deleted at any time; `HALFSTEP_TRACEBACK=1` shows the
-traceback of an error.
+Other variables: `HALFSTEP_CACHE` is the cache folder, which can be deleted at any time; `HALFSTEP_TRACEBACK=1` shows
+the traceback of an error.
 """
 
 

@@ -12,49 +12,74 @@ from typing import Final, NamedTuple
 
 
 class Sentence(NamedTuple):
-    """A sentence, the line on which its paragraph begins, and whether it opens with a word that was written there."""
+    """A sentence, and the line on which its paragraph begins."""
 
     line: int
     text: str
 
 
-TOLD: Final = r"(?:network|teacher|student|denoiser|model|option|setting|page|file|folder|scheduler|classifier|critic|it)s?"
-"""Things that people do not talk to."""
+class Pattern(NamedTuple):
+    """What a sentence must not contain, and a sentence that does."""
 
-PATTERNS: Final[Mapping[str, str]] = {
-    # Rule 4: how no sentence opens.
-    "opens with 'Of'": r"^Of\b(?! course)",
-    "opens with 'In here'": r"^In here\b",
-    "opens with 'What'": r"^What\b(?!.*\?$)",
-    "opens with 'Where there'": r"^Where there\b",
-    "opens with 'Whoever'": r"^Whoever\b",
-    # Rule 4: words of another language.
-    "'in the place of': instead of": r"\bin (?:the )?place of\b",
-    "'in its place': instead": r"\bin its place\b",
-    "'anew': again, re-": r"\banew\b",
-    "'at hand': available": r"\bat hand\b",
-    "'goes on': resumes, continues": r"\b(?:goes|go|went|going) on\b(?! (?:top|the\b))",
-    "'but for': except": r"\bbut for\b",
-    "'round': around": r"\b(?:all|go|goes|way|loop|space|space) round\b|\bround (?:the|a|it|each|every|its)\b",
-    "'is there' as a predicate": r"\b(?:is|are) there(?= all the same|[,.:;]| if| already|$)|\bthat (?:is|are) there\b",
-    "'given again': rerun": r"\bgiven again\b",
-    "'so many': at most, this number of": r"\bso many\b",
-    "'by heart': memorise": r"\bby heart\b",
-    "'make it again': reproduce": r"\b(?:make|made) (?:it )?again\b",
-    "'could be had': is available": r"\b(?:be|was|is|are) had\b",
-    "'gives back': return": r"\b(?:give|gives|gave) (?:it )?back\b",
-    "'puts out': returns": r"\bputs? out\b",
-    "'so it is for': likewise": r"^So it is (?:for|with)\b",
-    "'for want of': because there was no": r"\bfor want of\b",
-    "'all the same': anyway": r"\ball the same\b",
-    "'what there is to': the difference to": r"\bwhat there is\b|\bthere is to\b",
-    "'cut' of a run: interrupted": r"\b(?:was|is|were|that is) cut\b|\b(?:un)cut (?:run|one)\b|\b(?:cut|uncut) and\b",
-    # Rule 3: only people ask, tell, say, know and answer.
-    "asks a thing": rf"\b(?:asks?|asked|asking) (?:its?|the|a|an|each|every|of) {TOLD}\b|\b{TOLD} (?:is|are|was|be) asked\b",
-    "a thing is told": rf"\b{TOLD} (?:is|are|was|were|need(?:s)? not be) told\b|\b(?:tells?|told) (?:the|a|an|its?) {TOLD}\b",
-    "a thing tells or asks": rf"\b(?!it){TOLD} (?:tells?|asks?|answers?|knows?)\b",
-    "'says nothing': has no effect": r"\bsays? nothing\b",
-    "'is shown' to a network": r"\b(?:network|model|student|teacher)s? (?:is|are|was) (?:not )?shown\b",
+    regex: str
+    example: str
+
+
+THING: Final = (
+    r"(?:network|teacher|student|denoiser|model|option|setting|page|file|folder|scheduler|classifier|critic)s?"
+)
+"""What cannot talk."""
+
+PATTERNS: Final[Mapping[str, Pattern]] = {
+    # How no sentence opens.
+    "opens with 'Of'": Pattern(r"^Of\b(?! course)", "Of the data a part is used."),
+    "opens with 'In here'": Pattern(r"^In here\b", "In here an exception is caught."),
+    "opens with 'What'": Pattern(r"^What\b(?!.*\?$)", "What a run lacks is left out."),
+    "opens with 'Where there'": Pattern(r"^Where there\b", "Where there is a class, it is used."),
+    "opens with 'Whoever'": Pattern(r"^Whoever\b", "Whoever samples needs no trainer."),
+    # Words of a translation, each with the English one.
+    "'in place of': instead of": Pattern(r"\bin (?:the )?place of\b", "A float in the place of a tensor."),
+    "'in its place': instead": Pattern(r"\bin its place\b", "It puts another in its place."),
+    "'anew': again, re-": Pattern(r"\banew\b", "The stage begins anew."),
+    "'at hand': available": Pattern(r"\bat hand\b", "No GPU was at hand."),
+    "'goes on': resumes, continues": Pattern(
+        r"\b(?:goes|go|went|going) on\b(?! (?:top|the\b))", "The run goes on where it was."
+    ),
+    "'but for': except": Pattern(r"\bbut for\b", "Equal but for rounding."),
+    "'round': around": Pattern(
+        r"\b(?:all|goes?|way|loop|space) round\b|\bround (?:the|a|it|each|every|its)\b", "A space round a slash."
+    ),
+    "'is there': exists, is installed": Pattern(
+        r"\b(?:is|are) there(?=[,.:;]| if| already|$)|\bthat (?:is|are) there\b", "Use the package if it is there."
+    ),
+    "'given again': rerun": Pattern(r"\bgiven again\b", "The command may be given again."),
+    "'so many': at most, this number of": Pattern(r"\bso many\b", "Use so many samples at most."),
+    "'by heart': memorise": Pattern(r"\bby heart\b", "It knows its data by heart."),
+    "'make again': reproduce": Pattern(r"\b(?:make|made) (?:it )?again\b", "To make it again."),
+    "'be had': is available": Pattern(r"\b(?:be|was|is|are) had\b", "Memory could not be had."),
+    "'give back': return": Pattern(r"\b(?:gives?|gave) (?:it )?back\b", "The disk does not give back a file."),
+    "'put out': returns": Pattern(r"\bputs? out\b", "The network puts out its negative."),
+    "'so it is for': likewise": Pattern(r"^So it is (?:for|with)\b", "So it is for a student."),
+    "'for want of': without": Pattern(r"\bfor want of\b", "On a CPU for want of a GPU."),
+    "'all the same': still, anyway": Pattern(r"\ball the same\b", "It works all the same."),
+    "'what there is to': rephrase": Pattern(r"\bwhat there is\b|\bthere is to\b", "This is what there is to learn."),
+    "'cut' of a run: interrupted": Pattern(
+        r"\b(?:was|is|were|that is) cut\b|\buncut (?:run|one)\b|\b(?:cut|uncut) and\b", "A run that was cut resumes."
+    ),
+    # Only people ask, tell, say, know and answer.
+    "asks a thing": Pattern(
+        rf"\b(?:asks?|asked|asking) (?:its?|the|an?|each|every|of) {THING}\b|\b{THING} (?:is|are|was|be) asked\b",
+        "The sampler asks its network twice.",
+    ),
+    "tells a thing": Pattern(
+        rf"\b{THING} (?:is|are|was|were|need not be) told\b|\b(?:tells?|told) (?:the|an?|its?) {THING}\b",
+        "The network is told the time.",
+    ),
+    "a thing tells or asks": Pattern(rf"\b{THING} (?:tells?|asks?|answers?|knows?)\b", "The page tells how."),
+    "'says nothing': has no effect": Pattern(r"\bsays? nothing\b", "The option says nothing here."),
+    "shows a thing": Pattern(
+        r"\b(?:network|model|student|teacher)s? (?:is|are|was) (?:not )?shown\b", "The network is shown the scale."
+    ),
 }
 
 ALLOWED: Final[Mapping[str, str]] = {}
@@ -63,7 +88,7 @@ ALLOWED: Final[Mapping[str, str]] = {}
 
 def faults(sentence: str) -> list[str]:
     """Return the names of the patterns that a sentence contains."""
-    return [name for name, pattern in PATTERNS.items() if re.search(pattern, sentence)]
+    return [name for name, pattern in PATTERNS.items() if re.search(pattern.regex, sentence)]
 
 
 def sentences(paragraph: str, line: int) -> Iterator[Sentence]:

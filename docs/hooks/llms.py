@@ -1,6 +1,6 @@
 """Writes site/llms.txt, the map of the site for language models, and each page's Markdown beside its HTML.
 
-The map follows the navigation of mkdocs.yml: a section for each of its groups, a line for each page with the page's first
+The map follows the navigation of mkdocs.yml: a section for each of its groups, a line for each page with its first
 sentence.
 """
 
@@ -25,7 +25,7 @@ def first_sentence(markdown: str) -> str:
         plain = " ".join(paragraph.split())
         if plain and not re.match(r"[#|!:*>]|- |\d+\. |---", plain):
             plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", plain)
-            return re.split(r"(?<=[.:])\s+(?=[A-Z]|$)", plain)[0].rstrip(":")
+            return re.split(r"(?<=[.:])\s+(?=[A-Z`]|$)", plain)[0].rstrip(":")
     return ""
 
 
