@@ -1,13 +1,16 @@
 """The style of our English as patterns: what a sentence must not contain, and where sentences are found.
 
 `prose_of_markdown` and `prose_of_python` return the sentences of a file; `faults` returns what is wrong with one.
+`python tests/support_style.py src` lists the faults of files and folders.
 """
 
 import ast
 import io
 import re
+import sys
 import tokenize
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Final, NamedTuple
 
 
@@ -150,3 +153,21 @@ def prose_of_python(source: str) -> Iterator[Sentence]:
         if len(text.split()) > 2:
             for place in re.split(r"\n\s*\n", re.sub(r"(?<!`)`[^`\n]+`", "`x`", text)):
                 yield from sentences(place, node.lineno)
+
+
+def found_in(path: Path) -> list[str]:
+    """Return `line: pattern: sentence` for each fault in a page or module."""
+    prose = prose_of_python if path.suffix == ".py" else prose_of_markdown
+    return [
+        f"{sentence.line}: {fault}: {sentence.text}"
+        for sentence in prose(path.read_text(encoding="utf-8"))
+        if sentence.text not in ALLOWED
+        for fault in faults(sentence.text)
+    ]
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        for path in sorted(Path(name).rglob("*.py")) if Path(name).is_dir() else [Path(name)]:
+            for fault in found_in(path):
+                print(f"{path}:{fault}")

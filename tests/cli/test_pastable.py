@@ -28,7 +28,7 @@ from support_google_pd import TINY as GOOGLE
 from support_google_pd import checkpoint_bytes, params
 from support_pages import BLOCKS, PAGES, ROOT, Block, arguments_of, inline_commands, lines_of
 from support_pipelines import save_ddpm, save_dit, save_sd
-from toys import TINY_DIGITS
+from toys import TINY_DEMO
 
 ONLY_PARSED: Final = {
     "explore": "serves until Ctrl-C; tests/report/test_explorer.py calls its three views",
@@ -64,7 +64,9 @@ BUDGET: Final = {
     "--evaluation.num-samples": "24",
     "--evaluation.num-compared": "8",
     "--evaluation.num-shown": "4",
+    "--evaluation.teacher-steps": "4",
     "--evaluation.teacher-heun-steps": "2",
+    "--engine.precision": "float32",
     "--engine.threads": "1",
 }
 """Options that make a run last a second; they replace those of a command."""
@@ -198,13 +200,13 @@ def test_other_commands_name_what_exists() -> None:
 
 
 @pytest.fixture
-def here(tmp_path: Path, digits_run: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def here(tmp_path: Path, demo_run: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A home and a working folder with a finished run, photos, arrays and samples, as the pages take for granted."""
     torch.set_num_threads(1)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("COLUMNS", "160")
-    shutil.copytree(digits_run, tmp_path / "runs" / "digits")
+    shutil.copytree(demo_run, tmp_path / "runs" / "digits")
     random = np.random.default_rng(0)
     np.save(tmp_path / "actions.npy", random.normal(size=(64, 2)).astype(np.float32))
     np.savez(tmp_path / "samples.npz", arr_0=random.integers(0, 255, (32, 8, 8, 1), dtype=np.uint8))
@@ -249,11 +251,11 @@ def tiny(arguments: list[str]) -> list[str] | None:
     options: dict[str, str] = {}
     if verb in ("run", "train", "demo", "distill", "finish"):
         options |= BUDGET
-    if verb in ("run", "train", "demo"):
+    if verb == "demo" or (verb == "run" and rest in (["digits"], ["digits", "--out", "runs/digits"])):
+        # The finished run of the fixture, which is resumed.
+        return [verb, *rest, *TINY_DEMO]
+    if verb in ("run", "train"):
         options |= MLP_TINY if rest[:1] == ["arrays"] else UNET_TINY
-        if "--to" not in rest and "--chain.start-steps" not in rest and rest[:1] != ["arrays"]:
-            options |= dict(itertools.pairwise(TINY_DIGITS))
-            options = {name: value for name, value in options.items() if name.startswith("--")}
     if verb in ("run", "train", "study") and rest and rest[0] in DRY and "--dry-run" not in rest:
         rest.append("--dry-run")
     if verb == "evaluate":

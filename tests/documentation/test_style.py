@@ -5,7 +5,7 @@ from typing import Final
 
 import pytest
 
-from support_style import ALLOWED, PATTERNS, faults, prose_of_markdown, prose_of_python
+from support_style import ALLOWED, PATTERNS, faults, found_in, prose_of_markdown, prose_of_python
 
 ROOT: Final = Path(__file__).parents[2]
 
@@ -21,17 +21,6 @@ PAGES: Final = sorted(
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md"))
     if str(path.relative_to(ROOT)) not in WRITTEN_BY_SRC
 )
-
-
-def found_in(path: Path) -> list[str]:
-    """Return `line: pattern: sentence` for each fault in a page or module."""
-    prose = prose_of_python if path.suffix == ".py" else prose_of_markdown
-    return [
-        f"{sentence.line}: {fault}: {sentence.text}"
-        for sentence in prose(path.read_text(encoding="utf-8"))
-        if sentence.text not in ALLOWED
-        for fault in faults(sentence.text)
-    ]
 
 
 def test_each_pattern_finds_its_example_and_no_other_pattern_does() -> None:
