@@ -256,8 +256,14 @@ def tiny(arguments: list[str]) -> list[str] | None:
         return [verb, *rest, *TINY_DEMO]
     if verb in ("run", "train"):
         options |= MLP_TINY if rest[:1] == ["arrays"] else UNET_TINY
+    if "--data.image-size" in rest:
+        # The Frechet distance of more pixels takes seconds.
+        options["--data.image-size"] = "8"
     if verb in ("run", "train", "study") and rest and rest[0] in DRY and "--dry-run" not in rest:
         rest.append("--dry-run")
+    if verb == "distill":
+        # Runs are measured on other pages.
+        rest.append("--evaluation.no-enabled")
     if verb == "evaluate":
         options |= {"--num-samples": "24", "--seeds": "1", "--search-gamma": "2"}
         options = {name: value for name, value in options.items() if name == "--num-samples" or name in rest}
