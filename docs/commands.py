@@ -10,41 +10,42 @@ PAGE = Path(__file__).parent / "pages" / "commands.md"
 HEAD = """\
 # The command line
 
-`halfstep VERB --help` shows all options of a verb, its examples and its exit codes; `halfstep ls` what options can
-name. A mistyped verb, option or name is refused with the one that is near. Any field of a recipe is an option:
-`halfstep run digits --help`.
+`halfstep VERB --help` shows the options of a verb, its examples and its exit codes; `halfstep ls` lists the names that
+options accept. The error for a mistyped verb, option or name suggests the nearest. Every field of a recipe is an
+option: `halfstep run digits --help`.
 
 <!-- Written by docs/commands.py from src/halfstep/cli/verbs.py. -->
 """
 
 TAIL = f"""\
-## A run that is watched from elsewhere
+## Watch a run from another machine
 
-A run writes `heartbeat.json` into its folder every five seconds, and how it ended. `halfstep status RUN` reads that,
-the plan, the log and the manifests, from any shell or any machine that sees the folder; it locks and changes nothing.
-A process on the same machine is looked for; one on another counts as gone after {SILENT_SECONDS:.0f} seconds without
-a sign of life, so the clocks of the two must agree about as well. States:
+A run writes `heartbeat.json` into its folder every five seconds, and its outcome at the end. `halfstep status RUN`
+reads it, the plan, the log and the manifests, from any shell or machine that sees the folder; it locks and changes
+nothing.
+On the same machine it looks for the process; on another, the process counts as gone after {SILENT_SECONDS:.0f} seconds
+without a heartbeat, so the two clocks must roughly agree. States:
 
 | state | means |
 |---|---|
 | running | a process is at work |
 | finished | all stages are trained and measured |
-| stopped | by a signal, killed, or without a sign of life; the same command goes on |
+| stopped | by a signal, killed, or without a heartbeat; rerun the command to resume |
 | diverged | a loss or a gradient was not finite |
-| failed | by another error, which is told |
+| failed | another error, which the status shows |
 
-Time left is training time: updates that are left, weighed by the forward passes of each, at the pace of the last rows
-of the log. Measuring the models comes on top.
+Time left is training time: the remaining updates, weighted by their forward passes, at the speed of the last rows of
+the log. Measuring the models comes on top.
 
 ## For machines
 
 With `--json` stdout is one JSON document, and progress and tables go to stderr. `run`, `train`, `distill` and `demo`
 print the run's status at its end, or the plan with `--dry-run`; `study`, `sample`, `evaluate`, `status`, `ls` and
-`doctor` have it too. Where the output is no terminal, progress is a line for each stage and figure, and one every ten
+`doctor` have it too. If the output is not a terminal, progress is one line for each stage and figure, and one every ten
 seconds.
 
-Other variables: `HALFSTEP_CACHE` is the folder for what can be made again, `HALFSTEP_TRACEBACK=1` shows where an
-error came from.
+Other variables: `HALFSTEP_CACHE` is the cache folder, which can be deleted at any time; `HALFSTEP_TRACEBACK=1` shows
+the traceback of an error.
 """
 
 

@@ -17,15 +17,18 @@ DOCS = Path(__file__).parent
 ORDER = ("table1", "table2", "steps", "stochastic", "schedules", "integrators", "cost", "roads")
 HEAD = """# Reproductions
 
-Each of the paper's tables and figures is a study: a plan of runs that goes on where it was cut and ends in a table and
-a figure (`halfstep study NAME --scale smoke|small|paper`). This page is generated from the studies' JSON
-(`docs/results/studies/`) by `docs/reproductions.py`; nothing on it is typed by hand but the paragraphs that say what a
-study repeats of the paper and what it does not. The last study, `roads`, is not the paper's: it compares methods of
-distillation.
+```bash
+halfstep study table1 --scale smoke
+```
+
+Each of the paper's tables and figures is a study: a resumable plan of runs that ends in a table and a figure. The
+larger scales are `small` and `paper`. This page is generated from the studies' JSON (`docs/results/studies/`) by
+`docs/reproductions.py`; only the paragraphs on what a study repeats of the paper are written by hand. The last study,
+`roads`, is not the paper's: it compares methods of distillation.
 
 The paper's figures stand beside ours where they are known. They are FID of Inception features on CIFAR-10 or ImageNet;
-ours are distances in the features of a small classifier, on other data. Compare orders and ratios, never numbers. What
-could not be verified from a source is not shown as the paper's.
+ours are distances in the features of a small classifier, on other data. Compare orders and ratios, never numbers.
+Figures that no source confirms are not shown as the paper's.
 
 Run so far: {run}. Not run yet (`small` and `paper` need a GPU): {missing}.
 """

@@ -40,7 +40,7 @@ def rendered(found: re.Match[str]) -> str:
         raise ValueError(f"latex2mathml does not know all of {latex!r}")
     for pattern, replacement in SPACING:
         mathml = pattern.sub(replacement, mathml)
-    return f'<div class="formula">{mathml}</div>' if block else mathml
+    return f'<div class="formula" tabindex="0">{mathml}</div>' if block else mathml
 
 
 def on_page_content(content: str, **_: Any) -> str:

@@ -11,7 +11,7 @@ import pytest
 from filelock import FileLock
 
 from halfstep.cli import main
-from toys import TINY_ARRAYS, TINY_DIGITS, points
+from toys import TINY_ARRAYS, TINY_DEMO, TINY_DIGITS, points
 
 
 @pytest.fixture(scope="session")
@@ -66,3 +66,13 @@ def digits_run(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         main(["run", "digits", "--out", str(folder / "digits"), *TINY_DIGITS])
 
     return copied(shared, "digits", make, tmp_path_factory.mktemp("runs") / "copy") / "digits"
+
+
+@pytest.fixture(scope="module")
+def demo_run(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with the stages of the demo: students of 8, 4, 2 and 1 steps, and a finish."""
+
+    def make(folder: Path) -> None:
+        main(["run", "digits", "--out", str(folder / "digits"), *TINY_DEMO])
+
+    return copied(shared, "demo", make, tmp_path_factory.mktemp("runs") / "copy") / "digits"

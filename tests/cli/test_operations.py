@@ -17,7 +17,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "pages" / "operations.md").read_tex
 
 
 def block(language: str) -> str:
-    found = re.search(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+    found = re.search(rf"```{language}\n((?:#!/bin/bash|apiVersion).*?)```", PAGE, re.DOTALL)
     assert found is not None
     return found[1]
 
