@@ -279,7 +279,7 @@ def tiny(arguments: list[str]) -> list[str] | None:
         options |= {"--num-samples": "24", "--seeds": "1", "--search-gamma": "2"}
         options = {name: value for name, value in options.items() if name == "--num-samples" or name in rest}
     if verb == "sample":
-        options |= {"--num-samples": "4"}
+        options |= {"--num-samples": "24"}
     if verb == "import":
         rest = ["cifar10.json" if word == "cifar10" else word for word in rest]
     return with_options([verb, *rest], options)
