@@ -181,8 +181,13 @@ def finish(argv: Sequence[str]) -> None:
     recipe, held = recipe_from(argv[0]), folder.recipe()["recipe"]
     rest = expand_short(argv[1:], SHORT_OF_FINISH)
     arguments = parse(FinishArguments, rest, f"halfstep finish {argv[0]}", FinishArguments(recipe), SHORT_OF_FINISH)
-    if not arguments.recipe.finish.steps:
+    asked = arguments.recipe.finish.steps
+    if not asked:
         raise UsageError("no student to finish. Add --steps, such as --steps 4 2 1")
+    # The run's own finishes stay, in their order; others come after them.
+    steps = (*recipe.finish.steps, *(number for number in asked if number not in recipe.finish.steps))
+    finishes = arguments.recipe.finish.model_copy(update={"steps": steps})
+    arguments = replace(arguments, recipe=arguments.recipe.model_copy(update={"finish": finishes}))
     what, parent = held.get("what", "all"), held.get("parent")
     if what == "teacher":
         raise UsageError(f"{argv[0]} holds a teacher only. Distil it first: halfstep distill {argv[0]}")
