@@ -35,7 +35,7 @@ from halfstep.cli.dry_run import show_plan
 from halfstep.cli.reporting import make_report
 from halfstep.cli.usage import UsageError, check_least, parse
 from halfstep.cli.words import console_for, duration, print_json
-from halfstep.hub import decoder_of, fetch, import_pipeline, is_pipeline, release_texts, text_conditions
+from halfstep.hub import decoder_of, import_pipeline, is_pipeline, release_texts, text_conditions
 from halfstep.measure.samples import grid_image, samples_array, write_png
 from halfstep.metrics import to_uint8
 from halfstep.models.folder import find_stage, load
@@ -296,7 +296,7 @@ def _prompted(model: Model, prompt: str | None, number: int) -> dict[str, torch.
         return {}
     if prompt is None or manifest.pipeline is None:
         raise UsageError(f"this model is shown {', '.join(manifest.conditions)}: add --prompt TEXT")
-    shown = text_conditions(fetch(manifest.pipeline.folder), [prompt])
+    shown = text_conditions(manifest, [prompt])
     release_texts()
     return {name: value.expand(number, *value.shape[1:]) for name, value in shown.items()}
 
@@ -312,10 +312,9 @@ def write_samples(x0: torch.Tensor, model: Model, seeds: range, out: Path) -> No
         write_arrays(out, arr_0=samples_array(x0, is_image))
         return
     if not is_image:
-        pipeline = model.manifest.pipeline
-        if pipeline is None:
+        if model.manifest.pipeline is None or len(model.shape) != 3:
             raise UsageError(f"samples of shape {list(model.shape)} are no images: write a .npz")
-        decode = decoder_of(fetch(pipeline.folder))
+        decode = decoder_of(model.manifest)
         x0 = torch.cat([decode(part) for part in x0.split(8)])
     pixels = to_uint8(x0).permute(0, 2, 3, 1).numpy()
     if out.suffix.lower() == ".png":

@@ -8,21 +8,22 @@ from typing import Literal
 import torch
 import tyro
 
-from halfstep.cli.arguments import device_of
+from halfstep.cli.arguments import device_of, options_from
 from halfstep.cli.usage import UsageError, check_least, parse
 from halfstep.cli.words import console_for
 from halfstep.data import encode as encode_images
 from halfstep.data import read_captions, read_classes
 from halfstep.data.images import Preparation
 from halfstep.hub import (
+    PIXELS,
     encoder_of,
     export_lora,
     export_onnx,
     export_pipeline,
     fetch,
+    import_pipeline,
     push_to_hub,
-    read_layout,
-    read_sample_shape,
+    read_kind,
     release_texts,
 )
 from halfstep.models.folder import find_stage, load
@@ -95,6 +96,8 @@ class EncodeArguments:
     """Folder of the latents."""
     image_size: int | None = None
     """Height and width to resize images to; by default the size that they all have."""
+    call: tuple[str, ...] = ()
+    """Arguments of the pipeline's call, such as height=512 width=512."""
     batch_size: int = 8
     """Images encoded at once."""
     device: str | None = None
@@ -106,20 +109,23 @@ def encode(argv: Sequence[str]) -> None:
     arguments = parse(EncodeArguments, argv, "halfstep encode")
     check_least(arguments, 1, "batch_size", "image_size")
     device = device_of(arguments.device)
-    folder = fetch(arguments.pipeline)
-    kind, layout = read_layout(folder)
-    if layout.is_image:
-        raise UsageError(f"{folder} holds a {kind}, which makes no latents: give its images to distill as they are")
+    kind = read_kind(fetch(arguments.pipeline))
+    if kind in PIXELS:
+        raise UsageError(
+            f"{arguments.pipeline} holds a {kind}, which makes no latents: give its images to distill as they are"
+        )
     preparation, source = Preparation(arguments.image_size, channels=3), Path(arguments.data)
-    images, names = (read_captions(source, preparation), ()) if layout.text else read_classes(source, preparation)
-    encoder = encoder_of(kind, folder, device, names)
+    model = import_pipeline(arguments.pipeline, options_from(arguments.call))
+    is_text = not model.num_classes
+    images, names = (read_captions(source, preparation), ()) if is_text else read_classes(source, preparation)
+    encoder = encoder_of(model, device, names)
     # What cannot be read is found before the folder is begun, which belongs to these very encoders.
     encoder.texts([""])
-    needed = read_sample_shape(folder, layout)
+    needed = model.shape
     made = tuple(encoder.images(images.loaded([0]).fetch(torch.tensor([0])).x0).shape[1:])
     if made != needed:
         raise UsageError(
-            f"images as large as {images.files[0]} become latents of shape {list(made)}, but the network of {folder} "
+            f"images as large as {images.files[0]} become latents of shape {list(made)}, but the network of {arguments.pipeline} "
             f"takes {list(needed)}: choose another --image-size"
         )
     console = console_for()

@@ -25,6 +25,12 @@ class Pipeline(Record):
     folder: str
     component: str
     """The part that the model replaces: unet or transformer."""
+    options: dict[str, Any] = Field(default={})
+    """Arguments of its call that are the same for all samples."""
+    guidance: str | None = None
+    """The argument of its call that is the guidance scale."""
+    off: float | None = None
+    """Its value that disables guidance; None if the network itself takes the scale."""
 
 
 class Outcome(Record):
