@@ -20,6 +20,27 @@ def wake(module: nn.Module, scale: float = 0.3) -> nn.Module:
     return module.eval()
 
 
+def replay(stock: str, config: dict[str, Any], conditions: dict[str, tuple[int, ...]], **items: Any) -> Any:
+    """A network of diffusers on a table, whose call is written by hand: its first argument is the sample."""
+    from halfstep.nets import Replay
+
+    side, channels = config["sample_size"], config["in_channels"]
+    name = "sample" if stock.startswith("UNet") else "hidden_states"
+    call = {
+        name: {"is": "sample", "shape": [channels, side, side]},
+        "timestep": {"is": "time", "dims": []},
+        **{
+            key: {"is": "condition", "name": key, "shape": list(shape), "dtype": "float32" if shape else "int64"}
+            for key, shape in conditions.items()
+        },
+        **items,
+    }
+    return Replay(
+        stock, config, {"is": "dict", "items": call}, {"of": "u", "scale": 1000.0, "offset": -1.0},
+        {"sign": 1, "part": "all"},
+    )  # fmt: skip
+
+
 def tiny_unet(seed: int = 0, **changes: Any) -> Any:
     from diffusers import UNet2DModel
 
@@ -209,6 +230,11 @@ def tiny_flux(tokens: Path, embedded: bool = True) -> Any:
         text_encoder=tiny_text_encoder(), tokenizer=tiny_tokenizer(tokens),
         text_encoder_2=tiny_t5(), tokenizer_2=word_tokenizer(tokens),
     )  # fmt: skip
+
+
+def tiny_flux_schnell(tokens: Path) -> Any:
+    """Flux.1 schnell: no guidance input."""
+    return tiny_flux(tokens, embedded=False)
 
 
 def tiny_decoder(kind: str, **changes: Any) -> Any:
@@ -405,6 +431,9 @@ def tiny_auraflow(tokens: Path) -> Any:
         sample_size=4, patch_size=1, in_channels=4, num_mmdit_layers=1, num_single_dit_layers=1, attention_head_dim=8,
         num_attention_heads=4, caption_projection_dim=32, joint_attention_dim=32, pos_embed_max_size=256,
     )  # fmt: skip
+    with torch.no_grad():
+        for weight in transformer.parameters():
+            weight.mul_(3)
     return AuraFlowPipeline(
         transformer=wake(transformer), scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73), vae=tiny_vae(),
         text_encoder=tiny_umt5(), tokenizer=word_tokenizer(tokens),

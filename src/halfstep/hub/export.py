@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
-from halfstep.hub.card import lora_card, model_card
-from halfstep.hub.pipelines import OPTIONAL, fetch, is_light
+from halfstep.hub.card import call_of, lora_card, model_card
+from halfstep.hub.pipelines import OPTIONAL, fetch, is_light, load_pipeline
+from halfstep.hub.recording import verify_export
 from halfstep.hub.schedulers import SOLVERS, StockSchedule, exact_steps, multistep, write_schedule
 from halfstep.hub.stock import check_weights, quiet, stock
 from halfstep.models.model import Model
-from halfstep.nets import LoRA, StockNetwork, UNet2D, has_movable_clock, merged
+from halfstep.nets import LoRA, Replay, StockNetwork, UNet2D, has_movable_clock, merged
 from halfstep.runs import Manifest, Metrics
 from halfstep.runtime.files import first_line, read_json, refuse_taken, replacing_folder, write_json, write_text
 from halfstep.samplers import DDIM
@@ -73,6 +74,8 @@ def export_pipeline(model: Model, out: Path, metrics: Metrics | None = None, nam
                     shutil.copyfile(file, into / part / file.name)
         write_json(into / "model_index.json", index)
         write_text(into / "README.md", model_card(name or out.name, model.manifest, kind, schedule, metrics, absent))
+        if isinstance(network, Replay) and not model.sampler.stochastic:
+            verify_export(load_pipeline(into, kind), model, **call_of(model.manifest, model.num_steps or 2))
     return out
 
 
@@ -115,6 +118,12 @@ def export_lora(model: Model, out: Path, base: Manifest | None = None, name: str
             kind.save_lora_weights(into, **{f"{component}_lora_layers": state})
         _save_scheduler(schedule, into / "scheduler")
         write_text(into / "README.md", lora_card(name or out.name, model.manifest, pipeline, schedule))
+        if not model.sampler.stochastic:
+            pipe = load_pipeline(fetch(pipeline.folder), pipeline.kind)
+            pipe.scheduler = stock(schedule.kind)(**schedule.config)
+            with quiet():
+                pipe.load_lora_weights(into)
+            verify_export(pipe, model, **call_of(model.manifest, model.num_steps or 2))
     return out
 
 

@@ -118,12 +118,16 @@ def _recorded(source: str | Path, folder: Path, pipeline: Pipeline) -> Model:
     """The teacher that a recording of its pipeline's call makes."""
     pipe = load_pipeline(folder, pipeline.kind)
     component = component_of(pipe)
-    recording, network = record(pipe, pipeline.options)
+    try:
+        recording, network = record(pipe, pipeline.options)
+    except ValueError as error:
+        missing = sorted(name for name, part in pipe.components.items() if part is None and name not in OPTIONAL)
+        raise ValueError(f"{folder} has no {', '.join(missing)}: {error}" if missing else str(error)) from None
     null = dict(recording.null)
     labels = null.get("class_labels") if set(recording.conditions) == {"class_labels"} else None
     return _teacher(
         folder.name, network, recording.schedule,
-        pipeline.model_copy(update={"component": component, "guidance": recording.guidance, "off": recording.off}),
+        pipeline.model_copy(update={"component": component, "guidance": recording.guidance, "off": recording.off, "scale": recording.scale}),
         f"{source} (weights sha256 {_digest(folder / component)})",
         shape=recording.shape, num_classes=0 if labels is None else int(labels),
         conditions={} if labels is not None else recording.conditions, is_image=False, null=null,
@@ -198,7 +202,7 @@ def read_kind(folder: Path) -> str:
     code = foreign or sorted(file.name for file in folder.rglob("*.py"))
     if not isinstance(kind, str):
         code = [f"its class is {kind}"]
-    code += [f"auto_map of {file.parent.name}" for file in sorted(folder.glob("*/config.json")) if "auto_map" in _json(file)]
+    code += ["auto_map"] * any("auto_map" in _json(file) for file in folder.glob("*/config.json"))
     if code:
         raise ValueError(
             f"{folder} wants code of its own to be run ({', '.join(code)}), which halfstep refuses: save it as a "

@@ -20,13 +20,17 @@ from halfstep.core.denoiser import GUIDANCE, NetworkDenoiser, ddim_step
 from halfstep.core.noise import processes
 from halfstep.hub.schedulers import Schedule, first_order, read_schedule
 from halfstep.hub.stock import in_one_line, quiet
+from halfstep.models.model import Model
 from halfstep.nets import LENGTH, Replay, nodes_of, takes_scale
+from halfstep.samplers import sample
 
 STEPS: Final = 4
 """Steps of a recording: two more than an affine clock has unknowns."""
 TOLERANCE: Final = 1e-4
 """Largest relative difference of what is replayed from what was recorded."""
 CLOCK_TOLERANCE: Final = 1e-6
+EXPORT_TOLERANCE: Final = 1e-3
+"""As `TOLERANCE`, after all steps of a sampler."""
 SCALE: Final = 3.0
 """The guidance scale of the guided recording."""
 PROMPTS: Final = ("a", "a photograph of a small cat on a large mat, in the light of the morning")
@@ -103,6 +107,12 @@ class Recording:
         return None if self.guiding is None else 1 - self.guiding.more
 
     @property
+    def scale(self) -> float | None:
+        """The guidance scale that the network takes itself; None if it takes none."""
+        found = [*nodes_of(self.call, "guidance"), *nodes_of(self.call, "embedding")]
+        return float(found[0]["default"]) if found else None
+
+    @property
     def conditions(self) -> dict[str, tuple[int, ...]]:
         """The shape of each condition, for one sample."""
         found: dict[str, tuple[int, ...]] = {}
@@ -145,11 +155,12 @@ def prompted(pipe: Any, prompts: Sequence[Any]) -> dict[str, Any]:
     raise ValueError(f"the call of a {type(pipe).__name__} takes neither prompt nor class_labels, so it is not recorded")
 
 
-def trace(pipe: Any, num_steps: int, *, computed: bool = True, **call: Any) -> Trace:
+def trace(pipe: Any, num_steps: int, *, of: int = STEPS, computed: bool = True, **call: Any) -> Trace:
     """Run a pipeline for the first of its steps and return what its denoiser and scheduler saw.
 
     Args:
-        num_steps: all of them from `STEPS` on, and else the first of `STEPS`.
+        num_steps: how many are taken.
+        of: how many the pipeline is asked for.
         computed: whether the denoiser is run; if not, it puts out zeros, and its weights may be anywhere.
         call: arguments of the pipeline's call.
 
@@ -175,10 +186,10 @@ def trace(pipe: Any, num_steps: int, *, computed: bool = True, **call: Any) -> T
     @functools.wraps(step)
     def seen(*args: Any, **kwargs: Any) -> Any:
         bound = stepped.bind(*args, **kwargs).arguments
-        result = step(*args, **kwargs)
+        output, sample = bound["model_output"], bound["sample"]
+        result = step(*args, **kwargs) if computed else (sample,)
         place = getattr(scheduler, "step_index", None)
         sigma = None if place is None else float(scheduler.sigmas[place - 1])
-        output, sample = bound["model_output"], bound["sample"]
         moved = result[0] if isinstance(result, tuple) else result.prev_sample
         found.steps.append(
             Step(tuple(calls), output.clone(), float(bound["timestep"]), sigma, sample.clone(), moved.clone())
@@ -202,8 +213,7 @@ def trace(pipe: Any, num_steps: int, *, computed: bool = True, **call: Any) -> T
     pipe.set_progress_bar_config(disable=True)
     try:
         with torch.no_grad(), quiet():
-            # A last sigma is stretched over all steps, so a pipeline is always told of as many.
-            pipe(num_inference_steps=max(num_steps, STEPS), generator=torch.Generator().manual_seed(0), **call)
+            pipe(num_inference_steps=of, generator=torch.Generator().manual_seed(0), **call)
     except _Enough:
         return found
     except Exception as error:  # whatever a pipeline raises for arguments or parts that do not fit
@@ -444,9 +454,9 @@ def _branches(call: Mapping[str, Any], step: Step, batch: int = 2) -> list[tuple
     return found
 
 
-def _is_guided(step: Step) -> bool:
-    """Whether a step of one sample has several branches."""
-    return len(step.calls) > 1 or any(made.output is not None and len(made.output) > 1 for made in step.calls)
+def _is_guided(step: Step, batch: int = 1) -> bool:
+    """Whether a step of a batch has several branches."""
+    return len(step.calls) > 1 or any(made.output is not None and len(made.output) > batch for made in step.calls)
 
 
 def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
@@ -631,3 +641,33 @@ def _cut(made: Tensor, like: Tensor) -> Tensor:
 
 def _config(scheduler: Any) -> dict[str, Any]:
     return {"_class_name": type(scheduler).__name__, **scheduler.config}
+
+
+@torch.no_grad()
+def verify_export(pipe: Any, model: Model, **call: Any) -> None:
+    """Compare the samples of an exported pipeline with the model's own, from the same noise and conditions.
+
+    Args:
+        call: what its card says to call it with, without prompts.
+
+    Raises:
+        ValueError: if they differ, or a step takes several network calls.
+    """
+    manifest, count = model.manifest, int(call.pop("num_inference_steps"))
+    sigmas = call.get("sigmas")
+    if sigmas is None and manifest.process["type"] == "flow":
+        sigmas = [1 - k / count for k in range(count)]
+        pipe.scheduler.set_timesteps = functools.partial(pipe.scheduler.set_timesteps, sigmas=sigmas)
+    prompts: Sequence[Any] = (0, 1) if manifest.num_classes else PROMPTS
+    made = trace(pipe, count, of=count, **prompted(pipe, prompts), **call)
+    if any(len(step.calls) != 1 or _is_guided(step, 2) for step in made.steps):
+        raise ValueError(f"the exported {type(pipe).__name__} calls its network more than once a step, called with {call}")
+    cond = conditions_in(manifest.network.get("base", manifest.network)["call"], made.steps[0].calls[0], 2)
+    if manifest.guidance is not None and manifest.guidance["type"] == "range":
+        cond[GUIDANCE] = torch.full((2,), float(call["guidance_scale"]))
+    found = sample(model, made.steps[0].before, count, model.sampler, cond)
+    if not (off := difference(found, made.steps[-1].after)) <= EXPORT_TOLERANCE:
+        raise ValueError(
+            f"the exported {type(pipe).__name__} makes other samples than the model in {count} steps, by {off:.2g} of their "
+            "size. Use --format onnx, or halfstep.load in Python"
+        )

@@ -121,7 +121,8 @@ def _read(kind: str, full: Mapping[str, Any], mu: float | None) -> Schedule:
     _refuse(kind, full, {"timestep_type": "discrete"})
     # With a largest value of 1, thresholding is clipping.
     bounds = {"clip_sample": "clip_sample_range", "thresholding": "sample_max_value"}
-    used = [bound for setting, bound in bounds.items() if full.get(setting)]
+    # Those of CogVideoX have such settings and do nothing with them.
+    used = [bound for setting, bound in bounds.items() if full.get(setting) and kind not in SHIFTED_TABLES]
     _refuse(kind, full, dict.fromkeys(used, 1.0))
     learned = "learned" in str(full.get("variance_type"))
     last = 0.0 if full.get("set_alpha_to_one", True) else 1 / num
@@ -164,7 +165,8 @@ def first_order(scheduler: Any) -> Any:
     Raises:
         ValueError: as `read_schedule`, unless the shift alone is missing.
     """
-    kind, config = type(scheduler).__name__, dict(scheduler.config)
+    # What a config says of its own defaults would undo the fields below.
+    kind, config = type(scheduler).__name__, {k: v for k, v in scheduler.config.items() if not k.startswith("_")}
     read_schedule({"_class_name": kind, **config}, mu=1.0)
     fields = {"timestep_spacing": "trailing", "clip_sample": False, "thresholding": False, "steps_offset": 1}
     if kind == FLOW:

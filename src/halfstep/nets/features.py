@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from halfstep.nets.lora import LoRA, merged
 from halfstep.nets.mlp import MLP
-from halfstep.nets.replay import LENGTH, Replay, nodes_of
+from halfstep.nets.replay import LENGTH, Replay
 from halfstep.nets.stock import UNet2D
 
 
@@ -73,16 +73,16 @@ class _TransformerHalf(EncoderHalf):
         setattr(network.model, name, _first_half(blocks))
         self._last = name
         # What the kept half does not use is found by a call, and is neither trained nor kept in memory.
-        sample = torch.zeros(1, *network.sample["shape"])
+        weight = next(network.parameters())
         cond = {
-            node["name"]: torch.ones(1, *node["shape"], dtype=getattr(torch, node["dtype"]))
+            node["name"]: torch.ones(1, *node["shape"], dtype=getattr(torch, node["dtype"])).to(weight.device)
             for node in network.conditions.values()
         }
-        cond |= {node["name"] + LENGTH: torch.ones(1, dtype=torch.long) for node in nodes_of(network.call, "condition")
-                 if "list" in node}
-        here = next(network.parameters()).device
+        cond = {name: value.to(weight) if value.is_floating_point() else value for name, value in cond.items()}
+        cond |= {name + LENGTH: torch.ones(1, dtype=torch.long) for name, node in network.conditions.items() if "list" in node}
         with torch.enable_grad():
-            features = self(sample.to(here), torch.full((1,), 0.5, device=here), **{n: v.to(here) for n, v in cond.items()})
+            sample = weight.new_zeros(1, *network.sample["shape"])
+            features = self(sample, weight.new_full((1,), 0.5), **cond)
             used = torch.autograd.grad(features.sum(), list(network.parameters()), allow_unused=True)
         self.channels = features.shape[1]
         idle = {id(parameter) for parameter, grad in zip(network.parameters(), used, strict=True) if grad is None}

@@ -124,7 +124,8 @@ class Replay(StockNetwork):
         output, wanted = self.raw(x_t, time, **cond), x_t.shape[1] if x_t.ndim > 1 else 1
         if self.output["part"] != "all":
             output = output[:, :wanted] if self.output["part"] == "first" else output[:, -wanted:]
-        output = output.reshape(x_t.shape)
+        if output.shape[1:] != x_t.shape[1:]:
+            output = output.reshape(-1, *x_t.shape[1:])
         return -output if self.output["sign"] < 0 else output
 
     def raw(self, x_t: Tensor, time: Tensor, **cond: Tensor) -> Tensor:
@@ -142,14 +143,14 @@ class Replay(StockNetwork):
 
     def _filled(self, node: Node, x_t: Tensor, timestep: Tensor, cond: Mapping[str, Tensor]) -> Any:
         """Return the value of a node for this batch."""
-        batch, kind = len(x_t), node["is"]
+        batch, kind = x_t.shape[0], node["is"]
         match kind:
             case "sample":
-                shown = x_t.reshape(batch, *node["shape"])
+                shown = x_t if list(x_t.shape[1:]) == node["shape"] else x_t.reshape(-1, *node["shape"])
                 return list(shown.unbind()) if "list" in node else shown
             case "time":
-                dims = node.get("dims", ())
-                return timestep.reshape(batch, *[1] * len(dims)).expand(batch, *dims)
+                dims = node["dims"]
+                return timestep.reshape(-1, *[1] * len(dims)).expand(-1, *dims) if dims else timestep
             case "condition":
                 value = cond[node["name"]]
                 if "list" not in node:
