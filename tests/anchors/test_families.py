@@ -3,23 +3,29 @@
 Our samples are those of the pipeline itself, from the same noise, prompts, steps and guidance.
 """
 
+import functools
 import inspect
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-import diffusers
 import pytest
 import torch
 from torch import Tensor
 
 import support_pipelines
+from halfstep.cli import main
 from halfstep.hub import import_pipeline, text_conditions
+from halfstep.hub.card import call_of
 from halfstep.hub.pipelines import load_pipeline
 from halfstep.hub.recording import grid_of, prompted, record, trace, verify
-from halfstep.hub.schedulers import first_order
+from halfstep.hub.schedulers import first_order, read_schedule
+from halfstep.models.folder import load
 from halfstep.models.model import Model
 from halfstep.nets import Replay
+from halfstep.runs import RunFolder
 from halfstep.samplers import sample
 from support_pipelines import assert_same
 
@@ -112,8 +118,56 @@ def test_our_samples_are_those_of_the_pipeline(name: str, saved: Callable[[str],
 
 
 def model_schedule(model: Model, pipe: Any) -> Any:
-    from halfstep.hub.schedulers import read_schedule
-    from dataclasses import replace
-
     read = read_schedule({"_class_name": type(pipe.scheduler).__name__, **pipe.scheduler.config}, mu=1.0)
     return replace(read, process=model.process)
+
+
+BUDGET: Final = [
+    *("--matching.num-updates", "2", "--matching.batch-size", "4", "--chain.num-updates", "2"),
+    *("--chain.batch-size", "4", "--chain.start-steps", "8", "--engine.threads", "1", "--evaluation.no-enabled"),
+]
+
+
+def distilled(folder: Path, options: dict[str, Any], out: Path, *words: str) -> Path:
+    """A student of four steps, from a teacher of eight and prompts alone."""
+    prompts = out.with_suffix(".txt")
+    prompts.write_text("a cat\n\nb on a mat\na b c d\nc\n")
+    call = [f"{name}={json.dumps(value)}" for name, value in options.items()]
+    main(["distill", str(folder), "--prompts", str(prompts), "--to", "4", "--out", str(out), *BUDGET, *words, "--call", *call])
+    return out
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("sdxl", ["--matching.guidance-scale", "3"]),
+        ("sdxl", ["--matching.guidance-range", "1", "8"]),
+        ("flux", []),
+        ("wan", ["--matching.guidance-scale", "3"]),
+        ("qwen", ["--matching.guidance-scale", "3"]),
+        ("z_image", ["--matching.guidance-scale", "3"]),
+        ("cogvideox", ["--matching.guidance-scale", "3"]),
+        ("chroma", ["--matching.guidance-scale", "3"]),
+    ],
+)
+def test_a_student_of_prompts_alone_is_exported(
+    name: str, words: list[str], saved: Callable[[str], Path], tmp_path: Path
+) -> None:
+    options = FAMILIES[name].options
+    run = distilled(saved(name), options, tmp_path / "run", *words)
+    student = load(run)
+    assert student.num_steps == 4
+    main(["export", str(run), "--out", str(tmp_path / "out")])
+    kind = json.loads((tmp_path / "out" / "model_index.json").read_text())["_class_name"]
+    pipe = load_pipeline(tmp_path / "out", kind)
+    pipe.set_progress_bar_config(disable=True)
+    call = call_of(student.manifest, 4)
+    if "sigmas" not in call and student.manifest.process["type"] == "flow":
+        sigmas = [1.0, 0.75, 0.5, 0.25]
+        pipe.scheduler.set_timesteps = functools.partial(pipe.scheduler.set_timesteps, sigmas=sigmas)
+    x_1 = support_pipelines.noise(2, *student.shape)
+    cond = student.cond(range(2), others=text_conditions(student.manifest, PROMPTS))
+    del call["num_inference_steps"]
+    ours = sample(student, x_1, 4, student.sampler, cond)
+    assert_same(ours, called(pipe, x_1, 4, **call))
+    assert float((ours - sample(load(RunFolder(run).stages()[0].path), x_1, 4, cond=cond)).abs().max()) > 1e-6

@@ -84,6 +84,11 @@ class DistillArguments(PlanArguments):
 
     out: Path | None = None
     """Folder of the new run; by default beside the model's run, with the steps in its name."""
+    prompts: Path | None = None
+    """Instead of data, for a pipeline: a text with a prompt on each line. The teacher's own samples of them, in
+    OUT-data, are the data."""
+    call: tuple[str, ...] = ()
+    """Arguments of a pipeline's call that are the same for all samples, such as height=512 width=512."""
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """A pipeline's own parts as callables: images to latents, texts to conditions, and latents to what the pipeline makes."""
 
 import inspect
+import json
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
@@ -52,6 +53,25 @@ def encoder_of(model: Model, device: str | torch.device = "cpu", class_names: Se
     parts = sorted(file for name in ("vae", "text_encoder*", "tokenizer*") for file in folder.glob(f"{name}/*.*"))
     key = " ".join(f"{file.relative_to(folder)}:{sha256_of(file)[:12]}" for file in parts)
     return Encoder(images, texts, f"{pipeline.kind} {key}")
+
+
+def prompts_of(model: Model, device: str | torch.device = "cpu") -> Encoder:
+    """Return the encoder of texts alone of an imported model's pipeline.
+
+    Raises:
+        ValueError: at the call, if a text encoder is missing.
+    """
+
+    def texts(captions: list[str]) -> dict[str, Tensor]:
+        if captions == [""] and model.null:
+            return {name: value[None] for name, value in model.null.items()}
+        return text_conditions(model.manifest, captions, device)
+
+    def images(pixels: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    options = json.dumps(_pipeline_of(model.manifest).options, sort_keys=True)
+    return Encoder(images, texts, f"{_pipeline_of(model.manifest).kind} {model.manifest.source} {options}")
 
 
 def _pipeline_of(manifest: Manifest) -> Pipeline:

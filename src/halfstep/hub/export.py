@@ -70,7 +70,7 @@ def export_pipeline(model: Model, out: Path, metrics: Metrics | None = None, nam
         for part, folder in copies.items():
             (into / part).mkdir()
             for file in folder.iterdir():
-                if file.suffix in (".json", ".safetensors", ".txt", ".model"):
+                if file.suffix in (".json", ".safetensors", ".txt", ".model", ".jinja"):
                     shutil.copyfile(file, into / part / file.name)
         write_json(into / "model_index.json", index)
         write_text(into / "README.md", model_card(name or out.name, model.manifest, kind, schedule, metrics, absent))

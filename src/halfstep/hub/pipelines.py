@@ -32,7 +32,7 @@ cost. No table of 1000 levels has them as whole timesteps, so times between leve
 PIXELS: Final = ("DDPMPipeline", "DDIMPipeline", "ConsistencyModelPipeline")
 """The pipelines of images without a VAE, whose one network is told by its config."""
 UNET: Final = "UNet2DModel"
-FETCHED: Final = ("*.json", "*.txt", "*.model", "*/*.safetensors", "diffusion_pytorch_model*.safetensors")
+FETCHED: Final = ("*.json", "*.txt", "*.model", "*.jinja", "*/*.safetensors", "diffusion_pytorch_model*.safetensors")
 """Of a repository: neither pickles nor code, and no weights beside the parts, where many keep them all in one file."""
 NOT_FETCHED: Final = ("*.fp16.*", "*.fp16-*", "*.bf16.*", "*.bf16-*", "*.non_ema.*", "*.non_ema-*")
 """Variants of the weights, which are not read."""
