@@ -135,6 +135,23 @@ def save_sd(folder: Path, tokens: Path, prediction: str = "epsilon", width: int 
     return folder
 
 
+def tiny_lcm(tokens: Path) -> Any:
+    """Stable Diffusion whose U-Net takes the guidance scale itself, in sinusoids."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+
+    torch.manual_seed(4)
+    unet = UNet2DConditionModel(
+        sample_size=4, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16, attention_head_dim=8, norm_num_groups=8, time_cond_proj_dim=32,
+    )  # fmt: skip
+    return StableDiffusionPipeline(
+        vae=tiny_vae(), text_encoder=tiny_text_encoder(), tokenizer=tiny_tokenizer(tokens), unet=wake(unet),
+        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1, prediction_type="v_prediction", **SD_SCHEDULER),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
 def save_sd3(folder: Path, tokens: Path, shift: float = 3.0) -> Path:
     """Stable Diffusion 3's layout, without its third text encoder."""
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
@@ -295,7 +312,9 @@ def tiny_wan(tokens: Path) -> Any:
         patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=16, out_channels=16,
         text_dim=32, freq_dim=16, ffn_dim=32, num_layers=2, cross_attn_norm=True, rope_max_seq_len=32,
     )  # fmt: skip
-    vae = AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True])
+    vae = AutoencoderKLWan(
+        base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+    )
     scheduler = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
     return WanPipeline(
         transformer=wake(transformer), vae=vae, scheduler=scheduler, text_encoder=tiny_umt5(),
@@ -325,8 +344,8 @@ def tiny_qwen(tokens: Path) -> Any:
     config = Qwen2_5_VLConfig(
         text_config={
             "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
-            "num_key_value_heads": 2, "rope_parameters": {"mrope_section": [1, 1, 2], "rope_type": "default", "rope_theta": 1e6},
-            "vocab_size": 140,
+            "num_key_value_heads": 2, "vocab_size": 140,
+            "rope_parameters": {"mrope_section": [1, 1, 2], "rope_type": "default", "rope_theta": 1e6},
         },
         vision_config={"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16},
         vocab_size=140,
@@ -355,12 +374,13 @@ def tiny_sana(tokens: Path) -> Any:
         decoder_block_types=("ResBlock", "EfficientViTBlock"), encoder_block_out_channels=(8, 8),
         decoder_block_out_channels=(8, 8), encoder_qkv_multiscales=((), (5,)), decoder_qkv_multiscales=((), (5,)),
         encoder_layers_per_block=(1, 1), decoder_layers_per_block=[1, 1], downsample_block_type="conv",
-        upsample_block_type="interpolate", decoder_norm_types="rms_norm", decoder_act_fns="silu", scaling_factor=0.41407,
+        upsample_block_type="interpolate", decoder_norm_types="rms_norm", decoder_act_fns="silu",
+        scaling_factor=0.41407,
     )  # fmt: skip
     scheduler = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
     return SanaPipeline(
-        transformer=wake(transformer), vae=vae, scheduler=scheduler, text_encoder=tiny_decoder("Gemma2", num_hidden_layers=1),
-        tokenizer=word_tokenizer(tokens),
+        transformer=wake(transformer), vae=vae, scheduler=scheduler, tokenizer=word_tokenizer(tokens),
+        text_encoder=tiny_decoder("Gemma2", num_hidden_layers=1),
     )  # fmt: skip
 
 

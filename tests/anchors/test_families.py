@@ -4,7 +4,6 @@ Our samples are those of the pipeline itself, from the same noise, prompts, step
 """
 
 import functools
-import inspect
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,17 +16,19 @@ from torch import Tensor
 
 import support_pipelines
 from halfstep.cli import main
+from halfstep.core.noise import FlowMatching
+from halfstep.core.prediction import X0
 from halfstep.hub import import_pipeline, text_conditions
 from halfstep.hub.card import call_of
 from halfstep.hub.pipelines import load_pipeline
-from halfstep.hub.recording import grid_of, prompted, record, trace, verify
+from halfstep.hub.recording import Trace, grid_of, prompted, record, replayed, trace, verify
 from halfstep.hub.schedulers import first_order, read_schedule
 from halfstep.models.folder import load
 from halfstep.models.model import Model
 from halfstep.nets import Replay
 from halfstep.runs import RunFolder
 from halfstep.samplers import sample
-from support_pipelines import assert_same
+from support_pipelines import assert_same, noise, quietly
 
 PROMPTS: Final = ["a cat", "b on a mat"]
 
@@ -47,6 +48,7 @@ VIDEO: Final = {"height": 16, "width": 16, "num_frames": 5}
 PLAIN: Final = {"use_resolution_binning": False}
 FAMILIES: Final = {
     "sdxl": Family(SQUARE, {"of": "u", "prediction": "eps"}, (4, 10)),
+    "lcm": Family(SQUARE, {"of": "u", "prediction": "v"}, (4, 10)),
     "flux": Family({"height": 16, "width": 8}, {"of": "sigma", "scale": 1, "prediction": "flow_velocity"}),
     "flux_schnell": Family(SQUARE, {"of": "sigma", "scale": 1}),
     "pixart": Family(SQUARE | PLAIN, {"part": "first"}, (4, 10)),
@@ -81,45 +83,48 @@ def called(pipe: Any, x_1: Tensor, num_steps: int, **options: Any) -> Tensor:
     return torch.as_tensor(made[0])
 
 
+def guided(model: Model, pipe: Any) -> list[tuple[dict[str, Any], float | None]]:
+    """The pipeline's arguments without guidance and with it, and our scale for each."""
+    pipeline = model.manifest.pipeline
+    assert pipeline is not None
+    if pipeline.guidance is None or pipeline.off is None:
+        return [({}, None)]
+    # Pipelines that distil guidance call a second time only for a negative prompt that they are given.
+    negative = {"negative_prompt": [" ", " "]} if pipeline.guidance == "true_cfg_scale" else {}
+    return [({pipeline.guidance: scale, **negative}, scale + 1 - pipeline.off) for scale in (pipeline.off, 4.0)]
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_our_samples_are_those_of_the_pipeline(name: str, saved: Callable[[str], Path]) -> None:
-    family = FAMILIES[name]
-    folder = saved(name)
+    family, folder = FAMILIES[name], saved(name)
     model = import_pipeline(folder, family.options)
     assert isinstance(model.denoiser.network, Replay)
     found = {**model.denoiser.network.clock, **model.denoiser.network.output}
     found["prediction"] = model.manifest.prediction["type"]
     assert {fact: found[fact] for fact in family.facts} == pytest.approx(family.facts)
-    pipeline = model.manifest.pipeline
-    assert pipeline is not None
-    pipe = load_pipeline(folder, pipeline.kind)
+    assert model.manifest.pipeline is not None
+    pipe = load_pipeline(folder, model.manifest.pipeline.kind)
     pipe.scheduler = first_order(pipe.scheduler)
-    pipe.set_progress_bar_config(disable=True)
-    cond = text_conditions(model.manifest, PROMPTS)
-    x_1 = support_pipelines.noise(2, *model.shape)
-    scales: list[tuple[dict[str, Any], float | None]] = [({}, None)]
-    if pipeline.guidance is not None and pipeline.off is not None:
-        taken = inspect.signature(type(pipe).__call__).parameters
-        negative = {"negative_prompt": [" ", " "]} if pipeline.guidance == "true_cfg_scale" and "negative_prompt" in taken else {}
-        scales = [({pipeline.guidance: scale, **negative}, scale + 1 - pipeline.off) for scale in (pipeline.off, 4.0)]
-    made = []
-    for options, scale in scales:
+    quietly(pipe)
+    schedule = read_schedule({"_class_name": type(pipe.scheduler).__name__, **pipe.scheduler.config}, mu=1.0)
+    schedule = replace(schedule, process=model.process)
+    conditions = text_conditions(model.manifest, PROMPTS)
+    swapped = {name: value.flip(0) for name, value in conditions.items()}
+    x_1 = noise(2, *model.shape)
+    made: list[Tensor] = []
+    for options, scale in guided(model, pipe):
+        call = family.options | options
         for num_steps in family.steps:
-            times = grid_of(model_schedule(model, pipe), trace(pipe, num_steps, **prompted(pipe, PROMPTS), **family.options | options))
-            shown = model.cond(range(2), guidance_scale=scale, others=cond)
-            ours = sample(model, x_1, num_steps, cond=shown, grid=lambda _, times=times: times)
-            assert_same(ours, called(pipe, x_1, num_steps, **family.options | options))
-            made.append(ours)
-    # Neither the prompt nor the scale is without effect.
-    other = model.cond(range(2), guidance_scale=scales[0][1], others={n: v.flip(0) for n, v in cond.items()})
-    assert float((sample(model, x_1, 4, cond=other) - sample(model, x_1, 4, cond=model.cond(range(2), guidance_scale=scales[0][1], others=cond))).abs().max()) > 1e-3
-    if len(scales) > 1:
-        assert float((made[0] - made[2]).abs().max()) > 1e-3
+            times = grid_of(schedule, trace(pipe, num_steps, of=num_steps, **prompted(pipe, PROMPTS), **call))
 
+            def ours(cond: dict[str, Tensor], scale: float | None = scale, times: Tensor = times) -> Tensor:
+                shown = model.cond(range(2), guidance_scale=scale, others=cond)
+                return sample(model, x_1, len(times) - 1, cond=shown, grid=lambda _: times)
 
-def model_schedule(model: Model, pipe: Any) -> Any:
-    read = read_schedule({"_class_name": type(pipe.scheduler).__name__, **pipe.scheduler.config}, mu=1.0)
-    return replace(read, process=model.process)
+            made.append(ours(conditions))
+            assert_same(made[-1], called(pipe, x_1, num_steps, **call))
+            # Neither a prompt nor a scale is without effect.
+            assert all(float((other - made[-1]).abs().max()) > 1e-3 for other in (ours(swapped), *made[:-1]))
 
 
 BUDGET: Final = [
@@ -133,7 +138,22 @@ def distilled(folder: Path, options: dict[str, Any], out: Path, *words: str) -> 
     prompts = out.with_suffix(".txt")
     prompts.write_text("a cat\n\nb on a mat\na b c d\nc\n")
     call = [f"{name}={json.dumps(value)}" for name, value in options.items()]
-    main(["distill", str(folder), "--prompts", str(prompts), "--to", "4", "--out", str(out), *BUDGET, *words, "--call", *call])
+    main(
+        [
+            "distill",
+            str(folder),
+            "--prompts",
+            str(prompts),
+            "--to",
+            "4",
+            "--out",
+            str(out),
+            *BUDGET,
+            *words,
+            "--call",
+            *call,
+        ]
+    )
     return out
 
 
@@ -160,14 +180,80 @@ def test_a_student_of_prompts_alone_is_exported(
     main(["export", str(run), "--out", str(tmp_path / "out")])
     kind = json.loads((tmp_path / "out" / "model_index.json").read_text())["_class_name"]
     pipe = load_pipeline(tmp_path / "out", kind)
-    pipe.set_progress_bar_config(disable=True)
+    quietly(pipe)
     call = call_of(student.manifest, 4)
     if "sigmas" not in call and student.manifest.process["type"] == "flow":
         sigmas = [1.0, 0.75, 0.5, 0.25]
         pipe.scheduler.set_timesteps = functools.partial(pipe.scheduler.set_timesteps, sigmas=sigmas)
-    x_1 = support_pipelines.noise(2, *student.shape)
+    x_1 = noise(2, *student.shape)
     cond = student.cond(range(2), others=text_conditions(student.manifest, PROMPTS))
     del call["num_inference_steps"]
     ours = sample(student, x_1, 4, student.sampler, cond)
     assert_same(ours, called(pipe, x_1, 4, **call))
     assert float((ours - sample(load(RunFolder(run).stages()[0].path), x_1, 4, cond=cond)).abs().max()) > 1e-6
+
+
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Replay, Any]:
+    """A recording with everything that can be lied about: two branches, a shift, a negated output."""
+    tokens = tmp_path_factory.mktemp("honest")
+    pipe = support_pipelines.tiny_lumina2(tokens)
+    options = FAMILIES["lumina2"].options
+    recording, network = record(pipe, options)
+    made = trace(pipe, 4, guidance_scale=1.0, prompt=list(PROMPTS), **options)
+    verify(network, recording.schedule, made)
+    return recording, made, network, pipe
+
+
+def test_a_recording_that_lies_is_refused_with_the_fact(honest: tuple[Any, Any, Replay, Any]) -> None:
+    recording, made, _, pipe = honest
+    module = pipe.transformer
+
+    def refused(**lie: Any) -> str:
+        told = replace(recording, **lie)
+        with pytest.raises(ValueError, match=r"at step 1 |step 1 from") as error:
+            verify(replayed(told, module), told.schedule, made)
+        return str(error.value)
+
+    assert "sign or slice" in refused(output=recording.output | {"sign": 1})
+    clock = recording.clock | {"offset": recording.clock["offset"] + 0.01}
+    assert "was shown the time" in refused(clock=clock)
+    moved = replace(recording.schedule, process=FlowMatching(5.0))
+    assert "was shown the time" in refused(schedule=moved)
+    assert "lands elsewhere" in refused(schedule=replace(recording.schedule, prediction=X0()))
+
+
+def test_a_swapped_condition_is_refused_by_name(honest: tuple[Any, Any, Replay, Any]) -> None:
+    recording, made, network, _ = honest
+    first = made.steps[0]
+    arguments = first.calls[0].arguments
+    swapped = arguments | {"encoder_hidden_states": arguments["encoder_hidden_states"].flip(0)}
+    lying = Trace([replace(first, calls=(replace(first.calls[0], arguments=swapped),)), *made.steps[1:]])
+    with pytest.raises(ValueError, match=r"recorded conditions .*encoder_hidden_states.* puts out something else"):
+        verify(network, recording.schedule, lying)
+
+
+def test_what_no_clock_and_no_guidance_explains_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = support_pipelines.tiny_flux_schnell(tmp_path)
+    step = type(pipe.scheduler).step
+
+    @functools.wraps(step)
+    def squared(self: Any, model_output: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return step(self, model_output**2, *args, **kwargs)
+
+    monkeypatch.setattr(type(pipe.scheduler), "step", squared)
+    with pytest.raises(ValueError, match=r"FluxPipeline cannot be replayed: step 1 from t = 1 to .* lands elsewhere"):
+        record(pipe, SQUARE)
+    monkeypatch.undo()
+    time = type(pipe.scheduler).set_timesteps
+
+    @functools.wraps(time)
+    def curved(self: Any, *args: Any, **kwargs: Any) -> None:
+        time(self, *args, **kwargs)
+        self.timesteps = 1000 * (self.timesteps / 1000) ** 3
+
+    monkeypatch.setattr(type(pipe.scheduler), "set_timesteps", curved)
+    with pytest.raises(
+        ValueError, match=r"FluxPipeline cannot be replayed: .* no affine clock of t, sigma or the angle"
+    ):
+        record(pipe, SQUARE)

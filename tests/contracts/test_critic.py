@@ -49,9 +49,9 @@ from halfstep.objectives import (
 )
 from halfstep.objectives.adversarial import critic_of
 from halfstep.runtime.processes import make_accelerator
-from support_pipelines import replay
 from halfstep.train.engine import StageTrainer
 from support import ToyHalf, Watched, members, numbers, toy_denoiser
+from support_pipelines import replay
 
 SIZE = 64
 LATE = 10**6

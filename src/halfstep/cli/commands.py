@@ -154,7 +154,10 @@ def distill(argv: Sequence[str]) -> None:
         where, stage = str(folder.path), folder.name
     if recipe is None:
         if not has_prompts and not any(token.partition("=")[0] == "--data.source" for token in rest):
-            raise UsageError(f"{where} lies outside its run, so its data is not known: add --data SOURCE, or --prompts TEXT for a pipeline")
+            raise UsageError(
+                f"{where} lies outside its run, so its data is not known: add --data SOURCE, or "
+                "--prompts TEXT for a pipeline"
+            )
         recipe = Recipe(name="distilled", chain=SECOND_ORDER)
     for name in (word.partition("=")[0].replace("_", "-") for word in rest):
         if name.startswith(("--network.", "--teacher.", "--model.")) and name != "--model.weighting":
@@ -193,10 +196,13 @@ def _with_samples(arguments: DistillArguments, model: Model, out: Path) -> Recip
     folder, recipe = out.with_name(f"{out.name}-data"), arguments.recipe
     if arguments.dry_run:
         raise UsageError(
-            f"a dry run samples nothing. Sample first: halfstep encode MODEL --prompts {arguments.prompts} --out {folder}"
+            f"a dry run samples nothing. Sample first: halfstep encode MODEL --prompts {arguments.prompts} --out "
+            f"{folder}"
         )
     if launched() > 1:
-        raise UsageError(f"--prompts samples in one process. Sample first, by halfstep encode, and give --data {folder}")
+        raise UsageError(
+            f"--prompts samples in one process. Sample first, by halfstep encode, and give --data {folder}"
+        )
     learned = recipe.matching.guidance
     sample_prompts(
         model, arguments.prompts, folder, None if learned is None else learned.default_scale, NUM_STEPS, recipe.seed, 8,

@@ -11,8 +11,8 @@ import tyro
 from halfstep.cli.arguments import device_of, options_from
 from halfstep.cli.usage import UsageError, check_least, parse
 from halfstep.cli.words import console_for
-from halfstep.data import encode as encode_images
 from halfstep.data import LatentData, Prompts, read_captions, read_classes, read_prompts
+from halfstep.data import encode as encode_images
 from halfstep.data.images import Preparation
 from halfstep.hub import (
     PIXELS,
@@ -148,8 +148,8 @@ def encode(argv: Sequence[str]) -> None:
     made = tuple(encoder.images(images.loaded([0]).fetch(torch.tensor([0])).x0).shape[1:])
     if made != needed:
         raise UsageError(
-            f"images as large as {images.files[0]} become latents of shape {list(made)}, but the network of {arguments.pipeline} "
-            f"takes {list(needed)}: choose another --image-size"
+            f"images as large as {images.files[0]} become latents of shape {list(made)}, but the network of "
+            f"{arguments.pipeline} takes {list(needed)}: choose another --image-size"
         )
     console = console_for()
     found = encode_images(

@@ -52,7 +52,6 @@ class Denoiser(nn.Module, ABC):
         result: Denoised = super().__call__(x_t, t, cond)
         return result
 
-
     def guided(self, x_t: Tensor, t: Tensor | float, without: Denoised, with_: Denoised, scale: Tensor) -> Denoised:
         """Return the estimates without conditions, moved towards and beyond those with them; scale 1 is these."""
         return Denoised(
@@ -100,7 +99,6 @@ class NetworkDenoiser(Denoiser):
                 f"{type(self.prediction).__name__} needs {needed}"
             )
         return self.prediction.denoised(output.to(x_t.dtype), x_t, *self.process.amplitudes(t))
-
 
     def guided(self, x_t: Tensor, t: Tensor | float, without: Denoised, with_: Denoised, scale: Tensor) -> Denoised:
         if not getattr(self.network, "restores_norm", False):

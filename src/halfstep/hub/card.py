@@ -95,8 +95,8 @@ def model_card(
         )
     elif is_flow:
         notes += (
-            "\nThe scheduler's own spacing is another, and the pipeline takes no `sigmas`: bind them to the scheduler, as "
-            "above, with k / N falling from 1, before the shift, which it applies itself.\n"
+            "\nThe scheduler's own spacing is another, and the pipeline takes no `sigmas`: bind them to the scheduler, "
+            "as above, with k / N falling from 1, before the shift, which it applies itself.\n"
         )
         sigmas, imports = _python(sigmas_of(own or max(exact))), "from functools import partial\n\n"
         line = f"pipe.scheduler.set_timesteps = partial(pipe.scheduler.set_timesteps, sigmas={sigmas})\n{line}"

@@ -1,4 +1,4 @@
-"""A pipeline's own parts as callables: images to latents, texts to conditions, and latents to what the pipeline makes."""
+"""A pipeline's own parts as callables: images to latents and back, texts to conditions."""
 
 import inspect
 import json
@@ -35,7 +35,9 @@ def encoder_of(model: Model, device: str | torch.device = "cpu", class_names: Se
     manifest, pipeline = model.manifest, _pipeline_of(model.manifest)
     folder = fetch(pipeline.folder)
     if manifest.num_classes < len(class_names):
-        raise ValueError(f"the network in {folder} knows {manifest.num_classes} classes, but the images have {len(class_names)}")
+        raise ValueError(
+            f"the network in {folder} knows {manifest.num_classes} classes, but the images have {len(class_names)}"
+        )
     numbers = {name: number for number, name in enumerate(class_names)} | {"": manifest.num_classes}
     vae, shift, scale = _vae(folder, device)
 
@@ -91,7 +93,9 @@ def _vae(folder: Path, device: str | torch.device) -> tuple[Any, float, float]:
 
 
 @torch.no_grad()
-def text_conditions(manifest: Manifest, captions: Sequence[str], device: str | torch.device = "cpu") -> dict[str, Tensor]:
+def text_conditions(
+    manifest: Manifest, captions: Sequence[str], device: str | torch.device = "cpu"
+) -> dict[str, Tensor]:
     """Return the conditions of captions by name, each `[len(captions), ...]`, as the model's pipeline feeds them.
 
     Raises:

@@ -127,7 +127,11 @@ def _recorded(source: str | Path, folder: Path, pipeline: Pipeline) -> Model:
     labels = null.get("class_labels") if set(recording.conditions) == {"class_labels"} else None
     return _teacher(
         folder.name, network, recording.schedule,
-        pipeline.model_copy(update={"component": component, "guidance": recording.guidance, "off": recording.off, "scale": recording.scale}),
+        pipeline.model_copy(
+            update={
+                "component": component, "guidance": recording.guidance, "off": recording.off, "scale": recording.scale
+            }
+        ),
         f"{source} (weights sha256 {_digest(folder / component)})",
         shape=recording.shape, num_classes=0 if labels is None else int(labels),
         conditions={} if labels is not None else recording.conditions, is_image=False, null=null,

@@ -133,8 +133,11 @@ def component_of(pipe: Any) -> str:
     Raises:
         ValueError: if it has none or several.
     """
-    found = [name for name, part in pipe.components.items()
-             if name in ("transformer", "transformer_2", "unet", "prior", "decoder") and part is not None]
+    found = [
+        name
+        for name, part in pipe.components.items()
+        if name in ("transformer", "transformer_2", "unet", "prior", "decoder") and part is not None
+    ]
     if len(found) != 1 or found[0] not in ("transformer", "unet"):
         raise ValueError(
             f"a {type(pipe).__name__} has {', '.join(found) or 'no transformer or unet'}, and one denoiser is needed"
@@ -152,7 +155,9 @@ def prompted(pipe: Any, prompts: Sequence[Any]) -> dict[str, Any]:
     for name in ("prompt", "class_labels"):
         if name in taken:
             return {name: list(prompts)}
-    raise ValueError(f"the call of a {type(pipe).__name__} takes neither prompt nor class_labels, so it is not recorded")
+    raise ValueError(
+        f"the call of a {type(pipe).__name__} takes neither prompt nor class_labels, so it is not recorded"
+    )
 
 
 def trace(pipe: Any, num_steps: int, *, of: int = STEPS, computed: bool = True, **call: Any) -> Trace:
@@ -223,7 +228,9 @@ def trace(pipe: Any, num_steps: int, *, of: int = STEPS, computed: bool = True, 
             hook.remove()
         for part, name in ((scheduler, "step"), (scheduler, "set_timesteps"), (module, "forward")):
             vars(part).pop(name, None)
-    raise ValueError(f"{type(pipe).__name__} took {len(found.steps)} steps of its scheduler, and {num_steps} were asked for")
+    raise ValueError(
+        f"{type(pipe).__name__} took {len(found.steps)} steps of its scheduler, and {num_steps} were asked for"
+    )
 
 
 def _zeros(sample: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -310,7 +317,7 @@ def replayed(recording: Recording, module: Any) -> Replay:
             type(module).__name__, config, recording.call, recording.clock, recording.output,
             recording.schedule.num_train_timesteps,
         )  # fmt: skip
-    network.model = module
+    network.hold(module)
     for name, value in recording.constants.items():
         setattr(network.constants, name, value.clone())
     return network.eval()
@@ -355,8 +362,10 @@ class _Reading:
         if len(one) != len(two):
             raise ValueError(f"the argument {path[1:]} has the length {len(one)} for one prompt and {len(two)} for two")
         kind = "tuple" if isinstance(two, tuple) else "list"
-        return {"is": kind, "items": [self.node(f"{path}.{i}", *parts) for i, parts in
-                                      enumerate(zip(one, two, later, strict=True))]}
+        return {
+            "is": kind,
+            "items": [self.node(f"{path}.{i}", *parts) for i, parts in enumerate(zip(one, two, later, strict=True))],
+        }
 
     def _tensor(self, path: str, one: Any, two: Tensor, later: Tensor) -> dict[str, Any]:
         if self._is_sample(two):
@@ -390,7 +399,9 @@ class _Reading:
         shape = list(rows[0].shape)
         if extra:
             if not isinstance(self._longest, int):
-                raise ValueError(f"the argument {path[1:]} is as long as its prompt, and no max_sequence_length bounds it")
+                raise ValueError(
+                    f"the argument {path[1:]} is as long as its prompt, and no max_sequence_length bounds it"
+                )
             shape[0] = self._longest
         return {"is": "condition", "name": self._named(path), "shape": shape, "dtype": _dtype(rows[0]), **extra}
 
@@ -411,7 +422,9 @@ def _reached(node: Mapping[str, Any], value: Any) -> Iterator[tuple[Mapping[str,
     if items is None:
         yield node, value
         return
-    pairs = ((items[name], value[name]) for name in items) if isinstance(items, Mapping) else zip(items, value, strict=True)
+    pairs = (
+        ((items[name], value[name]) for name in items) if isinstance(items, Mapping) else zip(items, value, strict=True)
+    )
     for item, part in pairs:
         yield from _reached(item, part)
 
@@ -423,7 +436,9 @@ def conditions_in(call: Mapping[str, Any], made: Call, batch: int, first: int = 
         first: the row where the batch begins; a guided call has two.
     """
     found: dict[str, Tensor] = {}
-    values = {node["name"]: (node, value) for node, value in _reached(call, made.arguments) if node["is"] == "condition"}
+    values = {
+        node["name"]: (node, value) for node, value in _reached(call, made.arguments) if node["is"] == "condition"
+    }
     lengths = [value.shape[1] for node, value in values.values() if node.get("ragged") and value is not None]
     for name, (node, value) in values.items():
         if value is None:
@@ -477,9 +492,7 @@ def _unguided(call: Mapping[str, Any], step: Step, alone: Mapping[str, Tensor]) 
     return {name: value[0] for name, value in null.items()}
 
 
-def _embedded(
-    call: dict[str, Any], arguments: Mapping[str, Any], scale: float, constants: dict[str, Tensor]
-) -> bool:
+def _embedded(call: dict[str, Any], arguments: Mapping[str, Any], scale: float, constants: dict[str, Tensor]) -> bool:
     """Put the guidance scale into the recorded call where an argument changed with it; return whether one did."""
     for path in list(call["items"]):
         node, value = call["items"][path], arguments[path]
@@ -512,7 +525,9 @@ def fit_clock(schedule: Schedule, call: Mapping[str, Any], two: Trace) -> dict[s
         design = torch.stack([rules[of], torch.ones_like(times)], dim=1)
         solved = torch.linalg.lstsq(design, seen).solution
         scale, offset = (_snapped(float(number), float(seen.abs().max())) for number in solved)
-        if float((scale * rules[of] + offset - seen).abs().max()) <= CLOCK_TOLERANCE * max(1.0, float(seen.abs().max())):
+        if float((scale * rules[of] + offset - seen).abs().max()) <= CLOCK_TOLERANCE * max(
+            1.0, float(seen.abs().max())
+        ):
             clock = {"of": of, "scale": scale, "offset": offset}
             return clock if of == "u" else clock | {"process": processes.describe(schedule.process)}
     raise ValueError(
@@ -529,7 +544,9 @@ def _snapped(number: float, size: float) -> float:
 
 def _shown(call: Mapping[str, Any], step: Step) -> float:
     """The time that the denoiser was shown."""
-    found = [float(value.flatten()[0]) for node, value in _reached(call, step.calls[0].arguments) if node["is"] == "time"]
+    found = [
+        float(value.flatten()[0]) for node, value in _reached(call, step.calls[0].arguments) if node["is"] == "time"
+    ]
     if not found:
         raise ValueError("no argument of its denoiser changes from step to step as a time does")
     return found[0]
@@ -551,8 +568,8 @@ def _output(step: Step) -> dict[str, Any]:
                 if _near(sign * found.reshape(wanted.shape), wanted):
                     return {"sign": sign, "part": part}
     raise ValueError(
-        f"its denoiser puts out {list(made.shape)}, and neither that nor its first or last channels, of either sign, is "
-        f"what its scheduler steps with ({list(wanted.shape)})"
+        f"its denoiser puts out {list(made.shape)}, and neither that nor its first or last channels, of either sign, "
+        f"is what its scheduler steps with ({list(wanted.shape)})"
     )
 
 
@@ -589,7 +606,9 @@ def verify(network: Replay, schedule: Schedule, made: Trace) -> None:
             cond[GUIDANCE] = torch.ones(batch)
         told, shown = float(network.timestep(time)[0]), _shown(network.call, step)
         if abs(told - shown) > TOLERANCE * max(1e-2, abs(shown)):
-            raise ValueError(f"at step {place + 1} its denoiser was shown the time {shown:.6g}, but the clock says {told:.6g}")
+            raise ValueError(
+                f"at step {place + 1} its denoiser was shown the time {shown:.6g}, but the clock says {told:.6g}"
+            )
         recorded = step.calls[0].output
         assert recorded is not None
         if (off := difference(network.raw(x_t, time, **cond), recorded)) > TOLERANCE:
@@ -605,9 +624,9 @@ def verify(network: Replay, schedule: Schedule, made: Trace) -> None:
         landed = ddim_step(denoiser(x_t, grid[place].expand(batch), cond), schedule.process, float(grid[place + 1]))
         if (off := difference(landed, step.after)) > TOLERANCE:
             raise ValueError(
-                f"step {place + 1} from t = {float(grid[place]):.4g} to {float(grid[place + 1]):.4g} on {schedule.process} "
-                f"with an output that means {type(schedule.prediction).__name__} lands elsewhere than the scheduler's (by "
-                f"{off:.2g} of its size)"
+                f"step {place + 1} from t = {float(grid[place]):.4g} to {float(grid[place + 1]):.4g} on "
+                f"{schedule.process} with an output that means {type(schedule.prediction).__name__} lands elsewhere "
+                f"than the scheduler's (by {off:.2g} of its size)"
             )
 
 
@@ -630,8 +649,8 @@ def verify_guided(call: Mapping[str, Any], alone: Mapping[str, Tensor], step: St
             if _near(found, wanted):
                 return Guiding(more, rescale)
     raise ValueError(
-        f"at a guidance scale of {SCALE:g} it steps with neither u + s (c - u) nor c + s (c - u) of its conditioned and "
-        "unconditioned outputs, with or without their norm restored"
+        f"at a guidance scale of {SCALE:g} it steps with neither u + s (c - u) nor c + s (c - u) of its conditioned "
+        "and unconditioned outputs, with or without their norm restored"
     )
 
 
@@ -640,7 +659,9 @@ def _cut(made: Tensor, like: Tensor) -> Tensor:
 
 
 def _config(scheduler: Any) -> dict[str, Any]:
-    return {"_class_name": type(scheduler).__name__, **scheduler.config}
+    # Without what it says of its own defaults, which would undo what a pipeline has set.
+    fields = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+    return {"_class_name": type(scheduler).__name__, **fields}
 
 
 @torch.no_grad()
@@ -661,13 +682,15 @@ def verify_export(pipe: Any, model: Model, **call: Any) -> None:
     prompts: Sequence[Any] = (0, 1) if manifest.num_classes else PROMPTS
     made = trace(pipe, count, of=count, **prompted(pipe, prompts), **call)
     if any(len(step.calls) != 1 or _is_guided(step, 2) for step in made.steps):
-        raise ValueError(f"the exported {type(pipe).__name__} calls its network more than once a step, called with {call}")
+        raise ValueError(
+            f"the exported {type(pipe).__name__} calls its network more than once a step, called with {call}"
+        )
     cond = conditions_in(manifest.network.get("base", manifest.network)["call"], made.steps[0].calls[0], 2)
     if manifest.guidance is not None and manifest.guidance["type"] == "range":
         cond[GUIDANCE] = torch.full((2,), float(call["guidance_scale"]))
     found = sample(model, made.steps[0].before, count, model.sampler, cond)
     if not (off := difference(found, made.steps[-1].after)) <= EXPORT_TOLERANCE:
         raise ValueError(
-            f"the exported {type(pipe).__name__} makes other samples than the model in {count} steps, by {off:.2g} of their "
-            "size. Use --format onnx, or halfstep.load in Python"
+            f"the exported {type(pipe).__name__} makes other samples than the model in {count} steps, by {off:.2g} of "
+            "their size. Use --format onnx, or halfstep.load in Python"
         )

@@ -37,6 +37,7 @@ SHIFTED_TABLES: Final = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
 """Schedulers over a table whose signal-to-noise ratios are divided by a number."""
 FLOW: Final = "FlowMatchEulerDiscreteScheduler"
 """The scheduler of flow matching."""
+KNOWN: Final = (*TABLES, *SHIFTED_TABLES, FLOW)
 PREDICTIONS: Final[dict[str, Prediction]] = {
     "epsilon": Eps(),
     "sample": X0(),
@@ -84,11 +85,9 @@ def read_schedule(config: Mapping[str, Any], mu: float | None = None) -> Schedul
         ValueError: naming the class or the fields that are not understood.
     """
     kind = config.get("_class_name")
-    if kind not in (*TABLES, *SHIFTED_TABLES, FLOW):
+    if kind not in KNOWN:
         fields = ", ".join(name for name in config if not name.startswith("_")) or "none"
-        raise ValueError(
-            f"the scheduler {kind} is not understood (fields: {fields}): known are {', '.join((*TABLES, *SHIFTED_TABLES, FLOW))}"
-        )
+        raise ValueError(f"the scheduler {kind} is not understood (fields: {fields}): known are {', '.join(KNOWN)}")
     try:
         with quiet():
             full: dict[str, Any] = dict(stock(kind).from_config(dict(config)).config)

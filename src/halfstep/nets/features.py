@@ -79,7 +79,11 @@ class _TransformerHalf(EncoderHalf):
             for node in network.conditions.values()
         }
         cond = {name: value.to(weight) if value.is_floating_point() else value for name, value in cond.items()}
-        cond |= {name + LENGTH: torch.ones(1, dtype=torch.long) for name, node in network.conditions.items() if "list" in node}
+        cond |= {
+            name + LENGTH: torch.ones(1, dtype=torch.long)
+            for name, node in network.conditions.items()
+            if "list" in node
+        }
         with torch.enable_grad():
             sample = weight.new_zeros(1, *network.sample["shape"])
             features = self(sample, weight.new_full((1,), 0.5), **cond)
@@ -94,8 +98,8 @@ class _TransformerHalf(EncoderHalf):
     def forward(self, x_t: Tensor, time: Tensor, **cond: Tensor) -> Tensor:
         found: list[Tensor] = []
 
-        def stop(module: nn.Module, arguments: object, output: object) -> None:
-            found.extend(output if isinstance(output, tuple) else [output])  # type: ignore[arg-type, list-item]
+        def stop(module: nn.Module, arguments: object, output: Any) -> None:
+            found.extend(output if isinstance(output, tuple) else [output])
             raise _Reached
 
         hook = getattr(self.network.model, self._last)[-1].register_forward_hook(stop)

@@ -37,8 +37,13 @@ class StockNetwork(Network):
         self.stock = stock
         self.num_train_timesteps = num_train_timesteps
         self.config = {name: value for name, value in config.items() if not name.startswith("_")}
-        self.model = getattr(diffusers, stock)(**self.config)
-        for part in self.model.modules():
+        self.hold(getattr(diffusers, stock)(**self.config))
+
+    @final
+    def hold(self, model: Any) -> None:
+        """Take a stock module instead of the present one."""
+        self.model = model
+        for part in model.modules():
             if hasattr(part, "dropout_prob"):
                 # DiT drops labels in training, and on dropped ones a student loses the guidance that it has learned.
                 part.dropout_prob = 0.0

@@ -87,7 +87,12 @@ def samples_of(
 
 
 def prompted_by(
-    teacher: Model, num_samples: int, *, num_steps: int | None = None, guidance_scale: float | None = None, seed: int = 0
+    teacher: Model,
+    num_samples: int,
+    *,
+    num_steps: int | None = None,
+    guidance_scale: float | None = None,
+    seed: int = 0,
 ) -> Callable[[range, Cond], Tensor]:
     """Return the map from places among `num_samples` and their conditions to the teacher's own samples, on the CPU.
 

@@ -124,7 +124,7 @@ class Manifest(Record):
         """What `guidance_scale` means for the model, whether negative prompts act, and the network calls of a step."""
         if not self.num_classes and not self.conditions:
             return "The model is shown no condition, so there is nothing to guide by: one network call a step."
-        if self.pipeline is not None and self.pipeline.scale is not None:
+        if self.guidance is None and self.pipeline is not None and self.pipeline.scale is not None:
             return (
                 f"The network takes the scale itself and was distilled at {self.pipeline.scale:g}: pass "
                 f"{self.pipeline.guidance} {self.pipeline.scale:g}, one network call a step."
