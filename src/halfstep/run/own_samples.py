@@ -117,4 +117,4 @@ def prompted_by(
 
 def _unguided(model: Model) -> float | None:
     """Return the scale that disables guidance; None where the model has learned one or knows none."""
-    return 1.0 if model.null and model.guidance is None else None
+    return 1.0 if model.null and model.guidance is None and not model.takes_scale else None
