@@ -442,6 +442,33 @@ def tiny_z_image(tokens: Path) -> Any:
     )  # fmt: skip
 
 
+def tiny_stable_audio(tokens: Path) -> Any:
+    """Stable Audio: sound, on EDM's noise levels, whose angle is the network's time."""
+    from diffusers import (
+        AutoencoderOobleck,
+        CosineDPMSolverMultistepScheduler,
+        StableAudioDiTModel,
+        StableAudioPipeline,
+        StableAudioProjectionModel,
+    )
+
+    torch.manual_seed(5)
+    transformer = StableAudioDiTModel(
+        sample_size=4, in_channels=3, num_layers=2, attention_head_dim=4, num_attention_heads=4,
+        num_key_value_attention_heads=2, out_channels=3, cross_attention_dim=4, time_proj_dim=8,
+        global_states_input_dim=8, cross_attention_input_dim=4,
+    )  # fmt: skip
+    vae = AutoencoderOobleck(
+        encoder_hidden_size=6, downsampling_ratios=[1, 2], decoder_channels=3, decoder_input_channels=3,
+        audio_channels=2, channel_multiples=[2, 4], sampling_rate=4,
+    )  # fmt: skip
+    projection = StableAudioProjectionModel(text_encoder_dim=32, conditioning_dim=4, min_value=0, max_value=32)
+    return StableAudioPipeline(
+        transformer=wake(transformer), vae=vae, scheduler=CosineDPMSolverMultistepScheduler(solver_order=2),
+        text_encoder=tiny_t5(), tokenizer=word_tokenizer(tokens), projection_model=projection,
+    )  # fmt: skip
+
+
 def tiny_auraflow(tokens: Path) -> Any:
     """AuraFlow, which no line of the library names."""
     from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel, FlowMatchEulerDiscreteScheduler

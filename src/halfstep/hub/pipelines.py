@@ -201,7 +201,8 @@ def read_kind(folder: Path) -> str:
         for name, value in index.items()
         if isinstance(value, list)
         and not (name.isidentifier() and value[:1] in ([None], ["diffusers"], ["transformers"]))
-        and not (value[:1] == ["stable_diffusion"] and name == "safety_checker")
+        # Parts that a pipeline of diffusers brings along lie in its module.
+        and not (value and isinstance(value[0], str) and hasattr(stock("pipelines"), value[0]))
     ]
     code = foreign or sorted(file.name for file in folder.rglob("*.py"))
     if not isinstance(kind, str):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from halfstep.core.denoiser import GUIDANCE, NetworkDenoiser, ddim_step
 from halfstep.core.noise import processes
-from halfstep.hub.schedulers import Schedule, first_order, read_schedule
+from halfstep.hub.schedulers import COSINE, Schedule, first_order, read_schedule
 from halfstep.hub.stock import in_one_line, quiet
 from halfstep.models.model import Model
 from halfstep.nets import LENGTH, Replay, nodes_of, takes_scale
@@ -194,8 +194,14 @@ def trace(pipe: Any, num_steps: int, *, of: int = STEPS, computed: bool = True, 
         output, sample = bound["model_output"], bound["sample"]
         result = step(*args, **kwargs) if computed else (sample,)
         place = getattr(scheduler, "step_index", None)
-        sigma = None if place is None else float(scheduler.sigmas[place - 1])
+        sigma = None if place is None else float(scheduler.sigmas[place - computed])
         moved = result[0] if isinstance(result, tuple) else result.prev_sample
+        if type(scheduler).__name__ == COSINE and place is not None:
+            # Its samples grow with their noise; the denoiser is shown them at unit variance.
+            sample, moved = (
+                value / (float(scheduler.sigmas[at]) ** 2 + 1) ** 0.5
+                for value, at in ((sample, place - computed), (moved, place))
+            )
         found.steps.append(
             Step(tuple(calls), output.clone(), float(bound["timestep"]), sigma, sample.clone(), moved.clone())
         )
@@ -386,7 +392,7 @@ class _Reading:
 
     def _is_sample(self, value: Tensor) -> bool:
         same = value.shape[:1] == self.latents.shape[:1] and value.numel() == self.latents.numel()
-        return same and torch.equal(value.reshape(self.latents.shape).float(), self.latents.float())
+        return same and difference(value.reshape(self.latents.shape), self.latents) <= CLOCK_TOLERANCE
 
     def _constant(self, path: str, value: Tensor, rows: bool) -> dict[str, Any]:
         name = self._named(path)

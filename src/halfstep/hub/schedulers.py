@@ -35,9 +35,11 @@ TABLES: Final = (
 """Schedulers over a table of betas: they differ in how they step, which is not a matter of the model."""
 SHIFTED_TABLES: Final = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
 """Schedulers over a table whose signal-to-noise ratios are divided by a number."""
+COSINE: Final = "CosineDPMSolverMultistepScheduler"
+"""The scheduler of EDM's preconditioning with the angle of (alpha, sigma) as the network's time."""
 FLOW: Final = "FlowMatchEulerDiscreteScheduler"
 """The scheduler of flow matching."""
-KNOWN: Final = (*TABLES, *SHIFTED_TABLES, FLOW)
+KNOWN: Final = (*TABLES, *SHIFTED_TABLES, COSINE, FLOW)
 PREDICTIONS: Final[dict[str, Prediction]] = {
     "epsilon": Eps(),
     "sample": X0(),
@@ -70,6 +72,8 @@ class Schedule:
 
     def time_of(self, timestep: float, sigma: float | None) -> float:
         """Return the time at a scheduler's timestep, or at its sigma on the straight path."""
+        if sigma is not None and isinstance(self.process, VPCosine):
+            return float(self.process.time_at(torch.tensor(-2 * math.log(sigma), dtype=torch.float64)))
         if not isinstance(self.process, FlowMatching) or sigma is None:
             return (timestep + 1) / self.num_train_timesteps
         return sigma / (self.process.shift - (self.process.shift - 1) * sigma)
@@ -112,6 +116,11 @@ def _read(kind: str, full: Mapping[str, Any], mu: float | None) -> Schedule:
                 raise ValueError(f"{kind} has use_dynamic_shifting True, and no size of the samples says by how much")
             shift = mu if full["time_shift_type"] == "linear" else math.exp(mu)
         return Schedule(FlowMatching(shift), FlowVelocity(), False, num, False)
+    if kind == COSINE:
+        _refuse(kind, full, {"sigma_data": 1.0, "prediction_type": "v_prediction", "final_sigmas_type": "zero"})
+        # Its samples, scaled as the network takes them, preserve variance.
+        bounds = (-2 * math.log(float(full[bound])) for bound in ("sigma_max", "sigma_min"))
+        return Schedule(VPCosine(*bounds), V(), False, num, False)
     if name == "flow_prediction":
         raise ValueError(f"{kind} has prediction_type {name!r} on a table of betas: its use_flow_sigmas must be true")
     if name not in PREDICTIONS:
@@ -170,6 +179,9 @@ def first_order(scheduler: Any) -> Any:
     fields = {"timestep_spacing": "trailing", "clip_sample": False, "thresholding": False, "steps_offset": 1}
     if kind == FLOW:
         return scheduler
+    if kind == COSINE:
+        own = type(scheduler)
+        return type(kind, (own,), {"step": _step_without_noise}).from_config(config)
     if config.get("use_flow_sigmas"):
         named = ("num_train_timesteps", "use_dynamic_shifting", "time_shift_type")
         kept = {name: config[name] for name in named if config.get(name) is not None}
@@ -177,6 +189,18 @@ def first_order(scheduler: Any) -> Any:
     other = "CogVideoXDDIMScheduler" if kind in SHIFTED_TABLES else "DDIMScheduler"
     with quiet():
         return stock(other).from_config(config | fields)
+
+
+def _step_without_noise(
+    self: Any, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True
+) -> Any:
+    """Take DDIM's step instead of a scheduler's that draws noise."""
+    from diffusers.schedulers.scheduling_utils import SchedulerOutput
+
+    here, there = self.sigmas[self.step_index], self.sigmas[self.step_index + 1]
+    x0 = self.precondition_outputs(sample, model_output, here)
+    self._step_index += 1
+    return SchedulerOutput(prev_sample=x0 + there / here * (sample - x0))
 
 
 def times_of(scheduler: Any, num_steps: int) -> Tensor:
