@@ -17,9 +17,10 @@ from torch import Tensor
 
 import support_pipelines
 from halfstep.cli import main
-from halfstep.core.noise import FlowMatching
+from halfstep.core.denoiser import NetworkDenoiser
+from halfstep.core.noise import FlowMatching, processes
 from halfstep.core.prediction import X0
-from halfstep.hub import import_pipeline, text_conditions
+from halfstep.hub import export_pipeline, import_pipeline, text_conditions
 from halfstep.hub.card import call_of
 from halfstep.hub.pipelines import load_pipeline
 from halfstep.hub.recording import Trace, grid_of, prompted, record, replayed, trace, verify
@@ -198,6 +199,8 @@ def test_a_student_of_prompts_alone_is_exported(
     pipe = load_pipeline(tmp_path / "out", kind)
     quietly(pipe)
     call = call_of(student.manifest, 4)
+    if name == "flux" and not words:
+        assert call["guidance_scale"] == 3.5
     if "sigmas" not in call and student.manifest.process["type"] == "flow":
         sigmas = [1.0, 0.75, 0.5, 0.25]
         pipe.scheduler.set_timesteps = functools.partial(pipe.scheduler.set_timesteps, sigmas=sigmas)
@@ -294,6 +297,17 @@ def test_low_rank_additions_are_loaded_by_the_pipeline(name: str, saved: Callabl
     ours = sample(student, x_1, 4, cond=cond)
     assert_same(ours, called(pipe, x_1, 4, **call))
     assert float((ours - before).abs().max()) > 10 * 1e-4
+
+
+def test_an_export_that_samples_otherwise_is_refused(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    """The network's clock is that of another shift than the process of its samples."""
+    model = import_pipeline(saved("flux"), FAMILIES["flux"].options)
+    other = FlowMatching(5.0)
+    manifest = model.manifest.model_copy(update={"process": processes.describe(other)})
+    bent = Model(NetworkDenoiser(model.denoiser.network, other, model.denoiser.prediction), manifest)
+    with pytest.raises(ValueError, match="the exported FluxPipeline makes other samples than the model in 2 steps"):
+        export_pipeline(bent, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_prompts_cannot_do_is_one_line(saved: Callable[[str], Path], tmp_path: Path, capsys: Capture) -> None:

@@ -119,8 +119,8 @@ def _read(kind: str, full: Mapping[str, Any], mu: float | None) -> Schedule:
     if kind == COSINE:
         _refuse(kind, full, {"sigma_data": 1.0, "prediction_type": "v_prediction", "final_sigmas_type": "zero"})
         # Its samples, scaled as the network takes them, preserve variance.
-        bounds = (-2 * math.log(float(full[bound])) for bound in ("sigma_max", "sigma_min"))
-        return Schedule(VPCosine(*bounds), V(), False, num, False)
+        noisiest, cleanest = (-2 * math.log(float(full[name])) for name in ("sigma_max", "sigma_min"))
+        return Schedule(VPCosine(noisiest, cleanest), V(), False, num, False)
     if name == "flow_prediction":
         raise ValueError(f"{kind} has prediction_type {name!r} on a table of betas: its use_flow_sigmas must be true")
     if name not in PREDICTIONS:
@@ -180,8 +180,8 @@ def first_order(scheduler: Any) -> Any:
     if kind == FLOW:
         return scheduler
     if kind == COSINE:
-        own = type(scheduler)
-        return type(kind, (own,), {"step": _step_without_noise}).from_config(config)
+        quieter: Any = type(kind, (type(scheduler),), {"step": _step_without_noise})
+        return quieter.from_config(config)
     if config.get("use_flow_sigmas"):
         named = ("num_train_timesteps", "use_dynamic_shifting", "time_shift_type")
         kept = {name: config[name] for name in named if config.get(name) is not None}
