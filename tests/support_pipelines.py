@@ -20,6 +20,27 @@ def wake(module: nn.Module, scale: float = 0.3) -> nn.Module:
     return module.eval()
 
 
+def replay(stock: str, config: dict[str, Any], conditions: dict[str, tuple[int, ...]], **items: Any) -> Any:
+    """A network of diffusers on a table, whose call is written by hand: its first argument is the sample."""
+    from halfstep.nets import Replay
+
+    side, channels = config["sample_size"], config["in_channels"]
+    name = "sample" if stock.startswith("UNet") else "hidden_states"
+    call = {
+        name: {"is": "sample", "shape": [channels, side, side]},
+        "timestep": {"is": "time", "dims": []},
+        **{
+            key: {"is": "condition", "name": key, "shape": list(shape), "dtype": "float32" if shape else "int64"}
+            for key, shape in conditions.items()
+        },
+        **items,
+    }
+    return Replay(
+        stock, config, {"is": "dict", "items": call}, {"of": "u", "scale": 1000.0, "offset": -1.0},
+        {"sign": 1, "part": "all"},
+    )  # fmt: skip
+
+
 def tiny_unet(seed: int = 0, **changes: Any) -> Any:
     from diffusers import UNet2DModel
 
@@ -114,6 +135,23 @@ def save_sd(folder: Path, tokens: Path, prediction: str = "epsilon", width: int 
     return folder
 
 
+def tiny_lcm(tokens: Path) -> Any:
+    """Stable Diffusion whose U-Net takes the guidance scale itself, in sinusoids."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+
+    torch.manual_seed(4)
+    unet = UNet2DConditionModel(
+        sample_size=4, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16, attention_head_dim=8, norm_num_groups=8, time_cond_proj_dim=32,
+    )  # fmt: skip
+    return StableDiffusionPipeline(
+        vae=tiny_vae(), text_encoder=tiny_text_encoder(), tokenizer=tiny_tokenizer(tokens), unet=wake(unet),
+        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1, prediction_type="v_prediction", **SD_SCHEDULER),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
 def save_sd3(folder: Path, tokens: Path, shift: float = 3.0) -> Path:
     """Stable Diffusion 3's layout, without its third text encoder."""
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
@@ -148,3 +186,319 @@ def quietly(pipe: Any) -> Any:
     """The pipeline without its progress bar."""
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def word_tokenizer(folder: Path) -> Any:
+    """A fast tokenizer of single letters and short words, which pads and ends its texts as T5's and Qwen's do."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "</s>", "<unk>", *(chr(code) for code in range(ord("a"), ord("z") + 1))]
+    made = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=16,
+        chat_template=template,
+    )  # fmt: skip
+
+
+def tiny_t5(width: int = 32, seed: int = 8) -> Any:
+    from transformers import T5Config, T5EncoderModel
+
+    torch.manual_seed(seed)
+    return T5EncoderModel(
+        T5Config(vocab_size=60, d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2, tie_word_embeddings=False)
+    ).eval()
+
+
+def tiny_sdxl(tokens: Path) -> Any:
+    """Stable Diffusion XL: sizes, pooled texts, and zeros for no text."""
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+
+    torch.manual_seed(4)
+    unet = UNet2DConditionModel(
+        sample_size=4, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32, attention_head_dim=8, norm_num_groups=8, addition_embed_type="text_time",
+        addition_time_embed_dim=4, projection_class_embeddings_input_dim=6 * 4 + 16,
+    )  # fmt: skip
+    return StableDiffusionXLPipeline(
+        vae=tiny_vae(), text_encoder=tiny_text_encoder(), tokenizer=tiny_tokenizer(tokens), unet=wake(unet),
+        text_encoder_2=tiny_text_encoder(projection=True, seed=6), tokenizer_2=tiny_tokenizer(tokens),
+        scheduler=EulerDiscreteScheduler(**SD_SCHEDULER, timestep_spacing="leading", steps_offset=1),
+        add_watermarker=False,
+    )  # fmt: skip
+
+
+def tiny_flux(tokens: Path, embedded: bool = True) -> Any:
+    """Flux.1: packed latents, positions, a shift that grows with the size, and (dev) a guidance input."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    torch.manual_seed(5)
+    transformer = FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=16, axes_dims_rope=(4, 4, 8), guidance_embeds=embedded,
+    )  # fmt: skip
+    return FluxPipeline(
+        transformer=wake(transformer), scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
+        vae=tiny_vae(shift_factor=0.1, scaling_factor=0.36, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=tiny_text_encoder(), tokenizer=tiny_tokenizer(tokens),
+        text_encoder_2=tiny_t5(), tokenizer_2=word_tokenizer(tokens),
+    )  # fmt: skip
+
+
+def tiny_flux_schnell(tokens: Path) -> Any:
+    """Flux.1 schnell: no guidance input."""
+    return tiny_flux(tokens, embedded=False)
+
+
+def tiny_decoder(kind: str, **changes: Any) -> Any:
+    """A language model of transformers whose hidden states are texts to an image model."""
+    import transformers
+
+    torch.manual_seed(9)
+    settings: dict[str, Any] = {
+        "vocab_size": 140, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1,
+        "eos_token_id": 1,
+    }  # fmt: skip
+    config = getattr(transformers, f"{kind}Config")(**settings | changes)
+    return getattr(transformers, f"{kind}Model")(config).eval()
+
+
+def letter_tokenizer() -> Any:
+    """As `word_tokenizer`, but every character is a token: templates of chats are long."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<unk>", *(chr(code) for code in range(32, 127))]
+    made = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", unk_token="<unk>", model_max_length=512)
+
+
+def tiny_pixart(tokens: Path) -> Any:
+    """PixArt: a mask of the text, and a learned variance."""
+    from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
+
+    torch.manual_seed(5)
+    transformer = PixArtTransformer2DModel(
+        sample_size=4, num_layers=2, patch_size=2, attention_head_dim=8, num_attention_heads=2, caption_channels=32,
+        in_channels=4, cross_attention_dim=16, out_channels=8, use_additional_conditions=False,
+    )  # fmt: skip
+    return PixArtAlphaPipeline(
+        transformer=wake(transformer), vae=tiny_vae(), text_encoder=tiny_t5(), tokenizer=word_tokenizer(tokens),
+        scheduler=DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02),
+    )  # fmt: skip
+
+
+def tiny_umt5(width: int = 32) -> Any:
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    torch.manual_seed(8)
+    return UMT5EncoderModel(
+        UMT5Config(vocab_size=60, d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2, tie_word_embeddings=False)
+    ).eval()
+
+
+def tiny_wan(tokens: Path) -> Any:
+    """Wan 2.1: video, two calls a step under guidance, a multistep solver on the path of flow matching."""
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+
+    torch.manual_seed(5)
+    transformer = WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=16, out_channels=16,
+        text_dim=32, freq_dim=16, ffn_dim=32, num_layers=2, cross_attn_norm=True, rope_max_seq_len=32,
+    )  # fmt: skip
+    vae = AutoencoderKLWan(
+        base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+    )
+    scheduler = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
+    return WanPipeline(
+        transformer=wake(transformer), vae=vae, scheduler=scheduler, text_encoder=tiny_umt5(),
+        tokenizer=word_tokenizer(tokens), transformer_2=None,
+    )  # fmt: skip
+
+
+def tiny_qwen(tokens: Path) -> Any:
+    """Qwen-Image: packed latents, texts as long as they are, lists of sizes, guidance whose norm is restored."""
+    from diffusers import (
+        AutoencoderKLQwenImage,
+        FlowMatchEulerDiscreteScheduler,
+        QwenImagePipeline,
+        QwenImageTransformer2DModel,
+    )
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    torch.manual_seed(5)
+    transformer = QwenImageTransformer2DModel(
+        patch_size=2, in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=16, axes_dims_rope=(8, 4, 4),
+    )  # fmt: skip
+    vae = AutoencoderKLQwenImage(
+        base_dim=8, z_dim=4, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[False, True],
+        latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
+    )  # fmt: skip
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "num_key_value_heads": 2, "vocab_size": 140,
+            "rope_parameters": {"mrope_section": [1, 1, 2], "rope_type": "default", "rope_theta": 1e6},
+        },
+        vision_config={"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16},
+        vocab_size=140,
+    )  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+    )
+    return QwenImagePipeline(
+        transformer=wake(transformer), vae=vae, scheduler=scheduler, tokenizer=letter_tokenizer(),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(config).eval(),
+    )  # fmt: skip
+
+
+def tiny_sana(tokens: Path) -> Any:
+    """Sana: DPM-Solver on the path of flow matching, a mask of the text."""
+    from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
+
+    torch.manual_seed(5)
+    transformer = SanaTransformer2DModel(
+        patch_size=1, in_channels=4, out_channels=4, num_layers=2, num_attention_heads=2, attention_head_dim=4,
+        num_cross_attention_heads=2, cross_attention_head_dim=4, cross_attention_dim=8, caption_channels=16,
+        sample_size=32,
+    )  # fmt: skip
+    vae = AutoencoderDC(
+        in_channels=3, latent_channels=4, attention_head_dim=2, encoder_block_types=("ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "EfficientViTBlock"), encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8), encoder_qkv_multiscales=((), (5,)), decoder_qkv_multiscales=((), (5,)),
+        encoder_layers_per_block=(1, 1), decoder_layers_per_block=[1, 1], downsample_block_type="conv",
+        upsample_block_type="interpolate", decoder_norm_types="rms_norm", decoder_act_fns="silu",
+        scaling_factor=0.41407,
+    )  # fmt: skip
+    scheduler = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
+    return SanaPipeline(
+        transformer=wake(transformer), vae=vae, scheduler=scheduler, tokenizer=word_tokenizer(tokens),
+        text_encoder=tiny_decoder("Gemma2", num_hidden_layers=1),
+    )  # fmt: skip
+
+
+def tiny_cogvideox(tokens: Path) -> Any:
+    """CogVideoX: video with its frames first, rotary tables, a table with divided ratios that ends at no signal."""
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
+
+    torch.manual_seed(5)
+    transformer = CogVideoXTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=2,
+        text_embed_dim=32, num_layers=1, sample_width=2, sample_height=2, sample_frames=9, patch_size=2,
+        max_text_seq_length=16, use_rotary_positional_embeddings=True,
+    )  # fmt: skip
+    vae = AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4,
+        block_out_channels=(8, 8, 8, 8), latent_channels=4, layers_per_block=1, norm_num_groups=2,
+        temporal_compression_ratio=4,
+    )  # fmt: skip
+    scheduler = CogVideoXDDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
+        snr_shift_scale=3.0, rescale_betas_zero_snr=True, timestep_spacing="trailing",
+    )  # fmt: skip
+    return CogVideoXPipeline(
+        transformer=wake(transformer), vae=vae, scheduler=scheduler, text_encoder=tiny_t5(),
+        tokenizer=word_tokenizer(tokens),
+    )  # fmt: skip
+
+
+def tiny_lumina2(tokens: Path) -> Any:
+    """Lumina 2: a clock that runs backwards, a negated output, two calls a step, guidance whose norm is restored."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline, Lumina2Transformer2DModel
+
+    torch.manual_seed(5)
+    transformer = Lumina2Transformer2DModel(
+        sample_size=4, patch_size=2, in_channels=4, hidden_size=12, num_layers=2, num_refiner_layers=1,
+        num_attention_heads=1, num_kv_heads=1, multiple_of=16, axes_dim_rope=(4, 4, 4), axes_lens=(300, 32, 32),
+        cap_feat_dim=16,
+    )  # fmt: skip
+    return Lumina2Pipeline(
+        transformer=wake(transformer), scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=tiny_vae(shift_factor=0.1, scaling_factor=0.36, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=tiny_decoder("Gemma2"), tokenizer=word_tokenizer(tokens),
+    )  # fmt: skip
+
+
+def tiny_z_image(tokens: Path) -> Any:
+    """Z-Image: lists of samples and of texts, a clock that runs backwards, a negated output, c + s (c - u)."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+
+    torch.manual_seed(5)
+    transformer = ZImageTransformer2DModel(
+        in_channels=4, dim=16, n_layers=1, n_refiner_layers=1, n_heads=1, n_kv_heads=1, qk_norm=True, cap_feat_dim=16,
+        axes_dims=[8, 4, 4], axes_lens=[256, 32, 32],
+    )  # fmt: skip
+    return ZImagePipeline(
+        transformer=wake(transformer), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=tiny_vae(shift_factor=0.1, scaling_factor=0.36, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=tiny_decoder("Qwen3"), tokenizer=word_tokenizer(tokens),
+    )  # fmt: skip
+
+
+def tiny_stable_audio(tokens: Path) -> Any:
+    """Stable Audio: sound, on EDM's noise levels, whose angle is the network's time."""
+    from diffusers import (
+        AutoencoderOobleck,
+        CosineDPMSolverMultistepScheduler,
+        StableAudioDiTModel,
+        StableAudioPipeline,
+        StableAudioProjectionModel,
+    )
+
+    torch.manual_seed(5)
+    transformer = StableAudioDiTModel(
+        sample_size=4, in_channels=3, num_layers=2, attention_head_dim=4, num_attention_heads=4,
+        num_key_value_attention_heads=2, out_channels=3, cross_attention_dim=4, time_proj_dim=8,
+        global_states_input_dim=8, cross_attention_input_dim=4,
+    )  # fmt: skip
+    vae = AutoencoderOobleck(
+        encoder_hidden_size=6, downsampling_ratios=[1, 2], decoder_channels=3, decoder_input_channels=3,
+        audio_channels=2, channel_multiples=[2, 4], sampling_rate=4,
+    )  # fmt: skip
+    projection = StableAudioProjectionModel(text_encoder_dim=32, conditioning_dim=4, min_value=0, max_value=32)
+    return StableAudioPipeline(
+        transformer=wake(transformer), vae=vae, scheduler=CosineDPMSolverMultistepScheduler(solver_order=2),
+        text_encoder=tiny_t5(), tokenizer=word_tokenizer(tokens), projection_model=projection,
+    )  # fmt: skip
+
+
+def tiny_auraflow(tokens: Path) -> Any:
+    """AuraFlow, which no line of the library names."""
+    from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel, FlowMatchEulerDiscreteScheduler
+
+    torch.manual_seed(5)
+    transformer = AuraFlowTransformer2DModel(
+        sample_size=4, patch_size=1, in_channels=4, num_mmdit_layers=1, num_single_dit_layers=1, attention_head_dim=8,
+        num_attention_heads=4, caption_projection_dim=32, joint_attention_dim=32, pos_embed_max_size=256,
+    )  # fmt: skip
+    with torch.no_grad():
+        for weight in transformer.parameters():
+            weight.mul_(3)
+    return AuraFlowPipeline(
+        transformer=wake(transformer), scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73), vae=tiny_vae(),
+        text_encoder=tiny_umt5(), tokenizer=word_tokenizer(tokens),
+    )  # fmt: skip
+
+
+def tiny_chroma(tokens: Path) -> Any:
+    """Chroma, which no line of the library names: Flux with a mask and two calls."""
+    from diffusers import ChromaPipeline, ChromaTransformer2DModel, FlowMatchEulerDiscreteScheduler
+
+    torch.manual_seed(5)
+    transformer = ChromaTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, axes_dims_rope=(4, 4, 8), approximator_num_channels=8, approximator_hidden_dim=16,
+        approximator_layers=1,
+    )  # fmt: skip
+    return ChromaPipeline(
+        transformer=wake(transformer), scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=tiny_vae(shift_factor=0.1, scaling_factor=0.36, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=tiny_t5(), tokenizer=word_tokenizer(tokens),
+    )  # fmt: skip

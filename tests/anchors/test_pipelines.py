@@ -112,7 +112,7 @@ def test_latent_text_to_image_with_guidance(tmp_path: Path, prediction: str) -> 
     model = import_pipeline(folder)
     pipe = quietly(diffusers.StableDiffusionPipeline.from_pretrained(folder))
     x_1 = noise(2, 4, 4, 4)
-    cond = text_conditions(folder, ["a cat", "b"])
+    cond = text_conditions(model.manifest, ["a cat", "b"])
     for guidance_scale, num_steps in itertools.product((1.0, 7.5), (2, 4)):
         stock = pipe(
             ["a cat", "b"], latents=x_1, guidance_scale=guidance_scale, num_inference_steps=num_steps,
@@ -127,7 +127,7 @@ def test_a_flow_matching_transformer_with_guidance(tmp_path: Path) -> None:
     model = import_pipeline(folder)
     pipe = quietly(diffusers.StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None))
     x_1 = noise(2, 4, 4, 4)
-    cond = text_conditions(folder, ["a cat", "b"])
+    cond = text_conditions(model.manifest, ["a cat", "b"])
     for guidance_scale, num_steps in itertools.product((1.0, 5.0), (1, 4)):
         stock = pipe(
             ["a cat", "b"], latents=x_1, guidance_scale=guidance_scale, num_inference_steps=num_steps,

@@ -92,7 +92,7 @@ def test_low_rank_additions_of_the_latent_example_sample_in_stock_diffusers_as_h
     pipe.load_lora_weights(str(lora))
     after = pipe(["a b", "b"], latents=x_1, height=8, width=8, **call).images
     model = load(run)
-    cond = model.cond(range(2), others=text_conditions(pipeline, ["a b", "b"]))
+    cond = model.cond(range(2), others=text_conditions(model.manifest, ["a b", "b"]))
     assert_same(sample(model, x_1, 4, cond=cond), after)
     assert float((after - before).abs().max()) > 100 * 1e-4
 

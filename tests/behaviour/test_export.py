@@ -134,7 +134,7 @@ def test_latent_text_to_image(tmp_path: Path, guidance: dict[str, Any]) -> None:
     x_1 = noise(2, 4, 4, 4)
     asked = 1.0 if guidance["type"] == "fixed" else 3.0
     own = None if guidance["type"] == "fixed" else asked
-    texts = text_conditions(folder, ["a cat", "b"])
+    texts = text_conditions(model.manifest, ["a cat", "b"])
     for num_steps in STEPS:
         stock = pipe(
             ["a cat", "b"], latents=x_1, guidance_scale=asked, num_inference_steps=num_steps, output_type="latent",
@@ -153,7 +153,7 @@ def test_a_flow_matching_transformer(tmp_path: Path) -> None:
     folder = export_pipeline(model, tmp_path / "out")
     pipe = quietly(diffusers.StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None))
     x_1 = noise(2, 4, 4, 4)
-    cond = model.cond(range(2), others=text_conditions(folder, ["a cat", "b"]))
+    cond = model.cond(range(2), others=text_conditions(model.manifest, ["a cat", "b"]))
     for num_steps in STEPS:
         stock = pipe(
             ["a cat", "b"], latents=x_1, guidance_scale=1.0, num_inference_steps=num_steps, output_type="latent",

@@ -217,6 +217,7 @@ def here(tmp_path: Path, demo_run: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
             (tmp_path / folder).mkdir(parents=True, exist_ok=True)
             picture.save(tmp_path / folder / f"{index}.png")
         (tmp_path / "captioned" / f"{index}.txt").write_text("a b"[index % 3])
+    (tmp_path / "prompts.txt").write_text("a\nb a\n")
     return tmp_path
 
 

@@ -20,12 +20,10 @@ from halfstep.core.prediction import Denoised, V, Weighting, eps_from_x0
 from halfstep.models.students import in_precision
 from halfstep.nets import (
     MLP,
-    SD3,
-    DiT,
     EncoderHalf,
     Network,
+    Replay,
     UNet2D,
-    UNet2DCondition,
     encoder_half,
     unet2d_config,
     with_lora,
@@ -53,6 +51,7 @@ from halfstep.objectives.adversarial import critic_of
 from halfstep.runtime.processes import make_accelerator
 from halfstep.train.engine import StageTrainer
 from support import ToyHalf, Watched, members, numbers, toy_denoiser
+from support_pipelines import replay
 
 SIZE = 64
 LATE = 10**6
@@ -385,33 +384,41 @@ def unet() -> UNet2D:
     )  # fmt: skip
 
 
-def text_unet(**more: Any) -> UNet2DCondition:
-    return UNet2DCondition(
+def text_unet(**more: Any) -> Replay:
+    shown = {"is": "embedding", "width": 8, "default": 1.0} if more else {"is": "value", "value": None}
+    return replay(
+        "UNet2DConditionModel",
         {
             "sample_size": 8, "in_channels": 2, "out_channels": 2, "block_out_channels": [8, 16],
             "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
             "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
             "layers_per_block": 1, "norm_num_groups": 8, "cross_attention_dim": 8, "attention_head_dim": 4, **more,
-        }
+        },
+        {"encoder_hidden_states": (5, 8)},
+        timestep_cond=shown,
     )  # fmt: skip
 
 
-def dit(layers: int = 3) -> DiT:
-    return DiT(
+def dit(layers: int = 3) -> Replay:
+    return replay(
+        "DiTTransformer2DModel",
         {
             "sample_size": 8, "in_channels": 2, "out_channels": 2, "num_layers": layers, "num_attention_heads": 2,
             "attention_head_dim": 4, "norm_num_groups": 2, "num_embeds_ada_norm": 4, "patch_size": 2,
-        }
+        },
+        {"class_labels": ()},
     )  # fmt: skip
 
 
-def sd3(layers: int = 3) -> SD3:
-    return SD3(
+def sd3(layers: int = 3) -> Replay:
+    return replay(
+        "SD3Transformer2DModel",
         {
             "sample_size": 8, "patch_size": 2, "in_channels": 2, "out_channels": 2, "num_layers": layers,
             "attention_head_dim": 4, "num_attention_heads": 2, "joint_attention_dim": 6, "caption_projection_dim": 8,
             "pooled_projection_dim": 5, "pos_embed_max_size": 8,
-        }
+        },
+        {"encoder_hidden_states": (5, 6), "pooled_projections": (5,)},
     )  # fmt: skip
 
 
@@ -420,8 +427,8 @@ def mlp(depth: int = 3) -> MLP:
 
 
 def _tokens(output: Any) -> Tensor:
-    """The features of a transformer's block: tokens, or those of the text and of the latent."""
-    both = torch.cat([output[1], output[0]], dim=1) if isinstance(output, tuple) else output
+    """The features of a transformer's block: tokens, or those of the text and then of the latent."""
+    both = torch.cat(list(output), dim=1) if isinstance(output, tuple) else output
     return both.transpose(1, 2)
 
 

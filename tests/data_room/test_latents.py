@@ -18,7 +18,7 @@ from torch import Tensor
 
 from halfstep.core.draw import Draw
 from halfstep.data import training_batch
-from halfstep.data.captions import CaptionedImages, read_captions
+from halfstep.data.captions import CaptionedImages, Prompts, read_captions
 from halfstep.data.images import Preparation
 from halfstep.data.latents import Encoder, LatentData, encode, open_latents
 from halfstep.runtime.files import DamagedFile
@@ -447,3 +447,28 @@ def test_images_of_other_forms(images, tmp_path):
     Image.new("RGB", (32, 16)).save(tmp_path / "images/05.png")
     mixed = read_captions(tmp_path / "images")
     refused(lambda: encode(mixed, ENCODER, tmp_path / "mixed"), "00.png is 24x16", "05.png is 32x16", "size")
+
+
+def test_samples_of_prompts_go_on_where_they_were_cut(tmp_path: Path) -> None:
+    """And are those of an uncut call: each is a function of its place and its prompt."""
+
+    def sampled(places: range, conditions: dict[str, Tensor]) -> Tensor:
+        made.append(places)
+        if len(made) == stop:
+            raise Killed
+        return torch.tensor([[float(place)] for place in places]) + conditions["pooled_projections"][:, None]
+
+    captions = tuple("cat " * (index % 3) for index in range(7))
+    made: list[range] = []
+    stop = 3
+    with pytest.raises(Killed):
+        encode(Prompts("p.txt", captions, sampled), ENCODER, tmp_path / "cut", 2, 2)
+    stop = 0
+    cut = encode(Prompts("p.txt", captions, sampled), ENCODER, tmp_path / "cut", 2, 2)
+    assert [place.start for place in made] == [0, 2, 4, 4, 6]
+    whole = encode(Prompts("p.txt", captions, sampled), ENCODER, tmp_path / "whole", 2, 2)
+    assert cut.fingerprint == whole.fingerprint
+    batch = cut.fetch(torch.arange(7))
+    assert batch.x0[:, 0].tolist() == [index + index % 3 for index in range(7)]
+    with pytest.raises(ValueError, match=r"holds latents of other images than q\.txt: other captions"):
+        encode(Prompts("q.txt", captions[::-1], sampled), ENCODER, tmp_path / "cut", 2, 2)

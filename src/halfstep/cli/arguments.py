@@ -1,5 +1,6 @@
 """The arguments of the verbs that know recipes and models, and what they name: recipes, processes, devices."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,6 +84,11 @@ class DistillArguments(PlanArguments):
 
     out: Path | None = None
     """Folder of the new run; by default beside the model's run, with the steps in its name."""
+    prompts: Path | None = None
+    """Instead of data, for a pipeline: a text with a prompt on each line. The teacher's own samples of them, in
+    OUT-data, are the data."""
+    call: tuple[str, ...] = ()
+    """Arguments of a pipeline's call that are the same for all samples, such as height=512 width=512."""
 
 
 @dataclass
@@ -233,6 +239,24 @@ def recipe_of_stage(stage: StageFolder) -> Recipe | None:
 def expand_short(argv: Sequence[str], short: Mapping[str, str] = SHORT) -> list[str]:
     """Replace the short names of a recipe's options."""
     return [short.get(name, name) + equals + value for name, equals, value in (token.partition("=") for token in argv)]
+
+
+def options_from(words: Sequence[str]) -> dict[str, Any]:
+    """Return the arguments of a pipeline's call that NAME=VALUE words give; a value is JSON, or else text.
+
+    Raises:
+        UsageError: if a word has no value.
+    """
+    options: dict[str, Any] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not (name.isidentifier() and equals):
+            raise UsageError(f"--call {word}: give NAME=VALUE, such as --call height=512 width=512")
+        try:
+            options[name] = json.loads(value)
+        except ValueError:
+            options[name] = value
+    return options
 
 
 def processes_of(cpu: bool = False) -> Processes:

@@ -26,16 +26,18 @@ from halfstep.cli.arguments import (
     SampleArguments,
     device_of,
     expand_short,
+    options_from,
     processes_of,
     recipe_from,
     recipe_of_stage,
 )
 from halfstep.cli.display import RunDisplay, show_results
 from halfstep.cli.dry_run import show_plan
+from halfstep.cli.exporting import sample_prompts
 from halfstep.cli.reporting import make_report
 from halfstep.cli.usage import UsageError, check_least, parse
 from halfstep.cli.words import console_for, duration, print_json
-from halfstep.hub import decoder_of, fetch, import_pipeline, is_pipeline, release_texts, text_conditions
+from halfstep.hub import decoder_of, import_pipeline, is_pipeline, release_texts, text_conditions
 from halfstep.measure.samples import grid_image, samples_array, write_png
 from halfstep.metrics import to_uint8
 from halfstep.models.folder import find_stage, load
@@ -43,6 +45,7 @@ from halfstep.models.model import Model, samples_at_once
 from halfstep.objectives import Role
 from halfstep.recipes import Recipe, build, recipes
 from halfstep.recipes.schema import SECOND_ORDER, MatchingConfig, data_or_stand_in
+from halfstep.run.own_samples import NUM_STEPS
 from halfstep.run.runner import run as run_spec
 from halfstep.run.spec import GIVEN_TEACHER, RunSpec
 from halfstep.runs import RunFolder, read_status
@@ -140,8 +143,9 @@ def distill(argv: Sequence[str]) -> None:
         raise UsageError("the model is missing: halfstep distill MODEL --to 4")
     rest = expand_short(argv[1:])
     recipe = None
+    has_prompts = any(word.partition("=")[0] == "--prompts" for word in rest)
     if is_pipeline(argv[0]) or not Path(argv[0]).is_dir():
-        model = import_pipeline(argv[0])
+        model = import_pipeline(argv[0], options_from(_values(rest, "--call")))
         where, stage = argv[0], model.manifest.stage
     else:
         folder = find_stage(Path(argv[0]))
@@ -149,8 +153,11 @@ def distill(argv: Sequence[str]) -> None:
         recipe = recipe_of_stage(folder)
         where, stage = str(folder.path), folder.name
     if recipe is None:
-        if not any(token.partition("=")[0] == "--data.source" for token in rest):
-            raise UsageError(f"{where} lies outside its run, so its data is not known: add --data SOURCE")
+        if not has_prompts and not any(token.partition("=")[0] == "--data.source" for token in rest):
+            raise UsageError(
+                f"{where} lies outside its run, so its data is not known: add --data SOURCE, or "
+                "--prompts TEXT for a pipeline"
+            )
         recipe = Recipe(name="distilled", chain=SECOND_ORDER)
     for name in (word.partition("=")[0].replace("_", "-") for word in rest):
         if name.startswith(("--network.", "--teacher.", "--model.")) and name != "--model.weighting":
@@ -165,7 +172,43 @@ def distill(argv: Sequence[str]) -> None:
         )
     last = chain.students[-1] if chain.students else chain.end_steps
     out = arguments.out or Path("runs") / f"{arguments.recipe.name}-{stage}-to-{last}"
+    if arguments.prompts is not None:
+        arguments = replace(arguments, recipe=_with_samples(arguments, model, out))
     _carry_out(arguments, out, "chain", model)
+
+
+def _values(words: Sequence[str], option: str) -> list[str]:
+    """Return the values that follow an option."""
+    found: list[str] = []
+    taking = False
+    for word in words:
+        if word.startswith("--"):
+            taking = word.partition("=")[0] == option
+            word = word.partition("=")[2] if "=" in word else ""
+        if taking and word:
+            found.append(word)
+    return found
+
+
+def _with_samples(arguments: DistillArguments, model: Model, out: Path) -> Recipe:
+    """Sample the teacher's own data from prompts, into a folder beside the run, and return the recipe with it."""
+    assert arguments.prompts is not None
+    folder, recipe = out.with_name(f"{out.name}-data"), arguments.recipe
+    if arguments.dry_run:
+        raise UsageError(
+            f"a dry run samples nothing. Sample first: halfstep encode MODEL --prompts {arguments.prompts} --out "
+            f"{folder}"
+        )
+    if launched() > 1:
+        raise UsageError(
+            f"--prompts samples in one process. Sample first, by halfstep encode, and give --data {folder}"
+        )
+    learned = recipe.matching.guidance
+    sample_prompts(
+        model, arguments.prompts, folder, None if learned is None else learned.default_scale, NUM_STEPS, recipe.seed, 8,
+        device_of("cpu" if recipe.engine.cpu else None),
+    )  # fmt: skip
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": str(folder)})})
 
 
 def finish(argv: Sequence[str]) -> None:
@@ -301,7 +344,7 @@ def _prompted(model: Model, prompt: str | None, number: int) -> dict[str, torch.
         return {}
     if prompt is None or manifest.pipeline is None:
         raise UsageError(f"this model is shown {', '.join(manifest.conditions)}: add --prompt TEXT")
-    shown = text_conditions(fetch(manifest.pipeline.folder), [prompt])
+    shown = text_conditions(manifest, [prompt])
     release_texts()
     return {name: value.expand(number, *value.shape[1:]) for name, value in shown.items()}
 
@@ -317,10 +360,9 @@ def write_samples(x0: torch.Tensor, model: Model, seeds: range, out: Path) -> No
         write_arrays(out, arr_0=samples_array(x0, is_image))
         return
     if not is_image:
-        pipeline = model.manifest.pipeline
-        if pipeline is None:
+        if model.manifest.pipeline is None or len(model.shape) != 3:
             raise UsageError(f"samples of shape {list(model.shape)} are no images: write a .npz")
-        decode = decoder_of(fetch(pipeline.folder))
+        decode = decoder_of(model.manifest)
         x0 = torch.cat([decode(part) for part in x0.split(8)])
     pixels = to_uint8(x0).permute(0, 2, 3, 1).numpy()
     if out.suffix.lower() == ".png":

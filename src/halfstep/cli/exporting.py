@@ -1,33 +1,36 @@
 """`halfstep export` and `halfstep encode`: models to other tools, images and texts to latents."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 import tyro
 
-from halfstep.cli.arguments import device_of
+from halfstep.cli.arguments import device_of, options_from
 from halfstep.cli.usage import Switch, UsageError, check_least, parse
 from halfstep.cli.words import console_for
+from halfstep.data import LatentData, Prompts, read_captions, read_classes, read_prompts
 from halfstep.data import encode as encode_images
-from halfstep.data import read_captions, read_classes
 from halfstep.data.images import Preparation
 from halfstep.hub import (
+    PIXELS,
     encoder_of,
     export_lora,
     export_onnx,
     export_pipeline,
     export_web,
     fetch,
+    import_pipeline,
+    prompts_of,
     push_to_hub,
-    read_layout,
-    read_sample_shape,
+    read_kind,
     release_texts,
 )
 from halfstep.models.folder import find_stage, load
 from halfstep.models.model import Model
+from halfstep.run.own_samples import NUM_STEPS, prompted_by
 from halfstep.runs import RunFolder, StageFolder
 from halfstep.runtime.files import read_json, refuse_taken
 
@@ -115,17 +118,28 @@ def _export_page(arguments: ExportArguments) -> None:
 @dataclass
 class EncodeArguments:
     """Encode images, and their captions or classes, once, by a latent pipeline's own VAE and text encoders:
-    halfstep encode PIPELINE --data FOLDER --out latents. The same command again continues where it was."""
+    halfstep encode PIPELINE --data FOLDER --out latents. Without images, sample them from prompts: halfstep encode
+    PIPELINE --prompts prompts.txt --out latents. The same command again continues where it was."""
 
     pipeline: tyro.conf.Positional[str]
     """Folder of the pipeline, or its name on the Hub."""
-    data: str
-    """Images with captions (metadata.jsonl, .csv, .parquet or a .txt beside each) for a model of texts; images in a
-    folder for each class, in the order of the names of its classes, for a model of classes."""
     out: Path
     """Folder of the latents."""
+    data: str | None = None
+    """Images with captions (metadata.jsonl, .csv, .parquet or a .txt beside each) for a model of texts; images in a
+    folder for each class, in the order of the names of its classes, for a model of classes."""
+    prompts: Path | None = None
+    """Instead of images: a text with a prompt on each line, to which the pipeline's own samples are the latents."""
+    num_steps: int = NUM_STEPS
+    """With --prompts: Heun steps of each sample."""
+    guidance_scale: float | None = None
+    """With --prompts: guidance of the samples; none by default."""
+    seed: int = 0
+    """With --prompts: key of the noise."""
     image_size: int | None = None
     """Height and width to resize images to; by default the size that they all have."""
+    call: tuple[str, ...] = ()
+    """Arguments of the pipeline's call, such as height=512 width=512."""
     batch_size: int = 8
     """Images encoded at once."""
     device: str | None = None
@@ -137,21 +151,35 @@ def encode(argv: Sequence[str]) -> None:
     arguments = parse(EncodeArguments, argv, "halfstep encode")
     check_least(arguments, 1, "batch_size", "image_size")
     device = device_of(arguments.device)
-    folder = fetch(arguments.pipeline)
-    kind, layout = read_layout(folder)
-    if layout.is_image:
-        raise UsageError(f"{folder} holds a {kind}, which makes no latents: give its images to distill as they are")
+    if (arguments.data is None) == (arguments.prompts is None):
+        raise UsageError("give --data with images and captions, or --prompts with texts alone")
+    kind = read_kind(fetch(arguments.pipeline))
+    if kind in PIXELS:
+        raise UsageError(
+            f"{arguments.pipeline} holds a {kind}, which makes no latents: give its images to distill as they are"
+        )
+    if arguments.prompts is not None:
+        model = import_pipeline(arguments.pipeline, options_from(arguments.call))
+        found = sample_prompts(
+            model, arguments.prompts, arguments.out, arguments.guidance_scale, arguments.num_steps, arguments.seed,
+            arguments.batch_size, device,
+        )  # fmt: skip
+        print(f"{arguments.out}: {len(found)} latents of shape {list(found.shape)} sampled from their prompts")
+        return
+    assert arguments.data is not None
     preparation, source = Preparation(arguments.image_size, channels=3), Path(arguments.data)
-    images, names = (read_captions(source, preparation), ()) if layout.text else read_classes(source, preparation)
-    encoder = encoder_of(kind, folder, device, names)
+    model = import_pipeline(arguments.pipeline, options_from(arguments.call))
+    is_text = not model.num_classes
+    images, names = (read_captions(source, preparation), ()) if is_text else read_classes(source, preparation)
+    encoder = encoder_of(model, device, names)
     # What cannot be read is found before the folder is begun, which belongs to these very encoders.
     encoder.texts([""])
-    needed = read_sample_shape(folder, layout)
+    needed = model.shape
     made = tuple(encoder.images(images.loaded([0]).fetch(torch.tensor([0])).x0).shape[1:])
     if made != needed:
         raise UsageError(
-            f"images as large as {images.files[0]} become latents of shape {list(made)}, but the network of {folder} "
-            f"takes {list(needed)}: choose another --image-size"
+            f"images as large as {images.files[0]} become latents of shape {list(made)}, but the network of "
+            f"{arguments.pipeline} takes {list(needed)}: choose another --image-size"
         )
     console = console_for()
     found = encode_images(
@@ -165,3 +193,33 @@ def encode(argv: Sequence[str]) -> None:
     release_texts()
     shown = f"of {len(names)} classes" if names else "with their texts"
     print(f"{arguments.out}: {len(found)} latents of shape {list(found.shape)} {shown}")
+
+
+def sample_prompts(
+    model: Model, prompts: Path, out: Path, guidance_scale: float | None, num_steps: int, seed: int, batch_size: int,
+    device: torch.device,
+) -> LatentData:  # fmt: skip
+    """Write a teacher's own samples of prompts into a folder, except those that it holds, and free the text encoders.
+
+    Raises:
+        ValueError: if there are no prompts, the model takes none, or the folder holds something else.
+    """
+    if not model.manifest.conditions:
+        raise UsageError(f"{model.manifest.stage} takes no prompts: give --data")
+    captions, console = read_prompts(prompts), console_for()
+    encoder = prompts_of(model, device)
+    told = f"{encoder.key} steps {num_steps} guidance {guidance_scale} seed {seed}"
+    sampled = prompted_by(
+        model.to(device), len(captions), num_steps=num_steps, guidance_scale=guidance_scale, seed=seed
+    )
+    try:
+        return encode_images(
+            Prompts(str(prompts), captions, sampled),
+            replace(encoder, key=told),
+            out,
+            batch_size,
+            on_progress=lambda done, total: console.print(f"sampled {done} of {total}", highlight=False),
+        )
+    finally:
+        release_texts()
+        model.to("cpu")

@@ -7,6 +7,7 @@ from typing import Literal
 
 import tyro
 
+from halfstep.cli.arguments import options_from
 from halfstep.cli.usage import UsageError, parse
 from halfstep.hub import config_of, import_google_pd, import_pipeline
 from halfstep.models.folder import save_stage
@@ -20,13 +21,15 @@ class ImportArguments:
     the paper's authors (flax msgpack)."""
 
     format: tyro.conf.Positional[Literal["diffusers", "google-pd"]]
-    """diffusers: DDPM, DDIM, DiT, Stable Diffusion 1 and 2, Stable Diffusion 3, or a UNet2DModel with a scheduler.
+    """diffusers: a pipeline of prompts or classes with one denoiser, DDPM, DDIM, or a UNet2DModel with a scheduler.
     google-pd: gs://gresearch/diffusion-distillation/{cifar,imagenet,bedroom,church}_{original,64,...,1}."""
     source: tyro.conf.Positional[str]
     """diffusers: a folder, or a name on the Hub. google-pd: the .msgpack file."""
     config: str | None = None
     """google-pd: cifar10, imagenet64, bedroom128, church128, or a .json with image_size, ch, multipliers,
     layers_per_block, attention, attention_head_dim, time_embedding_dim, num_classes, prediction, start_steps."""
+    call: tuple[str, ...] = ()
+    """diffusers: arguments of the pipeline's call that stay the same, such as height=512 width=512."""
     out: Path | None = None
     """Folder of the stage; imported/NAME by default."""
 
@@ -39,10 +42,12 @@ def import_(argv: Sequence[str]) -> None:
         if arguments.config is not None:
             raise UsageError(f"--config {arguments.config} says nothing to diffusers, whose folders hold theirs")
         refuse_taken(out)
-        model = import_pipeline(arguments.source)
+        model = import_pipeline(arguments.source, options_from(arguments.call))
         manifest = model.manifest.model_copy(update={"stage": out.name})
         manifest = save_stage(StageFolder(out), model.denoiser, manifest, model.null)
     else:
+        if arguments.call:
+            raise UsageError(f"--call {arguments.call[0]} only applies to diffusers. Remove it")
         if arguments.config is None:
             raise UsageError("--config is missing: cifar10, imagenet64, bedroom128, church128, or a .json file")
         manifest = import_google_pd(Path(arguments.source), config_of(arguments.config), out)

@@ -74,6 +74,7 @@ _TRAIN: Final = (
             "halfstep distill runs/digits/stages/00-denoise --start 64 --to 4",
             "halfstep distill my-ddpm --data ~/photos --to 4 --out runs/mine",
             "halfstep distill my-sd --data latents --to 4 --matching.guidance-range 1 8",
+            "halfstep distill my-flux --prompts prompts.txt --to 4 --call height=512 width=512",
         ),
         (
             "MODEL is a run (its last stage is meant), a stage, a folder that diffusers saved, or a name on the Hub.",
@@ -153,7 +154,10 @@ _USE: Final = (
     Verb(
         "encode PIPELINE",
         "images and texts to latents, once, for a latent pipeline; resumable",
-        ("halfstep encode my-sd --data ~/captioned --out latents",),
+        (
+            "halfstep encode my-sd --data ~/captioned --out latents",
+            "halfstep encode my-flux --prompts prompts.txt --out latents",
+        ),
         codes=(0, 2, 3, 75, 130),
         module="exporting",
     ),

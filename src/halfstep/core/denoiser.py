@@ -52,6 +52,12 @@ class Denoiser(nn.Module, ABC):
         result: Denoised = super().__call__(x_t, t, cond)
         return result
 
+    def guided(self, x_t: Tensor, t: Tensor | float, without: Denoised, with_: Denoised, scale: Tensor) -> Denoised:
+        """Return the estimates without conditions, moved towards and beyond those with them; scale 1 is these."""
+        return Denoised(
+            *(none + per_sample(scale, x_t) * (some - none) for none, some in zip(without, with_, strict=True))
+        )
+
 
 @final
 class NetworkDenoiser(Denoiser):
@@ -60,7 +66,8 @@ class NetworkDenoiser(Denoiser):
     The network is any callable `(x_t, time, **cond) -> output`. `time` is t itself, in [0, 1], `[batch]`, in the dtype
     of x_t but never below float32; a network with another clock (diffusers' timesteps, log-SNR) converts it. The output
     has `prediction.channels` times the channels of x_t and is cast to the dtype of x_t: the network may compute in half
-    precision while the algebra does not.
+    precision while the algebra does not. If it has an attribute `restores_norm` that is true, guidance gives its output
+    the norm, over the last axis, that it has with conditions.
 
     Raises:
         ValueError: at the call, if the output's shape is not what the prediction needs.
@@ -92,6 +99,15 @@ class NetworkDenoiser(Denoiser):
                 f"{type(self.prediction).__name__} needs {needed}"
             )
         return self.prediction.denoised(output.to(x_t.dtype), x_t, *self.process.amplitudes(t))
+
+    def guided(self, x_t: Tensor, t: Tensor | float, without: Denoised, with_: Denoised, scale: Tensor) -> Denoised:
+        if not getattr(self.network, "restores_norm", False):
+            return super().guided(x_t, t, without, with_, scale)
+        alpha, sigma = self.process.alpha_sigma(as_clock(t, x_t))
+        none, some = (self.prediction.target(*pair, alpha, sigma) for pair in (without, with_))
+        moved = none + per_sample(scale, x_t) * (some - none)
+        moved = moved * (some.norm(dim=-1, keepdim=True) / moved.norm(dim=-1, keepdim=True))
+        return self.prediction.denoised(moved, x_t, alpha, sigma)
 
 
 @final
@@ -193,13 +209,8 @@ class Guided(Denoiser):
             raise ValueError(f"guidance needs the condition {wanted!r}, got {', '.join(sorted(cond or {})) or 'none'}")
         both = {name: torch.cat([self._null(name, value), value]) for name, value in shown.items()}
         found = self.denoiser(torch.cat([x_t, x_t]), t if isinstance(t, float) else t.repeat(2), both)
-        weight = per_sample(scale, x_t)
-
-        def guided(pair: Tensor) -> Tensor:
-            without, with_ = pair.chunk(2)
-            return without + weight * (with_ - without)
-
-        return Denoised(guided(found.x0), guided(found.eps))
+        without, with_ = (Denoised(*pair) for pair in zip(found.x0.chunk(2), found.eps.chunk(2), strict=True))
+        return self.denoiser.guided(x_t, t, without, with_, scale)
 
     def _null(self, name: str, like: Tensor) -> Tensor:
         if name not in self.null:

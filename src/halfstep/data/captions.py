@@ -7,7 +7,7 @@ in a.txt beside it.
 
 import sys
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, Final, final
@@ -68,6 +68,37 @@ class CaptionedImages:
         data = decoded(self.source, Labelled(files), self.preparation, sys.maxsize)
         assert isinstance(data, MemoryData)
         return data
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Prompts:
+    """Texts without images, whose latents are a model's own samples.
+
+    Raises:
+        ValueError: if there are none.
+    """
+
+    source: str
+    captions: tuple[str, ...]
+    sampled: Callable[[range, Mapping[str, Tensor]], Tensor]
+    """From their places and conditions to latents `[n, *dims]`."""
+
+    def __post_init__(self) -> None:
+        if not self.captions:
+            raise ValueError(f"{self.source} holds no prompts: write one on each line")
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """Return the lines of a text file that are not empty.
+
+    Raises:
+        ValueError: if it is missing or no text.
+    """
+    return tuple(line.strip() for line in _read_text(path.expanduser()).splitlines() if line.strip())
 
 
 def read_captions(folder: Path, preparation: Preparation = RGB) -> CaptionedImages:

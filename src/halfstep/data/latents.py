@@ -28,7 +28,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from halfstep.data.base import Data
-from halfstep.data.captions import CaptionedImages
+from halfstep.data.captions import CaptionedImages, Prompts
 from halfstep.objectives.base import Batch
 from halfstep.runtime.files import DamagedFile, InUse, read_json, sha256_of, sweep, write_json
 from halfstep.runtime.tensors import write_tensors
@@ -186,7 +186,7 @@ def open_latents(folder: Path) -> LatentData:
 
 
 def encode(
-    images: CaptionedImages,
+    images: CaptionedImages | Prompts,
     encoder: Encoder,
     folder: Path,
     batch_size: int = 8,
@@ -246,7 +246,7 @@ def _check_folder(root: Path) -> None:
 
 
 def _begin(
-    images: CaptionedImages, encoder: Encoder, root: Path, shard_size: int, class_names: tuple[str, ...]
+    images: CaptionedImages | Prompts, encoder: Encoder, root: Path, shard_size: int, class_names: tuple[str, ...]
 ) -> Index:
     """Return the index of the folder, written now if there is none."""
     if not (root / INDEX).exists():
@@ -283,8 +283,12 @@ def _differs(then: Origin, now: Origin) -> str:
     return "other " + " and ".join(word for name, word in kinds.items() if getattr(then, name) != getattr(now, name))
 
 
-def _origin(images: CaptionedImages) -> Origin:
+def _origin(images: CaptionedImages | Prompts) -> Origin:
     """Identify the images; reads all files."""
+    if isinstance(images, Prompts):
+        return Origin(
+            count=len(images), names="", contents="", captions=_digest(images.captions), preparation={"sampled": True}
+        )
     paths = [images.root / path for path in images.files]
     try:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -313,7 +317,7 @@ def _digest(values: Iterable[Any]) -> str:
 class _Encoding:
     """Fills a folder, recording each file once it is whole."""
 
-    images: CaptionedImages
+    images: CaptionedImages | Prompts
     encoder: Encoder
     root: Path
     batch_size: int
@@ -353,26 +357,34 @@ class _Encoding:
         return done
 
     def _encode(self, part: range) -> dict[str, Tensor]:
-        """Return latents and conditions of a batch of images, on the CPU."""
+        """Return latents and conditions of a batch of images or prompts, on the CPU."""
+        captions = [self.images.captions[index] for index in part]
+        with torch.no_grad():
+            conditions = self.encoder.texts(captions)
+        if isinstance(self.images, Prompts):
+            return self._known({LATENTS: self.images.sampled(part, conditions), **conditions}, captions)
         x0 = self.images.loaded(part).fetch(torch.arange(len(part))).x0
         names = [str(self.images.files[index]) for index in part]
         if x0.shape[1] != 3:
             raise ValueError(f"{names[0]} has {x0.shape[1]} channels, and encoders take 3: prepare with channels=3")
         with torch.no_grad():
             latents = self.encoder.images(x0)
-            conditions = self.encoder.texts([self.images.captions[index] for index in part])
         if latents.ndim != 4 or not latents.is_floating_point():
             raise ValueError(
                 f"the encoder returned {latents.dtype} latents of shape {tuple(latents.shape)} for {names[0]}: floats "
                 f"[n, channels, height, width] are needed"
             )
-        known = self.index.tensors.keys() - {LATENTS}
-        if conditions.keys() != known:
+        return self._known({LATENTS: latents, **conditions}, names)
+
+    def _known(self, tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+        """Check as `_checked`, and for the conditions of the empty caption; there may be none of it."""
+        conditions, known = tensors.keys() - {LATENTS}, self.index.tensors.keys() - {LATENTS}
+        if known and conditions != known:
             raise ValueError(
                 f"the encoder returned the conditions {_listed(conditions)} for {names[0]}, and {_listed(known)} for "
                 f"the empty caption: all captions need the same"
             )
-        return self._checked({LATENTS: latents, **conditions}, names)
+        return self._checked(tensors, names)
 
     def _checked(self, tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
         """Check for one finite sample of one form for each name; return them on the CPU, with the form in the index."""

@@ -1,9 +1,9 @@
 """The border with other libraries' files: pipelines in and out, ONNX and web pages out, the authors' checkpoints in."""
 
-from halfstep.hub.encoding import decoder_of, encoder_of, release_texts, text_conditions
+from halfstep.hub.encoding import decoder_of, encoder_of, prompts_of, release_texts, text_conditions
 from halfstep.hub.export import export_lora, export_pipeline, push_to_hub
 from halfstep.hub.google_pd import CONFIGS, GooglePDConfig, config_of, import_google_pd
 from halfstep.hub.onnx import export_onnx
-from halfstep.hub.pipelines import fetch, import_pipeline, is_pipeline, read_layout, read_sample_shape
+from halfstep.hub.pipelines import PIXELS, fetch, import_pipeline, is_pipeline, read_kind
 from halfstep.hub.schedulers import read_schedule, times_of, write_schedule
 from halfstep.hub.web import export_web

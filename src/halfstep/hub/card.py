@@ -1,36 +1,69 @@
 """The card of an exported model: what it is, where it came from, how good, and how to use it."""
 
+import inspect
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 from halfstep.hub.schedulers import FLOW, StockSchedule, exact_steps
+from halfstep.hub.stock import stock
 from halfstep.runs import Manifest, Metrics, Pipeline
 
-_ARGUMENTS: Final = {
+_PIXELS: Final = {
     "DDIMPipeline": "batch_size=4, num_inference_steps={steps}{clipped}",
     "DDPMPipeline": "batch_size=4, num_inference_steps={steps}",
     "ConsistencyModelPipeline": "{number}, class_labels={labels}, num_inference_steps={steps}",
-    "DiTPipeline": "[0, 1], num_inference_steps={steps}, guidance_scale={scale}",
-    "StableDiffusionPipeline": '"a prompt", num_inference_steps={steps}, guidance_scale={scale}',
-    "StableDiffusion3Pipeline": ('"a prompt", num_inference_steps={steps}, sigmas=[{sigmas}], guidance_scale={scale}'),
 }
-"""What a pipeline is called with."""
+"""What a pipeline of pixels is called with."""
+
+
+def sigmas_of(num_steps: int) -> list[float]:
+    """Return the sigmas of our grid before the shift, which a scheduler of flow matching applies itself."""
+    return [1 - k / num_steps for k in range(num_steps)]
+
+
+def call_of(manifest: Manifest, num_steps: int) -> dict[str, Any]:
+    """Return the arguments, without prompts, with which the stock pipeline of a recorded model takes our steps."""
+    pipeline = manifest.pipeline
+    assert pipeline is not None
+    taken = inspect.signature(stock(pipeline.kind).__call__).parameters
+    call: dict[str, Any] = {"num_inference_steps": num_steps}
+    if "sigmas" in taken and manifest.process["type"] == "flow":
+        call["sigmas"] = sigmas_of(num_steps)
+    ranged = manifest.guidance is not None and manifest.guidance["type"] == "range"
+    if ranged:
+        call["guidance_scale"] = manifest.guidance_scale
+    elif pipeline.guidance is not None and pipeline.off is not None:
+        call[pipeline.guidance] = pipeline.off
+    elif pipeline.guidance is not None:
+        call[pipeline.guidance] = pipeline.scale
+    return call | pipeline.options
 
 
 def _call(manifest: Manifest, kind: str, steps: int = 4) -> str:
     """The line of Python that samples; `steps` where the model was distilled for no number."""
     steps = manifest.num_steps or steps
-    guidance = manifest.guidance
     labels = list(range(min(4, manifest.num_classes)))
-    arguments = _ARGUMENTS[kind].format(
-        steps=steps,
-        number=len(labels),
-        labels=labels,
-        scale=f"{manifest.guidance_scale:g}" if guidance is not None and guidance["type"] == "range" else "1.0",
-        sigmas=", ".join(f"{1 - k / steps:.6g}" for k in range(steps)),
-        clipped=", use_clipped_model_output=True" if manifest.clip else "",
-    )
-    return f"images = pipe({arguments}, generator=torch.manual_seed(0)).images"
+    if kind in _PIXELS:
+        arguments = _PIXELS[kind].format(
+            steps=steps,
+            number=len(labels),
+            labels=labels,
+            clipped=", use_clipped_model_output=True" if manifest.clip else "",
+        )
+    else:
+        given = ", ".join(f"{name}={_python(value)}" for name, value in call_of(manifest, steps).items())
+        arguments = f"{'[0, 1]' if labels else chr(34) + 'a prompt' + chr(34)}, {given}"
+    line = f"made = pipe({arguments}, generator=torch.manual_seed(0))[0]"
+    taken = inspect.signature(stock(kind).__call__).parameters
+    is_picture = "num_frames" not in taken and "audio_end_in_s" not in taken
+    return f'{line}\nmade[0].save("sample.png")' if is_picture else line
+
+
+def _python(value: Any) -> str:
+    """A value as Python writes it, without the last digits of floats."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_python, value))}]"
+    return f"{value:.6g}" if isinstance(value, float) else repr(value)
 
 
 def model_card(
@@ -54,12 +87,19 @@ def model_card(
     exactly = ", ".join(map(str, exact[:12])) + ", ..." * (len(exact) > 12)
     refines = manifest.parent not in (None, manifest.teacher)
     started = f" and started from `{manifest.parent}`" if refines else ""
-    notes = ""
-    if schedule.kind == FLOW:
+    notes, imports, line, is_flow = "", "", _call(manifest, kind, max(exact)), schedule.kind == FLOW
+    if is_flow and "sigmas=" in line:
         notes += (
             "\nThe scheduler's own spacing is another: pass `sigmas`, as above, with k / N falling from 1, before the "
             "shift, which it applies itself.\n"
         )
+    elif is_flow:
+        notes += (
+            "\nThe scheduler's own spacing is another, and the pipeline takes no `sigmas`: bind them to the scheduler, "
+            "as above, with k / N falling from 1, before the shift, which it applies itself.\n"
+        )
+        sigmas, imports = _python(sigmas_of(own or max(exact))), "from functools import partial\n\n"
+        line = f"pipe.scheduler.set_timesteps = partial(pipe.scheduler.set_timesteps, sigmas={sigmas})\n{line}"
     if manifest.clip and kind == "DDIMPipeline":
         notes += (
             "\nPass `use_clipped_model_output=True`: the model was measured with the noise derived again from the "
@@ -77,12 +117,11 @@ tags: [diffusion, progressive-distillation, halfstep]
 `{kind}`. No code beyond diffusers is needed.
 
 ```python
-import torch
+{imports}import torch
 from diffusers import {kind}
 
 pipe = {kind}.from_pretrained("{name}"{"".join(f", {part}=None" for part in absent)})
-{_call(manifest, kind, max(exact))}
-images[0].save("sample.png")
+{line}
 ```
 
 ## What it is

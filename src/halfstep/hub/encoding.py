@@ -1,22 +1,27 @@
-"""A pipeline's own VAE and text encoders as callables: images to latents and back, texts to conditions."""
+"""A pipeline's own parts as callables: images to latents and back, texts to conditions."""
 
+import inspect
+import json
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from halfstep.data import Encoder
-from halfstep.hub.stock import check_weights, load_stock, stock
-from halfstep.runtime.files import read_json, sha256_of
+from halfstep.hub.pipelines import fetch, load_pipeline
+from halfstep.hub.recording import conditions_in, prompted, trace
+from halfstep.hub.stock import check_weights, load_stock
+from halfstep.models.model import Model
+from halfstep.runs import Manifest, Pipeline
+from halfstep.runtime.files import sha256_of
 
 
-def encoder_of(kind: str, folder: Path, device: str | torch.device = "cpu", class_names: Sequence[str] = ()) -> Encoder:
-    """Return the encoder of the latent pipeline of this kind in `folder`.
+def encoder_of(model: Model, device: str | torch.device = "cpu", class_names: Sequence[str] = ()) -> Encoder:
+    """Return the encoder of an imported model's pipeline.
 
     The latent of an image is the mean of the VAE's distribution, shifted and scaled as the network takes it.
 
@@ -27,11 +32,13 @@ def encoder_of(kind: str, folder: Path, device: str | torch.device = "cpu", clas
     Raises:
         ValueError: if a part is missing, or the network has fewer classes.
     """
-    config = read_json(folder / "transformer" / "config.json") if class_names else None
-    known = int(config.get("num_embeds_ada_norm") or 0) if isinstance(config, dict) else 0
-    if known < len(class_names):
-        raise ValueError(f"the network in {folder} knows {known} classes, but the images have {len(class_names)}")
-    numbers = {name: number for number, name in enumerate(class_names)} | {"": known}
+    manifest, pipeline = model.manifest, _pipeline_of(model.manifest)
+    folder = fetch(pipeline.folder)
+    if manifest.num_classes < len(class_names):
+        raise ValueError(
+            f"the network in {folder} knows {manifest.num_classes} classes, but the images have {len(class_names)}"
+        )
+    numbers = {name: number for number, name in enumerate(class_names)} | {"": manifest.num_classes}
     vae, shift, scale = _vae(folder, device)
 
     @torch.no_grad()
@@ -41,26 +48,38 @@ def encoder_of(kind: str, folder: Path, device: str | torch.device = "cpu", clas
     def texts(captions: list[str]) -> dict[str, Tensor]:
         if class_names:
             return {"class_labels": torch.tensor([numbers[name] for name in captions])}
-        return text_conditions(folder, captions, device)
+        if captions == [""] and model.null:
+            return {name: value[None] for name, value in model.null.items()}
+        return text_conditions(manifest, captions, device)
 
     parts = sorted(file for name in ("vae", "text_encoder*", "tokenizer*") for file in folder.glob(f"{name}/*.*"))
     key = " ".join(f"{file.relative_to(folder)}:{sha256_of(file)[:12]}" for file in parts)
-    return Encoder(images, texts, f"{kind} {key}")
+    return Encoder(images, texts, f"{pipeline.kind} {key}")
 
 
-def decoder_of(folder: Path, device: str | torch.device = "cpu") -> Callable[[Tensor], Tensor]:
-    """Return the map from latents `[n, c, h, w]` to images `[n, 3, H, W]` in [-1, 1] by the pipeline's VAE.
+def prompts_of(model: Model, device: str | torch.device = "cpu") -> Encoder:
+    """Return the encoder of texts alone of an imported model's pipeline.
 
     Raises:
-        ValueError: if it has none.
+        ValueError: at the call, if a text encoder is missing.
     """
-    vae, shift, scale = _vae(folder, device)
 
-    @torch.no_grad()
-    def decode(latents: Tensor) -> Tensor:
-        return vae.decode(latents.to(device) / scale + shift).sample.clamp(-1, 1)
+    def texts(captions: list[str]) -> dict[str, Tensor]:
+        if captions == [""] and model.null:
+            return {name: value[None] for name, value in model.null.items()}
+        return text_conditions(model.manifest, captions, device)
 
-    return decode
+    def images(pixels: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    options = json.dumps(_pipeline_of(model.manifest).options, sort_keys=True)
+    return Encoder(images, texts, f"{_pipeline_of(model.manifest).kind} {model.manifest.source} {options}")
+
+
+def _pipeline_of(manifest: Manifest) -> Pipeline:
+    if manifest.pipeline is None:
+        raise ValueError(f"the pipeline that {manifest.stage} came from is not known: import it from its pipeline")
+    return manifest.pipeline
 
 
 def _vae(folder: Path, device: str | torch.device) -> tuple[Any, float, float]:
@@ -74,23 +93,22 @@ def _vae(folder: Path, device: str | torch.device) -> tuple[Any, float, float]:
 
 
 @torch.no_grad()
-def text_conditions(folder: Path, captions: list[str], device: str | torch.device = "cpu") -> dict[str, Tensor]:
-    """Return the conditions of captions by name, each `[len(captions), ...]`, as the pipeline in `folder` makes them.
+def text_conditions(
+    manifest: Manifest, captions: Sequence[str], device: str | torch.device = "cpu"
+) -> dict[str, Tensor]:
+    """Return the conditions of captions by name, each `[len(captions), ...]`, as the model's pipeline feeds them.
 
     Raises:
         ValueError: if the package transformers or a text encoder is missing.
     """
-    pipe = _text_pipeline(folder).to(device)
-    # One for each text encoder.
-    prompts = ("prompt", "prompt_2", "prompt_3") if hasattr(pipe, "text_encoder_3") else ("prompt",)
-    shown = pipe.encode_prompt(
-        **dict.fromkeys(prompts, captions),
-        device=torch.device(device),
-        num_images_per_prompt=1,
-        do_classifier_free_guidance=False,
-    )
-    conditions = {"encoder_hidden_states": shown[0]}
-    return conditions | {"pooled_projections": shown[2]} if len(shown) == 4 else conditions
+    pipeline = _pipeline_of(manifest)
+    pipe = _text_pipeline(fetch(pipeline.folder), pipeline.kind, torch.device(device))
+    network = manifest.network.get("base", manifest.network)
+    taken = inspect.signature(type(pipe).__call__).parameters
+    call = {name: 1.0 for name in ("guidance_scale", "true_cfg_scale") if name in taken} | pipeline.options
+    call |= {} if pipeline.guidance is None or pipeline.off is None else {pipeline.guidance: pipeline.off}
+    (step,) = trace(pipe, 1, computed=False, **prompted(pipe, captions), **call).steps
+    return conditions_in(network["call"], step.calls[0], len(captions))
 
 
 def release_texts() -> None:
@@ -99,19 +117,23 @@ def release_texts() -> None:
 
 
 @lru_cache(maxsize=1)
-def _text_pipeline(folder: Path) -> Any:
-    """The pipeline with its tokenizers and text encoders alone."""
+def _text_pipeline(folder: Path, kind: str, device: torch.device) -> Any:
+    """The pipeline without the weights of its denoiser."""
     if find_spec("transformers") is None:
         raise ValueError("a model of texts needs the package transformers: pip install 'halfstep[text]'")
-    index = read_json(folder / "model_index.json")
-    kind = index["_class_name"]
-    held = {name for name, value in index.items() if name.startswith(("text_encoder", "tokenizer")) and value[0]}
-    for name in sorted(held):
-        if name.startswith("text_encoder"):
-            check_weights(folder / name, ".".join(index[name]))
-    absent = dict.fromkeys(set(stock(kind)._get_signature_types()) - held - {"scheduler"})
-    pipe = load_stock(kind, folder, f"the text encoder in {folder} cannot be read", **absent)
-    if (config := folder / "transformer" / "config.json").is_file():
-        # Stable Diffusion 3 asks its transformer's config how wide the text of a missing encoder would be.
-        pipe.transformer = SimpleNamespace(config=SimpleNamespace(**read_json(config)))
-    return pipe
+    return load_pipeline(folder, kind, device, is_whole=False)
+
+
+def decoder_of(manifest: Manifest, device: str | torch.device = "cpu") -> Callable[[Tensor], Tensor]:
+    """Return the map from latents `[n, c, h, w]` to images `[n, 3, H, W]` in [-1, 1] by the pipeline's VAE.
+
+    Raises:
+        ValueError: if it has none, or its latents are no images of channels.
+    """
+    vae, shift, scale = _vae(fetch(_pipeline_of(manifest).folder), device)
+
+    @torch.no_grad()
+    def decode(latents: Tensor) -> Tensor:
+        return vae.decode(latents.to(device) / scale + shift).sample.clamp(-1, 1)
+
+    return decode

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
-from halfstep.hub.card import lora_card, model_card
-from halfstep.hub.pipelines import fetch
+from halfstep.hub.card import call_of, lora_card, model_card
+from halfstep.hub.pipelines import OPTIONAL, fetch, is_light, load_pipeline
+from halfstep.hub.recording import verify_export
 from halfstep.hub.schedulers import SOLVERS, StockSchedule, exact_steps, multistep, write_schedule
 from halfstep.hub.stock import check_weights, quiet, stock
 from halfstep.models.model import Model
-from halfstep.nets import SD3, LoRA, StockNetwork, TableNetwork, merged
+from halfstep.nets import LoRA, Replay, StockNetwork, UNet2D, has_movable_clock, merged
 from halfstep.runs import Manifest, Metrics
 from halfstep.runtime.files import first_line, read_json, refuse_taken, replacing_folder, write_json, write_text
 from halfstep.samplers import DDIM
@@ -55,7 +56,9 @@ def export_pipeline(model: Model, out: Path, metrics: Metrics | None = None, nam
         copies = _other_parts(origin, index, component)
     if "safety_checker" in index and "safety_checker" not in copies:
         index |= {"safety_checker": [None, None], "requires_safety_checker": False}
-    absent = [part for part in ("text_encoder_3", "tokenizer_3") if kind.endswith("3Pipeline") and part not in copies]
+    # Without a word, diffusers wants those that its own signature does not make optional.
+    absent = [name for name, value in index.items() if isinstance(value, list) and value[0] is None]
+    absent = [name for name in absent if name not in OPTIONAL]
 
     import diffusers
 
@@ -67,10 +70,12 @@ def export_pipeline(model: Model, out: Path, metrics: Metrics | None = None, nam
         for part, folder in copies.items():
             (into / part).mkdir()
             for file in folder.iterdir():
-                if file.suffix in (".json", ".safetensors", ".txt", ".model"):
+                if file.suffix in (".json", ".safetensors", ".txt", ".model", ".jinja"):
                     shutil.copyfile(file, into / part / file.name)
         write_json(into / "model_index.json", index)
         write_text(into / "README.md", model_card(name or out.name, model.manifest, kind, schedule, metrics, absent))
+        if isinstance(network, Replay) and not model.sampler.stochastic:
+            verify_export(load_pipeline(into, kind), model, **call_of(model.manifest, model.num_steps or 2))
     return out
 
 
@@ -113,6 +118,12 @@ def export_lora(model: Model, out: Path, base: Manifest | None = None, name: str
             kind.save_lora_weights(into, **{f"{component}_lora_layers": state})
         _save_scheduler(schedule, into / "scheduler")
         write_text(into / "README.md", lora_card(name or out.name, model.manifest, pipeline, schedule))
+        if not model.sampler.stochastic:
+            pipe = load_pipeline(fetch(pipeline.folder), pipeline.kind)
+            pipe.scheduler = stock(schedule.kind)(**schedule.config)
+            with quiet():
+                pipe.load_lora_weights(into)
+            verify_export(pipe, model, **call_of(model.manifest, model.num_steps or 2))
     return out
 
 
@@ -138,15 +149,13 @@ def push_to_hub(folder: Path, name: str) -> str:
 def _layout(model: Model, network: StockNetwork) -> tuple[StockSchedule, str, str]:
     """The scheduler, the pipeline's class, and the folder of the network in it."""
     manifest = model.manifest
-    if isinstance(network, TableNetwork) and network.clock_range != (0.0, 1.0):
+    if isinstance(network, UNet2D) and network.clock_range != (0.0, 1.0):
         raise ValueError(
             f"the network's clock goes over {list(network.clock_range)}, so no number of steps falls on whole "
             "timesteps of diffusers: match it to the cosine process first (halfstep distill --matching.process "
             "cosine), or use --format onnx"
         )
     process = model.denoiser.process
-    if isinstance(network, SD3) and vars(process).get("shift") != network.shift:
-        raise ValueError(f"the network's clock has the shift {network.shift:g}, but its process is {process}")
     schedule = write_schedule(process, model.denoiser.prediction, network.num_train_timesteps, manifest.clip)
     is_plain_image, sampler = manifest.is_image and not manifest.num_classes, model.sampler
     solver = SOLVERS.get(sampler)
@@ -158,7 +167,7 @@ def _layout(model: Model, network: StockNetwork) -> tuple[StockSchedule, str, st
     exact = exact_steps(schedule)
     if model.num_steps is not None and model.num_steps not in exact:
         another = ""
-        if isinstance(network, TableNetwork) and not isinstance(model.denoiser.network, LoRA):
+        if has_movable_clock(model.denoiser.network):
             another = (
                 "match the teacher to the cosine process, whose timesteps are a power of two (halfstep distill "
                 "--matching.process cosine), "
@@ -191,7 +200,7 @@ def _other_parts(origin: Path, index: dict[str, Any], component: str) -> dict[st
             continue
         if not folder.is_dir():
             raise ValueError(f"{origin} has no {name} any more, which the exported pipeline needs")
-        if "text_encoder" in name or name in ("vae", "safety_checker"):
+        if not is_light(folder):
             # Only what is safe to be read is copied, and a part without its weights would load nowhere.
             check_weights(folder, ".".join(map(str, value)))
         parts[name] = folder

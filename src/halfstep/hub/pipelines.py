@@ -1,27 +1,26 @@
 """Import of diffusers' pipelines, from a folder or the Hub, as teachers.
 
-Process, prediction, clipping and conditions are read from the configs of scheduler and network; what they do not say is
-asked for by name. Only safetensors are read, and no code of a repository is run.
+Process, prediction and clipping are read from the scheduler's config; what a network is fed, from its pipeline's own
+calls. Only safetensors are read, and no code of a repository is run.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from halfstep.core.denoiser import NetworkDenoiser
-from halfstep.core.noise import FlowMatching, processes
+from halfstep.core.noise import processes
 from halfstep.core.prediction import predictions
-from halfstep.hub.encoding import release_texts, text_conditions
+from halfstep.hub.recording import component_of, record
 from halfstep.hub.schedulers import Schedule, read_schedule
-from halfstep.hub.stock import PICKLED, check_weights, load_stock
+from halfstep.hub.stock import PICKLED, check_weights, load_stock, quiet, stock
 from halfstep.models.model import Model
-from halfstep.nets import SD3, DiT, StockNetwork, UNet2D, UNet2DCondition, describe_network
+from halfstep.nets import StockNetwork, UNet2D, describe_network
 from halfstep.runs import Manifest, Outcome, Pipeline
 from halfstep.runtime.files import DamagedFile, first_line, read_json, sha256_of
 
@@ -30,28 +29,10 @@ START_STEPS: Final = 128
 cost. No table of 1000 levels has them as whole timesteps, so times between levels are interpolated."""
 
 
-class Layout(NamedTuple):
-    """How a pipeline of diffusers is laid out."""
-
-    component: str
-    """The folder of the network."""
-    network: type[StockNetwork]
-    is_image: bool
-    """Whether the network makes images; latents if not."""
-    text: bool = False
-    """Whether it is shown a text."""
-
-
-LAYOUTS: Final[dict[str, Layout]] = {
-    "DDPMPipeline": Layout("unet", UNet2D, is_image=True),
-    "DDIMPipeline": Layout("unet", UNet2D, is_image=True),
-    "ConsistencyModelPipeline": Layout("unet", UNet2D, is_image=True),
-    "DiTPipeline": Layout("transformer", DiT, is_image=False),
-    "StableDiffusionPipeline": Layout("unet", UNet2DCondition, is_image=False, text=True),
-    "StableDiffusion3Pipeline": Layout("transformer", SD3, is_image=False, text=True),
-}
-"""The pipelines that can be imported."""
-FETCHED: Final = ("*.json", "*.txt", "*.model", "*/*.safetensors", "diffusion_pytorch_model*.safetensors")
+PIXELS: Final = ("DDPMPipeline", "DDIMPipeline", "ConsistencyModelPipeline")
+"""The pipelines of images without a VAE, whose one network is told by its config."""
+UNET: Final = "UNet2DModel"
+FETCHED: Final = ("*.json", "*.txt", "*.model", "*.jinja", "*/*.safetensors", "diffusion_pytorch_model*.safetensors")
 """Of a repository: neither pickles nor code, and no weights beside the parts, where many keep them all in one file."""
 NOT_FETCHED: Final = ("*.fp16.*", "*.fp16-*", "*.bf16.*", "*.bf16-*", "*.non_ema.*", "*.non_ema-*")
 """Variants of the weights, which are not read."""
@@ -101,66 +82,86 @@ def fetch(source: str) -> Path:
         ) from None
 
 
-def import_pipeline(source: str | Path) -> Model:
+def import_pipeline(source: str | Path, options: Mapping[str, Any] | None = None) -> Model:
     """Load the network of a pipeline as a teacher, on the CPU in float32.
+
+    A pipeline with conditions is run for a few steps, to see what it feeds its network (hub/recording.py).
 
     Args:
         source: a folder that diffusers has saved, or a name on the Hub.
+        options: arguments of the pipeline's call that stay the same for all samples, such as height and width.
 
     Raises:
         ValueError: if it is pickled, wants code of its own, or a part of it is missing or not understood.
     """
     folder = fetch(str(source))
-    kind, layout, network_folder, scheduler_file = _parts(folder)
-    if not scheduler_file.is_file():
-        raise ValueError(f"{folder} has no {scheduler_file.relative_to(folder)}: the pipeline was not saved whole")
-    scheduler = _json(scheduler_file)
-    schedule = read_schedule(scheduler)
-    if kind == "StableDiffusionPipeline" and not scheduler.get("thresholding"):
-        # Latents have no bounds, and that pipeline turns clipping off where its scheduler's config leaves it on.
-        schedule = replace(schedule, clip=False)
-    network = _network(network_folder, layout, schedule)
-    conditions: dict[str, tuple[int, ...]] = {}
-    null: dict[str, Tensor] = {}
-    num_classes = 0
-    if layout.text:
-        null = {name: value[0] for name, value in text_conditions(folder, [""]).items()}
-        # Training needs the memory that the text encoders take.
-        release_texts()
-        conditions = {name: tuple(value.shape) for name, value in null.items()}
-        needed = network.config.get("cross_attention_dim", network.config.get("joint_attention_dim"))
-        found = conditions["encoder_hidden_states"][-1]
-        if isinstance(needed, int) and needed != found:
-            raise ValueError(
-                f"the network takes texts of width {needed}, but the pipeline's text encoder makes {found}: the parts "
-                "do not belong together"
-            )
-    elif isinstance(network, UNet2D):
-        num_classes = int(network.config.get("num_class_embeds") or 0)
-    elif isinstance(network, DiT):
-        num_classes = int(network.config["num_embeds_ada_norm"])
-        null = {"class_labels": torch.tensor(num_classes)}
     # A folder by its full path, and a name on the Hub as it is.
     origin = str(folder.resolve()) if folder == Path(source).expanduser() else str(source)
+    kind = read_kind(folder) if (folder / "model_index.json").is_file() else None
+    if kind is not None and kind not in PIXELS:
+        return _recorded(source, folder, Pipeline(kind=kind, folder=origin, component="", options=dict(options or {})))
+    if options:
+        raise ValueError(f"{source} is a pipeline of pixels, whose call has no {', '.join(options)}: remove --call")
+    network_folder, scheduler = _parts(folder) if kind else _plain_parts(folder)
+    if not scheduler.is_file():
+        raise ValueError(f"{folder} has no {scheduler.relative_to(folder)}: the pipeline was not saved whole")
+    schedule = read_schedule(_json(scheduler))
+    network = _network(network_folder, schedule)
+    pipeline = None if kind is None else Pipeline(kind=kind, folder=origin, component="unet")
+    return _teacher(
+        folder.name, network, schedule, pipeline, f"{source} (weights sha256 {_digest(network_folder)})",
+        shape=shape_of(network.config), num_classes=int(network.config.get("num_class_embeds") or 0), is_image=True,
+    )  # fmt: skip
+
+
+def _recorded(source: str | Path, folder: Path, pipeline: Pipeline) -> Model:
+    """The teacher that a recording of its pipeline's call makes."""
+    pipe = load_pipeline(folder, pipeline.kind)
+    component = component_of(pipe)
+    try:
+        recording, network = record(pipe, pipeline.options)
+    except ValueError as error:
+        missing = sorted(name for name, part in pipe.components.items() if part is None and name not in OPTIONAL)
+        raise ValueError(f"{folder} has no {', '.join(missing)}: {error}" if missing else str(error)) from None
+    null = dict(recording.null)
+    labels = null.get("class_labels") if set(recording.conditions) == {"class_labels"} else None
+    return _teacher(
+        folder.name, network, recording.schedule,
+        pipeline.model_copy(
+            update={
+                "component": component, "guidance": recording.guidance, "off": recording.off, "scale": recording.scale
+            }
+        ),
+        f"{source} (weights sha256 {_digest(folder / component)})",
+        shape=recording.shape, num_classes=0 if labels is None else int(labels),
+        conditions={} if labels is not None else recording.conditions, is_image=False, null=null,
+    )  # fmt: skip
+
+
+def _teacher(
+    stage: str, network: StockNetwork, schedule: Schedule, pipeline: Pipeline | None, source: str, *,
+    shape: tuple[int, ...], num_classes: int, is_image: bool, conditions: Mapping[str, tuple[int, ...]] | None = None,
+    null: Mapping[str, Tensor] | None = None,
+) -> Model:  # fmt: skip
     manifest = Manifest(
-        stage=folder.name,
+        stage=stage,
         objective="imported",
         parent=None,
         outcome=Outcome(role="teacher"),
         start_steps=START_STEPS,
         num_updates=0,
         seconds=0.0,
-        shape=shape_of(network.config),
+        shape=shape,
         num_classes=num_classes,
-        conditions=conditions,
-        is_image=layout.is_image,
+        conditions=dict(conditions or {}),
+        is_image=is_image,
         clip=schedule.clip,
         network=describe_network(network),
         process=processes.describe(schedule.process),
         prediction=predictions.describe(schedule.prediction),
-        pipeline=None if kind is None else Pipeline(kind=kind, folder=origin, component=layout.component),
+        pipeline=pipeline,
         files={},
-        source=f"{source} (weights sha256 {_digest(network_folder)})",
+        source=source,
     )
     return Model(NetworkDenoiser(network.eval(), schedule.process, schedule.prediction), manifest, null)
 
@@ -178,23 +179,18 @@ def _json(file: Path) -> dict[str, Any]:
     return data
 
 
-def _parts(folder: Path) -> tuple[str | None, Layout, Path, Path]:
-    """The pipeline's class, its layout, the folder of the network and the config of the scheduler."""
-    if not (folder / "model_index.json").is_file():
-        return _plain_parts(folder)
-    kind, layout = read_layout(folder)
+def _parts(folder: Path) -> tuple[Path, Path]:
+    """The folder of the network and the config of the scheduler of a pipeline of pixels."""
     # As diffusers does: where a part has no folder of its own, it lies in the root.
-    network, scheduler = (
-        folder / name if (folder / name).is_dir() else folder for name in (layout.component, "scheduler")
-    )
-    return kind, layout, network, scheduler / "scheduler_config.json"
+    network, scheduler = (folder / name if (folder / name).is_dir() else folder for name in ("unet", "scheduler"))
+    return network, scheduler / "scheduler_config.json"
 
 
-def read_layout(folder: Path) -> tuple[str, Layout]:
-    """Return the class of the pipeline in a folder, and its layout; no file of the folder is code.
+def read_kind(folder: Path) -> str:
+    """Return the class of the pipeline in a folder; no file of the folder is code.
 
     Raises:
-        ValueError: if there is none, it wants code of its own, is not understood, or lacks what it makes of texts.
+        ValueError: if there is none, it wants code of its own, is none of diffusers', or lacks a part.
     """
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{folder} is no pipeline (no model_index.json): give a folder that diffusers has saved whole")
@@ -205,40 +201,83 @@ def read_layout(folder: Path) -> tuple[str, Layout]:
         for name, value in index.items()
         if isinstance(value, list)
         and not (name.isidentifier() and value[:1] in ([None], ["diffusers"], ["transformers"]))
-        and not (value[:1] == ["stable_diffusion"] and name == "safety_checker")
+        # Parts that a pipeline of diffusers brings along lie in its module.
+        and not (value and isinstance(value[0], str) and hasattr(stock("pipelines"), value[0]))
     ]
     code = foreign or sorted(file.name for file in folder.rglob("*.py"))
     if not isinstance(kind, str):
         code = [f"its class is {kind}"]
+    code += ["auto_map"] * any("auto_map" in _json(file) for file in folder.glob("*/config.json"))
     if code:
         raise ValueError(
             f"{folder} wants code of its own to be run ({', '.join(code)}), which halfstep refuses: save it as a "
             "pipeline that diffusers knows"
         )
-    if kind not in LAYOUTS:
-        raise ValueError(f"{folder} holds a {kind}, which is not understood: known are {', '.join(LAYOUTS)}")
-    layout = LAYOUTS[kind]
-    needed = ["text_encoder", "tokenizer"] if layout.text else []
-    if kind == "StableDiffusion3Pipeline":
-        # The third encoder of that pipeline may be left out, the second not.
-        needed += ["text_encoder_2", "tokenizer_2"]
-    for name in needed:
-        if (index.get(name) or [None])[0] is None or not (folder / name).is_dir():
-            raise ValueError(
-                f"{folder} has no {name}, which a model of texts is conditioned by: save the pipeline with it"
-            )
-    return kind, layout
+    if kind in PIXELS:
+        return str(kind)
+    if not isinstance(stock(str(kind), None), type):
+        raise ValueError(f"{folder} holds a {kind}, which diffusers {stock('__version__')} does not have")
+    for name, value in index.items():
+        if isinstance(value, list) and value[0] and name not in OPTIONAL and not (folder / name).is_dir():
+            raise ValueError(f"{folder} has no {name}, which its pipeline is made of: save the pipeline with it")
+    return str(kind)
 
 
-def _plain_parts(folder: Path) -> tuple[None, Layout, Path, Path]:
+OPTIONAL: Final = ("vae", "safety_checker", "feature_extractor", "image_encoder")
+"""Parts that no denoiser is fed from."""
+
+
+def load_pipeline(folder: Path, kind: str, device: str | torch.device = "cpu", is_whole: bool = True) -> Any:
+    """Load a pipeline in float32, by safetensors only.
+
+    Args:
+        is_whole: whether with the weights of its denoiser; if not, it can make conditions and decode latents.
+
+    Raises:
+        ValueError: if a part of it cannot be read.
+    """
+    index, given = _json(folder / "model_index.json"), dict[str, Any]()
+    for name, value in index.items():
+        if not isinstance(value, list):
+            continue
+        if value[0] is None or (name in OPTIONAL and not list((folder / name).glob("*.safetensors"))):
+            given[name] = None
+        elif list((folder / name).glob("*.safetensors")) or not is_light(folder / name):
+            check_weights(folder / name, ".".join(map(str, value)))
+            if not is_whole and name in ("transformer", "unet"):
+                given[name] = on_meta(value[1], _json(folder / name / "config.json"), device)
+    if "requires_safety_checker" in index:
+        given["requires_safety_checker"] = False
+    pipe = load_stock(kind, folder, f"the pipeline in {folder} cannot be read", **given)
+    for name, part in pipe.components.items():
+        if isinstance(part, torch.nn.Module) and given.get(name) is None:
+            part.eval().to(device)
+    return pipe
+
+
+def is_light(folder: Path) -> bool:
+    """Whether a part has no weights: a tokenizer, a processor or a scheduler."""
+    return not (folder / "config.json").is_file()
+
+
+def on_meta(kind: str, config: Mapping[str, Any], device: str | torch.device) -> Any:
+    """Return a network without memory for its weights, which says that it is on `device`."""
+    with quiet(), torch.device("meta"):
+        network = stock(kind).from_config(dict(config))
+    here, own = torch.device(device), type(network)
+    network.__class__ = type(own.__name__, (own,), {"device": property(lambda _: here)})
+    return network
+
+
+def _plain_parts(folder: Path) -> tuple[Path, Path]:
     network = _plain_network(folder)
     if network is None:
         raise ValueError(f"{folder} is no pipeline (no model_index.json) and holds no network (no config.json)")
     kind = _json(network / "config.json").get("_class_name")
-    if kind != UNet2D.stock:
+    if kind != UNET:
         raise ValueError(
             f"{network} holds a {kind}, of which config.json does not say enough: give a whole pipeline (known without "
-            f"one: {UNet2D.stock})"
+            f"one: {UNET})"
         )
     files = [folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json"]
     scheduler = next((file for file in files if file.is_file()), None)
@@ -247,34 +286,30 @@ def _plain_parts(folder: Path) -> tuple[None, Layout, Path, Path]:
             f"{folder} has no scheduler_config.json, and process and prediction are not guessed: write one, such as "
             'diffusers\' DDPMScheduler(beta_schedule="linear", prediction_type="epsilon").save_pretrained(FOLDER)'
         )
-    return None, LAYOUTS["DDPMPipeline"], network, scheduler
+    return network, scheduler
 
 
-def _network(folder: Path, layout: Layout, schedule: Schedule) -> StockNetwork:
-    """The adapter with the weights in `folder`, without the channels of a learned variance."""
-    name = layout.network.stock
+def _network(folder: Path, schedule: Schedule) -> UNet2D:
+    """The U-Net of pixels with the weights in `folder`, without the channels of a learned variance."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json: the pipeline was not saved whole")
     config = _json(folder / "config.json")
     if "auto_map" in config:
         raise ValueError(f"{folder} wants code of its own to be run (auto_map), which halfstep refuses")
-    if config.get("_class_name") != name:
-        raise ValueError(f"{folder} holds a {config.get('_class_name')}, but a {name} is needed here")
-    if isinstance(schedule.process, FlowMatching) != (layout.network is SD3):
+    if config.get("_class_name") != UNET:
+        raise ValueError(f"{folder} holds a {config.get('_class_name')}, but a {UNET} is needed here")
+    if schedule.is_flow:
         raise ValueError(
-            f"{folder} holds a {name}, whose clock of timesteps is not known for the process of its scheduler "
-            f"({type(schedule.process).__name__}): known are tables of betas for U-Nets and DiT, and flow matching for "
-            f"{SD3.stock}; in Python halfstep.distill takes any network"
+            f"{folder} holds a {UNET}, whose clock of timesteps is not known for the process of its scheduler "
+            f"({type(schedule.process).__name__}): in Python halfstep.distill takes any network"
         )
-    # Inputs that no pipeline here feeds, or of which files do not say enough (the range of a learned guidance scale).
-    for field in ("class_embed_type", "addition_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim"):
-        if config.get(field) is not None:
-            raise ValueError(
-                f"{folder} holds a {name} with {field} {config[field]!r}, an input that halfstep does not know: give "
-                "a model without it, or distil it in Python (halfstep.distill), where conditions have any name"
-            )
-    check_weights(folder, f"diffusers.{name}")
-    stock_model = load_stock(name, folder, f"{folder} cannot be read as a {name}", low_cpu_mem_usage=False)
+    if config.get("class_embed_type") is not None:
+        raise ValueError(
+            f"{folder} holds a {UNET} with class_embed_type {config['class_embed_type']!r}, an input that halfstep "
+            "does not know: distil it in Python (halfstep.distill), where conditions have any name"
+        )
+    check_weights(folder, f"diffusers.{UNET}")
+    stock_model = load_stock(UNET, folder, f"{folder} cannot be read as a {UNET}", low_cpu_mem_usage=False)
     config = json.loads(json.dumps({k: v for k, v in stock_model.config.items() if not k.startswith("_")}))
     state = dict(stock_model.state_dict())
     channels = int(config["in_channels"])
@@ -285,25 +320,17 @@ def _network(folder: Path, layout: Layout, schedule: Schedule) -> StockNetwork:
             "learned variance"
         )
     if puts_out == 2 * channels:
-        if not schedule.learned_variance and layout.network is not DiT:
+        if not schedule.learned_variance:
             raise ValueError(
                 f"{folder} puts out {2 * channels} channels for {channels}, but its scheduler's variance_type says "
                 'nothing of a learned variance: set variance_type to "learned_range" if the second half is one'
             )
         config["out_channels"] = channels
-        last = "proj_out_2" if layout.network is DiT else "conv_out"
-        for part in (f"{last}.weight", f"{last}.bias"):
-            # DiT's last layer puts out (row of the patch, column, channel), channels fastest; a U-Net's channels alone.
-            state[part] = state[part].unflatten(0, (-1, 2 * channels))[:, :channels].flatten(0, 1)
-    shift = {"shift": schedule.process.shift} if isinstance(schedule.process, FlowMatching) else {}
-    network = layout.network(config, num_train_timesteps=schedule.num_train_timesteps, **shift)
+        for part in ("conv_out.weight", "conv_out.bias"):
+            state[part] = state[part][:channels]
+    network = UNet2D(config, num_train_timesteps=schedule.num_train_timesteps)
     network.model.load_state_dict(state)
     return network
-
-
-def read_sample_shape(folder: Path, layout: Layout) -> tuple[int, ...]:
-    """Return the shape of a sample of the network of the pipeline in a folder."""
-    return shape_of(_json(folder / layout.component / "config.json"))
 
 
 def shape_of(config: Mapping[str, Any]) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ Timestep k of a table of T noise levels is our time t = (k + 1) / T, so that t =
 of flow matching a scheduler's sigma is ours, and its timestep T sigma.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, final
@@ -32,8 +33,13 @@ TABLES: Final = (
     "HeunDiscreteScheduler", "LMSDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler",
 )  # fmt: skip
 """Schedulers over a table of betas: they differ in how they step, which is not a matter of the model."""
+SHIFTED_TABLES: Final = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
+"""Schedulers over a table whose signal-to-noise ratios are divided by a number."""
+COSINE: Final = "CosineDPMSolverMultistepScheduler"
+"""The scheduler of EDM's preconditioning with the angle of (alpha, sigma) as the network's time."""
 FLOW: Final = "FlowMatchEulerDiscreteScheduler"
 """The scheduler of flow matching."""
+KNOWN: Final = (*TABLES, *SHIFTED_TABLES, COSINE, FLOW)
 PREDICTIONS: Final[dict[str, Prediction]] = {
     "epsilon": Eps(),
     "sample": X0(),
@@ -56,24 +62,40 @@ class Schedule:
     num_train_timesteps: int
     learned_variance: bool
     """Whether the network puts out a variance beside its prediction."""
+    last_time: float = 0.0
+    """Where the last step lands: at clean data, or at the first level of a table."""
+
+    @property
+    def is_flow(self) -> bool:
+        """Whether a sample goes straight from data to noise."""
+        return isinstance(self.process, FlowMatching)
+
+    def time_of(self, timestep: float, sigma: float | None) -> float:
+        """Return the time at a scheduler's timestep, or at its sigma on the straight path."""
+        if sigma is not None and isinstance(self.process, VPCosine):
+            return float(self.process.time_at(torch.tensor(-2 * math.log(sigma), dtype=torch.float64)))
+        if not isinstance(self.process, FlowMatching) or sigma is None:
+            return (timestep + 1) / self.num_train_timesteps
+        return sigma / (self.process.shift - (self.process.shift - 1) * sigma)
 
 
-def read_schedule(config: Mapping[str, Any]) -> Schedule:
+def read_schedule(config: Mapping[str, Any], mu: float | None = None) -> Schedule:
     """Return what a scheduler's config says of its model; missing fields have diffusers' own defaults.
+
+    Args:
+        mu: the dynamic shift, frozen at what the pipeline set for samples of one size.
 
     Raises:
         ValueError: naming the class or the fields that are not understood.
     """
     kind = config.get("_class_name")
-    if kind not in (*TABLES, FLOW):
+    if kind not in KNOWN:
         fields = ", ".join(name for name in config if not name.startswith("_")) or "none"
-        raise ValueError(
-            f"the scheduler {kind} is not understood (fields: {fields}): known are {', '.join((*TABLES, FLOW))}"
-        )
+        raise ValueError(f"the scheduler {kind} is not understood (fields: {fields}): known are {', '.join(KNOWN)}")
     try:
         with quiet():
             full: dict[str, Any] = dict(stock(kind).from_config(dict(config)).config)
-        return _read(kind, full)
+        return _read(kind, full, mu)
     except (TypeError, RuntimeError, OverflowError) as error:  # what diffusers and torch raise for a wrong type
         raise ValueError(
             f"the config of the {kind} does not make one ({in_one_line(error)}): compare its fields with those of "
@@ -81,15 +103,24 @@ def read_schedule(config: Mapping[str, Any]) -> Schedule:
         ) from None
 
 
-def _read(kind: str, full: Mapping[str, Any]) -> Schedule:
+def _read(kind: str, full: Mapping[str, Any], mu: float | None) -> Schedule:
     num = int(full["num_train_timesteps"])
     name = full.get("prediction_type", "epsilon")
     if kind == FLOW or full.get("use_flow_sigmas"):
-        _refuse(kind, full, {"use_dynamic_shifting": False, "invert_sigmas": False, "stochastic_sampling": False})
+        _refuse(kind, full, {"invert_sigmas": False, "stochastic_sampling": False})
         if kind != FLOW:
             _refuse(kind, full, {"prediction_type": "flow_prediction"})
         shift = float(full["shift"] if kind == FLOW else full["flow_shift"])
+        if full.get("use_dynamic_shifting"):
+            if mu is None:
+                raise ValueError(f"{kind} has use_dynamic_shifting True, and no size of the samples says by how much")
+            shift = mu if full["time_shift_type"] == "linear" else math.exp(mu)
         return Schedule(FlowMatching(shift), FlowVelocity(), False, num, False)
+    if kind == COSINE:
+        _refuse(kind, full, {"sigma_data": 1.0, "prediction_type": "v_prediction", "final_sigmas_type": "zero"})
+        # Its samples, scaled as the network takes them, preserve variance.
+        noisiest, cleanest = (-2 * math.log(float(full[name])) for name in ("sigma_max", "sigma_min"))
+        return Schedule(VPCosine(noisiest, cleanest), V(), False, num, False)
     if name == "flow_prediction":
         raise ValueError(f"{kind} has prediction_type {name!r} on a table of betas: its use_flow_sigmas must be true")
     if name not in PREDICTIONS:
@@ -98,10 +129,12 @@ def _read(kind: str, full: Mapping[str, Any]) -> Schedule:
     _refuse(kind, full, {"timestep_type": "discrete"})
     # With a largest value of 1, thresholding is clipping.
     bounds = {"clip_sample": "clip_sample_range", "thresholding": "sample_max_value"}
-    used = [bound for setting, bound in bounds.items() if full.get(setting)]
+    # Those of CogVideoX have such settings and do nothing with them.
+    used = [bound for setting, bound in bounds.items() if full.get(setting) and kind not in SHIFTED_TABLES]
     _refuse(kind, full, dict.fromkeys(used, 1.0))
     learned = "learned" in str(full.get("variance_type"))
-    return Schedule(VPTable(_betas(kind, full, num)), PREDICTIONS[name], bool(used), num, learned)
+    last = 0.0 if full.get("set_alpha_to_one", True) else 1 / num
+    return Schedule(VPTable(_betas(kind, full, num)), PREDICTIONS[name], bool(used), num, learned, last)
 
 
 def _refuse(kind: str, config: Mapping[str, Any], needed: Mapping[str, Any]) -> None:
@@ -127,7 +160,47 @@ def _betas(kind: str, config: Mapping[str, Any], num: int) -> tuple[float, ...]:
             f"{kind} has beta_schedule {schedule!r}, which is none of {', '.join(_RAMPS)}, squaredcos_cap_v2: write "
             "its betas into trained_betas"
         )
+    if kind in SHIFTED_TABLES:
+        power = np.cumprod(1 - np.asarray(betas))
+        power /= config["snr_shift_scale"] + (1 - config["snr_shift_scale"]) * power
+        betas = tuple((1 - power / np.append(1.0, power[:-1])).tolist())
     return zero_terminal_betas(betas) if config.get("rescale_betas_zero_snr") else betas
+
+
+def first_order(scheduler: Any) -> Any:
+    """Return the scheduler that takes DDIM's steps, without clipping, on the noise levels of another.
+
+    Raises:
+        ValueError: as `read_schedule`, unless the shift alone is missing.
+    """
+    # What a config says of its own defaults would undo the fields below.
+    kind, config = type(scheduler).__name__, {k: v for k, v in scheduler.config.items() if not k.startswith("_")}
+    read_schedule({"_class_name": kind, **config}, mu=1.0)
+    fields = {"timestep_spacing": "trailing", "clip_sample": False, "thresholding": False, "steps_offset": 1}
+    if kind == FLOW:
+        return scheduler
+    if kind == COSINE:
+        quieter: Any = type(kind, (type(scheduler),), {"step": _step_without_noise})
+        return quieter.from_config(config)
+    if config.get("use_flow_sigmas"):
+        named = ("num_train_timesteps", "use_dynamic_shifting", "time_shift_type")
+        kept = {name: config[name] for name in named if config.get(name) is not None}
+        return stock(FLOW)(shift=config["flow_shift"], **kept)
+    other = "CogVideoXDDIMScheduler" if kind in SHIFTED_TABLES else "DDIMScheduler"
+    with quiet():
+        return stock(other).from_config(config | fields)
+
+
+def _step_without_noise(
+    self: Any, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True
+) -> Any:
+    """Take DDIM's step instead of a scheduler's that draws noise."""
+    from diffusers.schedulers.scheduling_utils import SchedulerOutput
+
+    here, there = self.sigmas[self.step_index], self.sigmas[self.step_index + 1]
+    x0 = self.precondition_outputs(sample, model_output, here)
+    self._step_index += 1
+    return SchedulerOutput(prev_sample=x0 + there / here * (sample - x0))
 
 
 def times_of(scheduler: Any, num_steps: int) -> Tensor:

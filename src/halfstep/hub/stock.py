@@ -38,12 +38,12 @@ def quiet() -> Iterator[None]:
             library.enable_progress_bar()
 
 
-def stock(name: str) -> Any:
-    """Return the class of diffusers with that name, imported quietly."""
+def stock(name: str, *default: Any) -> Any:
+    """Return the class of diffusers with that name, imported quietly, or the default."""
     import diffusers
 
     with quiet():
-        return getattr(diffusers, name)
+        return getattr(diffusers, name, *default)
 
 
 def load_stock(name: str, folder: Path, failure: str, **options: Any) -> Any:

@@ -44,7 +44,7 @@ class Model(Denoiser):
         self.manifest = manifest
         self.null = dict(null or {})
         self._plain: Denoiser = Clipped(denoiser) if manifest.clip else denoiser
-        guided = Guided(denoiser, self.null) if self.null else denoiser
+        guided = Guided(denoiser, self.null) if self.null and not self.takes_scale else denoiser
         self._guided: Denoiser = Clipped(guided) if manifest.clip else guided
 
     def forward(self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None) -> Denoised:
@@ -52,7 +52,7 @@ class Model(Denoiser):
 
     def num_evals(self, sampler: Sampler, num_steps: int, guidance_scale: float | None = None) -> int:
         """Return the network calls for a sample: twice the sampler's if guidance calls with and without conditions."""
-        is_doubled = self.null and self._scale(guidance_scale) is not None
+        is_doubled = self.null and not self.takes_scale and self._scale(guidance_scale) is not None
         return sampler.num_evals(num_steps) * (2 if is_doubled else 1)
 
     def _scale(self, guidance_scale: float | None) -> float | None:
@@ -60,12 +60,22 @@ class Model(Denoiser):
         scale = self.manifest.guidance_scale if guidance_scale is None else guidance_scale
         if self.guidance is not None:
             return self.guidance.scale_for(scale)
+        if self.takes_scale:
+            return scale
         if scale is not None and not self.null:
             raise ValueError(
                 f"a guidance scale of {scale:g} was asked for, but this model knows no guidance: leave it out"
             )
         # At 1 guidance is off, and one call does what two would.
         return None if scale == 1 else scale
+
+    @property
+    def takes_scale(self) -> bool:
+        """Whether this is a teacher whose network takes any guidance scale itself; without one it takes its own."""
+        pipeline = self.manifest.pipeline
+        return (
+            self.role is Role.TEACHER and self.guidance is None and pipeline is not None and pipeline.scale is not None
+        )
 
     @property
     def sampler(self) -> Sampler:

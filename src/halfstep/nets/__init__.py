@@ -17,5 +17,6 @@ from halfstep.nets.lora import (
     with_lora,
 )
 from halfstep.nets.mlp import MLP
-from halfstep.nets.stock import SD3, DiT, StockNetwork, TableNetwork, UNet2D, UNet2DCondition, unet2d_config
-from halfstep.nets.surgery import on_clock, takes_guidance, with_guidance
+from halfstep.nets.replay import LENGTH, Replay, nodes_of, takes_scale
+from halfstep.nets.stock import StockNetwork, UNet2D, unet2d_config
+from halfstep.nets.surgery import has_movable_clock, on_clock, takes_guidance, with_guidance

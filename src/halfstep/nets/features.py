@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from halfstep.nets.lora import LoRA, merged
 from halfstep.nets.mlp import MLP
-from halfstep.nets.stock import SD3, DiT, UNet2D, UNet2DCondition
+from halfstep.nets.replay import LENGTH, Replay
+from halfstep.nets.stock import UNet2D
 
 
 class EncoderHalf(nn.Module, ABC):
@@ -45,7 +46,7 @@ def encoder_half(network: Any) -> EncoderHalf:
 class _UNetHalf(EncoderHalf):
     """diffusers' U-Net without what follows its middle block."""
 
-    def __init__(self, network: UNet2D | UNet2DCondition) -> None:
+    def __init__(self, network: UNet2D | Replay) -> None:
         super().__init__()
         self.network, self.channels = network, network.config["block_out_channels"][-1]
         model = network.model
@@ -53,46 +54,73 @@ class _UNetHalf(EncoderHalf):
         model.conv_norm_out, model.conv_act, model.conv_out = nn.Identity(), nn.Identity(), nn.Identity()
 
     def forward(self, x_t: Tensor, time: Tensor, **cond: Tensor) -> Tensor:
-        return self.network(x_t, time, **cond)
+        return self.network.raw(x_t, time, **cond)
+
+
+class _Reached(Exception):
+    """The last block that is kept has put out its features."""
 
 
 @final
-class _DiTHalf(EncoderHalf):
-    """The first half of a DiT's blocks."""
+class _TransformerHalf(EncoderHalf):
+    """The first half of a transformer's blocks, of whichever kind; its features are their tokens, and those of the
+    text beside them if the blocks put out both."""
 
-    def __init__(self, network: DiT) -> None:
+    def __init__(self, network: Replay) -> None:
         super().__init__()
-        model, self.timestep = network.model, network.timestep
-        self.channels = model.inner_dim
-        self.pos_embed, self.blocks = model.pos_embed, _first_half(model.transformer_blocks)
+        self.network = network
+        name, blocks = _blocks_of(network)
+        setattr(network.model, name, _first_half(blocks))
+        self._last = name
+        # What the kept half does not use is found by a call, and is neither trained nor kept in memory.
+        weight = next(network.parameters())
+        cond = {
+            node["name"]: torch.ones(1, *node["shape"], dtype=getattr(torch, node["dtype"])).to(weight.device)
+            for node in network.conditions.values()
+        }
+        cond = {name: value.to(weight) if value.is_floating_point() else value for name, value in cond.items()}
+        cond |= {
+            name + LENGTH: torch.ones(1, dtype=torch.long)
+            for name, node in network.conditions.items()
+            if "list" in node
+        }
+        with torch.enable_grad():
+            sample = weight.new_zeros(1, *network.sample["shape"])
+            features = self(sample, weight.new_full((1,), 0.5), **cond)
+            used = torch.autograd.grad(features.sum(), list(network.parameters()), allow_unused=True)
+        self.channels = features.shape[1]
+        idle = {id(parameter) for parameter, grad in zip(network.parameters(), used, strict=True) if grad is None}
+        for module in list(network.modules()):
+            for key, parameter in list(module.named_parameters(recurse=False)):
+                if id(parameter) in idle:
+                    setattr(module, key, None)
 
     def forward(self, x_t: Tensor, time: Tensor, **cond: Tensor) -> Tensor:
-        tokens, timestep = self.pos_embed(x_t), self.timestep(time)
-        for block in self.blocks:
-            tokens = block(tokens, timestep=timestep, class_labels=cond["class_labels"])
-        return tokens.transpose(1, 2)
+        found: list[Tensor] = []
+
+        def stop(module: nn.Module, arguments: object, output: Any) -> None:
+            found.extend(output if isinstance(output, tuple) else [output])
+            raise _Reached
+
+        hook = getattr(self.network.model, self._last)[-1].register_forward_hook(stop)
+        try:
+            self.network.raw(x_t, time, **cond)
+        except _Reached:
+            pass
+        finally:
+            hook.remove()
+        return torch.cat([part for part in found if part is not None], dim=1).transpose(1, 2)
 
 
-@final
-class _SD3Half(EncoderHalf):
-    """The first half of an SD3's blocks. Its features are the tokens of the latent, then those of the text."""
-
-    def __init__(self, network: SD3) -> None:
-        super().__init__()
-        model, self.timestep = network.model, network.timestep
-        self.channels = model.inner_dim
-        self.pos_embed, self.blocks = model.pos_embed, _first_half(model.transformer_blocks)
-        self.time_text_embed, self.context_embedder = model.time_text_embed, model.context_embedder
-
-    def forward(self, x_t: Tensor, time: Tensor, **cond: Tensor) -> Tensor:
-        tokens = self.pos_embed(x_t).contiguous()
-        text = self.context_embedder(cond["encoder_hidden_states"])
-        embedded = self.time_text_embed(self.timestep(time), cond["pooled_projections"])
-        for block in self.blocks:
-            text, tokens = block(hidden_states=tokens, encoder_hidden_states=text, temb=embedded)
-        # The last block of a whole network returns no text.
-        both = tokens if text is None else torch.cat([tokens, text], dim=1)
-        return both.transpose(1, 2)
+def _blocks_of(network: Replay) -> tuple[str, nn.ModuleList]:
+    """The longest list of blocks of a transformer, and its name."""
+    lists = [(name, part) for name, part in network.model.named_children() if isinstance(part, nn.ModuleList) and part]
+    if not lists:
+        raise ValueError(
+            f"a critic needs the encoder half of the teacher, and a {network.stock} has neither blocks up and down nor "
+            "a list of blocks"
+        )
+    return max(lists, key=lambda found: len(found[1]))
 
 
 @final
@@ -116,19 +144,13 @@ def _first_half(blocks: nn.ModuleList) -> nn.ModuleList:
 
 
 @encoder_half.register(UNet2D)
-@encoder_half.register(UNet2DCondition)
-def _(network: UNet2D | UNet2DCondition) -> EncoderHalf:
+def _(network: UNet2D) -> EncoderHalf:
     return _UNetHalf(network)
 
 
-@encoder_half.register(DiT)
-def _(network: DiT) -> EncoderHalf:
-    return _DiTHalf(network)
-
-
-@encoder_half.register(SD3)
-def _(network: SD3) -> EncoderHalf:
-    return _SD3Half(network)
+@encoder_half.register(Replay)
+def _(network: Replay) -> EncoderHalf:
+    return _UNetHalf(network) if hasattr(network.model, "up_blocks") else _TransformerHalf(network)
 
 
 @encoder_half.register(MLP)

@@ -20,6 +20,11 @@ class InHalf(nn.Module):
         super().__init__()
         self.network = copy.deepcopy(network).to(torch.bfloat16)
 
+    @property
+    def restores_norm(self) -> bool:
+        """As the network's own."""
+        return bool(getattr(self.network, "restores_norm", False))
+
     def forward(self, x_t: Tensor, time: Tensor, **cond: Tensor) -> Tensor:
         shown = {
             name: value.to(torch.bfloat16) if value.is_floating_point() and name != GUIDANCE else value

@@ -64,6 +64,11 @@ class LoRA(Network):
     def forward(self, x_t: Tensor, time: Tensor, **cond: Tensor) -> Tensor:
         return self.base(x_t, time, **cond)
 
+    @property
+    def restores_norm(self) -> bool:
+        """As the base's own."""
+        return bool(getattr(self.base, "restores_norm", False))
+
     def own(self) -> list[tuple[str, nn.Parameter]]:
         """The additions, by name."""
         return [(name, p) for name, p in self.named_parameters() if ".lora_" in name]

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from halfstep.nets.base import Network, build_network, describe_network
 from halfstep.nets.lora import LoRA
 from halfstep.nets.mlp import MLP
-from halfstep.nets.stock import TableNetwork, UNet2DCondition
+from halfstep.nets.replay import Replay, takes_scale
+from halfstep.nets.stock import StockNetwork
 
 GUIDANCE_WIDTH = 256
 """Width of the guidance embedding of a `UNet2DConditionModel`, as in latent consistency models (arXiv:2310.04378)."""
@@ -30,7 +31,7 @@ def takes_guidance(network: nn.Module) -> bool:
         network = network.base
     if isinstance(network, MLP):
         return network.guided
-    return isinstance(network, UNet2DCondition) and network.config.get("time_cond_proj_dim") is not None
+    return isinstance(network, Replay) and takes_scale(network.call)
 
 
 def with_guidance(network: nn.Module) -> Network:
@@ -41,8 +42,12 @@ def with_guidance(network: nn.Module) -> Network:
     """
     if isinstance(network, MLP):
         changes: dict[str, Any] = {"guided": True}
-    elif isinstance(network, UNet2DCondition):
-        changes = {"config": network.config | {"time_cond_proj_dim": GUIDANCE_WIDTH}}
+    elif isinstance(network, Replay) and "timestep_cond" in network.call["items"]:
+        shown = {"is": "embedding", "width": GUIDANCE_WIDTH, "default": 1.0}
+        changes = {
+            "config": network.config | {"time_cond_proj_dim": GUIDANCE_WIDTH},
+            "call": network.call | {"items": network.call["items"] | {"timestep_cond": shown}},
+        }
     else:
         raise ValueError(
             f"a range of guidance scales needs a network with an input for the scale, and {_name(network)} has none. "
@@ -52,6 +57,13 @@ def with_guidance(network: nn.Module) -> Network:
     new = {name: torch.zeros_like(value) for name, value in grown.state_dict().items()}
     grown.load_state_dict(new | network.state_dict())
     return grown.to(next(network.parameters()))
+
+
+def has_movable_clock(network: nn.Module) -> bool:
+    """Whether `on_clock` can carry the network over to another process: it embeds the timesteps of a table."""
+    if isinstance(network, Replay) and network.clock["of"] != "u":
+        return False
+    return isinstance(network, StockNetwork) and hasattr(network.model, "time_embedding")
 
 
 def on_clock(network: nn.Module, times: Callable[[Tensor], Tensor], num_train_timesteps: int) -> Network:
@@ -64,12 +76,11 @@ def on_clock(network: nn.Module, times: Callable[[Tensor], Tensor], num_train_ti
     Raises:
         ValueError: if networks of this kind have no clock of timesteps.
     """
-    if not isinstance(network, TableNetwork) or not hasattr(network.model, "time_embedding"):
+    if not isinstance(network, StockNetwork) or not has_movable_clock(network):
         raise ValueError(f"{_name(network)} has no table of timesteps that could be replaced: keep its own process")
-    arguments = {"num_train_timesteps": num_train_timesteps, "clock_range": (0.0, 1.0)}
-    moved = build_network(describe_network(network) | arguments)
+    moved = build_network(describe_network(network) | network.on_table(num_train_timesteps))
     moved.load_state_dict(network.state_dict())
-    assert isinstance(moved, TableNetwork)
+    assert isinstance(moved, StockNetwork)
     if next(moved.parameters()).is_meta:
         return moved
     project, layer = moved.model.time_proj, moved.model.time_embedding.linear_1

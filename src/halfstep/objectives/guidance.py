@@ -15,9 +15,10 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from halfstep.core.denoiser import GUIDANCE, Cond, Denoiser, Guided
+from halfstep.core.denoiser import GUIDANCE, Cond, Denoiser, Guided, NetworkDenoiser
 from halfstep.core.draw import Draw
 from halfstep.core.warnings import HalfstepWarning
+from halfstep.nets import takes_guidance
 from halfstep.registry import Registry
 
 
@@ -58,6 +59,10 @@ class Guidance(ABC):
         """Return the conditions for the samples `like` `[batch, *dims]`, with a scale for each if it is shown."""
 
 
+def _takes_scale(teacher: Denoiser) -> bool:
+    return isinstance(teacher, NetworkDenoiser) and takes_guidance(teacher.network)
+
+
 guidances: Registry[type[Guidance]] = Registry("guidance")
 
 
@@ -91,6 +96,11 @@ class FixedGuidance(Guidance):
         return None
 
     def view(self, teacher: Denoiser, null: Mapping[str, Tensor]) -> Denoiser:
+        if _takes_scale(teacher):
+            raise ValueError(
+                "the teacher's network takes the guidance scale itself, as its pipeline was recorded with. "
+                f"Choose another by --call guidance_scale={self.scale:g}, or a range"
+            )
         return Guided(teacher, null, self.scale)
 
     def shown(self, cond: Cond, draw: Draw, like: Tensor) -> Cond:
@@ -130,7 +140,7 @@ class GuidanceRange(Guidance):
         return self.default_scale if scale is None else scale
 
     def view(self, teacher: Denoiser, null: Mapping[str, Tensor]) -> Denoiser:
-        return Guided(teacher, null)
+        return teacher if _takes_scale(teacher) else Guided(teacher, null)
 
     def shown(self, cond: Cond, draw: Draw, like: Tensor) -> Cond:
         scale = self.low + (self.high - self.low) * draw.uniform("guidance")

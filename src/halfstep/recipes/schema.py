@@ -594,7 +594,7 @@ def _with_null(teacher: Model, config: MatchingConfig, data: Data) -> Model:
     if config.guidance is not None:
         if teacher.manifest.guidance is not None:
             raise ValueError("the teacher has learned its guidance already: leave matching.guidance_scale out")
-        if not null:
+        if not null and not teacher.takes_scale:
             raise ValueError(
                 "guidance asks the teacher with and without its condition, and what stands for no condition is not "
                 + ("known: give --matching.null-class" if teacher.num_classes else "known: the teacher has none")

@@ -15,7 +15,7 @@ from halfstep.core.noise import NoiseProcess, VPCosine, VPTable
 from halfstep.core.prediction import Prediction, V
 from halfstep.models.folder import blank_denoiser
 from halfstep.models.model import Model
-from halfstep.nets import UNet2D, UNet2DCondition
+from halfstep.nets import has_movable_clock
 from halfstep.objectives import Guidance, Matching, Outcome, Plan, Role, Training, parents_of
 
 MATCHED_GAIN: Final = 10.0
@@ -47,7 +47,8 @@ class Start:
     num_steps: int | None = None
     guidance: Guidance | None = None
     """What it has learned already."""
-    network: type[torch.nn.Module] | None = None
+    may_move: bool = False
+    """Whether its network can be carried over to another process."""
     given: bool = True
 
     @classmethod
@@ -60,7 +61,7 @@ class Start:
             model.role,
             model.num_steps,
             model.guidance,
-            type(model.denoiser.network),
+            has_movable_clock(model.denoiser.network),
         )
 
     @property
@@ -114,7 +115,7 @@ class Match:
                 "matching.guidance_scale and matching.guidance_range guide a given teacher that knows a class for "
                 "none; a teacher that this recipe trains does not: leave them out"
             )
-        may_move = isinstance(own, VPTable) and start.network in (UNet2D, UNet2DCondition) and lora_rank is None
+        may_move = isinstance(own, VPTable) and start.may_move and lora_rank is None
         if self.process is None and may_move:
             clock = cosine_within(own)
         if lora_rank is not None and (clock != own or (self.guidance is not None and self.guidance.is_shown)):

@@ -14,7 +14,7 @@ from halfstep.core.prediction import Prediction, TruncatedSNR, Weighting
 from halfstep.data import Data, DataConfig, MemoryData, held_on, open_data, training_batch
 from halfstep.data.base import Batches, updates_ahead
 from halfstep.models.model import Model
-from halfstep.nets import copy_denoiser
+from halfstep.nets import copy_denoiser, has_movable_clock
 from halfstep.objectives import Batch, Denoising, Guidance, Outcome, Plan, Role, Stage, Training, parents_of
 from halfstep.run.course import Match, Start, course
 from halfstep.run.own_samples import samples_of
@@ -239,7 +239,7 @@ def distill(
     else:
         known = Start(teacher.process, None)
         if isinstance(teacher, NetworkDenoiser):
-            known = Start(teacher.process, teacher.prediction, network=type(teacher.network))
+            known = Start(teacher.process, teacher.prediction, may_move=has_movable_clock(teacher.network))
         current, held_null = teacher, dict(null or {})
     wanted = Match(matching or training, prediction, None if process is None else lambda _: process, guidance)
 

@@ -1,11 +1,12 @@
 """Training data where there is none: samples of the teacher itself."""
 
+from collections.abc import Callable
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from halfstep.core.denoiser import Denoiser
+from halfstep.core.denoiser import Cond, Denoiser
 from halfstep.core.draw import Draw, sample_labels
 from halfstep.data import MemoryData
 from halfstep.models.model import Model, samples_at_once
@@ -50,7 +51,8 @@ def samples_of(
         if model.manifest.conditions:
             names = ", ".join(model.manifest.conditions)
             raise ValueError(
-                f"the teacher needs {names}, which no sample can be drawn without. Pass data that holds it"
+                f"the teacher needs {names}, which no sample can be drawn without. Pass data that holds it, such as a "
+                "folder of halfstep encode --prompts"
             )
         if shape not in (None, model.shape):
             raise ValueError(f"the teacher's samples have the shape {list(model.shape)}, got {list(shape or ())}")
@@ -84,6 +86,35 @@ def samples_of(
     return MemoryData("samples of the teacher", torch.cat(parts), labels, tuple(map(str, range(classes))))
 
 
+def prompted_by(
+    teacher: Model,
+    num_samples: int,
+    *,
+    num_steps: int | None = None,
+    guidance_scale: float | None = None,
+    seed: int = 0,
+) -> Callable[[range, Cond], Tensor]:
+    """Return the map from places among `num_samples` and their conditions to the teacher's own samples, on the CPU.
+
+    Args:
+        num_steps: of Heun, 32 if None; a student's own.
+        guidance_scale: none if None.
+        seed: key of the noise.
+    """
+    steps = num_steps or teacher.num_steps or NUM_STEPS
+    method = teacher.sampler if teacher.num_steps else Heun()
+    scale = _unguided(teacher) if guidance_scale is None else guidance_scale
+
+    def sampled(places: range, conditions: Cond) -> Tensor:
+        teacher.eval()
+        noise = Draw(seed, "samples of the teacher", 0, num_samples, places).normal("noise", teacher.shape)
+        cond = teacher.cond(places, guidance_scale=scale, others=conditions)
+        x_1 = (teacher.process.start_scale * noise).to(teacher.device)
+        return sample(teacher, x_1, steps, method, cond).float().cpu()
+
+    return sampled
+
+
 def _unguided(model: Model) -> float | None:
     """Return the scale that disables guidance; None where the model has learned one or knows none."""
-    return 1.0 if model.null and model.guidance is None else None
+    return 1.0 if model.null and model.guidance is None and not model.takes_scale else None

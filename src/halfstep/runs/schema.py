@@ -25,6 +25,14 @@ class Pipeline(Record):
     folder: str
     component: str
     """The part that the model replaces: unet or transformer."""
+    options: dict[str, Any] = Field(default={})
+    """Arguments of its call that are the same for all samples."""
+    guidance: str | None = None
+    """The argument of its call that is the guidance scale."""
+    off: float | None = None
+    """Its value that disables guidance; None if the network itself takes the scale."""
+    scale: float | None = None
+    """The scale that a network was trained at which takes it itself."""
 
 
 class Outcome(Record):
@@ -116,6 +124,11 @@ class Manifest(Record):
         """What `guidance_scale` means for the model, whether negative prompts act, and the network calls of a step."""
         if not self.num_classes and not self.conditions:
             return "The model is shown no condition, so there is nothing to guide by: one network call a step."
+        if self.guidance is None and self.pipeline is not None and self.pipeline.scale is not None:
+            return (
+                f"The network takes the scale itself and was distilled at {self.pipeline.scale:g}: pass "
+                f"{self.pipeline.guidance} {self.pipeline.scale:g}, one network call a step."
+            )
         if self.guidance is None and self.outcome.role == "teacher":
             return (
                 "A teacher: guidance_scale 1 is no guidance and one network call a step; any other asks it twice, with "

@@ -1,0 +1,702 @@
+"""What a pipeline of diffusers feeds its denoiser, read off its own calls and verified by them.
+
+The user's pipeline is run for a few steps with hooks on its denoiser and its scheduler: with one prompt, with two, and
+guided. What changes with the batch has a batch axis; what differs between prompts is a condition; what changes from
+step to step is the sample or the time. The result is data (`Recording`) that `nets.Replay` calls the network by.
+"""
+
+import functools
+import inspect
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, NamedTuple, final
+
+import torch
+from torch import Tensor, nn
+
+from halfstep.core.denoiser import GUIDANCE, NetworkDenoiser, ddim_step
+from halfstep.core.noise import processes
+from halfstep.hub.schedulers import COSINE, Schedule, first_order, read_schedule
+from halfstep.hub.stock import in_one_line, quiet
+from halfstep.models.model import Model
+from halfstep.nets import LENGTH, Replay, nodes_of, takes_scale
+from halfstep.samplers import sample
+
+STEPS: Final = 4
+"""Steps of a recording: two more than an affine clock has unknowns."""
+TOLERANCE: Final = 1e-4
+"""Largest relative difference of what is replayed from what was recorded."""
+CLOCK_TOLERANCE: Final = 1e-6
+EXPORT_TOLERANCE: Final = 1e-3
+"""As `TOLERANCE`, after all steps of a sampler."""
+SCALE: Final = 3.0
+"""The guidance scale of the guided recording."""
+PROMPTS: Final = ("a", "a photograph of a small cat on a large mat, in the light of the morning")
+"""Prompts of unlike lengths, so that their masks differ."""
+GUIDANCES: Final = ("guidance_scale", "true_cfg_scale")
+"""Names under which pipelines take a guidance scale."""
+
+
+@final
+@dataclass(frozen=True)
+class Call:
+    """One call of the denoiser."""
+
+    arguments: dict[str, Any]
+    output: Tensor | None
+
+
+@final
+@dataclass(frozen=True)
+class Step:
+    """One step of the scheduler, and the calls of the denoiser since the one before."""
+
+    calls: tuple[Call, ...]
+    output: Tensor
+    """What the scheduler was given."""
+    timestep: float
+    sigma: float | None
+    """The scheduler's own, of the path of flow matching."""
+    before: Tensor
+    after: Tensor
+
+
+@final
+@dataclass
+class Trace:
+    """A run of a pipeline up to the last step of its scheduler."""
+
+    steps: list[Step] = field(default_factory=list)
+    mu: float | None = None
+    """The dynamic shift that the pipeline set."""
+
+
+class Guiding(NamedTuple):
+    """How a pipeline combines its branches."""
+
+    more: float
+    """What is added to its guidance scale s to make it that of u + s (c - u)."""
+    is_rescaled: bool
+    """Whether the result gets the norm of the conditioned output, over the last axis."""
+
+
+@final
+@dataclass(frozen=True)
+class Recording:
+    """A pipeline's call as data; `describe` of its network and process is what a manifest holds."""
+
+    call: dict[str, Any]
+    clock: dict[str, Any]
+    output: dict[str, Any]
+    schedule: Schedule
+    constants: dict[str, Tensor]
+    null: dict[str, Tensor]
+    """The conditions of the unguided branch, for one sample; empty if the pipeline has none."""
+    guidance: str | None
+    """The pipeline's argument that takes the guidance scale, of either kind."""
+    guiding: Guiding | None
+    """How its branches are combined; None for one branch."""
+    shape: tuple[int, ...]
+    """Of one sample."""
+
+    @property
+    def off(self) -> float | None:
+        """The value of `guidance` that disables it."""
+        return None if self.guiding is None else 1 - self.guiding.more
+
+    @property
+    def scale(self) -> float | None:
+        """The guidance scale that the network takes itself; None if it takes none."""
+        found = [*nodes_of(self.call, "guidance"), *nodes_of(self.call, "embedding")]
+        return float(found[0]["default"]) if found else None
+
+    @property
+    def conditions(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each condition, for one sample."""
+        found: dict[str, tuple[int, ...]] = {}
+        for node in nodes_of(self.call, "condition"):
+            found[node["name"]] = tuple(node["shape"])
+            if "list" in node:
+                found[node["name"] + LENGTH] = ()
+        return found
+
+
+class _Enough(BaseException):
+    """A pipeline has made the steps that were asked for."""
+
+
+def component_of(pipe: Any) -> str:
+    """Return the name of the one denoiser of a pipeline.
+
+    Raises:
+        ValueError: if it has none or several.
+    """
+    found = [
+        name
+        for name, part in pipe.components.items()
+        if name in ("transformer", "transformer_2", "unet", "prior", "decoder") and part is not None
+    ]
+    if len(found) != 1 or found[0] not in ("transformer", "unet"):
+        raise ValueError(
+            f"a {type(pipe).__name__} has {', '.join(found) or 'no transformer or unet'}, and one denoiser is needed"
+        )
+    return found[0]
+
+
+def prompted(pipe: Any, prompts: Sequence[Any]) -> dict[str, Any]:
+    """Return the argument of a pipeline's call that its samples are conditioned by.
+
+    Raises:
+        ValueError: if its call takes neither prompts nor classes.
+    """
+    taken = inspect.signature(type(pipe).__call__).parameters
+    for name in ("prompt", "class_labels"):
+        if name in taken:
+            return {name: list(prompts)}
+    raise ValueError(
+        f"the call of a {type(pipe).__name__} takes neither prompt nor class_labels, so it is not recorded"
+    )
+
+
+def trace(pipe: Any, num_steps: int, *, of: int = STEPS, computed: bool = True, **call: Any) -> Trace:
+    """Run a pipeline for the first of its steps and return what its denoiser and scheduler saw.
+
+    Args:
+        num_steps: how many are taken.
+        of: how many the pipeline is asked for.
+        computed: whether the denoiser is run; if not, it puts out zeros, and its weights may be anywhere.
+        call: arguments of the pipeline's call.
+
+    Raises:
+        ValueError: if the pipeline fails, or takes no step.
+    """
+    found, calls = Trace(), list[Call]()
+    module, scheduler = getattr(pipe, component_of(pipe)), pipe.scheduler
+    signature = inspect.signature(type(module).forward)
+    step, set_timesteps = scheduler.step, scheduler.set_timesteps
+    stepped = inspect.signature(step)
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        bound = signature.bind(module, *args, **kwargs).arguments
+        kept = {name: value for name, value in bound.items() if name not in ("self", "return_dict")}
+        calls.append(Call(_kept(kept), None))
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        first = output[0]
+        first = torch.stack(list(first)) if isinstance(first, list | tuple) else first
+        calls[-1] = Call(calls[-1].arguments, first.detach().clone())
+
+    @functools.wraps(step)
+    def seen(*args: Any, **kwargs: Any) -> Any:
+        bound = stepped.bind(*args, **kwargs).arguments
+        output, sample = bound["model_output"], bound["sample"]
+        result = step(*args, **kwargs) if computed else (sample,)
+        place = getattr(scheduler, "step_index", None)
+        sigma = None if place is None else float(scheduler.sigmas[place - computed])
+        moved = result[0] if isinstance(result, tuple) else result.prev_sample
+        if type(scheduler).__name__ == COSINE and place is not None:
+            # Its samples grow with their noise; the denoiser is shown them at unit variance.
+            sample, moved = (
+                value / (float(scheduler.sigmas[at]) ** 2 + 1) ** 0.5
+                for value, at in ((sample, place - computed), (moved, place))
+            )
+        found.steps.append(
+            Step(tuple(calls), output.clone(), float(bound["timestep"]), sigma, sample.clone(), moved.clone())
+        )
+        calls.clear()
+        if len(found.steps) == num_steps:
+            raise _Enough
+        return result
+
+    @functools.wraps(set_timesteps)
+    def set_seen(*args: Any, **kwargs: Any) -> Any:
+        found.mu = kwargs.get("mu")
+        return set_timesteps(*args, **kwargs)
+
+    hooks = [module.register_forward_pre_hook(before, with_kwargs=True)]
+    if computed:
+        hooks.append(module.register_forward_hook(after))
+    else:
+        module.forward = _zeros
+    scheduler.step, scheduler.set_timesteps = seen, set_seen
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        with torch.no_grad(), quiet():
+            pipe(num_inference_steps=of, generator=torch.Generator().manual_seed(0), **call)
+    except _Enough:
+        return found
+    except Exception as error:  # whatever a pipeline raises for arguments or parts that do not fit
+        raise ValueError(f"the call of {type(pipe).__name__} failed ({in_one_line(error)})") from None
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for part, name in ((scheduler, "step"), (scheduler, "set_timesteps"), (module, "forward")):
+            vars(part).pop(name, None)
+    raise ValueError(
+        f"{type(pipe).__name__} took {len(found.steps)} steps of its scheduler, and {num_steps} were asked for"
+    )
+
+
+def _zeros(sample: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """What stands for a denoiser that is not run."""
+    from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+    sample = next(value for name, value in {"": sample, **kwargs}.items() if value is not None)
+    return Transformer2DModelOutput(sample=sample if isinstance(sample, list) else torch.zeros_like(sample))
+
+
+def _kept(value: Any) -> Any:
+    """Return a copy that the pipeline cannot change later."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, Mapping):
+        return {name: _kept(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_kept(item) for item in value) if type(value) in (list, tuple) else [_kept(v) for v in value]
+    return value
+
+
+def record(pipe: Any, options: Mapping[str, Any]) -> tuple[Recording, Replay]:
+    """Record a pipeline's call and return it with the network that replays it, verified on what was recorded.
+
+    Args:
+        pipe: in float32; its scheduler is replaced by one that takes DDIM's steps on the same noise levels.
+        options: further arguments of the pipeline's call, such as height and width.
+
+    Raises:
+        ValueError: naming the fact that does not fit.
+    """
+    kind = type(pipe).__name__
+    taken = inspect.signature(type(pipe).__call__).parameters
+    clip = read_schedule(_config(pipe.scheduler), mu=1.0).clip
+    pipe.scheduler = first_order(pipe.scheduler)
+    labels = "class_labels" in taken
+    prompts: Sequence[Any] = (0, 1) if labels else PROMPTS
+    scales = [name for name in GUIDANCES if name in taken]
+    off = {**dict.fromkeys(scales, 1.0), **{k: v for k, v in options.items() if k not in scales}}
+    one = trace(pipe, 1, **prompted(pipe, prompts[:1]), **off)
+    if _is_guided(one.steps[0]):
+        # Where guidance is c + s (c - u), 0 disables it.
+        off |= dict.fromkeys(scales, 0.0)
+        one = trace(pipe, 1, **prompted(pipe, prompts[:1]), **off)
+    two = trace(pipe, STEPS, **prompted(pipe, prompts), **off)
+    try:
+        reading = _Reading(two, options, taken)
+        call = reading.node("", one.steps[0].calls[0].arguments, *(step.calls[0].arguments for step in two.steps[:2]))
+        if any(len(step.calls) != 1 for step in two.steps):
+            raise ValueError(f"the denoiser is called {len(two.steps[0].calls)} times a step without guidance")
+        schedule = replace(read_schedule(_config(pipe.scheduler), two.mu), clip=clip)
+        alone = conditions_in(call, two.steps[0].calls[0], 2)
+        guidance, null = None, dict[str, Tensor]()
+        for name in scales:
+            negative = {"negative_prompt": [" ", " "]} if name != GUIDANCES[0] and "negative_prompt" in taken else {}
+            guided = trace(pipe, 1, **prompted(pipe, prompts), **(off | {name: SCALE} | negative))
+            null = _unguided(call, guided.steps[0], alone)
+            if null:
+                guidance = name
+                break
+            default = options.get(name, taken[name].default)
+            if _embedded(call, guided.steps[0].calls[0].arguments, float(default or 1.0), reading.constants):
+                guidance = name
+                break
+        clock, output = fit_clock(schedule, call, two), _output(two.steps[0])
+        guiding = verify_guided(call, alone, guided.steps[0], output["sign"]) if null else None
+        output["restores_norm"] = guiding is not None and guiding.is_rescaled
+        recording = Recording(
+            call, clock, output, schedule, reading.constants, null, guidance, guiding,
+            tuple(two.steps[0].before.shape[1:]),
+        )  # fmt: skip
+        network = replayed(recording, getattr(pipe, component_of(pipe)))
+        verify(network, schedule, two)
+    except ValueError as error:
+        raise ValueError(f"{kind} cannot be replayed: {error}") from None
+    return recording, network
+
+
+def replayed(recording: Recording, module: Any) -> Replay:
+    """Return the network that replays a recording, with the weights of the pipeline's own."""
+    config = json.loads(json.dumps({name: value for name, value in module.config.items() if not name.startswith("_")}))
+    with torch.device("meta"):
+        network = Replay(
+            type(module).__name__, config, recording.call, recording.clock, recording.output,
+            recording.schedule.num_train_timesteps,
+        )  # fmt: skip
+    network.hold(module)
+    for name, value in recording.constants.items():
+        setattr(network.constants, name, value.clone())
+    return network.eval()
+
+
+@final
+class _Reading:
+    """Tells apart what a denoiser is called with."""
+
+    def __init__(self, two: Trace, options: Mapping[str, Any], taken: Mapping[str, inspect.Parameter]) -> None:
+        self.latents = two.steps[0].before
+        self.constants: dict[str, Tensor] = {}
+        self._names: set[str] = set()
+        default = taken["max_sequence_length"].default if "max_sequence_length" in taken else None
+        self._longest = options.get("max_sequence_length", default)
+
+    def node(self, path: str, one: Any, two: Any, later: Any) -> dict[str, Any]:
+        """Return the node of an argument from its values for one prompt, for two, and for two at the next step."""
+        if isinstance(two, Mapping):
+            items = {name: self.node(f"{path}.{name}", one.get(name), two[name], later[name]) for name in two}
+            return {"is": "dict", "items": items}
+        if isinstance(two, list | tuple):
+            return self._sequence(path, one, two, later)
+        if isinstance(two, Tensor):
+            return self._tensor(path, one, two, later)
+        if two is None or isinstance(two, bool | int | float | str):
+            if not one == two == later:
+                raise ValueError(f"the argument {path[1:]} is {one} for one prompt, {two} for two and {later} later")
+            return {"is": "value", "value": two}
+        raise ValueError(f"the argument {path[1:]} is a {type(two).__name__}, which is no data")
+
+    def _sequence(self, path: str, one: Any, two: Any, later: Any) -> dict[str, Any]:
+        if one is not None and (len(one), len(two)) == (1, 2):
+            if not isinstance(two[0], Tensor):
+                if not one[0] == two[0] == two[1]:
+                    raise ValueError(f"the argument {path[1:]} has {two[0]} and {two[1]} for two prompts, as no tensor")
+                return {"is": "repeat", "item": self.node(path, one[0], two[0], later[0])}
+            stacked = torch.stack(list(two)) if two[0].shape == two[1].shape else None
+            if stacked is not None and self._is_sample(stacked):
+                return {"is": "sample", "shape": list(stacked.shape[1:]), "list": True}
+            return self._condition(path, list(two), {"list": True})
+        if len(one) != len(two):
+            raise ValueError(f"the argument {path[1:]} has the length {len(one)} for one prompt and {len(two)} for two")
+        kind = "tuple" if isinstance(two, tuple) else "list"
+        return {
+            "is": kind,
+            "items": [self.node(f"{path}.{i}", *parts) for i, parts in enumerate(zip(one, two, later, strict=True))],
+        }
+
+    def _tensor(self, path: str, one: Any, two: Tensor, later: Tensor) -> dict[str, Any]:
+        if self._is_sample(two):
+            return {"is": "sample", "shape": list(two.shape[1:])}
+        if two.shape == later.shape and not torch.equal(two, later):
+            if bool((two != two.flatten()[0]).any()):
+                raise ValueError(f"the argument {path[1:]} changes from step to step and is neither sample nor time")
+            return {"is": "time", "dims": list(two.shape[1:])}
+        rows = two.ndim > 0 and len(two) == 2 and (one is None or len(one) == 1)
+        if not rows:
+            if one is None or one.shape != two.shape or not torch.equal(one, two):
+                raise ValueError(f"the argument {path[1:]} has no batch axis and differs between one prompt and two")
+            return self._constant(path, two, False)
+        if one is not None and one.shape[1:] == two.shape[1:] and torch.equal(two[0], two[1]):
+            return self._constant(path, two[:1], True)
+        is_ragged = one is None or one.shape[1:] != two.shape[1:]
+        return self._condition(path, list(two), {"ragged": True} if is_ragged else {})
+
+    def _is_sample(self, value: Tensor) -> bool:
+        same = value.shape[:1] == self.latents.shape[:1] and value.numel() == self.latents.numel()
+        return same and difference(value.reshape(self.latents.shape), self.latents) <= CLOCK_TOLERANCE
+
+    def _constant(self, path: str, value: Tensor, rows: bool) -> dict[str, Any]:
+        name = self._named(path)
+        self.constants[name] = value
+        return {"is": "constant", "name": name, "shape": list(value.shape), "dtype": _dtype(value)} | (
+            {"rows": True} if rows else {}
+        )
+
+    def _condition(self, path: str, rows: list[Tensor], extra: dict[str, Any]) -> dict[str, Any]:
+        shape = list(rows[0].shape)
+        if extra:
+            if not isinstance(self._longest, int):
+                raise ValueError(
+                    f"the argument {path[1:]} is as long as its prompt, and no max_sequence_length bounds it"
+                )
+            shape[0] = self._longest
+        return {"is": "condition", "name": self._named(path), "shape": shape, "dtype": _dtype(rows[0]), **extra}
+
+    def _named(self, path: str) -> str:
+        last = path.rpartition(".")[2]
+        name = path[1:].replace(".", "_") if last in self._names or last.isdigit() else last
+        self._names.add(name)
+        return name
+
+
+def _dtype(value: Tensor) -> str:
+    return str(value.dtype).removeprefix("torch.")
+
+
+def _reached(node: Mapping[str, Any], value: Any) -> Iterator[tuple[Mapping[str, Any], Any]]:
+    """Yield the leaves of a recorded call with their values in another call of the same kind."""
+    items = node.get("items")
+    if items is None:
+        yield node, value
+        return
+    pairs = (
+        ((items[name], value[name]) for name in items) if isinstance(items, Mapping) else zip(items, value, strict=True)
+    )
+    for item, part in pairs:
+        yield from _reached(item, part)
+
+
+def conditions_in(call: Mapping[str, Any], made: Call, batch: int, first: int = 0) -> dict[str, Tensor]:
+    """Return the conditions of a call by name, each `[batch, ...]`; those as long as their prompt padded with zeros.
+
+    Args:
+        first: the row where the batch begins; a guided call has two.
+    """
+    found: dict[str, Tensor] = {}
+    values = {
+        node["name"]: (node, value) for node, value in _reached(call, made.arguments) if node["is"] == "condition"
+    }
+    lengths = [value.shape[1] for node, value in values.values() if node.get("ragged") and value is not None]
+    for name, (node, value) in values.items():
+        if value is None:
+            # A mask that hides nothing.
+            value = torch.ones(first + batch, max(lengths), dtype=getattr(torch, node["dtype"]))
+        rows = [value[place] for place in range(first, first + batch)]
+        if "list" in node:
+            found[name + LENGTH] = torch.tensor([len(row) for row in rows])
+        if "list" in node or node.get("ragged"):
+            if (longest := max(len(row) for row in rows)) > node["shape"][0]:
+                raise ValueError(f"the condition {name} of {longest} tokens is longer than max_sequence_length")
+            padded = rows[0].new_zeros(batch, *node["shape"])
+            for place, row in enumerate(rows):
+                padded[place, : len(row)] = row
+            found[name] = padded
+        else:
+            found[name] = torch.stack(rows)
+    return found
+
+
+def _branches(call: Mapping[str, Any], step: Step, batch: int = 2) -> list[tuple[dict[str, Tensor], Tensor]]:
+    """Return conditions and outputs of the guided step's branches."""
+    found = []
+    for made in step.calls:
+        assert made.output is not None
+        for first in range(0, len(made.output), batch):
+            found.append((conditions_in(call, made, batch, first), made.output[first : first + batch]))
+    return found
+
+
+def _is_guided(step: Step, batch: int = 1) -> bool:
+    """Whether a step of a batch has several branches."""
+    return len(step.calls) > 1 or any(made.output is not None and len(made.output) > batch for made in step.calls)
+
+
+def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return all(torch.allclose(one[name].float(), other[name].float(), rtol=1e-4, atol=1e-5) for name in one)
+
+
+def _unguided(call: Mapping[str, Any], step: Step, alone: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the conditions of the branch without a prompt, for one sample; empty if the step has one branch."""
+    branches = [cond for cond, _ in _branches(call, step)]
+    if len(branches) == 1:
+        return {}
+    others = [cond for cond in branches if not _same(cond, alone)]
+    if len(branches) != 2 or len(others) != 1:
+        raise ValueError(f"a guided step has {len(branches)} branches, {len(others)} of which have other conditions")
+    (null,) = others
+    if not _same({n: v[:1] for n, v in null.items()}, {n: v[1:] for n, v in null.items()}):
+        raise ValueError("what stands for no condition differs between two prompts")
+    return {name: value[0] for name, value in null.items()}
+
+
+def _embedded(call: dict[str, Any], arguments: Mapping[str, Any], scale: float, constants: dict[str, Tensor]) -> bool:
+    """Put the guidance scale into the recorded call where an argument changed with it; return whether one did."""
+    for path in list(call["items"]):
+        node, value = call["items"][path], arguments[path]
+        if node["is"] != "constant" or not node.get("rows") or torch.equal(value[:1], constants[node["name"]]):
+            continue
+        if node["shape"] == [1]:
+            call["items"][path] = {"is": "guidance", "factor": float(value[0]) / SCALE, "default": scale}
+        elif path == "timestep_cond":
+            call["items"][path] = {"is": "embedding", "width": node["shape"][-1], "default": scale}
+        else:
+            raise ValueError(f"the argument {path} changes with the guidance scale, in {node['shape']} numbers")
+        del constants[node["name"]]
+        return True
+    return False
+
+
+def fit_clock(schedule: Schedule, call: Mapping[str, Any], two: Trace) -> dict[str, Any]:
+    """Return the rule from noise levels to the times that the denoiser was shown.
+
+    Raises:
+        ValueError: if none fits to 1e-6.
+    """
+    shown = [_shown(call, step) for step in two.steps]
+    times = torch.tensor([schedule.time_of(step.timestep, step.sigma) for step in two.steps], dtype=torch.float64)
+    seen = torch.tensor(shown, dtype=torch.float64)
+    alpha, sigma = schedule.process.alpha_sigma(times)
+    rules = {"u": times, "sigma": sigma, "angle": torch.atan2(sigma, alpha) * (2 / math.pi)}
+    order = ("sigma", "u", "angle") if schedule.is_flow else ("u", "angle", "sigma")
+    for of in order:
+        design = torch.stack([rules[of], torch.ones_like(times)], dim=1)
+        solved = torch.linalg.lstsq(design, seen).solution
+        scale, offset = (_snapped(float(number), float(seen.abs().max())) for number in solved)
+        if float((scale * rules[of] + offset - seen).abs().max()) <= CLOCK_TOLERANCE * max(
+            1.0, float(seen.abs().max())
+        ):
+            clock = {"of": of, "scale": scale, "offset": offset}
+            return clock if of == "u" else clock | {"process": processes.describe(schedule.process)}
+    raise ValueError(
+        f"its denoiser is shown the times {', '.join(f'{x:.6g}' for x in shown)} at the noise levels "
+        f"{', '.join(f'{float(x):.6g}' for x in sigma)}, which no affine clock of t, sigma or the angle has"
+    )
+
+
+def _snapped(number: float, size: float) -> float:
+    """Return the round number that rounding errors of float32 have hidden in a number of this size."""
+    near = round(number, 3)
+    return near + 0.0 if abs(near - number) <= CLOCK_TOLERANCE * max(1.0, size) else number
+
+
+def _shown(call: Mapping[str, Any], step: Step) -> float:
+    """The time that the denoiser was shown."""
+    found = [
+        float(value.flatten()[0]) for node, value in _reached(call, step.calls[0].arguments) if node["is"] == "time"
+    ]
+    if not found:
+        raise ValueError("no argument of its denoiser changes from step to step as a time does")
+    return found[0]
+
+
+def _output(step: Step) -> dict[str, Any]:
+    """Return which part of the denoiser's output the scheduler got, and its sign.
+
+    Raises:
+        ValueError: if it got something else.
+    """
+    made = step.calls[0].output
+    assert made is not None
+    wanted = step.output
+    channels = wanted.shape[1]
+    for part, found in (("all", made), ("first", made[:, :channels]), ("last", made[:, -channels:])):
+        if found.numel() == wanted.numel():
+            for sign in (1, -1):
+                if _near(sign * found.reshape(wanted.shape), wanted):
+                    return {"sign": sign, "part": part}
+    raise ValueError(
+        f"its denoiser puts out {list(made.shape)}, and neither that nor its first or last channels, of either sign, "
+        f"is what its scheduler steps with ({list(wanted.shape)})"
+    )
+
+
+def _near(found: Tensor, wanted: Tensor) -> bool:
+    return difference(found, wanted) <= TOLERANCE
+
+
+def difference(found: Tensor, wanted: Tensor) -> float:
+    """Return the largest difference, relative to the largest number and to 1."""
+    return float((found.float() - wanted.float()).abs().max()) / max(1.0, float(wanted.abs().max()))
+
+
+def grid_of(schedule: Schedule, made: Trace) -> Tensor:
+    """Return the times at which the steps of a trace start and land, float64."""
+    starts = [schedule.time_of(step.timestep, step.sigma) for step in made.steps]
+    return torch.tensor([*starts, schedule.last_time], dtype=torch.float64)
+
+
+@torch.no_grad()
+def verify(network: Replay, schedule: Schedule, made: Trace) -> None:
+    """Replay each step of a trace without guidance and compare it with what was recorded.
+
+    Raises:
+        ValueError: naming the first fact that does not fit.
+    """
+    denoiser = NetworkDenoiser(network, schedule.process, schedule.prediction)
+    grid = grid_of(schedule, made)
+    for place, step in enumerate(made.steps):
+        x_t, batch = step.before, len(step.before)
+        time = grid[place].expand(batch).float()
+        cond = conditions_in(network.call, step.calls[0], batch)
+        if takes_scale(network.call):
+            # The recorded calls without a second branch were made at 1.
+            cond[GUIDANCE] = torch.ones(batch)
+        told, shown = float(network.timestep(time)[0]), _shown(network.call, step)
+        if abs(told - shown) > TOLERANCE * max(1e-2, abs(shown)):
+            raise ValueError(
+                f"at step {place + 1} its denoiser was shown the time {shown:.6g}, but the clock says {told:.6g}"
+            )
+        recorded = step.calls[0].output
+        assert recorded is not None
+        if (off := difference(network.raw(x_t, time, **cond), recorded)) > TOLERANCE:
+            raise ValueError(
+                f"at step {place + 1} its denoiser, called with the recorded conditions "
+                f"({', '.join(cond) or 'none'}), puts out something else than before (by {off:.2g} of its size)"
+            )
+        if (off := difference(network(x_t, time, **cond), step.output)) > TOLERANCE:
+            raise ValueError(
+                f"at step {place + 1} the scheduler was given something else than the "
+                f"{'negated ' if network.output['sign'] < 0 else ''}output (by {off:.2g} of its size): sign or slice"
+            )
+        landed = ddim_step(denoiser(x_t, grid[place].expand(batch), cond), schedule.process, float(grid[place + 1]))
+        if (off := difference(landed, step.after)) > TOLERANCE:
+            raise ValueError(
+                f"step {place + 1} from t = {float(grid[place]):.4g} to {float(grid[place + 1]):.4g} on "
+                f"{schedule.process} with an output that means {type(schedule.prediction).__name__} lands elsewhere "
+                f"than the scheduler's (by {off:.2g} of its size)"
+            )
+
+
+def verify_guided(call: Mapping[str, Any], alone: Mapping[str, Tensor], step: Step, sign: int) -> Guiding:
+    """Return how the two branches of a guided step were combined.
+
+    Raises:
+        ValueError: if it is no classifier-free guidance.
+    """
+    branches = _branches(call, step)
+    (with_,) = (made for cond, made in branches if _same(cond, alone))
+    (without,) = (made for cond, made in branches if not _same(cond, alone))
+    wanted = sign * step.output[: len(alone[next(iter(alone))])]
+    with_, without = (_cut(made, wanted) for made in (with_, without))
+    for more in (0.0, 1.0):
+        for rescale in (False, True):
+            found = without + (SCALE + more) * (with_ - without)
+            if rescale:
+                found = found * (with_.norm(dim=-1, keepdim=True) / found.norm(dim=-1, keepdim=True))
+            if _near(found, wanted):
+                return Guiding(more, rescale)
+    raise ValueError(
+        f"at a guidance scale of {SCALE:g} it steps with neither u + s (c - u) nor c + s (c - u) of its conditioned "
+        "and unconditioned outputs, with or without their norm restored"
+    )
+
+
+def _cut(made: Tensor, like: Tensor) -> Tensor:
+    return made.reshape(like.shape) if made.numel() == like.numel() else made[:, : like.shape[1]]
+
+
+def _config(scheduler: Any) -> dict[str, Any]:
+    # Without what it says of its own defaults, which would undo what a pipeline has set.
+    fields = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+    return {"_class_name": type(scheduler).__name__, **fields}
+
+
+@torch.no_grad()
+def verify_export(pipe: Any, model: Model, **call: Any) -> None:
+    """Compare the samples of an exported pipeline with the model's own, from the same noise and conditions.
+
+    Args:
+        call: what its card says to call it with, without prompts.
+
+    Raises:
+        ValueError: if they differ, or a step takes several network calls.
+    """
+    manifest, count = model.manifest, int(call.pop("num_inference_steps"))
+    sigmas = call.get("sigmas")
+    if sigmas is None and manifest.process["type"] == "flow":
+        sigmas = [1 - k / count for k in range(count)]
+        pipe.scheduler.set_timesteps = functools.partial(pipe.scheduler.set_timesteps, sigmas=sigmas)
+    prompts: Sequence[Any] = (0, 1) if manifest.num_classes else PROMPTS
+    made = trace(pipe, count, of=count, **prompted(pipe, prompts), **call)
+    if any(len(step.calls) != 1 or _is_guided(step, 2) for step in made.steps):
+        raise ValueError(
+            f"the exported {type(pipe).__name__} calls its network more than once a step, called with {call}"
+        )
+    cond = conditions_in(manifest.network.get("base", manifest.network)["call"], made.steps[0].calls[0], 2)
+    if manifest.guidance is not None and manifest.guidance["type"] == "range":
+        cond[GUIDANCE] = torch.full((2,), float(call["guidance_scale"]))
+    found = sample(model, made.steps[0].before, count, model.sampler, cond)
+    if not (off := difference(found, made.steps[-1].after)) <= EXPORT_TOLERANCE:
+        raise ValueError(
+            f"the exported {type(pipe).__name__} makes other samples than the model in {count} steps, by {off:.2g} of "
+            "their size. Use --format onnx, or halfstep.load in Python"
+        )

@@ -1,0 +1,186 @@
+"""A network of diffusers, called as its own pipeline called it: the recorded call with the batch's own values put in.
+
+The call is a tree of nodes, JSON-ready. A node is one argument of the stock module's `forward`, or a part of one:
+
+    {"is": "sample", "shape": [...]}            x_t of each sample in this shape; with "list": a list of samples
+    {"is": "time", "dims": [...]}               the clock's value for each sample, repeated over further axes
+    {"is": "condition", "name": ..., ...}       the batch's condition of that name; with "list": cut to its lengths
+    {"is": "constant", "name": ..., ...}        a tensor without a batch axis, or with "rows" one for every sample
+    {"is": "repeat", "item": node}              a list with the item for every sample
+    {"is": "guidance", "factor": ..., ...}      the guidance scale, a scalar input
+    {"is": "embedding", "width": ..., ...}      the guidance scale in sinusoids, as latent consistency models take it
+    {"is": "dict" | "list" | "tuple", "items": ...}, {"is": "value", "value": ...}
+
+hub/recording.py makes it.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final, Self, final
+
+import torch
+from torch import Tensor, nn
+
+from halfstep.core.denoiser import GUIDANCE
+from halfstep.core.noise import processes
+from halfstep.nets.base import networks
+from halfstep.nets.stock import StockNetwork
+
+Node = Mapping[str, Any]
+"""An argument of a recorded call; see the module."""
+LENGTH: Final = ".length"
+"""End of the name of the condition with the lengths of another, whose tail is padding."""
+
+
+def nodes_of(call: Node, kind: str) -> Iterator[Node]:
+    """Yield the nodes of a kind in a recorded call."""
+    if call["is"] == kind:
+        yield call
+    items = call.get("items", ())
+    for item in items.values() if isinstance(items, Mapping) else items:
+        yield from nodes_of(item, kind)
+
+
+@final
+class Constants(nn.Module):
+    """Tensors that keep their dtype: positions and sizes are wrong in half precision."""
+
+    def __init__(self, call: Node) -> None:
+        super().__init__()
+        for node in nodes_of(call, "constant"):
+            self.register_buffer(node["name"], torch.zeros(node["shape"], dtype=getattr(torch, node["dtype"])))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        for name, value in list(self.named_buffers()):
+            moved = fn(value)
+            setattr(self, name, moved if moved.dtype == value.dtype else value.to(moved.device))
+        return self
+
+
+@final
+@networks.register("replay")
+class Replay(StockNetwork):
+    """Any network of diffusers, with the arguments that its pipeline was seen to call it with.
+
+    It takes `guidance_scale` `[batch]` where the recorded call has an input for it, and else uses the recorded scale.
+
+    Args:
+        call: what the stock module is called with, a node for each argument.
+        clock: {"of": "u", "sigma" or "angle", "scale": a, "offset": b}: the module's time is a g + b, where g is t,
+            sigma(t), or the angle of (alpha, sigma) in quarter turns, on "process" (its description).
+        output: {"sign": 1 or -1, "part": which channels of its output count: "all", "first" or "last"}, and whether
+            guidance restores its norm ("restores_norm").
+    """
+
+    def __init__(
+        self,
+        stock: str,
+        config: Mapping[str, Any],
+        call: Node,
+        clock: Mapping[str, Any],
+        output: Mapping[str, Any],
+        num_train_timesteps: int = 1000,
+    ) -> None:
+        super().__init__(stock, config, num_train_timesteps)
+        self.call, self.clock, self.output = dict(call), dict(clock), dict(output)
+        self.constants = Constants(call)
+        self.conditions = {node["name"]: node for node in nodes_of(call, "condition")}
+        (self.sample,) = nodes_of(call, "sample")
+        self._process = None if clock["of"] == "u" else processes.rebuild(clock["process"])
+
+    def arguments(self) -> dict[str, Any]:
+        return {
+            "stock": self.stock,
+            "config": self.config,
+            "call": self.call,
+            "clock": self.clock,
+            "output": self.output,
+            "num_train_timesteps": self.num_train_timesteps,
+        }
+
+    @property
+    def restores_norm(self) -> bool:
+        """Whether guidance gives the output the norm that it has with conditions."""
+        return bool(self.output.get("restores_norm", False))
+
+    def timestep(self, time: Tensor) -> Tensor:
+        if self._process is not None:
+            alpha, sigma = self._process.alpha_sigma(time)
+            time = sigma if self.clock["of"] == "sigma" else torch.atan2(sigma, alpha) * (2 / math.pi)
+        return self.clock["scale"] * time + self.clock["offset"]
+
+    def on_table(self, num_train_timesteps: int) -> dict[str, Any]:
+        return {
+            "num_train_timesteps": num_train_timesteps,
+            "clock": {"of": "u", "scale": float(num_train_timesteps), "offset": -1.0},
+        }
+
+    def forward(self, x_t: Tensor, time: Tensor, **cond: Tensor) -> Tensor:
+        """Return the prediction, shaped as `x_t` `[batch, *dims]`, at times in [0, 1] `[batch]`.
+
+        Raises:
+            ValueError: if a condition of the call is missing, or another is given.
+        """
+        output, wanted = self.raw(x_t, time, **cond), x_t.shape[1] if x_t.ndim > 1 else 1
+        if self.output["part"] != "all":
+            output = output[:, :wanted] if self.output["part"] == "first" else output[:, -wanted:]
+        if output.shape[1:] != x_t.shape[1:]:
+            output = output.reshape(-1, *x_t.shape[1:])
+        return -output if self.output["sign"] < 0 else output
+
+    def raw(self, x_t: Tensor, time: Tensor, **cond: Tensor) -> Tensor:
+        """Return the stock module's own output."""
+        needed = {*self.conditions, *(name + LENGTH for name, node in self.conditions.items() if "list" in node)}
+        if GUIDANCE in cond and takes_scale(self.call):
+            needed.add(GUIDANCE)
+        if odd := sorted(needed ^ set(cond)):
+            raise ValueError(
+                f"a {self.stock} needs the conditions {', '.join(sorted(needed)) or 'none'}, got "
+                f"{', '.join(sorted(cond)) or 'none'} ({odd[0]})"
+            )
+        found = self.model(**self._filled(self.call, x_t, self.timestep(time), cond), return_dict=False)[0]
+        return torch.stack(list(found)) if isinstance(found, list | tuple) else found
+
+    def _filled(self, node: Node, x_t: Tensor, timestep: Tensor, cond: Mapping[str, Tensor]) -> Any:
+        """Return the value of a node for this batch."""
+        batch, kind = x_t.shape[0], node["is"]
+        match kind:
+            case "sample":
+                shown = x_t if list(x_t.shape[1:]) == node["shape"] else x_t.reshape(-1, *node["shape"])
+                return list(shown.unbind()) if "list" in node else shown
+            case "time":
+                dims = node["dims"]
+                return timestep.reshape(-1, *[1] * len(dims)).expand(-1, *dims) if dims else timestep
+            case "condition":
+                value = cond[node["name"]]
+                if "list" not in node:
+                    return value
+                return [row[: int(n)] for row, n in zip(value, cond[node["name"] + LENGTH], strict=True)]
+            case "constant":
+                held: Tensor = getattr(self.constants, node["name"])
+                return held.expand(batch, *held.shape[1:]) if node.get("rows") else held
+            case "repeat":
+                return [self._filled(node["item"], x_t, timestep, cond) for _ in range(batch)]
+            case "guidance":
+                return node["factor"] * self._scale(node, timestep, cond)
+            case "embedding":
+                from diffusers.models.embeddings import get_timestep_embedding
+
+                scale = self._scale(node, timestep, cond)
+                return get_timestep_embedding(1000 * (scale - 1), node["width"], downscale_freq_shift=1).to(x_t.dtype)
+            case "value":
+                return node["value"]
+        items = node["items"]
+        if kind == "dict":
+            return {name: self._filled(item, x_t, timestep, cond) for name, item in items.items()}
+        filled = [self._filled(item, x_t, timestep, cond) for item in items]
+        return tuple(filled) if kind == "tuple" else filled
+
+    def _scale(self, node: Node, timestep: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        given = cond.get(GUIDANCE)
+        return torch.full_like(timestep, node["default"]) if given is None else given.to(timestep)
+
+
+def takes_scale(call: Node) -> bool:
+    """Return whether a recorded call has an input for the guidance scale."""
+    return any(True for kind in ("guidance", "embedding") for _ in nodes_of(call, kind))

@@ -1,0 +1,327 @@
+"""Pipelines that no line of the library names: what they feed their networks is read off their own calls.
+
+Our samples are those of the pipeline itself, from the same noise, prompts, steps and guidance.
+"""
+
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import support_pipelines
+from halfstep.cli import main
+from halfstep.core.denoiser import NetworkDenoiser
+from halfstep.core.noise import FlowMatching, processes
+from halfstep.core.prediction import X0
+from halfstep.hub import export_pipeline, import_pipeline, text_conditions
+from halfstep.hub.card import call_of
+from halfstep.hub.pipelines import load_pipeline
+from halfstep.hub.recording import Trace, grid_of, prompted, record, replayed, trace, verify
+from halfstep.hub.schedulers import first_order, read_schedule
+from halfstep.hub.stock import stock
+from halfstep.models.folder import load
+from halfstep.models.model import Model
+from halfstep.nets import Replay
+from halfstep.runs import RunFolder
+from halfstep.samplers import sample
+from support_cli import Capture, refused
+from support_pipelines import assert_same, noise, quietly
+
+PROMPTS: Final = ["a cat", "b on a mat"]
+
+
+class Family(NamedTuple):
+    """A tiny pipeline, and how it is called."""
+
+    options: dict[str, Any]
+    facts: dict[str, Any]
+    """What the recording must find."""
+    steps: tuple[int, int] = (4, 12)
+    """A table of 1000 levels has no 12 steps of one length."""
+
+
+SQUARE: Final = {"height": 8, "width": 8}
+VIDEO: Final = {"height": 16, "width": 16, "num_frames": 5}
+PLAIN: Final = {"use_resolution_binning": False}
+FAMILIES: Final = {
+    "sdxl": Family(SQUARE, {"of": "u", "prediction": "eps"}, (4, 10)),
+    "lcm": Family(SQUARE, {"of": "u", "prediction": "v"}, (4, 10)),
+    "flux": Family({"height": 16, "width": 8}, {"of": "sigma", "scale": 1, "prediction": "flow_velocity"}),
+    "flux_schnell": Family(SQUARE, {"of": "sigma", "scale": 1}),
+    "pixart": Family(SQUARE | PLAIN, {"part": "first"}, (4, 10)),
+    "wan": Family(VIDEO | {"max_sequence_length": 16}, {"of": "sigma", "scale": 1000}),
+    "qwen": Family({"height": 16, "width": 16}, {"restores_norm": True}),
+    "sana": Family({"height": 32, "width": 32} | PLAIN, {"scale": 1000}),
+    "cogvideox": Family(VIDEO, {"of": "u", "prediction": "v"}, (4, 10)),
+    "lumina2": Family({"height": 16, "width": 16}, {"scale": -1, "offset": 1, "sign": -1, "restores_norm": True}),
+    "z_image": Family({"height": 16, "width": 16, "max_sequence_length": 32}, {"scale": -1, "offset": 1, "sign": -1}),
+    "stable_audio": Family({}, {"of": "u", "prediction": "v"}),
+    "auraflow": Family(SQUARE, {"of": "sigma", "scale": 1}),
+    "chroma": Family(SQUARE | {"max_sequence_length": 32}, {"of": "sigma", "scale": 1}),
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Each family's pipeline as it saves itself, made once."""
+    root = tmp_path_factory.mktemp("families")
+
+    def folder(name: str) -> Path:
+        if not (root / name).exists():
+            getattr(support_pipelines, f"tiny_{name}")(root / f"tokens-{name}").save_pretrained(root / name)
+        return root / name
+
+    return folder
+
+
+def called(pipe: Any, x_1: Tensor, num_steps: int, **options: Any) -> Tensor:
+    """The latents that the stock pipeline makes of `x_1`."""
+    with torch.no_grad():
+        made = pipe(prompt=list(PROMPTS), latents=x_1, num_inference_steps=num_steps, output_type="latent", **options)
+    return torch.as_tensor(made[0])
+
+
+def guided(model: Model, pipe: Any) -> list[tuple[dict[str, Any], float | None]]:
+    """The pipeline's arguments without guidance and with it, and our scale for each."""
+    pipeline = model.manifest.pipeline
+    assert pipeline is not None
+    if pipeline.guidance is None or pipeline.off is None:
+        return [({}, None)]
+    # Pipelines that distil guidance call a second time only for a negative prompt that they are given.
+    negative = {"negative_prompt": [" ", " "]} if pipeline.guidance == "true_cfg_scale" else {}
+    return [({pipeline.guidance: scale, **negative}, scale + 1 - pipeline.off) for scale in (pipeline.off, 4.0)]
+
+
+NEEDS: Final = {"stable_audio": "torchsde"}
+"""Packages without which diffusers does not have a family."""
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_our_samples_are_those_of_the_pipeline(name: str, saved: Callable[[str], Path]) -> None:
+    if name in NEEDS and find_spec(NEEDS[name]) is None:
+        pytest.skip(f"needs the package {NEEDS[name]}")
+    family, folder = FAMILIES[name], saved(name)
+    model = import_pipeline(folder, family.options)
+    assert isinstance(model.denoiser.network, Replay)
+    found = {**model.denoiser.network.clock, **model.denoiser.network.output}
+    found["prediction"] = model.manifest.prediction["type"]
+    assert {fact: found[fact] for fact in family.facts} == pytest.approx(family.facts)
+    assert model.manifest.pipeline is not None
+    pipe = load_pipeline(folder, model.manifest.pipeline.kind)
+    pipe.scheduler = first_order(pipe.scheduler)
+    quietly(pipe)
+    schedule = read_schedule({"_class_name": type(pipe.scheduler).__name__, **pipe.scheduler.config}, mu=1.0)
+    schedule = replace(schedule, process=model.process)
+    conditions = text_conditions(model.manifest, PROMPTS)
+    swapped = {name: value.flip(0) for name, value in conditions.items()}
+    x_1 = noise(2, *model.shape)
+    made: list[Tensor] = []
+    for options, scale in guided(model, pipe):
+        call = family.options | options
+        for num_steps in family.steps:
+            times = grid_of(schedule, trace(pipe, num_steps, of=num_steps, **prompted(pipe, PROMPTS), **call))
+
+            def ours(cond: dict[str, Tensor], scale: float | None = scale, times: Tensor = times) -> Tensor:
+                shown = model.cond(range(2), guidance_scale=scale, others=cond)
+                return sample(model, x_1, len(times) - 1, cond=shown, grid=lambda _: times)
+
+            made.append(ours(conditions))
+            assert_same(made[-1], called(pipe, x_1, num_steps, **call))
+            # Neither a prompt nor a scale is without effect.
+            assert all(float((other - made[-1]).abs().max()) > 1e-3 for other in (ours(swapped), *made[:-1]))
+
+
+BUDGET: Final = [
+    *("--matching.num-updates", "2", "--matching.batch-size", "4", "--chain.num-updates", "2"),
+    *("--chain.batch-size", "4", "--chain.start-steps", "8", "--engine.threads", "1", "--evaluation.no-enabled"),
+]
+
+
+def distilled(folder: Path, options: dict[str, Any], out: Path, *words: str) -> Path:
+    """A student of four steps, from a teacher of eight and prompts alone."""
+    prompts = out.with_suffix(".txt")
+    prompts.write_text("a cat\n\nb on a mat\na b c d\nc\n")
+    call = [f"{name}={json.dumps(value)}" for name, value in options.items()]
+    main(
+        [
+            "distill",
+            str(folder),
+            "--prompts",
+            str(prompts),
+            "--to",
+            "4",
+            "--out",
+            str(out),
+            *BUDGET,
+            *words,
+            "--call",
+            *call,
+        ]
+    )
+    return out
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("sdxl", ["--matching.guidance-scale", "3"]),
+        ("flux", []),
+        ("wan", ["--matching.guidance-scale", "3"]),
+        *(
+            pytest.param(name, words, marks=pytest.mark.slow)
+            for name, words in (
+                ("sdxl", ["--matching.guidance-range", "1", "8"]),
+                ("flux", ["--matching.guidance-range", "1", "4"]),
+                ("qwen", ["--matching.guidance-scale", "3"]),
+                ("z_image", ["--matching.guidance-scale", "3"]),
+                ("cogvideox", ["--matching.guidance-scale", "3"]),
+                ("chroma", ["--matching.guidance-scale", "3"]),
+            )
+        ),
+    ],
+)
+def test_a_student_of_prompts_alone_is_exported(
+    name: str, words: list[str], saved: Callable[[str], Path], tmp_path: Path
+) -> None:
+    options = FAMILIES[name].options
+    run = distilled(saved(name), options, tmp_path / "run", *words)
+    student = load(run)
+    assert student.num_steps == 4
+    main(["export", str(run), "--out", str(tmp_path / "out")])
+    kind = json.loads((tmp_path / "out" / "model_index.json").read_text())["_class_name"]
+    pipe = load_pipeline(tmp_path / "out", kind)
+    quietly(pipe)
+    call = call_of(student.manifest, 4)
+    if name == "flux" and not words:
+        assert call["guidance_scale"] == 3.5
+    if "sigmas" not in call and student.manifest.process["type"] == "flow":
+        sigmas = [1.0, 0.75, 0.5, 0.25]
+        pipe.scheduler.set_timesteps = functools.partial(pipe.scheduler.set_timesteps, sigmas=sigmas)
+    x_1 = noise(2, *student.shape)
+    cond = student.cond(range(2), others=text_conditions(student.manifest, PROMPTS))
+    del call["num_inference_steps"]
+    ours = sample(student, x_1, 4, student.sampler, cond)
+    assert_same(ours, called(pipe, x_1, 4, **call))
+    assert float((ours - sample(load(RunFolder(run).stages()[0].path), x_1, 4, cond=cond)).abs().max()) > 1e-6
+
+
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Replay, Any]:
+    """A recording with everything that can be lied about: two branches, a shift, a negated output."""
+    tokens = tmp_path_factory.mktemp("honest")
+    pipe = support_pipelines.tiny_lumina2(tokens)
+    options = FAMILIES["lumina2"].options
+    recording, network = record(pipe, options)
+    made = trace(pipe, 4, guidance_scale=1.0, prompt=list(PROMPTS), **options)
+    verify(network, recording.schedule, made)
+    return recording, made, network, pipe
+
+
+def test_a_recording_that_lies_is_refused_with_the_fact(honest: tuple[Any, Any, Replay, Any]) -> None:
+    recording, made, _, pipe = honest
+    module = pipe.transformer
+
+    def refused(**lie: Any) -> str:
+        told = replace(recording, **lie)
+        with pytest.raises(ValueError, match=r"at step \d |step \d from") as error:
+            verify(replayed(told, module), told.schedule, made)
+        return str(error.value)
+
+    assert "sign or slice" in refused(output=recording.output | {"sign": 1})
+    clock = recording.clock | {"offset": recording.clock["offset"] + 0.01}
+    assert "was shown the time" in refused(clock=clock)
+    moved = replace(recording.schedule, process=FlowMatching(5.0))
+    assert "was shown the time" in refused(schedule=moved)
+    assert "lands elsewhere" in refused(schedule=replace(recording.schedule, prediction=X0()))
+
+
+def test_a_swapped_condition_is_refused_by_name(honest: tuple[Any, Any, Replay, Any]) -> None:
+    recording, made, network, _ = honest
+    first = made.steps[0]
+    arguments = first.calls[0].arguments
+    swapped = arguments | {"encoder_hidden_states": arguments["encoder_hidden_states"].flip(0)}
+    lying = Trace([replace(first, calls=(replace(first.calls[0], arguments=swapped),)), *made.steps[1:]])
+    with pytest.raises(ValueError, match=r"recorded conditions .*encoder_hidden_states.* puts out something else"):
+        verify(network, recording.schedule, lying)
+
+
+def test_what_no_clock_and_no_guidance_explains_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = support_pipelines.tiny_flux_schnell(tmp_path)
+    step = type(pipe.scheduler).step
+
+    @functools.wraps(step)
+    def squared(self: Any, model_output: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return step(self, model_output**2, *args, **kwargs)
+
+    monkeypatch.setattr(type(pipe.scheduler), "step", squared)
+    with pytest.raises(ValueError, match=r"FluxPipeline cannot be replayed: step 1 from t = 1 to .* lands elsewhere"):
+        record(pipe, SQUARE)
+    monkeypatch.undo()
+    time = type(pipe.scheduler).set_timesteps
+
+    @functools.wraps(time)
+    def curved(self: Any, *args: Any, **kwargs: Any) -> None:
+        time(self, *args, **kwargs)
+        self.timesteps = 1000 * (self.timesteps / 1000) ** 3
+
+    monkeypatch.setattr(type(pipe.scheduler), "set_timesteps", curved)
+    with pytest.raises(
+        ValueError, match=r"FluxPipeline cannot be replayed: .* no affine clock of t, sigma or the angle"
+    ):
+        record(pipe, SQUARE)
+
+
+@pytest.mark.parametrize("name", ["flux", pytest.param("sdxl", marks=pytest.mark.slow)])
+def test_low_rank_additions_are_loaded_by_the_pipeline(name: str, saved: Callable[[str], Path], tmp_path: Path) -> None:
+    options = FAMILIES[name].options
+    run = distilled(saved(name), options, tmp_path / "run", "--chain.lora-rank", "2", "--chain.learning-rate", "0.01")
+    main(["export", str(run), "--format", "lora", "--out", str(tmp_path / "lora")])
+    student = load(run)
+    assert student.manifest.pipeline is not None
+    pipe = quietly(load_pipeline(saved(name), student.manifest.pipeline.kind))
+    kind = json.loads((tmp_path / "lora" / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
+    pipe.scheduler = stock(kind).from_pretrained(tmp_path / "lora", subfolder="scheduler")
+    x_1 = noise(2, *student.shape)
+    call = call_of(student.manifest, 4)
+    del call["num_inference_steps"]
+    before = called(pipe, x_1, 4, **call)
+    pipe.load_lora_weights(tmp_path / "lora")
+    cond = student.cond(range(2), others=text_conditions(student.manifest, PROMPTS))
+    ours = sample(student, x_1, 4, cond=cond)
+    assert_same(ours, called(pipe, x_1, 4, **call))
+    assert float((ours - before).abs().max()) > 10 * 1e-4
+
+
+def test_an_export_that_samples_otherwise_is_refused(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    """The network's clock is that of another shift than the process of its samples."""
+    model = import_pipeline(saved("flux"), FAMILIES["flux"].options)
+    other = FlowMatching(5.0)
+    manifest = model.manifest.model_copy(update={"process": processes.describe(other)})
+    bent = Model(NetworkDenoiser(model.denoiser.network, other, model.denoiser.prediction), manifest)
+    with pytest.raises(ValueError, match="the exported FluxPipeline makes other samples than the model in 2 steps"):
+        export_pipeline(bent, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_prompts_cannot_do_is_one_line(saved: Callable[[str], Path], tmp_path: Path, capsys: Capture) -> None:
+    folder, prompts = saved("flux"), tmp_path / "prompts.txt"
+    prompts.write_text("a\n")
+    call = ["--call", "height=8", "width=8"]
+    out = ["--out", str(tmp_path / "out")]
+    assert "give --data with images and captions, or --prompts" in refused(["encode", str(folder), *out], capsys)
+    asked = ["distill", str(folder), "--prompts", str(prompts), *out, *call, *BUDGET]
+    assert "a dry run samples nothing. Sample first: halfstep encode" in refused([*asked, "--dry-run"], capsys)
+    assert "--call height: give NAME=VALUE" in refused([*asked[:4], *out, "--call", "height"], capsys)
+    prompts.write_text("\n \n")
+    assert "holds no prompts: write one on each line" in refused(asked, capsys)
+    assert "FluxPipeline failed" in refused(
+        ["encode", str(folder), "--prompts", str(prompts), *out, "--call", "size=8"], capsys
+    )
+    assert not (tmp_path / "out").exists()
