@@ -19,7 +19,8 @@ from halfstep.recipes import Recipe, recipes
 from halfstep.registry import Registry
 from halfstep.runs import RunFolder, StageFolder
 from halfstep.runtime.files import DamagedFile, read_json
-from halfstep.runtime.processes import Processes, launched, make_accelerator
+from halfstep.runtime.launch import world_size
+from halfstep.runtime.processes import Processes, make_accelerator
 from halfstep.samplers import samplers
 from halfstep.studies import studies
 
@@ -237,7 +238,7 @@ def expand_short(argv: Sequence[str], short: Mapping[str, str] = SHORT) -> list[
 
 def processes_of(cpu: bool = False) -> Processes:
     """Return the processes that share this verb; mostly one."""
-    return Processes(make_accelerator(cpu=cpu)) if launched() > 1 else Processes()
+    return Processes(make_accelerator(cpu=cpu)) if world_size() > 1 else Processes()
 
 
 def device_of(name: str | None, processes: Processes | None = None) -> torch.device:

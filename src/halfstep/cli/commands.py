@@ -1,5 +1,6 @@
 """The verbs. Each takes the arguments behind its name."""
 
+import re
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +11,6 @@ from typing import Any, Literal
 
 import torch
 from PIL import Image
-from rich.markup import escape
 from rich.table import Table
 
 from halfstep.cli.arguments import (
@@ -34,7 +34,7 @@ from halfstep.cli.display import RunDisplay, show_results
 from halfstep.cli.dry_run import show_plan
 from halfstep.cli.reporting import make_report
 from halfstep.cli.usage import UsageError, check_least, parse
-from halfstep.cli.words import console_for, duration, print_json
+from halfstep.cli.words import Screen, duration, print_json
 from halfstep.hub import decoder_of, fetch, import_pipeline, is_pipeline, release_texts, text_conditions
 from halfstep.measure.samples import grid_image, samples_array, write_png
 from halfstep.metrics import to_uint8
@@ -43,11 +43,12 @@ from halfstep.models.model import Model, samples_at_once
 from halfstep.objectives import Role
 from halfstep.recipes import Recipe, build, recipes
 from halfstep.recipes.schema import SECOND_ORDER, MatchingConfig, data_or_stand_in
+from halfstep.report.words import count
 from halfstep.run.runner import run as run_spec
 from halfstep.run.spec import GIVEN_TEACHER, RunSpec
 from halfstep.runs import RunFolder, read_status
 from halfstep.runtime.files import refuse_taken, write_arrays
-from halfstep.runtime.processes import launched
+from halfstep.runtime.launch import world_size
 from halfstep.runtime.stop import Interrupted, StopSignal, at_once
 from halfstep.samplers import Ancestral, Sampler, samplers
 
@@ -67,7 +68,7 @@ def _carry_out(
     if not arguments.dry_run:
         _execute(recipe, make, out, arguments.json)
         return
-    if launched() > 1:
+    if world_size() > 1:
         # It times an update by the clock of one.
         raise UsageError("a dry run is done by one process: start it without torchrun or accelerate launch")
     data, missing = data_or_stand_in(recipe)
@@ -76,26 +77,26 @@ def _carry_out(
 
 def _execute(recipe: Recipe, make: Callable[[], RunSpec], out: Path, json: bool) -> None:
     """Make a run, train it and show its results; a signal ends each of the three in good order."""
-    console = console_for(json)
+    screen = Screen(json)
     started = time.monotonic()
     try:
         with StopSignal() as stop:
             # Several processes end together, at the first point where they have agreed to.
-            alone = stop if launched() == 1 else None
+            alone = stop if world_size() == 1 else None
             with at_once(alone):
                 spec = make()
-            console.print(f"halfstep: {recipe.name} -> {out}", highlight=False)
-            RunDisplay(spec.stages, console).show(run_spec(spec, out, stop))
-            if console.quiet:
+            screen.line(f"halfstep: {recipe.name} -> {out}")
+            RunDisplay(spec.stages, screen).show(run_spec(spec, out, stop))
+            if screen.quiet:
                 return
-            show_results(out, console)
+            show_results(out, screen)
             with at_once(alone):
-                console.print(f"report: {make_report(out, spec.data)}", highlight=False, soft_wrap=True)
+                screen.line(f"report: {make_report(out, spec.data)}")
     except Interrupted as stopped:
-        if recipe.engine.requeue_code is not None and stopped.signal != signal.SIGINT:
+        if recipe.engine.requeue_code is not None and stopped.signal in (signal.SIGTERM, signal.SIGUSR1):
             stopped.code = recipe.engine.requeue_code
         raise
-    console.print(f"finished in {duration(time.monotonic() - started)}", highlight=False)
+    screen.line(f"finished in {duration(time.monotonic() - started)}")
     if json:
         print_json(read_status(out).as_json())
 
@@ -284,7 +285,7 @@ def sample(argv: Sequence[str]) -> None:
             }
         )
         return
-    print(f"{arguments.num_samples} samples in {steps} steps: {out}")
+    Screen().line(f"{count(arguments.num_samples, 'sample')} in {count(steps, 'step')}: {out}")
 
 
 def _prompted(model: Model, prompt: str | None, number: int) -> dict[str, torch.Tensor]:
@@ -333,7 +334,7 @@ def report(argv: Sequence[str]) -> None:
         raise UsageError(f"{arguments.run} is no run: give the folder of one")
     if arguments.studies is not None and not any(arguments.studies.glob("*/study.json")):
         raise UsageError(f"{arguments.studies} holds no studies: give the folder that `halfstep study` wrote to")
-    print(make_report(arguments.run, studies=arguments.studies))
+    Screen().line(str(make_report(arguments.run, studies=arguments.studies)))
 
 
 def ls(argv: Sequence[str]) -> None:
@@ -346,15 +347,16 @@ def ls(argv: Sequence[str]) -> None:
     if arguments.json:
         print_json(shown)
         return
-    console = console_for()
+    screen = Screen()
     for family, members in shown.items():
         table = Table(title=family, title_justify="left", show_header=False, box=None, padding=(0, 2))
         for member, text in members.items():
-            table.add_row(f"  {member}", escape(text))
-        console.print(table)
+            table.add_row(f"  {member}", text)
+        screen.show(table)
 
 
 def _summary(thing: object) -> str:
-    """The first sentence of a docstring."""
+    """Return the first sentence of a docstring, without its full stop."""
     text = " ".join((thing.__doc__ or "").split())
-    return text.split(". ")[0].rstrip(".")
+    # A full stop within a sentence, as in "i = 1, ..., n" or "e.g. a", is not followed by a capital letter.
+    return re.split(r"(?<!\.)\.(?= [A-Z])|(?<!\.)\.$", text)[0]

@@ -1,6 +1,5 @@
 """`halfstep explore`: a local page on which a run's models can be asked."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +8,10 @@ import tyro
 
 from halfstep.cli.arguments import device_of
 from halfstep.cli.usage import UsageError, check_least, parse
+from halfstep.cli.words import Screen
 from halfstep.explore.explorer import Bounds, Explorer
 from halfstep.explore.page import LOCAL, serve
+from halfstep.runtime.terminal import warn
 
 
 @dataclass
@@ -44,7 +45,7 @@ def explore(argv: Sequence[str]) -> None:
     explorer = Explorer(arguments.run, device_of(arguments.device), bounds)
     for choice in explorer.choices:
         if choice.missing is not None:
-            print(f"halfstep: warning: {choice.name} is missing: {choice.missing}", file=sys.stderr)
+            warn(f"{choice.name} is missing: {choice.missing}")
     if arguments.host not in (*LOCAL, "::1"):
-        print(f"halfstep: warning: others can reach {arguments.host}, and there is no password", file=sys.stderr)
-    serve(explorer, arguments.host, arguments.port, lambda url: print(f"{url}  (Ctrl-C ends it)", flush=True))
+        warn(f"others can reach {arguments.host}, and there is no password")
+    serve(explorer, arguments.host, arguments.port, lambda url: Screen().line(f"{url}  (Ctrl-C ends it)"))

@@ -10,7 +10,7 @@ import tyro
 
 from halfstep.cli.arguments import device_of
 from halfstep.cli.usage import UsageError, check_least, parse
-from halfstep.cli.words import console_for
+from halfstep.cli.words import Screen
 from halfstep.data import encode as encode_images
 from halfstep.data import read_captions, read_classes
 from halfstep.data.images import Preparation
@@ -26,6 +26,7 @@ from halfstep.hub import (
     release_texts,
 )
 from halfstep.models.folder import find_stage, load
+from halfstep.report.words import count
 from halfstep.runs import StageFolder
 from halfstep.runtime.files import read_json, refuse_taken
 
@@ -66,19 +67,19 @@ def export(argv: Sequence[str]) -> None:
         refuse_taken(arguments.out, is_file=True)
         export_onnx(model, arguments.out, arguments.num_steps)
         steps = model.check_steps(arguments.num_steps)
-        print(f"{arguments.out}: {steps} steps, noise in, x0 out, checked against torch")
+        Screen().line(f"{arguments.out}: {count(steps, 'step')}, noise in, x0 out, checked against torch")
         return
     if arguments.format == "lora":
         base = model.manifest.base
         added_to = None if base is None else StageFolder(stage.path.parent / base).manifest(verify=False)
         export_lora(model, arguments.out, added_to, arguments.push_to_hub)
-        print(f"{arguments.out}: low-rank additions; README.md says how to use them")
+        Screen().line(f"{arguments.out}: low-rank additions; README.md says how to use them")
     else:
         export_pipeline(model, arguments.out, stage.metrics(), arguments.push_to_hub)
         kind = read_json(arguments.out / "model_index.json")["_class_name"]
-        print(f"{arguments.out}: a {kind}; README.md says how to use it")
+        Screen().line(f"{arguments.out}: a {kind}; README.md says how to use it")
     if arguments.push_to_hub is not None:
-        print(push_to_hub(arguments.out, arguments.push_to_hub))
+        Screen().line(push_to_hub(arguments.out, arguments.push_to_hub))
 
 
 @dataclass
@@ -122,15 +123,15 @@ def encode(argv: Sequence[str]) -> None:
             f"images as large as {images.files[0]} become latents of shape {list(made)}, but the network of {folder} "
             f"takes {list(needed)}: choose another --image-size"
         )
-    console = console_for()
+    screen = Screen()
     found = encode_images(
         images,
         encoder,
         arguments.out,
         arguments.batch_size,
-        on_progress=lambda done, total: console.print(f"encoded {done} of {total}", highlight=False),
+        on_progress=lambda done, total: screen.line(f"encoded {done} of {total}"),
         class_names=names,
     )
     release_texts()
-    shown = f"of {len(names)} classes" if names else "with their texts"
-    print(f"{arguments.out}: {len(found)} latents of shape {list(found.shape)} {shown}")
+    shown = f"of {count(len(names), 'class')}" if names else "with their texts"
+    screen.line(f"{arguments.out}: {count(len(found), 'latent')} of shape {list(found.shape)} {shown}")

@@ -40,7 +40,7 @@ class Verb:
         return f"{self.name}_" if keyword.iskeyword(self.name) else self.name
 
 
-TRAINS: Final = (0, 1, 2, 3, 75, 130, 138, 143)
+TRAINS: Final = (0, 1, 2, 3, 75, 129, 130, 138, 143)
 
 RECIPE_NOTES: Final = (
     "RECIPE is a name (`halfstep ls recipes`), a .json file, or the folder of a run. Defaults shown are RECIPE's own.",
@@ -150,7 +150,7 @@ _USE: Final = (
         "encode PIPELINE",
         "images and texts to latents, once, for a latent pipeline; resumable",
         ("halfstep encode my-sd --data ~/captioned --out latents",),
-        codes=(0, 2, 3, 75, 130),
+        codes=(0, 2, 3, 75, 129, 130, 143),
         module="exporting",
     ),
 )
@@ -200,11 +200,12 @@ EXIT_CODES: Final[Mapping[int, str]] = {
     0: "done",
     1: "training diverged (a loss or gradient was not finite) or does not fit into memory, or another process of "
     "the run was lost; the last checkpoint is kept",
-    2: "bad input: one line says what was got, what was needed and what to do",
+    2: "bad input: one line says what was got, what was needed and what to do; or stdout cannot be written",
     3: "the disk or mount of a run is full or gone; the last good state is named",
     75: "another halfstep process is writing the folder: wait for it, and run the same command again",
-    130: "stopped by Ctrl-C; a run has saved its state and goes on with the same command",
-    138: "stopped by SIGUSR1; likewise (--engine.requeue-code puts another code in its place)",
+    129: "stopped by SIGHUP (the terminal was closed); a run has saved its state, and the same command resumes it",
+    130: "stopped by Ctrl-C; likewise",
+    138: "stopped by SIGUSR1; likewise (--engine.requeue-code replaces the code)",
     143: "stopped by SIGTERM; likewise",
 }
 

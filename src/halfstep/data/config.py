@@ -12,6 +12,7 @@ from halfstep.data.folders import IMAGE_SUFFIXES, files_below, image_folder
 from halfstep.data.images import Channels, Labelled, Preparation, Resample, Resize, decoded
 from halfstep.data.latents import is_latents, open_latents
 from halfstep.data.tables import is_saved, table
+from halfstep.runtime.files import user_path
 
 _TABLES: Final = (".parquet", ".arrow")
 
@@ -60,7 +61,7 @@ def open_data(config: DataConfig) -> Data:
 
 
 def _open(config: DataConfig) -> Data:
-    source, path = config.source, Path(config.source).expanduser()
+    source, path = config.source, user_path(config.source)
     prepare = Preparation(config.image_size, config.resize, config.resample, config.channels)
     if source == "digits" or (path.suffix.lower() in (".npy", ".npz") and not path.is_dir()):
         if config.split != "train":

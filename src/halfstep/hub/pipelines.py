@@ -23,7 +23,7 @@ from halfstep.hub.stock import PICKLED, check_weights, load_stock
 from halfstep.models.model import Model
 from halfstep.nets import SD3, DiT, StockNetwork, UNet2D, UNet2DCondition, describe_network
 from halfstep.runs import Manifest, Outcome, Pipeline
-from halfstep.runtime.files import DamagedFile, first_line, read_json, sha256_of
+from halfstep.runtime.files import DamagedFile, first_line, read_json, sha256_of, user_path
 
 START_STEPS: Final = 128
 """Default DDIM steps of an imported teacher at the start of its chain: a compromise between what steps lose and stages
@@ -77,7 +77,7 @@ def fetch(source: str) -> Path:
     Raises:
         ValueError: if it is pickled weights, or neither a folder nor a repository that can be reached.
     """
-    path = Path(source).expanduser()
+    path = user_path(source)
     if path.suffix in PICKLED:
         raise ValueError(
             f"{source} is pickled and could run code when it is read, so halfstep does not: convert it where you trust "
@@ -141,7 +141,7 @@ def import_pipeline(source: str | Path) -> Model:
         num_classes = int(network.config["num_embeds_ada_norm"])
         null = {"class_labels": torch.tensor(num_classes)}
     # A folder by its full path, and a name on the Hub as it is.
-    origin = str(folder.resolve()) if folder == Path(source).expanduser() else str(source)
+    origin = str(folder.resolve()) if folder == user_path(source) else str(source)
     manifest = Manifest(
         stage=folder.name,
         objective="imported",

@@ -6,7 +6,6 @@ names here and become objects in `build`, nowhere deeper.
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import torch
@@ -37,7 +36,7 @@ from halfstep.registry import Registry
 from halfstep.run.course import Match, Start, check_start, cosine_within, course
 from halfstep.run.spec import RunSpec
 from halfstep.runs import Manifest
-from halfstep.runtime.files import cache_folder
+from halfstep.runtime.files import cache_folder, user_path
 from halfstep.samplers import samplers
 from halfstep.train.settings import LEARNED, Engine
 
@@ -500,7 +499,7 @@ def data_or_stand_in(recipe: Recipe) -> tuple[Data, str | None]:
     if facts is None:
         return open_data(data), None
     missing = f"{data.source} is a name on the Hub, and a dry run downloads nothing"
-    if "/" not in data.source or Path(data.source).expanduser().exists():
+    if "/" not in data.source or user_path(data.source).exists():
         try:
             return open_data(data), None
         except ValueError as error:
