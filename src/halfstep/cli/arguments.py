@@ -1,6 +1,6 @@
 """The arguments of the verbs that know recipes and models, and what they name: recipes, processes, devices."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
@@ -9,7 +9,7 @@ import torch
 import tyro
 from pydantic import ValidationError
 
-from halfstep.cli.usage import Switch, UsageError, first_line
+from halfstep.cli.usage import Count, Guidance, Range, Share, Side, Steps, Switch, UsageError, first_line
 from halfstep.core.noise import processes as noise_processes
 from halfstep.core.prediction import predictions, weightings
 from halfstep.metrics import extractors
@@ -100,23 +100,23 @@ class SampleArguments:
 
     model: tyro.conf.Positional[Path]
     """Folder of a run (its last stage is meant) or of a stage."""
-    num_steps: int | None = None
+    num_steps: Steps | None = None
     """Sampler steps; those that the model was distilled for by default."""
-    num_samples: int = 64
+    num_samples: Count = 64
     """How many samples to draw."""
-    seed: int = 0
+    seed: Annotated[int, Range(0, 2**62)] = 0
     """Seed of the first sample."""
-    class_label: int | None = None
+    class_label: Annotated[int, Range(0, 2**31)] | None = None
     """One class for all; classes in turn by default."""
-    guidance_scale: float | None = None
+    guidance_scale: Guidance | None = None
     """uncond + scale (cond - uncond), for a model that knows guidance; 1 is none. The model's own by default."""
     prompt: str | None = None
     """What to show, for a model of texts."""
     sampler: SamplerName | None = None
     """Sampler (`halfstep ls samplers` describes them); the model's own by default."""
-    gamma: float | None = None
+    gamma: Share | None = None
     """Variance of ancestral sampling: 0 is its lower bound, 1 its upper bound (the default)."""
-    batch_size: int | None = None
+    batch_size: Count | None = None
     """Samples drawn at once; as many as fit by default."""
     precision: Literal["float32", "bf16"] = "float32"
     """bf16 lets the network compute in bfloat16."""
@@ -140,30 +140,30 @@ class EvaluateArguments:
 
     subject: tyro.conf.Positional[str]
     """What to measure."""
-    num_steps: tuple[int, ...] = ()
+    num_steps: tuple[Steps, ...] = ()
     """Steps of the --against series, and of a single stage; by default the start of the chain, halved down to 1."""
     against: tuple[str, ...] | None = None
     """Series beside the students: teacher-SAMPLER or student-SAMPLER (see `halfstep ls samplers`); by default
     teacher-ddim, and without --num-steps teacher-heun too."""
     extractors: tuple[str, ...] = ()
     """Where distances are measured: NAME or NAME=WEIGHTS (see `halfstep ls extractors`); the recipe's by default."""
-    seeds: int = 1
+    seeds: Annotated[int, Range(1, 1000)] = 1
     """Sets of seeds; with several, figures have a spread."""
-    num_samples: int | None = None
+    num_samples: Annotated[int, Range(2, 1_000_000)] | None = None
     """Samples in a set; as in the recipe by default, and all of a folder's."""
-    gamma: float | None = None
+    gamma: Share | None = None
     """Variance of ancestral sampling: 0 is its lower bound, 1 its upper bound (the default)."""
-    search_gamma: int | None = None
+    search_gamma: Annotated[int, Range(2, 1000)] | None = None
     """Try so many values of gamma from 0 to 1 (the paper: 11) for each ancestral row and show the best."""
-    guidance_scale: float | None = None
+    guidance_scale: Guidance | None = None
     """For models that know guidance; each model's own by default."""
     precision: Literal["float32", "bf16"] | None = None
     """bf16 lets the networks compute in bfloat16 while they sample; as in the recipe by default."""
-    batch_size: int | None = None
+    batch_size: Count | None = None
     """Samples drawn at once; the recipe's number by default, or as many as fit if it has none."""
     data: str | None = None
     """Real samples to compare with; those of the recipe by default."""
-    image_size: int | None = None
+    image_size: Side | None = None
     """Side to which real images of another size are brought; as in the recipe by default."""
     channels: Literal[1, 3] | None = None
     """1 reads real images as grey, 3 in colour; as in the recipe by default."""
@@ -229,11 +229,6 @@ def recipe_of_stage(stage: StageFolder) -> Recipe | None:
     folder = stage.path.resolve().parent
     file = folder.parent / "recipe.json"
     return recipe_of_file(file) if folder.name == "stages" and file.is_file() else None
-
-
-def expand_short(argv: Sequence[str], short: Mapping[str, str] = SHORT) -> list[str]:
-    """Replace the short names of a recipe's options."""
-    return [short.get(name, name) + equals + value for name, equals, value in (token.partition("=") for token in argv)]
 
 
 def processes_of(cpu: bool = False) -> Processes:

@@ -25,7 +25,6 @@ from halfstep.cli.arguments import (
     RunArguments,
     SampleArguments,
     device_of,
-    expand_short,
     processes_of,
     recipe_from,
     recipe_of_stage,
@@ -33,7 +32,7 @@ from halfstep.cli.arguments import (
 from halfstep.cli.display import RunDisplay, show_results
 from halfstep.cli.dry_run import show_plan
 from halfstep.cli.reporting import make_report
-from halfstep.cli.usage import UsageError, check_least, parse
+from halfstep.cli.usage import UsageError, expand_short, parse
 from halfstep.cli.words import Screen, duration, print_json
 from halfstep.hub import decoder_of, fetch, import_pipeline, is_pipeline, release_texts, text_conditions
 from halfstep.measure.samples import grid_image, samples_array, write_png
@@ -85,18 +84,18 @@ def _execute(recipe: Recipe, make: Callable[[], RunSpec], out: Path, json: bool)
             alone = stop if world_size() == 1 else None
             with at_once(alone):
                 spec = make()
-            screen.line(f"halfstep: {recipe.name} -> {out}")
+            screen.say(f"halfstep: {recipe.name} -> {out}")
             RunDisplay(spec.stages, screen).show(run_spec(spec, out, stop))
             if screen.quiet:
                 return
             show_results(out, screen)
             with at_once(alone):
-                screen.line(f"report: {make_report(out, spec.data)}")
+                screen.say(f"report: {make_report(out, spec.data)}")
     except Interrupted as stopped:
         if recipe.engine.requeue_code is not None and stopped.signal in (signal.SIGTERM, signal.SIGUSR1):
             stopped.code = recipe.engine.requeue_code
         raise
-    screen.line(f"finished in {duration(time.monotonic() - started)}")
+    screen.say(f"finished in {duration(time.monotonic() - started)}")
     if json:
         print_json(read_status(out).as_json())
 
@@ -124,9 +123,9 @@ def _run(argv: Sequence[str], verb: str, what: Literal["all", "teacher"] = "all"
     else:
         recipe, name, rest = recipe_from(argv[0]), argv[0], argv[1:]
     prog = f"halfstep {verb}" if verb == "demo" else f"halfstep {verb} {name}"
-    rest = expand_short(rest)
     arguments = parse(RunArguments, rest, prog, RunArguments(recipe), SHORT)
-    given = {token.partition("=")[0].removeprefix("--").replace("-", "_") for token in rest}
+    long = expand_short(rest, SHORT)
+    given = {token.partition("=")[0].removeprefix("--").replace("-", "_") for token in long}
     if what == "all":
         arguments = replace(arguments, recipe=arguments.recipe.fitted(given))
     suffix = "-teacher" if what == "teacher" else ""
@@ -139,7 +138,7 @@ def distill(argv: Sequence[str]) -> None:
         parse(DistillArguments, ["--help"], "halfstep distill MODEL", DistillArguments(recipes["digits"]()))
     if not argv or argv[0].startswith("-"):
         raise UsageError("the model is missing: halfstep distill MODEL --to 4")
-    rest = expand_short(argv[1:])
+    rest = argv[1:]
     recipe = None
     if is_pipeline(argv[0]) or not Path(argv[0]).is_dir():
         model = import_pipeline(argv[0])
@@ -150,7 +149,7 @@ def distill(argv: Sequence[str]) -> None:
         recipe = recipe_of_stage(folder)
         where, stage = str(folder.path), folder.name
     if recipe is None:
-        if not any(token.partition("=")[0] == "--data.source" for token in rest):
+        if not any(token.partition("=")[0] in ("--data", "--data.source") for token in rest):
             raise UsageError(f"{where} lies outside its run, so its data is not known: add --data SOURCE")
         recipe = Recipe(name="distilled", chain=SECOND_ORDER)
     for name in (word.partition("=")[0].replace("_", "-") for word in rest):
@@ -180,8 +179,7 @@ def finish(argv: Sequence[str]) -> None:
     if not folder.recipe_path.is_file():
         raise UsageError(f"{argv[0]} is no run (no recipe.json). Give the folder of a run")
     recipe, held = recipe_from(argv[0]), folder.recipe()["recipe"]
-    rest = expand_short(argv[1:], SHORT_OF_FINISH)
-    arguments = parse(FinishArguments, rest, f"halfstep finish {argv[0]}", FinishArguments(recipe), SHORT_OF_FINISH)
+    arguments = parse(FinishArguments, argv[1:], f"halfstep finish {argv[0]}", FinishArguments(recipe), SHORT_OF_FINISH)
     if not arguments.recipe.finish.steps:
         raise UsageError("no student to finish. Add --steps, such as --steps 4 2 1")
     what, parent = held.get("what", "all"), held.get("parent")
@@ -229,8 +227,6 @@ def _sampler(name: str | None, gamma: float | None, own: Sampler) -> Sampler:
 def sample(argv: Sequence[str]) -> None:
     """Draw samples into a grid, an .npz or a folder."""
     arguments = parse(SampleArguments, argv, "halfstep sample")
-    check_least(arguments, 1, "num_samples", "batch_size")
-    check_least(arguments, 0, "seed")
     out = arguments.out
     as_file = out.suffix.lower() in (".png", ".npz")
     if out.suffix and not as_file:
@@ -269,7 +265,7 @@ def sample(argv: Sequence[str]) -> None:
     x0 = torch.cat([part for (part,) in parts])
     seconds = time.perf_counter() - started
     write_samples(x0, model, seeds, out)
-    steps = arguments.num_steps or model.num_steps
+    steps = model.check_steps(arguments.num_steps)
     if arguments.json:
         print_json(
             {
@@ -280,12 +276,12 @@ def sample(argv: Sequence[str]) -> None:
                 "shape": list(model.shape),
                 "num_steps": steps,
                 "sampler": samplers.name_of(method),
-                "num_evals": model.num_evals(method, model.check_steps(steps), arguments.guidance_scale),
+                "num_evals": model.num_evals(method, steps, arguments.guidance_scale),
                 "seconds": round(seconds, 3),
             }
         )
         return
-    Screen().line(f"{count(arguments.num_samples, 'sample')} in {count(steps, 'step')}: {out}")
+    Screen().say(f"{count(arguments.num_samples, 'sample')} in {count(steps, 'step')}: {out}")
 
 
 def _prompted(model: Model, prompt: str | None, number: int) -> dict[str, torch.Tensor]:
@@ -334,7 +330,7 @@ def report(argv: Sequence[str]) -> None:
         raise UsageError(f"{arguments.run} is no run: give the folder of one")
     if arguments.studies is not None and not any(arguments.studies.glob("*/study.json")):
         raise UsageError(f"{arguments.studies} holds no studies: give the folder that `halfstep study` wrote to")
-    Screen().line(str(make_report(arguments.run, studies=arguments.studies)))
+    Screen().say(str(make_report(arguments.run, studies=arguments.studies)))
 
 
 def ls(argv: Sequence[str]) -> None:

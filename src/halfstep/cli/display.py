@@ -90,7 +90,7 @@ class RunDisplay:
 
     def _line(self, text: str) -> None:
         if not self.is_live:
-            self.screen.line(text)
+            self.screen.say(text)
 
     def _now_and_then(self, stage: StageStatus) -> None:
         now = time.monotonic()

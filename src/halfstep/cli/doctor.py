@@ -85,7 +85,7 @@ def doctor(argv: Sequence[str]) -> None:
             text.append(f"\n{finding.advice}", "dim")
         table.add_row(Text(finding.verdict, styles[finding.verdict]), finding.what, text)
     screen.show(table)
-    screen.line(f"{count} problem{'s' if count > 1 else ''}: see above" if count else "no problems found")
+    screen.say(f"{count} problem{'s' if count > 1 else ''}: see above" if count else "no problems found")
 
 
 def version_of(package: str) -> str | None:

@@ -77,7 +77,7 @@ def show_plan(spec: RunSpec, out: Path, json: bool, missing: str | None = None) 
     screen = Screen()
     screen.show(_stage_table(facts))
     for line in _lines(facts):
-        screen.line(line)
+        screen.say(line)
 
 
 def _stage_table(facts: dict[str, Any]) -> Table:

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
 from halfstep.cli.arguments import device_of
-from halfstep.cli.usage import UsageError, check_least, parse
+from halfstep.cli.usage import Count, Range, Steps, parse
 from halfstep.cli.words import Screen
 from halfstep.explore.explorer import Bounds, Explorer
 from halfstep.explore.page import LOCAL, serve
@@ -23,13 +24,13 @@ class ExploreArguments:
     """Folder of a run or of a stage."""
     host: str = "127.0.0.1"
     """Address to listen at. Any other than this machine's own lets others in: there is no password."""
-    port: int = 7860
+    port: Annotated[int, Range(0, 65535)] = 7860
     """Port to listen at; 0 for any that is free."""
-    max_samples: int = 64
+    max_samples: Count = 64
     """Most samples of a request."""
-    max_steps: int = 1024
+    max_steps: Steps = 1024
     """Most sampler steps of a request."""
-    max_seconds: float = 60.0
+    max_seconds: Annotated[float, Range(1, 86_400)] = 60.0
     """Longest time that a request may sample for."""
     device: str | None = None
     """cpu, cuda, mps; by default the fastest that is there."""
@@ -38,9 +39,6 @@ class ExploreArguments:
 def explore(argv: Sequence[str]) -> None:
     """Serve the page until it is stopped."""
     arguments = parse(ExploreArguments, argv, "halfstep explore")
-    if not 0 <= arguments.port <= 65535:
-        raise UsageError(f"--port must be from 0 to 65535, got {arguments.port}")
-    check_least(arguments, 1, "max_samples", "max_steps", "max_seconds")
     bounds = Bounds(num_samples=arguments.max_samples, num_steps=arguments.max_steps, seconds=arguments.max_seconds)
     explorer = Explorer(arguments.run, device_of(arguments.device), bounds)
     for choice in explorer.choices:
@@ -48,4 +46,4 @@ def explore(argv: Sequence[str]) -> None:
             warn(f"{choice.name} is missing: {choice.missing}")
     if arguments.host not in (*LOCAL, "::1"):
         warn(f"others can reach {arguments.host}, and there is no password")
-    serve(explorer, arguments.host, arguments.port, lambda url: Screen().line(f"{url}  (Ctrl-C ends it)"))
+    serve(explorer, arguments.host, arguments.port, lambda url: Screen().say(f"{url}  (Ctrl-C ends it)"))

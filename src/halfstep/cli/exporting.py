@@ -9,7 +9,7 @@ import torch
 import tyro
 
 from halfstep.cli.arguments import device_of
-from halfstep.cli.usage import UsageError, check_least, parse
+from halfstep.cli.usage import Count, Side, Steps, UsageError, parse
 from halfstep.cli.words import Screen
 from halfstep.data import encode as encode_images
 from halfstep.data import read_captions, read_classes
@@ -42,7 +42,7 @@ class ExportArguments:
     format: Literal["diffusers", "lora", "onnx"] = "diffusers"
     """diffusers: a stock pipeline with its scheduler and a card. lora: the low-rank additions of a LoRA student, as
     pipe.load_lora_weights reads them. onnx: the whole sampler as one graph, noise in, x0 out."""
-    num_steps: int | None = None
+    num_steps: Steps | None = None
     """onnx: steps of the sampler; those that the model was distilled for by default."""
     push_to_hub: str | None = None
     """diffusers, lora: repository on the Hub, OWNER/NAME, that then gets the folder."""
@@ -67,19 +67,19 @@ def export(argv: Sequence[str]) -> None:
         refuse_taken(arguments.out, is_file=True)
         export_onnx(model, arguments.out, arguments.num_steps)
         steps = model.check_steps(arguments.num_steps)
-        Screen().line(f"{arguments.out}: {count(steps, 'step')}, noise in, x0 out, checked against torch")
+        Screen().say(f"{arguments.out}: {count(steps, 'step')}, noise in, x0 out, checked against torch")
         return
     if arguments.format == "lora":
         base = model.manifest.base
         added_to = None if base is None else StageFolder(stage.path.parent / base).manifest(verify=False)
         export_lora(model, arguments.out, added_to, arguments.push_to_hub)
-        Screen().line(f"{arguments.out}: low-rank additions; README.md says how to use them")
+        Screen().say(f"{arguments.out}: low-rank additions; README.md says how to use them")
     else:
         export_pipeline(model, arguments.out, stage.metrics(), arguments.push_to_hub)
         kind = read_json(arguments.out / "model_index.json")["_class_name"]
-        Screen().line(f"{arguments.out}: a {kind}; README.md says how to use it")
+        Screen().say(f"{arguments.out}: a {kind}; README.md says how to use it")
     if arguments.push_to_hub is not None:
-        Screen().line(push_to_hub(arguments.out, arguments.push_to_hub))
+        Screen().say(push_to_hub(arguments.out, arguments.push_to_hub))
 
 
 @dataclass
@@ -94,9 +94,9 @@ class EncodeArguments:
     folder for each class, in the order of the names of its classes, for a model of classes."""
     out: Path
     """Folder of the latents."""
-    image_size: int | None = None
+    image_size: Side | None = None
     """Height and width to resize images to; by default the size that they all have."""
-    batch_size: int = 8
+    batch_size: Count = 8
     """Images encoded at once."""
     device: str | None = None
     """Where the encoders run: cuda if there is one by default."""
@@ -105,7 +105,6 @@ class EncodeArguments:
 def encode(argv: Sequence[str]) -> None:
     """Encode images and texts by a pipeline's own parts."""
     arguments = parse(EncodeArguments, argv, "halfstep encode")
-    check_least(arguments, 1, "batch_size", "image_size")
     device = device_of(arguments.device)
     folder = fetch(arguments.pipeline)
     kind, layout = read_layout(folder)
@@ -129,9 +128,9 @@ def encode(argv: Sequence[str]) -> None:
         encoder,
         arguments.out,
         arguments.batch_size,
-        on_progress=lambda done, total: screen.line(f"encoded {done} of {total}"),
+        on_progress=lambda done, total: screen.say(f"encoded {done} of {total}"),
         class_names=names,
     )
     release_texts()
     shown = f"of {count(len(names), 'class')}" if names else "with their texts"
-    screen.line(f"{arguments.out}: {count(len(found), 'latent')} of shape {list(found.shape)} {shown}")
+    screen.say(f"{arguments.out}: {count(len(found), 'latent')} of shape {list(found.shape)} {shown}")

@@ -52,4 +52,4 @@ def import_(argv: Sequence[str]) -> None:
     classes = count(manifest.num_classes, "class") if manifest.num_classes else "no classes"
     shown = f", conditioned on {', '.join(manifest.conditions)}" if manifest.conditions else ""
     meaning = f"predicts {manifest.prediction['type']}"
-    Screen().line(f"{out}: {kind}, samples of shape {list(manifest.shape)}, {classes}, {meaning}{shown}")
+    Screen().say(f"{out}: {kind}, samples of shape {list(manifest.shape)}, {classes}, {meaning}{shown}")

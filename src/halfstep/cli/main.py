@@ -147,12 +147,8 @@ def _dispatch(verb: Verb, rest: Sequence[str]) -> None:
 
         code = exit_code(error)
         if isinstance(error, OSError) and error.strerror:
-            where = error.filename
-            fail(
-                f"{error.strerror}"
-                + (f": {os.fsdecode(where) if isinstance(where, bytes) else where}" if where else ""),
-                code,
-            )
+            where = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
+            fail(f"{error.strerror}: {where}" if where else error.strerror, code)
         fail(error, code)
     except MemoryError as error:
         fail(f"this does not fit into memory ({one_line(error) or 'malloc failed'}). Ask for less, or free some", 1)

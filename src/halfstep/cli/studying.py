@@ -5,13 +5,13 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
 
 from halfstep.cli.arguments import RecipeName, StudyName
-from halfstep.cli.usage import Switch, UsageError, check_least, parse
+from halfstep.cli.usage import Range, Switch, UsageError, parse
 from halfstep.cli.words import Screen, duration, print_json, print_table
 from halfstep.recipes import recipes
 from halfstep.report.words import count, number
@@ -33,9 +33,9 @@ class StudyArguments:
     """Another recipe for teacher and chain, such as imagenet64_paper."""
     data: str | None = None
     """Another source of the data, such as a folder."""
-    seeds: int | None = None
+    seeds: Annotated[int, Range(1, 1000)] | None = None
     """Repetitions of what is trained several times; the scale's own by default."""
-    threads: int | None = None
+    threads: Annotated[int, Range(1, 512)] | None = None
     """CPU threads of torch; its own choice by default."""
     out: Path | None = None
     """Folder that the studies of a scale share; studies/SCALE by default."""
@@ -62,22 +62,22 @@ def study(argv: Sequence[str]) -> None:
             counted = {"forward_passes": costs} if costs else {}
             print_json({**described, "cells": [dict(trial.axes) for trial in trials], **counted})
             return
-        screen.line(f"{chosen.title}: {count(len(trials), 'cell')} -> {out / arguments.name}")
+        screen.say(f"{chosen.title}: {count(len(trials), 'cell')} -> {out / arguments.name}")
         for trial in trials:
-            screen.line("  " + describe(trial))
+            screen.say("  " + describe(trial))
         if costs:
             parts = ", ".join(f"{part} {round(passes):,}" for part, passes in costs.items())
-            screen.line(f"forward passes of one sample: {parts}")
+            screen.say(f"forward passes of one sample: {parts}")
             total = sum(costs.values())
             pace = scale.passes_per_second
             time = f"; at {pace:,} a second {duration(total / pace)}" if pace else ""
-            screen.line(f"in all {round(total):,}{time}")
+            screen.say(f"in all {round(total):,}{time}")
         return
     numbers = itertools.count(1)
 
     def watch(event: Event) -> None:
         if isinstance(event, StageStart):
-            screen.line(f"  {event.name}: {count(event.stage.training.num_updates, 'update')}", style="dim")
+            screen.say(f"  {event.name}: {count(event.stage.training.num_updates, 'update')}", style="dim")
         elif isinstance(event, Notice):
             screen.note(event.text, indent="  ")
 
@@ -86,7 +86,7 @@ def study(argv: Sequence[str]) -> None:
             f"{k} {number(v)}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items() if v is not None
         )
         there = " (was there)" if was_there else ""
-        screen.line(f"[{next(numbers)}/{len(trials)}] {describe(trial)}: {shown}{there}")
+        screen.say(f"[{next(numbers)}/{len(trials)}] {describe(trial)}: {shown}{there}")
 
     with StopSignal() as stop:
         rows = run_study(chosen, scale, out, stop=stop, watch=watch, done=done)
@@ -97,14 +97,14 @@ def study(argv: Sequence[str]) -> None:
         return
     print_table(table, chosen.title, screen)
     seconds = duration(float(read_json(path.with_name("study.json"))["seconds"]))
-    screen.line(f"{path}, {path.with_name('figure.png').name}; cells took {seconds}")
+    screen.say(f"{path}, {path.with_name('figure.png').name}; cells took {seconds}")
 
 
 def scale_of(arguments: StudyArguments) -> Scale:
     """Return the scale, overridden by the command line.
 
     Raises:
-        UsageError: if a number of seeds is below 1, or has no effect on the study.
+        UsageError: if a number of seeds has no effect on the study.
     """
     scale = SCALES[arguments.scale]()
     if arguments.recipe is not None:
@@ -122,7 +122,6 @@ def scale_of(arguments: StudyArguments) -> Scale:
     counts = [name for name in ("seeds", "road_seeds") if name in studies[arguments.name].uses]
     if not counts:
         raise UsageError(f"--seeds says nothing to the study {arguments.name}, which has one seed: leave it out")
-    check_least(arguments, 1, "seeds")
     changes: dict[str, Any] = dict.fromkeys(counts, arguments.seeds)
     return dataclasses.replace(scale, **changes)
 

@@ -65,7 +65,7 @@ class Screen(Console):
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=printable(segment.text))
 
-    def line(self, text: str, style: str | None = None) -> None:
+    def say(self, text: str, style: str | None = None) -> None:
         """Print one line, which the terminal wraps."""
         self.print(text, style=style, soft_wrap=True)
 
@@ -80,7 +80,7 @@ class Screen(Console):
             return
         with self.capture() as made:
             self.print(renderable)
-        self.line(re.sub(r" +$", "", made.get(), flags=re.MULTILINE).rstrip("\n"))
+        self.say(re.sub(r" +$", "", made.get(), flags=re.MULTILINE).rstrip("\n"))
 
 
 def print_json(value: Any) -> None:
@@ -101,4 +101,4 @@ def print_table(table: Table, title: str, screen: Screen) -> None:
         shown.add_row(*row)
     screen.show(shown)
     for note in table.notes:
-        screen.line(note)
+        screen.say(note)

@@ -14,6 +14,8 @@ from halfstep.data.latents import is_latents, open_latents
 from halfstep.data.tables import is_saved, table
 from halfstep.runtime.files import user_path
 
+LARGEST_SIDE: Final = 16_384
+"""Largest side to which images are brought."""
 _TABLES: Final = (".parquet", ".arrow")
 
 
@@ -115,6 +117,10 @@ def _check(config: DataConfig) -> None:
     for flag, value in (("limit", config.limit), ("image-size", config.image_size)):
         if value is not None and value < 1:
             raise ValueError(f"--data.{flag} is {value}: give 1 or more, or leave it out")
+    if config.image_size is not None and config.image_size > LARGEST_SIDE:
+        raise ValueError(f"--data.image-size is {config.image_size}: give at most {LARGEST_SIDE:,}")
+    if config.max_bytes < 0:
+        raise ValueError(f"--data.max-bytes is {config.max_bytes}: give 0 or more")
     if config.image_size is None and (config.resize, config.resample) != ("crop", "bicubic"):
         raise ValueError("--data.resize and --data.resample do nothing without --data.image-size: give it too")
     if config.label_column is not None and not config.labels:
