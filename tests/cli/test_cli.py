@@ -16,6 +16,7 @@ from PIL import Image
 from halfstep import load
 from halfstep.cli import main
 from halfstep.registry import Registry
+from halfstep.report.words import number
 from halfstep.runs import RunFolder
 from support_cli import Capture, refused
 from toys import TINY_ARRAYS, TINY_DIGITS, file_size_limit
@@ -37,7 +38,7 @@ def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
         (["run", "digits", "--chain.start-steps"], "--chain.start-steps needs a value"),
         (
             ["run", "digits", "--chain.start-steps", "0"],
-            "should be greater than or equal to 1, got 0",
+            "--chain.start-steps: must be at least 1, got 0",
         ),
         (
             ["run", "digits", "--teacher.learning-rate", "nan"],
@@ -138,7 +139,7 @@ def test_a_run_ends_with_its_table_and_goes_on_where_it_was(toy_run: Path, toy_n
     for held in metrics:
         assert held is not None
         for result in held.results:
-            assert f"{result.frechet:.4g}" in printed
+            assert f"distance {number(result.frechet)}" in printed
     assert (toy_run / "report" / "index.html").is_file()
 
 
@@ -418,7 +419,7 @@ def test_help_names_the_options(argv: list[str], capsys: Capture) -> None:
         main(argv)
     assert end.value.code == 0
     printed = capsys.readouterr().out
-    wanted = {"run": "--chain.start-steps", "distill": "--chain.end-steps", "sample": "--num-steps"}
+    wanted = {"run": "--start", "distill": "--to", "sample": "--num-steps"}
     assert wanted.get(argv[0], "run RECIPE") in printed
 
 

@@ -63,14 +63,14 @@ class PlanArguments:
 
     recipe: RecipeFields
     dry_run: Switch = False
-    """Print plan, parameters and an estimate of time, and write nothing."""
+    """Print plan, parameters and estimated time; write nothing."""
     json: Switch = False
-    """Print one JSON document: the plan with --dry-run, else the run's status at its end; progress goes to stderr."""
+    """Print one JSON document: the plan with --dry-run, else the status at the end."""
 
 
 @dataclass
 class RunArguments(PlanArguments):
-    """Train, halve, measure and report: the whole plan of a recipe. The same command again continues where it was."""
+    """Train, halve, measure and report: the whole plan of a recipe. Rerun the same command to resume it."""
 
     out: Path | None = None
     """Folder of the run; runs/NAME by default."""
@@ -78,9 +78,9 @@ class RunArguments(PlanArguments):
 
 @dataclass
 class DistillArguments(PlanArguments):
-    """Halve a model to fewer steps. MODEL is the folder of a run or of a stage, a folder that diffusers has saved, or a
-    name on the Hub; --data says what to train on. Options are those of the recipe of the model's run. A teacher that
-    predicts eps is matched to v first; --matching.guidance-scale takes classifier-free guidance into the student."""
+    """Halve a model to fewer steps. MODEL is a run (its last stage is meant), a stage, a folder that diffusers saved, or
+    a name on the Hub; --data names the training data. A teacher that predicts eps is matched to v first;
+    --matching.guidance-scale bakes classifier-free guidance into the student."""
 
     out: Path | None = None
     """Folder of the new run; by default beside the model's run, with the steps in its name."""

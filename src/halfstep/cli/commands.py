@@ -31,6 +31,7 @@ from halfstep.cli.arguments import (
 )
 from halfstep.cli.display import RunDisplay, show_results
 from halfstep.cli.dry_run import show_plan
+from halfstep.cli.help import HELP
 from halfstep.cli.reporting import make_report
 from halfstep.cli.usage import UsageError, expand_short, parse
 from halfstep.cli.words import Screen, duration, print_json
@@ -116,7 +117,7 @@ def train(argv: Sequence[str]) -> None:
 
 
 def _run(argv: Sequence[str], verb: str, what: Literal["all", "teacher"] = "all") -> None:
-    if argv and argv[0] in ("-h", "--help"):
+    if argv and argv[0] in HELP:
         recipe, name, rest = recipes["digits"](), "RECIPE", argv
     elif not argv or argv[0].startswith("-"):
         raise UsageError(f"the recipe is missing: halfstep {verb} RECIPE (known: {', '.join(recipes)})")
@@ -134,8 +135,8 @@ def _run(argv: Sequence[str], verb: str, what: Literal["all", "teacher"] = "all"
 
 def distill(argv: Sequence[str]) -> None:
     """Halve a trained model."""
-    if argv and argv[0] in ("-h", "--help"):
-        parse(DistillArguments, ["--help"], "halfstep distill MODEL", DistillArguments(recipes["digits"]()))
+    if argv and argv[0] in HELP:
+        parse(DistillArguments, argv, "halfstep distill MODEL", DistillArguments(recipes["digits"]()), SHORT)
     if not argv or argv[0].startswith("-"):
         raise UsageError("the model is missing: halfstep distill MODEL --to 4")
     rest = argv[1:]
@@ -170,9 +171,9 @@ def distill(argv: Sequence[str]) -> None:
 
 def finish(argv: Sequence[str]) -> None:
     """Finish students of a trained run."""
-    if argv and argv[0] in ("-h", "--help"):
+    if argv and argv[0] in HELP:
         default = FinishArguments(recipes["digits"]())
-        parse(FinishArguments, ["--help"], "halfstep finish RUN", default, SHORT_OF_FINISH)
+        parse(FinishArguments, argv, "halfstep finish RUN", default, SHORT_OF_FINISH)
     if not argv or argv[0].startswith("-"):
         raise UsageError("the run is missing: halfstep finish RUN --steps 4 2 1")
     folder = RunFolder(Path(argv[0]))

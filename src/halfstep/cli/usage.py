@@ -24,7 +24,7 @@ from pydantic import ValidationError
 from tyro import _errors as tyro_errors
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from halfstep.cli.verbs import epilogue
+from halfstep.cli.help import HELP, help_text
 from halfstep.registry import nearest
 
 Arguments = TypeVar("Arguments")
@@ -175,6 +175,9 @@ def parse(
         SystemExit: after --help.
     """
 
+    if asked := [token for token in argv if token in HELP]:
+        print(help_text(parser_of(kind, default), prog, short, "--help-all" in asked))
+        raise SystemExit(0)
     typed = {token.partition("=")[0] for token in argv}
     argv = expand_short(argv, short)
     try:
@@ -195,7 +198,7 @@ def _parsed(
     kind: type[Arguments], argv: Sequence[str], prog: str, default: Arguments | None, short: Iterable[str]
 ) -> Arguments:
     def refuse(event: tyro_errors.ParseErrorEvent) -> NoReturn:
-        known = [*parser_of(kind, default)._option_string_actions, *short]
+        known = [*parser_of(kind, default)._option_string_actions, *short, *HELP]
         # A mistyped option comes first: what else is wrong mostly follows from it.
         for token in argv:
             name = token.partition("=")[0].replace("_", "-")
@@ -215,11 +218,6 @@ def _parsed(
             )
         _check_ranges(arguments)
         return arguments
-    except SystemExit as end:
-        if end.code in (None, 0):
-            # After --help.
-            print(epilogue(prog.split()[1]))
-        raise
     except ValidationError as error:
         raise UsageError(with_flag(first_line(error), argv)) from None
 

@@ -25,8 +25,7 @@ class DataConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     source: str = "digits"
-    """`digits`, a .npy or .npz file, a folder of images or tables, of latents
-    (`halfstep encode`), or a name on the Hub such as owner/name."""
+    """`digits`, a .npy or .npz file, a folder of images, tables or latents, or a name on the Hub (owner/name)."""
     split: str = "train"
     """Part of the source: a data set's split, or a folder's sub-folder of that name if it has one."""
     image_size: int | None = None
