@@ -53,7 +53,7 @@ def test_a_terminal_gets_one_display_and_no_terminal_gets_lines() -> None:
         display.show(events)
         printed[terminal] = out.getvalue()
         assert [stage.state for stage in display.status.stages] == ["done", "training"]
-        assert "note: [a] note" in printed[terminal]
+        assert " [a] note" in printed[terminal]
     assert "▶ 01-halve-0001" in printed[True]
     assert "✓ 00-denoise" in printed[True]
     assert "00-denoise: done in" not in printed[True]

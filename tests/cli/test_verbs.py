@@ -91,7 +91,7 @@ def test_the_options_that_shells_complete_are_those_of_the_parser(verb: str, cap
         if verb in ("run", "train", "demo", "distill")
         else {"--help-all"}
     )
-    short |= {"--steps"} if verb == "finish" else set()
+    short |= {"--help-all"} | ({"--steps"} if verb == "finish" else set())
     known = set(options_of(verb))
     parsed = set()
     for recipe in ("digits", "arrays", "cifar10_paper") if verb in ("run", "train") else ("",):

@@ -78,8 +78,8 @@ class RunArguments(PlanArguments):
 
 @dataclass
 class DistillArguments(PlanArguments):
-    """Halve a model to fewer steps. MODEL is a run (its last stage is meant), a stage, a folder that diffusers saved, or
-    a name on the Hub; --data names the training data. A teacher that predicts eps is matched to v first;
+    """Halve a model to fewer steps. MODEL is a run (its last stage is meant), a stage, a folder that diffusers saved,
+    or a name on the Hub; --data names the training data. A teacher that predicts eps is matched to v first;
     --matching.guidance-scale bakes classifier-free guidance into the student."""
 
     out: Path | None = None

@@ -1,5 +1,9 @@
 """`halfstep explore`: a local page on which a run's models can be asked."""
 
+import os
+import re
+import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +12,7 @@ from typing import Annotated
 import tyro
 
 from halfstep.cli.arguments import device_of
-from halfstep.cli.usage import Count, Range, Steps, parse
+from halfstep.cli.usage import Count, Range, Steps, UsageError, parse
 from halfstep.cli.words import Screen
 from halfstep.explore.explorer import Bounds, Explorer
 from halfstep.explore.page import LOCAL, serve
@@ -32,6 +36,10 @@ class ExploreArguments:
     """Most sampler steps of a request."""
     max_seconds: Annotated[float, Range(1, 86_400)] = 60.0
     """Longest time that a request may sample for."""
+    allow_host: tuple[str, ...] = ()
+    """Further names by which the page may be called, such as a proxy's."""
+    root_path: str = ""
+    """Path below which a proxy shows the page, such as /user/me/proxy/7860."""
     device: str | None = None
     """cpu, cuda, mps; by default the fastest that is there."""
 
@@ -46,4 +54,16 @@ def explore(argv: Sequence[str]) -> None:
             warn(f"{choice.name} is missing: {choice.missing}")
     if arguments.host not in (*LOCAL, "::1"):
         warn(f"others can reach {arguments.host}, and there is no password")
-    serve(explorer, arguments.host, arguments.port, lambda url: Screen().say(f"{url}  (Ctrl-C ends it)"))
+    if arguments.root_path and not re.fullmatch(r"(/[\w.~-]+)+/?", arguments.root_path):
+        raise UsageError(f"--root-path {arguments.root_path} must be a path such as /user/me/proxy/7860")
+
+    def ready(url: str) -> None:
+        Screen().say(f"{url}  (Ctrl-C ends it)")
+        sys.stdout.flush()
+
+    root_path = arguments.root_path.rstrip("/")
+    serve(explorer, arguments.host, arguments.port, ready, arguments.allow_host, root_path)
+    sys.stdout.flush()
+    if any(not one.daemon for one in threading.enumerate() if one is not threading.main_thread()):
+        # A thread that is sampling would hold Python back until its step has ended.
+        os._exit(0)

@@ -31,8 +31,8 @@ def help_text(parser: ArgumentParser, prog: str, short: Mapping[str, str], every
     width = min(WIDEST, shutil.get_terminal_size((WIDEST, 24)).columns)
     groups = [(group.title or "", list(_shown(group._group_actions, chosen, short))) for group in parser._action_groups]
     names = [name for title, rows in groups for name, _ in rows if title.startswith("positional")]
-    lines = [*textwrap.wrap(f"usage: {prog} {' '.join([*names, '[OPTIONS]'])}", width, subsequent_indent="  "), ""]
-    lines += [*textwrap.wrap(_words(parser.description), width), ""]
+    lines = [*_wrap(f"usage: {prog} {' '.join([*names, '[OPTIONS]'])}", width, "  ", ""), ""]
+    lines += [*_wrap(_words(parser.description), width), ""]
     if chosen:
         rows = {name: row for _, part in groups for name, *row in part}
         lines += ["options:"]
@@ -84,9 +84,15 @@ def _metavar(text: str) -> str:
     return text.replace("{None,", "{").replace(",None}", "}")
 
 
+def _wrap(text: str, width: int, indent: str = "", first: str | None = None) -> list[str]:
+    """Return the lines of a text, broken at blanks only."""
+    head = indent if first is None else first
+    return textwrap.wrap(text, width, initial_indent=head, subsequent_indent=indent, break_on_hyphens=False)
+
+
 def _lines(name: str, text: str, width: int) -> list[str]:
     indent = " " * (HEAD + 2)
-    wrapped = textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+    wrapped = _wrap(text, width, indent)
     if len(name) + 4 <= len(indent) and wrapped:
         return [f"  {name}".ljust(len(indent)) + wrapped[0].lstrip(), *wrapped[1:]]
     return [f"  {name}", *wrapped]

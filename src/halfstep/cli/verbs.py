@@ -142,7 +142,10 @@ _USE: Final = (
         "explore RUN",
         "a local page: teacher and students side by side from the same noise",
         ("halfstep explore runs/digits", "halfstep explore runs/digits --port 8000 --max-samples 16"),
-        ("Ctrl-C ends it; that is no error.",),
+        (
+            "Ctrl-C ends it; that is no error.",
+            "On another machine: ssh -L 7860:127.0.0.1:7860 MACHINE, or behind a proxy --root-path and --allow-host.",
+        ),
         module="exploring",
     ),
     Verb(
@@ -257,7 +260,9 @@ def epilogue(name: str, width: int, short: bool) -> list[str]:
     """Return the lines that follow the options in `halfstep NAME --help`; the short form shows short names itself."""
     verb = VERBS[name]
     shown = [note for note in verb.notes if not (short and " is short for " in note)]
-    notes = [line for note in shown for line in textwrap.wrap(note, width, subsequent_indent="  ")]
+    notes = [
+        line for note in shown for line in textwrap.wrap(note, width, subsequent_indent="  ", break_on_hyphens=False)
+    ]
     codes = f"exit codes: {', '.join(map(str, verb.codes))} (see `halfstep --help`)"
     examples = ["examples:", *(f"  {example}" for example in verb.examples), ""]
     return [*notes, *([""] if notes else []), *examples, *textwrap.wrap(codes, width)]
