@@ -34,10 +34,10 @@ def help_text(parser: ArgumentParser, prog: str, short: Mapping[str, str], every
     lines = [*_wrap(f"usage: {prog} {' '.join([*names, '[OPTIONS]'])}", width, "  ", ""), ""]
     lines += [*_wrap(_words(parser.description), width), ""]
     if chosen:
-        rows = {name: row for _, part in groups for name, *row in part}
+        texts = {name: text for _, rows in groups for name, text in rows}
         lines += ["options:"]
         for option in chosen:
-            lines += next(_lines(name, text, width) for name, (text,) in rows.items() if name.split(" ")[0] == option)
+            lines += next(_lines(name, text, width) for name, text in texts.items() if name.split(" ")[0] == option)
         lines += [*_lines("--help-all", "Show every option.", width), ""]
     else:
         for title, rows in groups:

@@ -65,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: with one of `verbs.EXIT_CODES`.
     """
+    threading.excepthook = _thread_failed
     with safe_outputs() as out:
         try:
             _main(list(sys.argv[1:] if argv is None else argv))
@@ -73,6 +74,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                 _check_written(out)
             raise
         _check_written(out)
+
+
+def _thread_failed(failed: threading.ExceptHookArgs) -> None:
+    """Print the traceback of a thread's error, but for a disk that is lost, which the main thread reports."""
+    if not issubclass(failed.exc_type, OSError):
+        threading.__excepthook__(failed)
 
 
 def _check_written(out: Output) -> None:

@@ -1,10 +1,11 @@
 """The user's configuration of the data, and the one function that opens them."""
 
+import os
 import re
 from pathlib import Path
 from typing import Final
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from halfstep.data.arrays import array_file, digits
 from halfstep.data.base import Data, check_flip
@@ -16,6 +17,7 @@ from halfstep.runtime.files import user_path
 
 LARGEST_SIDE: Final = 16_384
 """Largest side to which images are brought."""
+_HUB_NAME: Final = re.compile(r"\w[\w.-]*/[\w.-]+")
 _TABLES: Final = (".parquet", ".arrow")
 
 
@@ -47,6 +49,14 @@ class DataConfig(BaseModel):
     max_bytes: int = 2 * 2**30
     """Images whose pixels take more memory than this are decoded each time they are used."""
 
+    @field_validator("source")
+    @classmethod
+    def _plain(cls, source: str) -> str:
+        """Return a path without "./" and a slash at its end, so that the same data has one name."""
+        plain = os.path.normpath(source) if source else source
+        # "./owner/name" says that no name on the Hub is meant.
+        return source if _HUB_NAME.fullmatch(plain) and not user_path(plain).exists() else plain
+
 
 def open_data(config: DataConfig) -> Data:
     """Open and prepare the data that `config` names.
@@ -77,7 +87,7 @@ def _open(config: DataConfig) -> Data:
         return open_latents(path)
     if path.is_dir():
         return decoded(source, _folder(config, path), prepare, config.max_bytes)
-    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", source) and not path.exists():
+    if _HUB_NAME.fullmatch(source) and not path.exists():
         return decoded(source, _table(config), prepare, config.max_bytes)
     raise ValueError(
         f"{source} {'is a file of another kind' if path.exists() else 'does not exist'}: --data.source is digits, a "

@@ -224,7 +224,7 @@ def serve(
         except KeyboardInterrupt:
             explorer.stop()
             server.should_exit = True
-            thread.join(1.5)
+            thread.join(1.0)
 
 
 def _impatient() -> Any:

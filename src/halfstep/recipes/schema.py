@@ -4,6 +4,7 @@ Every field has a flag on the command line (`--chain.start-steps 256`); its docs
 names here and become objects in `build`, nowhere deeper.
 """
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields, replace
 from typing import Annotated, Any, Final, Literal
@@ -39,6 +40,7 @@ from halfstep.run.course import Match, Start, check_start, cosine_within, course
 from halfstep.run.spec import RunSpec
 from halfstep.runs import Manifest
 from halfstep.runtime.files import cache_folder, user_path
+from halfstep.runtime.terminal import one_line
 from halfstep.samplers import samplers
 from halfstep.train.settings import LEARNED, Engine
 
@@ -375,6 +377,22 @@ class Recipe(Config):
     """Measuring."""
     engine: Engine = Engine()
     """Machine."""
+
+    @field_validator("name")
+    @classmethod
+    def _file_name(cls, name: str) -> str:
+        # Folders are called by it.
+        if (
+            name.startswith((".", "-"))
+            or len(name.encode(errors="replace")) > 100
+            or not re.fullmatch(r"[^/\\]+", name)
+        ):
+            raise ValueError(
+                f"must be a plain name of at most 100 bytes, without / and not starting with . or -: {name!r}"
+            )
+        if one_line(name) != name:
+            raise ValueError(f"must not contain control characters or bytes that are not UTF-8: {name!r}")
+        return name
 
     def teacher_plan(self) -> Plan:
         """Return the stage that trains the teacher."""
