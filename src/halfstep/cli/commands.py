@@ -4,6 +4,7 @@ import re
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -47,7 +48,7 @@ from halfstep.report.words import count
 from halfstep.run.runner import run as run_spec
 from halfstep.run.spec import GIVEN_TEACHER, RunSpec
 from halfstep.runs import RunFolder, read_status
-from halfstep.runtime.files import refuse_taken, write_arrays
+from halfstep.runtime.files import refuse_taken, replacing_folder, write_arrays
 from halfstep.runtime.launch import world_size
 from halfstep.runtime.stop import Interrupted, StopSignal, at_once
 from halfstep.samplers import Ancestral, Sampler, samplers
@@ -319,9 +320,12 @@ def write_samples(x0: torch.Tensor, model: Model, seeds: range, out: Path) -> No
     if out.suffix.lower() == ".png":
         write_png(out, grid_image(pixels))
         return
-    for seed, picture in zip(seeds, pixels, strict=True):
-        image = Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture)
-        write_png(out / f"{seed:06d}.png", image)
+    # A folder that holds files already keeps them.
+    is_new = not out.exists() or not any(out.iterdir())
+    with replacing_folder(out) if is_new else nullcontext(out) as folder:
+        for seed, picture in zip(seeds, pixels, strict=True):
+            image = Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture)
+            write_png(folder / f"{seed:06d}.png", image)
 
 
 def report(argv: Sequence[str]) -> None:
