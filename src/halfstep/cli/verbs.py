@@ -144,7 +144,8 @@ _USE: Final = (
         ("halfstep explore runs/digits", "halfstep explore runs/digits --port 8000 --max-samples 16"),
         (
             "Ctrl-C ends it; that is no error.",
-            "On another machine: ssh -L 7860:127.0.0.1:7860 MACHINE, or behind a proxy --root-path and --allow-host.",
+            "From elsewhere: ssh -L 7860:127.0.0.1:7860 MACHINE.",
+            "Behind a proxy: --root-path PATH --allow-host HOST.",
         ),
         module="exploring",
     ),
