@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 import teams
 from halfstep import GaussianDenoiser, NetworkDenoiser, Training, V, VPCosine, distill, sample
 from halfstep.cli import display, main
 from halfstep.cli.display import RunDisplay
+from halfstep.cli.words import Screen
 from halfstep.core.denoiser import Cond, Denoiser
 from halfstep.core.draw import Draw
 from halfstep.core.noise import per_sample
@@ -332,7 +332,7 @@ def test_a_finish_whose_student_has_had_no_turn_yet_is_shown_without_a_loss(
             if isinstance(event, Progress) and (event.name, event.window.update) == ("03-finish-0002", 3):
                 return
 
-    RunDisplay(_spec().stages, Console(width=200)).show(until_the_lead())
+    RunDisplay(_spec().stages, Screen()).show(until_the_lead())
     events.close()  # type: ignore[attr-defined]
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("03-finish-0002: update")]
     assert len(said) == 3

@@ -37,7 +37,7 @@ def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
         (["run", "digits", "--chain.start-steps"], "--chain.start-steps needs a value"),
         (
             ["run", "digits", "--chain.start-steps", "0"],
-            "should be greater than or equal to 1, got 0",
+            "--chain.start-steps: must be at least 1, got 0",
         ),
         (
             ["run", "digits", "--teacher.learning-rate", "nan"],
@@ -59,7 +59,7 @@ def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
         (["distill", "nowhere"], "nowhere does not exist"),
         (["sample", "nowhere"], "nowhere does not exist"),
         (["sample"], "is missing"),
-        (["run", "digits", "--chain.factor", "1"], "should be greater than or equal to 2, got 1"),
+        (["run", "digits", "--chain.factor", "1"], "--chain.factor: must be at least 2, got 1"),
         (
             ["run", "digits", "--chain.factor", "3"],
             "16 steps cannot be divided by 3 again and again to 1: list the students' steps, or start from",
@@ -271,9 +271,9 @@ def test_samples_are_written_under_their_own_name_or_not_at_all(
         (["--out", "x.jpg"], "lossy formats are not offered"),
         (["--num-samples", "0"], "--num-samples must be at least 1, got 0"),
         (["--seed", "-1"], "--seed must be at least 0"),
-        (["--num-steps", "0"], "num_steps must be a whole number of at least 1, got 0"),
+        (["--num-steps", "0"], "--num-steps must be at least 1, got 0"),
         (["--sampler", "dim"], "did you mean 'ddim'?"),
-        (["--sampler", "ancestral", "--gamma", "1.5"], "gamma must be in [0, 1]"),
+        (["--sampler", "ancestral", "--gamma", "1.5"], "--gamma must be at most 1, got 1.5"),
         (["--gamma", "0.5"], "--gamma 0.5 has no effect on the sampler ddim. Remove it, or add --sampler ancestral"),
         (["--class-label", "12"], "classes 0 to 9"),
         (["--device", "abacus"], "the device 'abacus' cannot be used here"),
@@ -426,7 +426,7 @@ def test_help_names_the_options(argv: list[str], capsys: Capture) -> None:
         main(argv)
     assert end.value.code == 0
     printed = capsys.readouterr().out
-    wanted = {"run": "--chain.start-steps", "distill": "--chain.end-steps", "sample": "--num-steps"}
+    wanted = {"run": "--start", "distill": "--to", "sample": "--num-steps"}
     assert wanted.get(argv[0], "run RECIPE") in printed
 
 

@@ -2,10 +2,8 @@
 
 import io
 
-from rich.console import Console
-
 from halfstep.cli.display import RunDisplay
-from halfstep.cli.words import duration
+from halfstep.cli.words import Screen, duration
 from halfstep.objectives import Denoising, Plan, Training
 from halfstep.run.events import Notice, Progress, StageEnd, StageStart
 from halfstep.train.window import Window
@@ -23,7 +21,7 @@ def test_the_time_left_counts_network_calls_and_batches_of_all_stages() -> None:
     plan = _plan(Training(100, 1e-3, batch_size=20), Training(60, 1e-3, batch_size=10))
     assert [stage.update_cost for stage in plan.stages] == [60.0, 50.0]
     out = io.StringIO()
-    display = RunDisplay(list(zip(plan.names(), plan.stages, strict=True)), Console(file=out, width=200))
+    display = RunDisplay(list(zip(plan.names(), plan.stages, strict=True)), Screen(file=out))
     display.show(
         [
             StageStart("00-denoise", 0, plan.stages[0], 0),
@@ -50,12 +48,12 @@ def test_a_terminal_gets_one_display_and_no_terminal_gets_lines() -> None:
     printed = {}
     for terminal in (True, False):
         out = io.StringIO()
-        console = Console(file=out, width=120, height=20, force_terminal=terminal, color_system=None)
+        console = Screen(file=out, is_terminal=terminal)
         display = RunDisplay(list(zip(plan.names(), plan.stages, strict=True)), console)
         display.show(events)
         printed[terminal] = out.getvalue()
         assert [stage.state for stage in display.status.stages] == ["done", "training"]
-        assert "note: [a] note" in printed[terminal]
+        assert " [a] note" in printed[terminal]
     assert "▶ 01-halve-0001" in printed[True]
     assert "✓ 00-denoise" in printed[True]
     assert "00-denoise: done in" not in printed[True]

@@ -42,9 +42,9 @@ def test_done_now_and_to_come_with_the_time_of_each() -> None:
     assert len(lines) == 12
     assert lines[0].startswith("✓ 00-halve-1024")
     assert "10 s" in lines[0]
-    assert lines[0].rstrip().endswith("distance 1.5")
+    assert lines[0].rstrip().endswith("distance 1.50")
     # A later stage's distance over that of the first.
-    assert lines[2].rstrip().endswith(f"distance 3.5 ({3.5 / 1.5:.2f}x)")
+    assert lines[2].rstrip().endswith(f"distance 3.50 ({3.5 / 1.5:.2f}x)")
     assert lines[3].startswith("▶ 03-halve-0128")
     for said in ("50/100", "loss 0.125", "1,234 samples/s", "5 s left"):
         assert said in lines[3]

@@ -75,7 +75,7 @@ def options_in(printed: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_is_complete_and_ends_with_examples(verb: str, capsys: Capture) -> None:
-    printed = help_of([verb, "--help"], capsys)
+    printed = help_of([verb, "--help-all"], capsys)
     for example in VERBS[verb].examples:
         assert f"  {example}\n" in printed
     assert "exit codes: " + ", ".join(map(str, VERBS[verb].codes)) in printed
@@ -86,12 +86,16 @@ def test_help_is_complete_and_ends_with_examples(verb: str, capsys: Capture) -> 
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_the_options_that_shells_complete_are_those_of_the_parser(verb: str, capsys: Capture) -> None:
-    short = {"--data", "--start", "--to"} if verb in ("run", "train", "demo", "distill") else set()
-    short |= {"--steps"} if verb == "finish" else set()
+    short = (
+        {"--help-all"} | {"--data", "--start", "--to"}
+        if verb in ("run", "train", "demo", "distill")
+        else {"--help-all"}
+    )
+    short |= {"--help-all"} | ({"--steps"} if verb == "finish" else set())
     known = set(options_of(verb))
     parsed = set()
     for recipe in ("digits", "arrays", "cifar10_paper") if verb in ("run", "train") else ("",):
-        printed = help_of([verb, *([recipe] if recipe else []), "--help"], capsys)
+        printed = help_of([verb, *([recipe] if recipe else []), "--help-all"], capsys)
         # Only heads; texts name options of other verbs too.
         parsed |= set().union(*(flags_in(head) for head in options_in(printed)))
     assert parsed <= known

@@ -289,7 +289,7 @@ def test_it_listens_at_127_0_0_1_only(url: str) -> None:
 
 def test_wrong_arguments_are_one_line(run: Path, tmp_path: Path, capsys: Capture, monkeypatch: Any) -> None:
     assert "does not exist" in refused(["explore", str(tmp_path / "nothing")], capsys)
-    assert "--port must be from 0 to 65535" in refused(["explore", str(run), "--port", "70000"], capsys)
+    assert "--port must be at most 65,535" in refused(["explore", str(run), "--port", "70000"], capsys)
     assert "--max-samples must be at least 1, got 0" in refused(["explore", str(run), "--max-samples", "0"], capsys)
     assert "device" in refused(["explore", str(run), "--device", "warp"], capsys)
     with socket.socket() as taken:

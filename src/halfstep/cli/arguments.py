@@ -10,7 +10,7 @@ import torch
 import tyro
 from pydantic import ValidationError
 
-from halfstep.cli.usage import Switch, UsageError, first_line
+from halfstep.cli.usage import Count, Guidance, Range, Share, Side, Steps, Switch, UsageError, first_line
 from halfstep.core.noise import processes as noise_processes
 from halfstep.core.prediction import predictions, weightings
 from halfstep.metrics import extractors
@@ -20,7 +20,8 @@ from halfstep.recipes import Recipe, recipes
 from halfstep.registry import Registry
 from halfstep.runs import RunFolder, StageFolder
 from halfstep.runtime.files import DamagedFile, read_json
-from halfstep.runtime.processes import Processes, launched, make_accelerator
+from halfstep.runtime.launch import world_size
+from halfstep.runtime.processes import Processes, make_accelerator
 from halfstep.samplers import samplers
 from halfstep.studies import studies
 
@@ -63,14 +64,14 @@ class PlanArguments:
 
     recipe: RecipeFields
     dry_run: Switch = False
-    """Print plan, parameters and an estimate of time, and write nothing."""
+    """Print plan, parameters and estimated time; write nothing."""
     json: Switch = False
-    """Print one JSON document: the plan with --dry-run, else the run's status at its end; progress goes to stderr."""
+    """Print one JSON document: the plan with --dry-run, else the status at the end."""
 
 
 @dataclass
 class RunArguments(PlanArguments):
-    """Train, halve, measure and report: the whole plan of a recipe. The same command again continues where it was."""
+    """Train, halve, measure and report: the whole plan of a recipe. Rerun the same command to resume it."""
 
     out: Path | None = None
     """Folder of the run; runs/NAME by default."""
@@ -78,9 +79,9 @@ class RunArguments(PlanArguments):
 
 @dataclass
 class DistillArguments(PlanArguments):
-    """Halve a model to fewer steps. MODEL is the folder of a run or of a stage, a folder that diffusers has saved, or a
-    name on the Hub; --data says what to train on. Options are those of the recipe of the model's run. A teacher that
-    predicts eps is matched to v first; --matching.guidance-scale takes classifier-free guidance into the student."""
+    """Halve a model to fewer steps. MODEL is a run (its last stage is meant), a stage, a folder that diffusers saved,
+    or a name on the Hub; --data names the training data. A teacher that predicts eps is matched to v first;
+    --matching.guidance-scale bakes classifier-free guidance into the student."""
 
     out: Path | None = None
     """Folder of the new run; by default beside the model's run, with the steps in its name."""
@@ -105,23 +106,23 @@ class SampleArguments:
 
     model: tyro.conf.Positional[Path]
     """Folder of a run (its last stage is meant) or of a stage."""
-    num_steps: int | None = None
+    num_steps: Steps | None = None
     """Sampler steps; those that the model was distilled for by default."""
-    num_samples: int = 64
+    num_samples: Count = 64
     """How many samples to draw."""
-    seed: int = 0
+    seed: Annotated[int, Range(0, 2**62)] = 0
     """Seed of the first sample."""
-    class_label: int | None = None
+    class_label: Annotated[int, Range(0, 2**31)] | None = None
     """One class for all; classes in turn by default."""
-    guidance_scale: float | None = None
+    guidance_scale: Guidance | None = None
     """uncond + scale (cond - uncond), for a model that knows guidance; 1 is none. The model's own by default."""
     prompt: str | None = None
     """What to show, for a model of texts."""
     sampler: SamplerName | None = None
     """Sampler (`halfstep ls samplers` describes them); the model's own by default."""
-    gamma: float | None = None
+    gamma: Share | None = None
     """Variance of ancestral sampling: 0 is its lower bound, 1 its upper bound (the default)."""
-    batch_size: int | None = None
+    batch_size: Count | None = None
     """Samples drawn at once; as many as fit by default."""
     precision: Literal["float32", "bf16"] = "float32"
     """bf16 lets the network compute in bfloat16."""
@@ -145,30 +146,30 @@ class EvaluateArguments:
 
     subject: tyro.conf.Positional[str]
     """What to measure."""
-    num_steps: tuple[int, ...] = ()
+    num_steps: tuple[Steps, ...] = ()
     """Steps of the --against series, and of a single stage; by default the start of the chain, halved down to 1."""
     against: tuple[str, ...] | None = None
     """Series beside the students: teacher-SAMPLER or student-SAMPLER (see `halfstep ls samplers`); by default
     teacher-ddim, and without --num-steps teacher-heun too."""
     extractors: tuple[str, ...] = ()
     """Where distances are measured: NAME or NAME=WEIGHTS (see `halfstep ls extractors`); the recipe's by default."""
-    seeds: int = 1
+    seeds: Annotated[int, Range(1, 1000)] = 1
     """Sets of seeds; with several, figures have a spread."""
-    num_samples: int | None = None
+    num_samples: Annotated[int, Range(2, 1_000_000)] | None = None
     """Samples in a set; as in the recipe by default, and all of a folder's."""
-    gamma: float | None = None
+    gamma: Share | None = None
     """Variance of ancestral sampling: 0 is its lower bound, 1 its upper bound (the default)."""
-    search_gamma: int | None = None
+    search_gamma: Annotated[int, Range(2, 1000)] | None = None
     """Try so many values of gamma from 0 to 1 (the paper: 11) for each ancestral row and show the best."""
-    guidance_scale: float | None = None
+    guidance_scale: Guidance | None = None
     """For models that know guidance; each model's own by default."""
     precision: Literal["float32", "bf16"] | None = None
     """bf16 lets the networks compute in bfloat16 while they sample; as in the recipe by default."""
-    batch_size: int | None = None
+    batch_size: Count | None = None
     """Samples drawn at once; the recipe's number by default, or as many as fit if it has none."""
     data: str | None = None
     """Real samples to compare with; those of the recipe by default."""
-    image_size: int | None = None
+    image_size: Side | None = None
     """Side to which real images of another size are brought; as in the recipe by default."""
     channels: Literal[1, 3] | None = None
     """1 reads real images as grey, 3 in colour; as in the recipe by default."""
@@ -236,11 +237,6 @@ def recipe_of_stage(stage: StageFolder) -> Recipe | None:
     return recipe_of_file(file) if folder.name == "stages" and file.is_file() else None
 
 
-def expand_short(argv: Sequence[str], short: Mapping[str, str] = SHORT) -> list[str]:
-    """Replace the short names of a recipe's options."""
-    return [short.get(name, name) + equals + value for name, equals, value in (token.partition("=") for token in argv)]
-
-
 def options_from(words: Sequence[str]) -> dict[str, Any]:
     """Return the arguments of a pipeline's call that NAME=VALUE words give; a value is JSON, or else text.
 
@@ -261,7 +257,7 @@ def options_from(words: Sequence[str]) -> dict[str, Any]:
 
 def processes_of(cpu: bool = False) -> Processes:
     """Return the processes that share this verb; mostly one."""
-    return Processes(make_accelerator(cpu=cpu)) if launched() > 1 else Processes()
+    return Processes(make_accelerator(cpu=cpu)) if world_size() > 1 else Processes()
 
 
 def device_of(name: str | None, processes: Processes | None = None) -> torch.device:

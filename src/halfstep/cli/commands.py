@@ -1,8 +1,10 @@
 """The verbs. Each takes the arguments behind its name."""
 
+import re
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 from PIL import Image
-from rich.markup import escape
 from rich.table import Table
 
 from halfstep.cli.arguments import (
@@ -25,7 +26,6 @@ from halfstep.cli.arguments import (
     RunArguments,
     SampleArguments,
     device_of,
-    expand_short,
     options_from,
     processes_of,
     recipe_from,
@@ -34,9 +34,10 @@ from halfstep.cli.arguments import (
 from halfstep.cli.display import RunDisplay, show_results
 from halfstep.cli.dry_run import show_plan
 from halfstep.cli.exporting import sample_prompts
+from halfstep.cli.help import HELP
 from halfstep.cli.reporting import make_report
-from halfstep.cli.usage import UsageError, check_least, parse
-from halfstep.cli.words import console_for, duration, print_json
+from halfstep.cli.usage import UsageError, expand_short, parse
+from halfstep.cli.words import Screen, duration, print_json
 from halfstep.hub import decoder_of, import_pipeline, is_pipeline, release_texts, text_conditions
 from halfstep.measure.samples import grid_image, samples_array, write_png
 from halfstep.metrics import to_uint8
@@ -45,12 +46,13 @@ from halfstep.models.model import Model, samples_at_once
 from halfstep.objectives import Role
 from halfstep.recipes import Recipe, build, recipes
 from halfstep.recipes.schema import SECOND_ORDER, MatchingConfig, data_or_stand_in
+from halfstep.report.words import count
 from halfstep.run.own_samples import NUM_STEPS
 from halfstep.run.runner import run as run_spec
 from halfstep.run.spec import GIVEN_TEACHER, RunSpec
 from halfstep.runs import RunFolder, read_status
-from halfstep.runtime.files import refuse_taken, write_arrays
-from halfstep.runtime.processes import launched
+from halfstep.runtime.files import refuse_taken, replacing_folder, write_arrays
+from halfstep.runtime.launch import world_size
 from halfstep.runtime.stop import Interrupted, StopSignal, at_once
 from halfstep.samplers import Ancestral, Sampler, samplers
 
@@ -70,7 +72,7 @@ def _carry_out(
     if not arguments.dry_run:
         _execute(recipe, make, out, arguments.json)
         return
-    if launched() > 1:
+    if world_size() > 1:
         # It times an update by the clock of one.
         raise UsageError("a dry run is done by one process: start it without torchrun or accelerate launch")
     data, missing = data_or_stand_in(recipe)
@@ -79,26 +81,26 @@ def _carry_out(
 
 def _execute(recipe: Recipe, make: Callable[[], RunSpec], out: Path, json: bool) -> None:
     """Make a run, train it and show its results; a signal ends each of the three in good order."""
-    console = console_for(json)
+    screen = Screen(json)
     started = time.monotonic()
     try:
         with StopSignal() as stop:
             # Several processes end together, at the first point where they have agreed to.
-            alone = stop if launched() == 1 else None
+            alone = stop if world_size() == 1 else None
             with at_once(alone):
                 spec = make()
-            console.print(f"halfstep: {recipe.name} -> {out}", highlight=False)
-            RunDisplay(spec.stages, console).show(run_spec(spec, out, stop))
-            if console.quiet:
+            screen.say(f"halfstep: {recipe.name} -> {out}")
+            RunDisplay(spec.stages, screen).show(run_spec(spec, out, stop))
+            if screen.quiet:
                 return
-            show_results(out, console)
+            show_results(out, screen)
             with at_once(alone):
-                console.print(f"report: {make_report(out, spec.data)}", highlight=False, soft_wrap=True)
+                screen.say(f"report: {make_report(out, spec.data)}")
     except Interrupted as stopped:
-        if recipe.engine.requeue_code is not None and stopped.signal != signal.SIGINT:
+        if recipe.engine.requeue_code is not None and stopped.signal in (signal.SIGTERM, signal.SIGUSR1):
             stopped.code = recipe.engine.requeue_code
         raise
-    console.print(f"finished in {duration(time.monotonic() - started)}", highlight=False)
+    screen.say(f"finished in {duration(time.monotonic() - started)}")
     if json:
         print_json(read_status(out).as_json())
 
@@ -119,16 +121,16 @@ def train(argv: Sequence[str]) -> None:
 
 
 def _run(argv: Sequence[str], verb: str, what: Literal["all", "teacher"] = "all") -> None:
-    if argv and argv[0] in ("-h", "--help"):
+    if argv and argv[0] in HELP:
         recipe, name, rest = recipes["digits"](), "RECIPE", argv
     elif not argv or argv[0].startswith("-"):
         raise UsageError(f"the recipe is missing: halfstep {verb} RECIPE (known: {', '.join(recipes)})")
     else:
         recipe, name, rest = recipe_from(argv[0]), argv[0], argv[1:]
     prog = f"halfstep {verb}" if verb == "demo" else f"halfstep {verb} {name}"
-    rest = expand_short(rest)
     arguments = parse(RunArguments, rest, prog, RunArguments(recipe), SHORT)
-    given = {token.partition("=")[0].removeprefix("--").replace("-", "_") for token in rest}
+    long = expand_short(rest, SHORT)
+    given = {token.partition("=")[0].removeprefix("--").replace("-", "_") for token in long}
     if what == "all":
         arguments = replace(arguments, recipe=arguments.recipe.fitted(given))
     suffix = "-teacher" if what == "teacher" else ""
@@ -137,11 +139,11 @@ def _run(argv: Sequence[str], verb: str, what: Literal["all", "teacher"] = "all"
 
 def distill(argv: Sequence[str]) -> None:
     """Halve a trained model."""
-    if argv and argv[0] in ("-h", "--help"):
-        parse(DistillArguments, ["--help"], "halfstep distill MODEL", DistillArguments(recipes["digits"]()))
+    if argv and argv[0] in HELP:
+        parse(DistillArguments, argv, "halfstep distill MODEL", DistillArguments(recipes["digits"]()), SHORT)
     if not argv or argv[0].startswith("-"):
         raise UsageError("the model is missing: halfstep distill MODEL --to 4")
-    rest = expand_short(argv[1:])
+    rest = argv[1:]
     recipe = None
     has_prompts = any(word.partition("=")[0] == "--prompts" for word in rest)
     if is_pipeline(argv[0]) or not Path(argv[0]).is_dir():
@@ -153,7 +155,7 @@ def distill(argv: Sequence[str]) -> None:
         recipe = recipe_of_stage(folder)
         where, stage = str(folder.path), folder.name
     if recipe is None:
-        if not has_prompts and not any(token.partition("=")[0] == "--data.source" for token in rest):
+        if not has_prompts and not any(token.partition("=")[0] in ("--data", "--data.source") for token in rest):
             raise UsageError(
                 f"{where} lies outside its run, so its data is not known: add --data SOURCE, or "
                 "--prompts TEXT for a pipeline"
@@ -199,7 +201,7 @@ def _with_samples(arguments: DistillArguments, model: Model, out: Path) -> Recip
             f"a dry run samples nothing. Sample first: halfstep encode MODEL --prompts {arguments.prompts} --out "
             f"{folder}"
         )
-    if launched() > 1:
+    if world_size() > 1:
         raise UsageError(
             f"--prompts samples in one process. Sample first, by halfstep encode, and give --data {folder}"
         )
@@ -213,17 +215,16 @@ def _with_samples(arguments: DistillArguments, model: Model, out: Path) -> Recip
 
 def finish(argv: Sequence[str]) -> None:
     """Finish students of a trained run."""
-    if argv and argv[0] in ("-h", "--help"):
+    if argv and argv[0] in HELP:
         default = FinishArguments(recipes["digits"]())
-        parse(FinishArguments, ["--help"], "halfstep finish RUN", default, SHORT_OF_FINISH)
+        parse(FinishArguments, argv, "halfstep finish RUN", default, SHORT_OF_FINISH)
     if not argv or argv[0].startswith("-"):
         raise UsageError("the run is missing: halfstep finish RUN --steps 4 2 1")
     folder = RunFolder(Path(argv[0]))
     if not folder.recipe_path.is_file():
         raise UsageError(f"{argv[0]} is no run (no recipe.json). Give the folder of a run")
     recipe, held = recipe_from(argv[0]), folder.recipe()["recipe"]
-    rest = expand_short(argv[1:], SHORT_OF_FINISH)
-    arguments = parse(FinishArguments, rest, f"halfstep finish {argv[0]}", FinishArguments(recipe), SHORT_OF_FINISH)
+    arguments = parse(FinishArguments, argv[1:], f"halfstep finish {argv[0]}", FinishArguments(recipe), SHORT_OF_FINISH)
     asked = arguments.recipe.finish.steps
     if not asked:
         raise UsageError("no student to finish. Add --steps, such as --steps 4 2 1")
@@ -276,8 +277,6 @@ def _sampler(name: str | None, gamma: float | None, own: Sampler) -> Sampler:
 def sample(argv: Sequence[str]) -> None:
     """Draw samples into a grid, an .npz or a folder."""
     arguments = parse(SampleArguments, argv, "halfstep sample")
-    check_least(arguments, 1, "num_samples", "batch_size")
-    check_least(arguments, 0, "seed")
     out = arguments.out
     as_file = out.suffix.lower() in (".png", ".npz")
     if out.suffix and not as_file:
@@ -316,7 +315,7 @@ def sample(argv: Sequence[str]) -> None:
     x0 = torch.cat([part for (part,) in parts])
     seconds = time.perf_counter() - started
     write_samples(x0, model, seeds, out)
-    steps = arguments.num_steps or model.num_steps
+    steps = model.check_steps(arguments.num_steps)
     if arguments.json:
         print_json(
             {
@@ -327,12 +326,12 @@ def sample(argv: Sequence[str]) -> None:
                 "shape": list(model.shape),
                 "num_steps": steps,
                 "sampler": samplers.name_of(method),
-                "num_evals": model.num_evals(method, model.check_steps(steps), arguments.guidance_scale),
+                "num_evals": model.num_evals(method, steps, arguments.guidance_scale),
                 "seconds": round(seconds, 3),
             }
         )
         return
-    print(f"{arguments.num_samples} samples in {steps} steps: {out}")
+    Screen().say(f"{count(arguments.num_samples, 'sample')} in {count(steps, 'step')}: {out}")
 
 
 def _prompted(model: Model, prompt: str | None, number: int) -> dict[str, torch.Tensor]:
@@ -368,9 +367,12 @@ def write_samples(x0: torch.Tensor, model: Model, seeds: range, out: Path) -> No
     if out.suffix.lower() == ".png":
         write_png(out, grid_image(pixels))
         return
-    for seed, picture in zip(seeds, pixels, strict=True):
-        image = Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture)
-        write_png(out / f"{seed:06d}.png", image)
+    # A folder that holds files already keeps them.
+    is_new = not out.exists() or not any(out.iterdir())
+    with replacing_folder(out) if is_new else nullcontext(out) as folder:
+        for seed, picture in zip(seeds, pixels, strict=True):
+            image = Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture)
+            write_png(folder / f"{seed:06d}.png", image)
 
 
 def report(argv: Sequence[str]) -> None:
@@ -380,7 +382,7 @@ def report(argv: Sequence[str]) -> None:
         raise UsageError(f"{arguments.run} is no run: give the folder of one")
     if arguments.studies is not None and not any(arguments.studies.glob("*/study.json")):
         raise UsageError(f"{arguments.studies} holds no studies: give the folder that `halfstep study` wrote to")
-    print(make_report(arguments.run, studies=arguments.studies))
+    Screen().say(str(make_report(arguments.run, studies=arguments.studies)))
 
 
 def ls(argv: Sequence[str]) -> None:
@@ -393,15 +395,16 @@ def ls(argv: Sequence[str]) -> None:
     if arguments.json:
         print_json(shown)
         return
-    console = console_for()
+    screen = Screen()
     for family, members in shown.items():
         table = Table(title=family, title_justify="left", show_header=False, box=None, padding=(0, 2))
         for member, text in members.items():
-            table.add_row(f"  {member}", escape(text))
-        console.print(table)
+            table.add_row(f"  {member}", text)
+        screen.show(table)
 
 
 def _summary(thing: object) -> str:
-    """The first sentence of a docstring."""
+    """Return the first sentence of a docstring, without its full stop."""
     text = " ".join((thing.__doc__ or "").split())
-    return text.split(". ")[0].rstrip(".")
+    # A full stop within a sentence, as in "i = 1, ..., n" or "e.g. a", is not followed by a capital letter.
+    return re.split(r"(?<!\.)\.(?= [A-Z])|(?<!\.)\.$", text)[0]

@@ -85,6 +85,7 @@ def _parsers_of(verb: str, kind: Any) -> list[ArgumentParser]:
     if not issubclass(kind, PlanArguments):
         return [parser_of(kind)]
     more = ArgumentParser(add_help=False)
+    more.add_argument("--help-all", action="store_true", help="show every option")
     if verb == "distill":
         more.add_argument("model").complete = shtab.FILE  # type: ignore[attr-defined]
     elif verb == "finish":

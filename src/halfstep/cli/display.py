@@ -10,16 +10,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import final
 
-from rich.console import Console
 from rich.live import Live
-from rich.markup import escape
 
 from halfstep.cli.plan_view import PlanView
-from halfstep.cli.words import duration, print_table
+from halfstep.cli.words import Screen, duration, print_table
 from halfstep.objectives import Stage
 from halfstep.report.quality import quality_groups, text_table
 from halfstep.report.reading import StageFacts
-from halfstep.report.words import method_words
+from halfstep.report.words import count, method_words, number
 from halfstep.run.events import Event, Measured, Notice, StageEnd, StageStart
 from halfstep.run.events import Progress as TrainingProgress
 from halfstep.runs import RunFolder, RunStatus, StageStatus
@@ -33,9 +31,9 @@ class RunDisplay:
         stages: as `RunSpec.stages`.
     """
 
-    def __init__(self, stages: Sequence[tuple[str, Stage | None]], console: Console) -> None:
-        self.console = console
-        self.is_live = console.is_terminal and not console.is_dumb_terminal
+    def __init__(self, stages: Sequence[tuple[str, Stage | None]], screen: Screen) -> None:
+        self.screen = screen
+        self.is_live = screen.is_terminal and not screen.is_dumb_terminal
         rows = [
             StageStatus(name, None, 0, 0.0)
             if stage is None
@@ -51,7 +49,7 @@ class RunDisplay:
             for event in events:
                 self._take(event)
             return
-        with Live(get_renderable=lambda: PlanView(self.status), console=self.console, refresh_per_second=4):
+        with Live(get_renderable=lambda: PlanView(self.status), console=self.screen, refresh_per_second=4):
             for event in events:
                 self._take(event)
             self._settle(None)
@@ -64,7 +62,7 @@ class RunDisplay:
 
     def _take(self, event: Event) -> None:
         if isinstance(event, Notice):
-            self.console.print(f"[yellow]note:[/yellow] {escape(event.text)}", highlight=False)
+            self.screen.note(event.text)
         if not isinstance(event, StageStart | TrainingProgress | StageEnd | Measured):
             return
         stage = next(stage for stage in self.status.stages if stage.name == event.name)
@@ -73,7 +71,7 @@ class RunDisplay:
             case StageStart(resumed_at=resumed_at):
                 stage.state, stage.update = "training", resumed_at
                 at = f", going on at update {resumed_at}" if resumed_at else ""
-                self._line(f"{stage.name}: {event.stage.training.num_updates} updates{at}")
+                self._line(f"{stage.name}: {count(event.stage.training.num_updates, 'update')}{at}")
             case TrainingProgress():
                 stage.num_updates = event.num_updates
                 stage.take(dataclasses.asdict(event.window))
@@ -86,13 +84,13 @@ class RunDisplay:
                 self._line(f"{stage.name}: {'complete' if event.was_there else f'done in {duration(event.seconds)}'}")
             case Measured(result=result):
                 stage.results.append(result)
-                pace = f"{result.seconds_per_1000:.2g} s per 1,000"
+                pace = f"{number(result.seconds_per_1000)} s per 1,000 samples"
                 where = method_words(result.sampler, result.num_steps, result.num_evals)
-                self._line(f"{stage.name}: {where}, distance {result.frechet:.4g}, {pace}")
+                self._line(f"{stage.name}: {where}, distance {number(result.frechet)}, {pace}")
 
     def _line(self, text: str) -> None:
         if not self.is_live:
-            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            self.screen.say(text)
 
     def _now_and_then(self, stage: StageStatus) -> None:
         now = time.monotonic()
@@ -101,7 +99,7 @@ class RunDisplay:
         self._last_line = now
         left = "..." if math.isnan(self.seconds_left()) else duration(self.seconds_left())
         # Turns of other players alone give the student no loss.
-        loss = "" if stage.loss is None else f"loss {stage.loss:.4g}  "
+        loss = "" if stage.loss is None else f"loss {number(stage.loss)}  "
         self._line(
             f"{stage.name}: update {stage.update}/{stage.num_updates}  {loss}"
             f"{stage.samples_per_second:,.0f} samples/s  training left {left}"
@@ -112,11 +110,11 @@ class RunDisplay:
         return self.status.seconds_left
 
 
-def show_results(path: Path, console: Console) -> None:
+def show_results(path: Path, screen: Screen) -> None:
     """Print a table of a run's figures for each protocol; nothing if it has not been measured."""
     run = RunFolder(path)
     stages = [StageFacts(one.name, one.manifest(verify=False), one.metrics(), {}) for one in run.stages()]
     start = next((stage for stage in stages if run.start is not None and stage.name == run.start.name), None)
     for group in quality_groups(stages, start):
         title = f"Frechet distance in {group.protocol.get('features', '?')} features"
-        print_table(text_table(group), title, console)
+        print_table(text_table(group), title, screen)

@@ -14,11 +14,11 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any, Final, Literal, final
 
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from halfstep.cli.usage import Switch, parse
-from halfstep.cli.words import console_for, print_json
+from halfstep.cli.words import Screen, print_json
 from halfstep.runtime.files import cache_folder, first_line
 
 GIVES: Final = {
@@ -76,15 +76,16 @@ def doctor(argv: Sequence[str]) -> None:
             }
         )
         return
-    console = console_for()
+    screen = Screen()
     table = Table.grid(padding=(0, 2))
     styles = {"ok": "green", "missing": "yellow", "problem": "bold red"}
     for finding in findings:
-        text = escape(finding.found) + (f"\n[dim]{escape(finding.advice)}[/dim]" if finding.advice else "")
-        table.add_row(f"[{styles[finding.verdict]}]{finding.verdict}[/]", finding.what, text)
-    console.print(table, highlight=False)
-    text = f"{count} problem{'s' if count > 1 else ''}: see above" if count else "no problems found"
-    console.print(text, highlight=False)
+        text = Text(finding.found)
+        if finding.advice:
+            text.append(f"\n{finding.advice}", "dim")
+        table.add_row(Text(finding.verdict, styles[finding.verdict]), finding.what, text)
+    screen.show(table)
+    screen.say(f"{count} problem{'s' if count > 1 else ''}: see above" if count else "no problems found")
 
 
 def version_of(package: str) -> str | None:
@@ -222,13 +223,17 @@ def extra_finding(name: str, packages: Sequence[str], install: str) -> Finding:
 
 def _places() -> Iterator[Finding]:
     yield place_finding("runs", Path("runs"), "start halfstep in another folder, or give --out")
-    yield place_finding("cache", cache_folder(), "set HALFSTEP_CACHE to a folder that can be written")
+    advice = "set HALFSTEP_CACHE to a folder that can be written"
+    try:
+        yield place_finding("cache", cache_folder(), advice)
+    except ValueError as error:
+        yield Finding("cache", "problem", str(error), advice)
     yield place_finding("temporary files", Path(tempfile.gettempdir()), "set TMPDIR")
 
 
 def place_finding(name: str, path: Path, advice: str) -> Finding:
     """Return whether a folder can be written, or made, and its free space."""
-    path = path.expanduser().absolute()
+    path = path.absolute()
     there = next(folder for folder in (path, *path.parents) if folder.exists())
     if not there.is_dir():
         return Finding(name, "problem", f"{path}: {there} is a file", advice)

@@ -6,8 +6,9 @@ from typing import Any
 
 from rich.table import Column, Table
 
-from halfstep.cli.words import console_for, duration, print_json
+from halfstep.cli.words import Screen, duration, print_json
 from halfstep.objectives import Role, guidances
+from halfstep.report.words import count, number
 from halfstep.run.cost import count_forward, helper_sizes, memory_of_update, time_updates, update_flops
 from halfstep.run.spec import RunSpec
 
@@ -73,10 +74,10 @@ def show_plan(spec: RunSpec, out: Path, json: bool, missing: str | None = None) 
     if json:
         print_json(facts)
         return
-    console = console_for()
-    console.print(_stage_table(facts))
+    screen = Screen()
+    screen.show(_stage_table(facts))
     for line in _lines(facts):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        screen.say(line)
 
 
 def _stage_table(facts: dict[str, Any]) -> Table:
@@ -98,8 +99,8 @@ def _stage_table(facts: dict[str, Any]) -> Table:
 
 def _lines(facts: dict[str, Any]) -> Iterator[str]:
     stages, data = facts["stages"], facts["data"]
-    classes = f"{data['num_classes'] or 'no'} classes"
-    yield f"data: {data['source']}, {data['num_samples']:,} samples of shape {data['shape']}, {classes}"
+    classes = count(data["num_classes"], "class") if data["num_classes"] else "no classes"
+    yield f"data: {data['source']}, {count(data['num_samples'], 'sample')} of shape {data['shape']}, {classes}"
     if data["missing"] is not None:
         yield f"the data is not available, so random pixels replace it here ({data['missing']})"
     seen = sum(stage["samples_seen"] for stage in stages)
@@ -120,22 +121,22 @@ def _lines(facts: dict[str, Any]) -> Iterator[str]:
         yield f"guidance: {scales}, baked into the student; one network call a step, the teacher needs two"
     timed = facts["timed_batch_size"]
     how = "measured here" if timed == stages[0]["batch_size"] else f"extrapolated from a batch of {timed}"
-    yield (
-        f"estimated training time on this machine: {duration(facts['estimated_seconds'])} "
-        f"({facts['seconds_an_update']:.3g} s an update of the first stage, {how}; measuring the models comes on top)"
-    )
+    seconds = f"{number(facts['seconds_an_update'])} s an update of the first stage, {how}"
+    time = duration(facts["estimated_seconds"])
+    yield f"estimated training time on this machine: {time} ({seconds}; measuring the models comes on top)"
 
 
-def quantity(number: float, unit: str) -> str:
+def quantity(amount: float, unit: str) -> str:
     """ "1.23 GFLOP"."""
     for prefix in ("", "k", "M", "G", "T", "P", "E"):
-        if number < 1000:
-            return f"{number:.3g} {prefix}{unit}"
-        number /= 1000
-    return f"{number:.3g} Z{unit}"
+        # What rounds to 1,000 is 1 of the next.
+        if amount < 999.5:
+            return f"{number(float(amount))} {prefix}{unit}"
+        amount /= 1000
+    return f"{number(float(amount))} Z{unit}"
 
 
-def gibibytes(number: float) -> str:
-    """ "1.2 GiB"."""
-    size = number / 2**30
-    return f"{size:,.0f} GiB" if size >= 100 else f"{size:.3g} GiB"
+def gibibytes(num_bytes: float) -> str:
+    """ "1.20 GiB", or "34.5 MiB" below a tenth of one."""
+    size = num_bytes / 2**30
+    return f"{number(size)} GiB" if size >= 0.1 else f"{number(num_bytes / 2**20)} MiB"

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.markup import escape
 
 from halfstep.cli.arguments import EvaluateArguments, device_of, processes_of
 from halfstep.cli.subjects import Rows, Subject, subject_of
-from halfstep.cli.usage import UsageError, check_least, flag, parse
-from halfstep.cli.words import console_for, print_json, print_table
+from halfstep.cli.usage import UsageError, flag, parse
+from halfstep.cli.words import Screen, duration, print_json, print_table
 from halfstep.data import Data, DataConfig, open_data
 from halfstep.measure.curve import CellDone, Curve, CurveSpec, Entry
 from halfstep.measure.evaluate import references_for
@@ -38,7 +37,7 @@ def evaluate(argv: Sequence[str]) -> None:
     processes = processes_of()
     device = device_of(None, processes)
     arguments = parse(EvaluateArguments, argv, "halfstep evaluate")
-    console = console_for(arguments.json)
+    screen = Screen(arguments.json)
     _check(arguments)
     subject = subject_of(arguments.subject)
     spec = _spec(subject, arguments, device, processes)
@@ -49,21 +48,21 @@ def evaluate(argv: Sequence[str]) -> None:
         curve = Curve(spec, store, out)
         try:
             for cell in curve.run():
-                console.print(_line(cell, len(curve.cells)), highlight=False, markup=False)
+                screen.say(_line(cell, len(curve.cells)))
         finally:
             # After an interruption too, so that all files say the same.
             written = [] if curve.result is None else write_evaluation(curve.result, out)
     if curve.result is None:
         return
     for table in curve.result.tables:
-        print_table(text_table(table, curve.result), title_of(table), console)
-        console.print(escape(protocol_words(table.protocol)), highlight=False, style="dim")
+        print_table(text_table(table, curve.result), title_of(table), screen)
+        screen.say(protocol_words(table.protocol), style="dim")
     for notice in curve.result.notices:
-        console.print(f"[yellow]note:[/yellow] {escape(notice)}", highlight=False)
+        screen.note(notice)
     if arguments.json:
         print_json(read_json(out / "evaluation.json"))
     names = ", ".join([str(out / "evaluation.json"), *(path.name for path in written)])
-    console.print(f"{names}; {curve.result.seconds:.0f} s of work", highlight=False, soft_wrap=True)
+    screen.say(f"{names}; {duration(curve.result.seconds)} of work")
 
 
 def _spec(subject: Subject, arguments: EvaluateArguments, device: torch.device, processes: Processes) -> CurveSpec:
@@ -109,10 +108,7 @@ def _given(arguments: EvaluateArguments, *names: str) -> dict[str, Any]:
 
 
 def _check(arguments: EvaluateArguments) -> None:
-    """Refuse values that are out of range or contradict each other."""
-    check_least(arguments, 2, "num_samples")
-    check_least(arguments, 1, "seeds", "batch_size")
-    check_least(arguments, 2, "search_gamma", reason=": a search over gamma needs at least 2 levels, from 0 to 1")
+    """Refuse values that contradict each other."""
     if arguments.search_gamma is not None and arguments.gamma is not None:
         raise UsageError("--search-gamma searches gamma and --gamma sets it: leave one out")
 

@@ -1,16 +1,22 @@
 """`halfstep explore`: a local page on which a run's models can be asked."""
 
+import os
+import re
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
 from halfstep.cli.arguments import device_of
-from halfstep.cli.usage import UsageError, check_least, parse
+from halfstep.cli.usage import Count, Range, Steps, UsageError, parse
+from halfstep.cli.words import Screen
 from halfstep.explore.explorer import Bounds, Explorer
 from halfstep.explore.page import LOCAL, serve
+from halfstep.runtime.terminal import warn
 
 
 @dataclass
@@ -22,14 +28,18 @@ class ExploreArguments:
     """Folder of a run or of a stage."""
     host: str = "127.0.0.1"
     """Address to listen at. Any other than this machine's own lets others in: there is no password."""
-    port: int = 7860
+    port: Annotated[int, Range(0, 65535)] = 7860
     """Port to listen at; 0 for any that is free."""
-    max_samples: int = 64
+    max_samples: Count = 64
     """Most samples of a request."""
-    max_steps: int = 1024
+    max_steps: Steps = 1024
     """Most sampler steps of a request."""
-    max_seconds: float = 60.0
+    max_seconds: Annotated[float, Range(1, 86_400)] = 60.0
     """Longest time that a request may sample for."""
+    allow_host: tuple[str, ...] = ()
+    """Further names by which the page may be called, such as a proxy's."""
+    root_path: str = ""
+    """Path below which a proxy shows the page, such as /user/me/proxy/7860."""
     device: str | None = None
     """cpu, cuda, mps; by default the fastest that is there."""
 
@@ -37,14 +47,23 @@ class ExploreArguments:
 def explore(argv: Sequence[str]) -> None:
     """Serve the page until it is stopped."""
     arguments = parse(ExploreArguments, argv, "halfstep explore")
-    if not 0 <= arguments.port <= 65535:
-        raise UsageError(f"--port must be from 0 to 65535, got {arguments.port}")
-    check_least(arguments, 1, "max_samples", "max_steps", "max_seconds")
     bounds = Bounds(num_samples=arguments.max_samples, num_steps=arguments.max_steps, seconds=arguments.max_seconds)
     explorer = Explorer(arguments.run, device_of(arguments.device), bounds)
     for choice in explorer.choices:
         if choice.missing is not None:
-            print(f"halfstep: warning: {choice.name} is missing: {choice.missing}", file=sys.stderr)
+            warn(f"{choice.name} is missing: {choice.missing}")
     if arguments.host not in (*LOCAL, "::1"):
-        print(f"halfstep: warning: others can reach {arguments.host}, and there is no password", file=sys.stderr)
-    serve(explorer, arguments.host, arguments.port, lambda url: print(f"{url}  (Ctrl-C ends it)", flush=True))
+        warn(f"others can reach {arguments.host}, and there is no password")
+    if arguments.root_path and not re.fullmatch(r"(/[\w.~-]+)+/?", arguments.root_path):
+        raise UsageError(f"--root-path {arguments.root_path} must be a path such as /user/me/proxy/7860")
+
+    def ready(url: str) -> None:
+        Screen().say(f"{url}  (Ctrl-C ends it)")
+        sys.stdout.flush()
+
+    root_path = arguments.root_path.rstrip("/")
+    serve(explorer, arguments.host, arguments.port, ready, arguments.allow_host, root_path)
+    sys.stdout.flush()
+    if any(not one.daemon for one in threading.enumerate() if one is not threading.main_thread()):
+        # A thread that is sampling would hold Python back until its step has ended.
+        os._exit(0)

@@ -9,8 +9,8 @@ import torch
 import tyro
 
 from halfstep.cli.arguments import device_of, options_from
-from halfstep.cli.usage import Switch, UsageError, check_least, parse
-from halfstep.cli.words import console_for
+from halfstep.cli.usage import Count, Side, Steps, Switch, UsageError, parse
+from halfstep.cli.words import Screen
 from halfstep.data import LatentData, Prompts, read_captions, read_classes, read_prompts
 from halfstep.data import encode as encode_images
 from halfstep.data.images import Preparation
@@ -30,6 +30,7 @@ from halfstep.hub import (
 )
 from halfstep.models.folder import find_stage, load
 from halfstep.models.model import Model
+from halfstep.report.words import count
 from halfstep.run.own_samples import NUM_STEPS, prompted_by
 from halfstep.runs import RunFolder, StageFolder
 from halfstep.runtime.files import read_json, refuse_taken
@@ -47,7 +48,7 @@ class ExportArguments:
     """diffusers: a stock pipeline with its scheduler and a card. lora: the low-rank additions of a LoRA student, as
     pipe.load_lora_weights reads them. onnx: the whole sampler as one graph, noise in, x0 out. web: a page that samples
     in the browser."""
-    num_steps: int | None = None
+    num_steps: Steps | None = None
     """onnx, web: sampler steps; the model's own by default. web without it: every student of a run."""
     push_to_hub: str | None = None
     """diffusers, lora: repository on the Hub, OWNER/NAME, that then gets the folder."""
@@ -82,19 +83,19 @@ def export(argv: Sequence[str]) -> None:
         refuse_taken(arguments.out, is_file=True)
         export_onnx(model, arguments.out, arguments.num_steps)
         steps = model.check_steps(arguments.num_steps)
-        print(f"{arguments.out}: {steps} steps, noise in, x0 out, checked against torch")
+        Screen().say(f"{arguments.out}: {count(steps, 'step')}, noise in, x0 out, checked against torch")
         return
     if arguments.format == "lora":
         base = model.manifest.base
         added_to = None if base is None else StageFolder(stage.path.parent / base).manifest(verify=False)
         export_lora(model, arguments.out, added_to, arguments.push_to_hub)
-        print(f"{arguments.out}: low-rank additions; README.md says how to use them")
+        Screen().say(f"{arguments.out}: low-rank additions; README.md says how to use them")
     else:
         export_pipeline(model, arguments.out, stage.metrics(), arguments.push_to_hub)
         kind = read_json(arguments.out / "model_index.json")["_class_name"]
-        print(f"{arguments.out}: a {kind}; README.md says how to use it")
+        Screen().say(f"{arguments.out}: a {kind}; README.md says how to use it")
     if arguments.push_to_hub is not None:
-        print(push_to_hub(arguments.out, arguments.push_to_hub))
+        Screen().say(push_to_hub(arguments.out, arguments.push_to_hub))
 
 
 def _export_page(arguments: ExportArguments) -> None:
@@ -112,7 +113,7 @@ def _export_page(arguments: ExportArguments) -> None:
     title, out = arguments.model.resolve().name, arguments.out
     size = export_web(models, out, title, arguments.single_file, arguments.runtime)
     opened = "open it in a browser" if arguments.single_file else f"serve it: python -m http.server --directory {out}"
-    print(f"{out}: {size / 1e6:.1f} MB; {opened}")
+    Screen().say(f"{out}: {size / 1e6:.1f} MB; {opened}")
 
 
 @dataclass
@@ -130,17 +131,17 @@ class EncodeArguments:
     folder for each class, in the order of the names of its classes, for a model of classes."""
     prompts: Path | None = None
     """Instead of images: a text with a prompt on each line, to which the pipeline's own samples are the latents."""
-    num_steps: int = NUM_STEPS
+    num_steps: Steps = NUM_STEPS
     """With --prompts: Heun steps of each sample."""
     guidance_scale: float | None = None
     """With --prompts: guidance of the samples; none by default."""
     seed: int = 0
     """With --prompts: key of the noise."""
-    image_size: int | None = None
+    image_size: Side | None = None
     """Height and width to resize images to; by default the size that they all have."""
     call: tuple[str, ...] = ()
     """Arguments of the pipeline's call, such as height=512 width=512."""
-    batch_size: int = 8
+    batch_size: Count = 8
     """Images encoded at once."""
     device: str | None = None
     """Where the encoders run: cuda if there is one by default."""
@@ -149,7 +150,6 @@ class EncodeArguments:
 def encode(argv: Sequence[str]) -> None:
     """Encode images and texts by a pipeline's own parts."""
     arguments = parse(EncodeArguments, argv, "halfstep encode")
-    check_least(arguments, 1, "batch_size", "image_size")
     device = device_of(arguments.device)
     if (arguments.data is None) == (arguments.prompts is None):
         raise UsageError("give --data with images and captions, or --prompts with texts alone")
@@ -164,7 +164,8 @@ def encode(argv: Sequence[str]) -> None:
             model, arguments.prompts, arguments.out, arguments.guidance_scale, arguments.num_steps, arguments.seed,
             arguments.batch_size, device,
         )  # fmt: skip
-        print(f"{arguments.out}: {len(found)} latents of shape {list(found.shape)} sampled from their prompts")
+        latents = count(len(found), "latent")
+        Screen().say(f"{arguments.out}: {latents} of shape {list(found.shape)} sampled from their prompts")
         return
     assert arguments.data is not None
     preparation, source = Preparation(arguments.image_size, channels=3), Path(arguments.data)
@@ -181,18 +182,18 @@ def encode(argv: Sequence[str]) -> None:
             f"images as large as {images.files[0]} become latents of shape {list(made)}, but the network of "
             f"{arguments.pipeline} takes {list(needed)}: choose another --image-size"
         )
-    console = console_for()
+    screen = Screen()
     found = encode_images(
         images,
         encoder,
         arguments.out,
         arguments.batch_size,
-        on_progress=lambda done, total: console.print(f"encoded {done} of {total}", highlight=False),
+        on_progress=lambda done, total: screen.say(f"encoded {done} of {total}"),
         class_names=names,
     )
     release_texts()
-    shown = f"of {len(names)} classes" if names else "with their texts"
-    print(f"{arguments.out}: {len(found)} latents of shape {list(found.shape)} {shown}")
+    shown = f"of {count(len(names), 'class')}" if names else "with their texts"
+    screen.say(f"{arguments.out}: {count(len(found), 'latent')} of shape {list(found.shape)} {shown}")
 
 
 def sample_prompts(
@@ -206,7 +207,7 @@ def sample_prompts(
     """
     if not model.manifest.conditions:
         raise UsageError(f"{model.manifest.stage} takes no prompts: give --data")
-    captions, console = read_prompts(prompts), console_for()
+    captions, screen = read_prompts(prompts), Screen()
     encoder = prompts_of(model, device)
     told = f"{encoder.key} steps {num_steps} guidance {guidance_scale} seed {seed}"
     sampled = prompted_by(
@@ -218,7 +219,7 @@ def sample_prompts(
             replace(encoder, key=told),
             out,
             batch_size,
-            on_progress=lambda done, total: console.print(f"sampled {done} of {total}", highlight=False),
+            on_progress=lambda done, total: screen.say(f"sampled {done} of {total}"),
         )
     finally:
         release_texts()

@@ -9,8 +9,10 @@ import tyro
 
 from halfstep.cli.arguments import options_from
 from halfstep.cli.usage import UsageError, parse
+from halfstep.cli.words import Screen
 from halfstep.hub import config_of, import_google_pd, import_pipeline
 from halfstep.models.folder import save_stage
+from halfstep.report.words import count
 from halfstep.runs import StageFolder
 from halfstep.runtime.files import refuse_taken
 
@@ -51,8 +53,8 @@ def import_(argv: Sequence[str]) -> None:
         if arguments.config is None:
             raise UsageError("--config is missing: cifar10, imagenet64, bedroom128, church128, or a .json file")
         manifest = import_google_pd(Path(arguments.source), config_of(arguments.config), out)
-    kind = f"a {manifest.outcome.role}" + (f" of {manifest.num_steps} steps" if manifest.num_steps else "")
-    classes = f"{manifest.num_classes} classes" if manifest.num_classes else "no classes"
+    kind = f"a {manifest.outcome.role}" + (f" of {count(manifest.num_steps, 'step')}" if manifest.num_steps else "")
+    classes = count(manifest.num_classes, "class") if manifest.num_classes else "no classes"
     shown = f", conditioned on {', '.join(manifest.conditions)}" if manifest.conditions else ""
     meaning = f"predicts {manifest.prediction['type']}"
-    print(f"{out}: {kind}, samples of shape {list(manifest.shape)}, {classes}, {meaning}{shown}")
+    Screen().say(f"{out}: {kind}, samples of shape {list(manifest.shape)}, {classes}, {meaning}{shown}")

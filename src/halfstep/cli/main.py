@@ -1,5 +1,7 @@
 """Dispatch verbs; report every error in one line and an exit code, which `verbs.EXIT_CODES` explains."""
 
+import contextlib
+import errno
 import importlib
 import logging
 import os
@@ -13,11 +15,9 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from halfstep.cli.verbs import VERBS, Verb, overview
-
-
-def _rank() -> int:
-    """Return the rank that `torchrun` or `accelerate launch` has set; 0 without them."""
-    return int(os.environ.get("RANK", "0") or "0")
+from halfstep.registry import nearest
+from halfstep.runtime.launch import check_launch, rank, world_size
+from halfstep.runtime.terminal import Output, one_line, safe_outputs, warn
 
 
 def fail(message: object, code: int = 2) -> NoReturn:
@@ -26,13 +26,13 @@ def fail(message: object, code: int = 2) -> NoReturn:
     Several processes mostly fail alike: rank 0 speaks for all. Another rank speaks if nobody has ended it in a while,
     because then the failure is its own.
     """
-    text = " ".join(str(message).split())
-    if rank := _rank():
+    text = one_line(message)
+    if number := rank():
         from halfstep.runtime.processes import wait_to_be_ended
 
         # A launcher ends all processes of a run within this time once one of them has failed.
         wait_to_be_ended(4.0, code)
-        text = f"(process {rank}) {text}"
+        text = f"(process {number}) {text}"
     print(f"halfstep: error: {text}", file=sys.stderr, flush=True)
     raise SystemExit(code)
 
@@ -44,16 +44,18 @@ def _warning_printer() -> Callable[..., None]:
     said: set[str] = set()
 
     def show(message: Warning | str, category: type[Warning], *_: object) -> None:
-        if issubclass(category, HalfstepWarning) and str(message) not in said and not _rank():
+        if issubclass(category, HalfstepWarning) and str(message) not in said and not rank():
             said.add(str(message))
-            print(f"halfstep: warning: {message}", file=sys.stderr)
+            warn(message)
 
     return show
 
 
 def _end(number: int, frame: FrameType | None) -> NoReturn:
     """End a process that has nothing to save; the first process of a container only ends by a handler."""
-    print(f"\nhalfstep: stopped by {signal.Signals(number).name}", file=sys.stderr)
+    # The signal may have come while the process was printing.
+    with contextlib.suppress(RuntimeError):
+        print(f"\nhalfstep: stopped by {signal.Signals(number).name}", file=sys.stderr)
     raise SystemExit(128 + number)
 
 
@@ -63,7 +65,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: with one of `verbs.EXIT_CODES`.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    threading.excepthook = _thread_failed
+    with safe_outputs() as out:
+        try:
+            _main(list(sys.argv[1:] if argv is None else argv))
+        except SystemExit as end:
+            if not end.code:
+                _check_written(out)
+            raise
+        _check_written(out)
+
+
+def _thread_failed(failed: threading.ExceptHookArgs) -> None:
+    """Print the traceback of a thread's error, but for a disk that is lost, which the main thread reports."""
+    if not issubclass(failed.exc_type, OSError):
+        threading.__excepthook__(failed)
+
+
+def _check_written(out: Output) -> None:
+    """Fail if stdout has lost what was printed, unless its reader (head, less) has had enough."""
+    out.flush()
+    if out.error is not None and out.error.errno != errno.EPIPE:
+        fail(f"stdout cannot be written ({out.error.strerror}), so what was printed is lost; all else is done")
+
+
+def _main(arguments: list[str]) -> None:
     # Heavy imports come after the cheap answers, so that help and typing errors are quick.
     if arguments[:1] == ["help"] and arguments[1:] and arguments[1] in VERBS:
         arguments = [arguments[1], "--help"]
@@ -76,16 +102,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"halfstep {version('halfstep')}")
         raise SystemExit(0)
 
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         if threading.current_thread() is threading.main_thread() and signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, _end)
-
-    from halfstep.registry import nearest
 
     name, *rest = arguments
     if name not in VERBS:
         fail(f"unknown verb {name!r}{nearest(name, VERBS)} (known: {', '.join(VERBS)})")
-    if int(os.environ.get("WORLD_SIZE", "1") or "1") > 1:
+    try:
+        check_launch()
+    except ValueError as error:
+        fail(error)
+    if world_size() > 1:
         _dispatch_together(VERBS[name], rest)
     else:
         _dispatch(VERBS[name], rest)
@@ -119,10 +147,6 @@ def _dispatch(verb: Verb, rest: Sequence[str]) -> None:
     except KeyboardInterrupt:
         print("\nhalfstep: stopped at once; what the last checkpoint holds is safe", file=sys.stderr)
         raise SystemExit(130) from None
-    except BrokenPipeError:
-        # The reader of our output (head, less) has gone; say nothing more to it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(0) from None
     except (ValueError, OSError) as error:
         if os.environ.get("HALFSTEP_TRACEBACK"):
             raise
@@ -130,8 +154,11 @@ def _dispatch(verb: Verb, rest: Sequence[str]) -> None:
 
         code = exit_code(error)
         if isinstance(error, OSError) and error.strerror:
-            fail(f"{error.strerror}" + (f": {error.filename}" if error.filename else ""), code)
+            where = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
+            fail(f"{error.strerror}: {where}" if where else error.strerror, code)
         fail(error, code)
+    except MemoryError as error:
+        fail(f"this does not fit into memory ({one_line(error) or 'malloc failed'}). Ask for less, or free some", 1)
 
 
 def _function_of(verb: Verb) -> Any:
@@ -154,13 +181,13 @@ def _call_heavy(verb: Verb, rest: Sequence[str]) -> None:
         try:
             function(rest)
         except Interrupted as stopped:
-            if not _rank():
+            if not rank():
                 said = f"{stopped}; the state is saved: run the same command again to go on"
                 print(f"\nhalfstep: {said}", file=sys.stderr)
             raise SystemExit(stopped.code) from None
         except FailedElsewhere as error:
             # Rank 0 has given its own reason, and speaks for the others.
-            if not _rank():
+            if not rank():
                 fail(error, error.code)
             raise SystemExit(error.code) from None
         except (NonFinite, OutOfMemory, LostProcess) as error:

@@ -11,6 +11,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from halfstep.cli.words import duration
+from halfstep.report.words import count, number
 from halfstep.runs import RunStatus, StageStatus
 
 MARKS = {"done": "✓", "training": "▶", "measuring": "▶", "to come": "·", "damaged": "!"}
@@ -39,10 +40,10 @@ class PlanView:
         at = len(stages) - 1 if current is None else stages.index(current)
         first, last = shown_range(len(stages), at, room)
         if first:
-            yield Text(f"  {first} stages before", style="dim")
+            yield Text(f"  {count(first, 'stage')} before", style="dim")
         yield self._table(stages[first:last], options)
         if last < len(stages):
-            yield Text(f"  {len(stages) - last} stages to come", style="dim")
+            yield Text(f"  {count(len(stages) - last, 'stage')} to come", style="dim")
         yield self._whole()
 
     def _table(self, stages: list[StageStatus], options: ConsoleOptions) -> Table:
@@ -70,7 +71,7 @@ class PlanView:
             Text(f"{mark} {stage.name}", style=style),
             ProgressBar(total=stage.num_updates, completed=stage.update, width=BAR_WIDTH) if has_bar else "",
             Text("given", style="dim") if is_given else Text(updates_words(stage), style=style),
-            "" if stage.loss is None or is_given else f"loss {stage.loss:.4g}",
+            "" if stage.loss is None or is_given else f"loss {number(stage.loss)}",
             f"{stage.samples_per_second:,.0f} samples/s" if has_rate else "",
             Text(self._time(stage), style="dim" if stage.state == "to come" else ""),
             self._distance(stage),
@@ -94,13 +95,17 @@ class PlanView:
             return ""
         best = min(stage.results, key=lambda result: result.frechet)
         ratio = self.status.ratio(stage, best)
-        return f"distance {best.frechet:.4g}" + ("" if ratio is None else f" ({ratio:.2f}x)")
+        return f"distance {number(best.frechet)}" + ("" if ratio is None else f" ({number(ratio)}x)")
 
     def _whole(self) -> Text:
         status = self.status
         done, total = status.updates
         spent = math.fsum(stage.seconds for stage in status.stages)
-        parts = [f"{status.share:.0%} of the training", f"{done:,}/{total:,} updates", f"{duration(spent)} so far"]
+        parts = [
+            f"{status.share:.0%} of the training",
+            f"{done:,}/{count(total, 'update')}",
+            f"{duration(spent)} so far",
+        ]
         left = status.seconds_left
         if status.current is None:
             parts[0] = "all stages trained"

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
 from halfstep.cli.plan_view import PlanView
 from halfstep.cli.usage import Switch, UsageError, parse
-from halfstep.cli.words import duration, print_json
-from halfstep.report.words import method_words
+from halfstep.cli.words import Screen, duration, print_json
+from halfstep.report.words import method_words, number
 from halfstep.runs import RunStatus, read_status
 
 STYLES = {"running": "bold green", "finished": "green", "stopped": "yellow", "diverged": "red", "failed": "red"}
@@ -42,12 +42,12 @@ def status(argv: Sequence[str]) -> None:
     if arguments.json:
         print_json(found.as_json())
         return
-    console = Console()
+    screen = Screen()
     if not arguments.watch:
-        console.print(view(found))
+        screen.show(view(found))
         return
     # Ctrl-C is how one ends it.
-    with contextlib.suppress(KeyboardInterrupt), Live(view(found), console=console, auto_refresh=False) as live:
+    with contextlib.suppress(KeyboardInterrupt), Live(view(found), console=screen, auto_refresh=False) as live:
         while found.state == "running":
             time.sleep(2.0)
             found = read_status(arguments.run)
@@ -68,7 +68,7 @@ def view(status: RunStatus) -> Group:
     lines: list[Text | PlanView] = [head, PlanView(status, reserved=6)]
     if (best := status.teacher_best) is not None:
         where = method_words(best.sampler, best.num_steps, best.num_evals)
-        lines.append(Text(f"teacher's best: {where}, distance {best.frechet:.4g}; x: ratio to it", style="dim"))
+        lines.append(Text(f"teacher's best: {where}, distance {number(best.frechet)}; x: ratio to it", style="dim"))
     if status.state != "finished" and (stage := status.current) is not None:
         if stage.checkpoint is not None:
             lines.append(Text(f"last checkpoint: update {stage.checkpoint:,} of {stage.name}"))

@@ -5,16 +5,16 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from rich.markup import escape
 
 from halfstep.cli.arguments import RecipeName, StudyName
-from halfstep.cli.usage import Switch, UsageError, check_least, parse
-from halfstep.cli.words import console_for, duration, print_json, print_table
+from halfstep.cli.usage import Range, Switch, UsageError, parse
+from halfstep.cli.words import Screen, duration, print_json, print_table
 from halfstep.recipes import recipes
+from halfstep.report.words import count, number
 from halfstep.run.events import Event, Notice, StageStart
 from halfstep.runtime.files import read_json
 from halfstep.runtime.stop import StopSignal
@@ -33,9 +33,9 @@ class StudyArguments:
     """Another recipe for teacher and chain, such as imagenet64_paper."""
     data: str | None = None
     """Another source of the data, such as a folder."""
-    seeds: int | None = None
+    seeds: Annotated[int, Range(1, 1000)] | None = None
     """Repetitions of what is trained several times; the scale's own by default."""
-    threads: int | None = None
+    threads: Annotated[int, Range(1, 512)] | None = None
     """CPU threads of torch; its own choice by default."""
     out: Path | None = None
     """Folder that the studies of a scale share; studies/SCALE by default."""
@@ -48,7 +48,7 @@ class StudyArguments:
 def study(argv: Sequence[str]) -> None:
     """Run a study and print its table."""
     arguments = parse(StudyArguments, argv, "halfstep study")
-    console = console_for(arguments.json)
+    screen = Screen(arguments.json)
     chosen = studies[arguments.name]()
     scale = scale_of(arguments)
     out = arguments.out or Path("studies") / scale.name
@@ -62,33 +62,31 @@ def study(argv: Sequence[str]) -> None:
             counted = {"forward_passes": costs} if costs else {}
             print_json({**described, "cells": [dict(trial.axes) for trial in trials], **counted})
             return
-        console.print(f"{chosen.title}: {len(trials)} cells -> {out / arguments.name}", highlight=False)
+        screen.say(f"{chosen.title}: {count(len(trials), 'cell')} -> {out / arguments.name}")
         for trial in trials:
-            console.print("  " + describe(trial), highlight=False, markup=False)
+            screen.say("  " + describe(trial))
         if costs:
             parts = ", ".join(f"{part} {round(passes):,}" for part, passes in costs.items())
-            console.print(f"forward passes of one sample: {parts}", highlight=False, soft_wrap=True)
+            screen.say(f"forward passes of one sample: {parts}")
             total = sum(costs.values())
             pace = scale.passes_per_second
             time = f"; at {pace:,} a second {duration(total / pace)}" if pace else ""
-            console.print(f"in all {round(total):,}{time}", highlight=False)
+            screen.say(f"in all {round(total):,}{time}")
         return
     numbers = itertools.count(1)
 
     def watch(event: Event) -> None:
         if isinstance(event, StageStart):
-            console.print(f"  {event.name}: {event.stage.training.num_updates} updates", highlight=False, style="dim")
+            screen.say(f"  {event.name}: {count(event.stage.training.num_updates, 'update')}", style="dim")
         elif isinstance(event, Notice):
-            console.print(f"  [yellow]note:[/yellow] {escape(event.text)}", highlight=False)
+            screen.note(event.text, indent="  ")
 
     def done(trial: Trial, figures: dict[str, object], was_there: bool) -> None:
         shown = ", ".join(
-            f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items() if v is not None
+            f"{k} {number(v)}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items() if v is not None
         )
         there = " (was there)" if was_there else ""
-        console.print(
-            f"[{next(numbers)}/{len(trials)}] {describe(trial)}: {shown}{there}", highlight=False, markup=False
-        )
+        screen.say(f"[{next(numbers)}/{len(trials)}] {describe(trial)}: {shown}{there}")
 
     with StopSignal() as stop:
         rows = run_study(chosen, scale, out, stop=stop, watch=watch, done=done)
@@ -97,16 +95,16 @@ def study(argv: Sequence[str]) -> None:
     if arguments.json:
         print_json({**described, "title": chosen.title, **table._asdict()})
         return
-    print_table(table, chosen.title, console)
+    print_table(table, chosen.title, screen)
     seconds = duration(float(read_json(path.with_name("study.json"))["seconds"]))
-    console.print(f"{path}, {path.with_name('figure.png').name}; cells took {seconds}", highlight=False, soft_wrap=True)
+    screen.say(f"{path}, {path.with_name('figure.png').name}; cells took {seconds}")
 
 
 def scale_of(arguments: StudyArguments) -> Scale:
     """Return the scale, overridden by the command line.
 
     Raises:
-        UsageError: if a number of seeds is below 1, or has no effect on the study.
+        UsageError: if a number of seeds has no effect on the study.
     """
     scale = SCALES[arguments.scale]()
     if arguments.recipe is not None:
@@ -124,7 +122,6 @@ def scale_of(arguments: StudyArguments) -> Scale:
     counts = [name for name in ("seeds", "road_seeds") if name in studies[arguments.name].uses]
     if not counts:
         raise UsageError(f"--seeds says nothing to the study {arguments.name}, which has one seed: leave it out")
-    check_least(arguments, 1, "seeds")
     changes: dict[str, Any] = dict.fromkeys(counts, arguments.seeds)
     return dataclasses.replace(scale, **changes)
 

@@ -2,17 +2,29 @@
 
 import sys
 from argparse import ArgumentParser
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Final, Literal, NoReturn, TypeVar, Union, get_args, get_origin
+from types import MappingProxyType, NoneType, UnionType
+from typing import (
+    Annotated,
+    Any,
+    Final,
+    Literal,
+    NamedTuple,
+    NoReturn,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import tyro
 from pydantic import ValidationError
 from tyro import _errors as tyro_errors
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from halfstep.cli.verbs import epilogue
+from halfstep.cli.help import HELP, help_text
 from halfstep.registry import nearest
 
 Arguments = TypeVar("Arguments")
@@ -26,6 +38,8 @@ PLAIN: Final = ConstructorRegistry()
 """How values are shown in the help (INT, where tyro would write {None}|INT) and how bad ones are reported."""
 
 METAVARS: Final = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
+BOUNDS: Final = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+"""How bounds that pydantic checks are told."""
 NEEDED: Final = {int: "a whole number", float: "a number"}
 
 
@@ -74,16 +88,42 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def check_least(arguments: object, least: int, *names: str, reason: str = "") -> None:
-    """Refuse the first of the named arguments that is given and below `least`; `reason` ends the message.
+class Range(NamedTuple):
+    """The values that an argument can have, as a mark on its type."""
+
+    least: float
+    most: float
+
+
+Count = Annotated[int, Range(1, 1_000_000)]
+Steps = Annotated[int, Range(1, 2**20)]
+Side = Annotated[int, Range(1, 16_384)]
+Share = Annotated[float, Range(0, 1)]
+Guidance = Annotated[float, Range(0, 1000)]
+
+
+def _check_ranges(arguments: object) -> None:
+    """Refuse the first argument outside its range.
 
     Raises:
         UsageError: if there is one.
     """
-    for name in names:
-        value = getattr(arguments, name)
-        if value is not None and not value >= least:
-            raise UsageError(f"{flag(name)} must be at least {least}, got {value}{reason}")
+    for name, hint in get_type_hints(type(arguments), include_extras=True).items():
+        bounds, value = _range_of(hint), getattr(arguments, name)
+        if bounds is None or value is None:
+            continue
+        for each in value if isinstance(value, tuple) else (value,):
+            if not each >= bounds.least:
+                raise UsageError(f"{flag(name)} must be at least {bounds.least:,}, got {each}")
+            if not each <= bounds.most:
+                raise UsageError(f"{flag(name)} must be at most {bounds.most:,}, got {each}")
+
+
+def _range_of(hint: Any) -> Range | None:
+    """Return the range of a type: of `int`, of `int | None` or of a tuple's entries."""
+    marks = [mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, Range)]
+    inner = (_range_of(part) for part in get_args(hint) if not isinstance(part, Range))
+    return next((found for found in (*marks, *inner) if found is not None), None)
 
 
 def first_line(error: ValidationError) -> str:
@@ -93,6 +133,9 @@ def first_line(error: ValidationError) -> str:
     reason = first["msg"].removeprefix("Value error, ")
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"unknown field {where!r}"
+    for bound, words in BOUNDS.items():
+        if bound in first.get("ctx", {}):
+            reason = f"must be {words} {first['ctx'][bound]:,}"
     if first["type"] != "value_error":
         reason = f"{reason[0].lower()}{reason[1:]}, got {first['input']!r}"
     # A contradiction between fields has no field of its own.
@@ -119,17 +162,43 @@ def with_flag(reason: str, argv: Sequence[str]) -> str:
 
 
 def parse(
-    kind: type[Arguments], argv: Sequence[str], prog: str, default: Arguments | None = None, short: Iterable[str] = ()
+    kind: type[Arguments],
+    argv: Sequence[str],
+    prog: str,
+    default: Arguments | None = None,
+    short: Mapping[str, str] = MappingProxyType({}),
 ) -> Arguments:
-    """Parse `argv`, in which the caller has already replaced the options named `short`.
+    """Parse `argv`, with `short` names of options; errors name an option as it was typed.
 
     Raises:
         UsageError: one line, if an option is unknown, lacks its value or has one of the wrong type.
         SystemExit: after --help.
     """
 
+    if asked := [token for token in argv if token in HELP]:
+        print(help_text(parser_of(kind, default), prog, short, "--help-all" in asked))
+        raise SystemExit(0)
+    typed = {token.partition("=")[0] for token in argv}
+    argv = expand_short(argv, short)
+    try:
+        return _parsed(kind, argv, prog, default, short)
+    except UsageError as error:
+        text = str(error)
+        for name in typed & short.keys():
+            text = text.replace(short[name], name)
+        raise UsageError(text) from None
+
+
+def expand_short(argv: Sequence[str], short: Mapping[str, str]) -> list[str]:
+    """Replace the short names of options."""
+    return [short.get(name, name) + equals + value for name, equals, value in (token.partition("=") for token in argv)]
+
+
+def _parsed(
+    kind: type[Arguments], argv: Sequence[str], prog: str, default: Arguments | None, short: Iterable[str]
+) -> Arguments:
     def refuse(event: tyro_errors.ParseErrorEvent) -> NoReturn:
-        known = [*parser_of(kind, default)._option_string_actions, *short]
+        known = [*parser_of(kind, default)._option_string_actions, *short, *HELP]
         # A mistyped option comes first: what else is wrong mostly follows from it.
         for token in argv:
             name = token.partition("=")[0].replace("_", "-")
@@ -139,7 +208,7 @@ def parse(
 
     try:
         with tyro_errors.on_parse_error(refuse):
-            return tyro.cli(
+            arguments = tyro.cli(
                 kind,
                 args=list(argv),
                 prog=prog,
@@ -147,13 +216,10 @@ def parse(
                 config=CONFIG,
                 registry=PLAIN,
             )
-    except SystemExit as end:
-        if end.code in (None, 0):
-            # After --help.
-            print(epilogue(prog.split()[1]))
-        raise
+        _check_ranges(arguments)
+        return arguments
     except ValidationError as error:
-        raise UsageError(first_line(error)) from None
+        raise UsageError(with_flag(first_line(error), argv)) from None
 
 
 def _reason(event: tyro_errors.ParseErrorEvent, prog: str, argv: Sequence[str]) -> str:

@@ -4,6 +4,7 @@ Nothing heavy is imported here.
 """
 
 import keyword
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, final
@@ -24,6 +25,8 @@ class Verb:
     """What its options alone do not tell, a line each."""
     codes: tuple[int, ...] = (0, 2)
     """Its exit codes."""
+    shown: tuple[str, ...] = ()
+    """The options in the short form of its help; all if empty."""
     module: str = "commands"
     """Its module in `halfstep.cli`."""
     is_light: bool = False
@@ -40,13 +43,18 @@ class Verb:
         return f"{self.name}_" if keyword.iskeyword(self.name) else self.name
 
 
-TRAINS: Final = (0, 1, 2, 3, 75, 130, 138, 143)
+TRAINS: Final = (0, 1, 2, 3, 75, 129, 130, 138, 143)
 
 RECIPE_NOTES: Final = (
-    "RECIPE is a name (`halfstep ls recipes`), a .json file, or the folder of a run. Defaults shown are RECIPE's own.",
+    "RECIPE is a name (`halfstep ls recipes`), a .json file, or a run's folder; defaults shown are its own.",
     "--data S is short for --data.source S, --start N for --chain.start-steps N, --to N for --chain.end-steps N.",
-    "Stopped or killed: run the same command again and it goes on from its last checkpoint.",
+    "Stopped or killed: run the same command again, and it resumes from its last checkpoint.",
 )
+_OFTEN: Final = (
+    *("--data", "--data.image-size", "--start", "--to", "--teacher.num-updates"),
+    *("--chain.num-updates", "--evaluation.num-samples", "--engine.precision"),
+)
+_ALWAYS: Final = ("--seed", "--out", "--dry-run", "--json")
 
 _TRAIN: Final = (
     Verb(
@@ -59,6 +67,7 @@ _TRAIN: Final = (
         ),
         RECIPE_NOTES,
         TRAINS,
+        (*_OFTEN, *_ALWAYS),
     ),
     Verb(
         "train RECIPE",
@@ -66,6 +75,7 @@ _TRAIN: Final = (
         ("halfstep train digits --teacher.num-updates 500", "halfstep train cifar10 --dry-run"),
         RECIPE_NOTES,
         TRAINS,
+        (*(name for name in _OFTEN if name not in ("--start", "--to", "--chain.num-updates")), *_ALWAYS),
     ),
     Verb(
         "distill MODEL",
@@ -77,11 +87,14 @@ _TRAIN: Final = (
             "halfstep distill my-flux --prompts prompts.txt --to 4 --call height=512 width=512",
         ),
         (
-            "MODEL is a run (its last stage is meant), a stage, a folder that diffusers saved, or a name on the Hub.",
             "Defaults shown are those of the recipe of MODEL's run.",
             *RECIPE_NOTES[1:],
         ),
         TRAINS,
+        (
+            *("--data", "--data.image-size", "--start", "--to", "--chain.num-updates", "--matching.guidance-scale"),
+            *_ALWAYS,
+        ),
     ),
     Verb(
         "finish RUN",
@@ -93,6 +106,7 @@ _TRAIN: Final = (
             RECIPE_NOTES[2],
         ),
         TRAINS,
+        ("--steps", "--finish.num-updates", "--finish.learning-rate", "--finish.map-weight", "--dry-run", "--json"),
     ),
     Verb(
         "study NAME",
@@ -101,7 +115,7 @@ _TRAIN: Final = (
         codes=TRAINS,
         module="studying",
     ),
-    Verb("demo", "the same as `run digits`", ("halfstep demo",), RECIPE_NOTES[1:], TRAINS),
+    Verb("demo", "the same as `run digits`", ("halfstep demo",), RECIPE_NOTES[1:], TRAINS, (*_OFTEN, *_ALWAYS)),
 )
 
 _USE: Final = (
@@ -129,7 +143,11 @@ _USE: Final = (
         "explore RUN",
         "a local page: teacher and students side by side from the same noise",
         ("halfstep explore runs/digits", "halfstep explore runs/digits --port 8000 --max-samples 16"),
-        ("Ctrl-C ends it; that is no error.",),
+        (
+            "Ctrl-C ends it; that is no error.",
+            "From elsewhere: ssh -L 7860:127.0.0.1:7860 MACHINE.",
+            "Behind a proxy: --root-path PATH --allow-host HOST.",
+        ),
         module="exploring",
     ),
     Verb(
@@ -158,7 +176,7 @@ _USE: Final = (
             "halfstep encode my-sd --data ~/captioned --out latents",
             "halfstep encode my-flux --prompts prompts.txt --out latents",
         ),
-        codes=(0, 2, 3, 75, 130),
+        codes=(0, 2, 3, 75, 129, 130, 143),
         module="exporting",
     ),
 )
@@ -208,35 +226,52 @@ EXIT_CODES: Final[Mapping[int, str]] = {
     0: "done",
     1: "training diverged (a loss or gradient was not finite) or does not fit into memory, or another process of "
     "the run was lost; the last checkpoint is kept",
-    2: "bad input: one line says what was got, what was needed and what to do",
+    2: "bad input: one line says what was got, what was needed and what to do; or stdout cannot be written",
     3: "the disk or mount of a run is full or gone; the last good state is named",
     75: "another halfstep process is writing the folder: wait for it, and run the same command again",
-    130: "stopped by Ctrl-C; a run has saved its state and goes on with the same command",
-    138: "stopped by SIGUSR1; likewise (--engine.requeue-code puts another code in its place)",
+    129: "stopped by SIGHUP (the terminal was closed); a run has saved its state, and the same command resumes it",
+    130: "stopped by Ctrl-C; likewise",
+    138: "stopped by SIGUSR1; likewise (--engine.requeue-code replaces the code)",
     143: "stopped by SIGTERM; likewise",
 }
 
 
+SITUATIONS: Final = (
+    ("See it work, in minutes", "halfstep demo"),
+    ("Distil photos of your own", "halfstep run images --data ~/photos --to 4"),
+    ("Distil a diffusers pipeline", "halfstep distill my-ddpm --data ~/photos --to 4"),
+    ("Distil arrays, such as robot actions", "halfstep run arrays --data x.npy --to 1"),
+    ("Use a trained run", "halfstep sample runs/digits --out grid.png"),
+)
+"""What people come with, and the command for it."""
+
+
 def overview() -> str:
-    """What `halfstep` alone prints."""
+    """Return what `halfstep` alone prints."""
+    wide = max(len(what) for what, _ in SITUATIONS)
+    lines = ["usage: halfstep VERB ...", "", *(f"  {what:<{wide}}  {command}" for what, command in SITUATIONS), ""]
     width = max(len(verb.usage) for verb in VERBS.values())
-    lines = ["usage: halfstep VERB ...", ""]
     for group, verbs in _GROUPS.items():
         lines += [f"{group}:", *(f"  {verb.usage:<{width}}  {verb.summary}" for verb in verbs), ""]
     lines += [
         "MODEL is the folder of a run (its last stage is meant) or of a stage.",
-        "`halfstep VERB --help` shows all options and examples, `halfstep --version` the version.",
+        "`halfstep VERB --help` shows options and examples, `halfstep VERB --help-all` every option.",
         "With --json, where a verb has it, stdout is one JSON document, and all else goes to stderr.",
         "",
         "Exit codes:",
     ]
-    lines += [f"  {code:>3}  {meaning}" for code, meaning in EXIT_CODES.items()]
+    for code, meaning in EXIT_CODES.items():
+        lines += textwrap.wrap(meaning, 100, initial_indent=f"  {code:>3}  ", subsequent_indent=" " * 7)
     return "\n".join(lines)
 
 
-def epilogue(name: str) -> str:
-    """What follows the options in `halfstep NAME --help`."""
+def epilogue(name: str, width: int, short: bool) -> list[str]:
+    """Return the lines that follow the options in `halfstep NAME --help`; the short form shows short names itself."""
     verb = VERBS[name]
-    notes = [*verb.notes, ""] if verb.notes else []
-    codes = f"exit codes: {', '.join(map(str, verb.codes))} (`halfstep --help` tells what they mean)"
-    return "\n".join([*notes, "examples:", *(f"  {example}" for example in verb.examples), "", codes])
+    shown = [note for note in verb.notes if not (short and " is short for " in note)]
+    notes = [
+        line for note in shown for line in textwrap.wrap(note, width, subsequent_indent="  ", break_on_hyphens=False)
+    ]
+    codes = f"exit codes: {', '.join(map(str, verb.codes))} (see `halfstep --help`)"
+    examples = ["examples:", *(f"  {example}" for example in verb.examples), ""]
+    return [*notes, *([""] if notes else []), *examples, *textwrap.wrap(codes, width)]

@@ -2,15 +2,22 @@
 
 import json
 import math
-import os
+import re
 import sys
-from typing import Any
+from collections.abc import Iterable
+from typing import IO, Any, Final, final
 
-from rich.console import Console
-from rich.markup import escape
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from halfstep.report.table import Table
+from halfstep.runtime.launch import rank
+from halfstep.runtime.terminal import printable
+
+PIPE_WIDTH: Final = 160
+"""Columns of tables where the output is no terminal."""
 
 
 def duration(seconds: float) -> str:
@@ -27,11 +34,53 @@ def duration(seconds: float) -> str:
     return f"{seconds // 3600}:{seconds % 3600 // 60:02d} h"
 
 
-def console_for(json: bool = False) -> Console:
-    """Return the console of progress and tables: stdout, or stderr with --json; quiet except on rank 0."""
-    stream = sys.stderr if json else sys.stdout
-    is_main = not int(os.environ.get("RANK", "0") or "0")
-    return Console(stderr=json, width=None if stream.isatty() else 160, quiet=not is_main)
+@final
+class Screen(Console):
+    """A console that shows texts as they are: nothing in them is markup, a colour or a control sequence.
+
+    On the other ranks it is quiet.
+
+    Args:
+        json: whether stdout belongs to a JSON document; all else goes to stderr.
+        file: instead of stdout or stderr.
+        is_terminal: whether that is a terminal; asked of it if None.
+    """
+
+    def __init__(self, json: bool = False, file: IO[str] | None = None, is_terminal: bool | None = None) -> None:
+        stream = file or (sys.stderr if json else sys.stdout)
+        terminal = stream.isatty() if is_terminal is None else is_terminal
+        super().__init__(
+            file=file,
+            stderr=json,
+            width=None if terminal else PIPE_WIDTH,
+            quiet=bool(rank()),
+            force_terminal=is_terminal,
+            markup=False,
+            emoji=False,
+            highlight=False,
+        )
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Render without the control characters of texts; rich's own are segments of another kind."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
+
+    def say(self, text: str, style: str | None = None) -> None:
+        """Print one line, which the terminal wraps."""
+        self.print(text, style=style, soft_wrap=True)
+
+    def note(self, text: str, indent: str = "") -> None:
+        """Print a note."""
+        self.print(Text.assemble(indent, ("note:", "yellow"), f" {text}"), soft_wrap=True)
+
+    def show(self, renderable: RenderableType) -> None:
+        """Print a table or a view; in a pipe without the blanks that fill its lines."""
+        if self.is_terminal or self.quiet:
+            self.print(renderable)
+            return
+        with self.capture() as made:
+            self.print(renderable)
+        self.say(re.sub(r" +$", "", made.get(), flags=re.MULTILINE).rstrip("\n"))
 
 
 def print_json(value: Any) -> None:
@@ -43,13 +92,13 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def print_table(table: Table, title: str, console: Console) -> None:
+def print_table(table: Table, title: str, screen: Screen) -> None:
     """Print a table and its notes."""
-    shown = RichTable(title=escape(title), title_justify="left")
+    shown = RichTable(title=title, title_justify="left")
     for index, heading in enumerate(table.headings):
-        shown.add_column(escape(heading), justify="right" if index else "left")
+        shown.add_column(heading, justify="right" if index else "left")
     for row in table.rows:
-        shown.add_row(*map(escape, row))
-    console.print(shown)
+        shown.add_row(*row)
+    screen.show(shown)
     for note in table.notes:
-        console.print(escape(note), highlight=False)
+        screen.say(note)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from halfstep.data.base import MemoryData
 from halfstep.data.images import Preparation
-from halfstep.runtime.files import first_line
+from halfstep.runtime.files import first_line, user_path
 
 DATA_KEYS: Final = ("x", "arr_0")
 LABEL_KEYS: Final = ("y", "labels", "arr_1")
@@ -37,7 +37,7 @@ def array_file(source: str, prepare: Preparation, labels: bool, limit: int | Non
         ValueError: if the file is missing, damaged or holds Python objects, if a .npz has no array under a known name,
             or as `from_arrays`.
     """
-    x, y = _load(Path(source).expanduser())
+    x, y = _load(user_path(source))
     return from_arrays(source, x, y if labels else None, prepare, limit)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from halfstep.data.base import MemoryData
 from halfstep.data.folders import IMAGE_SUFFIXES, Files, files_below, image_folder
 from halfstep.data.images import Labelled, Preparation, decoded
-from halfstep.runtime.files import first_line
+from halfstep.runtime.files import first_line, user_path
 
 TABLES: Final = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 RGB: Final = Preparation(channels=3)
@@ -52,7 +52,7 @@ class CaptionedImages:
     @property
     def root(self) -> Path:
         """The folder that `files` are relative to."""
-        return Path(self.source).expanduser()
+        return user_path(self.source)
 
     def load(self, index: int) -> Tensor:
         """Return the prepared pixels of one image, uint8 `[channels, height, width]`; as `loaded`."""
@@ -151,7 +151,7 @@ def read_classes(folder: Path, preparation: Preparation = RGB) -> tuple[Captione
 
 
 def _existing(folder: Path, content: str) -> Path:
-    root = folder.expanduser()
+    root = user_path(folder)
     if not root.is_dir():
         raise ValueError(f"{folder} is {'not a folder' if root.exists() else 'missing'}: give a folder {content}")
     return root

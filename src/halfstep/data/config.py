@@ -1,10 +1,11 @@
 """The user's configuration of the data, and the one function that opens them."""
 
+import os
 import re
 from pathlib import Path
 from typing import Final
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from halfstep.data.arrays import array_file, digits
 from halfstep.data.base import Data, check_flip
@@ -12,7 +13,11 @@ from halfstep.data.folders import IMAGE_SUFFIXES, files_below, image_folder
 from halfstep.data.images import Channels, Labelled, Preparation, Resample, Resize, decoded
 from halfstep.data.latents import is_latents, open_latents
 from halfstep.data.tables import is_saved, table
+from halfstep.runtime.files import user_path
 
+LARGEST_SIDE: Final = 16_384
+"""Largest side to which images are brought."""
+_HUB_NAME: Final = re.compile(r"\w[\w.-]*/[\w.-]+")
 _TABLES: Final = (".parquet", ".arrow")
 
 
@@ -22,8 +27,7 @@ class DataConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     source: str = "digits"
-    """`digits`, a .npy or .npz file, a folder of images or tables, of latents
-    (`halfstep encode`), or a name on the Hub such as owner/name."""
+    """`digits`, a .npy or .npz file, a folder of images, tables or latents, or a name on the Hub (owner/name)."""
     split: str = "train"
     """Part of the source: a data set's split, or a folder's sub-folder of that name if it has one."""
     image_size: int | None = None
@@ -45,6 +49,14 @@ class DataConfig(BaseModel):
     max_bytes: int = 2 * 2**30
     """Images whose pixels take more memory than this are decoded each time they are used."""
 
+    @field_validator("source")
+    @classmethod
+    def _plain(cls, source: str) -> str:
+        """Return a path without "./" and a slash at its end, so that the same data has one name."""
+        plain = os.path.normpath(source) if source else source
+        # "./owner/name" says that no name on the Hub is meant.
+        return source if _HUB_NAME.fullmatch(plain) and not user_path(plain).exists() else plain
+
 
 def open_data(config: DataConfig) -> Data:
     """Open and prepare the data that `config` names.
@@ -60,7 +72,7 @@ def open_data(config: DataConfig) -> Data:
 
 
 def _open(config: DataConfig) -> Data:
-    source, path = config.source, Path(config.source).expanduser()
+    source, path = config.source, user_path(config.source)
     prepare = Preparation(config.image_size, config.resize, config.resample, config.channels)
     if source == "digits" or (path.suffix.lower() in (".npy", ".npz") and not path.is_dir()):
         if config.split != "train":
@@ -75,7 +87,7 @@ def _open(config: DataConfig) -> Data:
         return open_latents(path)
     if path.is_dir():
         return decoded(source, _folder(config, path), prepare, config.max_bytes)
-    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", source) and not path.exists():
+    if _HUB_NAME.fullmatch(source) and not path.exists():
         return decoded(source, _table(config), prepare, config.max_bytes)
     raise ValueError(
         f"{source} {'is a file of another kind' if path.exists() else 'does not exist'}: --data.source is digits, a "
@@ -114,6 +126,10 @@ def _check(config: DataConfig) -> None:
     for flag, value in (("limit", config.limit), ("image-size", config.image_size)):
         if value is not None and value < 1:
             raise ValueError(f"--data.{flag} is {value}: give 1 or more, or leave it out")
+    if config.image_size is not None and config.image_size > LARGEST_SIDE:
+        raise ValueError(f"--data.image-size is {config.image_size}: give at most {LARGEST_SIDE:,}")
+    if config.max_bytes < 0:
+        raise ValueError(f"--data.max-bytes is {config.max_bytes}: give 0 or more")
     if config.image_size is None and (config.resize, config.resample) != ("crop", "bicubic"):
         raise ValueError("--data.resize and --data.resample do nothing without --data.image-size: give it too")
     if config.label_column is not None and not config.labels:

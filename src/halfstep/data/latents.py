@@ -30,7 +30,7 @@ from torch import Tensor
 from halfstep.data.base import Data
 from halfstep.data.captions import CaptionedImages, Prompts
 from halfstep.objectives.base import Batch
-from halfstep.runtime.files import DamagedFile, InUse, read_json, sha256_of, sweep, write_json
+from halfstep.runtime.files import DamagedFile, InUse, read_json, sha256_of, sweep, user_path, write_json
 from halfstep.runtime.tensors import write_tensors
 
 FORMAT: Final = 1
@@ -143,7 +143,7 @@ class LatentData(Data):
         for number in shards.unique().tolist():
             places = (shards == number).nonzero()[:, 0]
             rows = indices[places] % self.index.shard_size
-            path = Path(self.source).expanduser() / shard_name(number)
+            path = user_path(self.source) / shard_name(number)
             try:
                 # Opened for each batch, in microseconds: kept open, there would be as many files as shards.
                 with safe_open(path, "pt") as file:
@@ -166,7 +166,7 @@ def open_latents(folder: Path) -> LatentData:
         ValueError: if the folder is missing, is of another format, or is not finished.
         DamagedFile: if a file is missing or has another size than when it was written.
     """
-    root = folder.expanduser()
+    root = user_path(folder)
     if not (root / INDEX).is_file():
         raise ValueError(f"{folder} holds no latents (it has no {INDEX}): give a folder that was encoded")
     index = _read_index(root)
@@ -213,7 +213,7 @@ def encode(
     for name, value in (("batch_size", batch_size), ("shard_size", shard_size)):
         if value < 1:
             raise ValueError(f"{name} is {value}: give 1 or more")
-    root = folder.expanduser()
+    root = user_path(folder)
     _check_folder(root)
     root.mkdir(parents=True, exist_ok=True)
     lock = FileLock(root / ".lock")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from halfstep.data.images import EncodedImages, Labelled
-from halfstep.runtime.files import first_line
+from halfstep.runtime.files import first_line, user_path
 
 
 @final
@@ -90,7 +90,7 @@ def _open(source: str, split: str) -> Any:
     """Return the `datasets.Dataset` of a split."""
     import datasets
 
-    root = Path(source).expanduser()
+    root = user_path(source)
     try:
         if not is_saved(root):
             return datasets.load_dataset(str(root.resolve()) if root.is_dir() else source, split=split)

@@ -150,8 +150,13 @@ class Explorer:
             )
         self._models: OrderedDict[str, Model] = OrderedDict()
         self._lock = threading.Lock()
+        self._stopped = threading.Event()
         self._deadline = math.inf
         """When the current request must end, on the clock of `perf_counter`."""
+
+    def stop(self) -> None:
+        """Refuse further requests, and end the current one at its next step."""
+        self._stopped.set()
 
     @property
     def start(self) -> StageChoice:
@@ -368,6 +373,8 @@ class Explorer:
         shown: list[Shown] = []
         with self._lock, warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", HalfstepWarning)
+            if self._stopped.is_set():
+                raise ValueError("the explorer was stopped")
             self._deadline = time.perf_counter() + self.bounds.seconds
             for place, (choice, num_steps) in enumerate(asked):
                 is_guided = place == needed or self._guided(choice)
@@ -402,6 +409,8 @@ class Explorer:
         with torch.inference_mode():
             for step in trajectory(model, x_t, num_steps, sampler, cond, noise=drawn):
                 x_t = step.x_s
+                if self._stopped.is_set():
+                    raise ValueError("the explorer was stopped")
                 if time.perf_counter() > self._deadline and step.s > 0:
                     raise ValueError(
                         f"{choice.name} was stopped at step {step.number + 1} of {num_steps}, for the request had "

@@ -5,6 +5,7 @@ paths in `PATHS`, forbids the browser any other host, and refuses requests that 
 machine's (DNS rebinding). Pictures travel inside the answers, so that no file is written.
 """
 
+import asyncio
 import io
 import json
 import os
@@ -23,6 +24,7 @@ from PIL import Image
 from halfstep.explore.explorer import Answer, Explorer, Shown
 from halfstep.report import figures
 from halfstep.report.words import count, number, sampler_label
+from halfstep.runtime.terminal import one_line
 
 LARGEST_QUEUE: Final = 32
 """Requests that may wait; more are refused."""
@@ -32,6 +34,8 @@ MOVING_WIDTH: Final = 256
 """Pixels of the moving picture of a walk, about."""
 MILLISECONDS: Final = 120
 """For which a frame of it is seen."""
+PATIENCE: Final = 10.0
+"""Seconds in which a client must have sent its headers, and then its body."""
 PATHS: Final = re.compile(
     r"/(|config|theme\.css|favicon\.ico|(assets|static)/.*"
     r"|gradio_api/(info|app_id|theme\.css|startup-events|queue/(join|data)|heartbeat/\w+|call/(compare|strip|walk)(/\w+)?|cancel|reset))/?"
@@ -58,10 +62,13 @@ class Door:
     Args:
         hosts: names by which it may be called; None for any.
         inputs: how many values each function takes, by its name and by its number.
+        root_path: the path below which a proxy shows the page, "/user/me/proxy/7860".
     """
 
-    def __init__(self, app: App, hosts: Sequence[str] | None, inputs: Mapping[str | int, int]) -> None:
-        self.app, self.hosts, self.inputs = app, hosts, inputs
+    def __init__(
+        self, app: App, hosts: Sequence[str] | None, inputs: Mapping[str | int, int], root_path: str = ""
+    ) -> None:
+        self.app, self.hosts, self.inputs, self.root_path = app, hosts, inputs, root_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -73,8 +80,16 @@ class Door:
         headers = dict(scope["headers"])
         host = headers.get(b"host", b"").decode("latin-1").lower()
         if self.hosts is not None and re.sub(r":\d+$", "", host) not in self.hosts:
-            await _refuse(send, 421, f"this page answers to {' and '.join(self.hosts)} only")
+            known = ", ".join(dict.fromkeys(self.hosts))
+            text = (
+                f"this page answers to {known} only. Restart it with --allow-host {one_line(host)[:100]}, or forward "
+                "its port: ssh -L 7860:127.0.0.1:7860 MACHINE"
+            )
+            await _refuse(send, 421, text)
             return
+        if self.root_path and scope["path"].startswith(f"{self.root_path}/"):
+            # Some proxies cut the prefix off, others do not.
+            scope["path"] = scope["path"].removeprefix(self.root_path)
         if not PATHS.fullmatch(scope["path"]) or ".." in scope["path"]:
             await _refuse(send, 404, "there is nothing here; the page is at /")
             return
@@ -85,10 +100,15 @@ class Door:
 
         body = b""
         is_post = more = scope["method"] == "POST"
-        while more:
-            message = await receive()
-            body += message.get("body", b"")
-            more = message["type"] == "http.request" and message.get("more_body", False)
+        try:
+            async with asyncio.timeout(PATIENCE):
+                while more:
+                    message = await receive()
+                    body += message.get("body", b"")
+                    more = message["type"] == "http.request" and message.get("more_body", False)
+        except TimeoutError:
+            await _refuse(send, 408, f"a request must arrive within {PATIENCE:g} seconds")
+            return
         if is_post and (wrong := self._wrong(scope["path"].rstrip("/"), body)) is not None:
             await _refuse(send, 400, wrong)
             return
@@ -118,7 +138,8 @@ class Door:
             await self.app(scope, again, with_policy)
         except Exception as error:
             # gradio raises on a request that it does not expect, such as an unknown function's number.
-            print(f"halfstep: a request to {scope['path']} failed ({type(error).__name__})", file=sys.stderr)
+            path = one_line(scope["path"])[:100]
+            print(f"halfstep: a request to {path} failed ({type(error).__name__})", file=sys.stderr)
             if not failed:
                 raise
         if failed:
@@ -154,18 +175,28 @@ async def _refuse(send: Send, status: int, text: str) -> None:
     await send({"type": "http.response.body", "body": f"halfstep: {text}\n".encode()})
 
 
-def serve(explorer: Explorer, host: str = "127.0.0.1", port: int = 7860, ready: Callable[[str], None] = print) -> None:
+def serve(
+    explorer: Explorer,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    ready: Callable[[str], None] = print,
+    allowed: Sequence[str] = (),
+    root_path: str = "",
+) -> None:
     """Serve the page until Ctrl-C.
 
     Args:
         port: 0 for any free one.
+        allowed: further names by which the page may be called, such as that of a proxy.
+        root_path: the path below which a proxy shows it.
         ready: called with the address once the port is bound.
 
     Raises:
         ValueError: if gradio is not installed, or the address cannot be bound.
     """
     everywhere = host in ("0.0.0.0", "::", "")
-    app = page(explorer, None if everywhere else (*LOCAL, f"[{host}]" if ":" in host else host))
+    names = (*LOCAL, f"[{host}]" if ":" in host else host, *(name.lower() for name in allowed))
+    app = page(explorer, None if everywhere else names, root_path)
     import uvicorn
 
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -177,7 +208,16 @@ def serve(explorer: Explorer, host: str = "127.0.0.1", port: int = 7860, ready: 
             raise ValueError(f"cannot listen at {host}, port {port} ({error}): choose another --port") from None
         listener.listen(512)
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
-        config = uvicorn.Config(app, log_level="warning", access_log=False, ws="none", timeout_graceful_shutdown=1)
+        config = uvicorn.Config(
+            app,
+            http=_impatient(),
+            log_level="warning",
+            access_log=False,
+            ws="none",
+            # An answer may be sampled or watched for long; only what has not been asked is cut.
+            timeout_keep_alive=int(PATIENCE),
+            timeout_graceful_shutdown=1,
+        )
         server = uvicorn.Server(config)
         # In the main thread it would handle signals, and end with a traceback.
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
@@ -187,11 +227,33 @@ def serve(explorer: Explorer, host: str = "127.0.0.1", port: int = 7860, ready: 
             while thread.is_alive():
                 thread.join(0.5)
         except KeyboardInterrupt:
+            explorer.stop()
             server.should_exit = True
-            thread.join(10)
+            thread.join(1.0)
 
 
-def page(explorer: Explorer, hosts: Sequence[str] | None) -> App:
+def _impatient() -> Any:
+    """Return uvicorn's protocol, which waits for headers for ever, with an end to that."""
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class Impatient(H11Protocol):
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self.idle_since = self.loop.time()
+            self._look()
+
+        def _look(self) -> None:
+            if self.cycle is not None and not self.cycle.response_complete:
+                self.idle_since = self.loop.time()
+            elif self.loop.time() - self.idle_since > PATIENCE:
+                self.transport.close()
+            if not self.transport.is_closing():
+                self.loop.call_later(1.0, self._look)
+
+    return Impatient
+
+
+def page(explorer: Explorer, hosts: Sequence[str] | None, root_path: str = "") -> App:
     """Return the whole as an ASGI app.
 
     Raises:
@@ -210,6 +272,7 @@ def page(explorer: Explorer, hosts: Sequence[str] | None) -> App:
         FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
         blocks,
         path="/",
+        root_path=root_path or None,
         theme=gr.themes.Default(
             primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
         ).set(
@@ -236,7 +299,7 @@ def page(explorer: Explorer, hosts: Sequence[str] | None) -> App:
         inputs[index] = len(function.inputs)
         if isinstance(function.api_name, str) and function.api_visibility == "public":
             inputs[function.api_name] = len(function.inputs)
-    return Door(inner, hosts, inputs)
+    return Door(inner, hosts, inputs, root_path)
 
 
 CSS: Final = """

@@ -22,7 +22,7 @@ from halfstep.hub.stock import PICKLED, check_weights, load_stock, quiet, stock
 from halfstep.models.model import Model
 from halfstep.nets import StockNetwork, UNet2D, describe_network
 from halfstep.runs import Manifest, Outcome, Pipeline
-from halfstep.runtime.files import DamagedFile, first_line, read_json, sha256_of
+from halfstep.runtime.files import DamagedFile, first_line, read_json, sha256_of, user_path
 
 START_STEPS: Final = 128
 """Default DDIM steps of an imported teacher at the start of its chain: a compromise between what steps lose and stages
@@ -58,7 +58,7 @@ def fetch(source: str) -> Path:
     Raises:
         ValueError: if it is pickled weights, or neither a folder nor a repository that can be reached.
     """
-    path = Path(source).expanduser()
+    path = user_path(source)
     if path.suffix in PICKLED:
         raise ValueError(
             f"{source} is pickled and could run code when it is read, so halfstep does not: convert it where you trust "
@@ -96,7 +96,7 @@ def import_pipeline(source: str | Path, options: Mapping[str, Any] | None = None
     """
     folder = fetch(str(source))
     # A folder by its full path, and a name on the Hub as it is.
-    origin = str(folder.resolve()) if folder == Path(source).expanduser() else str(source)
+    origin = str(folder.resolve()) if folder == user_path(source) else str(source)
     kind = read_kind(folder) if (folder / "model_index.json").is_file() else None
     if kind is not None and kind not in PIXELS:
         return _recorded(source, folder, Pipeline(kind=kind, folder=origin, component="", options=dict(options or {})))

@@ -16,6 +16,7 @@ from pydantic import ConfigDict
 from torch import Tensor
 
 from halfstep.core.draw import generator_for
+from halfstep.core.grids import MOST_STEPS
 from halfstep.data import Data
 from halfstep.metrics import Classifier, Figures, RealData, extractor_for, extractors, figures_of, real_features
 from halfstep.runtime.failures import told_when_out_of_memory
@@ -26,6 +27,8 @@ from halfstep.samplers import Heun, Sampler
 if TYPE_CHECKING:
     from halfstep.measure.store import Cell
 
+MOST_SAMPLES: Final = 1_000_000
+"""Largest set of samples, twenty times what is usual."""
 FIGURES_FORMAT: Final = 1
 """Version of the kept figures; raise it when a metric changes, so that old ones are measured again."""
 
@@ -69,9 +72,13 @@ class Evaluation:
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise ValueError(f"evaluation.{name} must be at least {bound}, got {value}")
+            if value is not None and value > MOST_SAMPLES:
+                raise ValueError(f"evaluation.{name} must be at most {MOST_SAMPLES:,}, got {value}")
         for name, steps in (("teacher_steps", self.teacher_steps), ("teacher_heun_steps", self.teacher_heun_steps)):
             if any(number < 1 for number in steps):
                 raise ValueError(f"evaluation.{name} must be at least 1, got {min(steps)}")
+            if max(steps, default=1) > MOST_STEPS:
+                raise ValueError(f"evaluation.{name} must be at most {MOST_STEPS:,}, got {max(steps)}")
         if self.precision not in ("float32", "bf16"):
             raise ValueError(f"precision must be float32 or bf16, got {self.precision!r}")
         if self.features != "auto":

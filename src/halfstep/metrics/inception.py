@@ -20,7 +20,7 @@ from torch import Tensor
 
 from halfstep.metrics.features import FeatureExtractor, NetworkFeatures, RealData, extractors
 from halfstep.metrics.images import as_rgb, to_uint8
-from halfstep.runtime.files import DamagedFile, first_line, last_line, sha256_of
+from halfstep.runtime.files import DamagedFile, first_line, last_line, sha256_of, user_path
 
 PACKAGE: Final = "torch_fidelity"
 
@@ -61,7 +61,7 @@ def _weights(module: ModuleType, path: str | None) -> dict[str, Tensor]:
                 f"the weights of `inception` could not be fetched from {url} ({error}): fetch the file elsewhere and "
                 "give inception=PATH"
             ) from None
-    file = Path(path).expanduser()
+    file = user_path(path)
     if not file.is_file():
         raise ValueError(f"inception={path}: no such file; give the file of torch-fidelity's weights")
     is_plain = file.suffix == ".safetensors"

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from halfstep.metrics.features import FeatureExtractor, NetworkFeatures, RealData, extractors
 from halfstep.metrics.images import normalised
-from halfstep.runtime.files import DamagedFile, last_line
+from halfstep.runtime.files import DamagedFile, last_line, user_path
 
 
 @final
@@ -100,7 +100,7 @@ def resnet20_cifar10(path: str | None, measured: RealData) -> FeatureExtractor:
             "the features `resnet20-cifar10` need their weights: give resnet20-cifar10=PATH, a safetensors file of a "
             "CIFAR-10 ResNet-20 (shortcut option A)"
         )
-    file = Path(path).expanduser()
+    file = user_path(path)
     if not file.is_file():
         raise ValueError(f"resnet20-cifar10={path}: no such file; give the safetensors file of the weights")
     return ResNet20Features(file, measured.device)

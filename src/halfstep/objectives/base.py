@@ -29,14 +29,22 @@ FORBID_EXTRA = {"extra": "forbid"}
 """Tells pydantic to reject unknown names in a dataclass that is a field of a recipe."""
 
 
-def check_whole(name: str, value: object, least: int = 1) -> None:
-    """Raise unless `value` is a whole number of at least `least`.
+MOST_UPDATES: Final = 10**9
+"""Largest number of updates, and of what is counted in them."""
+MOST_AT_ONCE: Final = 2**20
+"""Largest batch."""
+
+
+def check_whole(name: str, value: object, least: int = 1, most: int = MOST_UPDATES) -> None:
+    """Raise unless `value` is a whole number from `least` to `most`.
 
     Raises:
         ValueError: naming the setting.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    if value > most:
+        raise ValueError(f"{name} must be at most {most:,}, got {value}")
 
 
 @final
@@ -102,7 +110,7 @@ class Training:
     batch_size: int = 128
     """Samples of an update, over all processes."""
     warmup_updates: int = 0
-    """Updates over which the rate rises from 0 to its peak."""
+    """Updates over which the rate rises from 0 to its peak; the whole stage if that is shorter."""
     anneal: bool = True
     """Let the rate fall linearly to 0 over the stage."""
     weight_decay: float = 0.0
@@ -122,9 +130,9 @@ class Training:
         for name in ("num_updates", "batch_size", "learning_rate", "grad_clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a finite number above 0, got {getattr(self, name)}")
-        for name in ("num_updates", "batch_size", "warmup_updates"):
-            if not isinstance(getattr(self, name), int):
-                raise ValueError(f"{name} must be a whole number, got {getattr(self, name)!r}")
+        check_whole("num_updates", self.num_updates)
+        check_whole("batch_size", self.batch_size, most=MOST_AT_ONCE)
+        check_whole("warmup_updates", self.warmup_updates, 0)
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight_decay must be finite and at least 0, got {self.weight_decay}")
         for beta in self.adam_betas:
@@ -133,10 +141,6 @@ class Training:
         for name in ("ema_decay", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        if not 0 <= self.warmup_updates <= self.num_updates:
-            raise ValueError(
-                f"warmup_updates must be from 0 to num_updates = {self.num_updates}, got {self.warmup_updates}"
-            )
 
     def of_helper(self, rate: float, **changes: Any) -> "Training":
         """Return the hyperparameters of a helper of the stage: `rate` times the learning rate, and `changes`.
@@ -151,8 +155,9 @@ class Training:
         rate = self.learning_rate
         if self.anneal:
             rate *= 1 - update / self.num_updates
-        if update < self.warmup_updates:
-            rate *= (update + 1) / self.warmup_updates
+        # A stage that was shortened is no error: it warms up to its end.
+        if update < (warmup := min(self.warmup_updates, self.num_updates)):
+            rate *= (update + 1) / warmup
         return rate
 
 

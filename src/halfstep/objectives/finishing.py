@@ -93,7 +93,7 @@ class Finishing(StepObjective):
 
     def __post_init__(self) -> None:
         check_num_steps(self.num_steps)
-        check_whole("auxiliary_turns", self.auxiliary_turns)
+        check_whole("auxiliary_turns", self.auxiliary_turns, most=1000)
         check_whole("lead_updates", self.lead_updates, 0)
         if not 0 <= self.map_weight < math.inf:
             raise ValueError(f"map_weight must be finite and at least 0, got {self.map_weight}")

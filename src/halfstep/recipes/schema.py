@@ -4,15 +4,16 @@ Every field has a flag on the command line (`--chain.start-steps 256`); its docs
 names here and become objects in `build`, nowhere deeper.
 """
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import torch
 import tyro
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from halfstep.core.grids import MOST_STEPS
 from halfstep.core.noise import NoiseProcess, VPCosine
 from halfstep.core.prediction import Prediction, predictions, weightings
 from halfstep.data import Data, DataConfig, LatentData, StandIn, open_data
@@ -33,16 +34,23 @@ from halfstep.objectives import (
     Training,
     objectives,
 )
+from halfstep.objectives.base import MOST_UPDATES
 from halfstep.registry import Registry
 from halfstep.run.course import Match, Start, check_start, cosine_within, course
 from halfstep.run.spec import RunSpec
 from halfstep.runs import Manifest
-from halfstep.runtime.files import cache_folder
+from halfstep.runtime.files import cache_folder, user_path
+from halfstep.runtime.terminal import one_line
 from halfstep.samplers import samplers
 from halfstep.train.settings import LEARNED, Engine
 
-Positive = Annotated[int, Field(ge=1)]
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Positive = Annotated[int, Field(ge=1, le=MOST_UPDATES)]
+Steps = Annotated[int, Field(ge=1, le=MOST_STEPS)]
+Width = Annotated[int, Field(ge=1, le=2**16)]
+Depth = Annotated[int, Field(ge=1, le=256)]
+Rate = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
+Scale = Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)]
+LogSNR = Annotated[float, Field(ge=-100, le=100)]
 
 
 def _member_of(family: Registry[Any]) -> AfterValidator:
@@ -64,17 +72,17 @@ class UNetConfig(Config):
 
     type: Literal["unet2d"] = "unet2d"
     """Kind of network."""
-    block_out_channels: tuple[Positive, ...] = (64, 128)
+    block_out_channels: Annotated[tuple[Width, ...], Field(min_length=1, max_length=12)] = (64, 128)
     """Channels at each resolution, from the finest; each further one halves the image's sides."""
-    layers_per_block: Positive = 2
+    layers_per_block: Depth = 2
     """Residual blocks at each resolution."""
     attention: tuple[bool, ...] = (False, True)
     """Whether each resolution has self-attention."""
     mid_attention: bool = True
     """Whether the middle has self-attention."""
-    attention_head_dim: Positive = 32
+    attention_head_dim: Width = 32
     """Channels of an attention head."""
-    norm_num_groups: Positive = 32
+    norm_num_groups: Width = 32
     """Groups of each group normalisation."""
     time_scale_shift: Literal["default", "scale_shift"] = "scale_shift"
     """How the time embedding acts: added, or as scale and shift after the second normalisation."""
@@ -82,13 +90,13 @@ class UNetConfig(Config):
     """Change of resolution: a convolution, or a residual block as in the paper."""
     norm_eps: Rate = 1e-5
     """Added to the variance in a group normalisation."""
-    time_embedding_dim: Positive | None = None
+    time_embedding_dim: Width | None = None
     """Width of the time embedding; four times the first channels by default."""
     flip_sin_to_cos: bool = True
     """Cosines before sines in the embedding of time, as is usual in diffusers; the paper has sines first."""
     freq_shift: Literal[0, 1] = 0
     """1 spaces the embedding's frequencies to end on 1/10000, as in the paper."""
-    num_train_timesteps: Positive = 1024
+    num_train_timesteps: Steps = 1024
     """Timesteps of the network's clock, a power of two; chains up to this many steps fall on whole ones."""
 
     @field_validator("num_train_timesteps")
@@ -104,9 +112,9 @@ class MLPConfig(Config):
 
     type: Literal["mlp"] = "mlp"
     """Kind of network."""
-    width: Positive = 128
+    width: Width = 128
     """Width of the hidden layers."""
-    depth: Positive = 3
+    depth: Depth = 3
     """Residual blocks."""
 
 
@@ -130,9 +138,9 @@ class ModelConfig(Config):
     """Weight of the error in x0: constant, snr, truncated_snr or snr_plus_one."""
     conditional: bool = True
     """Tell the network the class of a sample, where the data has classes."""
-    log_snr_min: float = -20.0
+    log_snr_min: LogSNR = -20.0
     """Log signal-to-noise ratio at t = 1."""
-    log_snr_max: float = 20.0
+    log_snr_max: LogSNR = 20.0
     """Log signal-to-noise ratio at t = 0."""
 
     def objects(self) -> tuple[NoiseProcess, Prediction]:
@@ -147,17 +155,17 @@ Flat = Annotated[Training, tyro.conf.arg(name="")]
 class ChainConfig(Config):
     """How the students are made."""
 
-    start_steps: Positive = 1024
+    start_steps: Steps = 1024
     """Steps of the first teacher."""
-    end_steps: Positive = 1
+    end_steps: Steps = 1
     """Steps of the last student."""
-    factor: Annotated[int, Field(ge=2)] = 2
+    factor: Annotated[int, Field(ge=2, le=MOST_STEPS)] = 2
     """Teacher steps that one step of its student replaces: 2 halves, 4 quarters."""
     teacher_sampler: Annotated[str, _member_of(samplers)] = "ddim"
     """Deterministic sampler of the first teacher; students teach by DDIM."""
-    teacher_steps: Positive | None = None
+    teacher_steps: Steps | None = None
     """Steps of that sampler for a step of the first student; the factor by default."""
-    students: tuple[Positive, ...] | None = None
+    students: tuple[Steps, ...] | None = None
     """Steps of all students instead of end and factor, such as 256 64 16 8 4."""
     training: Flat = HALVING
     """Training of each student."""
@@ -167,10 +175,10 @@ class ChainConfig(Config):
     """Exceptions, student's steps to its rate."""
     critic_weight: Rate | None = None
     """Weight of an adversarial term on the points where students land; none by default."""
-    lora_rank: Positive | None = None
+    lora_rank: Width | None = None
     """Train low-rank additions of this rank to the teacher's weights, which teacher and students then share, instead of
     whole students (networks of diffusers; the matching stage too)."""
-    keep: tuple[Positive, ...] | None = None
+    keep: tuple[Steps, ...] | None = None
     """Students, by their steps, whose weights stay on disk; all by default. Teacher and last student always stay."""
 
     @model_validator(mode="after")
@@ -214,13 +222,13 @@ class MatchingConfig(Config):
     """The student's noise process: that of the teacher, or the cosine clock over the teacher's own noise levels, with
     a power of two for its timesteps. By default cosine if a U-Net on a table of noise levels is matched anyway and
     trained whole: its steps lose less, and every power of two is exact."""
-    guidance_scale: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    guidance_scale: Scale | None = None
     """One guidance scale that the student takes in: one network call a step from then on; 1 is no guidance."""
-    guidance_range: tuple[float, float] | None = None
+    guidance_range: tuple[Scale, Scale] | None = None
     """Lowest and highest guidance scale, in the place of one: the student is shown the scale."""
-    null_class: int | None = Field(default=None, ge=0)
+    null_class: int | None = Field(default=None, ge=0, le=MOST_UPDATES)
     """The class that stands for none, where the teacher's files do not say."""
-    num_times: Positive = 1024
+    num_times: Steps = 1024
     """Times at which teacher and student are compared; a teacher on a table of noise levels is called at its own."""
     training: Flat = Training(num_updates=10_000, learning_rate=1e-4)
     """Training of the matched student."""
@@ -254,7 +262,7 @@ class MatchingConfig(Config):
 class FinishConfig(Config):
     """How students are finished: their landing points are moved onto the teacher's distribution."""
 
-    steps: tuple[Positive, ...] = ()
+    steps: tuple[Steps, ...] = ()
     """Students to finish, by their steps, such as 4 2 1."""
     training: Flat = FINISHING
     """Training of each finished student."""
@@ -268,7 +276,7 @@ class FinishConfig(Config):
     """Updates of the auxiliary denoiser before each of the student's."""
     auxiliary_rate: Rate = Finishing.auxiliary_rate
     """Rate of the auxiliary denoiser over the student's."""
-    lead_updates: int = Field(default=Finishing.lead_updates, ge=0)
+    lead_updates: int = Field(default=Finishing.lead_updates, ge=0, le=MOST_UPDATES)
     """First updates, which train the auxiliary denoiser only."""
     critic_weight: Rate | None = None
     """Weight of an adversarial term on the points where students land; none by default."""
@@ -345,7 +353,7 @@ class Recipe(Config):
 
     name: str
     """The recipe's name."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, le=2**62)] = 0
     """Key of every random number of the run."""
     data: DataConfig = DataConfig()
     """What to learn."""
@@ -369,6 +377,22 @@ class Recipe(Config):
     """Measuring."""
     engine: Engine = Engine()
     """Machine."""
+
+    @field_validator("name")
+    @classmethod
+    def _file_name(cls, name: str) -> str:
+        # Folders are called by it.
+        if (
+            name.startswith((".", "-"))
+            or len(name.encode(errors="replace")) > 100
+            or not re.fullmatch(r"[^/\\]+", name)
+        ):
+            raise ValueError(
+                f"must be a plain name of at most 100 bytes, without / and not starting with . or -: {name!r}"
+            )
+        if one_line(name) != name:
+            raise ValueError(f"must not contain control characters or bytes that are not UTF-8: {name!r}")
+        return name
 
     def teacher_plan(self) -> Plan:
         """Return the stage that trains the teacher."""
@@ -500,7 +524,7 @@ def data_or_stand_in(recipe: Recipe) -> tuple[Data, str | None]:
     if facts is None:
         return open_data(data), None
     missing = f"{data.source} is a name on the Hub, and a dry run downloads nothing"
-    if "/" not in data.source or Path(data.source).expanduser().exists():
+    if "/" not in data.source or user_path(data.source).exists():
         try:
             return open_data(data), None
         except ValueError as error:

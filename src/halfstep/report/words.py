@@ -60,8 +60,8 @@ def duration(seconds: float) -> str:
 
 
 def count(num: int, noun: str) -> str:
-    """Return "1 step" or "4 steps"."""
-    return f"{num:,} {noun}" + ("" if num == 1 else "s")
+    """Return "1 step", "4 steps" or "2 classes"."""
+    return f"{num:,} {noun}" + ("" if num == 1 else "es" if noun.endswith("s") else "s")
 
 
 def inside(folder: Path, error: Exception) -> str:

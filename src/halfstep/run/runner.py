@@ -79,7 +79,7 @@ def run(spec: RunSpec, path: Path, stop: StopSignal | None = None) -> Iterator[E
             ending.callback(runner.trackers.finish)
             yield from runner.run()
     except OSError as error:
-        raise no_storage(error, path, None if runner is None else runner.last) from None
+        raise no_storage(error, path, None if runner is None else runner.last, runner is not None) from None
     except RuntimeError as error:
         if not is_lost(error):
             raise

@@ -16,7 +16,8 @@ import numpy as np
 from accelerate.tracking import TensorBoardTracker, TrackioTracker, WandBTracker
 from PIL import Image
 
-from halfstep.runtime.files import write_text
+from halfstep.runtime.files import first_line, write_text
+from halfstep.runtime.stop import Interrupted
 from halfstep.train.settings import Tracker
 
 
@@ -71,8 +72,17 @@ class Trackers:
                 unique = f"{self._name}-{identity[:6]}"
                 tracker = TrackioTracker("halfstep", name=unique, resume="allow", config=settings)
             # Trackio prints to stdout, where a run prints its own lines.
-            with redirect_stdout(StringIO()):
-                tracker.start()
+            try:
+                with redirect_stdout(StringIO()):
+                    tracker.start()
+            except (Interrupted, OSError):
+                raise
+            except Exception as error:  # each library has errors of its own
+                remedy = "run `wandb login`, or set WANDB_MODE=offline" if name == "wandb" else "choose another --out"
+                raise ValueError(
+                    f"the tracker {name} cannot write into {self._folder} ({first_line(error)}). Leave it out of "
+                    f"--engine.trackers, or {remedy}"
+                ) from None
             if isinstance(tracker, WandBTracker):
                 tracker.run.define_metric("*", step_metric="update")
             self._started.append(tracker)

@@ -13,6 +13,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from halfstep.runtime.terminal import printable
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -139,9 +141,9 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` in UTF-8, atomically."""
+    """Write `text` in UTF-8, atomically; "?" stands for bytes of a file name that are not UTF-8."""
     with replacing(path) as temporary:
-        temporary.write_bytes(text.encode())
+        temporary.write_bytes(text.encode(errors="replace"))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -209,5 +211,28 @@ def check_files(folder: Path, digests: Mapping[str, str]) -> None:
 
 
 def cache_folder() -> Path:
-    """Return $HALFSTEP_CACHE, or ~/.cache/halfstep: the folder for what can be made again."""
-    return Path(os.environ.get("HALFSTEP_CACHE", Path.home() / ".cache" / "halfstep"))
+    """Return $HALFSTEP_CACHE, or ~/.cache/halfstep: the folder for what can be made again.
+
+    Raises:
+        ValueError: if the variable is not set and the user has no home folder.
+    """
+    if named := os.environ.get("HALFSTEP_CACHE"):
+        return Path(named)
+    return user_path("~/.cache/halfstep")
+
+
+def user_path(text: str | Path) -> Path:
+    """Return the path with the user's home folder for ~.
+
+    Raises:
+        ValueError: if that user has none.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        # A user without an entry in the list of users, as in many containers.
+        named = str(text).partition("/")[0]
+        raise ValueError(
+            f"{printable(str(text))}: no home folder is known for {named}. Write the path in full, or set "
+            f"{'HOME or HALFSTEP_CACHE' if named == '~' else 'HOME'}"
+        ) from None

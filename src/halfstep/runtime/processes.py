@@ -25,6 +25,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from halfstep.runtime import storage
+from halfstep.runtime.launch import world_size
 from halfstep.runtime.stop import Interrupted, StopSignal, at_once
 
 Item = TypeVar("Item")
@@ -54,11 +55,6 @@ class LostProcess(RuntimeError):
 def exit_code(error: BaseException) -> int:
     """Return the exit code after an error: another process's, 128 + n for signal n, or `storage.exit_code`'s."""
     return error.code if isinstance(error, FailedElsewhere | Interrupted) else storage.exit_code(error)
-
-
-def launched() -> int:
-    """Return the number of processes that a launcher has started; 1 without one."""
-    return max(1, int(os.environ.get("WORLD_SIZE", "1") or "1"))
 
 
 _FOREIGN: Final = {
@@ -104,7 +100,7 @@ def make_accelerator(
     if precision not in modes:
         raise ValueError(f"precision must be one of {', '.join(modes)}, got {precision!r}")
     _check_launcher(precision)
-    if launched() > 1 and not torch.accelerator.is_available():
+    if world_size() > 1 and not torch.accelerator.is_available():
         # accelerate would otherwise take each process for the only one.
         cpu = True
     # accelerate keeps its settings for the whole process; two runs in one process may differ in them.
@@ -119,9 +115,9 @@ def make_accelerator(
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
         ],
     )
-    if launched() > accelerator.num_processes:
+    if world_size() > accelerator.num_processes:
         raise ValueError(
-            f"{launched()} processes were started, but they are not connected (accelerate sees "
+            f"{world_size()} processes were started, but they are not connected (accelerate sees "
             f"{accelerator.num_processes}): start them with torchrun or accelerate launch"
         )
     return accelerator

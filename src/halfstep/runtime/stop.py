@@ -1,8 +1,8 @@
 """Stopping in good order: on a signal, the run saves its state and ends.
 
 Schedulers send SIGTERM before they kill (Kubernetes, Slurm, spot machines), Slurm's `--signal` sends SIGUSR1 earlier,
-and SIGINT is Ctrl-C. Launchers often send a signal twice, to a process and to its group, so only a second Ctrl-C after
-a moment ends the process at once.
+a terminal that is closed sends SIGHUP, and SIGINT is Ctrl-C. Launchers often send a signal twice, to a process and to
+its group, so only a second Ctrl-C after a moment ends the process at once.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ class Interrupted(Exception):
 
 @final
 class StopSignal:
-    """While entered, SIGINT, SIGTERM and SIGUSR1 set `number` instead of ending the process.
+    """While entered, SIGINT, SIGTERM, SIGHUP and SIGUSR1 set `number` instead of ending the process.
 
     Within `at_once` they also raise Interrupted.
     """
@@ -39,7 +39,10 @@ class StopSignal:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                # Started by nohup, which lets it run on.
+                continue
             self._before[number] = signal.signal(number, self._receive)
         return self
 

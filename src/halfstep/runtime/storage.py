@@ -8,8 +8,11 @@ from typing import Final
 from halfstep.runtime.files import InUse
 
 FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-GONE: Final = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO, errno.EROFS, errno.ETIMEDOUT)
-"""What disks and network mounts say when they are full, and when they are gone."""
+"""What disks say when they are full."""
+GONE: Final = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ETIMEDOUT)
+"""What disks and network mounts say when they are gone."""
+LOST: Final = (errno.EROFS, errno.ENXIO, errno.ENOENT, errno.EACCES)
+"""What they say too of a folder that could be written before; at the start of a run it is bad input."""
 
 
 class NoStorage(OSError):
@@ -35,16 +38,19 @@ def last_good(last: Path | None) -> str:
     return f"the last {kind} is {last}"
 
 
-def no_storage(error: OSError, path: Path, last: Path | None) -> OSError:
+def no_storage(error: OSError, path: Path, last: Path | None, has_begun: bool = True) -> OSError:
     """Return NoStorage with the last good state if the error is the run folder's, else the error itself.
 
     The folder may be gone, so nothing is looked up in it.
+
+    Args:
+        has_begun: whether this process has written the folder.
     """
     within = error.filename is not None and Path(os.fsdecode(error.filename)).is_relative_to(path)
     if error.errno in FULL:
         full = path if within or error.filename is None else os.fsdecode(error.filename)
         what, then = f"no space left for {full}", "free some space"
-    elif within or (error.filename is None and error.errno in GONE):
+    elif (within or error.filename is None) and error.errno in ((*GONE, *LOST) if has_begun else GONE):
         what, then = f"{path} cannot be written or read any more ({error.strerror})", "bring it back"
     else:
         return error

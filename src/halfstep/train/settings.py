@@ -4,12 +4,14 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Final, Literal, final, get_args
 
-from halfstep.objectives.base import FORBID_EXTRA, check_whole
+from halfstep.objectives.base import FORBID_EXTRA, MOST_AT_ONCE, check_whole
 
 Precision = Literal["float32", "bf16"]
 Sharding = Literal["none", "full"]
 Optimizer = Literal["adamw", "adamw8bit", "paged_adamw8bit"]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
+
+MOST_MINUTES: Final = 60 * 24 * 365
 
 
 @final
@@ -61,12 +63,14 @@ class Engine:
         for name in ("log_every", "checkpoint_updates"):
             check_whole(f"engine.{name}", getattr(self, name))
         if self.threads is not None:
-            check_whole("engine.threads", self.threads)
+            check_whole("engine.threads", self.threads, most=512)
         if self.micro_batch not in (None, "auto"):
-            check_whole("engine.micro_batch", self.micro_batch)
+            check_whole("engine.micro_batch", self.micro_batch, most=MOST_AT_ONCE)
         for name in ("timeout_minutes", "checkpoint_minutes"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"engine.{name} must be a finite number above 0, got {getattr(self, name)}")
+            if getattr(self, name) > MOST_MINUTES:
+                raise ValueError(f"engine.{name} must be at most {MOST_MINUTES:,}, got {getattr(self, name):g}")
         if self.requeue_code is not None and not 1 <= self.requeue_code <= 255:
             raise ValueError(f"engine.requeue_code must be from 1 to 255, got {self.requeue_code}")
         known = {"precision": Precision, "teacher_precision": Precision, "sharding": Sharding, "optimizer": Optimizer}

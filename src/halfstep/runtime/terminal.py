@@ -1,0 +1,100 @@
+"""Text for terminals, and stdout and stderr that may be closed, full or unable to encode it."""
+
+import contextlib
+import errno
+import io
+import os
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any, Final, TextIO, final
+
+CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+"""What a terminal obeys or cannot show: control characters but tab and newline, lone surrogates (bytes of a file name
+that are not UTF-8), line separators and changes of the writing direction."""
+
+
+def printable(text: str) -> str:
+    """Return the text with its control characters as escapes, and a replacement character for each lone surrogate."""
+    return CONTROL.sub(lambda found: _shown(found[0]), text)
+
+
+def _shown(character: str) -> str:
+    return "\ufffd" if "\ud800" <= character <= "\udfff" else repr(character)[1:-1]
+
+
+def one_line(text: object) -> str:
+    """Return the text without control characters, its white space as single spaces."""
+    return printable(" ".join(str(text).split()))
+
+
+def warn(text: object) -> None:
+    """Print a warning on stderr."""
+    print(f"halfstep: warning: {one_line(text)}", file=sys.stderr)
+
+
+@final
+class Output:
+    """stdout or stderr of a command: a failed write loses its text, never the work.
+
+    The first failure, whose error is kept, sends the rest to the null device. What the encoding lacks becomes "?".
+
+    Args:
+        stream: the stream, or None if it was closed before Python started.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self.error: OSError | None = None
+        self._is_closed = stream is None
+        self._stream: Any = stream
+        if stream is None:
+            self._stream = open(os.devnull, "w", encoding="utf-8", errors="replace")  # noqa: SIM115 (until the end)
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+    def write(self, text: str) -> int:
+        """Write, or note why that failed."""
+        if self._is_closed and self.error is None:
+            self.error = OSError(errno.EBADF, os.strerror(errno.EBADF))
+        try:
+            self._stream.write(text)
+        except OSError as error:
+            self._lose(error)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, or note why that failed."""
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._lose(error)
+
+    def _lose(self, error: OSError) -> None:
+        self.error = self.error or error
+        with contextlib.suppress(OSError, ValueError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self._stream.fileno())
+            os.close(null)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def safe_outputs() -> Iterator[Output]:
+    """Make `sys.stdout` and `sys.stderr` an Output each while entered; yield that of stdout."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            # The next file opened would get the number, and what is printed by C would go into it.
+            os.open(os.devnull, os.O_RDWR)
+    before = sys.stdout, sys.stderr
+    out, err = Output(sys.stdout), Output(sys.stderr)
+    sys.stdout, sys.stderr = out, err
+    try:
+        yield out
+    finally:
+        out.flush()
+        err.flush()
+        sys.stdout, sys.stderr = before

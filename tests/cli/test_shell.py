@@ -1,0 +1,359 @@
+"""What surrounds a command: streams, signals, environment, hostile names and numbers. Nothing ends in a traceback."""
+
+import errno
+import io
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from rich.table import Table
+
+from halfstep.cli import main
+from halfstep.cli.completion import command_line
+from halfstep.cli.verbs import EXIT_CODES, SITUATIONS, VERBS
+from halfstep.cli.words import Screen
+from halfstep.data import DataConfig
+from halfstep.objectives import Training
+from halfstep.recipes import Recipe
+from halfstep.runtime.files import cache_folder, user_path, write_text
+from halfstep.runtime.launch import check_launch, rank, world_size
+from halfstep.runtime.stop import Interrupted, StopSignal
+from halfstep.runtime.storage import NoStorage, no_storage
+from halfstep.runtime.terminal import Output, printable
+from support_cli import Capture, refused
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "said"),
+    [
+        ("--help >&-", 2, "stdout cannot be written (Bad file descriptor)"),
+        ("--help > /dev/full", 2, "stdout cannot be written (No space left on device)"),
+        ("--help 2>&- | true", 0, ""),
+        ("--help | head -1", 0, ""),
+        ("nonsense 2>&- >&-", 2, ""),
+        ("nonsense 2> /dev/full", 2, ""),
+    ],
+)
+def test_lost_streams_end_in_one_line_at_most(line: str, code: int, said: str) -> None:
+    script = f"set -o pipefail; {sys.executable} -m halfstep {line}"
+    ended = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == code
+    assert said in ended.stderr
+    assert len(ended.stderr.splitlines()) == (1 if said else 0)
+
+
+def test_a_broken_stream_loses_text_and_not_work(tmp_path: Path) -> None:
+    class Broken(io.TextIOWrapper):
+        def write(self, text: str) -> int:
+            raise OSError(errno.EPIPE, "Broken pipe")
+
+    out = Output(Broken(open(tmp_path / "x", "wb")))  # noqa: SIM115
+    assert out.write("abc") == 3
+    assert out.error is not None
+    assert out.error.errno == errno.EPIPE
+
+
+def test_a_console_without_the_character_shows_a_question_mark() -> None:
+    held = io.BytesIO()
+    out = Output(io.TextIOWrapper(held, encoding="cp1252"))
+    out.write("a猫b")
+    out.flush()
+    assert held.getvalue() == b"a?b"
+
+
+def test_texts_carry_no_markup_and_no_control_sequences() -> None:
+    assert printable("\x1b]0;X\x07\u202e") == "\\x1b]0;X\\x07\\u202e"
+    hostile = "[/b] :smile: \x1b]0;X \x9b31m \udce9"
+    shown = "[/b] :smile: \\x1b]0;X \\x9b31m \ufffd"
+    assert printable(hostile) == shown
+    for is_terminal in (True, False):
+        out = io.StringIO()
+        screen = Screen(file=out, is_terminal=is_terminal)
+        table = Table(hostile, title=hostile)
+        table.add_row(hostile)
+        screen.say(hostile)
+        screen.note(hostile)
+        screen.show(table)
+        assert out.getvalue().count(shown) >= 2
+        # rich's own colours, and nothing else.
+        assert not re.search(r"[\x07\x9b\ud800-\udfff]|\x1b(?!\[[\d;]*m)", out.getvalue())
+        if not is_terminal:
+            assert not re.search(r"[ \t]$", out.getvalue(), re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"RANK": "x"}, "RANK must be a whole number of at least 0, got 'x'"),
+        ({"WORLD_SIZE": "-2"}, "WORLD_SIZE must be a whole number of at least 1, got '-2'"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK 2 must be below WORLD_SIZE 2"),
+        ({"MASTER_PORT": "٣"}, "MASTER_PORT must be"),
+    ],
+)
+def test_a_launchers_variables_are_checked(
+    variables: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=said):
+        check_launch()
+
+
+def test_a_command_names_a_launchers_bad_variable(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setenv("RANK", "x")
+    assert "RANK must be a whole number" in refused(["status", "nowhere"], capsys)
+
+
+def test_a_rank_without_a_world_is_that_of_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "3")
+    assert (rank(), world_size()) == (0, 1)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert (rank(), world_size()) == (3, 4)
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def homeless(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    monkeypatch.setenv("HALFSTEP_CACHE", "")
+    with pytest.raises(ValueError, match="set HOME or HALFSTEP_CACHE"):
+        cache_folder()
+    with pytest.raises(ValueError, match="no home folder is known for ~nobody"):
+        user_path("~nobody/x")
+    monkeypatch.setenv("HALFSTEP_CACHE", str(tmp_path))
+    assert cache_folder() == tmp_path
+
+
+def test_a_closed_terminal_stops_like_sigterm_unless_nohup_started_it() -> None:
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.number == signal.SIGHUP
+            assert Interrupted(stop.number).code == 129
+            assert 129 in VERBS["run"].codes
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.number is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_only_a_lost_disk_is_one() -> None:
+    run = Path("runs/x")
+    for number in (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL):
+        error = OSError(number, os.strerror(number), "runs/x/log.jsonl")
+        assert no_storage(error, run, None) is error
+    for number in (errno.EACCES, errno.EROFS, errno.ENOENT):
+        error = OSError(number, os.strerror(number), "runs/x/log.jsonl")
+        assert no_storage(error, run, None, has_begun=False) is error
+        assert isinstance(no_storage(error, run, None), NoStorage)
+
+
+@pytest.mark.parametrize(
+    "name", ["../../x", "/tmp/x", "..", "", "a/b", "a\\b", "-x", "a\x1b[2J", "caf\udce9", "x" * 101]
+)
+def test_a_recipes_name_cannot_leave_the_runs(name: str, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "mine.json").write_text(json.dumps(Recipe(name="x").model_dump(mode="json") | {"name": name}))
+    assert "name: must" in refused(["run", str(tmp_path / "mine.json"), "--dry-run"], capsys)
+    assert list(tmp_path.iterdir()) == [tmp_path / "mine.json"]
+
+
+def test_one_folder_has_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert {DataConfig(source=text).source for text in ("pics", "./pics", "pics/", ".//pics/.")} == {"pics"}
+    assert DataConfig(source="owner/name").source == "owner/name"
+    assert DataConfig(source="./owner/name").source == "./owner/name"
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    assert DataConfig(source="./owner/name").source == "owner/name"
+
+
+def test_a_text_with_bytes_of_a_name_is_written(tmp_path: Path) -> None:
+    write_text(tmp_path / "x", "caf\udce9")
+    assert (tmp_path / "x").read_bytes() == b"caf?"
+
+
+HUGE = [
+    ("run", "arrays", "--network.width"),
+    ("run", "arrays", "--network.depth"),
+    ("run", "digits", "--teacher.batch-size"),
+    ("run", "digits", "--teacher.num-updates"),
+    ("run", "digits", "--chain.start-steps"),
+    ("run", "digits", "--chain.lora-rank"),
+    ("run", "digits", "--engine.threads"),
+    ("run", "digits", "--engine.timeout-minutes"),
+    ("run", "digits", "--engine.micro-batch"),
+    ("run", "digits", "--evaluation.num-samples"),
+    ("run", "digits", "--data.image-size"),
+    ("run", "digits", "--network.layers-per-block"),
+    ("run", "digits", "--matching.guidance-scale"),
+    ("run", "digits", "--seed"),
+    ("sample", "x", "--num-samples"),
+    ("sample", "x", "--seed"),
+    ("sample", "x", "--num-steps"),
+    ("sample", "x", "--batch-size"),
+    ("evaluate", "x", "--seeds"),
+    ("evaluate", "x", "--num-samples"),
+    ("evaluate", "x", "--search-gamma"),
+    ("study", "table1", "--threads"),
+    ("study", "table1", "--seeds"),
+    ("explore", "x", "--port"),
+    ("explore", "x", "--max-samples"),
+    ("explore", "x", "--max-seconds"),
+]
+
+
+@pytest.mark.parametrize("command", HUGE, ids=" ".join)
+def test_absurd_numbers_are_refused_at_once(command: tuple[str, ...], capsys: Capture) -> None:
+    is_float = command[-1] in ("--engine.timeout-minutes", "--matching.guidance-scale", "--max-seconds")
+    for text in ("1" + "0" * 30, *(("inf",) if is_float else ())):
+        said = refused([*command, text, *(["--dry-run"] if command[0] == "run" else [])], capsys)
+        assert command[-1] in said
+
+
+def test_a_shortened_stage_warms_up_to_its_end() -> None:
+    rates = [Training(4, 1.0, warmup_updates=100, anneal=False).rate_at(update) for update in range(4)]
+    assert rates == [0.25, 0.5, 0.75, 1.0]
+
+
+def test_an_error_names_the_option_that_was_typed(capsys: Capture) -> None:
+    assert refused(["run", "digits", "--start", "0"], capsys).startswith("--start: must be at least 1")
+    assert refused(["run", "digits", "--teacher.warmup-updates", "-1"], capsys).startswith("--teacher.warmup-updates ")
+
+
+# ------------------------------------------------------------------------------------------------------------- help
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_is_short_and_wrapped(verb: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    printed = {}
+    for option in ("--help", "--help-all"):
+        with pytest.raises(SystemExit) as end:
+            main([verb, option])
+        assert end.value.code == 0
+        printed[option] = capsys.readouterr().out
+        assert not re.search(r"default:\s*\)|\(default: None\)|[ \t]$|│", printed[option], re.MULTILINE)
+        examples = {f"  {example}" for example in VERBS[verb].examples}
+        long = [line for line in printed[option].splitlines() if len(line) > 80 and line not in examples]
+        # An option with many choices cannot be broken.
+        assert all(re.match(r"  -", line) for line in long), long
+    if VERBS[verb].shown:
+        assert len(printed["--help"].splitlines()) <= 40
+        assert printed["--help-all"].count("\n") > 100
+
+
+def test_the_overview_shows_situations_whose_commands_exist(capsys: Capture) -> None:
+    with pytest.raises(SystemExit):
+        main([])
+    printed = capsys.readouterr().out
+    assert len(SITUATIONS) == 5
+    for what, command in SITUATIONS:
+        assert what in printed
+        assert command.split()[1] in VERBS
+
+
+# ------------------------------------------------------------------------------------------------------------- fuzz
+
+VALUES = (
+    *(
+        "",
+        " ",
+        "-1",
+        "0",
+        "1",
+        "2",
+        "1e9",
+        "1" + "0" * 30,
+        "nan",
+        "inf",
+        "-inf",
+        "None",
+        "True",
+        "auto",
+        "[/b]",
+        "\x1b[2J",
+    ),
+    *(
+        "caf\udce9",
+        "猫",
+        "x" * 300,
+        "/dev/null",
+        "/dev/null/x",
+        "nowhere",
+        ".",
+        "..",
+        "~nobody/x",
+        "--",
+        "-",
+        "=",
+        "{}",
+    ),
+    *("digits", "pixels", "ddim", "cpu", "a=b", "\x00", "٣", "0x10", "1_000"),
+)
+DRY = {"run": ["digits"], "train": ["digits"], "study": ["table1"], "demo": []}
+"""Verbs that would train, with what makes them begin; a dry run is all that is asked of them."""
+ON_RUNS = ("sample", "evaluate", "report", "status", "export", "distill", "finish")
+
+
+def _options() -> dict[str, list[str]]:
+    (verbs,) = [action.choices for action in command_line()._actions if isinstance(action.choices, dict)]
+    return {verb: sorted(o for o in verbs[verb]._option_string_actions if o.startswith("--")) for verb in VERBS}
+
+
+OPTIONS = _options()
+
+
+def fuzzed(draw: random.Random, *subjects: str) -> list[str]:
+    """A command line of a verb with hostile options, on one of the subjects if there are any, which trains nothing."""
+    verb = draw.choice([name for name in VERBS if name not in ("doctor", "explore")])
+    words = [verb, *DRY.get(verb, [draw.choice(VALUES) for _ in range(draw.randrange(3))])]
+    if subjects and verb in ON_RUNS:
+        words = [verb, draw.choice(subjects)]
+    for _ in range(draw.randrange(1, 4)):
+        option = draw.choice(OPTIONS[verb])
+        words += [option[: draw.randrange(3, len(option) + 1)] if draw.random() < 0.1 else option]
+        words += [draw.choice(VALUES) for _ in range(draw.choice((0, 1, 1, 1, 1, 2)))]
+    return [*words, "--dry-run"] if verb in DRY or verb in ("distill", "finish") else words
+
+
+def ends_well(argv: list[str]) -> None:
+    """Run a command; any end but one with a documented code fails."""
+    try:
+        main(argv)
+    except SystemExit as end:
+        assert end.code in EXIT_CODES, (argv, end.code)  # noqa: PT017 (or it does not end by an exception)
+
+
+@pytest.fixture
+def _still(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # What a plan costs is measured elsewhere.
+    monkeypatch.setattr("halfstep.cli.commands.show_plan", lambda *_: None)
+    monkeypatch.setattr("torch.set_num_threads", lambda _: None)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("_still")
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
+@given(st.randoms(use_true_random=False))
+def test_hostile_command_lines_end_in_one_line(draw: random.Random) -> None:
+    ends_well(fuzzed(draw))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_still")
+def test_a_thousand_hostile_command_lines_end_in_one_line(toy_run: Path) -> None:
+    draw = random.Random(int(os.environ.get("FUZZ_SEED", "0")))
+    stages = [str(path) for path in (toy_run / "stages").iterdir()]
+    for _ in range(1000):
+        ends_well(fuzzed(draw, str(toy_run), *stages))
