@@ -28,6 +28,7 @@ from halfstep.metrics import (
     train_classifier,
     why_no_lpips,
 )
+from halfstep.metrics import distances
 from halfstep.metrics.reference import described, halves
 
 
@@ -61,6 +62,21 @@ def test_frechet_equals_torchmetrics_also_where_the_covariance_is_singular(n: in
     metric.update(a, real=True)
     metric.update(b, real=False)
     assert frechet_distance(a, b) == pytest.approx(float(metric.compute()), rel=1e-4 if n < d else 1e-9)
+
+
+@pytest.mark.parametrize(("n", "m", "d"), [(20, 30, 64), (20, 200, 64), (200, 20, 64), (64, 65, 64)])
+def test_frechet_of_few_samples_equals_the_formula_of_moments(n: int, m: int, d: int) -> None:
+    """Fewer samples than dimensions go without matrices [d, d]."""
+    a, b = _features(n, d, 1), _features(m, d, 2)
+    dense = frechet_of_moments(moments_of(a), moments_of(b))
+    assert frechet_distance(a, b) == pytest.approx(dense, rel=1e-8)
+    assert frechet_distance(a, b, moments_of(a)) == frechet_distance(a, b)
+
+
+def test_frechet_of_few_samples_in_many_dimensions_takes_no_square_matrix(monkeypatch) -> None:
+    monkeypatch.setattr(distances, "moments_of", None)
+    a = torch.randn(30, 20_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert frechet_distance(a, a + 0.5) == pytest.approx(0.25 * 20_000, rel=1e-9)
 
 
 def test_frechet_of_shifted_and_scaled_sets_has_its_closed_form() -> None:
