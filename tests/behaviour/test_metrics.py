@@ -13,11 +13,14 @@ from halfstep.measure.evaluate import Evaluation, Reference
 from halfstep.metrics import (
     METRICS,
     Pixels,
+    distances,
     figures_of,
     frechet_distance,
+    frechet_of_moments,
     inception_score,
     kernel_distance,
     lpips,
+    moments_of,
     paired_figures,
     precision_recall,
     psnr,
@@ -28,7 +31,6 @@ from halfstep.metrics import (
     train_classifier,
     why_no_lpips,
 )
-from halfstep.metrics import distances
 from halfstep.metrics.reference import described, halves
 
 

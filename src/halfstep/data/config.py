@@ -44,6 +44,8 @@ class DataConfig(BaseModel):
     """Use so many samples at most: the first, or of a folder with classes as many of each."""
     skip_broken: bool = False
     """Leave out images that cannot be read, with a warning, instead of stopping."""
+    accept_changed: bool = False
+    """Resume a run although its data have changed since, such as by a repaired file."""
     max_bytes: int = 2 * 2**30
     """Images whose pixels take more memory than this are decoded each time they are used."""
 
@@ -59,6 +61,12 @@ def open_data(config: DataConfig) -> Data:
     data = _open(config)
     check_flip(data, config.flip)
     return data
+
+
+def holds_images(config: DataConfig) -> bool:
+    """Whether the source is a folder or a name on the Hub, from which images come in any size."""
+    path = Path(config.source).expanduser()
+    return config.source != "digits" and not path.is_file() and not is_latents(path)
 
 
 def _open(config: DataConfig) -> Data:

@@ -1,5 +1,6 @@
 """Data from folders of image files: any formats and sizes, with sub-folders for splits and for classes."""
 
+import contextlib
 import itertools
 import os
 import re
@@ -145,6 +146,19 @@ def _listed(root: Path, paths: Sequence[PurePath], limit: int | None) -> Labelle
         raise ValueError(f"{file} does not hold one [path, class] for each image: {remedy}") from None
     labels, names = classes_of(str(file), listed, len(paths))
     return Labelled(Files(root, tuple(paths[:limit])), labels[:limit], names)
+
+
+def changed_since(source: str, moment: float) -> list[Path]:
+    """Return the files of a source on this machine, a file or a folder, that changed after `moment` (time.time())."""
+    root = Path(source).expanduser()
+    paths = [root / path for path in files_below(root)] if root.is_dir() else [root]
+    found = []
+    for path in paths:
+        with contextlib.suppress(OSError):
+            state = path.stat()
+            if max(state.st_mtime, state.st_ctime) > moment:
+                found.append(path)
+    return found
 
 
 def files_below(root: Path) -> list[PurePath]:

@@ -69,6 +69,10 @@ _CHUNK: Final = 4096
 """Images read at a time, which bounds the memory for their encoded bytes."""
 
 
+class TooDeep(ValueError):
+    """More bits than pixels have here. What was meant as white is not known, so nothing is scaled."""
+
+
 @final
 @dataclass(frozen=True)
 class Preparation:
@@ -83,13 +87,13 @@ class Preparation:
         """Pixels `[channels, height, width]`, both `image_size` if there is one; under "crop" the centre, undistorted.
 
         Raises:
-            ValueError: if the image has more than 8 bits a channel, of which Pillow would keep the upper 8.
+            TooDeep: if the image has more than 8 bits a channel, of which Pillow would keep the upper 8.
         """
         is_deep = image.mode in ("I", "F") or image.mode.startswith("I;")
         # Pillow shows 16 bits of colour as 8: only the raw mode that it decodes says so.
         if is_deep or (image.format in ("PNG", "TIFF") and any(";16" in str(tile.args) for tile in image.tile)):
             mode = image.mode if is_deep else "16 bits of colour"
-            raise ValueError(f"it has more than 8 bits a channel, mode {mode}: save it with 8")
+            raise TooDeep(f"has more than 8 bits a channel (mode {mode}): scale it to 8, or remove it")
         image = _upright(image)
         channels = self.channels or (1 if image.mode in _GREY else 3)
         if image.has_transparency_data:
@@ -350,6 +354,8 @@ def _open(file: Path | bytes, name: str, prepare: Preparation) -> NDArray[np.uin
     except Exception as error:  # Pillow's decoders raise many types on damaged files
         if isinstance(error, OSError) and error.errno in GONE:
             raise OSError(error.errno, f"{error.strerror}: the data are gone; bring them back", name) from None
+        if isinstance(error, TooDeep):
+            return ValueError(f"{name} {error}")
         if isinstance(error, FileNotFoundError):
             return ValueError(f"{name} is missing: bring it back, or remove what names it")
         if isinstance(error, Image.DecompressionBombError):

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 
 from halfstep.core.noise import NoiseProcess, VPCosine
 from halfstep.core.prediction import Prediction, predictions, weightings
-from halfstep.data import Data, DataConfig, LatentData, StandIn, open_data
+from halfstep.data import Data, DataConfig, LatentData, StandIn, open_data, warn_of_scale
 from halfstep.measure.evaluate import Evaluation
 from halfstep.models.model import Model
 from halfstep.nets import MLP, Network, UNet2D, unet2d_config
@@ -35,6 +35,7 @@ from halfstep.objectives import (
 )
 from halfstep.registry import Registry
 from halfstep.run.course import Match, Start, check_start, cosine_within, course
+from halfstep.run.preflight import preflight
 from halfstep.run.spec import RunSpec
 from halfstep.runs import Manifest
 from halfstep.runtime.files import cache_folder
@@ -332,8 +333,13 @@ class StageConfig(Config):
 
 IDLE: Final = tuple(setting.name for setting in fields(Engine) if setting.name not in LEARNED)
 """Fields of the engine that do not change what is learned."""
-FREE_FIELDS: Final = ("chain.keep", "evaluation.batch_size", *(f"engine.{name}" for name in IDLE))
-"""Fields that may change when a run resumes: they decide how, not what."""
+FREE_FIELDS: Final = (
+    *("chain.keep", "data.source", "data.skip_broken", "data.accept_changed"),
+    *(f"evaluation.{setting.name}" for setting in fields(Evaluation)),
+    *(f"engine.{name}" for name in IDLE),
+)
+"""Fields that may change when a run resumes: they decide how, not what. Of the data, the samples themselves are
+compared; models whose protocol has changed are measured again."""
 
 
 TEACHER: Final = Training(num_updates=100_000, learning_rate=2e-4, warmup_updates=1000, anneal=False, ema_decay=0.9999)
@@ -526,10 +532,12 @@ def build(
         parent: what identifies the given teacher; its own stage, source and files if None.
 
     Raises:
-        ValueError: if the data cannot be opened or the recipe's parts do not fit each other.
+        ValueError: if the data cannot be opened, the recipe's parts do not fit each other or the data, or the models
+            could not be measured.
     """
     process, prediction = recipe.model.objects()
     opened = open_data(recipe.data) if data is None else data
+    warn_of_scale(opened)
     origin: dict[str, Any] = {} if what == "all" else {"what": what}
     if teacher is None:
         start = Start(process, prediction, given=False)
@@ -552,7 +560,7 @@ def build(
         if teacher is not None:
             check_start(teacher, chain)
         plan = plan + chain
-    return RunSpec(
+    spec = RunSpec(
         recipe=recipe.model_dump(mode="json") | origin,
         plan=plan,
         data=opened,
@@ -573,6 +581,8 @@ def build(
         free=FREE_FIELDS,
         defaults=Recipe(name=recipe.name).model_dump(mode="json"),
     )
+    preflight(spec)
+    return spec
 
 
 def _with_null(teacher: Model, config: MatchingConfig, data: Data) -> Model:
@@ -602,9 +612,19 @@ def _with_null(teacher: Model, config: MatchingConfig, data: Data) -> Model:
     return Model(teacher.denoiser, teacher.manifest, null)
 
 
+def encode_first(model: Manifest, source: str, pipeline: str) -> str:
+    """Return why a model of latents cannot be trained on images, and the command that makes latents of them."""
+    return (
+        f"the model makes latents {list(model.shape)}, and {source} holds images: encode them first by "
+        f"halfstep encode {pipeline} --data {source} --out latents, then give --data latents"
+    )
+
+
 def check_fit(model: Manifest, data: Data) -> None:
     """Raise ValueError if a model cannot be trained or measured on this data: shapes, ranges or conditions differ."""
     kinds = {True: "images in [-1, 1]", False: "plain arrays"}
+    if model.pipeline is not None and data.is_image and not model.is_image:
+        raise ValueError(encode_first(model, data.source, model.pipeline.folder))
     if model.is_image != data.is_image:
         raise ValueError(
             f"the model makes {kinds[model.is_image]}, but {data.source} holds {kinds[data.is_image]}: give the data "
