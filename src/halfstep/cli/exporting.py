@@ -9,7 +9,7 @@ import torch
 import tyro
 
 from halfstep.cli.arguments import device_of
-from halfstep.cli.usage import UsageError, check_least, parse
+from halfstep.cli.usage import UsageError, check_least, in_own_words, parse
 from halfstep.cli.words import console_for
 from halfstep.data import encode as encode_images
 from halfstep.data import read_captions, read_classes
@@ -111,7 +111,8 @@ def encode(argv: Sequence[str]) -> None:
     if layout.is_image:
         raise UsageError(f"{folder} holds a {kind}, which makes no latents: give its images to distill as they are")
     preparation, source = Preparation(arguments.image_size, channels=3), Path(arguments.data)
-    images, names = (read_captions(source, preparation), ()) if layout.text else read_classes(source, preparation)
+    with in_own_words("image-size"):
+        images, names = (read_captions(source, preparation), ()) if layout.text else read_classes(source, preparation)
     encoder = encoder_of(kind, folder, device, names)
     # What cannot be read is found before the folder is begun, which belongs to these very encoders.
     encoder.texts([""])
@@ -123,14 +124,15 @@ def encode(argv: Sequence[str]) -> None:
             f"takes {list(needed)}: choose another --image-size"
         )
     console = console_for()
-    found = encode_images(
-        images,
-        encoder,
-        arguments.out,
-        arguments.batch_size,
-        on_progress=lambda done, total: console.print(f"encoded {done} of {total}", highlight=False),
-        class_names=names,
-    )
+    with in_own_words("image-size"):
+        found = encode_images(
+            images,
+            encoder,
+            arguments.out,
+            arguments.batch_size,
+            on_progress=lambda done, total: console.print(f"encoded {done} of {total}", highlight=False),
+            class_names=names,
+        )
     release_texts()
     shown = f"of {len(names)} classes" if names else "with their texts"
     print(f"{arguments.out}: {len(found)} latents of shape {list(found.shape)} {shown}")

@@ -1,8 +1,10 @@
 """Parse a command line by tyro; report a wrong one in one line that names the nearest option or value."""
 
+import re
 import sys
 from argparse import ArgumentParser
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Final, Literal, NoReturn, TypeVar, Union, get_args, get_origin
@@ -192,3 +194,25 @@ def _reason(event: tyro_errors.ParseErrorEvent, prog: str, argv: Sequence[str]) 
             reason = event.message if event.message.startswith("needs ") else f"needs {event.argument.lowered.metavar}"
             return f"{name_of(event.argument)}: {reason}"
     return f"this command line is not understood{help}"
+
+
+@contextmanager
+def in_own_words(*options: str) -> Iterator[None]:
+    """Re-raise a ValueError about data without the options of a recipe, which only verbs that train have.
+
+    Args:
+        options: those that this verb has too, under their own name: `image-size` for --data.image-size.
+    """
+    try:
+        yield
+    except ValueError as error:
+        said = re.sub(
+            r"--data\.([a-z-]+)", lambda found: f"--{found[1]}" if found[1] in options else found[0], str(error)
+        )
+        if said == str(error) and "--data." not in said:
+            raise
+        parts = [part for part in said.split("; ") if "--data." not in part]
+        if len(parts) < len(said.split("; ")):
+            # What only an option would help with is to be done to the files.
+            parts = [*(parts or [said.split(": ")[0]]), "change the files themselves, which are taken as they are"]
+        raise UsageError("; ".join(parts)) from None

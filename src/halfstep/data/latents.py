@@ -248,15 +248,16 @@ def _check_folder(root: Path) -> None:
 def _begin(
     images: CaptionedImages, encoder: Encoder, root: Path, shard_size: int, class_names: tuple[str, ...]
 ) -> Index:
-    """Return the index of the folder, written now if there is none."""
-    if not (root / INDEX).exists():
+    """Return the index of the folder, written now if there is none, or one under which nothing was made."""
+    held = _read_index(root) if (root / INDEX).exists() else None
+    if held is None or not any(held.shards):
         shards = (None,) * -(-len(images) // shard_size)
         index = Index(
             encoder=encoder.key, images=_origin(images), shard_size=shard_size, class_names=class_names, shards=shards
         )
         _record(root, index)
         return index
-    index = _read_index(root)
+    index = held
     remedy = "give another folder, or delete this one to encode anew"
     if index.encoder != encoder.key:
         raise ValueError(f"{root} holds latents of the encoder {index.encoder!r}, not of {encoder.key!r}: {remedy}")
