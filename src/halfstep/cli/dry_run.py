@@ -133,8 +133,7 @@ def _lines(facts: dict[str, Any]) -> Iterator[str]:
     if data["num_samples"] < FEW_SAMPLES and passes > MANY_PASSES:
         yield (
             f"warning: a stage sees each of the {data['num_samples']:,} samples {passes:,.0f} times, so models may "
-            "memorise them (the report shows the nearest training samples). Use more data, --data.flip for images, "
-            "or fewer updates"
+            "memorise them (the report shows the nearest training samples). Use more data or fewer updates"
         )
 
 

@@ -206,13 +206,12 @@ def in_own_words(*options: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        said = re.sub(
-            r"--data\.([a-z-]+)", lambda found: f"--{found[1]}" if found[1] in options else found[0], str(error)
-        )
-        if said == str(error) and "--data." not in said:
+        said = str(error)
+        if "--data." not in said:
             raise
+        said = re.sub(r"--data\.([a-z-]+)", lambda found: f"--{found[1]}" if found[1] in options else found[0], said)
         parts = [part for part in said.split("; ") if "--data." not in part]
         if len(parts) < len(said.split("; ")):
             # What only an option would help with is to be done to the files.
-            parts = [*(parts or [said.split(": ")[0]]), "change the files themselves, which are taken as they are"]
+            parts = [*(parts or [said.split(": ")[0]]), "resize, convert or remove the files themselves"]
         raise UsageError("; ".join(parts)) from None

@@ -101,9 +101,8 @@ def image_folder(root: Path, paths: Sequence[PurePath], split: str, labels: bool
     elif split != "train":
         raise ValueError(f"{root} has no sub-folder {split!r}: without one there is only --data.split train")
     elif labels and tops and tops <= _SPLITS and all(len(path.parts) > 1 for path in paths):
-        names = ", ".join(sorted(tops))
         raise ValueError(
-            f"{root} has no sub-folder train, but {names}: choose one by --data.split, or use all without classes by "
+            f"{root} has no sub-folder train, but {', '.join(sorted(tops))}: choose one by --data.split, or use all without classes by "
             "--data.no-labels"
         )
     if not paths:
