@@ -102,8 +102,8 @@ def image_folder(root: Path, paths: Sequence[PurePath], split: str, labels: bool
         raise ValueError(f"{root} has no sub-folder {split!r}: without one there is only --data.split train")
     elif labels and tops and tops <= _SPLITS and all(len(path.parts) > 1 for path in paths):
         raise ValueError(
-            f"{root} has no sub-folder train, but {', '.join(sorted(tops))}: choose one by --data.split, or use all without classes by "
-            "--data.no-labels"
+            f"{root} has no sub-folder train, but {', '.join(sorted(tops))}: choose one by --data.split, or use all "
+            "without classes by --data.no-labels"
         )
     if not paths:
         raise ValueError(f"{root} holds no images: it and its sub-folders have no file {' '.join(IMAGE_SUFFIXES)}")
