@@ -204,6 +204,26 @@ def test_photos_are_brought_to_what_the_teacher_makes(tmp_path):
         check_fit(latent, MemoryData("white", torch.full((4, 3, 8, 8), 255, dtype=torch.uint8)))
 
 
+@pytest.mark.parametrize(
+    ("known", "names", "fits"),
+    [
+        (("cat", "dog", "eel"), ("cat", "dog"), True),
+        (("cat", "dog", "eel"), ("dog", "eel"), False),
+        ((), ("dog", "eel"), True),
+        ((), ("0", "1"), True),
+        ((), ("3", "5"), False),
+    ],
+)
+def test_classes_keep_the_numbers_that_the_model_knows(known, names, fits):
+    model = model_of((2,), False).model_copy(update={"num_classes": 3, "class_names": known})
+    data = replace(arrays(30, 2), labels=torch.arange(30) % 2, class_names=names)
+    if fits:
+        check_fit(model, data)
+        return
+    with pytest.raises(ValueError, match=f"first classes are .*but those of mine.npy are {names[0]}, {names[1]}"):
+        check_fit(model, data)
+
+
 def test_the_recipe_for_few_images_fits_a_small_machine():
     small, large = recipes["images_small"](), recipes["images"]()
     assert small.data.flip

@@ -324,7 +324,7 @@ def test_large_images_are_averaged_before_their_pixels_are_compared() -> None:
     torch.testing.assert_close(averaged[1, 2, 5, 7], images[1, 2, 10:12, 28:32].mean())
     small = torch.rand(3, 1, 64, 64)
     assert torch.equal(Pixels().features(small), small.flatten(1))
-    with pytest.raises(ValueError, match="more entries than the 4096 that can be compared"):
+    with pytest.raises(ValueError, match="more entries than the 4096 that the features `pixels` can compare"):
         Pixels().features(torch.rand(2, 5000))
 
 

@@ -38,6 +38,7 @@ from halfstep.run.course import Match, Start, check_start, cosine_within, course
 from halfstep.run.preflight import preflight
 from halfstep.run.spec import RunSpec
 from halfstep.runs import Manifest
+from halfstep.runs.schema import shortened
 from halfstep.runtime.files import cache_folder
 from halfstep.samplers import samplers
 from halfstep.train.settings import LEARNED, Engine
@@ -612,6 +613,18 @@ def _with_null(teacher: Model, config: MatchingConfig, data: Data) -> Model:
     return Model(teacher.denoiser, teacher.manifest, null)
 
 
+def _check_classes(model: Manifest, data: Data) -> None:
+    """Raise ValueError if the data's classes have other numbers than the model's, as labels with gaps would."""
+    names = data.class_names
+    known = model.class_names[: len(names)] or tuple(map(str, range(len(names))))
+    # Of a model without names only numbers can be compared.
+    if names != known and (model.class_names or all(name.isdecimal() for name in names)):
+        raise ValueError(
+            f"the model's first classes are {shortened(known)}, but those of {data.source} are {shortened(names)}: "
+            "give data with the same classes, in the same order"
+        )
+
+
 def encode_first(model: Manifest, source: str, pipeline: str) -> str:
     """Return why a model of latents cannot be trained on images, and the command that makes latents of them."""
     return (
@@ -639,6 +652,8 @@ def check_fit(model: Manifest, data: Data) -> None:
         raise ValueError(
             f"the model is conditioned on {model.num_classes} classes, but {data.source} has {data.num_classes}"
         )
+    if model.num_classes:
+        _check_classes(model, data)
     held = data.fetch(torch.zeros(1, dtype=torch.int64)).cond if model.conditions else {}
     for name, shape in model.conditions.items():
         if name not in held:
