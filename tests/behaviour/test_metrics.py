@@ -13,11 +13,14 @@ from halfstep.measure.evaluate import Evaluation, Reference
 from halfstep.metrics import (
     METRICS,
     Pixels,
+    distances,
     figures_of,
     frechet_distance,
+    frechet_of_moments,
     inception_score,
     kernel_distance,
     lpips,
+    moments_of,
     paired_figures,
     precision_recall,
     psnr,
@@ -61,6 +64,21 @@ def test_frechet_equals_torchmetrics_also_where_the_covariance_is_singular(n: in
     metric.update(a, real=True)
     metric.update(b, real=False)
     assert frechet_distance(a, b) == pytest.approx(float(metric.compute()), rel=1e-4 if n < d else 1e-9)
+
+
+@pytest.mark.parametrize(("n", "m", "d"), [(20, 30, 64), (20, 200, 64), (200, 20, 64), (64, 65, 64)])
+def test_frechet_of_few_samples_equals_the_formula_of_moments(n: int, m: int, d: int) -> None:
+    """Fewer samples than dimensions go without matrices [d, d]."""
+    a, b = _features(n, d, 1), _features(m, d, 2)
+    dense = frechet_of_moments(moments_of(a), moments_of(b))
+    assert frechet_distance(a, b) == pytest.approx(dense, rel=1e-8)
+    assert frechet_distance(a, b, moments_of(a)) == frechet_distance(a, b)
+
+
+def test_frechet_of_few_samples_in_many_dimensions_takes_no_square_matrix(monkeypatch) -> None:
+    monkeypatch.setattr(distances, "moments_of", None)
+    a = torch.randn(30, 20_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert frechet_distance(a, a + 0.5) == pytest.approx(0.25 * 20_000, rel=1e-9)
 
 
 def test_frechet_of_shifted_and_scaled_sets_has_its_closed_form() -> None:
@@ -306,7 +324,7 @@ def test_large_images_are_averaged_before_their_pixels_are_compared() -> None:
     torch.testing.assert_close(averaged[1, 2, 5, 7], images[1, 2, 10:12, 28:32].mean())
     small = torch.rand(3, 1, 64, 64)
     assert torch.equal(Pixels().features(small), small.flatten(1))
-    with pytest.raises(ValueError, match="more entries than the 4096 that can be compared"):
+    with pytest.raises(ValueError, match="more entries than the 4096 that the features `pixels` can compare"):
         Pixels().features(torch.rand(2, 5000))
 
 

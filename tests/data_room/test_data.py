@@ -1,7 +1,9 @@
 """What the data room promises: exact pixels, labels that follow their images, batches that are a function of Draw."""
 
 import itertools
+import json
 import os
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -10,10 +12,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 
 from halfstep.core.draw import Draw
+from halfstep.core.warnings import HalfstepWarning
 from halfstep.data import Data, DataConfig, ImageFiles, MemoryData, open_data, training_batch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -362,3 +365,80 @@ def test_the_lazy_fingerprint_is_of_files_and_preparation(tmp_path):
     assert opened(tmp_path, **{**settings_, "image_size": 3}).fingerprint != first
     (tmp_path / "0.png").rename(tmp_path / "00.png")
     assert opened(tmp_path, **settings_).fingerprint != first
+
+
+@pytest.mark.parametrize(
+    ("written", "names"),
+    [
+        (np.arange(40) % 10 + 1, [str(k) for k in range(1, 11)]),
+        (np.arange(40) % 4 * 100, ["0", "100", "200", "300"]),
+        (np.array(["dog", "cat", "eel", "cat"] * 10), ["cat", "dog", "eel"]),
+        (np.array([b"dog", b"cat"] * 20), ["cat", "dog"]),
+    ],
+)
+def test_classes_are_the_labels_in_order_without_gaps(tmp_path, written, names):
+    x = np.arange(40.0)[:, None]
+    np.savez(tmp_path / "d.npz", x=x, y=written)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        data = opened(tmp_path / "d.npz")
+    assert [
+        str(one.message) for one in caught if "become the classes 0 to" in str(one.message)
+    ] or written.dtype.kind != "i"
+    assert list(data.class_names) == names
+    asked = [one.decode() if isinstance(one, bytes) else str(one) for one in written.tolist()]
+    assert [names[label] for label in labels(data)] == asked
+
+
+def test_labels_of_the_layout_of_edm(tmp_path):
+    """Sub-folders are shards there, and dataset.json holds the classes."""
+    listed = []
+    for k in range(30):
+        name = f"{k // 10:05}/img{k:08}.png"
+        save(tmp_path / name, noise(4, 4, seed=k))
+        listed.append([name, k % 3 + 5])
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": listed}))
+    with pytest.warns(HalfstepWarning, match=r"5, 6, 7 of .*dataset\.json become the classes 0 to 2"):
+        data = opened(tmp_path)
+    assert data.class_names == ("5", "6", "7")
+    assert labels(data) == [k % 3 for k in range(30)]
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": None}))
+    assert opened(tmp_path).num_classes == 0
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": listed[:-1]}))
+    with pytest.raises(ValueError, match=r"no label for 00002/img00000029\.png"):
+        opened(tmp_path)
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": [1, 2]}))
+    with pytest.raises(ValueError, match="does not hold one"):
+        opened(tmp_path)
+
+
+def test_a_class_of_a_table_without_rows_is_no_class(tmp_path):
+    import datasets
+
+    features = datasets.Features({"scan": datasets.Image(), "kind": datasets.ClassLabel(names=["x", "y", "z"])})
+    rows = {"scan": [Image.fromarray(noise(4, 4, seed=k)) for k in range(4)], "kind": [0, 2, 2, 0]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    data = opened(tmp_path)
+    assert data.class_names == ("x", "z")
+    assert labels(data) == [0, 1, 1, 0]
+    assert opened(tmp_path, limit=1).class_names == ("x", "z")
+
+
+@pytest.mark.parametrize("form", ["png", "jpg", "webp"])
+@pytest.mark.parametrize("exif", [b"Exif\0\0no TIFF header", b"", b"Exif\0\0II*\0\xff\xff\xff\xff"])
+def test_broken_metadata_leaves_the_pixels_as_they_are(tmp_path, form, exif):
+    """The same file without the metadata is decoded to the same pixels."""
+    options = {"lossless": True} if form == "webp" else {}
+    with_it = save(tmp_path / f"a/0.{form}", noise(6, 4), exif=exif, **options)
+    without = save(tmp_path / f"b/0.{form}", noise(6, 4), **options)
+    np.testing.assert_array_equal(pixels(opened(with_it.parent)), pixels(opened(without.parent)))
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_images_are_turned_as_pillow_turns_them(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = save(tmp_path / "0.png", noise(6, 4), exif=exif)
+    with Image.open(file) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image))
+    np.testing.assert_array_equal(pixels(opened(tmp_path))[0, 0], expected)

@@ -1,6 +1,10 @@
 """Every refusal is one line that names the culprit and says what to do."""
 
 import os
+import socket
+import struct
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +13,7 @@ import torch
 from PIL import Image
 
 from halfstep.core.draw import Draw
+from halfstep.core.warnings import HalfstepWarning
 from halfstep.data import DataConfig, MemoryData, open_data, training_batch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -52,23 +57,127 @@ def test_an_empty_folder(tmp_path):
     refused(tmp_path, str(tmp_path), "no images", ".png", ".webp")
 
 
-@pytest.mark.parametrize("max_bytes", [0, 2**30])
-def test_an_unreadable_image(tmp_path, max_bytes):
-    image(tmp_path / "a.png", 40, 40)
+LAZY = {"image_size": 4, "channels": 1, "max_bytes": 0}
+
+
+@pytest.mark.parametrize("settings", [LAZY, {}], ids=["lazy", "in memory"])
+def test_an_unreadable_image(tmp_path, settings):
+    for name in ("a.png", "c.png"):
+        image(tmp_path / name, 40, 40)
     whole = image(tmp_path / "b.png", 40, 40).read_bytes()
     for damaged in (b"not an image", b"", whole[: len(whole) // 2]):
         (tmp_path / "b.png").write_bytes(damaged)
-        if max_bytes:
-            refused(tmp_path, "b.png", "remove it")
-        else:
-            data = open_data(DataConfig(source=str(tmp_path), image_size=4, channels=1, max_bytes=0))
-            with pytest.raises(ValueError, match=r"b\.png"):
-                data.fetch(torch.tensor([1]))
+        refused(tmp_path, "b.png", "remove it", "--data.skip-broken", **settings)
+    (tmp_path / "a.png").write_bytes(b"broken too")
+    refused(tmp_path, "2 of 3 images", "a.png", "b.png", "--data.skip-broken", **settings)
+    with pytest.warns(HalfstepWarning, match="2 of 3 images.*left out.*a.png.*b.png"):
+        data = open_data(DataConfig(source=str(tmp_path), skip_broken=True, **settings))
+    assert len(data) == 1
+    assert data.fetch(torch.tensor([0])).x0.max() == -1
+    (tmp_path / "c.png").write_bytes(b"")
+    refused(tmp_path, "3 of 3 images", "repair", skip_broken=True, **settings)
+
+
+def test_an_image_that_is_damaged_or_goes_once_training_has_begun(tmp_path):
+    image(tmp_path / "a.png", 40, 40)
+    data = open_data(DataConfig(source=str(tmp_path), **LAZY))
+    (tmp_path / "a.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"a\.png is no image"):
+        data.fetch(torch.tensor([0]))
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(ValueError, match=r"a\.png is missing"):
+        data.fetch(torch.tensor([0]))
+
+
+def test_skipping_the_only_image_of_a_class_removes_the_class(tmp_path):
+    for name in ("a/0.png", "b/0.png", "c/0.png"):
+        image(tmp_path / name, 4, 4)
+    (tmp_path / "b/0.png").write_bytes(b"")
+    with pytest.warns(HalfstepWarning, match="b/0.png"):
+        data = open_data(DataConfig(source=str(tmp_path), skip_broken=True))
+    assert data.class_names == ("a", "c")
+    assert data.fetch(torch.arange(2)).cond["class_labels"].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("settings", [LAZY, {}], ids=["lazy", "in memory"])
+@pytest.mark.parametrize("kind", ["FIFO", "socket", "device"])
+def test_what_is_no_file_is_refused_and_does_not_hang(tmp_path, monkeypatch, kind, settings):
+    monkeypatch.chdir(tmp_path)  # the name of a socket is short
+    image(Path("im/a.png"), 4, 4)
+    if kind == "FIFO":
+        os.mkfifo("im/z.png")
+    elif kind == "socket":
+        socket.socket(socket.AF_UNIX).bind("im/z.png")
+    else:
+        Path("im/z.png").symlink_to("/dev/null")
+    refused("im", "z.png", f"a {kind}", **settings)
+
+
+def test_a_link_to_nothing(tmp_path):
+    image(tmp_path / "a.png", 4, 4)
+    (tmp_path / "b.png").symlink_to(tmp_path / "gone.png")
+    refused(tmp_path, "b.png is missing")
 
 
 def test_deep_images(tmp_path):
     Image.fromarray(np.full((4, 4), 1000, np.uint16)).save(tmp_path / "a.png")
     refused(tmp_path, "a.png", "8 bits", "I;16")
+
+
+def test_deep_colour(tmp_path):
+    # Pillow cannot write it: one row of one white pixel, 3 x 16 bits.
+    def part(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)
+    pixels = zlib.compress(b"\0" + b"\xff" * 6)
+    (tmp_path / "a.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n" + part(b"IHDR", header) + part(b"IDAT", pixels) + part(b"IEND", b"")
+    )
+    refused(tmp_path, "a.png", "8 bits", "16 bits of colour")
+
+
+def test_a_scene_with_more_pixels_than_pillow_decodes(tmp_path, monkeypatch):
+    image(tmp_path / "a.png", 40, 40)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 700)
+    refused(tmp_path, "a.png has 1,600 pixels", "scale it down once")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "is empty"),
+        (b"II*\0" + bytes(40), "a TIFF of a kind"),
+        (b"\0\0\0\x18ftypheic" + bytes(40), "HEIC"),
+        (b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
+    ],
+)
+def test_what_a_file_is_that_is_no_image(tmp_path, content, words):
+    (tmp_path / "a.png").write_bytes(content)
+    refused(tmp_path, "a.png", words)
+
+
+def test_suffixes_that_are_skipped_are_counted(tmp_path):
+    for name in ("x.jfif", "y.JFIF", "z.heic", "noname"):
+        (tmp_path / name).write_bytes(b"")
+    refused(tmp_path, "2 .jfif, 1 .heic, 1 without a suffix")
+    image(tmp_path / "a.png", 4, 4)
+    (tmp_path / "readme.txt").write_text("beside images this is no surprise")
+    with pytest.warns(HalfstepWarning, match="4 files .* 2 .jfif, 1 .heic, 1 without a suffix") as caught:
+        open_data(DataConfig(source=str(tmp_path)))
+    assert len(caught) == 1
+
+
+def test_a_folder_that_may_be_a_split_or_a_class(tmp_path):
+    for name in ("train/0.png", "plane/0.png", "test/0.png"):
+        image(tmp_path / name, 4, 4)
+    refused(tmp_path, "train and plane", "split or a class")
+    (tmp_path / "plane/0.png").unlink()
+    (tmp_path / "plane").rmdir()
+    assert len(open_data(DataConfig(source=str(tmp_path)))) == 1
+    (tmp_path / "train").rename(tmp_path / "val")
+    refused(tmp_path, "no sub-folder train, but test, val", "--data.split", "--data.no-labels")
+    assert len(open_data(DataConfig(source=str(tmp_path), labels=False))) == 2
 
 
 def test_mixed_channels(tmp_path):
@@ -135,6 +244,7 @@ def test_an_archive_without_samples(tmp_path):
         (np.zeros((5, 3, 4, 4, 3), np.uint8), "(5, 3, 4, 4, 3)"),
         (np.zeros((5, 3, 8, 8), np.uint8), "move the channels last"),
         (np.zeros(5), "(5,)"),
+        (np.float64(1.0), "one number"),
         (np.zeros((5, 4), np.int64), "int64"),
         (np.zeros((5, 4), np.complex64), "complex64"),
         (np.zeros((0, 4, 4), np.uint8), "no samples"),
@@ -152,13 +262,26 @@ def test_arrays_of_another_kind(tmp_path, x, word):
         (np.zeros((5, 1), np.int64), "(5, 1)"),
         (np.zeros(5), "float64"),
         (np.array([0, 1, -1, 0, 0]), "-1"),
-        (np.array([0, 1, 10**12, 0, 0]), "1000000000000"),
     ],
 )
 def test_labels_of_another_kind(tmp_path, y, word):
     path = array(tmp_path, np.zeros((5, 4)), y=y)
     refused(path, "d.npz", word, "--data.no-labels")
     assert open_data(DataConfig(source=str(path), labels=False)).num_classes == 0
+
+
+def test_labels_that_are_identifiers(tmp_path):
+    rows = np.arange(40) * 2500
+    refused(array(tmp_path, np.zeros((40, 4)), y=rows), "40 classes for 40 samples", "0 to 97500", "--data.no-labels")
+    for number in range(11):
+        image(tmp_path / f"people/{number}/0.png", 4, 4)
+    refused(tmp_path / "people", "11 classes for 11 samples", "--data.no-labels")
+
+
+def test_a_member_of_an_archive_that_is_no_array(tmp_path):
+    with zipfile.ZipFile(tmp_path / "d.npz", "w") as archive:
+        archive.writestr("x", b"text")
+    refused(tmp_path / "d.npz", "its member x is no array")
 
 
 def test_unknown_splits(tmp_path):

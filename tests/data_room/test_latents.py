@@ -233,6 +233,15 @@ def test_a_stopped_encoding_goes_on_to_the_same_bytes(images, tmp_path, last):
     assert [""] not in second.told
 
 
+def test_a_try_that_made_nothing_is_no_obstacle_to_other_settings(images, tmp_path):
+    folder, other = tmp_path / "latents", dataclasses.replace(images, preparation=Preparation(8, channels=3))
+    encode(other, ENCODER, tmp_path / "whole", shard_size=4)
+    with pytest.raises(Killed):
+        encode(images, Counting(0).encoder, folder, batch_size=2, shard_size=3)
+    encode(other, ENCODER, folder, shard_size=4)
+    assert files(folder) == files(tmp_path / "whole")
+
+
 def test_a_hard_kill_leaves_nothing_half(images, tmp_path):
     """A process that dies without unwinding, in the middle of a shard, with files of its own lying about."""
     script = """

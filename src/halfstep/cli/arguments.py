@@ -175,6 +175,14 @@ class EvaluateArguments:
     """1 reads real images as grey, 3 in colour; as in the recipe by default."""
     split: str | None = None
     """Their split; the recipe's by default, on which the models were trained."""
+    no_labels: Switch = False
+    """Leave out the classes of the real data."""
+    label_column: str | None = None
+    """Column of a table that holds the class of real images; as in the recipe by default."""
+    skip_broken: Switch = False
+    """Leave out real images that cannot be read."""
+    max_bytes: int | None = None
+    """Memory for the pixels of the real images; as in the recipe by default."""
     out: Path | None = None
     """Folder of the evaluation; SUBJECT/evaluation by default, evaluation-NAME here for what is no run or stage."""
     json: Switch = False

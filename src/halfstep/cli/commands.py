@@ -32,12 +32,13 @@ from halfstep.cli.arguments import (
     recipe_of_stage,
 )
 from halfstep.cli.display import RunDisplay, show_results
-from halfstep.cli.dry_run import show_plan
+from halfstep.cli.dry_run import data_line, show_plan
 from halfstep.cli.exporting import sample_prompts
 from halfstep.cli.help import HELP
 from halfstep.cli.reporting import make_report
 from halfstep.cli.usage import UsageError, expand_short, parse
 from halfstep.cli.words import Screen, duration, print_json
+from halfstep.data import holds_images
 from halfstep.hub import decoder_of, import_pipeline, is_pipeline, release_texts, text_conditions
 from halfstep.measure.samples import grid_image, samples_array, write_png
 from halfstep.metrics import to_uint8
@@ -45,7 +46,7 @@ from halfstep.models.folder import find_stage, load
 from halfstep.models.model import Model, samples_at_once
 from halfstep.objectives import Role
 from halfstep.recipes import Recipe, build, recipes
-from halfstep.recipes.schema import SECOND_ORDER, MatchingConfig, data_or_stand_in
+from halfstep.recipes.schema import SECOND_ORDER, MatchingConfig, data_or_stand_in, encode_first
 from halfstep.report.words import count
 from halfstep.run.own_samples import NUM_STEPS
 from halfstep.run.runner import run as run_spec
@@ -90,6 +91,7 @@ def _execute(recipe: Recipe, make: Callable[[], RunSpec], out: Path, json: bool)
             with at_once(alone):
                 spec = make()
             screen.say(f"halfstep: {recipe.name} -> {out}")
+            screen.say(data_line(spec))
             RunDisplay(spec.stages, screen).show(run_spec(spec, out, stop))
             if screen.quiet:
                 return
@@ -166,6 +168,7 @@ def distill(argv: Sequence[str]) -> None:
             raise UsageError(f"{name} cannot change an existing teacher: leave it out")
     default = DistillArguments(_going_on(recipe, model))
     arguments = parse(DistillArguments, rest, f"halfstep distill {argv[0]}", default, SHORT)
+    arguments = replace(arguments, recipe=_prepared(arguments.recipe, recipe, model, argv[0]))
     chain = arguments.recipe.chain
     if model.num_steps is not None and chain.start_steps != model.num_steps:
         raise UsageError(
@@ -211,6 +214,24 @@ def _with_samples(arguments: DistillArguments, model: Model, out: Path) -> Recip
         device_of("cpu" if recipe.engine.cpu else None),
     )  # fmt: skip
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": str(folder)})})
+
+
+def _prepared(recipe: Recipe, before: Recipe, model: Model, name: str) -> Recipe:
+    """Return the recipe with images of other data brought to the size and the channels that the teacher makes.
+
+    Raises:
+        UsageError: if the teacher makes latents and the data are images.
+    """
+    data, shape = recipe.data, model.shape
+    if data.source == before.data.source or not holds_images(data):
+        return recipe
+    if not model.manifest.is_image:
+        if model.manifest.pipeline is not None:
+            raise UsageError(encode_first(model.manifest, data.source, name))
+        return recipe
+    size = data.image_size or (shape[1] if shape[1] == shape[2] else None)
+    channels = data.channels or (shape[0] if shape[0] in (1, 3) else None)
+    return recipe.model_copy(update={"data": data.model_copy(update={"image_size": size, "channels": channels})})
 
 
 def finish(argv: Sequence[str]) -> None:

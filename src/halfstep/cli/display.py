@@ -18,7 +18,7 @@ from halfstep.objectives import Stage
 from halfstep.report.quality import quality_groups, text_table
 from halfstep.report.reading import StageFacts
 from halfstep.report.words import count, method_words, number
-from halfstep.run.events import Event, Measured, Notice, StageEnd, StageStart
+from halfstep.run.events import Event, Measured, Measuring, Notice, StageEnd, StageStart
 from halfstep.run.events import Progress as TrainingProgress
 from halfstep.runs import RunFolder, RunStatus, StageStatus
 
@@ -63,7 +63,7 @@ class RunDisplay:
     def _take(self, event: Event) -> None:
         if isinstance(event, Notice):
             self.screen.note(event.text)
-        if not isinstance(event, StageStart | TrainingProgress | StageEnd | Measured):
+        if not isinstance(event, StageStart | TrainingProgress | StageEnd | Measuring | Measured):
             return
         stage = next(stage for stage in self.status.stages if stage.name == event.name)
         self._settle(stage)
@@ -75,15 +75,20 @@ class RunDisplay:
             case TrainingProgress():
                 stage.num_updates = event.num_updates
                 stage.take(dataclasses.asdict(event.window))
-                self._now_and_then(stage)
+                self._now_and_then(self._progress(stage))
             case StageEnd():
                 if not event.was_there:
                     stage.num_updates = stage.update or stage.num_updates
                 stage.update, stage.state = stage.num_updates, "measuring"
                 stage.seconds = event.seconds if stage.num_updates else 0.0
                 self._line(f"{stage.name}: {'complete' if event.was_there else f'done in {duration(event.seconds)}'}")
-            case Measured(result=result):
+            case Measuring(what=what, number=place, total=total):
+                stage.state, stage.num_unmeasured = "measuring", total - max(0, place - 1)
+                stage.measuring = f"measuring {place or 1}/{total}"
+                self._now_and_then(f"{stage.name}: measuring {f'{place}/{total}, ' if place else ''}{what}")
+            case Measured(result=result, num_left=num_left, seconds=seconds):
                 stage.results.append(result)
+                stage.measuring_seconds, stage.num_unmeasured = seconds, num_left
                 pace = f"{number(result.seconds_per_1000)} s per 1,000 samples"
                 where = method_words(result.sampler, result.num_steps, result.num_evals)
                 self._line(f"{stage.name}: {where}, distance {number(result.frechet)}, {pace}")
@@ -92,21 +97,26 @@ class RunDisplay:
         if not self.is_live:
             self.screen.say(text)
 
-    def _now_and_then(self, stage: StageStatus) -> None:
+    def _now_and_then(self, text: str) -> None:
+        """Print a line unless another was printed in the last 10 seconds."""
         now = time.monotonic()
         if self.is_live or now - self._last_line <= 10.0:
             return
         self._last_line = now
+        self._line(text)
+
+    def _progress(self, stage: StageStatus) -> str:
         left = "..." if math.isnan(self.seconds_left()) else duration(self.seconds_left())
         # Turns of other players alone give the student no loss.
         loss = "" if stage.loss is None else f"loss {number(stage.loss)}  "
-        self._line(
+        measuring = "" if self.status.measuring_seconds_left else "training "
+        return (
             f"{stage.name}: update {stage.update}/{stage.num_updates}  {loss}"
-            f"{stage.samples_per_second:,.0f} samples/s  training left {left}"
+            f"{stage.samples_per_second:,.0f} samples/s  {measuring}left {left}"
         )
 
     def seconds_left(self) -> float:
-        """Return the training time left for the whole plan at the present pace; NaN before there is one."""
+        """Return the time left for the whole plan at the present pace; NaN before there is one."""
         return self.status.seconds_left
 
 

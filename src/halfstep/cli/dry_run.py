@@ -1,8 +1,8 @@
 """What `--dry-run` prints: the plan, and what it costs in arithmetic, memory and time."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from rich.table import Column, Table
 
@@ -11,6 +11,13 @@ from halfstep.objectives import Role, guidances
 from halfstep.report.words import count, number
 from halfstep.run.cost import count_forward, helper_sizes, memory_of_update, time_updates, update_flops
 from halfstep.run.spec import RunSpec
+from halfstep.runs.schema import shortened
+
+LONG_SECONDS: Final = 14 * 86400.0
+"""Estimated training time that is said to be unreasonable."""
+FEW_SAMPLES: Final = 5000
+MANY_PASSES: Final = 1000.0
+"""Passes of one stage over fewer samples than that from which on memorising is warned of."""
 
 
 def plan_facts(spec: RunSpec, out: Path, missing: str | None = None) -> dict[str, Any]:
@@ -45,13 +52,7 @@ def plan_facts(spec: RunSpec, out: Path, missing: str | None = None) -> dict[str
         "name": spec.recipe["name"],
         "out": str(out),
         "stages": rows,
-        "data": {
-            "source": spec.data.source,
-            "num_samples": len(spec.data),
-            "shape": list(spec.data.shape),
-            "num_classes": spec.data.num_classes,
-            "missing": missing,
-        },
+        "data": _data_facts(spec, missing),
         "parameters": forward.parameters,
         "trainable_parameters": forward.trainable,
         "forward_flops": forward.flops,
@@ -99,8 +100,7 @@ def _stage_table(facts: dict[str, Any]) -> Table:
 
 def _lines(facts: dict[str, Any]) -> Iterator[str]:
     stages, data = facts["stages"], facts["data"]
-    classes = count(data["num_classes"], "class") if data["num_classes"] else "no classes"
-    yield f"data: {data['source']}, {count(data['num_samples'], 'sample')} of shape {data['shape']}, {classes}"
+    yield _data_line(data)
     if data["missing"] is not None:
         yield f"the data is not available, so random pixels replace it here ({data['missing']})"
     seen = sum(stage["samples_seen"] for stage in stages)
@@ -124,6 +124,40 @@ def _lines(facts: dict[str, Any]) -> Iterator[str]:
     seconds = f"{number(facts['seconds_an_update'])} s an update of the first stage, {how}"
     time = duration(facts["estimated_seconds"])
     yield f"estimated training time on this machine: {time} ({seconds}; measuring the models comes on top)"
+    if facts["estimated_seconds"] > LONG_SECONDS:
+        yield (
+            "warning: this is far more than this machine can do in a reasonable time. Use a GPU, or fewer updates, a "
+            "smaller network and smaller images, as the recipe images_small has them"
+        )
+    passes = max(stage["samples_seen"] for stage in stages) / data["num_samples"]
+    if data["num_samples"] < FEW_SAMPLES and passes > MANY_PASSES:
+        yield (
+            f"warning: a stage sees each of the {data['num_samples']:,} samples {passes:,.0f} times, so models may "
+            "memorise them (the report shows the nearest training samples). Use more data or fewer updates"
+        )
+
+
+def data_line(spec: RunSpec) -> str:
+    """Return what a run learns from: source, number and shape of the samples, and the classes by name."""
+    return _data_line(_data_facts(spec, None))
+
+
+def _data_facts(spec: RunSpec, missing: str | None) -> dict[str, Any]:
+    return {
+        "source": spec.data.source,
+        "num_samples": len(spec.data),
+        "shape": list(spec.data.shape),
+        "num_classes": spec.data.num_classes,
+        "class_names": list(spec.data.class_names),
+        "missing": missing,
+    }
+
+
+def _data_line(data: Mapping[str, Any]) -> str:
+    names, classes = data["class_names"], "no classes"
+    if data["num_classes"]:
+        classes = f"{count(data['num_classes'], 'class')} ({shortened(names)})"
+    return f"data: {data['source']}, {count(data['num_samples'], 'sample')} of shape {data['shape']}, {classes}"
 
 
 def quantity(amount: float, unit: str) -> str:

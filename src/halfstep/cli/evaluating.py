@@ -11,7 +11,7 @@ import torch
 
 from halfstep.cli.arguments import EvaluateArguments, device_of, processes_of
 from halfstep.cli.subjects import Rows, Subject, subject_of
-from halfstep.cli.usage import UsageError, flag, parse
+from halfstep.cli.usage import UsageError, flag, in_own_words, parse
 from halfstep.cli.words import Screen, duration, print_json, print_table
 from halfstep.data import Data, DataConfig, open_data
 from halfstep.measure.curve import CellDone, Curve, CurveSpec, Entry
@@ -70,7 +70,8 @@ def _spec(subject: Subject, arguments: EvaluateArguments, device: torch.device, 
     recipe = _recipe(subject, arguments)
     if recipe.engine.threads is not None:
         torch.set_num_threads(recipe.engine.threads)
-    data = open_data(recipe.data)
+    with in_own_words("image-size", "channels", "split", "no-labels", "label-column", "skip-broken", "max-bytes"):
+        data = open_data(recipe.data)
     for model in (subject.teacher, *subject.students):
         if model is not None:
             check_fit(model.manifest, data)
@@ -119,7 +120,10 @@ def _recipe(subject: Subject, arguments: EvaluateArguments) -> Recipe:
         raise UsageError(f"{arguments.subject} lies outside a run, so its data is not known: add --data SOURCE")
     recipe = subject.recipe or Recipe(name="evaluate")
     source = {} if arguments.data is None else {"source": arguments.data}
-    data = recipe.data.model_copy(update={**_given(arguments, "split", "image_size", "channels"), **source})
+    settings = _given(arguments, "split", "image_size", "channels", "label_column", "max_bytes")
+    settings |= {"labels": False} if arguments.no_labels else {}
+    settings |= {"skip_broken": True} if arguments.skip_broken else {}
+    data = recipe.data.model_copy(update={**settings, **source})
     evaluation = replace(recipe.evaluation, **_given(arguments, "num_samples", "batch_size", "precision"))
     return recipe.model_copy(update={"data": data, "evaluation": evaluation})
 
@@ -135,7 +139,8 @@ def _samples(path: Path, data: Data) -> Data:
     """Return the samples in files, in the form of the data that they are compared with; refuse another one."""
     channels = data.shape[0] if data.is_image and path.is_dir() and data.shape[0] in (1, 3) else None
     config = {"source": str(path), "labels": False, "channels": channels, "max_bytes": sys.maxsize}
-    samples = open_data(DataConfig.model_validate(config))
+    with in_own_words():
+        samples = open_data(DataConfig.model_validate(config))
     if samples.is_image != data.is_image:
         kinds = {True: "uint8 images", False: "arrays of floats"}
         raise UsageError(
@@ -145,7 +150,7 @@ def _samples(path: Path, data: Data) -> Data:
     if samples.shape != data.shape:
         raise UsageError(
             f"{path} holds samples of shape {list(samples.shape)}, but the reference {data.source} holds "
-            f"{list(data.shape)}: give a reference of the same size (--data)"
+            f"{list(data.shape)}: give a reference of the same size (--data, --image-size, --channels)"
         )
     return samples
 

@@ -9,7 +9,7 @@ import torch
 import tyro
 
 from halfstep.cli.arguments import device_of, options_from
-from halfstep.cli.usage import Count, Side, Steps, Switch, UsageError, parse
+from halfstep.cli.usage import Count, Side, Steps, Switch, UsageError, in_own_words, parse
 from halfstep.cli.words import Screen
 from halfstep.data import LatentData, Prompts, read_captions, read_classes, read_prompts
 from halfstep.data import encode as encode_images
@@ -171,7 +171,8 @@ def encode(argv: Sequence[str]) -> None:
     preparation, source = Preparation(arguments.image_size, channels=3), Path(arguments.data)
     model = import_pipeline(arguments.pipeline, options_from(arguments.call))
     is_text = not model.num_classes
-    images, names = (read_captions(source, preparation), ()) if is_text else read_classes(source, preparation)
+    with in_own_words("image-size"):
+        images, names = (read_captions(source, preparation), ()) if is_text else read_classes(source, preparation)
     encoder = encoder_of(model, device, names)
     # What cannot be read is found before the folder is begun, which belongs to these very encoders.
     encoder.texts([""])
@@ -183,14 +184,15 @@ def encode(argv: Sequence[str]) -> None:
             f"{arguments.pipeline} takes {list(needed)}: choose another --image-size"
         )
     screen = Screen()
-    found = encode_images(
-        images,
-        encoder,
-        arguments.out,
-        arguments.batch_size,
-        on_progress=lambda done, total: screen.say(f"encoded {done} of {total}"),
-        class_names=names,
-    )
+    with in_own_words("image-size"):
+        found = encode_images(
+            images,
+            encoder,
+            arguments.out,
+            arguments.batch_size,
+            on_progress=lambda done, total: screen.say(f"encoded {done} of {total}"),
+            class_names=names,
+        )
     release_texts()
     shown = f"of {count(len(names), 'class')}" if names else "with their texts"
     screen.say(f"{arguments.out}: {count(len(found), 'latent')} of shape {list(found.shape)} {shown}")

@@ -90,7 +90,7 @@ class PlanView:
     def _distance(self, stage: StageStatus) -> str:
         """Return the distance of a model at its best, and its ratio to the teacher's; or that it is being measured."""
         if stage.state == "measuring" and not (stage.results and stage.num_steps):
-            return "measuring ..."
+            return stage.measuring or "measuring ..."
         if not stage.results:
             return ""
         best = min(stage.results, key=lambda result: result.frechet)
@@ -109,7 +109,7 @@ class PlanView:
         left = status.seconds_left
         if status.current is None:
             parts[0] = "all stages trained"
-        elif not math.isnan(left):
+        if (status.current is not None or left) and not math.isnan(left):
             parts.append(f"{duration(left)} left")
             if status.state == "running" and left < 30 * 86400:
                 # With the date from half a day on.

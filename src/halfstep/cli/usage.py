@@ -1,8 +1,10 @@
 """Parse a command line by tyro; report a wrong one in one line that names the nearest option or value."""
 
+import re
 import sys
 from argparse import ArgumentParser
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType, NoneType, UnionType
 from typing import (
@@ -258,3 +260,24 @@ def _reason(event: tyro_errors.ParseErrorEvent, prog: str, argv: Sequence[str]) 
             reason = event.message if event.message.startswith("needs ") else f"needs {event.argument.lowered.metavar}"
             return f"{name_of(event.argument)}: {reason}"
     return f"this command line is not understood{help}"
+
+
+@contextmanager
+def in_own_words(*options: str) -> Iterator[None]:
+    """Re-raise a ValueError about data without the options of a recipe, which only verbs that train have.
+
+    Args:
+        options: those that this verb has too, under their own name: `image-size` for --data.image-size.
+    """
+    try:
+        yield
+    except ValueError as error:
+        said = str(error)
+        if "--data." not in said:
+            raise
+        said = re.sub(r"--data\.([a-z-]+)", lambda found: f"--{found[1]}" if found[1] in options else found[0], said)
+        parts = [part for part in said.split("; ") if "--data." not in part]
+        if not any("remove" in part or "--" in part for part in parts):
+            # What only an option would help with is to be done to the files.
+            parts = [*(parts or [said.split(": ")[0]]), "resize, convert or remove the files themselves"]
+        raise UsageError("; ".join(parts)) from None

@@ -1,8 +1,9 @@
 """Training data: where they come from, and the batch of an update. The only room that imports `datasets`."""
 
-from halfstep.data.base import Data, MemoryData, held_on, sent, training_batch
+from halfstep.data.base import Data, MemoryData, held_on, sent, training_batch, warn_of_scale
 from halfstep.data.captions import CaptionedImages, Prompts, read_captions, read_classes, read_prompts
-from halfstep.data.config import DataConfig, open_data
+from halfstep.data.config import DataConfig, holds_images, open_data
+from halfstep.data.folders import changed_since
 from halfstep.data.images import ImageFiles
 from halfstep.data.latents import Encoder, LatentData, encode, open_latents
 from halfstep.data.standin import StandIn

@@ -13,12 +13,11 @@ from PIL import Image
 
 from halfstep.data.base import MemoryData
 from halfstep.data.images import Preparation
+from halfstep.data.labels import classes_of
 from halfstep.runtime.files import first_line, user_path
 
 DATA_KEYS: Final = ("x", "arr_0")
 LABEL_KEYS: Final = ("y", "labels", "arr_1")
-MAX_CLASSES: Final = 100_000
-"""Labels beyond it are presumably something else, such as identifiers."""
 
 
 def digits(prepare: Preparation, labels: bool, limit: int | None) -> MemoryData:
@@ -46,19 +45,21 @@ def from_arrays(
 ) -> MemoryData:
     """uint8 images `[n, height, width]` or `[n, height, width, 1 | 3 | 4]`, or float arrays `[n, *dims]` as they are.
 
-    Classes are 0 up to the largest label, named by their numbers; `limit` keeps the first samples, and all classes.
+    Classes are the labels in sorted order (`classes_of`); `limit` keeps the first samples, and all classes.
 
     Raises:
         ValueError: if the arrays are of another kind, empty or not finite, if float arrays are to be prepared as
-            images, or if labels are not one integer from 0 up for each sample.
+            images, or as `classes_of`.
     """
+    if x.ndim == 0:
+        raise ValueError(f"{source} holds one number, no array of samples: save an array of shape [n, *dims]")
     if x.size == 0:
         raise ValueError(f"{source} holds no samples (shape {x.shape}): at least 1 is needed")
-    numbers = None if labels is None else _classes(source, labels, len(x))
+    classes = None if labels is None else classes_of(source, labels, len(x))
     kept = _pixels(source, x[:limit], prepare) if x.dtype == np.uint8 else _floats(source, x[:limit], prepare)
-    if numbers is None:
+    if classes is None:
         return MemoryData(source, torch.from_numpy(kept))
-    names = tuple(map(str, range(int(numbers.max()) + 1)))
+    numbers, names = classes
     return MemoryData(source, torch.from_numpy(kept), numbers[:limit], names)
 
 
@@ -71,9 +72,13 @@ def _load(path: Path) -> tuple[NDArray[Any], NDArray[Any] | None]:
             if isinstance(loaded, np.ndarray):
                 return loaded, None
             names = loaded.files
+            wanted = names if len(names) == 1 else [name for name in names if name in DATA_KEYS + LABEL_KEYS]
+            arrays = {name: loaded[name] for name in wanted}
+            # numpy hands the bytes of any other member on.
+            if foreign := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
+                raise ValueError(f"its member {foreign[0]} is no array")
             if len(names) == 1:
-                return loaded[names[0]], None
-            arrays = {name: loaded[name] for name in names if name in DATA_KEYS + LABEL_KEYS}
+                return arrays[names[0]], None
     except Exception as error:  # a damaged archive raises whatever zipfile, zlib or numpy stumble over
         raise ValueError(
             f"{path} cannot be read ({first_line(error)}): save plain arrays, without Python objects, anew with "
@@ -116,17 +121,3 @@ def _floats(source: str, x: NDArray[Any], prepare: Preparation) -> NDArray[np.fl
         )
     with np.errstate(over="ignore"):  # what overflows is found with all else that is not finite
         return np.ascontiguousarray(x, dtype=np.float32)
-
-
-def _classes(source: str, labels: NDArray[Any], length: int) -> torch.Tensor:
-    if labels.dtype.kind not in "iu" or labels.shape != (length,):
-        raise ValueError(
-            f"{source} has {labels.dtype} labels of shape {labels.shape}: {length} samples need integer labels of "
-            f"shape {(length,)}; use --data.no-labels to leave them out"
-        )
-    if not 0 <= int(labels.min()) <= int(labels.max()) < MAX_CLASSES:
-        raise ValueError(
-            f"{source} has labels from {labels.min()} to {labels.max()}: number the classes from 0 up, below "
-            f"{MAX_CLASSES}; or use --data.no-labels to leave them out"
-        )
-    return torch.from_numpy(labels.astype(np.int64))

@@ -5,19 +5,21 @@ float32 and are taken as they are.
 """
 
 import hashlib
+import warnings
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple, final
+from typing import Final, NamedTuple, final
 
 import torch
 from torch import Tensor
 
-from halfstep.core.draw import Asked, Draw
+from halfstep.core.draw import Asked, Draw, generator_for
 from halfstep.core.noise import clock_device
+from halfstep.core.warnings import HalfstepWarning
 from halfstep.objectives.base import Batch, Turn
 
 
@@ -153,6 +155,27 @@ def check_flip(data: Data, flip: bool) -> None:
     if flip and not data.is_image:
         raise ValueError(
             f"{data.source} holds arrays of shape {data.shape}, and only images can be mirrored: use --data.no-flip"
+        )
+
+
+UNIT: Final = (0.1, 5.0)
+"""Root mean squares of data that trains well beside noise of unit size."""
+
+
+def warn_of_scale(data: Data) -> None:
+    """Warn of arrays far from the noise's unit scale, on which a network learns little; images are on it."""
+    if data.is_image:
+        return
+    some = generator_for("scale of the data")
+    x0 = data.fetch(torch.randperm(len(data), generator=some)[:1000].sort().values).x0.double()
+    size, top = float(x0.square().mean().sqrt()), float(x0.abs().max())
+    if size and not UNIT[0] <= size <= UNIT[1]:
+        warnings.warn(
+            f"{data.source} holds values up to {top:.3g} in size (standard deviation {float(x0.std()):.3g}), while the "
+            "noise has unit size: models of such data are poor. Train on (x - mean) / std of each channel, and "
+            "undo that in the samples",
+            HalfstepWarning,
+            stacklevel=2,
         )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from halfstep.data.base import MemoryData
 from halfstep.data.folders import IMAGE_SUFFIXES, Files, files_below, image_folder
 from halfstep.data.images import Labelled, Preparation, decoded
-from halfstep.runtime.files import first_line, user_path
+from halfstep.runtime.files import check_regular, first_line, user_path
 
 TABLES: Final = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 RGB: Final = Preparation(channels=3)
@@ -170,6 +170,7 @@ def _from_texts(root: Path, files: Sequence[PurePath], beside: dict[PurePath, Pu
 
 
 def _read_text(path: Path) -> str:
+    check_regular(path)
     try:
         return path.read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, field_validator
 
 from halfstep.data.arrays import array_file, digits
 from halfstep.data.base import Data, check_flip
-from halfstep.data.folders import IMAGE_SUFFIXES, files_below, image_folder
+from halfstep.data.folders import IMAGE_SUFFIXES, files_below, image_folder, image_paths
 from halfstep.data.images import Channels, Labelled, Preparation, Resample, Resize, decoded
 from halfstep.data.latents import is_latents, open_latents
 from halfstep.data.tables import is_saved, table
@@ -46,6 +46,10 @@ class DataConfig(BaseModel):
     """Mirror half of the images of an update, at random."""
     limit: int | None = None
     """Use so many samples at most: the first, or of a folder with classes as many of each."""
+    skip_broken: bool = False
+    """Leave out images that cannot be read, with a warning, instead of stopping."""
+    accept_changed: bool = False
+    """Resume a run although its data have changed since, such as by a repaired file."""
     max_bytes: int = 2 * 2**30
     """Images whose pixels take more memory than this are decoded each time they are used."""
 
@@ -71,6 +75,12 @@ def open_data(config: DataConfig) -> Data:
     return data
 
 
+def holds_images(config: DataConfig) -> bool:
+    """Whether the source is a folder or a name on the Hub, from which images come in any size."""
+    path = user_path(config.source)
+    return config.source != "digits" and not path.is_file() and not is_latents(path)
+
+
 def _open(config: DataConfig) -> Data:
     source, path = config.source, user_path(config.source)
     prepare = Preparation(config.image_size, config.resize, config.resample, config.channels)
@@ -86,9 +96,9 @@ def _open(config: DataConfig) -> Data:
             raise ValueError(f"{source} holds latents, which are taken as they are: leave out other --data options")
         return open_latents(path)
     if path.is_dir():
-        return decoded(source, _folder(config, path), prepare, config.max_bytes)
+        return decoded(source, _folder(config, path), prepare, config.max_bytes, config.skip_broken)
     if _HUB_NAME.fullmatch(source) and not path.exists():
-        return decoded(source, _table(config), prepare, config.max_bytes)
+        return decoded(source, _table(config), prepare, config.max_bytes, config.skip_broken)
     raise ValueError(
         f"{source} {'is a file of another kind' if path.exists() else 'does not exist'}: --data.source is digits, a "
         f".npy or .npz file, a folder, or a name on the Hub such as owner/name"
@@ -109,7 +119,7 @@ def _folder(config: DataConfig, root: Path) -> Labelled:
     if tables or (not images and any(path.suffix.lower() == ".jsonl" for path in files)):
         return _table(config)
     _refuse_label_column(config)
-    return image_folder(root, images, config.split, config.labels, config.limit)
+    return image_folder(root, image_paths(root, files), config.split, config.labels, config.limit)
 
 
 def _table(config: DataConfig) -> Labelled:

@@ -1,17 +1,34 @@
 """Data from folders of image files: any formats and sizes, with sub-folders for splits and for classes."""
 
+import contextlib
 import itertools
 import os
+import re
+import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Final, final
 
+import numpy as np
 import torch
 
+from halfstep.core.warnings import HalfstepWarning
 from halfstep.data.images import EncodedImages, Labelled
+from halfstep.data.labels import check_not_identifiers, classes_of
+from halfstep.runtime.files import read_json
 
 IMAGE_SUFFIXES: Final = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_BESIDE: Final = (
+    *(".txt", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".md", ".html", ".pdf"),
+    *(".py", ".sh", ".log", ".db", ".ini", ".npy", ".npz", ".parquet", ".arrow", ".safetensors"),
+)
+"""Suffixes that are expected beside images and need no word."""
+_SPLITS: Final = frozenset({"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"})
+"""Names of folders that hold a split rather than a class."""
+_LABELS: Final = "dataset.json"
+"""Labels in the layout of EDM's and StyleGAN's tools, {"labels": [[path, class], ...]}: sub-folders are shards."""
 
 
 @final
@@ -31,34 +48,116 @@ class Files(EncodedImages):
     def read(self, indices: Sequence[int]) -> Sequence[Path | bytes]:
         return [self.root / self.paths[index] for index in indices]
 
+    def subset(self, indices: Sequence[int]) -> "Files":
+        return Files(self.root, tuple(self.paths[index] for index in indices))
+
     def sizes(self) -> Iterator[tuple[str, int]]:
         return ((path.as_posix(), (self.root / path).stat().st_size) for path in self.paths)
+
+
+def image_paths(root: Path, files: Sequence[PurePath]) -> list[PurePath]:
+    """Return those of the files below `root` that are images by their suffix; warn of others that may be some.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+    others = [path.suffix.lower() for path in files if path.suffix.lower() not in (*IMAGE_SUFFIXES, *_BESIDE)]
+    counts = sorted(Counter(others).items(), key=lambda item: (-item[1], item[0] == "", item[0]))
+    shown = ", ".join(f"{count:,} {suffix or 'without a suffix'}" for suffix, count in counts[:5])
+    if not images:
+        found = f"; its other files: {shown}" if shown else ""
+        raise ValueError(
+            f"{root} holds no images: it and its sub-folders have no file {' '.join(IMAGE_SUFFIXES)}{found}"
+        )
+    if shown:
+        warnings.warn(
+            f"{len(others):,} files in {root} are skipped, for their suffix is that of no image: {shown}; rename or "
+            "convert those that are some",
+            HalfstepWarning,
+            stacklevel=2,
+        )
+    return images
 
 
 def image_folder(root: Path, paths: Sequence[PurePath], split: str, labels: bool, limit: int | None) -> Labelled:
     """Return the image files at the sorted `paths` below `root`, or those in its sub-folder `split` if there is one.
 
-    If each image lies in one of two or more sub-folders, their names are the classes and `limit` is balanced across
-    them; otherwise it takes the first by name.
+    Classes come from dataset.json if there is one. Else, if each image lies in one of two or more sub-folders, their
+    names are the classes and `limit` is balanced across them; otherwise it takes the first by name.
 
     Raises:
-        ValueError: if there are no images, or no sub-folder `split`; "train" without one is the whole folder.
+        ValueError: if there are no images, or no sub-folder `split`; "train" without one is the whole folder; if a
+            sub-folder may be a split or a class; or if dataset.json does not fit the files.
     """
+    tops = {path.parts[0] for path in paths if len(path.parts) > 1}
     if (root / split).is_dir():
+        if others := sorted(tops - _SPLITS - {split}):
+            raise ValueError(
+                f"{root} has the sub-folders {split} and {others[0]}, so {split} may be a split or a class: give "
+                f"{root / split} as the data, or rename {split} if it is a class"
+            )
         root, paths = root / split, [path.relative_to(split) for path in paths if path.parts[0] == split]
     elif split != "train":
         raise ValueError(f"{root} has no sub-folder {split!r}: without one there is only --data.split train")
+    elif labels and tops and tops <= _SPLITS and all(len(path.parts) > 1 for path in paths):
+        raise ValueError(
+            f"{root} has no sub-folder train, but {', '.join(sorted(tops))}: choose one by --data.split, or use all "
+            "without classes by --data.no-labels"
+        )
     if not paths:
         raise ValueError(f"{root} holds no images: it and its sub-folders have no file {' '.join(IMAGE_SUFFIXES)}")
+    if labels and (root / _LABELS).is_file():
+        return _listed(root, paths, limit)
     names = tuple(sorted({path.parts[0] for path in paths}))
     if not labels or len(names) < 2 or any(len(path.parts) != 2 for path in paths):
         return Labelled(Files(root, tuple(paths[:limit])))
+    check_not_identifiers(f"{root}, with a sub-folder for each class,", len(names), len(paths))
+    if all(re.fullmatch(r"\d{4,}", name) for name in names):
+        warnings.warn(
+            f"the sub-folders {names[0]}, {names[1]}, ... of {root} are taken for classes: add --data.no-labels if "
+            "they are shards",
+            HalfstepWarning,
+            stacklevel=2,
+        )
     classes = [list(group) for _, group in itertools.groupby(paths, key=lambda path: path.parts[0])]
     # The first of each class, then the second of each, and so on.
     in_turn = [path for row in itertools.zip_longest(*classes) for path in row if path is not None]
     paths = sorted(in_turn[:limit], key=lambda path: path.parts)
     numbers = {name: number for number, name in enumerate(names)}
     return Labelled(Files(root, tuple(paths)), torch.tensor([numbers[path.parts[0]] for path in paths]), names)
+
+
+def _listed(root: Path, paths: Sequence[PurePath], limit: int | None) -> Labelled:
+    """Return the images with the classes that dataset.json lists; without classes if it lists none."""
+    file = root / _LABELS
+    held = read_json(file)
+    rows = held.get("labels") if isinstance(held, dict) else None
+    if rows is None:
+        return Labelled(Files(root, tuple(paths[:limit])))
+    remedy = "mend it, or use --data.no-labels"
+    try:
+        known = {str(name): label for name, label in rows}
+        listed = np.array([known[path.as_posix()] for path in paths])
+    except KeyError as error:
+        raise ValueError(f"{file} has no label for {error.args[0]}: {remedy}") from None
+    except (TypeError, ValueError):
+        raise ValueError(f"{file} does not hold one [path, class] for each image: {remedy}") from None
+    labels, names = classes_of(str(file), listed, len(paths))
+    return Labelled(Files(root, tuple(paths[:limit])), labels[:limit], names)
+
+
+def changed_since(source: str, moment: float) -> list[Path]:
+    """Return the files of a source on this machine, a file or a folder, that changed after `moment` (time.time())."""
+    root = Path(source).expanduser()
+    paths = [root / path for path in files_below(root)] if root.is_dir() else [root]
+    found = []
+    for path in paths:
+        with contextlib.suppress(OSError):
+            state = path.stat()
+            if max(state.st_mtime, state.st_ctime) > moment:
+                found.append(path)
+    return found
 
 
 def files_below(root: Path) -> list[PurePath]:

@@ -1,12 +1,15 @@
 """From encoded images to pixels, in memory or only when they are fetched.
 
-In this order: turn by the EXIF orientation, lay transparency on white, convert channels, crop and resample. Only the
-first of several frames is read. An image that needs none of this keeps its pixels exactly.
+In this order: turn by the EXIF orientation where it can be read, lay transparency on white, convert channels, crop and
+resample. Only the first of several frames is read. An image that needs none of this keeps its pixels exactly.
 """
 
 import hashlib
 import io
 import os
+import re
+import stat
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,9 +21,10 @@ from typing import ClassVar, Final, Literal, NamedTuple, final
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
+from halfstep.core.warnings import HalfstepWarning
 from halfstep.data.base import Data, MemoryData, check_labels, to_batch
 from halfstep.objectives.base import Batch
 from halfstep.runtime.files import first_line
@@ -38,6 +42,21 @@ _FILTERS: Final = {
 }
 _FORMATS: Final = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 _GREY: Final = ("1", "L", "LA", "La")
+_TURNS: Final = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What undoes each EXIF orientation; 1, and any number that is none, leaves the pixels as they are."""
+_ENDS: Final = ((b"\xff\xd8\xff", b"\xff\xd9"), (b"\x89PNG\r\n", b"IEND\xaeB`\x82"))
+"""First bytes of a format and the last of a whole file. Only other files, or those without that end, are decoded to
+learn whether they can be."""
+_SHOWN: Final = 50
+"""Images that an error names; it counts the others."""
 
 
 def _workers() -> int:
@@ -48,6 +67,10 @@ def _workers() -> int:
 
 _CHUNK: Final = 4096
 """Images read at a time, which bounds the memory for their encoded bytes."""
+
+
+class TooDeep(ValueError):
+    """More bits than pixels have here. What was meant as white is not known, so nothing is scaled."""
 
 
 @final
@@ -64,11 +87,14 @@ class Preparation:
         """Pixels `[channels, height, width]`, both `image_size` if there is one; under "crop" the centre, undistorted.
 
         Raises:
-            ValueError: if the image has more than 8 bits a channel, which Pillow would clip.
+            TooDeep: if the image has more than 8 bits a channel, of which Pillow would keep the upper 8.
         """
-        if image.mode in ("I", "F") or image.mode.startswith("I;"):
-            raise ValueError(f"it has more than 8 bits a channel, mode {image.mode}: save it with 8")
-        ImageOps.exif_transpose(image, in_place=True)
+        is_deep = image.mode in ("I", "F") or image.mode.startswith("I;")
+        # Pillow shows 16 bits of colour as 8: only the raw mode that it decodes says so.
+        if is_deep or (image.format in ("PNG", "TIFF") and any(";16" in str(tile.args) for tile in image.tile)):
+            mode = image.mode if is_deep else "16 bits of colour"
+            raise TooDeep(f"has more than 8 bits a channel (mode {mode}): scale it to 8, or remove it")
+        image = _upright(image)
         channels = self.channels or (1 if image.mode in _GREY else 3)
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
@@ -88,6 +114,16 @@ class Preparation:
         return left, upper, left + side, upper + side
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    """Return the image turned by its EXIF orientation; as it is where that cannot be read."""
+    image.load()  # now, so that broken pixels are not taken for broken metadata
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # the parsers of EXIF and XMP raise whatever broken bytes lead them to
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
 class EncodedImages(ABC):
     """Encoded images by index."""
 
@@ -101,6 +137,10 @@ class EncodedImages(ABC):
     @abstractmethod
     def read(self, indices: Sequence[int]) -> Sequence[Path | bytes]:
         """The images as files to open, or as their bytes."""
+
+    @abstractmethod
+    def subset(self, indices: Sequence[int]) -> "EncodedImages":
+        """The images at `indices`."""
 
     @abstractmethod
     def sizes(self) -> Iterator[tuple[str, int]]:
@@ -162,38 +202,136 @@ class ImageFiles(Data):
     def fetch(self, indices: Tensor) -> Batch:
         if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(self):
             raise IndexError(f"{self.source} has {len(self)} samples, and indices {indices.tolist()} were asked for")
-        pixels = _decode(self.images, indices.tolist(), self.prepare)
+        pixels = []
+        for one in _decode(self.images, indices.tolist(), self.prepare):
+            if isinstance(one, ValueError):
+                raise one
+            pixels.append(one)
         x = np.stack(pixels) if pixels else np.empty((0, *self.shape), np.uint8)
         return to_batch(torch.from_numpy(x), self.labels, indices)
 
 
-def decoded(source: str, found: Labelled, prepare: Preparation, max_bytes: int) -> Data:
+def decoded(source: str, found: Labelled, prepare: Preparation, max_bytes: int, skip_broken: bool = False) -> Data:
     """Return the images as data: in memory if their pixels fit into `max_bytes`, else as `ImageFiles`.
 
+    Args:
+        skip_broken: leave out images that cannot be read, with a warning that names them.
+
     Raises:
-        ValueError: if an image cannot be decoded, or differs from the first in channels or size; or as `ImageFiles`.
+        ValueError: if images cannot be read, which it names, or none can; if one differs from the first in channels or
+            size; or as `ImageFiles`.
     """
-    images, labels, class_names = found
-    first = _decode(images, [0], prepare)[0]
-    if first.nbytes * len(images) > max_bytes:
-        return ImageFiles(source, images, prepare, labels, class_names)
-    x = np.empty((len(images), *first.shape), np.uint8)
+    images = found.images
+    broken: dict[int, ValueError] = {}
+    first = first_place = None
+    x = np.empty(0, np.uint8)
     for start in range(0, len(images), _CHUNK):
         indices = range(start, min(start + _CHUNK, len(images)))
+        if first is None:
+            # The first that can be read decides whether all fit into memory.
+            for index in indices:
+                (pixels,) = _decode(images, [index], prepare)
+                if not isinstance(pixels, ValueError):
+                    first, first_place = pixels, index
+                    break
+                broken[index] = pixels
+            if first is None:
+                continue
+            if first.nbytes * len(images) > max_bytes:
+                kept = _whole(source, found, broken | _cut(images, prepare), skip_broken)
+                return ImageFiles(source, kept.images, prepare, kept.labels, kept.class_names)
+            x = np.empty((len(images), *first.shape), np.uint8)
         for index, pixels in zip(indices, _decode(images, indices, prepare), strict=True):
-            if pixels.shape != first.shape:
-                raise _unlike(source, images.name(0), first.shape, images.name(index), pixels.shape)
-            x[index] = pixels
-    return MemoryData(source, torch.from_numpy(x), labels, class_names)
+            if isinstance(pixels, ValueError):
+                broken[index] = pixels
+            elif pixels.shape != first.shape:
+                assert first_place is not None
+                raise _unlike(source, images.name(first_place), first.shape, images.name(index), pixels.shape)
+            else:
+                x[index] = pixels
+    kept = _whole(source, found, broken, skip_broken)
+    if broken:
+        x = np.delete(x, list(broken), axis=0)
+    return MemoryData(source, torch.from_numpy(x), kept.labels, kept.class_names)
 
 
-def _decode(images: EncodedImages, indices: Sequence[int], prepare: Preparation) -> list[NDArray[np.uint8]]:
-    """The pixels of the images at `indices`, each thread decoding a share of them."""
+def _whole(source: str, found: Labelled, broken: dict[int, ValueError], skip: bool) -> Labelled:
+    """Return the images without the broken ones and the classes that had no others.
+
+    Raises:
+        ValueError: if there are any and they are not to be skipped, or nothing is left.
+    """
+    if not broken:
+        return found
+    images, labels, class_names = found
+    reasons = [str(broken[index]) for index in sorted(broken)]
+    more = f"; and {len(reasons) - _SHOWN} more" if len(reasons) > _SHOWN else ""
+    count = f"{source} has {len(broken):,} of {len(images):,} images that cannot be read"
+    if not skip or len(broken) == len(images):
+        remedy = "repair or remove" if skip else "leave them out with --data.skip-broken, or repair or remove"
+        if len(reasons) == 1:
+            raise broken.popitem()[1] if skip else ValueError(f"{reasons[0]}; or leave it out with --data.skip-broken")
+        raise ValueError(f"{count}; {remedy} them: {'; '.join(reasons[:_SHOWN])}{more}")
+    warnings.warn(f"{count} and are left out: {'; '.join(reasons[:_SHOWN])}{more}", HalfstepWarning, stacklevel=2)
+    kept = [index for index in range(len(images)) if index not in broken]
+    if labels is None:
+        return Labelled(images.subset(kept))
+    return numbered(Labelled(images.subset(kept), labels[kept], class_names))
+
+
+def numbered(found: Labelled) -> Labelled:
+    """Return the images with those classes only that have one, numbered from 0 in their old order."""
+    if found.labels is None:
+        return found
+    held, places = found.labels.unique(return_inverse=True)
+    if len(held) == len(found.class_names) or int(held[0]) < 0 or int(held[-1]) >= len(found.class_names):
+        return found  # whole, or with a label that is refused later
+    return Labelled(found.images, places, tuple(found.class_names[number] for number in held.tolist()))
+
+
+def _cut(images: EncodedImages, prepare: Preparation) -> dict[int, ValueError]:
+    """Return the files that cannot be decoded, as far as their first and last bytes raise a doubt.
+
+    Decoding all would take as long as an epoch. Images in tables are not looked at.
+    """
+    broken: dict[int, ValueError] = {}
+    if isinstance(images.read([0])[0], bytes):
+        return broken
+    with ThreadPoolExecutor(_workers()) as pool:
+        for start in range(0, len(images), _CHUNK):
+            indices = range(start, min(start + _CHUNK, len(images)))
+            doubts = pool.map(_is_doubtful, images.read(indices))
+            doubtful = [index for index, doubt in zip(indices, doubts, strict=True) if doubt]
+            for index, pixels in zip(doubtful, _decode(images, doubtful, prepare), strict=True):
+                if isinstance(pixels, ValueError):
+                    broken[index] = pixels
+    return broken
+
+
+def _is_doubtful(file: Path | bytes) -> bool:
+    assert isinstance(file, Path)
+    try:
+        if not file.is_file():
+            return True
+        with file.open("rb") as stream:
+            head = stream.read(8)
+            stream.seek(max(0, stream.seek(0, os.SEEK_END) - 4096))
+            tail = stream.read()
+    except OSError:
+        return True
+    end = next((end for start, end in _ENDS if head.startswith(start)), None)
+    return end is None or end not in tail
+
+
+def _decode(
+    images: EncodedImages, indices: Sequence[int], prepare: Preparation
+) -> list[NDArray[np.uint8] | ValueError]:
+    """The pixels of the images at `indices`, or why they cannot be read, each thread decoding a share of them."""
     files = images.read(indices)
     workers = _workers()
     share = max(1, -(-len(indices) // workers))
 
-    def work(start: int) -> list[NDArray[np.uint8]]:
+    def work(start: int) -> list[NDArray[np.uint8] | ValueError]:
         places = range(start, min(start + share, len(indices)))
         return [_open(files[place], images.name(indices[place]), prepare) for place in places]
 
@@ -201,16 +339,53 @@ def _decode(images: EncodedImages, indices: Sequence[int], prepare: Preparation)
         return [pixels for part in pool.map(work, range(0, len(indices), share)) for pixels in part]
 
 
-def _open(file: Path | bytes, name: str, prepare: Preparation) -> NDArray[np.uint8]:
+def _open(file: Path | bytes, name: str, prepare: Preparation) -> NDArray[np.uint8] | ValueError:
+    """Return an image's pixels, or a ValueError that says in one line why it has none.
+
+    Raises:
+        OSError: if the disk is gone.
+    """
     try:
+        if isinstance(file, Path) and not stat.S_ISREG(file.stat().st_mode):
+            # Opening a FIFO waits for a writer, for ever.
+            return ValueError(f"{name} is no file but {_kind_of(file.stat().st_mode)}: remove it")
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=_FORMATS) as image:
             return prepare(image)
     except Exception as error:  # Pillow's decoders raise many types on damaged files
         if isinstance(error, OSError) and error.errno in GONE:
             raise OSError(error.errno, f"{error.strerror}: the data are gone; bring them back", name) from None
+        if isinstance(error, TooDeep):
+            return ValueError(f"{name} {error}")
+        if isinstance(error, FileNotFoundError):
+            return ValueError(f"{name} is missing: bring it back, or remove what names it")
+        if isinstance(error, Image.DecompressionBombError):
+            pixels = re.search(r"\d+", str(error))
+            size = f"{int(pixels[0]):,} pixels" if pixels else "too many pixels"
+            return ValueError(f"{name} has {size}, too many to decode at each use: scale it down once")
         if isinstance(error, UnidentifiedImageError):
-            raise ValueError(f"{name} is no image ({', '.join(_FORMATS)}): repair or remove it") from error
-        raise ValueError(f"{name} cannot be decoded ({first_line(error)}): repair or remove it") from error
+            return ValueError(f"{name} {_unidentified(file)}")
+        return ValueError(f"{name} cannot be decoded ({first_line(error)}): repair or remove it")
+
+
+def _kind_of(mode: int) -> str:
+    kinds = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
+
+
+def _unidentified(file: Path | bytes) -> str:
+    """Return what a file is that Pillow does not know, and what to do about it."""
+    if isinstance(file, Path):
+        with file.open("rb") as stream:
+            file = stream.read(64)
+    if not file:
+        return "is empty: repair or remove it"
+    if file.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
+        return "is a TIFF of a kind that cannot be read: save it as 8-bit RGB or grey, or remove it"
+    if file[4:8] == b"ftyp":
+        return "holds a HEIC, an AVIF or a film: save it as JPEG or PNG, or remove it"
+    if file.startswith(b"version https://git-lfs"):
+        return "is a pointer of Git LFS, not the image: run git lfs pull"
+    return f"is no image ({', '.join(_FORMATS)}): repair or remove it"
 
 
 def _unlike(source: str, name: str, shape: tuple[int, ...], other: str, other_shape: tuple[int, ...]) -> ValueError:

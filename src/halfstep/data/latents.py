@@ -248,15 +248,18 @@ def _check_folder(root: Path) -> None:
 def _begin(
     images: CaptionedImages | Prompts, encoder: Encoder, root: Path, shard_size: int, class_names: tuple[str, ...]
 ) -> Index:
-    """Return the index of the folder, written now if there is none."""
-    if not (root / INDEX).exists():
-        shards = (None,) * -(-len(images) // shard_size)
-        index = Index(
-            encoder=encoder.key, images=_origin(images), shard_size=shard_size, class_names=class_names, shards=shards
-        )
-        _record(root, index)
-        return index
-    index = _read_index(root)
+    """Return the index of the folder, written now if there is none, or only that of another try that made no shard."""
+    shards = (None,) * -(-len(images) // shard_size)
+    now = Index(
+        encoder=encoder.key, images=_origin(images), shard_size=shard_size, class_names=class_names, shards=shards
+    )
+    index = _read_index(root) if (root / INDEX).exists() else None
+    settings = {"encoder", "images", "shard_size", "class_names"}
+    if index is None or (
+        not any(index.shards) and index.model_dump(include=settings) != now.model_dump(include=settings)
+    ):
+        _record(root, now)
+        return now
     remedy = "give another folder, or delete this one to encode anew"
     if index.encoder != encoder.key:
         raise ValueError(f"{root} holds latents of the encoder {index.encoder!r}, not of {encoder.key!r}: {remedy}")
@@ -264,10 +267,9 @@ def _begin(
         raise ValueError(
             f"{root} holds shards of {index.shard_size} samples, not of {shard_size}: keep that, or {remedy}"
         )
-    now = _origin(images)
-    if index.images != now:
+    if index.images != now.images:
         raise ValueError(
-            f"{root} holds latents of other images than {images.source}: {_differs(index.images, now)}; {remedy}"
+            f"{root} holds latents of other images than {images.source}: {_differs(index.images, now.images)}; {remedy}"
         )
     return index
 

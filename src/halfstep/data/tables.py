@@ -8,7 +8,7 @@ from typing import Any, final
 import numpy as np
 import torch
 
-from halfstep.data.images import EncodedImages, Labelled
+from halfstep.data.images import EncodedImages, Labelled, numbered
 from halfstep.runtime.files import first_line, user_path
 
 
@@ -30,6 +30,9 @@ class Column(EncodedImages):
     def read(self, indices: Sequence[int]) -> Sequence[Path | bytes]:
         cells = self.rows[indices if isinstance(indices, range) else list(indices)][self.column].to_pylist()
         return [self._file(cell, index) for cell, index in zip(cells, indices, strict=True)]
+
+    def subset(self, indices: Sequence[int]) -> "Column":
+        return Column(self.source, self.rows.select(indices), self.column)
 
     def sizes(self) -> Iterator[tuple[str, int]]:
         import pyarrow.compute as pc  # type: ignore[import-untyped]
@@ -70,15 +73,18 @@ def table(source: str, split: str, labels: bool, label_column: str | None, limit
         raise ValueError(f"{source} has the ClassLabel columns {', '.join(classes)}: choose one by --data.label-column")
     if len(rows) == 0:
         raise ValueError(f"{source} holds no samples in its split {split!r}: at least 1 is needed")
-    if limit is not None:
-        rows = rows.select(range(min(limit, len(rows))))
     encoded = rows.select_columns(images).cast_column(images[0], datasets.Image(decode=False)).with_format("arrow")
     column = Column(source, encoded, images[0])
+    first = range(len(rows) if limit is None else min(limit, len(rows)))
     if not labels or not classes:
-        return Labelled(column)
+        return Labelled(column.subset(first))
     chosen = label_column or classes[0]
     numbers = rows.select_columns([chosen]).with_format("arrow")[:][chosen].fill_null(-1).to_numpy()
-    return Labelled(column, torch.from_numpy(np.array(numbers, np.int64)), tuple(rows.features[chosen].names))
+    whole = torch.from_numpy(np.array(numbers, np.int64))
+    # Classes without a sample would be sampled and measured although nothing trained them.
+    found = numbered(Labelled(column, whole, tuple(rows.features[chosen].names)))
+    assert found.labels is not None
+    return Labelled(column.subset(first), found.labels[: len(first)], found.class_names)
 
 
 def is_saved(root: Path) -> bool:

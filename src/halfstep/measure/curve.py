@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, final
 
 from filelock import FileLock, Timeout
 
-from halfstep.measure.evaluate import Against, Evaluation, Reference
+from halfstep.measure.evaluate import Against, Evaluation, Reference, few_samples
 from halfstep.measure.sources import Source
 from halfstep.measure.store import Cell, Kept, SameNoise, Store, seeds_name
 from halfstep.metrics import METRICS
@@ -165,7 +165,9 @@ class Curve:
         tables = []
         for one in spec.references:
             protocol, halves = self._protocol(one), None
-            self._warn_of_bias(protocol, one.real.features.shape[1])
+            size = one.real.features.shape[1]
+            if note := few_samples(protocol.extractor, protocol.num_samples, protocol.num_reference, size):
+                self._notices.append(note)
             if (each := protocol.num_reference // 2) >= 2:
                 halves = Halves(num_each=each, figures=self._counted(store.halves(one)).values)
             rows = self._rows(chosen, [one] * spec.num_seeds)
@@ -269,17 +271,3 @@ class Curve:
             "reference_rows": "all",
         }
         return self._protocol(self.spec.references[0]).model_copy(update=changes)
-
-    def _warn_of_bias(self, protocol: Protocol, size: int) -> None:
-        least = min(protocol.num_samples, protocol.num_reference)
-        where = (
-            f"In {protocol.extractor} the Frechet distance of {protocol.num_samples:,} samples to "
-            f"{protocol.num_reference:,} real ones"
-        )
-        if least <= size:
-            remedy = f"{size} dimensions need more than {size} of each, better ten times as many; read KID instead"
-            self._notices.append(f"{where} says little: {remedy}.")
-        # By custom the bias of 50,000 samples is ignored.
-        elif least < 50_000:
-            flaw = "is biased upwards, the more the fewer they are: compare it within its table only"
-            self._notices.append(f"{where} {flaw}.")

@@ -18,7 +18,17 @@ from torch import Tensor
 from halfstep.core.draw import generator_for
 from halfstep.core.grids import MOST_STEPS
 from halfstep.data import Data
-from halfstep.metrics import Classifier, Figures, RealData, extractor_for, extractors, figures_of, real_features
+from halfstep.metrics import (
+    LEAST,
+    Classifier,
+    Figures,
+    RealData,
+    check_classes,
+    extractor_for,
+    extractors,
+    figures_of,
+    real_features,
+)
 from halfstep.runtime.failures import told_when_out_of_memory
 from halfstep.runtime.files import json_digest
 from halfstep.runtime.processes import Processes
@@ -52,7 +62,7 @@ class Evaluation:
     """Largest number of real samples to compare with."""
     features: str = "auto"
     """Where distances are measured (see `halfstep ls extractors`), NAME or NAME=WEIGHTS; auto takes a classifier
-    trained on the data where it is labelled, and the pixels where not."""
+    trained on the data where it has labels and 20 samples, and the pixels where not."""
     num_compared: int = 256
     """Samples over which student and teacher are compared from the same noise."""
     num_shown: int = 64
@@ -109,6 +119,44 @@ def finest(methods: Sequence[Method]) -> Method:
     return max(methods, key=lambda method: method.num_evals)
 
 
+def features_for(data: Data, evaluation: Evaluation) -> str:
+    """Return the features that the evaluation names, with `auto` resolved."""
+    if evaluation.features != "auto":
+        return evaluation.features
+    return "classifier" if data.num_classes > 1 and len(data) >= LEAST else "pixels"
+
+
+def check_measurable(data: Data, evaluation: Evaluation) -> None:
+    """Raise ValueError if samples cannot be measured against this data, as `Reference` would; trains nothing."""
+    if not evaluation.enabled:
+        return
+    if len(data) < 2:
+        raise ValueError(
+            f"{data.source} holds 1 sample, and a distance needs at least 2 real ones: add samples, or go without "
+            "measuring by --evaluation.no-enabled"
+        )
+    features = features_for(data, evaluation)
+    if features == "classifier":
+        check_classes(len(data), data.num_classes)
+        return
+    x0, cond = data.fetch(torch.arange(2))
+    real = RealData(data.fingerprint, data.num_classes, lambda: (x0, cond["class_labels"]))
+    extractor_for(features, real).features(x0)
+
+
+def few_samples(extractor: str, num_samples: int, num_reference: int, size: int) -> str | None:
+    """Return what to know of a Frechet distance of so few samples in `size` dimensions; None if they are enough."""
+    least = min(num_samples, num_reference)
+    where = f"In {extractor} the Frechet distance of {num_samples:,} samples to {num_reference:,} real ones"
+    if least <= size:
+        remedy = f"{size} dimensions need more than {size} of each, better ten times as many; read KID instead"
+        return f"{where} says little: {remedy}."
+    # By custom the bias of 50,000 samples is ignored.
+    if least < 50_000:
+        return f"{where} is biased upwards, the more the fewer they are: compare it within its table only."
+    return None
+
+
 class Against(ABC):
     """What a set of samples is compared with."""
 
@@ -138,10 +186,8 @@ class Reference(Against):
             batch = data.fetch(order[:10_000].sort().values)
             return batch.x0, batch.cond["class_labels"]
 
-        auto = "classifier" if data.num_classes > 1 else "pixels"
-        features = auto if evaluation.features == "auto" else evaluation.features
         real_data = RealData(data.fingerprint, data.num_classes, labelled, cache, torch.device(device))
-        self.extractor = extractor_for(features, real_data)
+        self.extractor = extractor_for(features_for(data, evaluation), real_data)
         content = (data.fingerprint, len(data), evaluation.num_reference)
         self.real = real_features(self.extractor, lambda: data.fetch(rows).x0, content, cache)
         self.data = data
@@ -156,6 +202,8 @@ class Reference(Against):
             "seeds": "0, 1, 2, ...",
             "images": "rounded to uint8" if data.is_image else "as they are",
         }
+        self.note = few_samples(self.extractor.name, evaluation.num_samples, len(rows), self.real.features.shape[1])
+        """What to know of distances of so few samples; None if they are enough."""
         if evaluation.precision != "float32":
             self.protocol["precision"] = evaluation.precision
         if isinstance(self.extractor, Classifier):

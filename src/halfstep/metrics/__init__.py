@@ -1,7 +1,7 @@
 """Features in, float out: distances between sets of samples, and what they are measured in."""
 
 from halfstep.metrics.catalogue import METRICS, Figures, figures_of, figures_of_halves, paired_figures
-from halfstep.metrics.classifier import CLASSIFIER, Classifier, train_classifier
+from halfstep.metrics.classifier import CLASSIFIER, LEAST, Classifier, check_classes, train_classifier
 from halfstep.metrics.dinov2 import DINOv2
 from halfstep.metrics.distances import (
     Moments,

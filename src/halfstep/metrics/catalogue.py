@@ -6,7 +6,7 @@ from typing import Final, NamedTuple
 
 from torch import Tensor
 
-from halfstep.metrics.distances import frechet_of_moments, kernel_distance, moments_of, sliced_wasserstein
+from halfstep.metrics.distances import frechet_distance, kernel_distance, sliced_wasserstein
 from halfstep.metrics.features import FeatureExtractor
 from halfstep.metrics.neighbours import K, precision_recall
 from halfstep.metrics.paired import SSIM_SIDE, lpips, psnr, rmse, ssim, why_no_lpips
@@ -68,7 +68,7 @@ def figures_of(extractor: FeatureExtractor, features: Tensor, real: RealFeatures
     """
     missing = []
     values = {
-        "frechet": frechet_of_moments(real.moments, moments_of(features)),
+        "frechet": frechet_distance(real.features, features, real.moments),
         "kid": kernel_distance(real.features, features),
         "sliced_wasserstein": sliced_wasserstein(real.features, features),
     }

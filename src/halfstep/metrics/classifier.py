@@ -16,6 +16,21 @@ CLASSIFIER: Final = "classifier-1"
 comparable with new ones then."""
 
 
+LEAST: Final = 20
+"""Samples without which no classifier is trained."""
+
+
+def check_classes(num_samples: int, num_classes: int) -> None:
+    """Raise ValueError if no classifier can be trained: fewer than 20 samples or fewer than 2 classes."""
+    remedy = "use the features `pixels` (--extractors pixels, or --evaluation.features pixels)"
+    if not num_classes:
+        raise ValueError(f"the features `classifier` need labels, and the data has none: {remedy}")
+    if num_samples < LEAST or num_classes < 2:
+        raise ValueError(
+            f"a classifier needs {LEAST} samples and 2 classes, got {num_samples} and {num_classes}: {remedy}"
+        )
+
+
 @final
 class Classifier(FeatureExtractor):
     """The 64 linear features before the last layer of a small network trained on labelled data (`train_classifier`).
@@ -83,12 +98,9 @@ def train_classifier(
     the weights, whose name must be unique to the data.
 
     Raises:
-        ValueError: if there are fewer than 20 samples or fewer than 2 classes.
+        ValueError: as `check_classes`.
     """
-    if len(x) < 20 or num_classes < 2:
-        raise ValueError(
-            f"a classifier needs 20 samples and 2 classes, got {len(x)} and {num_classes}: use the features `pixels`"
-        )
+    check_classes(len(x), num_classes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = ClassifierNetwork(tuple(x.shape[1:]), num_classes)
@@ -118,11 +130,7 @@ def train_classifier(
 def classifier(path: str | None, measured: RealData) -> FeatureExtractor:
     """64 features of a small network trained on the labelled data; kept in the cache folder."""
     refuse_path("classifier", path)
-    if not measured.num_classes:
-        raise ValueError(
-            "the features `classifier` need labels, and the data has none: use the features `pixels` "
-            "(--extractors pixels, or --evaluation.features pixels)"
-        )
+    check_classes(LEAST if measured.num_classes else 0, measured.num_classes)
     x0, labels = measured.labelled()
     name = f"{CLASSIFIER}-{measured.fingerprint[:12]}"
     file = None if measured.cache is None else measured.cache / f"{name}.safetensors"

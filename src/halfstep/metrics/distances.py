@@ -8,8 +8,8 @@
   the features projected on them. It compares all moments and needs no Gaussians.
 
 KID comes from torchmetrics and the one-dimensional distances from scipy, in float64 and with fixed random numbers. The
-Frechet distance is computed from moments, because those of the real data are cached (`reference.py`), which
-torchmetrics' metric cannot take.
+Frechet distance is computed here: from moments, because those of the real data are cached (`reference.py`), or from the
+samples themselves where they are fewer than the dimensions.
 """
 
 import contextlib
@@ -127,14 +127,26 @@ def frechet_of_moments(a: Moments, b: Moments) -> float:
     return max(0.0, float((a.mean - b.mean).square().sum() + spread))
 
 
-def frechet_distance(a: Tensor, b: Tensor) -> float:
+def frechet_distance(a: Tensor, b: Tensor, moments: Moments | None = None) -> float:
     """Return the Frechet distance between feature sets `[n, d]` and `[m, d]`, computed in float64.
+
+    With A and B the centred rows over the roots of n - 1 and m - 1, so that C_a = A'A, tr (C_a C_b)^(1/2) is the sum of
+    the singular values of A B': for a set of fewer samples than dimensions no matrix `[d, d]` is needed.
+
+    Args:
+        moments: those of a, if they are known.
 
     Raises:
         ValueError: if the shapes do not fit, a set has fewer than 2 rows, or a feature is not finite.
     """
     _check(a, b)
-    return frechet_of_moments(moments_of(a), moments_of(b))
+    if min(len(a), len(b)) > a.shape[1]:
+        return frechet_of_moments(moments_of(a) if moments is None else moments, moments_of(b))
+    x, y = a.double(), b.double()
+    rows = [(one - one.mean(0)) / (len(one) - 1) ** 0.5 for one in (x, y)]
+    cross = torch.linalg.svdvals(rows[0] @ rows[1].T).sum()
+    spread = rows[0].square().sum() + rows[1].square().sum() - 2 * cross
+    return max(0.0, float((x.mean(0) - y.mean(0)).square().sum() + spread))
 
 
 def kernel_distance(a: Tensor, b: Tensor, subsets: int = 20, subset_size: int = 1000) -> float:

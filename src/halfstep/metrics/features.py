@@ -135,8 +135,8 @@ class Pixels(FeatureExtractor):
         if samples[0].numel() > LARGEST:
             if samples.ndim != 4:
                 raise ValueError(
-                    f"samples of shape {list(samples.shape[1:])} have more entries than the {LARGEST} that can be "
-                    "compared: use --evaluation.no-enabled"
+                    f"samples of shape {list(samples.shape[1:])} have more entries than the {LARGEST} that the "
+                    "features `pixels` can compare: take others, or let a run go without by --evaluation.no-enabled"
                 )
             sides = (min(32, samples.shape[2]), min(32, samples.shape[3]))
             samples = F.adaptive_avg_pool2d(samples.float(), sides)

@@ -15,6 +15,7 @@ from halfstep.core.prediction import Denoised
 from halfstep.core.warnings import HalfstepWarning
 from halfstep.objectives import Guidance, Role, guidances
 from halfstep.runs import Manifest
+from halfstep.runs.schema import shortened
 from halfstep.runtime.failures import is_out_of_memory
 from halfstep.samplers import Sampler, sample, samplers
 
@@ -154,6 +155,7 @@ class Model(Denoiser):
         else:
             raise ValueError(
                 f"class {class_label} was asked for, but this model has classes 0 to {self.num_classes - 1}"
+                + (f" ({shortened(names)})" if (names := self.manifest.class_names) else "")
             )
         scale = self._scale(guidance_scale)
         if scale is not None:

@@ -97,6 +97,36 @@ def images() -> Recipe:
     return cifar10().model_copy(update={"name": "images", "data": data})
 
 
+@recipes.register("images_small")
+def images_small() -> Recipe:
+    """A few hundred images of your own, 32x32 in colour: under an hour on two CPU cores."""
+    return Recipe(
+        name="images_small",
+        data=DataConfig(source="images", image_size=32, channels=3, labels=False, flip=True),
+        network=UNetConfig(
+            block_out_channels=(32, 64, 64),
+            layers_per_block=1,
+            attention=(False, False, True),
+            norm_num_groups=8,
+            attention_head_dim=32,
+        ),
+        # Few images are memorised in many updates; the average is over fewer of them, too.
+        teacher=Training(
+            num_updates=3000,
+            batch_size=16,
+            learning_rate=1e-3,
+            warmup_updates=100,
+            weight_decay=0.01,
+            ema_decay=0.995,
+            dropout=0.1,
+        ),
+        chain=SECOND_ORDER.model_copy(
+            update={"training": Training(num_updates=300, batch_size=16, learning_rate=3e-4, warmup_updates=20)}
+        ),
+        evaluation=Evaluation(num_samples=300, teacher_steps=(8, 4, 2, 1), teacher_heun_steps=(8,)),
+    )
+
+
 @recipes.register("arrays")
 def arrays() -> Recipe:
     """Anything that is no image, as a .npy of shape [n, *dims] near unit scale: `halfstep run arrays --data x.npy`."""

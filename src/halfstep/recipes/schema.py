@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 from halfstep.core.grids import MOST_STEPS
 from halfstep.core.noise import NoiseProcess, VPCosine
 from halfstep.core.prediction import Prediction, predictions, weightings
-from halfstep.data import Data, DataConfig, LatentData, StandIn, open_data
+from halfstep.data import Data, DataConfig, LatentData, StandIn, open_data, warn_of_scale
 from halfstep.measure.evaluate import Evaluation
 from halfstep.models.model import Model
 from halfstep.nets import MLP, Network, UNet2D, unet2d_config
@@ -37,8 +37,10 @@ from halfstep.objectives import (
 from halfstep.objectives.base import MOST_UPDATES
 from halfstep.registry import Registry
 from halfstep.run.course import Match, Start, check_start, cosine_within, course
+from halfstep.run.preflight import preflight
 from halfstep.run.spec import RunSpec
 from halfstep.runs import Manifest
+from halfstep.runs.schema import shortened
 from halfstep.runtime.files import cache_folder, user_path
 from halfstep.runtime.terminal import one_line
 from halfstep.samplers import samplers
@@ -340,8 +342,13 @@ class StageConfig(Config):
 
 IDLE: Final = tuple(setting.name for setting in fields(Engine) if setting.name not in LEARNED)
 """Fields of the engine that do not change what is learned."""
-FREE_FIELDS: Final = ("chain.keep", "evaluation.batch_size", *(f"engine.{name}" for name in IDLE))
-"""Fields that may change when a run resumes: they decide how, not what."""
+FREE_FIELDS: Final = (
+    *("chain.keep", "data.source", "data.skip_broken", "data.accept_changed"),
+    *(f"evaluation.{setting.name}" for setting in fields(Evaluation)),
+    *(f"engine.{name}" for name in IDLE),
+)
+"""Fields that may change when a run resumes: they decide how, not what. Of the data, the samples themselves are
+compared; models whose protocol has changed are measured again."""
 
 
 TEACHER: Final = Training(num_updates=100_000, learning_rate=2e-4, warmup_updates=1000, anneal=False, ema_decay=0.9999)
@@ -550,10 +557,12 @@ def build(
         parent: what identifies the given teacher; its own stage, source and files if None.
 
     Raises:
-        ValueError: if the data cannot be opened or the recipe's parts do not fit each other.
+        ValueError: if the data cannot be opened, the recipe's parts do not fit each other or the data, or the models
+            could not be measured.
     """
     process, prediction = recipe.model.objects()
     opened = open_data(recipe.data) if data is None else data
+    warn_of_scale(opened)
     origin: dict[str, Any] = {} if what == "all" else {"what": what}
     if teacher is None:
         start = Start(process, prediction, given=False)
@@ -576,7 +585,7 @@ def build(
         if teacher is not None:
             check_start(teacher, chain)
         plan = plan + chain
-    return RunSpec(
+    spec = RunSpec(
         recipe=recipe.model_dump(mode="json") | origin,
         plan=plan,
         data=opened,
@@ -597,6 +606,8 @@ def build(
         free=FREE_FIELDS,
         defaults=Recipe(name=recipe.name).model_dump(mode="json"),
     )
+    preflight(spec)
+    return spec
 
 
 def _with_null(teacher: Model, config: MatchingConfig, data: Data) -> Model:
@@ -626,9 +637,31 @@ def _with_null(teacher: Model, config: MatchingConfig, data: Data) -> Model:
     return Model(teacher.denoiser, teacher.manifest, null)
 
 
+def _check_classes(model: Manifest, data: Data) -> None:
+    """Raise ValueError if the data's classes have other numbers than the model's, as labels with gaps would."""
+    names = data.class_names
+    known = model.class_names[: len(names)] or tuple(map(str, range(len(names))))
+    # Of a model without names only numbers can be compared.
+    if names != known and (model.class_names or all(name.isdecimal() for name in names)):
+        raise ValueError(
+            f"the model's first classes are {shortened(known)}, but those of {data.source} are {shortened(names)}: "
+            "give data with the same classes, in the same order"
+        )
+
+
+def encode_first(model: Manifest, source: str, pipeline: str) -> str:
+    """Return why a model of latents cannot be trained on images, and the command that makes latents of them."""
+    return (
+        f"the model makes latents {list(model.shape)}, and {source} holds images: encode them first by "
+        f"halfstep encode {pipeline} --data {source} --out latents, then give --data latents"
+    )
+
+
 def check_fit(model: Manifest, data: Data) -> None:
     """Raise ValueError if a model cannot be trained or measured on this data: shapes, ranges or conditions differ."""
     kinds = {True: "images in [-1, 1]", False: "plain arrays"}
+    if model.pipeline is not None and data.is_image and not model.is_image:
+        raise ValueError(encode_first(model, data.source, model.pipeline.folder))
     if model.is_image != data.is_image:
         raise ValueError(
             f"the model makes {kinds[model.is_image]}, but {data.source} holds {kinds[data.is_image]}: give the data "
@@ -643,6 +676,8 @@ def check_fit(model: Manifest, data: Data) -> None:
         raise ValueError(
             f"the model is conditioned on {model.num_classes} classes, but {data.source} has {data.num_classes}"
         )
+    if model.num_classes:
+        _check_classes(model, data)
     held = data.fetch(torch.zeros(1, dtype=torch.int64)).cond if model.conditions else {}
     for name, shape in model.conditions.items():
         if name not in held:

@@ -58,6 +58,8 @@ class Group:
     teacher_sampler: str
     """The teacher's own."""
     stages: Sequence[str]
+    few: str | None
+    """What to know of distances of so few samples."""
 
     @property
     def best_words(self) -> str:
@@ -189,6 +191,7 @@ def _group(name: str, start: StageFacts | None, stages: Sequence[tuple[StageFact
         base=next((result for result in teacher.values() if result.teacher_rmse is None), None),
         teacher_sampler=own,
         stages=[stage.name for stage, _ in stages],
+        few=next((held.note for _, held in stages if held.note), None),
     )
 
 
@@ -222,10 +225,9 @@ def text_table(group: Group) -> Table:
         notes.append(f"Ratio and speed-up: to the teacher at its best, {group.best_words}.")
     if group.base is not None:
         notes.append(f"RMSE: of a student to the teacher, {group.base_words}, from the same noise.")
-    notes.append(
-        f"Of {group.protocol.get('num_samples', '?')} samples to {group.protocol.get('num_reference', '?')} real ones: "
-        "biased upwards, the more the fewer they are, so compare within this table."
-    )
+    sizes = [group.protocol.get(name, "?") for name in ("num_samples", "num_reference")]
+    bias = "biased upwards, the more the fewer they are, so compare within this table"
+    notes.append(group.few or f"Of {sizes[0]} samples to {sizes[1]} real ones: {bias}.")
     return Table(headings, rows, notes)
 
 
@@ -245,12 +247,14 @@ def _curve(label: str, results: Sequence[Result | None], named: Sequence[Pair] =
 
 
 def protocol_notices(groups: Sequence[Group]) -> list[str]:
-    """Return the notice about several protocols, if there are several."""
+    """Return the notices about few samples and about several protocols, if any."""
+    few = list(dict.fromkeys(group.few for group in groups if group.few))
     if len(groups) < 2:
-        return []
+        return few
     names = sorted({name for group in groups for name in group.protocol})
     differing = ", ".join(name for name in names if len({group.protocol.get(name) for group in groups}) > 1)
     return [
+        *few,
         f"Not all stages were measured under the same protocol (different: {differing}). Figures of different "
-        "protocols cannot be compared, so each protocol has its own table and figure."
+        "protocols cannot be compared, so each protocol has its own table and figure.",
     ]

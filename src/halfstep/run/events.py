@@ -41,9 +41,26 @@ class StageEnd(Event):
 
 @final
 @dataclass(frozen=True)
+class Measuring(Event):
+    """The next figures of a stage are being made."""
+
+    name: str
+    what: str
+    """What is drawn or compared, in words."""
+    number: int
+    """Counted from 1; 0 for the real data, before the first."""
+    total: int
+
+
+@final
+@dataclass(frozen=True)
 class Measured(Event):
     name: str
     result: Result
+    num_left: int = 0
+    """Further results of the stage."""
+    seconds: float = 0.0
+    """Wall time of drawing and measuring, since the first of them."""
 
 
 @final

@@ -1,12 +1,15 @@
 """A run's own folder: taken, compared with the recipe, begun."""
 
 import contextlib
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from halfstep.core.warnings import HalfstepWarning
+from halfstep.data import changed_since
 from halfstep.models.model import Model
 from halfstep.objectives import Outcome, Stage
 from halfstep.run.spec import RunSpec
@@ -66,10 +69,20 @@ def take_folder(spec: RunSpec, folder: RunFolder, lock: FileLock) -> str:
         # What `halfstep evaluate` is writing is no leftover.
         with contextlib.suppress(Timeout), FileLock(evaluation / ".lock", timeout=0):
             sweep(evaluation, evaluation / "cells", evaluation / "figures")
-    described = {"recipe": dict(spec.recipe), "data_fingerprint": spec.data.fingerprint, "plan": _rows(spec)}
+    described = {
+        "recipe": dict(spec.recipe),
+        "data_fingerprint": spec.data.fingerprint,
+        "data": _form(spec),
+        "plan": _rows(spec),
+    }
     if not folder.recipe_path.exists():
         write_json(folder.recipe_path, described | {"environment": environment()})
-    elif len((held := folder.recipe())["plan"]) < len(spec.stages):
+        return spec.data.fingerprint
+    held = folder.recipe()
+    # How the models are measured now, and where the data lie now, is what `evaluate` and the report read later.
+    now, old = flatten(dict(spec.recipe)), flatten(held["recipe"])
+    moved = any(now[name] != old.get(name) for name in now if name.startswith(("evaluation.", "data.")))
+    if moved or len(held["plan"]) < len(spec.stages) or held.get("data_fingerprint") != spec.data.fingerprint:
         write_json(folder.recipe_path, held | described)
     return spec.data.fingerprint
 
@@ -86,13 +99,44 @@ def _check_folder(spec: RunSpec, folder: RunFolder) -> None:
                 + (f"; and {len(changed) - 8} more" if len(changed) > 8 else "")
             )
         if held.get("data_fingerprint") not in (None, spec.data.fingerprint):
-            raise DifferentRecipe(
-                f"{folder.path} holds a run on other data: {spec.data.source} has changed since; choose another --out"
-            )
+            _accept(spec, folder, held)
     elif folder.path.exists() and not folder.path.is_dir():
         raise ValueError(f"{folder.path} is a file, not a folder: choose another --out")
     elif folder.path.is_dir() and any(not _is_ours(entry) for entry in folder.path.iterdir()):
         raise ValueError(f"{folder.path} is not empty and holds no run (no recipe.json): choose another --out")
+
+
+def _accept(spec: RunSpec, folder: RunFolder, held: Mapping[str, Any]) -> None:
+    """Warn that the run's data have changed.
+
+    Raises:
+        DifferentRecipe: unless the recipe accepts that, and samples have the shape and the classes that they had.
+    """
+    before, now = held.get("data"), _form(spec)
+    changed = changed_since(spec.data.source, folder.recipe_path.stat().st_mtime)
+    said = [f"{len(changed):,} changed files: {', '.join(map(str, changed[:3]))}"] if changed else []
+    fits = isinstance(before, dict) and all(before.get(name) == now[name] for name in ("shape", "class_names"))
+    if isinstance(before, dict):
+        other = [name for name in now if before.get(name) != now[name]]
+        said += [f"{name.replace('_', ' ')} {before.get(name)} then, {now[name]} now" for name in other]
+    what = f"{spec.data.source} has changed since" + (f" ({'; '.join(said)})" if said else "")
+    recipe = spec.recipe.get("data")
+    if fits and isinstance(recipe, Mapping) and recipe.get("accept_changed"):
+        warnings.warn(f"{folder.path} resumes on changed data: {what}", HalfstepWarning, stacklevel=2)
+        return
+    remedy = "put the old data back, choose another --out" + (
+        ", or add --data.accept-changed to go on with what is there now" if fits else ""
+    )
+    raise DifferentRecipe(f"{folder.path} holds a run on other data: {what}; {remedy}")
+
+
+def _form(spec: RunSpec) -> dict[str, Any]:
+    """Return what recipe.json holds of the data."""
+    return {
+        "num_samples": len(spec.data),
+        "shape": list(spec.data.shape),
+        "class_names": list(spec.data.class_names),
+    }
 
 
 def _growing(spec: RunSpec, held: Mapping[str, Any]) -> list[str]:

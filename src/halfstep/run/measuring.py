@@ -1,6 +1,7 @@
 """Measures the stages of a run: figures into metrics.json, samples to look at beside them, both from the store."""
 
 import functools
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import final
@@ -15,7 +16,8 @@ from halfstep.metrics import rmse
 from halfstep.models.folder import load
 from halfstep.models.model import Model
 from halfstep.objectives import Role
-from halfstep.run.events import Measured
+from halfstep.run.events import Event, Measured, Notice
+from halfstep.run.events import Measuring as Started
 from halfstep.run.spec import RunSpec
 from halfstep.run.trackers import Trackers
 from halfstep.runs import Metrics, RunFolder, StageFolder
@@ -50,11 +52,15 @@ class Measuring:
         self._base: Cell | None = None
         """The first model of the chain at its finest, with which all others are compared."""
 
-    def measured(self, folder: StageFolder, model: Model, updates_before: int) -> Iterator[Measured]:
+    def measured(self, folder: StageFolder, model: Model, updates_before: int) -> Iterator[Event]:
         """Measure a stage, unless its figures exist; trackers log it at `updates_before` of the plan."""
         methods = self._methods(model) if self.evaluation.enabled else []
         if not methods:
             return
+        if self._base is None:
+            yield Started(folder.name, "features of the real data", 0, len(methods))
+            if note := self._reference.note:
+                yield Notice(note)
         protocol = self._reference.protocol | {"device": str(self.device)}
         if self._base is None:
             # Loaded again on demand: the device need not hold it beside every student.
@@ -69,16 +75,19 @@ class Measuring:
         if self.processes.on_main(is_measured):
             return
         model = model.to(self.device)
-        results = []
-        for method in methods:
-            by = "" if method.sampler == model.sampler else f"-{samplers.name_of(method.sampler)}"
+        results, began = [], time.monotonic()
+        for number, method in enumerate(methods, 1):
+            sampler = samplers.name_of(method.sampler)
+            yield Started(folder.name, f"{method.num_steps} steps of {sampler}", number, len(methods))
+            by = "" if method.sampler == model.sampler else f"-{sampler}"
             name = f"steps-{method.num_steps:04d}{by}"
             with self.processes.at_once(self._stop):
                 result = self._result(folder, self._cell(model, method), name)
             results.append(result)
             self._track(folder, name, result, updates_before)
-            yield Measured(folder.name, result)
-        figures = Metrics(protocol=protocol, results=results)
+            yield Measured(folder.name, result, len(methods) - number, time.monotonic() - began)
+        spent = round(time.monotonic() - began, 3)
+        figures = Metrics(protocol=protocol, results=results, seconds=spent, note=self._reference.note)
         self.processes.on_main(lambda: write_json(folder.metrics_path, figures.model_dump(mode="json")))
 
     def _methods(self, model: Model) -> list[Method]:

@@ -213,6 +213,7 @@ class _Runner:
             changes["guidance_scale"] = learned[0].default_scale
         if teacher.num_classes:
             changes["classes_shown"] = self.spec.data.num_classes
+            changes["class_names"] = self._class_names(teacher.manifest)
         denoiser = teacher.denoiser
         if isinstance(denoiser.network, LoRA):
             # The weights that its additions belong to are in another run.
@@ -371,6 +372,13 @@ class _Runner:
         self.log.append({"stage": stage, "update": window.update, **figures})
         self.trackers.log(stage, figures, self._updates_before + window.update)
 
+    def _class_names(self, origin: Manifest | None) -> tuple[str, ...]:
+        """Return what the classes of a model stand for: as its parent says, or else as the data."""
+        spec = self.spec
+        if not spec.num_classes:
+            return ()
+        return (origin.class_names if origin else ()) or spec.data.class_names
+
     def _manifest(
         self,
         name: str,
@@ -402,6 +410,7 @@ class _Runner:
             shape=spec.data.shape,
             num_classes=spec.num_classes,
             classes_shown=spec.data.num_classes if spec.num_classes else None,
+            class_names=self._class_names(origin),
             conditions=origin.conditions if origin else {},
             guidance=guidance,
             guidance_scale=None if guidance is None else guidances.rebuild(guidance).default_scale,

@@ -1,6 +1,7 @@
 """What is where in a run folder, and the types of its JSON files."""
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -86,6 +87,8 @@ class Manifest(Record):
     """Classes that the model is conditioned on; 0 for an unconditional model."""
     classes_shown: int | None = None
     """How many of them, from the first on, the training data had; samples are of these in turn. None for all."""
+    class_names: tuple[str, ...] = ()
+    """The labels or folders that its classes stand for, in order; empty if they are not known."""
     conditions: dict[str, tuple[int, ...]] = Field(default={})
     """Further conditions of the model, with the shape of each for one sample."""
     guidance: dict[str, Any] | None = None
@@ -183,6 +186,15 @@ class Metrics(Record):
     protocol: dict[str, Any]
     """Extractor, counts, reference data, seed, device: figures of different protocols must not be compared."""
     results: list[Result]
+    seconds: float | None = None
+    """Wall time of sampling and measuring, without what was there."""
+    note: str | None = None
+    """What to know of distances of so few samples."""
+
+
+def shortened(names: Sequence[str]) -> str:
+    """Return names in a line: all, or the first three and the last."""
+    return ", ".join(names if len(names) <= 10 else (*names[:3], "...", names[-1]))
 
 
 @dataclass(frozen=True)

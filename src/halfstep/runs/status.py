@@ -56,6 +56,12 @@ class StageStatus:
     """As far as measured."""
     protocol: Mapping[str, Any] | None = None
     """Of the results."""
+    measuring_seconds: float = 0.0
+    """Wall time of drawing and measuring the results."""
+    num_unmeasured: int = 1
+    """Results to come, as far as known."""
+    measuring: str = ""
+    """What is being measured, in words."""
     role: str | None = None
     """What its model is: teacher, matched or student; None if unknown."""
     rows: list[tuple[int, float]] = field(default_factory=list)
@@ -144,9 +150,25 @@ class RunStatus:
         return (stage.num_updates - stage.update) * stage.update_cost * self.unit_seconds
 
     @property
-    def seconds_left(self) -> float:
-        """Training time left for the whole plan; NaN before there is a pace. Measuring comes on top."""
+    def training_seconds_left(self) -> float:
+        """Training time left for the whole plan; NaN before there is a pace."""
         return math.fsum(self.seconds_left_of(stage) for stage in self.stages)
+
+    @property
+    def measuring_seconds_left(self) -> float:
+        """Time left for measuring, from that of the quickest stage so far; 0 before one was measured."""
+        known = [stage for stage in self.stages if stage.results and stage.measuring_seconds]
+        if not known:
+            return 0.0
+        # Students take few steps; the first model at many is no measure for them.
+        each = min(stage.measuring_seconds / len(stage.results) for stage in known)
+        waiting = [stage for stage in self.stages if stage.state == "measuring" or not stage.is_done]
+        return each * sum(stage.num_unmeasured for stage in waiting)
+
+    @property
+    def seconds_left(self) -> float:
+        """Time left for the whole plan, training and measuring; NaN before there is a pace."""
+        return self.training_seconds_left + self.measuring_seconds_left
 
     def as_json(self) -> dict[str, Any]:
         """The status as data; times in seconds, None for what is not known."""
@@ -162,7 +184,8 @@ class RunStatus:
             "share_done": self.share,
             "teacher_best": None if self.teacher_best is None else self.teacher_best._asdict(),
             "training_seconds": math.fsum(stage.seconds for stage in self.stages),
-            "training_seconds_left": finite(self.seconds_left),
+            "training_seconds_left": finite(self.training_seconds_left),
+            "measuring_seconds_left": finite(self.measuring_seconds_left),
             "process": None if self.process is None else dict(self.process),
             "stages": [
                 {
@@ -244,6 +267,7 @@ def _update_stage(stage: StageStatus, folder: StageFolder) -> None:
         metrics = folder.metrics()
         if metrics is not None:
             stage.results, stage.protocol = metrics.results, metrics.protocol
+            stage.measuring_seconds = metrics.seconds or 0.0
 
 
 def _update_run(status: RunStatus, folder: RunFolder, now: float) -> None:

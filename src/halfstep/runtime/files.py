@@ -42,7 +42,12 @@ def _lines(error: BaseException) -> list[str]:
 
 
 def sha256_of(path: Path) -> str:
-    """Return the sha256 of a file in hex."""
+    """Return the sha256 of a file in hex.
+
+    Raises:
+        DamagedFile: as `check_regular`.
+    """
+    check_regular(path)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -173,11 +178,18 @@ def read_arrays(path: Path, *names: str) -> "dict[str, np.ndarray]":
     """
     import numpy as np
 
+    check_regular(path)
     try:
         with np.load(path, allow_pickle=False) as held:
             return {name: held[name] for name in names or held.files}
     except Exception as error:  # a damaged archive raises whatever zipfile, zlib or numpy stumble over
         raise DamagedFile(f"{path} cannot be read as .npz ({first_line(error)})") from None
+
+
+def check_regular(path: Path) -> None:
+    """Raise DamagedFile if something lies at `path` that is no file: opening a FIFO waits for a writer, for ever."""
+    if path.exists() and not path.is_file():
+        raise DamagedFile(f"{path} is no file, but a folder, FIFO, socket or device: remove it")
 
 
 def refuse_taken(out: Path, is_file: bool = False, remedy: str = "choose another --out") -> None:
@@ -192,6 +204,7 @@ def read_json(path: Path) -> Any:
     Raises:
         DamagedFile: if the file is not there or is not JSON.
     """
+    check_regular(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -1,0 +1,57 @@
+"""Labels as people write them, and the classes 0, 1, 2, ... that a network is shown."""
+
+import warnings
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from halfstep.core.warnings import HalfstepWarning
+
+_REMEDY: Final = "use --data.no-labels to leave them out"
+
+
+def classes_of(source: str, labels: NDArray[Any], length: int) -> tuple[Tensor, tuple[str, ...]]:
+    """Return the class of each sample, int64 `[length]`, and the labels that the classes stand for, in sorted order.
+
+    Classes are numbered from 0 without gaps, whatever the labels are; a warning says so if the numbers differ.
+
+    Raises:
+        ValueError: if labels are not one whole number from 0 up or one string for each sample, or nearly every sample
+            has one of its own.
+    """
+    if labels.dtype.kind not in "iuUS" or labels.shape != (length,):
+        raise ValueError(
+            f"{source} has {labels.dtype} labels of shape {labels.shape}: {length} samples need labels of shape "
+            f"{(length,)} that are integers or strings; {_REMEDY}"
+        )
+    if labels.dtype.kind == "S":
+        labels = np.char.decode(labels, "utf-8", "backslashreplace")
+    held, places = np.unique(labels, return_inverse=True)
+    is_number = labels.dtype.kind in "iu"
+    if is_number and held[0] < 0:
+        raise ValueError(
+            f"{source} has labels below 0, the least is {held[0]} ({int((labels < 0).sum()):,} samples): number the "
+            f"classes from 0 up; or {_REMEDY}"
+        )
+    check_not_identifiers(source, len(held), length, f", from {held[0]} to {held[-1]}")
+    names = tuple(map(str, held.tolist()))
+    if is_number and int(held[-1]) != len(held) - 1:
+        shown = ", ".join(names if len(names) < 5 else (*names[:3], "...", names[-1]))
+        warnings.warn(
+            f"the labels {shown} of {source} become the classes 0 to {len(held) - 1}, in this order",
+            HalfstepWarning,
+            stacklevel=2,
+        )
+    return torch.from_numpy(places.reshape(-1).astype(np.int64)), names
+
+
+def check_not_identifiers(source: str, classes: int, length: int, shown: str = "") -> None:
+    """Raise ValueError if there are more than 10 classes of less than 2 samples on average."""
+    if classes > 10 and 2 * classes > length:
+        raise ValueError(
+            f"{source} has {classes:,} classes for {length:,} samples{shown}, so its labels are presumably "
+            f"identifiers: give each class 2 samples or more; or {_REMEDY}"
+        )
