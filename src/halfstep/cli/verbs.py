@@ -83,7 +83,6 @@ _TRAIN: Final = (
         (
             "halfstep distill runs/digits/stages/00-denoise --start 64 --to 4",
             "halfstep distill my-ddpm --data ~/photos --to 4 --out runs/mine",
-            "halfstep distill my-sd --data latents --to 4 --matching.guidance-range 1 8",
             "halfstep distill my-flux --prompts prompts.txt --to 4 --call height=512 width=512",
         ),
         (
