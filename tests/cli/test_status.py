@@ -16,6 +16,7 @@ import pytest
 from halfstep.cli import main
 from halfstep.runs import Heartbeat, RunStatus, read_status
 from halfstep.runs.heartbeat import SILENT_SECONDS, this_machine
+from halfstep.runtime.files import write_sealed
 from support_cli import Capture, refused
 from teams import context
 from toys import TINY_ARRAYS, finish, points, toy_spec
@@ -30,7 +31,7 @@ PLAN = [
 def folder_of(path: Path, rows: list[dict[str, Any]], **beat: Any) -> Path:
     """A run's folder as far as a status reads it."""
     path.mkdir(parents=True, exist_ok=True)
-    (path / "recipe.json").write_text(json.dumps({"recipe": {"name": "toy"}, "plan": PLAN}))
+    write_sealed(path / "recipe.json", {"recipe": {"name": "toy"}, "plan": PLAN})
     (path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if beat:
         now = time.time()

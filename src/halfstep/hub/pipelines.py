@@ -24,6 +24,7 @@ from halfstep.models.model import Model
 from halfstep.nets import SD3, DiT, StockNetwork, UNet2D, UNet2DCondition, describe_network
 from halfstep.runs import Manifest, Outcome, Pipeline
 from halfstep.runtime.files import DamagedFile, first_line, read_json, sha256_of
+from halfstep.runtime.tensors import check_finite
 
 START_STEPS: Final = 128
 """Default DDIM steps of an imported teacher at the start of its chain: a compromise between what steps lose and stages
@@ -298,6 +299,7 @@ def _network(folder: Path, layout: Layout, schedule: Schedule) -> StockNetwork:
     shift = {"shift": schedule.process.shift} if isinstance(schedule.process, FlowMatching) else {}
     network = layout.network(config, num_train_timesteps=schedule.num_train_timesteps, **shift)
     network.model.load_state_dict(state)
+    check_finite(network.model.state_dict(), folder)
     return network
 
 

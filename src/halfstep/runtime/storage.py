@@ -5,11 +5,13 @@ import os
 from pathlib import Path
 from typing import Final
 
-from halfstep.runtime.files import InUse
+from halfstep.runtime.files import DamagedFile, InUse
 
 FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 GONE: Final = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO, errno.EROFS, errno.ETIMEDOUT)
 """What disks and network mounts say when they are full, and when they are gone."""
+TAKEN: Final = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
+"""What a disk says when a folder has the place of a file, or a file that of a folder."""
 
 
 class NoStorage(OSError):
@@ -35,12 +37,19 @@ def last_good(last: Path | None) -> str:
     return f"the last {kind} is {last}"
 
 
-def no_storage(error: OSError, path: Path, last: Path | None) -> OSError:
+def no_storage(error: OSError, path: Path, last: Path | None) -> Exception:
     """Return NoStorage with the last good state if the error is the run folder's, else the error itself.
+
+    A folder in the place of a file, or the reverse, is DamagedFile: no disk is full or gone.
 
     The folder may be gone, so nothing is looked up in it.
     """
     within = error.filename is not None and Path(os.fsdecode(error.filename)).is_relative_to(path)
+    if within and error.errno in TAKEN:
+        return DamagedFile(
+            f"{os.fsdecode(error.filename)} cannot be used ({error.strerror}): something else has its place. Remove it "
+            "and run the same command again"
+        )
     if error.errno in FULL:
         full = path if within or error.filename is None else os.fsdecode(error.filename)
         what, then = f"no space left for {full}", "free some space"
