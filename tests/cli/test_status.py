@@ -97,7 +97,7 @@ def test_damage_and_bad_folders(tmp_path: Path, capsys: Capture) -> None:
     assert (status.state, status.stages[0].state) == ("stopped", "damaged")
     json.dumps(status.as_json(), allow_nan=False)
     (path / "recipe.json").write_text("[]")
-    assert "does not hold a recipe" in refused(["status", str(path)], capsys)
+    assert "recipe.json has no sha256 of its content" in refused(["status", str(path)], capsys)
     assert "leave one of them out" in refused(["status", str(path), "--watch", "--json"], capsys)
 
 

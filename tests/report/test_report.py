@@ -221,8 +221,9 @@ def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
     content["plan"].append({"stage": "02-" + HOSTILE, "num_steps": "$", "num_updates": 10})
     content["recipe"][HOSTILE] = [HOSTILE]
     content["environment"]["device"] = HOSTILE
-    write_sealed(run / "recipe.json", content)
     folder = "03-<script>alert(1)<"
+    content["plan"].append({"stage": folder, "role": "student", "num_steps": 64, "num_updates": 400})
+    write_sealed(run / "recipe.json", content)
     write_stage(run, folder, 64, [result(64, True)], {}, protocol={HOSTILE: HOSTILE})
     with open(run / "log.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps({"stage": "$\\frac$" + HOSTILE, "update": 5, "loss": 1.0}) + "\n")
@@ -310,7 +311,7 @@ def test_missing_figures_recipe_log_and_samples_are_named(tmp_path: Path) -> Non
         path.unlink()
     page = reported(run)
     for text in (
-        "The recipe cannot be shown: recipe.json does not exist.",
+        "The recipe cannot be shown: recipe.json does not exist; put a copy of it back",
         "stages/00-denoise/metrics.json has no sha256 of its content",
         "No figures (metrics.json) for stages 00-denoise, 01-halve-0128.",
         "No samples to look at for stages 00-denoise, 01-halve-0128.",
@@ -345,8 +346,8 @@ def test_numbers_that_no_axis_can_show_do_not_stop_the_report(tmp_path: Path) ->
     run = write_fake_run(tmp_path / "run", students=(128,), planned=(128,))
     path = run / "stages/01-halve-0128/metrics.json"
     odd = json.loads(path.read_text())
-    odd["results"][0] |= {"frechet": float("nan"), "kid": -0.001, "seconds_per_1000": 0.0}
-    path.write_text(json.dumps(odd), encoding="utf-8")
+    odd["results"][0] |= {"frechet": 1e301, "kid": -0.001, "seconds_per_1000": 0.0}
+    write_sealed(path, odd)
     (run / "log.jsonl").write_text(
         '{"stage": "00-denoise", "update": 1, "loss": NaN}\n{"stage": "00-denoise", "update": 2, "loss": -1}\n'
         '{"stage": 3, "update": "x", "loss": 1}\n{"stage": "00-denoise", "update": 3, "loss": "1"}\n[]\n',

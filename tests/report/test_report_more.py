@@ -337,6 +337,9 @@ def test_a_report_of_large_noisy_images_stays_below_its_limit(tmp_path: Path) ->
 
 def test_a_student_of_other_steps_than_planned_is_walked_in_its_place(tmp_path: Path) -> None:
     run = write_fake_run(tmp_path / "run", students=(128,), planned=(128,))
+    content = json.loads((run / "recipe.json").read_text())
+    content["plan"].append({"stage": "02-quarter-0032", "role": "student", "num_steps": 32, "num_updates": 400})
+    write_sealed(run / "recipe.json", content)
     write_stage(run, "02-quarter-0032", 32, [], {32: digit_samples(32, True)}, parent="01-halve-0128")
     labels = [div["data-label"] for div in reported(run).attributes("div") if "data-label" in div]
     assert labels == ["256 steps", "128 steps", "64 steps", "32 steps", "8 steps", "4 steps", "2 steps", "1 step"]
