@@ -218,16 +218,23 @@ def recipe_from(text: str) -> Recipe:
     path = Path(text)
     if text in list(recipes) or not (path.suffix == ".json" or path.is_dir()):
         return recipes[text]()
-    return recipe_of_file(RunFolder(path).recipe_path if path.is_dir() else path)
+    if path.is_dir():
+        return recipe_of_run(RunFolder(path))
+    # A file that the user may have written or changed.
+    return _recipe_in(read_json(path), path)
 
 
-def recipe_of_file(file: Path) -> Recipe:
-    """Return the recipe in a run's recipe.json, or in a file that holds a recipe alone.
+def recipe_of_run(run: RunFolder) -> Recipe:
+    """Return the recipe of a run.
 
     Raises:
-        ValueError: if it is no recipe.
+        ValueError: if it is damaged or no recipe.
     """
-    data: Any = read_json(file)
+    return _recipe_in(run.recipe(), run.recipe_path)
+
+
+def _recipe_in(data: Any, file: Path) -> Recipe:
+    """Return the recipe in the content of a run's recipe.json, or of a file that holds a recipe alone."""
     if isinstance(data, dict) and isinstance(data.get("recipe"), dict):
         data = data["recipe"]
     if not isinstance(data, dict):
@@ -240,9 +247,7 @@ def recipe_of_file(file: Path) -> Recipe:
 
 def recipe_of_stage(stage: StageFolder) -> Recipe | None:
     """Return the recipe of the run in which a stage lies, or None if it lies elsewhere."""
-    folder = stage.path.resolve().parent
-    file = folder.parent / "recipe.json"
-    return recipe_of_file(file) if folder.name == "stages" and file.is_file() else None
+    return None if stage.run is None or not stage.run.recipe_path.exists() else recipe_of_run(stage.run)
 
 
 def options_from(words: Sequence[str]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from halfstep.models.model import Model
 from halfstep.nets import StockNetwork, UNet2D, describe_network
 from halfstep.runs import Manifest, Outcome, Pipeline
 from halfstep.runtime.files import DamagedFile, first_line, read_json, sha256_of, user_path
+from halfstep.runtime.tensors import check_finite
 
 START_STEPS: Final = 128
 """Default DDIM steps of an imported teacher at the start of its chain: a compromise between what steps lose and stages
@@ -330,6 +331,7 @@ def _network(folder: Path, schedule: Schedule) -> UNet2D:
             state[part] = state[part][:channels]
     network = UNet2D(config, num_train_timesteps=schedule.num_train_timesteps)
     network.model.load_state_dict(state)
+    check_finite(network.model.state_dict(), folder)
     return network
 
 

@@ -19,7 +19,7 @@ from halfstep.samplers import Sampler, samplers
 
 def weights_of(manifest: Manifest) -> str:
     """Return a hash of everything that a manifest says of a model, the sha256 of its weights included."""
-    return json_digest(manifest.model_dump(mode="json", exclude={"seconds", "data", "class_names"}))
+    return json_digest(manifest.model_dump(mode="json", exclude={"run", "seconds", "data", "class_names"}))
 
 
 def sampler_of(manifest: Manifest) -> Sampler:

@@ -124,6 +124,8 @@ class EvaluationResult(Record):
     """evaluation.json."""
 
     format: int = EVALUATION_FORMAT
+    run: str | None = None
+    """`run` of the recipe.json of the run that was measured; None for any other subject."""
     subject: str
     """As the user typed it."""
     kind: Literal["run", "stage", "pipeline", "images"]
