@@ -446,6 +446,6 @@ def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(toy_npy: Path, tmp_path: P
     process.send_signal(2)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert "the state is saved: run the same command again to go on" in errors
+    assert "the state is saved. Run the same command again to resume" in errors
     assert "Traceback" not in errors
     assert list(out.glob("stages/00-denoise/checkpoint-*/manifest.json"))

@@ -41,7 +41,7 @@ def test_measuring_shows_where_it_is_and_counts_in_the_time_left() -> None:
     plan = _plan(Training(10, 1e-3, batch_size=20), Training(6, 1e-3, batch_size=10))
     result = Result(sampler="ddim", num_steps=1, num_evals=1, frechet=1.0, kid=0.0, seconds_per_1000=1.0)
     out = io.StringIO()
-    display = RunDisplay(list(zip(plan.names(), plan.stages, strict=True)), Console(file=out, width=200))
+    display = RunDisplay(list(zip(plan.names(), plan.stages, strict=True)), Screen(file=out))
     display.show([StageStart("00-denoise", 0, plan.stages[0], 0), Progress("00-denoise", 10, _window(10, 6.0))])
     display._last_line = 0.0
     display.show([StageEnd("00-denoise", 6.0, was_there=False), Measuring("00-denoise", "Heun", 1, 3)])
@@ -81,7 +81,7 @@ def test_a_terminal_gets_one_display_and_no_terminal_gets_lines() -> None:
         "00-denoise",
         "01-halve-0001",
     ]
-    assert "6 updates, going on at update 2" in printed[False]
+    assert "6 updates, resuming at update 2" in printed[False]
     assert "\x1b" not in printed[False]
 
 

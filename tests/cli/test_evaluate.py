@@ -416,7 +416,7 @@ def test_bad_input_is_refused_in_one_line(toy_run: Path, digits_run: Path, tmp_p
         (["evaluate", toy, "--num-steps", "0"], "--num-steps must be"),
         (["evaluate", toy, "--search-gamma", "1"], "--search-gamma must be at least 2, got 1"),
         (["evaluate", toy, "--search-gamma", "3", "--gamma", "0.5"], "leave one out"),
-        (["evaluate", toy, "--gamma", "0.5"], "say nothing without --against teacher-ancestral"),
+        (["evaluate", toy, "--gamma", "0.5"], "have no effect without --against teacher-ancestral"),
         (["evaluate", toy, "--against", "teacher-hein"], "unknown sampler 'hein'; did you mean 'heun'?"),
         (["evaluate", toy, "--against", "heun"], "give teacher-SAMPLER or student-SAMPLER"),
         (["evaluate", student, "--against", "teacher-ddim"], "there is no teacher here"),
@@ -433,7 +433,7 @@ def test_bad_input_is_refused_in_one_line(toy_run: Path, digits_run: Path, tmp_p
         (["evaluate", f"{tmp_path}/other.npz", "--data", "digits"], "give a reference of the same size"),
         (["evaluate", f"{tmp_path}/one.npz", "--data", "digits"], "needs at least 2"),
         (["evaluate", f"{tmp_path}/other.npz", "--data", f"{toy_run.parent}/toy.npy"], "of one kind"),
-        (["evaluate", f"{tmp_path}/other.npz", "--data", "digits", "--seeds", "2"], "says nothing to samples in files"),
+        (["evaluate", f"{tmp_path}/other.npz", "--data", "digits", "--seeds", "2"], "no effect on samples in files"),
     ]
     for argv, said in cases:
         assert said in refused([*argv, *out], capsys), argv

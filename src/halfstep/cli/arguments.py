@@ -42,7 +42,7 @@ FAMILIES: Final[Mapping[str, Registry[Any]]] = {
     "studies": studies,
     "extractors": extractors,
 }
-"""What recipes and options can name."""
+"""Choices for recipes and options."""
 
 if TYPE_CHECKING:
     FamilyName = str
@@ -60,7 +60,7 @@ RecipeFields = tyro.conf.AvoidSubcommands[Annotated[Recipe, tyro.conf.arg(name="
 
 @dataclass
 class PlanArguments:
-    """What the verbs that carry out a plan share."""
+    """Options shared by the verbs that run a plan."""
 
     recipe: RecipeFields
     dry_run: Switch = False
@@ -117,7 +117,7 @@ class SampleArguments:
     guidance_scale: Guidance | None = None
     """uncond + scale (cond - uncond), for a model that knows guidance; 1 is none. The model's own by default."""
     prompt: str | None = None
-    """What to show, for a model of texts."""
+    """Prompt of a text-conditioned model."""
     sampler: SamplerName | None = None
     """Sampler (`halfstep ls samplers` describes them); the model's own by default."""
     gamma: Share | None = None
@@ -145,7 +145,7 @@ class EvaluateArguments:
     samples."""
 
     subject: tyro.conf.Positional[str]
-    """What to measure."""
+    """Subject of the evaluation."""
     num_steps: tuple[Steps, ...] = ()
     """Steps of the --against series, and of a single stage; by default the start of the chain, halved down to 1."""
     against: tuple[str, ...] | None = None
@@ -160,7 +160,7 @@ class EvaluateArguments:
     gamma: Share | None = None
     """Variance of ancestral sampling: 0 is its lower bound, 1 its upper bound (the default)."""
     search_gamma: Annotated[int, Range(2, 1000)] | None = None
-    """Try so many values of gamma from 0 to 1 (the paper: 11) for each ancestral row and show the best."""
+    """Number of gammas from 0 to 1 to try for each ancestral row (the paper: 11); the best is shown."""
     guidance_scale: Guidance | None = None
     """For models that know guidance; each model's own by default."""
     precision: Literal["float32", "bf16"] | None = None

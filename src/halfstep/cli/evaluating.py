@@ -163,7 +163,7 @@ def _check_files(arguments: EvaluateArguments) -> None:
         "num_steps", "against", "seeds", "gamma", "search_gamma", "guidance_scale", "precision", "batch_size",
     ):  # fmt: skip
         if getattr(arguments, name) != getattr(idle, name):
-            raise UsageError(f"{flag(name)} says nothing to samples in files: leave it out")
+            raise UsageError(f"{flag(name)} has no effect on samples in files. Remove it")
 
 
 def _count(arguments: EvaluateArguments, samples: Data) -> int:

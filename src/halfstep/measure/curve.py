@@ -30,7 +30,7 @@ class Entry(NamedTuple):
     source: Source
     num_steps: int | None
     gamma: float | None = None
-    """Of ancestral sampling, where several are tried and the best is shown."""
+    """Gamma of ancestral sampling, where several are tried and the best is shown."""
 
     def words(self) -> str:
         """Return the entry in a few words."""
@@ -40,7 +40,7 @@ class Entry(NamedTuple):
 @final
 @dataclass(frozen=True)
 class CurveSpec:
-    """What is measured and how."""
+    """The subject of an evaluation, and its protocol."""
 
     subject: str
     kind: Literal["run", "stage", "pipeline", "images"]
@@ -54,7 +54,7 @@ class CurveSpec:
     """Sets of seeds: set k holds the seeds from k * num_samples on."""
     guidance_scale: float | None = None
     teacher: Entry | None = None
-    """What the others are compared with from the same noise."""
+    """The model that the others are compared with, from the same noise."""
     notices: Sequence[str] = ()
     run: str | None = None
     """`Manifest.run` of the run that is measured."""

@@ -122,7 +122,7 @@ class ModelSource(Source):
         return Drawn(x0, seconds, model.num_evals(self.sampler, num_steps, self._guidance_scale))
 
     def _cond(self, model: Model, seeds: range) -> dict[str, Tensor]:
-        """Return the conditions of each data sample seed modulo their number, if the model is shown any."""
+        """Return the conditions of each data sample seed modulo their number, if the model takes any."""
         data = self._conditions
         if data is None:
             return {}

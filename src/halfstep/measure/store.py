@@ -89,7 +89,7 @@ class SameNoise(Against):
 
     def __init__(self, base: Cell, shape: Sequence[int]) -> None:
         self.needs = (base,)
-        # What is installed later is measured then.
+        # Metrics of packages that are installed later are measured then.
         lacking = why_no_lpips(shape) if base.source.is_image else None
         self.name = f"same-noise-{json_digest((FIGURES_FORMAT, base.key, lacking), 10)}"
 
@@ -331,7 +331,7 @@ class Store:
 
 
 def _read_or_warn(file: Path) -> dict[str, Any] | None:
-    """Return a sealed file of the store; None, with a warning, if it is damaged: what it holds is made again."""
+    """Return a sealed file of the store; None, with a warning, if it is damaged; its contents are recomputed."""
     try:
         return read_sealed(file)
     except DamagedFile as error:

@@ -75,7 +75,7 @@ def take_folder(spec: RunSpec, folder: RunFolder, lock: FileLock) -> tuple[str, 
         raise InUse(f"{path} is being written by another halfstep process: wait for it, or choose --out") from None
     sweep(path, *path.glob("stages/*"), *path.glob("stages/*/samples"))
     if (evaluation := path / "evaluation").is_dir():
-        # What `halfstep evaluate` is writing is no leftover.
+        # Files that `halfstep evaluate` is writing are no leftovers.
         with contextlib.suppress(Timeout), FileLock(evaluation / ".lock", timeout=0):
             sweep(evaluation, evaluation / "cells", evaluation / "figures")
     described = {
@@ -146,7 +146,7 @@ def _accept(spec: RunSpec, folder: RunFolder, held: Mapping[str, Any]) -> None:
         warnings.warn(f"{folder.path} resumes on changed data: {what}", HalfstepWarning, stacklevel=2)
         return
     remedy = "put the old data back, choose another --out" + (
-        ", or add --data.accept-changed to go on with what is there now" if fits else ""
+        ", or add --data.accept-changed to resume with the data as they are now" if fits else ""
     )
     raise DifferentRecipe(f"{folder.path} holds a run on other data: {what}; {remedy}")
 

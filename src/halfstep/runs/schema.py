@@ -1,4 +1,4 @@
-"""What is where in a run folder, and the types of its JSON files."""
+"""The layout of a run folder, and the types of its JSON files."""
 
 import contextlib
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ class Pipeline(Record):
 
 
 class Outcome(Record):
-    """What a stage's model is and how it is sampled, as its objective declares it."""
+    """Role of a stage's model and how it is sampled, as its objective declares them."""
 
     role: RoleName
     num_steps: int | None = None
@@ -116,7 +116,7 @@ class Manifest(Record):
     source: str | None = None
     """Where the model, or the teacher of its chain, was imported from."""
     data: str | None = None
-    """What the stage was trained on: its source and the number of samples."""
+    """Training data of the stage: its source and the number of samples."""
     weights_kept: bool = True
     """False once the weights were removed because only those of other stages were asked for."""
 
@@ -128,7 +128,7 @@ class Manifest(Record):
     def guidance_words(self) -> str:
         """What `guidance_scale` means for the model, whether negative prompts act, and the network calls of a step."""
         if not self.num_classes and not self.conditions:
-            return "The model is shown no condition, so there is nothing to guide by: one network call a step."
+            return "The model is unconditional, so guidance has no effect: one network call a step."
         if self.guidance is None and self.pipeline is not None and self.pipeline.scale is not None:
             return (
                 f"The network takes the scale itself and was distilled at {self.pipeline.scale:g}: pass "
@@ -164,7 +164,7 @@ class Result(Record):
 
     sampler: str
     gamma: float | None = None
-    """Of ancestral sampling: 0 is the lower bound of the variance, 1 the upper."""
+    """Gamma of ancestral sampling: 0 is the lower bound of the variance, 1 the upper."""
     num_steps: int
     num_evals: int
     """Network calls for a sample."""
@@ -352,7 +352,7 @@ class RunFolder:
 
     @property
     def evaluation_path(self) -> Path:
-        """What `halfstep evaluate` writes: evaluation.json and the cells that it is made of."""
+        """Output of `halfstep evaluate`: evaluation.json, beside the cells that it is made of."""
         return self.path / "evaluation" / "evaluation.json"
 
     def evaluation(self) -> EvaluationResult | None:

@@ -8,13 +8,13 @@ from typing import Final
 from halfstep.runtime.files import DamagedFile, InUse
 
 FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What disks say when they are full."""
+"""Errors of full disks."""
 GONE: Final = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ETIMEDOUT)
-"""What disks and network mounts say when they are gone."""
+"""Errors of disks and network mounts that are gone."""
 LOST: Final = (errno.EROFS, errno.ENXIO, errno.ENOENT, errno.EACCES)
-"""What they say too of a folder that could be written before; at the start of a run it is bad input."""
+"""Further errors of a disk that was lost during a run; at its start they are bad input."""
 TAKEN: Final = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
-"""What a disk says when a folder has the place of a file, or a file that of a folder."""
+"""Errors of a folder in the place of a file, or the reverse."""
 
 
 class NoStorage(OSError):
