@@ -14,7 +14,6 @@ from halfstep.core.warnings import HalfstepWarning
 from halfstep.measure.evaluate import Evaluation
 from halfstep.metrics import Pixels
 from halfstep.models.folder import load, save_stage
-from halfstep.objectives import Plan
 from halfstep.run.runner import run
 from halfstep.runs import RunFolder, StageFolder, read_log
 from halfstep.runtime.files import DamagedFile, read_sealed, sha256_of, write_sealed
@@ -89,19 +88,18 @@ def test_stages_of_another_place_seed_or_plan_are_refused(path: Path, made: Path
         shutil.rmtree(stage(path, THIRD).path)
         shutil.copytree(source, stage(path, THIRD).path)
         assert all(f"{stage(path, THIRD).manifest_path} {said}" in text for text in refusals(path))
-    with pytest.raises(DamagedFile, match=r"02-halve-0001/manifest\.json is of no stage in the plan"):
-        finish(toy_spec(plan=Plan(toy_plan(8, 6).stages[:2]), recipe={"name": "toy", "seed": 2}), path.parent / "short")
-        short = stage(path.parent / "short", THIRD).path
-        shutil.copytree(stage(path.parent / "short", SECOND).path, short)
-        held = read_sealed(short / "manifest.json")
-        write_sealed(short / "manifest.json", held | {"stage": THIRD})
-        load(short)
+    # Of the run's recipe, but not as the plan has it.
+    shutil.rmtree(stage(path, THIRD).path)
+    shutil.copytree(stage(path, SECOND).path, stage(path, THIRD).path)
+    file = stage(path, THIRD).manifest_path
+    write_sealed(file, read_sealed(file) | {"stage": THIRD})
+    assert all("is of no stage in the plan" in text for text in refusals(path))
 
 
 def test_a_folder_beside_the_plans_stages_is_no_model_of_the_run(path: Path) -> None:
     shutil.copytree(stage(path, FIRST).path, stage(path, "99-copy").path)
     assert load(path).manifest.stage == THIRD
-    with pytest.raises(DamagedFile, match="99-copy/manifest.json is of stage 00-denoise"):
+    with pytest.raises(DamagedFile, match=r"99-copy/manifest\.json is of stage 00-denoise"):
         load(stage(path, "99-copy").path)
 
 
@@ -192,14 +190,13 @@ def test_a_damaged_cell_is_measured_again_with_a_line(path: Path, made: Path, da
         first, second = (next(path.glob(f"evaluation/figures/{cell.name}-*")) for cell in cells)
         shutil.copy(second, first)
     else:
-        (cells[0] / "cell.json").write_text(
-            (cells[0] / "cell.json").read_text().replace('"num_evals": ', '"num_evals": 9')
-        )
+        file = cells[0] / "cell.json"
+        file.write_text(file.read_text().replace('"num_evals": ', '"num_evals": 9'))
     for name in (FIRST, SECOND):
         stage(path, name).metrics_path.unlink()
         for file in stage(path, name).samples.iterdir():
             file.unlink()
-    with pytest.warns(HalfstepWarning, match="it is measured again") if damage != "figures" else pytest.warns(None):
+    with pytest.warns(HalfstepWarning, match="it is measured again"):
         finish(SPEC, path)
     for name in (FIRST, SECOND):
         mine, true = (stage(place, name).metrics().model_dump()["results"] for place in (path, made / "uncut"))  # type: ignore[union-attr]
@@ -276,7 +273,7 @@ def test_a_flipped_bit_in_the_reference_cache_changes_no_figure(
     first = described()
     (file,) = (tmp_path / "reference").iterdir()
     content = bytearray(file.read_bytes())
-    content[-3] ^= 0x20
+    content[len(content) // 2] ^= 0x20
     file.write_bytes(content)
     again = described()
     assert torch.equal(again.features, first.features)
