@@ -323,8 +323,10 @@ class Store:
     def _kept(self, name: str) -> Kept | None:
         file = self._file(name)
         held = _read_or_warn(file) if file.exists() else None
-        # A copy of another's figures is as good as none.
-        return KEPT.validate_python(held) if held is not None and held.pop("name") == name else None
+        if held is not None and held.pop("name", None) != name:
+            _warn(DamagedFile(f"{file} holds other figures than its name says"))
+            return None
+        return None if held is None else KEPT.validate_python(held)
 
     def _file(self, name: str) -> Path:
         return self.folder / "figures" / f"{name}.json"
