@@ -35,7 +35,7 @@ from halfstep.cli.dry_run import show_plan
 from halfstep.cli.reporting import make_report
 from halfstep.cli.usage import UsageError, check_least, parse
 from halfstep.cli.words import console_for, duration, print_json
-from halfstep.hub import decoder_of, fetch, import_pipeline, is_pipeline, release_texts, text_conditions
+from halfstep.hub import decoder_of, fetch, import_pipeline, is_pipeline, networks_below, release_texts, text_conditions
 from halfstep.measure.samples import grid_image, samples_array, write_png
 from halfstep.metrics import to_uint8
 from halfstep.models.folder import find_stage, load
@@ -46,6 +46,7 @@ from halfstep.recipes.schema import SECOND_ORDER, MatchingConfig, data_or_stand_
 from halfstep.run.runner import run as run_spec
 from halfstep.run.spec import GIVEN_TEACHER, RunSpec
 from halfstep.runs import RunFolder, read_status
+from halfstep.runtime.failures import NonFinite
 from halfstep.runtime.files import refuse_taken, write_arrays
 from halfstep.runtime.processes import launched
 from halfstep.runtime.stop import Interrupted, StopSignal, at_once
@@ -144,7 +145,14 @@ def distill(argv: Sequence[str]) -> None:
         model = import_pipeline(argv[0])
         where, stage = argv[0], model.manifest.stage
     else:
-        folder = find_stage(Path(argv[0]))
+        try:
+            folder = find_stage(Path(argv[0]))
+        except ValueError:
+            if below := networks_below(Path(argv[0])):
+                raise UsageError(
+                    f"{argv[0]} holds no model itself. Give one of the folders in it, such as {below[-1]}"
+                ) from None
+            raise
         model = load(folder.path)
         recipe = recipe_of_stage(folder)
         where, stage = str(folder.path), folder.name
@@ -266,6 +274,8 @@ def sample(argv: Sequence[str]) -> None:
     if parts is None:
         return
     x0 = torch.cat([part for (part,) in parts])
+    if bad := int((~x0.isfinite()).flatten(1).any(1).sum()):
+        raise NonFinite(f"{bad} of {len(x0)} samples are not finite, so {out} is not written: the model is broken")
     seconds = time.perf_counter() - started
     write_samples(x0, model, seeds, out)
     steps = arguments.num_steps or model.num_steps

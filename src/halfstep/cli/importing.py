@@ -27,6 +27,8 @@ class ImportArguments:
     config: str | None = None
     """google-pd: cifar10, imagenet64, bedroom128, church128, or a .json with image_size, ch, multipliers,
     layers_per_block, attention, attention_head_dim, time_embedding_dim, num_classes, prediction, start_steps."""
+    ema: bool = False
+    """diffusers: take the averaged weights beside the network's own (unet_ema)."""
     out: Path | None = None
     """Folder of the stage; imported/NAME by default."""
 
@@ -39,10 +41,12 @@ def import_(argv: Sequence[str]) -> None:
         if arguments.config is not None:
             raise UsageError(f"--config {arguments.config} says nothing to diffusers, whose folders hold theirs")
         refuse_taken(out)
-        model = import_pipeline(arguments.source)
+        model = import_pipeline(arguments.source, ema=arguments.ema)
         manifest = model.manifest.model_copy(update={"stage": out.name})
         manifest = save_stage(StageFolder(out), model.denoiser, manifest, model.null)
     else:
+        if arguments.ema:
+            raise UsageError("--ema has no effect on google-pd, whose checkpoints hold averaged weights. Remove it")
         if arguments.config is None:
             raise UsageError("--config is missing: cifar10, imagenet64, bedroom128, church128, or a .json file")
         manifest = import_google_pd(Path(arguments.source), config_of(arguments.config), out)

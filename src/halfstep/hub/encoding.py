@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from halfstep.data import Encoder
-from halfstep.hub.stock import check_weights, load_stock, stock
+from halfstep.hub.disk import open_part, open_pipeline
+from halfstep.hub.stock import stock
 from halfstep.runtime.files import read_json, sha256_of
 
 
@@ -68,8 +69,7 @@ def _vae(folder: Path, device: str | torch.device) -> tuple[Any, float, float]:
     place, kind = folder / "vae", "AutoencoderKL"
     if not place.is_dir():
         raise ValueError(f"{folder} has no vae, which makes images of latents and back: save the pipeline with it")
-    check_weights(place, f"diffusers.{kind}")
-    vae = load_stock(kind, place, f"{place} cannot be read as an {kind}", low_cpu_mem_usage=False).eval().to(device)
+    vae = open_part(place, f"diffusers.{kind}").eval().to(device)
     return vae, float(vae.config.get("shift_factor") or 0.0), float(vae.config.scaling_factor)
 
 
@@ -106,11 +106,11 @@ def _text_pipeline(folder: Path) -> Any:
     index = read_json(folder / "model_index.json")
     kind = index["_class_name"]
     held = {name for name, value in index.items() if name.startswith(("text_encoder", "tokenizer")) and value[0]}
+    parts: dict[str, Any] = dict.fromkeys(set(stock(kind)._get_signature_types()) - held - {"scheduler"})
     for name in sorted(held):
         if name.startswith("text_encoder"):
-            check_weights(folder / name, ".".join(index[name]))
-    absent = dict.fromkeys(set(stock(kind)._get_signature_types()) - held - {"scheduler"})
-    pipe = load_stock(kind, folder, f"the text encoder in {folder} cannot be read", **absent)
+            parts[name] = open_part(folder / name, ".".join(index[name]))
+    pipe = open_pipeline(folder, kind, parts)
     if (config := folder / "transformer" / "config.json").is_file():
         # Stable Diffusion 3 asks its transformer's config how wide the text of a missing encoder would be.
         pipe.transformer = SimpleNamespace(config=SimpleNamespace(**read_json(config)))

@@ -4,8 +4,8 @@ Process, prediction, clipping and conditions are read from the configs of schedu
 asked for by name. Only safetensors are read, and no code of a repository is run.
 """
 
-import hashlib
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,16 +14,28 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from halfstep.core.denoiser import NetworkDenoiser
+from halfstep.core.denoiser import NetworkDenoiser, warn_of_signal
 from halfstep.core.noise import FlowMatching, processes
 from halfstep.core.prediction import predictions
+from halfstep.core.warnings import HalfstepWarning
+from halfstep.hub.disk import (
+    averaged_beside,
+    check_config,
+    digest_of,
+    known_fields,
+    networks_below,
+    open_part,
+    plain_network,
+    read_config,
+    refuse_single_file,
+    scheduler_beside,
+)
 from halfstep.hub.encoding import release_texts, text_conditions
 from halfstep.hub.schedulers import Schedule, read_schedule
-from halfstep.hub.stock import PICKLED, check_weights, load_stock
 from halfstep.models.model import Model
 from halfstep.nets import SD3, DiT, StockNetwork, UNet2D, UNet2DCondition, describe_network
 from halfstep.runs import Manifest, Outcome, Pipeline
-from halfstep.runtime.files import DamagedFile, first_line, read_json, sha256_of
+from halfstep.runtime.files import first_line
 
 START_STEPS: Final = 128
 """Default DDIM steps of an imported teacher at the start of its chain: a compromise between what steps lose and stages
@@ -62,13 +74,7 @@ def is_pipeline(path: str | Path) -> bool:
     folder = Path(path)
     if (folder / "model_index.json").is_file():
         return True
-    return _plain_network(folder) is not None and not (folder / "manifest.json").is_file()
-
-
-def _plain_network(folder: Path) -> Path | None:
-    """The folder of a network without a model_index.json."""
-    places = (folder, folder / "unet", folder / "transformer")
-    return next((place for place in places if (place / "config.json").is_file()), None)
+    return plain_network(folder) is not None and not (folder / "manifest.json").is_file()
 
 
 def fetch(source: str) -> Path:
@@ -78,11 +84,7 @@ def fetch(source: str) -> Path:
         ValueError: if it is pickled weights, or neither a folder nor a repository that can be reached.
     """
     path = Path(source).expanduser()
-    if path.suffix in PICKLED:
-        raise ValueError(
-            f"{source} is pickled and could run code when it is read, so halfstep does not: convert it where you trust "
-            "it, for example diffusers' StableDiffusionPipeline.from_single_file(...).save_pretrained(FOLDER)"
-        )
+    refuse_single_file(source)
     if path.is_dir():
         return path
     if path.exists():
@@ -101,11 +103,14 @@ def fetch(source: str) -> Path:
         ) from None
 
 
-def import_pipeline(source: str | Path) -> Model:
+def import_pipeline(source: str | Path, *, ema: bool = False) -> Model:
     """Load the network of a pipeline as a teacher, on the CPU in float32.
+
+    Warns of averaged weights beside those that are taken, and of a last noise level that is no pure noise.
 
     Args:
         source: a folder that diffusers has saved, or a name on the Hub.
+        ema: whether to take the averaged weights beside the network's own, such as unet_ema.
 
     Raises:
         ValueError: if it is pickled, wants code of its own, or a part of it is missing or not understood.
@@ -114,8 +119,21 @@ def import_pipeline(source: str | Path) -> Model:
     kind, layout, network_folder, scheduler_file = _parts(folder)
     if not scheduler_file.is_file():
         raise ValueError(f"{folder} has no {scheduler_file.relative_to(folder)}: the pipeline was not saved whole")
-    scheduler = _json(scheduler_file)
+    if (averaged := averaged_beside(network_folder)) is not None or ema:
+        if averaged is None:
+            raise ValueError(f"{folder} has no averaged weights ({network_folder.name}_ema). Remove --ema")
+        if ema:
+            network_folder = averaged
+        else:
+            warnings.warn(
+                f"the weights in {network_folder} are taken, and averaged ones (EMA) lie in {averaged}. To take those, "
+                f"run halfstep import diffusers {source} --ema",
+                HalfstepWarning,
+                stacklevel=2,
+            )
+    scheduler = read_config(scheduler_file)
     schedule = read_schedule(scheduler)
+    warn_of_signal(schedule.process)
     if kind == "StableDiffusionPipeline" and not scheduler.get("thresholding"):
         # Latents have no bounds, and that pipeline turns clipping off where its scheduler's config leaves it on.
         schedule = replace(schedule, clip=False)
@@ -160,22 +178,9 @@ def import_pipeline(source: str | Path) -> Model:
         prediction=predictions.describe(schedule.prediction),
         pipeline=None if kind is None else Pipeline(kind=kind, folder=origin, component=layout.component),
         files={},
-        source=f"{source} (weights sha256 {_digest(network_folder)})",
+        source=f"{source} (weights sha256 {digest_of(network_folder)})",
     )
     return Model(NetworkDenoiser(network.eval(), schedule.process, schedule.prediction), manifest, null)
-
-
-def _digest(folder: Path) -> str:
-    """The digest of all weights of a network, so that another teacher in the same folder makes another run."""
-    digests = [sha256_of(file) for file in sorted(folder.glob("*.safetensors"))]
-    return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
-
-
-def _json(file: Path) -> dict[str, Any]:
-    data = read_json(file)
-    if not isinstance(data, dict):
-        raise DamagedFile(f"{file} does not hold a config")
-    return data
 
 
 def _parts(folder: Path) -> tuple[str | None, Layout, Path, Path]:
@@ -198,7 +203,7 @@ def read_layout(folder: Path) -> tuple[str, Layout]:
     """
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{folder} is no pipeline (no model_index.json): give a folder that diffusers has saved whole")
-    index = _json(folder / "model_index.json")
+    index = read_config(folder / "model_index.json")
     kind = index.get("_class_name")
     foreign = [
         name
@@ -231,17 +236,18 @@ def read_layout(folder: Path) -> tuple[str, Layout]:
 
 
 def _plain_parts(folder: Path) -> tuple[None, Layout, Path, Path]:
-    network = _plain_network(folder)
+    network = plain_network(folder)
     if network is None:
-        raise ValueError(f"{folder} is no pipeline (no model_index.json) and holds no network (no config.json)")
-    kind = _json(network / "config.json").get("_class_name")
+        below = networks_below(folder)
+        where = f". Give one of the folders in it, such as {below[-1]}" if below else ""
+        raise ValueError(f"{folder} is no pipeline (no model_index.json) and holds no network (no config.json){where}")
+    kind = read_config(network / "config.json").get("_class_name")
     if kind != UNet2D.stock:
         raise ValueError(
             f"{network} holds a {kind}, of which config.json does not say enough: give a whole pipeline (known without "
             f"one: {UNet2D.stock})"
         )
-    files = [folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json"]
-    scheduler = next((file for file in files if file.is_file()), None)
+    scheduler = scheduler_beside(folder, network)
     if scheduler is None:
         raise ValueError(
             f"{folder} has no scheduler_config.json, and process and prediction are not guessed: write one, such as "
@@ -253,13 +259,7 @@ def _plain_parts(folder: Path) -> tuple[None, Layout, Path, Path]:
 def _network(folder: Path, layout: Layout, schedule: Schedule) -> StockNetwork:
     """The adapter with the weights in `folder`, without the channels of a learned variance."""
     name = layout.network.stock
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} has no config.json: the pipeline was not saved whole")
-    config = _json(folder / "config.json")
-    if "auto_map" in config:
-        raise ValueError(f"{folder} wants code of its own to be run (auto_map), which halfstep refuses")
-    if config.get("_class_name") != name:
-        raise ValueError(f"{folder} holds a {config.get('_class_name')}, but a {name} is needed here")
+    config = check_config(folder, name)
     if isinstance(schedule.process, FlowMatching) != (layout.network is SD3):
         raise ValueError(
             f"{folder} holds a {name}, whose clock of timesteps is not known for the process of its scheduler "
@@ -273,9 +273,8 @@ def _network(folder: Path, layout: Layout, schedule: Schedule) -> StockNetwork:
                 f"{folder} holds a {name} with {field} {config[field]!r}, an input that halfstep does not know: give "
                 "a model without it, or distil it in Python (halfstep.distill), where conditions have any name"
             )
-    check_weights(folder, f"diffusers.{name}")
-    stock_model = load_stock(name, folder, f"{folder} cannot be read as a {name}", low_cpu_mem_usage=False)
-    config = json.loads(json.dumps({k: v for k, v in stock_model.config.items() if not k.startswith("_")}))
+    stock_model = open_part(folder, f"diffusers.{name}")
+    config = json.loads(json.dumps(known_fields(stock_model.config, folder, name)))
     state = dict(stock_model.state_dict())
     channels = int(config["in_channels"])
     puts_out = int(config.get("out_channels") or channels)
@@ -303,7 +302,7 @@ def _network(folder: Path, layout: Layout, schedule: Schedule) -> StockNetwork:
 
 def read_sample_shape(folder: Path, layout: Layout) -> tuple[int, ...]:
     """Return the shape of a sample of the network of the pipeline in a folder."""
-    return shape_of(_json(folder / layout.component / "config.json"))
+    return shape_of(read_config(folder / layout.component / "config.json"))
 
 
 def shape_of(config: Mapping[str, Any]) -> tuple[int, ...]:
