@@ -467,7 +467,7 @@ SOLVED_FLOW: Final = {
         (edit(SCHEDULER, prediction_type="score"), "has prediction_type 'score', which is none of epsilon"),
         (edit(SCHEDULER, clip_sample_range=2.0), "has clip_sample_range 2.0, and only 1.0 is understood"),
         (pickled, "has its weights pickled (diffusion_pytorch_model.bin)"),
-        (cut, "cannot be read as a UNet2DModel"),
+        (cut, "diffusion_pytorch_model.safetensors cannot be read ("),
         (edit("model_index.json", _class_name=["mine", "Pipe"]), "wants code of its own to be run"),
         (edit("model_index.json", unet=["mine", "UNet"]), "wants code of its own to be run (unet)"),
         (edit("model_index.json", **{"../x": ["diffusers", "UNet2DModel"]}), "wants code of its own to be run (../x)"),

@@ -187,16 +187,22 @@ def _check_indirection(folder: Path) -> None:
         shards: dict[str, set[str]] = {}
         for tensor, name in listed.items():
             shards.setdefault(str(name), set()).add(tensor)
+        # All names first: one that leads elsewhere says more than a shard that does not fit.
+        for name in sorted(shards):
+            _check_shard_name(index, name)
         for name, tensors in sorted(shards.items()):
             _check_shard(index, name, tensors)
 
 
-def _check_shard(index: Path, name: str, tensors: set[str]) -> None:
+def _check_shard_name(index: Path, name: str) -> None:
     if name != Path(name).name or "\\" in name or not name.endswith(".safetensors"):
         raise ValueError(
             f"{index} names the shard {name!r}, and only .safetensors beside it are read. Save the pipeline again with "
             "save_pretrained(FOLDER, safe_serialization=True), where you trust it"
         )
+
+
+def _check_shard(index: Path, name: str, tensors: set[str]) -> None:
     file = index.with_name(name)
     if not file.is_file():
         raise DamagedFile(f"{file} is missing, which {index.name} names as a shard. Copy the whole folder")

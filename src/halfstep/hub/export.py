@@ -180,7 +180,7 @@ def _layout(model: Model, network: StockNetwork) -> tuple[StockSchedule, str, st
     sides = manifest.shape[1:]
     if len(set(sides)) > 1:
         raise ValueError(
-            f"diffusers' only pipeline for images of classes makes square ones, and these have the sides {list(sides)}: "
+            f"diffusers' only pipeline for images of classes makes square ones, and this model makes {list(sides)}: "
             "use --format onnx, or halfstep.load in Python"
         )
     return schedule, "ConsistencyModelPipeline", "unet"

@@ -84,7 +84,8 @@ def fetch(source: str) -> Path:
         ValueError: if it is pickled weights, or neither a folder nor a repository that can be reached.
     """
     path = Path(source).expanduser()
-    refuse_single_file(source)
+    if not path.is_dir():
+        refuse_single_file(source)
     if path.is_dir():
         return path
     if path.exists():
