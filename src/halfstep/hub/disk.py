@@ -200,12 +200,12 @@ def _check_shard_name(index: Path, name: str) -> None:
             f"{index} names the shard {name!r}, and only .safetensors beside it are read. Save the pipeline again with "
             "save_pretrained(FOLDER, safe_serialization=True), where you trust it"
         )
+    if not index.with_name(name).is_file():
+        raise DamagedFile(f"{index.with_name(name)} is missing, a shard of {index.name}. Copy the whole folder")
 
 
 def _check_shard(index: Path, name: str, tensors: set[str]) -> None:
     file = index.with_name(name)
-    if not file.is_file():
-        raise DamagedFile(f"{file} is missing, which {index.name} names as a shard. Copy the whole folder")
     held = _names_in(file)
     if held != tensors:
         lacks, extra = tensors - held, held - tensors
@@ -304,9 +304,11 @@ def open_pipeline(folder: Path, kind: str, parts: Mapping[str, Any]) -> Any:
     Raises:
         DamagedFile: if it cannot be read.
     """
+    # Outside of `quiet`, which ends with progress bars switched on.
+    made = stock(kind)
     try:
         with quiet():
-            return stock(kind).from_pretrained(
+            return made.from_pretrained(
                 folder, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32, **parts
             )
     except Exception as error:  # whatever diffusers and transformers raise
