@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from halfstep.cli import main
 from halfstep.core.denoiser import output_gain, warn_of_gain, warn_of_signal
 from halfstep.core.noise import VPCosine, VPTable, linear_betas, zero_terminal_betas
 from halfstep.core.prediction import X0, Eps, V
@@ -296,6 +297,17 @@ def test_eps_at_zero_terminal_snr_is_matched_to_v_and_no_option_of_a_new_teacher
     with pytest.warns(HalfstepWarning, match=r"it determines no x0.*--matching\.prediction v") as said:
         warn_of_gain(process, Eps(), given=True)
     assert "--model." not in str(said[0].message)
+
+
+def test_samples_that_are_not_finite_are_not_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    zero = diffusers.DDPMScheduler(rescale_betas_zero_snr=True, clip_sample=False)
+    main(["import", "diffusers", str(save_ddpm(tmp_path / "zt", zero)), "--out", str(tmp_path / "stage")])
+    out = tmp_path / "samples.npz"
+    with pytest.raises(SystemExit) as end:
+        main(["sample", str(tmp_path / "stage"), "--num-steps", "2", "--num-samples", "3", "--out", str(out)])
+    assert end.value.code == 1
+    assert f"3 of 3 samples are not finite, so {out} is not written" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_a_last_level_that_holds_signal_warns_with_how_much() -> None:
