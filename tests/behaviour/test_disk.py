@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from halfstep.cli import main
 from halfstep.core.denoiser import output_gain, warn_of_gain, warn_of_signal
-from halfstep.core.noise import VPCosine, VPTable, linear_betas, zero_terminal_betas
+from halfstep.core.noise import VPCosine, VPTable, linear_betas, scaled_linear_betas, zero_terminal_betas
 from halfstep.core.prediction import X0, Eps, V
 from halfstep.core.warnings import HalfstepWarning
 from halfstep.hub import export_pipeline, import_pipeline, networks_below, read_schedule
@@ -319,6 +319,7 @@ def test_a_last_level_that_holds_signal_warns_with_how_much() -> None:
         warnings.simplefilter("error")
         warn_of_signal(VPTable(linear_betas(1000, 1e-4, 0.02)))
         warn_of_signal(VPCosine())
+        warn_of_signal(VPTable(scaled_linear_betas(1000, 0.00085, 0.012)))
 
 
 @pytest.mark.parametrize(("num_steps", "warns"), [(4, True), (5, False), (2, False)])
@@ -330,9 +331,12 @@ def test_a_chain_whose_student_cannot_be_exported_says_so_before_training(num_st
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         course(start, Match(Training(1, 1e-4)), lambda _: plan)
+        course(start, Match(Training(1, 1e-4)), lambda _: plan, lora_rank=4)
     found = [line for line in said if "cannot be exported" in str(line.message)]
-    assert bool(found) is warns
+    assert len(found) == 2 * warns
     if warns:
+        # Additions cannot follow to the other process.
+        assert ["--matching.process" in str(line.message) for line in found] == [True, False]
         assert "on the teacher's 50 timesteps" in str(found[0].message)
         assert "1, 2, 5, 10, 25, 50" in str(found[0].message)
 

@@ -255,7 +255,7 @@ def warn_of_signal(process: NoiseProcess) -> None:
     """Warn if the process does not end in noise: samples start from pure noise, which the network never saw there."""
     end = torch.ones(1, dtype=torch.float64)
     log_snr = float(process.log_snr(end))
-    # Stable Diffusion keeps 0.005 of the power; a tenth is visible as wrong brightness and flat pictures.
+    # Ten times what Stable Diffusion's own table keeps.
     if (power := float(process.alpha_sigma(end)[0].square())) > 0.05:
         warnings.warn(
             f"the teacher's last noise level keeps {power:.2f} of the signal's power (log-SNR {log_snr:.2g}), so that "

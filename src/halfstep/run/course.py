@@ -163,11 +163,11 @@ def course(
     for stage in plan.stages:
         parents_of(stage.objective, models)
         models.append(stage.objective.outcome)
-    _warn_of_export(start, process, models[-1].num_steps)
+    _warn_of_export(start, process, models[-1].num_steps, lora_rank)
     return plan
 
 
-def _warn_of_export(start: Start, process: NoiseProcess, num_steps: int | None) -> None:
+def _warn_of_export(start: Start, process: NoiseProcess, num_steps: int | None, lora_rank: int | None) -> None:
     """Warn if the last student of a stock network's chain takes steps that its table of noise levels lacks."""
     if not start.given or start.network is None or not issubclass(start.network, StockNetwork):
         return
@@ -175,10 +175,11 @@ def _warn_of_export(start: Start, process: NoiseProcess, num_steps: int | None) 
         return
     num = len(process.betas)
     exact = [steps for steps in range(1, 65) if num % steps == 0]
+    # Low-rank additions cannot follow to another process.
+    match = "Match the teacher to the cosine process (--matching.process cosine), end" if lora_rank is None else "End"
     warnings.warn(
         f"a student of {num_steps} steps on the teacher's {num} timesteps cannot be exported to diffusers: exact are "
-        f"{', '.join(map(str, exact))}. Match the teacher to the cosine process (--matching.process cosine), end "
-        "elsewhere (--to), or use --format onnx later",
+        f"{', '.join(map(str, exact))}. {match} elsewhere (--to), or use --format onnx later",
         HalfstepWarning,
         stacklevel=3,
     )
