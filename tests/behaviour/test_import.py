@@ -195,6 +195,16 @@ def test_the_wrong_configuration_names_the_first_tensor_that_does_not_fit(
     assert not (tmp_path / "s").exists()
 
 
+def test_a_tensor_that_is_not_finite_is_refused_by_name(tmp_path: Path) -> None:
+    held = params(TINY)
+    held["conv_in/kernel"][0, 0, 0, 0] = np.nan
+    file = tmp_path / "nan.msgpack"
+    file.write_bytes(checkpoint_bytes(held))
+    with pytest.raises(ValueError, match=r"nan\.msgpack has numbers of conv_in/kernel that are not finite"):
+        import_google_pd(file, TINY, tmp_path / "stage")
+    assert not (tmp_path / "stage").exists()
+
+
 def test_a_transposed_array_is_not_taken_for_the_other(tmp_path: Path) -> None:
     held = params(TINY)
     held["down_1.block_0/nin_shortcut/kernel"] = held["down_1.block_0/nin_shortcut/kernel"].T

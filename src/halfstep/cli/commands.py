@@ -39,7 +39,7 @@ from halfstep.cli.reporting import make_report
 from halfstep.cli.usage import UsageError, expand_short, parse
 from halfstep.cli.words import Screen, duration, print_json
 from halfstep.data import holds_images
-from halfstep.hub import decoder_of, import_pipeline, is_pipeline, release_texts, text_conditions
+from halfstep.hub import decoder_of, import_pipeline, is_pipeline, networks_below, release_texts, text_conditions
 from halfstep.measure.samples import grid_image, samples_array, write_png
 from halfstep.metrics import to_uint8
 from halfstep.models.folder import find_stage, load
@@ -52,6 +52,7 @@ from halfstep.run.own_samples import NUM_STEPS
 from halfstep.run.runner import run as run_spec
 from halfstep.run.spec import GIVEN_TEACHER, RunSpec
 from halfstep.runs import RunFolder, read_status
+from halfstep.runtime.failures import NonFinite
 from halfstep.runtime.files import refuse_taken, replacing_folder, write_arrays
 from halfstep.runtime.launch import world_size
 from halfstep.runtime.stop import Interrupted, StopSignal, at_once
@@ -152,7 +153,14 @@ def distill(argv: Sequence[str]) -> None:
         model = import_pipeline(argv[0], options_from(_values(rest, "--call")))
         where, stage = argv[0], model.manifest.stage
     else:
-        folder = find_stage(Path(argv[0]))
+        try:
+            folder = find_stage(Path(argv[0]))
+        except ValueError:
+            if below := networks_below(Path(argv[0])):
+                raise UsageError(
+                    f"{argv[0]} holds no model itself. Give one of the folders in it, such as {below[-1]}"
+                ) from None
+            raise
         model = load(folder.path)
         recipe = recipe_of_stage(folder)
         where, stage = str(folder.path), folder.name
@@ -334,6 +342,8 @@ def sample(argv: Sequence[str]) -> None:
     if parts is None:
         return
     x0 = torch.cat([part for (part,) in parts])
+    if bad := int((~x0.isfinite()).flatten(1).any(1).sum()):
+        raise NonFinite(f"{bad} of {len(x0)} samples are not finite, so {out} is not written: the model is broken")
     seconds = time.perf_counter() - started
     write_samples(x0, model, seeds, out)
     steps = model.check_steps(arguments.num_steps)

@@ -32,6 +32,8 @@ class ImportArguments:
     layers_per_block, attention, attention_head_dim, time_embedding_dim, num_classes, prediction, start_steps."""
     call: tuple[str, ...] = ()
     """diffusers: arguments of the pipeline's call that stay the same, such as height=512 width=512."""
+    ema: bool = False
+    """diffusers: take the averaged weights beside the network's own (unet_ema)."""
     out: Path | None = None
     """Folder of the stage; imported/NAME by default."""
 
@@ -44,12 +46,14 @@ def import_(argv: Sequence[str]) -> None:
         if arguments.config is not None:
             raise UsageError(f"--config {arguments.config} says nothing to diffusers, whose folders hold theirs")
         refuse_taken(out)
-        model = import_pipeline(arguments.source, options_from(arguments.call))
+        model = import_pipeline(arguments.source, options_from(arguments.call), ema=arguments.ema)
         manifest = model.manifest.model_copy(update={"stage": out.name})
         manifest = save_stage(StageFolder(out), model.denoiser, manifest, model.null)
     else:
         if arguments.call:
             raise UsageError(f"--call {arguments.call[0]} only applies to diffusers. Remove it")
+        if arguments.ema:
+            raise UsageError("--ema has no effect on google-pd, whose checkpoints hold averaged weights. Remove it")
         if arguments.config is None:
             raise UsageError("--config is missing: cifar10, imagenet64, bedroom128, church128, or a .json file")
         manifest = import_google_pd(Path(arguments.source), config_of(arguments.config), out)

@@ -7,6 +7,7 @@ Call a denoiser with clock times `[batch]`, or with one time for all samples. `f
 some classes of the library also take the plain number, which saves small operations at every sampling step.
 """
 
+import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -230,20 +231,47 @@ def output_gain(process: NoiseProcess, prediction: Prediction, t: float = 1.0) -
     alpha, sigma = process.alpha_sigma(torch.tensor([t], dtype=torch.float64))
     output = torch.ones(1, prediction.channels, dtype=torch.float64)
     x_t = torch.zeros(1, 1, dtype=torch.float64)
-    return float(prediction.denoised(output, x_t, alpha, sigma).x0.abs())
+    gain = float(prediction.denoised(output, x_t, alpha, sigma).x0.abs())
+    # Dividing by a signal of 0 may end in NaN, which is above no limit.
+    return math.inf if math.isnan(gain) else gain
 
 
-def warn_of_gain(process: NoiseProcess, prediction: Prediction) -> None:
-    """Warn if the first step from t = 1 multiplies the network's error beyond use: prediction of eps at zero SNR."""
+def warn_of_gain(process: NoiseProcess, prediction: Prediction, *, given: bool = False) -> None:
+    """Warn if the first step from t = 1 multiplies the network's error beyond use: prediction of eps at zero SNR.
+
+    Args:
+        given: whether the network is trained already, so that its own settings are no remedy.
+    """
     gain = output_gain(process, prediction)
     # Beyond a gain of 1,000 an output good to 1 % determines nothing about x0.
-    if not gain <= 1000:
+    if gain > 1000:
         log_snr = float(process.log_snr(torch.ones(1, dtype=torch.float64)))
+        error = f"its error is {gain:.2g} times as large in x0" if gain < math.inf else "it determines no x0"
+        remedies = ["match it to v first (halfstep distill --matching.prediction v)"]
+        if not given:
+            remedies = [
+                "train it to predict x0, v or both (--model.prediction)",
+                "match it to v first (--matching.prediction v)",
+                "start from a higher SNR (--model.log-snr-min)",
+            ]
         warnings.warn(
             f"this network predicts {type(prediction).__name__.lower()}, and at t = 1, where the log-SNR is "
-            f"{log_snr:.3g}, its error is {gain:.2g} times as large in x0: few-step sampling and distillation from "
-            "there go wrong; train it to predict x0, v or both (--model.prediction), match it to v first "
-            "(--matching.prediction v), or start from a higher SNR (--model.log-snr-min)",
+            f"{log_snr:.3g}, {error}: few-step sampling and distillation from there go wrong; {', or '.join(remedies)}",
+            HalfstepWarning,
+            stacklevel=3,
+        )
+
+
+def warn_of_signal(process: NoiseProcess) -> None:
+    """Warn if the process does not end in noise: samples start from pure noise, which the network never saw there."""
+    end = torch.ones(1, dtype=torch.float64)
+    log_snr = float(process.log_snr(end))
+    # Ten times what Stable Diffusion's own table keeps.
+    if (power := float(process.alpha_sigma(end)[0].square())) > 0.05:
+        warnings.warn(
+            f"the teacher's last noise level keeps {power:.2f} of the signal's power (log-SNR {log_snr:.2g}), so that "
+            "sampling from pure noise starts where the network was never trained. Check the scheduler's betas and "
+            "num_train_timesteps, or train the teacher on levels that end in noise",
             HalfstepWarning,
             stacklevel=3,
         )

@@ -1,5 +1,6 @@
 """The border with other libraries' files: pipelines in and out, ONNX and web pages out, the authors' checkpoints in."""
 
+from halfstep.hub.disk import networks_below
 from halfstep.hub.encoding import decoder_of, encoder_of, prompts_of, release_texts, text_conditions
 from halfstep.hub.export import export_lora, export_pipeline, push_to_hub
 from halfstep.hub.google_pd import CONFIGS, GooglePDConfig, config_of, import_google_pd

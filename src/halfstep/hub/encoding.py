@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from halfstep.data import Encoder
+from halfstep.hub.disk import open_part
 from halfstep.hub.pipelines import fetch, load_pipeline
 from halfstep.hub.recording import conditions_in, prompted, trace
-from halfstep.hub.stock import check_weights, load_stock
 from halfstep.models.model import Model
 from halfstep.runs import Manifest, Pipeline
 from halfstep.runtime.files import sha256_of
@@ -87,8 +87,7 @@ def _vae(folder: Path, device: str | torch.device) -> tuple[Any, float, float]:
     place, kind = folder / "vae", "AutoencoderKL"
     if not place.is_dir():
         raise ValueError(f"{folder} has no vae, which makes images of latents and back: save the pipeline with it")
-    check_weights(place, f"diffusers.{kind}")
-    vae = load_stock(kind, place, f"{place} cannot be read as an {kind}", low_cpu_mem_usage=False).eval().to(device)
+    vae = open_part(place, f"diffusers.{kind}").eval().to(device)
     return vae, float(vae.config.get("shift_factor") or 0.0), float(vae.config.scaling_factor)
 
 

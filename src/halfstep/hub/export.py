@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from halfstep.hub.card import call_of, lora_card, model_card
+from halfstep.hub.disk import check_files
 from halfstep.hub.pipelines import OPTIONAL, fetch, is_light, load_pipeline
 from halfstep.hub.recording import verify_export
 from halfstep.hub.schedulers import SOLVERS, StockSchedule, exact_steps, multistep, write_schedule
-from halfstep.hub.stock import check_weights, quiet, stock
+from halfstep.hub.stock import quiet, stock
 from halfstep.models.model import Model
 from halfstep.nets import LoRA, Replay, StockNetwork, UNet2D, has_movable_clock, merged
 from halfstep.runs import Manifest, Metrics
@@ -185,6 +186,12 @@ def _layout(model: Model, network: StockNetwork) -> tuple[StockSchedule, str, st
         return schedule, "DDPMPipeline", "unet"
     if manifest.pipeline is not None and not manifest.is_image:
         return schedule, manifest.pipeline.kind, manifest.pipeline.component
+    sides = manifest.shape[1:]
+    if len(set(sides)) > 1:
+        raise ValueError(
+            f"diffusers' only pipeline for images of classes makes square ones, and this model makes {list(sides)}: "
+            "use --format onnx, or halfstep.load in Python"
+        )
     return schedule, "ConsistencyModelPipeline", "unet"
 
 
@@ -202,7 +209,7 @@ def _other_parts(origin: Path, index: dict[str, Any], component: str) -> dict[st
             raise ValueError(f"{origin} has no {name} any more, which the exported pipeline needs")
         if not is_light(folder):
             # Only what is safe to be read is copied, and a part without its weights would load nowhere.
-            check_weights(folder, ".".join(map(str, value)))
+            check_files(folder, ".".join(map(str, value)))
         parts[name] = folder
     return parts
 

@@ -319,10 +319,14 @@ def import_google_pd(file: Path, config: GooglePDConfig, out: Path) -> Manifest:
     """Write the checkpoint as a stage to the folder `out`.
 
     Raises:
-        ValueError: if the file is damaged or of another configuration, or `out` holds something; nothing is written.
+        ValueError: if the file is damaged, not finite or of another configuration, or `out` holds something; nothing is
+            written.
     """
     refuse_taken(out)
     checkpoint = read_checkpoint(file)
+    for name, array in checkpoint.params.items():
+        if not np.isfinite(np.asarray(array, np.float64)).all():
+            raise ValueError(f"{file} has numbers of {name} that are not finite. Take another checkpoint")
     try:
         network = convert(checkpoint.params, config)
     except ValueError as error:

@@ -4,26 +4,41 @@ Process, prediction and clipping are read from the scheduler's config; what a ne
 calls. Only safetensors are read, and no code of a repository is run.
 """
 
-import hashlib
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from halfstep.core.denoiser import NetworkDenoiser
+from halfstep.core.denoiser import NetworkDenoiser, warn_of_signal
 from halfstep.core.noise import processes
 from halfstep.core.prediction import predictions
+from halfstep.core.warnings import HalfstepWarning
+from halfstep.hub.disk import (
+    OLD_NAMES,
+    averaged_beside,
+    check_config,
+    check_files,
+    digest_of,
+    known_fields,
+    networks_below,
+    open_part,
+    open_pipeline,
+    plain_network,
+    read_config,
+    refuse_single_file,
+    scheduler_beside,
+)
 from halfstep.hub.recording import component_of, record
-from halfstep.hub.schedulers import Schedule, read_schedule
-from halfstep.hub.stock import PICKLED, check_weights, load_stock, quiet, stock
+from halfstep.hub.schedulers import GONE, Schedule, read_schedule, renewed
+from halfstep.hub.stock import quiet, stock
 from halfstep.models.model import Model
 from halfstep.nets import StockNetwork, UNet2D, describe_network
 from halfstep.runs import Manifest, Outcome, Pipeline
-from halfstep.runtime.files import DamagedFile, first_line, read_json, sha256_of, user_path
-from halfstep.runtime.tensors import check_finite
+from halfstep.runtime.files import first_line, user_path
 
 START_STEPS: Final = 128
 """Default DDIM steps of an imported teacher at the start of its chain: a compromise between what steps lose and stages
@@ -44,13 +59,7 @@ def is_pipeline(path: str | Path) -> bool:
     folder = Path(path)
     if (folder / "model_index.json").is_file():
         return True
-    return _plain_network(folder) is not None and not (folder / "manifest.json").is_file()
-
-
-def _plain_network(folder: Path) -> Path | None:
-    """The folder of a network without a model_index.json."""
-    places = (folder, folder / "unet", folder / "transformer")
-    return next((place for place in places if (place / "config.json").is_file()), None)
+    return plain_network(folder) is not None and not (folder / "manifest.json").is_file()
 
 
 def fetch(source: str) -> Path:
@@ -60,11 +69,8 @@ def fetch(source: str) -> Path:
         ValueError: if it is pickled weights, or neither a folder nor a repository that can be reached.
     """
     path = user_path(source)
-    if path.suffix in PICKLED:
-        raise ValueError(
-            f"{source} is pickled and could run code when it is read, so halfstep does not: convert it where you trust "
-            "it, for example diffusers' StableDiffusionPipeline.from_single_file(...).save_pretrained(FOLDER)"
-        )
+    if not path.is_dir():
+        refuse_single_file(source)
     if path.is_dir():
         return path
     if path.exists():
@@ -83,14 +89,16 @@ def fetch(source: str) -> Path:
         ) from None
 
 
-def import_pipeline(source: str | Path, options: Mapping[str, Any] | None = None) -> Model:
+def import_pipeline(source: str | Path, options: Mapping[str, Any] | None = None, *, ema: bool = False) -> Model:
     """Load the network of a pipeline as a teacher, on the CPU in float32.
 
-    A pipeline with conditions is run for a few steps, to see what it feeds its network (hub/recording.py).
+    A pipeline with conditions is run for a few steps, to see what it feeds its network (hub/recording.py). Warns of
+    averaged weights beside those that are taken, and of a last noise level that is no pure noise.
 
     Args:
         source: a folder that diffusers has saved, or a name on the Hub.
         options: arguments of the pipeline's call that stay the same for all samples, such as height and width.
+        ema: whether to take the averaged weights beside the network's own, such as unet_ema.
 
     Raises:
         ValueError: if it is pickled, wants code of its own, or a part of it is missing or not understood.
@@ -100,24 +108,45 @@ def import_pipeline(source: str | Path, options: Mapping[str, Any] | None = None
     origin = str(folder.resolve()) if folder == user_path(source) else str(source)
     kind = read_kind(folder) if (folder / "model_index.json").is_file() else None
     if kind is not None and kind not in PIXELS:
-        return _recorded(source, folder, Pipeline(kind=kind, folder=origin, component="", options=dict(options or {})))
+        told = Pipeline(kind=kind, folder=origin, component="", options=dict(options or {}))
+        return _recorded(source, folder, told, ema)
     if options:
         raise ValueError(f"{source} is a pipeline of pixels, whose call has no {', '.join(options)}: remove --call")
     network_folder, scheduler = _parts(folder) if kind else _plain_parts(folder)
     if not scheduler.is_file():
         raise ValueError(f"{folder} has no {scheduler.relative_to(folder)}: the pipeline was not saved whole")
-    schedule = read_schedule(_json(scheduler))
+    network_folder = _weights(source, network_folder, ema)
+    schedule = read_schedule(read_config(scheduler))
     network = _network(network_folder, schedule)
     pipeline = None if kind is None else Pipeline(kind=kind, folder=origin, component="unet")
     return _teacher(
-        folder.name, network, schedule, pipeline, f"{source} (weights sha256 {_digest(network_folder)})",
+        folder.name, network, schedule, pipeline, f"{source} (weights sha256 {digest_of(network_folder)})",
         shape=shape_of(network.config), num_classes=int(network.config.get("num_class_embeds") or 0), is_image=True,
     )  # fmt: skip
 
 
-def _recorded(source: str | Path, folder: Path, pipeline: Pipeline) -> Model:
+def _weights(source: str | Path, network: Path, ema: bool) -> Path:
+    """The folder of a network's weights, or of its averaged ones."""
+    averaged = averaged_beside(network)
+    if ema and averaged is None:
+        raise ValueError(f"{network.parent} has no averaged weights ({network.name}_ema). Remove --ema")
+    if averaged is None:
+        return network
+    if not ema:
+        warnings.warn(
+            f"the weights in {network} are taken, and averaged ones (EMA) lie in {averaged}. To take those, run "
+            f"halfstep import diffusers {source} --ema",
+            HalfstepWarning,
+            stacklevel=3,
+        )
+        return network
+    return averaged
+
+
+def _recorded(source: str | Path, folder: Path, pipeline: Pipeline, ema: bool) -> Model:
     """The teacher that a recording of its pipeline's call makes."""
-    pipe = load_pipeline(folder, pipeline.kind)
+    places = {name: _weights(source, folder / name, ema) for name in DENOISERS if (folder / name).is_dir()}
+    pipe = load_pipeline(folder, pipeline.kind, places=places)
     component = component_of(pipe)
     try:
         recording, network = record(pipe, pipeline.options)
@@ -133,7 +162,7 @@ def _recorded(source: str | Path, folder: Path, pipeline: Pipeline) -> Model:
                 "component": component, "guidance": recording.guidance, "off": recording.off, "scale": recording.scale
             }
         ),
-        f"{source} (weights sha256 {_digest(folder / component)})",
+        f"{source} (weights sha256 {digest_of(places[component])})",
         shape=recording.shape, num_classes=0 if labels is None else int(labels),
         conditions={} if labels is not None else recording.conditions, is_image=False, null=null,
     )  # fmt: skip
@@ -144,6 +173,7 @@ def _teacher(
     shape: tuple[int, ...], num_classes: int, is_image: bool, conditions: Mapping[str, tuple[int, ...]] | None = None,
     null: Mapping[str, Tensor] | None = None,
 ) -> Model:  # fmt: skip
+    warn_of_signal(schedule.process)
     manifest = Manifest(
         stage=stage,
         objective="imported",
@@ -167,19 +197,6 @@ def _teacher(
     return Model(NetworkDenoiser(network.eval(), schedule.process, schedule.prediction), manifest, null)
 
 
-def _digest(folder: Path) -> str:
-    """The digest of all weights of a network, so that another teacher in the same folder makes another run."""
-    digests = [sha256_of(file) for file in sorted(folder.glob("*.safetensors"))]
-    return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
-
-
-def _json(file: Path) -> dict[str, Any]:
-    data = read_json(file)
-    if not isinstance(data, dict):
-        raise DamagedFile(f"{file} does not hold a config")
-    return data
-
-
 def _parts(folder: Path) -> tuple[Path, Path]:
     """The folder of the network and the config of the scheduler of a pipeline of pixels."""
     # As diffusers does: where a part has no folder of its own, it lies in the root.
@@ -195,7 +212,7 @@ def read_kind(folder: Path) -> str:
     """
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{folder} is no pipeline (no model_index.json): give a folder that diffusers has saved whole")
-    index = _json(folder / "model_index.json")
+    index = read_config(folder / "model_index.json")
     kind = index.get("_class_name")
     foreign = [
         name
@@ -208,7 +225,7 @@ def read_kind(folder: Path) -> str:
     code = foreign or sorted(file.name for file in folder.rglob("*.py"))
     if not isinstance(kind, str):
         code = [f"its class is {kind}"]
-    code += ["auto_map"] * any("auto_map" in _json(file) for file in folder.glob("*/config.json"))
+    code += ["auto_map"] * any("auto_map" in read_config(file) for file in folder.glob("*/config.json"))
     if code:
         raise ValueError(
             f"{folder} wants code of its own to be run ({', '.join(code)}), which halfstep refuses: save it as a "
@@ -226,34 +243,57 @@ def read_kind(folder: Path) -> str:
 
 OPTIONAL: Final = ("vae", "safety_checker", "feature_extractor", "image_encoder")
 """Parts that no denoiser is fed from."""
+DENOISERS: Final = ("transformer", "unet")
 
 
-def load_pipeline(folder: Path, kind: str, device: str | torch.device = "cpu", is_whole: bool = True) -> Any:
-    """Load a pipeline in float32, by safetensors only.
+def load_pipeline(
+    folder: Path,
+    kind: str,
+    device: str | torch.device = "cpu",
+    is_whole: bool = True,
+    places: Mapping[str, Path] | None = None,
+) -> Any:
+    """Load a pipeline in float32, its parts with weights by hub/disk.py.
 
     Args:
         is_whole: whether with the weights of its denoiser; if not, it can make conditions and decode latents.
+        places: folders of parts that are not read from `folder`, by name.
 
     Raises:
         ValueError: if a part of it cannot be read.
     """
-    index, given = _json(folder / "model_index.json"), dict[str, Any]()
+    index, given = read_config(folder / "model_index.json"), dict[str, Any]()
     for name, value in index.items():
         if not isinstance(value, list):
             continue
         if value[0] is None or (name in OPTIONAL and not list((folder / name).glob("*.safetensors"))):
             given[name] = None
         elif list((folder / name).glob("*.safetensors")) or not is_light(folder / name):
-            check_weights(folder / name, ".".join(map(str, value)))
-            if not is_whole and name in ("transformer", "unet"):
-                given[name] = on_meta(value[1], _json(folder / name / "config.json"), device)
+            given[name] = _part(kind, name, value, (places or {}).get(name, folder / name), is_whole, device)
+        elif (file := folder / name / "scheduler_config.json").is_file() and set(GONE) & set(read_config(file)):
+            # Today's schedulers pass over what those fields say.
+            given[name] = stock(value[1]).from_config(renewed(read_config(file)))
     if "requires_safety_checker" in index:
         given["requires_safety_checker"] = False
-    pipe = load_stock(kind, folder, f"the pipeline in {folder} cannot be read", **given)
-    for name, part in pipe.components.items():
-        if isinstance(part, torch.nn.Module) and given.get(name) is None:
-            part.eval().to(device)
-    return pipe
+    return open_pipeline(folder, kind, given)
+
+
+def _part(
+    pipeline: str, part: str, declared: Sequence[str], folder: Path, is_whole: bool, device: str | torch.device
+) -> Any:
+    """A part with weights, of the library and class that the pipeline's index declares."""
+    library, name = declared
+    if library == "diffusers":
+        if name in OLD_NAMES:
+            taken = {kind.__name__ for kind in stock(pipeline)._get_signature_types()[part]}
+            name = next((new for new in OLD_NAMES[name] if new in taken), name)
+        config = check_config(folder, name)
+        if not is_whole and part in DENOISERS:
+            check_files(folder, f"diffusers.{name}")
+            return on_meta(name, config, device)
+    elif library != "transformers":
+        library = f"diffusers.pipelines.{library}"
+    return open_part(folder, f"{library}.{name}").eval().to(device)
 
 
 def is_light(folder: Path) -> bool:
@@ -271,17 +311,18 @@ def on_meta(kind: str, config: Mapping[str, Any], device: str | torch.device) ->
 
 
 def _plain_parts(folder: Path) -> tuple[Path, Path]:
-    network = _plain_network(folder)
+    network = plain_network(folder)
     if network is None:
-        raise ValueError(f"{folder} is no pipeline (no model_index.json) and holds no network (no config.json)")
-    kind = _json(network / "config.json").get("_class_name")
+        below = networks_below(folder)
+        where = f". Give one of the folders in it, such as {below[-1]}" if below else ""
+        raise ValueError(f"{folder} is no pipeline (no model_index.json) and holds no network (no config.json){where}")
+    kind = read_config(network / "config.json").get("_class_name")
     if kind != UNET:
         raise ValueError(
             f"{network} holds a {kind}, of which config.json does not say enough: give a whole pipeline (known without "
             f"one: {UNET})"
         )
-    files = [folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json"]
-    scheduler = next((file for file in files if file.is_file()), None)
+    scheduler = scheduler_beside(folder, network)
     if scheduler is None:
         raise ValueError(
             f"{folder} has no scheduler_config.json, and process and prediction are not guessed: write one, such as "
@@ -292,13 +333,7 @@ def _plain_parts(folder: Path) -> tuple[Path, Path]:
 
 def _network(folder: Path, schedule: Schedule) -> UNet2D:
     """The U-Net of pixels with the weights in `folder`, without the channels of a learned variance."""
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} has no config.json: the pipeline was not saved whole")
-    config = _json(folder / "config.json")
-    if "auto_map" in config:
-        raise ValueError(f"{folder} wants code of its own to be run (auto_map), which halfstep refuses")
-    if config.get("_class_name") != UNET:
-        raise ValueError(f"{folder} holds a {config.get('_class_name')}, but a {UNET} is needed here")
+    config = check_config(folder, UNET)
     if schedule.is_flow:
         raise ValueError(
             f"{folder} holds a {UNET}, whose clock of timesteps is not known for the process of its scheduler "
@@ -309,9 +344,8 @@ def _network(folder: Path, schedule: Schedule) -> UNet2D:
             f"{folder} holds a {UNET} with class_embed_type {config['class_embed_type']!r}, an input that halfstep "
             "does not know: distil it in Python (halfstep.distill), where conditions have any name"
         )
-    check_weights(folder, f"diffusers.{UNET}")
-    stock_model = load_stock(UNET, folder, f"{folder} cannot be read as a {UNET}", low_cpu_mem_usage=False)
-    config = json.loads(json.dumps({k: v for k, v in stock_model.config.items() if not k.startswith("_")}))
+    stock_model = open_part(folder, f"diffusers.{UNET}")
+    config = json.loads(json.dumps(known_fields(stock_model.config, folder, UNET)))
     state = dict(stock_model.state_dict())
     channels = int(config["in_channels"])
     puts_out = int(config.get("out_channels") or channels)
@@ -331,7 +365,6 @@ def _network(folder: Path, schedule: Schedule) -> UNet2D:
             state[part] = state[part][:channels]
     network = UNet2D(config, num_train_timesteps=schedule.num_train_timesteps)
     network.model.load_state_dict(state)
-    check_finite(network.model.state_dict(), folder)
     return network
 
 

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Final, NamedTuple, final
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from halfstep.core.denoiser import GUIDANCE, NetworkDenoiser, ddim_step
 from halfstep.core.noise import processes
+from halfstep.hub.disk import known_fields
 from halfstep.hub.schedulers import COSINE, Schedule, first_order, read_schedule
 from halfstep.hub.stock import in_one_line, quiet
 from halfstep.models.model import Model
@@ -317,7 +319,9 @@ def record(pipe: Any, options: Mapping[str, Any]) -> tuple[Recording, Replay]:
 
 def replayed(recording: Recording, module: Any) -> Replay:
     """Return the network that replays a recording, with the weights of the pipeline's own."""
-    config = json.loads(json.dumps({name: value for name, value in module.config.items() if not name.startswith("_")}))
+    config = json.loads(
+        json.dumps(known_fields(module.config, Path(module.config.get("_name_or_path", "")), type(module).__name__))
+    )
     with torch.device("meta"):
         network = Replay(
             type(module).__name__, config, recording.call, recording.clock, recording.output,

@@ -4,7 +4,9 @@ Timestep k of a table of T noise levels is our time t = (k + 1) / T, so that t =
 of flow matching a scheduler's sigma is ours, and its timestep T sigma.
 """
 
+import inspect
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, final
@@ -24,6 +26,7 @@ from halfstep.core.noise import (
     zero_terminal_betas,
 )
 from halfstep.core.prediction import X0, Eps, FlowVelocity, Prediction, V
+from halfstep.core.warnings import HalfstepWarning
 from halfstep.hub.stock import in_one_line, quiet, stock
 from halfstep.samplers import DDIM, Ancestral, DPMSolverPP2M, Sampler
 
@@ -46,6 +49,8 @@ PREDICTIONS: Final[dict[str, Prediction]] = {
     "v_prediction": V(),
 }
 """diffusers' names of what a network predicts on a table of betas."""
+GONE: Final = ("predict_epsilon", "tensor_format", "timestep_values")
+"""Fields that diffusers' schedulers had in 2022."""
 _RAMPS: Final = {"linear": linear_betas, "scaled_linear": scaled_linear_betas}
 """diffusers' names of tables from a first to a last beta."""
 
@@ -94,13 +99,50 @@ def read_schedule(config: Mapping[str, Any], mu: float | None = None) -> Schedul
         raise ValueError(f"the scheduler {kind} is not understood (fields: {fields}): known are {', '.join(KNOWN)}")
     try:
         with quiet():
-            full: dict[str, Any] = dict(stock(kind).from_config(dict(config)).config)
+            full: dict[str, Any] = dict(stock(kind).from_config(current := renewed(config)).config)
+        _warn_of_fields(kind, current)
         return _read(kind, full, mu)
     except (TypeError, RuntimeError, OverflowError) as error:  # what diffusers and torch raise for a wrong type
         raise ValueError(
             f"the config of the {kind} does not make one ({in_one_line(error)}): compare its fields with those of "
             f"diffusers.{kind}().config"
         ) from None
+
+
+def renewed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a scheduler's config whose fields of 2022 are those of today.
+
+    Raises:
+        ValueError: if `predict_epsilon` and `prediction_type` contradict each other.
+    """
+    current = {name: value for name, value in config.items() if name not in GONE}
+    if (was := config.get("predict_epsilon")) is not None:
+        meant = "epsilon" if was else "sample"
+        # diffusers' own releases between the two wrote both, the old one at its default.
+        if not was and current.setdefault("prediction_type", meant) != meant:
+            raise ValueError(
+                f"the scheduler's config has predict_epsilon {was!r} and prediction_type "
+                f"{current['prediction_type']!r}, which contradict each other. Remove the wrong one"
+            )
+    return current
+
+
+def _warn_of_fields(kind: str, current: Mapping[str, Any]) -> None:
+    """Warn of fields that no scheduler of diffusers knows."""
+    takes = inspect.signature(stock(kind).__init__).parameters
+    foreign = [name for name in current if not name.startswith("_") and name not in takes]
+    if foreign:
+        # Configs are passed from scheduler to scheduler, with what only one of them takes.
+        known = {name for one in KNOWN for name in inspect.signature(stock(one).__init__).parameters}
+        foreign = [name for name in foreign if name not in known]
+    if foreign:
+        fields = ", ".join(f"{name} = {current[name]!r}" for name in foreign)
+        warnings.warn(
+            f"the scheduler's config has fields that this diffusers does not know, and that are ignored: {fields}. "
+            "Update diffusers if they matter",
+            HalfstepWarning,
+            stacklevel=4,
+        )
 
 
 def _read(kind: str, full: Mapping[str, Any], mu: float | None) -> Schedule:

@@ -228,7 +228,7 @@ class Model(Denoiser):
             ValueError: if the number of steps, the class, the scale, a condition or the precision is not possible.
         """
         steps, method = self.check_steps(num_steps), sampler or self.sampler
-        warn_of_gain(self.process, self.denoiser.prediction)
+        warn_of_gain(self.process, self.denoiser.prediction, given=True)
         if any(part.training for part in self.modules()):
             # Setting every part of a network again takes a millisecond.
             self.eval()

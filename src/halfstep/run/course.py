@@ -4,6 +4,7 @@ A teacher whose error would be multiplied at t = 1 is matched to v before it is 
 levels that is matched anyway moves to the cosine clock, on which its steps lose less and every power of two is exact.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, final
@@ -13,9 +14,10 @@ import torch
 from halfstep.core.denoiser import NetworkDenoiser, output_gain, warn_of_gain
 from halfstep.core.noise import NoiseProcess, VPCosine, VPTable
 from halfstep.core.prediction import Prediction, V
+from halfstep.core.warnings import HalfstepWarning
 from halfstep.models.folder import blank_denoiser
 from halfstep.models.model import Model
-from halfstep.nets import has_movable_clock
+from halfstep.nets import StockNetwork, has_movable_clock
 from halfstep.objectives import Guidance, Matching, Outcome, Plan, Role, Training, parents_of
 
 MATCHED_GAIN: Final = 10.0
@@ -50,6 +52,8 @@ class Start:
     may_move: bool = False
     """Whether its network can be carried over to another process."""
     given: bool = True
+    is_stock: bool = False
+    """Whether its network is one of diffusers, to which students are exported."""
 
     @classmethod
     def of(cls, model: Model) -> "Start":
@@ -62,6 +66,7 @@ class Start:
             model.num_steps,
             model.guidance,
             has_movable_clock(model.denoiser.network),
+            is_stock=isinstance(model.denoiser.network, StockNetwork),
         )
 
     @property
@@ -154,7 +159,7 @@ def course(
         process, prediction = matching.process or process, matching.prediction or prediction
         guidance = matching.guidance
     if prediction is not None:
-        warn_of_gain(process, prediction)
+        warn_of_gain(process, prediction, given=start.given)
     plan = (Plan() if matching is None else Plan.of(matching, match.training)) + halvings(guidance)
     if after is not None:
         plan += after.guided(guidance)
@@ -162,7 +167,27 @@ def course(
     for stage in plan.stages:
         parents_of(stage.objective, models)
         models.append(stage.objective.outcome)
+    _warn_of_export(start, process, models[-1].num_steps, lora_rank)
     return plan
+
+
+def _warn_of_export(start: Start, process: NoiseProcess, num_steps: int | None, lora_rank: int | None) -> None:
+    """Warn if the last student of a stock network's chain takes steps that its table of noise levels lacks."""
+    if not start.given or not start.is_stock:
+        return
+    if num_steps is None or not isinstance(process, VPTable) or len(process.betas) % num_steps == 0:
+        return
+    num = len(process.betas)
+    exact = [steps for steps in range(1, 65) if num % steps == 0]
+    # Low-rank additions cannot follow to another process, nor networks whose time embedding has another form.
+    may_move = start.may_move and lora_rank is None
+    match = "Match the teacher to the cosine process (--matching.process cosine), end" if may_move else "End"
+    warnings.warn(
+        f"a student of {num_steps} steps on the teacher's {num} timesteps cannot be exported to diffusers: exact are "
+        f"{', '.join(map(str, exact))}. {match} elsewhere (--to), or use --format onnx later",
+        HalfstepWarning,
+        stacklevel=3,
+    )
 
 
 def check_start(teacher: Model, plan: Plan) -> None:

@@ -1,0 +1,392 @@
+"""What lies on disk is read whole and as it is, or refused by name: nothing is filled with random values in silence."""
+
+import json
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from halfstep.cli import main
+from halfstep.core.denoiser import output_gain, warn_of_gain, warn_of_signal
+from halfstep.core.noise import VPCosine, VPTable, linear_betas, scaled_linear_betas, zero_terminal_betas
+from halfstep.core.prediction import X0, Eps, V
+from halfstep.core.warnings import HalfstepWarning
+from halfstep.hub import export_pipeline, import_pipeline, networks_below, read_schedule
+from halfstep.hub.disk import open_part
+from halfstep.hub.pipelines import fetch
+from halfstep.nets import UNet2D
+from halfstep.objectives import Plan, Training
+from halfstep.run.course import Match, Start, course
+from support_pipelines import save_ddpm, save_dit, save_sd, tiny_unet, tiny_vae
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+KIND = "diffusers.UNet2DModel"
+Renamer = Callable[[str], str]
+
+
+def rewrite(file: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+    """Write a weights file again; its old bytes are read first, because safetensors maps them."""
+    held = {name: value.clone() for name, value in load_file(file).items()}
+    save_file(change(held), file, {"format": "pt"})
+
+
+def edit(file: Path, **fields: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    network = import_pipeline(folder).denoiser.network
+    assert isinstance(network, nn.Module)
+    return dict(network.state_dict())
+
+
+def assert_same_weights(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert list(one) == list(other)
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("disk")
+    torch.set_num_threads(1)
+    save_ddpm(folder / "ddpm")
+    save_sd(folder / "sd", folder / "tokens")
+    tiny_vae().save_pretrained(folder / "vae")
+    return folder
+
+
+@pytest.fixture
+def ddpm(saved: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(saved / "ddpm", tmp_path / "ddpm")
+
+
+@pytest.mark.parametrize(
+    ("rename", "said"),
+    [
+        (lambda name: f"_orig_mod.{name}", "All names start with '_orig_mod.', which torch.compile adds"),
+        (lambda name: f"module.{name}", "All names start with 'module.', which DataParallel"),
+        (lambda name: name.replace(".to_q.", ".to_q.base_layer."), "merge it before saving"),
+        (lambda name: name.replace("up_blocks", "gone"), "no tensor up_blocks.0.attentions.0.group_norm.bias"),
+    ],
+)
+def test_renamed_tensors_are_refused_by_name(ddpm: Path, rename: Renamer, said: str) -> None:
+    rewrite(ddpm / "unet" / WEIGHTS, lambda held: {rename(name): value for name, value in held.items()})
+    with pytest.raises(ValueError, match=r"has no tensor .* and no place for") as refusal:
+        import_pipeline(ddpm)
+    assert said in str(refusal.value)
+
+
+def test_the_renaming_that_is_advised_restores_the_weights(
+    saved: Path, ddpm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rewrite(ddpm / "unet" / WEIGHTS, lambda held: {f"module.{name}": value for name, value in held.items()})
+    with pytest.raises(ValueError, match="python -c") as refusal:
+        import_pipeline(ddpm)
+    monkeypatch.chdir(ddpm / "unet")
+    exec(str(refusal.value).split('python -c "')[1].rstrip('"'), {})
+    assert_same_weights(weights(ddpm), weights(saved / "ddpm"))
+
+
+def test_a_missing_a_further_and_a_non_finite_tensor_are_refused_by_name(ddpm: Path) -> None:
+    file = ddpm / "unet" / WEIGHTS
+    whole = file.read_bytes()
+    spoiled: list[tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] = [
+        (lambda held: {k: v for k, v in held.items() if k != "conv_in.bias"}, r"has no tensor conv_in\.bias as a"),
+        (lambda held: {"extra": torch.ones(1)}, "has no tensor .* and no place for extra"),
+        (lambda held: held | {"extra": torch.ones(1)}, "has no place for extra as a"),
+        (
+            lambda held: held | {"conv_out.bias": torch.tensor([1.0, torch.nan, torch.inf])},
+            r"has 2 of 3 numbers of conv_out\.bias not finite",
+        ),
+    ]
+    for change, said in spoiled:
+        file.write_bytes(whole)
+        rewrite(file, change)
+        with pytest.raises(ValueError, match=said):
+            import_pipeline(ddpm)
+
+
+@pytest.mark.parametrize(
+    ("part", "file", "kind"),
+    [
+        ("vae", WEIGHTS, "diffusers.AutoencoderKL"),
+        ("text_encoder", "model.safetensors", "transformers.CLIPTextModel"),
+    ],
+)
+def test_a_vae_and_a_text_encoder_are_checked_likewise(
+    saved: Path, tmp_path: Path, part: str, file: str, kind: str
+) -> None:
+    folder = shutil.copytree(saved / "sd" / part, tmp_path / part)
+    open_part(folder, kind)
+    rewrite(folder / file, lambda held: {f"module.{name}": value for name, value in held.items()})
+    with pytest.raises(ValueError, match=r"has no tensor .*'module\.', which DataParallel"):
+        open_part(folder, kind)
+
+
+@pytest.mark.parametrize(
+    ("file", "kind"),
+    [
+        ("text_encoder/model.safetensors", "CLIPTextModel"),
+        (f"unet/{WEIGHTS}", "UNet2DConditionModel"),
+        (f"vae/{WEIGHTS}", "AutoencoderKL"),
+    ],
+)
+def test_each_part_of_a_pipeline_of_prompts_is_checked(saved: Path, tmp_path: Path, file: str, kind: str) -> None:
+    folder = shutil.copytree(saved / "sd", tmp_path / "sd")
+    whole = (folder / file).read_bytes()
+    rewrite(folder / file, lambda held: dict(list(held.items())[1:]))
+    with pytest.raises(ValueError, match=rf"{Path(file).parent} has no tensor .* as a {kind}"):
+        import_pipeline(folder)
+    (folder / file).write_bytes(whole)
+    rewrite(folder / file, lambda held: {name: value * torch.nan for name, value in held.items()})
+    with pytest.raises(ValueError, match=rf"{Path(file).parent} has .* not finite"):
+        import_pipeline(folder)
+
+
+def test_averaged_weights_of_a_pipeline_of_prompts_are_recorded_if_asked_for(saved: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(saved / "sd", tmp_path / "sd")
+    shutil.copytree(folder / "unet", folder / "unet_ema")
+    rewrite(folder / "unet_ema" / WEIGHTS, lambda held: {name: value * 0.5 for name, value in held.items()})
+    edit(folder / "unet_ema/config.json", decay=0.999, optimization_step=3, a_field_of_tomorrow=3)
+    edit(folder / "unet/config.json", a_field_of_today=3)
+    with pytest.warns(HalfstepWarning) as said:
+        plain = import_pipeline(folder)
+    assert ["--ema" in str(line.message) for line in said] == [True, False]
+    assert "sd/unet/config.json has fields" in str(said[1].message)
+    with pytest.warns(HalfstepWarning) as said:
+        averaged = import_pipeline(folder, ema=True)
+    assert len(said) == 1
+    assert "a_field_of_tomorrow = 3. " in str(said[0].message)
+    assert averaged.manifest.network["config"] == plain.manifest.network["config"]
+    assert averaged.manifest.source != plain.manifest.source
+    for name, value in averaged.denoiser.network.state_dict().items():  # type: ignore[union-attr]
+        assert torch.equal(value, 0.5 * plain.denoiser.network.state_dict()[name])  # type: ignore[union-attr]
+
+
+def test_a_vae_of_2022_is_read_with_its_old_names(saved: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(saved / "vae", tmp_path / "vae")
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+    def renamed(name: str) -> str:
+        for new, was in old.items():
+            name = name.replace(f".{new}.", f".{was}.")
+        return name
+
+    rewrite(folder / WEIGHTS, lambda held: {renamed(name): value for name, value in held.items()})
+    assert any("proj_attn" in name for name in load_file(folder / WEIGHTS))
+    found, known = (open_part(place, "diffusers.AutoencoderKL") for place in (folder, saved / "vae"))
+    assert_same_weights(found.state_dict(), known.state_dict())
+
+
+def sharded(folder: Path) -> Path:
+    tiny_unet().save_pretrained(folder, max_shard_size="100KB")
+    return next(folder.glob("*.index.json"))
+
+
+def test_shards_are_read_and_what_their_index_names_elsewhere_is_refused(tmp_path: Path) -> None:
+    index = sharded(tmp_path / "net")
+    folder = index.parent
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    assert_same_weights(dict(open_part(folder, KIND).state_dict()), dict(tiny_unet().state_dict()))
+    known = json.loads(index.read_text())["weight_map"]
+    first = min(known)
+
+    def refused(said: str, **changes: Any) -> None:
+        edit(index, weight_map=known | changes)
+        with pytest.raises(ValueError, match=said):
+            open_part(folder, KIND)
+        edit(index, weight_map=known)
+
+    # A decoy lies beside each.
+    (folder / "ok.bin").write_bytes(b"boom")
+    shutil.copy(folder / known[first], tmp_path / "up.safetensors")
+    for name in ("ok.bin", "../up.safetensors", "/etc/x.safetensors", "a\\b.safetensors", "x.pt"):
+        refused("names the shard .*, and only .safetensors beside it are read", **{first: name})
+    refused("gone.safetensors is missing, a shard of", **{first: "gone.safetensors"})
+    refused("lacks a_tensor_that_no_shard_holds, unlike its index", a_tensor_that_no_shard_holds=known[first])
+    edit(index, weight_map={name: shard for name, shard in known.items() if name != first})
+    with pytest.raises(ValueError, match=f"holds {first}, unlike its index"):
+        open_part(folder, KIND)
+    edit(index, weight_map=[])
+    with pytest.raises(ValueError, match="lists no tensors"):
+        open_part(folder, KIND)
+
+
+def test_an_index_of_transformers_cannot_name_a_pickle_beside_a_decoy(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unpickled(*_: object, **__: object) -> None:
+        raise AssertionError("unpickled")
+
+    monkeypatch.setattr(torch, "load", unpickled)
+    folder = shutil.copytree(saved / "sd/text_encoder", tmp_path / "text")
+    (folder / "model.safetensors").rename(folder / "decoy.safetensors")
+    (folder / "ok.bin").write_bytes(b"boom")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {"a": "ok.bin"}}))
+    with pytest.raises(ValueError, match=r"names the shard 'ok\.bin'"):
+        open_part(folder, "transformers.CLIPTextModel")
+    index.unlink()
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds an adapter"):
+        open_part(folder, "transformers.CLIPTextModel")
+    (folder / "adapter_config.json").unlink()
+    edit(folder / "config.json", transformers_weights="adapter_model.bin")
+    with pytest.raises(ValueError, match=r"names other files to be read \(transformers_weights\)"):
+        open_part(folder, "transformers.CLIPTextModel")
+
+
+def test_averaged_weights_are_named_and_taken_if_asked_for(tmp_path: Path) -> None:
+    from diffusers.training_utils import EMAModel
+
+    folder, unet = tmp_path / "out" / "checkpoint-500", tiny_unet()
+    averaged = {f"model.{name}": value.clone() for name, value in unet.state_dict().items()}
+    ema = EMAModel(unet.parameters(), model_cls=diffusers.UNet2DModel, model_config=unet.config, use_ema_warmup=True)
+    ema.save_pretrained(folder / "unet_ema")
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.add_(1)
+    unet.save_pretrained(folder / "unet")
+    diffusers.DDPMScheduler().save_pretrained(folder / "scheduler")
+    with pytest.warns(HalfstepWarning, match=r"checkpoint-500/unet are taken, .*unet_ema.*--ema"):
+        plain = import_pipeline(folder)
+    assert isinstance(plain.denoiser.network, UNet2D)
+    torch.testing.assert_close(
+        plain.denoiser.network.state_dict()["model.conv_in.bias"], averaged["model.conv_in.bias"] + 1
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for found in (import_pipeline(folder, ema=True), import_pipeline(folder / "unet_ema")):
+            assert isinstance(found.denoiser.network, UNet2D)
+            assert_same_weights(dict(found.denoiser.network.state_dict()), averaged)
+    assert networks_below(tmp_path / "out") == [folder]
+    with pytest.raises(ValueError, match=r"Give one of the folders in it, such as .*checkpoint-500"):
+        import_pipeline(tmp_path / "out")
+    shutil.rmtree(folder / "unet_ema")
+    with pytest.raises(ValueError, match="has no averaged weights"):
+        import_pipeline(folder, ema=True)
+
+
+def test_a_field_of_a_newer_diffusers_warns_and_the_weights_stay(saved: Path, ddpm: Path) -> None:
+    edit(ddpm / "unet/config.json", a_field_of_tomorrow=3)
+    edit(ddpm / "scheduler/scheduler_config.json", a_schedule_of_tomorrow="x", steps_offset=1)
+    with pytest.warns(HalfstepWarning) as said:
+        found = weights(ddpm)
+    lines = [str(line.message) for line in said]
+    assert len(lines) == 2
+    assert "a_schedule_of_tomorrow = 'x'" in lines[0]
+    assert "a_field_of_tomorrow = 3" in lines[1]
+    assert_same_weights(found, weights(saved / "ddpm"))
+
+
+@pytest.mark.parametrize("declared", ["Transformer2DModel", "DiTTransformer2DModel"])
+def test_a_dit_as_it_was_published_is_the_same_network(tmp_path: Path, declared: str) -> None:
+    folder = save_dit(tmp_path / "dit")
+    known = weights(folder)
+    edit(folder / "transformer/config.json", _class_name=declared, cross_attention_dim=None, only_cross_attention=False)
+    edit(folder / "model_index.json", transformer=["diffusers", declared])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", HalfstepWarning)
+        assert_same_weights(weights(folder), known)
+    edit(folder / "transformer/config.json", norm_type="layer_norm")
+    with pytest.raises(ValueError, match=r"cannot be read as a DiT|holds a Transformer2DModel"):
+        import_pipeline(folder)
+
+
+def test_the_scheduler_of_2022_says_what_the_network_predicts() -> None:
+    old = {"_class_name": "DDPMScheduler", "tensor_format": "pt", "timestep_values": None, "trained_betas": None}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_schedule(old | {"predict_epsilon": False}).prediction == X0()
+        assert read_schedule(old | {"predict_epsilon": True}).prediction == Eps()
+        # Between the two fields diffusers wrote both, with the old one at its default.
+        assert read_schedule(old | {"predict_epsilon": True, "prediction_type": "v_prediction"}).prediction == V()
+        assert read_schedule(old | {"predict_epsilon": False, "prediction_type": "sample"}).prediction == X0()
+    with pytest.raises(ValueError, match="predict_epsilon False and prediction_type 'epsilon', which contradict"):
+        read_schedule(old | {"predict_epsilon": False, "prediction_type": "epsilon"})
+
+
+def test_a_pipeline_of_prompts_with_the_scheduler_of_2022_is_recorded_as_it_was_meant(
+    saved: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(saved / "sd", tmp_path / "sd")
+    file = folder / "scheduler/scheduler_config.json"
+    config = {name: value for name, value in json.loads(file.read_text()).items() if name != "prediction_type"}
+    file.write_text(json.dumps(config | {"predict_epsilon": False}))
+    assert import_pipeline(folder).denoiser.prediction == X0()
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+def test_a_checkpoint_in_one_file_is_refused_with_the_call_that_converts_it(tmp_path: Path, suffix: str) -> None:
+    file = tmp_path / f"v1-5{suffix}"
+    file.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"from_single_file\(.*\)\.save_pretrained"):
+        fetch(str(file))
+
+
+def test_eps_at_zero_terminal_snr_is_matched_to_v_and_no_option_of_a_new_teacher_is_advised() -> None:
+    process = VPTable(zero_terminal_betas(linear_betas(1000, 1e-4, 0.02)))
+    assert output_gain(process, Eps()) == torch.inf
+    matching = Match(Training(1, 1e-4)).objective(Start(process, Eps(), may_move=True))
+    assert matching is not None
+    assert matching.prediction == V()
+    with pytest.warns(HalfstepWarning, match=r"it determines no x0.*--matching\.prediction v") as said:
+        warn_of_gain(process, Eps(), given=True)
+    assert "--model." not in str(said[0].message)
+
+
+def test_samples_that_are_not_finite_are_not_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    zero = diffusers.DDPMScheduler(rescale_betas_zero_snr=True, clip_sample=False)
+    main(["import", "diffusers", str(save_ddpm(tmp_path / "zt", zero)), "--out", str(tmp_path / "stage")])
+    out = tmp_path / "samples.npz"
+    with pytest.raises(SystemExit) as end:
+        main(["sample", str(tmp_path / "stage"), "--num-steps", "2", "--num-samples", "3", "--out", str(out)])
+    assert end.value.code == 1
+    assert f"3 of 3 samples are not finite, so {out} is not written" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_last_level_that_holds_signal_warns_with_how_much() -> None:
+    betas = linear_betas(50, 1e-4, 0.02)
+    power = torch.tensor(betas, dtype=torch.float64).neg().add(1).prod()
+    with pytest.warns(HalfstepWarning, match=f"keeps {power:.2f} of the signal's power"):
+        warn_of_signal(VPTable(betas))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_signal(VPTable(linear_betas(1000, 1e-4, 0.02)))
+        warn_of_signal(VPCosine())
+        warn_of_signal(VPTable(scaled_linear_betas(1000, 0.00085, 0.012)))
+
+
+@pytest.mark.parametrize(("num_steps", "warns"), [(4, True), (5, False), (2, False)])
+def test_a_chain_whose_student_cannot_be_exported_says_so_before_training(num_steps: int, warns: bool) -> None:
+    from halfstep.objectives import Halving, Stage
+
+    start = Start(VPTable(linear_betas(50, 1e-4, 0.02)), V(), may_move=True, is_stock=True)
+    plan = Plan((Stage(Halving(num_steps), Training(1, 1e-4)),))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        course(start, Match(Training(1, 1e-4)), lambda _: plan)
+        course(start, Match(Training(1, 1e-4)), lambda _: plan, lora_rank=4)
+    found = [line for line in said if "cannot be exported" in str(line.message)]
+    assert len(found) == 2 * warns
+    if warns:
+        # Additions cannot follow to the other process.
+        assert ["--matching.process" in str(line.message) for line in found] == [True, False]
+        assert "on the teacher's 50 timesteps" in str(found[0].message)
+        assert "1, 2, 5, 10, 25, 50" in str(found[0].message)
+
+
+def test_oblong_images_of_classes_are_not_exported_to_a_pipeline_of_squares(tmp_path: Path) -> None:
+    scheduler = diffusers.DDIMScheduler(clip_sample=False)
+    model = import_pipeline(save_ddpm(tmp_path / "rect", scheduler, sample_size=(8, 16), num_class_embeds=5))
+    with pytest.raises(ValueError, match=r"makes square ones, and this model makes \[8, 16\]: use --format onnx"):
+        export_pipeline(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
