@@ -168,12 +168,15 @@ def test_damaged_figures_and_samples_are_made_again_with_a_line(path: Path, made
         shutil.copy(stage(path, THIRD).metrics_path, file)
     else:
         np.savez(file.parent / "samples" / "steps-0002.npz", arr_0=np.zeros((4, 2), np.float32))
-    (notice,) = finish(SPEC, path)
+    # The other notice is of figures from few samples.
+    (notice,) = [said for said in finish(SPEC, path) if said.endswith("; the stage is measured again")]
     assert str(file.parent) in notice
-    assert notice.endswith("; the stage is measured again")
-    assert stage(path, SECOND).metrics() == stage(made / "uncut", SECOND).metrics()
+    found, uncut = stage(path, SECOND).metrics(), stage(made / "uncut", SECOND).metrics()
+    assert found is not None
+    assert uncut is not None
+    assert found.model_copy(update={"seconds": uncut.seconds}) == uncut
     assert all(np.array_equal(array, samples(path)[name]) for name, array in samples(made / "uncut").items())
-    assert finish(SPEC, path) == []
+    assert not any(said.endswith("again") for said in finish(SPEC, path))
 
 
 @pytest.mark.parametrize("damage", ["empty", "zeros", "swapped", "figures", "facts"])
