@@ -1,5 +1,7 @@
 """Distillation on a problem with a known answer: the student keeps the teacher's map."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,9 @@ from halfstep import (
     distill,
     sample,
 )
+from halfstep.models.folder import load
 from halfstep.nets import MLP
+from toys import finish, points, toy_plan, toy_spec
 
 PROCESS = VPCosine()
 STEPS = 16
@@ -61,6 +65,16 @@ def test_distill_refuses_a_chain_that_cannot_be_halved() -> None:
     teacher = NetworkDenoiser(LinearAtEachTime(), PROCESS, X0())
     with pytest.raises(ValueError, match=r"12 steps cannot be halved to 4.*for example 16"):
         distill(teacher, torch.zeros(10, 1), start=12, to=4)
+
+
+def test_a_student_is_distilled_further_from_the_steps_that_it_takes(tmp_path: Path) -> None:
+    finish(toy_spec(plan=toy_plan(2, 2), keep=(2,)), tmp_path / "run")
+    student = load(tmp_path / "run" / "stages" / "01-halve-0002")
+    training, stages = Training(2, 1e-3, batch_size=8), list[str]()
+    distill(student, points(), to=1, training=training, on_window=lambda stage, _: stages.append(stage))
+    assert stages == ["01-halve-0001"]
+    with pytest.raises(ValueError, match="student of 2 steps of DDIM teach by 4 steps of DDIM"):
+        distill(student, points(), to=1, start=4, training=training)
 
 
 def test_batches_of_pixels_are_refused_and_a_teacher_is_given_back_as_it_was() -> None:

@@ -17,6 +17,7 @@ from halfstep.models.folder import blank_denoiser
 from halfstep.models.model import Model
 from halfstep.nets import has_movable_clock
 from halfstep.objectives import Guidance, Matching, Outcome, Plan, Role, Training, parents_of
+from halfstep.samplers import DDIM, Sampler
 
 MATCHED_GAIN: Final = 10.0
 """Gain at t = 1 (see `output_gain`) from which a given teacher is matched to v before it is halved. Stable Diffusion's
@@ -49,6 +50,8 @@ class Start:
     """What it has learned already."""
     may_move: bool = False
     """Whether its network can be carried over to another process."""
+    sampler: Sampler = DDIM()
+    """The sampler that a student is made for."""
     given: bool = True
 
     @classmethod
@@ -62,7 +65,13 @@ class Start:
             model.num_steps,
             model.guidance,
             has_movable_clock(model.denoiser.network),
+            model.sampler,
         )
+
+    @property
+    def outcome(self) -> Outcome:
+        """The result of the stage that made it."""
+        return Outcome(self.role, self.num_steps, self.sampler)
 
     @property
     def is_finished(self) -> bool:
@@ -158,7 +167,7 @@ def course(
     plan = (Plan() if matching is None else Plan.of(matching, match.training)) + halvings(guidance)
     if after is not None:
         plan += after.guided(guidance)
-    models = [Outcome(start.role, start.num_steps)]
+    models = [start.outcome]
     for stage in plan.stages:
         parents_of(stage.objective, models)
         models.append(stage.objective.outcome)

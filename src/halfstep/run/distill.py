@@ -15,7 +15,7 @@ from halfstep.data import Data, DataConfig, MemoryData, held_on, open_data, trai
 from halfstep.data.base import Batches, updates_ahead
 from halfstep.models.model import Model
 from halfstep.nets import copy_denoiser, has_movable_clock
-from halfstep.objectives import Batch, Denoising, Guidance, Outcome, Plan, Role, Stage, Training, parents_of
+from halfstep.objectives import Batch, Denoising, Guidance, Plan, Role, Stage, Training, parents_of
 from halfstep.run.course import Match, Start, course
 from halfstep.run.own_samples import samples_of
 from halfstep.runtime.processes import make_accelerator
@@ -211,7 +211,7 @@ def distill(
             of images, or any iterable of batches x0 `[batch, *dims]` or (x0, cond) with cond from names to tensors
             `[batch, ...]`, which is restarted at its end. If None, samples of the teacher: see `samples_of`.
         to: DDIM steps of the student.
-        start: DDIM steps of the teacher, `to` times a power of two; 16 times `to` if None.
+        start: DDIM steps of the teacher, `to` times a power of two; if None a student's own, or 16 times `to`.
         training: of each halving stage; twice the updates at 2 steps and 1.
         plan: the halving stages instead of `to`, `start` and `training`.
         prediction: what the student's network predicts; as the teacher's if None.
@@ -245,7 +245,7 @@ def distill(
 
     def halvings(learned: Guidance | None) -> Plan:
         if plan is None:
-            first = 16 * to if start is None else start
+            first = known.num_steps or 16 * to if start is None else start
             return Plan.halvings(
                 first, to, training, guidance=learned, teacher_sampler=teacher_sampler, teacher_steps=teacher_steps
             )
@@ -262,7 +262,7 @@ def distill(
     bench = _Bench(samples_of(teacher, seed=seed) if data is None else data, seed, precision, on_window)
     was_training = current.training
     frozen = [parameter.requires_grad for parameter in current.parameters()]
-    made, outcomes = [current], [Outcome(known.role, known.num_steps)]
+    made, outcomes = [current], [known.outcome]
     try:
         for name, stage in zip(chain.names(1), chain.stages, strict=True):
             parents = parents_of(stage.objective, outcomes)
