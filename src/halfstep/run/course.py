@@ -16,7 +16,17 @@ from halfstep.core.prediction import Prediction, V
 from halfstep.models.folder import blank_denoiser
 from halfstep.models.model import Model
 from halfstep.nets import has_movable_clock
-from halfstep.objectives import Guidance, Matching, Outcome, Plan, Role, Training, parents_of
+from halfstep.objectives import (
+    Consistency,
+    Guidance,
+    Matching,
+    Objective,
+    Outcome,
+    Plan,
+    Role,
+    Training,
+    parents_of,
+)
 from halfstep.samplers import DDIM, Sampler
 
 MATCHED_GAIN: Final = 10.0
@@ -154,8 +164,8 @@ def course(
         after: stages that follow the halvings, such as finishes; they get the guidance of the chain's teacher.
 
     Raises:
-        ValueError: as `Match.objective`, or if the halvings cannot be made, or a stage needs a model that does not
-            precede it.
+        ValueError: as `Match.objective`, or if the halvings cannot be made, a stage needs a model that does not precede
+            it, a teacher would be guided twice, or a student refined without the guidance that it has learned.
     """
     matching = match.objective(start, lora_rank)
     process, prediction, guidance = start.process, start.prediction, start.guidance
@@ -167,11 +177,27 @@ def course(
     plan = (Plan() if matching is None else Plan.of(matching, match.training)) + halvings(guidance)
     if after is not None:
         plan += after.guided(guidance)
-    models = [start.outcome]
+    models, learned = [start.outcome], [start.guidance]
     for stage in plan.stages:
-        parents_of(stage.objective, models)
+        parents = parents_of(stage.objective, models)
+        assert parents is not None
+        _check_guidance(stage.objective, learned[parents.start], learned[parents.teacher])
         models.append(stage.objective.outcome)
+        learned.append(stage.objective.guidance or learned[parents.start])
     return plan
+
+
+def _check_guidance(objective: Objective, of_start: Guidance | None, of_teacher: Guidance | None) -> None:
+    """Raise ValueError if a teacher would be guided twice, or a student refined without the guidance that it has."""
+    if isinstance(objective, Consistency) and objective.guide_teacher and of_teacher is not None:
+        raise ValueError(
+            f"the stage {objective.label} guides a teacher that has learned {of_teacher} already. Remove guide_teacher"
+        )
+    if objective.refines and objective.guidance != of_start:
+        raise ValueError(
+            f"the stage {objective.label} has {objective.guidance or 'no guidance'}, but its student has learned "
+            f"{of_start or 'none'}. Set it if the stage's teacher has learned it too; else match the teacher to it first"
+        )
 
 
 def check_start(teacher: Model, plan: Plan) -> None:

@@ -231,8 +231,6 @@ def distill(
         ValueError: if `start` cannot be halved to `to`, the data cannot be used, or settings contradict each other.
         NonFinite: if training diverged.
     """
-    if null is not None and guidance is None:
-        raise ValueError("null stands for no condition, which only guidance needs. Pass guidance, or leave null out")
     current: Denoiser
     if isinstance(teacher, Model):
         current, known, held_null = teacher.denoiser, Start.of(teacher), dict(null or teacher.null)
@@ -257,6 +255,8 @@ def distill(
         )
     after = finish if isinstance(finish, Plan) else Plan.finishes(finish)
     chain = course(known, wanted, halvings, after=after)
+    if null is not None and all(stage.objective.guidance is None for stage in chain.stages):
+        raise ValueError("null stands for no condition, which only guidance needs. Pass guidance, or leave null out")
     if matching is not None and chain.stages[0].objective.outcome.role is not Role.MATCHED:
         raise ValueError("matching has no effect without prediction, process or guidance. Leave it out")
     bench = _Bench(samples_of(teacher, seed=seed) if data is None else data, seed, precision, on_window)
