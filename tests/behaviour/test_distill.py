@@ -1,11 +1,15 @@
 """Distillation on a problem with a known answer: the student keeps the teacher's map."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from halfstep import (
     X0,
+    Consistency,
+    FixedGuidance,
     GaussianDenoiser,
     GuidanceRange,
     NetworkDenoiser,
@@ -16,7 +20,9 @@ from halfstep import (
     distill,
     sample,
 )
+from halfstep.models.folder import load
 from halfstep.nets import MLP
+from toys import finish, points, toy_plan, toy_spec
 
 PROCESS = VPCosine()
 STEPS = 16
@@ -63,6 +69,16 @@ def test_distill_refuses_a_chain_that_cannot_be_halved() -> None:
         distill(teacher, torch.zeros(10, 1), start=12, to=4)
 
 
+def test_a_student_is_distilled_further_from_the_steps_that_it_takes(tmp_path: Path) -> None:
+    finish(toy_spec(plan=toy_plan(2, 2), keep=(2,)), tmp_path / "run")
+    student = load(tmp_path / "run" / "stages" / "01-halve-0002")
+    training, stages = Training(2, 1e-3, batch_size=8), list[str]()
+    distill(student, points(), to=1, training=training, on_window=lambda stage, _: stages.append(stage))
+    assert stages == ["01-halve-0001"]
+    with pytest.raises(ValueError, match="student of 2 steps of DDIM teach by 4 steps of DDIM"):
+        distill(student, points(), to=1, start=4, training=training)
+
+
 def test_batches_of_pixels_are_refused_and_a_teacher_is_given_back_as_it_was() -> None:
     """Whole numbers would be mixed with noise as whole numbers: to nothing."""
     teacher = NetworkDenoiser(LinearAtEachTime(), PROCESS, X0())
@@ -83,6 +99,21 @@ def test_a_plan_of_ones_own_shows_its_students_the_scales_that_were_matched() ->
     cond = {"class_labels": torch.arange(4) % 2, "guidance_scale": torch.linspace(1, 4, 4)}
     assert sample(student, torch.randn(4, 2), 2, cond=cond).isfinite().all()
     assert student.network.guided
+
+
+def test_a_plan_may_guide_the_teacher_itself_but_only_once_and_a_finish_needs_the_same_guidance() -> None:
+    torch.manual_seed(0)
+    teacher = NetworkDenoiser(MLP((2,), width=16, depth=1, num_classes=3), VPCosine(), V())
+    data = [(torch.randn(16, 2), {"class_labels": torch.arange(16) % 2})]
+    training, guidance, null = Training(2, 1e-3, batch_size=16), FixedGuidance(3.0), {"class_labels": torch.tensor(2)}
+    plan = Plan.of(Consistency(1, 4, 4, guidance=guidance, guide_teacher=True), training)
+    assert isinstance(distill(teacher, data, plan=plan, null=null), NetworkDenoiser)
+    with pytest.raises(ValueError, match=r"guides a teacher that has learned FixedGuidance\(scale=3.0\) already"):
+        distill(teacher, data, plan=plan, null=null, guidance=guidance)
+    with pytest.raises(ValueError, match=r"has no guidance, but its student has learned FixedGuidance\(scale=3.0\)"):
+        distill(teacher, data, plan=plan, null=null, finish=[1])
+    with pytest.raises(ValueError, match="null stands for no condition"):
+        distill(teacher, data, start=2, to=1, null=null)
 
 
 def test_distill_gives_the_same_student_twice_and_calls_back() -> None:

@@ -23,7 +23,7 @@ from halfstep.cli.words import Screen
 from halfstep.data import DataConfig
 from halfstep.objectives import Training
 from halfstep.recipes import Recipe
-from halfstep.runtime.files import cache_folder, user_path, write_text
+from halfstep.runtime.files import DamagedFile, cache_folder, user_path, write_text
 from halfstep.runtime.launch import check_launch, rank, world_size
 from halfstep.runtime.stop import Interrupted, StopSignal
 from halfstep.runtime.storage import NoStorage, no_storage
@@ -151,9 +151,12 @@ def test_a_closed_terminal_stops_like_sigterm_unless_nohup_started_it() -> None:
 
 def test_only_a_lost_disk_is_one() -> None:
     run = Path("runs/x")
-    for number in (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL):
+    for number in (errno.ENAMETOOLONG, errno.EINVAL):
         error = OSError(number, os.strerror(number), "runs/x/log.jsonl")
         assert no_storage(error, run, None) is error
+    for number in (errno.ENOTDIR, errno.EISDIR):
+        error = OSError(number, os.strerror(number), "runs/x/log.jsonl")
+        assert isinstance(no_storage(error, run, None), DamagedFile)
     for number in (errno.EACCES, errno.EROFS, errno.ENOENT):
         error = OSError(number, os.strerror(number), "runs/x/log.jsonl")
         assert no_storage(error, run, None, has_begun=False) is error

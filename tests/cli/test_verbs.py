@@ -15,6 +15,7 @@ import pytest
 from halfstep.cli import main
 from halfstep.cli.completion import argument_kinds, command_line
 from halfstep.cli.verbs import EXIT_CODES, VERBS
+from halfstep.runtime.files import read_sealed
 from support_cli import Capture, refused
 from toys import TINY_ARRAYS
 
@@ -196,7 +197,7 @@ def test_samples_and_figures_as_json(run: Path, tmp_path: Path, capsys: Capture)
 
 def test_evaluate_prints_what_it_writes(run: Path, tmp_path: Path, capsys: Capture) -> None:
     figures = document(["evaluate", str(run), "--num-steps", "4", "--out", str(tmp_path / "e"), "--json"], capsys)
-    assert figures == json.loads((tmp_path / "e" / "evaluation.json").read_text())
+    assert figures == read_sealed(tmp_path / "e" / "evaluation.json")
 
 
 def test_the_page_of_commands_is_the_verbs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from halfstep.cli import exporting, main
 from halfstep.models.model import Model
-from halfstep.runtime.files import read_json, write_json
+from halfstep.runtime.files import read_sealed, write_sealed
 from report.asked_run import write_asked_run
 from support_cli import Capture, refused
 
@@ -46,10 +46,14 @@ def test_a_run_offers_its_students_at_their_own_steps(run: Path, made: Recorder,
 def test_a_later_student_replaces_an_earlier_one_of_as_many_steps(tmp_path: Path, made: Recorder) -> None:
     run = write_asked_run(tmp_path / "run")
     manifest = run / "stages/02-halve-0002/manifest.json"
-    write_json(manifest, read_json(manifest) | {"outcome": {"role": "student", "num_steps": 4}})
+    held = read_sealed(run / "recipe.json")
+    for row in held["plan"]:
+        row["num_steps"] = 4 if row["stage"] == "02-halve-0002" else row["num_steps"]
+    write_sealed(run / "recipe.json", held)
+    write_sealed(manifest, read_sealed(manifest) | {"outcome": {"role": "student", "num_steps": 4}})
     main(["export", str(run), "--format", "web", "--out", "page"])
     assert made.models == [("02-halve-0002", 4)]
-    write_json(manifest, read_json(manifest) | {"weights_kept": False, "files": {}})
+    write_sealed(manifest, read_sealed(manifest) | {"weights_kept": False, "files": {}})
     main(["export", str(run), "--format", "web", "--out", "page"])
     assert made.models == [("01-halve-0004", 4)]
 

@@ -17,6 +17,7 @@ from halfstep.core.prediction import Denoised, eps_from_x0
 from halfstep.objectives import (
     FINISHING,
     STUDENT,
+    Adversarial,
     Batch,
     Denoising,
     Finishing,
@@ -24,6 +25,7 @@ from halfstep.objectives import (
     Halving,
     Matching,
     Models,
+    MomentMatching,
     Objective,
     Outcome,
     Parents,
@@ -33,6 +35,7 @@ from halfstep.objectives import (
     Training,
     parents_of,
 )
+from halfstep.samplers import Heun
 from support import Watched, members, numbers
 
 MEAN, STD = 0.3, 0.5
@@ -254,7 +257,7 @@ def test_a_finish_starts_from_the_student_of_its_steps_and_learns_from_the_last_
     models = [teacher, matched, *students, Outcome(Role.STUDENT, 4)]
     assert parents_of(Finishing(8), models) == Parents(start=2, teacher=1)
     assert parents_of(Finishing(4), models) == Parents(start=5, teacher=1)
-    assert parents_of(Halving(1), models) == Parents(start=5, teacher=5)
+    assert parents_of(Halving(2), models) == Parents(start=5, teacher=5)
     assert parents_of(Denoising(), []) is None
     with pytest.raises(ValueError, match="refines a student of 3 steps, but the students before it take 8, 4, 2"):
         parents_of(Finishing(3), models)
@@ -262,6 +265,23 @@ def test_a_finish_starts_from_the_student_of_its_steps_and_learns_from_the_last_
         parents_of(Finishing(3), [teacher])
     with pytest.raises(ValueError, match="learns from an undistilled teacher"):
         parents_of(Finishing(8), students)
+
+
+def test_only_students_that_take_the_steps_of_a_stage_are_refined_and_teach() -> None:
+    """An ancestral student has no map that DDIM's steps would follow, and a student knows x0 at its own times only."""
+    teacher, ancestral = Outcome(Role.TEACHER), MomentMatching(4).outcome
+    with pytest.raises(ValueError, match="no student precedes it that samples by DDIM"):
+        parents_of(Finishing(4), [teacher, ancestral])
+    assert parents_of(Finishing(4), [teacher, Outcome(Role.STUDENT, 4), ancestral]) == Parents(start=1, teacher=0)
+    for models, halving in (
+        ([teacher, ancestral], Halving(2)),
+        ([teacher, Outcome(Role.STUDENT, 4)], Halving(2, 3)),
+        ([teacher, Outcome(Role.STUDENT, 4)], Halving(2, teacher_sampler=Heun())),
+    ):
+        for objective in (halving, Adversarial(halving)):
+            with pytest.raises(ValueError, match="a student can only take the steps that it was distilled for"):
+                parents_of(objective, models)
+    assert parents_of(Halving(2, 3, teacher_sampler=Heun()), [teacher]) == Parents(0, 0)
 
 
 def test_guidance_that_a_teacher_has_learned_reaches_every_student_of_the_plan() -> None:

@@ -148,6 +148,10 @@ class Adversarial(Objective):
         return f"{self.objective.label}-critic"
 
     @property
+    def guides_teacher(self) -> bool:
+        return self.objective.guides_teacher
+
+    @property
     def learns_from_undistilled(self) -> bool:
         return self.objective.learns_from_undistilled
 

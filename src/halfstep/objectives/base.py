@@ -305,6 +305,11 @@ class Objective(ABC):
         return objectives.name_of(self)
 
     @property
+    def guides_teacher(self) -> bool:
+        """Whether it guides its teacher at each call, which then must not have learned guidance."""
+        return False
+
+    @property
     @abstractmethod
     def outcome(self) -> Outcome:
         """Role, steps and sampler of the model that the stage hands on."""

@@ -209,6 +209,10 @@ class Consistency(Objective):
         return self.num_steps * round(grid / self.num_steps)
 
     @property
+    def guides_teacher(self) -> bool:
+        return self.guide_teacher
+
+    @property
     def outcome(self) -> Outcome:
         return Outcome(Role.STUDENT, self.num_steps, DDIM())
 

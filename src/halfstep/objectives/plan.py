@@ -81,11 +81,16 @@ def parents_of(objective: Objective, models: Sequence[Outcome]) -> Parents | Non
     start = teacher = len(models) - 1
     name = objective.label
     if objective.refines:
-        steps = objective.outcome.num_steps
-        same = [place for place, model in enumerate(models) if (model.role, model.num_steps) == (Role.STUDENT, steps)]
+        _, steps, sampler = objective.outcome
+        same = [place for place, model in enumerate(models) if model == objective.outcome]
         if not same:
-            made = sorted({m.num_steps for m in models if m.role is Role.STUDENT and m.num_steps}, reverse=True)
-            known = f"the students before it take {', '.join(map(str, made))}" if made else "no student precedes it"
+            students = [model for model in models if model.role is Role.STUDENT and model.sampler == sampler]
+            made = sorted({model.num_steps for model in students if model.num_steps}, reverse=True)
+            known = (
+                f"the students before it take {', '.join(map(str, made))}"
+                if made
+                else f"no student precedes it that samples by {type(sampler).__name__}"
+            )
             raise ValueError(f"the stage {name} refines a student of {steps} steps, but {known}. Choose one of them")
         start = same[-1]
     if objective.learns_from_undistilled:
@@ -97,12 +102,15 @@ def parents_of(objective: Objective, models: Sequence[Outcome]) -> Parents | Non
             )
         teacher = whole[-1]
     inner = objective.objective if isinstance(objective, Adversarial) else objective
-    taught = models[teacher].role is Role.STUDENT
-    if taught and isinstance(inner, Halving) and inner.teacher_sampler != DDIM():
-        raise ValueError(
-            f"the stage {name} lets a student teach by {type(inner.teacher_sampler).__name__}, but a student can "
-            "only take the steps that it was distilled for. Remove the teacher's sampler"
-        )
+    role, known_steps, known_sampler = models[teacher]
+    if role is Role.STUDENT and isinstance(inner, Halving):
+        asked_steps, asked_sampler = inner.num_steps * inner.num_teacher_steps, inner.teacher_sampler
+        if known_steps not in (None, asked_steps) or known_sampler != asked_sampler:
+            raise ValueError(
+                f"the stage {name} lets a student of {known_steps} steps of {type(known_sampler).__name__} teach by "
+                f"{asked_steps} steps of {type(asked_sampler).__name__}, but a student can only take the steps that it "
+                "was distilled for. Choose a chain that starts from these"
+            )
     return Parents(start, teacher)
 
 

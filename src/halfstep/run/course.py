@@ -18,7 +18,17 @@ from halfstep.core.warnings import HalfstepWarning
 from halfstep.models.folder import blank_denoiser
 from halfstep.models.model import Model
 from halfstep.nets import StockNetwork, has_movable_clock
-from halfstep.objectives import Guidance, Matching, Outcome, Plan, Role, Training, parents_of
+from halfstep.objectives import (
+    Guidance,
+    Matching,
+    Objective,
+    Outcome,
+    Plan,
+    Role,
+    Training,
+    parents_of,
+)
+from halfstep.samplers import DDIM, Sampler
 
 MATCHED_GAIN: Final = 10.0
 """Gain at t = 1 (see `output_gain`) from which a given teacher is matched to v before it is halved. Stable Diffusion's
@@ -51,6 +61,8 @@ class Start:
     """What it has learned already."""
     may_move: bool = False
     """Whether its network can be carried over to another process."""
+    sampler: Sampler = DDIM()
+    """The sampler that a student is made for."""
     given: bool = True
     is_stock: bool = False
     """Whether its network is one of diffusers, to which students are exported."""
@@ -66,8 +78,14 @@ class Start:
             model.num_steps,
             model.guidance,
             has_movable_clock(model.denoiser.network),
+            model.sampler,
             is_stock=isinstance(model.denoiser.network, StockNetwork),
         )
+
+    @property
+    def outcome(self) -> Outcome:
+        """The result of the stage that made it."""
+        return Outcome(self.role, self.num_steps, self.sampler)
 
     @property
     def is_finished(self) -> bool:
@@ -150,8 +168,8 @@ def course(
         after: stages that follow the halvings, such as finishes; they get the guidance of the chain's teacher.
 
     Raises:
-        ValueError: as `Match.objective`, or if the halvings cannot be made, or a stage needs a model that does not
-            precede it.
+        ValueError: as `Match.objective`, or if the halvings cannot be made, a stage needs a model that does not precede
+            it, a teacher would be guided twice, or a student refined without the guidance that it has learned.
     """
     matching = match.objective(start, lora_rank)
     process, prediction, guidance = start.process, start.prediction, start.guidance
@@ -163,10 +181,13 @@ def course(
     plan = (Plan() if matching is None else Plan.of(matching, match.training)) + halvings(guidance)
     if after is not None:
         plan += after.guided(guidance)
-    models = [Outcome(start.role, start.num_steps)]
+    models, learned = [start.outcome], [start.guidance]
     for stage in plan.stages:
-        parents_of(stage.objective, models)
+        parents = parents_of(stage.objective, models)
+        assert parents is not None
+        _check_guidance(stage.objective, learned[parents.start], learned[parents.teacher])
         models.append(stage.objective.outcome)
+        learned.append(stage.objective.guidance or learned[parents.start])
     _warn_of_export(start, process, models[-1].num_steps, lora_rank)
     return plan
 
@@ -188,6 +209,19 @@ def _warn_of_export(start: Start, process: NoiseProcess, num_steps: int | None, 
         HalfstepWarning,
         stacklevel=3,
     )
+
+
+def _check_guidance(objective: Objective, of_start: Guidance | None, of_teacher: Guidance | None) -> None:
+    """Raise ValueError if a teacher would be guided twice, or a student refined without the guidance that it has."""
+    if objective.guides_teacher and of_teacher is not None:
+        raise ValueError(
+            f"the stage {objective.label} guides a teacher that has learned {of_teacher} already. Remove guide_teacher"
+        )
+    if objective.refines and objective.guidance != of_start:
+        raise ValueError(
+            f"the stage {objective.label} has {objective.guidance or 'no guidance'}, but its student has learned "
+            f"{of_start or 'none'}. Set it if the stage's teacher has learned it too; else match the teacher first"
+        )
 
 
 def check_start(teacher: Model, plan: Plan) -> None:

@@ -15,7 +15,7 @@ from halfstep.data import Data, DataConfig, MemoryData, held_on, open_data, trai
 from halfstep.data.base import Batches, updates_ahead
 from halfstep.models.model import Model
 from halfstep.nets import copy_denoiser, has_movable_clock
-from halfstep.objectives import Batch, Denoising, Guidance, Outcome, Plan, Role, Stage, Training, parents_of
+from halfstep.objectives import Batch, Denoising, Guidance, Plan, Role, Stage, Training, parents_of
 from halfstep.run.course import Match, Start, course
 from halfstep.run.own_samples import samples_of
 from halfstep.runtime.processes import make_accelerator
@@ -211,7 +211,7 @@ def distill(
             of images, or any iterable of batches x0 `[batch, *dims]` or (x0, cond) with cond from names to tensors
             `[batch, ...]`, which is restarted at its end. If None, samples of the teacher: see `samples_of`.
         to: DDIM steps of the student.
-        start: DDIM steps of the teacher, `to` times a power of two; 16 times `to` if None.
+        start: DDIM steps of the teacher, `to` times a power of two; if None a student's own, or 16 times `to`.
         training: of each halving stage; twice the updates at 2 steps and 1.
         plan: the halving stages instead of `to`, `start` and `training`.
         prediction: what the student's network predicts; as the teacher's if None.
@@ -231,8 +231,6 @@ def distill(
         ValueError: if `start` cannot be halved to `to`, the data cannot be used, or settings contradict each other.
         NonFinite: if training diverged.
     """
-    if null is not None and guidance is None:
-        raise ValueError("null stands for no condition, which only guidance needs. Pass guidance, or leave null out")
     current: Denoiser
     if isinstance(teacher, Model):
         current, known, held_null = teacher.denoiser, Start.of(teacher), dict(null or teacher.null)
@@ -245,7 +243,7 @@ def distill(
 
     def halvings(learned: Guidance | None) -> Plan:
         if plan is None:
-            first = 16 * to if start is None else start
+            first = known.num_steps or 16 * to if start is None else start
             return Plan.halvings(
                 first, to, training, guidance=learned, teacher_sampler=teacher_sampler, teacher_steps=teacher_steps
             )
@@ -257,12 +255,14 @@ def distill(
         )
     after = finish if isinstance(finish, Plan) else Plan.finishes(finish)
     chain = course(known, wanted, halvings, after=after)
+    if null is not None and all(stage.objective.guidance is None for stage in chain.stages):
+        raise ValueError("null stands for no condition, which only guidance needs. Pass guidance, or leave null out")
     if matching is not None and chain.stages[0].objective.outcome.role is not Role.MATCHED:
         raise ValueError("matching has no effect without prediction, process or guidance. Leave it out")
     bench = _Bench(samples_of(teacher, seed=seed) if data is None else data, seed, precision, on_window)
     was_training = current.training
     frozen = [parameter.requires_grad for parameter in current.parameters()]
-    made, outcomes = [current], [Outcome(known.role, known.num_steps)]
+    made, outcomes = [current], [known.outcome]
     try:
         for name, stage in zip(chain.names(1), chain.stages, strict=True):
             parents = parents_of(stage.objective, outcomes)

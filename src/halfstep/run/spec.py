@@ -78,7 +78,7 @@ class RunSpec:
             if stage is None:
                 assert self.teacher is not None
                 found.append(None)
-                models.append(Outcome(self.teacher.role, self.teacher.num_steps))
+                models.append(Outcome(self.teacher.role, self.teacher.num_steps, self.teacher.sampler))
             else:
                 found.append(parents_of(stage.objective, models))
                 models.append(stage.objective.outcome)

@@ -90,6 +90,8 @@ YOUNGER: Final[Mapping[tuple[str, str], Any]] = {
     ("chain", "teacher_sampler"): "ddim",
     ("chain", "teacher_steps"): None,
     ("chain", "critic_weight"): None,
+    ("data", "accept_changed"): False,
+    ("data", "skip_broken"): False,
 }
 """Settings that are younger than published studies, with the value that all of these had."""
 
