@@ -69,7 +69,7 @@ def measured(name: str, batch: int, device: str, rounds: int, where: Path | None
         folder, plain = StageFolder(Path(made) / "stage"), Path(made) / "plain"
         folder.path.mkdir()
         plain.mkdir()
-        writer = CheckpointWriter(folder, trainer.processes)
+        writer = CheckpointWriter(folder, "run", trainer.processes)
         waits: list[float] = []
 
         def write_plainly() -> None:
@@ -91,7 +91,7 @@ def measured(name: str, batch: int, device: str, rounds: int, where: Path | None
 
         def go_on() -> None:
             last = trainer.update
-            resume(trainer, folder, print)
+            resume(trainer, folder, "run", print)
             if trainer.update != last:
                 raise RuntimeError(f"the checkpoint of update {last} was not the one that was resumed from")
 

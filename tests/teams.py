@@ -420,7 +420,7 @@ def evaluated(folder: str, out: str) -> list[str]:
 
         return call
 
-    curve.write_json = store.write_json = noting(store.write_json)
+    curve.write_sealed = store.write_sealed = noting(store.write_sealed)
     store.replacing_folder = noting(store.replacing_folder)
     main(["evaluate", folder, "--num-steps", "2", "1", "--num-samples", "24", "--out", out])
     return wrote

@@ -18,6 +18,7 @@ from halfstep.run.distill import as_batches, distill
 from halfstep.run.events import Progress
 from halfstep.run.runner import run
 from halfstep.runs import RunFolder, read_log
+from halfstep.runtime.files import write_sealed
 from halfstep.runtime.processes import make_accelerator
 from halfstep.samplers import sample
 from halfstep.train.engine import StageTrainer
@@ -91,7 +92,7 @@ def test_a_cut_between_manifest_and_weights_is_made_good(tmp_path: Path) -> None
     spec = toy_spec(plan=_long(), start_steps=16, keep=())
     finish(dataclasses.replace(spec, keep=None), path)
     file = path / "stages" / STUDENTS[1] / "manifest.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"weights_kept": False, "files": {}}))
+    write_sealed(file, json.loads(file.read_text()) | {"weights_kept": False, "files": {}})
     finish(spec, path)
     assert _weights_there(path) == {"00-denoise", "04-halve-0001"}
 

@@ -133,8 +133,8 @@ def test_a_resumed_stage_counts_its_seconds_from_those_of_the_checkpoint(tmp_pat
     stage, folder = toy_plan().stages[0], StageFolder(tmp_path)
     trainer, again = _trainer(stage), _trainer(stage)
     next(trainer.run())
-    write_checkpoint(trainer.state(), {"update": 1, "seconds": 1234.5}, folder)
-    resume(again, folder, print)
+    write_checkpoint(trainer.state(), {"run": "run", "stage": trainer.stream, "update": 1, "seconds": 1234.5}, folder)
+    resume(again, folder, "run", print)
     assert (again.update, again.seconds) == (1, 1234.5)
     next(again.run())
     assert 1234.5 < again.window().seconds < 1334.5

@@ -577,7 +577,7 @@ def test_a_checkpoint_is_of_the_moment_at_which_it_was_begun(tmp_path: Path, mon
 
     monkeypatch.setattr(checkpoints, "write_checkpoint", late)
     folder = StageFolder(tmp_path / "stage")
-    writer = checkpoints.CheckpointWriter(folder, made.processes)
+    writer = checkpoints.CheckpointWriter(folder, "run", made.processes)
     updates = made.run()
     for _ in range(5):
         next(updates)
@@ -592,7 +592,7 @@ def test_a_checkpoint_is_of_the_moment_at_which_it_was_begun(tmp_path: Path, mon
     writer.wait()
     assert writer.last == folder.path / "checkpoint-00000005"
     again = trainer(Denoising())
-    checkpoints.resume(again, folder, print)
+    checkpoints.resume(again, folder, "run", print)
     writer.close()
     for part, held in expected.items():
         assert all(torch.equal(again.state()[part][name], value) for name, value in held.items())

@@ -46,7 +46,7 @@ from halfstep.report.reading import read_run
 from halfstep.report.summary import summarise
 from halfstep.runs import Manifest, Metrics, Outcome, RunFolder, read_status
 from halfstep.runs.schema import Result
-from halfstep.runtime.files import write_json
+from halfstep.runtime.files import sha256_of, write_sealed
 from halfstep.samplers import DDIM, RK4, Ancestral, DPMSolverPP2M, Heun, LogSNR, Sampler, sample, samplers
 from support_cli import Capture, refused
 from support_pipelines import assert_same, noise, quietly, wake
@@ -93,14 +93,16 @@ def write_run(run: Path, stages: Mapping[str, Outcome], given: bool = False) -> 
         own = [outcome.num_steps] if outcome.num_steps else [8, 4] if index == 0 else [8]
         sampler: Sampler = samplers.rebuild(outcome.sampler)
         results = [figures(outcome.sampler_name, n, sampler.num_evals(n), 1 + index + 1 / n) for n in own]
-        write_json(folder.metrics_path, Metrics(protocol={"features": "pixels"}, results=results).model_dump())
         folder.samples.mkdir()
         for n in own:
             np.savez(folder.samples / f"steps-{n:04d}.npz", arr_0=load(folder.path).sample(range(16), n).numpy())
+        files = {f"samples/{file.name}": sha256_of(file) for file in folder.samples.iterdir()}
+        metrics = Metrics(stage=name, protocol={"features": "pixels"}, results=results, files=files)
+        write_sealed(folder.metrics_path, metrics.model_dump())
         updates = 0 if given and index == 0 else 10
         rows.append({"stage": name, "role": outcome.role, "num_steps": outcome.num_steps, "num_updates": updates})
     held = {"recipe": recipe.model_dump(mode="json"), "plan": rows, "environment": {}}
-    write_json(run / "recipe.json", held)
+    write_sealed(run / "recipe.json", held)
     return run
 
 

@@ -179,7 +179,7 @@ def test_a_stage_that_was_cut_and_resumed_is_the_uncut_one_bit_for_bit(
     def trained(upto: int, folder: StageFolder | None = None) -> Any:
         trainer = trainer_for(made, stage, "s", load(teacher_run), accelerator)
         if folder is not None:
-            assert resume(trainer, folder, print) == folder.path / "checkpoint-00000003"
+            assert resume(trainer, folder, "run", print) == folder.path / "checkpoint-00000003"
             assert trainer.update == 3
         for update in trainer.run():
             if update == upto:
@@ -189,7 +189,7 @@ def test_a_stage_that_was_cut_and_resumed_is_the_uncut_one_bit_for_bit(
     whole = own_state(trained(6).finish().network)
     folder = StageFolder(tmp_path / "cut")
     cut = trained(3)
-    writer = CheckpointWriter(folder, cut.processes)
+    writer = CheckpointWriter(folder, "run", cut.processes)
     writer.save(cut)
     writer.wait()
     again = own_state(trained(6, folder).finish().network)

@@ -24,6 +24,7 @@ from halfstep.nets import MLP
 from halfstep.recipes import Recipe
 from halfstep.runs import Best, Manifest, Outcome, RunFolder, teacher_best
 from halfstep.runtime.failures import NonFinite
+from halfstep.runtime.files import write_sealed
 from halfstep.samplers import DDIM, Ancestral, Heun, Sampler
 from halfstep.studies import SCALES, Bench
 from toys import TINY_ARRAYS, points
@@ -147,7 +148,7 @@ def test_one_number_of_steps_by_two_samplers_is_two_rows(
     assert teacher.metrics_path.stat().st_mtime_ns == before
     told = json.loads(teacher.metrics_path.read_text())
     told["results"] = [r for r in told["results"] if r["sampler"] != "heun"]
-    teacher.metrics_path.write_text(json.dumps(told))
+    write_sealed(teacher.metrics_path, told)
     main(argv)
     assert {(r.sampler, r.num_steps) for r in teacher.metrics().results} == held.keys()  # type: ignore[union-attr]
     capsys.readouterr()
@@ -206,7 +207,7 @@ def test_samples_of_another_device_are_drawn_again_only_where_that_matters(
     Store(tmp_path).result(cell(), reference)
     file = tmp_path / "cells" / cell().name / "cell.json"
     held = json.loads(file.read_text())
-    file.write_text(json.dumps(held | {"pace": ["NVIDIA H100", 1]}))
+    write_sealed(file, held | {"pace": ["NVIDIA H100", 1]})
     drawn.clear()
     Store(tmp_path).measure([cell()], [reference])
     assert not drawn
@@ -239,7 +240,7 @@ def test_figures_are_those_of_the_samples_that_are_kept(tmp_path: Path, referenc
     assert reference.figures(kept).values["frechet"] == result.frechet
     # Figures do not outlive samples that were lost and drawn again.
     (file,) = tmp_path.glob("figures/*")
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"values": {"frechet": -1.0, "kid": 0.0}}))
+    write_sealed(file, json.loads(file.read_text()) | {"values": {"frechet": -1.0, "kid": 0.0}})
     shutil.rmtree(tmp_path / "cells")
     assert Store(tmp_path).result(cell(), reference) == result.model_copy(
         update={"seconds_per_1000": Store(tmp_path).result(cell(), reference).seconds_per_1000}

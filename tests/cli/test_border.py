@@ -719,7 +719,7 @@ def test_exports_that_cannot_be_are_refused(
     def said(run: Path, *words: str, out: str = "out") -> str:
         return refused(["export", str(run), "--out", str(tmp_path / out), *words], capsys)
 
-    assert "says nothing to --format diffusers" in said(ddpm_run, "--num-steps", "4")
+    assert "has no effect on --format diffusers" in said(ddpm_run, "--num-steps", "4")
     assert "--push-to-hub is for folders" in said(ddpm_run, "--format", "onnx", "--push-to-hub", "a/b", out="o.onnx")
     assert "give a file that ends in .onnx" in said(ddpm_run, "--format", "onnx")
     assert "was trained whole and has no low-rank additions" in said(ddpm_run, "--format", "lora")

@@ -17,6 +17,7 @@ from halfstep import load
 from halfstep.cli import main
 from halfstep.registry import Registry
 from halfstep.runs import RunFolder
+from halfstep.runtime.files import write_sealed
 from support_cli import Capture, refused
 from toys import TINY_ARRAYS, TINY_DIGITS, file_size_limit
 
@@ -327,8 +328,9 @@ def test_a_file_that_is_no_model_is_named(damage: str, toy_run: Path, tmp_path: 
         manifest["format"], said = 1, "it was written by an earlier one, so train the run again"
     elif damage == "foreign tensors":
         manifest["network"]["width"], said = 32, "does not fit its manifest"
-    (folder / "manifest.json").write_text(json.dumps(manifest) if damage != "manifest" else "{")
+    write_sealed(folder / "manifest.json", manifest)
     if damage == "manifest":
+        (folder / "manifest.json").write_text("{")
         said = "manifest.json is not readable JSON"
     if damage != "no model":
         (folder / "model.safetensors").write_bytes(content)
@@ -444,6 +446,6 @@ def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(toy_npy: Path, tmp_path: P
     process.send_signal(2)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert "the state is saved: run the same command again to go on" in errors
+    assert "the state is saved. Run the same command again to resume" in errors
     assert "Traceback" not in errors
     assert list(out.glob("stages/00-denoise/checkpoint-*/manifest.json"))

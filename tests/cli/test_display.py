@@ -5,7 +5,8 @@ import io
 from halfstep.cli.display import RunDisplay
 from halfstep.cli.words import Screen, duration
 from halfstep.objectives import Denoising, Plan, Training
-from halfstep.run.events import Notice, Progress, StageEnd, StageStart
+from halfstep.run.events import Measured, Measuring, Notice, Progress, StageEnd, StageStart
+from halfstep.runs.schema import Result
 from halfstep.train.window import Window
 
 
@@ -36,6 +37,22 @@ def test_the_time_left_counts_network_calls_and_batches_of_all_stages() -> None:
     assert "00-denoise: done in 1:00 min" in out.getvalue()
 
 
+def test_measuring_shows_where_it_is_and_counts_in_the_time_left() -> None:
+    plan = _plan(Training(10, 1e-3, batch_size=20), Training(6, 1e-3, batch_size=10))
+    result = Result(sampler="ddim", num_steps=1, num_evals=1, frechet=1.0, kid=0.0, seconds_per_1000=1.0)
+    out = io.StringIO()
+    display = RunDisplay(list(zip(plan.names(), plan.stages, strict=True)), Screen(file=out))
+    display.show([StageStart("00-denoise", 0, plan.stages[0], 0), Progress("00-denoise", 10, _window(10, 6.0))])
+    display._last_line = 0.0
+    display.show([StageEnd("00-denoise", 6.0, was_there=False), Measuring("00-denoise", "Heun", 1, 3)])
+    assert "00-denoise: measuring 1/3, Heun" in out.getvalue()
+    assert display.status.stages[0].state == "measuring"
+    training = display.seconds_left()
+    display.show([Measured("00-denoise", result, num_left=2, seconds=5.0)])
+    # Two more results of the teacher and one of the student, each in 5 s.
+    assert display.seconds_left() == training + 15.0
+
+
 def test_a_terminal_gets_one_display_and_no_terminal_gets_lines() -> None:
     plan = _plan(Training(20, 1e-3, batch_size=20), Training(6, 1e-3, batch_size=10))
     events = [
@@ -64,7 +81,7 @@ def test_a_terminal_gets_one_display_and_no_terminal_gets_lines() -> None:
         "00-denoise",
         "01-halve-0001",
     ]
-    assert "6 updates, going on at update 2" in printed[False]
+    assert "6 updates, resuming at update 2" in printed[False]
     assert "\x1b" not in printed[False]
 
 

@@ -18,6 +18,7 @@ from halfstep.data import DataConfig, open_data
 from halfstep.metrics import frechet_distance
 from halfstep.runs import EvaluationResult, RunFolder
 from halfstep.runs.evaluation import EvaluationTable, Row
+from halfstep.runtime.files import read_sealed, write_sealed
 from halfstep.samplers import sample
 from support_cli import Capture, refused
 
@@ -28,7 +29,7 @@ def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _result(out: Path) -> EvaluationResult:
-    return EvaluationResult.model_validate(json.loads((out / "evaluation.json").read_text()))
+    return EvaluationResult.model_validate(read_sealed(out / "evaluation.json"))
 
 
 def _row(table: EvaluationTable, series: str, num_steps: int) -> Row:
@@ -380,7 +381,7 @@ def test_times_of_another_machine_are_no_column_with_those_of_this(toy_run: Path
     main(command)
     (cell,) = (tmp_path / "cells").glob("00-denoise-ddim-0003-*/cell.json")
     held = json.loads(cell.read_text())
-    cell.write_text(json.dumps(held | {"pace": ["NVIDIA H100", 1]}))
+    write_sealed(cell, held | {"pace": ["NVIDIA H100", 1]})
     main(command)
     there = {row.num_steps: row.seconds_per_1000 for row in _result(tmp_path).tables[0].rows}
     assert there[3] is None
@@ -415,7 +416,7 @@ def test_bad_input_is_refused_in_one_line(toy_run: Path, digits_run: Path, tmp_p
         (["evaluate", toy, "--num-steps", "0"], "--num-steps must be"),
         (["evaluate", toy, "--search-gamma", "1"], "--search-gamma must be at least 2, got 1"),
         (["evaluate", toy, "--search-gamma", "3", "--gamma", "0.5"], "leave one out"),
-        (["evaluate", toy, "--gamma", "0.5"], "say nothing without --against teacher-ancestral"),
+        (["evaluate", toy, "--gamma", "0.5"], "have no effect without --against teacher-ancestral"),
         (["evaluate", toy, "--against", "teacher-hein"], "unknown sampler 'hein'; did you mean 'heun'?"),
         (["evaluate", toy, "--against", "heun"], "give teacher-SAMPLER or student-SAMPLER"),
         (["evaluate", student, "--against", "teacher-ddim"], "there is no teacher here"),
@@ -432,7 +433,7 @@ def test_bad_input_is_refused_in_one_line(toy_run: Path, digits_run: Path, tmp_p
         (["evaluate", f"{tmp_path}/other.npz", "--data", "digits"], "give a reference of the same size"),
         (["evaluate", f"{tmp_path}/one.npz", "--data", "digits"], "needs at least 2"),
         (["evaluate", f"{tmp_path}/other.npz", "--data", f"{toy_run.parent}/toy.npy"], "of one kind"),
-        (["evaluate", f"{tmp_path}/other.npz", "--data", "digits", "--seeds", "2"], "says nothing to samples in files"),
+        (["evaluate", f"{tmp_path}/other.npz", "--data", "digits", "--seeds", "2"], "no effect on samples in files"),
     ]
     for argv, said in cases:
         assert said in refused([*argv, *out], capsys), argv

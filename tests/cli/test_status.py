@@ -16,6 +16,7 @@ import pytest
 from halfstep.cli import main
 from halfstep.runs import Heartbeat, RunStatus, read_status
 from halfstep.runs.heartbeat import SILENT_SECONDS, this_machine
+from halfstep.runtime.files import write_sealed
 from support_cli import Capture, refused
 from teams import context
 from toys import TINY_ARRAYS, finish, points, toy_spec
@@ -30,7 +31,7 @@ PLAN = [
 def folder_of(path: Path, rows: list[dict[str, Any]], **beat: Any) -> Path:
     """A run's folder as far as a status reads it."""
     path.mkdir(parents=True, exist_ok=True)
-    (path / "recipe.json").write_text(json.dumps({"recipe": {"name": "toy"}, "plan": PLAN}))
+    write_sealed(path / "recipe.json", {"recipe": {"name": "toy"}, "plan": PLAN})
     (path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if beat:
         now = time.time()
@@ -96,7 +97,7 @@ def test_damage_and_bad_folders(tmp_path: Path, capsys: Capture) -> None:
     assert (status.state, status.stages[0].state) == ("stopped", "damaged")
     json.dumps(status.as_json(), allow_nan=False)
     (path / "recipe.json").write_text("[]")
-    assert "does not hold a recipe" in refused(["status", str(path)], capsys)
+    assert "recipe.json has no sha256 of its content" in refused(["status", str(path)], capsys)
     assert "leave one of them out" in refused(["status", str(path), "--watch", "--json"], capsys)
 
 

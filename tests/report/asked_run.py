@@ -11,7 +11,7 @@ from halfstep.models.folder import save_stage
 from halfstep.nets import MLP, Network, describe_network
 from halfstep.recipes.schema import UNetConfig, make_unet
 from halfstep.runs import Manifest, Outcome, RunFolder
-from halfstep.runtime.files import write_json
+from halfstep.runtime.files import write_sealed
 
 STAGES = (("00-denoise", None), ("01-halve-0004", 4), ("02-halve-0002", 2), ("03-halve-0001", 1))
 NUM_CLASSES = 3
@@ -61,5 +61,5 @@ def write_asked_run(run: Path, points: bool = False, trained: int = 3) -> Path:
         {"stage": name, "role": "student" if steps else "teacher", "num_steps": steps, "num_updates": 1}
         for name, steps in STAGES
     ]
-    write_json(run / "recipe.json", {"recipe": {"name": "asked"}, "plan": plan, "environment": {}})
+    write_sealed(run / "recipe.json", {"recipe": {"name": "asked"}, "plan": plan, "environment": {}})
     return run

@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 
 from halfstep.runs import Manifest, Metrics, Outcome, RunFolder
 from halfstep.runs.schema import Result
-from halfstep.runtime.files import write_json
+from halfstep.runtime.files import sha256_of, write_sealed
 
 TEACHER_STEPS = (256, 64, 8, 4, 2, 1)
 STUDENT_STEPS = (128, 64, 32, 16, 8, 4, 2, 1)
@@ -111,10 +111,14 @@ def write_stage(
         prediction={"type": "v"},
         files={"model.safetensors": hashlib.sha256(b"weights").hexdigest()},
     )
-    write_json(folder.manifest_path, manifest.model_dump(mode="json"))
-    write_json(folder.metrics_path, Metrics(protocol=protocol, results=list(results)).model_dump(mode="json"))
+    write_sealed(folder.manifest_path, manifest.model_dump(mode="json"))
+    files = {}
     for steps, array in samples.items():
-        np.savez(folder.samples / f"steps-{steps:04d}.npz", arr_0=array)
+        path = folder.samples / f"steps-{steps:04d}.npz"
+        np.savez(path, arr_0=array)
+        files[f"samples/{path.name}"] = sha256_of(path)
+    metrics = Metrics(stage=name, protocol=protocol, results=list(results), files=files)
+    write_sealed(folder.metrics_path, metrics.model_dump(mode="json"))
 
 
 def write_fake_run(
@@ -127,7 +131,7 @@ def write_fake_run(
     """A run whose plan has the students `planned`, of which the first `students` are complete."""
     names = ["00-denoise", *(f"{i:02d}-halve-{n:04d}" for i, n in enumerate(planned, 1))]
     steps: list[int | None] = [None, *planned]
-    write_json(
+    write_sealed(
         run / "recipe.json",
         {
             "recipe": {"name": name, "seed": 0, "data": {"source": "digits"}, "chain": {"start_steps": 256}},
@@ -248,4 +252,4 @@ def fake_evaluation(complete: bool = True) -> dict[str, Any]:
 
 def write_fake_evaluation(run: Path, **settings: Any) -> None:
     """RUN/evaluation/evaluation.json."""
-    write_json(RunFolder(run).evaluation_path, fake_evaluation(**settings))
+    write_sealed(RunFolder(run).evaluation_path, fake_evaluation(**settings))

@@ -11,7 +11,7 @@ from halfstep import load
 from halfstep.core.draw import between
 from halfstep.explore.explorer import Bounds, Explorer
 from halfstep.measure.samples import samples_array
-from halfstep.runtime.files import read_json, write_json
+from halfstep.runtime.files import read_json, write_sealed
 from report.asked_run import write_asked_run
 from support import numbers
 
@@ -168,7 +168,7 @@ def test_stages_without_weights_and_damaged_ones_are_named_and_the_others_answer
     weights = run / "stages/01-halve-0004/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
     manifest = run / "stages/02-halve-0002/manifest.json"
-    write_json(manifest, read_json(manifest) | {"weights_kept": False, "files": {}})
+    write_sealed(manifest, read_json(manifest) | {"weights_kept": False, "files": {}})
     explorer = Explorer(run)
     with pytest.raises(ValueError, match=r"01-halve-0004 cannot be asked: stages/01-halve-0004/model"):
         explorer.compare("01-halve-0004")
@@ -223,13 +223,13 @@ def test_what_cannot_be_explored_is_said_at_once(tmp_path: Path) -> None:
     run = write_asked_run(tmp_path / "run", trained=1)
     manifest = run / "stages/00-denoise/manifest.json"
     held = read_json(manifest)
-    write_json(manifest, held | {"is_image": False, "shape": [1, 160]})
+    write_sealed(manifest, held | {"is_image": False, "shape": [1, 160]})
     with pytest.raises(ValueError, match=r"samples of shape \[1, 160\] are no pictures"):
         Explorer(run)
-    write_json(manifest, held | {"conditions": {"prompt": [4, 8]}})
+    write_sealed(manifest, held | {"conditions": {"prompt": [4, 8]}})
     with pytest.raises(ValueError, match="are shown prompt, for which the explorer has no field"):
         Explorer(run)
-    write_json(manifest, held | {"weights_kept": False, "files": {}})
+    write_sealed(manifest, held | {"weights_kept": False, "files": {}})
     with pytest.raises(ValueError, match="holds no model that can be asked"):
         Explorer(run)
 

@@ -21,7 +21,7 @@ from PIL import Image
 from halfstep.report import write_report
 from halfstep.report.words import times
 from halfstep.runs import RunFolder
-from halfstep.runtime.files import write_json
+from halfstep.runtime.files import sha256_of, write_sealed
 from report.fake_run import (
     HEUN,
     PROTOCOL,
@@ -164,7 +164,7 @@ def test_a_teacher_that_covers_little_of_the_data_is_not_praised(tmp_path: Path)
     held = json.loads(path.read_text())
     for row in held["results"]:
         row["coverage"] = 0.03
-    path.write_text(json.dumps(held), encoding="utf-8")
+    write_sealed(path, held)
     page = reported(run)
     assert "The teacher has not learned the data yet: train it longer." in page.text
     assert "At its best (Heun, 32 steps (63 calls)) its samples cover 3% of the real data" in page.text
@@ -174,7 +174,11 @@ def test_a_teacher_that_covers_little_of_the_data_is_not_praised(tmp_path: Path)
 def test_the_teacher_at_its_best_has_the_first_column(tmp_path: Path) -> None:
     run = write_fake_run(tmp_path / "run")
     samples = 255 - digit_samples(256, False)
-    np.savez(run / "stages/00-denoise/samples/steps-0032-heun.npz", arr_0=samples)
+    file, path = run / "stages/00-denoise/samples/steps-0032-heun.npz", run / "stages/00-denoise/metrics.json"
+    np.savez(file, arr_0=samples)
+    held = json.loads(path.read_text())
+    held["files"]["samples/steps-0032-heun.npz"] = sha256_of(file)
+    write_sealed(path, held)
     page = reported(run)
     (strip,) = [table for table in page.tables if any("Not distilled" in cell for row in table for cell in row)]
     assert [cell.split()[0] for cell in strip[0][1:]] == ["32", "256", *map(str, STUDENT_STEPS)]
@@ -262,8 +266,9 @@ def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
     content["plan"].append({"stage": "02-" + HOSTILE, "num_steps": "$", "num_updates": 10})
     content["recipe"][HOSTILE] = [HOSTILE]
     content["environment"]["device"] = HOSTILE
-    write_json(run / "recipe.json", content)
     folder = "03-<script>alert(1)<"
+    content["plan"].append({"stage": folder, "role": "student", "num_steps": 64, "num_updates": 400})
+    write_sealed(run / "recipe.json", content)
     write_stage(run, folder, 64, [result(64, True)], {}, protocol={HOSTILE: HOSTILE})
     with open(run / "log.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps({"stage": "$\\frac$" + HOSTILE, "update": 5, "loss": 1.0}) + "\n")
@@ -338,7 +343,7 @@ def test_samples_that_cannot_be_read_are_named(tmp_path: Path, spoil: Callable[[
     run = write_fake_run(tmp_path / "run", students=(128, 64), planned=(128, 64))
     spoil(run / "stages/02-halve-0064/samples/steps-0064.npz")
     page = reported(run)
-    assert "stages/02-halve-0064/samples/steps-0064.npz cannot be read" in page.text
+    assert "stages/02-halve-0064/samples/steps-0064.npz is truncated or altered" in page.text
     assert "No samples to look at for stage 02-halve-0064." in page.text
 
 
@@ -351,8 +356,8 @@ def test_missing_figures_recipe_log_and_samples_are_named(tmp_path: Path) -> Non
         path.unlink()
     page = reported(run)
     for text in (
-        "The recipe cannot be shown: recipe.json does not exist.",
-        "stages/00-denoise/metrics.json does not hold metrics",
+        "The recipe cannot be shown: recipe.json does not exist; put a copy of it back",
+        "stages/00-denoise/metrics.json has no sha256 of its content",
         "No figures (metrics.json) for stages 00-denoise, 01-halve-0128.",
         "No samples to look at for stages 00-denoise, 01-halve-0128.",
         "No losses were logged.",
@@ -363,7 +368,7 @@ def test_missing_figures_recipe_log_and_samples_are_named(tmp_path: Path) -> Non
 
 def test_a_recipe_without_a_plan_is_enough(tmp_path: Path) -> None:
     run = write_fake_run(tmp_path / "run", students=(128,), planned=(128,))
-    write_json(run / "recipe.json", {"recipe": "?", "environment": 3, "plan": {"a": 1}})
+    write_sealed(run / "recipe.json", {"recipe": "?", "environment": 3, "plan": {"a": 1}})
     page = reported(run)
     assert page.text.strip().startswith("run: A student that needs 128 network calls instead of 63")
 
@@ -386,8 +391,8 @@ def test_numbers_that_no_axis_can_show_do_not_stop_the_report(tmp_path: Path) ->
     run = write_fake_run(tmp_path / "run", students=(128,), planned=(128,))
     path = run / "stages/01-halve-0128/metrics.json"
     odd = json.loads(path.read_text())
-    odd["results"][0] |= {"frechet": float("nan"), "kid": -0.001, "seconds_per_1000": 0.0}
-    path.write_text(json.dumps(odd), encoding="utf-8")
+    odd["results"][0] |= {"frechet": 1e301, "kid": -0.001, "seconds_per_1000": 0.0}
+    write_sealed(path, odd)
     (run / "log.jsonl").write_text(
         '{"stage": "00-denoise", "update": 1, "loss": NaN}\n{"stage": "00-denoise", "update": 2, "loss": -1}\n'
         '{"stage": 3, "update": "x", "loss": 1}\n{"stage": "00-denoise", "update": 3, "loss": "1"}\n[]\n',
@@ -395,8 +400,7 @@ def test_numbers_that_no_axis_can_show_do_not_stop_the_report(tmp_path: Path) ->
     )
     page = reported(run)
     row = next(row for row in page.table("Steps")[2:] if row[0] == "128")
-    assert row[3] == "not finite"
-    assert row[4] == "–"
+    assert row[3] == "1.00e+301"
     assert figures_of(row[6]) == -0.001
     assert row[13] == "–"
 

@@ -19,7 +19,7 @@ from halfstep.report.page import MOST_BYTES
 from halfstep.report.quality import quality_groups, text_table
 from halfstep.report.words import number
 from halfstep.runs import EvaluationResult, RunFolder
-from halfstep.runtime.files import write_json
+from halfstep.runtime.files import write_json, write_sealed
 from report.fake_run import (
     HEUN,
     STUDENT_STEPS,
@@ -69,7 +69,7 @@ def test_what_it_cost_follows_from_times_and_figures(tmp_path: Path) -> None:
     content = json.loads((run / "recipe.json").read_text())
     content["recipe"] |= {"teacher": {"batch_size": 128}, "chain": {"batch_size": 64}}
     content["environment"]["threads"] = 4
-    write_json(run / "recipe.json", content)
+    write_sealed(run / "recipe.json", content)
     page = reported(run)
     spent = dict(page.table("Teacher"))
     assert spent["Teacher"] == "6 min 51 s, 2,000 updates of 128 samples"
@@ -102,7 +102,7 @@ def test_an_evaluation_is_shown_one_table_for_each_protocol(tmp_path: Path) -> N
     run = write_fake_run(tmp_path / "run")
     content = fake_evaluation(complete=False)
     content["tables"][0]["rows"][-1]["gamma"] = 0.25
-    write_json(RunFolder(run).evaluation_path, content)
+    write_sealed(RunFolder(run).evaluation_path, content)
     page = reported(run)
     sets, near = (table[1:] for table in page.tables if table[0] and table[0][0] == "Series")
     assert [row[:2] for row in sets[:3]] == [["student", "8"], ["student", "4"], ["student", "1"]]
@@ -132,7 +132,7 @@ def test_series_for_which_the_chart_has_no_colour_are_counted(tmp_path: Path, fu
     for index in range(further):
         series.append(series[-1] | {"name": f"teacher-{index}"})
         rows.append(rows[-1] | {"series": f"teacher-{index}"})
-    write_json(RunFolder(run).evaluation_path, content)
+    write_sealed(RunFolder(run).evaluation_path, content)
     page = write_report(run).read_text(encoding="utf-8")
     charts = re.findall(r'aria-label="(Line chart[^"]*)"', page)
     assert any(text.endswith(f"the table below holds its figures{said}.") for text in charts)
@@ -276,7 +276,7 @@ def test_the_report_shows_the_neighbours_of_the_sentences_student(
 ) -> None:
     run = write_fake_run(tmp_path / "run")
     data = open_data(DataConfig(source="digits"))
-    write_json(
+    write_sealed(
         run / "recipe.json", json.loads((run / "recipe.json").read_text()) | {"data_fingerprint": data.fingerprint}
     )
     main(["report", str(run)])
@@ -308,7 +308,7 @@ def test_data_that_cannot_be_opened_is_said(tmp_path: Path) -> None:
         ({"name": "a", "data": {"source": str(tmp_path / "gone.npy")}}, "gone.npy is not a file"),
         ({"name": "a", "data": {"source": "digits"}}, "has changed since the run was trained on it"),
     ):
-        write_json(run / "recipe.json", content | {"recipe": recipe, "data_fingerprint": "another"})
+        write_sealed(run / "recipe.json", content | {"recipe": recipe, "data_fingerprint": "another"})
         main(["report", str(run)])
         text = Page(RunFolder(run).report_path.read_text(encoding="utf-8")).text
         assert re.search(rf"Not looked for: [^\n]*{said}", text)
@@ -339,6 +339,9 @@ def test_a_report_of_large_noisy_images_stays_below_its_limit(tmp_path: Path) ->
 
 def test_a_student_of_other_steps_than_planned_is_walked_in_its_place(tmp_path: Path) -> None:
     run = write_fake_run(tmp_path / "run", students=(128,), planned=(128,))
+    content = json.loads((run / "recipe.json").read_text())
+    content["plan"].append({"stage": "02-quarter-0032", "role": "student", "num_steps": 32, "num_updates": 400})
+    write_sealed(run / "recipe.json", content)
     write_stage(run, "02-quarter-0032", 32, [], {32: digit_samples(32, True)}, parent="01-halve-0128")
     labels = [div["data-label"] for div in reported(run).attributes("div") if "data-label" in div]
     assert labels == ["256 steps", "128 steps", "64 steps", "32 steps", "8 steps", "4 steps", "2 steps", "1 step"]
@@ -348,7 +351,7 @@ def test_a_later_student_of_as_many_steps_stands_for_them_and_the_earlier_one_st
     run = write_fake_run(tmp_path / "run", students=STUDENT_STEPS[:6])
     content = json.loads((run / "recipe.json").read_text())
     content["plan"].append({"stage": "09-finish-0004", "role": "student", "num_steps": 4, "num_updates": 400})
-    write_json(run / "recipe.json", content)
+    write_sealed(run / "recipe.json", content)
     finished = result(4, True, factor=0.8)
     write_stage(run, "09-finish-0004", 4, [finished], {4: digit_samples(128, True)}, parent="06-halve-0004")
     page = reported(run)
@@ -388,7 +391,7 @@ def test_figures_of_an_earlier_halfstep_are_read(tmp_path: Path) -> None:
             for name in ("precision", "recall", "coverage"):
                 del row[name]
         held["results"] = [row for row in held["results"] if row["sampler"] != "heun"]
-        write_json(path, held)
+        write_sealed(path, held)
     page = reported(run)
     (row,) = [row for row in page.table("Steps")[2:] if row[0] == "128"]
     assert row[3:5] == [number(frechet(128, True)), number(frechet(128, True) / frechet(256, False))]

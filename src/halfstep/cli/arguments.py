@@ -42,7 +42,7 @@ FAMILIES: Final[Mapping[str, Registry[Any]]] = {
     "studies": studies,
     "extractors": extractors,
 }
-"""What recipes and options can name."""
+"""Choices for recipes and options."""
 
 if TYPE_CHECKING:
     FamilyName = str
@@ -60,7 +60,7 @@ RecipeFields = tyro.conf.AvoidSubcommands[Annotated[Recipe, tyro.conf.arg(name="
 
 @dataclass
 class PlanArguments:
-    """What the verbs that carry out a plan share."""
+    """Options shared by the verbs that run a plan."""
 
     recipe: RecipeFields
     dry_run: Switch = False
@@ -117,7 +117,7 @@ class SampleArguments:
     guidance_scale: Guidance | None = None
     """uncond + scale (cond - uncond), for a model that knows guidance; 1 is none. The model's own by default."""
     prompt: str | None = None
-    """What to show, for a model of texts."""
+    """Prompt of a text-conditioned model."""
     sampler: SamplerName | None = None
     """Sampler (`halfstep ls samplers` describes them); the model's own by default."""
     gamma: Share | None = None
@@ -145,7 +145,7 @@ class EvaluateArguments:
     samples."""
 
     subject: tyro.conf.Positional[str]
-    """What to measure."""
+    """Subject of the evaluation."""
     num_steps: tuple[Steps, ...] = ()
     """Steps of the --against series, and of a single stage; by default the start of the chain, halved down to 1."""
     against: tuple[str, ...] | None = None
@@ -160,7 +160,7 @@ class EvaluateArguments:
     gamma: Share | None = None
     """Variance of ancestral sampling: 0 is its lower bound, 1 its upper bound (the default)."""
     search_gamma: Annotated[int, Range(2, 1000)] | None = None
-    """Try so many values of gamma from 0 to 1 (the paper: 11) for each ancestral row and show the best."""
+    """Number of gammas from 0 to 1 to try for each ancestral row (the paper: 11); the best is shown."""
     guidance_scale: Guidance | None = None
     """For models that know guidance; each model's own by default."""
     precision: Literal["float32", "bf16"] | None = None
@@ -218,16 +218,23 @@ def recipe_from(text: str) -> Recipe:
     path = Path(text)
     if text in list(recipes) or not (path.suffix == ".json" or path.is_dir()):
         return recipes[text]()
-    return recipe_of_file(RunFolder(path).recipe_path if path.is_dir() else path)
+    if path.is_dir():
+        return recipe_of_run(RunFolder(path))
+    # A file that the user may have written or changed.
+    return _recipe_in(read_json(path), path)
 
 
-def recipe_of_file(file: Path) -> Recipe:
-    """Return the recipe in a run's recipe.json, or in a file that holds a recipe alone.
+def recipe_of_run(run: RunFolder) -> Recipe:
+    """Return the recipe of a run.
 
     Raises:
-        ValueError: if it is no recipe.
+        ValueError: if it is damaged or no recipe.
     """
-    data: Any = read_json(file)
+    return _recipe_in(run.recipe(), run.recipe_path)
+
+
+def _recipe_in(data: Any, file: Path) -> Recipe:
+    """Return the recipe in the content of a run's recipe.json, or of a file that holds a recipe alone."""
     if isinstance(data, dict) and isinstance(data.get("recipe"), dict):
         data = data["recipe"]
     if not isinstance(data, dict):
@@ -240,9 +247,7 @@ def recipe_of_file(file: Path) -> Recipe:
 
 def recipe_of_stage(stage: StageFolder) -> Recipe | None:
     """Return the recipe of the run in which a stage lies, or None if it lies elsewhere."""
-    folder = stage.path.resolve().parent
-    file = folder.parent / "recipe.json"
-    return recipe_of_file(file) if folder.name == "stages" and file.is_file() else None
+    return None if stage.run is None or not stage.run.recipe_path.exists() else recipe_of_run(stage.run)
 
 
 def options_from(words: Sequence[str]) -> dict[str, Any]:

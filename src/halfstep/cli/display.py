@@ -1,4 +1,4 @@
-"""What a run looks like while it runs, and the table at its end.
+"""The display of a run in progress, and the table at its end.
 
 On a terminal: one live display of the whole plan. Elsewhere: a line for each stage and figure, and one now and then.
 """
@@ -70,7 +70,7 @@ class RunDisplay:
         match event:
             case StageStart(resumed_at=resumed_at):
                 stage.state, stage.update = "training", resumed_at
-                at = f", going on at update {resumed_at}" if resumed_at else ""
+                at = f", resuming at update {resumed_at}" if resumed_at else ""
                 self._line(f"{stage.name}: {count(event.stage.training.num_updates, 'update')}{at}")
             case TrainingProgress():
                 stage.num_updates = event.num_updates

@@ -25,7 +25,7 @@ GIVES: Final = {
     "text": "models of texts, such as Stable Diffusion: encode, distill and sample with --prompt",
     "lora": "students that are low-rank additions (--chain.lora-rank), and export --format lora",
     "onnx": "export --format onnx (the whole sampler as one graph) and --format web",
-    "explore": "halfstep explore, a local page on which models are asked",
+    "explore": "halfstep explore, a local page that samples a run's models",
     "inception": "distances in the features of the Inception network, as published FIDs are",
     "dinov2": "distances in the features of DINOv2",
     "tensorboard": "curves and samples in TensorBoard",
@@ -33,7 +33,7 @@ GIVES: Final = {
     "trackio": "curves and samples in Trackio",
     "bitsandbytes": "--engine.optimizer adamw8bit, a quarter of the memory of AdamW's moments",
 }
-"""What each extra of halfstep, and each package that it uses where installed, gives."""
+"""Purpose of each extra of halfstep, and of each optional package."""
 
 REQUIRED: Final = ("torch", "diffusers", "accelerate", "numpy", "safetensors", "datasets", "pydantic", "tyro", "rich")
 LEAST_DISK: Final = 2 * 2**30

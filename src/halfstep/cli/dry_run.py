@@ -1,4 +1,4 @@
-"""What `--dry-run` prints: the plan, and what it costs in arithmetic, memory and time."""
+"""The output of `--dry-run`: the plan, and its cost in arithmetic, memory and time."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -163,7 +163,7 @@ def _data_line(data: Mapping[str, Any]) -> str:
 def quantity(amount: float, unit: str) -> str:
     """ "1.23 GFLOP"."""
     for prefix in ("", "k", "M", "G", "T", "P", "E"):
-        # What rounds to 1,000 is 1 of the next.
+        # A number that rounds to 1,000 is 1 of the next unit.
         if amount < 999.5:
             return f"{number(float(amount))} {prefix}{unit}"
         amount /= 1000

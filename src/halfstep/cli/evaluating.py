@@ -24,7 +24,7 @@ from halfstep.report.evaluation import protocol_words, text_table, title_of, wri
 from halfstep.report.words import number
 from halfstep.runs.evaluation import Series
 from halfstep.runtime.failures import told_when_out_of_memory
-from halfstep.runtime.files import cache_folder, read_json
+from halfstep.runtime.files import cache_folder
 from halfstep.runtime.processes import Processes
 from halfstep.runtime.stop import StopSignal
 
@@ -60,7 +60,7 @@ def evaluate(argv: Sequence[str]) -> None:
     for notice in curve.result.notices:
         screen.note(notice)
     if arguments.json:
-        print_json(read_json(out / "evaluation.json"))
+        print_json(curve.result.model_dump(mode="json"))
     names = ", ".join([str(out / "evaluation.json"), *(path.name for path in written)])
     screen.say(f"{names}; {duration(curve.result.seconds)} of work")
 
@@ -100,6 +100,7 @@ def _spec(subject: Subject, arguments: EvaluateArguments, device: torch.device, 
         guidance_scale=arguments.guidance_scale,
         teacher=teacher,
         notices=subject.notices,
+        run=next((model.manifest.run for model in (subject.teacher, *subject.students) if model is not None), None),
     )
 
 
@@ -162,7 +163,7 @@ def _check_files(arguments: EvaluateArguments) -> None:
         "num_steps", "against", "seeds", "gamma", "search_gamma", "guidance_scale", "precision", "batch_size",
     ):  # fmt: skip
         if getattr(arguments, name) != getattr(idle, name):
-            raise UsageError(f"{flag(name)} says nothing to samples in files: leave it out")
+            raise UsageError(f"{flag(name)} has no effect on samples in files. Remove it")
 
 
 def _count(arguments: EvaluateArguments, samples: Data) -> int:

@@ -41,7 +41,7 @@ class ExploreArguments:
     root_path: str = ""
     """Path below which a proxy shows the page, such as /user/me/proxy/7860."""
     device: str | None = None
-    """cpu, cuda, mps; by default the fastest that is there."""
+    """cpu, cuda, mps; the fastest available by default."""
 
 
 def explore(argv: Sequence[str]) -> None:

@@ -64,8 +64,8 @@ def export(argv: Sequence[str]) -> None:
     is_onnx, is_web = arguments.format == "onnx", arguments.format == "web"
     if not (is_onnx or is_web) and arguments.num_steps is not None:
         raise UsageError(
-            f"--num-steps {arguments.num_steps} says nothing to --format {arguments.format}, whose pipeline is "
-            "told when it is called: leave it out"
+            f"--num-steps {arguments.num_steps} has no effect on --format {arguments.format}, whose pipeline takes the "
+            "number at each call. Remove it"
         )
     if (is_onnx or is_web) and arguments.push_to_hub is not None:
         raise UsageError(f"--push-to-hub is for folders of models, not for --format {arguments.format}: leave it out")
@@ -174,7 +174,7 @@ def encode(argv: Sequence[str]) -> None:
     with in_own_words("image-size"):
         images, names = (read_captions(source, preparation), ()) if is_text else read_classes(source, preparation)
     encoder = encoder_of(model, device, names)
-    # What cannot be read is found before the folder is begun, which belongs to these very encoders.
+    # Find unreadable parts before the folder is begun, which belongs to these encoders.
     encoder.texts([""])
     needed = model.shape
     made = tuple(encoder.images(images.loaded([0]).fetch(torch.tensor([0])).x0).shape[1:])

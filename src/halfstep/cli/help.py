@@ -1,4 +1,4 @@
-"""What `halfstep VERB --help` prints: the options that most need, or with --help-all every option, wrapped at words."""
+"""The output of `halfstep VERB --help`: the most used options, or every option with --help-all, wrapped at words."""
 
 import re
 import shutil

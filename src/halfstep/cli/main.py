@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _thread_failed(failed: threading.ExceptHookArgs) -> None:
-    """Print the traceback of a thread's error, but for a disk that is lost, which the main thread reports."""
+    """Print the traceback of a thread's error, except for a lost disk, which the main thread reports."""
     if not issubclass(failed.exc_type, OSError):
         threading.__excepthook__(failed)
 
@@ -133,7 +133,7 @@ def _dispatch_together(verb: Verb, rest: Sequence[str]) -> None:
             traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
-        # What else ends with a process would wait for the others, or be broken off by their end.
+        # A normal exit would wait for the other ranks, or be interrupted when they exit.
         os._exit(code if isinstance(code, int) else 1)
     leave()
 
@@ -182,7 +182,7 @@ def _call_heavy(verb: Verb, rest: Sequence[str]) -> None:
             function(rest)
         except Interrupted as stopped:
             if not rank():
-                said = f"{stopped}; the state is saved: run the same command again to go on"
+                said = f"{stopped}; the state is saved. Run the same command again to resume"
                 print(f"\nhalfstep: {said}", file=sys.stderr)
             raise SystemExit(stopped.code) from None
         except FailedElsewhere as error:

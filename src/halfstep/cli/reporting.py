@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from halfstep.cli.arguments import recipe_of_file
+from halfstep.cli.arguments import recipe_of_run
 from halfstep.data import Data, open_data
 from halfstep.measure.nearest import nearest_samples
 from halfstep.measure.samples import samples_array
@@ -46,12 +46,12 @@ def _look(run: RunFolder, facts: RunFacts, data: Data | None) -> str | None:
     stage = next(stage for stage in facts.stages if stage.name == name)
     samples = stage.samples[steps][:NUM_SEARCHED]
     try:
-        recipe = recipe_of_file(run.recipe_path)
+        recipe = recipe_of_run(run)
         digest = hashlib.sha256(samples.tobytes()).hexdigest()
         fingerprint = run.recipe().get("data_fingerprint")
         # The first number changes with the search, so that what an earlier one found is looked for again.
         key = f"1 {fingerprint} {recipe.data.flip} {name} {steps} {digest}"
-        if fingerprint is not None and nearest_key(run) == key:
+        if fingerprint is not None and facts.nearest is not None and nearest_key(run) == key:
             return None
         # Those of other samples must not be shown beside these.
         run.nearest_path.unlink(missing_ok=True)

@@ -28,7 +28,7 @@ class StatusArguments:
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
     watch: Switch = False
-    """Show it anew every two seconds until the run ends or Ctrl-C is pressed."""
+    """Refresh every two seconds until the run ends or Ctrl-C is pressed."""
     json: Switch = False
     """Print one JSON document."""
 
@@ -73,7 +73,7 @@ def view(status: RunStatus) -> Group:
         if stage.checkpoint is not None:
             lines.append(Text(f"last checkpoint: update {stage.checkpoint:,} of {stage.name}"))
         elif stage.update:
-            lines.append(Text(f"no checkpoint of {stage.name} yet: it would start anew"))
+            lines.append(Text(f"no checkpoint of {stage.name} yet: it would restart"))
     if status.state == "stopped":
-        lines.append(Text("run the same command again to go on"))
+        lines.append(Text("Run the same command again to resume"))
     return Group(*lines)

@@ -121,7 +121,7 @@ def scale_of(arguments: StudyArguments) -> Scale:
         return scale
     counts = [name for name in ("seeds", "road_seeds") if name in studies[arguments.name].uses]
     if not counts:
-        raise UsageError(f"--seeds says nothing to the study {arguments.name}, which has one seed: leave it out")
+        raise UsageError(f"--seeds has no effect on the study {arguments.name}, which has one seed. Remove it")
     changes: dict[str, Any] = dict.fromkeys(counts, arguments.seeds)
     return dataclasses.replace(scale, **changes)
 

@@ -1,4 +1,4 @@
-"""What `halfstep evaluate` measures: models of a run, one stage, a pipeline of diffusers, or samples in files."""
+"""The subjects of `halfstep evaluate`: models of a run, one stage, a pipeline of diffusers, or samples in files."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ class Candidate(NamedTuple):
 @final
 @dataclass(frozen=True)
 class Subject:
-    """What is measured."""
+    """A subject of the evaluation."""
 
     kind: Literal["run", "stage", "pipeline", "images"]
     out: Path
@@ -212,7 +212,7 @@ class Rows:
             raise UsageError("nothing is left to be measured: name a series that there is with --against")
         has_gamma = any(e.gamma is not None for e in self.entries) or any(s.gamma is not None for s in self.series)
         if (asked.gamma is not None or asked.search_gamma is not None) and not has_gamma:
-            raise UsageError("--gamma and --search-gamma say nothing without --against teacher-ancestral: add it")
+            raise UsageError("--gamma and --search-gamma have no effect without --against teacher-ancestral. Add it")
 
     def teacher(self) -> Entry | None:
         """Return the model where the chain starts at its own steps, or else as the run measures it at its finest."""

@@ -155,7 +155,7 @@ def parser_of(kind: type[Arguments], default: Arguments | None = None) -> Argume
 
 
 def with_flag(reason: str, argv: Sequence[str]) -> str:
-    """Return a complaint that begins with a setting's name, with the one flag of that name in its place."""
+    """Return a complaint that begins with a setting's name, with the one flag of that name instead."""
     first, _, rest = reason.partition(" ")
     name = first.rstrip(":")
     flags = [token.partition("=")[0] for token in argv if token.startswith("--")]
@@ -256,7 +256,7 @@ def _reason(event: tyro_errors.ParseErrorEvent, prog: str, argv: Sequence[str]) 
                 return with_flag(first_line(cause), argv)
             if event.argument is None:
                 return with_flag(" ".join(str(cause or event.message).split()), argv)
-            # Of several values tyro tells types of Python; of one, `_plain` has said what it needs.
+            # For several values tyro names Python types; for one, `_plain` has said which value it needs.
             reason = event.message if event.message.startswith("needs ") else f"needs {event.argument.lowered.metavar}"
             return f"{name_of(event.argument)}: {reason}"
     return f"this command line is not understood{help}"

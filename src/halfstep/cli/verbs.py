@@ -22,7 +22,7 @@ class Verb:
     examples: tuple[str, ...]
     """Whole command lines; the tests hold their options to the parser."""
     notes: tuple[str, ...] = ()
-    """What its options alone do not tell, a line each."""
+    """Notes that its options do not state, a line each."""
     codes: tuple[int, ...] = (0, 2)
     """Its exit codes."""
     shown: tuple[str, ...] = ()
@@ -242,7 +242,7 @@ SITUATIONS: Final = (
     ("Distil arrays, such as robot actions", "halfstep run arrays --data x.npy --to 1"),
     ("Use a trained run", "halfstep sample runs/digits --out grid.png"),
 )
-"""What people come with, and the command for it."""
+"""Common situations, and the command for each."""
 
 
 def overview() -> str:

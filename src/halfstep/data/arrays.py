@@ -81,7 +81,7 @@ def _load(path: Path) -> tuple[NDArray[Any], NDArray[Any] | None]:
                 return arrays[names[0]], None
     except Exception as error:  # a damaged archive raises whatever zipfile, zlib or numpy stumble over
         raise ValueError(
-            f"{path} cannot be read ({first_line(error)}): save plain arrays, without Python objects, anew with "
+            f"{path} cannot be read ({first_line(error)}): save plain arrays again, without Python objects, with "
             f"numpy.save or numpy.savez"
         ) from error
     x = next((arrays[name] for name in DATA_KEYS if name in arrays), None)

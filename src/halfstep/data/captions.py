@@ -15,7 +15,7 @@ from typing import Any, Final, final
 from torch import Tensor
 
 from halfstep.data.base import MemoryData
-from halfstep.data.folders import IMAGE_SUFFIXES, Files, files_below, image_folder
+from halfstep.data.folders import IMAGE_SUFFIXES, Files, files_below, image_folder, image_paths
 from halfstep.data.images import Labelled, Preparation, decoded
 from halfstep.runtime.files import check_regular, first_line, user_path
 
@@ -140,8 +140,7 @@ def read_classes(folder: Path, preparation: Preparation = RGB) -> tuple[Captione
         ValueError: if the folder is missing or has no images, or fewer than two classes.
     """
     root = _existing(folder, "with a sub-folder of images for each class")
-    paths = [path for path in files_below(root) if path.suffix.lower() in IMAGE_SUFFIXES]
-    found = image_folder(root, paths, "train", labels=True, limit=None)
+    found = image_folder(root, image_paths(root, files_below(root)), "train", labels=True, limit=None)
     if found.labels is None:
         raise ValueError(f"{folder} has no classes: put the images of each class into a sub-folder of its own")
     assert isinstance(found.images, Files)

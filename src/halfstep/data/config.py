@@ -45,7 +45,7 @@ class DataConfig(BaseModel):
     flip: bool = False
     """Mirror half of the images of an update, at random."""
     limit: int | None = None
-    """Use so many samples at most: the first, or of a folder with classes as many of each."""
+    """Maximum number of samples: the first, balanced across class folders."""
     skip_broken: bool = False
     """Leave out images that cannot be read, with a warning, instead of stopping."""
     accept_changed: bool = False

@@ -51,7 +51,7 @@ _TURNS: Final = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What undoes each EXIF orientation; 1, and any number that is none, leaves the pixels as they are."""
+"""The transposition that undoes each EXIF orientation; 1 and unknown numbers leave the pixels unchanged."""
 _ENDS: Final = ((b"\xff\xd8\xff", b"\xff\xd9"), (b"\x89PNG\r\n", b"IEND\xaeB`\x82"))
 """First bytes of a format and the last of a whole file. Only other files, or those without that end, are decoded to
 learn whether they can be."""

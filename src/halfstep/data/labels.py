@@ -1,4 +1,4 @@
-"""Labels as people write them, and the classes 0, 1, 2, ... that a network is shown."""
+"""Labels as people write them, and the classes 0, 1, 2, ... that a network takes."""
 
 import warnings
 from typing import Any, Final

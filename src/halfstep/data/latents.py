@@ -174,7 +174,7 @@ def open_latents(folder: Path) -> LatentData:
         written = sum(shard is not None for shard in index.shards)
         raise ValueError(
             f"{folder} is not finished ({written} of {len(index.shards)} shards): encode the same images into it "
-            f"again, which goes on where it was stopped"
+            f"again, which resumes where it stopped"
         )
     for number, stored in enumerate(index.shards):
         if not _has_size(root / shard_name(number), stored):
@@ -260,7 +260,7 @@ def _begin(
     ):
         _record(root, now)
         return now
-    remedy = "give another folder, or delete this one to encode anew"
+    remedy = "give another folder, or delete this one to encode again"
     if index.encoder != encoder.key:
         raise ValueError(f"{root} holds latents of the encoder {index.encoder!r}, not of {encoder.key!r}: {remedy}")
     if index.shard_size != shard_size:
@@ -296,7 +296,7 @@ def _origin(images: CaptionedImages | Prompts) -> Origin:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             contents = list(pool.map(lambda path: [path.stat().st_size, sha256_of(path)], paths))
     except OSError as error:
-        raise ValueError(f"{error.filename} cannot be read ({error.strerror}): list the images anew") from error
+        raise ValueError(f"{error.filename} cannot be read ({error.strerror}): list the images again") from error
     return Origin(
         count=len(images),
         names=_digest(path.as_posix() for path in images.files),
@@ -450,7 +450,7 @@ def _is_intact(path: Path, stored: Stored | None) -> bool:
 
 def _read_index(root: Path) -> Index:
     path = root / INDEX
-    remedy = "delete the folder and encode anew"
+    remedy = "delete the folder and encode again"
     try:
         data = read_json(path)
     except DamagedFile as error:
@@ -467,5 +467,5 @@ def _read_index(root: Path) -> Index:
 
 def _damaged(path: Path, folder: str) -> DamagedFile:
     return DamagedFile(
-        f"{path} is missing or altered: encode the same images into {folder} again, which makes only that file anew"
+        f"{path} is missing or altered: encode the same images into {folder} again, which rewrites only that file"
     )

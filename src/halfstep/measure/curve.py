@@ -19,7 +19,7 @@ from halfstep.runs import EvaluationResult
 from halfstep.runs.evaluation import EvaluationTable, Figure, Halves, Protocol, Row, Series
 from halfstep.runtime.environment import environment
 from halfstep.runtime.failures import NonFinite
-from halfstep.runtime.files import InUse, json_digest, sweep, write_json
+from halfstep.runtime.files import InUse, json_digest, sweep, write_sealed
 
 
 class Entry(NamedTuple):
@@ -30,7 +30,7 @@ class Entry(NamedTuple):
     source: Source
     num_steps: int | None
     gamma: float | None = None
-    """Of ancestral sampling, where several are tried and the best is shown."""
+    """Gamma of ancestral sampling, where several are tried and the best is shown."""
 
     def words(self) -> str:
         """Return the entry in a few words."""
@@ -40,7 +40,7 @@ class Entry(NamedTuple):
 @final
 @dataclass(frozen=True)
 class CurveSpec:
-    """What is measured and how."""
+    """The subject of an evaluation, and its protocol."""
 
     subject: str
     kind: Literal["run", "stage", "pipeline", "images"]
@@ -54,8 +54,10 @@ class CurveSpec:
     """Sets of seeds: set k holds the seeds from k * num_samples on."""
     guidance_scale: float | None = None
     teacher: Entry | None = None
-    """What the others are compared with from the same noise."""
+    """The model that the others are compared with, from the same noise."""
     notices: Sequence[str] = ()
+    run: str | None = None
+    """`Manifest.run` of the run that is measured."""
 
     @property
     def seeds(self) -> list[range]:
@@ -176,6 +178,7 @@ class Curve:
             tables.append(EvaluationTable(protocol=self._same_noise(spec.teacher), rows=rows))
         shown = {name for table in tables for row in table.rows for name in row.figures}
         self.result = EvaluationResult(
+            run=spec.run,
             subject=spec.subject,
             kind=spec.kind,
             complete=complete,
@@ -186,7 +189,7 @@ class Curve:
             environment=self._environment,
             seconds=round(self._seconds, 2),
         )
-        write_json(self.out / "evaluation.json", self.result.model_dump(mode="json"))
+        write_sealed(self.out / "evaluation.json", self.result.model_dump(mode="json"))
 
     def _counted(self, kept: Kept) -> Kept:
         """Add the time that figures took and those that are missing."""

@@ -158,7 +158,7 @@ def few_samples(extractor: str, num_samples: int, num_reference: int, size: int)
 
 
 class Against(ABC):
-    """What a set of samples is compared with."""
+    """The reference that a set of samples is compared with."""
 
     name: str
     """For file names; unique to everything that the figures depend on besides the samples."""

@@ -19,7 +19,7 @@ from halfstep.samplers import Sampler, samplers
 
 def weights_of(manifest: Manifest) -> str:
     """Return a hash of everything that a manifest says of a model, the sha256 of its weights included."""
-    return json_digest(manifest.model_dump(mode="json", exclude={"seconds", "data", "class_names"}))
+    return json_digest(manifest.model_dump(mode="json", exclude={"run", "seconds", "data", "class_names"}))
 
 
 def sampler_of(manifest: Manifest) -> Sampler:
@@ -122,7 +122,7 @@ class ModelSource(Source):
         return Drawn(x0, seconds, model.num_evals(self.sampler, num_steps, self._guidance_scale))
 
     def _cond(self, model: Model, seeds: range) -> dict[str, Tensor]:
-        """Return the conditions of each data sample seed modulo their number, if the model is shown any."""
+        """Return the conditions of each data sample seed modulo their number, if the model takes any."""
         data = self._conditions
         if data is None:
             return {}

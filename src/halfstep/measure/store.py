@@ -14,6 +14,7 @@ Names contain a hash of everything that the content depends on. The cells of a r
 
 import json
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +26,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
+from halfstep.core.warnings import HalfstepWarning
 from halfstep.measure.evaluate import FIGURES_FORMAT, Against, Reference
 from halfstep.measure.samples import samples_array
 from halfstep.measure.sources import ModelSource, Source
@@ -34,12 +36,14 @@ from halfstep.runtime.environment import device_name
 from halfstep.runtime.failures import NonFinite, told_when_out_of_memory
 from halfstep.runtime.files import (
     DamagedFile,
+    check_files,
     json_digest,
     read_arrays,
-    read_json,
+    read_sealed,
     replacing_folder,
+    sha256_of,
     write_arrays,
-    write_json,
+    write_sealed,
 )
 from halfstep.runtime.processes import Processes
 from halfstep.runtime.stop import StopSignal
@@ -85,7 +89,7 @@ class SameNoise(Against):
 
     def __init__(self, base: Cell, shape: Sequence[int]) -> None:
         self.needs = (base,)
-        # What is installed later is measured then.
+        # Metrics of packages that are installed later are measured then.
         lacking = why_no_lpips(shape) if base.source.is_image else None
         self.name = f"same-noise-{json_digest((FIGURES_FORMAT, base.key, lacking), 10)}"
 
@@ -138,12 +142,11 @@ class Store:
 
     def facts(self, cell: Cell) -> dict[str, Any] | None:
         """Return cell.json, or None if the cell does not exist."""
-        try:
-            facts: dict[str, Any] = read_json(self._path(cell) / "cell.json")
-            here = not self._own_device or facts["pace"][0] == self.pace[0]
-            return facts if facts["key"] == cell.key and here else None
-        except (DamagedFile, LookupError, TypeError):
+        file = self._path(cell) / "cell.json"
+        facts = _read_or_warn(file) if file.exists() else None
+        if facts is None or facts["key"] != cell.key:
             return None
+        return facts if not self._own_device or facts["pace"][0] == self.pace[0] else None
 
     def samples(self, cell: Cell) -> Tensor:
         """Return the samples `[n, *shape]` of a filled cell as they are measured: images rounded to uint8.
@@ -203,12 +206,15 @@ class Store:
         return self.folder / "cells" / cell.name
 
     def _read(self, cell: Cell) -> np.ndarray | None:
-        wanted = np.dtype(np.uint8 if cell.source.is_image else np.float32)
-        try:
-            array = read_arrays(self._path(cell) / "samples.npz", "arr_0")["arr_0"]
-        except DamagedFile:
+        facts, file = self.facts(cell), self._path(cell) / "samples.npz"
+        if facts is None or not file.exists():
             return None
-        return array if self.facts(cell) and len(array) == len(cell.seeds) and array.dtype == wanted else None
+        try:
+            check_files(file.parent, facts["files"], file.with_name("cell.json"))
+            return read_arrays(file, "arr_0")["arr_0"]
+        except DamagedFile as error:
+            _warn(error)
+            return None
 
     def _keep(self, cell: Cell, parts: Sequence[tuple[Tensor, ...]]) -> str | None:
         """Write the cell of these batches; return what is wrong with it, None if nothing is."""
@@ -230,8 +236,9 @@ class Store:
             for file in self.folder.glob(f"figures/{cell.name}-*.json"):
                 file.unlink()
         with replacing_folder(self._path(cell)) as folder:
-            write_arrays(folder / "samples.npz", arr_0=samples_array(x0, cell.source.is_image))
-            write_json(folder / "cell.json", facts)
+            file = folder / "samples.npz"
+            write_arrays(file, arr_0=samples_array(x0, cell.source.is_image))
+            write_sealed(folder / "cell.json", facts | {"files": {file.name: sha256_of(file)}})
         return None
 
     # --- Figures ---
@@ -257,7 +264,7 @@ class Store:
 
             def write(part: Any = part, done: Any = done) -> None:
                 for (cell, one), (told,) in zip(part, done, strict=True):
-                    write_json(self._file(f"{cell.name}-{one.name}"), json.loads(bytes(told.tolist())))
+                    self._write(f"{cell.name}-{one.name}", json.loads(bytes(told.tolist())))
 
             self.processes.on_main(write)
 
@@ -275,7 +282,7 @@ class Store:
         if kept := self._kept(name):
             return kept
         held = _timed(lambda: figures_of_halves(reference.extractor, reference.real))
-        write_json(self._file(name), held)
+        self._write(name, held)
         return Kept(**held)
 
     def result(self, cell: Cell, reference: Reference) -> Result:
@@ -310,14 +317,30 @@ class Store:
         held = _timed(lambda: one.figures(self.samples(cell), [self.samples(other) for other in one.needs]))
         return (torch.frombuffer(bytearray(json.dumps(held).encode()), dtype=torch.uint8),)
 
+    def _write(self, name: str, figures: dict[str, Any]) -> None:
+        write_sealed(self._file(name), {"name": name} | figures)
+
     def _kept(self, name: str) -> Kept | None:
-        try:
-            return KEPT.validate_python(read_json(self._file(name)))
-        except ValueError:
-            return None
+        file = self._file(name)
+        held = _read_or_warn(file) if file.exists() else None
+        # A copy of another's figures is as good as none.
+        return KEPT.validate_python(held) if held is not None and held.pop("name") == name else None
 
     def _file(self, name: str) -> Path:
         return self.folder / "figures" / f"{name}.json"
+
+
+def _read_or_warn(file: Path) -> dict[str, Any] | None:
+    """Return a sealed file of the store; None, with a warning, if it is damaged; its contents are recomputed."""
+    try:
+        return read_sealed(file)
+    except DamagedFile as error:
+        _warn(error)
+        return None
+
+
+def _warn(error: DamagedFile) -> None:
+    warnings.warn(f"{error}; it is measured again", HalfstepWarning, stacklevel=4)
 
 
 def _timed(make: Callable[[], Figures]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The stage folder of a model: written, found and loaded."""
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,11 +10,12 @@ from torch import Tensor
 from halfstep.core.denoiser import NetworkDenoiser
 from halfstep.core.noise import processes
 from halfstep.core.prediction import predictions
+from halfstep.core.warnings import HalfstepWarning
 from halfstep.models.model import Model
 from halfstep.nets import LoRA, build_network, load_own_state, own_state
 from halfstep.runs import Manifest, RunFolder, StageFolder
-from halfstep.runtime.files import DamagedFile, last_line, write_json
-from halfstep.runtime.tensors import read_tensors, write_tensors
+from halfstep.runtime.files import DamagedFile, last_line, write_sealed
+from halfstep.runtime.tensors import check_finite, read_tensors, write_tensors
 
 
 def save_stage(
@@ -23,14 +25,16 @@ def save_stage(
 
     Raises:
         OSError: if the disk is full or gone.
-        DamagedFile: if what is read back is not what was written; there is no manifest then.
+        DamagedFile: if a weight is not finite, or what is read back is not what was written; there is no manifest then.
     """
     contents = {folder.model: own_state(denoiser.network)}
     if null:
         contents[folder.null] = dict(null)
+    for file, tensors in contents.items():
+        check_finite(tensors, manifest.source or file)
     digests = {file.name: write_tensors(file, tensors) for file, tensors in contents.items()}
     complete = manifest.model_copy(update={"files": digests})
-    write_json(folder.manifest_path, complete.model_dump(mode="json"))
+    write_sealed(folder.manifest_path, complete.model_dump(mode="json"))
     return complete
 
 
@@ -39,7 +43,7 @@ def drop_weights(folder: StageFolder) -> None:
     manifest = folder.manifest(verify=False)
     if manifest.weights_kept:
         dropped = manifest.model_copy(update={"weights_kept": False, "files": {}})
-        write_json(folder.manifest_path, dropped.model_dump(mode="json"))
+        write_sealed(folder.manifest_path, dropped.model_dump(mode="json"))
     folder.model.unlink(missing_ok=True)
 
 
@@ -51,10 +55,16 @@ def find_stage(path: Path) -> StageFolder:
     """
     if not path.exists():
         raise ValueError(f"{path} does not exist: give the folder of a run or of one of its stages")
-    if path.is_dir() and (path / "manifest.json").is_file():
+    if path.is_dir() and (path / "manifest.json").exists():
         return StageFolder(path)
-    stages = RunFolder(path).stages() if path.is_dir() else []
-    if stages:
+    run = RunFolder(path)
+    if path.is_dir() and (stages := run.stages()):
+        if missing := [row.name for row in run.plan if not run.stage(row.name).is_complete()]:
+            warnings.warn(
+                f"{path} is not at its end ({missing[0]} is not complete): its stage {stages[-1].name} is used",
+                HalfstepWarning,
+                stacklevel=2,
+            )
         return stages[-1]
     if (path / "recipe.json").is_file():
         raise ValueError(f"{path} is a run without a complete stage: let it train first")
@@ -78,7 +88,8 @@ def base_of(folder: StageFolder, manifest: Manifest) -> StageFolder:
         DamagedFile: if it is not there or not whole.
     """
     base = StageFolder(folder.path.parent / str(manifest.base))
-    if not base.is_complete() or not base.manifest().weights_kept:
+    held = base.manifest() if base.is_complete() else None
+    if held is None or not held.weights_kept or (held.stage, held.run) != (manifest.base, manifest.run):
         raise DamagedFile(
             f"{folder.path} holds low-rank additions to the weights of {manifest.base}, which are not beside it: copy "
             "the run whole"
@@ -86,11 +97,18 @@ def base_of(folder: StageFolder, manifest: Manifest) -> StageFolder:
     return base
 
 
+def _read(file: Path) -> dict[str, Tensor]:
+    tensors = read_tensors(file)
+    check_finite(tensors, file)
+    return tensors
+
+
 def load(path: str | Path, device: str | torch.device = "cpu") -> Model:
     """Load the model in `path`: the folder of a stage, or of a run, which means its last complete stage.
 
     Raises:
-        ValueError: if there is no model, or (DamagedFile) a file of it is missing, altered or does not fit.
+        ValueError: if there is no model, or (DamagedFile) a file of it is missing, altered, of another stage or run,
+            does not fit, or holds a weight that is not finite.
     """
     folder = find_stage(Path(path))
     manifest = folder.manifest()
@@ -102,10 +120,10 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Model:
     denoiser = blank_denoiser(manifest)
     try:
         if isinstance(denoiser.network, LoRA):
-            denoiser.network.load_base(read_tensors(base_of(folder, manifest).model))
-        load_own_state(denoiser.network, read_tensors(folder.model))
+            denoiser.network.load_base(_read(base_of(folder, manifest).model))
+        load_own_state(denoiser.network, _read(folder.model))
     except RuntimeError as error:
-        raise DamagedFile(f"{folder.model} does not fit its manifest: {last_line(error)}") from None
+        raise DamagedFile(f"{folder.model} does not fit its manifest: {last_line(error)}; {folder.remedy}") from None
     denoiser.eval()
-    null = read_tensors(folder.null) if folder.null.name in manifest.files else {}
+    null = _read(folder.null) if folder.null.name in manifest.files else {}
     return Model(denoiser, manifest, null).to(device)

@@ -1,7 +1,7 @@
 """The contents of a run folder. Damaged or missing files become notices, never a crash.
 
 Texts and numbers come from files that may be cut short, edited or hostile. Nothing is unpickled, no path out of
-a file is followed, and the manifests' hashes are not checked: the report shows a run, it does not certify one.
+a file is followed, and the weights are not hashed: the report shows a run, it does not certify its models.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from halfstep.report.table import Table
 from halfstep.report.words import inside
 from halfstep.runs import EvaluationResult, Manifest, Metrics, PlannedStage, RunFolder, StageFolder, finite, read_log
-from halfstep.runtime.files import DamagedFile, read_arrays, read_json
+from halfstep.runtime.files import DamagedFile, check_files, read_arrays, read_json
 
 
 @dataclass(frozen=True)
@@ -195,20 +195,19 @@ def _stage(folder: StageFolder, notices: list[str]) -> StageFacts:
         metrics = folder.metrics()
     samples: dict[int, np.ndarray] = {}
     by_others: dict[tuple[str, int], np.ndarray] = {}
-    for path in sorted(folder.samples.glob("steps-*.npz")):
-        named = re.fullmatch("steps-([0-9]{1,9})(?:-([a-z0-9_]{1,40}))?", path.stem)
+    for name, digest in sorted((metrics.files if metrics is not None else {}).items()):
+        named = re.fullmatch(r"samples/steps-([0-9]{1,9})(?:-([a-z0-9_]{1,40}))?\.npz", name)
         if not named or int(named[1]) == 0:
             continue
-        array = None
-        with contextlib.suppress(ValueError):
-            array = read_arrays(path, "arr_0")["arr_0"]
-        if array is not None and array.dtype.kind in "fu" and array.ndim >= 2 and array.size:
+        with _noting(notices, "Samples are not shown: ", folder.path.parent.parent):
+            check_files(folder.path, {name: digest}, folder.metrics_path)
+            array = read_arrays(folder.path / name, "arr_0")["arr_0"]
+            if array.dtype.kind not in "fu" or array.ndim < 2 or not array.size:
+                raise DamagedFile(f"{folder.path / name} does not hold samples")
             if named[2]:
                 by_others[named[2], int(named[1])] = array
             else:
                 samples[int(named[1])] = array
-        else:
-            notices.append(f"The samples in stages/{folder.name}/samples/{path.name} cannot be read and are not shown.")
     num_parameters = None
     with contextlib.suppress(OSError, ValueError, SafetensorError), safe_open(folder.model, framework="np") as file:
         num_parameters = sum(int(math.prod(file.get_slice(key).get_shape())) for key in file.keys())  # noqa: SIM118

@@ -1,4 +1,4 @@
-"""What a run will cost: arithmetic and memory of an update, counted and not run, and time, from a measured rate."""
+"""Estimated cost of a run: arithmetic and memory of an update, counted without running it, and time."""
 
 import time
 from collections.abc import Mapping
@@ -49,7 +49,7 @@ class Forward(NamedTuple):
     flops: int
     """Multiplications and additions."""
     saved_bytes: int
-    """What autograd keeps for the backward pass, beside the parameters."""
+    """Bytes that autograd keeps for the backward pass, besides the parameters."""
 
 
 def count_forward(spec: RunSpec) -> Forward:
@@ -128,7 +128,7 @@ class Memory(NamedTuple):
     weights: int
     """The student's, in float32."""
     gradients: int
-    """Of all that is trained."""
+    """Gradients of all trained parameters."""
     moments: int
     """AdamW's two for each player, in float32 or in 8 bits."""
     average: int
@@ -138,7 +138,7 @@ class Memory(NamedTuple):
     helpers: int
     """The weights of the objective's own networks, as far as the student does not share them."""
     activations: int
-    """What the backward pass of one micro batch needs."""
+    """Activations kept for the backward pass of one micro batch."""
 
 
 def memory_of_update(stage: Stage, forward: Forward, engine: Engine, helpers: Mapping[str, Size]) -> Memory:

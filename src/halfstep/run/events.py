@@ -1,4 +1,4 @@
-"""What happens in a run, told to whoever shows it."""
+"""Events of a run, for its displays."""
 
 from dataclasses import dataclass
 from typing import final
@@ -46,7 +46,7 @@ class Measuring(Event):
 
     name: str
     what: str
-    """What is drawn or compared, in words."""
+    """The samples or the comparison in progress, in words."""
     number: int
     """Counted from 1; 0 for the real data, before the first."""
     total: int

@@ -3,6 +3,7 @@
 import contextlib
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from halfstep.run.spec import RunSpec
 from halfstep.run.trackers import chosen_trackers
 from halfstep.runs import RunFolder
 from halfstep.runtime.environment import environment
-from halfstep.runtime.files import InUse, leftovers, sweep, write_json
+from halfstep.runtime.files import DamagedFile, InUse, json_digest, leftovers, read_sealed, sweep, write_sealed
 
 
 class DifferentRecipe(ValueError):
@@ -54,8 +55,16 @@ def differences(
     ]
 
 
-def take_folder(spec: RunSpec, folder: RunFolder, lock: FileLock) -> str:
-    """Lock the run's folder after checking that it is this run's, and return the fingerprint of its data."""
+def identity(spec: RunSpec) -> str:
+    """Return the digest of everything that decides what a run learns: its recipe without free fields, and its data."""
+    fields = flatten(spec.defaults) | flatten(spec.recipe)
+    ignored = (*spec.free, *(() if fields.get("finish.steps") else (name for name in fields if _finishes(name))))
+    decided = {name: value for name, value in fields.items() if name not in ignored}
+    return json_digest([decided, spec.data.fingerprint], 32)
+
+
+def take_folder(spec: RunSpec, folder: RunFolder, lock: FileLock) -> tuple[str, str]:
+    """Lock the run's folder after checking that it is this run's; return `run` of recipe.json, and of the data."""
     path = folder.path
     _check_folder(spec, folder)
     chosen_trackers(spec.engine.trackers)
@@ -66,7 +75,7 @@ def take_folder(spec: RunSpec, folder: RunFolder, lock: FileLock) -> str:
         raise InUse(f"{path} is being written by another halfstep process: wait for it, or choose --out") from None
     sweep(path, *path.glob("stages/*"), *path.glob("stages/*/samples"))
     if (evaluation := path / "evaluation").is_dir():
-        # What `halfstep evaluate` is writing is no leftover.
+        # Files that `halfstep evaluate` is writing are no leftovers.
         with contextlib.suppress(Timeout), FileLock(evaluation / ".lock", timeout=0):
             sweep(evaluation, evaluation / "cells", evaluation / "figures")
     described = {
@@ -76,15 +85,16 @@ def take_folder(spec: RunSpec, folder: RunFolder, lock: FileLock) -> str:
         "plan": _rows(spec),
     }
     if not folder.recipe_path.exists():
-        write_json(folder.recipe_path, described | {"environment": environment()})
-        return spec.data.fingerprint
+        own = _held_by(folder) or identity(spec)
+        write_sealed(folder.recipe_path, {"run": own} | described | {"environment": environment()})
+        return own, spec.data.fingerprint
     held = folder.recipe()
     # How the models are measured now, and where the data lie now, is what `evaluate` and the report read later.
     now, old = flatten(dict(spec.recipe)), flatten(held["recipe"])
     moved = any(now[name] != old.get(name) for name in now if name.startswith(("evaluation.", "data.")))
     if moved or len(held["plan"]) < len(spec.stages) or held.get("data_fingerprint") != spec.data.fingerprint:
-        write_json(folder.recipe_path, held | described)
-    return spec.data.fingerprint
+        write_sealed(folder.recipe_path, held | described)
+    return held["run"], spec.data.fingerprint
 
 
 def _check_folder(spec: RunSpec, folder: RunFolder) -> None:
@@ -103,7 +113,18 @@ def _check_folder(spec: RunSpec, folder: RunFolder) -> None:
     elif folder.path.exists() and not folder.path.is_dir():
         raise ValueError(f"{folder.path} is a file, not a folder: choose another --out")
     elif folder.path.is_dir() and any(not _is_ours(entry) for entry in folder.path.iterdir()):
-        raise ValueError(f"{folder.path} is not empty and holds no run (no recipe.json): choose another --out")
+        before_finishing = replace(spec, recipe={n: v for n, v in spec.recipe.items() if n != "finish"})
+        if _held_by(folder) not in (identity(spec), identity(before_finishing)):
+            raise ValueError(f"{folder.path} is not empty and holds no run (no recipe.json): choose another --out")
+
+
+def _held_by(folder: RunFolder) -> str | None:
+    """Return the run of the stages and checkpoints of a folder whose recipe.json is gone; None if it is not one."""
+    found = set()
+    for file in (*folder.path.glob("stages/*/manifest.json"), *folder.path.glob("stages/*/checkpoint-*/manifest.json")):
+        with contextlib.suppress(DamagedFile):
+            found.add(read_sealed(file).get("run"))
+    return found.pop() if len(found) == 1 else None
 
 
 def _accept(spec: RunSpec, folder: RunFolder, held: Mapping[str, Any]) -> None:
@@ -125,7 +146,7 @@ def _accept(spec: RunSpec, folder: RunFolder, held: Mapping[str, Any]) -> None:
         warnings.warn(f"{folder.path} resumes on changed data: {what}", HalfstepWarning, stacklevel=2)
         return
     remedy = "put the old data back, choose another --out" + (
-        ", or add --data.accept-changed to go on with what is there now" if fits else ""
+        ", or add --data.accept-changed to resume with the data as they are now" if fits else ""
     )
     raise DifferentRecipe(f"{folder.path} holds a run on other data: {what}; {remedy}")
 
@@ -149,7 +170,12 @@ def _growing(spec: RunSpec, held: Mapping[str, Any]) -> list[str]:
     before, after = old.get("finish.steps") or [], new.get("finish.steps") or []
     if list(after[: len(before)]) != list(before) or held.get("plan") != _rows(spec)[: len(held.get("plan") or [])]:
         return []
-    return ["finish.steps"] if before else sorted(name for name in old | new if name.startswith("finish."))
+    return ["finish.steps"] if before else sorted(name for name in old | new if _finishes(name))
+
+
+def _finishes(field: str) -> bool:
+    """Return whether a field of a recipe is of its finishing stages."""
+    return field.startswith("finish.")
 
 
 def _is_ours(entry: Path) -> bool:

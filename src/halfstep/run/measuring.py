@@ -23,7 +23,7 @@ from halfstep.run.trackers import Trackers
 from halfstep.runs import Metrics, RunFolder, StageFolder
 from halfstep.runs.schema import Result
 from halfstep.runtime.failures import told_when_out_of_memory
-from halfstep.runtime.files import write_json
+from halfstep.runtime.files import DamagedFile, check_files, sha256_of, write_sealed
 from halfstep.runtime.processes import Processes
 from halfstep.runtime.stop import StopSignal
 from halfstep.samplers import samplers
@@ -66,14 +66,23 @@ class Measuring:
             # Loaded again on demand: the device need not hold it beside every student.
             self._base = self._cell(model, finest(methods), folder.path)
 
+        damage: list[str] = []
+
         def is_measured() -> bool:
-            held, wanted = folder.metrics(), {(samplers.name_of(one.sampler), one.num_steps) for one in methods}
-            if held is None or held.protocol != protocol:
+            wanted = {(samplers.name_of(one.sampler), one.num_steps) for one in methods}
+            try:
+                held = folder.metrics()
+                if held is None or held.protocol != protocol:
+                    return False
+                check_files(folder.path, held.files, folder.metrics_path)
+            except DamagedFile as error:
+                damage.append(f"{error}; the stage is measured again")
                 return False
             return {(result.sampler, result.num_steps) for result in held.results} >= wanted
 
         if self.processes.on_main(is_measured):
             return
+        yield from map(Notice, damage)
         model = model.to(self.device)
         results, began = [], time.monotonic()
         for number, method in enumerate(methods, 1):
@@ -87,8 +96,22 @@ class Measuring:
             self._track(folder, name, result, updates_before)
             yield Measured(folder.name, result, len(methods) - number, time.monotonic() - began)
         spent = round(time.monotonic() - began, 3)
-        figures = Metrics(protocol=protocol, results=results, seconds=spent, note=self._reference.note)
-        self.processes.on_main(lambda: write_json(folder.metrics_path, figures.model_dump(mode="json")))
+
+        def write() -> None:
+            kept = [folder.path / str(result.samples) for result in results]
+            files = [file for samples in kept for file in (samples, samples.with_suffix(".png")) if file.is_file()]
+            figures = Metrics(
+                run=model.manifest.run,
+                stage=folder.name,
+                protocol=protocol,
+                results=results,
+                files={str(file.relative_to(folder.path)): sha256_of(file) for file in files},
+                seconds=spent,
+                note=self._reference.note,
+            )
+            write_sealed(folder.metrics_path, figures.model_dump(mode="json"))
+
+        self.processes.on_main(write)
 
     def _methods(self, model: Model) -> list[Method]:
         """Return how a model is sampled to be measured."""

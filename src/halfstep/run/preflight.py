@@ -1,4 +1,4 @@
-"""What a run would fail at only after its teacher has trained, tried before."""
+"""Checks before training of everything that would otherwise fail after the teacher is trained."""
 
 import torch
 

@@ -8,7 +8,7 @@ import contextlib
 import errno
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, NoReturn, final
 
@@ -31,7 +31,7 @@ from halfstep.run.start import trainer_for
 from halfstep.run.trackers import Trackers, chosen_trackers
 from halfstep.runs import Heartbeat, Manifest, Outcome, RunFolder, RunLog, StageFolder
 from halfstep.runtime.failures import NonFinite
-from halfstep.runtime.files import DamagedFile, write_json
+from halfstep.runtime.files import write_json
 from halfstep.runtime.processes import Lookout, LostProcess, Processes, is_lost, make_accelerator
 from halfstep.runtime.stop import Interrupted, StopSignal
 from halfstep.runtime.storage import last_good, no_storage
@@ -50,6 +50,7 @@ def run(spec: RunSpec, path: Path, stop: StopSignal | None = None) -> Iterator[E
 
     Raises:
         DifferentRecipe: if the folder holds a run of another recipe or other data; nothing is changed then.
+        DamagedFile: if a file of the run is altered or of another run or stage, and cannot be made again.
         ValueError: if the folder is not empty and no run.
         InUse: if another process is writing it.
         NonFinite: if training diverged; the last checkpoint is kept, and what is known of the batch is in the stage's
@@ -66,14 +67,14 @@ def run(spec: RunSpec, path: Path, stop: StopSignal | None = None) -> Iterator[E
     lock = FileLock(path / ".lock")
     runner = None
     try:
-        fingerprint = processes.on_main(lambda: take_folder(spec, folder, lock))
+        own, fingerprint = processes.on_main(lambda: take_folder(spec, folder, lock))
         (odd,) = processes.agree(processes.index if spec.data.fingerprint != fingerprint else 0)
         if odd:
             raise ValueError(
                 f"process {odd} of the run sees other data under {spec.data.source} than the first: give all of them "
                 "the same files"
             )
-        runner = _Runner(spec, folder, stop, accelerator, processes)
+        runner = _Runner(spec, folder, own, stop, accelerator, processes)
         beat = Heartbeat(folder.heartbeat_path, {Interrupted: "stopped", NonFinite: "diverged"})
         with beat if processes.is_main else contextlib.nullcontext(), contextlib.ExitStack() as ending:
             ending.callback(runner.trackers.finish)
@@ -112,20 +113,14 @@ def _of_starving(progress: Progress, data: Data) -> Notice:
     )
 
 
+def _is_before(row: Mapping[str, Any], resumed: int) -> bool:
+    """Return whether a row of the log was written by the update `resumed`; a damaged row was not."""
+    update = row.get("update")
+    return isinstance(update, int) and update <= resumed
+
+
 def _statistics_path(folder: StageFolder) -> Path:
     return folder.path / "non-finite.json"
-
-
-@contextlib.contextmanager
-def _with_remedy(folder: StageFolder) -> Iterator[None]:
-    """Re-raise a DamagedFile of a complete stage with the remedy."""
-    try:
-        yield
-    except DamagedFile as error:
-        raise DamagedFile(
-            f"{error}; put a copy of it back, or remove {folder.path} and the stages after it and run the same command "
-            "again, which trains them anew"
-        ) from None
 
 
 @final
@@ -133,9 +128,17 @@ class _Runner:
     """The state of one call of `run`."""
 
     def __init__(
-        self, spec: RunSpec, folder: RunFolder, stop: StopSignal | None, accelerator: Accelerator, processes: Processes
+        self,
+        spec: RunSpec,
+        folder: RunFolder,
+        own: str,
+        stop: StopSignal | None,
+        accelerator: Accelerator,
+        processes: Processes,
     ) -> None:
         self.spec, self.folder, self.stop = spec, folder, stop
+        self.own = own
+        """`Manifest.run` of the run's stages."""
         self.accelerator, self.processes = accelerator, processes
         self.log = RunLog(folder.log_path if processes.is_main else None)
         name = str(spec.recipe.get("name", folder.path.name))
@@ -175,18 +178,16 @@ class _Runner:
         self._models = held
         for folder in folders:
             if folder.path not in held:
-                with _with_remedy(folder):
-                    held[folder.path] = load(folder.path)
+                held[folder.path] = load(folder.path)
         return [held[folder.path] for folder in folders]
 
     def _found(self, folder: StageFolder, stage: Stage | None, needed: list[StageFolder]) -> str:
         """Return whether a stage is "complete", "absent", or has "dropped" its weights."""
         self._still_there()
-        with _with_remedy(folder):
-            if folder.is_complete() and not folder.manifest(verify=False).weights_kept:
-                # It was measured and followed by another before its weights went.
-                drop_weights(folder)
-                return "dropped"
+        if folder.is_complete() and not folder.manifest().weights_kept:
+            # It was measured and followed by another before its weights went.
+            drop_weights(folder)
+            return "dropped"
         if folder.is_complete():
             remove_checkpoints(folder)
         elif stage is None:
@@ -206,7 +207,7 @@ class _Runner:
         """Save the given teacher as the run's own first stage."""
         teacher = self.spec.teacher
         assert teacher is not None
-        changes: dict[str, Any] = {"stage": folder.name, "start_steps": self.spec.start_steps}
+        changes: dict[str, Any] = {"run": self.own, "stage": folder.name, "start_steps": self.spec.start_steps}
         learned = [stage.objective.guidance for stage in self.spec.plan.stages if stage.objective.guidance is not None]
         if learned and teacher.guidance is None:
             # So that the students are compared with what they learn: the guided teacher.
@@ -241,7 +242,7 @@ class _Runner:
                 teacher.to("meta")
                 self._models.clear()
             try:
-                held = resume(trainer, folder, notices.append)
+                held = resume(trainer, folder, self.own, notices.append)
             except OSError:
                 # If the disk returns no checkpoint, the message names the latest.
                 self.last = next(iter(folder.checkpoints()), self.last)
@@ -249,7 +250,7 @@ class _Runner:
         yield from map(Notice, notices)
         resumed = trainer.update
         self.processes.on_main(
-            lambda: self.log.keep(lambda row: row.get("stage") != folder.name or row.get("update", 0) <= resumed)
+            lambda: self.log.keep(lambda row: row.get("stage") != folder.name or _is_before(row, resumed))
         )
         self.trackers.start(self._updates_before + resumed)
         yield StageStart(folder.name, index, stage, resumed)
@@ -259,7 +260,7 @@ class _Runner:
             if refused:
                 did_not = f"{' and '.join(map(str, refused))} did not fit into memory"
                 yield Notice(f"{folder.name}: micro batch {trainer.micro_batch}, for {did_not}")
-        writer = CheckpointWriter(folder, self.processes)
+        writer = CheckpointWriter(folder, self.own, self.processes)
         writer.last = held
         try:
             yield from self._updates(trainer, writer)
@@ -397,6 +398,7 @@ class _Runner:
         learned, outcome = stage.objective.guidance, stage.objective.outcome
         guidance = guidances.describe(learned) if learned is not None else origin.guidance if origin else None
         return Manifest(
+            run=self.own,
             stage=name,
             objective=objectives.name_of(stage.objective),
             parent=None if origin is None else origin.stage,

@@ -3,6 +3,7 @@
 Their one axis counts the updates of the whole plan. Names are those of the stages: "01-halve-0512/loss".
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout, suppress
 from importlib import import_module
@@ -90,9 +91,11 @@ class Trackers:
     def _identity(self) -> str:
         """Return the run's unique id, drawn once and kept in its folder."""
         file = self._folder / "tracking-id"
-        if not file.is_file():
-            write_text(file, uuid4().hex[:12])
-        return file.read_text(encoding="utf-8")
+        held = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+        if not re.fullmatch("[0-9a-f]{12}", held):
+            held = uuid4().hex[:12]
+            write_text(file, held)
+        return held
 
     def log(self, stage: str, values: Mapping[str, float], step: int) -> None:
         """Log numbers of a stage at an update of the plan."""

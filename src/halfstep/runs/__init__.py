@@ -1,7 +1,8 @@
 """The run folder as a schema: the contract between engine, report and export. No torch here.
 
 RUN/
-  recipe.json                 {"recipe": ..., "plan": [`PlannedStage`, ...], "environment": ...}
+  recipe.json                 {"run": digest of recipe and data, "recipe": ..., "plan": [`PlannedStage`, ...],
+                              "environment": ...}
   heartbeat.json              `Heartbeat`: whether a process is at work on the run, or how the last one ended
   log.jsonl                   one row a log interval, flat keys (`LogRow`)
   tracking-id                 the run's name at Weights & Biases and Trackio, where they are told of it
@@ -15,6 +16,10 @@ RUN/
       non-finite.json         of a stage that diverged: what is known of the batch
   report/index.html           and nearest.npz, the training samples nearest to some samples
   evaluation/evaluation.json  `EvaluationResult`, and the cells that it is made of (`evaluation.py`)
+
+recipe.json, manifests, metrics.json, evaluation.json, cell.json and figures are sealed (`files.write_sealed`): what is
+verified includes what says how to read it. Manifests and metrics.json name their stage and run, which every reader
+compares with the folder in which they lie. heartbeat.json and log.jsonl decide nothing but what is shown.
 """
 
 from halfstep.runs.best import Best, teacher_best

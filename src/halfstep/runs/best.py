@@ -30,7 +30,7 @@ class Best(NamedTuple):
         )
 
     def ratio(self, frechet: float) -> float | None:
-        """Return a Frechet distance of the same protocol over the teacher's; None where that says nothing."""
+        """Return a Frechet distance of the same protocol over the teacher's; None if that is undefined."""
         return frechet / self.frechet if math.isfinite(frechet) and self.frechet > 0 else None
 
 

@@ -49,7 +49,7 @@ class Series(Record):
     sampler: str | None = None
     """None for a folder of images."""
     gamma: float | None = None
-    """Of ancestral sampling: 0 is the lower bound of the variance, 1 the upper."""
+    """Gamma of ancestral sampling: 0 is the lower bound of the variance, 1 the upper."""
 
 
 class Protocol(Record):
@@ -80,7 +80,7 @@ class Protocol(Record):
     guidance_scale: float | None = None
     """None for each model's own."""
     precision: str = "float32"
-    """Of the networks while sampling."""
+    """Precision of the networks while sampling."""
 
 
 class Row(Record):
@@ -95,7 +95,7 @@ class Row(Record):
     stage: str | None
     """Name of the stage's folder; None outside a run."""
     gamma: float | None = None
-    """Of ancestral sampling at this row, where it was searched for; `Series.gamma` is None then."""
+    """Gamma of ancestral sampling at this row, where it was searched for; `Series.gamma` is None then."""
     seconds_per_1000: float | None
     """Wall time for 1,000 samples, the mean over the sets of seeds."""
     figures: dict[str, Figure]
@@ -124,6 +124,8 @@ class EvaluationResult(Record):
     """evaluation.json."""
 
     format: int = EVALUATION_FORMAT
+    run: str | None = None
+    """`run` of the recipe.json of the run that was measured; None for any other subject."""
     subject: str
     """As the user typed it."""
     kind: Literal["run", "stage", "pipeline", "images"]
@@ -135,7 +137,7 @@ class EvaluationResult(Record):
     tables: list[EvaluationTable]
     """Those of `sets` first, in the order of the extractors asked for, then `same_noise`."""
     notices: list[str]
-    """What was left out or is to be read with care, one sentence each: damaged stages, small-sample bias, ..."""
+    """Notices, one sentence each: damaged stages that were left out, small-sample bias, ..."""
     environment: dict[str, Any]
     """Versions, commit, machine, command line."""
     seconds: float

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self, final
 
-from halfstep.runtime.files import write_json
+from halfstep.runtime.files import DamagedFile, write_json
 
 SECONDS: Final = 5.0
 """Time between two signs of life."""
@@ -82,5 +82,5 @@ class Heartbeat:
             "started": round(self._started, 3),
             "updated": round(time.time(), 3),
         }
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, DamagedFile):
             write_json(self.path, beat)

@@ -1,4 +1,4 @@
-"""What is where in a run folder, and the types of its JSON files."""
+"""The layout of a run folder, and the types of its JSON files."""
 
 import contextlib
 from collections.abc import Sequence
@@ -9,9 +9,9 @@ from typing import Any, Literal, NamedTuple, get_args
 from pydantic import Field, ValidationError
 
 from halfstep.runs.evaluation import EVALUATION_FORMAT, EvaluationResult, Record
-from halfstep.runtime.files import DamagedFile, check_files, read_json
+from halfstep.runtime.files import DamagedFile, check_files, read_json, read_sealed, unsealed
 
-FORMAT = 3
+FORMAT = 4
 """The version of the layout; a reader refuses any other."""
 
 RoleName = Literal["teacher", "matched", "student"]
@@ -37,7 +37,7 @@ class Pipeline(Record):
 
 
 class Outcome(Record):
-    """What a stage's model is and how it is sampled, as its objective declares it."""
+    """Role of a stage's model and how it is sampled, as its objective declares them."""
 
     role: RoleName
     num_steps: int | None = None
@@ -68,6 +68,8 @@ class Manifest(Record):
     """manifest.json of a stage: all that is needed to rebuild its model, and where it came from."""
 
     format: int = FORMAT
+    run: str | None = None
+    """`run` of the recipe.json of the run that made it; None outside a run."""
     stage: str
     objective: str
     parent: str | None
@@ -114,7 +116,7 @@ class Manifest(Record):
     source: str | None = None
     """Where the model, or the teacher of its chain, was imported from."""
     data: str | None = None
-    """What the stage was trained on: its source and the number of samples."""
+    """Training data of the stage: its source and the number of samples."""
     weights_kept: bool = True
     """False once the weights were removed because only those of other stages were asked for."""
 
@@ -126,7 +128,7 @@ class Manifest(Record):
     def guidance_words(self) -> str:
         """What `guidance_scale` means for the model, whether negative prompts act, and the network calls of a step."""
         if not self.num_classes and not self.conditions:
-            return "The model is shown no condition, so there is nothing to guide by: one network call a step."
+            return "The model is unconditional, so guidance has no effect: one network call a step."
         if self.guidance is None and self.pipeline is not None and self.pipeline.scale is not None:
             return (
                 f"The network takes the scale itself and was distilled at {self.pipeline.scale:g}: pass "
@@ -162,7 +164,7 @@ class Result(Record):
 
     sampler: str
     gamma: float | None = None
-    """Of ancestral sampling: 0 is the lower bound of the variance, 1 the upper."""
+    """Gamma of ancestral sampling: 0 is the lower bound of the variance, 1 the upper."""
     num_steps: int
     num_evals: int
     """Network calls for a sample."""
@@ -183,9 +185,14 @@ class Result(Record):
 class Metrics(Record):
     """metrics.json of a stage."""
 
+    run: str | None = None
+    """`Manifest.run`."""
+    stage: str
     protocol: dict[str, Any]
     """Extractor, counts, reference data, seed, device: figures of different protocols must not be compared."""
     results: list[Result]
+    files: dict[str, str] = Field(default={})
+    """sha256 of each file with samples, by its path in the stage's folder."""
     seconds: float | None = None
     """Wall time of sampling and measuring, without what was there."""
     note: str | None = None
@@ -228,20 +235,64 @@ class StageFolder:
     def samples(self) -> Path:
         return self.path / "samples"
 
+    @property
+    def run(self) -> "RunFolder | None":
+        """The run in which the stage lies; None outside one."""
+        place = self.path.resolve().parent
+        return RunFolder(place.parent) if place.name == "stages" else None
+
+    @property
+    def remedy(self) -> str:
+        """What to do if a file of the stage is damaged or of another stage."""
+        if self.run is None:
+            return "put a copy of it back, or import or train the model again"
+        return (
+            f"put a copy of it back, or remove {self.path} and the stages after it and run the command of its run "
+            "again, which trains them again"
+        )
+
     def is_complete(self) -> bool:
         """Whether the stage was trained to its end."""
-        return self.manifest_path.is_file()
+        return self.manifest_path.exists()
 
     def checkpoints(self) -> list[Path]:
         """Checkpoint folders, the latest first."""
         return sorted(self.path.glob("checkpoint-*"), reverse=True)
 
     def manifest(self, verify: bool = True) -> Manifest:
-        """The stage's manifest, after checking the files that it lists.
+        """The stage's manifest, after checking that it is of this stage and run, and the files that it lists.
+
+        Args:
+            verify: whether to check the files too, and to insist on the recipe.json of the run in which it lies.
 
         Raises:
-            DamagedFile: if it, or a file that it lists, is missing, altered or of a later format.
+            DamagedFile: if it, or a file that it lists, is missing, altered, of another stage, run, plan or format.
         """
+        if verify and self.run is not None and self.run.recipe_path.exists():
+            self.run.recipe()
+        try:
+            manifest = self._manifest()
+            self._check_origin(self.manifest_path, manifest.stage, manifest.run)
+            made = (manifest.stage, manifest.outcome.role, manifest.num_steps)
+            plan = [] if self.run is None else self.run.plan
+            if plan and made not in [(row.name, row.role, row.num_steps) for row in plan]:
+                raise DamagedFile(f"{self.manifest_path} is of no stage in the plan of recipe.json")
+            if verify:
+                check_files(self.path, manifest.files)
+        except DamagedFile as error:
+            raise DamagedFile(f"{error}; {self.remedy}") if verify else error from None
+        return manifest
+
+    def _check_origin(self, file: Path, stage: str, run: str | None) -> None:
+        """Raise DamagedFile if a file of the stage is of another stage or run than the folder in which it lies."""
+        if self.run is None:
+            return
+        if stage != self.path.resolve().name:
+            raise DamagedFile(f"{file} is of stage {stage}: it was moved or copied here")
+        if not self.run.is_own(run):
+            raise DamagedFile(f"{file} is of another run: its recipe or its data is not that of recipe.json")
+
+    def _manifest(self) -> Manifest:
         data = read_json(self.manifest_path)
         if isinstance(data, dict) and data.get("format", FORMAT) != FORMAT:
             earlier = isinstance(data["format"], int) and data["format"] < FORMAT
@@ -250,23 +301,26 @@ class StageFolder:
                 + ("it was written by an earlier one, so train the run again" if earlier else "update halfstep")
             )
         try:
-            manifest = Manifest.model_validate(data)
+            return Manifest.model_validate(unsealed(data, self.manifest_path))
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             raise DamagedFile(f"{self.manifest_path} is not a stage's manifest ({where}: {first['msg']})") from None
-        if verify:
-            check_files(self.path, manifest.files)
-        return manifest
 
     def metrics(self) -> Metrics | None:
-        """The stage's metrics, or None if it has not been measured."""
-        if not self.metrics_path.is_file():
+        """The stage's metrics, or None if it has not been measured.
+
+        Raises:
+            DamagedFile: if they are altered, or of another stage or run.
+        """
+        if not self.metrics_path.exists():
             return None
         try:
-            return Metrics.model_validate(read_json(self.metrics_path))
+            metrics = Metrics.model_validate(read_sealed(self.metrics_path))
         except ValidationError as error:
             raise DamagedFile(f"{self.metrics_path} does not hold metrics ({error.errors()[0]['msg']})") from None
+        self._check_origin(self.metrics_path, metrics.stage, metrics.run)
+        return metrics
 
 
 @dataclass(frozen=True)
@@ -298,17 +352,17 @@ class RunFolder:
 
     @property
     def evaluation_path(self) -> Path:
-        """What `halfstep evaluate` writes: evaluation.json and the cells that it is made of."""
+        """Output of `halfstep evaluate`: evaluation.json, beside the cells that it is made of."""
         return self.path / "evaluation" / "evaluation.json"
 
     def evaluation(self) -> EvaluationResult | None:
         """What `halfstep evaluate` found, or None if the run was not evaluated.
 
         Raises:
-            DamagedFile: if the file cannot be read or is of another format.
+            DamagedFile: if the file is altered, of another run or of another format.
         """
         path = self.evaluation_path
-        if not path.is_file():
+        if not path.exists():
             return None
         data = read_json(path)
         if isinstance(data, dict) and data.get("format") != EVALUATION_FORMAT:
@@ -317,9 +371,12 @@ class RunFolder:
                 "evaluate` again"
             )
         try:
-            return EvaluationResult.model_validate(data)
+            result = EvaluationResult.model_validate(unsealed(data, path))
         except ValidationError as error:
             raise DamagedFile(f"{path} does not hold an evaluation ({error.errors()[0]['msg']})") from None
+        if not self.is_own(result.run):
+            raise DamagedFile(f"{path} is of another run: run `halfstep evaluate` again")
+        return result
 
     def stage(self, name: str) -> StageFolder:
         """The folder of the stage called `name`, which need not exist."""
@@ -328,12 +385,19 @@ class RunFolder:
     @property
     def plan(self) -> list[PlannedStage]:
         """The rows of recipe.json's plan, in order; empty without a readable plan."""
-        try:
-            rows = self.recipe().get("plan")
-        except (DamagedFile, OSError):
-            return []
+        rows = self._recipe().get("plan")
         rows = rows if isinstance(rows, list) else []
         return [_planned(row) for row in rows if isinstance(row, dict) and isinstance(row.get("stage"), str)]
+
+    def is_own(self, run: str | None) -> bool:
+        """Whether `Manifest.run` of a file is that of this run; True if recipe.json cannot be read."""
+        return run == self._recipe().get("run", run)
+
+    def _recipe(self) -> dict[str, Any]:
+        """The content of recipe.json; empty if it cannot be read."""
+        with contextlib.suppress(DamagedFile, OSError):
+            return self.recipe()
+        return {}
 
     @property
     def start(self) -> StageFolder | None:
@@ -346,20 +410,25 @@ class RunFolder:
         return None
 
     def stages(self) -> list[StageFolder]:
-        """The folders of all complete stages, in the plan's order; those outside the plan by name, last."""
-        found = sorted(path.name for path in (self.path / "stages").glob("[!.]*"))
-        names = dict.fromkeys([*(row.name for row in self.plan), *found])
-        return [folder for folder in map(self.stage, names) if folder.name in found and folder.is_complete()]
+        """The folders of the plan's complete stages, in its order; of all, by name, without a readable plan."""
+        names = [row.name for row in self.plan]
+        names = names or sorted(path.name for path in (self.path / "stages").glob("[!.]*"))
+        return [folder for folder in map(self.stage, names) if folder.is_complete()]
 
     def recipe(self) -> dict[str, Any]:
-        """The content of recipe.json: {"recipe": ..., "environment": ...}.
+        """The content of recipe.json: {"run": ..., "recipe": ..., "plan": ..., "environment": ...}.
 
         Raises:
-            DamagedFile: if it is not there or does not hold a recipe.
+            DamagedFile: if it is not there, is altered or does not hold a recipe.
         """
-        data = read_json(self.recipe_path)
-        if not isinstance(data, dict) or "recipe" not in data:
-            raise DamagedFile(f"{self.recipe_path} does not hold a recipe")
+        try:
+            data = read_sealed(self.recipe_path)
+            if not isinstance(data.get("recipe"), dict):
+                raise DamagedFile(f"{self.recipe_path} does not hold a recipe")
+        except DamagedFile as error:
+            raise DamagedFile(
+                f"{error}; put a copy of it back, or remove it and run the command of its run again, which writes it"
+            ) from None
         return data
 
 

@@ -55,15 +55,15 @@ class StageStatus:
     results: list[Result] = field(default_factory=list)
     """As far as measured."""
     protocol: Mapping[str, Any] | None = None
-    """Of the results."""
+    """Protocol of the results."""
     measuring_seconds: float = 0.0
     """Wall time of drawing and measuring the results."""
     num_unmeasured: int = 1
     """Results to come, as far as known."""
     measuring: str = ""
-    """What is being measured, in words."""
+    """The measurement in progress, in words."""
     role: str | None = None
-    """What its model is: teacher, matched or student; None if unknown."""
+    """Role of its model: teacher, matched or student; None if unknown."""
     rows: list[tuple[int, float]] = field(default_factory=list)
     """Updates and seconds of the last rows of the log."""
 

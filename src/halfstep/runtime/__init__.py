@@ -1,1 +1,1 @@
-"""What a process needs on its machine: whole files, signals, several processes, memory that runs out."""
+"""Services for a process on its machine: atomic files, signals, several processes, out-of-memory errors."""

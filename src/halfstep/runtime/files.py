@@ -11,12 +11,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from halfstep.runtime.terminal import printable
 
 if TYPE_CHECKING:
     import numpy as np
+
+
+SEAL: Final = "sha256"
+"""Entry of a sealed JSON file: the digest of all others."""
 
 
 class DamagedFile(ValueError):
@@ -66,10 +70,11 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file or a folder, as far as the disk lets it."""
     # On a failed disk, the error that is being raised says more than this one.
     with contextlib.suppress(OSError):
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink()
@@ -84,12 +89,15 @@ def scratch(path: Path) -> Iterator[Path]:
     # A scratch folder is made once, by its writer. If it is missing its disk has gone, and to make it again would write
     # to the disk below the mount.
     if not fnmatch(path.parent.name, ".*.tmp"):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise DamagedFile(f"{path.parent} cannot be a folder: a file has its place. Remove that file") from None
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         yield temporary
     finally:
-        _remove(temporary)
+        remove(temporary)
 
 
 def leftovers(folder: Path, name: str = "*") -> list[Path]:
@@ -101,7 +109,7 @@ def sweep(*folders: Path) -> None:
     """Remove the leftovers in folders that no other process writes."""
     for folder in folders:
         for path in leftovers(folder):
-            _remove(path)
+            remove(path)
 
 
 @contextmanager
@@ -123,6 +131,9 @@ def _rename(temporary: Path, path: Path) -> None:
     try:
         os.replace(temporary, path)
     except OSError as error:
+        if error.errno in (errno.EISDIR, errno.ENOTDIR) and path.exists():
+            held, wanted = ("folder", "file") if path.is_dir() else ("file", "folder")
+            raise DamagedFile(f"{path} cannot be written: a {held} has the place of a {wanted}. Remove it") from None
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
         # Only an empty folder is replaced by a rename.
@@ -158,6 +169,17 @@ def write_json(path: Path, value: Any) -> None:
         ValueError: if it contains a number that is not finite.
     """
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def write_sealed(path: Path, body: Mapping[str, Any]) -> None:
+    """Write a JSON object with the sha256 of its other entries as its last one, atomically; `read_sealed` checks it.
+
+    Raises:
+        ValueError: if it contains a number that is not finite.
+    """
+    # As a reader finds it: keys are texts, tuples are lists.
+    held = json.loads(json.dumps({name: value for name, value in body.items() if name != SEAL}, allow_nan=False))
+    write_json(path, held | {SEAL: json_digest(held)})
 
 
 def write_arrays(path: Path, **arrays: Any) -> None:
@@ -207,20 +229,50 @@ def read_json(path: Path) -> Any:
     check_regular(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise DamagedFile(f"{path} does not exist") from None
+    except IsADirectoryError:
+        raise DamagedFile(f"{path} is a folder, not a file") from None
     except (ValueError, RecursionError) as error:
         raise DamagedFile(f"{path} is not readable JSON ({error})") from None
 
 
-def check_files(folder: Path, digests: Mapping[str, str]) -> None:
-    """Raise DamagedFile for the first file of `digests` that is missing in `folder` or has another sha256."""
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Load the JSON object in `path` that `write_sealed` has written.
+
+    Raises:
+        DamagedFile: if the file is not there, is not such an object, or any value of it was altered.
+    """
+    return unsealed(read_json(path), path)
+
+
+def unsealed(data: Any, path: Path) -> dict[str, Any]:
+    """Return the entries of a sealed JSON object that was read from `path`.
+
+    Raises:
+        DamagedFile: if it has no seal or another than its entries.
+    """
+    if not isinstance(data, dict) or SEAL not in data:
+        raise DamagedFile(f"{path} has no sha256 of its content: it was altered, or an earlier halfstep wrote it")
+    held = {name: value for name, value in data.items() if name != SEAL}
+    if data[SEAL] != json_digest(held):
+        raise DamagedFile(f"{path} is altered: its content does not have the sha256 that it says")
+    return held
+
+
+def check_files(folder: Path, digests: Mapping[str, str], said_by: Path | None = None) -> None:
+    """Raise DamagedFile for the first file of `digests` that is missing in `folder` or has another sha256.
+
+    Args:
+        said_by: the file that holds the digests; manifest.json if None.
+    """
+    holder = "manifest.json" if said_by is None else said_by.name
     for name, digest in digests.items():
         path = folder / name
         if not path.is_file():
             raise DamagedFile(f"{path} is missing")
         if sha256_of(path) != digest:
-            raise DamagedFile(f"{path} is truncated or altered: its sha256 is not the one in manifest.json")
+            raise DamagedFile(f"{path} is truncated or altered: its sha256 is not the one in {holder}")
 
 
 def cache_folder() -> Path:

@@ -4,7 +4,7 @@ import os
 from typing import Final
 
 VARIABLES: Final = {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_PORT": 0}
-"""What launchers set, with the least value of each."""
+"""Environment variables that launchers set, with the least value of each."""
 
 
 def check_launch() -> None:

@@ -5,14 +5,16 @@ import os
 from pathlib import Path
 from typing import Final
 
-from halfstep.runtime.files import InUse
+from halfstep.runtime.files import DamagedFile, InUse
 
 FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What disks say when they are full."""
+"""Errors of full disks."""
 GONE: Final = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ETIMEDOUT)
-"""What disks and network mounts say when they are gone."""
+"""Errors of disks and network mounts that are gone."""
 LOST: Final = (errno.EROFS, errno.ENXIO, errno.ENOENT, errno.EACCES)
-"""What they say too of a folder that could be written before; at the start of a run it is bad input."""
+"""Further errors of a disk that was lost during a run; at its start they are bad input."""
+TAKEN: Final = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
+"""Errors of a folder in the place of a file, or the reverse."""
 
 
 class NoStorage(OSError):
@@ -38,8 +40,10 @@ def last_good(last: Path | None) -> str:
     return f"the last {kind} is {last}"
 
 
-def no_storage(error: OSError, path: Path, last: Path | None, has_begun: bool = True) -> OSError:
+def no_storage(error: OSError, path: Path, last: Path | None, has_begun: bool = True) -> Exception:
     """Return NoStorage with the last good state if the error is the run folder's, else the error itself.
+
+    A folder in the place of a file, or the reverse, is DamagedFile: no disk is full or gone.
 
     The folder may be gone, so nothing is looked up in it.
 
@@ -47,6 +51,11 @@ def no_storage(error: OSError, path: Path, last: Path | None, has_begun: bool = 
         has_begun: whether this process has written the folder.
     """
     within = error.filename is not None and Path(os.fsdecode(error.filename)).is_relative_to(path)
+    if within and error.errno in TAKEN:
+        return DamagedFile(
+            f"{os.fsdecode(error.filename)} cannot be used ({error.strerror}): something else has its place. Remove it "
+            "and run the same command again"
+        )
     if error.errno in FULL:
         full = path if within or error.filename is None else os.fsdecode(error.filename)
         what, then = f"no space left for {full}", "free some space"

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from halfstep.runtime.files import DamagedFile, replacing, sync
 
+DIGEST: Final = "sha256"
+"""Tensor of a cached file: the digest of all others."""
 CHUNK: Final = 1 << 20
 """Bytes that are compared at once."""
 
@@ -78,18 +80,40 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise DamagedFile(f"{path} is not a whole safetensors file ({error})") from None
 
 
+def check_finite(tensors: Mapping[str, Tensor], where: Path | str) -> None:
+    """Raise DamagedFile for the first tensor that contains a value that is not finite; `where` names its origin."""
+    for name, value in tensors.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise DamagedFile(
+                f"{where} holds weights that are not finite (tensor {name}): it was damaged, or its training diverged. "
+                "Give other weights"
+            )
+
+
 def read_cached(file: Path | None) -> dict[str, Tensor]:
-    """Load a cached file's tensors; none if there is no file or it is damaged."""
+    """Load the tensors that `write_cached` has written into this file; none if there are none or any bit differs."""
     if file is None:
         return {}
     try:
-        return read_tensors(file)
+        held = read_tensors(file)
+        digest = held.pop(DIGEST, None)
+        return held if digest is not None and torch.equal(digest, _digest(file, held)) else {}
     except (DamagedFile, OSError):
         return {}
 
 
 def write_cached(file: Path | None, tensors: Mapping[str, Tensor]) -> None:
-    """Cache tensors. A cache that cannot be written (read-only, full) costs the next run time, and nothing else."""
+    """Cache tensors with their digest. A cache that cannot be written (read-only, full) costs only time."""
     if file is not None:
         with contextlib.suppress(DamagedFile, OSError, SafetensorError):
-            write_tensors(file, tensors)
+            write_tensors(file, {**tensors, DIGEST: _digest(file, tensors)})
+
+
+def _digest(file: Path, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Return the sha256 of tensors by name, and of the name of their file, as 32 bytes."""
+    digest = hashlib.sha256(file.name.encode())
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {list(value.shape)} ".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)

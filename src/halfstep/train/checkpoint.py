@@ -8,7 +8,6 @@ being written.
 
 import contextlib
 import errno
-import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +15,15 @@ from pathlib import Path
 from typing import Any, Final, final
 
 from halfstep.runs import StageFolder
-from halfstep.runtime.files import DamagedFile, check_files, json_digest, read_json, replacing_folder, write_json
+from halfstep.runtime.files import (
+    DamagedFile,
+    check_files,
+    read_json,
+    read_sealed,
+    remove,
+    replacing_folder,
+    write_sealed,
+)
 from halfstep.runtime.processes import Processes
 from halfstep.runtime.tensors import read_tensors, write_tensors
 from halfstep.train.engine import StageTrainer, State
@@ -33,8 +40,8 @@ class CheckpointWriter:
     `last` is the latest checkpoint that is known to be good: written and verified, or resumed from.
     """
 
-    def __init__(self, folder: StageFolder, processes: Processes) -> None:
-        self.folder, self._processes = folder, processes
+    def __init__(self, folder: StageFolder, run: str, processes: Processes) -> None:
+        self.folder, self.run, self._processes = folder, run, processes
         self.last: Path | None = None
         # One thread for all. It is no daemon: a process that ends on an error still ends the checkpoint that it began.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="halfstep-checkpoint")
@@ -51,6 +58,7 @@ class CheckpointWriter:
         state = trainer.state()
         if self._processes.is_main:
             about = {
+                "run": self.run,
                 "stage": trainer.stream,
                 "update": trainer.update,
                 "seconds": trainer.seconds,
@@ -101,47 +109,52 @@ def write_checkpoint(state: State, about: dict[str, Any], folder: StageFolder) -
     """
     if not folder.path.is_dir():
         raise OSError(errno.ESTALE, "it is gone", str(folder.path))
-    path = folder.path / f"checkpoint-{about['update']:08d}"
+    path = folder.path / _name(about["update"])
 
     with replacing_folder(path) as into:
         names = {f"{part}.safetensors": tensors for part, tensors in state.items()}
-        body = about | {"files": {name: write_tensors(into / name, tensors) for name, tensors in names.items()}}
-        write_json(into / "manifest.json", body | {"sha256": json_digest(body)})
+        files = {name: write_tensors(into / name, tensors) for name, tensors in names.items()}
+        write_sealed(into / "manifest.json", about | {"files": files})
     for old in folder.checkpoints()[KEPT:]:
-        shutil.rmtree(old, ignore_errors=True)
+        remove(old)
     return path
 
 
-def resume(trainer: StageTrainer, folder: StageFolder, notice: Callable[[str], None]) -> Path | None:
+def _name(update: int) -> str:
+    return f"checkpoint-{update:08d}"
+
+
+def resume(trainer: StageTrainer, folder: StageFolder, run: str, notice: Callable[[str], None]) -> Path | None:
     """Puts the trainer into the state of the latest good checkpoint and returns that one; None if there is none.
 
-    Reports a corrupt or unreadable checkpoint through `notice`, renames it to `damaged-...` and falls back to the
-    previous one.
+    Reports a checkpoint that is corrupt, unreadable, or of another run, stage or update through `notice`, renames it to
+    `damaged-...` and falls back to the previous one.
 
     Raises:
         OSError: if the disk gives back none of those that are there.
     """
-    found: str | None = trainer.processes.on_main(lambda: _latest_good(folder, notice))
+    origin = {"run": run, "stage": trainer.stream}
+    found: str | None = trainer.processes.on_main(lambda: _latest_good(folder, origin, notice))
     if found is None:
         return None
     path = folder.path / found
-    manifest = read_json(path / "manifest.json")
+    manifest = read_sealed(path / "manifest.json")
     state = {name.removesuffix(".safetensors"): read_tensors(path / name) for name in manifest["files"]}
     trainer.load_state(state, int(manifest["update"]), float(manifest["seconds"]))
     return path
 
 
-def _latest_good(folder: StageFolder, notice: Callable[[str], None]) -> str | None:
-    """Name of the latest checkpoint whose files are whole; those after it are set aside."""
+def _latest_good(folder: StageFolder, origin: dict[str, str], notice: Callable[[str], None]) -> str | None:
+    """Name of the latest checkpoint of that origin whose files are whole; those after it are set aside."""
     unread: list[tuple[Path, OSError]] = []
     held = folder.checkpoints()
     for path in held:
         try:
-            manifest = read_json(path / "manifest.json")
-            if not isinstance(manifest, dict) or not {"update", "seconds", "files", "sha256"} <= manifest.keys():
+            manifest = read_sealed(path / "manifest.json")
+            if not {"update", "seconds", "files"} <= manifest.keys():
                 raise DamagedFile(f"{path / 'manifest.json'} is not a checkpoint's manifest")
-            if manifest.pop("sha256") != json_digest(manifest):
-                raise DamagedFile(f"{path / 'manifest.json'} is altered: its sha256 is not the one that it says")
+            if {name: manifest.get(name) for name in origin} != origin or _name(manifest["update"]) != path.name:
+                raise DamagedFile(f"{path} is of another run, stage or update: it was moved or copied here")
             check_files(path, manifest["files"])
         except DamagedFile as error:
             _set_aside(path)
@@ -167,7 +180,7 @@ def _latest_good(folder: StageFolder, notice: Callable[[str], None]) -> str | No
 def _set_aside(checkpoint: Path) -> None:
     """Takes a checkpoint out of the sight of resuming and pruning; it stays until the stage is complete."""
     aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
-    shutil.rmtree(aside, ignore_errors=True)
+    remove(aside)
     # A failing disk may refuse the rename; the previous checkpoint is used anyway.
     with contextlib.suppress(OSError):
         checkpoint.rename(aside)
@@ -181,4 +194,4 @@ def micro_batch_of(checkpoint: Path | None) -> int | None:
 def remove_checkpoints(folder: StageFolder) -> None:
     """Removes the checkpoints of a stage that is complete."""
     for path in [*folder.path.glob("checkpoint-*"), *folder.path.glob("damaged-checkpoint-*")]:
-        shutil.rmtree(path, ignore_errors=True)
+        remove(path)

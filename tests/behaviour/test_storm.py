@@ -1,0 +1,23 @@
+"""Random damage to any file of a run folder ends in the uncut run's result or in one line; see tests/storm.py."""
+
+from pathlib import Path
+
+import pytest
+
+from storm import Storm
+
+
+def test_damage_to_any_file_of_a_run_changes_nothing_in_silence(tmp_path: Path) -> None:
+    storm = Storm(tmp_path, seed=17)
+    storm.deal(12)
+    assert storm.dealt.total() == storm.ends.total() == 12
+    assert storm.ends["refused"]
+    assert storm.ends["equal"] + storm.ends["equal, with a line"]
+
+
+@pytest.mark.slow
+def test_two_hundred_faults_change_nothing_in_silence(tmp_path: Path) -> None:
+    storm = Storm(tmp_path, seed=2022, with_lora=True)
+    storm.deal(200)
+    assert min(storm.dealt[kind] for kind in storm.faults) >= 5
+    assert storm.ends["refused"] >= 20

@@ -1,0 +1,307 @@
+"""Random damage to any file of a run folder: nothing may change a result without a word.
+
+`Storm` copies a run that has ended, or one that was cut, damages one file or folder of the copy, lets all readers look
+at it and runs the same plan again. The run then ends with the weights, figures and samples of the uncut one, or it is
+refused in one line that names a file of it and a remedy, with exit code 2. `tests/behaviour/test_storm.py` deals a few
+faults, `benchmarks/torture.py` as many as it is asked for.
+"""
+
+import json
+import random
+import re
+import shutil
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import numpy as np
+
+import torture
+from halfstep.cli.reporting import make_report
+from halfstep.core.warnings import HalfstepWarning
+from halfstep.data import MemoryData
+from halfstep.models.folder import load
+from halfstep.nets import UNet2D, own_state, unet2d_config
+from halfstep.report import read_run
+from halfstep.run.events import Notice, Progress
+from halfstep.run.runner import run
+from halfstep.run.spec import RunSpec
+from halfstep.runs import RunFolder, read_status
+from halfstep.runtime.storage import exit_code
+from toys import finish, points, toy_plan, toy_spec, weights
+
+Seen = TypeVar("Seen")
+REMEDY: Final = re.compile("put a copy|remove|choose another|start a new run|again", re.I)
+"""A word of what to do, in every refusal."""
+
+
+def other_spec() -> RunSpec:
+    """The run of `torture.spec` with another seed."""
+    spec = torture.spec()
+    return toy_spec(plan=spec.plan, evaluation=spec.evaluation, seed=1, recipe={"name": "toy", "seed": 1})
+
+
+def lora_spec() -> RunSpec:
+    """A teacher and two students that are low-rank additions to it."""
+
+    def network() -> UNet2D:
+        config = unet2d_config(
+            size=(4, 4), in_channels=1, out_channels=1, num_classes=0, block_out_channels=[8], layers_per_block=1,
+            attention=[True], mid_attention=False, attention_head_dim=8, norm_num_groups=8,
+        )  # fmt: skip
+        return UNet2D(config, num_train_timesteps=64)
+
+    return toy_spec(
+        recipe={"name": "lora"},
+        plan=toy_plan(6, 6),
+        data=MemoryData("toy", points(160).reshape(20, 1, 4, 4)),
+        network=network,
+        lora_rank=2,
+        evaluation=torture.spec().evaluation,
+    )
+
+
+def cut(spec: RunSpec, path: Path, stage: str, update: int) -> Path:
+    """Run until that update of a stage, then drop the run."""
+    events = run(spec, path)
+    next(e for e in events if isinstance(e, Progress) and e.name == stage and e.window.update >= update)
+    events.close()  # type: ignore[attr-defined]
+    return path
+
+
+def _tried(call: Callable[[], Seen]) -> tuple[Seen | None, str]:
+    """Return what a reader returns; None and its one line if it refuses."""
+    try:
+        return call(), ""
+    except ValueError as error:
+        text = str(error)
+    assert "\n" not in text, text
+    return None, text
+
+
+def samples(path: Path) -> dict[str, np.ndarray]:
+    """The samples kept beside the stages of a run, by their places in it."""
+    return {str(file.relative_to(path)): np.load(file)["arr_0"] for file in sorted(path.glob("stages/*/samples/*.npz"))}
+
+
+class Storm:
+    """Faults in copies of runs below `folder`, as the dice tell; `dealt` counts them by kind, `ends` what came of them.
+
+    Args:
+        with_lora: whether a chain of low-rank additions is among the runs.
+    """
+
+    def __init__(self, folder: Path, seed: int = 0, with_lora: bool = False) -> None:
+        self.folder, self.dice = folder, random.Random(seed)
+        self.dealt: Counter[str] = Counter()
+        self.ends: Counter[str] = Counter()
+        chain = torture.spec()
+        finish(chain, folder / "uncut")
+        finish(other_spec(), folder / "other")
+        cuts = [cut(chain, folder / f"cut-{name}", name, 10) for name in ("01-halve-0002", "03-finish-0002")]
+        self.runs = [(chain, folder / "uncut", start) for start in (folder / "uncut", *cuts)]
+        if with_lora:
+            finish(lora_spec(), folder / "lora")
+            begun = cut(lora_spec(), folder / "cut-lora", "02-halve-0001", 4)
+            self.runs += [(lora_spec(), folder / "lora", start) for start in (folder / "lora", begun)]
+        self.faults: dict[str, Callable[[Path], str]] = {
+            name: getattr(self, name)
+            for name in ("swap", "copy", "foreign", "delete", "truncate", "flip", "edit", "misplace")
+        }
+
+    def deal(self, count: int) -> None:
+        """Deal so many faults, one to a run each.
+
+        Raises:
+            AssertionError: naming the fault, if a result changed without a word or an error is no refusal.
+        """
+        for number in range(count):
+            kind = self.dice.choice(list(self.faults))
+            spec, uncut, start = self.dice.choice(self.runs)
+            path = self.folder / f"run-{number}"
+            shutil.copytree(start, path)
+            what = f"fault {number} ({start.name}): {kind} {self.faults[kind](path)}"
+            try:
+                self._read(path, uncut)
+                self.ends[self._run(spec, path, uncut)] += 1
+            except Exception as error:
+                raise AssertionError(what) from error
+            self.dealt[kind] += 1
+            shutil.rmtree(path)
+
+    def _run(self, spec: RunSpec, path: Path, uncut: Path) -> str:
+        """Run it to its end or its refusal; return which."""
+        said: list[str] = []
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", HalfstepWarning)
+            try:
+                said += [event.text for event in run(spec, path) if isinstance(event, Notice)]
+            except (ValueError, OSError) as error:
+                self._check_refusal(error, path)
+                return "refused"
+        said += [str(warning.message) for warning in caught if issubclass(warning.category, HalfstepWarning)]
+        for kind, of in (("weights", weights), ("figures", torture.figures), ("samples", samples)):
+            own, theirs = of(path), of(uncut)
+            # A foreign stage that the plan does not know is left alone.
+            for name in theirs:
+                assert np.array_equal(own[name], theirs[name]), f"other {kind}: {name}"
+        return "equal, with a line" if said else "equal"
+
+    @staticmethod
+    def _check_refusal(error: ValueError | OSError, path: Path) -> None:
+        text = str(error)
+        assert exit_code(error) == 2, f"exit code {exit_code(error)}: {text}"
+        assert "\n" not in text, text
+        assert str(path) in text, text
+        assert REMEDY.search(text), text
+
+    def _read(self, path: Path, uncut: Path) -> None:
+        """Let the readers look: each shows what the uncut run has, or leaves it out, or refuses in one line."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", HalfstepWarning)
+            model, why = _tried(lambda: load(path))
+        if model is None:
+            assert path.name in why, why
+        else:
+            last = RunFolder(uncut).stages()[-1].name
+            assert model.manifest.stage == last or any("not at its end" in str(w.message) for w in caught)
+            true = own_state(load(uncut / "stages" / model.manifest.stage).denoiser.network)
+            mine = own_state(model.denoiser.network)
+            assert all(np.array_equal(mine[name], true[name]) for name in true), "other weights are sampled"
+        _tried(lambda: read_status(path))
+        _tried(lambda: make_report(path))
+        facts, _ = _tried(lambda: read_run(path))
+        if facts is None:
+            return
+        held = torture.figures(uncut)
+        theirs = samples(uncut)
+        for stage in facts.stages:
+            shown = [] if stage.metrics is None else stage.metrics.model_dump(mode="json")["results"]
+            assert (
+                shown in ([], held[stage.name])
+                or [{key: value for key, value in row.items() if key != "seconds_per_1000"} for row in shown]
+                == held[stage.name]
+            ), "other figures are shown"
+            for steps, array in stage.samples.items():
+                assert np.array_equal(array, theirs[f"stages/{stage.name}/samples/steps-{steps:04d}.npz"])
+
+    # --- The faults: each damages one place and returns what it did ---
+
+    def _file(self, path: Path, pattern: str = "*") -> Path:
+        # Small files decide as much as the many samples: a kind of file first, then one of it.
+        kinds: dict[str, list[Path]] = {}
+        for file in sorted(path.rglob(pattern)):
+            if file.is_file() and file.name != ".lock" and file.stat().st_size:
+                kinds.setdefault(re.sub("[0-9]+", "", f"{file.parent.name}/{file.name}"), []).append(file)
+        return self.dice.choice(kinds[self.dice.choice(sorted(kinds))])
+
+    def _pair(self, path: Path) -> tuple[Path, Path]:
+        """Two files, or two folders, of one kind."""
+        while True:
+            first = self._file(path)
+            if self.dice.random() < 0.5 and first.parent != path:
+                first = first.parent
+            alike = [
+                other
+                for other in sorted(path.rglob("*"))
+                if other != first and other.is_dir() == first.is_dir()
+                and (other.parent == first.parent if first.is_dir() else other.name == first.name or (
+                    other.parent == first.parent and other.suffix == first.suffix))
+            ]  # fmt: skip
+            if alike:
+                return first, self.dice.choice(alike)
+
+    @staticmethod
+    def _put(source: Path, target: Path) -> None:
+        if target.is_dir():
+            shutil.rmtree(target)
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
+
+    def swap(self, path: Path) -> str:
+        first, second = self._pair(path)
+        aside = path.parent / "aside"
+        first.rename(aside)
+        second.rename(first)
+        aside.rename(second)
+        return f"{first.relative_to(path)} and {second.relative_to(path)}"
+
+    def copy(self, path: Path) -> str:
+        first, second = self._pair(path)
+        if first.is_dir() and self.dice.random() < 0.3:
+            second = first.with_name(f"{first.name}-copy")
+        self._put(first, second)
+        return f"{first.relative_to(path)} over {second.relative_to(path)}"
+
+    def foreign(self, path: Path) -> str:
+        """The same file or folder of a run with another seed, or of the uncut one."""
+        donor = self.folder / self.dice.choice(("other", "uncut", "cut-01-halve-0002"))
+        there = self._file(donor)
+        if self.dice.random() < 0.5 and there.parent != donor:
+            there = there.parent
+        place = path / there.relative_to(donor)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        self._put(there, place)
+        return f"{there.relative_to(donor)} of {donor.name}"
+
+    def delete(self, path: Path) -> str:
+        file = self._file(path)
+        if self.dice.random() < 0.5 and file.parent != path:
+            shutil.rmtree(file.parent)
+            return str(file.parent.relative_to(path))
+        file.unlink()
+        return str(file.relative_to(path))
+
+    def truncate(self, path: Path) -> str:
+        file = self._file(path)
+        content = file.read_bytes()
+        file.write_bytes(content[: self.dice.randrange(len(content))])
+        return str(file.relative_to(path))
+
+    def flip(self, path: Path) -> str:
+        file = self._file(path)
+        content = bytearray(file.read_bytes())
+        bit = self.dice.randrange(8 * len(content))
+        content[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(content)
+        return f"bit {bit} of {file.relative_to(path)}"
+
+    def edit(self, path: Path) -> str:
+        """Another number in a JSON file, or an entry emptied."""
+        file = self._file(path, "*.json*")
+        lines = file.read_text().splitlines() if file.suffix == ".jsonl" else [file.read_text()]
+        place = self.dice.randrange(len(lines))
+        data = json.loads(lines[place])
+        holders: list[tuple[Any, Any]] = []
+
+        def look(value: Any) -> None:
+            for key, held in value.items() if isinstance(value, dict) else enumerate(value):
+                holders.append((value, key))
+                if isinstance(held, dict | list):
+                    look(held)
+
+        look(data)
+        numbers = [(v, k) for v, k in holders if isinstance(v[k], int | float)]
+        holder, key = self.dice.choice(numbers or holders)
+        if numbers and self.dice.random() < 0.7:
+            holder[key] = self.dice.choice((holder[key] + 1, -holder[key] - 1, 1e308, str(holder[key])))
+        else:
+            holder, key = self.dice.choice(holders)
+            holder[key] = self.dice.choice(({}, None, [], ""))
+        lines[place] = json.dumps(data)
+        file.write_text("\n".join(lines) + "\n")
+        return f"{key!r} of {file.relative_to(path)} into {holder[key]!r}"
+
+    def misplace(self, path: Path) -> str:
+        """A folder in the place of a file, or a file in that of a folder."""
+        file = self._file(path)
+        if self.dice.random() < 0.5 and file.parent != path:
+            place = file.parent
+            shutil.rmtree(place)
+            place.write_text("a file")
+        else:
+            place = self.dice.choice((file, path / ".lock"))
+            place.unlink(missing_ok=True)
+            (place / "something").mkdir(parents=True)
+        return str(place.relative_to(path))
