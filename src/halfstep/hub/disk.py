@@ -15,11 +15,11 @@ from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
 from halfstep.core.warnings import HalfstepWarning
 from halfstep.hub.stock import in_one_line, quiet, stock
 from halfstep.runtime.files import DamagedFile, read_json, sha256_of, user_path
+from halfstep.runtime.tensors import check_finite
 
 PICKLED: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 """Suffixes of weights that run code when they are read."""
@@ -258,7 +258,7 @@ def open_part(folder: Path, kind: str) -> Any:
     if type(part).__name__ != name:
         raise ValueError(f"{folder} holds a {type(part).__name__}, but a {name} is needed here")
     _check_names(folder, name, held, facts["missing_keys"], facts["unexpected_keys"])
-    _check_finite(folder, part)
+    check_finite(part.state_dict(), folder)
     return part
 
 
@@ -288,15 +288,6 @@ def _check_names(folder: Path, name: str, held: set[str], missing: Iterable[str]
             "pipe.fuse_lora() and pipe.unload_lora_weights(), or model.merge_and_unload()"
         )
     raise DamagedFile(f"{folder} has {' and '.join(facts)} as a {name}. {remedy}")
-
-
-def _check_finite(folder: Path, part: nn.Module) -> None:
-    for name, value in part.state_dict().items():
-        if value.is_floating_point() and not bool(value.isfinite().all()):
-            bad = int((~value.isfinite()).sum())
-            raise DamagedFile(
-                f"{folder} has {bad} of {value.numel()} numbers of {name} not finite. Take an earlier checkpoint"
-            )
 
 
 def open_pipeline(folder: Path, kind: str, parts: Mapping[str, Any]) -> Any:
