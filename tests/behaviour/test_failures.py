@@ -691,7 +691,7 @@ def test_the_command_takes_a_code_for_its_scheduler_and_goes_on_with_other_codes
         with _sent(number, lambda: len(read_log(RunFolder(out).log_path)) > rows + 3), pytest.raises(SystemExit) as end:  # noqa: B023
             main([*words, *extra])
         assert end.value.code == code
-        assert "the state is saved: run the same command again" in capsys.readouterr().err
+        assert "the state is saved. Run the same command again" in capsys.readouterr().err
         latest = int(RunFolder(out).stage("00-denoise").checkpoints()[0].name.rpartition("-")[2])
         assert latest > updates
         updates = latest

@@ -364,7 +364,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 4, 8])
+@pytest.mark.parametrize("num_steps", [1, 2, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 8))])
 def test_finished_students_sample_in_stock_diffusers_and_in_onnx_as_here(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_steps: int
 ) -> None:

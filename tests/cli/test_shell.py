@@ -134,7 +134,8 @@ def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_closed_terminal_stops_like_sigterm_unless_nohup_started_it() -> None:
-    before = signal.getsignal(signal.SIGHUP)
+    # The suite itself may have been started by nohup.
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
         with StopSignal() as stop:
             os.kill(os.getpid(), signal.SIGHUP)

@@ -42,7 +42,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def url(run: Path) -> Iterator[str]:
     """The address of `halfstep explore RUN`, in a process of its own, which Ctrl-C ends quietly."""
     command = [sys.executable, "-m", "halfstep", "explore", str(run), "--port", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A suite that a shell runs in the background ignores Ctrl-C, and so would its children.
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     try:
         line = process.stdout.readline() if process.stdout else ""
         found = re.match(r"http://127\.0\.0\.1:\d+", line)
@@ -50,7 +54,7 @@ def url(run: Path) -> Iterator[str]:
         yield found[0]
         process.send_signal(signal.SIGINT)
         # On a busy machine requests that are being answered take their time to end.
-        _, errors = process.communicate(timeout=240)
+        _, errors = process.communicate(timeout=60)
         assert process.returncode == 0
         assert "Traceback" not in errors, errors
         assert "03-halve-0001 is missing: it has not been trained yet" in errors
