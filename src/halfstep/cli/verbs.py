@@ -83,7 +83,7 @@ _TRAIN: Final = (
         (
             "halfstep distill runs/digits/stages/00-denoise --start 64 --to 4",
             "halfstep distill my-ddpm --data ~/photos --to 4 --out runs/mine",
-            "halfstep distill my-flux --prompts prompts.txt --to 4 --call height=512 width=512",
+            "halfstep distill my-sd --prompts prompts.txt --to 4 --out runs/prompted",
         ),
         (
             "Defaults shown are those of the recipe of MODEL's run.",
@@ -98,7 +98,7 @@ _TRAIN: Final = (
     Verb(
         "finish RUN",
         "move a run's students onto the teacher's distribution",
-        ("halfstep finish runs/digits --steps 4 2 1", "halfstep finish runs/digits --steps 1 --dry-run"),
+        ("halfstep finish runs/photos --steps 4", "halfstep finish runs/digits --steps 1 --dry-run"),
         (
             "The stages are added to RUN. Each starts from RUN's student of as many steps; its map is kept.",
             "--steps S is short for --finish.steps S.",
@@ -173,7 +173,7 @@ _USE: Final = (
         "images and texts to latents, once, for a latent pipeline; resumable",
         (
             "halfstep encode my-sd --data ~/captioned --out latents",
-            "halfstep encode my-flux --prompts prompts.txt --out latents",
+            "halfstep encode my-sd --prompts prompts.txt --out prompted",
         ),
         codes=(0, 2, 3, 75, 129, 130, 143),
         module="exporting",
