@@ -65,7 +65,7 @@ def digits() -> Recipe:
 
 @recipes.register("digits_long")
 def digits_long() -> Recipe:
-    """The digits with two to three times the demo's updates: better students, in a quarter of an hour on two CPU cores."""
+    """The demo with two to three times its updates: better students, in a quarter of an hour on two CPU cores."""
     demo = digits()
     return demo.model_copy(
         update={
