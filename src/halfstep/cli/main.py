@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from halfstep.cli.verbs import VERBS, Verb, overview
 from halfstep.registry import nearest
+from halfstep.runtime.allocator import keep_freed_memory
 from halfstep.runtime.launch import check_launch, rank, world_size
 from halfstep.runtime.terminal import Output, one_line, safe_outputs, warn
 
@@ -169,6 +170,7 @@ def _call_heavy(verb: Verb, rest: Sequence[str]) -> None:
     """Call a verb that needs torch and diffusers."""
     # An optional library that diffusers looks for and that warns at its import of what it cannot do here.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    keep_freed_memory()
     from halfstep.core.warnings import HalfstepWarning
     from halfstep.runtime.failures import NonFinite, OutOfMemory
     from halfstep.runtime.processes import FailedElsewhere, LostProcess

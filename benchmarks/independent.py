@@ -1,0 +1,161 @@
+"""Students of runs in the features of a network by which nothing was chosen, from noise that nothing else has used.
+
+    python benchmarks/independent.py runs/digits runs/digits-1 runs/digits-2 --out docs/results/digits-independent.json
+
+A run measures itself in the features of its own classifier and with seeds from 0 on, and plans are tuned by what it
+says. Here a perceptron with one hidden layer of 256 and one of 64 is trained on the run's labelled data with a fixed
+seed; samples of seeds from 1,000,000 on are compared in its 64 features. Beside each student stands the same figure in
+the run's own features with these fresh seeds. Figures of several runs (seeds) are averaged; a ratio is to the teacher
+at its best, the better of DDIM at 256 steps and Heun at 32 in the features at hand.
+"""
+
+import argparse
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Final, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import halfstep
+from common import parsed, write
+from halfstep.core.draw import generator_for
+from halfstep.data import Data, open_data
+from halfstep.measure.evaluate import Evaluation, Reference, features_for
+from halfstep.metrics import FeatureExtractor, extractors
+from halfstep.metrics.features import RealData, digest_of, in_batches
+from halfstep.metrics.images import from_uint8, to_uint8
+from halfstep.models.model import Model
+from halfstep.recipes import Recipe
+from halfstep.runs import RunFolder
+from halfstep.runtime.files import cache_folder
+from halfstep.studies.roads import AT_BEST
+
+FIRST_SEED: Final = 1_000_000
+NUM_UPDATES: Final = 3000
+"""Optimiser updates of the perceptron, 128 samples each."""
+KEPT: Final = ("frechet", "recall", "coverage")
+"""Figures that are written."""
+
+
+@final
+class Perceptron(FeatureExtractor):
+    """The 64 features before the last layer of a perceptron, before their nonlinearity."""
+
+    def __init__(self, x: Tensor, labels: Tensor, num_classes: int) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(4321)
+            self.body = nn.Sequential(nn.Flatten(), nn.Linear(x[0].numel(), 256), nn.Tanh(), nn.Linear(256, 64))
+            head = nn.Sequential(nn.Tanh(), nn.Linear(64, num_classes))
+        network = nn.Sequential(self.body, head)
+        order = torch.randperm(len(x), generator=generator_for("independent split"))
+        held_out, kept = order[: len(x) // 10], order[len(x) // 10 :]
+        optimizer = torch.optim.AdamW(network.parameters(), 2e-3, weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=NUM_UPDATES)
+        for update in range(NUM_UPDATES):
+            generator = generator_for("independent", update)
+            rows = kept[torch.randint(len(kept), (128,), generator=generator)]
+            noisy = x[rows] + 0.1 * torch.randn(x[rows].shape, generator=generator)
+            optimizer.zero_grad()
+            F.cross_entropy(network(noisy), labels[rows]).backward()
+            optimizer.step()
+            schedule.step()
+        network.eval()
+        with torch.no_grad():
+            accuracy = (network(x[held_out]).argmax(1) == labels[held_out]).double().mean().item()
+        self.name = f"perceptron-{digest_of(network)[:12]}"
+        self.facts = {"accuracy": round(accuracy, 4)}
+        self.resize = "none"
+
+    def features(self, samples: Tensor) -> Tensor:
+        return in_batches(self.body, samples, "cpu", 1000)
+
+
+@extractors.register("perceptron")
+def perceptron(path: str | None, measured: RealData) -> FeatureExtractor:
+    """64 features of a perceptron that no plan was tuned by."""
+    return Perceptron(*measured.labelled(), measured.num_classes)
+
+
+def drawn(model: Model, count: int, **method: Any) -> Tensor:
+    """Return samples of the fresh seeds, rounded as the run rounds its own."""
+    seeds = range(FIRST_SEED, FIRST_SEED + count)
+    x0 = model.sample(seeds, batch_size=500, **method)
+    return from_uint8(to_uint8(x0)) if model.manifest.is_image else x0
+
+
+def rows_of(run: RunFolder, references: Sequence[Reference], count: int, compared: int) -> list[dict[str, Any]]:
+    """Return a row for the teacher at its best and one for each student of a run."""
+    first, *others = run.stages()
+    teacher = halfstep.load(first.path)
+    at_best = [drawn(teacher, count, sampler=one.sampler, num_steps=one.num_steps) for one in AT_BEST]
+    rows: list[dict[str, Any]] = [{"run": run.path.name, "model": "teacher at its best", "steps": None}]
+    best = []
+    for name, reference in zip(("own", "other"), references, strict=True):
+        figures = [reference.figures(samples).values for samples in at_best]
+        least = min(figures, key=lambda one: one["frechet"])
+        best.append(least)
+        rows[0] |= {f"{name} ratio": 1.0} | {f"{name} {each}": round(least[each], 4) for each in KEPT}
+    for folder in others:
+        model = halfstep.load(folder.path)
+        if model.num_steps is None:
+            continue
+        samples = drawn(model, count)
+        row: dict[str, Any] = {"run": run.path.name, "model": folder.name, "steps": model.num_steps}
+        for name, reference, least in zip(("own", "other"), references, best, strict=True):
+            found = reference.figures(samples).values
+            row[f"{name} ratio"] = round(found["frechet"] / least["frechet"], 4)
+            row |= {f"{name} {each}": round(found[each], 4) for each in KEPT}
+        apart = samples[:compared] - at_best[-1][:compared]
+        row["rmse"] = round(apart.double().pow(2).mean().sqrt().item(), 4)
+        rows.append(row)
+        print(row, flush=True)
+    return rows
+
+
+def averaged(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the mean over the runs of every figure, by model."""
+    found = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        own = [row for row in rows if row["model"] == model]
+        numbers = [name for name, value in own[0].items() if isinstance(value, float)]
+        found.append(
+            {"model": model, "steps": own[0]["steps"], "runs": len(own)}
+            | {name: round(fmean(row[name] for row in own), 4) for name in numbers}
+        )
+    return found
+
+
+def references_of(data: Data, evaluation: Evaluation) -> list[Reference]:
+    """Return the reference in the run's own features, and in the perceptron's."""
+    own, other = (replace(evaluation, features=one) for one in (features_for(data, evaluation), "perceptron"))
+    return [Reference(data, own, cache_folder()), Reference(data, other)]
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of runs of one recipe, with other seeds")
+    parser.add_argument("--num-samples", type=int, help="samples of each model; as the runs' recipe by default")
+    parser.add_argument("--threads", type=int, help="CPU threads of torch")
+    parser.add_argument("--short", action="store_true", help="write no file unless --out is given")
+    parser.add_argument("--out", type=Path, help="the JSON; docs/results/benchmarks/independent.json by default")
+    options = parsed(parser)
+    rows: list[dict[str, Any]] = []
+    references: list[Reference] = []
+    for path in options.runs:
+        recipe = Recipe.model_validate(RunFolder(path).recipe()["recipe"])
+        data = open_data(recipe.data)
+        references = references or references_of(data, recipe.evaluation)
+        count = options.num_samples or recipe.evaluation.num_samples
+        rows += rows_of(RunFolder(path), references, count, recipe.evaluation.num_compared)
+    facts = {one.extractor.name: dict(one.extractor.facts) for one in references}
+    write("independent", rows, options, features=facts, first_seed=FIRST_SEED, mean=averaged(rows))
+
+
+if __name__ == "__main__":
+    main()
