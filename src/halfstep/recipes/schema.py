@@ -44,7 +44,7 @@ from halfstep.runs.schema import shortened
 from halfstep.runtime.files import cache_folder, user_path
 from halfstep.runtime.terminal import one_line
 from halfstep.samplers import samplers
-from halfstep.train.settings import LEARNED, Engine
+from halfstep.train.settings import IDLE, Engine
 
 Positive = Annotated[int, Field(ge=1, le=MOST_UPDATES)]
 Steps = Annotated[int, Field(ge=1, le=MOST_STEPS)]
@@ -340,8 +340,6 @@ class StageConfig(Config):
         return objective
 
 
-IDLE: Final = tuple(setting.name for setting in fields(Engine) if setting.name not in LEARNED)
-"""Fields of the engine that do not change what is learned."""
 FREE_FIELDS: Final = (
     *("chain.keep", "data.source", "data.skip_broken", "data.accept_changed"),
     *(f"evaluation.{setting.name}" for setting in fields(Evaluation)),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Final, final
 
 import torch
+from torch import nn
 
 from halfstep.core.draw import Draw
 from halfstep.core.noise import NoiseProcess
@@ -14,7 +15,6 @@ from halfstep.data import Data, held_on, training_batch
 from halfstep.data.base import Batches
 from halfstep.measure.evaluate import Evaluation
 from halfstep.models.model import Model
-from halfstep.nets import Network
 from halfstep.objectives import Batch, Outcome, Parents, Plan, Stage, parents_of
 from halfstep.train.settings import Engine
 
@@ -33,10 +33,14 @@ class RunSpec:
     data: Data
     process: NoiseProcess
     prediction: Prediction
-    network: Callable[[], Network] | None = None
+    network: Callable[[], nn.Module] | None = None
     """Makes a fresh network for the first stage; not called when there is a `teacher`."""
     teacher: Model | None = None
     """The model to start the chain from, instead of a first stage."""
+    own_network: nn.Module | None = None
+    """What all models have copies of, if it is of the user's own class, which no manifest can build."""
+    own_conditions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Conditions other than the class, with their shapes for one sample, of a plan that begins without a teacher."""
     start_steps: int | None = None
     """Steps of the first teacher of the chain."""
     conditional: bool = True
@@ -91,12 +95,15 @@ class RunSpec:
             return self.teacher.num_classes
         return self.data.num_classes if self.conditional else 0
 
+    @property
+    def conditions(self) -> Mapping[str, tuple[int, ...]]:
+        """Conditions of the models other than the class, with their shapes for one sample."""
+        return self.own_conditions if self.teacher is None else self.teacher.manifest.conditions
+
     def batches(self, device: torch.device) -> Batches:
         """Return the training batches, with the data held on the device if it is small."""
         data = held_on(device, self.data)
-        shown = {"class_labels"} if self.conditional else set()
-        if self.teacher is not None:
-            shown |= set(self.teacher.manifest.conditions)
+        shown = ({"class_labels"} if self.conditional else set()) | set(self.conditions)
 
         def batch(draw: Draw) -> Batch:
             x0, cond = training_batch(data, draw, self.flip)
