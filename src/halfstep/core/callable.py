@@ -8,6 +8,8 @@ from typing import Any, final
 
 from torch import Tensor, nn
 
+from halfstep.core.door import got
+
 
 def _used(value: Any) -> Iterator[nn.Module]:
     """Yield the modules that a callable calls: those that it closes over, is bound to, or holds as attributes."""
@@ -31,8 +33,9 @@ def _closed_over(function: FunctionType) -> dict[str, Any]:
     found = {name: function.__globals__[name] for name in names if name in function.__globals__}
     held: dict[str, Any] = {name: value for name, value in found.items() if isinstance(value, nn.Module)}
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        if isinstance(cell.cell_contents, nn.Module | FunctionType | MethodType | functools.partial):
-            held[name] = cell.cell_contents
+        value = cell.cell_contents
+        if value is not function and isinstance(value, nn.Module | FunctionType | MethodType | functools.partial):
+            held[name] = value
     return held
 
 
@@ -67,5 +70,10 @@ class CallableNetwork(nn.Module):
         for part in self.parts:
             copy.deepcopy(part, memo)
         twin = CallableNetwork(_twin(self.function, memo))
+        if set(twin.parts) & set(self.parts) or len(twin.parts) != len(self.parts):
+            raise ValueError(
+                f"the network is {got(self.function)}, whose modules cannot be copied. Make it an nn.Module that holds "
+                "them"
+            )
         memo[id(self)] = twin
         return twin.train(self.training)

@@ -1,6 +1,7 @@
 """Training and distillation of models that are made in Python, in memory or into a run folder."""
 
 import contextlib
+import copy
 import dataclasses
 import json
 import threading
@@ -45,7 +46,8 @@ from halfstep.run.spec import RunSpec
 from halfstep.runs import RunFolder
 from halfstep.runtime.devices import existing_device
 from halfstep.runtime.files import cache_folder
-from halfstep.runtime.processes import launched, make_accelerator
+from halfstep.runtime.launch import world_size
+from halfstep.runtime.processes import make_accelerator
 from halfstep.runtime.stop import Interrupted, StopSignal
 from halfstep.runtime.tensors import digest_of
 from halfstep.samplers import Sampler
@@ -102,7 +104,7 @@ class _Call:
         here = torch.accelerator.current_accelerator()
         if self.engine.cpu or here is None or here.type != found.type:
             raise ValueError(f"the device {found} cannot be used: engine.cpu is set, or torch uses {here}. Remove one")
-        if launched() > 1 and found.index is not None:
+        if world_size() > 1 and found.index is not None:
             raise ValueError(f"device {found} was asked for, but the launcher gives each process its own. Remove it")
         module = torch.get_device_module(found)
         with module.device(found.index) if found.index is not None else contextlib.nullcontext():
@@ -228,7 +230,8 @@ def fit(
         plan,
         network,
         {},
-        network=lambda: network.network,
+        # A copy: a call that was cut must not have moved the weights that the next one begins with.
+        network=lambda: copy.deepcopy(network.network),
         own_conditions=conditions_of(call.data),
         clip=_is_image(call.data),
     )
