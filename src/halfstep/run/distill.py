@@ -42,7 +42,7 @@ from halfstep.run.own_samples import samples_of
 from halfstep.run.progress import bars
 from halfstep.run.runner import run
 from halfstep.run.sources import CLASSES, Source, StreamedBatches, as_batches, as_source, conditions_of
-from halfstep.run.spec import RunSpec
+from halfstep.run.spec import FREE_SETTINGS, RunSpec
 from halfstep.runs import RunFolder
 from halfstep.runtime.devices import existing_device
 from halfstep.runtime.files import cache_folder
@@ -52,7 +52,7 @@ from halfstep.runtime.stop import Interrupted, StopSignal
 from halfstep.runtime.tensors import digest_of
 from halfstep.samplers import Sampler
 from halfstep.train.engine import StageTrainer
-from halfstep.train.settings import IDLE, Engine
+from halfstep.train.settings import Engine
 from halfstep.train.window import Window
 
 STUDENT_TRAINING: Final = Training(num_updates=1000, learning_rate=2e-4)
@@ -178,7 +178,7 @@ class _Call:
             seed=self.seed,
             evaluation=evaluation,
             cache=cache_folder(),
-            free=tuple(f"engine.{name}" for name in IDLE),
+            free=("name", "data.source", *FREE_SETTINGS),
             **more,
         )
 

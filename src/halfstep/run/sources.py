@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from halfstep.core.door import got
 from halfstep.core.draw import Draw
-from halfstep.data import Data, DataConfig, MemoryData, held_on, open_data, training_batch
+from halfstep.data import Data, DataConfig, MemoryData, held_on, open_data, training_batch, warn_of_scale
 from halfstep.data.base import Batches, updates_ahead
 from halfstep.objectives import Batch
 
@@ -43,14 +43,19 @@ class StreamedBatches:
         self._held.append(self._next())
 
     @property
+    def first(self) -> Batch:
+        """The next batch, of the iterable's own size."""
+        return self._held[0]
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Shape of one sample."""
-        return tuple(self._held[0].x0.shape[1:])
+        return tuple(self.first.x0.shape[1:])
 
     @property
     def conditions(self) -> dict[str, tuple[int, ...]]:
         """Conditions by name, with the shape of each for one sample."""
-        return {name: tuple(value.shape[1:]) for name, value in self._held[0].cond.items()}
+        return {name: tuple(value.shape[1:]) for name, value in self.first.cond.items()}
 
     def __call__(self, draw: Draw) -> Batch:
         key = (draw.stream, draw.update)
@@ -177,11 +182,17 @@ def in_memory(x0: Array, cond: Mapping[str, Array] | None = None) -> MemoryData:
 
 
 def as_source(data: Source | StreamedBatches) -> Data | StreamedBatches:
-    """Return what the user passes as data, opened and checked.
+    """Return what the user passes as data, opened and checked; warn if its scale is far from the noise's.
 
     Raises:
         ValueError: if it cannot be used.
     """
+    opened = _opened(data)
+    warn_of_scale(opened if isinstance(opened, Data) else MemoryData("the first batch", opened.first.x0))
+    return opened
+
+
+def _opened(data: Source | StreamedBatches) -> Data | StreamedBatches:
     if isinstance(data, Data | StreamedBatches):
         return data
     if isinstance(data, str | Path):
@@ -220,7 +231,7 @@ def conditions_of(data: Data | StreamedBatches) -> dict[str, tuple[int, ...]]:
 
 def as_batches(data: Source | StreamedBatches, device: torch.device) -> tuple[Batches, int]:
     """Return the batches of the data, and for how many updates to make them ahead."""
-    held = as_source(data)
+    held = _opened(data)
     if isinstance(held, StreamedBatches):
         return held, updates_ahead(device, reads_files=False)
     near = held_on(device, held)

@@ -1,7 +1,7 @@
 """How a run uses the machine."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar, Final, Literal, final, get_args
 
 from halfstep.objectives.base import FORBID_EXTRA, MOST_AT_ONCE, check_whole
@@ -88,6 +88,3 @@ class Engine:
 
 LEARNED: Final = ("precision", "teacher_precision", "optimizer")
 """Settings of the engine that change what is learned."""
-
-IDLE: Final = tuple(setting.name for setting in fields(Engine) if setting.name not in LEARNED)
-"""Those that do not, and may change when a run resumes."""
