@@ -14,7 +14,7 @@ from halfstep.core.noise import processes
 from halfstep.core.prediction import predictions
 from halfstep.core.warnings import HalfstepWarning
 from halfstep.models.model import Model
-from halfstep.nets import OWN, LoRA, build_network, describe_network, load_own_state, merged, own_state
+from halfstep.nets import OWN, LoRA, build_network, load_own_state, own_state
 from halfstep.runs import Manifest, RunFolder, StageFolder
 from halfstep.runtime.devices import existing_device
 from halfstep.runtime.files import DamagedFile, last_line, write_sealed
@@ -134,10 +134,9 @@ def save(model: Model, path: str | Path) -> None:
     # The folder is no model while its weights are replaced.
     folder.manifest_path.unlink(missing_ok=True)
     folder.null.unlink(missing_ok=True)
-    network = merged(model.network)
-    changes = {"run": None, "stage": folder.name, "network": describe_network(network), "base": None}
-    denoiser = NetworkDenoiser(network, model.process, model.prediction)
-    save_stage(folder, denoiser, model.manifest.model_copy(update=changes), model.null)
+    whole = model.merged()
+    manifest = whole.manifest.model_copy(update={"run": None, "stage": folder.name})
+    save_stage(folder, whole.denoiser, manifest, whole.null)
 
 
 def _read(file: Path) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from halfstep.core.grids import check_num_steps
 from halfstep.core.noise import NoiseProcess, processes
 from halfstep.core.prediction import Denoised, Prediction, predictions
 from halfstep.core.warnings import HalfstepWarning
-from halfstep.nets import describe_network
+from halfstep.nets import describe_network, merged
 from halfstep.objectives import Guidance, Role, guidances
 from halfstep.objectives import Outcome as Made
 from halfstep.runs import Manifest, Outcome
@@ -163,6 +163,14 @@ class Model(Denoiser):
     def device(self) -> torch.device:
         """Where the weights lie."""
         return next(self.denoiser.parameters()).device
+
+    def merged(self) -> "Model":
+        """Return the model itself, or with its low-rank additions as part of the weights that they are added to."""
+        network = merged(self.network)
+        if network is self.network:
+            return self
+        manifest = self.manifest.model_copy(update={"network": describe_network(network), "base": None})
+        return Model(NetworkDenoiser(network, self.process, self.prediction).eval(), manifest, self.null)
 
     def noise(self, seeds: int | Sequence[int]) -> Tensor:
         """Draw x_t at t = 1 `[len(seeds), *shape]`, scaled as the process is, each row a function of its seed."""

@@ -145,7 +145,7 @@ class _Call:
             if stopped.code == 130:
                 raise KeyboardInterrupt(f"the state is saved in {out}: the same call resumes") from None
             raise SystemExit(stopped.code) from None
-        return model_of(spec.stages[-1][0]).to(device)
+        return model_of(spec.stages[-1][0]).merged().to(device)
 
     def spec(self, call: str, plan: Plan, denoiser: NetworkDenoiser, told: dict[str, Any], **more: Any) -> RunSpec:
         """Return what a run folder needs of a call."""
