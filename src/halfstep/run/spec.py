@@ -16,13 +16,13 @@ from halfstep.data.base import Batches
 from halfstep.measure.evaluate import Evaluation
 from halfstep.models.model import Model
 from halfstep.objectives import Batch, Outcome, Parents, Plan, Stage, parents_of
-from halfstep.train.settings import LEARNED, Engine
+from halfstep.train.settings import IDLE, Engine
 
 GIVEN_TEACHER: Final = "00-teacher"
 """Stage of a teacher that was given."""
 FREE_SETTINGS: Final = (
     *(f"evaluation.{setting.name}" for setting in fields(Evaluation)),
-    *(f"engine.{setting.name}" for setting in fields(Engine) if setting.name not in LEARNED),
+    *(f"engine.{name}" for name in IDLE),
 )
 """Settings of evaluation and engine that may change when a run resumes: they do not change what is learned."""
 
