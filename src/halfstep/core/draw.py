@@ -166,9 +166,10 @@ def step_noise(
 
     Each row is a function of its own seed and the step's number alone.
     """
+    seeds = as_seeds(seeds)
 
     def noise(number: int) -> Tensor:
-        return _normal_rows([("sample", int(seed), "step", number) for seed in as_seeds(seeds)], shape, dtype)
+        return _normal_rows([("sample", int(seed), "step", number) for seed in seeds], shape, dtype)
 
     return noise
 
