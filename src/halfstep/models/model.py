@@ -141,7 +141,7 @@ class Model(Denoiser):
 
     @property
     def prediction(self) -> Prediction:
-        """What the network's output means."""
+        """Meaning of the network's output."""
         return self.denoiser.prediction
 
     @property

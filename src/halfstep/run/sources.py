@@ -1,4 +1,4 @@
-"""What the Python API takes as training data, made into data or batches, and checked before anything is trained."""
+"""Training data of the Python API, opened and checked before training starts."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path

@@ -43,7 +43,7 @@ class RunSpec:
     teacher: Model | None = None
     """The model to start the chain from, instead of a first stage."""
     own_network: nn.Module | None = None
-    """What all models have copies of, if it is of the user's own class, which no manifest can build."""
+    """Network of the user's own class, which no manifest can build: each model gets a copy."""
     own_conditions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Conditions other than the class, with their shapes for one sample, of a plan that begins without a teacher."""
     start_steps: int | None = None
