@@ -501,6 +501,10 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "a number as training": (lambda: _distill(training=100), r"Pass halfstep\.Training\(num_updates"),
     "a number as guidance": (lambda: _distill(guidance=4.0), r"Pass halfstep\.FixedGuidance\(4\.0\)"),
     "a class as prediction": (lambda: _distill(prediction=halfstep.X0), r"Call it: X0\(\.\.\.\)"),
+    "a fraction of steps": (lambda: _distill(to=0.5), "to must be a whole number"),
+    "a word as start": (lambda: _distill(start="64"), "start must be a whole number"),
+    "a number to finish": (lambda: _distill(finish=1), r"finish=\[2, 1\]"),
+    "a number of Heun steps": (lambda: halfstep.Evaluation(teacher_heun_steps=2), r"Pass \(2,\)"),  # type: ignore[arg-type]
     "a dict as engine": (lambda: _fit(engine={}), r"Pass halfstep\.Engine\("),
     "True as evaluation": (lambda: _fit(evaluation=True), r"Pass halfstep\.Evaluation\(\)"),
     "evaluation without out": (lambda: _fit(evaluation=halfstep.Evaluation()), "Pass out"),

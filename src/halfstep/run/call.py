@@ -29,7 +29,7 @@ from halfstep.run.spec import FREE_SETTINGS, RunSpec
 from halfstep.runs import RunFolder
 from halfstep.runtime.devices import existing_device
 from halfstep.runtime.files import cache_folder
-from halfstep.runtime.launch import world_size
+from halfstep.runtime.launch import rank, world_size
 from halfstep.runtime.processes import make_accelerator
 from halfstep.runtime.stop import Interrupted, StopSignal
 from halfstep.train.engine import StageTrainer
@@ -91,7 +91,7 @@ class Call:
 
     def watch(self, events: Iterator[Event], model_of: Callable[[str], Any]) -> None:
         """Run through the events of a call and tell the callbacks and the progress bar."""
-        with bars(self.progress) as shown:
+        with bars(self.progress and rank() == 0) as shown:
             for event in events:
                 if isinstance(event, StageStart):
                     shown.start(event.name, event.stage.training.num_updates, event.resumed_at)

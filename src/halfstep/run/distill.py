@@ -24,6 +24,7 @@ from halfstep.objectives import (
     Role,
     Training,
 )
+from halfstep.objectives.base import check_whole
 from halfstep.run.call import Chain, OnStage, OnWindow, call_of, is_image
 from halfstep.run.course import Match, Start, course
 from halfstep.run.own_samples import samples_of
@@ -192,7 +193,9 @@ def distill(
         DifferentRecipe: a ValueError, if `out` holds a run of another call.
         NonFinite: if training diverged.
     """
-    _check_plan_arguments(training, plan, prediction, process, guidance, matching, teacher_sampler, lora_rank)
+    _check_plan_arguments(
+        to, start, finish, training, plan, prediction, process, guidance, matching, teacher_sampler, lora_rank
+    )
     if not isinstance(teacher, Model):
         _check_bare("the teacher", teacher)
     call = call_of(
@@ -274,6 +277,9 @@ def distill(
 
 
 def _check_plan_arguments(
+    to: Any,
+    start: Any,
+    finish: Any,
     training: Any,
     plan: Any,
     prediction: Any,
@@ -284,6 +290,10 @@ def _check_plan_arguments(
     lora_rank: Any,
 ) -> None:
     """Raise ValueError if an argument of `distill` is of another kind."""
+    check_whole("to", to)
+    check_whole("start", to if start is None else start)
+    if isinstance(finish, str) or not isinstance(finish, Plan | Sequence):
+        raise ValueError(f"finish must be the steps of students, got {finish!r}. Pass a list: finish=[2, 1]")
     made = "halfstep.Training(num_updates=2000, learning_rate=2e-4)"
     kinds: list[tuple[str, Any, type, str]] = [
         ("training", training, Training, made),
