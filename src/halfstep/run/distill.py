@@ -116,7 +116,7 @@ def _network_of(denoiser: Denoiser) -> NetworkDenoiser:
     if not isinstance(denoiser, NetworkDenoiser):
         raise ValueError(
             f"a run folder holds networks, and {type(denoiser).__name__} is a denoiser of your own. Pass a "
-            "NetworkDenoiser, or leave out away"
+            "NetworkDenoiser, or leave `out` away"
         )
     return denoiser
 
