@@ -56,6 +56,15 @@ def test_time_left_is_the_work_left_at_the_present_pace(tmp_path: Path) -> None:
     assert status.updates == (30, 170)
 
 
+def test_updates_from_before_a_change_of_pace_do_not_count(tmp_path: Path) -> None:
+    """A run that was slow before it was stopped, and one whose machine got other work."""
+    for before, after in ((9.0, 0.3), (0.3, 9.0)):
+        rows = [*(row("00-denoise", 10 * k, before * 10 * k) for k in range(1, 7))]
+        rows += [row("00-denoise", 60 + 10 * k, before * 60 + after * 10 * k) for k in (1, 2)]
+        status = read_status(folder_of(tmp_path / str(before), rows, state="running"))
+        assert status.stages[0].seconds_an_update == pytest.approx(after)
+
+
 def test_a_process_that_is_gone_or_silent_has_stopped(tmp_path: Path) -> None:
     rows = [row("00-denoise", 10, 3.0)]
     child = subprocess.Popen([sys.executable, "-c", ""])

@@ -1,10 +1,12 @@
 """The progress of a run, as its live display shows it and as any other process reads it from the folder.
 
 Time left is counted in forward passes: a stage's updates times the cost of one, from recipe.json. The pace is that of
-the last updates of the current stage, or of the stage before until it has some.
+the last updates of the current stage, or of the stage before until it has some; updates from before a change of pace,
+such as a restart on another machine, do not count.
 """
 
 import contextlib
+import itertools
 import math
 import os
 import time
@@ -23,7 +25,9 @@ StageState = Literal["to come", "training", "measuring", "done", "damaged"]
 RunState = Literal["running", "stopped", "finished", "diverged", "failed"]
 
 PACE_ROWS: Final = 10
-"""Rows of the log over which the pace is taken."""
+"""Rows of the log over which the pace is taken, at most."""
+SAME_PACE: Final = 2.0
+"""Factor by which the pace between two rows may differ from the latest to count as well."""
 RESULT: Final = {"sampler", "num_steps", "num_evals", "frechet"}
 """Fields of a result that the status as data holds."""
 LOG_BYTES: Final = 2**20
@@ -76,9 +80,11 @@ class StageStatus:
     def seconds_an_update(self) -> float:
         """The present pace; NaN before there is one."""
         rows = [row for row in self.rows[-PACE_ROWS:] if row[0] <= self.update]
-        if len(rows) > 1 and rows[-1][0] > rows[0][0]:
-            return max(0.0, rows[-1][1] - rows[0][1]) / (rows[-1][0] - rows[0][0])
-        return self.seconds / self.update if self.update and self.seconds else math.nan
+        if len(rows) < 2:
+            return self.seconds / self.update if self.update and self.seconds else math.nan
+        paces = [_pace(*pair) for pair in reversed(list(itertools.pairwise(rows)))]
+        alike = itertools.takewhile(lambda pace: paces[0] <= SAME_PACE * pace and pace <= SAME_PACE * paces[0], paces)
+        return _pace(rows[-1 - len(list(alike))], rows[-1])
 
     def take(self, row: Mapping[str, Any]) -> None:
         """Take in a row of the log."""
@@ -86,10 +92,17 @@ class StageStatus:
         if not isinstance(update, int) or finite(update) is None or seconds is None:
             return
         self.update, self.seconds = update, seconds
+        while self.rows and self.rows[-1][0] >= update:
+            self.rows.pop()
         self.rows.append((update, seconds))
         del self.rows[: -4 * PACE_ROWS]
         self.loss, self.learning_rate = finite(row.get("loss")), finite(row.get("learning_rate"))
         self.samples_per_second = finite(row.get("samples_per_second"))
+
+
+def _pace(first: tuple[int, float], last: tuple[int, float]) -> float:
+    """Return the seconds of an update between two rows."""
+    return max(0.0, last[1] - first[1]) / (last[0] - first[0])
 
 
 @dataclass
@@ -300,7 +313,8 @@ def _update_run(status: RunStatus, folder: RunFolder, now: float) -> None:
             if last.state == "done" and not last.results:
                 last.state = "measuring"
     elif status.state == "finished" and current is not None:
-        status.state, status.message = "stopped", f"stage {current.name} has been removed since the run finished"
+        status.state = "stopped"
+        status.message = f"stage {current.name} is missing: its training was stopped, or it has been removed"
 
 
 def _gone(pid: object, machine: object, age: float) -> str | None:
