@@ -1,12 +1,11 @@
 """The progress of a run, as its live display shows it and as any other process reads it from the folder.
 
 Time left is counted in forward passes: a stage's updates times the cost of one, from recipe.json. The pace is that of
-the last updates of the current stage, or of the stage before until it has some; updates from before a change of pace,
-such as a restart on another machine, do not count.
+the last updates of the current stage, or of the stage before until it has some; those of an earlier process do not
+count, which may have run on another machine.
 """
 
 import contextlib
-import itertools
 import math
 import os
 import time
@@ -25,9 +24,7 @@ StageState = Literal["to come", "training", "measuring", "done", "damaged"]
 RunState = Literal["running", "stopped", "finished", "diverged", "failed"]
 
 PACE_ROWS: Final = 10
-"""Rows of the log over which the pace is taken, at most."""
-SAME_PACE: Final = 2.0
-"""Factor by which the pace between two rows may differ from the latest to count as well."""
+"""Rows of the log over which the pace is taken."""
 RESULT: Final = {"sampler", "num_steps", "num_evals", "frechet"}
 """Fields of a result that the status as data holds."""
 LOG_BYTES: Final = 2**20
@@ -80,11 +77,9 @@ class StageStatus:
     def seconds_an_update(self) -> float:
         """The present pace; NaN before there is one."""
         rows = [row for row in self.rows[-PACE_ROWS:] if row[0] <= self.update]
-        if len(rows) < 2:
-            return self.seconds / self.update if self.update and self.seconds else math.nan
-        paces = [_pace(*pair) for pair in reversed(list(itertools.pairwise(rows)))]
-        alike = itertools.takewhile(lambda pace: paces[0] <= SAME_PACE * pace and pace <= SAME_PACE * paces[0], paces)
-        return _pace(rows[-1 - len(list(alike))], rows[-1])
+        if len(rows) > 1:
+            return max(0.0, rows[-1][1] - rows[0][1]) / (rows[-1][0] - rows[0][0])
+        return self.seconds / self.update if self.update and self.seconds else math.nan
 
     def take(self, row: Mapping[str, Any]) -> None:
         """Take in a row of the log."""
@@ -99,10 +94,10 @@ class StageStatus:
         self.loss, self.learning_rate = finite(row.get("loss")), finite(row.get("learning_rate"))
         self.samples_per_second = finite(row.get("samples_per_second"))
 
-
-def _pace(first: tuple[int, float], last: tuple[int, float]) -> float:
-    """Return the seconds of an update between two rows."""
-    return max(0.0, last[1] - first[1]) / (last[0] - first[0])
+    def forget(self, lifetime: float) -> None:
+        """Drop the rows of earlier processes, if that at work has run for `lifetime` seconds."""
+        # It began to train a little later, so the first row that is left is about where it resumed.
+        self.rows = [row for row in self.rows if row[1] >= self.seconds - lifetime]
 
 
 @dataclass
@@ -301,6 +296,8 @@ def _update_run(status: RunStatus, folder: RunFolder, now: float) -> None:
         "started": written[0] if written else None,
         "updated": updated,
     }
+    if current is not None and len(written) == 2:
+        current.forget(updated - written[0])
     status.state, status.message = beat["state"], beat.get("message")
     if status.state == "running":
         reason = _gone(pid, machine, now - updated)
