@@ -160,9 +160,10 @@ def test_a_disk_that_fails_under_tensorboards_thread_is_one_line_and_loses_nothi
         write(self, data)
 
     capfd.readouterr()
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+    with monkeypatch.context() as patch:
         patch.setattr(RecordWriter, "write", failing)
-        main([*command, "--out", str(tmp_path / "run"), "--engine.trackers", "tensorboard"])
+        with pytest.raises(SystemExit) as end:
+            main([*command, "--out", str(tmp_path / "run"), "--engine.trackers", "tensorboard"])
     (line,) = capfd.readouterr().err.splitlines()
     assert end.value.code == 3
     assert re.search(r"the last good checkpoint is \S+checkpoint-\d+; .* run the same command again$", line)

@@ -310,7 +310,8 @@ main(["explore", *sys.argv[1:]])
 def test_slow_connections_are_closed_a_long_sampling_is_not_and_ctrl_c_ends_it(run: Path) -> None:
     """In the order of events: the step never ends, so all that ends has not waited for it."""
     process = subprocess.Popen(
-        [sys.executable, "-c", SLOW, str(run), "--port", "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-c", SLOW, str(run), "--port", "0"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     try:
@@ -323,9 +324,8 @@ def test_slow_connections_are_closed_a_long_sampling_is_not_and_ctrl_c_ends_it(r
             return connection
 
         head = f"Host: 127.0.0.1:{port}\nContent-Type: application/json\n"
-        body = json.dumps({"data": request()})
-        asked = connected(f"POST /gradio_api/call/compare HTTP/1.1\n{head}Content-Length: {len(body)}\n\n{body}")
-        event = json.loads(asked.recv(4096).decode().partition("\r\n\r\n")[2])["event_id"]
+        asked = httpx.post(f"http://127.0.0.1:{port}/gradio_api/call/compare", json={"data": request()}, timeout=60)
+        event = asked.json()["event_id"]
         answer = connected(f"GET /gradio_api/call/compare/{event} HTTP/1.1\n{head}\n")
         assert process.stdout.readline() == "sampling\n"
         silent, half = connected(""), connected(f"GET / HTTP/1.1\n{head}")

@@ -36,7 +36,7 @@ MOVING_WIDTH: Final = 256
 MILLISECONDS: Final = 120
 """For which a frame of it is seen."""
 PATIENCE: Final = 10.0
-"""Seconds in which a client must have sent its headers, then its body, and take some part of its answer."""
+"""Seconds in which a client must send its headers, then its body, and read some part of its answer."""
 PATHS: Final = re.compile(
     r"/(|config|theme\.css|favicon\.ico|(assets|static)/.*"
     r"|gradio_api/(info|app_id|theme\.css|startup-events|queue/(join|data)|heartbeat/\w+|call/(compare|strip|walk)(/\w+)?|cancel|reset))/?"
@@ -234,7 +234,7 @@ def serve(
 
 
 def _impatient() -> Any:
-    """Return uvicorn's protocol with an end to waiting for headers, and for a client that takes no more of an answer."""
+    """Return uvicorn's protocol with an end to waiting for headers, and for a client that stops reading its answer."""
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     class Impatient(H11Protocol):
@@ -250,7 +250,7 @@ def _impatient() -> Any:
                 self.idle_since = self.loop.time()
             elif self.loop.time() - self.idle_since > PATIENCE:
                 if unsent:
-                    # The system would keep what nobody takes, and go on offering it.
+                    # Without this the kernel would keep the rest of the answer and its socket.
                     held = self.transport.get_extra_info("socket")
                     held.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                     self.transport.abort()
