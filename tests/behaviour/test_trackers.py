@@ -5,6 +5,7 @@ import io
 import itertools
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,8 @@ def test_weights_and_biases_without_a_login_is_refused_with_the_ways_out(
     assert end.value.code == 2
     assert "the tracker wandb cannot" in line
     assert "run `wandb login`, or set WANDB_MODE=offline" in line
-    # What is done instead works in the same folder.
+    # What is done instead works in the same folder; another process would read its environment again.
+    sys.modules["wandb"].teardown()
     monkeypatch.setenv("WANDB_MODE", "offline")
     main([*command, "--engine.trackers", "wandb", "--evaluation.no-enabled"])
     assert RunFolder(tmp_path / "run").stages()

@@ -143,7 +143,8 @@ def _accept(spec: RunSpec, folder: RunFolder, held: Mapping[str, Any]) -> None:
     """
     before, now = held.get("data"), _form(spec)
     changed = changed_since(spec.data.source, folder.recipe_path.stat().st_mtime)
-    said = [f"{len(changed):,} changed files: {', '.join(map(str, changed[:3]))}"] if changed else []
+    files = "file" if len(changed) == 1 else "files"
+    said = [f"{len(changed):,} changed {files}: {', '.join(map(str, changed[:3]))}"] if changed else []
     fits = isinstance(before, dict) and all(before.get(name) == now[name] for name in ("shape", "class_names"))
     if isinstance(before, dict):
         other = [name for name in now if before.get(name) != now[name]]
