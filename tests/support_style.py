@@ -149,7 +149,7 @@ def prose_of_python(source: str) -> Iterator[Sentence]:
             text = node.value
         else:
             continue
-        # A name, a path or a format is no prose.
+        # A name, a path or a format is not prose.
         if len(text.split()) > 2:
             for place in re.split(r"\n\s*\n", re.sub(r"(?<!`)`[^`\n]+`", "`x`", text)):
                 yield from sentences(place, node.lineno)

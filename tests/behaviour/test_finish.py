@@ -223,7 +223,7 @@ def test_a_finish_is_added_to_a_run_and_further_ones_after_it(trained: Path, cap
 def test_what_a_finish_cannot_do_is_one_line(trained: Path, tmp_path: Path, capsys: Capture) -> None:
     assert "refines a student of 3 steps" in refused(["finish", str(trained), "--steps", "3"], capsys)
     assert "finished once, got 1, 1" in refused(["finish", str(trained), "--steps", "1", "1"], capsys)
-    assert "is no run (no recipe.json)" in refused(["finish", str(tmp_path), "--steps", "1"], capsys)
+    assert "is not a run (no recipe.json)" in refused(["finish", str(tmp_path), "--steps", "1"], capsys)
     assert "the run is missing" in refused(["finish", "--steps", "1"], capsys)
     other = ["finish", str(trained), "--steps", "1", *BRIEF, "--chain.learning-rate", "0.5"]
     assert "Different: chain.training.learning_rate" in refused(other, capsys)

@@ -566,7 +566,7 @@ def test_what_cannot_be_encoded_is_refused_before_anything_is_written(
     assert "--batch-size must be at least 1, got 0" in said("dit", "classes", "--batch-size", "0")
     assert "the device 'banana' cannot be used here" in said("sd", "captioned", "--device", "banana")
     assert "makes no latents: give its images" in said("ddpm", "captioned")
-    assert "is no pipeline (no model_index.json)" in said("captioned", "captioned")
+    assert "is not a pipeline (no model_index.json)" in said("captioned", "captioned")
     assert "has no classes: put the images of each class into a sub-folder" in said("dit", "captioned")
     folder = shutil.copytree(here / "sd", here / "foreign-vae")
     edit("model_index.json", vae=["mine", "VAE"])(folder)
@@ -672,7 +672,7 @@ def test_what_is_no_pipeline_is_refused(source: str, said: str, tmp_path: Path, 
         ("ddpm", "digits", ["--matching.guidance-scale", "3"], "what stands for no condition is not known"),
         ("ddpm", "digits", ["--matching.null-class", "3"], "needs a teacher with classes"),
         ("classes-ddpm", "digits", ["--matching.guidance-scale", "3", "--matching.null-class", "11"],
-         "matching.null_class 11 is no class of the teacher, which knows 0 to 10"),
+         "matching.null_class 11 is not a class of the teacher, which knows 0 to 10"),
         ("classes-ddpm", "digits", ["--matching.guidance-scale", "3"], "give --matching.null-class"),
         ("ddpm", "digits", ["--matching.prediction", "w"], "unknown prediction 'w'"),
         ("ddpm", "digits", ["--matching.prediction", "both"], "but Both needs 2"),

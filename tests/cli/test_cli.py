@@ -88,7 +88,7 @@ def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
         (["study", "table1", "--seeds", "0"], "--seeds must be at least 1, got 0"),
         (["study", "table1", "--recipe", "digit"], "did you mean 'digits'?"),
         (["study", "steps", "--data", "nowhere"], "nowhere does not exist"),
-        (["report", "nowhere"], "nowhere is no run"),
+        (["report", "nowhere"], "nowhere is not a run"),
         (["ls", "sampler"], "did you mean 'samplers'?"),
     ],
 )
@@ -301,7 +301,7 @@ def test_more_steps_than_the_model_was_made_for_warns(digits_run: Path, tmp_path
 
 
 def test_vectors_have_no_picture(toy_run: Path, tmp_path: Path, capsys: Capture) -> None:
-    assert "are no images: write a .npz" in refused(["sample", str(toy_run), "--out", str(tmp_path / "x.png")], capsys)
+    assert "are not images: write a .npz" in refused(["sample", str(toy_run), "--out", str(tmp_path / "x.png")], capsys)
     main(["sample", str(toy_run), "--num-samples", "5", "--out", str(tmp_path / "x.npz")])
     array = np.load(tmp_path / "x.npz")["arr_0"]
     assert array.dtype == np.float32
@@ -337,7 +337,7 @@ def test_a_file_that_is_no_model_is_named(damage: str, toy_run: Path, tmp_path: 
     assert said in refused(["sample", str(folder), "--out", str(tmp_path / "x.npz")], capsys)
     file = tmp_path / "weights.ckpt"
     file.write_bytes(b"\x80\x04")
-    assert "is no model" in refused(["sample", str(file)], capsys)
+    assert "is not a model" in refused(["sample", str(file)], capsys)
 
 
 def test_distill_goes_on_from_a_stage_to_fewer_steps(toy_run: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -145,7 +145,8 @@ class Explorer:
             )
         if not self.manifest.is_image and self.shape != (2,):
             raise ValueError(
-                f"samples of shape {list(self.shape)} are no pictures, and the explorer shows images and points in the "
+                f"samples of shape {list(self.shape)} are not pictures, and the explorer shows images and "
+                f"points in the "
                 "plane only: use halfstep sample --out samples.npz"
             )
         self._models: OrderedDict[str, Model] = OrderedDict()

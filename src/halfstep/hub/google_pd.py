@@ -126,11 +126,11 @@ class Checkpoint(NamedTuple):
 def _array(code: int, data: bytes) -> np.ndarray:
     """An array (1) or a scalar (3) of flax's extension types; a complex number (2) is in no checkpoint."""
     if code not in (1, 3):
-        raise ValueError(f"an entry is of msgpack's extension type {code}, which is no array of flax")
+        raise ValueError(f"an entry is of msgpack's extension type {code}, which is not an array of flax")
     shape, name, content = msgpack.unpackb(data, raw=False)
     kind = np.dtype(name)
     if kind.kind not in "fiub":
-        raise ValueError(f"an array is of the type {name!r}, which is no plain number")
+        raise ValueError(f"an array is of the type {name!r}, which is not a plain number")
     if any(not isinstance(length, int) or length < 0 for length in shape):
         raise ValueError(f"an array has the shape {shape!r}")
     # Neither allocates: the array is a view of the file's bytes, and a shape that does not fit them is refused.
@@ -149,7 +149,7 @@ def _flat(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, np.n
         elif isinstance(value, np.ndarray):
             yield path, value
         else:
-            raise ValueError(f"{path} is no array")
+            raise ValueError(f"{path} is not an array")
 
 
 def read_checkpoint(file: Path) -> Checkpoint:

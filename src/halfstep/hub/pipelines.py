@@ -85,7 +85,7 @@ def fetch(source: str) -> Path:
         return Path(snapshot_download(source, allow_patterns=list(FETCHED), ignore_patterns=list(NOT_FETCHED)))
     except Exception as error:  # the Hub's client has many errors of its own, and network libraries below it more
         raise ValueError(
-            f"{source} is no folder here and could not be fetched from the Hub ({first_line(error)})"
+            f"{source} is not a folder here and could not be fetched from the Hub ({first_line(error)})"
         ) from None
 
 
@@ -93,7 +93,7 @@ def import_pipeline(source: str | Path, options: Mapping[str, Any] | None = None
     """Load the network of a pipeline as a teacher, on the CPU in float32.
 
     A pipeline with conditions is run for a few steps, to see what it feeds its network (hub/recording.py). Warns of
-    averaged weights beside those that are taken, and of a last noise level that is no pure noise.
+    averaged weights beside those that are taken, and of a last noise level that is not a pure noise.
 
     Args:
         source: a folder that diffusers has saved, or a name on the Hub.
@@ -211,7 +211,9 @@ def read_kind(folder: Path) -> str:
         ValueError: if there is none, it wants code of its own, is none of diffusers', or lacks a part.
     """
     if not (folder / "model_index.json").is_file():
-        raise ValueError(f"{folder} is no pipeline (no model_index.json): give a folder that diffusers has saved whole")
+        raise ValueError(
+            f"{folder} is not a pipeline (no model_index.json): give a folder that diffusers has saved whole"
+        )
     index = read_config(folder / "model_index.json")
     kind = index.get("_class_name")
     foreign = [
@@ -315,7 +317,9 @@ def _plain_parts(folder: Path) -> tuple[Path, Path]:
     if network is None:
         below = networks_below(folder)
         where = f". Give one of the folders in it, such as {below[-1]}" if below else ""
-        raise ValueError(f"{folder} is no pipeline (no model_index.json) and holds no network (no config.json){where}")
+        raise ValueError(
+            f"{folder} is not a pipeline (no model_index.json) and holds no network (no config.json){where}"
+        )
     kind = read_config(network / "config.json").get("_class_name")
     if kind != UNET:
         raise ValueError(

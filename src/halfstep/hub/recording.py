@@ -237,7 +237,7 @@ def trace(pipe: Any, num_steps: int, *, of: int = STEPS, computed: bool = True, 
         for part, name in ((scheduler, "step"), (scheduler, "set_timesteps"), (module, "forward")):
             vars(part).pop(name, None)
     raise ValueError(
-        f"{type(pipe).__name__} took {len(found.steps)} steps of its scheduler, and {num_steps} were asked for"
+        f"{type(pipe).__name__} took {len(found.steps)} steps of its scheduler, and {num_steps} were requested"
     )
 
 
@@ -357,7 +357,7 @@ class _Reading:
             if not one == two == later:
                 raise ValueError(f"the argument {path[1:]} is {one} for one prompt, {two} for two and {later} later")
             return {"is": "value", "value": two}
-        raise ValueError(f"the argument {path[1:]} is a {type(two).__name__}, which is no data")
+        raise ValueError(f"the argument {path[1:]} is a {type(two).__name__}, which is not data")
 
     def _sequence(self, path: str, one: Any, two: Any, later: Any) -> dict[str, Any]:
         if one is not None and (len(one), len(two)) == (1, 2):
@@ -644,7 +644,7 @@ def verify_guided(call: Mapping[str, Any], alone: Mapping[str, Tensor], step: St
     """Return how the two branches of a guided step were combined.
 
     Raises:
-        ValueError: if it is no classifier-free guidance.
+        ValueError: if it is not a classifier-free guidance.
     """
     branches = _branches(call, step)
     (with_,) = (made for cond, made in branches if _same(cond, alone))

@@ -65,7 +65,7 @@ class Model(Denoiser):
             return scale
         if scale is not None and not self.null:
             raise ValueError(
-                f"a guidance scale of {scale:g} was asked for, but this model knows no guidance: leave it out"
+                f"a guidance scale of {scale:g} was requested, but this model knows no guidance: leave it out"
             )
         # At 1 guidance is off, and one call does what two would.
         return None if scale == 1 else scale
@@ -147,14 +147,14 @@ class Model(Denoiser):
             raise ValueError(f"this model takes no condition {foreign[0]}: leave it out")
         if not self.num_classes:
             if class_label is not None:
-                raise ValueError("a class was asked for, but this model knows no classes: leave the class out")
+                raise ValueError("a class was requested, but this model knows no classes: leave the class out")
         elif class_label is None:
             cond["class_labels"] = sample_labels(seeds, self.manifest.classes_shown or self.num_classes).to(self.device)
         elif 0 <= class_label < self.num_classes:
             cond["class_labels"] = torch.full((len(seeds),), class_label, device=self.device)
         else:
             raise ValueError(
-                f"class {class_label} was asked for, but this model has classes 0 to {self.num_classes - 1}"
+                f"class {class_label} was requested, but this model has classes 0 to {self.num_classes - 1}"
                 + (f" ({shortened(names)})" if (names := self.manifest.class_names) else "")
             )
         scale = self._scale(guidance_scale)

@@ -1,4 +1,4 @@
-"""A residual multilayer perceptron for data that is no image: points, features, actions."""
+"""A residual multilayer perceptron for data that is not an image: points, features, actions."""
 
 import math
 from collections.abc import Sequence

@@ -110,7 +110,7 @@ class UNetConfig(Config):
 
 
 class MLPConfig(Config):
-    """A residual multilayer perceptron, for data that is no image."""
+    """A residual multilayer perceptron, for data that is not an image."""
 
     type: Literal["mlp"] = "mlp"
     """Kind of network."""
@@ -482,7 +482,7 @@ def make_unet(config: UNetConfig, shape: tuple[int, ...], num_classes: int, chan
 
     Raises:
         ValueError: if samples have another shape, their sides cannot be halved so often, lists differ in length, or
-            channels are no multiple of the groups or of an attention head's.
+            channels are not multiple of the groups or of an attention head's.
     """
     widths, levels = config.block_out_channels, len(config.block_out_channels)
     if len(shape) != 3:
@@ -621,7 +621,7 @@ def _with_null(teacher: Model, config: MatchingConfig, data: Data) -> Model:
         last = max(int(null.get("class_labels", 0)), teacher.num_classes - 1)
         if config.null_class > last:
             raise ValueError(
-                f"matching.null_class {config.null_class} is no class of the teacher, which knows 0 to {last}"
+                f"matching.null_class {config.null_class} is not a class of the teacher, which knows 0 to {last}"
             )
         null = {"class_labels": torch.tensor(config.null_class)}
     if isinstance(data, LatentData) and not null and teacher.manifest.guidance is None:

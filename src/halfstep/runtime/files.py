@@ -209,9 +209,9 @@ def read_arrays(path: Path, *names: str) -> "dict[str, np.ndarray]":
 
 
 def check_regular(path: Path) -> None:
-    """Raise DamagedFile if something lies at `path` that is no file: opening a FIFO waits for a writer, for ever."""
+    """Raise DamagedFile if something lies at `path` that is not a file: opening a FIFO waits for a writer, for ever."""
     if path.exists() and not path.is_file():
-        raise DamagedFile(f"{path} is no file, but a folder, FIFO, socket or device: remove it")
+        raise DamagedFile(f"{path} is not a file, but a folder, FIFO, socket or device: remove it")
 
 
 def refuse_taken(out: Path, is_file: bool = False, remedy: str = "choose another --out") -> None:

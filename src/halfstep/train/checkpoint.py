@@ -43,7 +43,8 @@ class CheckpointWriter:
     def __init__(self, folder: StageFolder, run: str, processes: Processes) -> None:
         self.folder, self.run, self._processes = folder, run, processes
         self.last: Path | None = None
-        # One thread for all. It is no daemon: a process that ends on an error still ends the checkpoint that it began.
+        # One thread for all. It is not a daemon: a process that ends on an error still ends the checkpoint that it
+        # began.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="halfstep-checkpoint")
         self._begun: Future[Path] | None = None
 
