@@ -155,12 +155,17 @@ def prose_of_python(source: str) -> Iterator[Sentence]:
                 yield from sentences(place, node.lineno)
 
 
+def sentences_of(path: Path) -> Iterator[Sentence]:
+    """Yield the sentences of a page or module."""
+    prose = prose_of_python if path.suffix == ".py" else prose_of_markdown
+    return prose(path.read_text(encoding="utf-8"))
+
+
 def found_in(path: Path) -> list[str]:
     """Return `line: pattern: sentence` for each fault in a page or module."""
-    prose = prose_of_python if path.suffix == ".py" else prose_of_markdown
     return [
         f"{sentence.line}: {fault}: {sentence.text}"
-        for sentence in prose(path.read_text(encoding="utf-8"))
+        for sentence in sentences_of(path)
         if sentence.text not in ALLOWED
         for fault in faults(sentence.text)
     ]

@@ -235,7 +235,7 @@ def test_a_run_without_students_cannot_be_finished(trained: Path, tmp_path: Path
     data = json.loads((trained / "recipe.json").read_text())["recipe"]["data"]["source"]
     main(["train", "arrays", "--data", data, "--out", str(tmp_path / "teacher"), *TINY_ARRAYS])
     assert "Add --steps" in refused(["finish", str(tmp_path / "teacher")], capsys)
-    assert "holds a teacher only" in refused(["finish", str(tmp_path / "teacher"), "--steps", "1"], capsys)
+    assert "contains only a teacher" in refused(["finish", str(tmp_path / "teacher"), "--steps", "1"], capsys)
 
 
 def test_a_chain_from_a_given_teacher_is_finished_in_its_own_folder(trained: Path, tmp_path: Path) -> None:

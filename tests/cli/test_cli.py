@@ -269,7 +269,7 @@ def test_samples_are_written_under_their_own_name_or_not_at_all(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--out", "x.jpg"], "lossy formats are not offered"),
+        (["--out", "x.jpg"], "lossy formats are not supported"),
         (["--num-samples", "0"], "--num-samples must be at least 1, got 0"),
         (["--seed", "-1"], "--seed must be at least 0"),
         (["--num-steps", "0"], "--num-steps must be at least 1, got 0"),
@@ -348,7 +348,7 @@ def test_distill_goes_on_from_a_stage_to_fewer_steps(toy_run: Path, tmp_path: Pa
     assert stages[0].model.read_bytes() == RunFolder(toy_run).stages()[0].model.read_bytes()
     assert load(tmp_path / "d").num_steps == 2
     student = str(toy_run / "stages" / "01-halve-0002")
-    assert "leave --start out" in refused(["distill", student, "--to", "1", "--start", "4"], capsys)
+    assert "remove --start" in refused(["distill", student, "--to", "1", "--start", "4"], capsys)
     assert "the end must be below the start" in refused(
         ["distill", student, "--to", "2", "--out", str(tmp_path / "e")], capsys
     )

@@ -240,7 +240,7 @@ def warn_of_gain(process: NoiseProcess, prediction: Prediction, *, given: bool =
     """Warn if the first step from t = 1 multiplies the network's error beyond use: prediction of eps at zero SNR.
 
     Args:
-        given: whether the network is trained already, so that its own settings are not remedy.
+        given: whether the network is trained already, so that its own settings are no remedy.
     """
     gain = output_gain(process, prediction)
     # Beyond a gain of 1,000 an output good to 1 % determines nothing about x0.

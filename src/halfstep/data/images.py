@@ -70,7 +70,7 @@ _CHUNK: Final = 4096
 
 
 class TooDeep(ValueError):
-    """More bits than pixels have here. What was meant as white is not known, so nothing is scaled."""
+    """More bits than pixels have here. The intended white level is unknown, so nothing is scaled."""
 
 
 @final

@@ -97,7 +97,7 @@ class Shown(NamedTuple):
     is_start: bool
     """Whether the chain starts from it."""
     label: str
-    """What the model is, as a reader says it."""
+    """The model in words for a reader."""
     num_steps: int
     num_evals: int
     """Network calls for a sample."""

@@ -34,7 +34,7 @@ WRAPPERS: Final = {
 }
 """Prefixes that wrappers put before the names of all tensors, and which wrapper."""
 ADAPTER: Final = ".base_layer."
-"""What peft inserts into the names of layers that carry an adapter."""
+"""Part that peft inserts into the names of layers with an adapter."""
 AVERAGED: Final = {
     "decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup",
 }  # fmt: skip

@@ -46,10 +46,10 @@ cost. No table of 1000 levels has them as whole timesteps, so times between leve
 
 
 PIXELS: Final = ("DDPMPipeline", "DDIMPipeline", "ConsistencyModelPipeline")
-"""The pipelines of images without a VAE, whose one network is told by its config."""
+"""Image pipelines without a VAE, whose one network is identified by its config."""
 UNET: Final = "UNet2DModel"
 FETCHED: Final = ("*.json", "*.txt", "*.model", "*.jinja", "*/*.safetensors", "diffusion_pytorch_model*.safetensors")
-"""Of a repository: neither pickles nor code, and no weights beside the parts, where many keep them all in one file."""
+"""Files of a repository that are not downloaded: pickles, code, and single-file weights beside the parts."""
 NOT_FETCHED: Final = ("*.fp16.*", "*.fp16-*", "*.bf16.*", "*.bf16-*", "*.non_ema.*", "*.non_ema-*")
 """Variants of the weights, which are not read."""
 
@@ -93,7 +93,7 @@ def import_pipeline(source: str | Path, options: Mapping[str, Any] | None = None
     """Load the network of a pipeline as a teacher, on the CPU in float32.
 
     A pipeline with conditions is run for a few steps, to see what it feeds its network (hub/recording.py). Warns of
-    averaged weights beside those that are taken, and of a last noise level that is not a pure noise.
+    averaged weights beside those that are taken, and of a last noise level that is not pure noise.
 
     Args:
         source: a folder that diffusers has saved, or a name on the Hub.
@@ -355,14 +355,14 @@ def _network(folder: Path, schedule: Schedule) -> UNet2D:
     puts_out = int(config.get("out_channels") or channels)
     if puts_out not in (channels, 2 * channels):
         raise ValueError(
-            f"{folder} takes {channels} channels and puts out {puts_out}: as many are needed, or twice as many with a "
+            f"{folder} takes {channels} channels and returns {puts_out}: as many are needed, or twice as many with a "
             "learned variance"
         )
     if puts_out == 2 * channels:
         if not schedule.learned_variance:
             raise ValueError(
-                f"{folder} puts out {2 * channels} channels for {channels}, but its scheduler's variance_type says "
-                'nothing of a learned variance: set variance_type to "learned_range" if the second half is one'
+                f"{folder} returns {2 * channels} channels for {channels}, but its scheduler's variance_type does "
+                'not declare a learned variance: set variance_type to "learned_range" if the second half is one'
             )
         config["out_channels"] = channels
         for part in ("conv_out.weight", "conv_out.bias"):

@@ -301,7 +301,7 @@ class Objective(ABC):
 
     @property
     def label(self) -> str:
-        """What the stage is called in the name of its folder: the name of the class in the registry."""
+        """Name of the stage in its folder's name: the name of the class in the registry."""
         return objectives.name_of(self)
 
     @property

@@ -32,7 +32,7 @@ Source = Tensor | np.ndarray | Data | str | Iterable[Any]
 
 @final
 class StreamedBatches:
-    """Batches of any size from an iterable, cut and joined into those of the updates, and begun again at its end.
+    """Batches of any size from an iterable, regrouped into those of the updates; the iterable is restarted at its end.
 
     Unlike all other data here, what an update sees is whatever comes next, not a function of the update's number. Each
     of several processes must be given the same batches, of which it takes its own share.
@@ -148,7 +148,7 @@ def fit(
 
 @final
 class _Bench:
-    """What all stages of one call share."""
+    """Settings that all stages of one call share."""
 
     def __init__(
         self, data: Source, seed: int, precision: Precision, on_window: Callable[[str, Window], None] | None
@@ -216,7 +216,7 @@ def distill(
         plan: the halving stages instead of `to`, `start` and `training`.
         prediction: what the student's network predicts; as the teacher's if None.
         process: the student's noise process; the teacher's, or the cosine clock for a matched U-Net, if None.
-        guidance: what the student learns: `FixedGuidance`, or a `GuidanceRange` that its network is shown as
+        guidance: what the student learns: `FixedGuidance`, or a `GuidanceRange` that its network takes as
             `guidance_scale` `[batch]`.
         null: what stands for no condition, for one sample, by the names of the conditions; needed for guidance.
         matching: training of the matching stage; `training` if None.
