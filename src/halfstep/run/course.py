@@ -58,7 +58,7 @@ class Start:
     role: Role = Role.TEACHER
     num_steps: int | None = None
     guidance: Guidance | None = None
-    """What it has learned already."""
+    """Guidance that it has already learned."""
     may_move: bool = False
     """Whether its network can be carried over to another process."""
     sampler: Sampler = DDIM()
@@ -100,7 +100,7 @@ class Match:
 
     training: Training
     prediction: Prediction | None = None
-    """What the student predicts; v where the teacher's own prediction is unfit for few steps."""
+    """Prediction of the student; v if the teacher's own is unfit for few steps."""
     process: Callable[[NoiseProcess], NoiseProcess] | None = None
     """From the teacher's process to the student's."""
     guidance: Guidance | None = None

@@ -164,8 +164,8 @@ def distill(
         plan: the halving stages instead of `to`, `start` and `training`.
         prediction: what the student's network predicts; as the teacher's if None.
         process: the student's noise process; the teacher's, or the cosine clock for a matched U-Net, if None.
-        guidance: what the student learns: `FixedGuidance`, or a `GuidanceRange` that its network is shown as
-            `guidance_scale` `[batch]`.
+        guidance: what the student learns: `FixedGuidance`, or a `GuidanceRange`, whose scale its network receives as
+            the condition `guidance_scale` `[batch]`.
         null: what stands for no condition, for one sample, by the names of the conditions; needed for guidance.
         matching: training of the matching stage; `training` if None.
         finish: students, by their steps, that are finished after the chain, or the stages of `Plan.finishes`; the last
