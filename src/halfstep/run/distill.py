@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from halfstep.core.denoiser import Cond, Denoiser, NetworkDenoiser
+from halfstep.core.denoiser import Clipped, Cond, Denoiser, NetworkDenoiser
 from halfstep.core.draw import Draw
 from halfstep.core.noise import NoiseProcess
 from halfstep.core.prediction import Prediction, TruncatedSNR, Weighting
@@ -203,10 +203,11 @@ def distill(
     """Return a student that samples in `to` steps what the teacher samples in `start`: the whole chain, in memory.
 
     The plan is the one that a recipe would make: a matching stage comes first where `prediction`, `process` or
-    `guidance` asks for it, or where the teacher predicts eps at a signal-to-noise ratio near 0.
+    `guidance` asks for it, or where the teacher is clipped or predicts eps at a signal-to-noise ratio near 0.
 
     Args:
-        teacher: an unclipped denoiser, or a loaded model; it is not changed.
+        teacher: a denoiser, or a loaded model; it is not changed. `Clipped` for images: the student is matched to its
+            clipped x0.
         data: clean samples `[n, *dims]` (float32 as they are; uint8 as images), opened data, a source such as a folder
             of images, or any iterable of batches x0 `[batch, *dims]` or (x0, cond) with cond from names to tensors
             `[batch, ...]`, which is restarted at its end. If None, samples of the teacher: see `samples_of`.
@@ -235,9 +236,12 @@ def distill(
     if isinstance(teacher, Model):
         current, known, held_null = teacher.denoiser, Start.of(teacher), dict(null or teacher.null)
     else:
-        known = Start(teacher.process, None)
-        if isinstance(teacher, NetworkDenoiser):
-            known = Start(teacher.process, teacher.prediction, may_move=has_movable_clock(teacher.network))
+        clipped = isinstance(teacher, Clipped)
+        bare = teacher.denoiser if isinstance(teacher, Clipped) else teacher
+        known = Start(teacher.process, None, is_clipped=clipped)
+        if isinstance(bare, NetworkDenoiser):
+            may_move = has_movable_clock(bare.network)
+            known = Start(teacher.process, bare.prediction, may_move=may_move, is_clipped=clipped)
         current, held_null = teacher, dict(null or {})
     wanted = Match(matching or training, prediction, None if process is None else lambda _: process, guidance)
 
@@ -258,7 +262,9 @@ def distill(
     if null is not None and all(stage.objective.guidance is None for stage in chain.stages):
         raise ValueError("null stands for no condition, which only guidance needs. Pass guidance, or leave null out")
     if matching is not None and chain.stages[0].objective.outcome.role is not Role.MATCHED:
-        raise ValueError("matching has no effect without prediction, process or guidance. Leave it out")
+        raise ValueError(
+            "matching has no effect without prediction, process, guidance or a Clipped teacher. Leave it out"
+        )
     bench = _Bench(samples_of(teacher, seed=seed) if data is None else data, seed, precision, on_window)
     was_training = current.training
     frozen = [parameter.requires_grad for parameter in current.parameters()]
