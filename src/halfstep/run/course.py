@@ -64,6 +64,8 @@ class Start:
     sampler: Sampler = DDIM()
     """The sampler that a student is made for."""
     given: bool = True
+    is_clipped: bool = False
+    """Whether its x0 is clipped, which no halving follows: a student is matched to it first."""
     is_stock: bool = False
     """Whether its network is one of diffusers, to which students are exported."""
 
@@ -121,7 +123,7 @@ class Match:
                 raise ValueError(f"{start.name} has no prediction to match: pass a NetworkDenoiser")
         elif self.prediction is None and start.given and not start.is_finished:
             meaning = V() if output_gain(own, start.prediction) > MATCHED_GAIN else meaning
-        if (meaning, clock, self.guidance) == (start.prediction, own, None):
+        if (meaning, clock, self.guidance) == (start.prediction, own, None) and not start.is_clipped:
             return None
         if start.is_finished:
             what = (
