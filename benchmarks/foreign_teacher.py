@@ -119,9 +119,9 @@ def main() -> None:
     start = time.process_time()
     made = students(teacher, data, asked.updates, asked.batch)
     spent = time.process_time() - start
-    for steps, student in made.items():
-        measure("student", student, steps, halfstep.DDIM(), asked.number)
-    shown = [("teacher", "DDIM", 50), ("teacher", "DDIM", 8), *(("student", "DDIM", steps) for steps in made)]
+    for name, student in made.items():
+        measure("student", student, int(name.split()[1]), halfstep.DDIM(), asked.number)
+    shown = [("teacher", "DDIM", 50), ("teacher", "DDIM", 8), *(("student", "DDIM", steps) for steps in (8, 4, 1))]
     picture([samples[key] for key in shown], asked.picture)
     write()
     for method in (halfstep.Ancestral(), halfstep.DDIM()):
