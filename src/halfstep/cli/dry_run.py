@@ -16,7 +16,7 @@ from halfstep.runs.schema import shortened
 LONG_SECONDS: Final = 14 * 86400.0
 """Estimated training time that is said to be unreasonable."""
 FEW_SAMPLES: Final = 5000
-MANY_PASSES: Final = 1000.0
+MANY_PASSES: Final = 500.0
 """Passes of one stage over fewer samples than that from which on memorising is warned of."""
 
 
