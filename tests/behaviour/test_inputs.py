@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from halfstep.cli import main
 from halfstep.cli.commands import _prepared
 from halfstep.cli.dry_run import data_line
 from halfstep.cli.usage import UsageError, in_own_words
@@ -251,3 +252,14 @@ def test_measuring_counts_in_the_time_left():
     assert status.seconds_left == 20.0 + 6 * 3.0
     students[0].results, students[0].measuring_seconds, students[0].num_unmeasured = [result], 1.0, 0
     assert status.measuring_seconds_left == 1.0
+
+
+def test_a_dry_run_warns_of_memorising_a_handful_of_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """60 photos under the preset for few images, which is sized for some hundred of them."""
+    for number in (60, 300):
+        np.savez(tmp_path / "photos.npz", arr_0=np.random.default_rng(0).integers(0, 256, (number, 8, 8, 3), np.uint8))
+        words = ["--data.image-size", "None", "--network.block-out-channels", "8", "8", "8", "--engine.threads", "1"]
+        words += ["--network.attention-head-dim", "8"]
+        main(["run", "images_small", "--data", str(tmp_path / "photos.npz"), "--dry-run", *words])
+        said = "sees each of the 60 samples 800 times, so models may memorise them" in capsys.readouterr().out
+        assert said == (number == 60)

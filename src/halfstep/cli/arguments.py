@@ -289,6 +289,8 @@ def device_of(name: str | None, processes: Processes | None = None) -> torch.dev
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("it holds no numbers")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"the device {name!r} cannot be used here ({str(error).splitlines()[0]})") from None

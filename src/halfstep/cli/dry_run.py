@@ -16,9 +16,8 @@ from halfstep.runs.schema import shortened
 LONG_SECONDS: Final = 14 * 86400.0
 """Estimated training time above which a warning is printed."""
 FEW_SAMPLES: Final = 5000
-MANY_PASSES: Final = 1000.0
-"""Passes of one stage over a small data set above which memorisation is warned about, and the size of a small data set.
-"""
+MANY_PASSES: Final = 500.0
+"""Passes of one stage over fewer samples than that above which memorisation is warned about."""
 
 
 def plan_facts(spec: RunSpec, out: Path, missing: str | None = None) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from halfstep.measure.store import Store, seeds_name
 from halfstep.recipes import Recipe
 from halfstep.recipes.schema import check_fit
 from halfstep.report.evaluation import protocol_words, text_table, title_of, write_evaluation
-from halfstep.report.words import number
+from halfstep.report.words import count, number
 from halfstep.runs.evaluation import Series
 from halfstep.runtime.failures import told_when_out_of_memory
 from halfstep.runtime.files import cache_folder
@@ -169,8 +169,8 @@ def _count(arguments: EvaluateArguments, samples: Data) -> int:
     wanted = len(samples) if arguments.num_samples is None else arguments.num_samples
     if not 2 <= wanted <= len(samples):
         raise UsageError(
-            f"{samples.source} holds {len(samples)} samples, and {max(wanted, 2)} are needed: a distance between sets "
-            "needs at least 2"
+            f"{samples.source} holds {count(len(samples), 'sample')}, and {max(wanted, 2)} are needed: a distance "
+            "between sets needs at least 2"
         )
     return wanted
 

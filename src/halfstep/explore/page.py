@@ -6,6 +6,7 @@ machine's (DNS rebinding). Pictures travel inside the answers, so that no file i
 """
 
 import asyncio
+import contextlib
 import io
 import json
 import os
@@ -206,8 +207,9 @@ def serve(
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((host, port))
-        except (OSError, OverflowError) as error:
-            raise ValueError(f"cannot listen at {host}, port {port} ({error}): choose another --port") from None
+        except (OSError, OverflowError, UnicodeError) as error:
+            other = "--host" if isinstance(error, socket.gaierror | UnicodeError) else "--port"
+            raise ValueError(f"cannot listen at {host}, port {port} ({error}): choose another {other}") from None
         listener.listen(512)
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         config = uvicorn.Config(
@@ -223,15 +225,16 @@ def serve(
         server = uvicorn.Server(config)
         # In the main thread it would handle signals, and end with a traceback.
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
-        try:
-            thread.start()
-            ready(address)
-            while thread.is_alive():
-                thread.join(0.5)
-        except KeyboardInterrupt:
-            explorer.stop()
-            server.should_exit = True
-            thread.join(1.0)
+        with contextlib.suppress(KeyboardInterrupt):
+            try:
+                thread.start()
+                ready(address)
+                while thread.is_alive():
+                    thread.join(0.5)
+            finally:
+                explorer.stop()
+                server.should_exit = True
+                thread.join(1.0)
 
 
 def _impatient() -> Any:
