@@ -52,10 +52,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("weights")
     parser.add_argument("images")
-    parser.add_argument("--updates", type=int, default=300)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--number", type=int, default=1000, help="samples of each model")
-    parser.add_argument("--number-slow", type=int, default=250, help="samples at 1,000 steps")
+    parser.add_argument("--updates", type=int, default=400)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--number", type=int, default=500, help="samples of each model")
+    parser.add_argument("--number-slow", type=int, default=100, help="samples at 1,000 steps")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "foreign-teacher.json")
     parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "pages" / "foreign-teacher.png")
     asked = parser.parse_args()
@@ -113,18 +113,17 @@ def main() -> None:
         }
         asked.out.write_text(json.dumps(found, indent=1) + "\n")
 
-    spent = 0.0
-    for steps in (50, 8):
-        measure("teacher", teacher, steps, halfstep.DDIM(), asked.number)
-    measure("teacher", teacher, 50, halfstep.Ancestral(0.0), asked.number)
-    measure("teacher", teacher, 8, halfstep.Ancestral(0.0), asked.number)
     start = time.process_time()
     made = students(teacher, data, asked.updates, asked.batch)
     spent = time.process_time() - start
+    measure("teacher", teacher, 50, halfstep.DDIM(), asked.number)
     for name, student in made.items():
         measure("student", student, int(name.split()[1]), halfstep.DDIM(), asked.number)
+    measure("teacher", teacher, 8, halfstep.DDIM(), asked.number)
     shown = [("teacher", "DDIM", 50), ("teacher", "DDIM", 8), *(("student", "DDIM", steps) for steps in (8, 4, 1))]
     picture([samples[key] for key in shown], asked.picture)
+    for steps in (50, 8):
+        measure("teacher", teacher, steps, halfstep.Ancestral(0.0), asked.number)
     write()
     for method in (halfstep.Ancestral(), halfstep.DDIM()):
         measure("teacher", teacher, 1000, method, asked.number_slow)

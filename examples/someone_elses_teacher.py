@@ -52,7 +52,7 @@ class Theirs(nn.Module):
 
 def students(teacher: halfstep.Denoiser, data: halfstep.Data, updates: int, batch: int) -> dict[str, halfstep.Denoiser]:
     """Students of 8, 4 and 1 steps, which predict v on the cosine clock within the table's noise levels."""
-    training = halfstep.Training(updates, 3e-4, batch, warmup_updates=updates // 10, ema_decay=0.98)
+    training = halfstep.Training(updates, 5e-4, batch, warmup_updates=updates // 10, ema_decay=0.98)
     clock, heun = halfstep.VPCosine(log_snr_min=-10.0, log_snr_max=9.2), halfstep.Heun()
     eight = halfstep.distill(teacher, data, to=8, start=16, training=training, process=clock, teacher_sampler=heun)
     four = halfstep.distill(eight, data, to=4, start=8, training=training)
@@ -60,7 +60,7 @@ def students(teacher: halfstep.Denoiser, data: halfstep.Data, updates: int, batc
     return {f"student, {steps}": student for steps, student in ((8, eight), (4, four), (1, one))}
 
 
-def main(weights: str, images: str, updates: int = 300, batch: int = 32, number: int = 1000) -> dict[str, float]:
+def main(weights: str, images: str, updates: int = 400, batch: int = 16, number: int = 500) -> dict[str, float]:
     """Distances from the data; printed with the RMSE from 50 steps of the teacher with the same noise."""
     data, labelled = (halfstep.open_data(halfstep.DataConfig(source=images, labels=kept)) for kept in (False, True))
     teacher = halfstep.Clipped(halfstep.NetworkDenoiser(Theirs(weights), halfstep.VPTable(), halfstep.Eps()))
