@@ -5,10 +5,25 @@
     model = halfstep.load("runs/digits")           # the last student of a run
     x0 = model.sample(seeds=range(64))             # [64, 1, 8, 8] in [-1, 1]
 
+    teacher = halfstep.NetworkDenoiser(network, halfstep.VPCosine(), halfstep.V())
+    student = halfstep.distill(teacher, data, start=64, to=4)
+    x0 = halfstep.sample(student, noise)           # in the student's 4 steps
+    halfstep.save(student, "my-student")           # for halfstep.load and the command line
+
+| to | use |
+|---|---|
+| train, distil | `fit`, `distill` with `Training`, `Plan`, `Engine`, `Evaluation`; they return a `Model` |
+| sample | `Model.sample(seeds)`, `sample(model, noise)`, `trajectory`; samplers `DDIM`, `Heun`, `Ancestral`, ... |
+| store | `load`, `save`, `Model.of` |
+| describe a network | `NetworkDenoiser` with a process (`VPCosine`, `VPTable`) and a prediction (`V`, `Eps`) |
+| write a method | `Objective`, `Sampler`, `Denoiser`, `halving_target` |
+
 Everything below is documented where it is defined; CONTRIBUTING.md draws the map of the rooms.
 The names are in __init__.pyi, and each is imported when it is first used: so `halfstep status` need not wait for torch.
 """
 
 import lazy_loader
+
+__version__ = "0.1.0"
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -29,7 +29,8 @@ from .core.prediction import (
 )
 from .core.warnings import HalfstepWarning
 from .data import Data, DataConfig, open_data
-from .models.folder import load
+from .measure.evaluate import Evaluation
+from .models.folder import load, save
 from .models.model import Model
 from .nets import copy_denoiser
 from .objectives import (
@@ -80,8 +81,10 @@ from .samplers import (
     sample,
     trajectory,
 )
+from .train.settings import Engine
+from .train.window import Window
 
-__version__ = "0.1.0"
+__version__: str
 
 __all__ = [
     "DDIM",
@@ -108,9 +111,11 @@ __all__ = [
     "Denoising",
     "Draw",
     "EarlyEnd",
+    "Engine",
     "Eps",
     "Euler",
     "Evals",
+    "Evaluation",
     "FixedGuidance",
     "FlowMatching",
     "FlowVelocity",
@@ -151,6 +156,7 @@ __all__ = [
     "VPCosine",
     "VPTable",
     "Weighting",
+    "Window",
     "consistency_target",
     "copy_denoiser",
     "cosine_betas",
@@ -166,6 +172,7 @@ __all__ = [
     "sample_labels",
     "sample_noise",
     "samples_of",
+    "save",
     "scaled_linear_betas",
     "step_noise",
     "trajectory",

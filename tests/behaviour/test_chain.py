@@ -14,9 +14,10 @@ from halfstep.core.prediction import V
 from halfstep.models.folder import load
 from halfstep.nets import MLP
 from halfstep.objectives import Denoising, EarlyEnd, Halving, Plan, Stage, Training
-from halfstep.run.distill import as_batches, distill
+from halfstep.run.distill import distill
 from halfstep.run.events import Progress
 from halfstep.run.runner import run
+from halfstep.run.sources import as_batches
 from halfstep.runs import RunFolder, read_log
 from halfstep.runtime.files import write_sealed
 from halfstep.runtime.processes import make_accelerator

@@ -12,6 +12,7 @@ from halfstep import (
     FixedGuidance,
     GaussianDenoiser,
     GuidanceRange,
+    Model,
     NetworkDenoiser,
     Plan,
     Training,
@@ -107,7 +108,7 @@ def test_a_plan_may_guide_the_teacher_itself_but_only_once_and_a_finish_needs_th
     data = [(torch.randn(16, 2), {"class_labels": torch.arange(16) % 2})]
     training, guidance, null = Training(2, 1e-3, batch_size=16), FixedGuidance(3.0), {"class_labels": torch.tensor(2)}
     plan = Plan.of(Consistency(1, 4, 4, guidance=guidance, guide_teacher=True), training)
-    assert isinstance(distill(teacher, data, plan=plan, null=null), NetworkDenoiser)
+    assert isinstance(distill(teacher, data, plan=plan, null=null), Model)
     with pytest.raises(ValueError, match=r"guides a teacher that has learned FixedGuidance\(scale=3.0\) already"):
         distill(teacher, data, plan=plan, null=null, guidance=guidance)
     with pytest.raises(ValueError, match=r"has no guidance, but its student has learned FixedGuidance\(scale=3.0\)"):

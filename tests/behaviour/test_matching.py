@@ -176,7 +176,7 @@ def test_an_eps_teacher_on_a_table_becomes_a_v_student_on_the_cosine_clock_that_
         Denoising(halfstep.SNR()),
         Training(num_updates, 3e-3, 256, warmup_updates=50, adam_betas=(0.9, 0.99), ema_decay=0.99),
     )
-    from halfstep.run.distill import StreamedBatches
+    from halfstep.run.sources import StreamedBatches
 
     torch.set_num_threads(1)
     trainer = StageTrainer(

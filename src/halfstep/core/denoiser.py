@@ -16,6 +16,8 @@ from typing import Any, ClassVar, Final, final
 import torch
 from torch import Tensor, nn
 
+from halfstep.core.callable import CallableNetwork
+from halfstep.core.door import check_denoiser, check_instance, got
 from halfstep.core.noise import NoiseProcess, as_clock, per_sample
 from halfstep.core.prediction import Denoised, Prediction, eps_from_x0
 from halfstep.core.warnings import HalfstepWarning
@@ -28,6 +30,12 @@ class Denoiser(nn.Module, ABC):
     """An estimator of the clean sample and the noise in x_t. A subclass sets `process` and defines `forward`."""
 
     process: NoiseProcess
+    num_steps: int | None = None
+    """Sampler steps that it was distilled for; None for any number."""
+    sampler: Any = None
+    """The `Sampler`, which this room does not import, that it was distilled for; None for DDIM."""
+    shape: tuple[int, ...] | None = None
+    """Shape of one sample; None if it is not known."""
 
     _takes_number: ClassVar[bool] = False
     """Whether `forward` also takes one time for all samples as a float; private to the library."""
@@ -64,14 +72,16 @@ class Denoiser(nn.Module, ABC):
 class NetworkDenoiser(Denoiser):
     """A network seen through a process and a prediction.
 
-    The network is any callable `(x_t, time, **cond) -> output`. `time` is t itself, in [0, 1], `[batch]`, in the dtype
-    of x_t but never below float32; a network with another clock (diffusers' timesteps, log-SNR) converts it. The output
+    The network is any callable `(x_t, time, **cond) -> output`; the modules that a function or an object calls are
+    found and trained with it (`CallableNetwork`). `time` is t itself, in [0, 1], `[batch]`, in the dtype of x_t but
+    never below float32; a network with another clock (diffusers' timesteps, log-SNR) converts it. The output
     has `prediction.channels` times the channels of x_t and is cast to the dtype of x_t: the network may compute in half
     precision while the algebra does not. If it has an attribute `restores_norm` that is true, guidance gives its output
     the norm, over the last axis, that it has with conditions.
 
     Raises:
-        ValueError: at the call, if the output's shape is not what the prediction needs.
+        ValueError: if an argument is of another kind, or at the call, if the output's shape is not what the prediction
+            needs.
     """
 
     _takes_number: ClassVar[bool] = True
@@ -80,7 +90,16 @@ class NetworkDenoiser(Denoiser):
         self, network: nn.Module | Callable[..., Tensor], process: NoiseProcess, prediction: Prediction
     ) -> None:
         super().__init__()
-        self.network: Any = network
+        if isinstance(network, type) or not callable(network):
+            raise ValueError(
+                f"the network must be a module or a function (x_t, time, **cond) -> output, got {got(network)}. Pass "
+                "an instance"
+            )
+        if isinstance(network, Denoiser):
+            raise ValueError(f"the network is a {type(network).__name__}, a denoiser already. Use it as it is")
+        check_instance("the process", process, NoiseProcess, "halfstep.VPCosine()")
+        check_instance("the prediction", prediction, Prediction, "halfstep.V()")
+        self.network: Any = network if isinstance(network, nn.Module) else CallableNetwork(network)
         self.process = process
         self.prediction = prediction
 
@@ -127,8 +146,10 @@ class Clipped(Denoiser):
         super().__init__()
         if not low < high:
             raise ValueError(f"low must be below high, got {low} and {high}")
+        check_denoiser("what is clipped", denoiser, Denoiser)
         self.denoiser = denoiser
         self.process = denoiser.process
+        self.num_steps, self.sampler, self.shape = denoiser.num_steps, denoiser.sampler, denoiser.shape
         self.low = low
         self.high = high
 
@@ -195,8 +216,10 @@ class Guided(Denoiser):
         super().__init__()
         if not null:
             raise ValueError("guidance needs to know what stands for no condition (null), such as {'class_labels': 10}")
+        check_denoiser("what is guided", denoiser, Denoiser)
         self.denoiser = denoiser
         self.process = denoiser.process
+        self.num_steps, self.sampler, self.shape = denoiser.num_steps, denoiser.sampler, denoiser.shape
         self.null = {name: torch.as_tensor(value) for name, value in null.items()}
         self._null_held: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
         self.scale = scale

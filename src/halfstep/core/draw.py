@@ -11,7 +11,7 @@ Numbers are drawn on the CPU, to be the same for every device; they can be made 
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, NamedTuple, final
 
@@ -133,18 +133,40 @@ class Draw:
         return torch.cat(parts)
 
 
-def sample_noise(seeds: Sequence[int], shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+def as_seeds(seeds: int | Sequence[int] | Tensor) -> Sequence[int]:
+    """Return seeds as a sequence of whole numbers; one number is one seed.
+
+    Raises:
+        ValueError: if there is something else among them.
+    """
+    if isinstance(seeds, range):
+        return seeds
+    if isinstance(seeds, Tensor) or hasattr(seeds, "tolist"):
+        seeds = seeds.tolist()
+    if isinstance(seeds, int) and not isinstance(seeds, bool):
+        return [seeds]
+    if isinstance(seeds, str | bool | float) or not isinstance(seeds, Iterable):
+        raise ValueError(f"seeds must be whole numbers, got {seeds!r}. Pass seeds=0 or seeds=range(64)")
+    found = [seed.item() if hasattr(seed, "item") else seed for seed in seeds]
+    for seed in found:
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise ValueError(f"seeds must be whole numbers, got {seed!r} among them. Pass seeds=range(64)")
+    return found
+
+
+def sample_noise(seeds: int | Sequence[int], shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
     """Return unit normal noise `[len(seeds), *shape]`, each row a function of its own seed alone."""
-    return _normal_rows([("sample", int(seed)) for seed in seeds], shape, dtype)
+    return _normal_rows([("sample", int(seed)) for seed in as_seeds(seeds)], shape, dtype)
 
 
 def step_noise(
-    seeds: Sequence[int], shape: Sequence[int], dtype: torch.dtype = torch.float32
+    seeds: int | Sequence[int], shape: Sequence[int], dtype: torch.dtype = torch.float32
 ) -> Callable[[int], Tensor]:
     """Return a function from a step's number to the unit normal noise `[len(seeds), *shape]` that the step adds.
 
     Each row is a function of its own seed and the step's number alone.
     """
+    seeds = as_seeds(seeds)
 
     def noise(number: int) -> Tensor:
         return _normal_rows([("sample", int(seed), "step", number) for seed in seeds], shape, dtype)
@@ -152,9 +174,9 @@ def step_noise(
     return noise
 
 
-def sample_labels(seeds: Sequence[int], num_classes: int) -> Tensor:
+def sample_labels(seeds: int | Sequence[int], num_classes: int) -> Tensor:
     """Return class labels int64 `[len(seeds)]`, seed modulo classes: consecutive seeds cover all classes equally."""
-    return torch.tensor([seed % num_classes for seed in seeds])
+    return torch.tensor([seed % num_classes for seed in as_seeds(seeds)])
 
 
 def between(first: Tensor, second: Tensor, shares: Sequence[float]) -> Tensor:

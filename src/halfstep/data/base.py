@@ -8,9 +8,9 @@ import hashlib
 import warnings
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Final, NamedTuple, final
 
@@ -79,9 +79,17 @@ class MemoryData(Data):
     x: Tensor
     labels: Tensor | None = None
     class_names: tuple[str, ...] = ()
+    conditions: Mapping[str, Tensor] = field(default_factory=dict)
+    """Further conditions by name, each `[n, ...]`."""
 
     def __post_init__(self) -> None:
         check_samples(self.source, self.x)
+        for name, value in self.conditions.items():
+            if value.shape[:1] != self.x.shape[:1]:
+                raise ValueError(
+                    f"the condition {name} has the shape {list(value.shape)}, but {len(self.x)} samples need "
+                    f"[{len(self.x)}, ...]. Pass one row a sample"
+                )
         check_labels(self.source, self.labels, self.class_names, len(self.x))
 
     @property
@@ -98,6 +106,9 @@ class MemoryData(Data):
         digest.update(self.x.contiguous().numpy().data)
         if self.labels is not None:
             digest.update(self.labels.contiguous().numpy().data)
+        for name, value in sorted(self.conditions.items()):
+            digest.update(repr((name, str(value.dtype), tuple(value.shape))).encode())
+            digest.update(value.contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def __len__(self) -> int:
@@ -105,11 +116,15 @@ class MemoryData(Data):
 
     def fetch(self, indices: Tensor) -> Batch:
         indices = sent(indices, self.x.device)
-        return to_batch(self.x.index_select(0, indices), self.labels, indices)
+        x0, cond = to_batch(self.x.index_select(0, indices), self.labels, indices)
+        further = {name: value.index_select(0, indices) for name, value in self.conditions.items()}
+        return Batch(x0, {**cond, **further})
 
     def to(self, device: torch.device | str) -> "MemoryData":
         """Return the same samples in the memory of `device`, which `fetch` then returns there."""
-        moved = replace(self, x=self.x.to(device), labels=None if self.labels is None else self.labels.to(device))
+        labels = None if self.labels is None else self.labels.to(device)
+        conditions = {name: value.to(device) for name, value in self.conditions.items()}
+        moved = replace(self, x=self.x.to(device), labels=labels, conditions=conditions)
         # Content on a device cannot be hashed there.
         vars(moved)["fingerprint"] = self.fingerprint
         return moved

@@ -85,6 +85,8 @@ class Evaluation:
             if value is not None and value > MOST_SAMPLES:
                 raise ValueError(f"evaluation.{name} must be at most {MOST_SAMPLES:,}, got {value}")
         for name, steps in (("teacher_steps", self.teacher_steps), ("teacher_heun_steps", self.teacher_heun_steps)):
+            if not isinstance(steps, Sequence):
+                raise ValueError(f"evaluation.{name} must be a list of steps, got {steps!r}. Pass ({steps!r},)")
             if any(number < 1 for number in steps):
                 raise ValueError(f"evaluation.{name} must be at least 1, got {min(steps)}")
             if max(steps, default=1) > MOST_STEPS:

@@ -1,20 +1,23 @@
 """The stage folder of a model: written, found and loaded."""
 
+import copy
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from halfstep.core.denoiser import NetworkDenoiser
+from halfstep.core.door import got
 from halfstep.core.noise import processes
 from halfstep.core.prediction import predictions
 from halfstep.core.warnings import HalfstepWarning
 from halfstep.models.model import Model
 from halfstep.models.pretrained import model_path, pretrained
-from halfstep.nets import LoRA, build_network, load_own_state, own_state
+from halfstep.nets import OWN, LoRA, build_network, load_own_state, own_state
 from halfstep.runs import Manifest, RunFolder, StageFolder
+from halfstep.runtime.devices import existing_device
 from halfstep.runtime.files import DamagedFile, last_line, write_sealed
 from halfstep.runtime.tensors import check_finite, read_tensors, write_tensors
 
@@ -74,14 +77,21 @@ def find_stage(path: Path) -> StageFolder:
     raise ValueError(f"{path} is no model: give the folder of a run or of one of its stages (with a manifest.json)")
 
 
-def blank_denoiser(manifest: Manifest) -> NetworkDenoiser:
+def blank_denoiser(manifest: Manifest, network: nn.Module | None = None) -> NetworkDenoiser:
     """Return the denoiser that a manifest describes, with fresh weights.
+
+    Args:
+        network: a copy of it is the network, if the manifest names one of the user's own.
 
     Raises:
         ValueError: if the manifest names a network, process or prediction that is not known here.
     """
     process, prediction = processes.rebuild(manifest.process), predictions.rebuild(manifest.prediction)
-    return NetworkDenoiser(build_network(manifest.network), process, prediction)
+    if network is None or manifest.network.get("type") != OWN:
+        return NetworkDenoiser(build_network(manifest.network), process, prediction)
+    blank = NetworkDenoiser(network, process, prediction)
+    blank.network = copy.deepcopy(blank.network).requires_grad_(True)
+    return blank
 
 
 def base_of(folder: StageFolder, manifest: Manifest) -> StageFolder:
@@ -100,21 +110,58 @@ def base_of(folder: StageFolder, manifest: Manifest) -> StageFolder:
     return base
 
 
+def save(model: Model, path: str | Path) -> None:
+    """Save a model as a folder that `load` and the command line take; low-rank additions are merged into the weights.
+
+    Args:
+        path: a new folder, or that of a saved model, which is replaced.
+
+    Raises:
+        ValueError: if it is no model, or the path is something else.
+        OSError: if the disk is full or gone.
+    """
+    if not isinstance(model, Model):
+        raise ValueError(
+            f"what is saved must be a model, got {got(model)}. Pass what fit or distill returns, or "
+            "halfstep.Model.of(denoiser, shape)"
+        )
+    folder = StageFolder(Path(path))
+    if folder.path.exists() and not folder.path.is_dir():
+        raise ValueError(f"{path} is a file. Choose another path")
+    if folder.path.parent.name == "stages" and (folder.path.parent.parent / "recipe.json").exists():
+        raise ValueError(f"{path} is a stage of a run, whose other stages depend on it. Choose another path")
+    ours = {folder.manifest_path, folder.model, folder.null}
+    if folder.path.is_dir() and (foreign := sorted(set(folder.path.iterdir()) - ours)):
+        raise ValueError(f"{path} holds {foreign[0].name}, which is no saved model's. Choose another path")
+    folder.path.mkdir(parents=True, exist_ok=True)
+    # The folder is no model while its weights are replaced.
+    folder.manifest_path.unlink(missing_ok=True)
+    folder.null.unlink(missing_ok=True)
+    whole = model.merged()
+    manifest = whole.manifest.model_copy(update={"run": None, "stage": folder.name})
+    save_stage(folder, whole.denoiser, manifest, whole.null)
+
+
 def _read(file: Path) -> dict[str, Tensor]:
     tensors = read_tensors(file)
     check_finite(tensors, file)
     return tensors
 
 
-def load(path: str | Path, device: str | torch.device = "cpu") -> Model:
+def load(path: str | Path, device: str | torch.device = "cpu", network: nn.Module | None = None) -> Model:
     """Load the model in `path`: the folder of a stage, or of a run, which means its last complete stage.
 
-    The name of a packaged student, such as "fashion", stands for its folder.
+    Args:
+        path: the folder, or the name of a packaged student, such as "fashion".
+        network: one of the class that the model was trained with, if that is the user's own; it is copied.
 
     Raises:
-        ValueError: if there is no model, or (DamagedFile) a file of it is missing, altered, of another stage or run,
-            does not fit, or holds a weight that is not finite.
+        ValueError: if there is no model, the device does not exist, or (DamagedFile) a file of the model is missing,
+            altered, of another stage or run, does not fit, or holds a weight that is not finite.
     """
+    if not isinstance(path, str | Path):
+        raise ValueError(f"what is loaded must be a path, got {got(path)}. Pass the folder of a run or of a stage")
+    device = existing_device(device)
     folder = find_stage(Path(path))
     manifest = folder.manifest()
     if not manifest.weights_kept:
@@ -122,7 +169,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Model:
             f"{folder.path} has no weights any more: its run was asked to keep those of other stages only "
             "(chain.keep); load another stage"
         )
-    denoiser = blank_denoiser(manifest)
+    denoiser = blank_denoiser(manifest, network)
     try:
         if isinstance(denoiser.network, LoRA):
             denoiser.network.load_base(_read(base_of(folder, manifest).model))

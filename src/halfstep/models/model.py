@@ -1,20 +1,23 @@
 """A model as it lies in a stage's folder: written, read, and sampled from."""
 
 import warnings
-from collections.abc import Mapping
-from typing import ClassVar, final
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
 
 from halfstep.core.denoiser import GUIDANCE, Clipped, Cond, Denoiser, Guided, NetworkDenoiser, warn_of_gain
-from halfstep.core.draw import sample_labels, sample_noise, step_noise
+from halfstep.core.door import check_instance
+from halfstep.core.draw import as_seeds, sample_labels, sample_noise, step_noise
 from halfstep.core.grids import check_num_steps
-from halfstep.core.noise import NoiseProcess
-from halfstep.core.prediction import Denoised
+from halfstep.core.noise import NoiseProcess, processes
+from halfstep.core.prediction import Denoised, Prediction, predictions
 from halfstep.core.warnings import HalfstepWarning
+from halfstep.nets import describe_network, merged
 from halfstep.objectives import Guidance, Role, guidances
-from halfstep.runs import Manifest
+from halfstep.objectives import Outcome as Made
+from halfstep.runs import Manifest, Outcome
 from halfstep.runs.schema import shortened
 from halfstep.runtime.failures import is_out_of_memory
 from halfstep.samplers import Sampler, sample, samplers
@@ -43,6 +46,9 @@ class Model(Denoiser):
         self.denoiser = denoiser
         self.process: NoiseProcess = denoiser.process
         self.manifest = manifest
+        self.num_steps = manifest.num_steps
+        self.shape: tuple[int, ...] = manifest.shape
+        self.sampler: Sampler = samplers.rebuild(manifest.outcome.sampler)
         self.null = dict(null or {})
         self._plain: Denoiser = Clipped(denoiser) if manifest.clip else denoiser
         guided = Guided(denoiser, self.null) if self.null and not self.takes_scale else denoiser
@@ -70,6 +76,56 @@ class Model(Denoiser):
         # At 1 guidance is off, and one call does what two would.
         return None if scale == 1 else scale
 
+    @classmethod
+    def of(
+        cls,
+        denoiser: NetworkDenoiser,
+        shape: Sequence[int],
+        *,
+        num_classes: int = 0,
+        conditions: Mapping[str, tuple[int, ...]] | None = None,
+        null: Mapping[str, Tensor] | None = None,
+        clip: bool = False,
+        made: Made | None = None,
+        **facts: Any,
+    ) -> "Model":
+        """Return the model that a denoiser made in Python is, so that it can be saved and sampled by seeds.
+
+        Args:
+            shape: of one sample.
+            num_classes: classes that it takes as `class_labels`.
+            conditions: its further conditions, with the shape of each for one sample.
+            null: the conditions that stand for none, for one sample; guidance needs them.
+            clip: whether samples are images in [-1, 1], to which x0 is clipped in sampling.
+            made: what the denoiser was made for; a teacher if None.
+            facts: further fields of the manifest.
+        """
+        check_instance(
+            "the denoiser", denoiser, NetworkDenoiser, "halfstep.NetworkDenoiser(network, process, prediction)"
+        )
+        made = made or Made(Role.TEACHER)
+        known: dict[str, Any] = {
+            "stage": made.role.value,
+            "objective": "given",
+            "parent": None,
+            "num_updates": 0,
+            "seconds": 0.0,
+            "is_image": clip,
+        }
+        manifest = Manifest(
+            outcome=Outcome(role=made.role.value, num_steps=made.num_steps, sampler=samplers.describe(made.sampler)),
+            shape=tuple(shape),
+            num_classes=num_classes,
+            conditions=dict(conditions or {}),
+            clip=clip,
+            network=describe_network(denoiser.network),
+            process=processes.describe(denoiser.process),
+            prediction=predictions.describe(denoiser.prediction),
+            files={},
+            **known | facts,
+        )
+        return cls(denoiser, manifest, null)
+
     @property
     def takes_scale(self) -> bool:
         """Whether this is a teacher whose network takes any guidance scale itself; without one it takes its own."""
@@ -79,9 +135,14 @@ class Model(Denoiser):
         )
 
     @property
-    def sampler(self) -> Sampler:
-        """The sampler that the model is made for."""
-        return samplers.rebuild(self.manifest.outcome.sampler)
+    def network(self) -> Any:
+        """The network behind the denoiser."""
+        return self.denoiser.network
+
+    @property
+    def prediction(self) -> Prediction:
+        """Meaning of the network's output."""
+        return self.denoiser.prediction
 
     @property
     def guidance(self) -> Guidance | None:
@@ -94,16 +155,6 @@ class Model(Denoiser):
         return Role(self.manifest.outcome.role)
 
     @property
-    def num_steps(self) -> int | None:
-        """Sampler steps that the model was distilled for; None for any number."""
-        return self.manifest.num_steps
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of one sample."""
-        return self.manifest.shape
-
-    @property
     def num_classes(self) -> int:
         """Classes that the model is conditioned on; 0 if it is unconditional."""
         return self.manifest.num_classes
@@ -113,21 +164,29 @@ class Model(Denoiser):
         """Where the weights lie."""
         return next(self.denoiser.parameters()).device
 
-    def noise(self, seeds: range | list[int]) -> Tensor:
+    def merged(self) -> "Model":
+        """Return the model itself, or with its low-rank additions as part of the weights that they are added to."""
+        network = merged(self.network)
+        if network is self.network:
+            return self
+        manifest = self.manifest.model_copy(update={"network": describe_network(network), "base": None})
+        return Model(NetworkDenoiser(network, self.process, self.prediction).eval(), manifest, self.null)
+
+    def noise(self, seeds: int | Sequence[int]) -> Tensor:
         """Draw x_t at t = 1 `[len(seeds), *shape]`, scaled as the process is, each row a function of its seed."""
         return (sample_noise(seeds, self.shape) * self.process.start_scale).to(self.device)
 
     def cond(
         self,
-        seeds: range | list[int],
-        class_label: int | None = None,
+        seeds: int | Sequence[int],
+        class_label: int | Sequence[int] | Tensor | None = None,
         guidance_scale: float | None = None,
         others: Cond | None = None,
     ) -> dict[str, Tensor]:
         """Return the conditions of samples by name; empty if the model is unconditional.
 
         Args:
-            class_label: one class for all; if None, those in turn that the data had.
+            class_label: one class for all, or one for each sample; if None, those in turn that the data had.
             guidance_scale: the model's own if None.
             others: those of `manifest.conditions`, each `[len(seeds), ...]`.
 
@@ -135,6 +194,7 @@ class Model(Denoiser):
             ValueError: if a class or a scale is asked for that the model does not have, or a condition is missing or
                 does not fit.
         """
+        seeds = as_seeds(seeds)
         cond = {name: value.to(self.device) for name, value in (others or {}).items()}
         for name, shape in self.manifest.conditions.items():
             if name not in cond:
@@ -150,17 +210,28 @@ class Model(Denoiser):
                 raise ValueError("a class was asked for, but this model knows no classes: leave the class out")
         elif class_label is None:
             cond["class_labels"] = sample_labels(seeds, self.manifest.classes_shown or self.num_classes).to(self.device)
-        elif 0 <= class_label < self.num_classes:
-            cond["class_labels"] = torch.full((len(seeds),), class_label, device=self.device)
         else:
-            raise ValueError(
-                f"class {class_label} was asked for, but this model has classes 0 to {self.num_classes - 1}"
-                + (f" ({shortened(names)})" if (names := self.manifest.class_names) else "")
-            )
+            cond["class_labels"] = self._labels(class_label, len(seeds)).to(self.device)
         scale = self._scale(guidance_scale)
         if scale is not None:
             cond[GUIDANCE] = torch.full((len(seeds),), scale, device=self.device)
         return cond
+
+    def _labels(self, class_label: int | Sequence[int] | Tensor, number: int) -> Tensor:
+        """Return the class of each sample, int64 `[number]`."""
+        labels = torch.as_tensor(class_label)
+        if labels.is_floating_point() or labels.dtype == torch.bool or labels.shape not in ((), (number,)):
+            raise ValueError(
+                f"class_label must be one class, or one for each of {number} samples, got {labels.dtype} of shape "
+                f"{list(labels.shape)}. Pass class_label=3, or a list as long as the seeds"
+            )
+        outside = labels[(labels < 0) | (labels >= self.num_classes)]
+        if outside.numel():
+            raise ValueError(
+                f"class {int(outside.flatten()[0])} was asked for, but this model has classes 0 to "
+                f"{self.num_classes - 1}" + (f" ({shortened(names)})" if (names := self.manifest.class_names) else "")
+            )
+        return labels.long().expand(number)
 
     def check_steps(self, num_steps: int | None) -> int:
         """Return the number of steps to sample with, the model's own by default; warn if it is another.
@@ -204,10 +275,10 @@ class Model(Denoiser):
 
     def sample(
         self,
-        seeds: range | list[int],
+        seeds: int | Sequence[int],
         num_steps: int | None = None,
         sampler: Sampler | None = None,
-        class_label: int | None = None,
+        class_label: int | Sequence[int] | Tensor | None = None,
         batch_size: int | None = None,
         guidance_scale: float | None = None,
         cond: Cond | None = None,
@@ -216,9 +287,10 @@ class Model(Denoiser):
         """Sample x0 `[len(seeds), *shape]`, on the CPU, each a function of its own seed.
 
         Args:
+            seeds: one for each sample; one number is one sample.
             num_steps: the model's own number if None.
             sampler: the model's own if None.
-            class_label: one class for all; classes in turn if None.
+            class_label: one class for all, or one for each sample; classes in turn if None.
             batch_size: samples drawn at once; if None, many on a GPU, and half as many whenever they do not fit.
             guidance_scale: the model's own if None; 1 is no guidance.
             cond: the conditions of `manifest.conditions`, each `[len(seeds), ...]`.
@@ -227,7 +299,11 @@ class Model(Denoiser):
         Raises:
             ValueError: if the number of steps, the class, the scale, a condition or the precision is not possible.
         """
-        steps, method = self.check_steps(num_steps), sampler or self.sampler
+        seeds = as_seeds(seeds)
+        steps, method = self.check_steps(num_steps), self.sampler if sampler is None else sampler
+        check_instance("the sampler", method, Sampler, "halfstep.DDIM() or halfstep.Heun()")
+        if class_label is not None and self.num_classes:
+            class_label = self._labels(class_label, len(seeds))
         warn_of_gain(self.process, self.denoiser.prediction, given=True)
         if any(part.training for part in self.modules()):
             # Setting every part of a network again takes a millisecond.
@@ -239,7 +315,8 @@ class Model(Denoiser):
             part = seeds[first : first + size]
             drawn = step_noise(part, self.shape) if method.stochastic else None
             others = {name: value[first : first + size] for name, value in (cond or {}).items()}
-            shown = self.cond(part, class_label, guidance_scale, others)
+            labels = class_label[first : first + size] if isinstance(class_label, Tensor) else class_label
+            shown = self.cond(part, labels, guidance_scale, others)
             try:
                 with self._computing(precision):
                     chunks.append(sample(self, self.noise(part), steps, method, shown, noise=drawn).cpu())

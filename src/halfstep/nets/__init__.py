@@ -1,6 +1,6 @@
 """Adapters: networks as callables (x_t, time, **cond) -> output. Only this room and hub/ know diffusers."""
 
-from halfstep.nets.base import Network, build_network, describe_network, networks, set_dropout
+from halfstep.nets.base import OWN, Network, build_network, describe_network, networks, set_dropout
 from halfstep.nets.features import EncoderHalf, encoder_half
 from halfstep.nets.half import InHalf
 from halfstep.nets.lora import (

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from torch import nn
 
@@ -20,8 +20,14 @@ class Network(nn.Module, ABC):
 networks: Registry[type[Network]] = Registry("network")
 
 
-def describe_network(network: Network) -> dict[str, Any]:
-    """{"type": registered name, **arguments}: what a manifest holds."""
+OWN: Final = "own"
+"""The type, in a manifest, of a user's own module, which only the user can build again."""
+
+
+def describe_network(network: nn.Module) -> dict[str, Any]:
+    """{"type": registered name, **arguments}: what a manifest holds; of a user's own module its class' name alone."""
+    if not isinstance(network, Network) or type(network) not in networks.values():
+        return {"type": OWN, "class": f"{type(network).__module__}.{type(network).__qualname__}"}
     return {"type": networks.name_of(network), **network.arguments()}
 
 
@@ -29,9 +35,14 @@ def build_network(description: Mapping[str, Any]) -> Network:
     """The network that `describe_network` described, with fresh weights.
 
     Raises:
-        ValueError: if the type is unknown or the arguments do not fit it.
+        ValueError: if the type is unknown, the arguments do not fit it, or the network is a user's own.
     """
     arguments = dict(description)
+    if arguments.get("type") == OWN:
+        raise ValueError(
+            f"the model's network is of your own class {arguments.get('class')}, which its folder cannot build. Pass "
+            "one: halfstep.load(path, network=MyNetwork())"
+        )
     kind = networks[str(arguments.pop("type", "")) or "(none)"]
     try:
         return kind(**arguments)

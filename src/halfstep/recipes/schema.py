@@ -6,7 +6,7 @@ names here and become objects in `build`, nowhere deeper.
 
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Annotated, Any, Final, Literal
 
 import torch
@@ -38,13 +38,13 @@ from halfstep.objectives.base import MOST_UPDATES
 from halfstep.registry import Registry
 from halfstep.run.course import Match, Start, check_start, cosine_within, course
 from halfstep.run.preflight import preflight
-from halfstep.run.spec import RunSpec
+from halfstep.run.spec import FREE_SETTINGS, RunSpec
 from halfstep.runs import Manifest
 from halfstep.runs.schema import shortened
 from halfstep.runtime.files import cache_folder, user_path
 from halfstep.runtime.terminal import one_line
 from halfstep.samplers import samplers
-from halfstep.train.settings import LEARNED, Engine
+from halfstep.train.settings import Engine
 
 Positive = Annotated[int, Field(ge=1, le=MOST_UPDATES)]
 Steps = Annotated[int, Field(ge=1, le=MOST_STEPS)]
@@ -340,12 +340,9 @@ class StageConfig(Config):
         return objective
 
 
-IDLE: Final = tuple(setting.name for setting in fields(Engine) if setting.name not in LEARNED)
-"""Fields of the engine that do not change what is learned."""
 FREE_FIELDS: Final = (
     *("chain.keep", "data.source", "data.skip_broken", "data.accept_changed"),
-    *(f"evaluation.{setting.name}" for setting in fields(Evaluation)),
-    *(f"engine.{name}" for name in IDLE),
+    *FREE_SETTINGS,
 )
 """Fields that may change when a run resumes: they decide how, not what. Of the data, the samples themselves are
 compared; models whose protocol has changed are measured again."""

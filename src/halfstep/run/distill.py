@@ -1,123 +1,39 @@
-"""Distillation in memory, for models that are made in Python."""
+"""Training and distillation of models that are made in Python, in memory or into a run folder."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Final, final
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from halfstep.core.denoiser import Cond, Denoiser, NetworkDenoiser
-from halfstep.core.draw import Draw
+from halfstep.core.denoiser import Clipped, Cond, Denoiser, Guided, NetworkDenoiser
+from halfstep.core.door import check_denoiser, check_instance
 from halfstep.core.noise import NoiseProcess
 from halfstep.core.prediction import Prediction, TruncatedSNR, Weighting
-from halfstep.data import Data, DataConfig, MemoryData, held_on, open_data, training_batch
-from halfstep.data.base import Batches, updates_ahead
+from halfstep.data import Data
+from halfstep.measure.evaluate import Evaluation
 from halfstep.models.model import Model
-from halfstep.nets import copy_denoiser, has_movable_clock
-from halfstep.objectives import Batch, Denoising, Guidance, Plan, Role, Stage, Training, parents_of
+from halfstep.nets import has_movable_clock, own_state
+from halfstep.objectives import (
+    Denoising,
+    Guidance,
+    Halving,
+    Outcome,
+    Plan,
+    Role,
+    Training,
+)
+from halfstep.objectives.base import check_whole
+from halfstep.run.call import Chain, OnStage, OnWindow, call_of, is_image
 from halfstep.run.course import Match, Start, course
 from halfstep.run.own_samples import samples_of
-from halfstep.runtime.processes import make_accelerator
+from halfstep.run.sources import CLASSES, Source, StreamedBatches, conditions_of
+from halfstep.runtime.tensors import digest_of
 from halfstep.samplers import Sampler
-from halfstep.train.engine import StageTrainer
-from halfstep.train.settings import Engine, Precision
-from halfstep.train.window import Window
+from halfstep.train.settings import Engine
 
 STUDENT_TRAINING: Final = Training(num_updates=1000, learning_rate=2e-4)
-
-Source = Tensor | np.ndarray | Data | str | Iterable[Any]
-"""Where batches come from; see `distill`."""
-
-
-@final
-class StreamedBatches:
-    """Batches of any size from an iterable, cut and joined into those of the updates, and begun again at its end.
-
-    Unlike all other data here, what an update sees is whatever comes next, not a function of the update's number. Each
-    of several processes must be given the same batches, of which it takes its own share.
-
-    Raises:
-        ValueError: at the call, if an item is neither x0 nor (x0, cond), its parts differ in length, or the iterable
-            gives nothing (a generator gives nothing the second time).
-    """
-
-    def __init__(self, batches: Iterable[Any]) -> None:
-        self._batches = batches
-        self._iterator: Iterator[Any] = iter(batches)
-        self._held: list[Batch] = []
-        self._seen = 0
-        self._cut: tuple[tuple[str, int], Batch] | None = None
-
-    def __call__(self, draw: Draw) -> Batch:
-        key = (draw.stream, draw.update)
-        if self._cut is None or self._cut[0] != key:
-            self._cut = key, self._next_update(draw.batch_size)
-        x0, cond = self._cut[1]
-        mine = slice(draw.places.start, draw.places.stop)
-        return Batch(x0[mine], {name: value[mine] for name, value in cond.items()})
-
-    def _next_update(self, wanted: int) -> Batch:
-        """The next batch of that size."""
-        while sum(len(batch.x0) for batch in self._held) < wanted:
-            self._held.append(self._next())
-        names = list(self._held[0].cond)
-        x0 = torch.cat([batch.x0 for batch in self._held])
-        cond = {name: torch.cat([batch.cond[name] for batch in self._held]) for name in names}
-        self._held = [Batch(x0[wanted:], {name: value[wanted:] for name, value in cond.items()})]
-        return Batch(x0[:wanted], {name: value[:wanted] for name, value in cond.items()})
-
-    def _next(self) -> Batch:
-        try:
-            item = next(self._iterator)
-        except StopIteration:
-            self._iterator = iter(self._batches)
-            try:
-                item = next(self._iterator)
-            except StopIteration:
-                raise ValueError(
-                    f"the batches ended after {self._seen} samples and cannot be begun again: pass a list, a "
-                    "DataLoader or another iterable that can, not a generator"
-                ) from None
-        x0, cond = item if isinstance(item, tuple | list) and len(item) == 2 else (item, None)
-        cond = {} if cond is None else cond
-        if not isinstance(x0, Tensor) or not isinstance(cond, Mapping):
-            raise ValueError(
-                f"a batch must be x0 or (x0, cond), a tensor [batch, *dims] and a mapping of names to tensors "
-                f"[batch, ...], got {type(x0).__name__} and {type(cond).__name__}"
-            )
-        if not x0.is_floating_point():
-            raise ValueError(
-                f"a batch's x0 must be of floats, got {x0.dtype}: scale pixels to [-1, 1] (x / 127.5 - 1), or pass "
-                "them as one uint8 tensor [n, channels, height, width]"
-            )
-        if x0.ndim == 0 or len(x0) == 0 or any(len(value) != len(x0) for value in cond.values()):
-            lengths = ", ".join(f"{name} of {len(value)}" for name, value in cond.items())
-            raise ValueError(
-                f"the parts of a batch need one length above 0, got x0 of shape {list(x0.shape)}"
-                + (f" and {lengths}" if lengths else "")
-            )
-        if self._held and set(cond) != set(self._held[0].cond):
-            raise ValueError(
-                f"every batch needs the same conditions, got {sorted(cond)} after {sorted(self._held[0].cond)}"
-            )
-        self._seen += len(x0)
-        return Batch(x0, cond)
-
-
-def as_batches(data: Source, device: torch.device) -> tuple[Batches, int]:
-    """The batches of clean samples `[n, *dims]`, of opened data, of a source that `open_data` opens, or of an iterable
-    of x0 or (x0, cond); and for how many updates to make them ahead."""
-    if isinstance(data, Data):
-        held = data
-    elif isinstance(data, str):
-        held = open_data(DataConfig(source=data))
-    elif isinstance(data, Tensor | np.ndarray):
-        held = MemoryData("memory", torch.as_tensor(data))
-    else:
-        return StreamedBatches(data), updates_ahead(device, reads_files=False)
-    near = held_on(device, held)
-    return lambda draw: training_batch(near, draw, False), updates_ahead(device, not isinstance(held, MemoryData))
 
 
 def fit(
@@ -127,57 +43,82 @@ def fit(
     *,
     weighting: Weighting | None = None,
     seed: int = 0,
-    precision: Precision = "float32",
-    on_window: Callable[[str, Window], None] | None = None,
-) -> Denoiser:
-    """Train a denoiser in place to denoise the data, and return it: a teacher.
+    engine: Engine = Engine(),
+    device: str | torch.device | None = None,
+    out: str | Path | None = None,
+    evaluation: Evaluation | None = None,
+    on_window: OnWindow | None = None,
+    on_stage: OnStage | None = None,
+    progress: bool = True,
+) -> Any:
+    """Train a denoiser in place to denoise the data, and return it as a teacher: a `Model`.
 
     Args:
-        denoiser: a `NetworkDenoiser`, or a denoiser of one's own; it keeps its moving average if `training` has one.
+        denoiser: a `NetworkDenoiser`, or a denoiser of one's own, which is returned itself; it keeps its moving average
+            if `training` has one.
         data: as for `distill`.
         weighting: of the squared error in x0; truncated SNR if None.
-        seed, precision, on_window: as for `distill`.
+        seed, engine, device, out, evaluation, on_window, on_stage, progress: as for `distill`.
 
     Raises:
-        ValueError: if the data cannot be used.
+        ValueError: if an argument is of another kind, or the data cannot be used.
         NonFinite: if training diverged.
     """
-    stage = Stage(Denoising(weighting or TruncatedSNR()), training)
-    return _trained(denoiser, None, stage, "fit", _Bench(data, seed, precision, on_window))
-
-
-@final
-class _Bench:
-    """What all stages of one call share."""
-
-    def __init__(
-        self, data: Source, seed: int, precision: Precision, on_window: Callable[[str, Window], None] | None
-    ) -> None:
-        self.engine = Engine(precision=precision)
-        self.accelerator = make_accelerator(precision)
-        self.batches, self.ahead = as_batches(data, self.accelerator.device)
-        self.seed, self.on_window = seed, on_window
-
-
-def _trained(student: Denoiser, teacher: Denoiser | None, stage: Stage, name: str, bench: _Bench) -> Denoiser:
-    """Run a stage to its end and return its result."""
-    trainer = StageTrainer(
-        student,
-        teacher,
-        stage,
-        bench.batches,
-        seed=bench.seed,
-        stream=name,
-        accelerator=bench.accelerator,
-        engine=bench.engine,
-        ahead=bench.ahead,
+    denoiser = denoiser.denoiser if isinstance(denoiser, Model) else denoiser
+    _check_bare("the denoiser", denoiser)
+    check_instance("training", training, Training, "halfstep.Training(num_updates=2000, learning_rate=2e-4)")
+    if weighting is not None:
+        check_instance("weighting", weighting, Weighting, "halfstep.SNR()")
+    call = call_of(data, seed, engine, device, out, evaluation, on_window, on_stage, progress)
+    _check_trainable(denoiser)
+    plan = Plan.of(Denoising(weighting or TruncatedSNR()), training)
+    if call.out is None:
+        with call.placed() as used:
+            chain = Chain(call, used, denoiser, Outcome(Role.TEACHER), {}, None)
+            call.watch(chain.run(plan, None), chain.model_of)
+            return chain.models[-1]
+    network = _network_of(denoiser)
+    spec = call.spec(
+        "fit",
+        plan,
+        network,
+        {},
+        # A copy: an interrupted call must not have moved the weights that the next one starts with.
+        network=lambda: copy.deepcopy(network.network),
+        own_conditions=conditions_of(call.data),
+        clip=is_image(call.data),
     )
-    for update in trainer.run():
-        if update % 100 == 0 or update == trainer.last_update:
-            window = trainer.window()
-            if bench.on_window is not None:
-                bench.on_window(name, window)
-    return trainer.finish()
+    model = call.into_folder(spec)
+    network.to(model.device).load_state_dict(model.denoiser.state_dict())
+    return model
+
+
+def _check_bare(name: str, denoiser: Any) -> None:
+    """Raise ValueError unless it is a denoiser that targets can be computed with."""
+    check_denoiser(name, denoiser, Denoiser)
+    if isinstance(denoiser, Clipped | Guided):
+        what, remedy = "clips x0", "Pass its .denoiser; samples can be clipped later"
+        if isinstance(denoiser, Guided):
+            what, remedy = "is guided", "Pass its .denoiser, with guidance=halfstep.FixedGuidance(scale) and null"
+        raise ValueError(f"{name} {what}, which targets must not be. {remedy}")
+
+
+def _check_trainable(denoiser: Denoiser) -> None:
+    network = denoiser.network if isinstance(denoiser, NetworkDenoiser) else denoiser
+    if not any(True for _ in network.parameters()):
+        raise ValueError(
+            f"{type(denoiser).__name__} has no weights to train: no module was found behind its network. Make the "
+            "network an nn.Module that holds its layers"
+        )
+
+
+def _network_of(denoiser: Denoiser) -> NetworkDenoiser:
+    if not isinstance(denoiser, NetworkDenoiser):
+        raise ValueError(
+            f"a run folder holds networks, and {type(denoiser).__name__} is a denoiser of your own. Pass a "
+            "NetworkDenoiser, or leave `out` away"
+        )
+    return denoiser
 
 
 def distill(
@@ -196,20 +137,27 @@ def distill(
     finish: Sequence[int] | Plan = (),
     teacher_sampler: Sampler | None = None,
     teacher_steps: int | None = None,
+    lora_rank: int | None = None,
     seed: int = 0,
-    precision: Precision = "float32",
-    on_window: Callable[[str, Window], None] | None = None,
-) -> Denoiser:
-    """Return a student that samples in `to` steps what the teacher samples in `start`: the whole chain, in memory.
+    engine: Engine = Engine(),
+    device: str | torch.device | None = None,
+    out: str | Path | None = None,
+    evaluation: Evaluation | None = None,
+    on_window: OnWindow | None = None,
+    on_stage: OnStage | None = None,
+    progress: bool = True,
+) -> Any:
+    """Return a student that samples in `to` steps what the teacher samples in `start`: a `Model`, by the whole chain.
 
     The plan is the one that a recipe would make: a matching stage comes first where `prediction`, `process` or
     `guidance` asks for it, or where the teacher predicts eps at a signal-to-noise ratio near 0.
 
     Args:
-        teacher: an unclipped denoiser, or a loaded model; it is not changed.
-        data: clean samples `[n, *dims]` (float32 as they are; uint8 as images), opened data, a source such as a folder
-            of images, or any iterable of batches x0 `[batch, *dims]` or (x0, cond) with cond from names to tensors
-            `[batch, ...]`, which is restarted at its end. If None, samples of the teacher: see `samples_of`.
+        teacher: an unclipped denoiser, or a model; it is not changed.
+        data: clean samples as a tensor or an array `[n, *dims]` (floats as they are; uint8 as images), (samples, {name:
+            condition}) with conditions `[n, ...]`, a torch Dataset whose items are x0, (x0, label) or (x0, {name:
+            value}), opened data, a path such as a folder of images, or any iterable of batches x0 `[batch, *dims]` or
+            (x0, {name: condition}), which is restarted at its end. If None, samples of the teacher: see `samples_of`.
         to: DDIM steps of the student.
         start: DDIM steps of the teacher, `to` times a power of two; if None a student's own, or 16 times `to`.
         training: of each halving stage; twice the updates at 2 steps and 1.
@@ -224,16 +172,40 @@ def distill(
             of them is returned.
         teacher_sampler: deterministic sampler of the first teacher; DDIM if None. Students teach by DDIM.
         teacher_steps: its steps for each step of the first student; 2 if None.
+        lora_rank: rank of low-rank additions that are trained instead of whole students (networks of diffusers). The
+            returned student has them merged into its weights; the stages of `out` hold them apart.
         seed: with the update, the key of every random number.
-        on_window: called with the stage's name and its statistics at every hundredth update.
+        engine: precision, micro batch, compilation and how often statistics are taken (`log_every`).
+        device: where training runs; an accelerator, if there is one, if None.
+        out: a run folder as the command line writes it, with a log, checkpoints and the model of every stage. The same
+            call on it resumes; Ctrl-C saves the state first.
+        evaluation: how the stages in `out` are measured; not at all if None.
+        on_window: called with a stage's name and its `Window` of statistics at every `engine.log_every`th update.
+        on_stage: called with a stage's name and its model when the stage is complete: evaluate it there.
+        progress: show progress bars, if stderr is a terminal.
+
+    Returns:
+        The last student as a `Model`, which `save` takes; a denoiser of one's own class if the teacher is one.
 
     Raises:
-        ValueError: if `start` cannot be halved to `to`, the data cannot be used, or settings contradict each other.
+        ValueError: if `start` cannot be halved to `to`, the data cannot be used, an argument is of another kind, or
+            settings contradict each other.
+        DifferentRecipe: a ValueError, if `out` holds a run of another call.
         NonFinite: if training diverged.
     """
+    _check_plan_arguments(
+        to, start, finish, training, plan, prediction, process, guidance, matching, teacher_sampler, lora_rank
+    )
+    if not isinstance(teacher, Model):
+        _check_bare("the teacher", teacher)
+    call = call_of(
+        samples_of(teacher, seed=seed) if data is None else data,
+        seed, engine, device, out, evaluation, on_window, on_stage, progress,
+    )  # fmt: skip
     current: Denoiser
     if isinstance(teacher, Model):
         current, known, held_null = teacher.denoiser, Start.of(teacher), dict(null or teacher.null)
+        _check_data(teacher, call.data)
     else:
         known = Start(teacher.process, None)
         if isinstance(teacher, NetworkDenoiser):
@@ -254,26 +226,101 @@ def distill(
             "plan gives the halving stages, so teacher_sampler and teacher_steps have no effect. Remove them"
         )
     after = finish if isinstance(finish, Plan) else Plan.finishes(finish)
-    chain = course(known, wanted, halvings, after=after)
+    chain = course(known, wanted, halvings, lora_rank, after)
     if null is not None and all(stage.objective.guidance is None for stage in chain.stages):
         raise ValueError("null stands for no condition, which only guidance needs. Pass guidance, or leave null out")
     if matching is not None and chain.stages[0].objective.outcome.role is not Role.MATCHED:
         raise ValueError("matching has no effect without prediction, process or guidance. Leave it out")
-    bench = _Bench(samples_of(teacher, seed=seed) if data is None else data, seed, precision, on_window)
-    was_training = current.training
+    _check_trainable(current)
+    held_null = {name: torch.as_tensor(value) for name, value in held_null.items()}
+    like = teacher if isinstance(teacher, Model) else None
+    if call.out is not None:
+        bare = _network_of(current)
+        if like is None:
+            data_, conditions = call.data, conditions_of(call.data)
+            assert isinstance(data_, Data)
+            like = Model.of(
+                bare,
+                data_.shape,
+                num_classes=data_.num_classes,
+                conditions=conditions,
+                clip=data_.is_image,
+            )
+        told = {"teacher": digest_of(own_state(bare.network)), "lora_rank": lora_rank}
+        given = Model(like.denoiser, like.manifest, held_null)
+        first = next((stage.objective for stage in chain.stages if isinstance(stage.objective, Halving)), None)
+        spec = call.spec(
+            "distill",
+            chain,
+            bare,
+            told,
+            teacher=given,
+            start_steps=None if first is None else first.num_steps * first.num_teacher_steps,
+            conditional=like.num_classes > 0,
+            clip=like.manifest.clip,
+            lora_rank=lora_rank,
+        )
+        return call.into_folder(spec)
+    was_training, device_before = current.training, next(current.parameters()).device
     frozen = [parameter.requires_grad for parameter in current.parameters()]
-    made, outcomes = [current], [known.outcome]
     try:
-        for name, stage in zip(chain.names(1), chain.stages, strict=True):
-            parents = parents_of(stage.objective, outcomes)
-            assert parents is not None
-            seen = made[parents.teacher]
-            student = copy_denoiser(stage.objective.start(made[parents.start]))
-            made.append(_trained(student, stage.objective.view(seen, student, held_null), stage, name, bench))
-            outcomes.append(stage.objective.outcome)
+        with call.placed() as used:
+            trained = Chain(call, used, current, Outcome(known.role, known.num_steps), held_null, like)
+            call.watch(trained.run(chain, lora_rank), trained.model_of)
     finally:
-        # The stages run a teacher in evaluation mode and frozen; it is restored, also if one diverged.
+        # The stages run a teacher in evaluation mode, frozen and on their device; it is restored, also if one diverged.
         current.train(was_training)
         for parameter, needed in zip(current.parameters(), frozen, strict=True):
             parameter.requires_grad_(needed)
-    return made[-1]
+        current.to(device_before)
+    return trained.models[-1]
+
+
+def _check_plan_arguments(
+    to: Any,
+    start: Any,
+    finish: Any,
+    training: Any,
+    plan: Any,
+    prediction: Any,
+    process: Any,
+    guidance: Any,
+    matching: Any,
+    teacher_sampler: Any,
+    lora_rank: Any,
+) -> None:
+    """Raise ValueError if an argument of `distill` is of another kind."""
+    check_whole("to", to)
+    check_whole("start", to if start is None else start)
+    if isinstance(finish, str) or not isinstance(finish, Plan | Sequence):
+        raise ValueError(f"finish must be the steps of students, got {finish!r}. Pass a list: finish=[2, 1]")
+    made = "halfstep.Training(num_updates=2000, learning_rate=2e-4)"
+    kinds: list[tuple[str, Any, type, str]] = [
+        ("training", training, Training, made),
+        ("matching", matching, Training, made),
+        ("plan", plan, Plan, "halfstep.Plan.halvings(64, 4)"),
+        ("prediction", prediction, Prediction, "halfstep.V()"),
+        ("process", process, NoiseProcess, "halfstep.VPCosine()"),
+        ("guidance", guidance, Guidance, "halfstep.FixedGuidance(4.0)"),
+        ("teacher_sampler", teacher_sampler, Sampler, "halfstep.Heun()"),
+        ("lora_rank", lora_rank, int, "lora_rank=16"),
+    ]
+    for name, value, kind, example in kinds:
+        if value is not None or name == "training":
+            check_instance(name, value, kind, example)
+
+
+def _check_data(model: Model, data: Data | StreamedBatches) -> None:
+    """Raise ValueError unless the model makes samples as these and is told what they hold."""
+    if data.shape != model.shape:
+        raise ValueError(
+            f"the teacher makes samples of shape {list(model.shape)}, but the data have {list(data.shape)}. Pass the "
+            "data that it was trained on"
+        )
+    held = set(conditions_of(data)) | ({CLASSES} if isinstance(data, Data) and data.num_classes else set())
+    needed = set(model.manifest.conditions) | ({CLASSES} if model.num_classes else set())
+    if missing := sorted(needed - held):
+        raise ValueError(
+            f"the teacher is conditioned on {missing[0]}, which the data do not hold. Pass "
+            f"(x0, {{{missing[0]!r}: tensor}})"
+        )

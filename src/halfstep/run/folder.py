@@ -136,13 +136,15 @@ def _accept(spec: RunSpec, folder: RunFolder, held: Mapping[str, Any]) -> None:
     before, now = held.get("data"), _form(spec)
     changed = changed_since(spec.data.source, folder.recipe_path.stat().st_mtime)
     said = [f"{len(changed):,} changed files: {', '.join(map(str, changed[:3]))}"] if changed else []
+    # None where the caller, such as halfstep.fit, has no such setting.
+    accepts = dict(spec.recipe.get("data") or {}).get("accept_changed")
     fits = isinstance(before, dict) and all(before.get(name) == now[name] for name in ("shape", "class_names"))
+    fits = fits and accepts is not None
     if isinstance(before, dict):
         other = [name for name in now if before.get(name) != now[name]]
         said += [f"{name.replace('_', ' ')} {before.get(name)} then, {now[name]} now" for name in other]
     what = f"{spec.data.source} has changed since" + (f" ({'; '.join(said)})" if said else "")
-    recipe = spec.recipe.get("data")
-    if fits and isinstance(recipe, Mapping) and recipe.get("accept_changed"):
+    if fits and accepts:
         warnings.warn(f"{folder.path} resumes on changed data: {what}", HalfstepWarning, stacklevel=2)
         return
     remedy = "put the old data back, choose another --out" + (

@@ -130,7 +130,7 @@ class Measuring:
         """Return the cell of a model, which is loaded from `path` if that is given."""
         source = ModelSource(
             model.manifest,
-            (lambda: model) if path is None else functools.partial(load, path, self.device),
+            (lambda: model) if path is None else functools.partial(load, path, self.device, self.spec.own_network),
             method.sampler,
             self.device,
             self.spec.data,

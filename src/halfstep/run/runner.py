@@ -178,7 +178,7 @@ class _Runner:
         self._models = held
         for folder in folders:
             if folder.path not in held:
-                held[folder.path] = load(folder.path)
+                held[folder.path] = load(folder.path, network=self.spec.own_network)
         return [held[folder.path] for folder in folders]
 
     def _found(self, folder: StageFolder, stage: Stage | None, needed: list[StageFolder]) -> str:
@@ -413,7 +413,7 @@ class _Runner:
             num_classes=spec.num_classes,
             classes_shown=spec.data.num_classes if spec.num_classes else None,
             class_names=self._class_names(origin),
-            conditions=origin.conditions if origin else {},
+            conditions=dict(spec.conditions),
             guidance=guidance,
             guidance_scale=None if guidance is None else guidances.rebuild(guidance).default_scale,
             is_image=spec.data.is_image,

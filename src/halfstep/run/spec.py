@@ -1,11 +1,12 @@
 """What a run is made from."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, final
 
 import torch
+from torch import nn
 
 from halfstep.core.draw import Draw
 from halfstep.core.noise import NoiseProcess
@@ -14,12 +15,16 @@ from halfstep.data import Data, held_on, training_batch
 from halfstep.data.base import Batches
 from halfstep.measure.evaluate import Evaluation
 from halfstep.models.model import Model
-from halfstep.nets import Network
 from halfstep.objectives import Batch, Outcome, Parents, Plan, Stage, parents_of
-from halfstep.train.settings import Engine
+from halfstep.train.settings import IDLE, Engine
 
 GIVEN_TEACHER: Final = "00-teacher"
 """Stage of a teacher that was given."""
+FREE_SETTINGS: Final = (
+    *(f"evaluation.{setting.name}" for setting in fields(Evaluation)),
+    *(f"engine.{name}" for name in IDLE),
+)
+"""Settings of evaluation and engine that may change when a run resumes: they do not change what is learned."""
 
 
 @final
@@ -33,10 +38,14 @@ class RunSpec:
     data: Data
     process: NoiseProcess
     prediction: Prediction
-    network: Callable[[], Network] | None = None
+    network: Callable[[], nn.Module] | None = None
     """Makes a fresh network for the first stage; not called when there is a `teacher`."""
     teacher: Model | None = None
     """The model to start the chain from, instead of a first stage."""
+    own_network: nn.Module | None = None
+    """Network of the user's own class, which no manifest can build: each model gets a copy."""
+    own_conditions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Conditions other than the class, with their shapes for one sample, of a plan that begins without a teacher."""
     start_steps: int | None = None
     """Steps of the first teacher of the chain."""
     conditional: bool = True
@@ -91,12 +100,15 @@ class RunSpec:
             return self.teacher.num_classes
         return self.data.num_classes if self.conditional else 0
 
+    @property
+    def conditions(self) -> Mapping[str, tuple[int, ...]]:
+        """Conditions of the models other than the class, with their shapes for one sample."""
+        return self.own_conditions if self.teacher is None else self.teacher.manifest.conditions
+
     def batches(self, device: torch.device) -> Batches:
         """Return the training batches, with the data held on the device if it is small."""
         data = held_on(device, self.data)
-        shown = {"class_labels"} if self.conditional else set()
-        if self.teacher is not None:
-            shown |= set(self.teacher.manifest.conditions)
+        shown = ({"class_labels"} if self.conditional else set()) | set(self.conditions)
 
         def batch(draw: Draw) -> Batch:
             x0, cond = training_batch(data, draw, self.flip)

@@ -42,6 +42,16 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
         return check_written(held, temporary)
 
 
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """Return the sha256 of the tensors' names, kinds and content."""
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        digest.update(repr((name, str(value.dtype), tuple(value.shape))).encode())
+        held = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(memoryview(held.numpy()))  # type: ignore[arg-type]
+    return digest.hexdigest()
+
+
 def check_written(tensors: Mapping[str, Tensor], path: Path) -> str:
     """Return the sha256 of the file; raise DamagedFile unless it holds the tensors byte for byte.
 

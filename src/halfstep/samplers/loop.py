@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from halfstep.core.denoiser import Cond, Denoiser
+from halfstep.core.door import check_denoiser, check_instance, check_noise, got
 from halfstep.core.grids import check_num_steps, uniform_times
 from halfstep.samplers.base import Memory, Sampler
 from halfstep.samplers.ddim import DDIM
@@ -29,7 +30,7 @@ class SamplerStep(NamedTuple):
 def trajectory(
     denoiser: Denoiser,
     x_t: Tensor,
-    num_steps: int,
+    num_steps: int | None = None,
     sampler: Sampler | None = None,
     cond: Cond | None = None,
     grid: Callable[[int], Tensor] = uniform_times,
@@ -38,17 +39,32 @@ def trajectory(
     """Yield the steps of sampling from the noise `x_t` `[batch, *dims]` at t = 1 down to clean data.
 
     Args:
-        num_steps: steps of the sampler, at least 1.
-        sampler: DDIM() if None.
+        num_steps: steps of the sampler, at least 1; those that a student was distilled for if None.
+        sampler: a student's own, or DDIM(), if None.
         cond: conditions by name, each `[batch, ...]`.
         grid: from `num_steps` to `num_steps + 1` falling times.
         noise: added by a stochastic sampler at each step; None for any other.
 
     Raises:
-        ValueError: if `num_steps` is not a whole number of at least 1, or noise is missing or would not be used.
+        ValueError: if `num_steps` is not a whole number of at least 1 or not known, noise is missing or would not be
+            used, or an argument is of another kind, shape or device.
     """
+    check_denoiser("what is sampled", denoiser, Denoiser)
+    check_noise(x_t, denoiser.shape, denoiser)
+    if num_steps is None:
+        num_steps = denoiser.num_steps
+        if num_steps is None:
+            raise ValueError("an undistilled model takes any number of steps. Pass num_steps, such as num_steps=64")
     check_num_steps(num_steps)
-    method = DDIM() if sampler is None else sampler
+    method = (denoiser.sampler or DDIM()) if sampler is None else sampler
+    check_instance("the sampler", method, Sampler, "halfstep.DDIM() or halfstep.Heun()")
+    for name, value in (cond or {}).items():
+        if not isinstance(value, Tensor) or value.shape[:1] != x_t.shape[:1]:
+            shape = f" of shape {list(value.shape)}" if isinstance(value, Tensor) else ""
+            raise ValueError(
+                f"the condition {name} must be a tensor [{len(x_t)}, ...], one row a sample, got {got(value)}{shape}. "
+                "Repeat it for each sample"
+            )
     if method.stochastic and noise is None:
         raise ValueError(
             f"{type(method).__name__} draws noise at each step: pass noise=step_noise(seeds, shape), or your own"
@@ -66,7 +82,7 @@ def trajectory(
 def sample(
     denoiser: Denoiser,
     x_t: Tensor,
-    num_steps: int,
+    num_steps: int | None = None,
     sampler: Sampler | None = None,
     cond: Cond | None = None,
     grid: Callable[[int], Tensor] = uniform_times,

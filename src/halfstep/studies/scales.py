@@ -10,7 +10,8 @@ from pydantic_core import to_jsonable_python
 from halfstep.measure.evaluate import Evaluation
 from halfstep.objectives import FINISHING, Training
 from halfstep.recipes import Recipe, recipes
-from halfstep.recipes.schema import IDLE, ChainConfig, FinishConfig
+from halfstep.recipes.schema import ChainConfig, FinishConfig
+from halfstep.train.settings import IDLE
 
 COUNTED: Final = 1_000_000
 """Stands for the updates of a training that a study counts itself."""

@@ -117,7 +117,8 @@ class StageTrainer:
         self.share = range(first, first + share)
         self.split(min(engine.set_micro_batch or share, share))
 
-        device = accelerator.device
+        # With its index: the thread that feeds has a current device of its own.
+        device = torch.empty(0, device=accelerator.device).device
         self.batches, self.ahead = batches, ahead
         self._feed = Feed(batches, self.places_of, device, ahead)
         self._window_losses: list[float] = []

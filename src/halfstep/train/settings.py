@@ -1,7 +1,7 @@
 """How a run uses the machine."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, Final, Literal, final, get_args
 
 from halfstep.objectives.base import FORBID_EXTRA, MOST_AT_ONCE, check_whole
@@ -88,3 +88,5 @@ class Engine:
 
 LEARNED: Final = ("precision", "teacher_precision", "optimizer")
 """Settings of the engine that change what is learned."""
+IDLE: Final = tuple(setting.name for setting in fields(Engine) if setting.name not in LEARNED)
+"""Settings of the engine that do not."""

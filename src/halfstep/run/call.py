@@ -1,0 +1,261 @@
+"""A call of `halfstep.fit` or `halfstep.distill`: its stages run in memory or into a run folder, and are watched."""
+
+import contextlib
+import dataclasses
+import json
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, final
+
+import torch
+
+from halfstep.core.denoiser import Cond, Denoiser, NetworkDenoiser
+from halfstep.core.door import check_instance
+from halfstep.core.warnings import HalfstepWarning
+from halfstep.data import Data
+from halfstep.measure.evaluate import Evaluation
+from halfstep.models.folder import load
+from halfstep.models.model import Model
+from halfstep.models.students import start_student
+from halfstep.nets import OWN, describe_network, merged
+from halfstep.objectives import Outcome, Plan, Stage, guidances, objectives, parents_of
+from halfstep.run.events import Event, Notice, Progress, StageEnd, StageStart
+from halfstep.run.progress import bars
+from halfstep.run.runner import run
+from halfstep.run.sources import Source, StreamedBatches, as_batches, as_source, conditions_of
+from halfstep.run.spec import FREE_SETTINGS, RunSpec
+from halfstep.runs import RunFolder
+from halfstep.runtime.devices import existing_device
+from halfstep.runtime.files import cache_folder
+from halfstep.runtime.launch import rank, world_size
+from halfstep.runtime.processes import make_accelerator
+from halfstep.runtime.stop import Interrupted, StopSignal
+from halfstep.train.engine import StageTrainer
+from halfstep.train.settings import Engine
+from halfstep.train.window import Window
+
+OnWindow = Callable[[str, Window], None]
+OnStage = Callable[[str, Any], None]
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """The arguments that `fit` and `distill` share."""
+
+    data: Data | StreamedBatches
+    seed: int
+    engine: Engine
+    device: str | torch.device | None
+    out: Path | None
+    evaluation: Evaluation | None
+    on_window: OnWindow | None
+    on_stage: OnStage | None
+    progress: bool
+
+    def __post_init__(self) -> None:
+        check_instance("engine", self.engine, Engine, "halfstep.Engine(precision='bf16')")
+        if self.evaluation is not None:
+            check_instance("evaluation", self.evaluation, Evaluation, "halfstep.Evaluation()")
+        if self.out is None and self.evaluation is not None:
+            raise ValueError("evaluation has no effect without out, the run folder that holds its figures. Pass out")
+        if self.out is not None and isinstance(self.data, StreamedBatches):
+            raise ValueError(
+                "an iterable of batches cannot be resumed, which out needs. Pass a tensor, (x0, {name: tensor}), a "
+                "torch Dataset or a path, or leave out away"
+            )
+        for name, hook in (("on_window", self.on_window), ("on_stage", self.on_stage)):
+            if hook is not None and not callable(hook):
+                raise ValueError(f"{name} must be a function, got {hook!r}. Pass lambda name, it: ...")
+
+    @contextlib.contextmanager
+    def placed(self) -> Iterator[Engine]:
+        """Make the device that was asked for the current one, and return the engine that uses it."""
+        if self.device is None:
+            yield self.engine
+            return
+        found = existing_device(self.device)
+        if found.type == "cpu":
+            yield dataclasses.replace(self.engine, cpu=True)
+            return
+        here = torch.accelerator.current_accelerator()
+        if self.engine.cpu or here is None or here.type != found.type:
+            raise ValueError(f"the device {found} cannot be used: engine.cpu is set, or torch uses {here}. Remove one")
+        if world_size() > 1 and found.index is not None:
+            raise ValueError(f"device {found} was asked for, but the launcher gives each process its own. Remove it")
+        module = torch.get_device_module(found)
+        with module.device(found.index) if found.index is not None else contextlib.nullcontext():
+            yield self.engine
+
+    def watch(self, events: Iterator[Event], model_of: Callable[[str], Any]) -> None:
+        """Run through the events of a call and tell the callbacks and the progress bar."""
+        with bars(self.progress and rank() == 0) as shown:
+            for event in events:
+                if isinstance(event, StageStart):
+                    shown.start(event.name, event.stage.training.num_updates, event.resumed_at)
+                elif isinstance(event, Progress):
+                    shown.at(event.name, event.window.update, event.window.loss)
+                    if self.on_window is not None:
+                        self.on_window(event.name, event.window)
+                elif isinstance(event, StageEnd) and not event.was_there:
+                    shown.end(event.name)
+                    if self.on_stage is not None:
+                        self.on_stage(event.name, model_of(event.name))
+                elif isinstance(event, Notice):
+                    warnings.warn(event.text, HalfstepWarning, stacklevel=4)
+
+    def into_folder(self, spec: RunSpec) -> Model:
+        """Run the plan into `out`, or resume it, and return its last model; Ctrl-C saves the state first."""
+        out, folder = self.out, RunFolder(self.out or Path())
+        assert out is not None
+
+        def model_of(name: str) -> Model:
+            return load(folder.stage(name).path, network=spec.own_network)
+
+        alone = threading.current_thread() is threading.main_thread()
+        try:
+            with self.placed() as engine, StopSignal() if alone else contextlib.nullcontext() as stop:
+                made = dataclasses.replace(spec, engine=engine)
+                self.watch(run(made, out, stop), model_of)
+                device = make_accelerator(engine.precision, engine.cpu).device
+        except Interrupted as stopped:
+            if stopped.code == 130:
+                raise KeyboardInterrupt(f"the state is saved in {out}: the same call resumes") from None
+            raise SystemExit(stopped.code) from None
+        return model_of(spec.stages[-1][0]).merged().to(device)
+
+    def spec(self, call: str, plan: Plan, denoiser: NetworkDenoiser, told: dict[str, Any], **more: Any) -> RunSpec:
+        """Return what a run folder needs of a call."""
+        assert isinstance(self.data, Data)
+        assert self.out is not None
+        described = describe_network(denoiser.network)
+        stages = [
+            {"objective": objectives.describe(stage.objective), **dataclasses.asdict(stage.training)}
+            for stage in plan.stages
+        ]
+        evaluation = self.evaluation or Evaluation(enabled=False)
+        recipe = {
+            "name": self.out.name,
+            "call": f"halfstep.{call}",
+            "seed": self.seed,
+            "data": {"source": self.data.source},
+            "network": described,
+            "stages": stages,
+            "evaluation": dataclasses.asdict(evaluation),
+            "engine": dataclasses.asdict(self.engine),
+        }
+        return RunSpec(
+            # As it is read again.
+            recipe=json.loads(json.dumps(recipe | told)),
+            plan=plan,
+            data=self.data,
+            process=denoiser.process,
+            prediction=denoiser.prediction,
+            own_network=denoiser.network if described["type"] == OWN else None,
+            seed=self.seed,
+            evaluation=evaluation,
+            cache=cache_folder(),
+            free=("name", "data.source", *FREE_SETTINGS),
+            **more,
+        )
+
+
+def call_of(data: Source, seed: int, engine: Engine, device: Any, out: Any, *rest: Any) -> Call:
+    """Return the call with the arguments of the fields of `Call`, checked.
+
+    Raises:
+        ValueError: if one is of another kind, or the data cannot be used.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(f"seed must be a whole number, got {seed!r}. Pass seed=0")
+    if device is not None:
+        existing_device(device)
+    if out is not None and not isinstance(out, str | Path):
+        raise ValueError(f"out must be the path of a run folder, got {out!r}. Pass out='runs/mine'")
+    return Call(as_source(data), seed, engine, device, None if out is None else Path(out), *rest)
+
+
+def is_image(data: Data | StreamedBatches) -> bool:
+    """Return whether samples are pixels."""
+    return isinstance(data, Data) and data.is_image
+
+
+@final
+class Chain:
+    """The stages of one call in memory."""
+
+    def __init__(
+        self, call: Call, engine: Engine, first: Denoiser, known: Outcome, null: Cond, like: Model | None
+    ) -> None:
+        self.call, self.engine, self.null, self.like = call, engine, null, like
+        self.accelerator = make_accelerator(engine.precision, engine.cpu)
+        self.batches, self.ahead = as_batches(call.data, self.accelerator.device)
+        self.made: list[Denoiser] = [first]
+        self.outcomes = [known]
+        self.models: list[Any] = []
+        self.names: list[str] = []
+
+    def run(self, plan: Plan, lora_rank: int | None) -> Iterator[Event]:
+        """Train the stages in order: the first denoiser itself if its objective needs no teacher, or students."""
+        needs_teacher = plan.stages[0].objective.needs_teacher
+        for index, (name, stage) in enumerate(zip(plan.names(int(needs_teacher)), plan.stages, strict=True)):
+            student, seen = self.made[0], None
+            if stage.objective.needs_teacher:
+                parents = parents_of(stage.objective, self.outcomes)
+                assert parents is not None
+                student = start_student(stage.objective.start(self.made[parents.start]), lora_rank)
+                seen = stage.objective.view(self.made[parents.teacher], student, self.null)
+            yield StageStart(name, index, stage, 0)
+            trainer = StageTrainer(
+                student,
+                seen,
+                stage,
+                self.batches,
+                seed=self.call.seed,
+                stream=name,
+                accelerator=self.accelerator,
+                engine=self.engine,
+                ahead=self.ahead,
+            )
+            for update in trainer.run():
+                if update % self.engine.log_every == 0 or update == trainer.last_update:
+                    yield Progress(name, trainer.last_update, trainer.window())
+            self.made.append(trainer.finish())
+            self.outcomes.append(stage.objective.outcome)
+            self.names.append(name)
+            self.models.append(self._model(name, stage, trainer, self.made[-1]))
+            yield StageEnd(name, trainer.seconds, False)
+
+    def model_of(self, name: str) -> Any:
+        """Return the result of a stage."""
+        return self.models[self.names.index(name)]
+
+    def _model(self, name: str, stage: Stage, trainer: StageTrainer, denoiser: Denoiser) -> Any:
+        outcome, data, like = stage.objective.outcome, self.call.data, self.like
+        if not isinstance(denoiser, NetworkDenoiser):
+            denoiser.num_steps, denoiser.sampler = outcome.num_steps, outcome.sampler
+            denoiser.shape = data.shape
+            return denoiser
+        learned = stage.objective.guidance
+        described = None if learned is None else guidances.describe(learned)
+        if described is None and like is not None:
+            described = like.manifest.guidance
+        scale = None if described is None else guidances.rebuild(described).default_scale
+        known = isinstance(data, Data) and data.num_classes
+        return Model.of(
+            NetworkDenoiser(merged(denoiser.network), denoiser.process, denoiser.prediction).eval(),
+            data.shape,
+            num_classes=like.num_classes if like is not None else int(known),
+            conditions=conditions_of(data) if like is None else like.manifest.conditions,
+            clip=is_image(data) if like is None else like.manifest.clip,
+            made=outcome,
+            stage=name,
+            objective=objectives.name_of(stage.objective),
+            guidance=described,
+            guidance_scale=scale,
+            num_updates=trainer.update,
+            seconds=round(trainer.seconds, 3),
+            is_image=is_image(data) if like is None else like.manifest.is_image,
+        )

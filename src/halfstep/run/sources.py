@@ -1,0 +1,238 @@
+"""Training data of the Python API, opened and checked before training starts."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
+
+from halfstep.core.door import got
+from halfstep.core.draw import Draw
+from halfstep.data import Data, DataConfig, MemoryData, held_on, open_data, training_batch, warn_of_scale
+from halfstep.data.base import Batches, updates_ahead
+from halfstep.objectives import Batch
+
+Array = Tensor | np.ndarray
+Source = Array | tuple[Array, Mapping[str, Array]] | Data | str | Path | Iterable[Any]
+"""Where batches come from; see `distill`."""
+
+CLASSES = "class_labels"
+
+
+@final
+class StreamedBatches:
+    """Batches of any size from an iterable, cut and joined into those of the updates, and begun again at its end.
+
+    Unlike all other data here, what an update sees is whatever comes next, not a function of the update's number. Each
+    of several processes must be given the same batches, of which it takes its own share.
+
+    Raises:
+        ValueError: if an item, of which the first is looked at here, is neither x0 nor (x0, cond), its parts differ in
+            length, or the iterable gives nothing (a generator gives nothing the second time).
+    """
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self._batches = batches
+        self._iterator: Iterator[Any] = iter(batches)
+        self._held: list[Batch] = []
+        self._seen = 0
+        self._cut: tuple[tuple[str, int], Batch] | None = None
+        self._held.append(self._next())
+
+    @property
+    def first(self) -> Batch:
+        """The next batch, of the iterable's own size."""
+        return self._held[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one sample."""
+        return tuple(self.first.x0.shape[1:])
+
+    @property
+    def conditions(self) -> dict[str, tuple[int, ...]]:
+        """Conditions by name, with the shape of each for one sample."""
+        return {name: tuple(value.shape[1:]) for name, value in self.first.cond.items()}
+
+    def __call__(self, draw: Draw) -> Batch:
+        key = (draw.stream, draw.update)
+        if self._cut is None or self._cut[0] != key:
+            self._cut = key, self._next_update(draw.batch_size)
+        x0, cond = self._cut[1]
+        mine = slice(draw.places.start, draw.places.stop)
+        return Batch(x0[mine], {name: value[mine] for name, value in cond.items()})
+
+    def _next_update(self, wanted: int) -> Batch:
+        """The next batch of that size."""
+        while sum(len(batch.x0) for batch in self._held) < wanted:
+            self._held.append(self._next())
+        names = list(self._held[0].cond)
+        x0 = torch.cat([batch.x0 for batch in self._held])
+        cond = {name: torch.cat([batch.cond[name] for batch in self._held]) for name in names}
+        self._held = [Batch(x0[wanted:], {name: value[wanted:] for name, value in cond.items()})]
+        return Batch(x0[:wanted], {name: value[:wanted] for name, value in cond.items()})
+
+    def _next(self) -> Batch:
+        try:
+            item = next(self._iterator)
+        except StopIteration:
+            self._iterator = iter(self._batches)
+            try:
+                item = next(self._iterator)
+            except StopIteration:
+                raise ValueError(
+                    f"the batches ended after {self._seen} samples and cannot be begun again: pass a list, a "
+                    "DataLoader or another iterable that can, not a generator"
+                ) from None
+        x0, cond = item if isinstance(item, tuple | list) and len(item) == 2 else (item, None)
+        cond = {} if cond is None else cond
+        if isinstance(cond, Tensor):
+            raise ValueError(
+                "a batch's conditions must have names, got a tensor. Pass (x0, {'class_labels': labels}), as "
+                "((x, {'class_labels': y}) for x, y in loader) in a class with __iter__"
+            )
+        if isinstance(x0, np.ndarray):
+            x0 = torch.from_numpy(x0)
+        if not isinstance(x0, Tensor) or not isinstance(cond, Mapping):
+            raise ValueError(
+                f"a batch must be x0 or (x0, cond), a tensor [batch, *dims] and a mapping of names to tensors "
+                f"[batch, ...], got {type(x0).__name__} and {type(cond).__name__}"
+            )
+        if not x0.is_floating_point():
+            raise ValueError(
+                f"a batch's x0 must be of floats, got {x0.dtype}: scale pixels to [-1, 1] (x / 127.5 - 1), or pass "
+                "them as one uint8 tensor [n, channels, height, width]"
+            )
+        x0 = x0.detach().float()
+        if not x0.isfinite().all():
+            raise ValueError(
+                f"a batch after {self._seen} samples has values that are not finite. Remove or replace them"
+            )
+        if x0.ndim == 0 or len(x0) == 0 or any(len(value) != len(x0) for value in cond.values()):
+            lengths = ", ".join(f"{name} of {len(value)}" for name, value in cond.items())
+            raise ValueError(
+                f"the parts of a batch need one length above 0, got x0 of shape {list(x0.shape)}"
+                + (f" and {lengths}" if lengths else "")
+            )
+        if self._held and set(cond) != set(self._held[0].cond):
+            raise ValueError(
+                f"every batch needs the same conditions, got {sorted(cond)} after {sorted(self._held[0].cond)}"
+            )
+        if self._held and x0.shape[1:] != self._held[0].x0.shape[1:]:
+            raise ValueError(
+                f"every batch needs samples of one shape, got {list(x0.shape[1:])} after "
+                f"{list(self._held[0].x0.shape[1:])}. Resize them"
+            )
+        self._seen += len(x0)
+        return Batch(x0, cond)
+
+
+def _condition(name: str, value: Any) -> Tensor:
+    """Return the values of a condition as a tensor: floats of at most 32 bits, whole numbers as int64."""
+    if not isinstance(value, Tensor | np.ndarray):
+        raise ValueError(f"the condition {name} must be a tensor or an array, got {got(value)}. Pass torch.tensor(...)")
+    tensor = torch.as_tensor(value).detach().cpu()
+    if tensor.dtype == torch.float64:
+        return tensor.float()
+    return tensor if tensor.is_floating_point() or tensor.dtype == torch.bool else tensor.long()
+
+
+def in_memory(x0: Array, cond: Mapping[str, Array] | None = None) -> MemoryData:
+    """Return samples and their conditions as data: floats of any kind as float32, uint8 as images.
+
+    Raises:
+        ValueError: if samples are whole numbers, not finite or without an axis of their own, or a condition does not
+            have one row a sample.
+    """
+    if isinstance(x0, np.ndarray):
+        if x0.dtype.kind not in "fiub":
+            raise ValueError(f"samples must be numbers, got an array of {x0.dtype}. Pass floats [n, *dims]")
+        # Negative strides and foreign byte orders are not torch's.
+        x0 = torch.from_numpy(np.ascontiguousarray(x0, dtype=x0.dtype.newbyteorder("=")))
+    x0 = x0.detach().cpu()
+    if x0.is_floating_point():
+        x0 = x0.float()
+    elif x0.dtype != torch.uint8 or x0.ndim != 4:
+        raise ValueError(
+            f"samples must be floats [n, *dims], or images as uint8 [n, channels, height, width], got {x0.dtype} of "
+            f"shape {list(x0.shape)}. Scale pixels to [-1, 1]: x / 127.5 - 1"
+        )
+    elif x0.shape[1] not in (1, 3, 4) and x0.shape[3] in (1, 3, 4):
+        raise ValueError(
+            f"images must be [n, channels, height, width], got {list(x0.shape)}. Move the channels: "
+            "x.permute(0, 3, 1, 2)"
+        )
+    conditions = {name: _condition(name, value) for name, value in (cond or {}).items()}
+    labels, names = conditions.get(CLASSES), tuple[str, ...]()
+    if (
+        labels is not None
+        and labels.dtype == torch.int64
+        and labels.ndim == 1
+        and len(labels)
+        and int(labels.min()) >= 0
+    ):
+        conditions.pop(CLASSES)
+        names = tuple(map(str, range(int(labels.max()) + 1)))
+    else:
+        labels = None
+    return MemoryData("memory", x0, labels, names, conditions)
+
+
+def as_source(data: Source | StreamedBatches) -> Data | StreamedBatches:
+    """Return what the user passes as data, opened and checked; warn if its scale is far from the noise's.
+
+    Raises:
+        ValueError: if it cannot be used.
+    """
+    opened = _opened(data)
+    warn_of_scale(opened if isinstance(opened, Data) else MemoryData("the first batch", opened.first.x0))
+    return opened
+
+
+def _opened(data: Source | StreamedBatches) -> Data | StreamedBatches:
+    if isinstance(data, Data | StreamedBatches):
+        return data
+    if isinstance(data, str | Path):
+        return open_data(DataConfig(source=str(data)))
+    if isinstance(data, Tensor | np.ndarray):
+        return in_memory(data)
+    if isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor | np.ndarray):
+        x0, cond = data
+        if isinstance(cond, Mapping):
+            return in_memory(x0, cond)
+        if cond is not None and (not isinstance(cond, Tensor) or cond.shape != x0.shape):
+            raise ValueError(
+                f"the conditions of the data must have names, got {got(cond)}. Pass (x0, {{'class_labels': labels}})"
+            )
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        raise ValueError(
+            f"the data must be batches, got the Dataset {type(data).__name__} of single samples. Pass "
+            "torch.utils.data.DataLoader(dataset, batch_size=128)"
+        )
+    if isinstance(data, type | nn.Module | Mapping) or not isinstance(data, Iterable):
+        raise ValueError(
+            f"the data must be a tensor or an array [n, *dims], (x0, {{name: tensor}}), a path or an "
+            f"iterable of batches, got {got(data)}. Pass one of them"
+        )
+    return StreamedBatches(data)
+
+
+def conditions_of(data: Data | StreamedBatches) -> dict[str, tuple[int, ...]]:
+    """Return the conditions of the data other than classes known by number, with their shapes for one sample."""
+    if isinstance(data, StreamedBatches):
+        return data.conditions
+    first = data.fetch(torch.zeros(1, dtype=torch.int64)).cond
+    known = {CLASSES} if data.num_classes else set()
+    return {name: tuple(value.shape[1:]) for name, value in first.items() if name not in known}
+
+
+def as_batches(data: Source | StreamedBatches, device: torch.device) -> tuple[Batches, int]:
+    """Return the batches of the data, and for how many updates to make them ahead."""
+    held = _opened(data)
+    if isinstance(held, StreamedBatches):
+        return held, updates_ahead(device, reads_files=False)
+    near = held_on(device, held)
+    return lambda draw: training_batch(near, draw, False), updates_ahead(device, not isinstance(held, MemoryData))

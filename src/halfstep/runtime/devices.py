@@ -1,0 +1,22 @@
+"""The device that a user names."""
+
+import torch
+
+
+def existing_device(device: str | torch.device) -> torch.device:
+    """Return the device of this name.
+
+    Raises:
+        ValueError: if the name is none of torch's, or this machine has no such device.
+    """
+    here = "cpu"
+    if torch.accelerator.is_available():
+        kind, count = torch.accelerator.current_accelerator(), torch.accelerator.device_count()
+        here = ", ".join(["cpu", *(f"{kind}:{index}" for index in range(count))])
+    try:
+        found = torch.device(device)
+        if found.type != "meta":
+            torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError):
+        raise ValueError(f"the device {str(device)!r} does not exist here. Choose one of {here}") from None
+    return found

@@ -1,0 +1,578 @@
+"""`halfstep.fit`, `distill`, `sample`, `save` and `load` as a researcher's script calls them."""
+
+import functools
+import inspect
+import os
+import signal
+import tomllib
+import warnings
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import halfstep
+from halfstep.nets import MLP, UNet2D, unet2d_config
+from halfstep.runtime.files import DamagedFile
+from support import in_turn
+from toys import points, weights
+
+CPU = halfstep.Engine(cpu=True, log_every=4, checkpoint_updates=4, trackers=())
+TRAINING = halfstep.Training(10, 1e-2, batch_size=8, ema_decay=0.9)
+CHAIN: dict[str, Any] = {"start": 4, "to": 1, "training": TRAINING, "plan": None, "engine": CPU}
+
+
+class Net(nn.Module):
+    """A network of the user's own class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(3, 16), nn.SiLU(), nn.Linear(16, 2))
+
+    def forward(self, x_t: Tensor, time: Tensor) -> Tensor:
+        found: Tensor = self.layers(torch.cat([x_t, time[:, None]], 1))
+        return found
+
+
+class Labelled(nn.Module):
+    """A network that is told a class and an angle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.classes, self.layers = nn.Embedding(4, 2), nn.Linear(4, 2)
+
+    def forward(self, x_t: Tensor, time: Tensor, class_labels: Tensor, angle: Tensor | None = None) -> Tensor:
+        told = self.classes(class_labels) if angle is None else self.classes(class_labels) + angle[:, None]
+        found: Tensor = self.layers(torch.cat([x_t, told], 1))
+        return found
+
+
+def denoiser(network: Any = None) -> halfstep.NetworkDenoiser:
+    return halfstep.NetworkDenoiser(Net() if network is None else network, halfstep.VPCosine(), halfstep.V())
+
+
+def unet() -> UNet2D:
+    torch.manual_seed(0)
+    config = unet2d_config(
+        size=(4, 4), in_channels=1, out_channels=1, block_out_channels=(8, 8), layers_per_block=1,
+        attention=(False, True), attention_head_dim=4, norm_num_groups=4, mid_attention=False,
+    )  # fmt: skip
+    return UNet2D(config)
+
+
+def state(model: nn.Module) -> list[Tensor]:
+    return [value.detach().clone() for value in model.state_dict().values()]
+
+
+def equal(one: nn.Module, other: nn.Module) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(state(one), state(other), strict=True))
+
+
+@pytest.fixture(scope="module")
+def student() -> halfstep.Model:
+    """A student of one step."""
+    found = halfstep.distill(denoiser(), points(), **CHAIN)
+    assert isinstance(found, halfstep.Model)
+    return found
+
+
+# Runs that are cut, and what calls back.
+
+
+class Cut(Exception):
+    """What a user's own callback may raise."""
+
+
+def _raise(*_: Any) -> None:
+    raise Cut
+
+
+def _press(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def _of_kind(kind: str, **more: Any) -> halfstep.Model:
+    """A call of each kind, of a chain that lasts a moment."""
+    if kind == "fit":
+        found = halfstep.fit(denoiser(), points(), TRAINING, engine=CPU, **more)
+    elif kind == "lora":
+        images = torch.randn(20, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+        found = halfstep.distill(denoiser(unet()), images, lora_rank=2, **CHAIN | {"start": 2}, **more)
+    else:
+        found = halfstep.distill(denoiser(), points(), **CHAIN, **more)
+    assert isinstance(found, halfstep.Model)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["fit", "distill", pytest.param("lora", marks=pytest.mark.slow)])
+def test_a_call_that_was_cut_resumes_bit_for_bit_and_is_the_call_in_memory(kind: str, tmp_path: Path) -> None:
+    whole = _of_kind(kind, out=tmp_path / "whole")
+    end = 10 if kind == "fit" else 20
+    cuts = [
+        ("raised", 2, _raise, Cut),
+        ("before the first state", 1, _raise, Cut),
+        ("pressed", 1, _press, KeyboardInterrupt),
+    ]
+    for name, after, cut, error in cuts[:1] if kind == "lora" else cuts:
+        seen: list[int] = []
+
+        def at(_: str, window: halfstep.Window, seen: list[int] = seen, after: int = after, cut: Any = cut) -> None:
+            seen.append(window.update)
+            if len(seen) == after:
+                cut()
+
+        with pytest.raises(error):
+            _of_kind(kind, out=tmp_path / name, on_window=at)
+        later: list[int] = []
+        again = _of_kind(
+            kind, out=tmp_path / name, on_window=lambda _, window, later=later: later.append(window.update)
+        )
+        assert later[-1] == end
+        assert weights(tmp_path / name) == weights(tmp_path / "whole"), name
+        assert equal(again, whole)
+        if name == "pressed":
+            assert later[0] > seen[-1], "the state was saved when Ctrl-C came"
+    # Nothing is trained again, and in memory the same numbers come out.
+    assert equal(_of_kind(kind, out=tmp_path / "whole", on_window=_raise), whole)
+    assert all(map(torch.allclose, state(_of_kind(kind)), state(whole)))
+
+
+def test_a_cut_call_does_not_move_the_network_that_the_next_one_begins_with(tmp_path: Path) -> None:
+    own = denoiser()
+    before = state(own)
+    with pytest.raises(Cut):
+        halfstep.fit(own, points(), TRAINING, engine=CPU, out=tmp_path / "run", on_window=_raise)
+    assert all(map(torch.equal, state(own), before))
+    model = halfstep.fit(own, points(), TRAINING, engine=CPU, out=tmp_path / "run")
+    assert equal(own, model.denoiser), "a call that ends trains in place"
+
+
+def test_a_folder_of_another_call_is_refused_and_names_what_differs(tmp_path: Path) -> None:
+    halfstep.fit(denoiser(), points(), TRAINING, engine=CPU, out=tmp_path / "run")
+    for changes, words in (
+        ({"seed": 1}, "seed: 1"),
+        ({"training": halfstep.Training(10, 1e-3, batch_size=8, ema_decay=0.9)}, "learning_rate"),
+        ({"data": points() + 1}, "other data.*choose another"),
+    ):
+        arguments: dict[str, Any] = {"data": points(), "training": TRAINING, "engine": CPU} | changes
+        with pytest.raises(ValueError, match=words):
+            halfstep.fit(denoiser(), **arguments, out=tmp_path / "run")
+    halfstep.distill(denoiser(), points(), **CHAIN, out=tmp_path / "chain")
+    moved = denoiser()
+    with torch.no_grad():
+        moved.network.layers[0].bias += 1e-3
+    with pytest.raises(ValueError, match=r"different recipe.*teacher: "):
+        halfstep.distill(moved, points(), **CHAIN, out=tmp_path / "chain")
+    # How it is logged and measured, and where it lies, is free.
+    (tmp_path / "run").rename(tmp_path / "moved")
+    free: dict[str, Any] = {"engine": halfstep.Engine(cpu=True, trackers=()), "on_window": _raise}
+    halfstep.fit(denoiser(), points(), TRAINING, out=tmp_path / "moved", **free)
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["folder", "memory"])
+def test_callbacks_see_every_window_and_every_stage(kept: bool, tmp_path: Path) -> None:
+    windows: list[tuple[str, halfstep.Window]] = []
+    stages: list[tuple[str, Any]] = []
+    engine = halfstep.Engine(cpu=True, log_every=3, trackers=())  # the last window is a shorter one
+    found = halfstep.distill(
+        denoiser(), points(), **CHAIN | {"engine": engine}, out=tmp_path / "run" if kept else None,
+        on_window=lambda name, window: windows.append((name, window)),
+        on_stage=lambda name, model: stages.append((name, model)),
+    )  # fmt: skip
+    lengths = [stage.training.num_updates for stage in halfstep.Plan.halvings(4, 1, TRAINING).stages]
+    expected = [
+        (name, update)
+        for name, length in zip(("01-halve-0002", "02-halve-0001"), lengths, strict=True)
+        for update in sorted({*range(3, length + 1, 3), length})
+    ]
+    assert [(name, window.update) for name, window in windows] == expected
+    assert all(isinstance(window, halfstep.Window) and window.loss >= 0 for _, window in windows)
+    assert [(name, model.num_steps) for name, model in stages] == [("01-halve-0002", 2), ("02-halve-0001", 1)]
+    assert equal(stages[-1][1], found)
+    assert not equal(stages[0][1], found)
+
+
+def test_the_moving_average_is_the_one_written_out() -> None:
+    """avg <- d avg + (1 - d) w with d = min(decay, (1 + n) / (10 + n)), over the weights after each update."""
+    own = denoiser()
+    decay = 0.45  # above the bound of the first updates, below that of the last
+    averages = [value.double() for value in state(own)]
+
+    def at(_: str, window: halfstep.Window) -> None:
+        kept = min(decay, (1 + window.update) / (10 + window.update))
+        for average, weight in zip(averages, state(own), strict=True):
+            average.mul_(kept).add_((1 - kept) * weight)
+
+    training = halfstep.Training(12, 1e-2, batch_size=8, ema_decay=decay)
+    engine = halfstep.Engine(cpu=True, log_every=1, trackers=())
+    model = halfstep.fit(own, points(), training, engine=engine, on_window=at)
+    for found, expected in zip(state(model.denoiser), averages, strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-6)
+    assert equal(own, model.denoiser)
+
+
+def test_a_folder_is_measured_if_asked(tmp_path: Path) -> None:
+    measured = halfstep.Evaluation(
+        num_samples=24, num_compared=8, num_shown=4, features="pixels", teacher_heun_steps=()
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", halfstep.HalfstepWarning)  # few samples
+        halfstep.distill(denoiser(), points(40), **CHAIN, out=tmp_path / "run", evaluation=measured)
+    assert all((path / "metrics.json").is_file() for path in (tmp_path / "run" / "stages").iterdir())
+
+
+def test_the_bar_is_drawn_on_a_terminal_only(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def said(**more: Any) -> str:
+        halfstep.fit(denoiser(), points(), TRAINING, engine=CPU, **more)
+        return "".join(capfd.readouterr())
+
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    assert said() == ""
+    monkeypatch.setenv("FORCE_COLOR", "1")  # takes stderr for a terminal
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    shown = said()
+    assert "00-denoise" in shown
+    assert "10/10" in shown
+    assert said(progress=False) == ""
+
+
+# Data.
+
+
+def test_the_forms_of_data_mean_the_same() -> None:
+    x0 = points(32)
+    array = x0.double().numpy()
+    forms: dict[str, Any] = {
+        "float32": x0, "float64": array, "big-endian": array.astype(">f8"), "backwards": array[::-1].copy()[::-1],
+        "float64 tensor": x0.double(), "pair": (x0, {}), "opened": halfstep.data.MemoryData("memory", x0),
+    }  # fmt: skip
+    expected = state(halfstep.fit(denoiser(), x0, TRAINING, engine=CPU))
+    for name, form in forms.items():
+        assert all(map(torch.equal, state(halfstep.fit(denoiser(), form, TRAINING, engine=CPU)), expected)), name
+    other = state(halfstep.fit(denoiser(), x0.flip(0), TRAINING, engine=CPU))
+    assert not all(map(torch.equal, other, expected))
+    # Streams: a pair of tensors is a pair of batches, not samples with conditions.
+    streams: tuple[Any, ...] = ([x0], (x0, x0), [array], [(x0, {})])
+    first, *rest = (state(halfstep.fit(denoiser(), form, TRAINING, engine=CPU)) for form in streams)
+    assert all(all(map(torch.equal, found, first)) for found in rest)
+
+
+def test_conditions_reach_the_network_row_by_row_and_classes_can_be_sampled(tmp_path: Path) -> None:
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    class Told(Labelled):
+        def forward(self, x_t: Tensor, time: Tensor, class_labels: Tensor, angle: Tensor | None = None) -> Tensor:
+            assert angle is not None
+            seen.append((class_labels, angle))
+            return super().forward(x_t, time, class_labels, angle)
+
+    labels = np.arange(32) % 3
+    angles = labels.astype(np.float64) / 2
+    for out in (None, tmp_path / "run"):
+        data = (points(32), {"class_labels": labels, "angle": angles})
+        model = halfstep.fit(denoiser(Told()), data, TRAINING, engine=CPU, out=out)
+        assert seen
+        assert all(torch.equal(label / 2, angle) for label, angle in seen)
+        assert {int(label) for labels_, _ in seen for label in labels_} == {0, 1, 2}
+        assert (model.num_classes, model.manifest.conditions) == (3, {"angle": ()})
+        with pytest.raises(ValueError, match="needs the condition angle"):
+            model.sample(range(3), 4)
+        assert model.sample(range(3), 4, class_label=2, cond={"angle": torch.ones(3)}).shape == (3, 2)
+        seen.clear()
+    with pytest.raises(ValueError, match=r"conditioned on angle, which the data do not hold. Pass \(x0, \{'angle'"):
+        halfstep.distill(model, (points(32), {"class_labels": labels}), **CHAIN)
+
+
+def test_a_scale_far_from_the_noise_is_warned_of() -> None:
+    for data in (1000 * points(), [1000 * points()]):
+        with pytest.warns(halfstep.HalfstepWarning, match=r"noise has unit size.*Train on \(x - mean\) / std"):
+            halfstep.fit(denoiser(), data, TRAINING, engine=CPU)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        halfstep.fit(denoiser(), points(), TRAINING, engine=CPU)
+
+
+# Callables.
+
+GLOBAL = Net()
+
+
+def _global(x_t: Tensor, time: Tensor) -> Tensor:
+    found: Tensor = GLOBAL(x_t, time)
+    return found
+
+
+class Caller:
+    """An object that is no module and calls one."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+
+    def __call__(self, x_t: Tensor, time: Tensor) -> Tensor:
+        return self.run(x_t, time)
+
+    def run(self, x_t: Tensor, time: Tensor) -> Tensor:
+        found: Tensor = self.network(x_t, time)
+        return found
+
+
+def _called(network: nn.Module, x_t: Tensor, time: Tensor) -> Tensor:
+    found: Tensor = network(x_t, time)
+    return found
+
+
+def _closure(network: nn.Module) -> Callable[..., Tensor]:
+    def inner(x_t: Tensor, time: Tensor) -> Tensor:
+        found: Tensor = network(x_t, time)
+        return found
+
+    return lambda x_t, time: inner(x_t, time)
+
+
+@in_turn(
+    "make",
+    [
+        lambda: _closure(Net()),
+        lambda: _global,
+        lambda: Net().forward,
+        lambda: Caller(Net()).run,
+        lambda: Caller(Net()),
+        lambda: functools.partial(_called, Net()),
+    ],
+)
+def test_any_callable_is_trained_as_the_module_that_it_calls(make: Callable[[], Any]) -> None:
+    GLOBAL.load_state_dict(Net().state_dict())
+    teacher = denoiser(make())
+    before = state(teacher)
+    student = halfstep.distill(teacher, points(), **CHAIN)
+    assert all(map(torch.equal, state(teacher), before)), "the teacher's own modules stay"
+    expected = halfstep.distill(denoiser(), points(), **CHAIN)
+    noise = torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(halfstep.sample(student, noise), halfstep.sample(expected, noise))
+    assert not torch.equal(halfstep.sample(student, noise), halfstep.sample(teacher, noise, 1))
+
+
+def test_a_callable_whose_modules_cannot_be_found_or_copied_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"has no weights to train.*Make the network an nn.Module"):
+        halfstep.fit(denoiser(lambda x_t, time: x_t), points(), TRAINING)
+    hidden = functools.partial(_closure(Net()))
+    with pytest.raises(ValueError, match=r"modules cannot be copied. Make it an nn.Module"):
+        halfstep.distill(denoiser(hidden), points(), **CHAIN)
+
+
+# Models.
+
+
+def test_what_is_saved_is_loaded_again(tmp_path: Path, student: halfstep.Model) -> None:
+    halfstep.save(student, tmp_path / "student")
+    with pytest.raises(ValueError, match=r"of your own class .*Net.*halfstep.load\(path, network=MyNetwork\(\)\)"):
+        halfstep.load(tmp_path / "student")
+    given = Net()
+    again = halfstep.load(tmp_path / "student", network=given)
+    assert equal(again, student)
+    assert not equal(again, denoiser(given)), "the network that is passed is copied"
+    assert torch.equal(again.sample(range(4)), student.sample(range(4)))
+    assert (again.num_steps, again.shape, again.role) == (1, (2,), "student")
+    halfstep.save(again, tmp_path / "student")  # over itself
+    assert equal(halfstep.load(tmp_path / "student", network=Net()), student)
+
+
+def test_a_saved_model_of_the_library_needs_no_network_and_keeps_classes_and_null(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = MLP((2,), width=8, depth=1, num_classes=3)
+    null = {"class_labels": torch.tensor(2)}
+    model = halfstep.Model.of(denoiser(network), (2,), num_classes=3, null=null)
+    halfstep.save(model, tmp_path / "teacher")
+    again = halfstep.load(tmp_path / "teacher")
+    assert equal(again, model)
+    asked: dict[str, Any] = {"num_steps": 4, "class_label": [0, 1], "guidance_scale": 3.0}
+    assert torch.equal(again.sample(range(2), **asked), model.sample(range(2), **asked))
+    assert not torch.equal(again.sample(range(2), **asked), again.sample(range(2), **asked | {"guidance_scale": 1.0}))
+
+
+def test_low_rank_additions_are_merged_when_saved(tmp_path: Path) -> None:
+    _of_kind("lora", out=tmp_path / "run")
+    student = halfstep.load(tmp_path / "run")
+    halfstep.save(student, tmp_path / "student")
+    again = halfstep.load(tmp_path / "student")
+    torch.testing.assert_close(again.sample(range(4)), student.sample(range(4)), rtol=0, atol=1e-5)
+
+
+def test_save_overwrites_models_only(tmp_path: Path, student: halfstep.Model) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").write_text("x")
+    (tmp_path / "file").write_text("x")
+    halfstep.fit(denoiser(), points(), TRAINING, engine=CPU, out=tmp_path / "run")
+    stage = tmp_path / "run" / "stages" / "00-denoise"
+    for path, words in ((tmp_path / "thesis", "holds thesis.tex"), (tmp_path / "file", "a file"), (stage, "of a run")):
+        with pytest.raises(ValueError, match=f"{words}.*Choose another path"):
+            halfstep.save(student, path)
+    assert halfstep.load(stage, network=Net()).role == "teacher"
+
+
+def test_a_saved_model_that_was_altered_is_refused(tmp_path: Path, student: halfstep.Model) -> None:
+    halfstep.save(student, tmp_path / "student")
+    file = tmp_path / "student" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\0")
+    with pytest.raises(DamagedFile, match=r"model\.safetensors"):
+        halfstep.load(tmp_path / "student", network=Net())
+
+
+def test_sample_knows_the_steps_and_the_sampler_of_a_student(student: halfstep.Model) -> None:
+    noise = student.noise(range(3))
+    assert len(list(halfstep.trajectory(student, noise))) == 1
+    assert torch.equal(halfstep.sample(student, noise), halfstep.sample(student, noise, 1, halfstep.DDIM()))
+    for wrapper in (halfstep.Clipped(student), halfstep.Clipped(halfstep.Clipped(student))):
+        assert len(list(halfstep.trajectory(wrapper, noise))) == 1
+    with pytest.raises(ValueError, match=r"takes any number of steps\. Pass num_steps"):
+        halfstep.sample(denoiser(), noise)
+
+
+def test_one_number_is_one_seed(student: halfstep.Model) -> None:
+    many = student.sample(range(5))
+    for seeds in (3, np.int64(3), torch.tensor(3), [3], torch.tensor([3]), np.array([3]), range(3, 4), (3,)):
+        torch.testing.assert_close(student.sample(seeds), many[3:4], rtol=0, atol=1e-6)  # type: ignore[arg-type]
+        assert torch.equal(halfstep.sample_noise(seeds, (2,)), student.noise([3]))  # type: ignore[arg-type]
+
+
+def test_class_labels_belong_to_their_samples() -> None:
+    model = halfstep.fit(denoiser(Labelled()), (points(32), {"class_labels": np.arange(32) % 4}), TRAINING, engine=CPU)
+    labels = [3, 0, 2, 2, 1]
+    one_by_one = torch.cat([model.sample(seed, 4, class_label=label) for seed, label in enumerate(labels)])
+    for given in (labels, torch.tensor(labels), np.array(labels)):
+        for size in (None, 2):
+            found = model.sample(range(5), 4, class_label=given, batch_size=size)  # type: ignore[arg-type]
+            torch.testing.assert_close(found, one_by_one, rtol=0, atol=1e-5)
+    assert not torch.allclose(model.sample(range(5), 4, class_label=3), one_by_one)
+
+
+# At the door.
+
+
+def _fit(**changes: Any) -> Any:
+    arguments: dict[str, Any] = {"denoiser": denoiser(), "data": points(), "training": TRAINING} | changes
+    return halfstep.fit(**arguments)
+
+
+def _distill(teacher: Any = None, **changes: Any) -> Any:
+    return halfstep.distill(denoiser() if teacher is None else teacher, **CHAIN | {"data": points()} | changes)
+
+
+def _sample(model: Any = None, noise: Any = None, *rest: Any, **more: Any) -> Any:
+    x_t = torch.zeros(3, 2) if noise is None else noise
+    return halfstep.sample(denoiser() if model is None else model, x_t, *(rest or (4,)), **more)
+
+
+BUILD = r"halfstep\.NetworkDenoiser\(network, halfstep\.VPCosine\(\), halfstep\.V\(\)\)"
+WRONG: dict[str, tuple[Callable[[], Any], str]] = {
+    "a module to fit": (lambda: _fit(denoiser=Net()), BUILD),
+    "a module to distill": (lambda: _distill(Net()), BUILD),
+    "a module to sample": (lambda: _sample(Net()), BUILD),
+    "a function to distill": (lambda: _distill(_global), BUILD),
+    "a module to clip": (lambda: halfstep.Clipped(Net()), BUILD),  # type: ignore[arg-type]
+    "a path to distill": (lambda: _distill("runs/x"), r"halfstep\.load\('runs/x'\)"),
+    "a path to sample": (lambda: _sample(Path("runs/x")), r"halfstep\.load\('runs/x'\)"),
+    "a class as teacher": (lambda: _distill(halfstep.NetworkDenoiser), r"Call it: NetworkDenoiser\(\.\.\.\)"),
+    "a class as network": (lambda: denoiser(Net), "the class Net. Pass an instance"),
+    "a path as network": (lambda: denoiser("net.pt"), "the str 'net.pt'. Pass an instance"),
+    "a denoiser as network": (lambda: denoiser(denoiser()), "a denoiser already. Use it as it is"),
+    "a class as process": (
+        lambda: halfstep.NetworkDenoiser(Net(), halfstep.VPCosine, halfstep.V()),  # type: ignore[arg-type]
+        r"Call it: VPCosine\(\.\.\.\)",
+    ),
+    "a string as prediction": (
+        lambda: halfstep.NetworkDenoiser(Net(), halfstep.VPCosine(), "v"),  # type: ignore[arg-type]
+        r"Pass halfstep\.V\(\)",
+    ),
+    "a string as sampler": (lambda: _sample(sampler="ddim"), r"Pass halfstep\.DDIM\(\) or halfstep\.Heun\(\)"),
+    "a class as sampler": (lambda: _sample(sampler=halfstep.Heun), r"Call it: Heun\(\.\.\.\)"),
+    "a string as the teacher's sampler": (lambda: _distill(teacher_sampler="heun"), r"Pass halfstep\.Heun\(\)"),
+    "a clipped teacher": (lambda: _distill(halfstep.Clipped(denoiser())), r"Pass its \.denoiser"),
+    "a number as training": (lambda: _distill(training=100), r"Pass halfstep\.Training\(num_updates"),
+    "a number as guidance": (lambda: _distill(guidance=4.0), r"Pass halfstep\.FixedGuidance\(4\.0\)"),
+    "a class as prediction": (lambda: _distill(prediction=halfstep.X0), r"Call it: X0\(\.\.\.\)"),
+    "a fraction of steps": (lambda: _distill(to=0.5), "to must be a whole number"),
+    "a word as start": (lambda: _distill(start="64"), "start must be a whole number"),
+    "a number to finish": (lambda: _distill(finish=1), r"finish=\[2, 1\]"),
+    "a number of Heun steps": (lambda: halfstep.Evaluation(teacher_heun_steps=2), r"Pass \(2,\)"),  # type: ignore[arg-type]
+    "a dict as engine": (lambda: _fit(engine={}), r"Pass halfstep\.Engine\("),
+    "True as evaluation": (lambda: _fit(evaluation=True), r"Pass halfstep\.Evaluation\(\)"),
+    "evaluation without out": (lambda: _fit(evaluation=halfstep.Evaluation()), "Pass out"),
+    "a bar as callback": (lambda: _fit(on_window="print"), "must be a function"),
+    "a string as seed": (lambda: _fit(seed="0"), "Pass seed=0"),
+    "a number as out": (lambda: _fit(out=3), "Pass out='runs/mine'"),
+    "no such device": (lambda: _fit(device="gpu"), "the device 'gpu' does not exist here. Choose one of cpu"),
+    "no such number": (lambda: _fit(device="cuda:99"), "the device 'cuda:99' does not exist here. Choose one of cpu"),
+    "no such device to load": (lambda: halfstep.load("runs/x", "gpu"), "does not exist here. Choose one of cpu"),
+    "batches into a folder": (lambda: _fit(data=[points()], out="x"), "cannot be resumed.*leave out away"),
+    "no data": (lambda: _fit(data=None), "Pass one of them"),
+    "a module as data": (lambda: _fit(data=Net()), "Pass one of them"),
+    "a dict as data": (lambda: _fit(data={"x0": points()}), "Pass one of them"),
+    "a Dataset": (lambda: _fit(data=torch.utils.data.TensorDataset(points())), "DataLoader"),
+    "whole numbers": (lambda: _fit(data=torch.zeros(8, 2, dtype=torch.int64)), r"Scale pixels to \[-1, 1\]"),
+    "channels last": (lambda: _fit(data=torch.zeros(8, 5, 5, 3, dtype=torch.uint8)), r"permute\(0, 3, 1, 2\)"),
+    "names as data": (lambda: _fit(data=np.array(["a"])), r"Pass floats \[n, \*dims\]"),
+    "labels without a name": (lambda: _fit(data=(points(), torch.arange(200))), r"\{'class_labels': labels\}"),
+    "labels of a loader": (lambda: _fit(data=[(points(), torch.arange(200))]), r"\{'class_labels': labels\}"),
+    "a list as labels": (lambda: _fit(data=(points(), {"class_labels": [0] * 200})), r"Pass torch\.tensor"),
+    "too few labels": (lambda: _fit(data=(points(), {"angle": torch.zeros(3)})), "Pass one row a sample"),
+    "a model to save": (lambda: halfstep.save(denoiser(), "x"), r"halfstep\.Model\.of\(denoiser, shape\)"),  # type: ignore[arg-type]
+    "a path to save": (lambda: halfstep.save("x", "y"), "must be a model, got the str 'x'"),  # type: ignore[arg-type]
+    "a model to load": (lambda: halfstep.load(denoiser()), "Pass the folder of a run"),  # type: ignore[arg-type]
+    "whole noise": (lambda: _sample(noise=torch.zeros(3, 2, dtype=torch.int64)), "Pass torch.randn"),
+    "an array as noise": (lambda: _sample(noise=np.zeros((3, 2))), "Pass torch.randn"),
+    "one condition for all": (lambda: _sample(cond={"angle": torch.zeros(1)}), "Repeat it for each sample"),
+    "a fraction as seeds": (lambda: halfstep.sample_noise(1.5, (2,)), "Pass seeds=0"),  # type: ignore[arg-type]
+    "a word as seeds": (lambda: halfstep.sample_noise("12", (2,)), "Pass seeds=0"),  # type: ignore[arg-type]
+    "a fraction among seeds": (lambda: halfstep.sample_noise([1, 2.5], (2,)), r"Pass seeds=range\(64\)"),  # type: ignore[list-item]
+}  # fmt: skip
+
+
+@in_turn("case", list(WRONG))
+def test_a_wrong_argument_is_one_line_with_the_usual_fix(case: str) -> None:
+    call, remedy = WRONG[case]
+    with pytest.raises(ValueError, match=remedy) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+def test_what_a_model_cannot_make_is_refused(student: halfstep.Model) -> None:
+    for call, remedy in (
+        (lambda: halfstep.sample(student, torch.zeros(3, 4)), r"Pass noise of shape \[batch, 2\]"),
+        (lambda: halfstep.sample(student, torch.zeros(2)), r"Pass noise of shape \[batch, 2\]"),
+        (lambda: student.sample(3, sampler="ddim"), r"Pass halfstep\.DDIM\(\)"),
+        (lambda: student.sample(3, class_label=1), "leave the class out"),
+        (lambda: halfstep.distill(student, torch.zeros(8, 3), to=1), "Pass the data that it was trained on"),
+        (lambda: halfstep.sample(student, torch.zeros(3, 2, device="meta")), "Move one: noise.to"),
+    ):
+        with pytest.raises(ValueError, match=remedy):
+            call()
+    model = halfstep.Model.of(denoiser(Labelled()), (2,), num_classes=4)
+    for labels, words in (([0, 1], "one for each of 3 samples"), ([0, 1, 4], "class 4"), (0.5, "torch.float32")):
+        with pytest.raises(ValueError, match=words):
+            model.sample(range(3), 4, class_label=labels)  # type: ignore[arg-type]
+
+
+# The package.
+
+
+def test_the_package_says_its_version_and_is_typed() -> None:
+    root = Path(__file__).parents[2]
+    assert halfstep.__version__ == tomllib.loads((root / "pyproject.toml").read_text())["project"]["version"]
+    assert (files("halfstep") / "py.typed").is_file()
+
+
+def test_every_public_name_can_be_imported() -> None:
+    for name in halfstep.__all__:
+        assert getattr(halfstep, name) is not None
+    assert inspect.isclass(halfstep.Window)
