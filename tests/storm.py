@@ -12,23 +12,29 @@ import re
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import numpy as np
 
+import teams
 import torture
 from halfstep.cli.reporting import make_report
+from halfstep.core.noise import VPCosine
+from halfstep.core.prediction import X0
 from halfstep.core.warnings import HalfstepWarning
 from halfstep.data import MemoryData
 from halfstep.models.folder import load
 from halfstep.nets import UNet2D, own_state, unet2d_config
+from halfstep.objectives import Matching, Plan, Training
 from halfstep.report import read_run
 from halfstep.run.events import Notice, Progress
 from halfstep.run.runner import run
 from halfstep.run.spec import RunSpec
 from halfstep.runs import RunFolder, read_status
+from halfstep.runtime.files import DamagedFile
+from halfstep.runtime.processes import FailedElsewhere
 from halfstep.runtime.storage import exit_code
 from toys import finish, points, toy_plan, toy_spec, weights
 
@@ -63,6 +69,18 @@ def lora_spec() -> RunSpec:
     )
 
 
+def matched_spec() -> RunSpec:
+    """A teacher that is matched to x0 on another clock, and two students of the match."""
+    plan = toy_plan(6, 6).stages
+    training = Training(6, 1e-3, 16, ema_decay=0.5)
+    match = Plan.of(Matching(16, prediction=X0(), process=VPCosine(-12, 12)), training)
+    return toy_spec(
+        recipe={"name": "matched"},
+        plan=Plan(plan[:1]) + match + Plan(plan[1:]),
+        evaluation=torture.spec().evaluation,
+    )
+
+
 def cut(spec: RunSpec, path: Path, stage: str, update: int) -> Path:
     """Run until that update of a stage, then drop the run."""
     events = run(spec, path)
@@ -86,26 +104,46 @@ def samples(path: Path) -> dict[str, np.ndarray]:
     return {str(file.relative_to(path)): np.load(file)["arr_0"] for file in sorted(path.glob("stages/*/samples/*.npz"))}
 
 
+def ended_by_two(path: str) -> tuple[list[str], str, str]:
+    """The chain as one of two processes: what it said, and the kind and the text of its refusal."""
+    said: list[str] = []
+    try:
+        said = [event.text for event in run(torture.spec(), Path(path)) if isinstance(event, Notice)]
+    except (ValueError, OSError, FailedElsewhere) as error:
+        return said, type(error).__name__, str(error)
+    return said, "", ""
+
+
+def cut_by_two(path: str) -> None:
+    """The chain as one of two processes, until an update of its second stage."""
+    cut(torture.spec(), Path(path), "01-halve-0002", 10)
+
+
 class Storm:
     """Faults in copies of runs below `folder`, as the dice tell; `dealt` counts them by kind, `ends` what came of them.
 
     Args:
-        with_lora: whether a chain of low-rank additions is among the runs.
+        kinds: "chain" of averages and finishes, "lora", "matched", and "pair", the chain as two processes made it.
     """
 
-    def __init__(self, folder: Path, seed: int = 0, with_lora: bool = False) -> None:
+    def __init__(self, folder: Path, seed: int = 0, kinds: Sequence[str] = ("chain", "lora", "matched")) -> None:
         self.folder, self.dice = folder, random.Random(seed)
         self.dealt: Counter[str] = Counter()
         self.ends: Counter[str] = Counter()
+        self.met: Counter[str] = Counter()
+        """Faults by the run that they met."""
         chain = torture.spec()
         finish(chain, folder / "uncut")
         finish(other_spec(), folder / "other")
         cuts = [cut(chain, folder / f"cut-{name}", name, 10) for name in ("01-halve-0002", "03-finish-0002")]
         self.runs = [(chain, folder / "uncut", start) for start in (folder / "uncut", *cuts)]
-        if with_lora:
-            finish(lora_spec(), folder / "lora")
-            begun = cut(lora_spec(), folder / "cut-lora", "02-halve-0001", 4)
-            self.runs += [(lora_spec(), folder / "lora", start) for start in (folder / "lora", begun)]
+        for name, spec, stage in (("lora", lora_spec(), "02-halve-0001"), ("matched", matched_spec(), "01-match")):
+            if name in kinds:
+                finish(spec, folder / name)
+                begun = cut(spec, folder / f"cut-{name}", stage, 4)
+                self.runs += [(spec, folder / name, start) for start in (folder / name, begun)]
+        if "pair" in kinds:
+            self.runs += [(None, folder / "pair", start) for start in self._made_by_two()]
         self.faults: dict[str, Callable[[Path], str]] = {
             name: getattr(self, name)
             for name in ("swap", "copy", "foreign", "delete", "truncate", "flip", "edit", "misplace")
@@ -129,11 +167,27 @@ class Storm:
             except Exception as error:
                 raise AssertionError(what) from error
             self.dealt[kind] += 1
+            self.met[start.name] += 1
             shutil.rmtree(path)
 
-    def _run(self, spec: RunSpec, path: Path, uncut: Path) -> str:
-        """Run it to its end or its refusal; return which."""
+    def _made_by_two(self) -> list[Path]:
+        """Make the chain by two processes; return the whole run, and one that was cut."""
+        whole, begun = self.folder / "pair", self.folder / "cut-pair"
+        for work, path in ((ended_by_two, whole), (cut_by_two, begun)):
+            teams.together(2, work, self.folder / "left", str(path))
+        return [whole, begun]
+
+    def _run(self, spec: RunSpec | None, path: Path, uncut: Path) -> str:
+        """Run it to its end or its refusal, by two processes if there is no `spec`; return which."""
         said: list[str] = []
+        if spec is None:
+            first, second = teams.together(2, ended_by_two, self.folder / "left", str(path))
+            said, kind, text = first
+            assert (kind == "") == (second[1] == ""), f"one process ended well: {first}, {second}"
+            if kind:
+                self._check_refusal({"DamagedFile": DamagedFile}.get(kind, ValueError)(text), path)
+                return "refused"
+            return self._equal(path, uncut, bool(said))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", HalfstepWarning)
             try:
@@ -142,12 +196,17 @@ class Storm:
                 self._check_refusal(error, path)
                 return "refused"
         said += [str(warning.message) for warning in caught if issubclass(warning.category, HalfstepWarning)]
+        return self._equal(path, uncut, bool(said))
+
+    @staticmethod
+    def _equal(path: Path, uncut: Path, is_said: bool) -> str:
+        """Hold a run to the uncut one."""
         for kind, of in (("weights", weights), ("figures", torture.figures), ("samples", samples)):
             own, theirs = of(path), of(uncut)
             # A foreign stage that the plan does not know is left alone.
             for name in theirs:
                 assert np.array_equal(own[name], theirs[name]), f"other {kind}: {name}"
-        return "equal, with a line" if said else "equal"
+        return "equal, with a line" if is_said else "equal"
 
     @staticmethod
     def _check_refusal(error: ValueError | OSError, path: Path) -> None:

@@ -286,6 +286,23 @@ def test_a_field_of_a_newer_diffusers_warns_and_the_weights_stay(saved: Path, dd
     assert_same_weights(found, weights(saved / "ddpm"))
 
 
+def test_a_dit_of_fewer_classes_than_its_pipeline_guides_by_is_a_teacher_without_guidance(tmp_path: Path) -> None:
+    """DiTPipeline takes 1000 for no class."""
+    folder = save_dit(tmp_path / "dit", num_classes=10)
+    with pytest.warns(HalfstepWarning, match="the teacher is taken without guidance"):
+        model = import_pipeline(folder)
+    assert (model.num_classes, dict(model.null), dict(model.manifest.conditions)) == (10, {}, {})
+    assert model.manifest.pipeline is not None
+    assert (model.manifest.pipeline.guidance, model.manifest.pipeline.off) == ("guidance_scale", 1.0)
+    pipe = diffusers.DiTPipeline.from_pretrained(folder)
+    x_t = model.noise(range(2))
+    with torch.no_grad():
+        eps = pipe.transformer(x_t, torch.full((2,), 500), torch.tensor([3, 4])).sample[:, :4]
+    t = torch.full((2,), 501 / 1000, dtype=torch.float64)
+    found = model.denoiser(x_t, t, {"class_labels": torch.tensor([3, 4])})
+    torch.testing.assert_close(found.eps, eps, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("declared", ["Transformer2DModel", "DiTTransformer2DModel"])
 def test_a_dit_as_it_was_published_is_the_same_network(tmp_path: Path, declared: str) -> None:
     folder = save_dit(tmp_path / "dit")

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +33,7 @@ from halfstep.objectives import FINISHING, Batch, Finishing, Losses, Models, Pla
 from halfstep.run.events import Progress
 from halfstep.run.folder import DifferentRecipe
 from halfstep.run.runner import run
-from halfstep.runs import RunFolder, read_log
+from halfstep.runs import RunFolder, read_log, read_status
 from halfstep.runtime.processes import make_accelerator
 from halfstep.runtime.stop import StopSignal
 from halfstep.train.engine import StageTrainer
@@ -218,6 +219,36 @@ def test_a_finish_is_added_to_a_run_and_further_ones_after_it(trained: Path, cap
     capsys.readouterr()
     main(["finish", str(trained), *BRIEF])
     assert "04-finish-0001: complete" in capsys.readouterr().out
+
+
+def test_the_command_of_a_run_accepts_the_folder_that_has_grown(trained: Path, capsys: Capture) -> None:
+    main(["finish", str(trained), "--steps", "2", *BRIEF])
+    main(["finish", str(trained), "--steps", "1", *BRIEF])
+    before, held = weights(trained), json.loads((trained / "recipe.json").read_text())
+    again = ["run", "arrays", "--data", held["recipe"]["data"]["source"], "--out", str(trained), *TINY_ARRAYS]
+    capsys.readouterr()
+    # Without finishes, with the first of them, and measured in another way.
+    for more in ([], ["--finish.steps", "2", *BRIEF], ["--evaluation.num-samples", "25"]):
+        main([*again, *more])
+        said = capsys.readouterr()
+        further = "04-finish-0001" if "2" in more else "03-finish-0002, 04-finish-0001"
+        assert f"{trained} holds further stages ({further}), which this run leaves as they are" in said.err
+        assert "02-halve-0001: complete" in said.out
+        now = json.loads((trained / "recipe.json").read_text())
+        assert (now["plan"], now["recipe"]["finish"]) == (held["plan"], held["recipe"]["finish"])
+        assert weights(trained) == before
+    assert now["recipe"]["evaluation"]["num_samples"] == 25
+    assert read_status(trained).state == "finished"
+    # Another order is another plan; a stage of the run that is missing is made again, one of the others is not.
+    assert "Different: finish.steps" in refused([*again, "--finish.steps", "1", *BRIEF], capsys)
+    for stage in ("02-halve-0001", "04-finish-0001"):
+        shutil.rmtree(trained / "stages" / stage)
+    main(again)
+    assert weights(trained).items() < before.items()
+    assert before.keys() - weights(trained).keys() == {"04-finish-0001"}
+    assert "stage 04-finish-0001 is missing" in str(read_status(trained).message)
+    main(["finish", str(trained), *BRIEF])
+    assert weights(trained) == before
 
 
 def test_what_a_finish_cannot_do_is_one_line(trained: Path, tmp_path: Path, capsys: Capture) -> None:

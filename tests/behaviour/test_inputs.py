@@ -133,7 +133,7 @@ def test_changed_data_are_named_and_may_be_accepted(tmp_path):
     np.save(source, points(199).numpy())
     with pytest.raises(DifferentRecipe, match=r"x\.npy.*num samples 200 then, 199 now.*--data\.accept-changed"):
         finish(spec(points(199)), tmp_path / "run")
-    with pytest.raises(DifferentRecipe, match=r"1 changed files: .*x\.npy"):
+    with pytest.raises(DifferentRecipe, match=r"1 changed file: .*x\.npy"):
         finish(spec(points(199)), tmp_path / "run")
     with pytest.warns(HalfstepWarning, match="resumes on changed data"):
         finish(spec(points(199), accept=True), tmp_path / "run")

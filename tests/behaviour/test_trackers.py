@@ -1,6 +1,11 @@
 """What a run tells its trackers: the log's numbers, once each, over the updates of the whole plan."""
 
+import errno
 import io
+import itertools
+import os
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from halfstep.cli import main
 from halfstep.measure.evaluate import Evaluation
 from halfstep.run.events import Progress
 from halfstep.run.runner import run
 from halfstep.run.trackers import Trackers, chosen_trackers
 from halfstep.runs import RunFolder, read_log
-from toys import finish, toy_spec
+from toys import TINY_ARRAYS, finish, points, toy_spec, weights
 
 pytest.importorskip("tensorboard")
 
@@ -114,6 +120,58 @@ def test_weights_and_biases_is_told_the_log_of_a_run_that_was_cut_as_one_run(
         content = file.read_bytes()
         for number, stage in enumerate(("00-denoise", "01-halve-0002", "02-halve-0001")):
             assert (f"{stage}/loss".encode() in content) == (number in stages)
+
+
+def test_weights_and_biases_without_a_login_is_refused_with_the_ways_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("wandb")
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    np.save(tmp_path / "points.npy", points(64).numpy())
+    command = ["run", "arrays", "--data", str(tmp_path / "points.npy"), "--out", str(tmp_path / "run"), *TINY_ARRAYS]
+    with pytest.raises(SystemExit) as end:
+        main([*command, "--engine.trackers", "wandb"])
+    (line,) = capfd.readouterr().err.splitlines()
+    assert end.value.code == 2
+    assert "the tracker wandb cannot" in line
+    assert "run `wandb login`, or set WANDB_MODE=offline" in line
+    # What is done instead works in the same folder; another process would read its environment again.
+    sys.modules["wandb"].teardown()
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    main([*command, "--engine.trackers", "wandb", "--evaluation.no-enabled"])
+    assert RunFolder(tmp_path / "run").stages()
+
+
+@pytest.mark.parametrize("fault", [errno.ENOSPC, errno.ESTALE])
+def test_a_disk_that_fails_under_tensorboards_thread_is_one_line_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], fault: int
+) -> None:
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    np.save(tmp_path / "points.npy", points(64).numpy())
+    command = ["run", "arrays", "--data", str(tmp_path / "points.npy"), *TINY_ARRAYS, "--evaluation.no-enabled"]
+    command += ["--engine.log-every", "1", "--engine.checkpoint-updates", "1", "--teacher.num-updates", "20"]
+    main([*command, "--out", str(tmp_path / "uncut"), "--engine.trackers", "tensorboard"])
+    write, written = RecordWriter.write, itertools.count()
+
+    def failing(self: RecordWriter, data: bytes) -> None:
+        if next(written) > 30:
+            raise OSError(fault, os.strerror(fault))
+        write(self, data)
+
+    capfd.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(RecordWriter, "write", failing)
+        with pytest.raises(SystemExit) as end:
+            main([*command, "--out", str(tmp_path / "run"), "--engine.trackers", "tensorboard"])
+    (line,) = capfd.readouterr().err.splitlines()
+    assert end.value.code == 3
+    assert re.search(r"the last good checkpoint is \S+checkpoint-\d+; .* run the same command again$", line)
+    main([*command, "--out", str(tmp_path / "run"), "--engine.trackers", "tensorboard"])
+    assert "00-denoise: 20 updates, resuming at update" in capfd.readouterr().out
+    assert weights(tmp_path / "run") == weights(tmp_path / "uncut")
 
 
 def test_tensorboard_is_the_default_where_it_is_installed() -> None:

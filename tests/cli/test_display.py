@@ -2,6 +2,8 @@
 
 import io
 
+import pytest
+
 from halfstep.cli.display import RunDisplay
 from halfstep.cli.words import Screen, duration
 from halfstep.objectives import Denoising, Plan, Training
@@ -25,7 +27,7 @@ def test_the_time_left_counts_network_calls_and_batches_of_all_stages() -> None:
     display = RunDisplay(list(zip(plan.names(), plan.stages, strict=True)), Screen(file=out))
     display.show(
         [
-            StageStart("00-denoise", 0, plan.stages[0], 0),
+            StageStart("00-denoise", 0, plan.stages[0], 0, 0.0),
             Progress("00-denoise", 100, _window(10, 6.0)),
             Progress("00-denoise", 100, _window(20, 12.0)),
         ]
@@ -37,12 +39,21 @@ def test_the_time_left_counts_network_calls_and_batches_of_all_stages() -> None:
     assert "00-denoise: done in 1:00 min" in out.getvalue()
 
 
+def test_the_time_left_of_a_resumed_run_is_at_the_pace_since_then() -> None:
+    plan = _plan(Training(100, 1e-3, batch_size=20), Training(60, 1e-3, batch_size=10))
+    display = RunDisplay(list(zip(plan.names(), plan.stages, strict=True)), Screen(file=io.StringIO()))
+    # 40 updates in 4,000 s; the next 10 in 6 s: 50 more take 30 s, and 60 of cost 50 as well.
+    events = [StageStart("00-denoise", 0, plan.stages[0], 40, 4000.0), Progress("00-denoise", 100, _window(50, 4006.0))]
+    display.show(events)
+    assert display.seconds_left() == pytest.approx(60.0)
+
+
 def test_measuring_shows_where_it_is_and_counts_in_the_time_left() -> None:
     plan = _plan(Training(10, 1e-3, batch_size=20), Training(6, 1e-3, batch_size=10))
     result = Result(sampler="ddim", num_steps=1, num_evals=1, frechet=1.0, kid=0.0, seconds_per_1000=1.0)
     out = io.StringIO()
     display = RunDisplay(list(zip(plan.names(), plan.stages, strict=True)), Screen(file=out))
-    display.show([StageStart("00-denoise", 0, plan.stages[0], 0), Progress("00-denoise", 10, _window(10, 6.0))])
+    display.show([StageStart("00-denoise", 0, plan.stages[0], 0, 0.0), Progress("00-denoise", 10, _window(10, 6.0))])
     display._last_line = 0.0
     display.show([StageEnd("00-denoise", 6.0, was_there=False), Measuring("00-denoise", "Heun", 1, 3)])
     assert "00-denoise: measuring 1/3, Heun" in out.getvalue()
@@ -56,11 +67,11 @@ def test_measuring_shows_where_it_is_and_counts_in_the_time_left() -> None:
 def test_a_terminal_gets_one_display_and_no_terminal_gets_lines() -> None:
     plan = _plan(Training(20, 1e-3, batch_size=20), Training(6, 1e-3, batch_size=10))
     events = [
-        StageStart("00-denoise", 0, plan.stages[0], 0),
+        StageStart("00-denoise", 0, plan.stages[0], 0, 0.0),
         Progress("00-denoise", 20, _window(10, 6.0)),
         Notice("[a] note"),
         StageEnd("00-denoise", 12.0, was_there=False),
-        StageStart("01-halve-0001", 1, plan.stages[1], 2),
+        StageStart("01-halve-0001", 1, plan.stages[1], 2, 0.0),
     ]
     printed = {}
     for terminal in (True, False):

@@ -56,6 +56,16 @@ def test_time_left_is_the_work_left_at_the_present_pace(tmp_path: Path) -> None:
     assert status.updates == (30, 170)
 
 
+@pytest.mark.parametrize("num_rows", [1, 2, 3])
+def test_the_pace_of_an_earlier_process_does_not_count(tmp_path: Path, num_rows: int) -> None:
+    """9 s an update until it was stopped; 0.25 s for the process that has been at work for 9 s."""
+    rows = [*(row("00-denoise", 10 * k, 90.0 * k) for k in range(1, 7))]
+    rows += [row("00-denoise", 60 + 10 * k, 540 + 2.5 * k) for k in range(1, num_rows + 1)]
+    status = read_status(folder_of(tmp_path / "run", rows, state="running"))
+    assert status.stages[0].seconds_an_update == pytest.approx(0.25)
+    assert status.stages[0].seconds == 540 + 2.5 * num_rows, "the time so far is that of all processes"
+
+
 def test_a_process_that_is_gone_or_silent_has_stopped(tmp_path: Path) -> None:
     rows = [row("00-denoise", 10, 3.0)]
     child = subprocess.Popen([sys.executable, "-c", ""])

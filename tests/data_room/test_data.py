@@ -176,6 +176,21 @@ def test_sub_folders_named_like_splits_are_splits(tmp_path):
     assert pixels(test)[:, 0, 0, 0].tolist() == [3]
 
 
+def test_the_samples_of_a_run_among_the_images_are_no_data(tmp_path):
+    """`--data . --out runs/mine`: or the run would be one on other data once it has samples."""
+    for place in ("0.png", "1.png"):
+        save(tmp_path / place, noise(4, 4))
+    before = opened(tmp_path)
+    samples = tmp_path / "runs" / "mine" / "stages" / "00-denoise" / "samples"
+    samples.mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "recipe.json").touch()
+    save(samples / "steps-0004.png", noise(4, 4))
+    assert (len(before), opened(tmp_path).fingerprint) == (2, before.fingerprint)
+    # A folder that only has such a name is one of images.
+    (tmp_path / "runs" / "mine" / "recipe.json").unlink()
+    assert len(opened(tmp_path)) == 3
+
+
 def test_links_to_folders_are_followed_once(tmp_path):
     save(tmp_path / "elsewhere/1.png", noise(2, 2))
     (tmp_path / "data/a").mkdir(parents=True)

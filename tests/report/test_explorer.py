@@ -1,10 +1,12 @@
 """The explorer as it is served: its page in chromium, and its door and its API as a stranger finds them."""
 
 import base64
+import contextlib
 import io
 import json
 import os
 import re
+import select
 import signal
 import socket
 import subprocess
@@ -289,6 +291,70 @@ def test_it_listens_at_127_0_0_1_only(url: str) -> None:
     # Another address of this same machine: a server at 0.0.0.0 would answer there.
     with pytest.raises(OSError, match="refused"):
         socket.create_connection(("127.0.0.2", port), timeout=5)
+
+
+SLOW = """
+import sys, threading
+from halfstep.cli import main
+from halfstep.explore import explorer, page
+page.PATIENCE = 1.0
+def trajectory(*args, **kwargs):
+    print("sampling", flush=True)
+    threading.Event().wait()
+explorer.trajectory = trajectory
+main(["explore", *sys.argv[1:]])
+"""
+"""An explorer with little patience whose sampling never ends."""
+
+
+def test_slow_connections_are_closed_a_long_sampling_is_not_and_ctrl_c_ends_it(run: Path) -> None:
+    """In the order of events: the step never ends, so all that ends has not waited for it."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, str(run), "--port", "0"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    try:
+        assert process.stdout
+        port = int(re.findall(r":(\d+)", process.stdout.readline())[0])
+
+        def connected(text: str) -> socket.socket:
+            connection = socket.create_connection(("127.0.0.1", port), timeout=60)
+            connection.sendall(text.replace("\n", "\r\n").encode())
+            return connection
+
+        head = f"Host: 127.0.0.1:{port}\nContent-Type: application/json\n"
+        asked = httpx.post(f"http://127.0.0.1:{port}/gradio_api/call/compare", json={"data": request()}, timeout=60)
+        event = asked.json()["event_id"]
+        answer = connected(f"GET /gradio_api/call/compare/{event} HTTP/1.1\n{head}\n")
+        assert process.stdout.readline() == "sampling\n"
+        silent, half = connected(""), connected(f"GET / HTTP/1.1\n{head}")
+        slow = connected(f"POST /gradio_api/call/compare HTTP/1.1\n{head}Content-Length: 100\n\n{{")
+        assert (silent.recv(1), half.recv(1)) == (b"", b"")
+        assert b" 408 " in slow.recv(4096)
+        # One that asks for much and takes nothing; a small window keeps it from the system's buffers.
+        deaf = socket.socket()
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        deaf.settimeout(60)
+        deaf.connect(("127.0.0.1", port))
+        deaf.sendall(f"GET / HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n".encode() * 200)
+        assert is_reset(deaf)
+        # The answer that was asked for before all of them is still awaited.
+        answer.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            assert answer.recv(4096), "the connection of a sampling in progress was closed"
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=120)
+        assert (process.returncode, "Traceback" in errors) == (0, False), errors
+    finally:
+        process.kill()
+
+
+def is_reset(connection: socket.socket) -> bool:
+    """Return whether the other side gives a connection up from which nothing is read."""
+    found = select.poll()
+    found.register(connection, select.POLLHUP | select.POLLERR)
+    return bool(found.poll(60_000))
 
 
 def test_wrong_arguments_are_one_line(run: Path, tmp_path: Path, capsys: Capture, monkeypatch: Any) -> None:

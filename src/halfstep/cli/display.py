@@ -69,7 +69,9 @@ class RunDisplay:
         self._settle(stage)
         match event:
             case StageStart(resumed_at=resumed_at):
-                stage.state, stage.update = "training", resumed_at
+                stage.state = "training"
+                # The pace is that of the updates from here on.
+                stage.take({"update": resumed_at, "seconds": event.seconds})
                 at = f", resuming at update {resumed_at}" if resumed_at else ""
                 self._line(f"{stage.name}: {count(event.stage.training.num_updates, 'update')}{at}")
             case TrainingProgress():

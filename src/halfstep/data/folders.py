@@ -161,7 +161,10 @@ def changed_since(source: str, moment: float) -> list[Path]:
 
 
 def files_below(root: Path) -> list[PurePath]:
-    """Return the files below `root`, sorted, without hidden ones; follows links to folders, each folder once."""
+    """Return the files below `root`, sorted, without hidden ones; follows links to folders, each folder once.
+
+    Folders of runs are left out: their samples are no data of the run that lies among its own.
+    """
     found: list[PurePath] = []
     seen: set[str] = set()
     for folder, folders, names in os.walk(root, followlinks=True):
@@ -170,6 +173,9 @@ def files_below(root: Path) -> list[PurePath]:
             folders.clear()
             continue
         seen.add(real)
+        if folder != str(root) and "recipe.json" in names and "stages" in folders:
+            folders.clear()
+            continue
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [Path(folder, name).relative_to(root) for name in names if not name.startswith(".")]
     return sorted(found, key=lambda path: path.parts)

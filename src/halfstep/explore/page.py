@@ -11,6 +11,7 @@ import json
 import os
 import re
 import socket
+import struct
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
@@ -35,7 +36,7 @@ MOVING_WIDTH: Final = 256
 MILLISECONDS: Final = 120
 """For which a frame of it is seen."""
 PATIENCE: Final = 10.0
-"""Seconds in which a client must have sent its headers, and then its body."""
+"""Seconds in which a client must send its headers, then its body, and read some part of its answer."""
 PATHS: Final = re.compile(
     r"/(|config|theme\.css|favicon\.ico|(assets|static)/.*"
     r"|gradio_api/(info|app_id|theme\.css|startup-events|queue/(join|data)|heartbeat/\w+|call/(compare|strip|walk)(/\w+)?|cancel|reset))/?"
@@ -233,20 +234,28 @@ def serve(
 
 
 def _impatient() -> Any:
-    """Return uvicorn's protocol, which waits for headers for ever, with an end to that."""
+    """Return uvicorn's protocol with an end to waiting for headers, and for a client that stops reading its answer."""
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     class Impatient(H11Protocol):
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            self.idle_since = self.loop.time()
+            self.idle_since, self.unsent = self.loop.time(), 0
             self._look()
 
         def _look(self) -> None:
-            if self.cycle is not None and not self.cycle.response_complete:
+            unsent = self.transport.get_write_buffer_size()
+            is_answered = self.cycle is not None and not self.cycle.response_complete
+            if unsent != self.unsent or (is_answered and not unsent):
                 self.idle_since = self.loop.time()
             elif self.loop.time() - self.idle_since > PATIENCE:
+                if unsent:
+                    # Without this the kernel would keep the rest of the answer and its socket.
+                    held = self.transport.get_extra_info("socket")
+                    held.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    self.transport.abort()
                 self.transport.close()
+            self.unsent = unsent
             if not self.transport.is_closing():
                 self.loop.call_later(1.0, self._look)
 

@@ -153,8 +153,6 @@ def _recorded(source: str | Path, folder: Path, pipeline: Pipeline, ema: bool) -
     except ValueError as error:
         missing = sorted(name for name, part in pipe.components.items() if part is None and name not in OPTIONAL)
         raise ValueError(f"{folder} has no {', '.join(missing)}: {error}" if missing else str(error)) from None
-    null = dict(recording.null)
-    labels = null.get("class_labels") if set(recording.conditions) == {"class_labels"} else None
     return _teacher(
         folder.name, network, recording.schedule,
         pipeline.model_copy(
@@ -163,8 +161,8 @@ def _recorded(source: str | Path, folder: Path, pipeline: Pipeline, ema: bool) -
             }
         ),
         f"{source} (weights sha256 {digest_of(places[component])})",
-        shape=recording.shape, num_classes=0 if labels is None else int(labels),
-        conditions={} if labels is not None else recording.conditions, is_image=False, null=null,
+        shape=recording.shape, num_classes=recording.num_classes,
+        conditions={} if recording.num_classes else recording.conditions, is_image=False, null=dict(recording.null),
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import functools
 import inspect
 import json
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from halfstep.core.denoiser import GUIDANCE, NetworkDenoiser, ddim_step
 from halfstep.core.noise import processes
+from halfstep.core.warnings import HalfstepWarning
 from halfstep.hub.disk import known_fields
 from halfstep.hub.schedulers import COSINE, Schedule, first_order, read_schedule
 from halfstep.hub.stock import in_one_line, quiet
@@ -100,6 +102,8 @@ class Recording:
     """The pipeline's argument that takes the guidance scale, of either kind."""
     guiding: Guiding | None
     """How its branches are combined; None for one branch."""
+    num_classes: int
+    """Classes that it is conditioned on; 0 for none."""
     shape: tuple[int, ...]
     """Of one sample."""
 
@@ -291,10 +295,18 @@ def record(pipe: Any, options: Mapping[str, Any]) -> tuple[Recording, Replay]:
             raise ValueError(f"the denoiser is called {len(two.steps[0].calls)} times a step without guidance")
         schedule = replace(read_schedule(_config(pipe.scheduler), two.mu), clip=clip)
         alone = conditions_in(call, two.steps[0].calls[0], 2)
-        guidance, null = None, dict[str, Tensor]()
+        guidance, guiding, null = None, None, dict[str, Tensor]()
         for name in scales:
             negative = {"negative_prompt": [" ", " "]} if name != GUIDANCES[0] and "negative_prompt" in taken else {}
-            guided = trace(pipe, 1, **prompted(pipe, prompts), **(off | {name: SCALE} | negative))
+            try:
+                guided = trace(pipe, 1, **prompted(pipe, prompts), **(off | {name: SCALE} | negative))
+            except ValueError as error:
+                if not labels:
+                    raise
+                # DiTPipeline knows one number for no class, 1000, and fails on networks of fewer.
+                warnings.warn(f"the teacher is taken without guidance: {error}", HalfstepWarning, stacklevel=2)
+                guidance, guiding = name, Guiding(0.0, False)
+                break
             null = _unguided(call, guided.steps[0], alone)
             if null:
                 guidance = name
@@ -304,10 +316,12 @@ def record(pipe: Any, options: Mapping[str, Any]) -> tuple[Recording, Replay]:
                 guidance = name
                 break
         clock, output = fit_clock(schedule, call, two), _output(two.steps[0])
-        guiding = verify_guided(call, alone, guided.steps[0], output["sign"]) if null else None
+        if null:
+            guiding = verify_guided(call, alone, guided.steps[0], output["sign"])
         output["restores_norm"] = guiding is not None and guiding.is_rescaled
         recording = Recording(
             call, clock, output, schedule, reading.constants, null, guidance, guiding,
+            _num_classes(null, getattr(pipe, component_of(pipe)).config) if set(alone) == {"class_labels"} else 0,
             tuple(two.steps[0].before.shape[1:]),
         )  # fmt: skip
         network = replayed(recording, getattr(pipe, component_of(pipe)))
@@ -315,6 +329,12 @@ def record(pipe: Any, options: Mapping[str, Any]) -> tuple[Recording, Replay]:
     except ValueError as error:
         raise ValueError(f"{kind} cannot be replayed: {error}") from None
     return recording, network
+
+
+def _num_classes(null: Mapping[str, Tensor], config: Mapping[str, Any]) -> int:
+    """Return the classes of a network: their number is what stands for none."""
+    fields = (config.get(name) for name in ("num_embeds_ada_norm", "num_class_embeds"))
+    return int(null["class_labels"]) if null else next((int(number) for number in fields if number), 0)
 
 
 def replayed(recording: Recording, module: Any) -> Replay:

@@ -207,7 +207,7 @@ class Chain:
                 assert parents is not None
                 student = start_student(stage.objective.start(self.made[parents.start]), lora_rank)
                 seen = stage.objective.view(self.made[parents.teacher], student, self.null)
-            yield StageStart(name, index, stage, 0)
+            yield StageStart(name, index, stage, 0, 0.0)
             trainer = StageTrainer(
                 student,
                 seen,

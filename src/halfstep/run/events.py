@@ -20,6 +20,8 @@ class StageStart(Event):
     stage: Stage
     resumed_at: int
     """Updates that a checkpoint brought; 0 for a fresh start."""
+    seconds: float
+    """Training time of the stage until then."""
 
 
 @final

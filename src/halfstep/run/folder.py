@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ def take_folder(spec: RunSpec, folder: RunFolder, lock: FileLock) -> tuple[str, 
         # Files that `halfstep evaluate` is writing are no leftovers.
         with contextlib.suppress(Timeout), FileLock(evaluation / ".lock", timeout=0):
             sweep(evaluation, evaluation / "cells", evaluation / "figures")
-    described = {
+    described: dict[str, Any] = {
         "recipe": dict(spec.recipe),
         "data_fingerprint": spec.data.fingerprint,
         "data": _form(spec),
@@ -89,6 +89,14 @@ def take_folder(spec: RunSpec, folder: RunFolder, lock: FileLock) -> tuple[str, 
         write_sealed(folder.recipe_path, {"run": own} | described | {"environment": environment()})
         return own, spec.data.fingerprint
     held = folder.recipe()
+    if more := [row["stage"] for row in held["plan"][len(spec.stages) :]]:
+        warnings.warn(
+            f"{path} holds further stages ({', '.join(more)}), which this run leaves as they are",
+            HalfstepWarning,
+            stacklevel=2,
+        )
+        finishes = {name: value for name, value in held["recipe"].items() if name == "finish"}
+        described |= {"recipe": described["recipe"] | finishes, "plan": held["plan"]}
     # How the models are measured now, and where the data lie now, is what `evaluate` and the report read later.
     now, old = flatten(dict(spec.recipe)), flatten(held["recipe"])
     moved = any(now[name] != old.get(name) for name in now if name.startswith(("evaluation.", "data.")))
@@ -135,7 +143,8 @@ def _accept(spec: RunSpec, folder: RunFolder, held: Mapping[str, Any]) -> None:
     """
     before, now = held.get("data"), _form(spec)
     changed = changed_since(spec.data.source, folder.recipe_path.stat().st_mtime)
-    said = [f"{len(changed):,} changed files: {', '.join(map(str, changed[:3]))}"] if changed else []
+    files = "file" if len(changed) == 1 else "files"
+    said = [f"{len(changed):,} changed {files}: {', '.join(map(str, changed[:3]))}"] if changed else []
     # None where the caller, such as halfstep.fit, has no such setting.
     accepts = dict(spec.recipe.get("data") or {}).get("accept_changed")
     fits = isinstance(before, dict) and all(before.get(name) == now[name] for name in ("shape", "class_names"))
@@ -163,16 +172,22 @@ def _form(spec: RunSpec) -> dict[str, Any]:
 
 
 def _growing(spec: RunSpec, held: Mapping[str, Any]) -> list[str]:
-    """Return the fields that may differ because the recipe adds finishing stages after those of the folder.
+    """Return the fields that may differ because the recipe or the folder has further finishing stages at its end.
 
-    All of them while the folder has no such stage; later only the list, to which more are added at its end.
+    All of them while one of the two has no such stage; later only the list, to which more are added at its end.
     """
     new = flatten(spec.recipe)
     old = flatten(spec.defaults) | flatten(held["recipe"])
-    before, after = old.get("finish.steps") or [], new.get("finish.steps") or []
-    if list(after[: len(before)]) != list(before) or held.get("plan") != _rows(spec)[: len(held.get("plan") or [])]:
+    lists = old.get("finish.steps") or [], new.get("finish.steps") or []
+    if not all(_agree(*pair) for pair in (lists, (held.get("plan") or [], _rows(spec)))):
         return []
-    return ["finish.steps"] if before else sorted(name for name in old | new if _finishes(name))
+    return ["finish.steps"] if all(lists) else sorted(name for name in old | new if _finishes(name))
+
+
+def _agree(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    """Return whether one list continues the other, or both are equal."""
+    shared = min(len(one), len(other))
+    return list(one[:shared]) == list(other[:shared])
 
 
 def _finishes(field: str) -> bool:

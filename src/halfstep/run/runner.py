@@ -253,7 +253,7 @@ class _Runner:
             lambda: self.log.keep(lambda row: row.get("stage") != folder.name or _is_before(row, resumed))
         )
         self.trackers.start(self._updates_before + resumed)
-        yield StageStart(folder.name, index, stage, resumed)
+        yield StageStart(folder.name, index, stage, resumed, trainer.seconds)
         if spec.engine.micro_batch == "auto":
             with self.processes.at_once(self.stop):
                 refused = fit_micro_batch(trainer, micro_batch_of(held))

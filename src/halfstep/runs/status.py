@@ -1,7 +1,8 @@
 """The progress of a run, as its live display shows it and as any other process reads it from the folder.
 
 Time left is counted in forward passes: a stage's updates times the cost of one, from recipe.json. The pace is that of
-the last updates of the current stage, or of the stage before until it has some.
+the last updates of the current stage, or of the stage before until it has some; those of an earlier process do not
+count, which may have run on another machine.
 """
 
 import contextlib
@@ -76,7 +77,7 @@ class StageStatus:
     def seconds_an_update(self) -> float:
         """The present pace; NaN before there is one."""
         rows = [row for row in self.rows[-PACE_ROWS:] if row[0] <= self.update]
-        if len(rows) > 1 and rows[-1][0] > rows[0][0]:
+        if len(rows) > 1:
             return max(0.0, rows[-1][1] - rows[0][1]) / (rows[-1][0] - rows[0][0])
         return self.seconds / self.update if self.update and self.seconds else math.nan
 
@@ -86,10 +87,17 @@ class StageStatus:
         if not isinstance(update, int) or finite(update) is None or seconds is None:
             return
         self.update, self.seconds = update, seconds
+        while self.rows and self.rows[-1][0] >= update:
+            self.rows.pop()
         self.rows.append((update, seconds))
         del self.rows[: -4 * PACE_ROWS]
         self.loss, self.learning_rate = finite(row.get("loss")), finite(row.get("learning_rate"))
         self.samples_per_second = finite(row.get("samples_per_second"))
+
+    def forget(self, lifetime: float) -> None:
+        """Drop the rows of earlier processes, if that at work has run for `lifetime` seconds."""
+        # It began to train a little later, so the first row that is left is about where it resumed.
+        self.rows = [row for row in self.rows if row[1] >= self.seconds - lifetime]
 
 
 @dataclass
@@ -288,6 +296,8 @@ def _update_run(status: RunStatus, folder: RunFolder, now: float) -> None:
         "started": written[0] if written else None,
         "updated": updated,
     }
+    if current is not None and len(written) == 2:
+        current.forget(updated - written[0])
     status.state, status.message = beat["state"], beat.get("message")
     if status.state == "running":
         reason = _gone(pid, machine, now - updated)
@@ -300,7 +310,8 @@ def _update_run(status: RunStatus, folder: RunFolder, now: float) -> None:
             if last.state == "done" and not last.results:
                 last.state = "measuring"
     elif status.state == "finished" and current is not None:
-        status.state, status.message = "stopped", f"stage {current.name} has been removed since the run finished"
+        status.state = "stopped"
+        status.message = f"stage {current.name} is missing: its training was stopped, or it has been removed"
 
 
 def _gone(pid: object, machine: object, age: float) -> str | None:
