@@ -87,12 +87,14 @@ def fashion_mnist() -> Recipe:
         chain=SECOND_ORDER.model_copy(
             update={
                 "training": Training(
-                    num_updates=700, batch_size=64, learning_rate=4e-4, warmup_updates=40, adam_betas=(0.9, 0.99)
+                    num_updates=500, batch_size=64, learning_rate=4e-4, warmup_updates=40, adam_betas=(0.9, 0.99)
                 ),
-                "updates_at": {1: 900},
+                "updates_at": {8: 600, 1: 700},
             }
         ),
-        finish=FinishConfig(steps=(4, 2, 1), training=replace(FINISHING, num_updates=400), lead_updates=80),
+        finish=FinishConfig(
+            steps=(4, 2, 1), training=replace(FINISHING, num_updates=250), updates_at={4: 200, 1: 350}
+        ),
         evaluation=Evaluation(num_samples=4000, batch_size=500),
     )
 
