@@ -153,7 +153,7 @@ class Storm:
         """Deal so many faults, one to a run each.
 
         Raises:
-            AssertionError: naming the fault, if a result changed without a word or an error is no refusal.
+            AssertionError: naming the fault, if a result changed without a word or an error is not a refusal.
         """
         for number in range(count):
             kind = self.dice.choice(list(self.faults))

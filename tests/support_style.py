@@ -149,18 +149,23 @@ def prose_of_python(source: str) -> Iterator[Sentence]:
             text = node.value
         else:
             continue
-        # A name, a path or a format is no prose.
+        # A name, a path or a format is not prose.
         if len(text.split()) > 2:
             for place in re.split(r"\n\s*\n", re.sub(r"(?<!`)`[^`\n]+`", "`x`", text)):
                 yield from sentences(place, node.lineno)
 
 
+def sentences_of(path: Path) -> Iterator[Sentence]:
+    """Yield the sentences of a page or module."""
+    prose = prose_of_python if path.suffix == ".py" else prose_of_markdown
+    return prose(path.read_text(encoding="utf-8"))
+
+
 def found_in(path: Path) -> list[str]:
     """Return `line: pattern: sentence` for each fault in a page or module."""
-    prose = prose_of_python if path.suffix == ".py" else prose_of_markdown
     return [
         f"{sentence.line}: {fault}: {sentence.text}"
-        for sentence in prose(path.read_text(encoding="utf-8"))
+        for sentence in sentences_of(path)
         if sentence.text not in ALLOWED
         for fault in faults(sentence.text)
     ]

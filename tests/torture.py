@@ -312,7 +312,7 @@ def growth(path: Path, num_updates: int = 2000, after: int = 50) -> dict[str, in
             time.sleep(0.3)
             gc.collect()
             objects = len(gc.get_objects())
-            # Of the resident memory that which is no file's: pages of libraries come and go.
+            # Of the resident memory that which is not a file's: pages of libraries come and go.
             kilobytes = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
             assert kilobytes is not None
             held[event.window.update] = (1024 * int(kilobytes[1]), objects)

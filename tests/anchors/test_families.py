@@ -248,7 +248,7 @@ def test_a_swapped_condition_is_refused_by_name(honest: tuple[Any, Any, Replay, 
     arguments = first.calls[0].arguments
     swapped = arguments | {"encoder_hidden_states": arguments["encoder_hidden_states"].flip(0)}
     lying = Trace([replace(first, calls=(replace(first.calls[0], arguments=swapped),)), *made.steps[1:]])
-    with pytest.raises(ValueError, match=r"recorded conditions .*encoder_hidden_states.* puts out something else"):
+    with pytest.raises(ValueError, match=r"recorded conditions .*encoder_hidden_states.* returns something else"):
         verify(network, recording.schedule, lying)
 
 
@@ -317,7 +317,7 @@ def test_what_prompts_cannot_do_is_one_line(saved: Callable[[str], Path], tmp_pa
     out = ["--out", str(tmp_path / "out")]
     assert "give --data with images and captions, or --prompts" in refused(["encode", str(folder), *out], capsys)
     asked = ["distill", str(folder), "--prompts", str(prompts), *out, *call, *BUDGET]
-    assert "a dry run samples nothing. Sample first: halfstep encode" in refused([*asked, "--dry-run"], capsys)
+    assert "a dry run samples nothing. Sample first, with halfstep encode" in refused([*asked, "--dry-run"], capsys)
     assert "--call height: give NAME=VALUE" in refused([*asked[:4], *out, "--call", "height"], capsys)
     prompts.write_text("\n \n")
     assert "holds no prompts: write one on each line" in refused(asked, capsys)

@@ -32,7 +32,7 @@ def test_what_autograd_keeps_is_counted_without_weights_and_each_tensor_once() -
             self.weight = torch.nn.Parameter(torch.ones(2))
 
         def forward(self, x_t: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-            scaled = x_t * self.weight  # keeps x_t (2 numbers); the weight is no activation
+            scaled = x_t * self.weight  # keeps x_t (2 numbers); the weight is not an activation
             return scaled * scaled  # keeps `scaled` (2 numbers) twice
 
     counted = count_forward(toy_spec(network=Square))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from halfstep import (
     X0,
+    Clipped,
     Consistency,
     FixedGuidance,
     GaussianDenoiser,
@@ -129,3 +130,16 @@ def test_distill_gives_the_same_student_twice_and_calls_back() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert seen == [("01-halve-0008", 20)]
     assert all(p.requires_grad for p in one.parameters())
+
+
+def test_a_clipped_teacher_is_matched_before_it_is_halved_and_is_not_changed() -> None:
+    teacher = Clipped(NetworkDenoiser(MLP((2,), width=8, depth=1), PROCESS, X0()))
+    before = [p.detach().clone() for p in teacher.parameters()]
+    names: list[str] = []
+    training = Training(1, 1e-2)
+    student = distill(
+        teacher, torch.randn(32, 2), to=1, start=2, training=training, on_window=lambda n, _: names.append(n)
+    )
+    assert names == ["01-match", "02-halve-0001"]
+    assert isinstance(student, NetworkDenoiser)
+    assert all(torch.equal(a, b) for a, b in zip(before, teacher.parameters(), strict=True))

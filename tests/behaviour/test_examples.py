@@ -6,10 +6,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
+from halfstep.core.noise import VPTable
+from halfstep.data import DataConfig, open_data
 from halfstep.hub import text_conditions
 from halfstep.models.folder import load
 from halfstep.samplers import sample
@@ -28,10 +32,15 @@ def loaded(name: str) -> ModuleType:
     return module
 
 
-def test_there_are_six_and_each_is_under_60_lines() -> None:
-    assert len(SCRIPTS) == 6
+WITH_NETWORK: Final = "someone_elses_teacher.py"
+"""The one that brings the network of another project."""
+FOREIGN: Final = Path(__file__).parents[3] / "shared" / "data"
+
+
+def test_there_are_seven_and_each_is_short() -> None:
+    assert len(SCRIPTS) == 7
     for script in SCRIPTS:
-        assert len(script.read_text().splitlines()) < 60, script.name
+        assert len(script.read_text().splitlines()) < (80 if script.name == WITH_NETWORK else 60), script.name
 
 
 @pytest.mark.parametrize(
@@ -106,3 +115,54 @@ def test_the_latent_example_says_how_it_is_used(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(sys, "argv", ["latent_text_to_image_lora.py"])
     with pytest.raises(SystemExit, match="PIPELINE IMAGES OUT"):
         runpy.run_path(str(EXAMPLES / "latent_text_to_image_lora.py"), run_name="__main__")
+
+
+def foreign_weights(file: Path) -> dict[str, torch.Tensor]:
+    """Write random weights as the other project names and shapes them, and return them."""
+    torch.manual_seed(0)
+    skeleton = loaded("someone_elses_teacher").Theirs
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(skeleton, "load_state_dict", lambda *_, **__: None)
+        patch.setitem(skeleton.__init__.__globals__, "load_file", lambda _: {})
+        network = skeleton("none")
+    held = {f"network.{name}": value for name, value in network.state_dict().items()}
+    save_file(held | {"network.b_out.2.ln.weight": torch.ones(10, 28, 28)}, file)
+    return held
+
+
+def test_a_network_of_another_project_becomes_students_of_8_4_and_1_steps(tmp_path: Path) -> None:
+    weights, images = tmp_path / "weights.safetensors", tmp_path / "images.npz"
+    held = foreign_weights(weights)
+    example = loaded("someone_elses_teacher")
+    network = example.Theirs(str(weights))
+    assert all(torch.equal(value, held[f"network.{name}"]) for name, value in network.state_dict().items())
+    # Level k is at time (k + 1) / 1000: each embeds its own row, also in float32.
+    levels = torch.arange(1000)
+    seen: list[torch.Tensor] = []
+    network.time_embed.register_forward_pre_hook(lambda _, rows: seen.append(rows[0]))
+    for part in levels.split(250):
+        network(torch.zeros(len(part), 1, 28, 28), ((part.double() + 1) / 1000).float())
+    assert torch.equal(torch.cat(seen), levels)
+
+    pixels = torch.randint(256, (40, 28, 28, 1), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    np.savez(images, images=pixels.numpy(), labels=(np.arange(40) % 2))
+    found = example.main(str(weights), str(images), updates=1, batch=2, number=2)
+    assert list(found) == ["teacher, 50", "teacher, 8", "student, 8", "student, 4", "student, 1"]
+    assert all(0 < distance < float("inf") for distance in found.values())
+
+
+@pytest.mark.skipif(not FOREIGN.is_dir(), reason=f"the published weights are not in {FOREIGN}")
+@torch.no_grad()
+def test_the_published_weights_tell_noise_from_clothes_at_their_own_levels() -> None:
+    """Its error is the noise of the data at a level; shifted by a tenth of the clock it is larger."""
+    example = loaded("someone_elses_teacher")
+    network = example.Theirs(str(FOREIGN / "foreign" / "ddpm_fashion.safetensors")).eval()
+    process = VPTable()
+    x0 = open_data(DataConfig(source=str(FOREIGN / "fashion-mnist"), split="test")).fetch(torch.arange(16)).x0
+    eps = torch.randn(16, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    for level in (200, 501, 800):
+        t = torch.full((16,), (level + 1) / 1000, dtype=torch.float64)
+        x_t = process.mix(x0, eps, t)
+        at, beside = (float((network(x_t, (t + shift).float()) - eps).square().mean()) for shift in (0, 0.1))
+        assert at < 0.1
+        assert at < 0.8 * beside

@@ -75,7 +75,7 @@ def test_grey_images_of_other_sizes_are_shown_to_the_resnet_as_large_rgb(tmp_pat
     # A constant image stays constant under any resizing.
     small, large = torch.full((2, 1, 8, 8), 0.25), torch.full((2, 3, 32, 32), 0.25)
     torch.testing.assert_close(extractor.features(small), extractor.features(large))
-    with pytest.raises(ValueError, match="are no images of 1 or 3 channels"):
+    with pytest.raises(ValueError, match="are not images of 1 or 3 channels"):
         extractor.features(torch.zeros(2, 5))
 
 

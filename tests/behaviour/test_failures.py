@@ -652,7 +652,7 @@ def test_what_a_killed_writer_leaves_is_cleared_away_and_refuses_no_run(tmp_path
     [
         (NonFinite("it diverged"), 1),
         (OutOfMemory("it does not fit"), 1),
-        (ValueError("that is no recipe"), 2),
+        (ValueError("that is not a recipe"), 2),
         (NoStorage(errno.ENOSPC, "no space left"), 3),
         (Interrupted(signal.SIGINT), 130),
         (Interrupted(signal.SIGUSR1), 138),

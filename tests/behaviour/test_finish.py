@@ -254,7 +254,7 @@ def test_the_command_of_a_run_accepts_the_folder_that_has_grown(trained: Path, c
 def test_what_a_finish_cannot_do_is_one_line(trained: Path, tmp_path: Path, capsys: Capture) -> None:
     assert "refines a student of 3 steps" in refused(["finish", str(trained), "--steps", "3"], capsys)
     assert "finished once, got 1, 1" in refused(["finish", str(trained), "--steps", "1", "1"], capsys)
-    assert "is no run (no recipe.json)" in refused(["finish", str(tmp_path), "--steps", "1"], capsys)
+    assert "is not a run (no recipe.json)" in refused(["finish", str(tmp_path), "--steps", "1"], capsys)
     assert "the run is missing" in refused(["finish", "--steps", "1"], capsys)
     other = ["finish", str(trained), "--steps", "1", *BRIEF, "--chain.learning-rate", "0.5"]
     assert "Different: chain.training.learning_rate" in refused(other, capsys)
@@ -266,7 +266,7 @@ def test_a_run_without_students_cannot_be_finished(trained: Path, tmp_path: Path
     data = json.loads((trained / "recipe.json").read_text())["recipe"]["data"]["source"]
     main(["train", "arrays", "--data", data, "--out", str(tmp_path / "teacher"), *TINY_ARRAYS])
     assert "Add --steps" in refused(["finish", str(tmp_path / "teacher")], capsys)
-    assert "holds a teacher only" in refused(["finish", str(tmp_path / "teacher"), "--steps", "1"], capsys)
+    assert "contains only a teacher" in refused(["finish", str(tmp_path / "teacher"), "--steps", "1"], capsys)
 
 
 def test_a_chain_from_a_given_teacher_is_finished_in_its_own_folder(trained: Path, tmp_path: Path) -> None:

@@ -5,11 +5,11 @@ from typing import Final, final
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import halfstep
-from halfstep.core.denoiser import GUIDANCE, Cond, Denoiser, Guided, NetworkDenoiser, Reprocessed
-from halfstep.core.noise import NoiseProcess, VPCosine, VPTable, as_clock
+from halfstep.core.denoiser import GUIDANCE, Clipped, Cond, Denoiser, Guided, NetworkDenoiser, Reprocessed
+from halfstep.core.noise import VE, NoiseProcess, VPCosine, VPTable, as_clock
 from halfstep.core.oracle import MixtureDenoiser
 from halfstep.core.prediction import Denoised, Eps, V
 from halfstep.nets import MLP, UNet2D, copy_denoiser, on_clock, unet2d_config, with_guidance
@@ -272,3 +272,52 @@ def test_guidance_without_anything_for_no_condition_is_refused() -> None:
     teacher = NetworkDenoiser(MLP((2,), num_classes=2), VPCosine(), V())
     with pytest.raises(ValueError, match="guidance needs to know what stands for no condition"):
         Matching(guidance=FixedGuidance(2.0)).view(teacher, teacher, {})
+
+
+class Sines(nn.Module):
+    """A network of one's own, sensitive to its time and to the scale of its input."""
+
+    def forward(self, x_t: Tensor, time: Tensor) -> Tensor:
+        return torch.sin(3 * x_t + 40 * time[:, None].to(x_t))
+
+
+@pytest.mark.parametrize(("own", "process"), [(VPTable(), VPCosine(-10.0, 9.0)), (VE(0.01, 50.0), VPCosine(-7.0, 9.0))])
+def test_a_network_of_ones_own_starts_on_another_process_as_what_it_was(
+    own: NoiseProcess, process: NoiseProcess
+) -> None:
+    teacher = NetworkDenoiser(Sines(), own, Eps())
+    objective = Matching(100, process=process)
+    student = objective.start(teacher)
+    assert student.process == process
+    draw = halfstep.Draw(0, "s", 3, 64, range(64))
+    x0 = numbers(64, 2).double()
+    result = objective.loss(Models(student, objective.view(teacher, student, {})), Batch(x0), draw)
+    assert float(result.loss.max()) < 1e-9
+
+
+def test_a_clipped_teacher_is_matched_by_its_clipped_x0() -> None:
+    inner = NetworkDenoiser(Sines(), VPCosine(-10.0, 9.0), Eps())
+    teacher = Clipped(inner, -0.5, 0.75)
+    objective = Matching(100, process=VPCosine(-8.0, 8.0), prediction=V())
+    start = objective.start(teacher)
+    assert isinstance(start, NetworkDenoiser)
+    draw = halfstep.Draw(0, "s", 3, 64, range(64))
+    perfect = Clipped(Reprocessed(inner, VPCosine(-8.0, 8.0)), -0.5, 0.75)
+    losses = [
+        objective.loss(Models(perfect, objective.view(seen, start, {})), Batch(numbers(64, 2).double()), draw).loss
+        for seen in (teacher, inner)
+    ]
+    assert float(losses[0].max()) == 0
+    assert float(losses[1].mean()) > 0.1
+
+
+def test_guidance_comes_before_clipping() -> None:
+    teacher, null = Clipped(ByClass(VPCosine()), -0.3, 0.3), {"class_labels": torch.tensor(2)}
+    seen = Matching(100, guidance=FixedGuidance(4.0)).view(teacher, ByClass(VPCosine()), null)
+    draw = halfstep.Draw(0, "s", 3, 64, range(64))
+    x0, cond = batches(draw)
+    t = torch.full((64,), 0.5, dtype=torch.float64)
+    x_t = VPCosine().mix(x0, draw.normal("noise", x0.shape[1:]).to(x0), t)
+    guided = Guided(teacher.denoiser, null, 4.0)(x_t, t, cond).x0
+    assert float(guided.abs().max()) > 0.4
+    assert torch.equal(seen(x_t, t, cond).x0, guided.clamp(-0.3, 0.3))

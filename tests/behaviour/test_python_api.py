@@ -497,7 +497,10 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "a string as sampler": (lambda: _sample(sampler="ddim"), r"Pass halfstep\.DDIM\(\) or halfstep\.Heun\(\)"),
     "a class as sampler": (lambda: _sample(sampler=halfstep.Heun), r"Call it: Heun\(\.\.\.\)"),
     "a string as the teacher's sampler": (lambda: _distill(teacher_sampler="heun"), r"Pass halfstep\.Heun\(\)"),
-    "a clipped teacher": (lambda: _distill(halfstep.Clipped(denoiser())), r"Pass its \.denoiser"),
+    "a clipped denoiser to fit": (
+        lambda: halfstep.fit(halfstep.Clipped(denoiser()), points(), TRAINING),
+        r"Pass its \.denoiser",
+    ),
     "a number as training": (lambda: _distill(training=100), r"Pass halfstep\.Training\(num_updates"),
     "a number as guidance": (lambda: _distill(guidance=4.0), r"Pass halfstep\.FixedGuidance\(4\.0\)"),
     "a class as prediction": (lambda: _distill(prediction=halfstep.X0), r"Call it: X0\(\.\.\.\)"),

@@ -500,8 +500,8 @@ SOLVED_FLOW: Final = {
             variant,
             "has weights of the variant fp16 alone (diffusion_pytorch_model.fp16.safetensors): save them",
         ),
-        (lambda f: save_ddpm(f, in_channels=3, out_channels=1), "takes 3 channels and puts out 1: as many are needed"),
-        (lambda f: save_ddpm(f, in_channels=1, out_channels=2), "variance_type says nothing of a learned variance"),
+        (lambda f: save_ddpm(f, in_channels=3, out_channels=1), "takes 3 channels and returns 1: as many are needed"),
+        (lambda f: save_ddpm(f, in_channels=1, out_channels=2), "variance_type does not declare a learned variance"),
         (lambda f: (f / "model_index.json").write_text('{"_class_name": '), "model_index.json is not readable JSON"),
     ],
 )
@@ -565,8 +565,8 @@ def test_what_cannot_be_encoded_is_refused_before_anything_is_written(
     assert needed in said("sd", "captioned", "--image-size", "16")
     assert "--batch-size must be at least 1, got 0" in said("dit", "classes", "--batch-size", "0")
     assert "the device 'banana' cannot be used here" in said("sd", "captioned", "--device", "banana")
-    assert "makes no latents: give its images" in said("ddpm", "captioned")
-    assert "is no pipeline (no model_index.json)" in said("captioned", "captioned")
+    assert "does not use latents: pass its images" in said("ddpm", "captioned")
+    assert "is not a pipeline (no model_index.json)" in said("captioned", "captioned")
     assert "has no classes: put the images of each class into a sub-folder" in said("dit", "captioned")
     folder = shutil.copytree(here / "sd", here / "foreign-vae")
     edit("model_index.json", vae=["mine", "VAE"])(folder)
@@ -672,7 +672,7 @@ def test_what_is_no_pipeline_is_refused(source: str, said: str, tmp_path: Path, 
         ("ddpm", "digits", ["--matching.guidance-scale", "3"], "what stands for no condition is not known"),
         ("ddpm", "digits", ["--matching.null-class", "3"], "needs a teacher with classes"),
         ("classes-ddpm", "digits", ["--matching.guidance-scale", "3", "--matching.null-class", "11"],
-         "matching.null_class 11 is no class of the teacher, which knows 0 to 10"),
+         "matching.null_class 11 is not a class of the teacher, which knows 0 to 10"),
         ("classes-ddpm", "digits", ["--matching.guidance-scale", "3"], "give --matching.null-class"),
         ("ddpm", "digits", ["--matching.prediction", "w"], "unknown prediction 'w'"),
         ("ddpm", "digits", ["--matching.prediction", "both"], "but Both needs 2"),
@@ -720,7 +720,9 @@ def test_exports_that_cannot_be_are_refused(
         return refused(["export", str(run), "--out", str(tmp_path / out), *words], capsys)
 
     assert "has no effect on --format diffusers" in said(ddpm_run, "--num-steps", "4")
-    assert "--push-to-hub is for folders" in said(ddpm_run, "--format", "onnx", "--push-to-hub", "a/b", out="o.onnx")
+    assert "--push-to-hub only uploads model folders" in said(
+        ddpm_run, "--format", "onnx", "--push-to-hub", "a/b", out="o.onnx"
+    )
     assert "give a file that ends in .onnx" in said(ddpm_run, "--format", "onnx")
     assert "was trained whole and has no low-rank additions" in said(ddpm_run, "--format", "lora")
     (tmp_path / "full").mkdir()
@@ -744,8 +746,8 @@ def test_samples_that_cannot_be_drawn_are_refused(
         return refused(["sample", str(run), "--num-samples", "2", "--out", str(tmp_path / "x.npz"), *words], capsys)
 
     assert "has learned that of 4 and no other: leave it out" in said(dit_run, "--guidance-scale", "2")
-    assert "knows no guidance: leave it out" in said(ddpm_run, "--guidance-scale", "2")
+    assert "has no guidance: remove it" in said(ddpm_run, "--guidance-scale", "2")
     assert "add --prompt TEXT" in said(sd_run)
-    assert "--prompt says nothing to this model" in said(ddpm_run, "--prompt", "a")
+    assert "--prompt has no effect: this model is not text-conditioned" in said(ddpm_run, "--prompt", "a")
     assert "has classes 0 to 999" in said(dit_run, "--class-label", "1000")
-    assert "knows no classes" in said(sd_run, "--class-label", "1", "--prompt", "a")
+    assert "is not class-conditional" in said(sd_run, "--class-label", "1", "--prompt", "a")

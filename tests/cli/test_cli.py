@@ -88,7 +88,7 @@ def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
         (["study", "table1", "--seeds", "0"], "--seeds must be at least 1, got 0"),
         (["study", "table1", "--recipe", "digit"], "did you mean 'digits'?"),
         (["study", "steps", "--data", "nowhere"], "nowhere does not exist"),
-        (["report", "nowhere"], "nowhere is no run"),
+        (["report", "nowhere"], "nowhere is not a run"),
         (["ls", "sampler"], "did you mean 'samplers'?"),
     ],
 )
@@ -269,7 +269,7 @@ def test_samples_are_written_under_their_own_name_or_not_at_all(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--out", "x.jpg"], "lossy formats are not offered"),
+        (["--out", "x.jpg"], "lossy formats are not supported"),
         (["--num-samples", "0"], "--num-samples must be at least 1, got 0"),
         (["--seed", "-1"], "--seed must be at least 0"),
         (["--num-steps", "0"], "--num-steps must be at least 1, got 0"),
@@ -301,7 +301,7 @@ def test_more_steps_than_the_model_was_made_for_warns(digits_run: Path, tmp_path
 
 
 def test_vectors_have_no_picture(toy_run: Path, tmp_path: Path, capsys: Capture) -> None:
-    assert "are no images: write a .npz" in refused(["sample", str(toy_run), "--out", str(tmp_path / "x.png")], capsys)
+    assert "are not images: write a .npz" in refused(["sample", str(toy_run), "--out", str(tmp_path / "x.png")], capsys)
     main(["sample", str(toy_run), "--num-samples", "5", "--out", str(tmp_path / "x.npz")])
     array = np.load(tmp_path / "x.npz")["arr_0"]
     assert array.dtype == np.float32
@@ -337,7 +337,7 @@ def test_a_file_that_is_no_model_is_named(damage: str, toy_run: Path, tmp_path: 
     assert said in refused(["sample", str(folder), "--out", str(tmp_path / "x.npz")], capsys)
     file = tmp_path / "weights.ckpt"
     file.write_bytes(b"\x80\x04")
-    assert "is no model" in refused(["sample", str(file)], capsys)
+    assert "is not a model" in refused(["sample", str(file)], capsys)
 
 
 def test_distill_goes_on_from_a_stage_to_fewer_steps(toy_run: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -348,7 +348,7 @@ def test_distill_goes_on_from_a_stage_to_fewer_steps(toy_run: Path, tmp_path: Pa
     assert stages[0].model.read_bytes() == RunFolder(toy_run).stages()[0].model.read_bytes()
     assert load(tmp_path / "d").num_steps == 2
     student = str(toy_run / "stages" / "01-halve-0002")
-    assert "leave --start out" in refused(["distill", student, "--to", "1", "--start", "4"], capsys)
+    assert "remove --start" in refused(["distill", student, "--to", "1", "--start", "4"], capsys)
     assert "the end must be below the start" in refused(
         ["distill", student, "--to", "2", "--out", str(tmp_path / "e")], capsys
     )

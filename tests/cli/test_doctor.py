@@ -103,7 +103,7 @@ def test_places_that_cannot_be_written_or_are_full_are_problems(
 def test_what_is_missing_is_told_with_what_it_would_give() -> None:
     finding = doctor.extra_finding("lora", ("peft", "a-package-that-is-not"), "halfstep[lora]")
     assert finding.verdict == "missing"
-    assert "not installed: a-package-that-is-not; would give students that are low-rank additions" in finding.found
+    assert "not installed: a-package-that-is-not; would add LoRA students" in finding.found
     assert finding.advice == "pip install 'halfstep[lora]'"
 
 

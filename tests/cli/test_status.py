@@ -96,7 +96,7 @@ def test_how_a_run_ended_is_told(state: str, tmp_path: Path, capsys: Capture) ->
 
 
 def test_damage_and_bad_folders(tmp_path: Path, capsys: Capture) -> None:
-    assert "nowhere is no run" in refused(["status", "nowhere"], capsys)
+    assert "nowhere is not a run" in refused(["status", "nowhere"], capsys)
     path = folder_of(tmp_path / "run", [row("00-denoise", 10, 3.0)], state="running")
     (path / "heartbeat.json").write_text("{")
     (path / "log.jsonl").write_text('{"stage": "00-denoise", "update": "x"}\nnoise\n')

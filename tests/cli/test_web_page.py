@@ -80,7 +80,7 @@ def test_a_run_without_a_student_offers_its_teacher(tmp_path: Path, made: Record
             "--single-file only applies to --format web. Remove",
         ),
         (["--runtime", "ort.tgz", "--out", "page"], "--runtime only applies to --format web. Remove it."),
-        (["--format", "web", "--push-to-hub", "a/b", "--out", "page"], "not for --format web: leave it out"),
+        (["--format", "web", "--push-to-hub", "a/b", "--out", "page"], "not --format web: remove it"),
         (["--format", "web", "--runtime", "none.tgz", "--out", "page"], "none.tgz is not the npm package"),
     ],
 )

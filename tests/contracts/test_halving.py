@@ -96,7 +96,7 @@ def weights_of(process: NoiseProcess, t: Tensor, s: Tensor, num_teacher_steps: i
 def test_one_step_of_the_student_lands_where_the_teacher_s_steps_land(
     process: NoiseProcess, prediction: Prediction, num_teacher_steps: int, num_steps: int
 ) -> None:
-    """At every step of the grid, from t = 1 and to s = 0, for a teacher that is no exact denoiser.
+    """At every step of the grid, from t = 1 and to s = 0, for a teacher that is not an exact denoiser.
 
     The step shrinks an error of the target by about 1 / num_steps, so only a landing to a few roundings says
     much: those of the sums on the way, twice, for the student's own. For K = 3 the two ask the teacher at times that

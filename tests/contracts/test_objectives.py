@@ -204,7 +204,7 @@ def test_the_noise_level_that_the_losses_report_is_shown(objective: Objective) -
     """To the student, or to the helpers that judge it; and the noisy samples there have the noise that the time says:
     networks are called at what was mixed."""
     if isinstance(objective, Adversarial):
-        pytest.skip("its critic is no denoiser (see test_critic.py)")
+        pytest.skip("its critic is not a denoiser (see test_critic.py)")
     process, point = VPCosine(), numbers(1, 3)
     exact = data_set_denoiser(process, point)
     for turn in objective.turns(LATE):

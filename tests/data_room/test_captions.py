@@ -245,7 +245,7 @@ def test_a_text_that_is_none(tmp_path):
 def test_an_image_that_is_none(tmp_path):
     (tmp_path / "a.png").write_bytes(b"no image")
     write_texts(tmp_path, {"a.png": ""})
-    with pytest.raises(ValueError, match=r"a\.png is no image"):
+    with pytest.raises(ValueError, match=r"a\.png is not an image"):
         read_captions(tmp_path).load(0)
 
 

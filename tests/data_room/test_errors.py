@@ -82,7 +82,7 @@ def test_an_image_that_is_damaged_or_goes_once_training_has_begun(tmp_path):
     image(tmp_path / "a.png", 40, 40)
     data = open_data(DataConfig(source=str(tmp_path), **LAZY))
     (tmp_path / "a.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"a\.png is no image"):
+    with pytest.raises(ValueError, match=r"a\.png is not an image"):
         data.fetch(torch.tensor([0]))
     (tmp_path / "a.png").unlink()
     with pytest.raises(ValueError, match=r"a\.png is missing"):
@@ -162,7 +162,7 @@ def test_suffixes_that_are_skipped_are_counted(tmp_path):
         (tmp_path / name).write_bytes(b"")
     refused(tmp_path, "2 .jfif, 1 .heic, 1 without a suffix")
     image(tmp_path / "a.png", 4, 4)
-    (tmp_path / "readme.txt").write_text("beside images this is no surprise")
+    (tmp_path / "readme.txt").write_text("beside images this is not a surprise")
     with pytest.warns(HalfstepWarning, match="4 files .* 2 .jfif, 1 .heic, 1 without a suffix") as caught:
         open_data(DataConfig(source=str(tmp_path)))
     assert len(caught) == 1
@@ -281,7 +281,7 @@ def test_labels_that_are_identifiers(tmp_path):
 def test_a_member_of_an_archive_that_is_no_array(tmp_path):
     with zipfile.ZipFile(tmp_path / "d.npz", "w") as archive:
         archive.writestr("x", b"text")
-    refused(tmp_path / "d.npz", "its member x is no array")
+    refused(tmp_path / "d.npz", "its member x is not an array")
 
 
 def test_unknown_splits(tmp_path):

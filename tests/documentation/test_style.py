@@ -1,25 +1,23 @@
-"""README, CONTRIBUTING and docs are written in the style that `support_style` states as patterns."""
+"""README, CONTRIBUTING, docs and src (docstrings, comments, messages, help texts) follow the patterns of
+`support_style`."""
 
 from pathlib import Path
 from typing import Final
 
 import pytest
 
-from support_style import ALLOWED, PATTERNS, faults, found_in, prose_of_markdown, prose_of_python
+from support_style import ALLOWED, PATTERNS, faults, found_in, prose_of_markdown, prose_of_python, sentences_of
 
 ROOT: Final = Path(__file__).parents[2]
 
-WRITTEN_BY_SRC: Final = {
-    "docs/pages/commands.md",  # from the texts of cli/verbs.py
-    "docs/pages/reproductions.md",  # from those of studies/, and docs/reproductions/*.md, which are held below
-    "docs/pages/cost.md",  # from docs/cost.md, which is held below
-}
-"""Pages that scripts write. When src is held too, they need no exception."""
-
-PAGES: Final = sorted(
+FILES: Final = sorted(
     str(path.relative_to(ROOT))
-    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md"))
-    if str(path.relative_to(ROOT)) not in WRITTEN_BY_SRC
+    for path in (
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *(ROOT / "docs").rglob("*.md"),
+        *(ROOT / "src").rglob("*.py"),
+    )
 )
 
 
@@ -57,12 +55,18 @@ def test_sentences_are_found_in_comments_docstrings_and_messages() -> None:
 
 
 def test_every_exception_is_needed() -> None:
-    texts = [sentence.text for page in PAGES for sentence in prose_of_markdown((ROOT / page).read_text("utf-8"))]
+    texts = {sentence.text for name in FILES for sentence in sentences_of(ROOT / name)}
     for sentence in ALLOWED:
         assert sentence in texts
         assert faults(sentence)
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_the_page_is_written_in_our_style(page: str) -> None:
-    assert found_in(ROOT / page) == []
+def test_help_texts_are_among_the_sentences() -> None:
+    """tyro shows the docstrings of the arguments' fields, which lie in modules that are held."""
+    texts = {sentence.text for sentence in sentences_of(ROOT / "src/halfstep/cli/arguments.py")}
+    assert "Number of samples to draw." in texts
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_file_is_written_in_our_style(name: str) -> None:
+    assert found_in(ROOT / name) == []

@@ -40,7 +40,7 @@ async def inner(scope: Message, receive: Any, send: Any) -> None:
 def test_a_refused_name_gets_a_remedy_and_an_allowed_one_the_page() -> None:
     status, text = asked(Door(inner, ("127.0.0.1", "127.0.0.1"), {}), host="hub.example.org")
     assert status == 421
-    assert "answers to 127.0.0.1 only" in text
+    assert "can only be reached as 127.0.0.1" in text
     assert "--allow-host hub.example.org" in text
     assert "ssh -L" in text
     assert asked(Door(inner, ("127.0.0.1", "hub.example.org"), {}), host="Hub.example.org:80") == (200, "/")

@@ -224,7 +224,7 @@ def test_what_cannot_be_explored_is_said_at_once(tmp_path: Path) -> None:
     manifest = run / "stages/00-denoise/manifest.json"
     held = read_json(manifest)
     write_sealed(manifest, held | {"is_image": False, "shape": [1, 160]})
-    with pytest.raises(ValueError, match=r"samples of shape \[1, 160\] are no pictures"):
+    with pytest.raises(ValueError, match=r"samples of shape \[1, 160\] are not pictures"):
         Explorer(run)
     write_sealed(manifest, held | {"conditions": {"prompt": [4, 8]}})
     with pytest.raises(ValueError, match="are shown prompt, for which the explorer has no field"):

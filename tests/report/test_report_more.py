@@ -208,7 +208,7 @@ def test_studies_in_the_run_or_in_a_folder_named_are_shown(tmp_path: Path, capsy
         assert (
             f"The study {name} is left out: {name}/study.json cannot be shown: it does not hold a table." in page.text
         )
-    assert "holds no studies" in refused(["report", str(run), "--studies", str(tmp_path)], capsys)
+    assert "contains no studies" in refused(["report", str(run), "--studies", str(tmp_path)], capsys)
 
 
 # --- Nearest training samples ---

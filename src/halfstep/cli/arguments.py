@@ -1,4 +1,4 @@
-"""The arguments of the verbs that know recipes and models, and what they name: recipes, processes, devices."""
+"""The arguments of the verbs that take recipes and models, and the objects they name: recipes, processes, devices."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -26,10 +26,10 @@ from halfstep.samplers import samplers
 from halfstep.studies import studies
 
 SHORT: Final = {"--data": "--data.source", "--to": "--chain.end-steps", "--start": "--chain.start-steps"}
-"""Short names of a recipe's options."""
+"""Short names of recipe options."""
 
 SHORT_OF_FINISH: Final = {"--steps": "--finish.steps"}
-"""Those of the verb `finish`."""
+"""Short names of the options of `finish`."""
 
 FAMILIES: Final[Mapping[str, Registry[Any]]] = {
     "recipes": recipes,
@@ -71,7 +71,7 @@ class PlanArguments:
 
 @dataclass
 class RunArguments(PlanArguments):
-    """Train, halve, measure and report: the whole plan of a recipe. Rerun the same command to resume it."""
+    """Run the whole plan of a recipe: train, halve, measure and report. Rerun the same command to resume it."""
 
     out: Path | None = None
     """Folder of the run; runs/NAME by default."""
@@ -79,43 +79,46 @@ class RunArguments(PlanArguments):
 
 @dataclass
 class DistillArguments(PlanArguments):
-    """Halve a model to fewer steps. MODEL is a run (its last stage is meant), a stage, a folder that diffusers saved,
-    or a name on the Hub; --data names the training data. A teacher that predicts eps is matched to v first;
-    --matching.guidance-scale bakes classifier-free guidance into the student."""
+    """Halve a model to fewer steps. MODEL is a run (its last stage is used), a stage, a folder saved by diffusers, or a
+    name on the Hub; --data names the training data. A teacher that predicts eps is matched to v first;
+    --matching.guidance-scale bakes classifier-free guidance into the student.
+    """
 
     out: Path | None = None
-    """Folder of the new run; by default beside the model's run, with the steps in its name."""
+    """Folder of the new run; by default beside the model's run, named after the steps."""
     prompts: Path | None = None
-    """Instead of data, for a pipeline: a text with a prompt on each line. The teacher's own samples of them, in
-    OUT-data, are the data."""
+    """Text file with one prompt per line, for a pipeline, instead of data. The teacher's own samples of these prompts,
+    in OUT-data, become the data.
+    """
     call: tuple[str, ...] = ()
-    """Arguments of a pipeline's call that are the same for all samples, such as height=512 width=512."""
+    """Pipeline call arguments shared by all samples, such as height=512 width=512."""
 
 
 @dataclass
 class FinishArguments(PlanArguments):
     """Finish students of a trained run: move their landing points onto the distribution of the undistilled teacher.
-    RUN is the folder of a run, to which the stages are added. Options are those of its recipe; those of stages that are
-    trained already cannot change."""
+    RUN is the folder of a run; the stages are added to it. Options are those of its recipe; options of stages that are
+    already trained cannot change."""
 
 
 @dataclass
 class SampleArguments:
-    """Draw samples from a model by a sampler of few or many steps. Each sample is a function of its own seed, counted
-    from --seed, whatever the batch: the same seed gives the same noise at any number of steps and to any model."""
+    """Draw samples from a model, in any number of steps. Each sample depends only on its own seed, counted from --seed,
+    not on the batch: a seed gives the same noise at any number of steps and for any model.
+    """
 
     model: tyro.conf.Positional[Path]
-    """Folder of a run (its last stage is meant) or of a stage."""
+    """Folder of a run (its last stage is used) or of a stage."""
     num_steps: Steps | None = None
-    """Sampler steps; those that the model was distilled for by default."""
+    """Sampler steps; by default the number that the model was distilled for."""
     num_samples: Count = 64
-    """How many samples to draw."""
+    """Number of samples to draw."""
     seed: Annotated[int, Range(0, 2**62)] = 0
     """Seed of the first sample."""
     class_label: Annotated[int, Range(0, 2**31)] | None = None
-    """One class for all; classes in turn by default."""
+    """One class for all samples; by default the classes in turn."""
     guidance_scale: Guidance | None = None
-    """uncond + scale (cond - uncond), for a model that knows guidance; 1 is none. The model's own by default."""
+    """uncond + scale (cond - uncond), for a model that supports guidance; 1 disables it. The model's own by default."""
     prompt: str | None = None
     """Prompt of a text-conditioned model."""
     sampler: SamplerName | None = None
@@ -127,71 +130,73 @@ class SampleArguments:
     precision: Literal["float32", "bf16"] = "float32"
     """bf16 lets the network compute in bfloat16."""
     device: str | None = None
-    """cpu, cuda, mps; the fastest there is by default."""
+    """cpu, cuda or mps; by default the fastest available."""
     out: Path = Path("samples.png")
     """A .png (one grid), a .npz (arr_0, uint8 [n, h, w, c]), or a folder (one PNG each)."""
     overwrite: Switch = False
-    """Replace what is at --out."""
+    """Replace an existing --out."""
     json: Switch = False
-    """Print what was drawn as one JSON document."""
+    """Describe the samples in one JSON document."""
 
 
 @dataclass
 class EvaluateArguments:
-    """Measure every student of a run at its own steps, and the teacher by several samplers at all, in one or several
-    kinds of features, over one or several sets of seeds. SUBJECT is the folder of a run, of a stage, of a diffusers
-    pipeline (or its name on the Hub), or a folder of images or an .npz of samples. Run the same command again to
-    resume it: finished samples are not drawn twice. It writes evaluation.json, .md, .csv and .svg, and keeps the
-    samples."""
+    """Measure every student of a run at its own steps, and the teacher with several samplers at all of them, in one or
+    more feature spaces, over one or more sets of seeds. SUBJECT is the folder of a run, of a stage, of a diffusers
+    pipeline (or its name on the Hub), or a folder of images or an .npz of samples. To resume, run the same command
+    again: finished samples are not drawn twice. Writes evaluation.json, .md, .csv and .svg, and keeps the samples.
+    """
 
     subject: tyro.conf.Positional[str]
-    """Subject of the evaluation."""
+    """Model, run or samples to evaluate."""
     num_steps: tuple[Steps, ...] = ()
     """Steps of the --against series, and of a single stage; by default the start of the chain, halved down to 1."""
     against: tuple[str, ...] | None = None
     """Series beside the students: teacher-SAMPLER or student-SAMPLER (see `halfstep ls samplers`); by default
     teacher-ddim, and without --num-steps teacher-heun too."""
     extractors: tuple[str, ...] = ()
-    """Where distances are measured: NAME or NAME=WEIGHTS (see `halfstep ls extractors`); the recipe's by default."""
+    """Features in which distances are measured: NAME or NAME=WEIGHTS (see `halfstep ls extractors`); the recipe's by
+    default.
+    """
     seeds: Annotated[int, Range(1, 1000)] = 1
-    """Sets of seeds; with several, figures have a spread."""
+    """Number of sets of seeds; with several, results have a spread."""
     num_samples: Annotated[int, Range(2, 1_000_000)] | None = None
-    """Samples in a set; as in the recipe by default, and all of a folder's."""
+    """Samples per set; by default the recipe's number, or all of a folder's."""
     gamma: Share | None = None
     """Variance of ancestral sampling: 0 is its lower bound, 1 its upper bound (the default)."""
     search_gamma: Annotated[int, Range(2, 1000)] | None = None
     """Number of gammas from 0 to 1 to try for each ancestral row (the paper: 11); the best is shown."""
     guidance_scale: Guidance | None = None
-    """For models that know guidance; each model's own by default."""
+    """Guidance scale, for models that support guidance; each model's own by default."""
     precision: Literal["float32", "bf16"] | None = None
     """bf16 lets the networks compute in bfloat16 while they sample; as in the recipe by default."""
     batch_size: Count | None = None
-    """Samples drawn at once; the recipe's number by default, or as many as fit if it has none."""
+    """Samples drawn at once; the recipe's number by default, else as many as fit."""
     data: str | None = None
-    """Real samples to compare with; those of the recipe by default."""
+    """Real samples to compare with; the recipe's by default."""
     image_size: Side | None = None
-    """Side to which real images of another size are brought; as in the recipe by default."""
+    """Side to which real images are resized; as in the recipe by default."""
     channels: Literal[1, 3] | None = None
     """1 reads real images as grey, 3 in colour; as in the recipe by default."""
     split: str | None = None
-    """Their split; the recipe's by default, on which the models were trained."""
+    """Split of the real data; by default the recipe's, which the models were trained on."""
     no_labels: Switch = False
-    """Leave out the classes of the real data."""
+    """Ignore the classes of the real data."""
     label_column: str | None = None
     """Column of a table that holds the class of real images; as in the recipe by default."""
     skip_broken: Switch = False
-    """Leave out real images that cannot be read."""
+    """Skip real images that cannot be read."""
     max_bytes: int | None = None
     """Memory for the pixels of the real images; as in the recipe by default."""
     out: Path | None = None
-    """Folder of the evaluation; SUBJECT/evaluation by default, evaluation-NAME here for what is no run or stage."""
+    """Folder of the evaluation; SUBJECT/evaluation by default, ./evaluation-NAME for anything but a run or stage."""
     json: Switch = False
     """Print the evaluation as one JSON document, as in evaluation.json; progress goes to stderr."""
 
 
 @dataclass
 class ReportArguments:
-    """Write RUN/report/index.html, one file that needs no network."""
+    """Write RUN/report/index.html, a single file that works offline."""
 
     run: tyro.conf.Positional[Path]
     """Folder of a run, finished or in progress."""
@@ -201,19 +206,18 @@ class ReportArguments:
 
 @dataclass
 class ListArguments:
-    """List what recipes and options can name: the members of every family, with a line on each."""
+    """List the names that recipes and options accept, by family, with one line on each."""
 
     families: tyro.conf.Positional[tuple[FamilyName, ...]] = field(default=())
     """Families to list; all by default."""
     json: Switch = False
-    """Print one JSON document: families, their members, and what each is."""
+    """Print one JSON document: families, their members, and a line on each."""
 
 
 def recipe_from(text: str) -> Recipe:
-    """Return the recipe that `text` names: one that comes with halfstep, a run's folder, or a .json file.
+    """Return the recipe that `text` names: a built-in one, a run's folder, or a .json file.
 
-    Raises:
-        ValueError: if there is none, or the file does not hold a recipe.
+    Raises: ValueError: if there is none, or the file does not contain a recipe.
     """
     path = Path(text)
     if text in list(recipes) or not (path.suffix == ".json" or path.is_dir()):
@@ -228,13 +232,13 @@ def recipe_of_run(run: RunFolder) -> Recipe:
     """Return the recipe of a run.
 
     Raises:
-        ValueError: if it is damaged or no recipe.
+        ValueError: if it is damaged or not a recipe.
     """
     return _recipe_in(run.recipe(), run.recipe_path)
 
 
 def _recipe_in(data: Any, file: Path) -> Recipe:
-    """Return the recipe in the content of a run's recipe.json, or of a file that holds a recipe alone."""
+    """Return the recipe from the content of a run's recipe.json, or of a file that contains a bare recipe."""
     if isinstance(data, dict) and isinstance(data.get("recipe"), dict):
         data = data["recipe"]
     if not isinstance(data, dict):
@@ -246,12 +250,12 @@ def _recipe_in(data: Any, file: Path) -> Recipe:
 
 
 def recipe_of_stage(stage: StageFolder) -> Recipe | None:
-    """Return the recipe of the run in which a stage lies, or None if it lies elsewhere."""
+    """Return the recipe of the run that contains a stage; None for a stage outside a run."""
     return None if stage.run is None or not stage.run.recipe_path.exists() else recipe_of_run(stage.run)
 
 
 def options_from(words: Sequence[str]) -> dict[str, Any]:
-    """Return the arguments of a pipeline's call that NAME=VALUE words give; a value is JSON, or else text.
+    """Parse NAME=VALUE words into arguments of a pipeline's call; a value is parsed as JSON, else taken as text.
 
     Raises:
         UsageError: if a word has no value.
@@ -269,12 +273,12 @@ def options_from(words: Sequence[str]) -> dict[str, Any]:
 
 
 def processes_of(cpu: bool = False) -> Processes:
-    """Return the processes that share this verb; mostly one."""
+    """Return the processes that run this verb together; usually one."""
     return Processes(make_accelerator(cpu=cpu)) if world_size() > 1 else Processes()
 
 
 def device_of(name: str | None, processes: Processes | None = None) -> torch.device:
-    """Return the device of that name, or the fastest one; with several processes, each has its own.
+    """Return the named device, or the fastest one; with several processes, each gets its own.
 
     Raises:
         UsageError: if it cannot be used here.

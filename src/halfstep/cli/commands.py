@@ -1,4 +1,4 @@
-"""The verbs. Each takes the arguments behind its name."""
+"""The verbs. Each takes the arguments after its name."""
 
 import re
 import signal
@@ -66,7 +66,7 @@ def _carry_out(
     teacher: Model | None = None,
     parent: Mapping[str, Any] | None = None,
 ) -> None:
-    """Show the plan with --dry-run; else make the run, train it and show its results."""
+    """With --dry-run show the plan; else build the run, train it and show its results."""
     recipe = arguments.recipe
     make = partial(build, recipe, what=what, teacher=teacher, parent=parent)
     if recipe.engine.threads is not None:
@@ -75,19 +75,19 @@ def _carry_out(
         _execute(recipe, make, out, arguments.json)
         return
     if world_size() > 1:
-        # It times an update by the clock of one.
-        raise UsageError("a dry run is done by one process: start it without torchrun or accelerate launch")
+        # A dry run times an update on one process.
+        raise UsageError("a dry run uses one process: start it without torchrun or accelerate launch")
     data, missing = data_or_stand_in(recipe)
     show_plan(make(data=data), out, arguments.json, missing)
 
 
 def _execute(recipe: Recipe, make: Callable[[], RunSpec], out: Path, json: bool) -> None:
-    """Make a run, train it and show its results; a signal ends each of the three in good order."""
+    """Build a run, train it and show its results; a signal ends each of the three cleanly."""
     screen = Screen(json)
     started = time.monotonic()
     try:
         with StopSignal() as stop:
-            # Several processes end together, at the first point where they have agreed to.
+            # Several processes stop together, at the first point on which they have agreed.
             alone = stop if world_size() == 1 else None
             with at_once(alone):
                 spec = make()
@@ -158,7 +158,7 @@ def distill(argv: Sequence[str]) -> None:
         except ValueError:
             if below := networks_below(Path(argv[0])):
                 raise UsageError(
-                    f"{argv[0]} holds no model itself. Give one of the folders in it, such as {below[-1]}"
+                    f"{argv[0]} is not a model itself. Give one of the folders in it, such as {below[-1]}"
                 ) from None
             raise
         model = load(folder.path)
@@ -167,21 +167,21 @@ def distill(argv: Sequence[str]) -> None:
     if recipe is None:
         if not has_prompts and not any(token.partition("=")[0] in ("--data", "--data.source") for token in rest):
             raise UsageError(
-                f"{where} lies outside its run, so its data is not known: add --data SOURCE, or "
+                f"{where} lies outside its run, so its data is unknown: add --data SOURCE, or "
                 "--prompts TEXT for a pipeline"
             )
         recipe = Recipe(name="distilled", chain=SECOND_ORDER)
     for name in (word.partition("=")[0].replace("_", "-") for word in rest):
         if name.startswith(("--network.", "--teacher.", "--model.")) and name != "--model.weighting":
-            raise UsageError(f"{name} cannot change an existing teacher: leave it out")
+            raise UsageError(f"{name} cannot change an existing teacher: remove it")
     default = DistillArguments(_going_on(recipe, model))
     arguments = parse(DistillArguments, rest, f"halfstep distill {argv[0]}", default, SHORT)
     arguments = replace(arguments, recipe=_prepared(arguments.recipe, recipe, model, argv[0]))
     chain = arguments.recipe.chain
     if model.num_steps is not None and chain.start_steps != model.num_steps:
         raise UsageError(
-            f"{where} samples in {model.num_steps} steps, so the chain must start there, not at {chain.start_steps}: "
-            "leave --start out, or distil from an earlier stage"
+            f"{where} samples in {model.num_steps} steps, so the chain must start there, not at "
+            f"{chain.start_steps}: remove --start, or distil from an earlier stage"
         )
     last = chain.students[-1] if chain.students else chain.end_steps
     out = arguments.out or Path("runs") / f"{arguments.recipe.name}-{stage}-to-{last}"
@@ -204,17 +204,17 @@ def _values(words: Sequence[str], option: str) -> list[str]:
 
 
 def _with_samples(arguments: DistillArguments, model: Model, out: Path) -> Recipe:
-    """Sample the teacher's own data from prompts, into a folder beside the run, and return the recipe with it."""
+    """Sample the teacher's own data from prompts into a folder beside the run; return the recipe that uses it."""
     assert arguments.prompts is not None
     folder, recipe = out.with_name(f"{out.name}-data"), arguments.recipe
     if arguments.dry_run:
         raise UsageError(
-            f"a dry run samples nothing. Sample first: halfstep encode MODEL --prompts {arguments.prompts} --out "
+            f"a dry run samples nothing. Sample first, with halfstep encode MODEL --prompts {arguments.prompts} --out "
             f"{folder}"
         )
     if world_size() > 1:
         raise UsageError(
-            f"--prompts samples in one process. Sample first, by halfstep encode, and give --data {folder}"
+            f"--prompts samples on one process only. Sample first, with halfstep encode, and pass --data {folder}"
         )
     learned = recipe.matching.guidance
     sample_prompts(
@@ -225,10 +225,10 @@ def _with_samples(arguments: DistillArguments, model: Model, out: Path) -> Recip
 
 
 def _prepared(recipe: Recipe, before: Recipe, model: Model, name: str) -> Recipe:
-    """Return the recipe with images of other data brought to the size and the channels that the teacher makes.
+    """Return the recipe with other images resized and converted to the teacher's size and channels.
 
     Raises:
-        UsageError: if the teacher makes latents and the data are images.
+        UsageError: if the teacher generates latents and the data are images.
     """
     data, shape = recipe.data, model.shape
     if data.source == before.data.source or not holds_images(data):
@@ -251,33 +251,33 @@ def finish(argv: Sequence[str]) -> None:
         raise UsageError("the run is missing: halfstep finish RUN --steps 4 2 1")
     folder = RunFolder(Path(argv[0]))
     if not folder.recipe_path.is_file():
-        raise UsageError(f"{argv[0]} is no run (no recipe.json). Give the folder of a run")
+        raise UsageError(f"{argv[0]} is not a run (no recipe.json). Give the folder of a run")
     recipe, held = recipe_from(argv[0]), folder.recipe()["recipe"]
     arguments = parse(FinishArguments, argv[1:], f"halfstep finish {argv[0]}", FinishArguments(recipe), SHORT_OF_FINISH)
     asked = arguments.recipe.finish.steps
     if not asked:
         raise UsageError("no student to finish. Add --steps, such as --steps 4 2 1")
-    # The run's own finishes stay, in their order; others come after them.
+    # The run's existing finishing stages keep their order; new ones follow them.
     steps = (*recipe.finish.steps, *(number for number in asked if number not in recipe.finish.steps))
     finishes = arguments.recipe.finish.model_copy(update={"steps": steps})
     arguments = replace(arguments, recipe=arguments.recipe.model_copy(update={"finish": finishes}))
     what, parent = held.get("what", "all"), held.get("parent")
     if what == "teacher":
-        raise UsageError(f"{argv[0]} holds a teacher only. Distil it first: halfstep distill {argv[0]}")
+        raise UsageError(f"{argv[0]} contains only a teacher. Distil it first: halfstep distill {argv[0]}")
     teacher = None if parent is None else load(folder.stage(GIVEN_TEACHER).path)
     _carry_out(arguments, folder.path, what, teacher, parent)
 
 
 def _going_on(recipe: Recipe, model: Model) -> Recipe:
-    """Return the recipe of the model's run for a chain that starts at the model."""
-    # What was set for single students of the old chain need not fit the new one.
+    """Return the recipe of the model's run, changed to a chain that starts at the model."""
+    # Settings for single students of the old chain need not fit the new one.
     chain = {
         "start_steps": model.num_steps or model.manifest.start_steps or recipe.chain.start_steps,
         "factor": 2,
         **dict.fromkeys(("updates_at", "learning_rate_at", "students", "keep")),
     }
     if model.role is Role.STUDENT:
-        # It teaches by the steps that it was distilled for.
+        # A student teaches with the steps that it was distilled for.
         chain |= {"teacher_sampler": "ddim", "teacher_steps": None}
     changes: dict[str, object] = {
         "chain": recipe.chain.model_copy(update=chain),
@@ -285,7 +285,7 @@ def _going_on(recipe: Recipe, model: Model) -> Recipe:
         "finish": Recipe.model_fields["finish"].default,
     }
     if model.role is not Role.TEACHER:
-        # Only a teacher is matched; a student was distilled from one that has these settings already.
+        # Only a teacher is matched; a student was distilled from a model that already has these settings.
         done = ("prediction", "process", "guidance_scale", "guidance_range", "null_class")
         defaults = {name: MatchingConfig.model_fields[name].default for name in done}
         changes["matching"] = recipe.matching.model_copy(update=defaults)
@@ -293,7 +293,7 @@ def _going_on(recipe: Recipe, model: Model) -> Recipe:
 
 
 def _sampler(name: str | None, gamma: float | None, own: Sampler) -> Sampler:
-    """Return the sampler of that name, or the model's own; refuse a gamma without effect."""
+    """Return the named sampler, or the model's own; reject a gamma without effect."""
     name = name or samplers.name_of(own)
     kind = samplers[name]
     if gamma is None:
@@ -310,7 +310,7 @@ def sample(argv: Sequence[str]) -> None:
     as_file = out.suffix.lower() in (".png", ".npz")
     if out.suffix and not as_file:
         raise UsageError(
-            f"--out {out}: write a .png, a .npz, or a folder (a name without a suffix); lossy formats are not offered"
+            f"--out {out}: write a .png, a .npz, or a folder (a name without a suffix); lossy formats are not supported"
         )
     if not arguments.overwrite:
         refuse_taken(out, as_file, "choose another --out, or add --overwrite")
@@ -319,8 +319,8 @@ def sample(argv: Sequence[str]) -> None:
     method = _sampler(arguments.sampler, arguments.gamma, model.sampler)
     seeds = range(arguments.seed, arguments.seed + arguments.num_samples)
     cond = _prompted(model, arguments.prompt, len(seeds))
-    # One process lets the model find the batch that fits; several share the samples out in parts as large as it would
-    # begin with, for the batch decides about the last bits on a GPU.
+    # One process lets the model find the batch that fits; several split the samples into batches of the size it would
+    # try first, because on a GPU the batch size affects the last bits.
     share = len(seeds) if processes.count == 1 else arguments.batch_size or samples_at_once(model.device)
 
     def drawn(first: int) -> tuple[torch.Tensor]:
@@ -366,14 +366,14 @@ def sample(argv: Sequence[str]) -> None:
 
 
 def _prompted(model: Model, prompt: str | None, number: int) -> dict[str, torch.Tensor]:
-    """Return the conditions of a text, repeated for `number` samples; empty for a model without text conditions."""
+    """Return a prompt's conditions, repeated for `number` samples; empty for a model without text conditions."""
     manifest = model.manifest
     if not manifest.conditions:
         if prompt is not None:
-            raise UsageError("--prompt says nothing to this model, which is shown no text: leave it out")
+            raise UsageError("--prompt has no effect: this model is not text-conditioned. Remove it")
         return {}
     if prompt is None or manifest.pipeline is None:
-        raise UsageError(f"this model is shown {', '.join(manifest.conditions)}: add --prompt TEXT")
+        raise UsageError(f"this model is conditioned on {', '.join(manifest.conditions)}: add --prompt TEXT")
     shown = text_conditions(manifest, [prompt])
     release_texts()
     return {name: value.expand(number, *value.shape[1:]) for name, value in shown.items()}
@@ -383,7 +383,7 @@ def write_samples(x0: torch.Tensor, model: Model, seeds: range, out: Path) -> No
     """Write samples `[n, *shape]` in the format that `out` names.
 
     Raises:
-        UsageError: if the samples are no images and a picture was asked for.
+        UsageError: if the samples are not images and `out` names a picture.
     """
     is_image = model.manifest.is_image
     if out.suffix.lower() == ".npz":
@@ -391,14 +391,14 @@ def write_samples(x0: torch.Tensor, model: Model, seeds: range, out: Path) -> No
         return
     if not is_image:
         if model.manifest.pipeline is None or len(model.shape) != 3:
-            raise UsageError(f"samples of shape {list(model.shape)} are no images: write a .npz")
+            raise UsageError(f"samples of shape {list(model.shape)} are not images: write a .npz")
         decode = decoder_of(model.manifest)
         x0 = torch.cat([decode(part) for part in x0.split(8)])
     pixels = to_uint8(x0).permute(0, 2, 3, 1).numpy()
     if out.suffix.lower() == ".png":
         write_png(out, grid_image(pixels))
         return
-    # A folder that holds files already keeps them.
+    # Existing files in the folder stay.
     is_new = not out.exists() or not any(out.iterdir())
     with replacing_folder(out) if is_new else nullcontext(out) as folder:
         for seed, picture in zip(seeds, pixels, strict=True):
@@ -410,9 +410,9 @@ def report(argv: Sequence[str]) -> None:
     """Write a run's report."""
     arguments = parse(ReportArguments, argv, "halfstep report")
     if not arguments.run.is_dir():
-        raise UsageError(f"{arguments.run} is no run: give the folder of one")
+        raise UsageError(f"{arguments.run} is not a run: give the folder of one")
     if arguments.studies is not None and not any(arguments.studies.glob("*/study.json")):
-        raise UsageError(f"{arguments.studies} holds no studies: give the folder that `halfstep study` wrote to")
+        raise UsageError(f"{arguments.studies} contains no studies: give the folder that `halfstep study` wrote to")
     Screen().say(str(make_report(arguments.run, studies=arguments.studies)))
 
 
@@ -437,5 +437,5 @@ def ls(argv: Sequence[str]) -> None:
 def _summary(thing: object) -> str:
     """Return the first sentence of a docstring, without its full stop."""
     text = " ".join((thing.__doc__ or "").split())
-    # A full stop within a sentence, as in "i = 1, ..., n" or "e.g. a", is not followed by a capital letter.
+    # A full stop inside a sentence, as in "i = 1, ..., n" or "e.g. a", is not followed by a capital letter.
     return re.split(r"(?<!\.)\.(?= [A-Z])|(?<!\.)\.$", text)[0]

@@ -1,6 +1,6 @@
-"""`halfstep completion`: shtab writes the script of a shell from the parsers of the verbs.
+"""`halfstep completion`: shtab writes a shell's script from the verbs' parsers.
 
-tyro writes such scripts too, but they start Python at each key.
+tyro's own scripts start Python at each key press.
 """
 
 from argparse import ArgumentParser
@@ -17,8 +17,9 @@ from halfstep.cli.verbs import VERBS
 
 @dataclass
 class CompletionArguments:
-    """Print a script with which a shell completes verbs, options, their choices and files. Write it again after an
-    update of halfstep."""
+    """Print a shell completion script for verbs, options, their choices and files. Regenerate it after updating
+    halfstep.
+    """
 
     shell: tyro.conf.Positional[Literal["bash", "zsh", "fish", "tcsh"]]
     """The shell."""
@@ -56,7 +57,7 @@ def argument_kinds() -> dict[str, type]:
 
 
 def command_line() -> ArgumentParser:
-    """Return all verbs as one parser of argparse; a verb that takes a recipe has the options of every recipe."""
+    """Return all verbs as one argparse parser; a verb that takes a recipe has the options of every recipe."""
     line = ArgumentParser("halfstep")
     line.add_argument("--version", "-V", action="store_true", help="print the version")
     verbs = line.add_subparsers()
@@ -65,12 +66,12 @@ def command_line() -> ArgumentParser:
         verb = verbs.add_parser(name, help=VERBS[name].summary, add_help=False)
         known: set[str] = set()
         for parser in _parsers_of(name, kind):
-            # argparse's own way to merge parsers, `parents`, refuses those that share an option in a group.
+            # argparse can merge parsers with `parents`, but rejects parsers that share an option in a group.
             for action in parser._actions:
                 if known.isdisjoint(action.option_strings):
-                    # A default here is that of one recipe.
+                    # The default shown would be that of one recipe.
                     action.help = (action.help or "").partition(" (default:")[0]
-                    # Leaving an option out is the way to its default.
+                    # Omitting an option selects its default.
                     action.choices = None if action.choices is None else [c for c in action.choices if c != "None"]
                     verb._add_action(action)
                     known.update(action.option_strings)
@@ -78,7 +79,7 @@ def command_line() -> ArgumentParser:
 
 
 def _parsers_of(verb: str, kind: Any) -> list[ArgumentParser]:
-    """Return the parser of a verb, or those of a verb that takes a recipe, one for each recipe."""
+    """Return the parsers of a verb: one, or one for each recipe if the verb takes a recipe."""
     from halfstep.cli.arguments import SHORT, SHORT_OF_FINISH, PlanArguments
     from halfstep.recipes import recipes
 

@@ -1,6 +1,7 @@
 """The display of a run in progress, and the table at its end.
 
-On a terminal: one live display of the whole plan. Elsewhere: a line for each stage and figure, and one now and then.
+A terminal shows one live display of the whole plan. Any other output gets one line for each stage and result, and
+occasional progress lines.
 """
 
 import dataclasses
@@ -44,7 +45,7 @@ class RunDisplay:
         self._last_line = 0.0
 
     def show(self, events: Iterable[Event]) -> None:
-        """Run through the events and show each."""
+        """Consume the events and show each."""
         if not self.is_live:
             for event in events:
                 self._take(event)
@@ -55,7 +56,7 @@ class RunDisplay:
             self._settle(None)
 
     def _settle(self, at_work: StageStatus | None) -> None:
-        """Mark the other stages as measured: another one is at work, or has a figure of its own."""
+        """Mark the other stages as measured: another stage is running, or has its own results."""
         for stage in self.status.stages:
             if stage is not at_work and stage.state == "measuring":
                 stage.state = "done"
@@ -109,7 +110,7 @@ class RunDisplay:
 
     def _progress(self, stage: StageStatus) -> str:
         left = "..." if math.isnan(self.seconds_left()) else duration(self.seconds_left())
-        # Turns of other players alone give the student no loss.
+        # A window with turns of other players only has no student loss.
         loss = "" if stage.loss is None else f"loss {number(stage.loss)}  "
         measuring = "" if self.status.measuring_seconds_left else "training "
         return (
@@ -118,12 +119,12 @@ class RunDisplay:
         )
 
     def seconds_left(self) -> float:
-        """Return the time left for the whole plan at the present pace; NaN before there is one."""
+        """Return the time left for the whole plan at the current pace; NaN before a pace is known."""
         return self.status.seconds_left
 
 
 def show_results(path: Path, screen: Screen) -> None:
-    """Print a table of a run's figures for each protocol; nothing if it has not been measured."""
+    """Print one table of results for each protocol; nothing if the run has not been measured."""
     run = RunFolder(path)
     stages = [StageFacts(one.name, one.manifest(verify=False), one.metrics(), {}) for one in run.stages()]
     start = next((stage for stage in stages if run.start is not None and stage.name == run.start.name), None)

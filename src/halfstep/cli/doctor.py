@@ -1,4 +1,4 @@
-"""`halfstep doctor`: what this machine and its packages can do, what is missing, and what it would give."""
+"""`halfstep doctor`: what this machine and its packages can do, which packages are missing, and what they would add."""
 
 import contextlib
 import os
@@ -22,28 +22,29 @@ from halfstep.cli.words import Screen, print_json
 from halfstep.runtime.files import cache_folder, first_line
 
 GIVES: Final = {
-    "text": "models of texts, such as Stable Diffusion: encode, distill and sample with --prompt",
-    "lora": "students that are low-rank additions (--chain.lora-rank), and export --format lora",
+    "text": "text-conditioned models, such as Stable Diffusion: encode, distill and sample with --prompt",
+    "lora": "LoRA students (--chain.lora-rank) and export --format lora",
     "onnx": "export --format onnx (the whole sampler as one graph) and --format web",
     "explore": "halfstep explore, a local page that samples a run's models",
-    "inception": "distances in the features of the Inception network, as published FIDs are",
-    "dinov2": "distances in the features of DINOv2",
+    "inception": "distances in Inception features, as in published FIDs",
+    "dinov2": "distances in DINOv2 features",
     "tensorboard": "curves and samples in TensorBoard",
     "wandb": "curves and samples in Weights & Biases",
     "trackio": "curves and samples in Trackio",
-    "bitsandbytes": "--engine.optimizer adamw8bit, a quarter of the memory of AdamW's moments",
+    "bitsandbytes": "--engine.optimizer adamw8bit, which quarters the memory of AdamW's moments",
 }
 """Purpose of each extra of halfstep, and of each optional package."""
 
 REQUIRED: Final = ("torch", "diffusers", "accelerate", "numpy", "safetensors", "datasets", "pydantic", "tyro", "rich")
 LEAST_DISK: Final = 2 * 2**30
-"""Free bytes below which a place is a problem: checkpoints of a small run, and the caches of data."""
+"""Free bytes below which a folder is a problem: room for a small run's checkpoints and the data caches."""
 
 
 @dataclass
 class DoctorArguments:
-    """Look at this machine: versions, devices, threads, free disk, the cache, and the packages that are missing, with
-    what each would give. Nothing is changed. It ends with 0 also where it finds problems: they are in its output."""
+    """Check this machine: versions, devices, threads, free disk, the cache, and missing packages with what each would
+    add. Nothing is changed. The exit code is 0 even if it finds problems; read its output.
+    """
 
     json: Switch = False
     """Print one JSON document."""
@@ -52,7 +53,7 @@ class DoctorArguments:
 @final
 @dataclass(frozen=True)
 class Finding:
-    """The verdict on one thing."""
+    """The result of one check."""
 
     what: str
     verdict: Literal["ok", "missing", "problem"]
@@ -121,7 +122,7 @@ def _torch() -> Iterator[Finding]:
         "ok",
         f"{platform.processor() or platform.machine()}, {cores} cores for this process, torch uses "
         f"{torch.get_num_threads()} threads{memory}",
-        "another number: --engine.threads N, or OMP_NUM_THREADS=N",
+        "change it with --engine.threads N, or OMP_NUM_THREADS=N",
     )
     names = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     if torch.backends.mps.is_available():
@@ -131,14 +132,15 @@ def _torch() -> Iterator[Finding]:
         advice = None
         if torch.version.cuda or torch.version.hip:
             built = "CUDA" if torch.version.cuda else "ROCm"
-            advice = f"this torch is built for {built}: a driver or a device is not there"
+            advice = f"this torch is built for {built}: a driver or a device is missing"
         elif shutil.which("nvidia-smi") or shutil.which("rocm-smi"):
-            advice = "there is a driver, but this torch is built for CPUs only: install the torch for your GPU"
-        yield Finding("accelerator", "missing", "no CUDA, ROCm or Metal device: all runs on the CPU", advice)
+            advice = "a driver is installed, but this torch is built for CPUs only: install the torch build for "
+            "your GPU"
+        yield Finding("accelerator", "missing", "no CUDA, ROCm or Metal device: everything runs on the CPU", advice)
 
 
 def device_finding(name: str) -> Finding:
-    """Return whether a device computes, its memory, and whether it has float64, which clocks need."""
+    """Return whether a device works, its memory, and whether it supports float64, which clocks need."""
     import torch
 
     try:
@@ -151,7 +153,7 @@ def device_finding(name: str) -> Finding:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         shown = f"{torch.cuda.get_device_name(device)}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
-        shown += ", bfloat16" if torch.cuda.is_bf16_supported() else ", no bfloat16: leave --engine.precision float32"
+        shown += ", bfloat16" if torch.cuda.is_bf16_supported() else ", no bfloat16: keep --engine.precision float32"
     if has_float64(device):
         return Finding(name, "ok", shown)
     advice = "clocks and schedules are float64 here: train and sample on the CPU (--engine.cpu, --device cpu)"
@@ -159,7 +161,7 @@ def device_finding(name: str) -> Finding:
 
 
 def has_float64(device: Any) -> bool:
-    """Return whether the device knows float64; Metal does not."""
+    """Return whether the device supports float64; Metal does not."""
     import torch
 
     try:
@@ -170,20 +172,20 @@ def has_float64(device: Any) -> bool:
 
 
 def _diffusers() -> list[Finding]:
-    # Imported in a process of its own: what breaks it must not break this one. A torchvision of another torch fails
-    # when its operators are registered, deep inside the import of a pipeline.
+    # The import runs in a subprocess, whose failure must not break this process. A torchvision built for another torch
+    # fails when it registers its operators, deep inside the import of a pipeline.
     command = [sys.executable, "-c", "from diffusers import DDPMPipeline, UNet2DModel, DDIMScheduler"]
     try:
         ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        return [Finding("diffusers", "problem", f"its import does not end ({first_line(error)})")]
+        return [Finding("diffusers", "problem", f"its import does not finish ({first_line(error)})")]
     if ended.returncode == 0:
         return [Finding("diffusers", "ok", "pipelines, networks and schedulers can be imported")]
     return [diffusers_failure(ended.stderr, version_of("torch"), version_of("torchvision"))]
 
 
 def diffusers_failure(errors: str, torch: str | None, torchvision: str | None) -> Finding:
-    """Return what a failed import of diffusers means."""
+    """Diagnose a failed import of diffusers."""
     lines = [line.strip() for line in errors.splitlines() if line.strip()]
     named = [line for line in lines if "torchvision" in line and not line.startswith("File ")]
     if torchvision is not None and named:
@@ -193,7 +195,7 @@ def diffusers_failure(errors: str, torch: str | None, torchvision: str | None) -
             f"torchvision {torchvision} does not fit torch {torch} and breaks diffusers ({named[-1]})",
             "pip uninstall torchvision (halfstep does not need it), or install the one built for this torch",
         )
-    last = lines[-1] if lines else "it ended without a word"
+    last = lines[-1] if lines else "it ended without an error message"
     return Finding("diffusers", "problem", f"it cannot be imported ({last})", "pip install --upgrade diffusers")
 
 
@@ -213,17 +215,17 @@ def _extras() -> Iterator[Finding]:
 
 
 def extra_finding(name: str, packages: Sequence[str], install: str) -> Finding:
-    """Return whether the packages of an extra are installed, and what they would give."""
+    """Return whether the packages of an extra are installed, and what they would add."""
     absent = [package for package in packages if version_of(package) is None]
     if not absent:
         return Finding(name, "ok", ", ".join(f"{package} {version_of(package)}" for package in packages))
-    gives = f"; would give {GIVES[name]}" if name in GIVES else ""
+    gives = f"; would add {GIVES[name]}" if name in GIVES else ""
     return Finding(name, "missing", f"not installed: {', '.join(absent)}{gives}", f"pip install '{install}'")
 
 
 def _places() -> Iterator[Finding]:
-    yield place_finding("runs", Path("runs"), "start halfstep in another folder, or give --out")
-    advice = "set HALFSTEP_CACHE to a folder that can be written"
+    yield place_finding("runs", Path("runs"), "start halfstep in another folder, or pass --out")
+    advice = "set HALFSTEP_CACHE to a writable folder"
     try:
         yield place_finding("cache", cache_folder(), advice)
     except ValueError as error:
@@ -232,13 +234,13 @@ def _places() -> Iterator[Finding]:
 
 
 def place_finding(name: str, path: Path, advice: str) -> Finding:
-    """Return whether a folder can be written, or made, and its free space."""
+    """Return whether a folder can be written or created, and its free space."""
     path = path.absolute()
     there = next(folder for folder in (path, *path.parents) if folder.exists())
     if not there.is_dir():
         return Finding(name, "problem", f"{path}: {there} is a file", advice)
     try:
-        # Permissions do not tell of read-only file systems.
+        # Permissions do not reveal read-only file systems.
         with tempfile.NamedTemporaryFile(dir=there):
             pass
         free = shutil.disk_usage(there).free

@@ -1,4 +1,4 @@
-"""The output of `--dry-run`: the plan, and its cost in arithmetic, memory and time."""
+"""The output of `--dry-run`: the plan and its cost in FLOPs, memory and time."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,14 +14,15 @@ from halfstep.run.spec import RunSpec
 from halfstep.runs.schema import shortened
 
 LONG_SECONDS: Final = 14 * 86400.0
-"""Estimated training time that is said to be unreasonable."""
+"""Estimated training time above which a warning is printed."""
 FEW_SAMPLES: Final = 5000
 MANY_PASSES: Final = 1000.0
-"""Passes of one stage over fewer samples than that from which on memorising is warned of."""
+"""Passes of one stage over a small data set above which memorisation is warned about, and the size of a small data set.
+"""
 
 
 def plan_facts(spec: RunSpec, out: Path, missing: str | None = None) -> dict[str, Any]:
-    """Return what the run would do and cost: bytes, seconds, and FLOPs counted as multiplications and additions."""
+    """Return the plan and cost of the run: bytes, seconds, and FLOPs, which count multiplications and additions."""
     forward = count_forward(spec)
     stages = [(name, stage, helper_sizes(spec, stage)) for name, stage in spec.stages if stage is not None]
     memory = max((memory_of_update(stage, forward, spec.engine, helpers) for _, stage, helpers in stages), key=sum)
@@ -66,7 +67,7 @@ def plan_facts(spec: RunSpec, out: Path, missing: str | None = None) -> dict[str
 
 
 def show_plan(spec: RunSpec, out: Path, json: bool, missing: str | None = None) -> None:
-    """Print what the run would do and cost, as one JSON document or for people; write nothing.
+    """Print the plan and cost of the run, as one JSON document or as text; write nothing.
 
     Args:
         missing: why the data is not available, if random pixels stand in for it.
@@ -110,7 +111,7 @@ def _lines(facts: dict[str, Any]) -> Iterator[str]:
     yield f"updates: {updates:,}    samples seen: {seen:,} ({seen / data['num_samples']:,.0f} times the data)"
     if trainable != parameters:
         share = f"{trainable / parameters:.1%}"
-        yield f"trained: {trainable:,} of them ({share}); teacher and student share the others"
+        yield f"trained: {trainable:,} of them ({share}); teacher and student share the rest"
     memory = facts["memory_bytes"]
     parts = " + ".join(f"{gibibytes(size)} {name}" for name, size in memory.items() if size)
     total = gibibytes(sum(memory.values()))
@@ -123,11 +124,11 @@ def _lines(facts: dict[str, Any]) -> Iterator[str]:
     how = "measured here" if timed == stages[0]["batch_size"] else f"extrapolated from a batch of {timed}"
     seconds = f"{number(facts['seconds_an_update'])} s an update of the first stage, {how}"
     time = duration(facts["estimated_seconds"])
-    yield f"estimated training time on this machine: {time} ({seconds}; measuring the models comes on top)"
+    yield f"estimated training time on this machine: {time} ({seconds}; measuring the models adds to it)"
     if facts["estimated_seconds"] > LONG_SECONDS:
         yield (
-            "warning: this is far more than this machine can do in a reasonable time. Use a GPU, or fewer updates, a "
-            "smaller network and smaller images, as the recipe images_small has them"
+            "warning: this is far more than this machine can do in a reasonable time. Use a GPU, or fewer "
+            "updates, a smaller network and smaller images, as in the recipe images_small"
         )
     passes = max(stage["samples_seen"] for stage in stages) / data["num_samples"]
     if data["num_samples"] < FEW_SAMPLES and passes > MANY_PASSES:
@@ -138,7 +139,7 @@ def _lines(facts: dict[str, Any]) -> Iterator[str]:
 
 
 def data_line(spec: RunSpec) -> str:
-    """Return what a run learns from: source, number and shape of the samples, and the classes by name."""
+    """Describe the training data: source, number and shape of the samples, and the classes by name."""
     return _data_line(_data_facts(spec, None))
 
 
@@ -163,7 +164,7 @@ def _data_line(data: Mapping[str, Any]) -> str:
 def quantity(amount: float, unit: str) -> str:
     """ "1.23 GFLOP"."""
     for prefix in ("", "k", "M", "G", "T", "P", "E"):
-        # A number that rounds to 1,000 is 1 of the next unit.
+        # A number that rounds to 1,000 is shown as 1 of the next unit.
         if amount < 999.5:
             return f"{number(float(amount))} {prefix}{unit}"
         amount /= 1000

@@ -1,4 +1,4 @@
-"""`halfstep evaluate`: the curve of a run, of a pipeline, or the figures of a folder of images."""
+"""`halfstep evaluate`: the quality curve of a run or pipeline, or the results for a folder of images."""
 
 import re
 import sys
@@ -29,9 +29,7 @@ from halfstep.runtime.processes import Processes
 from halfstep.runtime.stop import StopSignal
 
 
-@told_when_out_of_memory(
-    "out of memory while measuring: leave more of it to this process, or take fewer samples (--num-samples)"
-)
+@told_when_out_of_memory("out of memory while measuring: free memory, or use fewer samples (--num-samples)")
 def evaluate(argv: Sequence[str]) -> None:
     """Measure, print one table for each protocol, and write the files."""
     processes = processes_of()
@@ -50,7 +48,7 @@ def evaluate(argv: Sequence[str]) -> None:
             for cell in curve.run():
                 screen.say(_line(cell, len(curve.cells)))
         finally:
-            # After an interruption too, so that all files say the same.
+            # Written after an interruption too, so that all files agree.
             written = [] if curve.result is None else write_evaluation(curve.result, out)
     if curve.result is None:
         return
@@ -66,7 +64,7 @@ def evaluate(argv: Sequence[str]) -> None:
 
 
 def _spec(subject: Subject, arguments: EvaluateArguments, device: torch.device, processes: Processes) -> CurveSpec:
-    """Return what is measured, after checking the options against it."""
+    """Return the subject, after checking that the options apply to it."""
     recipe = _recipe(subject, arguments)
     if recipe.engine.threads is not None:
         torch.set_num_threads(recipe.engine.threads)
@@ -110,15 +108,15 @@ def _given(arguments: EvaluateArguments, *names: str) -> dict[str, Any]:
 
 
 def _check(arguments: EvaluateArguments) -> None:
-    """Refuse values that contradict each other."""
+    """Reject values that contradict each other."""
     if arguments.search_gamma is not None and arguments.gamma is not None:
-        raise UsageError("--search-gamma searches gamma and --gamma sets it: leave one out")
+        raise UsageError("--search-gamma searches for gamma and --gamma sets it: remove one")
 
 
 def _recipe(subject: Subject, arguments: EvaluateArguments) -> Recipe:
     """Return the recipe that names the data and the protocol: the run's, overridden by the command line."""
     if subject.recipe is None and arguments.data is None:
-        raise UsageError(f"{arguments.subject} lies outside a run, so its data is not known: add --data SOURCE")
+        raise UsageError(f"{arguments.subject} lies outside a run, so its data is unknown: add --data SOURCE")
     recipe = subject.recipe or Recipe(name="evaluate")
     source = {} if arguments.data is None else {"source": arguments.data}
     settings = _given(arguments, "split", "image_size", "channels", "label_column", "max_bytes")
@@ -130,14 +128,14 @@ def _recipe(subject: Subject, arguments: EvaluateArguments) -> Recipe:
 
 
 def _split_of(data: DataConfig) -> str | None:
-    """Return the split that was read; None for data without splits."""
+    """Return the split to read; None for data without splits."""
     path = Path(data.source)
     whole = path.is_file() or (path.is_dir() and not any(path.glob(f"{data.split}*")))
     return None if whole or data.source == "digits" else data.split
 
 
 def _samples(path: Path, data: Data) -> Data:
-    """Return the samples in files, in the form of the data that they are compared with; refuse another one."""
+    """Return the samples in files; reject samples of another shape or kind than the reference data."""
     channels = data.shape[0] if data.is_image and path.is_dir() and data.shape[0] in (1, 3) else None
     config = {"source": str(path), "labels": False, "channels": channels, "max_bytes": sys.maxsize}
     with in_own_words():
@@ -145,19 +143,19 @@ def _samples(path: Path, data: Data) -> Data:
     if samples.is_image != data.is_image:
         kinds = {True: "uint8 images", False: "arrays of floats"}
         raise UsageError(
-            f"{path} holds {kinds[samples.is_image]}, but the reference {data.source} holds {kinds[data.is_image]}: "
-            "give samples and reference of one kind"
+            f"{path} contains {kinds[samples.is_image]}, but the reference {data.source} contains "
+            f"{kinds[data.is_image]}: give samples and a reference of the same kind"
         )
     if samples.shape != data.shape:
         raise UsageError(
-            f"{path} holds samples of shape {list(samples.shape)}, but the reference {data.source} holds "
+            f"{path} contains samples of shape {list(samples.shape)}, but the reference {data.source} contains "
             f"{list(data.shape)}: give a reference of the same size (--data, --image-size, --channels)"
         )
     return samples
 
 
 def _check_files(arguments: EvaluateArguments) -> None:
-    """Refuse options that have no effect on samples in files."""
+    """Reject options that have no effect on samples in files."""
     idle = EvaluateArguments("")
     for name in (
         "num_steps", "against", "seeds", "gamma", "search_gamma", "guidance_scale", "precision", "batch_size",
@@ -167,7 +165,7 @@ def _check_files(arguments: EvaluateArguments) -> None:
 
 
 def _count(arguments: EvaluateArguments, samples: Data) -> int:
-    """Return how many of the samples in files are measured."""
+    """Return the number of samples in files to measure."""
     wanted = len(samples) if arguments.num_samples is None else arguments.num_samples
     if not 2 <= wanted <= len(samples):
         raise UsageError(
@@ -178,9 +176,9 @@ def _count(arguments: EvaluateArguments, samples: Data) -> int:
 
 
 def _line(cell: CellDone, total: int) -> str:
-    """Return one line for a cell whose figures exist."""
+    """Return one line about a finished cell."""
     gamma = "" if cell.entry.gamma is None else f", gamma {cell.entry.gamma:g}"
-    # Names of extractors are shown without the digest at their end.
+    # Extractor names are shown without their trailing digest.
     shown = ", ".join(
         f"{number(values['frechet'])} in {re.sub('(?<=.)-[^-]{12}$', '', name)}"
         for name, values in cell.figures.items()

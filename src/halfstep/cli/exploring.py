@@ -1,4 +1,4 @@
-"""`halfstep explore`: a local page on which a run's models can be asked."""
+"""`halfstep explore`: a local page on which a run's models are sampled."""
 
 import os
 import re
@@ -21,25 +21,25 @@ from halfstep.runtime.terminal import warn
 
 @dataclass
 class ExploreArguments:
-    """Open a local page on which a run's teacher and students sample from the same noise, beside each other.
+    """Open a local page that samples a run's teacher and students side by side from the same noise.
     Needs gradio (pip install 'halfstep[explore]'). Ctrl-C ends it."""
 
     run: tyro.conf.Positional[Path]
     """Folder of a run or of a stage."""
     host: str = "127.0.0.1"
-    """Address to listen at. Any other than this machine's own lets others in: there is no password."""
+    """Address to listen on. Any address but this machine's own lets others in: there is no password."""
     port: Annotated[int, Range(0, 65535)] = 7860
-    """Port to listen at; 0 for any that is free."""
+    """Port to listen on; 0 picks a free one."""
     max_samples: Count = 64
-    """Most samples of a request."""
+    """Maximum samples per request."""
     max_steps: Steps = 1024
-    """Most sampler steps of a request."""
+    """Maximum sampler steps per request."""
     max_seconds: Annotated[float, Range(1, 86_400)] = 60.0
-    """Longest time that a request may sample for."""
+    """Maximum sampling time of a request, in seconds."""
     allow_host: tuple[str, ...] = ()
-    """Further names by which the page may be called, such as a proxy's."""
+    """Further host names of the page, such as a proxy's."""
     root_path: str = ""
-    """Path below which a proxy shows the page, such as /user/me/proxy/7860."""
+    """Path under which a proxy serves the page, such as /user/me/proxy/7860."""
     device: str | None = None
     """cpu, cuda, mps; the fastest available by default."""
 
@@ -65,5 +65,5 @@ def explore(argv: Sequence[str]) -> None:
     serve(explorer, arguments.host, arguments.port, ready, arguments.allow_host, root_path)
     sys.stdout.flush()
     if any(not one.daemon for one in threading.enumerate() if one is not threading.main_thread()):
-        # A thread that is sampling would hold Python back until its step has ended.
+        # A sampling thread would keep Python alive until its step has finished.
         os._exit(0)

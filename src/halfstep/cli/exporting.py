@@ -38,37 +38,38 @@ from halfstep.runtime.files import read_json, refuse_taken
 
 @dataclass
 class ExportArguments:
-    """Write a model as other tools read it: halfstep export runs/digits --format diffusers --out digits-4."""
+    """Export a model for other tools: halfstep export runs/digits --format diffusers --out digits-4."""
 
     model: tyro.conf.Positional[Path]
     """Folder of a run (its last stage is meant) or of a stage."""
     out: Path
     """diffusers, lora, web: a folder. onnx: a .onnx file. web with --single-file: an .html file."""
     format: Literal["diffusers", "lora", "onnx", "web"] = "diffusers"
-    """diffusers: a stock pipeline with its scheduler and a card. lora: the low-rank additions of a LoRA student, as
-    pipe.load_lora_weights reads them. onnx: the whole sampler as one graph, noise in, x0 out. web: a page that samples
-    in the browser."""
+    """diffusers: a stock pipeline with its scheduler and a card. lora: the low-rank additions of a LoRA student, for
+    pipe.load_lora_weights. onnx: the whole sampler as one graph, noise in, x0 out. web: a page that samples in the
+    browser.
+    """
     num_steps: Steps | None = None
     """onnx, web: sampler steps; the model's own by default. web without it: every student of a run."""
     push_to_hub: str | None = None
-    """diffusers, lora: repository on the Hub, OWNER/NAME, that then gets the folder."""
+    """diffusers, lora: repository on the Hub, OWNER/NAME, to upload the folder to."""
     single_file: Switch = False
-    """web: write one HTML file, which also opens from disk."""
+    """web: write a single HTML file, which also works from disk."""
     runtime: Path | None = None
-    """web: downloaded npm package onnxruntime-web; fetched once by default."""
+    """web: local copy of the npm package onnxruntime-web; downloaded once by default."""
 
 
 def export(argv: Sequence[str]) -> None:
-    """Write a model as other tools read it."""
+    """Export a model for other tools."""
     arguments = parse(ExportArguments, argv, "halfstep export")
     is_onnx, is_web = arguments.format == "onnx", arguments.format == "web"
     if not (is_onnx or is_web) and arguments.num_steps is not None:
         raise UsageError(
-            f"--num-steps {arguments.num_steps} has no effect on --format {arguments.format}, whose pipeline takes the "
-            "number at each call. Remove it"
+            f"--num-steps {arguments.num_steps} has no effect on --format {arguments.format}, whose pipeline "
+            f"takes the number at each call. Remove it"
         )
     if (is_onnx or is_web) and arguments.push_to_hub is not None:
-        raise UsageError(f"--push-to-hub is for folders of models, not for --format {arguments.format}: leave it out")
+        raise UsageError(f"--push-to-hub only uploads model folders, not --format {arguments.format}: remove it")
     for option, is_given in (("--single-file", arguments.single_file), ("--runtime", arguments.runtime is not None)):
         if is_given and not is_web:
             raise UsageError(f"{option} only applies to --format web. Remove it.")
@@ -105,7 +106,7 @@ def _export_page(arguments: ExportArguments) -> None:
     for folder in RunFolder(arguments.model).stages() if arguments.num_steps is None else ():
         manifest = folder.manifest(verify=False)
         if manifest.outcome.role == "student" and manifest.num_steps is not None and manifest.weights_kept:
-            # A later student replaces an earlier one of as many steps.
+            # A later student replaces an earlier one with the same number of steps.
             students[manifest.num_steps] = folder
     models: list[tuple[Model, int | None]] = [(load(students[steps].path), steps) for steps in sorted(students)]
     if not models:
@@ -118,37 +119,39 @@ def _export_page(arguments: ExportArguments) -> None:
 
 @dataclass
 class EncodeArguments:
-    """Encode images, and their captions or classes, once, by a latent pipeline's own VAE and text encoders:
-    halfstep encode PIPELINE --data FOLDER --out latents. Without images, sample them from prompts: halfstep encode
-    PIPELINE --prompts prompts.txt --out latents. The same command again continues where it was."""
+    """Encode images and their captions or classes once, with a latent pipeline's own VAE and text encoders: halfstep
+    encode PIPELINE --data FOLDER --out latents. Without images, sample them from prompts: halfstep encode PIPELINE
+    --prompts prompts.txt --out latents. To resume, run the same command again.
+    """
 
     pipeline: tyro.conf.Positional[str]
     """Folder of the pipeline, or its name on the Hub."""
     out: Path
     """Folder of the latents."""
     data: str | None = None
-    """Images with captions (metadata.jsonl, .csv, .parquet or a .txt beside each) for a model of texts; images in a
-    folder for each class, in the order of the names of its classes, for a model of classes."""
+    """Images with captions (metadata.jsonl, .csv, .parquet or a .txt beside each) for a text-conditioned model; one
+    folder of images per class, in the order of the class names, for a class-conditional model.
+    """
     prompts: Path | None = None
-    """Instead of images: a text with a prompt on each line, to which the pipeline's own samples are the latents."""
+    """Text file with one prompt per line, instead of images; the latents are the pipeline's own samples."""
     num_steps: Steps = NUM_STEPS
-    """With --prompts: Heun steps of each sample."""
+    """With --prompts: Heun steps per sample."""
     guidance_scale: float | None = None
-    """With --prompts: guidance of the samples; none by default."""
+    """With --prompts: guidance scale of the samples; none by default."""
     seed: int = 0
-    """With --prompts: key of the noise."""
+    """With --prompts: seed of the noise."""
     image_size: Side | None = None
-    """Height and width to resize images to; by default the size that they all have."""
+    """Height and width to resize images to; by default their common size."""
     call: tuple[str, ...] = ()
     """Arguments of the pipeline's call, such as height=512 width=512."""
     batch_size: Count = 8
     """Images encoded at once."""
     device: str | None = None
-    """Where the encoders run: cuda if there is one by default."""
+    """Device of the encoders; by default cuda if available."""
 
 
 def encode(argv: Sequence[str]) -> None:
-    """Encode images and texts by a pipeline's own parts."""
+    """Encode images and texts with a pipeline's own parts."""
     arguments = parse(EncodeArguments, argv, "halfstep encode")
     device = device_of(arguments.device)
     if (arguments.data is None) == (arguments.prompts is None):
@@ -156,7 +159,7 @@ def encode(argv: Sequence[str]) -> None:
     kind = read_kind(fetch(arguments.pipeline))
     if kind in PIXELS:
         raise UsageError(
-            f"{arguments.pipeline} holds a {kind}, which makes no latents: give its images to distill as they are"
+            f"{arguments.pipeline} contains a {kind}, which does not use latents: pass its images to distill directly"
         )
     if arguments.prompts is not None:
         model = import_pipeline(arguments.pipeline, options_from(arguments.call))
@@ -174,13 +177,13 @@ def encode(argv: Sequence[str]) -> None:
     with in_own_words("image-size"):
         images, names = (read_captions(source, preparation), ()) if is_text else read_classes(source, preparation)
     encoder = encoder_of(model, device, names)
-    # Find unreadable parts before the folder is begun, which belongs to these encoders.
+    # Detect unreadable parts before creating the folder, which belongs to these encoders.
     encoder.texts([""])
     needed = model.shape
     made = tuple(encoder.images(images.loaded([0]).fetch(torch.tensor([0])).x0).shape[1:])
     if made != needed:
         raise UsageError(
-            f"images as large as {images.files[0]} become latents of shape {list(made)}, but the network of "
+            f"images of size {images.files[0]} become latents of shape {list(made)}, but the network of "
             f"{arguments.pipeline} takes {list(needed)}: choose another --image-size"
         )
     screen = Screen()
@@ -202,10 +205,10 @@ def sample_prompts(
     model: Model, prompts: Path, out: Path, guidance_scale: float | None, num_steps: int, seed: int, batch_size: int,
     device: torch.device,
 ) -> LatentData:  # fmt: skip
-    """Write a teacher's own samples of prompts into a folder, except those that it holds, and free the text encoders.
+    """Write a teacher's own samples of prompts into a folder, skip existing ones, and free the text encoders.
 
     Raises:
-        ValueError: if there are no prompts, the model takes none, or the folder holds something else.
+        ValueError: if there are no prompts, the model takes none, or the folder contains something else.
     """
     if not model.manifest.conditions:
         raise UsageError(f"{model.manifest.stage} takes no prompts: give --data")

@@ -11,20 +11,17 @@ from halfstep.cli.verbs import VERBS, epilogue
 from halfstep.runtime.terminal import printable
 
 HELP: Final = ("-h", "--help", "--help-all")
-"""Options that print it."""
+"""Options that print help."""
 WIDEST: Final = 100
 HEAD: Final = 28
-"""Columns of an option's name and value."""
+"""Width of the column of option names and values."""
 
 
 def help_text(parser: ArgumentParser, prog: str, short: Mapping[str, str], everything: bool) -> str:
     """Return the help of a verb.
 
-    Args:
-        parser: of its arguments.
-        prog: the command up to its options.
-        short: short names of options, which the short form shows.
-        everything: whether to show all options.
+    Args: parser: the verb's parser. prog: the command up to its options. short: short names of options, used in the
+        short form. everything: whether to show all options.
     """
     verb = VERBS[prog.split()[1]]
     chosen = () if everything else verb.shown
@@ -71,21 +68,21 @@ def _words(text: str | None) -> str:
 
 
 def _parted(text: str) -> tuple[str, str]:
-    """Return a help text of tyro's as the text and the default behind it."""
+    """Split a help text of tyro's into the text and the default after it."""
     found = re.fullmatch(r"(.*?)(?: ?\(default: (.*)\)| ?\((required)\))?", _words(text))
     assert found is not None
     return found[1], found[2] or found[3] or ""
 
 
 def _metavar(text: str) -> str:
-    """Return what stands for a value: without tyro's {None} and nested brackets."""
+    """Return the placeholder of a value, without tyro's {None} and nested brackets."""
     text = re.sub(r"\{None\}\|\{(.*)\}$", r"\1", text)
     text = re.sub(r"\[(.+) \[\1 \.\.\.\]\]", r"\1 ...", text)
     return text.replace("{None,", "{").replace(",None}", "}")
 
 
 def _wrap(text: str, width: int, indent: str = "", first: str | None = None) -> list[str]:
-    """Return the lines of a text, broken at blanks only."""
+    """Wrap a text at spaces only."""
     head = indent if first is None else first
     return textwrap.wrap(text, width, initial_indent=head, subsequent_indent=indent, break_on_hyphens=False)
 

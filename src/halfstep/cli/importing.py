@@ -19,32 +19,36 @@ from halfstep.runtime.files import refuse_taken
 
 @dataclass
 class ImportArguments:
-    """Turn a model from elsewhere into a stage that samples and is distilled: a diffusers pipeline, or a checkpoint of
-    the paper's authors (flax msgpack)."""
+    """Import a model as a stage, to sample or distil: a diffusers pipeline, or a checkpoint of the paper's authors
+    (flax msgpack).
+    """
 
     format: tyro.conf.Positional[Literal["diffusers", "google-pd"]]
     """diffusers: a pipeline of prompts or classes with one denoiser, DDPM, DDIM, or a UNet2DModel with a scheduler.
     google-pd: gs://gresearch/diffusion-distillation/{cifar,imagenet,bedroom,church}_{original,64,...,1}."""
     source: tyro.conf.Positional[str]
-    """diffusers: a folder, or a name on the Hub. google-pd: the .msgpack file."""
+    """diffusers: a folder, or a name on the Hub. google-pd: a .msgpack file."""
     config: str | None = None
     """google-pd: cifar10, imagenet64, bedroom128, church128, or a .json with image_size, ch, multipliers,
     layers_per_block, attention, attention_head_dim, time_embedding_dim, num_classes, prediction, start_steps."""
     call: tuple[str, ...] = ()
-    """diffusers: arguments of the pipeline's call that stay the same, such as height=512 width=512."""
+    """diffusers: constant arguments of the pipeline's call, such as height=512 width=512."""
     ema: bool = False
-    """diffusers: take the averaged weights beside the network's own (unet_ema)."""
+    """diffusers: use the averaged weights (unet_ema) instead of the network's own."""
     out: Path | None = None
     """Folder of the stage; imported/NAME by default."""
 
 
 def import_(argv: Sequence[str]) -> None:
-    """Turn a checkpoint from elsewhere into a stage."""
+    """Import a checkpoint as a stage."""
     arguments = parse(ImportArguments, argv, "halfstep import")
     out = arguments.out or Path("imported") / Path(arguments.source).stem
     if arguments.format == "diffusers":
         if arguments.config is not None:
-            raise UsageError(f"--config {arguments.config} says nothing to diffusers, whose folders hold theirs")
+            raise UsageError(
+                f"--config {arguments.config} has no effect on diffusers, whose folders contain "
+                f"their own config. Remove it"
+            )
         refuse_taken(out)
         model = import_pipeline(arguments.source, options_from(arguments.call), ema=arguments.ema)
         manifest = model.manifest.model_copy(update={"stage": out.name})

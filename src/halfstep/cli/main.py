@@ -1,4 +1,4 @@
-"""Dispatch verbs; report every error in one line and an exit code, which `verbs.EXIT_CODES` explains."""
+"""Dispatch verbs; report every error in one line with an exit code, which `verbs.EXIT_CODES` explains."""
 
 import contextlib
 import errno
@@ -24,14 +24,14 @@ from halfstep.runtime.terminal import Output, one_line, safe_outputs, warn
 def fail(message: object, code: int = 2) -> NoReturn:
     """End the process with one line on stderr.
 
-    Several processes mostly fail alike: rank 0 speaks for all. Another rank speaks if nobody has ended it in a while,
-    because then the failure is its own.
+    Several processes usually fail alike, so rank 0 reports for all. Another rank reports only if it is still alive
+    after a while, because then the failure is its own.
     """
     text = one_line(message)
     if number := rank():
         from halfstep.runtime.processes import wait_to_be_ended
 
-        # A launcher ends all processes of a run within this time once one of them has failed.
+        # A launcher ends all processes of a run within this time after one of them fails.
         wait_to_be_ended(4.0, code)
         text = f"(process {number}) {text}"
     print(f"halfstep: error: {text}", file=sys.stderr, flush=True)
@@ -53,7 +53,7 @@ def _warning_printer() -> Callable[..., None]:
 
 
 def _end(number: int, frame: FrameType | None) -> NoReturn:
-    """End a process that has nothing to save; the first process of a container only ends by a handler."""
+    """End a process that has nothing to save; process 1 of a container ends only through a handler."""
     # The signal may have come while the process was printing.
     with contextlib.suppress(RuntimeError):
         print(f"\nhalfstep: stopped by {signal.Signals(number).name}", file=sys.stderr)
@@ -84,14 +84,14 @@ def _thread_failed(failed: threading.ExceptHookArgs) -> None:
 
 
 def _check_written(out: Output) -> None:
-    """Fail if stdout has lost what was printed, unless its reader (head, less) has had enough."""
+    """Fail if output to stdout was lost, unless its reader (head, less) closed the pipe."""
     out.flush()
     if out.error is not None and out.error.errno != errno.EPIPE:
-        fail(f"stdout cannot be written ({out.error.strerror}), so what was printed is lost; all else is done")
+        fail(f"stdout cannot be written ({out.error.strerror}), so the printed output is lost; everything else is done")
 
 
 def _main(arguments: list[str]) -> None:
-    # Heavy imports come after the cheap answers, so that help and typing errors are quick.
+    # Heavy imports come last, so that help and usage errors are fast.
     if arguments[:1] == ["help"] and arguments[1:] and arguments[1] in VERBS:
         arguments = [arguments[1], "--help"]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -121,9 +121,9 @@ def _main(arguments: list[str]) -> None:
 
 
 def _dispatch_together(verb: Verb, rest: Sequence[str]) -> None:
-    """Run the verb in one of several processes."""
+    """Run the verb as one of several processes."""
     if verb.name not in ("run", "train", "distill", "finish", "sample", "evaluate", "demo"):
-        fail(f"halfstep {verb.name} is done by one process: start it without torchrun or accelerate launch")
+        fail(f"halfstep {verb.name} uses one process: start it without torchrun or accelerate launch")
     from halfstep.runtime.processes import leave
 
     try:
@@ -146,7 +146,7 @@ def _dispatch(verb: Verb, rest: Sequence[str]) -> None:
         else:
             _call_heavy(verb, rest)
     except KeyboardInterrupt:
-        print("\nhalfstep: stopped at once; what the last checkpoint holds is safe", file=sys.stderr)
+        print("\nhalfstep: stopped at once; the last checkpoint is safe", file=sys.stderr)
         raise SystemExit(130) from None
     except (ValueError, OSError) as error:
         if os.environ.get("HALFSTEP_TRACEBACK"):
@@ -159,7 +159,11 @@ def _dispatch(verb: Verb, rest: Sequence[str]) -> None:
             fail(f"{error.strerror}: {where}" if where else error.strerror, code)
         fail(error, code)
     except MemoryError as error:
-        fail(f"this does not fit into memory ({one_line(error) or 'malloc failed'}). Ask for less, or free some", 1)
+        fail(
+            f"this does not fit into memory ({one_line(error) or 'malloc failed'}). Reduce the size, or free "
+            f"some memory",
+            1,
+        )
 
 
 def _function_of(verb: Verb) -> Any:
@@ -168,7 +172,7 @@ def _function_of(verb: Verb) -> Any:
 
 def _call_heavy(verb: Verb, rest: Sequence[str]) -> None:
     """Call a verb that needs torch and diffusers."""
-    # An optional library that diffusers looks for and that warns at its import of what it cannot do here.
+    # diffusers imports this optional library, which warns at import about what it cannot do here.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     keep_freed_memory()
     from halfstep.core.warnings import HalfstepWarning
@@ -188,7 +192,7 @@ def _call_heavy(verb: Verb, rest: Sequence[str]) -> None:
                 print(f"\nhalfstep: {said}", file=sys.stderr)
             raise SystemExit(stopped.code) from None
         except FailedElsewhere as error:
-            # Rank 0 has given its own reason, and speaks for the others.
+            # Rank 0 has reported its own error, and speaks for the others.
             if not rank():
                 fail(error, error.code)
             raise SystemExit(error.code) from None

@@ -45,7 +45,7 @@ class Subject:
     out: Path
     """Default folder of its evaluation."""
     recipe: Recipe | None = None
-    """Of its run; None outside one."""
+    """Recipe of its run; None outside one."""
     teacher: Candidate | None = None
     students: tuple[Candidate, ...] = ()
     files: Path | None = None

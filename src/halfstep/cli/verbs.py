@@ -143,7 +143,7 @@ _USE: Final = (
         "a local page: teacher and students side by side from the same noise",
         ("halfstep explore runs/digits", "halfstep explore runs/digits --port 8000 --max-samples 16"),
         (
-            "Ctrl-C ends it; that is no error.",
+            "Ctrl-C ends it; that is not an error.",
             "From elsewhere: ssh -L 7860:127.0.0.1:7860 MACHINE.",
             "Behind a proxy: --root-path PATH --allow-host HOST.",
         ),

@@ -17,7 +17,7 @@ from halfstep.runtime.launch import rank
 from halfstep.runtime.terminal import printable
 
 PIPE_WIDTH: Final = 160
-"""Columns of tables where the output is no terminal."""
+"""Columns of tables where the output is not a terminal."""
 
 
 def duration(seconds: float) -> str:

@@ -157,7 +157,7 @@ class EDM(LinearPrediction):
             raise ValueError(f"sigma_data must be a finite number above 0, got {self.sigma_data}")
 
     def coefficients(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        # sigma / rho and sigma_data / rho with both multiplied by alpha, so that alpha = 0 is no exception.
+        # sigma / rho and sigma_data / rho with both multiplied by alpha, so that alpha = 0 is not an exception.
         rho = torch.sqrt(sigma**2 + (alpha * self.sigma_data) ** 2)
         return sigma / rho / self.sigma_data, -alpha * self.sigma_data / rho
 

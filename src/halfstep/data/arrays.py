@@ -76,7 +76,7 @@ def _load(path: Path) -> tuple[NDArray[Any], NDArray[Any] | None]:
             arrays = {name: loaded[name] for name in wanted}
             # numpy hands the bytes of any other member on.
             if foreign := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
-                raise ValueError(f"its member {foreign[0]} is no array")
+                raise ValueError(f"its member {foreign[0]} is not an array")
             if len(names) == 1:
                 return arrays[names[0]], None
     except Exception as error:  # a damaged archive raises whatever zipfile, zlib or numpy stumble over

@@ -1,4 +1,4 @@
-"""What training data is: samples that are fetched by index, the same ones every time.
+"""Training data: samples that are fetched by index, the same ones every time.
 
 Images are uint8 pixels p, seen as x0 = p / 127.5 - 1: 0 is -1 and 255 is 1, exactly. Arrays of any other kind are
 float32 and are taken as they are.
@@ -131,7 +131,7 @@ class MemoryData(Data):
 
 
 def sent(value: Tensor, device: torch.device) -> Tensor:
-    """Return the tensor on the device. Pinned memory lets the host go on without waiting for a GPU's earlier work."""
+    """Return the tensor on the device. With pinned memory the host need not wait for a GPU's earlier work."""
     if value.device.type == "cpu" and device.type == "cuda":
         value = value.pin_memory()
     return value.to(device, non_blocking=True)

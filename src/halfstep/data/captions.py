@@ -193,7 +193,7 @@ def _from_tables(
             path = known.get(_composed(named))
             if path is None:
                 raise ValueError(
-                    f"{where} has a caption for {name}, but {root / named} is no image of the folder: write names "
+                    f"{where} has a caption for {name}, but {root / named} is not an image of the folder: write names "
                     f"relative to the folder of the table, add the image, or remove the row"
                 )
             if path in captions:

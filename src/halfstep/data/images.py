@@ -70,7 +70,7 @@ _CHUNK: Final = 4096
 
 
 class TooDeep(ValueError):
-    """More bits than pixels have here. What was meant as white is not known, so nothing is scaled."""
+    """More bits than pixels have here. The intended white level is unknown, so nothing is scaled."""
 
 
 @final
@@ -201,7 +201,7 @@ class ImageFiles(Data):
 
     def fetch(self, indices: Tensor) -> Batch:
         if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(self):
-            raise IndexError(f"{self.source} has {len(self)} samples, and indices {indices.tolist()} were asked for")
+            raise IndexError(f"{self.source} has {len(self)} samples, and indices {indices.tolist()} were requested")
         pixels = []
         for one in _decode(self.images, indices.tolist(), self.prepare):
             if isinstance(one, ValueError):
@@ -348,7 +348,7 @@ def _open(file: Path | bytes, name: str, prepare: Preparation) -> NDArray[np.uin
     try:
         if isinstance(file, Path) and not stat.S_ISREG(file.stat().st_mode):
             # Opening a FIFO waits for a writer, for ever.
-            return ValueError(f"{name} is no file but {_kind_of(file.stat().st_mode)}: remove it")
+            return ValueError(f"{name} is not a file but {_kind_of(file.stat().st_mode)}: remove it")
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=_FORMATS) as image:
             return prepare(image)
     except Exception as error:  # Pillow's decoders raise many types on damaged files
@@ -385,7 +385,7 @@ def _unidentified(file: Path | bytes) -> str:
         return "holds a HEIC, an AVIF or a film: save it as JPEG or PNG, or remove it"
     if file.startswith(b"version https://git-lfs"):
         return "is a pointer of Git LFS, not the image: run git lfs pull"
-    return f"is no image ({', '.join(_FORMATS)}): repair or remove it"
+    return f"is not an image ({', '.join(_FORMATS)}): repair or remove it"
 
 
 def _unlike(source: str, name: str, shape: tuple[int, ...], other: str, other_shape: tuple[int, ...]) -> ValueError:

@@ -134,7 +134,7 @@ class LatentData(Data):
 
     def fetch(self, indices: Tensor) -> Batch:
         if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(self):
-            raise IndexError(f"{self.source} has {len(self)} samples, and indices {indices.tolist()} were asked for")
+            raise IndexError(f"{self.source} has {len(self)} samples, and indices {indices.tolist()} were requested")
         found = {
             name: torch.empty(len(indices), *entry.shape, dtype=_read_as(getattr(torch, entry.dtype)))
             for name, entry in self.index.tensors.items()

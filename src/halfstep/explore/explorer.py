@@ -98,7 +98,7 @@ class Shown(NamedTuple):
     is_start: bool
     """Whether the chain starts from it."""
     label: str
-    """What the model is, as a reader says it."""
+    """The model in words for a reader."""
     num_steps: int
     num_evals: int
     """Network calls for a sample."""
@@ -147,7 +147,8 @@ class Explorer:
             )
         if not self.manifest.is_image and self.shape != (2,):
             raise ValueError(
-                f"samples of shape {list(self.shape)} are no pictures, and the explorer shows images and points in the "
+                f"samples of shape {list(self.shape)} are not pictures, and the explorer shows images and "
+                f"points in the "
                 "plane only: use halfstep sample --out samples.npz"
             )
         self._models: OrderedDict[str, Model] = OrderedDict()

@@ -83,7 +83,8 @@ class Door:
         if self.hosts is not None and re.sub(r":\d+$", "", host) not in self.hosts:
             known = ", ".join(dict.fromkeys(self.hosts))
             text = (
-                f"this page answers to {known} only. Restart it with --allow-host {one_line(host)[:100]}, or forward "
+                f"this page can only be reached as {known}. Restart it with --allow-host "
+                f"{one_line(host)[:100]}, or forward "
                 "its port: ssh -L 7860:127.0.0.1:7860 MACHINE"
             )
             await _refuse(send, 421, text)
@@ -215,7 +216,7 @@ def serve(
             log_level="warning",
             access_log=False,
             ws="none",
-            # An answer may be sampled or watched for long; only what has not been asked is cut.
+            # Sampling and watching an answer may take long; only connections without a request are closed.
             timeout_keep_alive=int(PATIENCE),
             timeout_graceful_shutdown=1,
         )

@@ -13,7 +13,7 @@ _PIXELS: Final = {
     "DDPMPipeline": "batch_size=4, num_inference_steps={steps}",
     "ConsistencyModelPipeline": "{number}, class_labels={labels}, num_inference_steps={steps}",
 }
-"""What a pipeline of pixels is called with."""
+"""Arguments of the call of a pixel pipeline."""
 
 
 def sigmas_of(num_steps: int) -> list[float]:
@@ -135,7 +135,7 @@ stage learned from `{manifest.teacher or "data"}`{started}, {manifest.num_update
 
 ## Numbers of steps
 
-{steps} The exported scheduler asks for the times that the model was distilled at exactly at {exactly} steps; at \
+{steps} The exported scheduler uses exactly the times at which the model was distilled at {exactly} steps; at \
 others its timesteps are rounded.
 {notes}
 ## Guidance

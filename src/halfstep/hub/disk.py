@@ -34,7 +34,7 @@ WRAPPERS: Final = {
 }
 """Prefixes that wrappers put before the names of all tensors, and which wrapper."""
 ADAPTER: Final = ".base_layer."
-"""What peft inserts into the names of layers that carry an adapter."""
+"""Part that peft inserts into the names of layers with an adapter."""
 AVERAGED: Final = {
     "decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup",
 }  # fmt: skip
@@ -170,7 +170,7 @@ def _check_indirection(folder: Path) -> None:
     """Refuse what makes a library read other files than the safetensors that lie here."""
     for file in sorted(folder.glob("*.safetensors")):
         if not file.is_file():
-            raise ValueError(f"{file} is no file. Save the pipeline again")
+            raise ValueError(f"{file} is not a file. Save the pipeline again")
     if (folder / "adapter_config.json").exists():
         raise ValueError(
             f"{folder} holds an adapter (adapter_config.json), which names the weights it is added to. Merge it "

@@ -127,7 +127,7 @@ def decoder_of(manifest: Manifest, device: str | torch.device = "cpu") -> Callab
     """Return the map from latents `[n, c, h, w]` to images `[n, 3, H, W]` in [-1, 1] by the pipeline's VAE.
 
     Raises:
-        ValueError: if it has none, or its latents are no images of channels.
+        ValueError: if it has none, or its latents are not images of channels.
     """
     vae, shift, scale = _vae(fetch(_pipeline_of(manifest).folder), device)
 

@@ -61,7 +61,7 @@ class GooglePDConfig(BaseModel):
     num_classes: NonNegativeInt = 0
     """0 for an unconditional network."""
     prediction: Literal["x0", "eps", "v", "both"]
-    """What the network predicts."""
+    """Prediction of the network."""
     start_steps: PositiveInt
     """Steps of the first teacher of its chain."""
 
@@ -115,7 +115,7 @@ def config_of(text: str) -> GooglePDConfig:
 
 
 class Checkpoint(NamedTuple):
-    """What is used of a checkpoint file."""
+    """The parts of a checkpoint file that are used."""
 
     params: Mapping[str, np.ndarray]
     """Arrays by their paths, such as "down_0.block_0/conv1/kernel"."""
@@ -126,11 +126,11 @@ class Checkpoint(NamedTuple):
 def _array(code: int, data: bytes) -> np.ndarray:
     """An array (1) or a scalar (3) of flax's extension types; a complex number (2) is in no checkpoint."""
     if code not in (1, 3):
-        raise ValueError(f"an entry is of msgpack's extension type {code}, which is no array of flax")
+        raise ValueError(f"an entry is of msgpack's extension type {code}, which is not an array of flax")
     shape, name, content = msgpack.unpackb(data, raw=False)
     kind = np.dtype(name)
     if kind.kind not in "fiub":
-        raise ValueError(f"an array is of the type {name!r}, which is no plain number")
+        raise ValueError(f"an array is of the type {name!r}, which is not a plain number")
     if any(not isinstance(length, int) or length < 0 for length in shape):
         raise ValueError(f"an array has the shape {shape!r}")
     # Neither allocates: the array is a view of the file's bytes, and a shape that does not fit them is refused.
@@ -149,14 +149,14 @@ def _flat(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, np.n
         elif isinstance(value, np.ndarray):
             yield path, value
         else:
-            raise ValueError(f"{path} is no array")
+            raise ValueError(f"{path} is not an array")
 
 
 def read_checkpoint(file: Path) -> Checkpoint:
     """Read the checkpoint in `file`.
 
     Raises:
-        DamagedFile: if it is not there, cut short, or no checkpoint of the authors' code.
+        DamagedFile: if it is not there, truncated, or not a checkpoint of the authors' code.
     """
     if not file.is_file():
         raise DamagedFile(f"{file} {'is a folder' if file.is_dir() else 'does not exist'}: give a .msgpack checkpoint")
@@ -172,8 +172,8 @@ def read_checkpoint(file: Path) -> Checkpoint:
             raise ValueError(f"its num_sample_steps is {steps!r}")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, msgpack.UnpackException) as error:
         raise DamagedFile(
-            f"{file} is cut short or no checkpoint of the authors' code ({in_one_line(error)}): give one of their "
-            ".msgpack files"
+            f"{file} is truncated or not a checkpoint of the authors' code ({in_one_line(error)}): give one of "
+            f"their .msgpack files"
         ) from None
     return Checkpoint(params, steps)
 
@@ -183,7 +183,7 @@ class _Place(NamedTuple):
 
     path: str
     shape: tuple[int, ...]
-    """Of the array there, except for axes that are joined or of length 1."""
+    """Shape of the source array, up to axes that are joined or of length 1."""
     axes: tuple[int, ...] | None
     """The permutation that makes the tensor of it."""
 

@@ -1,7 +1,7 @@
 """Export of a whole sampler as one ONNX graph: noise in, x0 out, its steps unrolled.
 
 The clock of every step is computed here in float64 and enters the graph as constants; what remains are the network's
-calls and a few sums between them: a sampler is linear in what the network puts out and in the noise of its steps.
+calls and a few sums between them: a sampler is linear in the network's outputs and in the noise of its steps.
 """
 
 import functools
@@ -143,9 +143,9 @@ def export_onnx(
 ) -> Path:
     """Write the model's own sampler as a graph to the file `out`, after comparing it with torch, and return that.
 
-    Inputs are `noise` float32 `[batch, *shape]`, of unit variance, and the conditions that the model is shown, each
-    `[batch, ...]`; the output is `x0` `[batch, *shape]`. The length of a batch is open. A stochastic sampler of two
-    steps or more takes `step_noise` `[batch, num_steps - 1, *shape]` as well, of unit variance.
+    Inputs are `noise` float32 `[batch, *shape]`, of unit variance, and the model's conditions, each `[batch, ...]`; the
+    output is `x0` `[batch, *shape]`. The length of a batch is open. A stochastic sampler of two steps or more takes
+    `step_noise` `[batch, num_steps - 1, *shape]` as well, of unit variance.
 
     Args:
         num_steps: the model's own number if None.
@@ -202,7 +202,7 @@ def export_onnx(
             raise ValueError(
                 f"the exported graph's samples differ from torch's by up to {apart:.2g}: it was not written"
             )
-        # The weights before the graph, whose appearance says that all is there.
+        # Weights first: the graph file marks the export as complete.
         for file in sorted(place.iterdir(), reverse=True):
             with replacing(out.parent / file.name) as temporary:
                 file.rename(temporary)

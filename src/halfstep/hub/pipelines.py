@@ -46,10 +46,10 @@ cost. No table of 1000 levels has them as whole timesteps, so times between leve
 
 
 PIXELS: Final = ("DDPMPipeline", "DDIMPipeline", "ConsistencyModelPipeline")
-"""The pipelines of images without a VAE, whose one network is told by its config."""
+"""Image pipelines without a VAE, whose one network is identified by its config."""
 UNET: Final = "UNet2DModel"
 FETCHED: Final = ("*.json", "*.txt", "*.model", "*.jinja", "*/*.safetensors", "diffusion_pytorch_model*.safetensors")
-"""Of a repository: neither pickles nor code, and no weights beside the parts, where many keep them all in one file."""
+"""Files of a repository that are not downloaded: pickles, code, and single-file weights beside the parts."""
 NOT_FETCHED: Final = ("*.fp16.*", "*.fp16-*", "*.bf16.*", "*.bf16-*", "*.non_ema.*", "*.non_ema-*")
 """Variants of the weights, which are not read."""
 
@@ -85,7 +85,7 @@ def fetch(source: str) -> Path:
         return Path(snapshot_download(source, allow_patterns=list(FETCHED), ignore_patterns=list(NOT_FETCHED)))
     except Exception as error:  # the Hub's client has many errors of its own, and network libraries below it more
         raise ValueError(
-            f"{source} is no folder here and could not be fetched from the Hub ({first_line(error)})"
+            f"{source} is not a folder here and could not be fetched from the Hub ({first_line(error)})"
         ) from None
 
 
@@ -93,7 +93,7 @@ def import_pipeline(source: str | Path, options: Mapping[str, Any] | None = None
     """Load the network of a pipeline as a teacher, on the CPU in float32.
 
     A pipeline with conditions is run for a few steps, to see what it feeds its network (hub/recording.py). Warns of
-    averaged weights beside those that are taken, and of a last noise level that is no pure noise.
+    averaged weights beside those that are taken, and of a last noise level that is not pure noise.
 
     Args:
         source: a folder that diffusers has saved, or a name on the Hub.
@@ -209,7 +209,9 @@ def read_kind(folder: Path) -> str:
         ValueError: if there is none, it wants code of its own, is none of diffusers', or lacks a part.
     """
     if not (folder / "model_index.json").is_file():
-        raise ValueError(f"{folder} is no pipeline (no model_index.json): give a folder that diffusers has saved whole")
+        raise ValueError(
+            f"{folder} is not a pipeline (no model_index.json): give a folder that diffusers has saved whole"
+        )
     index = read_config(folder / "model_index.json")
     kind = index.get("_class_name")
     foreign = [
@@ -313,7 +315,9 @@ def _plain_parts(folder: Path) -> tuple[Path, Path]:
     if network is None:
         below = networks_below(folder)
         where = f". Give one of the folders in it, such as {below[-1]}" if below else ""
-        raise ValueError(f"{folder} is no pipeline (no model_index.json) and holds no network (no config.json){where}")
+        raise ValueError(
+            f"{folder} is not a pipeline (no model_index.json) and holds no network (no config.json){where}"
+        )
     kind = read_config(network / "config.json").get("_class_name")
     if kind != UNET:
         raise ValueError(
@@ -349,14 +353,14 @@ def _network(folder: Path, schedule: Schedule) -> UNet2D:
     puts_out = int(config.get("out_channels") or channels)
     if puts_out not in (channels, 2 * channels):
         raise ValueError(
-            f"{folder} takes {channels} channels and puts out {puts_out}: as many are needed, or twice as many with a "
+            f"{folder} takes {channels} channels and returns {puts_out}: as many are needed, or twice as many with a "
             "learned variance"
         )
     if puts_out == 2 * channels:
         if not schedule.learned_variance:
             raise ValueError(
-                f"{folder} puts out {2 * channels} channels for {channels}, but its scheduler's variance_type says "
-                'nothing of a learned variance: set variance_type to "learned_range" if the second half is one'
+                f"{folder} returns {2 * channels} channels for {channels}, but its scheduler's variance_type does "
+                'not declare a learned variance: set variance_type to "learned_range" if the second half is one'
             )
         config["out_channels"] = channels
         for part in ("conv_out.weight", "conv_out.bias"):

@@ -1,8 +1,9 @@
-"""What a pipeline of diffusers feeds its denoiser, read off its own calls and verified by them.
+"""Inputs that a diffusers pipeline passes to its denoiser, recorded from its own calls and verified against them.
 
 The user's pipeline is run for a few steps with hooks on its denoiser and its scheduler: with one prompt, with two, and
-guided. What changes with the batch has a batch axis; what differs between prompts is a condition; what changes from
-step to step is the sample or the time. The result is data (`Recording`) that `nets.Replay` calls the network by.
+guided. An input that changes with the batch has a batch axis; one that differs between prompts is a condition; one that
+changes from step to step is the sample or the time. The result is data (`Recording`) that `nets.Replay` calls the
+network by.
 """
 
 import functools
@@ -59,7 +60,7 @@ class Step:
 
     calls: tuple[Call, ...]
     output: Tensor
-    """What the scheduler was given."""
+    """The model output that was passed to the scheduler."""
     timestep: float
     sigma: float | None
     """The scheduler's own, of the path of flow matching."""
@@ -81,7 +82,7 @@ class Guiding(NamedTuple):
     """How a pipeline combines its branches."""
 
     more: float
-    """What is added to its guidance scale s to make it that of u + s (c - u)."""
+    """Offset that converts its guidance scale s into that of u + s (c - u)."""
     is_rescaled: bool
     """Whether the result gets the norm of the conditioned output, over the last axis."""
 
@@ -105,7 +106,7 @@ class Recording:
     num_classes: int
     """Classes that it is conditioned on; 0 for none."""
     shape: tuple[int, ...]
-    """Of one sample."""
+    """Shape of one sample."""
 
     @property
     def off(self) -> float | None:
@@ -172,7 +173,7 @@ def trace(pipe: Any, num_steps: int, *, of: int = STEPS, computed: bool = True, 
     Args:
         num_steps: how many are taken.
         of: how many the pipeline is asked for.
-        computed: whether the denoiser is run; if not, it puts out zeros, and its weights may be anywhere.
+        computed: whether the denoiser is run; if not, it returns zeros, and its weights may be on any device.
         call: arguments of the pipeline's call.
 
     Raises:
@@ -241,12 +242,12 @@ def trace(pipe: Any, num_steps: int, *, of: int = STEPS, computed: bool = True, 
         for part, name in ((scheduler, "step"), (scheduler, "set_timesteps"), (module, "forward")):
             vars(part).pop(name, None)
     raise ValueError(
-        f"{type(pipe).__name__} took {len(found.steps)} steps of its scheduler, and {num_steps} were asked for"
+        f"{type(pipe).__name__} took {len(found.steps)} steps of its scheduler, and {num_steps} were requested"
     )
 
 
 def _zeros(sample: Any = None, *args: Any, **kwargs: Any) -> Any:
-    """What stands for a denoiser that is not run."""
+    """Stand-in for a denoiser that is not run."""
     from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
     sample = next(value for name, value in {"": sample, **kwargs}.items() if value is not None)
@@ -377,7 +378,7 @@ class _Reading:
             if not one == two == later:
                 raise ValueError(f"the argument {path[1:]} is {one} for one prompt, {two} for two and {later} later")
             return {"is": "value", "value": two}
-        raise ValueError(f"the argument {path[1:]} is a {type(two).__name__}, which is no data")
+        raise ValueError(f"the argument {path[1:]} is a {type(two).__name__}, which is not data")
 
     def _sequence(self, path: str, one: Any, two: Any, later: Any) -> dict[str, Any]:
         if one is not None and (len(one), len(two)) == (1, 2):
@@ -598,7 +599,7 @@ def _output(step: Step) -> dict[str, Any]:
                 if _near(sign * found.reshape(wanted.shape), wanted):
                     return {"sign": sign, "part": part}
     raise ValueError(
-        f"its denoiser puts out {list(made.shape)}, and neither that nor its first or last channels, of either sign, "
+        f"its denoiser returns {list(made.shape)}, and neither that nor its first or last channels, of either sign, "
         f"is what its scheduler steps with ({list(wanted.shape)})"
     )
 
@@ -644,7 +645,7 @@ def verify(network: Replay, schedule: Schedule, made: Trace) -> None:
         if (off := difference(network.raw(x_t, time, **cond), recorded)) > TOLERANCE:
             raise ValueError(
                 f"at step {place + 1} its denoiser, called with the recorded conditions "
-                f"({', '.join(cond) or 'none'}), puts out something else than before (by {off:.2g} of its size)"
+                f"({', '.join(cond) or 'none'}), returns something else than before (by {off:.2g} of its size)"
             )
         if (off := difference(network(x_t, time, **cond), step.output)) > TOLERANCE:
             raise ValueError(
@@ -664,7 +665,7 @@ def verify_guided(call: Mapping[str, Any], alone: Mapping[str, Tensor], step: St
     """Return how the two branches of a guided step were combined.
 
     Raises:
-        ValueError: if it is no classifier-free guidance.
+        ValueError: if it is not classifier-free guidance.
     """
     branches = _branches(call, step)
     (with_,) = (made for cond, made in branches if _same(cond, alone))

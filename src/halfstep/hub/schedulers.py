@@ -58,7 +58,7 @@ _RAMPS: Final = {"linear": linear_betas, "scaled_linear": scaled_linear_betas}
 @final
 @dataclass(frozen=True)
 class Schedule:
-    """What a scheduler's config says of its model."""
+    """The facts about a model in its scheduler's config."""
 
     process: NoiseProcess
     prediction: Prediction
@@ -66,7 +66,7 @@ class Schedule:
     """Whether sampling clips x0 to [-1, 1]."""
     num_train_timesteps: int
     learned_variance: bool
-    """Whether the network puts out a variance beside its prediction."""
+    """Whether the network also returns a variance."""
     last_time: float = 0.0
     """Where the last step lands: at clean data, or at the first level of a table."""
 
@@ -215,7 +215,7 @@ def first_order(scheduler: Any) -> Any:
     Raises:
         ValueError: as `read_schedule`, unless the shift alone is missing.
     """
-    # What a config says of its own defaults would undo the fields below.
+    # A config's list of defaults would undo the fields below.
     kind, config = type(scheduler).__name__, {k: v for k, v in scheduler.config.items() if not k.startswith("_")}
     read_schedule({"_class_name": kind, **config}, mu=1.0)
     fields = {"timestep_spacing": "trailing", "clip_sample": False, "thresholding": False, "steps_offset": 1}
@@ -261,8 +261,8 @@ def times_of(scheduler: Any, num_steps: int) -> Tensor:
     lands = starts - num // num_steps if type(scheduler).__name__ == "DDIMScheduler" else np.append(starts[1:], -1)
     if not np.array_equal(lands[:-1], starts[1:]):
         raise ValueError(
-            f"{num_steps} steps on {num} timesteps: {type(scheduler).__name__} lands at {lands[0]:g} and goes on from "
-            f"{starts[1]:g}; choose a number that divides {num}"
+            f"{num_steps} steps on {num} timesteps: {type(scheduler).__name__} lands at {lands[0]:g}, but the "
+            f"next step starts from {starts[1]:g}; choose a number that divides {num}"
         )
     last = 0.0 if lands[-1] < 0 and scheduler.config.get("set_alpha_to_one", True) else max(lands[-1], 0) + 1
     return torch.from_numpy(np.append(starts + 1, last) / num)
@@ -375,6 +375,6 @@ def multistep(schedule: StockSchedule, solver: Solver, clip: bool) -> StockSched
 
 
 def exact_steps(schedule: StockSchedule) -> list[int]:
-    """Return the numbers of steps, up to 64, at which the scheduler asks for the times of our grid exactly."""
+    """Return the numbers of steps, up to 64, at which the scheduler uses exactly the times of our grid."""
     num = int(schedule.config["num_train_timesteps"])
     return [steps for steps in range(1, 65) if schedule.kind == FLOW or num % steps == 0]

@@ -110,7 +110,7 @@ class Curve:
                 lock.acquire(timeout=0)
             except Timeout:
                 raise InUse(f"{self.out} is being written by another halfstep process: wait for it") from None
-            # A run that is at work writes into the same store, and its unfinished files are no leftovers.
+            # A run that is at work writes into the same store, and its unfinished files are not leftovers.
             with (
                 contextlib.suppress(Timeout, FileNotFoundError),
                 FileLock(self.store.folder.parent / ".lock", timeout=0),

@@ -205,7 +205,7 @@ class Reference(Against):
             "images": "rounded to uint8" if data.is_image else "as they are",
         }
         self.note = few_samples(self.extractor.name, evaluation.num_samples, len(rows), self.real.features.shape[1])
-        """What to know of distances of so few samples; None if they are enough."""
+        """Warning about distances of this few samples; None if they are enough."""
         if evaluation.precision != "float32":
             self.protocol["precision"] = evaluation.precision
         if isinstance(self.extractor, Classifier):

@@ -68,7 +68,7 @@ class ModelSource(Source):
 
     Args:
         load: returns the model, on `device`.
-        data: whose conditions (captions, latents) the model is shown, if it has any.
+        data: source of the model's conditions (captions, latents), if it takes any.
         name: of the model; its stage by default.
     """
 

@@ -133,7 +133,7 @@ class Store:
         self.folder, self.batch_size, self._own_device = folder, batch_size, own_device
         self.processes, self._stop = processes or Processes(), stop
         self.pace = [device_name(), torch.get_num_threads()]
-        """What the time of sampling depends on besides the model."""
+        """Everything that sampling time depends on besides the model."""
         self.broken: dict[str, str] = {}
         """Names of cells whose samples are not finite, and what to say of them."""
         self._held: dict[str, Tensor] = {}

@@ -35,7 +35,7 @@ def check_classes(num_samples: int, num_classes: int) -> None:
 class Classifier(FeatureExtractor):
     """The 64 linear features before the last layer of a small network trained on labelled data (`train_classifier`).
 
-    They are taken before their ReLU, so that no direction of error is cut off.
+    They are taken before their ReLU, which would hide some directions of error.
     """
 
     def __init__(self, name: str, network: "ClassifierNetwork", accuracy: float) -> None:

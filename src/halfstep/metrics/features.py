@@ -123,7 +123,7 @@ class Pixels(FeatureExtractor):
     Samples of more than `LARGEST` entries must be images `[n, c, h, w]`; areas are averaged to at most 32 x 32 pixels.
 
     Raises:
-        ValueError: at the call, if samples have more entries and are no images.
+        ValueError: at the call, if samples have more entries and are not images.
     """
 
     def __init__(self) -> None:

@@ -19,7 +19,7 @@ def as_rgb(x0: Tensor) -> Tensor:
     """Return images x0 `[n, 1 or 3, h, w]` as `[n, 3, h, w]`, grey repeated; raise ValueError for other shapes."""
     if x0.ndim != 4 or x0.shape[1] not in (1, 3):
         raise ValueError(
-            f"samples of shape {list(x0.shape[1:])} are no images of 1 or 3 channels, which these features need: use "
+            f"samples of shape {list(x0.shape[1:])} are not images of 1 or 3 channels, which these features need: use "
             "the features `pixels`"
         )
     return x0.expand(-1, 3, -1, -1)

@@ -46,7 +46,7 @@ def ssim(a: Tensor, b: Tensor) -> float:
     """The structural similarity (Wang et al. 2004) of paired images `[n, c, h, w]` in [-1, 1], the mean over pairs.
 
     Raises:
-        ValueError: if their shapes differ, or they are no images of at least 11 x 11 pixels, the size of its window.
+        ValueError: if their shapes differ, or they are not images of at least 11 x 11 pixels, the size of its window.
     """
     _check_pair(a, b)
     if a.ndim != 4 or min(a.shape[2:]) < SSIM_SIDE:
@@ -82,7 +82,7 @@ def lpips(a: Tensor, b: Tensor) -> float:
     """LPIPS (Zhang et al. 2018, arXiv:1801.03924) with AlexNet of paired images in [-1, 1], the mean over pairs.
 
     Raises:
-        ValueError: if their shapes differ, they are no images, or what it needs is not there (`why_no_lpips`).
+        ValueError: if their shapes differ, they are not images, or what it needs is not there (`why_no_lpips`).
     """
     _check_pair(a, b)
     if (lacking := why_no_lpips(a.shape[1:])) is not None:

@@ -62,7 +62,7 @@ class ResNet20Features(NetworkFeatures):
     """The 64 averages before the last layer, of images brought to 32 x 32.
 
     Raises:
-        DamagedFile: if the file is no safetensors file, or holds other weights.
+        DamagedFile: if the file is not a safetensors file, or holds other weights.
     """
 
     batch_size: ClassVar[int] = 250

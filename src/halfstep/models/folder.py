@@ -74,7 +74,7 @@ def find_stage(path: Path) -> StageFolder:
         return stages[-1]
     if (path / "recipe.json").is_file():
         raise ValueError(f"{path} is a run without a complete stage: let it train first")
-    raise ValueError(f"{path} is no model: give the folder of a run or of one of its stages (with a manifest.json)")
+    raise ValueError(f"{path} is not a model: give the folder of a run or of one of its stages (with a manifest.json)")
 
 
 def blank_denoiser(manifest: Manifest, network: nn.Module | None = None) -> NetworkDenoiser:

@@ -70,9 +70,7 @@ class Model(Denoiser):
         if self.takes_scale:
             return scale
         if scale is not None and not self.null:
-            raise ValueError(
-                f"a guidance scale of {scale:g} was asked for, but this model knows no guidance: leave it out"
-            )
+            raise ValueError(f"a guidance scale of {scale:g} was requested, but this model has no guidance: remove it")
         # At 1 guidance is off, and one call does what two would.
         return None if scale == 1 else scale
 
@@ -151,7 +149,7 @@ class Model(Denoiser):
 
     @property
     def role(self) -> Role:
-        """What the model is good for."""
+        """Role of the model in its chain."""
         return Role(self.manifest.outcome.role)
 
     @property
@@ -207,7 +205,7 @@ class Model(Denoiser):
             raise ValueError(f"this model takes no condition {foreign[0]}: leave it out")
         if not self.num_classes:
             if class_label is not None:
-                raise ValueError("a class was asked for, but this model knows no classes: leave the class out")
+                raise ValueError("a class was requested, but this model is not class-conditional: remove the class")
         elif class_label is None:
             cond["class_labels"] = sample_labels(seeds, self.manifest.classes_shown or self.num_classes).to(self.device)
         else:
@@ -228,7 +226,7 @@ class Model(Denoiser):
         outside = labels[(labels < 0) | (labels >= self.num_classes)]
         if outside.numel():
             raise ValueError(
-                f"class {int(outside.flatten()[0])} was asked for, but this model has classes 0 to "
+                f"class {int(outside.flatten()[0])} was requested, but this model has classes 0 to "
                 f"{self.num_classes - 1}" + (f" ({shortened(names)})" if (names := self.manifest.class_names) else "")
             )
         return labels.long().expand(number)

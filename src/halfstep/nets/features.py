@@ -58,13 +58,13 @@ class _UNetHalf(EncoderHalf):
 
 
 class _Reached(Exception):
-    """The last block that is kept has put out its features."""
+    """The last kept block has returned its features."""
 
 
 @final
 class _TransformerHalf(EncoderHalf):
     """The first half of a transformer's blocks, of whichever kind; its features are their tokens, and those of the
-    text beside them if the blocks put out both."""
+    text beside them if the blocks return both."""
 
     def __init__(self, network: Replay) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class _TransformerHalf(EncoderHalf):
         name, blocks = _blocks_of(network)
         setattr(network.model, name, _first_half(blocks))
         self._last = name
-        # What the kept half does not use is found by a call, and is neither trained nor kept in memory.
+        # Parts that the kept half does not use are found by a call, and are neither trained nor kept in memory.
         weight = next(network.parameters())
         cond = {
             node["name"]: torch.ones(1, *node["shape"], dtype=getattr(torch, node["dtype"])).to(weight.device)

@@ -1,4 +1,4 @@
-"""A residual multilayer perceptron for data that is no image: points, features, actions."""
+"""A residual multilayer perceptron for data that is not an image: points, features, actions."""
 
 import math
 from collections.abc import Sequence
@@ -23,8 +23,8 @@ class MLP(Network):
         channels: outputs for each entry of a sample (`Prediction.channels`).
         num_classes: 0 for an unconditional network.
         dropout: probability inside the blocks.
-        guided: whether the network is shown a guidance scale, as a distilled one is.
-        cond_width: width of the vector `observation` that the network is shown; 0 for none.
+        guided: whether the network takes a guidance scale, as distilled ones do.
+        cond_width: width of the condition `observation`; 0 for none.
     """
 
     def __init__(

@@ -49,7 +49,7 @@ class StockNetwork(Network):
                 part.dropout_prob = 0.0
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """What every move to a device goes through: on a GPU, weights of convolutions then have their channels last.
+        """Every move to a device calls this: on a GPU it stores convolution weights with channels last.
 
         On the CPU that costs up to half as much again in bfloat16, and some percent in float32 (benchmarks/step.py).
         """

@@ -5,11 +5,12 @@ the matching stage learns the rest.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
+from halfstep.core.noise import NoiseProcess, as_clock, per_sample
 from halfstep.nets.base import Network, build_network, describe_network
 from halfstep.nets.lora import LoRA
 from halfstep.nets.mlp import MLP
@@ -93,6 +94,27 @@ def on_clock(network: nn.Module, times: Callable[[Tensor], Tensor], num_train_ti
         layer.weight.copy_(found[:-1].T)
         layer.bias.add_(found[-1])
     return moved.to(next(network.parameters()))
+
+
+@final
+class OnProcess(nn.Module):
+    """A network of one's own, called at the time of its own process that has the log-SNR of another's.
+
+    Its input is scaled to the amplitudes of its own process, as `Reprocessed` does for a denoiser.
+    """
+
+    def __init__(self, network: Callable[..., Tensor], own: NoiseProcess, process: NoiseProcess) -> None:
+        super().__init__()
+        self.network: Any = network
+        self.own = own
+        self.process = process
+
+    def forward(self, x_t: Tensor, time: Tensor, **cond: Tensor) -> Tensor:
+        t = as_clock(time, x_t)
+        there = self.own.time_at(self.process.log_snr(t)).clamp(0, 1)
+        scale = torch.hypot(*self.own.alpha_sigma(there)) / torch.hypot(*self.process.alpha_sigma(t))
+        output: Tensor = self.network(per_sample(scale, x_t) * x_t, there.to(time), **cond)
+        return output
 
 
 def _name(network: nn.Module) -> str:

@@ -155,7 +155,7 @@ class Training:
         rate = self.learning_rate
         if self.anneal:
             rate *= 1 - update / self.num_updates
-        # A stage that was shortened is no error: it warms up to its end.
+        # A stage that was shortened is not an error: it warms up to its end.
         if update < (warmup := min(self.warmup_updates, self.num_updates)):
             rate *= (update + 1) / warmup
         return rate
@@ -301,7 +301,7 @@ class Objective(ABC):
 
     @property
     def label(self) -> str:
-        """What the stage is called in the name of its folder: the name of the class in the registry."""
+        """Name of the stage in its folder's name: the name of the class in the registry."""
         return objectives.name_of(self)
 
     @property

@@ -70,7 +70,7 @@ guidances: Registry[type[Guidance]] = Registry("guidance")
 @guidances.register("fixed")
 @dataclass(frozen=True)
 class FixedGuidance(Guidance):
-    """One fixed scale, which is no input of the network.
+    """One fixed scale, which is not an input of the network.
 
     Raises:
         ValueError: if it is not a finite number of at least 0.
@@ -90,7 +90,7 @@ class FixedGuidance(Guidance):
     def scale_for(self, scale: float | None) -> float | None:
         if scale not in (None, self.scale):
             raise ValueError(
-                f"a guidance scale of {scale:g} was asked for, but this model has learned that of {self.scale:g} and "
+                f"a guidance scale of {scale:g} was requested, but this model has learned that of {self.scale:g} and "
                 "no other: leave it out, or distil one with a range of scales"
             )
         return None
@@ -132,7 +132,7 @@ class GuidanceRange(Guidance):
     def scale_for(self, scale: float | None) -> float | None:
         if scale is not None and not self.low <= scale <= self.high:
             warnings.warn(
-                f"a guidance scale of {scale:g} was asked for, but this model has learned scales from {self.low:g} to "
+                f"a guidance scale of {scale:g} was requested, but this model has learned scales from {self.low:g} to "
                 f"{self.high:g}: outside them it guesses",
                 HalfstepWarning,
                 stacklevel=5,

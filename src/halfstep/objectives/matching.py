@@ -16,12 +16,12 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from halfstep.core.denoiser import Denoiser, NetworkDenoiser, Reprocessed
+from halfstep.core.denoiser import Clipped, Denoiser, NetworkDenoiser, Reprocessed
 from halfstep.core.draw import Draw
 from halfstep.core.grids import check_num_steps
 from halfstep.core.noise import NoiseProcess, as_clock
 from halfstep.core.prediction import Prediction, SNRPlusOne, Weighting
-from halfstep.nets import StockNetwork, on_clock, takes_guidance, with_guidance
+from halfstep.nets import Network, OnProcess, StockNetwork, on_clock, takes_guidance, with_guidance
 from halfstep.objectives.base import (
     STUDENT,
     Batch,
@@ -44,6 +44,8 @@ from halfstep.objectives.guidance import Guidance
 class Matching(Objective):
     """Squared error against the teacher's x0 at the times i / num_times, i = 1 ... num_times.
 
+    The x0 of a `Clipped` teacher is clipped, after guidance. For data of that range this moves no entry away from its
+    true mean, and keeps an eps teacher, whose error is multiplied by sigma / alpha, of use near pure noise.
     With as many times as the teacher has noise levels it is called at no other. The default weighting makes it the
     squared error in v, which is even over all noise levels.
 
@@ -75,6 +77,8 @@ class Matching(Objective):
         return {STUDENT: Evals(1, 1), "teacher": Evals(1 if self.guidance is None else 2)}
 
     def start(self, teacher: Denoiser) -> Denoiser:
+        if isinstance(teacher, Clipped):
+            return self.start(teacher.denoiser)
         if not isinstance(teacher, NetworkDenoiser):
             raise ValueError(f"{type(teacher).__name__} has no network to match: pass a NetworkDenoiser")
         meaning = self.prediction or teacher.prediction
@@ -89,9 +93,13 @@ class Matching(Objective):
             network = with_guidance(network)
         if process != own and isinstance(network, StockNetwork):
             network = on_clock(network, lambda t: own.time_at(process.log_snr(t)).clamp(0, 1), self.num_train_timesteps)
+        elif process != own and not isinstance(network, Network):
+            network = OnProcess(network, own, process)
         return NetworkDenoiser(network, process, meaning)
 
     def view(self, teacher: Denoiser, student: Denoiser, null: Mapping[str, Tensor]) -> Denoiser:
+        if isinstance(teacher, Clipped):
+            return Clipped(self.view(teacher.denoiser, student, null), teacher.low, teacher.high)
         seen = teacher if self.guidance is None else self.guidance.view(teacher, null)
         return seen if student.process == teacher.process else Reprocessed(seen, student.process)
 

@@ -174,7 +174,7 @@ def images_small() -> Recipe:
 
 @recipes.register("arrays")
 def arrays() -> Recipe:
-    """Anything that is no image, as a .npy of shape [n, *dims] near unit scale: `halfstep run arrays --data x.npy`."""
+    """Data other than images, as a .npy of shape [n, *dims] near unit scale: `halfstep run arrays --data x.npy`."""
     return Recipe(
         name="arrays",
         data=DataConfig(source="data.npy"),

@@ -110,7 +110,7 @@ class UNetConfig(Config):
 
 
 class MLPConfig(Config):
-    """A residual multilayer perceptron, for data that is no image."""
+    """A residual multilayer perceptron, for data that is not an image."""
 
     type: Literal["mlp"] = "mlp"
     """Kind of network."""
@@ -121,7 +121,7 @@ class MLPConfig(Config):
 
 
 class DataFacts(Config):
-    """What a recipe's data is known to be, so that a dry run needs none of it."""
+    """Known shape and classes of a recipe's data, so that a dry run needs none of it."""
 
     shape: tuple[Positive, ...]
     """Shape of one sample."""
@@ -132,10 +132,10 @@ class DataFacts(Config):
 
 
 class ModelConfig(Config):
-    """What the network's output means and how noise is added."""
+    """Meaning of the network's output, and the noise process."""
 
     prediction: Annotated[str, _member_of(predictions)] = "v"
-    """What the network predicts: eps, x0, v or both (see `halfstep ls`)."""
+    """Prediction of the network: eps, x0, v or both (see `halfstep ls`)."""
     weighting: Annotated[str, _member_of(weightings)] = "truncated_snr"
     """Weight of the error in x0: constant, snr, truncated_snr or snr_plus_one."""
     conditional: bool = True
@@ -215,11 +215,12 @@ def _with_critic(plan: Plan, weight: float | None) -> Plan:
 
 
 class MatchingConfig(Config):
-    """How a teacher is carried over to another prediction, clock or guidance before it is halved. The stage is there
-    if one of these says so, or if a given teacher predicts eps at a signal-to-noise ratio near 0."""
+    """How a teacher is carried over to another prediction, clock or guidance before it is halved. The stage is added if
+    one of these settings needs it, or if a given teacher predicts eps at a signal-to-noise ratio near 0.
+    """
 
     prediction: Annotated[str, _member_of(predictions)] | None = None
-    """What the student predicts: x0 or v; as the teacher by default, but v where that predicts eps near zero SNR."""
+    """Prediction of the student: x0 or v; by default the teacher's, or v if that is eps near zero SNR."""
     process: Literal["own", "cosine"] | None = None
     """The student's noise process: that of the teacher, or the cosine clock over the teacher's own noise levels, with
     a power of two for its timesteps. By default cosine if a U-Net on a table of noise levels is matched anyway and
@@ -227,7 +228,7 @@ class MatchingConfig(Config):
     guidance_scale: Scale | None = None
     """One guidance scale that the student takes in: one network call a step from then on; 1 is no guidance."""
     guidance_range: tuple[Scale, Scale] | None = None
-    """Lowest and highest guidance scale, in the place of one: the student is shown the scale."""
+    """Lowest and highest guidance scale, instead of one; the scale becomes an input of the student."""
     null_class: int | None = Field(default=None, ge=0, le=MOST_UPDATES)
     """The class that stands for none, where the teacher's files do not say."""
     num_times: Steps = 1024
@@ -245,7 +246,7 @@ class MatchingConfig(Config):
 
     @property
     def guidance(self) -> Guidance | None:
-        """What the student learns; None for no guidance."""
+        """Guidance that the student learns; None for none."""
         if self.guidance_scale is not None:
             return FixedGuidance(self.guidance_scale)
         return None if self.guidance_range is None else GuidanceRange(*self.guidance_range)
@@ -344,8 +345,9 @@ FREE_FIELDS: Final = (
     *("chain.keep", "data.source", "data.skip_broken", "data.accept_changed"),
     *FREE_SETTINGS,
 )
-"""Fields that may change when a run resumes: they decide how, not what. Of the data, the samples themselves are
-compared; models whose protocol has changed are measured again."""
+"""Fields that may change when a run resumes: they decide how, not what. Data is compared by its samples; models whose
+protocol has changed are measured again.
+"""
 
 
 TEACHER: Final = Training(num_updates=100_000, learning_rate=2e-4, warmup_updates=1000, anneal=False, ema_decay=0.9999)
@@ -360,13 +362,13 @@ class Recipe(Config):
     seed: Annotated[int, Field(ge=0, le=2**62)] = 0
     """Key of every random number of the run."""
     data: DataConfig = DataConfig()
-    """What to learn."""
+    """Training data."""
     facts: DataFacts | None = None
-    """What the data is known to be; only a dry run asks, where the data is not at hand."""
+    """Known shape and classes of the data, for a dry run without the data."""
     network: UNetConfig | MLPConfig = Field(default=UNetConfig(), discriminator="type")
     """The network of teacher and students."""
     model: ModelConfig = ModelConfig()
-    """What the network predicts."""
+    """Prediction and noise process of the network."""
     teacher: Training = TEACHER
     """Training of the teacher."""
     matching: MatchingConfig = MatchingConfig()
@@ -479,7 +481,7 @@ def make_unet(config: UNetConfig, shape: tuple[int, ...], num_classes: int, chan
 
     Raises:
         ValueError: if samples have another shape, their sides cannot be halved so often, lists differ in length, or
-            channels are no multiple of the groups or of an attention head's.
+            channels are not a multiple of the groups or of an attention head's.
     """
     widths, levels = config.block_out_channels, len(config.block_out_channels)
     if len(shape) != 3:
@@ -618,7 +620,7 @@ def _with_null(teacher: Model, config: MatchingConfig, data: Data) -> Model:
         last = max(int(null.get("class_labels", 0)), teacher.num_classes - 1)
         if config.null_class > last:
             raise ValueError(
-                f"matching.null_class {config.null_class} is no class of the teacher, which knows 0 to {last}"
+                f"matching.null_class {config.null_class} is not a class of the teacher, which knows 0 to {last}"
             )
         null = {"class_labels": torch.tensor(config.null_class)}
     if isinstance(data, LatentData) and not null and teacher.manifest.guidance is None:
@@ -628,7 +630,7 @@ def _with_null(teacher: Model, config: MatchingConfig, data: Data) -> Model:
             raise ValueError("the teacher has learned its guidance already: leave matching.guidance_scale out")
         if not null and not teacher.takes_scale:
             raise ValueError(
-                "guidance asks the teacher with and without its condition, and what stands for no condition is not "
+                "guidance calls the teacher with and without its condition, and its null condition is not "
                 + ("known: give --matching.null-class" if teacher.num_classes else "known: the teacher has none")
             )
     return Model(teacher.denoiser, teacher.manifest, null)
@@ -638,7 +640,7 @@ def _check_classes(model: Manifest, data: Data) -> None:
     """Raise ValueError if the data's classes have other numbers than the model's, as labels with gaps would."""
     names = data.class_names
     known = model.class_names[: len(names)] or tuple(map(str, range(len(names))))
-    # Of a model without names only numbers can be compared.
+    # Without class names, only the number of classes can be compared.
     if names != known and (model.class_names or all(name.isdecimal() for name in names)):
         raise ValueError(
             f"the model's first classes are {shortened(known)}, but those of {data.source} are {shortened(names)}: "

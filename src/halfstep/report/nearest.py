@@ -35,7 +35,7 @@ class Nearest(NamedTuple):
     sentence: str
     rows: Sequence[tuple[Markup, Sequence[tuple[Markup, str]]]]
     """The picture of each seed's sample, and those of its nearest training samples with their distances; empty where
-    samples are no pictures."""
+    samples are not pictures."""
     num_neighbours: int
 
 

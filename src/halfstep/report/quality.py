@@ -59,7 +59,7 @@ class Group:
     """The teacher's own."""
     stages: Sequence[str]
     few: str | None
-    """What to know of distances of so few samples."""
+    """Warning about distances of this few samples."""
 
     @property
     def best_words(self) -> str:
@@ -227,7 +227,7 @@ def text_table(group: Group) -> Table:
         notes.append(f"RMSE: of a student to the teacher, {group.base_words}, from the same noise.")
     sizes = [group.protocol.get(name, "?") for name in ("num_samples", "num_reference")]
     bias = "biased upwards, the more the fewer they are, so compare within this table"
-    notes.append(group.few or f"Of {sizes[0]} samples to {sizes[1]} real ones: {bias}.")
+    notes.append(group.few or f"Distances between {sizes[0]} samples and {sizes[1]} real ones: {bias}.")
     return Table(headings, rows, notes)
 
 

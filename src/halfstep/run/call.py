@@ -64,7 +64,7 @@ class Call:
         if self.out is not None and isinstance(self.data, StreamedBatches):
             raise ValueError(
                 "an iterable of batches cannot be resumed, which out needs. Pass a tensor, (x0, {name: tensor}), a "
-                "torch Dataset or a path, or leave out away"
+                "path or opened data, or leave out away"
             )
         for name, hook in (("on_window", self.on_window), ("on_stage", self.on_stage)):
             if hook is not None and not callable(hook):

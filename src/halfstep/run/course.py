@@ -58,12 +58,14 @@ class Start:
     role: Role = Role.TEACHER
     num_steps: int | None = None
     guidance: Guidance | None = None
-    """What it has learned already."""
+    """Guidance that it has already learned."""
     may_move: bool = False
     """Whether its network can be carried over to another process."""
     sampler: Sampler = DDIM()
     """The sampler that a student is made for."""
     given: bool = True
+    is_clipped: bool = False
+    """Whether its x0 is clipped, which no halving follows: a student is matched to it first."""
     is_stock: bool = False
     """Whether its network is one of diffusers, to which students are exported."""
 
@@ -100,7 +102,7 @@ class Match:
 
     training: Training
     prediction: Prediction | None = None
-    """What the student predicts; v where the teacher's own prediction is unfit for few steps."""
+    """Prediction of the student; v if the teacher's own is unfit for few steps."""
     process: Callable[[NoiseProcess], NoiseProcess] | None = None
     """From the teacher's process to the student's."""
     guidance: Guidance | None = None
@@ -121,7 +123,7 @@ class Match:
                 raise ValueError(f"{start.name} has no prediction to match: pass a NetworkDenoiser")
         elif self.prediction is None and start.given and not start.is_finished:
             meaning = V() if output_gain(own, start.prediction) > MATCHED_GAIN else meaning
-        if (meaning, clock, self.guidance) == (start.prediction, own, None):
+        if (meaning, clock, self.guidance) == (start.prediction, own, None) and not start.is_clipped:
             return None
         if start.is_finished:
             what = (

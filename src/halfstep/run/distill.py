@@ -113,6 +113,8 @@ def _check_trainable(denoiser: Denoiser) -> None:
 
 
 def _network_of(denoiser: Denoiser) -> NetworkDenoiser:
+    if isinstance(denoiser, Clipped):
+        raise ValueError("a Clipped teacher is matched in memory only. Leave `out` away, and save the student")
     if not isinstance(denoiser, NetworkDenoiser):
         raise ValueError(
             f"a run folder holds networks, and {type(denoiser).__name__} is a denoiser of your own. Pass a "
@@ -150,22 +152,22 @@ def distill(
     """Return a student that samples in `to` steps what the teacher samples in `start`: a `Model`, by the whole chain.
 
     The plan is the one that a recipe would make: a matching stage comes first where `prediction`, `process` or
-    `guidance` asks for it, or where the teacher predicts eps at a signal-to-noise ratio near 0.
+    `guidance` asks for it, or where the teacher is clipped or predicts eps at a signal-to-noise ratio near 0.
 
     Args:
-        teacher: an unclipped denoiser, or a model; it is not changed.
+        teacher: a denoiser, or a model; it is not changed. A student is first matched to the x0 of a `Clipped` one.
         data: clean samples as a tensor or an array `[n, *dims]` (floats as they are; uint8 as images), (samples, {name:
-            condition}) with conditions `[n, ...]`, a torch Dataset whose items are x0, (x0, label) or (x0, {name:
-            value}), opened data, a path such as a folder of images, or any iterable of batches x0 `[batch, *dims]` or
-            (x0, {name: condition}), which is restarted at its end. If None, samples of the teacher: see `samples_of`.
+            condition}) with conditions `[n, ...]`, opened data, a path such as a folder of images, or any iterable of
+            batches x0 `[batch, *dims]` or (x0, {name: condition}), such as a DataLoader, which is restarted at its end.
+            If None, samples of the teacher: see `samples_of`.
         to: DDIM steps of the student.
         start: DDIM steps of the teacher, `to` times a power of two; if None a student's own, or 16 times `to`.
         training: of each halving stage; twice the updates at 2 steps and 1.
         plan: the halving stages instead of `to`, `start` and `training`.
         prediction: what the student's network predicts; as the teacher's if None.
         process: the student's noise process; the teacher's, or the cosine clock for a matched U-Net, if None.
-        guidance: what the student learns: `FixedGuidance`, or a `GuidanceRange` that its network is shown as
-            `guidance_scale` `[batch]`.
+        guidance: what the student learns: `FixedGuidance`, or a `GuidanceRange`, whose scale its network receives as
+            the condition `guidance_scale` `[batch]`.
         null: what stands for no condition, for one sample, by the names of the conditions; needed for guidance.
         matching: training of the matching stage; `training` if None.
         finish: students, by their steps, that are finished after the chain, or the stages of `Plan.finishes`; the last
@@ -197,7 +199,7 @@ def distill(
         to, start, finish, training, plan, prediction, process, guidance, matching, teacher_sampler, lora_rank
     )
     if not isinstance(teacher, Model):
-        _check_bare("the teacher", teacher)
+        _check_bare("the teacher", teacher.denoiser if isinstance(teacher, Clipped) else teacher)
     call = call_of(
         samples_of(teacher, seed=seed) if data is None else data,
         seed, engine, device, out, evaluation, on_window, on_stage, progress,
@@ -207,9 +209,12 @@ def distill(
         current, known, held_null = teacher.denoiser, Start.of(teacher), dict(null or teacher.null)
         _check_data(teacher, call.data)
     else:
-        known = Start(teacher.process, None)
-        if isinstance(teacher, NetworkDenoiser):
-            known = Start(teacher.process, teacher.prediction, may_move=has_movable_clock(teacher.network))
+        clipped = isinstance(teacher, Clipped)
+        bare = teacher.denoiser if isinstance(teacher, Clipped) else teacher
+        known = Start(teacher.process, None, is_clipped=clipped)
+        if isinstance(bare, NetworkDenoiser):
+            may_move = has_movable_clock(bare.network)
+            known = Start(teacher.process, bare.prediction, may_move=may_move, is_clipped=clipped)
         current, held_null = teacher, dict(null or {})
     wanted = Match(matching or training, prediction, None if process is None else lambda _: process, guidance)
 
@@ -230,7 +235,9 @@ def distill(
     if null is not None and all(stage.objective.guidance is None for stage in chain.stages):
         raise ValueError("null stands for no condition, which only guidance needs. Pass guidance, or leave null out")
     if matching is not None and chain.stages[0].objective.outcome.role is not Role.MATCHED:
-        raise ValueError("matching has no effect without prediction, process or guidance. Leave it out")
+        raise ValueError(
+            "matching has no effect without prediction, process, guidance or a Clipped teacher. Leave it out"
+        )
     _check_trainable(current)
     held_null = {name: torch.as_tensor(value) for name, value in held_null.items()}
     like = teacher if isinstance(teacher, Model) else None

@@ -75,7 +75,7 @@ def take_folder(spec: RunSpec, folder: RunFolder, lock: FileLock) -> tuple[str, 
         raise InUse(f"{path} is being written by another halfstep process: wait for it, or choose --out") from None
     sweep(path, *path.glob("stages/*"), *path.glob("stages/*/samples"))
     if (evaluation := path / "evaluation").is_dir():
-        # Files that `halfstep evaluate` is writing are no leftovers.
+        # Files that `halfstep evaluate` is writing are not leftovers.
         with contextlib.suppress(Timeout), FileLock(evaluation / ".lock", timeout=0):
             sweep(evaluation, evaluation / "cells", evaluation / "figures")
     described: dict[str, Any] = {

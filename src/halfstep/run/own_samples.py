@@ -31,7 +31,7 @@ def samples_of(
 
     It costs `num_samples` times the sampler's calls: 4,096 samples by 32 Heun steps are 258,048 forward passes, as many
     as 400 finishing updates of 64 samples. No student can become better than these samples: what the teacher gets
-    wrong or leaves out they lack too, and few samples are learned by heart.
+    wrong or leaves out they lack too, and few samples are memorised.
 
     A model of classes draws them in turn and without guidance, unless it has learned one. The noise comes from other
     streams than that of any sample's seed, so evaluations do not see it.

@@ -50,7 +50,7 @@ def run(spec: RunSpec, path: Path, stop: StopSignal | None = None) -> Iterator[E
 
     Raises:
         DifferentRecipe: if the folder holds a run of another recipe or other data; nothing is changed then.
-        DamagedFile: if a file of the run is altered or of another run or stage, and cannot be made again.
+        DamagedFile: if a file of the run is altered or of another run or stage, and cannot be recreated.
         ValueError: if the folder is not empty and no run.
         InUse: if another process is writing it.
         NonFinite: if training diverged; the last checkpoint is kept, and what is known of the batch is in the stage's
@@ -236,7 +236,7 @@ class _Runner:
         start, teacher = parents or (None, None)
         with self.processes.at_once(self.stop):
             trainer = trainer_for(spec, stage, folder.name, start, self.accelerator, teacher)
-            # Their manifests are still needed. What is trained and called has been copied from them, or shares theirs.
+            # Their manifests are still needed. The networks in training are copies of them, or share their weights.
             if teacher is not None and spec.engine.teacher_precision != "float32":
                 # One copy of it teaches and another is trained (a LoRA holds what it shares): it would be a third.
                 teacher.to("meta")

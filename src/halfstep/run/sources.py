@@ -24,7 +24,7 @@ CLASSES = "class_labels"
 
 @final
 class StreamedBatches:
-    """Batches of any size from an iterable, cut and joined into those of the updates, and begun again at its end.
+    """Batches of any size from an iterable, regrouped into those of the updates; it is restarted at its end.
 
     Unlike all other data here, what an update sees is whatever comes next, not a function of the update's number. Each
     of several processes must be given the same batches, of which it takes its own share.

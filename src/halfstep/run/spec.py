@@ -1,4 +1,4 @@
-"""What a run is made from."""
+"""The specification of a run."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -49,7 +49,7 @@ class RunSpec:
     start_steps: int | None = None
     """Steps of the first teacher of the chain."""
     conditional: bool = True
-    """Whether models are told the class of a sample, where the data has classes."""
+    """Whether models are conditioned on the class, where the data has classes."""
     flip: bool = False
     clip: bool = False
     seed: int = 0

@@ -37,7 +37,7 @@ class Heartbeat:
 
     {"state": "running", "finished", "stopped", "diverged" or "failed"; "message": of the error, or null; "pid";
     "machine": see `this_machine`; "started", "updated": seconds since 1970}. Failed writes are ignored: a full disk is
-    reported by those who lose data. A folder that has gone is not made again.
+    reported by those who lose data. A folder that was removed is not recreated.
 
     Args:
         ends: states for kinds of errors; any other is "failed", and none is "finished".

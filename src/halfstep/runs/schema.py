@@ -126,7 +126,7 @@ class Manifest(Record):
         return self.outcome.num_steps
 
     def guidance_words(self) -> str:
-        """What `guidance_scale` means for the model, whether negative prompts act, and the network calls of a step."""
+        """Meaning of `guidance_scale` for the model, effect of negative prompts, and network calls per step."""
         if not self.num_classes and not self.conditions:
             return "The model is unconditional, so guidance has no effect: one network call a step."
         if self.guidance is None and self.pipeline is not None and self.pipeline.scale is not None:
@@ -196,7 +196,7 @@ class Metrics(Record):
     seconds: float | None = None
     """Wall time of sampling and measuring, without what was there."""
     note: str | None = None
-    """What to know of distances of so few samples."""
+    """Warning about distances of this few samples."""
 
 
 def shortened(names: Sequence[str]) -> str:
@@ -243,7 +243,7 @@ class StageFolder:
 
     @property
     def remedy(self) -> str:
-        """What to do if a file of the stage is damaged or of another stage."""
+        """Remedy for a file of the stage that is damaged or of another stage."""
         if self.run is None:
             return "put a copy of it back, or import or train the model again"
         return (
@@ -356,7 +356,7 @@ class RunFolder:
         return self.path / "evaluation" / "evaluation.json"
 
     def evaluation(self) -> EvaluationResult | None:
-        """What `halfstep evaluate` found, or None if the run was not evaluated.
+        """Results of `halfstep evaluate`, or None if the run was not evaluated.
 
         Raises:
             DamagedFile: if the file is altered, of another run or of another format.

@@ -168,7 +168,7 @@ class RunStatus:
         known = [stage for stage in self.stages if stage.results and stage.measuring_seconds]
         if not known:
             return 0.0
-        # Students take few steps; the first model at many is no measure for them.
+        # Students take few steps; the first model at many is not a measure for them.
         each = min(stage.measuring_seconds / len(stage.results) for stage in known)
         waiting = [stage for stage in self.stages if stage.state == "measuring" or not stage.is_done]
         return each * sum(stage.num_unmeasured for stage in waiting)
@@ -230,7 +230,7 @@ def read_status(path: Path, now: float | None = None) -> RunStatus:
     """
     folder = RunFolder(path)
     if not folder.recipe_path.is_file():
-        raise ValueError(f"{path} is no run (it has no recipe.json): give the folder that `halfstep run` writes")
+        raise ValueError(f"{path} is not a run (it has no recipe.json): give the folder that `halfstep run` writes")
     data = folder.recipe()
     stages = [
         StageStatus(row.name, row.num_steps, row.num_updates, row.update_cost, role=row.role) for row in folder.plan

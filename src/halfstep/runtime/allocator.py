@@ -13,8 +13,8 @@ MMAP_THRESHOLD: Final = -3
 def keep_freed_memory() -> bool:
     """Let the process keep what large tensors free, and return whether the C library does so.
 
-    An update on the CPU allocates the same blocks of megabytes again and again. By default glibc gives them back to the
-    system in between, which then has to clear every page anew: 8 % of an update of the digits and of Fashion-MNIST.
+    Every update on the CPU allocates blocks of the same megabytes. By default glibc returns them to the system in
+    between, which must then clear each page again: 8 % of an update of the digits and of Fashion-MNIST.
     Other C libraries are left as they are.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):

@@ -86,7 +86,7 @@ def scratch(path: Path) -> Iterator[Path]:
 
     The name is random: threads have one process id, and so do processes in different containers.
     """
-    # A scratch folder is made once, by its writer. If it is missing its disk has gone, and to make it again would write
+    # A scratch folder is made once, by its writer. If it is missing, its disk was lost, and recreating it would write
     # to the disk below the mount.
     if not fnmatch(path.parent.name, ".*.tmp"):
         try:
@@ -209,9 +209,9 @@ def read_arrays(path: Path, *names: str) -> "dict[str, np.ndarray]":
 
 
 def check_regular(path: Path) -> None:
-    """Raise DamagedFile if something lies at `path` that is no file: opening a FIFO waits for a writer, for ever."""
+    """Raise DamagedFile if something lies at `path` that is not a file: opening a FIFO waits for a writer, for ever."""
     if path.exists() and not path.is_file():
-        raise DamagedFile(f"{path} is no file, but a folder, FIFO, socket or device: remove it")
+        raise DamagedFile(f"{path} is not a file, but a folder, FIFO, socket or device: remove it")
 
 
 def refuse_taken(out: Path, is_file: bool = False, remedy: str = "choose another --out") -> None:
@@ -276,7 +276,7 @@ def check_files(folder: Path, digests: Mapping[str, str], said_by: Path | None =
 
 
 def cache_folder() -> Path:
-    """Return $HALFSTEP_CACHE, or ~/.cache/halfstep: the folder for what can be made again.
+    """Return $HALFSTEP_CACHE, or ~/.cache/halfstep: the folder for files that can be recreated.
 
     Raises:
         ValueError: if the variable is not set and the user has no home folder.

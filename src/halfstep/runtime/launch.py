@@ -8,7 +8,7 @@ VARIABLES: Final = {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_WORLD_SIZE": 1, "LOCAL_RA
 
 
 def check_launch() -> None:
-    """Raise ValueError if a launcher's variable is no whole number, or the rank none of the world's."""
+    """Raise ValueError if a launcher's variable is not a whole number, or the rank none of the world's."""
     for name, least in VARIABLES.items():
         text = os.environ.get(name, "")
         # Only ASCII digits: torch and accelerate read these variables too.

@@ -14,7 +14,7 @@ GONE: Final = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ETIM
 LOST: Final = (errno.EROFS, errno.ENXIO, errno.ENOENT, errno.EACCES)
 """Further errors of a disk that was lost during a run; at its start they are bad input."""
 TAKEN: Final = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
-"""Errors of a folder in the place of a file, or the reverse."""
+"""Errors where a path is a folder instead of a file, or the reverse."""
 
 
 class NoStorage(OSError):
@@ -43,7 +43,7 @@ def last_good(last: Path | None) -> str:
 def no_storage(error: OSError, path: Path, last: Path | None, has_begun: bool = True) -> Exception:
     """Return NoStorage with the last good state if the error is the run folder's, else the error itself.
 
-    A folder in the place of a file, or the reverse, is DamagedFile: no disk is full or gone.
+    A folder instead of a file, or the reverse, is DamagedFile: no disk is full or lost.
 
     The folder may be gone, so nothing is looked up in it.
 

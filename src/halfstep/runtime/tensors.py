@@ -82,7 +82,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Load the tensors of a file.
 
     Raises:
-        DamagedFile: if it is no safetensors file.
+        DamagedFile: if it is not a safetensors file.
     """
     try:
         return load_file(path)

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from typing import Any, Final, TextIO, final
 
 CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029\u202a-\u202e\u2066-\u2069]")
-"""What a terminal obeys or cannot show: control characters but tab and newline, lone surrogates (bytes of a file name
-that are not UTF-8), line separators and changes of the writing direction."""
+"""Characters that a terminal obeys or cannot show: control characters but tab and newline, lone surrogates (bytes of a
+file name that are not UTF-8), line separators and changes of the writing direction.
+"""
 
 
 def printable(text: str) -> str:
@@ -37,7 +38,8 @@ def warn(text: object) -> None:
 class Output:
     """stdout or stderr of a command: a failed write loses its text, never the work.
 
-    The first failure, whose error is kept, sends the rest to the null device. What the encoding lacks becomes "?".
+    The first failure, whose error is kept, sends the rest to the null device. Characters that the encoding lacks become
+    "?".
 
     Args:
         stream: the stream, or None if it was closed before Python started.

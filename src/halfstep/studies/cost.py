@@ -43,7 +43,7 @@ def _parts(scale: Scale) -> dict[str, int | None]:
 class Cost(Study):
     """Distillation against base training in updates, network calls and seconds: a claim of the paper's section 5.2."""
 
-    title: ClassVar[str] = "What distillation costs"
+    title: ClassVar[str] = "The cost of distillation"
     question: ClassVar[str] = "Does distilling to four steps cost no more than training the teacher?"
     uses: ClassVar[tuple[str, ...]] = ("recipe",)
 

@@ -2,7 +2,7 @@
 
 A checkpoint is written into a temporary folder, synced to the disk, read back, compared with the state in memory, and
 then renamed. Only then are older ones removed, so at any moment a good one exists. All of this is done by a thread,
-while training goes on: an update waits only for the copy of the state, and for the checkpoint before if that is still
+while training continues: an update waits only for the copy of the state, and for the checkpoint before if that is still
 being written.
 """
 
@@ -43,7 +43,8 @@ class CheckpointWriter:
     def __init__(self, folder: StageFolder, run: str, processes: Processes) -> None:
         self.folder, self.run, self._processes = folder, run, processes
         self.last: Path | None = None
-        # One thread for all. It is no daemon: a process that ends on an error still ends the checkpoint that it began.
+        # One thread for all. It is not a daemon: a process that ends on an error still ends the checkpoint that it
+        # began.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="halfstep-checkpoint")
         self._begun: Future[Path] | None = None
 
@@ -64,7 +65,7 @@ class CheckpointWriter:
                 "seconds": trainer.seconds,
                 "micro_batch": trainer.micro_batch if trainer.micro_batch_found else None,
             }
-            # Here, where the run has just looked whether its folder is there; the thread makes none.
+            # Created here, where the run has just checked its folder; the thread creates no parent folders.
             self.folder.path.mkdir(parents=True, exist_ok=True)
             self._begun = self._thread.submit(write_checkpoint, state, about, self.folder)
         return time.perf_counter() - begun
@@ -131,7 +132,7 @@ def resume(trainer: StageTrainer, folder: StageFolder, run: str, notice: Callabl
     `damaged-...` and falls back to the previous one.
 
     Raises:
-        OSError: if the disk gives back none of those that are there.
+        OSError: if none of the existing checkpoints can be read from the disk.
     """
     origin = {"run": run, "stage": trainer.stream}
     found: str | None = trainer.processes.on_main(lambda: _latest_good(folder, origin, notice))

@@ -3,8 +3,8 @@
 It never learns which objective it runs. An update is the turns of the objective, in order; a turn is the global batch
 split over processes and micro batches by place, the turn's losses, one backward pass for each, the gradient clipped to
 a global norm, one AdamW step of its player, one step of the moving averages. Nothing in it waits for the device;
-statistics are fetched when `window` is called. What it needs from the host can be made ahead (`feed`), and the networks
-can be compiled: once for the whole chain, since the networks of all stages are of one architecture.
+statistics are fetched when `window` is called. Its inputs from the host can be prepared ahead (`feed`), and the
+networks can be compiled: once for the whole chain, since the networks of all stages are of one architecture.
 """
 
 import contextlib
@@ -425,7 +425,7 @@ def compile_networks(model: torch.nn.Module) -> None:
 
     The code that it makes is kept for the class of the network, with the weights as its arguments: the networks of the
     next stage find it there. It is made for one shape of the batch: code for any, which torch would make at the second
-    shape, is slower, and rounds otherwise in a run that was resumed after that than in the uncut one.
+    shape, is slower, and would make a run resumed after that round differently from an uninterrupted one.
     """
     for part in model.modules():
         if isinstance(part, NetworkDenoiser) and isinstance(part.network, torch.nn.Module):
