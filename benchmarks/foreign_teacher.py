@@ -60,12 +60,14 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "pages" / "foreign-teacher.png")
     asked = parser.parse_args()
 
-    data = halfstep.open_data(halfstep.DataConfig(source=asked.images))
+    data, labelled = (
+        halfstep.open_data(halfstep.DataConfig(source=asked.images, labels=kept)) for kept in (False, True)
+    )
     held = halfstep.open_data(halfstep.DataConfig(source=asked.images, split="test"))
     teacher = halfstep.Clipped(halfstep.NetworkDenoiser(Theirs(asked.weights), halfstep.VPTable(), halfstep.Eps()))
-    real, cond = data.fetch(torch.arange(10_000))
+    real, cond = labelled.fetch(torch.arange(10_000))
     test = held.fetch(torch.arange(len(held))).x0
-    classifier = train_classifier(real, cond["class_labels"], data.num_classes, "foreign-teacher")
+    classifier = train_classifier(real, cond["class_labels"], labelled.num_classes, "foreign-teacher")
     seen = {"train": classifier.features(real), "test": classifier.features(test)}
     rows: list[dict[str, Any]] = []
     samples: dict[tuple[str, str, int], Tensor] = {}

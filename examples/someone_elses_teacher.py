@@ -62,11 +62,11 @@ def students(teacher: halfstep.Denoiser, data: halfstep.Data, updates: int, batc
 
 def main(weights: str, images: str, updates: int = 300, batch: int = 32, number: int = 1000) -> dict[str, float]:
     """Distances from the data; printed with the RMSE from 50 steps of the teacher with the same noise."""
-    data = halfstep.open_data(halfstep.DataConfig(source=images))
+    data, labelled = (halfstep.open_data(halfstep.DataConfig(source=images, labels=kept)) for kept in (False, True))
     teacher = halfstep.Clipped(halfstep.NetworkDenoiser(Theirs(weights), halfstep.VPTable(), halfstep.Eps()))
     models = {"teacher, 50": teacher, "teacher, 8": teacher} | students(teacher, data, updates, batch)
-    real, cond = data.fetch(torch.arange(min(len(data), 10_000)))
-    features = train_classifier(real, cond["class_labels"], data.num_classes, "classifier").features
+    real, cond = labelled.fetch(torch.arange(min(len(data), 10_000)))
+    features = train_classifier(real, cond["class_labels"], labelled.num_classes, "classifier").features
     noise, found, made = halfstep.sample_noise(range(number), data.shape), {}, []
     for name, model in models.items():
         made.append(halfstep.sample(model, noise, int(name.split()[1])))

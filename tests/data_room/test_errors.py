@@ -53,6 +53,21 @@ def test_a_file_of_another_kind(tmp_path):
     refused(tmp_path / "d.zip", "d.zip", ".npz")
 
 
+def test_what_numpy_takes_for_a_pickle_is_refused_without_its_advice(tmp_path):
+    (tmp_path / "d.npy").write_text("1, 2, 3")
+    np.save(tmp_path / "objects.npy", np.array([{}]), allow_pickle=True)
+    for name in ("d.npy", "objects.npy"):
+        with pytest.raises(ValueError, match="it is no NumPy file, or one of Python objects") as caught:
+            open_data(DataConfig(source=str(tmp_path / name)))
+        assert "pickle" not in str(caught.value)
+
+
+def test_the_folder_of_a_run_is_no_data(tmp_path):
+    image(tmp_path / "stages" / "00-denoise" / "samples" / "steps-0004.png", 4, 4)
+    (tmp_path / "recipe.json").touch()
+    refused(tmp_path, str(tmp_path), "is the folder of a run, not data")
+
+
 def test_an_empty_folder(tmp_path):
     refused(tmp_path, str(tmp_path), "no images", ".png", ".webp")
 

@@ -74,7 +74,7 @@ class Screen(Console):
         self.print(Text.assemble(indent, ("note:", "yellow"), f" {text}"), soft_wrap=True)
 
     def show(self, renderable: RenderableType) -> None:
-        """Print a table or a view; in a pipe without the blanks that fill its lines."""
+        """Print a table or a view; without trailing spaces if the output is a pipe."""
         if self.is_terminal or self.quiet:
             self.print(renderable)
             return

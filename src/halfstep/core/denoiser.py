@@ -134,7 +134,7 @@ class NetworkDenoiser(Denoiser):
 class Clipped(Denoiser):
     """Another denoiser with x0 clipped to [low, high] and eps derived from it again: how images are sampled.
 
-    Never used for targets or losses. Source: the authors' dpm.py (arXiv:2202.00512).
+    Never used for losses, nor for targets other than those of matching. Source: the authors' dpm.py (arXiv:2202.00512).
 
     Raises:
         ValueError: if low >= high.

@@ -80,8 +80,10 @@ def _load(path: Path) -> tuple[NDArray[Any], NDArray[Any] | None]:
             if len(names) == 1:
                 return arrays[names[0]], None
     except Exception as error:  # a damaged archive raises whatever zipfile, zlib or numpy stumble over
+        # numpy takes whatever it does not know for a pickle, and advises to load it unsafely.
+        why = "it is no NumPy file, or one of Python objects" if "pickle" in str(error) else first_line(error)
         raise ValueError(
-            f"{path} cannot be read ({first_line(error)}): save plain arrays again, without Python objects, with "
+            f"{path} cannot be read ({why}): save plain arrays again, without Python objects, with "
             f"numpy.save or numpy.savez"
         ) from error
     x = next((arrays[name] for name in DATA_KEYS if name in arrays), None)

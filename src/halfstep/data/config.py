@@ -109,6 +109,8 @@ def _folder(config: DataConfig, root: Path) -> Labelled:
     """Return the images of a folder: those in its tables if it has any, else its image files."""
     if is_saved(root):
         return _table(config)
+    if (root / "recipe.json").is_file() and (root / "stages").is_dir():
+        raise ValueError(f"{config.source} is the folder of a run, not data: give the data that it was trained on")
     files = files_below(root)
     images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     tables = [path for path in files if path.suffix.lower() in _TABLES]

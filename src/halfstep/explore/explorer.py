@@ -30,7 +30,7 @@ from halfstep.runtime.files import DamagedFile
 from halfstep.samplers import trajectory
 
 KEPT_BYTES = 2 * 2**30
-"""Weights that stay in memory; beyond it, the least recently used model is dropped."""
+"""Maximum size of the weights in memory; above it, the least recently used model is dropped."""
 LARGEST_SEED = 2**53
 """JSON's numbers are exact integers up to here."""
 

@@ -215,7 +215,7 @@ def _other_parts(origin: Path, index: dict[str, Any], component: str) -> dict[st
 
 
 def _save_network(network: StockNetwork, folder: Path) -> None:
-    # safetensors takes no channels-last tensors.
+    # safetensors does not accept channels-last tensors.
     module = copy.deepcopy(network.model).cpu().float().to(memory_format=torch.contiguous_format)
     with quiet():
         module.save_pretrained(folder, safe_serialization=True)

@@ -2,8 +2,8 @@
 
 The user's pipeline is run for a few steps with hooks on its denoiser and its scheduler: with one prompt, with two, and
 guided. An input that changes with the batch has a batch axis; one that differs between prompts is a condition; one that
-changes from step to step is the sample or the time. The result is data (`Recording`) that `nets.Replay` calls the
-network by.
+changes from step to step is the sample or the time. The result is a description (`Recording`) from which `nets.Replay`
+calls the network.
 """
 
 import functools

@@ -72,7 +72,9 @@ class Evaluation:
     precision: Literal["float32", "bf16"] = "float32"
     """bf16 computes the networks in bfloat16 while sampling: faster, and another protocol."""
     teacher_steps: tuple[int, ...] = ()
-    """Steps at which the undistilled teacher is measured besides the chain's start and those of its students."""
+    """Further step counts at which to measure the undistilled teacher, besides the chain's start and its students'
+    steps.
+    """
     teacher_heun_steps: tuple[int, ...] = (32,)
     """Steps at which Heun's method measures the undistilled teacher too."""
 

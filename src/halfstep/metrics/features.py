@@ -113,7 +113,7 @@ def digest_of(network: nn.Module) -> str:
 
 
 LARGEST: Final = 4096
-"""Entries of a sample beyond which pixels are averaged: a square matrix of more would not fit into memory."""
+"""Largest sample size without averaging of pixels: a square matrix of a larger size would not fit into memory."""
 
 
 @final

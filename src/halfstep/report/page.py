@@ -29,7 +29,7 @@ def write_report(run: Path, studies: Path | None = None, without_nearest: str | 
 
     Args:
         studies: a folder of studies to show; RUN/studies if None.
-        without_nearest: why there are no nearest training samples, where there are none.
+        without_nearest: reason for missing nearest training samples, if they are missing.
 
     Raises:
         ValueError: if the folder holds neither a stage that can be read nor a log of one in training.

@@ -232,7 +232,7 @@ def text_table(group: Group) -> Table:
 
 
 def _curve(label: str, results: Sequence[Result | None], named: Sequence[Pair] = ()) -> figures.Curve | None:
-    """Return the curve by network calls of those results that a logarithmic axis can show.
+    """Return the curve over network calls, with the results that a logarithmic axis can show.
 
     Args:
         named: rows whose stages are written beside the points of their students.

@@ -33,8 +33,8 @@ def samples_of(
     as 400 finishing updates of 64 samples. No student can become better than these samples: what the teacher gets
     wrong or leaves out they lack too, and few samples are memorised.
 
-    A model of classes draws them in turn and without guidance, unless it has learned one. The noise comes from other
-    streams than that of any sample's seed, so evaluations do not see it.
+    A class-conditional model samples its classes in turn, without guidance unless it has learned a scale. The noise
+    streams differ from those of sample seeds, so evaluations never use the same noise.
 
     Args:
         shape: of one sample; a loaded model's own if None.

@@ -227,7 +227,7 @@ class StageTrainer:
     def _seed_layers(self, draw: Draw) -> None:
         """Seed what layers with randomness of their own (dropout) draw from: the device's global generator.
 
-        torch.manual_seed would seed those of all devices that there could be, which takes a millisecond.
+        torch.manual_seed would seed every possible device, which takes a millisecond.
         """
         key = (draw.seed, draw.stream, draw.update, self.accelerator.process_index)
         seed = generator_for(*key).initial_seed()

@@ -60,8 +60,8 @@ def _passes_fit(trainer: "StageTrainer") -> bool:
         first = trainer.update
         feed = Feed(trainer.batches, trainer.places_of, trainer.accelerator.device)
         ahead = list(feed.updates(first, lambda: min(first + 1 + trainer.ahead, trainer.stage.training.num_updates)))
-        # Not compiled: each size would be compiled again, and after some torch compiles no more, so that the size
-        # that is found would run otherwise than in a run that is resumed with it.
+        # Not compiled: torch would recompile for each size and give up after a few, so the size found would then run
+        # differently from a resumed run.
         with torch.compiler.set_stance("force_eager"):
             for parts in ahead[0]:
                 player = trainer.players[parts[0].place.turn.trains]

@@ -38,7 +38,7 @@ def shard(network: nn.Module, device: torch.device, count: int) -> None:
 
 
 def _blocks(network: nn.Module, unit: int) -> list[nn.Module]:
-    """Entries of lists of blocks with at least `unit` parameters that are in no smaller unit, the innermost first."""
+    """Blocks in lists with at least `unit` parameters outside smaller units, innermost first."""
     found: list[nn.Module] = []
     taken: set[nn.Parameter] = set()
     lists = [module for module in network.modules() if isinstance(module, nn.ModuleList)]
