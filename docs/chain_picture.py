@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from halfstep.runs import RunFolder, StageFolder
 from halfstep.runs.schema import Result
 
-COLUMNS, SCALE, LABEL, GAP = 16, 5, 190, 14
+COLUMNS, LABEL, GAP = 16, 190, 14
 
 
 def rows_of(run: RunFolder) -> tuple[list[tuple[str, np.ndarray]], list[tuple[str, np.ndarray]]]:
@@ -45,7 +45,8 @@ def rows_of(run: RunFolder) -> tuple[list[tuple[str, np.ndarray]], list[tuple[st
 def main(run: Path, out: Path) -> None:
     """Writes the picture."""
     chain, alone = rows_of(RunFolder(run))
-    side = chain[0][1].shape[1] * SCALE
+    pixels = chain[0][1].shape[1]
+    side = pixels * max(2, 40 // pixels)
     height = (len(chain) + len(alone)) * (side + 3) + GAP
     picture = Image.new("RGB", (LABEL + COLUMNS * (side + 3), height), "white")
     draw = ImageDraw.Draw(picture)

@@ -18,6 +18,7 @@ from halfstep.measure.evaluate import Method, finest, teacher_methods
 from halfstep.measure.sources import ModelSource, sampler_of
 from halfstep.models.folder import base_of, find_stage, load
 from halfstep.models.model import Model
+from halfstep.models.pretrained import model_path, pretrained
 from halfstep.recipes import Recipe
 from halfstep.registry import nearest
 from halfstep.report.words import sampler_label
@@ -60,7 +61,7 @@ def subject_of(text: str) -> Subject:
     Raises:
         ValueError: if it names nothing that can be measured.
     """
-    path = Path(text)
+    path = model_path(text)
     if is_pipeline(path) or (not path.exists() and text.count("/") == 1 and not text.startswith((".", "/", "~"))):
         model = import_pipeline(text)
         name = Path(text).resolve().name if path.exists() else path.name
@@ -111,7 +112,9 @@ def _stage(path: Path, recipe: Recipe | None) -> Subject:
     found = Candidate(stage.name, manifest, cache(partial(load, path)))
     teacher, students = (found, ()) if manifest.outcome.role == "teacher" else (None, (found,))
     store = RunFolder(path.parent.parent).evaluation_path.parent if path.parent.name == "stages" else None
-    return Subject("stage", path / "evaluation", recipe, teacher, students, store=store)
+    # Nothing is written into the package.
+    out = Path(f"evaluation-{path.name}") if path in pretrained().values() else path / "evaluation"
+    return Subject("stage", out, recipe, teacher, students, store=store)
 
 
 @final

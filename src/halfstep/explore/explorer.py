@@ -23,6 +23,7 @@ from halfstep.core.warnings import HalfstepWarning
 from halfstep.measure.samples import samples_array
 from halfstep.models.folder import find_stage, load
 from halfstep.models.model import Model
+from halfstep.models.pretrained import model_path
 from halfstep.report.words import count, inside
 from halfstep.runs import Manifest, RunFolder, StageFolder, is_finite
 from halfstep.runtime.files import DamagedFile
@@ -120,13 +121,14 @@ class Explorer:
     """A run whose models can be sampled.
 
     Args:
-        path: the folder of a run, or of one stage.
+        path: the folder of a run, or of one stage, or the name of a packaged student.
 
     Raises:
         ValueError: if it holds no model that can be sampled, or its samples are neither images nor points in the plane.
     """
 
     def __init__(self, path: Path, device: str | torch.device = "cpu", bounds: Bounds | None = None) -> None:
+        path = model_path(path)
         self.path, self.device, self.bounds = path, torch.device(device), bounds or Bounds()
         self._folders: dict[str, StageFolder] = {}
         self._manifests: dict[str, Manifest] = {}

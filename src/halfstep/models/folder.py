@@ -14,6 +14,7 @@ from halfstep.core.noise import processes
 from halfstep.core.prediction import predictions
 from halfstep.core.warnings import HalfstepWarning
 from halfstep.models.model import Model
+from halfstep.models.pretrained import model_path, pretrained
 from halfstep.nets import OWN, LoRA, build_network, load_own_state, own_state
 from halfstep.runs import Manifest, RunFolder, StageFolder
 from halfstep.runtime.devices import existing_device
@@ -51,13 +52,15 @@ def drop_weights(folder: StageFolder) -> None:
 
 
 def find_stage(path: Path) -> StageFolder:
-    """Return the stage that `path` means: itself, or the last complete stage of a run.
+    """Return the stage that `path` means: itself, the last complete stage of a run, or a packaged student by name.
 
     Raises:
-        ValueError: if it is neither.
+        ValueError: if it is none of them.
     """
+    path = model_path(path)
     if not path.exists():
-        raise ValueError(f"{path} does not exist: give the folder of a run or of one of its stages")
+        named = f", or the name of a packaged student ({', '.join(pretrained())})" if path.parts == (path.name,) else ""
+        raise ValueError(f"{path} does not exist: give the folder of a run or of one of its stages{named}")
     if path.is_dir() and (path / "manifest.json").exists():
         return StageFolder(path)
     run = RunFolder(path)
@@ -149,6 +152,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", network: nn.Modul
     """Load the model in `path`: the folder of a stage, or of a run, which means its last complete stage.
 
     Args:
+        path: the folder, or the name of a packaged student, such as "fashion".
         network: one of the class that the model was trained with, if that is the user's own; it is copied.
 
     Raises:

@@ -1,5 +1,5 @@
 """Recipes: everything a run needs, as typed data with names; each is a Python function that returns one."""
 
-from halfstep.recipes.builtin import arrays, cifar10, digits, fashion_mnist, images
+from halfstep.recipes.builtin import arrays, cifar10, digits, digits_long, fashion_mnist, images
 from halfstep.recipes.paper import cifar10_paper, imagenet64_paper, lsun_bedroom128_paper, lsun_church128_paper
 from halfstep.recipes.schema import ChainConfig, DataFacts, MLPConfig, ModelConfig, Recipe, UNetConfig, build, recipes

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from halfstep.data import DataConfig
 from halfstep.measure.evaluate import Evaluation
-from halfstep.objectives import Training
+from halfstep.objectives import FINISHING, Training
 from halfstep.recipes.schema import (
     SECOND_ORDER,
     TEACHER,
@@ -87,14 +87,35 @@ def digits_long() -> Recipe:
 
 @recipes.register("fashion_mnist")
 def fashion_mnist() -> Recipe:
-    """28x28 grey images of clothes in 10 classes: an evening on a CPU, minutes on a GPU."""
+    """28x28 grey images of clothes in 10 classes, from nothing to one step in two hours on two CPU cores."""
     return Recipe(
         name="fashion_mnist",
         data=DataConfig(source="zalando-datasets/fashion_mnist"),
-        network=UNetConfig(block_out_channels=(64, 128, 128), attention=(False, False, True)),
-        teacher=replace(TEACHER, num_updates=30_000, learning_rate=3e-4, ema_decay=0.999),
-        chain=SECOND_ORDER.model_copy(update={"training": Training(num_updates=4000, learning_rate=1e-4)}),
-        evaluation=Evaluation(num_samples=5000),
+        network=UNetConfig(
+            block_out_channels=(16, 48, 96),
+            layers_per_block=1,
+            attention=(False, False, True),
+            norm_num_groups=8,
+            time_embedding_dim=192,
+        ),
+        teacher=Training(
+            num_updates=6500,
+            batch_size=64,
+            learning_rate=1e-3,
+            warmup_updates=200,
+            adam_betas=(0.9, 0.99),
+            ema_decay=0.999,
+        ),
+        chain=SECOND_ORDER.model_copy(
+            update={
+                "training": Training(
+                    num_updates=500, batch_size=64, learning_rate=4e-4, warmup_updates=40, adam_betas=(0.9, 0.99)
+                ),
+                "updates_at": {8: 600, 1: 700},
+            }
+        ),
+        finish=FinishConfig(steps=(4, 2, 1), training=replace(FINISHING, num_updates=250), updates_at={4: 200, 1: 350}),
+        evaluation=Evaluation(num_samples=4000, batch_size=500),
     )
 
 

@@ -1,0 +1,49 @@
+"""The page of the packaged student on the home page: it samples in the reader's browser.
+
+In index.md the picture between the two marks is what is shown where the page cannot be made: onnxruntime-web comes from
+the cache or, once, from the npm registry, and a machine may have neither.
+"""
+
+import logging
+import re
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.pages import Page
+
+import halfstep
+from halfstep.hub.web import export_web
+
+NAME = "fashion"
+FILE = f"{NAME}.html"
+FRAME = (
+    f'<iframe src="{FILE}" title="A student of one step that samples clothes in this browser" loading="lazy" '
+    'style="width: 100%; height: 34rem; border: 0"></iframe>'
+)
+MARKED = re.compile(r"<!-- live -->.*<!-- /live -->", re.DOTALL)
+
+log = logging.getLogger("mkdocs.hooks.live")
+made: list[Path] = []
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: object) -> str:
+    """The home page with the frame in the place of the picture."""
+    if page.file.src_uri != "index.md" or not _is_made(Path(config.site_dir)):
+        return markdown
+    found, count = MARKED.subn(FRAME, markdown)
+    if count != 1:
+        raise ValueError("index.md has no part between <!-- live --> and <!-- /live -->")
+    return found
+
+
+def _is_made(site: Path) -> bool:
+    out = site / FILE
+    if out not in made:
+        try:
+            out.unlink(missing_ok=True)
+            export_web([(halfstep.load(NAME), None)], out, NAME, single_file=True)
+        except ValueError as error:
+            log.info("the home page shows a picture, not the live page: %s", error)
+            return False
+        made.append(out)
+    return True

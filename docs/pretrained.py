@@ -1,0 +1,32 @@
+"""Puts a student of a run into the package, weights as float16: python docs/pretrained.py STAGE NAME DATA
+
+STAGE is the folder of the stage, such as runs/fashion_mnist/stages/07-finish-0001. `halfstep.load(NAME)` opens it then.
+DATA says in words what it was trained on. The card in its folder, README.md, is written by hand.
+"""
+
+import argparse
+from pathlib import Path
+
+import halfstep
+from halfstep.models.folder import save_stage
+from halfstep.models.pretrained import FOLDER
+from halfstep.runs import Manifest, StageFolder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", type=Path)
+    parser.add_argument("name")
+    parser.add_argument("data")
+    options = parser.parse_args()
+    model = halfstep.load(options.stage)
+    out = FOLDER / options.name
+    # Outside its run there is no stage that it came from, and a path of this machine says nothing.
+    lineage = {"run": None, "parent": None, "teacher": None, "data": options.data, "stage": options.name}
+    manifest: Manifest = model.manifest.model_copy(update=lineage)
+    save_stage(StageFolder(out), model.denoiser.half(), manifest)
+    print(f"{out}: {sum(file.stat().st_size for file in out.iterdir()) / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    main()
