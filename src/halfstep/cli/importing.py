@@ -12,6 +12,7 @@ from halfstep.cli.usage import UsageError, parse
 from halfstep.cli.words import Screen
 from halfstep.hub import config_of, import_google_pd, import_pipeline
 from halfstep.models.folder import save_stage
+from halfstep.nets import BasePrecision
 from halfstep.report.words import count
 from halfstep.runs import StageFolder
 from halfstep.runtime.files import refuse_taken
@@ -34,6 +35,8 @@ class ImportArguments:
     """diffusers: arguments of the pipeline's call that stay the same, such as height=512 width=512."""
     ema: bool = False
     """diffusers: take the averaged weights beside the network's own (unet_ema)."""
+    base_precision: BasePrecision = "float32"
+    """diffusers: precision of the weights; students of any but float32 are low-rank additions."""
     out: Path | None = None
     """Folder of the stage; imported/NAME by default."""
 
@@ -46,12 +49,16 @@ def import_(argv: Sequence[str]) -> None:
         if arguments.config is not None:
             raise UsageError(f"--config {arguments.config} says nothing to diffusers, whose folders hold theirs")
         refuse_taken(out)
-        model = import_pipeline(arguments.source, options_from(arguments.call), ema=arguments.ema)
+        model = import_pipeline(
+            arguments.source, options_from(arguments.call), ema=arguments.ema, precision=arguments.base_precision
+        )
         manifest = model.manifest.model_copy(update={"stage": out.name})
         manifest = save_stage(StageFolder(out), model.denoiser, manifest, model.null)
     else:
         if arguments.call:
             raise UsageError(f"--call {arguments.call[0]} only applies to diffusers. Remove it")
+        if arguments.base_precision != "float32":
+            raise UsageError("--base-precision only applies to diffusers. Remove it")
         if arguments.ema:
             raise UsageError("--ema has no effect on google-pd, whose checkpoints hold averaged weights. Remove it")
         if arguments.config is None:

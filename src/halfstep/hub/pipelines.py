@@ -36,7 +36,7 @@ from halfstep.hub.recording import component_of, record
 from halfstep.hub.schedulers import GONE, Schedule, read_schedule, renewed
 from halfstep.hub.stock import quiet, stock
 from halfstep.models.model import Model
-from halfstep.nets import StockNetwork, UNet2D, describe_network
+from halfstep.nets import BasePrecision, StockNetwork, UNet2D, describe_network
 from halfstep.runs import Manifest, Outcome, Pipeline
 from halfstep.runtime.files import first_line, user_path
 
@@ -89,8 +89,14 @@ def fetch(source: str) -> Path:
         ) from None
 
 
-def import_pipeline(source: str | Path, options: Mapping[str, Any] | None = None, *, ema: bool = False) -> Model:
-    """Load the network of a pipeline as a teacher, on the CPU in float32.
+def import_pipeline(
+    source: str | Path,
+    options: Mapping[str, Any] | None = None,
+    *,
+    ema: bool = False,
+    precision: BasePrecision = "float32",
+) -> Model:
+    """Load the network of a pipeline as a teacher, on the CPU.
 
     A pipeline with conditions is run for a few steps, to see what it feeds its network (hub/recording.py). Warns of
     averaged weights beside those that are taken, and of a last noise level that is no pure noise.
@@ -99,6 +105,7 @@ def import_pipeline(source: str | Path, options: Mapping[str, Any] | None = None
         source: a folder that diffusers has saved, or a name on the Hub.
         options: arguments of the pipeline's call that stay the same for all samples, such as height and width.
         ema: whether to take the averaged weights beside the network's own, such as unet_ema.
+        precision: of its weights once they are verified in float32; students of any other are low-rank additions.
 
     Raises:
         ValueError: if it is pickled, wants code of its own, or a part of it is missing or not understood.
@@ -109,9 +116,11 @@ def import_pipeline(source: str | Path, options: Mapping[str, Any] | None = None
     kind = read_kind(folder) if (folder / "model_index.json").is_file() else None
     if kind is not None and kind not in PIXELS:
         told = Pipeline(kind=kind, folder=origin, component="", options=dict(options or {}))
-        return _recorded(source, folder, told, ema)
+        return _recorded(source, folder, told, ema, precision)
     if options:
         raise ValueError(f"{source} is a pipeline of pixels, whose call has no {', '.join(options)}: remove --call")
+    if precision != "float32":
+        raise ValueError(f"{source} makes pixels, whose network stays in float32. Remove --base-precision")
     network_folder, scheduler = _parts(folder) if kind else _plain_parts(folder)
     if not scheduler.is_file():
         raise ValueError(f"{folder} has no {scheduler.relative_to(folder)}: the pipeline was not saved whole")
@@ -143,7 +152,7 @@ def _weights(source: str | Path, network: Path, ema: bool) -> Path:
     return averaged
 
 
-def _recorded(source: str | Path, folder: Path, pipeline: Pipeline, ema: bool) -> Model:
+def _recorded(source: str | Path, folder: Path, pipeline: Pipeline, ema: bool, precision: BasePrecision) -> Model:
     """The teacher that a recording of its pipeline's call makes."""
     places = {name: _weights(source, folder / name, ema) for name in DENOISERS if (folder / name).is_dir()}
     pipe = load_pipeline(folder, pipeline.kind, places=places)
@@ -153,6 +162,7 @@ def _recorded(source: str | Path, folder: Path, pipeline: Pipeline, ema: bool) -
     except ValueError as error:
         missing = sorted(name for name, part in pipe.components.items() if part is None and name not in OPTIONAL)
         raise ValueError(f"{folder} has no {', '.join(missing)}: {error}" if missing else str(error)) from None
+    network.lower(precision)
     null = dict(recording.null)
     labels = null.get("class_labels") if set(recording.conditions) == {"class_labels"} else None
     return _teacher(
