@@ -41,8 +41,9 @@ class StandIn(Data):
         generator = generator_for("stand-in", indices.tolist())
         size = (len(indices), *self.image_shape)
         if self.conditions is not None:
-            cond = {name: torch.zeros(len(indices), *shape) for name, shape in self.conditions.items()}
-            return Batch(torch.randn(size, generator=generator), cond)
+            # One sample, repeated without memory: those of a video model are large.
+            cond = {name: torch.zeros(shape).expand(len(indices), *shape) for name, shape in self.conditions.items()}
+            return Batch(torch.randn(self.image_shape, generator=generator).expand(size), cond)
         pixels = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
         batch = to_batch(pixels, None, indices)
         if self.class_names:

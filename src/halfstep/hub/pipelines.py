@@ -51,7 +51,7 @@ UNET: Final = "UNet2DModel"
 FETCHED: Final = ("*.json", "*.txt", "*.model", "*.jinja", "*/*.safetensors", "diffusion_pytorch_model*.safetensors")
 """Of a repository: neither pickles nor code, and no weights beside the parts, where many keep them all in one file."""
 NOT_FETCHED: Final = ("*.fp16.*", "*.fp16-*", "*.bf16.*", "*.bf16-*", "*.non_ema.*", "*.non_ema-*")
-"""Variants of the weights, which are not read."""
+"""Variants of the weights; those in half precision are fetched where there are no others."""
 
 
 def is_pipeline(path: str | Path) -> bool:
@@ -81,8 +81,15 @@ def fetch(source: str) -> Path:
         raise ValueError(f"{source} does not exist: give a folder, or a name on the Hub (OWNER/NAME)")
     from huggingface_hub import snapshot_download
 
+    def download(*ignored: str) -> Path:
+        return Path(snapshot_download(source, allow_patterns=list(FETCHED), ignore_patterns=list(ignored)))
+
     try:
-        return Path(snapshot_download(source, allow_patterns=list(FETCHED), ignore_patterns=list(NOT_FETCHED)))
+        path = download(*NOT_FETCHED)
+        parts = [file.parent for file in path.glob("*/config.json")]
+        if parts and not any(list(part.glob("*.safetensors")) for part in parts):
+            path = download("*.non_ema.*", "*.non_ema-*")
+        return path
     except Exception as error:  # the Hub's client has many errors of its own, and network libraries below it more
         raise ValueError(
             f"{source} is no folder here and could not be fetched from the Hub ({first_line(error)})"
@@ -155,6 +162,8 @@ def _weights(source: str | Path, network: Path, ema: bool) -> Path:
 def _recorded(source: str | Path, folder: Path, pipeline: Pipeline, ema: bool, precision: BasePrecision) -> Model:
     """The teacher that a recording of its pipeline's call makes."""
     places = {name: _weights(source, folder / name, ema) for name in DENOISERS if (folder / name).is_dir()}
+    if (folder / "vae").is_dir() and not list((folder / "vae").glob("*.safetensors")):
+        check_files(folder / "vae", "diffusers.AutoencoderKL")
     pipe = load_pipeline(folder, pipeline.kind, places=places)
     component = component_of(pipe)
     try:
@@ -169,7 +178,8 @@ def _recorded(source: str | Path, folder: Path, pipeline: Pipeline, ema: bool, p
         folder.name, network, recording.schedule,
         pipeline.model_copy(
             update={
-                "component": component, "guidance": recording.guidance, "off": recording.off, "scale": recording.scale
+                "component": component, "guidance": recording.guidance, "off": recording.off,
+                "scale": recording.scale, "averaged": ema,
             }
         ),
         f"{source} (weights sha256 {digest_of(places[component])})",
@@ -266,7 +276,7 @@ def load_pipeline(
     """Load a pipeline in float32, its parts with weights by hub/disk.py.
 
     Args:
-        is_whole: whether with the weights of its denoiser; if not, it can make conditions and decode latents.
+        is_whole: whether with the weights of its denoiser and VAE; if not, it can make conditions only.
         places: folders of parts that are not read from `folder`, by name.
 
     Raises:
@@ -298,8 +308,9 @@ def _part(
             taken = {kind.__name__ for kind in stock(pipeline)._get_signature_types()[part]}
             name = next((new for new in OLD_NAMES[name] if new in taken), name)
         config = check_config(folder, name)
-        if not is_whole and part in DENOISERS:
+        if not is_whole and part in (*DENOISERS, "vae"):
             check_files(folder, f"diffusers.{name}")
+            config = {field: value for field, value in config.items() if field != "quantization_config"}
             return on_meta(name, config, device)
     elif library != "transformers":
         library = f"diffusers.pipelines.{library}"

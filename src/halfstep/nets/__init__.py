@@ -5,6 +5,7 @@ from halfstep.nets.features import EncoderHalf, encoder_half
 from halfstep.nets.half import InHalf
 from halfstep.nets.lora import (
     LoRA,
+    bare,
     checkpoint_gradients,
     checkpoints_gradients,
     copy_denoiser,

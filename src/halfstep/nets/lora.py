@@ -157,6 +157,16 @@ def load_own_state(network: nn.Module, state: Mapping[str, Tensor]) -> None:
     network.load_state_dict(state, strict=False)
 
 
+def bare(network: LoRA) -> LoRA:
+    """Return a copy without effect of its additions, which shares the frozen weights."""
+    twin: Any = copy_network(network)
+    with torch.no_grad():
+        for name, parameter in twin.own():
+            if ".lora_B." in name:
+                parameter.zero_()
+    return twin
+
+
 def merged(network: nn.Module) -> nn.Module:
     """A network of the base's kind, in float32, whose weights hold the additions of a `LoRA`; any other itself."""
     is_lowered = precision_of(network) != "float32"
