@@ -28,7 +28,7 @@ BLOCK: Final = 64
 
 def quantised(module: nn.Module) -> bool:
     """Return whether a module is a linear layer in fewer bits."""
-    return isinstance(module, nn.Linear) and type(module.weight) is not nn.Parameter
+    return isinstance(module, nn.Linear) and type(module.weight).__module__.partition(".")[0] in PACKAGES.values()
 
 
 def same_layer(one: nn.Module, other: nn.Module) -> bool:
