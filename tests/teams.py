@@ -31,7 +31,7 @@ from halfstep.cli import main
 from halfstep.core.denoiser import NetworkDenoiser
 from halfstep.core.noise import VPCosine
 from halfstep.core.prediction import V
-from halfstep.data import MemoryData, training_batch
+from halfstep.data import Encoder, MemoryData, Prompts, encode, training_batch
 from halfstep.measure import curve, store
 from halfstep.measure.evaluate import Evaluation
 from halfstep.models.folder import load
@@ -330,6 +330,27 @@ def run_cases(folder: str, one: str) -> list[Any]:
     model = load(one)
     parts = processes.spread([[3, 1], [7], [8, 2], [4, 5], [6]], lambda seeds: (model.sample(seeds, 2),))
     return [] if parts is None else [part for (part,) in parts]
+
+
+def prompted(folder: str, batch_size: int, fails_at: int | None = None) -> list[list[int]]:
+    """Samples of 11 prompts in shards of 6; return the places that this process sampled."""
+    mine: list[list[int]] = []
+
+    def sampled(places: range, conditions: Any) -> torch.Tensor:
+        mine.append(list(places))
+        if fails_at in places:
+            raise ValueError(f"place {fails_at} failed")
+        rows = [torch.full((2, 3), float(place)) + conditions["text"][i] for i, place in enumerate(places)]
+        return torch.stack(rows)
+
+    def texts(captions: list[str]) -> dict[str, torch.Tensor]:
+        return {"text": torch.tensor([[float(len(caption))] for caption in captions])}
+
+    processes = Processes(make_accelerator(cpu=True)) if dist.is_initialized() or "RANK" in os.environ else Processes()
+    data = Prompts("prompts.txt", tuple("a" * number for number in range(1, 12)), sampled)
+    encoder = Encoder(lambda pixels: pixels, texts, "toy")
+    encode(data, encoder, Path(folder), batch_size, 6, processes=processes)
+    return mine
 
 
 def refusals(folder: str) -> list[str]:

@@ -14,14 +14,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from halfstep.cli import main
-from halfstep.core.denoiser import output_gain, warn_of_gain, warn_of_signal
+from halfstep.core.denoiser import NetworkDenoiser, output_gain, warn_of_gain, warn_of_signal
 from halfstep.core.noise import VPCosine, VPTable, linear_betas, scaled_linear_betas, zero_terminal_betas
 from halfstep.core.prediction import X0, Eps, V
 from halfstep.core.warnings import HalfstepWarning
-from halfstep.hub import export_pipeline, import_pipeline, networks_below, read_schedule
+from halfstep.hub import export_lora, export_pipeline, import_pipeline, networks_below, read_schedule
 from halfstep.hub.disk import open_part
 from halfstep.hub.pipelines import fetch
-from halfstep.nets import UNet2D
+from halfstep.hub.stock import quiet
+from halfstep.models.model import Model
+from halfstep.nets import UNet2D, with_lora
 from halfstep.objectives import Plan, Training
 from halfstep.run.course import Match, Start, course
 from support_pipelines import save_ddpm, save_dit, save_sd, tiny_unet, tiny_vae
@@ -168,6 +170,65 @@ def test_averaged_weights_of_a_pipeline_of_prompts_are_recorded_if_asked_for(sav
     assert averaged.manifest.source != plain.manifest.source
     for name, value in averaged.denoiser.network.state_dict().items():  # type: ignore[union-attr]
         assert torch.equal(value, 0.5 * plain.denoiser.network.state_dict()[name])  # type: ignore[union-attr]
+
+
+def test_weights_of_the_variant_fp16_are_read_where_there_are_no_others(saved: Path, tmp_path: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    plain = import_pipeline(saved / "sd")
+    pipe = StableDiffusionPipeline.from_pretrained(saved / "sd", safety_checker=None)
+    folder = tmp_path / "sd"
+    pipe.to(dtype=torch.float16).save_pretrained(folder, variant="fp16", max_shard_size="20KB")
+    assert not list(folder.glob("*/diffusion_pytorch_model.safetensors"))
+    assert len(list(folder.glob("unet/*.fp16-*.safetensors"))) > 1
+    model = import_pipeline(folder)
+    found, wanted = (made.denoiser.network.state_dict() for made in (model, plain))  # type: ignore[union-attr]
+    assert all(torch.equal(value, wanted[name].half().float()) for name, value in found.items())
+    out = export_pipeline(model, tmp_path / "out")
+    # What is copied loads without a word about its variant.
+    again = StableDiffusionPipeline.from_pretrained(out, safety_checker=None)
+    assert all(torch.equal(a, b) for a, b in zip(again.vae.parameters(), pipe.vae.parameters(), strict=True))
+    shard = next(folder.glob("unet/*00002-of*.safetensors"))
+    shard.unlink()
+    with pytest.raises(ValueError, match="is missing, a shard of"):
+        import_pipeline(folder)
+
+
+def test_a_vae_that_is_not_read_is_refused_when_the_teacher_is_opened(saved: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(saved / "sd", tmp_path / "sd")
+    (folder / "vae" / WEIGHTS).rename(folder / "vae" / "diffusion_pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"vae has its weights pickled \(diffusion_pytorch_model.bin\)"):
+        import_pipeline(folder)
+
+
+def test_additions_to_averaged_weights_are_not_exported_alone(saved: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(saved / "sd", tmp_path / "sd")
+    shutil.copytree(folder / "unet", folder / "unet_ema")
+    model = import_pipeline(folder, ema=True)
+    student = NetworkDenoiser(with_lora(model.denoiser.network, 2), model.process, model.denoiser.prediction)
+    with pytest.raises(
+        ValueError, match=r"averaged weights \(EMA\) in .*unet_ema, and a StableDiffusionPipeline loads"
+    ):
+        export_lora(Model(student, model.manifest), tmp_path / "lora")
+
+
+def test_quiet_is_restored_to_what_it_was_inside_another() -> None:
+    from diffusers.utils import logging
+
+    before = (logging.get_verbosity(), logging.is_progress_bar_enabled())
+    with quiet():
+        with quiet():
+            pass
+        assert logging.get_verbosity() == logging.ERROR
+        assert not logging.is_progress_bar_enabled()
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+    logging.disable_progress_bar()
+    try:
+        with quiet():
+            pass
+        assert not logging.is_progress_bar_enabled()
+    finally:
+        logging.enable_progress_bar()
 
 
 def test_a_vae_of_2022_is_read_with_its_old_names(saved: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import support_pipelines
 from halfstep.core.noise import VPTable
 from halfstep.data import DataConfig, open_data
 from halfstep.hub import text_conditions
@@ -37,8 +38,8 @@ WITH_NETWORK: Final = "someone_elses_teacher.py"
 FOREIGN: Final = Path(__file__).parents[3] / "shared" / "data"
 
 
-def test_there_are_seven_and_each_is_short() -> None:
-    assert len(SCRIPTS) == 7
+def test_there_are_nine_and_each_is_short() -> None:
+    assert len(SCRIPTS) == 9
     for script in SCRIPTS:
         assert len(script.read_text().splitlines()) < (80 if script.name == WITH_NETWORK else 60), script.name
 
@@ -109,12 +110,45 @@ def test_low_rank_additions_of_the_latent_example_sample_in_stock_diffusers_as_h
     assert sum(file.stat().st_size for file in lora.glob("*.safetensors")) < 0.05 * full
 
 
-def test_the_latent_example_says_how_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "family", "call"),
+    [
+        ("sdxl_from_prompts", "sdxl", {"height": 8, "width": 8}),
+        ("wan_video", "wan", {"height": 16, "width": 16, "num_frames": 5, "max_sequence_length": 16}),
+    ],
+)
+def test_an_example_of_prompts_alone_samples_in_stock_diffusers_as_here(
+    name: str, family: str, call: dict[str, Any], tmp_path: Path
+) -> None:
+    torch.set_num_threads(1)
+    pipeline, prompts, example = tmp_path / family, tmp_path / "prompts.txt", loaded(name)
+    getattr(support_pipelines, f"tiny_{family}")(tmp_path / "tokens").save_pretrained(pipeline)
+    prompts.write_text("a b\nb\n")
+    budget = (
+        *("--matching.num-updates", "2", "--matching.batch-size", "2", "--chain.start-steps", "8"),
+        *("--chain.num-updates", "2", "--chain.batch-size", "2", "--chain.lora-rank", "2", "--evaluation.no-enabled"),
+        *("--base-precision", "bf16", "--call", *(f"{key}={value}" for key, value in call.items())),
+    )
+    # The export itself compares the stock pipeline's samples with ours.
+    run, exported = example.main(str(pipeline), str(prompts), tmp_path / "out", budget)
+    assert load(run).num_steps == 4
+    assert (exported / "model_index.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "usage"),
+    [
+        ("latent_text_to_image_lora", "PIPELINE IMAGES OUT"),
+        ("sdxl_from_prompts", "PIPELINE PROMPTS OUT"),
+        ("wan_video", "PIPELINE PROMPTS OUT"),
+    ],
+)
+def test_an_example_of_pipelines_says_how_it_is_used(name: str, usage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import runpy
 
-    monkeypatch.setattr(sys, "argv", ["latent_text_to_image_lora.py"])
-    with pytest.raises(SystemExit, match="PIPELINE IMAGES OUT"):
-        runpy.run_path(str(EXAMPLES / "latent_text_to_image_lora.py"), run_name="__main__")
+    monkeypatch.setattr(sys, "argv", [f"{name}.py"])
+    with pytest.raises(SystemExit, match=usage):
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
 
 
 def foreign_weights(file: Path) -> dict[str, torch.Tensor]:

@@ -1,5 +1,6 @@
 """Several processes are one run: the same weights, the same images, the same files, and one end for all."""
 
+import itertools
 import json
 import os
 import signal
@@ -315,6 +316,24 @@ def test_an_evaluation_of_two_that_is_cut_keeps_what_was_measured(tmp_path: Path
         teams.ended(team, tmp_path / "left")
     assert [process.exitcode for process in team] == [75, 75]
     assert len(list(out.glob("figures/*"))) == 2
+
+
+def test_two_processes_sample_prompts_as_one_does_and_resume(tmp_path: Path) -> None:
+    def contents(name: str) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in (tmp_path / name).glob("*.*") if path.name != ".lock"}
+
+    teams.prompted(str(tmp_path / "one"), 2)
+    shared = together(2, teams.prompted, tmp_path / "team", str(tmp_path / "two"), 2)
+    assert contents("one") == contents("two")
+    assert [sorted(itertools.chain(*places)) for places in shared] == [[0, 1, 4, 5, 6, 7, 10], [2, 3, 8, 9]]
+    # A failure on the second process ends both; what is whole stays, and the same command resumes.
+    team = teams.start(2, teams.prompted, tmp_path / "left", str(tmp_path / "cut"), 2, 9)
+    teams.ended(team, tmp_path / "left")
+    assert all(process.exitcode for process in team)
+    assert len(list((tmp_path / "cut").glob("shard-*"))) == 1
+    again = together(2, teams.prompted, tmp_path / "again", str(tmp_path / "cut"), 2)
+    assert contents("cut") == contents("one")
+    assert [sorted(itertools.chain(*places)) for places in again] == [[6, 7, 10], [8, 9]]
 
 
 def _launch(launcher: list[str], argv: list[str], folder: Path) -> subprocess.CompletedProcess[str]:

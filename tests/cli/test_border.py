@@ -446,7 +446,7 @@ def cut(folder: Path) -> None:
 
 def variant(folder: Path) -> None:
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    file.rename(file.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    file.rename(file.with_name("diffusion_pytorch_model.non_ema.safetensors"))
 
 
 SCHEDULER: Final = "scheduler/scheduler_config.json"
@@ -498,7 +498,7 @@ SOLVED_FLOW: Final = {
         (edit("unet/config.json", sample_size=[8]), "has sample_size [8]: their height and width"),
         (
             variant,
-            "has weights of the variant fp16 alone (diffusion_pytorch_model.fp16.safetensors): save them",
+            "has weights of the variant non_ema alone (diffusion_pytorch_model.non_ema.safetensors): save them",
         ),
         (lambda f: save_ddpm(f, in_channels=3, out_channels=1), "takes 3 channels and returns 1: as many are needed"),
         (lambda f: save_ddpm(f, in_channels=1, out_channels=2), "variance_type does not declare a learned variance"),

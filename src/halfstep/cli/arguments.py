@@ -14,7 +14,7 @@ from halfstep.cli.usage import Count, Guidance, Range, Share, Side, Steps, Switc
 from halfstep.core.noise import processes as noise_processes
 from halfstep.core.prediction import predictions, weightings
 from halfstep.metrics import extractors
-from halfstep.nets import networks
+from halfstep.nets import BasePrecision, networks
 from halfstep.objectives import objectives
 from halfstep.recipes import Recipe, recipes
 from halfstep.registry import Registry
@@ -92,6 +92,9 @@ class DistillArguments(PlanArguments):
     """
     call: tuple[str, ...] = ()
     """Pipeline call arguments shared by all samples, such as height=512 width=512."""
+    base_precision: BasePrecision = "float32"
+    """Precision of a pipeline's frozen weights under --chain.lora-rank: bf16, int8 or nf4 (bitsandbytes), int8wo
+    (torchao)."""
 
 
 @dataclass

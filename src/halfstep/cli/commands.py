@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import torch
 from PIL import Image
@@ -38,17 +38,27 @@ from halfstep.cli.help import HELP
 from halfstep.cli.reporting import make_report
 from halfstep.cli.usage import UsageError, expand_short, parse
 from halfstep.cli.words import Screen, duration, print_json
-from halfstep.data import holds_images
-from halfstep.hub import decoder_of, import_pipeline, is_pipeline, networks_below, release_texts, text_conditions
+from halfstep.data import Data, StandIn, holds_images, read_prompts
+from halfstep.hub import (
+    PUBLISHED,
+    decoder_of,
+    import_pipeline,
+    is_pipeline,
+    networks_below,
+    published,
+    release_texts,
+    text_conditions,
+)
 from halfstep.measure.samples import grid_image, samples_array, write_png
 from halfstep.metrics import to_uint8
 from halfstep.models.folder import find_stage, load
 from halfstep.models.model import Model, samples_at_once
+from halfstep.nets import BasePrecision
 from halfstep.objectives import Role
 from halfstep.recipes import Recipe, build, recipes
 from halfstep.recipes.schema import SECOND_ORDER, MatchingConfig, data_or_stand_in, encode_first
 from halfstep.report.words import count
-from halfstep.run.own_samples import NUM_STEPS
+from halfstep.run.own_samples import NUM_SAMPLES, NUM_STEPS
 from halfstep.run.runner import run as run_spec
 from halfstep.run.spec import GIVEN_TEACHER, RunSpec
 from halfstep.runs import RunFolder, read_status
@@ -56,7 +66,7 @@ from halfstep.runtime.failures import NonFinite
 from halfstep.runtime.files import refuse_taken, replacing_folder, write_arrays
 from halfstep.runtime.launch import world_size
 from halfstep.runtime.stop import Interrupted, StopSignal, at_once
-from halfstep.samplers import Ancestral, Sampler, samplers
+from halfstep.samplers import Ancestral, Heun, Sampler, samplers
 
 
 def _carry_out(
@@ -65,8 +75,13 @@ def _carry_out(
     what: Literal["all", "teacher", "chain"],
     teacher: Model | None = None,
     parent: Mapping[str, Any] | None = None,
+    stand_in: tuple[Data, str] | None = None,
 ) -> None:
-    """With --dry-run show the plan; else build the run, train it and show its results."""
+    """With --dry-run show the plan; else build the run, train it and show its results.
+
+    Args:
+        stand_in: for a dry run, what replaces the data, and why; the recipe's own data, or random pixels, if None.
+    """
     recipe = arguments.recipe
     make = partial(build, recipe, what=what, teacher=teacher, parent=parent)
     if recipe.engine.threads is not None:
@@ -77,7 +92,7 @@ def _carry_out(
     if world_size() > 1:
         # A dry run times an update on one process.
         raise UsageError("a dry run uses one process: start it without torchrun or accelerate launch")
-    data, missing = data_or_stand_in(recipe)
+    data, missing = stand_in or data_or_stand_in(recipe)
     show_plan(make(data=data), out, arguments.json, missing)
 
 
@@ -149,8 +164,13 @@ def distill(argv: Sequence[str]) -> None:
     rest = argv[1:]
     recipe = None
     has_prompts = any(word.partition("=")[0] == "--prompts" for word in rest)
-    if is_pipeline(argv[0]) or not Path(argv[0]).is_dir():
-        model = import_pipeline(argv[0], options_from(_values(rest, "--call")))
+    is_published = argv[0] in PUBLISHED and "--dry-run" in rest and not Path(argv[0]).is_dir()
+    precision = _precision(rest)
+    if is_published:
+        model = published(argv[0], precision)
+        where, stage = argv[0], argv[0]
+    elif is_pipeline(argv[0]) or not Path(argv[0]).is_dir():
+        model = import_pipeline(argv[0], options_from(_values(rest, "--call")), precision=precision)
         where, stage = argv[0], model.manifest.stage
     else:
         try:
@@ -161,11 +181,15 @@ def distill(argv: Sequence[str]) -> None:
                     f"{argv[0]} is not a model itself. Give one of the folders in it, such as {below[-1]}"
                 ) from None
             raise
+        if precision != "float32":
+            raise UsageError("--base-precision only applies to a pipeline: halfstep import sets that of a stage")
         model = load(folder.path)
         recipe = recipe_of_stage(folder)
         where, stage = str(folder.path), folder.name
     if recipe is None:
-        if not has_prompts and not any(token.partition("=")[0] in ("--data", "--data.source") for token in rest):
+        if not (has_prompts or is_published) and not any(
+            token.partition("=")[0] in ("--data", "--data.source") for token in rest
+        ):
             raise UsageError(
                 f"{where} lies outside its run, so its data is unknown: add --data SOURCE, or "
                 "--prompts TEXT for a pipeline"
@@ -185,9 +209,12 @@ def distill(argv: Sequence[str]) -> None:
         )
     last = chain.students[-1] if chain.students else chain.end_steps
     out = arguments.out or Path("runs") / f"{arguments.recipe.name}-{stage}-to-{last}"
-    if arguments.prompts is not None:
+    stand_in = None
+    if arguments.dry_run and (arguments.prompts is not None or is_published):
+        stand_in = _not_sampled(arguments.prompts, model, out)
+    elif arguments.prompts is not None:
         arguments = replace(arguments, recipe=_with_samples(arguments, model, out))
-    _carry_out(arguments, out, "chain", model)
+    _carry_out(arguments, out, "chain", model, stand_in=stand_in)
 
 
 def _values(words: Sequence[str], option: str) -> list[str]:
@@ -203,25 +230,39 @@ def _values(words: Sequence[str], option: str) -> list[str]:
     return found
 
 
+def _precision(words: Sequence[str]) -> BasePrecision:
+    given = _values(words, "--base-precision") or ["float32"]
+    known = get_args(BasePrecision)
+    if given[-1] not in known:
+        raise UsageError(f"--base-precision {given[-1]}: give one of {', '.join(known)}")
+    return cast(BasePrecision, given[-1])
+
+
+def _data_beside(out: Path) -> Path:
+    """Return the folder of a run's own samples of its prompts."""
+    return out.with_name(f"{out.name}-data")
+
+
 def _with_samples(arguments: DistillArguments, model: Model, out: Path) -> Recipe:
     """Sample the teacher's own data from prompts into a folder beside the run; return the recipe that uses it."""
     assert arguments.prompts is not None
-    folder, recipe = out.with_name(f"{out.name}-data"), arguments.recipe
-    if arguments.dry_run:
-        raise UsageError(
-            f"a dry run samples nothing. Sample first, with halfstep encode MODEL --prompts {arguments.prompts} --out "
-            f"{folder}"
-        )
-    if world_size() > 1:
-        raise UsageError(
-            f"--prompts samples on one process only. Sample first, with halfstep encode, and pass --data {folder}"
-        )
-    learned = recipe.matching.guidance
+    folder, recipe = _data_beside(out), arguments.recipe
+    learned, processes = recipe.matching.guidance, processes_of(recipe.engine.cpu)
     sample_prompts(
         model, arguments.prompts, folder, None if learned is None else learned.default_scale, NUM_STEPS, recipe.seed, 8,
-        device_of("cpu" if recipe.engine.cpu else None),
+        device_of("cpu" if recipe.engine.cpu else None, processes), processes,
     )  # fmt: skip
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": str(folder)})})
+
+
+def _not_sampled(prompts: Path | None, model: Model, out: Path) -> tuple[Data, str]:
+    """Return what a dry run has instead of the teacher's own samples, and why."""
+    number, why = NUM_SAMPLES, f"{model.manifest.source} has no weights here"
+    if prompts is not None:
+        number = len(read_prompts(prompts))
+        calls = model.num_evals(Heun(), NUM_STEPS)
+        why = f"{count(number, 'sample')} of {prompts} would be drawn first, by {calls} network calls each"
+    return StandIn(str(_data_beside(out)), model.shape, number, conditions=model.manifest.conditions), why
 
 
 def _prepared(recipe: Recipe, before: Recipe, model: Model, name: str) -> Recipe:

@@ -15,6 +15,10 @@ from halfstep.runs.schema import shortened
 
 LONG_SECONDS: Final = 14 * 86400.0
 """Estimated training time above which a warning is printed."""
+DEVICES: Final = (24, 48, 80)
+"""Memory of common devices, GiB."""
+SHARE: Final = 0.9
+"""Share of a device's memory that the counted bytes may take; the rest is for the allocator and workspaces."""
 FEW_SAMPLES: Final = 5000
 MANY_PASSES: Final = 500.0
 """Passes of one stage over fewer samples than that above which memorisation is warned about."""
@@ -25,9 +29,11 @@ def plan_facts(spec: RunSpec, out: Path, missing: str | None = None) -> dict[str
     forward = count_forward(spec)
     stages = [(name, stage, helper_sizes(spec, stage)) for name, stage in spec.stages if stage is not None]
     memory = max((memory_of_update(stage, forward, spec.engine, helpers) for _, stage, helpers in stages), key=sum)
-    rate = time_updates(spec, forward)
+    # A published size has no weights, which an update could be timed with.
+    is_counted = spec.teacher is not None and spec.teacher.device.type == "meta"
+    rate = None if is_counted else time_updates(spec, forward)
     flops = [update_flops(stage, forward, helpers) for _, stage, helpers in stages]
-    seconds_a_flop = rate.seconds / max(1.0, flops[0])
+    seconds_a_flop = None if rate is None else rate.seconds / max(1.0, flops[0])
     rows: list[dict[str, Any]] = [
         {
             "stage": name,
@@ -42,7 +48,9 @@ def plan_facts(spec: RunSpec, out: Path, missing: str | None = None) -> dict[str
             "samples_seen": stage.training.num_updates * stage.training.batch_size,
             "learning_rate": stage.training.learning_rate,
             "update_flops": flops_of_update,
-            "estimated_seconds": stage.training.num_updates * flops_of_update * seconds_a_flop,
+            "estimated_seconds": None
+            if seconds_a_flop is None
+            else stage.training.num_updates * flops_of_update * seconds_a_flop,
         }
         for (name, stage, _), flops_of_update in zip(stages, flops, strict=True)
     ]
@@ -59,17 +67,23 @@ def plan_facts(spec: RunSpec, out: Path, missing: str | None = None) -> dict[str
         "memory_bytes": memory._asdict(),
         "micro_batch": min(spec.engine.set_micro_batch or 2**62, max(row["batch_size"] for row in rows)),
         "guidance": None if guidance is None else guidances.describe(guidance),
-        "seconds_an_update": rate.seconds,
-        "timed_batch_size": rate.batch_size,
-        "estimated_seconds": sum(row["estimated_seconds"] for row in rows),
+        "fits_gib": fitting(sum(memory)),
+        "seconds_an_update": None if rate is None else rate.seconds,
+        "timed_batch_size": None if rate is None else rate.batch_size,
+        "estimated_seconds": None if rate is None else sum(row["estimated_seconds"] for row in rows),
     }
+
+
+def fitting(num_bytes: int) -> list[int]:
+    """Return the devices, by their GiB, on which that much memory fits."""
+    return [size for size in DEVICES if num_bytes <= SHARE * size * 2**30]
 
 
 def show_plan(spec: RunSpec, out: Path, json: bool, missing: str | None = None) -> None:
     """Print the plan and cost of the run, as one JSON document or as text; write nothing.
 
     Args:
-        missing: why the data is not available, if random pixels stand in for it.
+        missing: why the data is not available, if random numbers stand in for it.
     """
     facts = plan_facts(spec, out, missing)
     if json:
@@ -102,7 +116,7 @@ def _lines(facts: dict[str, Any]) -> Iterator[str]:
     stages, data = facts["stages"], facts["data"]
     yield _data_line(data)
     if data["missing"] is not None:
-        yield f"the data is not available, so random pixels replace it here ({data['missing']})"
+        yield f"the data is not available, so random numbers replace it here ({data['missing']})"
     seen = sum(stage["samples_seen"] for stage in stages)
     parameters, trainable = facts["parameters"], facts["trainable_parameters"]
     yield f"parameters: {parameters:,}    one forward pass of one sample: {quantity(facts['forward_flops'], 'FLOP')}"
@@ -115,16 +129,18 @@ def _lines(facts: dict[str, Any]) -> Iterator[str]:
     parts = " + ".join(f"{gibibytes(size)} {name}" for name, size in memory.items() if size)
     total = gibibytes(sum(memory.values()))
     yield f"memory of the largest update, counted: {total} = {parts} (of a micro batch of {facts['micro_batch']:,})"
+    fits = ", ".join(map(str, facts["fits_gib"])) or "none"
+    yield f"fits devices of {fits} GiB (of {', '.join(map(str, DEVICES))}; a tenth is left for the allocator)"
     if (guidance := facts["guidance"]) is not None:
         is_fixed = guidance["type"] == "fixed"
         scales = f"the scale {guidance['scale']:g}" if is_fixed else f"{guidance['low']:g} to {guidance['high']:g}"
         yield f"guidance: {scales}, baked into the student; one network call a step, the teacher needs two"
-    timed = facts["timed_batch_size"]
-    how = "measured here" if timed == stages[0]["batch_size"] else f"extrapolated from a batch of {timed}"
-    seconds = f"{number(facts['seconds_an_update'])} s an update of the first stage, {how}"
-    time = duration(facts["estimated_seconds"])
-    yield f"estimated training time on this machine: {time} ({seconds}; measuring the models adds to it)"
-    if facts["estimated_seconds"] > LONG_SECONDS:
+    if (timed := facts["timed_batch_size"]) is not None:
+        how = "measured here" if timed == stages[0]["batch_size"] else f"extrapolated from a batch of {timed}"
+        seconds = f"{number(facts['seconds_an_update'])} s an update of the first stage, {how}"
+        time = duration(facts["estimated_seconds"])
+        yield f"estimated training time on this machine: {time} ({seconds}; measuring the models adds to it)"
+    if (facts["estimated_seconds"] or 0) > LONG_SECONDS:
         yield (
             "warning: this is far more than this machine can do in a reasonable time. Use a GPU, or fewer "
             "updates, a smaller network and smaller images, as in the recipe images_small"

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 import tyro
 
-from halfstep.cli.arguments import device_of, options_from
+from halfstep.cli.arguments import device_of, options_from, processes_of
 from halfstep.cli.usage import Count, Side, Steps, Switch, UsageError, in_own_words, parse
 from halfstep.cli.words import Screen
 from halfstep.data import LatentData, Prompts, read_captions, read_classes, read_prompts
@@ -30,10 +30,12 @@ from halfstep.hub import (
 )
 from halfstep.models.folder import find_stage, load
 from halfstep.models.model import Model
+from halfstep.nets import BasePrecision, precision_of
 from halfstep.report.words import count
 from halfstep.run.own_samples import NUM_STEPS, prompted_by
 from halfstep.runs import RunFolder, StageFolder
 from halfstep.runtime.files import read_json, refuse_taken
+from halfstep.runtime.processes import Processes
 
 
 @dataclass
@@ -144,6 +146,8 @@ class EncodeArguments:
     """Height and width to resize images to; by default their common size."""
     call: tuple[str, ...] = ()
     """Arguments of the pipeline's call, such as height=512 width=512."""
+    base_precision: BasePrecision = "float32"
+    """With --prompts: precision of the weights, as the run's."""
     batch_size: Count = 8
     """Images encoded at once."""
     device: str | None = None
@@ -153,19 +157,23 @@ class EncodeArguments:
 def encode(argv: Sequence[str]) -> None:
     """Encode images and texts with a pipeline's own parts."""
     arguments = parse(EncodeArguments, argv, "halfstep encode")
-    device = device_of(arguments.device)
+    processes = processes_of(arguments.device == "cpu")
+    device = device_of(arguments.device, processes)
     if (arguments.data is None) == (arguments.prompts is None):
         raise UsageError("give --data with images and captions, or --prompts with texts alone")
+    if arguments.data is not None and arguments.base_precision != "float32":
+        raise UsageError("--base-precision only applies to --prompts. Remove it")
     kind = read_kind(fetch(arguments.pipeline))
     if kind in PIXELS:
         raise UsageError(
             f"{arguments.pipeline} contains a {kind}, which does not use latents: pass its images to distill directly"
         )
     if arguments.prompts is not None:
-        model = import_pipeline(arguments.pipeline, options_from(arguments.call))
+        options = options_from(arguments.call)
+        model = import_pipeline(arguments.pipeline, options, precision=arguments.base_precision)
         found = sample_prompts(
             model, arguments.prompts, arguments.out, arguments.guidance_scale, arguments.num_steps, arguments.seed,
-            arguments.batch_size, device,
+            arguments.batch_size, device, processes,
         )  # fmt: skip
         latents = count(len(found), "latent")
         Screen().say(f"{arguments.out}: {latents} of shape {list(found.shape)} sampled from their prompts")
@@ -195,6 +203,7 @@ def encode(argv: Sequence[str]) -> None:
             arguments.batch_size,
             on_progress=lambda done, total: screen.say(f"encoded {done} of {total}"),
             class_names=names,
+            processes=processes,
         )
     release_texts()
     shown = f"of {count(len(names), 'class')}" if names else "with their texts"
@@ -203,9 +212,12 @@ def encode(argv: Sequence[str]) -> None:
 
 def sample_prompts(
     model: Model, prompts: Path, out: Path, guidance_scale: float | None, num_steps: int, seed: int, batch_size: int,
-    device: torch.device,
+    device: torch.device, processes: Processes,
 ) -> LatentData:  # fmt: skip
     """Write a teacher's own samples of prompts into a folder, skip existing ones, and free the text encoders.
+
+    Args:
+        processes: that share the samples.
 
     Raises:
         ValueError: if there are no prompts, the model takes none, or the folder contains something else.
@@ -214,7 +226,9 @@ def sample_prompts(
         raise UsageError(f"{model.manifest.stage} takes no prompts: give --data")
     captions, screen = read_prompts(prompts), Screen()
     encoder = prompts_of(model, device)
-    told = f"{encoder.key} steps {num_steps} guidance {guidance_scale} seed {seed}"
+    lowered = precision_of(model.denoiser.network)
+    key = encoder.key if lowered == "float32" else f"{encoder.key} {lowered}"
+    told = f"{key} steps {num_steps} guidance {guidance_scale} seed {seed}"
     sampled = prompted_by(
         model.to(device), len(captions), num_steps=num_steps, guidance_scale=guidance_scale, seed=seed
     )
@@ -225,6 +239,7 @@ def sample_prompts(
             out,
             batch_size,
             on_progress=lambda done, total: screen.say(f"sampled {done} of {total}"),
+            processes=processes,
         )
     finally:
         release_texts()

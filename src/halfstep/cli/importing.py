@@ -12,6 +12,7 @@ from halfstep.cli.usage import UsageError, parse
 from halfstep.cli.words import Screen
 from halfstep.hub import config_of, import_google_pd, import_pipeline
 from halfstep.models.folder import save_stage
+from halfstep.nets import BasePrecision
 from halfstep.report.words import count
 from halfstep.runs import StageFolder
 from halfstep.runtime.files import refuse_taken
@@ -35,6 +36,8 @@ class ImportArguments:
     """diffusers: constant arguments of the pipeline's call, such as height=512 width=512."""
     ema: bool = False
     """diffusers: use the averaged weights (unet_ema) instead of the network's own."""
+    base_precision: BasePrecision = "float32"
+    """diffusers: precision of the weights; students of any but float32 are low-rank additions."""
     out: Path | None = None
     """Folder of the stage; imported/NAME by default."""
 
@@ -50,12 +53,16 @@ def import_(argv: Sequence[str]) -> None:
                 f"their own config. Remove it"
             )
         refuse_taken(out)
-        model = import_pipeline(arguments.source, options_from(arguments.call), ema=arguments.ema)
+        model = import_pipeline(
+            arguments.source, options_from(arguments.call), ema=arguments.ema, precision=arguments.base_precision
+        )
         manifest = model.manifest.model_copy(update={"stage": out.name})
         manifest = save_stage(StageFolder(out), model.denoiser, manifest, model.null)
     else:
         if arguments.call:
             raise UsageError(f"--call {arguments.call[0]} only applies to diffusers. Remove it")
+        if arguments.base_precision != "float32":
+            raise UsageError("--base-precision only applies to diffusers. Remove it")
         if arguments.ema:
             raise UsageError("--ema has no effect on google-pd, whose checkpoints hold averaged weights. Remove it")
         if arguments.config is None:

@@ -122,7 +122,7 @@ def _main(arguments: list[str]) -> None:
 
 def _dispatch_together(verb: Verb, rest: Sequence[str]) -> None:
     """Run the verb as one of several processes."""
-    if verb.name not in ("run", "train", "distill", "finish", "sample", "evaluate", "demo"):
+    if verb.name not in ("run", "train", "distill", "finish", "encode", "sample", "evaluate", "demo"):
         fail(f"halfstep {verb.name} uses one process: start it without torchrun or accelerate launch")
     from halfstep.runtime.processes import leave
 

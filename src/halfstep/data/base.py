@@ -5,6 +5,7 @@ float32 and are taken as they are.
 """
 
 import hashlib
+import math
 import warnings
 from abc import ABC, abstractmethod
 from collections import deque
@@ -182,7 +183,9 @@ def warn_of_scale(data: Data) -> None:
     if data.is_image:
         return
     some = generator_for("scale of the data")
-    x0 = data.fetch(torch.randperm(len(data), generator=some)[:1000].sort().values).x0.double()
+    # Those of a video model have millions of numbers.
+    number = max(1, min(1000, 2**26 // math.prod(data.shape)))
+    x0 = data.fetch(torch.randperm(len(data), generator=some)[:number].sort().values).x0.double()
     size, top = float(x0.square().mean().sqrt()), float(x0.abs().max())
     if size and not UNIT[0] <= size <= UNIT[1]:
         warnings.warn(

@@ -31,6 +31,7 @@ from halfstep.data.base import Data
 from halfstep.data.captions import CaptionedImages, Prompts
 from halfstep.objectives.base import Batch
 from halfstep.runtime.files import DamagedFile, InUse, read_json, sha256_of, sweep, user_path, write_json
+from halfstep.runtime.processes import Processes
 from halfstep.runtime.tensors import write_tensors
 
 FORMAT: Final = 1
@@ -193,6 +194,7 @@ def encode(
     shard_size: int = 256,
     on_progress: Callable[[int, int], None] | None = None,
     class_names: Sequence[str] = (),
+    processes: Processes | None = None,
 ) -> LatentData:
     """Encode all images into `folder`, except those encoded there already, and return their latents and conditions.
 
@@ -203,6 +205,7 @@ def encode(
     Args:
         on_progress: called with the number of images that are done and of all, at the start and after each batch.
         class_names: for images of classes (`read_classes`), in the order of the encoder's `class_labels`.
+        processes: that share the batches of each shard; this one alone if None. The first writes.
 
     Raises:
         ValueError: in one line, if `folder` holds something else, latents of another encoder, of other images or in
@@ -213,18 +216,22 @@ def encode(
     for name, value in (("batch_size", batch_size), ("shard_size", shard_size)):
         if value < 1:
             raise ValueError(f"{name} is {value}: give 1 or more")
-    root = user_path(folder)
-    _check_folder(root)
-    root.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(root / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise InUse(f"{folder} is being written by another process: wait for it, or give another folder") from None
-    try:
+    root, lock, processes = user_path(folder), FileLock(user_path(folder) / ".lock"), processes or Processes()
+
+    def begin() -> Index:
+        _check_folder(root)
+        root.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise InUse(f"{folder} is being written by another process: wait for it, or give another folder") from None
         sweep(root)
-        index = _begin(images, encoder, root, shard_size, tuple(class_names))
-        _Encoding(images, encoder, root, batch_size, on_progress or (lambda done, total: None), index).run()
+        return _begin(images, encoder, root, shard_size, tuple(class_names))
+
+    try:
+        index = processes.on_main(begin)
+        report = on_progress or (lambda done, total: None)
+        _Encoding(images, encoder, root, batch_size, report, index, processes).run()
     finally:
         lock.release()
     return open_latents(folder)
@@ -325,16 +332,22 @@ class _Encoding:
     batch_size: int
     on_progress: Callable[[int, int], None]
     index: Index
+    processes: Processes
 
     def run(self) -> None:
-        if not _is_intact(self.root / NULL, self.index.null):
-            self._write_null()
-        intact = [_is_intact(self.root / shard_name(number), shard) for number, shard in enumerate(self.index.shards)]
+        self.index, intact = self.processes.on_main(self._begun)
         done = sum(len(self.index.places(number)) for number, whole in enumerate(intact) if whole)
         self.on_progress(done, len(self.images))
         for number, whole in enumerate(intact):
             if not whole:
                 done = self._write_shard(number, done)
+
+    def _begun(self) -> tuple[Index, list[bool]]:
+        """Return the index with the conditions of the empty caption, and which shards are intact."""
+        if not _is_intact(self.root / NULL, self.index.null):
+            self._write_null()
+        shards = enumerate(self.index.shards)
+        return self.index, [_is_intact(self.root / shard_name(number), shard) for number, shard in shards]
 
     def _write_null(self) -> None:
         with torch.no_grad():
@@ -347,16 +360,24 @@ class _Encoding:
     def _write_shard(self, number: int, done: int) -> int:
         """Encode a shard; return the number of encoded images, which was `done`."""
         places = self.index.places(number)
-        parts = []
-        for first in range(places.start, places.stop, self.batch_size):
-            part = range(first, min(first + self.batch_size, places.stop))
-            parts.append(self._encode(part))
-            done += len(part)
-            self.on_progress(done, len(self.images))
-        joined = {name: torch.cat([tensors[name] for tensors in parts]) for name in parts[0]}
-        shard = _write(self.root / shard_name(number), joined)
-        self._record(shards=(*self.index.shards[:number], shard, *self.index.shards[number + 1 :]))
-        return done
+        size = self.batch_size
+        batches = [range(first, min(first + size, places.stop)) for first in range(places.start, places.stop, size)]
+
+        def encoded(part: range) -> tuple[Tensor, ...]:
+            tensors = self._encode(part)
+            self.on_progress(done + part.stop - places.start, len(self.images))
+            return tuple(tensors[name] for name in sorted(tensors))
+
+        parts = self.processes.spread(batches, encoded)
+
+        def write() -> None:
+            assert parts is not None
+            columns = zip(sorted(self.index.tensors), zip(*parts, strict=True), strict=True)
+            shard = _write(self.root / shard_name(number), {name: torch.cat(column) for name, column in columns})
+            self._record(shards=(*self.index.shards[:number], shard, *self.index.shards[number + 1 :]))
+
+        self.processes.on_main(write)
+        return done + len(places)
 
     def _encode(self, part: range) -> dict[str, Tensor]:
         """Return latents and conditions of a batch of images or prompts, on the CPU."""

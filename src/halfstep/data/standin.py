@@ -1,5 +1,6 @@
 """Random pixels in the shape of missing data, for a dry run, which only measures what an update costs."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, final
 
@@ -14,18 +15,24 @@ from halfstep.objectives.base import Batch
 @final
 @dataclass(frozen=True, eq=False)
 class StandIn(Data):
-    """`num_samples` random images `[*image_shape]` with random labels, not for training."""
+    """`num_samples` random images `[*image_shape]` with random labels, or arrays with empty conditions; not for
+    training."""
 
     source: str
     image_shape: tuple[int, ...]
     num_samples: int
     class_names: tuple[str, ...] = ()
-    is_image: ClassVar[bool] = True
+    conditions: Mapping[str, tuple[int, ...]] | None = None
+    """Shapes of the conditions of arrays; None for images."""
     fingerprint: ClassVar[str] = "stand-in"
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.image_shape
+
+    @property
+    def is_image(self) -> bool:
+        return self.conditions is None
 
     def __len__(self) -> int:
         return self.num_samples
@@ -33,6 +40,10 @@ class StandIn(Data):
     def fetch(self, indices: Tensor) -> Batch:
         generator = generator_for("stand-in", indices.tolist())
         size = (len(indices), *self.image_shape)
+        if self.conditions is not None:
+            # One sample, repeated without memory: those of a video model are large.
+            cond = {name: torch.zeros(shape).expand(len(indices), *shape) for name, shape in self.conditions.items()}
+            return Batch(torch.randn(self.image_shape, generator=generator).expand(size), cond)
         pixels = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
         batch = to_batch(pixels, None, indices)
         if self.class_names:

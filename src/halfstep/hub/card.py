@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from halfstep.hub.schedulers import FLOW, StockSchedule, exact_steps
 from halfstep.hub.stock import stock
+from halfstep.nets import CONFIGS, BasePrecision
 from halfstep.runs import Manifest, Metrics, Pipeline
 
 _PIXELS: Final = {
@@ -144,8 +145,12 @@ others its timesteps are rounded.
 {_quality(metrics) if metrics is not None and metrics.results else ""}"""
 
 
-def lora_card(name: str, manifest: Manifest, pipeline: Pipeline, schedule: StockSchedule) -> str:
-    """Return README.md of a folder of low-rank additions."""
+def lora_card(
+    name: str, manifest: Manifest, pipeline: Pipeline, schedule: StockSchedule, precision: BasePrecision = "float32"
+) -> str:
+    """Return README.md of a folder of low-rank additions to weights of a precision."""
+    lowered = CONFIGS.get(precision, "torch.bfloat16")
+    over = "" if precision == "float32" else f"\nThey were trained over weights in {precision} ({lowered}).\n"
     return f"""\
 ---
 library_name: diffusers
@@ -157,7 +162,7 @@ tags: [diffusion, progressive-distillation, halfstep, lora]
 Low-rank additions that make a `{pipeline.kind}` sample in {manifest.num_steps or 4} steps, made with halfstep by
 progressive distillation (Salimans & Ho 2022, arXiv:2202.00512). They belong to the weights of `{pipeline.folder}` and
 to the scheduler in this folder: it predicts {manifest.prediction["type"]}, which the original may not.
-
+{over}
 ```python
 import torch
 from diffusers import {schedule.kind}, {pipeline.kind}

@@ -15,6 +15,8 @@ from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
 
 from halfstep.core.warnings import HalfstepWarning
 from halfstep.hub.stock import in_one_line, quiet, stock
@@ -94,6 +96,7 @@ def known_fields(config: Mapping[str, Any], folder: Path, name: str) -> dict[str
     Fields of `EMAModel`, and fields of an older class that are off, have no effect and pass in silence.
     """
     takes = set(inspect.signature(stock(name).__init__).parameters)
+    config = {field: value for field, value in config.items() if field != "quantization_config"}
     once = {
         field
         for old, new in OLD_NAMES.items()
@@ -103,7 +106,9 @@ def known_fields(config: Mapping[str, Any], folder: Path, name: str) -> dict[str
     foreign = [
         field
         for field, value in config.items()
-        if field not in takes | AVERAGED and not field.startswith("_") and not (field in once and not value)
+        if field not in takes | AVERAGED | {"quantization_config"}
+        and not field.startswith("_")
+        and not (field in once and not value)
     ]
     if foreign:
         fields = ", ".join(f"{field} = {config[field]!r}" for field in foreign)
@@ -116,9 +121,27 @@ def known_fields(config: Mapping[str, Any], folder: Path, name: str) -> dict[str
     return {field: value for field, value in config.items() if field in takes}
 
 
+HALVES: Final = ("fp16", "bf16")
+"""Variants whose weights are read where there are no others."""
+
+
 def weights_of(folder: Path) -> list[Path]:
-    """Return the safetensors of a part, without variants, sorted by name."""
-    return [file for file in sorted(folder.glob("*.safetensors")) if not _variant(file.name)]
+    """Return the safetensors of a part, sorted by name: without a variant, or else in half precision."""
+    held = sorted(folder.glob("*.safetensors"))
+    variant = variant_of(folder) or ""
+    return [file for file in held if _variant(file.name) == variant]
+
+
+def variant_of(folder: Path) -> str | None:
+    """Return the variant of the weights that are read; None for those without."""
+    held = {_variant(file.name) for file in folder.glob("*.safetensors")}
+    return None if "" in held else next((variant for variant in HALVES if variant in held), None)
+
+
+def without_variant(text: str, folder: Path) -> str:
+    """Return the name of a file of a part, or the text of its index, as it is without a variant."""
+    variant = variant_of(folder)
+    return text if variant is None else text.replace(f".{variant}.", ".").replace(f".{variant}-", "-")
 
 
 def digest_of(folder: Path) -> str:
@@ -140,7 +163,8 @@ def check_files(folder: Path, kind: str) -> None:
         kind: library and class of the part, such as "diffusers.UNet2DModel".
 
     Raises:
-        ValueError: if it has none, only pickled ones, or only those of a variant; saying how to convert them. If an
+        ValueError: if it has none, only pickled ones, or only those of another variant than fp16 and bf16; saying how
+            to convert them. If an
             index or config names other files, or the tensors of a shard are not those that the index lists.
     """
     _check_indirection(folder)
@@ -180,7 +204,7 @@ def _check_indirection(folder: Path) -> None:
     for field in ("auto_map", "transformers_weights"):
         if config.is_file() and read_config(config).get(field) is not None:
             raise ValueError(f"{config} names other files to be read ({field}), which halfstep refuses. Remove it")
-    for index in sorted(folder.glob("*.safetensors.index.json")):
+    for index in sorted(folder.glob("*.safetensors.index*.json")):
         listed = read_config(index).get("weight_map")
         if not isinstance(listed, dict) or not listed:
             raise DamagedFile(f"{index} lists no tensors (weight_map). Save the pipeline again")
@@ -240,9 +264,16 @@ def open_part(folder: Path, kind: str) -> Any:
         made = getattr(importlib.import_module(library), name, None)
     if made is None:
         raise ValueError(f"{folder} holds a {name}, which this {library} does not know. Update {library}")
+    if (quantised := read_config(folder / "config.json").get("quantization_config")) is not None:
+        part, missing, unexpected = _opened_quantised(folder, made, quantised)
+        _check_names(folder, name, held, missing, unexpected)
+        check_finite(part.state_dict(), folder)
+        return part
     # diffusers wants the other way for classes that keep some layers in float32.
     is_plain = issubclass(made, stock("ModelMixin")) and not made._keep_in_fp32_modules
-    options = {"low_cpu_mem_usage": False} if is_plain else {}
+    options: dict[str, Any] = {"low_cpu_mem_usage": False} if is_plain else {}
+    if (variant := variant_of(folder)) is not None:
+        options["variant"] = variant
     try:
         with quiet():
             part, facts = made.from_pretrained(
@@ -260,6 +291,56 @@ def open_part(folder: Path, kind: str) -> Any:
     _check_names(folder, name, held, facts["missing_keys"], facts["unexpected_keys"])
     check_finite(part.state_dict(), folder)
     return part
+
+
+def _opened_quantised(folder: Path, made: Any, told: Mapping[str, Any]) -> tuple[Any, list[str], list[str]]:
+    """Return a part that was saved in fewer bits, in float32 as what its weights stand for, and its missing and
+    unexpected tensors.
+
+    Raises:
+        ValueError: if its weights are not those of bitsandbytes, or that is not installed.
+    """
+    method = told.get("quant_method")
+    if method != "bitsandbytes":
+        raise ValueError(
+            f"{folder} is quantised by {method}, and only weights of bitsandbytes are read. Save it in full precision"
+        )
+    try:
+        state = _dequantised({name: value for file in weights_of(folder) for name, value in load_file(file).items()})
+    except ImportError:
+        raise ValueError(f"{folder} is quantised by {method}: pip install {method}") from None
+    with quiet():
+        if issubclass(made, stock("ModelMixin")):
+            config = read_config(folder / "config.json")
+            del config["quantization_config"]
+            part = made.from_config(config).eval()
+            missing, unexpected = part.load_state_dict(state, strict=False)
+            return part, missing, unexpected
+        config = made.config_class.from_pretrained(folder, local_files_only=True)
+        del config.quantization_config
+        part, facts = made.from_pretrained(
+            None, config=config, state_dict=state, torch_dtype=torch.float32, output_loading_info=True
+        )
+        return part.eval(), sorted(facts["missing_keys"]), sorted(facts["unexpected_keys"])
+
+
+def _dequantised(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors in float32, of those that bitsandbytes has saved in 8 or 4 bits."""
+    from bitsandbytes import functional
+
+    found: dict[str, Tensor] = {}
+    for name, value in state.items():
+        is_code = value.dtype in (torch.uint8, torch.int8)
+        facts = {key: part for key, part in state.items() if is_code and key.startswith(f"{name}.")}
+        scale = state.get(f"{name.removesuffix('weight')}SCB")
+        if facts:
+            quantised = functional.QuantState.from_dict(facts, device=torch.device("cpu"))
+            found[name] = functional.dequantize_4bit(value, quantised).float()
+        elif value.dtype == torch.int8 and scale is not None:
+            found[name] = value.float() * (scale.float().reshape(-1, 1) / 127)
+        elif ".weight." not in name and not name.endswith((".SCB", ".weight_format")):
+            found[name] = value.float() if value.is_floating_point() else value
+    return found
 
 
 def _check_names(folder: Path, name: str, held: set[str], missing: Iterable[str], unexpected: Iterable[str]) -> None:
@@ -297,11 +378,9 @@ def open_pipeline(folder: Path, kind: str, parts: Mapping[str, Any]) -> Any:
     Raises:
         DamagedFile: if it cannot be read.
     """
-    # Outside of `quiet`, which ends with progress bars switched on.
-    made = stock(kind)
     try:
         with quiet():
-            return made.from_pretrained(
+            return stock(kind).from_pretrained(
                 folder, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32, **parts
             )
     except Exception as error:  # whatever diffusers and transformers raise

@@ -12,14 +12,25 @@ from typing import Any
 
 import torch
 
+from halfstep.core.denoiser import NetworkDenoiser
 from halfstep.hub.card import call_of, lora_card, model_card
-from halfstep.hub.disk import check_files
+from halfstep.hub.disk import check_files, weights_of, without_variant
 from halfstep.hub.pipelines import OPTIONAL, fetch, is_light, load_pipeline
 from halfstep.hub.recording import verify_export
 from halfstep.hub.schedulers import SOLVERS, StockSchedule, exact_steps, multistep, write_schedule
 from halfstep.hub.stock import quiet, stock
 from halfstep.models.model import Model
-from halfstep.nets import LoRA, Replay, StockNetwork, UNet2D, has_movable_clock, merged
+from halfstep.nets import (
+    LoRA,
+    Replay,
+    StockNetwork,
+    UNet2D,
+    bare,
+    describe_network,
+    has_movable_clock,
+    merged,
+    precision_of,
+)
 from halfstep.runs import Manifest, Metrics
 from halfstep.runtime.files import first_line, read_json, refuse_taken, replacing_folder, write_json, write_text
 from halfstep.samplers import DDIM
@@ -71,12 +82,17 @@ def export_pipeline(model: Model, out: Path, metrics: Metrics | None = None, nam
         for part, folder in copies.items():
             (into / part).mkdir()
             for file in folder.iterdir():
-                if file.suffix in (".json", ".safetensors", ".txt", ".model", ".jinja"):
-                    shutil.copyfile(file, into / part / file.name)
+                if file.suffix not in (".json", ".safetensors", ".txt", ".model", ".jinja"):
+                    continue
+                name = without_variant(file.name, folder)
+                if name.endswith(".index.json"):
+                    write_text(into / part / name, without_variant(file.read_text(), folder))
+                elif file.suffix != ".safetensors" or file in weights_of(folder):
+                    shutil.copyfile(file, into / part / name)
         write_json(into / "model_index.json", index)
         write_text(into / "README.md", model_card(name or out.name, model.manifest, kind, schedule, metrics, absent))
         if isinstance(network, Replay) and not model.sampler.stochastic:
-            verify_export(load_pipeline(into, kind), model, **call_of(model.manifest, model.num_steps or 2))
+            verify_export(load_pipeline(into, kind), in_full(model), **call_of(model.manifest, model.num_steps or 2))
     return out
 
 
@@ -108,6 +124,11 @@ def export_lora(model: Model, out: Path, base: Manifest | None = None, name: str
             f"{pipeline.folder}: use --format diffusers, which merges them"
         )
     schedule, _, component = _layout(model, network.base)
+    if pipeline.averaged:
+        raise ValueError(
+            f"the additions are to the averaged weights (EMA) in {pipeline.folder}/{component}_ema, and a "
+            f"{pipeline.kind} loads those in {component}: use --format diffusers, which merges them"
+        )
     # In peft's names without that of the adapter ("...to_q.lora_A.weight"), which diffusers reads as they are; its own
     # older names lose the layers of attention.
     state = {
@@ -118,14 +139,28 @@ def export_lora(model: Model, out: Path, base: Manifest | None = None, name: str
         with quiet():
             kind.save_lora_weights(into, **{f"{component}_lora_layers": state})
         _save_scheduler(schedule, into / "scheduler")
-        write_text(into / "README.md", lora_card(name or out.name, model.manifest, pipeline, schedule))
+        write_text(
+            into / "README.md", lora_card(name or out.name, model.manifest, pipeline, schedule, precision_of(network))
+        )
         if not model.sampler.stochastic:
             pipe = load_pipeline(fetch(pipeline.folder), pipeline.kind)
+            if precision_of(network) != "float32":
+                getattr(pipe, component).load_state_dict(merged(bare(network)).model.state_dict())
             pipe.scheduler = stock(schedule.kind)(**schedule.config)
             with quiet():
                 pipe.load_lora_weights(into)
-            verify_export(pipe, model, **call_of(model.manifest, model.num_steps or 2))
+            verify_export(pipe, in_full(model), **call_of(model.manifest, model.num_steps or 2))
     return out
+
+
+def in_full(model: Model) -> Model:
+    """Return the model with its network in float32: one in fewer bits rounds what it computes, and that is no fault of
+    an export."""
+    if precision_of(model.denoiser.network) == "float32":
+        return model
+    network = merged(model.denoiser.network)
+    denoiser = NetworkDenoiser(network, model.denoiser.process, model.denoiser.prediction)
+    return Model(denoiser, model.manifest.model_copy(update={"network": describe_network(network)}), model.null)
 
 
 def push_to_hub(folder: Path, name: str) -> str:

@@ -36,7 +36,7 @@ from halfstep.hub.recording import component_of, record
 from halfstep.hub.schedulers import GONE, Schedule, read_schedule, renewed
 from halfstep.hub.stock import quiet, stock
 from halfstep.models.model import Model
-from halfstep.nets import StockNetwork, UNet2D, describe_network
+from halfstep.nets import BasePrecision, StockNetwork, UNet2D, describe_network
 from halfstep.runs import Manifest, Outcome, Pipeline
 from halfstep.runtime.files import first_line, user_path
 
@@ -51,7 +51,7 @@ UNET: Final = "UNet2DModel"
 FETCHED: Final = ("*.json", "*.txt", "*.model", "*.jinja", "*/*.safetensors", "diffusion_pytorch_model*.safetensors")
 """Files of a repository that are not downloaded: pickles, code, and single-file weights beside the parts."""
 NOT_FETCHED: Final = ("*.fp16.*", "*.fp16-*", "*.bf16.*", "*.bf16-*", "*.non_ema.*", "*.non_ema-*")
-"""Variants of the weights, which are not read."""
+"""Variants of the weights; those in half precision are fetched where there are no others."""
 
 
 def is_pipeline(path: str | Path) -> bool:
@@ -81,16 +81,29 @@ def fetch(source: str) -> Path:
         raise ValueError(f"{source} does not exist: give a folder, or a name on the Hub (OWNER/NAME)")
     from huggingface_hub import snapshot_download
 
+    def download(*ignored: str) -> Path:
+        return Path(snapshot_download(source, allow_patterns=list(FETCHED), ignore_patterns=list(ignored)))
+
     try:
-        return Path(snapshot_download(source, allow_patterns=list(FETCHED), ignore_patterns=list(NOT_FETCHED)))
+        path = download(*NOT_FETCHED)
+        parts = [file.parent for file in path.glob("*/config.json")]
+        if parts and not any(list(part.glob("*.safetensors")) for part in parts):
+            path = download("*.non_ema.*", "*.non_ema-*")
+        return path
     except Exception as error:  # the Hub's client has many errors of its own, and network libraries below it more
         raise ValueError(
             f"{source} is not a folder here and could not be fetched from the Hub ({first_line(error)})"
         ) from None
 
 
-def import_pipeline(source: str | Path, options: Mapping[str, Any] | None = None, *, ema: bool = False) -> Model:
-    """Load the network of a pipeline as a teacher, on the CPU in float32.
+def import_pipeline(
+    source: str | Path,
+    options: Mapping[str, Any] | None = None,
+    *,
+    ema: bool = False,
+    precision: BasePrecision = "float32",
+) -> Model:
+    """Load the network of a pipeline as a teacher, on the CPU.
 
     A pipeline with conditions is run for a few steps, to see what it feeds its network (hub/recording.py). Warns of
     averaged weights beside those that are taken, and of a last noise level that is not pure noise.
@@ -99,6 +112,7 @@ def import_pipeline(source: str | Path, options: Mapping[str, Any] | None = None
         source: a folder that diffusers has saved, or a name on the Hub.
         options: arguments of the pipeline's call that stay the same for all samples, such as height and width.
         ema: whether to take the averaged weights beside the network's own, such as unet_ema.
+        precision: of its weights once they are verified in float32; students of any other are low-rank additions.
 
     Raises:
         ValueError: if it is pickled, wants code of its own, or a part of it is missing or not understood.
@@ -109,9 +123,11 @@ def import_pipeline(source: str | Path, options: Mapping[str, Any] | None = None
     kind = read_kind(folder) if (folder / "model_index.json").is_file() else None
     if kind is not None and kind not in PIXELS:
         told = Pipeline(kind=kind, folder=origin, component="", options=dict(options or {}))
-        return _recorded(source, folder, told, ema)
+        return _recorded(source, folder, told, ema, precision)
     if options:
         raise ValueError(f"{source} is a pipeline of pixels, whose call has no {', '.join(options)}: remove --call")
+    if precision != "float32":
+        raise ValueError(f"{source} makes pixels, whose network stays in float32. Remove --base-precision")
     network_folder, scheduler = _parts(folder) if kind else _plain_parts(folder)
     if not scheduler.is_file():
         raise ValueError(f"{folder} has no {scheduler.relative_to(folder)}: the pipeline was not saved whole")
@@ -143,9 +159,11 @@ def _weights(source: str | Path, network: Path, ema: bool) -> Path:
     return averaged
 
 
-def _recorded(source: str | Path, folder: Path, pipeline: Pipeline, ema: bool) -> Model:
+def _recorded(source: str | Path, folder: Path, pipeline: Pipeline, ema: bool, precision: BasePrecision) -> Model:
     """The teacher that a recording of its pipeline's call makes."""
     places = {name: _weights(source, folder / name, ema) for name in DENOISERS if (folder / name).is_dir()}
+    if (folder / "vae").is_dir() and not list((folder / "vae").glob("*.safetensors")):
+        check_files(folder / "vae", "diffusers.AutoencoderKL")
     pipe = load_pipeline(folder, pipeline.kind, places=places)
     component = component_of(pipe)
     try:
@@ -153,11 +171,13 @@ def _recorded(source: str | Path, folder: Path, pipeline: Pipeline, ema: bool) -
     except ValueError as error:
         missing = sorted(name for name, part in pipe.components.items() if part is None and name not in OPTIONAL)
         raise ValueError(f"{folder} has no {', '.join(missing)}: {error}" if missing else str(error)) from None
+    network.lower(precision)
     return _teacher(
         folder.name, network, recording.schedule,
         pipeline.model_copy(
             update={
-                "component": component, "guidance": recording.guidance, "off": recording.off, "scale": recording.scale
+                "component": component, "guidance": recording.guidance, "off": recording.off,
+                "scale": recording.scale, "averaged": ema,
             }
         ),
         f"{source} (weights sha256 {digest_of(places[component])})",
@@ -256,7 +276,7 @@ def load_pipeline(
     """Load a pipeline in float32, its parts with weights by hub/disk.py.
 
     Args:
-        is_whole: whether with the weights of its denoiser; if not, it can make conditions and decode latents.
+        is_whole: whether with the weights of its denoiser and VAE; if not, it can make conditions only.
         places: folders of parts that are not read from `folder`, by name.
 
     Raises:
@@ -288,8 +308,9 @@ def _part(
             taken = {kind.__name__ for kind in stock(pipeline)._get_signature_types()[part]}
             name = next((new for new in OLD_NAMES[name] if new in taken), name)
         config = check_config(folder, name)
-        if not is_whole and part in DENOISERS:
+        if not is_whole and part in (*DENOISERS, "vae"):
             check_files(folder, f"diffusers.{name}")
+            config = {field: value for field, value in config.items() if field != "quantization_config"}
             return on_meta(name, config, device)
     elif library != "transformers":
         library = f"diffusers.pipelines.{library}"

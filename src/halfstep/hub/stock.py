@@ -8,7 +8,10 @@ from typing import Any
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the warnings and progress bars of diffusers and transformers, which are for those who call them."""
+    """Silence the warnings and progress bars of diffusers and transformers, which are for those who call them.
+
+    Restores what it found, so that calls may be nested.
+    """
     from diffusers.utils import logging
 
     libraries = [logging]
@@ -16,7 +19,7 @@ def quiet() -> Iterator[None]:
         from transformers.utils import logging as of_transformers
 
         libraries.append(of_transformers)
-    levels = [library.get_verbosity() for library in libraries]
+    held = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
     for library in libraries:
         library.set_verbosity_error()
         library.disable_progress_bar()
@@ -25,9 +28,10 @@ def quiet() -> Iterator[None]:
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
-        for library, level in zip(libraries, levels, strict=True):
+        for library, (level, has_bars) in zip(libraries, held, strict=True):
             library.set_verbosity(level)
-            library.enable_progress_bar()
+            if has_bars:
+                library.enable_progress_bar()
 
 
 def stock(name: str, *default: Any) -> Any:

@@ -5,6 +5,7 @@ from halfstep.nets.features import EncoderHalf, encoder_half
 from halfstep.nets.half import InHalf
 from halfstep.nets.lora import (
     LoRA,
+    bare,
     checkpoint_gradients,
     checkpoints_gradients,
     copy_denoiser,
@@ -12,10 +13,13 @@ from halfstep.nets.lora import (
     load_own_state,
     merged,
     own_state,
+    precision_of,
     share_base,
     trainable,
+    weight_bytes_of,
     with_lora,
 )
+from halfstep.nets.lowered import CONFIGS, BasePrecision
 from halfstep.nets.mlp import MLP
 from halfstep.nets.replay import LENGTH, Replay, nodes_of, takes_scale
 from halfstep.nets.stock import StockNetwork, UNet2D, unet2d_config

@@ -150,7 +150,8 @@ def _(network: UNet2D) -> EncoderHalf:
 
 @encoder_half.register(Replay)
 def _(network: Replay) -> EncoderHalf:
-    return _UNetHalf(network) if hasattr(network.model, "up_blocks") else _TransformerHalf(network)
+    whole: Any = merged(network)
+    return _UNetHalf(whole) if hasattr(whole.model, "up_blocks") else _TransformerHalf(whole)
 
 
 @encoder_half.register(MLP)

@@ -1,6 +1,7 @@
 """A network that computes in half precision behind an interface in full."""
 
 import copy
+from collections.abc import Callable, Mapping
 from typing import final
 
 import torch
@@ -26,8 +27,13 @@ class InHalf(nn.Module):
         return bool(getattr(self.network, "restores_norm", False))
 
     def forward(self, x_t: Tensor, time: Tensor, **cond: Tensor) -> Tensor:
-        shown = {
-            name: value.to(torch.bfloat16) if value.is_floating_point() and name != GUIDANCE else value
-            for name, value in cond.items()
-        }
-        return self.network(x_t.to(torch.bfloat16), time, **shown).to(x_t.dtype)
+        return called_in_half(self.network, x_t, time, cond)
+
+
+def called_in_half(network: Callable[..., Tensor], x_t: Tensor, time: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+    """Return the output, in x_t's dtype, of a network that computes in bfloat16."""
+    shown = {
+        name: value.to(torch.bfloat16) if value.is_floating_point() and name != GUIDANCE else value
+        for name, value in cond.items()
+    }
+    return network(x_t.to(torch.bfloat16), time, **shown).to(x_t.dtype)

@@ -15,6 +15,16 @@ from torch import Tensor, nn
 
 from halfstep.core.denoiser import Denoiser, NetworkDenoiser
 from halfstep.nets.base import Network, build_network, describe_network, networks
+from halfstep.nets.lowered import (
+    BasePrecision,
+    load_packed,
+    packed_state,
+    quantised,
+    same_layer,
+    shared_layers,
+    weight_bytes,
+)
+from halfstep.nets.replay import Replay
 from halfstep.nets.stock import StockNetwork
 
 TARGETS: Final = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
@@ -57,6 +67,9 @@ class LoRA(Network):
         except ValueError:
             names = ", ".join(targets)
             raise ValueError(f"no layer of {base.stock} ends in {names}, so there is nothing to add to") from None
+        for _, parameter in self.own():
+            # peft gives them the dtype of their layer.
+            parameter.data = parameter.data.float()
 
     def arguments(self) -> dict[str, Any]:
         return {"base": self.description, "rank": self.rank, "targets": list(self.targets)}
@@ -80,17 +93,13 @@ class LoRA(Network):
             RuntimeError: if names or shapes do not fit.
         """
         # peft moves a layer that it adds to into `base_layer`.
-        mine = {name.replace(".base_layer.", "."): name for name in self.state_dict()}
-        renamed = {mine.get(f"base.{name}", f"base.{name}"): value for name, value in state.items()}
-        result = self.load_state_dict(renamed, strict=False)
-        foreign = [*result.unexpected_keys, *(name for name in result.missing_keys if ".lora_" not in name)]
-        if foreign:
-            raise RuntimeError(f"the weights do not fit the base: {foreign[0]}")
+        mine = {name.replace(".base_layer.", "."): name for name in packed_state(self)}
+        load_packed(self, {mine.get(f"base.{name}", f"base.{name}"): value for name, value in state.items()})
 
 
 def with_lora(network: Network, rank: int, targets: Sequence[str] = TARGETS) -> LoRA:
     """Return the network with additions that are still 0, sharing its weights."""
-    twin = copy.deepcopy(network, {id(p): p for p in network.parameters()})
+    twin = copy.deepcopy(network, {id(p): p for p in network.parameters()} | shared_layers(network))
     with torch.random.fork_rng(devices=[]):
         # A's random values depend on its shapes only.
         torch.manual_seed(0)
@@ -105,7 +114,12 @@ def share_base(network: nn.Module, lora: LoRA) -> None:
 
     own = {name for name, _ in lora.own()}
     base = {plain(name): value for name, value in lora.named_parameters() if name not in own}
-    for path, module in network.named_modules():
+    layers = {plain(f"{path}."): module for path, module in lora.named_modules() if quantised(module)}
+    for path, module in list(network.named_modules()):
+        if quantised(module):
+            if same_layer(module, layers[plain(f"{path}.")]):
+                network.set_submodule(path, layers[plain(f"{path}.")])
+            continue
         for name, value in module.named_parameters(recurse=False):
             same = base.get(plain(f"{path}.{name}" if path else name))
             if same is not None and same.shape == value.shape and torch.equal(same, value):
@@ -119,6 +133,8 @@ def trainable(network: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 def own_state(network: nn.Module) -> dict[str, Tensor]:
     """Return the tensors that are saved: a network's state, or the additions of a `LoRA`."""
+    if not isinstance(network, LoRA) and precision_of(network) != "float32":
+        return packed_state(network)
     state = network.own() if isinstance(network, LoRA) else network.state_dict().items()
     return {name: value.detach() for name, value in state}
 
@@ -130,7 +146,10 @@ def load_own_state(network: nn.Module, state: Mapping[str, Tensor]) -> None:
         RuntimeError: if names or shapes do not fit.
     """
     if not isinstance(network, LoRA):
-        network.load_state_dict(state)
+        if precision_of(network) == "float32":
+            network.load_state_dict(state)
+        else:
+            load_packed(network, state)
         return
     missing = {name for name, _ in network.own()} ^ set(state)
     if missing:
@@ -138,16 +157,41 @@ def load_own_state(network: nn.Module, state: Mapping[str, Tensor]) -> None:
     network.load_state_dict(state, strict=False)
 
 
+def bare(network: LoRA) -> LoRA:
+    """Return a copy without effect of its additions, which shares the frozen weights."""
+    twin: Any = copy_network(network)
+    with torch.no_grad():
+        for name, parameter in twin.own():
+            if ".lora_B." in name:
+                parameter.zero_()
+    return twin
+
+
 def merged(network: nn.Module) -> nn.Module:
-    """A network of the base's kind whose weights hold the additions of a `LoRA`; any other network itself."""
-    if not isinstance(network, LoRA):
+    """A network of the base's kind, in float32, whose weights hold the additions of a `LoRA`; any other itself."""
+    is_lowered = precision_of(network) != "float32"
+    if not isinstance(network, LoRA) and not is_lowered:
         return network
-    twin = copy.deepcopy(network.base)
+    twin = copy.deepcopy(network.base if isinstance(network, LoRA) else network)
+    if is_lowered:
+        twin.restore()
     layers: list[tuple[str, Any]] = [part for part in twin.named_modules() if hasattr(part[1], "lora_A")]
     for name, layer in layers:
         layer.merge()
         twin.set_submodule(name, layer.get_base_layer())
     return twin
+
+
+def precision_of(network: nn.Module) -> BasePrecision:
+    """Return the precision of the frozen weights; float32 where all can be trained."""
+    stock = network.base if isinstance(network, LoRA) else network
+    return stock.precision if isinstance(stock, Replay) else "float32"
+
+
+def weight_bytes_of(network: nn.Module) -> int:
+    """Return the bytes of a network's weights, counted from their shapes."""
+    stock = network.base if isinstance(network, LoRA) else network
+    return weight_bytes(stock.model if isinstance(stock, StockNetwork) else stock, precision_of(network))
 
 
 def checkpoint_gradients(network: nn.Module) -> None:
@@ -173,7 +217,8 @@ def checkpoints_gradients(network: nn.Module) -> bool:
 def copy_network(network: nn.Module) -> nn.Module:
     """A copy whose trainable weights are its own; the frozen ones of a `LoRA` are shared."""
     own = {id(parameter) for _, parameter in trainable(network)}
-    shared = {id(parameter): parameter for parameter in network.parameters() if id(parameter) not in own}
+    shared = shared_layers(network)
+    shared |= {id(parameter): parameter for parameter in network.parameters() if id(parameter) not in own}
     twin: nn.Module = copy.deepcopy(network, shared)
     for _, parameter in trainable(twin):
         parameter.requires_grad_(True)

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from halfstep.core.denoiser import GUIDANCE
 from halfstep.core.noise import processes
 from halfstep.nets.base import networks
+from halfstep.nets.half import called_in_half
+from halfstep.nets.lowered import BasePrecision, lower, restore, settle
 from halfstep.nets.stock import StockNetwork
 
 Node = Mapping[str, Any]
@@ -70,6 +72,7 @@ class Replay(StockNetwork):
             sigma(t), or the angle of (alpha, sigma) in quarter turns, on "process" (its description).
         output: {"sign": 1 or -1, "part": which channels of its output count: "all", "first" or "last"}, and whether
             guidance restores its norm ("restores_norm").
+        precision: of its weights (see nets/lowered.py); it is frozen in any but float32.
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class Replay(StockNetwork):
         clock: Mapping[str, Any],
         output: Mapping[str, Any],
         num_train_timesteps: int = 1000,
+        precision: BasePrecision = "float32",
     ) -> None:
         super().__init__(stock, config, num_train_timesteps)
         self.call, self.clock, self.output = dict(call), dict(clock), dict(output)
@@ -87,6 +91,23 @@ class Replay(StockNetwork):
         self.conditions = {node["name"]: node for node in nodes_of(call, "condition")}
         (self.sample,) = nodes_of(call, "sample")
         self._process = None if clock["of"] == "u" else processes.rebuild(clock["process"])
+        self.precision: BasePrecision = "float32"
+        self.lower(precision)
+
+    def lower(self, precision: BasePrecision) -> None:
+        """Freeze the weights in another precision."""
+        lower(self.model, precision)
+        self.precision = precision
+
+    def restore(self) -> None:
+        """Store the weights in float32 again, as what they stand for."""
+        restore(self.model)
+        self.precision = "float32"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        settle(self.model)
+        return self
 
     def arguments(self) -> dict[str, Any]:
         return {
@@ -96,6 +117,7 @@ class Replay(StockNetwork):
             "clock": self.clock,
             "output": self.output,
             "num_train_timesteps": self.num_train_timesteps,
+            **({} if self.precision == "float32" else {"precision": self.precision}),
         }
 
     @property
@@ -121,7 +143,13 @@ class Replay(StockNetwork):
         Raises:
             ValueError: if a condition of the call is missing, or another is given.
         """
-        output, wanted = self.raw(x_t, time, **cond), x_t.shape[1] if x_t.ndim > 1 else 1
+        if self.precision == "float32":
+            return self._read(self.raw(x_t, time, **cond), x_t)
+        return called_in_half(lambda x_t, time, **cond: self._read(self.raw(x_t, time, **cond), x_t), x_t, time, cond)
+
+    def _read(self, output: Tensor, x_t: Tensor) -> Tensor:
+        """Return what counts of the stock module's output."""
+        wanted = x_t.shape[1] if x_t.ndim > 1 else 1
         if self.output["part"] != "all":
             output = output[:, :wanted] if self.output["part"] == "first" else output[:, -wanted:]
         if output.shape[1:] != x_t.shape[1:]:

@@ -1,21 +1,19 @@
 """The auxiliary denoiser of a game between two players: trained on the student's samples, started from the teacher."""
 
 import copy
-from typing import Final
-
-import torch
+from typing import Any, Final
 
 from halfstep.core.denoiser import Denoiser, Guided, NetworkDenoiser, Reprocessed
 from halfstep.nets import (
     InHalf,
     LoRA,
+    bare,
     checkpoint_gradients,
     checkpoints_gradients,
     copy_network,
     load_own_state,
     own_state,
     takes_guidance,
-    trainable,
     with_guidance,
 )
 from halfstep.objectives.base import Models
@@ -50,11 +48,7 @@ def _copied(teacher: Denoiser, student: Denoiser) -> Denoiser:
     network = teacher.network.network if isinstance(teacher.network, InHalf) else teacher.network
     beside = student.network if isinstance(student, NetworkDenoiser) else None
     if isinstance(beside, LoRA):
-        twin = copy_network(beside)
-        with torch.no_grad():
-            for name, parameter in trainable(twin):
-                if ".lora_B." in name:
-                    parameter.zero_()
+        twin: Any = bare(beside)
         if isinstance(network, LoRA):
             load_own_state(twin, own_state(network))
     else:

@@ -1,18 +1,20 @@
 """Estimated cost of a run: arithmetic and memory of an update, counted without running it, and time."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from halfstep.core.denoiser import GUIDANCE, Denoiser, NetworkDenoiser
 from halfstep.models.folder import blank_denoiser
 from halfstep.models.students import start_student
-from halfstep.nets import checkpoint_gradients, copy_denoiser, takes_guidance, trainable
+from halfstep.nets import checkpoint_gradients, copy_denoiser, takes_guidance, trainable, weight_bytes_of
 from halfstep.objectives import Models, Stage
 from halfstep.run.spec import RunSpec
 from halfstep.run.start import fresh_denoiser, trainer_for
@@ -41,7 +43,7 @@ class Size(NamedTuple):
 
 @final
 class Forward(NamedTuple):
-    """One forward pass of the network on one sample, in float32."""
+    """One forward pass of the network on one sample, in float32, or in bfloat16 on weights of a lower precision."""
 
     parameters: int
     trainable: int
@@ -50,6 +52,8 @@ class Forward(NamedTuple):
     """Multiplications and additions."""
     saved_bytes: int
     """Bytes that autograd keeps for the backward pass, besides the parameters."""
+    weight_bytes: int
+    """Bytes of the parameters, in the precision of frozen ones."""
 
 
 def count_forward(spec: RunSpec) -> Forward:
@@ -66,27 +70,66 @@ def count_forward(spec: RunSpec) -> Forward:
             cond |= {name: torch.empty(1, *shape) for name, shape in spec.teacher.manifest.conditions.items()}
         if takes_guidance(network):
             cond[GUIDANCE] = torch.empty(1)
+    own = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
+    kept, largest = dict[int, Tensor](), 0
+
+    def kept_in(held: dict[int, Tensor]) -> Callable[[Tensor], Tensor]:
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()._cdata
+            if storage not in own and storage not in kept:
+                # Held until the end, so that no later storage takes its number.
+                held[storage] = tensor
+            return tensor
+
+        return keep
+
+    def recomputed(block: nn.Module, *args: Any) -> Any:
+        """Call a block whose inputs alone are kept; the backward pass holds the activations of one block at a time."""
+        nonlocal largest
+        for value in args:
+            if isinstance(value, Tensor):
+                kept_in(kept)(value)
+        inner: dict[int, Tensor] = {}
+        with torch.autograd.graph.saved_tensors_hooks(kept_in(inner), lambda t: t):
+            output = block(*args)
+        largest = max(largest, _bytes(inner))
+        return output
+
     if spec.engine.gradient_checkpointing:
         checkpoint_gradients(network)
         network.train()
-    own = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
-    kept: dict[int, Tensor] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()._cdata
-        if storage not in own:
-            # Held until the end, so that no later storage takes its number.
-            kept[storage] = tensor
-        return tensor
-
-    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        for module in network.modules():
+            if hasattr(module, "_gradient_checkpointing_func"):
+                module._gradient_checkpointing_func = recomputed
+    hooks = torch.autograd.graph.saved_tensors_hooks(kept_in(kept), lambda t: t)
+    with FlopCounterMode(display=False) as counter, hooks, _Fused():
         network(x_t, t, **cond)
     return Forward(
         parameters=sum(parameter.numel() for parameter in network.parameters()),
         trainable=sum(parameter.numel() for _, parameter in trainable(network)),
         flops=int(counter.get_total_flops()),
-        saved_bytes=sum(tensor.untyped_storage().nbytes() for tensor in kept.values()),
+        saved_bytes=_bytes(kept) + largest,
+        weight_bytes=weight_bytes_of(network),
     )
+
+
+def _bytes(held: Mapping[int, Tensor]) -> int:
+    return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
+
+
+@final
+class _Fused(TorchFunctionMode):
+    """Attention on the meta device by a kernel that keeps no matrix of weights, as devices do it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return (_fused if func is scaled_dot_product_attention else func)(*args, **(kwargs or {}))
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **kwargs: Any) -> Any:
+    if kwargs.get("enable_gqa") or query.ndim != 4:
+        return scaled_dot_product_attention(query, key, value, attn_mask, **kwargs)
+    bias = None if attn_mask is None else attn_mask.to(query.dtype).expand(*query.shape[:-1], key.shape[-2])
+    return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, bias, True)[0]
 
 
 def _student(spec: RunSpec) -> Denoiser:
@@ -126,7 +169,7 @@ class Memory(NamedTuple):
     """Bytes of an update of one stage on one device; bfloat16 autocast about halves the activations."""
 
     weights: int
-    """The student's, in float32."""
+    """The student's, frozen ones in their precision."""
     gradients: int
     """Gradients of all trained parameters."""
     moments: int
@@ -150,7 +193,7 @@ def memory_of_update(stage: Stage, forward: Forward, engine: Engine, helpers: Ma
     teacher = 2 * all_ if engine.teacher_precision == "bf16" else 4 * own
     trained = own + sum(size.trainable for size in helpers.values())
     return Memory(
-        weights=4 * all_,
+        weights=forward.weight_bytes,
         gradients=4 * trained,
         moments=(8 if engine.optimizer == "adamw" else 2) * trained,
         average=4 * own if training.ema_decay else 0,

@@ -4,6 +4,7 @@ import torch
 
 from halfstep.measure.evaluate import check_measurable
 from halfstep.models.students import start_student
+from halfstep.nets import precision_of
 from halfstep.run.cost import helper_sizes
 from halfstep.run.spec import RunSpec
 from halfstep.run.start import fresh_denoiser
@@ -13,9 +14,17 @@ def preflight(spec: RunSpec) -> None:
     """Make every student and helper of the plan without memory for its weights, and features of two samples.
 
     Raises:
-        ValueError: if low-rank additions or a helper do not fit the network, or the models could not be measured.
+        ValueError: if the teacher's precision does not fit the settings, low-rank additions or a helper do not fit the
+            network, or the models could not be measured.
     """
     check_measurable(spec.data, spec.evaluation)
+    if spec.teacher is not None and (lowered := precision_of(spec.teacher.denoiser.network)) != "float32":
+        if spec.engine.sharding != "none":
+            raise ValueError(f"weights in {lowered} are not sharded. Remove --engine.sharding")
+        if spec.engine.teacher_precision != "float32":
+            raise ValueError(f"the teacher's weights are in {lowered} already. Remove --engine.teacher-precision")
+        if spec.lora_rank is None:
+            raise ValueError(f"the teacher's weights are frozen in {lowered}. Add --chain.lora-rank 16")
     if spec.teacher is None and spec.lora_rank is not None:
         with torch.device("meta"):
             start_student(fresh_denoiser(spec), spec.lora_rank)

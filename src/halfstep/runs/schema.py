@@ -26,6 +26,8 @@ class Pipeline(Record):
     folder: str
     component: str
     """The part that the model replaces: unet or transformer."""
+    averaged: bool = False
+    """Whether the weights are the averaged ones beside it (unet_ema)."""
     options: dict[str, Any] = Field(default={})
     """Arguments of its call that are the same for all samples."""
     guidance: str | None = None

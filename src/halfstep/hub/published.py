@@ -1,0 +1,159 @@
+"""Published networks by size, without weights: what a dry run counts on the meta device.
+
+Configs are written by hand, as `config.json` of the released weights has them; calls are those that a recording of the
+pipeline makes at the released size.
+"""
+
+import math
+from typing import Any, Final, NamedTuple, final
+
+import torch
+
+from halfstep.core.denoiser import NetworkDenoiser
+from halfstep.core.noise import processes
+from halfstep.core.prediction import predictions
+from halfstep.hub.schedulers import Schedule, read_schedule
+from halfstep.models.model import Model
+from halfstep.nets import BasePrecision, Replay, describe_network, nodes_of
+from halfstep.runs import Manifest, Outcome, Pipeline
+
+
+@final
+class Published(NamedTuple):
+    """A released network at the size that it is used at."""
+
+    title: str
+    kind: str
+    """The pipeline's class."""
+    stock: str
+    config: dict[str, Any]
+    call: dict[str, Any]
+    scheduler: dict[str, Any]
+    options: dict[str, Any]
+    """Arguments of the pipeline's call that decide the shape."""
+    off: float | None = 1.0
+    """The guidance scale that disables guidance; None if the network takes the scale itself."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one sample."""
+        (sample,) = nodes_of(self.tree, "sample")
+        return tuple(sample["shape"])
+
+    @property
+    def tree(self) -> dict[str, Any]:
+        """The recorded call."""
+        return {"is": "dict", "items": self.call}
+
+
+def _condition(name: str, *shape: int) -> dict[str, Any]:
+    return {"is": "condition", "name": name, "shape": list(shape), "dtype": "float32"}
+
+
+def _constant(name: str, *shape: int, **rows: bool) -> dict[str, Any]:
+    return {"is": "constant", "name": name, "shape": list(shape), "dtype": "float32", **rows}
+
+
+_NONE: Final = {"is": "value", "value": None}
+_TIME: Final = {"is": "time", "dims": []}
+_NOTHING: Final[dict[str, Any]] = {"is": "dict", "items": {}}
+
+
+def _wan(title: str, heads: int, ffn: int, layers: int, height: int, width: int, shift: float) -> Published:
+    """Wan 2.1 at 81 frames."""
+    return Published(
+        title, "WanPipeline", "WanTransformer3DModel",
+        {
+            "patch_size": [1, 2, 2], "num_attention_heads": heads, "attention_head_dim": 128, "in_channels": 16,
+            "out_channels": 16, "text_dim": 4096, "freq_dim": 256, "ffn_dim": ffn, "num_layers": layers,
+            "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "eps": 1e-6, "rope_max_seq_len": 1024,
+        },
+        {
+            "hidden_states": {"is": "sample", "shape": [16, 21, height // 8, width // 8]}, "timestep": _TIME,
+            "encoder_hidden_states": _condition("encoder_hidden_states", 512, 4096), "attention_kwargs": _NONE,
+        },
+        {
+            "_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True, "prediction_type": "flow_prediction",
+            "flow_shift": shift,
+        },
+        {"height": height, "width": width, "num_frames": 81},
+    )  # fmt: skip
+
+
+PUBLISHED: Final = {
+    "sdxl": Published(
+        "SDXL, 1024 x 1024", "StableDiffusionXLPipeline", "UNet2DConditionModel",
+        {
+            "sample_size": 128, "in_channels": 4, "out_channels": 4, "block_out_channels": [320, 640, 1280],
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+            "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"], "layers_per_block": 2,
+            "cross_attention_dim": 2048, "transformer_layers_per_block": [1, 2, 10],
+            "attention_head_dim": [5, 10, 20], "use_linear_projection": True, "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
+        },
+        {
+            "sample": {"is": "sample", "shape": [4, 128, 128]}, "timestep": _TIME,
+            "encoder_hidden_states": _condition("encoder_hidden_states", 77, 2048), "timestep_cond": _NONE,
+            "cross_attention_kwargs": _NONE,
+            "added_cond_kwargs": {
+                "is": "dict",
+                "items": {
+                    "text_embeds": _condition("text_embeds", 1280), "time_ids": _constant("time_ids", 1, 6, rows=True)
+                },
+            },
+        },
+        {
+            "_class_name": "EulerDiscreteScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085,
+            "beta_end": 0.012,
+        },
+        {"height": 1024, "width": 1024},
+    ),
+    "flux.1-dev": Published(
+        "Flux.1 dev, 1024 x 1024", "FluxPipeline", "FluxTransformer2DModel",
+        {
+            "patch_size": 1, "in_channels": 64, "num_layers": 19, "num_single_layers": 38, "attention_head_dim": 128,
+            "num_attention_heads": 24, "joint_attention_dim": 4096, "pooled_projection_dim": 768,
+            "guidance_embeds": True, "axes_dims_rope": [16, 56, 56],
+        },
+        {
+            "hidden_states": {"is": "sample", "shape": [4096, 64]},
+            "encoder_hidden_states": _condition("encoder_hidden_states", 512, 4096),
+            "pooled_projections": _condition("pooled_projections", 768), "timestep": _TIME,
+            "img_ids": _constant("img_ids", 4096, 3), "txt_ids": _constant("txt_ids", 512, 3),
+            "guidance": {"is": "guidance", "factor": 1.0, "default": 3.5}, "joint_attention_kwargs": _NOTHING,
+        },
+        # The shift that the pipeline sets for 4096 tokens.
+        {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": math.exp(1.15)},
+        {"height": 1024, "width": 1024},
+        None,
+    ),
+    "wan2.1-1.3b": _wan("Wan 2.1 1.3B, 81 frames of 832 x 480", 12, 8960, 30, 480, 832, 3.0),
+    "wan2.1-14b": _wan("Wan 2.1 14B, 81 frames of 1280 x 720", 40, 13824, 40, 720, 1280, 5.0),
+}  # fmt: skip
+"""By the name that `halfstep distill NAME --dry-run` takes."""
+
+
+def published(name: str, precision: BasePrecision = "float32") -> Model:
+    """Return a published model on the meta device, whose cost can be counted."""
+    held = PUBLISHED[name]
+    schedule: Schedule = read_schedule(held.scheduler)
+    process = processes.describe(schedule.process)
+    clock = {"of": "sigma", "scale": 1.0 if held.off is None else 1000.0, "offset": 0.0, "process": process}
+    if not schedule.is_flow:
+        clock = {"of": "u", "scale": 1000.0, "offset": -1.0}
+    with torch.device("meta"):
+        network = Replay(held.stock, held.config, held.tree, clock, {"sign": 1, "part": "all"}, precision=precision)
+    conditions = {node["name"]: tuple(node["shape"]) for node in nodes_of(held.tree, "condition")}
+    component = "transformer" if "Transformer" in held.stock else "unet"
+    manifest = Manifest(
+        stage=name, objective="imported", parent=None, outcome=Outcome(role="teacher"), start_steps=128, num_updates=0,
+        seconds=0.0, shape=held.shape, conditions=conditions, is_image=False, clip=False,
+        network=describe_network(network), process=process, prediction=predictions.describe(schedule.prediction),
+        pipeline=Pipeline(
+            kind=held.kind, folder=name, component=component, options=held.options, guidance="guidance_scale",
+            off=held.off, scale=3.5 if held.off is None else None,
+        ),
+        files={}, source=held.title,
+    )  # fmt: skip
+    null = {} if held.off is None else {name: torch.zeros(shape) for name, shape in conditions.items()}
+    return Model(NetworkDenoiser(network, schedule.process, schedule.prediction), manifest, null)

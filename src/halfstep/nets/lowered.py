@@ -1,0 +1,183 @@
+"""Frozen weights in fewer bits, under low-rank additions.
+
+Linear layers become those of bitsandbytes or torchao that diffusers' `BitsAndBytesConfig` and `TorchAoConfig` make; all
+other weights are stored in bfloat16, except those that their class keeps in float32. The network computes in bfloat16.
+Weights are always quantised on the CPU, so that a network is the same function on every device.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Final, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+BasePrecision = Literal["float32", "bf16", "int8", "nf4", "int8wo"]
+"""bf16; 8 or 4 bits of bitsandbytes; 8 bits of torchao, in which only weights are rounded."""
+BASE_PRECISIONS: Final[tuple[str, ...]] = get_args(BasePrecision)
+PACKAGES: Final = {"int8": "bitsandbytes", "nf4": "bitsandbytes", "int8wo": "torchao"}
+"""The packages of the layers."""
+CONFIGS: Final = {
+    "int8": "BitsAndBytesConfig(load_in_8bit=True)",
+    "nf4": 'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)',
+    "int8wo": "TorchAoConfig(Int8WeightOnlyConfig())",
+}
+"""Names of these precisions in diffusers."""
+BLOCK: Final = 64
+"""Weights that share a scale in 4 bits."""
+
+
+def quantised(module: nn.Module) -> bool:
+    """Return whether a module is a linear layer in fewer bits."""
+    return isinstance(module, nn.Linear) and type(module.weight).__module__.partition(".")[0] in PACKAGES.values()
+
+
+def same_layer(one: nn.Module, other: nn.Module) -> bool:
+    """Return whether two quantised layers hold the same weights."""
+    return all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(_parts(one), _parts(other), strict=True))
+
+
+def shared_layers(network: nn.Module) -> dict[int, Any]:
+    """Return the quantised layers by id, for the memo of a copy: they are frozen, and memory holds them once."""
+    return {id(module): module for module in network.modules() if quantised(module)}
+
+
+def lower(model: Any, precision: str) -> None:
+    """Store the weights of a stock module in a precision, in place; low-rank additions stay as they are.
+
+    Tensors are replaced, not changed: another module that held them keeps them. On the meta device, linear layers
+    become bfloat16 too.
+
+    Raises:
+        ValueError: if the package of the precision is missing.
+    """
+    if precision == "float32":
+        return
+    for name, module in list(model.named_modules()):
+        if _is_kept(model, name) or quantised(module):
+            continue
+        if precision in PACKAGES and isinstance(module, nn.Linear) and not module.weight.is_meta:
+            model.set_submodule(name, _quantised(module, precision))
+            continue
+        for leaf, value in module.named_parameters(recurse=False):
+            setattr(module, leaf, nn.Parameter(value.detach().to(torch.bfloat16), requires_grad=False))
+        for leaf, value in module.named_buffers(recurse=False):
+            setattr(module, leaf, value.to(torch.bfloat16) if value.is_floating_point() else value)
+
+
+def _is_kept(model: Any, name: str) -> bool:
+    parts = name.split(".")
+    return any(part.startswith("lora_") or part in (model._keep_in_fp32_modules or ()) for part in parts)
+
+
+def _quantised(layer: nn.Linear, precision: str) -> nn.Linear:
+    weight, bias = layer.weight.detach().float(), layer.bias
+    bias = None if bias is None else nn.Parameter(bias.detach().to(torch.bfloat16), requires_grad=False)
+    made: Any
+    try:
+        if precision == "int8wo":
+            from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+            made = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+            made.weight = nn.Parameter(weight, requires_grad=False)
+            quantize_(made, Int8WeightOnlyConfig())
+        else:
+            from bitsandbytes import nn as bnb
+
+            size = (layer.in_features, layer.out_features)
+            if precision == "nf4":
+                kind = {"quant_type": "nf4", "compress_statistics": False}
+                made = bnb.Linear4bit(*size, bias=False, compute_dtype=torch.bfloat16, device="meta", **kind)
+                made.weight = bnb.Params4bit(weight, requires_grad=False, module=made, **kind).to("cpu")
+            else:
+                made = bnb.Linear8bitLt(*size, bias=False, has_fp16_weights=False, device="meta")
+                made.weight = bnb.Int8Params(weight, requires_grad=False).to("cpu")
+                made.init_8bit_state()
+    except ImportError:
+        package = PACKAGES[precision]
+        raise ValueError(f"weights in {precision} need the package {package}: pip install {package}") from None
+    made.bias = bias
+    return made.requires_grad_(False)
+
+
+def _parts(layer: Any) -> tuple[Tensor, Tensor]:
+    """Return the codes and the scales of a quantised layer, which are its memory."""
+    weight = layer.weight
+    if hasattr(layer, "state"):
+        return weight.data, layer.state.SCB
+    if hasattr(weight, "quant_state"):
+        return weight.data, weight.quant_state.absmax
+    return weight.qdata, weight.scale
+
+
+def packed_state(network: nn.Module) -> dict[str, Tensor]:
+    """Return a network's state, with codes (`weight`) and scales (`scale`) of its quantised layers."""
+    found = {}
+    for path, module in network.named_modules():
+        held = {**module._parameters, **module._buffers}
+        if quantised(module):
+            held["weight"], held["scale"] = _parts(module)
+        found |= {
+            f"{path}.{leaf}" if path else leaf: value.detach()
+            for leaf, value in held.items()
+            if value is not None and leaf not in module._non_persistent_buffers_set
+        }
+    return found
+
+
+def load_packed(network: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load what `packed_state` returned, except low-rank additions.
+
+    Raises:
+        RuntimeError: if names or shapes do not fit.
+    """
+    own = {name: value for name, value in packed_state(network).items() if ".lora_" not in name}
+    for name in sorted(own.keys() | state.keys()):
+        if name not in own or name not in state or own[name].shape != state[name].shape:
+            raise RuntimeError(f"{name} is missing, has no place or has another shape")
+        own[name].copy_(state[name])
+
+
+def settle(model: nn.Module) -> None:
+    """Let the layers of 8 bits find their weights after a move to another device; theirs do not by themselves."""
+    layers: list[Any] = [module for module in model.modules() if quantised(module) and hasattr(module, "state")]
+    for layer in layers:
+        layer.weight.CB = layer.weight.SCB = None
+        layer.state.CB, layer.state.SCB = layer.weight.data, layer.state.SCB.to(layer.weight.device)
+
+
+def restore(model: Any) -> None:
+    """Store the weights of a stock module in float32 again, in place, as what they stand for."""
+    for name, module in list(model.named_modules()):
+        if quantised(module):
+            made = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+            made.weight = nn.Parameter(_restored(module), requires_grad=False)
+            made.bias = module.bias
+            model.set_submodule(name, made)
+    nn.Module.float(model)
+
+
+def _restored(layer: Any) -> Tensor:
+    """Return the weights of a quantised layer in float32."""
+    codes, scale = _parts(layer)
+    if not hasattr(layer.weight, "quant_state"):
+        return codes.float() * (scale.reshape(-1, 1) / (127 if hasattr(layer, "state") else 1))
+    from bitsandbytes import functional
+
+    value: Tensor = functional.dequantize_4bit(codes, layer.weight.quant_state).float()
+    return value
+
+
+def weight_bytes(model: Any, precision: str) -> int:
+    """Return the bytes of a stock module's weights in a precision, from their shapes alone."""
+    linear = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    total = 0
+    for name, value in model.named_parameters():
+        if precision == "float32" or _is_kept(model, name):
+            total += 4 * value.numel()
+        elif precision in PACKAGES and name in linear:
+            rows, numbers = value.shape[0], value.numel()
+            scales, codes = (-(-numbers // BLOCK), -(-numbers // 2)) if precision == "nf4" else (rows, numbers)
+            total += 4 * scales + codes
+        else:
+            total += 2 * value.numel()
+    return total
