@@ -87,6 +87,8 @@ def _quantised(layer: nn.Linear, precision: str) -> nn.Linear:
             if precision == "nf4":
                 kind = {"quant_type": "nf4", "compress_statistics": False}
                 made = bnb.Linear4bit(*size, bias=False, compute_dtype=torch.bfloat16, device="meta", **kind)
+                # Without gradients it would pack its codes for the CPU, in place, and not those of narrow layers.
+                made.support_avx512bf16_for_cpu = False
                 made.weight = bnb.Params4bit(weight, requires_grad=False, module=made, **kind).to("cpu")
             else:
                 made = bnb.Linear8bitLt(*size, bias=False, has_fp16_weights=False, device="meta")
