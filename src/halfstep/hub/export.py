@@ -145,7 +145,8 @@ def export_lora(model: Model, out: Path, base: Manifest | None = None, name: str
         if not model.sampler.stochastic:
             pipe = load_pipeline(fetch(pipeline.folder), pipeline.kind)
             if precision_of(network) != "float32":
-                getattr(pipe, component).load_state_dict(merged(bare(network)).model.state_dict())
+                whole: Any = merged(bare(network))
+                getattr(pipe, component).load_state_dict(whole.model.state_dict())
             pipe.scheduler = stock(schedule.kind)(**schedule.config)
             with quiet():
                 pipe.load_lora_weights(into)

@@ -172,7 +172,7 @@ def merged(network: nn.Module) -> nn.Module:
     is_lowered = precision_of(network) != "float32"
     if not isinstance(network, LoRA) and not is_lowered:
         return network
-    twin = copy.deepcopy(network.base if isinstance(network, LoRA) else network)
+    twin: Any = copy.deepcopy(network.base if isinstance(network, LoRA) else network)
     if is_lowered:
         twin.restore()
     layers: list[tuple[str, Any]] = [part for part in twin.named_modules() if hasattr(part[1], "lora_A")]

@@ -98,6 +98,7 @@ def count_forward(spec: RunSpec) -> Forward:
     if spec.engine.gradient_checkpointing:
         checkpoint_gradients(network)
         network.train()
+        module: Any
         for module in network.modules():
             if hasattr(module, "_gradient_checkpointing_func"):
                 module._gradient_checkpointing_func = recomputed
