@@ -179,7 +179,7 @@ def test_a_network_of_another_project_becomes_students_of_8_4_and_1_steps(tmp_pa
     assert torch.equal(torch.cat(seen), levels)
 
     pixels = torch.randint(256, (40, 28, 28, 1), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    np.savez(images, images=pixels.numpy(), labels=(np.arange(40) % 2))
+    np.savez(images, x=pixels.numpy(), y=(np.arange(40) % 2))
     found = example.main(str(weights), str(images), updates=1, batch=2, number=2)
     assert list(found) == ["teacher, 50", "teacher, 8", "student, 8", "student, 4", "student, 1"]
     assert all(0 < distance < float("inf") for distance in found.values())
@@ -188,15 +188,18 @@ def test_a_network_of_another_project_becomes_students_of_8_4_and_1_steps(tmp_pa
 @pytest.mark.skipif(not FOREIGN.is_dir(), reason=f"the published weights are not in {FOREIGN}")
 @torch.no_grad()
 def test_the_published_weights_tell_noise_from_clothes_at_their_own_levels() -> None:
-    """Its error is the noise of the data at a level; shifted by a tenth of the clock it is larger."""
+    """Its error is the noise of the data at a level; at a clock that is three tenths ahead it is larger.
+
+    Later levels say nothing: there the network hardly heeds its clock.
+    """
     example = loaded("someone_elses_teacher")
     network = example.Theirs(str(FOREIGN / "foreign" / "ddpm_fashion.safetensors")).eval()
     process = VPTable()
     x0 = open_data(DataConfig(source=str(FOREIGN / "fashion-mnist"), split="test")).fetch(torch.arange(16)).x0
     eps = torch.randn(16, 1, 28, 28, generator=torch.Generator().manual_seed(0))
-    for level in (200, 501, 800):
+    for level in (200, 300):
         t = torch.full((16,), (level + 1) / 1000, dtype=torch.float64)
         x_t = process.mix(x0, eps, t)
-        at, beside = (float((network(x_t, (t + shift).float()) - eps).square().mean()) for shift in (0, 0.1))
+        at, beside = (float((network(x_t, (t + shift).float()) - eps).square().mean()) for shift in (0, 0.3))
         assert at < 0.1
         assert at < 0.8 * beside
