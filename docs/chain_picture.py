@@ -1,6 +1,6 @@
-"""Draws docs/chain.png from a measured run: one noise a column, the chain above, the undistilled teacher below.
+"""Draws docs/fashion.png from a measured run: one noise a column, the chain above, the undistilled teacher below.
 
-python docs/chain_picture.py runs/digits docs/chain.png
+python docs/chain_picture.py runs/fashion_mnist docs/fashion.png
 """
 
 import sys
