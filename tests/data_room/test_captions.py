@@ -183,7 +183,7 @@ def test_rows_of_missing_images(tmp_path, write, line, name):
     image(tmp_path / "a.png")
     (tmp_path / "b.heic").write_bytes(b"")
     write(tmp_path, {"a.png": "a cat", name: "a dog"})
-    refused(tmp_path, line, name, "no image", "remove the row")
+    refused(tmp_path, line, name, "not an image", "remove the row")
 
 
 def test_two_captions_of_one_image(tmp_path):
