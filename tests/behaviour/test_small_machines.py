@@ -202,7 +202,9 @@ def test_beside_a_teacher_in_bfloat16_its_weights_in_float32_are_let_go(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
     parents: list[Model] = []
-    monkeypatch.setattr(pipeline, "load", lambda path: parents.append(load(path)) or parents[-1])
+    monkeypatch.setattr(
+        pipeline, "load", lambda path, network=None: parents.append(load(path, network=network)) or parents[-1]
+    )
     torch.set_num_threads(1)
     one = Training(1, 1e-3, batch_size=8)
     plan = Plan.of(Denoising(), one) + Plan.halvings(4, 1, one, updates_at={})

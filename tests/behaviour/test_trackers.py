@@ -1,6 +1,7 @@
 """What a run tells its trackers: the log's numbers, once each, over the updates of the whole plan."""
 
 import errno
+import importlib
 import io
 import itertools
 import os
@@ -129,6 +130,8 @@ def test_weights_and_biases_without_a_login_is_refused_with_the_ways_out(
     for name in ("WANDB_API_KEY", "WANDB_MODE", "NETRC"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
+    # An earlier test of this process may have started wandb, which reads its environment once.
+    importlib.import_module("wandb").teardown()
     np.save(tmp_path / "points.npy", points(64).numpy())
     command = ["run", "arrays", "--data", str(tmp_path / "points.npy"), "--out", str(tmp_path / "run"), *TINY_ARRAYS]
     with pytest.raises(SystemExit) as end:

@@ -669,7 +669,7 @@ def test_what_is_no_pipeline_is_refused(source: str, said: str, tmp_path: Path, 
 @pytest.mark.parametrize(
     ("model", "data", "words", "said"),
     [
-        ("ddpm", "digits", ["--matching.guidance-scale", "3"], "what stands for no condition is not known"),
+        ("ddpm", "digits", ["--matching.guidance-scale", "3"], "its null condition is not known"),
         ("ddpm", "digits", ["--matching.null-class", "3"], "needs a teacher with classes"),
         ("classes-ddpm", "digits", ["--matching.guidance-scale", "3", "--matching.null-class", "11"],
          "matching.null_class 11 is not a class of the teacher, which knows 0 to 10"),

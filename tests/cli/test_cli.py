@@ -188,7 +188,7 @@ def test_dry_run_of_a_paper_recipe_needs_none_of_its_data(
     small += ["--network.attention-head-dim", "32", "--engine.threads", "1"]
     main(["run", name, "--data", "nowhere", "--dry-run", *small])
     printed = capsys.readouterr().out
-    for said in ("random pixels replace it", "samples seen:", "GiB", "FLOP", "extrapolated from a batch of"):
+    for said in ("random numbers replace it", "samples seen:", "GiB", "FLOP", "extrapolated from a batch of"):
         assert said in printed
     assert list(tmp_path.iterdir()) == []
 

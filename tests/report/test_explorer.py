@@ -189,7 +189,7 @@ def request(**changes: object) -> list[object]:
         ({"samples": 0}, "samples must be a whole number from 1 to 64, got 0"),
         ({"seed": -1}, "seed must be a whole number from 0"),
         ({"class": 99}, "class must be a whole number from 0 to 2, got 99"),
-        ({"guidance": 3}, "knows no guidance"),
+        ({"guidance": 3}, "has no guidance"),
         ({"guidance": "many"}, "the guidance scale must be a number from 0 to 50"),
     ],
 )

@@ -120,7 +120,7 @@ WHOLE = "must be a whole number from"
         ({"num_samples": 10**9}, "got 1000000000"),
         ({"class_label": 3}, f"class {WHOLE} 0 to 2, got 3"),
         ({"class_label": "x" * 1000}, "got 'xxx"),
-        ({"guidance_scale": 2}, "knows no guidance"),
+        ({"guidance_scale": 2}, "has no guidance"),
         ({"guidance_scale": math.nan}, "guidance scale must be a number from 0 to 50, got nan"),
         ({"guidance_scale": -1}, "guidance scale must be"),
     ],

@@ -84,11 +84,11 @@ def export_pipeline(model: Model, out: Path, metrics: Metrics | None = None, nam
             for file in folder.iterdir():
                 if file.suffix not in (".json", ".safetensors", ".txt", ".model", ".jinja"):
                     continue
-                name = without_variant(file.name, folder)
-                if name.endswith(".index.json"):
-                    write_text(into / part / name, without_variant(file.read_text(), folder))
+                plain = without_variant(file.name, folder)
+                if plain.endswith(".index.json"):
+                    write_text(into / part / plain, without_variant(file.read_text(), folder))
                 elif file.suffix != ".safetensors" or file in weights_of(folder):
-                    shutil.copyfile(file, into / part / name)
+                    shutil.copyfile(file, into / part / plain)
         write_json(into / "model_index.json", index)
         write_text(into / "README.md", model_card(name or out.name, model.manifest, kind, schedule, metrics, absent))
         if isinstance(network, Replay) and not model.sampler.stochastic:
