@@ -145,7 +145,8 @@ def export_lora(model: Model, out: Path, base: Manifest | None = None, name: str
         if not model.sampler.stochastic:
             pipe = load_pipeline(fetch(pipeline.folder), pipeline.kind)
             if precision_of(network) != "float32":
-                getattr(pipe, component).load_state_dict(merged(bare(network)).model.state_dict())
+                whole: Any = merged(bare(network))
+                getattr(pipe, component).load_state_dict(whole.model.state_dict())
             pipe.scheduler = stock(schedule.kind)(**schedule.config)
             with quiet():
                 pipe.load_lora_weights(into)
@@ -158,7 +159,7 @@ def in_full(model: Model) -> Model:
     an export."""
     if precision_of(model.denoiser.network) == "float32":
         return model
-    network = merged(model.denoiser.network)
+    network: Any = merged(model.denoiser.network)
     denoiser = NetworkDenoiser(network, model.denoiser.process, model.denoiser.prediction)
     return Model(denoiser, model.manifest.model_copy(update={"network": describe_network(network)}), model.null)
 

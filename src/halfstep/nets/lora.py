@@ -159,11 +159,12 @@ def load_own_state(network: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 def bare(network: LoRA) -> LoRA:
     """Return a copy without effect of its additions, which shares the frozen weights."""
-    twin: Any = copy_network(network)
+    twin = copy_network(network)
     with torch.no_grad():
-        for name, parameter in twin.own():
+        for name, parameter in trainable(twin):
             if ".lora_B." in name:
                 parameter.zero_()
+    assert isinstance(twin, LoRA)
     return twin
 
 
@@ -172,14 +173,15 @@ def merged(network: nn.Module) -> nn.Module:
     is_lowered = precision_of(network) != "float32"
     if not isinstance(network, LoRA) and not is_lowered:
         return network
-    twin = copy.deepcopy(network.base if isinstance(network, LoRA) else network)
+    twin: Any = copy.deepcopy(network.base if isinstance(network, LoRA) else network)
     if is_lowered:
         twin.restore()
     layers: list[tuple[str, Any]] = [part for part in twin.named_modules() if hasattr(part[1], "lora_A")]
     for name, layer in layers:
         layer.merge()
         twin.set_submodule(name, layer.get_base_layer())
-    return twin
+    whole: nn.Module = twin
+    return whole
 
 
 def precision_of(network: nn.Module) -> BasePrecision:

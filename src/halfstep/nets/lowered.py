@@ -113,7 +113,7 @@ def _parts(layer: Any) -> tuple[Tensor, Tensor]:
 
 def packed_state(network: nn.Module) -> dict[str, Tensor]:
     """Return a network's state, with codes (`weight`) and scales (`scale`) of its quantised layers."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for path, module in network.named_modules():
         held = {**module._parameters, **module._buffers}
         if quantised(module):
