@@ -159,7 +159,7 @@ def in_full(model: Model) -> Model:
     an export."""
     if precision_of(model.denoiser.network) == "float32":
         return model
-    network = merged(model.denoiser.network)
+    network: Any = merged(model.denoiser.network)
     denoiser = NetworkDenoiser(network, model.denoiser.process, model.denoiser.prediction)
     return Model(denoiser, model.manifest.model_copy(update={"network": describe_network(network)}), model.null)
 

@@ -159,11 +159,12 @@ def load_own_state(network: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 def bare(network: LoRA) -> LoRA:
     """Return a copy without effect of its additions, which shares the frozen weights."""
-    twin: Any = copy_network(network)
+    twin = copy_network(network)
     with torch.no_grad():
-        for name, parameter in twin.own():
+        for name, parameter in trainable(twin):
             if ".lora_B." in name:
                 parameter.zero_()
+    assert isinstance(twin, LoRA)
     return twin
 
 
@@ -179,7 +180,8 @@ def merged(network: nn.Module) -> nn.Module:
     for name, layer in layers:
         layer.merge()
         twin.set_submodule(name, layer.get_base_layer())
-    return twin
+    whole: nn.Module = twin
+    return whole
 
 
 def precision_of(network: nn.Module) -> BasePrecision:

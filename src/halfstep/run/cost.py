@@ -98,10 +98,9 @@ def count_forward(spec: RunSpec) -> Forward:
     if spec.engine.gradient_checkpointing:
         checkpoint_gradients(network)
         network.train()
-        module: Any
-        for module in network.modules():
-            if hasattr(module, "_gradient_checkpointing_func"):
-                module._gradient_checkpointing_func = recomputed
+        blocks: list[Any] = [part for part in network.modules() if hasattr(part, "_gradient_checkpointing_func")]
+        for block in blocks:
+            block._gradient_checkpointing_func = recomputed
     hooks = torch.autograd.graph.saved_tensors_hooks(kept_in(kept), lambda t: t)
     with FlopCounterMode(display=False) as counter, hooks, _Fused():
         network(x_t, t, **cond)
