@@ -20,5 +20,5 @@ def test_ninety_faults_over_every_kind_of_run_change_nothing_in_silence(tmp_path
     storm = Storm(tmp_path, seed=2022, kinds=("chain", "lora", "matched", "pair"))
     storm.deal(90)
     assert min(storm.met.values()) >= 3, "a kind of run was left out"
-    assert min(storm.dealt[kind] for kind in storm.faults) >= 5
+    assert min(storm.dealt[kind] for kind in storm.faults) >= 3
     assert storm.ends["refused"] >= 10
