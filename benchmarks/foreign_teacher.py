@@ -93,6 +93,7 @@ def main() -> None:
         }
         print(json.dumps(row), flush=True)
         rows.append(row)
+        write()
 
     def write() -> None:
         found = {
@@ -124,10 +125,8 @@ def main() -> None:
     picture([samples[key] for key in shown], asked.picture)
     for steps in (50, 8):
         measure("teacher", teacher, steps, halfstep.Ancestral(0.0), asked.number)
-    write()
     for method in (halfstep.Ancestral(), halfstep.DDIM()):
         measure("teacher", teacher, 1000, method, asked.number_slow)
-        write()
 
 
 if __name__ == "__main__":
