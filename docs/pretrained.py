@@ -21,7 +21,7 @@ def main() -> None:
     options = parser.parse_args()
     model = halfstep.load(options.stage)
     out = FOLDER / options.name
-    # Outside its run there is no stage that it came from, and a path of this machine says nothing.
+    # The stages and paths of the run mean nothing in the package.
     lineage = {"run": None, "parent": None, "teacher": None, "data": options.data, "stage": options.name}
     manifest: Manifest = model.manifest.model_copy(update=lineage)
     save_stage(StageFolder(out), model.denoiser.half(), manifest)

@@ -27,7 +27,7 @@ made: list[Path] = []
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: object) -> str:
-    """The home page with the frame in the place of the picture."""
+    """Replace the picture on the home page with the frame."""
     if page.file.src_uri != "index.md" or not _is_made(Path(config.site_dir)):
         return markdown
     found, count = MARKED.subn(FRAME, markdown)

@@ -52,7 +52,7 @@ def check_noise(x_t: Any, shape: tuple[int, ...] | None, module: nn.Module) -> N
     """Raise ValueError unless `x_t` is a batch of floats of this shape on the module's device.
 
     Args:
-        shape: of one sample; None if it is not known.
+        shape: shape of one sample; None accepts any.
     """
     check_instance("the noise", x_t, Tensor, "torch.randn(16, *shape)")
     if not x_t.is_floating_point() or x_t.ndim == 0:

@@ -112,7 +112,7 @@ def import_pipeline(
         source: a folder that diffusers has saved, or a name on the Hub.
         options: arguments of the pipeline's call that stay the same for all samples, such as height and width.
         ema: whether to take the averaged weights beside the network's own, such as unet_ema.
-        precision: of its weights once they are verified in float32; students of any other are low-rank additions.
+        precision: how its weights are stored after the check in float32; any but float32 needs low-rank students.
 
     Raises:
         ValueError: if it is pickled, wants code of its own, or a part of it is missing or not understood.

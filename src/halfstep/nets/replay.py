@@ -72,7 +72,7 @@ class Replay(StockNetwork):
             sigma(t), or the angle of (alpha, sigma) in quarter turns, on "process" (its description).
         output: {"sign": 1 or -1, "part": which channels of its output count: "all", "first" or "last"}, and whether
             guidance restores its norm ("restores_norm").
-        precision: of its weights (see nets/lowered.py); it is frozen in any but float32.
+        precision: how its weights are stored (see nets/lowered.py); all but float32 freeze them.
     """
 
     def __init__(
