@@ -5,8 +5,8 @@
 A run measures itself in the features of its own classifier and with seeds from 0 on, and plans are tuned by what it
 says. Here a perceptron with one hidden layer of 256 and one of 64 is trained on the run's labelled data with a fixed
 seed; samples of seeds from 1,000,000 on are compared in its 64 features. Beside each student stands the same figure in
-the run's own features with these fresh seeds. Figures of several runs (seeds) are averaged; a ratio compares with the teacher
-at its best, the better of DDIM at 256 steps and Heun at 32 in the features at hand.
+the run's own features with these fresh seeds. Figures of several runs (seeds) are averaged. Ratios compare with the
+teacher at its best: DDIM at 256 steps or Heun at 32, whichever is better in the features in question.
 """
 
 import argparse
