@@ -315,12 +315,12 @@ def test_what_prompts_cannot_do_is_one_line(saved: Callable[[str], Path], tmp_pa
     prompts.write_text("a\n")
     call = ["--call", "height=8", "width=8"]
     out = ["--out", str(tmp_path / "out")]
-    assert "give --data with images and captions, or --prompts" in refused(["encode", str(folder), *out], capsys)
+    assert "give either --data with captioned images, or --prompts" in refused(["encode", str(folder), *out], capsys)
     asked = ["distill", str(folder), "--prompts", str(prompts), *out, *call, *BUDGET]
     main([*asked, "--dry-run"])
     told = " ".join(capsys.readouterr().out.split())
     assert "1 sample of" in told
-    assert "would be drawn first, by 63 network calls each" in told
+    assert "would be drawn first, with 63 network calls each" in told
     assert "--call height: give NAME=VALUE" in refused([*asked[:4], *out, "--call", "height"], capsys)
     prompts.write_text("\n \n")
     assert "holds no prompts: write one on each line" in refused(asked, capsys)
