@@ -323,7 +323,7 @@ def test_what_prompts_cannot_do_is_one_line(saved: Callable[[str], Path], tmp_pa
     assert "would be drawn first, with 63 network calls each" in told
     assert "--call height: give NAME=VALUE" in refused([*asked[:4], *out, "--call", "height"], capsys)
     prompts.write_text("\n \n")
-    assert "holds no prompts: write one on each line" in refused(asked, capsys)
+    assert "contains no prompts: write one per line" in refused(asked, capsys)
     assert "FluxPipeline failed" in refused(
         ["encode", str(folder), "--prompts", str(prompts), *out, "--call", "size=8"], capsys
     )

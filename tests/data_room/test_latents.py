@@ -360,7 +360,7 @@ def test_other_images(images, tmp_path):
 
 def test_images_that_are_gone(images, tmp_path):
     (tmp_path / "images/03.png").unlink()
-    refused(lambda: encode(images, ENCODER, tmp_path / "latents"), "03.png", "cannot be read", "list the images again")
+    refused(lambda: encode(images, ENCODER, tmp_path / "latents"), "03.png", "cannot be read", "repeat the command")
 
 
 @pytest.mark.parametrize("arguments", [{"batch_size": 0}, {"shard_size": -1}])
