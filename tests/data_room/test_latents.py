@@ -479,5 +479,5 @@ def test_samples_of_prompts_go_on_where_they_were_cut(tmp_path: Path) -> None:
     assert cut.fingerprint == whole.fingerprint
     batch = cut.fetch(torch.arange(7))
     assert batch.x0[:, 0].tolist() == [index + index % 3 for index in range(7)]
-    with pytest.raises(ValueError, match=r"holds latents of other images than q\.txt: other captions"):
+    with pytest.raises(ValueError, match=r"contains latents of images other than q\.txt: other captions"):
         encode(Prompts("q.txt", captions[::-1], sampled), ENCODER, tmp_path / "cut", 2, 2)
