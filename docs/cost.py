@@ -82,7 +82,7 @@ def priced() -> str:
         traffic = 2 * (devices - 1) / devices * 4 * forward.parameters / LINK
         rows.append(
             {
-                "recipe": name, "M parameters": forward.parameters / 1e6, "GFLOP a forward pass": forward.flops / 1e9,
+                "recipe": name, "M parameters": forward.parameters / 1e6, "GFLOP per forward pass": forward.flops / 1e9,
                 "batch": stage.training.batch_size, "EFLOP to train": work["train"] / 1e18,
                 "EFLOP to distil": work["distil"] / 1e18, "distil / train": work["distil"] / work["train"],
                 "to 4 steps / train": to_four / work["train"],
@@ -113,7 +113,7 @@ def speedrun() -> str:
 
 def reading() -> str:
     """Return the table of reading speeds."""
-    return markdown(json.loads((RESULTS / "io.json").read_text())["reading"])
+    return markdown(json.loads((RESULTS / "io.json").read_text())["reading"]).replace("brought to", "resized to")
 
 
 def growth() -> str:

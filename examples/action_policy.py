@@ -49,8 +49,8 @@ def main(teacher_updates: int = 3000, student_updates: int = 1000) -> tuple[floa
         misses.append(float((plan[:, :, -1] - goal).norm(dim=1).mean()))
     slow = halfstep.sample(teacher, noise, 64, cond=seen)
     apart = [float((halfstep.sample(m, noise, 2, cond=seen) - slow).square().mean().sqrt()) for m in (student, teacher)]
-    print(f"misses of the goal at 2 steps: student {misses[0]:.3f}, teacher {misses[1]:.3f}; "
-          f"from the teacher's 64-step plans: student {apart[0]:.3f}, teacher {apart[1]:.3f}")  # fmt: skip
+    print(f"distance to the goal at 2 steps: student {misses[0]:.3f}, teacher {misses[1]:.3f}; "
+          f"RMSE to the teacher's 64-step plans: student {apart[0]:.3f}, teacher {apart[1]:.3f}")  # fmt: skip
     return apart[0], apart[1]
 
 

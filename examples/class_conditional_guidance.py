@@ -51,7 +51,7 @@ def main(teacher_updates: int = 1500, student_updates: int = 600, start: int = 3
     slow = halfstep.sample(guided, noise, start, cond=cond)
     fast, coarse = (halfstep.sample(m, noise, 4, cond=cond) for m in (halfstep.Clipped(student), guided))
     distances = [float((x - slow).square().mean().sqrt()) for x in (fast, coarse)]
-    print(f"from {start} steps of it: student, 4 calls, {distances[0]:.3f}; teacher, 8 calls, {distances[1]:.3f}")
+    print(f"RMSE to {start} steps: student (4 calls) {distances[0]:.3f}, teacher (8 calls) {distances[1]:.3f}")
     return distances[0], distances[1]
 
 

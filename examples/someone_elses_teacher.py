@@ -71,7 +71,7 @@ def main(weights: str, images: str, updates: int = 400, batch: int = 16, number:
     for name, model in models.items():
         made.append(halfstep.sample(model, noise, int(name.split()[1])))
         found[name] = frechet_distance(features(real), features(made[-1]))
-        print(f"{name} steps: {found[name]:.2f} from the data, RMSE {rmse(made[-1], made[0]):.3f}", flush=True)
+        print(f"{name} steps: Frechet distance {found[name]:.2f}, RMSE {rmse(made[-1], made[0]):.3f}", flush=True)
     return found
 
 

@@ -45,7 +45,7 @@ def main(teacher_updates: int = 3000, student_updates: int = 1000) -> tuple[floa
     noise = halfstep.sample_noise(range(1000), (2,))
     slow = halfstep.sample(teacher, noise, 64)
     distances = [float((halfstep.sample(m, noise, 4) - slow).square().mean().sqrt()) for m in (student, teacher)]
-    print(f"from the teacher at 64 steps: student at 4 {distances[0]:.3f}, teacher at 4 {distances[1]:.3f}")
+    print(f"RMSE to the teacher at 64 steps: student at 4 {distances[0]:.3f}, teacher at 4 {distances[1]:.3f}")
     return distances[0], distances[1]
 
 

@@ -567,7 +567,7 @@ def test_what_cannot_be_encoded_is_refused_before_anything_is_written(
     assert "the device 'banana' cannot be used here" in said("sd", "captioned", "--device", "banana")
     assert "does not use latents: pass its images" in said("ddpm", "captioned")
     assert "is not a pipeline (no model_index.json)" in said("captioned", "captioned")
-    assert "has no classes: put the images of each class into a sub-folder" in said("dit", "captioned")
+    assert "has no classes: put the images of each class into a separate sub-folder" in said("dit", "captioned")
     folder = shutil.copytree(here / "sd", here / "foreign-vae")
     edit("model_index.json", vae=["mine", "VAE"])(folder)
     assert "requires custom code (vae)" in said("foreign-vae", "captioned")

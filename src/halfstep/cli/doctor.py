@@ -172,8 +172,8 @@ def has_float64(device: Any) -> bool:
 
 
 def _diffusers() -> list[Finding]:
-    # The import runs in a subprocess, whose failure must not break this process. A torchvision built for another torch
-    # fails when it registers its operators, deep inside the import of a pipeline.
+    # The import runs in a subprocess, so that its failure does not break this process. A torchvision built for another
+    # torch fails when it registers its operators, deep inside the import of a pipeline.
     command = [sys.executable, "-c", "from diffusers import DDPMPipeline, UNet2DModel, DDIMScheduler"]
     try:
         ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)

@@ -21,7 +21,7 @@ SHARE: Final = 0.9
 """Share of a device's memory that the counted bytes may take; the rest is for the allocator and workspaces."""
 FEW_SAMPLES: Final = 5000
 MANY_PASSES: Final = 500.0
-"""Passes of one stage over fewer than FEW_SAMPLES samples above which a warning of memorisation is printed."""
+"""Passes over a data set smaller than FEW_SAMPLES above which a memorisation warning is printed."""
 
 
 def plan_facts(spec: RunSpec, out: Path, missing: str | None = None) -> dict[str, Any]:

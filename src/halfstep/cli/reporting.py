@@ -17,9 +17,9 @@ from halfstep.report.reading import NearestFacts, RunFacts
 from halfstep.runs import RunFolder
 
 NUM_SHOWN = 8
-"""Samples whose nearest training images are shown."""
+"""Number of samples shown with their nearest training images."""
 NUM_SEARCHED = 64
-"""Samples whose distances are reported."""
+"""Number of samples with reported distances."""
 
 
 def make_report(run: Path, data: Data | None = None, studies: Path | None = None) -> Path:

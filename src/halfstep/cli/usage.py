@@ -136,7 +136,7 @@ def first_line(error: ValidationError) -> str:
             reason = f"must be {words} {first['ctx'][bound]:,}"
     if first["type"] != "value_error":
         reason = f"{reason[0].lower()}{reason[1:]}, got {first['input']!r}"
-    # A contradiction between fields has no field of its own.
+    # A contradiction between several fields belongs to none of them.
     return f"{where}: {reason}" if where else reason
 
 

@@ -126,7 +126,7 @@ class MemoryData(Data):
         labels = None if self.labels is None else self.labels.to(device)
         conditions = {name: value.to(device) for name, value in self.conditions.items()}
         moved = replace(self, x=self.x.to(device), labels=labels, conditions=conditions)
-        # A device cannot hash its content.
+        # Content on a device cannot be hashed directly.
         vars(moved)["fingerprint"] = self.fingerprint
         return moved
 

@@ -142,7 +142,7 @@ def read_classes(folder: Path, preparation: Preparation = RGB) -> tuple[Captione
     root = _existing(folder, "with a sub-folder of images for each class")
     found = image_folder(root, image_paths(root, files_below(root)), "train", labels=True, limit=None)
     if found.labels is None:
-        raise ValueError(f"{folder} has no classes: put the images of each class into a sub-folder of its own")
+        raise ValueError(f"{folder} has no classes: put the images of each class into a separate sub-folder")
     assert isinstance(found.images, Files)
     captions = tuple(found.class_names[label] for label in found.labels.tolist())
     files = tuple(map(Path, found.images.paths))

@@ -289,7 +289,7 @@ def numbered(found: Labelled) -> Labelled:
 
 
 def _cut(images: EncodedImages, prepare: Preparation) -> dict[int, ValueError]:
-    """Return the files that cannot be decoded, among those whose first or last bytes look wrong.
+    """Return the files that cannot be decoded, among those with suspicious first or last bytes.
 
     Decoding all files would take as long as an epoch. Images in tables are not checked.
     """
@@ -388,7 +388,7 @@ def _unidentified(file: Path | bytes) -> str:
 
 
 def _unlike(source: str, name: str, shape: tuple[int, ...], other: str, other_shape: tuple[int, ...]) -> ValueError:
-    """Return the error for two images whose shapes (channels, height, width) differ."""
+    """Return the error for two images with different shapes (channels, height, width)."""
     if shape[0] != other_shape[0]:
         kinds = {1: "grey", 3: "coloured"}
         return ValueError(

@@ -51,7 +51,7 @@ class Encoder:
     texts: Callable[[list[str]], dict[str, Tensor]]
     """n captions -> the conditions by name, each `[n, ...]` with one shape for all captions."""
     key: str
-    """Identifies weights and settings: equal for equal encoders."""
+    """Identifies weights and settings; equal encoders have equal keys."""
 
 
 class _Record(BaseModel):
@@ -59,7 +59,7 @@ class _Record(BaseModel):
 
 
 class Entry(_Record):
-    """A tensor that each sample has."""
+    """A tensor stored for each sample."""
 
     shape: tuple[int, ...]
     """Shape of one sample."""
@@ -401,7 +401,7 @@ class _Encoding:
         return self._known({LATENTS: latents, **conditions}, names)
 
     def _known(self, tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
-        """Check as `_checked`, and that the conditions are those of the empty caption, if it has any."""
+        """Apply `_checked`, and check that the conditions have the names of those of the empty caption, if any."""
         conditions, known = tensors.keys() - {LATENTS}, self.index.tensors.keys() - {LATENTS}
         if known and conditions != known:
             raise ValueError(
@@ -457,7 +457,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor]) -> Stored:
 
 
 def _record(root: Path, index: Index) -> None:
-    """Write the index, with which a file that is lost in a power cut can be detected."""
+    """Write the index, so that files lost in a power cut can be detected."""
     write_json(root / INDEX, index.model_dump(mode="json"))
 
 

@@ -78,7 +78,7 @@ def model_card(
     """Return the README.md of an exported folder.
 
     Args:
-        absent: optional parts that are not in the folder, which diffusers must be told.
+        absent: optional parts that are not in the folder; the call must pass None for them.
     """
     own, exact = manifest.num_steps, exact_steps(schedule)
     made = "A diffusion model" if own is None else f"A diffusion model that samples in {own} step{'s' * (own > 1)}"
@@ -162,7 +162,7 @@ tags: [diffusion, progressive-distillation, halfstep, lora]
 
 LoRA weights with which a `{pipeline.kind}` samples in {manifest.num_steps or 4} steps, trained with halfstep by
 progressive distillation (Salimans & Ho 2022, arXiv:2202.00512). Use them with the weights of `{pipeline.folder}` and
-with the scheduler in this folder, which predicts {manifest.prediction["type"]}; the original scheduler may not.
+with the scheduler in this folder: the student predicts {manifest.prediction["type"]}, and the original model may not.
 {over}
 ```python
 import torch

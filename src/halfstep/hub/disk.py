@@ -122,7 +122,7 @@ def known_fields(config: Mapping[str, Any], folder: Path, name: str) -> dict[str
 
 
 HALVES: Final = ("fp16", "bf16")
-"""Variants whose weights are read if there are no others."""
+"""Variants of the weights that are read if there are no others."""
 
 
 def weights_of(folder: Path) -> list[Path]:

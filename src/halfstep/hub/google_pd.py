@@ -281,7 +281,7 @@ def convert(params: Mapping[str, np.ndarray], config: GooglePDConfig) -> UNet2D:
 
 
 def _earlier_by_one(weight: Tensor) -> Tensor:
-    """Return the weight `[embedding, channels]` whose output for the sinusoid at k is that of `weight` at k + 1."""
+    """Return the weight `[embedding, channels]` that maps the sinusoid at k as `weight` maps the sinusoid at k + 1."""
     half = weight.shape[1] // 2
     frequency = torch.exp(torch.arange(half, dtype=torch.float64) * (-math.log(10_000) / (half - 1)))
     sine, cosine = weight[:, :half], weight[:, half:]
@@ -336,7 +336,7 @@ def import_google_pd(file: Path, config: GooglePDConfig, out: Path) -> Manifest:
         stage=out.name,
         objective="imported",
         parent=None,
-        # The first teacher of a chain takes any number of steps.
+        # The first teacher of a chain can be sampled with any number of steps.
         outcome=Outcome(role="student", num_steps=steps) if 0 < steps < config.start_steps else Outcome(role="teacher"),
         start_steps=config.start_steps,
         num_updates=0,

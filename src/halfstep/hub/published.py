@@ -1,4 +1,4 @@
-"""Published networks without weights, whose cost a dry run counts on the meta device.
+"""Published networks without weights, for counting their cost in a dry run on the meta device.
 
 Configs are copied by hand from the `config.json` of the released weights. Calls are those that a recording of the
 pipeline gives at the released size.

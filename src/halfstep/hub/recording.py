@@ -431,7 +431,7 @@ class _Reading:
         if extra:
             if not isinstance(self._longest, int):
                 raise ValueError(
-                    f"the argument {path[1:]} is as long as its prompt, without a maximum max_sequence_length"
+                    f"the argument {path[1:]} is as long as its prompt, and max_sequence_length does not limit it"
                 )
             shape[0] = self._longest
         return {"is": "condition", "name": self._named(path), "shape": shape, "dtype": _dtype(rows[0]), **extra}

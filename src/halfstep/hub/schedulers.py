@@ -167,7 +167,7 @@ def _read(kind: str, full: Mapping[str, Any], mu: float | None) -> Schedule:
         raise ValueError(f"{kind} has prediction_type {name!r} on a table of betas: its use_flow_sigmas must be true")
     if name not in PREDICTIONS:
         raise ValueError(f"{kind} has prediction_type {name!r}, which is not one of {', '.join(PREDICTIONS)}")
-    # A network with a continuous time has a different clock from that of a table.
+    # A network with continuous time does not use the clock of a table.
     _refuse(kind, full, {"timestep_type": "discrete"})
     # With a maximum of 1, thresholding is the same as clipping.
     bounds = {"clip_sample": "clip_sample_range", "thresholding": "sample_max_value"}
