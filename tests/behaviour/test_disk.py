@@ -427,7 +427,7 @@ def test_samples_that_are_not_finite_are_not_written(tmp_path: Path, capsys: pyt
     with pytest.raises(SystemExit) as end:
         main(["sample", str(tmp_path / "stage"), "--num-steps", "2", "--num-samples", "3", "--out", str(out)])
     assert end.value.code == 1
-    assert f"3 of 3 samples are not finite, so {out} is not written" in capsys.readouterr().err
+    assert f"3 of 3 samples are not finite, so {out} was not written" in capsys.readouterr().err
     assert not out.exists()
 
 

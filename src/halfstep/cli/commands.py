@@ -384,7 +384,7 @@ def sample(argv: Sequence[str]) -> None:
         return
     x0 = torch.cat([part for (part,) in parts])
     if bad := int((~x0.isfinite()).flatten(1).any(1).sum()):
-        raise NonFinite(f"{bad} of {len(x0)} samples are not finite, so {out} is not written: the model is broken")
+        raise NonFinite(f"{bad} of {len(x0)} samples are not finite, so {out} was not written: the model is broken")
     seconds = time.perf_counter() - started
     write_samples(x0, model, seeds, out)
     steps = model.check_steps(arguments.num_steps)

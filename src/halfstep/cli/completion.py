@@ -71,7 +71,7 @@ def command_line() -> ArgumentParser:
                 if known.isdisjoint(action.option_strings):
                     # The default in the help text is that of one recipe only.
                     action.help = (action.help or "").partition(" (default:")[0]
-                    # To select None, the user omits the option.
+                    # Omitting the option selects None.
                     action.choices = None if action.choices is None else [c for c in action.choices if c != "None"]
                     verb._add_action(action)
                     known.update(action.option_strings)

@@ -42,7 +42,7 @@ LEAST_DISK: Final = 2 * 2**30
 
 @dataclass
 class DoctorArguments:
-    """Check this machine: versions, devices, threads, free disk, the cache, and missing packages with what each would
+    """Check this machine: versions, devices, threads, free disk, the cache, and missing packages and what they would
     add. Changes nothing. The exit code is 0 even if problems are found.
     """
 

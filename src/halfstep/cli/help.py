@@ -1,4 +1,4 @@
-"""The output of `halfstep VERB --help`: the most used options, or every option with --help-all, wrapped at words."""
+"""The output of `halfstep VERB --help`: the most used options, or every option with --help-all, wrapped at spaces."""
 
 import re
 import shutil

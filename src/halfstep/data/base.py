@@ -1,4 +1,4 @@
-"""Training data: samples fetched by index, always the same for an index.
+"""Training data: samples by index; the same index always gives the same sample.
 
 Images are uint8 pixels p, which become x0 = p / 127.5 - 1: 0 is exactly -1 and 255 is exactly 1. All other arrays are
 float32 and are used unchanged.

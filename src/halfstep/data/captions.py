@@ -118,7 +118,7 @@ def read_captions(folder: Path, preparation: Preparation = RGB) -> CaptionedImag
         )
     files = [path for path in below if path.suffix.lower() in IMAGE_SUFFIXES]
     if not files:
-        raise ValueError(f"{folder} contains no images: no file in it or its sub-folders is {' '.join(IMAGE_SUFFIXES)}")
+        raise ValueError(f"{folder} contains no images: no file in it or below it ends in {' '.join(IMAGE_SUFFIXES)}")
     tables = [path for path in below if path.name in TABLES]
     beside = {path.with_suffix(""): path for path in below if path.suffix.lower() == ".txt"}
     captions = _from_tables(root, files, tables, beside) if tables else _from_texts(root, files, beside)

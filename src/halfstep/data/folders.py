@@ -68,7 +68,7 @@ def image_paths(root: Path, files: Sequence[PurePath]) -> list[PurePath]:
     if not images:
         found = f"; its other files: {shown}" if shown else ""
         raise ValueError(
-            f"{root} contains no images: no file in it or its sub-folders is {' '.join(IMAGE_SUFFIXES)}{found}"
+            f"{root} contains no images: no file in it or below it ends in {' '.join(IMAGE_SUFFIXES)}{found}"
         )
     if shown:
         warnings.warn(
@@ -107,7 +107,7 @@ def image_folder(root: Path, paths: Sequence[PurePath], split: str, labels: bool
             "without classes with --data.no-labels"
         )
     if not paths:
-        raise ValueError(f"{root} contains no images: no file in it or its sub-folders is {' '.join(IMAGE_SUFFIXES)}")
+        raise ValueError(f"{root} contains no images: no file in it or below it ends in {' '.join(IMAGE_SUFFIXES)}")
     if labels and (root / _LABELS).is_file():
         return _listed(root, paths, limit)
     names = tuple(sorted({path.parts[0] for path in paths}))

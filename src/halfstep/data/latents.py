@@ -401,7 +401,7 @@ class _Encoding:
         return self._known({LATENTS: latents, **conditions}, names)
 
     def _known(self, tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
-        """Apply `_checked`, and check that the conditions have the names of those of the empty caption, if any."""
+        """Apply `_checked`, and check for the same conditions as those of the empty caption, if it has any."""
         conditions, known = tensors.keys() - {LATENTS}, self.index.tensors.keys() - {LATENTS}
         if known and conditions != known:
             raise ValueError(

@@ -160,7 +160,7 @@ tags: [diffusion, progressive-distillation, halfstep, lora]
 
 # {name}
 
-LoRA weights with which a `{pipeline.kind}` samples in {manifest.num_steps or 4} steps, trained with halfstep by
+LoRA weights for sampling a `{pipeline.kind}` in {manifest.num_steps or 4} steps, trained with halfstep by
 progressive distillation (Salimans & Ho 2022, arXiv:2202.00512). Use them with the weights of `{pipeline.folder}` and
 with the scheduler in this folder: the student predicts {manifest.prediction["type"]}, and the original model may not.
 {over}

@@ -1,4 +1,4 @@
-"""Pipeline parts on disk; all reading of their folders and checking of their weights happens here.
+"""Reading and checking of pipeline parts on disk; no other module opens their folders.
 
 Only safetensors are read: nothing is unpickled, no code from a folder is run, and no file outside it is opened. A part
 is rejected unless its tensors are exactly those of its class; diffusers and transformers would fill missing tensors
@@ -36,7 +36,7 @@ WRAPPERS: Final = {
 }
 """Prefixes that wrappers add to all tensor names, and the wrapper of each."""
 ADAPTER: Final = ".base_layer."
-"""Part that peft inserts into the names of adapted layers."""
+"""Name part that peft inserts for adapted layers."""
 AVERAGED: Final = {
     "decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup",
 }  # fmt: skip
@@ -122,7 +122,7 @@ def known_fields(config: Mapping[str, Any], folder: Path, name: str) -> dict[str
 
 
 HALVES: Final = ("fp16", "bf16")
-"""Variants of the weights that are read if there are no others."""
+"""Variants that are read if there are no weights without a variant."""
 
 
 def weights_of(folder: Path) -> list[Path]:
@@ -157,7 +157,7 @@ def _variant(name: str) -> str:
 
 
 def check_files(folder: Path, kind: str) -> None:
-    """Check that a part has safetensors weights under the names that are read, and that nothing else would be read.
+    """Check that a part has safetensors weights with the names that are read, and that no other files would be read.
 
     Args:
         kind: library and class of the part, such as "diffusers.UNet2DModel".
@@ -269,7 +269,7 @@ def open_part(folder: Path, kind: str) -> Any:
         _check_names(folder, name, held, missing, unexpected)
         check_finite(part.state_dict(), folder)
         return part
-    # diffusers requires the other way for classes that keep some layers in float32.
+    # Classes that keep some layers in float32 do not support low_cpu_mem_usage=False.
     is_plain = issubclass(made, stock("ModelMixin")) and not made._keep_in_fp32_modules
     options: dict[str, Any] = {"low_cpu_mem_usage": False} if is_plain else {}
     if (variant := variant_of(folder)) is not None:

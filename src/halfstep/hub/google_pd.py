@@ -185,7 +185,7 @@ class _Place(NamedTuple):
     shape: tuple[int, ...]
     """Shape of the source array, except for joined axes and axes of length 1."""
     axes: tuple[int, ...] | None
-    """The permutation from it to the tensor."""
+    """The axis permutation that converts it to the tensor."""
 
 
 _NAMES: Final = {

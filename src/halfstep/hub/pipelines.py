@@ -51,7 +51,7 @@ UNET: Final = "UNet2DModel"
 FETCHED: Final = ("*.json", "*.txt", "*.model", "*.jinja", "*/*.safetensors", "diffusion_pytorch_model*.safetensors")
 """Files of a repository that are not downloaded: pickles, code, and single-file weights next to the parts."""
 NOT_FETCHED: Final = ("*.fp16.*", "*.fp16-*", "*.bf16.*", "*.bf16-*", "*.non_ema.*", "*.non_ema-*")
-"""Variants of the weights; those in half precision are downloaded if there are no others."""
+"""Weight variants; those in half precision are downloaded if there are no weights without a variant."""
 
 
 def is_pipeline(path: str | Path) -> bool:

@@ -1,7 +1,7 @@
 """Published networks without weights, for counting their cost in a dry run on the meta device.
 
-Configs are copied by hand from the `config.json` of the released weights. Calls are those that a recording of the
-pipeline gives at the released size.
+Configs are copied by hand from the `config.json` of the released weights. Calls are the ones that the pipeline makes
+at the released size, as recorded.
 """
 
 import math

@@ -339,7 +339,7 @@ def _num_classes(null: Mapping[str, Tensor], config: Mapping[str, Any]) -> int:
 
 
 def replayed(recording: Recording, module: Any) -> Replay:
-    """Return the network that replays a recording, with the weights of the pipeline's own."""
+    """Return the network that replays a recording, with the weights of the pipeline's network."""
     config = json.loads(
         json.dumps(known_fields(module.config, Path(module.config.get("_name_or_path", "")), type(module).__name__))
     )
@@ -473,7 +473,7 @@ def conditions_in(call: Mapping[str, Any], made: Call, batch: int, first: int = 
     lengths = [value.shape[1] for node, value in values.values() if node.get("ragged") and value is not None]
     for name, (node, value) in values.items():
         if value is None:
-            # A mask that hides nothing.
+            # A mask of ones.
             value = torch.ones(first + batch, max(lengths), dtype=getattr(torch, node["dtype"]))
         rows = [value[place] for place in range(first, first + batch)]
         if "list" in node:

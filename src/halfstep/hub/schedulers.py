@@ -58,7 +58,7 @@ _RAMPS: Final = {"linear": linear_betas, "scaled_linear": scaled_linear_betas}
 @final
 @dataclass(frozen=True)
 class Schedule:
-    """The facts about a model that its scheduler's config contains."""
+    """Properties of a model that are stored in its scheduler's config."""
 
     process: NoiseProcess
     prediction: Prediction
