@@ -54,7 +54,7 @@ class ExportArguments:
     num_steps: Steps | None = None
     """onnx, web: sampler steps; the model's own by default. Without it, web exports every student of a run."""
     push_to_hub: str | None = None
-    """diffusers, lora: repository on the Hub, OWNER/NAME, to upload the folder to."""
+    """diffusers, lora: upload the folder to this repository on the Hub, OWNER/NAME."""
     single_file: Switch = False
     """web: write a single HTML file, which also works from disk."""
     runtime: Path | None = None

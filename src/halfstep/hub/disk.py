@@ -126,7 +126,7 @@ HALVES: Final = ("fp16", "bf16")
 
 
 def weights_of(folder: Path) -> list[Path]:
-    """Return the safetensors files of a part, sorted by name: those without a variant, or those in half precision."""
+    """Return the safetensors files of a part, sorted by name: without a variant, otherwise in half precision."""
     held = sorted(folder.glob("*.safetensors"))
     variant = variant_of(folder) or ""
     return [file for file in held if _variant(file.name) == variant]

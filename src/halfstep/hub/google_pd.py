@@ -212,7 +212,7 @@ _BLOCKS: Final = {
 
 
 def _place(name: str, shape: tuple[int, ...], levels: int) -> _Place:
-    """Return the place in the authors' tree of the tensor `name` of a UNet2DModel."""
+    """Return where the authors' tree contains the tensor `name` of a UNet2DModel."""
     module, _, kind = name.rpartition(".")
     for ours, theirs in _NAMES.items():
         if module == ours or module.startswith(f"{ours}."):
