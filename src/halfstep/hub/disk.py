@@ -233,7 +233,7 @@ def _check_shard(index: Path, name: str, tensors: set[str]) -> None:
     held = _names_in(file)
     if held != tensors:
         lacks, extra = tensors - held, held - tensors
-        what = f"lacks {min(lacks)}" if lacks else f"holds {min(extra)}"
+        what = f"lacks {min(lacks)}" if lacks else f"contains {min(extra)}"
         raise DamagedFile(f"{file} {what}, unlike its index ({index.name}). Save the pipeline again")
 
 
