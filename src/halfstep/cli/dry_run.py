@@ -177,7 +177,7 @@ def _data_line(data: Mapping[str, Any]) -> str:
 
 
 def quantity(amount: float, unit: str) -> str:
-    """ "1.23 GFLOP"."""
+    """Format an amount, as in "1.23 GFLOP"."""
     for prefix in ("", "k", "M", "G", "T", "P", "E"):
         # A number that rounds to 1,000 is shown as 1 of the next unit.
         if amount < 999.5:
@@ -187,6 +187,6 @@ def quantity(amount: float, unit: str) -> str:
 
 
 def gibibytes(num_bytes: float) -> str:
-    """ "1.20 GiB", or "34.5 MiB" below a tenth of one."""
+    """Format bytes as "1.20 GiB", or as "34.5 MiB" below 0.1 GiB."""
     size = num_bytes / 2**30
     return f"{number(size)} GiB" if size >= 0.1 else f"{number(num_bytes / 2**20)} MiB"

@@ -52,7 +52,7 @@ def explore(argv: Sequence[str]) -> None:
         if choice.missing is not None:
             warn(f"{choice.name} is missing: {choice.missing}")
     if arguments.host not in (*LOCAL, "::1"):
-        warn(f"others can reach {arguments.host}, and there is no password")
+        warn(f"others can reach {arguments.host} without a password")
     if arguments.root_path and not re.fullmatch(r"(/[\w.~-]+)+/?", arguments.root_path):
         raise UsageError(f"--root-path {arguments.root_path} must be a path such as /user/me/proxy/7860")
 

@@ -91,7 +91,7 @@ def _check_written(out: Output) -> None:
 
 
 def _main(arguments: list[str]) -> None:
-    # Heavy imports come last, so that help and usage errors are fast.
+    # Slow imports come last, so that help and usage errors are fast.
     if arguments[:1] == ["help"] and arguments[1:] and arguments[1] in VERBS:
         arguments = [arguments[1], "--help"]
     if not arguments or arguments[0] in ("-h", "--help", "help"):

@@ -119,7 +119,7 @@ class PlanView:
 
 
 def updates_words(stage: StageStatus) -> str:
-    """Return finished and planned updates, "120/1,500"; only the planned ones for a stage that is done or to come."""
+    """Return "finished/planned" updates of a stage in training, such as "120/1,500", otherwise the planned updates."""
     done = f"{stage.update:,}/" if stage.state in ("training", "damaged") else ""
     return f"{done}{stage.num_updates:,}"
 

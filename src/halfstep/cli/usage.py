@@ -37,7 +37,7 @@ Switch = tyro.conf.FlagCreatePairsOff[bool]
 CONFIG: Final = (tyro.conf.PositionalMetavarFromFieldName,)
 
 PLAIN: Final = ConstructorRegistry()
-"""How values are shown in the help (INT, where tyro would write {None}|INT) and how bad ones are reported."""
+"""Formats values in the help (INT instead of tyro's {None}|INT) and reports bad ones."""
 
 METAVARS: Final = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
 BOUNDS: Final = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}

@@ -21,7 +21,7 @@ PIPE_WIDTH: Final = 160
 
 
 def duration(seconds: float) -> str:
-    """ "42 s", "3:05 min", "2:10 h", "12 days"."""
+    """Format seconds as "42 s", "3:05 min", "2:10 h" or "12 days"."""
     if not math.isfinite(seconds):
         return "unknown"
     seconds = round(seconds)

@@ -76,7 +76,7 @@ class Prompts:
     """Texts without images; the latents are samples of a model.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if there are no texts.
     """
 
     source: str
@@ -181,7 +181,9 @@ def _from_tables(
 ) -> dict[PurePath, str]:
     """Return the captions in the tables; raise ValueError unless each row belongs to a different image."""
     if both := [path for path in files if path.with_suffix("") in beside]:
-        raise ValueError(f"{root} has captions in {tables[0]} and in {beside[both[0].with_suffix('')]}: keep one kind")
+        raise ValueError(
+            f"{root} has captions in {tables[0]} and in {beside[both[0].with_suffix('')]}: keep one of them"
+        )
     # The same name can be encoded in two ways: \u00e9 is one character on most systems and two on a Mac.
     known = {_composed(path): path for path in files}
     captions: dict[PurePath, str] = {}

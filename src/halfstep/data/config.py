@@ -22,7 +22,7 @@ _TABLES: Final = (".parquet", ".arrow")
 
 
 class DataConfig(BaseModel):
-    """The source of the data, and their preparation."""
+    """Source and preparation of the data."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

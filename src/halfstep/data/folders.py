@@ -59,7 +59,7 @@ def image_paths(root: Path, files: Sequence[PurePath]) -> list[PurePath]:
     """Return the files below `root` that have the suffix of an image; warn about others that may be images.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if there are no images.
     """
     images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     others = [path.suffix.lower() for path in files if path.suffix.lower() not in (*IMAGE_SUFFIXES, *_BESIDE)]

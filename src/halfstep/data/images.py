@@ -75,7 +75,7 @@ class TooDeep(ValueError):
 @final
 @dataclass(frozen=True)
 class Preparation:
-    """How an image becomes pixels; the fields are those of `DataConfig`."""
+    """The conversion of an image to pixels; the fields are those of `DataConfig`."""
 
     image_size: int | None = None
     resize: Resize = "crop"

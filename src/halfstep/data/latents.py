@@ -47,7 +47,7 @@ class Encoder:
     """Encodes images as latents and captions as conditions, on any device."""
 
     images: Callable[[Tensor], Tensor]
-    """float32 images `[n, 3, h, w]` in [-1, 1] -> latents `[n, c, h/8, w/8]`, scaled as the network takes them."""
+    """float32 images `[n, 3, h, w]` in [-1, 1] -> latents `[n, c, h/8, w/8]`, scaled as the network expects."""
     texts: Callable[[list[str]], dict[str, Tensor]]
     """n captions -> the conditions by name, each `[n, ...]` with one shape for all captions."""
     key: str
@@ -135,7 +135,7 @@ class LatentData(Data):
 
     def fetch(self, indices: Tensor) -> Batch:
         if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(self):
-            raise IndexError(f"{self.source} has {len(self)} samples, and indices {indices.tolist()} were requested")
+            raise IndexError(f"{self.source} has {len(self)} samples, but indices {indices.tolist()} were requested")
         found = {
             name: torch.empty(len(indices), *entry.shape, dtype=_read_as(getattr(torch, entry.dtype)))
             for name, entry in self.index.tensors.items()

@@ -95,7 +95,7 @@ def _vae(folder: Path, device: str | torch.device) -> tuple[Any, float, float]:
 def text_conditions(
     manifest: Manifest, captions: Sequence[str], device: str | torch.device = "cpu"
 ) -> dict[str, Tensor]:
-    """Return the conditions of captions by name, each `[len(captions), ...]`, as the model's pipeline feeds them.
+    """Return the conditions of captions by name, each `[len(captions), ...]`, as the model's pipeline passes them.
 
     Raises:
         ValueError: if the package transformers or a text encoder is missing.

@@ -202,7 +202,7 @@ def _layout(model: Model, network: StockNetwork) -> tuple[StockSchedule, str, st
         another = ""
         if has_movable_clock(model.denoiser.network):
             another = (
-                "match the teacher to the cosine process, which has a power of two as timesteps (halfstep distill "
+                "match the teacher to the cosine process, where every power of two is exact (halfstep distill "
                 "--matching.process cosine), "
             )
         raise ValueError(

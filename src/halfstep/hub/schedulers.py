@@ -351,7 +351,7 @@ def multistep(schedule: StockSchedule, solver: Solver, clip: bool) -> StockSched
         ValueError: if the scheduler is not DDIM, or its table ends at zero signal, by which this solver would divide.
     """
     if schedule.kind != "DDIMScheduler":
-        # With use_flow_sigmas it starts at sigma = 1 - 1 / T and truncates its timesteps to whole numbers.
+        # With use_flow_sigmas it starts at sigma = 1 - 1 / T and truncates its timesteps to integers.
         raise ValueError(
             f"diffusers has no scheduler for {solver.algorithm} steps of order {solver.order} at this model's times on "
             "the flow-matching path. Use --format onnx"
