@@ -424,7 +424,7 @@ def write_samples(x0: torch.Tensor, model: Model, seeds: range, out: Path) -> No
     """Write samples `[n, *shape]` in the format given by the suffix of `out`.
 
     Raises:
-        UsageError: if the samples are not images and `out` is not a .npz.
+        UsageError: if `out` is not a .npz and the samples cannot be shown as images.
     """
     is_image = model.manifest.is_image
     if out.suffix.lower() == ".npz":
