@@ -1,4 +1,4 @@
-"""Writes docs/pages/commands.md from the verbs: python docs/commands.py. A test holds the page to them."""
+"""Write docs/pages/commands.md from the verbs: python docs/commands.py. A test compares the page with the verbs."""
 
 from pathlib import Path
 
@@ -10,9 +10,9 @@ PAGE = Path(__file__).parent / "pages" / "commands.md"
 HEAD = """\
 # The command line
 
-`halfstep VERB --help` shows the options of a verb, its examples and its exit codes; `halfstep ls` lists the names that
-options accept. The error for a mistyped verb, option or name suggests the nearest. Every field of a recipe is an
-option: `halfstep run digits --help`.
+`halfstep VERB --help` shows a verb's options, examples and exit codes. `halfstep ls` lists the names that
+options accept. The error for a mistyped verb, option or name suggests the nearest one. Every field of a recipe is an
+option: `halfstep run digits --help-all` lists them.
 
 <!-- Written by docs/commands.py from src/halfstep/cli/verbs.py. -->
 """
@@ -20,38 +20,38 @@ option: `halfstep run digits --help`.
 TAIL = f"""\
 ## Watch a run from another machine
 
-A run writes `heartbeat.json` into its folder every five seconds, and its outcome at the end. `halfstep status RUN`
-reads it, the plan, the log and the manifests, from any shell or machine that sees the folder; it locks and changes
-nothing.
-On the same machine it looks for the process; on another, the process counts as gone after {SILENT_SECONDS:.0f} seconds
-without a heartbeat, so the two clocks must roughly agree. States:
+A run writes `heartbeat.json` to its folder every five seconds, and its outcome at the end. `halfstep status RUN`
+reads this file, the plan, the log and the manifests, from any shell or machine that can access the folder. It locks
+and changes nothing.
+On the same machine, it checks whether the process exists. On another machine, it assumes that the process has ended
+after {SILENT_SECONDS:.0f} seconds without a heartbeat, so the two clocks must roughly agree. States:
 
-| state | means |
+| state | meaning |
 |---|---|
-| running | a process is at work |
+| running | a process is training or measuring |
 | finished | all stages are trained and measured |
 | stopped | by a signal, killed, or without a heartbeat; rerun the command to resume |
 | diverged | a loss or a gradient was not finite |
 | failed | another error, which the status shows |
 
-Time left is training time: the remaining updates, weighted by their forward passes, at the speed of the last rows of
-the log. Measuring the models comes on top.
+The time left is training time: the remaining updates, weighted by their forward passes, at the speed of the last rows
+of the log. Measuring the models takes additional time.
 
 ## For machines
 
-With `--json` stdout is one JSON document, and progress and tables go to stderr. `run`, `train`, `distill` and `demo`
-print the run's status at its end, or the plan with `--dry-run`; `study`, `sample`, `evaluate`, `status`, `ls` and
-`doctor` have it too. If the output is not a terminal, progress is one line for each stage and figure, and one every ten
-seconds.
+With `--json`, stdout is one JSON document, and progress and tables go to stderr. `run`, `train`, `distill` and `demo`
+print the run's status at the end, or the plan with `--dry-run`. `study`, `sample`, `evaluate`, `status`, `ls` and
+`doctor` also have this option. If the output is not a terminal, progress is one line for each stage and figure, and
+one every ten seconds.
 
-Other variables: `HALFSTEP_CACHE` is the cache folder, which can be deleted at any time; `HALFSTEP_TRACEBACK=1` shows
-the traceback of an error.
+Environment variables: `HALFSTEP_CACHE` is the cache folder, which can be deleted at any time. `HALFSTEP_TRACEBACK=1`
+shows the traceback of an error.
 """
 
 
 def text() -> str:
     """The page."""
-    lines = [HEAD, "## Exit codes", "", "| code | means |", "|---:|---|"]
+    lines = [HEAD, "## Exit codes", "", "| code | meaning |", "|---:|---|"]
     lines += [f"| {code} | {meaning} |" for code, meaning in EXIT_CODES.items()]
     lines += ["", "## Verbs", "", "| verb | what it does | exit codes |", "|---|---|---|"]
     lines += [

@@ -20,15 +20,15 @@ RESULTS = DOCS / "results" / "benchmarks"
 PAPER = {"cifar10_paper": 8, "imagenet64_paper": 64, "lsun_bedroom128_paper": 64, "lsun_church128_paper": 64}
 """The paper's recipes, and the devices that the authors trained each on (reported second-hand)."""
 PEAK = 989e12
-"""Dense bfloat16 operations a second of an H100 or H200, from the maker's data sheet."""
+"""Dense bfloat16 operations per second of an H100 or H200, from the data sheet."""
 SHARE = 0.35
-"""Of the peak, assumed: no GPU was at hand to measure it."""
+"""Assumed utilisation of the peak: no GPU was available to measure it."""
 LINK = 50e9
-"""Bytes a second that a device sends and receives in an all-reduce, assumed: a fast network between machines."""
+"""Assumed bytes per second that a device sends and receives in an all-reduce over a fast network between machines."""
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The rows as a table."""
+    """Return the rows as a table."""
 
     def cell(value: Any) -> str:
         if isinstance(value, bool):
@@ -44,7 +44,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def measured(name: str, columns: list[str]) -> str:
-    """The rows of a benchmark, and where they were measured."""
+    """Return the table of a benchmark, and where it was measured."""
     held = json.loads((RESULTS / f"{name}.json").read_text())
     rows = [{column: row.get(column) for column in columns} for row in held["rows"]]
     environment = held["environment"]
@@ -82,7 +82,7 @@ def priced() -> str:
         traffic = 2 * (devices - 1) / devices * 4 * forward.parameters / LINK
         rows.append(
             {
-                "recipe": name, "M parameters": forward.parameters / 1e6, "GFLOP a forward pass": forward.flops / 1e9,
+                "recipe": name, "M parameters": forward.parameters / 1e6, "GFLOP per forward pass": forward.flops / 1e9,
                 "batch": stage.training.batch_size, "EFLOP to train": work["train"] / 1e18,
                 "EFLOP to distil": work["distil"] / 1e18, "distil / train": work["distil"] / work["train"],
                 "to 4 steps / train": to_four / work["train"],
@@ -104,25 +104,26 @@ def speedrun() -> str:
     environment = held["environment"]
     return (
         f"{markdown([{column: row[column] for column in columns} for row in held['rows']])}\n\n"
-        f"*{held['seconds in all']:.0f} seconds in all, of a budget of {held['budget']:.0f}; as many training images "
-        f"are at a distance of {held['floor']:.3g}. {environment['cpu_count']} CPU cores ({environment['device']}), "
+        f"*{held['seconds in all']:.0f} seconds in total, of a budget of {held['budget']:.0f}; the same number of "
+        f"training images has a distance of {held['floor']:.3g}. {environment['cpu_count']} CPU cores "
+        f"({environment['device']}), "
         f"commit {environment['git_commit']}, {environment['started'][:10]}: docs/results/benchmarks/{file.name}.*"
     )
 
 
 def reading() -> str:
-    """How fast images are read."""
-    return markdown(json.loads((RESULTS / "io.json").read_text())["reading"])
+    """Return the table of reading speeds."""
+    return markdown(json.loads((RESULTS / "io.json").read_text())["reading"]).replace("brought to", "resized to")
 
 
 def growth() -> str:
-    """What a long run's memory grew by, in a sentence."""
+    """Return a sentence on the memory growth of a long run."""
     held = json.loads((RESULTS / "memory.json").read_text())["growth"]
     return (
-        f"Over {held['updates']:,} updates with a checkpoint every 20, after the first 50, the live tensors of a run "
-        f"of the {held['network']} network grew by {held['growth, bytes of live tensors']:,} bytes. Its process went "
-        f"from {held['MB at 50']:.1f} MB to {held['MB then']:.1f} MB at update {held['settled at']}, which is the "
-        f"allocator with its first checkpoints, and to {held['MB at the end']:.1f} MB at the end."
+        f"In a run of the {held['network']} network with {held['updates']:,} updates and a checkpoint every 20, live "
+        f"tensors grew by {held['growth, bytes of live tensors']:,} bytes after the first 50 updates. The process grew "
+        f"from {held['MB at 50']:.1f} MB to {held['MB then']:.1f} MB at update {held['settled at']}, because of the "
+        f"allocator and the first checkpoints, and to {held['MB at the end']:.1f} MB at the end."
     )
 
 

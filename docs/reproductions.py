@@ -1,8 +1,8 @@
-"""Writes docs/pages/reproductions.md and its figures from the studies' JSON in docs/results/studies/.
+"""Write docs/pages/reproductions.md and its figures from the studies' JSON in docs/results/studies/.
 
 To publish a study: run it (`halfstep study table1 --scale smoke`), copy its study.json to
-docs/results/studies/table1-smoke.json, say in docs/reproductions/table1.md what it shows and what it does not, and run
-`python docs/reproductions.py`. Tables and figures are made from the JSON alone, so they cannot drift from it.
+docs/results/studies/table1-smoke.json, describe in docs/reproductions/table1.md what it shows and what it does not, and
+run `python docs/reproductions.py`. Tables and figures are generated only from the JSON, so they always agree with it.
 """
 
 import argparse
@@ -21,28 +21,28 @@ HEAD = """# Reproductions
 halfstep study table1 --scale smoke
 ```
 
-Each of the paper's tables and figures is a study: a resumable plan of runs that ends in a table and a figure. The
-larger scales are `small` and `paper`. This page is generated from the studies' JSON (`docs/results/studies/`) by
-`docs/reproductions.py`; only the paragraphs on what a study repeats of the paper are written by hand. The last study,
-`roads`, is not the paper's: it compares methods of distillation.
+Each of the paper's tables and figures is a study: a resumable set of runs, summarised in a table and a figure. The
+larger scales are `small` and `paper`. `docs/reproductions.py` generates this page from the studies' JSON
+(`docs/results/studies/`); only the comparisons with the paper are written by hand. The last study,
+`roads`, is not from the paper: it compares methods of distillation.
 
-The paper's figures stand beside ours where they are known. They are FID of Inception features on CIFAR-10 or ImageNet;
-ours are distances in the features of a small classifier, on other data. Compare orders and ratios, never numbers.
-Figures that no source confirms are not shown as the paper's.
+The paper's figures are shown next to ours if they are known. They are FIDs with Inception features on CIFAR-10 or
+ImageNet; ours are distances in the features of a small classifier, on other data. Compare rankings and ratios, not
+absolute values. A figure is only shown as the paper's if a source confirms it.
 
 Run so far: {run}. Not run yet (`small` and `paper` need a GPU): {missing}.
 """
 
 
 def head(name: str) -> list[str]:
-    """Return the lines with which a study's part of the page opens: title, question and comment."""
+    """Return the first lines of a study's section: title, question and comment."""
     study = studies[name]()
     comment = (DOCS / "reproductions" / f"{name}.md").read_text(encoding="utf-8").strip()
     return [f"## {study.title}", "", f"*{study.question}*", "", comment, ""]
 
 
 def section(name: str, held: dict[str, Any], figure: str) -> str:
-    """A study's part of the page."""
+    """Return a study's section of the page."""
     study = studies[name]()
     environment = held["environment"]
     return "\n".join(
@@ -52,8 +52,8 @@ def section(name: str, held: dict[str, Any], figure: str) -> str:
             "",
             Table.from_json(held["table"]).markdown(),
             f"Command: `halfstep study {name} --scale {held['scale']['name']}`, {spent(held['seconds'])} on "
-            f"{environment['cpu_count']} CPU cores ({environment['device']}), without what another study of the scale "
-            "had trained or measured before; torch "
+            f"{environment['cpu_count']} CPU cores ({environment['device']}), without results shared with other "
+            "studies of the scale; torch "
             f"{environment['versions']['torch']}, commit {environment['git_commit'] or 'unknown'}, "
             f"{environment['started'][:10]}.",
             "",
@@ -62,12 +62,12 @@ def section(name: str, held: dict[str, Any], figure: str) -> str:
 
 
 def spent(seconds: float) -> str:
-    """Minutes, or seconds where they are few."""
+    """Return minutes, or seconds if they are few."""
     return f"{seconds:.0f} seconds" if seconds < 90 else f"{seconds / 60:.0f} minutes"
 
 
 def page(figures: Path) -> str:
-    """The whole page; draws its figures into `figures`."""
+    """Return the whole page; writes its figures to `figures`."""
     parts, run, missing = [], [], []
     for name in ORDER:
         for scale_name, scale in SCALES.items():

@@ -1,4 +1,4 @@
-"""A policy that plans 16 actions of 2 channels from an observation, in 2 steps: fast enough for a control loop.
+"""A policy that plans 16 actions with 2 channels from an observation in 2 steps, fast enough for a control loop.
 
 python examples/action_policy.py
 """
@@ -13,7 +13,7 @@ HORIZON = 16
 
 
 def demonstrations(number: int, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Paths `[number, 2, HORIZON]` from a start to a goal, bent to the left or right, and what was seen: both."""
+    """Return paths `[number, 2, HORIZON]` from start to goal, bent left or right, and both ends as the observation."""
     generator = torch.Generator().manual_seed(seed)
     ends = 0.4 * torch.randn(number, 2, 2, generator=generator).clamp(-2, 2)
     share = torch.linspace(0, 1, HORIZON)
@@ -26,13 +26,13 @@ def demonstrations(number: int, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def batches(number: int = 8192, size: int = 256) -> list[tuple[Tensor, dict[str, Tensor]]]:
-    """The demonstrations as batches: any iterable of (x0, cond) will do."""
+    """Return the demonstrations as batches; any iterable of (x0, cond) works."""
     x0, cond = demonstrations(number, seed=0)
     return [(x0[i : i + size], {k: v[i : i + size] for k, v in cond.items()}) for i in range(0, number, size)]
 
 
 def main(teacher_updates: int = 3000, student_updates: int = 1000) -> tuple[float, float]:
-    """How far plans end from their goals, with the student at 2 steps and the undistilled teacher at 2."""
+    """Return the distances of student and undistilled teacher, both at 2 steps, from the teacher at 64."""
     torch.manual_seed(0)
     network = MLP((2, HORIZON), width=192, depth=3, cond_width=4)
     teacher = halfstep.NetworkDenoiser(network, halfstep.VPCosine(), halfstep.V())
@@ -49,8 +49,8 @@ def main(teacher_updates: int = 3000, student_updates: int = 1000) -> tuple[floa
         misses.append(float((plan[:, :, -1] - goal).norm(dim=1).mean()))
     slow = halfstep.sample(teacher, noise, 64, cond=seen)
     apart = [float((halfstep.sample(m, noise, 2, cond=seen) - slow).square().mean().sqrt()) for m in (student, teacher)]
-    print(f"misses of the goal at 2 steps: student {misses[0]:.3f}, teacher {misses[1]:.3f}; "
-          f"from the teacher's 64-step plans: student {apart[0]:.3f}, teacher {apart[1]:.3f}")  # fmt: skip
+    print(f"distance to the goal at 2 steps: student {misses[0]:.3f}, teacher {misses[1]:.3f}; "
+          f"RMSE to the teacher's 64-step plans: student {apart[0]:.3f}, teacher {apart[1]:.3f}")  # fmt: skip
     return apart[0], apart[1]
 
 

@@ -1,4 +1,4 @@
-"""Digits by class: a U-Net that also knows "no class", its guidance taken in, 4 steps with one network call each.
+"""Class-conditional digits: a U-Net with a null class, guidance baked into the student, 4 steps with one call each.
 
 python examples/class_conditional_guidance.py
 """
@@ -10,11 +10,11 @@ import torch
 import halfstep
 from halfstep.nets import UNet2D, unet2d_config
 
-NONE, SCALE = 10, 3.0  # the class behind the last stands for no class; the guidance scale
+NONE, SCALE = 10, 3.0  # the null class, after the last class; the guidance scale
 
 
 def make_teacher() -> halfstep.NetworkDenoiser:
-    """An untrained denoiser of 8x8 images of 10 classes and none."""
+    """Return an untrained denoiser for 8x8 images with 10 classes and the null class."""
     torch.manual_seed(0)
     shape = {"size": (8, 8), "in_channels": 1, "out_channels": 1, "num_classes": NONE + 1}
     levels = {"block_out_channels": (32, 64), "layers_per_block": 1, "attention": (False, False)}
@@ -23,7 +23,7 @@ def make_teacher() -> halfstep.NetworkDenoiser:
 
 
 class Digits:
-    """Batches of images and classes, of which some are dropped: an epoch, drawn anew each time that it is begun."""
+    """Batches of images and classes, some of them dropped; each iteration is a new epoch."""
 
     def __init__(self, drop: float, seed: int) -> None:
         self.data, self.drop = halfstep.open_data(halfstep.DataConfig(source="digits")), drop
@@ -37,7 +37,7 @@ class Digits:
 
 
 def main(teacher_updates: int = 1500, student_updates: int = 600, start: int = 32) -> tuple[float, float]:
-    """Distances of student and undistilled guided teacher, both at 4 steps, from the guided teacher at `start`."""
+    """Return the distances of student and guided teacher, both at 4 steps, from the guided teacher at `start` steps."""
     teacher = make_teacher()
     training = halfstep.Training(teacher_updates, 2e-3, warmup_updates=teacher_updates // 20, ema_decay=0.995)
     halfstep.fit(teacher, Digits(drop=0.2, seed=0), training)
@@ -46,12 +46,12 @@ def main(teacher_updates: int = 1500, student_updates: int = 600, start: int = 3
         teacher, Digits(drop=0.0, seed=1), to=4, start=start, guidance=halfstep.FixedGuidance(SCALE), null=null,
         training=halfstep.Training(student_updates, 1e-3), matching=halfstep.Training(2 * student_updates, 1e-3),
     )  # fmt: skip
-    guided = halfstep.Clipped(halfstep.Guided(teacher, null, SCALE))  # two calls a step
+    guided = halfstep.Clipped(halfstep.Guided(teacher, null, SCALE))  # two calls per step
     noise, cond = halfstep.sample_noise(range(100), (1, 8, 8)), {"class_labels": torch.arange(100) % 10}
     slow = halfstep.sample(guided, noise, start, cond=cond)
     fast, coarse = (halfstep.sample(m, noise, 4, cond=cond) for m in (halfstep.Clipped(student), guided))
     distances = [float((x - slow).square().mean().sqrt()) for x in (fast, coarse)]
-    print(f"from {start} steps of it: student, 4 calls, {distances[0]:.3f}; teacher, 8 calls, {distances[1]:.3f}")
+    print(f"RMSE to {start} steps: student (4 calls) {distances[0]:.3f}, teacher (8 calls) {distances[1]:.3f}")
     return distances[0], distances[1]
 
 

@@ -1,4 +1,4 @@
-"""A teacher that predicts the velocity of flow matching, distilled as it is: no other prediction, no other clock.
+"""A teacher that predicts the flow-matching velocity, distilled without changing the prediction or the clock.
 
 python examples/flow_matching_teacher.py
 """
@@ -10,7 +10,7 @@ from halfstep.nets import MLP
 
 
 def rings(number: int, seed: int) -> torch.Tensor:
-    """Points `[number, 2]` on two circles."""
+    """Return points `[number, 2]` on two circles."""
     generator = torch.Generator().manual_seed(seed)
     angle = 2 * torch.pi * torch.rand(number, generator=generator)
     radius = 0.4 + 0.5 * (torch.arange(number) % 2)
@@ -18,10 +18,10 @@ def rings(number: int, seed: int) -> torch.Tensor:
 
 
 def main(teacher_updates: int = 3000, student_updates: int = 1000, shift: float = 2.0) -> tuple[float, float]:
-    """Distances of student and undistilled teacher, both at 4 steps, from the teacher at 64, from the same noise."""
+    """Return the distances of student and undistilled teacher, both at 4 steps, from the teacher at 64."""
     torch.manual_seed(0)
     points = rings(4096, seed=0)
-    # x_t = (1 - s) x0 + s eps with s = shift t / (1 + (shift - 1) t); the network puts out eps - x0.
+    # x_t = (1 - s) x0 + s eps with s = shift t / (1 + (shift - 1) t); the network predicts eps - x0.
     process, velocity = halfstep.FlowMatching(shift), halfstep.FlowVelocity()
     teacher = halfstep.NetworkDenoiser(MLP((2,), width=96, depth=3), process, velocity)
     training = halfstep.Training(teacher_updates, 3e-3, 256, warmup_updates=teacher_updates // 20, ema_decay=0.995)
@@ -31,7 +31,7 @@ def main(teacher_updates: int = 3000, student_updates: int = 1000, shift: float 
     noise = halfstep.sample_noise(range(1000), (2,))
     slow = halfstep.sample(teacher, noise, 64)
     distances = [float((halfstep.sample(m, noise, 4) - slow).square().mean().sqrt()) for m in (student, teacher)]
-    print(f"from the teacher at 64 steps: student at 4 {distances[0]:.3f}, teacher at 4 {distances[1]:.3f}")
+    print(f"RMSE to the teacher at 64 steps: student at 4 {distances[0]:.3f}, teacher at 4 {distances[1]:.3f}")
     return distances[0], distances[1]
 
 

@@ -1,8 +1,8 @@
-"""Stable Diffusion in 4 steps by low-rank additions, from a folder of images with captions.
+"""Stable Diffusion in 4 steps with LoRA, from a folder of captioned images.
 
     python examples/latent_text_to_image_lora.py PIPELINE IMAGES OUT
 
-PIPELINE is a folder of a StableDiffusionPipeline (or a name on the Hub), IMAGES has a .txt beside each image.
+PIPELINE is the folder of a StableDiffusionPipeline (or a name on the Hub). IMAGES has a .txt file for each image.
 """
 
 import sys
@@ -15,11 +15,11 @@ BUDGET = (
     *("--chain.start-steps", "32", "--chain.num-updates", "4000", "--chain.batch-size", "16"),
     *("--chain.lora-rank", "64", "--engine.gradient-checkpointing", "--engine.precision", "bf16"),
 )
-"""A start for one GPU, not tuned: `halfstep distill` with the same words and --dry-run prints what it takes."""
+"""An untuned starting point for one GPU. `halfstep distill` with the same arguments and --dry-run prints the cost."""
 
 
 def main(pipeline: str, images: str, out: Path, budget: tuple[str, ...] = BUDGET) -> tuple[Path, Path]:
-    """The run's folder, and that of the low-rank additions."""
+    """Return the folders of the run and of the LoRA weights."""
     latents, run, lora = out / "latents", out / "run", out / "lora"
     halfstep(["encode", pipeline, "--data", images, "--out", str(latents)])
     halfstep(
@@ -33,7 +33,7 @@ def main(pipeline: str, images: str, out: Path, budget: tuple[str, ...] = BUDGET
 
 
 def use(pipeline: str, lora: Path, prompt: str) -> None:
-    """Four network calls, in diffusers alone."""
+    """Sample with four network calls, using only diffusers."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(pipeline)

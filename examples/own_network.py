@@ -1,4 +1,4 @@
-"""The reader's own network, with a clock and an output of its own: EDM's preconditioning on its noise levels.
+"""Your own network with its own clock and output: EDM's preconditioning on EDM's noise levels.
 
 python examples/own_network.py
 """
@@ -15,7 +15,7 @@ SIGMA_DATA = 0.5
 
 
 class MyNetwork(nn.Module):
-    """Scales its input and takes log(sigma) / 4 for its time, as EDM does; halfstep tells it t and x_t alone."""
+    """Scales its input and uses log(sigma) / 4 as its time, as in EDM; halfstep passes only x_t and t."""
 
     def __init__(self, process: halfstep.VE, width: int = 128) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class MyNetwork(nn.Module):
 
 
 class Spiral:
-    """Batches of points; at the end of one pass the library begins another."""
+    """Batches of points; at the end of a pass, the library starts another."""
 
     def __iter__(self) -> Iterator[Tensor]:
         turn = torch.rand(4096, generator=torch.Generator().manual_seed(0)).sqrt() * 9
@@ -40,7 +40,7 @@ class Spiral:
 
 
 def main(teacher_updates: int = 4000, student_updates: int = 1000, out: str = "own.safetensors") -> tuple[float, float]:
-    """Distances of student and undistilled teacher, both at 4 steps, from the teacher at 64, from the same noise."""
+    """Return the distances of student and undistilled teacher, both at 4 steps, from the teacher at 64."""
     torch.manual_seed(0)
     process = halfstep.VE(sigma_min=0.01, sigma_max=20.0)
     teacher = halfstep.NetworkDenoiser(MyNetwork(process), process, halfstep.EDM(SIGMA_DATA))
@@ -51,7 +51,7 @@ def main(teacher_updates: int = 4000, student_updates: int = 1000, out: str = "o
     noise = process.start_scale * halfstep.sample_noise(range(1000), (2,))
     slow = halfstep.sample(teacher, noise, 64)
     distances = [float((halfstep.sample(m, noise, 4) - slow).square().mean().sqrt()) for m in (student, teacher)]
-    print(f"from the teacher at 64 steps: student at 4 {distances[0]:.3f}, teacher at 4 {distances[1]:.3f}")
+    print(f"RMSE to the teacher at 64 steps: student at 4 {distances[0]:.3f}, teacher at 4 {distances[1]:.3f}")
     return distances[0], distances[1]
 
 

@@ -1,8 +1,9 @@
-"""SDXL in 4 steps from a file of prompts alone, exported as a stock pipeline.
+"""SDXL in 4 steps from only a file of prompts, exported as a stock pipeline.
 
     python examples/sdxl_from_prompts.py PIPELINE PROMPTS OUT
 
-PIPELINE is a folder of a StableDiffusionXLPipeline (or a name on the Hub), PROMPTS a text with a prompt on each line.
+PIPELINE is the folder of a StableDiffusionXLPipeline (or a name on the Hub). PROMPTS is a text file with one prompt per
+line.
 """
 
 import sys
@@ -16,11 +17,11 @@ BUDGET = (
     *("--chain.lora-rank", "64", "--base-precision", "bf16", "--engine.micro-batch", "auto"),
     *("--engine.gradient-checkpointing", "--evaluation.no-enabled", "--call", "height=1024", "width=1024"),
 )
-"""A start for one GPU, not tuned: `halfstep distill` with the same words and --dry-run prints what it takes."""
+"""An untuned starting point for one GPU. `halfstep distill` with the same arguments and --dry-run prints the cost."""
 
 
 def main(pipeline: str, prompts: str, out: Path, budget: tuple[str, ...] = BUDGET) -> tuple[Path, Path]:
-    """Return the run's folder, and that of the exported pipeline."""
+    """Return the folders of the run and of the exported pipeline."""
     run, exported = out / "run", out / "sdxl-4-steps"
     halfstep(
         [
@@ -33,7 +34,7 @@ def main(pipeline: str, prompts: str, out: Path, budget: tuple[str, ...] = BUDGE
 
 
 def use(exported: Path, prompt: str) -> None:
-    """Sample by four network calls, in diffusers alone."""
+    """Sample with four network calls, using only diffusers."""
     from diffusers import StableDiffusionXLPipeline
 
     pipe = StableDiffusionXLPipeline.from_pretrained(exported)

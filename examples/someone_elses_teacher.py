@@ -1,4 +1,4 @@
-"""A DDPM of Fashion-MNIST that someone else trained, network and all: its 1,000 steps become 8, 4 and 1.
+"""A Fashion-MNIST DDPM from another project, with its own network: its 1,000 steps become 8, 4 and 1.
 
 python examples/someone_elses_teacher.py ddpm_fashion.safetensors fashion-mnist/
 """
@@ -21,7 +21,7 @@ def block(a: int, b: int, side: int) -> nn.Module:
 
 
 class Theirs(nn.Module):
-    """Their network, with their names and their clock, an integer 0 ... 999; it predicts eps."""
+    """Their eps-prediction network, with their names and their integer clock 0 ... 999."""
 
     def __init__(self, weights: str) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Theirs(nn.Module):
 
 
 def students(teacher: halfstep.Denoiser, data: halfstep.Data, updates: int, batch: int) -> dict[str, halfstep.Denoiser]:
-    """Students of 8, 4 and 1 steps, which predict v on the cosine clock within the table's noise levels."""
+    """Return students with 8, 4 and 1 steps, which predict v on the cosine clock within the table's noise levels."""
     training = halfstep.Training(updates, 5e-4, batch, warmup_updates=updates // 10, ema_decay=0.98)
     clock, heun = halfstep.VPCosine(log_snr_min=-10.0, log_snr_max=9.2), halfstep.Heun()
     eight = halfstep.distill(teacher, data, to=8, start=16, training=training, process=clock, teacher_sampler=heun)
@@ -61,7 +61,7 @@ def students(teacher: halfstep.Denoiser, data: halfstep.Data, updates: int, batc
 
 
 def main(weights: str, images: str, updates: int = 400, batch: int = 16, number: int = 500) -> dict[str, float]:
-    """Distances from the data; printed with the RMSE from 50 steps of the teacher with the same noise."""
+    """Return distances from the data; print them with the RMSE from the teacher at 50 steps with the same noise."""
     data, labelled = (halfstep.open_data(halfstep.DataConfig(source=images, labels=kept)) for kept in (False, True))
     teacher = halfstep.Clipped(halfstep.NetworkDenoiser(Theirs(weights), halfstep.VPTable(), halfstep.Eps()))
     models = {"teacher, 50": teacher, "teacher, 8": teacher} | students(teacher, data, updates, batch)
@@ -71,7 +71,7 @@ def main(weights: str, images: str, updates: int = 400, batch: int = 16, number:
     for name, model in models.items():
         made.append(halfstep.sample(model, noise, int(name.split()[1])))
         found[name] = frechet_distance(features(real), features(made[-1]))
-        print(f"{name} steps: {found[name]:.2f} from the data, RMSE {rmse(made[-1], made[0]):.3f}", flush=True)
+        print(f"{name} steps: Frechet distance {found[name]:.2f}, RMSE {rmse(made[-1], made[0]):.3f}", flush=True)
     return found
 
 

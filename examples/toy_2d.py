@@ -1,4 +1,4 @@
-"""Two moons in the plane: a teacher from scratch, its 4-step student, and how much of the teacher's map each keeps.
+"""Two moons in the plane: a teacher from scratch, its 4-step student, and how well each keeps the teacher's map.
 
 python examples/toy_2d.py
 """
@@ -13,7 +13,7 @@ from halfstep.nets import MLP
 
 
 def moons(number: int, seed: int) -> Tensor:
-    """Points `[number, 2]` on two half circles."""
+    """Return points `[number, 2]` on two half circles."""
     generator = torch.Generator().manual_seed(seed)
     angle = math.pi * torch.rand(number, generator=generator)
     side = torch.arange(number) % 2
@@ -22,7 +22,7 @@ def moons(number: int, seed: int) -> Tensor:
 
 
 def train_teacher(points: Tensor, updates: int) -> halfstep.NetworkDenoiser:
-    """A plain loop round the library's own loss."""
+    """Train with a plain loop around the library's own loss."""
     torch.manual_seed(0)
     teacher = halfstep.NetworkDenoiser(MLP((2,), width=96, depth=3), halfstep.VPCosine(), halfstep.V())
     optimizer = torch.optim.AdamW(teacher.parameters(), lr=3e-3, weight_decay=0.0)
@@ -38,14 +38,14 @@ def train_teacher(points: Tensor, updates: int) -> halfstep.NetworkDenoiser:
 
 
 def main(teacher_updates: int = 3000, student_updates: int = 1000) -> tuple[float, float]:
-    """Distances of student and undistilled teacher, both at 4 steps, from the teacher at 64, from the same noise."""
+    """Return the distances of student and undistilled teacher, both at 4 steps, from the teacher at 64."""
     points = moons(4096, seed=0)
     teacher = train_teacher(points, teacher_updates)
     student = halfstep.distill(teacher, points, to=4, start=64, training=halfstep.Training(student_updates, 1e-3, 256))
     noise = halfstep.sample_noise(range(1000), (2,))
     slow = halfstep.sample(teacher, noise, 64)
     distances = [float((halfstep.sample(m, noise, 4) - slow).square().mean().sqrt()) for m in (student, teacher)]
-    print(f"from the teacher at 64 steps: student at 4 {distances[0]:.3f}, teacher at 4 {distances[1]:.3f}")
+    print(f"RMSE to the teacher at 64 steps: student at 4 {distances[0]:.3f}, teacher at 4 {distances[1]:.3f}")
     return distances[0], distances[1]
 
 

@@ -1,8 +1,8 @@
-"""Wan 2.1, a video model, in 4 steps from a file of prompts alone.
+"""Wan 2.1, a video model, in 4 steps from only a file of prompts.
 
     python examples/wan_video.py PIPELINE PROMPTS OUT
 
-PIPELINE is a folder of a WanPipeline (or a name on the Hub), PROMPTS a text with a prompt on each line.
+PIPELINE is the folder of a WanPipeline (or a name on the Hub). PROMPTS is a text file with one prompt per line.
 """
 
 import sys
@@ -19,11 +19,11 @@ BUDGET = (
     *("--engine.gradient-checkpointing", "--evaluation.no-enabled"),
     *("--call", *(f"{name}={value}" for name, value in SIZE.items())),
 )
-"""A start for one GPU, not tuned: `halfstep distill` with the same words and --dry-run prints what it takes."""
+"""An untuned starting point for one GPU. `halfstep distill` with the same arguments and --dry-run prints the cost."""
 
 
 def main(pipeline: str, prompts: str, out: Path, budget: tuple[str, ...] = BUDGET) -> tuple[Path, Path]:
-    """Return the run's folder, and that of the exported pipeline."""
+    """Return the folders of the run and of the exported pipeline."""
     run, exported = out / "run", out / "wan-4-steps"
     halfstep(
         [
@@ -36,7 +36,7 @@ def main(pipeline: str, prompts: str, out: Path, budget: tuple[str, ...] = BUDGE
 
 
 def use(exported: Path, prompt: str) -> None:
-    """Sample by four network calls, in diffusers alone. The pipeline takes no sigmas: the scheduler gets them."""
+    """Sample with four network calls, using only diffusers. The pipeline takes no sigmas: set them in the scheduler."""
     from diffusers import WanPipeline
     from diffusers.utils import export_to_video
 

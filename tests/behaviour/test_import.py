@@ -176,7 +176,7 @@ def test_a_file_that_is_no_checkpoint_is_refused(content: bytes, config: Path, t
         ({"ch": 64}, "the tensor conv_in/kernel has the shape [3, 3, 3, 32], but [3, 3, 3, 64] is needed"),
         ({"time_embedding_dim": 96}, "the tensor dense0/kernel has the shape [32, 64], but [32, 96] is needed"),
         ({"num_classes": 0}, "the tensor class_emb/bias of shape [64] has no place in the network"),
-        ({"layers_per_block": 2}, "it has no tensor down_0.block_1/norm1/scale, which needs the shape [32]"),
+        ({"layers_per_block": 2}, "it has no tensor down_0.block_1/norm1/scale of shape [32]"),
         ({"prediction": "x0"}, "the tensor conv_out/kernel has the shape [3, 3, 32, 6], but [3, 3, 32, 3] is needed"),
         ({"attention": [False, False]}, "has no place in the network"),
         ({"multipliers": [1, 3]}, "the tensor down_1.attn_0/norm/scale has the shape [64], but [96] is needed"),
@@ -200,7 +200,7 @@ def test_a_tensor_that_is_not_finite_is_refused_by_name(tmp_path: Path) -> None:
     held["conv_in/kernel"][0, 0, 0, 0] = np.nan
     file = tmp_path / "nan.msgpack"
     file.write_bytes(checkpoint_bytes(held))
-    with pytest.raises(ValueError, match=r"nan\.msgpack has numbers of conv_in/kernel that are not finite"):
+    with pytest.raises(ValueError, match=r"nan\.msgpack has values in conv_in/kernel that are not finite"):
         import_google_pd(file, TINY, tmp_path / "stage")
     assert not (tmp_path / "stage").exists()
 

@@ -74,7 +74,7 @@ def test_arrays_far_from_the_noise_are_warned_of(scale, is_odd):
     if not is_odd:
         warn_of_scale(data)
         return
-    with pytest.warns(HalfstepWarning, match=r"mine\.npy holds values .* \(x - mean\) / std"):
+    with pytest.warns(HalfstepWarning, match=r"mine\.npy has values .* \(x - mean\) / std"):
         warn_of_scale(data)
 
 

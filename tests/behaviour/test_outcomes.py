@@ -426,7 +426,7 @@ def test_a_stock_pipeline_draws_the_steps_of_an_ancestral_student(
 
 @pytest.mark.parametrize(("sampler", "num_classes"), [(Heun(), 5), (Ancestral(), 5), (DPMSolverPP2M(), 0)])
 def test_a_sampler_without_a_stock_scheduler_is_refused(tmp_path: Path, sampler: Sampler, num_classes: int) -> None:
-    with pytest.raises(ValueError, match=r"of diffusers samples this model by its own sampler .* Use --format onnx"):
+    with pytest.raises(ValueError, match=r"diffusers has no \w+ for this model's sampler .* Use --format onnx"):
         export_pipeline(images(sampler, 4, num_classes), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
@@ -434,7 +434,7 @@ def test_a_sampler_without_a_stock_scheduler_is_refused(tmp_path: Path, sampler:
 @pytest.mark.parametrize(
     ("process", "prediction", "message"),
     [
-        (FlowMatching(3.0), FlowVelocity(), r"takes sde-dpmsolver\+\+ steps of order 1 .* path of flow matching\. Use"),
+        (FlowMatching(3.0), FlowVelocity(), r"for sde-dpmsolver\+\+ steps of order 1 .* flow-matching path\. Use"),
         (
             VPTable(zero_terminal_betas(linear_betas())),
             V(),

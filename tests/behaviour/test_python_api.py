@@ -295,7 +295,7 @@ def test_conditions_reach_the_network_row_by_row_and_classes_can_be_sampled(tmp_
 
 def test_a_scale_far_from_the_noise_is_warned_of() -> None:
     for data in (1000 * points(), [1000 * points()]):
-        with pytest.warns(halfstep.HalfstepWarning, match=r"noise has unit size.*Train on \(x - mean\) / std"):
+        with pytest.warns(halfstep.HalfstepWarning, match=r"noise has unit variance.*Train on \(x - mean\) / std"):
             halfstep.fit(denoiser(), data, TRAINING, engine=CPU)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -528,7 +528,7 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "labels without a name": (lambda: _fit(data=(points(), torch.arange(200))), r"\{'class_labels': labels\}"),
     "labels of a loader": (lambda: _fit(data=[(points(), torch.arange(200))]), r"\{'class_labels': labels\}"),
     "a list as labels": (lambda: _fit(data=(points(), {"class_labels": [0] * 200})), r"Pass torch\.tensor"),
-    "too few labels": (lambda: _fit(data=(points(), {"angle": torch.zeros(3)})), "Pass one row a sample"),
+    "too few labels": (lambda: _fit(data=(points(), {"angle": torch.zeros(3)})), "Pass one row per sample"),
     "a model to save": (lambda: halfstep.save(denoiser(), "x"), r"halfstep\.Model\.of\(denoiser, shape\)"),  # type: ignore[arg-type]
     "a path to save": (lambda: halfstep.save("x", "y"), "must be a model, got the str 'x'"),  # type: ignore[arg-type]
     "a model to load": (lambda: halfstep.load(denoiser()), "Pass the folder of a run"),  # type: ignore[arg-type]

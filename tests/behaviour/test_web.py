@@ -83,7 +83,9 @@ def test_a_damaged_cache_is_filled_again(registry: Path, tmp_path: Path) -> None
 
 def test_an_unreachable_registry_is_said_with_what_to_download(registry: Path) -> None:
     registry.unlink()
-    with pytest.raises(ValueError, match=r"cannot be fetched .* Download file:\S+registry.tgz elsewhere") as refusal:
+    with pytest.raises(
+        ValueError, match=r"cannot be downloaded .* Download file:\S+registry.tgz on another machine"
+    ) as refusal:
         runtime.read_runtime()
     assert "\n" not in str(refusal.value)
 

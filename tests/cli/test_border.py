@@ -176,7 +176,7 @@ def test_a_run_that_has_taken_guidance_in_goes_on(
     )
     if run == "lora_run":
         asked = ["export", str(tmp_path / "more"), "--format", "lora", "--out", str(tmp_path / "lora")]
-        assert "were trained by halfstep and are not those of" in refused(asked, capsys)
+        assert "which halfstep trained, and not on the weights of" in refused(asked, capsys)
     matching = ["--matching.prediction", "x0", "--out", str(tmp_path / "third")]
     assert "match its own teacher" in refused(["distill", str(path), "--to", "2", *matching], capsys)
 
@@ -461,46 +461,46 @@ SOLVED_FLOW: Final = {
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (edit(SCHEDULER, _class_name="MyScheduler"), "the scheduler MyScheduler is not understood (fields: "),
+        (edit(SCHEDULER, _class_name="MyScheduler"), "the scheduler MyScheduler is not supported (fields: "),
         (
             edit(SCHEDULER, beta_schedule="sigmoid"),
-            "has beta_schedule 'sigmoid', which is none of linear",
+            "has beta_schedule 'sigmoid', which is not one of linear",
         ),
-        (edit(SCHEDULER, prediction_type="score"), "has prediction_type 'score', which is none of epsilon"),
-        (edit(SCHEDULER, clip_sample_range=2.0), "has clip_sample_range 2.0, and only 1.0 is understood"),
-        (pickled, "has its weights pickled (diffusion_pytorch_model.bin)"),
+        (edit(SCHEDULER, prediction_type="score"), "has prediction_type 'score', which is not one of epsilon"),
+        (edit(SCHEDULER, clip_sample_range=2.0), "has clip_sample_range 2.0, but only 1.0 is supported"),
+        (pickled, "has pickled weights (diffusion_pytorch_model.bin)"),
         (cut, "diffusion_pytorch_model.safetensors cannot be read ("),
-        (edit("model_index.json", _class_name=["mine", "Pipe"]), "wants code of its own to be run"),
-        (edit("model_index.json", unet=["mine", "UNet"]), "wants code of its own to be run (unet)"),
-        (edit("model_index.json", **{"../x": ["diffusers", "UNet2DModel"]}), "wants code of its own to be run (../x)"),
-        (edit("model_index.json", unet=[]), "wants code of its own to be run (unet)"),
-        (lambda f: (f / "pipe.py").write_text("boom"), "wants code of its own to be run (pipe.py)"),
-        (edit("unet/config.json", auto_map={"a": "b"}), "wants code of its own to be run (auto_map)"),
+        (edit("model_index.json", _class_name=["mine", "Pipe"]), "requires custom code"),
+        (edit("model_index.json", unet=["mine", "UNet"]), "requires custom code (unet)"),
+        (edit("model_index.json", **{"../x": ["diffusers", "UNet2DModel"]}), "requires custom code (../x)"),
+        (edit("model_index.json", unet=[]), "requires custom code (unet)"),
+        (lambda f: (f / "pipe.py").write_text("boom"), "requires custom code (pipe.py)"),
+        (edit("unet/config.json", auto_map={"a": "b"}), "requires custom code (auto_map)"),
         (edit("model_index.json", _class_name="FluxPipeline"), "cannot be read (Pipeline"),
-        (edit("model_index.json", _class_name="MyPipeline"), "holds a MyPipeline, which diffusers"),
-        (lambda f: (f / "unet" / "config.json").write_text("{}"), "holds a None, but a UNet2DModel is needed"),
-        (lambda f: (f / "unet" / "config.json").unlink(), "has no config.json: the pipeline was not saved whole"),
+        (edit("model_index.json", _class_name="MyPipeline"), "contains a MyPipeline, which diffusers"),
+        (lambda f: (f / "unet" / "config.json").write_text("{}"), "contains a None, but a UNet2DModel is needed"),
+        (lambda f: (f / "unet" / "config.json").unlink(), "has no config.json: the pipeline was not saved completely"),
         (
             lambda f: shutil.rmtree(f / "scheduler"),
             "has no scheduler_config.json: the pipeline was not saved",
         ),
-        (edit(SCHEDULER, beta_start=None), "the config of the DDPMScheduler does not make one (linspace()"),
-        (edit(SCHEDULER, num_train_timesteps="many"), "the config of the DDPMScheduler does not make one (linspace()"),
-        (edit(SCHEDULER, trained_betas=[0.1, 0.2]), "has 2 trained_betas for its 1000 num_train_timesteps"),
+        (edit(SCHEDULER, beta_start=None), "the config of the DDPMScheduler is not valid (linspace()"),
+        (edit(SCHEDULER, num_train_timesteps="many"), "the config of the DDPMScheduler is not valid (linspace()"),
+        (edit(SCHEDULER, trained_betas=[0.1, 0.2]), "has 2 trained_betas, but num_train_timesteps is 1000"),
         (edit(SCHEDULER, prediction_type="flow_prediction"), "its use_flow_sigmas must be true"),
-        (edit(SCHEDULER, **CONTINUOUS), "has timestep_type 'continuous', and only 'discrete' is understood"),
-        (edit(SCHEDULER, **FLOWING), "holds a UNet2DModel, whose clock of timesteps is not known for the process"),
+        (edit(SCHEDULER, **CONTINUOUS), "has timestep_type 'continuous', but only 'discrete' is supported"),
+        (edit(SCHEDULER, **FLOWING), "contains a UNet2DModel, but its timesteps are unknown for the process"),
         (
             edit(SCHEDULER, **SOLVED_FLOW),
-            "whose clock of timesteps is not known for the process of its scheduler",
+            "but its timesteps are unknown for the process of its scheduler",
         ),
         (edit("unet/config.json", class_embed_type="timestep"), "with class_embed_type 'timestep', an input that"),
-        (edit("unet/config.json", sample_size=[8]), "has sample_size [8]: their height and width"),
+        (edit("unet/config.json", sample_size=[8]), "has sample_size [8]: set it to the height and width"),
         (
             variant,
-            "has weights of the variant non_ema alone (diffusion_pytorch_model.non_ema.safetensors): save them",
+            "only has weights of the variant non_ema (diffusion_pytorch_model.non_ema.safetensors): save them",
         ),
-        (lambda f: save_ddpm(f, in_channels=3, out_channels=1), "takes 3 channels and returns 1: as many are needed"),
+        (lambda f: save_ddpm(f, in_channels=3, out_channels=1), "takes 3 channels and returns 1: the numbers must"),
         (lambda f: save_ddpm(f, in_channels=1, out_channels=2), "variance_type does not declare a learned variance"),
         (lambda f: (f / "model_index.json").write_text('{"_class_name": '), "model_index.json is not readable JSON"),
     ],
@@ -529,7 +529,7 @@ def test_a_pipeline_without_a_vae_can_neither_encode_nor_draw(
     folder = shutil.copytree(here / "sd", tmp_path / "sd")
     shutil.rmtree(folder / "vae")
     words = ["encode", str(folder), "--data", str(here / "captioned"), "--out", str(tmp_path / "latents")]
-    assert "has no vae, which makes images of latents and back" in refused(words, capsys)
+    assert "has no vae, which is needed to encode and decode images" in refused(words, capsys)
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "vae"])
@@ -541,7 +541,7 @@ def test_a_text_pipeline_with_a_pickled_part_is_refused_with_the_way_to_convert_
     weights.rename(weights.with_suffix(".bin"))
     words = ["encode", str(folder), "--data", str(here / "captioned"), "--out", str(tmp_path / "latents")]
     said = refused(words, capsys)
-    assert f"{part} has its weights pickled ({weights.stem}.bin)" in said
+    assert f"{part} has pickled weights ({weights.stem}.bin)" in said
     assert ".save_pretrained(FOLDER, safe_serialization=True)" in said
     weights.with_suffix(".bin").rename(weights)
     whole = weights.read_bytes()
@@ -567,10 +567,10 @@ def test_what_cannot_be_encoded_is_refused_before_anything_is_written(
     assert "the device 'banana' cannot be used here" in said("sd", "captioned", "--device", "banana")
     assert "does not use latents: pass its images" in said("ddpm", "captioned")
     assert "is not a pipeline (no model_index.json)" in said("captioned", "captioned")
-    assert "has no classes: put the images of each class into a sub-folder" in said("dit", "captioned")
+    assert "has no classes: put the images of each class into a separate sub-folder" in said("dit", "captioned")
     folder = shutil.copytree(here / "sd", here / "foreign-vae")
     edit("model_index.json", vae=["mine", "VAE"])(folder)
-    assert "wants code of its own to be run (vae)" in said("foreign-vae", "captioned")
+    assert "requires custom code (vae)" in said("foreign-vae", "captioned")
 
 
 def test_latents_of_classes_go_on_where_they_were_cut(
@@ -640,13 +640,13 @@ def test_a_text_encoder_of_another_width_is_refused(here: Path, tmp_path: Path, 
 def test_a_network_without_a_pipeline_needs_its_scheduler(tmp_path: Path, capsys: Capture) -> None:
     tiny_unet().save_pretrained(tmp_path / "net")
     words = ["import", "diffusers", str(tmp_path / "net"), "--out", str(tmp_path / "out")]
-    assert "has no scheduler_config.json, and process and prediction are not guessed" in refused(words, capsys)
+    assert "has no scheduler_config.json, which gives the process and prediction" in refused(words, capsys)
     diffusers.DDPMScheduler(prediction_type="v_prediction").save_pretrained(tmp_path / "net" / "scheduler")
     main(words)
     assert load(tmp_path / "out").manifest.prediction == {"type": "v"}
     tiny_vae().save_pretrained(tmp_path / "vae")
     words = ["import", "diffusers", str(tmp_path / "vae")]
-    assert "holds a AutoencoderKL, of which config.json does not say enough" in refused(words, capsys)
+    assert "contains a AutoencoderKL, which config.json does not describe completely" in refused(words, capsys)
 
 
 @pytest.mark.parametrize(
@@ -655,7 +655,7 @@ def test_a_network_without_a_pipeline_needs_its_scheduler(tmp_path: Path, capsys
         ("model.ckpt", "is pickled and could run code"),
         ("weights.bin", "is pickled and could run code"),
         ("weights.pt", "is pickled and could run code"),
-        ("owner/name", "could not be fetched from the Hub"),
+        ("owner/name", "could not be downloaded from the Hub"),
         ("../x/y", "does not exist"),
         ("nowhere", "does not exist"),
         (__file__, "is a file: give a folder"),
@@ -724,7 +724,7 @@ def test_exports_that_cannot_be_are_refused(
         ddpm_run, "--format", "onnx", "--push-to-hub", "a/b", out="o.onnx"
     )
     assert "give a file that ends in .onnx" in said(ddpm_run, "--format", "onnx")
-    assert "was trained whole and has no low-rank additions" in said(ddpm_run, "--format", "lora")
+    assert "was not trained with LoRA and has no LoRA weights" in said(ddpm_run, "--format", "lora")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     assert "already exists" in said(ddpm_run, out="full")
@@ -732,10 +732,10 @@ def test_exports_that_cannot_be_are_refused(
     np.save(tmp_path / "toy.npy", points().numpy())
     toy = tmp_path / "toy"
     main(["run", "arrays", "--data", str(tmp_path / "toy.npy"), "--out", str(toy), *TINY_ARRAYS])
-    assert "a network of the kind mlp is in no pipeline of diffusers: use --format onnx" in said(toy)
+    assert "diffusers has no pipeline for a network of the kind mlp: use --format onnx" in said(toy)
     sixteen = distil(here / "dit", here / "latents-dit", tmp_path / "sixteen", "--chain.start-steps", "32", to=16)
     message = said(sixteen)
-    assert "cannot represent 16 steps exactly on 1000 timesteps: exact are 1, 2, 4, 5, 8, 10, 20, 25" in message
+    assert "cannot represent 16 steps exactly on 1000 timesteps, only 1, 2, 4, 5, 8, 10, 20, 25" in message
     assert not (tmp_path / "out").exists()
 
 

@@ -392,11 +392,12 @@ def test_a_study_at_equal_cost_says_what_it_costs(capsys: Capture, tmp_path: Pat
     assert passes[3] == pytest.approx({n: v * (1 if n == "teacher" else 3) for n, v in passes[1].items()})
     main(["study", "roads", "--dry-run"])
     printed = capsys.readouterr().out
-    assert f"in all {sum(passes[3].values()):,.0f}; at 4,400 a second" in printed
+    assert f"total: {sum(passes[3].values()):,.0f}; " in printed
+    assert "at 4,400 per second" in printed
     # What the scale promises: 45 minutes on two cores.
     assert sum(passes[3].values()) < 45 * 60 * 4400
     main(["study", "steps", "--dry-run"])
-    assert "in all" not in capsys.readouterr().out
+    assert "total:" not in capsys.readouterr().out
 
 
 def test_a_student_whose_weights_were_not_kept_is_left_out(toy_npy: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -406,7 +407,7 @@ def test_a_student_whose_weights_were_not_kept_is_left_out(toy_npy: Path, tmp_pa
     assert not (missing / "model.safetensors").exists()
     assert "has no weights any more" in refused(["sample", str(missing), "--out", str(tmp_path / "x.npz")], capsys)
     main(["evaluate", str(run), "--num-steps", "2"])
-    assert "Stage 01-halve-0002 is left out: its weights were not kept." in capsys.readouterr().out
+    assert "Stage 01-halve-0002 was skipped: its weights were not kept." in capsys.readouterr().out
 
 
 def test_ls_names_every_member(capsys: Capture) -> None:

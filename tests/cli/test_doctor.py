@@ -60,7 +60,7 @@ def test_a_torchvision_that_breaks_diffusers_is_named(
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     [finding] = doctor._diffusers()
     assert finding.verdict == "problem"
-    assert "torchvision 0.99.0 does not fit torch" in finding.found
+    assert "torchvision 0.99.0 is incompatible with torch" in finding.found
     assert "nms" in finding.found
     assert "pip uninstall torchvision" in str(finding.advice)
 
@@ -85,7 +85,7 @@ def test_a_device_without_float64_is_a_problem(monkeypatch: pytest.MonkeyPatch) 
     finding = doctor.device_finding("cpu")
     assert finding.verdict == "problem"
     assert "no float64" in finding.found
-    assert "does not compute" in doctor.device_finding("abacus").found
+    assert "cannot compute" in doctor.device_finding("abacus").found
 
 
 def test_places_that_cannot_be_written_or_are_full_are_problems(

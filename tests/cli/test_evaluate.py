@@ -230,7 +230,7 @@ def test_a_second_call_draws_nothing_and_a_cut_one_goes_on(
     drawn.clear()
     main(command)
     assert drawn == []
-    assert capsys.readouterr().out.count("(was there)") == 4
+    assert capsys.readouterr().out.count("(reused)") == 4
     assert _result(tmp_path).tables == first.tables
     # Another extractor draws nothing anew.
     main([*command, "--num-samples", "24", "--data", str(toy_run.parent / "toy.npy"), "--extractors", "pixels"])
@@ -316,7 +316,8 @@ def test_what_is_damaged_or_not_there_yet_is_left_out_and_said(toy_run: Path, tm
     assert result is not None
     assert {row.series for row in result.tables[0].rows} == {"teacher-ddim"}
     printed = " ".join(capsys.readouterr().out.split())
-    for said in (f"Stage {first.name} is damaged and left out", f"The run is not at its end: {last.name} is not there"):
+    skipped = f"Stage {first.name} is damaged and was skipped"
+    for said in (skipped, f"The run is not finished: {last.name} does not exist yet"):
         assert any(said in notice for notice in result.notices)
         assert said in printed
     teacher = run / "stages" / "00-denoise" / "model.safetensors"

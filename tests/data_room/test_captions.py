@@ -199,7 +199,7 @@ def test_both_kinds(tmp_path):
     image(tmp_path / "a.png")
     write_jsonl(tmp_path, {"a.png": "a cat"})
     write_texts(tmp_path, {"a.png": "a cat"})
-    refused(tmp_path, "metadata.jsonl", "a.txt", "keep one kind")
+    refused(tmp_path, "metadata.jsonl", "a.txt", "keep one of them")
 
 
 @pytest.mark.parametrize(
@@ -251,5 +251,5 @@ def test_an_image_that_is_none(tmp_path):
 
 def test_captions_that_do_not_fit():
     for files, captions in [((), ()), ((Path("a.png"),), ())]:
-        with pytest.raises(ValueError, match=f"{len(files)} images with 0 captions"):
+        with pytest.raises(ValueError, match=f"{len(files)} images and 0 captions"):
             CaptionedImages("mine", files, captions, Preparation())

@@ -423,7 +423,7 @@ def test_labels_of_the_layout_of_edm(tmp_path):
     with pytest.raises(ValueError, match=r"no label for 00002/img00000029\.png"):
         opened(tmp_path)
     (tmp_path / "dataset.json").write_text(json.dumps({"labels": [1, 2]}))
-    with pytest.raises(ValueError, match="does not hold one"):
+    with pytest.raises(ValueError, match="does not contain one"):
         opened(tmp_path)
 
 

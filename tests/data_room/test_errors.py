@@ -57,7 +57,7 @@ def test_what_numpy_takes_for_a_pickle_is_refused_without_its_advice(tmp_path):
     (tmp_path / "d.npy").write_text("1, 2, 3")
     np.save(tmp_path / "objects.npy", np.array([{}]), allow_pickle=True)
     for name in ("d.npy", "objects.npy"):
-        with pytest.raises(ValueError, match="it is no NumPy file, or one of Python objects") as caught:
+        with pytest.raises(ValueError, match="not a NumPy file, or one with Python objects") as caught:
             open_data(DataConfig(source=str(tmp_path / name)))
         assert "pickle" not in str(caught.value)
 
@@ -85,7 +85,7 @@ def test_an_unreadable_image(tmp_path, settings):
         refused(tmp_path, "b.png", "remove it", "--data.skip-broken", **settings)
     (tmp_path / "a.png").write_bytes(b"broken too")
     refused(tmp_path, "2 of 3 images", "a.png", "b.png", "--data.skip-broken", **settings)
-    with pytest.warns(HalfstepWarning, match="2 of 3 images.*left out.*a.png.*b.png"):
+    with pytest.warns(HalfstepWarning, match="2 of 3 images.*skipped.*a.png.*b.png"):
         data = open_data(DataConfig(source=str(tmp_path), skip_broken=True, **settings))
     assert len(data) == 1
     assert data.fetch(torch.tensor([0])).x0.max() == -1
@@ -155,14 +155,14 @@ def test_deep_colour(tmp_path):
 def test_a_scene_with_more_pixels_than_pillow_decodes(tmp_path, monkeypatch):
     image(tmp_path / "a.png", 40, 40)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 700)
-    refused(tmp_path, "a.png has 1,600 pixels", "scale it down once")
+    refused(tmp_path, "a.png has 1,600 pixels", "scale it down")
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
         (b"", "is empty"),
-        (b"II*\0" + bytes(40), "a TIFF of a kind"),
+        (b"II*\0" + bytes(40), "a TIFF of an unsupported kind"),
         (b"\0\0\0\x18ftypheic" + bytes(40), "HEIC"),
         (b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
     ],
@@ -259,7 +259,7 @@ def test_an_archive_without_samples(tmp_path):
         (np.zeros((5, 3, 4, 4, 3), np.uint8), "(5, 3, 4, 4, 3)"),
         (np.zeros((5, 3, 8, 8), np.uint8), "move the channels last"),
         (np.zeros(5), "(5,)"),
-        (np.float64(1.0), "one number"),
+        (np.float64(1.0), "a single number"),
         (np.zeros((5, 4), np.int64), "int64"),
         (np.zeros((5, 4), np.complex64), "complex64"),
         (np.zeros((0, 4, 4), np.uint8), "no samples"),

@@ -360,7 +360,7 @@ def test_other_images(images, tmp_path):
 
 def test_images_that_are_gone(images, tmp_path):
     (tmp_path / "images/03.png").unlink()
-    refused(lambda: encode(images, ENCODER, tmp_path / "latents"), "03.png", "cannot be read", "list the images again")
+    refused(lambda: encode(images, ENCODER, tmp_path / "latents"), "03.png", "cannot be read", "repeat the command")
 
 
 @pytest.mark.parametrize("arguments", [{"batch_size": 0}, {"shard_size": -1}])
@@ -373,7 +373,7 @@ def test_a_folder_of_something_else(images, tmp_path):
     refused(lambda: encode(images, ENCODER, tmp_path / "images"), "00.png", "empty folder")
     refused(lambda: encode(images, ENCODER, tmp_path / "images/00.png"), "00.png is a file")
     for name in ("images", "nowhere"):
-        refused(lambda name=name: open_latents(tmp_path / name), name, "no latents", "encoded")
+        refused(lambda name=name: open_latents(tmp_path / name), name, "no latents", "halfstep encode")
 
 
 def test_a_folder_that_is_being_written(images, tmp_path):
@@ -437,8 +437,8 @@ def with_nan(x: Tensor) -> Tensor:
         ({"texts": lambda texts: {"a": torch.zeros(1, 2)}}, ["a of shape (1, 2)", "batch of 4", "first axis"]),
         ({"texts": lambda texts: {"a": torch.zeros(())}}, ["a of shape ()", "the empty caption"]),
         ({"texts": lambda texts: {"a": torch.zeros(len(texts), len(texts))}}, ["(4,)", "(1,)", "pad captions"]),
-        ({"texts": lambda texts: {"ab"[len(texts) > 1]: torch.zeros(len(texts))}}, ["conditions b", "and a for"]),
-        ({"texts": lambda texts: {} if len(texts) > 1 else {"a": torch.zeros(1)}}, ["conditions none", "and a for"]),
+        ({"texts": lambda texts: {"ab"[len(texts) > 1]: torch.zeros(len(texts))}}, ["conditions b", "but a for"]),
+        ({"texts": lambda texts: {} if len(texts) > 1 else {"a": torch.zeros(1)}}, ["conditions none", "but a for"]),
         (
             {"texts": lambda texts: {"a": torch.full((len(texts),), torch.nan)}},
             ["a that are not finite", "empty caption"],
@@ -479,5 +479,5 @@ def test_samples_of_prompts_go_on_where_they_were_cut(tmp_path: Path) -> None:
     assert cut.fingerprint == whole.fingerprint
     batch = cut.fetch(torch.arange(7))
     assert batch.x0[:, 0].tolist() == [index + index % 3 for index in range(7)]
-    with pytest.raises(ValueError, match=r"holds latents of other images than q\.txt: other captions"):
+    with pytest.raises(ValueError, match=r"contains latents of images other than q\.txt: other captions"):
         encode(Prompts("q.txt", captions[::-1], sampled), ENCODER, tmp_path / "cut", 2, 2)

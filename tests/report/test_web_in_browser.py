@@ -237,7 +237,7 @@ def test_the_walk_goes_from_one_seed_to_the_other(window: Any, pages: dict[str, 
     page = opened(window, pages["disk"]).page
     page.get_by_role("spinbutton", name="From seed").fill("5")
     page.get_by_role("spinbutton", name="To seed").fill("7")
-    slider = page.get_by_label("Place on the way")
+    slider = page.get_by_label("Position")
     slider.focus()
     way = between(*STUDENTS[0].noise([5, 7]), [0, 0.01, 1])
     expected = pixels(sample(STUDENTS[0], way, 1, cond=STUDENTS[0].cond([5, 5, 5])))

@@ -1,4 +1,4 @@
-"""The arguments of the verbs that take recipes and models, and the objects they name: recipes, processes, devices."""
+"""Arguments of the verbs that take recipes and models, and the recipes, processes and devices built from them."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -42,7 +42,7 @@ FAMILIES: Final[Mapping[str, Registry[Any]]] = {
     "studies": studies,
     "extractors": extractors,
 }
-"""Choices for recipes and options."""
+"""Registries of the names that recipes and options accept, by family."""
 
 if TYPE_CHECKING:
     FamilyName = str
@@ -66,7 +66,7 @@ class PlanArguments:
     dry_run: Switch = False
     """Print plan, parameters and estimated time; write nothing."""
     json: Switch = False
-    """Print one JSON document: the plan with --dry-run, else the status at the end."""
+    """Print one JSON document: the plan with --dry-run, otherwise the final status."""
 
 
 @dataclass
@@ -79,16 +79,16 @@ class RunArguments(PlanArguments):
 
 @dataclass
 class DistillArguments(PlanArguments):
-    """Halve a model to fewer steps. MODEL is a run (its last stage is used), a stage, a folder saved by diffusers, or a
-    name on the Hub; --data names the training data. A teacher that predicts eps is matched to v first;
+    """Distil a model to fewer steps. MODEL is a run (its last stage is used), a stage, a folder saved by diffusers or a
+    name on the Hub; --data specifies the training data. A teacher that predicts eps is matched to v first;
     --matching.guidance-scale bakes classifier-free guidance into the student.
     """
 
     out: Path | None = None
-    """Folder of the new run; by default beside the model's run, named after the steps."""
+    """Folder of the new run; runs/NAME-STAGE-to-STEPS by default."""
     prompts: Path | None = None
-    """Text file with one prompt per line, for a pipeline, instead of data. The teacher's own samples of these prompts,
-    in OUT-data, become the data.
+    """For a pipeline, instead of --data: text file with one prompt per line. The teacher samples these prompts into
+    OUT-data and is distilled on the samples.
     """
     call: tuple[str, ...] = ()
     """Pipeline call arguments shared by all samples, such as height=512 width=512."""
@@ -99,15 +99,15 @@ class DistillArguments(PlanArguments):
 
 @dataclass
 class FinishArguments(PlanArguments):
-    """Finish students of a trained run: move their landing points onto the distribution of the undistilled teacher.
-    RUN is the folder of a run; the stages are added to it. Options are those of its recipe; options of stages that are
-    already trained cannot change."""
+    """Finish students of a trained run: train their samples towards the distribution of the undistilled teacher. RUN
+    is the folder of a run; the new stages are added to it. The options are those of its recipe. Options of stages that
+    are already trained cannot change."""
 
 
 @dataclass
 class SampleArguments:
-    """Draw samples from a model, in any number of steps. Each sample depends only on its own seed, counted from --seed,
-    not on the batch: a seed gives the same noise at any number of steps and for any model.
+    """Draw samples from a model in any number of steps. Seeds count up from --seed, and each sample depends only on its
+    own seed, not on the batch. A seed gives the same noise for any number of steps and any model.
     """
 
     model: tyro.conf.Positional[Path]
@@ -119,9 +119,10 @@ class SampleArguments:
     seed: Annotated[int, Range(0, 2**62)] = 0
     """Seed of the first sample."""
     class_label: Annotated[int, Range(0, 2**31)] | None = None
-    """One class for all samples; by default the classes in turn."""
+    """Class of all samples; by default, samples cycle through the classes."""
     guidance_scale: Guidance | None = None
-    """uncond + scale (cond - uncond), for a model that supports guidance; 1 disables it. The model's own by default."""
+    """Scale in uncond + scale (cond - uncond), for models that support guidance; 1 disables it. The model's own by
+    default."""
     prompt: str | None = None
     """Prompt of a text-conditioned model."""
     sampler: SamplerName | None = None
@@ -131,7 +132,7 @@ class SampleArguments:
     batch_size: Count | None = None
     """Samples drawn at once; as many as fit by default."""
     precision: Literal["float32", "bf16"] = "float32"
-    """bf16 lets the network compute in bfloat16."""
+    """bf16 runs the network in bfloat16."""
     device: str | None = None
     """cpu, cuda or mps; by default the fastest available."""
     out: Path = Path("samples.png")
@@ -144,25 +145,25 @@ class SampleArguments:
 
 @dataclass
 class EvaluateArguments:
-    """Measure every student of a run at its own steps, and the teacher with several samplers at all of them, in one or
-    more feature spaces, over one or more sets of seeds. SUBJECT is the folder of a run, of a stage, of a diffusers
-    pipeline (or its name on the Hub), or a folder of images or an .npz of samples. To resume, run the same command
-    again: finished samples are not drawn twice. Writes evaluation.json, .md, .csv and .svg, and keeps the samples.
+    """Measure each student of a run at its own number of steps, and the teacher at all of these numbers with several
+    samplers, in one or more feature spaces and with one or more sets of seeds. SUBJECT is a run, a stage, a diffusers
+    pipeline (a folder or a name on the Hub), a folder of images, or an .npz of samples. To resume, run the same command
+    again: finished samples are reused. Writes evaluation.json, .md, .csv and .svg, and keeps the samples.
     """
 
     subject: tyro.conf.Positional[str]
     """Model, run or samples to evaluate."""
     num_steps: tuple[Steps, ...] = ()
-    """Steps of the --against series, and of a single stage; by default the start of the chain, halved down to 1."""
+    """Steps of the --against series and of a single stage; by default, the start of the chain, halved down to 1."""
     against: tuple[str, ...] | None = None
-    """Series beside the students: teacher-SAMPLER or student-SAMPLER (see `halfstep ls samplers`); by default
-    teacher-ddim, and without --num-steps teacher-heun too."""
+    """Series to compare with the students: teacher-SAMPLER or student-SAMPLER (see `halfstep ls samplers`); by default
+    teacher-ddim, and also teacher-heun unless --num-steps is given."""
     extractors: tuple[str, ...] = ()
-    """Features in which distances are measured: NAME or NAME=WEIGHTS (see `halfstep ls extractors`); the recipe's by
+    """Feature extractors for the distances: NAME or NAME=WEIGHTS (see `halfstep ls extractors`); the recipe's by
     default.
     """
     seeds: Annotated[int, Range(1, 1000)] = 1
-    """Number of sets of seeds; with several, results have a spread."""
+    """Number of sets of seeds; with several, results include their spread."""
     num_samples: Annotated[int, Range(2, 1_000_000)] | None = None
     """Samples per set; by default the recipe's number, or all of a folder's."""
     gamma: Share | None = None
@@ -172,9 +173,9 @@ class EvaluateArguments:
     guidance_scale: Guidance | None = None
     """Guidance scale, for models that support guidance; each model's own by default."""
     precision: Literal["float32", "bf16"] | None = None
-    """bf16 lets the networks compute in bfloat16 while they sample; as in the recipe by default."""
+    """bf16 samples in bfloat16; as in the recipe by default."""
     batch_size: Count | None = None
-    """Samples drawn at once; the recipe's number by default, else as many as fit."""
+    """Samples drawn at once; by default the recipe's number, or as many as fit."""
     data: str | None = None
     """Real samples to compare with; the recipe's by default."""
     image_size: Side | None = None
@@ -186,13 +187,13 @@ class EvaluateArguments:
     no_labels: Switch = False
     """Ignore the classes of the real data."""
     label_column: str | None = None
-    """Column of a table that holds the class of real images; as in the recipe by default."""
+    """Table column with the class of each real image; as in the recipe by default."""
     skip_broken: Switch = False
     """Skip real images that cannot be read."""
     max_bytes: int | None = None
     """Memory for the pixels of the real images; as in the recipe by default."""
     out: Path | None = None
-    """Folder of the evaluation; SUBJECT/evaluation by default, ./evaluation-NAME for anything but a run or stage."""
+    """Folder of the evaluation; by default SUBJECT/evaluation for a run or stage, otherwise ./evaluation-NAME."""
     json: Switch = False
     """Print the evaluation as one JSON document, as in evaluation.json; progress goes to stderr."""
 
@@ -204,7 +205,7 @@ class ReportArguments:
     run: tyro.conf.Positional[Path]
     """Folder of a run, finished or in progress."""
     studies: Path | None = None
-    """Folder of studies (`halfstep study`) to show in it; RUN/studies by default."""
+    """Folder of studies (`halfstep study`) to include; RUN/studies by default."""
 
 
 @dataclass
@@ -218,16 +219,16 @@ class ListArguments:
 
 
 def recipe_from(text: str) -> Recipe:
-    """Return the recipe that `text` names: a built-in one, a run's folder, or a .json file.
+    """Return the recipe given as a built-in name, a run's folder or a .json file.
 
-    Raises: ValueError: if there is none, or the file does not contain a recipe.
+    Raises: ValueError: if it does not exist, or the file does not contain a recipe.
     """
     path = Path(text)
     if text in list(recipes) or not (path.suffix == ".json" or path.is_dir()):
         return recipes[text]()
     if path.is_dir():
         return recipe_of_run(RunFolder(path))
-    # A file that the user may have written or changed.
+    # The user may have written or edited this file.
     return _recipe_in(read_json(path), path)
 
 
@@ -245,7 +246,7 @@ def _recipe_in(data: Any, file: Path) -> Recipe:
     if isinstance(data, dict) and isinstance(data.get("recipe"), dict):
         data = data["recipe"]
     if not isinstance(data, dict):
-        raise DamagedFile(f"{file} does not hold a recipe")
+        raise DamagedFile(f"{file} does not contain a recipe")
     try:
         return Recipe.model_validate({key: value for key, value in data.items() if key not in ("what", "parent")})
     except ValidationError as error:
@@ -258,7 +259,7 @@ def recipe_of_stage(stage: StageFolder) -> Recipe | None:
 
 
 def options_from(words: Sequence[str]) -> dict[str, Any]:
-    """Parse NAME=VALUE words into arguments of a pipeline's call; a value is parsed as JSON, else taken as text.
+    """Parse NAME=VALUE words into pipeline call arguments; a value that is not JSON is kept as text.
 
     Raises:
         UsageError: if a word has no value.
@@ -293,7 +294,7 @@ def device_of(name: str | None, processes: Processes | None = None) -> torch.dev
     try:
         device = torch.device(name)
         if device.type == "meta":
-            raise RuntimeError("it holds no numbers")
+            raise RuntimeError("it stores no values")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"the device {name!r} cannot be used here ({str(error).splitlines()[0]})") from None

@@ -1,4 +1,4 @@
-"""The verbs. Each takes the arguments after its name."""
+"""The verbs, as functions of the arguments after their names."""
 
 import re
 import signal
@@ -77,10 +77,10 @@ def _carry_out(
     parent: Mapping[str, Any] | None = None,
     stand_in: tuple[Data, str] | None = None,
 ) -> None:
-    """With --dry-run show the plan; else build the run, train it and show its results.
+    """Show the plan with --dry-run; otherwise build the run, train it and show its results.
 
     Args:
-        stand_in: for a dry run, what replaces the data, and why; the recipe's own data, or random pixels, if None.
+        stand_in: data for a dry run, and why the real data is missing; by default the recipe's data or random pixels.
     """
     recipe = arguments.recipe
     make = partial(build, recipe, what=what, teacher=teacher, parent=parent)
@@ -97,12 +97,12 @@ def _carry_out(
 
 
 def _execute(recipe: Recipe, make: Callable[[], RunSpec], out: Path, json: bool) -> None:
-    """Build a run, train it and show its results; a signal ends each of the three cleanly."""
+    """Build a run, train it and show its results; a signal stops each of these phases cleanly."""
     screen = Screen(json)
     started = time.monotonic()
     try:
         with StopSignal() as stop:
-            # Several processes stop together, at the first point on which they have agreed.
+            # Several processes stop together, at the first point where they agree to.
             alone = stop if world_size() == 1 else None
             with at_once(alone):
                 spec = make()
@@ -129,7 +129,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 def demo(argv: Sequence[str]) -> None:
-    """Run the digits."""
+    """Run the digits recipe."""
     _run(["digits", *argv], "demo")
 
 
@@ -156,7 +156,7 @@ def _run(argv: Sequence[str], verb: str, what: Literal["all", "teacher"] = "all"
 
 
 def distill(argv: Sequence[str]) -> None:
-    """Halve a trained model."""
+    """Distil a trained model."""
     if argv and argv[0] in HELP:
         parse(DistillArguments, argv, "halfstep distill MODEL", DistillArguments(recipes["digits"]()), SHORT)
     if not argv or argv[0].startswith("-"):
@@ -182,7 +182,7 @@ def distill(argv: Sequence[str]) -> None:
                 ) from None
             raise
         if precision != "float32":
-            raise UsageError("--base-precision only applies to a pipeline: halfstep import sets that of a stage")
+            raise UsageError("--base-precision only applies to a pipeline. For a stage, set it with halfstep import")
         model = load(folder.path)
         recipe = recipe_of_stage(folder)
         where, stage = str(folder.path), folder.name
@@ -191,7 +191,7 @@ def distill(argv: Sequence[str]) -> None:
             token.partition("=")[0] in ("--data", "--data.source") for token in rest
         ):
             raise UsageError(
-                f"{where} lies outside its run, so its data is unknown: add --data SOURCE, or "
+                f"{where} is not inside a run, so its data is unknown: add --data SOURCE, or "
                 "--prompts TEXT for a pipeline"
             )
         recipe = Recipe(name="distilled", chain=SECOND_ORDER)
@@ -239,12 +239,12 @@ def _precision(words: Sequence[str]) -> BasePrecision:
 
 
 def _data_beside(out: Path) -> Path:
-    """Return the folder of a run's own samples of its prompts."""
+    """Return the folder for the teacher's samples of a run's prompts."""
     return out.with_name(f"{out.name}-data")
 
 
 def _with_samples(arguments: DistillArguments, model: Model, out: Path) -> Recipe:
-    """Sample the teacher's own data from prompts into a folder beside the run; return the recipe that uses it."""
+    """Sample the training data from the teacher into a folder next to the run; return the recipe that uses it."""
     assert arguments.prompts is not None
     folder, recipe = _data_beside(out), arguments.recipe
     learned, processes = recipe.matching.guidance, processes_of(recipe.engine.cpu)
@@ -256,17 +256,17 @@ def _with_samples(arguments: DistillArguments, model: Model, out: Path) -> Recip
 
 
 def _not_sampled(prompts: Path | None, model: Model, out: Path) -> tuple[Data, str]:
-    """Return what a dry run has instead of the teacher's own samples, and why."""
+    """Return the stand-in for the teacher's own samples in a dry run, and why they are missing."""
     number, why = NUM_SAMPLES, f"{model.manifest.source} has no weights here"
     if prompts is not None:
         number = len(read_prompts(prompts))
         calls = model.num_evals(Heun(), NUM_STEPS)
-        why = f"{count(number, 'sample')} of {prompts} would be drawn first, by {calls} network calls each"
+        why = f"{count(number, 'sample')} of {prompts} would be drawn first, with {calls} network calls each"
     return StandIn(str(_data_beside(out)), model.shape, number, conditions=model.manifest.conditions), why
 
 
 def _prepared(recipe: Recipe, before: Recipe, model: Model, name: str) -> Recipe:
-    """Return the recipe with other images resized and converted to the teacher's size and channels.
+    """Return the recipe with new images resized and converted to the teacher's size and channels.
 
     Raises:
         UsageError: if the teacher generates latents and the data are images.
@@ -298,7 +298,7 @@ def finish(argv: Sequence[str]) -> None:
     asked = arguments.recipe.finish.steps
     if not asked:
         raise UsageError("no student to finish. Add --steps, such as --steps 4 2 1")
-    # The run's existing finishing stages keep their order; new ones follow them.
+    # Existing finishing stages keep their order; new ones come after them.
     steps = (*recipe.finish.steps, *(number for number in asked if number not in recipe.finish.steps))
     finishes = arguments.recipe.finish.model_copy(update={"steps": steps})
     arguments = replace(arguments, recipe=arguments.recipe.model_copy(update={"finish": finishes}))
@@ -310,15 +310,15 @@ def finish(argv: Sequence[str]) -> None:
 
 
 def _going_on(recipe: Recipe, model: Model) -> Recipe:
-    """Return the recipe of the model's run, changed to a chain that starts at the model."""
-    # Settings for single students of the old chain need not fit the new one.
+    """Return the recipe of the model's run, with a chain that starts at the model."""
+    # Per-student settings of the old chain may not fit the new one.
     chain = {
         "start_steps": model.num_steps or model.manifest.start_steps or recipe.chain.start_steps,
         "factor": 2,
         **dict.fromkeys(("updates_at", "learning_rate_at", "students", "keep")),
     }
     if model.role is Role.STUDENT:
-        # A student teaches with the steps that it was distilled for.
+        # A student teaches at the number of steps that it was distilled for.
         chain |= {"teacher_sampler": "ddim", "teacher_steps": None}
     changes: dict[str, object] = {
         "chain": recipe.chain.model_copy(update=chain),
@@ -360,8 +360,8 @@ def sample(argv: Sequence[str]) -> None:
     method = _sampler(arguments.sampler, arguments.gamma, model.sampler)
     seeds = range(arguments.seed, arguments.seed + arguments.num_samples)
     cond = _prompted(model, arguments.prompt, len(seeds))
-    # One process lets the model find the batch that fits; several split the samples into batches of the size it would
-    # try first, because on a GPU the batch size affects the last bits.
+    # With one process, the model finds the batch size that fits. With several, batches have the size that the model
+    # would try first, because on a GPU the batch size affects the last bits.
     share = len(seeds) if processes.count == 1 else arguments.batch_size or samples_at_once(model.device)
 
     def drawn(first: int) -> tuple[torch.Tensor]:
@@ -384,7 +384,7 @@ def sample(argv: Sequence[str]) -> None:
         return
     x0 = torch.cat([part for (part,) in parts])
     if bad := int((~x0.isfinite()).flatten(1).any(1).sum()):
-        raise NonFinite(f"{bad} of {len(x0)} samples are not finite, so {out} is not written: the model is broken")
+        raise NonFinite(f"{bad} of {len(x0)} samples are not finite, so {out} was not written: the model is broken")
     seconds = time.perf_counter() - started
     write_samples(x0, model, seeds, out)
     steps = model.check_steps(arguments.num_steps)
@@ -421,10 +421,10 @@ def _prompted(model: Model, prompt: str | None, number: int) -> dict[str, torch.
 
 
 def write_samples(x0: torch.Tensor, model: Model, seeds: range, out: Path) -> None:
-    """Write samples `[n, *shape]` in the format that `out` names.
+    """Write samples `[n, *shape]` in the format given by the suffix of `out`.
 
     Raises:
-        UsageError: if the samples are not images and `out` names a picture.
+        UsageError: if `out` is not a .npz and the samples cannot be shown as images.
     """
     is_image = model.manifest.is_image
     if out.suffix.lower() == ".npz":
@@ -439,7 +439,7 @@ def write_samples(x0: torch.Tensor, model: Model, seeds: range, out: Path) -> No
     if out.suffix.lower() == ".png":
         write_png(out, grid_image(pixels))
         return
-    # Existing files in the folder stay.
+    # Existing files in the folder are kept.
     is_new = not out.exists() or not any(out.iterdir())
     with replacing_folder(out) if is_new else nullcontext(out) as folder:
         for seed, picture in zip(seeds, pixels, strict=True):
@@ -451,7 +451,7 @@ def report(argv: Sequence[str]) -> None:
     """Write a run's report."""
     arguments = parse(ReportArguments, argv, "halfstep report")
     if not arguments.run.is_dir():
-        raise UsageError(f"{arguments.run} is not a run: give the folder of one")
+        raise UsageError(f"{arguments.run} is not a run: give the folder of a run")
     if arguments.studies is not None and not any(arguments.studies.glob("*/study.json")):
         raise UsageError(f"{arguments.studies} contains no studies: give the folder that `halfstep study` wrote to")
     Screen().say(str(make_report(arguments.run, studies=arguments.studies)))

@@ -1,6 +1,6 @@
-"""`halfstep completion`: shtab writes a shell's script from the verbs' parsers.
+"""`halfstep completion`: shell completion scripts, which shtab generates from the verbs' parsers.
 
-tyro's own scripts start Python at each key press.
+The scripts that tyro generates would start Python at every key press.
 """
 
 from argparse import ArgumentParser
@@ -69,9 +69,9 @@ def command_line() -> ArgumentParser:
             # argparse can merge parsers with `parents`, but rejects parsers that share an option in a group.
             for action in parser._actions:
                 if known.isdisjoint(action.option_strings):
-                    # The default shown would be that of one recipe.
+                    # The default in the help text is that of one recipe only.
                     action.help = (action.help or "").partition(" (default:")[0]
-                    # Omitting an option selects its default.
+                    # Omitting the option selects None.
                     action.choices = None if action.choices is None else [c for c in action.choices if c != "None"]
                     verb._add_action(action)
                     known.update(action.option_strings)

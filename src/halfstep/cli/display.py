@@ -56,7 +56,7 @@ class RunDisplay:
             self._settle(None)
 
     def _settle(self, at_work: StageStatus | None) -> None:
-        """Mark the other stages as measured: another stage is running, or has its own results."""
+        """Mark all other measured stages as done, because a different stage is running or has results."""
         for stage in self.status.stages:
             if stage is not at_work and stage.state == "measuring":
                 stage.state = "done"
@@ -71,7 +71,7 @@ class RunDisplay:
         match event:
             case StageStart(resumed_at=resumed_at):
                 stage.state = "training"
-                # The pace is that of the updates from here on.
+                # Only updates from here on count towards the pace.
                 stage.take({"update": resumed_at, "seconds": event.seconds})
                 at = f", resuming at update {resumed_at}" if resumed_at else ""
                 self._line(f"{stage.name}: {count(event.stage.training.num_updates, 'update')}{at}")
@@ -110,7 +110,7 @@ class RunDisplay:
 
     def _progress(self, stage: StageStatus) -> str:
         left = "..." if math.isnan(self.seconds_left()) else duration(self.seconds_left())
-        # A window with turns of other players only has no student loss.
+        # A window without student updates has no student loss.
         loss = "" if stage.loss is None else f"loss {number(stage.loss)}  "
         measuring = "" if self.status.measuring_seconds_left else "training "
         return (

@@ -42,8 +42,8 @@ LEAST_DISK: Final = 2 * 2**30
 
 @dataclass
 class DoctorArguments:
-    """Check this machine: versions, devices, threads, free disk, the cache, and missing packages with what each would
-    add. Nothing is changed. The exit code is 0 even if it finds problems; read its output.
+    """Check this machine: versions, devices, threads, free disk, the cache, and missing packages and what they would
+    add. Changes nothing. The exit code is 0 even if problems are found.
     """
 
     json: Switch = False
@@ -147,8 +147,8 @@ def device_finding(name: str) -> Finding:
         device = torch.device(name)
         torch.ones(8, device=device).sum().item()
     except (RuntimeError, AssertionError) as error:
-        shown = f"it does not compute ({first_line(error)})"
-        return Finding(name, "problem", shown, "stay on the CPU with --engine.cpu")
+        shown = f"it cannot compute ({first_line(error)})"
+        return Finding(name, "problem", shown, "use the CPU with --engine.cpu")
     shown = "Apple's GPU"
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
@@ -172,8 +172,8 @@ def has_float64(device: Any) -> bool:
 
 
 def _diffusers() -> list[Finding]:
-    # The import runs in a subprocess, whose failure must not break this process. A torchvision built for another torch
-    # fails when it registers its operators, deep inside the import of a pipeline.
+    # The import runs in a subprocess, so that its failure does not break this process. A torchvision built for another
+    # torch fails when it registers its operators, deep inside the import of a pipeline.
     command = [sys.executable, "-c", "from diffusers import DDPMPipeline, UNet2DModel, DDIMScheduler"]
     try:
         ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
@@ -192,7 +192,7 @@ def diffusers_failure(errors: str, torch: str | None, torchvision: str | None) -
         return Finding(
             "diffusers",
             "problem",
-            f"torchvision {torchvision} does not fit torch {torch} and breaks diffusers ({named[-1]})",
+            f"torchvision {torchvision} is incompatible with torch {torch} and breaks diffusers ({named[-1]})",
             "pip uninstall torchvision (halfstep does not need it), or install the one built for this torch",
         )
     last = lines[-1] if lines else "it ended without an error message"
@@ -240,7 +240,7 @@ def place_finding(name: str, path: Path, advice: str) -> Finding:
     if not there.is_dir():
         return Finding(name, "problem", f"{path}: {there} is a file", advice)
     try:
-        # Permissions do not reveal read-only file systems.
+        # Permission bits do not show that a file system is read-only.
         with tempfile.NamedTemporaryFile(dir=there):
             pass
         free = shutil.disk_usage(there).free

@@ -21,15 +21,15 @@ SHARE: Final = 0.9
 """Share of a device's memory that the counted bytes may take; the rest is for the allocator and workspaces."""
 FEW_SAMPLES: Final = 5000
 MANY_PASSES: Final = 500.0
-"""Passes of one stage over fewer samples than that above which memorisation is warned about."""
+"""Passes over a data set smaller than FEW_SAMPLES above which a memorisation warning is printed."""
 
 
 def plan_facts(spec: RunSpec, out: Path, missing: str | None = None) -> dict[str, Any]:
-    """Return the plan and cost of the run: bytes, seconds, and FLOPs, which count multiplications and additions."""
+    """Return the plan and cost of the run: bytes, seconds, and FLOPs (multiplications and additions)."""
     forward = count_forward(spec)
     stages = [(name, stage, helper_sizes(spec, stage)) for name, stage in spec.stages if stage is not None]
     memory = max((memory_of_update(stage, forward, spec.engine, helpers) for _, stage, helpers in stages), key=sum)
-    # A published size has no weights, which an update could be timed with.
+    # A published model has no weights here, so no update can be timed.
     is_counted = spec.teacher is not None and spec.teacher.device.type == "meta"
     rate = None if is_counted else time_updates(spec, forward)
     flops = [update_flops(stage, forward, helpers) for _, stage, helpers in stages]
@@ -75,7 +75,7 @@ def plan_facts(spec: RunSpec, out: Path, missing: str | None = None) -> dict[str
 
 
 def fitting(num_bytes: int) -> list[int]:
-    """Return the devices, by their GiB, on which that much memory fits."""
+    """Return the device sizes in GiB into which `num_bytes` fit."""
     return [size for size in DEVICES if num_bytes <= SHARE * size * 2**30]
 
 
@@ -83,7 +83,7 @@ def show_plan(spec: RunSpec, out: Path, json: bool, missing: str | None = None) 
     """Print the plan and cost of the run, as one JSON document or as text; write nothing.
 
     Args:
-        missing: why the data is not available, if random numbers stand in for it.
+        missing: why the data is not available, if random numbers replace it.
     """
     facts = plan_facts(spec, out, missing)
     if json:
@@ -128,16 +128,16 @@ def _lines(facts: dict[str, Any]) -> Iterator[str]:
     memory = facts["memory_bytes"]
     parts = " + ".join(f"{gibibytes(size)} {name}" for name, size in memory.items() if size)
     total = gibibytes(sum(memory.values()))
-    yield f"memory of the largest update, counted: {total} = {parts} (of a micro batch of {facts['micro_batch']:,})"
+    yield f"memory of the largest update, counted: {total} = {parts} (for a micro batch of {facts['micro_batch']:,})"
     fits = ", ".join(map(str, facts["fits_gib"])) or "none"
     yield f"fits devices of {fits} GiB (of {', '.join(map(str, DEVICES))}; a tenth is left for the allocator)"
     if (guidance := facts["guidance"]) is not None:
         is_fixed = guidance["type"] == "fixed"
         scales = f"the scale {guidance['scale']:g}" if is_fixed else f"{guidance['low']:g} to {guidance['high']:g}"
-        yield f"guidance: {scales}, baked into the student; one network call a step, the teacher needs two"
+        yield f"guidance: {scales}, baked into the student; one network call per step, where the teacher needs two"
     if (timed := facts["timed_batch_size"]) is not None:
         how = "measured here" if timed == stages[0]["batch_size"] else f"extrapolated from a batch of {timed}"
-        seconds = f"{number(facts['seconds_an_update'])} s an update of the first stage, {how}"
+        seconds = f"{number(facts['seconds_an_update'])} s per update of the first stage, {how}"
         time = duration(facts["estimated_seconds"])
         yield f"estimated training time on this machine: {time} ({seconds}; measuring the models adds to it)"
     if (facts["estimated_seconds"] or 0) > LONG_SECONDS:
@@ -177,7 +177,7 @@ def _data_line(data: Mapping[str, Any]) -> str:
 
 
 def quantity(amount: float, unit: str) -> str:
-    """ "1.23 GFLOP"."""
+    """Format an amount, as in "1.23 GFLOP"."""
     for prefix in ("", "k", "M", "G", "T", "P", "E"):
         # A number that rounds to 1,000 is shown as 1 of the next unit.
         if amount < 999.5:
@@ -187,6 +187,6 @@ def quantity(amount: float, unit: str) -> str:
 
 
 def gibibytes(num_bytes: float) -> str:
-    """ "1.20 GiB", or "34.5 MiB" below a tenth of one."""
+    """Format bytes as "1.20 GiB", or as "34.5 MiB" below 0.1 GiB."""
     size = num_bytes / 2**30
     return f"{number(size)} GiB" if size >= 0.1 else f"{number(num_bytes / 2**20)} MiB"

@@ -64,7 +64,7 @@ def evaluate(argv: Sequence[str]) -> None:
 
 
 def _spec(subject: Subject, arguments: EvaluateArguments, device: torch.device, processes: Processes) -> CurveSpec:
-    """Return the subject, after checking that the options apply to it."""
+    """Return the specification of the curve, after checking that the options apply to the subject."""
     recipe = _recipe(subject, arguments)
     if recipe.engine.threads is not None:
         torch.set_num_threads(recipe.engine.threads)
@@ -114,9 +114,9 @@ def _check(arguments: EvaluateArguments) -> None:
 
 
 def _recipe(subject: Subject, arguments: EvaluateArguments) -> Recipe:
-    """Return the recipe that names the data and the protocol: the run's, overridden by the command line."""
+    """Return the recipe with the data and the protocol: the run's, overridden by the command line."""
     if subject.recipe is None and arguments.data is None:
-        raise UsageError(f"{arguments.subject} lies outside a run, so its data is unknown: add --data SOURCE")
+        raise UsageError(f"{arguments.subject} is not inside a run, so its data is unknown: add --data SOURCE")
     recipe = subject.recipe or Recipe(name="evaluate")
     source = {} if arguments.data is None else {"source": arguments.data}
     settings = _given(arguments, "split", "image_size", "channels", "label_column", "max_bytes")
@@ -135,7 +135,7 @@ def _split_of(data: DataConfig) -> str | None:
 
 
 def _samples(path: Path, data: Data) -> Data:
-    """Return the samples in files; reject samples of another shape or kind than the reference data."""
+    """Return the samples in files; reject samples that differ from the reference data in shape or kind."""
     channels = data.shape[0] if data.is_image and path.is_dir() and data.shape[0] in (1, 3) else None
     config = {"source": str(path), "labels": False, "channels": channels, "max_bytes": sys.maxsize}
     with in_own_words():
@@ -169,7 +169,7 @@ def _count(arguments: EvaluateArguments, samples: Data) -> int:
     wanted = len(samples) if arguments.num_samples is None else arguments.num_samples
     if not 2 <= wanted <= len(samples):
         raise UsageError(
-            f"{samples.source} holds {count(len(samples), 'sample')}, and {max(wanted, 2)} are needed: a distance "
+            f"{samples.source} contains {count(len(samples), 'sample')}, but {max(wanted, 2)} are needed: a distance "
             "between sets needs at least 2"
         )
     return wanted
@@ -184,5 +184,5 @@ def _line(cell: CellDone, total: int) -> str:
         for name, values in cell.figures.items()
         if "frechet" in values
     )
-    there = " (was there)" if cell.was_there else ""
+    there = " (reused)" if cell.was_there else ""
     return f"[{cell.done}/{total}] {cell.entry.words()}{gamma}, seeds {seeds_name(cell.cell.seeds)}: {shown}{there}"

@@ -1,4 +1,4 @@
-"""`halfstep explore`: a local page on which a run's models are sampled."""
+"""`halfstep explore`: a local page that samples a run's models."""
 
 import os
 import re
@@ -21,12 +21,12 @@ from halfstep.runtime.terminal import warn
 @dataclass
 class ExploreArguments:
     """Open a local page that samples a run's teacher and students side by side from the same noise.
-    Needs gradio (pip install 'halfstep[explore]'). Ctrl-C ends it."""
+    Needs gradio (pip install 'halfstep[explore]'). Stop it with Ctrl-C."""
 
     run: tyro.conf.Positional[Path]
     """Folder of a run or of a stage."""
     host: str = "127.0.0.1"
-    """Address to listen on. Any address but this machine's own lets others in: there is no password."""
+    """Address to listen on. Any other than this machine's own exposes the page to others without a password."""
     port: Annotated[int, Range(0, 65535)] = 7860
     """Port to listen on; 0 picks a free one."""
     max_samples: Count = 64
@@ -34,13 +34,13 @@ class ExploreArguments:
     max_steps: Steps = 1024
     """Maximum sampler steps per request."""
     max_seconds: Annotated[float, Range(1, 86_400)] = 60.0
-    """Maximum sampling time of a request, in seconds."""
+    """Maximum sampling time per request, in seconds."""
     allow_host: tuple[str, ...] = ()
-    """Further host names of the page, such as a proxy's."""
+    """Additional host names of the page, such as a proxy's."""
     root_path: str = ""
     """Path under which a proxy serves the page, such as /user/me/proxy/7860."""
     device: str | None = None
-    """cpu, cuda, mps; the fastest available by default."""
+    """cpu, cuda or mps; the fastest available by default."""
 
 
 def explore(argv: Sequence[str]) -> None:
@@ -52,17 +52,17 @@ def explore(argv: Sequence[str]) -> None:
         if choice.missing is not None:
             warn(f"{choice.name} is missing: {choice.missing}")
     if arguments.host not in (*LOCAL, "::1"):
-        warn(f"others can reach {arguments.host}, and there is no password")
+        warn(f"others can reach {arguments.host} without a password")
     if arguments.root_path and not re.fullmatch(r"(/[\w.~-]+)+/?", arguments.root_path):
         raise UsageError(f"--root-path {arguments.root_path} must be a path such as /user/me/proxy/7860")
 
     def ready(url: str) -> None:
-        Screen().say(f"{url}  (Ctrl-C ends it)")
+        Screen().say(f"{url}  (stop it with Ctrl-C)")
         sys.stdout.flush()
 
     root_path = arguments.root_path.rstrip("/")
     serve(explorer, arguments.host, arguments.port, ready, arguments.allow_host, root_path)
     sys.stdout.flush()
     sys.stderr.flush()
-    # Nothing is left to save. Python would wait for a step of sampling, and then take seconds to unload its modules.
+    # Nothing is left to save. A normal exit would wait for a sampling step, and then take seconds to unload modules.
     os._exit(0)

@@ -1,4 +1,4 @@
-"""`halfstep export` and `halfstep encode`: models to other tools, images and texts to latents."""
+"""`halfstep export` and `halfstep encode`: export models for other tools, encode images and texts as latents."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -43,18 +43,18 @@ class ExportArguments:
     """Export a model for other tools: halfstep export runs/digits --format diffusers --out digits-4."""
 
     model: tyro.conf.Positional[Path]
-    """Folder of a run (its last stage is meant) or of a stage."""
+    """Folder of a run (its last stage is used) or of a stage."""
     out: Path
     """diffusers, lora, web: a folder. onnx: a .onnx file. web with --single-file: an .html file."""
     format: Literal["diffusers", "lora", "onnx", "web"] = "diffusers"
-    """diffusers: a stock pipeline with its scheduler and a card. lora: the low-rank additions of a LoRA student, for
-    pipe.load_lora_weights. onnx: the whole sampler as one graph, noise in, x0 out. web: a page that samples in the
+    """diffusers: a stock pipeline with its scheduler and a model card. lora: the weights of a LoRA student, for
+    pipe.load_lora_weights. onnx: the whole sampler as one graph from noise to x0. web: a page that samples in the
     browser.
     """
     num_steps: Steps | None = None
-    """onnx, web: sampler steps; the model's own by default. web without it: every student of a run."""
+    """onnx, web: sampler steps; the model's own by default. Without it, web exports every student of a run."""
     push_to_hub: str | None = None
-    """diffusers, lora: repository on the Hub, OWNER/NAME, to upload the folder to."""
+    """diffusers, lora: upload the folder to this repository on the Hub, OWNER/NAME."""
     single_file: Switch = False
     """web: write a single HTML file, which also works from disk."""
     runtime: Path | None = None
@@ -67,8 +67,8 @@ def export(argv: Sequence[str]) -> None:
     is_onnx, is_web = arguments.format == "onnx", arguments.format == "web"
     if not (is_onnx or is_web) and arguments.num_steps is not None:
         raise UsageError(
-            f"--num-steps {arguments.num_steps} has no effect on --format {arguments.format}, whose pipeline "
-            f"takes the number at each call. Remove it"
+            f"--num-steps {arguments.num_steps} has no effect on --format {arguments.format}: the exported pipeline "
+            f"takes the number of steps at each call. Remove it"
         )
     if (is_onnx or is_web) and arguments.push_to_hub is not None:
         raise UsageError(f"--push-to-hub only uploads model folders, not --format {arguments.format}: remove it")
@@ -86,17 +86,17 @@ def export(argv: Sequence[str]) -> None:
         refuse_taken(arguments.out, is_file=True)
         export_onnx(model, arguments.out, arguments.num_steps)
         steps = model.check_steps(arguments.num_steps)
-        Screen().say(f"{arguments.out}: {count(steps, 'step')}, noise in, x0 out, checked against torch")
+        Screen().say(f"{arguments.out}: {count(steps, 'step')} from noise to x0, checked against torch")
         return
     if arguments.format == "lora":
         base = model.manifest.base
         added_to = None if base is None else StageFolder(stage.path.parent / base).manifest(verify=False)
         export_lora(model, arguments.out, added_to, arguments.push_to_hub)
-        Screen().say(f"{arguments.out}: low-rank additions; README.md says how to use them")
+        Screen().say(f"{arguments.out}: LoRA weights; see README.md for how to use them")
     else:
         export_pipeline(model, arguments.out, stage.metrics(), arguments.push_to_hub)
         kind = read_json(arguments.out / "model_index.json")["_class_name"]
-        Screen().say(f"{arguments.out}: a {kind}; README.md says how to use it")
+        Screen().say(f"{arguments.out}: a {kind}; see README.md for how to use it")
     if arguments.push_to_hub is not None:
         Screen().say(push_to_hub(arguments.out, arguments.push_to_hub))
 
@@ -131,8 +131,8 @@ class EncodeArguments:
     out: Path
     """Folder of the latents."""
     data: str | None = None
-    """Images with captions (metadata.jsonl, .csv, .parquet or a .txt beside each) for a text-conditioned model; one
-    folder of images per class, in the order of the class names, for a class-conditional model.
+    """Images with captions (metadata.jsonl, .csv or .parquet, or a .txt file for each) for a text-conditioned model;
+    one folder of images per class, in the order of the class names, for a class-conditional model.
     """
     prompts: Path | None = None
     """Text file with one prompt per line, instead of images; the latents are the pipeline's own samples."""
@@ -145,9 +145,9 @@ class EncodeArguments:
     image_size: Side | None = None
     """Height and width to resize images to; by default their common size."""
     call: tuple[str, ...] = ()
-    """Arguments of the pipeline's call, such as height=512 width=512."""
+    """Pipeline call arguments, such as height=512 width=512."""
     base_precision: BasePrecision = "float32"
-    """With --prompts: precision of the weights, as the run's."""
+    """With --prompts: precision of the weights, the same as in the run."""
     batch_size: Count = 8
     """Images encoded at once."""
     device: str | None = None
@@ -160,7 +160,7 @@ def encode(argv: Sequence[str]) -> None:
     processes = processes_of(arguments.device == "cpu")
     device = device_of(arguments.device, processes)
     if (arguments.data is None) == (arguments.prompts is None):
-        raise UsageError("give --data with images and captions, or --prompts with texts alone")
+        raise UsageError("give either --data with captioned images, or --prompts with texts")
     if arguments.data is not None and arguments.base_precision != "float32":
         raise UsageError("--base-precision only applies to --prompts. Remove it")
     kind = read_kind(fetch(arguments.pipeline))
@@ -185,13 +185,13 @@ def encode(argv: Sequence[str]) -> None:
     with in_own_words("image-size"):
         images, names = (read_captions(source, preparation), ()) if is_text else read_classes(source, preparation)
     encoder = encoder_of(model, device, names)
-    # Detect unreadable parts before creating the folder, which belongs to these encoders.
+    # Detect unreadable parts before creating the folder, which is tied to these encoders.
     encoder.texts([""])
     needed = model.shape
     made = tuple(encoder.images(images.loaded([0]).fetch(torch.tensor([0])).x0).shape[1:])
     if made != needed:
         raise UsageError(
-            f"images of size {images.files[0]} become latents of shape {list(made)}, but the network of "
+            f"images of the size of {images.files[0]} become latents of shape {list(made)}, but the network of "
             f"{arguments.pipeline} takes {list(needed)}: choose another --image-size"
         )
     screen = Screen()
@@ -214,13 +214,13 @@ def sample_prompts(
     model: Model, prompts: Path, out: Path, guidance_scale: float | None, num_steps: int, seed: int, batch_size: int,
     device: torch.device, processes: Processes,
 ) -> LatentData:  # fmt: skip
-    """Write a teacher's own samples of prompts into a folder, skip existing ones, and free the text encoders.
+    """Sample prompts with a teacher into a folder, skipping existing samples, and free the text encoders.
 
     Args:
-        processes: that share the samples.
+        processes: those that share the sampling.
 
     Raises:
-        ValueError: if there are no prompts, the model takes none, or the folder contains something else.
+        ValueError: if there are no prompts, the model takes none, or the folder contains other data.
     """
     if not model.manifest.conditions:
         raise UsageError(f"{model.manifest.stage} takes no prompts: give --data")

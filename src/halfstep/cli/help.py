@@ -1,4 +1,4 @@
-"""The output of `halfstep VERB --help`: the most used options, or every option with --help-all, wrapped at words."""
+"""The output of `halfstep VERB --help`: the most used options, or every option with --help-all, wrapped at spaces."""
 
 import re
 import shutil
@@ -20,8 +20,8 @@ HEAD: Final = 28
 def help_text(parser: ArgumentParser, prog: str, short: Mapping[str, str], everything: bool) -> str:
     """Return the help of a verb.
 
-    Args: parser: the verb's parser. prog: the command up to its options. short: short names of options, used in the
-        short form. everything: whether to show all options.
+    Args: parser: the verb's parser. prog: the command without its options. short: short option names, used unless
+        `everything` is set. everything: whether to show all options.
     """
     verb = VERBS[prog.split()[1]]
     chosen = () if everything else verb.shown
@@ -46,12 +46,12 @@ def help_text(parser: ArgumentParser, prog: str, short: Mapping[str, str], every
 
 
 def _shown(actions: list[Action], chosen: tuple[str, ...], short: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Yield the options of a group with their texts, in the short form under their short names."""
+    """Yield the options of a group with their texts; options of the short form have their short names."""
     shorter = {long: name for name, long in short.items() if name in chosen}
     for action in actions:
         if action.option_strings[:1] == ["-h"]:
             if not chosen:
-                yield "-h, --help", "Show the help, --help-all with every option."
+                yield "-h, --help", "Show this help; --help-all shows every option."
             continue
         names = [shorter.get(name, name) for name in action.option_strings]
         value = "" if action.nargs == 0 else _metavar(str(action.metavar))

@@ -1,4 +1,4 @@
-"""`halfstep import`: models from elsewhere, as stages."""
+"""`halfstep import`: import models as stages."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class ImportArguments:
     """
 
     format: tyro.conf.Positional[Literal["diffusers", "google-pd"]]
-    """diffusers: a pipeline of prompts or classes with one denoiser, DDPM, DDIM, or a UNet2DModel with a scheduler.
+    """diffusers: a text- or class-conditional pipeline with one denoiser, DDPM, DDIM or a UNet2DModel with a scheduler.
     google-pd: gs://gresearch/diffusion-distillation/{cifar,imagenet,bedroom,church}_{original,64,...,1}."""
     source: tyro.conf.Positional[str]
     """diffusers: a folder, or a name on the Hub. google-pd: a .msgpack file."""
@@ -33,11 +33,11 @@ class ImportArguments:
     """google-pd: cifar10, imagenet64, bedroom128, church128, or a .json with image_size, ch, multipliers,
     layers_per_block, attention, attention_head_dim, time_embedding_dim, num_classes, prediction, start_steps."""
     call: tuple[str, ...] = ()
-    """diffusers: constant arguments of the pipeline's call, such as height=512 width=512."""
+    """diffusers: pipeline call arguments shared by all samples, such as height=512 width=512."""
     ema: bool = False
     """diffusers: use the averaged weights (unet_ema) instead of the network's own."""
     base_precision: BasePrecision = "float32"
-    """diffusers: precision of the weights; students of any but float32 are low-rank additions."""
+    """diffusers: precision of the weights; below float32, students must be LoRA."""
     out: Path | None = None
     """Folder of the stage; imported/NAME by default."""
 
@@ -49,8 +49,7 @@ def import_(argv: Sequence[str]) -> None:
     if arguments.format == "diffusers":
         if arguments.config is not None:
             raise UsageError(
-                f"--config {arguments.config} has no effect on diffusers, whose folders contain "
-                f"their own config. Remove it"
+                f"--config {arguments.config} has no effect on diffusers: its folders have their own config. Remove it"
             )
         refuse_taken(out)
         model = import_pipeline(
@@ -64,7 +63,7 @@ def import_(argv: Sequence[str]) -> None:
         if arguments.base_precision != "float32":
             raise UsageError("--base-precision only applies to diffusers. Remove it")
         if arguments.ema:
-            raise UsageError("--ema has no effect on google-pd, whose checkpoints hold averaged weights. Remove it")
+            raise UsageError("--ema has no effect on google-pd: its checkpoints contain averaged weights. Remove it")
         if arguments.config is None:
             raise UsageError("--config is missing: cifar10, imagenet64, bedroom128, church128, or a .json file")
         manifest = import_google_pd(Path(arguments.source), config_of(arguments.config), out)

@@ -24,14 +24,14 @@ from halfstep.runtime.terminal import Output, one_line, safe_outputs, warn
 def fail(message: object, code: int = 2) -> NoReturn:
     """End the process with one line on stderr.
 
-    Several processes usually fail alike, so rank 0 reports for all. Another rank reports only if it is still alive
-    after a while, because then the failure is its own.
+    All ranks usually fail with the same error, so rank 0 reports it. Another rank reports only if it is still alive
+    after a while, because then the error is its own.
     """
     text = one_line(message)
     if number := rank():
         from halfstep.runtime.processes import wait_to_be_ended
 
-        # A launcher ends all processes of a run within this time after one of them fails.
+        # A launcher kills all processes of a run within this time after one of them fails.
         wait_to_be_ended(4.0, code)
         text = f"(process {number}) {text}"
     print(f"halfstep: error: {text}", file=sys.stderr, flush=True)
@@ -39,7 +39,7 @@ def fail(message: object, code: int = 2) -> NoReturn:
 
 
 def _warning_printer() -> Callable[..., None]:
-    """Return a printer that shows each halfstep warning once: sampling repeats those of a model."""
+    """Return a printer that shows each halfstep warning once, because sampling repeats a model's warnings."""
     from halfstep.core.warnings import HalfstepWarning
 
     said: set[str] = set()
@@ -53,7 +53,7 @@ def _warning_printer() -> Callable[..., None]:
 
 
 def _end(number: int, frame: FrameType | None) -> NoReturn:
-    """End a process that has nothing to save; process 1 of a container ends only through a handler."""
+    """Exit a process that has nothing to save; PID 1 of a container ignores signals without a handler."""
     # The signal may have come while the process was printing.
     with contextlib.suppress(RuntimeError):
         print(f"\nhalfstep: stopped by {signal.Signals(number).name}", file=sys.stderr)
@@ -91,7 +91,7 @@ def _check_written(out: Output) -> None:
 
 
 def _main(arguments: list[str]) -> None:
-    # Heavy imports come last, so that help and usage errors are fast.
+    # Slow imports come last, so that help and usage errors are fast.
     if arguments[:1] == ["help"] and arguments[1:] and arguments[1] in VERBS:
         arguments = [arguments[1], "--help"]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -160,8 +160,7 @@ def _dispatch(verb: Verb, rest: Sequence[str]) -> None:
         fail(error, code)
     except MemoryError as error:
         fail(
-            f"this does not fit into memory ({one_line(error) or 'malloc failed'}). Reduce the size, or free "
-            f"some memory",
+            f"out of memory ({one_line(error) or 'malloc failed'}). Reduce the size, or free some memory",
             1,
         )
 
@@ -192,7 +191,7 @@ def _call_heavy(verb: Verb, rest: Sequence[str]) -> None:
                 print(f"\nhalfstep: {said}", file=sys.stderr)
             raise SystemExit(stopped.code) from None
         except FailedElsewhere as error:
-            # Rank 0 has reported its own error, and speaks for the others.
+            # Rank 0 reports for all ranks.
             if not rank():
                 fail(error, error.code)
             raise SystemExit(error.code) from None

@@ -1,4 +1,4 @@
-"""`halfstep report`: the page of a run, after a look for the training samples that its own are nearest to."""
+"""`halfstep report`: a run's page, with the training samples that are nearest to its own samples."""
 
 import hashlib
 from pathlib import Path
@@ -17,27 +17,27 @@ from halfstep.report.reading import NearestFacts, RunFacts
 from halfstep.runs import RunFolder
 
 NUM_SHOWN = 8
-"""Samples whose nearest training images are shown."""
+"""Number of samples shown with their nearest training images."""
 NUM_SEARCHED = 64
-"""Samples whose distances are told."""
+"""Number of samples with reported distances."""
 
 
 def make_report(run: Path, data: Data | None = None, studies: Path | None = None) -> Path:
     """Write RUN/report/index.html, with the nearest training samples if the data can be opened; return its path.
 
     Args:
-        data: the run's training data; opened as its recipe says if None.
+        data: the run's training data; opened as in its recipe if None.
         studies: a folder of studies to show; RUN/studies if None.
 
     Raises:
-        ValueError: if the folder holds nothing to report on.
+        ValueError: if the folder contains nothing to report on.
     """
     facts = read_run(run, studies)
     return write_report(run, studies, _look(RunFolder(run), facts, data))
 
 
 def _look(run: RunFolder, facts: RunFacts, data: Data | None) -> str | None:
-    """Write report/nearest.npz unless it exists; return why that is impossible."""
+    """Write report/nearest.npz unless it is up to date; return the reason if that is impossible."""
     shown = headline(facts)
     if shown is None:
         run.nearest_path.unlink(missing_ok=True)
@@ -49,11 +49,11 @@ def _look(run: RunFolder, facts: RunFacts, data: Data | None) -> str | None:
         recipe = recipe_of_run(run)
         digest = hashlib.sha256(samples.tobytes()).hexdigest()
         fingerprint = run.recipe().get("data_fingerprint")
-        # The first number changes with the search, so that what an earlier one found is looked for again.
+        # The first number is the version of the search, so that results of an older version are computed again.
         key = f"1 {fingerprint} {recipe.data.flip} {name} {steps} {digest}"
         if fingerprint is not None and facts.nearest is not None and nearest_key(run) == key:
             return None
-        # Those of other samples must not be shown beside these.
+        # Neighbours of other samples must not be shown next to these.
         run.nearest_path.unlink(missing_ok=True)
         data = open_data(recipe.data) if data is None else data
         if fingerprint not in (None, data.fingerprint):

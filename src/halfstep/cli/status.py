@@ -22,8 +22,8 @@ STYLES = {"running": "bold green", "finished": "green", "stopped": "yellow", "di
 
 @dataclass
 class StatusArguments:
-    """Tell how far a run is that this or another process, shell or machine writes. Only its folder is read: nothing is
-    locked or changed. States: running, finished, stopped (run the same command again), diverged, failed."""
+    """Show the progress of a run, from any shell or machine. Only reads the run's folder; locks and changes nothing.
+    States: running, finished, stopped (run the same command again), diverged, failed."""
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
@@ -37,7 +37,7 @@ def status(argv: Sequence[str]) -> None:
     """Print the progress of a run."""
     arguments = parse(StatusArguments, argv, "halfstep status")
     if arguments.watch and arguments.json:
-        raise UsageError("--watch is for people, --json for machines: leave one of them out")
+        raise UsageError("--watch and --json cannot be combined. Remove one of them")
     found = read_status(arguments.run)
     if arguments.json:
         print_json(found.as_json())
@@ -46,7 +46,7 @@ def status(argv: Sequence[str]) -> None:
     if not arguments.watch:
         screen.show(view(found))
         return
-    # Ctrl-C is how one ends it.
+    # Ctrl-C is the usual way to stop it.
     with contextlib.suppress(KeyboardInterrupt), Live(view(found), console=screen, auto_refresh=False) as live:
         while found.state == "running":
             time.sleep(2.0)
@@ -55,12 +55,12 @@ def status(argv: Sequence[str]) -> None:
 
 
 def view(status: RunStatus) -> Group:
-    """Return the status as a terminal shows it."""
+    """Return the status in a form to print on a terminal."""
     head = Text.assemble(f"{status.path}: ", (status.state, STYLES[status.state]))
     process = status.process or {}
     if process and status.state == "running":
         silent = duration(max(0.0, time.time() - process["updated"]))
-        head.append(f", process {process['pid']} on {process['host']}, last sign of life {silent} ago")
+        head.append(f", process {process['pid']} on {process['host']}, last heartbeat {silent} ago")
     elif process:
         head.append(f" {time.strftime('%Y-%m-%d %H:%M', time.localtime(process['updated']))}")
     if status.message:
@@ -73,7 +73,7 @@ def view(status: RunStatus) -> Group:
         if stage.checkpoint is not None:
             lines.append(Text(f"last checkpoint: update {stage.checkpoint:,} of {stage.name}"))
         elif stage.update:
-            lines.append(Text(f"no checkpoint of {stage.name} yet: it would restart"))
+            lines.append(Text(f"no checkpoint of {stage.name} yet: the stage would restart"))
     if status.state == "stopped":
         lines.append(Text("Run the same command again to resume"))
     return Group(*lines)

@@ -1,4 +1,4 @@
-"""`halfstep study`: the paper's tables and figures, and methods compared."""
+"""`halfstep study`: the paper's tables and figures, and comparisons of methods."""
 
 import dataclasses
 import itertools
@@ -23,26 +23,26 @@ from halfstep.studies import SCALES, Scale, Trial, run_study, studies, write_stu
 
 @dataclass
 class StudyArguments:
-    """Run a study: a plan of runs that ends in a table and a figure. The same command resumes."""
+    """Run a study: a set of runs, summarised in a table and a figure. To resume, run the same command again."""
 
     name: tyro.conf.Positional[StudyName]
     """Study (`halfstep ls studies` describes them)."""
     scale: Literal["smoke", "small", "paper"] = "smoke"
     """smoke: digits, minutes on two CPU cores; small: Fashion-MNIST, hours on a GPU; paper: CIFAR-10 as published."""
     recipe: RecipeName | None = None
-    """Another recipe for teacher and chain, such as imagenet64_paper."""
+    """Recipe for teacher and chain, such as imagenet64_paper; the scale's own by default."""
     data: str | None = None
-    """Another source of the data, such as a folder."""
+    """Data source, such as a folder; the scale's own by default."""
     seeds: Annotated[int, Range(1, 1000)] | None = None
-    """Repetitions of what is trained several times; the scale's own by default."""
+    """Number of seeds for repeated training; the scale's own by default."""
     threads: Annotated[int, Range(1, 512)] | None = None
-    """CPU threads of torch; its own choice by default."""
+    """CPU threads for torch; torch's own choice by default."""
     out: Path | None = None
-    """Folder that the studies of a scale share; studies/SCALE by default."""
+    """Folder shared by all studies of a scale; studies/SCALE by default."""
     dry_run: Switch = False
-    """List the cells, and what they cost where that is counted, and write nothing."""
+    """List the cells and, where it is counted, their cost; write nothing."""
     json: Switch = False
-    """Print one JSON document: the cells with --dry-run, else the table; progress goes to stderr."""
+    """Print one JSON document: the cells with --dry-run, otherwise the table; progress goes to stderr."""
 
 
 def study(argv: Sequence[str]) -> None:
@@ -70,8 +70,8 @@ def study(argv: Sequence[str]) -> None:
             screen.say(f"forward passes of one sample: {parts}")
             total = sum(costs.values())
             pace = scale.passes_per_second
-            time = f"; at {pace:,} a second {duration(total / pace)}" if pace else ""
-            screen.say(f"in all {round(total):,}{time}")
+            time = f"; {duration(total / pace)} at {pace:,} per second" if pace else ""
+            screen.say(f"total: {round(total):,}{time}")
         return
     numbers = itertools.count(1)
 
@@ -85,7 +85,7 @@ def study(argv: Sequence[str]) -> None:
         shown = ", ".join(
             f"{k} {number(v)}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items() if v is not None
         )
-        there = " (was there)" if was_there else ""
+        there = " (reused)" if was_there else ""
         screen.say(f"[{next(numbers)}/{len(trials)}] {describe(trial)}: {shown}{there}")
 
     with StopSignal() as stop:
@@ -108,7 +108,7 @@ def scale_of(arguments: StudyArguments) -> Scale:
     """
     scale = SCALES[arguments.scale]()
     if arguments.recipe is not None:
-        # How the scale measures stays; what is trained is the recipe's.
+        # Train as in the recipe, but measure as in the scale.
         recipe = recipes[arguments.recipe]().model_copy(update={"evaluation": scale.recipe.evaluation})
         scale = dataclasses.replace(scale, recipe=recipe, ablation=recipe)
     if arguments.data is not None:

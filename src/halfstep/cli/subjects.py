@@ -1,4 +1,4 @@
-"""The subjects of `halfstep evaluate`: models of a run, one stage, a pipeline of diffusers, or samples in files."""
+"""The subjects of `halfstep evaluate`: models of a run, one stage, a diffusers pipeline, or samples in files."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -56,10 +56,10 @@ class Subject:
 
 
 def subject_of(text: str) -> Subject:
-    """Return what `text` names.
+    """Return the subject at a path or with a name on the Hub.
 
     Raises:
-        ValueError: if it names nothing that can be measured.
+        ValueError: if it cannot be measured.
     """
     path = model_path(text)
     if is_pipeline(path) or (not path.exists() and text.count("/") == 1 and not text.startswith((".", "/", "~"))):
@@ -75,7 +75,7 @@ def subject_of(text: str) -> Subject:
 
 
 def _run(path: Path, recipe: Recipe | None) -> Subject:
-    """Return the models of a run, without those that are missing, not kept or damaged; notices say which."""
+    """Return the models of a run; skips those that are missing, not kept or damaged, with a notice for each."""
     run, notices, teacher = RunFolder(path), [], None
     students: list[Candidate] = []
     for stage in run.stages():
@@ -84,11 +84,11 @@ def _run(path: Path, recipe: Recipe | None) -> Subject:
             if manifest.base is not None and manifest.weights_kept:
                 base_of(stage, manifest)
         except (DamagedFile, OSError) as error:
-            notices.append(f"Stage {stage.name} is damaged and left out: {error}.")
+            notices.append(f"Stage {stage.name} is damaged and was skipped: {error}.")
             continue
         found = Candidate(stage.name, manifest, cache(partial(load, stage.path)))
         if not manifest.weights_kept:
-            notices.append(f"Stage {stage.name} is left out: its weights were not kept.")
+            notices.append(f"Stage {stage.name} was skipped: its weights were not kept.")
         elif stage == run.start:
             teacher = found
         else:
@@ -96,7 +96,7 @@ def _run(path: Path, recipe: Recipe | None) -> Subject:
     there = {stage.name for stage in run.stages()}
     if missing := [row.name for row in run.plan if row.name not in there]:
         notices.append(
-            f"The run is not at its end: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not there yet; "
+            f"The run is not finished: {', '.join(missing)} {'does' if len(missing) == 1 else 'do'} not exist yet; "
             "run the same command again later."
         )
     if teacher is None and not students:
@@ -108,18 +108,18 @@ def _stage(path: Path, recipe: Recipe | None) -> Subject:
     stage = StageFolder(path)
     manifest = stage.manifest()
     if not manifest.weights_kept:
-        raise UsageError(f"{path} has no weights any more (chain.keep): measure another stage")
+        raise UsageError(f"{path} no longer has its weights (chain.keep): measure another stage")
     found = Candidate(stage.name, manifest, cache(partial(load, path)))
     teacher, students = (found, ()) if manifest.outcome.role == "teacher" else (None, (found,))
     store = RunFolder(path.parent.parent).evaluation_path.parent if path.parent.name == "stages" else None
-    # Nothing is written into the package.
+    # Evaluations are never written into the installed package.
     out = Path(f"evaluation-{path.name}") if path in pretrained().values() else path / "evaluation"
     return Subject("stage", out, recipe, teacher, students, store=store)
 
 
 @final
 class Rows:
-    """The rows of the curve: students at their own steps, and each series of --against at all.
+    """The rows of the curve: students at their own steps, and each --against series at all of these steps.
 
     Raises:
         ValueError: if a series is unknown, or no model of it exists.
@@ -141,10 +141,10 @@ class Rows:
                 self.entries.append(self._entry(series, model, sampler_of(manifest), count))
         against = arguments.against
         if against is None:
-            # A run whose teacher is damaged has said so.
+            # If the teacher is damaged, a notice already says so.
             against = () if subject.teacher is None else (f"teacher-{subject.teacher.manifest.outcome.sampler_name}",)
             heun = recipe.evaluation.teacher_heun_steps
-            # A student is sampled by the method that it was distilled for.
+            # A student is sampled only with the sampler that it was distilled for.
             is_whole = subject.teacher is not None and subject.teacher.manifest.num_steps is None
             if is_whole and heun and not arguments.num_steps:
                 self._add("teacher-heun", heun)
@@ -153,7 +153,7 @@ class Rows:
         self._check()
 
     def _own_series(self, manifest: Manifest) -> str:
-        """Return the series of models of this role and sampler, begun at the first of them."""
+        """Return the series for models of this role and sampler; create it if there is none yet."""
         role, sampler = manifest.outcome.role, sampler_of(manifest)
         kind = manifest.outcome.sampler_name
         by = sampler_label(kind) if sampler == samplers[kind]() else repr(sampler)
@@ -168,7 +168,7 @@ class Rows:
         return names[label]
 
     def _add(self, name: str, steps: Sequence[int]) -> None:
-        """Add a series of --against, of a teacher at these steps."""
+        """Add an --against series; a teacher is measured at these steps."""
         subject, arguments = self.subject, self.arguments
         who, _, sampler = name.partition("-")
         if who not in ("teacher", "student") or not sampler:
@@ -179,7 +179,7 @@ class Rows:
         models = teachers if who == "teacher" else subject.students
         if not models:
             if subject.kind != "run":
-                raise UsageError(f"--against {name}: there is no {who} here; leave it out, or give the run's folder")
+                raise UsageError(f"--against {name}: there is no {who} here. Remove it, or give the run's folder")
             return
         gamma = None
         levels: list[tuple[Sampler, float | None]]
@@ -203,22 +203,22 @@ class Rows:
                 self.entries += [self._entry(name, model, method, count, level) for method, level in levels]
 
     def _check(self) -> None:
-        """Refuse options that would be ignored."""
+        """Reject options that would be ignored."""
         asked = self.arguments
         only_students = asked.against is not None and not any(name.startswith("teacher-") for name in asked.against)
         if asked.num_steps and self.subject.kind != "stage" and only_students:
             raise UsageError(
-                "--num-steps says at how many steps a teacher is measured; students have their own: add --against "
-                "teacher-ddim, or leave it out"
+                "--num-steps only sets the steps of the teacher, because students have their own. Add --against "
+                "teacher-ddim, or remove it"
             )
         if not self.entries:
-            raise UsageError("nothing is left to be measured: name a series that there is with --against")
+            raise UsageError("nothing is left to measure. Choose an existing series with --against")
         has_gamma = any(e.gamma is not None for e in self.entries) or any(s.gamma is not None for s in self.series)
         if (asked.gamma is not None or asked.search_gamma is not None) and not has_gamma:
             raise UsageError("--gamma and --search-gamma have no effect without --against teacher-ancestral. Add it")
 
     def teacher(self) -> Entry | None:
-        """Return the model where the chain starts at its own steps, or else as the run measures it at its finest."""
+        """Return the teacher at its own number of steps, or if it has none, with the finest method of the run."""
         teacher = self.subject.teacher
         if teacher is None or self.subject.kind == "pipeline":
             return None
@@ -246,12 +246,12 @@ class Rows:
         return Entry(series, model.name, source, steps, gamma)
 
     def _baseline_steps(self) -> tuple[int, ...]:
-        """Return the steps of the baselines, the most first."""
+        """Return the steps of the baselines, in descending order."""
         for count in self.arguments.num_steps:
             check_num_steps(count)
         wanted = self.arguments.num_steps or self._recipe.evaluation.teacher_steps
         if not wanted and self.subject.kind == "pipeline":
-            raise UsageError("this pipeline takes any number of steps: say how many, for example --num-steps 4 16 64")
+            raise UsageError("this pipeline takes any number of steps. Choose some, for example --num-steps 4 16 64")
         if not wanted:
             teacher = self.subject.teacher
             start = (teacher.manifest.start_steps if teacher else None) or self._recipe.chain.start_steps

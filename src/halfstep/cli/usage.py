@@ -1,4 +1,4 @@
-"""Parse a command line by tyro; report a wrong one in one line that names the nearest option or value."""
+"""Parse a command line with tyro; report an error in one line that suggests the nearest option or value."""
 
 import re
 import sys
@@ -37,18 +37,18 @@ Switch = tyro.conf.FlagCreatePairsOff[bool]
 CONFIG: Final = (tyro.conf.PositionalMetavarFromFieldName,)
 
 PLAIN: Final = ConstructorRegistry()
-"""How values are shown in the help (INT, where tyro would write {None}|INT) and how bad ones are reported."""
+"""Formats values in the help (INT instead of tyro's {None}|INT) and reports bad ones."""
 
 METAVARS: Final = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
 BOUNDS: Final = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
-"""How bounds that pydantic checks are told."""
+"""Words for the bounds that pydantic checks."""
 NEEDED: Final = {int: "a whole number", float: "a number"}
 
 
 @PLAIN.primitive_rule
 def _plain(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     kinds = get_args(info.type) if get_origin(info.type) in (Union, UnionType) else (info.type,)
-    # A word, such as auto, may stand for a value.
+    # A word, such as auto, may replace the value.
     words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
     values = [kind for kind in kinds if kind is not NoneType and get_origin(kind) is not Literal]
     if len(values) != 1:
@@ -82,16 +82,16 @@ def _plain(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
 
 
 class UsageError(ValueError):
-    """A command line that cannot be understood; one line."""
+    """An invalid command line; its message is one line."""
 
 
 def flag(name: str) -> str:
-    """Return an argument's name as it is typed."""
+    """Return the option of an argument, as it is typed."""
     return f"--{name.replace('_', '-')}"
 
 
 class Range(NamedTuple):
-    """The values that an argument can have, as a mark on its type."""
+    """The range of an argument's values, as an annotation of its type."""
 
     least: float
     most: float
@@ -105,11 +105,7 @@ Guidance = Annotated[float, Range(0, 1000)]
 
 
 def _check_ranges(arguments: object) -> None:
-    """Refuse the first argument outside its range.
-
-    Raises:
-        UsageError: if there is one.
-    """
+    """Raise UsageError if an argument is outside its range."""
     for name, hint in get_type_hints(type(arguments), include_extras=True).items():
         bounds, value = _range_of(hint), getattr(arguments, name)
         if bounds is None or value is None:
@@ -129,7 +125,7 @@ def _range_of(hint: Any) -> Range | None:
 
 
 def first_line(error: ValidationError) -> str:
-    """Return a pydantic error in one line: field, what was got, what was needed."""
+    """Return a pydantic error in one line: the field, the value and the requirement."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"] if part not in ("unet2d", "mlp"))
     reason = first["msg"].removeprefix("Value error, ")
@@ -140,13 +136,13 @@ def first_line(error: ValidationError) -> str:
             reason = f"must be {words} {first['ctx'][bound]:,}"
     if first["type"] != "value_error":
         reason = f"{reason[0].lower()}{reason[1:]}, got {first['input']!r}"
-    # A contradiction between fields has no field of its own.
+    # A contradiction between several fields belongs to none of them.
     return f"{where}: {reason}" if where else reason
 
 
 def parser_of(kind: type[Arguments], default: Arguments | None = None) -> ArgumentParser:
-    """Return the options that `parse` reads, as a parser of argparse."""
-    # Its class derives from argparse's own, which type checkers do not see.
+    """Return an argparse parser for the options that `parse` reads."""
+    # Its class derives from argparse's, but type checkers do not see that.
     parser: Any = tyro.extras.get_parser(
         kind, default=tyro.MISSING_NONPROP if default is None else default, config=CONFIG, registry=PLAIN
     )
@@ -155,7 +151,7 @@ def parser_of(kind: type[Arguments], default: Arguments | None = None) -> Argume
 
 
 def with_flag(reason: str, argv: Sequence[str]) -> str:
-    """Return a complaint that begins with a setting's name, with the one flag of that name instead."""
+    """Replace the setting at the start of an error message with its flag, if exactly one flag matches."""
     first, _, rest = reason.partition(" ")
     name = first.rstrip(":")
     flags = [token.partition("=")[0] for token in argv if token.startswith("--")]
@@ -170,10 +166,10 @@ def parse(
     default: Arguments | None = None,
     short: Mapping[str, str] = MappingProxyType({}),
 ) -> Arguments:
-    """Parse `argv`, with `short` names of options; errors name an option as it was typed.
+    """Parse `argv`, in which options may have `short` names; errors show each option as it was typed.
 
     Raises:
-        UsageError: one line, if an option is unknown, lacks its value or has one of the wrong type.
+        UsageError: in one line, if an option is unknown, lacks its value or has a value of the wrong type.
         SystemExit: after --help.
     """
 
@@ -201,7 +197,7 @@ def _parsed(
 ) -> Arguments:
     def refuse(event: tyro_errors.ParseErrorEvent) -> NoReturn:
         known = [*parser_of(kind, default)._option_string_actions, *short, *HELP]
-        # A mistyped option comes first: what else is wrong mostly follows from it.
+        # Report a mistyped option first, because other errors are usually caused by it.
         for token in argv:
             name = token.partition("=")[0].replace("_", "-")
             if name.startswith("--") and name not in known:
@@ -225,9 +221,9 @@ def _parsed(
 
 
 def _reason(event: tyro_errors.ParseErrorEvent, prog: str, argv: Sequence[str]) -> str:
-    """Return in one line why tyro refuses a command line.
+    """Return in one line why tyro rejects a command line.
 
-    tyro prints its reasons in boxes of many lines; only a private hook hands over its events. Nothing else reads them.
+    tyro prints its reasons in boxes of many lines. Only a private hook provides its events; no other code uses it.
     """
 
     def name_of(argument: Any) -> str:
@@ -250,24 +246,24 @@ def _reason(event: tyro_errors.ParseErrorEvent, prog: str, argv: Sequence[str]) 
             hint = nearest(event.value, event.choices)
             return f"{name_of(event.argument)}: {event.value!r} is not one of {choices}{hint}"
         case tyro_errors.InstantiationFailure():
-            # tyro keeps the text of an exception only; the exception itself is the one that it was handling.
+            # tyro keeps only the text of an exception; the exception itself is the context of the current one.
             cause = getattr(sys.exception(), "__context__", None)
             if isinstance(cause, ValidationError):
                 return with_flag(first_line(cause), argv)
             if event.argument is None:
                 return with_flag(" ".join(str(cause or event.message).split()), argv)
-            # For several values tyro names Python types; for one, `_plain` has said which value it needs.
+            # For several values, tyro's message contains Python types; for one value, `_plain` wrote the message.
             reason = event.message if event.message.startswith("needs ") else f"needs {event.argument.lowered.metavar}"
             return f"{name_of(event.argument)}: {reason}"
-    return f"this command line is not understood{help}"
+    return f"this command line is invalid{help}"
 
 
 @contextmanager
 def in_own_words(*options: str) -> Iterator[None]:
-    """Re-raise a ValueError about data without the options of a recipe, which only verbs that train have.
+    """Re-raise a ValueError about data without the recipe options in its text, which only training verbs have.
 
     Args:
-        options: those that this verb has too, under their own name: `image-size` for --data.image-size.
+        options: recipe options that this verb also has, without their prefix: `image-size` for --data.image-size.
     """
     try:
         yield

@@ -1,6 +1,6 @@
 """The verbs as data, for the overview, the end of each --help, the shell completion and the documentation.
 
-Nothing heavy is imported here.
+This module imports no slow packages.
 """
 
 import keyword
@@ -16,13 +16,13 @@ class Verb:
     """A verb of the command line."""
 
     usage: str
-    """Its name and what follows it."""
+    """Its name and arguments."""
     summary: str
     """One line, in the overview."""
     examples: tuple[str, ...]
-    """Whole command lines; the tests hold their options to the parser."""
+    """Complete command lines; the tests check their options against the parser."""
     notes: tuple[str, ...] = ()
-    """Notes that its options do not state, a line each."""
+    """Notes on more than a single option, one per line."""
     codes: tuple[int, ...] = (0, 2)
     """Its exit codes."""
     shown: tuple[str, ...] = ()
@@ -39,16 +39,16 @@ class Verb:
 
     @property
     def function(self) -> str:
-        """Its function in `module`: its name, with an underscore if that is a word of Python."""
+        """Its function in `module`: its name, followed by an underscore if it is a Python keyword."""
         return f"{self.name}_" if keyword.iskeyword(self.name) else self.name
 
 
 TRAINS: Final = (0, 1, 2, 3, 75, 129, 130, 138, 143)
 
 RECIPE_NOTES: Final = (
-    "RECIPE is a name (`halfstep ls recipes`), a .json file, or a run's folder; defaults shown are its own.",
+    "RECIPE is a name (`halfstep ls recipes`), a .json file or a run's folder. The defaults shown are its own.",
     "--data S is short for --data.source S, --start N for --chain.start-steps N, --to N for --chain.end-steps N.",
-    "Stopped or killed: run the same command again, and it resumes from its last checkpoint.",
+    "To resume a stopped or killed run from its last checkpoint, run the same command again.",
 )
 _OFTEN: Final = (
     *("--data", "--data.image-size", "--start", "--to", "--teacher.num-updates"),
@@ -59,7 +59,7 @@ _ALWAYS: Final = ("--seed", "--out", "--dry-run", "--json")
 _TRAIN: Final = (
     Verb(
         "run RECIPE",
-        "train a teacher, halve it to few steps, measure, report; resumable",
+        "train a teacher, distil it to few steps, measure and report; resumable",
         (
             "halfstep run digits",
             "halfstep run cifar10 --dry-run",
@@ -71,7 +71,7 @@ _TRAIN: Final = (
     ),
     Verb(
         "train RECIPE",
-        "the teacher of a recipe only",
+        "train only the teacher of a recipe",
         ("halfstep train digits --teacher.num-updates 500", "halfstep train cifar10 --dry-run"),
         RECIPE_NOTES,
         TRAINS,
@@ -79,14 +79,14 @@ _TRAIN: Final = (
     ),
     Verb(
         "distill MODEL",
-        "halve a trained model to fewer steps",
+        "distil a trained model to fewer steps",
         (
             "halfstep distill runs/digits/stages/00-denoise --start 64 --to 4",
             "halfstep distill my-ddpm --data ~/photos --to 4 --out runs/mine",
             "halfstep distill my-sd --prompts prompts.txt --to 4 --out runs/prompted",
         ),
         (
-            "Defaults shown are those of the recipe of MODEL's run.",
+            "The defaults shown are those of the recipe of MODEL's run.",
             *RECIPE_NOTES[1:],
         ),
         TRAINS,
@@ -97,10 +97,10 @@ _TRAIN: Final = (
     ),
     Verb(
         "finish RUN",
-        "move a run's students onto the teacher's distribution",
+        "train a run's students towards the teacher's distribution",
         ("halfstep finish runs/photos --steps 4", "halfstep finish runs/digits --steps 1 --dry-run"),
         (
-            "The stages are added to RUN. Each starts from RUN's student of as many steps; its map is kept.",
+            "The new stages are added to RUN. Each starts from RUN's student of the same steps and keeps its map.",
             "--steps S is short for --finish.steps S.",
             RECIPE_NOTES[2],
         ),
@@ -109,7 +109,7 @@ _TRAIN: Final = (
     ),
     Verb(
         "study NAME",
-        "one of the paper's tables and figures, or methods compared at equal cost; resumable",
+        "reproduce a table or figure of the paper, or compare methods at equal cost; resumable",
         ("halfstep study table1 --scale smoke", "halfstep study roads --dry-run"),
         codes=TRAINS,
         module="studying",
@@ -120,7 +120,7 @@ _TRAIN: Final = (
 _USE: Final = (
     Verb(
         "sample MODEL",
-        "draw samples into a grid, a file of arrays or a folder",
+        "draw samples into an image grid, an array file or a folder",
         (
             "halfstep sample runs/digits --num-samples 64 --seed 0 --out grid.png",
             "halfstep sample runs/digits/stages/00-denoise --num-steps 16 --sampler heun --out samples.npz",
@@ -140,18 +140,18 @@ _USE: Final = (
     Verb("report RUN", "write RUN/report/index.html", ("halfstep report runs/digits",)),
     Verb(
         "explore RUN",
-        "a local page: teacher and students side by side from the same noise",
+        "open a local page: teacher and students side by side from the same noise",
         ("halfstep explore runs/digits", "halfstep explore runs/digits --port 8000 --max-samples 16"),
         (
-            "Ctrl-C ends it; that is not an error.",
-            "From elsewhere: ssh -L 7860:127.0.0.1:7860 MACHINE.",
+            "Stop it with Ctrl-C; that is not an error.",
+            "From another machine: ssh -L 7860:127.0.0.1:7860 MACHINE.",
             "Behind a proxy: --root-path PATH --allow-host HOST.",
         ),
         module="exploring",
     ),
     Verb(
         "export MODEL",
-        "to a stock diffusers pipeline, LoRA files, one ONNX graph or a web page",
+        "export to a stock diffusers pipeline, LoRA files, one ONNX graph or a web page",
         (
             "halfstep export runs/digits --out digits-1",
             "halfstep export runs/digits --format onnx --out digits-1.onnx",
@@ -161,7 +161,7 @@ _USE: Final = (
     ),
     Verb(
         "import FORMAT SOURCE",
-        "a model from elsewhere as a stage",
+        "import a model as a stage",
         (
             "halfstep import diffusers google/ddpm-cifar10-32",
             "halfstep import google-pd cifar_8.msgpack --config cifar10 --out cifar-8",
@@ -170,7 +170,7 @@ _USE: Final = (
     ),
     Verb(
         "encode PIPELINE",
-        "images and texts to latents, once, for a latent pipeline; resumable",
+        "encode images and texts once for a latent pipeline; resumable",
         (
             "halfstep encode my-sd --data ~/captioned --out latents",
             "halfstep encode my-sd --prompts prompts.txt --out prompted",
@@ -183,33 +183,33 @@ _USE: Final = (
 _LOOK: Final = (
     Verb(
         "status RUN",
-        "how far a run is that any shell or machine writes",
+        "show the progress of a run, from any shell or machine",
         ("halfstep status runs/digits", "halfstep status runs/digits --watch", "halfstep status runs/digits --json"),
         module="status",
         is_light=True,
     ),
     Verb(
         "ls [FAMILY ...]",
-        "recipes, samplers, predictions, studies, ...",
+        "list recipes, samplers, predictions, studies, ...",
         ("halfstep ls", "halfstep ls samplers --json"),
     ),
     Verb(
         "doctor",
-        "what this machine and its packages can do, and what is missing",
+        "check this machine and its packages",
         ("halfstep doctor", "halfstep doctor --json"),
         module="doctor",
         is_light=True,
     ),
     Verb(
         "completion SHELL",
-        "a script that lets bash, zsh, fish or tcsh complete verbs and options",
+        "print a completion script for bash, zsh, fish or tcsh",
         ("halfstep completion bash > ~/.local/share/bash-completion/completions/halfstep",),
         (
             "bash: as in the example.",
             "zsh: halfstep completion zsh > ~/.zfunc/_halfstep; ~/.zshrc: fpath=(~/.zfunc $fpath) before compinit.",
             "fish: halfstep completion fish > ~/.config/fish/completions/halfstep.fish",
             "tcsh: halfstep completion tcsh > ~/.halfstep.tcsh; ~/.tcshrc: source ~/.halfstep.tcsh",
-            "RECIPE completes names, not files; after any recipe the options of all recipes are offered.",
+            "RECIPE completes to names, not files. After any recipe, the options of all recipes are offered.",
             "tcsh offers the options of all verbs together.",
         ),
         module="completion",
@@ -225,9 +225,9 @@ EXIT_CODES: Final[Mapping[int, str]] = {
     0: "done",
     1: "training diverged (a loss or gradient was not finite) or does not fit into memory, or another process of "
     "the run was lost; the last checkpoint is kept",
-    2: "bad input: one line says what was got, what was needed and what to do; or stdout cannot be written",
-    3: "the disk or mount of a run is full or gone; the last good state is named",
-    75: "another halfstep process is writing the folder: wait for it, and run the same command again",
+    2: "bad input (one line says what is wrong and what to do), or stdout cannot be written",
+    3: "the disk or mount of a run is full or gone; the message gives the last good state",
+    75: "another halfstep process is writing to the folder: wait for it, then run the same command again",
     129: "stopped by SIGHUP (the terminal was closed); a run has saved its state, and the same command resumes it",
     130: "stopped by Ctrl-C; likewise",
     138: "stopped by SIGUSR1; likewise (--engine.requeue-code replaces the code)",
@@ -236,8 +236,8 @@ EXIT_CODES: Final[Mapping[int, str]] = {
 
 
 SITUATIONS: Final = (
-    ("See it work, in minutes", "halfstep demo"),
-    ("Distil photos of your own", "halfstep run images --data ~/photos --to 4"),
+    ("Try it, in minutes", "halfstep demo"),
+    ("Distil your own photos", "halfstep run images --data ~/photos --to 4"),
     ("Distil a diffusers pipeline", "halfstep distill my-ddpm --data ~/photos --to 4"),
     ("Distil arrays, such as robot actions", "halfstep run arrays --data x.npy --to 1"),
     ("Use a trained run", "halfstep sample runs/digits --out grid.png"),
@@ -246,16 +246,16 @@ SITUATIONS: Final = (
 
 
 def overview() -> str:
-    """Return what `halfstep` alone prints."""
+    """Return the text that `halfstep` prints without arguments."""
     wide = max(len(what) for what, _ in SITUATIONS)
     lines = ["usage: halfstep VERB ...", "", *(f"  {what:<{wide}}  {command}" for what, command in SITUATIONS), ""]
     width = max(len(verb.usage) for verb in VERBS.values())
     for group, verbs in _GROUPS.items():
         lines += [f"{group}:", *(f"  {verb.usage:<{width}}  {verb.summary}" for verb in verbs), ""]
     lines += [
-        "MODEL is the folder of a run (its last stage is meant) or of a stage.",
-        "`halfstep VERB --help` shows options and examples, `halfstep VERB --help-all` every option.",
-        "With --json, where a verb has it, stdout is one JSON document, and all else goes to stderr.",
+        "MODEL is the folder of a run (its last stage is used) or of a stage.",
+        "`halfstep VERB --help` shows common options and examples, `halfstep VERB --help-all` every option.",
+        "For verbs with --json, stdout is then one JSON document; all other output goes to stderr.",
         "",
         "Exit codes:",
     ]

@@ -17,11 +17,11 @@ from halfstep.runtime.launch import rank
 from halfstep.runtime.terminal import printable
 
 PIPE_WIDTH: Final = 160
-"""Columns of tables where the output is not a terminal."""
+"""Width of tables, in characters, if the output is not a terminal."""
 
 
 def duration(seconds: float) -> str:
-    """ "42 s", "3:05 min", "2:10 h", "12 days"."""
+    """Format seconds as "42 s", "3:05 min", "2:10 h" or "12 days"."""
     if not math.isfinite(seconds):
         return "unknown"
     seconds = round(seconds)
@@ -36,14 +36,14 @@ def duration(seconds: float) -> str:
 
 @final
 class Screen(Console):
-    """A console that shows texts as they are: nothing in them is markup, a colour or a control sequence.
+    """A console that prints texts literally: it interprets no markup, colours or control sequences in them.
 
-    On the other ranks it is quiet.
+    It prints on rank 0 only.
 
     Args:
-        json: whether stdout belongs to a JSON document; all else goes to stderr.
-        file: instead of stdout or stderr.
-        is_terminal: whether that is a terminal; asked of it if None.
+        json: whether stdout is reserved for a JSON document; texts then go to stderr.
+        file: where to print instead of stdout or stderr.
+        is_terminal: whether the output is a terminal; detected if None.
     """
 
     def __init__(self, json: bool = False, file: IO[str] | None = None, is_terminal: bool | None = None) -> None:
@@ -61,7 +61,7 @@ class Screen(Console):
         )
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Render without the control characters of texts; rich's own are segments of another kind."""
+        """Render without control characters in texts; rich's own control codes are separate segments."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=printable(segment.text))
 
@@ -84,10 +84,10 @@ class Screen(Console):
 
 
 def print_json(value: Any) -> None:
-    """Write the one document of a command with --json to stdout.
+    """Write the JSON document of a command with --json to stdout.
 
     Raises:
-        ValueError: if it holds a number that is not finite.
+        ValueError: if it contains a number that is not finite.
     """
     sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
 

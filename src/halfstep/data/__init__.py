@@ -1,4 +1,4 @@
-"""Training data: where they come from, and the batch of an update. The only room that imports `datasets`."""
+"""Training data: sources, and the batches of an update. The only room that imports `datasets`."""
 
 from halfstep.data.base import Data, MemoryData, held_on, sent, training_batch, warn_of_scale
 from halfstep.data.captions import CaptionedImages, Prompts, read_captions, read_classes, read_prompts

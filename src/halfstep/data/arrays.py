@@ -1,6 +1,6 @@
 """Data from NumPy files, and scikit-learn's digits.
 
-The digits are 1,797 images of 8x8 with values v = 0..16; they become the pixels round(v * 255 / 16).
+The digits are 1,797 images of 8x8 with values v = 0..16, which become the pixels round(v * 255 / 16).
 """
 
 from pathlib import Path
@@ -33,8 +33,8 @@ def array_file(source: str, prepare: Preparation, labels: bool, limit: int | Non
     """Load the samples of a .npy file, or the samples and labels of a .npz file.
 
     Raises:
-        ValueError: if the file is missing, damaged or holds Python objects, if a .npz has no array under a known name,
-            or as `from_arrays`.
+        ValueError: if the file is missing, damaged or contains Python objects, if a .npz has no array with a known
+            name, or as `from_arrays`.
     """
     x, y = _load(user_path(source))
     return from_arrays(source, x, y if labels else None, prepare, limit)
@@ -43,18 +43,18 @@ def array_file(source: str, prepare: Preparation, labels: bool, limit: int | Non
 def from_arrays(
     source: str, x: NDArray[Any], labels: NDArray[Any] | None, prepare: Preparation, limit: int | None
 ) -> MemoryData:
-    """uint8 images `[n, height, width]` or `[n, height, width, 1 | 3 | 4]`, or float arrays `[n, *dims]` as they are.
+    """Return data of uint8 images `[n, height, width]` or `[n, height, width, 1 | 3 | 4]`, or floats `[n, *dims]`.
 
-    Classes are the labels in sorted order (`classes_of`); `limit` keeps the first samples, and all classes.
+    The classes are the labels in sorted order (`classes_of`). `limit` keeps the first samples and all classes.
 
     Raises:
-        ValueError: if the arrays are of another kind, empty or not finite, if float arrays are to be prepared as
-            images, or as `classes_of`.
+        ValueError: if the arrays have another type or shape, are empty or not finite, if `prepare` has image settings
+            for float arrays, or as `classes_of`.
     """
     if x.ndim == 0:
-        raise ValueError(f"{source} holds one number, no array of samples: save an array of shape [n, *dims]")
+        raise ValueError(f"{source} contains a single number, not an array of samples: save an array [n, *dims]")
     if x.size == 0:
-        raise ValueError(f"{source} holds no samples (shape {x.shape}): at least 1 is needed")
+        raise ValueError(f"{source} contains no samples (shape {x.shape}): at least 1 is needed")
     classes = None if labels is None else classes_of(source, labels, len(x))
     kept = _pixels(source, x[:limit], prepare) if x.dtype == np.uint8 else _floats(source, x[:limit], prepare)
     if classes is None:
@@ -74,14 +74,14 @@ def _load(path: Path) -> tuple[NDArray[Any], NDArray[Any] | None]:
             names = loaded.files
             wanted = names if len(names) == 1 else [name for name in names if name in DATA_KEYS + LABEL_KEYS]
             arrays = {name: loaded[name] for name in wanted}
-            # numpy hands the bytes of any other member on.
+            # numpy returns any other member as bytes.
             if foreign := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
                 raise ValueError(f"its member {foreign[0]} is not an array")
             if len(names) == 1:
                 return arrays[names[0]], None
-    except Exception as error:  # a damaged archive raises whatever zipfile, zlib or numpy stumble over
-        # numpy takes whatever it does not know for a pickle, and advises to load it unsafely.
-        why = "it is no NumPy file, or one of Python objects" if "pickle" in str(error) else first_line(error)
+    except Exception as error:  # a damaged archive can raise any error of zipfile, zlib or numpy
+        # numpy treats any unknown file as a pickle, and advises to load it unsafely.
+        why = "not a NumPy file, or one with Python objects" if "pickle" in str(error) else first_line(error)
         raise ValueError(
             f"{path} cannot be read ({why}): save plain arrays again, without Python objects, with "
             f"numpy.save or numpy.savez"
@@ -89,19 +89,19 @@ def _load(path: Path) -> tuple[NDArray[Any], NDArray[Any] | None]:
     x = next((arrays[name] for name in DATA_KEYS if name in arrays), None)
     if x is None:
         raise ValueError(
-            f"{path} holds the arrays {', '.join(names) or 'none'}: name the samples {' or '.join(DATA_KEYS)}, "
-            f"and labels, if any, {' or '.join(LABEL_KEYS)}"
+            f"{path} contains the arrays {', '.join(names) or 'none'}: name the samples {' or '.join(DATA_KEYS)}, "
+            f"and the labels, if any, {' or '.join(LABEL_KEYS)}"
         )
     return x, next((arrays[name] for name in LABEL_KEYS if name in arrays), None)
 
 
 def _pixels(source: str, x: NDArray[np.uint8], prepare: Preparation) -> NDArray[np.uint8]:
-    """Prepared pixels `[n, channels, height, width]` of channels-last images."""
+    """Return the prepared pixels `[n, channels, height, width]` of channels-last images."""
     images = x[..., None] if x.ndim == 3 else x
     if images.ndim != 4 or images.shape[3] not in (1, 3, 4):
         hint = "move the channels last" if x.ndim == 4 and x.shape[1] in (1, 3, 4) else "save other data as floats"
         raise ValueError(
-            f"{source} holds uint8 of shape {x.shape}: images are uint8 [n, height, width] or "
+            f"{source} contains uint8 of shape {x.shape}: images are uint8 [n, height, width] or "
             f"[n, height, width, 1, 3 or 4 channels]; {hint}"
         )
     channels = images.shape[3]
@@ -113,13 +113,13 @@ def _pixels(source: str, x: NDArray[np.uint8], prepare: Preparation) -> NDArray[
 def _floats(source: str, x: NDArray[Any], prepare: Preparation) -> NDArray[np.float32]:
     if x.dtype.kind != "f" or x.ndim < 2:
         raise ValueError(
-            f"{source} holds {x.dtype} of shape {x.shape}: give images as uint8 [n, height, width] or "
-            f"[n, height, width, channels], other samples as floats [n, *dims]"
+            f"{source} contains {x.dtype} of shape {x.shape}: save images as uint8 [n, height, width] or "
+            f"[n, height, width, channels], and other samples as floats [n, *dims]"
         )
     if prepare != Preparation():
         raise ValueError(
-            f"{source} holds {x.dtype} arrays, which are taken as they are: leave out --data.image-size, "
-            f"--data.channels and the like, or save images as uint8"
+            f"{source} contains {x.dtype} arrays, which are used unchanged: remove --data.image-size, "
+            f"--data.channels and similar options, or save images as uint8"
         )
-    with np.errstate(over="ignore"):  # what overflows is found with all else that is not finite
+    with np.errstate(over="ignore"):  # the check for finite values finds overflows
         return np.ascontiguousarray(x, dtype=np.float32)

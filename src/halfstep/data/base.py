@@ -1,7 +1,7 @@
-"""Training data: samples that are fetched by index, the same ones every time.
+"""Training data: samples by index; the same index always gives the same sample.
 
-Images are uint8 pixels p, seen as x0 = p / 127.5 - 1: 0 is -1 and 255 is 1, exactly. Arrays of any other kind are
-float32 and are taken as they are.
+Images are uint8 pixels p, which become x0 = p / 127.5 - 1: 0 is exactly -1 and 255 is exactly 1. All other arrays are
+float32 and are used unchanged.
 """
 
 import hashlib
@@ -25,10 +25,10 @@ from halfstep.objectives.base import Batch, Turn
 
 
 class Data(ABC):
-    """Samples `[*shape]` by index. They are read-only, and equal in content if their fingerprints are equal."""
+    """Samples `[*shape]` by index. They are read-only. Data with equal fingerprints have equal content."""
 
     source: str
-    """Where they came from, as the user wrote it."""
+    """Where they came from, as given by the user."""
     class_names: tuple[str, ...]
     """The name of each class, in the order of `class_labels`; empty for unlabelled data."""
 
@@ -45,7 +45,7 @@ class Data(ABC):
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """A sha256 in hexadecimal of all that `fetch` can return."""
+        """The sha256 (hexadecimal) of everything that `fetch` can return."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -53,11 +53,11 @@ class Data(ABC):
 
     @abstractmethod
     def fetch(self, indices: Tensor) -> Batch:
-        """Samples float32 `[n, *shape]` at `indices` int64 `[n]`; labelled ones with cond class_labels int64 `[n]`.
+        """Return samples float32 `[n, *shape]` at `indices` int64 `[n]`, and cond class_labels int64 `[n]` if labelled.
 
         Raises:
             IndexError: if an index is not in [0, len(self)).
-            ValueError: if a file that is decoded only now cannot be read.
+            ValueError: if a file that is decoded lazily cannot be read.
         """
 
     @property
@@ -69,7 +69,7 @@ class Data(ABC):
 @final
 @dataclass(frozen=True, eq=False)
 class MemoryData(Data):
-    """Samples held in memory: images as uint8 `[n, channels, height, width]`, anything else as float32 `[n, *dims]`.
+    """Samples in memory: images as uint8 `[n, channels, height, width]`, all others as float32 `[n, *dims]`.
 
     Raises:
         ValueError: if `x` has another type or too few axes, is empty or not finite; or if `labels` are not the int64
@@ -89,7 +89,7 @@ class MemoryData(Data):
             if value.shape[:1] != self.x.shape[:1]:
                 raise ValueError(
                     f"the condition {name} has the shape {list(value.shape)}, but {len(self.x)} samples need "
-                    f"[{len(self.x)}, ...]. Pass one row a sample"
+                    f"[{len(self.x)}, ...]. Pass one row per sample"
                 )
         check_labels(self.source, self.labels, self.class_names, len(self.x))
 
@@ -122,24 +122,24 @@ class MemoryData(Data):
         return Batch(x0, {**cond, **further})
 
     def to(self, device: torch.device | str) -> "MemoryData":
-        """Return the same samples in the memory of `device`, which `fetch` then returns there."""
+        """Return the same samples in the memory of `device`, where `fetch` then returns them."""
         labels = None if self.labels is None else self.labels.to(device)
         conditions = {name: value.to(device) for name, value in self.conditions.items()}
         moved = replace(self, x=self.x.to(device), labels=labels, conditions=conditions)
-        # Content on a device cannot be hashed there.
+        # Content on a device cannot be hashed directly.
         vars(moved)["fingerprint"] = self.fingerprint
         return moved
 
 
 def sent(value: Tensor, device: torch.device) -> Tensor:
-    """Return the tensor on the device. With pinned memory the host need not wait for a GPU's earlier work."""
+    """Return the tensor on the device. With pinned memory, the host does not wait for earlier work of a GPU."""
     if value.device.type == "cpu" and device.type == "cuda":
         value = value.pin_memory()
     return value.to(device, non_blocking=True)
 
 
 def held_on(device: torch.device, data: Data) -> Data:
-    """Move data that fill at most an eighth of the GPU's memory there, where a batch costs no copy."""
+    """Move data to a GPU if it takes at most an eighth of its memory, so that batches need no copies."""
     if device.type != "cuda" or not isinstance(data, MemoryData):
         return data
     largest = torch.cuda.get_device_properties(device).total_memory / 8
@@ -147,7 +147,7 @@ def held_on(device: torch.device, data: Data) -> Data:
 
 
 def training_batch(data: Data, draw: Draw, flip: bool) -> Batch:
-    """Return the samples of an update on the data's device, a function of `draw` alone; `flip` mirrors half at random.
+    """Return the samples of an update on the data's device. They depend only on `draw`; `flip` mirrors half at random.
 
     Raises:
         ValueError: if `flip` is set for data that are not images.
@@ -170,28 +170,28 @@ def check_flip(data: Data, flip: bool) -> None:
     """Raise ValueError if `flip` is set for data that are not images."""
     if flip and not data.is_image:
         raise ValueError(
-            f"{data.source} holds arrays of shape {data.shape}, and only images can be mirrored: use --data.no-flip"
+            f"{data.source} contains arrays of shape {data.shape}, and only images can be mirrored: use --data.no-flip"
         )
 
 
 UNIT: Final = (0.1, 5.0)
-"""Root mean squares of data that trains well beside noise of unit size."""
+"""Root mean squares of data that trains well with noise of unit variance."""
 
 
 def warn_of_scale(data: Data) -> None:
-    """Warn of arrays far from the noise's unit scale, on which a network learns little; images are on it."""
+    """Warn about arrays far from the unit scale of the noise, on which a network learns little; skips images."""
     if data.is_image:
         return
     some = generator_for("scale of the data")
-    # Those of a video model have millions of numbers.
+    # Samples of a video model have millions of values.
     number = max(1, min(1000, 2**26 // math.prod(data.shape)))
     x0 = data.fetch(torch.randperm(len(data), generator=some)[:number].sort().values).x0.double()
     size, top = float(x0.square().mean().sqrt()), float(x0.abs().max())
     if size and not UNIT[0] <= size <= UNIT[1]:
         warnings.warn(
-            f"{data.source} holds values up to {top:.3g} in size (standard deviation {float(x0.std()):.3g}), while the "
-            "noise has unit size: models of such data are poor. Train on (x - mean) / std of each channel, and "
-            "undo that in the samples",
+            f"{data.source} has values up to {top:.3g} in size (standard deviation {float(x0.std()):.3g}), but the "
+            "noise has unit variance: models of such data are poor. Train on (x - mean) / std of each channel, and "
+            "invert this in the samples",
             HalfstepWarning,
             stacklevel=2,
         )
@@ -201,11 +201,11 @@ def check_samples(source: str, x: Tensor) -> None:
     """Raise ValueError unless samples are uint8 images or finite float32 arrays."""
     if (x.dtype, x.ndim) != (torch.uint8, 4) and (x.dtype != torch.float32 or x.ndim < 2):
         raise ValueError(
-            f"{source} holds {x.dtype} of shape {tuple(x.shape)}: images are uint8 [n, channels, height, width], "
+            f"{source} contains {x.dtype} of shape {tuple(x.shape)}: images are uint8 [n, channels, height, width], "
             f"other samples float32 [n, *dims]"
         )
     if x.numel() == 0:
-        raise ValueError(f"{source} holds no samples (shape {tuple(x.shape)}): at least 1 is needed")
+        raise ValueError(f"{source} contains no samples (shape {tuple(x.shape)}): at least 1 is needed")
     if x.is_floating_point() and not (finite := x.isfinite()).all():
         bad = (~finite).nonzero()
         raise ValueError(
@@ -215,38 +215,38 @@ def check_samples(source: str, x: Tensor) -> None:
 
 
 def check_labels(source: str, labels: Tensor | None, class_names: tuple[str, ...], length: int) -> None:
-    """Raise ValueError unless labels are one index of a class for each sample."""
+    """Raise ValueError unless labels are one class index per sample."""
     if labels is None:
         if class_names:
-            raise ValueError(f"{source} names {len(class_names)} classes but has no labels")
+            raise ValueError(f"{source} has {len(class_names)} class names but no labels")
         return
     if labels.dtype != torch.int64 or tuple(labels.shape) != (length,):
         raise ValueError(
             f"{source} has {labels.dtype} labels of shape {tuple(labels.shape)}: {length} samples need int64 labels "
-            f"of shape {(length,)}; use --data.no-labels to leave them out"
+            f"of shape {(length,)}; use --data.no-labels to ignore them"
         )
     outside = ((labels < 0) | (labels >= len(class_names))).nonzero()
     if len(outside):
         index = int(outside[0])
         raise ValueError(
-            f"{source} has the label {int(labels[index])} at sample {index}, which is none of its "
-            f"{len(class_names)} classes 0..{len(class_names) - 1}; use --data.no-labels to leave labels out"
+            f"{source} has the label {int(labels[index])} at sample {index}, which is not one of its "
+            f"{len(class_names)} classes 0..{len(class_names) - 1}; use --data.no-labels to ignore the labels"
         )
 
 
 Batches = Callable[[Draw], Batch]
-"""From a draw to its batch: `x0` `[len(draw.places), *dims]`, a function of the draw alone."""
+"""Maps a draw to its batch, `x0` `[len(draw.places), *dims]`, which depends only on the draw."""
 
 
 def updates_ahead(device: torch.device, reads_files: bool) -> int:
-    """Return the number of updates to prepare ahead: 0 where the CPU trains on data in its memory."""
-    # 3 outlast a slow read; each costs a batch's memory.
+    """Return the number of updates to prepare ahead: 0 if the CPU trains on data in memory."""
+    # 3 are enough to hide a slow read; each costs the memory of a batch.
     return 0 if device.type == "cpu" and not reads_files else 3
 
 
 @final
 class Place(NamedTuple):
-    """A micro batch of a turn: where it lies in the global batch, and its random numbers."""
+    """A micro batch of a turn: its position in the global batch, and its random numbers."""
 
     number: int
     """Number of the turn in its update."""
@@ -267,8 +267,8 @@ class Feed:
     """The micro batches of consecutive updates, turn by turn, on `device`.
 
     Args:
-        places: from an update's number to the micro batches of its turns.
-        ahead: updates that one thread prepares before they are needed.
+        places: maps an update's number to the micro batches of its turns.
+        ahead: number of updates that a thread prepares in advance.
     """
 
     def __init__(
@@ -278,7 +278,7 @@ class Feed:
         self._asked: dict[tuple[int, str], list[Asked]] = {}
 
     def updates(self, first: int, last: Callable[[], int]) -> Iterator[list[list[Fed]]]:
-        """Yield the micro batches of the updates from `first` on, while they are below `last()`, by turn.
+        """Yield the micro batches, by turn, of each update from `first` on, until `last()`, which is excluded.
 
         Raises:
             ValueError: if the data cannot be read; as `Batches`.
@@ -308,7 +308,7 @@ class Feed:
         batch = self._batches(place.draw)
         key = place.number, place.turn.trains
         if key not in self._asked:
-            # Every later micro batch of a turn draws as its first.
+            # Every later micro batch of a turn makes the same draws as the first.
             place = place._replace(draw=replace(place.draw, asked=[]))
             assert place.draw.asked is not None
             self._asked[key] = place.draw.asked
@@ -317,5 +317,5 @@ class Feed:
         return Fed(place, Batch(self._send(batch.x0), {name: self._send(value) for name, value in batch.cond.items()}))
 
     def _send(self, value: Tensor) -> Tensor:
-        # Clock numbers stay where clock tensors lie, for not every device has float64.
+        # Clock values stay on the device of clock tensors, because not every device supports float64.
         return sent(value, clock_device(self._device) if value.dtype == torch.float64 else self._device)

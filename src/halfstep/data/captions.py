@@ -1,8 +1,8 @@
-"""Folders of image files with a caption each.
+"""Folders of captioned image files.
 
-The captions lie in metadata.jsonl, metadata.csv or metadata.parquet, as the `imagefolder` of the `datasets` library
-reads them (columns file_name, relative to the folder of that file, and text; other columns are ignored), or for a.png
-in a.txt beside it.
+The captions are in metadata.jsonl, metadata.csv or metadata.parquet, in the `imagefolder` format of the `datasets`
+library (columns file_name, relative to the folder of that file, and text; other columns are ignored), or in a .txt
+file next to each image: a.txt for a.png.
 """
 
 import sys
@@ -21,16 +21,16 @@ from halfstep.runtime.files import check_regular, first_line, user_path
 
 TABLES: Final = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 RGB: Final = Preparation(channels=3)
-"""Images in the size that they have, in colour."""
+"""Images in their own size, in colour."""
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class CaptionedImages:
-    """Image files below the folder `source`, each with its caption, which may be empty.
+    """Image files in the folder `source` and its sub-folders, each with its caption, which may be empty.
 
     Raises:
-        ValueError: if there are no files, or not one caption for each.
+        ValueError: if there are no files, or the number of captions differs.
     """
 
     source: str
@@ -42,8 +42,8 @@ class CaptionedImages:
     def __post_init__(self) -> None:
         if not self.files or len(self.files) != len(self.captions):
             raise ValueError(
-                f"{self.source} was given as {len(self.files)} images with {len(self.captions)} captions: at least 1 "
-                f"image is needed, and a caption for each"
+                f"{self.source} has {len(self.files)} images and {len(self.captions)} captions: at least 1 image and a "
+                f"caption for each image are needed"
             )
 
     def __len__(self) -> int:
@@ -62,7 +62,7 @@ class CaptionedImages:
         """Load and prepare the images at `indices`, at least one.
 
         Raises:
-            ValueError: if a file cannot be decoded, or differs from the first of them in channels or size.
+            ValueError: if a file cannot be decoded, or differs from the first one in channels or size.
         """
         files = Files(self.root, tuple(self.files[index] for index in indices))
         data = decoded(self.source, Labelled(files), self.preparation, sys.maxsize)
@@ -73,30 +73,30 @@ class CaptionedImages:
 @final
 @dataclass(frozen=True, eq=False)
 class Prompts:
-    """Texts without images, whose latents are a model's own samples.
+    """Texts without images; the latents are samples of a model.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if there are no texts.
     """
 
     source: str
     captions: tuple[str, ...]
     sampled: Callable[[range, Mapping[str, Tensor]], Tensor]
-    """From their places and conditions to latents `[n, *dims]`."""
+    """Maps their indices and conditions to latents `[n, *dims]`."""
 
     def __post_init__(self) -> None:
         if not self.captions:
-            raise ValueError(f"{self.source} holds no prompts: write one on each line")
+            raise ValueError(f"{self.source} contains no prompts: write one per line")
 
     def __len__(self) -> int:
         return len(self.captions)
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
-    """Return the lines of a text file that are not empty.
+    """Return the non-empty lines of a text file.
 
     Raises:
-        ValueError: if it is missing or no text.
+        ValueError: if it is missing or not text.
     """
     return tuple(line.strip() for line in _read_text(path.expanduser()).splitlines() if line.strip())
 
@@ -104,7 +104,7 @@ def read_prompts(path: Path) -> tuple[str, ...]:
 def read_captions(folder: Path, preparation: Preparation = RGB) -> CaptionedImages:
     """Read all images of the folder and its sub-folders with their captions, sorted by relative path.
 
-    Strips the text of a .txt; a null in a table is the empty caption. Ignores hidden files.
+    Strips captions from .txt files. A null in a table is an empty caption. Ignores hidden files.
 
     Raises:
         ValueError: if the folder is missing or has no images, if an image has no caption, two captions, or both a row
@@ -114,11 +114,11 @@ def read_captions(folder: Path, preparation: Preparation = RGB) -> CaptionedImag
     below = files_below(root)
     if (root / "train").is_dir() and (other := {path.parts[0] for path in below} & {"test", "validation", "val"}):
         raise ValueError(
-            f"{folder} holds the splits train and {min(other)}: give one of them, such as {folder / 'train'}"
+            f"{folder} contains the splits train and {min(other)}: give one of them, such as {folder / 'train'}"
         )
     files = [path for path in below if path.suffix.lower() in IMAGE_SUFFIXES]
     if not files:
-        raise ValueError(f"{folder} holds no images: it and its sub-folders have no file {' '.join(IMAGE_SUFFIXES)}")
+        raise ValueError(f"{folder} contains no images: no file in it or below it ends in {' '.join(IMAGE_SUFFIXES)}")
     tables = [path for path in below if path.name in TABLES]
     beside = {path.with_suffix(""): path for path in below if path.suffix.lower() == ".txt"}
     captions = _from_tables(root, files, tables, beside) if tables else _from_texts(root, files, beside)
@@ -128,13 +128,13 @@ def read_captions(folder: Path, preparation: Preparation = RGB) -> CaptionedImag
             remedy = f"rename {like[0]} to one of {', '.join(TABLES)}"
         raise ValueError(
             f"{folder} has {len(missing)} of {len(files)} images without a caption, the first is {missing[0]}: "
-            f"{remedy}; an empty caption says that there is none"
+            f"{remedy}. If an image has no caption, write an empty one"
         )
     return CaptionedImages(str(folder), tuple(map(Path, files)), tuple(captions[path] for path in files), preparation)
 
 
 def read_classes(folder: Path, preparation: Preparation = RGB) -> tuple[CaptionedImages, tuple[str, ...]]:
-    """Read a folder with a sub-folder for each class, whose name is the caption; return images and classes' names.
+    """Read a folder with a sub-folder per class, named after the caption; return the images and the class names.
 
     Raises:
         ValueError: if the folder is missing or has no images, or fewer than two classes.
@@ -142,7 +142,7 @@ def read_classes(folder: Path, preparation: Preparation = RGB) -> tuple[Captione
     root = _existing(folder, "with a sub-folder of images for each class")
     found = image_folder(root, image_paths(root, files_below(root)), "train", labels=True, limit=None)
     if found.labels is None:
-        raise ValueError(f"{folder} has no classes: put the images of each class into a sub-folder of its own")
+        raise ValueError(f"{folder} has no classes: put the images of each class into a separate sub-folder")
     assert isinstance(found.images, Files)
     captions = tuple(found.class_names[label] for label in found.labels.tolist())
     files = tuple(map(Path, found.images.paths))
@@ -157,7 +157,7 @@ def _existing(folder: Path, content: str) -> Path:
 
 
 def _from_texts(root: Path, files: Sequence[PurePath], beside: dict[PurePath, PurePath]) -> dict[PurePath, str]:
-    """Return the captions of those images that have a .txt beside them."""
+    """Return the captions of the images that have a .txt file next to them."""
     stems = {path.with_suffix("") for path in files}
     if lost := sorted(path for stem, path in beside.items() if stem not in stems):
         raise ValueError(
@@ -179,10 +179,12 @@ def _read_text(path: Path) -> str:
 def _from_tables(
     root: Path, files: Sequence[PurePath], tables: Sequence[PurePath], beside: dict[PurePath, PurePath]
 ) -> dict[PurePath, str]:
-    """Return the captions in the tables, which are of images only, and of each once."""
+    """Return the captions in the tables; raise ValueError unless each row belongs to a different image."""
     if both := [path for path in files if path.with_suffix("") in beside]:
-        raise ValueError(f"{root} has captions in {tables[0]} and in {beside[both[0].with_suffix('')]}: keep one kind")
-    # One name may be spelled in two ways: \u00e9 is one character on most systems and two on a Mac.
+        raise ValueError(
+            f"{root} has captions in {tables[0]} and in {beside[both[0].with_suffix('')]}: keep one of them"
+        )
+    # The same name can be encoded in two ways: \u00e9 is one character on most systems and two on a Mac.
     known = {_composed(path): path for path in files}
     captions: dict[PurePath, str] = {}
     places: dict[PurePath, str] = {}
@@ -211,8 +213,8 @@ def _rows(path: Path) -> list[tuple[str, str]]:
     import pyarrow as pa  # type: ignore[import-untyped]
     from pyarrow import csv, json, parquet
 
-    # `imagefolder` itself takes a caption "NA" or "None" of a .csv for none, and shifts the columns of a row with one
-    # field too many.
+    # `imagefolder` itself reads a caption "NA" or "None" in a .csv as missing, and shifts the columns of a row that has
+    # one field too many.
     text = {name: pa.string() for name in ("file_name", "text")}
     size = min(max(path.stat().st_size, 1 << 16), 2**31 - 1)
     readers: dict[str, Callable[[], Any]] = {
@@ -233,7 +235,7 @@ def _rows(path: Path) -> list[tuple[str, str]]:
     except (OSError, pa.ArrowException, ValueError) as error:
         raise ValueError(
             f"{path} cannot be read ({first_line(error)}): save it as UTF-8, with the columns file_name and text, and "
-            f"quotes around texts that hold commas"
+            f"quotes around texts with commas"
         ) from error
     if None in names:
         raise ValueError(f"{path} row {names.index(None) + 1} has no file_name: write it, or remove the row")

@@ -1,4 +1,4 @@
-"""Data from folders of image files: any formats and sizes, with sub-folders for splits and for classes."""
+"""Data from folders of image files of any format and size, with sub-folders for splits and for classes."""
 
 import contextlib
 import itertools
@@ -24,17 +24,17 @@ _BESIDE: Final = (
     *(".txt", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".md", ".html", ".pdf"),
     *(".py", ".sh", ".log", ".db", ".ini", ".npy", ".npz", ".parquet", ".arrow", ".safetensors"),
 )
-"""Suffixes that are expected beside images and need no word."""
+"""Suffixes of files that often accompany images and are skipped without a warning."""
 _SPLITS: Final = frozenset({"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"})
-"""Names of folders that hold a split rather than a class."""
+"""Names of folders that contain a split instead of a class."""
 _LABELS: Final = "dataset.json"
-"""Labels in the layout of EDM's and StyleGAN's tools, {"labels": [[path, class], ...]}: sub-folders are shards."""
+"""Labels in the format of EDM and StyleGAN, {"labels": [[path, class], ...]}; sub-folders are then shards."""
 
 
 @final
 @dataclass(frozen=True)
 class Files(EncodedImages):
-    """Image files by their paths below `root`."""
+    """Image files by their paths relative to `root`."""
 
     root: Path
     paths: tuple[PurePath, ...]
@@ -56,10 +56,10 @@ class Files(EncodedImages):
 
 
 def image_paths(root: Path, files: Sequence[PurePath]) -> list[PurePath]:
-    """Return those of the files below `root` that are images by their suffix; warn of others that may be some.
+    """Return the files below `root` that have the suffix of an image; warn about others that may be images.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if there are no images.
     """
     images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     others = [path.suffix.lower() for path in files if path.suffix.lower() not in (*IMAGE_SUFFIXES, *_BESIDE)]
@@ -68,12 +68,12 @@ def image_paths(root: Path, files: Sequence[PurePath]) -> list[PurePath]:
     if not images:
         found = f"; its other files: {shown}" if shown else ""
         raise ValueError(
-            f"{root} holds no images: it and its sub-folders have no file {' '.join(IMAGE_SUFFIXES)}{found}"
+            f"{root} contains no images: no file in it or below it ends in {' '.join(IMAGE_SUFFIXES)}{found}"
         )
     if shown:
         warnings.warn(
-            f"{len(others):,} files in {root} are skipped, for their suffix is that of no image: {shown}; rename or "
-            "convert those that are some",
+            f"{len(others):,} files in {root} are skipped because they do not have the suffix of an image: {shown}; "
+            "rename or convert those that are images",
             HalfstepWarning,
             stacklevel=2,
         )
@@ -81,14 +81,15 @@ def image_paths(root: Path, files: Sequence[PurePath]) -> list[PurePath]:
 
 
 def image_folder(root: Path, paths: Sequence[PurePath], split: str, labels: bool, limit: int | None) -> Labelled:
-    """Return the image files at the sorted `paths` below `root`, or those in its sub-folder `split` if there is one.
+    """Return the image files at the sorted `paths` below `root`, or those in its sub-folder `split`, if any.
 
-    Classes come from dataset.json if there is one. Else, if each image lies in one of two or more sub-folders, their
-    names are the classes and `limit` is balanced across them; otherwise it takes the first by name.
+    Classes come from dataset.json if it exists. Otherwise, if every image is in one of two or more sub-folders, their
+    names are the classes, and `limit` is balanced across them. Without classes, `limit` keeps the first files by name.
+    The split "train" is the whole folder if there is no such sub-folder.
 
     Raises:
-        ValueError: if there are no images, or no sub-folder `split`; "train" without one is the whole folder; if a
-            sub-folder may be a split or a class; or if dataset.json does not fit the files.
+        ValueError: if there are no images, if the sub-folder `split` does not exist or could also be a class, or if
+            dataset.json does not match the files.
     """
     tops = {path.parts[0] for path in paths if len(path.parts) > 1}
     if (root / split).is_dir():
@@ -99,14 +100,14 @@ def image_folder(root: Path, paths: Sequence[PurePath], split: str, labels: bool
             )
         root, paths = root / split, [path.relative_to(split) for path in paths if path.parts[0] == split]
     elif split != "train":
-        raise ValueError(f"{root} has no sub-folder {split!r}: without one there is only --data.split train")
+        raise ValueError(f"{root} has no sub-folder {split!r}: add it, or use --data.split train")
     elif labels and tops and tops <= _SPLITS and all(len(path.parts) > 1 for path in paths):
         raise ValueError(
-            f"{root} has no sub-folder train, but {', '.join(sorted(tops))}: choose one by --data.split, or use all "
-            "without classes by --data.no-labels"
+            f"{root} has no sub-folder train, but {', '.join(sorted(tops))}: choose one with --data.split, or use all "
+            "without classes with --data.no-labels"
         )
     if not paths:
-        raise ValueError(f"{root} holds no images: it and its sub-folders have no file {' '.join(IMAGE_SUFFIXES)}")
+        raise ValueError(f"{root} contains no images: no file in it or below it ends in {' '.join(IMAGE_SUFFIXES)}")
     if labels and (root / _LABELS).is_file():
         return _listed(root, paths, limit)
     names = tuple(sorted({path.parts[0] for path in paths}))
@@ -115,13 +116,13 @@ def image_folder(root: Path, paths: Sequence[PurePath], split: str, labels: bool
     check_not_identifiers(f"{root}, with a sub-folder for each class,", len(names), len(paths))
     if all(re.fullmatch(r"\d{4,}", name) for name in names):
         warnings.warn(
-            f"the sub-folders {names[0]}, {names[1]}, ... of {root} are taken for classes: add --data.no-labels if "
-            "they are shards",
+            f"the sub-folders {names[0]}, {names[1]}, ... of {root} are used as classes: add --data.no-labels if they "
+            "are shards",
             HalfstepWarning,
             stacklevel=2,
         )
     classes = [list(group) for _, group in itertools.groupby(paths, key=lambda path: path.parts[0])]
-    # The first of each class, then the second of each, and so on.
+    # The first image of each class, then the second of each, and so on.
     in_turn = [path for row in itertools.zip_longest(*classes) for path in row if path is not None]
     paths = sorted(in_turn[:limit], key=lambda path: path.parts)
     numbers = {name: number for number, name in enumerate(names)}
@@ -135,20 +136,20 @@ def _listed(root: Path, paths: Sequence[PurePath], limit: int | None) -> Labelle
     rows = held.get("labels") if isinstance(held, dict) else None
     if rows is None:
         return Labelled(Files(root, tuple(paths[:limit])))
-    remedy = "mend it, or use --data.no-labels"
+    remedy = "repair it, or use --data.no-labels"
     try:
         known = {str(name): label for name, label in rows}
         listed = np.array([known[path.as_posix()] for path in paths])
     except KeyError as error:
         raise ValueError(f"{file} has no label for {error.args[0]}: {remedy}") from None
     except (TypeError, ValueError):
-        raise ValueError(f"{file} does not hold one [path, class] for each image: {remedy}") from None
+        raise ValueError(f"{file} does not contain one [path, class] for each image: {remedy}") from None
     labels, names = classes_of(str(file), listed, len(paths))
     return Labelled(Files(root, tuple(paths[:limit])), labels[:limit], names)
 
 
 def changed_since(source: str, moment: float) -> list[Path]:
-    """Return the files of a source on this machine, a file or a folder, that changed after `moment` (time.time())."""
+    """Return the files of a local source (a file or a folder) that changed after `moment` (time.time())."""
     root = Path(source).expanduser()
     paths = [root / path for path in files_below(root)] if root.is_dir() else [root]
     found = []
@@ -161,9 +162,9 @@ def changed_since(source: str, moment: float) -> list[Path]:
 
 
 def files_below(root: Path) -> list[PurePath]:
-    """Return the files below `root`, sorted, without hidden ones; follows links to folders, each folder once.
+    """Return the sorted files below `root`, without hidden ones; follows links to folders, but visits each folder once.
 
-    Folders of runs are left out: their samples are no data of the run that lies among its own.
+    Skips folders of runs, so that the samples of a run inside the data folder do not become training data.
     """
     found: list[PurePath] = []
     seen: set[str] = set()

@@ -1,7 +1,7 @@
-"""From encoded images to pixels, in memory or only when they are fetched.
+"""Decode images into pixels, once into memory or at each fetch.
 
-In this order: turn by the EXIF orientation where it can be read, lay transparency on white, convert channels, crop and
-resample. Only the first of several frames is read. An image that needs none of this keeps its pixels exactly.
+In this order: apply the EXIF orientation if it can be read, fill transparency with white, convert channels, crop and
+resample. Only the first of several frames is read. An image that needs none of these steps keeps its exact pixels.
 """
 
 import hashlib
@@ -53,10 +53,9 @@ _TURNS: Final = {
 }
 """The transposition that undoes each EXIF orientation; 1 and unknown numbers leave the pixels unchanged."""
 _ENDS: Final = ((b"\xff\xd8\xff", b"\xff\xd9"), (b"\x89PNG\r\n", b"IEND\xaeB`\x82"))
-"""First bytes of a format and the last of a whole file. Only other files, or those without that end, are decoded to
-learn whether they can be."""
+"""First bytes of a format, and last bytes of a complete file. Only files that do not match are decoded for a check."""
 _SHOWN: Final = 50
-"""Images that an error names; it counts the others."""
+"""Maximum number of images listed in an error; the others are counted."""
 
 
 def _workers() -> int:
@@ -70,13 +69,13 @@ _CHUNK: Final = 4096
 
 
 class TooDeep(ValueError):
-    """More bits than pixels have here. The intended white level is unknown, so nothing is scaled."""
+    """An image has more bits per channel than supported. Its white level is unknown, so it is not rescaled."""
 
 
 @final
 @dataclass(frozen=True)
 class Preparation:
-    """How an image becomes pixels; the fields are those of `DataConfig`."""
+    """The conversion of an image to pixels; the fields are those of `DataConfig`."""
 
     image_size: int | None = None
     resize: Resize = "crop"
@@ -84,16 +83,16 @@ class Preparation:
     channels: Channels | None = None
 
     def __call__(self, image: Image.Image) -> NDArray[np.uint8]:
-        """Pixels `[channels, height, width]`, both `image_size` if there is one; under "crop" the centre, undistorted.
+        """Return pixels `[channels, height, width]`, resized to `image_size` if set; "crop" keeps the aspect ratio.
 
         Raises:
-            TooDeep: if the image has more than 8 bits a channel, of which Pillow would keep the upper 8.
+            TooDeep: if the image has more than 8 bits per channel, of which Pillow would keep the upper 8.
         """
         is_deep = image.mode in ("I", "F") or image.mode.startswith("I;")
-        # Pillow shows 16 bits of colour as 8: only the raw mode that it decodes says so.
+        # Pillow converts 16-bit colour to 8 bits; only the raw mode of its decoder shows the original depth.
         if is_deep or (image.format in ("PNG", "TIFF") and any(";16" in str(tile.args) for tile in image.tile)):
             mode = image.mode if is_deep else "16 bits of colour"
-            raise TooDeep(f"has more than 8 bits a channel (mode {mode}): scale it to 8, or remove it")
+            raise TooDeep(f"has more than 8 bits per channel (mode {mode}): scale it to 8, or remove it")
         image = _upright(image)
         channels = self.channels or (1 if image.mode in _GREY else 3)
         if image.has_transparency_data:
@@ -106,7 +105,7 @@ class Preparation:
         return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
     def _box(self, width: int, height: int) -> tuple[int, int, int, int]:
-        """Return the box (left, upper, right, lower) to keep, in whole pixels so that none is blurred."""
+        """Return the box (left, upper, right, lower) to keep, in whole pixels to avoid blurring."""
         if self.resize == "stretch":
             return 0, 0, width, height
         side = min(width, height)
@@ -115,11 +114,11 @@ class Preparation:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Return the image turned by its EXIF orientation; as it is where that cannot be read."""
-    image.load()  # now, so that broken pixels are not taken for broken metadata
+    """Return the image with its EXIF orientation applied, or unchanged if the orientation cannot be read."""
+    image.load()  # outside of `try`, so that broken pixels are not mistaken for broken metadata
     try:
         turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # the parsers of EXIF and XMP raise whatever broken bytes lead them to
+    except Exception:  # broken EXIF and XMP data can raise any error
         turn = None
     return image if turn is None else image.transpose(turn)
 
@@ -132,23 +131,23 @@ class EncodedImages(ABC):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """Name of the image in an error."""
+        """Return the image's name for error messages."""
 
     @abstractmethod
     def read(self, indices: Sequence[int]) -> Sequence[Path | bytes]:
-        """The images as files to open, or as their bytes."""
+        """Return the images as files to open, or as their bytes."""
 
     @abstractmethod
     def subset(self, indices: Sequence[int]) -> "EncodedImages":
-        """The images at `indices`."""
+        """Return the images at `indices`."""
 
     @abstractmethod
     def sizes(self) -> Iterator[tuple[str, int]]:
-        """For each image a name that is the same on every machine, and its encoded size in bytes."""
+        """Yield a machine-independent name and the encoded size in bytes of each image."""
 
 
 class Labelled(NamedTuple):
-    """Encoded images and, if they have classes, the index of each one's class, int64 `[n]`, and the classes' names."""
+    """Encoded images and, if they have classes, the class index of each image, int64 `[n]`, and the class names."""
 
     images: EncodedImages
     labels: Tensor | None = None
@@ -158,12 +157,12 @@ class Labelled(NamedTuple):
 @final
 @dataclass(frozen=True, eq=False)
 class ImageFiles(Data):
-    """Images too many for memory, decoded by a few threads at each fetch.
+    """Images that do not fit into memory, decoded by a few threads at each fetch.
 
-    The fingerprint is that of names, sizes in bytes, labels and preparation, not of pixels.
+    The fingerprint covers names, sizes in bytes, labels and preparation, but not the pixels.
 
     Raises:
-        ValueError: if `prepare` leaves the size or the channels to the files, or labels are not indices of class_names.
+        ValueError: if `prepare` does not set size and channels, or labels are not indices of class_names.
     """
 
     source: str
@@ -176,8 +175,8 @@ class ImageFiles(Data):
     def __post_init__(self) -> None:
         if self.prepare.image_size is None or self.prepare.channels is None:
             raise ValueError(
-                f"{self.source} is too large for memory, so its {len(self)} images are decoded as they are needed and "
-                f"must be told a common form: give --data.image-size and --data.channels, or a larger --data.max-bytes"
+                f"{self.source} is too large for memory, so its {len(self)} images are decoded at each use and need a "
+                f"common size: give --data.image-size and --data.channels, or a larger --data.max-bytes"
             )
         check_labels(self.source, self.labels, self.class_names, len(self))
 
@@ -201,7 +200,7 @@ class ImageFiles(Data):
 
     def fetch(self, indices: Tensor) -> Batch:
         if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(self):
-            raise IndexError(f"{self.source} has {len(self)} samples, and indices {indices.tolist()} were requested")
+            raise IndexError(f"{self.source} has {len(self)} samples, but indices {indices.tolist()} were requested")
         pixels = []
         for one in _decode(self.images, indices.tolist(), self.prepare):
             if isinstance(one, ValueError):
@@ -212,14 +211,14 @@ class ImageFiles(Data):
 
 
 def decoded(source: str, found: Labelled, prepare: Preparation, max_bytes: int, skip_broken: bool = False) -> Data:
-    """Return the images as data: in memory if their pixels fit into `max_bytes`, else as `ImageFiles`.
+    """Return the images as data: in memory if their pixels fit into `max_bytes`, otherwise as `ImageFiles`.
 
     Args:
-        skip_broken: leave out images that cannot be read, with a warning that names them.
+        skip_broken: whether to skip unreadable images, with a warning that lists them.
 
     Raises:
-        ValueError: if images cannot be read, which it names, or none can; if one differs from the first in channels or
-            size; or as `ImageFiles`.
+        ValueError: if some images (listed in the message) or all cannot be read; if one differs from the first in
+            channels or size; or as `ImageFiles`.
     """
     images = found.images
     broken: dict[int, ValueError] = {}
@@ -228,7 +227,7 @@ def decoded(source: str, found: Labelled, prepare: Preparation, max_bytes: int, 
     for start in range(0, len(images), _CHUNK):
         indices = range(start, min(start + _CHUNK, len(images)))
         if first is None:
-            # The first that can be read decides whether all fit into memory.
+            # The size of the first readable image decides whether all fit into memory.
             for index in indices:
                 (pixels,) = _decode(images, [index], prepare)
                 if not isinstance(pixels, ValueError):
@@ -256,10 +255,10 @@ def decoded(source: str, found: Labelled, prepare: Preparation, max_bytes: int, 
 
 
 def _whole(source: str, found: Labelled, broken: dict[int, ValueError], skip: bool) -> Labelled:
-    """Return the images without the broken ones and the classes that had no others.
+    """Return the images without the broken ones, and without classes that are then empty.
 
     Raises:
-        ValueError: if there are any and they are not to be skipped, or nothing is left.
+        ValueError: if there are broken images and `skip` is not set, or no image remains.
     """
     if not broken:
         return found
@@ -268,11 +267,11 @@ def _whole(source: str, found: Labelled, broken: dict[int, ValueError], skip: bo
     more = f"; and {len(reasons) - _SHOWN} more" if len(reasons) > _SHOWN else ""
     count = f"{source} has {len(broken):,} of {len(images):,} images that cannot be read"
     if not skip or len(broken) == len(images):
-        remedy = "repair or remove" if skip else "leave them out with --data.skip-broken, or repair or remove"
+        remedy = "repair or remove" if skip else "skip them with --data.skip-broken, or repair or remove"
         if len(reasons) == 1:
-            raise broken.popitem()[1] if skip else ValueError(f"{reasons[0]}; or leave it out with --data.skip-broken")
+            raise broken.popitem()[1] if skip else ValueError(f"{reasons[0]}; or skip it with --data.skip-broken")
         raise ValueError(f"{count}; {remedy} them: {'; '.join(reasons[:_SHOWN])}{more}")
-    warnings.warn(f"{count} and are left out: {'; '.join(reasons[:_SHOWN])}{more}", HalfstepWarning, stacklevel=2)
+    warnings.warn(f"{count} and are skipped: {'; '.join(reasons[:_SHOWN])}{more}", HalfstepWarning, stacklevel=2)
     kept = [index for index in range(len(images)) if index not in broken]
     if labels is None:
         return Labelled(images.subset(kept))
@@ -280,19 +279,19 @@ def _whole(source: str, found: Labelled, broken: dict[int, ValueError], skip: bo
 
 
 def numbered(found: Labelled) -> Labelled:
-    """Return the images with those classes only that have one, numbered from 0 in their old order."""
+    """Return the images with only the non-empty classes, renumbered from 0 in their old order."""
     if found.labels is None:
         return found
     held, places = found.labels.unique(return_inverse=True)
     if len(held) == len(found.class_names) or int(held[0]) < 0 or int(held[-1]) >= len(found.class_names):
-        return found  # whole, or with a label that is refused later
+        return found  # no empty class, or a label that is rejected later
     return Labelled(found.images, places, tuple(found.class_names[number] for number in held.tolist()))
 
 
 def _cut(images: EncodedImages, prepare: Preparation) -> dict[int, ValueError]:
-    """Return the files that cannot be decoded, as far as their first and last bytes raise a doubt.
+    """Return the files that cannot be decoded, among those with suspicious first or last bytes.
 
-    Decoding all would take as long as an epoch. Images in tables are not looked at.
+    Decoding all files would take as long as an epoch. Images in tables are not checked.
     """
     broken: dict[int, ValueError] = {}
     if isinstance(images.read([0])[0], bytes):
@@ -326,7 +325,7 @@ def _is_doubtful(file: Path | bytes) -> bool:
 def _decode(
     images: EncodedImages, indices: Sequence[int], prepare: Preparation
 ) -> list[NDArray[np.uint8] | ValueError]:
-    """The pixels of the images at `indices`, or why they cannot be read, each thread decoding a share of them."""
+    """Return the pixels of the images at `indices`, or the errors; each thread decodes a share of the images."""
     files = images.read(indices)
     workers = _workers()
     share = max(1, -(-len(indices) // workers))
@@ -340,28 +339,28 @@ def _decode(
 
 
 def _open(file: Path | bytes, name: str, prepare: Preparation) -> NDArray[np.uint8] | ValueError:
-    """Return an image's pixels, or a ValueError that says in one line why it has none.
+    """Return an image's pixels, or a ValueError with one line on why it cannot be read.
 
     Raises:
-        OSError: if the disk is gone.
+        OSError: if the disk is no longer available.
     """
     try:
         if isinstance(file, Path) and not stat.S_ISREG(file.stat().st_mode):
-            # Opening a FIFO waits for a writer, for ever.
+            # Opening a FIFO would block until it has a writer.
             return ValueError(f"{name} is not a file but {_kind_of(file.stat().st_mode)}: remove it")
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=_FORMATS) as image:
             return prepare(image)
     except Exception as error:  # Pillow's decoders raise many types on damaged files
         if isinstance(error, OSError) and error.errno in GONE:
-            raise OSError(error.errno, f"{error.strerror}: the data are gone; bring them back", name) from None
+            raise OSError(error.errno, f"{error.strerror}: the data is gone. Restore it", name) from None
         if isinstance(error, TooDeep):
             return ValueError(f"{name} {error}")
         if isinstance(error, FileNotFoundError):
-            return ValueError(f"{name} is missing: bring it back, or remove what names it")
+            return ValueError(f"{name} is missing: restore it, or remove its entry")
         if isinstance(error, Image.DecompressionBombError):
             pixels = re.search(r"\d+", str(error))
             size = f"{int(pixels[0]):,} pixels" if pixels else "too many pixels"
-            return ValueError(f"{name} has {size}, too many to decode at each use: scale it down once")
+            return ValueError(f"{name} has {size}, too many to decode at each use: scale it down")
         if isinstance(error, UnidentifiedImageError):
             return ValueError(f"{name} {_unidentified(file)}")
         return ValueError(f"{name} cannot be decoded ({first_line(error)}): repair or remove it")
@@ -373,23 +372,23 @@ def _kind_of(mode: int) -> str:
 
 
 def _unidentified(file: Path | bytes) -> str:
-    """Return what a file is that Pillow does not know, and what to do about it."""
+    """Return the kind of a file that Pillow cannot identify, and what to do about it."""
     if isinstance(file, Path):
         with file.open("rb") as stream:
             file = stream.read(64)
     if not file:
         return "is empty: repair or remove it"
     if file.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
-        return "is a TIFF of a kind that cannot be read: save it as 8-bit RGB or grey, or remove it"
+        return "is a TIFF of an unsupported kind: save it as 8-bit RGB or grey, or remove it"
     if file[4:8] == b"ftyp":
-        return "holds a HEIC, an AVIF or a film: save it as JPEG or PNG, or remove it"
+        return "is a HEIC or AVIF image or a video: save it as JPEG or PNG, or remove it"
     if file.startswith(b"version https://git-lfs"):
-        return "is a pointer of Git LFS, not the image: run git lfs pull"
+        return "is a Git LFS pointer, not the image: run git lfs pull"
     return f"is not an image ({', '.join(_FORMATS)}): repair or remove it"
 
 
 def _unlike(source: str, name: str, shape: tuple[int, ...], other: str, other_shape: tuple[int, ...]) -> ValueError:
-    """The error for two images (channels, height, width) that do not fit into one array."""
+    """Return the error for two images with different shapes (channels, height, width)."""
     if shape[0] != other_shape[0]:
         kinds = {1: "grey", 3: "coloured"}
         return ValueError(

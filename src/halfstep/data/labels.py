@@ -1,4 +1,4 @@
-"""Labels as people write them, and the classes 0, 1, 2, ... that a network takes."""
+"""The user's labels, and the classes 0, 1, 2, ... that a network takes."""
 
 import warnings
 from typing import Any, Final
@@ -10,17 +10,17 @@ from torch import Tensor
 
 from halfstep.core.warnings import HalfstepWarning
 
-_REMEDY: Final = "use --data.no-labels to leave them out"
+_REMEDY: Final = "use --data.no-labels to ignore them"
 
 
 def classes_of(source: str, labels: NDArray[Any], length: int) -> tuple[Tensor, tuple[str, ...]]:
-    """Return the class of each sample, int64 `[length]`, and the labels that the classes stand for, in sorted order.
+    """Return the class of each sample, int64 `[length]`, and the label of each class, in sorted order.
 
-    Classes are numbered from 0 without gaps, whatever the labels are; a warning says so if the numbers differ.
+    Classes are numbered from 0 without gaps; warns if integer labels get different numbers.
 
     Raises:
-        ValueError: if labels are not one whole number from 0 up or one string for each sample, or nearly every sample
-            has one of its own.
+        ValueError: if labels are not one non-negative integer or string per sample, or nearly every sample has its own
+            label.
     """
     if labels.dtype.kind not in "iuUS" or labels.shape != (length,):
         raise ValueError(
@@ -33,8 +33,8 @@ def classes_of(source: str, labels: NDArray[Any], length: int) -> tuple[Tensor, 
     is_number = labels.dtype.kind in "iu"
     if is_number and held[0] < 0:
         raise ValueError(
-            f"{source} has labels below 0, the least is {held[0]} ({int((labels < 0).sum()):,} samples): number the "
-            f"classes from 0 up; or {_REMEDY}"
+            f"{source} has negative labels, the smallest is {held[0]} ({int((labels < 0).sum()):,} samples): number "
+            f"the classes from 0; or {_REMEDY}"
         )
     check_not_identifiers(source, len(held), length, f", from {held[0]} to {held[-1]}")
     names = tuple(map(str, held.tolist()))
@@ -49,7 +49,7 @@ def classes_of(source: str, labels: NDArray[Any], length: int) -> tuple[Tensor, 
 
 
 def check_not_identifiers(source: str, classes: int, length: int, shown: str = "") -> None:
-    """Raise ValueError if there are more than 10 classes of less than 2 samples on average."""
+    """Raise ValueError if there are more than 10 classes with fewer than 2 samples on average."""
     if classes > 10 and 2 * classes > length:
         raise ValueError(
             f"{source} has {classes:,} classes for {length:,} samples{shown}, so its labels are presumably "

@@ -1,13 +1,13 @@
-"""Latents and text conditions of captioned images, encoded once into a folder and read from there.
+"""Latents and text conditions of captioned images, encoded once into a folder and then read from it.
 
 FOLDER/
-  index.json                  `Index`: of which encoder and images, and a sha256 of each file below
+  index.json                  `Index`: the encoder, the images, and a sha256 of each file below
   null.safetensors            the conditions of the empty caption, one sample without the batch axis
   shard-00000.safetensors     latents [n, channels, height, width] and each condition [n, ...] of the first `shard_size`
   shard-00001.safetensors     images; and so on, in the order of the images
 
-The encoders are callables, independent of the libraries that they come from. Tensors are stored in the dtype of the
-encoder and floats are read as float32.
+The encoders are callables, independent of the libraries that provide them. Tensors are stored in the dtype of the
+encoder; floats are read as float32.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ from halfstep.runtime.processes import Processes
 from halfstep.runtime.tensors import write_tensors
 
 FORMAT: Final = 1
-"""The version of the layout; a reader refuses another."""
+"""The version of the format; other versions are rejected."""
 INDEX: Final = "index.json"
 NULL: Final = "null.safetensors"
 LATENTS: Final = "latents"
@@ -44,14 +44,14 @@ LATENTS: Final = "latents"
 @final
 @dataclass(frozen=True)
 class Encoder:
-    """Makes latents of images and conditions of captions, on any device."""
+    """Encodes images as latents and captions as conditions, on any device."""
 
     images: Callable[[Tensor], Tensor]
-    """float32 images `[n, 3, h, w]` in [-1, 1] -> latents `[n, c, h/8, w/8]`, scaled as the network takes them."""
+    """float32 images `[n, 3, h, w]` in [-1, 1] -> latents `[n, c, h/8, w/8]`, scaled as the network expects."""
     texts: Callable[[list[str]], dict[str, Tensor]]
     """n captions -> the conditions by name, each `[n, ...]` with one shape for all captions."""
     key: str
-    """Identifies weights and settings: equal if the encoders are."""
+    """Identifies weights and settings; equal encoders have equal keys."""
 
 
 class _Record(BaseModel):
@@ -59,12 +59,12 @@ class _Record(BaseModel):
 
 
 class Entry(_Record):
-    """A tensor of each sample."""
+    """A tensor stored for each sample."""
 
     shape: tuple[int, ...]
     """Shape of one sample."""
     dtype: str
-    """The stored torch dtype, by name."""
+    """Name of the stored torch dtype."""
 
 
 class Stored(_Record):
@@ -80,11 +80,11 @@ class Origin(_Record):
 
     count: int
     names: str
-    """A sha256 of their relative paths, in order."""
+    """The sha256 of their relative paths, in order."""
     contents: str
-    """A sha256 of their files' sizes and sha256, in order."""
+    """The sha256 of their files' sizes and sha256, in order."""
     captions: str
-    """A sha256 of their captions, in order."""
+    """The sha256 of their captions, in order."""
     preparation: dict[str, Any]
     """The fields of their `Preparation`."""
 
@@ -98,14 +98,14 @@ class Index(_Record):
     images: Origin
     shard_size: int
     class_names: tuple[str, ...] = ()
-    """For images of classes, whose captions are these names and whose conditions are `class_labels`."""
+    """For images with classes: the captions are these names, and the condition is `class_labels`."""
     tensors: dict[str, Entry] = {}
-    """The latents and conditions by name; empty until the first are encoded."""
+    """The latents and conditions by name; empty before the first batch is encoded."""
     null: Stored | None = None
     shards: tuple[Stored | None, ...]
 
     def places(self, number: int) -> range:
-        """Return the images of a shard."""
+        """Return the indices of a shard's images."""
         first = number * self.shard_size
         return range(first, min(first + self.shard_size, self.images.count))
 
@@ -135,7 +135,7 @@ class LatentData(Data):
 
     def fetch(self, indices: Tensor) -> Batch:
         if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(self):
-            raise IndexError(f"{self.source} has {len(self)} samples, and indices {indices.tolist()} were requested")
+            raise IndexError(f"{self.source} has {len(self)} samples, but indices {indices.tolist()} were requested")
         found = {
             name: torch.empty(len(indices), *entry.shape, dtype=_read_as(getattr(torch, entry.dtype)))
             for name, entry in self.index.tensors.items()
@@ -146,7 +146,7 @@ class LatentData(Data):
             rows = indices[places] % self.index.shard_size
             path = user_path(self.source) / shard_name(number)
             try:
-                # Opened for each batch, in microseconds: kept open, there would be as many files as shards.
+                # Opened for each batch, in microseconds, to avoid keeping a file open for every shard.
                 with safe_open(path, "pt") as file:
                     for name, value in found.items():
                         value[places] = file.get_tensor(name)[rows].to(value.dtype)
@@ -156,26 +156,26 @@ class LatentData(Data):
 
 
 def is_latents(path: Path) -> bool:
-    """Whether a folder is one that `encode` writes."""
+    """Whether a folder was written by `encode`."""
     return (path / INDEX).is_file() and ((path / NULL).is_file() or (path / shard_name(0)).is_file())
 
 
 def open_latents(folder: Path) -> LatentData:
-    """Open a folder that `encode` has finished. Sizes are checked now, contents only by `encode`.
+    """Open a folder that `encode` has finished. File sizes are checked here; only `encode` checks contents.
 
     Raises:
-        ValueError: if the folder is missing, is of another format, or is not finished.
-        DamagedFile: if a file is missing or has another size than when it was written.
+        ValueError: if the folder is missing, has another format, or is not finished.
+        DamagedFile: if a file is missing or its size has changed.
     """
     root = user_path(folder)
     if not (root / INDEX).is_file():
-        raise ValueError(f"{folder} holds no latents (it has no {INDEX}): give a folder that was encoded")
+        raise ValueError(f"{folder} contains no latents (no {INDEX}): give a folder written by halfstep encode")
     index = _read_index(root)
     if index.null is None or None in index.shards:
         written = sum(shard is not None for shard in index.shards)
         raise ValueError(
             f"{folder} is not finished ({written} of {len(index.shards)} shards): encode the same images into it "
-            f"again, which resumes where it stopped"
+            f"again, to resume"
         )
     for number, stored in enumerate(index.shards):
         if not _has_size(root / shard_name(number), stored):
@@ -196,22 +196,22 @@ def encode(
     class_names: Sequence[str] = (),
     processes: Processes | None = None,
 ) -> LatentData:
-    """Encode all images into `folder`, except those encoded there already, and return their latents and conditions.
+    """Encode all images that are not yet encoded in `folder`, and return the latents and conditions of all images.
 
-    Files are whole or absent, and a recorded shard is encoded again only if its content has changed. Repeat an
-    interrupted call to resume it with the first missing shard; given encoders that are functions of their batch, the
-    bytes are those of an uninterrupted call. No batch crosses shards.
+    Files are written atomically, and a recorded shard is encoded again only if its content has changed. Repeat an
+    interrupted call to resume it at the first missing shard. If the encoders are deterministic, the bytes are those of
+    an uninterrupted call. No batch crosses a shard boundary.
 
     Args:
-        on_progress: called with the number of images that are done and of all, at the start and after each batch.
-        class_names: for images of classes (`read_classes`), in the order of the encoder's `class_labels`.
-        processes: that share the batches of each shard; this one alone if None. The first writes.
+        on_progress: called with the numbers of finished and of all images, at the start and after each batch.
+        class_names: for images with classes (`read_classes`), in the order of the encoder's `class_labels`.
+        processes: those that share the batches of each shard; only this one if None. Rank 0 writes.
 
     Raises:
-        ValueError: in one line, if `folder` holds something else, latents of another encoder, of other images or in
-            shards of another size, or is being written by another process; if an image cannot be decoded or is not
-            RGB; or if the encoder returns other shapes than it should, or numbers that are not finite.
-        OSError: if the disk is full; the call may be repeated once it is not.
+        ValueError: in one line, if `folder` contains other files, or latents of another encoder, other images or
+            another shard size; if another process is writing to it; if an image cannot be decoded or is not RGB; or if
+            the encoder returns wrong shapes or non-finite values.
+        OSError: if the disk is full; the call can then be repeated.
     """
     for name, value in (("batch_size", batch_size), ("shard_size", shard_size)):
         if value < 1:
@@ -224,7 +224,7 @@ def encode(
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            raise InUse(f"{folder} is being written by another process: wait for it, or give another folder") from None
+            raise InUse(f"another process is writing to {folder}: wait for it, or give another folder") from None
         sweep(root)
         return _begin(images, encoder, root, shard_size, tuple(class_names))
 
@@ -238,24 +238,24 @@ def encode(
 
 
 def shard_name(number: int) -> str:
-    """Return the file name of a shard."""
+    """Return a shard's file name."""
     return f"shard-{number:05d}.safetensors"
 
 
 def _check_folder(root: Path) -> None:
-    """Raise ValueError unless the folder is absent, empty or begun by `encode`."""
+    """Raise ValueError unless the folder does not exist, is empty, or was started by `encode`."""
     if root.exists() and not root.is_dir():
         raise ValueError(f"{root} is a file: give a folder for the latents")
     if root.is_dir() and not (root / INDEX).exists():
         found = sorted(path.name for path in root.iterdir() if not path.name.startswith("."))
         if found:
-            raise ValueError(f"{root} holds other files, such as {found[0]}: give a new or an empty folder for latents")
+            raise ValueError(f"{root} contains other files, such as {found[0]}: give a new or empty folder for latents")
 
 
 def _begin(
     images: CaptionedImages | Prompts, encoder: Encoder, root: Path, shard_size: int, class_names: tuple[str, ...]
 ) -> Index:
-    """Return the index of the folder, written now if there is none, or only that of another try that made no shard."""
+    """Return the folder's index; write a new one if there is none, or only one of an attempt without any shard."""
     shards = (None,) * -(-len(images) // shard_size)
     now = Index(
         encoder=encoder.key, images=_origin(images), shard_size=shard_size, class_names=class_names, shards=shards
@@ -269,20 +269,21 @@ def _begin(
         return now
     remedy = "give another folder, or delete this one to encode again"
     if index.encoder != encoder.key:
-        raise ValueError(f"{root} holds latents of the encoder {index.encoder!r}, not of {encoder.key!r}: {remedy}")
+        raise ValueError(f"{root} contains latents of the encoder {index.encoder!r}, not of {encoder.key!r}: {remedy}")
     if index.shard_size != shard_size:
         raise ValueError(
-            f"{root} holds shards of {index.shard_size} samples, not of {shard_size}: keep that, or {remedy}"
+            f"{root} contains shards of {index.shard_size} samples, not of {shard_size}: keep that, or {remedy}"
         )
     if index.images != now.images:
         raise ValueError(
-            f"{root} holds latents of other images than {images.source}: {_differs(index.images, now.images)}; {remedy}"
+            f"{root} contains latents of images other than {images.source}: {_differs(index.images, now.images)}; "
+            f"{remedy}"
         )
     return index
 
 
 def _differs(then: Origin, now: Origin) -> str:
-    """Return the difference between two sets of images, in words."""
+    """Describe the difference between two sets of images."""
     if then.count != now.count:
         return f"{then.count} then and {now.count} now"
     if then.preparation != now.preparation:
@@ -303,7 +304,7 @@ def _origin(images: CaptionedImages | Prompts) -> Origin:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             contents = list(pool.map(lambda path: [path.stat().st_size, sha256_of(path)], paths))
     except OSError as error:
-        raise ValueError(f"{error.filename} cannot be read ({error.strerror}): list the images again") from error
+        raise ValueError(f"{error.filename} cannot be read ({error.strerror}): repeat the command") from error
     return Origin(
         count=len(images),
         names=_digest(path.as_posix() for path in images.files),
@@ -324,7 +325,7 @@ def _digest(values: Iterable[Any]) -> str:
 @final
 @dataclass
 class _Encoding:
-    """Fills a folder, recording each file once it is whole."""
+    """Fills a folder, and records each file when it is complete."""
 
     images: CaptionedImages | Prompts
     encoder: Encoder
@@ -343,7 +344,7 @@ class _Encoding:
                 done = self._write_shard(number, done)
 
     def _begun(self) -> tuple[Index, list[bool]]:
-        """Return the index with the conditions of the empty caption, and which shards are intact."""
+        """Return the index, with the conditions of the empty caption, and which shards are intact."""
         if not _is_intact(self.root / NULL, self.index.null):
             self._write_null()
         shards = enumerate(self.index.shards)
@@ -358,7 +359,7 @@ class _Encoding:
         self._record(null=_write(self.root / NULL, {name: value[0] for name, value in null.items()}))
 
     def _write_shard(self, number: int, done: int) -> int:
-        """Encode a shard; return the number of encoded images, which was `done`."""
+        """Encode a shard; return the number of images encoded so far, which was `done` before."""
         places = self.index.places(number)
         size = self.batch_size
         batches = [range(first, min(first + size, places.stop)) for first in range(places.start, places.stop, size)]
@@ -389,7 +390,7 @@ class _Encoding:
         x0 = self.images.loaded(part).fetch(torch.arange(len(part))).x0
         names = [str(self.images.files[index]) for index in part]
         if x0.shape[1] != 3:
-            raise ValueError(f"{names[0]} has {x0.shape[1]} channels, and encoders take 3: prepare with channels=3")
+            raise ValueError(f"{names[0]} has {x0.shape[1]} channels, but encoders take 3: prepare with channels=3")
         with torch.no_grad():
             latents = self.encoder.images(x0)
         if latents.ndim != 4 or not latents.is_floating_point():
@@ -400,37 +401,37 @@ class _Encoding:
         return self._known({LATENTS: latents, **conditions}, names)
 
     def _known(self, tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
-        """Check as `_checked`, and for the conditions of the empty caption; there may be none of it."""
+        """Apply `_checked`, and check for the same conditions as those of the empty caption, if it has any."""
         conditions, known = tensors.keys() - {LATENTS}, self.index.tensors.keys() - {LATENTS}
         if known and conditions != known:
             raise ValueError(
-                f"the encoder returned the conditions {_listed(conditions)} for {names[0]}, and {_listed(known)} for "
-                f"the empty caption: all captions need the same"
+                f"the encoder returned the conditions {_listed(conditions)} for {names[0]}, but {_listed(known)} for "
+                f"the empty caption: all captions need the same conditions"
             )
         return self._checked(tensors, names)
 
     def _checked(self, tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
-        """Check for one finite sample of one form for each name; return them on the CPU, with the form in the index."""
+        """Check that each name has a finite sample of the same shape and dtype; return all on the CPU."""
         found = {}
         for name, value in tensors.items():
             if value.ndim == 0 or len(value) != len(names):
                 raise ValueError(
-                    f"the encoder returned {name} of shape {tuple(value.shape)} for a batch of {len(names)}, the first "
-                    f"{names[0]}: the first axis is the batch"
+                    f"the encoder returned {name} of shape {tuple(value.shape)} for a batch of {len(names)} that "
+                    f"starts with {names[0]}: the first axis must be the batch"
                 )
             entry = Entry(shape=tuple(value.shape[1:]), dtype=str(value.dtype).removeprefix("torch."))
             known = self.index.tensors.get(name, entry)
             if entry != known:
                 remedy = "resize the images to one size" if name == LATENTS else "pad captions to one length"
                 raise ValueError(
-                    f"the encoder returned {name} {entry.dtype} {entry.shape} for {names[0]}, and {known.dtype} "
-                    f"{known.shape} before: {remedy}, or use the encoder that began the folder"
+                    f"the encoder returned {name} {entry.dtype} {entry.shape} for {names[0]}, but {known.dtype} "
+                    f"{known.shape} before: {remedy}, or use the encoder that started the folder"
                 )
             value = value.detach().cpu()
             if value.is_floating_point() and not (finite := value.isfinite().reshape(len(value), -1).all(1)).all():
                 raise ValueError(
                     f"the encoder returned {name} that are not finite for {names[int(finite.int().argmin())]}: "
-                    f"encode in float32 if it was a shorter type, or remove the sample"
+                    f"encode in float32, or remove the sample"
                 )
             found[name] = value
             self.index = self.index.model_copy(update={"tensors": {**self.index.tensors, name: entry}})
@@ -447,7 +448,7 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _read_as(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which a stored tensor is read."""
+    """Return the dtype to which a stored tensor is converted when read."""
     return torch.float32 if dtype.is_floating_point else dtype
 
 
@@ -456,7 +457,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor]) -> Stored:
 
 
 def _record(root: Path, index: Index) -> None:
-    """Write the index, which also reveals a file lost in a power cut."""
+    """Write the index, so that files lost in a power cut can be detected."""
     write_json(root / INDEX, index.model_dump(mode="json"))
 
 
@@ -477,7 +478,7 @@ def _read_index(root: Path) -> Index:
     except DamagedFile as error:
         raise DamagedFile(f"{error}: {remedy}") from None
     if isinstance(data, dict) and data.get("format") != FORMAT:
-        raise ValueError(f"{path} has format {data.get('format')}, this halfstep reads {FORMAT}: {remedy}")
+        raise ValueError(f"{path} has format {data.get('format')}, but this halfstep reads {FORMAT}: {remedy}")
     try:
         return Index.model_validate(data)
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""Data that the `datasets` library opens: folders of tables, folders that it saved, and names on the Hub."""
+"""Data opened with the `datasets` library: folders of tables, folders saved by it, and names on the Hub."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from halfstep.runtime.files import first_line, user_path
 @final
 @dataclass(frozen=True)
 class Column(EncodedImages):
-    """A column of encoded images in a `datasets.Dataset` of the arrow format."""
+    """A column of encoded images in a `datasets.Dataset` in arrow format."""
 
     source: str
     rows: Any
@@ -52,11 +52,11 @@ class Column(EncodedImages):
 
 
 def table(source: str, split: str, labels: bool, label_column: str | None, limit: int | None) -> Labelled:
-    """Return the images and labels of a folder or a name on the Hub; columns are found by type, not by name.
+    """Return the images and labels of a folder or a name on the Hub; finds columns by type, not by name.
 
     Raises:
-        ValueError: if it cannot be opened, has no such split or no rows in it, not exactly one Image column, or several
-            ClassLabel columns of which none is chosen.
+        ValueError: if it cannot be opened, the split does not exist or is empty, or it does not have exactly one Image
+            column, or has several ClassLabel columns and `label_column` is None.
     """
     import datasets
 
@@ -65,14 +65,14 @@ def table(source: str, split: str, labels: bool, label_column: str | None, limit
     classes = [name for name, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
     if len(images) != 1:
         columns = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in rows.features.items())
-        raise ValueError(f"{source} has {len(images)} Image columns and needs one; its columns are {columns}")
+        raise ValueError(f"{source} has {len(images)} Image columns, but needs exactly one; its columns are {columns}")
     if label_column is not None and label_column not in classes:
         known = ", ".join(classes) or "none"
         raise ValueError(f"{source} has no ClassLabel column {label_column!r} for --data.label-column (known: {known})")
     if labels and label_column is None and len(classes) > 1:
-        raise ValueError(f"{source} has the ClassLabel columns {', '.join(classes)}: choose one by --data.label-column")
+        raise ValueError(f"{source} has ClassLabel columns {', '.join(classes)}: choose one with --data.label-column")
     if len(rows) == 0:
-        raise ValueError(f"{source} holds no samples in its split {split!r}: at least 1 is needed")
+        raise ValueError(f"{source} has no samples in its split {split!r}: at least 1 is needed")
     encoded = rows.select_columns(images).cast_column(images[0], datasets.Image(decode=False)).with_format("arrow")
     column = Column(source, encoded, images[0])
     first = range(len(rows) if limit is None else min(limit, len(rows)))
@@ -81,14 +81,14 @@ def table(source: str, split: str, labels: bool, label_column: str | None, limit
     chosen = label_column or classes[0]
     numbers = rows.select_columns([chosen]).with_format("arrow")[:][chosen].fill_null(-1).to_numpy()
     whole = torch.from_numpy(np.array(numbers, np.int64))
-    # Classes without a sample would be sampled and measured although nothing trained them.
+    # Otherwise classes without a training sample would also be sampled and measured.
     found = numbered(Labelled(column, whole, tuple(rows.features[chosen].names)))
     assert found.labels is not None
     return Labelled(column.subset(first), found.labels[: len(first)], found.class_names)
 
 
 def is_saved(root: Path) -> bool:
-    """Whether `datasets` wrote the folder by save_to_disk."""
+    """Whether `datasets` wrote the folder with save_to_disk."""
     return any((root / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
@@ -101,8 +101,8 @@ def _open(source: str, split: str) -> Any:
         if not is_saved(root):
             return datasets.load_dataset(str(root.resolve()) if root.is_dir() else source, split=split)
         opened = datasets.load_from_disk(str(root))
-    except Exception as error:  # of many types: the network, the Hub, builders, parsers
-        where = "as a folder of tables" if root.is_dir() else "as a name on the Hub, and no such file or folder is here"
+    except Exception as error:  # errors of the network, the Hub, builders and parsers have many types
+        where = "as a folder of tables" if root.is_dir() else "as a name on the Hub, and is not a local file or folder"
         reason = first_line(error.__cause__ or error)
         raise ValueError(f"{source} (--data.split {split}) cannot be opened {where}: {reason}") from error
     splits = dict(opened) if isinstance(opened, datasets.DatasetDict) else {str(opened.split or "train"): opened}

@@ -1,4 +1,4 @@
-"""The border with other libraries' files: pipelines in and out, ONNX and web pages out, the authors' checkpoints in."""
+"""Import and export: diffusers pipelines both ways, ONNX and web pages out, the paper authors' checkpoints in."""
 
 from halfstep.hub.disk import networks_below
 from halfstep.hub.encoding import decoder_of, encoder_of, prompts_of, release_texts, text_conditions

@@ -1,4 +1,4 @@
-"""The card of an exported model: what it is, where it came from, how good, and how to use it."""
+"""The model card of an export: contents, origin, quality and usage."""
 
 import inspect
 from collections.abc import Sequence
@@ -14,16 +14,16 @@ _PIXELS: Final = {
     "DDPMPipeline": "batch_size=4, num_inference_steps={steps}",
     "ConsistencyModelPipeline": "{number}, class_labels={labels}, num_inference_steps={steps}",
 }
-"""Arguments of the call of a pixel pipeline."""
+"""Call arguments of a pixel pipeline."""
 
 
 def sigmas_of(num_steps: int) -> list[float]:
-    """Return the sigmas of our grid before the shift, which a scheduler of flow matching applies itself."""
+    """Return the sigmas of our grid before the shift, which a flow-matching scheduler applies itself."""
     return [1 - k / num_steps for k in range(num_steps)]
 
 
 def call_of(manifest: Manifest, num_steps: int) -> dict[str, Any]:
-    """Return the arguments, without prompts, with which the stock pipeline of a recorded model takes our steps."""
+    """Return the call arguments, without prompts, that make a recorded model's stock pipeline take our steps."""
     pipeline = manifest.pipeline
     assert pipeline is not None
     taken = inspect.signature(stock(pipeline.kind).__call__).parameters
@@ -41,7 +41,7 @@ def call_of(manifest: Manifest, num_steps: int) -> dict[str, Any]:
 
 
 def _call(manifest: Manifest, kind: str, steps: int = 4) -> str:
-    """The line of Python that samples; `steps` where the model was distilled for no number."""
+    """Return the line of Python that samples, with `steps` if the model has no number of steps of its own."""
     steps = manifest.num_steps or steps
     labels = list(range(min(4, manifest.num_classes)))
     if kind in _PIXELS:
@@ -61,7 +61,7 @@ def _call(manifest: Manifest, kind: str, steps: int = 4) -> str:
 
 
 def _python(value: Any) -> str:
-    """A value as Python writes it, without the last digits of floats."""
+    """Return a value as Python source, with floats rounded."""
     if isinstance(value, list):
         return f"[{', '.join(map(_python, value))}]"
     return f"{value:.6g}" if isinstance(value, float) else repr(value)
@@ -75,36 +75,37 @@ def model_card(
     metrics: Metrics | None,
     absent: Sequence[str] = (),
 ) -> str:
-    """Return README.md of an exported folder.
+    """Return the README.md of an exported folder.
 
     Args:
-        absent: parts that the pipeline can do without and the folder does not hold, which diffusers wants to be told.
+        absent: optional parts that are not in the folder; the call must pass None for them.
     """
     own, exact = manifest.num_steps, exact_steps(schedule)
     made = "A diffusion model" if own is None else f"A diffusion model that samples in {own} step{'s' * (own > 1)}"
     classes = f"{manifest.num_classes} classes" if manifest.num_classes else "no classes"
     conditions = f"; conditions {', '.join(manifest.conditions)}" if manifest.conditions else ""
-    steps = f"Distilled for **{own}**." if own else f"A {manifest.outcome.role} model: the more the better."
+    steps = f"Distilled for **{own}**." if own else f"A {manifest.outcome.role} model: more steps are better."
     exactly = ", ".join(map(str, exact[:12])) + ", ..." * (len(exact) > 12)
     refines = manifest.parent not in (None, manifest.teacher)
     started = f" and started from `{manifest.parent}`" if refines else ""
     notes, imports, line, is_flow = "", "", _call(manifest, kind, max(exact)), schedule.kind == FLOW
     if is_flow and "sigmas=" in line:
         notes += (
-            "\nThe scheduler's own spacing is another: pass `sigmas`, as above, with k / N falling from 1, before the "
-            "shift, which it applies itself.\n"
+            "\nThe scheduler's default spacing differs: pass `sigmas`, as above, with k / N decreasing from 1. These "
+            "are the values before the shift, which the scheduler applies.\n"
         )
     elif is_flow:
         notes += (
-            "\nThe scheduler's own spacing is another, and the pipeline takes no `sigmas`: bind them to the scheduler, "
-            "as above, with k / N falling from 1, before the shift, which it applies itself.\n"
+            "\nThe scheduler's default spacing differs, and the pipeline does not accept `sigmas`: bind them to the "
+            "scheduler, as above, with k / N decreasing from 1. These are the values before the shift, which the "
+            "scheduler applies.\n"
         )
         sigmas, imports = _python(sigmas_of(own or max(exact))), "from functools import partial\n\n"
         line = f"pipe.scheduler.set_timesteps = partial(pipe.scheduler.set_timesteps, sigmas={sigmas})\n{line}"
     if manifest.clip and kind == "DDIMPipeline":
         notes += (
-            "\nPass `use_clipped_model_output=True`: the model was measured with the noise derived again from the "
-            "clipped x0, which `DDIMScheduler` does only then.\n"
+            "\nPass `use_clipped_model_output=True`, so that `DDIMScheduler` recomputes the noise from the clipped x0, "
+            "as in the measurements of the model.\n"
         )
     return f"""\
 ---
@@ -114,8 +115,8 @@ tags: [diffusion, progressive-distillation, halfstep]
 
 # {name}
 
-{made}, made with halfstep by progressive distillation (Salimans & Ho 2022, arXiv:2202.00512) and exported as a stock
-`{kind}`. No code beyond diffusers is needed.
+{made}, trained with halfstep by progressive distillation (Salimans & Ho 2022, arXiv:2202.00512) and exported as a
+stock `{kind}`. It only needs diffusers.
 
 ```python
 {imports}import torch
@@ -127,7 +128,7 @@ pipe = {kind}.from_pretrained("{name}"{"".join(f", {part}=None" for part in abse
 
 ## What it is
 
-- Teacher: {manifest.source or "trained by halfstep"}; the chain began at {manifest.start_steps or "?"} steps; this \
+- Teacher: {manifest.source or "trained by halfstep"}; the chain started at {manifest.start_steps or "?"} steps; this \
 stage learned from `{manifest.teacher or "data"}`{started}, {manifest.num_updates:,} updates.
 - Data: {manifest.data or "not recorded"}.
 - Samples: {"images" if manifest.is_image else "latents"} of shape {list(manifest.shape)}; {classes}{conditions}.
@@ -136,8 +137,8 @@ stage learned from `{manifest.teacher or "data"}`{started}, {manifest.num_update
 
 ## Numbers of steps
 
-{steps} The exported scheduler uses exactly the times at which the model was distilled at {exactly} steps; at \
-others its timesteps are rounded.
+{steps} At {exactly} steps, the exported scheduler uses exactly the times at which the model was distilled; at \
+others, its timesteps are rounded.
 {notes}
 ## Guidance
 
@@ -148,9 +149,9 @@ others its timesteps are rounded.
 def lora_card(
     name: str, manifest: Manifest, pipeline: Pipeline, schedule: StockSchedule, precision: BasePrecision = "float32"
 ) -> str:
-    """Return README.md of a folder of low-rank additions to weights of a precision."""
+    """Return the README.md of a folder of LoRA weights for base weights of a precision."""
     lowered = CONFIGS.get(precision, "torch.bfloat16")
-    over = "" if precision == "float32" else f"\nThey were trained over weights in {precision} ({lowered}).\n"
+    over = "" if precision == "float32" else f"\nThey were trained on base weights in {precision} ({lowered}).\n"
     return f"""\
 ---
 library_name: diffusers
@@ -159,9 +160,9 @@ tags: [diffusion, progressive-distillation, halfstep, lora]
 
 # {name}
 
-Low-rank additions that make a `{pipeline.kind}` sample in {manifest.num_steps or 4} steps, made with halfstep by
-progressive distillation (Salimans & Ho 2022, arXiv:2202.00512). They belong to the weights of `{pipeline.folder}` and
-to the scheduler in this folder: it predicts {manifest.prediction["type"]}, which the original may not.
+LoRA weights for sampling a `{pipeline.kind}` in {manifest.num_steps or 4} steps, trained with halfstep by
+progressive distillation (Salimans & Ho 2022, arXiv:2202.00512). Use them with the weights of `{pipeline.folder}` and
+with the scheduler in this folder: the student predicts {manifest.prediction["type"]}, and the original model may not.
 {over}
 ```python
 import torch
@@ -192,5 +193,5 @@ def _quality(metrics: Metrics) -> str:
 | sampler | steps | network calls | Frechet distance | KID | distance to the teacher (RMSE) |
 |---|---|---|---|---|---|
 {"".join(rows)}
-Protocol: {protocol}. Figures of another protocol must not be compared with these.
+Protocol: {protocol}. Do not compare these figures with those of another protocol.
 """

@@ -1,8 +1,8 @@
-"""Parts of a pipeline on disk: the only place where their folders are opened and their weights checked.
+"""Reading and checking of pipeline parts on disk; no other module opens their folders.
 
-Only safetensors are read: nothing is unpickled, no code of a folder is run, and no file outside it is opened. A part
-whose tensors are not exactly those of its class is refused; diffusers and transformers would fill the gaps with random
-values.
+Only safetensors are read: nothing is unpickled, no code from a folder is run, and no file outside it is opened. A part
+is rejected unless its tensors are exactly those of its class; diffusers and transformers would fill missing tensors
+with random values.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from halfstep.runtime.files import DamagedFile, read_json, sha256_of, user_path
 from halfstep.runtime.tensors import check_finite
 
 PICKLED: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-"""Suffixes of weights that run code when they are read."""
+"""Suffixes of weights that can run code when loaded."""
 WRAPPERS: Final = {
     "_orig_mod.": "torch.compile",
     "module.": "DataParallel or DistributedDataParallel",
@@ -34,66 +34,66 @@ WRAPPERS: Final = {
     "model.": "a training module",
     "net.": "a training module",
 }
-"""Prefixes that wrappers put before the names of all tensors, and which wrapper."""
+"""Prefixes that wrappers add to all tensor names, and the wrapper of each."""
 ADAPTER: Final = ".base_layer."
-"""Part that peft inserts into the names of layers with an adapter."""
+"""Name part that peft inserts for adapted layers."""
 AVERAGED: Final = {
     "decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup",
 }  # fmt: skip
-"""Fields that diffusers' `EMAModel` adds to a network's config."""
+"""Config fields that diffusers' `EMAModel` adds."""
 OLD_NAMES: Final = {"Transformer2DModel": ("DiTTransformer2DModel", "PixArtTransformer2DModel")}
-"""Classes as which older files declare a network, and the classes that read it today."""
+"""Class names in older files, and the classes that read them today."""
 
 
 def read_config(file: Path) -> dict[str, Any]:
     """Return the JSON object in a file.
 
     Raises:
-        DamagedFile: if it is none.
+        DamagedFile: if it does not contain one.
     """
     data = read_json(file)
     if not isinstance(data, dict):
-        raise DamagedFile(f"{file} does not hold a config")
+        raise DamagedFile(f"{file} does not contain a config")
     return data
 
 
 def refuse_single_file(source: str) -> None:
-    """Raise ValueError if `source` names a checkpoint in one file, with the call of diffusers that converts it."""
+    """Raise ValueError if `source` is a single-file checkpoint; the message has the diffusers call that converts it."""
     path = user_path(source)
     convert = f'diffusers\' StableDiffusionPipeline.from_single_file("{path}").save_pretrained("FOLDER")'
     if path.suffix in PICKLED:
         raise ValueError(
-            f"{source} is pickled and could run code when it is read, so halfstep does not. Convert it where you trust "
-            f"it, for example by {convert}"
+            f"{source} is pickled and could run code when loaded, so halfstep does not read it. If you trust it, "
+            f"convert it, for example with {convert}"
         )
     if path.suffix == ".safetensors":
         raise ValueError(
-            f"{source} is a checkpoint in one file, without configs. Convert it with its pipeline's class, for example "
-            f"by {convert}, and give that folder"
+            f"{source} is a single-file checkpoint without configs. Convert it with its pipeline's class, for example "
+            f"with {convert}, and give that folder"
         )
 
 
 def check_config(folder: Path, name: str) -> dict[str, Any]:
-    """Return the config of the network of diffusers' class `name` in `folder`.
+    """Return the config in `folder` of a network of the diffusers class `name`.
 
     Raises:
-        ValueError: if it is missing, wants code of its own, or declares another class.
+        ValueError: if it is missing, requires custom code, or declares another class.
     """
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} has no config.json: the pipeline was not saved whole")
+        raise ValueError(f"{folder} has no config.json: the pipeline was not saved completely")
     config = read_config(folder / "config.json")
     if "auto_map" in config:
-        raise ValueError(f"{folder} wants code of its own to be run (auto_map), which halfstep refuses")
+        raise ValueError(f"{folder} requires custom code (auto_map), which halfstep does not run")
     declared = config.get("_class_name")
     if declared != name and name not in OLD_NAMES.get(str(declared), ()):
-        raise ValueError(f"{folder} holds a {declared}, but a {name} is needed here")
+        raise ValueError(f"{folder} contains a {declared}, but a {name} is needed here")
     return config
 
 
 def known_fields(config: Mapping[str, Any], folder: Path, name: str) -> dict[str, Any]:
-    """Return the fields of a config that the class `name` of diffusers takes; warn of the others, as diffusers does.
+    """Return the config fields that the diffusers class `name` accepts; warn about the others, as diffusers does.
 
-    Fields of `EMAModel`, and fields of an older class that are off, have no effect and pass in silence.
+    Fields of `EMAModel`, and disabled fields of an older class, have no effect and are ignored silently.
     """
     takes = set(inspect.signature(stock(name).__init__).parameters)
     config = {field: value for field, value in config.items() if field != "quantization_config"}
@@ -113,8 +113,8 @@ def known_fields(config: Mapping[str, Any], folder: Path, name: str) -> dict[str
     if foreign:
         fields = ", ".join(f"{field} = {config[field]!r}" for field in foreign)
         warnings.warn(
-            f"{folder}/config.json has fields that {name} of this diffusers does not know, and that are ignored: "
-            f"{fields}. Update diffusers if they matter",
+            f"{folder}/config.json has fields that {name} in this diffusers version does not support, so they are "
+            f"ignored: {fields}. Update diffusers if they matter",
             HalfstepWarning,
             stacklevel=3,
         )
@@ -122,50 +122,50 @@ def known_fields(config: Mapping[str, Any], folder: Path, name: str) -> dict[str
 
 
 HALVES: Final = ("fp16", "bf16")
-"""Variants whose weights are read where there are no others."""
+"""Variants that are read if there are no weights without a variant."""
 
 
 def weights_of(folder: Path) -> list[Path]:
-    """Return the safetensors of a part, sorted by name: without a variant, or else in half precision."""
+    """Return the safetensors files of a part, sorted by name: without a variant, otherwise in half precision."""
     held = sorted(folder.glob("*.safetensors"))
     variant = variant_of(folder) or ""
     return [file for file in held if _variant(file.name) == variant]
 
 
 def variant_of(folder: Path) -> str | None:
-    """Return the variant of the weights that are read; None for those without."""
+    """Return the variant of the weights that are read; None if they have none."""
     held = {_variant(file.name) for file in folder.glob("*.safetensors")}
     return None if "" in held else next((variant for variant in HALVES if variant in held), None)
 
 
 def without_variant(text: str, folder: Path) -> str:
-    """Return the name of a file of a part, or the text of its index, as it is without a variant."""
+    """Remove the variant from the name of a part's file, or from the text of its index."""
     variant = variant_of(folder)
     return text if variant is None else text.replace(f".{variant}.", ".").replace(f".{variant}-", "-")
 
 
 def digest_of(folder: Path) -> str:
-    """Return the digest of all weights of a part, so that other weights in the same folder make another run."""
+    """Return the digest of a part's weights, so that a run with different weights in the same folder is detected."""
     digests = [sha256_of(file) for file in weights_of(folder)]
     return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 
 def _variant(name: str) -> str:
-    """The variant in a file's name: fp16 in model.fp16.safetensors and model.fp16-00001-of-00002.safetensors."""
+    """Return the variant in a file name: fp16 in model.fp16.safetensors and model.fp16-00001-of-00002.safetensors."""
     _, _, behind = name.removesuffix(".safetensors").partition(".")
     return behind.split("-")[0]
 
 
 def check_files(folder: Path, kind: str) -> None:
-    """Pass if a part has its weights as safetensors under the names that are read, and nothing else would be read.
+    """Check that a part has safetensors weights with the names that are read, and that no other files would be read.
 
     Args:
         kind: library and class of the part, such as "diffusers.UNet2DModel".
 
     Raises:
-        ValueError: if it has none, only pickled ones, or only those of another variant than fp16 and bf16; saying how
-            to convert them. If an
-            index or config names other files, or the tensors of a shard are not those that the index lists.
+        ValueError: if it has no weights, only pickled ones, or only a variant other than fp16 and bf16 (the message
+            says how to convert them); if an index or config refers to other files; or if the tensors of a shard are
+            not those that the index lists.
     """
     _check_indirection(folder)
     found = sorted(file.name for file in folder.glob("*.safetensors"))
@@ -174,36 +174,36 @@ def check_files(folder: Path, kind: str) -> None:
     if found:
         variant = _variant(found[0])
         raise ValueError(
-            f"{folder} has weights of the variant {variant} alone ({found[0]}): save them without it, for example "
+            f"{folder} only has weights of the variant {variant} ({found[0]}): save them without it, for example "
             f'{kind}.from_pretrained(FOLDER, variant="{variant}").save_pretrained(FOLDER)'
         )
     pickled = sorted(file.name for file in folder.glob("*") if file.suffix in PICKLED)
     if pickled:
         raise ValueError(
-            f"{folder} has its weights pickled ({pickled[0]}), which could run code when they are read: convert them "
-            f"where you trust them, for example {kind}.from_pretrained(FOLDER).save_pretrained(FOLDER, "
+            f"{folder} has pickled weights ({pickled[0]}), which could run code when loaded: if you trust them, "
+            f"convert them, for example with {kind}.from_pretrained(FOLDER).save_pretrained(FOLDER, "
             "safe_serialization=True)"
         )
     raise ValueError(
-        f"{folder} has no weights (.safetensors): save the pipeline with them, as {kind}.from_pretrained(SOURCE)"
-        ".save_pretrained(FOLDER) does, where you trust what it may have pickled"
+        f"{folder} has no weights (.safetensors): save the pipeline with them. If you trust the source, which may be "
+        f"pickled, use {kind}.from_pretrained(SOURCE).save_pretrained(FOLDER)"
     )
 
 
 def _check_indirection(folder: Path) -> None:
-    """Refuse what makes a library read other files than the safetensors that lie here."""
+    """Reject anything that makes a library read files other than the safetensors in this folder."""
     for file in sorted(folder.glob("*.safetensors")):
         if not file.is_file():
             raise ValueError(f"{file} is not a file. Save the pipeline again")
     if (folder / "adapter_config.json").exists():
         raise ValueError(
-            f"{folder} holds an adapter (adapter_config.json), which names the weights it is added to. Merge it "
+            f"{folder} contains an adapter (adapter_config.json), which refers to its base weights. Merge it "
             "(model.merge_and_unload()), and save the result"
         )
     config = folder / "config.json"
     for field in ("auto_map", "transformers_weights"):
         if config.is_file() and read_config(config).get(field) is not None:
-            raise ValueError(f"{config} names other files to be read ({field}), which halfstep refuses. Remove it")
+            raise ValueError(f"{config} refers to other files ({field}), which halfstep does not read. Remove it")
     for index in sorted(folder.glob("*.safetensors.index*.json")):
         listed = read_config(index).get("weight_map")
         if not isinstance(listed, dict) or not listed:
@@ -211,7 +211,7 @@ def _check_indirection(folder: Path) -> None:
         shards: dict[str, set[str]] = {}
         for tensor, name in listed.items():
             shards.setdefault(str(name), set()).add(tensor)
-        # All names first: one that leads elsewhere says more than a shard that does not fit.
+        # Check all names first, because a name outside the folder is a clearer error than a shard that does not match.
         for name in sorted(shards):
             _check_shard_name(index, name)
         for name, tensors in sorted(shards.items()):
@@ -221,11 +221,11 @@ def _check_indirection(folder: Path) -> None:
 def _check_shard_name(index: Path, name: str) -> None:
     if name != Path(name).name or "\\" in name or not name.endswith(".safetensors"):
         raise ValueError(
-            f"{index} names the shard {name!r}, and only .safetensors beside it are read. Save the pipeline again with "
-            "save_pretrained(FOLDER, safe_serialization=True), where you trust it"
+            f"{index} lists the shard {name!r}, but only .safetensors files next to it are read. If you trust it, save "
+            "the pipeline again with save_pretrained(FOLDER, safe_serialization=True)"
         )
     if not index.with_name(name).is_file():
-        raise DamagedFile(f"{index.with_name(name)} is missing, a shard of {index.name}. Copy the whole folder")
+        raise DamagedFile(f"{index.with_name(name)}, a shard of {index.name}, is missing. Copy the whole folder")
 
 
 def _check_shard(index: Path, name: str, tensors: set[str]) -> None:
@@ -233,7 +233,7 @@ def _check_shard(index: Path, name: str, tensors: set[str]) -> None:
     held = _names_in(file)
     if held != tensors:
         lacks, extra = tensors - held, held - tensors
-        what = f"lacks {min(lacks)}" if lacks else f"holds {min(extra)}"
+        what = f"lacks {min(lacks)}" if lacks else f"contains {min(extra)}"
         raise DamagedFile(f"{file} {what}, unlike its index ({index.name}). Save the pipeline again")
 
 
@@ -248,14 +248,14 @@ def _names_in(file: Path) -> set[str]:
 def open_part(folder: Path, kind: str) -> Any:
     """Load the network, VAE or text encoder of the class `kind` in `folder`, in float32 on the CPU.
 
-    Its tensors are exactly those of its class, and finite.
+    Its tensors must be exactly those of its class, and finite.
 
     Args:
         kind: library and class, such as "transformers.CLIPTextModel".
 
     Raises:
-        ValueError: if its files are refused (see `check_files`), or (DamagedFile) its weights cannot be read, are not
-            those of its class, or are not finite; the message names the first such tensor.
+        ValueError: if its files are rejected (see `check_files`), or (DamagedFile) its weights cannot be read, are not
+            those of its class, or are not finite; the message gives the first such tensor.
     """
     check_files(folder, kind)
     library, _, name = kind.rpartition(".")
@@ -263,13 +263,13 @@ def open_part(folder: Path, kind: str) -> Any:
     with quiet():
         made = getattr(importlib.import_module(library), name, None)
     if made is None:
-        raise ValueError(f"{folder} holds a {name}, which this {library} does not know. Update {library}")
+        raise ValueError(f"{folder} contains a {name}, which this {library} does not support. Update {library}")
     if (quantised := read_config(folder / "config.json").get("quantization_config")) is not None:
         part, missing, unexpected = _opened_quantised(folder, made, quantised)
         _check_names(folder, name, held, missing, unexpected)
         check_finite(part.state_dict(), folder)
         return part
-    # diffusers wants the other way for classes that keep some layers in float32.
+    # Classes that keep some layers in float32 do not support low_cpu_mem_usage=False.
     is_plain = issubclass(made, stock("ModelMixin")) and not made._keep_in_fp32_modules
     options: dict[str, Any] = {"low_cpu_mem_usage": False} if is_plain else {}
     if (variant := variant_of(folder)) is not None:
@@ -284,26 +284,25 @@ def open_part(folder: Path, kind: str) -> Any:
                 output_loading_info=True,
                 **options,
             )
-    except Exception as error:  # whatever diffusers, transformers, safetensors or a wrong shape raise
+    except Exception as error:  # any error of diffusers, transformers, safetensors, or from a wrong shape
         raise DamagedFile(f"{folder} cannot be read as a {name} ({in_one_line(error)})") from None
     if type(part).__name__ != name:
-        raise ValueError(f"{folder} holds a {type(part).__name__}, but a {name} is needed here")
+        raise ValueError(f"{folder} contains a {type(part).__name__}, but a {name} is needed here")
     _check_names(folder, name, held, facts["missing_keys"], facts["unexpected_keys"])
     check_finite(part.state_dict(), folder)
     return part
 
 
 def _opened_quantised(folder: Path, made: Any, told: Mapping[str, Any]) -> tuple[Any, list[str], list[str]]:
-    """Return a part that was saved in fewer bits, in float32 as what its weights stand for, and its missing and
-    unexpected tensors.
+    """Return a quantised part, dequantised to float32, and its missing and unexpected tensors.
 
     Raises:
-        ValueError: if its weights are not those of bitsandbytes, or that is not installed.
+        ValueError: if it was not quantised by bitsandbytes, or bitsandbytes is not installed.
     """
     method = told.get("quant_method")
     if method != "bitsandbytes":
         raise ValueError(
-            f"{folder} is quantised by {method}, and only weights of bitsandbytes are read. Save it in full precision"
+            f"{folder} is quantised by {method}, but only bitsandbytes is supported. Save it in full precision"
         )
     try:
         state = _dequantised({name: value for file in weights_of(folder) for name, value in load_file(file).items()})
@@ -325,7 +324,7 @@ def _opened_quantised(folder: Path, made: Any, told: Mapping[str, Any]) -> tuple
 
 
 def _dequantised(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors in float32, of those that bitsandbytes has saved in 8 or 4 bits."""
+    """Convert tensors that bitsandbytes saved in 8 or 4 bits to float32."""
     from bitsandbytes import functional
 
     found: dict[str, Tensor] = {}
@@ -355,7 +354,7 @@ def _check_names(folder: Path, name: str, held: set[str], missing: Iterable[str]
     wrapper = next((prefix for prefix in WRAPPERS if held and all(one.startswith(prefix) for one in held)), None)
     remedy = f"Save the {name} again with save_pretrained, or copy the whole folder"
     if wrapper is not None:
-        # Reading all bytes first, because load_file maps the file that is written.
+        # The command reads all bytes first, because load_file would map the file that it overwrites.
         remedy = f"All names start with {wrapper!r}, which {WRAPPERS[wrapper]} adds. Save the module inside it" + (
             ""
             if any(folder.glob("*.index.json"))
@@ -365,14 +364,14 @@ def _check_names(folder: Path, name: str, held: set[str], missing: Iterable[str]
         )
     elif any(ADAPTER in one for one in held):
         remedy = (
-            f"The weights carry an adapter (names with {ADAPTER[1:-1]}): merge it before saving, by "
+            f"The weights contain an adapter (names with {ADAPTER[1:-1]}): merge it before saving, with "
             "pipe.fuse_lora() and pipe.unload_lora_weights(), or model.merge_and_unload()"
         )
     raise DamagedFile(f"{folder} has {' and '.join(facts)} as a {name}. {remedy}")
 
 
 def open_pipeline(folder: Path, kind: str, parts: Mapping[str, Any]) -> Any:
-    """Load the pipeline `kind` in `folder` with these parts, opened by `open_part`, or None for none; other parts hold
+    """Load the pipeline `kind` in `folder` with these parts, opened by `open_part` or None if absent; all others have
     no weights.
 
     Raises:
@@ -383,31 +382,30 @@ def open_pipeline(folder: Path, kind: str, parts: Mapping[str, Any]) -> Any:
             return stock(kind).from_pretrained(
                 folder, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32, **parts
             )
-    except Exception as error:  # whatever diffusers and transformers raise
+    except Exception as error:  # any error of diffusers and transformers
         raise DamagedFile(f"the pipeline in {folder} cannot be read ({in_one_line(error)})") from None
 
 
 def plain_network(folder: Path) -> Path | None:
-    """Return the folder of a network without a model_index.json: `folder` itself, its unet or its transformer."""
+    """Return the folder of a network saved without a pipeline: `folder` itself, its unet or its transformer."""
     places = [place for name in ("unet", "transformer") for place in (folder / name, folder / f"{name}_ema")]
     return next((place for place in (folder, *places) if (place / "config.json").is_file()), None)
 
 
 def averaged_beside(network: Path) -> Path | None:
-    """Return the folder of the averaged weights (EMA) beside those of a network; None if there is none."""
+    """Return the folder of averaged weights (EMA) next to a network's folder, or None."""
     place = network.with_name(f"{network.name}_ema")
     return place if (place / "config.json").is_file() else None
 
 
 def scheduler_beside(folder: Path, network: Path) -> Path | None:
-    """Return the scheduler's config of a network without a pipeline: in `folder`, or beside the network."""
+    """Return the scheduler config for a network without a pipeline, in `folder` or next to the network."""
     places = (folder / "scheduler", folder, network, network.parent / "scheduler", network.parent)
     return next((file for place in places if (file := place / "scheduler_config.json").is_file()), None)
 
 
 def networks_below(folder: Path) -> list[Path]:
-    """Return the folders directly below `folder` that hold a pipeline or a network, such as checkpoint-500, the latest
-    last."""
+    """Return the direct sub-folders with a pipeline or a network, such as checkpoint-500, the latest last."""
     below = [place for place in folder.iterdir() if place.is_dir()] if folder.is_dir() else []
     found = [p for p in below if (p / "model_index.json").is_file() or plain_network(p) is not None]
     return sorted(found, key=lambda place: (place.stat().st_mtime, place.name))

@@ -1,4 +1,4 @@
-"""A pipeline's own parts as callables: images to latents and back, texts to conditions."""
+"""A pipeline's own encoders and decoder as callables: images to latents and back, texts to conditions."""
 
 import inspect
 import json
@@ -23,11 +23,11 @@ from halfstep.runtime.files import sha256_of
 def encoder_of(model: Model, device: str | torch.device = "cpu", class_names: Sequence[str] = ()) -> Encoder:
     """Return the encoder of an imported model's pipeline.
 
-    The latent of an image is the mean of the VAE's distribution, shifted and scaled as the network takes it.
+    The latent of an image is the mean of the VAE's distribution, shifted and scaled as the network expects.
 
     Args:
-        class_names: of a model of classes, whose captions are these names and become `class_labels`; the empty caption
-            becomes the class behind the network's last, which stands for none.
+        class_names: for a class-conditional model, the captions, which are encoded as `class_labels`; the empty caption
+            is encoded as the null class, which comes after the network's last class.
 
     Raises:
         ValueError: if a part is missing, or the network has fewer classes.
@@ -36,7 +36,7 @@ def encoder_of(model: Model, device: str | torch.device = "cpu", class_names: Se
     folder = fetch(pipeline.folder)
     if manifest.num_classes < len(class_names):
         raise ValueError(
-            f"the network in {folder} knows {manifest.num_classes} classes, but the images have {len(class_names)}"
+            f"the network in {folder} has {manifest.num_classes} classes, but the images have {len(class_names)}"
         )
     numbers = {name: number for number, name in enumerate(class_names)} | {"": manifest.num_classes}
     vae, shift, scale = _vae(folder, device)
@@ -58,10 +58,10 @@ def encoder_of(model: Model, device: str | torch.device = "cpu", class_names: Se
 
 
 def prompts_of(model: Model, device: str | torch.device = "cpu") -> Encoder:
-    """Return the encoder of texts alone of an imported model's pipeline.
+    """Return the text-only encoder of an imported model's pipeline.
 
     Raises:
-        ValueError: at the call, if a text encoder is missing.
+        ValueError: when called, if a text encoder is missing.
     """
 
     def texts(captions: list[str]) -> dict[str, Tensor]:
@@ -78,15 +78,15 @@ def prompts_of(model: Model, device: str | torch.device = "cpu") -> Encoder:
 
 def _pipeline_of(manifest: Manifest) -> Pipeline:
     if manifest.pipeline is None:
-        raise ValueError(f"the pipeline that {manifest.stage} came from is not known: import it from its pipeline")
+        raise ValueError(f"the pipeline of {manifest.stage} is unknown: import the model from its pipeline")
     return manifest.pipeline
 
 
 def _vae(folder: Path, device: str | torch.device) -> tuple[Any, float, float]:
-    """The VAE of a pipeline, the shift and the scale of its latents."""
+    """Return a pipeline's VAE, and the shift and the scale of its latents."""
     place, kind = folder / "vae", "AutoencoderKL"
     if not place.is_dir():
-        raise ValueError(f"{folder} has no vae, which makes images of latents and back: save the pipeline with it")
+        raise ValueError(f"{folder} has no vae, which is needed to encode and decode images: save the pipeline with it")
     vae = open_part(place, f"diffusers.{kind}").eval().to(device)
     return vae, float(vae.config.get("shift_factor") or 0.0), float(vae.config.scaling_factor)
 
@@ -95,7 +95,7 @@ def _vae(folder: Path, device: str | torch.device) -> tuple[Any, float, float]:
 def text_conditions(
     manifest: Manifest, captions: Sequence[str], device: str | torch.device = "cpu"
 ) -> dict[str, Tensor]:
-    """Return the conditions of captions by name, each `[len(captions), ...]`, as the model's pipeline feeds them.
+    """Return the conditions of captions by name, each `[len(captions), ...]`, as the model's pipeline passes them.
 
     Raises:
         ValueError: if the package transformers or a text encoder is missing.
@@ -111,23 +111,23 @@ def text_conditions(
 
 
 def release_texts() -> None:
-    """Free the text encoders that `text_conditions` keeps from call to call."""
+    """Free the text encoders that `text_conditions` keeps between calls."""
     _text_pipeline.cache_clear()
 
 
 @lru_cache(maxsize=1)
 def _text_pipeline(folder: Path, kind: str, device: torch.device) -> Any:
-    """The pipeline without the weights of its denoiser."""
+    """Return the pipeline without the weights of its denoiser."""
     if find_spec("transformers") is None:
-        raise ValueError("a model of texts needs the package transformers: pip install 'halfstep[text]'")
+        raise ValueError("a text-conditioned model needs the package transformers: pip install 'halfstep[text]'")
     return load_pipeline(folder, kind, device, is_whole=False)
 
 
 def decoder_of(manifest: Manifest, device: str | torch.device = "cpu") -> Callable[[Tensor], Tensor]:
-    """Return the map from latents `[n, c, h, w]` to images `[n, 3, H, W]` in [-1, 1] by the pipeline's VAE.
+    """Return a function that decodes latents `[n, c, h, w]` to images `[n, 3, H, W]` in [-1, 1] with the model's VAE.
 
     Raises:
-        ValueError: if it has none, or its latents are not images of channels.
+        ValueError: if there is no VAE, or the latents do not have the shape of images.
     """
     vae, shift, scale = _vae(fetch(_pipeline_of(manifest).folder), device)
 

@@ -1,8 +1,8 @@
-"""Export: a stage as a pipeline of stock diffusers, with a card that says how to use it.
+"""Export of a stage as a stock diffusers pipeline, with a model card that explains its use.
 
-An image model without classes becomes a `DDIMPipeline`, or a `DDPMPipeline` if its sampler draws noise; one with
-classes a `ConsistencyModelPipeline` (what diffusers has for a `UNet2DModel` with labels), and a model that came from
-another pipeline that pipeline, with its other parts copied. No code of ours is in the folder.
+An image model without classes becomes a `DDIMPipeline`, or a `DDPMPipeline` if its sampler draws noise. One with
+classes becomes a `ConsistencyModelPipeline`, which diffusers uses for a `UNet2DModel` with labels. A model from another
+pipeline is exported as that pipeline, with the other parts copied. The folder contains no code.
 """
 
 import copy
@@ -37,38 +37,36 @@ from halfstep.samplers import DDIM
 
 
 def export_pipeline(model: Model, out: Path, metrics: Metrics | None = None, name: str | None = None) -> Path:
-    """Write the model in the layout of a stock pipeline to the folder `out`, and return that.
+    """Write the model as a stock pipeline to the folder `out`, and return `out`.
 
     Args:
-        metrics: what the card says of the model's quality, with its protocol.
-        name: under which the card tells how to load it; that of the folder if None.
+        metrics: quality measurements for the card, with their protocol.
+        name: the name from which the card loads the model; that of the folder if None.
 
     Raises:
-        ValueError: if diffusers has no pipeline, exact grid, or scheduler of the model's sampler, a part of its origin
-            is missing, or `out` holds something; nothing is written then.
+        ValueError: if diffusers has no pipeline, exact grid or scheduler for the model's sampler, a part of its
+            original pipeline is missing, or `out` is not empty; nothing is written then.
     """
     refuse_taken(out)
     network = merged(model.denoiser.network)
     if not isinstance(network, StockNetwork):
         raise ValueError(
-            f"a network of the kind {model.manifest.network.get('type')} is in no pipeline of diffusers: use --format "
+            f"diffusers has no pipeline for a network of the kind {model.manifest.network.get('type')}: use --format "
             "onnx, or halfstep.load in Python"
         )
     schedule, kind, component = _layout(model, network)
     index: dict[str, Any] = {}
     copies: dict[str, Path] = {}
-    # An image model is whole without its origin, which may be gone.
+    # An image model does not need its original pipeline, which may be gone.
     if not model.manifest.is_image:
         if model.manifest.pipeline is None:
-            raise ValueError(
-                "this model makes latents, and the pipeline that it came from is not known: use --format onnx"
-            )
+            raise ValueError("this model generates latents, and its original pipeline is unknown: use --format onnx")
         origin = fetch(model.manifest.pipeline.folder)
         index = read_json(origin / "model_index.json")
         copies = _other_parts(origin, index, component)
     if "safety_checker" in index and "safety_checker" not in copies:
         index |= {"safety_checker": [None, None], "requires_safety_checker": False}
-    # Without a word, diffusers wants those that its own signature does not make optional.
+    # diffusers requires these parts, unless they are optional in its signature or passed as None.
     absent = [name for name, value in index.items() if isinstance(value, list) and value[0] is None]
     absent = [name for name in absent if name not in OPTIONAL]
 
@@ -97,40 +95,38 @@ def export_pipeline(model: Model, out: Path, metrics: Metrics | None = None, nam
 
 
 def export_lora(model: Model, out: Path, base: Manifest | None = None, name: str | None = None) -> Path:
-    """Write the additions of a LoRA student, as `pipe.load_lora_weights` reads them, and the scheduler that they were
-    made for to the folder `out`, and return that.
+    """Write a LoRA student's weights in the format of `pipe.load_lora_weights`, and the scheduler for which they were
+    trained, to the folder `out`, and return `out`.
 
     Args:
-        base: of the stage to whose weights they are added; None if it is known to be the imported one.
-        name: under which the card tells how to load them; that of the folder if None.
+        base: manifest of the stage that they were trained on; None if that is known to be the imported model.
+        name: the name from which the card loads them; that of the folder if None.
 
     Raises:
-        ValueError: if the model is no LoRA, its additions are not to the pipeline's own weights, the pipeline loads
-            none, the number of steps has no exact grid, or `out` holds something.
+        ValueError: if the model is not a LoRA or was not trained on the pipeline's own weights, the pipeline cannot
+            load LoRA, the number of steps has no exact grid, or `out` is not empty.
     """
     refuse_taken(out)
     network, pipeline = model.denoiser.network, model.manifest.pipeline
     if not isinstance(network, LoRA):
-        raise ValueError("this model was trained whole and has no low-rank additions: use --format diffusers")
+        raise ValueError("this model was not trained with LoRA and has no LoRA weights: use --format diffusers")
     kind: Any = None if pipeline is None else stock(pipeline.kind)
     if pipeline is None or not hasattr(kind, "save_lora_weights"):
         where = "no pipeline" if pipeline is None else pipeline.kind
-        raise ValueError(
-            f"diffusers loads no low-rank additions into {where}: use --format diffusers, which merges them"
-        )
+        raise ValueError(f"diffusers cannot load LoRA weights into {where}: use --format diffusers, which merges them")
     if base is not None and base.num_updates:
         raise ValueError(
-            f"the additions are to the weights of {base.stage}, which were trained by halfstep and are not those of "
+            f"the LoRA was trained on {base.stage}, which halfstep trained, and not on the weights of "
             f"{pipeline.folder}: use --format diffusers, which merges them"
         )
     schedule, _, component = _layout(model, network.base)
     if pipeline.averaged:
         raise ValueError(
-            f"the additions are to the averaged weights (EMA) in {pipeline.folder}/{component}_ema, and a "
+            f"the LoRA was trained on the averaged weights (EMA) in {pipeline.folder}/{component}_ema, but a "
             f"{pipeline.kind} loads those in {component}: use --format diffusers, which merges them"
         )
-    # In peft's names without that of the adapter ("...to_q.lora_A.weight"), which diffusers reads as they are; its own
-    # older names lose the layers of attention.
+    # Names are those of peft without the adapter's name ("...to_q.lora_A.weight"), which diffusers reads unchanged.
+    # With its own older names it would lose the attention layers.
     state = {
         name.removeprefix("base.model.").replace(".default.", "."): value.detach().cpu().float().contiguous()
         for name, value in network.own()
@@ -155,8 +151,8 @@ def export_lora(model: Model, out: Path, base: Manifest | None = None, name: str
 
 
 def in_full(model: Model) -> Model:
-    """Return the model with its network in float32: one in fewer bits rounds what it computes, and that is no fault of
-    an export."""
+    """Return the model with its network in float32, so that rounding at a lower precision is not reported as an error
+    of an export."""
     if precision_of(model.denoiser.network) == "float32":
         return model
     network: Any = merged(model.denoiser.network)
@@ -165,10 +161,10 @@ def in_full(model: Model) -> Model:
 
 
 def push_to_hub(folder: Path, name: str) -> str:
-    """Upload `folder` to the repository `name` (OWNER/NAME) on the Hub and return its address.
+    """Upload `folder` to the repository `name` (OWNER/NAME) on the Hub and return its URL.
 
     Raises:
-        ValueError: if the Hub refuses or cannot be reached.
+        ValueError: if the Hub rejects it or cannot be reached.
     """
     from huggingface_hub import HfApi
 
@@ -176,20 +172,20 @@ def push_to_hub(folder: Path, name: str) -> str:
         api = HfApi()
         address = api.create_repo(name, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder)
-    except Exception as error:  # the Hub's client has many errors of its own, and network libraries below it more
+    except Exception as error:  # the Hub's client and its network libraries raise many types
         raise ValueError(
-            f"{folder} could not be pushed to {name} ({first_line(error)}); the folder is complete"
+            f"{folder} could not be pushed to {name} ({first_line(error)}); the local folder is complete"
         ) from None
     return str(address)
 
 
 def _layout(model: Model, network: StockNetwork) -> tuple[StockSchedule, str, str]:
-    """The scheduler, the pipeline's class, and the folder of the network in it."""
+    """Return the scheduler, the class of the pipeline, and the network's folder in it."""
     manifest = model.manifest
     if isinstance(network, UNet2D) and network.clock_range != (0.0, 1.0):
         raise ValueError(
-            f"the network's clock goes over {list(network.clock_range)}, so no number of steps falls on whole "
-            "timesteps of diffusers: match it to the cosine process first (halfstep distill --matching.process "
+            f"the network's clock has the range {list(network.clock_range)}, so no number of steps has integer "
+            "timesteps in diffusers: match the model to the cosine process first (halfstep distill --matching.process "
             "cosine), or use --format onnx"
         )
     process = model.denoiser.process
@@ -198,7 +194,7 @@ def _layout(model: Model, network: StockNetwork) -> tuple[StockSchedule, str, st
     solver = SOLVERS.get(sampler)
     if solver is None or (solver.order == 2 and is_plain_image):
         raise ValueError(
-            f"no {'pipeline' if solver else 'scheduler'} of diffusers samples this model by its own sampler {sampler}. "
+            f"diffusers has no {'pipeline' if solver else 'scheduler'} for this model's sampler {sampler}. "
             "Use --format onnx, or halfstep.load in Python."
         )
     exact = exact_steps(schedule)
@@ -206,12 +202,12 @@ def _layout(model: Model, network: StockNetwork) -> tuple[StockSchedule, str, st
         another = ""
         if has_movable_clock(model.denoiser.network):
             another = (
-                "match the teacher to the cosine process, whose timesteps are a power of two (halfstep distill "
+                "match the teacher to the cosine process, where every power of two is exact (halfstep distill "
                 "--matching.process cosine), "
             )
         raise ValueError(
             f"the exported grid cannot represent {model.num_steps} steps exactly on {network.num_train_timesteps} "
-            f"timesteps: exact are {', '.join(map(str, exact))}; export a stage of one of these, {another}or use "
+            f"timesteps, only {', '.join(map(str, exact))}; export a stage with one of these numbers, {another}or use "
             "--format onnx"
         )
     if is_plain_image and not sampler.stochastic:
@@ -225,26 +221,26 @@ def _layout(model: Model, network: StockNetwork) -> tuple[StockSchedule, str, st
     sides = manifest.shape[1:]
     if len(set(sides)) > 1:
         raise ValueError(
-            f"diffusers' only pipeline for images of classes makes square ones, and this model makes {list(sides)}: "
-            "use --format onnx, or halfstep.load in Python"
+            f"diffusers' only class-conditional image pipeline generates square images, but this model generates "
+            f"{list(sides)}: use --format onnx, or halfstep.load in Python"
         )
     return schedule, "ConsistencyModelPipeline", "unet"
 
 
 def _other_parts(origin: Path, index: dict[str, Any], component: str) -> dict[str, Path]:
-    """The folders of an origin's parts beside network and scheduler, by name."""
+    """Return the folders of the original pipeline's other parts (not network and scheduler) by name."""
     parts = {}
     for name, value in index.items():
         if name in (component, "scheduler") or not isinstance(value, list) or value[0] is None:
             continue
         folder = origin / name
         if name == "safety_checker" and not list(folder.glob("*.safetensors")):
-            # Its weights are pickled in older repositories; the pipeline can do without it.
+            # Its weights are pickled in older repositories; the pipeline works without it.
             continue
         if not folder.is_dir():
-            raise ValueError(f"{origin} has no {name} any more, which the exported pipeline needs")
+            raise ValueError(f"{origin} no longer has its {name}, which the exported pipeline needs")
         if not is_light(folder):
-            # Only what is safe to be read is copied, and a part without its weights would load nowhere.
+            # Only files that are safe to read are copied. A part without weights could not be loaded.
             check_files(folder, ".".join(map(str, value)))
         parts[name] = folder
     return parts
@@ -258,7 +254,7 @@ def _save_network(network: StockNetwork, folder: Path) -> None:
     config: dict[str, Any] = read_json(folder / "config.json")
     size = config.get("sample_size")
     if isinstance(size, list) and len(set(size)) == 1:
-        # Some pipelines know square samples only, and want the side as one number.
+        # Some pipelines only support square samples, and expect the side as one number.
         config["sample_size"] = size[0]
     config.pop("_name_or_path", None)
     write_json(folder / "config.json", config)

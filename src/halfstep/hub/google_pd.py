@@ -1,13 +1,13 @@
 """Import of the checkpoints that the authors of progressive distillation released, as stock diffusers networks.
 
-Their files are flax's msgpack: a tree of arrays under `ema_params`, and `num_sample_steps`. Reading them touches no
-pickle: arrays are (shape, dtype name, bytes). Two things of their U-Net are not in `UNet2DModel`, and both fold into
-weights exactly:
+Their files are flax msgpack: a tree of arrays under `ema_params`, and `num_sample_steps`. No pickle is involved:
+arrays are (shape, dtype name, bytes). Their U-Net differs from `UNet2DModel` in two points, and both can be folded
+into weights exactly:
 
-* its clock is 1000 u with u = 2 / pi arctan(exp(-log_snr / 2)); ours is asked at the timestep 1000 u - 1. With f a
-  frequency of the sinusoid, sin((k + 1) f) and cos((k + 1) f) are a rotation of sin(k f) and cos(k f) by f, which the
-  first linear layer of the time embedding takes up;
-* its class embedding has a bias, which every row of ours takes up.
+* Its clock is 1000 u with u = 2 / pi arctan(exp(-log_snr / 2)); ours is called at the timestep 1000 u - 1. If f is a
+  frequency of the sinusoid, sin((k + 1) f) and cos((k + 1) f) are a rotation of sin(k f) and cos(k f) by f, which is
+  folded into the first linear layer of the time embedding.
+* Its class embedding has a bias, which is added to every row of ours.
 
 Source: Salimans & Ho 2022 (arXiv:2202.00512), the authors' unet.py, model.py, checkpoints.py; flax's serialization.py.
 """
@@ -40,7 +40,7 @@ PROCESS: Final = VPCosine()
 
 @final
 class GooglePDConfig(BaseModel):
-    """A network of the authors' unet.py, and what its checkpoint does not say of itself."""
+    """A network of the authors' unet.py, and facts that its checkpoint does not contain."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -51,17 +51,17 @@ class GooglePDConfig(BaseModel):
     multipliers: tuple[int, ...]
     """Channels of each level, from the finest, in multiples of `ch`."""
     layers_per_block: PositiveInt
-    """Residual blocks of a level on the way down; one more on the way up."""
+    """Residual blocks per level on the way down; one more on the way up."""
     attention: tuple[bool, ...]
     """Whether each level has self-attention."""
     attention_head_dim: PositiveInt
-    """Channels of an attention head."""
+    """Channels per attention head."""
     time_embedding_dim: PositiveInt
-    """Width of the embedding of time and class."""
+    """Width of the time and class embedding."""
     num_classes: NonNegativeInt = 0
     """0 for an unconditional network."""
     prediction: Literal["x0", "eps", "v", "both"]
-    """Prediction of the network."""
+    """The network's prediction type."""
     start_steps: PositiveInt
     """Steps of the first teacher of its chain."""
 
@@ -95,10 +95,10 @@ CONFIGS: Final[dict[str, GooglePDConfig]] = {
 
 
 def config_of(text: str) -> GooglePDConfig:
-    """Return the configuration that `text` names: one of `CONFIGS`, or a .json file with `GooglePDConfig`'s fields.
+    """Return the configuration given by a name in `CONFIGS` or a .json file with the fields of `GooglePDConfig`.
 
     Raises:
-        ValueError: if it is neither, or the file does not hold one.
+        ValueError: if it is neither, or the file does not contain one.
     """
     if text in CONFIGS:
         return CONFIGS[text]
@@ -118,22 +118,22 @@ class Checkpoint(NamedTuple):
     """The parts of a checkpoint file that are used."""
 
     params: Mapping[str, np.ndarray]
-    """Arrays by their paths, such as "down_0.block_0/conv1/kernel"."""
+    """Arrays by path, such as "down_0.block_0/conv1/kernel"."""
     num_steps: int
-    """Sampler steps that the model is made for; 0 if the file does not say."""
+    """The model's number of sampler steps; 0 if the file does not contain it."""
 
 
 def _array(code: int, data: bytes) -> np.ndarray:
-    """An array (1) or a scalar (3) of flax's extension types; a complex number (2) is in no checkpoint."""
+    """Decode flax's extension types array (1) and scalar (3); checkpoints have no complex numbers (2)."""
     if code not in (1, 3):
-        raise ValueError(f"an entry is of msgpack's extension type {code}, which is not an array of flax")
+        raise ValueError(f"an entry has the msgpack extension type {code}, which is not a flax array")
     shape, name, content = msgpack.unpackb(data, raw=False)
     kind = np.dtype(name)
     if kind.kind not in "fiub":
-        raise ValueError(f"an array is of the type {name!r}, which is not a plain number")
+        raise ValueError(f"an array has the type {name!r}, which is not a plain number")
     if any(not isinstance(length, int) or length < 0 for length in shape):
         raise ValueError(f"an array has the shape {shape!r}")
-    # Neither allocates: the array is a view of the file's bytes, and a shape that does not fit them is refused.
+    # Neither call allocates: the array is a view of the file's bytes, and a shape that does not match is an error.
     return np.frombuffer(content, dtype=kind).reshape(shape)
 
 
@@ -156,7 +156,7 @@ def read_checkpoint(file: Path) -> Checkpoint:
     """Read the checkpoint in `file`.
 
     Raises:
-        DamagedFile: if it is not there, truncated, or not a checkpoint of the authors' code.
+        DamagedFile: if it does not exist, is truncated, or is not a checkpoint of the authors' code.
     """
     if not file.is_file():
         raise DamagedFile(f"{file} {'is a folder' if file.is_dir() else 'does not exist'}: give a .msgpack checkpoint")
@@ -179,13 +179,13 @@ def read_checkpoint(file: Path) -> Checkpoint:
 
 
 class _Place(NamedTuple):
-    """Where a tensor of the network comes from."""
+    """The source of a tensor of the network."""
 
     path: str
     shape: tuple[int, ...]
-    """Shape of the source array, up to axes that are joined or of length 1."""
+    """Shape of the source array, except for joined axes and axes of length 1."""
     axes: tuple[int, ...] | None
-    """The permutation that makes the tensor of it."""
+    """The axis permutation that converts it to the tensor."""
 
 
 _NAMES: Final = {
@@ -212,7 +212,7 @@ _BLOCKS: Final = {
 
 
 def _place(name: str, shape: tuple[int, ...], levels: int) -> _Place:
-    """Where the tensor `name` of a UNet2DModel lies in the authors' tree."""
+    """Return where the authors' tree contains the tensor `name` of a UNet2DModel."""
     module, _, kind = name.rpartition(".")
     for ours, theirs in _NAMES.items():
         if module == ours or module.startswith(f"{ours}."):
@@ -234,8 +234,8 @@ def _place(name: str, shape: tuple[int, ...], levels: int) -> _Place:
 
 
 def _regroups(got: tuple[int, ...], needed: tuple[int, ...]) -> bool:
-    """Whether one shape is the other with neighbouring axes joined, or axes of length 1 put in: versions of flax
-    differ in this and in nothing else, so a transposed array is not taken for one."""
+    """Whether two shapes differ only in joined neighbouring axes or inserted axes of length 1, as versions of flax do;
+    a transposed array does not match."""
 
     def marks(shape: tuple[int, ...]) -> set[int]:
         return {math.prod(shape[: index + 1]) for index, length in enumerate(shape) if length != 1}
@@ -248,7 +248,7 @@ def convert(params: Mapping[str, np.ndarray], config: GooglePDConfig) -> UNet2D:
     """Return the stock network with the checkpoint's weights.
 
     Raises:
-        ValueError: naming the first tensor that is missing, does not fit, or is left over.
+        ValueError: with the first tensor that is missing, has the wrong shape, or is unused.
     """
     network = empty_network(config)
     state: dict[str, Tensor] = {}
@@ -256,7 +256,7 @@ def convert(params: Mapping[str, np.ndarray], config: GooglePDConfig) -> UNet2D:
     for name, tensor in network.model.state_dict().items():
         place = _place(name, tuple(tensor.shape), len(config.multipliers))
         if (array := params.get(place.path)) is None:
-            raise ValueError(f"it has no tensor {place.path}, which needs the shape {list(place.shape)}")
+            raise ValueError(f"it has no tensor {place.path} of shape {list(place.shape)}")
         if not _regroups(array.shape, place.shape):
             raise ValueError(
                 f"the tensor {place.path} has the shape {list(array.shape)}, but {list(place.shape)} is needed"
@@ -281,7 +281,7 @@ def convert(params: Mapping[str, np.ndarray], config: GooglePDConfig) -> UNet2D:
 
 
 def _earlier_by_one(weight: Tensor) -> Tensor:
-    """The weight `[embedding, channels]` that makes of the sinusoid at k what `weight` makes of that at k + 1."""
+    """Return the weight `[embedding, channels]` that maps the sinusoid at k as `weight` maps the sinusoid at k + 1."""
     half = weight.shape[1] // 2
     frequency = torch.exp(torch.arange(half, dtype=torch.float64) * (-math.log(10_000) / (half - 1)))
     sine, cosine = weight[:, :half], weight[:, half:]
@@ -291,7 +291,7 @@ def _earlier_by_one(weight: Tensor) -> Tensor:
 
 
 def empty_network(config: GooglePDConfig) -> UNet2D:
-    """Return the network of a configuration on the meta device: its tensors have shapes and no content."""
+    """Return the network of a configuration on the meta device: its tensors have shapes but no data."""
     first, last = (2 / math.pi * math.atan(math.exp(-bound / 2)) for bound in (20.0, -20.0))
     with torch.device("meta"):
         return UNet2D(
@@ -319,24 +319,24 @@ def import_google_pd(file: Path, config: GooglePDConfig, out: Path) -> Manifest:
     """Write the checkpoint as a stage to the folder `out`.
 
     Raises:
-        ValueError: if the file is damaged, not finite or of another configuration, or `out` holds something; nothing is
-            written.
+        ValueError: if the file is damaged, not finite or of another configuration, or `out` is not empty; nothing is
+            written then.
     """
     refuse_taken(out)
     checkpoint = read_checkpoint(file)
     for name, array in checkpoint.params.items():
         if not np.isfinite(np.asarray(array, np.float64)).all():
-            raise ValueError(f"{file} has numbers of {name} that are not finite. Take another checkpoint")
+            raise ValueError(f"{file} has values in {name} that are not finite. Use another checkpoint")
     try:
         network = convert(checkpoint.params, config)
     except ValueError as error:
-        raise ValueError(f"{file} does not fit the configuration: {error}; choose another --config") from None
+        raise ValueError(f"{file} does not match the configuration: {error}; choose another --config") from None
     steps = checkpoint.num_steps
     manifest = Manifest(
         stage=out.name,
         objective="imported",
         parent=None,
-        # The first teacher of a chain takes any number of steps.
+        # The first teacher of a chain can be sampled with any number of steps.
         outcome=Outcome(role="student", num_steps=steps) if 0 < steps < config.start_steps else Outcome(role="teacher"),
         start_steps=config.start_steps,
         num_updates=0,

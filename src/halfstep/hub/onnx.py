@@ -1,7 +1,7 @@
-"""Export of a whole sampler as one ONNX graph: noise in, x0 out, its steps unrolled.
+"""Export of a whole sampler as one ONNX graph from noise to x0, with its steps unrolled.
 
-The clock of every step is computed here in float64 and enters the graph as constants; what remains are the network's
-calls and a few sums between them: a sampler is linear in the network's outputs and in the noise of its steps.
+The clock of every step is computed here in float64 and stored in the graph as constants. The graph only contains the
+network's calls and a few sums, because a sampler is linear in the network's outputs and in the noise of its steps.
 """
 
 import functools
@@ -30,29 +30,29 @@ from halfstep.runtime.files import replacing, scratch
 from halfstep.samplers import sample
 
 LARGEST: Final = int(1.4 * 2**30)
-"""Bytes of weights that lie in the graph's own file; a protobuf cannot hold 2 GiB, and torch parts them from 1.5 on."""
+"""Maximum bytes of weights in the graph's own file: a protobuf is limited to 2 GiB, and torch splits from 1.5 GiB."""
 
 
 STEP_NOISE: Final = "step_noise"
-"""Input that holds what the steps of a stochastic sampler draw, all but the last, which draws none."""
+"""Input with the noise that a stochastic sampler draws in each step except the last, which draws none."""
 
 
 @final
 class _Recorder(Denoiser):
-    """A denoiser of coefficients: it records where a sampler calls it, and answers with unit vectors.
+    """A denoiser that records the calls of a sampler as coefficients, and returns unit vectors.
 
-    A step of a sampler is a linear combination of x_t, of noise-free answers (x0, eps) and of what it remembers of
-    earlier steps. Run on vectors of coefficients `[1, size]`, it leaves the combination itself.
+    A sampler step is a linear combination of x_t, of the denoiser's outputs (x0, eps) and of values kept from earlier
+    steps. When run on coefficient vectors `[1, size]`, the sampler returns the coefficients of this combination.
 
     Args:
-        size: values of the whole program: the noise, two a call, one a step, and one a step for what that draws.
+        size: number of values in the whole program: the noise, two per call, and two per step (its result and noise).
     """
 
     def __init__(self, process: NoiseProcess, size: int) -> None:
         super().__init__()
         self.process, self.size = process, size
         self.program: list[tuple[list[tuple[int, float]], float | None]] = []
-        """Terms (value, coefficient) of a sum, and the time of the call made with it; None for the end of a step."""
+        """Terms (value, coefficient) of a sum, and the time of the call with this sum; None for the end of a step."""
         self.known = 1
 
     def value(self) -> Tensor:
@@ -61,7 +61,7 @@ class _Recorder(Denoiser):
         return torch.eye(self.size, dtype=torch.float64)[None, self.known - 1]
 
     def record(self, x: Tensor, t: float | None) -> None:
-        """Append the sum that the coefficients `x` stand for."""
+        """Append the sum with the coefficients `x`."""
         self.program.append(([(int(j), float(x[0, j])) for j in x[0].nonzero().flatten()], t))
 
     def forward(self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None) -> Denoised:
@@ -71,13 +71,13 @@ class _Recorder(Denoiser):
 
 @final
 class UnrolledSampler(nn.Module):
-    """A sampler in a fixed number of steps, from unit noise, that of its steps if it draws any, and conditions to x0.
+    """A sampler with a fixed number of steps: maps unit noise, its steps' noise (if it draws any) and conditions to x0.
 
     Args:
-        model: whose own sampler and clipping are part of the graph.
-        num_steps: of the sampler.
-        names: of the inputs after the first, in the order in which the call takes them: `STEP_NOISE` if the sampler
-            draws noise before its last step, and the conditions.
+        model: the model; its own sampler and clipping are part of the graph.
+        num_steps: number of sampler steps.
+        names: names of the inputs after the first, in order of the call: `STEP_NOISE` if the sampler draws noise before
+            its last step, and the conditions.
     """
 
     def __init__(self, model: Model, num_steps: int, names: tuple[str, ...]) -> None:
@@ -104,7 +104,7 @@ class UnrolledSampler(nn.Module):
         ]
 
     def forward(self, noise: Tensor, *others: Tensor) -> Tensor:
-        """x0 `[batch, *dims]` from unit noise `[batch, *dims]`, the steps' `[batch, steps, *dims]` and conditions."""
+        """Return x0 `[batch, *dims]` from unit noise, step noise `[batch, steps, *dims]` if any, and conditions."""
         values = [noise * self.start_scale]
         cond = dict(zip(self.names, others, strict=True))
         if self.drawn:
@@ -116,7 +116,7 @@ class UnrolledSampler(nn.Module):
                 values.append(x)
                 continue
             t, alpha, sigma = call
-            # Filled from the input, so that the length of the batch stays open in the graph.
+            # Derived from the input, so that the batch size stays dynamic in the graph.
             time = torch.zeros_like(x).flatten(1)[:, 0] + t
             x0, eps = self.prediction.denoised(self.network(x, time, **cond), x, alpha, sigma)
             if self.clip:
@@ -128,7 +128,7 @@ class UnrolledSampler(nn.Module):
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Silence torch's exporter, whose hints are for those who call it directly."""
+    """Silence torch's exporter, which prints hints for direct callers."""
     with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
@@ -141,24 +141,24 @@ def _silent() -> Iterator[None]:
 def export_onnx(
     model: Model, out: Path, num_steps: int | None = None, example: Mapping[str, Tensor] | None = None
 ) -> Path:
-    """Write the model's own sampler as a graph to the file `out`, after comparing it with torch, and return that.
+    """Write the model's own sampler as a graph to the file `out`, after comparing it with torch, and return `out`.
 
     Inputs are `noise` float32 `[batch, *shape]`, of unit variance, and the model's conditions, each `[batch, ...]`; the
-    output is `x0` `[batch, *shape]`. The length of a batch is open. A stochastic sampler of two steps or more takes
-    `step_noise` `[batch, num_steps - 1, *shape]` as well, of unit variance.
+    output is `x0` `[batch, *shape]`. The batch size is dynamic. A stochastic sampler of two or more steps also takes
+    `step_noise` `[batch, num_steps - 1, *shape]`, of unit variance.
 
     Args:
         num_steps: the model's own number if None.
-        example: conditions of two samples, each `[2, ...]`; made up from the manifest if None.
+        example: conditions of two samples, each `[2, ...]`; generated from the manifest if None.
 
     Raises:
-        ValueError: if a package is missing, the number of steps is not known, or the graph's samples are not torch's;
+        ValueError: if a package is missing, the number of steps is unknown, or the graph's samples differ from torch's;
             nothing is written then.
     """
     missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]
     if missing:
         raise ValueError(
-            f"export to ONNX needs the packages onnx, onnxruntime and onnxscript, and {missing[0]} is missing: pip "
+            f"export to ONNX needs the packages onnx, onnxruntime and onnxscript, but {missing[0]} is missing: pip "
             "install 'halfstep[onnx]'"
         )
     steps = model.check_steps(num_steps)
@@ -171,7 +171,7 @@ def export_onnx(
     batch = {0: torch.export.Dim("batch")}
     with scratch(out) as place:
         place.mkdir()
-        # Under its own name, for a graph names the file of its weights beside it.
+        # The file name must be the final one, because a graph refers to the file of its weights by name.
         made = place / out.name
         with _silent(), torch.no_grad():
             program: Any = torch.onnx.export(
@@ -191,7 +191,7 @@ def export_onnx(
             "process": str(model.manifest.process["type"]),
             "clip": str(model.manifest.clip),
         }
-        # torch writes the stack of its calls, with the paths of this machine, into every node.
+        # torch writes a stack trace, with local paths, into every node.
         for node in program.model.graph.all_nodes():
             node.metadata_props.clear()
         program.model.metadata_props.update(facts)
@@ -210,20 +210,20 @@ def export_onnx(
 
 
 def _drawn(model: Model, num_steps: int, length: int) -> Tensor:
-    """Return unit normal numbers for all steps but the last, `[length, num_steps - 1, *shape]`."""
+    """Return standard normal noise for all steps except the last, `[length, num_steps - 1, *shape]`."""
     generator = torch.Generator().manual_seed(100 + length)
     return torch.randn(length, num_steps - 1, *model.shape, generator=generator)
 
 
 def example_conditions(model: Model, number: int) -> dict[str, Tensor]:
-    """Return conditions for a model, each `[number, ...]`: classes in turn, and random numbers."""
+    """Return example conditions for a model, each `[number, ...]`: cycling classes, and random numbers."""
     generator = torch.Generator().manual_seed(1)
     others = {
         name: torch.randn(number, *shape, generator=generator) for name, shape in model.manifest.conditions.items()
     }
     cond = model.cond(range(number), others=others)
     if model.manifest.guidance is None:
-        # A guidance scale for a teacher means two calls, which the graph does not make.
+        # A guidance scale for a teacher needs two calls, which the graph does not make.
         cond.pop(GUIDANCE, None)
     return cond
 
@@ -231,11 +231,11 @@ def example_conditions(model: Model, number: int) -> dict[str, Tensor]:
 def distance_from_torch(
     file: Path, model: Model, num_steps: int, cond: Mapping[str, Tensor], lengths: Sequence[int] = (1, 3)
 ) -> float:
-    """Return the largest difference between samples of the graph in `file` and torch's, over the largest of their
-    values (at least 1), for batches of these lengths.
+    """Return the largest difference between the samples of the graph in `file` and torch's, relative to the largest
+    value (at least 1), for batches of these sizes.
 
     Args:
-        cond: conditions of two samples, each `[2, ...]`, which are repeated.
+        cond: conditions of two samples, each `[2, ...]`, which are repeated to fill a batch.
     """
     import onnxruntime
 
@@ -256,5 +256,5 @@ def distance_from_torch(
         found = session.run(["x0"], {name: value.numpy() for name, value in inputs.items()})[0]
         apart = float((torch.from_numpy(found) - expected).abs().max())
         distances.append(apart / max(1.0, float(expected.abs().max())))
-    # A NaN is the largest.
+    # np.max returns NaN if any distance is NaN.
     return float(np.max(distances))

@@ -1,7 +1,7 @@
-"""Import of diffusers' pipelines, from a folder or the Hub, as teachers.
+"""Import of diffusers pipelines, from a folder or the Hub, as teachers.
 
-Process, prediction and clipping are read from the scheduler's config; what a network is fed, from its pipeline's own
-calls. Only safetensors are read, and no code of a repository is run.
+Process, prediction and clipping come from the scheduler's config, and the network's inputs from the pipeline's own
+calls. Only safetensors are read, and no code from a repository is run.
 """
 
 import json
@@ -41,21 +41,21 @@ from halfstep.runs import Manifest, Outcome, Pipeline
 from halfstep.runtime.files import first_line, user_path
 
 START_STEPS: Final = 128
-"""Default DDIM steps of an imported teacher at the start of its chain: a compromise between what steps lose and stages
-cost. No table of 1000 levels has them as whole timesteps, so times between levels are interpolated."""
+"""Default DDIM steps of an imported teacher at the start of its chain: more steps are more accurate, but need more
+stages. They are not integer timesteps of a table of 1000 levels, so times between levels are interpolated."""
 
 
 PIXELS: Final = ("DDPMPipeline", "DDIMPipeline", "ConsistencyModelPipeline")
-"""Image pipelines without a VAE, whose one network is identified by its config."""
+"""Image pipelines without a VAE; their only network is identified by its config."""
 UNET: Final = "UNet2DModel"
 FETCHED: Final = ("*.json", "*.txt", "*.model", "*.jinja", "*/*.safetensors", "diffusion_pytorch_model*.safetensors")
-"""Files of a repository that are not downloaded: pickles, code, and single-file weights beside the parts."""
+"""Files of a repository that are not downloaded: pickles, code, and single-file weights next to the parts."""
 NOT_FETCHED: Final = ("*.fp16.*", "*.fp16-*", "*.bf16.*", "*.bf16-*", "*.non_ema.*", "*.non_ema-*")
-"""Variants of the weights; those in half precision are fetched where there are no others."""
+"""Weight variants; those in half precision are downloaded if there are no weights without a variant."""
 
 
 def is_pipeline(path: str | Path) -> bool:
-    """Return whether a path is a folder that diffusers has written: a pipeline, or a network with its config."""
+    """Return whether a path is a folder written by diffusers: a pipeline, or a network with its config."""
     folder = Path(path)
     if (folder / "model_index.json").is_file():
         return True
@@ -63,10 +63,10 @@ def is_pipeline(path: str | Path) -> bool:
 
 
 def fetch(source: str) -> Path:
-    """Return the folder that `source` means: itself, or the copy of a repository on the Hub, without pickles and code.
+    """Return the folder `source`, or the download of the Hub repository `source` without pickles and code.
 
     Raises:
-        ValueError: if it is pickled weights, or neither a folder nor a repository that can be reached.
+        ValueError: if it is a file of pickled weights, or neither a folder nor a reachable repository.
     """
     path = user_path(source)
     if not path.is_dir():
@@ -74,9 +74,7 @@ def fetch(source: str) -> Path:
     if path.is_dir():
         return path
     if path.exists():
-        raise ValueError(
-            f"{source} is a file: give a folder that diffusers has saved, or a name on the Hub (OWNER/NAME)"
-        )
+        raise ValueError(f"{source} is a file: give a folder saved by diffusers, or a name on the Hub (OWNER/NAME)")
     if source.count("/") != 1 or source.startswith((".", "/", "~")):
         raise ValueError(f"{source} does not exist: give a folder, or a name on the Hub (OWNER/NAME)")
     from huggingface_hub import snapshot_download
@@ -90,9 +88,9 @@ def fetch(source: str) -> Path:
         if parts and not any(list(part.glob("*.safetensors")) for part in parts):
             path = download("*.non_ema.*", "*.non_ema-*")
         return path
-    except Exception as error:  # the Hub's client has many errors of its own, and network libraries below it more
+    except Exception as error:  # the Hub's client and its network libraries raise many types
         raise ValueError(
-            f"{source} is not a folder here and could not be fetched from the Hub ({first_line(error)})"
+            f"{source} is not a local folder and could not be downloaded from the Hub ({first_line(error)})"
         ) from None
 
 
@@ -105,32 +103,32 @@ def import_pipeline(
 ) -> Model:
     """Load the network of a pipeline as a teacher, on the CPU.
 
-    A pipeline with conditions is run for a few steps, to see what it feeds its network (hub/recording.py). Warns of
-    averaged weights beside those that are taken, and of a last noise level that is not pure noise.
+    Runs a pipeline with conditions for a few steps, to record the inputs of its network (hub/recording.py). Warns if
+    averaged weights exist but are not used, and if the last noise level is not pure noise.
 
     Args:
-        source: a folder that diffusers has saved, or a name on the Hub.
-        options: arguments of the pipeline's call that stay the same for all samples, such as height and width.
-        ema: whether to take the averaged weights beside the network's own, such as unet_ema.
-        precision: how its weights are stored after the check in float32; any but float32 needs low-rank students.
+        source: a folder saved by diffusers, or a name on the Hub.
+        options: pipeline call arguments shared by all samples, such as height and width.
+        ema: whether to use the averaged weights next to the network's own, such as unet_ema.
+        precision: how the weights are stored after the check in float32; below float32, students must be LoRA.
 
     Raises:
-        ValueError: if it is pickled, wants code of its own, or a part of it is missing or not understood.
+        ValueError: if it is pickled, requires custom code, or a part of it is missing or not supported.
     """
     folder = fetch(str(source))
-    # A folder by its full path, and a name on the Hub as it is.
+    # A folder is recorded by its full path, a name on the Hub unchanged.
     origin = str(folder.resolve()) if folder == user_path(source) else str(source)
     kind = read_kind(folder) if (folder / "model_index.json").is_file() else None
     if kind is not None and kind not in PIXELS:
         told = Pipeline(kind=kind, folder=origin, component="", options=dict(options or {}))
         return _recorded(source, folder, told, ema, precision)
     if options:
-        raise ValueError(f"{source} is a pipeline of pixels, whose call has no {', '.join(options)}: remove --call")
+        raise ValueError(f"{source} is a pixel pipeline without the arguments {', '.join(options)}: remove --call")
     if precision != "float32":
-        raise ValueError(f"{source} makes pixels, whose network stays in float32. Remove --base-precision")
+        raise ValueError(f"{source} is a pixel pipeline, which is always float32. Remove --base-precision")
     network_folder, scheduler = _parts(folder) if kind else _plain_parts(folder)
     if not scheduler.is_file():
-        raise ValueError(f"{folder} has no {scheduler.relative_to(folder)}: the pipeline was not saved whole")
+        raise ValueError(f"{folder} has no {scheduler.relative_to(folder)}: the pipeline was not saved completely")
     network_folder = _weights(source, network_folder, ema)
     schedule = read_schedule(read_config(scheduler))
     network = _network(network_folder, schedule)
@@ -142,7 +140,7 @@ def import_pipeline(
 
 
 def _weights(source: str | Path, network: Path, ema: bool) -> Path:
-    """The folder of a network's weights, or of its averaged ones."""
+    """Return the folder of a network's weights, or of its averaged weights."""
     averaged = averaged_beside(network)
     if ema and averaged is None:
         raise ValueError(f"{network.parent} has no averaged weights ({network.name}_ema). Remove --ema")
@@ -150,7 +148,7 @@ def _weights(source: str | Path, network: Path, ema: bool) -> Path:
         return network
     if not ema:
         warnings.warn(
-            f"the weights in {network} are taken, and averaged ones (EMA) lie in {averaged}. To take those, run "
+            f"the weights in {network} are used, but averaged weights (EMA) exist in {averaged}. To use those, run "
             f"halfstep import diffusers {source} --ema",
             HalfstepWarning,
             stacklevel=3,
@@ -160,7 +158,7 @@ def _weights(source: str | Path, network: Path, ema: bool) -> Path:
 
 
 def _recorded(source: str | Path, folder: Path, pipeline: Pipeline, ema: bool, precision: BasePrecision) -> Model:
-    """The teacher that a recording of its pipeline's call makes."""
+    """Return the teacher from a recording of its pipeline's call."""
     places = {name: _weights(source, folder / name, ema) for name in DENOISERS if (folder / name).is_dir()}
     if (folder / "vae").is_dir() and not list((folder / "vae").glob("*.safetensors")):
         check_files(folder / "vae", "diffusers.AutoencoderKL")
@@ -216,21 +214,21 @@ def _teacher(
 
 
 def _parts(folder: Path) -> tuple[Path, Path]:
-    """The folder of the network and the config of the scheduler of a pipeline of pixels."""
-    # As diffusers does: where a part has no folder of its own, it lies in the root.
+    """Return the network's folder and the scheduler's config of a pixel pipeline."""
+    # As in diffusers, a part without its own folder is in the root.
     network, scheduler = (folder / name if (folder / name).is_dir() else folder for name in ("unet", "scheduler"))
     return network, scheduler / "scheduler_config.json"
 
 
 def read_kind(folder: Path) -> str:
-    """Return the class of the pipeline in a folder; no file of the folder is code.
+    """Return the class of the pipeline in a folder, after checking that it needs no code from the folder.
 
     Raises:
-        ValueError: if there is none, it wants code of its own, is none of diffusers', or lacks a part.
+        ValueError: if there is no pipeline, it requires custom code, is not a diffusers class, or lacks a part.
     """
     if not (folder / "model_index.json").is_file():
         raise ValueError(
-            f"{folder} is not a pipeline (no model_index.json): give a folder that diffusers has saved whole"
+            f"{folder} is not a pipeline (no model_index.json): give a complete pipeline saved by diffusers"
         )
     index = read_config(folder / "model_index.json")
     kind = index.get("_class_name")
@@ -239,7 +237,7 @@ def read_kind(folder: Path) -> str:
         for name, value in index.items()
         if isinstance(value, list)
         and not (name.isidentifier() and value[:1] in ([None], ["diffusers"], ["transformers"]))
-        # Parts that a pipeline of diffusers brings along lie in its module.
+        # Parts defined by a diffusers pipeline are in the pipeline's module.
         and not (value and isinstance(value[0], str) and hasattr(stock("pipelines"), value[0]))
     ]
     code = foreign or sorted(file.name for file in folder.rglob("*.py"))
@@ -248,21 +246,21 @@ def read_kind(folder: Path) -> str:
     code += ["auto_map"] * any("auto_map" in read_config(file) for file in folder.glob("*/config.json"))
     if code:
         raise ValueError(
-            f"{folder} wants code of its own to be run ({', '.join(code)}), which halfstep refuses: save it as a "
-            "pipeline that diffusers knows"
+            f"{folder} requires custom code ({', '.join(code)}), which halfstep does not run: save it as a stock "
+            "diffusers pipeline"
         )
     if kind in PIXELS:
         return str(kind)
     if not isinstance(stock(str(kind), None), type):
-        raise ValueError(f"{folder} holds a {kind}, which diffusers {stock('__version__')} does not have")
+        raise ValueError(f"{folder} contains a {kind}, which diffusers {stock('__version__')} does not have")
     for name, value in index.items():
         if isinstance(value, list) and value[0] and name not in OPTIONAL and not (folder / name).is_dir():
-            raise ValueError(f"{folder} has no {name}, which its pipeline is made of: save the pipeline with it")
+            raise ValueError(f"{folder} has no {name}, a part of its pipeline: save the pipeline with it")
     return str(kind)
 
 
 OPTIONAL: Final = ("vae", "safety_checker", "feature_extractor", "image_encoder")
-"""Parts that no denoiser is fed from."""
+"""Parts that have no influence on the inputs of a denoiser."""
 DENOISERS: Final = ("transformer", "unet")
 
 
@@ -273,11 +271,11 @@ def load_pipeline(
     is_whole: bool = True,
     places: Mapping[str, Path] | None = None,
 ) -> Any:
-    """Load a pipeline in float32, its parts with weights by hub/disk.py.
+    """Load a pipeline in float32; hub/disk.py loads its parts with weights.
 
     Args:
-        is_whole: whether with the weights of its denoiser and VAE; if not, it can make conditions only.
-        places: folders of parts that are not read from `folder`, by name.
+        is_whole: whether to load the weights of its denoiser and VAE; without them it can only compute conditions.
+        places: folders of parts that are not in `folder`, by name.
 
     Raises:
         ValueError: if a part of it cannot be read.
@@ -291,7 +289,7 @@ def load_pipeline(
         elif list((folder / name).glob("*.safetensors")) or not is_light(folder / name):
             given[name] = _part(kind, name, value, (places or {}).get(name, folder / name), is_whole, device)
         elif (file := folder / name / "scheduler_config.json").is_file() and set(GONE) & set(read_config(file)):
-            # Today's schedulers pass over what those fields say.
+            # Today's schedulers ignore those fields.
             given[name] = stock(value[1]).from_config(renewed(read_config(file)))
     if "requires_safety_checker" in index:
         given["requires_safety_checker"] = False
@@ -301,7 +299,7 @@ def load_pipeline(
 def _part(
     pipeline: str, part: str, declared: Sequence[str], folder: Path, is_whole: bool, device: str | torch.device
 ) -> Any:
-    """A part with weights, of the library and class that the pipeline's index declares."""
+    """Load a part with weights, of the library and class that the pipeline's index declares."""
     library, name = declared
     if library == "diffusers":
         if name in OLD_NAMES:
@@ -323,7 +321,7 @@ def is_light(folder: Path) -> bool:
 
 
 def on_meta(kind: str, config: Mapping[str, Any], device: str | torch.device) -> Any:
-    """Return a network without memory for its weights, which says that it is on `device`."""
+    """Return a network without memory for its weights that reports `device` as its device."""
     with quiet(), torch.device("meta"):
         network = stock(kind).from_config(dict(config))
     here, own = torch.device(device), type(network)
@@ -337,35 +335,35 @@ def _plain_parts(folder: Path) -> tuple[Path, Path]:
         below = networks_below(folder)
         where = f". Give one of the folders in it, such as {below[-1]}" if below else ""
         raise ValueError(
-            f"{folder} is not a pipeline (no model_index.json) and holds no network (no config.json){where}"
+            f"{folder} is not a pipeline (no model_index.json) and contains no network (no config.json){where}"
         )
     kind = read_config(network / "config.json").get("_class_name")
     if kind != UNET:
         raise ValueError(
-            f"{network} holds a {kind}, of which config.json does not say enough: give a whole pipeline (known without "
-            f"one: {UNET})"
+            f"{network} contains a {kind}, which config.json does not describe completely: give a whole pipeline (only "
+            f"a {UNET} can be imported without one)"
         )
     scheduler = scheduler_beside(folder, network)
     if scheduler is None:
         raise ValueError(
-            f"{folder} has no scheduler_config.json, and process and prediction are not guessed: write one, such as "
+            f"{folder} has no scheduler_config.json, which gives the process and prediction: write one, such as "
             'diffusers\' DDPMScheduler(beta_schedule="linear", prediction_type="epsilon").save_pretrained(FOLDER)'
         )
     return network, scheduler
 
 
 def _network(folder: Path, schedule: Schedule) -> UNet2D:
-    """The U-Net of pixels with the weights in `folder`, without the channels of a learned variance."""
+    """Return the pixel U-Net with the weights in `folder`, without the channels of a learned variance."""
     config = check_config(folder, UNET)
     if schedule.is_flow:
         raise ValueError(
-            f"{folder} holds a {UNET}, whose clock of timesteps is not known for the process of its scheduler "
-            f"({type(schedule.process).__name__}): in Python halfstep.distill takes any network"
+            f"{folder} contains a {UNET}, but its timesteps are unknown for the process of its scheduler "
+            f"({type(schedule.process).__name__}): distil it in Python, where halfstep.distill takes any network"
         )
     if config.get("class_embed_type") is not None:
         raise ValueError(
-            f"{folder} holds a {UNET} with class_embed_type {config['class_embed_type']!r}, an input that halfstep "
-            "does not know: distil it in Python (halfstep.distill), where conditions have any name"
+            f"{folder} contains a {UNET} with class_embed_type {config['class_embed_type']!r}, an input that halfstep "
+            "does not support: distil it in Python (halfstep.distill), where conditions can have any name"
         )
     stock_model = open_part(folder, f"diffusers.{UNET}")
     config = json.loads(json.dumps(known_fields(stock_model.config, folder, UNET)))
@@ -374,8 +372,8 @@ def _network(folder: Path, schedule: Schedule) -> UNet2D:
     puts_out = int(config.get("out_channels") or channels)
     if puts_out not in (channels, 2 * channels):
         raise ValueError(
-            f"{folder} takes {channels} channels and returns {puts_out}: as many are needed, or twice as many with a "
-            "learned variance"
+            f"{folder} takes {channels} channels and returns {puts_out}: the numbers must be equal, or the second "
+            "twice the first with a learned variance"
         )
     if puts_out == 2 * channels:
         if not schedule.learned_variance:
@@ -399,8 +397,8 @@ def shape_of(config: Mapping[str, Any]) -> tuple[int, ...]:
     """
     size = config.get("sample_size")
     if size is None:
-        raise ValueError("the network's config has no sample_size: write the height and width of its samples into it")
+        raise ValueError("the network's config has no sample_size: set it to the height and width of a sample")
     sides = [size, size] if isinstance(size, int) else size
     if not isinstance(sides, list) or len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-        raise ValueError(f"the network's config has sample_size {size!r}: their height and width are needed")
+        raise ValueError(f"the network's config has sample_size {size!r}: set it to the height and width of a sample")
     return int(config["in_channels"]), *sides

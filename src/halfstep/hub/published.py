@@ -1,7 +1,7 @@
-"""Published networks by size, without weights: what a dry run counts on the meta device.
+"""Published networks without weights, for counting their cost in a dry run on the meta device.
 
-Configs are written by hand, as `config.json` of the released weights has them; calls are those that a recording of the
-pipeline makes at the released size.
+Configs are copied by hand from the `config.json` of the released weights. Calls are the ones that the pipeline makes
+at the released size, as recorded.
 """
 
 import math
@@ -20,7 +20,7 @@ from halfstep.runs import Manifest, Outcome, Pipeline
 
 @final
 class Published(NamedTuple):
-    """A released network at the size that it is used at."""
+    """A released network at its usual sample size."""
 
     title: str
     kind: str
@@ -30,7 +30,7 @@ class Published(NamedTuple):
     call: dict[str, Any]
     scheduler: dict[str, Any]
     options: dict[str, Any]
-    """Arguments of the pipeline's call that decide the shape."""
+    """Pipeline call arguments that determine the shape."""
     off: float | None = 1.0
     """The guidance scale that disables guidance; None if the network takes the scale itself."""
 
@@ -122,7 +122,7 @@ PUBLISHED: Final = {
             "img_ids": _constant("img_ids", 4096, 3), "txt_ids": _constant("txt_ids", 512, 3),
             "guidance": {"is": "guidance", "factor": 1.0, "default": 3.5}, "joint_attention_kwargs": _NOTHING,
         },
-        # The shift that the pipeline sets for 4096 tokens.
+        # The pipeline sets this shift for 4096 tokens.
         {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": math.exp(1.15)},
         {"height": 1024, "width": 1024},
         None,
@@ -130,11 +130,11 @@ PUBLISHED: Final = {
     "wan2.1-1.3b": _wan("Wan 2.1 1.3B, 81 frames of 832 x 480", 12, 8960, 30, 480, 832, 3.0),
     "wan2.1-14b": _wan("Wan 2.1 14B, 81 frames of 1280 x 720", 40, 13824, 40, 720, 1280, 5.0),
 }  # fmt: skip
-"""By the name that `halfstep distill NAME --dry-run` takes."""
+"""Published networks by name, for `halfstep distill NAME --dry-run`."""
 
 
 def published(name: str, precision: BasePrecision = "float32") -> Model:
-    """Return a published model on the meta device, whose cost can be counted."""
+    """Return a published model on the meta device, for counting its cost."""
     held = PUBLISHED[name]
     schedule: Schedule = read_schedule(held.scheduler)
     process = processes.describe(schedule.process)

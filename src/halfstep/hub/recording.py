@@ -1,9 +1,9 @@
-"""Inputs that a diffusers pipeline passes to its denoiser, recorded from its own calls and verified against them.
+"""Inputs of a diffusers pipeline's denoiser, recorded from the pipeline's own calls and verified against them.
 
 The user's pipeline is run for a few steps with hooks on its denoiser and its scheduler: with one prompt, with two, and
-guided. An input that changes with the batch has a batch axis; one that differs between prompts is a condition; one that
-changes from step to step is the sample or the time. The result is a description (`Recording`) from which `nets.Replay`
-calls the network.
+with guidance. Inputs that change with the batch size have a batch axis. Inputs that differ between prompts are
+conditions. Inputs that change from step to step are the sample and the time. The result is a description
+(`Recording`), with which `nets.Replay` calls the network.
 """
 
 import functools
@@ -30,18 +30,18 @@ from halfstep.nets import LENGTH, Replay, nodes_of, takes_scale
 from halfstep.samplers import sample
 
 STEPS: Final = 4
-"""Steps of a recording: two more than an affine clock has unknowns."""
+"""Steps of a recording: two more than the unknowns of an affine clock."""
 TOLERANCE: Final = 1e-4
-"""Largest relative difference of what is replayed from what was recorded."""
+"""Largest relative difference between replayed and recorded values."""
 CLOCK_TOLERANCE: Final = 1e-6
 EXPORT_TOLERANCE: Final = 1e-3
 """As `TOLERANCE`, after all steps of a sampler."""
 SCALE: Final = 3.0
 """The guidance scale of the guided recording."""
 PROMPTS: Final = ("a", "a photograph of a small cat on a large mat, in the light of the morning")
-"""Prompts of unlike lengths, so that their masks differ."""
+"""Prompts of different lengths, so that their masks differ."""
 GUIDANCES: Final = ("guidance_scale", "true_cfg_scale")
-"""Names under which pipelines take a guidance scale."""
+"""Names of the guidance scale among pipeline arguments."""
 
 
 @final
@@ -56,14 +56,14 @@ class Call:
 @final
 @dataclass(frozen=True)
 class Step:
-    """One step of the scheduler, and the calls of the denoiser since the one before."""
+    """One step of the scheduler, and the calls of the denoiser since the previous step."""
 
     calls: tuple[Call, ...]
     output: Tensor
     """The model output that was passed to the scheduler."""
     timestep: float
     sigma: float | None
-    """The scheduler's own, of the path of flow matching."""
+    """The sigma of a flow-matching scheduler."""
     before: Tensor
     after: Tensor
 
@@ -75,22 +75,22 @@ class Trace:
 
     steps: list[Step] = field(default_factory=list)
     mu: float | None = None
-    """The dynamic shift that the pipeline set."""
+    """The dynamic shift set by the pipeline."""
 
 
 class Guiding(NamedTuple):
     """How a pipeline combines its branches."""
 
     more: float
-    """Offset that converts its guidance scale s into that of u + s (c - u)."""
+    """Offset from its guidance scale to the s in u + s (c - u)."""
     is_rescaled: bool
-    """Whether the result gets the norm of the conditioned output, over the last axis."""
+    """Whether the result is rescaled to the norm of the conditioned output, over the last axis."""
 
 
 @final
 @dataclass(frozen=True)
 class Recording:
-    """A pipeline's call as data; `describe` of its network and process is what a manifest holds."""
+    """A pipeline's call as data; a manifest contains `describe` of its network and process."""
 
     call: dict[str, Any]
     clock: dict[str, Any]
@@ -100,11 +100,11 @@ class Recording:
     null: dict[str, Tensor]
     """The conditions of the unguided branch, for one sample; empty if the pipeline has none."""
     guidance: str | None
-    """The pipeline's argument that takes the guidance scale, of either kind."""
+    """The pipeline's argument for the guidance scale, of either kind."""
     guiding: Guiding | None
     """How its branches are combined; None for one branch."""
     num_classes: int
-    """Classes that it is conditioned on; 0 for none."""
+    """Number of classes; 0 for none."""
     shape: tuple[int, ...]
     """Shape of one sample."""
 
@@ -115,7 +115,7 @@ class Recording:
 
     @property
     def scale(self) -> float | None:
-        """The guidance scale that the network takes itself; None if it takes none."""
+        """The guidance scale that is an input of the network; None if there is none."""
         found = [*nodes_of(self.call, "guidance"), *nodes_of(self.call, "embedding")]
         return float(found[0]["default"]) if found else None
 
@@ -131,11 +131,11 @@ class Recording:
 
 
 class _Enough(BaseException):
-    """A pipeline has made the steps that were asked for."""
+    """A pipeline has made the requested steps."""
 
 
 def component_of(pipe: Any) -> str:
-    """Return the name of the one denoiser of a pipeline.
+    """Return the name of a pipeline's only denoiser.
 
     Raises:
         ValueError: if it has none or several.
@@ -147,37 +147,37 @@ def component_of(pipe: Any) -> str:
     ]
     if len(found) != 1 or found[0] not in ("transformer", "unet"):
         raise ValueError(
-            f"a {type(pipe).__name__} has {', '.join(found) or 'no transformer or unet'}, and one denoiser is needed"
+            f"a {type(pipe).__name__} has {', '.join(found) or 'no transformer or unet'}, but one denoiser is needed"
         )
     return found[0]
 
 
 def prompted(pipe: Any, prompts: Sequence[Any]) -> dict[str, Any]:
-    """Return the argument of a pipeline's call that its samples are conditioned by.
+    """Return the pipeline call argument that contains the conditions.
 
     Raises:
-        ValueError: if its call takes neither prompts nor classes.
+        ValueError: if the call takes neither prompts nor classes.
     """
     taken = inspect.signature(type(pipe).__call__).parameters
     for name in ("prompt", "class_labels"):
         if name in taken:
             return {name: list(prompts)}
     raise ValueError(
-        f"the call of a {type(pipe).__name__} takes neither prompt nor class_labels, so it is not recorded"
+        f"the call of a {type(pipe).__name__} has neither prompt nor class_labels, so it cannot be recorded"
     )
 
 
 def trace(pipe: Any, num_steps: int, *, of: int = STEPS, computed: bool = True, **call: Any) -> Trace:
-    """Run a pipeline for the first of its steps and return what its denoiser and scheduler saw.
+    """Run the first steps of a pipeline and return the inputs and outputs of its denoiser and scheduler.
 
     Args:
-        num_steps: how many are taken.
-        of: how many the pipeline is asked for.
-        computed: whether the denoiser is run; if not, it returns zeros, and its weights may be on any device.
-        call: arguments of the pipeline's call.
+        num_steps: number of steps to run.
+        of: number of steps passed to the pipeline.
+        computed: whether to run the denoiser; if not, it returns zeros, and its weights may be on any device.
+        call: pipeline call arguments.
 
     Raises:
-        ValueError: if the pipeline fails, or takes no step.
+        ValueError: if the pipeline fails, or takes fewer steps.
     """
     found, calls = Trace(), list[Call]()
     module, scheduler = getattr(pipe, component_of(pipe)), pipe.scheduler
@@ -204,7 +204,7 @@ def trace(pipe: Any, num_steps: int, *, of: int = STEPS, computed: bool = True, 
         sigma = None if place is None else float(scheduler.sigmas[place - computed])
         moved = result[0] if isinstance(result, tuple) else result.prev_sample
         if type(scheduler).__name__ == COSINE and place is not None:
-            # Its samples grow with their noise; the denoiser is shown them at unit variance.
+            # Its samples grow with their noise; the denoiser gets them at unit variance.
             sample, moved = (
                 value / (float(scheduler.sigmas[at]) ** 2 + 1) ** 0.5
                 for value, at in ((sample, place - computed), (moved, place))
@@ -234,7 +234,7 @@ def trace(pipe: Any, num_steps: int, *, of: int = STEPS, computed: bool = True, 
             pipe(num_inference_steps=of, generator=torch.Generator().manual_seed(0), **call)
     except _Enough:
         return found
-    except Exception as error:  # whatever a pipeline raises for arguments or parts that do not fit
+    except Exception as error:  # a pipeline can raise any error for wrong arguments or parts
         raise ValueError(f"the call of {type(pipe).__name__} failed ({in_one_line(error)})") from None
     finally:
         for hook in hooks:
@@ -242,7 +242,7 @@ def trace(pipe: Any, num_steps: int, *, of: int = STEPS, computed: bool = True, 
         for part, name in ((scheduler, "step"), (scheduler, "set_timesteps"), (module, "forward")):
             vars(part).pop(name, None)
     raise ValueError(
-        f"{type(pipe).__name__} took {len(found.steps)} steps of its scheduler, and {num_steps} were requested"
+        f"{type(pipe).__name__} took {len(found.steps)} steps of its scheduler, but {num_steps} were requested"
     )
 
 
@@ -255,7 +255,7 @@ def _zeros(sample: Any = None, *args: Any, **kwargs: Any) -> Any:
 
 
 def _kept(value: Any) -> Any:
-    """Return a copy that the pipeline cannot change later."""
+    """Return a copy, so that later changes by the pipeline have no effect."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, Mapping):
@@ -266,14 +266,14 @@ def _kept(value: Any) -> Any:
 
 
 def record(pipe: Any, options: Mapping[str, Any]) -> tuple[Recording, Replay]:
-    """Record a pipeline's call and return it with the network that replays it, verified on what was recorded.
+    """Record a pipeline's call, and return it with a network that replays it and reproduces the recorded outputs.
 
     Args:
-        pipe: in float32; its scheduler is replaced by one that takes DDIM's steps on the same noise levels.
-        options: further arguments of the pipeline's call, such as height and width.
+        pipe: in float32; its scheduler is replaced by one that takes DDIM steps on the same noise levels.
+        options: further pipeline call arguments, such as height and width.
 
     Raises:
-        ValueError: naming the fact that does not fit.
+        ValueError: with the fact that does not match.
     """
     kind = type(pipe).__name__
     taken = inspect.signature(type(pipe).__call__).parameters
@@ -285,7 +285,7 @@ def record(pipe: Any, options: Mapping[str, Any]) -> tuple[Recording, Replay]:
     off = {**dict.fromkeys(scales, 1.0), **{k: v for k, v in options.items() if k not in scales}}
     one = trace(pipe, 1, **prompted(pipe, prompts[:1]), **off)
     if _is_guided(one.steps[0]):
-        # Where guidance is c + s (c - u), 0 disables it.
+        # If guidance is c + s (c - u), 0 disables it.
         off |= dict.fromkeys(scales, 0.0)
         one = trace(pipe, 1, **prompted(pipe, prompts[:1]), **off)
     two = trace(pipe, STEPS, **prompted(pipe, prompts), **off)
@@ -293,7 +293,7 @@ def record(pipe: Any, options: Mapping[str, Any]) -> tuple[Recording, Replay]:
         reading = _Reading(two, options, taken)
         call = reading.node("", one.steps[0].calls[0].arguments, *(step.calls[0].arguments for step in two.steps[:2]))
         if any(len(step.calls) != 1 for step in two.steps):
-            raise ValueError(f"the denoiser is called {len(two.steps[0].calls)} times a step without guidance")
+            raise ValueError(f"the denoiser is called {len(two.steps[0].calls)} times per step without guidance")
         schedule = replace(read_schedule(_config(pipe.scheduler), two.mu), clip=clip)
         alone = conditions_in(call, two.steps[0].calls[0], 2)
         guidance, guiding, null = None, None, dict[str, Tensor]()
@@ -304,8 +304,8 @@ def record(pipe: Any, options: Mapping[str, Any]) -> tuple[Recording, Replay]:
             except ValueError as error:
                 if not labels:
                     raise
-                # DiTPipeline knows one number for no class, 1000, and fails on networks of fewer.
-                warnings.warn(f"the teacher is taken without guidance: {error}", HalfstepWarning, stacklevel=2)
+                # DiTPipeline always uses 1000 for the null class, and fails on networks with fewer classes.
+                warnings.warn(f"the teacher is imported without guidance: {error}", HalfstepWarning, stacklevel=2)
                 guidance, guiding = name, Guiding(0.0, False)
                 break
             null = _unguided(call, guided.steps[0], alone)
@@ -333,13 +333,13 @@ def record(pipe: Any, options: Mapping[str, Any]) -> tuple[Recording, Replay]:
 
 
 def _num_classes(null: Mapping[str, Tensor], config: Mapping[str, Any]) -> int:
-    """Return the classes of a network: their number is what stands for none."""
+    """Return a network's number of classes, which is also the index of its null class."""
     fields = (config.get(name) for name in ("num_embeds_ada_norm", "num_class_embeds"))
     return int(null["class_labels"]) if null else next((int(number) for number in fields if number), 0)
 
 
 def replayed(recording: Recording, module: Any) -> Replay:
-    """Return the network that replays a recording, with the weights of the pipeline's own."""
+    """Return the network that replays a recording, with the weights of the pipeline's network."""
     config = json.loads(
         json.dumps(known_fields(module.config, Path(module.config.get("_name_or_path", "")), type(module).__name__))
     )
@@ -356,7 +356,7 @@ def replayed(recording: Recording, module: Any) -> Replay:
 
 @final
 class _Reading:
-    """Tells apart what a denoiser is called with."""
+    """Classifies the arguments of a denoiser's call."""
 
     def __init__(self, two: Trace, options: Mapping[str, Any], taken: Mapping[str, inspect.Parameter]) -> None:
         self.latents = two.steps[0].before
@@ -376,7 +376,7 @@ class _Reading:
             return self._tensor(path, one, two, later)
         if two is None or isinstance(two, bool | int | float | str):
             if not one == two == later:
-                raise ValueError(f"the argument {path[1:]} is {one} for one prompt, {two} for two and {later} later")
+                raise ValueError(f"the argument {path[1:]} is {one} for one prompt, {two} for two, and later {later}")
             return {"is": "value", "value": two}
         raise ValueError(f"the argument {path[1:]} is a {type(two).__name__}, which is not data")
 
@@ -384,7 +384,7 @@ class _Reading:
         if one is not None and (len(one), len(two)) == (1, 2):
             if not isinstance(two[0], Tensor):
                 if not one[0] == two[0] == two[1]:
-                    raise ValueError(f"the argument {path[1:]} has {two[0]} and {two[1]} for two prompts, as no tensor")
+                    raise ValueError(f"the argument {path[1:]} is {two[0]} and {two[1]} for two prompts, but no tensor")
                 return {"is": "repeat", "item": self.node(path, one[0], two[0], later[0])}
             stacked = torch.stack(list(two)) if two[0].shape == two[1].shape else None
             if stacked is not None and self._is_sample(stacked):
@@ -431,7 +431,7 @@ class _Reading:
         if extra:
             if not isinstance(self._longest, int):
                 raise ValueError(
-                    f"the argument {path[1:]} is as long as its prompt, and no max_sequence_length bounds it"
+                    f"the argument {path[1:]} is as long as its prompt, and max_sequence_length does not limit it"
                 )
             shape[0] = self._longest
         return {"is": "condition", "name": self._named(path), "shape": shape, "dtype": _dtype(rows[0]), **extra}
@@ -461,10 +461,10 @@ def _reached(node: Mapping[str, Any], value: Any) -> Iterator[tuple[Mapping[str,
 
 
 def conditions_in(call: Mapping[str, Any], made: Call, batch: int, first: int = 0) -> dict[str, Tensor]:
-    """Return the conditions of a call by name, each `[batch, ...]`; those as long as their prompt padded with zeros.
+    """Return a call's conditions by name, each `[batch, ...]`; pads those as long as their prompt with zeros.
 
     Args:
-        first: the row where the batch begins; a guided call has two.
+        first: the first row of the batch; a guided call contains two batches.
     """
     found: dict[str, Tensor] = {}
     values = {
@@ -473,7 +473,7 @@ def conditions_in(call: Mapping[str, Any], made: Call, batch: int, first: int = 
     lengths = [value.shape[1] for node, value in values.values() if node.get("ragged") and value is not None]
     for name, (node, value) in values.items():
         if value is None:
-            # A mask that hides nothing.
+            # A mask of ones.
             value = torch.ones(first + batch, max(lengths), dtype=getattr(torch, node["dtype"]))
         rows = [value[place] for place in range(first, first + batch)]
         if "list" in node:
@@ -491,7 +491,7 @@ def conditions_in(call: Mapping[str, Any], made: Call, batch: int, first: int = 
 
 
 def _branches(call: Mapping[str, Any], step: Step, batch: int = 2) -> list[tuple[dict[str, Tensor], Tensor]]:
-    """Return conditions and outputs of the guided step's branches."""
+    """Return the conditions and outputs of a guided step's branches."""
     found = []
     for made in step.calls:
         assert made.output is not None
@@ -510,7 +510,7 @@ def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
 
 
 def _unguided(call: Mapping[str, Any], step: Step, alone: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the conditions of the branch without a prompt, for one sample; empty if the step has one branch."""
+    """Return one sample's conditions in the branch without a prompt; empty if the step has one branch."""
     branches = [cond for cond, _ in _branches(call, step)]
     if len(branches) == 1:
         return {}
@@ -519,12 +519,12 @@ def _unguided(call: Mapping[str, Any], step: Step, alone: Mapping[str, Tensor]) 
         raise ValueError(f"a guided step has {len(branches)} branches, {len(others)} of which have other conditions")
     (null,) = others
     if not _same({n: v[:1] for n, v in null.items()}, {n: v[1:] for n, v in null.items()}):
-        raise ValueError("what stands for no condition differs between two prompts")
+        raise ValueError("the unconditional branch differs between two prompts")
     return {name: value[0] for name, value in null.items()}
 
 
 def _embedded(call: dict[str, Any], arguments: Mapping[str, Any], scale: float, constants: dict[str, Tensor]) -> bool:
-    """Put the guidance scale into the recorded call where an argument changed with it; return whether one did."""
+    """Mark the argument that changes with the guidance scale in the recorded call; return whether there is one."""
     for path in list(call["items"]):
         node, value = call["items"][path], arguments[path]
         if node["is"] != "constant" or not node.get("rows") or torch.equal(value[:1], constants[node["name"]]):
@@ -534,17 +534,17 @@ def _embedded(call: dict[str, Any], arguments: Mapping[str, Any], scale: float, 
         elif path == "timestep_cond":
             call["items"][path] = {"is": "embedding", "width": node["shape"][-1], "default": scale}
         else:
-            raise ValueError(f"the argument {path} changes with the guidance scale, in {node['shape']} numbers")
+            raise ValueError(f"the argument {path} changes with the guidance scale, but has the shape {node['shape']}")
         del constants[node["name"]]
         return True
     return False
 
 
 def fit_clock(schedule: Schedule, call: Mapping[str, Any], two: Trace) -> dict[str, Any]:
-    """Return the rule from noise levels to the times that the denoiser was shown.
+    """Return the clock, which maps noise levels to the times passed to the denoiser.
 
     Raises:
-        ValueError: if none fits to 1e-6.
+        ValueError: if no clock matches to 1e-6.
     """
     shown = [_shown(call, step) for step in two.steps]
     times = torch.tensor([schedule.time_of(step.timestep, step.sigma) for step in two.steps], dtype=torch.float64)
@@ -562,32 +562,32 @@ def fit_clock(schedule: Schedule, call: Mapping[str, Any], two: Trace) -> dict[s
             clock = {"of": of, "scale": scale, "offset": offset}
             return clock if of == "u" else clock | {"process": processes.describe(schedule.process)}
     raise ValueError(
-        f"its denoiser is shown the times {', '.join(f'{x:.6g}' for x in shown)} at the noise levels "
-        f"{', '.join(f'{float(x):.6g}' for x in sigma)}, which no affine clock of t, sigma or the angle has"
+        f"its denoiser gets the times {', '.join(f'{x:.6g}' for x in shown)} at the noise levels "
+        f"{', '.join(f'{float(x):.6g}' for x in sigma)}, which are not affine in t, sigma or the angle"
     )
 
 
 def _snapped(number: float, size: float) -> float:
-    """Return the round number that rounding errors of float32 have hidden in a number of this size."""
+    """Return the number without float32 rounding errors, if it is close to a round number at this size."""
     near = round(number, 3)
     return near + 0.0 if abs(near - number) <= CLOCK_TOLERANCE * max(1.0, size) else number
 
 
 def _shown(call: Mapping[str, Any], step: Step) -> float:
-    """The time that the denoiser was shown."""
+    """Return the time passed to the denoiser."""
     found = [
         float(value.flatten()[0]) for node, value in _reached(call, step.calls[0].arguments) if node["is"] == "time"
     ]
     if not found:
-        raise ValueError("no argument of its denoiser changes from step to step as a time does")
+        raise ValueError("no argument of its denoiser changes from step to step like a time")
     return found[0]
 
 
 def _output(step: Step) -> dict[str, Any]:
-    """Return which part of the denoiser's output the scheduler got, and its sign.
+    """Return which part of the denoiser's output was passed to the scheduler, and its sign.
 
     Raises:
-        ValueError: if it got something else.
+        ValueError: if something else was passed.
     """
     made = step.calls[0].output
     assert made is not None
@@ -599,8 +599,8 @@ def _output(step: Step) -> dict[str, Any]:
                 if _near(sign * found.reshape(wanted.shape), wanted):
                     return {"sign": sign, "part": part}
     raise ValueError(
-        f"its denoiser returns {list(made.shape)}, and neither that nor its first or last channels, of either sign, "
-        f"is what its scheduler steps with ({list(wanted.shape)})"
+        f"its denoiser returns {list(made.shape)}, but its scheduler gets {list(wanted.shape)}, which is neither this "
+        "output nor its first or last channels, with either sign"
     )
 
 
@@ -609,22 +609,22 @@ def _near(found: Tensor, wanted: Tensor) -> bool:
 
 
 def difference(found: Tensor, wanted: Tensor) -> float:
-    """Return the largest difference, relative to the largest number and to 1."""
+    """Return the largest difference, relative to the largest value (at least 1)."""
     return float((found.float() - wanted.float()).abs().max()) / max(1.0, float(wanted.abs().max()))
 
 
 def grid_of(schedule: Schedule, made: Trace) -> Tensor:
-    """Return the times at which the steps of a trace start and land, float64."""
+    """Return the times at which a trace's steps start and end, float64."""
     starts = [schedule.time_of(step.timestep, step.sigma) for step in made.steps]
     return torch.tensor([*starts, schedule.last_time], dtype=torch.float64)
 
 
 @torch.no_grad()
 def verify(network: Replay, schedule: Schedule, made: Trace) -> None:
-    """Replay each step of a trace without guidance and compare it with what was recorded.
+    """Replay each step of a trace without guidance and compare it with the recording.
 
     Raises:
-        ValueError: naming the first fact that does not fit.
+        ValueError: with the first fact that does not match.
     """
     denoiser = NetworkDenoiser(network, schedule.process, schedule.prediction)
     grid = grid_of(schedule, made)
@@ -633,31 +633,32 @@ def verify(network: Replay, schedule: Schedule, made: Trace) -> None:
         time = grid[place].expand(batch).float()
         cond = conditions_in(network.call, step.calls[0], batch)
         if takes_scale(network.call):
-            # The recorded calls without a second branch were made at 1.
+            # Calls with a single branch were recorded at scale 1.
             cond[GUIDANCE] = torch.ones(batch)
         told, shown = float(network.timestep(time)[0]), _shown(network.call, step)
         if abs(told - shown) > TOLERANCE * max(1e-2, abs(shown)):
             raise ValueError(
-                f"at step {place + 1} its denoiser was shown the time {shown:.6g}, but the clock says {told:.6g}"
+                f"at step {place + 1} its denoiser got the time {shown:.6g}, but the clock gives {told:.6g}"
             )
         recorded = step.calls[0].output
         assert recorded is not None
         if (off := difference(network.raw(x_t, time, **cond), recorded)) > TOLERANCE:
             raise ValueError(
                 f"at step {place + 1} its denoiser, called with the recorded conditions "
-                f"({', '.join(cond) or 'none'}), returns something else than before (by {off:.2g} of its size)"
+                f"({', '.join(cond) or 'none'}), returns a different output than before (by {off:.2g} of its size)"
             )
         if (off := difference(network(x_t, time, **cond), step.output)) > TOLERANCE:
             raise ValueError(
-                f"at step {place + 1} the scheduler was given something else than the "
-                f"{'negated ' if network.output['sign'] < 0 else ''}output (by {off:.2g} of its size): sign or slice"
+                f"at step {place + 1} the scheduler did not get the "
+                f"{'negated ' if network.output['sign'] < 0 else ''}output (it differs by {off:.2g} of its size): the "
+                "sign or the slice is different"
             )
         landed = ddim_step(denoiser(x_t, grid[place].expand(batch), cond), schedule.process, float(grid[place + 1]))
         if (off := difference(landed, step.after)) > TOLERANCE:
             raise ValueError(
                 f"step {place + 1} from t = {float(grid[place]):.4g} to {float(grid[place + 1]):.4g} on "
-                f"{schedule.process} with an output that means {type(schedule.prediction).__name__} lands elsewhere "
-                f"than the scheduler's (by {off:.2g} of its size)"
+                f"{schedule.process} with the output as {type(schedule.prediction).__name__} gives a different sample "
+                f"than the scheduler's step (by {off:.2g} of its size)"
             )
 
 
@@ -680,8 +681,8 @@ def verify_guided(call: Mapping[str, Any], alone: Mapping[str, Tensor], step: St
             if _near(found, wanted):
                 return Guiding(more, rescale)
     raise ValueError(
-        f"at a guidance scale of {SCALE:g} it steps with neither u + s (c - u) nor c + s (c - u) of its conditioned "
-        "and unconditioned outputs, with or without their norm restored"
+        f"at a guidance scale of {SCALE:g} it uses neither u + s (c - u) nor c + s (c - u) of its conditional output c "
+        "and unconditional output u, with or without rescaling to the norm of c"
     )
 
 
@@ -690,7 +691,7 @@ def _cut(made: Tensor, like: Tensor) -> Tensor:
 
 
 def _config(scheduler: Any) -> dict[str, Any]:
-    # Without what it says of its own defaults, which would undo what a pipeline has set.
+    # Skip the config's record of defaults, which would undo the pipeline's settings.
     fields = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
     return {"_class_name": type(scheduler).__name__, **fields}
 
@@ -700,7 +701,7 @@ def verify_export(pipe: Any, model: Model, **call: Any) -> None:
     """Compare the samples of an exported pipeline with the model's own, from the same noise and conditions.
 
     Args:
-        call: what its card says to call it with, without prompts.
+        call: the call arguments in its card, without prompts.
 
     Raises:
         ValueError: if they differ, or a step takes several network calls.
@@ -714,7 +715,7 @@ def verify_export(pipe: Any, model: Model, **call: Any) -> None:
     made = trace(pipe, count, of=count, **prompted(pipe, prompts), **call)
     if any(len(step.calls) != 1 or _is_guided(step, 2) for step in made.steps):
         raise ValueError(
-            f"the exported {type(pipe).__name__} calls its network more than once a step, called with {call}"
+            f"the exported {type(pipe).__name__} calls its network more than once per step, with the arguments {call}"
         )
     cond = conditions_in(manifest.network.get("base", manifest.network)["call"], made.steps[0].calls[0], 2)
     if manifest.guidance is not None and manifest.guidance["type"] == "range":
@@ -722,6 +723,6 @@ def verify_export(pipe: Any, model: Model, **call: Any) -> None:
     found = sample(model, made.steps[0].before, count, model.sampler, cond)
     if not (off := difference(found, made.steps[-1].after)) <= EXPORT_TOLERANCE:
         raise ValueError(
-            f"the exported {type(pipe).__name__} makes other samples than the model in {count} steps, by {off:.2g} of "
+            f"samples of the exported {type(pipe).__name__} in {count} steps differ from the model's by {off:.2g} of "
             "their size. Use --format onnx, or halfstep.load in Python"
         )

@@ -1,7 +1,7 @@
-"""diffusers' scheduler configs as our processes and predictions, and back.
+"""Conversion of diffusers' scheduler configs to our processes and predictions, and back.
 
 Timestep k of a table of T noise levels is our time t = (k + 1) / T, so that t = 0 is clean data. On the straight path
-of flow matching a scheduler's sigma is ours, and its timestep T sigma.
+of flow matching, a scheduler's sigma is ours, and its timestep is T sigma.
 """
 
 import inspect
@@ -35,11 +35,11 @@ TABLES: Final = (
     "DEISMultistepScheduler", "UniPCMultistepScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
     "HeunDiscreteScheduler", "LMSDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler",
 )  # fmt: skip
-"""Schedulers over a table of betas: they differ in how they step, which is not a matter of the model."""
+"""Schedulers with a table of betas. They only differ in their steps, which do not depend on the model."""
 SHIFTED_TABLES: Final = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
-"""Schedulers over a table whose signal-to-noise ratios are divided by a number."""
+"""Schedulers with a table of betas that divide its signal-to-noise ratios by a constant."""
 COSINE: Final = "CosineDPMSolverMultistepScheduler"
-"""The scheduler of EDM's preconditioning with the angle of (alpha, sigma) as the network's time."""
+"""The scheduler with EDM's preconditioning and the angle of (alpha, sigma) as the network's time."""
 FLOW: Final = "FlowMatchEulerDiscreteScheduler"
 """The scheduler of flow matching."""
 KNOWN: Final = (*TABLES, *SHIFTED_TABLES, COSINE, FLOW)
@@ -48,17 +48,17 @@ PREDICTIONS: Final[dict[str, Prediction]] = {
     "sample": X0(),
     "v_prediction": V(),
 }
-"""diffusers' names of what a network predicts on a table of betas."""
+"""diffusers' names of predictions on a table of betas."""
 GONE: Final = ("predict_epsilon", "tensor_format", "timestep_values")
 """Fields that diffusers' schedulers had in 2022."""
 _RAMPS: Final = {"linear": linear_betas, "scaled_linear": scaled_linear_betas}
-"""diffusers' names of tables from a first to a last beta."""
+"""diffusers' names of schedules from a first to a last beta."""
 
 
 @final
 @dataclass(frozen=True)
 class Schedule:
-    """The facts about a model in its scheduler's config."""
+    """Properties of a model that are stored in its scheduler's config."""
 
     process: NoiseProcess
     prediction: Prediction
@@ -68,15 +68,15 @@ class Schedule:
     learned_variance: bool
     """Whether the network also returns a variance."""
     last_time: float = 0.0
-    """Where the last step lands: at clean data, or at the first level of a table."""
+    """Where the last step ends: at clean data, or at the first level of a table."""
 
     @property
     def is_flow(self) -> bool:
-        """Whether a sample goes straight from data to noise."""
+        """Whether the path from data to noise is straight."""
         return isinstance(self.process, FlowMatching)
 
     def time_of(self, timestep: float, sigma: float | None) -> float:
-        """Return the time at a scheduler's timestep, or at its sigma on the straight path."""
+        """Return the time of a scheduler's timestep, or of its sigma on the straight path."""
         if sigma is not None and isinstance(self.process, VPCosine):
             return float(self.process.time_at(torch.tensor(-2 * math.log(sigma), dtype=torch.float64)))
         if not isinstance(self.process, FlowMatching) or sigma is None:
@@ -85,32 +85,32 @@ class Schedule:
 
 
 def read_schedule(config: Mapping[str, Any], mu: float | None = None) -> Schedule:
-    """Return what a scheduler's config says of its model; missing fields have diffusers' own defaults.
+    """Return the schedule in a scheduler's config; missing fields have the defaults of diffusers.
 
     Args:
-        mu: the dynamic shift, frozen at what the pipeline set for samples of one size.
+        mu: the dynamic shift, fixed at the value that the pipeline set for one sample size.
 
     Raises:
-        ValueError: naming the class or the fields that are not understood.
+        ValueError: with the class or the fields that are not supported.
     """
     kind = config.get("_class_name")
     if kind not in KNOWN:
         fields = ", ".join(name for name in config if not name.startswith("_")) or "none"
-        raise ValueError(f"the scheduler {kind} is not understood (fields: {fields}): known are {', '.join(KNOWN)}")
+        raise ValueError(f"the scheduler {kind} is not supported (fields: {fields}): use one of {', '.join(KNOWN)}")
     try:
         with quiet():
             full: dict[str, Any] = dict(stock(kind).from_config(current := renewed(config)).config)
         _warn_of_fields(kind, current)
         return _read(kind, full, mu)
-    except (TypeError, RuntimeError, OverflowError) as error:  # what diffusers and torch raise for a wrong type
+    except (TypeError, RuntimeError, OverflowError) as error:  # diffusers and torch raise these for a wrong type
         raise ValueError(
-            f"the config of the {kind} does not make one ({in_one_line(error)}): compare its fields with those of "
+            f"the config of the {kind} is not valid ({in_one_line(error)}): compare its fields with those of "
             f"diffusers.{kind}().config"
         ) from None
 
 
 def renewed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a scheduler's config whose fields of 2022 are those of today.
+    """Return a scheduler's config with fields of 2022 replaced by today's.
 
     Raises:
         ValueError: if `predict_epsilon` and `prediction_type` contradict each other.
@@ -118,7 +118,7 @@ def renewed(config: Mapping[str, Any]) -> dict[str, Any]:
     current = {name: value for name, value in config.items() if name not in GONE}
     if (was := config.get("predict_epsilon")) is not None:
         meant = "epsilon" if was else "sample"
-        # diffusers' own releases between the two wrote both, the old one at its default.
+        # Some releases of diffusers wrote both fields, the old one with its default.
         if not was and current.setdefault("prediction_type", meant) != meant:
             raise ValueError(
                 f"the scheduler's config has predict_epsilon {was!r} and prediction_type "
@@ -128,18 +128,18 @@ def renewed(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _warn_of_fields(kind: str, current: Mapping[str, Any]) -> None:
-    """Warn of fields that no scheduler of diffusers knows."""
+    """Warn about fields that no diffusers scheduler supports."""
     takes = inspect.signature(stock(kind).__init__).parameters
     foreign = [name for name in current if not name.startswith("_") and name not in takes]
     if foreign:
-        # Configs are passed from scheduler to scheduler, with what only one of them takes.
+        # Configs are passed between schedulers, including fields that only some of them support.
         known = {name for one in KNOWN for name in inspect.signature(stock(one).__init__).parameters}
         foreign = [name for name in foreign if name not in known]
     if foreign:
         fields = ", ".join(f"{name} = {current[name]!r}" for name in foreign)
         warnings.warn(
-            f"the scheduler's config has fields that this diffusers does not know, and that are ignored: {fields}. "
-            "Update diffusers if they matter",
+            f"the scheduler's config has fields that this diffusers version does not support, so they are ignored: "
+            f"{fields}. Update diffusers if they matter",
             HalfstepWarning,
             stacklevel=4,
         )
@@ -155,23 +155,23 @@ def _read(kind: str, full: Mapping[str, Any], mu: float | None) -> Schedule:
         shift = float(full["shift"] if kind == FLOW else full["flow_shift"])
         if full.get("use_dynamic_shifting"):
             if mu is None:
-                raise ValueError(f"{kind} has use_dynamic_shifting True, and no size of the samples says by how much")
+                raise ValueError(f"{kind} has use_dynamic_shifting True, but the sample size is unknown")
             shift = mu if full["time_shift_type"] == "linear" else math.exp(mu)
         return Schedule(FlowMatching(shift), FlowVelocity(), False, num, False)
     if kind == COSINE:
         _refuse(kind, full, {"sigma_data": 1.0, "prediction_type": "v_prediction", "final_sigmas_type": "zero"})
-        # Its samples, scaled as the network takes them, preserve variance.
+        # Its samples preserve variance when scaled as in the network's input.
         noisiest, cleanest = (-2 * math.log(float(full[name])) for name in ("sigma_max", "sigma_min"))
         return Schedule(VPCosine(noisiest, cleanest), V(), False, num, False)
     if name == "flow_prediction":
         raise ValueError(f"{kind} has prediction_type {name!r} on a table of betas: its use_flow_sigmas must be true")
     if name not in PREDICTIONS:
-        raise ValueError(f"{kind} has prediction_type {name!r}, which is none of {', '.join(PREDICTIONS)}")
-    # Told a continuous time, a network keeps another clock than that of a table.
+        raise ValueError(f"{kind} has prediction_type {name!r}, which is not one of {', '.join(PREDICTIONS)}")
+    # A network with continuous time does not use the clock of a table.
     _refuse(kind, full, {"timestep_type": "discrete"})
-    # With a largest value of 1, thresholding is clipping.
+    # With a maximum of 1, thresholding is the same as clipping.
     bounds = {"clip_sample": "clip_sample_range", "thresholding": "sample_max_value"}
-    # Those of CogVideoX have such settings and do nothing with them.
+    # The schedulers of CogVideoX have these settings but ignore them.
     used = [bound for setting, bound in bounds.items() if full.get(setting) and kind not in SHIFTED_TABLES]
     _refuse(kind, full, dict.fromkeys(used, 1.0))
     learned = "learned" in str(full.get("variance_type"))
@@ -182,7 +182,7 @@ def _read(kind: str, full: Mapping[str, Any], mu: float | None) -> Schedule:
 def _refuse(kind: str, config: Mapping[str, Any], needed: Mapping[str, Any]) -> None:
     for name, value in needed.items():
         if config.get(name, value) not in (value, None):
-            raise ValueError(f"{kind} has {name} {config[name]!r}, and only {value!r} is understood")
+            raise ValueError(f"{kind} has {name} {config[name]!r}, but only {value!r} is supported")
 
 
 def _betas(kind: str, config: Mapping[str, Any], num: int) -> tuple[float, ...]:
@@ -191,7 +191,7 @@ def _betas(kind: str, config: Mapping[str, Any], num: int) -> tuple[float, ...]:
         betas = tuple(float(beta) for beta in config["trained_betas"])
         if len(betas) != num:
             raise ValueError(
-                f"{kind} has {len(betas)} trained_betas for its {num} num_train_timesteps: one each is needed"
+                f"{kind} has {len(betas)} trained_betas, but num_train_timesteps is {num}: the numbers must be equal"
             )
     elif schedule in _RAMPS:
         betas = _RAMPS[schedule](num, float(config["beta_start"]), float(config["beta_end"]))
@@ -199,7 +199,7 @@ def _betas(kind: str, config: Mapping[str, Any], num: int) -> tuple[float, ...]:
         betas = cosine_betas(num)
     else:
         raise ValueError(
-            f"{kind} has beta_schedule {schedule!r}, which is none of {', '.join(_RAMPS)}, squaredcos_cap_v2: write "
+            f"{kind} has beta_schedule {schedule!r}, which is not one of {', '.join(_RAMPS)}, squaredcos_cap_v2: write "
             "its betas into trained_betas"
         )
     if kind in SHIFTED_TABLES:
@@ -210,12 +210,12 @@ def _betas(kind: str, config: Mapping[str, Any], num: int) -> tuple[float, ...]:
 
 
 def first_order(scheduler: Any) -> Any:
-    """Return the scheduler that takes DDIM's steps, without clipping, on the noise levels of another.
+    """Return a scheduler that takes DDIM steps, without clipping, on the noise levels of `scheduler`.
 
     Raises:
-        ValueError: as `read_schedule`, unless the shift alone is missing.
+        ValueError: as `read_schedule`, except that the shift may be missing.
     """
-    # A config's list of defaults would undo the fields below.
+    # The config's record of defaults would undo the fields below.
     kind, config = type(scheduler).__name__, {k: v for k, v in scheduler.config.items() if not k.startswith("_")}
     read_schedule({"_class_name": kind, **config}, mu=1.0)
     fields = {"timestep_spacing": "trailing", "clip_sample": False, "thresholding": False, "steps_offset": 1}
@@ -236,7 +236,7 @@ def first_order(scheduler: Any) -> Any:
 def _step_without_noise(
     self: Any, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True
 ) -> Any:
-    """Take DDIM's step instead of a scheduler's that draws noise."""
+    """Take a DDIM step instead of a step that draws noise."""
     from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
     here, there = self.sigmas[self.step_index], self.sigmas[self.step_index + 1]
@@ -246,10 +246,10 @@ def _step_without_noise(
 
 
 def times_of(scheduler: Any, num_steps: int) -> Tensor:
-    """Return the `num_steps + 1` times at which a stock scheduler's steps start and land, float64.
+    """Return the `num_steps + 1` times at which a stock scheduler's steps start and end, float64.
 
     Raises:
-        ValueError: if a step of the scheduler does not start where the one before it landed.
+        ValueError: if a step of the scheduler does not start where the previous step ended.
     """
     schedule = read_schedule({"_class_name": type(scheduler).__name__, **scheduler.config})
     scheduler.set_timesteps(num_steps)
@@ -261,15 +261,15 @@ def times_of(scheduler: Any, num_steps: int) -> Tensor:
     lands = starts - num // num_steps if type(scheduler).__name__ == "DDIMScheduler" else np.append(starts[1:], -1)
     if not np.array_equal(lands[:-1], starts[1:]):
         raise ValueError(
-            f"{num_steps} steps on {num} timesteps: {type(scheduler).__name__} lands at {lands[0]:g}, but the "
-            f"next step starts from {starts[1]:g}; choose a number that divides {num}"
+            f"{num_steps} steps on {num} timesteps: the first step of {type(scheduler).__name__} ends at {lands[0]:g}, "
+            f"but the next one starts from {starts[1]:g}; choose a number of steps that divides {num}"
         )
     last = 0.0 if lands[-1] < 0 and scheduler.config.get("set_alpha_to_one", True) else max(lands[-1], 0) + 1
     return torch.from_numpy(np.append(starts + 1, last) / num)
 
 
 class StockSchedule(NamedTuple):
-    """A scheduler's class and the arguments that make it."""
+    """A scheduler's class and constructor arguments."""
 
     kind: str
     config: dict[str, Any]
@@ -278,7 +278,7 @@ class StockSchedule(NamedTuple):
 def write_schedule(
     process: NoiseProcess, prediction: Prediction, num_train_timesteps: int, clip: bool
 ) -> StockSchedule:
-    """Return the stock scheduler whose steps are DDIM's on our grids: `trailing`, and landing on clean data.
+    """Return the stock scheduler that takes DDIM steps on our grids: spacing `trailing`, with clean data at the end.
 
     Raises:
         ValueError: if diffusers has none for this process or prediction.
@@ -288,8 +288,8 @@ def write_schedule(
     names = {type(member): name for name, member in PREDICTIONS.items()}
     if type(prediction) not in names:
         raise ValueError(
-            f"no scheduler of diffusers steps with {type(prediction).__name__} on {type(process).__name__}: match the "
-            "model to v or x0 first (halfstep distill --matching.prediction v), or export --format onnx"
+            f"diffusers has no scheduler for {type(prediction).__name__} on {type(process).__name__}: match the model "
+            "to v or x0 first (halfstep distill --matching.prediction v), or export --format onnx"
         )
     return StockSchedule(
         "DDIMScheduler",
@@ -299,7 +299,7 @@ def write_schedule(
             "prediction_type": names[type(prediction)],
             "timestep_spacing": "trailing",
             "set_alpha_to_one": True,
-            # Trailing spacing knows no offset; Stable Diffusion's pipeline complains of any other than 1.
+            # Trailing spacing ignores the offset, but Stable Diffusion's pipeline warns about any value except 1.
             "steps_offset": 1,
             "clip_sample": clip,
         },
@@ -327,7 +327,7 @@ def _stock_betas(process: NoiseProcess, num: int) -> dict[str, Any]:
 
 
 class Solver(NamedTuple):
-    """How diffusers' DPM-Solver++ takes the steps of a sampler of ours."""
+    """Settings with which diffusers' DPM-Solver++ takes the steps of one of our samplers."""
 
     order: int
     algorithm: str
@@ -341,25 +341,25 @@ SOLVERS: Final[dict[Sampler, Solver]] = {
 
 
 def multistep(schedule: StockSchedule, solver: Solver, clip: bool) -> StockSchedule:
-    """Return the DPM-Solver++ that takes the steps of `solver` on a DDIM scheduler's table.
+    """Return the DPM-Solver++ scheduler that takes the steps of `solver` on a DDIM scheduler's table.
 
-    Order 1 is DDIM, with the noise derived again from the clipped x0 in any pipeline: `DDIMScheduler` does that only
-    where a pipeline passes `use_clipped_model_output`. Order 2 is our DPM-Solver++(2M). The SDE solver of
-    order 1 draws from the posterior that ancestral sampling with gamma = 0 draws from.
+    Order 1 is DDIM, with the noise recomputed from the clipped x0 in any pipeline; `DDIMScheduler` does that only if
+    the pipeline passes `use_clipped_model_output`. Order 2 is our DPM-Solver++(2M). The SDE solver of order 1 draws
+    from the same posterior as ancestral sampling with gamma = 0.
 
     Raises:
-        ValueError: if the scheduler is no DDIM, or its table ends without any signal, which this one divides by.
+        ValueError: if the scheduler is not DDIM, or its table ends at zero signal, by which this solver would divide.
     """
     if schedule.kind != "DDIMScheduler":
-        # With use_flow_sigmas it starts at sigma = 1 - 1 / T and truncates its timesteps to whole numbers.
+        # With use_flow_sigmas it starts at sigma = 1 - 1 / T and truncates its timesteps to integers.
         raise ValueError(
-            f"no scheduler of diffusers takes {solver.algorithm} steps of order {solver.order} at this model's times "
-            "on the path of flow matching. Use --format onnx"
+            f"diffusers has no scheduler for {solver.algorithm} steps of order {solver.order} at this model's times on "
+            "the flow-matching path. Use --format onnx"
         )
     config = {k: v for k, v in schedule.config.items() if k not in ("set_alpha_to_one", "clip_sample")}
     if config.get("trained_betas") and config["trained_betas"][-1] == 1:
         raise ValueError(
-            "no scheduler of diffusers takes these steps on a table that ends at zero signal: export --format onnx"
+            "diffusers has no scheduler for these steps on a table that ends at zero signal: export --format onnx"
         )
     return StockSchedule(
         "DPMSolverMultistepScheduler",
@@ -375,6 +375,6 @@ def multistep(schedule: StockSchedule, solver: Solver, clip: bool) -> StockSched
 
 
 def exact_steps(schedule: StockSchedule) -> list[int]:
-    """Return the numbers of steps, up to 64, at which the scheduler uses exactly the times of our grid."""
+    """Return the numbers of steps, up to 64, for which the scheduler uses exactly the times of our grid."""
     num = int(schedule.config["num_train_timesteps"])
     return [steps for steps in range(1, 65) if schedule.kind == FLOW or num % steps == 0]

@@ -8,9 +8,9 @@ from typing import Any
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the warnings and progress bars of diffusers and transformers, which are for those who call them.
+    """Silence the warnings and progress bars of diffusers and transformers, which are for direct callers.
 
-    Restores what it found, so that calls may be nested.
+    Restores the previous state, so that calls can be nested.
     """
     from diffusers.utils import logging
 
@@ -35,7 +35,7 @@ def quiet() -> Iterator[None]:
 
 
 def stock(name: str, *default: Any) -> Any:
-    """Return the class of diffusers with that name, imported quietly, or the default."""
+    """Return the diffusers class with this name, imported quietly, or the default."""
     import diffusers
 
     with quiet():
@@ -43,5 +43,5 @@ def stock(name: str, *default: Any) -> Any:
 
 
 def in_one_line(error: BaseException) -> str:
-    """Return the start of an error's text without line breaks, for a message of ours."""
+    """Return the start of an error's text without line breaks, to include in our messages."""
     return " ".join(str(error).split())[:200] or type(error).__name__

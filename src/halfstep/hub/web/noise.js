@@ -10,7 +10,7 @@ const INITIAL = [
 const COLUMNS = [[0, 4, 8, 12], [1, 5, 9, 13], [2, 6, 10, 14], [3, 7, 11, 15]];
 const DIAGONALS = [[0, 5, 10, 15], [1, 6, 11, 12], [2, 7, 8, 13], [3, 4, 9, 14]];
 
-// BLAKE2b with a digest of 8 bytes (RFC 7693), as a little-endian integer, of an ASCII text that fits one block of 128.
+// BLAKE2b digest (RFC 7693) of 8 bytes, as a little-endian integer, for an ASCII text that fits into one block of 128 bytes.
 const blake2b = (text) => {
   const wrap = (value) => BigInt.asUintN(64, value);
   const turn = (value, bits) => wrap((value >> bits) | (value << (64n - bits)));
@@ -34,7 +34,7 @@ const blake2b = (text) => {
   return start ^ v[0] ^ v[8];
 };
 
-// torch's CPU generator: the Mersenne Twister mt19937, of whose seed it keeps 32 bits. Returns a function to its next 32 bits.
+// torch's CPU generator: the Mersenne Twister mt19937 with a 32-bit seed. Returns a function that returns the next 32 bits.
 const twister = (seed) => {
   const state = new Uint32Array(624);
   state[0] = seed;
@@ -89,7 +89,7 @@ const normal = (seed, size) => {
   return values;
 };
 
-// `step`: number of the sampler's step for which a stochastic sampler draws; none for the noise that it starts from.
+// `step`: number of the step for which a stochastic sampler draws noise; null for the initial noise.
 const noiseOf = (seed, size, step = null) => {
   const key = step === null ? `('sample', ${seed})` : `('sample', ${seed}, 'step', ${step})`;
   return normal(Number(BigInt.asUintN(32, blake2b(key) >> 1n)), size);

@@ -6,7 +6,7 @@ const element = (id) => document.getElementById(id);
 
 // --- The model ---
 
-// A file of the page: held in the page itself, or beside it.
+// A file of the page: embedded in the page, or next to it.
 const read = async (name) => {
   const held = document.querySelector(`script[data-file="${name}"]`);
   let bytes;
@@ -14,10 +14,10 @@ const read = async (name) => {
     bytes = Uint8Array.from(atob(held.textContent), (letter) => letter.charCodeAt(0));
   } else {
     if (location.protocol === "file:") {
-      throw new Error("A browser lets no page read other files from disk. Serve this folder (python -m http.server), or export with --single-file.");
+      throw new Error("Browsers do not let a page read other files from disk. Serve this folder (python -m http.server), or export with --single-file.");
     }
     const answer = await fetch(name);
-    if (!answer.ok) throw new Error(`${name} is missing beside this page (${answer.status}). Copy the exported folder whole.`);
+    if (!answer.ok) throw new Error(`${name} is missing next to this page (${answer.status}). Copy the whole exported folder.`);
     bytes = new Uint8Array(await answer.arrayBuffer());
   }
   // Some servers send .gz files unpacked.
@@ -43,7 +43,7 @@ worker.onmessage = ({ data: { id, value, error } }) => {
 };
 worker.onerror = (event) => fail(event.message || "The worker of this page cannot start.");
 
-// Return a function that makes a value once for each name.
+// Return a function that caches its value for each name.
 const once = (make) => {
   const made = new Map();
   return (name) => {
@@ -61,7 +61,7 @@ const opened = once(async (steps) => {
   const { file } = facts.graphs.find((graph) => graph.steps === steps);
   const [graph] = await Promise.all([read(file), started()]);
   await ask({ call: "open", name: steps, graph }, [graph.buffer]);
-  // A first call is slower than all others.
+  // The first call is slower than the others.
   await run(steps, noiseOf(0, size), 0, options());
 });
 
@@ -83,7 +83,7 @@ const run = (steps, start, seed, { label, scale }) => {
   return ask({ call: "run", name: steps, inputs });
 };
 
-// Return {x0, milliseconds} of one sample: of the noise `start`, with the step noise and the class of `seed`.
+// Return {x0, milliseconds} of one sample from the noise `start`, with the step noise and the class of `seed`.
 const sampleFrom = async (start, seed, steps, asked) => {
   await opened(steps);
   return run(steps, start, seed, asked);
@@ -121,7 +121,7 @@ const paint = (canvas, x0, label) => {
   canvas.setAttribute("aria-label", label);
 };
 
-// Return a function that starts `task`, which fills the element `id`, and tells its earlier calls to stop.
+// Return a function that starts `task`, which fills the element `id`, and stops its earlier calls.
 const newest = (id, task) => {
   let last = 0;
   return async () => {

@@ -1,4 +1,4 @@
-"""A model as a web page: its graphs, onnxruntime-web and scripts that draw the noise of a seed as torch does."""
+"""A model as a web page: its graphs, onnxruntime-web, and scripts that draw the same noise for a seed as torch."""
 
 import base64
 import gzip
@@ -23,9 +23,9 @@ from halfstep.objectives import GuidanceRange
 from halfstep.runtime.files import refuse_taken, replacing, replacing_folder
 
 MOST_BYTES: Final = 256 * 2**20
-"""Weights of one model beyond which no page is made: browsers give up on it."""
+"""Maximum size of a model's weights: browsers fail on larger pages."""
 NEAR: Final = 5e-4
-"""The largest difference from torch's samples at which weights of half the bytes are used."""
+"""Largest difference from torch's samples for which 16-bit weights are used."""
 LICENCES: Final = "onnxruntime-licences.txt"
 
 
@@ -39,13 +39,13 @@ def export_web(
     """Write a page that samples in the browser, and return its size in bytes.
 
     Args:
-        models: each with its number of steps (None: the model's own), among which the page's reader chooses.
-        out: a folder, to be served; with `single_file` one HTML file, which also works from disk.
-        runtime_source: the npm package onnxruntime-web, packed or unpacked; None to fetch it once into the cache.
+        models: the models that users of the page can select, each with a number of steps (None: the model's own).
+        out: a folder to serve, or with `single_file` a single HTML file, which also works from disk.
+        runtime_source: the npm package onnxruntime-web, packed or unpacked; None to download it once into the cache.
 
     Raises:
-        ValueError: if samples are not grey or colour images, a condition has no field on the page, a model is too
-            large, a graph cannot be made (see `export_onnx`) or the runtime is missing; nothing is written then.
+        ValueError: if samples are not grey or colour images, the page does not support a condition, a model is too
+            large, a graph cannot be exported (see `export_onnx`) or the runtime is missing; nothing is written then.
     """
     refuse_taken(out, is_file=single_file)
     for model, _ in models:
@@ -73,7 +73,7 @@ def export_web(
 
 
 def _check(model: Model) -> None:
-    """Raise ValueError if the page cannot show the model's samples, set its conditions or hold its weights."""
+    """Raise ValueError if the page does not support the model's samples, conditions or size."""
     if not model.manifest.is_image or len(model.shape) != 3 or model.shape[0] not in (1, 3):
         raise ValueError(f"samples of shape {list(model.shape)} are not grey or colour images. Use --format onnx.")
     if model.manifest.conditions:
@@ -88,7 +88,7 @@ def _check(model: Model) -> None:
 
 
 def _graph(model: Model, num_steps: int) -> bytes:
-    """Return the whole sampler as a graph, with weights of half the bytes unless that changes its samples."""
+    """Return the whole sampler as a graph, with 16-bit weights unless they change its samples too much."""
     with TemporaryDirectory() as folder:
         whole, halved = Path(folder) / "whole.onnx", Path(folder) / "halved.onnx"
         export_onnx(model, whole, num_steps)
@@ -98,7 +98,7 @@ def _graph(model: Model, num_steps: int) -> bytes:
 
 
 def _html(title: str, model: Model, graphs: Sequence[Mapping[str, Any]], assets: Mapping[str, bytes]) -> bytes:
-    """Return the page, with `assets` inside."""
+    """Return the page with `assets` embedded."""
     guidance = None
     if isinstance(model.guidance, GuidanceRange):
         default = float(model.cond([0])[GUIDANCE])
@@ -117,7 +117,7 @@ def _html(title: str, model: Model, graphs: Sequence[Mapping[str, Any]], assets:
     holder = Markup('<script type="text/plain" data-file="{}">{}</script>\n')
     html = Template(_text("page.html")).substitute(
         title=escape(title),
-        # Inside a script element nothing but "<" can end it.
+        # In a script element, only "<" could start the end tag.
         facts=json.dumps(facts).replace("<", "\\u003c"),
         script=script,
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -133,7 +133,7 @@ def _html(title: str, model: Model, graphs: Sequence[Mapping[str, Any]], assets:
 
 
 def _packed(content: bytes) -> str:
-    """Return the content, compressed if it is not yet, in base64."""
+    """Return the content in base64, compressed unless it already is."""
     is_packed = content.startswith(b"\x1f\x8b")
     return base64.b64encode(content if is_packed else gzip.compress(content, mtime=0)).decode()
 

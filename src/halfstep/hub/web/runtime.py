@@ -1,4 +1,4 @@
-"""onnxruntime-web, which runs graphs in browsers: fetched once from the npm registry and held to its sha256."""
+"""onnxruntime-web, which runs graphs in browsers; downloaded once from the npm registry and checked by its sha256."""
 
 import hashlib
 import io
@@ -20,7 +20,7 @@ SHA256: Final[Mapping[str, str]] = {
     MODULE: "11e64bd8ffe11bd1a2a2f0d6275fdfbbba7262f0b76b99b53d228a8a22ef3d90",
     BINARY: "3398c10d07d229bd91b364548e130e0e51a8e5704b88c7c083ebbeb78842dee2",
 }
-"""The files of the package's folder dist that a page needs."""
+"""The files in the package's folder dist that a page needs."""
 TIMEOUT: Final = 60.0
 """Seconds without a byte after which the registry counts as unreachable."""
 
@@ -29,7 +29,7 @@ def read_runtime(source: Path | None = None) -> dict[str, bytes]:
     """Return the files of `SHA256` by name.
 
     Args:
-        source: the npm package, packed (.tgz) or unpacked; None for the cache, which is filled from the registry.
+        source: the npm package, packed (.tgz) or unpacked; None for the cache, which is downloaded if missing.
 
     Raises:
         ValueError: if a file is missing or altered, or the registry cannot be reached.
@@ -39,12 +39,12 @@ def read_runtime(source: Path | None = None) -> dict[str, bytes]:
     folder = cache_folder() / f"onnxruntime-web-{VERSION}"
     try:
         return _read(folder)
-    except ValueError:  # not fetched yet, or damaged
+    except ValueError:  # not downloaded yet, or damaged
         return _fetch(folder)
 
 
 def licences() -> str:
-    """Return onnxruntime's licence and its notices, which its Python package contains and the npm package does not."""
+    """Return onnxruntime's licence and notices from its Python package; the npm package does not contain them."""
     package = distribution("onnxruntime")
     files = [Path(str(package.locate_file(f"onnxruntime/{name}"))) for name in ("LICENSE", "ThirdPartyNotices.txt")]
     return "\n\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
@@ -64,7 +64,7 @@ def _read(source: Path) -> dict[str, bytes]:
     for name, content in found.items():
         if hashlib.sha256(content).hexdigest() != SHA256[name]:
             raise ValueError(
-                f"{name} in {source} is not that of onnxruntime-web {VERSION} (its sha256 differs). Download {URL} and "
+                f"{name} in {source} is not from onnxruntime-web {VERSION} (its sha256 differs). Download {URL} and "
                 "give that file as --runtime."
             )
     return found
@@ -77,14 +77,14 @@ def _unpacked(package: bytes) -> dict[str, bytes]:
 
 
 def _fetch(folder: Path) -> dict[str, bytes]:
-    """Fill the folder, as the unpacked package has it, with what a page needs."""
+    """Download the files that a page needs into the folder, in the layout of the unpacked package."""
     try:
         with urllib.request.urlopen(URL, timeout=TIMEOUT) as answer:
             found = _unpacked(answer.read())
     except (OSError, HTTPException, KeyError, tarfile.TarError) as error:
         raise ValueError(
-            f"onnxruntime-web cannot be fetched from the npm registry ({first_line(error)}). Download {URL} elsewhere "
-            "and give that file as --runtime."
+            f"onnxruntime-web cannot be downloaded from the npm registry ({first_line(error)}). Download {URL} on "
+            "another machine and give that file as --runtime."
         ) from None
     with replacing_folder(folder) as into:
         (into / "dist").mkdir()

@@ -1,7 +1,7 @@
-"""Graphs whose weights take half the bytes: 16-bit integers with a scale for each output channel.
+"""Graphs with weights of half the size: 16-bit integers with a scale for each output channel.
 
-They take as many bytes as float16 and are several times as close: an error is at most 2^-16 of the channel's largest
-weight, where float16 rounds each weight to 11 bits. onnxruntime converts them back once, when it loads the graph.
+They have the size of float16 but are several times more accurate: the error is at most 2^-16 of the channel's largest
+weight, but float16 rounds each weight to 11 bits. onnxruntime converts them back once, when it loads the graph.
 """
 
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 
 SMALLEST: Final = 256
-"""Values of a tensor from which on the conversion pays."""
+"""Minimum number of values for which a tensor is converted."""
 LARGEST: Final = 2**15 - 1
 
 

@@ -1,4 +1,4 @@
-// Runs in a worker: the graphs in onnxruntime's WebAssembly, so that the page answers while they compute.
+// Runs the graphs in a worker with onnxruntime's WebAssembly, so that the page stays responsive.
 let ort;
 const sessions = new Map();
 
