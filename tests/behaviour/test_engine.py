@@ -188,7 +188,7 @@ def test_dropout_acts_in_the_stage_that_asks_for_it_only(tmp_path: Path) -> None
 
 
 def test_a_halving_stage_without_a_teacher_is_refused() -> None:
-    with pytest.raises(ValueError, match="learns from a teacher, and there is none"):
+    with pytest.raises(ValueError, match="learns from a teacher, but none is given"):
         _trainer(Plan.halvings(4, 2, Training(2, 1e-3), updates_at={}).stages[0])
 
 

@@ -63,7 +63,7 @@ def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
         (["run", "digits", "--chain.factor", "1"], "--chain.factor: must be at least 2, got 1"),
         (
             ["run", "digits", "--chain.factor", "3"],
-            "16 steps cannot be divided by 3 again and again to 1: list the students' steps, or start from",
+            "16 steps cannot be divided repeatedly by 3 to 1. List the students' steps, or start from",
         ),
         (
             ["run", "arrays", "--data", "digits", "--chain.students", "48", "1"],

@@ -70,7 +70,7 @@ class StageTrainer:
     ) -> None:
         training, objective = stage.training, stage.objective
         if objective.needs_teacher and teacher is None:
-            raise ValueError(f"stage {stream} learns from a teacher, and there is none")
+            raise ValueError(f"stage {stream} learns from a teacher, but none is given. Pass one")
         if training.batch_size % accelerator.num_processes:
             raise ValueError(
                 f"a batch of {training.batch_size} cannot be split evenly over {accelerator.num_processes} processes"
