@@ -160,7 +160,7 @@ def test_a_loss_that_is_not_finite_names_stage_and_update_and_keeps_the_last_che
             return output * (float("nan") if self.calls > 8 else 1.0)
 
     spec = toy_spec(network=Poisoned, data=MemoryData("toy", broken), log_every=1)
-    with pytest.raises(NonFinite, match=r"stage 00-denoise at update 8 \(.*\): lower the learning rate"):
+    with pytest.raises(NonFinite, match=r"stage 00-denoise at update 8 \(.*\)\. Lower the learning rate"):
         finish(spec, tmp_path / "run")
     kept = [path.name for path in (tmp_path / "run").glob("stages/*/checkpoint-*")]
     assert sorted(kept) == ["checkpoint-00000003", "checkpoint-00000006"]

@@ -554,7 +554,7 @@ def test_what_a_model_cannot_make_is_refused(student: halfstep.Model) -> None:
         (lambda: halfstep.sample(student, torch.zeros(3, 4)), r"Pass noise of shape \[batch, 2\]"),
         (lambda: halfstep.sample(student, torch.zeros(2)), r"Pass noise of shape \[batch, 2\]"),
         (lambda: student.sample(3, sampler="ddim"), r"Pass halfstep\.DDIM\(\)"),
-        (lambda: student.sample(3, class_label=1), "remove the class"),
+        (lambda: student.sample(3, class_label=1), "Remove the class"),
         (lambda: halfstep.distill(student, torch.zeros(8, 3), to=1), "Pass the data that it was trained on"),
         (lambda: halfstep.sample(student, torch.zeros(3, 2, device="meta")), "Move one: noise.to"),
     ):

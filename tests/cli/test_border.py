@@ -746,7 +746,7 @@ def test_samples_that_cannot_be_drawn_are_refused(
         return refused(["sample", str(run), "--num-samples", "2", "--out", str(tmp_path / "x.npz"), *words], capsys)
 
     assert "has learned only 4. Remove it, or distil a model with a range" in said(dit_run, "--guidance-scale", "2")
-    assert "has no guidance: remove it" in said(ddpm_run, "--guidance-scale", "2")
+    assert "has no guidance. Remove it" in said(ddpm_run, "--guidance-scale", "2")
     assert "add --prompt TEXT" in said(sd_run)
     assert "--prompt has no effect: this model is not text-conditioned" in said(ddpm_run, "--prompt", "a")
     assert "has classes 0 to 999" in said(dit_run, "--class-label", "1000")
