@@ -384,7 +384,9 @@ def test_a_helper_in_bfloat16_is_refused() -> None:
         def helpers(self) -> Mapping[str, Helper]:
             return {"critic": Auxiliary(lambda models: copy_denoiser(models.teacher), lambda own: own)}
 
-    with pytest.raises(ValueError, match=r"helper critic is a copy of a teacher in bfloat16\. Start it from the student"):
+    with pytest.raises(
+        ValueError, match=r"helper critic is a copy of a teacher in bfloat16\. Start it from the student"
+    ):
         StageTrainer(
             denoiser(1), in_precision(denoiser(0), "bf16"), Stage(OfTheTeacher(), TRAINING), data,
             seed=0, stream="game", accelerator=make_accelerator(cpu=True),

@@ -682,7 +682,7 @@ def test_what_is_no_pipeline_is_refused(source: str, said: str, tmp_path: Path, 
         ("ddpm", "digits", ["--matching.guidance-scale", "nan"], "guidance-scale"),
         ("ddpm", "digits", ["--chain.lora-rank", "2", "--matching.process", "cosine"], "leave --chain.lora-rank out"),
         ("dit", "latents-dit", ["--matching.guidance-range", "1", "3"], "DiTTransformer2DModel has none"),
-        ("dit", "latents-dit", ["--matching.process", "cosine"], "has no table of timesteps that could be replaced"),
+        ("dit", "latents-dit", ["--matching.process", "cosine"], "has no table of timesteps to replace"),
         (
             "dit", "latents-dit", ["--matching.guidance-scale", "2", "--matching.guidance-range", "1", "3"],
             "are both given: give one",
