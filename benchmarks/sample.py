@@ -23,7 +23,7 @@ TIMES = 8
 """Number of times in a row that 4-step samples are drawn, for comparison with sampling in hundreds of steps."""
 
 FEW = 8
-"""Number of steps up to which they are drawn once."""
+"""Largest number of steps at which samples are drawn only once in a row."""
 
 ROUNDS = {"digits": 240, "cifar10": 16, "tiny": 20}
 """Number of rounds at one step; at n steps it is divided by n, but at least three."""

@@ -61,7 +61,7 @@ def ours(name: str, data: MemoryData, stage: Stage, precision: str, compiled: bo
 def bare(
     name: str, data: MemoryData, stage: Stage, precision: str, compiled: bool, device: str, micro_batches: int = 1
 ) -> Callable[[], Any]:
-    """Return a function for the network calls and optimiser steps of an update, with micro batches of `batch_size`."""
+    """Return a function for the network calls and optimiser steps of an update; the stage's batch is a micro batch."""
     evals = stage.objective.evals
     networks = {each: denoiser(name, device).eval().requires_grad_(False) for each in evals}
     optimizers = {}

@@ -49,7 +49,7 @@ def main() -> None:
     from halfstep.runtime.environment import environment
 
     result: dict[str, Any] = {
-        "what": "blows at random moments to a chain with finishes; every run ends with the weights of an uncut run",
+        "what": "faults at random moments in a chain with finishes; all runs end with the weights of a fault-free run",
         "command": " ".join(["python", *sys.orig_argv[1:]]),
         "environment": environment(),
         "seed": options.seed,

@@ -530,7 +530,7 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "a list as labels": (lambda: _fit(data=(points(), {"class_labels": [0] * 200})), r"Pass torch\.tensor"),
     "too few labels": (lambda: _fit(data=(points(), {"angle": torch.zeros(3)})), "Pass one row a sample"),
     "a model to save": (lambda: halfstep.save(denoiser(), "x"), r"halfstep\.Model\.of\(denoiser, shape\)"),  # type: ignore[arg-type]
-    "a path to save": (lambda: halfstep.save("x", "y"), "must be a model, got the str 'x'"),  # type: ignore[arg-type]
+    "a path to save": (lambda: halfstep.save("x", "y"), "save needs a model, got the str 'x'"),  # type: ignore[arg-type]
     "a model to load": (lambda: halfstep.load(denoiser()), "Pass the folder of a run"),  # type: ignore[arg-type]
     "whole noise": (lambda: _sample(noise=torch.zeros(3, 2, dtype=torch.int64)), "Pass torch.randn"),
     "an array as noise": (lambda: _sample(noise=np.zeros((3, 2))), "Pass torch.randn"),

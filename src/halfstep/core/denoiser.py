@@ -33,7 +33,7 @@ class Denoiser(nn.Module, ABC):
     num_steps: int | None = None
     """Number of sampler steps that it was distilled for; None for any number."""
     sampler: Any = None
-    """The `Sampler` that it was distilled for; None for DDIM. Any, because this package does not import samplers."""
+    """The `Sampler` that it was distilled for; None for DDIM. The type is Any to avoid importing samplers here."""
     shape: tuple[int, ...] | None = None
     """Shape of one sample; None if it is not known."""
 
@@ -251,7 +251,7 @@ class Guided(Denoiser):
 def output_gain(process: NoiseProcess, prediction: Prediction, t: float = 1.0) -> float:
     """Return the factor by which x0 amplifies an error in the network's output at t: sigma / alpha for eps, 1 for x0.
 
-    For "both", the error is the same in both heads, and their effects on x0 partly cancel.
+    For "both", the two heads have the same error, and its effects on x0 partly cancel.
     """
     alpha, sigma = process.alpha_sigma(torch.tensor([t], dtype=torch.float64))
     output = torch.ones(1, prediction.channels, dtype=torch.float64)

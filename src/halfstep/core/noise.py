@@ -7,7 +7,7 @@ uses a process only through these three functions.
 Times and amplitudes are *clock* tensors: float64, one number per sample. Data has any floating dtype and any shape
 `[batch, *dims]`. Times near 0 and 1 differ by parts in 10^8 at 8192 steps, so the clock is never computed in the data's
 precision; it is cast once, in `per_sample`, when it multiplies data. In sampling, all samples share one time, which
-stays a plain number, because a step of a small network takes only as long as a hundred tensor operations of any size.
+stays a plain number, because a step of a small network takes as long as a hundred tensor operations, however small.
 """
 
 import math
@@ -73,7 +73,7 @@ class NoiseProcess(ABC):
 
     @abstractmethod
     def log_snr(self, t: Tensor) -> Tensor:
-        """log(alpha^2 / sigma^2) at `t`, strictly falling in `t`."""
+        """log(alpha^2 / sigma^2) at `t`, strictly decreasing in `t`."""
 
     @abstractmethod
     def time_at(self, log_snr: Tensor) -> Tensor:

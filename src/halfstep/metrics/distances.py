@@ -59,7 +59,7 @@ def _check(a: Tensor, b: Tensor) -> None:
     if min(len(a), len(b)) < 2:
         raise ValueError(f"a distance between sets needs at least 2 samples in each, got {len(a)} and {len(b)}")
     if not (bool(torch.isfinite(a).all()) and bool(torch.isfinite(b).all())):
-        raise ValueError("features are not finite, because the samples are broken. Check them")
+        raise ValueError("features are not finite, so the samples are invalid. Check them")
 
 
 ALONE: Final[dict[str, Any]] = {"sync_on_compute": False}
@@ -123,7 +123,7 @@ def frechet_of_moments(a: Moments, b: Moments) -> float:
         raise ValueError(f"features must have the same dimension, got {len(a.mean)} and {len(b.mean)}")
     cross = torch.linalg.svdvals(_root(a.covariance) @ _root(b.covariance)).sum()
     spread = a.covariance.trace() + b.covariance.trace() - 2 * cross
-    # Rounding can leave a few 1e-13 below zero for equal sets.
+    # For equal sets, rounding can give a result of about -1e-13.
     return max(0.0, float((a.mean - b.mean).square().sum() + spread))
 
 

@@ -24,7 +24,7 @@ def inception_score(logits: Tensor, splits: int = SPLITS) -> float:
             f"an Inception score needs logits [n, classes] of at least {splits} samples, got {list(logits.shape)}"
         )
     if not bool(torch.isfinite(logits).all()):
-        raise ValueError("logits are not finite, because the samples are broken. Check them")
+        raise ValueError("logits are not finite, so the samples are invalid. Check them")
     with importing_torchmetrics():
         from torchmetrics.image.inception import InceptionScore
     metric = metric_of_features(InceptionScore, logits.shape[1], splits=splits)

@@ -123,7 +123,7 @@ def save(model: Model, path: str | Path) -> None:
     """
     if not isinstance(model, Model):
         raise ValueError(
-            f"the model to save must be a model, got {got(model)}. Pass the result of fit or distill, or "
+            f"save needs a model, got {got(model)}. Pass the result of fit or distill, or "
             "halfstep.Model.of(denoiser, shape)"
         )
     folder = StageFolder(Path(path))
@@ -161,7 +161,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", network: nn.Modul
             missing, altered, from another stage or run, does not match, or contains a weight that is not finite.
     """
     if not isinstance(path, str | Path):
-        raise ValueError(f"the model to load must be a path, got {got(path)}. Pass the folder of a run or of a stage")
+        raise ValueError(f"load needs a path, got {got(path)}. Pass the folder of a run or of a stage")
     device = existing_device(device)
     folder = find_stage(Path(path))
     manifest = folder.manifest()

@@ -126,7 +126,7 @@ class Model(Denoiser):
 
     @property
     def takes_scale(self) -> bool:
-        """Whether this is a teacher with a network that takes the guidance scale as an input, with a default scale."""
+        """Whether this is a teacher with a network that takes the guidance scale as an input; its scale is optional."""
         pipeline = self.manifest.pipeline
         return (
             self.role is Role.TEACHER and self.guidance is None and pipeline is not None and pipeline.scale is not None

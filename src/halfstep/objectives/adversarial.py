@@ -1,4 +1,4 @@
-"""An adversarial term: a critic separates the landing points of a student's steps from data with as much noise.
+"""An adversarial term: a critic separates the landing points of a student's steps from equally noisy data.
 
 Let y be the landing point with noise up to the level tau (`landing_points`), y+ data with noise of the same level and D
 the critic. Critic and student take one turn each:
@@ -121,7 +121,7 @@ class Adversarial(Objective):
     delta: float = 0.1
     """Size of the perturbation that estimates this gradient."""
     lead_updates: int = 60
-    """Number of first updates in which the student ignores the critic."""
+    """Number of updates at the start in which the student ignores the critic."""
     needs_teacher: ClassVar[bool] = True
     loss_falls: ClassVar[bool] = False
 
@@ -146,7 +146,7 @@ class Adversarial(Objective):
 
     @property
     def label(self) -> str:
-        """Name of the other objective, with what was added."""
+        """Name of the other objective, with the suffix "-critic"."""
         return f"{self.objective.label}-critic"
 
     @property

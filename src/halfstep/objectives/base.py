@@ -53,7 +53,7 @@ class EarlyEnd:
     """Early stopping of a stage when its loss has stopped falling.
 
     The mean loss of each `window` updates is compared with the lowest of all earlier windows. When `patience` windows
-    in a row have not improved on it by the share `min_drop`, the learning rate is multiplied by a factor that falls
+    in a row do not improve on it by the share `min_drop`, the learning rate is multiplied by a factor that falls
     linearly from 1 to 0 over one more window, and the stage ends. (The decay to 0 averages a student's weights, so a
     stage that ended without it would hand on a worse student.)
 
@@ -65,7 +65,7 @@ class EarlyEnd:
     __pydantic_config__: ClassVar[dict[str, str]] = FORBID_EXTRA
 
     patience: int = 0
-    """Windows in a row without progress that end a stage; 0 disables."""
+    """Number of consecutive windows without progress that end a stage; 0 disables early stopping."""
     window: int = 1000
     """Updates per window."""
     min_drop: float = 0.01

@@ -82,7 +82,7 @@ class Finishing(StepObjective):
     auxiliary_rate: float = 6.0
     """Constant learning rate of the auxiliary denoiser, relative to the student's peak rate."""
     lead_updates: int = 60
-    """Number of first updates in which only the auxiliary denoiser is trained."""
+    """Number of updates at the start that train only the auxiliary denoiser."""
     inside_step: bool = True
     """Draw tau inside the step, from s to t; if False, from s to 1."""
     whitened: bool = True

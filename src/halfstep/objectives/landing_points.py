@@ -5,9 +5,9 @@ The student's x0 at (x_t, t) takes x_t to x_s, the landing point. With further n
     y = k x_s + b eps',   k = alpha_tau / alpha_s,   b^2 = sigma_tau^2 - k^2 sigma_s^2,
 
 which is distributed as data at tau if x_s is distributed as data at s. Objectives use the landing point and not x0
-itself, because at s > 0 the student's x0 is a mean that lands well, not a sample. tau is inside the step, s < tau < t,
+itself, because at s > 0 the student's x0 is a mean over samples, not a sample. tau is inside the step, s < tau < t,
 because more noise than in x_t would hide the effect of the step. The levels of two steps then never overlap, so one
-judge (critic or auxiliary denoiser) works for all steps.
+critic or auxiliary denoiser works for all steps.
 """
 
 from abc import abstractmethod

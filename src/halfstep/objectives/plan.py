@@ -43,7 +43,7 @@ class Stage:
 
     def __post_init__(self) -> None:
         updates = range(self.training.num_updates)
-        # The last update almost always has a turn, so it is tried first.
+        # The last update almost always has a turn of the student, so it is checked first.
         if not any(turn.trains == STUDENT for update in reversed(updates) for turn in self.objective.turns(update)):
             raise ValueError(
                 f"a stage of {type(self.objective).__name__} ends before its student's first turn, because num_updates "

@@ -287,7 +287,7 @@ class StageTrainer:
             NonFinite: with the stage, the first update that was not finite, and the statistics of its batch.
         """
         firsts = [player.first_bad() for player in self.players.values()]
-        # Each rank sees only its own losses, so all agree on the earliest update that any of them has seen.
+        # Each rank sees only its own losses, so all agree on the earliest bad update that any of them has seen.
         late = self.processes.agree(*(-first if first >= 0 else -(2**62) for first in firsts))
         first = -max(late)
         if first == 2**62:
@@ -436,7 +436,7 @@ def _check_sharding(engine: Engine, accelerator: Accelerator) -> None:
         return
     if accelerator.num_processes == 1:
         raise ValueError(
-            "sharding full spreads weights over processes, but this is the only one. Start several with torchrun or "
+            "sharding full shards weights over processes, but this is the only one. Start several with torchrun or "
             "accelerate launch, or remove --engine.sharding"
         )
     if engine.compile:

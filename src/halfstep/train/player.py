@@ -166,7 +166,7 @@ class Player:
             self._wrapped, self._optimizer = network, made
         else:
             with warnings.catch_warnings():
-                # About DDP's argument broadcast_buffers; accelerate does not pass on the argument that replaces it.
+                # DDP warns about its argument broadcast_buffers, and accelerate does not support the replacement.
                 warnings.simplefilter("ignore", FutureWarning)
                 self._wrapped, self._optimizer = accelerator.prepare(network, made)
             # The engine enters autocast itself. With accelerate's own wrapper, the compiler would see a new network in
@@ -177,7 +177,7 @@ class Player:
         self.trained = seen_through(model, self._wrapped)
         """The model in its own turns: behind DDP if there are several processes."""
         self.called = seen_through(model, self.network)
-        """The model in the turns of others."""
+        """The model in the turns of other players."""
         self.steps = 0
         """Number of optimiser steps taken."""
         self._settled = False
@@ -213,7 +213,7 @@ class Player:
                 parameter.requires_grad_(True)
             for other in others:
                 if is_sharded(other.network):
-                    # FSDP2 decides about gradients when it first gathers weights, so they are discarded instead.
+                    # FSDP2 ignores later changes of requires_grad, so the gradients are discarded instead.
                     other.clear()
 
     def unsynced(self) -> contextlib.AbstractContextManager[None]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 KEPT: Final = 1000
-"""Number of updates after which the engine checks the losses that it keeps, if no log line has done so earlier."""
+"""Number of updates after which the engine checks its stored losses, if no log line has made it do so earlier."""
 
 
 @final
