@@ -51,7 +51,7 @@ def build_network(description: Mapping[str, Any]) -> Network:
 
 
 def set_dropout(network: nn.Module, probability: float) -> None:
-    """Set the probability of all dropout layers: dropout belongs to a stage, not to the weights that it hands on."""
+    """Set the probability of all dropout layers: dropout belongs to a stage, not to the weights that it passes on."""
     for module in network.modules():
         if isinstance(module, nn.Dropout):
             module.p = probability

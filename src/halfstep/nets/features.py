@@ -117,8 +117,8 @@ def _blocks_of(network: Replay) -> tuple[str, nn.ModuleList]:
     lists = [(name, part) for name, part in network.model.named_children() if isinstance(part, nn.ModuleList) and part]
     if not lists:
         raise ValueError(
-            f"a critic needs the encoder half of the teacher, but a {network.stock} has neither down and up blocks nor "
-            "a list of blocks"
+            f"a critic needs the encoder half of the teacher, but {network.stock} has neither down and up blocks nor a "
+            "list of blocks. Use another teacher or no critic"
         )
     return max(lists, key=lambda found: len(found[1]))
 

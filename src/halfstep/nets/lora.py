@@ -1,4 +1,4 @@
-"""LoRA: low-rank additions to the frozen weights of a network, for machines without memory for a full student.
+"""LoRA: low-rank additions to the frozen weights of a network, for machines without enough memory for a full student.
 
 A layer with weight W becomes W + B A, where A has `rank` rows, B has `rank` columns and B starts at 0. Teacher and
 student of a chain share W, so copies of a network with LoRA differ only in A and B.

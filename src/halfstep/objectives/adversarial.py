@@ -221,7 +221,7 @@ class Adversarial(Objective):
         shown = [real, landing.y]
         if self.gamma:
             shown.append(real + self.delta * draw.normal("critic_change", real.shape[1:]).to(real))
-        # One call for all samples, because DDP and FSDP2 expect one call of a network that is trained.
+        # One call for all samples, because DDP and FSDP2 expect a single call of each trained network.
         count = len(shown)
         cond = {name: torch.cat([value] * count) for name, value in step.cond.items()}
         found = models.helpers[CRITIC](torch.cat(shown), landing.tau.repeat(count), cond).chunk(count)

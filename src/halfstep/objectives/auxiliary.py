@@ -27,7 +27,7 @@ def auxiliary_denoiser(models: Models) -> Denoiser:
 
     It is a float32 copy of the teacher, whatever the teacher's precision. If the student has an input for the guidance
     scale, the copy has one too, with no effect at first. For a LoRA student it is a second adapter on the student's own
-    base, equal to the teacher's adapter or to 0, so that memory holds one base. A custom denoiser is copied as it is.
+    base, equal to the teacher's adapter or to 0, so only one base is in memory. A custom denoiser is copied as it is.
 
     Raises:
         ValueError: if no teacher exists, or its network has no input for the student's guidance scale.

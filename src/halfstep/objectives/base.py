@@ -55,7 +55,7 @@ class EarlyEnd:
     The mean loss of each `window` updates is compared with the lowest of all earlier windows. When `patience` windows
     in a row do not improve on it by the share `min_drop`, the learning rate is multiplied by a factor that falls
     linearly from 1 to 0 over one more window, and the stage ends. (The decay to 0 averages a student's weights, so a
-    stage that ended without it would hand on a worse student.)
+    stage that ended without it would pass on a worse student.)
 
     Raises:
         ValueError: if a count is not a whole number in its range, the share is not in [0, 1), or a setting is changed
@@ -120,7 +120,7 @@ class Training:
     grad_clip: float = 1.0
     """Maximum global gradient norm."""
     ema_decay: float = 0.0
-    """Decay of the EMA weights that the stage hands on; 0 hands on the raw weights."""
+    """Decay of the EMA weights that the stage passes on; 0 passes on the raw weights."""
     dropout: float = 0.0
     """Dropout probability during training."""
     early_end: EarlyEnd = EarlyEnd()
@@ -145,7 +145,7 @@ class Training:
     def of_helper(self, rate: float, **changes: Any) -> "Training":
         """Return the hyperparameters of a helper: `rate` times the learning rate, and `changes`.
 
-        A helper has no EMA, because it is not handed on, and no early stopping, because its loss need not fall.
+        A helper has no EMA, because it is not passed on, and no early stopping, because its loss need not fall.
         """
         own: dict[str, Any] = {"learning_rate": rate * self.learning_rate, "ema_decay": 0.0, "early_end": EarlyEnd()}
         return replace(self, **own | changes)
@@ -162,7 +162,7 @@ class Training:
 
 
 STUDENT: Final = "student"
-"""Name of the player that a stage hands on. The names of all others are those of the objective's helpers."""
+"""Name of the player that a stage passes on. The names of all others are those of the objective's helpers."""
 
 
 class Batch(NamedTuple):
@@ -312,7 +312,7 @@ class Objective(ABC):
     @property
     @abstractmethod
     def outcome(self) -> Outcome:
-        """Role, number of steps and sampler of the model that the stage hands on."""
+        """Role, number of steps and sampler of the model that the stage passes on."""
 
     @property
     @abstractmethod

@@ -1,4 +1,4 @@
-"""Moment matching: the student's samples get the teacher's conditional mean at every noise level.
+"""Moment matching: the student's samples match the teacher's conditional mean at every noise level.
 
 The student is a few-step ancestral sampler. From x_t, its x0 takes a step to s by sampling the posterior
 q(x_s | x_t, x0), as `Ancestral(gamma=0)` does. If the student's x0 are distributed as data given x_t, then x_s is

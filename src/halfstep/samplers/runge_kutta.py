@@ -4,8 +4,8 @@ A rule integrates the ODE in one of the coordinates of `coordinates.py`. In the 
 DDIM, and Heun is the sampler of Karras et al. and of diffusers, which needs a grid that does not start at zero SNR.
 
 The network cannot be called on clean data. A method that calls it at the end of each step therefore takes the last step
-with a rule of one order less: Euler for Heun, Heun's third-order rule for RK4. This does not lower the order of the
-method, because it is one step of N. In log-SNR the last step would be infinitely long, so it is taken in the angle,
+with a rule one order lower: Euler for Heun, Heun's third-order rule for RK4. This does not lower the order of the
+method, because it is one step of N. In log-SNR the last step would be infinitely long, so it uses the angle instead,
 which has the same y. A process that keeps noise at t = 0 can end before a stage of the last step. The network is then
 called at the stage's share of the time, and the sample is moved only that far.
 

@@ -1,7 +1,7 @@
 """Checkpoints of an unfinished stage: complete or absent, verified before use, safetensors only.
 
 A checkpoint is written into a temporary folder, synced to the disk, read back, compared with the state in memory, and
-then renamed. Only then are older ones removed, so a good one exists at any moment. A thread does all this while
+then renamed. Older ones are removed only after that, so a good one always exists. A thread does all this while
 training continues. An update waits only for the copy of the state, and for the previous checkpoint if that is still
 being written.
 """

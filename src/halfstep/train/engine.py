@@ -132,7 +132,7 @@ class StageTrainer:
 
     @property
     def student(self) -> Player:
-        """The player that the stage hands on."""
+        """The player that the stage passes on."""
         return self.players[STUDENT]
 
     def _models_of(self, trains: str) -> Models:
@@ -150,7 +150,7 @@ class StageTrainer:
         self._places = [range(a, min(a + micro_batch, end)) for a in range(first, end, micro_batch)]
 
     def run(self, stop: StopSignal | None = None) -> Iterator[int]:
-        """Train to the end of the stage, yielding the number of updates done after each.
+        """Train to the end of the stage; yield the number of finished updates after each.
 
         Args:
             stop: a signal ends the iteration and abandons an update that has not changed the weights yet, so the state

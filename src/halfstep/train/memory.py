@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def fit_micro_batch(trainer: "StageTrainer", largest: int | None = None) -> list[int]:
     """Split a rank's share into the largest micro batches that fit in memory; return the sizes that did not fit.
 
-    Tries the whole share, then powers of two below it, each with the passes of an update of this stage and with the
+    Tries the whole share, then powers of two below it. Each try runs the passes of an update of this stage, with the
     optimisers' moments in memory. Weights, buffers, moments and all random numbers are unchanged.
 
     Args:
