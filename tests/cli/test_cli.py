@@ -296,7 +296,7 @@ def test_a_teacher_must_be_told_its_steps(digits_run: Path, tmp_path: Path, caps
 
 def test_more_steps_than_the_model_was_made_for_warns(digits_run: Path, tmp_path: Path, capsys: Capture) -> None:
     main(["sample", str(digits_run), "--num-steps", "4", "--num-samples", "2", "--out", str(tmp_path / "x.png")])
-    assert "halfstep: warning: num_steps is 4, but the model was distilled for 1" in capsys.readouterr().err
+    assert "halfstep: warning: the model was distilled for num_steps 1, not 4" in capsys.readouterr().err
     assert (tmp_path / "x.png").is_file()
 
 

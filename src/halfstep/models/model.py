@@ -246,7 +246,7 @@ class Model(Denoiser):
         if own is not None and num_steps != own:
             advice = "More steps do not improve it; use an earlier" if num_steps > own else "Use a later"
             warnings.warn(
-                f"num_steps is {num_steps}, but the model was distilled for {own}. {advice} stage of the chain",
+                f"the model was distilled for num_steps {own}, not {num_steps}. {advice} stage of the chain",
                 HalfstepWarning,
                 stacklevel=3,
             )
