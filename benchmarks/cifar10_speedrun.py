@@ -1,19 +1,25 @@
-"""From CIFAR-10 to a four-step student on one GPU, within ten minutes in all, and the table of what came out.
+"""Train a four-step CIFAR-10 student on one GPU within ten minutes in total, and write a table of its results.
 
     python benchmarks/cifar10_speedrun.py RUN --data ../shared/data/cifar10 \
         --features ../shared/data/weights/resnet20-cifar10.safetensors
-    python benchmarks/cifar10_speedrun.py RUN --tiny ...      # the same on a CPU, at a size that shows the way only
+    python benchmarks/cifar10_speedrun.py RUN --tiny ...      # a small demonstration on a CPU
 
-What is chosen is chosen by measurement on the machine at hand (RUN.plan.json): the precision that makes an update
-fastest; the largest of the networks whose teacher still sees ENOUGH samples in its share of the budget, with what it
-takes to measure that network taken off first; the smallest batch that comes within CLOSE of the most samples a second;
-compilation, if more updates fit with it than without, after the time that it takes. Learning rates and shares are set.
-Then the teacher and its students are trained, and all are measured with 10,000 samples in the features of --features
-against the test images, beside the teacher's DDIM at 1 to 256 steps. A call ends in good order after --seconds; the
-same command goes on until the table is there, with every trial, update and row that was done. The seconds of all calls
-are added up, from the start of each process, and told beside the budget. A call that is cut in a row of the table does
-that row again, so all is best done in one call; a row that would not fit into what is left of a call
-waits for the next. The last row is that of the four-step student in float32, for what sampling in bfloat16 changes.
+The settings are chosen by measurements on the machine (RUN.plan.json):
+
+- the precision with the fastest update;
+- the largest network that lets its teacher train on ENOUGH samples in its share of the budget, after subtracting the
+  time to evaluate that network;
+- the smallest batch that reaches the share CLOSE of the highest samples per second;
+- compilation, if more updates then fit in the budget, including the time to compile.
+
+Learning rates and shares are fixed. Then the teacher and its students are trained. All are evaluated with 10,000
+samples in the features of --features against the test images, and so is the teacher with DDIM at 1 to 256 steps.
+
+A call stops cleanly after --seconds. Rerun the same command to resume until the table is complete; finished trials,
+updates and rows are kept. The reported time is the sum over all calls, from the start of each process. A call that is
+interrupted in a row of the table repeats that row, so one call for everything is best. A row that would not fit in the
+rest of a call is left to the next call. The last row is the four-step student in float32, to show the effect of
+sampling in bfloat16.
 """
 
 import argparse
@@ -60,59 +66,59 @@ from halfstep.samplers import DDIM
 from halfstep.train.settings import Engine, Precision
 
 PEAK_BF16 = {"H100 80GB HBM3": 989e12, "H100 SXM": 989e12, "H200": 989e12, "A100": 312e12}
-"""Dense bfloat16 operations a second, by a part of the card's name; from the makers' data sheets."""
+"""Dense bfloat16 operations per second, by a part of the card's name, from the manufacturers' data sheets."""
 
 SHARES = {"teacher": 0.55, "chain": 0.3}
-"""Of what calibration and measuring leave of the budget; the rest is for loading, checkpoints and the unforeseen."""
+"""Shares of the budget after calibration and evaluation; the rest is a reserve for loading and checkpoints."""
 
 CLOSE = 0.95
-"""Of the most samples a second: a batch that is larger for less than this costs updates and gains nothing."""
+"""Share of the highest samples per second that is enough. A larger batch with less gain only costs updates."""
 
 WORTH_COMPILING = 400.0
-"""Seconds that must be left to try compiled networks: to compile them takes a minute or two, and with less to train in
-they could not win that back. What it took is gone when the two are compared."""
+"""Seconds that must be left to try compiled networks. Compilation takes a minute or two, which a shorter training could
+not recover. The comparison includes the time to compile."""
 
 
 class Size(NamedTuple):
-    """What a run of one size tries and measures."""
+    """The candidates and measurements of a run of one size."""
 
     networks: dict[str, UNetConfig]
-    """Those that are tried, the smallest first."""
+    """Candidate networks, smallest first."""
     batches: tuple[int, ...]
-    """The first is that at which networks and precisions are tried."""
+    """Candidate batch sizes. Networks and precisions are tried with the first."""
     enough: int
-    """Samples that a teacher should see at least."""
+    """Minimum number of training samples for a teacher."""
     students: tuple[int, ...]
     start: int
-    """Steps of the teacher that the first student learns from."""
+    """Number of steps of the teacher of the first student."""
     count: int
-    """Samples that are drawn for a row of the table, and training images for its floor."""
+    """Number of samples per row of the table, and of training images for its floor."""
     num_reference: int
     rounds: int
-    """Updates that are timed in a trial, after those that warm up."""
+    """Number of timed updates in a trial, after the warm-up."""
     at_once: int
-    """Samples drawn together."""
+    """Sampling batch size."""
 
     @property
     def evals(self) -> int:
-        """Network calls for one sample of everything that the table holds."""
+        """Network calls to draw one sample for each row of the table."""
         return sum(self.teacher_steps) + sum(self.students)
 
     @property
     def teacher_steps(self) -> list[int]:
-        """Steps at which the teacher is measured, the fewest first."""
+        """Numbers of steps at which the teacher is evaluated, in increasing order."""
         return [2**k for k in range(self.start.bit_length())]
 
 
 def unet(*widths: int) -> UNetConfig:
-    """A network with attention at 16 x 16."""
+    """Return a network with attention at 16 x 16."""
     return UNetConfig(
         block_out_channels=widths, layers_per_block=2, attention=(False, True, False), attention_head_dim=64
     )
 
 
 def small_unet(*widths: int) -> UNetConfig:
-    """A network that a CPU trains in seconds, and that learns little."""
+    """Return a network that a CPU trains in seconds, but that learns little."""
     return UNetConfig(
         block_out_channels=widths, layers_per_block=1, attention=(False, False), mid_attention=False,
         attention_head_dim=8, norm_num_groups=4,
@@ -131,7 +137,7 @@ TINY = Size(
 
 
 class Setting(NamedTuple):
-    """What is chosen by measurement."""
+    """The settings that are chosen by measurement."""
 
     network: str
     precision: Precision
@@ -140,7 +146,7 @@ class Setting(NamedTuple):
 
 
 def recipe_of(data: str, size: Size, setting: Setting, updates: dict[str, int]) -> Recipe:
-    """The recipe of a setting with these numbers of updates, for the teacher and for all students together."""
+    """Return the recipe of a setting with these numbers of updates for the teacher and for all students together."""
     parts = len(size.students) + 1
     each = max(1, updates["chain"] // parts)
     return Recipe(
@@ -162,7 +168,7 @@ def recipe_of(data: str, size: Size, setting: Setting, updates: dict[str, int]) 
 
 
 def untrained(spec: RunSpec) -> Model:
-    """A teacher for trials."""
+    """Return an untrained teacher for trials."""
     made = fresh_denoiser(spec)
     manifest = Manifest(
         stage="00-denoise", objective="denoise", parent=None, outcome=Outcome(role="teacher"), num_updates=0,
@@ -174,14 +180,14 @@ def untrained(spec: RunSpec) -> Model:
 
 
 def synchronise() -> None:
-    """Waits until the device has done all that it was asked."""
+    """Wait until the device has finished all its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def trial(options: argparse.Namespace, size: Size, setting: Setting, data: Data) -> dict[str, Any]:
-    """Seconds of an update of the teacher, and of one of a student on the average; of a network call in sampling for
-    one sample, and of all else that it takes to draw it; and what the first updates took, which compile."""
+    """Return the measurements of a setting, in seconds: an update of the teacher, an average update of a student, a
+    network call per sample, the other sampling time per sample, and the first updates, which compile."""
     spec = build(recipe_of(options.data, size, setting, {"teacher": 1000, "chain": 1000}), what="all", data=data)
     found: dict[str, Any] = setting._asdict() | {"first": 0.0}
     for name, stage in (("teacher", spec.plan.stages[0]), ("chain", spec.plan.stages[1])):
@@ -201,7 +207,7 @@ def trial(options: argparse.Namespace, size: Size, setting: Setting, data: Data)
         found["first"] += first - begun
         trainer.check_finite()
         updates.close()
-    # Students learn from teachers of two calls, but where a factor is larger: on the average.
+    # The average over all students, because a larger factor between students means more teacher calls.
     costs = [stage.update_cost * stage.training.num_updates for stage in spec.plan.stages[1:]]
     updates_ = sum(stage.training.num_updates for stage in spec.plan.stages[1:])
     found["chain"] *= sum(costs) / updates_ / spec.plan.stages[1].update_cost
@@ -215,18 +221,18 @@ def trial(options: argparse.Namespace, size: Size, setting: Setting, data: Data)
 
 
 def drawn(model: Model, size: Size, steps: int, precision: str) -> float:
-    """Seconds in which the model draws as many samples as are drawn together."""
+    """Return the seconds in which the model draws one batch of samples."""
     begun = time.perf_counter()
     model.sample(range(size.at_once), steps, batch_size=size.at_once, precision=precision)
     return time.perf_counter() - begun
 
 
 FORMAT = 2
-"""Of RUN.plan.json; one of another is made anew."""
+"""Format of RUN.plan.json; a file in another format is replaced."""
 
 
 class Plan:
-    """What was tried and chosen, kept in RUN.plan.json after each trial for the calls that go on with it."""
+    """The trials and the chosen setting, stored in RUN.plan.json after each trial so that later calls can resume."""
 
     def __init__(self, options: argparse.Namespace, size: Size, data: Data, clock: "Clock", stop: StopSignal) -> None:
         self.options, self.size, self.data, self.clock, self.stop = options, size, data, clock, stop
@@ -235,7 +241,7 @@ class Plan:
         self.held: dict[str, Any] = held if held.get("format") == FORMAT else {"format": FORMAT, "tried": []}
 
     def tried(self, setting: Setting) -> dict[str, Any]:
-        """The trial of a setting, done if it is not there."""
+        """Return the trial of a setting, after running it if necessary."""
         for row in self.held["tried"]:
             if all(row[name] == value for name, value in setting._asdict().items()):
                 return dict(row)
@@ -247,20 +253,20 @@ class Plan:
         return row
 
     def left(self, row: dict[str, Any]) -> float:
-        """Seconds for training, from now on, beside what it takes to measure everything."""
+        """Return the seconds left for training after subtracting the time to evaluate everything."""
         return self.options.budget - self.clock.now() - self.measuring(row)
 
     def measuring(self, row: dict[str, Any]) -> float:
-        """Seconds that it takes to draw all samples of the table."""
+        """Return the estimated seconds to draw all samples of the table."""
         rows = len(self.size.teacher_steps) + len(self.size.students)
         return self.size.count * (self.size.evals * row["call"] + rows * row["sample"])
 
     def updates(self, row: dict[str, Any]) -> dict[str, int]:
-        """The numbers of updates that fit."""
+        """Return the numbers of updates that fit in the budget."""
         return {name: int(share * self.left(row) / row[name]) for name, share in SHARES.items()}
 
     def made(self) -> tuple[Setting, dict[str, int]]:
-        """The setting that is chosen, and its numbers of updates."""
+        """Return the chosen setting and its numbers of updates."""
         if "updates" not in self.held:
             self._choose()
         return Setting(*self.held["chosen"]), self.held["updates"]
@@ -277,15 +283,15 @@ class Plan:
         most = max(row["samples / s"] for row in rows)
         row = next(row for row in rows if row["samples / s"] >= CLOSE * most)
         if torch.cuda.is_available() and self.left(row) > WORTH_COMPILING:
-            # Sampling is not compiled, so it takes what it took.
+            # Sampling is not compiled, so its time does not change.
             sampling = {name: row[name] for name in ("call", "sample")}
             compiled = self.tried(Setting(row["network"], precision, row["batch"], True)) | sampling
             row = max((row, compiled), key=lambda one: self.updates(one)["teacher"])
         if min(updates := self.updates(row).values()) < len(size.students) + 1:
             raise SystemExit(
-                f"a budget of {self.options.budget:g} s leaves {max(0.0, self.left(row)):.0f} s to train in, which is "
-                f"{min(updates)} updates: {self.clock.now():.0f} s are gone, and measuring will take "
-                f"{self.measuring(row):.0f} s; give a larger --budget"
+                f"a budget of {self.options.budget:g} s leaves {max(0.0, self.left(row)):.0f} s for training, enough "
+                f"for {min(updates)} updates: {self.clock.now():.0f} s are used, and evaluation will take "
+                f"{self.measuring(row):.0f} s. Increase --budget"
             )
         self.held |= {
             "chosen": [row[name] for name in Setting._fields], "updates": self.updates(row),
@@ -298,7 +304,7 @@ class Plan:
 
 
 class Clock:
-    """The seconds of this call and of all before it, from the start of each process."""
+    """The seconds of this and all earlier calls, from the start of each process."""
 
     def __init__(self, run: Path, seconds: float) -> None:
         self.file, self.seconds = run.with_name(run.name + ".seconds.json"), seconds
@@ -306,24 +312,24 @@ class Clock:
         self._begun = psutil.Process().create_time()
 
     def call(self) -> float:
-        """Seconds of this call."""
+        """Return the seconds of this call."""
         return time.time() - self._begun
 
     def left_of_call(self) -> float:
-        """Seconds until this call ends."""
+        """Return the seconds until this call ends."""
         return self.seconds - self.call()
 
     def now(self) -> float:
-        """Seconds in all."""
+        """Return the total seconds."""
         return self._before + self.call()
 
     def keep(self) -> None:
-        """Writes them for the next call."""
+        """Write the seconds for the next call."""
         write_json(self.file, round(self.now(), 1))
 
 
 def trained(options: argparse.Namespace, spec: RunSpec, clock: Clock, stop: StopSignal) -> None:
-    """Trains into the run folder what is not there yet."""
+    """Train the missing stages in the run folder."""
     for event in run(spec, options.run, stop):
         if isinstance(event, Progress) and event.num_updates == event.window.update:
             print(f"{event.name}: {event.num_updates} updates, loss {event.window.loss:.4g}", flush=True)
@@ -336,7 +342,7 @@ def measured(
     options: argparse.Namespace, size: Size, setting: Setting, plan: dict[str, Any], data: Data, clock: Clock,
     stop: StopSignal,
 ) -> dict[str, Any]:  # fmt: skip
-    """The rows of the table and its floor, each kept in RUN.figures.json once it is there; the students' come first."""
+    """Return the rows of the table, students first, and its floor. Each is written to RUN.figures.json immediately."""
     file = options.run.with_name(options.run.name + ".figures.json")
     held: dict[str, Any] = read_json(file) if file.is_file() else {"rows": []}
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -366,7 +372,7 @@ def measured(
     loaded: dict[str, Model] = {}
     shown_rows = []
     for stage, steps, precision in asked:
-        # Of the weights and the features that are there now, whatever the folder held before.
+        # Identifies the current weights and features, whatever the folder contained before.
         place = {
             "model": "teacher" if stage is teacher else "student", "steps": steps, "precision": precision,
             "weights": weights_of(stage.manifest(verify=False))[:12], "features": reference.extractor.name,
@@ -375,14 +381,14 @@ def measured(
         if there:
             shown_rows += there[:1]
             continue
-        # A row that is too long for a call is done in none, so it is begun in any.
+        # A row that is too long for any call is started in this one.
         if clock.left_of_call() < 1.2 * size.count * (steps * plan["call"] + plan["sample"]) < 0.8 * clock.seconds:
             raise Interrupted(signal.SIGTERM)
         with stop.at_once():
             if stage.name not in loaded:
                 loaded = {stage.name: load(stage.path, device)}
             model = loaded[stage.name]
-            # A first batch is slower than all others, and must not be timed.
+            # The first batch is slower than all others and must not be timed.
             drawn(model, size, model.num_steps or 1, precision)
             source = ModelSource(
                 model.manifest,
@@ -401,13 +407,13 @@ def measured(
         shown_rows.append(row)
         write_json(file, held)
         clock.keep()
-        shown = f"FD {row['FD(resnet20)']:.4g}, {row['images / s']} images a second"
+        shown = f"FD {row['FD(resnet20)']:.4g}, {row['images / s']} images per second"
         print(f"{row['model']} at {steps} steps in {precision}: {shown}", flush=True)
     return held | {"rows": shown_rows}
 
 
 def table(options: argparse.Namespace, size: Size, clock: Clock, stop: StopSignal) -> dict[str, Any]:
-    """Everything, up to the table."""
+    """Choose the settings, train and evaluate; return the result with the table."""
     with stop.at_once():
         data = open_data(DataConfig(source=options.data, flip=True))
     plan = Plan(options, size, data, clock, stop)
@@ -424,8 +430,8 @@ def table(options: argparse.Namespace, size: Size, clock: Clock, stop: StopSigna
 
 
 def share_of_peak(spec: RunSpec, seconds: dict[str, float]) -> dict[str, Any]:
-    """Operations a second of the updates of teacher and students, as they were tried, and their share of the card's
-    peak: those of the network calls alone, a backward pass as two forward ones."""
+    """Return the operations per second of teacher and student updates, as measured in the trials, and their share of
+    the card's peak. Only network calls count, with a backward pass as two forward passes."""
     each = count_forward(spec).flops
     teacher, *students = spec.plan.stages
     updates = sum(stage.training.num_updates for stage in students)
@@ -442,7 +448,7 @@ def share_of_peak(spec: RunSpec, seconds: dict[str, float]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """Asks this process to stop in good order if this takes more than so many seconds."""
+    """Signal this process to stop cleanly if the block takes longer than `seconds`."""
     timer = threading.Timer(seconds, lambda: os.kill(os.getpid(), signal.SIGTERM))
     timer.daemon = True
     timer.start()
@@ -457,9 +463,9 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="folder of the run")
     parser.add_argument("--data", required=True, help="CIFAR-10: a folder with splits train and test, or a Hub name")
     parser.add_argument("--features", required=True, help="resnet20-cifar10.safetensors")
-    parser.add_argument("--budget", type=float, default=None, help="seconds for all; 600, or 200 for a tiny run")
+    parser.add_argument("--budget", type=float, default=None, help="total seconds; default 600, or 200 with --tiny")
     parser.add_argument("--seconds", type=float, default=580.0, help="seconds of this call")
-    parser.add_argument("--tiny", action="store_true", help="a size that a CPU goes through in some minutes")
+    parser.add_argument("--tiny", action="store_true", help="a size for a CPU that takes a few minutes")
     parser.add_argument("--out", type=Path, default=None, help="file for the JSON; docs/results/benchmarks by default")
     options = parser.parse_args()
     options.budget = options.budget or (200.0 if options.tiny else 600.0)
@@ -469,12 +475,12 @@ def main() -> None:
         with StopSignal() as stop, within(clock.left_of_call()):
             result = table(options, TINY if options.tiny else FULL, clock, stop)
     except Interrupted as error:
-        print(f"{error}: the same command goes on from here ({clock.now():.0f} s in all so far)", file=sys.stderr)
+        print(f"{error}. Rerun the same command to resume ({clock.now():.0f} s in total so far)", file=sys.stderr)
         raise SystemExit(error.code) from None
     finally:
         clock.keep()
     result = {"tiny": options.tiny, "seconds in all": round(clock.now(), 1), "budget": options.budget, **result}
-    title = f"CIFAR-10 speedrun, {result['seconds in all']:.0f} s in all; training images: FD {result['floor']:.4g}"
+    title = f"CIFAR-10 speedrun, {result['seconds in all']:.0f} s in total; training images: FD {result['floor']:.4g}"
     show(title, result["rows"])
     out = options.out or RESULTS / f"cifar10_speedrun{'-tiny' if options.tiny else ''}.json"
     out.write_text(json.dumps({"environment": facts(), **result}, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""What the benchmarks share: parts timed in turn, so that noise of the machine is shared; networks; results."""
+"""Shared code of the benchmarks: interleaved timing, which spreads machine noise over all parts; networks; results."""
 
 import argparse
 import json
@@ -32,13 +32,13 @@ from halfstep.train.settings import Engine
 RESULTS = Path(__file__).parent.parent / "docs" / "results" / "benchmarks"
 
 SIZES = {"digits": (1, 8), "fashion_mnist": (1, 28), "cifar10": (3, 32), "tiny": (1, 8)}
-"""Channels and side of the images that each network is for."""
+"""Number of channels and side of each network's images."""
 
 
 def arguments(doc: str | None) -> argparse.ArgumentParser:
-    """A parser with what every benchmark takes."""
+    """Return a parser with the common options of the benchmarks."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true", help="a minute in all, with the smallest networks")
+    parser.add_argument("--short", action="store_true", help="run for a minute in total, with the smallest networks")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads of torch")
     parser.add_argument("--out", type=Path, default=None, help="file for the JSON; docs/results/benchmarks by default")
@@ -46,7 +46,7 @@ def arguments(doc: str | None) -> argparse.ArgumentParser:
 
 
 def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The arguments of the command line, with the threads set."""
+    """Return the parsed command line, after setting the number of threads."""
     found = parser.parse_args()
     if found.threads:
         torch.set_num_threads(found.threads)
@@ -54,7 +54,7 @@ def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def network(name: str) -> UNet2D:
-    """The U-Net of a recipe, unconditional, with fresh weights from a fixed seed."""
+    """Return the unconditional U-Net of a recipe, with fresh weights from a fixed seed."""
     channels, side = SIZES[name]
     if name == "tiny":
         shape: dict[str, Any] = {
@@ -68,19 +68,19 @@ def network(name: str) -> UNet2D:
     torch.manual_seed(0)
     made = UNet2D(unet2d_config(size=(side, side), in_channels=channels, out_channels=channels, **shape), 1024)
     with torch.no_grad():
-        # The last layer starts at zero in some networks, and a network that puts out 0 is no fair load.
+        # The last layer starts at zero in some networks, and an output of 0 is not a realistic load.
         for parameter in made.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=1e-3)
     return made
 
 
 def denoiser(name: str, device: str = "cpu") -> NetworkDenoiser:
-    """The network as a predictor of v on the cosine process."""
+    """Return the network as a v-prediction denoiser on the cosine process."""
     return NetworkDenoiser(network(name).to(device), VPCosine(), V())
 
 
 def model_of(name: str) -> Model:
-    """The network as a model of images that clips, as an image recipe makes it."""
+    """Return the network as an image model that clips x0, as in an image recipe."""
     made = denoiser(name).eval()
     channels, side = SIZES[name]
     manifest = Manifest(
@@ -92,12 +92,12 @@ def model_of(name: str) -> Model:
 
 
 def halving(batch: int, num_updates: int = 10**9, ema_decay: float = 0.999, num_steps: int = 8) -> Stage:
-    """A stage of the chain with a moving average, whose updates cost the same at any number of steps."""
+    """Return a halving stage with a moving average; its updates cost the same for any number of steps."""
     return Stage(Halving(num_steps), Training(num_updates, 1e-4, batch, anneal=False, ema_decay=ema_decay))
 
 
 def spec_of(name: str, stage: Stage, **changes: Any) -> RunSpec:
-    """A run of one stage on random images, from `network` or `teacher` and with an engine as `changes` say."""
+    """Return a run of one stage on random images; `changes` sets its network or teacher and its engine."""
     changes.setdefault("data", images(name))
     engine = {each.name: changes.pop(each.name) for each in fields(Engine) if each.name in changes}
     return RunSpec(
@@ -107,7 +107,7 @@ def spec_of(name: str, stage: Stage, **changes: Any) -> RunSpec:
 
 
 def images(name: str, count: int = 2048) -> MemoryData:
-    """Random pixels of the size that the network is for: time does not depend on what they show."""
+    """Return random images of the network's size, because time does not depend on their content."""
     channels, side = SIZES[name]
     generator = torch.Generator().manual_seed(0)
     return MemoryData(
@@ -116,13 +116,13 @@ def images(name: str, count: int = 2048) -> MemoryData:
 
 
 def synchronise(device: str) -> None:
-    """Waits until the device has done all that it was asked."""
+    """Wait until the device has finished all its work."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
 
 
 def repeated(part: Callable[[], Any], times: int) -> Callable[[], Any]:
-    """A part so many times in a row."""
+    """Return a function that calls a part `times` times in a row."""
 
     def call() -> None:
         for _ in range(times):
@@ -134,8 +134,8 @@ def repeated(part: Callable[[], Any], times: int) -> Callable[[], Any]:
 def timed(
     parts: Mapping[str, Callable[[], Any]], rounds: int, device: str = "cpu", warm_up: int = 2
 ) -> dict[str, list[float]]:
-    """Seconds of each part in each round. The parts take turns, so that what disturbs the machine disturbs them all, in
-    another order each round: after one that has used the same weights a part finds them in the cache."""
+    """Return the seconds of each part in each round. The parts take turns, so that disturbances of the machine affect
+    them all. The order changes each round, because a part finds weights in the cache if the previous part used them."""
     seconds: dict[str, list[float]] = {name: [] for name in parts}
     for number in range(warm_up + rounds):
         order = list(parts)
@@ -156,17 +156,17 @@ def median(values: list[float]) -> float:
 
 
 def median_ratio(top: list[float], bottom: list[float]) -> float:
-    """The median over rounds of the ratio within a round."""
+    """Return the median over rounds of the ratio within a round."""
     return statistics.median(a / b for a, b in zip(top, bottom, strict=True))
 
 
 def facts() -> dict[str, Any]:
-    """Machine, versions, commit and command."""
+    """Return the machine, versions, commit and command."""
     return environment() | {"command": " ".join(["python", *sys.orig_argv[1:]])}
 
 
 def show(title: str, rows: list[dict[str, Any]]) -> None:
-    """The rows as a table."""
+    """Print the rows as a table."""
     table = Table(title=title)
     for name in rows[0]:
         table.add_column(name, justify="right" if isinstance(rows[0][name], int | float) else "left")
@@ -176,7 +176,7 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
 
 
 def write(name: str, rows: list[dict[str, Any]], options: argparse.Namespace, **more: Any) -> None:
-    """Prints the table and writes it as JSON, with the machine beside it. A short form is written only where asked."""
+    """Print the table and write it as JSON with facts about the machine. With --short, write only if --out is given."""
     show(name, rows)
     path = options.out or (None if options.short else RESULTS / f"{name}.json")
     if path is not None:

@@ -1,10 +1,10 @@
-"""What a teacher that predicts eps on linear betas comes to: trained outside halfstep, matched to v, halved to 4 steps.
+"""Distil an eps teacher with linear betas, trained outside halfstep: match it to v and halve it to 4 steps.
 
     python benchmarks/eps_teacher.py /tmp/eps-teacher
 
-trains a `UNet2DModel` of diffusers on the digits with diffusers' own DDPM noise and the plain eps loss, saves it as a
-`DDPMPipeline`, and runs one command, `halfstep distill TEACHER --data digits --to 4`, with the budgets of the demo. Its
-table is written to docs/results/eps-teacher.json, beside that of the demo's native v teacher.
+This trains a `UNet2DModel` of diffusers on the digits with diffusers' own DDPM noise and the plain eps loss, saves it
+as a `DDPMPipeline`, and runs one command, `halfstep distill TEACHER --data digits --to 4`, with the budgets of the
+demo. The table is written to docs/results/eps-teacher.json, next to the table of the demo's native v teacher.
 """
 
 import json
@@ -22,11 +22,11 @@ from halfstep.recipes import recipes
 from halfstep.recipes.schema import UNetConfig
 
 UPDATES, BATCH, RATE, DECAY = 1500, 128, 2e-3, 0.995
-"""Those of the demo's own teacher."""
+"""Hyperparameters of the demo's own teacher."""
 
 
 def train_teacher(folder: Path) -> None:
-    """A DDPM of the digits, in the folder as diffusers saves it."""
+    """Train a DDPM of the digits and save it with diffusers in the folder."""
     torch.manual_seed(0)
     network = recipes["digits"]().network
     assert isinstance(network, UNetConfig)
@@ -56,7 +56,7 @@ def train_teacher(folder: Path) -> None:
 
 
 def distill(teacher: Path, run: Path) -> list[str]:
-    """The one command, with the demo's budgets; its words are returned."""
+    """Run the distillation command with the demo's budgets, and return its words."""
     training = recipes["digits"]().chain.training
     words = [
         *("distill", str(teacher), "--data", "digits", "--to", "4", "--start", "64", "--out", str(run)),

@@ -1,10 +1,10 @@
-"""How far a stranger's teacher gets: its own sampling at 8, 50 and 1,000 steps, and the students of the example.
+"""Measure a third-party teacher at 8, 50 and 1,000 steps, and the students of the example.
 
     python benchmarks/foreign_teacher.py ddpm_fashion.safetensors fashion-mnist/
 
-runs `examples/someone_elses_teacher.py` and measures each model on the same noise: the Frechet distance from the data,
-for the training images and the test images, and the RMSE from the teacher's DDIM at 50 steps. The table is written to
-docs/results/foreign-teacher.json, a picture of the first samples to docs/pages/foreign-teacher.png.
+This runs `examples/someone_elses_teacher.py` and evaluates each model from the same noise: the Frechet distance from
+the data, for training and test images, and the RMSE from the teacher's DDIM at 50 steps. The table is written to
+docs/results/foreign-teacher.json, and an image of the first samples to docs/pages/foreign-teacher.png.
 """
 
 import argparse
@@ -32,7 +32,7 @@ AT_ONCE = 50
 def drawn(
     model: halfstep.Denoiser, number: int, shape: tuple[int, ...], steps: int, method: halfstep.Sampler
 ) -> Tensor:
-    """Samples of the seeds 0, 1, ..., and the noise of a stochastic method's steps."""
+    """Return samples for the seeds 0, 1, ..., which also determine the noise of a stochastic method's steps."""
     parts = []
     for first in range(0, number, AT_ONCE):
         seeds = range(first, min(first + AT_ONCE, number))
@@ -42,7 +42,7 @@ def drawn(
 
 
 def picture(rows: list[Tensor], file: Path, columns: int = 16, scale: int = 2) -> None:
-    """Write samples `[n, 1, height, width]` as one row each."""
+    """Write an image with one row for each set of samples `[n, 1, height, width]`."""
     grid = torch.cat([torch.cat([*to_uint8(x[:columns])[:, 0]], dim=1) for x in rows])
     image = Image.fromarray(grid.numpy())
     image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(file, optimize=True)
@@ -54,8 +54,8 @@ def main() -> None:
     parser.add_argument("images")
     parser.add_argument("--updates", type=int, default=400)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--number", type=int, default=500, help="samples of each model")
-    parser.add_argument("--number-slow", type=int, default=100, help="samples at 1,000 steps")
+    parser.add_argument("--number", type=int, default=500, help="number of samples per model")
+    parser.add_argument("--number-slow", type=int, default=100, help="number of samples at 1,000 steps")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "foreign-teacher.json")
     parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "pages" / "foreign-teacher.png")
     asked = parser.parse_args()

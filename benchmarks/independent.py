@@ -1,12 +1,12 @@
-"""Students of runs in the features of a network by which nothing was chosen, from noise that nothing else has used.
+"""Evaluate students in features that no plan was tuned with, from noise that nothing else has used.
 
     python benchmarks/independent.py runs/digits runs/digits-1 runs/digits-2 --out docs/results/digits-independent.json
 
-A run measures itself in the features of its own classifier and with seeds from 0 on, and plans are tuned by what it
-says. Here a perceptron with one hidden layer of 256 and one of 64 is trained on the run's labelled data with a fixed
-seed; samples of seeds from 1,000,000 on are compared in its 64 features. Beside each student stands the same figure in
-the run's own features with these fresh seeds. Figures of several runs (seeds) are averaged. Ratios compare with the
-teacher at its best: DDIM at 256 steps or Heun at 32, whichever is better in the features in question.
+A run evaluates its models in the features of its own classifier with seeds from 0, and plans were tuned with these
+values. This script trains a perceptron with hidden layers of 256 and 64 on the run's labelled data with a fixed seed,
+and compares samples with seeds from 1,000,000 in its 64 features. The table also contains the metrics in the run's own
+features with these new seeds. Values of several runs (seeds) are averaged. Ratios are relative to the teacher at its
+best: DDIM at 256 steps or Heun at 32 steps, whichever is better in the same features.
 """
 
 import argparse
@@ -37,9 +37,9 @@ from halfstep.studies.roads import AT_BEST
 
 FIRST_SEED: Final = 1_000_000
 NUM_UPDATES: Final = 3000
-"""Optimiser updates of the perceptron, 128 samples each."""
+"""Number of optimiser updates of the perceptron, with 128 samples each."""
 KEPT: Final = ("frechet", "recall", "coverage")
-"""Figures that are written."""
+"""Metrics in the table."""
 
 
 @final
@@ -77,19 +77,19 @@ class Perceptron(FeatureExtractor):
 
 @extractors.register("perceptron")
 def perceptron(path: str | None, measured: RealData) -> FeatureExtractor:
-    """64 features of a perceptron that no plan was tuned by."""
+    """64 features of a perceptron that no plan was tuned with."""
     return Perceptron(*measured.labelled(), measured.num_classes)
 
 
 def drawn(model: Model, count: int, **method: Any) -> Tensor:
-    """Return samples of the fresh seeds, rounded as the run rounds its own."""
+    """Return samples with the new seeds, rounded as in the run."""
     seeds = range(FIRST_SEED, FIRST_SEED + count)
     x0 = model.sample(seeds, batch_size=500, **method)
     return from_uint8(to_uint8(x0)) if model.manifest.is_image else x0
 
 
 def rows_of(run: RunFolder, references: Sequence[Reference], count: int, compared: int) -> list[dict[str, Any]]:
-    """Return a row for the teacher at its best and one for each student of a run."""
+    """Return a row for the teacher at its best and a row for each student of a run."""
     first, *others = run.stages()
     teacher = halfstep.load(first.path)
     at_best = [drawn(teacher, count, sampler=one.sampler, num_steps=one.num_steps) for one in AT_BEST]
@@ -118,7 +118,7 @@ def rows_of(run: RunFolder, references: Sequence[Reference], count: int, compare
 
 
 def averaged(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the mean over the runs of every figure, by model."""
+    """Return the mean of each metric over the runs, by model."""
     found = []
     for model in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == model]
@@ -131,7 +131,7 @@ def averaged(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def references_of(data: Data, evaluation: Evaluation) -> list[Reference]:
-    """Return the reference in the run's own features, and in the perceptron's."""
+    """Return the references in the run's own features and in the perceptron's."""
     own, other = (replace(evaluation, features=one) for one in (features_for(data, evaluation), "perceptron"))
     return [Reference(data, own, cache_folder()), Reference(data, other)]
 
@@ -139,11 +139,11 @@ def references_of(data: Data, evaluation: Evaluation) -> list[Reference]:
 def main() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+", help="folders of runs of one recipe, with other seeds")
-    parser.add_argument("--num-samples", type=int, help="samples of each model; as the runs' recipe by default")
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of runs of one recipe with different seeds")
+    parser.add_argument("--num-samples", type=int, help="number of samples per model; default: from the runs' recipe")
     parser.add_argument("--threads", type=int, help="CPU threads of torch")
     parser.add_argument("--short", action="store_true", help="write no file unless --out is given")
-    parser.add_argument("--out", type=Path, help="the JSON; docs/results/benchmarks/independent.json by default")
+    parser.add_argument("--out", type=Path, help="JSON file; docs/results/benchmarks/independent.json by default")
     options = parsed(parser)
     rows: list[dict[str, Any]] = []
     references: list[Reference] = []

@@ -1,17 +1,21 @@
-"""Seconds of a checkpoint and of a resume against a plain write and read of the same bytes, and their cost to a run.
+"""Time a checkpoint and a resume against a plain write and read of the same bytes, and measure their cost to a run.
 
     python benchmarks/io.py                   # the digits and the CIFAR-10 network
     python benchmarks/io.py --short
 
-`write` saves the same tensors with safetensors and syncs them; `read` loads them again (both files lie in the page
-cache); these, `checkpoint` (from the call until it is on the disk, read back and found right) and `resume` (checksums,
-reading, taking the state over) take turns. `waits` is the part of `checkpoint` for which an update waits, the copy of
-the state; the rest is done beside the training. `costs` is what a run of updates takes longer for one checkpoint that
-begins with it, everything counted: in turns with the same updates without one. The share is that of a run that saves
-every 60 seconds.
+Four parts take turns:
 
-`reading` is how many images a second come out of a folder that is too large for memory: opened, decoded and brought to
-size for each batch, as a run's feed does it, by all cores, with nothing beside it.
+- `write` saves the same tensors with safetensors and syncs them;
+- `read` loads them (both files are in the page cache);
+- `checkpoint` is the time from the call until the checkpoint is on the disk and verified;
+- `resume` verifies checksums, reads the files and loads the state.
+
+`waits` is the part of `checkpoint` for which an update waits, the copy of the state. The rest runs in the background.
+`costs` is the additional time of a series of updates that starts with a checkpoint, compared with the same updates
+without one. The share is for a run that saves every 60 seconds.
+
+`reading` is the number of images per second from a folder that is too large for memory: opened, decoded and resized for
+each batch, as in a run's feed, on all cores without other work.
 """
 
 import tempfile
@@ -38,7 +42,7 @@ BATCH = {"digits": 64, "cifar10": 16, "tiny": 8}
 
 
 def cost(trainer: StageTrainer, writer: CheckpointWriter, rounds: int, seconds: float) -> list[float]:
-    """Seconds that each of some checkpoints has cost a run that goes on for longer than one takes."""
+    """Return the additional seconds of each checkpoint in a run that lasts longer than a checkpoint."""
     updates = trainer.run()
     next(updates)
     start = time.perf_counter()
@@ -60,7 +64,7 @@ def cost(trainer: StageTrainer, writer: CheckpointWriter, rounds: int, seconds: 
 
 
 def measured(name: str, batch: int, device: str, rounds: int, where: Path | None) -> dict[str, Any]:
-    """A network's row."""
+    """Return the row of a network."""
     spec = spec_of(name, halving(batch, ema_decay=0.99), teacher=model_of(name), cpu=device == "cpu")
     trainer = trainer_for(spec, spec.plan.stages[0], "bench", spec.teacher, make_accelerator(cpu=spec.engine.cpu))
     next(trainer.run())
@@ -84,7 +88,7 @@ def measured(name: str, batch: int, device: str, rounds: int, where: Path | None
                     tensor.clone()
 
         def save() -> None:
-            # As in a run, where each checkpoint is another update's.
+            # As in a run, where each checkpoint belongs to another update.
             trainer.update += 1
             waits.append(writer.save(trainer))
             writer.wait()
@@ -93,9 +97,9 @@ def measured(name: str, batch: int, device: str, rounds: int, where: Path | None
             last = trainer.update
             resume(trainer, folder, "run", print)
             if trainer.update != last:
-                raise RuntimeError(f"the checkpoint of update {last} was not the one that was resumed from")
+                raise RuntimeError(f"the run did not resume from the checkpoint of update {last}")
 
-        # Parts come in any order, so what they read is there from the start.
+        # Parts run in any order, so their input files must exist from the start.
         write_plainly()
         save()
         waits.clear()
@@ -116,14 +120,14 @@ def measured(name: str, batch: int, device: str, rounds: int, where: Path | None
 
 
 IMAGES = {"PNG": (32, 32), "JPEG": (256, 64)}
-"""Kinds of files, their side and the side that they are brought to."""
+"""Image side and resized side, by kind of file."""
 
 
 def reading(kind: str, rounds: int, where: Path | None, count: int = 256) -> dict[str, Any]:
-    """Images a second from files of a kind, whose pages are in memory."""
+    """Return the images per second from files of a kind that are in the page cache."""
     side, size = IMAGES[kind]
     generator = torch.Generator().manual_seed(0)
-    # Noise that is smooth enough to take the bytes of a photograph: a decoder's time goes with them.
+    # The noise is smooth enough for the file size of a photograph, because decoding time depends on that size.
     small = torch.rand(count, 3, side // 4, side // 4, generator=generator)
     pixels = torch.nn.functional.interpolate(small, size=side, mode="bicubic").clamp(0, 1).mul(255).byte()
     with tempfile.TemporaryDirectory(dir=where, prefix="halfstep-io-") as folder:
@@ -142,9 +146,9 @@ def reading(kind: str, rounds: int, where: Path | None, count: int = 256) -> dic
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--networks", nargs="+", choices=BATCH, default=None)
-    parser.add_argument("--batch", type=int, default=None, help="in the place of each network's own")
+    parser.add_argument("--batch", type=int, default=None, help="batch size; each network's own by default")
     parser.add_argument("--rounds", type=int, default=None)
-    parser.add_argument("--folder", type=Path, default=None, help="where to write; the system's temporary folder")
+    parser.add_argument("--folder", type=Path, default=None, help="where to write; default: a temporary folder")
     options = parsed(parser)
     rows = [
         measured(name, options.batch or BATCH[name], options.device, options.rounds or (2 if options.short else 7),

@@ -1,18 +1,23 @@
-"""Memory of an update, part by part: counted beforehand (as a dry run counts it) and measured.
+"""Measure the memory of an update part by part, and compare it with the estimate of a dry run.
 
     python benchmarks/memory.py                   # the CIFAR-10 network
     python benchmarks/memory.py --short
 
-Every setting is a run in a process of its own: of a tiny network first, so that what libraries take for themselves is
-there, then of the network. `weights` are those of student, moving average and teacher, as they stand before the first
-update of the run's last stage; `moments` what updates leave behind beyond them; `pass` what comes and goes within an
-update (activations, gradients, workspaces); `peak` all of it. On the CPU it is the resident memory of the process, with
-an allocator that gives freed memory back at once (MALLOC_MMAP_THRESHOLD_; without it a process holds on to some of it);
-on a GPU, what torch has allocated.
+Every setting runs in its own process, first with a tiny network, so that the libraries have allocated their own memory,
+then with the network:
 
-`growth` is a run of 2,050 updates with its log and a checkpoint every 20: memory at its end beyond that at update 50.
-Its data set is small, so that each part has come around by then: an epoch is 8 updates, and orders of some are kept.
-What is held after a quarter is told as well, for it takes some checkpoints until the allocator has all that it needs.
+- `weights` are those of student, moving average and teacher before the first update of the run's last stage;
+- `moments` is the additional memory that remains after updates;
+- `pass` is the temporary memory within an update (activations, gradients, workspaces);
+- `peak` is their total.
+
+On the CPU this is the resident memory of the process, with an allocator that releases freed memory at once
+(MALLOC_MMAP_THRESHOLD_; without it a process keeps some of it). On a GPU it is the memory that torch has allocated.
+
+`growth` is the difference in memory between the end and update 50 of a run of 2,050 updates with its log and a
+checkpoint every 20 updates. The data set is small, so that everything has occurred by update 50: an epoch is 8 updates,
+and the orders of several epochs are cached. The memory after a quarter of the run is reported too, because the
+allocator needs several checkpoints to reach its final size.
 """
 
 import argparse
@@ -61,16 +66,16 @@ HALVE: dict[str, dict[str, Any]] = {
     "bf16 autocast": {"precision": "bf16"},
 }  # fmt: skip
 SETTINGS = {"denoise": DENOISE, "halve": HALVE}
-"""What is switched on, by the kind of stage."""
+"""Settings to measure, by kind of stage."""
 
 SHORT = [("halve", ""), ("halve", "gradient checkpointing")]
 
 NO_ATTENTION = ("digits", "tiny")
-"""Networks without the layers that LoRA adds to."""
+"""Networks without layers for LoRA."""
 
 
 def settings_of(name: str) -> list[tuple[str, str]]:
-    """The stages and settings that a network can have."""
+    """Return the stages and settings that a network supports."""
     return [
         (kind, setting)
         for kind, held in SETTINGS.items()
@@ -80,12 +85,12 @@ def settings_of(name: str) -> list[tuple[str, str]]:
 
 
 def one_update(stage: Stage) -> Stage:
-    """The stage, cut short."""
+    """Return the stage with a single update."""
     return dataclasses.replace(stage, training=dataclasses.replace(stage.training, num_updates=1))
 
 
 def chain_for(name: str, kind: str, setting: str, batch: int, updates: int, cpu: bool, data: MemoryData) -> RunSpec:
-    """A run that ends in the stage that is measured: a teacher alone, or one of an update and a student of it."""
+    """Return a run that ends with the stage to measure: a teacher alone, or a teacher of one update and its student."""
     changes = dict(SETTINGS[kind][setting])
     last = halving(batch, num_updates=updates, ema_decay=changes.pop("ema_decay", 0.99))
     teacher = dataclasses.replace(last, objective=Denoising())
@@ -97,13 +102,13 @@ def chain_for(name: str, kind: str, setting: str, batch: int, updates: int, cpu:
 
 
 class Gauge:
-    """Reads the memory of this process, or of the GPU, in bytes."""
+    """A gauge of the memory of this process or of the GPU, in bytes."""
 
     def __init__(self, device: str) -> None:
         self._cuda = device.startswith("cuda")
 
     def now(self) -> int:
-        """What is held."""
+        """Return the memory in use."""
         gc.collect()
         if self._cuda:
             torch.cuda.synchronize()
@@ -111,14 +116,14 @@ class Gauge:
         return int(psutil.Process().memory_info().rss)
 
     def reset_peak(self) -> None:
-        """Lets the next peak be that from here on. Only Linux forgets the peak of a process."""
+        """Reset the peak. On the CPU, only Linux can reset the peak of a process."""
         if self._cuda:
             torch.cuda.reset_peak_memory_stats()
         elif sys.platform == "linux":
             Path("/proc/self/clear_refs").write_text("5")
 
     def peak(self) -> int:
-        """The most that was held since."""
+        """Return the peak since the last reset."""
         if self._cuda:
             return torch.cuda.max_memory_allocated()
         most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -126,11 +131,11 @@ class Gauge:
 
 
 UPDATES = 2
-"""The first makes the moments; the second is one like all others."""
+"""Number of updates: the first allocates the moments, and the second is typical of all later ones."""
 
 
 def stage_measured(spec: RunSpec, gauge: Gauge) -> tuple[int, int, int]:
-    """Bytes held before the first update of the run's last stage and after a few, and the most in between."""
+    """Return the bytes in use before the first update of the run's last stage and after a few, and the peak between."""
     first = after = peak = 0
     with tempfile.TemporaryDirectory() as folder:
         events = run(spec, Path(folder) / "run")
@@ -146,7 +151,7 @@ def stage_measured(spec: RunSpec, gauge: Gauge) -> tuple[int, int, int]:
 
 
 def measured_here(name: str, kind: str, setting: str, batch: int, device: str) -> dict[str, float]:
-    """Megabytes of the parts, in this process."""
+    """Return the measured megabytes of each part in this process."""
     cpu = device == "cpu"
     if "LoRA" in setting:
         import peft  # noqa: F401
@@ -160,18 +165,18 @@ def measured_here(name: str, kind: str, setting: str, batch: int, device: str) -
 
 
 def counted(name: str, kind: str, setting: str, batch: int) -> dict[str, float]:
-    """Megabytes of the parts, as a dry run counts them."""
+    """Return the megabytes of each part, as estimated by a dry run."""
     spec = chain_for(name, kind, setting, batch, UPDATES, True, images(name))
     stage = spec.plan.stages[-1]
     if kind == "halve":
-        # A dry run of a chain from this teacher.
+        # As in a dry run of a chain from this teacher.
         spec = dataclasses.replace(spec, network=None, teacher=model_of(name))
     memory = memory_of_update(stage, count_forward(spec), spec.engine, {})
     return {part: size / MB for part, size in memory._asdict().items()} | {"peak": sum(memory) / MB}
 
 
 def in_a_process(*words: str) -> dict[str, float]:
-    """What this script prints, as JSON, when it is called so in a fresh process."""
+    """Run this script with these arguments in a new process, and return the JSON that it prints."""
     done = subprocess.run(
         [sys.executable, __file__, *words],
         stdout=subprocess.PIPE, text=True, check=True, env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},
@@ -181,7 +186,7 @@ def in_a_process(*words: str) -> dict[str, float]:
 
 
 def row_of(name: str, kind: str, setting: str, batch: int, found: dict[str, float]) -> dict[str, Any]:
-    """Counted beside measured."""
+    """Return a row with the estimated and measured memory."""
     count = counted(name, kind, setting, batch)
     row: dict[str, Any] = {"network": name, "stage": kind, "setting": setting or "-", "batch": batch}
     row |= {f"counted {part}": round(size, 2) for part, size in count.items()}
@@ -190,7 +195,7 @@ def row_of(name: str, kind: str, setting: str, batch: int, found: dict[str, floa
 
 
 def growth_here(name: str, device: str, updates: int) -> dict[str, Any]:
-    """What a run's memory has grown by between update 50 and its end, in this process."""
+    """Return the growth of a run's memory between update 50 and its end, in this process."""
     stage = halving(8, num_updates=updates + 50, ema_decay=0.99)
     spec = spec_of(
         name, stage, data=images(name, 64), cpu=device == "cpu", teacher=model_of(name), log_every=50,
@@ -211,14 +216,14 @@ def growth_here(name: str, device: str, updates: int) -> dict[str, Any]:
 
 
 def live_tensors() -> int:
-    """Bytes of all tensors that Python still knows."""
+    """Return the bytes of all live tensors."""
     gc.collect()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         storages = {
             thing.untyped_storage().data_ptr(): thing.untyped_storage().nbytes()
             for thing in gc.get_objects()
-            # Not those without memory, which torch's compiler leaves behind.
+            # Ignore tensors without memory, which torch's compiler leaves behind.
             if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.layout == torch.strided
         }
     return sum(storages.values())
@@ -227,7 +232,7 @@ def live_tensors() -> int:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--networks", nargs="+", choices=BATCH, default=None)
-    parser.add_argument("--batch", type=int, default=None, help="in the place of each network's own")
+    parser.add_argument("--batch", type=int, default=None, help="batch size; each network's own by default")
     parser.add_argument("--worker", nargs=4, metavar=("NETWORK", "STAGE", "SETTING", "BATCH"), help=argparse.SUPPRESS)
     parser.add_argument("--growth-worker", nargs=2, metavar=("NETWORK", "UPDATES"), help=argparse.SUPPRESS)
     options = parsed(parser)

@@ -1,15 +1,19 @@
-"""Time to quality: seconds of distillation from one teacher until a student of 4 steps, and one of 1, are good enough.
+"""Measure the time to quality: the seconds of distillation until students of 4 steps and of 1 step are good enough.
 
     python benchmarks/quality.py RUNS                          # the digits, minutes to an hour on two cores
     python benchmarks/quality.py RUNS --scale small --data ../shared/data/fashion-mnist
 
-Good enough is a Frechet distance of at most 1.1 times that of the teacher at its best (DDIM at 256 steps or Heun at
-32). Three ways start from the same teacher: the paper's chain (DDIM, halved from many steps); the new plan (a first
-student that Heun teaches, halvings, a finish at 4 steps and at 1); and the paper's chain as public re-implementations
-write its update, in float32 with the subtractive target and without warm-up, falling rate, fused optimiser or batched
-noise. Each way is tried at several budgets, which are shares of its full number of updates; its time to quality is the
-time of the smallest budget that reaches the mark. Seconds are those of the stages that lead to a student, not of
-measuring. Everything is kept in RUNS, and the same command goes on.
+A student is good enough if its Frechet distance is at most 1.1 times that of the teacher at its best (DDIM at 256 steps
+or Heun at 32). Three methods start from the same teacher:
+
+- the paper's chain (DDIM, halved from many steps);
+- the new plan (a first student with a Heun teacher, halvings, and finishes at 4 steps and 1 step);
+- the paper's chain with the update of public re-implementations: float32, the subtractive target, and no warm-up, decay
+  of the learning rate, fused optimiser or batched noise.
+
+Each method is tried at several budgets, as shares of its full number of updates. Its time to quality is the time of the
+smallest budget that reaches the mark. The seconds include the stages that lead to a student, but not its evaluation.
+Everything is stored in RUNS; rerun the same command to resume.
 """
 
 import argparse
@@ -37,10 +41,10 @@ from halfstep.studies.roads import AT_BEST, way_to
 from halfstep.studies.scales import SCALES, Scale
 
 MARK: Final = 1.1
-"""Of the distance of the teacher at its best: the students that count as good enough."""
+"""A student is good enough below this multiple of the distance of the teacher at its best."""
 PAPER: Final = "the paper's chain"
 STEPS: Final = (4, 1)
-"""Steps of the students that are timed."""
+"""Numbers of steps of the timed students."""
 SHARES: Final = (0.25, 0.5, 1.0, 2.0)
 """Budgets, as shares of a plan's own updates."""
 
@@ -82,7 +86,7 @@ def naive_chain(bench: Bench, plan: Plan) -> Iterator[tuple[int, float, NetworkD
         return per_sample(alpha.float(), like), per_sample(sigma.float(), like)
 
     def called(network: NetworkDenoiser, x_t: Tensor, t: Tensor, cond: Any) -> tuple[Tensor, Tensor]:
-        """x0, and eps from it."""
+        """Return x0, and eps computed from it."""
         alpha, sigma = at(t, x_t)
         x0 = prediction.denoised(network.network(x_t, t, **cond), x_t, alpha, sigma).x0
         return x0, (x_t - alpha * x0) / sigma
@@ -148,7 +152,7 @@ def naive_row(bench: Bench, plan: Plan, share: float, best: float) -> dict[str, 
     for steps, seconds, student in naive_chain(bench, scaled(plan, share)):
         if steps not in STEPS:
             continue
-        # Drawn like the library's own samples: the same seeds, classes and clipping.
+        # Sampled like the library's own models, with the same seeds, classes and clipping.
         manifest = model.manifest.model_copy(update={"outcome": Outcome(role="student", num_steps=steps)})
         made = Model(student, manifest)
         x0 = torch.cat([made.sample(range(at, min(at + 500, count))) for at in range(0, count, 500)])
@@ -159,7 +163,7 @@ def naive_row(bench: Bench, plan: Plan, share: float, best: float) -> dict[str, 
 
 
 def marks(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return for each way the seconds of its smallest budget that reached the mark, None for none."""
+    """Return, for each method, the seconds of its smallest budget that reached the mark, or None."""
     found = []
     for way in dict.fromkeys(row["way"] for row in rows):
         own = sorted((row for row in rows if row["way"] == way), key=lambda row: row["share"])
@@ -176,8 +180,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, help="folder for the teacher and the students")
     parser.add_argument("--scale", choices=sorted(SCALES), default="smoke")
-    parser.add_argument("--data", help="in the place of the recipe's")
-    parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="budgets, of each way's own updates")
+    parser.add_argument("--data", help="data set; the recipe's by default")
+    parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="budgets, as shares of all updates")
     parser.add_argument("--threads", type=int, help="CPU threads of torch")
     parser.add_argument("--short", action="store_true", help="write no file unless --out is given")
     parser.add_argument("--out", type=Path, help="file for the JSON; docs/results/benchmarks/quality.json by default")
@@ -190,7 +194,7 @@ def main() -> None:
 
 
 def measure(scale: Scale, new: Recipe, options: argparse.Namespace) -> None:
-    """Train and measure all ways of a scale, of which `new` has the new plan, and write the table."""
+    """Train and evaluate all methods at a scale, with the new plan from `new`, and write the table."""
     bench = Bench(options.runs, scale, None, lambda event: None)
     best = min(bench.measured(bench.teacher, one.num_steps, one.sampler).frechet for one in AT_BEST)
     known = plans(scale, new)

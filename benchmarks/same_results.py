@@ -1,12 +1,12 @@
-"""Show that a refactoring keeps the results: the sha256 of the final weights of six toy runs, and a run's figures.
+"""Check that a refactoring keeps the results: the sha256 of the final weights of six toy runs, and a run's metrics.
 
     python benchmarks/same_results.py --out before.json            # before the change
-    python benchmarks/same_results.py --against before.json        # after it: exit code 1 and the names that differ
+    python benchmarks/same_results.py --against before.json        # after it: exit code 1 and the differing names
 
 The runs are a teacher and halvings with a moving average, LoRA students, matching to a range of guidance scales, two
-processes, a run killed and resumed, and `halfstep.distill` in memory. They use the command line and the public Python
-API only, so the same script runs on both sides of a change. Weights depend on the machine and on the build of torch:
-compare files from one machine.
+processes, a run killed and resumed, and `halfstep.distill` in memory. They use only the command line and the public
+Python API, so the same script runs before and after a change. Weights depend on the machine and on the build of torch,
+so compare only files from the same machine.
 """
 
 import argparse
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Make the six runs; return the sha256 of each stage's weights and of the first run's figures, by name."""
+    """Run the six runs; return the sha256 of each stage's weights and of the first run's metrics, by name."""
     chain = folder / "chain"
     teacher = str(chain / "stages" / "00-denoise")
     halfstep("run", "digits", *SMALL, *TEACHER, "--out", str(chain))
@@ -129,7 +129,7 @@ def sha256(content: bytes) -> str:
 
 
 def figures(run: Path) -> dict[str, Any]:
-    """The figures that the report shows: the run's own measurements and the tables of `evaluate`, without times."""
+    """Return the metrics in the report, without times: the run's own and those of `evaluate`."""
     measured = {
         file.parent.name: [
             {name: row[name] for name in ("sampler", "num_steps", "num_evals", "frechet", "kid", "teacher_rmse")}
@@ -152,7 +152,7 @@ def halfstep(*words: str) -> None:
 def check(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
     if done.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
+        raise SystemExit(f"{' '.join(command)} exited with {done.returncode}:\n{done.stdout}\n{done.stderr}")
 
 
 def environment() -> dict[str, str]:
@@ -160,13 +160,13 @@ def environment() -> dict[str, str]:
 
 
 def cut_and_resume(words: list[str], run: Path) -> None:
-    """Kill the command in its second stage, after a checkpoint, and run it again."""
+    """Kill the command in its second stage, after a checkpoint, and rerun it."""
     command = [sys.executable, "-m", "halfstep", *words]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment())
     while process.poll() is None and not list(run.glob("stages/01-*/checkpoint-0000001*")):
         time.sleep(0.01)
     if process.poll() is not None:
-        raise SystemExit("the run ended before it could be killed: give it more updates")
+        raise SystemExit("the run ended before it could be killed. Give it more updates")
     process.send_signal(signal.SIGKILL)
     process.wait()
     check(command)

@@ -1,11 +1,11 @@
-"""Images a second at 1 to 256 steps: ours, the bare network calls, and diffusers' DDIMPipeline on the exported model.
+"""Compare images per second at 1 to 256 steps: halfstep, bare network calls, and diffusers' DDIMPipeline.
 
     python benchmarks/sample.py                   # the digits network at 1 to 256 steps, the CIFAR-10 network at 1 to 4
     python benchmarks/sample.py --short
 
-Ours is `Model.sample` from seeds to samples on the CPU, in float32 and in bfloat16; bare is the same number of calls of
-the same network on noise that is there, in float32 as diffusers' pipeline, which draws its own noise, shows no progress
-bar and returns arrays. They take turns in one process.
+"Ours" is `Model.sample`, from seeds to samples on the CPU, in float32 and bfloat16. "Bare" is the same number of calls
+of the same network on existing noise, in float32. diffusers runs the exported model in float32, draws its own noise,
+shows no progress bar and returns arrays. All take turns in one process.
 """
 
 import tempfile
@@ -20,19 +20,19 @@ from common import arguments, median, median_ratio, model_of, parsed, repeated, 
 from halfstep.hub import export_pipeline
 
 TIMES = 8
-"""How often samples of 4 steps are drawn in a row, to be a measure of those of hundreds."""
+"""Number of times in a row that 4-step samples are drawn, for comparison with sampling in hundreds of steps."""
 
 FEW = 8
-"""Steps up to which they are drawn once."""
+"""Largest number of steps at which samples are drawn only once in a row."""
 
 ROUNDS = {"digits": 240, "cifar10": 16, "tiny": 20}
-"""Rounds of one step; of n steps an n-th of them, but three at least."""
+"""Number of rounds at one step; at n steps it is divided by n, but at least three."""
 
 STEPS = {"digits": [1, 2, 4, 8, 16, 32, 64, 128, 256], "cifar10": [1, 2, 4], "tiny": [1, 4, 16]}
 
 
 def measured(name: str, batch: int, steps: list[int], device: str, rounds: int | None) -> list[dict[str, Any]]:
-    """A row for each number of steps."""
+    """Return a row for each number of steps."""
     from diffusers import DDIMPipeline
 
     model = model_of(name)
@@ -64,7 +64,7 @@ def measured(name: str, batch: int, steps: list[int], device: str, rounds: int |
     seconds: dict[int, dict[str, list[float]]] = {}
     over: dict[int, float] = {}
     for num in steps:
-        # What is compared takes turns that are near each other in time, so that the machine is the same to all.
+        # All parts of a comparison run close together in time, so that the state of the machine is the same.
         parts = {"ours": ours(num), "half": ours(num, "bf16"), "bare": bare(num), "stock": stock(num)}
         times = 1 if num <= FEW else TIMES
         if num != 4:
@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=STEPS, default=None)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=None)
-    parser.add_argument("--steps", type=int, nargs="+", default=None, help="in the place of each network's own")
+    parser.add_argument("--steps", type=int, nargs="+", default=None, help="steps; default: each network's own")
     options = parsed(parser)
     rows: list[dict[str, Any]] = []
     for name in options.networks or (["tiny"] if options.short else ["digits", "cifar10"]):

@@ -1,13 +1,13 @@
-"""Seconds of an update on 1 and 2 processes and with gradient accumulation, against the network calls alone.
+"""Time an update on 1 and 2 processes and with gradient accumulation, against the network calls alone.
 
     python benchmarks/scale.py                   # the digits and the CIFAR-10 network
     python benchmarks/scale.py --short
 
-Each setting is a program of its own, started as a run on several processes is: by `torchrun`. In every process our
-update takes turns with the bare network calls of its own share of the batch and an optimiser step, with no word to the
-others; the ratio is thus what averaging the gradients, data, noise, target and moving average cost. `against 1` is the
-time on one process of one thread over this one's. On a machine of two cores, two processes of one thread stand beside
-one process of two.
+Each setting is a separate program started with `torchrun`, like a run on several processes. In every process, an update
+of halfstep takes turns with the bare network calls of its share of the batch and an optimiser step, without
+communication. The ratio is therefore the cost of averaging gradients, data, noise, target and moving average.
+`against 1` is the time on one process with one thread, divided by the time of this setting. On a machine with two
+cores, two processes with one thread are compared with one process with two.
 """
 
 import argparse
@@ -28,13 +28,13 @@ from step import bare
 BATCH = {"digits": 64, "cifar10": 16, "tiny": 8}
 
 SETTINGS = [(1, 1, 1), (1, 2, 1), (2, 1, 1), (1, 1, 2), (1, 1, 4)]
-"""Processes, threads of each, micro batches of each."""
+"""Number of processes, threads per process and micro batches per process."""
 
 SHORT = [(1, 1, 1), (2, 1, 1), (1, 1, 2)]
 
 
 def worker(name: str, batch: int, number: int, rounds: int, device: str, out: Path) -> None:
-    """What each process does; the first writes the seconds of its updates."""
+    """Time the updates in one process; the first process writes its seconds."""
     accelerator = make_accelerator(cpu=device == "cpu")
     share = batch // accelerator.num_processes
     micro = share // number
@@ -53,18 +53,18 @@ def worker(name: str, batch: int, number: int, rounds: int, device: str, out: Pa
 def started(
     name: str, batch: int, processes: int, threads: int, number: int, rounds: int, device: str
 ) -> dict[str, list[float]]:
-    """The seconds of the first process of a program that is started for one setting."""
+    """Start a program for one setting, and return the seconds of its first process."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "seconds.json"
         words = [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)),
             *(__file__, "--worker", name, str(batch), str(number), str(rounds), "--device", device, "--out", str(out)),
         ]
-        # torchrun gives each process one thread where nothing else is said.
+        # torchrun gives each process one thread by default.
         subprocess.run(words, check=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
         found = json.loads(out.read_text())
     if found["processes"] != processes:
-        raise RuntimeError(f"{processes} processes were started, but {found['processes']} were connected")
+        raise RuntimeError(f"{processes} processes were started, but {found['processes']} connected")
     seconds: dict[str, list[float]] = found["seconds"]
     return seconds
 
@@ -72,7 +72,7 @@ def started(
 def measured(
     name: str, batch: int, device: str, rounds: int, settings: list[tuple[int, int, int]]
 ) -> list[dict[str, Any]]:
-    """A row for each setting; the first is the one that the others are compared with."""
+    """Return a row for each setting; all others are compared with the first."""
     rows: list[dict[str, Any]] = []
     for processes, threads, number in settings:
         seconds = started(name, batch, processes, threads, number, rounds, device)
@@ -91,12 +91,12 @@ def measured(
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--networks", nargs="+", choices=BATCH, default=None)
-    parser.add_argument("--batch", type=int, default=None, help="in the place of each network's own")
+    parser.add_argument("--batch", type=int, default=None, help="batch size; each network's own by default")
     parser.add_argument("--rounds", type=int, default=None)
     parser.add_argument("--worker", nargs=4, metavar=("NETWORK", "BATCH", "NUMBER", "ROUNDS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.threads is not None:
-        parser.error("--threads says nothing here, where each setting has its own: leave it out")
+        parser.error("--threads has no effect, because each setting has its own. Remove it")
     if options.worker:
         name, *numbers = options.worker
         batch, number, rounds = (int(value) for value in numbers)

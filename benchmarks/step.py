@@ -1,17 +1,20 @@
-"""Seconds of an update of each objective: ours, and the bare sum of its network calls and optimiser steps.
+"""Time an update of each objective against its bare network calls and optimiser steps.
 
-A halving is also compared with its step written naively.
+A halving is also compared with a naive implementation of its step.
 
     python benchmarks/step.py                  # digits, Fashion-MNIST, CIFAR-10; float32 and bf16; eager and compiled
     python benchmarks/step.py --networks digits --short
 
-Bare is each network's calls with and without a backward pass, as many as the objective declares, and an optimiser step
-for each backward pass, on tensors that are there, in the same precision and compiled alike: no data, noise, target,
-loss, clipping. (A halving: two teacher forwards, one forward and backward pass of the student.) Naive is what public
-re-implementations do, in float32: images decoded at every update, one conversion function for each pair of
-parameterisations, the subtractive target, an optimiser without fusion, a loop over parameters for the moving average,
-the loss fetched at every update. All take turns in one process. On a GPU a turn is several updates: ours
-are fed by a thread that is some ahead, and would else have its work done in the others' turns.
+"Bare" is the number of network calls that the objective declares, with and without a backward pass, and an optimiser
+step for each backward pass. It uses existing tensors, the same precision and the same compilation, without data, noise,
+target, loss or clipping. (A halving has two teacher forward passes and one forward and backward pass of the student.)
+
+"Naive" is the update of public re-implementations, in float32: images decoded at every update, one conversion function
+for each pair of parameterisations, the subtractive target, an unfused optimiser, a loop over parameters for the moving
+average, and the loss fetched at every update.
+
+All take turns in one process. On a GPU a turn is several updates, because a thread prepares the inputs of halfstep's
+updates ahead and would otherwise do that work during the turns of the others.
 """
 
 import copy
@@ -41,7 +44,7 @@ BATCH = {"digits": 64, "fashion_mnist": 64, "cifar10": 16, "tiny": 8}
 
 
 def ours(name: str, data: MemoryData, stage: Stage, precision: str, compiled: bool, device: str) -> Callable[[], Any]:
-    """One update of a `StageTrainer`."""
+    """Return a function that runs one update of a `StageTrainer`."""
     teacher = denoiser(name, device)
     accelerator = make_accelerator(precision, cpu=device == "cpu")
     near = held_on(accelerator.device, data)
@@ -58,7 +61,7 @@ def ours(name: str, data: MemoryData, stage: Stage, precision: str, compiled: bo
 def bare(
     name: str, data: MemoryData, stage: Stage, precision: str, compiled: bool, device: str, micro_batches: int = 1
 ) -> Callable[[], Any]:
-    """The network calls and optimiser steps of an update, each micro batch as large as the stage's batch."""
+    """Return a function for the network calls and optimiser steps of an update; the stage's batch is a micro batch."""
     evals = stage.objective.evals
     networks = {each: denoiser(name, device).eval().requires_grad_(False) for each in evals}
     optimizers = {}
@@ -95,7 +98,7 @@ def bare(
 
 
 def naive(name: str, data: MemoryData, device: str, batch: int) -> Callable[[], Any]:
-    """The same update as it is usually written."""
+    """Return a function that runs the same update in the usual, naive way."""
     teacher = denoiser(name).network.to(memory_format=torch.contiguous_format).to(device).eval()
     student = copy.deepcopy(teacher).train()
     ema = copy.deepcopy(teacher)
@@ -153,13 +156,13 @@ def naive(name: str, data: MemoryData, device: str, batch: int) -> Callable[[], 
 
 
 def finishing(batch: int) -> Stage:
-    """A finish all of whose updates have the student's turn."""
+    """Return a finishing stage with a turn of the student in every update."""
     stage = Plan.finishes([NUM_STEPS], FINISHING, lambda steps: Finishing(steps, lead_updates=0)).stages[0]
     return replace(stage, training=replace(stage.training, num_updates=10**9, batch_size=batch, anneal=False))
 
 
 def measured(name: str, device: str, batch: int, rounds: int, settings: list[tuple[str, bool]]) -> list[dict[str, Any]]:
-    """A row for each stage and setting; those of halving beside the naive step."""
+    """Return a row for each stage and setting; the rows of halving include the naive step."""
     data = images(name)
     halved = halving(batch, num_steps=NUM_STEPS)
     stages = {
@@ -202,8 +205,8 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--networks", nargs="+", choices=BATCH, default=None)
     parser.add_argument("--rounds", type=int, default=None)
-    parser.add_argument("--batch", type=int, default=None, help="in the place of each network's own")
-    parser.add_argument("--eager", action="store_true", help="leave the compiled networks out")
+    parser.add_argument("--batch", type=int, default=None, help="batch size; each network's own by default")
+    parser.add_argument("--eager", action="store_true", help="do not measure compiled networks")
     options = parsed(parser)
     names = options.networks or (["digits"] if options.short else ["digits", "fashion_mnist", "cifar10"])
     settings = [("float32", False), ("bf16", False)]
@@ -211,11 +214,11 @@ def main() -> None:
         settings += [("float32", True), ("bf16", True)]
     rows: list[dict[str, Any]] = []
     for name in names:
-        # Torch keeps eight graphs of one class of networks, and runs what comes after them without a word as it is.
+        # torch keeps eight graphs per network class and silently runs all later ones uncompiled.
         torch._dynamo.reset()
         rounds = options.rounds or (60 if name in ("digits", "tiny") else 8)
         rows += measured(name, options.device, options.batch or BATCH[name], rounds, settings)
-        # After each network: to compile them can take an hour of a CPU's time, and what was measured stays.
+        # Written after each network, so that results are kept: compilation can take an hour on a CPU.
         write("step", rows, options, threads=torch.get_num_threads(), num_steps=NUM_STEPS)
 
 

@@ -1,15 +1,16 @@
-"""Deals blows to a run until something is lost: kills, signals, damaged files, full disks, killed ranks.
+"""Stress a run with kills, signals, damaged files, full disks and killed ranks, until something is lost.
 
 python benchmarks/torture.py            50 SIGKILLs, 10 SIGTERMs, 10 damaged checkpoints, 3 full disks, 5 killed ranks
 python benchmarks/torture.py --short    a fifth of them
 
---seed N deals the same blows again, as far as the machine lets it.
+--seed N repeats the same faults, as far as the machine allows.
 
-The chain and the blows are those of the tests (tests/torture.py): a teacher, two students and their finishes on points
-in the plane, a checkpoint every third update, figures measured after each stage, every blow at a random moment. A run
-that comes to its end must have the weights and the figures of an uncut run, bit for bit (of two processes: of an uncut
-run of two), leave no file of its checkpoints behind, and end with the exit code of what stopped it; the first that does
-not ends the torture with an error. Then the growth of a stage of 2,060 updates with 206 checkpoints is measured.
+The chain and the faults are those of the tests (tests/torture.py): a teacher, two students and their finishes on points
+in the plane, a checkpoint every third update, metrics after each stage, and every fault at a random moment. A run that
+completes must have the same weights and metrics as an uninterrupted run, bit for bit (with two processes, as an
+uninterrupted run with two). It must leave no checkpoint files behind, and must have exited with the code of the fault
+that stopped it. The first failure ends the test with an error. Then the growth of a stage of 2,060 updates with 206
+checkpoints is measured.
 """
 
 import argparse
@@ -25,14 +26,14 @@ BLOWS: Final = {"sigkill": 50, "sigterm": 10, "damage": 10, "full_disk": 3, "kil
 
 
 def main() -> None:
-    """Tortures, prints and writes."""
-    # The directory of this file would lie before the standard library's, of which it has a name or two.
+    """Run the faults, print the result and write it."""
+    # The directory of this file would precede the standard library's, and some of its names are the same.
     sys.path[0] = str(TESTS)
     import teams
     import torture
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true", help="a fifth of the blows; writes no file")
+    parser.add_argument("--short", action="store_true", help="a fifth of the faults; writes no file")
     parser.add_argument("--seed", type=int, default=int(time.time()))
     options = parser.parse_args()
     counts = {kind: -(-count // 5) for kind, count in BLOWS.items()} if options.short else BLOWS
@@ -48,7 +49,7 @@ def main() -> None:
     from halfstep.runtime.environment import environment
 
     result: dict[str, Any] = {
-        "what": "blows at random moments to a chain with finishes; every run ends with the weights of an uncut run",
+        "what": "faults at random moments in a chain with finishes; all runs end with the weights of a fault-free run",
         "command": " ".join(["python", *sys.orig_argv[1:]]),
         "environment": environment(),
         "seed": options.seed,

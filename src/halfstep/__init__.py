@@ -14,12 +14,12 @@
 |---|---|
 | train, distil | `fit`, `distill` with `Training`, `Plan`, `Engine`, `Evaluation`; they return a `Model` |
 | sample | `Model.sample(seeds)`, `sample(model, noise)`, `trajectory`; samplers `DDIM`, `Heun`, `Ancestral`, ... |
-| store | `load`, `save`, `Model.of` |
+| save, load | `load`, `save`, `Model.of` |
 | describe a network | `NetworkDenoiser` with a process (`VPCosine`, `VPTable`) and a prediction (`V`, `Eps`) |
 | write a method | `Objective`, `Sampler`, `Denoiser`, `halving_target` |
 
-Everything below is documented where it is defined; CONTRIBUTING.md draws the map of the rooms.
-The names are in __init__.pyi, and each is imported when it is first used: so `halfstep status` need not wait for torch.
+Each name is documented where it is defined. CONTRIBUTING.md describes the packages. The names are listed in
+__init__.pyi and imported on first use, so `halfstep status` does not wait for torch.
 """
 
 import lazy_loader

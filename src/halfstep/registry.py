@@ -1,4 +1,4 @@
-"""The members of a family, by name: what the command line offers and what a manifest may say."""
+"""Registries of the members of a family by name, for the command line and for manifests."""
 
 import dataclasses
 import difflib
@@ -9,7 +9,7 @@ Member = TypeVar("Member")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint `; did you mean 'x'?` for a mistyped `name`, or the empty string if nothing is near."""
+    """Return a hint `; did you mean 'x'?` for a mistyped `name`, or the empty string if no name is similar."""
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {found[0]!r}?" if found else ""
 
@@ -18,7 +18,7 @@ _families: "dict[str, Registry[Any]]" = {}
 
 
 class Registry(Generic[Member]):
-    """Named members of one family, in the order in which they were registered."""
+    """Named members of one family, in order of registration."""
 
     def __init__(self, family: str) -> None:
         self.family = family
@@ -26,10 +26,10 @@ class Registry(Generic[Member]):
         self._members: dict[str, Member] = {}
 
     def register(self, name: str) -> Callable[[Member], Member]:
-        """A decorator that enters its object under `name`.
+        """Return a decorator that registers its object under `name`.
 
         Raises:
-            ValueError: if the name is taken.
+            ValueError: if the name is already registered.
         """
 
         def enter(member: Member) -> Member:
@@ -41,10 +41,10 @@ class Registry(Generic[Member]):
         return enter
 
     def __getitem__(self, name: str) -> Member:
-        """The member called `name`.
+        """Return the member with this name.
 
         Raises:
-            ValueError: if there is none; the message lists those that exist and names the nearest.
+            ValueError: if no member has it. The message lists all names and suggests the most similar one.
         """
         if name not in self._members:
             raise ValueError(
@@ -53,32 +53,32 @@ class Registry(Generic[Member]):
         return self._members[name]
 
     def describe(self, member: object) -> dict[str, Any]:
-        """Return {"type": name, **fields}: a registered dataclass' instance as data, for `rebuild`.
+        """Return an instance of a registered dataclass as data for `rebuild`: {"type": name, **fields}.
 
-        A field that is itself a registered dataclass becomes {"family": its registry's, **its description}.
+        A field that is itself a registered dataclass becomes {"family": family of its registry, **its description}.
         """
         assert dataclasses.is_dataclass(member)
         fields = {field.name: _described(getattr(member, field.name)) for field in dataclasses.fields(member)}
         return {"type": self.name_of(member), **fields}
 
     def rebuild(self, data: Mapping[str, Any]) -> Any:
-        """Return what `describe` described.
+        """Return the instance for data from `describe`.
 
         Raises:
-            ValueError: if the type is unknown or the fields do not fit it.
+            ValueError: if the type is unknown or does not have these fields.
         """
         fields = {name: _rebuilt(value) for name, value in data.items()}
         kind: Any = self[str(fields.pop("type", "(none)"))]
         try:
             return kind(**fields)
         except TypeError as error:
-            raise ValueError(f"the fields of this {self.family} do not fit {kind.__name__}: {error}") from None
+            raise ValueError(f"the fields of this {self.family} do not match {kind.__name__}: {error}") from None
 
     def name_of(self, member: object) -> str:
-        """The name under which `member`, or its class, is registered.
+        """Return the name under which `member` or its class is registered.
 
         Raises:
-            ValueError: if neither is.
+            ValueError: if neither is registered.
         """
         for name, known in self._members.items():
             if known is member or known is type(member):
@@ -89,11 +89,11 @@ class Registry(Generic[Member]):
         return iter(self._members)
 
     def values(self) -> Iterator[Member]:
-        """The members."""
+        """Iterate over the members."""
         return iter(self._members.values())
 
     def items(self) -> Iterator[tuple[str, Member]]:
-        """Pairs of name and member."""
+        """Iterate over pairs of name and member."""
         return iter(self._members.items())
 
 

@@ -160,7 +160,7 @@ def test_a_loss_that_is_not_finite_names_stage_and_update_and_keeps_the_last_che
             return output * (float("nan") if self.calls > 8 else 1.0)
 
     spec = toy_spec(network=Poisoned, data=MemoryData("toy", broken), log_every=1)
-    with pytest.raises(NonFinite, match=r"stage 00-denoise at update 8 \(.*\): lower the learning rate"):
+    with pytest.raises(NonFinite, match=r"stage 00-denoise at update 8 \(.*\)\. Lower the learning rate"):
         finish(spec, tmp_path / "run")
     kept = [path.name for path in (tmp_path / "run").glob("stages/*/checkpoint-*")]
     assert sorted(kept) == ["checkpoint-00000003", "checkpoint-00000006"]
@@ -188,7 +188,7 @@ def test_dropout_acts_in_the_stage_that_asks_for_it_only(tmp_path: Path) -> None
 
 
 def test_a_halving_stage_without_a_teacher_is_refused() -> None:
-    with pytest.raises(ValueError, match="learns from a teacher, and there is none"):
+    with pytest.raises(ValueError, match="learns from a teacher, but none is given"):
         _trainer(Plan.halvings(4, 2, Training(2, 1e-3), updates_at={}).stages[0])
 
 

@@ -65,7 +65,7 @@ def test_a_resnet_of_other_weights_has_another_name_and_damaged_ones_are_refused
     save_file(lacking, tmp_path / "lacking.safetensors")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "0.safetensors").read_bytes()[:100])
     for name in ("lacking", "cut"):
-        with pytest.raises(DamagedFile, match="does not hold the weights of a ResNet-20"):
+        with pytest.raises(DamagedFile, match="does not contain the weights of a ResNet-20"):
             extractor_for(f"resnet20-cifar10={tmp_path}/{name}.safetensors", _real_data())
 
 
@@ -153,10 +153,10 @@ def test_inception_is_torch_fidelitys_network_on_the_same_pixels(
     with pytest.raises(ValueError, match=f"is not torch-fidelity's own file .*, not {digest[:8]}"):
         Inception(str(tmp_path / "w.pth"), "cpu")
     save_file({"fc.bias": torch.zeros(1008)}, tmp_path / "other.safetensors")
-    with pytest.raises(DamagedFile, match="does not hold the weights of torch-fidelity's Inception"):
+    with pytest.raises(DamagedFile, match="does not contain the weights of torch-fidelity's Inception"):
         Inception(str(tmp_path / "other.safetensors"), "cpu")
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", _unreachable)
-    with pytest.raises(ValueError, match="fetch the file elsewhere and give inception=PATH"):
+    with pytest.raises(ValueError, match="Download the file elsewhere and give inception=PATH"):
         extractor_for("inception", _real_data())
 
 

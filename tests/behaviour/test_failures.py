@@ -164,7 +164,7 @@ def test_a_loss_that_is_not_finite_is_told_with_the_statistics_of_its_batch(micr
     message = str(error.value)
     assert f"stage 00-x at update 6 (2 of 16 losses were not finite at log-SNR {low:.3g} to {high:.3g}; " in message
     assert "largest |x0| 9; gradient norm nan, " in message
-    assert "lower the learning rate (0.002)" in message
+    assert "Lower the learning rate (0.002)" in message
 
 
 def test_the_losses_of_a_batch_are_those_of_its_objective() -> None:
@@ -271,7 +271,7 @@ def test_an_update_that_does_not_fit_names_the_micro_batch_that_was_tried(tmp_pa
         OutOfMemory, match=r"stage 00-hungry at update 0 with a micro batch of 16 \(batch 16\)"
     ) as error:
         finish(toy_spec(plan=one_stage(Hungry(5))), tmp_path / "run")
-    assert "give engine.micro_batch 8, or auto" in str(error.value)
+    assert "Set engine.micro_batch to 8, or auto" in str(error.value)
     with pytest.raises(OutOfMemory, match=r"micro batch of 1 .*gradient_checkpointing"):
         finish(toy_spec(plan=one_stage(Hungry(0)), micro_batch="auto"), tmp_path / "none")
 
@@ -621,7 +621,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_begins_the_stage_anew_and_says_
     told = finish(toy_spec(), path)
     assert len(told) == 2
     assert told[0].endswith("using the previous checkpoint")
-    assert told[1].endswith("there is no other, so the stage restarts")
+    assert told[1].endswith("no other checkpoint exists, so the stage restarts")
     assert weights(path) == weights(uncut)
 
 

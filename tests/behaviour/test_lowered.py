@@ -92,7 +92,7 @@ def test_a_lowered_network_is_smaller_by_what_is_counted_and_is_read_back_as_it_
         assert float((restored(x_t, time, **cond) - out).norm()) < 0.06 * float(out.norm())
     assert out.dtype == torch.float32
     assert 1e-5 < float((out - before).norm()) < 0.3 * float(before.norm())
-    with pytest.raises(RuntimeError, match="is missing, has no place or has another shape"):
+    with pytest.raises(RuntimeError, match="is missing, unexpected or of another shape"):
         load_own_state(again, {name: value for name, value in own_state(found).items() if "x_embedder" not in name})
 
 

@@ -159,7 +159,7 @@ def test_each_sample_draws_its_own_scale_from_the_whole_range() -> None:
 
 @pytest.mark.parametrize(("low", "high"), [(-1.0, 2.0), (2.0, 2.0), (3.0, 1.0), (1.0, float("inf"))])
 def test_a_range_that_is_none_is_refused(low: float, high: float) -> None:
-    with pytest.raises(ValueError, match="needs 0 <= low < high"):
+    with pytest.raises(ValueError, match="must satisfy 0 <= low < high"):
         GuidanceRange(low, high)
 
 
@@ -270,7 +270,7 @@ def test_networks_without_an_input_for_a_scale_and_heads_of_another_number_are_r
 
 def test_guidance_without_anything_for_no_condition_is_refused() -> None:
     teacher = NetworkDenoiser(MLP((2,), num_classes=2), VPCosine(), V())
-    with pytest.raises(ValueError, match="guidance needs to know what stands for no condition"):
+    with pytest.raises(ValueError, match="guidance needs values that mean no condition"):
         Matching(guidance=FixedGuidance(2.0)).view(teacher, teacher, {})
 
 

@@ -190,7 +190,7 @@ def test_the_distances_from_the_same_noise_have_their_closed_forms() -> None:
     figures = paired_figures(a, a, is_image=True)
     assert figures.values["rmse"] == 0
     assert "psnr" not in figures.values
-    assert any("PSNR of equal images is infinite" in text for text in figures.missing)
+    assert any("PSNR is omitted, because it is infinite" in text for text in figures.missing)
     assert set(paired_figures(a, a, is_image=False).values) == {"rmse"}
 
 
@@ -205,7 +205,7 @@ def test_lpips_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setattr("halfstep.metrics.paired.importlib.util.find_spec", lambda name: object())
     with pytest.raises(ValueError, match="its AlexNet is not at"):
         lpips(a, a)
-    assert any("LPIPS is left out" in text for text in paired_figures(a, a, is_image=True).missing)
+    assert any("LPIPS is omitted" in text for text in paired_figures(a, a, is_image=True).missing)
     # AlexNet's poolings leave nothing of small images, wherever its weights are.
     assert "at least 31 x 31 pixels" in str(why_no_lpips((1, 28, 28)))
     assert "4 channels" in str(why_no_lpips((4, 64, 64)))
@@ -228,7 +228,7 @@ def test_all_figures_of_a_set_are_there_and_those_without_enough_samples_are_nam
     assert figures.missing == []
     few = figures_of(Pixels(), _features(5, 4, 1).float(), real)
     assert set(few.values) == {"frechet", "kid", "sliced_wasserstein"}
-    assert few.missing == ["Precision, recall, density and coverage need at least 7 samples, and there were 5."]
+    assert few.missing == ["Precision, recall, density and coverage need at least 7 samples, got 5."]
 
 
 def test_a_references_statistics_are_kept_by_content_in_float64(tmp_path: Path) -> None:
@@ -313,7 +313,7 @@ def test_the_classifier_knows_the_digits_is_repeatable_and_survives_a_damaged_ca
 
 
 def test_a_classifier_of_too_little_data_is_refused() -> None:
-    with pytest.raises(ValueError, match="use the features `pixels`"):
+    with pytest.raises(ValueError, match="Use the features `pixels`"):
         train_classifier(torch.zeros(10, 2), torch.zeros(10, dtype=torch.int64), 2, "few")
 
 

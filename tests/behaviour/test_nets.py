@@ -78,7 +78,7 @@ def test_a_described_network_is_built_again(network: UNet2D | MLP) -> None:
 def test_descriptions_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="unknown network 'unet3d'; did you mean 'unet2d'"):
         build_network({"type": "unet3d"})
-    with pytest.raises(ValueError, match="do not fit MLP"):
+    with pytest.raises(ValueError, match="do not match MLP"):
         build_network({"type": "mlp", "shape": [2], "widht": 3})
     assert set(networks) >= {"unet2d", "mlp"}
 
@@ -113,7 +113,7 @@ def test_a_clock_that_does_not_run_is_refused() -> None:
         UNetConfig(num_train_timesteps=1000)
     with pytest.raises(ValueError, match="num_train_timesteps must be at least 1, got 0"):
         UNet2D({}, num_train_timesteps=0)
-    with pytest.raises(ValueError, match=r"clock_range must rise from t = 0 to t = 1, got 1\.0 and 0\.5"):
+    with pytest.raises(ValueError, match=r"clock_range must increase from t = 0 to t = 1, got 1\.0 and 0\.5"):
         UNet2D({}, clock_range=(1.0, 0.5))
 
 

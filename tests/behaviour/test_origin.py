@@ -125,7 +125,7 @@ def test_a_checkpoint_of_another_origin_is_set_aside(made: Path, tmp_path: Path,
     else:
         latest.rename(latest.with_name("checkpoint-00000004"))
     notices = finish(SPEC, path)
-    assert any("is of another run, stage or update" in notice for notice in notices)
+    assert any("belongs to another run, stage or update" in notice for notice in notices)
     assert weights(path) == weights(made / "uncut")
 
 

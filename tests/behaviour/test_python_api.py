@@ -485,7 +485,7 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "a class as teacher": (lambda: _distill(halfstep.NetworkDenoiser), r"Call it: NetworkDenoiser\(\.\.\.\)"),
     "a class as network": (lambda: denoiser(Net), "the class Net. Pass an instance"),
     "a path as network": (lambda: denoiser("net.pt"), "the str 'net.pt'. Pass an instance"),
-    "a denoiser as network": (lambda: denoiser(denoiser()), "a denoiser already. Use it as it is"),
+    "a denoiser as network": (lambda: denoiser(denoiser()), "already a denoiser, a NetworkDenoiser. Use it as it is"),
     "a class as process": (
         lambda: halfstep.NetworkDenoiser(Net(), halfstep.VPCosine, halfstep.V()),  # type: ignore[arg-type]
         r"Call it: VPCosine\(\.\.\.\)",
@@ -530,7 +530,7 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "a list as labels": (lambda: _fit(data=(points(), {"class_labels": [0] * 200})), r"Pass torch\.tensor"),
     "too few labels": (lambda: _fit(data=(points(), {"angle": torch.zeros(3)})), "Pass one row per sample"),
     "a model to save": (lambda: halfstep.save(denoiser(), "x"), r"halfstep\.Model\.of\(denoiser, shape\)"),  # type: ignore[arg-type]
-    "a path to save": (lambda: halfstep.save("x", "y"), "must be a model, got the str 'x'"),  # type: ignore[arg-type]
+    "a path to save": (lambda: halfstep.save("x", "y"), "save needs a model, got the str 'x'"),  # type: ignore[arg-type]
     "a model to load": (lambda: halfstep.load(denoiser()), "Pass the folder of a run"),  # type: ignore[arg-type]
     "whole noise": (lambda: _sample(noise=torch.zeros(3, 2, dtype=torch.int64)), "Pass torch.randn"),
     "an array as noise": (lambda: _sample(noise=np.zeros((3, 2))), "Pass torch.randn"),
@@ -554,7 +554,7 @@ def test_what_a_model_cannot_make_is_refused(student: halfstep.Model) -> None:
         (lambda: halfstep.sample(student, torch.zeros(3, 4)), r"Pass noise of shape \[batch, 2\]"),
         (lambda: halfstep.sample(student, torch.zeros(2)), r"Pass noise of shape \[batch, 2\]"),
         (lambda: student.sample(3, sampler="ddim"), r"Pass halfstep\.DDIM\(\)"),
-        (lambda: student.sample(3, class_label=1), "remove the class"),
+        (lambda: student.sample(3, class_label=1), "Remove the class"),
         (lambda: halfstep.distill(student, torch.zeros(8, 3), to=1), "Pass the data that it was trained on"),
         (lambda: halfstep.sample(student, torch.zeros(3, 2, device="meta")), "Move one: noise.to"),
     ):

@@ -63,7 +63,7 @@ def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
         (["run", "digits", "--chain.factor", "1"], "--chain.factor: must be at least 2, got 1"),
         (
             ["run", "digits", "--chain.factor", "3"],
-            "16 steps cannot be divided by 3 again and again to 1: list the students' steps, or start from",
+            "16 steps cannot be divided repeatedly by 3 to 1. List the students' steps, or start from",
         ),
         (
             ["run", "arrays", "--data", "digits", "--chain.students", "48", "1"],
@@ -291,12 +291,12 @@ def test_bad_sampling_options_get_one_line(
 
 def test_a_teacher_must_be_told_its_steps(digits_run: Path, tmp_path: Path, capsys: Capture) -> None:
     teacher = digits_run / "stages" / "00-denoise"
-    assert "say how many" in refused(["sample", str(teacher), "--out", str(tmp_path / "x.png")], capsys)
+    assert "Give the number" in refused(["sample", str(teacher), "--out", str(tmp_path / "x.png")], capsys)
 
 
 def test_more_steps_than_the_model_was_made_for_warns(digits_run: Path, tmp_path: Path, capsys: Capture) -> None:
     main(["sample", str(digits_run), "--num-steps", "4", "--num-samples", "2", "--out", str(tmp_path / "x.png")])
-    assert "halfstep: warning: 4 steps were asked of a model that was distilled for 1" in capsys.readouterr().err
+    assert "halfstep: warning: the model was distilled for num_steps 1, not 4" in capsys.readouterr().err
     assert (tmp_path / "x.png").is_file()
 
 
@@ -327,7 +327,7 @@ def test_a_file_that_is_no_model_is_named(damage: str, toy_run: Path, tmp_path: 
     elif damage == "earlier format":
         manifest["format"], said = 1, "it was written by an earlier one, so train the run again"
     elif damage == "foreign tensors":
-        manifest["network"]["width"], said = 32, "does not fit its manifest"
+        manifest["network"]["width"], said = 32, "does not match its manifest"
     write_sealed(folder / "manifest.json", manifest)
     if damage == "manifest":
         (folder / "manifest.json").write_text("{")

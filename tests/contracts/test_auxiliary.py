@@ -221,5 +221,5 @@ def test_a_denoiser_of_one_s_own_is_copied() -> None:
 
 
 def test_without_a_teacher_there_is_no_start() -> None:
-    with pytest.raises(ValueError, match="starts as the teacher, and there is none"):
+    with pytest.raises(ValueError, match="starts as a copy of the teacher, but no teacher exists"):
         auxiliary_denoiser(Models(copy_denoiser(gaussian(VPCosine()))))

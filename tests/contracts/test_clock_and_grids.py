@@ -44,7 +44,7 @@ def test_a_clock_is_float64_whatever_the_data_and_keeps_times_that_float32_has_e
 
 @pytest.mark.parametrize("shape", [(2,), (4,), (3, 1), (1,)])
 def test_times_that_fit_neither_one_nor_the_batch_are_refused_with_both_sizes(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"times have shape .* but the batch holds 3 samples"):
+    with pytest.raises(ValueError, match=r"times have shape .* but the batch has 3 samples"):
         as_clock(torch.zeros(shape), numbers(3, 2))
 
 

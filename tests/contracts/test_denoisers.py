@@ -574,7 +574,7 @@ def test_guidance_without_what_it_weighs_is_refused(
 
 
 def test_guidance_that_knows_no_null_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"guidance needs to know what stands for no condition \(null\)"):
+    with pytest.raises(ValueError, match=r"guidance needs values that mean no condition\. Pass null"):
         Guided(mixture(VPCosine()), {}, 2.0)
 
 

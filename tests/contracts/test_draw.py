@@ -130,7 +130,7 @@ def test_every_epoch_seed_and_stream_has_an_order_of_its_own() -> None:
 
 @pytest.mark.parametrize("places", [range(-1, 4), range(9), range(0, 8, 2), range(7, -1, -1), range(3, 3), range(5, 2)])
 def test_places_outside_the_batch_are_refused(places: range) -> None:
-    with pytest.raises(ValueError, match="are not a part of a batch of 8"):
+    with pytest.raises(ValueError, match="are not within a batch of 8"):
         draw(8, places)
 
 

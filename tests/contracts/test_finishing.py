@@ -261,7 +261,7 @@ def test_a_finish_starts_from_the_student_of_its_steps_and_learns_from_the_last_
     assert parents_of(Denoising(), []) is None
     with pytest.raises(ValueError, match="refines a student of 3 steps, but the students before it take 8, 4, 2"):
         parents_of(Finishing(3), models)
-    with pytest.raises(ValueError, match="no student precedes it"):
+    with pytest.raises(ValueError, match="no student before it samples"):
         parents_of(Finishing(3), [teacher])
     with pytest.raises(ValueError, match="learns from an undistilled teacher"):
         parents_of(Finishing(8), students)
@@ -270,7 +270,7 @@ def test_a_finish_starts_from_the_student_of_its_steps_and_learns_from_the_last_
 def test_only_students_that_take_the_steps_of_a_stage_are_refined_and_teach() -> None:
     """An ancestral student has no map that DDIM's steps would follow, and a student knows x0 at its own times only."""
     teacher, ancestral = Outcome(Role.TEACHER), MomentMatching(4).outcome
-    with pytest.raises(ValueError, match="no student precedes it that samples by DDIM"):
+    with pytest.raises(ValueError, match="no student before it samples with DDIM"):
         parents_of(Finishing(4), [teacher, ancestral])
     assert parents_of(Finishing(4), [teacher, Outcome(Role.STUDENT, 4), ancestral]) == Parents(start=1, teacher=0)
     for models, halving in (
@@ -279,7 +279,7 @@ def test_only_students_that_take_the_steps_of_a_stage_are_refined_and_teach() ->
         ([teacher, Outcome(Role.STUDENT, 4)], Halving(2, teacher_sampler=Heun())),
     ):
         for objective in (halving, Adversarial(halving)):
-            with pytest.raises(ValueError, match="a student can only take the steps that it was distilled for"):
+            with pytest.raises(ValueError, match=r"distilled for 4 steps of \w+ and can take no others"):
                 parents_of(objective, models)
     assert parents_of(Halving(2, 3, teacher_sampler=Heun()), [teacher]) == Parents(0, 0)
 
@@ -316,7 +316,7 @@ def test_a_finish_that_would_not_train_its_student_is_refused() -> None:
     lead = Finishing(4, lead_updates=60)
     assert Stage(lead, Training(61, 1e-4)).num_steps == 4
     with pytest.raises(
-        ValueError, match="a stage of Finishing ends before its student's first turn: num_updates is 60"
+        ValueError, match="a stage of Finishing ends before its student's first turn, because num_updates is 60"
     ):
         Stage(lead, Training(60, 1e-4))
 

@@ -221,7 +221,7 @@ def test_the_noise_level_that_the_losses_report_is_shown(objective: Objective) -
 
 
 def test_the_objective_that_needs_a_teacher_says_so() -> None:
-    with pytest.raises(ValueError, match="a student learns from a teacher, and there is none"):
+    with pytest.raises(ValueError, match="a student learns from a teacher, but none is given"):
         Halving(4).loss(Models(mixture(VPCosine())), Batch(numbers(4, 2)), Draw(0, "", 0, 4, range(4)))
     assert {name: member.needs_teacher for name, member in objectives.items()}["halve"]
     assert not Denoising.needs_teacher
@@ -326,5 +326,5 @@ def test_denoising_ignores_a_teacher_and_the_posterior_mean_minimises_it() -> No
 def test_a_student_on_another_process_than_its_teacher_is_refused() -> None:
     student, teacher = toy_denoiser(VPCosine(), V()), toy_denoiser(VPCosine(log_snr_min=-10), V())
     draw = Draw(0, "stage", 0, 4, range(4))
-    with pytest.raises(ValueError, match=r"both need one noise process: .*log_snr_min=-10.*log_snr_min=-20"):
+    with pytest.raises(ValueError, match=r"both need the same noise process\. .*log_snr_min=-10.*log_snr_min=-20"):
         Halving(2).loss(Models(student, teacher), Batch(numbers(4, 2)), draw)

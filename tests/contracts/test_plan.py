@@ -38,7 +38,7 @@ def test_a_chain_either_reaches_its_end_by_halving_or_names_a_start_that_does(st
         assert steps_of(Plan.halvings(start, end))[-1] == end
     elif end >= start:
         with pytest.raises(
-            ValueError, match=f"the end must be below the start: got a chain from {start} steps to {end}"
+            ValueError, match=f"the end must be below the start, got a chain from {start} steps to {end}"
         ):
             Plan.halvings(start, end)
     else:

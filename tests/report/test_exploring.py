@@ -160,7 +160,7 @@ def test_sampling_is_stopped_when_its_time_is_up(run: Path) -> None:
 
 def test_other_steps_than_a_students_own_are_answered_with_a_word(explorer: Explorer) -> None:
     (note,) = explorer.compare("02-halve-0002", 1).notes
-    assert note == "1 steps were asked of a model that was distilled for 2: use a later stage of the chain."
+    assert note == "The model was distilled for num_steps 2, not 1. Use a later stage of the chain."
 
 
 def test_stages_without_weights_and_damaged_ones_are_named_and_the_others_answer(tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""The mathematics: torch only, no files, no networks of anybody's."""
+"""The mathematics, in torch alone: no files and no third-party networks."""

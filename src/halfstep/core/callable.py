@@ -1,4 +1,4 @@
-"""Any callable as a network: the modules that a function, a method or an object uses are found, trained and copied."""
+"""Wrap any callable as a network: find, train and copy the modules that a function, method or object uses."""
 
 import copy
 import functools
@@ -12,7 +12,7 @@ from halfstep.core.door import got
 
 
 def _used(value: Any) -> Iterator[nn.Module]:
-    """Yield the modules that a callable calls: those that it closes over, is bound to, or holds as attributes."""
+    """Yield the modules that a callable calls: those that it closes over, is bound to, or has as attributes."""
     if isinstance(value, nn.Module):
         yield value
     elif isinstance(value, FunctionType):
@@ -28,7 +28,7 @@ def _used(value: Any) -> Iterator[nn.Module]:
 
 
 def _closed_over(function: FunctionType) -> dict[str, Any]:
-    """Return what a function takes from around it: closed-over variables, and modules among its global names."""
+    """Return what a function captures: closed-over variables, and modules among its global names."""
     names = function.__code__.co_names
     found = {name: function.__globals__[name] for name in names if name in function.__globals__}
     held: dict[str, Any] = {name: value for name, value in found.items() if isinstance(value, nn.Module)}
@@ -56,7 +56,7 @@ def _twin(value: Any, memo: dict[int, Any]) -> Any:
 
 @final
 class CallableNetwork(nn.Module):
-    """A callable `(x_t, time, **cond) -> output` as a module that holds the modules it calls."""
+    """A callable `(x_t, time, **cond) -> output` as a module, with the modules it calls as submodules."""
 
     def __init__(self, function: Callable[..., Tensor]) -> None:
         super().__init__()
@@ -72,8 +72,8 @@ class CallableNetwork(nn.Module):
         twin = CallableNetwork(_twin(self.function, memo))
         if set(twin.parts) & set(self.parts) or len(twin.parts) != len(self.parts):
             raise ValueError(
-                f"the network is {got(self.function)}, whose modules cannot be copied. Make it an nn.Module that holds "
-                "them"
+                f"the network is {got(self.function)}, and its modules cannot be copied. Make it an nn.Module that "
+                "contains them"
             )
         memo[id(self)] = twin
         return twin.train(self.training)

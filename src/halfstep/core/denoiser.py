@@ -1,10 +1,10 @@
 """Denoisers: (x_t, t, cond) -> (x0, eps), on `[batch, *dims]` of any modality.
 
 A denoiser is a network seen through a process and a prediction, or a wrapper around another denoiser. Samplers and
-objectives know denoisers only, never networks.
+objectives use denoisers only, never networks.
 
 Call a denoiser with clock times `[batch]`, or with one time for all samples. `forward` gets a clock tensor either way;
-some classes of the library also take the plain number, which saves small operations at every sampling step.
+some of the library's classes also take the plain number, which saves small operations at every sampling step.
 """
 
 import math
@@ -31,9 +31,9 @@ class Denoiser(nn.Module, ABC):
 
     process: NoiseProcess
     num_steps: int | None = None
-    """Sampler steps that it was distilled for; None for any number."""
+    """Number of sampler steps that it was distilled for; None for any number."""
     sampler: Any = None
-    """The `Sampler`, which this room does not import, that it was distilled for; None for DDIM."""
+    """The `Sampler` that it was distilled for; None for DDIM. The type is Any to avoid importing samplers here."""
     shape: tuple[int, ...] | None = None
     """Shape of one sample; None if it is not known."""
 
@@ -62,7 +62,7 @@ class Denoiser(nn.Module, ABC):
         return result
 
     def guided(self, x_t: Tensor, t: Tensor | float, without: Denoised, with_: Denoised, scale: Tensor) -> Denoised:
-        """Return the estimates without conditions, moved towards and beyond those with them; scale 1 is these."""
+        """Return without + scale (with_ - without), for both x0 and eps; scale 1 returns `with_`."""
         return Denoised(
             *(none + per_sample(scale, x_t) * (some - none) for none, some in zip(without, with_, strict=True))
         )
@@ -74,14 +74,14 @@ class NetworkDenoiser(Denoiser):
 
     The network is any callable `(x_t, time, **cond) -> output`; the modules that a function or an object calls are
     found and trained with it (`CallableNetwork`). `time` is t itself, in [0, 1], `[batch]`, in the dtype of x_t but
-    never below float32; a network with another clock (diffusers' timesteps, log-SNR) converts it. The output
-    has `prediction.channels` times the channels of x_t and is cast to the dtype of x_t: the network may compute in half
-    precision while the algebra does not. If it has an attribute `restores_norm` that is true, guidance gives its output
-    the norm, over the last axis, that it has with conditions.
+    at least float32. A network with another clock (diffusers' timesteps, log-SNR) converts it. The output has
+    `prediction.channels` times as many channels as x_t and is cast to the dtype of x_t, so the network may compute in
+    half precision while the algebra does not. If the network has a true attribute `restores_norm`, guidance rescales
+    its guided output to the norm, over the last axis, of the output with conditions.
 
     Raises:
-        ValueError: if an argument is of another kind, or at the call, if the output's shape is not what the prediction
-            needs.
+        ValueError: if an argument has the wrong type, or, at the call, if the output's shape does not fit the
+            prediction.
     """
 
     _takes_number: ClassVar[bool] = True
@@ -96,7 +96,7 @@ class NetworkDenoiser(Denoiser):
                 "an instance"
             )
         if isinstance(network, Denoiser):
-            raise ValueError(f"the network is a {type(network).__name__}, a denoiser already. Use it as it is")
+            raise ValueError(f"the network is already a denoiser, a {type(network).__name__}. Use it as it is")
         check_instance("the process", process, NoiseProcess, "halfstep.VPCosine()")
         check_instance("the prediction", prediction, Prediction, "halfstep.V()")
         self.network: Any = network if isinstance(network, nn.Module) else CallableNetwork(network)
@@ -132,9 +132,9 @@ class NetworkDenoiser(Denoiser):
 
 @final
 class Clipped(Denoiser):
-    """Another denoiser with x0 clipped to [low, high] and eps derived from it again: how images are sampled.
+    """A denoiser with x0 clipped to [low, high] and eps recomputed from it, as used to sample images.
 
-    Never used for losses, nor for targets other than those of matching. Source: the authors' dpm.py (arXiv:2202.00512).
+    Not used for losses, nor for any targets except those of matching. Source: the authors' dpm.py (arXiv:2202.00512).
 
     Raises:
         ValueError: if low >= high.
@@ -146,7 +146,7 @@ class Clipped(Denoiser):
         super().__init__()
         if not low < high:
             raise ValueError(f"low must be below high, got {low} and {high}")
-        check_denoiser("what is clipped", denoiser, Denoiser)
+        check_denoiser("the model to clip", denoiser, Denoiser)
         self.denoiser = denoiser
         self.process = denoiser.process
         self.num_steps, self.sampler, self.shape = denoiser.num_steps, denoiser.sampler, denoiser.shape
@@ -160,11 +160,13 @@ class Clipped(Denoiser):
 
 @final
 class Reprocessed(Denoiser):
-    """Another denoiser seen through another process, exactly: called at the time at which its own process has the same
-    log-SNR, with the sample scaled to its own amplitudes. Both have the same probability flow, on different clocks.
+    """A denoiser converted exactly to another process.
+
+    It is called at the time at which its own process has the same log-SNR, with the sample scaled to its own
+    amplitudes. Both have the same probability flow, on different clocks.
 
     Raises:
-        ValueError: if the process reaches noise levels that the denoiser's own does not have.
+        ValueError: if the process reaches noise levels outside the range of the denoiser's own.
     """
 
     def __init__(self, denoiser: Denoiser, process: NoiseProcess) -> None:
@@ -177,7 +179,7 @@ class Reprocessed(Denoiser):
         if asked[0] > known[0] + slack or asked[1] < known[1] - slack:
             raise ValueError(
                 f"the denoiser covers log-SNRs from {known[1]:.6g} to {known[0]:.6g}, but the process goes from "
-                f"{asked[1]:.6g} to {asked[0]:.6g}. Give it bounds within the denoiser's"
+                f"{asked[1]:.6g} to {asked[0]:.6g}. Give the process bounds within the denoiser's"
             )
         self.denoiser = denoiser
         self.process = process
@@ -190,24 +192,24 @@ class Reprocessed(Denoiser):
 
 
 GUIDANCE: Final = "guidance_scale"
-"""Name of the condition that holds each sample's guidance scale, `[batch]`."""
+"""Name of the condition with each sample's guidance scale, `[batch]`."""
 
 
 @final
 class Guided(Denoiser):
-    """Another denoiser with classifier-free guidance: uncond + scale (cond - uncond), for x0 and eps alike.
+    """A denoiser with classifier-free guidance: uncond + scale (cond - uncond), for both x0 and eps.
 
     Scale 1 disables guidance, 0 drops the conditions. The denoiser is called once, on a doubled batch.
 
     Args:
-        null: for each condition to replace, a tensor for one sample that means "no condition"; others stay.
-        scale: one for all samples; None takes each sample's own from the condition `guidance_scale`, which is not
-            passed on.
+        null: for each condition to drop, a tensor for one sample that means "no condition". Other conditions are kept.
+        scale: one scale for all samples. None reads each sample's scale from the condition `guidance_scale`, which is
+            not passed to the denoiser.
 
-    Source: Ho & Salimans 2022 (arXiv:2207.12598), whose w is scale - 1.
+    Source: Ho & Salimans 2022 (arXiv:2207.12598), where w = scale - 1.
 
     Raises:
-        ValueError: if `null` names nothing, or at the call, if a condition that it names or the scale is missing.
+        ValueError: if `null` is empty, or, at the call, if the scale or a condition in `null` is missing.
     """
 
     _takes_number: ClassVar[bool] = True
@@ -215,8 +217,8 @@ class Guided(Denoiser):
     def __init__(self, denoiser: Denoiser, null: Mapping[str, Tensor], scale: float | None = None) -> None:
         super().__init__()
         if not null:
-            raise ValueError("guidance needs to know what stands for no condition (null), such as {'class_labels': 10}")
-        check_denoiser("what is guided", denoiser, Denoiser)
+            raise ValueError("guidance needs values that mean no condition. Pass null, such as {'class_labels': 10}")
+        check_denoiser("the model to guide", denoiser, Denoiser)
         self.denoiser = denoiser
         self.process = denoiser.process
         self.num_steps, self.sampler, self.shape = denoiser.num_steps, denoiser.sampler, denoiser.shape
@@ -239,7 +241,7 @@ class Guided(Denoiser):
     def _null(self, name: str, like: Tensor) -> Tensor:
         if name not in self.null:
             return like
-        # Copied to a device once: a copy makes the host wait for the device.
+        # Copied to each device only once, because a copy makes the host wait for the device.
         place = (name, like.device, like.dtype)
         if place not in self._null_held:
             self._null_held[place] = self.null[name].to(like)
@@ -247,26 +249,26 @@ class Guided(Denoiser):
 
 
 def output_gain(process: NoiseProcess, prediction: Prediction, t: float = 1.0) -> float:
-    """Return the error in x0 at time t over that of the network's output: sigma / alpha for eps, 1 for x0.
+    """Return the factor by which x0 amplifies an error in the network's output at t: sigma / alpha for eps, 1 for x0.
 
-    For "both", the error is the same in both heads, whose effects on x0 partly cancel.
+    For "both", the two heads have the same error, and its effects on x0 partly cancel.
     """
     alpha, sigma = process.alpha_sigma(torch.tensor([t], dtype=torch.float64))
     output = torch.ones(1, prediction.channels, dtype=torch.float64)
     x_t = torch.zeros(1, 1, dtype=torch.float64)
     gain = float(prediction.denoised(output, x_t, alpha, sigma).x0.abs())
-    # Dividing by a signal of 0 may end in NaN, which is above no limit.
+    # Dividing by a signal of 0 may give NaN, which would pass every comparison with a limit.
     return math.inf if math.isnan(gain) else gain
 
 
 def warn_of_gain(process: NoiseProcess, prediction: Prediction, *, given: bool = False) -> None:
-    """Warn if the first step from t = 1 multiplies the network's error beyond use: prediction of eps at zero SNR.
+    """Warn if the first step from t = 1 amplifies the network's error too much, as eps prediction does at zero SNR.
 
     Args:
-        given: whether the network is trained already, so that its own settings are no remedy.
+        given: whether the network is already trained, so that changing its settings is no remedy.
     """
     gain = output_gain(process, prediction)
-    # Beyond a gain of 1,000 an output good to 1 % determines nothing about x0.
+    # With a gain above 1,000, an output accurate to 1 % determines nothing about x0.
     if gain > 1000:
         log_snr = float(process.log_snr(torch.ones(1, dtype=torch.float64)))
         error = f"its error is {gain:.2g} times as large in x0" if gain < math.inf else "it determines no x0"
@@ -279,29 +281,29 @@ def warn_of_gain(process: NoiseProcess, prediction: Prediction, *, given: bool =
             ]
         warnings.warn(
             f"this network predicts {type(prediction).__name__.lower()}, and at t = 1, where the log-SNR is "
-            f"{log_snr:.3g}, {error}: few-step sampling and distillation from there go wrong; {', or '.join(remedies)}",
+            f"{log_snr:.3g}, {error}, so few-step sampling and distillation fail. Remedy: {', or '.join(remedies)}",
             HalfstepWarning,
             stacklevel=3,
         )
 
 
 def warn_of_signal(process: NoiseProcess) -> None:
-    """Warn if the process does not end in noise: samples start from pure noise, which the network never saw there."""
+    """Warn if the process keeps signal at t = 1: sampling starts from pure noise, which the network never saw there."""
     end = torch.ones(1, dtype=torch.float64)
     log_snr = float(process.log_snr(end))
-    # Ten times what Stable Diffusion's own table keeps.
+    # Ten times what Stable Diffusion's table keeps.
     if (power := float(process.alpha_sigma(end)[0].square())) > 0.05:
         warnings.warn(
-            f"the teacher's last noise level keeps {power:.2f} of the signal's power (log-SNR {log_snr:.2g}), so that "
+            f"the teacher's last noise level keeps {power:.2f} of the signal's power (log-SNR {log_snr:.2g}), so "
             "sampling from pure noise starts where the network was never trained. Check the scheduler's betas and "
-            "num_train_timesteps, or train the teacher on levels that end in noise",
+            "num_train_timesteps, or train the teacher on noise levels that end in pure noise",
             HalfstepWarning,
             stacklevel=3,
         )
 
 
 def ddim_step(denoised: Denoised, process: NoiseProcess, s: Tensor | float) -> Tensor:
-    """x_s = alpha_s x0 + sigma_s eps, `[batch, *dims]`; x0 itself at s = 0.
+    """Return x_s = alpha_s x0 + sigma_s eps, `[batch, *dims]`; x0 itself at s = 0.
 
     Source: Song et al. 2020 (arXiv:2010.02502) with eta = 0; Salimans & Ho 2022, equations 7 and 8.
     """

@@ -1,4 +1,4 @@
-"""Checks of arguments, with the usual fix: what is passed most often instead of an object, and what was meant."""
+"""Argument checks that recognise the most common mistakes and suggest the fix."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def got(value: Any) -> str:
-    """Return what a value is, in words."""
+    """Return a short description of a value for an error message."""
     if isinstance(value, type):
         return f"the class {value.__name__}"
     if isinstance(value, str | Path):
@@ -19,7 +19,7 @@ def check_instance(name: str, value: Any, kind: type, example: str) -> None:
     """Raise ValueError unless `value` is an instance of `kind`.
 
     Args:
-        example: how one is made, as Python code.
+        example: Python code that creates one.
     """
     if isinstance(value, kind):
         return
@@ -32,24 +32,25 @@ def check_denoiser(name: str, value: Any, kind: type) -> None:
     """Raise ValueError unless `value` is a denoiser.
 
     Args:
-        kind: the class `Denoiser`, which imports this module.
+        kind: the class `Denoiser`, passed in because its module imports this one.
     """
     if isinstance(value, str | Path):
-        raise ValueError(f"{name} must be a model, got the path {str(value)!r}. Load it: halfstep.load({str(value)!r})")
+        path = str(value)
+        raise ValueError(f"{name} must be a denoiser, got the path {path!r}. Load it: halfstep.load({path!r})")
     if (
         not isinstance(value, kind)
         and not isinstance(value, type)
         and (isinstance(value, nn.Module) or callable(value))
     ):
         raise ValueError(
-            f"{name} must be a denoiser, got the network {type(value).__name__}. Say how noise was added and what its "
-            "output means: halfstep.NetworkDenoiser(network, halfstep.VPCosine(), halfstep.V())"
+            f"{name} must be a denoiser, got the network {type(value).__name__}. Wrap it with its noise process and "
+            "prediction: halfstep.NetworkDenoiser(network, halfstep.VPCosine(), halfstep.V())"
         )
     check_instance(name, value, kind, "halfstep.NetworkDenoiser(network, process, prediction)")
 
 
 def check_noise(x_t: Any, shape: tuple[int, ...] | None, module: nn.Module) -> None:
-    """Raise ValueError unless `x_t` is a batch of floats of this shape on the module's device.
+    """Raise ValueError unless `x_t` is a float batch of this shape on the module's device.
 
     Args:
         shape: shape of one sample; None accepts any.
@@ -63,7 +64,7 @@ def check_noise(x_t: Any, shape: tuple[int, ...] | None, module: nn.Module) -> N
     if shape is not None and tuple(x_t.shape[1:]) != shape:
         needed = ", ".join(map(str, ("batch", *shape)))
         raise ValueError(
-            f"the noise has the shape {list(x_t.shape)}, but the model makes samples of shape {list(shape)}. Pass "
+            f"the noise has shape {list(x_t.shape)}, but the model generates samples of shape {list(shape)}. Pass "
             f"noise of shape [{needed}]"
         )
     weight = next(module.parameters(), None)

@@ -1,11 +1,11 @@
-"""Every random number, as a function of what it is for.
+"""Random numbers, each a function of its purpose.
 
 Training draws are a function of (seed, stream, update, purpose, place in the global batch); a generated sample's noise
 is a function of the sample's own seed. Nothing depends on earlier draws, so a resumed run, another micro batch or
-another world size draws the same numbers. A generator is seeded for each *shard* of 32 places rather than for each
-place, which costs microseconds an update.
+another world size draws the same numbers. One generator is seeded for each *shard* of 32 places rather than for each
+place, so seeding takes only microseconds per update.
 
-Numbers are drawn on the CPU, to be the same for every device; they can be made and sent to it ahead.
+Numbers are drawn on the CPU, so they are the same for every device. They can be drawn and sent to it ahead of time.
 """
 
 import functools
@@ -33,9 +33,9 @@ def generator_for(*key: object) -> torch.Generator:
 
 
 def _normal_rows(keys: Sequence[tuple[object, ...]], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Return unit normal numbers `[len(keys), *shape]`, each row by a generator of its own key.
+    """Return unit normal numbers `[len(keys), *shape]`, each row drawn with its own key.
 
-    One generator is seeded again for each: making a generator takes longer than drawing the numbers.
+    One generator is reseeded for each row, because creating a generator takes longer than drawing the numbers.
     """
     rows, generator = torch.empty(len(keys), *shape, dtype=dtype), torch.Generator()
     for row, key in zip(rows.unbind(), keys, strict=True):
@@ -49,7 +49,7 @@ def _permutation(seed: int, stream: str, epoch: int, length: int) -> Tensor:
 
 
 class Asked(NamedTuple):
-    """A call of one of a draw's methods."""
+    """A call to a method of `Draw`."""
 
     method: str
     arguments: tuple[Any, ...]
@@ -60,10 +60,10 @@ class Asked(NamedTuple):
 class Draw:
     """The random numbers of one update for some places of the global batch.
 
-    `stream` distinguishes stages, `places` is a part of `range(batch_size)`.
+    `stream` distinguishes stages; `places` is a subset of `range(batch_size)`.
 
-    An objective needs the same calls at every update: `asked` records them, and a thread can make their results ahead
-    (`made_ahead`) and move them to a device.
+    An objective makes the same calls at every update. `asked` records them, so that a thread can draw their results
+    ahead of time (`made_ahead`) and move them to a device.
 
     Raises:
         ValueError: if `places` is empty or not within the batch.
@@ -75,17 +75,17 @@ class Draw:
     batch_size: int
     places: range
     asked: list[Asked] | None = field(default=None, compare=False, repr=False)
-    """Records the calls, if it is a list."""
+    """List in which the calls are recorded; None records nothing."""
     _ahead: dict[Asked, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.places.step != 1 or not 0 <= self.places.start < self.places.stop <= self.batch_size:
-            raise ValueError(f"places {self.places} are not a part of a batch of {self.batch_size}")
+            raise ValueError(f"places {self.places} are not within a batch of {self.batch_size}")
 
     def made_ahead(self, asked: Sequence[Asked], place: Callable[[Tensor], Tensor]) -> "Draw":
-        """Return this draw with the results of `asked` made and passed through `place`, such as to a device.
+        """Return this draw with the results of `asked` drawn and passed through `place`, such as to a device.
 
-        Each is returned once; everything else is drawn at its call, on the CPU.
+        Each result is returned once. All other numbers are drawn on the CPU when they are requested.
         """
         return replace(self, _ahead={call: place(getattr(self, call.method)(*call.arguments)) for call in asked})
 
@@ -137,7 +137,7 @@ def as_seeds(seeds: int | Sequence[int] | Tensor) -> Sequence[int]:
     """Return seeds as a sequence of whole numbers; one number is one seed.
 
     Raises:
-        ValueError: if there is something else among them.
+        ValueError: if a seed is not a whole number.
     """
     if isinstance(seeds, range):
         return seeds
@@ -182,20 +182,20 @@ def sample_labels(seeds: int | Sequence[int], num_classes: int) -> Tensor:
 def between(first: Tensor, second: Tensor, shares: Sequence[float]) -> Tensor:
     """Return `[len(shares), *shape]`, noise interpolated from `first` at 0 to `second` at 1, both `[*shape]`.
 
-    Spherical interpolation keeps the norm of noise; the straight line's middle would be too small by the square root of
-    2. Noises of one direction are joined by the straight line.
+    Spherical interpolation keeps the norm of noise; linear interpolation would make the middle too small by a factor of
+    the square root of 2. Noises with the same direction are interpolated linearly.
 
     Raises:
         ValueError: if the shapes differ, or the noises point in opposite directions.
     """
     if first.shape != second.shape:
-        raise ValueError(f"noises of the shapes {list(first.shape)} and {list(second.shape)} have nothing between them")
+        raise ValueError(f"cannot interpolate between noises of shapes {list(first.shape)} and {list(second.shape)}")
     a, b = first.double().flatten(), second.double().flatten()
     cosine = torch.dot(a, b) / (a.norm() * b.norm())
     angle = torch.arccos(cosine.clamp(-1, 1))
     share = torch.tensor(list(shares), dtype=torch.float64)[:, None]
     if float(angle) > math.pi - 1e-6:
-        raise ValueError("the two noises are opposite to each other, so no way between them is the shortest")
+        raise ValueError("the two noises point in opposite directions, so no path between them is the shortest")
     if float(angle) < 1e-6:
         mixed = (1 - share) * a + share * b
     else:

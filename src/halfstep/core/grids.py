@@ -1,4 +1,4 @@
-"""Step grids: from a number of steps to the times that a sampler visits."""
+"""Step grids: the times that a sampler visits for a number of steps."""
 
 from typing import Final
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 MOST_STEPS: Final = 2**20
-"""Largest number of sampler steps: a thousand times that of any published sampler."""
+"""Largest allowed number of sampler steps: a thousand times that of any published sampler."""
 
 
 def check_num_steps(num_steps: int) -> None:
@@ -18,7 +18,7 @@ def check_num_steps(num_steps: int) -> None:
 
 
 def uniform_times(num_steps: int) -> Tensor:
-    """The `num_steps + 1` times k / num_steps from 1 down to 0, float64: the paper's grid, and a *trailing* one.
+    """Return the `num_steps + 1` times k / num_steps from 1 down to 0, float64: the paper's grid, a *trailing* one.
 
     Raises:
         ValueError: if `num_steps` is not a whole number of at least 1.

@@ -1,13 +1,13 @@
-"""Noise processes: how much signal and how much noise a sample holds at each time.
+"""Noise processes: how much signal and how much noise a sample contains at each time.
 
 A process maps time t in [0, 1] (0 = data, 1 = noise) to two amplitudes, x_t = alpha(t) x0 + sigma(t) eps, and so to the
-log signal-to-noise ratio log_snr(t) = log(alpha^2 / sigma^2), which falls strictly. Everything else in the library
-sees a process only through these three functions.
+log signal-to-noise ratio log_snr(t) = log(alpha^2 / sigma^2), which is strictly decreasing. The rest of the library
+uses a process only through these three functions.
 
-Times and amplitudes are *clock* tensors: float64, one number per sample. Data is of any floating dtype and any shape
+Times and amplitudes are *clock* tensors: float64, one number per sample. Data has any floating dtype and any shape
 `[batch, *dims]`. Times near 0 and 1 differ by parts in 10^8 at 8192 steps, so the clock is never computed in the data's
-precision; it is cast once, in `per_sample`, when it multiplies data. In sampling all samples have one time, which stays
-a plain number: a step of a small network takes as long as a hundred operations on tensors, however small these are.
+precision; it is cast once, in `per_sample`, when it multiplies data. In sampling, all samples share one time, which
+stays a plain number, because a step of a small network takes as long as a hundred tensor operations, however small.
 """
 
 import math
@@ -24,12 +24,12 @@ from halfstep.registry import Registry
 
 
 def clock_device(device: torch.device) -> torch.device:
-    """The device that holds clock tensors for data on `device`: the same one, or the CPU where it has no float64."""
+    """Return the device for the clock tensors of data on `device`: the same one, or the CPU if it has no float64."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
 def as_clock(times: Tensor | float, like: Tensor) -> Tensor:
-    """A float64 clock tensor `[batch]` for the batch `like` `[batch, *dims]`; one number stands for every sample.
+    """Return a float64 clock tensor `[batch]` for the batch `like` `[batch, *dims]`; one number applies to all samples.
 
     Raises:
         ValueError: if `times` is neither a scalar nor of shape `[batch]`.
@@ -43,8 +43,8 @@ def as_clock(times: Tensor | float, like: Tensor) -> Tensor:
         values = values.expand(like.shape[0])
     if values.shape != like.shape[:1]:
         raise ValueError(
-            f"times have shape {tuple(values.shape)}, but the batch holds {like.shape[0]} samples: "
-            "pass one time for all, or one for each sample"
+            f"times have shape {tuple(values.shape)}, but the batch has {like.shape[0]} samples. "
+            "Pass one time for all samples, or one for each"
         )
     return values
 
@@ -54,14 +54,14 @@ def per_sample(clock: Tensor, like: Tensor) -> Tensor: ...
 @overload
 def per_sample(clock: Tensor | float, like: Tensor) -> Tensor | float: ...
 def per_sample(clock: Tensor | float, like: Tensor) -> Tensor | float:
-    """Return the clock tensor `[batch]` as `[batch, 1, ...]` in `like`'s dtype on its device; a number as it is."""
+    """Return the clock tensor `[batch]` as `[batch, 1, ...]` in `like`'s dtype on its device, or a number unchanged."""
     if isinstance(clock, float):
         return clock
     return clock.to(device=like.device, dtype=like.dtype).reshape(-1, *[1] * (like.ndim - 1))
 
 
 REMEMBERED: Final = 4096
-"""Times for which a process caches its amplitudes: more than any grid has."""
+"""Number of times for which a process caches its amplitudes: more than any grid has."""
 
 
 class NoiseProcess(ABC):
@@ -73,7 +73,7 @@ class NoiseProcess(ABC):
 
     @abstractmethod
     def log_snr(self, t: Tensor) -> Tensor:
-        """log(alpha^2 / sigma^2) at `t`, strictly falling in `t`."""
+        """log(alpha^2 / sigma^2) at `t`, strictly decreasing in `t`."""
 
     @abstractmethod
     def time_at(self, log_snr: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ class NoiseProcess(ABC):
 
     @final
     def amplitudes(self, t: Tensor | float) -> tuple[Tensor, Tensor] | tuple[float, float]:
-        """Return `alpha_sigma` at clock times `[batch]`; at one time for all samples two numbers, which are cached."""
+        """Return `alpha_sigma` at clock times `[batch]`, or as two cached numbers at one time for all samples."""
         if isinstance(t, Tensor):
             return self.alpha_sigma(t)
         if t not in self._remembered:
@@ -102,9 +102,9 @@ class NoiseProcess(ABC):
     def landing(self, s: Tensor | float) -> tuple[Tensor, Tensor] | tuple[float, float]: ...
     @final
     def landing(self, s: Tensor | float) -> tuple[Tensor, Tensor] | tuple[float, float]:
-        """Return the amplitudes where a sampler's step lands: those of the process, but exactly (1, 0) at s = 0.
+        """Return the amplitudes at which a sampler's step lands: those of the process, but exactly (1, 0) at s = 0.
 
-        The last step returns x0 itself, whatever small noise the process keeps at time 0, as in the authors' code.
+        The last step returns x0 itself, even if the process keeps a little noise at time 0, as in the authors' code.
         """
         if not isinstance(s, Tensor):
             return (1.0, 0.0) if s == 0 else self.amplitudes(s)
@@ -115,7 +115,7 @@ class NoiseProcess(ABC):
     @final
     @cached_property
     def start_scale(self) -> float:
-        """Scale of the noise at t = 1: the spread of x_1 for data of unit variance; 1 if the process preserves it."""
+        """Return the standard deviation of x_1 for data of unit variance: 1 if the process preserves variance."""
         alpha, sigma = self.alpha_sigma(torch.ones(1, dtype=torch.float64))
         return math.hypot(float(alpha), float(sigma))
 
@@ -177,14 +177,14 @@ class VPCosine(NoiseProcess):
 @processes.register("vp_table")
 @dataclass(frozen=True)
 class VPTable(NoiseProcess):
-    """The discrete process of DDPM, between whose T noise levels the log-SNR is interpolated linearly.
+    """The discrete process of DDPM, with the log-SNR interpolated linearly between its T noise levels.
 
-    Level k, the timestep of diffusers, lies at t = (k + 1) / T, where alpha^2 is the product of 1 - beta_i over i <= k.
-    Below the first level the log-SNR keeps the slope of the first interval. If the last level has no signal, the ratio
-    alpha / sigma is linear over the last interval instead of its logarithm.
+    Level k, the timestep of diffusers, is at t = (k + 1) / T, where alpha^2 is the product of 1 - beta_i over i <= k.
+    Below the first level the log-SNR keeps the slope of the first interval. If the last level has no signal, the last
+    interval interpolates the ratio alpha / sigma linearly instead of its logarithm.
 
     Args:
-        betas: T numbers in (0, 1), of which the last may be 1 if there are at least 3.
+        betas: T numbers in (0, 1); with at least 3, the last may be 1.
 
     Source: Ho et al. 2020 (arXiv:2006.11239), section 2; Lin et al. 2023 (arXiv:2305.08891) for zero terminal SNR.
 
@@ -196,7 +196,7 @@ class VPTable(NoiseProcess):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(float(beta) for beta in self.betas))
-        # The slope below the first level is that of the first interval, which must not end without any signal.
+        # The slope below the first level is that of the first interval, so that interval must not end at zero signal.
         least = 3 if self.betas and self.betas[-1] == 1 else 2
         if len(self.betas) < least:
             ending = " if the last is 1" if least == 3 else ""
@@ -248,17 +248,17 @@ class VPTable(NoiseProcess):
 
 
 def linear_betas(num: int = 1000, first: float = 1e-4, last: float = 0.02) -> tuple[float, ...]:
-    """`num` betas, equally spaced. Source of the defaults: Ho et al. 2020 (arXiv:2006.11239)."""
+    """Return `num` equally spaced betas. Source of the defaults: Ho et al. 2020 (arXiv:2006.11239)."""
     return tuple(torch.linspace(first, last, num, dtype=torch.float64).tolist())
 
 
 def scaled_linear_betas(num: int = 1000, first: float = 0.00085, last: float = 0.012) -> tuple[float, ...]:
-    """`num` betas whose roots are equally spaced. Source: Rombach et al. 2022 (arXiv:2112.10752), latent diffusion."""
+    """Return `num` betas with equally spaced roots. Source: Rombach et al. 2022 (arXiv:2112.10752)."""
     return tuple(torch.linspace(first**0.5, last**0.5, num, dtype=torch.float64).square().tolist())
 
 
 def cosine_betas(num: int = 1000, largest: float = 0.999) -> tuple[float, ...]:
-    """`num` betas, none above `largest`, under which alpha^2 falls as cos^2.
+    """Return `num` betas, none above `largest`, for which alpha^2 falls as cos^2.
 
     Source: Nichol & Dhariwal 2021 (arXiv:2102.09672), equation 17.
     """
@@ -270,7 +270,7 @@ def cosine_betas(num: int = 1000, largest: float = 0.999) -> tuple[float, ...]:
 
 
 def zero_terminal_betas(betas: Sequence[float]) -> tuple[float, ...]:
-    """The betas of a table whose amplitudes of signal are shifted to end on 0 and stretched to begin as before.
+    """Return betas with the signal amplitudes shifted to end at 0 and rescaled to keep their first value.
 
     Source: Lin et al. 2023 (arXiv:2305.08891), algorithm 1.
     """
@@ -284,8 +284,9 @@ def zero_terminal_betas(betas: Sequence[float]) -> tuple[float, ...]:
 @processes.register("ve")
 @dataclass(frozen=True)
 class VE(NoiseProcess):
-    """Noise is added to data that is not scaled: alpha = 1, and sigma, here the noise-to-signal ratio, has a 1 / rho-th
-    power that grows linearly in t from that of sigma_min to that of sigma_max.
+    """The variance-exploding process: alpha = 1, and sigma^(1 / rho) grows linearly in t.
+
+    sigma, which is also the noise-to-signal ratio, grows from sigma_min to sigma_max.
 
     Source: Karras et al. 2022, EDM (arXiv:2206.00364), equation 5, with its defaults.
 
@@ -299,7 +300,7 @@ class VE(NoiseProcess):
 
     def __post_init__(self) -> None:
         if not 0 < self.sigma_min < self.sigma_max < math.inf:
-            raise ValueError(f"0 < sigma_min < sigma_max is needed, got {self.sigma_min} and {self.sigma_max}")
+            raise ValueError(f"0 < sigma_min < sigma_max is required, got {self.sigma_min} and {self.sigma_max}")
         if not 0 < self.rho < math.inf:
             raise ValueError(f"rho must be a finite number above 0, got {self.rho}")
 
@@ -323,11 +324,11 @@ class VE(NoiseProcess):
 @processes.register("flow")
 @dataclass(frozen=True)
 class FlowMatching(NoiseProcess):
-    """A sample goes straight from data to noise: alpha = 1 - sigma, with sigma = shift t / (1 + (shift - 1) t).
+    """The straight path from data to noise: alpha = 1 - sigma, with sigma = shift t / (1 + (shift - 1) t).
 
-    A shift above 1 spends more of the time near pure noise, as models of large images do; 1 is sigma = t.
+    A shift above 1 spends more of the time near pure noise, as models of large images do. With shift 1, sigma = t.
 
-    Source: Lipman et al. 2023 (arXiv:2210.02747); the shift from Esser et al. 2024 (arXiv:2403.03206), equation 23.
+    Source: Lipman et al. 2023 (arXiv:2210.02747); for the shift, Esser et al. 2024 (arXiv:2403.03206), equation 23.
 
     Raises:
         ValueError: if the shift is not a finite number above 0.

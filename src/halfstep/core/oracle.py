@@ -1,7 +1,8 @@
-"""Exact denoisers: data distributions whose E[x0 | x_t] is known in closed form.
+"""Exact denoisers, for data distributions with a closed form of E[x0 | x_t].
 
-They need no training, so they prove samplers, targets and losses: a Gaussian's probability-flow ODE has a solution
-(`GaussianDenoiser.flow`), a mixture's is smooth and not linear, a finite data set's ends on its points.
+They need no training, so samplers, targets and losses are tested against them. The probability-flow ODE of a Gaussian
+has an exact solution (`GaussianDenoiser.flow`), that of a mixture is smooth and nonlinear, and that of a finite data
+set ends on its points.
 """
 
 from typing import final
@@ -50,7 +51,7 @@ class MixtureDenoiser(Denoiser):
 
     Args:
         means: `[K, *dims]`.
-        std: of every component, a number or `[K]`; 0 makes the mixture a finite data set.
+        std: standard deviation of each component, a number or `[K]`; 0 makes the mixture a finite data set.
         weights: `[K]`, positive, normalised here; equal by default.
 
     Raises:

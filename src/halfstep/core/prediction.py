@@ -1,16 +1,16 @@
-"""Predictions: what a network's output means; weightings: how much an error in x0 counts at each noise level.
+"""Predictions (the meaning of a network's output) and weightings (the weight of an error in x0 at each noise level).
 
-Every usual parameterisation is one linear form p = a x0 + b eps with amplitudes a, b that depend on the noise level.
-Together with x_t = alpha x0 + sigma eps it makes a 2x2 system with determinant d = b alpha - a sigma, whose solution is
+Every common parameterisation has the linear form p = a x0 + b eps, with amplitudes a, b that depend on the noise level.
+With x_t = alpha x0 + sigma eps, this is a 2x2 system with determinant d = b alpha - a sigma and the solution
 
     x0  = ( b x_t - sigma p) / d
     eps = (-a x_t + alpha p) / d
 
-so no pair of parameterisations needs a converter of its own. The four quotients are formed on the float64 clock and
-only then meet the data: for a prediction of x0 they are exactly 0 and 1, and its x0 is the network's output itself.
-"both" is the exception: two outputs for two unknowns, blended.
+so no pair of parameterisations needs its own converter. The four quotients are computed in float64 and cast only when
+they multiply data. For x0 prediction, those of x0 are exactly 0 and 1, so x0 is the network's output itself. The
+exception is "both", which blends two outputs for the two unknowns.
 
-A weighting is a function of log_snr, the weight of the squared error in x0. In other spaces the same loss has another
+A weighting maps log_snr to the weight of the squared error in x0. In other spaces the same loss has a different
 weight: |eps error|^2 = SNR |x0 error|^2 and, on a variance-preserving process, |v error|^2 = (SNR + 1) |x0 error|^2.
 
 Source: Salimans & Ho 2022 (arXiv:2202.00512), section 4; "both" and the constant weighting as in the authors' dpm.py.
@@ -37,7 +37,7 @@ class Denoised(NamedTuple):
 
 
 class Prediction(ABC):
-    """The meaning of a network's output; `alpha` and `sigma` are clock tensors, or for `denoised` also two numbers."""
+    """The meaning of a network's output. `alpha` and `sigma` are clock tensors; `denoised` also takes two numbers."""
 
     channels: ClassVar[int]
     """Output channels for each channel of data: 1, and 2 for `Both`."""
@@ -55,7 +55,7 @@ predictions: Registry[type[Prediction]] = Registry("prediction")
 
 
 class LinearPrediction(Prediction):
-    """A prediction p = a x0 + b eps; a member says only what a and b are."""
+    """A prediction p = a x0 + b eps. A subclass defines only a and b."""
 
     channels: ClassVar[int] = 1
 
@@ -87,7 +87,7 @@ class LinearPrediction(Prediction):
 
 @lru_cache(maxsize=4096)
 def _solved_once(prediction: LinearPrediction, alpha: float, sigma: float) -> tuple[float, ...]:
-    """Return `LinearPrediction._solved` at two numbers; sampling needs the same few again and again."""
+    """Return `LinearPrediction._solved` at two numbers, cached because sampling reuses the same few."""
     alphas, sigmas = (torch.tensor([number], dtype=torch.float64) for number in (alpha, sigma))
     return tuple(float(number) for number in prediction._solved(alphas, sigmas))
 
@@ -96,7 +96,7 @@ def _solved_once(prediction: LinearPrediction, alpha: float, sigma: float) -> tu
 @predictions.register("eps")
 @dataclass(frozen=True)
 class Eps(LinearPrediction):
-    """The network predicts the noise. Unfit for distillation to few steps: x0 = (x_t - sigma eps) / alpha grows
+    """The network predicts the noise. Unsuitable for few-step distillation: x0 = (x_t - sigma eps) / alpha grows
     without bound as alpha falls to 0."""
 
     def coefficients(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,8 +140,8 @@ class EDM(LinearPrediction):
     """The network predicts EDM's residual F, from which x0 = c_skip y + c_out F with y = x_t / alpha.
 
     With the noise-to-signal ratio s = sigma / alpha and rho = sqrt(s^2 + sigma_data^2), c_skip is sigma_data^2 / rho^2
-    and c_out is s sigma_data / rho, so that F = (s x0 - sigma_data^2 eps) / (sigma_data rho). The network's inputs,
-    y / rho and log(s) / 4, are made by its adapter.
+    and c_out is s sigma_data / rho, so F = (s x0 - sigma_data^2 eps) / (sigma_data rho). The network's adapter computes
+    its inputs, y / rho and log(s) / 4.
 
     Source: Karras et al. 2022, EDM (arXiv:2206.00364), table 1.
 
@@ -157,7 +157,7 @@ class EDM(LinearPrediction):
             raise ValueError(f"sigma_data must be a finite number above 0, got {self.sigma_data}")
 
     def coefficients(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        # sigma / rho and sigma_data / rho with both multiplied by alpha, so that alpha = 0 is not an exception.
+        # sigma / rho and sigma_data / rho with both multiplied by alpha, so that alpha = 0 needs no special case.
         rho = torch.sqrt(sigma**2 + (alpha * self.sigma_data) ** 2)
         return sigma / rho / self.sigma_data, -alpha * self.sigma_data / rho
 
@@ -166,10 +166,10 @@ class EDM(LinearPrediction):
 @predictions.register("both")
 @dataclass(frozen=True)
 class Both(Prediction):
-    """The network predicts x0 in its first half of channels and eps in its second, and the two are blended.
+    """The network predicts x0 in the first half of its channels and eps in the second, and the two are blended.
 
-    The clean sample is sigma^2 x0_head + alpha^2 (x_t - sigma eps_head) / alpha: each head counts where it is the
-    better conditioned one. For processes that do not preserve variance the weights are normalised to sum to one.
+    The clean sample is sigma^2 x0_head + alpha^2 (x_t - sigma eps_head) / alpha, so each head dominates where it is
+    better conditioned. For processes that do not preserve variance, the weights are normalised to sum to one.
     """
 
     channels: ClassVar[int] = 2
@@ -189,7 +189,7 @@ class Both(Prediction):
 
 
 def eps_from_x0(x_t: Tensor, x0: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
-    """eps = (x_t - alpha x0) / sigma, `[batch, *dims]`: the noise that goes with a clean sample."""
+    """Return eps = (x_t - alpha x0) / sigma, `[batch, *dims]`: the noise in x_t for a given clean sample."""
     return (x_t - per_sample(alpha, x_t) * x0) / per_sample(sigma, x_t)
 
 
@@ -228,7 +228,7 @@ class SNR(Weighting):
 @weightings.register("truncated_snr")
 @dataclass(frozen=True)
 class TruncatedSNR(Weighting):
-    """max(SNR, 1): the larger of the squared errors in x0 and eps. The weighting of every model of the paper."""
+    """max(SNR, 1): the larger of the squared errors in x0 and eps. All models of the paper use it."""
 
     def __call__(self, log_snr: Tensor) -> Tensor:
         return torch.exp(log_snr.clamp(min=0))

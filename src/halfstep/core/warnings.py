@@ -2,4 +2,4 @@
 
 
 class HalfstepWarning(UserWarning):
-    """A choice works, but outside what the model or the method was made for."""
+    """A warning about a choice that works, but outside the intended use of the model or the method."""

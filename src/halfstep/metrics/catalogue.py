@@ -1,4 +1,4 @@
-"""All figures of a set of samples, by name, and their meaning to a reader."""
+"""All metrics of a set of samples by name, each with a description for readers."""
 
 import math
 from collections.abc import Mapping
@@ -26,42 +26,42 @@ def _higher(label: str, meaning: str) -> MetricInfo:
 METRICS: Final[Mapping[str, MetricInfo]] = {
     "frechet": _lower(
         "Frechet distance",
-        "Distance of Gaussians fitted to the features of samples and real data; in `inception` features, FID.",
+        "Distance of Gaussians fitted to the features of samples and of real data; with `inception` features, the FID.",
     ),
     "kid": _lower(
         "KID", "Squared kernel distance of the features; unbiased for any count, so it may be slightly negative."
     ),
     "inception_score": _higher(
-        "Inception score", "How sure the extractor's classifier is of each sample, and how many classes there are."
+        "Inception score", "Certainty of the extractor's classifier about each sample, and diversity of the classes."
     ),
-    "precision": _higher("precision", "Share of samples that lie among the real data."),
-    "recall": _higher("recall", "Share of the real data that lie among the samples."),
+    "precision": _higher("precision", "Share of samples within the neighbourhoods of the real data."),
+    "recall": _higher("recall", "Share of the real data within the neighbourhoods of the samples."),
     "density": _higher(
-        "density", "By how many real neighbourhoods a sample is covered, over their expected number; may exceed 1."
+        "density", "Number of real neighbourhoods that contain a sample, over the expected number; may exceed 1."
     ),
-    "coverage": _higher("coverage", "Share of the real data with a sample in their neighbourhood."),
+    "coverage": _higher("coverage", "Share of the real data with a sample in the neighbourhood."),
     "sliced_wasserstein": _lower(
         "sliced Wasserstein", "Mean Wasserstein-1 distance of the features projected on 128 fixed random directions."
     ),
-    "rmse": _lower("RMSE to teacher", "Root mean square difference from the teacher's samples of the same noise."),
-    "psnr": _higher("PSNR to teacher, dB", "The same in decibels below the range of the pixels."),
+    "rmse": _lower("RMSE to teacher", "Root mean square difference from the teacher's samples from the same noise."),
+    "psnr": _higher("PSNR to teacher, dB", "The same, in decibels below the pixel range."),
     "ssim": _higher(
-        "SSIM to teacher", "Structural similarity with the teacher's images of the same noise; 1 for equal ones."
+        "SSIM to teacher", "Structural similarity to the teacher's images from the same noise; 1 for equal images."
     ),
-    "lpips": _lower("LPIPS to teacher", "Perceptual distance (AlexNet) from the teacher's images of the same noise."),
+    "lpips": _lower("LPIPS to teacher", "Perceptual distance (AlexNet) from the teacher's images from the same noise."),
 }
-"""In the order in which they are shown."""
+"""All metrics, in display order."""
 
 
 class Figures(NamedTuple):
-    """Figures by metric, and one sentence for each that could not be taken."""
+    """Values by metric, and a sentence for each metric that could not be measured."""
 
     values: dict[str, float]
     missing: list[str]
 
 
 def figures_of(extractor: FeatureExtractor, features: Tensor, real: RealFeatures) -> Figures:
-    """Return all figures of a set's `features` `[n, d]` against the real data's.
+    """Return all metrics of a set's `features` `[n, d]` against the real data.
 
     Raises:
         ValueError: if there are fewer than 2 samples, or features are not finite.
@@ -76,25 +76,23 @@ def figures_of(extractor: FeatureExtractor, features: Tensor, real: RealFeatures
     if logits is not None and len(features) >= SPLITS:
         values["inception_score"] = inception_score(logits)
     elif logits is not None:
-        missing.append(f"The Inception score needs at least {SPLITS} samples, and there were {len(features)}.")
+        missing.append(f"The Inception score needs at least {SPLITS} samples, got {len(features)}.")
     least = min(len(features), len(real.features))
     if real.radii is not None and least >= K + 2:
         values |= precision_recall(real.features, features, real.radii)._asdict()
     else:
-        missing.append(
-            f"Precision, recall, density and coverage need at least {K + 2} samples, and there were {least}."
-        )
+        missing.append(f"Precision, recall, density and coverage need at least {K + 2} samples, got {least}.")
     return Figures({name: values[name] for name in METRICS if name in values}, missing)
 
 
 def figures_of_halves(extractor: FeatureExtractor, real: RealFeatures) -> Figures:
-    """Return the figures of one half of the real data against the other."""
+    """Return the metrics of one half of the real data against the other."""
     first, second = halves(real.features)
     return figures_of(extractor, second, described(first))
 
 
 def paired_figures(samples: Tensor, others: Tensor, is_image: bool) -> Figures:
-    """Return the figures of samples `[n, *dims]` against those of another model from the same noise.
+    """Return the metrics of samples `[n, *dims]` against another model's samples from the same noise.
 
     Raises:
         ValueError: if their shapes differ.
@@ -104,13 +102,13 @@ def paired_figures(samples: Tensor, others: Tensor, is_image: bool) -> Figures:
         values["psnr"] = psnr(samples, others)
         if math.isinf(values["psnr"]):
             del values["psnr"]
-            missing.append("The PSNR of equal images is infinite and left out.")
+            missing.append("PSNR is omitted, because it is infinite for equal images.")
         if min(samples.shape[2:]) >= SSIM_SIDE:
             values["ssim"] = ssim(samples, others)
         else:
-            missing.append(f"SSIM needs images of at least {SSIM_SIDE} x {SSIM_SIDE} pixels, and is left out.")
+            missing.append(f"SSIM is omitted, because it needs images of at least {SSIM_SIDE} x {SSIM_SIDE} pixels.")
         if (lacking := why_no_lpips(samples.shape[1:])) is None:
             values["lpips"] = lpips(samples, others)
         else:
-            missing.append(f"LPIPS is left out: {lacking}.")
+            missing.append(f"LPIPS is omitted: {lacking}.")
     return Figures({name: values[name] for name in METRICS if name in values}, missing)

@@ -1,4 +1,4 @@
-"""A classifier trained on the data's own labels, with a fixed seed, and cached."""
+"""A classifier trained on the labels of the data with a fixed seed, and cached."""
 
 from pathlib import Path
 from typing import Final, final
@@ -12,22 +12,22 @@ from halfstep.metrics.features import FeatureExtractor, RealData, digest_of, ext
 from halfstep.runtime.tensors import read_cached, write_cached
 
 CLASSIFIER: Final = "classifier-1"
-"""Name of the classifier's architecture and training; another number when either changes, for old figures are not
-comparable with new ones then."""
+"""Name of the classifier's architecture and training. Change its number when either changes, because old and new
+values are then not comparable."""
 
 
 LEAST: Final = 20
-"""Samples without which no classifier is trained."""
+"""Minimum number of samples to train a classifier."""
 
 
 def check_classes(num_samples: int, num_classes: int) -> None:
-    """Raise ValueError if no classifier can be trained: fewer than 20 samples or fewer than 2 classes."""
-    remedy = "use the features `pixels` (--extractors pixels, or --evaluation.features pixels)"
+    """Raise ValueError if no classifier can be trained, with fewer than 20 samples or fewer than 2 classes."""
+    remedy = "Use the features `pixels` (--extractors pixels, or --evaluation.features pixels)"
     if not num_classes:
-        raise ValueError(f"the features `classifier` need labels, and the data has none: {remedy}")
+        raise ValueError(f"the features `classifier` need labels, but the data has none. {remedy}")
     if num_samples < LEAST or num_classes < 2:
         raise ValueError(
-            f"a classifier needs {LEAST} samples and 2 classes, got {num_samples} and {num_classes}: {remedy}"
+            f"a classifier needs {LEAST} samples and 2 classes, got {num_samples} and {num_classes}. {remedy}"
         )
 
 
@@ -35,14 +35,14 @@ def check_classes(num_samples: int, num_classes: int) -> None:
 class Classifier(FeatureExtractor):
     """The 64 linear features before the last layer of a small network trained on labelled data (`train_classifier`).
 
-    They are taken before their ReLU, which would hide some directions of error.
+    They are taken before the ReLU, which would hide some directions of error.
     """
 
     def __init__(self, name: str, network: "ClassifierNetwork", accuracy: float) -> None:
         self.name = name
         self.network = network.eval()
         self.accuracy = accuracy
-        """Share of held-out samples that it classifies correctly."""
+        """Accuracy on held-out samples."""
         self.facts = {"accuracy": round(accuracy, 4)}
         self.resize = "none"
 
@@ -95,10 +95,10 @@ def train_classifier(
 
     `num_updates` defaults to 4 epochs, at least 300 and at most 3,000 updates. A tenth of the data is held out to
     measure the accuracy. The extractor's name is `name` with a hash of the weights. `cache` is a safetensors file of
-    the weights, whose name must be unique to the data.
+    the weights; its name must be unique to the data.
 
     Raises:
-        ValueError: as `check_classes`.
+        ValueError: as in `check_classes`.
     """
     check_classes(len(x), num_classes)
     with torch.random.fork_rng(devices=[]):
@@ -122,13 +122,13 @@ def train_classifier(
     network.eval()
     with torch.no_grad():
         right = torch.cat([network(chunk.float()).argmax(1) for chunk in x[held_out].split(1000)]) == labels[held_out]
-    # Another machine, or another number of threads, trains another network of the same name.
+    # Training on another machine, or with another number of threads, gives another network of the same name.
     return Classifier(f"{name}-{digest_of(network)[:12]}", network, float(right.double().mean()))
 
 
 @extractors.register("classifier")
 def classifier(path: str | None, measured: RealData) -> FeatureExtractor:
-    """64 features of a small network trained on the labelled data; kept in the cache folder."""
+    """64 features of a small network trained on the labelled data; cached."""
     refuse_path("classifier", path)
     check_classes(LEAST if measured.num_classes else 0, measured.num_classes)
     x0, labels = measured.labelled()

@@ -1,7 +1,7 @@
 """The features of DINOv2 (Oquab et al. 2023, arXiv:2304.07193), through transformers.
 
-The class token after the last normalisation of the image at 224 x 224, as in Stein et al. 2023 (arXiv:2306.04675), who
-found distances in it nearer to people's judgement than Inception's.
+They are the class token after the last normalisation, for the image at 224 x 224, as in Stein et al. 2023
+(arXiv:2306.04675). That paper found distances in them closer to human judgement than distances in Inception features.
 """
 
 from typing import ClassVar, Final, final
@@ -15,7 +15,7 @@ from halfstep.metrics.images import normalised
 from halfstep.runtime.files import first_line
 
 DEFAULT: Final = "facebook/dinov2-large"
-"""The size that Stein et al. used."""
+"""Image size, as in Stein et al."""
 
 
 @final
@@ -23,10 +23,10 @@ class DINOv2(NetworkFeatures):
     """The class token of a DINOv2 model.
 
     Args:
-        source: a folder that transformers has saved, or a name on the Hub; safetensors only.
+        source: a folder saved by transformers, or a name on the Hub; safetensors only.
 
     Raises:
-        ValueError: if transformers is missing, or the model is not there or another one.
+        ValueError: if transformers is not installed, or the model is missing or not a DINOv2.
     """
 
     batch_size: ClassVar[int] = 32
@@ -39,12 +39,12 @@ class DINOv2(NetworkFeatures):
         try:
             network, said = Dinov2Model.from_pretrained(source, use_safetensors=True, output_loading_info=True)
             if odd := sorted({*said["missing_keys"], *said["unexpected_keys"], *map(str, said["mismatched_keys"])}):
-                # transformers draws at random what it does not find.
-                raise ValueError(f"its weights are of another network, {len(odd)} differ, such as {odd[0]}")
+                # transformers initialises missing weights at random.
+                raise ValueError(f"its weights are of another network; {len(odd)} differ, such as {odd[0]}")
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ValueError(
-                f"dinov2={source}: no DINOv2 model could be read there ({first_line(error)}); give "
-                "dinov2=FOLDER, or a name on the Hub that can be reached"
+                f"dinov2={source}: no DINOv2 model could be read there ({first_line(error)}). Give "
+                "dinov2=FOLDER, or a reachable name on the Hub"
             ) from None
         super().__init__("dinov2", network, device)
         self.facts = {"weights": source, **self.facts}
@@ -57,5 +57,5 @@ class DINOv2(NetworkFeatures):
 
 @extractors.register("dinov2")
 def dinov2(path: str | None, measured: RealData) -> FeatureExtractor:
-    """The class token of DINOv2, through transformers; dinov2=FOLDER or a name on the Hub."""
+    """The class token of DINOv2, with transformers; dinov2=FOLDER or a name on the Hub."""
     return DINOv2(path or DEFAULT, measured.device)

@@ -1,15 +1,15 @@
 """Distances between two sets of samples, from their features.
 
 * Frechet distance (Heusel et al. 2017, arXiv:1706.08500) of Gaussians fitted to the features,
-  |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)). It is biased upwards for few samples: compare equal counts only.
+  |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)). It is biased upwards for few samples: compare only equal counts.
 * Kernel distance, KID (Binkowski et al. 2018, arXiv:1801.01401): the squared maximum mean discrepancy with the kernel
   (x . y / d + 1)^3, unbiased; it may be slightly negative.
 * Sliced Wasserstein distance (Bonneel et al. 2015): the mean over random directions of the Wasserstein-1 distance of
   the features projected on them. It compares all moments and needs no Gaussians.
 
-KID comes from torchmetrics and the one-dimensional distances from scipy, in float64 and with fixed random numbers. The
-Frechet distance is computed here: from moments, because those of the real data are cached (`reference.py`), or from the
-samples themselves where they are fewer than the dimensions.
+KID is computed with torchmetrics and the one-dimensional distances with scipy, in float64 and with fixed random
+numbers. The Frechet distance is computed here, from moments, because those of the real data are cached
+(`reference.py`), or from the samples if there are fewer samples than dimensions.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from halfstep.core.draw import generator_for
 
 @final
 class Given(nn.Module):
-    """The feature network that torchmetrics requires, for features computed already."""
+    """The feature network that torchmetrics requires, for features that are already computed."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -43,33 +43,33 @@ def importing_torchmetrics() -> Iterator[None]:
         yield
     except ImportError as error:
         raise ValueError(
-            f"torchmetrics cannot be imported ({error}): torch-fidelity is installed without the torchvision that it "
-            "needs; install the torchvision that fits your torch, or remove torch-fidelity"
+            f"torchmetrics cannot be imported ({error}), because torch-fidelity is installed without torchvision. "
+            "Install the torchvision for your torch version, or remove torch-fidelity"
         ) from None
 
 
 def check_shapes(a: Tensor, b: Tensor) -> None:
-    """Raise ValueError unless both are features `[n, d]` of one dimension."""
+    """Raise ValueError unless both are features `[n, d]` with the same d."""
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
-        raise ValueError(f"features must be [n, d] with one d, got {tuple(a.shape)} and {tuple(b.shape)}")
+        raise ValueError(f"features must be [n, d] with the same d, got {tuple(a.shape)} and {tuple(b.shape)}")
 
 
 def _check(a: Tensor, b: Tensor) -> None:
     check_shapes(a, b)
     if min(len(a), len(b)) < 2:
-        raise ValueError(f"a distance between sets needs at least 2 samples of each, got {len(a)} and {len(b)}")
+        raise ValueError(f"a distance between sets needs at least 2 samples in each, got {len(a)} and {len(b)}")
     if not (bool(torch.isfinite(a).all()) and bool(torch.isfinite(b).all())):
-        raise ValueError("features are not finite: the samples are broken")
+        raise ValueError("features are not finite, so the samples are invalid. Check them")
 
 
 ALONE: Final[dict[str, Any]] = {"sync_on_compute": False}
-"""Keeps torchmetrics from waiting for other ranks: only one has the features and calls it."""
+"""Keeps torchmetrics from waiting for other ranks, because only one rank has the features and calls it."""
 
 
 def metric_of_features(kind: Callable[..., Any], num_features: int, **settings: Any) -> Any:
-    """Return torchmetrics' metric `kind`, such as KID, that takes features `[n, num_features]` in float64."""
+    """Return the torchmetrics metric `kind`, such as KID, for features `[n, num_features]` in float64."""
     with warnings.catch_warnings():
-        # torchmetrics warns that it keeps all features, which are in memory anyway.
+        # torchmetrics warns that it stores all features, but they are in memory anyway.
         warnings.simplefilter("ignore", UserWarning)
         return kind(feature=Given(num_features), **settings, **ALONE).set_dtype(torch.float64)
 
@@ -92,7 +92,7 @@ class Moments:
 
 
 def moments_of(features: Tensor) -> Moments:
-    """The moments of features `[n, d]`, in float64.
+    """Return the moments of features `[n, d]`, in float64.
 
     Raises:
         ValueError: if there are fewer than 2, or one is not finite.
@@ -104,7 +104,7 @@ def moments_of(features: Tensor) -> Moments:
 
 
 def _root(matrix: Tensor) -> Tensor:
-    """Return the square root of a symmetric matrix whose eigenvalues are negative by rounding only."""
+    """Return the square root of a symmetric matrix with eigenvalues that are negative only by rounding."""
     values, vectors = torch.linalg.eigh(matrix)
     root: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     return root
@@ -113,31 +113,31 @@ def _root(matrix: Tensor) -> Tensor:
 def frechet_of_moments(a: Moments, b: Moments) -> float:
     """Return the Frechet distance of two Gaussians.
 
-    tr (C_a C_b)^(1/2) is the sum of the singular values of C_a^(1/2) C_b^(1/2): no root of an asymmetric product, no
-    imaginary part, and exact for singular covariances.
+    tr (C_a C_b)^(1/2) is computed as the sum of the singular values of C_a^(1/2) C_b^(1/2). This avoids the root of an
+    asymmetric product and imaginary parts, and is exact for singular covariances.
 
     Raises:
         ValueError: if their dimensions differ.
     """
     if a.mean.shape != b.mean.shape:
-        raise ValueError(f"features must have one dimension, got {len(a.mean)} and {len(b.mean)}")
+        raise ValueError(f"features must have the same dimension, got {len(a.mean)} and {len(b.mean)}")
     cross = torch.linalg.svdvals(_root(a.covariance) @ _root(b.covariance)).sum()
     spread = a.covariance.trace() + b.covariance.trace() - 2 * cross
-    # Rounding can leave a few 1e-13 below zero for equal sets.
+    # For equal sets, rounding can give a result of about -1e-13.
     return max(0.0, float((a.mean - b.mean).square().sum() + spread))
 
 
 def frechet_distance(a: Tensor, b: Tensor, moments: Moments | None = None) -> float:
     """Return the Frechet distance between feature sets `[n, d]` and `[m, d]`, computed in float64.
 
-    With A and B the centred rows over the roots of n - 1 and m - 1, so that C_a = A'A, tr (C_a C_b)^(1/2) is the sum of
-    the singular values of A B': for a set of fewer samples than dimensions no matrix `[d, d]` is needed.
+    Let A and B be the centred rows over the roots of n - 1 and m - 1, so that C_a = A'A. Then tr (C_a C_b)^(1/2) is the
+    sum of the singular values of A B', which needs no matrix `[d, d]` for a set with fewer samples than dimensions.
 
     Args:
-        moments: those of a, if they are known.
+        moments: moments of a, if known.
 
     Raises:
-        ValueError: if the shapes do not fit, a set has fewer than 2 rows, or a feature is not finite.
+        ValueError: if the shapes do not match, a set has fewer than 2 rows, or a feature is not finite.
     """
     _check(a, b)
     if min(len(a), len(b)) > a.shape[1]:

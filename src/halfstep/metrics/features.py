@@ -1,7 +1,7 @@
-"""Feature extractors: from samples `[n, *dims]` on the data's own scale to features `[n, d]`.
+"""Feature extractors, which map samples `[n, *dims]` on the scale of the data to features `[n, d]`.
 
-Distances in different features are never comparable, so an extractor has a name that goes into every protocol. It is
-asked for as `NAME` or `NAME=PATH`, PATH being its weights: see `extractors`.
+Distances in different features are never comparable, so every protocol contains the name of the extractor. It is
+selected as `NAME` or `NAME=PATH`, where PATH is its weights (see `extractors`).
 """
 
 import hashlib
@@ -19,25 +19,25 @@ from halfstep.registry import Registry
 
 
 class FeatureExtractor(ABC):
-    """Samples in, features out."""
+    """A map from samples to features."""
 
     name: str
-    """Its name in a protocol; equal names mean comparable features."""
+    """Name in a protocol; equal names mean comparable features."""
     facts: Mapping[str, Any]
-    """Further facts for a protocol, JSON-ready: where its weights came from, how good it is."""
+    """More facts for a protocol, JSON-ready, such as the source of its weights and its accuracy."""
     resize: str
-    """How samples are brought to its size, in words; "none" if they are not."""
+    """Description of how samples are resized; "none" if they are not."""
 
     @abstractmethod
     def features(self, samples: Tensor) -> Tensor:
-        """Features float32 `[n, d]` of `samples` `[n, *dims]`, on the CPU, without gradient.
+        """Return features float32 `[n, d]` of `samples` `[n, *dims]`, on the CPU, without gradient.
 
         Raises:
-            ValueError: if it takes images only, and these are none.
+            ValueError: if it takes only images, and the samples are not images.
         """
 
     def logits(self, features: Tensor) -> Tensor | None:
-        """Logits `[n, classes]` of `features`; None, the default, for an extractor without classes."""
+        """Return the logits `[n, classes]` of `features`; None (the default) for an extractor without classes."""
         return None
 
 
@@ -55,7 +55,7 @@ class NetworkFeatures(FeatureExtractor):
 
     @abstractmethod
     def batch_features(self, samples: Tensor) -> Tensor:
-        """Features `[n, d]` of one batch, both on `device`."""
+        """Return the features `[n, d]` of a batch, both on `device`."""
 
     @final
     def features(self, samples: Tensor) -> Tensor:
@@ -65,36 +65,36 @@ class NetworkFeatures(FeatureExtractor):
 @final
 @dataclass(frozen=True)
 class RealData:
-    """The real data that an extractor is made for."""
+    """The real data for which an extractor is created."""
 
     fingerprint: str
     num_classes: int
     labelled: Callable[[], tuple[Tensor, Tensor]]
-    """Return real samples `[n, *dims]` and their classes int64 `[n]`, for extractors that are trained on them."""
+    """Returns real samples `[n, *dims]` and their classes int64 `[n]`, for extractors that are trained on them."""
     cache: Path | None = None
-    """Folder for weights that can be trained again."""
+    """Cache folder for weights that can be retrained."""
     device: torch.device | str = "cpu"
-    """Where its network runs."""
+    """Device of its network."""
 
 
 extractors: Registry[Callable[[str | None, RealData], FeatureExtractor]] = Registry("feature extractor")
-"""From the weights' path, None if none is given, and the real data to an extractor."""
+"""Maps the path of the weights, or None, and the real data to an extractor."""
 
 
 def extractor_for(asked: str, measured: RealData) -> FeatureExtractor:
     """Return the extractor `asked`, NAME or NAME=PATH.
 
     Raises:
-        ValueError: if it is unknown, its weights are missing or damaged, or the data lack what it needs.
+        ValueError: if it is unknown, its weights are missing or damaged, or the data does not meet its requirements.
     """
     name, _, path = asked.partition("=")
     return extractors[name](path or None, measured)
 
 
 def refuse_path(name: str, path: str | None) -> None:
-    """Raise ValueError if a path of weights was given to an extractor without any."""
+    """Raise ValueError if a path is given for an extractor without weights."""
     if path is not None:
-        raise ValueError(f"{name}={path}: the features `{name}` take no file; leave ={path} out")
+        raise ValueError(f"{name}={path}: the features `{name}` take no file. Remove ={path}")
 
 
 def in_batches(network: Callable[[Tensor], Tensor], samples: Tensor, device: torch.device | str, size: int) -> Tensor:
@@ -113,14 +113,14 @@ def digest_of(network: nn.Module) -> str:
 
 
 LARGEST: Final = 4096
-"""Largest sample size without averaging of pixels: a square matrix of a larger size would not fit into memory."""
+"""Largest sample size without averaging of pixels, because a larger square matrix would not fit in memory."""
 
 
 @final
 class Pixels(FeatureExtractor):
-    """The entries themselves. Honest for low-dimensional data, blunt for images.
+    """The entries of a sample themselves. Suitable for low-dimensional data, coarse for images.
 
-    Samples of more than `LARGEST` entries must be images `[n, c, h, w]`; areas are averaged to at most 32 x 32 pixels.
+    Samples with more than `LARGEST` entries must be images `[n, c, h, w]`; they are averaged to at most 32 x 32 pixels.
 
     Raises:
         ValueError: at the call, if samples have more entries and are not images.
@@ -136,7 +136,7 @@ class Pixels(FeatureExtractor):
             if samples.ndim != 4:
                 raise ValueError(
                     f"samples of shape {list(samples.shape[1:])} have more entries than the {LARGEST} that the "
-                    "features `pixels` can compare: take others, or let a run go without by --evaluation.no-enabled"
+                    "features `pixels` can compare. Use other features, or disable evaluation (--evaluation.no-enabled)"
                 )
             sides = (min(32, samples.shape[2]), min(32, samples.shape[3]))
             samples = F.adaptive_avg_pool2d(samples.float(), sides)
@@ -145,6 +145,6 @@ class Pixels(FeatureExtractor):
 
 @extractors.register("pixels")
 def pixels(path: str | None, measured: RealData) -> FeatureExtractor:
-    """The entries of a sample themselves; needs nothing."""
+    """The entries of a sample themselves; needs no weights."""
     refuse_path("pixels", path)
     return Pixels()

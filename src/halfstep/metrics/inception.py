@@ -1,10 +1,10 @@
-"""The features of the FID: the Inception network of 2015 as TensorFlow ran it, through torch-fidelity's port.
+"""The features of the FID: the Inception network of 2015 as in TensorFlow, with torch-fidelity's port.
 
-torch-fidelity's package imports torchvision, which the network does not need and which fits one torch build only. Its
-one module is loaded without the package around it.
+torch-fidelity imports torchvision, which the network does not need and which works with only one torch build. The
+module of the network is therefore loaded without its package.
 
-Its constructor reads weights with an unpickler that runs code. This module passes it weights read from safetensors, or
-by torch's restricted unpickler from the published file alone, which its hash identifies.
+Its constructor reads weights with an unpickler that runs code. This module passes it weights that were read from
+safetensors, or from the published file alone, identified by its hash, with torch's restricted unpickler.
 """
 
 import importlib
@@ -35,7 +35,7 @@ def network_module() -> ModuleType:
         if spec is None or spec.submodule_search_locations is None:
             raise ValueError(
                 "the features `inception` need torch-fidelity: pip install 'halfstep[inception]', with the torchvision "
-                "that fits your torch"
+                "for your torch version"
             )
         bare = ModuleType(PACKAGE)
         bare.__path__ = list(spec.submodule_search_locations)
@@ -56,28 +56,28 @@ def _weights(module: ModuleType, path: str | None) -> dict[str, Tensor]:
                 url, map_location="cpu", progress=False, check_hash=True, weights_only=True
             )
             return state
-        except (OSError, RuntimeError) as error:  # torch.hub has a RuntimeError for a file of another hash
+        except (OSError, RuntimeError) as error:  # torch.hub raises RuntimeError for a file with another hash
             raise ValueError(
-                f"the weights of `inception` could not be fetched from {url} ({error}): fetch the file elsewhere and "
-                "give inception=PATH"
+                f"the weights of `inception` could not be downloaded from {url} ({error}). Download the file elsewhere "
+                "and give inception=PATH"
             ) from None
     file = user_path(path)
     if not file.is_file():
-        raise ValueError(f"inception={path}: no such file; give the file of torch-fidelity's weights")
+        raise ValueError(f"inception={path}: no such file. Give the file of torch-fidelity's weights")
     is_plain = file.suffix == ".safetensors"
-    # The address names the beginning of the file's hash, as torch.hub checks it.
+    # The address contains the beginning of the file's hash, which torch.hub checks.
     published = Path(module.URL_INCEPTION_V3).stem.rpartition("-")[2]
     if not is_plain and not (found := sha256_of(file)).startswith(published):
         raise ValueError(
-            f"inception={path} is not torch-fidelity's own file (its sha256 begins with {found[:8]}, not {published}). "
-            "Give that file, or a .safetensors of the same tensors"
+            f"inception={path} is not torch-fidelity's own file (its sha256 starts with {found[:8]}, not {published}). "
+            "Give that file, or a .safetensors file with the same tensors"
         )
     try:
         held = load_file(file) if is_plain else torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged or hostile archive raises whatever zipfile or the unpickler stumble over
+    except Exception as error:  # a damaged or malicious archive can raise any error of zipfile or the unpickler
         raise DamagedFile(f"{file} cannot be read as weights ({first_line(error)})") from None
     if not isinstance(held, dict):
-        raise DamagedFile(f"{file} holds no weights by name, but a {type(held).__name__}")
+        raise DamagedFile(f"{file} contains a {type(held).__name__} instead of weights by name")
     return held
 
 
@@ -86,10 +86,10 @@ class Inception(NetworkFeatures):
     """The 2048 features before the last layer: a Frechet distance in them is the FID.
 
     Args:
-        path: torch-fidelity's own .pth, or a .safetensors of the same tensors; fetched from its address if None.
+        path: torch-fidelity's own .pth file, or a .safetensors file with the same tensors; downloaded if None.
 
     Raises:
-        ValueError: if torch-fidelity or the weights are missing, or (DamagedFile) do not fit.
+        ValueError: if torch-fidelity or the weights are missing, or (DamagedFile) the weights do not match.
     """
 
     batch_size: ClassVar[int] = 50
@@ -102,7 +102,7 @@ class Inception(NetworkFeatures):
             network = module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
         except RuntimeError as error:
             raise DamagedFile(
-                f"{path or module.URL_INCEPTION_V3} does not hold the weights of torch-fidelity's Inception "
+                f"{path or module.URL_INCEPTION_V3} does not contain the weights of torch-fidelity's Inception "
                 f"({last_line(error)})"
             ) from None
         super().__init__("inception", network, device)
@@ -114,12 +114,12 @@ class Inception(NetworkFeatures):
 
     @torch.no_grad()
     def logits(self, features: Tensor) -> Tensor | None:
-        # The Inception score's own convention: without the bias.
+        # By convention, the Inception score omits the bias.
         logits: Tensor = (features.to(self.device) @ self.network.fc.weight.T).cpu()
         return logits
 
 
 @extractors.register("inception")
 def inception(path: str | None, measured: RealData) -> FeatureExtractor:
-    """The FID's network, through torch-fidelity; its weights are fetched, or inception=PATH."""
+    """The network of the FID, with torch-fidelity; downloads its weights, or inception=PATH."""
     return Inception(path, measured.device)

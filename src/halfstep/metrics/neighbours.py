@@ -1,11 +1,13 @@
-"""Quality and variety apart, from nearest neighbours in features.
+"""Quality and diversity as separate metrics, from nearest neighbours in features.
 
-* Precision and recall (Kynkaanniemi et al. 2019, arXiv:1904.06991): the share of samples within the k-th neighbour's
-  distance of a real one, and the share of real ones within that of a sample.
-* Density and coverage (Naeem et al. 2020, arXiv:2002.09797): by how many real neighbourhoods a sample is covered, over
-  k, and the share of real ones with a sample in their neighbourhood. Both bear outliers better.
+The neighbourhood of a point extends to its k-th nearest neighbour in its own set.
 
-The distances are scikit-learn's, in blocks, so that memory grows with the number of samples, not with its square. The
+* Precision and recall (Kynkaanniemi et al. 2019, arXiv:1904.06991): the share of samples in the neighbourhood of any
+  real point, and the share of real points in the neighbourhood of any sample.
+* Density and coverage (Naeem et al. 2020, arXiv:2002.09797): the number of real neighbourhoods that contain a sample,
+  over k, and the share of real points with a sample in their neighbourhood. Both are more robust to outliers.
+
+scikit-learn computes the distances in blocks, so memory grows with the number of samples, not with its square. The
 tests compare the results with `prdc`.
 """
 
@@ -19,9 +21,9 @@ from torch import Tensor
 from halfstep.metrics.distances import check_shapes
 
 K: Final = 5
-"""Neighbours, as Naeem et al. recommend."""
+"""Number of neighbours, as Naeem et al. recommend."""
 BLOCK: Final = 1024
-"""Rows whose distances are held at a time."""
+"""Number of rows with distances in memory at a time."""
 
 
 class PRDC(NamedTuple):
@@ -34,7 +36,7 @@ class PRDC(NamedTuple):
 
 
 def radii(features: Tensor, k: int = K) -> Tensor:
-    """The distance float64 `[n]` of each row of `features` `[n, d]` to its `k`-th nearest other row.
+    """Return the distance float64 `[n]` of each row of `features` `[n, d]` to its `k`-th nearest other row.
 
     Raises:
         ValueError: if there are fewer than k + 2 rows.
@@ -48,14 +50,14 @@ def radii(features: Tensor, k: int = K) -> Tensor:
     for start in range(0, len(x), BLOCK):
         rows = np.arange(start, min(start + BLOCK, len(x)))
         distances = pairwise_distances(x[rows], x)
-        # Rounding must not set a row apart from itself.
+        # The distance of a row to itself must be 0 despite rounding.
         distances[rows - start, rows] = 0.0
         found.append(np.partition(distances, k, axis=1)[:, k])
     return torch.from_numpy(np.concatenate(found))
 
 
 def precision_recall(real: Tensor, fake: Tensor, real_radii: Tensor | None = None, k: int = K) -> PRDC:
-    """Precision, recall, density and coverage of `fake` `[m, d]` against `real` `[n, d]`, in float64.
+    """Return precision, recall, density and coverage of `fake` `[m, d]` against `real` `[n, d]`, in float64.
 
     Args:
         real_radii: `radii(real, k)`, if available.

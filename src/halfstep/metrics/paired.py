@@ -1,4 +1,4 @@
-"""Metrics of distillation: each sample against another from the same noise, on its own scale, for images [-1, 1]."""
+"""Metrics of distillation, which compare each sample with another from the same noise; images are in [-1, 1]."""
 
 import importlib.util
 import math
@@ -14,20 +14,20 @@ from halfstep.metrics.images import as_rgb
 
 WIDTH: Final = 2.0
 SSIM_SIDE: Final = 11
-"""Side in pixels of the window of Wang et al. 2004, the smallest image."""
+"""Side, in pixels, of the window of Wang et al. 2004, and thus of the smallest image."""
 LPIPS_SIDE: Final = 31
-"""Side in pixels of the smallest image of which AlexNet's two poolings leave anything."""
+"""Side, in pixels, of the smallest image that is not empty after AlexNet's two poolings."""
 AT_ONCE: Final = 64
-"""Pairs in one call of SSIM or LPIPS."""
+"""Number of pairs per call of SSIM or LPIPS."""
 
 
 def _check_pair(a: Tensor, b: Tensor) -> None:
     if a.shape != b.shape:
-        raise ValueError(f"paired samples must have one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
+        raise ValueError(f"paired samples must have the same shape, got {tuple(a.shape)} and {tuple(b.shape)}")
 
 
 def rmse(a: Tensor, b: Tensor) -> float:
-    """The root mean square difference of paired samples, both `[n, *dims]`.
+    """Return the root mean square difference of paired samples, both `[n, *dims]`.
 
     Raises:
         ValueError: if their shapes differ.
@@ -37,13 +37,13 @@ def rmse(a: Tensor, b: Tensor) -> float:
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """Return the PSNR, in dB, of all pairs of images in [-1, 1] together, infinite for equal ones; raises as `rmse`."""
+    """Return the PSNR, in dB, over all pairs of images in [-1, 1], infinite if all are equal; raises as `rmse`."""
     difference = rmse(a, b)
     return math.inf if difference == 0 else 20 * math.log10(WIDTH / difference)
 
 
 def ssim(a: Tensor, b: Tensor) -> float:
-    """The structural similarity (Wang et al. 2004) of paired images `[n, c, h, w]` in [-1, 1], the mean over pairs.
+    """Return the mean structural similarity (Wang et al. 2004) of paired images `[n, c, h, w]` in [-1, 1].
 
     Raises:
         ValueError: if their shapes differ, or they are not images of at least 11 x 11 pixels, the size of its window.
@@ -55,9 +55,9 @@ def ssim(a: Tensor, b: Tensor) -> float:
         from torchmetrics.functional.image import structural_similarity_index_measure
 
     total = 0.0
-    # A few at a time: it holds some twenty copies of its input.
+    # A few at a time, because SSIM needs about twenty copies of its input.
     for first, second in zip(a.split(AT_ONCE), b.split(AT_ONCE), strict=True):
-        # Shifted to [0, 2]: its constants presume values from 0 up.
+        # Shifted to [0, 2], because its constants assume values of at least 0.
         score = structural_similarity_index_measure(
             first.double() + 1, second.double() + 1, data_range=WIDTH, reduction="sum"
         )
@@ -67,9 +67,9 @@ def ssim(a: Tensor, b: Tensor) -> float:
 
 
 def why_no_lpips(shape: Sequence[int]) -> str | None:
-    """Return the reason why LPIPS cannot be measured here for images `(c, h, w)`; None if it can."""
+    """Return the reason that LPIPS cannot be measured here for images `(c, h, w)`; None if it can."""
     if shape[0] not in (1, 3):
-        return f"images of {shape[0]} channels are neither grey nor in colour"
+        return f"images with {shape[0]} channels are neither grey nor colour"
     if min(shape[1:]) < LPIPS_SIDE:
         return f"it needs images of at least {LPIPS_SIDE} x {LPIPS_SIDE} pixels"
     if importlib.util.find_spec("torchvision") is None:
@@ -79,10 +79,10 @@ def why_no_lpips(shape: Sequence[int]) -> str | None:
 
 
 def lpips(a: Tensor, b: Tensor) -> float:
-    """LPIPS (Zhang et al. 2018, arXiv:1801.03924) with AlexNet of paired images in [-1, 1], the mean over pairs.
+    """Return the mean LPIPS (Zhang et al. 2018, arXiv:1801.03924), with AlexNet, of paired images in [-1, 1].
 
     Raises:
-        ValueError: if their shapes differ, they are not images, or what it needs is not there (`why_no_lpips`).
+        ValueError: if their shapes differ, they are not images, or a requirement is missing (`why_no_lpips`).
     """
     _check_pair(a, b)
     if (lacking := why_no_lpips(a.shape[1:])) is not None:

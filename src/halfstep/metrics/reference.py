@@ -15,23 +15,23 @@ from halfstep.metrics.neighbours import K, radii
 from halfstep.runtime.tensors import read_cached, write_cached
 
 FORMAT = 1
-"""Version of the cached files; raise it when their content changes."""
+"""Version of the cached files; increase it when their content changes."""
 
 
 @final
 @dataclass(frozen=True)
 class RealFeatures:
-    """The real data as an extractor sees it."""
+    """The features of the real data in an extractor, with their statistics."""
 
     features: Tensor
-    """float32 `[n, d]`."""
+    """Features, float32 `[n, d]`."""
     moments: Moments
     radii: Tensor | None
-    """float64 `[n]` (`neighbours.radii`); None for too few samples."""
+    """Neighbourhood radii, float64 `[n]` (`neighbours.radii`); None for too few samples."""
 
 
 def described(features: Tensor) -> RealFeatures:
-    """Return features `[n, d]` with their statistics; raises as `moments_of`."""
+    """Return features `[n, d]` with their statistics; raise as `moments_of` does."""
     return RealFeatures(features, moments_of(features), radii(features) if len(features) >= K + 2 else None)
 
 
@@ -41,8 +41,8 @@ def real_features(
     """Return the features of the samples that `fetch` returns, from the cache if possible.
 
     Args:
-        content: identifies the samples: the data's fingerprint and the rows.
-        cache: folder; None caches nothing. A file that cannot be read or written costs only time.
+        content: identity of the samples: the fingerprint of the data and the rows.
+        cache: cache folder; None caches nothing. If a file cannot be read or written, the features are recomputed.
     """
     key = hashlib.sha256(repr((FORMAT, extractor.name, content)).encode()).hexdigest()[:24]
     file = None if cache is None else cache / "reference" / f"{key}.safetensors"
@@ -59,7 +59,7 @@ def real_features(
 
 
 def halves(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Return two disjoint halves of the rows, of one size, by a fixed random choice."""
+    """Return two disjoint halves of the rows, of equal size, in a fixed random split."""
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
     middle = len(features) // 2
     return features[order[:middle]], features[order[middle : 2 * middle]]

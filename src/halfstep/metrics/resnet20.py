@@ -1,8 +1,8 @@
 """The features of a ResNet-20 trained on CIFAR-10 (He et al. 2015, arXiv:1512.03385, section 4.2).
 
-Three groups of three blocks on 16, 32 and 64 channels; where the size halves, the shortcut takes every second pixel and
-new channels are zeros, half before and half after the old ones (option A, which has no parameters). The features are
-the 64 averages before the last layer.
+The network has three groups of three blocks with 16, 32 and 64 channels. Where the size halves, the shortcut takes
+every second pixel, and the new channels are zeros, half before and half after the old ones (option A, without
+parameters). The features are the 64 averages before the last layer.
 """
 
 from pathlib import Path
@@ -40,7 +40,7 @@ class Block(nn.Module):
 
 @final
 class ResNet20(nn.Module):
-    """From normalised RGB `[n, 3, 32, 32]` to features `[n, 64]`; `linear` makes logits of them."""
+    """A map from normalised RGB `[n, 3, 32, 32]` to features `[n, 64]`; `linear` converts them to logits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,10 +59,10 @@ class ResNet20(nn.Module):
 
 @final
 class ResNet20Features(NetworkFeatures):
-    """The 64 averages before the last layer, of images brought to 32 x 32.
+    """The 64 averages before the last layer, for images resized to 32 x 32.
 
     Raises:
-        DamagedFile: if the file is not a safetensors file, or holds other weights.
+        DamagedFile: if the file is not a safetensors file, or contains other weights.
     """
 
     batch_size: ClassVar[int] = 250
@@ -72,12 +72,12 @@ class ResNet20Features(NetworkFeatures):
         try:
             missing = network.load_state_dict(load_file(path), strict=False)
         except (SafetensorError, RuntimeError) as error:
-            raise DamagedFile(f"{path} does not hold the weights of a ResNet-20 ({last_line(error)})") from None
+            raise DamagedFile(f"{path} does not contain the weights of a ResNet-20 ({last_line(error)})") from None
         # Batch counters are not published and have no effect.
         lost = [name for name in missing.missing_keys if not name.endswith("num_batches_tracked")]
         if lost or missing.unexpected_keys:
             raise DamagedFile(
-                f"{path} does not hold the weights of a ResNet-20 ({(lost + missing.unexpected_keys)[0]})"
+                f"{path} does not contain the weights of a ResNet-20 ({(lost + missing.unexpected_keys)[0]})"
             )
         super().__init__("resnet20-cifar10", network, device)
         self.resize = "32 x 32, bilinear with antialiasing; grey as RGB"
@@ -97,10 +97,10 @@ def resnet20_cifar10(path: str | None, measured: RealData) -> FeatureExtractor:
     """64 features of a CIFAR-10 classifier, a safetensors file: resnet20-cifar10=PATH."""
     if path is None:
         raise ValueError(
-            "the features `resnet20-cifar10` need their weights: give resnet20-cifar10=PATH, a safetensors file of a "
+            "the features `resnet20-cifar10` need weights. Give resnet20-cifar10=PATH, a safetensors file of a "
             "CIFAR-10 ResNet-20 (shortcut option A)"
         )
     file = user_path(path)
     if not file.is_file():
-        raise ValueError(f"resnet20-cifar10={path}: no such file; give the safetensors file of the weights")
+        raise ValueError(f"resnet20-cifar10={path}: no such file. Give the safetensors file of the weights")
     return ResNet20Features(file, measured.device)

@@ -1,1 +1,1 @@
-"""A model as a stage's folder holds it: written, read and sampled from, without the trainer."""
+"""Models in stage folders: saving, loading and sampling, without the trainer."""

@@ -1,4 +1,4 @@
-"""The stage folder of a model: written, found and loaded."""
+"""The stage folder of a model: write, find and load it."""
 
 import copy
 import warnings
@@ -29,7 +29,8 @@ def save_stage(
 
     Raises:
         OSError: if the disk is full or gone.
-        DamagedFile: if a weight is not finite, or what is read back is not what was written; there is no manifest then.
+        DamagedFile: if a weight is not finite, or the data read back differs from the data written. No manifest is
+            written then.
     """
     contents = {folder.model: own_state(denoiser.network)}
     if null:
@@ -43,7 +44,7 @@ def save_stage(
 
 
 def drop_weights(folder: StageFolder) -> None:
-    """Remove a complete stage's weights, after its manifest says so: rerun it if it was interrupted between."""
+    """Remove a complete stage's weights, after recording that in its manifest. Call it again if it was interrupted."""
     manifest = folder.manifest(verify=False)
     if manifest.weights_kept:
         dropped = manifest.model_copy(update={"weights_kept": False, "files": {}})
@@ -52,39 +53,39 @@ def drop_weights(folder: StageFolder) -> None:
 
 
 def find_stage(path: Path) -> StageFolder:
-    """Return the stage that `path` means: itself, the last complete stage of a run, or a packaged student by name.
+    """Return the stage at `path`: a stage's folder, the last complete stage of a run, or a packaged student by name.
 
     Raises:
-        ValueError: if it is none of them.
+        ValueError: if `path` is none of them.
     """
     path = model_path(path)
     if not path.exists():
         named = f", or the name of a packaged student ({', '.join(pretrained())})" if path.parts == (path.name,) else ""
-        raise ValueError(f"{path} does not exist: give the folder of a run or of one of its stages{named}")
+        raise ValueError(f"{path} does not exist. Give the folder of a run or of one of its stages{named}")
     if path.is_dir() and (path / "manifest.json").exists():
         return StageFolder(path)
     run = RunFolder(path)
     if path.is_dir() and (stages := run.stages()):
         if missing := [row.name for row in run.plan if not run.stage(row.name).is_complete()]:
             warnings.warn(
-                f"{path} is not at its end ({missing[0]} is not complete): its stage {stages[-1].name} is used",
+                f"{path} is not complete (stage {missing[0]} is missing), so its stage {stages[-1].name} is used",
                 HalfstepWarning,
                 stacklevel=2,
             )
         return stages[-1]
     if (path / "recipe.json").is_file():
-        raise ValueError(f"{path} is a run without a complete stage: let it train first")
-    raise ValueError(f"{path} is not a model: give the folder of a run or of one of its stages (with a manifest.json)")
+        raise ValueError(f"{path} is a run without a complete stage. Let it train first")
+    raise ValueError(f"{path} is not a model. Give the folder of a run or of one of its stages (with a manifest.json)")
 
 
 def blank_denoiser(manifest: Manifest, network: nn.Module | None = None) -> NetworkDenoiser:
     """Return the denoiser that a manifest describes, with fresh weights.
 
     Args:
-        network: a copy of it is the network, if the manifest names one of the user's own.
+        network: the network to copy, if the manifest specifies a custom one.
 
     Raises:
-        ValueError: if the manifest names a network, process or prediction that is not known here.
+        ValueError: if the manifest specifies an unknown network, process or prediction.
     """
     process, prediction = processes.rebuild(manifest.process), predictions.rebuild(manifest.prediction)
     if network is None or manifest.network.get("type") != OWN:
@@ -95,46 +96,46 @@ def blank_denoiser(manifest: Manifest, network: nn.Module | None = None) -> Netw
 
 
 def base_of(folder: StageFolder, manifest: Manifest) -> StageFolder:
-    """Return the stage whose weights a LoRA stage adds to, after checking its files.
+    """Return the base stage of a LoRA stage, after checking its files.
 
     Raises:
-        DamagedFile: if it is not there or not whole.
+        DamagedFile: if the base stage is missing or incomplete.
     """
     base = StageFolder(folder.path.parent / str(manifest.base))
     held = base.manifest() if base.is_complete() else None
     if held is None or not held.weights_kept or (held.stage, held.run) != (manifest.base, manifest.run):
         raise DamagedFile(
-            f"{folder.path} holds low-rank additions to the weights of {manifest.base}, which are not beside it: copy "
-            "the run whole"
+            f"{folder.path} contains low-rank additions to the weights of {manifest.base}, which are not next to it. "
+            "Copy the whole run"
         )
     return base
 
 
 def save(model: Model, path: str | Path) -> None:
-    """Save a model as a folder that `load` and the command line take; low-rank additions are merged into the weights.
+    """Save a model as a folder for `load` and the command line; low-rank additions are merged into the weights.
 
     Args:
-        path: a new folder, or that of a saved model, which is replaced.
+        path: a new folder, or the folder of a saved model, which is replaced.
 
     Raises:
-        ValueError: if it is no model, or the path is something else.
+        ValueError: if `model` is not a model, or the path is anything else.
         OSError: if the disk is full or gone.
     """
     if not isinstance(model, Model):
         raise ValueError(
-            f"what is saved must be a model, got {got(model)}. Pass what fit or distill returns, or "
+            f"save needs a model, got {got(model)}. Pass the result of fit or distill, or "
             "halfstep.Model.of(denoiser, shape)"
         )
     folder = StageFolder(Path(path))
     if folder.path.exists() and not folder.path.is_dir():
         raise ValueError(f"{path} is a file. Choose another path")
     if folder.path.parent.name == "stages" and (folder.path.parent.parent / "recipe.json").exists():
-        raise ValueError(f"{path} is a stage of a run, whose other stages depend on it. Choose another path")
+        raise ValueError(f"{path} is a stage of a run, and other stages depend on it. Choose another path")
     ours = {folder.manifest_path, folder.model, folder.null}
     if folder.path.is_dir() and (foreign := sorted(set(folder.path.iterdir()) - ours)):
-        raise ValueError(f"{path} holds {foreign[0].name}, which is no saved model's. Choose another path")
+        raise ValueError(f"{path} contains {foreign[0].name}, which is not from a saved model. Choose another path")
     folder.path.mkdir(parents=True, exist_ok=True)
-    # The folder is no model while its weights are replaced.
+    # Without a manifest, the folder is not a model while its weights are replaced.
     folder.manifest_path.unlink(missing_ok=True)
     folder.null.unlink(missing_ok=True)
     whole = model.merged()
@@ -149,25 +150,25 @@ def _read(file: Path) -> dict[str, Tensor]:
 
 
 def load(path: str | Path, device: str | torch.device = "cpu", network: nn.Module | None = None) -> Model:
-    """Load the model in `path`: the folder of a stage, or of a run, which means its last complete stage.
+    """Load the model in `path`, the folder of a stage or of a run (its last complete stage).
 
     Args:
         path: the folder, or the name of a packaged student, such as "fashion".
-        network: one of the class that the model was trained with, if that is the user's own; it is copied.
+        network: a network of the custom class that the model was trained with; it is copied.
 
     Raises:
-        ValueError: if there is no model, the device does not exist, or (DamagedFile) a file of the model is missing,
-            altered, of another stage or run, does not fit, or holds a weight that is not finite.
+        ValueError: if no model exists there, the device does not exist, or (DamagedFile) a file of the model is
+            missing, altered, from another stage or run, does not match, or contains a weight that is not finite.
     """
     if not isinstance(path, str | Path):
-        raise ValueError(f"what is loaded must be a path, got {got(path)}. Pass the folder of a run or of a stage")
+        raise ValueError(f"load needs a path, got {got(path)}. Pass the folder of a run or of a stage")
     device = existing_device(device)
     folder = find_stage(Path(path))
     manifest = folder.manifest()
     if not manifest.weights_kept:
         raise ValueError(
-            f"{folder.path} has no weights any more: its run was asked to keep those of other stages only "
-            "(chain.keep); load another stage"
+            f"{folder.path} has no weights any more, because its run keeps only those of other stages (chain.keep). "
+            "Load another stage"
         )
     denoiser = blank_denoiser(manifest, network)
     try:
@@ -175,7 +176,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", network: nn.Modul
             denoiser.network.load_base(_read(base_of(folder, manifest).model))
         load_own_state(denoiser.network, _read(folder.model))
     except RuntimeError as error:
-        raise DamagedFile(f"{folder.model} does not fit its manifest: {last_line(error)}; {folder.remedy}") from None
+        raise DamagedFile(f"{folder.model} does not match its manifest: {last_line(error)}; {folder.remedy}") from None
     denoiser.eval()
     null = _read(folder.null) if folder.null.name in manifest.files else {}
     return Model(denoiser, manifest, null).to(device)

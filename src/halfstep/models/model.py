@@ -1,4 +1,4 @@
-"""A model as it lies in a stage's folder: written, read, and sampled from."""
+"""A model of a stage's folder, for saving, loading and sampling."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -24,19 +24,19 @@ from halfstep.samplers import Sampler, sample, samplers
 
 
 def samples_at_once(device: torch.device) -> int:
-    """Return the default number of samples drawn at once."""
+    """Return the default sampling batch size."""
     return 1024 if device.type == "cuda" else 256
 
 
 @final
 class Model(Denoiser):
-    """A trained denoiser with what is known of it.
+    """A trained denoiser with its manifest.
 
-    Calling it clips x0 if the manifest says so (images), and guides it if the conditions hold a guidance scale that the
-    network does not take itself; `denoiser` is the bare one, for targets and losses.
+    A call clips x0 if the manifest specifies it (images), and applies guidance if the conditions contain a guidance
+    scale that is not an input of the network. `denoiser` does neither, for targets and losses.
 
     Args:
-        null: the conditions that stand for none, for one sample, which guidance of a teacher needs.
+        null: values that mean "no condition", for one sample; guidance of a teacher needs them.
     """
 
     _takes_number: ClassVar[bool] = True
@@ -58,20 +58,20 @@ class Model(Denoiser):
         return (self._guided if GUIDANCE in (cond or {}) else self._plain)(x_t, t, cond)
 
     def num_evals(self, sampler: Sampler, num_steps: int, guidance_scale: float | None = None) -> int:
-        """Return the network calls for a sample: twice the sampler's if guidance calls with and without conditions."""
+        """Return the network calls per sample: twice the sampler's if guidance calls with and without conditions."""
         is_doubled = self.null and not self.takes_scale and self._scale(guidance_scale) is not None
         return sampler.num_evals(num_steps) * (2 if is_doubled else 1)
 
     def _scale(self, guidance_scale: float | None) -> float | None:
-        """The scale that the network or `Guided` takes, or None; warns outside the range that the model has learned."""
+        """Return the scale for the network or `Guided`, or None. Warn if it is outside the learned range."""
         scale = self.manifest.guidance_scale if guidance_scale is None else guidance_scale
         if self.guidance is not None:
             return self.guidance.scale_for(scale)
         if self.takes_scale:
             return scale
         if scale is not None and not self.null:
-            raise ValueError(f"a guidance scale of {scale:g} was requested, but this model has no guidance: remove it")
-        # At 1 guidance is off, and one call does what two would.
+            raise ValueError(f"a guidance scale of {scale:g} was requested, but this model has no guidance. Remove it")
+        # Scale 1 disables guidance, so one call is enough.
         return None if scale == 1 else scale
 
     @classmethod
@@ -87,16 +87,16 @@ class Model(Denoiser):
         made: Made | None = None,
         **facts: Any,
     ) -> "Model":
-        """Return the model that a denoiser made in Python is, so that it can be saved and sampled by seeds.
+        """Return a model for a denoiser built in Python, so that it can be saved and sampled with seeds.
 
         Args:
-            shape: of one sample.
-            num_classes: classes that it takes as `class_labels`.
-            conditions: its further conditions, with the shape of each for one sample.
-            null: the conditions that stand for none, for one sample; guidance needs them.
-            clip: whether samples are images in [-1, 1], to which x0 is clipped in sampling.
-            made: what the denoiser was made for; a teacher if None.
-            facts: further fields of the manifest.
+            shape: shape of one sample.
+            num_classes: number of classes, if it takes `class_labels`.
+            conditions: other conditions, with the shape of each for one sample.
+            null: values that mean "no condition", for one sample; guidance needs them.
+            clip: whether samples are images in [-1, 1]; sampling then clips x0 to this range.
+            made: role, steps and sampler of the denoiser; a teacher if None.
+            facts: additional fields of the manifest.
         """
         check_instance(
             "the denoiser", denoiser, NetworkDenoiser, "halfstep.NetworkDenoiser(network, process, prediction)"
@@ -126,7 +126,7 @@ class Model(Denoiser):
 
     @property
     def takes_scale(self) -> bool:
-        """Whether this is a teacher whose network takes any guidance scale itself; without one it takes its own."""
+        """Whether this is a teacher with a network that takes the guidance scale as an input; its scale is optional."""
         pipeline = self.manifest.pipeline
         return (
             self.role is Role.TEACHER and self.guidance is None and pipeline is not None and pipeline.scale is not None
@@ -144,7 +144,7 @@ class Model(Denoiser):
 
     @property
     def guidance(self) -> Guidance | None:
-        """The guidance that the network itself has learned."""
+        """Guidance that the network has learned."""
         return None if self.manifest.guidance is None else guidances.rebuild(self.manifest.guidance)
 
     @property
@@ -154,16 +154,16 @@ class Model(Denoiser):
 
     @property
     def num_classes(self) -> int:
-        """Classes that the model is conditioned on; 0 if it is unconditional."""
+        """Number of classes that the model is conditioned on; 0 if it is unconditional."""
         return self.manifest.num_classes
 
     @property
     def device(self) -> torch.device:
-        """Where the weights lie."""
+        """Device of the weights."""
         return next(self.denoiser.parameters()).device
 
     def merged(self) -> "Model":
-        """Return the model itself, or with its low-rank additions as part of the weights that they are added to."""
+        """Return the model with its low-rank additions merged into the weights; the model itself if it has none."""
         network = merged(self.network)
         if network is self.network:
             return self
@@ -171,7 +171,7 @@ class Model(Denoiser):
         return Model(NetworkDenoiser(network, self.process, self.prediction).eval(), manifest, self.null)
 
     def noise(self, seeds: int | Sequence[int]) -> Tensor:
-        """Draw x_t at t = 1 `[len(seeds), *shape]`, scaled as the process is, each row a function of its seed."""
+        """Draw x_t at t = 1 `[len(seeds), *shape]`, scaled for the process, each row a function of its seed."""
         return (sample_noise(seeds, self.shape) * self.process.start_scale).to(self.device)
 
     def cond(
@@ -184,28 +184,28 @@ class Model(Denoiser):
         """Return the conditions of samples by name; empty if the model is unconditional.
 
         Args:
-            class_label: one class for all, or one for each sample; if None, those in turn that the data had.
-            guidance_scale: the model's own if None.
-            others: those of `manifest.conditions`, each `[len(seeds), ...]`.
+            class_label: one class for all samples, or one for each; None cycles through the classes of the data.
+            guidance_scale: None uses the model's own.
+            others: the conditions of `manifest.conditions`, each `[len(seeds), ...]`.
 
         Raises:
-            ValueError: if a class or a scale is asked for that the model does not have, or a condition is missing or
-                does not fit.
+            ValueError: if the model does not have the class or the scale, or a condition is missing or has the wrong
+                shape.
         """
         seeds = as_seeds(seeds)
         cond = {name: value.to(self.device) for name, value in (others or {}).items()}
         for name, shape in self.manifest.conditions.items():
             if name not in cond:
-                raise ValueError(f"this model needs the condition {name} of shape {[len(seeds), *shape]}: give it")
+                raise ValueError(f"this model needs the condition {name} of shape {[len(seeds), *shape]}. Pass it")
             if tuple(cond[name].shape) != (len(seeds), *shape):
                 raise ValueError(
-                    f"the condition {name} has the shape {list(cond[name].shape)}, but {[len(seeds), *shape]} is needed"
+                    f"the condition {name} has shape {list(cond[name].shape)}, but {[len(seeds), *shape]} is needed"
                 )
         if foreign := sorted(set(cond) - set(self.manifest.conditions)):
-            raise ValueError(f"this model takes no condition {foreign[0]}: leave it out")
+            raise ValueError(f"this model takes no condition {foreign[0]}. Remove it")
         if not self.num_classes:
             if class_label is not None:
-                raise ValueError("a class was requested, but this model is not class-conditional: remove the class")
+                raise ValueError("a class was requested, but this model is not class-conditional. Remove the class")
         elif class_label is None:
             cond["class_labels"] = sample_labels(seeds, self.manifest.classes_shown or self.num_classes).to(self.device)
         else:
@@ -232,7 +232,7 @@ class Model(Denoiser):
         return labels.long().expand(number)
 
     def check_steps(self, num_steps: int | None) -> int:
-        """Return the number of steps to sample with, the model's own by default; warn if it is another.
+        """Return the number of steps to sample with, by default the model's own; warn if they differ.
 
         Raises:
             ValueError: if neither is known.
@@ -240,31 +240,31 @@ class Model(Denoiser):
         own = self.num_steps
         if num_steps is None:
             if own is None:
-                raise ValueError(f"this {self.role} model takes any number of steps: say how many (num_steps)")
+                raise ValueError(f"this {self.role} model takes any number of steps. Give the number (num_steps)")
             return own
         check_num_steps(num_steps)
         if own is not None and num_steps != own:
-            advice = "more steps do not make it better; use an earlier" if num_steps > own else "use a later"
+            advice = "More steps do not improve it; use an earlier" if num_steps > own else "Use a later"
             warnings.warn(
-                f"{num_steps} steps were asked of a model that was distilled for {own}: {advice} stage of the chain",
+                f"the model was distilled for num_steps {own}, not {num_steps}. {advice} stage of the chain",
                 HalfstepWarning,
                 stacklevel=3,
             )
         return num_steps
 
     def _computing(self, precision: str) -> torch.autocast:
-        """Make the network compute in this precision."""
+        """Return a context in which the network computes in this precision."""
         if precision not in ("float32", "bf16"):
             raise ValueError(f"precision must be float32 or bf16, got {precision!r}")
         return torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16")
 
     @torch.no_grad()
     def warm_up(self, others: Cond | None = None, precision: str = "float32") -> None:
-        """Call the network once: its first call is slower than all others, and must not be timed.
+        """Call the network once, because its first call is slower than all others and must not be timed.
 
         Args:
-            others: those of `manifest.conditions`, each `[1, ...]`.
-            precision: that of `sample`, which has calls of its own.
+            others: the conditions of `manifest.conditions`, each `[1, ...]`.
+            precision: the precision passed to `sample`; each precision has its own first call.
         """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", HalfstepWarning)
@@ -282,20 +282,20 @@ class Model(Denoiser):
         cond: Cond | None = None,
         precision: str = "float32",
     ) -> Tensor:
-        """Sample x0 `[len(seeds), *shape]`, on the CPU, each a function of its own seed.
+        """Return samples x0 `[len(seeds), *shape]` on the CPU, each a function of its own seed.
 
         Args:
-            seeds: one for each sample; one number is one sample.
-            num_steps: the model's own number if None.
-            sampler: the model's own if None.
-            class_label: one class for all, or one for each sample; classes in turn if None.
-            batch_size: samples drawn at once; if None, many on a GPU, and half as many whenever they do not fit.
-            guidance_scale: the model's own if None; 1 is no guidance.
+            seeds: one for each sample; a single number draws one sample.
+            num_steps: number of sampler steps; None uses the model's own.
+            sampler: None uses the model's own.
+            class_label: one class for all samples, or one for each; None cycles through the classes.
+            batch_size: samples drawn at once; None uses a large batch on a GPU, halved whenever it does not fit.
+            guidance_scale: None uses the model's own; 1 disables guidance.
             cond: the conditions of `manifest.conditions`, each `[len(seeds), ...]`.
-            precision: "float32", or "bf16" for networks that compute in bfloat16 between samples in float32.
+            precision: "float32", or "bf16" to run the network in bfloat16 with samples in float32.
 
         Raises:
-            ValueError: if the number of steps, the class, the scale, a condition or the precision is not possible.
+            ValueError: if the number of steps, the class, the scale, a condition or the precision is invalid.
         """
         seeds = as_seeds(seeds)
         steps, method = self.check_steps(num_steps), self.sampler if sampler is None else sampler
@@ -304,7 +304,7 @@ class Model(Denoiser):
             class_label = self._labels(class_label, len(seeds))
         warn_of_gain(self.process, self.denoiser.prediction, given=True)
         if any(part.training for part in self.modules()):
-            # Setting every part of a network again takes a millisecond.
+            # Only if needed, because setting every submodule takes a millisecond.
             self.eval()
         size = batch_size or samples_at_once(self.device)
         chunks: list[Tensor] = []

@@ -1,24 +1,24 @@
-"""The student and the teacher of a stage, made from the model of the previous stage."""
+"""The student and the teacher of a stage, created from the model of the previous stage."""
 
 from halfstep.core.denoiser import Denoiser, NetworkDenoiser
 from halfstep.nets import InHalf, LoRA, copy_denoiser, with_lora
 
 
 def start_student(teacher: Denoiser, lora_rank: int | None = None) -> Denoiser:
-    """Return a student with the teacher's weights: a copy, or additions of that rank to weights that both share.
+    """Return a student with the teacher's weights: a copy, or low-rank additions to weights that both share.
 
     Raises:
-        ValueError: if additions are wanted and the teacher has no network to add them to.
+        ValueError: if `lora_rank` is given and the teacher has no network for the additions.
     """
     if lora_rank is None or (isinstance(teacher, NetworkDenoiser) and isinstance(teacher.network, LoRA)):
         return copy_denoiser(teacher)
     if not isinstance(teacher, NetworkDenoiser):
-        raise ValueError(f"{type(teacher).__name__} has no network for low-rank additions: leave lora_rank out")
+        raise ValueError(f"{type(teacher).__name__} has no network for low-rank additions. Remove lora_rank")
     return NetworkDenoiser(with_lora(teacher.network, lora_rank), teacher.process, teacher.prediction)
 
 
 def in_precision(teacher: NetworkDenoiser, precision: str) -> NetworkDenoiser:
-    """Return the teacher itself for "float32", a copy in bfloat16 for "bf16"."""
+    """Return the teacher itself for "float32", or a copy in bfloat16 for "bf16"."""
     if precision == "float32":
         return teacher
     return NetworkDenoiser(InHalf(teacher.network), teacher.process, teacher.prediction)

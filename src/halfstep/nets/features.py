@@ -1,8 +1,8 @@
-"""The encoder half of a network: what a critic judges samples by.
+"""The encoder half of a network, which computes the features of a critic.
 
-A U-Net's half ends with its middle block; that of a transformer or a perceptron with the first half of its blocks. The
-decoder is not kept, so it costs neither memory nor time. `encoder_half` dispatches on the kind of network: register a
-function for one of your own with `encoder_half.register(MyNetwork)`.
+The encoder half of a U-Net ends with its middle block, that of a transformer or a perceptron with the first half of its
+blocks. The decoder is dropped, so it costs neither memory nor time. `encoder_half` dispatches on the class of the
+network. Register a function for your own network with `encoder_half.register(MyNetwork)`.
 """
 
 import functools
@@ -19,7 +19,7 @@ from halfstep.nets.stock import UNet2D
 
 
 class EncoderHalf(nn.Module, ABC):
-    """A callable (x_t, time, **cond) -> features `[batch, channels, ...]`, all of whose parameters take part."""
+    """A callable (x_t, time, **cond) -> features `[batch, channels, ...]` that uses all of its parameters."""
 
     channels: int
 
@@ -30,21 +30,21 @@ class EncoderHalf(nn.Module, ABC):
 
 @functools.singledispatch
 def encoder_half(network: Any) -> EncoderHalf:
-    """Return the encoder half of a network, which is taken apart: pass a copy.
+    """Return the encoder half of a network. The network is taken apart, so pass a copy.
 
     Raises:
-        ValueError: if no function is registered for networks of this kind.
+        ValueError: if no function is registered for networks of this class.
     """
     kind = type(network).__name__
     raise ValueError(
-        f"a critic needs the encoder half of the teacher, and that of a {kind} is unknown. Register a function that "
+        f"a critic needs the encoder half of the teacher, but that of a {kind} is unknown. Register a function that "
         f"returns it: halfstep.nets.encoder_half.register({kind})"
     )
 
 
 @final
 class _UNetHalf(EncoderHalf):
-    """diffusers' U-Net without what follows its middle block."""
+    """diffusers' U-Net up to and including its middle block."""
 
     def __init__(self, network: UNet2D | Replay) -> None:
         super().__init__()
@@ -58,13 +58,13 @@ class _UNetHalf(EncoderHalf):
 
 
 class _Reached(Exception):
-    """The last kept block has returned its features."""
+    """Raised when the last kept block has returned its features."""
 
 
 @final
 class _TransformerHalf(EncoderHalf):
-    """The first half of a transformer's blocks, of whichever kind; its features are their tokens, and those of the
-    text beside them if the blocks return both."""
+    """The first half of the blocks of any transformer. Its features are the tokens of the sample, and those of the text
+    if the blocks return both."""
 
     def __init__(self, network: Replay) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class _TransformerHalf(EncoderHalf):
         name, blocks = _blocks_of(network)
         setattr(network.model, name, _first_half(blocks))
         self._last = name
-        # Parts that the kept half does not use are found by a call, and are neither trained nor kept in memory.
+        # A call finds the parts that the kept half does not use. They are neither trained nor kept in memory.
         weight = next(network.parameters())
         cond = {
             node["name"]: torch.ones(1, *node["shape"], dtype=getattr(torch, node["dtype"])).to(weight.device)
@@ -113,12 +113,12 @@ class _TransformerHalf(EncoderHalf):
 
 
 def _blocks_of(network: Replay) -> tuple[str, nn.ModuleList]:
-    """The longest list of blocks of a transformer, and its name."""
+    """Return the name of the longest list of blocks of a transformer, and the list."""
     lists = [(name, part) for name, part in network.model.named_children() if isinstance(part, nn.ModuleList) and part]
     if not lists:
         raise ValueError(
-            f"a critic needs the encoder half of the teacher, and a {network.stock} has neither blocks up and down nor "
-            "a list of blocks"
+            f"a critic needs the encoder half of the teacher, but {network.stock} has neither down and up blocks nor a "
+            "list of blocks. Use another teacher or no critic"
         )
     return max(lists, key=lambda found: len(found[1]))
 
@@ -139,7 +139,7 @@ class _MLPHalf(EncoderHalf):
 
 
 def _first_half(blocks: nn.ModuleList) -> nn.ModuleList:
-    """Return the first half of the blocks, and at least one."""
+    """Return the first half of the blocks, at least one."""
     return blocks[: -(-len(blocks) // 2)]
 
 

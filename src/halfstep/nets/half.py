@@ -1,4 +1,4 @@
-"""A network that computes in half precision behind an interface in full."""
+"""A network that computes in half precision behind a full-precision interface."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -12,9 +12,9 @@ from halfstep.core.denoiser import GUIDANCE
 
 @final
 class InHalf(nn.Module):
-    """A bfloat16 copy of a frozen teacher: half the memory of its weights.
+    """A bfloat16 copy of a frozen teacher, with half the weight memory.
 
-    Times and guidance scales stay in float32, samples and other conditions are rounded; the output has x_t's dtype.
+    Times and guidance scales stay in float32; samples and other conditions are rounded. The output has x_t's dtype.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -23,7 +23,7 @@ class InHalf(nn.Module):
 
     @property
     def restores_norm(self) -> bool:
-        """As the network's own."""
+        """Whether guidance restores the norm of the output, as for the network."""
         return bool(getattr(self.network, "restores_norm", False))
 
     def forward(self, x_t: Tensor, time: Tensor, **cond: Tensor) -> Tensor:

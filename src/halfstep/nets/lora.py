@@ -1,9 +1,9 @@
-"""Low-rank additions to a network whose own weights stay as they are, for machines that cannot hold a full student.
+"""LoRA: low-rank additions to the frozen weights of a network, for machines without enough memory for a full student.
 
-A layer with weight W becomes W + B A, where A and B have `rank` rows and columns and B starts at 0. Teacher and student
-of a chain share W: copies of such a network differ in A and B alone.
+A layer with weight W becomes W + B A, where A has `rank` rows, B has `rank` columns and B starts at 0. Teacher and
+student of a chain share W, so copies of a network with LoRA differ only in A and B.
 
-Source: Hu et al. 2022, LoRA (arXiv:2106.09685); the layers are those of peft.
+Source: Hu et al. 2022, LoRA (arXiv:2106.09685). The layers are those of peft.
 """
 
 import copy
@@ -28,21 +28,21 @@ from halfstep.nets.replay import Replay
 from halfstep.nets.stock import StockNetwork
 
 TARGETS: Final = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
-"""Layers of transformers and attention blocks that get additions, by the ends of their names."""
+"""Suffixes of the names of the layers that get additions, in transformers and attention blocks."""
 
 
 @final
 @networks.register("lora")
 class LoRA(Network):
-    """A stock network with low-rank additions; only these are trained, saved and counted as its own.
+    """A diffusers network with low-rank additions, which alone are trained and saved.
 
     Args:
-        base: the network that they are added to, whose layers are replaced, or its description.
-        rank: of each addition.
-        targets: ends of the names of the layers.
+        base: the network to add to, or its description. Its layers are replaced.
+        rank: rank of each addition.
+        targets: suffixes of the names of the layers.
 
     Raises:
-        ValueError: if the package peft is missing, the network is not one of diffusers, or no layer is named so.
+        ValueError: if peft is not installed, the network is not from diffusers, or no layer name has these suffixes.
     """
 
     def __init__(self, base: Network | Mapping[str, Any], rank: int = 16, targets: Sequence[str] = TARGETS) -> None:
@@ -54,8 +54,8 @@ class LoRA(Network):
             raise ValueError("LoRA needs the package peft: pip install 'halfstep[lora]'") from None
         if not isinstance(base, StockNetwork):
             raise ValueError(
-                f"low-rank additions are made to networks of diffusers, and this is a {type(base).__name__}: train it "
-                "whole (leave --chain.lora-rank out)"
+                f"low-rank additions need a diffusers network, got the class {type(base).__name__}. Train it without "
+                "them (remove --chain.lora-rank)"
             )
         if rank < 1:
             raise ValueError(f"the rank must be at least 1, got {rank}")
@@ -66,9 +66,9 @@ class LoRA(Network):
             inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets)), base.model)
         except ValueError:
             names = ", ".join(targets)
-            raise ValueError(f"no layer of {base.stock} ends in {names}, so there is nothing to add to") from None
+            raise ValueError(f"no layer name of {base.stock} ends in {names}. Choose other targets") from None
         for _, parameter in self.own():
-            # peft gives them the dtype of their layer.
+            # peft creates them in the dtype of their layer.
             parameter.data = parameter.data.float()
 
     def arguments(self) -> dict[str, Any]:
@@ -79,35 +79,35 @@ class LoRA(Network):
 
     @property
     def restores_norm(self) -> bool:
-        """As the base's own."""
+        """Whether guidance restores the norm of the output, as for the base."""
         return bool(getattr(self.base, "restores_norm", False))
 
     def own(self) -> list[tuple[str, nn.Parameter]]:
-        """The additions, by name."""
+        """Return the low-rank additions by name."""
         return [(name, p) for name, p in self.named_parameters() if ".lora_" in name]
 
     def load_base(self, state: Mapping[str, Tensor]) -> None:
-        """Load the weights of the base from its own state.
+        """Load the weights of the base from the base's own state.
 
         Raises:
-            RuntimeError: if names or shapes do not fit.
+            RuntimeError: if names or shapes do not match.
         """
-        # peft moves a layer that it adds to into `base_layer`.
+        # peft moves each layer with an addition into `base_layer`.
         mine = {name.replace(".base_layer.", "."): name for name in packed_state(self)}
         load_packed(self, {mine.get(f"base.{name}", f"base.{name}"): value for name, value in state.items()})
 
 
 def with_lora(network: Network, rank: int, targets: Sequence[str] = TARGETS) -> LoRA:
-    """Return the network with additions that are still 0, sharing its weights."""
+    """Return the network with low-rank additions that are still 0, sharing its weights."""
     twin = copy.deepcopy(network, {id(p): p for p in network.parameters()} | shared_layers(network))
     with torch.random.fork_rng(devices=[]):
-        # A's random values depend on its shapes only.
+        # The random values of A depend only on its shapes.
         torch.manual_seed(0)
         return LoRA(twin, rank, targets)
 
 
 def share_base(network: nn.Module, lora: LoRA) -> None:
-    """Let `network` hold the weights of a LoRA's base wherever it has the same ones, so that memory holds them once."""
+    """Make `network` share all weights that equal those of a LoRA's base, so that they are in memory only once."""
 
     def plain(name: str) -> str:
         return name.replace(".base_layer.", ".").removeprefix("base.")
@@ -127,12 +127,12 @@ def share_base(network: nn.Module, lora: LoRA) -> None:
 
 
 def trainable(network: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Return the parameters that training changes, by name: all, or the additions of a `LoRA`."""
+    """Return the trainable parameters by name: all of them, or the additions of a `LoRA`."""
     return network.own() if isinstance(network, LoRA) else list(network.named_parameters())
 
 
 def own_state(network: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors that are saved: a network's state, or the additions of a `LoRA`."""
+    """Return the tensors to save: a network's state, or the additions of a `LoRA`."""
     if not isinstance(network, LoRA) and precision_of(network) != "float32":
         return packed_state(network)
     state = network.own() if isinstance(network, LoRA) else network.state_dict().items()
@@ -140,10 +140,10 @@ def own_state(network: nn.Module) -> dict[str, Tensor]:
 
 
 def load_own_state(network: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load what `own_state` returned.
+    """Load a result of `own_state`.
 
     Raises:
-        RuntimeError: if names or shapes do not fit.
+        RuntimeError: if names or shapes do not match.
     """
     if not isinstance(network, LoRA):
         if precision_of(network) == "float32":
@@ -153,12 +153,12 @@ def load_own_state(network: nn.Module, state: Mapping[str, Tensor]) -> None:
         return
     missing = {name for name, _ in network.own()} ^ set(state)
     if missing:
-        raise RuntimeError(f"the additions do not fit the network: {min(missing)}")
+        raise RuntimeError(f"the low-rank additions do not match the network: {min(missing)}")
     network.load_state_dict(state, strict=False)
 
 
 def bare(network: LoRA) -> LoRA:
-    """Return a copy without effect of its additions, which shares the frozen weights."""
+    """Return a copy with additions that have no effect; it shares the frozen weights."""
     twin = copy_network(network)
     with torch.no_grad():
         for name, parameter in trainable(twin):
@@ -169,7 +169,7 @@ def bare(network: LoRA) -> LoRA:
 
 
 def merged(network: nn.Module) -> nn.Module:
-    """A network of the base's kind, in float32, whose weights hold the additions of a `LoRA`; any other itself."""
+    """Return the base of a `LoRA` in float32 with the additions merged into it; any other network unchanged."""
     is_lowered = precision_of(network) != "float32"
     if not isinstance(network, LoRA) and not is_lowered:
         return network
@@ -185,39 +185,39 @@ def merged(network: nn.Module) -> nn.Module:
 
 
 def precision_of(network: nn.Module) -> BasePrecision:
-    """Return the precision of the frozen weights; float32 where all can be trained."""
+    """Return the precision of the frozen weights; float32 if all weights are trainable."""
     stock = network.base if isinstance(network, LoRA) else network
     return stock.precision if isinstance(stock, Replay) else "float32"
 
 
 def weight_bytes_of(network: nn.Module) -> int:
-    """Return the bytes of a network's weights, counted from their shapes."""
+    """Return the number of bytes of a network's weights, computed from their shapes."""
     stock = network.base if isinstance(network, LoRA) else network
     return weight_bytes(stock.model if isinstance(stock, StockNetwork) else stock, precision_of(network))
 
 
 def checkpoint_gradients(network: nn.Module) -> None:
-    """Make a network of diffusers recompute its activations in the backward pass instead of keeping them.
+    """Make a diffusers network recompute its activations in the backward pass instead of storing them.
 
     Raises:
-        ValueError: if it cannot.
+        ValueError: if the network does not support it.
     """
     stock = network.base if isinstance(network, LoRA) else network
     if not isinstance(stock, StockNetwork) or not getattr(stock.model, "_supports_gradient_checkpointing", False):
         raise ValueError(
-            f"a {type(stock).__name__} cannot compute its activations again: leave --engine.gradient-checkpointing out"
+            f"{type(stock).__name__} cannot recompute its activations. Remove --engine.gradient-checkpointing"
         )
     stock.model.enable_gradient_checkpointing()
 
 
 def checkpoints_gradients(network: nn.Module) -> bool:
-    """Whether `checkpoint_gradients` was called on the network, or on what it is a copy of."""
+    """Return whether `checkpoint_gradients` was called on the network, or on the network that it was copied from."""
     stock = network.base if isinstance(network, LoRA) else network
     return isinstance(stock, StockNetwork) and bool(stock.model.is_gradient_checkpointing)
 
 
 def copy_network(network: nn.Module) -> nn.Module:
-    """A copy whose trainable weights are its own; the frozen ones of a `LoRA` are shared."""
+    """Return a copy with its own trainable weights; the frozen weights of a `LoRA` are shared."""
     own = {id(parameter) for _, parameter in trainable(network)}
     shared = shared_layers(network)
     shared |= {id(parameter): parameter for parameter in network.parameters() if id(parameter) not in own}
@@ -228,7 +228,7 @@ def copy_network(network: nn.Module) -> nn.Module:
 
 
 def copy_denoiser(denoiser: Denoiser) -> Denoiser:
-    """Return a denoiser whose trainable weights are its own, for a student or a helper that starts from another."""
+    """Return a copy of a denoiser with its own trainable weights, for a student or a helper that starts from it."""
     if isinstance(denoiser, NetworkDenoiser):
         return NetworkDenoiser(copy_network(denoiser.network), denoiser.process, denoiser.prediction)
     return copy.deepcopy(denoiser).requires_grad_(True)

@@ -1,8 +1,8 @@
-"""Frozen weights in fewer bits, under low-rank additions.
+"""Quantised frozen weights, for networks with low-rank additions.
 
-Linear layers become those of bitsandbytes or torchao that diffusers' `BitsAndBytesConfig` and `TorchAoConfig` make; all
-other weights are stored in bfloat16, except those that their class keeps in float32. The network computes in bfloat16.
-Weights are always quantised on the CPU, so that a network is the same function on every device.
+Linear layers are replaced by those of bitsandbytes or torchao, as diffusers' `BitsAndBytesConfig` and `TorchAoConfig`
+do. All other weights are stored in bfloat16, except those that their class keeps in float32. The network computes in
+bfloat16. Weights are always quantised on the CPU, so that a network computes the same function on every device.
 """
 
 from collections.abc import Mapping
@@ -12,43 +12,43 @@ import torch
 from torch import Tensor, nn
 
 BasePrecision = Literal["float32", "bf16", "int8", "nf4", "int8wo"]
-"""bf16; 8 or 4 bits of bitsandbytes; 8 bits of torchao, in which only weights are rounded."""
+"""bf16; bitsandbytes with 8 or 4 bits; torchao with 8-bit weights only."""
 BASE_PRECISIONS: Final[tuple[str, ...]] = get_args(BasePrecision)
 PACKAGES: Final = {"int8": "bitsandbytes", "nf4": "bitsandbytes", "int8wo": "torchao"}
-"""The packages of the layers."""
+"""The packages that provide the layers."""
 CONFIGS: Final = {
     "int8": "BitsAndBytesConfig(load_in_8bit=True)",
     "nf4": 'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)',
     "int8wo": "TorchAoConfig(Int8WeightOnlyConfig())",
 }
-"""Names of these precisions in diffusers."""
+"""The diffusers configs of these precisions."""
 BLOCK: Final = 64
-"""Weights that share a scale in 4 bits."""
+"""Number of 4-bit weights that share a scale."""
 
 
 def quantised(module: nn.Module) -> bool:
-    """Return whether a module is a linear layer in fewer bits."""
+    """Return whether a module is a quantised linear layer."""
     return isinstance(module, nn.Linear) and type(module.weight).__module__.partition(".")[0] in PACKAGES.values()
 
 
 def same_layer(one: nn.Module, other: nn.Module) -> bool:
-    """Return whether two quantised layers hold the same weights."""
+    """Return whether two quantised layers have equal weights."""
     return all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(_parts(one), _parts(other), strict=True))
 
 
 def shared_layers(network: nn.Module) -> dict[int, Any]:
-    """Return the quantised layers by id, for the memo of a copy: they are frozen, and memory holds them once."""
+    """Return the quantised layers by id, for the memo of a copy. They are frozen, so copies share them."""
     return {id(module): module for module in network.modules() if quantised(module)}
 
 
 def lower(model: Any, precision: str) -> None:
-    """Store the weights of a stock module in a precision, in place; low-rank additions stay as they are.
+    """Store the weights of a stock module in a precision, in place; low-rank additions are unchanged.
 
-    Tensors are replaced, not changed: another module that held them keeps them. On the meta device, linear layers
-    become bfloat16 too.
+    Tensors are replaced, not changed, so other modules that share them keep the old values. On the meta device, linear
+    layers become bfloat16 too.
 
     Raises:
-        ValueError: if the package of the precision is missing.
+        ValueError: if the package for the precision is missing.
     """
     if precision == "float32":
         return
@@ -87,7 +87,7 @@ def _quantised(layer: nn.Linear, precision: str) -> nn.Linear:
             if precision == "nf4":
                 kind = {"quant_type": "nf4", "compress_statistics": False}
                 made = bnb.Linear4bit(*size, bias=False, compute_dtype=torch.bfloat16, device="meta", **kind)
-                # Without gradients it would pack its codes for the CPU, in place, and not those of narrow layers.
+                # Without gradients, bitsandbytes would repack the codes for the CPU in place, except in narrow layers.
                 made.support_avx512bf16_for_cpu = False
                 made.weight = bnb.Params4bit(weight, requires_grad=False, module=made, **kind).to("cpu")
             else:
@@ -102,7 +102,7 @@ def _quantised(layer: nn.Linear, precision: str) -> nn.Linear:
 
 
 def _parts(layer: Any) -> tuple[Tensor, Tensor]:
-    """Return the codes and the scales of a quantised layer, which are its memory."""
+    """Return the codes and the scales of a quantised layer, which are all that it stores."""
     weight = layer.weight
     if hasattr(layer, "state"):
         return weight.data, layer.state.SCB
@@ -112,7 +112,7 @@ def _parts(layer: Any) -> tuple[Tensor, Tensor]:
 
 
 def packed_state(network: nn.Module) -> dict[str, Tensor]:
-    """Return a network's state, with codes (`weight`) and scales (`scale`) of its quantised layers."""
+    """Return a network's state, with the codes (`weight`) and scales (`scale`) of its quantised layers."""
     found: dict[str, Tensor] = {}
     for path, module in network.named_modules():
         held = {**module._parameters, **module._buffers}
@@ -127,20 +127,20 @@ def packed_state(network: nn.Module) -> dict[str, Tensor]:
 
 
 def load_packed(network: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load what `packed_state` returned, except low-rank additions.
+    """Load a result of `packed_state`, except low-rank additions.
 
     Raises:
-        RuntimeError: if names or shapes do not fit.
+        RuntimeError: if names or shapes do not match.
     """
     own = {name: value for name, value in packed_state(network).items() if ".lora_" not in name}
     for name in sorted(own.keys() | state.keys()):
         if name not in own or name not in state or own[name].shape != state[name].shape:
-            raise RuntimeError(f"{name} is missing, has no place or has another shape")
+            raise RuntimeError(f"{name} is missing, unexpected or of another shape")
         own[name].copy_(state[name])
 
 
 def settle(model: nn.Module) -> None:
-    """Let the layers of 8 bits find their weights after a move to another device; theirs do not by themselves."""
+    """Update the 8-bit layers after a move to another device, because they do not track their weights themselves."""
     layers: list[Any] = [module for module in model.modules() if quantised(module) and hasattr(module, "state")]
     for layer in layers:
         layer.weight.CB = layer.weight.SCB = None
@@ -148,7 +148,7 @@ def settle(model: nn.Module) -> None:
 
 
 def restore(model: Any) -> None:
-    """Store the weights of a stock module in float32 again, in place, as what they stand for."""
+    """Dequantise the weights of a stock module to float32, in place."""
     for name, module in list(model.named_modules()):
         if quantised(module):
             made = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
@@ -170,7 +170,7 @@ def _restored(layer: Any) -> Tensor:
 
 
 def weight_bytes(model: Any, precision: str) -> int:
-    """Return the bytes of a stock module's weights in a precision, from their shapes alone."""
+    """Return the number of bytes of a stock module's weights in a precision, from their shapes alone."""
     linear = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     total = 0
     for name, value in model.named_parameters():

@@ -14,16 +14,16 @@ from halfstep.nets.base import Network, networks
 @final
 @networks.register("mlp")
 class MLP(Network):
-    """Residual blocks on the flattened sample, each shifted by an embedding of time and, if there is one, of the class.
+    """Residual blocks on the flattened sample, each shifted by an embedding of the time and of the class, if any.
 
     Args:
-        shape: of one sample, `[*dims]`.
-        width: of the hidden layers.
+        shape: shape of one sample, `[*dims]`.
+        width: width of the hidden layers.
         depth: number of residual blocks.
-        channels: outputs for each entry of a sample (`Prediction.channels`).
-        num_classes: 0 for an unconditional network.
-        dropout: probability inside the blocks.
-        guided: whether the network takes a guidance scale, as distilled ones do.
+        channels: number of outputs for each entry of a sample (`Prediction.channels`).
+        num_classes: number of classes; 0 for an unconditional network.
+        dropout: dropout probability inside the blocks.
+        guided: whether the network takes a guidance scale, as distilled networks do.
         cond_width: width of the condition `observation`; 0 for none.
     """
 
@@ -86,7 +86,7 @@ class MLP(Network):
             observation: `[batch, cond_width]`.
 
         Raises:
-            ValueError: if a condition is given to a network that takes none, or missing for one that does.
+            ValueError: if a condition is passed to a network that does not take it, or is missing for one that does.
         """
         hidden = self.hidden(x_t, time, class_labels, guidance_scale, observation)
         return self.leave(hidden).reshape(x_t.shape[0], x_t.shape[1] * self.channels, *x_t.shape[2:])
@@ -113,7 +113,7 @@ class MLP(Network):
         if self.label is not None:
             signal = signal + self.label(class_labels)
         if self.scale is not None and guidance_scale is not None:
-            # Scales of 1 to 10 fill the range of frequencies that times of 0 to 1 do.
+            # Scales from 1 to 10 then cover the range of frequencies that times from 0 to 1 do.
             signal = signal + self.scale(self._sinusoids(guidance_scale.to(time) / 10))
         if self.observed is not None:
             signal = signal + self.observed(observation)
@@ -125,5 +125,5 @@ class MLP(Network):
 
     def _sinusoids(self, numbers: Tensor) -> Tensor:
         angles = numbers[:, None] * self.frequencies.to(numbers)
-        # Angles need the precision of the times; what follows may compute in half of it.
+        # Angles need the precision of the times; the layers after this may compute in half precision.
         return torch.cat([torch.sin(angles), torch.cos(angles)], dim=1).to(self.time.weight.dtype)

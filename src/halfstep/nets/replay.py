@@ -1,4 +1,4 @@
-"""A network of diffusers, called as its own pipeline called it: the recorded call with the batch's own values put in.
+"""A diffusers network, called as its own pipeline called it: the recorded call with the values of the batch.
 
 The call is a tree of nodes, JSON-ready. A node is one argument of the stock module's `forward`, or a part of one:
 
@@ -8,10 +8,10 @@ The call is a tree of nodes, JSON-ready. A node is one argument of the stock mod
     {"is": "constant", "name": ..., ...}        a tensor without a batch axis, or with "rows" one for every sample
     {"is": "repeat", "item": node}              a list with the item for every sample
     {"is": "guidance", "factor": ..., ...}      the guidance scale, a scalar input
-    {"is": "embedding", "width": ..., ...}      the guidance scale in sinusoids, as latent consistency models take it
+    {"is": "embedding", "width": ..., ...}      the guidance scale as sinusoids, as in latent consistency models
     {"is": "dict" | "list" | "tuple", "items": ...}, {"is": "value", "value": ...}
 
-hub/recording.py makes it.
+hub/recording.py records it.
 """
 
 import math
@@ -31,11 +31,11 @@ from halfstep.nets.stock import StockNetwork
 Node = Mapping[str, Any]
 """An argument of a recorded call; see the module."""
 LENGTH: Final = ".length"
-"""End of the name of the condition with the lengths of another, whose tail is padding."""
+"""Suffix of the name of the condition that contains the unpadded lengths of another condition."""
 
 
 def nodes_of(call: Node, kind: str) -> Iterator[Node]:
-    """Yield the nodes of a kind in a recorded call."""
+    """Yield all nodes of a kind in a recorded call."""
     if call["is"] == kind:
         yield call
     items = call.get("items", ())
@@ -45,7 +45,7 @@ def nodes_of(call: Node, kind: str) -> Iterator[Node]:
 
 @final
 class Constants(nn.Module):
-    """Tensors that keep their dtype: positions and sizes are wrong in half precision."""
+    """Tensors that keep their dtype, because positions and sizes would be wrong in half precision."""
 
     def __init__(self, call: Node) -> None:
         super().__init__()
@@ -62,17 +62,17 @@ class Constants(nn.Module):
 @final
 @networks.register("replay")
 class Replay(StockNetwork):
-    """Any network of diffusers, with the arguments that its pipeline was seen to call it with.
+    """Any diffusers network, with the arguments that were recorded from its pipeline.
 
-    It takes `guidance_scale` `[batch]` where the recorded call has an input for it, and else uses the recorded scale.
+    It takes `guidance_scale` `[batch]` if the recorded call has an input for it, and otherwise uses the recorded scale.
 
     Args:
-        call: what the stock module is called with, a node for each argument.
+        call: arguments of the stock module, a node for each.
         clock: {"of": "u", "sigma" or "angle", "scale": a, "offset": b}: the module's time is a g + b, where g is t,
             sigma(t), or the angle of (alpha, sigma) in quarter turns, on "process" (its description).
-        output: {"sign": 1 or -1, "part": which channels of its output count: "all", "first" or "last"}, and whether
+        output: {"sign": 1 or -1, "part": the channels of its output to use: "all", "first" or "last"}, and whether
             guidance restores its norm ("restores_norm").
-        precision: how its weights are stored (see nets/lowered.py); all but float32 freeze them.
+        precision: storage precision of its weights (see nets/lowered.py); all but float32 freeze them.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Replay(StockNetwork):
         self.precision = precision
 
     def restore(self) -> None:
-        """Store the weights in float32 again, as what they stand for."""
+        """Dequantise the weights to float32."""
         restore(self.model)
         self.precision = "float32"
 
@@ -122,7 +122,7 @@ class Replay(StockNetwork):
 
     @property
     def restores_norm(self) -> bool:
-        """Whether guidance gives the output the norm that it has with conditions."""
+        """Whether guidance rescales the output to the norm that it has with conditions."""
         return bool(self.output.get("restores_norm", False))
 
     def timestep(self, time: Tensor) -> Tensor:
@@ -141,14 +141,14 @@ class Replay(StockNetwork):
         """Return the prediction, shaped as `x_t` `[batch, *dims]`, at times in [0, 1] `[batch]`.
 
         Raises:
-            ValueError: if a condition of the call is missing, or another is given.
+            ValueError: if a condition of the call is missing, or an unexpected one is passed.
         """
         if self.precision == "float32":
             return self._read(self.raw(x_t, time, **cond), x_t)
         return called_in_half(lambda x_t, time, **cond: self._read(self.raw(x_t, time, **cond), x_t), x_t, time, cond)
 
     def _read(self, output: Tensor, x_t: Tensor) -> Tensor:
-        """Return what counts of the stock module's output."""
+        """Return the used part of the stock module's output."""
         wanted = x_t.shape[1] if x_t.ndim > 1 else 1
         if self.output["part"] != "all":
             output = output[:, :wanted] if self.output["part"] == "first" else output[:, -wanted:]

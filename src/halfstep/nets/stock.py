@@ -1,8 +1,8 @@
-"""diffusers' own networks as ours: what they share, and the U-Net of images.
+"""diffusers' own networks as halfstep networks: the common base class, and the U-Net for images.
 
-Each is built from its class's config and holds the stock module under the name `model`, so export is a copy of weights.
-On a table of T noise levels time t becomes the timestep T t - 1 of its scheduler. New networks have a power of two for
-T, so that the times i / N of every power-of-two grid with N <= T are whole timesteps.
+Each is built from its class's config and stores the stock module as `model`, so an export only copies weights. On a
+table of T noise levels, time t becomes the timestep T t - 1 of its scheduler. T is a power of two for new networks, so
+the times i / N of every power-of-two grid with N <= T are whole timesteps.
 """
 
 from abc import abstractmethod
@@ -16,7 +16,7 @@ from halfstep.nets.base import Network, networks
 
 
 class StockNetwork(Network):
-    """A module of diffusers, callable as (x_t, time, **cond).
+    """A diffusers module, callable as (x_t, time, **cond).
 
     Args:
         stock: name of the class in diffusers.
@@ -31,7 +31,7 @@ class StockNetwork(Network):
         super().__init__()
         if num_train_timesteps < 1:
             raise ValueError(f"num_train_timesteps must be at least 1, got {num_train_timesteps}")
-        # Importing diffusers takes seconds, which those who use other networks need not wait.
+        # Imported here, because importing diffusers takes seconds and other networks do not need it.
         import diffusers
 
         self.stock = stock
@@ -41,17 +41,18 @@ class StockNetwork(Network):
 
     @final
     def hold(self, model: Any) -> None:
-        """Take a stock module instead of the present one."""
+        """Replace the current stock module."""
         self.model = model
         for part in model.modules():
             if hasattr(part, "dropout_prob"):
-                # DiT drops labels in training, and on dropped ones a student loses the guidance that it has learned.
+                # DiT drops labels in training, and a student would lose its learned guidance on dropped labels.
                 part.dropout_prob = 0.0
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Every move to a device calls this: on a GPU it stores convolution weights with channels last.
+        """Store convolution weights channels-last after a move to a GPU; every move to a device calls this.
 
-        On the CPU that costs up to half as much again in bfloat16, and some percent in float32 (benchmarks/step.py).
+        On the CPU, channels-last takes up to 50 % more time in bfloat16, and a few percent more in float32
+        (benchmarks/step.py).
         """
         super()._apply(fn, recurse)
         if next(self.parameters()).device.type == "cuda":
@@ -64,7 +65,7 @@ class StockNetwork(Network):
 
     @abstractmethod
     def on_table(self, num_train_timesteps: int) -> dict[str, Any]:
-        """Return the changed arguments of this network on the clock T t - 1."""
+        """Return the arguments of this network that change on the clock T t - 1."""
 
 
 @final
@@ -72,14 +73,14 @@ class StockNetwork(Network):
 class UNet2D(StockNetwork):
     """`UNet2DModel`, for images; class labels are accepted if the config has `num_class_embeds`.
 
-    Its timestep is T u - 1, where u goes over `clock_range`.
+    Its timestep is T u - 1, where u runs through `clock_range`.
 
     Args:
-        clock_range: where the network's clock u stands at t = 0 and at t = 1, for imported networks that were trained
-            on another.
+        clock_range: the network's clock u at t = 0 and at t = 1, for imported networks that were trained on another
+            clock.
 
     Raises:
-        ValueError: if T is not at least 1 or the clock does not run forwards.
+        ValueError: if T is not at least 1 or `clock_range` does not increase.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class UNet2D(StockNetwork):
     ) -> None:
         first, last = clock_range
         if not first < last:
-            raise ValueError(f"clock_range must rise from t = 0 to t = 1, got {first} and {last}")
+            raise ValueError(f"clock_range must increase from t = 0 to t = 1, got {first} and {last}")
         super().__init__("UNet2DModel", config, num_train_timesteps)
         self.clock_range = (float(first), float(last))
 
@@ -109,7 +110,7 @@ class UNet2D(StockNetwork):
         return {"num_train_timesteps": num_train_timesteps, "clock_range": (0.0, 1.0)}
 
     def forward(self, x_t: Tensor, time: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """The network's output `[batch, out_channels, h, w]` for images `x_t` at times in [0, 1] `[batch]`."""
+        """Return the network's output `[batch, out_channels, h, w]` for images `x_t` at times in [0, 1] `[batch]`."""
         return self.raw(x_t, time, class_labels=class_labels)
 
     def raw(self, x_t: Tensor, time: Tensor, class_labels: Tensor | None = None) -> Tensor:
@@ -136,9 +137,9 @@ def unet2d_config(
     freq_shift: int = 0,
     num_classes: int = 0,
 ) -> dict[str, Any]:
-    """The arguments of `diffusers.UNet2DModel` for a network that is told level by level, as `recipes.UNetConfig` is.
+    """Return the arguments of `diffusers.UNet2DModel` for a network described by level, as in `recipes.UNetConfig`.
 
-    A level without attention changes resolution by a residual block of its own kind where `resample` is "resnet".
+    If `resample` is "resnet", a level without attention changes resolution with a special residual block.
     """
     plain_down, plain_up = "DownBlock2D", "UpBlock2D"
     if resample == "resnet":
@@ -156,7 +157,7 @@ def unet2d_config(
         "add_attention": mid_attention,
         "attention_head_dim": attention_head_dim,
         "norm_num_groups": norm_num_groups,
-        # Left out, it is the default of another block, and the middle's attention silently loses its norm.
+        # Without this, diffusers uses the default of another block, and the middle attention silently loses its norm.
         "attn_norm_num_groups": norm_num_groups,
         "norm_eps": norm_eps,
         "time_embedding_dim": time_embedding_dim,

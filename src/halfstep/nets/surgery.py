@@ -1,7 +1,7 @@
-"""A student's network made from its teacher's: the same weights behind another clock or with one more input.
+"""A student's network built from its teacher's: the same weights with another clock or an additional input.
 
-New parts start without effect (a guidance scale) or as close to the old network as its weights allow (another clock);
-the matching stage learns the rest.
+New parts start with no effect (a guidance scale) or as close to the old network as its weights allow (another clock).
+The matching stage learns the rest.
 """
 
 from collections.abc import Callable
@@ -22,12 +22,12 @@ GUIDANCE_WIDTH = 256
 
 SMALLEST_DIRECTION = 1e-2
 """Share of the largest singular value below which a direction of the sinusoids is not fitted. The slow sinusoids are
-nearly alike: fitting them to the last bit takes weights of 1e6 that cancel to 0.1 in float32, and lowers the error of
-the fit by less than a tenth."""
+nearly equal. An exact fit would need weights of 1e6 that cancel to 0.1 in float32, and would reduce the error of the
+fit by less than a tenth."""
 
 
 def takes_guidance(network: nn.Module) -> bool:
-    """Whether the network has an input for a guidance scale."""
+    """Return whether the network has an input for a guidance scale."""
     if isinstance(network, LoRA):
         network = network.base
     if isinstance(network, MLP):
@@ -36,10 +36,10 @@ def takes_guidance(network: nn.Module) -> bool:
 
 
 def with_guidance(network: nn.Module) -> Network:
-    """Return a network that also takes `guidance_scale`, which changes nothing until it is trained.
+    """Return a network that also takes `guidance_scale`, which has no effect until it is trained.
 
     Raises:
-        ValueError: if networks of this kind have no such input.
+        ValueError: if networks of this class cannot have this input.
     """
     if isinstance(network, MLP):
         changes: dict[str, Any] = {"guided": True}
@@ -51,7 +51,7 @@ def with_guidance(network: nn.Module) -> Network:
         }
     else:
         raise ValueError(
-            f"a range of guidance scales needs a network with an input for the scale, and {_name(network)} has none. "
+            f"a range of guidance scales needs a network with an input for the scale, but {_name(network)} has none. "
             "Distil one fixed scale (a guidance scale instead of a range)"
         )
     grown = build_network(describe_network(network) | changes)
@@ -61,24 +61,24 @@ def with_guidance(network: nn.Module) -> Network:
 
 
 def has_movable_clock(network: nn.Module) -> bool:
-    """Whether `on_clock` can carry the network over to another process: it embeds the timesteps of a table."""
+    """Return whether `on_clock` can convert the network to another process: if it embeds the timesteps of a table."""
     if isinstance(network, Replay) and network.clock["of"] != "u":
         return False
     return isinstance(network, StockNetwork) and hasattr(network.model, "time_embedding")
 
 
 def on_clock(network: nn.Module, times: Callable[[Tensor], Tensor], num_train_timesteps: int) -> Network:
-    """A network whose timestep k of T means what the old network's time `times((k + 1) / T)` meant.
+    """Return a network whose timestep k of T corresponds to the old network's time `times((k + 1) / T)`.
 
-    The first linear layer of its time embedding is fitted, by least squares over all T timesteps, to return for the
-    new timestep what it returned for the old one. Directions in which the sinusoids hardly vary are left out
-    (`SMALLEST_DIRECTION`), so that the layer's weights stay as large as those of a trained one.
+    The first linear layer of its time embedding is fitted, by least squares over all T timesteps, to return the same
+    output for the new timestep as for the old one. Directions in which the sinusoids hardly vary are ignored
+    (`SMALLEST_DIRECTION`), so that the layer's weights have the size of trained ones.
 
     Raises:
-        ValueError: if networks of this kind have no clock of timesteps.
+        ValueError: if networks of this class have no clock of timesteps.
     """
     if not isinstance(network, StockNetwork) or not has_movable_clock(network):
-        raise ValueError(f"{_name(network)} has no table of timesteps that could be replaced: keep its own process")
+        raise ValueError(f"{_name(network)} has no table of timesteps to replace. Keep its own process")
     moved = build_network(describe_network(network) | network.on_table(num_train_timesteps))
     moved.load_state_dict(network.state_dict())
     assert isinstance(moved, StockNetwork)
@@ -98,9 +98,9 @@ def on_clock(network: nn.Module, times: Callable[[Tensor], Tensor], num_train_ti
 
 @final
 class OnProcess(nn.Module):
-    """A network of one's own, called at the time of its own process that has the log-SNR of another's.
+    """A custom network on another process: called at the time at which its own process has the same log-SNR.
 
-    Its input is scaled to the amplitudes of its own process, as `Reprocessed` does for a denoiser.
+    Its input is scaled to the amplitudes of its own process, as in `Reprocessed`.
     """
 
     def __init__(self, network: Callable[..., Tensor], own: NoiseProcess, process: NoiseProcess) -> None:

@@ -1,21 +1,21 @@
-"""An adversarial term: a critic judges the landing points of a student's steps beside data with as much noise.
+"""An adversarial term: a critic separates the landing points of a student's steps from equally noisy data.
 
-With y the landing point with noise up to the level tau (`landing_points`), y+ data with noise of the same level, D the
-critic, and one turn each:
+Let y be the landing point with noise up to the level tau (`landing_points`), y+ data with noise of the same level and D
+the critic. Critic and student take one turn each:
 
     critic:    softplus(-D(y+)) + softplus(D(y)) + gamma / 2 (D(y+ + delta n) - D(y+))^2 / delta^2
     student:   its own loss + weight softplus(-D(y))
 
-The last term of the critic's turn is, in expectation over the unit normal n, gamma / 2 |grad D(y+)|^2 up to the order
-of delta^2: the penalty R1 without a second derivative. Only the laws of y and y+ enter, so both may come from one
-sample of the batch. Both have its conditions, which the critic is given.
+The expectation of the critic's last term over the unit normal n is gamma / 2 |grad D(y+)|^2 up to order delta^2. This
+is the R1 penalty without a second derivative. Only the distributions of y and y+ matter, so both may come from the same
+sample of the batch. Both have that sample's conditions, which are also an input of the critic.
 
-The critic is the encoder half of a copy of the teacher with a small head on its deepest features. The head starts at 0:
-a fresh critic pushes nowhere. In the first updates it learns and the student does not listen to it.
+The critic is the encoder half of a copy of the teacher with a small head on its deepest features. The head starts at 0,
+so a fresh critic has no effect. During the first updates the critic learns and the student ignores it.
 
 Source: the non-saturating loss, Goodfellow et al. 2014 (arXiv:1406.2661); R1, Mescheder et al. 2018 (arXiv:1801.04406);
-noise on both, Wang et al. 2022 (arXiv:2206.02262); a critic made from the teacher, Lin et al. 2024 (arXiv:2402.13929).
-The form on the landing points is halfstep's own.
+noise on both, Wang et al. 2022 (arXiv:2206.02262); a critic built from the teacher, Lin et al. 2024 (arXiv:2402.13929).
+The use of the landing points is halfstep's own.
 """
 
 import math
@@ -56,11 +56,11 @@ CRITIC: Final = "critic"
 
 @final
 class Critic(nn.Module):
-    """A judge of noisy samples: (y, tau, cond) -> one number for each, large for data.
+    """A discriminator of noisy samples: (y, tau, cond) -> one number for each, large for data.
 
     Args:
-        encoder: the network whose features are judged.
-        takes_guidance: whether it has an input for the guidance scale; else that condition is left out.
+        encoder: the network that computes the features.
+        takes_guidance: whether it has an input for the guidance scale; if not, that condition is dropped.
     """
 
     def __init__(self, encoder: EncoderHalf, takes_guidance: bool = False) -> None:
@@ -84,12 +84,12 @@ class Critic(nn.Module):
 
 
 def critic_of(models: Models) -> Critic:
-    """Return a trainable critic made from the teacher, in float32 and without its guidance.
+    """Return a trainable critic built from the teacher, in float32 and without its guidance.
 
-    It holds weights of its own, those of a LoRA student's base included.
+    It shares no weights, not even the base of a LoRA student.
 
     Raises:
-        ValueError: if there is no teacher, or the encoder half of its network is unknown.
+        ValueError: if no teacher exists, or the encoder half of its network is unknown.
     """
     twin: Denoiser = auxiliary_denoiser(models)
     network = twin.network if isinstance(twin, NetworkDenoiser) else twin
@@ -101,9 +101,11 @@ def critic_of(models: Models) -> Critic:
 @objectives.register("adversarial")
 @dataclass(frozen=True)
 class Adversarial(Objective):
-    """Another objective with an adversarial term on the landing points of its student's steps.
+    """A wrapper that adds an adversarial term on the landing points of the student's steps to another objective.
 
-    Everything else is the other's: its turns, their random numbers, and what comes out.
+    The other objective still determines its turns, their random numbers and the outcome.
+
+    Source: Goodfellow et al. 2014 (arXiv:1406.2661) for the loss; Lin et al. 2024 (arXiv:2402.13929) for the critic.
 
     Raises:
         ValueError: if the student of the objective takes no steps of its own, or a setting is out of range.
@@ -111,15 +113,15 @@ class Adversarial(Objective):
 
     objective: Objective
     weight: float = 0.1
-    """Weight of the term beside the objective's own loss."""
+    """Weight of the adversarial term, relative to the objective's own loss."""
     rate: float = 4.0
-    """Learning rate of the critic, constant, over the student's peak rate."""
+    """Constant learning rate of the critic, relative to the student's peak rate."""
     gamma: float = 1.0
-    """Weight of the critic's squared gradient at data; 0 disables."""
+    """Weight of the critic's squared gradient at data; 0 disables it."""
     delta: float = 0.1
-    """Size of the change of a sample by which that gradient is found."""
+    """Size of the perturbation that estimates this gradient."""
     lead_updates: int = 60
-    """First updates, in which the critic learns and the student has its own loss alone."""
+    """Number of updates at the start in which the student ignores the critic."""
     needs_teacher: ClassVar[bool] = True
     loss_falls: ClassVar[bool] = False
 
@@ -127,7 +129,7 @@ class Adversarial(Objective):
         if not isinstance(self.objective, StepObjective):
             known = ", ".join(name for name, kind in objectives.items() if issubclass(kind, StepObjective))
             raise ValueError(
-                f"an adversarial term needs a student that takes steps of its own, and that of "
+                "an adversarial term needs a student that takes steps of its own. The student of "
                 f"{type(self.objective).__name__} does not. Choose one of {known}"
             )
         check_whole("lead_updates", self.lead_updates, 0)
@@ -144,7 +146,7 @@ class Adversarial(Objective):
 
     @property
     def label(self) -> str:
-        """The other's, with what was added."""
+        """Name of the other objective, with the suffix "-critic"."""
         return f"{self.objective.label}-critic"
 
     @property
@@ -188,7 +190,7 @@ class Adversarial(Objective):
         )
 
     def turns(self, update: int) -> tuple[Turn, ...]:
-        # The critic comes last, so that the objective's own turns keep their places and with them their random numbers.
+        # The critic comes last, so that the objective's own turns keep their places and thus their random numbers.
         own, learning = self.objective.turns(update), Turn(CRITIC, self.critic_loss)
         if update >= self.lead_updates:
             own = tuple(Turn(STUDENT, self.loss) if turn.trains == STUDENT else turn for turn in own)
@@ -219,7 +221,7 @@ class Adversarial(Objective):
         shown = [real, landing.y]
         if self.gamma:
             shown.append(real + self.delta * draw.normal("critic_change", real.shape[1:]).to(real))
-        # One call for all, as DDP and FSDP2 expect of a network that is trained.
+        # One call for all samples, because DDP and FSDP2 expect a single call of each trained network.
         count = len(shown)
         cond = {name: torch.cat([value] * count) for name, value in step.cond.items()}
         found = models.helpers[CRITIC](torch.cat(shown), landing.tau.repeat(count), cond).chunk(count)

@@ -1,4 +1,4 @@
-"""The auxiliary denoiser of a game between two players: trained on the student's samples, started from the teacher."""
+"""The auxiliary denoiser, which starts from the teacher and is trained on the student's samples."""
 
 import copy
 from typing import Any, Final
@@ -25,20 +25,20 @@ AUXILIARY: Final = "auxiliary"
 def auxiliary_denoiser(models: Models) -> Denoiser:
     """Return a trainable denoiser that starts as the teacher without guidance.
 
-    It is a copy in float32, whatever the precision of the teacher, and takes a guidance scale, which changes nothing
-    yet, if the student does. For a LoRA student it is a second set of additions to the student's own base, those of the
-    teacher or 0, so that memory holds one base. Any other denoiser of one's own is copied as it is.
+    It is a float32 copy of the teacher, whatever the teacher's precision. If the student has an input for the guidance
+    scale, the copy has one too, with no effect at first. For a LoRA student it is a second adapter on the student's own
+    base, equal to the teacher's adapter or to 0, so only one base is in memory. A custom denoiser is copied as it is.
 
     Raises:
-        ValueError: if there is no teacher, or its network has no input for the student's guidance scale.
+        ValueError: if no teacher exists, or its network has no input for the student's guidance scale.
     """
     if models.teacher is None:
-        raise ValueError("an auxiliary denoiser starts as the teacher, and there is none")
+        raise ValueError("an auxiliary denoiser starts as a copy of the teacher, but no teacher exists. Pass one")
     return _copied(models.teacher, models.student)
 
 
 def _copied(teacher: Denoiser, student: Denoiser) -> Denoiser:
-    """Return a trainable copy of the teacher without its guidance, on the process on which it is seen."""
+    """Return a trainable copy of the teacher without its guidance, on the process of its view."""
     if isinstance(teacher, Guided):
         return _copied(teacher.denoiser, student)
     if isinstance(teacher, Reprocessed):

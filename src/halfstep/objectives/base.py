@@ -1,11 +1,11 @@
 """The interface of an objective, and the one loss that teacher training and distillation share.
 
-An objective says what is trained, in which turns, against which loss, and what the result is. It knows nothing of
-devices and files. `Training` declares the hyperparameters of one optimiser, once: stages, helpers, recipes, the Python
-API and the command line take it, and its docstrings are the help texts of the flags.
+An objective defines what is trained, in which turns, against which loss, and what the result is. It does not depend on
+devices and files. `Training` declares the hyperparameters of one optimiser in one place: stages, helpers, recipes, the
+Python API and the command line use it, and its docstrings are the help texts of the flags.
 
-The shared loss of a sample is weight(log_snr) * mean((x0 - x0_target)^2), the mean over the entries of a sample. A
-weighting makes it the squared error in eps, v, or their maximum; the space in which a network predicts does not matter.
+The shared loss of a sample is weight(log_snr) * mean((x0 - x0_target)^2), with the mean over the sample's entries. A
+weighting turns it into the squared error in eps, v, or their maximum, whatever the network predicts.
 """
 
 import math
@@ -26,20 +26,20 @@ from halfstep.registry import Registry
 from halfstep.samplers import DDIM, Sampler
 
 FORBID_EXTRA = {"extra": "forbid"}
-"""Tells pydantic to reject unknown names in a dataclass that is a field of a recipe."""
+"""Makes pydantic reject unknown names in a dataclass that is a field of a recipe."""
 
 
 MOST_UPDATES: Final = 10**9
-"""Largest number of updates, and of what is counted in them."""
+"""Largest number of updates, and of anything counted in updates."""
 MOST_AT_ONCE: Final = 2**20
-"""Largest batch."""
+"""Largest batch size."""
 
 
 def check_whole(name: str, value: object, least: int = 1, most: int = MOST_UPDATES) -> None:
     """Raise unless `value` is a whole number from `least` to `most`.
 
     Raises:
-        ValueError: naming the setting.
+        ValueError: with the name of the setting.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
@@ -50,24 +50,24 @@ def check_whole(name: str, value: object, least: int = 1, most: int = MOST_UPDAT
 @final
 @dataclass(frozen=True)
 class EarlyEnd:
-    """The rule by which a stage ends before its budget: its loss has stopped falling.
+    """Early stopping of a stage when its loss has stopped falling.
 
-    The mean loss of each `window` updates is compared with the lowest of all windows before it. When `patience` windows
-    in a row were not lower than that by the share `min_drop`, the stage's rate is multiplied by a factor that falls
-    linearly from 1 to 0 over one more window, and the stage ends. (The rate's fall to 0 is what averages a student's
-    weights, so a stage that merely stopped would hand on a worse student.)
+    The mean loss of each `window` updates is compared with the lowest of all earlier windows. When `patience` windows
+    in a row do not improve on it by the share `min_drop`, the learning rate is multiplied by a factor that falls
+    linearly from 1 to 0 over one more window, and the stage ends. (The decay to 0 averages a student's weights, so a
+    stage that ended without it would pass on a worse student.)
 
     Raises:
-        ValueError: if a count is not a whole number in its range, the share is not in [0, 1), or the rule is changed
-            without a patience.
+        ValueError: if a count is not a whole number in its range, the share is not in [0, 1), or a setting is changed
+            without `patience`.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = FORBID_EXTRA
 
     patience: int = 0
-    """Windows in a row without progress that end a stage; 0 disables."""
+    """Number of consecutive windows without progress that end a stage; 0 disables early stopping."""
     window: int = 1000
-    """Updates of a window."""
+    """Updates per window."""
     min_drop: float = 0.01
     """Share by which a window's loss must drop to count as progress."""
 
@@ -82,7 +82,7 @@ class EarlyEnd:
                     raise ValueError(f"early_end.{field.name} {value} has no effect without early_end.patience. Add it")
 
     def has_stopped_falling(self, losses: Sequence[float]) -> bool:
-        """Return whether the mean losses of the windows so far end in `patience` windows without progress."""
+        """Return whether the last `patience` windows made no progress, from the mean losses of all windows so far."""
         lowest, idle = math.inf, 0
         for loss in losses:
             if loss < lowest * (1 - self.min_drop) or lowest == math.inf:
@@ -104,27 +104,27 @@ class Training:
     __pydantic_config__: ClassVar[dict[str, str]] = FORBID_EXTRA
 
     num_updates: int
-    """Optimiser updates of a stage."""
+    """Optimiser updates per stage."""
     learning_rate: float
     """Peak learning rate of AdamW."""
     batch_size: int = 128
-    """Samples of an update, over all processes."""
+    """Samples per update, over all processes."""
     warmup_updates: int = 0
-    """Updates over which the rate rises from 0 to its peak; the whole stage if that is shorter."""
+    """Updates over which the learning rate rises from 0 to its peak, at most the whole stage."""
     anneal: bool = True
-    """Let the rate fall linearly to 0 over the stage."""
+    """Decay the learning rate linearly to 0 over the stage."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     adam_betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's two decays."""
+    """The two betas of AdamW."""
     grad_clip: float = 1.0
-    """Largest global norm of the gradient."""
+    """Maximum global gradient norm."""
     ema_decay: float = 0.0
-    """Decay of the moving average that the stage hands on; 0 hands on the weights."""
+    """Decay of the EMA weights that the stage passes on; 0 passes on the raw weights."""
     dropout: float = 0.0
-    """Dropout probability while training."""
+    """Dropout probability during training."""
     early_end: EarlyEnd = EarlyEnd()
-    """When a stage may end before its budget."""
+    """Early stopping of the stage."""
 
     def __post_init__(self) -> None:
         for name in ("num_updates", "batch_size", "learning_rate", "grad_clip"):
@@ -143,26 +143,26 @@ class Training:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
 
     def of_helper(self, rate: float, **changes: Any) -> "Training":
-        """Return the hyperparameters of a helper of the stage: `rate` times the learning rate, and `changes`.
+        """Return the hyperparameters of a helper: `rate` times the learning rate, and `changes`.
 
-        A helper is not handed on, so it has no average of its own, and its loss is that of a game.
+        A helper has no EMA, because it is not passed on, and no early stopping, because its loss need not fall.
         """
         own: dict[str, Any] = {"learning_rate": rate * self.learning_rate, "ema_decay": 0.0, "early_end": EarlyEnd()}
         return replace(self, **own | changes)
 
     def rate_at(self, update: int) -> float:
-        """Return the rate of update `update` (from 0): linear warm-up, then constant or linear to 0 after the last."""
+        """Return the learning rate of an update (from 0): linear warm-up, then constant or linear decay to 0."""
         rate = self.learning_rate
         if self.anneal:
             rate *= 1 - update / self.num_updates
-        # A stage that was shortened is not an error: it warms up to its end.
+        # A stage shorter than its warm-up is not an error: it warms up until its end.
         if update < (warmup := min(self.warmup_updates, self.num_updates)):
             rate *= (update + 1) / warmup
         return rate
 
 
 STUDENT: Final = "student"
-"""The player whose network a stage hands on. All others are named by the objective's helpers."""
+"""Name of the player that a stage passes on. The names of all others are those of the objective's helpers."""
 
 
 class Batch(NamedTuple):
@@ -174,11 +174,11 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Models:
-    """The networks that an objective works with."""
+    """The networks that an objective uses."""
 
     student: Denoiser
     teacher: Denoiser | None = None
-    """The teacher; None while a teacher is trained."""
+    """The teacher; None while training one."""
     helpers: Mapping[str, nn.Module] = field(default_factory=dict)
     """The objective's own networks, by the names of `Objective.helpers`."""
 
@@ -187,7 +187,7 @@ class Losses(NamedTuple):
     """The losses of a turn for a batch."""
 
     loss: Tensor
-    """Weighted losses, `[batch]`; the engine descends on their mean over the global batch."""
+    """Weighted losses, `[batch]`; the engine minimises their mean over the global batch."""
     log_snr: Tensor
     """The noise level of each sample, float64 `[batch]`, for statistics."""
 
@@ -196,9 +196,9 @@ class Role(StrEnum):
     """Role of a stage's model in the chain."""
 
     TEACHER = "teacher"
-    """Undistilled: knows x0 at all times and takes any number of steps."""
+    """Undistilled: predicts x0 at all times and samples in any number of steps."""
     MATCHED = "matched"
-    """A teacher carried over to another prediction, process or guidance."""
+    """A teacher converted to another prediction, process or guidance."""
     STUDENT = "student"
     """Distilled for `num_steps` steps of `sampler`."""
 
@@ -208,33 +208,33 @@ class Outcome(NamedTuple):
 
     role: Role
     num_steps: int | None = None
-    """Sampler steps that the model is made for; None for any number."""
+    """Number of sampler steps that the model is trained for; None for any number."""
     sampler: Sampler = DDIM()
-    """How the model is sampled, evaluated, explored and exported."""
+    """Sampler with which the model is sampled, evaluated, explored and exported."""
 
 
 class Evals(NamedTuple):
-    """Calls of one network for a sample of an update."""
+    """Calls of one network per sample and update."""
 
     forward: float
     backward: float = 0.0
 
     @property
     def cost(self) -> float:
-        """In forward passes; a backward pass costs two."""
+        """Cost in forward passes; a backward pass counts as two."""
         return self.forward + 2 * self.backward
 
 
 @final
 @dataclass(frozen=True)
 class Auxiliary:
-    """A further network with an optimiser of its own: an auxiliary denoiser, a critic."""
+    """An additional network with its own optimiser: an auxiliary denoiser or a critic."""
 
     start: Callable[[Models], nn.Module]
-    """Makes the network before the first update: a copy, never student or teacher itself. A copy of the student has the
-    teacher's weights in float32, whatever the teacher's precision, or additions of its own to a LoRA's base."""
+    """Creates the network before the first update: a copy, never the student or teacher itself. A copy of the student
+    has the teacher's weights in float32, whatever the teacher's precision, or its own adapter on a LoRA's base."""
     training: Callable[[Training], Training]
-    """Makes its hyperparameters from the student's; budget and batch stay the stage's."""
+    """Derives its hyperparameters from the student's. Budget and batch remain those of the stage."""
 
 
 @final
@@ -243,8 +243,8 @@ class Average:
     """A moving average of a player's weights that the objective can call.
 
     Args:
-        decay: reached in the end, in [0, 1); after n updates it is min(decay, (1 + n) / (10 + n)).
-        of: the player whose weights are averaged.
+        decay: final decay, in [0, 1); after n updates the decay is min(decay, (1 + n) / (10 + n)).
+        of: name of the player to average.
 
     Raises:
         ValueError: if the decay is out of range.
@@ -261,7 +261,7 @@ class Average:
 @final
 @dataclass(frozen=True)
 class Frozen:
-    """A player's network as it is before the first update, which the objective can call."""
+    """A frozen copy of a player's network from before the first update, which the objective can call."""
 
     of: str = STUDENT
 
@@ -275,17 +275,17 @@ class Turn(NamedTuple):
     trains: str
     """`STUDENT`, or the name of an `Auxiliary`."""
     loss: Callable[[Models, Batch, Draw], Losses]
-    """Gradients reach this player only; the engine takes those of all others away."""
+    """The only player that receives gradients; the engine discards those of all others."""
 
 
 class Objective(ABC):
     """A training objective: players, turns, losses, and the resulting model."""
 
     needs_teacher: ClassVar[bool]
-    """Whether `Models.teacher` must exist."""
+    """Whether `Models.teacher` is required."""
     loss_falls: ClassVar[bool] = True
-    """Whether a student's loss that stops falling means that it has learned; False for a game between two players and
-    for a student that is its own teacher, whose losses `EarlyEnd` does not watch."""
+    """Whether the student has learned when its loss stops falling. False for a game between two players and for a
+    student that is its own teacher; `EarlyEnd` does not watch their losses."""
 
     @property
     def learns_from_undistilled(self) -> bool:
@@ -295,30 +295,30 @@ class Objective(ABC):
 
     @property
     def refines(self) -> bool:
-        """Whether the student starts from the latest student made for as many steps instead of the previous stage's
-        model."""
+        """Whether the student starts from the latest student of the same number of steps instead of the previous
+        stage's model."""
         return False
 
     @property
     def label(self) -> str:
-        """Name of the stage in its folder's name: the name of the class in the registry."""
+        """Name of the stage in its folder's name: the registered name of the class."""
         return objectives.name_of(self)
 
     @property
     def guides_teacher(self) -> bool:
-        """Whether it guides its teacher at each call, which then must not have learned guidance."""
+        """Whether it guides its teacher at each call. The teacher must then not have learned guidance."""
         return False
 
     @property
     @abstractmethod
     def outcome(self) -> Outcome:
-        """Role, steps and sampler of the model that the stage hands on."""
+        """Role, number of steps and sampler of the model that the stage passes on."""
 
     @property
     @abstractmethod
     def evals(self) -> Mapping[str, Evals]:
-        """Network calls for a sample of an update: of "student", "teacher" and each helper. Cost estimates use these
-        alone."""
+        """Network calls per sample and update of "student", "teacher" and each helper. Cost estimates use only
+        these."""
 
     @property
     def guidance(self) -> Guidance | None:
@@ -327,18 +327,18 @@ class Objective(ABC):
 
     @property
     def helpers(self) -> Mapping[str, Helper]:
-        """Further networks by name."""
+        """Additional networks by name."""
         return {}
 
     def turns(self, update: int) -> tuple[Turn, ...]:
-        """Return the optimiser steps of an update, in order; each has a batch and random numbers of its own."""
+        """Return the optimiser steps of an update, in order. Each has its own batch and random numbers."""
         return (Turn(STUDENT, self.loss),)
 
     def start(self, teacher: Denoiser) -> Denoiser:
-        """Return what the student starts from: the teacher (which the engine copies), or one made from it.
+        """Return the model that the student starts from: the teacher (which the engine copies), or one built from it.
 
         Raises:
-            ValueError: if the teacher cannot be made into such a student.
+            ValueError: if the teacher cannot be converted to this kind of student.
         """
         return teacher
 
@@ -346,10 +346,10 @@ class Objective(ABC):
         """Return the teacher as the student sees it: itself, or guided, or on the student's process.
 
         Args:
-            null: conditions that stand for "no condition", for one sample; empty if there are none.
+            null: values that mean "no condition", by name, for one sample; may be empty.
 
         Raises:
-            ValueError: if the teacher cannot be seen so.
+            ValueError: if the teacher has no such view.
         """
         return teacher
 
@@ -376,13 +376,13 @@ def check_one_process(models: Models) -> Denoiser:
     """Return the teacher after checking that it has the student's process.
 
     Raises:
-        ValueError: if there is no teacher, or the processes differ.
+        ValueError: if no teacher exists, or the processes differ.
     """
     if models.teacher is None:
-        raise ValueError("a student learns from a teacher, and there is none")
+        raise ValueError("a student learns from a teacher, but none is given. Pass one")
     if models.teacher.process != models.student.process:
         raise ValueError(
-            f"a student learns to land where its teacher does, so both need one noise process: the teacher has "
+            f"a student learns to land where its teacher does, so both need the same noise process. The teacher has "
             f"{models.teacher.process}, the student {models.student.process}"
         )
     return models.teacher

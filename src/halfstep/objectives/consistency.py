@@ -1,30 +1,31 @@
-"""Multistep consistency distillation: every step of the teacher's fine grid becomes a step to the segment's boundary.
+"""Multistep consistency distillation: from every time of the teacher's fine grid, step to the segment's boundary.
 
 The student takes N steps, so time has N segments, j / N to (j + 1) / N. The teacher's grid has T times, a multiple of
-N. From a time t = b + n / T in the segment above the boundary b, the teacher takes one step to s = t - 1 / T, the
-student itself, without gradient, the rest of the way to b, and the target is the x0 with which one DDIM step from t
+N. From a time t = b + n / T in the segment above the boundary b, the teacher takes one step to s = t - 1 / T, and the
+student itself, without gradient, takes the rest of the way to b. The target is the x0 with which one DDIM step from t
 lands at the same point (`target.py`):
 
     target = w x0_teacher(x_t, t) + (1 - w) x0_student(x_s, s),   w = (r_s - r_t) / (r_b - r_t),   r = alpha / sigma
 
-At s = b the weight is 1 and the student's value is ignored: the target is the teacher's alone. This anchors the
-student, which is pulled towards its own answers everywhere else. Halving is the case T / N = 2 with the teacher instead
-of the student in the second half of the step. One stage leads from the undistilled teacher to any N; a chain such as
-8, 4, 2, 1, in which each student starts from the previous one, is optional.
+At s = b the weight is 1 and the student's value is ignored, so the target is the teacher's x0 alone. This anchors the
+student, which is pulled towards its own predictions at all other times. Halving is the case T / N = 2 with the teacher
+instead of the student in the second half of the step. One stage leads from the undistilled teacher to any N. A chain
+such as 8, 4, 2, 1, in which each student starts from the previous one, is optional.
 
 Other methods are settings of this one:
 
 * Latent consistency models (LCM): `Consistency(1, 50, 50, guidance=GuidanceRange(low, high), guide_teacher=True,
   self_teacher=0.95, weighting=Constant(), metric=PseudoHuber(1e-3))`. Its boundary scaling, c_skip x_t + c_out x0,
-  makes the student return x_s itself at s = 0, where that is the teacher's x0: the same anchor. At all other times of
-  this grid it is the identity, with c_skip at most 6e-6 (sigma_data 0.5, timesteps of 1000 scaled by 10).
-* TRACT: `Consistency(32, 1024, 1024, self_teacher=0.5)` is its first phase. In its later ones the previous phase's
-  student is the teacher, on that student's grid. Here the undistilled teacher teaches every stage, on any grid, so that
-  no stage inherits the errors of the one before. For TRACT's own phases, start a run for each, with the previous run's
-  student as its teacher.
+  makes the student return x_s itself at s = 0. There x_s is the teacher's x0, which is the same anchor. At all other
+  times of this grid the scaling is the identity, with c_skip at most 6e-6 (sigma_data 0.5, timesteps of 1000 scaled by
+  10).
+* TRACT: `Consistency(32, 1024, 1024, self_teacher=0.5)` is its first phase. In TRACT's later phases the previous
+  phase's student is the teacher, on that student's grid. Here the undistilled teacher teaches every stage, on any grid,
+  so no stage inherits the errors of the previous one. To run TRACT's own phases, start one run per phase, with the
+  previous run's student as the teacher.
 
-The time is drawn uniformly from the T times. T grows over the stage: a coarse grid learns fast, a fine one has the
-smaller error of the teacher's steps.
+The time is drawn uniformly from the T times. T grows over the stage, because a coarse grid learns fast and a fine grid
+has smaller errors in the teacher's steps.
 
 Source: Heek et al. 2024 (arXiv:2403.06807), algorithm 1, for deterministic steps of the teacher; Luo et al. 2023
 (arXiv:2310.04378) for LCM; Berthelot et al. 2023 (arXiv:2303.04248) for TRACT.
@@ -66,7 +67,7 @@ from halfstep.objectives.target import Step, check_deterministic, landing_x0, st
 from halfstep.samplers import DDIM, Sampler
 
 REFERENCE: Final = "reference"
-"""The average of the student that answers at x_s instead of the student."""
+"""Name of the student's average, which is called at x_s instead of the student."""
 
 
 def consistency_target(
@@ -79,28 +80,28 @@ def consistency_target(
     cond: Cond | None = None,
     sampler: Sampler | None = None,
 ) -> Tensor:
-    """Return the x0 with which one DDIM step from t to the boundary lands where the teacher's step to s and the
-    reference's DDIM step from there do.
+    """Return the x0 with which one DDIM step from t to the boundary lands on the same point as the teacher's step to s
+    and the reference's DDIM step from there.
 
     Args:
         teacher: an unclipped denoiser.
-        reference: the student or its average; where s is the boundary, its answer is ignored, finite or not.
+        reference: the student or its average. Its output is ignored where s is the boundary, even if it is not finite.
         x_t: noisy samples `[batch, *dims]`.
-        t, s, boundary: clock times, one for all or `[batch]`, 0 <= boundary <= s < t.
+        t, s, boundary: clock times, one for all samples or `[batch]`, 0 <= boundary <= s < t.
         cond: conditions by name, each `[batch, ...]`.
-        sampler: the teacher's, deterministic; DDIM() if None.
+        sampler: the teacher's deterministic sampler; DDIM() if None.
 
     Returns:
         Shaped as `x_t`, without gradient.
 
     Raises:
-        ValueError: if the times do not fall in this order, or the sampler is stochastic.
+        ValueError: if the times are not in this order, or the sampler is stochastic.
     """
     method = DDIM() if sampler is None else sampler
     check_deterministic(method)
     start, middle, end = (as_clock(time, x_t) for time in (t, s, boundary))
     if not bool(((end >= 0) & (end <= middle) & (middle < start)).all()):
-        raise ValueError("a step to a boundary needs times with 0 <= boundary <= s < t")
+        raise ValueError("the times of a step to a boundary must satisfy 0 <= boundary <= s < t")
     return _target(teacher, reference, x_t, (start, middle, end), cond, method)
 
 
@@ -117,7 +118,7 @@ def _target(
 
 
 def _rest(reference: Denoiser, cond: Cond | None) -> Step:
-    """Return the reference's DDIM step; where it is empty, the answer is that at t = 1, as there may be none at 0."""
+    """Return the reference's DDIM step. An empty step calls it at t = 1, because its output at t = 0 may not exist."""
 
     def step(x_t: Tensor, t: Tensor, s: Tensor) -> Denoised:
         return reference(x_t, torch.where(t > s, t, 1.0), cond)
@@ -127,9 +128,9 @@ def _rest(reference: Denoiser, cond: Cond | None) -> Step:
 
 @contextmanager
 def _rewound(device: torch.device) -> Iterator[None]:
-    """Let what comes after draw the random numbers of layers (masks of dropout) that are drawn within it.
+    """Rewind the random generators at the end, so that the code after it draws the same dropout masks.
 
-    The state of a generator lies on the host, also that of a GPU's, so nothing waits for the device.
+    The state of every generator, even a GPU's, is on the host, so nothing waits for the device.
     """
     generator: Any = torch if device.type == "cpu" else torch.get_device_module(device)
     state = generator.get_rng_state()
@@ -137,8 +138,8 @@ def _rewound(device: torch.device) -> Iterator[None]:
         yield
     finally:
         generator.set_rng_state(state)
-        # Autocast may keep half-precision copies of the weights from a pass without gradient and use them in the next,
-        # where they have none (pytorch #65766, mended in #165068).
+        # Autocast may cache half-precision copies of the weights in a pass without gradient and use them in the next
+        # pass, which then has no gradients (pytorch #65766, fixed in #165068).
         torch.clear_autocast_cache()
 
 
@@ -148,34 +149,36 @@ def _rewound(device: torch.device) -> Iterator[None]:
 class Consistency(Objective):
     """Error against `consistency_target` at times drawn uniformly from the teacher's grid.
 
-    The default grid is that of the paper's stages of 200,000 updates: set `anneal_updates` to half of a shorter stage.
-    The loss is small from the first update on and need not fall, so `EarlyEnd` does not watch it.
+    The default grid is the paper's, for stages of 200,000 updates. For a shorter stage, set `anneal_updates` to half
+    its updates. The loss is small from the first update on and need not fall, so `EarlyEnd` does not watch it.
+
+    Source: Heek et al. 2024 (arXiv:2403.06807), algorithm 1.
 
     Raises:
-        ValueError: if a number is not a whole one in its range, an end of the grid is not a multiple of num_steps, at
-            least twice as large, the decay is not in [0, 1), the teacher's sampler is stochastic, or a setting has no
-            effect.
+        ValueError: if a number is not a whole number in its range, `grid_start` or `grid_end` is not a multiple of
+            num_steps and at least twice as large, the decay is not in [0, 1), the teacher's sampler is stochastic, or a
+            setting has no effect.
     """
 
     num_steps: int
     grid_start: int = 64
-    """Times of the teacher's grid at the first update."""
+    """Number of times in the teacher's grid at the first update."""
     grid_end: int = 1280
-    """Times of the teacher's grid after `anneal_updates`."""
+    """Number of times in the teacher's grid after `anneal_updates`."""
     anneal_updates: int = 100_000
-    """Updates over which the grid goes from its start to its end, at an even rate in log(T)."""
+    """Updates over which the grid grows from start to end, linearly in log(T)."""
     weighting: Weighting = field(default_factory=TruncatedSNR)
     metric: LossMetric = field(default_factory=Squared)
     """The loss as a function of the weighted squared error."""
     guidance: Guidance | None = None
     """Guidance that the student learns or keeps; None for none."""
     guide_teacher: bool = False
-    """Guide the teacher here, which calls it twice; False for a teacher that has learned its guidance."""
+    """Guide the teacher here, with two calls; False for a teacher that has learned its guidance."""
     teacher_sampler: Sampler = field(default_factory=DDIM)
-    """The deterministic sampler of the teacher's step; the student's own is DDIM."""
+    """The deterministic sampler of the teacher's step; the student uses DDIM."""
     self_teacher: float = 0.0
-    """Decay of the student's average that answers at x_s; 0 calls the student itself, with the masks of dropout that
-    the gradient sees."""
+    """Decay of the student's average that is called at x_s; 0 calls the student itself, with the dropout masks of its
+    pass with gradient."""
     needs_teacher: ClassVar[bool] = True
     learns_from_undistilled: ClassVar[bool] = True
     loss_falls: ClassVar[bool] = False
@@ -193,8 +196,8 @@ class Consistency(Objective):
         default = next(each.default for each in fields(self) if each.name == "anneal_updates")
         if self.grid_start == self.grid_end and self.anneal_updates != default:
             raise ValueError(
-                f"anneal_updates {self.anneal_updates} has no effect on a grid of {self.grid_end} times from start to "
-                "end. Remove it"
+                f"anneal_updates {self.anneal_updates} has no effect if grid_start and grid_end are both "
+                f"{self.grid_end}. Remove it"
             )
         if self.guide_teacher and self.guidance is None:
             raise ValueError("guide_teacher has no effect without guidance. Add it")
@@ -203,7 +206,7 @@ class Consistency(Objective):
             raise ValueError(f"self_teacher must be in [0, 1), got {self.self_teacher}")
 
     def grid_steps(self, update: int) -> int:
-        """Return T, the times of the teacher's grid at an update: a multiple of num_steps."""
+        """Return T, the number of times in the teacher's grid at an update: a multiple of num_steps."""
         done = min(update / self.anneal_updates, 1.0)
         grid: float = self.grid_start ** (1 - done) * self.grid_end**done
         return self.num_steps * round(grid / self.num_steps)
@@ -219,7 +222,7 @@ class Consistency(Objective):
     @property
     def evals(self) -> Mapping[str, Evals]:
         sampler = self.teacher_sampler
-        # A batch has steps onto clean data and others, and all its samples take as many calls.
+        # A batch contains steps onto clean data and others, and all its samples take the same number of calls.
         calls = max(sampler.evals_per_step, sampler.evals_last_step) * (2 if self.guide_teacher else 1)
         own = {STUDENT: Evals(1, 1), REFERENCE: Evals(1)} if self.self_teacher else {STUDENT: Evals(2, 1)}
         return {**own, "teacher": Evals(calls)}
@@ -244,10 +247,10 @@ class Consistency(Objective):
     def loss(self, models: Models, batch: Batch, draw: Draw) -> Losses:
         teacher = check_one_process(models)
         cond = batch.cond if self.guidance is None else self.guidance.shown(batch.cond, draw, batch.x0)
-        # A whole number below T that changes from update to update could not be drawn ahead.
+        # An integer below T could not be drawn ahead, because T changes from update to update.
         grid = self.grid_steps(draw.update)
         index = (as_clock(draw.uniform("time"), batch.x0) * grid).floor().clamp(max=grid - 1)
-        # Each is the quotient of its whole numbers, so that s is the boundary to the last bit where it is meant to be.
+        # Each is a quotient of integers, so that s equals the boundary to the last bit where it should.
         boundary = torch.floor(index / (grid // self.num_steps)) / self.num_steps
         t, s = (index + 1) / grid, index / grid
         eps = draw.normal("noise", batch.x0.shape[1:]).to(batch.x0)

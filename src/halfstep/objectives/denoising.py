@@ -1,4 +1,4 @@
-"""Denoising: the student learns E[x0 | x_t] from data. This makes a teacher.
+"""Denoising: the student learns E[x0 | x_t] from data. This trains a teacher.
 
 t ~ U[0, 1], x_t = alpha x0 + sigma eps, target x0. Source: Salimans & Ho 2022 (arXiv:2202.00512), algorithm 1.
 """
@@ -28,7 +28,10 @@ from halfstep.objectives.base import (
 @objectives.register("denoise")
 @dataclass(frozen=True)
 class Denoising(Objective):
-    """Squared error of x0 at uniformly drawn times. The default weighting is that of the paper's models."""
+    """Squared error of x0 at uniformly drawn times. The default weighting is that of the paper's models.
+
+    Source: Salimans & Ho 2022 (arXiv:2202.00512), algorithm 1.
+    """
 
     weighting: Weighting = field(default_factory=TruncatedSNR)
     needs_teacher: ClassVar[bool] = False

@@ -1,20 +1,20 @@
-"""Finishing: move a student's landing points onto the teacher's distribution, and keep the map from noise to sample.
+"""Finishing: match a student's landing points to the teacher's distribution, and keep the map from noise to sample.
 
 A halved student lands where its teacher lands, up to an error that the squared loss spreads over neighbouring samples.
-Finishing changes the law of the landing points x_s instead: for x_t at one of the student's times t, it descends on the
-Kullback-Leibler divergence between x_s and data at noise level s, both with further noise up to a level tau
-(`landing_points`, which says why the landing point, and why tau lies inside the step).
+Finishing changes the distribution of the landing points x_s instead. For x_t at one of the student's times t, it
+minimises the Kullback-Leibler divergence between x_s and data at noise level s, both with further noise up to a level
+tau. (`landing_points` explains why it uses the landing point and why tau is inside the step.)
 
-The gradient of the divergence is the difference of two scores of y, the landing point with its noise, and in x0 it is
-auxiliary(y) - teacher(y): the teacher's x0 belongs to data, that of the auxiliary denoiser to the student's landings,
-on which it is trained by denoising score matching. Whitened by the student's own error it is a step for x0 =
-student(x_t, t), since x_s moves with x0 in a positive proportion. The map term holds x0 near its value before the
-finish: two maps can have one distribution, and without it the game of the two networks drifts from map to map.
+The gradient of the divergence is the difference of two scores of y, the landing point with its noise. In x0 it is
+auxiliary(y) - teacher(y): the teacher's x0 is that of data, and the auxiliary denoiser's x0 is that of the student's
+landing points, on which it is trained by denoising score matching. Divided by the student's own error, the gradient is
+a step for x0 = student(x_t, t), because x_s moves in positive proportion to x0. The map term keeps x0 near its value
+before the finish. Different maps can have the same distribution, and without this term the training drifts among them.
 
-At one step this is distribution matching distillation with a regression to the student's own start instead of stored
-pairs. The student stays deterministic, and DDIM its sampler.
+With one step this is distribution matching distillation with a regression to the student's own start instead of stored
+pairs. The student remains deterministic, with DDIM as its sampler.
 
-Source: Yin et al. 2023 (arXiv:2311.18828) for one step; the form on the landing points of inner steps is halfstep's
+Source: Yin et al. 2023 (arXiv:2311.18828) for one step. The form for the landing points of inner steps is halfstep's
 own; compare Phased DMD (arXiv:2510.27684).
 """
 
@@ -55,9 +55,9 @@ from halfstep.samplers import DDIM
 START: Final = "start"
 
 SMALLEST_ERROR: Final = 1e-3
-"""Added to the mean error that whitens the gradient; the error is of the order of 0.1 for data of unit scale."""
+"""Added to the mean error that divides the gradient. The error is about 0.1 for data of unit scale."""
 LARGEST_RATIO: Final = 5.0
-"""The largest sigma / alpha by which the auxiliary denoiser's error is weighted."""
+"""Largest sigma / alpha that weights the auxiliary denoiser's error."""
 
 
 @final
@@ -68,23 +68,25 @@ class Finishing(StepObjective):
 
     The student starts from the latest student of `num_steps` steps and learns from the undistilled teacher.
 
+    Source: Yin et al. 2023 (arXiv:2311.18828) for one step.
+
     Raises:
         ValueError: if a count is not a whole number in its range, or a weight or rate is not finite and in its range.
     """
 
     num_steps: int
     map_weight: float = 1.0
-    """Weight of the squared distance to x0 before the finish."""
+    """Weight of the squared distance from x0 before the finish."""
     auxiliary_turns: int = 2
-    """Turns of the auxiliary denoiser before each of the student's."""
+    """Turns of the auxiliary denoiser per turn of the student."""
     auxiliary_rate: float = 6.0
-    """Learning rate of the auxiliary denoiser, constant, over the student's peak rate."""
+    """Constant learning rate of the auxiliary denoiser, relative to the student's peak rate."""
     lead_updates: int = 60
-    """First updates, in which only the auxiliary denoiser learns."""
+    """Number of updates at the start that train only the auxiliary denoiser."""
     inside_step: bool = True
-    """Draw tau inside the step, from s to t; else from s to 1."""
+    """Draw tau inside the step, from s to t; if False, from s to 1."""
     whitened: bool = True
-    """Divide the gradient by the student's mean distance to the teacher's x0, for each sample."""
+    """Divide each sample's gradient by the student's mean distance from the teacher's x0."""
     guidance: Guidance | None = None
     """Guidance that the teacher has learned; None for none."""
     learns_from_undistilled: ClassVar[bool] = True
@@ -137,14 +139,14 @@ class Finishing(StepObjective):
                 towards = towards / per_sample(entry_mean((x0 - real).abs()) + SMALLEST_ERROR, towards)
             before = models.helpers[START](step.x_t, step.t, step.cond).x0
             target = x0 + towards
-        # The first gradient is minus `towards` for each entry; the value shows how far the two denoisers are apart.
+        # The gradient of the first term is minus `towards` for each entry. Its value is the distance of the denoisers.
         matching, moved = entry_mean((x0 - target).square()) / 2, entry_mean((x0 - before).square())
         return Losses(matching + self.map_weight * moved, models.student.process.log_snr(landing.tau))
 
     def auxiliary_loss(self, models: Models, batch: Batch, draw: Draw) -> Losses:
         """Return the denoising score matching losses of the auxiliary denoiser on the student's landing points.
 
-        The score of y given x_s is -eps' / b. The loss is that of the error in eps', with more weight on little signal.
+        The score of y given x_s is -eps' / b. The loss is the squared error in eps', weighted more at low signal.
         """
         step, process = self.step(models, batch, draw), models.student.process
         with torch.no_grad():

@@ -1,6 +1,6 @@
-"""Classifier-free guidance that a network learns: one fixed scale, or a range that is an input of the network.
+"""Classifier-free guidance that a network learns: one fixed scale, or a range of scales as an input of the network.
 
-A scale is uncond + scale (cond - uncond): 1 disables guidance.
+The guided prediction is uncond + scale (cond - uncond), so scale 1 disables guidance.
 
 Source: Meng et al. 2023, "On Distillation of Guided Diffusion Models" (arXiv:2210.03142), section 3.1.
 """
@@ -31,16 +31,16 @@ class Guidance(ABC):
     @property
     @abstractmethod
     def default_scale(self) -> float:
-        """The scale to sample with when none is given."""
+        """Scale to sample with by default."""
 
     @abstractmethod
     def scale_for(self, scale: float | None) -> float | None:
-        """Return the scale to show the network when `scale` is asked for (None: none is); None to show it none.
+        """Return the scale to pass to the network for a requested `scale` (None: the default); None to pass none.
 
-        Warns if the network has not learned it.
+        Warns if the network has not learned the scale.
 
         Raises:
-            ValueError: if it cannot act.
+            ValueError: if the scale cannot have an effect.
         """
 
     @abstractmethod
@@ -48,7 +48,7 @@ class Guidance(ABC):
         """Return the guided teacher that a student learns from.
 
         Args:
-            null: conditions that stand for "no condition", for one sample.
+            null: values that mean "no condition", by name, for one sample.
 
         Raises:
             ValueError: if `null` is empty.
@@ -56,7 +56,7 @@ class Guidance(ABC):
 
     @abstractmethod
     def shown(self, cond: Cond, draw: Draw, like: Tensor) -> Cond:
-        """Return the conditions for the samples `like` `[batch, *dims]`, with a scale for each if it is shown."""
+        """Return the conditions for the samples `like` `[batch, *dims]`, with a scale for each if it is an input."""
 
 
 def _takes_scale(teacher: Denoiser) -> bool:
@@ -90,16 +90,16 @@ class FixedGuidance(Guidance):
     def scale_for(self, scale: float | None) -> float | None:
         if scale not in (None, self.scale):
             raise ValueError(
-                f"a guidance scale of {scale:g} was requested, but this model has learned that of {self.scale:g} and "
-                "no other: leave it out, or distil one with a range of scales"
+                f"a guidance scale of {scale:g} was requested, but this model has learned only {self.scale:g}. Remove "
+                "it, or distil a model with a range of scales"
             )
         return None
 
     def view(self, teacher: Denoiser, null: Mapping[str, Tensor]) -> Denoiser:
         if _takes_scale(teacher):
             raise ValueError(
-                "the teacher's network takes the guidance scale itself, as its pipeline was recorded with. "
-                f"Choose another by --call guidance_scale={self.scale:g}, or a range"
+                "the teacher's network takes the guidance scale as an input, and it was recorded with its pipeline. "
+                f"Choose another scale with --call guidance_scale={self.scale:g}, or choose a range"
             )
         return Guided(teacher, null, self.scale)
 
@@ -111,7 +111,7 @@ class FixedGuidance(Guidance):
 @guidances.register("range")
 @dataclass(frozen=True)
 class GuidanceRange(Guidance):
-    """Scales from `low` to `high`, an input of the network. Each training sample draws one uniformly.
+    """Scales from `low` to `high` as an input of the network. Each training sample has a scale drawn uniformly.
 
     Raises:
         ValueError: if not 0 <= low < high < infinity.
@@ -123,7 +123,7 @@ class GuidanceRange(Guidance):
 
     def __post_init__(self) -> None:
         if not 0 <= self.low < self.high < math.inf:
-            raise ValueError(f"a range of guidance scales needs 0 <= low < high, got {self.low} and {self.high}")
+            raise ValueError(f"a range of guidance scales must satisfy 0 <= low < high, got {self.low} and {self.high}")
 
     @property
     def default_scale(self) -> float:
@@ -133,7 +133,7 @@ class GuidanceRange(Guidance):
         if scale is not None and not self.low <= scale <= self.high:
             warnings.warn(
                 f"a guidance scale of {scale:g} was requested, but this model has learned scales from {self.low:g} to "
-                f"{self.high:g}: outside them it guesses",
+                f"{self.high:g} only. It extrapolates",
                 HalfstepWarning,
                 stacklevel=5,
             )

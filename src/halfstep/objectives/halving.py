@@ -51,10 +51,10 @@ def halving_target(
         t: clock times at which the step starts, one for all or `[batch]`.
         s: clock times at which it lands, 0 <= s < t.
         cond: conditions by name, each `[batch, ...]`.
-        sampler: the teacher's, deterministic; DDIM() if None.
+        sampler: the teacher's deterministic sampler; DDIM() if None.
 
     Returns:
-        Shaped as `x_t`: with DDIM a mean of the teacher's predictions, with weights of at least 0.
+        A tensor shaped as `x_t`. With DDIM it is a weighted mean of the teacher's predictions, with weights >= 0.
 
     Raises:
         ValueError: if a time s is not in [0, t), `num_teacher_steps` is not at least 1, or the sampler is stochastic.
@@ -64,7 +64,7 @@ def halving_target(
     check_deterministic(method)
     start, end = as_clock(t, x_t), as_clock(s, x_t)
     if not bool(((end >= 0) & (end < start)).all()):
-        raise ValueError("a step must land at a time s with 0 <= s < t")
+        raise ValueError("a step must land at a time s with 0 <= s < t. Pass another s")
     return _target(teacher, x_t, start, end, cond, num_teacher_steps, method)
 
 
@@ -77,8 +77,8 @@ def _target(
     num_teacher_steps: int,
     sampler: Sampler,
 ) -> Tensor:
-    """Return `halving_target` for checked arguments; to check clock tensors would make the host wait for the device at
-    every update."""
+    """Return `halving_target` without checks, because checking clock tensors would make the host wait for the device
+    at every update."""
     times = [start + (end - start) * (k / num_teacher_steps) for k in range(num_teacher_steps)] + [end]
     return landing_x0(teacher.process, [steps_of(teacher, sampler, cond)] * num_teacher_steps, x_t, times)
 
@@ -91,6 +91,8 @@ class Halving(StepObjective):
 
     Neither the target nor the loss clips x0. The default weighting is that of the paper's models.
 
+    Source: Salimans & Ho 2022 (arXiv:2202.00512), algorithm 2.
+
     Raises:
         ValueError: if a number of steps is not a whole number of at least 1, or the teacher's sampler is stochastic.
     """
@@ -101,7 +103,7 @@ class Halving(StepObjective):
     guidance: Guidance | None = None
     """Guidance that the teacher has learned; None for none."""
     teacher_sampler: Sampler = field(default_factory=DDIM)
-    """The deterministic sampler of the teacher's steps; the student's own is DDIM."""
+    """The deterministic sampler of the teacher's steps; the student uses DDIM."""
 
     def __post_init__(self) -> None:
         check_num_steps(self.num_steps)
@@ -115,7 +117,7 @@ class Halving(StepObjective):
     @property
     def evals(self) -> Mapping[str, Evals]:
         sampler = self.teacher_sampler
-        # A batch has steps onto clean data and others, and all its samples take as many calls.
+        # A batch contains steps onto clean data and others, and all its samples take the same number of calls.
         calls = self.num_teacher_steps * max(sampler.evals_per_step, sampler.evals_last_step)
         return {STUDENT: Evals(1, 1), "teacher": Evals(calls)}
 

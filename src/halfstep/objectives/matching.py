@@ -1,9 +1,9 @@
 """Matching: the student learns the teacher's own x0, at random times, before any step is distilled.
 
-It carries a teacher over to what halving needs: another prediction (x0 or v instead of eps, which has no x0 at zero
-SNR), another clock, and classifier-free guidance baked into the weights, at one scale or at any of a range that the
-network is then shown. The noisy samples are those of the student's process; the teacher is called at the same noise
-levels, and twice where it is guided.
+It converts a teacher for halving: another prediction (x0 or v instead of eps, which has no x0 at zero SNR), another
+clock, and classifier-free guidance baked into the weights, at one scale or at a range of scales that become an input of
+the network. The noisy samples follow the student's process. The teacher is called at the same noise levels, and twice
+if it is guided.
 
 Source: Meng et al. 2023, "On Distillation of Guided Diffusion Models" (arXiv:2210.03142), section 3.1, for guidance;
 Salimans & Ho 2022 (arXiv:2202.00512), section 4, for the predictions that few steps need.
@@ -44,10 +44,12 @@ from halfstep.objectives.guidance import Guidance
 class Matching(Objective):
     """Squared error against the teacher's x0 at the times i / num_times, i = 1 ... num_times.
 
-    The x0 of a `Clipped` teacher is clipped, after guidance. For data of that range this moves no entry away from its
-    true mean, and keeps an eps teacher, whose error is multiplied by sigma / alpha, of use near pure noise.
-    With as many times as the teacher has noise levels it is called at no other. The default weighting makes it the
-    squared error in v, which is even over all noise levels.
+    The x0 of a `Clipped` teacher is clipped, after guidance. For data in that range, this moves no entry away from its
+    true mean, and it keeps an eps teacher usable near pure noise, where sigma / alpha amplifies its error.
+    If `num_times` is the teacher's number of noise levels, the teacher is called only at these. The default weighting
+    turns the loss into the squared error in v, which is even over all noise levels.
+
+    Source: Meng et al. 2023 (arXiv:2210.03142), section 3.1, for guidance.
 
     Raises:
         ValueError: if the number of times is not a whole number of at least 1.
@@ -62,7 +64,7 @@ class Matching(Objective):
     process: NoiseProcess | None = None
     """The student's process; None keeps the teacher's."""
     num_train_timesteps: int = 1024
-    """Timesteps of a network's clock on another process."""
+    """Number of timesteps of the network's clock on another process."""
     needs_teacher: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -80,12 +82,12 @@ class Matching(Objective):
         if isinstance(teacher, Clipped):
             return self.start(teacher.denoiser)
         if not isinstance(teacher, NetworkDenoiser):
-            raise ValueError(f"{type(teacher).__name__} has no network to match: pass a NetworkDenoiser")
+            raise ValueError(f"{type(teacher).__name__} has no network to match. Pass a NetworkDenoiser")
         meaning = self.prediction or teacher.prediction
         if meaning.channels != teacher.prediction.channels:
             raise ValueError(
                 f"the teacher's network has {teacher.prediction.channels} outputs for each channel, but "
-                f"{type(meaning).__name__} needs {meaning.channels}: choose another prediction for the student"
+                f"{type(meaning).__name__} needs {meaning.channels}. Choose another prediction for the student"
             )
         network, own = teacher.network, teacher.process
         process = self.process or own

@@ -11,7 +11,7 @@ from halfstep.registry import Registry
 
 
 class LossMetric(ABC):
-    """A rising function of the weighted mean squared error, 0 at 0."""
+    """An increasing function of the weighted mean squared error, 0 at 0."""
 
     @abstractmethod
     def __call__(self, square: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ class Squared(LossMetric):
 class PseudoHuber(LossMetric):
     """sqrt(square + c^2) - c: the norm of the error where it is above c, smooth at 0.
 
-    Under a large weight at low noise, a norm has less variance than its square.
+    If the weight is large at low noise, a norm has less variance than its square.
 
     Source: Song & Dhariwal 2023 (arXiv:2310.14189), section 3.3.
 
@@ -46,12 +46,12 @@ class PseudoHuber(LossMetric):
     """
 
     c: float = 1e-4
-    """Root mean square error, weighted, below which the loss is quadratic."""
+    """Weighted root mean square error below which the loss is quadratic."""
 
     def __post_init__(self) -> None:
         if not 0 < self.c < float("inf"):
             raise ValueError(f"c must be a finite number above 0, got {self.c}")
 
     def __call__(self, square: Tensor) -> Tensor:
-        # The difference of the root and c, without subtracting nearly equal numbers.
+        # sqrt(square + c^2) - c, without subtracting nearly equal numbers.
         return square / (torch.sqrt(square + self.c**2) + self.c)

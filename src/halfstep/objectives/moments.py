@@ -1,18 +1,19 @@
-"""Moment matching: the student's samples have, at every noise level, the conditional mean that the teacher gives.
+"""Moment matching: the student's samples match the teacher's conditional mean at every noise level.
 
-The student is a few-step ancestral sampler. From x_t, its x0 takes a step to s by the posterior q(x_s | x_t, x0), from
-which `Ancestral(gamma=0)` draws. If the student's x0 are distributed as data given x_t, x_s is distributed as noisy
-data, and the mean of these x0 given x_s is the teacher's x0 at (x_s, s). An auxiliary denoiser learns that mean, and
-the student moves against the difference. An update has two turns, each with its own batch; with D = auxiliary - teacher
-at (x_s, s), and w the weight of the log-SNR at s, the losses are
+The student is a few-step ancestral sampler. From x_t, its x0 takes a step to s by sampling the posterior
+q(x_s | x_t, x0), as `Ancestral(gamma=0)` does. If the student's x0 are distributed as data given x_t, then x_s is
+distributed as noisy data, and the mean of these x0 given x_s is the teacher's x0 at (x_s, s). An auxiliary denoiser
+learns that mean, and the student moves to reduce the difference. An update has two turns, each with its own batch. With
+D = auxiliary - teacher at (x_s, s) and w the weight at the log-SNR of s, the losses are
 
-    auxiliary:  w (|auxiliary - x0|^2 + |auxiliary - teacher|^2),  least at the mean of E[x0 | x_s] and the teacher
-    student:    w |x0 - sg(x0 - D)|^2 / 2,                         whose gradient in x0 is w D
+    auxiliary:  w (|auxiliary - x0|^2 + |auxiliary - teacher|^2),  minimal at the mean of E[x0 | x_s] and the teacher
+    student:    w |x0 - sg(x0 - D)|^2 / 2,                         with the gradient w D in x0
 
-The second term of the auxiliary's loss holds it at the teacher, and halves D at the minimum. The student's loss has the
-value w |D|^2 / 2, the moment gap, which need not fall: the auxiliary widens it as the student closes it.
+The second term of the auxiliary's loss keeps it near the teacher, and halves D at the minimum. The value of the
+student's loss is w |D|^2 / 2, the moment gap. It need not fall, because the auxiliary widens it as the student closes
+it.
 
-Times: s ~ U(0, 1), t = min(s + d, 1), d ~ U(0, 1 / num_steps), so that no step is longer than one of the student's, and
+Times: s ~ U(0, 1), t = min(s + d, 1), d ~ U(0, 1 / num_steps), so no step is longer than one of the student's, and
 some start from pure noise.
 
 Source: Salimans, Mensink, Heek & Hoogeboom 2024, "Multistep Distillation of Diffusion Models via Moment Matching"
@@ -55,7 +56,7 @@ from halfstep.samplers import Ancestral, ancestral_step
 
 
 class _Step(NamedTuple):
-    """A step of the student's: its x0 at x_t, `[batch, *dims]`, and where the posterior takes x_t."""
+    """A step of the student: its x0 at x_t, `[batch, *dims]`, and the sample x_s that the posterior draws."""
 
     x0: Tensor
     x_s: Tensor
@@ -69,7 +70,9 @@ class _Step(NamedTuple):
 class MomentMatching(Objective):
     """Alternating moment matching of a `num_steps`-step ancestral student.
 
-    The default weighting is even over all noise levels: the squared error in v.
+    The default weighting, the squared error in v, is even over all noise levels.
+
+    Source: Salimans et al. 2024 (arXiv:2406.04103), algorithm 2.
 
     Raises:
         ValueError: if `num_steps` is not a whole number of at least 1, or `auxiliary_rate` is not above 0.
@@ -80,7 +83,7 @@ class MomentMatching(Objective):
     guidance: Guidance | None = None
     """Guidance that the teacher has learned; None for none."""
     auxiliary_rate: float = 1.0
-    """The auxiliary's learning rate over the student's."""
+    """Learning rate of the auxiliary denoiser, relative to the student's."""
     needs_teacher: ClassVar[bool] = True
     learns_from_undistilled: ClassVar[bool] = True
     loss_falls: ClassVar[bool] = False
@@ -109,7 +112,7 @@ class MomentMatching(Objective):
         return Turn(AUXILIARY, self.auxiliary_loss), Turn(STUDENT, self.loss)
 
     def auxiliary_loss(self, models: Models, batch: Batch, draw: Draw) -> Losses:
-        """Return the losses of the auxiliary against the student's x0 and against the teacher."""
+        """Return the losses of the auxiliary denoiser against the student's x0 and against the teacher."""
         teacher = check_one_process(models)
         with torch.no_grad():
             x0, x_s, s, cond = self._step(models.student, batch, draw)
@@ -125,7 +128,7 @@ class MomentMatching(Objective):
         with torch.no_grad():
             gap = teacher(x_s, s, cond).x0 - _auxiliary(models)(x_s, s, cond).x0
         log_snr = models.student.process.log_snr(s)
-        # x0 - sg(x0 + gap) with x0 taken from both sides, so that a small gap is not rounded to the precision of x0.
+        # x0 - sg(x0 + gap) with x0 cancelled on both sides, so that a small gap is not rounded to the precision of x0.
         return Losses(weighted_x0_loss(x0 - x0.detach(), gap, log_snr, self.weighting) / 2, log_snr)
 
     def _step(self, student: Denoiser, batch: Batch, draw: Draw) -> _Step:

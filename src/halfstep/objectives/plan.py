@@ -21,12 +21,12 @@ from halfstep.objectives.halving import Halving
 from halfstep.samplers import DDIM, Sampler
 
 HALVING: Final = Training(num_updates=50_000, learning_rate=5e-5)
-"""The paper's training of a student: no warm-up, the rate falls linearly to 0."""
+"""The paper's hyperparameters for a student: no warm-up, linear decay of the learning rate to 0."""
 
 FINISHING: Final = Training(
     num_updates=260, batch_size=64, learning_rate=5e-5, adam_betas=(0.0, 0.99), grad_clip=1.0, ema_decay=0.98
 )
-"""Training of a finished student, the updates included in which only the auxiliary denoiser learns."""
+"""Hyperparameters for finishing a student. The updates include those that train only the auxiliary denoiser."""
 
 
 @final
@@ -43,35 +43,35 @@ class Stage:
 
     def __post_init__(self) -> None:
         updates = range(self.training.num_updates)
-        # Mostly the last update decides.
+        # The last update almost always has a turn of the student, so it is checked first.
         if not any(turn.trains == STUDENT for update in reversed(updates) for turn in self.objective.turns(update)):
             raise ValueError(
-                f"a stage of {type(self.objective).__name__} ends before its student's first turn: num_updates is "
-                f"{len(updates)}. Raise it, or lower lead_updates"
+                f"a stage of {type(self.objective).__name__} ends before its student's first turn, because num_updates "
+                f"is {len(updates)}. Increase it, or decrease lead_updates"
             )
 
     @property
     def num_steps(self) -> int | None:
-        """Sampler steps that the stage's model is made for; None for any number."""
+        """Number of sampler steps that the stage's model is trained for; None for any number."""
         return self.objective.outcome.num_steps
 
     @property
     def update_cost(self) -> float:
-        """Cost of an update in forward passes of one sample."""
+        """Cost of an update per sample, in forward passes."""
         return sum(evals.cost for evals in self.objective.evals.values()) * self.training.batch_size
 
 
 class Parents(NamedTuple):
-    """Where a stage comes from: places among the models before it."""
+    """The models that a stage builds on, as indices into the models before it."""
 
     start: int
-    """Whose weights the student starts with."""
+    """The model whose weights the student starts from."""
     teacher: int
-    """Whom it learns from."""
+    """The model that the student learns from."""
 
 
 def parents_of(objective: Objective, models: Sequence[Outcome]) -> Parents | None:
-    """Return the parents of a stage among the models before it, in order; None for the first stage.
+    """Return the parents of a stage among the models before it; None for the first stage.
 
     Raises:
         ValueError: if the objective needs a model that does not precede it.
@@ -89,7 +89,7 @@ def parents_of(objective: Objective, models: Sequence[Outcome]) -> Parents | Non
             known = (
                 f"the students before it take {', '.join(map(str, made))}"
                 if made
-                else f"no student precedes it that samples by {type(sampler).__name__}"
+                else f"no student before it samples with {type(sampler).__name__}"
             )
             raise ValueError(f"the stage {name} refines a student of {steps} steps, but {known}. Choose one of them")
         start = same[-1]
@@ -97,7 +97,7 @@ def parents_of(objective: Objective, models: Sequence[Outcome]) -> Parents | Non
         whole = [place for place, model in enumerate(models) if model.role is not Role.STUDENT]
         if not whole:
             raise ValueError(
-                f"the stage {name} learns from an undistilled teacher, and the chain starts from a student. Start it "
+                f"the stage {name} learns from an undistilled teacher, but the chain starts from a student. Start it "
                 "from that student's teacher"
             )
         teacher = whole[-1]
@@ -107,9 +107,9 @@ def parents_of(objective: Objective, models: Sequence[Outcome]) -> Parents | Non
         asked_steps, asked_sampler = inner.num_steps * inner.num_teacher_steps, inner.teacher_sampler
         if known_steps not in (None, asked_steps) or known_sampler != asked_sampler:
             raise ValueError(
-                f"the stage {name} lets a student of {known_steps} steps of {type(known_sampler).__name__} teach by "
-                f"{asked_steps} steps of {type(asked_sampler).__name__}, but a student can only take the steps that it "
-                "was distilled for. Choose a chain that starts from these"
+                f"the stage {name} needs a teacher with {asked_steps} steps of {type(asked_sampler).__name__}, but the "
+                f"student before it was distilled for {known_steps} steps of {type(known_sampler).__name__} and can "
+                "take no others. Choose a chain that starts from these"
             )
     return Parents(start, teacher)
 
@@ -122,7 +122,7 @@ class Plan:
     stages: tuple[Stage, ...] = field(default=())
 
     def names(self, first: int = 0) -> list[str]:
-        """Return folder names, numbered from `first`: "00-denoise", "01-match", "02-halve-0128", ..."""
+        """Return the folder names, numbered from `first`: "00-denoise", "01-match", "02-halve-0128", ..."""
         names = []
         for index, stage in enumerate(self.stages, start=first):
             steps = "" if stage.num_steps is None else f"-{stage.num_steps:04d}"
@@ -131,14 +131,14 @@ class Plan:
 
     @property
     def num_updates(self) -> int:
-        """Updates of all stages together."""
+        """Total number of updates of all stages."""
         return sum(stage.training.num_updates for stage in self.stages)
 
     def __add__(self, other: "Plan") -> "Plan":
         return Plan(self.stages + other.stages)
 
     def guided(self, guidance: Guidance | None) -> "Plan":
-        """Return the plan with `guidance` as what the teachers of its students have learned."""
+        """Return the plan for teachers that have learned `guidance`."""
         if guidance is None:
             return self
         return self.changed(lambda objective: _guided(objective, guidance))
@@ -149,7 +149,7 @@ class Plan:
 
     @classmethod
     def of(cls, objective: Objective, training: Training) -> "Plan":
-        """Return the plan of one stage."""
+        """Return a plan with one stage."""
         return cls((Stage(objective, training),))
 
     @classmethod
@@ -168,28 +168,28 @@ class Plan:
         teacher_sampler: Sampler | None = None,
         teacher_steps: int | None = None,
     ) -> "Plan":
-        """Return the chain start -> start / 2 -> ... -> end, one halving stage a student.
+        """Return the chain start -> start / 2 -> ... -> end, with one halving stage per student.
 
-        The first student may learn from another sampler of the teacher, or from more of its steps. Students teach by
-        DDIM, as they sample.
+        The first student may learn from another sampler of the teacher, or from more teacher steps. As teachers,
+        students use DDIM, the sampler that they were distilled for.
 
         Args:
             start: steps of the first teacher; the first student takes half of them.
             end: steps of the last student.
-            training: of each stage. The paper has no warm-up; but a fresh Adam moves every weight by the full rate at
-                once, from which a short stage does not recover.
+            training: hyperparameters of each stage. The paper has no warm-up, but a fresh Adam moves every weight by
+                the full learning rate at once, and a short stage does not recover from that.
             factor: teacher steps that a student's step replaces, at every stage.
-            students: the steps of all students instead of `end` and `factor`: 256, 64, 16, 8, 4 for example.
-            updates_at: exceptions, from a student's steps to its updates; by default twice `training.num_updates` at 2
-                and 1, as in the paper.
-            learning_rate_at: exceptions, from a student's steps to its rate; none by default.
-            guidance: what the first teacher has learned.
-            teacher_sampler: the first teacher's, deterministic; DDIM if None.
-            teacher_steps: steps of the first teacher for each step of the first student; as the chain says if None.
+            students: the steps of all students, such as 256, 64, 16, 8, 4; replaces `end` and `factor`.
+            updates_at: exceptions by a student's number of steps: its number of updates. By default, the students of 2
+                steps and 1 step get twice `training.num_updates`, as in the paper.
+            learning_rate_at: exceptions by a student's number of steps: its learning rate. By default there are none.
+            guidance: guidance that the first teacher has learned.
+            teacher_sampler: deterministic sampler of the first teacher; DDIM if None.
+            teacher_steps: steps of the first teacher per step of the first student; None uses the factor of the chain.
 
         Raises:
-            ValueError: if `end` is not below `start`, the factors do not lead from `start` to `end`, an exception names
-                a number of steps that is not in the chain, or the sampler is stochastic.
+            ValueError: if `end` is not below `start`, the factors do not lead from `start` to `end`, an exception is
+                for a number of steps that is not in the chain, or the sampler is stochastic.
         """
         steps = [start, *students] if students is not None else _divided(start, end, factor)
         factors = _factors(steps)
@@ -203,7 +203,7 @@ class Plan:
                 verb = "are" if what == "updates" else "is"
                 raise ValueError(
                     f"{what} {verb} given for a student of {foreign[0]} steps, but the chain's students take "
-                    f"{steps[1:]}: give exceptions for these, or none ({name} None)"
+                    f"{steps[1:]}. Give exceptions for these, or none ({name} None)"
                 )
         halvings = [
             Halving(n, k, weighting or TruncatedSNR(), guidance) for n, k in zip(steps[1:], factors, strict=True)
@@ -237,7 +237,7 @@ class Plan:
         """Return one finishing stage for each student of `steps`, in order.
 
         Args:
-            finishing: from a number of steps to the objective.
+            finishing: function that maps a number of steps to the objective.
 
         Raises:
             ValueError: if a number is not a whole number of at least 1, or is given twice.
@@ -248,8 +248,8 @@ class Plan:
 
 
 def _guided(objective: Objective, guidance: Guidance) -> Objective:
-    """Return a student's objective, or the one that it wraps, with the guidance that its teacher has learned; any other
-    as it is."""
+    """Return a student's objective, or the one that it wraps, with the guidance that its teacher has learned; any
+    other objective is unchanged."""
     if objective.outcome.role is not Role.STUDENT:
         return objective
     changes: dict[str, object] = {}
@@ -262,17 +262,17 @@ def _guided(objective: Objective, guidance: Guidance) -> Objective:
 
 
 def _divided(start: int, end: int, factor: int) -> list[int]:
-    """start, start / factor, ..., end.
+    """Return start, start / factor, ..., end.
 
     Raises:
-        ValueError: if `end` is not below `start` or is not met.
+        ValueError: if `end` is not below `start` or is not reached.
     """
     check_num_steps(start)
     check_num_steps(end)
     if not isinstance(factor, int) or factor < 2:
         raise ValueError(f"the factor of a stage must be a whole number of at least 2, got {factor!r}")
     if end >= start:
-        raise ValueError(f"the end must be below the start: got a chain from {start} steps to {end}")
+        raise ValueError(f"the end must be below the start, got a chain from {start} steps to {end}")
     steps = [start]
     while steps[-1] > end and steps[-1] % factor == 0:
         steps.append(steps[-1] // factor)
@@ -280,29 +280,29 @@ def _divided(start: int, end: int, factor: int) -> list[int]:
         near = end * factor
         while near < start:
             near *= factor
-        how = "halved" if factor == 2 else f"divided by {factor} again and again"
+        how = "halved" if factor == 2 else f"divided repeatedly by {factor}"
         power = "two" if factor == 2 else str(factor)
         raise ValueError(
-            f"{start} steps cannot be {how} to {end}: list the students' steps, or start from {end} times a "
+            f"{start} steps cannot be {how} to {end}. List the students' steps, or start from {end} times a "
             f"power of {power}, for example {near}"
         )
     return steps
 
 
 def _factors(steps: Sequence[int]) -> list[int]:
-    """The factor between each number of steps and the next.
+    """Return the factor between each number of steps and the next.
 
     Raises:
-        ValueError: if there is none between two of them, or no student.
+        ValueError: if one is not a factor of the previous one, or there are no students.
     """
     if len(steps) < 2:
-        raise ValueError("the list of students is empty: give the steps of each, such as 256, 64, 16, 8, 4")
+        raise ValueError("the list of students is empty. Give the steps of each, such as 256, 64, 16, 8, 4")
     for number in steps:
         check_num_steps(number)
     for teacher, student in pairwise(steps):
         if student >= teacher or teacher % student:
             raise ValueError(
-                f"a student of {student} steps cannot follow a teacher of {teacher}: its steps must divide the "
+                f"a student of {student} steps cannot follow a teacher of {teacher}. Its steps must divide the "
                 f"teacher's, with a factor of at least 2; the chain is {', '.join(map(str, steps))}"
             )
     return [teacher // student for teacher, student in pairwise(steps)]

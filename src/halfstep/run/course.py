@@ -163,7 +163,7 @@ def course(
 ) -> Plan:
     """Return the stages from a teacher to the last student: matching where it is needed, the halvings, then the rest.
 
-    Warns if the chain's first step from t = 1 multiplies the network's error beyond use.
+    Warns if the chain's first step from t = 1 amplifies the network's error too much.
 
     Args:
         halvings: from the guidance that the chain's first teacher has learned to its halving stages.

@@ -1,13 +1,13 @@
-"""Ancestral sampling: a step of the reversed noising chain, with its variance between the two bounds.
+"""Ancestral sampling: steps of the reversed noising chain, with a variance between its two bounds.
 
-Given x0, the chain's reverse q(x_s | x_t, x0) is normal. With q = exp((log_snr_t - log_snr_s) / 2) < 1 and the
-prediction instead of x0, its mean is
+Given x0, the reverse step q(x_s | x_t, x0) is normal. With q = exp((log_snr_t - log_snr_s) / 2) < 1 and the predicted
+x0, its mean is
 
     alpha_s x0 + sigma_s q eps
 
-and its variance (1 - q^2) sigma_s^2, the lower bound of that of the true reverse q(x_s | x_t), exact for data of a
-single point. The upper bound is the variance of the forward step, (1 - q^2) sigma_t^2, exact for data of unit normal
-noise. `gamma` interpolates them in log variance. The last step adds no noise and returns x0.
+and its variance is (1 - q^2) sigma_s^2. This is the lower bound for the variance of the true reverse step q(x_s | x_t),
+exact if the data is a single point. The upper bound is the variance of the forward step, (1 - q^2) sigma_t^2, exact if
+the data is unit normal noise. `gamma` interpolates their logarithms. The last step adds no noise and returns x0.
 
 Source: Ho et al. 2020 (arXiv:2006.11239); Salimans & Ho 2022 (arXiv:2202.00512), equations 3 to 5, and the authors'
 dpm.py ("fixed_small", "fixed_large", "fixed_medium:gamma").
@@ -28,7 +28,7 @@ from halfstep.samplers.base import Memory, Noise, Sampler, Time, samplers
 def ancestral_step(
     denoised: Denoised, process: NoiseProcess, t: Tensor, s: Tensor, noise: Tensor, gamma: float = 0.0
 ) -> Tensor:
-    """Return x_s `[batch, *dims]`, drawn from the reverse at s <= t given x_t's (x0, eps); x0 itself at s = 0.
+    """Return x_s `[batch, *dims]`, drawn from the reverse step to s <= t given (x0, eps) at t; x0 itself at s = 0.
 
     Args:
         t, s: clock times `[batch]`.
@@ -42,7 +42,7 @@ def ancestral_step(
     change = torch.where(clean, -torch.inf, process.log_snr(t) - process.log_snr(s))
     kept = torch.exp(change / 2)
     spread = torch.sqrt(-torch.expm1(change)) * sigma_s ** (1 - gamma) * sigma_t**gamma
-    # 0 ** 0 is 1: at gamma = 1 the upper bound does not fall to 0 by itself where the step lands on clean data.
+    # 0 ** 0 is 1: at gamma = 1 the variance does not become 0 by itself when the step lands on clean data.
     spread = torch.where(clean, 0.0, spread)
     mean = per_sample(alpha_s, x0) * x0 + per_sample(sigma_s * kept, x0) * eps
     return mean + per_sample(spread, x0) * noise
@@ -52,12 +52,14 @@ def ancestral_step(
 @samplers.register("ancestral")
 @dataclass(frozen=True)
 class Ancestral(Sampler):
-    """Stochastic, one network call a step; gamma 0 is the lower bound of the variance, 1 (default) the upper.
+    """Stochastic, one network call per step; gamma 0 is the lower bound of the variance, 1 (default) the upper.
 
-    The default is that of every configuration of the paper's authors; at few steps a search pays (`search_gamma`).
+    All configurations of the paper's authors use the default. With few steps, search for a better one (`search_gamma`).
+
+    Source: Ho et al. 2020 (arXiv:2006.11239); Salimans & Ho 2022 (arXiv:2202.00512), equations 3 to 5.
 
     Raises:
-        ValueError: if gamma is not in [0, 1]; at a step, if there is no noise.
+        ValueError: if gamma is not in [0, 1], or, at a step, if no noise is passed.
     """
 
     gamma: float = 1.0
@@ -70,12 +72,12 @@ class Ancestral(Sampler):
 
     def __post_init__(self) -> None:
         if not 0 <= self.gamma <= 1:
-            raise ValueError(f"gamma must be in [0, 1], the lower to the upper bound of the variance, got {self.gamma}")
+            raise ValueError(f"gamma must be in [0, 1] (lower to upper bound of the variance), got {self.gamma}")
 
     def step(
         self, denoiser: Denoiser, x_t: Tensor, t: Time, s: Time, cond: Cond | None, memory: Memory, noise: Noise = None
     ) -> tuple[Tensor, Memory]:
         if noise is None:
-            raise ValueError("ancestral sampling draws noise, and was given none: pass noise, such as step_noise(...)")
+            raise ValueError("ancestral sampling needs noise at each step. Pass noise, such as step_noise(...)")
         start, end = as_clock(t, x_t), as_clock(s, x_t)
         return ancestral_step(denoiser(x_t, start, cond), denoiser.process, start, end, noise, self.gamma), None

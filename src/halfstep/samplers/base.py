@@ -11,7 +11,7 @@ from halfstep.core.prediction import Denoised
 from halfstep.registry import Registry
 
 Time = Tensor | float
-"""One time for all samples, in sampling, or clock times `[batch]`, in a target; `as_clock` makes either clock times."""
+"""One time for all samples (in sampling) or clock times `[batch]` (in a target). `as_clock` accepts either."""
 Noise = Tensor | None
 """Unit normal noise shaped as the samples for a stochastic sampler; None for any other."""
 Memory = Any
@@ -19,16 +19,16 @@ Memory = Any
 
 
 class Sampler(ABC):
-    """One step of sampling. Members are frozen and hold no state: their memory is passed in and out."""
+    """One step of sampling. Subclasses are frozen and stateless: their memory is passed in and out."""
 
     order: ClassVar[int]
-    """Global order of convergence, of a stochastic sampler's distribution; the contract tests measure it."""
+    """Global order of convergence (for a stochastic sampler, of its distribution). The contract tests measure it."""
     stochastic: ClassVar[bool] = False
     """Whether a step draws noise."""
     evals_per_step: ClassVar[int]
-    """Network calls of a step that lands at s > 0; the contract tests count them."""
+    """Network calls per step that lands at s > 0. The contract tests count them."""
     evals_last_step: ClassVar[int]
-    """Network calls of the step that lands on clean data, where no network can be called."""
+    """Network calls of the step that lands on clean data, where the network cannot be called."""
 
     @abstractmethod
     def step(
@@ -36,7 +36,7 @@ class Sampler(ABC):
     ) -> tuple[Tensor, Memory]:
         """Step from t to s < t; return x_s, shaped as `x_t` `[batch, *dims]`, and the memory for the next step.
 
-        At s = 0 the result is clean data. Read no number from a tensor: the host would wait for the device.
+        At s = 0 the result is clean data. Do not read numbers from a tensor: the host would wait for the device.
         """
 
     @final
@@ -47,15 +47,15 @@ class Sampler(ABC):
 
 
 class DataPredictionSampler(Sampler):
-    """A deterministic sampler whose step is DDIM's with an (x0, eps) of its own."""
+    """A deterministic sampler that takes DDIM steps with its own (x0, eps)."""
 
     @abstractmethod
     def effective(
         self, denoiser: Denoiser, x_t: Tensor, t: Time, s: Time, cond: Cond | None, memory: Memory
     ) -> tuple[Denoised, Memory]:
-        """Return the (x0, eps) with which a DDIM step from t to s is this method's step, and the memory for the next.
+        """Return the (x0, eps) that turn a DDIM step from t to s into this method's step, and the memory for the next.
 
-        x_t = alpha x0 + sigma eps holds as it does for the denoiser's own. The arguments are those of `step`.
+        They satisfy x_t = alpha x0 + sigma eps, as the denoiser's own do. The arguments are those of `step`.
         """
 
     @final

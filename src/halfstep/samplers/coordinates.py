@@ -1,14 +1,14 @@
 """The variables in which the probability-flow ODE is integrated.
 
-The ODE reads dy / dtau = slope(x0, eps) for a sample y = x_t / scale and a coordinate tau of the noise level. All three
-coordinates are functions of (alpha, sigma) alone, so that they serve every process:
+The ODE is dy / dtau = slope(x0, eps) for a sample y = x_t / scale and a coordinate tau of the noise level. All three
+coordinates are functions of (alpha, sigma) alone, so they work with every process:
 
     Angle          tau = phi = arctan(sigma / alpha)  y = x_t / hypot(alpha, sigma)  slope = cos(phi) eps - sin(phi) x0
-    LogSNR         tau = log_snr                      the same y                     slope = -sin(2 phi) / 4 of that
+    LogSNR         tau = log_snr                      the same y                     slope = -sin(2 phi) / 4 times that
     NoiseToSignal  tau = sigma / alpha                y = x_t / alpha                slope = eps
 
-On a variance-preserving process the first slope is v. Only the first, the default, is finite with a finite slope from
-pure noise to clean data. The second is the paper's, the third that of Karras et al.
+On a variance-preserving process the first slope is v. Only the first coordinate, the default, is finite with a finite
+slope from pure noise to clean data. The paper uses the second, Karras et al. the third.
 
 Source: Salimans & Ho 2022 (arXiv:2202.00512), appendix A; Karras et al. 2022 (arXiv:2206.00364).
 """

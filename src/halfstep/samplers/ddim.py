@@ -1,7 +1,7 @@
-"""DDIM: keep the x0 and the noise of this moment, and lower the noise level.
+"""DDIM: keep the predicted x0 and noise, and lower the noise level.
 
-x_s = alpha_s x0 + sigma_s eps. On the cosine process this is a rotation of the pair (x, v). It is the sampler that
-progressive distillation distils: a deterministic map, so two of its steps can be one.
+x_s = alpha_s x0 + sigma_s eps. On the cosine process this is a rotation of the pair (x, v). Progressive distillation
+distils this sampler because it is deterministic, so one step can replace two.
 
 Source: Song et al. 2020 (arXiv:2010.02502) with eta = 0; Salimans & Ho 2022 (arXiv:2202.00512), section 2.
 """
@@ -20,7 +20,10 @@ from halfstep.samplers.base import DataPredictionSampler, Memory, Time, samplers
 @samplers.register("ddim")
 @dataclass(frozen=True)
 class DDIM(DataPredictionSampler):
-    """First order, deterministic, one network call a step."""
+    """First order, deterministic, one network call per step.
+
+    Source: Song et al. 2020 (arXiv:2010.02502) with eta = 0; Salimans & Ho 2022 (arXiv:2202.00512), section 2.
+    """
 
     order: ClassVar[int] = 1
     evals_per_step: ClassVar[int] = 1

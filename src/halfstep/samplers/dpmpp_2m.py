@@ -1,13 +1,14 @@
 """DPM-Solver++(2M): DDIM with x0 extrapolated half a step ahead from the last two predictions.
 
-A DDIM step is exact if x0 does not change on the way. With lambda = log_snr / 2 and h = lambda_s - lambda_t, this one
-is exact to second order if x0 is linear in lambda: it steps with
+A DDIM step is exact if x0 does not change during the step. With lambda = log_snr / 2 and h = lambda_s - lambda_t, this
+step is exact to second order if x0 is linear in lambda. It is a DDIM step with
 
     x0 + h / (2 h_last) (x0 - x0_last)
 
-The first step has no last prediction, and the one onto clean data has h = infinity; both are DDIM's, which costs no
-order, for each is one step of N. On a grid uniform in t the steps next to pure noise and to clean data never become
-small in lambda (ln 2, ln 3/2, ... whatever N), so that from t = 1 to 0 the error falls as log(N) / N^2.
+The first step has no previous prediction, and the step onto clean data has h = infinity. Both are plain DDIM steps,
+which does not lower the order, because each is only one step of N. On a grid uniform in t the steps next to pure noise
+and to clean data never become small in lambda (ln 2, ln 3/2, ... for any N), so from t = 1 to 0 the error falls as
+log(N) / N^2.
 
 Source: Lu et al. 2022 (arXiv:2211.01095), algorithm 2.
 """
@@ -25,7 +26,7 @@ from halfstep.samplers.base import DataPredictionSampler, Memory, Time, samplers
 
 
 class Last(NamedTuple):
-    """The last prediction `[batch, *dims]`, and the log-SNR at which it was made `[batch]`."""
+    """The last prediction `[batch, *dims]` and its log-SNR `[batch]`."""
 
     x0: Tensor
     log_snr: Tensor
@@ -35,7 +36,10 @@ class Last(NamedTuple):
 @samplers.register("dpmpp_2m")
 @dataclass(frozen=True)
 class DPMSolverPP2M(DataPredictionSampler):
-    """Second order, deterministic, one network call a step; it remembers the last prediction."""
+    """Second order, deterministic, one network call per step; reuses the last prediction.
+
+    Source: Lu et al. 2022 (arXiv:2211.01095), algorithm 2.
+    """
 
     order: ClassVar[int] = 2
     evals_per_step: ClassVar[int] = 1

@@ -1,4 +1,4 @@
-"""The sampling loop: a generator, so that a caller can watch, stop, or record."""
+"""The sampling loop: a generator, so that a caller can watch, stop or record it."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -14,11 +14,11 @@ from halfstep.samplers.base import Memory, Sampler
 from halfstep.samplers.ddim import DDIM
 
 StepNoise = Callable[[int], Tensor]
-"""From a step's number (from 0) to unit normal noise `[batch, *dims]`: `step_noise(...)` or a list's `__getitem__`."""
+"""Maps a step's number, from 0, to unit normal noise `[batch, *dims]`: `step_noise(...)` or a list's `__getitem__`."""
 
 
 class SamplerStep(NamedTuple):
-    """A finished step, `number` from 0, of a trajectory: from time t to s and the samples `x_s` `[batch, *dims]`."""
+    """A finished step of a trajectory: its `number` from 0, its times t and s, and samples `x_s` `[batch, *dims]`."""
 
     number: int
     t: float
@@ -39,17 +39,17 @@ def trajectory(
     """Yield the steps of sampling from the noise `x_t` `[batch, *dims]` at t = 1 down to clean data.
 
     Args:
-        num_steps: steps of the sampler, at least 1; those that a student was distilled for if None.
-        sampler: a student's own, or DDIM(), if None.
+        num_steps: number of sampler steps, at least 1; None uses the number that a student was distilled for.
+        sampler: None uses a student's own sampler, or DDIM().
         cond: conditions by name, each `[batch, ...]`.
-        grid: from `num_steps` to `num_steps + 1` falling times.
+        grid: function that maps `num_steps` to `num_steps + 1` decreasing times.
         noise: added by a stochastic sampler at each step; None for any other.
 
     Raises:
-        ValueError: if `num_steps` is not a whole number of at least 1 or not known, noise is missing or would not be
-            used, or an argument is of another kind, shape or device.
+        ValueError: if `num_steps` is unknown or not a whole number of at least 1, if noise is missing or would not be
+            used, or if an argument has the wrong type, shape or device.
     """
-    check_denoiser("what is sampled", denoiser, Denoiser)
+    check_denoiser("the model to sample", denoiser, Denoiser)
     check_noise(x_t, denoiser.shape, denoiser)
     if num_steps is None:
         num_steps = denoiser.num_steps
@@ -62,15 +62,15 @@ def trajectory(
         if not isinstance(value, Tensor) or value.shape[:1] != x_t.shape[:1]:
             shape = f" of shape {list(value.shape)}" if isinstance(value, Tensor) else ""
             raise ValueError(
-                f"the condition {name} must be a tensor [{len(x_t)}, ...], one row a sample, got {got(value)}{shape}. "
-                "Repeat it for each sample"
+                f"the condition {name} must be a tensor [{len(x_t)}, ...], one row per sample, got {got(value)}{shape}."
+                " Repeat it for each sample"
             )
     if method.stochastic and noise is None:
         raise ValueError(
-            f"{type(method).__name__} draws noise at each step: pass noise=step_noise(seeds, shape), or your own"
+            f"{type(method).__name__} needs noise at each step. Pass noise=step_noise(seeds, shape), or your own"
         )
     if not method.stochastic and noise is not None:
-        raise ValueError(f"{type(method).__name__} draws no noise: leave noise out, or choose a stochastic sampler")
+        raise ValueError(f"{type(method).__name__} uses no noise. Remove noise, or choose a stochastic sampler")
     times = grid(num_steps).tolist()
     memory: Memory = None
     for number, (t, s) in enumerate(itertools.pairwise(times)):
@@ -90,7 +90,7 @@ def sample(
 ) -> Tensor:
     """Return clean samples x0 `[batch, *dims]`, the end of `trajectory` with the same arguments and errors.
 
-    x0 is clipped on the way only if the denoiser does so (`Clipped`; a model from `load` does for images).
+    x0 is clipped during sampling only if the denoiser clips it (`Clipped`; a model from `load` does so for images).
     """
     x_s = x_t
     for step in trajectory(denoiser, x_t, num_steps, sampler, cond, grid, noise):

@@ -1,15 +1,16 @@
 """The standard integrators of the probability-flow ODE: Euler, midpoint, Heun and the classical RK4.
 
-A rule integrates the ODE in one of the coordinates of `coordinates.py`. In noise-to-signal Euler's step is DDIM's, and
-Heun's is the sampler of Karras et al. and of diffusers; it wants a grid that does not start at zero SNR.
+A rule integrates the ODE in one of the coordinates of `coordinates.py`. In the noise-to-signal coordinate, Euler is
+DDIM, and Heun is the sampler of Karras et al. and of diffusers, which needs a grid that does not start at zero SNR.
 
-Where a method calls the network at the end of the step, the step onto clean data is one of an order less that does not:
-Euler for Heun, Heun's third-order rule for RK4. Being one step of N, it costs no order. In log-SNR that step would be
-infinitely long, and is taken in the angle, whose y is the same. A process that keeps noise at t = 0 can end before a
-stage of that step; the network is then called at the stage's share of the time, and the sample is moved only that far.
+The network cannot be called on clean data. A method that calls it at the end of each step therefore takes the last step
+with a rule one order lower: Euler for Heun, Heun's third-order rule for RK4. This does not lower the order of the
+method, because it is one step of N. In log-SNR the last step would be infinitely long, so it uses the angle instead,
+which has the same y. A process that keeps noise at t = 0 can end before a stage of the last step. The network is then
+called at the stage's share of the time, and the sample is moved only that far.
 
-With clock times `[batch]` each sample has its own rule, chosen on the device, and every step calls the network as often
-as one that lands at s > 0.
+With clock times `[batch]`, each sample has its own rule, chosen on the device. Every step then calls the network as
+often as a step that lands at s > 0.
 
 Source: Salimans & Ho 2022 (arXiv:2202.00512), appendices A to D; Karras et al. 2022 (arXiv:2206.00364), algorithm 1.
 """
@@ -31,9 +32,9 @@ Share = float | Tensor
 
 
 class Rule(NamedTuple):
-    """An explicit Runge-Kutta rule in which the slope of each stage leads to the next.
+    """An explicit Runge-Kutta rule in which each stage depends only on the slope of the previous one.
 
-    The nodes are the stages as shares of the step, from 0; the weights are those of their slopes and sum to 1.
+    The nodes are the positions of the stages as shares of the step, from 0. The weights of their slopes sum to 1.
     """
 
     nodes: tuple[Share, ...]
@@ -72,7 +73,7 @@ def runge_kutta_step(
 
 def _time_of(node: Share, tau: Tensor, coordinate: Coordinate, process: NoiseProcess, t: Tensor, s: Tensor) -> Tensor:
     """Return the clock times `[batch]` of the stage at `tau`, which is the share `node` of the step from t to s."""
-    # t and s are returned as they are: two inverse functions would round them.
+    # t and s are returned unchanged, because converting them there and back would round them.
     if not isinstance(node, Tensor) and node == 1:
         return s
     time = process.time_at(coordinate.log_snr(tau))
@@ -122,13 +123,13 @@ class _AngleOntoClean(Coordinate):
 
 @dataclass(frozen=True)
 class RungeKutta(Sampler):
-    """A rule in a coordinate; a member says only which rule, and which one lands on clean data."""
+    """A Runge-Kutta rule in a coordinate. A subclass sets the rule and the rule that lands on clean data."""
 
     coordinate: Coordinate = field(default_factory=Angle)
 
     rule: ClassVar[Rule]
     last: ClassVar[Rule]
-    """The rule onto clean data, of at most as many stages as `rule`."""
+    """The rule for the step onto clean data, with no more stages than `rule`."""
 
     def __init_subclass__(cls) -> None:
         cls.evals_per_step, cls.evals_last_step = len(cls.rule.nodes), len(cls.last.nodes)
@@ -155,7 +156,7 @@ class RungeKutta(Sampler):
 @samplers.register("euler")
 @dataclass(frozen=True)
 class Euler(RungeKutta):
-    """First order, deterministic, one network call a step."""
+    """First order, deterministic, one network call per step."""
 
     rule: ClassVar[Rule] = EULER
     last: ClassVar[Rule] = EULER
@@ -166,7 +167,7 @@ class Euler(RungeKutta):
 @samplers.register("midpoint")
 @dataclass(frozen=True)
 class Midpoint(RungeKutta):
-    """Second order, deterministic, two network calls a step: the slope in its middle."""
+    """Second order, deterministic, two network calls per step: uses the slope at the midpoint."""
 
     rule: ClassVar[Rule] = MIDPOINT
     last: ClassVar[Rule] = MIDPOINT
@@ -177,7 +178,10 @@ class Midpoint(RungeKutta):
 @samplers.register("heun")
 @dataclass(frozen=True)
 class Heun(RungeKutta):
-    """Second order, deterministic, two network calls a step and one in the last: the mean of the slopes at its ends."""
+    """Second order, deterministic, two network calls per step, one in the last: averages the slopes at both ends.
+
+    Source: Karras et al. 2022 (arXiv:2206.00364), algorithm 1, in the noise-to-signal coordinate.
+    """
 
     rule: ClassVar[Rule] = TRAPEZOID
     last: ClassVar[Rule] = EULER
@@ -188,7 +192,7 @@ class Heun(RungeKutta):
 @samplers.register("rk4")
 @dataclass(frozen=True)
 class RK4(RungeKutta):
-    """Fourth order, deterministic, four network calls a step and three in the last: the classical Runge-Kutta rule."""
+    """Fourth order, deterministic, four network calls per step, three in the last: the classical Runge-Kutta rule."""
 
     rule: ClassVar[Rule] = CLASSICAL_4
     last: ClassVar[Rule] = HEUN_3

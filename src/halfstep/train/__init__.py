@@ -1,1 +1,1 @@
-"""The engine: trains the players of one stage, one update at a time, and survives kills."""
+"""The engine, which trains the players of one stage and resumes after a kill."""

@@ -1,8 +1,8 @@
-"""Checkpoints of an unfinished stage: whole or absent, checked before use, safetensors only.
+"""Checkpoints of an unfinished stage: complete or absent, verified before use, safetensors only.
 
 A checkpoint is written into a temporary folder, synced to the disk, read back, compared with the state in memory, and
-then renamed. Only then are older ones removed, so at any moment a good one exists. All of this is done by a thread,
-while training continues: an update waits only for the copy of the state, and for the checkpoint before if that is still
+then renamed. Older ones are removed only after that, so a good one always exists. A thread does all this while
+training continues. An update waits only for the copy of the state, and for the previous checkpoint if that is still
 being written.
 """
 
@@ -29,30 +29,30 @@ from halfstep.runtime.tensors import read_tensors, write_tensors
 from halfstep.train.engine import StageTrainer, State
 
 KEPT: Final = 2
-"""Checkpoints of a stage that are kept: the latest, and the one before it."""
+"""Number of checkpoints kept per stage: the latest and the previous one."""
 
 
 @final
 class CheckpointWriter:
-    """Writes the checkpoints of a stage, one at a time, beside the training. Rank 0 writes, and
-    all ranks call `save` and `wait` together.
+    """Writer of a stage's checkpoints, one at a time, in the background. Rank 0 writes, and all ranks call `save` and
+    `wait` together.
 
-    `last` is the latest checkpoint that is known to be good: written and verified, or resumed from.
+    `last` is the latest checkpoint known to be good: written and verified, or resumed from.
     """
 
     def __init__(self, folder: StageFolder, run: str, processes: Processes) -> None:
         self.folder, self.run, self._processes = folder, run, processes
         self.last: Path | None = None
-        # One thread for all. It is not a daemon: a process that ends on an error still ends the checkpoint that it
-        # began.
+        # One thread for all checkpoints. It is not a daemon, so a process that ends with an error still completes the
+        # checkpoint that it started.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="halfstep-checkpoint")
         self._begun: Future[Path] | None = None
 
     def save(self, trainer: StageTrainer) -> float:
-        """Begins to write the trainer's present state; returns the seconds that this kept the training waiting.
+        """Start writing the trainer's current state, and return the seconds that training had to wait.
 
         Raises:
-            OSError, DamagedFile: if the checkpoint before could not be written.
+            OSError, DamagedFile: if the previous checkpoint could not be written.
         """
         begun = time.perf_counter()
         self.wait()
@@ -65,19 +65,19 @@ class CheckpointWriter:
                 "seconds": trainer.seconds,
                 "micro_batch": trainer.micro_batch if trainer.micro_batch_found else None,
             }
-            # Created here, where the run has just checked its folder; the thread creates no parent folders.
+            # Created here, just after the run has checked its folder; the thread creates no parent folders.
             self.folder.path.mkdir(parents=True, exist_ok=True)
             self._begun = self._thread.submit(write_checkpoint, state, about, self.folder)
         return time.perf_counter() - begun
 
     def check(self) -> None:
-        """Raises what a write that has ended has met; it waits for none. Several processes hear of it when they next
-        call `save` or `wait`, together."""
+        """Raise the error of a finished write, without waiting. With several processes, all raise it together at the
+        next `save` or `wait`."""
         if self._processes.count == 1 and self._begun is not None and self._begun.done():
             self.wait()
 
     def wait(self) -> None:
-        """Waits until nothing is being written.
+        """Wait until nothing is being written.
 
         Raises:
             OSError, DamagedFile: if the checkpoint could not be written.
@@ -91,7 +91,7 @@ class CheckpointWriter:
         return None if begun is None else begun.result().name
 
     def close(self) -> None:
-        """Waits until this process writes nothing, whatever came of it, and ends the thread."""
+        """Wait until this process writes nothing, ignore errors, and end the thread."""
         self._thread.shutdown(wait=True)
         if self._begun is not None and self._begun.exception() is None:
             self.last = self._begun.result()
@@ -99,14 +99,14 @@ class CheckpointWriter:
 
 
 def write_checkpoint(state: State, about: dict[str, Any], folder: StageFolder) -> Path:
-    """The checkpoint of a state; those beyond `KEPT` are pruned after it was verified.
+    """Write a checkpoint of a state and return it; after verifying it, prune those beyond `KEPT`.
 
     Args:
-        about: what its manifest says beside the files; "update" names it.
+        about: fields of its manifest besides the files; "update" determines its name.
 
     Raises:
         OSError: if the disk is full or gone.
-        DamagedFile: if what is read back is not what was written; the checkpoints before stay as they are.
+        DamagedFile: if the data read back differs from the data written; the previous checkpoints are kept.
     """
     if not folder.path.is_dir():
         raise OSError(errno.ESTALE, "it is gone", str(folder.path))
@@ -126,7 +126,7 @@ def _name(update: int) -> str:
 
 
 def resume(trainer: StageTrainer, folder: StageFolder, run: str, notice: Callable[[str], None]) -> Path | None:
-    """Puts the trainer into the state of the latest good checkpoint and returns that one; None if there is none.
+    """Restore the trainer from the latest good checkpoint and return the checkpoint; None if none exists.
 
     Reports a checkpoint that is corrupt, unreadable, or of another run, stage or update through `notice`, renames it to
     `damaged-...` and falls back to the previous one.
@@ -146,7 +146,7 @@ def resume(trainer: StageTrainer, folder: StageFolder, run: str, notice: Callabl
 
 
 def _latest_good(folder: StageFolder, origin: dict[str, str], notice: Callable[[str], None]) -> str | None:
-    """Name of the latest checkpoint of that origin whose files are whole; those after it are set aside."""
+    """Return the name of the latest intact checkpoint of that origin, and set aside all later ones."""
     unread: list[tuple[Path, OSError]] = []
     held = folder.checkpoints()
     for path in held:
@@ -155,12 +155,12 @@ def _latest_good(folder: StageFolder, origin: dict[str, str], notice: Callable[[
             if not {"update", "seconds", "files"} <= manifest.keys():
                 raise DamagedFile(f"{path / 'manifest.json'} is not a checkpoint's manifest")
             if {name: manifest.get(name) for name in origin} != origin or _name(manifest["update"]) != path.name:
-                raise DamagedFile(f"{path} is of another run, stage or update: it was moved or copied here")
+                raise DamagedFile(f"{path} belongs to another run, stage or update: it was moved or copied here")
             check_files(path, manifest["files"])
         except DamagedFile as error:
             _set_aside(path)
             last = path == held[-1] and not unread
-            then = "there is no other, so the stage restarts" if last else "using the previous checkpoint"
+            then = "no other checkpoint exists, so the stage restarts" if last else "using the previous checkpoint"
             notice(f"{error}; {then}")
             continue
         except OSError as error:
@@ -170,7 +170,7 @@ def _latest_good(folder: StageFolder, origin: dict[str, str], notice: Callable[[
             continue
         for lost, why in unread:
             _set_aside(lost)
-            notice(f"{lost} cannot be read ({why.strerror}); using the checkpoint before it")
+            notice(f"{lost} cannot be read ({why.strerror}); using the previous checkpoint")
         return path.name
     if unread:
         # Restarting would eventually remove files that the disk may still return later.
@@ -179,7 +179,7 @@ def _latest_good(folder: StageFolder, origin: dict[str, str], notice: Callable[[
 
 
 def _set_aside(checkpoint: Path) -> None:
-    """Takes a checkpoint out of the sight of resuming and pruning; it stays until the stage is complete."""
+    """Hide a checkpoint from resuming and pruning; it is kept until the stage is complete."""
     aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
     remove(aside)
     # A failing disk may refuse the rename; the previous checkpoint is used anyway.
@@ -188,11 +188,11 @@ def _set_aside(checkpoint: Path) -> None:
 
 
 def micro_batch_of(checkpoint: Path | None) -> int | None:
-    """The micro batch that a checkpoint's run had found to fit; None if it was not looked for."""
+    """Return the micro batch that a checkpoint's run found to fit; None if it did not search."""
     return None if checkpoint is None else read_json(checkpoint / "manifest.json").get("micro_batch")
 
 
 def remove_checkpoints(folder: StageFolder) -> None:
-    """Removes the checkpoints of a stage that is complete."""
+    """Remove the checkpoints of a complete stage."""
     for path in [*folder.path.glob("checkpoint-*"), *folder.path.glob("damaged-checkpoint-*")]:
         remove(path)

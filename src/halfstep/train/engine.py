@@ -1,10 +1,10 @@
 """The engine: trains the players of one stage, one update at a time.
 
-It never learns which objective it runs. An update is the turns of the objective, in order; a turn is the global batch
-split over processes and micro batches by place, the turn's losses, one backward pass for each, the gradient clipped to
-a global norm, one AdamW step of its player, one step of the moving averages. Nothing in it waits for the device;
-statistics are fetched when `window` is called. Its inputs from the host can be prepared ahead (`feed`), and the
-networks can be compiled: once for the whole chain, since the networks of all stages are of one architecture.
+It does not depend on the objective. An update consists of the objective's turns, in order. A turn splits the global
+batch over processes and micro batches by place, computes the losses with one backward pass per micro batch, clips the
+gradient to a global norm, takes one AdamW step of its player and updates the moving averages. Nothing in it waits for
+the device; statistics are fetched when `window` is called. Its inputs from the host can be prepared ahead (`feed`). The
+networks can be compiled, once for the whole chain, because the networks of all stages have the same architecture.
 """
 
 import contextlib
@@ -33,8 +33,8 @@ from halfstep.train.sharding import is_sharded, shard, whole
 from halfstep.train.window import PlayerWindow, Window
 
 State = dict[str, dict[str, Tensor]]
-"""The contents of a checkpoint, by file and name: "student", "optimizer", "ema", "early_end", and the same of each
-helper as "helper-NAME", "helper-NAME-optimizer"."""
+"""The contents of a checkpoint, by file and name: "student", "optimizer", "ema", "early_end", and those of each helper
+as "helper-NAME", "helper-NAME-optimizer"."""
 
 
 @final
@@ -42,16 +42,16 @@ class StageTrainer:
     """The training state of one stage.
 
     Args:
-        student: what is trained, in place.
+        student: the model to train, in place.
         teacher: the denoiser to learn from, or None; it is not changed.
         batches: see `Batches`.
         seed, stream: with update and turn, the key of every random number.
-        engine: how the machine is used. The result does not depend on the micro batch beyond rounding, except for the
-            masks of dropout.
-        ahead: updates whose batches and random numbers a thread makes ready, as `Feed`'s.
+        engine: use of the machine. Apart from rounding and dropout masks, the result does not depend on the micro
+            batch.
+        ahead: number of updates for which a thread prepares batches and random numbers, as in `Feed`.
 
     Raises:
-        ValueError: if the objective needs a teacher and there is none, a helper contradicts the stage, the global batch
+        ValueError: if the objective needs a teacher and none is given, a helper contradicts the stage, the global batch
             cannot be split evenly over the processes, or sharding is impossible here.
     """
 
@@ -70,7 +70,7 @@ class StageTrainer:
     ) -> None:
         training, objective = stage.training, stage.objective
         if objective.needs_teacher and teacher is None:
-            raise ValueError(f"stage {stream} learns from a teacher, and there is none")
+            raise ValueError(f"stage {stream} learns from a teacher, but none is given. Pass one")
         if training.batch_size % accelerator.num_processes:
             raise ValueError(
                 f"a batch of {training.batch_size} cannot be split evenly over {accelerator.num_processes} processes"
@@ -80,7 +80,7 @@ class StageTrainer:
         self.accelerator = accelerator
         self.processes = Processes(accelerator, engine.timeout_minutes)
         self.update = 0
-        """Updates done."""
+        """Number of finished updates."""
         if teacher is not None:
             teacher = teacher.eval().requires_grad_(False)
         sharded = engine.sharding == "full"
@@ -117,7 +117,7 @@ class StageTrainer:
         self.share = range(first, first + share)
         self.split(min(engine.set_micro_batch or share, share))
 
-        # With its index: the thread that feeds has a current device of its own.
+        # With its index, because the feeding thread has its own current device.
         device = torch.empty(0, device=accelerator.device).device
         self.batches, self.ahead = batches, ahead
         self._feed = Feed(batches, self.places_of, device, ahead)
@@ -132,32 +132,32 @@ class StageTrainer:
 
     @property
     def student(self) -> Player:
-        """The player that the stage hands on."""
+        """The player that the stage passes on."""
         return self.players[STUDENT]
 
     def _models_of(self, trains: str) -> Models:
-        """Return the models of a turn of this player, which is behind DDP there; all others are called as they are."""
+        """Return the models for a turn of this player: this player behind DDP, all others unwrapped."""
         shown = {name: p.trained if name == trains else p.called for name, p in self.players.items()}
         student = shown.pop(STUDENT)
         assert isinstance(student, Denoiser)
         return Models(student, self._teacher, {**shown, **self._copies})
 
     def split(self, micro_batch: int) -> None:
-        """Send a rank's share of the batch through the networks `micro_batch` samples at a time."""
+        """Split a rank's share of the batch into micro batches of `micro_batch` samples."""
         self.micro_batch = micro_batch
         first, end = self.share.start, self.share.stop
         self.micro_batch_found = False
         self._places = [range(a, min(a + micro_batch, end)) for a in range(first, end, micro_batch)]
 
     def run(self, stop: StopSignal | None = None) -> Iterator[int]:
-        """Train to the end of the stage, yielding the number of updates done after each.
+        """Train to the end of the stage; yield the number of finished updates after each.
 
         Args:
-            stop: a signal leaves an update that has not changed the weights yet, and ends the iteration: the state is
-                that of the update before. (On one process; several end after an update, together.)
+            stop: a signal ends the iteration and abandons an update that has not changed the weights yet, so the state
+                is that of the previous update. (With several processes, all finish the update and end together.)
 
         Raises:
-            OutOfMemory: if an update does not fit into memory.
+            OutOfMemory: if an update does not fit in memory.
         """
         self._stop = stop if self.accelerator.num_processes == 1 else None
         self._clock = time.perf_counter()
@@ -183,12 +183,12 @@ class StageTrainer:
             yield self.update
 
     def places_of(self, update: int) -> Iterator[list[Place]]:
-        """Yield, turn by turn, where the micro batches of this rank lie in an update, with their random numbers."""
+        """Yield, turn by turn, the places of this rank's micro batches in an update, with their random numbers."""
         for number, turn in enumerate(self.stage.objective.turns(update)):
             if turn.trains not in self.players:
                 raise ValueError(
-                    f"turn {number} of update {update} trains {turn.trains!r}, but the players of stage {self.stream} "
-                    f"are {', '.join(self.players)}"
+                    f"turn {number} of update {update} trains {turn.trains!r}, but stage {self.stream} has the players "
+                    f"{', '.join(self.players)}"
                 )
             stream = self.stream if number == 0 else f"{self.stream}, turn {number}"
             yield [
@@ -206,7 +206,7 @@ class StageTrainer:
             player = self.players[turn.trains]
             self._seed_layers(draw)
             others = self.others(player)
-            # Until the first optimiser step an update can be left at any point.
+            # An update can be abandoned at any point before the first optimiser step.
             may_stop = contextlib.nullcontext() if self._stop is None or number else self._stop.at_once()
             with may_stop, player.alone(others):
                 if player.needs_settling(self.processes.count):
@@ -215,7 +215,7 @@ class StageTrainer:
                     player.recent.forget()
                 total = player.device_zero
                 for part in parts:
-                    # Gradients are sent once a turn, with its last micro batch.
+                    # Gradients are synchronised once per turn, with its last micro batch.
                     with contextlib.nullcontext() if part is parts[-1] else player.unsynced():
                         total += self.gradient(player, part)
             player.step(self.update, player.training.rate_at(self.update) * rate_share, total)
@@ -225,9 +225,9 @@ class StageTrainer:
         self._end_early()
 
     def _seed_layers(self, draw: Draw) -> None:
-        """Seed what layers with randomness of their own (dropout) draw from: the device's global generator.
+        """Seed the device's global generator, from which random layers (dropout) draw.
 
-        torch.manual_seed would seed every possible device, which takes a millisecond.
+        torch.manual_seed would seed all devices, which takes a millisecond.
         """
         key = (draw.seed, draw.stream, draw.update, self.accelerator.process_index)
         seed = generator_for(*key).initial_seed()
@@ -236,7 +236,7 @@ class StageTrainer:
             torch.get_device_module(self.accelerator.device).manual_seed(seed)
 
     def gradient(self, player: Player, part: Fed) -> Tensor:
-        """Add the gradient of a micro batch; return its part of the mean loss."""
+        """Add the gradient of a micro batch and return its part of the mean loss."""
         turn, draw = part.place.turn, part.place.draw
         with self.accelerator.autocast():
             losses = turn.loss(self._models[player.name], part.batch, draw)
@@ -262,7 +262,7 @@ class StageTrainer:
 
     @property
     def last_update(self) -> int:
-        """Updates after which the stage ends, as far as is known now: its budget, or less once the loss has stopped
+        """Number of updates after which the stage ends, as known so far: its budget, or less once the loss has stopped
         falling."""
         training = self.stage.training
         if self._plateau_at is None:
@@ -270,41 +270,41 @@ class StageTrainer:
         return min(training.num_updates, self._plateau_at + training.early_end.window)
 
     def rate_share(self, update: int) -> float:
-        """Return the share of its scheduled rate that every player has at an update: 1, falling to 0 after a plateau of
+        """Return the factor on every player's scheduled learning rate at an update: 1, falling to 0 after a plateau of
         the student's loss."""
         if self._plateau_at is None or update < self._plateau_at:
             return 1.0
         return 1 - (update - self._plateau_at) / (self.last_update - self._plateau_at)
 
     def learning_rate(self, update: int) -> float:
-        """Return the student's rate at update `update` (from 0)."""
+        """Return the student's learning rate at update `update` (from 0)."""
         return self.stage.training.rate_at(update) * self.rate_share(update)
 
     def check_finite(self) -> None:
-        """Raise if a loss or gradient norm so far was not finite.
+        """Raise if any loss or gradient norm so far was not finite.
 
         Raises:
-            NonFinite: naming the stage, the first update that was not, and the statistics of its batch.
+            NonFinite: with the stage, the first update that was not finite, and the statistics of its batch.
         """
         firsts = [player.first_bad() for player in self.players.values()]
-        # Each rank sees its own share of the losses: the earliest that any has seen, on all of them.
+        # Each rank sees only its own losses, so all agree on the earliest bad update that any of them has seen.
         late = self.processes.agree(*(-first if first >= 0 else -(2**62) for first in firsts))
         first = -max(late)
         if first == 2**62:
             return
-        # A player that diverges breaks the others in their later turns.
+        # A diverging player breaks the others in their later turns, so report the first.
         broken = {name for name, number in zip(self.players, late, strict=True) if -number == first}
         name = next(turn.trains for turn in self.stage.objective.turns(first) if turn.trains in broken)
         player = self.players[name]
         statistics = player.recent.statistics(first)
-        # The gradient is broken on all, the losses on some: one of those reports what it has seen.
+        # The gradient is broken on all ranks, the losses only on some. One of these reports its statistics.
         (seen,) = self.processes.agree(self.processes.index + 1 if statistics.get("not_finite") else 0)
         statistics = self.processes.told_by(max(0, seen - 1), statistics)
         share = ", on one rank" if self.processes.count > 1 else ""
         whose = "" if player is self.student else f" of {name}"
         raise NonFinite(
             f"the loss{whose} or its gradient was not finite in stage {self.stream} at update {first} "
-            f"({in_words(statistics)}{share}): lower the learning rate ({player.training.learning_rate:g}), lengthen "
+            f"({in_words(statistics)}{share}). Lower the learning rate ({player.training.learning_rate:g}), lengthen "
             "the warm-up, or use precision float32",
             {
                 "stage": self.stream,
@@ -315,7 +315,7 @@ class StageTrainer:
         )
 
     def window(self) -> Window:
-        """Return statistics since the last call; this waits for the device.
+        """Return the statistics since the last call. Waits for the device.
 
         Raises:
             NonFinite: see `check_finite`.
@@ -333,7 +333,7 @@ class StageTrainer:
                 PlayerWindow(loss_sum / turns, norm_sum / turns) if turns else PlayerWindow(math.nan, math.nan)
             )
         student = found.pop(STUDENT)
-        # The others wait for the one that waits.
+        # All ranks wait for the slowest one.
         (waited,) = self.processes.agree(int(1000 * min(1.0, self._waited / max(elapsed, 1e-9))) if self.ahead else 0)
         window = Window(
             update=self.update,
@@ -350,18 +350,18 @@ class StageTrainer:
         return window
 
     def pause(self, seconds: float) -> None:
-        """Take time that was not spent training (saving a checkpoint) out of the statistics."""
+        """Exclude time that was not spent training (saving a checkpoint) from the statistics."""
         self._clock += seconds
 
     @property
     def seconds(self) -> float:
-        """Training time of the stage up to the last window."""
+        """Training time of the stage until the last window."""
         return self._seconds
 
     def state(self) -> State:
-        """Return all that a resumed run needs beyond `update` and `seconds`, in one form for any number of processes.
+        """Return the state that a resumed run needs besides `update` and `seconds`, for any number of processes.
 
-        Every rank must call this; the first gets copies of all, on the CPU, and the others nothing.
+        All ranks must call this. Rank 0 gets copies of everything on the CPU, the other ranks nothing.
         """
         sums = self.processes.each(float(self._window_sum))
         if not (self.processes.is_main or is_sharded(self.student.network)):
@@ -381,7 +381,7 @@ class StageTrainer:
             for name, value in tensors.items():
                 full = whole(value.detach())
                 if self.processes.is_main:
-                    # Not by the trainer's device: the moments of a paged optimiser lie on the CPU beside a GPU.
+                    # Not the trainer's device: the moments of a paged optimiser are on the CPU, even with a GPU.
                     held[part][name] = (
                         full.cpu().contiguous()
                         if full.device.type != "cpu"
@@ -390,7 +390,7 @@ class StageTrainer:
         return held if self.processes.is_main else {}
 
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]], update: int, seconds: float) -> None:
-        """Continue from what `state` returned after `update` updates and `seconds` of training."""
+        """Continue from a result of `state` after `update` updates and `seconds` of training."""
         turns = [turn.trains for number in range(update) for turn in self.stage.objective.turns(number)]
         for name, player in self.players.items():
             own = {part: state[_file_of(name, part)] for part in player.parts}
@@ -399,22 +399,21 @@ class StageTrainer:
             held = state["early_end"]
             self._window_losses = held["window_losses"].tolist()
             sums = held["window_sum"].reshape(-1)
-            # From another number of processes, only the mean carries over.
+            # With another number of processes, only the mean carries over.
             mine = sums[self.processes.index] if len(sums) == self.processes.count else sums.mean()
             self._window_sum.copy_(mine)
             self._plateau_at = None if int(held["plateau_at"]) < 0 else int(held["plateau_at"])
         self.update, self._seconds, self._window_start = update, seconds, update
 
     def finish(self) -> Denoiser:
-        """Return the stage's result: the student with its moving average if it has one, unwrapped, in evaluation
-        mode."""
+        """Return the stage's result: the student in evaluation mode, unwrapped, with its EMA weights if it has any."""
         result = self.student.finish()
         assert isinstance(result, Denoiser)
         return result
 
 
 def _file_of(player: str, part: str) -> str:
-    """Return the name in a checkpoint of a part of a player's state."""
+    """Return the file name, in a checkpoint, of a part of a player's state."""
     if player == STUDENT:
         return STUDENT if part == "network" else part
     return f"helper-{player}" if part == "network" else f"helper-{player}-{part}"
@@ -423,9 +422,9 @@ def _file_of(player: str, part: str) -> str:
 def compile_networks(model: torch.nn.Module) -> None:
     """Let torch compile each network of a denoiser, in place, at its first call.
 
-    The code that it makes is kept for the class of the network, with the weights as its arguments: the networks of the
-    next stage find it there. It is made for one shape of the batch: code for any, which torch would make at the second
-    shape, is slower, and would make a run resumed after that round differently from an uninterrupted one.
+    The compiled code is cached for the network's class, with the weights as arguments, so the networks of the next
+    stage reuse it. It is compiled for a fixed batch shape. Code for dynamic shapes, which torch would compile at the
+    second shape, is slower, and a run resumed after that would round differently from an uninterrupted one.
     """
     for part in model.modules():
         if isinstance(part, NetworkDenoiser) and isinstance(part.network, torch.nn.Module):
@@ -437,13 +436,13 @@ def _check_sharding(engine: Engine, accelerator: Accelerator) -> None:
         return
     if accelerator.num_processes == 1:
         raise ValueError(
-            "sharding full spreads weights over processes, and this is the only one: start several with torchrun or "
-            "accelerate launch, or leave --engine.sharding out"
+            "sharding full shards weights over processes, but this is the only one. Start several with torchrun or "
+            "accelerate launch, or remove --engine.sharding"
         )
     if engine.compile:
-        raise ValueError("sharded networks are not compiled: leave out --engine.compile or the sharding")
+        raise ValueError("sharded networks cannot be compiled. Remove --engine.compile or --engine.sharding")
     if engine.optimizer != "adamw":
         raise ValueError(
-            f"the optimizer {engine.optimizer} cannot be sharded: use adamw, whose moments sharding makes smaller, or "
-            "leave --engine.sharding out"
+            f"the optimizer {engine.optimizer} cannot be sharded. Use adamw, whose moments sharding distributes, or "
+            "remove --engine.sharding"
         )

@@ -1,4 +1,4 @@
-"""An objective's own networks, as they are before the first update."""
+"""Creation of an objective's own networks before the first update."""
 
 import re
 from typing import Final
@@ -16,36 +16,36 @@ HELPER_NAME: Final = re.compile("[a-z][a-z0-9_]*")
 def make_helpers(
     stage: Stage, models: Models, seed: int, stream: str
 ) -> tuple[dict[str, tuple[torch.nn.Module, Training]], dict[str, Follower]]:
-    """Return the objective's auxiliary networks with their training, and its averages and frozen copies, as before the
-    first update.
+    """Return the objective's auxiliary networks with their hyperparameters, and its averages and frozen copies, before
+    the first update.
 
     Raises:
-        ValueError: if a name or a training contradicts the stage.
+        ValueError: if a name is invalid, or hyperparameters contradict the stage.
     """
     auxiliaries: dict[str, tuple[torch.nn.Module, Training]] = {}
     helpers = stage.objective.helpers
     for name, helper in helpers.items():
         if name in (STUDENT, "teacher") or not HELPER_NAME.fullmatch(name):
-            raise ValueError(f"a helper cannot be called {name!r}: use lower-case letters, digits and underscores")
+            raise ValueError(f"a helper cannot be named {name!r}. Use lower-case letters, digits and underscores")
         if isinstance(helper, Auxiliary):
             training = helper.training(stage.training)
             for setting in ("num_updates", "batch_size"):
                 mine, own = getattr(stage.training, setting), getattr(training, setting)
                 if own != mine:
-                    raise ValueError(f"helper {name} has {setting} {own}, its stage {mine}: derive it from the stage's")
+                    raise ValueError(f"helper {name} has {setting} {own}, but its stage has {mine}. Use the stage's")
             if training.ema_decay or training.early_end.patience:
-                raise ValueError(f"helper {name} has an ema_decay or early_end, which have no effect: use an Average")
+                raise ValueError(f"ema_decay and early_end of helper {name} have no effect. Use an Average")
             with torch.random.fork_rng(devices=[]):
-                # Fresh layers are a function of the run's seed, on every rank.
+                # New layers are a function of the run's seed, on every rank.
                 torch.manual_seed(generator_for(seed, stream, "helper", name).initial_seed())
                 auxiliaries[name] = helper.start(models), training
             if any(isinstance(part, InHalf) for part in auxiliaries[name][0].modules()):
-                raise ValueError(f"helper {name} is a copy of a teacher in bfloat16: start it from the student")
+                raise ValueError(f"helper {name} is a copy of a teacher in bfloat16. Start it from the student")
     followers = {}
     for name, helper in helpers.items():
         if not isinstance(helper, Auxiliary):
             of = {STUDENT: models.student, **{other: model for other, (model, _) in auxiliaries.items()}}
             if helper.of not in of:
-                raise ValueError(f"helper {name} is a copy of {helper.of!r}, but the players are {', '.join(of)}")
+                raise ValueError(f"helper {name} copies {helper.of!r}, but the players are {', '.join(of)}")
             followers[name] = Follower(of[helper.of], helper.decay if isinstance(helper, Average) else None)
     return auxiliaries, followers

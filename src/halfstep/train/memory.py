@@ -1,4 +1,4 @@
-"""Memory of an update: the largest micro batch that fits, and what to do when one does not."""
+"""Memory of an update: the largest micro batch that fits, and the remedies when none does."""
 
 from typing import TYPE_CHECKING
 
@@ -14,20 +14,20 @@ if TYPE_CHECKING:
 
 
 def fit_micro_batch(trainer: "StageTrainer", largest: int | None = None) -> list[int]:
-    """Split a rank's share into the largest micro batch that fits into memory; return those that did not.
+    """Split a rank's share into the largest micro batches that fit in memory; return the sizes that did not fit.
 
-    Tries the whole share, then powers of two below it, each with the passes of an update of this stage beside the
-    optimisers' moments. Weights, buffers, moments and all random numbers stay as they are.
+    Tries the whole share, then powers of two below it. Each try runs the passes of an update of this stage, with the
+    optimisers' moments in memory. Weights, buffers, moments and all random numbers are unchanged.
 
     Args:
-        largest: where to begin; the whole share if None.
+        largest: first size to try; the whole share if None.
 
     Raises:
         OutOfMemory: if not even a single sample fits.
-        ValueError: if the weights are spread over processes, which would wait for one that has no memory left.
+        ValueError: if the weights are sharded, because the processes would wait for one that is out of memory.
     """
     if is_sharded(trainer.student.network):
-        raise ValueError("micro batches are not tried with sharding full: give engine.micro_batch a number")
+        raise ValueError("engine.micro_batch auto does not work with sharding full. Set it to a number")
     top = min(largest or len(trainer.share), len(trainer.share))
     sizes = [top, *(2**k for k in reversed(range((top - 1).bit_length())))]
     buffers = [(b, b.clone()) for player in trainer.players.values() for b in player.network.buffers()]
@@ -38,7 +38,7 @@ def fit_micro_batch(trainer: "StageTrainer", largest: int | None = None) -> list
         for player in trainer.players.values():
             player.clear()
             player.recent.forget()
-        # Gradients, activations and the place held for moments are free again, for the next try too.
+        # Free gradients, activations and the memory reserved for moments, for the next try too.
         clear_device_cache(garbage_collection=True)
         if not too_large:
             break
@@ -53,15 +53,15 @@ def fit_micro_batch(trainer: "StageTrainer", largest: int | None = None) -> list
 
 
 def _passes_fit(trainer: "StageTrainer") -> bool:
-    """Whether two micro batches of each turn go forward and backward: the second finds the gradients of the first
-    in memory."""
+    """Return whether the passes of two micro batches of each turn fit: at the second, the gradients of the first are in
+    memory."""
     try:
         held = [player.place_for_moments() for player in trainer.players.values()]
         first = trainer.update
         feed = Feed(trainer.batches, trainer.places_of, trainer.accelerator.device)
         ahead = list(feed.updates(first, lambda: min(first + 1 + trainer.ahead, trainer.stage.training.num_updates)))
-        # Not compiled: torch would recompile for each size and give up after a few, so the size found would then run
-        # differently from a resumed run.
+        # Not compiled, because torch would recompile for each size and give up after a few. The size found would then
+        # run differently from a resumed run.
         with torch.compiler.set_stance("force_eager"):
             for parts in ahead[0]:
                 player = trainer.players[parts[0].place.turn.trains]
@@ -78,18 +78,18 @@ def _passes_fit(trainer: "StageTrainer") -> bool:
 
 
 def does_not_fit(trainer: "StageTrainer") -> str:
-    """Return the message for memory that ran out."""
+    """Return the message for an update that ran out of memory."""
     size, processes = trainer.micro_batch, trainer.accelerator.num_processes
     if size == 1:
         remedy = (
-            "turn on engine.gradient_checkpointing, take engine.teacher_precision bf16 or chain.lora_rank, or a "
+            "Turn on engine.gradient_checkpointing, use engine.teacher_precision bf16 or chain.lora_rank, or choose a "
             "smaller network"
         )
     else:
-        # Sizes are looked for without compiling, which may take more.
-        auto = "instead of auto" if trainer.micro_batch_found else "or auto, which tries what fits"
-        remedy = f"give engine.micro_batch {size // 2}, {auto}; batch and result stay the same"
+        # The search for the size runs uncompiled networks; compiled ones may need more memory.
+        auto = "instead of auto" if trainer.micro_batch_found else "or auto, which finds a size that fits"
+        remedy = f"Set engine.micro_batch to {size // 2}, {auto}. Batch size and result stay the same"
     return (
         f"out of memory in stage {trainer.stream} at update {trainer.update} with a micro batch of {size} (batch "
-        f"{trainer.stage.training.batch_size}{f' over {processes} processes' if processes > 1 else ''}): {remedy}"
+        f"{trainer.stage.training.batch_size}{f' over {processes} processes' if processes > 1 else ''}). {remedy}"
     )

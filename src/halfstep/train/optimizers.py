@@ -10,14 +10,14 @@ from halfstep.objectives import Training
 
 
 def make_optimizer(kind: str, parameters: list[torch.nn.Parameter], training: Training) -> torch.optim.Optimizer:
-    """Return AdamW, or bitsandbytes' with 8-bit moments, which "paged" may move out of a full GPU's memory.
+    """Return AdamW, or the one of bitsandbytes with 8-bit moments; "paged" can move them out of a full GPU's memory.
 
     Raises:
         ValueError: if the kind is unknown or the package bitsandbytes is missing.
     """
     settings: dict[str, Any] = {
         "lr": training.learning_rate,
-        # torch refuses a pair of a whole number and a fraction, such as (0, 0.99).
+        # torch rejects a pair of an integer and a float, such as (0, 0.99).
         "betas": tuple(map(float, training.adam_betas)),
         "weight_decay": training.weight_decay,
     }
@@ -32,17 +32,18 @@ def make_optimizer(kind: str, parameters: list[torch.nn.Parameter], training: Tr
     except ImportError:
         raise ValueError(f"the optimizer {kind} needs the package bitsandbytes: pip install bitsandbytes") from None
     for parameter in parameters:
-        # It does so itself at its first step, after the moments of a resumed stage were laid out like the weights.
+        # bitsandbytes does this itself at its first step, but that is after the moments of a resumed stage are laid out
+        # like the weights.
         parameter.data = parameter.data.contiguous()
     optimizer: torch.optim.Optimizer = getattr(bitsandbytes.optim, made[kind])(parameters, **settings)
     return optimizer
 
 
 def flatten_state(entry: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield the state of one parameter: tensors by name, those of a nested group as "group/name"."""
+    """Yield the optimiser state of one parameter: tensors by name, with "group/name" for a nested group."""
     for key, value in entry.items():
         if isinstance(value, Mapping):
             yield from flatten_state(value, f"{prefix}{key}/")
         else:
-            # Groups hold tensors that several parameters share, which a file of tensors must not.
+            # Groups contain tensors that several parameters share, which a safetensors file must not contain.
             yield f"{prefix}{key}", torch.as_tensor(value).clone() if prefix else torch.as_tensor(value)

@@ -1,7 +1,7 @@
 """A player: a network of a stage with its optimiser, its averages and the statistics of its turns.
 
-The student is one, each auxiliary network another; the engine, checkpoints, DDP, FSDP2, micro batches and the search
-for memory treat all alike.
+The student and each auxiliary network are players. The engine, checkpoints, DDP, FSDP2, micro batches and the search
+for a fitting micro batch treat all players in the same way.
 """
 
 import contextlib
@@ -35,13 +35,13 @@ from halfstep.train.sharding import (
 
 
 def network_of(model: nn.Module) -> nn.Module:
-    """Return what is trained, wrapped and saved of a model: the network of a `NetworkDenoiser`, else the model."""
+    """Return the part of a model that is trained, wrapped and saved: a `NetworkDenoiser`'s network, or the model."""
     network: nn.Module = model.network if isinstance(model, NetworkDenoiser) else model
     return network
 
 
 def seen_through(model: nn.Module, network: nn.Module) -> nn.Module:
-    """Return the model with another network of its kind in it: a copy, or the same behind DDP."""
+    """Return the model with its network replaced by a copy, or by the same network behind DDP."""
     if isinstance(model, NetworkDenoiser):
         return NetworkDenoiser(network, model.process, model.prediction)
     if isinstance(model, Denoiser) and isinstance(network, DistributedDataParallel):
@@ -51,7 +51,7 @@ def seen_through(model: nn.Module, network: nn.Module) -> nn.Module:
 
 @final
 class _Wrapped(Denoiser):
-    """A denoiser behind DDP, which keeps none of its attributes."""
+    """A denoiser behind DDP, which hides its attributes."""
 
     def __init__(self, network: nn.Module, denoiser: Denoiser) -> None:
         super().__init__()
@@ -66,13 +66,13 @@ class _Wrapped(Denoiser):
 class EMA:
     """The exponential moving average of the trainable parameters of `module`; its buffers are copied.
 
-    The decay is min(decay, (1 + n) / (10 + n)) after n steps, so that the average forgets the random start quickly and
-    does not hold a short run back. Kept in float32, updated for all tensors at once.
+    The decay is min(decay, (1 + n) / (10 + n)) after n steps, so the average forgets the random start quickly and does
+    not lag behind in a short run. Stored in float32 and updated for all tensors at once.
 
     Args:
-        decay: reached in the end, in [0, 1).
-        into: a copy of the module, in float32 and spread over processes like it, whose parameters become the averages,
-            so that they can be called; None keeps them beside the module.
+        decay: final decay, in [0, 1).
+        into: a copy of the module, in float32 and sharded like it. Its parameters become the averages, so that they can
+            be called. None stores the averages separately.
     """
 
     def __init__(self, module: nn.Module, decay: float, into: nn.Module | None = None) -> None:
@@ -80,7 +80,7 @@ class EMA:
         self._module, self._into = module, into
         self._names = [name for name, _ in trainable(module)]
         self._weights = [p.detach() for _, p in trainable(module)]
-        # For weights that are spread over processes: this one's slices, which average like any others.
+        # For sharded weights, this process' slices, which are averaged like any others.
         self._parameters = [local(p) for p in self._weights]
         if into is None:
             self._averages = [p.float().clone() for p in self._parameters]
@@ -89,7 +89,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, num_steps: int) -> None:
-        """Move the average towards the weights as they are after `num_steps` steps."""
+        """Move the average towards the current weights, which have taken `num_steps` steps."""
         weight = 1 - min(self.decay, (1 + num_steps) / (10 + num_steps))
         current = [p if p.dtype == torch.float32 else p.float() for p in self._parameters]
         torch._foreach_lerp_(self._averages, current, weight)
@@ -98,7 +98,7 @@ class EMA:
                 own.copy_(buffer)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the module's own state with averages instead of parameters."""
+        """Return the module's state with averages instead of parameters."""
         state = own_state(self._module)
         for name, weight, average in zip(self._names, self._weights, self._averages, strict=True):
             state[name] = joined(average.to(weight.dtype), weight)
@@ -106,23 +106,23 @@ class EMA:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take the averages from what `state_dict` returned, its tensors in one piece."""
+        """Load the averages from a result of `state_dict` with unsharded tensors."""
         for name, weight, average in zip(self._names, self._weights, self._averages, strict=True):
             average.copy_(local(spread_as(state[name], weight)))
 
 
 @final
 class Follower:
-    """A copy of a player that the objective calls: a moving average, or the player as it was before the first update.
+    """A copy of a player that the objective calls: a moving average, or the player before the first update.
 
     Args:
-        model: the player's model, whose network has not been spread over processes yet.
-        decay: of the average; None freezes the copy.
+        model: the player's model, with a network that is not sharded yet.
+        decay: decay of the average; None freezes the copy.
     """
 
     def __init__(self, model: nn.Module, decay: float | None) -> None:
         self.decay = decay
-        # Additions of a LoRA average over a base that both share; anything else is averaged in float32.
+        # LoRA weights are averaged over a shared base; anything else is averaged in float32.
         copied = copy_network(network_of(model))
         self.network = copied if isinstance(copied, LoRA) else copied.float()
         self.model = seen_through(model, self.network.requires_grad_(False).eval())
@@ -146,8 +146,8 @@ class Player:
     Args:
         model: a denoiser or any module; trained in place.
         training: its hyperparameters.
-        optimizer: as `make_optimizer` takes it.
-        sharded: whether its weights are spread over the processes.
+        optimizer: name of the optimiser, as for `make_optimizer`.
+        sharded: whether its weights are sharded over the processes.
     """
 
     def __init__(
@@ -166,20 +166,20 @@ class Player:
             self._wrapped, self._optimizer = network, made
         else:
             with warnings.catch_warnings():
-                # About DDP's argument broadcast_buffers, whose successor accelerate does not pass on.
+                # DDP warns about its argument broadcast_buffers, and accelerate does not support the replacement.
                 warnings.simplefilter("ignore", FutureWarning)
                 self._wrapped, self._optimizer = accelerator.prepare(network, made)
-            # The engine enters autocast. accelerate's own wrapper would make the network another one to the compiler in
-            # each stage, and once more where it is taken off.
+            # The engine enters autocast itself. With accelerate's own wrapper, the compiler would see a new network in
+            # each stage, and again when the wrapper is removed.
             accelerator.unwrap_model(self._wrapped, keep_fp32_wrapper=False)
         self._ema = EMA(self.network, training.ema_decay) if training.ema_decay else None
         self.followers: list[Follower] = []
         self.trained = seen_through(model, self._wrapped)
-        """The model in its own turns: behind DDP where there are several processes."""
+        """The model in its own turns: behind DDP if there are several processes."""
         self.called = seen_through(model, self.network)
-        """The model in the turns of others."""
+        """The model in the turns of other players."""
         self.steps = 0
-        """Optimiser steps done."""
+        """Number of optimiser steps taken."""
         self._settled = False
         device = accelerator.device
         self._parameters = [parameter for _, parameter in trainable(self.network)]
@@ -191,7 +191,7 @@ class Player:
 
     @property
     def network(self) -> nn.Module:
-        """The network without what several processes wrap around it."""
+        """The network without the wrapper for several processes."""
         network: nn.Module = self._accelerator.unwrap_model(self._wrapped, keep_fp32_wrapper=False)
         return network
 
@@ -202,7 +202,7 @@ class Player:
 
     @contextlib.contextmanager
     def alone(self, others: "list[Player]") -> Iterator[None]:
-        """Within it, gradients of the other players' weights are neither computed nor kept."""
+        """Return a context in which gradients of the other players' weights are neither computed nor kept."""
         frozen = [p for other in others if not is_sharded(other.network) for p in other._parameters]
         for parameter in frozen:
             parameter.requires_grad_(False)
@@ -213,27 +213,27 @@ class Player:
                 parameter.requires_grad_(True)
             for other in others:
                 if is_sharded(other.network):
-                    # FSDP2 decides about gradients when it first gathers weights, so those are thrown away instead.
+                    # FSDP2 ignores later changes of requires_grad, so the gradients are discarded instead.
                     other.clear()
 
     def unsynced(self) -> contextlib.AbstractContextManager[None]:
-        """Within it, gradients are added up on each process and not sent."""
+        """Return a context in which each process accumulates gradients without synchronising them."""
         return unsynced(self._wrapped)
 
     def backward(self, update: int, places: range, losses: Losses, x0: Tensor) -> Tensor:
-        """Add the gradient of a micro batch; return its part of the mean loss."""
+        """Add the gradient of a micro batch and return its part of the mean loss."""
         accelerator = self._accelerator
         largest = torch.linalg.vector_norm(x0, ord=torch.inf)
         self.recent.parts.append(Part(update, places, losses.loss.detach(), losses.log_snr.detach(), largest))
         while self.recent.parts[0].update <= update - KEPT:
             self.recent.parts.popleft()
-        # Gradients are averaged over processes; each process' share of the mean is summed here.
+        # Gradients are averaged over processes, so each process sums its share of the mean here.
         loss: Tensor = losses.loss.sum() * (accelerator.num_processes / self.training.batch_size)
         accelerator.backward(loss)
         return loss.detach()
 
     def step(self, update: int, rate: float, loss: Tensor) -> None:
-        """Take one optimiser step with the gradients that have been added up, whose mean loss was `loss`."""
+        """Take one optimiser step with the accumulated gradients of the mean loss `loss`."""
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         norm = self._accelerator.clip_grad_norm_(self._wrapped.parameters(), self.training.grad_clip)
@@ -259,22 +259,22 @@ class Player:
         self._optimizer.zero_grad()
 
     def needs_settling(self, count: int) -> bool:
-        """Return, once, whether DDP still has to put its messages in order.
+        """Return whether DDP still has to order its messages; True at most once.
 
-        It does so after its first backward pass, and in which order more than two numbers are added depends on their
-        place in a message: a resumed run would differ from the uninterrupted one in its first update.
+        DDP orders them after its first backward pass. The order in which more than two numbers are added depends on
+        their place in a message, so the first update of a resumed run would differ from the uninterrupted run.
         """
         settled, self._settled = self._settled, True
         return not settled and isinstance(self._wrapped, DistributedDataParallel) and count > 2
 
     def place_for_moments(self) -> list[Tensor]:
-        """Return as much memory as the optimiser will take at its first step; none after it."""
+        """Reserve the memory that the optimiser will allocate at its first step; none after that step."""
         if self._optimizer.state_dict()["state"]:
             return []
         return [torch.empty_like(p) for p in self._parameters for _ in range(2)]
 
     def first_bad(self) -> int:
-        """Return the first update whose loss or gradient was not finite, -1 for none. Waits for the device."""
+        """Return the first update with a loss or gradient that was not finite, or -1. Waits for the device."""
         return int(self._first_bad)
 
     def take_sums(self) -> tuple[float, float, int]:
@@ -295,7 +295,7 @@ class Player:
         ]
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Return weights, moments and averages by name; tensors may be spread over the processes."""
+        """Return weights, moments and averages by name; tensors may be sharded."""
         network = self.network
         names = [name for name, _ in trainable(network)]
         moments: dict[str, Tensor] = {}
@@ -310,7 +310,7 @@ class Player:
         return state
 
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]], steps: int) -> None:
-        """Continue from what `state` returned, in one piece, after `steps` steps."""
+        """Continue from a result of `state` with unsharded tensors, after `steps` steps."""
         network = self.network
         (load_whole if is_sharded(network) else load_own_state)(network, state["network"])
         parameters = trainable(network)
@@ -322,8 +322,8 @@ class Player:
             if is_sharded(network):
                 value = spread_as(value, parameter) if value.shape == parameter.shape else value
             elif value.shape == parameter.shape:
-                # A fused optimiser walks through memory, so moments must lie there as their weights do, which a file
-                # does not tell: on a GPU, weights of convolutions have their channels last.
+                # A fused optimiser iterates over memory, so moments need the memory layout of their weights, which the
+                # file does not store: on a GPU, convolution weights are channels-last.
                 value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
             entry = entries.setdefault(index_of[name], {})
             *groups, last = kind.split("/")
@@ -339,7 +339,7 @@ class Player:
         self.steps = steps
 
     def finish(self) -> nn.Module:
-        """Return the model with its moving average if it has one, unwrapped, in evaluation mode."""
+        """Return the model in evaluation mode, unwrapped, with its EMA weights if it has any."""
         network = self.network
         if self._skeleton is not None:
             if self._ema is not None:

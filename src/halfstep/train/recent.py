@@ -1,4 +1,4 @@
-"""The inputs of recent updates, for the report on one that was not finite."""
+"""The losses of recent updates, for the report on an update that was not finite."""
 
 from collections import deque
 from collections.abc import Mapping
@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 KEPT: Final = 1000
-"""Updates after which the engine looks at what it keeps, where no line of the log made it do so before."""
+"""Number of updates after which the engine checks its stored losses, if no log line has made it do so earlier."""
 
 
 @final
 class Part(NamedTuple):
-    """The losses of a turn for some places of an update's batch, on its device."""
+    """The losses of a turn for some places of an update's batch, on their device."""
 
     update: int
     places: range
@@ -24,9 +24,9 @@ class Part(NamedTuple):
 
 @final
 class Recent:
-    """The losses and gradient norms of a player's last updates, kept on their device until something must be explained.
+    """The losses and gradient norms of a player's last updates, kept on their device until a report needs them.
 
-    The engine appends to both; nothing here is entered in an update.
+    The engine appends to both. They do not affect the updates.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class Recent:
             self.norms.popleft()
 
     def statistics(self, update: int) -> dict[str, Any]:
-        """Return what is known of an update that was not finite, JSON-ready; this waits for the device."""
+        """Return the statistics of an update that was not finite, JSON-ready. Waits for the device."""
         norms = {held: float(norm) for held, norm in self.norms if held in (update, update - 1)}
         parts = [part for part in self.parts if part.update == update]
         statistics: dict[str, Any] = {"update": update}
@@ -67,7 +67,7 @@ class Recent:
 
 
 def _json(value: Tensor | float) -> float | str:
-    """A number as JSON can hold it: those that are not finite as words."""
+    """Return a number as JSON can store it: as a word if it is not finite."""
     number = float(value)
     return number if torch.isfinite(torch.tensor(number)) else str(number)
 
@@ -77,7 +77,7 @@ def _number(value: float | str | None) -> str:
 
 
 def in_words(statistics: Mapping[str, Any]) -> str:
-    """The statistics of a batch in one sentence."""
+    """Return the statistics of a batch as one sentence."""
     parts = []
     if "samples" in statistics:
         bad = statistics["not_finite"]

@@ -1,4 +1,4 @@
-"""How a run uses the machine."""
+"""Settings for how a run uses the machine."""
 
 import math
 from dataclasses import dataclass, fields
@@ -17,7 +17,7 @@ MOST_MINUTES: Final = 60 * 24 * 365
 @final
 @dataclass(frozen=True)
 class Engine:
-    """How a run uses the machine. Only precisions and optimizer change what is learned.
+    """Settings for how a run uses the machine. Only the precisions and the optimizer change the trained model.
 
     Raises:
         ValueError: if a setting is out of range or unknown.
@@ -26,38 +26,38 @@ class Engine:
     __pydantic_config__: ClassVar[dict[str, str]] = FORBID_EXTRA
 
     precision: Precision = "float32"
-    """float32, or bfloat16 autocast over float32 weights."""
+    """float32, or bfloat16 autocast with float32 weights."""
     cpu: bool = False
-    """Stay on the CPU even if there is an accelerator."""
+    """Use the CPU even if an accelerator is available."""
     threads: int | None = None
-    """CPU threads of torch; its own choice by default."""
+    """Number of CPU threads for torch; torch's own default if not set."""
     micro_batch: int | Literal["auto"] | None = None
-    """Samples that go through the network at once; the whole batch by default. auto tries the batch, then powers of two
-    below it, and takes the first that fits into memory."""
+    """Samples per network call; the whole batch by default. auto tries the batch, then smaller powers of two, and uses
+    the first that fits in memory."""
     sharding: Sharding = "none"
-    """full spreads weights, gradients, moments and averages of all networks over the processes (FSDP2)."""
+    """full shards weights, gradients, moments and averages of all networks over the processes (FSDP2)."""
     timeout_minutes: float = 10.0
-    """Minutes after which a process that does not answer the others is given up."""
+    """Minutes after which an unresponsive process is considered lost."""
     trackers: tuple[Tracker, ...] | None = None
-    """Where the log and sample grids go beside log.jsonl; by default TensorBoard, where it is installed."""
+    """Trackers for the log and sample grids, besides log.jsonl; by default TensorBoard, if it is installed."""
     teacher_precision: Precision = "float32"
     """bf16 stores and runs the teacher in bfloat16, halving its weight memory."""
     gradient_checkpointing: bool = False
-    """Recompute the student's activations in the backward pass instead of keeping them."""
+    """Recompute the student's activations in the backward pass instead of storing them."""
     compile: bool = False
-    """Compile the networks: minutes at the first update, once for the whole chain, then faster updates. Rounds
-    differently from eager networks."""
+    """Compile the networks for faster updates. Takes minutes at the first update, once for the whole chain, and rounds
+    differently from eager mode."""
     optimizer: Optimizer = "adamw"
-    """AdamW, or bitsandbytes' with 8-bit moments, paged or not."""
+    """AdamW, or the 8-bit AdamW of bitsandbytes, optionally paged."""
     log_every: int = 50
-    """Updates between two lines of the log."""
+    """Updates between log lines."""
     checkpoint_updates: int = 5000
-    """Updates between two checkpoints."""
+    """Updates between checkpoints."""
     checkpoint_minutes: float = 5.0
-    """Minutes between two checkpoints."""
+    """Minutes between checkpoints."""
     requeue_code: int | None = None
-    """Exit code after SIGTERM or SIGUSR1 with the state saved, for a scheduler that requeues on a code of its own; 143
-    and 138 by default."""
+    """Exit code after SIGTERM or SIGUSR1 with the state saved, for a scheduler that requeues on a special code; 143 and
+    138 by default."""
 
     def __post_init__(self) -> None:
         for name in ("log_every", "checkpoint_updates"):
@@ -82,11 +82,11 @@ class Engine:
 
     @property
     def set_micro_batch(self) -> int | None:
-        """The micro batch as a number; None for the whole share, or while "auto" has not been resolved."""
+        """The micro batch as a number; None for the whole share, or if "auto" is not resolved yet."""
         return None if self.micro_batch == "auto" else self.micro_batch
 
 
 LEARNED: Final = ("precision", "teacher_precision", "optimizer")
-"""Settings of the engine that change what is learned."""
+"""Engine settings that change the trained model."""
 IDLE: Final = tuple(setting.name for setting in fields(Engine) if setting.name not in LEARNED)
-"""Settings of the engine that do not."""
+"""Engine settings that do not change the trained model."""

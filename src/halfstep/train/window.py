@@ -6,7 +6,7 @@ from typing import NamedTuple, final
 
 
 class PlayerWindow(NamedTuple):
-    """Statistics of one player's turns since the last window; the mean of none is NaN."""
+    """Statistics of one player's turns since the last window; means are NaN if it had no turn."""
 
     loss: float
     grad_norm: float
@@ -19,18 +19,18 @@ class Window:
     """Statistics of the updates since the last window."""
 
     update: int
-    """Updates done."""
+    """Number of finished updates."""
     loss: float
-    """Mean of the student's losses; NaN if it had no turn."""
+    """Mean loss of the student; NaN if it had no turn."""
     grad_norm: float
-    """Mean of its global gradient norm before clipping."""
+    """Mean global gradient norm of the student before clipping."""
     learning_rate: float
     """Learning rate of the last update."""
     samples_per_second: float
     seconds: float
-    """Training time of the stage so far, over all restarts."""
+    """Training time of the stage so far, including all restarts."""
     data_share: float
-    """Share of the window's time in which an update waited for what is made ahead of it, on the rank that waited most;
-    0 where nothing is made ahead."""
+    """Share of the window's time in which updates waited for their prepared inputs, on the rank that waited most; 0 if
+    nothing is prepared ahead."""
     helpers: Mapping[str, PlayerWindow] = field(default_factory=dict)
-    """Figures of the auxiliary networks."""
+    """Statistics of the auxiliary networks."""
