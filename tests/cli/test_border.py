@@ -178,7 +178,7 @@ def test_a_run_that_has_taken_guidance_in_goes_on(
         asked = ["export", str(tmp_path / "more"), "--format", "lora", "--out", str(tmp_path / "lora")]
         assert "were trained by halfstep and are not those of" in refused(asked, capsys)
     matching = ["--matching.prediction", "x0", "--out", str(tmp_path / "third")]
-    assert "match its own teacher" in refused(["distill", str(path), "--to", "2", *matching], capsys)
+    assert "Match its own teacher" in refused(["distill", str(path), "--to", "2", *matching], capsys)
 
 
 def test_a_run_on_a_clock_that_was_asked_for_goes_on_without_another_match(
@@ -285,7 +285,7 @@ def test_another_teacher_in_the_same_folder_makes_another_run(here: Path, tmp_pa
     run = distil(folder, "digits", tmp_path / "run")
     save_ddpm(folder, in_channels=1, out_channels=1, seed=5)
     argv = ["distill", str(folder), "--data", "digits", "--to", "4", "--out", str(run), *UNMEASURED]
-    assert "holds a run of a different recipe" in refused(argv, capsys)
+    assert "contains a run of a different recipe" in refused(argv, capsys)
 
 
 def test_a_dit_takes_its_guidance_in_and_asks_half_as_often(dit_run: Path, tmp_path: Path) -> None:

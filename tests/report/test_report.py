@@ -356,7 +356,7 @@ def test_missing_figures_recipe_log_and_samples_are_named(tmp_path: Path) -> Non
         path.unlink()
     page = reported(run)
     for text in (
-        "The recipe cannot be shown: recipe.json does not exist; put a copy of it back",
+        "The recipe cannot be shown: recipe.json does not exist; restore a copy of it",
         "stages/00-denoise/metrics.json has no sha256 of its content",
         "No figures (metrics.json) for stages 00-denoise, 01-halve-0128.",
         "No samples to look at for stages 00-denoise, 01-halve-0128.",
