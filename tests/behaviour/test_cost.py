@@ -136,13 +136,13 @@ def test_settings_of_a_chain_that_say_nothing_are_refused() -> None:
     idle = {"num_updates": 5, "learning_rate": 1e-3, "early_end": {"window": 7}}
     for settings, said in (
         ({"training": idle}, r"early_end\.window 7 has no effect without early_end\.patience\. Add it"),
-        ({"students": (8, 4), "end_steps": 2}, "the students end at 4 steps: leave end_steps 2 out"),
-        ({"students": (8, 4), "factor": 4}, "so a factor of 4 has no effect: leave it out"),
+        ({"students": (8, 4), "end_steps": 2}, "the students end at 4 steps: remove end_steps 2"),
+        ({"students": (8, 4), "factor": 4}, "so a factor of 4 has no effect: remove it"),
     ):
         with pytest.raises(ValueError, match=said):
             recipes["arrays"]().chain.model_validate(settings)
     chain = recipes["arrays"]().chain.model_copy(update={"keep": (8, 3)})
-    with pytest.raises(ValueError, match=r"keep names a student of 3 steps, but the chain's students take 8, 4"):
+    with pytest.raises(ValueError, match=r"keep contains a student of 3 steps, but the chain's students have 8, 4"):
         Recipe(name="x", chain=chain).chain_plan()
     assert UNetConfig().num_train_timesteps == 1024
 

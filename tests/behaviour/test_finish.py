@@ -259,7 +259,7 @@ def test_what_a_finish_cannot_do_is_one_line(trained: Path, tmp_path: Path, caps
     other = ["finish", str(trained), "--steps", "1", *BRIEF, "--chain.learning-rate", "0.5"]
     assert "Different: chain.training.learning_rate" in refused(other, capsys)
     ahead = ["finish", str(trained), "--steps", "1", "--finish.updates-at", "2", "5"]
-    assert "updates-at names a student of 2 steps, which is not finished" in refused(ahead, capsys)
+    assert "updates-at contains a student of 2 steps, which is not finished" in refused(ahead, capsys)
 
 
 def test_a_run_without_students_cannot_be_finished(trained: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -267,7 +267,7 @@ def test_of_large_data_a_part_is_searched(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("x0", [torch.zeros(2, 1, 4, 4), torch.zeros(0, 1, 6, 6)])
 def test_samples_that_do_not_fit_are_refused(x0: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match="have no neighbours among data of shape"):
+    with pytest.raises(ValueError, match="cannot be compared with data of shape"):
         nearest_samples(pictures(3), x0)
 
 
