@@ -486,7 +486,7 @@ def test_a_folder_that_vanishes_names_the_last_good_checkpoint_and_is_not_made_a
                 shutil.copytree(path, away) if how == "unmounted" else path.rename(away)
                 if how == "unmounted":
                     unmount(disk)
-    assert "disk/run cannot be written or read any more" in str(error.value.strerror)
+    assert "disk/run can no longer be written or read" in str(error.value.strerror)
     assert re.search(r"the last good checkpoint is .*/01-halve-0002/checkpoint-0000000[36]; bring", str(error.value))
     assert "\n" not in str(error.value)
     assert not list(disk.iterdir()), "folders were made where the mount had been"

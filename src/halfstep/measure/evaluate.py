@@ -241,5 +241,5 @@ def references_for(
     )
     names = " and ".join(reference.extractor.name for reference in made)
     remedy = "give all of them the same cache folder (HALFSTEP_CACHE)"
-    processes.check_same(names, "extractors of features", remedy)
+    processes.check_same(names, "their feature extractors", remedy)
     return made
