@@ -236,7 +236,9 @@ def test_weights_that_are_not_finite_are_refused_by_the_name_of_their_tensor(pat
     save_file(tensors, folder.model)
     held = read_sealed(folder.manifest_path)
     write_sealed(folder.manifest_path, held | {"files": {folder.model.name: sha256_of(folder.model)}})
-    with pytest.raises(DamagedFile, match=rf"model\.safetensors contains weights that are not finite \(tensor {name}\)"):
+    with pytest.raises(
+        DamagedFile, match=rf"model\.safetensors contains weights that are not finite \(tensor {name}\)"
+    ):
         load(path)
     dict(model.denoiser.network.named_parameters())[name].data.view(-1)[0] = torch.inf
     with pytest.raises(DamagedFile, match=rf"not finite \(tensor {name}\)"):

@@ -222,8 +222,7 @@ def test_what_one_process_refuses_ends_all_with_its_code(tmp_path: Path) -> None
     assert first[7] == second[7] == "nothing"
     for index, said in enumerate((first[8], second[8])):
         assert said == (
-            f"ValueError 2: processes of the run differ in their classifier, here classifier-{index}: share the "
-            "cache"
+            f"ValueError 2: processes of the run differ in their classifier, here classifier-{index}: share the cache"
         )
 
 

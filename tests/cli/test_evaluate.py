@@ -93,7 +93,10 @@ def test_samples_are_drawn_as_many_at_once_as_was_asked(
 
 @pytest.mark.parametrize(
     ("options", "remedy"),
-    [(["--batch-size", "16"], "with 16 samples at once: lower --batch-size"), ([], "free some memory for this process")],
+    [
+        (["--batch-size", "16"], "with 16 samples at once: lower --batch-size"),
+        ([], "free some memory for this process"),
+    ],
 )
 def test_memory_that_does_not_suffice_is_told_in_one_line(
     toy_run: Path,
