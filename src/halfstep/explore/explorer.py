@@ -60,7 +60,7 @@ class Bounds:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if not value >= 1:
-                raise ValueError(f"the bound {name} must be at least 1, got {value}")
+                raise ValueError(f"the limit {name} must be at least 1, got {value}")
 
     def samples(self, shape: Sequence[int]) -> int:
         """Return the maximum number of samples of this shape in one request."""
@@ -72,7 +72,7 @@ class Bounds:
 
 
 class StageChoice(NamedTuple):
-    """A stage, and why it cannot be sampled if it cannot."""
+    """A stage that can be sampled, or the reason why it cannot."""
 
     name: str
     num_steps: int | None
@@ -218,7 +218,7 @@ class Explorer:
                 self._start = folder.name
         return list(choices.values())
 
-    # --- The three questions ---
+    # --- The three views ---
 
     def compare(
         self,
@@ -256,7 +256,7 @@ class Explorer:
         """Sample the same noise with all stages, each with its own steps, and the teacher with `start_steps`.
 
         Raises:
-            ValueError: in one line, if a value is not possible.
+            ValueError: in one line, if a value is invalid.
         """
         seeds = [self._whole("seed", seed, 0, LARGEST_SEED)]
         asked = [(choice, self._steps("steps", None, choice)) for choice in self.present]
@@ -278,7 +278,7 @@ class Explorer:
         Without a class, all frames use the class of the first seed.
 
         Raises:
-            ValueError: in one line, if a value is not possible or beyond the bounds.
+            ValueError: in one line, if a value is invalid or exceeds a limit.
         """
         choice = self._stage(stage)
         asked = [(choice, self._steps("steps", num_steps, choice))]
@@ -370,7 +370,7 @@ class Explorer:
         """Sample each stage with its steps, one request at a time; warnings and unreadable stages become notes.
 
         Args:
-            needed: index of the stage that must be readable; None if none must.
+            needed: index of a stage that must be readable; None if all are optional.
         """
         label, scale = self._class(class_label), self._scale(guidance_scale)
         shown: list[Shown] = []

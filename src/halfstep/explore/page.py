@@ -452,7 +452,7 @@ def _there_and_back(shown: Shown, alt: str) -> Markup:
 
     return Markup(
         '<picture class="moving"><source media="(prefers-reduced-motion: reduce)" srcset="{}">'
-        '<img src="{}" width="{}" height="{}" alt="{}, moving there and back"></picture>'
+        '<img src="{}" width="{}" height="{}" alt="{}, animated back and forth"></picture>'
     ).format(url(frames[:1]), url(frames), *frames[0].size, alt)
 
 

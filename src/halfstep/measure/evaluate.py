@@ -1,7 +1,7 @@
 """How to measure models: the settings, and the real data that samples are compared with.
 
-Images are measured as they would be saved: rounded to uint8. The seeds are 0, 1, 2, ..., so every model of a chain is
-shown the same noise.
+Images are measured as they would be saved: rounded to uint8. The seeds are 0, 1, 2, ..., so every model of a chain
+starts from the same noise.
 """
 
 import re
@@ -70,7 +70,7 @@ class Evaluation:
     batch_size: int | None = None
     """Samples drawn at once; by default many, halved until they fit into memory."""
     precision: Literal["float32", "bf16"] = "float32"
-    """bf16 samples with the networks in bfloat16: faster, but another protocol."""
+    """bf16 runs the networks in bfloat16 while sampling: faster, but another protocol."""
     teacher_steps: tuple[int, ...] = ()
     """More step counts at which to measure the undistilled teacher, besides the chain's start and its students'
     steps.

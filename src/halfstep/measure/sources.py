@@ -64,7 +64,7 @@ class Source(ABC):
 
 @final
 class ModelSource(Source):
-    """A model with a sampler; the model is loaded only when a sample is missing.
+    """A model with a sampler, loaded only when a sample is missing.
 
     Args:
         load: returns the model on `device`.
@@ -122,7 +122,7 @@ class ModelSource(Source):
         return Drawn(x0, seconds, model.num_evals(self.sampler, num_steps, self._guidance_scale))
 
     def _cond(self, model: Model, seeds: range) -> dict[str, Tensor]:
-        """Return the conditions of the data sample at each seed modulo their number, if the model needs any."""
+        """Return the conditions of data sample `seed % len(data)` for each seed, if the model needs any."""
         data = self._conditions
         if data is None:
             return {}

@@ -1,4 +1,4 @@
-"""One store of samples and figures, used by a run, by `halfstep evaluate` and by the studies.
+"""The store of samples and metrics, used by runs, by `halfstep evaluate` and by the studies.
 
 A *cell* is a source at one number of steps with one set of seeds. Its samples are stored, so that another extractor
 reuses them, and its metrics (figures) are stored for each protocol:
@@ -198,7 +198,7 @@ class Store:
             self.broken[cell.name] = why
 
     def drop_samples(self, cell: Cell) -> None:
-        """Remove the samples of a cell after which only its metrics are needed."""
+        """Remove the samples of a cell of which only the metrics are still needed."""
         self._held.pop(cell.name, None)
         self.processes.on_main(lambda: (self._path(cell) / "samples.npz").unlink(missing_ok=True))
 
@@ -324,7 +324,7 @@ class Store:
         file = self._file(name)
         held = _read_or_warn(file) if file.exists() else None
         if held is not None and held.pop("name", None) != name:
-            _warn(DamagedFile(f"{file} contains other metrics than its name says"))
+            _warn(DamagedFile(f"{file} contains metrics that do not match its name"))
             return None
         return None if held is None else KEPT.validate_python(held)
 

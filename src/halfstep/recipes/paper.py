@@ -5,7 +5,7 @@ updates. If the paper and the released configurations differ, the configurations
 distillation: 5e-5). Two things are ours: the warm-up is linear (theirs is not public), and the number of timesteps is
 a power of two instead of 1000, so that every student of the chain uses whole timesteps.
 
-Source: Salimans & Ho 2022 (arXiv:2202.00512), sections 5 and appendices, and the authors' configurations.
+Source: Salimans & Ho 2022 (arXiv:2202.00512), section 5 and appendices, and the authors' configurations.
 """
 
 from dataclasses import replace

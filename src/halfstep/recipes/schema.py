@@ -172,9 +172,9 @@ class ChainConfig(Config):
     training: Flat = HALVING
     """Training of each student."""
     updates_at: dict[int, Positive] | None = None
-    """Updates by student's steps, as exceptions; by default num_updates doubles at 2 steps and at 1."""
+    """Updates of individual students, by their steps; by default num_updates, doubled at 2 steps and at 1."""
     learning_rate_at: dict[int, Rate] | None = None
-    """Learning rate by student's steps, as exceptions."""
+    """Learning rates of individual students, by their steps."""
     critic_weight: Rate | None = None
     """Weight of an adversarial term on the students' outputs; none by default."""
     lora_rank: Width | None = None
@@ -270,9 +270,9 @@ class FinishConfig(Config):
     training: Flat = FINISHING
     """Training of each finished student."""
     updates_at: dict[int, Positive] | None = None
-    """Updates by student's steps, as exceptions."""
+    """Updates of individual students, by their steps."""
     learning_rate_at: dict[int, Rate] | None = None
-    """Learning rate by student's steps, as exceptions."""
+    """Learning rates of individual students, by their steps."""
     map_weight: float = Finishing.map_weight
     """Weight of the loss that keeps the map from noise to sample."""
     auxiliary_turns: Positive = Finishing.auxiliary_turns
@@ -437,7 +437,7 @@ class Recipe(Config):
         return _with_critic(plan, chain.critic_weight)
 
     def fitted(self, given: Collection[str]) -> "Recipe":
-        """Return the recipe without its own exceptions for students that its chain does not have.
+        """Return the recipe without its settings for individual students that its chain does not have.
 
         Args:
             given: dotted names of the fields that the user has set, which are not changed.

@@ -87,7 +87,7 @@ def _figure(name: str, height: float, draw: Any, panels: Sequence[float] = (1.0,
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
-    # In a page, a style element would apply to the whole page, and the metadata contain web addresses.
+    # In an HTML page, a style element would apply to the whole page, and the metadata contains web addresses.
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.S)
     svg = re.sub(r'(<svg\b[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg\b[^>]*?) height="[^"]*"', r"\1", svg))
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
@@ -170,7 +170,7 @@ def shares_figure(name: str, curves: Sequence[Curve], levels: Sequence[Curve]) -
     """Draw shares from 0 to 1 against network calls on a logarithmic axis; None if there is no point to show.
 
     Args:
-        levels: one point per curve, at the height of which a line in its colour is drawn; without points, no line.
+        levels: for each curve, the point at the height of a horizontal line in its colour; no line if it is empty.
     """
     shown = [row for row in zip(curves, levels, OTHERS, MARKERS, strict=False) if row[0].x]
     if not shown:

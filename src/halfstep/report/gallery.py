@@ -66,7 +66,7 @@ class Walked(NamedTuple):
     label: str
     """Steps, and the sampler if it is not the model's own."""
     student: Picture | None
-    """For more steps than the first student has, that student's teacher: the matched model or the chain's start."""
+    """At more steps than the first student's, that student's teacher: the matched model or the chain's start."""
     teacher: Picture | None
 
 
@@ -77,7 +77,7 @@ class Gallery(NamedTuple):
     """"images", "points", or why there are no images."""
     columns: Sequence[Column] = ()
     students: Sequence[Picture | None] = ()
-    """One per column, with the teacher for more steps than the first student has; empty if there is no student."""
+    """One per column, or the first student's teacher at more steps than that student's; empty without students."""
     teachers: Sequence[Picture | None] = ()
     num_seeds: int = 0
     row_height: int = 0
@@ -144,7 +144,7 @@ def gallery(facts: RunFacts, summary: Summary, sizes: Sizes, best: Best | None =
         return Picture(who, image, frechet)
 
     def distilled(column: Column, length: int, columns: int) -> Picture | None:
-        """Return the student, or for more steps than the first one has, that student's teacher."""
+        """Return the student, or the first student's teacher at more steps than that student's."""
         if column.by is None and column.steps <= max(students, default=0):
             return picture("student", column, length, columns)
         return picture("matched", column, length, columns) or picture("teacher", column, length, columns)

@@ -70,7 +70,7 @@ def inside(folder: Path, error: Exception) -> str:
 
 
 def flatten(data: Mapping[Any, Any], prefix: str = "") -> dict[str, str]:
-    """Return nested data as dotted names and texts."""
+    """Flatten nested data to dotted names and texts."""
     flat: dict[str, str] = {}
     for key, value in data.items():
         if isinstance(value, Mapping) and value:

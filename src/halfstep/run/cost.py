@@ -185,7 +185,7 @@ class Memory(NamedTuple):
 
 
 def memory_of_update(stage: Stage, forward: Forward, engine: Engine, helpers: Mapping[str, Size]) -> Memory:
-    """Return the memory as counted, not measured: the allocator and convolution workspaces need more."""
+    """Return the memory as counted, not measured: the allocator and convolution workspaces need extra memory."""
     training = stage.training
     samples = min(engine.set_micro_batch or training.batch_size, training.batch_size)
     own, all_ = forward.trainable, forward.parameters

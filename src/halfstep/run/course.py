@@ -48,7 +48,7 @@ class Start:
     """The teacher that a chain starts from.
 
     Args:
-        given: whether it already exists; one that the same plan trains could have been given a suitable prediction.
+        given: whether it already exists, instead of being trained by the same plan.
     """
 
     process: NoiseProcess
@@ -205,8 +205,8 @@ def _warn_of_export(start: Start, process: NoiseProcess, num_steps: int | None, 
     may_move = start.may_move and lora_rank is None
     match = "Match the teacher to the cosine process (--matching.process cosine), end" if may_move else "End"
     warnings.warn(
-        f"a student of {num_steps} steps on the teacher's {num} timesteps cannot be exported to diffusers, only one of "
-        f"{', '.join(map(str, exact))} steps. {match} at one of these (--to), or use --format onnx later",
+        f"a student of {num_steps} steps on the teacher's {num} timesteps cannot be exported to diffusers, which "
+        f"needs one of {', '.join(map(str, exact))}. {match} at one of these (--to), or use --format onnx later",
         HalfstepWarning,
         stacklevel=3,
     )
@@ -221,7 +221,7 @@ def _check_guidance(objective: Objective, of_start: Guidance | None, of_teacher:
     if objective.refines and objective.guidance != of_start:
         raise ValueError(
             f"the stage {objective.label} has {objective.guidance or 'no guidance'}, but its student has learned "
-            f"{of_start or 'none'}. Set that if the stage's teacher has learned it too, or match the teacher first"
+            f"{of_start or 'none'}. Set that if the stage's teacher has it too; otherwise match the teacher first"
         )
 
 

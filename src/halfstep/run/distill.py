@@ -54,8 +54,8 @@ def fit(
     """Train a denoiser in place to denoise the data, and return it as a teacher: a `Model`.
 
     Args:
-        denoiser: a `NetworkDenoiser`, or a custom denoiser, which is itself returned; its weights end as their moving
-            average if `training` has one.
+        denoiser: a `NetworkDenoiser`, or a custom denoiser, which is itself returned. It gets its averaged weights at
+            the end if `training` averages them.
         data: as for `distill`.
         weighting: weight of the squared error in x0; truncated SNR if None.
         seed, engine, device, out, evaluation, on_window, on_stage, progress: as for `distill`.
@@ -83,7 +83,7 @@ def fit(
         plan,
         network,
         {},
-        # A copy, so that an interrupted call leaves the weights that the next call starts from unchanged.
+        # A copy, so that an interrupted call does not change the weights that the next call starts from.
         network=lambda: copy.deepcopy(network.network),
         own_conditions=conditions_of(call.data),
         clip=is_image(call.data),

@@ -25,7 +25,7 @@ class DifferentRecipe(ValueError):
 
 
 def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested data under dotted names."""
+    """Flatten nested data to dotted names."""
     flat: dict[str, Any] = {}
     for key, value in data.items():
         if isinstance(value, Mapping) and value:
@@ -185,7 +185,7 @@ def _growing(spec: RunSpec, held: Mapping[str, Any]) -> list[str]:
 
 
 def _agree(one: Sequence[Any], other: Sequence[Any]) -> bool:
-    """Return whether one list continues the other, or both are equal."""
+    """Return whether one list is a prefix of the other."""
     shared = min(len(one), len(other))
     return list(one[:shared]) == list(other[:shared])
 

@@ -57,8 +57,8 @@ def run(spec: RunSpec, path: Path, stop: StopSignal | None = None) -> Iterator[E
             batch.
         OutOfMemory: if an update or the sampling of an evaluation does not fit into memory.
         Interrupted: if `stop` was set; the state is saved.
-        NoStorage: if the disk is full or gone; the message names the last good checkpoint.
-        LostProcess: if another process of the run has gone; the message names the last good checkpoint.
+        NoStorage: if the disk is full or gone; the message gives the last good checkpoint.
+        LostProcess: if another process of the run is gone; the message gives the last good checkpoint.
         FailedElsewhere: on the other ranks, if rank 0 had one of these errors.
     """
     folder = RunFolder(path)

@@ -1,6 +1,6 @@
 """evaluation/evaluation.json: the results of `halfstep evaluate`, one table per protocol.
 
-Figures of different protocols (extractor, reference, counts, seeds) are never comparable, so they never share a table.
+Results of different protocols (extractor, reference, counts, seeds) are not comparable, so they never share a table.
 
 It is rewritten after every cell, so an interrupted evaluation shows what exists. evaluation.md, .csv and .svg present
 the same results to readers; cells/ and figures/ next to it are the store (`measure/store.py`).

@@ -90,7 +90,7 @@ class Manifest(Record):
     num_classes: int = 0
     """Classes that the model is conditioned on; 0 for an unconditional model."""
     classes_shown: int | None = None
-    """The training data had only this many of them, the first ones; samples cycle through these. None for all."""
+    """Number of classes in the training data, always the first ones; samples cycle through them. None for all."""
     class_names: tuple[str, ...] = ()
     """Labels or folder names of its classes, in order; empty if unknown."""
     conditions: dict[str, tuple[int, ...]] = Field(default={})
@@ -130,7 +130,7 @@ class Manifest(Record):
     def guidance_words(self) -> str:
         """Meaning of `guidance_scale` for the model, effect of negative prompts, and network calls per step."""
         if not self.num_classes and not self.conditions:
-            return "The model is unconditional, so guidance has no effect: one network call a step."
+            return "The model is unconditional, so guidance has no effect: one network call per step."
         if self.guidance is None and self.pipeline is not None and self.pipeline.scale is not None:
             return (
                 f"The network takes the scale itself and was distilled at {self.pipeline.scale:g}: pass "
@@ -266,7 +266,7 @@ class StageFolder:
         """The stage's manifest, after checking that it belongs to this stage and run and that its files are intact.
 
         Args:
-            verify: whether to check the listed files and the recipe.json of the stage's run too.
+            verify: whether to also check the listed files and the recipe.json of the run.
 
         Raises:
             DamagedFile: if it or a file that it lists is missing or altered, or belongs to another stage, run, plan or
@@ -414,7 +414,7 @@ class RunFolder:
         return None
 
     def stages(self) -> list[StageFolder]:
-        """The folders of the plan's complete stages, in its order; of all, by name, without a readable plan."""
+        """Folders of the plan's complete stages, in order; without a readable plan, of all complete stages by name."""
         names = [row.name for row in self.plan]
         names = names or sorted(path.name for path in (self.path / "stages").glob("[!.]*"))
         return [folder for folder in map(self.stage, names) if folder.is_complete()]

@@ -7,7 +7,7 @@ def existing_device(device: str | torch.device) -> torch.device:
     """Return the torch device of this name.
 
     Raises:
-        ValueError: if torch does not know the name, or this machine has no such device.
+        ValueError: if it is not the name of a torch device, or this machine has no such device.
     """
     here = "cpu"
     if torch.accelerator.is_available():

@@ -32,7 +32,7 @@ def told_when_out_of_memory(message: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
             raise
-        # The exception's frames keep the memory alive.
+        # The exception's frames would keep the memory allocated.
         raise OutOfMemory(message) from None
 
 

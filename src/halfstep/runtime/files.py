@@ -49,7 +49,7 @@ def sha256_of(path: Path) -> str:
     """Return the sha256 of a file in hex.
 
     Raises:
-        DamagedFile: as `check_regular`.
+        DamagedFile: as for `check_regular`.
     """
     check_regular(path)
     with open(path, "rb") as file:
@@ -84,7 +84,7 @@ def remove(path: Path) -> None:
 def scratch(path: Path) -> Iterator[Path]:
     """Yield an unused path in the folder of `path`, and remove whatever was written there.
 
-    The name is random: threads have one process id, and so do processes in different containers.
+    The name is random, because threads, and processes in different containers, can share a process id.
     """
     # The writer of a scratch folder creates it once. If it is missing, its disk was lost, and recreating it would
     # write to the disk below the mount.
@@ -117,7 +117,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path for a file or folder that becomes `path` when the block ends.
 
     It is synced, then renamed, so `path` is complete at any moment. The old one stays until the rename, or permanently
-    if the block raises an exception. Only when a folder replaces another is there a gap, between two renames.
+    if the block raises an exception. If a folder replaces another, there is a gap between two renames.
     """
     with scratch(path) as temporary:
         yield temporary
@@ -261,7 +261,7 @@ def unsealed(data: Any, path: Path) -> dict[str, Any]:
 
 
 def check_files(folder: Path, digests: Mapping[str, str], said_by: Path | None = None) -> None:
-    """Raise DamagedFile for the first file of `digests` that is missing in `folder` or has another sha256.
+    """Raise DamagedFile for the first file of `digests` that is missing in `folder` or has a different sha256.
 
     Args:
         said_by: the file that contains the digests; manifest.json if None.

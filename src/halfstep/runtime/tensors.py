@@ -91,7 +91,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: Path | str) -> None:
-    """Raise DamagedFile for the first tensor with a value that is not finite; the message says `where` it is from."""
+    """Raise DamagedFile for the first tensor with a value that is not finite; `where` is quoted in the message."""
     for name, value in tensors.items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise DamagedFile(

@@ -63,7 +63,7 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """File name made of the trial's axes."""
+        """File name built from the trial's axes."""
         return "_".join(f"{key}-{value}" for key, value in self.axes.items())
 
 
@@ -146,7 +146,7 @@ class Bench:
 
     @cached_property
     def chain(self) -> dict[int, StageFolder]:
-        """The students of that teacher with the scale's own recipe, by their steps."""
+        """The students of that teacher, trained with the scale's recipe, by their steps."""
         stages = self.run("chain", self.scale.recipe, "chain").stages()[1:]
         return {stage.manifest(verify=False).num_steps or 0: stage for stage in stages}
 
@@ -275,7 +275,7 @@ def run_study(
 
 
 def write_study(study: Study, scale: Scale, rows: Sequence[Finding], out: Path) -> Path:
-    """Write table.md, figure.png and figure.svg beside the study's study.json; return the table's path."""
+    """Write table.md, figure.png and figure.svg next to the study's study.json; return the table's path."""
     folder = out / studies.name_of(study)
     head = f"# {study.title}\n\n{study.question}\n\n![{study.title}](figure.svg)\n\n"
     write_text(folder / "table.md", head + study.table(rows, scale).markdown())

@@ -60,7 +60,7 @@ class Integrators(Study):
     """DDIM, Euler, midpoint, Heun, RK4 and DPM-Solver++ on one teacher: the question of the paper's appendix C."""
 
     title: ClassVar[str] = "Appendix C: integrators of the probability-flow ODE"
-    question: ClassVar[str] = "Is DDIM only another integrator, or a better one?"
+    question: ClassVar[str] = "Is DDIM just another integrator, or a better one?"
     uses: ClassVar[tuple[str, ...]] = ("recipe", "steps")
 
     def trials(self, scale: Scale) -> list[Trial]:

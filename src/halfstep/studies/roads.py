@@ -137,7 +137,7 @@ def _as_leg(stage: Stage, passes: float) -> Leg:
 
 
 def _finished(scale: Scale, steps: Sequence[int]) -> list[Leg]:
-    """Return that chain, followed by a finish of each of its students with a share of the student's passes."""
+    """Return that chain, then a finish of each student, which takes a share of the student's passes."""
     settings = scale.roads
 
     def finishing(number: int) -> Callable[[int], Objective]:

@@ -21,7 +21,7 @@ def _named(*methods: str) -> dict[str, str]:
 
 
 def _trial(method: str, axis: str, value: int, num_steps: int) -> Trial:
-    """Return the trial of a method of the students or the undistilled teacher, at one number of steps."""
+    """Return the trial of one sampling method at one number of steps."""
 
     def work(bench: Bench) -> Figures:
         stage = bench.chain[num_steps] if method.startswith("student") else bench.teacher
