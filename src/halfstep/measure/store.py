@@ -198,7 +198,7 @@ class Store:
             self.broken[cell.name] = why
 
     def drop_samples(self, cell: Cell) -> None:
-        """Remove the samples of a cell of which only the metrics are still needed."""
+        """Remove the samples of a cell if only its metrics are still needed."""
         self._held.pop(cell.name, None)
         self.processes.on_main(lambda: (self._path(cell) / "samples.npz").unlink(missing_ok=True))
 
@@ -277,7 +277,7 @@ class Store:
         return None if self.is_broken(cell, one) else self._kept(f"{cell.name}-{one.name}")
 
     def halves(self, reference: Reference) -> Kept:
-        """Return the metrics of one half of the real data against the other; only for the process that writes."""
+        """Return the metrics of one half of the real data against the other; call this only on rank 0."""
         name = f"halves-{reference.name}"
         if kept := self._kept(name):
             return kept

@@ -90,7 +90,7 @@ def _distances(
     measured = stage.metrics.results if stage.metrics is not None else ()
     to_first = next((finite(one.teacher_rmse) for one in measured if one.num_steps == steps), None)
     teacher = stages.get(stage.manifest.teacher or "")
-    # The sampler with which an undistilled teacher taught may have no samples.
+    # There may be no samples from the sampler that an undistilled teacher taught with.
     if teacher is None or teacher.manifest.num_steps is None:
         return to_first, to_first, 0
     own = stage.samples.get(steps)
@@ -147,7 +147,7 @@ def distance_figure(rows: Sequence[StageRow]) -> Markup | None:
     )
 
 
-# --- What it cost ---
+# --- Cost ---
 
 SECTIONS: Final = (
     ("Teacher", "teacher", "teacher"),

@@ -10,7 +10,7 @@ RUN/
       model.safetensors
       manifest.json           `Manifest`; its presence marks the stage as complete
       metrics.json            `Metrics`
-      samples/steps-0008.npz  arr_0: the first samples at 8 steps, the same seeds in every stage; .png beside it;
+      samples/steps-0008.npz  arr_0: the first samples at 8 steps, the same seeds in every stage; .png next to it;
                               steps-0032-heun.npz if the sampler is not the model's own
       checkpoint-00000400/    state of an unfinished stage; manifest.json with a sha256 of each file
       non-finite.json         of a stage that diverged: statistics of the batch

@@ -1,4 +1,4 @@
-"""The teacher at its best, with which the quality of every student is compared."""
+"""The teacher at its best, which is the reference for the quality of every student."""
 
 import math
 from collections.abc import Iterable

@@ -39,7 +39,7 @@ class StageStatus:
     num_steps: int | None
     """Sampler steps that its model is distilled for; None for any number."""
     num_updates: int
-    """Planned updates; once it is done, the updates that it took."""
+    """Planned updates, or the actual number once it is done."""
     update_cost: float = 1.0
     """Forward passes of one sample in an update."""
     state: StageState = "to come"

@@ -26,7 +26,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Write tensors as safetensors, atomically, read the file back and compare it; return its sha256.
 
     Raises:
-        OSError: if the disk is full or gone (safetensors only has the reason in the text of its own error).
+        OSError: if the disk is full or gone (safetensors gives the reason only in the text of its own error).
         DamagedFile: if the file reads back differently; `path` is not changed.
     """
     held = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
