@@ -135,7 +135,7 @@ class Store:
         self.pace = [device_name(), torch.get_num_threads()]
         """Everything that sampling time depends on besides the model."""
         self.broken: dict[str, str] = {}
-        """Cells that have non-finite samples: their names, with the message about each."""
+        """Messages about cells with non-finite samples, by the cell's name."""
         self._held: dict[str, Tensor] = {}
 
     # --- Samples ---

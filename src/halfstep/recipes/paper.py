@@ -1,4 +1,4 @@
-"""The paper's own models at its own scale, as data: days of training on many accelerators.
+"""The paper's own models at full scale: days of training on many accelerators.
 
 Every published number is the authors': networks, batches, rates, warm-up, decay, dropout, EMA, clipping, augmentation,
 updates. If the paper and the released configurations differ, the configurations win (learning rate of CIFAR-10's

@@ -91,8 +91,8 @@ class StreamedBatches:
         cond = {} if cond is None else cond
         if isinstance(cond, Tensor):
             raise ValueError(
-                "a batch's conditions must have names, got a tensor. Pass (x0, {'class_labels': labels}), as "
-                "((x, {'class_labels': y}) for x, y in loader) in a class with __iter__"
+                "a batch's conditions must have names, got a tensor. Pass (x0, {'class_labels': labels}), for example "
+                "((x, {'class_labels': y}) for x, y in loader) from the __iter__ of a class"
             )
         if isinstance(x0, np.ndarray):
             x0 = torch.from_numpy(x0)
