@@ -108,7 +108,7 @@ def test_random_pixels_stand_in_only_where_the_data_is_not_at_hand() -> None:
     assert set(batch.cond["class_labels"].tolist()) <= set(range(5))
     other = DataConfig(source="owner/name", image_size=8, channels=1, labels=False, limit=5)
     data, missing = data_or_stand_in(Recipe(name="hub", data=other, facts=facts))
-    assert missing == "owner/name is a name on the Hub, and a dry run downloads nothing"
+    assert missing == "owner/name is a data set on the Hub, and a dry run downloads nothing"
     assert (data.shape, len(data), data.num_classes) == ((1, 8, 8), 5, 0)
     with pytest.raises(ValueError, match="nowhere does not exist"):
         data_or_stand_in(Recipe(name="unknown", data=DataConfig(source="nowhere")))

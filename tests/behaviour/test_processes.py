@@ -256,7 +256,7 @@ def test_the_others_stop_with_a_message_when_a_process_is_killed(tmp_path: Path,
         ("ACCELERATE_USE_FSDP", "true", "use --engine.sharding full"),
         ("ACCELERATE_MIXED_PRECISION", "bf16", "use --engine.precision bf16"),
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "use --engine.micro-batch"),
-        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "compile by inductor"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "compile with inductor"),
     ],
 )
 def test_settings_of_a_launcher_that_would_be_ignored_are_refused(

@@ -431,7 +431,7 @@ def test_bad_input_is_refused_in_one_line(toy_run: Path, digits_run: Path, tmp_p
         (["evaluate", str(digits_run), "--extractors", f"{resnet}={tmp_path}/weights.safetensors"], "does not hold"),
         (["evaluate", str(digits_run), "--extractors", f"dinov2={tmp_path}"], "no DINOv2 model could be read there"),
         (["evaluate", str(digits_run), "--data", f"{toy_run.parent}/toy.npy"], "makes images in [-1, 1], but"),
-        (["evaluate", str(digits_run), "--data", f"{tmp_path}/other.npz"], "makes samples of shape [1, 8, 8], but"),
+        (["evaluate", str(digits_run), "--data", f"{tmp_path}/other.npz"], "has samples of shape [1, 8, 8], but"),
         (["evaluate", f"{tmp_path}/other.npz"], "its data is unknown: add --data"),
         (["evaluate", f"{tmp_path}/other.npz", "--data", "digits"], "give a reference of the same size"),
         (["evaluate", f"{tmp_path}/one.npz", "--data", "digits"], "needs at least 2"),

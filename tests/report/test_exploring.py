@@ -227,7 +227,7 @@ def test_what_cannot_be_explored_is_said_at_once(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"samples of shape \[1, 160\] are not supported"):
         Explorer(run)
     write_sealed(manifest, held | {"conditions": {"prompt": [4, 8]}})
-    with pytest.raises(ValueError, match="are shown prompt, for which the explorer has no field"):
+    with pytest.raises(ValueError, match="need prompt, for which the explorer has no field"):
         Explorer(run)
     write_sealed(manifest, held | {"weights_kept": False, "files": {}})
     with pytest.raises(ValueError, match="contains no model that can be sampled"):

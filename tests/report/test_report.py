@@ -154,7 +154,7 @@ def test_the_first_sentence_follows_from_the_figures(page: Page) -> None:
     )
     assert "at its best: Heun, 32 steps (63 calls)" in page.text
     fewest = result(1, True)
-    assert f"Down to 1 step: {times(most / fewest.seconds_per_1000)} times faster" in page.text
+    assert f"At 1 step: {times(most / fewest.seconds_per_1000)} times faster" in page.text
     assert f"distance {fewest.frechet / base:.1f} times that of the teacher at its best." in page.text
 
 

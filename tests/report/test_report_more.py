@@ -362,7 +362,7 @@ def test_a_later_student_of_as_many_steps_stands_for_them_and_the_earlier_one_st
     rows = {row[0]: row for row in page.table("Steps")[2:]}
     assert rows["06-halve-0004 4"][3:5] == [number(frechet(4, True)), number(frechet(4, True) / HEUN.frechet)]
     assert rows["09-finish-0004 4"][3:5] == [number(finished.frechet), number(finished.frechet / HEUN.frechet)]
-    assert "needs 4 network calls" in page.text
+    assert "A student with 4 network calls" in page.text
     assert f"Fréchet distance {finished.frechet / HEUN.frechet:.2f} times that of the teacher at its best." in page.text
     assert headline(read_run(run)) == ("09-finish-0004", 4)
     # The slider shows the later one, with its own distance.
