@@ -39,7 +39,7 @@ from halfstep.runtime.storage import exit_code
 from toys import finish, points, toy_plan, toy_spec, weights
 
 Seen = TypeVar("Seen")
-REMEDY: Final = re.compile("put a copy|remove|choose another|start a new run|again", re.I)
+REMEDY: Final = re.compile("restore|remove|choose another|start a new run|again", re.I)
 """A word of what to do, in every refusal."""
 
 

@@ -376,8 +376,8 @@ def refusals(folder: str) -> list[str]:
         lambda: finish(toy_spec(data=MemoryData("toy", points() + processes.index)), Path(folder + "-data")),
         lambda: finish(toy_spec(plan=one_stage(Poisoned(7, (12,), math.nan))), Path(folder + "-nan")),
         lambda: Processes(make_accelerator(cpu=True), timeout_minutes=0.005).spread(range(2), slow),
-        lambda: processes.check_same("classifier-1", "a classifier", "share the cache"),
-        lambda: processes.check_same(f"classifier-{processes.index}", "a classifier", "share the cache"),
+        lambda: processes.check_same("classifier-1", "their classifier", "share the cache"),
+        lambda: processes.check_same(f"classifier-{processes.index}", "their classifier", "share the cache"),
     ):
         try:
             attempt()

@@ -99,6 +99,6 @@ def test_the_command_line_adds_a_critic_to_halvings_and_to_finishes(tmp_path: Pa
     for weight in ("0", "-1"):
         assert "critic" in refused(["run", "arrays", *where, "--chain.critic-weight", weight], capsys)
     early = ["--chain.critic-weight", "0.1", "--chain.early-end.patience", "3"]
-    assert "early_end has no effect beside critic_weight" in refused(["run", "arrays", *where, *early], capsys)
+    assert "early_end has no effect with critic_weight" in refused(["run", "arrays", *where, *early], capsys)
     idle = refused(["run", "arrays", *where, "--finish.critic-weight", "0.1"], capsys)
     assert "0.1 has no effect without finish.steps. Add them" in idle

@@ -108,7 +108,7 @@ def test_random_pixels_stand_in_only_where_the_data_is_not_at_hand() -> None:
     assert set(batch.cond["class_labels"].tolist()) <= set(range(5))
     other = DataConfig(source="owner/name", image_size=8, channels=1, labels=False, limit=5)
     data, missing = data_or_stand_in(Recipe(name="hub", data=other, facts=facts))
-    assert missing == "owner/name is a name on the Hub, and a dry run downloads nothing"
+    assert missing == "owner/name is a data set on the Hub, and a dry run downloads nothing"
     assert (data.shape, len(data), data.num_classes) == ((1, 8, 8), 5, 0)
     with pytest.raises(ValueError, match="nowhere does not exist"):
         data_or_stand_in(Recipe(name="unknown", data=DataConfig(source="nowhere")))
@@ -136,13 +136,13 @@ def test_settings_of_a_chain_that_say_nothing_are_refused() -> None:
     idle = {"num_updates": 5, "learning_rate": 1e-3, "early_end": {"window": 7}}
     for settings, said in (
         ({"training": idle}, r"early_end\.window 7 has no effect without early_end\.patience\. Add it"),
-        ({"students": (8, 4), "end_steps": 2}, "the students end at 4 steps: leave end_steps 2 out"),
-        ({"students": (8, 4), "factor": 4}, "so a factor of 4 has no effect: leave it out"),
+        ({"students": (8, 4), "end_steps": 2}, "the students end at 4 steps: remove end_steps 2"),
+        ({"students": (8, 4), "factor": 4}, "so a factor of 4 has no effect: remove it"),
     ):
         with pytest.raises(ValueError, match=said):
             recipes["arrays"]().chain.model_validate(settings)
     chain = recipes["arrays"]().chain.model_copy(update={"keep": (8, 3)})
-    with pytest.raises(ValueError, match=r"keep names a student of 3 steps, but the chain's students take 8, 4"):
+    with pytest.raises(ValueError, match=r"keep contains a student of 3 steps, but the chain's students have 8, 4"):
         Recipe(name="x", chain=chain).chain_plan()
     assert UNetConfig().num_train_timesteps == 1024
 

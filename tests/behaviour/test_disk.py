@@ -105,7 +105,7 @@ def test_a_missing_a_further_and_a_non_finite_tensor_are_refused_by_name(ddpm: P
         (lambda held: held | {"extra": torch.ones(1)}, "has no place for extra as a"),
         (
             lambda held: held | {"conv_out.bias": torch.tensor([1.0, torch.nan, torch.inf])},
-            r"holds weights that are not finite \(tensor conv_out\.bias\)",
+            r"contains weights that are not finite \(tensor conv_out\.bias\)",
         ),
     ]
     for change, said in spoiled:
@@ -148,7 +148,7 @@ def test_each_part_of_a_pipeline_of_prompts_is_checked(saved: Path, tmp_path: Pa
         import_pipeline(folder)
     (folder / file).write_bytes(whole)
     rewrite(folder / file, lambda held: {name: value * torch.nan for name, value in held.items()})
-    with pytest.raises(ValueError, match=rf"{Path(file).parent} holds weights that are not finite"):
+    with pytest.raises(ValueError, match=rf"{Path(file).parent} contains weights that are not finite"):
         import_pipeline(folder)
 
 

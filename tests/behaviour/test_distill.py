@@ -84,7 +84,7 @@ def test_a_student_is_distilled_further_from_the_steps_that_it_takes(tmp_path: P
 def test_batches_of_pixels_are_refused_and_a_teacher_is_given_back_as_it_was() -> None:
     """Whole numbers would be mixed with noise as whole numbers: to nothing."""
     teacher = NetworkDenoiser(LinearAtEachTime(), PROCESS, X0())
-    with pytest.raises(ValueError, match=r"x0 must be of floats, got torch.uint8: scale pixels to \[-1, 1\]"):
+    with pytest.raises(ValueError, match=r"x0 must be floats, got torch.uint8: scale pixels to \[-1, 1\]"):
         distill(teacher, [torch.zeros(8, 1, dtype=torch.uint8)], start=16, to=8)
     assert teacher.training
     assert all(p.requires_grad for p in teacher.parameters())
@@ -110,11 +110,11 @@ def test_a_plan_may_guide_the_teacher_itself_but_only_once_and_a_finish_needs_th
     training, guidance, null = Training(2, 1e-3, batch_size=16), FixedGuidance(3.0), {"class_labels": torch.tensor(2)}
     plan = Plan.of(Consistency(1, 4, 4, guidance=guidance, guide_teacher=True), training)
     assert isinstance(distill(teacher, data, plan=plan, null=null), Model)
-    with pytest.raises(ValueError, match=r"guides a teacher that has learned FixedGuidance\(scale=3.0\) already"):
+    with pytest.raises(ValueError, match=r"guides a teacher that has already learned FixedGuidance\(scale=3.0\)"):
         distill(teacher, data, plan=plan, null=null, guidance=guidance)
     with pytest.raises(ValueError, match=r"has no guidance, but its student has learned FixedGuidance\(scale=3.0\)"):
         distill(teacher, data, plan=plan, null=null, finish=[1])
-    with pytest.raises(ValueError, match="null stands for no condition"):
+    with pytest.raises(ValueError, match="null, the null condition, has no effect"):
         distill(teacher, data, start=2, to=1, null=null)
 
 

@@ -486,7 +486,7 @@ def test_a_folder_that_vanishes_names_the_last_good_checkpoint_and_is_not_made_a
                 shutil.copytree(path, away) if how == "unmounted" else path.rename(away)
                 if how == "unmounted":
                     unmount(disk)
-    assert "disk/run cannot be written or read any more" in str(error.value.strerror)
+    assert "disk/run can no longer be written or read" in str(error.value.strerror)
     assert re.search(r"the last good checkpoint is .*/01-halve-0002/checkpoint-0000000[36]; bring", str(error.value))
     assert "\n" not in str(error.value)
     assert not list(disk.iterdir()), "folders were made where the mount had been"
@@ -603,7 +603,7 @@ def test_the_remedy_for_a_damaged_stage_is_one(tmp_path: Path, uncut: Path) -> N
     shutil.copytree(uncut, path)
     stage = RunFolder(path).stage("01-halve-0002")
     stage.model.write_bytes(stage.model.read_bytes()[:-5])
-    with pytest.raises(DamagedFile, match=r"put a copy of it back, or remove .*/01-halve-0002 and the stages after it"):
+    with pytest.raises(DamagedFile, match=r"restore a copy of it, or remove .*/01-halve-0002 and the stages after it"):
         finish(toy_spec(), path)
     for folder in (stage, RunFolder(path).stage("02-halve-0001")):
         shutil.rmtree(folder.path)

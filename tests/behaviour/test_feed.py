@@ -201,7 +201,7 @@ def test_a_run_that_waits_for_its_data_is_told(
     assert all(0 <= share <= 1 for share in shares)
     assert (shares[2] > 0.5) == is_told
     if is_told:
-        assert told[0].startswith("00-denoise: updates wait for their data ")
+        assert told[0].startswith("00-denoise: updates wait for data ")
         assert told[0].endswith("give the run more CPU cores or a faster disk")
 
 

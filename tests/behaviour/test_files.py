@@ -229,7 +229,7 @@ def test_tensors_that_the_disk_gives_back_otherwise_replace_nothing(
         file.write_bytes(file.read_bytes()[:-1] + b"!")
 
     monkeypatch.setattr(tensor_files, "save_file", unsound)
-    with pytest.raises(DamagedFile, match="was written, but x reads otherwise"):
+    with pytest.raises(DamagedFile, match="was written, but x reads back differently"):
         write_tensors(path, {"x": torch.ones(3)})
     assert content(tmp_path) == before
 

@@ -232,7 +232,7 @@ def test_the_command_of_a_run_accepts_the_folder_that_has_grown(trained: Path, c
         main([*again, *more])
         said = capsys.readouterr()
         further = "04-finish-0001" if "2" in more else "03-finish-0002, 04-finish-0001"
-        assert f"{trained} holds further stages ({further}), which this run leaves as they are" in said.err
+        assert f"{trained} contains further stages ({further}), which this run does not change" in said.err
         assert "02-halve-0001: complete" in said.out
         now = json.loads((trained / "recipe.json").read_text())
         assert (now["plan"], now["recipe"]["finish"]) == (held["plan"], held["recipe"]["finish"])
@@ -259,7 +259,7 @@ def test_what_a_finish_cannot_do_is_one_line(trained: Path, tmp_path: Path, caps
     other = ["finish", str(trained), "--steps", "1", *BRIEF, "--chain.learning-rate", "0.5"]
     assert "Different: chain.training.learning_rate" in refused(other, capsys)
     ahead = ["finish", str(trained), "--steps", "1", "--finish.updates-at", "2", "5"]
-    assert "updates-at names a student of 2 steps, which is not finished" in refused(ahead, capsys)
+    assert "updates-at contains a student of 2 steps, which is not finished" in refused(ahead, capsys)
 
 
 def test_a_run_without_students_cannot_be_finished(trained: Path, tmp_path: Path, capsys: Capture) -> None:

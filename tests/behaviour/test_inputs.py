@@ -43,7 +43,7 @@ def recipe(**evaluation: object) -> Recipe:
     ("data", "features", "words"),
     [
         (arrays(20, 5000), "auto", "5000.*4096.*--evaluation.no-enabled"),
-        (arrays(1, 2), "auto", "mine.npy holds 1 sample.*--evaluation.no-enabled"),
+        (arrays(1, 2), "auto", "mine.npy contains 1 sample.*--evaluation.no-enabled"),
         (arrays(30, 2), "classifier", "need labels.*--evaluation.features pixels"),
         (arrays(30, 2), "resnet20-cifar10=/no/such/file", "no such file"),
         (arrays(30, 2), "dinov2=/no/such/folder", "no DINOv2 model"),
@@ -165,7 +165,7 @@ def test_an_error_names_only_options_of_its_verb():
 
 
 @pytest.mark.parametrize(
-    ("num_samples", "size", "words"), [(60, 64, "says little"), (100, 64, "biased"), (60_000, 64, None)]
+    ("num_samples", "size", "words"), [(60, 64, "is unreliable"), (100, 64, "biased"), (60_000, 64, None)]
 )
 def test_what_is_said_of_few_samples(num_samples, size, words):
     note = few_samples("pixels", num_samples, 70_000, size)

@@ -82,8 +82,8 @@ def test_a_field_of_a_manifest_that_was_edited_is_refused(path: Path, field: str
 
 def test_stages_of_another_place_seed_or_plan_are_refused(path: Path, made: Path) -> None:
     for source, said in (
-        (stage(path, SECOND).path, f"is of stage {SECOND}: it was moved or copied here"),
-        (stage(made / "other", THIRD).path, "is of another run"),
+        (stage(path, SECOND).path, f"belongs to stage {SECOND}: it was moved or copied here"),
+        (stage(made / "other", THIRD).path, "belongs to another run"),
     ):
         shutil.rmtree(stage(path, THIRD).path)
         shutil.copytree(source, stage(path, THIRD).path)
@@ -93,13 +93,13 @@ def test_stages_of_another_place_seed_or_plan_are_refused(path: Path, made: Path
     shutil.copytree(stage(path, SECOND).path, stage(path, THIRD).path)
     file = stage(path, THIRD).manifest_path
     write_sealed(file, read_sealed(file) | {"stage": THIRD})
-    assert all("is of no stage in the plan" in text for text in refusals(path))
+    assert all("belongs to no stage in the plan" in text for text in refusals(path))
 
 
 def test_a_folder_beside_the_plans_stages_is_no_model_of_the_run(path: Path) -> None:
     shutil.copytree(stage(path, FIRST).path, stage(path, "99-copy").path)
     assert load(path).manifest.stage == THIRD
-    with pytest.raises(DamagedFile, match=r"99-copy/manifest\.json is of stage 00-denoise"):
+    with pytest.raises(DamagedFile, match=r"99-copy/manifest\.json belongs to stage 00-denoise"):
         load(stage(path, "99-copy").path)
 
 
@@ -139,12 +139,12 @@ def test_a_lost_recipe_is_written_again_and_a_foreign_one_refused(path: Path, ma
         k: v for k, v in before.items() if k != "environment"
     }
     file.unlink()
-    with pytest.raises(ValueError, match="is not empty and holds no run"):
+    with pytest.raises(ValueError, match="is not empty and not a run folder"):
         finish(OTHER, path)
     shutil.copy(RunFolder(made / "other").recipe_path, file)
     with pytest.raises(ValueError, match="different recipe"):
         finish(SPEC, path)
-    with pytest.raises(DamagedFile, match="is of another run"):
+    with pytest.raises(DamagedFile, match="belongs to another run"):
         load(path)
 
 
@@ -154,7 +154,7 @@ def test_a_damaged_recipe_is_named_with_the_way_on(path: Path, content: str) -> 
     file.write_text(content)
     for said in refusals(path):
         assert str(file) in said
-        assert "put a copy of it back, or remove it and run the command of its run again" in said
+        assert "restore a copy of it, or remove it and rerun the command of its run" in said
 
 
 @pytest.mark.parametrize("damage", ["cut", "altered", "other stage", "samples"])
@@ -236,7 +236,9 @@ def test_weights_that_are_not_finite_are_refused_by_the_name_of_their_tensor(pat
     save_file(tensors, folder.model)
     held = read_sealed(folder.manifest_path)
     write_sealed(folder.manifest_path, held | {"files": {folder.model.name: sha256_of(folder.model)}})
-    with pytest.raises(DamagedFile, match=rf"model\.safetensors holds weights that are not finite \(tensor {name}\)"):
+    with pytest.raises(
+        DamagedFile, match=rf"model\.safetensors contains weights that are not finite \(tensor {name}\)"
+    ):
         load(path)
     dict(model.denoiser.network.named_parameters())[name].data.view(-1)[0] = torch.inf
     with pytest.raises(DamagedFile, match=rf"not finite \(tensor {name}\)"):

@@ -166,7 +166,7 @@ def test_the_report_puts_each_model_into_its_place(run: Path) -> None:
     summary = summarise(facts, [group])
     assert summary.best is not None
     assert summary.best.steps == 4
-    assert summary.lead.startswith("A student that needs 7 network calls instead of 8")
+    assert summary.lead.startswith("A student with 7 network calls instead of 8")
     assert headline(facts) == (OWN, 4)
     pictures = gallery(facts, summary, Sizes())
     assert pictures is not None

@@ -203,14 +203,14 @@ def test_what_one_process_refuses_ends_all_with_its_code(tmp_path: Path) -> None
     (tmp_path / "folder" / "letter.txt").write_text("dear")
     first, second = together(2, teams.refusals, tmp_path / "left", str(tmp_path / "folder"))
     assert first[0].startswith("ValueError 2:")
-    assert "is not empty and holds no run" in first[0]
+    assert "is not empty and not a run folder" in first[0]
     assert second[0] == first[0].replace("ValueError", "FailedElsewhere")
     assert first[1] == "FailedElsewhere 2: no such item (in process 1 of the run)"
     assert second[1] == "ValueError 2: no such item"
     assert first[2] == second[2] == "ValueError 2: a batch of 25 cannot be split evenly over 2 processes"
     assert "the optimizer adamw8bit cannot be sharded" in first[3]
     assert first[4] == second[4]
-    assert "process 1 of the run sees other data under toy than the first" in first[4]
+    assert "process 1 of the run reads other data from toy than process 0" in first[4]
     # What broke was in the second process' share; both say so, and the first keeps it.
     assert first[5].partition("; the last good")[0] == second[5].partition("; the last good")[0]
     assert "at update 7 (1 of 8 losses were not finite" in first[5]
@@ -222,8 +222,7 @@ def test_what_one_process_refuses_ends_all_with_its_code(tmp_path: Path) -> None
     assert first[7] == second[7] == "nothing"
     for index, said in enumerate((first[8], second[8])):
         assert said == (
-            f"ValueError 2: processes of the run have a classifier each of its own, here classifier-{index}: share the "
-            "cache"
+            f"ValueError 2: processes of the run differ in their classifier, here classifier-{index}: share the cache"
         )
 
 
@@ -257,7 +256,7 @@ def test_the_others_stop_with_a_message_when_a_process_is_killed(tmp_path: Path,
         ("ACCELERATE_USE_FSDP", "true", "use --engine.sharding full"),
         ("ACCELERATE_MIXED_PRECISION", "bf16", "use --engine.precision bf16"),
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "use --engine.micro-batch"),
-        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "compile by inductor"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "compile with inductor"),
     ],
 )
 def test_settings_of_a_launcher_that_would_be_ignored_are_refused(
@@ -377,7 +376,7 @@ def test_torchrun_and_accelerate_launch_run_halfstep(tmp_path: Path) -> None:
     assert refused.returncode != 0
     lines = [line for line in refused.stderr.splitlines() if line.startswith("halfstep: error:")]
     assert len(lines) == 1, refused.stderr
-    assert "holds a run of a different recipe" in lines[0]
+    assert "contains a run of a different recipe" in lines[0]
     drawn = _launch(ACCELERATE, ["sample", str(tmp_path / "run"), "--num-samples", "5", "--batch-size", "2",
                                  "--out", str(tmp_path / "two.npz")], tmp_path)  # fmt: skip
     assert drawn.returncode == 0, drawn.stderr

@@ -289,7 +289,7 @@ def test_conditions_reach_the_network_row_by_row_and_classes_can_be_sampled(tmp_
             model.sample(range(3), 4)
         assert model.sample(range(3), 4, class_label=2, cond={"angle": torch.ones(3)}).shape == (3, 2)
         seen.clear()
-    with pytest.raises(ValueError, match=r"conditioned on angle, which the data do not hold. Pass \(x0, \{'angle'"):
+    with pytest.raises(ValueError, match=r"conditioned on angle, which the data do not contain. Pass \(x0, \{'angle'"):
         halfstep.distill(model, (points(32), {"class_labels": labels}), **CHAIN)
 
 
@@ -517,7 +517,7 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "no such device": (lambda: _fit(device="gpu"), "the device 'gpu' does not exist here. Choose one of cpu"),
     "no such number": (lambda: _fit(device="cuda:99"), "the device 'cuda:99' does not exist here. Choose one of cpu"),
     "no such device to load": (lambda: halfstep.load("runs/x", "gpu"), "does not exist here. Choose one of cpu"),
-    "batches into a folder": (lambda: _fit(data=[points()], out="x"), "cannot be resumed.*leave out away"),
+    "batches into a folder": (lambda: _fit(data=[points()], out="x"), "data that can be resumed.*remove out"),
     "no data": (lambda: _fit(data=None), "Pass one of them"),
     "a module as data": (lambda: _fit(data=Net()), "Pass one of them"),
     "a dict as data": (lambda: _fit(data={"x0": points()}), "Pass one of them"),

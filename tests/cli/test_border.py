@@ -178,7 +178,7 @@ def test_a_run_that_has_taken_guidance_in_goes_on(
         asked = ["export", str(tmp_path / "more"), "--format", "lora", "--out", str(tmp_path / "lora")]
         assert "which halfstep trained, and not on the weights of" in refused(asked, capsys)
     matching = ["--matching.prediction", "x0", "--out", str(tmp_path / "third")]
-    assert "match its own teacher" in refused(["distill", str(path), "--to", "2", *matching], capsys)
+    assert "Match its own teacher" in refused(["distill", str(path), "--to", "2", *matching], capsys)
 
 
 def test_a_run_on_a_clock_that_was_asked_for_goes_on_without_another_match(
@@ -285,7 +285,7 @@ def test_another_teacher_in_the_same_folder_makes_another_run(here: Path, tmp_pa
     run = distil(folder, "digits", tmp_path / "run")
     save_ddpm(folder, in_channels=1, out_channels=1, seed=5)
     argv = ["distill", str(folder), "--data", "digits", "--to", "4", "--out", str(run), *UNMEASURED]
-    assert "holds a run of a different recipe" in refused(argv, capsys)
+    assert "contains a run of a different recipe" in refused(argv, capsys)
 
 
 def test_a_dit_takes_its_guidance_in_and_asks_half_as_often(dit_run: Path, tmp_path: Path) -> None:
@@ -672,27 +672,27 @@ def test_what_is_no_pipeline_is_refused(source: str, said: str, tmp_path: Path, 
         ("ddpm", "digits", ["--matching.guidance-scale", "3"], "its null condition is not known"),
         ("ddpm", "digits", ["--matching.null-class", "3"], "needs a teacher with classes"),
         ("classes-ddpm", "digits", ["--matching.guidance-scale", "3", "--matching.null-class", "11"],
-         "matching.null_class 11 is not a class of the teacher, which knows 0 to 10"),
+         "matching.null_class 11 is not a class of the teacher, which has 0 to 10"),
         ("classes-ddpm", "digits", ["--matching.guidance-scale", "3"], "give --matching.null-class"),
         ("ddpm", "digits", ["--matching.prediction", "w"], "unknown prediction 'w'"),
         ("ddpm", "digits", ["--matching.prediction", "both"], "but Both needs 2"),
         ("ddpm", "latents-dit", [], "makes images in [-1, 1], but"),
-        ("dit", "wide.npz", [], "makes samples of shape [4, 4, 4], but"),
+        ("dit", "wide.npz", [], "has samples of shape [4, 4, 4], but"),
         ("ddpm", "digits", ["--matching.guidance-range", "3", "1"], "must satisfy 0 <= low < high"),
         ("ddpm", "digits", ["--matching.guidance-scale", "nan"], "guidance-scale"),
-        ("ddpm", "digits", ["--chain.lora-rank", "2", "--matching.process", "cosine"], "leave --chain.lora-rank out"),
+        ("ddpm", "digits", ["--chain.lora-rank", "2", "--matching.process", "cosine"], "remove --chain.lora-rank"),
         ("dit", "latents-dit", ["--matching.guidance-range", "1", "3"], "DiTTransformer2DModel has none"),
         ("dit", "latents-dit", ["--matching.process", "cosine"], "has no table of timesteps to replace"),
         (
             "dit", "latents-dit", ["--matching.guidance-scale", "2", "--matching.guidance-range", "1", "3"],
-            "are both given: give one",
+            "cannot be combined: remove one",
         ),
         ("sd", "latents-dit", [], "conditioned on encoder_hidden_states, which"),
         ("sd", "latents3", [], "takes encoder_hidden_states of shape [7, 16], but"),
         ("sd3", "latents3", ["--matching.guidance-range", "1", "3"], "SD3Transformer2DModel has none"),
         (
             "sd", "latents", ["--matching.guidance-range", "1", "3", "--chain.lora-rank", "2"],
-            "leave --chain.lora-rank out",
+            "remove --chain.lora-rank",
         ),
     ],
 )  # fmt: skip

@@ -81,7 +81,7 @@ def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
             ["run", "digits", "--engine.requeue-code", "300"],
             "--engine.requeue-code must be from 1 to 255, got 300",
         ),
-        (["run", "digits", "--chain.keep", "3"], "chain.keep names a student of 3 steps"),
+        (["run", "digits", "--chain.keep", "3"], "chain.keep contains a student of 3 steps"),
         (["study"], "is missing"),
         (["study", "tabel1"], "did you mean 'table1'?"),
         (["study", "table1", "--scale", "smal"], "'smal' is not one of smoke, small, paper; did you mean 'small'?"),

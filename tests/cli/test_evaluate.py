@@ -93,7 +93,10 @@ def test_samples_are_drawn_as_many_at_once_as_was_asked(
 
 @pytest.mark.parametrize(
     ("options", "remedy"),
-    [(["--batch-size", "16"], "with 16 samples at once: lower --batch-size"), ([], "leave more of it to this process")],
+    [
+        (["--batch-size", "16"], "with 16 samples at once: lower --batch-size"),
+        ([], "free some memory for this process"),
+    ],
 )
 def test_memory_that_does_not_suffice_is_told_in_one_line(
     toy_run: Path,
@@ -119,7 +122,7 @@ def test_memory_that_does_not_suffice_is_told_in_one_line(
     with pytest.raises(SystemExit) as ended:
         main(command)
     assert ended.value.code == 1
-    assert "take fewer samples (--num-samples)" in capsys.readouterr().err
+    assert "use fewer samples (--num-samples)" in capsys.readouterr().err
 
 
 def test_several_sets_of_seeds_are_disjoint_and_have_a_spread(toy_run: Path, tmp_path: Path) -> None:
@@ -162,8 +165,8 @@ def test_figures_of_different_protocols_are_in_different_tables(digits_run: Path
     assert "inception_score" not in pixels.rows[0].figures
     assert 1 <= classifier.rows[0].figures["inception_score"].mean <= 10
     assert set(same_noise.rows[0].figures) == {"rmse", "psnr"}
-    assert any("it needs images of at least 11 x 11" in notice for notice in result.notices)
-    assert any("says little: 64 dimensions" in notice for notice in result.notices)
+    assert any("SSIM needs images of at least 11 x 11" in notice for notice in result.notices)
+    assert any("is unreliable: 64 dimensions" in notice for notice in result.notices)
     # 24 samples and 64 dimensions, so the real data's halves are measured with their own count.
     assert pixels.halves is not None
     assert pixels.halves.num_each == 1797 // 2
@@ -374,7 +377,7 @@ def test_a_row_is_of_all_sets_of_seeds_or_not_there(
     result = _result(tmp_path)
     assert [row.num_steps for row in result.tables[0].rows] == [3]
     assert not result.complete
-    assert any("at 2 steps is left out" in notice for notice in result.notices)
+    assert any("at 2 steps was skipped" in notice for notice in result.notices)
 
 
 def test_times_of_another_machine_are_no_column_with_those_of_this(toy_run: Path, tmp_path: Path) -> None:
@@ -429,7 +432,7 @@ def test_bad_input_is_refused_in_one_line(toy_run: Path, digits_run: Path, tmp_p
         (["evaluate", str(digits_run), "--extractors", f"{resnet}={tmp_path}/weights.safetensors"], "does not hold"),
         (["evaluate", str(digits_run), "--extractors", f"dinov2={tmp_path}"], "no DINOv2 model could be read there"),
         (["evaluate", str(digits_run), "--data", f"{toy_run.parent}/toy.npy"], "makes images in [-1, 1], but"),
-        (["evaluate", str(digits_run), "--data", f"{tmp_path}/other.npz"], "makes samples of shape [1, 8, 8], but"),
+        (["evaluate", str(digits_run), "--data", f"{tmp_path}/other.npz"], "has samples of shape [1, 8, 8], but"),
         (["evaluate", f"{tmp_path}/other.npz"], "its data is unknown: add --data"),
         (["evaluate", f"{tmp_path}/other.npz", "--data", "digits"], "give a reference of the same size"),
         (["evaluate", f"{tmp_path}/one.npz", "--data", "digits"], "needs at least 2"),

@@ -127,7 +127,7 @@ def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("HALFSTEP_CACHE", "")
     with pytest.raises(ValueError, match="set HOME or HALFSTEP_CACHE"):
         cache_folder()
-    with pytest.raises(ValueError, match="no home folder is known for ~nobody"):
+    with pytest.raises(ValueError, match="the home folder of ~nobody is unknown"):
         user_path("~nobody/x")
     monkeypatch.setenv("HALFSTEP_CACHE", str(tmp_path))
     assert cache_folder() == tmp_path

@@ -72,13 +72,13 @@ def test_a_process_that_is_gone_or_silent_has_stopped(tmp_path: Path) -> None:
     child.wait()
     gone = read_status(folder_of(tmp_path / "gone", rows, state="running", pid=child.pid))
     assert gone.state == "stopped"
-    assert "has gone without a word" in str(gone.message)
+    assert "ended without a message" in str(gone.message)
     # A process of that number elsewhere cannot be looked for; its silence is what tells.
     elsewhere = folder_of(tmp_path / "far", rows, state="running", pid=child.pid, machine=["far-away"])
     assert read_status(elsewhere).state == "running"
     late = read_status(elsewhere, now=time.time() + SILENT_SECONDS + 5)
     assert late.state == "stopped"
-    assert "no sign of life" in str(late.message)
+    assert "no heartbeat" in str(late.message)
 
 
 @pytest.mark.parametrize("state", ["stopped", "diverged", "failed"])
@@ -196,7 +196,7 @@ def test_another_process_sees_a_run_run_and_be_killed_and_stopped(tmp_path: Path
     argv = ["run", "arrays", "--data", str(tmp_path / "toy.npy"), "--out", str(out), *TINY_ARRAYS]
     argv += ["--engine.log-every", "1"]
     argv[argv.index("--teacher.num-updates") + 1] = "100000"
-    for number, said in ((signal.SIGKILL, "gone without a word"), (signal.SIGTERM, "stopped by SIGTERM")):
+    for number, said in ((signal.SIGKILL, "ended without a message"), (signal.SIGTERM, "stopped by SIGTERM")):
         process = context().Process(target=main, args=(argv,))
         process.start()
         running = wait_for(out, "running")

@@ -247,7 +247,7 @@ def test_an_answer_comes_soon_after_its_sampling(url: str) -> None:
 def test_the_door_is_closed_to_all_that_the_page_does_not_need(url: str, method: str, path: str) -> None:
     answer = httpx.request(method, url + path)
     assert answer.status_code == 404
-    assert answer.text == "halfstep: there is nothing here; the page is at /\n"
+    assert answer.text == "halfstep: not found; the page is at /\n"
 
 
 def test_bodies_that_are_large_or_nonsense_are_refused(url: str) -> None:
@@ -257,7 +257,7 @@ def test_bodies_that_are_large_or_nonsense_are_refused(url: str) -> None:
     assert httpx.post(call, content=iter([b"x" * 10] * 10), headers=kind).status_code == 413
     for content in (b"", b"no json", b"[" * 60_000, b'{"data": 3}', b"[]", b"\xff"):
         answer = httpx.post(call, content=content, headers=kind)
-        assert (answer.status_code, answer.text) == (400, 'halfstep: a call is JSON, {"data": [...]}\n')
+        assert (answer.status_code, answer.text) == (400, 'halfstep: a call must be JSON, {"data": [...]}\n')
     for data in ([], [float("inf")], [STUDENT, 2], [*request(), 1]):
         answer = httpx.post(call, content=json.dumps({"data": data}), headers=kind)
         said = f"halfstep: this function takes 7 values, got {len(data)}: see /gradio_api/info\n"
@@ -267,7 +267,7 @@ def test_bodies_that_are_large_or_nonsense_are_refused(url: str) -> None:
         value = file | {"meta": {"_type": "gradio.FileData"}} if isinstance(file, dict) else file
         for address, more in ((call, {}), (join, {"fn_index": 1, "session_hash": "a"})):
             answer = httpx.post(address, json={"data": request(stage=value), **more})
-            assert (answer.status_code, answer.text) == (400, "halfstep: each value is a number, a text or null\n")
+            assert (answer.status_code, answer.text) == (400, "halfstep: each value must be a number, a text or null\n")
     for number in (99, -1, "x", None, 1.5):
         answer = httpx.post(join, json={"data": [], "fn_index": number, "session_hash": "a"})
         assert (answer.status_code, answer.text) == (400, f"halfstep: there is no function {number!r}\n")

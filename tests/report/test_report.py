@@ -150,12 +150,12 @@ def test_the_first_sentence_follows_from_the_figures(page: Page) -> None:
     assert 1 < kept < 128
     assert (
         f"{kept} network calls instead of 63: {times(most / one.seconds_per_1000)} times faster per sample, "
-        f"Fréchet distance {one.frechet / base:.2f} times the teacher’s at its best." in page.text
+        f"Fréchet distance {one.frechet / base:.2f} times that of the teacher at its best." in page.text
     )
     assert "at its best: Heun, 32 steps (63 calls)" in page.text
     fewest = result(1, True)
-    assert f"Down to 1 step: {times(most / fewest.seconds_per_1000)} times faster" in page.text
-    assert f"distance {fewest.frechet / base:.1f} times the teacher’s at its best." in page.text
+    assert f"At 1 step: {times(most / fewest.seconds_per_1000)} times faster" in page.text
+    assert f"distance {fewest.frechet / base:.1f} times that of the teacher at its best." in page.text
 
 
 def test_a_teacher_that_covers_little_of_the_data_is_not_praised(tmp_path: Path) -> None:
@@ -285,7 +285,7 @@ def test_a_run_in_progress_shows_what_is_there_and_names_what_is_not(tmp_path: P
     with open(run / "log.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps({"stage": "04-halve-0016", "update": 120, "loss": 0.5}) + '\n{"stage": "04-ha')
     page = reported(run)
-    assert "This run is not at its end: 4 of 9 stages complete." in page.text
+    assert "This run is not finished: 4 of 9 stages complete." in page.text
     assert "04-halve-0016 (120 of 400 updates done), 05-halve-0008" in page.text
     states = {row[0]: row[-1] for row in page.table("Stage")[1:]}
     assert states["03-halve-0032"] == "complete"
@@ -300,14 +300,14 @@ def test_a_teacher_alone_is_reported(tmp_path: Path) -> None:
 
 
 def test_a_whole_run_says_nothing_of_missing_parts(html: str) -> None:
-    assert "What to know" not in html
+    assert "Notices about this report" not in html
 
 
 def test_a_damaged_stage_is_left_out_and_named(tmp_path: Path) -> None:
     run = write_fake_run(tmp_path / "run")
     (run / "stages/02-halve-0064/manifest.json").write_text('{"format": 1', encoding="utf-8")
     page = reported(run)
-    assert "Stage 02-halve-0064 is damaged and left out" in page.text
+    assert "Stage 02-halve-0064 is damaged and was skipped" in page.text
     assert str(tmp_path) not in page.text
     assert {row[0]: row[-1] for row in page.table("Stage")[1:]}["02-halve-0064"] == "damaged"
     assert next(row for row in page.table("Steps")[2:] if row[0] == "64")[3] == "–"
@@ -317,7 +317,7 @@ def test_a_damaged_teacher_leaves_no_comparison(tmp_path: Path) -> None:
     run = write_fake_run(tmp_path / "run")
     (run / "stages/00-denoise/manifest.json").write_text("[]", encoding="utf-8")
     page = reported(run)
-    assert "8 students of 128 down to 1 steps; there are no figures" in page.text
+    assert "8 students of 128 down to 1 steps; the results of teacher and students cannot be compared." in page.text
     assert "instead of" not in page.text
 
 
@@ -356,12 +356,12 @@ def test_missing_figures_recipe_log_and_samples_are_named(tmp_path: Path) -> Non
         path.unlink()
     page = reported(run)
     for text in (
-        "The recipe cannot be shown: recipe.json does not exist; put a copy of it back",
+        "The recipe cannot be shown: recipe.json does not exist; restore a copy of it",
         "stages/00-denoise/metrics.json has no sha256 of its content",
         "No figures (metrics.json) for stages 00-denoise, 01-halve-0128.",
         "No samples to look at for stages 00-denoise, 01-halve-0128.",
         "No losses were logged.",
-        "The command that made this run was not recorded.",
+        "The command of this run was not recorded.",
     ):
         assert text in page.text
 
@@ -370,14 +370,14 @@ def test_a_recipe_without_a_plan_is_enough(tmp_path: Path) -> None:
     run = write_fake_run(tmp_path / "run", students=(128,), planned=(128,))
     write_sealed(run / "recipe.json", {"recipe": "?", "environment": 3, "plan": {"a": 1}})
     page = reported(run)
-    assert page.text.strip().startswith("run: A student that needs 128 network calls instead of 63")
+    assert page.text.strip().startswith("run: A student with 128 network calls instead of 63")
 
 
 def test_figures_of_different_protocols_share_no_row(tmp_path: Path) -> None:
     run = write_fake_run(tmp_path / "run", students=(128,), planned=(128, 64))
     write_stage(run, "02-halve-0064", 64, [result(64, True)], {}, protocol={**PROTOCOL, "device": "cuda"})
     page = reported(run)
-    assert "Not all stages were measured under the same protocol (different: device)." in page.text
+    assert "Not all stages were measured with the same protocol (different: device)." in page.text
     first, second = (table[2:] for table in page.tables if table[0] and table[0][0] == "Steps")
     assert [row[0] for row in first] == ["256", "128", "64", "Heun 32", "8", "4", "2", "1"]
     (row,) = second
@@ -426,7 +426,7 @@ def test_samples_without_a_picture_are_said_to_have_none(tmp_path: Path) -> None
         return np.zeros((4, 1, 160), np.float32)
 
     page = reported(write_fake_run(tmp_path / "run", students=(128,), planned=(128,), samples=audio))
-    assert "There is no picture for this modality: samples of shape 1 × 160, float32." in page.text
+    assert "Samples of this kind cannot be shown as images: shape 1 × 160, float32." in page.text
 
 
 def test_without_a_stage_and_without_a_log_there_is_one_clear_line(tmp_path: Path) -> None:

@@ -75,10 +75,10 @@ def test_what_it_cost_follows_from_times_and_figures(tmp_path: Path) -> None:
     assert spent["Teacher"] == "6 min 51 s, 2,000 updates of 128 samples"
     assert spent["Students"] == "12 min 28 s, 3,200 updates of 64 samples, 8 stages"
     assert spent["Hardware"] == "NVIDIA H100, 16 CPU cores, torch on 4 threads"
-    steps = int(re.search(r"needs (\d+) network calls instead", page.text)[1])  # type: ignore[index]
+    steps = int(re.search(r"A student with (\d+) network calls instead", page.text)[1])  # type: ignore[index]
     stages = STUDENT_STEPS.index(steps) + 1
     samples = stages * 93.5 / ((HEUN.seconds_per_1000 - result(steps, True).seconds_per_1000) / 1000)
-    said = re.search(r"won back after about ([\d,]+) samples", page.text)
+    said = re.search(r"it pays off after about ([\d,]+) samples", page.text)
     assert said
     assert float(said[1].replace(",", "")) == pytest.approx(samples, rel=0.05)
 
@@ -90,7 +90,7 @@ def test_a_run_whose_teacher_is_still_in_training_is_reported(tmp_path: Path) ->
     run = write_fake_run(tmp_path / "run", students=())
     (run / "stages/00-denoise/manifest.json").unlink()
     page = reported(run)
-    assert "A run that has begun; no stage is complete yet." in page.text
+    assert "A run in progress; no stage is complete yet." in page.text
     assert "00-denoise (2,000 of 2,000 updates done)" in page.text
     assert any("training loss" in (div.get("aria-label") or "") for div in page.attributes("div"))
 
@@ -115,7 +115,7 @@ def test_an_evaluation_is_shown_one_table_for_each_protocol(tmp_path: Path) -> N
     assert sets[-1][3:5] == ["–", "0.600"]
     assert len(near) == 3
     for text in (
-        "It is not at its end",
+        "It is not finished",
         "Distances of small sets are too large.",
         "Against the teacher",
         "How many are real.",
@@ -123,7 +123,7 @@ def test_an_evaluation_is_shown_one_table_for_each_protocol(tmp_path: Path) -> N
         assert text in page.text
 
 
-@pytest.mark.parametrize(("further", "said"), [(3, ""), (4, ", and 1 more series that have no place in the chart")])
+@pytest.mark.parametrize(("further", "said"), [(3, ""), (4, ", and 1 more series that are not in the chart")])
 def test_series_for_which_the_chart_has_no_colour_are_counted(tmp_path: Path, further: int, said: str) -> None:
     run = write_fake_run(tmp_path / "run")
     content = fake_evaluation()
@@ -135,7 +135,7 @@ def test_series_for_which_the_chart_has_no_colour_are_counted(tmp_path: Path, fu
     write_sealed(RunFolder(run).evaluation_path, content)
     page = write_report(run).read_text(encoding="utf-8")
     charts = re.findall(r'aria-label="(Line chart[^"]*)"', page)
-    assert any(text.endswith(f"the table below holds its figures{said}.") for text in charts)
+    assert any(text.endswith(f"the table below has its values{said}.") for text in charts)
     assert any("more series" in text for text in charts) == bool(said)
 
 
@@ -148,8 +148,8 @@ def test_a_run_without_figures_of_its_own_takes_the_first_sentence_from_its_eval
     ratio = frechet(4, True) / frechet(256, False)
     assert ratio < 1.5 < frechet(1, True) / frechet(256, False)
     text = reported(run).text
-    assert f"needs 4 network calls instead of 256: {speed:.0f} times faster per sample" in text
-    assert f"Fréchet distance {ratio:.2f} times the teacher’s at its best." in text
+    assert f"A student with 4 network calls instead of 256: {speed:.0f} times faster per sample" in text
+    assert f"Fréchet distance {ratio:.2f} times that of the teacher at its best." in text
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_a_damaged_evaluation_is_left_out_and_said(tmp_path: Path, spoil: Any) -
     path.parent.mkdir()
     path.write_text(spoil(fake_evaluation()), encoding="utf-8")
     page = reported(run)
-    assert "The evaluation is left out: evaluation/evaluation.json" in page.text
+    assert "The evaluation is not shown: evaluation/evaluation.json" in page.text
     assert str(tmp_path) not in page.text
 
 
@@ -189,7 +189,7 @@ def test_studies_in_the_run_or_in_a_folder_named_are_shown(tmp_path: Path, capsy
     write_study(run / "studies" / "schedules")
     page = reported(run)
     assert page.table("steps") == [["steps", "ours", "theirs"], ["4", "1.5", "<b>2"]]
-    for text in ("Schedules", "How long?", "A note.", "Scale smoke. Its cells took 2 min 5 s."):
+    for text in ("Schedules", "How long?", "A note.", "Scale smoke. It took 2 min 5 s."):
         assert text in page.text
     assert any((image["src"] or "").startswith("data:image/svg+xml;base64,") for image in page.attributes("img"))
     write_study(tmp_path / "elsewhere" / "other")
@@ -203,10 +203,11 @@ def test_studies_in_the_run_or_in_a_folder_named_are_shown(tmp_path: Path, capsy
     (tmp_path / "elsewhere" / "cut" / "study.json").write_text("{", encoding="utf-8")
     main(["report", str(run), "--studies", str(tmp_path / "elsewhere")])
     page = Page(RunFolder(run).report_path.read_text(encoding="utf-8"))
-    assert "The study cut is left out: cut/study.json is not readable JSON" in page.text
+    assert "The study cut is not shown: cut/study.json is not readable JSON" in page.text
     for name in ("none", "short", "number"):
         assert (
-            f"The study {name} is left out: {name}/study.json cannot be shown: it does not hold a table." in page.text
+            f"The study {name} is not shown: {name}/study.json cannot be shown: it does not contain a table."
+            in page.text
         )
     assert "contains no studies" in refused(["report", str(run), "--studies", str(tmp_path)], capsys)
 
@@ -267,7 +268,7 @@ def test_of_large_data_a_part_is_searched(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("x0", [torch.zeros(2, 1, 4, 4), torch.zeros(0, 1, 6, 6)])
 def test_samples_that_do_not_fit_are_refused(x0: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match="have no neighbours among data of shape"):
+    with pytest.raises(ValueError, match="cannot be compared with data of shape"):
         nearest_samples(pictures(3), x0)
 
 
@@ -283,11 +284,14 @@ def test_the_report_shows_the_neighbours_of_the_sentences_student(
     page = Page(RunFolder(run).report_path.read_text(encoding="utf-8"))
     facts = read_run(run).nearest
     assert facts is not None
-    assert f"needs {facts.num_steps} network calls instead" in page.text
+    assert f"A student with {facts.num_steps} network calls instead" in page.text
     np.testing.assert_array_equal(facts.samples, digit_samples(facts.num_steps, True)[:8])
     # The fake samples are digits of that very data set under noise: row i is nearest to digit i.
     np.testing.assert_array_equal(facts.neighbours[:, 0], digit_samples_clean())
-    assert f"nearest of 1,797 training samples is {number(float(np.median(facts.distances[:, 0])))}" in page.text
+    assert (
+        f"nearest of 1,797 training samples has a median of {number(float(np.median(facts.distances[:, 0])))}"
+        in page.text
+    )
     # The second call finds them there, without the data, and the page is the same.
     monkeypatch.setattr("halfstep.cli.reporting.open_data", lambda config: pytest.fail("the data was opened again"))
     before = RunFolder(run).report_path.read_bytes()
@@ -311,7 +315,7 @@ def test_data_that_cannot_be_opened_is_said(tmp_path: Path) -> None:
         write_sealed(run / "recipe.json", content | {"recipe": recipe, "data_fingerprint": "another"})
         main(["report", str(run)])
         text = Page(RunFolder(run).report_path.read_text(encoding="utf-8")).text
-        assert re.search(rf"Not looked for: [^\n]*{said}", text)
+        assert re.search(rf"Not searched: [^\n]*{said}", text)
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\3\4junk", b"x" * 1000])
@@ -320,7 +324,7 @@ def test_a_damaged_file_of_neighbours_is_said(tmp_path: Path, content: bytes) ->
     path = RunFolder(run).nearest_path
     path.parent.mkdir()
     path.write_bytes(content)
-    assert "report/nearest.npz cannot be read, so the nearest training samples are left out." in reported(run).text
+    assert "report/nearest.npz cannot be read, so the nearest training samples are not shown." in reported(run).text
 
 
 # --- Size ---
@@ -358,8 +362,8 @@ def test_a_later_student_of_as_many_steps_stands_for_them_and_the_earlier_one_st
     rows = {row[0]: row for row in page.table("Steps")[2:]}
     assert rows["06-halve-0004 4"][3:5] == [number(frechet(4, True)), number(frechet(4, True) / HEUN.frechet)]
     assert rows["09-finish-0004 4"][3:5] == [number(finished.frechet), number(finished.frechet / HEUN.frechet)]
-    assert "needs 4 network calls" in page.text
-    assert f"Fréchet distance {finished.frechet / HEUN.frechet:.2f} times the teacher’s at its best." in page.text
+    assert "A student with 4 network calls" in page.text
+    assert f"Fréchet distance {finished.frechet / HEUN.frechet:.2f} times that of the teacher at its best." in page.text
     assert headline(read_run(run)) == ("09-finish-0004", 4)
     # The slider shows the later one, with its own distance.
     places = re.findall(r'data-label="4 steps".*?Fréchet ([0-9.]+)', RunFolder(run).report_path.read_text(), re.S)

@@ -1,1 +1,1 @@
-"""The explorer: a local page on which the models of a run are sampled."""
+"""The explorer: a local page for sampling the models of a run."""

@@ -1,7 +1,7 @@
-"""The explorer without its page: a run's models, sampled within bounds from the same noise.
+"""The explorer without its page: samples a run's models from the same noise, within limits.
 
-Every value of a request is checked here and refused in one line; none is used as a path. Models are read from
-safetensors, one request is served at a time.
+Every value of a request is checked here, and errors are one line; no value is used as a path. Models are read from
+safetensors, and one request is served at a time.
 """
 
 import math
@@ -32,58 +32,58 @@ from halfstep.samplers import trajectory
 KEPT_BYTES = 2 * 2**30
 """Maximum size of the weights in memory; above it, the least recently used model is dropped."""
 LARGEST_SEED = 2**53
-"""JSON's numbers are exact integers up to here."""
+"""JSON numbers are exact integers up to this value."""
 
 
 class Unreadable(ValueError):
-    """The files of a stage cannot be read; the message names it."""
+    """The files of a stage cannot be read; the message gives the stage."""
 
 
 @final
 @dataclass(frozen=True)
 class Bounds:
-    """The most that one request may ask for.
+    """Limits for one request.
 
     Raises:
-        ValueError: if one of them is below 1, or not a number.
+        ValueError: if a limit is below 1 or not a number.
     """
 
     num_samples: int = 64
     num_steps: int = 1024
     num_frames: int = 32
     num_values: int = 4_000_000
-    """Numbers in all samples of a request."""
+    """Total number of values in all samples of a request."""
     seconds: float = 60.0
-    """Of sampling."""
+    """Sampling time."""
     guidance_scale: float = 50.0
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if not value >= 1:
-                raise ValueError(f"the bound {name} must be at least 1, got {value}")
+                raise ValueError(f"the limit {name} must be at least 1, got {value}")
 
     def samples(self, shape: Sequence[int]) -> int:
-        """Return the number of samples of this shape in one request."""
+        """Return the maximum number of samples of this shape in one request."""
         return max(1, min(self.num_samples, self.num_values // math.prod(shape)))
 
     def frames(self, shape: Sequence[int]) -> int:
-        """Return the number of frames of a walk through samples of this shape, at least 2."""
+        """Return the maximum number of frames in a walk through samples of this shape, at least 2."""
         return max(2, min(self.num_frames, self.num_values // math.prod(shape)))
 
 
 class StageChoice(NamedTuple):
-    """A stage that can be sampled, or why it cannot."""
+    """A stage that can be sampled, or the reason why it cannot."""
 
     name: str
     num_steps: int | None
-    """Its own; None for any number."""
+    """Its own step count; None for any number."""
     role: str | None
     """teacher, matched or student; None if unknown."""
     missing: str | None = None
 
     @property
     def words(self) -> str:
-        """Return what the model is, "student of 4 steps", which another one may be too; its name if that is unknown."""
+        """Return a description such as "student of 4 steps", which may not be unique; the name if that is unknown."""
         if self.role is None:
             return self.name
         role = "matched teacher" if self.role == "matched" else self.role
@@ -96,15 +96,15 @@ class Shown(NamedTuple):
     stage: str
     role: str | None
     is_start: bool
-    """Whether the chain starts from it."""
+    """Whether it is the start of the chain."""
     label: str
-    """The model in words for a reader."""
+    """Description of the model for a reader."""
     num_steps: int
     num_evals: int
-    """Network calls for a sample."""
+    """Network calls per sample."""
     sampler: str
     seconds: float
-    """Wall time of sampling alone."""
+    """Wall time of sampling only."""
     samples: np.ndarray
     """uint8 `[n, h, w, c]` for images, float32 `[n, *dims]` otherwise."""
 
@@ -118,13 +118,13 @@ class Answer(NamedTuple):
 
 @final
 class Explorer:
-    """A run whose models can be sampled.
+    """A run with models that can be sampled.
 
     Args:
         path: the folder of a run, or of one stage, or the name of a packaged student.
 
     Raises:
-        ValueError: if it holds no model that can be sampled, or its samples are neither images nor points in the plane.
+        ValueError: if it contains no model that can be sampled, or its samples are neither images nor 2-D points.
     """
 
     def __init__(self, path: Path, device: str | torch.device = "cpu", bounds: Bounds | None = None) -> None:
@@ -136,26 +136,26 @@ class Explorer:
         present = [choice for choice in self.choices if choice.missing is None]
         if not present:
             why = "; ".join(f"{choice.name}: {choice.missing}" for choice in self.choices)
-            raise ValueError(f"{path} holds no model that can be asked ({why})")
+            raise ValueError(f"{path} contains no model that can be sampled ({why})")
         self.present: Sequence[StageChoice] = present
         self.manifest = self._manifests[present[-1].name]
         self.shape = self.manifest.shape
         if self.manifest.conditions:
             raise ValueError(
-                f"the models of {path} are shown {', '.join(self.manifest.conditions)}, for which the explorer has no "
+                f"the models of {path} need {', '.join(self.manifest.conditions)}, for which the explorer has no "
                 "field: use halfstep sample --prompt"
             )
         if not self.manifest.is_image and self.shape != (2,):
             raise ValueError(
-                f"samples of shape {list(self.shape)} are not pictures, and the explorer shows images and "
-                f"points in the "
-                "plane only: use halfstep sample --out samples.npz"
+                f"samples of shape {list(self.shape)} are not supported: the explorer shows only images and "
+                f"2-D "
+                "points. Use halfstep sample --out samples.npz"
             )
         self._models: OrderedDict[str, Model] = OrderedDict()
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._deadline = math.inf
-        """When the current request must end, on the clock of `perf_counter`."""
+        """Time at which the current request must end, as of `perf_counter`."""
 
     def stop(self) -> None:
         """Refuse further requests, and end the current one at its next step."""
@@ -163,30 +163,30 @@ class Explorer:
 
     @property
     def start(self) -> StageChoice:
-        """The model from which the chain starts, which may be missing."""
+        """The model that the chain starts from, which may be missing."""
         found = next((choice for choice in self.choices if choice.name == self._start), None)
         return found or StageChoice("the teacher", None, None, "it is not in this folder")
 
     def label(self, choice: StageChoice) -> str:
-        """Return what a stage's model is, with the stage's name where several are the same."""
+        """Return a description of a stage's model, with the stage's name if several have the same description."""
         alone = sum(one.words == choice.words for one in self.choices) == 1
         text = choice.words if alone or choice.role is None else f"{choice.words}, {choice.name}"
         return text[0].upper() + text[1:]
 
     @property
     def start_steps(self) -> int:
-        """Default number of steps of the start of the chain."""
+        """Default number of steps for the start of the chain."""
         first = self._manifests.get(self.start.name)
         own = None if first is None else first.num_steps
         return min(self.bounds.num_steps, own or self.manifest.start_steps or 64)
 
     @property
     def knows_guidance(self) -> bool:
-        """Whether a guidance scale can act on one of the models."""
+        """Whether any of the models supports a guidance scale."""
         return any(map(self._guided, self.present))
 
     def _guided(self, choice: StageChoice) -> bool:
-        """Whether a guidance scale can act on its model."""
+        """Whether its model supports a guidance scale."""
         manifest, folder = self._manifests[choice.name], self._folders[choice.name]
         learned = manifest.guidance
         return folder.null.name in manifest.files or (learned is not None and learned["type"] == "range")
@@ -218,7 +218,7 @@ class Explorer:
                 self._start = folder.name
         return list(choices.values())
 
-    # --- The three questions ---
+    # --- The three views ---
 
     def compare(
         self,
@@ -233,12 +233,12 @@ class Explorer:
         """Sample a stage and the start of the chain from the same noise.
 
         Args:
-            num_steps: of the stage; its own, or else `start_steps`, if None.
-            teacher_steps: of the start of the chain; `start_steps` if None.
-            seed: of the first sample; the others follow it.
+            num_steps: steps of the stage; if None, its own, otherwise `start_steps`.
+            teacher_steps: steps of the start of the chain; `start_steps` if None.
+            seed: seed of the first sample; the others follow it.
 
         Raises:
-            ValueError: in one line, if a value is not possible or beyond the bounds.
+            ValueError: in one line, if a value is invalid or exceeds a limit.
         """
         choice = self._stage(stage)
         asked = [(choice, self._steps("steps", num_steps, choice))]
@@ -249,14 +249,14 @@ class Explorer:
         if self.start.missing is None:
             asked.append((self.start, other))
             if choice == self.start:
-                notes.append("The teacher itself was chosen: both are the same model.")
+                notes.append("The chosen stage is the teacher: both are the same model.")
         return self._answer(asked, seeds, lambda m: m.noise(seeds), class_label, guidance_scale, notes)
 
     def strip(self, seed: object = 0, class_label: object = None, guidance_scale: object = None) -> Answer:
-        """Sample one noise by all stages, each at its own steps, the teacher at `start_steps`.
+        """Sample the same noise with all stages, each with its own steps, and the teacher with `start_steps`.
 
         Raises:
-            ValueError: in one line, if a value is not possible.
+            ValueError: in one line, if a value is invalid.
         """
         seeds = [self._whole("seed", seed, 0, LARGEST_SEED)]
         asked = [(choice, self._steps("steps", None, choice)) for choice in self.present]
@@ -273,12 +273,12 @@ class Explorer:
         class_label: object = None,
         guidance_scale: object = None,
     ) -> Answer:
-        """Sample the great circle from one noise to another by a stage and by the start of the chain.
+        """Sample the great circle from one noise to another with a stage and with the start of the chain.
 
-        Without a class, all frames have the first seed's.
+        Without a class, all frames use the class of the first seed.
 
         Raises:
-            ValueError: in one line, if a value is not possible or beyond the bounds.
+            ValueError: in one line, if a value is invalid or exceeds a limit.
         """
         choice = self._stage(stage)
         asked = [(choice, self._steps("steps", num_steps, choice))]
@@ -295,13 +295,13 @@ class Explorer:
         return self._answer(asked, [first] * number, noise, class_label, guidance_scale, self._start_notes())
 
     def missing_notes(self) -> list[str]:
-        """Return a sentence for each stage that is missing."""
+        """Return a sentence for each missing stage."""
         return [f"{choice.name} is missing: {choice.missing}." for choice in self.choices if choice.missing is not None]
 
     def _start_notes(self) -> list[str]:
         if self.start.missing is None:
             return []
-        return [f"There is no teacher to compare with, {self.start.name}: {self.start.missing}."]
+        return [f"No comparison with {self.start.name}: {self.start.missing}."]
 
     # --- Checks ---
 
@@ -350,7 +350,7 @@ class Explorer:
         try:
             model = load(self._folders[name].path, self.device)
         except (ValueError, OSError) as error:
-            raise Unreadable(f"{name} cannot be asked: {inside(self.path, error)}") from None
+            raise Unreadable(f"{name} cannot be sampled: {inside(self.path, error)}") from None
         self._models[name] = model
         while len(self._models) > 1 and sum(map(_num_bytes, self._models.values())) > KEPT_BYTES:
             self._models.popitem(last=False)
@@ -367,10 +367,10 @@ class Explorer:
         notes: list[str],
         needed: int | None = 0,
     ) -> Answer:
-        """Sample each stage in its steps, one request at a time; warnings and unreadable stages become notes.
+        """Sample each stage with its steps, one request at a time; warnings and unreadable stages become notes.
 
         Args:
-            needed: the place of the stage that must be readable; None for any.
+            needed: index of a stage that must be readable; None if all are optional.
         """
         label, scale = self._class(class_label), self._scale(guidance_scale)
         shown: list[Shown] = []
@@ -382,7 +382,7 @@ class Explorer:
             for place, (choice, num_steps) in enumerate(asked):
                 is_guided = place == needed or self._guided(choice)
                 if scale is not None and not is_guided:
-                    notes.append(f"{choice.name} knows no guidance scale, and was asked without.")
+                    notes.append(f"{choice.name} does not support a guidance scale and was sampled without it.")
                 try:
                     shown.append(self._sample(choice, num_steps, seeds, noise, label, scale if is_guided else None))
                 except Unreadable as error:
@@ -416,13 +416,13 @@ class Explorer:
                     raise ValueError("the explorer was stopped")
                 if time.perf_counter() > self._deadline and step.s > 0:
                     raise ValueError(
-                        f"{choice.name} was stopped at step {step.number + 1} of {num_steps}, for the request had "
-                        f"taken {self.bounds.seconds:g} s: ask for fewer samples or steps"
+                        f"{choice.name} was stopped at step {step.number + 1} of {num_steps}, because the request "
+                        f"took {self.bounds.seconds:g} s: choose fewer samples or steps"
                     )
             x0 = x_t.cpu()
         seconds = time.perf_counter() - start
         if not bool(torch.isfinite(x0).all()):
-            raise ValueError(f"{choice.name} gave samples that are not finite at {num_steps} steps: the model diverged")
+            raise ValueError(f"{choice.name} has samples that are not finite at {num_steps} steps: the model diverged")
         return Shown(
             stage=choice.name,
             role=choice.role,

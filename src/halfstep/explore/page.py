@@ -1,8 +1,8 @@
-"""The explorer's page: gradio around `Explorer`, behind a door that passes only what the page needs.
+"""The explorer's page: gradio around `Explorer`, behind a filter that passes only the requests that the page needs.
 
-gradio also takes uploads, hands out files, fetches from other hosts and counts its users. The door answers only the
-paths in `PATHS`, forbids the browser any other host, and refuses requests that were sent to another name than this
-machine's (DNS rebinding). Pictures travel inside the answers, so that no file is written.
+gradio also accepts uploads, serves files, fetches from other hosts and collects usage data. `Door` serves only the
+paths in `PATHS`, forbids the browser any other host, and refuses requests with a host name other than this machine's
+(DNS rebinding). Images are embedded in the responses, so that no file is written.
 """
 
 import asyncio
@@ -29,15 +29,15 @@ from halfstep.report.words import count, number, sampler_label
 from halfstep.runtime.terminal import one_line
 
 LARGEST_QUEUE: Final = 32
-"""Requests that may wait; more are refused."""
+"""Maximum number of waiting requests; more are refused."""
 LARGEST_BODY: Final = 64 * 1024
-"""Bytes of a request."""
+"""Maximum bytes of a request."""
 MOVING_WIDTH: Final = 256
-"""Pixels of the moving picture of a walk, about."""
+"""Approximate width in pixels of the animation of a walk."""
 MILLISECONDS: Final = 120
-"""For which a frame of it is seen."""
+"""Duration of each of its frames."""
 PATIENCE: Final = 10.0
-"""Seconds in which a client must send its headers, then its body, and read some part of its answer."""
+"""Seconds for a client to send its headers, to send its body, and to read some part of the response."""
 PATHS: Final = re.compile(
     r"/(|config|theme\.css|favicon\.ico|(assets|static)/.*"
     r"|gradio_api/(info|app_id|theme\.css|startup-events|queue/(join|data)|heartbeat/\w+|call/(compare|strip|walk)(/\w+)?|cancel|reset))/?"
@@ -47,7 +47,7 @@ POLICY: Final = (
     "script-src 'self' 'unsafe-inline' 'unsafe-eval'; connect-src 'self'; frame-ancestors 'none'; base-uri 'self'; "
     "form-action 'self'; object-src 'none'"
 )
-"""gradio's page is made of inline scripts and evaluated templates; no other host is allowed for anything."""
+"""gradio's page needs inline scripts and evaluated templates; other hosts are not allowed for anything."""
 LOCAL: Final = ("127.0.0.1", "localhost", "[::1]")
 
 Scope = MutableMapping[str, Any]
@@ -59,12 +59,12 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 @final
 class Door:
-    """An ASGI app in front of another.
+    """ASGI middleware that filters requests to another app.
 
     Args:
-        hosts: names by which it may be called; None for any.
-        inputs: how many values each function takes, by its name and by its number.
-        root_path: the path below which a proxy shows the page, "/user/me/proxy/7860".
+        hosts: accepted host names; None for any.
+        inputs: number of values that each function takes, by its name and by its number.
+        root_path: path under which a proxy serves the page, such as "/user/me/proxy/7860".
     """
 
     def __init__(
@@ -91,14 +91,14 @@ class Door:
             await _refuse(send, 421, text)
             return
         if self.root_path and scope["path"].startswith(f"{self.root_path}/"):
-            # Some proxies cut the prefix off, others do not.
+            # Some proxies strip the prefix, others do not.
             scope["path"] = scope["path"].removeprefix(self.root_path)
         if not PATHS.fullmatch(scope["path"]) or ".." in scope["path"]:
-            await _refuse(send, 404, "there is nothing here; the page is at /")
+            await _refuse(send, 404, "not found; the page is at /")
             return
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length) > LARGEST_BODY or b"transfer-encoding" in headers:
-            await _refuse(send, 413, f"a request may have {LARGEST_BODY} bytes")
+            await _refuse(send, 413, f"a request may have at most {LARGEST_BODY} bytes")
             return
 
         body = b""
@@ -140,16 +140,16 @@ class Door:
         try:
             await self.app(scope, again, with_policy)
         except Exception as error:
-            # gradio raises on a request that it does not expect, such as an unknown function's number.
+            # gradio raises exceptions for unexpected requests, such as an unknown function number.
             path = one_line(scope["path"])[:100]
             print(f"halfstep: a request to {path} failed ({type(error).__name__})", file=sys.stderr)
             if not failed:
                 raise
         if failed:
-            await _refuse(send, 400, "this request cannot be understood")
+            await _refuse(send, 400, "invalid request")
 
     def _wrong(self, path: str, body: bytes) -> str | None:
-        """Return what is wrong with a call of one of the functions; None if it can be passed on."""
+        """Return what is wrong with a call of a function; None if it is valid."""
         found = re.fullmatch(r"/gradio_api/(?:call/(\w+)|queue/join)", path)
         if found is None:
             return None
@@ -159,7 +159,7 @@ class Door:
             held = None
         data = held.get("data") if isinstance(held, dict) else None
         if not isinstance(data, list):
-            return 'a call is JSON, {"data": [...]}'
+            return 'a call must be JSON, {"data": [...]}'
         name = found[1] or held.get("fn_index")
         needed = self.inputs.get(name) if isinstance(name, str | int) else None
         if needed is None:
@@ -167,8 +167,8 @@ class Door:
         if len(data) != needed:
             return f"this function takes {needed} values, got {len(data)}: see /gradio_api/info"
         if any(isinstance(value, dict | list) for value in data):
-            # gradio takes some of these for files, which it would copy, or fetch from another host, before we see them.
-            return "each value is a number, a text or null"
+            # gradio would treat some of these as files, and copy or fetch them before we see them.
+            return "each value must be a number, a text or null"
         return None
 
 
@@ -190,8 +190,8 @@ def serve(
 
     Args:
         port: 0 for any free one.
-        allowed: further names by which the page may be called, such as that of a proxy.
-        root_path: the path below which a proxy shows it.
+        allowed: further accepted host names, such as that of a proxy.
+        root_path: path under which a proxy serves the page.
         ready: called with the address once the port is bound.
 
     Raises:
@@ -218,12 +218,12 @@ def serve(
             log_level="warning",
             access_log=False,
             ws="none",
-            # Sampling and watching an answer may take long; only connections without a request are closed.
+            # Sampling and reading a response may take long; only connections without a request are closed.
             timeout_keep_alive=int(PATIENCE),
             timeout_graceful_shutdown=1,
         )
         server = uvicorn.Server(config)
-        # In the main thread it would handle signals, and end with a traceback.
+        # In the main thread it would handle signals and end with a traceback.
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         with contextlib.suppress(KeyboardInterrupt):
             try:
@@ -238,7 +238,7 @@ def serve(
 
 
 def _impatient() -> Any:
-    """Return uvicorn's protocol with an end to waiting for headers, and for a client that stops reading its answer."""
+    """Return uvicorn's protocol with timeouts for headers and for clients that stop reading their response."""
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     class Impatient(H11Protocol):
@@ -254,7 +254,7 @@ def _impatient() -> Any:
                 self.idle_since = self.loop.time()
             elif self.loop.time() - self.idle_since > PATIENCE:
                 if unsent:
-                    # Without this the kernel would keep the rest of the answer and its socket.
+                    # Otherwise the kernel would keep the rest of the response and its socket.
                     held = self.transport.get_extra_info("socket")
                     held.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                     self.transport.abort()
@@ -267,14 +267,14 @@ def _impatient() -> Any:
 
 
 def page(explorer: Explorer, hosts: Sequence[str] | None, root_path: str = "") -> App:
-    """Return the whole as an ASGI app.
+    """Return the page and its filter as an ASGI app.
 
     Raises:
         ValueError: if gradio is not installed.
     """
     if find_spec("gradio") is None:
         raise ValueError("the explorer needs gradio, which is not installed: pip install 'halfstep[explore]'")
-    # Read at gradio's import.
+    # gradio reads these when it is imported.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     import gradio as gr
@@ -289,7 +289,7 @@ def page(explorer: Explorer, hosts: Sequence[str] | None, root_path: str = "") -
         theme=gr.themes.Default(
             primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
         ).set(
-            # The theme's own colours are too pale; these have a contrast of 6 to 1, and of at least 5.2 to 1.
+            # The theme's own colours are too pale; these have contrast ratios of 6:1 and of at least 5.2:1.
             body_text_color_subdued="#59626d",
             body_text_color_subdued_dark="#a4adb8",
             button_primary_background_fill="#0072b2",
@@ -337,7 +337,7 @@ CSS: Final = """
 
 
 def _blocks(gr: Any, explorer: Explorer) -> Any:
-    """Return the page: what is asked at the top, and a tab for each of the three questions."""
+    """Return the page: the settings at the top, and a tab for each of the three views."""
     last = explorer.present[-1]
     most_samples, most_frames = explorer.bounds.samples(explorer.shape), explorer.bounds.frames(explorer.shape)
 
@@ -351,7 +351,7 @@ def _blocks(gr: Any, explorer: Explorer) -> Any:
         call.__doc__ = label
         return call
 
-    # gradio's own refusal of a value that is not in a list prints a traceback here; ours says more.
+    # gradio's own check of values in a list prints a traceback here; our message says more.
     checked_here: dict[str, Any] = {"filterable": False, "allow_custom_value": True}
     together = {"concurrency_limit": 1, "concurrency_id": "models"}
     silent = {"api_visibility": "private", "show_progress": "hidden"}
@@ -386,11 +386,11 @@ def _blocks(gr: Any, explorer: Explorer) -> Any:
             compare = gr.Button("Sample", variant="primary", elem_id="compare")
             compared = gr.HTML(elem_id="compared")
         with gr.Tab("All stages"):
-            gr.Markdown("One noise, that of the seed, through every stage at its own steps.")
+            gr.Markdown("Samples of every stage from the noise of one seed, each with its own steps.")
             strip = gr.Button("Sample", variant="primary", elem_id="strip")
             stripped = gr.HTML(elem_id="stripped")
         with gr.Tab("Walk"):
-            gr.Markdown("From the noise of one seed to that of another, along the great circle between them.")
+            gr.Markdown("Samples along the great circle from the noise of one seed to that of another.")
             with gr.Row():
                 other_seed = gr.Number(1, label="Second seed", elem_id="other-seed")
                 frames = gr.Number(8, label=f"Frames, at most {most_frames}", elem_id="frames")
@@ -407,7 +407,7 @@ def _blocks(gr: Any, explorer: Explorer) -> Any:
         call = answered(explorer.compare, "pair", "A stage and the teacher from the same noise, as HTML.")
         compare.click(call, asked, compared, api_name="compare", **together)
         blocks.load(call, asked, compared, **silent, **together)
-        call = answered(explorer.strip, "row", "One noise through all stages, as HTML.")
+        call = answered(explorer.strip, "row", "Samples of all stages from one noise, as HTML.")
         strip.click(call, [seed, class_label, scale], stripped, api_name="strip", **together)
         asked = [stage, steps, seed, other_seed, frames, class_label, scale]
         call = answered(explorer.walk, "walk", "A walk from one noise to another, as HTML.")
@@ -419,23 +419,23 @@ def _blocks(gr: Any, explorer: Explorer) -> Any:
 
 
 def _plain(text: str) -> str:
-    """Return a text as Markdown that shows just that text."""
+    """Return a text as Markdown, escaped so that it is shown literally."""
     return re.sub(r"([\\`*_{}\[\]()<>#+!|&~$-])", r"\\\1", text)
 
 
 def _html(kind: str, answer: Answer) -> str:
-    """Return the answer, whose pictures stand beside each other ("pair", "row") or below each other ("walk")."""
+    """Return the answer with its images side by side ("pair", "row") or below each other ("walk")."""
     number = len(answer.shown[0].samples)
     columns = {"pair": max(1, round(number**0.5)), "row": 1, "walk": number}[kind]
     made = Markup("").join(_figure(one, answer, columns, kind) for one in answer.shown)
     notes = Markup("").join(Markup("<li>{}</li>").format(note) for note in answer.notes)
     head = Markup('<ul class="notes">{}</ul>').format(notes) if answer.notes else ""
-    # gradio's component takes ${...} for a template.
+    # gradio's component would treat ${...} as a template.
     return str(Markup('{}<div class="made {}">{}</div>').format(head, kind, made)).replace("${", "$&#123;")
 
 
 def _there_and_back(shown: Shown, alt: str) -> Markup:
-    """Return the frames of a walk as one moving picture; a reader who wants no motion gets the first frame."""
+    """Return the frames of a walk as an animation; readers who prefer reduced motion get the first frame."""
     height, width = figures.tile_size(shown.samples)
     factor = max(1, MOVING_WIDTH // width)
     frames = [
@@ -452,7 +452,7 @@ def _there_and_back(shown: Shown, alt: str) -> Markup:
 
     return Markup(
         '<picture class="moving"><source media="(prefers-reduced-motion: reduce)" srcset="{}">'
-        '<img src="{}" width="{}" height="{}" alt="{}, moving there and back"></picture>'
+        '<img src="{}" width="{}" height="{}" alt="{}, animated back and forth"></picture>'
     ).format(url(frames[:1]), url(frames), *frames[0].size, alt)
 
 

@@ -1,1 +1,1 @@
-"""Samples of models and their figures, drawn and measured once and kept."""
+"""Samples of models and their metrics, each computed once and stored."""

@@ -1,4 +1,4 @@
-"""The curve: the tables of an evaluation, from the store's figures of every model at every number of steps."""
+"""The tables of an evaluation: the stored metrics of every model at every number of steps."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -23,14 +23,14 @@ from halfstep.runtime.files import InUse, json_digest, sweep, write_sealed
 
 
 class Entry(NamedTuple):
-    """A source at one number of steps: a row of every table."""
+    """A source at one number of steps, which is one row of every table."""
 
     series: str
     stage: str | None
     source: Source
     num_steps: int | None
     gamma: float | None = None
-    """Gamma of ancestral sampling, where several are tried and the best is shown."""
+    """Gamma of ancestral sampling if several are tried and the best is shown."""
 
     def words(self) -> str:
         """Return the entry in a few words."""
@@ -40,7 +40,7 @@ class Entry(NamedTuple):
 @final
 @dataclass(frozen=True)
 class CurveSpec:
-    """The subject of an evaluation, and its protocol."""
+    """The subject of an evaluation and its protocol."""
 
     subject: str
     kind: Literal["run", "stage", "pipeline", "images"]
@@ -48,13 +48,13 @@ class CurveSpec:
     entries: Sequence[Entry]
     evaluation: Evaluation
     references: Sequence[Reference]
-    """The real data in one extractor each; all of the same rows."""
+    """The real data, once per extractor; all from the same rows."""
     reference_split: str | None
     num_seeds: int = 1
-    """Sets of seeds: set k holds the seeds from k * num_samples on."""
+    """Sets of seeds: set k starts at seed k * num_samples."""
     guidance_scale: float | None = None
     teacher: Entry | None = None
-    """The model that the others are compared with, from the same noise."""
+    """The model that all others are compared with from the same noise."""
     notices: Sequence[str] = ()
     run: str | None = None
     """`Manifest.run` of the run that is measured."""
@@ -71,19 +71,19 @@ class CurveSpec:
 
 
 class CellDone(NamedTuple):
-    """A cell's figures exist."""
+    """Reports that the metrics of a cell exist."""
 
     entry: Entry
     cell: Cell
     figures: dict[str, dict[str, float]]
-    """By extractor."""
+    """Metrics by extractor."""
     was_there: bool
     done: int
 
 
 @final
 class Curve:
-    """Measures what a specification asks for into the folder `out`; several processes do this together."""
+    """Carries out an evaluation and writes it to the folder `out`; several processes share the work."""
 
     def __init__(self, spec: CurveSpec, store: Store, out: Path) -> None:
         self.spec, self.store, self.out = spec, store, out
@@ -92,15 +92,15 @@ class Curve:
         self._seconds = 0.0
         self.cells = [(entry, spec.cells(entry)[k]) for k in range(spec.num_seeds) for entry in spec.entries]
         self.result: EvaluationResult | None = None
-        """The last version that was written; None on processes that do not write."""
+        """The version written last; None on processes that do not write."""
 
     def run(self) -> Iterator[CellDone]:
-        """Measure all cells that are missing, and write evaluation.json after each.
+        """Measure all missing cells, and write evaluation.json after each.
 
         Raises:
             InUse: if another process writes the folder.
-            NonFinite: if the samples of every cell are broken.
-            Interrupted: if a stop was asked for; what was measured stays.
+            NonFinite: if no cell has finite samples.
+            Interrupted: if a stop was requested; measured cells are kept.
         """
         lock = FileLock(self.out / ".lock")
 
@@ -110,7 +110,7 @@ class Curve:
                 lock.acquire(timeout=0)
             except Timeout:
                 raise InUse(f"{self.out} is being written by another halfstep process: wait for it") from None
-            # A run that is at work writes into the same store, and its unfinished files are not leftovers.
+            # A run in progress writes to the same store, and its unfinished files are not leftovers.
             with (
                 contextlib.suppress(Timeout, FileNotFoundError),
                 FileLock(self.store.folder.parent / ".lock", timeout=0),
@@ -130,7 +130,7 @@ class Curve:
             part = self.cells[first : first + at_once]
             there = [store.facts(c) is not None and all(store.kept(c, one) for one in against) for _, c in part]
             store.measure([cell for _, cell in part], against)
-            # Existing cells cost nothing, so a write after each would take most of the time.
+            # Existing cells cost nothing, so writing after each of them would take most of the time.
             if not all(there) or monotonic() - written > 5:
                 store.processes.on_main(partial(self._write, complete=False))
                 written = monotonic()
@@ -147,22 +147,22 @@ class Curve:
         store.processes.on_main(partial(self._write, complete))
 
     def _bases(self) -> list[tuple[Cell, SameNoise]]:
-        """Return the teacher's cells, with which the others are compared, one for each set of seeds."""
+        """Return the teacher's cells that the others are compared with, one per set of seeds."""
         spec = self.spec
         cells = [] if spec.teacher is None else spec.cells(spec.teacher)
         return [(base, SameNoise(base, spec.references[0].data.shape)) for base in cells]
 
     def _write(self, complete: bool) -> None:
-        """Write evaluation.json from what the store holds."""
+        """Write evaluation.json from the contents of the store."""
         spec, store = self.spec, self.store
         self._notices, self._seconds = list(spec.notices), 0.0
         bases = self._bases()
         for entry, cell in self.cells:
             self._seconds += (store.facts(cell) or {"seconds": 0.0})["seconds"]
             if cell.name in store.broken:
-                self._notices.append(f"{entry.words()} is left out: {store.broken[cell.name]}.")
+                self._notices.append(f"{entry.words()} was skipped: {store.broken[cell.name]}.")
         if spec.teacher is not None and (why := [w for base, _ in bases if (w := store.broken.get(base.name))]):
-            self._notices.append(f"Nothing is compared from the same noise: {spec.teacher.words()}: {why[0]}.")
+            self._notices.append(f"There is no comparison from the same noise: {spec.teacher.words()}: {why[0]}.")
         chosen = self._chosen()
         tables = []
         for one in spec.references:
@@ -192,20 +192,20 @@ class Curve:
         write_sealed(self.out / "evaluation.json", self.result.model_dump(mode="json"))
 
     def _counted(self, kept: Kept) -> Kept:
-        """Add the time that figures took and those that are missing."""
+        """Count the time of these metrics, and note those that are missing."""
         self._notices += kept.missing
         self._seconds += kept.seconds
         return kept
 
     def _figures(self, entry: Entry, against: Sequence[Against]) -> list[Kept]:
-        """Return an entry's figures for each set of seeds; none where one was broken: the rest is another protocol."""
+        """Return an entry's metrics for each set of seeds; none if a set failed: fewer sets are another protocol."""
         pairs = list(zip(self.spec.cells(entry), against, strict=True))
         if any(cell.name in self.store.broken for cell, _ in pairs):
             return []
         return [kept for cell, one in pairs if (kept := self.store.kept(cell, one)) is not None]
 
     def _chosen(self) -> list[Entry]:
-        """Return the entries that are shown: of those that differ in gamma alone, the best in the first table."""
+        """Return the entries to show; of those that differ only in gamma, the one that is best in the first table."""
         best: dict[tuple[str, int | None], tuple[float, Entry]] = {}
         chosen = [entry for entry in self.spec.entries if entry.gamma is None]
         for entry in self.spec.entries:
@@ -217,7 +217,7 @@ class Curve:
         return [*chosen, *(entry for _, entry in best.values())]
 
     def _rows(self, entries: Sequence[Entry], against: Sequence[Against]) -> list[Row]:
-        """Return the rows of a table; `against` holds one for each set of seeds."""
+        """Return the rows of a table; `against` has one entry per set of seeds."""
         rows = []
         for entry in entries:
             kept = [self._counted(one).values for one in self._figures(entry, against)]
@@ -229,7 +229,7 @@ class Curve:
             if not figures:
                 continue
             facts = [held for cell in self.spec.cells(entry) if (held := self.store.facts(cell)) is not None]
-            # Times of different machines do not belong in one column.
+            # Times from different machines do not belong in one column.
             here = [held["seconds_per_1000"] for held in facts if held["pace"] == self.store.pace]
             times = [seconds for seconds in here if seconds is not None]
             rows.append(

@@ -1,7 +1,7 @@
-"""How models are measured: the settings, and the real data that samples are compared with.
+"""How to measure models: the settings, and the real data that samples are compared with.
 
-Images are measured as they would be saved: rounded to uint8. The seeds are 0, 1, 2, ..., so every model of a chain is
-shown the same noise.
+Images are measured as they would be saved: rounded to uint8. The seeds are 0, 1, 2, ..., so every model of a chain
+starts from the same noise.
 """
 
 import re
@@ -38,9 +38,9 @@ if TYPE_CHECKING:
     from halfstep.measure.store import Cell
 
 MOST_SAMPLES: Final = 1_000_000
-"""Largest set of samples, twenty times what is usual."""
+"""Largest number of samples in a set: twenty times the usual number."""
 FIGURES_FORMAT: Final = 1
-"""Version of the kept figures; raise it when a metric changes, so that old ones are measured again."""
+"""Version of the stored metrics; raise it when a metric changes, so that old results are measured again."""
 
 
 @final
@@ -55,28 +55,28 @@ class Evaluation:
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     enabled: bool = True
-    """Measure at all."""
+    """Measure the models."""
     num_samples: int = 2000
-    """Samples that each model draws."""
+    """Samples to draw from each model."""
     num_reference: int = 10_000
-    """Largest number of real samples to compare with."""
+    """Maximum number of real samples to compare with."""
     features: str = "auto"
-    """Where distances are measured (see `halfstep ls extractors`), NAME or NAME=WEIGHTS; auto takes a classifier
-    trained on the data where it has labels and 20 samples, and the pixels where not."""
+    """Features for distances (see `halfstep ls extractors`), NAME or NAME=WEIGHTS; auto trains a classifier if the data
+    has labels and at least 20 samples, and otherwise uses the pixels."""
     num_compared: int = 256
-    """Samples over which student and teacher are compared from the same noise."""
+    """Samples for comparing student and teacher from the same noise."""
     num_shown: int = 64
-    """Samples to look at, kept beside each stage."""
+    """Samples to look at, stored with each stage."""
     batch_size: int | None = None
-    """Samples drawn at once; by default many, and half as many whenever they do not fit into memory."""
+    """Samples drawn at once; by default many, halved until they fit into memory."""
     precision: Literal["float32", "bf16"] = "float32"
-    """bf16 computes the networks in bfloat16 while sampling: faster, and another protocol."""
+    """bf16 runs the networks in bfloat16 while sampling: faster, but another protocol."""
     teacher_steps: tuple[int, ...] = ()
-    """Further step counts at which to measure the undistilled teacher, besides the chain's start and its students'
+    """More step counts at which to measure the undistilled teacher, besides the chain's start and its students'
     steps.
     """
     teacher_heun_steps: tuple[int, ...] = (32,)
-    """Steps at which Heun's method measures the undistilled teacher too."""
+    """Step counts at which to measure the undistilled teacher with Heun's method too."""
 
     def __post_init__(self) -> None:
         least = {"num_samples": 2, "num_reference": 2, "num_compared": 1, "num_shown": 1, "batch_size": 1}
@@ -107,37 +107,37 @@ class Method(NamedTuple):
 
     @property
     def num_evals(self) -> int:
-        """Network calls for a sample, without guidance."""
+        """Network calls per sample, without guidance."""
         return self.sampler.num_evals(self.num_steps)
 
 
 def teacher_methods(own: Sampler, steps: Iterable[int], evaluation: Evaluation) -> list[Method]:
-    """Return how an undistilled model is measured: by its own sampler, then by Heun, each from most steps to fewest."""
+    """Return how to measure an undistilled model: with its own sampler, then Heun, each from most steps to fewest."""
     methods = [Method(own, number) for number in sorted(set(steps), reverse=True)]
     methods += [Method(Heun(), number) for number in sorted(set(evaluation.teacher_heun_steps), reverse=True)]
     return list(dict.fromkeys(methods))
 
 
 def finest(methods: Sequence[Method]) -> Method:
-    """Return the method of most network calls, at equal ones the first: others are compared with its samples."""
+    """Return the first method with the most network calls; others are compared with its samples."""
     return max(methods, key=lambda method: method.num_evals)
 
 
 def features_for(data: Data, evaluation: Evaluation) -> str:
-    """Return the features that the evaluation names, with `auto` resolved."""
+    """Return the features of the evaluation, with `auto` resolved."""
     if evaluation.features != "auto":
         return evaluation.features
     return "classifier" if data.num_classes > 1 and len(data) >= LEAST else "pixels"
 
 
 def check_measurable(data: Data, evaluation: Evaluation) -> None:
-    """Raise ValueError if samples cannot be measured against this data, as `Reference` would; trains nothing."""
+    """Raise ValueError if `Reference` could not measure samples against this data; trains nothing."""
     if not evaluation.enabled:
         return
     if len(data) < 2:
         raise ValueError(
-            f"{data.source} holds 1 sample, and a distance needs at least 2 real ones: add samples, or go without "
-            "measuring by --evaluation.no-enabled"
+            f"{data.source} contains 1 sample, but a distance needs at least 2 real ones: add samples, or disable "
+            "measuring with --evaluation.no-enabled"
         )
     features = features_for(data, evaluation)
     if features == "classifier":
@@ -149,15 +149,15 @@ def check_measurable(data: Data, evaluation: Evaluation) -> None:
 
 
 def few_samples(extractor: str, num_samples: int, num_reference: int, size: int) -> str | None:
-    """Return what to know of a Frechet distance of so few samples in `size` dimensions; None if they are enough."""
+    """Return a warning about a Frechet distance of this few samples in `size` dimensions; None if they are enough."""
     least = min(num_samples, num_reference)
     where = f"In {extractor} the Frechet distance of {num_samples:,} samples to {num_reference:,} real ones"
     if least <= size:
-        remedy = f"{size} dimensions need more than {size} of each, better ten times as many; read KID instead"
-        return f"{where} says little: {remedy}."
-    # By custom the bias of 50,000 samples is ignored.
+        remedy = f"{size} dimensions need more than {size} of each, preferably ten times as many; use KID instead"
+        return f"{where} is unreliable: {remedy}."
+    # The bias of 50,000 samples is conventionally ignored.
     if least < 50_000:
-        return f"{where} is biased upwards, the more the fewer they are: compare it within its table only."
+        return f"{where} is biased upwards, more so with fewer samples: compare it only within its table."
     return None
 
 
@@ -165,28 +165,28 @@ class Against(ABC):
     """The reference that a set of samples is compared with."""
 
     name: str
-    """For file names; unique to everything that the figures depend on besides the samples."""
+    """For file names; unique for everything that the metrics depend on besides the samples."""
     needs: Sequence["Cell"] = ()
-    """Cells whose samples `figures` takes."""
+    """Cells that `figures` needs the samples of."""
 
     @abstractmethod
     def figures(self, samples: Tensor, others: Sequence[Tensor]) -> Figures:
-        """Return the figures of `samples` `[n, *shape]`; `others` are the samples of `needs`."""
+        """Return the metrics of `samples` `[n, *shape]`; `others` are the samples of `needs`."""
 
 
 @final
 class Reference(Against):
-    """The real data's features, and the extractor that made them; `cache` is the folder for a classifier's weights."""
+    """The real data's features and their extractor; `cache` is the folder for a classifier's weights."""
 
     def __init__(
         self, data: Data, evaluation: Evaluation, cache: Path | None = None, device: torch.device | str = "cpu"
     ) -> None:
-        # A folder is sorted by class, so its first rows are of few classes.
+        # Folders are sorted by class, so the first rows cover only a few classes.
         order = torch.randperm(len(data), generator=generator_for("reference"))
         rows = order[: evaluation.num_reference].sort().values
 
         def labelled() -> tuple[Tensor, Tensor]:
-            # However many samples are compared with: the classifier's features must not depend on that.
+            # Independent of `num_reference`, on which the classifier's features must not depend.
             batch = data.fetch(order[:10_000].sort().values)
             return batch.x0, batch.cond["class_labels"]
 
@@ -207,7 +207,7 @@ class Reference(Against):
             "images": "rounded to uint8" if data.is_image else "as they are",
         }
         self.note = few_samples(self.extractor.name, evaluation.num_samples, len(rows), self.real.features.shape[1])
-        """Warning about distances of this few samples; None if they are enough."""
+        """Warning about distances between so few samples; None if they are enough."""
         if evaluation.precision != "float32":
             self.protocol["precision"] = evaluation.precision
         if isinstance(self.extractor, Classifier):
@@ -217,7 +217,7 @@ class Reference(Against):
 
     def figures(self, samples: Tensor, others: Sequence[Tensor] = ()) -> Figures:
         with told_when_out_of_memory(
-            f"out of memory while measuring in {self.extractor.name}: take fewer samples (--num-samples), or an "
+            f"out of memory while measuring in {self.extractor.name}: use fewer samples (--num-samples) or an "
             "extractor with fewer features"
         ):
             return figures_of(self.extractor, self.extractor.features(samples), self.real)
@@ -231,7 +231,7 @@ def references_for(
     device: torch.device,
     processes: Processes,
 ) -> list[Reference]:
-    """Return the reference in each of `features`, the same on all processes.
+    """Return the reference for each of `features`, checked to be the same on all processes.
 
     Raises:
         ValueError: if the processes' extractors differ.
@@ -240,6 +240,6 @@ def references_for(
         lambda: [Reference(data, replace(evaluation, features=one), cache, device) for one in features]
     )
     names = " and ".join(reference.extractor.name for reference in made)
-    remedy = "let all of them see the same cache folder (HALFSTEP_CACHE)"
-    processes.check_same(names, "extractors of features", remedy)
+    remedy = "give all of them the same cache folder (HALFSTEP_CACHE)"
+    processes.check_same(names, "their feature extractors", remedy)
     return made

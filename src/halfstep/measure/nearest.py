@@ -1,7 +1,7 @@
-"""Whether a model has memorised its training data: the training samples that lie nearest to its own.
+"""Checks whether a model has memorised its training data: the training samples nearest to its samples.
 
-Distances are root mean square differences of all values, on the scale of x0 ([-1, 1] for images). A copy is at 0. The
-scale of "near" is `real`: the distances of training samples to their own nearest other ones.
+Distances are root mean square differences of all values, on the scale of x0 ([-1, 1] for images). A copy has distance
+0. For comparison, `real` contains the distances of training samples to their nearest other training samples.
 """
 
 from dataclasses import dataclass
@@ -14,48 +14,48 @@ from halfstep.core.draw import generator_for
 from halfstep.data import Data
 
 MOST_VALUES = 200_000_000
-"""Numbers of training data that are searched; of larger data a fixed random choice of samples."""
+"""Maximum number of training values to search; larger data are searched in a fixed random subset."""
 NUM_REAL = 256
-"""Training samples whose own nearest neighbours tell what is near."""
+"""Number of training samples for `real`."""
 CHUNK = 16_000_000
-"""Numbers of training data that are held at once."""
+"""Training values in memory at once."""
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Neighbours:
-    """The nearest training samples of n samples."""
+    """The training samples nearest to each of n samples."""
 
     rows: Tensor
-    """Their places in the data, int64 `[n, k]`, the nearest first."""
+    """Their indices in the data, int64 `[n, k]`, the nearest first."""
     x0: Tensor
-    """They themselves, float32 `[n, k, *shape]`, mirrored where that is nearer."""
+    """The training samples, float32 `[n, k, *shape]`, mirrored where that is nearer."""
     distances: Tensor
-    """Their distances, float64 `[n, k]`, rising."""
+    """Their distances, float64 `[n, k]`, in ascending order."""
     real: Tensor
-    """Distances of some training samples to the nearest other one, float64 `[m]`; empty for one training sample."""
+    """Distances of some training samples to the nearest other one, float64 `[m]`; empty if there is only one."""
     num_searched: int
-    """Training samples that were searched."""
+    """Number of training samples that were searched."""
 
 
 def nearest_samples(data: Data, x0: Tensor, k: int = 3, flip: bool = False) -> Neighbours:
     """Return the k training samples nearest to each of the samples `x0` `[n, *shape]`, or all if there are fewer.
 
     Args:
-        flip: whether mirrored training images count too: those that the model was trained on.
+        flip: whether mirrored training images count too, because the model was trained on them.
 
     Raises:
-        ValueError: if the samples have another shape than the data, are none, or k is below 1.
+        ValueError: if the samples are empty or differ from the data in shape, or k is below 1.
     """
     if tuple(x0.shape[1:]) != data.shape or len(x0) == 0:
-        raise ValueError(f"samples of shape {list(x0.shape)} have no neighbours among data of shape {list(data.shape)}")
+        raise ValueError(f"samples of shape {list(x0.shape)} cannot be compared with data of shape {list(data.shape)}")
     if k < 1:
-        raise ValueError(f"at least 1 neighbour must be asked for, got {k}")
+        raise ValueError(f"the number of neighbours must be at least 1, got {k}")
     size = x0[0].numel()
     searched = _searched(data, size)
     own = searched[torch.randperm(len(searched), generator=generator_for("nearest"))[:NUM_REAL]]
     samples = x0.float()
-    # Mirrored samples are searched separately. A real sample is one of the 2 rows nearest to itself.
+    # Mirrored samples are searched separately. A real sample is itself one of the 2 rows nearest to it.
     near, mirrored = _Best(samples, k), _Best(samples.flip(-1) if flip else samples[:0], k)
     others = _Best(data.fetch(own).x0, 2)
     for part in searched.split(max(1, CHUNK // size)):
@@ -68,7 +68,7 @@ def nearest_samples(data: Data, x0: Tensor, k: int = 3, flip: bool = False) -> N
         rows = torch.cat([rows, further_rows], 1)
         pictures = torch.cat([pictures, further_pictures.flip(-1)], 1)
         distances, order = torch.cat([distances, further], 1).sort(dim=1, stable=True)
-        # An image that is near both ways counts once, the nearer way.
+        # An image that is found both mirrored and not mirrored counts once, at the smaller distance.
         rows = rows.gather(1, order)
         again = (rows[:, :, None] == rows[:, None, :]).tril(-1).any(2)
         distances, kept = distances.masked_fill(again, torch.inf).sort(dim=1, stable=True)
@@ -89,21 +89,21 @@ def _searched(data: Data, size: int) -> Tensor:
 
 
 class _Best:
-    """The k rows so far that are nearest to each of the samples `query` `[n, *shape]`."""
+    """The k nearest rows so far for each of the samples `query` `[n, *shape]`."""
 
     def __init__(self, query: Tensor, k: int) -> None:
         self.query, self.k = query, k
         self.squared, self.rows = query.new_empty(len(query), 0), torch.empty(len(query), 0, dtype=torch.int64)
 
     def offer(self, found: Tensor, rows: Tensor) -> None:
-        """Keep those of `found` `[m, values]` that are nearer."""
+        """Keep the rows of `found` `[m, values]` that are nearer."""
         squared = torch.cat([self.squared, found.square().sum(1) - 2 * self.query.flatten(1) @ found.T], 1)
         rows = torch.cat([self.rows, rows.expand(len(self.query), -1)], 1)
         self.squared, order = squared.topk(min(self.k, squared.shape[1]), largest=False)
         self.rows = rows.gather(1, order)
 
     def exact(self, data: Data) -> tuple[Tensor, Tensor, Tensor]:
-        """Return rows, distances and samples, the nearest first, measured again: the search cancels large numbers."""
+        """Return rows, distances and samples, nearest first, with distances recomputed: the search loses precision."""
         found = data.fetch(self.rows.flatten()).x0.view(*self.rows.shape, *data.shape)
         distances = (found.double() - self.query.double()[:, None]).flatten(2).square().mean(2).sqrt()
         distances, order = distances.sort(dim=1, stable=True)

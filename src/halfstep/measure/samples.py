@@ -1,4 +1,4 @@
-"""Samples as arrays and pictures."""
+"""Samples as arrays and images."""
 
 from pathlib import Path
 
@@ -11,17 +11,17 @@ from halfstep.runtime.files import replacing, write_arrays
 
 
 def samples_array(x0: Tensor, is_image: bool) -> np.ndarray:
-    """Return samples as an .npz holds them: uint8 `[n, h, w, c]` for images `[n, c, h, w]`, else float32 as it is."""
+    """Return samples as an .npz stores them: uint8 `[n, h, w, c]` for images `[n, c, h, w]`, otherwise float32."""
     if is_image:
         return to_uint8(x0).permute(0, 2, 3, 1).contiguous().numpy()
     return x0.float().numpy()
 
 
 def grid_image(pixels: np.ndarray, columns: int | None = None, gap: int = 1) -> Image.Image:
-    """Return a picture of all images uint8 `[n, h, w, c]` side by side, small ones enlarged.
+    """Return one picture of images uint8 `[n, h, w, c]` in a grid, with small images enlarged.
 
     Args:
-        columns: a square by default.
+        columns: number of columns; a square grid by default.
     """
     count, height, width, channels = pixels.shape
     across = columns or int(np.ceil(np.sqrt(count)))
@@ -42,7 +42,7 @@ def write_png(path: Path, image: Image.Image) -> None:
 
 
 def keep_samples(folder: Path, name: str, x0: Tensor, is_image: bool) -> str:
-    """Write samples/NAME.npz, and a .png for images, under `folder`; return the path of the .npz in it."""
+    """Write samples/NAME.npz, and a .png for images, under `folder`; return the .npz path relative to it."""
     name = f"samples/{name}.npz"
     array = samples_array(x0, is_image)
     write_arrays(folder / name, arr_0=array)

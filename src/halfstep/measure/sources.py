@@ -1,4 +1,4 @@
-"""Where samples come from: a model with a sampler, or files that somebody has filled."""
+"""Sources of samples: a model with a sampler, or existing files."""
 
 import time
 import warnings
@@ -18,12 +18,12 @@ from halfstep.samplers import Sampler, samplers
 
 
 def weights_of(manifest: Manifest) -> str:
-    """Return a hash of everything that a manifest says of a model, the sha256 of its weights included."""
+    """Return a hash of everything that a manifest says about a model, including the sha256 of its weights."""
     return json_digest(manifest.model_dump(mode="json", exclude={"run", "seconds", "data", "class_names"}))
 
 
 def sampler_of(manifest: Manifest) -> Sampler:
-    """Return the sampler that a model is made for, the default when it is measured."""
+    """Return the sampler that a model was distilled for, which is the default for measuring it."""
     sampler: Sampler = samplers.rebuild(manifest.outcome.sampler)
     return sampler
 
@@ -34,16 +34,16 @@ class Drawn(NamedTuple):
     x0: Tensor
     """`[n, *shape]` on the CPU."""
     seconds: float = 0.0
-    """Time that sampling took."""
+    """Sampling time."""
     num_evals: int | None = None
-    """Network calls for a sample; None for samples in files."""
+    """Network calls per sample; None for samples in files."""
 
 
 class Source(ABC):
     """Samples as a function of their seeds."""
 
     name: str
-    """Prefix of its cells' names."""
+    """Prefix of the names of its cells."""
     is_image: bool
     at_once: int
     """Default batch size."""
@@ -51,14 +51,14 @@ class Source(ABC):
     @property
     @abstractmethod
     def content(self) -> dict[str, Any]:
-        """JSON-ready: what the samples of a seed are a function of, besides the number of steps."""
+        """Everything that the sample of a seed depends on besides the number of steps, JSON-ready."""
 
     @abstractmethod
     def draw(self, num_steps: int | None, seeds: range, batch_size: int | None) -> Drawn:
         """Return the samples of `seeds`.
 
         Args:
-            batch_size: None halves the batch whenever it does not fit into memory.
+            batch_size: None halves the batch until it fits into memory.
         """
 
 
@@ -67,9 +67,9 @@ class ModelSource(Source):
     """A model with a sampler, loaded only when a sample is missing.
 
     Args:
-        load: returns the model, on `device`.
+        load: returns the model on `device`.
         data: source of the model's conditions (captions, latents), if it takes any.
-        name: of the model; its stage by default.
+        name: name of the model; its stage by default.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class ModelSource(Source):
     def draw(self, num_steps: int | None, seeds: range, batch_size: int | None) -> Drawn:
         model = self._ready(seeds[:1])
         with warnings.catch_warnings():
-            # Models are measured with other numbers of steps than they are made for on purpose.
+            # Models are deliberately measured at step counts that they were not distilled for.
             warnings.simplefilter("ignore", HalfstepWarning)
             cond = self._cond(model, seeds)
             start = time.perf_counter()
@@ -122,18 +122,18 @@ class ModelSource(Source):
         return Drawn(x0, seconds, model.num_evals(self.sampler, num_steps, self._guidance_scale))
 
     def _cond(self, model: Model, seeds: range) -> dict[str, Tensor]:
-        """Return the conditions of each data sample seed modulo their number, if the model takes any."""
+        """Return the conditions of data sample `seed % len(data)` for each seed, if the model needs any."""
         data = self._conditions
         if data is None:
             return {}
         cond = data.fetch(torch.tensor([seed % len(data) for seed in seeds])).cond
         for name in model.manifest.conditions:
             if name not in cond:
-                raise ValueError(f"the model is conditioned on {name}, which {data.source} does not hold")
+                raise ValueError(f"the model is conditioned on {name}, which {data.source} does not contain")
         return {name: cond[name] for name in model.manifest.conditions}
 
     def _ready(self, seeds: range) -> Model:
-        """Return the loaded model, called once: the first call is slower than the others and would be timed."""
+        """Return the loaded model after a warm-up call, so that the slower first call is not timed."""
         if self._model is None:
             self._model = self._load()
             self._model.warm_up(self._cond(self._model, seeds), self._precision)
@@ -142,7 +142,7 @@ class ModelSource(Source):
 
 @final
 class DataSource(Source):
-    """Samples in files; a seed is a place among them."""
+    """Samples in files; a seed is an index into them."""
 
     name = "samples"
     at_once = 256

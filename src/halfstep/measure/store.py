@@ -1,13 +1,13 @@
-"""One store of samples and figures, used by a run, by `halfstep evaluate` and by the studies.
+"""The store of samples and metrics, used by runs, by `halfstep evaluate` and by the studies.
 
-A *cell* is a source at one number of steps with one set of seeds. Its samples are kept, so that another extractor draws
-nothing again, and its figures are kept for each protocol:
+A *cell* is a source at one number of steps with one set of seeds. Its samples are stored, so that another extractor
+reuses them, and its metrics (figures) are stored for each protocol:
 
 FOLDER/
-  cells/NAME/                 one cell; whole or absent
+  cells/NAME/                 one cell; complete or absent
       cell.json               what was sampled, how long it took and on which machine
       samples.npz             arr_0: uint8 [n, h, w, c] for images, float32 [n, *dims] otherwise
-  figures/NAME.json           the figures of one cell in one protocol
+  figures/NAME.json           the metrics of one cell in one protocol
 
 Names contain a hash of everything that the content depends on. The cells of a run's models are in RUN/evaluation.
 """
@@ -50,10 +50,10 @@ from halfstep.runtime.stop import StopSignal
 from halfstep.samplers import Ancestral, samplers
 
 PARTS: Final = 8
-"""Least number of batches of a cell, so that as many processes can share it. The batch may change the last bits of a
-sample, so it must not depend on who draws it."""
+"""Minimum number of batches in a cell, so that this many processes can share it. The batch size may change the last
+bits of a sample, so it must not depend on the number of processes."""
 HELD: Final = 2
-"""Cells whose samples stay in memory."""
+"""Number of cells with their samples in memory."""
 
 
 @final
@@ -68,12 +68,12 @@ class Cell:
 
     @cached_property
     def key(self) -> dict[str, Any]:
-        """JSON-ready: everything that the samples depend on."""
+        """Everything that the samples depend on, JSON-ready."""
         return {"content": self.source.content, "num_steps": self.num_steps, "seeds": seeds_name(self.seeds)}
 
     @cached_property
     def name(self) -> str:
-        """The cell's folder."""
+        """Name of the cell's folder."""
         steps = "" if self.num_steps is None else f"-{self.num_steps:04d}"
         return f"{self.source.name}{steps}-{seeds_name(self.seeds)}-{json_digest(self.key, 10)}"
 
@@ -89,7 +89,7 @@ class SameNoise(Against):
 
     def __init__(self, base: Cell, shape: Sequence[int]) -> None:
         self.needs = (base,)
-        # Metrics of packages that are installed later are measured then.
+        # Part of the name, so that metrics of packages that are installed later are then measured.
         lacking = why_no_lpips(shape) if base.source.is_image else None
         self.name = f"same-noise-{json_digest((FIGURES_FORMAT, base.key, lacking), 10)}"
 
@@ -98,11 +98,11 @@ class SameNoise(Against):
 
 
 class Kept(NamedTuple):
-    """Figures as the store holds them."""
+    """Metrics as the store keeps them."""
 
     values: dict[str, float]
     missing: list[str]
-    """One sentence for each figure that could not be measured."""
+    """One sentence for each metric that could not be measured."""
     seconds: float
 
 
@@ -111,14 +111,14 @@ KEPT: Final = TypeAdapter(Kept)
 
 @final
 class Store:
-    """The samples and figures in a folder, made when they are missing.
+    """The samples and metrics in a folder, computed if they are missing.
 
-    Several processes must make the same calls; they share the work, and the first one writes.
+    With several processes, all must make the same calls; they share the work, and rank 0 writes.
 
     Args:
-        batch_size: samples drawn at once; None for an eighth of a cell, but at most `Source.at_once`, and fewer where
+        batch_size: samples drawn at once; None for an eighth of a cell, but at most `Source.at_once`, and fewer if
             those do not fit into memory.
-        own_device: whether cells that another kind of device drew are drawn again.
+        own_device: whether to redraw cells that were drawn on another kind of device.
     """
 
     def __init__(
@@ -135,13 +135,13 @@ class Store:
         self.pace = [device_name(), torch.get_num_threads()]
         """Everything that sampling time depends on besides the model."""
         self.broken: dict[str, str] = {}
-        """Names of cells whose samples are not finite, and what to say of them."""
+        """Messages about cells with non-finite samples, by the cell's name."""
         self._held: dict[str, Tensor] = {}
 
     # --- Samples ---
 
     def facts(self, cell: Cell) -> dict[str, Any] | None:
-        """Return cell.json, or None if the cell does not exist."""
+        """Return the content of cell.json, or None if the cell does not exist."""
         file = self._path(cell) / "cell.json"
         facts = _read_or_warn(file) if file.exists() else None
         if facts is None or facts["key"] != cell.key:
@@ -149,7 +149,7 @@ class Store:
         return facts if not self._own_device or facts["pace"][0] == self.pace[0] else None
 
     def samples(self, cell: Cell) -> Tensor:
-        """Return the samples `[n, *shape]` of a filled cell as they are measured: images rounded to uint8.
+        """Return the samples `[n, *shape]` of a filled cell as they are measured, with images rounded to uint8.
 
         Raises:
             DamagedFile: if they cannot be read.
@@ -169,10 +169,10 @@ class Store:
         return held
 
     def fill(self, cells: Sequence[Cell]) -> None:
-        """Draw the samples that are missing, batch by batch by all processes; note the cells that are `broken`.
+        """Draw missing samples, with batches shared between all processes; record the cells that are `broken`.
 
         Raises:
-            Interrupted: if a stop was asked for.
+            Interrupted: if a stop was requested.
             OutOfMemory: if a batch does not fit.
         """
         wanted = {cell.name: cell for cell in cells if cell.name not in self.broken}
@@ -183,7 +183,7 @@ class Store:
         size = self.batch_size or max(1, min(cell.source.at_once, -(-len(cell.seeds) // PARTS)))
         tried = f"with {size} samples at once: lower --batch-size (in a run: --evaluation.batch-size)"
         if self.batch_size is None:
-            tried = "though fewer samples at once were tried: leave more of it to this process, or measure on the CPU"
+            tried = "even with fewer samples at once: free some memory for this process, or measure on the CPU"
             tried += " (engine.cpu)"
 
         def draw(seeds: range) -> tuple[Tensor, ...]:
@@ -198,7 +198,7 @@ class Store:
             self.broken[cell.name] = why
 
     def drop_samples(self, cell: Cell) -> None:
-        """Remove the samples of a cell of which only the figures are of use."""
+        """Remove the samples of a cell if only its metrics are still needed."""
         self._held.pop(cell.name, None)
         self.processes.on_main(lambda: (self._path(cell) / "samples.npz").unlink(missing_ok=True))
 
@@ -217,7 +217,7 @@ class Store:
             return None
 
     def _keep(self, cell: Cell, parts: Sequence[tuple[Tensor, ...]]) -> str | None:
-        """Write the cell of these batches; return what is wrong with it, None if nothing is."""
+        """Write the cell of these batches; return what is wrong with it, or None."""
         x0 = torch.cat([samples for samples, _ in parts])
         if not bool(torch.isfinite(x0).all()):
             return f"sampling with {cell.num_steps} steps gave values that are not finite: the model diverged"
@@ -232,7 +232,7 @@ class Store:
         }
         self._held.pop(cell.name, None)
         if self.facts(cell) is None:
-            # Figures that are left may be of another device's samples.
+            # Remaining metrics may be those of another device's samples.
             for file in self.folder.glob(f"figures/{cell.name}-*.json"):
                 file.unlink()
         with replacing_folder(self._path(cell)) as folder:
@@ -244,12 +244,12 @@ class Store:
     # --- Figures ---
 
     def measure(self, cells: Sequence[Cell], against: Sequence[Against]) -> None:
-        """Make the figures of each cell that are missing, except where samples that they need are `broken`.
+        """Measure what is missing for each cell, unless the samples that it needs are `broken`.
 
-        Each process measures one pair at a time, and what was measured by then is written then.
+        Each process measures one pair at a time; results are written after each round.
 
         Raises:
-            Interrupted, OutOfMemory: what was measured stays.
+            Interrupted, OutOfMemory: measured results are kept.
         """
         pairs = {(cell.name, one.name): (cell, one) for cell in cells for one in against}
         absent = self.processes.on_main(lambda: [cell.name for cell in cells if self.facts(cell) is None])
@@ -269,15 +269,15 @@ class Store:
             self.processes.on_main(write)
 
     def is_broken(self, cell: Cell, one: Against) -> bool:
-        """Return whether samples that these figures need are not finite."""
+        """Return whether the samples that these metrics need are not finite."""
         return any(needed.name in self.broken for needed in (cell, *one.needs))
 
     def kept(self, cell: Cell, one: Against) -> Kept | None:
-        """Return the figures of a cell; None if they do not exist."""
+        """Return the metrics of a cell; None if they do not exist."""
         return None if self.is_broken(cell, one) else self._kept(f"{cell.name}-{one.name}")
 
     def halves(self, reference: Reference) -> Kept:
-        """Return the figures of one half of the real data against the other; for the process that writes."""
+        """Return the metrics of one half of the real data against the other; call this only on rank 0."""
         name = f"halves-{reference.name}"
         if kept := self._kept(name):
             return kept
@@ -286,7 +286,7 @@ class Store:
         return Kept(**held)
 
     def result(self, cell: Cell, reference: Reference) -> Result:
-        """Return the figures of a model's cell as a row of metrics.json.
+        """Return the metrics of a model's cell as a row of metrics.json.
 
         Raises:
             NonFinite: if a sample is not finite.
@@ -312,7 +312,7 @@ class Store:
         )
 
     def _measured(self, pair: tuple[Cell, Against]) -> tuple[Tensor]:
-        """Return the figures of a pair, as JSON in bytes."""
+        """Return the metrics of a pair, as JSON in bytes."""
         cell, one = pair
         held = _timed(lambda: one.figures(self.samples(cell), [self.samples(other) for other in one.needs]))
         return (torch.frombuffer(bytearray(json.dumps(held).encode()), dtype=torch.uint8),)
@@ -324,7 +324,7 @@ class Store:
         file = self._file(name)
         held = _read_or_warn(file) if file.exists() else None
         if held is not None and held.pop("name", None) != name:
-            _warn(DamagedFile(f"{file} holds other figures than its name says"))
+            _warn(DamagedFile(f"{file} contains metrics that do not match its name"))
             return None
         return None if held is None else KEPT.validate_python(held)
 
@@ -333,7 +333,7 @@ class Store:
 
 
 def _read_or_warn(file: Path) -> dict[str, Any] | None:
-    """Return a sealed file of the store; None, with a warning, if it is damaged; its contents are recomputed."""
+    """Return the content of a sealed file; None, with a warning, if it is damaged and must be recomputed."""
     try:
         return read_sealed(file)
     except DamagedFile as error:

@@ -1,4 +1,4 @@
-"""Recipes: everything a run needs, as typed data with names; each is a Python function that returns one."""
+"""Recipes: everything a run needs, as typed data under a name; each recipe is a Python function that returns it."""
 
 from halfstep.recipes.builtin import arrays, cifar10, digits, digits_long, fashion_mnist, images
 from halfstep.recipes.paper import cifar10_paper, imagenet64_paper, lsun_bedroom128_paper, lsun_church128_paper

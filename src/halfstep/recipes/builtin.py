@@ -20,7 +20,7 @@ from halfstep.train.settings import Engine
 
 @recipes.register("digits")
 def digits() -> Recipe:
-    """The demo: scikit-learn's 1,797 digits, 8x8, from nothing to one step in minutes on two CPU cores."""
+    """The demo: scikit-learn's 1,797 digits, 8x8, from scratch to one step in minutes on two CPU cores."""
     return Recipe(
         name="digits",
         data=DataConfig(source="digits"),
@@ -32,7 +32,7 @@ def digits() -> Recipe:
             norm_num_groups=8,
             time_scale_shift="default",
         ),
-        # Told the class, even an undistilled teacher needs few steps, and there would be little to see.
+        # With class labels, even an undistilled teacher needs few steps, and there would be little to see.
         model=ModelConfig(conditional=False),
         teacher=Training(
             num_updates=1150,
@@ -42,7 +42,7 @@ def digits() -> Recipe:
             adam_betas=(0.9, 0.99),
             ema_decay=0.995,
         ),
-        # The later a student, the more it has to learn, and the higher the rate that it bears.
+        # Later students have more to learn and tolerate a higher learning rate.
         chain=SECOND_ORDER.model_copy(
             update={
                 "training": Training(
@@ -65,7 +65,7 @@ def digits() -> Recipe:
 
 @recipes.register("digits_long")
 def digits_long() -> Recipe:
-    """The demo with two to three times its updates: better students, in a quarter of an hour on two CPU cores."""
+    """The demo with two to three times the updates: better students in a quarter of an hour on two CPU cores."""
     demo = digits()
     return demo.model_copy(
         update={
@@ -87,7 +87,7 @@ def digits_long() -> Recipe:
 
 @recipes.register("fashion_mnist")
 def fashion_mnist() -> Recipe:
-    """28x28 grey images of clothes in 10 classes, from nothing to one step in two hours on two CPU cores."""
+    """28x28 grey images of clothes in 10 classes, from scratch to one step in two hours on two CPU cores."""
     return Recipe(
         name="fashion_mnist",
         data=DataConfig(source="zalando-datasets/fashion_mnist"),
@@ -114,7 +114,7 @@ def fashion_mnist() -> Recipe:
                 "updates_at": {8: 600, 1: 700},
             }
         ),
-        # A finish of 200 updates at 4 steps moved that student away from the data.
+        # A finish of 200 updates at 4 steps moved that student further from the data.
         finish=FinishConfig(steps=(2, 1), training=replace(FINISHING, num_updates=250), updates_at={1: 350}),
         evaluation=Evaluation(num_samples=4000, batch_size=500),
     )
@@ -154,7 +154,7 @@ def images_small() -> Recipe:
             norm_num_groups=8,
             attention_head_dim=32,
         ),
-        # Few images are memorised in many updates; the average is over fewer of them, too.
+        # Many updates would memorise a few images; the moving average also covers fewer updates.
         teacher=Training(
             num_updates=3000,
             batch_size=16,

@@ -1,11 +1,11 @@
-"""The paper's own models, at its own scale: days on many accelerators, written down as data.
+"""The paper's own models at full scale: days of training on many accelerators.
 
 Every published number is the authors': networks, batches, rates, warm-up, decay, dropout, EMA, clipping, augmentation,
-updates. Where the paper and the released configurations differ, the configurations win (learning rate of CIFAR-10's
-distillation: 5e-5). Two things are ours: the shape of the warm-up (linear; theirs is not public) and the network's
-clock, which has a power of two timesteps instead of 1000, so that every student of the chain falls on whole ones.
+updates. If the paper and the released configurations differ, the configurations win (learning rate of CIFAR-10's
+distillation: 5e-5). Two things are ours: the warm-up is linear (theirs is not public), and the number of timesteps is
+a power of two instead of 1000, so that every student of the chain uses whole timesteps.
 
-Source: Salimans & Ho 2022 (arXiv:2202.00512), sections 5 and appendices, and the authors' configurations.
+Source: Salimans & Ho 2022 (arXiv:2202.00512), section 5 and appendices, and the authors' configurations.
 """
 
 from dataclasses import replace
@@ -71,7 +71,7 @@ def _large(name: str, data: DataConfig, facts: DataFacts, network: UNetConfig, n
         teacher=replace(TEACHER, num_updates=num_updates, batch_size=2048, learning_rate=3e-4, dropout=0.1),
         chain=ChainConfig(training=Training(num_updates=50_000, batch_size=2048, learning_rate=1e-4)),
         evaluation=EVALUATION,
-        # A batch of 2048 goes through one GPU in parts; only the masks of dropout depend on them.
+        # A batch of 2048 is split into micro batches on one GPU; only the dropout masks depend on them.
         engine=Engine(micro_batch=32),
     )
 
@@ -85,7 +85,7 @@ def imagenet64_paper() -> Recipe:
 
 
 def _lsun(name: str, num_samples: int) -> Recipe:
-    # LSUN has no home on the Hub that is its makers': the images are expected in a folder.
+    # The authors of LSUN do not publish it on the Hub, so the images are expected in a folder.
     folder = name.removesuffix("128_paper")
     data = DataConfig(source=folder, image_size=128, resample="bilinear", channels=3, labels=False, flip=True)
     facts = DataFacts(shape=(3, 128, 128), num_samples=num_samples)

@@ -1,7 +1,7 @@
-"""The recipe as validated data, and the way from it to objects.
+"""The recipe as validated data, and its conversion to objects.
 
-Every field has a flag on the command line (`--chain.start-steps 256`); its docstring is the flag's help. Choices are
-names here and become objects in `build`, nowhere deeper.
+Every field has a flag on the command line (`--chain.start-steps 256`), and its docstring is the flag's help. Choices
+are names here; `build` converts them to objects.
 """
 
 import re
@@ -64,7 +64,7 @@ def _member_of(family: Registry[Any]) -> AfterValidator:
 
 
 class Config(BaseModel):
-    """Frozen data that refuses unknown fields."""
+    """Frozen data; unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -75,31 +75,31 @@ class UNetConfig(Config):
     type: Literal["unet2d"] = "unet2d"
     """Kind of network."""
     block_out_channels: Annotated[tuple[Width, ...], Field(min_length=1, max_length=12)] = (64, 128)
-    """Channels at each resolution, from the finest; each further one halves the image's sides."""
+    """Channels at each resolution, from the finest; each level halves the image's sides."""
     layers_per_block: Depth = 2
     """Residual blocks at each resolution."""
     attention: tuple[bool, ...] = (False, True)
     """Whether each resolution has self-attention."""
     mid_attention: bool = True
-    """Whether the middle has self-attention."""
+    """Whether the middle block has self-attention."""
     attention_head_dim: Width = 32
     """Channels of an attention head."""
     norm_num_groups: Width = 32
     """Groups of each group normalisation."""
     time_scale_shift: Literal["default", "scale_shift"] = "scale_shift"
-    """How the time embedding acts: added, or as scale and shift after the second normalisation."""
+    """How the time embedding is applied: added, or as scale and shift after the second normalisation."""
     resample: Literal["conv", "resnet"] = "conv"
-    """Change of resolution: a convolution, or a residual block as in the paper."""
+    """Down- and upsampling: a convolution, or a residual block as in the paper."""
     norm_eps: Rate = 1e-5
-    """Added to the variance in a group normalisation."""
+    """Epsilon of the group normalisations."""
     time_embedding_dim: Width | None = None
     """Width of the time embedding; four times the first channels by default."""
     flip_sin_to_cos: bool = True
-    """Cosines before sines in the embedding of time, as is usual in diffusers; the paper has sines first."""
+    """Cosines before sines in the time embedding, as usual in diffusers; the paper has sines first."""
     freq_shift: Literal[0, 1] = 0
     """1 spaces the embedding's frequencies to end on 1/10000, as in the paper."""
     num_train_timesteps: Steps = 1024
-    """Timesteps of the network's clock, a power of two; chains up to this many steps fall on whole ones."""
+    """Timesteps of the network, a power of two; chains of up to this many steps use whole timesteps."""
 
     @field_validator("num_train_timesteps")
     @classmethod
@@ -110,7 +110,7 @@ class UNetConfig(Config):
 
 
 class MLPConfig(Config):
-    """A residual multilayer perceptron, for data that is not an image."""
+    """A residual multilayer perceptron, for data other than images."""
 
     type: Literal["mlp"] = "mlp"
     """Kind of network."""
@@ -121,7 +121,7 @@ class MLPConfig(Config):
 
 
 class DataFacts(Config):
-    """Known shape and classes of a recipe's data, so that a dry run needs none of it."""
+    """Known shape and classes of a recipe's data, so that a dry run does not need the data."""
 
     shape: tuple[Positive, ...]
     """Shape of one sample."""
@@ -132,14 +132,14 @@ class DataFacts(Config):
 
 
 class ModelConfig(Config):
-    """Meaning of the network's output, and the noise process."""
+    """Prediction of the network, and the noise process."""
 
     prediction: Annotated[str, _member_of(predictions)] = "v"
     """Prediction of the network: eps, x0, v or both (see `halfstep ls`)."""
     weighting: Annotated[str, _member_of(weightings)] = "truncated_snr"
-    """Weight of the error in x0: constant, snr, truncated_snr or snr_plus_one."""
+    """Loss weight of the error in x0: constant, snr, truncated_snr or snr_plus_one."""
     conditional: bool = True
-    """Tell the network the class of a sample, where the data has classes."""
+    """Condition the network on the class, if the data has classes."""
     log_snr_min: LogSNR = -20.0
     """Log signal-to-noise ratio at t = 1."""
     log_snr_max: LogSNR = 20.0
@@ -151,48 +151,48 @@ class ModelConfig(Config):
 
 
 Flat = Annotated[Training, tyro.conf.arg(name="")]
-"""Hyperparameters whose flags take no prefix of their own: --chain.num-updates."""
+"""Training hyperparameters without a flag prefix of their own: --chain.num-updates."""
 
 
 class ChainConfig(Config):
-    """How the students are made."""
+    """How to distil the students."""
 
     start_steps: Steps = 1024
     """Steps of the first teacher."""
     end_steps: Steps = 1
     """Steps of the last student."""
     factor: Annotated[int, Field(ge=2, le=MOST_STEPS)] = 2
-    """Teacher steps that one step of its student replaces: 2 halves, 4 quarters."""
+    """Teacher steps that one student step replaces: 2 halves, 4 quarters."""
     teacher_sampler: Annotated[str, _member_of(samplers)] = "ddim"
     """Deterministic sampler of the first teacher; students teach by DDIM."""
     teacher_steps: Steps | None = None
-    """Steps of that sampler for a step of the first student; the factor by default."""
+    """Steps of that sampler per step of the first student; the factor by default."""
     students: tuple[Steps, ...] | None = None
-    """Steps of all students instead of end and factor, such as 256 64 16 8 4."""
+    """Steps of all students, instead of end and factor, such as 256 64 16 8 4."""
     training: Flat = HALVING
     """Training of each student."""
     updates_at: dict[int, Positive] | None = None
-    """Exceptions, student's steps to updates; by default twice num_updates at 2 and at 1 step."""
+    """Updates of individual students, by their steps; by default num_updates, doubled at 2 steps and at 1."""
     learning_rate_at: dict[int, Rate] | None = None
-    """Exceptions, student's steps to its rate."""
+    """Learning rates of individual students, by their steps."""
     critic_weight: Rate | None = None
-    """Weight of an adversarial term on the points where students land; none by default."""
+    """Weight of an adversarial term on the students' outputs; none by default."""
     lora_rank: Width | None = None
-    """Train low-rank additions of this rank to the teacher's weights, which teacher and students then share, instead of
-    whole students (networks of diffusers; the matching stage too)."""
+    """Train LoRA weights of this rank instead of whole students; teacher and students share the base weights (diffusers
+    networks only; also applies to the matching stage)."""
     keep: tuple[Steps, ...] | None = None
-    """Students, by their steps, whose weights stay on disk; all by default. Teacher and last student always stay."""
+    """Step counts of the students to keep on disk; all by default. Teacher and last student are always kept."""
 
     @model_validator(mode="after")
     def _nothing_idle(self) -> "ChainConfig":
         if self.students is not None:
             if self.end_steps not in (1, *self.students[-1:]):
-                raise ValueError(f"the students end at {self.students[-1]} steps: leave end_steps {self.end_steps} out")
+                raise ValueError(f"the students end at {self.students[-1]} steps: remove end_steps {self.end_steps}")
             if self.factor != 2:
-                raise ValueError(f"the students are listed, so a factor of {self.factor} has no effect: leave it out")
+                raise ValueError(f"the students are listed, so a factor of {self.factor} has no effect: remove it")
         if self.critic_weight is not None and self.training.early_end.patience:
             raise ValueError(
-                "early_end has no effect beside critic_weight: the loss of a student with a critic may rise. Remove one"
+                "early_end has no effect with critic_weight: the loss of a student with a critic may rise. Remove one"
             )
         return self
 
@@ -200,59 +200,59 @@ class ChainConfig(Config):
     @classmethod
     def _deterministic(cls, name: str) -> str:
         if samplers[name].stochastic:
-            raise ValueError(f"{name} draws noise, so no step can land where its steps do. Choose ddim or heun")
+            raise ValueError(f"{name} draws noise, so a student cannot learn its steps. Choose ddim or heun")
         return name
 
 
 SECOND_ORDER: Final = ChainConfig(start_steps=16, teacher_sampler="heun")
-"""The chain 8, 4, 2, 1. Its first student learns from two Heun steps of the teacher for each of its own, which come
-nearer to the teacher at its best than a longer chain, and take three stages less."""
+"""The chain 8, 4, 2, 1. Each step of its first student learns from two Heun steps of the teacher. This comes closer to
+the teacher at its best than a longer chain, with three stages fewer."""
 
 
 def _with_critic(plan: Plan, weight: float | None) -> Plan:
-    """Return the plan with an adversarial term in every stage, or as it is if its weight is None."""
+    """Return the plan with an adversarial term in every stage, or unchanged if the weight is None."""
     return plan if weight is None else plan.changed(lambda objective: Adversarial(objective, weight))
 
 
 class MatchingConfig(Config):
-    """How a teacher is carried over to another prediction, clock or guidance before it is halved. The stage is added if
-    one of these settings needs it, or if a given teacher predicts eps at a signal-to-noise ratio near 0.
+    """How to convert a teacher to another prediction, process or guidance before halving. The stage is added if one of
+    these settings needs it, or if a given teacher predicts eps at a signal-to-noise ratio near 0.
     """
 
     prediction: Annotated[str, _member_of(predictions)] | None = None
     """Prediction of the student: x0 or v; by default the teacher's, or v if that is eps near zero SNR."""
     process: Literal["own", "cosine"] | None = None
-    """The student's noise process: that of the teacher, or the cosine clock over the teacher's own noise levels, with
-    a power of two for its timesteps. By default cosine if a U-Net on a table of noise levels is matched anyway and
-    trained whole: its steps lose less, and every power of two is exact."""
+    """The student's noise process: the teacher's own, or cosine over the teacher's noise levels, with a power of two
+    timesteps. By default cosine if a U-Net with a discrete noise schedule is matched anyway and trained whole: its
+    steps lose less, and every power of two is exact."""
     guidance_scale: Scale | None = None
-    """One guidance scale that the student takes in: one network call a step from then on; 1 is no guidance."""
+    """One guidance scale for the student to learn, which then needs one network call per step; 1 disables guidance."""
     guidance_range: tuple[Scale, Scale] | None = None
-    """Lowest and highest guidance scale, instead of one; the scale becomes an input of the student."""
+    """Lowest and highest guidance scale instead of one; the scale becomes an input of the student."""
     null_class: int | None = Field(default=None, ge=0, le=MOST_UPDATES)
-    """The class that stands for none, where the teacher's files do not say."""
+    """The null class, if the teacher's files do not specify it."""
     num_times: Steps = 1024
-    """Times at which teacher and student are compared; a teacher on a table of noise levels is called at its own."""
+    """Times at which to compare teacher and student; a teacher with a discrete noise schedule is called at its own."""
     training: Flat = Training(num_updates=10_000, learning_rate=1e-4)
     """Training of the matched student."""
 
     @model_validator(mode="after")
     def _one_guidance(self) -> "MatchingConfig":
         if self.guidance_scale is not None and self.guidance_range is not None:
-            raise ValueError("guidance_scale and guidance_range are both given: give one")
+            raise ValueError("guidance_scale and guidance_range cannot be combined: remove one")
         if self.guidance_range is not None:
             GuidanceRange(*self.guidance_range)
         return self
 
     @property
     def guidance(self) -> Guidance | None:
-        """Guidance that the student learns; None for none."""
+        """Guidance that the student learns; None if disabled."""
         if self.guidance_scale is not None:
             return FixedGuidance(self.guidance_scale)
         return None if self.guidance_range is None else GuidanceRange(*self.guidance_range)
 
     def match(self) -> Match:
-        """Return the settings as the builder takes them."""
+        """Return the settings in the builder's form."""
         return Match(
             self.training,
             None if self.prediction is None else predictions[self.prediction](),
@@ -263,26 +263,26 @@ class MatchingConfig(Config):
 
 
 class FinishConfig(Config):
-    """How students are finished: their landing points are moved onto the teacher's distribution."""
+    """How to finish students: move their outputs onto the teacher's distribution."""
 
     steps: tuple[Steps, ...] = ()
-    """Students to finish, by their steps, such as 4 2 1."""
+    """Step counts of the students to finish, such as 4 2 1."""
     training: Flat = FINISHING
     """Training of each finished student."""
     updates_at: dict[int, Positive] | None = None
-    """Exceptions, student's steps to updates."""
+    """Updates of individual students, by their steps."""
     learning_rate_at: dict[int, Rate] | None = None
-    """Exceptions, student's steps to its rate."""
+    """Learning rates of individual students, by their steps."""
     map_weight: float = Finishing.map_weight
-    """Strength with which the map from noise to sample is kept."""
+    """Weight of the loss that keeps the map from noise to sample."""
     auxiliary_turns: Positive = Finishing.auxiliary_turns
-    """Updates of the auxiliary denoiser before each of the student's."""
+    """Updates of the auxiliary denoiser before each student update."""
     auxiliary_rate: Rate = Finishing.auxiliary_rate
-    """Rate of the auxiliary denoiser over the student's."""
+    """Learning rate of the auxiliary denoiser, relative to the student's."""
     lead_updates: int = Field(default=Finishing.lead_updates, ge=0, le=MOST_UPDATES)
-    """First updates, which train the auxiliary denoiser only."""
+    """Initial updates that train only the auxiliary denoiser."""
     critic_weight: Rate | None = None
-    """Weight of an adversarial term on the points where students land; none by default."""
+    """Weight of an adversarial term on the students' outputs; none by default."""
 
     @model_validator(mode="after")
     def _nothing_idle(self) -> "FinishConfig":
@@ -292,7 +292,7 @@ class FinishConfig(Config):
             foreign = sorted(set(getattr(self, name) or {}) - set(self.steps))
             if foreign:
                 raise ValueError(
-                    f"{name} names a student of {foreign[0]} steps, which is not finished. Add it to finish.steps"
+                    f"{name} contains a student of {foreign[0]} steps, which is not finished. Add it to finish.steps"
                 )
         self.plan()
         return self
@@ -345,13 +345,13 @@ FREE_FIELDS: Final = (
     *("chain.keep", "data.source", "data.skip_broken", "data.accept_changed"),
     *FREE_SETTINGS,
 )
-"""Fields that may change when a run resumes: they decide how, not what. Data is compared by its samples; models whose
-protocol has changed are measured again.
+"""Fields that may change when a run resumes, because they do not change what it learns. Data is compared by its
+samples; models are measured again if their protocol has changed.
 """
 
 
 TEACHER: Final = Training(num_updates=100_000, learning_rate=2e-4, warmup_updates=1000, anneal=False, ema_decay=0.9999)
-"""Training of a teacher as the paper trains CIFAR-10's, without weight decay and dropout, in fewer updates."""
+"""Training of a teacher as in the paper for CIFAR-10, but without weight decay and dropout, and with fewer updates."""
 
 
 class Recipe(Config):
@@ -360,7 +360,7 @@ class Recipe(Config):
     name: str
     """The recipe's name."""
     seed: Annotated[int, Field(ge=0, le=2**62)] = 0
-    """Key of every random number of the run."""
+    """Seed of every random number of the run."""
     data: DataConfig = DataConfig()
     """Training data."""
     facts: DataFacts | None = None
@@ -372,13 +372,13 @@ class Recipe(Config):
     teacher: Training = TEACHER
     """Training of the teacher."""
     matching: MatchingConfig = MatchingConfig()
-    """Carrying the teacher over to what halving needs."""
+    """Conversion of the teacher before halving."""
     chain: ChainConfig = ChainConfig()
     """The chain of students."""
     further: tuple[StageConfig, ...] = ()
     """Stages after the chain, of any objective."""
     finish: FinishConfig = FinishConfig()
-    """Finishing students, after all other stages."""
+    """Finishing of students, after all other stages."""
     evaluation: Evaluation = Evaluation()
     """Measuring."""
     engine: Engine = Engine()
@@ -387,7 +387,7 @@ class Recipe(Config):
     @field_validator("name")
     @classmethod
     def _file_name(cls, name: str) -> str:
-        # Folders are called by it.
+        # It becomes the name of a folder.
         if (
             name.startswith((".", "-"))
             or len(name.encode(errors="replace")) > 100
@@ -431,19 +431,19 @@ class Recipe(Config):
         foreign = [number for number in chain.keep or () if number not in steps]
         if foreign:
             raise ValueError(
-                f"chain.keep names a student of {foreign[0]} steps, but the chain's students take "
+                f"chain.keep contains a student of {foreign[0]} steps, but the chain's students have "
                 f"{', '.join(map(str, steps))}"
             )
         return _with_critic(plan, chain.critic_weight)
 
     def fitted(self, given: Collection[str]) -> "Recipe":
-        """Return the recipe without what its own fields say of students that its chain does not have.
+        """Return the recipe without its settings for individual students that its chain does not have.
 
         Args:
-            given: dotted names of the fields that the user has set, which stay as they are.
+            given: dotted names of the fields that the user has set, which are not changed.
 
         Raises:
-            ValueError: as `chain_plan`.
+            ValueError: as for `chain_plan`.
         """
         plain = self.chain.model_copy(update={"updates_at": None, "learning_rate_at": None})
         made = {stage.num_steps for stage in self.model_copy(update={"chain": plain}).chain_plan().stages}
@@ -460,10 +460,10 @@ class Recipe(Config):
         return self.model_copy(update=changes)
 
     def make_network(self, data: Data) -> Network:
-        """Return a fresh network for this data.
+        """Return an untrained network for this data.
 
         Raises:
-            ValueError: if the data does not fit the kind of network.
+            ValueError: if the kind of network does not support the data.
         """
         channels = predictions[self.model.prediction].channels
         num_classes = data.num_classes if self.model.conditional else 0
@@ -480,8 +480,8 @@ def make_unet(config: UNetConfig, shape: tuple[int, ...], num_classes: int, chan
     """Return the U-Net for images `[c, h, w]`.
 
     Raises:
-        ValueError: if samples have another shape, their sides cannot be halved so often, lists differ in length, or
-            channels are not a multiple of the groups or of an attention head's.
+        ValueError: if samples are not images, their sides cannot be halved that often, lists differ in length, or
+            channels are not a multiple of the number of groups or of an attention head's channels.
     """
     widths, levels = config.block_out_channels, len(config.block_out_channels)
     if len(shape) != 3:
@@ -496,13 +496,13 @@ def make_unet(config: UNetConfig, shape: tuple[int, ...], num_classes: int, chan
         for name in ("norm_num_groups", "attention_head_dim") if attention else ("norm_num_groups",):
             if channels_here % getattr(config, name):
                 raise ValueError(
-                    f"network.{name} {getattr(config, name)} does not divide {channels_here} channels: choose "
-                    f"--network.{name.replace('_', '-')} or --network.block-out-channels so that it does"
+                    f"network.{name} {getattr(config, name)} does not divide {channels_here} channels: change "
+                    f"--network.{name.replace('_', '-')} or --network.block-out-channels"
                 )
     if config.mid_attention and widths[-1] % config.attention_head_dim:
         raise ValueError(
-            f"network.attention_head_dim {config.attention_head_dim} does not divide the middle's {widths[-1]} "
-            "channels: choose another, or add --network.no-mid-attention"
+            f"network.attention_head_dim {config.attention_head_dim} does not divide the middle block's {widths[-1]} "
+            "channels: change it, or add --network.no-mid-attention"
         )
     factor = 2 ** (levels - 1)
     if shape[1] % factor or shape[2] % factor:
@@ -521,7 +521,7 @@ def make_unet(config: UNetConfig, shape: tuple[int, ...], num_classes: int, chan
 
 
 def data_or_stand_in(recipe: Recipe) -> tuple[Data, str | None]:
-    """Return the recipe's data; or, if it is not on this machine, random pixels of its shape and the reason.
+    """Return the recipe's data; if it is not on this machine, random pixels of its shape and the reason.
 
     Raises:
         ValueError: if it cannot be opened and the recipe has no `facts`.
@@ -529,7 +529,7 @@ def data_or_stand_in(recipe: Recipe) -> tuple[Data, str | None]:
     data, facts = recipe.data, recipe.facts
     if facts is None:
         return open_data(data), None
-    missing = f"{data.source} is a name on the Hub, and a dry run downloads nothing"
+    missing = f"{data.source} is a data set on the Hub, and a dry run downloads nothing"
     if "/" not in data.source or user_path(data.source).exists():
         try:
             return open_data(data), None
@@ -552,8 +552,8 @@ def build(
     """Return the run that a recipe describes: all of it, its teacher only, or a chain from a given teacher.
 
     Args:
-        data: instead of the recipe's own.
-        parent: what identifies the given teacher; its own stage, source and files if None.
+        data: replaces the recipe's own data.
+        parent: identity of the given teacher; its own stage, source and files if None.
 
     Raises:
         ValueError: if the data cannot be opened, the recipe's parts do not fit each other or the data, or the models
@@ -565,14 +565,14 @@ def build(
     origin: dict[str, Any] = {} if what == "all" else {"what": what}
     if teacher is None:
         start = Start(process, prediction, given=False)
-        # A network that does not fit the data is refused here, without memory for its weights.
+        # Refuses a network that does not fit the data, without allocating its weights.
         with torch.device("meta"):
             recipe.make_network(opened)
     else:
         start, process, prediction = Start.of(teacher), teacher.process, teacher.denoiser.prediction
         check_fit(teacher.manifest, opened)
         teacher = _with_null(teacher, recipe.matching, opened)
-        # Another teacher makes another run, even under the same settings.
+        # Another teacher means another run, even with the same settings.
         imported = {} if teacher.manifest.source is None else {"source": teacher.manifest.source}
         own = {"stage": teacher.manifest.stage, **imported, **teacher.manifest.files}
         origin["parent"] = own if parent is None else dict(parent)
@@ -610,7 +610,7 @@ def build(
 
 
 def _with_null(teacher: Model, config: MatchingConfig, data: Data) -> Model:
-    """Return the teacher with what stands for no condition: its own, or that of the recipe or the data."""
+    """Return the teacher with its null conditions: its own, or those of the recipe or the data."""
     null = dict(teacher.null)
     if config.null_class is not None:
         if not teacher.num_classes:
@@ -620,14 +620,14 @@ def _with_null(teacher: Model, config: MatchingConfig, data: Data) -> Model:
         last = max(int(null.get("class_labels", 0)), teacher.num_classes - 1)
         if config.null_class > last:
             raise ValueError(
-                f"matching.null_class {config.null_class} is not a class of the teacher, which knows 0 to {last}"
+                f"matching.null_class {config.null_class} is not a class of the teacher, which has 0 to {last}"
             )
         null = {"class_labels": torch.tensor(config.null_class)}
     if isinstance(data, LatentData) and not null and teacher.manifest.guidance is None:
         null = dict(data.null)
     if config.guidance is not None:
         if teacher.manifest.guidance is not None:
-            raise ValueError("the teacher has learned its guidance already: leave matching.guidance_scale out")
+            raise ValueError("the teacher has already learned its guidance: remove matching.guidance_scale")
         if not null and not teacher.takes_scale:
             raise ValueError(
                 "guidance calls the teacher with and without its condition, and its null condition is not "
@@ -637,7 +637,7 @@ def _with_null(teacher: Model, config: MatchingConfig, data: Data) -> Model:
 
 
 def _check_classes(model: Manifest, data: Data) -> None:
-    """Raise ValueError if the data's classes have other numbers than the model's, as labels with gaps would."""
+    """Raise ValueError if the classes of data and model are numbered differently, as for labels with gaps."""
     names = data.class_names
     known = model.class_names[: len(names)] or tuple(map(str, range(len(names))))
     # Without class names, only the number of classes can be compared.
@@ -649,10 +649,10 @@ def _check_classes(model: Manifest, data: Data) -> None:
 
 
 def encode_first(model: Manifest, source: str, pipeline: str) -> str:
-    """Return why a model of latents cannot be trained on images, and the command that makes latents of them."""
+    """Return why a model of latents cannot be trained on images, and the command that encodes them."""
     return (
-        f"the model makes latents {list(model.shape)}, and {source} holds images: encode them first by "
-        f"halfstep encode {pipeline} --data {source} --out latents, then give --data latents"
+        f"the model generates latents {list(model.shape)}, but {source} contains images: encode them first with "
+        f"halfstep encode {pipeline} --data {source} --out latents, then use --data latents"
     )
 
 
@@ -663,12 +663,12 @@ def check_fit(model: Manifest, data: Data) -> None:
         raise ValueError(encode_first(model, data.source, model.pipeline.folder))
     if model.is_image != data.is_image:
         raise ValueError(
-            f"the model makes {kinds[model.is_image]}, but {data.source} holds {kinds[data.is_image]}: give the data "
+            f"the model makes {kinds[model.is_image]}, but {data.source} has {kinds[data.is_image]}: give the data "
             "that it was trained on (--data)"
         )
     if model.shape != data.shape:
         raise ValueError(
-            f"the model makes samples of shape {list(model.shape)}, but {data.source} holds {list(data.shape)}: "
+            f"the model has samples of shape {list(model.shape)}, but {data.source} has {list(data.shape)}: "
             "give the data that it was trained on (--data, --data.image-size)"
         )
     if model.num_classes and not 0 < data.num_classes <= model.num_classes:
@@ -681,11 +681,11 @@ def check_fit(model: Manifest, data: Data) -> None:
     for name, shape in model.conditions.items():
         if name not in held:
             raise ValueError(
-                f"the model is conditioned on {name}, which {data.source} does not hold: encode images and captions "
+                f"the model is conditioned on {name}, which {data.source} does not contain: encode images and captions "
                 "first (halfstep encode)"
             )
         if tuple(held[name].shape[1:]) != shape:
             raise ValueError(
-                f"the model takes {name} of shape {list(shape)}, but {data.source} holds {list(held[name].shape[1:])}: "
+                f"the model takes {name} of shape {list(shape)}, but {data.source} has {list(held[name].shape[1:])}: "
                 "encode the data with the model's own pipeline"
             )

@@ -1,6 +1,6 @@
-"""The report of a run, one self-contained HTML file, and the tables of its figures.
+"""The report of a run, one self-contained HTML file, and the tables of its metrics.
 
-The report is made from the run folder alone, without torch; the explorer loads the run's models.
+The report needs only the run folder and no torch; the explorer loads the run's models.
 """
 
 from halfstep.report.nearest import save_nearest

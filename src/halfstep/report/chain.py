@@ -30,19 +30,19 @@ class StageRow:
     first_loss: float | None
     last_loss: float | None
     learning_rate: float | None
-    """The highest that the log holds."""
+    """The highest in the log."""
     samples_per_second: float | None
     to_teacher: float | None
-    """Root mean square difference of the kept samples from its own teacher's of the same noise, each at its own steps;
-    that of metrics.json from the first model, for a student of that."""
+    """Root mean square difference of the kept samples from its own teacher's from the same noise, each with its own
+    steps. For a student of the first model, that of metrics.json."""
     to_first: float | None
-    """The same from the model where the chain starts, as metrics.json has it."""
+    """The same for the model that the chain starts from, as in metrics.json."""
     num_compared: int
-    """Samples behind `to_teacher` where they were kept; 0 for none."""
+    """Number of kept samples behind `to_teacher`; 0 if there are none."""
 
 
 def stage_rows(facts: RunFacts) -> list[StageRow]:
-    """Return all stages that the plan, the folder or the log names, in order."""
+    """Return all stages in the plan, the folder or the log, in order."""
     stages = {stage.name: stage for stage in facts.stages}
     planned = {row.name: row for row in facts.plan}
     rows = []
@@ -84,13 +84,13 @@ def stage_rows(facts: RunFacts) -> list[StageRow]:
 def _distances(
     stage: StageFacts | None, stages: Mapping[str, StageFacts], first: StageFacts | None
 ) -> tuple[float | None, float | None, int]:
-    """Return a student's distances to its teacher and to the first model, and the number of samples kept for one."""
+    """Return a student's distances to its teacher and to the first model, and the number of samples for the former."""
     if stage is None or stage is first or stage.role != "student" or (steps := stage.manifest.num_steps) is None:
         return None, None, 0
     measured = stage.metrics.results if stage.metrics is not None else ()
     to_first = next((finite(one.teacher_rmse) for one in measured if one.num_steps == steps), None)
     teacher = stages.get(stage.manifest.teacher or "")
-    # An undistilled teacher may have taught by a sampler of which there are no samples.
+    # There may be no samples from the sampler that an undistilled teacher taught with.
     if teacher is None or teacher.manifest.num_steps is None:
         return to_first, to_first, 0
     own = stage.samples.get(steps)
@@ -106,17 +106,17 @@ def _rmse(a: np.ndarray | None, b: np.ndarray | None) -> float | None:
 
 
 def progress(rows: Sequence[StageRow]) -> str | None:
-    """Return the sentence about a run that is not at its end; None for one that is."""
+    """Return the sentence about an unfinished run; None for a finished one."""
     missing = [row for row in rows if row.status not in ("complete", "damaged")]
     if not missing:
         return None
     done = sum(row.status == "complete" for row in rows)
     names = ", ".join(row.name if row.status == "not begun" else f"{row.name} ({row.status})" for row in missing)
-    return f"This run is not at its end: {done} of {count(len(rows), 'stage')} complete. Missing: {names}."
+    return f"This run is not finished: {done} of {count(len(rows), 'stage')} complete. Missing: {names}."
 
 
 def loss_figure(facts: RunFacts, rows: Sequence[StageRow]) -> Markup | None:
-    """Draw loss and learning rate of all stages; None without a loss that can be drawn."""
+    """Draw the loss and learning rate of all stages; None without a loss to draw."""
     stages = []
     for row in rows:
         log = facts.log.get(row.name, ())
@@ -130,7 +130,7 @@ def loss_figure(facts: RunFacts, rows: Sequence[StageRow]) -> Markup | None:
 
 
 def distance_figure(rows: Sequence[StageRow]) -> Markup | None:
-    """Draw the students' distances against their steps; None without one above 0."""
+    """Draw the students' distances against their steps; None if no distance is above 0."""
     students = [row for row in rows if row.to_teacher is not None or row.to_first is not None]
 
     def curve(label: str, distances: Sequence[float | None]) -> figures.Curve:
@@ -147,18 +147,18 @@ def distance_figure(rows: Sequence[StageRow]) -> Markup | None:
     )
 
 
-# --- What it cost ---
+# --- Cost ---
 
 SECTIONS: Final = (
     ("Teacher", "teacher", "teacher"),
     ("Matching", "matched", "matching"),
     ("Students", "student", "chain"),
 )
-"""Heading, role, and the section of the recipe with the hyperparameters."""
+"""Heading, role and the recipe section with the hyperparameters."""
 
 
 def cost(facts: RunFacts, groups: Sequence[Group], summary: Summary) -> tuple[list[tuple[str, str]], str | None]:
-    """Return what was spent, as names and texts, and after how many samples the students have paid for themselves."""
+    """Return the costs as names and texts, and the sentence on when the training of the students pays off."""
     pairs = []
     given = {row.name for row in facts.plan if row.num_updates == 0}
     given |= {stage.name for stage in facts.stages if stage.manifest.num_updates == 0}
@@ -196,7 +196,7 @@ def cost(facts: RunFacts, groups: Sequence[Group], summary: Summary) -> tuple[li
 
 
 def _paid(facts: RunFacts, groups: Sequence[Group], summary: Summary) -> str | None:
-    """Return after how many samples the training of the summary's student has been won back."""
+    """Return the sentence on how many samples pay off the training of the summary's student."""
     names = [stage.name for stage in facts.others]
     group = next((group for group in groups if group.best is not None), None)
     for row in group.rows if group is not None else ():
@@ -211,7 +211,7 @@ def _paid(facts: RunFacts, groups: Sequence[Group], summary: Summary) -> str | N
             return None
         return (
             f"Training the chain down to {count(row.steps, 'step')} took {duration(trained)} and saves "
-            f"{number(saved * 1000)} s per 1,000 samples against the teacher at its best ({group.best_words}): "
-            f"it is won back after about {float(f'{trained / saved:.2g}'):,.0f} samples."
+            f"{number(saved * 1000)} s per 1,000 samples compared with the teacher at its best ({group.best_words}): "
+            f"it pays off after about {float(f'{trained / saved:.2g}'):,.0f} samples."
         )
     return None

@@ -1,6 +1,6 @@
-"""An evaluation for readers: evaluation.md, .csv, .svg and .png, and the page's section, from `EvaluationResult` alone.
+"""Presents an evaluation: evaluation.md, .csv, .svg and .png, and the section of the report, from `EvaluationResult`.
 
-One table for each protocol, and the protocol beside it: figures of two protocols are never in one row.
+Each protocol has its own table, with the protocol below it: results of two protocols are never in one row.
 """
 
 import csv
@@ -22,16 +22,16 @@ from halfstep.runs.evaluation import EvaluationTable, Protocol, Series
 from halfstep.runtime.files import write_text
 
 DRAWN = ("frechet", "rmse")
-"""Metrics whose curve is drawn; the first of a table's others where it has neither."""
+"""Metrics to draw a curve of; a table with neither draws its first metric."""
 
 
 def metrics_of(table: EvaluationTable, result: EvaluationResult) -> list[str]:
-    """Return the names of the metrics that the table holds, in the order in which they are shown."""
+    """Return the names of the table's metrics, in the order in which they are shown."""
     return [name for name in result.metrics if any(name in row.figures for row in table.rows)]
 
 
 def best_of_table(table: EvaluationTable, result: EvaluationResult) -> Best | None:
-    """Return the teacher at its best in a table; None without its Frechet distance."""
+    """Return the teacher at its best in a table; None if its Frechet distance is missing."""
     samplers = {series.name: series.sampler for series in result.series if series.role == "teacher"}
     cells = []
     for row in table.rows:
@@ -43,20 +43,20 @@ def best_of_table(table: EvaluationTable, result: EvaluationResult) -> Best | No
 
 
 def best_words(table: EvaluationTable, result: EvaluationResult) -> str | None:
-    """Return the note about a table's ratios; None without any."""
+    """Return the note about a table's ratios; None if it has none."""
     best = best_of_table(table, result)
-    return None if best is None else f"Ratio: Frechet distance over the teacher's best, {method_words(*best[:3])}."
+    return None if best is None else f"Ratio: Frechet distance against the teacher's best, {method_words(*best[:3])}."
 
 
 def ratios(table: EvaluationTable, result: EvaluationResult) -> list[float | None]:
-    """Return for each row its Frechet distance over that of the teacher at its best."""
+    """Return for each row the ratio of its Frechet distance to that of the teacher at its best."""
     best = best_of_table(table, result)
     figures = [row.figures.get("frechet") for row in table.rows]
     return [None if best is None or figure is None else best.ratio(figure.mean) for figure in figures]
 
 
 def earlier_rows(table: EvaluationTable) -> list[bool]:
-    """Return for each row whether one of a later stage, of its series, takes as many steps."""
+    """Return for each row whether a later stage in the same series has the same number of steps."""
     return are_earlier([(row.series, row.num_steps, row.gamma) for row in table.rows])
 
 
@@ -68,9 +68,9 @@ def title_of(table: EvaluationTable) -> str:
 
 
 def text_table(table: EvaluationTable, result: EvaluationResult) -> Table:
-    """Return the table as texts.
+    """Return the table as text cells.
 
-    A row's label is its series, the gamma that was found best for it, and its stage where a later one stands for it.
+    A row's label is its series, its best gamma if that was tuned, and its stage if a later one has the same steps.
     """
     names, note = metrics_of(table, result), best_words(table, result)
     labels = {series.name: series.label for series in result.series}
@@ -93,7 +93,7 @@ def text_table(table: EvaluationTable, result: EvaluationResult) -> Table:
 
 
 def protocol_words(protocol: Protocol) -> str:
-    """Return how the figures of a table were made, in one paragraph."""
+    """Return how the results of a table were measured, in one paragraph."""
     sets = f"{count(len(protocol.seeds), 'set')} of seeds ({', '.join(protocol.seeds)})"
     guidance = "" if protocol.guidance_scale is None else f", guidance scale {protocol.guidance_scale:g}"
     bf16 = "" if protocol.precision == "float32" else f", sampled in {protocol.precision}"
@@ -110,7 +110,7 @@ def protocol_words(protocol: Protocol) -> str:
 
 
 def curves_of(table: EvaluationTable, result: EvaluationResult, metric: str) -> list[tuple[Series, Curve]]:
-    """Return the curves of a metric that a logarithmic chart can show, by network calls, in the series' order."""
+    """Return the curves of a metric against network calls, as far as a logarithmic chart can show them, by series."""
     curves = []
     for place, series in enumerate(result.series):
         points = sorted(
@@ -147,7 +147,7 @@ def markdown(result: EvaluationResult) -> str:
     """Return the tables, their protocols and the notices."""
     lines = [f"# Evaluation of {result.subject}", ""]
     if not result.complete:
-        lines += ["Interrupted, or still running: the figures so far.", ""]
+        lines += ["Interrupted, or still running: these are the results so far.", ""]
     for table in result.tables:
         lines += [f"## {title_of(table)}", "", text_table(table, result).markdown(), protocol_words(table.protocol), ""]
         if table.halves is not None:
@@ -157,8 +157,8 @@ def markdown(result: EvaluationResult) -> str:
                 if name in result.metrics
             )
             lines += [
-                f"Two disjoint halves of the real data, {table.halves.num_each:,} samples each: {shown}. They are "
-                "fewer than the samples above, so their Frechet distance is biased upwards more.",
+                f"Two disjoint halves of the real data, {table.halves.num_each:,} samples each: {shown}. These "
+                "are fewer samples than above, so their Frechet distance is biased upwards more.",
                 "",
             ]
     if result.notices:
@@ -171,11 +171,11 @@ COLUMNS = (
     "num_samples", "seeds", "guidance_scale", "precision", "series", "stage", "num_steps", "num_evals", "gamma",
     "seconds_per_1000", "metric", "mean", "spread", "values",
 )  # fmt: skip
-"""Columns of evaluation.csv, which has one line for each figure, with its protocol."""
+"""Columns of evaluation.csv, which has one line per metric value, with its protocol."""
 
 
 def comma_separated(result: EvaluationResult) -> str:
-    """Return one line for each figure."""
+    """Return the CSV text, with one line per metric value."""
     out = io.StringIO()
     writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -194,12 +194,12 @@ def comma_separated(result: EvaluationResult) -> str:
 
 
 class Shown(NamedTuple):
-    """One protocol, as the page shows it."""
+    """One protocol as shown in the report."""
 
     table: EvaluationTable
     heading: str
     names: Sequence[str]
-    """The table's metrics."""
+    """Metrics of the table."""
     roles: Sequence[str]
     """The role of each row's series."""
     texts: Table
@@ -207,11 +207,11 @@ class Shown(NamedTuple):
     figure_alt: str
     protocol: Mapping[str, str]
     ratios: Sequence[float | None] | None
-    """Each row's Frechet distance over the teacher's best; None without a teacher."""
+    """Ratio of each row's Frechet distance to the teacher's best; None without a teacher."""
 
 
 def shown_tables(result: EvaluationResult | None) -> list[Shown]:
-    """Return the tables that hold a row."""
+    """Return the tables that have rows."""
     if result is None:
         return []
     known = {series.name: series.role for series in result.series}
@@ -227,7 +227,7 @@ def shown_tables(result: EvaluationResult | None) -> list[Shown]:
 
 
 def _figure(name: str, table: EvaluationTable, result: EvaluationResult) -> tuple[Markup | None, str]:
-    """Return the chart, which has a colour for a student, one for a teacher and some more, and its description."""
+    """Return the chart, which has colours for a student, a teacher and a few more series, and its description."""
     names = metrics_of(table, result)
     if not names:
         return None, ""
@@ -236,8 +236,8 @@ def _figure(name: str, table: EvaluationTable, result: EvaluationResult) -> tupl
     first = [next((one for one in curves if one[0].role == role), None) for role in ("teacher", "student")]
     others = [curve for one in curves if one not in first for curve in one[1:]]
     more = len(others) - len(figures.OTHERS)
-    rest = f", and {more} more series that have no place in the chart" if more > 0 else ""
-    text = f"Line chart: {info.label} against the number of network calls; the table below holds its figures{rest}."
+    rest = f", and {more} more series that are not in the chart" if more > 0 else ""
+    text = f"Line chart: {info.label} against the number of network calls; the table below has its values{rest}."
     teacher, student = (None if one is None else one[1] for one in first)
     best = best_of_table(table, result) if metric == "frechet" else None
     level = None if best is None else Curve.through("teacher at its best", [(best.num_evals, best.frechet)])

@@ -1,7 +1,7 @@
-"""Figures as inline SVG in the page's own colours, and samples as pictures. All text in them is ours.
+"""Figures as inline SVG in the page's own colours, and samples as images. All of their text is written by halfstep.
 
-matplotlib draws in stand-in colours that are then replaced by CSS variables, so that one figure serves light,
-dark and print. The hues are Okabe and Ito's, which the colour-blind can tell apart.
+matplotlib draws in placeholder colours, which are then replaced by CSS variables, so that one figure works in light
+mode, dark mode and print. The colours are from the colour-blind-safe palette of Okabe and Ito.
 """
 
 import base64
@@ -20,7 +20,7 @@ STYLE = {"svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": 
 """matplotlib's settings for every figure."""
 INK, FAINT, TEACHER, STUDENT = "#010101", "#020202", "#030303", "#040404"
 OTHERS = ("#050505", "#060606", "#070707", "#080808")
-"""Stand-in colours of further series."""
+"""Placeholder colours of further series."""
 VARIABLES = {
     INK: "var(--ink)",
     FAINT: "var(--faint)",
@@ -29,14 +29,14 @@ VARIABLES = {
     **{stand_in: f"var(--other-{index})" for index, stand_in in enumerate(OTHERS)},
 }
 MARKERS = "D^vP"
-"""Markers of further series, which must differ by more than colour."""
+"""Markers of further series, so that they differ not only in colour."""
 SEED_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#7F7F7F")
 SMALLEST_TILE, LARGEST_TILE = 64, 96
-"""Pixels to which small images are enlarged, about, and large ones reduced."""
+"""Approximate sizes in pixels to which small images are enlarged and large ones reduced."""
 GAP = 4
-"""Pixels between two images."""
+"""Pixels between images."""
 MOST_POINTS = 400
-"""Points of a curve or of a scatter plot, so that the page stays light."""
+"""Maximum points of a curve or scatter plot, which limits the size of the page."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ class Curve:
     spread: Sequence[float] = ()
     """Half the length of an error bar at each point; empty for none."""
     colour: int | None = None
-    """Number of its colour in a study's figure; its place among the curves by default."""
+    """Index of its colour in a study's figure; its index among the curves by default."""
     names: Sequence[str] = ()
-    """Written beside the points; empty for none."""
+    """Labels of the points; empty for none."""
 
     @classmethod
     def through(cls, label: str, points: Iterable[Sequence[float]], colour: int | None = None) -> "Curve":
@@ -61,11 +61,11 @@ class Curve:
 
 
 def _figure(name: str, height: float, draw: Any, panels: Sequence[float] = (1.0,)) -> Markup:
-    """Return the SVG that `draw` makes, with ids that begin with `name`: the same for the same numbers.
+    """Return the SVG that `draw` draws, with ids that start with `name`; the same data always give the same SVG.
 
     Args:
-        draw: called with the axes, one below the other with a common x.
-        panels: the relative height of each.
+        draw: called with the axes, which are stacked and share x.
+        panels: relative height of each of the axes.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -80,14 +80,14 @@ def _figure(name: str, height: float, draw: Any, panels: Sequence[float] = (1.0,
         "grid.linewidth": 0.6,
     }
     with matplotlib.rc_context(settings):
-        # At 5 inches, two to a row on a wide page, this is the size of the text around it, and can be read on a phone.
+        # At a width of 5 inches (two per row on a wide page), this matches the page's text and is legible on a phone.
         figure = Figure(figsize=(5.0, height), layout="constrained")
         draw(*figure.subplots(len(panels), sharex=True, squeeze=False, height_ratios=list(panels))[:, 0])
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
-    # Inside a page a style element would reach the whole page, and metadata would name the web.
+    # In an HTML page, a style element would apply to the whole page, and the metadata contains web addresses.
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.S)
     svg = re.sub(r'(<svg\b[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg\b[^>]*?) height="[^"]*"', r"\1", svg))
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
@@ -95,12 +95,12 @@ def _figure(name: str, height: float, draw: Any, panels: Sequence[float] = (1.0,
     svg = re.sub(r'href="#', f'href="#{name}-', svg)
     for stand_in, variable in VARIABLES.items():
         svg = svg.replace(stand_in, variable)
-    # The element around the figure holds its text alternative.
+    # The element around the figure has its alternative text.
     return Markup(svg.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1).strip())
 
 
 def _log_axis(axis: Any, values: Sequence[float]) -> None:
-    """Set ticks at 1, 2 and 5 with plain numbers, or evenly where the values span less than that can show."""
+    """Set ticks at 1, 2 and 5 with plain numbers, or at even distances if the values span too little for that."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     wide = max(values) / min(values)
@@ -127,12 +127,12 @@ def steps_figure(
     earlier: Curve | None = None,
     x_label: str = "network calls",
 ) -> Markup | None:
-    """Draw curves against steps or calls on two logarithmic axes; None without a point to show.
+    """Draw curves against steps or calls on two logarithmic axes; None if there is no point to show.
 
     Args:
-        others: further curves, of which the first `len(OTHERS)` are drawn.
-        level: one point, at whose height a horizontal line is drawn.
-        earlier: points of the students in whose place later ones stand, drawn faintly.
+        others: further curves; the first `len(OTHERS)` are drawn.
+        level: one point; a horizontal line is drawn at its height.
+        earlier: points of students that were replaced by later ones, drawn faintly.
     """
     styles = [(teacher, TEACHER, "s--"), (student, STUDENT, "o-")]
     styles += [(curve, c, f"{marker}-.") for curve, c, marker in zip(others, OTHERS, MARKERS, strict=False)]
@@ -145,7 +145,7 @@ def steps_figure(
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         for curve, colour, style in shown:
-            # An error bar that reaches 0 has no place on a logarithmic axis.
+            # A logarithmic axis cannot show an error bar that reaches 0.
             below = [min(spread, 0.9 * y) for spread, y in zip(curve.spread, curve.y, strict=False)]
             error = [below, list(curve.spread)] if curve.spread else None
             look = {"color": colour, "linewidth": 2, "markersize": 6.5, "capsize": 3}
@@ -167,10 +167,10 @@ def steps_figure(
 
 
 def shares_figure(name: str, curves: Sequence[Curve], levels: Sequence[Curve]) -> Markup | None:
-    """Draw shares from 0 to 1 against network calls on a logarithmic axis; None without a point to show.
+    """Draw shares from 0 to 1 against network calls on a logarithmic axis; None if there is no point to show.
 
     Args:
-        levels: for each curve one point, at whose height a line of its colour is drawn; no point for none.
+        levels: for each curve, the point at the height of a horizontal line in its colour; no line if it is empty.
     """
     shown = [row for row in zip(curves, levels, OTHERS, MARKERS, strict=False) if row[0].x]
     if not shown:
@@ -193,7 +193,7 @@ def shares_figure(name: str, curves: Sequence[Curve], levels: Sequence[Curve]) -
 
 
 def chain_figure(name: str, stages: Sequence[tuple[Curve, Curve, float]]) -> Markup | None:
-    """Draw the training loss, and the learning rate below it, stage after stage; None without a loss above 0.
+    """Draw the training loss with the learning rate below it, stage after stage; None if no loss is above 0.
 
     Args:
         stages: the loss and the learning rate of each stage over its updates, and its number of updates.
@@ -213,7 +213,7 @@ def chain_figure(name: str, stages: Sequence[tuple[Curve, Curve, float]]) -> Mar
                 if curve.x:
                     stride = -(-len(curve.x) // MOST_POINTS)
                     shifted = [start + x for x in curve.x[::-stride]]
-                    # One point alone makes no line.
+                    # A single point does not draw a line.
                     mark = "o" if len(shifted) == 1 else None
                     panel.plot(shifted, curve.y[::-stride], color=colour, linewidth=1.5, marker=mark, markersize=4)
                 if index:
@@ -236,7 +236,7 @@ def chain_figure(name: str, stages: Sequence[tuple[Curve, Curve, float]]) -> Mar
         lowest.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         lowest.xaxis.set_major_formatter("{x:,.0f}")
         top = axes.secondary_xaxis("top")
-        # The axes are about 290 points wide; labels stand upright where they are wider than their stage.
+        # The axes are about 290 points wide; labels that are wider than their stage are rotated.
         room = [290 * length / start for _, _, length in stages]
         upright = any(6.5 * len(label) > space for label, space in zip(labels, room, strict=True))
         labels = [label if space > 11 else "" for label, space in zip(labels, room, strict=True)]
@@ -254,12 +254,12 @@ def is_images(samples: np.ndarray) -> bool:
 
 
 def is_points(samples: np.ndarray) -> bool:
-    """Return whether these are points in the plane, float `[n, 2]`."""
+    """Return whether these are 2-D points, float `[n, 2]`."""
     return samples.dtype.kind == "f" and samples.shape[1:] == (2,)
 
 
 def tile_size(samples: np.ndarray) -> tuple[int, int]:
-    """Return height and width, in the page's pixels, of one image of uint8 `[n, h, w, c]`."""
+    """Return the height and width in CSS pixels of one image of uint8 `[n, h, w, c]`."""
     height, width = samples.shape[1:3]
     side = max(height, width)
     if side > LARGEST_TILE:
@@ -269,14 +269,14 @@ def tile_size(samples: np.ndarray) -> tuple[int, int]:
 
 
 def data_url(content: bytes, kind: str) -> str:
-    """Return the content as a URL of the media type `kind`, which needs no file."""
+    """Return the content as a data URL of media type `kind`."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def image_grid(samples: np.ndarray, columns: int, alt: str, in_full: bool = False) -> tuple[Markup, str]:
-    """Return images uint8 `[n, h, w, c]` side by side as an <img>, and the URL of its PNG.
+    """Return images uint8 `[n, h, w, c]` in a grid as an <img>, and the URL of its PNG.
 
-    Small images are enlarged by a whole factor, without smoothing; large ones are reduced unless `in_full`.
+    Small images are enlarged by an integer factor, without smoothing; large ones are reduced unless `in_full`.
     """
     large = max(samples.shape[1:3]) > LARGEST_TILE
     height, width = samples.shape[1:3] if in_full and large else tile_size(samples)
@@ -306,7 +306,7 @@ def limits(points: np.ndarray) -> tuple[float, float, float]:
 
 
 def scatter(points: np.ndarray, box: tuple[float, float, float], num_seeds: int, alt: str) -> Markup:
-    """Draw points `[n, 2]` in the square `box` (see `limits`); the first `num_seeds` large, each in its own colour."""
+    """Draw points `[n, 2]` in the square `box` (see `limits`), the first `num_seeds` large and in their own colours."""
     x, y, half = box
     with np.errstate(over="ignore", invalid="ignore"):
         scaled = np.stack([points[:, 0] - x, y - points[:, 1]], axis=1).astype(np.float64) / half * 50 + 50

@@ -1,4 +1,4 @@
-"""The same noise through every model: the pictures behind the slider, and the strip of all models."""
+"""Samples of every model from the same noise: the images for the slider and the strip of all models."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,22 +15,22 @@ from halfstep.runs import Best
 
 WALKED_COLUMNS = 5
 MODELS = {"student": "the student", "matched": "the matched teacher", "teacher": "the teacher, not distilled,"}
-"""Names of the models in a picture's text."""
+"""Names of the models in alternative texts."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of the samples is shown."""
+    """How many samples to show."""
 
     num_seeds: int = 8
-    """Rows of the strip."""
+    """Rows in the strip."""
     num_walked: int = 20
-    """Seeds behind the slider, for small images."""
+    """Seeds in the slider, for small images."""
     most_pixels: int = 100_000
-    """Pixels of one picture behind the slider."""
+    """Maximum pixels of one image in the slider."""
 
     def smaller(self) -> "Sizes | None":
-        """Return about half as much; None from one seed on."""
+        """Return sizes about half as large; None if there is only one seed."""
         if self.num_seeds == 1:
             return None
         return Sizes(self.num_seeds // 2, max(1, self.num_walked // 2), self.most_pixels // 2)
@@ -50,7 +50,7 @@ class Column(NamedTuple):
 
     steps: int
     by: str | None = None
-    """The sampler of the teacher at its best, where that is not its own."""
+    """Sampler of the teacher at its best, if it is not the teacher's own."""
 
     @property
     def label(self) -> str:
@@ -59,41 +59,41 @@ class Column(NamedTuple):
 
 
 class Walked(NamedTuple):
-    """One place of the slider."""
+    """One position of the slider."""
 
     steps: int
 
     label: str
-    """Steps, and the sampler where it is not the model's own."""
+    """Steps, and the sampler if it is not the model's own."""
     student: Picture | None
-    """Above the first student's steps the teacher that it learns from: the matched model, or the start of the chain."""
+    """At more steps than the first student's, that student's teacher: the matched model or the chain's start."""
     teacher: Picture | None
 
 
 class Gallery(NamedTuple):
-    """The same noise through every model."""
+    """Samples of every model from the same noise."""
 
     kind: str
-    """"images", "points", or why there is no picture."""
+    """"images", "points", or why there are no images."""
     columns: Sequence[Column] = ()
     students: Sequence[Picture | None] = ()
-    """For each column, with their teacher above the first student's steps; empty if there is no student."""
+    """One per column, or the first student's teacher at more steps than that student's; empty without students."""
     teachers: Sequence[Picture | None] = ()
     num_seeds: int = 0
     row_height: int = 0
     """Pixels from one seed to the next."""
     width: int = 0
-    """Pixels of a picture of the strip."""
+    """Width in pixels of an image in the strip."""
     walk: Sequence[Walked] = ()
     walk_start: int = 0
     reduced_from: str | None = None
 
 
 def gallery(facts: RunFacts, summary: Summary, sizes: Sizes, best: Best | None = None) -> Gallery | None:
-    """Return the pictures, None if no stage has samples.
+    """Return the gallery; None if no stage has samples.
 
     Args:
-        best: the teacher at its best, which has a column of its own where its samples were kept.
+        best: the teacher at its best, which gets its own column if its samples were kept.
     """
     held: dict[str, dict[int, tuple[str, np.ndarray]]] = {"teacher": {}, "matched": {}, "student": {}}
     if (first := facts.start) is not None:
@@ -112,15 +112,15 @@ def gallery(facts: RunFacts, summary: Summary, sizes: Sizes, best: Best | None =
         arrays.append(at_best)
         columns = sorted([Column(best.num_steps, best.sampler), *columns], key=lambda one: one.by is None)
     if {array.shape[1:] for array in arrays} != {arrays[0].shape[1:]}:
-        return Gallery("The stages hold samples of different shapes, so they are not shown side by side.")
+        return Gallery("The stages have samples of different shapes, so they are not shown side by side.")
     if not (all(map(figures.is_images, arrays)) or all(map(figures.is_points, arrays))):
         shape = " × ".join(str(size) for size in arrays[0].shape[1:])
-        return Gallery(f"There is no picture for this modality: samples of shape {shape}, {arrays[0].dtype}.")
+        return Gallery(f"Samples of this kind cannot be shown as images: shape {shape}, {arrays[0].dtype}.")
     images = figures.is_images(arrays[0])
     fewest = min(len(array) for array in arrays)
     num_seeds = min(sizes.num_seeds, fewest)
     distances = _distances(facts)
-    # Points of the other models that flew far off must not shrink all to a dot.
+    # Distant outliers of the other models must not shrink everything to a dot.
     box = (0.0, 0.0, 1.0) if images else figures.limits(arrays[0])
 
     def picture(who: str, column: Column, length: int, columns: int) -> Picture | None:
@@ -144,7 +144,7 @@ def gallery(facts: RunFacts, summary: Summary, sizes: Sizes, best: Best | None =
         return Picture(who, image, frechet)
 
     def distilled(column: Column, length: int, columns: int) -> Picture | None:
-        """Return the student, or above the first one's steps the teacher that it learns from."""
+        """Return the student, or the first student's teacher at more steps than that student's."""
         if column.by is None and column.steps <= max(students, default=0):
             return picture("student", column, length, columns)
         return picture("matched", column, length, columns) or picture("teacher", column, length, columns)
@@ -181,7 +181,7 @@ def gallery(facts: RunFacts, summary: Summary, sizes: Sizes, best: Best | None =
 
 
 def _distances(facts: RunFacts) -> dict[tuple[str, int], float]:
-    """Return the Frechet distance below a picture, by its stage and steps; pictures are by each model's own sampler."""
+    """Return the Frechet distances to show below images, by stage and steps; images use each model's own sampler."""
     return {
         (stage.name, result.num_steps): result.frechet
         for stage in facts.stages

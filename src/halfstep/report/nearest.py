@@ -1,4 +1,4 @@
-"""Nearest training samples: has the model memorised its training data? Their file, and how they are shown."""
+"""Nearest training samples, which show whether the model has memorised its data: their file and their section."""
 
 from collections.abc import Sequence
 from dataclasses import fields
@@ -15,7 +15,7 @@ from halfstep.runtime.files import DamagedFile, read_arrays, write_arrays
 
 
 def save_nearest(run: RunFolder, facts: NearestFacts, key: str) -> None:
-    """Write report/nearest.npz, whole or not at all, with a `key` that says of what the facts were made."""
+    """Write report/nearest.npz atomically, with a `key` that identifies what the facts were computed from."""
     arrays = {field.name: np.asarray(getattr(facts, field.name)) for field in fields(facts)}
     write_arrays(run.nearest_path, key=np.array(key), **arrays)
 
@@ -29,13 +29,13 @@ def nearest_key(run: RunFolder) -> str | None:
 
 
 class Nearest(NamedTuple):
-    """The section of the page."""
+    """The report's section on nearest training samples."""
 
     heading: str
     sentence: str
     rows: Sequence[tuple[Markup, Sequence[tuple[Markup, str]]]]
-    """The picture of each seed's sample, and those of its nearest training samples with their distances; empty where
-    samples are not pictures."""
+    """For each seed, the image of its sample and those of its nearest training samples with their distances; empty if
+    samples are not images."""
     num_neighbours: int
 
 
@@ -45,18 +45,18 @@ def shown_nearest(facts: NearestFacts | None) -> Nearest | None:
         return None
     closest = facts.distances[:, 0]
     text = (
-        f"The median distance from {count(len(closest), 'sample')} to the nearest of {facts.num_searched:,} training "
-        f"samples is {number(float(np.median(closest)))}, the smallest {number(float(closest.min()))} (root mean "
-        "square difference of all values; a copy has 0). "
+        f"The distance from {count(len(closest), 'sample')} to the nearest of {facts.num_searched:,} training samples "
+        f"has a median of {number(float(np.median(closest)))} and a minimum of {number(float(closest.min()))} (root "
+        "mean square difference of all values; a copy has 0). "
     )
     if len(facts.real):
         text += (
-            f"Training samples themselves are {number(float(np.median(facts.real)))} from the nearest other one "
-            f"(median of {len(facts.real):,}), the smallest {number(float(facts.real.min()))}. "
+            f"From {len(facts.real):,} training samples to the nearest other one, the median is "
+            f"{number(float(np.median(facts.real)))} and the minimum {number(float(facts.real.min()))}. "
         )
     rows = []
     if figures.is_images(facts.samples) and facts.neighbours.dtype == np.uint8:
-        text += "Smooth samples are nearer to everything, so look at the pictures too."
+        text += "Smooth samples are nearer to everything, so look at the images too."
         for seed, (sample, neighbours) in enumerate(zip(facts.samples, facts.neighbours, strict=True)):
             near = []
             for place, pixels in enumerate(neighbours):

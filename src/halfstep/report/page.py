@@ -1,4 +1,4 @@
-"""The page of a run: the facts turned into sentences, tables, pictures and figures, and those into one file."""
+"""The page of a run: sentences, tables, images and figures from the run's facts, in one file."""
 
 import base64
 import hashlib
@@ -21,18 +21,18 @@ from halfstep.runs import RunFolder
 from halfstep.runtime.files import write_text
 
 MOST_BYTES = 7_500_000
-"""Largest size of a page; fewer pictures are shown where more would not fit."""
+"""Maximum size of a page; it has fewer images if more would not fit."""
 
 
 def write_report(run: Path, studies: Path | None = None, without_nearest: str | None = None) -> Path:
-    """Write RUN/report/index.html, one file that needs nothing else and is the same for the same folder.
+    """Write RUN/report/index.html, one self-contained file that is reproducible from the same folder.
 
     Args:
         studies: a folder of studies to show; RUN/studies if None.
-        without_nearest: reason for missing nearest training samples, if they are missing.
+        without_nearest: reason why nearest training samples are missing, if they are.
 
     Raises:
-        ValueError: if the folder holds neither a stage that can be read nor a log of one in training.
+        ValueError: if the folder contains neither a readable stage nor the log of a stage in training.
     """
     path = RunFolder(run).report_path
     write_text(path, page(read_run(run, studies), without_nearest))
@@ -40,7 +40,7 @@ def write_report(run: Path, studies: Path | None = None, without_nearest: str | 
 
 
 def headline(facts: RunFacts) -> tuple[str, int] | None:
-    """Return the stage and steps whose samples stand for the run: the best student, else the last with samples."""
+    """Return the stage and steps that represent the run: the best student, otherwise the last stage with samples."""
     best = summarise(facts, quality_groups(facts.stages, facts.start)).best
     if best is not None:
         for stage in reversed(facts.students):
@@ -54,7 +54,7 @@ def headline(facts: RunFacts) -> tuple[str, int] | None:
 
 
 def page(facts: RunFacts, without_nearest: str | None = None) -> str:
-    """Return the HTML of a report, with pictures few enough for `MOST_BYTES`."""
+    """Return the HTML of a report, with few enough images for `MOST_BYTES`."""
     sizes = Sizes()
     while len(html := _page(facts, without_nearest, sizes)) > MOST_BYTES and (smaller := sizes.smaller()) is not None:
         sizes = smaller
@@ -106,8 +106,8 @@ def _page(facts: RunFacts, without_nearest: str | None, sizes: Sizes) -> str:
 
 
 def _study_figure(study: StudyFacts) -> Markup | None:
-    """The study's SVG as a picture, in which no script of it runs and nothing is fetched."""
+    """Return the study's SVG as an <img>, so that its scripts cannot run and nothing is fetched."""
     if study.figure is None:
         return None
-    alt = f"Figure of the study {study.title}; the table below holds its figures."
+    alt = f"Figure of the study {study.title}; the table below has its values."
     return Markup('<img class="study" src="{}" alt="{}">').format(data_url(study.figure, "image/svg+xml"), alt)

@@ -1,7 +1,7 @@
-"""The figures that a run's own measurements hold (metrics.json): one table and one curve for each protocol.
+"""The results of a run's own measurements (metrics.json): one table and one curve per protocol.
 
-Ratios are taken between figures of one protocol only. The teacher at its best (`teacher_best`) is the measure of
-quality and of time.
+Ratios are only taken within one protocol. The teacher at its best (`teacher_best`) is the reference for quality and
+time.
 """
 
 import json
@@ -21,32 +21,32 @@ from halfstep.runs.schema import Result
 
 @dataclass(frozen=True)
 class Pair:
-    """A student (or matched model) with the teacher at as many steps, or one of them alone."""
+    """A student (or matched model) and the teacher with the same number of steps, or one of them alone."""
 
     steps: int
     sampler: str
-    """Label of the student's, and of the teacher's if it is another."""
+    """Label of the student's sampler, and of the teacher's if it differs."""
     teacher: Result | None
-    """The model where the chain starts, by its own sampler if it was not measured by the student's."""
+    """The model that the chain starts from, with its own sampler if it was not measured with the student's."""
     student: Result | None
     student_stage: str | None
     is_matched: bool
-    """Whether the student is a matched teacher instead."""
+    """Whether `student` is a matched teacher instead."""
     is_earlier: bool
-    """Whether a later student takes as many steps, and stands for them."""
+    """Whether a later student has the same number of steps and replaces this one."""
     is_repeated: bool
-    """Whether another student takes as many steps."""
+    """Whether another student has the same number of steps."""
     ratio: float | None
-    """The student's Frechet distance over that of the teacher at its best."""
+    """Ratio of the student's Frechet distance to that of the teacher at its best."""
     measured: Result
-    """The student, else the teacher, with whose network calls and time the row is shown."""
+    """The student, otherwise the teacher; the row shows its network calls and time."""
     speed_up: float | None
-    """Speed of `measured` over that of the teacher at its best."""
+    """Ratio of the speed of `measured` to that of the teacher at its best."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Figures of one protocol."""
+    """Results of one protocol."""
 
     name: str
     protocol: Mapping[str, Any]
@@ -54,21 +54,21 @@ class Group:
     best: Best | None
     """The teacher at its best."""
     base: Result | None
-    """The teacher with whose samples those of the same noise are compared."""
+    """The teacher's result whose samples are the reference for same-noise comparisons."""
     teacher_sampler: str
-    """The teacher's own."""
+    """The teacher's own sampler."""
     stages: Sequence[str]
     few: str | None
-    """Warning about distances of this few samples."""
+    """Warning about distances between so few samples."""
 
     @property
     def best_words(self) -> str:
-        """How the teacher is sampled at its best."""
+        """Sampling method of the teacher at its best."""
         return "" if self.best is None else method_words(*self.best[:3])
 
     @property
     def base_words(self) -> str:
-        """How the teacher is sampled that others are compared with."""
+        """Sampling method of the teacher that others are compared with."""
         return "" if self.base is None else method_words(self.base.sampler, self.base.num_steps, self.base.num_evals)
 
     @property
@@ -78,18 +78,18 @@ class Group:
 
     @property
     def has_earlier(self) -> bool:
-        """Whether several students take as many steps."""
+        """Whether several students have the same number of steps."""
         return any(row.is_earlier for row in self.rows)
 
     def note_of(self, row: Pair) -> str:
-        """Return what tells a row from others of as many steps: its sampler, role or stage; mostly nothing."""
+        """Return what distinguishes a row from others with the same steps: sampler, role or stage; usually empty."""
         by = [] if row.sampler == sampler_label(self.teacher_sampler) else [row.sampler]
         of = ["matched"] if row.is_matched else [str(row.student_stage)] if row.is_repeated else []
         return ", ".join([*by, *of])
 
     @property
     def figure(self) -> Markup | None:
-        """The curves of teacher and students by network calls."""
+        """The curves of teacher and students against network calls."""
         teacher = [row.teacher for row in self.rows if row.teacher is not None]
         names = sorted({result.sampler for result in teacher}, key=lambda name: name != self.teacher_sampler)
         curves = [
@@ -111,7 +111,7 @@ class Group:
 
     @property
     def shares_figure(self) -> Markup | None:
-        """Precision, recall and coverage of the students by network calls, and of the teacher at its best."""
+        """Precision, recall and coverage of the students against network calls, and of the teacher at its best."""
         students = [r.student for r in self.rows if r.student is not None and not (r.is_matched or r.is_earlier)]
         at_best = [r.teacher for r in self.rows if r.teacher is not None and Best.of(r.teacher) == self.best]
         names = ("precision", "recall", "coverage")
@@ -160,7 +160,7 @@ def _group(name: str, start: StageFacts | None, stages: Sequence[tuple[StageFact
     keys: list[Hashable] = list(range(len(pairs)))
     for place, (stage, student, _) in enumerate(pairs):
         if stage is not None and student is not None:
-            # A matched model is measured by several samplers.
+            # A matched model is measured with several samplers.
             keys[place] = (stage.role, student.num_steps, student.sampler if stage.role == "matched" else None)
     rows = []
     for (stage, student, alone), key, is_earlier in zip(pairs, keys, are_earlier(keys), strict=True):
@@ -181,7 +181,7 @@ def _group(name: str, start: StageFacts | None, stages: Sequence[tuple[StageFact
                 speed_up=ratio(best.seconds_per_1000 if best else None, held[0].seconds_per_1000),
             )
         )
-    # At equal steps and sampler, the plan's order stays.
+    # For equal steps and sampler, the order of the plan is kept.
     rows.sort(key=lambda row: (row.steps, row.sampler), reverse=True)
     return Group(
         name=name,
@@ -200,7 +200,7 @@ def _written(value: float | None, form: str) -> str:
 
 
 def text_table(group: Group) -> Table:
-    """Return the group as texts, for a terminal."""
+    """Return the group as text cells, for a terminal."""
     rows = [
         [
             str(row.steps) + (f" ({note})" if (note := group.note_of(row)) else ""),
@@ -222,20 +222,20 @@ def text_table(group: Group) -> Table:
     ]  # fmt: skip
     notes = []
     if group.best is not None:
-        notes.append(f"Ratio and speed-up: to the teacher at its best, {group.best_words}.")
+        notes.append(f"Ratio and speed-up: relative to the teacher at its best, {group.best_words}.")
     if group.base is not None:
-        notes.append(f"RMSE: of a student to the teacher, {group.base_words}, from the same noise.")
+        notes.append(f"RMSE: between student and teacher ({group.base_words}) from the same noise.")
     sizes = [group.protocol.get(name, "?") for name in ("num_samples", "num_reference")]
-    bias = "biased upwards, the more the fewer they are, so compare within this table"
+    bias = "biased upwards, more so with fewer samples, so compare only within this table"
     notes.append(group.few or f"Distances between {sizes[0]} samples and {sizes[1]} real ones: {bias}.")
     return Table(headings, rows, notes)
 
 
 def _curve(label: str, results: Sequence[Result | None], named: Sequence[Pair] = ()) -> figures.Curve | None:
-    """Return the curve over network calls, with the results that a logarithmic axis can show.
+    """Return the curve against network calls, with the results that a logarithmic axis can show.
 
     Args:
-        named: rows whose stages are written beside the points of their students.
+        named: rows with stages that label the points of their students.
     """
     drawn = [r for r in results if r is not None and r.num_evals > 0 and is_finite(r.frechet) and r.frechet > 0]
     held = sorted(dict.fromkeys(drawn), key=lambda result: (result.num_evals, result.frechet))
@@ -255,6 +255,6 @@ def protocol_notices(groups: Sequence[Group]) -> list[str]:
     differing = ", ".join(name for name in names if len({group.protocol.get(name) for group in groups}) > 1)
     return [
         *few,
-        f"Not all stages were measured under the same protocol (different: {differing}). Figures of different "
+        f"Not all stages were measured with the same protocol (different: {differing}). Results of different "
         "protocols cannot be compared, so each protocol has its own table and figure.",
     ]

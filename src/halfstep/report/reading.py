@@ -1,7 +1,7 @@
-"""The contents of a run folder. Damaged or missing files become notices, never a crash.
+"""Reads a run folder for the report. Damaged or missing files become notices, never a crash.
 
-Texts and numbers come from files that may be cut short, edited or hostile. Nothing is unpickled, no path out of
-a file is followed, and the weights are not hashed: the report shows a run, it does not certify its models.
+Texts and numbers come from files that may be truncated, edited or malicious. Nothing is unpickled, and paths in files
+are not followed. Weights are not hashed: the report shows a run, it does not certify its models.
 """
 
 import contextlib
@@ -29,11 +29,11 @@ class StageFacts:
     manifest: Manifest
     metrics: Metrics | None
     samples: Mapping[int, np.ndarray]
-    """Sampler steps to samples of the same seeds: uint8 `[n, h, w, c]` for images, float `[n, *dims]` otherwise."""
+    """Samples of the same seeds by sampler steps: uint8 `[n, h, w, c]` for images, float `[n, *dims]` otherwise."""
     num_parameters: int | None = None
-    """Numbers in model.safetensors; None if it does not exist or cannot be read."""
+    """Number of values in model.safetensors; None if it does not exist or cannot be read."""
     by_others: Mapping[tuple[str, int], np.ndarray] = field(default_factory=dict)
-    """Samples by samplers that are not the model's own, by their name and steps."""
+    """Samples from samplers other than the model's own, by sampler name and steps."""
 
     @property
     def role(self) -> str:
@@ -58,7 +58,7 @@ class NearestFacts:
     stage: str
     num_steps: int
     samples: np.ndarray
-    """`[n, *dims]` as in a stage's samples."""
+    """`[n, *dims]`, as for a stage's samples."""
     neighbours: np.ndarray
     """`[n, k, *dims]`, the nearest first."""
     distances: np.ndarray
@@ -70,7 +70,7 @@ class NearestFacts:
 
 @dataclass(frozen=True)
 class StudyFacts:
-    """A study's result: its table and its figure."""
+    """The result of a study: its table and its figure."""
 
     title: str
     question: str
@@ -83,29 +83,29 @@ class StudyFacts:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """All that the report shows."""
+    """Everything that the report shows."""
 
     name: str
     recipe: Mapping[str, Any]
     environment: Mapping[str, Any]
     plan: Sequence[PlannedStage]
-    """Empty if recipe.json holds none."""
+    """Empty if recipe.json has none."""
     stages: Sequence[StageFacts]
-    """Those that are complete and can be read, in order."""
+    """Complete and readable stages, in order."""
     damaged: frozenset[str]
-    """Names of complete stages that cannot be read."""
+    """Names of complete but unreadable stages."""
     log: Mapping[str, Sequence[LogPoint]]
-    """Stage names to rows, in the order of the updates."""
+    """Log rows by stage name, in the order of the updates."""
     notices: Sequence[str]
     start_name: str | None = None
-    """The stage from which the chain starts; None if unknown."""
+    """The stage that the chain starts from; None if unknown."""
     evaluation: EvaluationResult | None = None
     nearest: NearestFacts | None = None
     studies: Sequence[StudyFacts] = ()
 
     @property
     def start(self) -> StageFacts | None:
-        """The model from which the chain starts; None if its stage is missing or damaged."""
+        """The model that the chain starts from; None if its stage is missing or damaged."""
         return next((stage for stage in self.stages if stage.name == self.start_name), None)
 
     @property
@@ -126,7 +126,7 @@ def read_run(path: Path, studies: Path | None = None) -> RunFacts:
         studies: a folder of studies (`halfstep study`) to show; RUN/studies if None.
 
     Raises:
-        ValueError: if it holds neither a stage that can be read nor a log of one in training.
+        ValueError: if it contains neither a readable stage nor the log of a stage in training.
     """
     folder = RunFolder(path)
     if not path.is_dir():
@@ -145,7 +145,7 @@ def read_run(path: Path, studies: Path | None = None) -> RunFacts:
     if not stages and not log:
         why = "; ".join(damaged.values()) or "no stages/*/manifest.json, no log.jsonl"
         raise ValueError(f"{path} has nothing to report on ({why}): give the folder of a run that `halfstep run` began")
-    notices += [f"Stage {name} is damaged and left out: {why}." for name, why in damaged.items()]
+    notices += [f"Stage {name} is damaged and was skipped: {why}." for name, why in damaged.items()]
     for what, without in (
         ("figures (metrics.json)", [s.name for s in stages if s.metrics is None]),
         ("samples to look at", [s.name for s in stages if not s.samples]),
@@ -153,13 +153,13 @@ def read_run(path: Path, studies: Path | None = None) -> RunFacts:
         if without:
             notices.append(f"No {what} for {'stage' if len(without) == 1 else 'stages'} {', '.join(without)}.")
     evaluation = None
-    with _noting(notices, "The evaluation is left out: ", path):
+    with _noting(notices, "The evaluation is not shown: ", path):
         evaluation = folder.evaluation()
     nearest = _nearest(folder.nearest_path, notices)
     shown_studies = []
     studies = path / "studies" if studies is None else studies
     for study in sorted(studies.glob("*/study.json")):
-        with _noting(notices, f"The study {study.parent.name} is left out: ", studies):
+        with _noting(notices, f"The study {study.parent.name} is not shown: ", studies):
             shown_studies.append(_study(study.parent))
     environment = recipe.get("environment")
     content = recipe.get("recipe")
@@ -181,7 +181,7 @@ def read_run(path: Path, studies: Path | None = None) -> RunFacts:
 
 @contextlib.contextmanager
 def _noting(notices: list[str], what: str, path: Path) -> Iterator[None]:
-    """Turn a file in the folder `path` that cannot be read into a notice, which begins with `what`."""
+    """Turn an error about a file in the folder `path` into a notice that starts with `what`."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -203,7 +203,7 @@ def _stage(folder: StageFolder, notices: list[str]) -> StageFacts:
             check_files(folder.path, {name: digest}, folder.metrics_path)
             array = read_arrays(folder.path / name, "arr_0")["arr_0"]
             if array.dtype.kind not in "fu" or array.ndim < 2 or not array.size:
-                raise DamagedFile(f"{folder.path / name} does not hold samples")
+                raise DamagedFile(f"{folder.path / name} does not contain samples")
             if named[2]:
                 by_others[named[2], int(named[1])] = array
             else:
@@ -241,17 +241,17 @@ def _nearest(path: Path, notices: list[str]) -> NearestFacts | None:
         n, k = facts.neighbours.shape[:2]
         fitting = facts.samples.shape == (n, *facts.neighbours.shape[2:]) and facts.distances.shape[1:] == (k,)
         if not fitting or facts.distances.shape[0] < n or k < 1 or facts.samples.dtype.kind not in "fu":
-            raise ValueError("its arrays do not fit each other")
+            raise ValueError("its arrays do not match")
         return facts
     except (ValueError, TypeError, OverflowError):
-        notices.append("report/nearest.npz cannot be read, so the nearest training samples are left out.")
+        notices.append("report/nearest.npz cannot be read, so the nearest training samples are not shown.")
         return None
 
 
 def _study(folder: Path) -> StudyFacts:
     data = read_json(folder / "study.json")
     if not isinstance(data, dict):
-        raise DamagedFile(f"{folder.name}/study.json does not hold a study")
+        raise DamagedFile(f"{folder.name}/study.json does not contain a study")
     try:
         table = Table.from_json(data.get("table"))
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""The figure of a study: panels of curves or of bars side by side, as PNG and SVG."""
+"""The figure of a study: panels of curves or bars side by side, as PNG and SVG."""
 
 import math
 from collections.abc import Sequence
@@ -9,14 +9,14 @@ from typing import Any, Final, final
 from halfstep.report.figures import STYLE, Curve
 
 COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#444444")
-"""Okabe and Ito's, which the colour-blind can tell apart; each with a marker of its own."""
+"""The colour-blind-safe palette of Okabe and Ito; each colour has its own marker."""
 MARKERS: Final = "osD^vPX*"
 
 
 @final
 @dataclass(frozen=True)
 class Panel:
-    """Curves over a number, or bars over `categories`, whose x are then their indices."""
+    """Curves over a number, or bars over `categories`, with indices into them as x."""
 
     title: str
     x_label: str
@@ -30,7 +30,7 @@ class Panel:
 
 
 def draw_panels(panels: Sequence[Panel], path: Path) -> None:
-    """Write `path` with the suffixes .png and .svg; the same panels make the same files."""
+    """Write `path` with the suffixes .png and .svg; the same panels give the same files."""
     import matplotlib
     from matplotlib.figure import Figure
 

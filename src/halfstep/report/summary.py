@@ -1,4 +1,4 @@
-"""The first sentence of a report: what was made, how much faster it is, and how much of the quality is left."""
+"""The first sentence of a report: what was trained, how much faster it is, and how its quality compares."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,19 +13,19 @@ from halfstep.runs.evaluation import Row
 KEPT = 1.5
 """Quality counts as kept up to this multiple of the teacher's Frechet distance."""
 LEARNED = 0.25
-"""A teacher whose samples cover a smaller share of the real data has not learned them. (Where samples and real data
-have the same distribution, coverage is near 1.)"""
+"""Minimum coverage of the real data by the samples of a teacher that has learned them. (Coverage is near 1 if samples
+and real data have the same distribution.)"""
 
 
 class Rated(NamedTuple):
-    """A student beside the teacher, in figures of one protocol."""
+    """A student compared with the teacher in one protocol."""
 
     steps: int
     num_evals: int
     ratio: float
-    """Its Frechet distance over that of the teacher at its best."""
+    """Ratio of its Frechet distance to that of the teacher at its best."""
     speed_up: float | None
-    """Against the teacher at its best."""
+    """Relative to the teacher at its best."""
 
 
 class Comparison(NamedTuple):
@@ -37,18 +37,18 @@ class Comparison(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """The outcome in a sentence or two, and in a few large figures."""
+    """The outcome in a sentence or two, and in a few large numbers."""
 
     lead: str
     more: str | None
     tiles: Sequence[tuple[str, str]]
-    """Figure, and what it is."""
+    """Numbers with their labels."""
     best: Rated | None
     """The student that the sentence is about."""
 
 
 def summarise(facts: RunFacts, groups: Sequence[Group]) -> Summary:
-    """Summarise a run by its own measurements, or by its evaluation if they do not compare."""
+    """Summarise a run by its own measurements, or by its evaluation if those have no comparison."""
     tiles = [(duration(sum(stage.manifest.seconds for stage in facts.others)), "training time of all students")]
     found = next(filter(None, map(_of_group, groups)), None) or _of_evaluation(facts)
     if found is None:
@@ -60,20 +60,20 @@ def summarise(facts: RunFacts, groups: Sequence[Group]) -> Summary:
     else:
         best = min(found.students, key=lambda student: (student.ratio, student.steps))
     lead = (
-        f"A student that needs {count(best.num_evals, 'network call')} instead of {found.teacher.num_evals:,}: "
-        f"{_said(best)} the teacher’s at its best."
+        f"A student with {count(best.num_evals, 'network call')} instead of {found.teacher.num_evals:,}: "
+        f"{_said(best)} that of the teacher at its best."
     )
     more = None
     if fewest is not best:
-        more = f"Down to {count(fewest.steps, 'step')}: {_said(fewest)} the teacher’s at its best."
+        more = f"At {count(fewest.steps, 'step')}: {_said(fewest)} that of the teacher at its best."
     covered, how = found.teacher.coverage, method_words(*found.teacher[:3])
     if covered is not None and covered < LEARNED:
-        more = f"At its best ({how}) its samples cover {covered:.0%} of the real data, and no student learns more."
+        more = f"At its best ({how}) its samples cover {covered:.0%} of the real data, and no student can learn more."
         return Summary("The teacher has not learned the data yet: train it longer.", more, tiles, best)
     tiles = [
         (f"{found.teacher.num_evals:,} → {best.num_evals:,}", "network calls"),
         *([(f"{times(best.speed_up)}×", "faster per sample")] if best.speed_up is not None else []),
-        (f"{times(best.ratio)}×", f"the teacher’s Fréchet distance at its best: {how}"),
+        (f"{times(best.ratio)}×", f"the Fréchet distance of the teacher at its best: {how}"),
         *tiles,
     ]
     return Summary(lead, more, tiles, best)
@@ -89,7 +89,7 @@ def _of_group(group: Group) -> Comparison | None:
 
 
 def _of_evaluation(facts: RunFacts) -> Comparison | None:
-    """From the first table that holds the Frechet distance of students and of the teacher."""
+    """Return the comparison in the first table with the Frechet distances of both students and teacher."""
     if facts.evaluation is None:
         return None
     for table in facts.evaluation.tables:
@@ -121,10 +121,10 @@ def _said(student: Rated) -> str:
 
 
 def _unrated(facts: RunFacts) -> str:
-    """The sentence where teacher and students cannot be compared."""
+    """Return the sentence for a run in which teacher and students cannot be compared."""
     steps = sorted({s.manifest.num_steps for s in facts.students if s.manifest.num_steps is not None}, reverse=True)
     if not facts.stages:
-        return "A run that has begun; no stage is complete yet."
+        return "A run in progress; no stage is complete yet."
     if not facts.students:
         first = facts.stages[0]
         what = "teacher" if first.role == "teacher" else f"{first.role} model"
@@ -132,4 +132,4 @@ def _unrated(facts: RunFacts) -> str:
     what = count(len(facts.students), "student")
     if steps:
         what += f" of {steps[0]:,} down to {steps[-1]:,} steps" if steps[1:] else f" of {count(steps[0], 'step')}"
-    return f"{what}; there are no figures of teacher and students that could be compared."
+    return f"{what}; the results of teacher and students cannot be compared."

@@ -1,11 +1,11 @@
-"""A table of texts, as the terminal, a Markdown file, a study's JSON and the report show it."""
+"""A table of texts, for the terminal, a Markdown file, a study's JSON and the report."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 
 class Table(NamedTuple):
-    """Headings and rows, with what a reader must know to read them; the first column is text, the others numbers."""
+    """Headings, rows and notes; the first column is text, the others are numbers."""
 
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -22,10 +22,10 @@ class Table(NamedTuple):
 
     @classmethod
     def from_json(cls, data: Any) -> "Table":
-        """Return the table that `_asdict` made JSON of.
+        """Return the table from the JSON of its `_asdict`.
 
         Raises:
-            ValueError: if it is none.
+            ValueError: if the data is not a table.
         """
         try:
             table = cls(**{name: data[name] for name in cls._fields})
@@ -35,5 +35,5 @@ class Table(NamedTuple):
             ):
                 raise TypeError
         except (LookupError, TypeError):
-            raise ValueError("it does not hold a table") from None
+            raise ValueError("it does not contain a table") from None
         return table

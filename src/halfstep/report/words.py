@@ -1,4 +1,4 @@
-"""Numbers, times and counts as a reader reads them."""
+"""Formatting of numbers, times and counts for readers."""
 
 import json
 import math
@@ -12,7 +12,7 @@ SAMPLER_LABELS: Final = {"ddim": "DDIM", "euler": "Euler", "heun": "Heun", "rk4"
 
 
 def sampler_label(name: str) -> str:
-    """Return a sampler's name as it is written in a table."""
+    """Return a sampler's display name."""
     return SAMPLER_LABELS.get(name, name)
 
 
@@ -22,7 +22,7 @@ def method_words(sampler: str, num_steps: int, num_evals: int) -> str:
 
 
 def number(value: float | None) -> str:
-    """Return three significant digits, a whole number as it is, or a dash for nothing."""
+    """Return a number with three significant digits, integers in full; a dash for None."""
     if value is None:
         return "–"
     if isinstance(value, int):
@@ -37,7 +37,7 @@ def number(value: float | None) -> str:
 
 
 def with_spread(mean: float, spread: float | None) -> str:
-    """Return a mean with its standard deviation, where there is one."""
+    """Return a mean with its standard deviation, if there is one."""
     return number(mean) + ("" if spread is None else f" ± {number(spread)}")
 
 
@@ -47,7 +47,7 @@ def times(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a time in the two largest of its units."""
+    """Return a duration in its two largest units."""
     if not math.isfinite(seconds) or seconds < 0:
         return "not known"
     if seconds < 60:
@@ -70,7 +70,7 @@ def inside(folder: Path, error: Exception) -> str:
 
 
 def flatten(data: Mapping[Any, Any], prefix: str = "") -> dict[str, str]:
-    """Return nested data as dotted names and texts."""
+    """Flatten nested data to dotted names and texts."""
     flat: dict[str, str] = {}
     for key, value in data.items():
         if isinstance(value, Mapping) and value:
@@ -81,12 +81,12 @@ def flatten(data: Mapping[Any, Any], prefix: str = "") -> dict[str, str]:
 
 
 def text(value: object) -> str | None:
-    """Return a text that is not blank, else None."""
+    """Return the value if it is a text that is not blank, otherwise None."""
     return value if isinstance(value, str) and value.strip() else None
 
 
 def ratio(value: float | None, base: float | None) -> float | None:
-    """Return value / base if both are finite and the base is above 0, else None."""
+    """Return value / base if both are finite and the base is above 0, otherwise None."""
     if value is None or base is None or not (is_finite(value) and is_finite(base) and base > 0):
         return None
     return value / base

@@ -1,4 +1,4 @@
-"""A call of `halfstep.fit` or `halfstep.distill`: its stages run in memory or into a run folder, and are watched."""
+"""One call of `halfstep.fit` or `halfstep.distill`, which runs its stages in memory or in a run folder."""
 
 import contextlib
 import dataclasses
@@ -60,11 +60,11 @@ class Call:
         if self.evaluation is not None:
             check_instance("evaluation", self.evaluation, Evaluation, "halfstep.Evaluation()")
         if self.out is None and self.evaluation is not None:
-            raise ValueError("evaluation has no effect without out, the run folder that holds its figures. Pass out")
+            raise ValueError("evaluation has no effect without out, the run folder for its results. Pass out")
         if self.out is not None and isinstance(self.data, StreamedBatches):
             raise ValueError(
-                "an iterable of batches cannot be resumed, which out needs. Pass a tensor, (x0, {name: tensor}), a "
-                "path or opened data, or leave out away"
+                "out needs data that can be resumed, which an iterable of batches cannot. Pass a tensor, "
+                "(x0, {name: tensor}), a path or opened data, or remove out"
             )
         for name, hook in (("on_window", self.on_window), ("on_stage", self.on_stage)):
             if hook is not None and not callable(hook):
@@ -72,7 +72,7 @@ class Call:
 
     @contextlib.contextmanager
     def placed(self) -> Iterator[Engine]:
-        """Make the device that was asked for the current one, and return the engine that uses it."""
+        """Make the requested device the current one, and yield the engine that uses it."""
         if self.device is None:
             yield self.engine
             return
@@ -82,15 +82,15 @@ class Call:
             return
         here = torch.accelerator.current_accelerator()
         if self.engine.cpu or here is None or here.type != found.type:
-            raise ValueError(f"the device {found} cannot be used: engine.cpu is set, or torch uses {here}. Remove one")
+            raise ValueError(f"device {found} cannot be used: engine.cpu is set, or torch uses {here}. Remove one")
         if world_size() > 1 and found.index is not None:
-            raise ValueError(f"device {found} was asked for, but the launcher gives each process its own. Remove it")
+            raise ValueError(f"device {found} cannot be used: the launcher assigns one to each process. Remove it")
         module = torch.get_device_module(found)
         with module.device(found.index) if found.index is not None else contextlib.nullcontext():
             yield self.engine
 
     def watch(self, events: Iterator[Event], model_of: Callable[[str], Any]) -> None:
-        """Run through the events of a call and tell the callbacks and the progress bar."""
+        """Run a call to its end, updating the progress bar and calling the callbacks at its events."""
         with bars(self.progress and rank() == 0) as shown:
             for event in events:
                 if isinstance(event, StageStart):
@@ -107,7 +107,7 @@ class Call:
                     warnings.warn(event.text, HalfstepWarning, stacklevel=4)
 
     def into_folder(self, spec: RunSpec) -> Model:
-        """Run the plan into `out`, or resume it, and return its last model; Ctrl-C saves the state first."""
+        """Run or resume the plan in `out`, and return its last model; Ctrl-C saves the state first."""
         out, folder = self.out, RunFolder(self.out or Path())
         assert out is not None
 
@@ -122,12 +122,12 @@ class Call:
                 device = make_accelerator(engine.precision, engine.cpu).device
         except Interrupted as stopped:
             if stopped.code == 130:
-                raise KeyboardInterrupt(f"the state is saved in {out}: the same call resumes") from None
+                raise KeyboardInterrupt(f"the state is saved in {out}. Repeat the call to resume") from None
             raise SystemExit(stopped.code) from None
         return model_of(spec.stages[-1][0]).merged().to(device)
 
     def spec(self, call: str, plan: Plan, denoiser: NetworkDenoiser, told: dict[str, Any], **more: Any) -> RunSpec:
-        """Return what a run folder needs of a call."""
+        """Return the call as the specification of a run in a folder."""
         assert isinstance(self.data, Data)
         assert self.out is not None
         described = describe_network(denoiser.network)
@@ -147,7 +147,7 @@ class Call:
             "engine": dataclasses.asdict(self.engine),
         }
         return RunSpec(
-            # As it is read again.
+            # As recipe.json will be read back: tuples become lists.
             recipe=json.loads(json.dumps(recipe | told)),
             plan=plan,
             data=self.data,
@@ -163,10 +163,10 @@ class Call:
 
 
 def call_of(data: Source, seed: int, engine: Engine, device: Any, out: Any, *rest: Any) -> Call:
-    """Return the call with the arguments of the fields of `Call`, checked.
+    """Check the arguments, which are the fields of `Call`, and return the call.
 
     Raises:
-        ValueError: if one is of another kind, or the data cannot be used.
+        ValueError: if an argument has the wrong type, or the data cannot be used.
     """
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ValueError(f"seed must be a whole number, got {seed!r}. Pass seed=0")
@@ -184,7 +184,7 @@ def is_image(data: Data | StreamedBatches) -> bool:
 
 @final
 class Chain:
-    """The stages of one call in memory."""
+    """Runs the stages of one call in memory."""
 
     def __init__(
         self, call: Call, engine: Engine, first: Denoiser, known: Outcome, null: Cond, like: Model | None
@@ -198,7 +198,7 @@ class Chain:
         self.names: list[str] = []
 
     def run(self, plan: Plan, lora_rank: int | None) -> Iterator[Event]:
-        """Train the stages in order: the first denoiser itself if its objective needs no teacher, or students."""
+        """Train the stages in order: students, or the given denoiser itself if its objective needs no teacher."""
         needs_teacher = plan.stages[0].objective.needs_teacher
         for index, (name, stage) in enumerate(zip(plan.names(int(needs_teacher)), plan.stages, strict=True)):
             student, seen = self.made[0], None

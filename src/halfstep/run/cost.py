@@ -1,4 +1,4 @@
-"""Estimated cost of a run: arithmetic and memory of an update, counted without running it, and time."""
+"""Estimates the cost of a run: FLOPs and memory of an update, counted without running it, and its time."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -24,10 +24,10 @@ from halfstep.train.player import network_of
 from halfstep.train.settings import Engine
 
 FLOPS_OF_A_TRIAL = 1e11
-"""Arithmetic of an update that is timed: seconds on a CPU, moments on a GPU."""
+"""FLOPs of a timed update: seconds on a CPU, a fraction of a second on a GPU."""
 
 SECONDS_OF_A_TRIAL = 10.0
-"""Time of an update beyond which no larger one is tried."""
+"""No larger update is timed once one takes longer than this."""
 
 
 @final
@@ -36,14 +36,14 @@ class Size(NamedTuple):
 
     parameters: int
     trainable: int
-    """Those that training changes: all, or the additions of a LoRA student."""
+    """Trained parameters: all, or only the LoRA weights of a student."""
     held: int
-    """Those that the student does not hold as well."""
+    """Parameters that are not shared with the student."""
 
 
 @final
 class Forward(NamedTuple):
-    """One forward pass of the network on one sample, in float32, or in bfloat16 on weights of a lower precision."""
+    """One forward pass of the network on one sample, in float32, or in bfloat16 if weights have a lower precision."""
 
     parameters: int
     trainable: int
@@ -53,14 +53,14 @@ class Forward(NamedTuple):
     saved_bytes: int
     """Bytes that autograd keeps for the backward pass, besides the parameters."""
     weight_bytes: int
-    """Bytes of the parameters, in the precision of frozen ones."""
+    """Bytes of the parameters, with frozen ones in their own precision."""
 
 
 def count_forward(spec: RunSpec) -> Forward:
-    """Count a forward pass on the meta device, without computing it or taking memory.
+    """Count a forward pass on the meta device, without computing it or allocating memory.
 
     Raises:
-        ValueError: if the spec has neither network nor teacher.
+        ValueError: if the spec has neither a network nor a teacher.
     """
     with torch.device("meta"):
         network = network_of(_student(spec))
@@ -77,14 +77,14 @@ def count_forward(spec: RunSpec) -> Forward:
         def keep(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()._cdata
             if storage not in own and storage not in kept:
-                # Held until the end, so that no later storage takes its number.
+                # Kept alive until the end, so that no later storage reuses its address.
                 held[storage] = tensor
             return tensor
 
         return keep
 
     def recomputed(block: nn.Module, *args: Any) -> Any:
-        """Call a block whose inputs alone are kept; the backward pass holds the activations of one block at a time."""
+        """Call a block, keeping only its inputs; the backward pass stores the activations of one block at a time."""
         nonlocal largest
         for value in args:
             if isinstance(value, Tensor):
@@ -119,7 +119,7 @@ def _bytes(held: Mapping[int, Tensor]) -> int:
 
 @final
 class _Fused(TorchFunctionMode):
-    """Attention on the meta device by a kernel that keeps no matrix of weights, as devices do it."""
+    """Attention on the meta device as fused kernels compute it, without storing the attention matrix."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return (_fused if func is scaled_dot_product_attention else func)(*args, **(kwargs or {}))
@@ -166,30 +166,30 @@ def helper_sizes(spec: RunSpec, stage: Stage) -> dict[str, Size]:
 
 @final
 class Memory(NamedTuple):
-    """Bytes of an update of one stage on one device; bfloat16 autocast about halves the activations."""
+    """Memory of an update of one stage on one device, in bytes; bfloat16 autocast about halves the activations."""
 
     weights: int
-    """The student's, frozen ones in their precision."""
+    """The student's weights, with frozen ones in their own precision."""
     gradients: int
     """Gradients of all trained parameters."""
     moments: int
-    """AdamW's two for each player, in float32 or in 8 bits."""
+    """AdamW's two moments for each trained network, in float32 or 8 bits."""
     average: int
-    """The moving average that the stage hands on, if there is one."""
+    """The moving average of the student's weights, if enabled."""
     teacher: int
-    """Its weights, as far as the student does not share them."""
+    """The teacher's weights that are not shared with the student."""
     helpers: int
-    """The weights of the objective's own networks, as far as the student does not share them."""
+    """Weights of the objective's auxiliary networks that are not shared with the student."""
     activations: int
     """Activations kept for the backward pass of one micro batch."""
 
 
 def memory_of_update(stage: Stage, forward: Forward, engine: Engine, helpers: Mapping[str, Size]) -> Memory:
-    """Return counted, not measured, bytes: an allocator and convolution workspaces come on top."""
+    """Return the memory as counted, not measured: the allocator and convolution workspaces need extra memory."""
     training = stage.training
     samples = min(engine.set_micro_batch or training.batch_size, training.batch_size)
     own, all_ = forward.trainable, forward.parameters
-    # A LoRA student shares the frozen weights with a teacher in its own precision, and only the additions are two.
+    # A LoRA student shares its frozen weights with a teacher of the same precision; only the LoRA weights exist twice.
     teacher = 2 * all_ if engine.teacher_precision == "bf16" else 4 * own
     trained = own + sum(size.trainable for size in helpers.values())
     return Memory(
@@ -204,7 +204,7 @@ def memory_of_update(stage: Stage, forward: Forward, engine: Engine, helpers: Ma
 
 
 def update_flops(stage: Stage, forward: Forward, helpers: Mapping[str, Size]) -> float:
-    """Return the arithmetic of an update. A helper's call counts by its parameters beside the student's."""
+    """Return the FLOPs of an update. A helper's call is scaled by its parameter count relative to the student's."""
     each = sum(
         evals.cost * (helpers[name].parameters / forward.parameters if name in helpers else 1)
         for name, evals in stage.objective.evals.items()
@@ -214,15 +214,15 @@ def update_flops(stage: Stage, forward: Forward, helpers: Mapping[str, Size]) ->
 
 @final
 class Rate(NamedTuple):
-    """Seconds of an update of a plan's first stage on this machine."""
+    """Measured time of an update of a plan's first stage on this machine."""
 
     seconds: float
     batch_size: int
-    """The largest batch that was timed; the time of a larger one is extrapolated from it and one of half the size."""
+    """The largest batch that was timed; larger ones are extrapolated from it and a batch of half its size."""
 
 
 def time_updates(spec: RunSpec, forward: Forward) -> Rate:
-    """Return the seconds of an update of the plan's first stage, extrapolated if timing it would take minutes."""
+    """Return the time of an update of the plan's first stage, extrapolated if measuring it would take minutes."""
     stage = spec.plan.stages[0]
     batch_size = stage.training.batch_size
     per_sample = stage.update_cost / batch_size * max(1, forward.flops)
@@ -247,9 +247,9 @@ def _of_batch(stage: Stage, batch_size: int) -> Stage:
 
 
 def _seconds(spec: RunSpec, stage: Stage, num_updates: int = 3) -> float:
-    """Return the fastest of a few updates, after one to warm up."""
+    """Return the seconds of the fastest of a few updates, after one warm-up update."""
     accelerator = make_accelerator(spec.engine.precision, spec.engine.cpu)
-    # One process is timed, which holds all weights.
+    # A single process is timed, which stores all weights.
     alone = replace(spec, engine=replace(spec.engine, sharding="none"))
     trainer = trainer_for(alone, stage, "timing", spec.teacher, accelerator)
     times = []

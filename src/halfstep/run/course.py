@@ -1,7 +1,7 @@
-"""The chain from a teacher, as a plan: the one builder, for recipes and for `halfstep.distill`.
+"""Builds the plan of a chain from a teacher, for recipes and for `halfstep.distill`.
 
-A teacher whose error would be multiplied at t = 1 is matched to v before it is halved; a U-Net on a table of noise
-levels that is matched anyway moves to the cosine clock, on which its steps lose less and every power of two is exact.
+A teacher that amplifies its errors at t = 1 is matched to v before halving. A U-Net with a discrete noise schedule that
+is matched anyway moves to the cosine schedule, where a step loses less and every power of two is exact.
 """
 
 import warnings
@@ -31,12 +31,12 @@ from halfstep.objectives import (
 from halfstep.samplers import DDIM, Sampler
 
 MATCHED_GAIN: Final = 10.0
-"""Gain at t = 1 (see `output_gain`) from which a given teacher is matched to v before it is halved. Stable Diffusion's
-eps has 15, DDPM's 160."""
+"""Gain at t = 1 (see `output_gain`) above which a given teacher is matched to v before halving. With eps it is 15 for
+Stable Diffusion and 160 for DDPM."""
 
 
 def cosine_within(process: NoiseProcess) -> VPCosine:
-    """Return the cosine process over another's noise levels, from pure noise (or its last level) down to its first."""
+    """Return the cosine process from pure noise (or the process's last noise level) down to its first noise level."""
     first = 1 / len(process.betas) if isinstance(process, VPTable) else 0.0
     bounds = process.log_snr(torch.tensor([1.0, first], dtype=torch.float64)).clamp(-20, 20)
     return VPCosine(*bounds.tolist())
@@ -48,30 +48,30 @@ class Start:
     """The teacher that a chain starts from.
 
     Args:
-        given: whether it exists, and is not trained by the same plan, which could have chosen better.
+        given: whether it already exists, instead of being trained by the same plan.
     """
 
     process: NoiseProcess
     prediction: Prediction | None
-    """None for a denoiser of one's own, which can be halved only as it is."""
+    """None for a custom denoiser, which can only be halved as it is."""
     name: str = "the teacher"
     role: Role = Role.TEACHER
     num_steps: int | None = None
     guidance: Guidance | None = None
     """Guidance that it has already learned."""
     may_move: bool = False
-    """Whether its network can be carried over to another process."""
+    """Whether its network can be converted to another process."""
     sampler: Sampler = DDIM()
-    """The sampler that a student is made for."""
+    """The sampler that a student was distilled for."""
     given: bool = True
     is_clipped: bool = False
-    """Whether its x0 is clipped, which no halving follows: a student is matched to it first."""
+    """Whether its x0 is clipped. Halving does not support clipping, so a student is matched to it first."""
     is_stock: bool = False
-    """Whether its network is one of diffusers, to which students are exported."""
+    """Whether it is a diffusers network, so that students can be exported to diffusers."""
 
     @classmethod
     def of(cls, model: Model) -> "Start":
-        """Return the start that a loaded model is."""
+        """Return a loaded model as the start of a chain."""
         return cls(
             model.process,
             model.denoiser.prediction,
@@ -86,7 +86,7 @@ class Start:
 
     @property
     def outcome(self) -> Outcome:
-        """The result of the stage that made it."""
+        """The outcome of the stage that trained it."""
         return Outcome(self.role, self.num_steps, self.sampler)
 
     @property
@@ -98,22 +98,22 @@ class Start:
 @final
 @dataclass(frozen=True)
 class Match:
-    """How a teacher is carried over before it is halved; None leaves a choice to the builder."""
+    """How a teacher is converted before halving; None leaves a setting to the builder."""
 
     training: Training
     prediction: Prediction | None = None
     """Prediction of the student; v if the teacher's own is unfit for few steps."""
     process: Callable[[NoiseProcess], NoiseProcess] | None = None
-    """From the teacher's process to the student's."""
+    """Maps the teacher's process to the student's."""
     guidance: Guidance | None = None
     num_times: int = 1024
-    """Times at which both are compared; a teacher on a table of noise levels is called at its own."""
+    """Times at which both are compared; a teacher with a discrete noise schedule is called at its own times."""
 
     def objective(self, start: Start, lora_rank: int | None = None) -> Matching | None:
-        """Return the matching that `start` needs; None if it needs none.
+        """Return the matching objective that `start` needs; None if it needs none.
 
         Raises:
-            ValueError: if the teacher cannot be matched, or the additions of LoRA students cannot follow.
+            ValueError: if the teacher cannot be matched, or LoRA students cannot be matched to it.
         """
         own = start.process
         clock = own if self.process is None else self.process(own)
@@ -129,27 +129,26 @@ class Match:
             what = (
                 "has learned its guidance"
                 if start.role is not Role.STUDENT
-                else f"is a student of {start.num_steps} steps, which knows x0 at its own times only"
+                else f"is a student of {start.num_steps} steps, which predicts x0 only at its own times"
             )
             raise ValueError(
-                f"the matching stage calls a teacher at all times and guides it, and {start.name} {what}: match its "
-                "own teacher, with all that is to change at once"
+                f"the matching stage calls a teacher at all times and guides it, but {start.name} {what}. Match its "
+                "own teacher, with all changes at once"
             )
         if self.guidance is not None and not start.given:
             raise ValueError(
-                "matching.guidance_scale and matching.guidance_range guide a given teacher that knows a class for "
-                "none; a teacher that this recipe trains does not: leave them out"
+                "matching.guidance_scale and matching.guidance_range need a given teacher with a null class, which a "
+                "teacher trained by this recipe does not have. Remove them"
             )
         may_move = isinstance(own, VPTable) and start.may_move and lora_rank is None
         if self.process is None and may_move:
             clock = cosine_within(own)
         if lora_rank is not None and (clock != own or (self.guidance is not None and self.guidance.is_shown)):
             raise ValueError(
-                "low-rank additions are to weights that stay as they are, and a range of guidance scales or another "
-                "process changes the network's inputs: use one --matching.guidance-scale and --matching.process own, "
-                "or leave --chain.lora-rank out"
+                "LoRA needs unchanged network inputs, which a guidance range or another process changes. Use one "
+                "--matching.guidance-scale and --matching.process own, or remove --chain.lora-rank"
             )
-        # A table's own levels are the only ones that a teacher on it was trained for.
+        # A teacher with a discrete noise schedule was trained only at the levels of its table.
         num_times = len(clock.betas) if isinstance(clock, VPTable) else self.num_times
         return Matching(num_times, guidance=self.guidance, prediction=meaning, process=clock)
 
@@ -161,17 +160,17 @@ def course(
     lora_rank: int | None = None,
     after: Plan | None = None,
 ) -> Plan:
-    """Return the stages from a teacher to the last student: matching where it is needed, the halvings, then the rest.
+    """Return the stages from a teacher to the last student: matching if it is needed, the halvings, then the rest.
 
     Warns if the chain's first step from t = 1 amplifies the network's error too much.
 
     Args:
-        halvings: from the guidance that the chain's first teacher has learned to its halving stages.
+        halvings: returns the halving stages, given the guidance that the chain's first teacher has learned.
         after: stages that follow the halvings, such as finishes; they get the guidance of the chain's teacher.
 
     Raises:
-        ValueError: as `Match.objective`, or if the halvings cannot be made, a stage needs a model that does not precede
-            it, a teacher would be guided twice, or a student refined without the guidance that it has learned.
+        ValueError: as for `Match.objective`, or if the halvings are impossible, a stage needs a model that does not
+            precede it, a teacher would be guided twice, or a student refined without the guidance that it has learned.
     """
     matching = match.objective(start, lora_rank)
     process, prediction, guidance = start.process, start.prediction, start.guidance
@@ -195,19 +194,19 @@ def course(
 
 
 def _warn_of_export(start: Start, process: NoiseProcess, num_steps: int | None, lora_rank: int | None) -> None:
-    """Warn if the last student of a stock network's chain takes steps that its table of noise levels lacks."""
+    """Warn if the last student of a diffusers network needs timesteps that the noise schedule does not have."""
     if not start.given or not start.is_stock:
         return
     if num_steps is None or not isinstance(process, VPTable) or len(process.betas) % num_steps == 0:
         return
     num = len(process.betas)
     exact = [steps for steps in range(1, 65) if num % steps == 0]
-    # Low-rank additions cannot follow to another process, nor networks whose time embedding has another form.
+    # LoRA students cannot move to another process, nor can networks with another kind of time embedding.
     may_move = start.may_move and lora_rank is None
     match = "Match the teacher to the cosine process (--matching.process cosine), end" if may_move else "End"
     warnings.warn(
-        f"a student of {num_steps} steps on the teacher's {num} timesteps cannot be exported to diffusers: exact are "
-        f"{', '.join(map(str, exact))}. {match} elsewhere (--to), or use --format onnx later",
+        f"a student of {num_steps} steps on the teacher's {num} timesteps cannot be exported to diffusers, which "
+        f"needs one of {', '.join(map(str, exact))}. {match} at one of these (--to), or use --format onnx later",
         HalfstepWarning,
         stacklevel=3,
     )
@@ -217,20 +216,20 @@ def _check_guidance(objective: Objective, of_start: Guidance | None, of_teacher:
     """Raise ValueError if a teacher would be guided twice, or a student refined without the guidance that it has."""
     if objective.guides_teacher and of_teacher is not None:
         raise ValueError(
-            f"the stage {objective.label} guides a teacher that has learned {of_teacher} already. Remove guide_teacher"
+            f"the stage {objective.label} guides a teacher that has already learned {of_teacher}. Remove guide_teacher"
         )
     if objective.refines and objective.guidance != of_start:
         raise ValueError(
             f"the stage {objective.label} has {objective.guidance or 'no guidance'}, but its student has learned "
-            f"{of_start or 'none'}. Set it if the stage's teacher has learned it too; else match the teacher first"
+            f"{of_start or 'none'}. Set that if the stage's teacher has it too; otherwise match the teacher first"
         )
 
 
 def check_start(teacher: Model, plan: Plan) -> None:
-    """Raise if the first stage cannot make its student from the teacher, without memory for its weights.
+    """Raise if the first stage cannot build its student from the teacher, without allocating its weights.
 
     Raises:
-        ValueError: as `Objective.start`.
+        ValueError: as for `Objective.start`.
     """
     with torch.device("meta"):
         denoiser: NetworkDenoiser = blank_denoiser(teacher.manifest)

@@ -1,4 +1,4 @@
-"""Training and distillation of models that are made in Python, in memory or into a run folder."""
+"""Training and distillation of models built in Python, in memory or in a run folder."""
 
 import copy
 from collections.abc import Sequence
@@ -54,14 +54,14 @@ def fit(
     """Train a denoiser in place to denoise the data, and return it as a teacher: a `Model`.
 
     Args:
-        denoiser: a `NetworkDenoiser`, or a denoiser of one's own, which is returned itself; it keeps its moving average
-            if `training` has one.
+        denoiser: a `NetworkDenoiser`, or a custom denoiser, which is itself returned. It gets its averaged weights at
+            the end if `training` averages them.
         data: as for `distill`.
-        weighting: of the squared error in x0; truncated SNR if None.
+        weighting: weight of the squared error in x0; truncated SNR if None.
         seed, engine, device, out, evaluation, on_window, on_stage, progress: as for `distill`.
 
     Raises:
-        ValueError: if an argument is of another kind, or the data cannot be used.
+        ValueError: if an argument has the wrong type, or the data cannot be used.
         NonFinite: if training diverged.
     """
     denoiser = denoiser.denoiser if isinstance(denoiser, Model) else denoiser
@@ -83,7 +83,7 @@ def fit(
         plan,
         network,
         {},
-        # A copy: an interrupted call must not have moved the weights that the next one starts with.
+        # A copy, so that an interrupted call does not change the weights that the next call starts from.
         network=lambda: copy.deepcopy(network.network),
         own_conditions=conditions_of(call.data),
         clip=is_image(call.data),
@@ -94,31 +94,31 @@ def fit(
 
 
 def _check_bare(name: str, denoiser: Any) -> None:
-    """Raise ValueError unless it is a denoiser that targets can be computed with."""
+    """Raise ValueError unless training targets can be computed with the denoiser."""
     check_denoiser(name, denoiser, Denoiser)
     if isinstance(denoiser, Clipped | Guided):
         what, remedy = "clips x0", "Pass its .denoiser; samples can be clipped later"
         if isinstance(denoiser, Guided):
             what, remedy = "is guided", "Pass its .denoiser, with guidance=halfstep.FixedGuidance(scale) and null"
-        raise ValueError(f"{name} {what}, which targets must not be. {remedy}")
+        raise ValueError(f"{name} {what}, but training needs its plain output. {remedy}")
 
 
 def _check_trainable(denoiser: Denoiser) -> None:
     network = denoiser.network if isinstance(denoiser, NetworkDenoiser) else denoiser
     if not any(True for _ in network.parameters()):
         raise ValueError(
-            f"{type(denoiser).__name__} has no weights to train: no module was found behind its network. Make the "
-            "network an nn.Module that holds its layers"
+            f"{type(denoiser).__name__} has no weights to train: its network contains no module. Make the "
+            "network an nn.Module that contains its layers"
         )
 
 
 def _network_of(denoiser: Denoiser) -> NetworkDenoiser:
     if isinstance(denoiser, Clipped):
-        raise ValueError("a Clipped teacher is matched in memory only. Leave `out` away, and save the student")
+        raise ValueError("a Clipped teacher can only be matched in memory. Remove `out`, and save the student")
     if not isinstance(denoiser, NetworkDenoiser):
         raise ValueError(
-            f"a run folder holds networks, and {type(denoiser).__name__} is a denoiser of your own. Pass a "
-            "NetworkDenoiser, or leave `out` away"
+            f"a run folder can only store networks, and {type(denoiser).__name__} is a custom denoiser. Pass a "
+            "NetworkDenoiser, or remove `out`"
         )
     return denoiser
 
@@ -149,50 +149,50 @@ def distill(
     on_stage: OnStage | None = None,
     progress: bool = True,
 ) -> Any:
-    """Return a student that samples in `to` steps what the teacher samples in `start`: a `Model`, by the whole chain.
+    """Distil a teacher of `start` steps into a student of `to` steps through the whole chain, and return the student.
 
-    The plan is the one that a recipe would make: a matching stage comes first where `prediction`, `process` or
-    `guidance` asks for it, or where the teacher is clipped or predicts eps at a signal-to-noise ratio near 0.
+    The plan is the same as for a recipe: a matching stage comes first if `prediction`, `process` or `guidance` needs
+    it, or if the teacher is clipped or predicts eps at a signal-to-noise ratio near 0.
 
     Args:
-        teacher: a denoiser, or a model; it is not changed. A student is first matched to the x0 of a `Clipped` one.
+        teacher: a denoiser or a model; it is not changed. If it is `Clipped`, a student is first matched to its x0.
         data: clean samples as a tensor or an array `[n, *dims]` (floats as they are; uint8 as images), (samples, {name:
             condition}) with conditions `[n, ...]`, opened data, a path such as a folder of images, or any iterable of
             batches x0 `[batch, *dims]` or (x0, {name: condition}), such as a DataLoader, which is restarted at its end.
-            If None, samples of the teacher: see `samples_of`.
+            If None, samples of the teacher (see `samples_of`).
         to: DDIM steps of the student.
-        start: DDIM steps of the teacher, `to` times a power of two; if None a student's own, or 16 times `to`.
-        training: of each halving stage; twice the updates at 2 steps and 1.
+        start: DDIM steps of the teacher, `to` times a power of two; if None, a student's own or 16 times `to`.
+        training: settings of each halving stage; updates are doubled at 2 steps and at 1.
         plan: the halving stages instead of `to`, `start` and `training`.
-        prediction: what the student's network predicts; as the teacher's if None.
-        process: the student's noise process; the teacher's, or the cosine clock for a matched U-Net, if None.
-        guidance: what the student learns: `FixedGuidance`, or a `GuidanceRange`, whose scale its network receives as
-            the condition `guidance_scale` `[batch]`.
-        null: what stands for no condition, for one sample, by the names of the conditions; needed for guidance.
+        prediction: prediction of the student's network; the teacher's if None.
+        process: the student's noise process; if None, the teacher's, or the cosine process for a matched U-Net.
+        guidance: guidance for the student to learn: `FixedGuidance`, or a `GuidanceRange`, whose scale becomes an input
+            of its network, the condition `guidance_scale` `[batch]`.
+        null: null conditions of one sample, by name; needed for guidance.
         matching: training of the matching stage; `training` if None.
-        finish: students, by their steps, that are finished after the chain, or the stages of `Plan.finishes`; the last
-            of them is returned.
+        finish: step counts of the students to finish after the chain, or the stages of `Plan.finishes`; the last of
+            these students is returned.
         teacher_sampler: deterministic sampler of the first teacher; DDIM if None. Students teach by DDIM.
-        teacher_steps: its steps for each step of the first student; 2 if None.
-        lora_rank: rank of low-rank additions that are trained instead of whole students (networks of diffusers). The
-            returned student has them merged into its weights; the stages of `out` hold them apart.
-        seed: with the update, the key of every random number.
-        engine: precision, micro batch, compilation and how often statistics are taken (`log_every`).
-        device: where training runs; an accelerator, if there is one, if None.
+        teacher_steps: steps of that sampler for each step of the first student; 2 if None.
+        lora_rank: train LoRA weights of this rank instead of whole students (diffusers networks only). They are merged
+            into the returned student; the stages of `out` store them separately.
+        seed: determines every random number, together with the number of the update.
+        engine: precision, micro batch, compilation and logging interval (`log_every`).
+        device: where to train; if None, on an accelerator if one is available.
         out: a run folder as the command line writes it, with a log, checkpoints and the model of every stage. The same
-            call on it resumes; Ctrl-C saves the state first.
+            call resumes it; Ctrl-C saves the state first.
         evaluation: how the stages in `out` are measured; not at all if None.
         on_window: called with a stage's name and its `Window` of statistics at every `engine.log_every`th update.
-        on_stage: called with a stage's name and its model when the stage is complete: evaluate it there.
+        on_stage: called with a stage's name and its model when the stage is complete, for example to evaluate it.
         progress: show progress bars, if stderr is a terminal.
 
     Returns:
-        The last student as a `Model`, which `save` takes; a denoiser of one's own class if the teacher is one.
+        The last student as a `Model`, which `save` accepts, or as a custom denoiser if the teacher is one.
 
     Raises:
-        ValueError: if `start` cannot be halved to `to`, the data cannot be used, an argument is of another kind, or
+        ValueError: if `start` cannot be halved to `to`, the data cannot be used, an argument has the wrong type, or
             settings contradict each other.
-        DifferentRecipe: a ValueError, if `out` holds a run of another call.
+        DifferentRecipe: a ValueError, if `out` contains the run of a different call.
         NonFinite: if training diverged.
     """
     _check_plan_arguments(
@@ -233,11 +233,9 @@ def distill(
     after = finish if isinstance(finish, Plan) else Plan.finishes(finish)
     chain = course(known, wanted, halvings, lora_rank, after)
     if null is not None and all(stage.objective.guidance is None for stage in chain.stages):
-        raise ValueError("null stands for no condition, which only guidance needs. Pass guidance, or leave null out")
+        raise ValueError("null, the null condition, has no effect without guidance. Pass guidance, or remove null")
     if matching is not None and chain.stages[0].objective.outcome.role is not Role.MATCHED:
-        raise ValueError(
-            "matching has no effect without prediction, process, guidance or a Clipped teacher. Leave it out"
-        )
+        raise ValueError("matching has no effect without prediction, process, guidance or a Clipped teacher. Remove it")
     _check_trainable(current)
     held_null = {name: torch.as_tensor(value) for name, value in held_null.items()}
     like = teacher if isinstance(teacher, Model) else None
@@ -275,7 +273,7 @@ def distill(
             trained = Chain(call, used, current, Outcome(known.role, known.num_steps), held_null, like)
             call.watch(trained.run(chain, lora_rank), trained.model_of)
     finally:
-        # The stages run a teacher in evaluation mode, frozen and on their device; it is restored, also if one diverged.
+        # Stages freeze the teacher, set evaluation mode and move it to their device: undo that, even after an error.
         current.train(was_training)
         for parameter, needed in zip(current.parameters(), frozen, strict=True):
             parameter.requires_grad_(needed)
@@ -296,11 +294,11 @@ def _check_plan_arguments(
     teacher_sampler: Any,
     lora_rank: Any,
 ) -> None:
-    """Raise ValueError if an argument of `distill` is of another kind."""
+    """Raise ValueError if an argument of `distill` has the wrong type."""
     check_whole("to", to)
     check_whole("start", to if start is None else start)
     if isinstance(finish, str) or not isinstance(finish, Plan | Sequence):
-        raise ValueError(f"finish must be the steps of students, got {finish!r}. Pass a list: finish=[2, 1]")
+        raise ValueError(f"finish must be a list of step counts, got {finish!r}. Pass, for example, finish=[2, 1]")
     made = "halfstep.Training(num_updates=2000, learning_rate=2e-4)"
     kinds: list[tuple[str, Any, type, str]] = [
         ("training", training, Training, made),
@@ -318,16 +316,16 @@ def _check_plan_arguments(
 
 
 def _check_data(model: Model, data: Data | StreamedBatches) -> None:
-    """Raise ValueError unless the model makes samples as these and is told what they hold."""
+    """Raise ValueError unless the data have the shape of the model's samples and all of its conditions."""
     if data.shape != model.shape:
         raise ValueError(
-            f"the teacher makes samples of shape {list(model.shape)}, but the data have {list(data.shape)}. Pass the "
+            f"the teacher has samples of shape {list(model.shape)}, but the data have {list(data.shape)}. Pass the "
             "data that it was trained on"
         )
     held = set(conditions_of(data)) | ({CLASSES} if isinstance(data, Data) and data.num_classes else set())
     needed = set(model.manifest.conditions) | ({CLASSES} if model.num_classes else set())
     if missing := sorted(needed - held):
         raise ValueError(
-            f"the teacher is conditioned on {missing[0]}, which the data do not hold. Pass "
+            f"the teacher is conditioned on {missing[0]}, which the data do not contain. Pass "
             f"(x0, {{{missing[0]!r}: tensor}})"
         )

@@ -1,4 +1,4 @@
-"""Events of a run, for its displays."""
+"""Events of a run, for displaying its progress."""
 
 from dataclasses import dataclass
 from typing import final
@@ -19,9 +19,9 @@ class StageStart(Event):
     index: int
     stage: Stage
     resumed_at: int
-    """Updates that a checkpoint brought; 0 for a fresh start."""
+    """Update of the checkpoint that the stage resumed from; 0 for a fresh start."""
     seconds: float
-    """Training time of the stage until then."""
+    """Training time of the stage up to that update."""
 
 
 @final
@@ -44,7 +44,7 @@ class StageEnd(Event):
 @final
 @dataclass(frozen=True)
 class Measuring(Event):
-    """The next figures of a stage are being made."""
+    """The next measurement of a stage has begun."""
 
     name: str
     what: str
@@ -62,7 +62,7 @@ class Measured(Event):
     num_left: int = 0
     """Further results of the stage."""
     seconds: float = 0.0
-    """Wall time of drawing and measuring, since the first of them."""
+    """Wall time of sampling and measuring since the first result."""
 
 
 @final

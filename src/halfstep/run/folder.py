@@ -1,4 +1,4 @@
-"""A run's own folder: taken, compared with the recipe, begun."""
+"""Opening a run folder: compare it with the recipe, lock it and write recipe.json."""
 
 import contextlib
 import warnings
@@ -21,11 +21,11 @@ from halfstep.runtime.files import DamagedFile, InUse, json_digest, leftovers, r
 
 
 class DifferentRecipe(ValueError):
-    """The folder holds a run of another recipe; the message shows the difference."""
+    """The folder contains a run of a different recipe; the message shows the differences."""
 
 
 def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested data under dotted names."""
+    """Flatten nested data to dotted names."""
     flat: dict[str, Any] = {}
     for key, value in data.items():
         if isinstance(value, Mapping) and value:
@@ -44,7 +44,7 @@ def differences(
     """Return the fields in which two recipes differ, as "name: new value (the folder has old value)".
 
     Args:
-        defaults: of fields that the old one need not have.
+        defaults: values of fields that the old recipe may not have.
     """
     b = flatten(new)
     a = {name: value for name, value in flatten(defaults or {}).items() if name in b} | flatten(old)
@@ -56,7 +56,7 @@ def differences(
 
 
 def identity(spec: RunSpec) -> str:
-    """Return the digest of everything that decides what a run learns: its recipe without free fields, and its data."""
+    """Return the digest of all that determines what a run learns: its recipe without free fields, and its data."""
     fields = flatten(spec.defaults) | flatten(spec.recipe)
     ignored = (*spec.free, *(() if fields.get("finish.steps") else (name for name in fields if _finishes(name))))
     decided = {name: value for name, value in fields.items() if name not in ignored}
@@ -64,7 +64,7 @@ def identity(spec: RunSpec) -> str:
 
 
 def take_folder(spec: RunSpec, folder: RunFolder, lock: FileLock) -> tuple[str, str]:
-    """Lock the run's folder after checking that it is this run's; return `run` of recipe.json, and of the data."""
+    """Check that the folder belongs to the run and lock it; return recipe.json's `run` and the data's fingerprint."""
     path = folder.path
     _check_folder(spec, folder)
     chosen_trackers(spec.engine.trackers)
@@ -72,7 +72,7 @@ def take_folder(spec: RunSpec, folder: RunFolder, lock: FileLock) -> tuple[str, 
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise InUse(f"{path} is being written by another halfstep process: wait for it, or choose --out") from None
+        raise InUse(f"{path} is being written by another halfstep process: wait, or choose another --out") from None
     sweep(path, *path.glob("stages/*"), *path.glob("stages/*/samples"))
     if (evaluation := path / "evaluation").is_dir():
         # Files that `halfstep evaluate` is writing are not leftovers.
@@ -91,13 +91,13 @@ def take_folder(spec: RunSpec, folder: RunFolder, lock: FileLock) -> tuple[str, 
     held = folder.recipe()
     if more := [row["stage"] for row in held["plan"][len(spec.stages) :]]:
         warnings.warn(
-            f"{path} holds further stages ({', '.join(more)}), which this run leaves as they are",
+            f"{path} contains further stages ({', '.join(more)}), which this run does not change",
             HalfstepWarning,
             stacklevel=2,
         )
         finishes = {name: value for name, value in held["recipe"].items() if name == "finish"}
         described |= {"recipe": described["recipe"] | finishes, "plan": held["plan"]}
-    # How the models are measured now, and where the data lie now, is what `evaluate` and the report read later.
+    # `evaluate` and the report later read the current evaluation settings and the current path of the data here.
     now, old = flatten(dict(spec.recipe)), flatten(held["recipe"])
     moved = any(now[name] != old.get(name) for name in now if name.startswith(("evaluation.", "data.")))
     if moved or len(held["plan"]) < len(spec.stages) or held.get("data_fingerprint") != spec.data.fingerprint:
@@ -112,7 +112,7 @@ def _check_folder(spec: RunSpec, folder: RunFolder) -> None:
         changed = differences(held["recipe"], spec.recipe, free, spec.defaults)
         if changed:
             raise DifferentRecipe(
-                f"{folder.path} holds a run of a different recipe; choose another --out. Different: "
+                f"{folder.path} contains a run of a different recipe; choose another --out. Different: "
                 + "; ".join(changed[:8])
                 + (f"; and {len(changed) - 8} more" if len(changed) > 8 else "")
             )
@@ -123,11 +123,11 @@ def _check_folder(spec: RunSpec, folder: RunFolder) -> None:
     elif folder.path.is_dir() and any(not _is_ours(entry) for entry in folder.path.iterdir()):
         before_finishing = replace(spec, recipe={n: v for n, v in spec.recipe.items() if n != "finish"})
         if _held_by(folder) not in (identity(spec), identity(before_finishing)):
-            raise ValueError(f"{folder.path} is not empty and holds no run (no recipe.json): choose another --out")
+            raise ValueError(f"{folder.path} is not empty and not a run folder (no recipe.json): choose another --out")
 
 
 def _held_by(folder: RunFolder) -> str | None:
-    """Return the run of the stages and checkpoints of a folder whose recipe.json is gone; None if it is not one."""
+    """Return the run of all stages and checkpoints in a folder without recipe.json; None if it is not a single one."""
     found = set()
     for file in (*folder.path.glob("stages/*/manifest.json"), *folder.path.glob("stages/*/checkpoint-*/manifest.json")):
         with contextlib.suppress(DamagedFile):
@@ -139,13 +139,13 @@ def _accept(spec: RunSpec, folder: RunFolder, held: Mapping[str, Any]) -> None:
     """Warn that the run's data have changed.
 
     Raises:
-        DifferentRecipe: unless the recipe accepts that, and samples have the shape and the classes that they had.
+        DifferentRecipe: unless the recipe accepts that, and the shape and the classes of the data are unchanged.
     """
     before, now = held.get("data"), _form(spec)
     changed = changed_since(spec.data.source, folder.recipe_path.stat().st_mtime)
     files = "file" if len(changed) == 1 else "files"
     said = [f"{len(changed):,} changed {files}: {', '.join(map(str, changed[:3]))}"] if changed else []
-    # None where the caller, such as halfstep.fit, has no such setting.
+    # None if the caller, such as halfstep.fit, has no such setting.
     accepts = dict(spec.recipe.get("data") or {}).get("accept_changed")
     fits = isinstance(before, dict) and all(before.get(name) == now[name] for name in ("shape", "class_names"))
     fits = fits and accepts is not None
@@ -156,14 +156,14 @@ def _accept(spec: RunSpec, folder: RunFolder, held: Mapping[str, Any]) -> None:
     if fits and accepts:
         warnings.warn(f"{folder.path} resumes on changed data: {what}", HalfstepWarning, stacklevel=2)
         return
-    remedy = "put the old data back, choose another --out" + (
+    remedy = "restore the old data, choose another --out" + (
         ", or add --data.accept-changed to resume with the data as they are now" if fits else ""
     )
-    raise DifferentRecipe(f"{folder.path} holds a run on other data: {what}; {remedy}")
+    raise DifferentRecipe(f"{folder.path} contains a run on other data: {what}; {remedy}")
 
 
 def _form(spec: RunSpec) -> dict[str, Any]:
-    """Return what recipe.json holds of the data."""
+    """Return the description of the data for recipe.json."""
     return {
         "num_samples": len(spec.data),
         "shape": list(spec.data.shape),
@@ -172,9 +172,9 @@ def _form(spec: RunSpec) -> dict[str, Any]:
 
 
 def _growing(spec: RunSpec, held: Mapping[str, Any]) -> list[str]:
-    """Return the fields that may differ because the recipe or the folder has further finishing stages at its end.
+    """Return the fields that may differ because the recipe or the folder has more finishing stages at its end.
 
-    All of them while one of the two has no such stage; later only the list, to which more are added at its end.
+    These are all finishing fields if one of the two has no such stage, otherwise only the list of steps.
     """
     new = flatten(spec.recipe)
     old = flatten(spec.defaults) | flatten(held["recipe"])
@@ -185,28 +185,28 @@ def _growing(spec: RunSpec, held: Mapping[str, Any]) -> list[str]:
 
 
 def _agree(one: Sequence[Any], other: Sequence[Any]) -> bool:
-    """Return whether one list continues the other, or both are equal."""
+    """Return whether one list is a prefix of the other."""
     shared = min(len(one), len(other))
     return list(one[:shared]) == list(other[:shared])
 
 
 def _finishes(field: str) -> bool:
-    """Return whether a field of a recipe is of its finishing stages."""
+    """Return whether a recipe field configures the finishing stages."""
     return field.startswith("finish.")
 
 
 def _is_ours(entry: Path) -> bool:
-    """Return whether a run that was killed before it wrote recipe.json leaves this entry of its folder."""
+    """Return whether a run that was killed before it wrote recipe.json can have left this entry."""
     return entry.name == ".lock" or entry in leftovers(entry.parent, "recipe.json")
 
 
 def _rows(spec: RunSpec) -> list[dict[str, Any]]:
-    """Return what recipe.json holds of the plan."""
+    """Return the rows of the plan for recipe.json."""
     return [_row(spec, name, stage) for name, stage in spec.stages]
 
 
 def _row(spec: RunSpec, name: str, stage: Stage | None) -> dict[str, Any]:
-    """Return what recipe.json holds of a stage before it is trained."""
+    """Return the row of a stage that is not trained yet, for recipe.json."""
     row: dict[str, float] = {"num_updates": 0, "update_cost": 0}
     known: Outcome | Model | None = spec.teacher
     if stage is not None:

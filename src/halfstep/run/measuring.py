@@ -1,4 +1,4 @@
-"""Measures the stages of a run: figures into metrics.json, samples to look at beside them, both from the store."""
+"""Measures the stages of a run: writes metrics.json and a few samples to look at, both from the store."""
 
 import functools
 import time
@@ -31,9 +31,9 @@ from halfstep.samplers import samplers
 
 @final
 class Measuring:
-    """Measures one stage after the other; students are compared with the first model from the same noise.
+    """Measures one stage after another, and compares students with the first model from the same noise.
 
-    The first model is compared at its finest: by the sampler and steps, among those measured, of most network calls.
+    That model is sampled at its finest: with the measured sampler and step count that take the most network calls.
     """
 
     def __init__(
@@ -50,10 +50,10 @@ class Measuring:
         place, size = folder.evaluation_path.parent, spec.evaluation.batch_size
         self.store = Store(place, batch_size=size, own_device=True, processes=processes, stop=stop)
         self._base: Cell | None = None
-        """The first model of the chain at its finest, with which all others are compared."""
+        """The first model of the chain at its finest, which all others are compared with."""
 
     def measured(self, folder: StageFolder, model: Model, updates_before: int) -> Iterator[Event]:
-        """Measure a stage, unless its figures exist; trackers log it at `updates_before` of the plan."""
+        """Measure a stage, unless its metrics exist; trackers log them at update `updates_before` of the plan."""
         methods = self._methods(model) if self.evaluation.enabled else []
         if not methods:
             return
@@ -63,7 +63,7 @@ class Measuring:
                 yield Notice(note)
         protocol = self._reference.protocol | {"device": str(self.device)}
         if self._base is None:
-            # Loaded again on demand: the device need not hold it beside every student.
+            # Reloaded on demand, so that it does not take device memory while students are measured.
             self._base = self._cell(model, finest(methods), folder.path)
 
         damage: list[str] = []
@@ -114,7 +114,7 @@ class Measuring:
         self.processes.on_main(write)
 
     def _methods(self, model: Model) -> list[Method]:
-        """Return how a model is sampled to be measured."""
+        """Return the methods by which a model is sampled to measure it."""
         own, start = model.sampler, self.spec.start_steps
         if model.num_steps is not None:
             return [Method(own, model.num_steps)]
@@ -127,7 +127,7 @@ class Measuring:
         return teacher_methods(own, numbers, self.evaluation)
 
     def _cell(self, model: Model, method: Method, path: Path | None = None) -> Cell:
-        """Return the cell of a model, which is loaded from `path` if that is given."""
+        """Return the cell of a model, which is loaded from `path` if given."""
         source = ModelSource(
             model.manifest,
             (lambda: model) if path is None else functools.partial(load, path, self.device, self.spec.own_network),
@@ -157,8 +157,8 @@ class Measuring:
     @functools.cached_property
     def _reference(self) -> Reference:
         remedy = (
-            "out of memory while the real data are measured: measure on the CPU (engine.cpu), or give another --out a "
-            "smaller evaluation.num_reference"
+            "out of memory while measuring the real data: measure on the CPU (engine.cpu), or choose another --out "
+            "with a smaller evaluation.num_reference"
         )
         with self.processes.at_once(self._stop), told_when_out_of_memory(remedy):
             features = [self.evaluation.features]

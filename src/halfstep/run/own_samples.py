@@ -1,4 +1,4 @@
-"""Training data where there is none: samples of the teacher itself."""
+"""Samples of the teacher as training data, for distillation without a data set."""
 
 from collections.abc import Callable
 from typing import Final
@@ -13,9 +13,9 @@ from halfstep.models.model import Model, samples_at_once
 from halfstep.samplers import Heun, Sampler, sample
 
 NUM_SAMPLES: Final = 4096
-"""Samples of a teacher that is distilled without data."""
+"""Number of samples from a teacher that is distilled without data."""
 NUM_STEPS: Final = 32
-"""Heun steps with which a teacher that takes any number is sampled: 63 calls, as good as 256 of DDIM's."""
+"""Heun steps for a teacher of any number of steps: 63 network calls, with the quality of 256 DDIM steps."""
 
 
 def samples_of(
@@ -27,23 +27,23 @@ def samples_of(
     sampler: Sampler | None = None,
     seed: int = 0,
 ) -> MemoryData:
-    """Sample training data from the teacher, for `distill` where there is no other.
+    """Sample training data from the teacher, for `distill` without other data.
 
-    It costs `num_samples` times the sampler's calls: 4,096 samples by 32 Heun steps are 258,048 forward passes, as many
-    as 400 finishing updates of 64 samples. No student can become better than these samples: what the teacher gets
-    wrong or leaves out they lack too, and few samples are memorised.
+    The cost is `num_samples` times the sampler's network calls: 4,096 samples with 32 Heun steps take 258,048 forward
+    passes, the same as 400 finishing updates of 64 samples. No student can be better than these samples: they have
+    the teacher's errors and gaps, and a small set is memorised.
 
     A class-conditional model samples its classes in turn, without guidance unless it has learned a scale. The noise
     streams differ from those of sample seeds, so evaluations never use the same noise.
 
     Args:
-        shape: of one sample; a loaded model's own if None.
-        num_steps: 32 if None; a student's own.
-        sampler: deterministic; Heun if None, a student's own.
-        seed: key of the noise.
+        shape: shape of one sample; a loaded model's own if None.
+        num_steps: sampler steps; if None, a student's own or 32.
+        sampler: deterministic sampler; if None, a student's own or Heun.
+        seed: seed of the noise.
 
     Raises:
-        ValueError: if the shape is not known, the sampler draws noise, or the model needs conditions other than
+        ValueError: if the shape is unknown, the sampler draws noise, or the model needs conditions other than
             classes.
     """
     model = teacher if isinstance(teacher, Model) else None
@@ -51,16 +51,16 @@ def samples_of(
         if model.manifest.conditions:
             names = ", ".join(model.manifest.conditions)
             raise ValueError(
-                f"the teacher needs {names}, which no sample can be drawn without. Pass data that holds it, such as a "
-                "folder of halfstep encode --prompts"
+                f"the teacher cannot be sampled without {names}. Pass data with these conditions, such as a folder "
+                "written by halfstep encode --prompts"
             )
         if shape not in (None, model.shape):
-            raise ValueError(f"the teacher's samples have the shape {list(model.shape)}, got {list(shape or ())}")
+            raise ValueError(f"the teacher's samples have shape {list(model.shape)}, got {list(shape or ())}")
         shape, num_steps = model.shape, num_steps or model.num_steps
         sampler = sampler or (model.sampler if model.num_steps else None)
     if shape is None:
         raise ValueError(
-            "the shape of a sample is not known. Pass data=samples_of(teacher, num_samples, shape), or data of your own"
+            "the shape of a sample is unknown. Pass data=samples_of(teacher, num_samples, shape), or your own data"
         )
     if num_samples < 1:
         raise ValueError(f"the number of samples must be at least 1, got {num_samples}")
@@ -94,12 +94,12 @@ def prompted_by(
     guidance_scale: float | None = None,
     seed: int = 0,
 ) -> Callable[[range, Cond], Tensor]:
-    """Return the map from places among `num_samples` and their conditions to the teacher's own samples, on the CPU.
+    """Return a function from indices below `num_samples` and their conditions to the teacher's samples on the CPU.
 
     Args:
-        num_steps: of Heun, 32 if None; a student's own.
-        guidance_scale: none if None.
-        seed: key of the noise.
+        num_steps: Heun steps; if None, a student's own or 32.
+        guidance_scale: None disables guidance.
+        seed: seed of the noise.
     """
     steps = num_steps or teacher.num_steps or NUM_STEPS
     method = teacher.sampler if teacher.num_steps else Heun()
@@ -116,5 +116,5 @@ def prompted_by(
 
 
 def _unguided(model: Model) -> float | None:
-    """Return the scale that disables guidance; None where the model has learned one or knows none."""
+    """Return the scale that disables guidance; None if the model has learned a scale or does not support guidance."""
     return 1.0 if model.null and model.guidance is None and not model.takes_scale else None

@@ -1,4 +1,4 @@
-"""Checks before training of everything that would otherwise fail after the teacher is trained."""
+"""Checks before training for everything that would otherwise fail only after the teacher is trained."""
 
 import torch
 
@@ -11,7 +11,7 @@ from halfstep.run.start import fresh_denoiser
 
 
 def preflight(spec: RunSpec) -> None:
-    """Make every student and helper of the plan without memory for its weights, and features of two samples.
+    """Build every student and helper of the plan without allocating weights, and compute features of two samples.
 
     Raises:
         ValueError: if the teacher's precision does not fit the settings, low-rank additions or a helper do not fit the
@@ -20,9 +20,9 @@ def preflight(spec: RunSpec) -> None:
     check_measurable(spec.data, spec.evaluation)
     if spec.teacher is not None and (lowered := precision_of(spec.teacher.denoiser.network)) != "float32":
         if spec.engine.sharding != "none":
-            raise ValueError(f"weights in {lowered} are not sharded. Remove --engine.sharding")
+            raise ValueError(f"weights in {lowered} cannot be sharded. Remove --engine.sharding")
         if spec.engine.teacher_precision != "float32":
-            raise ValueError(f"the teacher's weights are in {lowered} already. Remove --engine.teacher-precision")
+            raise ValueError(f"the teacher's weights are already in {lowered}. Remove --engine.teacher-precision")
         if spec.lora_rank is None:
             raise ValueError(f"the teacher's weights are frozen in {lowered}. Add --chain.lora-rank 16")
     if spec.teacher is None and spec.lora_rank is not None:

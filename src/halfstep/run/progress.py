@@ -1,4 +1,4 @@
-"""A progress bar for calls from Python: one line a stage, on a terminal only."""
+"""Progress bars for calls from Python: one line per stage, only on a terminal."""
 
 import contextlib
 import math
@@ -14,7 +14,7 @@ class Bars:
     """The bars of the stages.
 
     Args:
-        shown: where they are drawn; None for nowhere.
+        shown: display to draw them in; None draws nothing.
     """
 
     def __init__(self, shown: rich.Progress | None = None) -> None:
@@ -22,17 +22,17 @@ class Bars:
         self._tasks: dict[str, rich.TaskID] = {}
 
     def start(self, name: str, num_updates: int, done: int) -> None:
-        """Begin a stage's bar at `done` updates."""
+        """Start a stage's bar at `done` updates."""
         if self._shown is not None:
             self._tasks[name] = self._shown.add_task(name, total=num_updates, completed=done, loss="")
 
     def at(self, name: str, update: int, loss: float) -> None:
-        """Move it to `update`."""
+        """Move the bar to `update`."""
         if self._shown is not None:
             self._shown.update(self._tasks[name], completed=update, loss="" if math.isnan(loss) else f"loss {loss:.4g}")
 
     def end(self, name: str) -> None:
-        """Fill it, also if the stage ended early."""
+        """Fill the bar, even if the stage ended early."""
         if self._shown is not None and name in self._tasks:
             task = self._tasks[name]
             self._shown.update(task, total=self._shown.tasks[task].completed)
@@ -40,7 +40,7 @@ class Bars:
 
 @contextlib.contextmanager
 def bars(wanted: bool) -> Iterator[Bars]:
-    """Return bars that are drawn if they are wanted and stderr is a terminal."""
+    """Yield bars, which are drawn only if `wanted` and if stderr is a terminal."""
     console = Console(stderr=True)
     if not wanted or not console.is_terminal or console.is_dumb_terminal:
         yield Bars()

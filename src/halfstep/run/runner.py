@@ -1,7 +1,7 @@
-"""Runs a plan into a run folder, as a generator of events, so that the caller owns what is shown.
+"""Runs a plan in a run folder as a generator of events, so that the caller decides what to display.
 
-The same call on the same folder resumes: complete stages are read back, an unfinished one continues from its latest
-good checkpoint, and existing figures are not measured again.
+The same call on the same folder resumes: complete stages are loaded, an unfinished one continues from its latest good
+checkpoint, and existing metrics are not measured again.
 """
 
 import contextlib
@@ -44,22 +44,22 @@ from halfstep.train.window import Window
 
 
 def run(spec: RunSpec, path: Path, stop: StopSignal | None = None) -> Iterator[Event]:
-    """Train, halve and measure into the run folder `path`, or resume it.
+    """Run or resume a plan in the run folder `path`: train, halve and measure.
 
-    Each of several processes must call this and see the folder; only rank 0 writes.
+    With several processes, each must call this and have access to the folder; only rank 0 writes.
 
     Raises:
-        DifferentRecipe: if the folder holds a run of another recipe or other data; nothing is changed then.
-        DamagedFile: if a file of the run is altered or of another run or stage, and cannot be recreated.
-        ValueError: if the folder is not empty and no run.
+        DifferentRecipe: if the folder contains a run of a different recipe or of other data; nothing is changed.
+        DamagedFile: if a file is altered or belongs to another run or stage, and cannot be recreated.
+        ValueError: if the folder is neither empty nor a run folder.
         InUse: if another process is writing it.
-        NonFinite: if training diverged; the last checkpoint is kept, and what is known of the batch is in the stage's
-            non-finite.json.
+        NonFinite: if training diverged; the last checkpoint is kept, and the stage's non-finite.json describes the
+            batch.
         OutOfMemory: if an update or the sampling of an evaluation does not fit into memory.
         Interrupted: if `stop` was set; the state is saved.
-        NoStorage: if the disk is full or gone; the message names the last good checkpoint.
-        LostProcess: if another process of the run has gone; the message names the last good checkpoint.
-        FailedElsewhere: on the other processes, if the first had one of these errors.
+        NoStorage: if the disk is full or gone; the message gives the last good checkpoint.
+        LostProcess: if another process of the run is gone; the message gives the last good checkpoint.
+        FailedElsewhere: on the other ranks, if rank 0 had one of these errors.
     """
     folder = RunFolder(path)
     accelerator = make_accelerator(spec.engine.precision, spec.engine.cpu, spec.engine.timeout_minutes)
@@ -71,7 +71,7 @@ def run(spec: RunSpec, path: Path, stop: StopSignal | None = None) -> Iterator[E
         (odd,) = processes.agree(processes.index if spec.data.fingerprint != fingerprint else 0)
         if odd:
             raise ValueError(
-                f"process {odd} of the run sees other data under {spec.data.source} than the first: give all of them "
+                f"process {odd} of the run reads other data from {spec.data.source} than process 0: give all processes "
                 "the same files"
             )
         runner = _Runner(spec, folder, own, stop, accelerator, processes)
@@ -85,36 +85,34 @@ def run(spec: RunSpec, path: Path, stop: StopSignal | None = None) -> Iterator[E
         if not is_lost(error):
             raise
         reason = " ".join(str(error).split())[:160]
-        # Rank 0 may be pruning them meanwhile.
+        # Rank 0 may be pruning them at the same time.
         saved = (file for name, _ in reversed(spec.stages) for file in folder.stage(name).checkpoints())
         last = next(saved, None if runner is None else runner.last)
         raise LostProcess(
-            f"another process of this run has ended or does not answer, so this one stops; {last_good(last)}; start "
-            f"all of them again with the same command ({reason})"
+            f"another process of this run has ended or does not answer, so this one stops; {last_good(last)}; "
+            f"restart all processes with the same command ({reason})"
         ) from None
     finally:
         lock.release()
 
 
 STARVED: Final = 0.2
-"""Share of its time from which on a run is told that it waits for its data."""
+"""Share of its time spent waiting for data above which a run is warned."""
 
 STARVED_WINDOWS: Final = 3
-"""Lines of the log in a row that must say so: the first updates of a stage wait for a thread that has just begun."""
+"""Consecutive log lines above that share before the warning: the first updates of a stage wait for a new thread."""
 
 
 def _of_starving(progress: Progress, data: Data) -> Notice:
-    images = (
-        "store the images once at the size of --data.image-size, let them be held in memory (--data.max-bytes), or "
-    )
+    images = "store the images at the size of --data.image-size, keep them in memory (--data.max-bytes), or "
     return Notice(
-        f"{progress.name}: updates wait for their data {progress.window.data_share:.0%} of the time: "
+        f"{progress.name}: updates wait for data {progress.window.data_share:.0%} of the time: "
         f"{images if data.is_image else ''}give the run more CPU cores or a faster disk"
     )
 
 
 def _is_before(row: Mapping[str, Any], resumed: int) -> bool:
-    """Return whether a row of the log was written by the update `resumed`; a damaged row was not."""
+    """Return whether a log row is from update `resumed` or an earlier one; False for a damaged row."""
     update = row.get("update")
     return isinstance(update, int) and update <= resumed
 
@@ -173,7 +171,7 @@ class _Runner:
             self.processes.on_main(functools.partial(self._prune, done))
 
     def _loaded(self, folders: list[StageFolder]) -> list[Model]:
-        """Return the models of complete stages, each loaded once, and let go of all other models."""
+        """Return the models of complete stages, loading each once, and release all other models."""
         held = {folder.path: self._models[folder.path] for folder in folders if folder.path in self._models}
         self._models = held
         for folder in folders:
@@ -185,7 +183,7 @@ class _Runner:
         """Return whether a stage is "complete", "absent", or has "dropped" its weights."""
         self._still_there()
         if folder.is_complete() and not folder.manifest().weights_kept:
-            # It was measured and followed by another before its weights went.
+            # Its weights were removed only after it was measured and the next stage trained.
             drop_weights(folder)
             return "dropped"
         if folder.is_complete():
@@ -198,7 +196,7 @@ class _Runner:
                     raise ValueError(
                         f"{folder.path} must be trained, but the weights of {parent.name}, which it starts or learns "
                         "from, were not kept (chain.keep): start a new run, or remove the stages after the last one "
-                        "that has its weights"
+                        "that still has its weights"
                     )
             return "absent"
         return "complete"
@@ -210,20 +208,20 @@ class _Runner:
         changes: dict[str, Any] = {"run": self.own, "stage": folder.name, "start_steps": self.spec.start_steps}
         learned = [stage.objective.guidance for stage in self.spec.plan.stages if stage.objective.guidance is not None]
         if learned and teacher.guidance is None:
-            # So that the students are compared with what they learn: the guided teacher.
+            # Students learn from the guided teacher, so they are compared with it.
             changes["guidance_scale"] = learned[0].default_scale
         if teacher.num_classes:
             changes["classes_shown"] = self.spec.data.num_classes
             changes["class_names"] = self._class_names(teacher.manifest)
         denoiser = teacher.denoiser
         if isinstance(denoiser.network, LoRA):
-            # The weights that its additions belong to are in another run.
+            # The base weights of its LoRA are in another run.
             denoiser = NetworkDenoiser(merged(denoiser.network).eval(), denoiser.process, denoiser.prediction)
             changes |= {"network": describe_network(denoiser.network), "base": None}
         save_stage(folder, denoiser, teacher.manifest.model_copy(update=changes), teacher.null)
 
     def _prune(self, students: list[tuple[StageFolder, Stage | None]]) -> None:
-        """Remove the weights of students that have been measured and followed, and are not to be kept."""
+        """Remove the weights of measured students that are no longer needed, unless they are to be kept."""
         for folder, stage in students:
             if self.spec.keep is not None and stage is not None and stage.num_steps not in self.spec.keep:
                 drop_weights(folder)
@@ -231,20 +229,20 @@ class _Runner:
     def _trained(self, index: int, folder: StageFolder, stage: Stage, parents: list[Model]) -> Iterator[Event]:
         spec, notices = self.spec, list[str]()
         if spec.engine.sharding != "none":
-            # They have been measured on the device, which need not hold two whole networks.
+            # They were measured on the device, which may not have memory for two whole networks.
             parents = [parent.to("cpu") for parent in parents]
         start, teacher = parents or (None, None)
         with self.processes.at_once(self.stop):
             trainer = trainer_for(spec, stage, folder.name, start, self.accelerator, teacher)
-            # Their manifests are still needed. The networks in training are copies of them, or share their weights.
+            # Only their manifests are still needed: the networks in training are copies, or share their weights.
             if teacher is not None and spec.engine.teacher_precision != "float32":
-                # One copy of it teaches and another is trained (a LoRA holds what it shares): it would be a third.
+                # One copy of it teaches and another is trained (a LoRA keeps what it shares), so this would be a third.
                 teacher.to("meta")
                 self._models.clear()
             try:
                 held = resume(trainer, folder, self.own, notices.append)
             except OSError:
-                # If the disk returns no checkpoint, the message names the latest.
+                # If no checkpoint can be read from the disk, the message shows the latest.
                 self.last = next(iter(folder.checkpoints()), self.last)
                 raise
         yield from map(Notice, notices)
@@ -259,7 +257,7 @@ class _Runner:
                 refused = fit_micro_batch(trainer, micro_batch_of(held))
             if refused:
                 did_not = f"{' and '.join(map(str, refused))} did not fit into memory"
-                yield Notice(f"{folder.name}: micro batch {trainer.micro_batch}, for {did_not}")
+                yield Notice(f"{folder.name}: micro batch {trainer.micro_batch}, because {did_not}")
         writer = CheckpointWriter(folder, self.own, self.processes)
         writer.last = held
         try:
@@ -268,7 +266,7 @@ class _Runner:
             writer.close()
             self._keep_statistics(folder, error, writer.last or self.last)
         finally:
-            # Whatever ends the stage, nothing is written into the folder once its lock is given back.
+            # However the stage ends, nothing is written into the folder after its lock is released.
             writer.close()
             self.last = writer.last or self.last
         if trainer.update < stage.training.num_updates:
@@ -278,7 +276,7 @@ class _Runner:
             )
         denoiser = trainer.finish()
         assert isinstance(denoiser, NetworkDenoiser)
-        # accelerate keeps what it has prepared, which would be the networks and moments of all stages.
+        # accelerate keeps all that it has prepared, which would be the networks and optimizer moments of all stages.
         self.accelerator._models.clear()
         self.accelerator._optimizers.clear()
 
@@ -291,7 +289,7 @@ class _Runner:
         self.processes.on_main(write)
 
     def _updates(self, trainer: StageTrainer, writer: CheckpointWriter) -> Iterator[Event]:
-        """Train a stage to its end, with log lines and checkpoints on the way.
+        """Train a stage to its end, writing log lines and checkpoints.
 
         Raises:
             Interrupted: if `stop` was set; the state is saved.
@@ -314,7 +312,7 @@ class _Runner:
                     if starved == STARVED_WINDOWS and not isinstance(spec.data, MemoryData):
                         yield _of_starving(progress, spec.data)
             elif update % KEPT == 0:
-                # While the batch that broke it is still known.
+                # Check while the batch that caused a non-finite value is still kept.
                 trainer.check_finite()
             if due and not done:
                 trainer.pause(writer.save(trainer))
@@ -322,7 +320,7 @@ class _Runner:
                 saved = update
                 if stopping:
                     break
-        # A signal in the middle of an update ends the iteration too; a resumed run repeats that update.
+        # A signal during an update also ends the iteration; a resumed run repeats that update.
         if trainer.update < trainer.last_update:
             if trainer.update > logged:
                 yield self._logged(trainer)
@@ -340,19 +338,18 @@ class _Runner:
         return Progress(trainer.stream, trainer.last_update, window)
 
     def _still_there(self) -> None:
-        """Raise OSError if the run folder is gone: writing would recreate it where a vanished mount had been."""
+        """Raise OSError if the run folder is gone: a write would recreate it on the disk below a lost mount."""
         if not self.folder.recipe_path.exists():
             raise OSError(errno.ESTALE, "it is gone", str(self.folder.path))
 
     def _keep_statistics(self, folder: StageFolder, error: NonFinite, last: Path | None) -> NoReturn:
-        """Write what is known of the batch into the stage's folder, and raise with the last good state."""
+        """Write the statistics of the batch to the stage's folder, and raise the error with the last good state."""
         kept, file, statistics = "", _statistics_path(folder), error.statistics
         if statistics is not None:
             self.processes.on_main(lambda: write_json(file, dict(statistics)))
-            kept = f"; the batch's figures are in {file}"
+            kept = f"; the batch's statistics are in {file}"
         raise NonFinite(
-            f"{error}, and give another --out, for the same recipe would come to the same point{kept}; "
-            f"{last_good(last)}",
+            f"{error}, and choose another --out, because the same recipe would diverge again{kept}; {last_good(last)}",
             error.statistics,
         ) from None
 
@@ -368,13 +365,13 @@ class _Runner:
         }
         for name, helper in window.helpers.items():
             figures |= {f"{name}_loss": helper.loss, f"{name}_grad_norm": helper.grad_norm}
-        # A player without a turn in this window has no figures in it.
+        # A network without an update in this window has no statistics in it.
         figures = {name: value for name, value in figures.items() if math.isfinite(value)}
         self.log.append({"stage": stage, "update": window.update, **figures})
         self.trackers.log(stage, figures, self._updates_before + window.update)
 
     def _class_names(self, origin: Manifest | None) -> tuple[str, ...]:
-        """Return what the classes of a model stand for: as its parent says, or else as the data."""
+        """Return the class names of a model: its parent's, or the data's if the parent has none."""
         spec = self.spec
         if not spec.num_classes:
             return ()
@@ -393,7 +390,7 @@ class _Runner:
         origin = None if start is None else start.manifest
         base = None
         if origin is not None and isinstance(denoiser.network, LoRA):
-            # The additions are to the weights of its teacher, or of that one's own base.
+            # The base weights are those of the model that it started from, or of that model's own base.
             base = origin.base or origin.stage
         learned, outcome = stage.objective.guidance, stage.objective.outcome
         guidance = guidances.describe(learned) if learned is not None else origin.guidance if origin else None

@@ -24,14 +24,14 @@ CLASSES = "class_labels"
 
 @final
 class StreamedBatches:
-    """Batches of any size from an iterable, regrouped into those of the updates; it is restarted at its end.
+    """Batches of any size from an iterable, regrouped to the batch size of the updates; restarts it at its end.
 
-    Unlike all other data here, what an update sees is whatever comes next, not a function of the update's number. Each
-    of several processes must be given the same batches, of which it takes its own share.
+    Unlike with all other data, an update gets the next samples, which are not a function of the update's number. With
+    several processes, each must be given the same batches and takes its own share of them.
 
     Raises:
-        ValueError: if an item, of which the first is looked at here, is neither x0 nor (x0, cond), its parts differ in
-            length, or the iterable gives nothing (a generator gives nothing the second time).
+        ValueError: if an item (the first is checked here) is neither x0 nor (x0, cond), its parts differ in length, or
+            the iterable is empty (as a generator is the second time).
     """
 
     def __init__(self, batches: Iterable[Any]) -> None:
@@ -66,7 +66,7 @@ class StreamedBatches:
         return Batch(x0[mine], {name: value[mine] for name, value in cond.items()})
 
     def _next_update(self, wanted: int) -> Batch:
-        """The next batch of that size."""
+        """Return the next batch of `wanted` samples."""
         while sum(len(batch.x0) for batch in self._held) < wanted:
             self._held.append(self._next())
         names = list(self._held[0].cond)
@@ -84,15 +84,15 @@ class StreamedBatches:
                 item = next(self._iterator)
             except StopIteration:
                 raise ValueError(
-                    f"the batches ended after {self._seen} samples and cannot be begun again: pass a list, a "
-                    "DataLoader or another iterable that can, not a generator"
+                    f"the batches ended after {self._seen} samples and cannot be restarted: pass a list, a "
+                    "DataLoader or another restartable iterable, not a generator"
                 ) from None
         x0, cond = item if isinstance(item, tuple | list) and len(item) == 2 else (item, None)
         cond = {} if cond is None else cond
         if isinstance(cond, Tensor):
             raise ValueError(
-                "a batch's conditions must have names, got a tensor. Pass (x0, {'class_labels': labels}), as "
-                "((x, {'class_labels': y}) for x, y in loader) in a class with __iter__"
+                "a batch's conditions must have names, got a tensor. Pass (x0, {'class_labels': labels}), for example "
+                "((x, {'class_labels': y}) for x, y in loader) from the __iter__ of a class"
             )
         if isinstance(x0, np.ndarray):
             x0 = torch.from_numpy(x0)
@@ -103,7 +103,7 @@ class StreamedBatches:
             )
         if not x0.is_floating_point():
             raise ValueError(
-                f"a batch's x0 must be of floats, got {x0.dtype}: scale pixels to [-1, 1] (x / 127.5 - 1), or pass "
+                f"a batch's x0 must be floats, got {x0.dtype}: scale pixels to [-1, 1] (x / 127.5 - 1), or pass "
                 "them as one uint8 tensor [n, channels, height, width]"
             )
         x0 = x0.detach().float()
@@ -114,7 +114,7 @@ class StreamedBatches:
         if x0.ndim == 0 or len(x0) == 0 or any(len(value) != len(x0) for value in cond.values()):
             lengths = ", ".join(f"{name} of {len(value)}" for name, value in cond.items())
             raise ValueError(
-                f"the parts of a batch need one length above 0, got x0 of shape {list(x0.shape)}"
+                f"the parts of a batch must have the same length above 0, got x0 of shape {list(x0.shape)}"
                 + (f" and {lengths}" if lengths else "")
             )
         if self._held and set(cond) != set(self._held[0].cond):
@@ -123,7 +123,7 @@ class StreamedBatches:
             )
         if self._held and x0.shape[1:] != self._held[0].x0.shape[1:]:
             raise ValueError(
-                f"every batch needs samples of one shape, got {list(x0.shape[1:])} after "
+                f"every batch needs samples of the same shape, got {list(x0.shape[1:])} after "
                 f"{list(self._held[0].x0.shape[1:])}. Resize them"
             )
         self._seen += len(x0)
@@ -144,13 +144,13 @@ def in_memory(x0: Array, cond: Mapping[str, Array] | None = None) -> MemoryData:
     """Return samples and their conditions as data: floats of any kind as float32, uint8 as images.
 
     Raises:
-        ValueError: if samples are whole numbers, not finite or without an axis of their own, or a condition does not
-            have one row a sample.
+        ValueError: if samples are integers, not finite or lack an axis besides the batch, or a condition does not have
+            one row per sample.
     """
     if isinstance(x0, np.ndarray):
         if x0.dtype.kind not in "fiub":
             raise ValueError(f"samples must be numbers, got an array of {x0.dtype}. Pass floats [n, *dims]")
-        # Negative strides and foreign byte orders are not torch's.
+        # torch does not support negative strides or foreign byte orders.
         x0 = torch.from_numpy(np.ascontiguousarray(x0, dtype=x0.dtype.newbyteorder("=")))
     x0 = x0.detach().cpu()
     if x0.is_floating_point():
@@ -182,7 +182,7 @@ def in_memory(x0: Array, cond: Mapping[str, Array] | None = None) -> MemoryData:
 
 
 def as_source(data: Source | StreamedBatches) -> Data | StreamedBatches:
-    """Return what the user passes as data, opened and checked; warn if its scale is far from the noise's.
+    """Open and check the data that the user passes; warn if their scale is far from that of the noise.
 
     Raises:
         ValueError: if it cannot be used.
@@ -221,7 +221,7 @@ def _opened(data: Source | StreamedBatches) -> Data | StreamedBatches:
 
 
 def conditions_of(data: Data | StreamedBatches) -> dict[str, tuple[int, ...]]:
-    """Return the conditions of the data other than classes known by number, with their shapes for one sample."""
+    """Return the conditions of the data except integer class labels, with their shapes for one sample."""
     if isinstance(data, StreamedBatches):
         return data.conditions
     first = data.fetch(torch.zeros(1, dtype=torch.int64)).cond
@@ -230,7 +230,7 @@ def conditions_of(data: Data | StreamedBatches) -> dict[str, tuple[int, ...]]:
 
 
 def as_batches(data: Source | StreamedBatches, device: torch.device) -> tuple[Batches, int]:
-    """Return the batches of the data, and for how many updates to make them ahead."""
+    """Return the batches of the data, and how many updates ahead to prepare them."""
     held = _opened(data)
     if isinstance(held, StreamedBatches):
         return held, updates_ahead(device, reads_files=False)

@@ -19,7 +19,7 @@ from halfstep.objectives import Batch, Outcome, Parents, Plan, Stage, parents_of
 from halfstep.train.settings import IDLE, Engine
 
 GIVEN_TEACHER: Final = "00-teacher"
-"""Stage of a teacher that was given."""
+"""Name of the stage of a given teacher."""
 FREE_SETTINGS: Final = (
     *(f"evaluation.{setting.name}" for setting in fields(Evaluation)),
     *(f"engine.{name}" for name in IDLE),
@@ -30,43 +30,43 @@ FREE_SETTINGS: Final = (
 @final
 @dataclass(frozen=True)
 class RunSpec:
-    """Everything that a run needs, as objects. Recipes make it."""
+    """Everything that a run needs, as objects; built from a recipe or a Python call."""
 
     recipe: Mapping[str, Any]
-    """The recipe as data: what recipe.json holds, and what decides whether a folder is of this run."""
+    """The recipe as data: stored in recipe.json, and compared to decide whether a folder belongs to this run."""
     plan: Plan
     data: Data
     process: NoiseProcess
     prediction: Prediction
     network: Callable[[], nn.Module] | None = None
-    """Makes a fresh network for the first stage; not called when there is a `teacher`."""
+    """Builds an untrained network for the first stage; not called if `teacher` is given."""
     teacher: Model | None = None
     """The model to start the chain from, instead of a first stage."""
     own_network: nn.Module | None = None
-    """Network of the user's own class, which no manifest can build: each model gets a copy."""
+    """Network of the user's own class, which a manifest cannot rebuild: each model gets a copy."""
     own_conditions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """Conditions other than the class, with their shapes for one sample, of a plan that begins without a teacher."""
+    """Conditions other than the class, with their shapes for one sample, if the plan starts without a teacher."""
     start_steps: int | None = None
     """Steps of the first teacher of the chain."""
     conditional: bool = True
-    """Whether models are conditioned on the class, where the data has classes."""
+    """Whether models are conditioned on the class, if the data has classes."""
     flip: bool = False
     clip: bool = False
     seed: int = 0
     lora_rank: int | None = None
-    """Rank of the additions that students are; None for students that are trained whole."""
+    """LoRA rank of the students; None trains whole students."""
     engine: Engine = Engine()
     """How the run uses the machine."""
     keep: tuple[int, ...] | None = None
-    """Students, by their steps, whose weights stay on disk; None for all. The first model of the chain and the last
-    always stay."""
+    """Step counts of the students to keep on disk; None for all. The first and the last model of the chain are always
+    kept."""
     evaluation: Evaluation = field(default_factory=lambda: Evaluation(enabled=False))
     cache: Path | None = None
-    """Where the feature classifier's weights are kept."""
+    """Folder for the feature classifier's weights."""
     free: tuple[str, ...] = ()
     """Dotted names of recipe fields that may change when a run resumes."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """Recipe fields with their defaults: the values that a recipe written before a field existed has."""
+    """Recipe fields with their defaults, which also apply to recipes written before a field existed."""
 
     @property
     def stages(self) -> list[tuple[str, Stage | None]]:
@@ -76,7 +76,7 @@ class RunSpec:
 
     @property
     def parents(self) -> list[Parents | None]:
-        """Return the parents of each of `stages`, as places among them; None for the first.
+        """Return the parents of each of `stages`, as indices into them; None for the first.
 
         Raises:
             ValueError: if a stage needs a model that does not precede it.
@@ -106,7 +106,7 @@ class RunSpec:
         return self.own_conditions if self.teacher is None else self.teacher.manifest.conditions
 
     def batches(self, device: torch.device) -> Batches:
-        """Return the training batches, with the data held on the device if it is small."""
+        """Return the training batches, with the data kept on the device if it is small."""
         data = held_on(device, self.data)
         shown = ({"class_labels"} if self.conditional else set()) | set(self.conditions)
 

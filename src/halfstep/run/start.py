@@ -1,4 +1,4 @@
-"""The trainer of a stage, made from its parent."""
+"""Builds the trainer of a stage from its parent models."""
 
 import torch
 from accelerate import Accelerator
@@ -16,13 +16,13 @@ from halfstep.train.engine import StageTrainer
 
 
 def fresh_denoiser(spec: RunSpec) -> NetworkDenoiser:
-    """Return the run's untrained denoiser: its weights are a function of the seed.
+    """Return the run's untrained denoiser, with weights that depend only on the seed.
 
     Raises:
         ValueError: if the spec has no network.
     """
     if spec.network is None:
-        raise ValueError("the plan's first stage needs a network or a teacher, and there is neither")
+        raise ValueError("the plan's first stage needs a network or a teacher. Pass one of them")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator_for(spec.seed, "weights").initial_seed())
         network = spec.network()
@@ -37,10 +37,10 @@ def trainer_for(
     accelerator: Accelerator,
     teacher: Model | None = None,
 ) -> StageTrainer:
-    """Return the trainer of a stage: of a fresh network, or of a student.
+    """Return the trainer of a stage, for an untrained network or a student.
 
     Args:
-        start: the model whose weights the student starts with; None for a fresh network.
+        start: the model that the student is initialised from; None for an untrained network.
         teacher: the model that it learns from; `start` if None.
     """
     student: Denoiser

@@ -1,6 +1,6 @@
-"""The log and the pictures of a run in TensorBoard, Weights & Biases or Trackio, through accelerate's trackers.
+"""Logs a run and its images to TensorBoard, Weights & Biases or Trackio, through accelerate's trackers.
 
-Their one axis counts the updates of the whole plan. Names are those of the stages: "01-halve-0512/loss".
+Steps count the updates of the whole plan. Names start with the stage: "01-halve-0512/loss".
 """
 
 import re
@@ -23,7 +23,7 @@ from halfstep.train.settings import Tracker
 
 
 def chosen_trackers(names: Sequence[str] | None) -> tuple[str, ...]:
-    """Return the trackers of these names, without repetition; for None, TensorBoard where it is installed.
+    """Return the names of the trackers without duplicates; for None, TensorBoard if it is installed.
 
     Raises:
         ValueError: if one is unknown or its package is missing.
@@ -34,7 +34,7 @@ def chosen_trackers(names: Sequence[str] | None) -> tuple[str, ...]:
     for name in names:
         if name not in known:
             raise ValueError(f"unknown tracker {name!r} (known: {', '.join(known)})")
-        # Trackers are called like their packages, and like halfstep's extras.
+        # Trackers have the same names as their packages and as halfstep's extras.
         if find_spec(name) is None:
             raise ValueError(f"the tracker {name} needs the package {name}: pip install 'halfstep[{name}]'")
     return tuple(dict.fromkeys(names))
@@ -44,7 +44,7 @@ def chosen_trackers(names: Sequence[str] | None) -> tuple[str, ...]:
 class Trackers:
     """The trackers of a run, by the names that `chosen_trackers` returns.
 
-    Each writes into a folder of its own name in the run's `folder`, and keeps the `recipe` as the run's settings.
+    Each writes into a subfolder of `folder` under its own name, and stores the `recipe` as the run's settings.
     """
 
     def __init__(self, names: Sequence[str], folder: Path, name: str, recipe: Mapping[str, Any]) -> None:
@@ -78,10 +78,10 @@ class Trackers:
                     tracker.start()
             except (Interrupted, OSError):
                 raise
-            except Exception as error:  # each library has errors of its own
+            except Exception as error:  # each library has its own errors
                 remedy = "run `wandb login`, or set WANDB_MODE=offline" if name == "wandb" else "choose another --out"
                 raise ValueError(
-                    f"the tracker {name} cannot write into {self._folder} ({first_line(error)}). Leave it out of "
+                    f"the tracker {name} cannot write into {self._folder} ({first_line(error)}). Remove it from "
                     f"--engine.trackers, or {remedy}"
                 ) from None
             if isinstance(tracker, WandBTracker):
@@ -89,7 +89,7 @@ class Trackers:
             self._started.append(tracker)
 
     def _identity(self) -> str:
-        """Return the run's unique id, drawn once and kept in its folder."""
+        """Return the run's unique id, which is generated once and stored in its folder."""
         file = self._folder / "tracking-id"
         held = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
         if not re.fullmatch("[0-9a-f]{12}", held):
@@ -102,13 +102,13 @@ class Trackers:
         named = {f"{stage}/{key}": value for key, value in values.items()}
         for tracker in self._started:
             if isinstance(tracker, WandBTracker):
-                # Weights & Biases ignores a step that comes again, so the update is a number beside the others.
+                # Weights & Biases ignores repeated steps, so the update is logged as a value of its own.
                 tracker.log(named | {"update": step})
             else:
                 tracker.log(named, step=step)
 
     def picture(self, stage: str, name: str, file: Path, step: int) -> None:
-        """Log a picture of a stage, from its file; Trackio takes none."""
+        """Log an image file of a stage, except to Trackio, which does not support images."""
         for tracker in self._started:
             if isinstance(tracker, TrackioTracker):
                 continue
@@ -118,12 +118,12 @@ class Trackers:
             tracker.log_images({f"{stage}/{name}": pixels}, step=at, **shape)
 
     def finish(self) -> None:
-        """End the trackers that were started."""
+        """Finish the started trackers."""
         while self._started:
             tracker = self._started.pop()
             with redirect_stdout(StringIO()):
                 tracker.finish()
                 if isinstance(tracker, TrackioTracker):
-                    # Otherwise it would end the run again, and say so, when Python ends.
+                    # Otherwise it would finish the run again, with a message, when Python exits.
                     with suppress(RuntimeError):
                         import_module("trackio").finish()

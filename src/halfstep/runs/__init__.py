@@ -3,23 +3,23 @@
 RUN/
   recipe.json                 {"run": digest of recipe and data, "recipe": ..., "plan": [`PlannedStage`, ...],
                               "environment": ...}
-  heartbeat.json              `Heartbeat`: whether a process is at work on the run, or how the last one ended
-  log.jsonl                   one row a log interval, flat keys (`LogRow`)
-  tracking-id                 the run's name at Weights & Biases and Trackio, where they are told of it
+  heartbeat.json              `Heartbeat`: whether a process is working on the run, or how the last one ended
+  log.jsonl                   one row per log interval, with flat keys
+  tracking-id                 the run's id at Weights & Biases and Trackio, if they are used
   stages/00-denoise/ 01-halve-0128/ ...
       model.safetensors
-      manifest.json           `Manifest`; its presence says that the stage is complete
+      manifest.json           `Manifest`; its presence marks the stage as complete
       metrics.json            `Metrics`
-      samples/steps-0008.npz  arr_0: the first samples at 8 steps, the same seeds in every stage; .png beside it;
-                              steps-0032-heun.npz by another sampler than the model's own
+      samples/steps-0008.npz  arr_0: the first samples at 8 steps, the same seeds in every stage; .png next to it;
+                              steps-0032-heun.npz if the sampler is not the model's own
       checkpoint-00000400/    state of an unfinished stage; manifest.json with a sha256 of each file
-      non-finite.json         of a stage that diverged: what is known of the batch
+      non-finite.json         of a stage that diverged: statistics of the batch
   report/index.html           and nearest.npz, the training samples nearest to some samples
-  evaluation/evaluation.json  `EvaluationResult`, and the cells that it is made of (`evaluation.py`)
+  evaluation/evaluation.json  `EvaluationResult`, and the cells that it was computed from (`evaluation.py`)
 
-recipe.json, manifests, metrics.json, evaluation.json, cell.json and figures are sealed (`files.write_sealed`): what is
-verified includes what says how to read it. Manifests and metrics.json name their stage and run, which every reader
-compares with the folder in which they lie. heartbeat.json and log.jsonl decide nothing but what is shown.
+recipe.json, manifests, metrics.json, evaluation.json, cell.json and figures are sealed (`files.write_sealed`), so their
+own content is verified too. Manifests and metrics.json contain their stage and run, which every reader compares with
+the folder that they are in. heartbeat.json and log.jsonl only affect what is displayed.
 """
 
 from halfstep.runs.best import Best, teacher_best

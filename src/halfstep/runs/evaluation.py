@@ -1,9 +1,9 @@
-"""evaluation/evaluation.json: what `halfstep evaluate` found, one table for each protocol.
+"""evaluation/evaluation.json: the results of `halfstep evaluate`, one table per protocol.
 
-Figures of different protocols (extractor, reference, counts, seeds) are never comparable, so they never share a table.
+Results of different protocols (extractor, reference, counts, seeds) are not comparable, so they never share a table.
 
-It is written again after every cell, so an interrupted one shows what exists. evaluation.md, .csv and .svg hold the
-same for readers; cells/ and figures/ beside it are the store (`measure/store.py`).
+It is rewritten after every cell, so an interrupted evaluation shows what exists. evaluation.md, .csv and .svg present
+the same results to readers; cells/ and figures/ next to it are the store (`measure/store.py`).
 """
 
 from typing import Any, Literal
@@ -15,23 +15,23 @@ EVALUATION_FORMAT = 1
 
 
 class Record(BaseModel):
-    """Data of a JSON file, without unknown names."""
+    """Data of a JSON file; unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Figure(Record):
-    """One figure over all sets of seeds."""
+    """The value of one metric over all sets of seeds."""
 
     mean: float
     spread: float | None = None
     """Standard deviation over the sets of seeds (n - 1); None for one set."""
     values: list[float]
-    """One for each set of seeds, in the order of `Protocol.seeds`, as far as they were measured."""
+    """One value per set of seeds measured so far, in the order of `Protocol.seeds`."""
 
 
 class MetricInfo(Record):
-    """A metric as a reader meets it: the heading of its column and its meaning in a sentence."""
+    """How a metric is presented: the heading of its column and its meaning in one sentence."""
 
     label: str
     better: Literal["lower", "higher"]
@@ -45,7 +45,7 @@ class Series(Record):
     """`student`, `teacher-ddim`, `teacher-ancestral`, `teacher-heun`, ...; `samples` for a folder of images."""
     label: str
     role: Literal["student", "teacher", "other"]
-    """`teacher`: the undistilled model with the sampler named; `other`: a single foreign model or a folder."""
+    """`teacher`: the undistilled model with the given sampler; `other`: a single model from elsewhere, or a folder."""
     sampler: str | None = None
     """None for a folder of images."""
     gamma: float | None = None
@@ -53,16 +53,16 @@ class Series(Record):
 
 
 class Protocol(Record):
-    """How the figures of one table were made."""
+    """How the metrics of one table were measured."""
 
     kind: Literal["sets", "same_noise"]
-    """`sets`: samples against real data, in features. `same_noise`: each against the teacher's from its noise."""
+    """`sets`: samples against real data, in features. `same_noise`: each against the teacher's from the same noise."""
     extractor: str
     """`pixels`, `classifier-1-<data>`, `resnet20-cifar10-<weights>`, ...: equal names mean comparable features."""
     extractor_facts: dict[str, Any]
-    """Dimension of the features, sha256 of the weights, accuracy, as far as known."""
+    """Dimension of the features, sha256 of the weights and accuracy, if known."""
     resize: str
-    """How samples are brought to the extractor's size."""
+    """How samples are resized for the extractor."""
     reference: str
     """Real data, or the teacher with its sampler and steps."""
     reference_split: str | None
@@ -78,7 +78,7 @@ class Protocol(Record):
     images: str
     """`rounded to uint8` or `as they are`."""
     guidance_scale: float | None = None
-    """None for each model's own."""
+    """None uses each model's own scale."""
     precision: str = "float32"
     """Precision of the networks while sampling."""
 
@@ -91,19 +91,19 @@ class Row(Record):
     num_steps: int | None
     """None for a folder of images."""
     num_evals: int | None
-    """Network calls for a sample."""
+    """Network calls per sample."""
     stage: str | None
     """Name of the stage's folder; None outside a run."""
     gamma: float | None = None
-    """Gamma of ancestral sampling at this row, where it was searched for; `Series.gamma` is None then."""
+    """Gamma of ancestral sampling in this row if it was tuned; `Series.gamma` is None then."""
     seconds_per_1000: float | None
     """Wall time for 1,000 samples, the mean over the sets of seeds."""
     figures: dict[str, Figure]
-    """By the metric's name; a metric that could not be measured is absent, and a notice says why."""
+    """Results by metric name. A metric that could not be measured is absent, and a notice says why."""
 
 
 class Halves(Record):
-    """The real data against itself: a distance that means nothing."""
+    """One half of the real data against the other: smaller distances are not meaningful."""
 
     num_each: int
     """Samples in each of two disjoint halves: fewer than in a row, so its Frechet distance is biased upwards more."""
@@ -117,7 +117,7 @@ class EvaluationTable(Record):
     rows: list[Row]
     """Students first, then the teacher's series; each from most steps to fewest."""
     halves: Halves | None = None
-    """None for `same_noise`, or where the reference is too small."""
+    """None for `same_noise`, or if the reference is too small."""
 
 
 class EvaluationResult(Record):
@@ -132,12 +132,12 @@ class EvaluationResult(Record):
     complete: bool
     """Whether every requested cell was measured; False while it runs, or if it was interrupted."""
     metrics: dict[str, MetricInfo]
-    """All metrics that a row may hold, in the order in which they are shown."""
+    """All metrics that a row may contain, in the order in which they are shown."""
     series: list[Series]
     tables: list[EvaluationTable]
-    """Those of `sets` first, in the order of the extractors asked for, then `same_noise`."""
+    """Tables of `sets` first, in the order of the requested extractors, then `same_noise`."""
     notices: list[str]
-    """Notices, one sentence each: damaged stages that were left out, small-sample bias, ..."""
+    """Notices, one sentence each: skipped damaged stages, small-sample bias, ..."""
     environment: dict[str, Any]
     """Versions, commit, machine, command line."""
     seconds: float

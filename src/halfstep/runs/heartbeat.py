@@ -1,7 +1,7 @@
-"""Signs of life of the process that writes a run, for readers in other shells and on other machines.
+"""Heartbeat of the process that writes a run, for readers in other shells and on other machines.
 
-A file lock would not do: a reader that tries it may take it from a run that is starting, and shared disks may not
-support it. A small file that is written every few seconds can be read by anyone.
+A file lock would not work: a reader that tests it may take it from a run that is starting, and shared disks may not
+support locks. A small file that is rewritten every few seconds can be read by anyone.
 """
 
 import contextlib
@@ -17,13 +17,13 @@ from typing import Final, Self, final
 from halfstep.runtime.files import DamagedFile, write_json
 
 SECONDS: Final = 5.0
-"""Time between two signs of life."""
+"""Time between two heartbeats."""
 SILENT_SECONDS: Final = 60.0
-"""Time without a sign of life after which a process counts as gone if it runs on another machine."""
+"""Time without a heartbeat after which a process on another machine counts as dead."""
 
 
 def this_machine() -> list[str]:
-    """Return host, boot and pid namespace: where they are equal, process ids mean the same."""
+    """Return the host, boot id and PID namespace; process ids are comparable only if all are equal."""
     parts = [platform.node()]
     with contextlib.suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
@@ -33,14 +33,14 @@ def this_machine() -> list[str]:
 
 @final
 class Heartbeat:
-    """A file that is rewritten every few seconds while entered, then says how the process ended.
+    """A file that is rewritten every few seconds while entered, and finally records how the process ended.
 
     {"state": "running", "finished", "stopped", "diverged" or "failed"; "message": of the error, or null; "pid";
     "machine": see `this_machine`; "started", "updated": seconds since 1970}. Failed writes are ignored: a full disk is
-    reported by those who lose data. A folder that was removed is not recreated.
+    reported where it loses data. A folder that was removed is not recreated.
 
     Args:
-        ends: states for kinds of errors; any other is "failed", and none is "finished".
+        ends: states by type of error; any other error is "failed", and no error is "finished".
     """
 
     def __init__(self, path: Path, ends: Mapping[type[BaseException], str]) -> None:
@@ -62,7 +62,7 @@ class Heartbeat:
         if error is None:
             self._write("finished", None)
             return
-        # A generator that is closed, or a second Ctrl-C, was not let come to its end.
+        # A closed generator or a second Ctrl-C ended the run early.
         ends: dict[type[BaseException], str] = {GeneratorExit: "stopped", KeyboardInterrupt: "stopped", **self.ends}
         state = next((state for kind, state in ends.items() if isinstance(error, kind)), "failed")
         self._write(state, " ".join(str(error).split()) or type(error).__name__)

@@ -1,4 +1,4 @@
-"""The log of a run: JSON lines that a killed run leaves readable and a resumed run continues without a seam."""
+"""The log of a run: JSON lines that stay readable if the run is killed, and that a resumed run continues."""
 
 import json
 import os
@@ -12,20 +12,20 @@ Row = dict[str, Any]
 
 
 def is_finite(value: object) -> TypeGuard[int | float]:
-    """Return whether it is a number that a figure can show; JSON may hold integers larger than any float."""
+    """Return whether the value is a number that can be plotted; JSON may contain integers larger than any float."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def finite(value: object) -> float | None:
-    """Return a number that a figure can show, else None."""
+    """Return the value if it is a number that can be plotted, otherwise None."""
     return float(value) if is_finite(value) else None
 
 
 def read_log(path: Path, last_bytes: int | None = None) -> list[Row]:
-    """Return the rows of a log, without a last line that a kill cut short.
+    """Return the rows of a log, skipping truncated lines.
 
     Args:
-        last_bytes: read only rows that begin in this many bytes at the end of the file.
+        last_bytes: read only rows that start within this many bytes of the end of the file.
     """
     if not path.is_file():
         return []
@@ -48,7 +48,7 @@ def read_log(path: Path, last_bytes: int | None = None) -> list[Row]:
 
 
 class RunLog:
-    """A log file to which rows are appended; with None as its path, nothing is kept."""
+    """A log file to which rows are appended; nothing is written if the path is None."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
@@ -62,7 +62,7 @@ class RunLog:
             file.write(json.dumps(row) + "\n")
 
     def keep(self, wanted: Callable[[Row], bool]) -> None:
-        """Drop the rows that are not `wanted`: those that a run wrote after the checkpoint it resumes from."""
+        """Drop the rows that are not `wanted`, such as those written after the checkpoint that a run resumes from."""
         if self.path is None or not self.path.exists():
             return
         kept = [row for row in read_log(self.path) if wanted(row)]

@@ -15,35 +15,35 @@ FORMAT = 4
 """The version of the layout; a reader refuses any other."""
 
 RoleName = Literal["teacher", "matched", "student"]
-"""teacher: undistilled; matched: carried over to another prediction, process or guidance; student: distilled."""
+"""teacher: undistilled; matched: converted to another prediction, process or guidance; student: distilled."""
 
 
 class Pipeline(Record):
     """A diffusers pipeline in a folder or on the Hub."""
 
     kind: str
-    """Its class."""
+    """Class of the pipeline."""
     folder: str
     component: str
     """The part that the model replaces: unet or transformer."""
     averaged: bool = False
-    """Whether the weights are the averaged ones beside it (unet_ema)."""
+    """Whether the weights are the averaged ones stored next to it (unet_ema)."""
     options: dict[str, Any] = Field(default={})
     """Arguments of its call that are the same for all samples."""
     guidance: str | None = None
-    """The argument of its call that is the guidance scale."""
+    """Name of its call argument for the guidance scale."""
     off: float | None = None
     """Its value that disables guidance; None if the network itself takes the scale."""
     scale: float | None = None
-    """The scale that a network was trained at which takes it itself."""
+    """For a network that takes the scale itself: the scale that it was trained at."""
 
 
 class Outcome(Record):
-    """Role of a stage's model and how it is sampled, as its objective declares them."""
+    """Role of a stage's model, and how it is sampled, as its objective declares."""
 
     role: RoleName
     num_steps: int | None = None
-    """Sampler steps that the model is made for; None for any number."""
+    """Sampler steps that the model was distilled for; None for any number."""
     sampler: dict[str, Any] = Field(default={"type": "ddim"})
     """{"type": name in the registry of samplers, and its fields}."""
 
@@ -58,28 +58,28 @@ class PlannedStage(NamedTuple):
 
     name: str
     role: RoleName | None = None
-    """None if the row holds none."""
+    """None if the row has none."""
     num_steps: int | None = None
     num_updates: int = 0
-    """0 for a model that the run was given."""
+    """0 for a given model."""
     update_cost: float = 1.0
     """Cost of an update in forward passes of one sample."""
 
 
 class Manifest(Record):
-    """manifest.json of a stage: all that is needed to rebuild its model, and where it came from."""
+    """manifest.json of a stage: everything needed to rebuild its model, and its origin."""
 
     format: int = FORMAT
     run: str | None = None
-    """`run` of the recipe.json of the run that made it; None outside a run."""
+    """`run` of the recipe.json of the run that trained it; None outside a run."""
     stage: str
     objective: str
     parent: str | None
-    """The stage whose weights it started with."""
+    """The stage that it was initialised from."""
     teacher: str | None = None
     """The stage that it learned from."""
     outcome: Outcome
-    """Role, steps and sampler: nothing else says what the model is."""
+    """Role, steps and sampler: the only record of what the model is."""
     start_steps: int | None = None
     """Steps of the first teacher of the chain that the stage belongs to."""
     num_updates: int
@@ -90,13 +90,13 @@ class Manifest(Record):
     num_classes: int = 0
     """Classes that the model is conditioned on; 0 for an unconditional model."""
     classes_shown: int | None = None
-    """How many of them, from the first on, the training data had; samples are of these in turn. None for all."""
+    """Number of classes in the training data, always the first ones; samples cycle through them. None for all."""
     class_names: tuple[str, ...] = ()
-    """The labels or folders that its classes stand for, in order; empty if they are not known."""
+    """Labels or folder names of its classes, in order; empty if unknown."""
     conditions: dict[str, tuple[int, ...]] = Field(default={})
     """Further conditions of the model, with the shape of each for one sample."""
     guidance: dict[str, Any] | None = None
-    """{"type": name in the registry of guidances, and its fields}: what the network has learned; None for none."""
+    """{"type": name in the registry of guidances, and its fields}: guidance learned by the network; None for none."""
     guidance_scale: float | None = None
     """The default scale; None for no guidance."""
     is_image: bool
@@ -110,9 +110,9 @@ class Manifest(Record):
     prediction: dict[str, Any]
     """{"type": name in the registry of predictions, and its fields}."""
     base: str | None = None
-    """The stage beside this one that holds the weights to which this one's are low-rank additions."""
+    """The stage of the same run with the base weights of this LoRA; None if the stage is not a LoRA."""
     pipeline: Pipeline | None = None
-    """The diffusers pipeline that the model came from, whose other parts an export copies."""
+    """The diffusers pipeline that the model came from; an export copies its other parts."""
     files: dict[str, str]
     """sha256 of each file."""
     source: str | None = None
@@ -120,44 +120,45 @@ class Manifest(Record):
     data: str | None = None
     """Training data of the stage: its source and the number of samples."""
     weights_kept: bool = True
-    """False once the weights were removed because only those of other stages were asked for."""
+    """False once the weights were removed because `chain.keep` does not include the stage."""
 
     @property
     def num_steps(self) -> int | None:
-        """Sampler steps that the model is made for; None for any number."""
+        """Sampler steps that the model was distilled for; None for any number."""
         return self.outcome.num_steps
 
     def guidance_words(self) -> str:
         """Meaning of `guidance_scale` for the model, effect of negative prompts, and network calls per step."""
         if not self.num_classes and not self.conditions:
-            return "The model is unconditional, so guidance has no effect: one network call a step."
+            return "The model is unconditional, so guidance has no effect: one network call per step."
         if self.guidance is None and self.pipeline is not None and self.pipeline.scale is not None:
             return (
                 f"The network takes the scale itself and was distilled at {self.pipeline.scale:g}: pass "
-                f"{self.pipeline.guidance} {self.pipeline.scale:g}, one network call a step."
+                f"{self.pipeline.guidance} {self.pipeline.scale:g}, one network call per step."
             )
         if self.guidance is None and self.outcome.role == "teacher":
             return (
-                "A teacher: guidance_scale 1 is no guidance and one network call a step; any other asks it twice, with "
-                "and without its condition (uncond + scale (cond - uncond)), and negative prompts act."
+                "A teacher: guidance_scale 1 disables guidance, with one network call per step. Any other scale needs "
+                "two, with and without the condition (uncond + scale (cond - uncond)), and negative prompts work."
             )
         if self.guidance is None:
             return (
-                "The model has learned no guidance: leave guidance_scale at 1, one network call a step. A scale above "
-                "1 would ask it twice a step, with and without its condition, which a student was not distilled for."
+                "The model has learned no guidance: leave guidance_scale at 1, one network call per step. A scale "
+                "above 1 would call it twice per step, with and without its condition, for which it was not distilled."
             )
         if self.guidance["type"] == "fixed":
             scale = self.guidance["scale"]
             return (
-                f"The model has taken in the teacher's guidance at the scale {scale:g} (uncond + {scale:g} (cond - "
-                "uncond)). Pass guidance_scale 1, which turns a pipeline's own guidance off: one network call a step "
-                "where the teacher needed two. Another scale would guide a second time; negative prompts do not act."
+                f"The model has learned the teacher's guidance at scale {scale:g} (uncond + {scale:g} (cond - "
+                "uncond)). Pass guidance_scale 1, which disables a pipeline's own guidance: one network call per step, "
+                "where the teacher needed two. Any other scale would guide twice. Negative prompts have no effect."
             )
         low, high = self.guidance["low"], self.guidance["high"]
         return (
-            "The model has taken in the teacher's guidance (uncond + scale (cond - uncond)) at all scales from "
-            f"{low:g} to {high:g} and is shown the scale: pass guidance_scale in that range. One network call a "
-            "step where the teacher needed two; negative prompts do not act; outside the range it guesses."
+            "The model has learned the teacher's guidance (uncond + scale (cond - uncond)) at all scales from "
+            f"{low:g} to {high:g} and takes the scale as an input: pass guidance_scale in that range, because it was "
+            "not trained outside. One network call per step, where the teacher needed two. Negative prompts have no "
+            "effect."
         )
 
 
@@ -169,15 +170,15 @@ class Result(Record):
     """Gamma of ancestral sampling: 0 is the lower bound of the variance, 1 the upper."""
     num_steps: int
     num_evals: int
-    """Network calls for a sample."""
+    """Network calls per sample."""
     frechet: float
     kid: float
     precision: float | None = None
-    """None, like the next two, where there were too few samples or an earlier halfstep measured."""
+    """None, like the next two, if there were too few samples, or in results of an earlier halfstep."""
     recall: float | None = None
     coverage: float | None = None
     teacher_rmse: float | None = None
-    """Root mean square difference, on [-1, 1], from the start's finest samples of the same noise; None for these."""
+    """RMS difference on [-1, 1] from the finest samples of the chain's start, from the same noise; None for these."""
     seconds_per_1000: float
     """Wall time for 1,000 samples."""
     samples: str | None = None
@@ -196,13 +197,13 @@ class Metrics(Record):
     files: dict[str, str] = Field(default={})
     """sha256 of each file with samples, by its path in the stage's folder."""
     seconds: float | None = None
-    """Wall time of sampling and measuring, without what was there."""
+    """Wall time of sampling and measuring, without results that already existed."""
     note: str | None = None
-    """Warning about distances of this few samples."""
+    """Warning about distances between so few samples."""
 
 
 def shortened(names: Sequence[str]) -> str:
-    """Return names in a line: all, or the first three and the last."""
+    """Return names in one line: all, or the first three and the last."""
     return ", ".join(names if len(names) <= 10 else (*names[:3], "...", names[-1]))
 
 
@@ -222,7 +223,7 @@ class StageFolder:
 
     @property
     def null(self) -> Path:
-        """The conditions that stand for none, for models that can be guided by asking them twice."""
+        """File of the null conditions, for models that are guided by calling them twice."""
         return self.path / "null.safetensors"
 
     @property
@@ -239,18 +240,18 @@ class StageFolder:
 
     @property
     def run(self) -> "RunFolder | None":
-        """The run in which the stage lies; None outside one."""
+        """The run that contains the stage; None outside a run."""
         place = self.path.resolve().parent
         return RunFolder(place.parent) if place.name == "stages" else None
 
     @property
     def remedy(self) -> str:
-        """Remedy for a file of the stage that is damaged or of another stage."""
+        """Remedy for a file of the stage that is damaged or belongs to another stage."""
         if self.run is None:
-            return "put a copy of it back, or import or train the model again"
+            return "restore a copy of it, or import or train the model again"
         return (
-            f"put a copy of it back, or remove {self.path} and the stages after it and run the command of its run "
-            "again, which trains them again"
+            f"restore a copy of it, or remove {self.path} and the stages after it and rerun the command of its run, "
+            "which trains them again"
         )
 
     def is_complete(self) -> bool:
@@ -262,13 +263,14 @@ class StageFolder:
         return sorted(self.path.glob("checkpoint-*"), reverse=True)
 
     def manifest(self, verify: bool = True) -> Manifest:
-        """The stage's manifest, after checking that it is of this stage and run, and the files that it lists.
+        """The stage's manifest, after checking that it belongs to this stage and run and that its files are intact.
 
         Args:
-            verify: whether to check the files too, and to insist on the recipe.json of the run in which it lies.
+            verify: whether to also check the listed files and the recipe.json of the run.
 
         Raises:
-            DamagedFile: if it, or a file that it lists, is missing, altered, of another stage, run, plan or format.
+            DamagedFile: if it or a file that it lists is missing or altered, or belongs to another stage, run, plan or
+                format.
         """
         if verify and self.run is not None and self.run.recipe_path.exists():
             self.run.recipe()
@@ -278,7 +280,7 @@ class StageFolder:
             made = (manifest.stage, manifest.outcome.role, manifest.num_steps)
             plan = [] if self.run is None else self.run.plan
             if plan and made not in [(row.name, row.role, row.num_steps) for row in plan]:
-                raise DamagedFile(f"{self.manifest_path} is of no stage in the plan of recipe.json")
+                raise DamagedFile(f"{self.manifest_path} belongs to no stage in the plan of recipe.json")
             if verify:
                 check_files(self.path, manifest.files)
         except DamagedFile as error:
@@ -286,13 +288,13 @@ class StageFolder:
         return manifest
 
     def _check_origin(self, file: Path, stage: str, run: str | None) -> None:
-        """Raise DamagedFile if a file of the stage is of another stage or run than the folder in which it lies."""
+        """Raise DamagedFile if a file belongs to another stage or run than the folder that it is in."""
         if self.run is None:
             return
         if stage != self.path.resolve().name:
-            raise DamagedFile(f"{file} is of stage {stage}: it was moved or copied here")
+            raise DamagedFile(f"{file} belongs to stage {stage}: it was moved or copied here")
         if not self.run.is_own(run):
-            raise DamagedFile(f"{file} is of another run: its recipe or its data is not that of recipe.json")
+            raise DamagedFile(f"{file} belongs to another run: its recipe or data differs from recipe.json")
 
     def _manifest(self) -> Manifest:
         data = read_json(self.manifest_path)
@@ -313,14 +315,14 @@ class StageFolder:
         """The stage's metrics, or None if it has not been measured.
 
         Raises:
-            DamagedFile: if they are altered, or of another stage or run.
+            DamagedFile: if they are altered, or belong to another stage or run.
         """
         if not self.metrics_path.exists():
             return None
         try:
             metrics = Metrics.model_validate(read_sealed(self.metrics_path))
         except ValidationError as error:
-            raise DamagedFile(f"{self.metrics_path} does not hold metrics ({error.errors()[0]['msg']})") from None
+            raise DamagedFile(f"{self.metrics_path} does not contain metrics ({error.errors()[0]['msg']})") from None
         self._check_origin(self.metrics_path, metrics.stage, metrics.run)
         return metrics
 
@@ -349,19 +351,19 @@ class RunFolder:
 
     @property
     def nearest_path(self) -> Path:
-        """Samples beside the training samples nearest to them, which a report shows: `halfstep.report.nearest`."""
+        """Samples and the training samples nearest to them, for the report: `halfstep.report.nearest`."""
         return self.path / "report" / "nearest.npz"
 
     @property
     def evaluation_path(self) -> Path:
-        """Output of `halfstep evaluate`: evaluation.json, beside the cells that it is made of."""
+        """Output of `halfstep evaluate`: evaluation.json, next to the cells that it was computed from."""
         return self.path / "evaluation" / "evaluation.json"
 
     def evaluation(self) -> EvaluationResult | None:
         """Results of `halfstep evaluate`, or None if the run was not evaluated.
 
         Raises:
-            DamagedFile: if the file is altered, of another run or of another format.
+            DamagedFile: if the file is altered, or belongs to another run or format.
         """
         path = self.evaluation_path
         if not path.exists():
@@ -375,9 +377,9 @@ class RunFolder:
         try:
             result = EvaluationResult.model_validate(unsealed(data, path))
         except ValidationError as error:
-            raise DamagedFile(f"{path} does not hold an evaluation ({error.errors()[0]['msg']})") from None
+            raise DamagedFile(f"{path} does not contain an evaluation ({error.errors()[0]['msg']})") from None
         if not self.is_own(result.run):
-            raise DamagedFile(f"{path} is of another run: run `halfstep evaluate` again")
+            raise DamagedFile(f"{path} belongs to another run: run `halfstep evaluate` again")
         return result
 
     def stage(self, name: str) -> StageFolder:
@@ -392,7 +394,7 @@ class RunFolder:
         return [_planned(row) for row in rows if isinstance(row, dict) and isinstance(row.get("stage"), str)]
 
     def is_own(self, run: str | None) -> bool:
-        """Whether `Manifest.run` of a file is that of this run; True if recipe.json cannot be read."""
+        """Whether the `Manifest.run` of a file is this run's; True if recipe.json cannot be read."""
         return run == self._recipe().get("run", run)
 
     def _recipe(self) -> dict[str, Any]:
@@ -403,7 +405,7 @@ class RunFolder:
 
     @property
     def start(self) -> StageFolder | None:
-        """The stage, which need not exist, from which the run's chain starts; without a plan, a first teacher."""
+        """The stage that the chain starts from, which may not exist; without a plan, the first if it is a teacher."""
         if plan := self.plan:
             return self.stage(plan[0].name)
         with contextlib.suppress(DamagedFile, OSError):
@@ -412,7 +414,7 @@ class RunFolder:
         return None
 
     def stages(self) -> list[StageFolder]:
-        """The folders of the plan's complete stages, in its order; of all, by name, without a readable plan."""
+        """Folders of the plan's complete stages, in order; without a readable plan, of all complete stages by name."""
         names = [row.name for row in self.plan]
         names = names or sorted(path.name for path in (self.path / "stages").glob("[!.]*"))
         return [folder for folder in map(self.stage, names) if folder.is_complete()]
@@ -421,15 +423,15 @@ class RunFolder:
         """The content of recipe.json: {"run": ..., "recipe": ..., "plan": ..., "environment": ...}.
 
         Raises:
-            DamagedFile: if it is not there, is altered or does not hold a recipe.
+            DamagedFile: if it is missing, altered or contains no recipe.
         """
         try:
             data = read_sealed(self.recipe_path)
             if not isinstance(data.get("recipe"), dict):
-                raise DamagedFile(f"{self.recipe_path} does not hold a recipe")
+                raise DamagedFile(f"{self.recipe_path} does not contain a recipe")
         except DamagedFile as error:
             raise DamagedFile(
-                f"{error}; put a copy of it back, or remove it and run the command of its run again, which writes it"
+                f"{error}; restore a copy of it, or remove it and rerun the command of its run, which writes it again"
             ) from None
         return data
 

@@ -1,8 +1,8 @@
-"""The progress of a run, as its live display shows it and as any other process reads it from the folder.
+"""The progress of a run, for its live display and for any other process that reads its folder.
 
-Time left is counted in forward passes: a stage's updates times the cost of one, from recipe.json. The pace is that of
-the last updates of the current stage, or of the stage before until it has some; those of an earlier process do not
-count, which may have run on another machine.
+The time left is counted in forward passes: a stage's updates times the cost of one, from recipe.json. The pace is that
+of the last updates of the current stage, or of the previous stage until it has some. Updates of an earlier process do
+not count, because it may have run on another machine.
 """
 
 import contextlib
@@ -24,11 +24,11 @@ StageState = Literal["to come", "training", "measuring", "done", "damaged"]
 RunState = Literal["running", "stopped", "finished", "diverged", "failed"]
 
 PACE_ROWS: Final = 10
-"""Rows of the log over which the pace is taken."""
+"""Rows of the log over which the pace is averaged."""
 RESULT: Final = {"sampler", "num_steps", "num_evals", "frechet"}
-"""Fields of a result that the status as data holds."""
+"""Fields of a result that the JSON status contains."""
 LOG_BYTES: Final = 2**20
-"""Bytes from the end of the log that are read: the current stage is at its end."""
+"""Bytes to read from the end of the log, where the current stage is."""
 
 
 @dataclass
@@ -37,9 +37,9 @@ class StageStatus:
 
     name: str
     num_steps: int | None
-    """Sampler steps that its model is made for; None for any number."""
+    """Sampler steps that its model is distilled for; None for any number."""
     num_updates: int
-    """Its budget; updates done once it is done."""
+    """Planned updates, or the actual number once it is done."""
     update_cost: float = 1.0
     """Forward passes of one sample in an update."""
     state: StageState = "to come"
@@ -54,13 +54,13 @@ class StageStatus:
     checkpoint: int | None = None
     """Update of the last checkpoint of an unfinished stage."""
     results: list[Result] = field(default_factory=list)
-    """As far as measured."""
+    """Results measured so far."""
     protocol: Mapping[str, Any] | None = None
     """Protocol of the results."""
     measuring_seconds: float = 0.0
-    """Wall time of drawing and measuring the results."""
+    """Wall time of sampling and measuring for the results."""
     num_unmeasured: int = 1
-    """Results to come, as far as known."""
+    """Results still to come, if known."""
     measuring: str = ""
     """The measurement in progress, in words."""
     role: str | None = None
@@ -70,19 +70,19 @@ class StageStatus:
 
     @property
     def is_done(self) -> bool:
-        """Whether it is trained to its end."""
+        """Whether its training is complete."""
         return self.state in ("done", "measuring", "damaged")
 
     @property
     def seconds_an_update(self) -> float:
-        """The present pace; NaN before there is one."""
+        """The current pace; NaN if unknown."""
         rows = [row for row in self.rows[-PACE_ROWS:] if row[0] <= self.update]
         if len(rows) > 1:
             return max(0.0, rows[-1][1] - rows[0][1]) / (rows[-1][0] - rows[0][0])
         return self.seconds / self.update if self.update and self.seconds else math.nan
 
     def take(self, row: Mapping[str, Any]) -> None:
-        """Take in a row of the log."""
+        """Update from a row of the log."""
         update, seconds = row.get("update"), finite(row.get("seconds"))
         if not isinstance(update, int) or finite(update) is None or seconds is None:
             return
@@ -95,8 +95,8 @@ class StageStatus:
         self.samples_per_second = finite(row.get("samples_per_second"))
 
     def forget(self, lifetime: float) -> None:
-        """Drop the rows of earlier processes, if that at work has run for `lifetime` seconds."""
-        # It began to train a little later, so the first row that is left is about where it resumed.
+        """Drop the rows of earlier processes, given that the current one has run for `lifetime` seconds."""
+        # Training began a little later, so the first remaining row is about where it resumed.
         self.rows = [row for row in self.rows if row[1] >= self.seconds - lifetime]
 
 
@@ -109,22 +109,22 @@ class RunStatus:
     stages: list[StageStatus]
     state: RunState = "running"
     message: str | None = None
-    """Why it is not running, if there is something to say."""
+    """Why it is not running, if known."""
     process: Mapping[str, Any] | None = None
     """{"pid", "host", "started", "updated"} of the process that wrote last, in seconds since 1970."""
 
     @property
     def current(self) -> StageStatus | None:
-        """The stage at work, or the next; None once all are done."""
+        """The current stage, or the next; None once all are done."""
         return next((stage for stage in self.stages if not stage.is_done), None)
 
     @property
     def teacher_best(self) -> Best | None:
-        """The first model of the chain at its best; None before it was measured."""
+        """The best result of the chain's first model; None before it is measured."""
         return teacher_best(map(Best.of, self.stages[0].results))
 
     def ratio(self, stage: StageStatus, result: Result) -> float | None:
-        """Return the distance of a later stage's result over the teacher's best; None if they do not compare."""
+        """Return the ratio of a later stage's distance to the teacher's best; None if they cannot be compared."""
         best, first = self.teacher_best, self.stages[0]
         if best is None or stage is first or stage.protocol != first.protocol:
             return None
@@ -137,14 +137,14 @@ class RunStatus:
 
     @property
     def share(self) -> float:
-        """Part of the training that is done, from 0 to 1, counted in forward passes."""
+        """Fraction of the training that is done, counted in forward passes."""
         done = sum(s.update * s.update_cost for s in self.stages)
         total = sum(s.num_updates * s.update_cost for s in self.stages)
         return done / total if total else 1.0
 
     @property
     def unit_seconds(self) -> float:
-        """Seconds of a forward pass of one sample at the present pace; NaN before there is one."""
+        """Seconds per forward pass of one sample at the current pace; NaN if unknown."""
         for stage in reversed(self.stages):
             pace = stage.seconds_an_update
             if stage.update and stage.update_cost and not math.isnan(pace):
@@ -152,34 +152,34 @@ class RunStatus:
         return math.nan
 
     def seconds_left_of(self, stage: StageStatus) -> float:
-        """Training time left for a stage; NaN before there is a pace."""
+        """Training time left for a stage; NaN if the pace is unknown."""
         if stage.is_done:
             return 0.0
         return (stage.num_updates - stage.update) * stage.update_cost * self.unit_seconds
 
     @property
     def training_seconds_left(self) -> float:
-        """Training time left for the whole plan; NaN before there is a pace."""
+        """Training time left for the whole plan; NaN if the pace is unknown."""
         return math.fsum(self.seconds_left_of(stage) for stage in self.stages)
 
     @property
     def measuring_seconds_left(self) -> float:
-        """Time left for measuring, from that of the quickest stage so far; 0 before one was measured."""
+        """Time left for measuring, estimated from the fastest stage so far; 0 before one was measured."""
         known = [stage for stage in self.stages if stage.results and stage.measuring_seconds]
         if not known:
             return 0.0
-        # Students take few steps; the first model at many is not a measure for them.
+        # Students take few steps, so the time of the first model at many steps does not apply to them.
         each = min(stage.measuring_seconds / len(stage.results) for stage in known)
         waiting = [stage for stage in self.stages if stage.state == "measuring" or not stage.is_done]
         return each * sum(stage.num_unmeasured for stage in waiting)
 
     @property
     def seconds_left(self) -> float:
-        """Time left for the whole plan, training and measuring; NaN before there is a pace."""
+        """Time left for the whole plan, training and measuring; NaN if the pace is unknown."""
         return self.training_seconds_left + self.measuring_seconds_left
 
     def as_json(self) -> dict[str, Any]:
-        """The status as data; times in seconds, None for what is not known."""
+        """The status as JSON-ready data; times are in seconds, unknown values None."""
         done, total = self.updates
         return {
             "run": str(self.path),
@@ -220,13 +220,13 @@ class RunStatus:
 
 
 def read_status(path: Path, now: float | None = None) -> RunStatus:
-    """Read the progress of the run in the folder `path`. Nothing is written, locked or hashed.
+    """Read the progress of the run in the folder `path`, without writing, locking or hashing anything.
 
     Args:
-        now: seconds since 1970, for tests.
+        now: current time in seconds since 1970, for tests.
 
     Raises:
-        ValueError: if the folder holds no run.
+        ValueError: if the folder is not a run.
     """
     folder = RunFolder(path)
     if not folder.recipe_path.is_file():
@@ -236,7 +236,7 @@ def read_status(path: Path, now: float | None = None) -> RunStatus:
         StageStatus(row.name, row.num_steps, row.num_updates, row.update_cost, role=row.role) for row in folder.plan
     ]
     if not stages:
-        raise DamagedFile(f"{folder.recipe_path} holds no plan")
+        raise DamagedFile(f"{folder.recipe_path} contains no plan")
     by_name = {stage.name: stage for stage in stages}
     for row in read_log(folder.log_path, LOG_BYTES):
         if (known := by_name.get(str(row.get("stage")))) is not None:
@@ -267,7 +267,7 @@ def _update_stage(stage: StageStatus, folder: StageFolder) -> None:
         stage.state = "damaged"
         return
     stage.state, stage.role, stage.num_steps = "done", manifest.outcome.role, manifest.num_steps
-    # A stage that was given, not trained here, brings the updates of its own past.
+    # A given stage, not trained here, reports the updates of its own training.
     stage.update = min(manifest.num_updates, stage.num_updates)
     stage.num_updates = stage.update
     stage.seconds = manifest.seconds if stage.num_updates else 0.0
@@ -285,7 +285,7 @@ def _update_run(status: RunStatus, folder: RunFolder, now: float) -> None:
     current = status.current
     if not isinstance(beat, dict) or beat.get("state") not in get_args(RunState):
         status.state = "finished" if current is None else "stopped"
-        status.message = None if current is None else "no process has left a sign of life"
+        status.message = None if current is None else "no process has written a heartbeat"
         return
     pid, machine = beat.get("pid"), beat.get("machine")
     written = [v for v in (beat.get("started"), beat.get("updated")) if isinstance(v, int | float)]
@@ -315,12 +315,12 @@ def _update_run(status: RunStatus, folder: RunFolder, now: float) -> None:
 
 
 def _gone(pid: object, machine: object, age: float) -> str | None:
-    """Return why the process that was running counts as gone; None if it does not."""
+    """Return why the process counts as dead; None if it does not."""
     if isinstance(pid, int) and pid > 0 and machine == this_machine():
         try:
             os.kill(pid, 0)
         except ProcessLookupError:
-            return "its process has gone without a word (killed, or the machine failed)"
+            return "its process ended without a message (it was killed, or the machine failed)"
         except PermissionError:
             pass
-    return f"no sign of life for {age:.0f} seconds" if age > SILENT_SECONDS else None
+    return f"no heartbeat for {age:.0f} seconds" if age > SILENT_SECONDS else None

@@ -1,1 +1,1 @@
-"""Services for a process on its machine: atomic files, signals, several processes, out-of-memory errors."""
+"""Operating system services: atomic files, signals, several processes, out-of-memory errors."""

@@ -1,13 +1,13 @@
-"""The device that a user names."""
+"""Devices given by the user."""
 
 import torch
 
 
 def existing_device(device: str | torch.device) -> torch.device:
-    """Return the device of this name.
+    """Return the torch device of this name.
 
     Raises:
-        ValueError: if the name is none of torch's, or this machine has no such device.
+        ValueError: if it is not the name of a torch device, or this machine has no such device.
     """
     here = "cpu"
     if torch.accelerator.is_available():

@@ -18,7 +18,7 @@ def device_name() -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Return what a reader needs to judge or repeat a run, JSON-ready."""
+    """Return what a reader needs to assess or reproduce a run, JSON-ready."""
     versions = {}
     for package in ("halfstep", "torch", "diffusers", "accelerate", "numpy"):
         try:

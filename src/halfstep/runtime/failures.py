@@ -1,4 +1,4 @@
-"""Errors of an update: numbers that are not finite, and memory that runs out."""
+"""Errors of an update: non-finite numbers and exhausted memory."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -9,10 +9,10 @@ from accelerate.utils.memory import should_reduce_batch_size
 
 
 class NonFinite(RuntimeError):
-    """The loss or the gradient was not a finite number; the message says where and what to do.
+    """The loss or the gradient was not finite; the message says where and what to do.
 
     Args:
-        statistics: what is known of the batch, JSON-ready; None where there was no batch.
+        statistics: statistics of the batch, JSON-ready; None if there was no batch.
     """
 
     def __init__(self, message: str, statistics: Mapping[str, Any] | None = None) -> None:
@@ -32,7 +32,7 @@ def told_when_out_of_memory(message: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
             raise
-        # The exception's frames keep the memory alive.
+        # The exception's frames would keep the memory allocated.
         raise OutOfMemory(message) from None
 
 

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: written under a temporary name, synced, then renamed."""
+"""Files that are either complete or absent: written under a temporary name, synced, then renamed."""
 
 import contextlib
 import errno
@@ -24,15 +24,15 @@ SEAL: Final = "sha256"
 
 
 class DamagedFile(ValueError):
-    """A file that is missing, cut short or altered; the message names it."""
+    """A file is missing, truncated or altered; the message contains its path."""
 
 
 class InUse(ValueError):
-    """A folder that another process is writing."""
+    """Another process is writing the folder."""
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, which fits into a message of ours."""
+    """Return the first line of an error's text, short enough to quote in a message."""
     return _lines(error)[0]
 
 
@@ -49,7 +49,7 @@ def sha256_of(path: Path) -> str:
     """Return the sha256 of a file in hex.
 
     Raises:
-        DamagedFile: as `check_regular`.
+        DamagedFile: as for `check_regular`.
     """
     check_regular(path)
     with open(path, "rb") as file:
@@ -71,8 +71,8 @@ def sync(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, as far as the disk lets it."""
-    # On a failed disk, the error that is being raised says more than this one.
+    """Remove a file or a folder, ignoring errors of the disk."""
+    # If the disk has failed, the error that is already being raised is more useful than this one.
     with contextlib.suppress(OSError):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -82,17 +82,17 @@ def remove(path: Path) -> None:
 
 @contextmanager
 def scratch(path: Path) -> Iterator[Path]:
-    """Yield an unused name beside `path`, and remove what was written there.
+    """Yield an unused path in the folder of `path`, and remove whatever was written there.
 
-    The name is random: threads have one process id, and so do processes in different containers.
+    The name is random, because threads, and processes in different containers, can share a process id.
     """
-    # A scratch folder is made once, by its writer. If it is missing, its disk was lost, and recreating it would write
-    # to the disk below the mount.
+    # The writer of a scratch folder creates it once. If it is missing, its disk was lost, and recreating it would
+    # write to the disk below the mount.
     if not fnmatch(path.parent.name, ".*.tmp"):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
-            raise DamagedFile(f"{path.parent} cannot be a folder: a file has its place. Remove that file") from None
+            raise DamagedFile(f"{path.parent} cannot be created: a file has that name. Remove that file") from None
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         yield temporary
@@ -101,7 +101,7 @@ def scratch(path: Path) -> Iterator[Path]:
 
 
 def leftovers(folder: Path, name: str = "*") -> list[Path]:
-    """Return what killed writers of `name` left in `folder` under their temporary names."""
+    """Return the temporary files and folders that killed writers of `name` left in `folder`."""
     return list(folder.glob(f".{name}.*.tmp"))
 
 
@@ -114,10 +114,10 @@ def sweep(*folders: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name for a file or folder that becomes `path` when the block ends.
+    """Yield a temporary path for a file or folder that becomes `path` when the block ends.
 
-    It is synced, then renamed, so `path` is whole at any moment: the old one until the rename, and for good if the
-    block raises an exception. Only a folder that replaces another leaves a gap, between two renames.
+    It is synced, then renamed, so `path` is complete at any moment. The old one stays until the rename, or permanently
+    if the block raises an exception. If a folder replaces another, there is a gap between two renames.
     """
     with scratch(path) as temporary:
         yield temporary
@@ -133,10 +133,10 @@ def _rename(temporary: Path, path: Path) -> None:
     except OSError as error:
         if error.errno in (errno.EISDIR, errno.ENOTDIR) and path.exists():
             held, wanted = ("folder", "file") if path.is_dir() else ("file", "folder")
-            raise DamagedFile(f"{path} cannot be written: a {held} has the place of a {wanted}. Remove it") from None
+            raise DamagedFile(f"{path} cannot be written as a {wanted}: a {held} has that name. Remove it") from None
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-        # Only an empty folder is replaced by a rename.
+        # A rename can only replace an empty folder.
         with scratch(path) as aside:
             try:
                 with contextlib.suppress(FileNotFoundError):
@@ -157,7 +157,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` in UTF-8, atomically; "?" stands for bytes of a file name that are not UTF-8."""
+    """Write `text` in UTF-8, atomically, with "?" for bytes of file names that are not UTF-8."""
     with replacing(path) as temporary:
         temporary.write_bytes(text.encode(errors="replace"))
 
@@ -172,12 +172,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_sealed(path: Path, body: Mapping[str, Any]) -> None:
-    """Write a JSON object with the sha256 of its other entries as its last one, atomically; `read_sealed` checks it.
+    """Write a JSON object atomically, with the sha256 of its entries as the last one, which `read_sealed` checks.
 
     Raises:
         ValueError: if it contains a number that is not finite.
     """
-    # As a reader finds it: keys are texts, tuples are lists.
+    # As it reads back from JSON: keys are strings, tuples are lists.
     held = json.loads(json.dumps({name: value for name, value in body.items() if name != SEAL}, allow_nan=False))
     write_json(path, held | {SEAL: json_digest(held)})
 
@@ -187,7 +187,7 @@ def write_arrays(path: Path, **arrays: Any) -> None:
     # Most readers of a run folder need no arrays.
     import numpy as np
 
-    # A file and not its name, to which numpy would add a suffix.
+    # An open file, because numpy would add a suffix to a name.
     with replacing(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays)
 
@@ -196,7 +196,7 @@ def read_arrays(path: Path, *names: str) -> "dict[str, np.ndarray]":
     """Load the named arrays of an .npz, or all of them.
 
     Raises:
-        DamagedFile: if the file cannot be read, is not a whole .npz or lacks one of the arrays.
+        DamagedFile: if the file cannot be read, is not a complete .npz or lacks one of the arrays.
     """
     import numpy as np
 
@@ -204,18 +204,18 @@ def read_arrays(path: Path, *names: str) -> "dict[str, np.ndarray]":
     try:
         with np.load(path, allow_pickle=False) as held:
             return {name: held[name] for name in names or held.files}
-    except Exception as error:  # a damaged archive raises whatever zipfile, zlib or numpy stumble over
+    except Exception as error:  # zipfile, zlib and numpy raise all kinds of errors for a damaged archive
         raise DamagedFile(f"{path} cannot be read as .npz ({first_line(error)})") from None
 
 
 def check_regular(path: Path) -> None:
-    """Raise DamagedFile if something lies at `path` that is not a file: opening a FIFO waits for a writer, for ever."""
+    """Raise DamagedFile if `path` exists but is not a file: opening a FIFO would wait for a writer forever."""
     if path.exists() and not path.is_file():
-        raise DamagedFile(f"{path} is not a file, but a folder, FIFO, socket or device: remove it")
+        raise DamagedFile(f"{path} is a folder, FIFO, socket or device, not a file: remove it")
 
 
 def refuse_taken(out: Path, is_file: bool = False, remedy: str = "choose another --out") -> None:
-    """Raise ValueError if something exists where an output file or folder would go; an empty folder may be filled."""
+    """Raise ValueError if the output file or folder already exists; an empty folder is accepted for a folder."""
     if out.exists() and (is_file or out.is_file() or any(out.iterdir())):
         raise ValueError(f"{out} already exists: {remedy}")
 
@@ -224,7 +224,7 @@ def read_json(path: Path) -> Any:
     """Load the JSON value in `path`.
 
     Raises:
-        DamagedFile: if the file is not there or is not JSON.
+        DamagedFile: if the file does not exist or is not JSON.
     """
     check_regular(path)
     try:
@@ -238,10 +238,10 @@ def read_json(path: Path) -> Any:
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """Load the JSON object in `path` that `write_sealed` has written.
+    """Load a JSON object that `write_sealed` has written to `path`.
 
     Raises:
-        DamagedFile: if the file is not there, is not such an object, or any value of it was altered.
+        DamagedFile: if the file does not exist, is not a sealed object or was altered.
     """
     return unsealed(read_json(path), path)
 
@@ -250,21 +250,21 @@ def unsealed(data: Any, path: Path) -> dict[str, Any]:
     """Return the entries of a sealed JSON object that was read from `path`.
 
     Raises:
-        DamagedFile: if it has no seal or another than its entries.
+        DamagedFile: if its seal is missing or does not match its entries.
     """
     if not isinstance(data, dict) or SEAL not in data:
-        raise DamagedFile(f"{path} has no sha256 of its content: it was altered, or an earlier halfstep wrote it")
+        raise DamagedFile(f"{path} has no sha256 of its content: it was altered, or written by an earlier halfstep")
     held = {name: value for name, value in data.items() if name != SEAL}
     if data[SEAL] != json_digest(held):
-        raise DamagedFile(f"{path} is altered: its content does not have the sha256 that it says")
+        raise DamagedFile(f"{path} is altered: its content does not match its sha256")
     return held
 
 
 def check_files(folder: Path, digests: Mapping[str, str], said_by: Path | None = None) -> None:
-    """Raise DamagedFile for the first file of `digests` that is missing in `folder` or has another sha256.
+    """Raise DamagedFile for the first file of `digests` that is missing in `folder` or has a different sha256.
 
     Args:
-        said_by: the file that holds the digests; manifest.json if None.
+        said_by: the file that contains the digests; manifest.json if None.
     """
     holder = "manifest.json" if said_by is None else said_by.name
     for name, digest in digests.items():
@@ -295,9 +295,9 @@ def user_path(text: str | Path) -> Path:
     try:
         return Path(text).expanduser()
     except RuntimeError:
-        # A user without an entry in the list of users, as in many containers.
+        # The user has no entry in the user database, as in many containers.
         named = str(text).partition("/")[0]
         raise ValueError(
-            f"{printable(str(text))}: no home folder is known for {named}. Write the path in full, or set "
+            f"{printable(str(text))}: the home folder of {named} is unknown. Write the path in full, or set "
             f"{'HOME or HALFSTEP_CACHE' if named == '~' else 'HOME'}"
         ) from None

@@ -1,14 +1,14 @@
-"""The processes that `torchrun` or `accelerate launch` has started, as their environment says; no torch."""
+"""The processes started by `torchrun` or `accelerate launch`, from their environment variables; no torch."""
 
 import os
 from typing import Final
 
 VARIABLES: Final = {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_PORT": 0}
-"""Environment variables that launchers set, with the least value of each."""
+"""Environment variables set by launchers, with the minimum value of each."""
 
 
 def check_launch() -> None:
-    """Raise ValueError if a launcher's variable is not a whole number, or the rank none of the world's."""
+    """Raise ValueError if a launcher's variable is not a valid integer, or the rank is not below the world size."""
     for name, least in VARIABLES.items():
         text = os.environ.get(name, "")
         # Only ASCII digits: torch and accelerate read these variables too.
@@ -16,10 +16,10 @@ def check_launch() -> None:
         if text and not (is_whole and int(text) >= least) and not (name == "LOCAL_RANK" and text == "-1"):
             raise ValueError(
                 f"the environment variable {name} must be a whole number of at least {least}, got {text!r}. Unset it, "
-                "or start halfstep by torchrun or accelerate launch"
+                "or start halfstep with torchrun or accelerate launch"
             )
     if _number("RANK", 0) >= (world := world_size()) > 1:
-        raise ValueError(f"RANK {os.environ['RANK']} must be below WORLD_SIZE {world}. Unset both, or start it again")
+        raise ValueError(f"RANK {os.environ['RANK']} must be below WORLD_SIZE {world}. Unset both, or restart it")
 
 
 def _number(name: str, default: int) -> int:
@@ -28,10 +28,10 @@ def _number(name: str, default: int) -> int:
 
 
 def world_size() -> int:
-    """Return the number of processes that a launcher has started; 1 without one."""
+    """Return the number of processes started by the launcher; 1 without a launcher."""
     return max(1, _number("WORLD_SIZE", 1))
 
 
 def rank() -> int:
-    """Return this process's number among them; 0 without a launcher, whatever RANK says."""
+    """Return the rank of this process; 0 without a launcher, regardless of RANK."""
     return _number("RANK", 0) if world_size() > 1 else 0

@@ -1,8 +1,8 @@
 """Several processes as one run.
 
 Rank 0 writes the run folder and broadcasts its results and errors to the other ranks. Decisions that depend on a clock,
-a signal or a disk are made once, so that no process waits for another that went a different way. Messages go over a
-group of their own, on the CPU, and never wait for a device. One process alone makes plain calls.
+a signal or a disk are made once, so that no process waits for another that decided differently. Messages use a separate
+process group on the CPU and never wait for a device. A single process calls functions directly.
 """
 
 import functools
@@ -33,15 +33,15 @@ Made = TypeVar("Made")
 Parts = tuple[Tensor, ...]
 
 TIMEOUT_MINUTES: Final = 10.0
-"""Minutes after which a process that does not answer in training is given up."""
+"""Minutes without an answer in training after which a process counts as lost."""
 
 WAIT_FOR_MAIN: Final = timedelta(hours=6)
-"""How long the others wait while rank 0 writes, measures or trains a classifier. They notice its death at once, so this
-is for a disk that does not answer."""
+"""How long the other ranks wait while rank 0 writes, measures or trains a classifier. They notice its death at once, so
+this limit is for a disk that does not respond."""
 
 
 class FailedElsewhere(Exception):
-    """Another process of the run has failed: why, and the exit code that it ends with."""
+    """Another process of the run has failed; contains the reason and that process's exit code."""
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
@@ -49,7 +49,7 @@ class FailedElsewhere(Exception):
 
 
 class LostProcess(RuntimeError):
-    """Another process of the run has died or does not answer; the message says what to do."""
+    """Another process of the run has died or does not respond; the message says what to do."""
 
 
 def exit_code(error: BaseException) -> int:
@@ -63,27 +63,27 @@ _FOREIGN: Final = {
     "MEGATRON_LM": "Megatron-LM",
     "PARALLELISM_CONFIG": "a parallelism config",
 }
-"""Ways of `accelerate launch` to shard a network, by the ends of their environment variables' names."""
+"""Sharding methods of `accelerate launch`, by the suffixes of their environment variables."""
 
 
 def _check_launcher(precision: str) -> None:
-    """Raise ValueError if `accelerate launch` is set to something that would be ignored, or act twice."""
+    """Raise ValueError if a setting of `accelerate launch` would be ignored or applied twice."""
     held = os.environ
     for name, what in _FOREIGN.items():
         if held.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
             raise ValueError(
-                f"accelerate is set to use {what}, which halfstep does not: leave it out, use --engine.sharding full"
+                f"accelerate is set to use {what}, which halfstep does not: remove it, use --engine.sharding full"
             )
     if (steps := held.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")) != "1":
         raise ValueError(
-            f"accelerate is set to accumulate over {steps} steps, which halfstep does not: use --engine.micro-batch"
+            f"accelerate is set to accumulate over {steps} steps, which halfstep ignores: use --engine.micro-batch"
         )
     asked = held.get("ACCELERATE_MIXED_PRECISION", "no")
     if asked not in ("no", precision):
         ours = "--engine.precision bf16" if asked == "bf16" else "--engine.precision float32 or bf16"
-        raise ValueError(f"accelerate is set to {asked}, but the run to {precision}: leave one out, or use {ours}")
+        raise ValueError(f"accelerate is set to {asked}, but the run to {precision}: remove one, or use {ours}")
     if (compiler := held.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()) != "no":
-        raise ValueError(f"accelerate is set to compile by {compiler}, which halfstep does not: leave it out")
+        raise ValueError(f"accelerate is set to compile with {compiler}, which halfstep does not support: remove it")
 
 
 def make_accelerator(
@@ -94,16 +94,16 @@ def make_accelerator(
     The first call connects the processes of `torchrun` or `accelerate launch`.
 
     Raises:
-        ValueError: if the precision is neither, or a launcher is set to something that would be ignored.
+        ValueError: if the precision is neither of these, or a launcher has a setting that would be ignored.
     """
     modes = {"float32": "no", "bf16": "bf16"}
     if precision not in modes:
         raise ValueError(f"precision must be one of {', '.join(modes)}, got {precision!r}")
     _check_launcher(precision)
     if world_size() > 1 and not torch.accelerator.is_available():
-        # accelerate would otherwise take each process for the only one.
+        # accelerate would otherwise treat each process as the only one.
         cpu = True
-    # accelerate keeps its settings for the whole process; two runs in one process may differ in them.
+    # accelerate keeps its settings for the whole process, but two runs in one process may have different settings.
     if AcceleratorState._shared_state:
         AcceleratorState._reset_state(reset_partial_state=not dist.is_initialized())
     accelerator = Accelerator(
@@ -111,7 +111,7 @@ def make_accelerator(
         cpu=cpu,
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes)),
-            # Buffers of networks are constants; to send them at each call would cost a message an update.
+            # Buffers of networks are constants; broadcasting them at each call would cost a message per update.
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
         ],
     )
@@ -125,7 +125,7 @@ def make_accelerator(
 
 @functools.lru_cache(maxsize=1)
 def _words() -> dist.ProcessGroup:
-    """Return the group for messages between processes, on the CPU; made once, by all of them."""
+    """Return the process group for messages, on the CPU; all processes create it together, once."""
     group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=WAIT_FOR_MAIN)
     return group
 
@@ -135,7 +135,7 @@ class Processes:
     """The processes of a run, as one of them sees them.
 
     Args:
-        accelerator: of this process; None for a process alone.
+        accelerator: accelerator of this process; None for a single process.
     """
 
     def __init__(self, accelerator: Accelerator | None = None, timeout_minutes: float = TIMEOUT_MINUTES) -> None:
@@ -147,14 +147,14 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one that writes."""
+        """Whether this is rank 0, which writes."""
         return self.index == 0
 
     def on_main(self, work: Callable[[], Any]) -> Any:
-        """Return on all processes what `work` returns on the first, which alone calls it.
+        """Call `work` on rank 0 only, and return its result on all ranks.
 
         Raises:
-            FailedElsewhere: on the others, if it raised an error on the first.
+            FailedElsewhere: on the other ranks, if it raised an error on rank 0.
         """
         if self.count == 1:
             return work()
@@ -174,31 +174,31 @@ class Processes:
         return result
 
     def at_once(self, stop: StopSignal | None) -> AbstractContextManager[None]:
-        """Return `stop.at_once()` for a process alone. Several end together, where they have agreed to."""
+        """Return `stop.at_once()` for a single process; several must stop together, at an agreed point."""
         return at_once(stop if self.count == 1 else None)
 
     def main_first(self, work: Callable[[], Made]) -> Made:
-        """Return what `work` returns, called by the first process before the others: for what leaves a cache behind."""
+        """Call `work` on rank 0 before the other ranks, which can then use its cache, and return its result."""
         made: list[Made] = []
         self.on_main(lambda: made.append(work()))
         return made[0] if made else work()
 
     def check_same(self, name: str, what: str, remedy: str) -> None:
-        """Raise ValueError on all processes if `name` differs between them."""
+        """Raise ValueError on all ranks if `name` differs between them."""
         own = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7])
         most, least = self.agree(own, -own, patience=WAIT_FOR_MAIN)
         if most != -least:
-            raise ValueError(f"processes of the run have {what} each of its own, here {name}: {remedy}")
+            raise ValueError(f"processes of the run differ in {what}, here {name}: {remedy}")
 
     def told_by(self, index: int, value: Any) -> Any:
-        """Return on all processes the value that process `index` has."""
+        """Return the value of rank `index` on all ranks."""
         return value if self.count == 1 else _from(index, value)
 
     def agree(self, *numbers: int, patience: timedelta | None = None) -> tuple[int, ...]:
         """Return the largest of each number over all processes.
 
         Args:
-            patience: how long to wait for the others; as in training if None.
+            patience: how long to wait for the others; the timeout of training if None.
         """
         return tuple(self._reduced(numbers, torch.int64, dist.ReduceOp.MAX, patience))
 
@@ -207,7 +207,7 @@ class Processes:
         return tuple(total / self.count for total in self._reduced(numbers, torch.float64, dist.ReduceOp.SUM))
 
     def each(self, number: float) -> list[float]:
-        """Return the number of every process, in their order."""
+        """Return the numbers of all processes, in the order of their ranks."""
         own = [number if index == self.index else 0.0 for index in range(self.count)]
         return self._reduced(own, torch.float64, dist.ReduceOp.SUM)
 
@@ -223,13 +223,13 @@ class Processes:
     def spread(
         self, items: Sequence[Item], work: Callable[[Item], Parts], stop: StopSignal | None = None
     ) -> list[Parts] | None:
-        """Return `work` of every item, in order, on the first process; None on the others.
+        """Share the items between the processes; return the results in order on rank 0, None on the others.
 
-        Process k modulo their number does item k, whose result must not depend on who does it.
+        Item k goes to rank k modulo the world size. Its result must not depend on the rank.
 
         Raises:
-            Interrupted: on all, if a process was asked to stop.
-            FailedElsewhere: on the others, if an item failed on one.
+            Interrupted: on all ranks, if a process was asked to stop.
+            FailedElsewhere: on the other ranks, if an item failed on one.
         """
         done: list[Parts] = []
         failure: Exception | None = None
@@ -247,8 +247,8 @@ class Processes:
         return self._collected(done, len(items))
 
     def _end_if(self, failure: Exception | None, asked: int) -> None:
-        """Raise on all processes if one has failed or was asked to stop."""
-        # Items may differ in size without bound: a sample in 256 steps beside one in 1.
+        """Raise on all ranks if one has failed or was asked to stop."""
+        # The sizes of items may differ a lot: a sample with 256 steps and one with a single step.
         number, failed = self.agree(asked, 0 if failure is None else self.index + 1, patience=WAIT_FOR_MAIN)
         if failure is not None and failed == self.index + 1:
             self.told_by(self.index, {"code": exit_code(failure), "message": str(failure)})
@@ -260,11 +260,11 @@ class Processes:
             raise Interrupted(number)
 
     def _collected(self, own: list[Parts], number: int) -> list[Parts] | None:
-        """Return the parts of all processes in the order of their items, on the first."""
+        """Return on rank 0 the parts of all processes, in the order of their items."""
         if self.count == 1:
             return own
         if not self.is_main:
-            # Tensors are sent one by one: pickled together, they would take their memory twice.
+            # Tensors are sent one by one: pickling them together would double their memory.
             described = [[(part.dtype, part.shape) for part in parts] for parts in own]
             dist.send_object_list([described], 0, group=_words())
             for part in chain.from_iterable(own):
@@ -282,7 +282,7 @@ class Processes:
 
 
 def _from(source: int, value: Any = None) -> Any:
-    """Return on all processes the value that process `source` has."""
+    """Return the value of rank `source` on all ranks."""
     held = [value]
     dist.broadcast_object_list(held, source, group=_words())
     return held[0]
@@ -290,9 +290,9 @@ def _from(source: int, value: Any = None) -> Any:
 
 @final
 class Lookout:
-    """Whether the run was asked to stop and whether a checkpoint is late, agreed between all processes.
+    """Whether the run was asked to stop and whether a checkpoint is due by time, agreed between all processes.
 
-    A process alone looks at each update; several look together about once a second.
+    A single process checks at each update; several check together about once a second.
     """
 
     def __init__(self, processes: Processes, stop: StopSignal | None, seconds: float) -> None:
@@ -301,10 +301,10 @@ class Lookout:
         self._last, self._next = -1, 0
 
     def look(self, update: int) -> tuple[bool, bool]:
-        """Return whether to stop (then `stop.check` raises on every process), and whether a checkpoint is late.
+        """Return whether to stop (then `stop.check` raises on every process), and whether a checkpoint is due by time.
 
         Raises:
-            Interrupted: if another process was asked to stop and this one watches no signals.
+            Interrupted: if another process was asked to stop and this one does not handle signals.
         """
         now = time.monotonic()
         number = 0 if self._stop is None else self._stop.number or 0
@@ -317,7 +317,7 @@ class Lookout:
         if self._last >= 0:
             pace = (now - self._looked) / max(1, update - self._last)
             wait = max(1, min(1000, int(1 / max(pace, 1e-6))))
-        # Clocks differ, so the first process' own count.
+        # Clocks differ, so rank 0 decides.
         main = self._processes.is_main
         number, overdue, wait = self._processes.agree(number, int(late and main), wait if main else 0)
         self._looked, self._last, self._next = now, update, update + wait
@@ -328,7 +328,7 @@ class Lookout:
         return number > 0, overdue > 0
 
     def saved(self) -> None:
-        """Count the seconds to the next checkpoint from now."""
+        """Restart the time until the next checkpoint."""
         self._saved = time.monotonic()
 
 
@@ -336,8 +336,8 @@ _BROKEN: Final = re.compile(r"gloo|nccl|connection (was )?(closed|reset)|broken 
 
 
 def is_lost(error: BaseException) -> bool:
-    """Return whether an error is what a process sees of another that has gone."""
-    # Our own errors name files and folders, which may be called anything.
+    """Return whether an error means that another process is gone."""
+    # Our own errors contain paths, which may match by accident.
     ours = type(error).__module__.startswith("halfstep.")
     return isinstance(error, RuntimeError) and not ours and dist.is_initialized() and bool(_BROKEN.search(str(error)))
 
@@ -350,6 +350,6 @@ def leave() -> None:
 
 
 def wait_to_be_ended(seconds: float, code: int) -> None:
-    """Wait for the launcher to end all processes after one has failed, and exit with `code` when it does."""
+    """Wait for the launcher to terminate all processes after one has failed, and then exit with `code`."""
     signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
     time.sleep(seconds)

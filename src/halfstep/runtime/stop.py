@@ -1,8 +1,8 @@
-"""Stopping in good order: on a signal, the run saves its state and ends.
+"""Graceful stop: on a signal, the run saves its state and ends.
 
-Schedulers send SIGTERM before they kill (Kubernetes, Slurm, spot machines), Slurm's `--signal` sends SIGUSR1 earlier,
-a terminal that is closed sends SIGHUP, and SIGINT is Ctrl-C. Launchers often send a signal twice, to a process and to
-its group, so only a second Ctrl-C after a moment ends the process at once.
+Schedulers (Kubernetes, Slurm, spot instances) send SIGTERM before they kill, Slurm's `--signal` sends SIGUSR1 earlier,
+a closed terminal sends SIGHUP, and Ctrl-C sends SIGINT. Launchers often send a signal twice, to a process and to its
+group, so a second Ctrl-C ends the process at once only after a short delay.
 """
 
 import contextlib
@@ -13,11 +13,11 @@ from types import FrameType
 from typing import Final, Self, final
 
 SAME_PRESS: Final = 0.5
-"""Seconds within which a second SIGINT is the same Ctrl-C, passed on by a launcher."""
+"""Seconds within which a second SIGINT counts as the same Ctrl-C, forwarded by a launcher."""
 
 
 class Interrupted(Exception):
-    """The run was asked to stop and has saved its state: the `signal`, and the exit `code` for the process."""
+    """The run was asked to stop and has saved its state; contains the `signal` and the exit `code`."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -27,7 +27,7 @@ class Interrupted(Exception):
 
 @final
 class StopSignal:
-    """While entered, SIGINT, SIGTERM, SIGHUP and SIGUSR1 set `number` instead of ending the process.
+    """A context in which SIGINT, SIGTERM, SIGHUP and SIGUSR1 set `number` instead of ending the process.
 
     Within `at_once` they also raise Interrupted.
     """
@@ -41,7 +41,7 @@ class StopSignal:
     def __enter__(self) -> Self:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
-                # Started by nohup, which lets it run on.
+                # Started by nohup: SIGHUP must stay ignored.
                 continue
             self._before[number] = signal.signal(number, self._receive)
         return self
@@ -57,7 +57,7 @@ class StopSignal:
         if self.number is None:
             self.number, self._since = number, now
         if self._at_once and not _importing(frame):
-            # Only once: what is unwound may wait for a device or close files, and must come to its end.
+            # Only once: unwinding may wait for a device or close files, and must not be interrupted.
             self._at_once = False
             raise Interrupted(self.number)
 
@@ -68,18 +68,18 @@ class StopSignal:
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """Raise Interrupted in the main thread as soon as a signal comes, or if one has come already.
+        """Raise Interrupted in the main thread as soon as a signal comes, or if one has already come.
 
-        Only for work that may be left at any point. An import, which may swallow exceptions, delays the signal.
+        Only for work that can be abandoned at any point. Imports may swallow exceptions, so they delay the signal.
         """
         try:
-            # In this order no signal is missed: one that comes between the two lines raises by itself.
+            # In this order no signal is missed: one that arrives between the two lines raises an exception itself.
             self._at_once = True
             self.check()
             yield
             self.check()
         except Exception:
-            # A library, such as a compiler, may have turned Interrupted into an error of its own.
+            # A library, such as a compiler, may have replaced Interrupted by its own error.
             self.check()
             raise
         finally:
@@ -95,5 +95,5 @@ def _importing(frame: FrameType | None) -> bool:
 
 
 def at_once(stop: StopSignal | None) -> contextlib.AbstractContextManager[None]:
-    """Return `stop.at_once()`, or a context that does nothing without a `stop`."""
+    """Return `stop.at_once()`, or a context that does nothing if `stop` is None."""
     return contextlib.nullcontext() if stop is None else stop.at_once()

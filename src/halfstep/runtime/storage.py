@@ -1,4 +1,4 @@
-"""Disks and mounts that are full or gone under a run."""
+"""Disks and mounts that become full or unavailable during a run."""
 
 import errno
 import os
@@ -10,15 +10,15 @@ from halfstep.runtime.files import DamagedFile, InUse
 FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors of full disks."""
 GONE: Final = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ETIMEDOUT)
-"""Errors of disks and network mounts that are gone."""
+"""Errors of lost disks and network mounts."""
 LOST: Final = (errno.EROFS, errno.ENXIO, errno.ENOENT, errno.EACCES)
-"""Further errors of a disk that was lost during a run; at its start they are bad input."""
+"""Further errors of a disk that is lost during a run; at its start they mean bad input."""
 TAKEN: Final = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
-"""Errors where a path is a folder instead of a file, or the reverse."""
+"""Errors for a path that is a folder instead of a file, or the reverse."""
 
 
 class NoStorage(OSError):
-    """The run folder cannot be written any more: its disk is full, or gone. The message names the last good state."""
+    """The run folder can no longer be written: its disk is full or gone. The message gives the last good state."""
 
 
 def exit_code(error: BaseException) -> int:
@@ -27,13 +27,13 @@ def exit_code(error: BaseException) -> int:
     if isinstance(error, NoStorage) or (isinstance(error, OSError) and error.errno in (*FULL, *GONE)):
         return 3
     if isinstance(error, InUse):
-        # EX_TEMPFAIL of sysexits.h: another try, later, may do.
+        # EX_TEMPFAIL of sysexits.h: a later attempt may succeed.
         return 75
     return 2 if isinstance(error, ValueError | OSError) else 1
 
 
 def last_good(last: Path | None) -> str:
-    """Return the words for the latest good checkpoint or complete stage."""
+    """Return a description of the latest good checkpoint or complete stage."""
     if last is None:
         return "no checkpoint was written yet"
     kind = "good checkpoint" if last.name.startswith("checkpoint-") else "complete stage"
@@ -41,26 +41,26 @@ def last_good(last: Path | None) -> str:
 
 
 def no_storage(error: OSError, path: Path, last: Path | None, has_begun: bool = True) -> Exception:
-    """Return NoStorage with the last good state if the error is the run folder's, else the error itself.
+    """Return NoStorage with the last good state if the run folder caused the error, otherwise the error itself.
 
-    A folder instead of a file, or the reverse, is DamagedFile: no disk is full or lost.
+    Return DamagedFile for a folder instead of a file, or the reverse: no disk is full or lost.
 
-    The folder may be gone, so nothing is looked up in it.
+    The folder may be gone, so this does not read it.
 
     Args:
-        has_begun: whether this process has written the folder.
+        has_begun: whether this process has already written to the folder.
     """
     within = error.filename is not None and Path(os.fsdecode(error.filename)).is_relative_to(path)
     if within and error.errno in TAKEN:
         return DamagedFile(
-            f"{os.fsdecode(error.filename)} cannot be used ({error.strerror}): something else has its place. Remove it "
+            f"{os.fsdecode(error.filename)} cannot be used ({error.strerror}): something else has that name. Remove it "
             "and run the same command again"
         )
     if error.errno in FULL:
         full = path if within or error.filename is None else os.fsdecode(error.filename)
         what, then = f"no space left for {full}", "free some space"
     elif (within or error.filename is None) and error.errno in ((*GONE, *LOST) if has_begun else GONE):
-        what, then = f"{path} cannot be written or read any more ({error.strerror})", "bring it back"
+        what, then = f"{path} can no longer be written or read ({error.strerror})", "restore it"
     else:
         return error
     return NoStorage(error.errno, f"{what}: {last_good(last)}; {then} and run the same command again")

@@ -1,4 +1,4 @@
-"""Tensors in safetensors files, whose errors are those of any other file."""
+"""Tensors in safetensors files, with the same errors as for other files."""
 
 import contextlib
 import hashlib
@@ -17,17 +17,17 @@ from torch import Tensor
 from halfstep.runtime.files import DamagedFile, replacing, sync
 
 DIGEST: Final = "sha256"
-"""Tensor of a cached file: the digest of all others."""
+"""Name of the tensor in a cached file that contains the digest of all others."""
 CHUNK: Final = 1 << 20
-"""Bytes that are compared at once."""
+"""Bytes to compare at once."""
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write tensors as safetensors, atomically, and return the sha256 of the file, which was read back and compared.
+    """Write tensors as safetensors, atomically, read the file back and compare it; return its sha256.
 
     Raises:
-        OSError: if the disk is full or gone (safetensors itself hides the reason in its own error's text).
-        DamagedFile: if the file reads otherwise; `path` stays as it was.
+        OSError: if the disk is full or gone (safetensors gives the reason only in the text of its own error).
+        DamagedFile: if the file reads back differently; `path` is not changed.
     """
     held = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     with replacing(path) as temporary:
@@ -43,7 +43,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
-    """Return the sha256 of the tensors' names, kinds and content."""
+    """Return the sha256 of the tensors' names, dtypes and content."""
     digest = hashlib.sha256()
     for name, value in sorted(tensors.items()):
         digest.update(repr((name, str(value.dtype), tuple(value.shape))).encode())
@@ -53,9 +53,9 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
 
 
 def check_written(tensors: Mapping[str, Tensor], path: Path) -> str:
-    """Return the sha256 of the file; raise DamagedFile unless it holds the tensors byte for byte.
+    """Return the sha256 of the file; raise DamagedFile unless it contains the tensors byte for byte.
 
-    Bytes are read, not mapped into memory, so that a disk that is gone is an error and not the end of the process.
+    Bytes are read, not mapped into memory, so that a lost disk raises an error instead of killing the process.
     """
     digest, buffer = hashlib.sha256(), bytearray(CHUNK)
     with open(path, "rb") as stream:
@@ -71,10 +71,10 @@ def check_written(tensors: Mapping[str, Tensor], path: Path) -> str:
                     buffer = bytearray(len(wanted))
                 # A bytearray compares memory; a memoryview compares number by number.
                 if stream.readinto(buffer) != len(wanted) or buffer != wanted:
-                    raise DamagedFile(f"{path} was written, but {name} reads otherwise: check the disk")
+                    raise DamagedFile(f"{path} was written, but {name} reads back differently: check the disk")
                 digest.update(buffer)
         if stream.read(1):
-            raise DamagedFile(f"{path} was written, but is longer than what it holds: check the disk")
+            raise DamagedFile(f"{path} was written, but is longer than its tensors: check the disk")
     return digest.hexdigest()
 
 
@@ -87,21 +87,21 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise DamagedFile(f"{path} is not a whole safetensors file ({error})") from None
+        raise DamagedFile(f"{path} is not a complete safetensors file ({error})") from None
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: Path | str) -> None:
-    """Raise DamagedFile for the first tensor that contains a value that is not finite; `where` names its origin."""
+    """Raise DamagedFile for the first tensor with a value that is not finite; `where` is quoted in the message."""
     for name, value in tensors.items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise DamagedFile(
-                f"{where} holds weights that are not finite (tensor {name}): it was damaged, or its training diverged. "
-                "Give other weights"
+                f"{where} contains weights that are not finite (tensor {name}): it was damaged, or its training "
+                "diverged. Use other weights"
             )
 
 
 def read_cached(file: Path | None) -> dict[str, Tensor]:
-    """Load the tensors that `write_cached` has written into this file; none if there are none or any bit differs."""
+    """Load the tensors that `write_cached` wrote to this file; empty if it does not exist or any bit differs."""
     if file is None:
         return {}
     try:
@@ -113,14 +113,14 @@ def read_cached(file: Path | None) -> dict[str, Tensor]:
 
 
 def write_cached(file: Path | None, tensors: Mapping[str, Tensor]) -> None:
-    """Cache tensors with their digest. A cache that cannot be written (read-only, full) costs only time."""
+    """Cache tensors with their digest; errors are ignored, because a missing cache costs only time."""
     if file is not None:
         with contextlib.suppress(DamagedFile, OSError, SafetensorError):
             write_tensors(file, {**tensors, DIGEST: _digest(file, tensors)})
 
 
 def _digest(file: Path, tensors: Mapping[str, Tensor]) -> Tensor:
-    """Return the sha256 of tensors by name, and of the name of their file, as 32 bytes."""
+    """Return the sha256 of the tensors, their names and the name of their file, as 32 bytes."""
     digest = hashlib.sha256(file.name.encode())
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()

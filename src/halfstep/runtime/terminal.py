@@ -1,4 +1,4 @@
-"""Text for terminals, and stdout and stderr that may be closed, full or unable to encode it."""
+"""Safe text for terminals, and output to a stdout or stderr that may be closed, full or unable to encode it."""
 
 import contextlib
 import errno
@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from typing import Any, Final, TextIO, final
 
 CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029\u202a-\u202e\u2066-\u2069]")
-"""Characters that a terminal obeys or cannot show: control characters but tab and newline, lone surrogates (bytes of a
-file name that are not UTF-8), line separators and changes of the writing direction.
+"""Characters that control a terminal or cannot be shown: control characters except tab and newline, lone surrogates
+(bytes of a file name that are not UTF-8), line separators and changes of the writing direction.
 """
 
 
@@ -25,7 +25,7 @@ def _shown(character: str) -> str:
 
 
 def one_line(text: object) -> str:
-    """Return the text without control characters, its white space as single spaces."""
+    """Return the text in one line, with control characters escaped and white space as single spaces."""
     return printable(" ".join(str(text).split()))
 
 
@@ -36,10 +36,10 @@ def warn(text: object) -> None:
 
 @final
 class Output:
-    """stdout or stderr of a command: a failed write loses its text, never the work.
+    """stdout or stderr of a command: a failed write loses text, but does not end the command.
 
-    The first failure, whose error is kept, sends the rest to the null device. Characters that the encoding lacks become
-    "?".
+    After the first failure, the error is kept and the rest goes to the null device. Characters that the encoding does
+    not support become "?".
 
     Args:
         stream: the stream, or None if it was closed before Python started.
@@ -55,7 +55,7 @@ class Output:
             stream.reconfigure(errors="replace")
 
     def write(self, text: str) -> int:
-        """Write, or note why that failed."""
+        """Write, or record why that failed."""
         if self._is_closed and self.error is None:
             self.error = OSError(errno.EBADF, os.strerror(errno.EBADF))
         try:
@@ -65,7 +65,7 @@ class Output:
         return len(text)
 
     def flush(self) -> None:
-        """Flush, or note why that failed."""
+        """Flush, or record why that failed."""
         try:
             self._stream.flush()
         except OSError as error:
@@ -84,12 +84,12 @@ class Output:
 
 @contextlib.contextmanager
 def safe_outputs() -> Iterator[Output]:
-    """Make `sys.stdout` and `sys.stderr` an Output each while entered; yield that of stdout."""
+    """Replace `sys.stdout` and `sys.stderr` by an Output each; yield that of stdout."""
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            # The next file opened would get the number, and what is printed by C would go into it.
+            # Otherwise the next opened file would get this descriptor, and output from C code would go to it.
             os.open(os.devnull, os.O_RDWR)
     before = sys.stdout, sys.stderr
     out, err = Output(sys.stdout), Output(sys.stderr)

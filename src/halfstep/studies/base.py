@@ -1,7 +1,7 @@
-"""A study: a question, a plan of trials that answers it, and the table and the figure at its end.
+"""A study: a question, a plan of trials to answer it, and a table and a figure as its result.
 
-Each finished trial writes its figures to a file in STUDY/cells, so the same command resumes. The runs that a trial
-needs are run folders with their own stores, so studies that share a teacher share its samples and figures.
+Each finished trial writes its metrics to a file in STUDY/cells, so the same command resumes. The runs that a trial
+needs are run folders with their own stores, so studies that share a teacher share its samples and metrics.
 """
 
 import time
@@ -43,7 +43,7 @@ from halfstep.samplers import Ancestral, Sampler
 from halfstep.studies.scales import Scale
 
 Figures = dict[str, Any]
-"""The figures of a trial, JSON-ready. A diverged trial has only "diverged": why."""
+"""The metrics of a trial, JSON-ready. A diverged trial has only "diverged", with the reason."""
 
 
 class Finding(NamedTuple):
@@ -56,40 +56,40 @@ class Finding(NamedTuple):
 @final
 @dataclass(frozen=True)
 class Trial:
-    """One entry of a study: what distinguishes it from the others, and the work that fills it."""
+    """One entry of a study: the axes that distinguish it from the others, and the function that measures it."""
 
     axes: Mapping[str, Any]
     work: Callable[["Bench"], Figures]
 
     @property
     def name(self) -> str:
-        """The trial's axes in one word, for its file."""
+        """File name built from the trial's axes."""
         return "_".join(f"{key}-{value}" for key, value in self.axes.items())
 
 
 class Study(ABC):
-    """A question and its plan: the trials, and how their findings are shown."""
+    """A question and its plan: the trials, and how to present their findings."""
 
     title: ClassVar[str]
     question: ClassVar[str]
     uses: ClassVar[tuple[str, ...]]
-    """Settings of the scale on which its figures depend; with others, its trials must be run again."""
+    """Settings of the scale that its metrics depend on; if they change, its trials must be rerun."""
 
     @abstractmethod
     def trials(self, scale: Scale) -> list[Trial]:
-        """Return the plan, in the order in which it runs."""
+        """Return the plan, in the order of execution."""
 
     def costs(self, scale: Scale) -> Mapping[str, float]:
-        """Return the forward passes of one sample that the plan takes, by its parts; empty if they are not counted."""
+        """Return the forward passes of one sample for each part of the plan; empty if they are not counted."""
         return {}
 
     @abstractmethod
     def table(self, rows: Sequence[Finding], scale: Scale) -> Table:
-        """Return the table of all findings, the paper's published figures beside ours where they are known."""
+        """Return the table of all findings, next to the paper's published results if they are known."""
 
     @abstractmethod
     def panels(self, rows: Sequence[Finding], scale: Scale) -> list[Panel]:
-        """Return the figure's panels, ours first."""
+        """Return the panels of the figure, with our results first."""
 
 
 studies: Registry[type[Study]] = Registry("study")
@@ -108,7 +108,7 @@ class Bench:
         """The data of a configuration, opened once."""
 
     def run(self, name: str, recipe: Recipe, what: Literal["teacher", "chain"]) -> RunFolder:
-        """Return the finished run `name` of a recipe's teacher, or of its chain from the shared teacher; not measured.
+        """Return the finished, unmeasured run `name`: a recipe's teacher, or its chain from the shared teacher.
 
         Raises:
             NonFinite: if it diverged.
@@ -117,13 +117,13 @@ class Bench:
         return self._finished(name, self._spec(recipe, what))
 
     def distil(self, name: str, plan: Plan, seed: int) -> RunFolder:
-        """Return the finished run `name` of any plan from the shared teacher; raises as `run`."""
+        """Return the finished run `name` of any plan from the shared teacher; raises the same errors as `run`."""
         spec = self._spec(self.scale.recipe.model_copy(update={"seed": seed}), "chain")
         further = [
             StageConfig(objective=objectives.describe(stage.objective), training=stage.training).model_dump(mode="json")
             for stage in plan.stages
         ]
-        # The recipe identifies the run, so it holds the plan.
+        # The recipe identifies the run, so it contains the plan.
         return self._finished(name, replace(spec, plan=plan, recipe={**spec.recipe, "further": further}))
 
     def _spec(self, recipe: Recipe, what: Literal["teacher", "chain"]) -> RunSpec:
@@ -141,12 +141,12 @@ class Bench:
 
     @cached_property
     def teacher(self) -> StageFolder:
-        """The teacher that all studies of the scale but the ablation share."""
+        """The teacher that all studies of the scale share, except the ablation."""
         return self.run("teacher", self.scale.recipe, "teacher").stages()[-1]
 
     @cached_property
     def chain(self) -> dict[int, StageFolder]:
-        """The students of that teacher, by the scale's own recipe, by their steps."""
+        """The students of that teacher, trained with the scale's recipe, by their steps."""
         stages = self.run("chain", self.scale.recipe, "chain").stages()[1:]
         return {stage.manifest(verify=False).num_steps or 0: stage for stage in stages}
 
@@ -170,10 +170,10 @@ class Bench:
         return Cell(source, num_steps, range(noise * size, (noise + 1) * size))
 
     def measured(self, stage: StageFolder, num_steps: int, sampler: Sampler | None = None, noise: int = 0) -> Result:
-        """Return the figures of a stage's model, by its own sampler if None; measured once for each protocol.
+        """Return the metrics of a stage's model, with its own sampler if None; measured once per protocol.
 
         Args:
-            noise: number of the set of seeds; no two sets share one.
+            noise: number of the set of seeds; sets do not overlap.
 
         Raises:
             NonFinite: if a sample is not finite.
@@ -181,13 +181,13 @@ class Bench:
         return self._store(stage).result(self._cell(stage, num_steps, sampler, noise), self.reference)
 
     def samples(self, stage: StageFolder, num_steps: int, sampler: Sampler | None = None, noise: int = 0) -> Tensor:
-        """Return the samples `[n, *shape]` that `measured` measures, drawn once."""
+        """Return the samples `[n, *shape]` that `measured` uses; drawn only once."""
         store, cell = self._store(stage), self._cell(stage, num_steps, sampler, noise)
         store.fill([cell])
         return store.samples(cell)
 
     def tuned(self, stage: StageFolder, num_steps: int, levels: int | None = None) -> Result:
-        """Return ancestral sampling at the best of several levels of gamma (the scale's by default)."""
+        """Return the result of ancestral sampling at the best of several levels of gamma (the scale's by default)."""
         levels = levels or self.scale.gamma_levels
         gammas = [index / (levels - 1) for index in range(levels)]
         found: list[Result] = []
@@ -195,18 +195,18 @@ class Bench:
             try:
                 found.append(self.measured(stage, num_steps, Ancestral(gamma)))
             except NonFinite:
-                # A level that diverges is not the best one; the model has diverged if all of them do.
+                # A level that diverges cannot be the best; the model has diverged only if all levels do.
                 if gamma == gammas[-1] and not found:
                     raise
         best = min(found, key=lambda result: result.frechet)
         for gamma in gammas:
             if gamma != best.gamma:
-                # There are many, and nothing else needs them.
+                # These are many samples, and nothing else needs them.
                 self._store(stage).drop_samples(self._cell(stage, num_steps, Ancestral(gamma)))
         return best
 
     def noise_distance(self) -> float:
-        """Return the distance of unit noise, clipped as samples are: a model that is farther from the data has
+        """Return the distance of unit noise that is clipped like samples: a model farther from the data than this has
         diverged."""
         reference = self.reference
         noise: Tensor = sample_noise(range(self.scale.recipe.evaluation.num_samples), reference.data.shape).clamp(-1, 1)
@@ -222,15 +222,15 @@ def run_study(
     watch: Callable[[Event], None] = lambda event: None,
     done: Callable[[Trial, Figures, bool], None] = lambda trial, figures, was_there: None,
 ) -> list[Finding]:
-    """Run all trials of a study that are missing, and write study.json; a diverged one says so and stops no other.
+    """Run all missing trials of a study, and write study.json; a trial that diverges is recorded and stops no other.
 
     Args:
-        out: of the scale, shared by its studies: runs/, and a folder for each study.
-        done: called for each trial, with whether it existed before.
+        out: folder of the scale, shared by its studies: runs/, and a folder for each study.
+        done: called for each trial, with whether it already existed.
 
     Raises:
         Interrupted: if a signal came; the same call resumes.
-        ValueError: if a trial in the folder was made by other settings.
+        ValueError: if a trial in the folder was run with other settings.
     """
     bench = Bench(out, scale, stop, watch)
     folder = out / studies.name_of(study)
@@ -245,7 +245,7 @@ def run_study(
         if was_there:
             held = read_json(file)
             if not isinstance(held, dict) or held.get("key") != key:
-                raise ValueError(f"{file} was made by other settings of this study: choose another --out")
+                raise ValueError(f"{file} was written with other settings of this study: choose another --out")
         else:
             start = time.perf_counter()
             try:
@@ -275,7 +275,7 @@ def run_study(
 
 
 def write_study(study: Study, scale: Scale, rows: Sequence[Finding], out: Path) -> Path:
-    """Write table.md, figure.png and figure.svg beside the study's study.json; return the table's path."""
+    """Write table.md, figure.png and figure.svg next to the study's study.json; return the table's path."""
     folder = out / studies.name_of(study)
     head = f"# {study.title}\n\n{study.question}\n\n![{study.title}](figure.svg)\n\n"
     write_text(folder / "table.md", head + study.table(rows, scale).markdown())

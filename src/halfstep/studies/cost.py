@@ -41,7 +41,7 @@ def _parts(scale: Scale) -> dict[str, int | None]:
 @final
 @studies.register("cost")
 class Cost(Study):
-    """Distillation against base training in updates, network calls and seconds: a claim of the paper's section 5.2."""
+    """Compares distillation with base training in updates, network calls and seconds, as in the paper's section 5.2."""
 
     title: ClassVar[str] = "The cost of distillation"
     question: ClassVar[str] = "Does distilling to four steps cost no more than training the teacher?"
@@ -66,9 +66,9 @@ class Cost(Study):
                 told = f"{updates:,} ({updates / train:.2f})"
                 lines.append([f"paper, {data}: distillation to {end}", told, "–", "–"])
         notes = (
-            "In brackets: the share of base training. Network calls count samples through the network, a backward "
-            f"pass as two and the teacher's steps as one each. Recipe `{scale.recipe.name}`; the share is a choice of "
-            "the recipe, which names the updates of both. The paper's claim is the second line of each data set.",
+            "In brackets: the ratio to base training. Network calls are counted per sample, a backward pass as two and "
+            f"each of the teacher's steps as one. Recipe `{scale.recipe.name}`, which sets the updates of both and so "
+            "determines the ratio. The paper's claim is the second line of each data set.",
         )
         return Table(("part", "updates", "network calls", "seconds"), lines, notes)
 
@@ -86,6 +86,6 @@ class Cost(Study):
         ]
         labels = [TEACHER, "to 4", "to 1"]
         return [
-            Panel("ours", "", "share of base training", series, parts, log_y=False),
-            Panel("the paper, updates", "", "share of base training", theirs, labels, log_y=False),
+            Panel("ours", "", "ratio to base training", series, parts, log_y=False),
+            Panel("the paper, updates", "", "ratio to base training", theirs, labels, log_y=False),
         ]

@@ -27,13 +27,13 @@ METHODS: Final[dict[str, Sampler]] = {
     "DPM-Solver++(2M)": DPMSolverPP2M(),
 }
 EXACT_STEPS: Final = 256
-"""Steps of RK4 whose result stands for the exact solution of the ODE."""
+"""Steps of RK4 for the reference solution of the ODE."""
 COMPARED: Final = 128
-"""Noises from which solutions are compared."""
+"""Number of noise samples for comparing solutions."""
 
 
 def _solution(bench: Bench, num_steps: int, sampler: Sampler) -> Tensor:
-    """Return samples of the bare teacher: to clip x0 would change the ODE."""
+    """Return samples of the teacher without clipping, which would change the ODE."""
     teacher, seeds = bench.model(bench.teacher), list(range(COMPARED))
     return draw(teacher.denoiser, teacher.noise(seeds), num_steps, sampler, teacher.cond(seeds))
 
@@ -60,7 +60,7 @@ class Integrators(Study):
     """DDIM, Euler, midpoint, Heun, RK4 and DPM-Solver++ on one teacher: the question of the paper's appendix C."""
 
     title: ClassVar[str] = "Appendix C: integrators of the probability-flow ODE"
-    question: ClassVar[str] = "Is DDIM only another integrator, or a better one?"
+    question: ClassVar[str] = "Is DDIM just another integrator, or a better one?"
     uses: ClassVar[tuple[str, ...]] = ("recipe", "steps")
 
     def trials(self, scale: Scale) -> list[Trial]:
@@ -79,8 +79,8 @@ class Integrators(Study):
             lines.append(line)
         notes = (
             f"Each entry: Frechet distance of {scale.recipe.evaluation.num_samples:,} samples; root mean square error "
-            f"against the solution of the ODE (RK4 in {EXACT_STEPS} steps) from the same {COMPARED} noises, x0 not "
-            "clipped; in brackets the network calls where they are not the steps. Recipe "
+            f"against the solution of the ODE (RK4 with {EXACT_STEPS} steps) from the same {COMPARED} noises, without "
+            "clipping x0; in brackets the network calls, if they differ from the steps. Recipe "
             f"`{scale.recipe.name}`. The numbers of the paper's appendix could not be verified, so none are shown.",
         )
         return Table(("method", *(f"{count} steps" for count in steps)), lines, notes)

@@ -1,9 +1,9 @@
 """Roads: every method of distillation from one teacher to few steps, at equal cost.
 
-A student's cost is the forward passes of all stages that lead to it from the teacher, its helpers' included, as
-`Stage.update_cost` counts them. A scale names the cost of a student of 8, 4, 2 and 1 steps; `funded` turns it into
-updates. A chain to 1 step makes all of them, and each costs as much as the student of a method that goes straight to
-its number of steps.
+A student's cost is the forward passes of all stages from the teacher to it, including auxiliary networks, as counted by
+`Stage.update_cost`. A scale sets the cost of the students of 8, 4, 2 and 1 steps, and `funded` converts it to updates.
+A chain to 1 step contains all of them. Each costs as much as a student that another method trains directly from the
+teacher.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -38,7 +38,7 @@ from halfstep.studies.scales import Scale
 from halfstep.studies.show import spread, where
 
 AT_BEST: Final = (Method(DDIM(), 256), Method(Heun(), 32))
-"""The teacher at its best is the better of these. From the same noise, students are compared with the last."""
+"""The better of these is the teacher at its best. Same-noise comparisons use the last."""
 HEUN_STEPS: Final = 2
 """Heun steps of the teacher for each step of the first student."""
 
@@ -46,19 +46,19 @@ HEUN_STEPS: Final = 2
 @final
 @dataclass(frozen=True)
 class Leg:
-    """A stage whose updates are not counted yet."""
+    """A stage without its number of updates."""
 
     objective: Callable[[int], Objective]
-    """From the updates of the stage to its objective, the cost of which must not depend on them."""
+    """Maps the updates of the stage to its objective, whose cost must not depend on them."""
     training: Training
     passes: float
     """Forward passes of all stages from the teacher to the end of this one."""
 
 
 def funded(legs: Sequence[Leg]) -> Plan:
-    """Return the stages, each with the updates that its passes pay for, at least one.
+    """Return the stages, each with as many updates as its forward passes allow, at least one.
 
-    A stage makes up for the rounding of the stages before it, so each total is met within half an update.
+    A stage corrects the rounding of the stages before it, so each total is exact to half an update.
     """
     stages: list[Stage] = []
     for leg in legs:
@@ -72,7 +72,7 @@ def funded(legs: Sequence[Leg]) -> Plan:
 
 
 def ways(stages: Sequence[Stage]) -> list[tuple[int, ...]]:
-    """Return for each stage after an undistilled teacher the places of all that lead to it, its own the last."""
+    """Return for each stage after an undistilled teacher the indices of the stages leading to it, its own last."""
     models = [Outcome(Role.TEACHER)]
     found: list[tuple[int, ...]] = [()]
     for place, stage in enumerate(stages):
@@ -84,12 +84,12 @@ def ways(stages: Sequence[Stage]) -> list[tuple[int, ...]]:
 
 
 def passes_of(stages: Iterable[Stage]) -> float:
-    """Return the forward passes of stages."""
+    """Return the total forward passes of the stages."""
     return sum(stage.training.num_updates * stage.update_cost for stage in stages)
 
 
 def _halving(scale: Scale, steps: Sequence[int], share: float = 1.0) -> list[Leg]:
-    """Return the recipe's own chain, whose updates keep their proportions before the first of `steps`."""
+    """Return the recipe's own chain, with its proportions of updates kept before the first of `steps`."""
     stages = scale.recipe.chain_plan().stages
     before = [stage for stage in stages if (stage.num_steps or 0) >= steps[0]]
     scaled = share * scale.roads.passes[steps[0]] / passes_of(before)
@@ -98,7 +98,7 @@ def _halving(scale: Scale, steps: Sequence[int], share: float = 1.0) -> list[Leg
 
 
 def _second_order(scale: Scale, steps: Sequence[int], share: float = 1.0) -> list[Leg]:
-    """Return a chain whose first stage learns from Heun steps of the teacher."""
+    """Return a chain in which the first stage learns from Heun steps of the teacher."""
     first = Halving(steps[0], HEUN_STEPS, teacher_sampler=Heun())
     training = _stage_of(scale, steps[0]).training
     return [_as_leg(Stage(first, training), share * scale.roads.passes[steps[0]]), *_halves(scale, steps, share)]
@@ -116,7 +116,7 @@ def _halves(scale: Scale, steps: Sequence[int], share: float) -> list[Leg]:
 
 
 def _stage_of(scale: Scale, steps: int) -> Stage:
-    """Return the stage of the recipe's chain that makes the student of `steps` steps.
+    """Return the stage of the recipe's chain that trains the student of `steps` steps.
 
     Raises:
         ValueError: if there is none.
@@ -127,8 +127,8 @@ def _stage_of(scale: Scale, steps: int) -> Stage:
             return stage
     made = ", ".join(str(stage.num_steps) for stage in stages)
     raise ValueError(
-        f"the study of roads needs a chain with a student of {steps} steps, and those of the recipe "
-        f"{scale.recipe.name} take {made}. Choose another recipe"
+        f"the study of roads needs a chain with a student of {steps} steps, but the recipe "
+        f"{scale.recipe.name} has students of {made}. Choose another recipe"
     )
 
 
@@ -137,11 +137,11 @@ def _as_leg(stage: Stage, passes: float) -> Leg:
 
 
 def _finished(scale: Scale, steps: Sequence[int]) -> list[Leg]:
-    """Return that chain, then the finish of each of its students for a share of the student's passes."""
+    """Return that chain, then a finish of each student, which takes a share of the student's passes."""
     settings = scale.roads
 
     def finishing(number: int) -> Callable[[int], Objective]:
-        # In a short finish the first updates, in which only the auxiliary denoiser learns, would be most of it.
+        # The initial updates, which train only the auxiliary denoiser, would take up most of a short finish.
         return lambda updates: Finishing(number, lead_updates=min(Finishing.lead_updates, updates // 4))
 
     finishes = [Leg(finishing(number), settings.finish, settings.passes[number]) for number in steps]
@@ -170,12 +170,12 @@ class Road:
 
     label: str
     legs: Callable[[Scale, Sequence[int]], list[Leg]]
-    """From the scale and the steps of the wanted students, the most first, to the stages that make them."""
+    """Returns the stages for students of the given steps, the most first."""
     is_chain: bool = True
-    """Whether one run makes all students; else each has a run of its own, straight from the teacher."""
+    """Whether one run trains all students; otherwise each has its own run, directly from the teacher."""
 
     def plan(self, scale: Scale, steps: int) -> Plan:
-        """Return the plan of the run that makes the student of `steps` steps."""
+        """Return the plan of the run that trains the student of `steps` steps."""
         return funded(self.legs(scale, scale.roads.steps if self.is_chain else (steps,)))
 
 
@@ -187,9 +187,9 @@ ROADS: Final = {
     "consistency_chain": Road("consistency, 8 to 1", _consistency),
     "moments": Road("moment matching, straight", _moments, is_chain=False),
 }
-"""Methods by their names in a study's JSON: one line of table and figure each."""
+"""Methods by their names in a study's JSON; each is one line of the table and of the figure."""
 TEACHERS: Final = {"ddim": "teacher, DDIM", "heun": "teacher, Heun"}
-"""Samplers of the teacher at as many network calls, without training."""
+"""Samplers of the teacher for the same number of network calls, without training."""
 LABELS: Final = {name: road.label for name, road in ROADS.items()} | TEACHERS
 
 
@@ -212,7 +212,7 @@ def _road(scale: Scale, name: str, steps: int, seed: int) -> Trial:
 
 
 def way_to(plan: Plan, steps: int) -> tuple[int, ...]:
-    """Return the places of the stages that lead to the last student of `steps` steps, its own last."""
+    """Return the indices of the stages that lead to the last student of `steps` steps, ending with its own."""
     return next(
         way for stage, way in zip(plan.stages[::-1], ways(plan.stages)[::-1], strict=True) if stage.num_steps == steps
     )
@@ -244,7 +244,7 @@ def _measured(bench: Bench, stage: StageFolder, sampler: Sampler | None, steps: 
 
 
 def _methods(scale: Scale) -> list[tuple[Method, int]]:
-    """Return how the teacher is sampled, with the network calls that each stands for."""
+    """Return the sampling methods of the teacher, each with the network calls that it is shown at."""
     equal = [
         (Method(samplers[name](), most_steps(name, evals)), evals) for name in TEACHERS for evals in scale.roads.steps
     ]
@@ -260,9 +260,9 @@ COLUMNS: Final = {
     "same_noise": "same-noise distance",
     "updates": "updates",
     "seconds": "seconds of training",
-    "seconds_per_1000": "seconds a 1,000 samples",
+    "seconds_per_1000": "seconds per 1,000 samples",
 }
-"""Figures of a trial as the table heads them."""
+"""Column headings of a trial's metrics."""
 
 
 def _values(rows: Sequence[Finding], figure: str, method: str, evals: int) -> list[float]:
@@ -271,7 +271,7 @@ def _values(rows: Sequence[Finding], figure: str, method: str, evals: int) -> li
 
 
 def _best(rows: Sequence[Finding]) -> float | None:
-    """Return the distance of the teacher at its best, the mean over the seeds."""
+    """Return the distance of the teacher at its best, as the mean over the seeds."""
     known = (_values(rows, "distance", samplers.name_of(one.sampler), one.num_evals) for one in AT_BEST)
     return min((fmean(values) for values in known if values), default=None)
 
@@ -290,10 +290,10 @@ def _curves(rows: Sequence[Finding], scale: Scale, figure: str) -> list[Curve]:
 @final
 @studies.register("roads")
 class Roads(Study):
-    """Halving, finishing, consistency and moment matching from one teacher at equal cost, over seeds."""
+    """Compares halving, finishing, consistency and moment matching from one teacher at equal cost, over seeds."""
 
     title: ClassVar[str] = "Roads: methods of distillation at equal cost"
-    question: ClassVar[str] = "Which method makes the best student of 8, 4, 2 and 1 steps from the same passes?"
+    question: ClassVar[str] = "Which method trains the best student of 8, 4, 2 and 1 steps at the same cost?"
     uses: ClassVar[tuple[str, ...]] = ("recipe", "road_seeds", "roads")
 
     def trials(self, scale: Scale) -> list[Trial]:
@@ -331,14 +331,14 @@ class Roads(Study):
         notes = (
             f"Frechet distance of {scale.recipe.evaluation.num_samples:,} samples, recipe `{scale.recipe.name}`, mean "
             f"± standard deviation over {scale.road_seeds} seeds, each with its own training and its own sampling "
-            "noise; one teacher. After a method's name: the network calls of a sample, which are the steps of a "
-            "student. Heun takes as many steps as fit into them.",
-            f"Equal cost: the stages that lead to a student take {budget} forward passes of one sample, to half an "
-            "update, a backward pass counting as two and the networks that help in training included. Seconds are "
-            "those of these stages.",
-            f"Same-noise distance: root mean square difference from the teacher's samples by Heun in "
-            f"{AT_BEST[-1].num_steps} steps. Students of moment matching draw further noise at each step but the "
-            "last, so theirs says little above 1 step.",
+            "noise; one teacher. After a method's name: the network calls per sample, which for a student equal its "
+            "steps. Heun takes as many steps as these calls allow.",
+            f"Equal cost: the stages that lead to a student take {budget} forward passes of one sample, to within half "
+            "an update. A backward pass counts as two, and auxiliary networks are included. Seconds are those of "
+            "these stages.",
+            f"Same-noise distance: root mean square difference from the teacher's samples with "
+            f"{AT_BEST[-1].num_steps} Heun steps. Moment-matching students draw new noise at each step except the "
+            "last, so theirs is not meaningful above 1 step.",
         )
         return Table(("method, network calls", *COLUMNS.values()), lines, notes)
 

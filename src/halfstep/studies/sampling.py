@@ -1,4 +1,4 @@
-"""Table 2, figures 4 and 6: the students of one chain against samplers of its undistilled teacher."""
+"""Table 2, figures 4 and 6: the students of one chain compared with samplers of its undistilled teacher."""
 
 from collections.abc import Iterable, Sequence
 from itertools import count
@@ -21,7 +21,7 @@ def _named(*methods: str) -> dict[str, str]:
 
 
 def _trial(method: str, axis: str, value: int, num_steps: int) -> Trial:
-    """Return the trial of a method, of the students or of the undistilled teacher, at a number of steps."""
+    """Return the trial of one sampling method at one number of steps."""
 
     def work(bench: Bench) -> Figures:
         stage = bench.chain[num_steps] if method.startswith("student") else bench.teacher
@@ -53,7 +53,7 @@ def most_steps(method: str, num_evals: int) -> int:
 
 
 def _distances(rows: Sequence[Finding], methods: Iterable[str], steps: int) -> list[str]:
-    """Return the distance of each method, with the gamma that was best."""
+    """Return the distance of each method, with its best gamma."""
     texts = []
     for method in methods:
         gamma = figure_of(rows, "gamma", method=method, steps=steps)
@@ -72,10 +72,10 @@ def _protocol(scale: Scale) -> str:
 @final
 @studies.register("table2")
 class Table2(Study):
-    """Students against fast samplers of the teacher at equal network calls: the paper's table 2."""
+    """Compares students with fast samplers of the teacher at equal network calls: the paper's table 2."""
 
     title: ClassVar[str] = "Table 2: fast samplers at equal network calls"
-    question: ClassVar[str] = "What does distillation buy beyond the best samplers of the undistilled teacher?"
+    question: ClassVar[str] = "What does distillation gain over the best samplers of the undistilled teacher?"
     uses: ClassVar[tuple[str, ...]] = ("recipe", "gamma_levels")
     methods: ClassVar = _named("student", "ddim", "ancestral", "heun", "dpmpp_2m")
 
@@ -102,8 +102,8 @@ class Table2(Study):
             line = [f"paper: {NAMES.get(method, method)}" + (f" ({others})" if others else "")]
             lines.append(line + [f"{published[n]:.2f}" if n in published else "–" for n in evals])
         notes = (
-            _protocol(scale) + " A number in brackets: the network calls used, by methods that cannot use "
-            "exactly that number. The paper's: FID on CIFAR-10; not comparable with ours, number for number.",
+            _protocol(scale) + " In brackets: the network calls of methods that cannot use exactly that number. "
+            "The paper's: FID on CIFAR-10; its numbers are not comparable with ours.",
         )
         return Table(("network calls", *map(str, evals)), lines, notes)
 
@@ -118,7 +118,7 @@ class Table2(Study):
 @final
 @studies.register("steps")
 class Steps(Study):
-    """Quality against steps of students, DDIM and tuned ancestral sampling: the paper's figure 4."""
+    """Quality against steps for students, DDIM and tuned ancestral sampling: the paper's figure 4."""
 
     title: ClassVar[str] = "Figure 4: quality against steps"
     question: ClassVar[str] = "Down to how many steps do students keep the teacher's quality?"
@@ -142,8 +142,8 @@ class Steps(Study):
         names = list(self.methods.values())
         headings = ["steps", *names, *(f"paper, {data}: {name}" for data in FIGURE_4 for name in names)]
         notes = (
-            _protocol(scale) + " The paper's: FID, read off its figure to 0.5 %; a dash where it lies above 20 or is "
-            "not known. Its LSUN curves are not known in numbers.",
+            _protocol(scale) + " The paper's: FID, read off its figure to 0.5 %; a dash if it is above 20 or unknown. "
+            "The numbers of its LSUN curves are unknown.",
         )
         return Table(headings, lines, notes)
 
@@ -177,8 +177,8 @@ class Stochastic(Study):
         steps = sorted({row.axes["steps"] for row in rows})
         lines = [[str(num_steps), *_distances(rows, self.methods, num_steps)] for num_steps in steps]
         notes = (
-            _protocol(scale) + " At one step there is no noise to add, and a student's two samplers are one. The "
-            "numbers of the paper's figure 6 (ImageNet 64x64) are not known, so none are shown.",
+            _protocol(scale) + " With one step no noise is added, so a student's two samplers are the same. The "
+            "numbers of the paper's figure 6 (ImageNet 64x64) are unknown, so none are shown.",
         )
         return Table(("steps", *self.methods.values()), lines, notes)
 

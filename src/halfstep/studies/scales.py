@@ -1,4 +1,4 @@
-"""The three sizes of every study: what is trained, how often, and how it is measured."""
+"""The three scales of every study: what is trained, how often, and how it is measured."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,27 +14,27 @@ from halfstep.recipes.schema import ChainConfig, FinishConfig
 from halfstep.train.settings import IDLE
 
 COUNTED: Final = 1_000_000
-"""Stands for the updates of a training that a study counts itself."""
+"""Placeholder for the updates of a training if the study computes them itself."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class RoadSettings:
-    """Budgets and training of each method in the study of roads; the recipe's chain sets the rest."""
+    """Budgets and training settings of each method in the study of roads; the recipe's chain sets the rest."""
 
     passes: Mapping[int, int]
-    """From a student's steps to the forward passes of all stages that lead to it."""
+    """Forward passes of all stages that lead to a student, by its steps."""
     finish_share: float = 0.4
-    """Share of a finished student's passes that its finish takes."""
+    """Share of a finished student's passes that is spent on its finish."""
     finish: Training
     consistency: Training
     grid: tuple[int, int]
-    """Times of the teacher's grid of consistency at the first update, and from half of the stage on."""
+    """Times in the teacher's grid for consistency distillation, at the first update and from half of the stage on."""
     moments: Training
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """The students' steps, the most first."""
+        """Steps of the students, the most first."""
         return tuple(sorted(self.passes, reverse=True))
 
 
@@ -45,34 +45,34 @@ class Scale:
 
     name: str
     recipe: Recipe
-    """Recipe of the teacher and the chain that the studies share, and of the protocol of all measurements."""
+    """Recipe for the teacher and the chain that the studies share, and for the protocol of all measurements."""
     ablation: Recipe
-    """Recipe of the teachers of table 1, before prediction, weighting and seed are set."""
+    """Recipe for the teachers of table 1, before prediction, weighting and seed are set."""
     seeds: int
-    """Repetitions of what is trained several times."""
+    """Number of seeds for repeated training."""
     gamma_levels: int = 11
     """Levels of the search over the variance of ancestral sampling."""
     ablation_gamma_levels: int = 11
-    """The same in table 1, whose cells are many."""
+    """The same for table 1, which has many cells."""
     steps: tuple[int, ...]
     """Sampler steps at which methods are compared."""
     ablation_steps: int
     """Sampler steps of table 1."""
     updates: tuple[int, ...]
-    """Updates of a stage in the study of schedules."""
+    """Updates per stage to try in the study of schedules."""
     rates: tuple[float, ...] = (5e-5, 1e-4, 2e-4, 3e-4)
-    """Learning rates of which the best is taken there."""
+    """Learning rates to try there; the best one counts."""
     factors: tuple[int, ...] = (2, 4)
-    """Teacher steps that a student's step replaces there."""
+    """Teacher steps that one student step replaces there."""
     roads: RoadSettings
-    """Costs and trainings in the study of roads."""
+    """Settings of the study of roads."""
     road_seeds: int = 3
-    """Repetitions there."""
+    """Number of seeds there."""
     passes_per_second: int | None = None
-    """Forward passes of one sample, in training, on the machine that the scale is for; None if not known."""
+    """Forward passes per second of one sample in training, on the machine that the scale is for; None if unknown."""
 
     def as_data(self, uses: Sequence[str]) -> dict[str, Any]:
-        """Return the settings named in `uses`, JSON-ready, without fields of a recipe's engine that are `IDLE`.
+        """Return the settings listed in `uses`, JSON-ready, without `IDLE` fields of a recipe's engine.
 
         "evaluation" is the recipe's.
         """
@@ -94,11 +94,11 @@ YOUNGER: Final[Mapping[tuple[str, str], Any]] = {
     ("data", "accept_changed"): False,
     ("data", "skip_broken"): False,
 }
-"""Settings that are younger than published studies, with the value that all of these had."""
+"""Settings that were added after the published studies, with the value that applied to those."""
 
 
 def _as_before(said: Any, name: str) -> Any:
-    """Return what is said of `name` without settings that are younger than published studies and change nothing."""
+    """Return the data of `name` without settings that were added after the published studies and change nothing."""
     if not isinstance(said, dict):
         return said
     kept = {key: value for key, value in said.items() if YOUNGER.get((name, key), ...) != value}
@@ -108,13 +108,13 @@ def _as_before(said: Any, name: str) -> Any:
 
 
 def _with_chain(recipe: Recipe, start_steps: int, training: Training, **changes: Any) -> Recipe:
-    """Return the recipe with the paper's kind of chain, DDIM from many steps, which the studies are about."""
+    """Return the recipe with a chain as in the paper, DDIM from many steps, which the studies examine."""
     chain = ChainConfig(start_steps=start_steps, training=training, **changes)
     return recipe.model_copy(update={"chain": chain, "finish": FinishConfig()})
 
 
 def smoke() -> Scale:
-    """Digits, minutes on two CPU cores: shows that all runs, and what shows at this size."""
+    """Digits, minutes on two CPU cores: checks that everything runs, and shows the effects visible at this size."""
     recipe = _with_chain(
         recipes["digits"](),
         64,
@@ -166,7 +166,7 @@ def smoke() -> Scale:
 
 
 def small() -> Scale:
-    """Fashion-MNIST, hours on one GPU; `--data FOLDER` where the Hub is out of reach."""
+    """Fashion-MNIST, hours on one GPU; use `--data FOLDER` without access to the Hub."""
     recipe = _with_chain(recipes["fashion_mnist"](), 256, Training(num_updates=4000, learning_rate=1e-4))
     recipe = recipe.model_copy(update={"evaluation": Evaluation(num_samples=5000, batch_size=1000)})
     return Scale(

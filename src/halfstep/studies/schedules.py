@@ -1,4 +1,4 @@
-"""The schedules of appendix E: how many updates a stage needs, and whether halving may be quartering."""
+"""The schedules of appendix E: how many updates a stage needs, and whether it can quarter the steps."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +14,7 @@ from halfstep.studies.show import spread, where
 
 
 def students_by(start: int, factor: int) -> tuple[int, ...]:
-    """Return the students' steps from `start` to 1, each stage dividing by `factor`, the last by what is left."""
+    """Return the students' steps from `start` to 1; each stage divides them by `factor`, the last by the remainder."""
     steps = [start]
     while steps[-1] > 1:
         steps.append(steps[-1] // factor if steps[-1] % factor == 0 else 1)
@@ -22,13 +22,13 @@ def students_by(start: int, factor: int) -> tuple[int, ...]:
 
 
 def shown(scale: Scale) -> list[int]:
-    """Return the students that are measured: those of few steps that every factor's chain has, the most steps first."""
+    """Return the students to measure: those of few steps that the chains of all factors share, the most steps first."""
     chains = [set(students_by(scale.recipe.chain.start_steps, factor)) for factor in scale.factors]
     return sorted((steps for steps in set.intersection(*chains) if steps <= 16), reverse=True)
 
 
 def _trial(scale: Scale, factor: int, updates: int, rate: float, seed: int) -> Trial:
-    # Only the exceptions of the paper: twice the updates at 2 steps and at 1, and one rate for all.
+    # Only the paper's exceptions: updates doubled at 2 steps and at 1, and a single learning rate.
     training = scale.recipe.chain.training
     warmup = min(training.warmup_updates, updates)
     chain = scale.recipe.chain.model_copy(
@@ -59,7 +59,7 @@ def _trial(scale: Scale, factor: int, updates: int, rate: float, seed: int) -> T
 
 
 def _best(rows: Sequence[Finding], steps: int) -> tuple[float | None, list[float]]:
-    """Return the learning rate whose mean distance is the least, and its distances over the seeds."""
+    """Return the learning rate with the smallest mean distance, and its distances over the seeds."""
     at_rate: dict[float, list[float]] = {}
     for row in rows:
         if f"at {steps}" in row.figures:
@@ -70,10 +70,10 @@ def _best(rows: Sequence[Finding], steps: int) -> tuple[float | None, list[float
 @final
 @studies.register("schedules")
 class Schedules(Study):
-    """Updates a stage, factor 2 and 4, learning rates, over seeds: the paper's fast schedules."""
+    """Compares updates per stage, factors 2 and 4 and learning rates, over seeds: the paper's fast schedules."""
 
-    title: ClassVar[str] = "Fast schedules: updates a stage, and factor 2 or 4"
-    question: ClassVar[str] = "How many updates does a stage need, and may it quarter the steps?"
+    title: ClassVar[str] = "Fast schedules: updates per stage, and factor 2 or 4"
+    question: ClassVar[str] = "How many updates does a stage need, and can it quarter the steps?"
     uses: ClassVar[tuple[str, ...]] = ("recipe", "seeds", "updates", "rates", "factors")
 
     def trials(self, scale: Scale) -> list[Trial]:
@@ -101,10 +101,10 @@ class Schedules(Study):
             f"from {scale.recipe.chain.start_steps} steps to 1, mean ± standard deviation over {scale.seeds} seeds at "
             f"the best of the rates {', '.join(f'{rate:g}' for rate in scale.rates)}, chosen for each entry; all "
             "seeds share one teacher and the same sampling noise. Updates "
-            "are doubled at 2 steps and at 1. The numbers of the paper's ablation are not known, so none are shown.",
+            "are doubled at 2 steps and at 1. The numbers of the paper's ablation are unknown, so none are shown.",
         )
         students = (f"student at {steps}" for steps in shown(scale))
-        return Table(("factor, updates a stage", "updates in all", *students), lines, notes)
+        return Table(("factor, updates per stage", "total updates", *students), lines, notes)
 
     def panels(self, rows: Sequence[Finding], scale: Scale) -> list[Panel]:
         panels = []

@@ -1,4 +1,4 @@
-"""Shared by the tables of studies: names of methods, and means over seeds."""
+"""Helpers for the tables of studies: names of methods, and means over seeds."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -8,11 +8,11 @@ from halfstep.report.words import SAMPLER_LABELS, with_spread
 from halfstep.studies.base import Finding
 
 NAMES = SAMPLER_LABELS | {"student": "students", "ancestral": "ancestral, tuned"}
-"""Methods as they are shown."""
+"""Display names of methods."""
 
 
 def spread(values: Sequence[float]) -> str:
-    """Return the mean, with the standard deviation of several."""
+    """Return the mean, with the standard deviation if there are several values."""
     if not values:
         return "–"
     return with_spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
@@ -30,10 +30,10 @@ def figure_of(rows: Sequence[Finding], name: str, **axes: object) -> float | Non
 
 
 def curves(rows: Sequence[Finding], names: Mapping[str, str], x: str, y: str = "distance") -> list[Curve]:
-    """Return each method's curve from figure `x` to figure `y`, without findings that lack `y`.
+    """Return each method's curve of `y` against `x`, without findings that lack `y`.
 
     Args:
-        names: methods with the labels of their curves.
+        names: labels of the curves, by method.
     """
     drawn = []
     for method, label in names.items():

@@ -1,4 +1,4 @@
-"""Table 1: which parameterisation and which weighting train the best undistilled model, by two samplers."""
+"""Table 1: which parameterisation and weighting give the best undistilled model, with two samplers."""
 
 from collections.abc import Sequence
 from typing import ClassVar, final
@@ -40,10 +40,10 @@ def _trial(scale: Scale, prediction: str, weighting: str, seed: int) -> Trial:
 @final
 @studies.register("table1")
 class Table1(Study):
-    """Parameterisation x weighting x sampler, over seeds: the paper's table 1."""
+    """Compares parameterisation, weighting and sampler, over seeds: the paper's table 1."""
 
     title: ClassVar[str] = "Table 1: parameterisation, weighting, sampler"
-    question: ClassVar[str] = "Which output and which weighting train the best undistilled model?"
+    question: ClassVar[str] = "Which output and which weighting give the best undistilled model?"
     uses: ClassVar[tuple[str, ...]] = ("ablation", "evaluation", "seeds", "ablation_gamma_levels", "ablation_steps")
 
     def trials(self, scale: Scale) -> list[Trial]:
@@ -65,10 +65,10 @@ class Table1(Study):
             theirs = ["diverges"] * 2 if published is None else [f"{value:.2f}" for value in published]
             lines.append([f"{prediction}, {weighting}", ours[0], ours[1], *theirs])
         notes = (
-            f"Ours: Frechet distance of {scale.recipe.evaluation.num_samples:,} samples in "
+            f"Ours: Frechet distance of {scale.recipe.evaluation.num_samples:,} samples with "
             f"{scale.ablation_steps} steps, mean ± standard deviation over {scale.seeds} seeds; ancestral at the best "
             f"of {scale.ablation_gamma_levels} levels of gamma. The paper's: FID on unconditional CIFAR-10, mean of 3 "
-            "seeds. The two are different measures on different data: compare orders, not numbers.",
+            "seeds. The two are different metrics on different data: compare rankings, not numbers.",
             "A cell diverges if its loss or a sample is not finite, or if its samples are farther from the data than "
             "clipped unit noise is.",
         )
