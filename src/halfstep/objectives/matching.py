@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from halfstep.core.denoiser import Clipped, Denoiser, NetworkDenoiser, Reprocessed
+from halfstep.core.door import check_real
 from halfstep.core.draw import Draw
 from halfstep.core.grids import check_num_steps
 from halfstep.core.noise import NoiseProcess, as_clock
@@ -44,13 +45,13 @@ from halfstep.objectives.guidance import Guidance
 class Matching(Objective):
     """Squared error against the teacher's x0 at the times i / num_times, i = 1 ... num_times.
 
-    The x0 of a `Clipped` teacher is clipped, after guidance. For data of that range this moves no entry away from its
-    true mean, and keeps an eps teacher, whose error is multiplied by sigma / alpha, of use near pure noise.
+    The teacher's x0 is clipped to `clip`, after guidance. For data of that range this moves no entry away from its true
+    mean, and keeps an eps teacher, whose error is multiplied by sigma / alpha, of use near pure noise.
     With as many times as the teacher has noise levels it is called at no other. The default weighting makes it the
     squared error in v, which is even over all noise levels.
 
     Raises:
-        ValueError: if the number of times is not a whole number of at least 1.
+        ValueError: if the number of times is not a whole number of at least 1, or the bounds of `clip` do not rise.
     """
 
     num_times: int = 1024
@@ -63,10 +64,20 @@ class Matching(Objective):
     """The student's process; None keeps the teacher's."""
     num_train_timesteps: int = 1024
     """Timesteps of a network's clock on another process."""
+    clip: tuple[float, float] | None = None
+    """Bounds to which the teacher's x0 is clipped; None for none."""
     needs_teacher: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_num_steps(self.num_times)
+        if self.clip is not None:
+            if not isinstance(self.clip, tuple | list) or len(self.clip) != 2:
+                raise ValueError(f"clip must be two bounds, got {self.clip!r}. Pass (-1, 1)")
+            low, high = self.clip
+            check_real(low=low, high=high)
+            if not low < high:
+                raise ValueError(f"the bounds of clip must rise, got {low} and {high}")
+            object.__setattr__(self, "clip", (float(low), float(high)))
 
     @property
     def outcome(self) -> Outcome:
@@ -77,8 +88,6 @@ class Matching(Objective):
         return {STUDENT: Evals(1, 1), "teacher": Evals(1 if self.guidance is None else 2)}
 
     def start(self, teacher: Denoiser) -> Denoiser:
-        if isinstance(teacher, Clipped):
-            return self.start(teacher.denoiser)
         if not isinstance(teacher, NetworkDenoiser):
             raise ValueError(f"{type(teacher).__name__} has no network to match: pass a NetworkDenoiser")
         meaning = self.prediction or teacher.prediction
@@ -98,10 +107,9 @@ class Matching(Objective):
         return NetworkDenoiser(network, process, meaning)
 
     def view(self, teacher: Denoiser, student: Denoiser, null: Mapping[str, Tensor]) -> Denoiser:
-        if isinstance(teacher, Clipped):
-            return Clipped(self.view(teacher.denoiser, student, null), teacher.low, teacher.high)
         seen = teacher if self.guidance is None else self.guidance.view(teacher, null)
-        return seen if student.process == teacher.process else Reprocessed(seen, student.process)
+        seen = seen if student.process == teacher.process else Reprocessed(seen, student.process)
+        return seen if self.clip is None else Clipped(seen, *self.clip)
 
     def loss(self, models: Models, batch: Batch, draw: Draw) -> Losses:
         teacher = check_one_process(models)

@@ -33,6 +33,8 @@ from halfstep.samplers import DDIM, Sampler
 MATCHED_GAIN: Final = 10.0
 """Gain at t = 1 (see `output_gain`) from which a given teacher is matched to v before it is halved. Stable Diffusion's
 eps has 15, DDPM's 160."""
+IMAGE_RANGE: Final = (-1.0, 1.0)
+"""Values of images as x0."""
 
 
 def cosine_within(process: NoiseProcess) -> VPCosine:
@@ -64,8 +66,10 @@ class Start:
     sampler: Sampler = DDIM()
     """The sampler that a student is made for."""
     given: bool = True
+    clip: tuple[float, float] | None = None
+    """Bounds to which its x0 is clipped in sampling, which a matched student learns; None for none."""
     is_clipped: bool = False
-    """Whether its x0 is clipped, which no halving follows: a student is matched to it first."""
+    """Whether it is a `Clipped` denoiser, which no halving follows: a student is matched to it first."""
     is_stock: bool = False
     """Whether its network is one of diffusers, to which students are exported."""
 
@@ -81,6 +85,7 @@ class Start:
             model.guidance,
             has_movable_clock(model.denoiser.network),
             model.sampler,
+            clip=IMAGE_RANGE if model.manifest.clip else None,
             is_stock=isinstance(model.denoiser.network, StockNetwork),
         )
 
@@ -151,7 +156,7 @@ class Match:
             )
         # A table's own levels are the only ones that a teacher on it was trained for.
         num_times = len(clock.betas) if isinstance(clock, VPTable) else self.num_times
-        return Matching(num_times, guidance=self.guidance, prediction=meaning, process=clock)
+        return Matching(num_times, guidance=self.guidance, prediction=meaning, process=clock, clip=start.clip)
 
 
 def course(
