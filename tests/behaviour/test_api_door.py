@@ -138,7 +138,7 @@ DATA: dict[str, tuple[Callable[[], Any], str]] = {
     "a label outside": (lambda: _fit(Labelled(), _labelled(ONE_OUTSIDE)), "two samples.*index out of range"),
     "a label outside a model": (
         lambda: _distill(CLASS_TEACHER, _labelled(ONE_OUTSIDE)),
-        "classes 0 to 4, but the teacher knows 0 to 3",
+        "classes 0 to 4, but the teacher has 0 to 3",
     ),
     "float labels": (lambda: _fit(Labelled(), _labelled(CLASSES.float())), r"must be classes, got torch\.float32"),
     "labels of flags": (lambda: _fit(Labelled(), _labelled(CLASSES > 1)), r"must be classes, got torch\.bool"),

@@ -416,6 +416,6 @@ def _check_data(model: Model, data: Data | StreamedBatches) -> None:
             )
     if model.num_classes and classes > model.num_classes:
         raise ValueError(
-            f"the data have the classes 0 to {classes - 1}, but the teacher knows 0 to {model.num_classes - 1}. Pass "
+            f"the data have the classes 0 to {classes - 1}, but the teacher has 0 to {model.num_classes - 1}. Pass "
             "the data that it was trained on"
         )
