@@ -279,7 +279,7 @@ SETTINGS: dict[str, tuple[Callable[[], Any], str]] = {
     "a negative number of classes": (lambda: halfstep.Model.of(denoiser(Net()), (2,), num_classes=-1), "num_classes"),
     "no classes to draw": (lambda: halfstep.sample_labels(3, 0), "num_classes"),
     "samples of another shape": (lambda: halfstep.samples_of(TEACHER, 4, (3,)), r"have the shape \[2\], got \[3\]"),
-    "a fraction of samples": (lambda: halfstep.samples_of(TEACHER, 1.5), "num_samples must be"),  # type: ignore[arg-type]
+    "a fraction of samples": (lambda: halfstep.samples_of(TEACHER, 1.5), "number of samples must be"),  # type: ignore[arg-type]
     "samples by a name": (lambda: halfstep.samples_of(TEACHER, 4, sampler="heun"), r"Pass halfstep\.Heun\(\)"),  # type: ignore[arg-type]
     **_each(halfstep.VPCosine, {"log_snr_min": WORDS[:2], "log_snr_max": WORDS[:2]}),
     **_each(halfstep.FlowMatching, {"shift": (*WORDS, 0)}),

@@ -50,7 +50,7 @@ def samples_of(
             or an argument is of another kind.
     """
     shape = check_can_sample(teacher, shape)
-    check_whole("num_samples", num_samples)
+    check_whole("the number of samples", num_samples)
     seed = as_seed(seed)
     if num_steps is not None:
         check_num_steps(num_steps)
