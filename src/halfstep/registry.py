@@ -56,8 +56,12 @@ class Registry(Generic[Member]):
         """Return an instance of a registered dataclass as data for `rebuild`: {"type": name, **fields}.
 
         A field that is itself a registered dataclass becomes {"family": family of its registry, **its description}.
+
+        Raises:
+            ValueError: if it is not a dataclass, or its class is not registered.
         """
-        assert dataclasses.is_dataclass(member)
+        if not dataclasses.is_dataclass(member):
+            raise ValueError(f"{member!r} cannot be stored. Make its class a dataclass: @dataclass(frozen=True)")
         fields = {field.name: _described(getattr(member, field.name)) for field in dataclasses.fields(member)}
         return {"type": self.name_of(member), **fields}
 
@@ -83,7 +87,10 @@ class Registry(Generic[Member]):
         for name, known in self._members.items():
             if known is member or known is type(member):
                 return name
-        raise ValueError(f"{member!r} is not a registered {self.family}")
+        raise ValueError(
+            f"{member!r} is not a registered {self.family}. Decorate its class by .register('my_name') of the registry "
+            f"of its family, as CONTRIBUTING.md shows"
+        )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._members)

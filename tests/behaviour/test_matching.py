@@ -295,29 +295,26 @@ def test_a_network_of_ones_own_starts_on_another_process_as_what_it_was(
     assert float(result.loss.max()) < 1e-9
 
 
-def test_a_clipped_teacher_is_matched_by_its_clipped_x0() -> None:
-    inner = NetworkDenoiser(Sines(), VPCosine(-10.0, 9.0), Eps())
-    teacher = Clipped(inner, -0.5, 0.75)
-    objective = Matching(100, process=VPCosine(-8.0, 8.0), prediction=V())
-    start = objective.start(teacher)
-    assert isinstance(start, NetworkDenoiser)
-    draw = halfstep.Draw(0, "s", 3, 64, range(64))
-    perfect = Clipped(Reprocessed(inner, VPCosine(-8.0, 8.0)), -0.5, 0.75)
-    losses = [
-        objective.loss(Models(perfect, objective.view(seen, start, {})), Batch(numbers(64, 2).double()), draw).loss
-        for seen in (teacher, inner)
-    ]
+def test_the_x0_of_a_teacher_is_clipped_by_its_bounds() -> None:
+    teacher = NetworkDenoiser(Sines(), VPCosine(-10.0, 9.0), Eps())
+    process, draw = VPCosine(-8.0, 8.0), halfstep.Draw(0, "s", 3, 64, range(64))
+    perfect = Clipped(Reprocessed(teacher, process), -0.5, 0.75)
+    losses = []
+    for clip in ((-0.5, 0.75), None):
+        objective = Matching(100, process=process, prediction=V(), clip=clip)
+        seen = objective.view(teacher, objective.start(teacher), {})
+        losses.append(objective.loss(Models(perfect, seen), Batch(numbers(64, 2).double()), draw).loss)
     assert float(losses[0].max()) == 0
     assert float(losses[1].mean()) > 0.1
 
 
 def test_guidance_comes_before_clipping() -> None:
-    teacher, null = Clipped(ByClass(VPCosine()), -0.3, 0.3), {"class_labels": torch.tensor(2)}
-    seen = Matching(100, guidance=FixedGuidance(4.0)).view(teacher, ByClass(VPCosine()), null)
+    teacher, null = ByClass(VPCosine()), {"class_labels": torch.tensor(2)}
+    seen = Matching(100, guidance=FixedGuidance(4.0), clip=(-0.3, 0.3)).view(teacher, ByClass(VPCosine()), null)
     draw = halfstep.Draw(0, "s", 3, 64, range(64))
     x0, cond = batches(draw)
     t = torch.full((64,), 0.5, dtype=torch.float64)
     x_t = VPCosine().mix(x0, draw.normal("noise", x0.shape[1:]).to(x0), t)
-    guided = Guided(teacher.denoiser, null, 4.0)(x_t, t, cond).x0
+    guided = Guided(teacher, null, 4.0)(x_t, t, cond).x0
     assert float(guided.abs().max()) > 0.4
     assert torch.equal(seen(x_t, t, cond).x0, guided.clamp(-0.3, 0.3))

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+import halfstep
 import own_objective
 import teams
 from halfstep.cli import main
@@ -52,7 +53,7 @@ from halfstep.train.engine import StageTrainer
 from halfstep.train.settings import Engine
 from own_objective import Game
 from support_cli import refused
-from toys import points
+from toys import TINY_DIGITS, points
 
 LAST = "02-own_game-0004"
 TRAINING = Training(num_updates=8, batch_size=12, learning_rate=1e-2, warmup_updates=2)
@@ -398,3 +399,31 @@ def test_the_average_is_none_of_the_student_s_own_and_evals_name_every_network()
     assert all(isinstance(evals, Evals) for evals in Game().evals.values())
     assert objectives.rebuild(own_objective.own_game().further[0].objective) == Game()
     assert objectives.describe(Game()) == own_objective.own_game().further[0].objective
+
+
+def test_the_objective_of_the_contributing_guide_runs_as_it_stands_there(tmp_path: Path) -> None:
+    """Both blocks of the guide make one file: its recipe is run by the command line, its class by `distill`."""
+    text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text().partition("**an objective**")[2]
+    blocks = [block.partition("```")[0] for block in text.split("```python\n")[1:3]]
+    scope: dict[str, Any] = {"__name__": "my_method"}
+    try:
+        exec("\n".join(blocks), scope)
+        options = [*TINY_DIGITS, "--evaluation.features", "pixels", "--chain.start-steps", "8"]
+        small = {"num_updates": 2, "batch_size": 8}
+        recipes._members["my_recipe"] = lambda: _shortened(scope["my_recipe"](), small)
+        main(["run", "my_recipe", "--out", str(tmp_path / "run"), "--engine.cpu", *options])
+        stages = [stage.manifest() for stage in RunFolder(tmp_path / "run").stages()]
+        assert [stage.objective for stage in stages] == ["denoise", "halve", "my_method"]
+        assert load(tmp_path / "run").num_steps == 2
+        plan = halfstep.Plan.of(scope["MyMethod"](4), TRAINING)
+        teacher = NetworkDenoiser(MLP((2,), width=8, depth=1), VPCosine(), V())
+        student = halfstep.distill(teacher, points(), plan=plan, engine=Engine(cpu=True))
+        assert (student.num_steps, student.manifest.objective) == (4, "my_method")
+    finally:
+        objectives._members.pop("my_method", None)
+        recipes._members.pop("my_recipe", None)
+
+
+def _shortened(recipe: Any, changes: dict[str, Any]) -> Any:
+    further = [config.model_copy(update={"training": replace(config.training, **changes)}) for config in recipe.further]
+    return recipe.model_copy(update={"further": further})

@@ -96,7 +96,7 @@ def test_what_cannot_be_drawn_is_one_line() -> None:
         distill(bare)
     with pytest.raises(ValueError, match=r"Ancestral draws noise at each step\. Choose a deterministic sampler"):
         samples_of(bare, 2, (1,), sampler=Ancestral())
-    with pytest.raises(ValueError, match="number of samples must be at least 1"):
+    with pytest.raises(ValueError, match="number of samples must be a whole number of at least 1"):
         samples_of(bare, 0, (1,))
     model = of_classes(False)
     with pytest.raises(ValueError, match=r"samples have shape \[2\], got \[3\]"):

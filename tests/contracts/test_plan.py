@@ -253,8 +253,8 @@ def test_a_rate_that_warms_up_and_anneals_is_the_product_of_the_two() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_updates": 0}, "num_updates must be a finite number above 0, got 0"),
-        ({"batch_size": -1}, "batch_size must be a finite number above 0, got -1"),
+        ({"num_updates": 0}, "num_updates must be a whole number of at least 1, got 0"),
+        ({"batch_size": -1}, "batch_size must be a whole number of at least 1, got -1"),
         ({"learning_rate": 0.0}, "learning_rate must be a finite number above 0"),
         ({"learning_rate": float("nan")}, "learning_rate must be a finite number above 0, got nan"),
         ({"grad_clip": 0.0}, "grad_clip must be a finite number above 0"),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from halfstep.core.callable import CallableNetwork
-from halfstep.core.door import check_denoiser, check_instance, got
+from halfstep.core.door import check_denoiser, check_instance, check_real, got
 from halfstep.core.noise import NoiseProcess, as_clock, per_sample
 from halfstep.core.prediction import Denoised, Prediction, eps_from_x0
 from halfstep.core.warnings import HalfstepWarning
@@ -144,6 +144,7 @@ class Clipped(Denoiser):
 
     def __init__(self, denoiser: Denoiser, low: float = -1.0, high: float = 1.0) -> None:
         super().__init__()
+        check_real(low=low, high=high)
         if not low < high:
             raise ValueError(f"low must be below high, got {low} and {high}")
         check_denoiser("the model to clip", denoiser, Denoiser)
@@ -171,6 +172,8 @@ class Reprocessed(Denoiser):
 
     def __init__(self, denoiser: Denoiser, process: NoiseProcess) -> None:
         super().__init__()
+        check_denoiser("what is seen through another process", denoiser, Denoiser)
+        check_instance("the process", process, NoiseProcess, "halfstep.VPCosine()")
         known, asked = (
             [float(p.log_snr(torch.tensor([t], dtype=torch.float64))) for t in (0.0, 1.0)]
             for p in (denoiser.process, process)
@@ -219,6 +222,10 @@ class Guided(Denoiser):
         if not null:
             raise ValueError("guidance needs values that mean no condition. Pass null, such as {'class_labels': 10}")
         check_denoiser("the model to guide", denoiser, Denoiser)
+        if scale is not None:
+            check_real(scale=scale)
+            if not math.isfinite(scale):
+                raise ValueError(f"a guidance scale must be finite, got {scale}")
         self.denoiser = denoiser
         self.process = denoiser.process
         self.num_steps, self.sampler, self.shape = denoiser.num_steps, denoiser.sampler, denoiser.shape

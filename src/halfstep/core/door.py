@@ -1,5 +1,8 @@
 """Argument checks that recognise the most common mistakes and suggest the fix."""
 
+import math
+from collections.abc import Iterable, Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,8 @@ def got(value: Any) -> str:
         return f"the class {value.__name__}"
     if isinstance(value, str | Path):
         return f"the {type(value).__name__} {str(value)!r}"
-    return f"a {type(value).__name__}"
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiouAEIO' else 'a'} {name}"
 
 
 def check_instance(name: str, value: Any, kind: type, example: str) -> None:
@@ -47,6 +51,63 @@ def check_denoiser(name: str, value: Any, kind: type) -> None:
             "prediction: halfstep.NetworkDenoiser(network, halfstep.VPCosine(), halfstep.V())"
         )
     check_instance(name, value, kind, "halfstep.NetworkDenoiser(network, process, prediction)")
+
+
+def check_number(name: str, value: object, least: float = 0.0, below: float = math.inf, *, above: bool = False) -> None:
+    """Raise unless `value` is a number from `least`, or above it, to below `below`.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and (least < value if above else least <= value) and value < below:  # type: ignore[operator]
+        return
+    if below < math.inf:
+        raise ValueError(f"{name} must be in [{least:g}, {below:g}), got {value!r}")
+    raise ValueError(f"{name} must be a finite number {'above' if above else 'of at least'} {least:g}, got {value!r}")
+
+
+def check_switch(name: str, value: object) -> None:
+    """Raise ValueError, naming the setting, unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
+def check_real(**values: object) -> None:
+    """Raise ValueError, naming the argument, unless all values are real numbers."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise ValueError(f"{name} must be a number, got {value!r}")
+
+
+def failed_call(what: str, x_t: Tensor, cond: Mapping[str, Tensor] | None, error: Exception, remedy: str) -> ValueError:
+    """Return the error of a network that fails on its inputs, in one line that shows their forms.
+
+    Args:
+        what: what was called, such as "the network".
+    """
+    forms = [f"{name} {form_of(value)}" for name, value in {"x_t": x_t, **(cond or {})}.items()]
+    lines = str(error).strip().splitlines() or [""]
+    fault = lines[-1].strip() if isinstance(error, ValueError) else f"{type(error).__name__}: {lines[-1].strip()}"
+    return ValueError(f"{what} fails on {', '.join(forms)} ({fault}). {remedy}")
+
+
+def form_of(value: Tensor) -> str:
+    """Return dtype and shape of a tensor, in words."""
+    return f"{value.dtype} {list(value.shape)}"
+
+
+def check_shape(shape: Any) -> tuple[int, ...]:
+    """Return the shape of a sample as whole numbers of at least 1.
+
+    Raises:
+        ValueError: if it is something else.
+    """
+    sides = tuple(shape) if isinstance(shape, Iterable) and not isinstance(shape, str) else None
+    sides = None if sides is None else tuple(side.item() if hasattr(side, "item") else side for side in sides)
+    if sides is None or any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in sides):
+        raise ValueError(f"the shape of a sample must be whole numbers of at least 1, got {shape!r}. Pass (3, 32, 32)")
+    return sides
 
 
 def check_noise(x_t: Any, shape: tuple[int, ...] | None, module: nn.Module) -> None:

@@ -18,6 +18,8 @@ from typing import Any, Final, NamedTuple, final
 import torch
 from torch import Tensor
 
+from halfstep.core.door import check_shape
+
 SHARD: Final = 32
 """Places of the global batch that share a generator."""
 
@@ -133,6 +135,18 @@ class Draw:
         return torch.cat(parts)
 
 
+def as_seed(seed: Any) -> int:
+    """Return a seed of numpy or torch as the number that it is.
+
+    Raises:
+        ValueError: if it is no whole number.
+    """
+    found = seed.item() if hasattr(seed, "item") and getattr(seed, "shape", None) == () else seed
+    if isinstance(found, bool) or not isinstance(found, int):
+        raise ValueError(f"seed must be a whole number, got {seed!r}. Pass seed=0")
+    return found
+
+
 def as_seeds(seeds: int | Sequence[int] | Tensor) -> Sequence[int]:
     """Return seeds as a sequence of whole numbers; one number is one seed.
 
@@ -156,7 +170,7 @@ def as_seeds(seeds: int | Sequence[int] | Tensor) -> Sequence[int]:
 
 def sample_noise(seeds: int | Sequence[int], shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
     """Return unit normal noise `[len(seeds), *shape]`, each row a function of its own seed alone."""
-    return _normal_rows([("sample", int(seed)) for seed in as_seeds(seeds)], shape, dtype)
+    return _normal_rows([("sample", int(seed)) for seed in as_seeds(seeds)], check_shape(shape), dtype)
 
 
 def step_noise(
@@ -166,7 +180,7 @@ def step_noise(
 
     Each row is a function of its own seed and the step's number alone.
     """
-    seeds = as_seeds(seeds)
+    seeds, shape = as_seeds(seeds), check_shape(shape)
 
     def noise(number: int) -> Tensor:
         return _normal_rows([("sample", int(seed), "step", number) for seed in seeds], shape, dtype)
@@ -175,7 +189,13 @@ def step_noise(
 
 
 def sample_labels(seeds: int | Sequence[int], num_classes: int) -> Tensor:
-    """Return class labels int64 `[len(seeds)]`, seed modulo classes: consecutive seeds cover all classes equally."""
+    """Return class labels int64 `[len(seeds)]`, seed modulo classes: consecutive seeds cover all classes equally.
+
+    Raises:
+        ValueError: if there is no class.
+    """
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+        raise ValueError(f"num_classes must be a whole number of at least 1, got {num_classes!r}")
     return torch.tensor([seed % num_classes for seed in as_seeds(seeds)])
 
 

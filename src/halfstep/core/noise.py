@@ -12,7 +12,7 @@ stays a plain number, because a step of a small network takes as long as a hundr
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Final, final, overload
@@ -20,6 +20,7 @@ from typing import Final, final, overload
 import torch
 from torch import Tensor
 
+from halfstep.core.door import check_real, got
 from halfstep.registry import Registry
 
 
@@ -148,6 +149,7 @@ class VPCosine(NoiseProcess):
     log_snr_max: float = 20.0
 
     def __post_init__(self) -> None:
+        check_real(log_snr_min=self.log_snr_min, log_snr_max=self.log_snr_max)
         if not (math.isfinite(self.log_snr_min) and math.isfinite(self.log_snr_max)):
             raise ValueError(f"log-SNR bounds must be finite, got {self.log_snr_min} and {self.log_snr_max}")
         if self.log_snr_min >= self.log_snr_max:
@@ -195,7 +197,12 @@ class VPTable(NoiseProcess):
     betas: tuple[float, ...] = field(default_factory=lambda: linear_betas(), repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "betas", tuple(float(beta) for beta in self.betas))
+        if isinstance(self.betas, str) or not isinstance(self.betas, Iterable):
+            raise ValueError(f"betas must be a sequence of numbers, got {got(self.betas)}. Pass linear_betas(1000)")
+        betas = tuple(beta.item() if hasattr(beta, "item") else beta for beta in self.betas)
+        for beta in betas:
+            check_real(betas=beta)
+        object.__setattr__(self, "betas", tuple(map(float, betas)))
         # The slope below the first level is that of the first interval, so that interval must not end at zero signal.
         least = 3 if self.betas and self.betas[-1] == 1 else 2
         if len(self.betas) < least:
@@ -247,13 +254,23 @@ class VPTable(NoiseProcess):
         return (left + share) / len(self.betas)
 
 
+def _check_num_levels(num: int) -> None:
+    """Raise ValueError unless `num` is a whole number of at least 2."""
+    if isinstance(num, bool) or not isinstance(num, int) or num < 2:
+        raise ValueError(f"a table needs a whole number of at least 2 noise levels, got {num!r}")
+
+
 def linear_betas(num: int = 1000, first: float = 1e-4, last: float = 0.02) -> tuple[float, ...]:
     """Return `num` equally spaced betas. Source of the defaults: Ho et al. 2020 (arXiv:2006.11239)."""
+    _check_num_levels(num)
+    check_real(first=first, last=last)
     return tuple(torch.linspace(first, last, num, dtype=torch.float64).tolist())
 
 
 def scaled_linear_betas(num: int = 1000, first: float = 0.00085, last: float = 0.012) -> tuple[float, ...]:
     """Return `num` betas with equally spaced roots. Source: Rombach et al. 2022 (arXiv:2112.10752)."""
+    _check_num_levels(num)
+    check_real(first=first, last=last)
     return tuple(torch.linspace(first**0.5, last**0.5, num, dtype=torch.float64).square().tolist())
 
 
@@ -262,6 +279,8 @@ def cosine_betas(num: int = 1000, largest: float = 0.999) -> tuple[float, ...]:
 
     Source: Nichol & Dhariwal 2021 (arXiv:2102.09672), equation 17.
     """
+    _check_num_levels(num)
+    check_real(largest=largest)
 
     def power(t: float) -> float:
         return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -274,6 +293,8 @@ def zero_terminal_betas(betas: Sequence[float]) -> tuple[float, ...]:
 
     Source: Lin et al. 2023 (arXiv:2305.08891), algorithm 1.
     """
+    if isinstance(betas, str) or not isinstance(betas, Sequence) or len(betas) < 2:
+        raise ValueError(f"betas must be a sequence of at least 2 numbers, got {betas!r}. Pass linear_betas(1000)")
     alpha = torch.log1p(-torch.tensor(betas, dtype=torch.float64)).cumsum(0).div(2).exp()
     shifted = (alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))
     power = shifted.square()
@@ -299,6 +320,7 @@ class VE(NoiseProcess):
     rho: float = 7.0
 
     def __post_init__(self) -> None:
+        check_real(sigma_min=self.sigma_min, sigma_max=self.sigma_max, rho=self.rho)
         if not 0 < self.sigma_min < self.sigma_max < math.inf:
             raise ValueError(f"0 < sigma_min < sigma_max is required, got {self.sigma_min} and {self.sigma_max}")
         if not 0 < self.rho < math.inf:
@@ -337,6 +359,7 @@ class FlowMatching(NoiseProcess):
     shift: float = 1.0
 
     def __post_init__(self) -> None:
+        check_real(shift=self.shift)
         if not 0 < self.shift < math.inf:
             raise ValueError(f"the shift must be a finite number above 0, got {self.shift}")
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from halfstep.core.denoiser import Cond, Denoiser
+from halfstep.core.door import check_instance, check_real
 from halfstep.core.noise import NoiseProcess, as_clock, per_sample
 from halfstep.core.prediction import Denoised, eps_from_x0
 
@@ -21,13 +22,24 @@ class GaussianDenoiser(Denoiser):
 
     Args:
         mean, std: broadcastable to `[*dims]`.
+
+    Raises:
+        ValueError: if one is no number or tensor, the mean is not finite, or a standard deviation is negative.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, process: NoiseProcess, mean: Tensor | float = 0.0, std: Tensor | float = 1.0) -> None:
         super().__init__()
+        check_instance("the process", process, NoiseProcess, "halfstep.VPCosine()")
         self.process = process
-        self.mean = nn.Buffer(torch.as_tensor(mean, dtype=torch.float64))
-        self.std = nn.Buffer(torch.as_tensor(std, dtype=torch.float64))
+        for name, value in {"mean": mean, "std": std}.items():
+            if not isinstance(value, Tensor):
+                check_real(**{name: value})
+            setattr(self, name, nn.Buffer(torch.as_tensor(value, dtype=torch.float64)))
+        if not (self.mean.isfinite().all() and (self.std >= 0).all()):
+            raise ValueError("the mean must be finite and the standard deviation at least 0")
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Denoised:
         alpha, sigma = (per_sample(a, x_t.double()) for a in self.process.alpha_sigma(t))
@@ -62,6 +74,8 @@ class MixtureDenoiser(Denoiser):
         self, process: NoiseProcess, means: Tensor, std: Tensor | float, weights: Tensor | None = None
     ) -> None:
         super().__init__()
+        check_instance("the process", process, NoiseProcess, "halfstep.VPCosine()")
+        check_instance("the means", means, Tensor, "a tensor [K, *dims]")
         self.process = process
         components = len(means)
         stds = torch.as_tensor(std, dtype=torch.float64).expand(components).clone()

@@ -25,6 +25,7 @@ from typing import ClassVar, NamedTuple, final
 import torch
 from torch import Tensor
 
+from halfstep.core.door import check_real
 from halfstep.core.noise import per_sample
 from halfstep.registry import Registry
 
@@ -153,6 +154,7 @@ class EDM(LinearPrediction):
     """Standard deviation of the data."""
 
     def __post_init__(self) -> None:
+        check_real(sigma_data=self.sigma_data)
         if not 0 < self.sigma_data < float("inf"):
             raise ValueError(f"sigma_data must be a finite number above 0, got {self.sigma_data}")
 

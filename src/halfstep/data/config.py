@@ -7,6 +7,7 @@ from typing import Final
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
+from halfstep.core.door import check_instance
 from halfstep.data.arrays import array_file, digits
 from halfstep.data.base import Data, check_flip
 from halfstep.data.folders import IMAGE_SUFFIXES, files_below, image_folder, image_paths
@@ -69,6 +70,7 @@ def open_data(config: DataConfig) -> Data:
         ValueError: if the source is missing or unreadable, its samples differ in shape, or a setting is out of range
             or would be ignored.
     """
+    check_instance("config", config, DataConfig, "halfstep.DataConfig(source='digits')")
     _check(config)
     data = _open(config)
     check_flip(data, config.flip)

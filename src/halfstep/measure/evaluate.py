@@ -15,6 +15,7 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor
 
+from halfstep.core.door import check_switch
 from halfstep.core.draw import generator_for
 from halfstep.core.grids import MOST_STEPS
 from halfstep.data import Data
@@ -80,21 +81,30 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         least = {"num_samples": 2, "num_reference": 2, "num_compared": 1, "num_shown": 1, "batch_size": 1}
+        check_switch("evaluation.enabled", self.enabled)
         for name, bound in least.items():
             value = getattr(self, name)
-            if value is not None and value < bound:
+            if value is None and name == "batch_size":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"evaluation.{name} must be a whole number, got {value!r}")
+            if value < bound:
                 raise ValueError(f"evaluation.{name} must be at least {bound}, got {value}")
-            if value is not None and value > MOST_SAMPLES:
+            if value > MOST_SAMPLES:
                 raise ValueError(f"evaluation.{name} must be at most {MOST_SAMPLES:,}, got {value}")
         for name, steps in (("teacher_steps", self.teacher_steps), ("teacher_heun_steps", self.teacher_heun_steps)):
             if not isinstance(steps, Sequence):
                 raise ValueError(f"evaluation.{name} must be a list of steps, got {steps!r}. Pass ({steps!r},)")
+            if any(isinstance(number, bool) or not isinstance(number, int) for number in steps):
+                raise ValueError(f"evaluation.{name} must be whole numbers, got {steps!r}. Pass (32,)")
             if any(number < 1 for number in steps):
                 raise ValueError(f"evaluation.{name} must be at least 1, got {min(steps)}")
             if max(steps, default=1) > MOST_STEPS:
                 raise ValueError(f"evaluation.{name} must be at most {MOST_STEPS:,}, got {max(steps)}")
         if self.precision not in ("float32", "bf16"):
             raise ValueError(f"precision must be float32 or bf16, got {self.precision!r}")
+        if not isinstance(self.features, str):
+            raise ValueError(f"evaluation.features must be a name, got {self.features!r}. Pass 'auto'")
         if self.features != "auto":
             _ = extractors[self.features.partition("=")[0]]
 

@@ -18,7 +18,7 @@ from halfstep.models.pretrained import model_path, pretrained
 from halfstep.nets import OWN, LoRA, build_network, load_own_state, own_state
 from halfstep.runs import Manifest, RunFolder, StageFolder
 from halfstep.runtime.devices import existing_device
-from halfstep.runtime.files import DamagedFile, last_line, write_sealed
+from halfstep.runtime.files import DamagedFile, last_line, user_path, write_sealed
 from halfstep.runtime.tensors import check_finite, read_tensors, write_tensors
 
 
@@ -126,7 +126,9 @@ def save(model: Model, path: str | Path) -> None:
             f"save needs a model, got {got(model)}. Pass the result of fit or distill, or "
             "halfstep.Model.of(denoiser, shape)"
         )
-    folder = StageFolder(Path(path))
+    if not isinstance(path, str | Path) or not str(path):
+        raise ValueError(f"the path of a saved model must be a folder, got {path!r}. Pass 'my-student'")
+    folder = StageFolder(user_path(path))
     if folder.path.exists() and not folder.path.is_dir():
         raise ValueError(f"{path} is a file. Choose another path")
     if folder.path.parent.name == "stages" and (folder.path.parent.parent / "recipe.json").exists():
@@ -134,7 +136,10 @@ def save(model: Model, path: str | Path) -> None:
     ours = {folder.manifest_path, folder.model, folder.null}
     if folder.path.is_dir() and (foreign := sorted(set(folder.path.iterdir()) - ours)):
         raise ValueError(f"{path} contains {foreign[0].name}, which is not from a saved model. Choose another path")
-    folder.path.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(f"a parent of {path} is a file. Choose another path") from None
     # Without a manifest, the folder is not a model while its weights are replaced.
     folder.manifest_path.unlink(missing_ok=True)
     folder.null.unlink(missing_ok=True)
@@ -163,19 +168,28 @@ def load(path: str | Path, device: str | torch.device = "cpu", network: nn.Modul
     if not isinstance(path, str | Path):
         raise ValueError(f"load needs a path, got {got(path)}. Pass the folder of a run or of a stage")
     device = existing_device(device)
-    folder = find_stage(Path(path))
+    if device.type == "meta":
+        raise ValueError("the device meta holds no numbers. Choose another")
+    folder = find_stage(user_path(path))
     manifest = folder.manifest()
     if not manifest.weights_kept:
         raise ValueError(
             f"{folder.path} has no weights any more, because its run keeps only those of other stages (chain.keep). "
             "Load another stage"
         )
+    if network is not None and manifest.network.get("type") != OWN:
+        raise ValueError(f"{folder.path} holds a network of the library, which needs no other. Leave network out")
     denoiser = blank_denoiser(manifest, network)
     try:
         if isinstance(denoiser.network, LoRA):
             denoiser.network.load_base(_read(base_of(folder, manifest).model))
         load_own_state(denoiser.network, _read(folder.model))
     except RuntimeError as error:
+        if manifest.network.get("type") == OWN:
+            raise ValueError(
+                f"the network does not match the weights of {folder.path} ({last_line(error)}). Pass a network built "
+                "like the trained one"
+            ) from None
         raise DamagedFile(f"{folder.model} does not match its manifest: {last_line(error)}; {folder.remedy}") from None
     denoiser.eval()
     null = _read(folder.null) if folder.null.name in manifest.files else {}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from halfstep.core.denoiser import GUIDANCE, Clipped, Cond, Denoiser, Guided, NetworkDenoiser, warn_of_gain
-from halfstep.core.door import check_instance
+from halfstep.core.door import check_instance, check_real, check_shape, got
 from halfstep.core.draw import as_seeds, sample_labels, sample_noise, step_noise
 from halfstep.core.grids import check_num_steps
 from halfstep.core.noise import NoiseProcess, processes
@@ -17,6 +17,7 @@ from halfstep.core.warnings import HalfstepWarning
 from halfstep.nets import describe_network, merged
 from halfstep.objectives import Guidance, Role, guidances
 from halfstep.objectives import Outcome as Made
+from halfstep.objectives.base import check_whole
 from halfstep.runs import Manifest, Outcome
 from halfstep.runs.schema import shortened
 from halfstep.runtime.failures import is_out_of_memory
@@ -65,6 +66,8 @@ class Model(Denoiser):
     def _scale(self, guidance_scale: float | None) -> float | None:
         """Return the scale for the network or `Guided`, or None. Warn if it is outside the learned range."""
         scale = self.manifest.guidance_scale if guidance_scale is None else guidance_scale
+        if guidance_scale is not None:
+            check_real(guidance_scale=guidance_scale)
         if self.guidance is not None:
             return self.guidance.scale_for(scale)
         if self.takes_scale:
@@ -101,6 +104,11 @@ class Model(Denoiser):
         check_instance(
             "the denoiser", denoiser, NetworkDenoiser, "halfstep.NetworkDenoiser(network, process, prediction)"
         )
+        check_whole("num_classes", num_classes, 0)
+        if foreign := sorted(set(facts) - set(Manifest.model_fields)):
+            raise ValueError(f"{foreign[0]} is no field of a manifest. Remove it")
+        if conditions is not None and not isinstance(conditions, Mapping):
+            raise ValueError(f"conditions must be shapes by name, got {got(conditions)}. Pass {{'angle': ()}}")
         made = made or Made(Role.TEACHER)
         known: dict[str, Any] = {
             "stage": made.role.value,
@@ -112,7 +120,7 @@ class Model(Denoiser):
         }
         manifest = Manifest(
             outcome=Outcome(role=made.role.value, num_steps=made.num_steps, sampler=samplers.describe(made.sampler)),
-            shape=tuple(shape),
+            shape=check_shape(shape),
             num_classes=num_classes,
             conditions=dict(conditions or {}),
             clip=clip,
@@ -217,7 +225,10 @@ class Model(Denoiser):
 
     def _labels(self, class_label: int | Sequence[int] | Tensor, number: int) -> Tensor:
         """Return the class of each sample, int64 `[number]`."""
-        labels = torch.as_tensor(class_label)
+        try:
+            labels = torch.as_tensor(class_label)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f"class_label must be one class, or one for each sample, got {class_label!r}") from None
         if labels.is_floating_point() or labels.dtype == torch.bool or labels.shape not in ((), (number,)):
             raise ValueError(
                 f"class_label must be one class, or one for each of {number} samples, got {labels.dtype} of shape "
@@ -306,6 +317,10 @@ class Model(Denoiser):
         if any(part.training for part in self.modules()):
             # Only if needed, because setting every submodule takes a millisecond.
             self.eval()
+        if batch_size is not None:
+            check_whole("batch_size", batch_size)
+        if cond is not None and not isinstance(cond, Mapping):
+            raise ValueError(f"cond must be conditions by name, got {got(cond)}. Pass {{'text': tensor}}")
         size = batch_size or samples_at_once(self.device)
         chunks: list[Tensor] = []
         first = 0

@@ -1,7 +1,7 @@
 """The student and the teacher of a stage, created from the model of the previous stage."""
 
 from halfstep.core.denoiser import Denoiser, NetworkDenoiser
-from halfstep.nets import InHalf, LoRA, copy_denoiser, with_lora
+from halfstep.nets import InHalf, LoRA, Network, copy_denoiser, with_lora
 
 
 def start_student(teacher: Denoiser, lora_rank: int | None = None) -> Denoiser:
@@ -12,6 +12,11 @@ def start_student(teacher: Denoiser, lora_rank: int | None = None) -> Denoiser:
     """
     if lora_rank is None or (isinstance(teacher, NetworkDenoiser) and isinstance(teacher.network, LoRA)):
         return copy_denoiser(teacher)
+    if isinstance(teacher, NetworkDenoiser) and not isinstance(teacher.network, Network):
+        raise ValueError(
+            f"low-rank additions are made to networks of diffusers, and this is a {type(teacher.network).__name__}. "
+            "Leave lora_rank out"
+        )
     if not isinstance(teacher, NetworkDenoiser):
         raise ValueError(f"{type(teacher).__name__} has no network for low-rank additions. Remove lora_rank")
     return NetworkDenoiser(with_lora(teacher.network, lora_rank), teacher.process, teacher.prediction)

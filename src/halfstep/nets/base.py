@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from torch import nn
 
+from halfstep.core.callable import CallableNetwork
 from halfstep.registry import Registry
 
 
@@ -25,9 +26,12 @@ OWN: Final = "own"
 
 
 def describe_network(network: nn.Module) -> dict[str, Any]:
-    """Return {"type": registered name, **arguments} for a manifest; for a user's own module, only its class name."""
+    """Return {"type": registered name, **arguments} for a manifest; for a user's own network, only the name of its
+    class or function."""
     if not isinstance(network, Network) or type(network) not in networks.values():
-        return {"type": OWN, "class": f"{type(network).__module__}.{type(network).__qualname__}"}
+        named: Any = network.function if isinstance(network, CallableNetwork) else type(network)
+        named = named if hasattr(named, "__qualname__") else type(named)
+        return {"type": OWN, "class": f"{named.__module__}.{named.__qualname__}"}
     return {"type": networks.name_of(network), **network.arguments()}
 
 

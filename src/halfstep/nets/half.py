@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from halfstep.core.denoiser import GUIDANCE
+from halfstep.nets.base import Network
 
 
 @final
@@ -27,7 +28,11 @@ class InHalf(nn.Module):
         return bool(getattr(self.network, "restores_norm", False))
 
     def forward(self, x_t: Tensor, time: Tensor, **cond: Tensor) -> Tensor:
-        return called_in_half(self.network, x_t, time, cond)
+        if isinstance(self.network, Network):
+            return called_in_half(self.network, x_t, time, cond)
+        # One of the user's own need not cast what it makes of the times in float32.
+        with torch.autocast(x_t.device.type, torch.bfloat16):
+            return called_in_half(self.network, x_t, time, cond)
 
 
 def called_in_half(network: Callable[..., Tensor], x_t: Tensor, time: Tensor, cond: Mapping[str, Tensor]) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from halfstep.core.denoiser import Denoiser, NetworkDenoiser
+from halfstep.core.door import check_denoiser
 from halfstep.nets.base import Network, build_network, describe_network, networks
 from halfstep.nets.lowered import (
     BasePrecision,
@@ -229,6 +230,7 @@ def copy_network(network: nn.Module) -> nn.Module:
 
 def copy_denoiser(denoiser: Denoiser) -> Denoiser:
     """Return a copy of a denoiser with its own trainable weights, for a student or a helper that starts from it."""
+    check_denoiser("the model to copy", denoiser, Denoiser)
     if isinstance(denoiser, NetworkDenoiser):
         return NetworkDenoiser(copy_network(denoiser.network), denoiser.process, denoiser.prediction)
     return copy.deepcopy(denoiser).requires_grad_(True)

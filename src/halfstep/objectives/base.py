@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Final, NamedTuple, final
 from torch import Tensor, nn
 
 from halfstep.core.denoiser import Cond, Denoiser
+from halfstep.core.door import check_instance, check_number, check_switch
 from halfstep.core.draw import Draw
 from halfstep.core.noise import NoiseProcess, per_sample
 from halfstep.core.prediction import Weighting
@@ -74,8 +75,7 @@ class EarlyEnd:
     def __post_init__(self) -> None:
         check_whole("early_end.patience", self.patience, 0)
         check_whole("early_end.window", self.window)
-        if not 0 <= self.min_drop < 1:
-            raise ValueError(f"early_end.min_drop must be in [0, 1), got {self.min_drop}")
+        check_number("early_end.min_drop", self.min_drop, below=1)
         if not self.patience:
             for field in fields(self):
                 if (value := getattr(self, field.name)) != field.default:
@@ -127,20 +127,20 @@ class Training:
     """Early stopping of the stage."""
 
     def __post_init__(self) -> None:
-        for name in ("num_updates", "batch_size", "learning_rate", "grad_clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a finite number above 0, got {getattr(self, name)}")
         check_whole("num_updates", self.num_updates)
         check_whole("batch_size", self.batch_size, most=MOST_AT_ONCE)
         check_whole("warmup_updates", self.warmup_updates, 0)
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight_decay must be finite and at least 0, got {self.weight_decay}")
+        for name in ("learning_rate", "grad_clip"):
+            check_number(name, getattr(self, name), above=True)
+        check_number("weight_decay", self.weight_decay)
+        if not isinstance(self.adam_betas, tuple | list) or len(self.adam_betas) != 2:
+            raise ValueError(f"adam_betas must be two numbers, got {self.adam_betas!r}. Pass (0.9, 0.999)")
         for beta in self.adam_betas:
-            if not 0 <= beta < 1:
-                raise ValueError(f"adam_betas must be in [0, 1), got {self.adam_betas}")
+            check_number("adam_betas", beta, below=1)
         for name in ("ema_decay", "dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+            check_number(name, getattr(self, name), below=1)
+        check_switch("anneal", self.anneal)
+        check_instance("early_end", self.early_end, EarlyEnd, "halfstep.EarlyEnd(patience=3)")
 
     def of_helper(self, rate: float, **changes: Any) -> "Training":
         """Return the hyperparameters of a helper: `rate` times the learning rate, and `changes`.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from halfstep.core.denoiser import GUIDANCE, Cond, Denoiser, Guided, NetworkDenoiser
+from halfstep.core.door import check_real
 from halfstep.core.draw import Draw
 from halfstep.core.warnings import HalfstepWarning
 from halfstep.nets import takes_guidance
@@ -80,6 +81,7 @@ class FixedGuidance(Guidance):
     is_shown: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        check_real(scale=self.scale)
         if not 0 <= self.scale < math.inf:
             raise ValueError(f"a guidance scale must be finite and at least 0, got {self.scale}")
 
@@ -122,6 +124,7 @@ class GuidanceRange(Guidance):
     is_shown: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_real(low=self.low, high=self.high)
         if not 0 <= self.low < self.high < math.inf:
             raise ValueError(f"a range of guidance scales must satisfy 0 <= low < high, got {self.low} and {self.high}")
 

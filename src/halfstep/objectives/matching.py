@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from halfstep.core.denoiser import Clipped, Denoiser, NetworkDenoiser, Reprocessed
+from halfstep.core.door import check_real
 from halfstep.core.draw import Draw
 from halfstep.core.grids import check_num_steps
 from halfstep.core.noise import NoiseProcess, as_clock
@@ -44,7 +45,7 @@ from halfstep.objectives.guidance import Guidance
 class Matching(Objective):
     """Squared error against the teacher's x0 at the times i / num_times, i = 1 ... num_times.
 
-    The x0 of a `Clipped` teacher is clipped, after guidance. For data in that range, this moves no entry away from its
+    The teacher's x0 is clipped to `clip`, after guidance. For data in that range, this moves no entry away from its
     true mean, and it keeps an eps teacher usable near pure noise, where sigma / alpha amplifies its error.
     If `num_times` is the teacher's number of noise levels, the teacher is called only at these. The default weighting
     turns the loss into the squared error in v, which is even over all noise levels.
@@ -52,7 +53,7 @@ class Matching(Objective):
     Source: Meng et al. 2023 (arXiv:2210.03142), section 3.1, for guidance.
 
     Raises:
-        ValueError: if the number of times is not a whole number of at least 1.
+        ValueError: if the number of times is not a whole number of at least 1, or the bounds of `clip` do not rise.
     """
 
     num_times: int = 1024
@@ -65,10 +66,20 @@ class Matching(Objective):
     """The student's process; None keeps the teacher's."""
     num_train_timesteps: int = 1024
     """Number of timesteps of the network's clock on another process."""
+    clip: tuple[float, float] | None = None
+    """Bounds of the teacher's x0; None disables clipping."""
     needs_teacher: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_num_steps(self.num_times)
+        if self.clip is not None:
+            if not isinstance(self.clip, tuple | list) or len(self.clip) != 2:
+                raise ValueError(f"clip must be two bounds, got {self.clip!r}. Pass (-1, 1)")
+            low, high = self.clip
+            check_real(low=low, high=high)
+            if not low < high:
+                raise ValueError(f"the bounds of clip must rise, got {low} and {high}")
+            object.__setattr__(self, "clip", (float(low), float(high)))
 
     @property
     def outcome(self) -> Outcome:
@@ -79,8 +90,6 @@ class Matching(Objective):
         return {STUDENT: Evals(1, 1), "teacher": Evals(1 if self.guidance is None else 2)}
 
     def start(self, teacher: Denoiser) -> Denoiser:
-        if isinstance(teacher, Clipped):
-            return self.start(teacher.denoiser)
         if not isinstance(teacher, NetworkDenoiser):
             raise ValueError(f"{type(teacher).__name__} has no network to match. Pass a NetworkDenoiser")
         meaning = self.prediction or teacher.prediction
@@ -100,10 +109,9 @@ class Matching(Objective):
         return NetworkDenoiser(network, process, meaning)
 
     def view(self, teacher: Denoiser, student: Denoiser, null: Mapping[str, Tensor]) -> Denoiser:
-        if isinstance(teacher, Clipped):
-            return Clipped(self.view(teacher.denoiser, student, null), teacher.low, teacher.high)
         seen = teacher if self.guidance is None else self.guidance.view(teacher, null)
-        return seen if student.process == teacher.process else Reprocessed(seen, student.process)
+        seen = seen if student.process == teacher.process else Reprocessed(seen, student.process)
+        return seen if self.clip is None else Clipped(seen, *self.clip)
 
     def loss(self, models: Models, batch: Batch, draw: Draw) -> Losses:
         teacher = check_one_process(models)

@@ -7,6 +7,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from halfstep.core.door import check_real
 from halfstep.registry import Registry
 
 
@@ -49,6 +50,7 @@ class PseudoHuber(LossMetric):
     """Weighted root mean square error below which the loss is quadratic."""
 
     def __post_init__(self) -> None:
+        check_real(c=self.c)
         if not 0 < self.c < float("inf"):
             raise ValueError(f"c must be a finite number above 0, got {self.c}")
 

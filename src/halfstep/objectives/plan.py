@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from typing import Final, NamedTuple, final
 
+from halfstep.core.door import check_instance, got
 from halfstep.core.grids import check_num_steps
 from halfstep.core.prediction import TruncatedSNR, Weighting
 from halfstep.objectives.adversarial import Adversarial
@@ -42,6 +43,8 @@ class Stage:
     training: Training
 
     def __post_init__(self) -> None:
+        check_instance("the objective", self.objective, Objective, "halfstep.Halving(4)")
+        check_instance("training", self.training, Training, "halfstep.Training(num_updates=2000, learning_rate=2e-4)")
         updates = range(self.training.num_updates)
         # The last update almost always has a turn of the student, so it is checked first.
         if not any(turn.trains == STUDENT for update in reversed(updates) for turn in self.objective.turns(update)):
@@ -120,6 +123,13 @@ class Plan:
     """Stages in the order in which they run, each with its folder's name."""
 
     stages: tuple[Stage, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.stages, tuple | list):
+            raise ValueError(f"a plan is a tuple of stages, got {got(self.stages)}. Pass (halfstep.Stage(...),)")
+        for stage in self.stages:
+            check_instance("a stage of a plan", stage, Stage, "halfstep.Stage(objective, training)")
+        object.__setattr__(self, "stages", tuple(self.stages))
 
     def names(self, first: int = 0) -> list[str]:
         """Return the folder names, numbered from `first`: "00-denoise", "01-match", "02-halve-0128", ..."""
@@ -242,6 +252,8 @@ class Plan:
         Raises:
             ValueError: if a number is not a whole number of at least 1, or is given twice.
         """
+        for number in steps:
+            check_num_steps(number)
         if len(set(steps)) < len(steps):
             raise ValueError(f"a student can be finished once, got {', '.join(map(str, steps))}. Give each number once")
         return cls(tuple(Stage(finishing(number), training) for number in steps))

@@ -36,7 +36,7 @@ from halfstep.objectives import (
 )
 from halfstep.objectives.base import MOST_UPDATES
 from halfstep.registry import Registry
-from halfstep.run.course import Match, Start, check_start, cosine_within, course
+from halfstep.run.course import IMAGE_RANGE, Match, Start, check_start, cosine_within, course
 from halfstep.run.preflight import preflight
 from halfstep.run.spec import FREE_SETTINGS, RunSpec
 from halfstep.runs import Manifest
@@ -564,7 +564,7 @@ def build(
     warn_of_scale(opened)
     origin: dict[str, Any] = {} if what == "all" else {"what": what}
     if teacher is None:
-        start = Start(process, prediction, given=False)
+        start = Start(process, prediction, given=False, clip=IMAGE_RANGE if opened.is_image else None)
         # Refuses a network that does not fit the data, without allocating its weights.
         with torch.device("meta"):
             recipe.make_network(opened)

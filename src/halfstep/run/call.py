@@ -1,6 +1,7 @@
 """One call of `halfstep.fit` or `halfstep.distill`, which runs its stages in memory or in a run folder."""
 
 import contextlib
+import copy
 import dataclasses
 import json
 import threading
@@ -13,26 +14,28 @@ import torch
 
 from halfstep.core.denoiser import Cond, Denoiser, NetworkDenoiser
 from halfstep.core.door import check_instance
+from halfstep.core.draw import as_seed
 from halfstep.core.warnings import HalfstepWarning
 from halfstep.data import Data
 from halfstep.measure.evaluate import Evaluation
 from halfstep.models.folder import load
 from halfstep.models.model import Model
-from halfstep.models.students import start_student
-from halfstep.nets import OWN, describe_network, merged
+from halfstep.models.students import in_precision, start_student
+from halfstep.nets import OWN, checkpoint_gradients, describe_network, merged
 from halfstep.objectives import Outcome, Plan, Stage, guidances, objectives, parents_of
 from halfstep.run.events import Event, Notice, Progress, StageEnd, StageStart
 from halfstep.run.progress import bars
 from halfstep.run.runner import run
-from halfstep.run.sources import Source, StreamedBatches, as_batches, as_source, conditions_of
+from halfstep.run.sources import Source, StreamedBatches, as_batches, as_source
 from halfstep.run.spec import FREE_SETTINGS, RunSpec
 from halfstep.runs import RunFolder
 from halfstep.runtime.devices import existing_device
-from halfstep.runtime.files import cache_folder
+from halfstep.runtime.files import cache_folder, user_path
 from halfstep.runtime.launch import rank, world_size
 from halfstep.runtime.processes import make_accelerator
 from halfstep.runtime.stop import Interrupted, StopSignal
-from halfstep.train.engine import StageTrainer
+from halfstep.train.engine import StageTrainer, check_sharding
+from halfstep.train.memory import fit_micro_batch
 from halfstep.train.settings import Engine
 from halfstep.train.window import Window
 
@@ -43,9 +46,8 @@ OnStage = Callable[[str, Any], None]
 @final
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """The arguments that `fit` and `distill` share."""
+    """The arguments that `fit` and `distill` share, apart from the data."""
 
-    data: Data | StreamedBatches
     seed: int
     engine: Engine
     device: str | torch.device | None
@@ -57,22 +59,42 @@ class Call:
 
     def __post_init__(self) -> None:
         check_instance("engine", self.engine, Engine, "halfstep.Engine(precision='bf16')")
+        if not isinstance(self.progress, bool):
+            raise ValueError(f"progress must be True or False, got {self.progress!r}")
         if self.evaluation is not None:
             check_instance("evaluation", self.evaluation, Evaluation, "halfstep.Evaluation()")
         if self.out is None and self.evaluation is not None:
             raise ValueError("evaluation has no effect without out, the run folder for its results. Pass out")
-        if self.out is not None and isinstance(self.data, StreamedBatches):
+        if self.out is not None and self.out.exists() and not self.out.is_dir():
+            raise ValueError(f"out is {str(self.out)!r}, which is a file. Choose another path")
+        for name, hook in (("on_window", self.on_window), ("on_stage", self.on_stage)):
+            if hook is not None and not callable(hook):
+                raise ValueError(f"{name} must be a function, got {hook!r}. Pass lambda name, it: ...")
+        check_sharding(self.engine, world_size())
+        with self.placed():
+            pass
+
+    def opened(self, data: Source) -> Data | StreamedBatches:
+        """Return the data, opened and checked.
+
+        Raises:
+            ValueError: if they cannot be used, or not with `out`.
+        """
+        found = as_source(data)
+        if self.out is not None and isinstance(found, StreamedBatches):
             raise ValueError(
                 "out needs data that can be resumed, which an iterable of batches cannot. Pass a tensor, "
                 "(x0, {name: tensor}), a path or opened data, or remove out"
             )
-        for name, hook in (("on_window", self.on_window), ("on_stage", self.on_stage)):
-            if hook is not None and not callable(hook):
-                raise ValueError(f"{name} must be a function, got {hook!r}. Pass lambda name, it: ...")
+        return found
 
     @contextlib.contextmanager
     def placed(self) -> Iterator[Engine]:
-        """Make the requested device the current one, and yield the engine that uses it."""
+        """Make the requested device the current one, and yield the engine that uses it.
+
+        Raises:
+            ValueError: if the device cannot be used.
+        """
         if self.device is None:
             yield self.engine
             return
@@ -80,6 +102,8 @@ class Call:
         if found.type == "cpu":
             yield dataclasses.replace(self.engine, cpu=True)
             return
+        if found.type == "meta":
+            raise ValueError("nothing can be trained on the device meta, which holds no numbers. Choose another")
         here = torch.accelerator.current_accelerator()
         if self.engine.cpu or here is None or here.type != found.type:
             raise ValueError(f"device {found} cannot be used: engine.cpu is set, or torch uses {here}. Remove one")
@@ -126,9 +150,17 @@ class Call:
             raise SystemExit(stopped.code) from None
         return model_of(spec.stages[-1][0]).merged().to(device)
 
-    def spec(self, call: str, plan: Plan, denoiser: NetworkDenoiser, told: dict[str, Any], **more: Any) -> RunSpec:
+    def spec(
+        self,
+        call: str,
+        plan: Plan,
+        data: Data | StreamedBatches,
+        denoiser: NetworkDenoiser,
+        told: dict[str, Any],
+        **more: Any,
+    ) -> RunSpec:
         """Return the call as the specification of a run in a folder."""
-        assert isinstance(self.data, Data)
+        assert isinstance(data, Data)
         assert self.out is not None
         described = describe_network(denoiser.network)
         stages = [
@@ -140,7 +172,7 @@ class Call:
             "name": self.out.name,
             "call": f"halfstep.{call}",
             "seed": self.seed,
-            "data": {"source": self.data.source},
+            "data": {"source": data.source},
             "network": described,
             "stages": stages,
             "evaluation": dataclasses.asdict(evaluation),
@@ -150,7 +182,7 @@ class Call:
             # As recipe.json will be read back: tuples become lists.
             recipe=json.loads(json.dumps(recipe | told)),
             plan=plan,
-            data=self.data,
+            data=data,
             process=denoiser.process,
             prediction=denoiser.prediction,
             own_network=denoiser.network if described["type"] == OWN else None,
@@ -162,36 +194,40 @@ class Call:
         )
 
 
-def call_of(data: Source, seed: int, engine: Engine, device: Any, out: Any, *rest: Any) -> Call:
+def call_of(seed: int, engine: Engine, device: Any, out: Any, *rest: Any) -> Call:
     """Check the arguments, which are the fields of `Call`, and return the call.
 
     Raises:
-        ValueError: if an argument has the wrong type, or the data cannot be used.
+        ValueError: if an argument has the wrong type.
     """
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise ValueError(f"seed must be a whole number, got {seed!r}. Pass seed=0")
     if device is not None:
         existing_device(device)
-    if out is not None and not isinstance(out, str | Path):
+    if out is not None and (not isinstance(out, str | Path) or not str(out)):
         raise ValueError(f"out must be the path of a run folder, got {out!r}. Pass out='runs/mine'")
-    return Call(as_source(data), seed, engine, device, None if out is None else Path(out), *rest)
-
-
-def is_image(data: Data | StreamedBatches) -> bool:
-    """Return whether samples are pixels."""
-    return isinstance(data, Data) and data.is_image
+    return Call(as_seed(seed), engine, device, None if out is None else user_path(out), *rest)
 
 
 @final
 class Chain:
-    """Runs the stages of one call in memory."""
+    """Runs the stages of one call in memory.
+
+    Args:
+        like: the model of the denoiser `first`; None for a denoiser of the user's own class.
+    """
 
     def __init__(
-        self, call: Call, engine: Engine, first: Denoiser, known: Outcome, null: Cond, like: Model | None
+        self,
+        call: Call,
+        engine: Engine,
+        data: Data | StreamedBatches,
+        first: Denoiser,
+        known: Outcome,
+        null: Cond,
+        like: Model | None,
     ) -> None:
-        self.call, self.engine, self.null, self.like = call, engine, null, like
+        self.call, self.engine, self.data, self.null, self.like = call, engine, data, null, like
         self.accelerator = make_accelerator(engine.precision, engine.cpu)
-        self.batches, self.ahead = as_batches(call.data, self.accelerator.device)
+        self.batches, self.ahead = as_batches(data, self.accelerator.device)
         self.made: list[Denoiser] = [first]
         self.outcomes = [known]
         self.models: list[Any] = []
@@ -205,8 +241,13 @@ class Chain:
             if stage.objective.needs_teacher:
                 parents = parents_of(stage.objective, self.outcomes)
                 assert parents is not None
-                student = start_student(stage.objective.start(self.made[parents.start]), lora_rank)
-                seen = stage.objective.view(self.made[parents.teacher], student, self.null)
+                student, teacher = self.made[parents.start], self.made[parents.teacher]
+                student = start_student(stage.objective.start(student), lora_rank)
+                if isinstance(teacher, NetworkDenoiser):
+                    teacher = in_precision(teacher, self.engine.teacher_precision)
+                seen = stage.objective.view(teacher, student, self.null)
+            if self.engine.gradient_checkpointing and isinstance(student, NetworkDenoiser):
+                checkpoint_gradients(student.network)
             yield StageStart(name, index, stage, 0, 0.0)
             trainer = StageTrainer(
                 student,
@@ -219,6 +260,8 @@ class Chain:
                 engine=self.engine,
                 ahead=self.ahead,
             )
+            if self.engine.micro_batch == "auto":
+                fit_micro_batch(trainer)
             for update in trainer.run():
                 if update % self.engine.log_every == 0 or update == trainer.last_update:
                     yield Progress(name, trainer.last_update, trainer.window())
@@ -229,27 +272,27 @@ class Chain:
             yield StageEnd(name, trainer.seconds, False)
 
     def model_of(self, name: str) -> Any:
-        """Return the result of a stage."""
-        return self.models[self.names.index(name)]
+        """Return a copy of the result of a stage: whatever a callback does to it, the chain resumes from its own."""
+        return copy.deepcopy(self.models[self.names.index(name)])
 
     def _model(self, name: str, stage: Stage, trainer: StageTrainer, denoiser: Denoiser) -> Any:
-        outcome, data, like = stage.objective.outcome, self.call.data, self.like
+        outcome, like = stage.objective.outcome, self.like
         if not isinstance(denoiser, NetworkDenoiser):
             denoiser.num_steps, denoiser.sampler = outcome.num_steps, outcome.sampler
-            denoiser.shape = data.shape
+            denoiser.shape = self.data.shape
             return denoiser
+        assert like is not None
         learned = stage.objective.guidance
         described = None if learned is None else guidances.describe(learned)
-        if described is None and like is not None:
+        if described is None:
             described = like.manifest.guidance
         scale = None if described is None else guidances.rebuild(described).default_scale
-        known = isinstance(data, Data) and data.num_classes
         return Model.of(
             NetworkDenoiser(merged(denoiser.network), denoiser.process, denoiser.prediction).eval(),
-            data.shape,
-            num_classes=like.num_classes if like is not None else int(known),
-            conditions=conditions_of(data) if like is None else like.manifest.conditions,
-            clip=is_image(data) if like is None else like.manifest.clip,
+            like.shape,
+            num_classes=like.num_classes,
+            conditions=like.manifest.conditions,
+            clip=like.manifest.clip,
             made=outcome,
             stage=name,
             objective=objectives.name_of(stage.objective),
@@ -257,5 +300,5 @@ class Chain:
             guidance_scale=scale,
             num_updates=trainer.update,
             seconds=round(trainer.seconds, 3),
-            is_image=is_image(data) if like is None else like.manifest.is_image,
+            is_image=like.manifest.is_image,
         )

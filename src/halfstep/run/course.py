@@ -33,6 +33,8 @@ from halfstep.samplers import DDIM, Sampler
 MATCHED_GAIN: Final = 10.0
 """Gain at t = 1 (see `output_gain`) above which a given teacher is matched to v before halving. With eps it is 15 for
 Stable Diffusion and 160 for DDPM."""
+IMAGE_RANGE: Final = (-1.0, 1.0)
+"""Range of images as x0."""
 
 
 def cosine_within(process: NoiseProcess) -> VPCosine:
@@ -64,8 +66,10 @@ class Start:
     sampler: Sampler = DDIM()
     """The sampler that a student was distilled for."""
     given: bool = True
+    clip: tuple[float, float] | None = None
+    """Bounds to which its x0 is clipped in sampling, which a matched student learns; None for none."""
     is_clipped: bool = False
-    """Whether its x0 is clipped. Halving does not support clipping, so a student is matched to it first."""
+    """Whether it is a `Clipped` denoiser. Halving does not support these, so a student is matched to it first."""
     is_stock: bool = False
     """Whether it is a diffusers network, so that students can be exported to diffusers."""
 
@@ -81,6 +85,7 @@ class Start:
             model.guidance,
             has_movable_clock(model.denoiser.network),
             model.sampler,
+            clip=IMAGE_RANGE if model.manifest.clip else None,
             is_stock=isinstance(model.denoiser.network, StockNetwork),
         )
 
@@ -150,7 +155,7 @@ class Match:
             )
         # A teacher with a discrete noise schedule was trained only at the levels of its table.
         num_times = len(clock.betas) if isinstance(clock, VPTable) else self.num_times
-        return Matching(num_times, guidance=self.guidance, prediction=meaning, process=clock)
+        return Matching(num_times, guidance=self.guidance, prediction=meaning, process=clock, clip=start.clip)
 
 
 def course(

@@ -1,19 +1,25 @@
 """Training and distillation of models built in Python, in memory or in a run folder."""
 
 import copy
-from collections.abc import Sequence
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import UninitializedParameter
 
 from halfstep.core.denoiser import Clipped, Cond, Denoiser, Guided, NetworkDenoiser
-from halfstep.core.door import check_denoiser, check_instance
+from halfstep.core.door import check_denoiser, check_instance, got
 from halfstep.core.noise import NoiseProcess
 from halfstep.core.prediction import Prediction, TruncatedSNR, Weighting
 from halfstep.data import Data
 from halfstep.measure.evaluate import Evaluation
 from halfstep.models.model import Model
+from halfstep.models.students import start_student
 from halfstep.nets import has_movable_clock, own_state
 from halfstep.objectives import (
     Denoising,
@@ -25,10 +31,12 @@ from halfstep.objectives import (
     Training,
 )
 from halfstep.objectives.base import check_whole
-from halfstep.run.call import Chain, OnStage, OnWindow, call_of, is_image
-from halfstep.run.course import Match, Start, course
-from halfstep.run.own_samples import samples_of
+from halfstep.run.call import Call, Chain, OnStage, OnWindow, call_of
+from halfstep.run.course import IMAGE_RANGE, Match, Start, course
+from halfstep.run.own_samples import check_can_sample, samples_of
+from halfstep.run.probe import check_called, without
 from halfstep.run.sources import CLASSES, Source, StreamedBatches, conditions_of
+from halfstep.runtime.processes import make_accelerator
 from halfstep.runtime.tensors import digest_of
 from halfstep.samplers import Sampler
 from halfstep.train.settings import Engine
@@ -69,24 +77,28 @@ def fit(
     check_instance("training", training, Training, "halfstep.Training(num_updates=2000, learning_rate=2e-4)")
     if weighting is not None:
         check_instance("weighting", weighting, Weighting, "halfstep.SNR()")
-    call = call_of(data, seed, engine, device, out, evaluation, on_window, on_stage, progress)
-    _check_trainable(denoiser)
+    call = call_of(seed, engine, device, out, evaluation, on_window, on_stage, progress)
+    _check_trainable(denoiser, as_it_is=True)
     plan = Plan.of(Denoising(weighting or TruncatedSNR()), training)
-    if call.out is None:
+    network = None if call.out is None else _network_of(denoiser)
+    samples = call.opened(data)
+    check_called(denoiser, samples)
+    like = _as_model(denoiser, samples)
+    if network is None:
         with call.placed() as used:
-            chain = Chain(call, used, denoiser, Outcome(Role.TEACHER), {}, None)
+            chain = Chain(call, used, samples, denoiser, Outcome(Role.TEACHER), {}, like)
             call.watch(chain.run(plan, None), chain.model_of)
             return chain.models[-1]
-    network = _network_of(denoiser)
     spec = call.spec(
         "fit",
         plan,
+        samples,
         network,
         {},
         # A copy, so that an interrupted call does not change the weights that the next call starts from.
         network=lambda: copy.deepcopy(network.network),
-        own_conditions=conditions_of(call.data),
-        clip=is_image(call.data),
+        own_conditions=conditions_of(samples),
+        clip=isinstance(samples, Data) and samples.is_image,
     )
     model = call.into_folder(spec)
     network.to(model.device).load_state_dict(model.denoiser.state_dict())
@@ -103,18 +115,32 @@ def _check_bare(name: str, denoiser: Any) -> None:
         raise ValueError(f"{name} {what}, but training needs its plain output. {remedy}")
 
 
-def _check_trainable(denoiser: Denoiser) -> None:
+def _check_trainable(denoiser: Denoiser, *, as_it_is: bool = False) -> None:
+    """Raise ValueError unless a copy of the denoiser, or the denoiser as it is, can be trained."""
     network = denoiser.network if isinstance(denoiser, NetworkDenoiser) else denoiser
+    name = type(network).__name__
+    if isinstance(network, nn.DataParallel | DistributedDataParallel):
+        raise ValueError(f"the network is behind {name}. Pass its .module; several processes are started by torchrun")
+    if isinstance(network, torch.jit.ScriptModule):
+        raise ValueError("the network is a ScriptModule, which cannot be copied. Pass the module that it was made from")
+    # Importing it takes seconds; who has compiled a network has it.
+    dynamo: Any = sys.modules.get("torch._dynamo.eval_frame")
+    if dynamo is not None and isinstance(network, dynamo.OptimizedModule):
+        raise ValueError(
+            "the network is compiled. Pass the module that was compiled, and engine=halfstep.Engine(compile=True)"
+        )
+    if any(isinstance(parameter, UninitializedParameter) for parameter in network.parameters()):
+        raise ValueError(f"the network {name} has lazy layers without weights. Call it once before")
     if not any(True for _ in network.parameters()):
         raise ValueError(
             f"{type(denoiser).__name__} has no weights to train: its network contains no module. Make the "
             "network an nn.Module that contains its layers"
         )
+    if as_it_is and not any(parameter.requires_grad for parameter in network.parameters()):
+        raise ValueError("all weights of the network are frozen. Call network.requires_grad_(True)")
 
 
 def _network_of(denoiser: Denoiser) -> NetworkDenoiser:
-    if isinstance(denoiser, Clipped):
-        raise ValueError("a Clipped teacher can only be matched in memory. Remove `out`, and save the student")
     if not isinstance(denoiser, NetworkDenoiser):
         raise ValueError(
             f"a run folder can only store networks, and {type(denoiser).__name__} is a custom denoiser. Pass a "
@@ -196,26 +222,20 @@ def distill(
         NonFinite: if training diverged.
     """
     _check_plan_arguments(
-        to, start, finish, training, plan, prediction, process, guidance, matching, teacher_sampler, lora_rank
-    )
-    if not isinstance(teacher, Model):
-        _check_bare("the teacher", teacher.denoiser if isinstance(teacher, Clipped) else teacher)
-    call = call_of(
-        samples_of(teacher, seed=seed) if data is None else data,
-        seed, engine, device, out, evaluation, on_window, on_stage, progress,
+        to, start, finish, training, plan, prediction, process, guidance, matching, teacher_sampler, teacher_steps,
+        lora_rank, null,
     )  # fmt: skip
-    current: Denoiser
-    if isinstance(teacher, Model):
-        current, known, held_null = teacher.denoiser, Start.of(teacher), dict(null or teacher.null)
-        _check_data(teacher, call.data)
-    else:
-        clipped = isinstance(teacher, Clipped)
-        bare = teacher.denoiser if isinstance(teacher, Clipped) else teacher
-        known = Start(teacher.process, None, is_clipped=clipped)
-        if isinstance(bare, NetworkDenoiser):
-            may_move = has_movable_clock(bare.network)
-            known = Start(teacher.process, bare.prediction, may_move=may_move, is_clipped=clipped)
-        current, held_null = teacher, dict(null or {})
+    call = call_of(seed, engine, device, out, evaluation, on_window, on_stage, progress)
+    clip = (teacher.low, teacher.high) if isinstance(teacher, Clipped) else None
+    inner = teacher.denoiser if isinstance(teacher, Clipped) else teacher
+    like = inner if isinstance(inner, Model) else None
+    current: Denoiser = inner if like is None else like.denoiser
+    _check_bare("the teacher", current)
+    if data is None:
+        check_can_sample(teacher)
+    _check_trainable(current)
+    known = _start_of(inner) if clip is None else dataclasses.replace(_start_of(inner), clip=clip, is_clipped=True)
+    held_null = {name: torch.as_tensor(value) for name, value in (null or (like.null if like else {})).items()}
     wanted = Match(matching or training, prediction, None if process is None else lambda _: process, guidance)
 
     def halvings(learned: Guidance | None) -> Plan:
@@ -230,33 +250,40 @@ def distill(
         raise ValueError(
             "plan gives the halving stages, so teacher_sampler and teacher_steps have no effect. Remove them"
         )
+    if plan is not None and not plan.stages:
+        raise ValueError("the plan has no stages. Pass halfstep.Plan.halvings(64, 4)")
     after = finish if isinstance(finish, Plan) else Plan.finishes(finish)
     chain = course(known, wanted, halvings, lora_rank, after)
     if null is not None and all(stage.objective.guidance is None for stage in chain.stages):
         raise ValueError("null, the null condition, has no effect without guidance. Pass guidance, or remove null")
     if matching is not None and chain.stages[0].objective.outcome.role is not Role.MATCHED:
         raise ValueError("matching has no effect without prediction, process, guidance or a Clipped teacher. Remove it")
-    _check_trainable(current)
-    held_null = {name: torch.as_tensor(value) for name, value in held_null.items()}
-    like = teacher if isinstance(teacher, Model) else None
-    if call.out is not None:
-        bare = _network_of(current)
-        if like is None:
-            data_, conditions = call.data, conditions_of(call.data)
-            assert isinstance(data_, Data)
-            like = Model.of(
-                bare,
-                data_.shape,
-                num_classes=data_.num_classes,
-                conditions=conditions,
-                clip=data_.is_image,
-            )
+    bare = None if call.out is None else _network_of(current)
+    if bare is not None and clip not in (None, IMAGE_RANGE):
+        raise ValueError(f"a run folder supports teachers clipped to [-1, 1], got {list(clip or ())}. Remove `out`")
+    if data is None:
+        first_stage = chain.stages[0].objective
+        student = start_student(first_stage.start(current), lora_rank)
+        first_stage.view(current, student, held_null)
+        data = _drawn(teacher, call)
+    samples = call.opened(data)
+    if like is not None:
+        _check_data(like, samples)
+    check_called(current, samples)
+    if any(stage.objective.guidance is not None for stage in chain.stages) and known.guidance is None and held_null:
+        check_called(current, samples, held_null)
+    like = _as_model(current, samples) if like is None else like
+    if like is not None and clip == IMAGE_RANGE:
+        like = Model(like.denoiser, like.manifest.model_copy(update={"clip": True}), like.null)
+    if bare is not None:
+        assert like is not None
         told = {"teacher": digest_of(own_state(bare.network)), "lora_rank": lora_rank}
         given = Model(like.denoiser, like.manifest, held_null)
         first = next((stage.objective for stage in chain.stages if isinstance(stage.objective, Halving)), None)
         spec = call.spec(
             "distill",
             chain,
+            samples,
             bare,
             told,
             teacher=given,
@@ -270,7 +297,7 @@ def distill(
     frozen = [parameter.requires_grad for parameter in current.parameters()]
     try:
         with call.placed() as used:
-            trained = Chain(call, used, current, Outcome(known.role, known.num_steps), held_null, like)
+            trained = Chain(call, used, samples, current, known.outcome, held_null, like)
             call.watch(trained.run(chain, lora_rank), trained.model_of)
     finally:
         # Stages freeze the teacher, set evaluation mode and move it to their device: undo that, even after an error.
@@ -279,6 +306,44 @@ def distill(
             parameter.requires_grad_(needed)
         current.to(device_before)
     return trained.models[-1]
+
+
+def _as_model(denoiser: Denoiser, data: Data | StreamedBatches) -> Model | None:
+    """Return the model of the data that a denoiser is; None for one of the user's own class.
+
+    Raises:
+        ValueError: if its process or prediction is not registered.
+    """
+    if not isinstance(denoiser, NetworkDenoiser):
+        return None
+    image = isinstance(data, Data) and data.is_image
+    return Model.of(
+        denoiser,
+        data.shape,
+        num_classes=data.num_classes if isinstance(data, Data) else 0,
+        conditions=conditions_of(data),
+        clip=image,
+        is_image=image,
+    )
+
+
+def _start_of(teacher: Denoiser) -> Start:
+    """Return the start that a model, or a denoiser made in Python, is."""
+    if isinstance(teacher, Model):
+        return Start.of(teacher)
+    if isinstance(teacher, NetworkDenoiser):
+        return Start(teacher.process, teacher.prediction, may_move=has_movable_clock(teacher.network))
+    return Start(teacher.process, None)
+
+
+def _drawn(teacher: Denoiser, call: Call) -> Data:
+    """Return samples of the teacher, which is called on the call's device."""
+    before = next(teacher.parameters()).device
+    with call.placed() as used:
+        try:
+            return samples_of(teacher.to(make_accelerator(used.precision, used.cpu).device), seed=call.seed)
+        finally:
+            teacher.to(before)
 
 
 def _check_plan_arguments(
@@ -292,7 +357,9 @@ def _check_plan_arguments(
     guidance: Any,
     matching: Any,
     teacher_sampler: Any,
+    teacher_steps: Any,
     lora_rank: Any,
+    null: Any,
 ) -> None:
     """Raise ValueError if an argument of `distill` has the wrong type."""
     check_whole("to", to)
@@ -313,6 +380,12 @@ def _check_plan_arguments(
     for name, value, kind, example in kinds:
         if value is not None or name == "training":
             check_instance(name, value, kind, example)
+    if lora_rank is not None:
+        check_whole("lora_rank", lora_rank, most=2**16)
+    if teacher_steps is not None:
+        check_whole("teacher_steps", teacher_steps)
+    if null is not None and not isinstance(null, Mapping):
+        raise ValueError(f"null must be conditions by name, got {got(null)}. Pass {{'class_labels': torch.tensor(10)}}")
 
 
 def _check_data(model: Model, data: Data | StreamedBatches) -> None:
@@ -322,10 +395,25 @@ def _check_data(model: Model, data: Data | StreamedBatches) -> None:
             f"the teacher has samples of shape {list(model.shape)}, but the data have {list(data.shape)}. Pass the "
             "data that it was trained on"
         )
-    held = set(conditions_of(data)) | ({CLASSES} if isinstance(data, Data) and data.num_classes else set())
+    classes = data.num_classes if isinstance(data, Data) else 0
+    shapes = conditions_of(data)
+    held = set(shapes) | ({CLASSES} if classes else set())
     needed = set(model.manifest.conditions) | ({CLASSES} if model.num_classes else set())
+    if foreign := sorted(held - needed):
+        raise ValueError(f"the data hold {foreign[0]}, which the teacher does not take. {without(data)}")
     if missing := sorted(needed - held):
         raise ValueError(
             f"the teacher is conditioned on {missing[0]}, which the data do not contain. Pass "
             f"(x0, {{{missing[0]!r}: tensor}})"
+        )
+    for name, shape in model.manifest.conditions.items():
+        if shapes.get(name, shape) != shape:
+            raise ValueError(
+                f"the teacher takes {name} of shape {list(shape)} for a sample, but the data hold "
+                f"{list(shapes[name])}. Pass what it was trained on"
+            )
+    if model.num_classes and classes > model.num_classes:
+        raise ValueError(
+            f"the data have the classes 0 to {classes - 1}, but the teacher has 0 to {model.num_classes - 1}. Pass "
+            "the data that it was trained on"
         )

@@ -1,16 +1,19 @@
 """Samples of the teacher as training data, for distillation without a data set."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import torch
 from torch import Tensor
 
 from halfstep.core.denoiser import Cond, Denoiser
-from halfstep.core.draw import Draw, sample_labels
+from halfstep.core.door import check_denoiser, check_instance, check_shape
+from halfstep.core.draw import Draw, as_seed, sample_labels
+from halfstep.core.grids import check_num_steps
 from halfstep.data import MemoryData
 from halfstep.models.model import Model, samples_at_once
-from halfstep.samplers import Heun, Sampler, sample
+from halfstep.objectives.base import check_whole
+from halfstep.samplers import DDIM, Heun, Sampler, sample
 
 NUM_SAMPLES: Final = 4096
 """Number of samples from a teacher that is distilled without data."""
@@ -43,28 +46,19 @@ def samples_of(
         seed: seed of the noise.
 
     Raises:
-        ValueError: if the shape is unknown, the sampler draws noise, or the model needs conditions other than
-            classes.
+        ValueError: if the shape is unknown, the sampler draws noise, the model needs conditions other than classes,
+            or an argument has the wrong type.
     """
+    shape = check_can_sample(teacher, shape)
+    check_whole("the number of samples", num_samples)
+    seed = as_seed(seed)
+    if num_steps is not None:
+        check_num_steps(num_steps)
+    if sampler is not None:
+        check_instance("the sampler", sampler, Sampler, "halfstep.Heun()")
     model = teacher if isinstance(teacher, Model) else None
-    if model is not None:
-        if model.manifest.conditions:
-            names = ", ".join(model.manifest.conditions)
-            raise ValueError(
-                f"the teacher cannot be sampled without {names}. Pass data with these conditions, such as a folder "
-                "written by halfstep encode --prompts"
-            )
-        if shape not in (None, model.shape):
-            raise ValueError(f"the teacher's samples have shape {list(model.shape)}, got {list(shape or ())}")
-        shape, num_steps = model.shape, num_steps or model.num_steps
-        sampler = sampler or (model.sampler if model.num_steps else None)
-    if shape is None:
-        raise ValueError(
-            "the shape of a sample is unknown. Pass data=samples_of(teacher, num_samples, shape), or your own data"
-        )
-    if num_samples < 1:
-        raise ValueError(f"the number of samples must be at least 1, got {num_samples}")
-    method = sampler or Heun()
+    num_steps = num_steps or teacher.num_steps
+    method: Sampler = sampler or (teacher.num_steps and (teacher.sampler or DDIM())) or Heun()
     if method.stochastic:
         raise ValueError(f"{type(method).__name__} draws noise at each step. Choose a deterministic sampler")
     device = next((parameter.device for parameter in teacher.parameters()), torch.device("cpu"))
@@ -84,6 +78,29 @@ def samples_of(
         teacher.train(was_training)
     classes = 0 if labels is None else int(labels.max()) + 1
     return MemoryData("samples of the teacher", torch.cat(parts), labels, tuple(map(str, range(classes))))
+
+
+def check_can_sample(teacher: Denoiser, shape: Sequence[int] | None = None) -> tuple[int, ...]:
+    """Return the shape of the teacher's samples.
+
+    Raises:
+        ValueError: if it is not known or another one, or the teacher needs conditions other than classes.
+    """
+    check_denoiser("the teacher", teacher, Denoiser)
+    if isinstance(teacher, Model) and teacher.manifest.conditions:
+        names = ", ".join(teacher.manifest.conditions)
+        raise ValueError(
+            f"the teacher needs {names}, which no sample can be drawn without. Pass data that holds it, such as a "
+            "folder of halfstep encode --prompts"
+        )
+    if shape is None and teacher.shape is None:
+        raise ValueError(
+            "the shape of a sample is not known. Pass data=samples_of(teacher, num_samples, shape), or data of your own"
+        )
+    asked = check_shape(teacher.shape if shape is None else shape)
+    if teacher.shape not in (None, asked):
+        raise ValueError(f"the teacher's samples have the shape {list(teacher.shape or ())}, got {list(asked)}")
+    return asked
 
 
 def prompted_by(

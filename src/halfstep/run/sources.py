@@ -1,8 +1,9 @@
 """Training data of the Python API, opened and checked before training starts."""
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Final, final
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from halfstep.core.door import got
 from halfstep.core.draw import Draw
+from halfstep.core.warnings import HalfstepWarning
 from halfstep.data import Data, DataConfig, MemoryData, held_on, open_data, training_batch, warn_of_scale
 from halfstep.data.base import Batches, updates_ahead
 from halfstep.objectives import Batch
@@ -19,7 +21,9 @@ Array = Tensor | np.ndarray
 Source = Array | tuple[Array, Mapping[str, Array]] | Data | str | Path | Iterable[Any]
 """Where batches come from; see `distill`."""
 
-CLASSES = "class_labels"
+CLASSES: Final = "class_labels"
+MOST_CLASSES: Final = 10**6
+"""Largest number of classes."""
 
 
 @final
@@ -55,7 +59,7 @@ class StreamedBatches:
     @property
     def conditions(self) -> dict[str, tuple[int, ...]]:
         """Conditions by name, with the shape of each for one sample."""
-        return {name: tuple(value.shape[1:]) for name, value in self.first.cond.items()}
+        return _forms(self.first.cond)
 
     def __call__(self, draw: Draw) -> Batch:
         key = (draw.stream, draw.update)
@@ -87,7 +91,8 @@ class StreamedBatches:
                     f"the batches ended after {self._seen} samples and cannot be restarted: pass a list, a "
                     "DataLoader or another restartable iterable, not a generator"
                 ) from None
-        x0, cond = item if isinstance(item, tuple | list) and len(item) == 2 else (item, None)
+        # A DataLoader of a TensorDataset gives a list, of one tensor if the data set has one.
+        x0, cond = (*item, None)[:2] if isinstance(item, tuple | list) and len(item) in (1, 2) else (item, None)
         cond = {} if cond is None else cond
         if isinstance(cond, Tensor):
             raise ValueError(
@@ -95,12 +100,13 @@ class StreamedBatches:
                 "((x, {'class_labels': y}) for x, y in loader) from the __iter__ of a class"
             )
         if isinstance(x0, np.ndarray):
-            x0 = torch.from_numpy(x0)
+            x0 = _numbers("a batch's x0", x0)
         if not isinstance(x0, Tensor) or not isinstance(cond, Mapping):
             raise ValueError(
                 f"a batch must be x0 or (x0, cond), a tensor [batch, *dims] and a mapping of names to tensors "
                 f"[batch, ...], got {type(x0).__name__} and {type(cond).__name__}"
             )
+        _check_dense("a batch's x0", x0)
         if not x0.is_floating_point():
             raise ValueError(
                 f"a batch's x0 must be floats, got {x0.dtype}: scale pixels to [-1, 1] (x / 127.5 - 1), or pass "
@@ -111,15 +117,24 @@ class StreamedBatches:
             raise ValueError(
                 f"a batch after {self._seen} samples has values that are not finite. Remove or replace them"
             )
-        if x0.ndim == 0 or len(x0) == 0 or any(len(value) != len(x0) for value in cond.values()):
-            lengths = ", ".join(f"{name} of {len(value)}" for name, value in cond.items())
+        if x0.ndim < 2:
+            raise ValueError(
+                f"a batch must be [batch, *dims], got one of shape {list(x0.shape)}. Make single samples one tensor: "
+                "torch.stack(samples)"
+            )
+        cond = {name: _condition(name, value) for name, value in cond.items()}
+        if CLASSES in cond:
+            _check_labels(cond[CLASSES])
+        if x0.numel() == 0 or any(value.shape[:1] != x0.shape[:1] for value in cond.values()):
+            lengths = ", ".join(f"{name} of {list(value.shape)}" for name, value in cond.items())
             raise ValueError(
                 f"the parts of a batch must have the same length above 0, got x0 of shape {list(x0.shape)}"
                 + (f" and {lengths}" if lengths else "")
             )
-        if self._held and set(cond) != set(self._held[0].cond):
+        if self._held and _forms(cond) != self.conditions:
             raise ValueError(
-                f"every batch needs the same conditions, got {sorted(cond)} after {sorted(self._held[0].cond)}"
+                f"every batch needs the same conditions, got {_forms(cond)} after {self.conditions}. Pass all of one "
+                "shape"
             )
         if self._held and x0.shape[1:] != self._held[0].x0.shape[1:]:
             raise ValueError(
@@ -134,10 +149,73 @@ def _condition(name: str, value: Any) -> Tensor:
     """Return the values of a condition as a tensor: floats of at most 32 bits, whole numbers as int64."""
     if not isinstance(value, Tensor | np.ndarray):
         raise ValueError(f"the condition {name} must be a tensor or an array, got {got(value)}. Pass torch.tensor(...)")
-    tensor = torch.as_tensor(value).detach().cpu()
+    if isinstance(value, np.ndarray):
+        value = _numbers(f"the condition {name}", value)
+    _check_dense(f"the condition {name}", value)
+    tensor = value.detach().cpu()
     if tensor.dtype == torch.float64:
-        return tensor.float()
-    return tensor if tensor.is_floating_point() or tensor.dtype == torch.bool else tensor.long()
+        tensor = tensor.float()
+    if not tensor.is_floating_point():
+        return tensor if tensor.dtype == torch.bool else tensor.long()
+    if not tensor.isfinite().all():
+        raise ValueError(f"the condition {name} has values that are not finite. Remove or replace them")
+    return tensor
+
+
+def _forms(cond: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape[1:]) for name, value in cond.items()}
+
+
+def _check_dense(what: str, value: Tensor) -> None:
+    forms = {
+        "complex": value.is_complex(),
+        "nested": value.is_nested,
+        "sparse": value.layout != torch.strided,
+        "on meta": value.is_meta,
+    }
+    if any(forms.values()):
+        found = next(form for form, holds in forms.items() if holds)
+        raise ValueError(f"{what} must be dense real numbers in memory, got a tensor that is {found}. Convert it")
+
+
+def _numbers(what: str, array: np.ndarray) -> Tensor:
+    """Return an array of numbers as a tensor; negative strides and foreign byte orders are not torch's."""
+    if array.dtype.kind not in "fiub":
+        raise ValueError(f"{what} must be numbers, got an array of {array.dtype}. Pass floats [n, *dims]")
+    if isinstance(array, np.ma.MaskedArray) and np.ma.getmaskarray(array).any():
+        raise ValueError(f"{what} have masked entries, which no model can learn. Fill or remove them")
+    native = array.dtype.newbyteorder("=")
+    if native.itemsize > 8:  # long doubles
+        native = np.dtype(np.float64)
+    return torch.from_numpy(np.array(array, dtype=native, order="C"))
+
+
+def _check_labels(labels: Tensor) -> None:
+    """Raise ValueError unless a condition of the name class_labels can be classes or a row of numbers a sample."""
+    usual = "Pass whole numbers from 0, int64 [n]"
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        raise ValueError(f"{CLASSES} has the shape {list(labels.shape)}. Pass labels.flatten()")
+    if labels.ndim != 1 or not len(labels):
+        return
+    if labels.dtype != torch.int64:
+        raise ValueError(f"{CLASSES} must be classes, got {labels.dtype}. {usual}, or give them another name")
+    if int(labels.min()) < 0:
+        raise ValueError(f"{CLASSES} has the label {int(labels.min())}. {usual}")
+    number = int(labels.max()) + 1
+    if number > MOST_CLASSES:
+        raise ValueError(f"{CLASSES} has the label {number - 1:,}, which is presumably an identifier. {usual}")
+
+
+def _warn_of_gaps(labels: Tensor) -> None:
+    number = int(labels.max()) + 1
+    if gaps := sorted(set(range(number)) - set(labels.unique().tolist())):
+        warnings.warn(
+            f"{CLASSES} go up to {number - 1}, and no sample is of class {gaps[0]}"
+            + (f" or {len(gaps) - 1} more" if gaps[1:] else "")
+            + ", which no model learns. Number the classes from 0 without gaps",
+            HalfstepWarning,
+            stacklevel=2,
+        )
 
 
 def in_memory(x0: Array, cond: Mapping[str, Array] | None = None) -> MemoryData:
@@ -148,10 +226,8 @@ def in_memory(x0: Array, cond: Mapping[str, Array] | None = None) -> MemoryData:
             one row per sample.
     """
     if isinstance(x0, np.ndarray):
-        if x0.dtype.kind not in "fiub":
-            raise ValueError(f"samples must be numbers, got an array of {x0.dtype}. Pass floats [n, *dims]")
-        # torch does not support negative strides or foreign byte orders.
-        x0 = torch.from_numpy(np.ascontiguousarray(x0, dtype=x0.dtype.newbyteorder("=")))
+        x0 = _numbers("samples", x0)
+    _check_dense("samples", x0)
     x0 = x0.detach().cpu()
     if x0.is_floating_point():
         x0 = x0.float()
@@ -165,19 +241,16 @@ def in_memory(x0: Array, cond: Mapping[str, Array] | None = None) -> MemoryData:
             f"images must be [n, channels, height, width], got {list(x0.shape)}. Move the channels: "
             "x.permute(0, 3, 1, 2)"
         )
+    if x0.ndim == 1:
+        raise ValueError(f"samples need an axis of their own, got the shape {list(x0.shape)}. Pass x[:, None]")
     conditions = {name: _condition(name, value) for name, value in (cond or {}).items()}
-    labels, names = conditions.get(CLASSES), tuple[str, ...]()
-    if (
-        labels is not None
-        and labels.dtype == torch.int64
-        and labels.ndim == 1
-        and len(labels)
-        and int(labels.min()) >= 0
-    ):
-        conditions.pop(CLASSES)
-        names = tuple(map(str, range(int(labels.max()) + 1)))
-    else:
-        labels = None
+    labels, names = None, tuple[str, ...]()
+    if (given := conditions.get(CLASSES)) is not None:
+        _check_labels(given)
+        if given.shape == x0.shape[:1] and len(given):
+            labels = conditions.pop(CLASSES)
+            _warn_of_gaps(labels)
+            names = tuple(map(str, range(int(labels.max()) + 1)))
     return MemoryData("memory", x0, labels, names, conditions)
 
 
@@ -196,14 +269,16 @@ def _opened(data: Source | StreamedBatches) -> Data | StreamedBatches:
     if isinstance(data, Data | StreamedBatches):
         return data
     if isinstance(data, str | Path):
+        if not str(data):
+            raise ValueError("the path of the data is empty. Pass that of a folder or a file")
         return open_data(DataConfig(source=str(data)))
     if isinstance(data, Tensor | np.ndarray):
         return in_memory(data)
     if isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor | np.ndarray):
         x0, cond = data
-        if isinstance(cond, Mapping):
+        if cond is None or isinstance(cond, Mapping):
             return in_memory(x0, cond)
-        if cond is not None and (not isinstance(cond, Tensor) or cond.shape != x0.shape):
+        if not isinstance(cond, Tensor) or cond.shape != x0.shape:
             raise ValueError(
                 f"the conditions of the data must have names, got {got(cond)}. Pass (x0, {{'class_labels': labels}})"
             )

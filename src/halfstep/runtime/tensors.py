@@ -29,7 +29,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
         OSError: if the disk is full or gone (safetensors gives the reason only in the text of its own error).
         DamagedFile: if the file reads back differently; `path` is not changed.
     """
-    held = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    held: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for name, value in tensors.items():
+        tensor = value.detach().cpu().contiguous()
+        # safetensors refuses weights that share memory, such as tied layers: each name gets its own.
+        held[name] = tensor.clone() if tensor.untyped_storage().data_ptr() in places else tensor
+        places.add(tensor.untyped_storage().data_ptr())
     with replacing(path) as temporary:
         try:
             save_file(held, temporary)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from halfstep.core.denoiser import Cond, Denoiser
+from halfstep.core.door import check_real
 from halfstep.core.noise import NoiseProcess, as_clock, per_sample
 from halfstep.core.prediction import Denoised
 from halfstep.samplers.base import Memory, Noise, Sampler, Time, samplers
@@ -71,6 +72,7 @@ class Ancestral(Sampler):
     evals_last_step: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
+        check_real(gamma=self.gamma)
         if not 0 <= self.gamma <= 1:
             raise ValueError(f"gamma must be in [0, 1] (lower to upper bound of the variance), got {self.gamma}")
 

@@ -1,14 +1,14 @@
 """The sampling loop: a generator, so that a caller can watch, stop or record it."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from halfstep.core.denoiser import Cond, Denoiser
-from halfstep.core.door import check_denoiser, check_instance, check_noise, got
+from halfstep.core.door import check_denoiser, check_instance, check_noise, failed_call, got
 from halfstep.core.grids import check_num_steps, uniform_times
 from halfstep.samplers.base import Memory, Sampler
 from halfstep.samplers.ddim import DDIM
@@ -24,6 +24,21 @@ class SamplerStep(NamedTuple):
     t: float
     s: float
     x_s: Tensor
+
+
+def _times(times: Tensor, num_steps: int) -> list[float]:
+    """Return the times of a grid as numbers.
+
+    Raises:
+        ValueError: if they are not `num_steps + 1` times that fall within [0, 1].
+    """
+    found = torch.as_tensor(times, dtype=torch.float64).flatten().tolist()
+    if len(found) != num_steps + 1 or not all(0 <= s < t <= 1 for t, s in itertools.pairwise(found)):
+        raise ValueError(
+            f"the grid of {num_steps} steps must be {num_steps + 1} times that fall within [0, 1], got {found[:8]}. "
+            "Pass halfstep's own, by leaving grid out, or a function such as lambda n: torch.linspace(1, 0, n + 1)"
+        )
+    return found
 
 
 @torch.no_grad()
@@ -58,6 +73,8 @@ def trajectory(
     check_num_steps(num_steps)
     method = (denoiser.sampler or DDIM()) if sampler is None else sampler
     check_instance("the sampler", method, Sampler, "halfstep.DDIM() or halfstep.Heun()")
+    if cond is not None and not isinstance(cond, Mapping):
+        raise ValueError(f"cond must be conditions by name, got {got(cond)}. Pass {{'class_labels': labels}}")
     for name, value in (cond or {}).items():
         if not isinstance(value, Tensor) or value.shape[:1] != x_t.shape[:1]:
             shape = f" of shape {list(value.shape)}" if isinstance(value, Tensor) else ""
@@ -71,11 +88,23 @@ def trajectory(
         )
     if not method.stochastic and noise is not None:
         raise ValueError(f"{type(method).__name__} uses no noise. Remove noise, or choose a stochastic sampler")
-    times = grid(num_steps).tolist()
+    for name, function in (("grid", grid), ("noise", noise)):
+        if function is not None and not callable(function):
+            raise ValueError(f"{name} must be a function of a number, got {got(function)}. Pass lambda number: ...")
+    times = _times(grid(num_steps), num_steps)
     memory: Memory = None
     for number, (t, s) in enumerate(itertools.pairwise(times)):
         drawn = None if noise is None else noise(number).to(x_t)
-        x_t, memory = method.step(denoiser, x_t, t, s, cond, memory, drawn)
+        if drawn is not None and drawn.shape != x_t.shape:
+            raise ValueError(f"the noise of a step needs the shape {list(x_t.shape)}, got {list(drawn.shape)}")
+        try:
+            x_t, memory = method.step(denoiser, x_t, t, s, cond, memory, drawn)
+        except Exception as error:
+            # Those of a call that does not fit; out of memory is a subclass.
+            if number or type(error) not in (TypeError, RuntimeError, IndexError, AttributeError):
+                raise
+            remedy = "Pass noise and conditions as in training, in the dtype of the model"
+            raise failed_call(type(denoiser).__name__, x_t, cond, error, remedy) from error
         yield SamplerStep(number, t, s, x_t)
 
 

@@ -75,7 +75,7 @@ class StageTrainer:
             raise ValueError(
                 f"a batch of {training.batch_size} cannot be split evenly over {accelerator.num_processes} processes"
             )
-        _check_sharding(engine, accelerator)
+        check_sharding(engine, accelerator.num_processes)
         self.stage, self.seed, self.stream = stage, seed, stream
         self.accelerator = accelerator
         self.processes = Processes(accelerator, engine.timeout_minutes)
@@ -431,10 +431,11 @@ def compile_networks(model: torch.nn.Module) -> None:
             part.network.compile(dynamic=False)
 
 
-def _check_sharding(engine: Engine, accelerator: Accelerator) -> None:
+def check_sharding(engine: Engine, num_processes: int) -> None:
+    """Raise ValueError if networks are to be spread over so many processes and cannot be."""
     if engine.sharding == "none":
         return
-    if accelerator.num_processes == 1:
+    if num_processes == 1:
         raise ValueError(
             "sharding full shards weights over processes, but this is the only one. Start several with torchrun or "
             "accelerate launch, or remove --engine.sharding"

@@ -1,9 +1,9 @@
 """Settings for how a run uses the machine."""
 
-import math
 from dataclasses import dataclass, fields
 from typing import ClassVar, Final, Literal, final, get_args
 
+from halfstep.core.door import check_number, check_switch
 from halfstep.objectives.base import FORBID_EXTRA, MOST_AT_ONCE, check_whole
 
 Precision = Literal["float32", "bf16"]
@@ -66,13 +66,20 @@ class Engine:
             check_whole("engine.threads", self.threads, most=512)
         if self.micro_batch not in (None, "auto"):
             check_whole("engine.micro_batch", self.micro_batch, most=MOST_AT_ONCE)
+        for name in ("cpu", "gradient_checkpointing", "compile"):
+            check_switch(f"engine.{name}", getattr(self, name))
+        if self.trackers is not None and not (
+            isinstance(self.trackers, tuple | list) and set(map(str, self.trackers)) <= set(get_args(Tracker))
+        ):
+            known = ", ".join(get_args(Tracker))
+            raise ValueError(f"engine.trackers must be among {known}, got {self.trackers!r}. Pass ('tensorboard',)")
         for name in ("timeout_minutes", "checkpoint_minutes"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"engine.{name} must be a finite number above 0, got {getattr(self, name)}")
+            check_number(f"engine.{name}", getattr(self, name), above=True)
             if getattr(self, name) > MOST_MINUTES:
                 raise ValueError(f"engine.{name} must be at most {MOST_MINUTES:,}, got {getattr(self, name):g}")
-        if self.requeue_code is not None and not 1 <= self.requeue_code <= 255:
-            raise ValueError(f"engine.requeue_code must be from 1 to 255, got {self.requeue_code}")
+        code = self.requeue_code
+        if code is not None and (isinstance(code, bool) or not isinstance(code, int) or not 1 <= code <= 255):
+            raise ValueError(f"engine.requeue_code must be from 1 to 255, got {code!r}")
         known = {"precision": Precision, "teacher_precision": Precision, "sharding": Sharding, "optimizer": Optimizer}
         for name, kind in known.items():
             if getattr(self, name) not in get_args(kind):
