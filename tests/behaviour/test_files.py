@@ -262,6 +262,22 @@ def test_an_output_is_free_where_nothing_would_be_lost(tmp_path: Path) -> None:
     refuse_taken(tmp_path / "absent")
     refuse_taken(tmp_path / "absent", is_file=True)
     refuse_taken(empty)
-    for out, is_file in ((full, False), (file, False), (file, True), (empty, True)):
+    for out, is_file in ((full, False), (file, True), (empty, True)):
         with pytest.raises(ValueError, match=f"^{out} already exists: choose another --out$"):
             refuse_taken(out, is_file)
+
+
+@pytest.mark.parametrize("is_file", [False, True])
+def test_nothing_can_be_written_inside_a_file(is_file: bool, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to("nowhere")
+    for name, kind in (("file", "a file"), ("fifo", "a FIFO, socket"), ("link", "a FIFO, socket")):
+        there = tmp_path / name
+        for out in (there / "x", there / "x" / "y"):
+            folder = out.parent if is_file else out
+            what = "it" if folder == there else folder
+            with pytest.raises(ValueError, match=f"^{there} is {kind}.*, so {what} cannot be a folder: choose another"):
+                refuse_taken(out, is_file)
+        with pytest.raises(ValueError, match=f"^{there} (is {kind}|already exists).*: choose another --out$"):
+            refuse_taken(there, is_file)

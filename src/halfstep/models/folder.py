@@ -18,7 +18,7 @@ from halfstep.models.pretrained import model_path, pretrained
 from halfstep.nets import OWN, LoRA, build_network, load_own_state, own_state
 from halfstep.runs import Manifest, RunFolder, StageFolder
 from halfstep.runtime.devices import existing_device
-from halfstep.runtime.files import DamagedFile, last_line, write_sealed
+from halfstep.runtime.files import DamagedFile, last_line, refuse_file, write_sealed
 from halfstep.runtime.tensors import check_finite, read_tensors, write_tensors
 
 
@@ -126,8 +126,7 @@ def save(model: Model, path: str | Path) -> None:
             "halfstep.Model.of(denoiser, shape)"
         )
     folder = StageFolder(Path(path))
-    if folder.path.exists() and not folder.path.is_dir():
-        raise ValueError(f"{path} is a file. Choose another path")
+    refuse_file(folder.path, "choose another path")
     if folder.path.parent.name == "stages" and (folder.path.parent.parent / "recipe.json").exists():
         raise ValueError(f"{path} is a stage of a run, whose other stages depend on it. Choose another path")
     ours = {folder.manifest_path, folder.model, folder.null}
