@@ -8,7 +8,7 @@ from typing import Any, Final
 import torch
 
 from halfstep.core.denoiser import Clipped, Cond, Denoiser, Guided, NetworkDenoiser
-from halfstep.core.door import check_denoiser, check_instance
+from halfstep.core.door import check_denoiser, check_instance, in_python
 from halfstep.core.noise import NoiseProcess
 from halfstep.core.prediction import Prediction, TruncatedSNR, Weighting
 from halfstep.data import Data
@@ -73,7 +73,7 @@ def fit(
     _check_trainable(denoiser)
     plan = Plan.of(Denoising(weighting or TruncatedSNR()), training)
     if call.out is None:
-        with call.placed() as used:
+        with in_python(), call.placed() as used:
             chain = Chain(call, used, denoiser, Outcome(Role.TEACHER), {}, None)
             call.watch(chain.run(plan, None), chain.model_of)
             return chain.models[-1]
@@ -231,7 +231,8 @@ def distill(
             "plan gives the halving stages, so teacher_sampler and teacher_steps have no effect. Remove them"
         )
     after = finish if isinstance(finish, Plan) else Plan.finishes(finish)
-    chain = course(known, wanted, halvings, lora_rank, after)
+    with in_python():
+        chain = course(known, wanted, halvings, lora_rank, after)
     if null is not None and all(stage.objective.guidance is None for stage in chain.stages):
         raise ValueError("null stands for no condition, which only guidance needs. Pass guidance, or leave null out")
     if matching is not None and chain.stages[0].objective.outcome.role is not Role.MATCHED:
@@ -271,7 +272,7 @@ def distill(
     was_training, device_before = current.training, next(current.parameters()).device
     frozen = [parameter.requires_grad for parameter in current.parameters()]
     try:
-        with call.placed() as used:
+        with in_python(), call.placed() as used:
             trained = Chain(call, used, current, Outcome(known.role, known.num_steps), held_null, like)
             call.watch(trained.run(chain, lora_rank), trained.model_of)
     finally:
