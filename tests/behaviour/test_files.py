@@ -29,7 +29,7 @@ from halfstep.runtime.files import (
     write_json,
     write_text,
 )
-from halfstep.runtime.tensors import read_cached, write_cached, write_tensors
+from halfstep.runtime.tensors import read_cached, read_tensors, write_cached, write_tensors
 from toys import file_size_limit
 
 SIZE = 4096
@@ -281,3 +281,14 @@ def test_nothing_can_be_written_inside_a_file(is_file: bool, tmp_path: Path) -> 
                 refuse_taken(out, is_file)
         with pytest.raises(ValueError, match=f"^{there} (is {kind}|already exists).*: choose another --out$"):
             refuse_taken(there, is_file)
+
+
+def test_tensors_are_read_from_a_folder_whose_name_is_not_utf8(tmp_path: Path) -> None:
+    folder = tmp_path / "caf\udce9"
+    folder.mkdir()
+    held = {"x": torch.randn(3)}
+    write_tensors(folder / "x.safetensors", held)
+    torch.testing.assert_close(read_tensors(folder / "x.safetensors"), held, rtol=0, atol=0)
+    (folder / "cut").write_bytes((folder / "x.safetensors").read_bytes()[:-1])
+    with pytest.raises(DamagedFile, match="is not a whole safetensors file"):
+        read_tensors(folder / "cut")

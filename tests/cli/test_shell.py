@@ -150,6 +150,10 @@ def test_a_closed_terminal_stops_like_sigterm_unless_nohup_started_it() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
+COMMAND = sys.modules["halfstep.cli.main"]
+"""The module; its package has the function under the same name."""
+
+
 @pytest.mark.parametrize(("verb", "said"), [("sample", "stopped at once\n"), ("run", "the last checkpoint is safe\n")])
 def test_a_stopped_process_leaves_without_unloading_its_modules(
     verb: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
@@ -165,7 +169,7 @@ def test_a_stopped_process_leaves_without_unloading_its_modules(
         assert capsys.readouterr().err.endswith(said)
         raise Left(code)
 
-    monkeypatch.setattr("halfstep.cli.main._function_of", lambda _: pressed)
+    monkeypatch.setattr(COMMAND, "_function_of", lambda _: pressed)
     monkeypatch.setattr(os, "_exit", leave)
     monkeypatch.setattr(sys, "argv", ["halfstep", verb])
     with pytest.raises(Left, match="130"):
@@ -190,7 +194,7 @@ def test_an_error_of_the_system_names_the_file_and_what_to_do(
     def failing(_: object) -> None:
         raise OSError(number, os.strerror(number), path)
 
-    monkeypatch.setattr("halfstep.cli.main._function_of", lambda _: failing)
+    monkeypatch.setattr(COMMAND, "_function_of", lambda _: failing)
     assert said in refused(["status", "x"], capsys)
 
 
