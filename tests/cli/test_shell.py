@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -29,6 +30,7 @@ from halfstep.runtime.stop import Interrupted, StopSignal
 from halfstep.runtime.storage import NoStorage, no_storage
 from halfstep.runtime.terminal import CONTROL, Output, printable
 from support_cli import Capture, refused
+from support_pipelines import save_ddpm
 
 
 @pytest.mark.parametrize(
@@ -313,6 +315,47 @@ def test_the_overview_shows_situations_whose_commands_exist(capsys: Capture) -> 
     for what, command in SITUATIONS:
         assert what in printed
         assert command.split()[1] in VERBS
+
+
+BLOCKED = """
+import os, sys
+from pathlib import Path
+from halfstep.cli import main
+for file in Path(sys.argv[-1]).rglob("*.safetensors"):
+    file.unlink()
+    os.mkfifo(file)
+main(sys.argv[1:])
+"""
+"""A command on a folder whose weights are FIFOs, which nothing ever writes."""
+
+
+def test_a_report_opens_no_fifo(toy_run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(toy_run, tmp_path / "run")
+    for file in run.rglob("*.safetensors"):
+        file.unlink()
+        os.mkfifo(file)
+    read = f"from halfstep.report import read_run; from pathlib import Path; print(read_run(Path({str(run)!r})).stages)"
+    # What waits for a writer would hold the interpreter's lock too.
+    found = subprocess.run([sys.executable, "-c", read], capture_output=True, text=True, timeout=60, check=False)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.count("num_parameters=None") == 3
+
+
+@pytest.mark.slow
+def test_weights_that_are_fifos_end_in_one_line_or_in_a_report(toy_run: Path, tmp_path: Path) -> None:
+    def ended(*argv: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", BLOCKED, *argv]
+        return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+
+    found = ended("sample", str(shutil.copytree(toy_run, tmp_path / "run")))
+    assert found.returncode == 2
+    assert "model.safetensors is" in found.stderr
+    found = ended("report", str(tmp_path / "run"))
+    assert (found.returncode, found.stdout) == (0, f"{tmp_path}/run/report/index.html\n")
+    save_ddpm(tmp_path / "pipeline", in_channels=1, out_channels=1)
+    found = ended("import", "diffusers", "--out", str(tmp_path / "out"), str(tmp_path / "pipeline"))
+    assert found.returncode == 2
+    assert "diffusion_pytorch_model.safetensors is" in found.stderr
 
 
 # ------------------------------------------------------------------------------------------------------------- fuzz
