@@ -277,9 +277,9 @@ def test_nothing_can_be_written_inside_a_file(is_file: bool, tmp_path: Path) -> 
         for out in (there / "x", there / "x" / "y"):
             folder = out.parent if is_file else out
             what = "it" if folder == there else folder
-            with pytest.raises(ValueError, match=f"^{there} is {kind}.*, so {what} cannot be a folder: choose another"):
+            with pytest.raises(ValueError, match=f"^{there} is {kind}.*, so {what} cannot be a folder. Choose another"):
                 refuse_taken(out, is_file)
-        with pytest.raises(ValueError, match=f"^{there} (is {kind}|already exists).*: choose another --out$"):
+        with pytest.raises(ValueError, match=f"^{there} (is {kind}|already exists).*[Cc]hoose another --out$"):
             refuse_taken(there, is_file)
 
 

@@ -441,4 +441,4 @@ def test_bad_input_is_refused_in_one_line(toy_run: Path, digits_run: Path, tmp_p
     for file in ("other.npz", "other.npz/x"):
         said = refused(["evaluate", toy, "--out", str(tmp_path / file)], capsys)
         assert f"{tmp_path}/other.npz is a file, so" in said
-        assert said.endswith("cannot be a folder: choose another --out")
+        assert said.endswith("cannot be a folder. Choose another --out")

@@ -244,7 +244,7 @@ def shard_name(number: int) -> str:
 
 def _check_folder(root: Path) -> None:
     """Raise ValueError unless the folder is absent, empty or begun by `encode`."""
-    refuse_file(root, "give another folder for the latents")
+    refuse_file(root, "Give another folder for the latents")
     if root.is_dir() and not (root / INDEX).exists():
         found = sorted(path.name for path in root.iterdir() if not path.name.startswith("."))
         if found:

@@ -126,7 +126,7 @@ def save(model: Model, path: str | Path) -> None:
             "halfstep.Model.of(denoiser, shape)"
         )
     folder = StageFolder(Path(path))
-    refuse_file(folder.path, "choose another path")
+    refuse_file(folder.path, "Choose another path")
     if folder.path.parent.name == "stages" and (folder.path.parent.parent / "recipe.json").exists():
         raise ValueError(f"{path} is a stage of a run, whose other stages depend on it. Choose another path")
     ours = {folder.manifest_path, folder.model, folder.null}

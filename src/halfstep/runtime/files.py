@@ -214,12 +214,12 @@ def check_regular(path: Path) -> None:
         raise DamagedFile(f"{path} is not a file, but a folder, FIFO, socket or device: remove it")
 
 
-def refuse_file(out: Path, remedy: str = "choose another --out") -> None:
+def refuse_file(out: Path, remedy: str = "Choose another --out") -> None:
     """Raise ValueError if `out` cannot be a folder, because it or a folder of its path is something else."""
     there = next((part for part in (out, *out.parents) if os.path.lexists(part)), None)
     if there is not None and not there.is_dir():
         kind = "a file" if there.is_file() else "a FIFO, socket, device or broken link"
-        raise ValueError(f"{there} is {kind}, so {'it' if there == out else out} cannot be a folder: {remedy}")
+        raise ValueError(f"{there} is {kind}, so {'it' if there == out else out} cannot be a folder. {remedy}")
 
 
 def refuse_taken(out: Path, is_file: bool = False, remedy: str = "choose another --out") -> None:
