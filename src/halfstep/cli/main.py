@@ -173,7 +173,7 @@ def _dispatch(verb: Verb, rest: Sequence[str]) -> None:
         if isinstance(error, OSError) and error.strerror and error.filename:
             fail(
                 f"{os.fsdecode(error.filename)} cannot be used ({error.strerror}). "
-                f"{REMEDIES.get(error.errno, 'Check it')}",
+                f"{REMEDIES.get(error.errno or 0, 'Check it')}",
                 code,
             )
         fail(error.strerror if isinstance(error, OSError) and error.strerror else error, code)
