@@ -29,7 +29,7 @@ from halfstep.runtime.files import (
     write_json,
     write_text,
 )
-from halfstep.runtime.tensors import read_cached, write_cached, write_tensors
+from halfstep.runtime.tensors import read_cached, read_tensors, write_cached, write_tensors
 from toys import file_size_limit
 
 SIZE = 4096
@@ -262,6 +262,33 @@ def test_an_output_is_free_where_nothing_would_be_lost(tmp_path: Path) -> None:
     refuse_taken(tmp_path / "absent")
     refuse_taken(tmp_path / "absent", is_file=True)
     refuse_taken(empty)
-    for out, is_file in ((full, False), (file, False), (file, True), (empty, True)):
+    for out, is_file in ((full, False), (file, True), (empty, True)):
         with pytest.raises(ValueError, match=f"^{out} already exists: choose another --out$"):
             refuse_taken(out, is_file)
+
+
+@pytest.mark.parametrize("is_file", [False, True])
+def test_nothing_can_be_written_inside_a_file(is_file: bool, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to("nowhere")
+    for name, kind in (("file", "a file"), ("fifo", "a FIFO, socket"), ("link", "a FIFO, socket")):
+        there = tmp_path / name
+        for out in (there / "x", there / "x" / "y"):
+            folder = out.parent if is_file else out
+            what = "it" if folder == there else folder
+            with pytest.raises(ValueError, match=f"^{there} is {kind}.*, so {what} cannot be a folder. Choose another"):
+                refuse_taken(out, is_file)
+        with pytest.raises(ValueError, match=f"^{there} (is {kind}|already exists).*[Cc]hoose another --out$"):
+            refuse_taken(there, is_file)
+
+
+def test_tensors_are_read_from_a_folder_whose_name_is_not_utf8(tmp_path: Path) -> None:
+    folder = tmp_path / "caf\udce9"
+    folder.mkdir()
+    held = {"x": torch.randn(3)}
+    write_tensors(folder / "x.safetensors", held)
+    torch.testing.assert_close(read_tensors(folder / "x.safetensors"), held, rtol=0, atol=0)
+    (folder / "cut").write_bytes((folder / "x.safetensors").read_bytes()[:-1])
+    with pytest.raises(DamagedFile, match="is not a whole safetensors file"):
+        read_tensors(folder / "cut")

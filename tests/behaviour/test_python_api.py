@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import halfstep
@@ -579,3 +580,26 @@ def test_every_public_name_can_be_imported() -> None:
     for name in halfstep.__all__:
         assert getattr(halfstep, name) is not None
     assert inspect.isclass(halfstep.Window)
+
+
+def test_an_error_that_names_options_notes_what_they_are_in_python(tmp_path: Path) -> None:
+    def notes(call: Callable[[], object]) -> list[str]:
+        with pytest.raises(ValueError) as caught:  # noqa: PT011 (the notes are what is checked)
+            call()
+        return caught.value.__notes__
+
+    for side in (8, 9):
+        Image.new("L", (side, side)).save(tmp_path / f"{side}.png")
+    config = halfstep.DataConfig(source=str(tmp_path))
+    size = "In Python, --data.image-size is halfstep.DataConfig(image_size=...)."
+    assert notes(lambda: halfstep.open_data(config)) == [size]
+    np.savez(tmp_path / "x.npz", x=np.zeros((9, 2)), y=np.full(9, -1))
+    labelled = halfstep.DataConfig(source=str(tmp_path / "x.npz"))
+    assert notes(lambda: halfstep.open_data(labelled)) == [
+        "In Python, --data.no-labels is halfstep.DataConfig(labels=False)."
+    ]
+    (tmp_path / "mine").write_text("mine")
+    assert notes(lambda: halfstep.fit(denoiser(), points(), TRAINING, engine=CPU, out=tmp_path / "mine")) == [
+        "In Python, --out is the argument out."
+    ]
+    assert (tmp_path / "mine").read_text() == "mine"

@@ -442,3 +442,7 @@ def test_bad_input_is_refused_in_one_line(toy_run: Path, digits_run: Path, tmp_p
     for argv, said in cases:
         assert said in refused([*argv, *out], capsys), argv
     assert not (tmp_path / "out" / "evaluation.json").exists()
+    for file in ("other.npz", "other.npz/x"):
+        said = refused(["evaluate", toy, "--out", str(tmp_path / file)], capsys)
+        assert f"{tmp_path}/other.npz is a file, so" in said
+        assert said.endswith("cannot be a folder. Choose another --out")

@@ -1,5 +1,6 @@
 """The explorer as it is served: its page in chromium, and its door and its API as a stranger finds them."""
 
+import asyncio
 import base64
 import contextlib
 import io
@@ -11,9 +12,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,6 +28,7 @@ from PIL import Image
 from halfstep import load
 from halfstep.cli import main
 from halfstep.explore import page as explorer_module
+from halfstep.explore.explorer import Explorer
 from halfstep.measure.samples import samples_array
 from report.asked_run import write_asked_run
 from report.support_browser import Watched, browser, serious
@@ -40,10 +44,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_asked_run(tmp_path_factory.mktemp("asked") / "run")
 
 
-@pytest.fixture(scope="module")
-def url(run: Path) -> Iterator[str]:
+@contextlib.contextmanager
+def explored(run: Path, *words: str) -> Iterator[str]:
     """The address of `halfstep explore RUN`, in a process of its own, which Ctrl-C ends quietly."""
-    command = [sys.executable, "-m", "halfstep", "explore", str(run), "--port", "0"]
+    command = [sys.executable, "-m", "halfstep", "explore", str(run), "--port", "0", *words]
     # A suite that a shell runs in the background ignores Ctrl-C, and so would its children.
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -62,6 +66,12 @@ def url(run: Path) -> Iterator[str]:
         assert "03-halve-0001 is missing: it has not been trained yet" in errors
     finally:
         process.kill()
+
+
+@pytest.fixture(scope="module")
+def url(run: Path) -> Iterator[str]:
+    with explored(run) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -282,6 +292,57 @@ def test_another_name_for_this_machine_is_refused(url: str) -> None:
     policy = httpx.get(url).headers["content-security-policy"]
     assert "default-src 'self'" in policy
     assert "http" not in policy
+
+
+PREFIX = "/user/me/proxy/7860"
+
+
+def test_a_page_below_a_prefix_names_addresses_below_it(run: Path) -> None:
+    app = explorer_module.page(Explorer(run), ("hub.example.org",), PREFIX)
+
+    async def got(path: str) -> Any:
+        through = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=through, base_url="http://hub.example.org") as client:
+            return await client.get(path)
+
+    # Some proxies cut the prefix off, others do not.
+    for path in ("/config", f"{PREFIX}/config"):
+        answer = asyncio.run(got(path))
+        assert answer.status_code == 200
+        assert urlsplit(answer.json()["root"]).path == PREFIX
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cuts", [True, False])
+def test_the_page_shows_samples_through_a_proxy_with_a_prefix(run: Path, window: Any, cuts: bool) -> None:
+    with explored(run, "--root-path", PREFIX) as inner:
+
+        class Proxy(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                if not self.path.startswith(f"{PREFIX}/"):
+                    self.send_error(404)
+                    return
+                path = self.path.removeprefix(PREFIX) if cuts else self.path
+                body = self.rfile.read(int(self.headers.get("content-length") or 0))
+                answer = httpx.request(self.command, inner + path, content=body, headers=dict(self.headers), timeout=60)
+                self.send_response(answer.status_code)
+                self.send_header("content-type", answer.headers.get("content-type", "text/plain"))
+                self.send_header("content-length", str(len(answer.content)))
+                self.end_headers()
+                self.wfile.write(answer.content)
+
+            do_POST = do_GET
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        with ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            watched = opened(window, f"http://localhost:{server.server_port}{PREFIX}/")
+            assert watched.page.locator("#compared img").count() == 2
+            outside = watched.elsewhere(f"http://localhost:{server.server_port}{PREFIX}/")
+            assert [address for address in outside if not address.endswith("/favicon.ico")] == []
+            server.shutdown()
 
 
 def test_it_listens_at_127_0_0_1_only(url: str) -> None:

@@ -63,7 +63,7 @@ from halfstep.run.runner import run as run_spec
 from halfstep.run.spec import GIVEN_TEACHER, RunSpec
 from halfstep.runs import RunFolder, read_status
 from halfstep.runtime.failures import NonFinite
-from halfstep.runtime.files import refuse_taken, replacing_folder, write_arrays
+from halfstep.runtime.files import refuse_file, refuse_taken, replacing_folder, write_arrays
 from halfstep.runtime.launch import world_size
 from halfstep.runtime.stop import Interrupted, StopSignal, at_once
 from halfstep.samplers import Ancestral, Heun, Sampler, samplers
@@ -83,6 +83,7 @@ def _carry_out(
         stand_in: data for a dry run, and why the real data is missing; by default the recipe's data or random pixels.
     """
     recipe = arguments.recipe
+    refuse_file(out)
     make = partial(build, recipe, what=what, teacher=teacher, parent=parent)
     if recipe.engine.threads is not None:
         torch.set_num_threads(recipe.engine.threads)
@@ -353,7 +354,9 @@ def sample(argv: Sequence[str]) -> None:
         raise UsageError(
             f"--out {out}: write a .png, a .npz, or a folder (a name without a suffix); lossy formats are not supported"
         )
-    if not arguments.overwrite:
+    if arguments.overwrite:
+        refuse_file(out.parent if as_file else out)
+    else:
         refuse_taken(out, as_file, "choose another --out, or add --overwrite")
     processes = processes_of(arguments.device == "cpu")
     model = load(arguments.model, device_of(arguments.device, processes))

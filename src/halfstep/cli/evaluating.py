@@ -24,7 +24,7 @@ from halfstep.report.evaluation import protocol_words, text_table, title_of, wri
 from halfstep.report.words import count, number
 from halfstep.runs.evaluation import Series
 from halfstep.runtime.failures import told_when_out_of_memory
-from halfstep.runtime.files import cache_folder
+from halfstep.runtime.files import cache_folder, refuse_file
 from halfstep.runtime.processes import Processes
 from halfstep.runtime.stop import StopSignal
 
@@ -38,8 +38,10 @@ def evaluate(argv: Sequence[str]) -> None:
     screen = Screen(arguments.json)
     _check(arguments)
     subject = subject_of(arguments.subject)
-    spec = _spec(subject, arguments, device, processes)
     out = arguments.out or subject.out
+    # Before the features of the real data are computed, which can take long.
+    refuse_file(out)
+    spec = _spec(subject, arguments, device, processes)
     with StopSignal() as stop:
         folder = arguments.out or subject.store or out
         store = Store(folder, batch_size=spec.evaluation.batch_size, processes=processes, stop=stop)

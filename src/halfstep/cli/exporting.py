@@ -34,7 +34,7 @@ from halfstep.nets import BasePrecision, precision_of
 from halfstep.report.words import count
 from halfstep.run.own_samples import NUM_STEPS, prompted_by
 from halfstep.runs import RunFolder, StageFolder
-from halfstep.runtime.files import read_json, refuse_taken
+from halfstep.runtime.files import read_json, refuse_file, refuse_taken
 from halfstep.runtime.processes import Processes
 
 
@@ -163,6 +163,7 @@ def encode(argv: Sequence[str]) -> None:
         raise UsageError("give either --data with captioned images, or --prompts with texts")
     if arguments.data is not None and arguments.base_precision != "float32":
         raise UsageError("--base-precision only applies to --prompts. Remove it")
+    refuse_file(arguments.out)
     kind = read_kind(fetch(arguments.pipeline))
     if kind in PIXELS:
         raise UsageError(

@@ -12,13 +12,24 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 from halfstep.cli.verbs import VERBS, Verb, overview
 from halfstep.registry import nearest
 from halfstep.runtime.allocator import keep_freed_memory
 from halfstep.runtime.launch import check_launch, rank, world_size
+from halfstep.runtime.storage import FULL, GONE, exit_code
 from halfstep.runtime.terminal import Output, one_line, safe_outputs, warn
+
+REMEDIES: Final = {
+    **dict.fromkeys((errno.ENOENT, errno.EINVAL, errno.ELOOP), "Check the path"),
+    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EROFS), "Choose another path"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "Check its permissions, or choose another path"),
+    **dict.fromkeys(FULL, "Free some space, or choose another disk"),
+    **dict.fromkeys(GONE, "Bring the disk back"),
+    errno.ENAMETOOLONG: "Choose a shorter name",
+}
+"""Remedies for errors of the system, by number."""
 
 
 def fail(message: object, code: int = 2) -> NoReturn:
@@ -67,14 +78,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         SystemExit: with one of `verbs.EXIT_CODES`.
     """
     threading.excepthook = _thread_failed
-    with safe_outputs() as out:
-        try:
-            _main(list(sys.argv[1:] if argv is None else argv))
-        except SystemExit as end:
-            if not end.code:
-                _check_written(out)
-            raise
-        _check_written(out)
+    try:
+        with safe_outputs() as out:
+            try:
+                _main(list(sys.argv[1:] if argv is None else argv))
+            except SystemExit as end:
+                if not end.code:
+                    _check_written(out)
+                raise
+            _check_written(out)
+    except SystemExit as end:
+        if argv is None and isinstance(end.code, int) and end.code > 128:
+            # A signal ended the process, and all is saved and printed. Python would unload its modules for seconds.
+            os._exit(end.code)
+        raise
 
 
 def _thread_failed(failed: threading.ExceptHookArgs) -> None:
@@ -146,18 +163,20 @@ def _dispatch(verb: Verb, rest: Sequence[str]) -> None:
         else:
             _call_heavy(verb, rest)
     except KeyboardInterrupt:
-        print("\nhalfstep: stopped at once; the last checkpoint is safe", file=sys.stderr)
+        safe = "; the last checkpoint is safe" if 130 in verb.codes else ""
+        print(f"\nhalfstep: stopped at once{safe}", file=sys.stderr)
         raise SystemExit(130) from None
     except (ValueError, OSError) as error:
         if os.environ.get("HALFSTEP_TRACEBACK"):
             raise
-        from halfstep.runtime.storage import exit_code
-
         code = exit_code(error)
-        if isinstance(error, OSError) and error.strerror:
-            where = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
-            fail(f"{error.strerror}: {where}" if where else error.strerror, code)
-        fail(error, code)
+        if isinstance(error, OSError) and error.strerror and error.filename:
+            fail(
+                f"{os.fsdecode(error.filename)} cannot be used ({error.strerror}). "
+                f"{REMEDIES.get(error.errno or 0, 'Check it')}",
+                code,
+            )
+        fail(error.strerror if isinstance(error, OSError) and error.strerror else error, code)
     except MemoryError as error:
         fail(
             f"out of memory ({one_line(error) or 'malloc failed'}). Reduce the size, or free some memory",

@@ -16,7 +16,7 @@ from halfstep.cli.words import Screen, duration, print_json, print_table
 from halfstep.recipes import recipes
 from halfstep.report.words import count, number
 from halfstep.run.events import Event, Notice, StageStart
-from halfstep.runtime.files import read_json
+from halfstep.runtime.files import read_json, refuse_file
 from halfstep.runtime.stop import StopSignal
 from halfstep.studies import SCALES, Scale, Trial, run_study, studies, write_study
 
@@ -52,6 +52,7 @@ def study(argv: Sequence[str]) -> None:
     chosen = studies[arguments.name]()
     scale = scale_of(arguments)
     out = arguments.out or Path("studies") / scale.name
+    refuse_file(out / arguments.name)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     trials = chosen.trials(scale)

@@ -1,12 +1,42 @@
 """Argument checks that recognise the most common mistakes and suggest the fix."""
 
 import math
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from torch import Tensor, nn
+
+OWNERS: Final = {"data": "halfstep.DataConfig", "engine": "halfstep.Engine", "evaluation": "halfstep.Evaluation"}
+"""The classes whose fields are the options of a section."""
+ARGUMENTS: Final = ("out", "to", "start", "lora_rank", "prediction", "process")
+"""Arguments of `fit` and `distill` that the command line has too."""
+
+
+@contextmanager
+def in_python() -> Iterator[None]:
+    """Add notes to a ValueError that names options of the command line: their names in Python.
+
+    A traceback shows notes; the one line of the command line does not.
+    """
+    try:
+        yield
+    except ValueError as error:
+        for section, option in dict.fromkeys(re.findall(r"(?<!\S)--(?:([a-z]+)\.)?([a-z][a-z-]*)", str(error))):
+            name, typed = option.removeprefix("no-").replace("-", "_"), f"{section}." if section else ""
+            if section in OWNERS:
+                meant = f"{OWNERS[section]}({name}={'False' if option.startswith('no-') else '...'})"
+            elif name in ARGUMENTS:
+                meant = f"the argument {name}"
+            else:
+                continue
+            note = f"In Python, --{typed}{option} is {meant}."
+            if note not in getattr(error, "__notes__", ()):
+                error.add_note(note)
+        raise
 
 
 def got(value: Any) -> str:

@@ -7,7 +7,7 @@ from typing import Final
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
-from halfstep.core.door import check_instance
+from halfstep.core.door import check_instance, in_python
 from halfstep.data.arrays import array_file, digits
 from halfstep.data.base import Data, check_flip
 from halfstep.data.folders import IMAGE_SUFFIXES, files_below, image_folder, image_paths
@@ -63,6 +63,7 @@ class DataConfig(BaseModel):
         return source if _HUB_NAME.fullmatch(plain) and not user_path(plain).exists() else plain
 
 
+@in_python()
 def open_data(config: DataConfig) -> Data:
     """Open and prepare the data of `config`.
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from halfstep.data.base import Data
 from halfstep.data.captions import CaptionedImages, Prompts
 from halfstep.objectives.base import Batch
-from halfstep.runtime.files import DamagedFile, InUse, read_json, sha256_of, sweep, user_path, write_json
+from halfstep.runtime.files import DamagedFile, InUse, read_json, refuse_file, sha256_of, sweep, user_path, write_json
 from halfstep.runtime.processes import Processes
 from halfstep.runtime.tensors import write_tensors
 
@@ -244,8 +244,7 @@ def shard_name(number: int) -> str:
 
 def _check_folder(root: Path) -> None:
     """Raise ValueError unless the folder does not exist, is empty, or was started by `encode`."""
-    if root.exists() and not root.is_dir():
-        raise ValueError(f"{root} is a file: give a folder for the latents")
+    refuse_file(root, "Give another folder for the latents")
     if root.is_dir() and not (root / INDEX).exists():
         found = sorted(path.name for path in root.iterdir() if not path.name.startswith("."))
         if found:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from halfstep.core.warnings import HalfstepWarning
 from halfstep.hub.stock import in_one_line, quiet, stock
-from halfstep.runtime.files import DamagedFile, read_json, sha256_of, user_path
+from halfstep.runtime.files import DamagedFile, check_regular, read_json, sha256_of, user_path
 from halfstep.runtime.tensors import check_finite
 
 PICKLED: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -238,6 +238,7 @@ def _check_shard(index: Path, name: str, tensors: set[str]) -> None:
 
 
 def _names_in(file: Path) -> set[str]:
+    check_regular(file)
     try:
         with safe_open(file, "pt") as held:
             return set(held.keys())

@@ -18,7 +18,7 @@ from halfstep.models.pretrained import model_path, pretrained
 from halfstep.nets import OWN, LoRA, build_network, load_own_state, own_state
 from halfstep.runs import Manifest, RunFolder, StageFolder
 from halfstep.runtime.devices import existing_device
-from halfstep.runtime.files import DamagedFile, last_line, user_path, write_sealed
+from halfstep.runtime.files import DamagedFile, last_line, refuse_file, user_path, write_sealed
 from halfstep.runtime.tensors import check_finite, read_tensors, write_tensors
 
 
@@ -129,8 +129,7 @@ def save(model: Model, path: str | Path) -> None:
     if not isinstance(path, str | Path) or not str(path):
         raise ValueError(f"the path of a saved model must be a folder, got {path!r}. Pass 'my-student'")
     folder = StageFolder(user_path(path))
-    if folder.path.exists() and not folder.path.is_dir():
-        raise ValueError(f"{path} is a file. Choose another path")
+    refuse_file(folder.path, "Choose another path")
     if folder.path.parent.name == "stages" and (folder.path.parent.parent / "recipe.json").exists():
         raise ValueError(f"{path} is a stage of a run, and other stages depend on it. Choose another path")
     ours = {folder.manifest_path, folder.model, folder.null}

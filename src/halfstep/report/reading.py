@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from halfstep.report.table import Table
 from halfstep.report.words import inside
 from halfstep.runs import EvaluationResult, Manifest, Metrics, PlannedStage, RunFolder, StageFolder, finite, read_log
-from halfstep.runtime.files import DamagedFile, check_files, read_arrays, read_json
+from halfstep.runtime.files import DamagedFile, check_files, check_regular, read_arrays, read_json
 
 
 @dataclass(frozen=True)
@@ -209,8 +209,10 @@ def _stage(folder: StageFolder, notices: list[str]) -> StageFacts:
             else:
                 samples[int(named[1])] = array
     num_parameters = None
-    with contextlib.suppress(OSError, ValueError, SafetensorError), safe_open(folder.model, framework="np") as file:
-        num_parameters = sum(int(math.prod(file.get_slice(key).get_shape())) for key in file.keys())  # noqa: SIM118
+    with contextlib.suppress(OSError, ValueError, SafetensorError):
+        check_regular(folder.model)
+        with safe_open(folder.model, framework="np") as file:
+            num_parameters = sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
     return StageFacts(folder.name, manifest, metrics, samples, num_parameters, by_others)
 
 

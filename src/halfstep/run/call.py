@@ -13,7 +13,7 @@ from typing import Any, final
 import torch
 
 from halfstep.core.denoiser import Cond, Denoiser, NetworkDenoiser
-from halfstep.core.door import check_instance
+from halfstep.core.door import check_instance, in_python
 from halfstep.core.draw import as_seed
 from halfstep.core.warnings import HalfstepWarning
 from halfstep.data import Data
@@ -140,7 +140,7 @@ class Call:
 
         alone = threading.current_thread() is threading.main_thread()
         try:
-            with self.placed() as engine, StopSignal() if alone else contextlib.nullcontext() as stop:
+            with in_python(), self.placed() as engine, StopSignal() if alone else contextlib.nullcontext() as stop:
                 made = dataclasses.replace(spec, engine=engine)
                 self.watch(run(made, out, stop), model_of)
                 device = make_accelerator(engine.precision, engine.cpu).device

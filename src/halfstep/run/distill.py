@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import UninitializedParameter
 
 from halfstep.core.denoiser import Clipped, Cond, Denoiser, Guided, NetworkDenoiser
-from halfstep.core.door import check_denoiser, check_instance, got
+from halfstep.core.door import check_denoiser, check_instance, got, in_python
 from halfstep.core.noise import NoiseProcess
 from halfstep.core.prediction import Prediction, TruncatedSNR, Weighting
 from halfstep.data import Data
@@ -85,7 +85,7 @@ def fit(
     check_called(denoiser, samples)
     like = _as_model(denoiser, samples)
     if network is None:
-        with call.placed() as used:
+        with in_python(), call.placed() as used:
             chain = Chain(call, used, samples, denoiser, Outcome(Role.TEACHER), {}, like)
             call.watch(chain.run(plan, None), chain.model_of)
             return chain.models[-1]
@@ -253,7 +253,8 @@ def distill(
     if plan is not None and not plan.stages:
         raise ValueError("the plan has no stages. Pass halfstep.Plan.halvings(64, 4)")
     after = finish if isinstance(finish, Plan) else Plan.finishes(finish)
-    chain = course(known, wanted, halvings, lora_rank, after)
+    with in_python():
+        chain = course(known, wanted, halvings, lora_rank, after)
     if null is not None and all(stage.objective.guidance is None for stage in chain.stages):
         raise ValueError("null, the null condition, has no effect without guidance. Pass guidance, or remove null")
     if matching is not None and chain.stages[0].objective.outcome.role is not Role.MATCHED:
@@ -296,7 +297,7 @@ def distill(
     was_training, device_before = current.training, next(current.parameters()).device
     frozen = [parameter.requires_grad for parameter in current.parameters()]
     try:
-        with call.placed() as used:
+        with in_python(), call.placed() as used:
             trained = Chain(call, used, samples, current, known.outcome, held_null, like)
             call.watch(trained.run(chain, lora_rank), trained.model_of)
     finally:

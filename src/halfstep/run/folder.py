@@ -17,7 +17,16 @@ from halfstep.run.spec import RunSpec
 from halfstep.run.trackers import chosen_trackers
 from halfstep.runs import RunFolder
 from halfstep.runtime.environment import environment
-from halfstep.runtime.files import DamagedFile, InUse, json_digest, leftovers, read_sealed, sweep, write_sealed
+from halfstep.runtime.files import (
+    DamagedFile,
+    InUse,
+    json_digest,
+    leftovers,
+    read_sealed,
+    refuse_file,
+    sweep,
+    write_sealed,
+)
 
 
 class DifferentRecipe(ValueError):
@@ -66,6 +75,7 @@ def identity(spec: RunSpec) -> str:
 def take_folder(spec: RunSpec, folder: RunFolder, lock: FileLock) -> tuple[str, str]:
     """Check that the folder belongs to the run and lock it; return recipe.json's `run` and the data's fingerprint."""
     path = folder.path
+    refuse_file(path)
     _check_folder(spec, folder)
     chosen_trackers(spec.engine.trackers)
     path.mkdir(parents=True, exist_ok=True)
@@ -118,8 +128,6 @@ def _check_folder(spec: RunSpec, folder: RunFolder) -> None:
             )
         if held.get("data_fingerprint") not in (None, spec.data.fingerprint):
             _accept(spec, folder, held)
-    elif folder.path.exists() and not folder.path.is_dir():
-        raise ValueError(f"{folder.path} is a file, not a folder: choose another --out")
     elif folder.path.is_dir() and any(not _is_ours(entry) for entry in folder.path.iterdir()):
         before_finishing = replace(spec, recipe={n: v for n, v in spec.recipe.items() if n != "finish"})
         if _held_by(folder) not in (identity(spec), identity(before_finishing)):

@@ -214,9 +214,20 @@ def check_regular(path: Path) -> None:
         raise DamagedFile(f"{path} is a folder, FIFO, socket or device, not a file: remove it")
 
 
+def refuse_file(out: Path, remedy: str = "Choose another --out") -> None:
+    """Raise ValueError if `out` cannot be a folder, because it or a folder of its path is something else."""
+    there = next((part for part in (out, *out.parents) if os.path.lexists(part)), None)
+    if there is not None and not there.is_dir():
+        kind = "a file" if there.is_file() else "a FIFO, socket, device or broken link"
+        raise ValueError(f"{there} is {kind}, so {'it' if there == out else out} cannot be a folder. {remedy}")
+
+
 def refuse_taken(out: Path, is_file: bool = False, remedy: str = "choose another --out") -> None:
     """Raise ValueError if the output file or folder already exists; an empty folder is accepted for a folder."""
-    if out.exists() and (is_file or out.is_file() or any(out.iterdir())):
+    if is_file and os.path.lexists(out):
+        raise ValueError(f"{out} already exists: {remedy}")
+    refuse_file(out.parent if is_file else out)
+    if not is_file and out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} already exists: {remedy}")
 
 

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
 from halfstep.runtime.files import DamagedFile, replacing, sync
@@ -91,6 +91,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         DamagedFile: if it is not a safetensors file.
     """
     try:
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            # safetensors opens no file whose name is not UTF-8.
+            return load(path.read_bytes())
         return load_file(path)
     except SafetensorError as error:
         raise DamagedFile(f"{path} is not a complete safetensors file ({error})") from None

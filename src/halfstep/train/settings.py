@@ -80,8 +80,8 @@ class Engine:
         code = self.requeue_code
         if code is not None and (isinstance(code, bool) or not isinstance(code, int) or not 1 <= code <= 255):
             raise ValueError(f"engine.requeue_code must be from 1 to 255, got {code!r}")
-        known = {"precision": Precision, "teacher_precision": Precision, "sharding": Sharding, "optimizer": Optimizer}
-        for name, kind in known.items():
+        kinds = {"precision": Precision, "teacher_precision": Precision, "sharding": Sharding, "optimizer": Optimizer}
+        for name, kind in kinds.items():
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(
                     f"engine.{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}"
