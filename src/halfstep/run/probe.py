@@ -85,7 +85,7 @@ def check_called(denoiser: Denoiser, data: Data | StreamedBatches, null: Cond | 
     Networks of diffusers with more than `MOST_WEIGHTS` are not called.
 
     Args:
-        null: conditions that stand for none, for one sample, which it is called with in place of the data's.
+        null: null values of the conditions, for one sample, to use instead of those of the data.
 
     Raises:
         ValueError: if it does not take the data's conditions or needs others, fails, or returns something other than

@@ -432,7 +432,7 @@ def compile_networks(model: torch.nn.Module) -> None:
 
 
 def check_sharding(engine: Engine, num_processes: int) -> None:
-    """Raise ValueError if networks are to be spread over so many processes and cannot be."""
+    """Raise ValueError if the engine's sharding is not possible with this number of processes."""
     if engine.sharding == "none":
         return
     if num_processes == 1:
