@@ -4,10 +4,10 @@
     python benchmarks/finish_ablation.py runs/fashion_mnist --steps 8 4 --only default "map weight 4"
 
 Each trial starts from the run's halved student of N steps, trains one finish on the run's data against the undistilled
-teacher, and measures the finished student; the row "before" is the student without a finish. Distances are ratios to the
-teacher at its best (DDIM at 256 steps or Heun at 32), in the run's own classifier and in the perceptron of
-`independent.py`, which was never used for tuning, both on fresh noise seeds. `rmse` is the distance to the teacher's Heun
-samples from the same noise. The file is written after each trial, and the same command resumes.
+teacher, and measures the finished student; the row "before" is the student without a finish. Distances are ratios to
+the teacher at its best (DDIM at 256 steps or Heun at 32), in the run's own classifier and in the perceptron of
+`independent.py`, which was never used for tuning, both on fresh noise seeds. `rmse` is the distance to the teacher's
+Heun samples from the same noise. The file is written after each trial, and the same command resumes.
 """
 
 import argparse
