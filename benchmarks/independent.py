@@ -25,7 +25,7 @@ import halfstep
 from common import parsed, write
 from halfstep.core.draw import generator_for
 from halfstep.data import Data, open_data
-from halfstep.measure.evaluate import Evaluation, Reference, features_for
+from halfstep.measure.evaluate import Evaluation, Method, Reference, features_for
 from halfstep.metrics import FeatureExtractor, extractors
 from halfstep.metrics.features import RealData, digest_of, in_batches
 from halfstep.metrics.images import from_uint8, to_uint8
@@ -88,11 +88,13 @@ def drawn(model: Model, count: int, **method: Any) -> Tensor:
     return from_uint8(to_uint8(x0)) if model.manifest.is_image else x0
 
 
-def rows_of(run: RunFolder, references: Sequence[Reference], count: int, compared: int) -> list[dict[str, Any]]:
+def rows_of(
+    run: RunFolder, references: Sequence[Reference], count: int, compared: int, methods: Sequence[Method]
+) -> list[dict[str, Any]]:
     """Return a row for the teacher at its best and a row for each student of a run."""
     first, *others = run.stages()
     teacher = halfstep.load(first.path)
-    at_best = [drawn(teacher, count, sampler=one.sampler, num_steps=one.num_steps) for one in AT_BEST]
+    at_best = [drawn(teacher, count, sampler=one.sampler, num_steps=one.num_steps) for one in methods]
     rows: list[dict[str, Any]] = [{"run": run.path.name, "model": "teacher at its best", "steps": None}]
     best = []
     for name, reference in zip(("own", "other"), references, strict=True):
@@ -141,18 +143,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", help="folders of runs of one recipe with different seeds")
     parser.add_argument("--num-samples", type=int, help="number of samples per model; default: from the runs' recipe")
+    parser.add_argument("--heun-only", action="store_true", help="skip DDIM with 256 steps, which is 4 times as slow")
     parser.add_argument("--threads", type=int, help="CPU threads of torch")
     parser.add_argument("--short", action="store_true", help="write no file unless --out is given")
     parser.add_argument("--out", type=Path, help="JSON file; docs/results/benchmarks/independent.json by default")
     options = parsed(parser)
     rows: list[dict[str, Any]] = []
     references: list[Reference] = []
+    methods = AT_BEST[-1:] if options.heun_only else AT_BEST
     for path in options.runs:
         recipe = Recipe.model_validate(RunFolder(path).recipe()["recipe"])
         data = open_data(recipe.data)
         references = references or references_of(data, recipe.evaluation)
         count = options.num_samples or recipe.evaluation.num_samples
-        rows += rows_of(RunFolder(path), references, count, recipe.evaluation.num_compared)
+        rows += rows_of(RunFolder(path), references, count, recipe.evaluation.num_compared, methods)
     facts = {one.extractor.name: dict(one.extractor.facts) for one in references}
     write("independent", rows, options, features=facts, first_seed=FIRST_SEED, mean=averaged(rows))
 

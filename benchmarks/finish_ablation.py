@@ -1,0 +1,156 @@
+"""Ablation of the finish: each of its settings varied alone, from students of several numbers of steps of one run.
+
+    python benchmarks/finish_ablation.py runs/digits                     # the students at 8, 4, 2 and 1 steps
+    python benchmarks/finish_ablation.py runs/fashion_mnist --steps 8 4 --only default "map weight 4"
+
+Each trial starts from the run's halved student of N steps, trains one finish on the run's data against the undistilled
+teacher, and measures the finished student; the row "before" is the student without a finish. Distances are ratios to
+the teacher at its best (DDIM at 256 steps or Heun at 32), in the run's own classifier and in the perceptron of
+`independent.py`, which was never used for tuning, both on fresh noise seeds. `rmse` is the distance to the teacher's
+Heun samples from the same noise. The file is written after each trial, and the same command resumes.
+"""
+
+import argparse
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+import halfstep
+from common import RESULTS, facts, parsed, show
+from halfstep.data import open_data
+from halfstep.objectives import Finishing, Outcome, Plan, Role, Training
+from halfstep.recipes import Recipe
+from halfstep.run.call import Chain, call_of
+from halfstep.runs import RunFolder, StageFolder
+from halfstep.runtime.files import read_json, write_json
+from halfstep.samplers import DDIM
+from halfstep.studies.roads import AT_BEST
+from halfstep.train.settings import Engine
+from independent import KEPT, drawn, references_of
+
+VARIANTS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "default": {},
+    "map weight 0": {"map_weight": 0.0},
+    "map weight 0.5": {"map_weight": 0.5},
+    "map weight 2": {"map_weight": 2.0},
+    "map weight 4": {"map_weight": 4.0},
+    "1 auxiliary turn": {"auxiliary_turns": 1},
+    "4 auxiliary turns": {"auxiliary_turns": 4},
+    "auxiliary rate halved": {"auxiliary_rate": 3.0},
+    "no lead": {"lead_updates": 0},
+    "tau from s to 1": {"inside_step": False},
+    "not whitened": {"whitened": False},
+    "half the rate": {"rate": 0.5},
+    "half the updates": {"length": 0.5},
+    "twice the updates": {"length": 2.0},
+}
+"""Settings of each variant that differ from the default: fields of `Finishing`, and `rate` and `length`, which multiply
+the learning rate and the number of updates."""
+
+
+def finished(
+    teacher: Any, student: Any, data: Any, steps: int, training: Training, settings: Mapping[str, Any], seed: int
+) -> tuple[Any, float]:
+    """Return the student of `steps` steps after one finish, and the seconds of training."""
+    own = dict(settings)
+    rate, length = own.pop("rate", 1.0), own.pop("length", 1.0)
+    changed = replace(
+        training,
+        learning_rate=rate * training.learning_rate,
+        num_updates=round(length * training.num_updates),
+    )
+    x0, cond = data.fetch(torch.arange(len(data)))
+    source = (x0, dict(cond)) if teacher.num_classes else x0
+    call = call_of(seed, Engine(cpu=True), None, None, None, None, None, False)
+    with call.placed() as engine:
+        chain = Chain(call, engine, call.opened(source), teacher.denoiser, Outcome(Role.TEACHER), teacher.null, student)
+        chain.made.append(student.denoiser)
+        chain.outcomes.append(Outcome(Role.STUDENT, steps, DDIM()))
+        start = time.perf_counter()
+        for _ in chain.run(Plan.of(Finishing(steps, **own), changed), None):
+            pass
+        return chain.models[-1], time.perf_counter() - start
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder of a finished run")
+    parser.add_argument("--steps", type=int, nargs="+", default=(8, 4, 2, 1), help="students to finish")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="variants to train; default: all"
+    )
+    parser.add_argument("--num-samples", type=int, help="number of samples per model; default: from the run's recipe")
+    parser.add_argument("--heun-only", action="store_true", help="skip DDIM with 256 steps, which is 4 times as slow")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the trainings")
+    parser.add_argument("--threads", type=int, help="CPU threads of torch")
+    parser.add_argument("--out", type=Path, default=RESULTS / "finish_ablation.json")
+    options = parsed(parser)
+    run = RunFolder(options.run)
+    recipe = Recipe.model_validate(run.recipe()["recipe"])
+    data = open_data(recipe.data)
+    references = dict(zip(("own", "other"), references_of(data, recipe.evaluation), strict=True))
+    count, compared = options.num_samples or recipe.evaluation.num_samples, recipe.evaluation.num_compared
+    first, *others = run.stages()
+    teacher = halfstep.load(first.path)
+    halved: dict[int, StageFolder] = {}
+    for folder in others:
+        manifest = folder.manifest(verify=False)
+        if manifest.num_steps is not None and manifest.objective == "halve":
+            halved[manifest.num_steps] = folder
+
+    held = read_json(options.out) if options.out.is_file() else {"rows": []}
+    rows: list[dict[str, Any]] = held["rows"]
+    methods = AT_BEST[-1:] if options.heun_only else AT_BEST
+    at_best = [drawn(teacher, count, sampler=one.sampler, num_steps=one.num_steps) for one in methods]
+    best = {
+        name: min((reference.figures(samples).values for samples in at_best), key=lambda one: one["frechet"])
+        for name, reference in references.items()
+    }
+
+    def measured(model: Any) -> dict[str, Any]:
+        samples = drawn(model, count)
+        row: dict[str, Any] = {}
+        for name, reference in references.items():
+            found = reference.figures(samples).values
+            row[f"{name} ratio"] = round(found["frechet"] / best[name]["frechet"], 4)
+            row |= {f"{name} {each}": round(found[each], 4) for each in KEPT[1:]}
+        apart = samples[:compared] - at_best[-1][:compared]
+        return row | {"rmse": round(apart.double().pow(2).mean().sqrt().item(), 4)}
+
+    settings = recipe.finish.training
+    for steps in options.steps:
+        student = halfstep.load(halved[steps].path)
+        updates = (recipe.finish.updates_at or {}).get(steps, settings.num_updates)
+        training = replace(settings, num_updates=updates)
+        for name in ("before", *options.only):
+            key = {"steps": steps, "variant": name, "seed": options.seed}
+            if any(key.items() <= row.items() for row in rows):
+                continue
+            model, seconds = student, 0.0
+            if name != "before":
+                model, seconds = finished(teacher, student, data, steps, training, VARIANTS[name], options.seed)
+            rows.append(key | measured(model) | {"seconds": round(seconds, 1)})
+            print(rows[-1], flush=True)
+            write_json(
+                options.out,
+                {
+                    "benchmark": "finish_ablation",
+                    "environment": facts(),
+                    "run": run.path.name,
+                    "recipe": recipe.name,
+                    "training": asdict(training),
+                    "teacher at its best": {name: values["frechet"] for name, values in best.items()},
+                    "rows": rows,
+                },
+            )
+    show("finish_ablation", rows)
+
+
+if __name__ == "__main__":
+    main()
