@@ -70,25 +70,10 @@ class MLP(Network):
             "cond_width": self.cond_width,
         }
 
-    def forward(
-        self,
-        x_t: Tensor,
-        time: Tensor,
-        class_labels: Tensor | None = None,
-        guidance_scale: Tensor | None = None,
-        observation: Tensor | None = None,
-    ) -> Tensor:
-        """Return the output `[batch, channels * C, ...]` for samples `x_t` `[batch, C, ...]` at times `[batch]`.
-
-        Args:
-            class_labels: `[batch]`.
-            guidance_scale: `[batch]`.
-            observation: `[batch, cond_width]`.
-
-        Raises:
-            ValueError: if a condition is given to a network that takes none, or missing for one that does.
-        """
-        hidden = self.hidden(x_t, time, class_labels, guidance_scale, observation)
+    def forward(self, x_t: Tensor, time: Tensor, **cond: Tensor) -> Tensor:
+        """Return the output `[batch, channels * C, ...]` for samples `x_t` `[batch, C, ...]` at times `[batch]`, with
+        conditions as for `hidden`."""
+        hidden = self.hidden(x_t, time, **cond)
         return self.leave(hidden).reshape(x_t.shape[0], x_t.shape[1] * self.channels, *x_t.shape[2:])
 
     def hidden(
@@ -99,7 +84,16 @@ class MLP(Network):
         guidance_scale: Tensor | None = None,
         observation: Tensor | None = None,
     ) -> Tensor:
-        """Return the output of the last block, `[batch, width]`; arguments as for `forward`."""
+        """Return the output of the last block, `[batch, width]`.
+
+        Args:
+            class_labels: `[batch]`.
+            guidance_scale: `[batch]`.
+            observation: `[batch, cond_width]`.
+
+        Raises:
+            ValueError: if a condition is given to a network that takes none, or missing for one that does.
+        """
         if (class_labels is None) != (self.label is None):
             needed = "needs class_labels" if self.label is not None else "takes no class_labels"
             raise ValueError(f"this network has {self.num_classes} classes and {needed}")
