@@ -350,6 +350,29 @@ def test_low_rank_additions_are_loaded_by_the_pipeline(name: str, saved: Callabl
     assert float((ours - before).abs().max()) > 10 * 1e-4
 
 
+@pytest.mark.skipif(find_spec("torchsde") is None, reason="needs the package torchsde")
+@pytest.mark.slow
+def test_a_student_that_no_scheduler_of_diffusers_samples_is_refused(
+    saved: Callable[[str], Path], tmp_path: Path, capsys: Capture
+) -> None:
+    """Stable Audio's own scheduler draws noise, and no other passes its network the angle."""
+    for form, words in (("diffusers", ["--matching.guidance-scale", "3"]), ("lora", LOW_RANK)):
+        run = distilled(saved("stable_audio"), {}, tmp_path / form, *words)
+        said = refused(["export", str(run), "--format", form, "--out", str(tmp_path / "out")], capsys)
+        assert "draws noise in each step. Use --format onnx" in said
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_low_rank_additions_that_no_pipeline_loads_are_refused(
+    saved: Callable[[str], Path], tmp_path: Path, capsys: Capture
+) -> None:
+    run = distilled(saved("pixart"), FAMILIES["pixart"].options, tmp_path / "run", *LOW_RANK)
+    said = refused(["export", str(run), "--format", "lora", "--out", str(tmp_path / "lora")], capsys)
+    assert "loads no low-rank additions into PixArtAlphaPipeline: use --format diffusers, which merges them" in said
+    main(["export", str(run), "--out", str(tmp_path / "out")])
+
+
 def test_an_export_that_samples_otherwise_is_refused(saved: Callable[[str], Path], tmp_path: Path) -> None:
     """The network's clock is that of another shift than the process of its samples."""
     model = import_pipeline(saved("flux"), FAMILIES["flux"].options)

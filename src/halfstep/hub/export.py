@@ -17,7 +17,7 @@ from halfstep.hub.card import call_of, lora_card, model_card
 from halfstep.hub.disk import check_files, weights_of, without_variant
 from halfstep.hub.pipelines import OPTIONAL, fetch, is_light, load_pipeline
 from halfstep.hub.recording import verify_export
-from halfstep.hub.schedulers import SOLVERS, StockSchedule, exact_steps, multistep, write_schedule
+from halfstep.hub.schedulers import COSINE, SOLVERS, StockSchedule, exact_steps, multistep, write_schedule
 from halfstep.hub.stock import quiet, stock
 from halfstep.models.model import Model
 from halfstep.nets import (
@@ -112,22 +112,22 @@ def export_lora(model: Model, out: Path, base: Manifest | None = None, name: str
     network, pipeline = model.denoiser.network, model.manifest.pipeline
     if not isinstance(network, LoRA):
         raise ValueError("this model was trained whole and has no low-rank additions: use --format diffusers")
+    schedule, _, component = _layout(model, network.base)
     kind: Any = None if pipeline is None else stock(pipeline.kind)
     if pipeline is None or not hasattr(kind, "save_lora_weights"):
         where = "no pipeline" if pipeline is None else pipeline.kind
         raise ValueError(
             f"diffusers loads no low-rank additions into {where}: use --format diffusers, which merges them"
         )
-    if base is not None and base.num_updates:
-        raise ValueError(
-            f"the additions are to the weights of {base.stage}, which were trained by halfstep and are not those of "
-            f"{pipeline.folder}: use --format diffusers, which merges them"
-        )
-    schedule, _, component = _layout(model, network.base)
     if pipeline.averaged:
         raise ValueError(
             f"the additions are to the averaged weights (EMA) in {pipeline.folder}/{component}_ema, and a "
             f"{pipeline.kind} loads those in {component}: use --format diffusers, which merges them"
+        )
+    if base is not None and base.num_updates:
+        raise ValueError(
+            f"the additions are to the weights of {base.stage}, which were trained by halfstep and are not those of "
+            f"{pipeline.folder}: use --format diffusers, which merges them"
         )
     # In peft's names without that of the adapter ("...to_q.lora_A.weight"), which diffusers reads as they are; its own
     # older names lose the layers of attention.
@@ -191,6 +191,11 @@ def _layout(model: Model, network: StockNetwork) -> tuple[StockSchedule, str, st
             f"the network's clock goes over {list(network.clock_range)}, so no number of steps falls on whole "
             "timesteps of diffusers: match it to the cosine process first (halfstep distill --matching.process "
             "cosine), or use --format onnx"
+        )
+    if isinstance(network, Replay) and network.clock["of"] == "angle":
+        raise ValueError(
+            f"a {network.stock} takes the angle of (alpha, sigma) as its time, and diffusers' only scheduler that "
+            f"passes it ({COSINE}) draws noise in each step. Use --format onnx"
         )
     process = model.denoiser.process
     schedule = write_schedule(process, model.denoiser.prediction, network.num_train_timesteps, manifest.clip)
