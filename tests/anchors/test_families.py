@@ -145,9 +145,7 @@ def test_twelve_steps_on_a_table_of_a_thousand_levels(name: str, saved: Callable
     model = import_pipeline(folder, family.options)
     assert model.manifest.pipeline is not None
     pipe = quietly(load_pipeline(folder, model.manifest.pipeline.kind))
-    with pytest.raises(
-        ValueError, match=r"12 steps on 1000 timesteps: DDIMScheduler lands at 916, but the next .* 915;"
-    ):
+    with pytest.raises(ValueError, match=r"DDIMScheduler lands at (\d+), but the next step starts from (?!\1;)\d+;"):
         times_of(first_order(pipe.scheduler), 12)
     told = multistep(write_schedule(model.process, model.denoiser.prediction, 1000, False), SOLVERS[DDIM()], False)
     pipe.scheduler = stock(told.kind)(**told.config)
@@ -359,7 +357,7 @@ def test_a_student_that_no_scheduler_of_diffusers_samples_is_refused(
     for form, words in (("diffusers", ["--matching.guidance-scale", "3"]), ("lora", LOW_RANK)):
         run = distilled(saved("stable_audio"), {}, tmp_path / form, *words)
         said = refused(["export", str(run), "--format", form, "--out", str(tmp_path / "out")], capsys)
-        assert "draws noise in each step. Use --format onnx" in said
+        assert "without drawing noise in each step. Use --format onnx" in said
         assert not (tmp_path / "out").exists()
 
 

@@ -17,7 +17,7 @@ from halfstep.hub.card import call_of, lora_card, model_card
 from halfstep.hub.disk import check_files, weights_of, without_variant
 from halfstep.hub.pipelines import OPTIONAL, fetch, is_light, load_pipeline
 from halfstep.hub.recording import verify_export
-from halfstep.hub.schedulers import COSINE, SOLVERS, StockSchedule, exact_steps, multistep, write_schedule
+from halfstep.hub.schedulers import FLOW, SOLVERS, StockSchedule, exact_steps, multistep, write_schedule
 from halfstep.hub.stock import quiet, stock
 from halfstep.models.model import Model
 from halfstep.nets import (
@@ -192,13 +192,14 @@ def _layout(model: Model, network: StockNetwork) -> tuple[StockSchedule, str, st
             "timesteps of diffusers: match it to the cosine process first (halfstep distill --matching.process "
             "cosine), or use --format onnx"
         )
-    if isinstance(network, Replay) and network.clock["of"] == "angle":
-        raise ValueError(
-            f"a {network.stock} takes the angle of (alpha, sigma) as its time, and diffusers' only scheduler that "
-            f"passes it ({COSINE}) draws noise in each step. Use --format onnx"
-        )
     process = model.denoiser.process
     schedule = write_schedule(process, model.denoiser.prediction, network.num_train_timesteps, manifest.clip)
+    table = {"of": "u", "scale": network.num_train_timesteps, "offset": -1}
+    if isinstance(network, Replay) and schedule.kind != FLOW and network.clock != table:
+        raise ValueError(
+            f"a {network.stock} takes another time than a table's timesteps, which no scheduler of diffusers passes "
+            "without drawing noise in each step. Use --format onnx"
+        )
     is_plain_image, sampler = manifest.is_image and not manifest.num_classes, model.sampler
     solver = SOLVERS.get(sampler)
     if solver is None or (solver.order == 2 and is_plain_image):

@@ -265,10 +265,10 @@ def times_of(scheduler: Any, num_steps: int) -> Tensor:
         return sigmas / (schedule.process.shift - (schedule.process.shift - 1) * sigmas)
     starts = np.asarray(scheduler.timesteps.cpu(), dtype=np.float64)
     lands = starts - num // num_steps if type(scheduler).__name__ == "DDIMScheduler" else np.append(starts[1:], -1)
-    if not np.array_equal(lands[:-1], starts[1:]):
+    if len(apart := np.flatnonzero(lands[:-1] != starts[1:])):
         raise ValueError(
-            f"{num_steps} steps on {num} timesteps: {type(scheduler).__name__} lands at {lands[0]:g}, but the "
-            f"next step starts from {starts[1]:g}; choose a number that divides {num}"
+            f"{num_steps} steps on {num} timesteps: {type(scheduler).__name__} lands at {lands[apart[0]]:g}, but the "
+            f"next step starts from {starts[apart[0] + 1]:g}; choose a number that divides {num}"
         )
     last = 0.0 if lands[-1] < 0 and scheduler.config.get("set_alpha_to_one", True) else max(lands[-1], 0) + 1
     return torch.from_numpy(np.append(starts + 1, last) / num)
