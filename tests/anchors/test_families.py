@@ -23,14 +23,14 @@ from halfstep.core.prediction import X0
 from halfstep.hub import export_pipeline, import_pipeline, text_conditions
 from halfstep.hub.card import call_of
 from halfstep.hub.pipelines import load_pipeline
-from halfstep.hub.recording import Trace, grid_of, prompted, record, replayed, trace, verify
-from halfstep.hub.schedulers import first_order, read_schedule
+from halfstep.hub.recording import Trace, component_of, grid_of, prompted, record, replayed, trace, verify
+from halfstep.hub.schedulers import SOLVERS, first_order, multistep, read_schedule, times_of, write_schedule
 from halfstep.hub.stock import stock
 from halfstep.models.folder import load
 from halfstep.models.model import Model
 from halfstep.nets import Replay
-from halfstep.runs import RunFolder
-from halfstep.samplers import sample
+from halfstep.runs import Outcome, RunFolder
+from halfstep.samplers import DDIM, sample
 from support_cli import Capture, refused
 from support_pipelines import assert_same, noise, quietly
 
@@ -138,6 +138,32 @@ def test_our_samples_are_those_of_the_pipeline(name: str, saved: Callable[[str],
             assert all(float((other - made[-1]).abs().max()) > 1e-3 for other in (ours(swapped), *made[:-1]))
 
 
+@pytest.mark.parametrize("name", ["pixart", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sdxl", "lcm"))])
+def test_twelve_steps_on_a_table_of_a_thousand_levels(name: str, saved: Callable[[str], Path], tmp_path: Path) -> None:
+    """A scheduler whose steps land where the next one starts takes ours; that of DDIM does not, and is refused."""
+    family, folder = FAMILIES[name], saved(name)
+    model = import_pipeline(folder, family.options)
+    assert model.manifest.pipeline is not None
+    pipe = quietly(load_pipeline(folder, model.manifest.pipeline.kind))
+    with pytest.raises(ValueError, match=r"DDIMScheduler lands at (\d+), but the next step starts from (?!\1;)\d+;"):
+        times_of(first_order(pipe.scheduler), 12)
+    told = multistep(write_schedule(model.process, model.denoiser.prediction, 1000, False), SOLVERS[DDIM()], False)
+    pipe.scheduler = stock(told.kind)(**told.config)
+    schedule = read_schedule({"_class_name": told.kind, **told.config})
+    options, scale = guided(model, pipe)[0]
+    call = family.options | options
+    times = grid_of(schedule, trace(pipe, 12, of=12, **prompted(pipe, PROMPTS), **call))
+    assert len({round(1000 * float(step)) for step in times.diff()}) == 2
+    x_1 = noise(2, *model.shape)
+    cond = model.cond(range(2), guidance_scale=scale, others=text_conditions(model.manifest, PROMPTS))
+    assert_same(sample(model, x_1, 12, cond=cond, grid=lambda _: times), called(pipe, x_1, 12, **call))
+    student = Model(
+        model.denoiser, model.manifest.model_copy(update={"outcome": Outcome(role="student", num_steps=12)})
+    )
+    with pytest.raises(ValueError, match="cannot represent 12 steps exactly on 1000 timesteps: exact are 1, 2, 4, 5"):
+        export_pipeline(student, tmp_path / "out")
+
+
 BUDGET: Final = [
     *("--matching.num-updates", "2", "--matching.batch-size", "4", "--chain.num-updates", "2"),
     *("--chain.batch-size", "4", "--chain.start-steps", "8", "--engine.threads", "1", "--evaluation.no-enabled"),
@@ -168,6 +194,30 @@ def distilled(folder: Path, options: dict[str, Any], out: Path, *words: str) -> 
     return out
 
 
+def as_told(pipe: Any, student: Model) -> dict[str, Any]:
+    """The arguments of a card, without the number of steps; a pipeline that takes no sigmas has them bound."""
+    call = call_of(student.manifest, 4)
+    del call["num_inference_steps"]
+    if "sigmas" not in call and student.manifest.process["type"] == "flow":
+        sigmas = [1.0, 0.75, 0.5, 0.25]
+        pipe.scheduler.set_timesteps = functools.partial(pipe.scheduler.set_timesteps, sigmas=sigmas)
+    return call
+
+
+def called_once_a_step(pipe: Any, x_1: Tensor, num_steps: int, **options: Any) -> Tensor:
+    """As `called`; the network runs once a step, on a batch of one row for each prompt."""
+    rows: list[int] = []
+    module = getattr(pipe, component_of(pipe))
+    hook = module.register_forward_hook(lambda _module, _args, output: rows.append(len(output[0])))
+    made = called(pipe, x_1, num_steps, **options)
+    hook.remove()
+    assert rows == [len(x_1)] * num_steps
+    return made
+
+
+OTHERS: Final = ("pixart", "qwen", "sana", "cogvideox", "lumina2", "z_image", "auraflow", "chroma")
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
@@ -179,10 +229,7 @@ def distilled(folder: Path, options: dict[str, Any], out: Path, *words: str) -> 
             for name, words in (
                 ("sdxl", ["--matching.guidance-range", "1", "8"]),
                 ("flux", ["--matching.guidance-range", "1", "4"]),
-                ("qwen", ["--matching.guidance-scale", "3"]),
-                ("z_image", ["--matching.guidance-scale", "3"]),
-                ("cogvideox", ["--matching.guidance-scale", "3"]),
-                ("chroma", ["--matching.guidance-scale", "3"]),
+                *((name, ["--matching.guidance-scale", "3"]) for name in OTHERS),
             )
         ),
     ],
@@ -196,19 +243,14 @@ def test_a_student_of_prompts_alone_is_exported(
     assert student.num_steps == 4
     main(["export", str(run), "--out", str(tmp_path / "out")])
     kind = json.loads((tmp_path / "out" / "model_index.json").read_text())["_class_name"]
-    pipe = load_pipeline(tmp_path / "out", kind)
-    quietly(pipe)
-    call = call_of(student.manifest, 4)
+    pipe = quietly(load_pipeline(tmp_path / "out", kind))
+    call = as_told(pipe, student)
     if name == "flux" and not words:
         assert call["guidance_scale"] == 3.5
-    if "sigmas" not in call and student.manifest.process["type"] == "flow":
-        sigmas = [1.0, 0.75, 0.5, 0.25]
-        pipe.scheduler.set_timesteps = functools.partial(pipe.scheduler.set_timesteps, sigmas=sigmas)
     x_1 = noise(2, *student.shape)
     cond = student.cond(range(2), others=text_conditions(student.manifest, PROMPTS))
-    del call["num_inference_steps"]
     ours = sample(student, x_1, 4, student.sampler, cond)
-    assert_same(ours, called(pipe, x_1, 4, **call))
+    assert_same(ours, called_once_a_step(pipe, x_1, 4, **call))
     assert float((ours - sample(load(RunFolder(run).stages()[0].path), x_1, 4, cond=cond)).abs().max()) > 1e-6
 
 
@@ -278,10 +320,18 @@ def test_what_no_clock_and_no_guidance_explains_is_refused(tmp_path: Path, monke
         record(pipe, SQUARE)
 
 
-@pytest.mark.parametrize("name", ["flux", pytest.param("sdxl", marks=pytest.mark.slow)])
+LOW_RANK: Final = ["--chain.lora-rank", "2", "--chain.learning-rate", "0.01"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "flux",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("sdxl", "wan", *OTHERS) if name != "pixart"),
+    ],
+)
 def test_low_rank_additions_are_loaded_by_the_pipeline(name: str, saved: Callable[[str], Path], tmp_path: Path) -> None:
-    options = FAMILIES[name].options
-    run = distilled(saved(name), options, tmp_path / "run", "--chain.lora-rank", "2", "--chain.learning-rate", "0.01")
+    run = distilled(saved(name), FAMILIES[name].options, tmp_path / "run", *LOW_RANK)
     main(["export", str(run), "--format", "lora", "--out", str(tmp_path / "lora")])
     student = load(run)
     assert student.manifest.pipeline is not None
@@ -289,14 +339,36 @@ def test_low_rank_additions_are_loaded_by_the_pipeline(name: str, saved: Callabl
     kind = json.loads((tmp_path / "lora" / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
     pipe.scheduler = stock(kind).from_pretrained(tmp_path / "lora", subfolder="scheduler")
     x_1 = noise(2, *student.shape)
-    call = call_of(student.manifest, 4)
-    del call["num_inference_steps"]
+    call = as_told(pipe, student)
     before = called(pipe, x_1, 4, **call)
     pipe.load_lora_weights(tmp_path / "lora")
     cond = student.cond(range(2), others=text_conditions(student.manifest, PROMPTS))
     ours = sample(student, x_1, 4, cond=cond)
-    assert_same(ours, called(pipe, x_1, 4, **call))
+    assert_same(ours, called_once_a_step(pipe, x_1, 4, **call))
     assert float((ours - before).abs().max()) > 10 * 1e-4
+
+
+@pytest.mark.skipif(find_spec("torchsde") is None, reason="needs the package torchsde")
+@pytest.mark.slow
+def test_a_student_that_no_scheduler_of_diffusers_samples_is_refused(
+    saved: Callable[[str], Path], tmp_path: Path, capsys: Capture
+) -> None:
+    """Stable Audio's own scheduler draws noise, and no other passes its network the angle."""
+    for form, words in (("diffusers", ["--matching.guidance-scale", "3"]), ("lora", LOW_RANK)):
+        run = distilled(saved("stable_audio"), {}, tmp_path / form, *words)
+        said = refused(["export", str(run), "--format", form, "--out", str(tmp_path / "out")], capsys)
+        assert "without drawing noise in each step. Use --format onnx" in said
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_low_rank_additions_that_no_pipeline_loads_are_refused(
+    saved: Callable[[str], Path], tmp_path: Path, capsys: Capture
+) -> None:
+    run = distilled(saved("pixart"), FAMILIES["pixart"].options, tmp_path / "run", *LOW_RANK)
+    said = refused(["export", str(run), "--format", "lora", "--out", str(tmp_path / "lora")], capsys)
+    assert "loads no low-rank additions into PixArtAlphaPipeline: use --format diffusers, which merges them" in said
+    main(["export", str(run), "--out", str(tmp_path / "out")])
 
 
 def test_an_export_that_samples_otherwise_is_refused(saved: Callable[[str], Path], tmp_path: Path) -> None:

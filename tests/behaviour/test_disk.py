@@ -206,10 +206,12 @@ def test_additions_to_averaged_weights_are_not_exported_alone(saved: Path, tmp_p
     shutil.copytree(folder / "unet", folder / "unet_ema")
     model = import_pipeline(folder, ema=True)
     student = NetworkDenoiser(with_lora(model.denoiser.network, 2), model.process, model.denoiser.prediction)
-    with pytest.raises(
-        ValueError, match=r"averaged weights \(EMA\) in .*unet_ema, but a StableDiffusionPipeline loads"
-    ):
-        export_lora(Model(student, model.manifest), tmp_path / "lora")
+    trained = model.manifest.model_copy(update={"num_updates": 2})
+    for base in (None, trained):
+        with pytest.raises(
+            ValueError, match=r"averaged weights \(EMA\) in .*unet_ema, but a StableDiffusionPipeline loads"
+        ):
+            export_lora(Model(student, model.manifest), tmp_path / "lora", base)
 
 
 def test_quiet_is_restored_to_what_it_was_inside_another() -> None:

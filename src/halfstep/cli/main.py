@@ -190,8 +190,9 @@ def _function_of(verb: Verb) -> Any:
 
 def _call_heavy(verb: Verb, rest: Sequence[str]) -> None:
     """Call a verb that needs torch and diffusers."""
-    # diffusers imports this optional library, which warns at import about what it cannot do here.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # diffusers imports these optional libraries, which warn at import about what they cannot do here.
+    for library in ("bitsandbytes", "torchao", "torch.utils._pytree", "diffusers.quantizers.torchao"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     keep_freed_memory()
     from halfstep.core.warnings import HalfstepWarning
     from halfstep.runtime.failures import NonFinite, OutOfMemory

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any, Final
 
-from halfstep.hub.schedulers import FLOW, StockSchedule, exact_steps
+from halfstep.hub.schedulers import FLOW, StockSchedule, exact_steps, sigmas_of
 from halfstep.hub.stock import stock
 from halfstep.nets import CONFIGS, BasePrecision
 from halfstep.runs import Manifest, Metrics, Pipeline
@@ -15,11 +15,6 @@ _PIXELS: Final = {
     "ConsistencyModelPipeline": "{number}, class_labels={labels}, num_inference_steps={steps}",
 }
 """Call arguments of a pixel pipeline."""
-
-
-def sigmas_of(num_steps: int) -> list[float]:
-    """Return the sigmas of our grid before the shift, which a flow-matching scheduler applies itself."""
-    return [1 - k / num_steps for k in range(num_steps)]
 
 
 def call_of(manifest: Manifest, num_steps: int) -> dict[str, Any]:

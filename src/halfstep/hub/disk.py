@@ -106,9 +106,7 @@ def known_fields(config: Mapping[str, Any], folder: Path, name: str) -> dict[str
     foreign = [
         field
         for field, value in config.items()
-        if field not in takes | AVERAGED | {"quantization_config"}
-        and not field.startswith("_")
-        and not (field in once and not value)
+        if field not in takes | AVERAGED and not field.startswith("_") and not (field in once and not value)
     ]
     if foreign:
         fields = ", ".join(f"{field} = {config[field]!r}" for field in foreign)

@@ -14,7 +14,7 @@ from torch import Tensor
 from halfstep.data import Encoder
 from halfstep.hub.disk import open_part
 from halfstep.hub.pipelines import fetch, load_pipeline
-from halfstep.hub.recording import conditions_in, prompted, trace
+from halfstep.hub.recording import GUIDANCES, call_in, conditions_in, prompted, trace
 from halfstep.models.model import Model
 from halfstep.runs import Manifest, Pipeline
 from halfstep.runtime.files import sha256_of
@@ -41,6 +41,8 @@ def encoder_of(model: Model, device: str | torch.device = "cpu", class_names: Se
     numbers = {name: number for number, name in enumerate(class_names)} | {"": manifest.num_classes}
     vae, shift, scale = _vae(folder, device)
 
+    plain = prompts_of(model, device)
+
     @torch.no_grad()
     def images(pixels: Tensor) -> Tensor:
         return (vae.encode(pixels.to(device)).latent_dist.mode() - shift) * scale
@@ -48,9 +50,7 @@ def encoder_of(model: Model, device: str | torch.device = "cpu", class_names: Se
     def texts(captions: list[str]) -> dict[str, Tensor]:
         if class_names:
             return {"class_labels": torch.tensor([numbers[name] for name in captions])}
-        if captions == [""] and model.null:
-            return {name: value[None] for name, value in model.null.items()}
-        return text_conditions(manifest, captions, device)
+        return plain.texts(captions)
 
     parts = sorted(file for name in ("vae", "text_encoder*", "tokenizer*") for file in folder.glob(f"{name}/*.*"))
     key = " ".join(f"{file.relative_to(folder)}:{sha256_of(file)[:12]}" for file in parts)
@@ -102,12 +102,11 @@ def text_conditions(
     """
     pipeline = _pipeline_of(manifest)
     pipe = _text_pipeline(fetch(pipeline.folder), pipeline.kind, torch.device(device))
-    network = manifest.network.get("base", manifest.network)
     taken = inspect.signature(type(pipe).__call__).parameters
-    call = {name: 1.0 for name in ("guidance_scale", "true_cfg_scale") if name in taken} | pipeline.options
+    call = {name: 1.0 for name in GUIDANCES if name in taken} | pipeline.options
     call |= {} if pipeline.guidance is None or pipeline.off is None else {pipeline.guidance: pipeline.off}
     (step,) = trace(pipe, 1, computed=False, **prompted(pipe, captions), **call).steps
-    return conditions_in(network["call"], step.calls[0], len(captions))
+    return conditions_in(call_in(manifest), step.calls[0], len(captions))
 
 
 def release_texts() -> None:

@@ -17,7 +17,7 @@ from halfstep.hub.card import call_of, lora_card, model_card
 from halfstep.hub.disk import check_files, weights_of, without_variant
 from halfstep.hub.pipelines import OPTIONAL, fetch, is_light, load_pipeline
 from halfstep.hub.recording import verify_export
-from halfstep.hub.schedulers import SOLVERS, StockSchedule, exact_steps, multistep, write_schedule
+from halfstep.hub.schedulers import FLOW, SOLVERS, StockSchedule, exact_steps, multistep, write_schedule
 from halfstep.hub.stock import quiet, stock
 from halfstep.models.model import Model
 from halfstep.nets import (
@@ -110,20 +110,20 @@ def export_lora(model: Model, out: Path, base: Manifest | None = None, name: str
     network, pipeline = model.denoiser.network, model.manifest.pipeline
     if not isinstance(network, LoRA):
         raise ValueError("this model was not trained with LoRA and has no LoRA weights: use --format diffusers")
+    schedule, _, component = _layout(model, network.base)
     kind: Any = None if pipeline is None else stock(pipeline.kind)
     if pipeline is None or not hasattr(kind, "save_lora_weights"):
         where = "no pipeline" if pipeline is None else pipeline.kind
         raise ValueError(f"diffusers cannot load LoRA weights into {where}: use --format diffusers, which merges them")
-    if base is not None and base.num_updates:
-        raise ValueError(
-            f"the LoRA was trained on {base.stage}, which halfstep trained, and not on the weights of "
-            f"{pipeline.folder}: use --format diffusers, which merges them"
-        )
-    schedule, _, component = _layout(model, network.base)
     if pipeline.averaged:
         raise ValueError(
             f"the LoRA was trained on the averaged weights (EMA) in {pipeline.folder}/{component}_ema, but a "
             f"{pipeline.kind} loads those in {component}: use --format diffusers, which merges them"
+        )
+    if base is not None and base.num_updates:
+        raise ValueError(
+            f"the LoRA was trained on {base.stage}, which halfstep trained, and not on the weights of "
+            f"{pipeline.folder}: use --format diffusers, which merges them"
         )
     # Names are those of peft without the adapter's name ("...to_q.lora_A.weight"), which diffusers reads unchanged.
     # With its own older names it would lose the attention layers.
@@ -190,6 +190,12 @@ def _layout(model: Model, network: StockNetwork) -> tuple[StockSchedule, str, st
         )
     process = model.denoiser.process
     schedule = write_schedule(process, model.denoiser.prediction, network.num_train_timesteps, manifest.clip)
+    table = {"of": "u", "scale": network.num_train_timesteps, "offset": -1}
+    if isinstance(network, Replay) and schedule.kind != FLOW and network.clock != table:
+        raise ValueError(
+            f"a {network.stock} takes another time than a table's timesteps, which no scheduler of diffusers passes "
+            "without drawing noise in each step. Use --format onnx"
+        )
     is_plain_image, sampler = manifest.is_image and not manifest.num_classes, model.sampler
     solver = SOLVERS.get(sampler)
     if solver is None or (solver.order == 2 and is_plain_image):

@@ -24,12 +24,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError, model_validator
 from torch import Tensor
 
-from halfstep.core.denoiser import NetworkDenoiser
-from halfstep.core.noise import VPCosine, processes
+from halfstep.core.noise import VPCosine
 from halfstep.core.prediction import predictions
+from halfstep.hub.pipelines import teacher_of
+from halfstep.hub.schedulers import Schedule
 from halfstep.hub.stock import in_one_line
 from halfstep.models.folder import save_stage
-from halfstep.nets import UNet2D, describe_network, unet2d_config
+from halfstep.nets import UNet2D, unet2d_config
 from halfstep.registry import nearest
 from halfstep.runs import Manifest, Outcome, StageFolder
 from halfstep.runtime.files import DamagedFile, read_json, refuse_taken, sha256_of
@@ -331,25 +332,13 @@ def import_google_pd(file: Path, config: GooglePDConfig, out: Path) -> Manifest:
         network = convert(checkpoint.params, config)
     except ValueError as error:
         raise ValueError(f"{file} does not match the configuration: {error}; choose another --config") from None
-    steps = checkpoint.num_steps
-    manifest = Manifest(
-        stage=out.name,
-        objective="imported",
-        parent=None,
-        # The first teacher of a chain can be sampled with any number of steps.
-        outcome=Outcome(role="student", num_steps=steps) if 0 < steps < config.start_steps else Outcome(role="teacher"),
-        start_steps=config.start_steps,
-        num_updates=0,
-        seconds=0.0,
-        shape=(3, config.image_size, config.image_size),
-        num_classes=config.num_classes,
-        is_image=True,
-        clip=True,
-        network=describe_network(network),
-        process=processes.describe(PROCESS),
-        prediction={"type": config.prediction},
-        files={},
-        source=f"{file.name} sha256 {sha256_of(file)}",
-    )
-    denoiser = NetworkDenoiser(network, PROCESS, predictions[config.prediction]())
-    return save_stage(StageFolder(out), denoiser, manifest)
+    schedule = Schedule(PROCESS, predictions[config.prediction](), True, network.num_train_timesteps, False)
+    teacher = teacher_of(
+        out.name, network, schedule, None, f"{file.name} sha256 {sha256_of(file)}",
+        shape=(3, config.image_size, config.image_size), num_classes=config.num_classes, is_image=True,
+    )  # fmt: skip
+    told: dict[str, Any] = {"start_steps": config.start_steps}
+    # The first teacher of a chain can be sampled with any number of steps.
+    if 0 < checkpoint.num_steps < config.start_steps:
+        told["outcome"] = Outcome(role="student", num_steps=checkpoint.num_steps)
+    return save_stage(StageFolder(out), teacher.denoiser, teacher.manifest.model_copy(update=told))

@@ -36,7 +36,7 @@ from halfstep.hub.recording import component_of, record
 from halfstep.hub.schedulers import GONE, Schedule, read_schedule, renewed
 from halfstep.hub.stock import quiet, stock
 from halfstep.models.model import Model
-from halfstep.nets import BasePrecision, StockNetwork, UNet2D, describe_network
+from halfstep.nets import BasePrecision, StockNetwork, UNet2D, conditions_of, describe_network
 from halfstep.runs import Manifest, Outcome, Pipeline
 from halfstep.runtime.files import first_line, user_path
 
@@ -133,7 +133,7 @@ def import_pipeline(
     schedule = read_schedule(read_config(scheduler))
     network = _network(network_folder, schedule)
     pipeline = None if kind is None else Pipeline(kind=kind, folder=origin, component="unet")
-    return _teacher(
+    return teacher_of(
         folder.name, network, schedule, pipeline, f"{source} (weights sha256 {digest_of(network_folder)})",
         shape=shape_of(network.config), num_classes=int(network.config.get("num_class_embeds") or 0), is_image=True,
     )  # fmt: skip
@@ -170,7 +170,7 @@ def _recorded(source: str | Path, folder: Path, pipeline: Pipeline, ema: bool, p
         missing = sorted(name for name, part in pipe.components.items() if part is None and name not in OPTIONAL)
         raise ValueError(f"{folder} has no {', '.join(missing)}: {error}" if missing else str(error)) from None
     network.lower(precision)
-    return _teacher(
+    return teacher_of(
         folder.name, network, recording.schedule,
         pipeline.model_copy(
             update={
@@ -180,15 +180,17 @@ def _recorded(source: str | Path, folder: Path, pipeline: Pipeline, ema: bool, p
         ),
         f"{source} (weights sha256 {digest_of(places[component])})",
         shape=recording.shape, num_classes=recording.num_classes,
-        conditions={} if recording.num_classes else recording.conditions, is_image=False, null=dict(recording.null),
+        conditions={} if recording.num_classes else conditions_of(recording.call), is_image=False,
+        null=dict(recording.null),
     )  # fmt: skip
 
 
-def _teacher(
+def teacher_of(
     stage: str, network: StockNetwork, schedule: Schedule, pipeline: Pipeline | None, source: str, *,
     shape: tuple[int, ...], num_classes: int, is_image: bool, conditions: Mapping[str, tuple[int, ...]] | None = None,
     null: Mapping[str, Tensor] | None = None,
 ) -> Model:  # fmt: skip
+    """Return the model of an imported network; arguments as the fields of its manifest."""
     warn_of_signal(schedule.process)
     manifest = Manifest(
         stage=stage,

@@ -9,13 +9,12 @@ from typing import Any, Final, NamedTuple, final
 
 import torch
 
-from halfstep.core.denoiser import NetworkDenoiser
 from halfstep.core.noise import processes
-from halfstep.core.prediction import predictions
+from halfstep.hub.pipelines import teacher_of
 from halfstep.hub.schedulers import Schedule, read_schedule
 from halfstep.models.model import Model
-from halfstep.nets import BasePrecision, Replay, describe_network, nodes_of
-from halfstep.runs import Manifest, Outcome, Pipeline
+from halfstep.nets import BasePrecision, Replay, conditions_of, nodes_of
+from halfstep.runs import Pipeline
 
 
 @final
@@ -143,17 +142,14 @@ def published(name: str, precision: BasePrecision = "float32") -> Model:
         clock = {"of": "u", "scale": 1000.0, "offset": -1.0}
     with torch.device("meta"):
         network = Replay(held.stock, held.config, held.tree, clock, {"sign": 1, "part": "all"}, precision=precision)
-    conditions = {node["name"]: tuple(node["shape"]) for node in nodes_of(held.tree, "condition")}
+    conditions = conditions_of(held.tree)
     component = "transformer" if "Transformer" in held.stock else "unet"
-    manifest = Manifest(
-        stage=name, objective="imported", parent=None, outcome=Outcome(role="teacher"), start_steps=128, num_updates=0,
-        seconds=0.0, shape=held.shape, conditions=conditions, is_image=False, clip=False,
-        network=describe_network(network), process=process, prediction=predictions.describe(schedule.prediction),
-        pipeline=Pipeline(
-            kind=held.kind, folder=name, component=component, options=held.options, guidance="guidance_scale",
-            off=held.off, scale=3.5 if held.off is None else None,
-        ),
-        files={}, source=held.title,
+    pipeline = Pipeline(
+        kind=held.kind, folder=name, component=component, options=held.options, guidance="guidance_scale",
+        off=held.off, scale=3.5 if held.off is None else None,
     )  # fmt: skip
     null = {} if held.off is None else {name: torch.zeros(shape) for name, shape in conditions.items()}
-    return Model(NetworkDenoiser(network, schedule.process, schedule.prediction), manifest, null)
+    return teacher_of(
+        name, network, schedule, pipeline, held.title, shape=held.shape, num_classes=0, is_image=False,
+        conditions=conditions, null=null,
+    )  # fmt: skip

@@ -23,10 +23,11 @@ from halfstep.core.denoiser import GUIDANCE, NetworkDenoiser, ddim_step
 from halfstep.core.noise import processes
 from halfstep.core.warnings import HalfstepWarning
 from halfstep.hub.disk import known_fields
-from halfstep.hub.schedulers import COSINE, Schedule, first_order, read_schedule
+from halfstep.hub.schedulers import COSINE, Schedule, config_of, first_order, read_schedule, sigmas_of
 from halfstep.hub.stock import in_one_line, quiet
 from halfstep.models.model import Model
 from halfstep.nets import LENGTH, Replay, nodes_of, takes_scale
+from halfstep.runs import Manifest
 from halfstep.samplers import sample
 
 STEPS: Final = 4
@@ -118,16 +119,6 @@ class Recording:
         """The guidance scale that is an input of the network; None if there is none."""
         found = [*nodes_of(self.call, "guidance"), *nodes_of(self.call, "embedding")]
         return float(found[0]["default"]) if found else None
-
-    @property
-    def conditions(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each condition, for one sample."""
-        found: dict[str, tuple[int, ...]] = {}
-        for node in nodes_of(self.call, "condition"):
-            found[node["name"]] = tuple(node["shape"])
-            if "list" in node:
-                found[node["name"] + LENGTH] = ()
-        return found
 
 
 class _Enough(BaseException):
@@ -277,7 +268,7 @@ def record(pipe: Any, options: Mapping[str, Any]) -> tuple[Recording, Replay]:
     """
     kind = type(pipe).__name__
     taken = inspect.signature(type(pipe).__call__).parameters
-    clip = read_schedule(_config(pipe.scheduler), mu=1.0).clip
+    clip = read_schedule(config_of(pipe.scheduler), mu=1.0).clip
     pipe.scheduler = first_order(pipe.scheduler)
     labels = "class_labels" in taken
     prompts: Sequence[Any] = (0, 1) if labels else PROMPTS
@@ -294,7 +285,7 @@ def record(pipe: Any, options: Mapping[str, Any]) -> tuple[Recording, Replay]:
         call = reading.node("", one.steps[0].calls[0].arguments, *(step.calls[0].arguments for step in two.steps[:2]))
         if any(len(step.calls) != 1 for step in two.steps):
             raise ValueError(f"the denoiser is called {len(two.steps[0].calls)} times per step without guidance")
-        schedule = replace(read_schedule(_config(pipe.scheduler), two.mu), clip=clip)
+        schedule = replace(read_schedule(config_of(pipe.scheduler), two.mu), clip=clip)
         alone = conditions_in(call, two.steps[0].calls[0], 2)
         guidance, guiding, null = None, None, dict[str, Tensor]()
         for name in scales:
@@ -458,6 +449,12 @@ def _reached(node: Mapping[str, Any], value: Any) -> Iterator[tuple[Mapping[str,
     )
     for item, part in pairs:
         yield from _reached(item, part)
+
+
+def call_in(manifest: Manifest) -> dict[str, Any]:
+    """Return the recorded call of an imported model, or of one with additions to it."""
+    call: dict[str, Any] = manifest.network.get("base", manifest.network)["call"]
+    return call
 
 
 def conditions_in(call: Mapping[str, Any], made: Call, batch: int, first: int = 0) -> dict[str, Tensor]:
@@ -690,12 +687,6 @@ def _cut(made: Tensor, like: Tensor) -> Tensor:
     return made.reshape(like.shape) if made.numel() == like.numel() else made[:, : like.shape[1]]
 
 
-def _config(scheduler: Any) -> dict[str, Any]:
-    # Skip the config's record of defaults, which would undo the pipeline's settings.
-    fields = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
-    return {"_class_name": type(scheduler).__name__, **fields}
-
-
 @torch.no_grad()
 def verify_export(pipe: Any, model: Model, **call: Any) -> None:
     """Compare the samples of an exported pipeline with the model's own, from the same noise and conditions.
@@ -707,17 +698,15 @@ def verify_export(pipe: Any, model: Model, **call: Any) -> None:
         ValueError: if they differ, or a step takes several network calls.
     """
     manifest, count = model.manifest, int(call.pop("num_inference_steps"))
-    sigmas = call.get("sigmas")
-    if sigmas is None and manifest.process["type"] == "flow":
-        sigmas = [1 - k / count for k in range(count)]
-        pipe.scheduler.set_timesteps = functools.partial(pipe.scheduler.set_timesteps, sigmas=sigmas)
+    if "sigmas" not in call and manifest.process["type"] == "flow":
+        pipe.scheduler.set_timesteps = functools.partial(pipe.scheduler.set_timesteps, sigmas=sigmas_of(count))
     prompts: Sequence[Any] = (0, 1) if manifest.num_classes else PROMPTS
     made = trace(pipe, count, of=count, **prompted(pipe, prompts), **call)
     if any(len(step.calls) != 1 or _is_guided(step, 2) for step in made.steps):
         raise ValueError(
             f"the exported {type(pipe).__name__} calls its network more than once per step, with the arguments {call}"
         )
-    cond = conditions_in(manifest.network.get("base", manifest.network)["call"], made.steps[0].calls[0], 2)
+    cond = conditions_in(call_in(manifest), made.steps[0].calls[0], 2)
     if manifest.guidance is not None and manifest.guidance["type"] == "range":
         cond[GUIDANCE] = torch.full((2,), float(call["guidance_scale"]))
     found = sample(model, made.steps[0].before, count, model.sampler, cond)

@@ -209,15 +209,21 @@ def _betas(kind: str, config: Mapping[str, Any], num: int) -> tuple[float, ...]:
     return zero_terminal_betas(betas) if config.get("rescale_betas_zero_snr") else betas
 
 
+def config_of(scheduler: Any) -> dict[str, Any]:
+    """Return the class and the fields of a scheduler, without its list of defaults, which would undo them."""
+    fields = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+    return {"_class_name": type(scheduler).__name__, **fields}
+
+
 def first_order(scheduler: Any) -> Any:
     """Return a scheduler that takes DDIM steps, without clipping, on the noise levels of `scheduler`.
 
     Raises:
         ValueError: as `read_schedule`, except that the shift may be missing.
     """
-    # The config's record of defaults would undo the fields below.
-    kind, config = type(scheduler).__name__, {k: v for k, v in scheduler.config.items() if not k.startswith("_")}
-    read_schedule({"_class_name": kind, **config}, mu=1.0)
+    config = config_of(scheduler)
+    read_schedule(config, mu=1.0)
+    kind = config.pop("_class_name")
     fields = {"timestep_spacing": "trailing", "clip_sample": False, "thresholding": False, "steps_offset": 1}
     if kind == FLOW:
         return scheduler
@@ -251,7 +257,7 @@ def times_of(scheduler: Any, num_steps: int) -> Tensor:
     Raises:
         ValueError: if a step of the scheduler does not start where the previous step ended.
     """
-    schedule = read_schedule({"_class_name": type(scheduler).__name__, **scheduler.config})
+    schedule = read_schedule(config_of(scheduler))
     scheduler.set_timesteps(num_steps)
     num = schedule.num_train_timesteps
     if isinstance(schedule.process, FlowMatching):
@@ -259,13 +265,18 @@ def times_of(scheduler: Any, num_steps: int) -> Tensor:
         return sigmas / (schedule.process.shift - (schedule.process.shift - 1) * sigmas)
     starts = np.asarray(scheduler.timesteps.cpu(), dtype=np.float64)
     lands = starts - num // num_steps if type(scheduler).__name__ == "DDIMScheduler" else np.append(starts[1:], -1)
-    if not np.array_equal(lands[:-1], starts[1:]):
+    if len(apart := np.flatnonzero(lands[:-1] != starts[1:])):
         raise ValueError(
-            f"{num_steps} steps on {num} timesteps: the first step of {type(scheduler).__name__} ends at {lands[0]:g}, "
-            f"but the next one starts from {starts[1]:g}; choose a number of steps that divides {num}"
+            f"{num_steps} steps on {num} timesteps: {type(scheduler).__name__} lands at {lands[apart[0]]:g}, but the "
+            f"next step starts from {starts[apart[0] + 1]:g}; choose a number that divides {num}"
         )
     last = 0.0 if lands[-1] < 0 and scheduler.config.get("set_alpha_to_one", True) else max(lands[-1], 0) + 1
     return torch.from_numpy(np.append(starts + 1, last) / num)
+
+
+def sigmas_of(num_steps: int) -> list[float]:
+    """Return the sigmas of our grid before the shift, which a scheduler of flow matching applies itself."""
+    return [1 - k / num_steps for k in range(num_steps)]
 
 
 class StockSchedule(NamedTuple):

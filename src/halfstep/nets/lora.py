@@ -127,6 +127,11 @@ def share_base(network: nn.Module, lora: LoRA) -> None:
                 setattr(module, name, same)
 
 
+def base_of(network: nn.Module) -> nn.Module:
+    """Return the network that a `LoRA` adds to; any other itself."""
+    return network.base if isinstance(network, LoRA) else network
+
+
 def trainable(network: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Return the trainable parameters by name: all of them, or the additions of a `LoRA`."""
     return network.own() if isinstance(network, LoRA) else list(network.named_parameters())
@@ -134,10 +139,9 @@ def trainable(network: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 def own_state(network: nn.Module) -> dict[str, Tensor]:
     """Return the tensors to save: a network's state, or the additions of a `LoRA`."""
-    if not isinstance(network, LoRA) and precision_of(network) != "float32":
-        return packed_state(network)
-    state = network.own() if isinstance(network, LoRA) else network.state_dict().items()
-    return {name: value.detach() for name, value in state}
+    if isinstance(network, LoRA):
+        return {name: value.detach() for name, value in network.own()}
+    return packed_state(network) if precision_of(network) != "float32" else network.state_dict()
 
 
 def load_own_state(network: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -174,7 +178,7 @@ def merged(network: nn.Module) -> nn.Module:
     is_lowered = precision_of(network) != "float32"
     if not isinstance(network, LoRA) and not is_lowered:
         return network
-    twin: Any = copy.deepcopy(network.base if isinstance(network, LoRA) else network)
+    twin: Any = copy.deepcopy(base_of(network))
     if is_lowered:
         twin.restore()
     layers: list[tuple[str, Any]] = [part for part in twin.named_modules() if hasattr(part[1], "lora_A")]
@@ -187,13 +191,13 @@ def merged(network: nn.Module) -> nn.Module:
 
 def precision_of(network: nn.Module) -> BasePrecision:
     """Return the precision of the frozen weights; float32 if all weights are trainable."""
-    stock = network.base if isinstance(network, LoRA) else network
+    stock = base_of(network)
     return stock.precision if isinstance(stock, Replay) else "float32"
 
 
 def weight_bytes_of(network: nn.Module) -> int:
     """Return the number of bytes of a network's weights, computed from their shapes."""
-    stock = network.base if isinstance(network, LoRA) else network
+    stock = base_of(network)
     return weight_bytes(stock.model if isinstance(stock, StockNetwork) else stock, precision_of(network))
 
 
@@ -203,7 +207,7 @@ def checkpoint_gradients(network: nn.Module) -> None:
     Raises:
         ValueError: if the network does not support it.
     """
-    stock = network.base if isinstance(network, LoRA) else network
+    stock = base_of(network)
     if not isinstance(stock, StockNetwork) or not getattr(stock.model, "_supports_gradient_checkpointing", False):
         raise ValueError(
             f"{type(stock).__name__} cannot recompute its activations. Remove --engine.gradient-checkpointing"
@@ -213,7 +217,7 @@ def checkpoint_gradients(network: nn.Module) -> None:
 
 def checkpoints_gradients(network: nn.Module) -> bool:
     """Return whether `checkpoint_gradients` was called on the network, or on the network that it was copied from."""
-    stock = network.base if isinstance(network, LoRA) else network
+    stock = base_of(network)
     return isinstance(stock, StockNetwork) and bool(stock.model.is_gradient_checkpointing)
 
 

@@ -99,7 +99,16 @@ class MLP(Network):
         guidance_scale: Tensor | None = None,
         observation: Tensor | None = None,
     ) -> Tensor:
-        """Return the output of the last block, `[batch, width]`; arguments as for `forward`."""
+        """Return the output of the last block, `[batch, width]`.
+
+        Args:
+            class_labels: `[batch]`.
+            guidance_scale: `[batch]`.
+            observation: `[batch, cond_width]`.
+
+        Raises:
+            ValueError: if a condition is given to a network that takes none, or missing for one that does.
+        """
         if (class_labels is None) != (self.label is None):
             needed = "needs class_labels" if self.label is not None else "takes no class_labels"
             raise ValueError(f"this network has {self.num_classes} classes and {needed}")

@@ -43,6 +43,16 @@ def nodes_of(call: Node, kind: str) -> Iterator[Node]:
         yield from nodes_of(item, kind)
 
 
+def conditions_of(call: Node) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each condition of a recorded call, for one sample."""
+    found: dict[str, tuple[int, ...]] = {}
+    for node in nodes_of(call, "condition"):
+        found[node["name"]] = tuple(node["shape"])
+        if "list" in node:
+            found[node["name"] + LENGTH] = ()
+    return found
+
+
 @final
 class Constants(nn.Module):
     """Tensors that keep their dtype, because positions and sizes would be wrong in half precision."""
@@ -158,7 +168,7 @@ class Replay(StockNetwork):
 
     def raw(self, x_t: Tensor, time: Tensor, **cond: Tensor) -> Tensor:
         """Return the stock module's own output."""
-        needed = {*self.conditions, *(name + LENGTH for name, node in self.conditions.items() if "list" in node)}
+        needed = {*conditions_of(self.call)}
         if GUIDANCE in cond and takes_scale(self.call):
             needed.add(GUIDANCE)
         if odd := sorted(needed ^ set(cond)):

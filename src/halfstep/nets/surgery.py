@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from halfstep.core.noise import NoiseProcess, as_clock, per_sample
 from halfstep.nets.base import Network, build_network, describe_network
-from halfstep.nets.lora import LoRA
+from halfstep.nets.lora import base_of
 from halfstep.nets.mlp import MLP
 from halfstep.nets.replay import Replay, takes_scale
 from halfstep.nets.stock import StockNetwork
@@ -28,8 +28,7 @@ fit by less than a tenth."""
 
 def takes_guidance(network: nn.Module) -> bool:
     """Return whether the network has an input for a guidance scale."""
-    if isinstance(network, LoRA):
-        network = network.base
+    network = base_of(network)
     if isinstance(network, MLP):
         return network.guided
     return isinstance(network, Replay) and takes_scale(network.call)
