@@ -33,6 +33,8 @@ from halfstep.studies.roads import AT_BEST
 from halfstep.train.settings import Engine
 from independent import KEPT, drawn, references_of
 
+OWN: Final = ("map_weight", "auxiliary_turns", "auxiliary_rate", "lead_updates")
+"""Settings of the finish that a recipe sets."""
 VARIANTS: Final[Mapping[str, Mapping[str, Any]]] = {
     "default": {},
     "map weight 0": {"map_weight": 0.0},
@@ -124,6 +126,7 @@ def main() -> None:
         return row | {"rmse": round(apart.double().pow(2).mean().sqrt().item(), 4)}
 
     settings = recipe.finish.training
+    own = {name: getattr(recipe.finish, name) for name in OWN}
     for steps in options.steps:
         student = halfstep.load(halved[steps].path)
         updates = (recipe.finish.updates_at or {}).get(steps, settings.num_updates)
@@ -134,7 +137,7 @@ def main() -> None:
                 continue
             model, seconds = student, 0.0
             if name != "before":
-                model, seconds = finished(teacher, student, data, steps, training, VARIANTS[name], options.seed)
+                model, seconds = finished(teacher, student, data, steps, training, own | VARIANTS[name], options.seed)
             rows.append(key | measured(model) | {"seconds": round(seconds, 1)})
             print(rows[-1], flush=True)
             write_json(

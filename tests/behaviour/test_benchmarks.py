@@ -20,10 +20,12 @@ import pytest
 import torch
 from PIL import Image
 
+from halfstep.cli import main
 from halfstep.objectives import Training
 from halfstep.recipes.schema import SECOND_ORDER, FinishConfig
 from halfstep.runtime.stop import Interrupted
 from studies.test_studies import tiny
+from toys import TINY_DEMO
 
 FOLDER: Final = Path(__file__).parents[2] / "benchmarks"
 SHARED: Final = Path(__file__).parents[3] / "shared" / "data"
@@ -211,6 +213,35 @@ def test_the_speedrun_goes_on_where_it_was_cut(modules: Any, monkeypatch: pytest
     assert result["floor"] > 0
     assert set(result["training seconds"]) == {"00-denoise", "01-halve-0004", "02-halve-0001"}
     assert result["seconds in all"] > spent
+
+
+@pytest.mark.slow
+def test_an_ablation_measures_like_the_independent_features_and_resumes(
+    modules: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    main(["run", "digits", *TINY_DEMO, "--out", str(run)])
+
+    def rows(name: str, *words: str) -> Any:
+        file = tmp_path / f"{name}.json"
+        command = [name, str(run), "--heun-only", "--threads", "1", "--out", str(file), *words]
+        with monkeypatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+            patch.setattr(sys, "argv", command)
+            modules(name).main()
+        return json.loads(file.read_text())["rows"]
+
+    halved = next(row for row in rows("independent") if row["steps"] == 4)
+    words = ("--steps", "4", "--only", "default", "map weight 4")
+    before, default, heavy = rows("finish_ablation", *words)
+    for figure in ("own ratio", "other ratio", "other recall", "rmse"):
+        assert before[figure] == halved[figure]
+    assert before["rmse"] != default["rmse"] != heavy["rmse"]
+
+    def refused(*arguments: Any) -> Any:
+        raise AssertionError("trained twice")
+
+    monkeypatch.setattr(modules("finish_ablation"), "finished", refused)
+    assert rows("finish_ablation", *words) == [before, default, heavy]
 
 
 def test_time_to_quality_trains_three_ways_and_takes_the_smallest_budget_that_is_enough(
