@@ -78,7 +78,7 @@ class Matching(Objective):
             low, high = self.clip
             check_real(low=low, high=high)
             if not low < high:
-                raise ValueError(f"the bounds of clip must rise, got {low} and {high}")
+                raise ValueError(f"the bounds of clip must increase, got {low} and {high}")
             object.__setattr__(self, "clip", (float(low), float(high)))
 
     @property
