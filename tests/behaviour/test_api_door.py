@@ -328,12 +328,12 @@ SETTINGS: dict[str, tuple[Callable[[], Any], str]] = {
     "conditions as a list": (lambda: halfstep.Model.of(denoiser(Net()), (2,), conditions=["a"]), "names to shapes"),  # type: ignore[arg-type]
     "a number as path to save": (lambda: halfstep.save(TEACHER, 3), "Pass 'my-student'"),  # type: ignore[arg-type]
     "no path to save": (lambda: halfstep.save(TEACHER, ""), "Pass 'my-student'"),
-    "a file on the way": (lambda: halfstep.save(TEACHER, f"{__file__}/x"), "file among its parents"),
+    "a file on the way": (lambda: halfstep.save(TEACHER, f"{__file__}/x"), "is a file, so .* cannot be a folder"),
     "no path as out": (lambda: _fit(out=""), "Pass out='runs/mine'"),
     "load on meta": (lambda: halfstep.load("fashion", "meta"), "stores no values"),
     "a network for one of the library": (lambda: halfstep.load("fashion", network=Net()), "Remove network"),
     "a plan of no stages": (lambda: _distill(plan=halfstep.Plan()), "the plan has no stages"),
-    "null of another name": (lambda: _guided({"label": torch.tensor(3)}), "null names label, which the data do not"),
+    "null of another name": (lambda: _guided({"label": torch.tensor(3)}), "null contains label, but the data do not"),
     "null beyond": (lambda: _guided({"class_labels": torch.tensor(4)}), "index out of range"),
     "bounds of one": (lambda: halfstep.Matching(8, clip=1.0), "two bounds"),  # type: ignore[arg-type]
     "bounds that fall": (lambda: halfstep.Matching(8, clip=(1.0, -1.0)), "must increase"),

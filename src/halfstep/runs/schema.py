@@ -178,7 +178,7 @@ class Result(Record):
     recall: float | None = None
     coverage: float | None = None
     teacher_rmse: float | None = None
-    """RMS difference on [-1, 1] from the finest samples of the chain's start, from the same noise; None for these."""
+    """RMS difference on [-1, 1] from the finest same-noise samples of the chain's start; None for those samples."""
     seconds_per_1000: float
     """Wall time for 1,000 samples."""
     samples: str | None = None

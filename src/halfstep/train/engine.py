@@ -2,7 +2,7 @@
 
 It does not depend on the objective. An update consists of the objective's turns, in order. A turn splits the global
 batch over processes and micro batches by place, computes the losses with one backward pass per micro batch, clips the
-gradient to a global norm, takes one AdamW step of its player and updates the moving averages. Nothing in it waits for
+gradient to a global norm, takes one AdamW step of its player and updates the moving averages. It never waits for
 the device; statistics are fetched when `window` is called. Its inputs from the host can be prepared ahead (`feed`). The
 networks can be compiled, once for the whole chain, because the networks of all stages have the same architecture.
 """
