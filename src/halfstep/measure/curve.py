@@ -205,7 +205,7 @@ class Curve:
         return [kept for cell, one in pairs if (kept := self.store.kept(cell, one)) is not None]
 
     def _chosen(self) -> list[Entry]:
-        """Return the entries to show; of those that differ only in gamma, the one that is best in the first table."""
+        """Return the entries to show; if several differ only in gamma, only the best one in the first table."""
         best: dict[tuple[str, int | None], tuple[float, Entry]] = {}
         chosen = [entry for entry in self.spec.entries if entry.gamma is None]
         for entry in self.spec.entries:

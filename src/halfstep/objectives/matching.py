@@ -53,7 +53,7 @@ class Matching(Objective):
     Source: Meng et al. 2023 (arXiv:2210.03142), section 3.1, for guidance.
 
     Raises:
-        ValueError: if the number of times is not a whole number of at least 1, or the bounds of `clip` do not rise.
+        ValueError: if the number of times is not a whole number of at least 1, or the bounds of `clip` do not increase.
     """
 
     num_times: int = 1024

@@ -183,7 +183,7 @@ def _numbers(what: str, array: np.ndarray) -> Tensor:
     if array.dtype.kind not in "fiub":
         raise ValueError(f"{what} must be numbers, got an array of {array.dtype}. Pass floats [n, *dims]")
     if isinstance(array, np.ma.MaskedArray) and np.ma.getmaskarray(array).any():
-        raise ValueError(f"{what} have masked entries, which no model can learn. Fill or remove them")
+        raise ValueError(f"{what} must not have masked entries. Fill or remove them")
     native = array.dtype.newbyteorder("=")
     if native.itemsize > 8:  # long doubles
         native = np.dtype(np.float64)
