@@ -273,7 +273,7 @@ def record(pipe: Any, options: Mapping[str, Any]) -> tuple[Recording, Replay]:
         options: further pipeline call arguments, such as height and width.
 
     Raises:
-        ValueError: with the fact that does not match.
+        ValueError: if the replay does not match; the message says where.
     """
     kind = type(pipe).__name__
     taken = inspect.signature(type(pipe).__call__).parameters
@@ -624,7 +624,7 @@ def verify(network: Replay, schedule: Schedule, made: Trace) -> None:
     """Replay each step of a trace without guidance and compare it with the recording.
 
     Raises:
-        ValueError: with the first fact that does not match.
+        ValueError: if anything does not match; the message says what.
     """
     denoiser = NetworkDenoiser(network, schedule.process, schedule.prediction)
     grid = grid_of(schedule, made)

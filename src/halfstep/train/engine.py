@@ -136,7 +136,7 @@ class StageTrainer:
         return self.players[STUDENT]
 
     def _models_of(self, trains: str) -> Models:
-        """Return the models for a turn of this player: this player behind DDP, all others unwrapped."""
+        """Return the models for a turn of this player: this player wrapped in DDP, all others unwrapped."""
         shown = {name: p.trained if name == trains else p.called for name, p in self.players.items()}
         student = shown.pop(STUDENT)
         assert isinstance(student, Denoiser)
@@ -284,7 +284,7 @@ class StageTrainer:
         """Raise if any loss or gradient norm so far was not finite.
 
         Raises:
-            NonFinite: with the stage, the first update that was not finite, and the statistics of its batch.
+            NonFinite: if an update was not finite, with the stage, the first such update and its batch statistics.
         """
         firsts = [player.first_bad() for player in self.players.values()]
         # Each rank sees only its own losses, so all agree on the earliest bad update that any of them has seen.
