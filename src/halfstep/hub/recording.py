@@ -384,7 +384,9 @@ class _Reading:
         if one is not None and (len(one), len(two)) == (1, 2):
             if not isinstance(two[0], Tensor):
                 if not one[0] == two[0] == two[1]:
-                    raise ValueError(f"the argument {path[1:]} is {two[0]} and {two[1]} for two prompts, but no tensor")
+                    raise ValueError(
+                        f"the argument {path[1:]} is {two[0]} and {two[1]} for two prompts, but is not a tensor"
+                    )
                 return {"is": "repeat", "item": self.node(path, one[0], two[0], later[0])}
             stacked = torch.stack(list(two)) if two[0].shape == two[1].shape else None
             if stacked is not None and self._is_sample(stacked):

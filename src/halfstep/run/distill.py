@@ -116,7 +116,7 @@ def _check_bare(name: str, denoiser: Any) -> None:
 
 
 def _check_trainable(denoiser: Denoiser, *, as_it_is: bool = False) -> None:
-    """Raise ValueError unless a copy of the denoiser, or itself if `as_it_is`, can be trained."""
+    """Raise ValueError unless a copy of the denoiser (or the denoiser itself, if `as_it_is`) can be trained."""
     network = denoiser.network if isinstance(denoiser, NetworkDenoiser) else denoiser
     name = type(network).__name__
     if isinstance(network, nn.DataParallel | DistributedDataParallel):
