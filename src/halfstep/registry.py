@@ -88,8 +88,8 @@ class Registry(Generic[Member]):
             if known is member or known is type(member):
                 return name
         raise ValueError(
-            f"{member!r} is not a registered {self.family}. Decorate its class by .register('my_name') of the registry "
-            f"of its family, as CONTRIBUTING.md shows"
+            f"{member!r} is not a registered {self.family}. Decorate its class with .register('my_name') of its "
+            "family's registry, as CONTRIBUTING.md shows"
         )
 
     def __iter__(self) -> Iterator[str]:

@@ -119,22 +119,22 @@ CLASS_TEACHER = halfstep.Model.of(denoiser(Labelled()), (2,), num_classes=4).eva
 DATA: dict[str, tuple[Callable[[], Any], str]] = {
     "labels for a network without": (
         lambda: _fit(data=_labelled(CLASSES)),
-        "hold class_labels, which the network does not take. Pass x0 alone",
+        "contain class_labels, which the network does not take. Pass x0 alone",
     ),
     "labels for a teacher without": (
         lambda: _distill(data=_labelled(CLASSES)),
-        "hold class_labels, which the network does not take. Pass x0 alone",
+        "contain class_labels, which the network does not take. Pass x0 alone",
     ),
     "labels for a model without": (
         lambda: _distill(TEACHER, _labelled(CLASSES)),
-        "hold class_labels, which the teacher does not take. Pass x0 alone",
+        "contain class_labels, which the teacher does not take. Pass x0 alone",
     ),
     "classes of a file": (lambda: _fit(data="digits"), r"DataConfig\(source='digits', labels=False\)"),
     "labels in batches": (lambda: _fit(data=[_labelled(CLASSES)]), "which the network does not take"),
     "no labels": (lambda: _fit(Labelled()), r"needs the condition class_labels.*\(x0, \{'class_labels': tensor\}\)"),
     "no labels for a teacher": (lambda: _distill(Labelled()), "needs the condition class_labels"),
     "no labels for a model": (lambda: _distill(CLASS_TEACHER), "is conditioned on class_labels"),
-    "another name": (lambda: _fit(Labelled(), (X0, {"label": CLASSES})), "class_labels, but the data hold label"),
+    "another name": (lambda: _fit(Labelled(), (X0, {"label": CLASSES})), "class_labels, but the data contain label"),
     "a label outside": (lambda: _fit(Labelled(), _labelled(ONE_OUTSIDE)), "two samples.*index out of range"),
     "a label outside a model": (
         lambda: _distill(CLASS_TEACHER, _labelled(ONE_OUTSIDE)),
@@ -153,7 +153,7 @@ DATA: dict[str, tuple[Callable[[], Any], str]] = {
             halfstep.Model.of(denoiser(Net()), (2,), conditions={"text": (3,)}),
             as_source((X0, {"text": torch.zeros(64, 4)})),
         ),
-        r"takes text of shape \[3\] for a sample, but the data hold \[4\]",
+        r"takes text of shape \[3\] per sample, but the data contain \[4\]",
     ),
     "a condition with NaN": (lambda: _fit(Labelled(), (X0, {"angle": torch.full((64,), math.nan)})), "angle.*finite"),
     "NaN": (lambda: _fit(data=X0.index_fill(0, torch.tensor([3]), math.nan)), r"not finite.*first at index \[3, 0\]"),
@@ -190,7 +190,7 @@ NETWORKS: dict[str, tuple[Callable[[], Any], str]] = {
     "behind DataParallel": (lambda: _distill(nn.DataParallel(Net())), r"Pass its \.module"),
     "scripted": (lambda: _distill(torch.jit.script(nn.Linear(2, 2))), "ScriptModule"),
     "compiled": (lambda: _fit(torch.compile(Net())), r"engine=halfstep\.Engine\(compile=True\)"),
-    "additions": (lambda: _distill(lora_rank=2), "networks of diffusers.*Leave lora_rank out"),
+    "additions": (lambda: _distill(lora_rank=2), "only diffusers networks.*Remove lora_rank"),
     "rank 0": (lambda: _distill(lora_rank=0), "lora_rank must be a whole number"),
     "clipped twice": (lambda: _distill(halfstep.Clipped(halfstep.Clipped(denoiser(Net())))), r"Pass its \.denoiser"),
     "other bounds in a folder": (
@@ -205,7 +205,7 @@ def _training(**changes: Any) -> halfstep.Training:
 
 
 def _each(make: Callable[..., Any], values: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Callable[[], Any], str]]:
-    """A call for each value of each setting, which the message names."""
+    """Return a call for each value of each setting, and the name that its message must contain."""
     return {
         f"{make.__name__} {name} {value!r}": (lambda name=name, value=value: make(**{name: value}), name)
         for name, held in values.items()
@@ -297,7 +297,10 @@ SETTINGS: dict[str, tuple[Callable[[], Any], str]] = {
         "cond": ("x", [1], torch.zeros(3), {"class_labels": [0, 1, 2]}), "num_steps": (0, -1, 1.5, True, "4"),
     }),
     **_each(_drawn, {"noise": (torch.zeros(3, 2), 3, lambda number: torch.zeros(1, 2))}),
-    "a clock beyond 1": (lambda: _sampled(grid=lambda n: torch.linspace(1.5, 0, n + 1)), r"fall within \[0, 1\]"),
+    "a clock beyond 1": (
+        lambda: _sampled(grid=lambda n: torch.linspace(1.5, 0, n + 1)),
+        r"decreasing times in \[0, 1\]",
+    ),
     "float64 noise": (lambda: halfstep.sample(TEACHER, torch.zeros(3, 2).double(), 2), "fails on x_t torch.float64"),
     "noise of more axes": (
         lambda: halfstep.sample(denoiser(Net().eval()), torch.zeros(3, 2, 2), 2),
@@ -309,7 +312,7 @@ SETTINGS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: halfstep.sample(CLASS_TEACHER, torch.zeros(3, 2), 2, cond={"class_labels": torch.full((3,), 9)}),
         "class_labels torch.int64.*index out of range",
     ),
-    "a list as cond of a model": (lambda: TEACHER.sample(3, 2, cond=[1]), "conditions by name"),  # type: ignore[arg-type]
+    "a list as cond of a model": (lambda: TEACHER.sample(3, 2, cond=[1]), "cond must be a mapping of names"),  # type: ignore[arg-type]
     "a class by name": (lambda: CLASS_TEACHER.sample(3, 2, class_label="cat"), "got 'cat'"),  # type: ignore[arg-type]
     "a scale by name": (lambda: TEACHER.sample(3, 2, guidance_scale="3"), "guidance_scale must be a number"),  # type: ignore[arg-type]
     "bounds by name": (lambda: halfstep.Clipped(denoiser(Net()), "low"), "low must be a number"),  # type: ignore[arg-type]
@@ -321,19 +324,19 @@ SETTINGS: dict[str, tuple[Callable[[], Any], str]] = {
     "a list of points": (lambda: halfstep.data_set_denoiser(halfstep.VPCosine(), [1.0]), "the means must be a Tensor"),  # type: ignore[arg-type]
     "a mean by name": (lambda: halfstep.GaussianDenoiser(halfstep.VPCosine(), "0"), "mean must be a number"),  # type: ignore[arg-type]
     "no spread": (lambda: halfstep.GaussianDenoiser(halfstep.VPCosine(), 0.0, -1.0), "at least 0"),
-    "a typing error in facts": (lambda: halfstep.Model.of(denoiser(Net()), (2,), clips=True), "clips is no field"),
-    "conditions as a list": (lambda: halfstep.Model.of(denoiser(Net()), (2,), conditions=["a"]), "shapes by name"),  # type: ignore[arg-type]
+    "a typing error in facts": (lambda: halfstep.Model.of(denoiser(Net()), (2,), clips=True), "clips is not a field"),
+    "conditions as a list": (lambda: halfstep.Model.of(denoiser(Net()), (2,), conditions=["a"]), "names to shapes"),  # type: ignore[arg-type]
     "a number as path to save": (lambda: halfstep.save(TEACHER, 3), "Pass 'my-student'"),  # type: ignore[arg-type]
     "no path to save": (lambda: halfstep.save(TEACHER, ""), "Pass 'my-student'"),
-    "a file on the way": (lambda: halfstep.save(TEACHER, f"{__file__}/x"), "file among its parents"),
+    "a file on the way": (lambda: halfstep.save(TEACHER, f"{__file__}/x"), "is a file, so .* cannot be a folder"),
     "no path as out": (lambda: _fit(out=""), "Pass out='runs/mine'"),
-    "load on meta": (lambda: halfstep.load("fashion", "meta"), "holds no numbers"),
-    "a network for one of the library": (lambda: halfstep.load("fashion", network=Net()), "Leave network out"),
+    "load on meta": (lambda: halfstep.load("fashion", "meta"), "stores no values"),
+    "a network for one of the library": (lambda: halfstep.load("fashion", network=Net()), "Remove network"),
     "a plan of no stages": (lambda: _distill(plan=halfstep.Plan()), "the plan has no stages"),
-    "null of another name": (lambda: _guided({"label": torch.tensor(3)}), "null names label, which the data do not"),
+    "null of another name": (lambda: _guided({"label": torch.tensor(3)}), "null contains label, but the data do not"),
     "null beyond": (lambda: _guided({"class_labels": torch.tensor(4)}), "index out of range"),
     "bounds of one": (lambda: halfstep.Matching(8, clip=1.0), "two bounds"),  # type: ignore[arg-type]
-    "bounds that fall": (lambda: halfstep.Matching(8, clip=(1.0, -1.0)), "must rise"),
+    "bounds that fall": (lambda: halfstep.Matching(8, clip=(1.0, -1.0)), "must increase"),
 }  # fmt: skip
 
 
@@ -379,7 +382,7 @@ def test_all_is_checked_before_the_teacher_is_sampled(changes: dict[str, Any]) -
 
 
 def test_the_samples_of_a_teacher_are_those_that_it_would_make_itself() -> None:
-    """A denoiser that knows its shape, steps and sampler needs no argument."""
+    """A denoiser with a shape, steps and a sampler needs no arguments."""
     teacher = denoiser(Trained())
     with pytest.raises(ValueError, match="shape of a sample is not known"):
         halfstep.distill(teacher, to=1)
@@ -439,7 +442,7 @@ def test_loaders_and_pairs_of_one_are_the_samples_alone() -> None:
     assert equal(X0.clone().requires_grad_(), X0)
     assert equal(X0.T.contiguous().T, X0)
     assert not equal(X0.flip(0), X0)
-    # Conditions of batches are what conditions of tensors are: float32 and int64, whatever they came as.
+    # Conditions of batches are converted like those of tensors: to float32 and int64.
     seen: list[dict[str, Tensor]] = []
 
     class Told(LabelledTrained):
@@ -469,7 +472,9 @@ def test_batches_that_change_their_conditions_are_refused() -> None:
 
 
 def test_classes_without_samples_are_warned_of() -> None:
-    with pytest.warns(halfstep.HalfstepWarning, match="go up to 3, and no sample is of class 0 or 1 more"):
+    with pytest.warns(
+        halfstep.HalfstepWarning, match="go up to 3, but there are no samples of class 0 \\(and 1 more\\)"
+    ):
         as_source(_labelled(2 * (CLASSES % 2) + 1))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -512,7 +517,7 @@ def test_settings_of_the_engine_act_in_memory_as_in_a_folder(tmp_path: Path) -> 
 
 
 def test_a_callback_may_do_what_it_likes_with_its_model(tmp_path: Path) -> None:
-    """It gets a copy, in memory and in a folder."""
+    """Callbacks get a copy, in memory and in a folder."""
 
     def spoil(_: str, model: halfstep.Model) -> None:
         with torch.no_grad():
@@ -529,7 +534,7 @@ def test_a_callback_may_do_what_it_likes_with_its_model(tmp_path: Path) -> None:
     assert all(torch.allclose(student.sample(range(4)), first, atol=1e-6) for student in students)
 
 
-# One builder: the target that a clipped teacher gives.
+# Recipes and Python give the same target for a clipped teacher.
 
 
 class Recorded(Exception):
@@ -569,7 +574,7 @@ def test_a_clipped_teacher_gives_one_target_by_recipe_and_in_python(
 
 
 def copy_model(model: halfstep.Model) -> halfstep.Model:
-    """The model over weights of its own."""
+    """Return the model with a copy of its weights."""
     copied = copy_denoiser(model.denoiser)
     assert isinstance(copied, halfstep.NetworkDenoiser)
     return halfstep.Model(copied, model.manifest, model.null)
@@ -591,7 +596,7 @@ def test_a_clipped_teacher_is_distilled_into_a_student_that_samples_clipped(kept
 
 def test_a_network_that_does_not_fit_what_was_saved_is_no_damage(tmp_path: Path) -> None:
     halfstep.save(TEACHER, tmp_path / "saved")
-    with pytest.raises(ValueError, match=r"does not fit the weights of .*saved.*Pass one made as") as caught:
+    with pytest.raises(ValueError, match=r"does not match the weights of .*saved.*Pass a network built like") as caught:
         halfstep.load(tmp_path / "saved", network=nn.Linear(2, 2))
     assert type(caught.value) is ValueError
 
@@ -624,7 +629,7 @@ def test_a_process_of_ones_own_that_is_not_registered_is_said_before_training() 
 
 
 def test_every_setting_of_training_is_held_to_its_kind() -> None:
-    """A new field of `Training` needs a row above."""
+    """Each field of `Training` must be in `SETTINGS`."""
     assert {field.name for field in fields(halfstep.Training)} == {
         case.split()[1] for case in SETTINGS if case.startswith("_training")
     }

@@ -326,7 +326,7 @@ for file in Path(sys.argv[-1]).rglob("*.safetensors"):
     os.mkfifo(file)
 main(sys.argv[1:])
 """
-"""A command on a folder whose weights are FIFOs, which nothing ever writes."""
+"""A command on a folder with FIFOs, which have no writer, as weights."""
 
 
 def test_a_report_opens_no_fifo(toy_run: Path, tmp_path: Path) -> None:
@@ -335,7 +335,7 @@ def test_a_report_opens_no_fifo(toy_run: Path, tmp_path: Path) -> None:
         file.unlink()
         os.mkfifo(file)
     read = f"from halfstep.report import read_run; from pathlib import Path; print(read_run(Path({str(run)!r})).stages)"
-    # What waits for a writer would hold the interpreter's lock too.
+    # Waiting for a writer would also block the interpreter lock.
     found = subprocess.run([sys.executable, "-c", read], capture_output=True, text=True, timeout=60, check=False)
     assert found.returncode == 0, found.stderr
     assert found.stdout.count("num_parameters=None") == 3
@@ -425,7 +425,7 @@ def fuzzed(draw: random.Random, *subjects: str) -> list[str]:
 
 
 def ends_well(argv: list[str], capsys: Capture) -> None:
-    """Run a command; any end fails but a documented code of its verb, in time, with at most one error."""
+    """Run a command; fail unless it ends in time, with a documented exit code of its verb and at most one error."""
 
     def late(*_: object) -> None:
         raise AssertionError(f"no end after two minutes: {argv}")
@@ -445,12 +445,12 @@ def ends_well(argv: list[str], capsys: Capture) -> None:
     assert errors.count("halfstep: error: ") == (1 if code else 0), (argv, code, errors)
     assert not CONTROL.search(said + errors), argv
     assert "Traceback" not in errors, (argv, errors)
-    # Of the processor's time, since on a busy machine an import alone takes as long.
+    # CPU time, because on a busy machine an import alone can take as long in wall time.
     assert time.process_time() - begun < 30, argv
 
 
 def places() -> dict[Path, bytes]:
-    """Fill the working folder with what is no run, data set or output folder; return the content of its files."""
+    """Fill the working folder with anything but runs, data sets and output folders; return the files' contents."""
     Path("file").write_bytes(b"mine")
     os.mkfifo("fifo")
     with socket.socket(socket.AF_UNIX) as bound:
@@ -468,7 +468,7 @@ def places() -> dict[Path, bytes]:
 
 
 def mine() -> dict[Path, bytes]:
-    """The content of the files of `places`, and of none that a command has written beside them."""
+    """Return the contents of the files of `places`, without those that a command has written."""
     files = ("file", "foreign/package.json", "cut/recipe.json", "bytes/recipe.json", "p/model_index.json")
     return {Path(name): Path(name).read_bytes() for name in files}
 
@@ -478,7 +478,7 @@ def _still(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def served(*_: object) -> None:
         raise SystemExit(0)
 
-    # What a plan costs is measured elsewhere, and no page is served.
+    # Do not measure the cost of a plan or serve a page.
     monkeypatch.setattr("halfstep.cli.commands.show_plan", lambda *_: None)
     monkeypatch.setattr("halfstep.cli.exploring.serve", served)
     monkeypatch.setattr("torch.set_num_threads", lambda _: None)
@@ -499,6 +499,6 @@ def test_a_thousand_hostile_command_lines_end_in_one_line(toy_run: Path, capsys:
     before, draw = places(), random.Random(int(os.environ.get("FUZZ_SEED", "0")))
     stages = [str(path) for path in (toy_run / "stages").iterdir()]
     for number in range(1000):
-        # Half of them on what is no model.
+        # Half of them have no model.
         ends_well(fuzzed(draw, *((str(toy_run), *stages) if number % 2 else ())), capsys)
     assert mine() == before

@@ -39,7 +39,7 @@ def evaluate(argv: Sequence[str]) -> None:
     _check(arguments)
     subject = subject_of(arguments.subject)
     out = arguments.out or subject.out
-    # Before the features of the real data are computed, which can take long.
+    # Check this before computing the features of the real data, which can take long.
     refuse_file(out)
     spec = _spec(subject, arguments, device, processes)
     with StopSignal() as stop:

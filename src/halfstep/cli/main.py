@@ -26,10 +26,10 @@ REMEDIES: Final = {
     **dict.fromkeys((errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EROFS), "Choose another path"),
     **dict.fromkeys((errno.EACCES, errno.EPERM), "Check its permissions, or choose another path"),
     **dict.fromkeys(FULL, "Free some space, or choose another disk"),
-    **dict.fromkeys(GONE, "Bring the disk back"),
+    **dict.fromkeys(GONE, "Reconnect the disk"),
     errno.ENAMETOOLONG: "Choose a shorter name",
 }
-"""Remedies for errors of the system, by number."""
+"""Remedies for system errors, by errno."""
 
 
 def fail(message: object, code: int = 2) -> NoReturn:
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             _check_written(out)
     except SystemExit as end:
         if argv is None and isinstance(end.code, int) and end.code > 128:
-            # A signal ended the process, and all is saved and printed. Python would unload its modules for seconds.
+            # After a signal, everything is saved and printed, and Python would spend seconds on unloading modules.
             os._exit(end.code)
         raise
 

@@ -172,7 +172,7 @@ class Reprocessed(Denoiser):
 
     def __init__(self, denoiser: Denoiser, process: NoiseProcess) -> None:
         super().__init__()
-        check_denoiser("what is seen through another process", denoiser, Denoiser)
+        check_denoiser("the first argument of Reprocessed", denoiser, Denoiser)
         check_instance("the process", process, NoiseProcess, "halfstep.VPCosine()")
         known, asked = (
             [float(p.log_snr(torch.tensor([t], dtype=torch.float64))) for t in (0.0, 1.0)]

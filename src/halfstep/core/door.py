@@ -11,16 +11,16 @@ from typing import Any, Final
 from torch import Tensor, nn
 
 OWNERS: Final = {"data": "halfstep.DataConfig", "engine": "halfstep.Engine", "evaluation": "halfstep.Evaluation"}
-"""The classes whose fields are the options of a section."""
+"""The class for each section of options; its fields are the options."""
 ARGUMENTS: Final = ("out", "to", "start", "lora_rank", "prediction", "process")
-"""Arguments of `fit` and `distill` that the command line has too."""
+"""Arguments of `fit` and `distill` that are also command-line options."""
 
 
 @contextmanager
 def in_python() -> Iterator[None]:
-    """Add notes to a ValueError that names options of the command line: their names in Python.
+    """Add the Python name of each command-line option in the message of a ValueError, as a note.
 
-    A traceback shows notes; the one line of the command line does not.
+    Tracebacks show notes; one-line errors of the command line do not.
     """
     try:
         yield
@@ -84,10 +84,10 @@ def check_denoiser(name: str, value: Any, kind: type) -> None:
 
 
 def check_number(name: str, value: object, least: float = 0.0, below: float = math.inf, *, above: bool = False) -> None:
-    """Raise unless `value` is a number from `least`, or above it, to below `below`.
+    """Raise ValueError, naming the setting, unless `value` is a number in [least, below).
 
-    Raises:
-        ValueError: naming the setting.
+    Args:
+        above: excludes `least`.
     """
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if is_number and (least < value if above else least <= value) and value < below:  # type: ignore[operator]
@@ -111,7 +111,7 @@ def check_real(**values: object) -> None:
 
 
 def failed_call(what: str, x_t: Tensor, cond: Mapping[str, Tensor] | None, error: Exception, remedy: str) -> ValueError:
-    """Return the error of a network that fails on its inputs, in one line that shows their forms.
+    """Return the one-line error for a network that fails on its inputs, with their dtypes and shapes.
 
     Args:
         what: what was called, such as "the network".
@@ -123,15 +123,15 @@ def failed_call(what: str, x_t: Tensor, cond: Mapping[str, Tensor] | None, error
 
 
 def form_of(value: Tensor) -> str:
-    """Return dtype and shape of a tensor, in words."""
+    """Return the dtype and shape of a tensor as text."""
     return f"{value.dtype} {list(value.shape)}"
 
 
 def check_shape(shape: Any) -> tuple[int, ...]:
-    """Return the shape of a sample as whole numbers of at least 1.
+    """Return the shape of a sample as a tuple of ints.
 
     Raises:
-        ValueError: if it is something else.
+        ValueError: if it does not consist of whole numbers of at least 1.
     """
     sides = tuple(shape) if isinstance(shape, Iterable) and not isinstance(shape, str) else None
     sides = None if sides is None else tuple(side.item() if hasattr(side, "item") else side for side in sides)

@@ -136,10 +136,10 @@ class Draw:
 
 
 def as_seed(seed: Any) -> int:
-    """Return a seed of numpy or torch as the number that it is.
+    """Return a seed, which may be a numpy or torch scalar, as an int.
 
     Raises:
-        ValueError: if it is no whole number.
+        ValueError: if it is not a whole number.
     """
     found = seed.item() if hasattr(seed, "item") and getattr(seed, "shape", None) == () else seed
     if isinstance(found, bool) or not isinstance(found, int):
@@ -192,7 +192,7 @@ def sample_labels(seeds: int | Sequence[int], num_classes: int) -> Tensor:
     """Return class labels int64 `[len(seeds)]`, seed modulo classes: consecutive seeds cover all classes equally.
 
     Raises:
-        ValueError: if there is no class.
+        ValueError: if there are no classes.
     """
     if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
         raise ValueError(f"num_classes must be a whole number of at least 1, got {num_classes!r}")

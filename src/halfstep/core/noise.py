@@ -257,7 +257,7 @@ class VPTable(NoiseProcess):
 def _check_num_levels(num: int) -> None:
     """Raise ValueError unless `num` is a whole number of at least 2."""
     if isinstance(num, bool) or not isinstance(num, int) or num < 2:
-        raise ValueError(f"a table needs a whole number of at least 2 noise levels, got {num!r}")
+        raise ValueError(f"the number of noise levels must be a whole number of at least 2, got {num!r}")
 
 
 def linear_betas(num: int = 1000, first: float = 1e-4, last: float = 0.02) -> tuple[float, ...]:

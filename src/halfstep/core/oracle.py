@@ -24,7 +24,7 @@ class GaussianDenoiser(Denoiser):
         mean, std: broadcastable to `[*dims]`.
 
     Raises:
-        ValueError: if one is no number or tensor, the mean is not finite, or a standard deviation is negative.
+        ValueError: if an argument is not a number or tensor, the mean is not finite, or a deviation is negative.
     """
 
     mean: Tensor

@@ -33,7 +33,7 @@ def classes_of(source: str, labels: NDArray[Any], length: int) -> tuple[Tensor, 
     is_number = labels.dtype.kind in "iu"
     if is_number and held[0] < 0:
         raise ValueError(
-            f"{source} has negative labels, the smallest is {held[0]} ({int((labels < 0).sum()):,} samples): number "
+            f"{source} has negative labels down to {held[0]} ({int((labels < 0).sum()):,} samples): number "
             f"the classes from 0; or {_REMEDY}"
         )
     check_not_identifiers(source, len(held), length, f", from {held[0]} to {held[-1]}")

@@ -254,7 +254,7 @@ def _check_folder(root: Path) -> None:
 def _begin(
     images: CaptionedImages | Prompts, encoder: Encoder, root: Path, shard_size: int, class_names: tuple[str, ...]
 ) -> Index:
-    """Return the folder's index; write a new one if there is none, or only one of an attempt without any shard."""
+    """Return the folder's index; write a new one if none exists, or if the existing one has no shards."""
     shards = (None,) * -(-len(images) // shard_size)
     now = Index(
         encoder=encoder.key, images=_origin(images), shard_size=shard_size, class_names=class_names, shards=shards

@@ -210,7 +210,7 @@ class Explorer:
             elif not folder.model.is_file():
                 why = "its model.safetensors is gone"
             elif self._manifests and manifest.shape != next(iter(self._manifests.values())).shape:
-                why = "its samples have another shape than those of the first stage"
+                why = "its samples differ in shape from those of the first stage"
             else:
                 self._folders[folder.name], self._manifests[folder.name] = folder, manifest
             choices[folder.name] = StageChoice(folder.name, manifest.num_steps, manifest.outcome.role, why)

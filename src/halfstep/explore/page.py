@@ -47,7 +47,7 @@ POLICY: Final = (
     "script-src 'self' 'unsafe-inline' 'unsafe-eval'; connect-src 'self'; frame-ancestors 'none'; base-uri 'self'; "
     "form-action 'self'; object-src 'none'"
 )
-"""gradio's page needs inline scripts and evaluated templates; other hosts are not allowed for anything."""
+"""gradio's page needs inline scripts and evaluated templates; no other hosts are allowed."""
 LOCAL: Final = ("127.0.0.1", "localhost", "[::1]")
 
 Scope = MutableMapping[str, Any]

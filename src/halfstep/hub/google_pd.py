@@ -249,7 +249,7 @@ def convert(params: Mapping[str, np.ndarray], config: GooglePDConfig) -> UNet2D:
     """Return the stock network with the checkpoint's weights.
 
     Raises:
-        ValueError: with the first tensor that is missing, has the wrong shape, or is unused.
+        ValueError: if a tensor is missing, has the wrong shape, or is unused; the message gives the first one.
     """
     network = empty_network(config)
     state: dict[str, Tensor] = {}

@@ -264,7 +264,7 @@ def record(pipe: Any, options: Mapping[str, Any]) -> tuple[Recording, Replay]:
         options: further pipeline call arguments, such as height and width.
 
     Raises:
-        ValueError: with the fact that does not match.
+        ValueError: if the replay does not match; the message says where.
     """
     kind = type(pipe).__name__
     taken = inspect.signature(type(pipe).__call__).parameters
@@ -375,7 +375,9 @@ class _Reading:
         if one is not None and (len(one), len(two)) == (1, 2):
             if not isinstance(two[0], Tensor):
                 if not one[0] == two[0] == two[1]:
-                    raise ValueError(f"the argument {path[1:]} is {two[0]} and {two[1]} for two prompts, but no tensor")
+                    raise ValueError(
+                        f"the argument {path[1:]} is {two[0]} and {two[1]} for two prompts, but is not a tensor"
+                    )
                 return {"is": "repeat", "item": self.node(path, one[0], two[0], later[0])}
             stacked = torch.stack(list(two)) if two[0].shape == two[1].shape else None
             if stacked is not None and self._is_sample(stacked):
@@ -621,7 +623,7 @@ def verify(network: Replay, schedule: Schedule, made: Trace) -> None:
     """Replay each step of a trace without guidance and compare it with the recording.
 
     Raises:
-        ValueError: with the first fact that does not match.
+        ValueError: if anything does not match; the message says what.
     """
     denoiser = NetworkDenoiser(network, schedule.process, schedule.prediction)
     grid = grid_of(schedule, made)

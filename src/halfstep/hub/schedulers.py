@@ -91,7 +91,7 @@ def read_schedule(config: Mapping[str, Any], mu: float | None = None) -> Schedul
         mu: the dynamic shift, fixed at the value that the pipeline set for one sample size.
 
     Raises:
-        ValueError: with the class or the fields that are not supported.
+        ValueError: if the class or a field is not supported.
     """
     kind = config.get("_class_name")
     if kind not in KNOWN:

@@ -162,7 +162,7 @@ class Curve:
             if cell.name in store.broken:
                 self._notices.append(f"{entry.words()} was skipped: {store.broken[cell.name]}.")
         if spec.teacher is not None and (why := [w for base, _ in bases if (w := store.broken.get(base.name))]):
-            self._notices.append(f"There is no comparison from the same noise: {spec.teacher.words()}: {why[0]}.")
+            self._notices.append(f"There is no same-noise comparison ({spec.teacher.words()}: {why[0]}).")
         chosen = self._chosen()
         tables = []
         for one in spec.references:
@@ -198,14 +198,14 @@ class Curve:
         return kept
 
     def _figures(self, entry: Entry, against: Sequence[Against]) -> list[Kept]:
-        """Return an entry's metrics for each set of seeds; none if a set failed: fewer sets are another protocol."""
+        """Return an entry's metrics for each set of seeds; none if a set failed, as the protocol fixes their number."""
         pairs = list(zip(self.spec.cells(entry), against, strict=True))
         if any(cell.name in self.store.broken for cell, _ in pairs):
             return []
         return [kept for cell, one in pairs if (kept := self.store.kept(cell, one)) is not None]
 
     def _chosen(self) -> list[Entry]:
-        """Return the entries to show; of those that differ only in gamma, the one that is best in the first table."""
+        """Return the entries to show; if several differ only in gamma, only the best one in the first table."""
         best: dict[tuple[str, int | None], tuple[float, Entry]] = {}
         chosen = [entry for entry in self.spec.entries if entry.gamma is None]
         for entry in self.spec.entries:

@@ -232,7 +232,7 @@ class Store:
         }
         self._held.pop(cell.name, None)
         if self.facts(cell) is None:
-            # Remaining metrics may be those of another device's samples.
+            # Existing metrics may be from samples of another device.
             for file in self.folder.glob(f"figures/{cell.name}-*.json"):
                 file.unlink()
         with replacing_folder(self._path(cell)) as folder:

@@ -122,7 +122,7 @@ def train_classifier(
     network.eval()
     with torch.no_grad():
         right = torch.cat([network(chunk.float()).argmax(1) for chunk in x[held_out].split(1000)]) == labels[held_out]
-    # Training on another machine, or with another number of threads, gives another network of the same name.
+    # Training on another machine, or with another number of threads, gives a different network for the same name.
     return Classifier(f"{name}-{digest_of(network)[:12]}", network, float(right.double().mean()))
 
 

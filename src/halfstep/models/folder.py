@@ -127,7 +127,7 @@ def save(model: Model, path: str | Path) -> None:
             "halfstep.Model.of(denoiser, shape)"
         )
     if not isinstance(path, str | Path) or not str(path):
-        raise ValueError(f"the path of a saved model must be a folder, got {path!r}. Pass 'my-student'")
+        raise ValueError(f"the path of a saved model must be a folder path, got {path!r}. Pass 'my-student'")
     folder = StageFolder(user_path(path))
     refuse_file(folder.path, "Choose another path")
     if folder.path.parent.name == "stages" and (folder.path.parent.parent / "recipe.json").exists():
@@ -168,7 +168,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", network: nn.Modul
         raise ValueError(f"load needs a path, got {got(path)}. Pass the folder of a run or of a stage")
     device = existing_device(device)
     if device.type == "meta":
-        raise ValueError("the device meta holds no numbers. Choose another")
+        raise ValueError("the device meta stores no values. Choose another")
     folder = find_stage(user_path(path))
     manifest = folder.manifest()
     if not manifest.weights_kept:
@@ -177,7 +177,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", network: nn.Modul
             "Load another stage"
         )
     if network is not None and manifest.network.get("type") != OWN:
-        raise ValueError(f"{folder.path} holds a network of the library, which needs no other. Leave network out")
+        raise ValueError(f"{folder.path} contains a halfstep network, so network has no effect. Remove network")
     denoiser = blank_denoiser(manifest, network)
     try:
         if isinstance(denoiser.network, LoRA):

@@ -106,9 +106,11 @@ class Model(Denoiser):
         )
         check_whole("num_classes", num_classes, 0)
         if foreign := sorted(set(facts) - set(Manifest.model_fields)):
-            raise ValueError(f"{foreign[0]} is no field of a manifest. Remove it")
+            raise ValueError(f"{foreign[0]} is not a field of a manifest. Remove it")
         if conditions is not None and not isinstance(conditions, Mapping):
-            raise ValueError(f"conditions must be shapes by name, got {got(conditions)}. Pass {{'angle': ()}}")
+            raise ValueError(
+                f"conditions must be a mapping of names to shapes, got {got(conditions)}. Pass {{'angle': ()}}"
+            )
         made = made or Made(Role.TEACHER)
         known: dict[str, Any] = {
             "stage": made.role.value,
@@ -228,7 +230,7 @@ class Model(Denoiser):
         try:
             labels = torch.as_tensor(class_label)
         except (TypeError, ValueError, RuntimeError):
-            raise ValueError(f"class_label must be one class, or one for each sample, got {class_label!r}") from None
+            raise ValueError(f"class_label must be one class or one per sample, got {class_label!r}") from None
         if labels.is_floating_point() or labels.dtype == torch.bool or labels.shape not in ((), (number,)):
             raise ValueError(
                 f"class_label must be one class, or one for each of {number} samples, got {labels.dtype} of shape "
@@ -320,7 +322,7 @@ class Model(Denoiser):
         if batch_size is not None:
             check_whole("batch_size", batch_size)
         if cond is not None and not isinstance(cond, Mapping):
-            raise ValueError(f"cond must be conditions by name, got {got(cond)}. Pass {{'text': tensor}}")
+            raise ValueError(f"cond must be a mapping of names to tensors, got {got(cond)}. Pass {{'text': tensor}}")
         size = batch_size or samples_at_once(self.device)
         chunks: list[Tensor] = []
         first = 0

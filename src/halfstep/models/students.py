@@ -14,8 +14,7 @@ def start_student(teacher: Denoiser, lora_rank: int | None = None) -> Denoiser:
         return copy_denoiser(teacher)
     if isinstance(teacher, NetworkDenoiser) and not isinstance(teacher.network, Network):
         raise ValueError(
-            f"low-rank additions are made to networks of diffusers, and this is a {type(teacher.network).__name__}. "
-            "Leave lora_rank out"
+            f"LoRA supports only diffusers networks, but this is a {type(teacher.network).__name__}. Remove lora_rank"
         )
     if not isinstance(teacher, NetworkDenoiser):
         raise ValueError(f"{type(teacher).__name__} has no network for low-rank additions. Remove lora_rank")

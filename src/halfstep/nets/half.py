@@ -30,7 +30,7 @@ class InHalf(nn.Module):
     def forward(self, x_t: Tensor, time: Tensor, **cond: Tensor) -> Tensor:
         if isinstance(self.network, Network):
             return called_in_half(self.network, x_t, time, cond)
-        # One of the user's own need not cast what it makes of the times in float32.
+        # A custom network may not cast its float32 time embedding itself.
         with torch.autocast(x_t.device.type, torch.bfloat16):
             return called_in_half(self.network, x_t, time, cond)
 

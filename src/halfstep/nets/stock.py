@@ -61,7 +61,7 @@ class StockNetwork(Network):
 
     @abstractmethod
     def timestep(self, time: Tensor) -> Tensor:
-        """Return the stock module's time at times in [0, 1], `[batch]`."""
+        """Return the stock module's timesteps for times in [0, 1], `[batch]`."""
 
     @abstractmethod
     def on_table(self, num_train_timesteps: int) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def check_whole(name: str, value: object, least: int = 1, most: int = MOST_UPDAT
     """Raise unless `value` is a whole number from `least` to `most`.
 
     Raises:
-        ValueError: with the name of the setting.
+        ValueError: otherwise; the message contains the setting's name.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")

@@ -53,7 +53,7 @@ class Matching(Objective):
     Source: Meng et al. 2023 (arXiv:2210.03142), section 3.1, for guidance.
 
     Raises:
-        ValueError: if the number of times is not a whole number of at least 1, or the bounds of `clip` do not rise.
+        ValueError: if the number of times is not a whole number of at least 1, or the bounds of `clip` do not increase.
     """
 
     num_times: int = 1024
@@ -78,7 +78,7 @@ class Matching(Objective):
             low, high = self.clip
             check_real(low=low, high=high)
             if not low < high:
-                raise ValueError(f"the bounds of clip must rise, got {low} and {high}")
+                raise ValueError(f"the bounds of clip must increase, got {low} and {high}")
             object.__setattr__(self, "clip", (float(low), float(high)))
 
     @property

@@ -126,7 +126,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         if not isinstance(self.stages, tuple | list):
-            raise ValueError(f"a plan is a tuple of stages, got {got(self.stages)}. Pass (halfstep.Stage(...),)")
+            raise ValueError(f"a plan must be a tuple of stages, got {got(self.stages)}. Pass (halfstep.Stage(...),)")
         for stage in self.stages:
             check_instance("a stage of a plan", stage, Stage, "halfstep.Stage(objective, training)")
         object.__setattr__(self, "stages", tuple(self.stages))

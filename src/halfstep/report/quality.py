@@ -235,7 +235,7 @@ def _curve(label: str, results: Sequence[Result | None], named: Sequence[Pair] =
     """Return the curve against network calls, with the results that a logarithmic axis can show.
 
     Args:
-        named: rows with stages that label the points of their students.
+        named: rows that label their students' points with the names of the stages.
     """
     drawn = [r for r in results if r is not None and r.num_evals > 0 and is_finite(r.frechet) and r.frechet > 0]
     held = sorted(dict.fromkeys(drawn), key=lambda result: (result.num_evals, result.frechet))

@@ -99,7 +99,7 @@ def _of_evaluation(facts: RunFacts) -> Comparison | None:
         shown: dict[int, Row] = {}
         for series in facts.evaluation.series:
             if series.role == "student":
-                # The last of several students with equal steps counts, in its first series.
+                # If several students have equal steps, the last one is used, in its first series.
                 rows = [row for row in table.rows if row.series == series.name and "frechet" in row.figures]
                 shown = {row.num_steps: row for row in rows if row.num_steps is not None} | shown
         rated = []

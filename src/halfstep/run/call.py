@@ -78,7 +78,7 @@ class Call:
         """Return the data, opened and checked.
 
         Raises:
-            ValueError: if they cannot be used, or not with `out`.
+            ValueError: if they cannot be used, or not together with `out`.
         """
         found = as_source(data)
         if self.out is not None and isinstance(found, StreamedBatches):
@@ -103,7 +103,7 @@ class Call:
             yield dataclasses.replace(self.engine, cpu=True)
             return
         if found.type == "meta":
-            raise ValueError("nothing can be trained on the device meta, which holds no numbers. Choose another")
+            raise ValueError("nothing can be trained on the device meta, which stores no values. Choose another")
         here = torch.accelerator.current_accelerator()
         if self.engine.cpu or here is None or here.type != found.type:
             raise ValueError(f"device {found} cannot be used: engine.cpu is set, or torch uses {here}. Remove one")
@@ -212,7 +212,7 @@ class Chain:
     """Runs the stages of one call in memory.
 
     Args:
-        like: the model of the denoiser `first`; None for a denoiser of the user's own class.
+        like: the model of the denoiser `first`; None for a custom denoiser.
     """
 
     def __init__(
@@ -272,7 +272,7 @@ class Chain:
             yield StageEnd(name, trainer.seconds, False)
 
     def model_of(self, name: str) -> Any:
-        """Return a copy of the result of a stage: whatever a callback does to it, the chain resumes from its own."""
+        """Return a copy of a stage's result, so that callbacks cannot change the chain's own."""
         return copy.deepcopy(self.models[self.names.index(name)])
 
     def _model(self, name: str, stage: Stage, trainer: StageTrainer, denoiser: Denoiser) -> Any:

@@ -67,7 +67,7 @@ class Start:
     """The sampler that a student was distilled for."""
     given: bool = True
     clip: tuple[float, float] | None = None
-    """Bounds to which its x0 is clipped in sampling, which a matched student learns; None for none."""
+    """Bounds to which its x0 is clipped in sampling, which a matched student learns; None if it is not."""
     is_clipped: bool = False
     """Whether it is a `Clipped` denoiser. Halving does not support these, so a student is matched to it first."""
     is_stock: bool = False

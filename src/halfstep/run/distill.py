@@ -116,21 +116,21 @@ def _check_bare(name: str, denoiser: Any) -> None:
 
 
 def _check_trainable(denoiser: Denoiser, *, as_it_is: bool = False) -> None:
-    """Raise ValueError unless a copy of the denoiser, or the denoiser as it is, can be trained."""
+    """Raise ValueError unless a copy of the denoiser (or the denoiser itself, if `as_it_is`) can be trained."""
     network = denoiser.network if isinstance(denoiser, NetworkDenoiser) else denoiser
     name = type(network).__name__
     if isinstance(network, nn.DataParallel | DistributedDataParallel):
-        raise ValueError(f"the network is behind {name}. Pass its .module; several processes are started by torchrun")
+        raise ValueError(f"the network is wrapped in {name}. Pass its .module; use torchrun for several processes")
     if isinstance(network, torch.jit.ScriptModule):
-        raise ValueError("the network is a ScriptModule, which cannot be copied. Pass the module that it was made from")
-    # Importing it takes seconds; who has compiled a network has it.
+        raise ValueError("the network is a ScriptModule, which cannot be copied. Pass the original module")
+    # Importing torch._dynamo takes seconds; if a network was compiled, it is imported already.
     dynamo: Any = sys.modules.get("torch._dynamo.eval_frame")
     if dynamo is not None and isinstance(network, dynamo.OptimizedModule):
         raise ValueError(
             "the network is compiled. Pass the module that was compiled, and engine=halfstep.Engine(compile=True)"
         )
     if any(isinstance(parameter, UninitializedParameter) for parameter in network.parameters()):
-        raise ValueError(f"the network {name} has lazy layers without weights. Call it once before")
+        raise ValueError(f"the network {name} has lazy layers without weights. Call it once first")
     if not any(True for _ in network.parameters()):
         raise ValueError(
             f"{type(denoiser).__name__} has no weights to train: its network contains no module. Make the "
@@ -310,7 +310,7 @@ def distill(
 
 
 def _as_model(denoiser: Denoiser, data: Data | StreamedBatches) -> Model | None:
-    """Return the model of the data that a denoiser is; None for one of the user's own class.
+    """Return the denoiser as a model of the data; None for a custom denoiser.
 
     Raises:
         ValueError: if its process or prediction is not registered.
@@ -329,7 +329,7 @@ def _as_model(denoiser: Denoiser, data: Data | StreamedBatches) -> Model | None:
 
 
 def _start_of(teacher: Denoiser) -> Start:
-    """Return the start that a model, or a denoiser made in Python, is."""
+    """Return a model, or a denoiser built in Python, as the start of a chain."""
     if isinstance(teacher, Model):
         return Start.of(teacher)
     if isinstance(teacher, NetworkDenoiser):
@@ -338,7 +338,7 @@ def _start_of(teacher: Denoiser) -> Start:
 
 
 def _drawn(teacher: Denoiser, call: Call) -> Data:
-    """Return samples of the teacher, which is called on the call's device."""
+    """Return samples of the teacher, generated on the device of the call."""
     before = next(teacher.parameters()).device
     with call.placed() as used:
         try:
@@ -386,11 +386,13 @@ def _check_plan_arguments(
     if teacher_steps is not None:
         check_whole("teacher_steps", teacher_steps)
     if null is not None and not isinstance(null, Mapping):
-        raise ValueError(f"null must be conditions by name, got {got(null)}. Pass {{'class_labels': torch.tensor(10)}}")
+        raise ValueError(
+            f"null must be a mapping of names to tensors, got {got(null)}. Pass {{'class_labels': torch.tensor(10)}}"
+        )
 
 
 def _check_data(model: Model, data: Data | StreamedBatches) -> None:
-    """Raise ValueError unless the data have the shape of the model's samples and all of its conditions."""
+    """Raise ValueError unless the data have the shape of the model's samples and exactly its conditions."""
     if data.shape != model.shape:
         raise ValueError(
             f"the teacher has samples of shape {list(model.shape)}, but the data have {list(data.shape)}. Pass the "
@@ -401,7 +403,7 @@ def _check_data(model: Model, data: Data | StreamedBatches) -> None:
     held = set(shapes) | ({CLASSES} if classes else set())
     needed = set(model.manifest.conditions) | ({CLASSES} if model.num_classes else set())
     if foreign := sorted(held - needed):
-        raise ValueError(f"the data hold {foreign[0]}, which the teacher does not take. {without(data)}")
+        raise ValueError(f"the data contain {foreign[0]}, which the teacher does not take. {without(data)}")
     if missing := sorted(needed - held):
         raise ValueError(
             f"the teacher is conditioned on {missing[0]}, which the data do not contain. Pass "
@@ -410,8 +412,8 @@ def _check_data(model: Model, data: Data | StreamedBatches) -> None:
     for name, shape in model.manifest.conditions.items():
         if shapes.get(name, shape) != shape:
             raise ValueError(
-                f"the teacher takes {name} of shape {list(shape)} for a sample, but the data hold "
-                f"{list(shapes[name])}. Pass what it was trained on"
+                f"the teacher takes {name} of shape {list(shape)} per sample, but the data contain "
+                f"{list(shapes[name])}. Pass the data that it was trained on"
             )
     if model.num_classes and classes > model.num_classes:
         raise ValueError(

@@ -50,7 +50,7 @@ class Measuring:
         place, size = folder.evaluation_path.parent, spec.evaluation.batch_size
         self.store = Store(place, batch_size=size, own_device=True, processes=processes, stop=stop)
         self._base: Cell | None = None
-        """The first model of the chain at its finest, which all others are compared with."""
+        """The finest samples of the chain's first model, which all others are compared with."""
 
     def measured(self, folder: StageFolder, model: Model, updates_before: int) -> Iterator[Event]:
         """Measure a stage, unless its metrics exist; trackers log them at update `updates_before` of the plan."""

@@ -84,18 +84,18 @@ def check_can_sample(teacher: Denoiser, shape: Sequence[int] | None = None) -> t
     """Return the shape of the teacher's samples.
 
     Raises:
-        ValueError: if it is not known or another one, or the teacher needs conditions other than classes.
+        ValueError: if it is unknown or not the teacher's own, or the teacher needs conditions other than classes.
     """
     check_denoiser("the teacher", teacher, Denoiser)
     if isinstance(teacher, Model) and teacher.manifest.conditions:
         names = ", ".join(teacher.manifest.conditions)
         raise ValueError(
-            f"the teacher needs {names}, which no sample can be drawn without. Pass data that holds it, such as a "
-            "folder of halfstep encode --prompts"
+            f"the teacher cannot be sampled without {names}. Pass data that contain these conditions, such as a "
+            "folder from halfstep encode --prompts"
         )
     if shape is None and teacher.shape is None:
         raise ValueError(
-            "the shape of a sample is not known. Pass data=samples_of(teacher, num_samples, shape), or data of your own"
+            "the shape of a sample is not known. Pass data=samples_of(teacher, num_samples, shape), or your own data"
         )
     asked = check_shape(teacher.shape if shape is None else shape)
     if teacher.shape not in (None, asked):

@@ -1,4 +1,4 @@
-"""Whether a denoiser and the data fit each other, found by one call before anything is trained."""
+"""A check before training that a denoiser and its data are compatible, with one call of the denoiser."""
 
 import inspect
 from collections.abc import Mapping
@@ -18,11 +18,11 @@ from halfstep.run.sources import CLASSES, StreamedBatches
 from halfstep.runtime.failures import is_out_of_memory
 
 MOST_WEIGHTS: Final = 10**8
-"""Weights of the largest network of diffusers that is called where it lies, which may be a CPU."""
+"""Number of weights above which a diffusers network is not called, because it may still be on a CPU."""
 
 
 def _two_of(data: Data | StreamedBatches) -> Batch:
-    """Return two samples: those of the least and the greatest class, where the data have classes in memory."""
+    """Return two samples: of the lowest and highest class if class labels are in memory, otherwise first and last."""
     if isinstance(data, StreamedBatches):
         x0, cond = data.first
         rows = _extremes(cond.get(CLASSES), len(x0))
@@ -37,7 +37,7 @@ def _extremes(labels: Any, length: int) -> Tensor:
 
 
 def _parameters_of(network: Any) -> Mapping[str, inspect.Parameter] | None:
-    """Return the parameters of a network's call after x_t and time; None if they are not known."""
+    """Return the parameters of a network's call after x_t and time; None if unknown."""
     called = network.function if isinstance(network, CallableNetwork) else network
     try:
         found = inspect.signature(called.forward if isinstance(called, nn.Module) else called).parameters
@@ -47,7 +47,7 @@ def _parameters_of(network: Any) -> Mapping[str, inspect.Parameter] | None:
 
 
 def _check_names(network: nn.Module, data: Data | StreamedBatches, held: list[str]) -> None:
-    """Raise ValueError unless the network takes conditions of these names and needs no others."""
+    """Raise ValueError unless the network takes these conditions and requires no others."""
     parameters = _parameters_of(network)
     if parameters is None or isinstance(network, StockNetwork | LoRA):
         return
@@ -57,18 +57,18 @@ def _check_names(network: nn.Module, data: Data | StreamedBatches, held: list[st
     foreign = [] if takes_any else [name for name in held if name not in by_name]
     if missing and foreign:
         raise ValueError(
-            f"the network takes the condition {missing[0]}, but the data hold {foreign[0]}. Use one name: "
+            f"the network takes the condition {missing[0]}, but the data contain {foreign[0]}. Use one name: "
             f"(x0, {{{missing[0]!r}: tensor}})"
         )
     if missing:
         raise ValueError(
-            f"the network needs the condition {missing[0]}, which the data do not hold. Pass (x0, {{{missing[0]!r}: "
+            f"the network needs the condition {missing[0]}, which the data do not contain. Pass (x0, {{{missing[0]!r}: "
             "tensor})"
         )
     if foreign:
         raise ValueError(
-            f"the data hold {foreign[0]}, which the network does not take. {without(data)}, or give the network's "
-            f"forward the argument {foreign[0]}"
+            f"the data contain {foreign[0]}, which the network does not take. {without(data)}, or add the argument "
+            f"{foreign[0]} to the network's forward"
         )
 
 
@@ -82,20 +82,20 @@ def without(data: Data | StreamedBatches) -> str:
 def check_called(denoiser: Denoiser, data: Data | StreamedBatches, null: Cond | None = None) -> None:
     """Call the denoiser once on two samples of the data, in evaluation mode.
 
-    Networks of diffusers with more than `MOST_WEIGHTS` are not called.
+    Diffusers networks with more than `MOST_WEIGHTS` weights are not called.
 
     Args:
-        null: null values of the conditions, for one sample, to use instead of those of the data.
+        null: null conditions of one sample, used instead of those of the data.
 
     Raises:
-        ValueError: if it does not take the data's conditions or needs others, fails, or returns something other than
-            finite estimates of the samples' shape that depend on its weights.
+        ValueError: if it does not take the data's conditions, requires others, fails, or does not return finite
+            estimates with the shape of the samples and a gradient with respect to its weights.
     """
     network = denoiser.network if isinstance(denoiser, NetworkDenoiser) else denoiser
     what = "network" if isinstance(denoiser, NetworkDenoiser) else "denoiser"
     x0, cond = _two_of(data)
     if foreign := sorted(set(null or {}) - set(cond)):
-        raise ValueError(f"null names {foreign[0]}, which the data do not hold. Name one of {sorted(cond)}")
+        raise ValueError(f"null contains {foreign[0]}, but the data do not. Use conditions of {sorted(cond)}")
     cond = {name: (null or {}).get(name, value).to(value).expand_as(value) for name, value in cond.items()}
     if isinstance(denoiser, NetworkDenoiser):
         _check_names(network, data, list(cond))
@@ -104,7 +104,7 @@ def check_called(denoiser: Denoiser, data: Data | StreamedBatches, null: Cond | 
     if isinstance(network, StockNetwork | LoRA) and is_large:
         return
     if weight.is_meta:
-        raise ValueError(f"the {what}'s weights are on the device meta, which holds no numbers. Load them first")
+        raise ValueError(f"the {what}'s weights are on the device meta, which stores no values. Load them first")
     x0, cond = x0.to(weight.device), {name: value.to(weight.device) for name, value in cond.items()}
     t = torch.full((len(x0),), 0.5, dtype=torch.float64)
     noise = torch.randn(x0.shape, generator=generator_for("probe")).to(x0)
@@ -117,20 +117,23 @@ def check_called(denoiser: Denoiser, data: Data | StreamedBatches, null: Cond | 
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        remedy = f"Call it with such tensors until it returns {form_of(x0)}"
+        remedy = f"It must return {form_of(x0)} for such inputs"
         if weight.dtype != x0.dtype:
             remedy = f"Its weights are {weight.dtype}: convert them by .float()"
-        raise failed_call(f"the {what}, tried on two samples of the data,", x_t, cond, error, remedy) from error
+        raise failed_call(f"the {what}, called on two samples of the data,", x_t, cond, error, remedy) from error
     finally:
         for part, was_training in modes.items():
             part.training = was_training
     if not torch.equal(x_t, denoiser.process.mix(x0, noise, t)):
-        raise ValueError(f"the {what} changes its input x_t in place, which is used after it. Copy it: x_t.clone()")
+        raise ValueError(f"the {what} changes its input x_t in place, but x_t is used again. Copy it: x_t.clone()")
     if estimate.shape != x0.shape:
-        raise ValueError(f"the {what} returned x0 {form_of(estimate)} for x_t {form_of(x_t)}. Return x0 of that shape")
+        raise ValueError(
+            f"the {what} returned x0 {form_of(estimate)} for x_t {form_of(x_t)}. Return x0 with that shape"
+        )
     if not estimate.isfinite().all():
         raise ValueError(f"the {what} returned values that are not finite for x_t {form_of(x_t)}. Check its weights")
     if not estimate.requires_grad and any(parameter.requires_grad for parameter in denoiser.parameters()):
         raise ValueError(
-            f"the {what}'s output has no gradient in its weights. Remove torch.no_grad() and detach() from it"
+            f"the {what}'s output has no gradient with respect to its weights. Remove torch.no_grad() and "
+            "detach() from it"
         )

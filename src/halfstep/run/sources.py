@@ -91,7 +91,7 @@ class StreamedBatches:
                     f"the batches ended after {self._seen} samples and cannot be restarted: pass a list, a "
                     "DataLoader or another restartable iterable, not a generator"
                 ) from None
-        # A DataLoader of a TensorDataset gives a list, of one tensor if the data set has one.
+        # A DataLoader of a TensorDataset yields lists, which contain one tensor if the data set does.
         x0, cond = (*item, None)[:2] if isinstance(item, tuple | list) and len(item) in (1, 2) else (item, None)
         cond = {} if cond is None else cond
         if isinstance(cond, Tensor):
@@ -133,8 +133,8 @@ class StreamedBatches:
             )
         if self._held and _forms(cond) != self.conditions:
             raise ValueError(
-                f"every batch needs the same conditions, got {_forms(cond)} after {self.conditions}. Pass all of one "
-                "shape"
+                f"every batch needs the same conditions, got {_forms(cond)} after {self.conditions}. Give all "
+                "batches the same names and shapes"
             )
         if self._held and x0.shape[1:] != self._held[0].x0.shape[1:]:
             raise ValueError(
@@ -179,11 +179,11 @@ def _check_dense(what: str, value: Tensor) -> None:
 
 
 def _numbers(what: str, array: np.ndarray) -> Tensor:
-    """Return an array of numbers as a tensor; negative strides and foreign byte orders are not torch's."""
+    """Copy a numeric array to a tensor: torch does not support negative strides and foreign byte orders."""
     if array.dtype.kind not in "fiub":
         raise ValueError(f"{what} must be numbers, got an array of {array.dtype}. Pass floats [n, *dims]")
     if isinstance(array, np.ma.MaskedArray) and np.ma.getmaskarray(array).any():
-        raise ValueError(f"{what} have masked entries, which no model can learn. Fill or remove them")
+        raise ValueError(f"{what} must not have masked entries. Fill or remove them")
     native = array.dtype.newbyteorder("=")
     if native.itemsize > 8:  # long doubles
         native = np.dtype(np.float64)
@@ -191,7 +191,7 @@ def _numbers(what: str, array: np.ndarray) -> Tensor:
 
 
 def _check_labels(labels: Tensor) -> None:
-    """Raise ValueError unless a condition of the name class_labels can be classes or a row of numbers a sample."""
+    """Raise ValueError unless the condition class_labels contains classes or one row of numbers per sample."""
     usual = "Pass whole numbers from 0, int64 [n]"
     if labels.ndim == 2 and labels.shape[1] == 1:
         raise ValueError(f"{CLASSES} has the shape {list(labels.shape)}. Pass labels.flatten()")
@@ -210,9 +210,9 @@ def _warn_of_gaps(labels: Tensor) -> None:
     number = int(labels.max()) + 1
     if gaps := sorted(set(range(number)) - set(labels.unique().tolist())):
         warnings.warn(
-            f"{CLASSES} go up to {number - 1}, and no sample is of class {gaps[0]}"
-            + (f" or {len(gaps) - 1} more" if gaps[1:] else "")
-            + ", which no model learns. Number the classes from 0 without gaps",
+            f"{CLASSES} go up to {number - 1}, but there are no samples of class {gaps[0]}"
+            + (f" (and {len(gaps) - 1} more)" if gaps[1:] else "")
+            + ", so no model can learn it. Number the classes from 0 without gaps",
             HalfstepWarning,
             stacklevel=2,
         )
@@ -242,7 +242,9 @@ def in_memory(x0: Array, cond: Mapping[str, Array] | None = None) -> MemoryData:
             "x.permute(0, 3, 1, 2)"
         )
     if x0.ndim == 1:
-        raise ValueError(f"samples need an axis of their own, got the shape {list(x0.shape)}. Pass x[:, None]")
+        raise ValueError(
+            f"samples need an axis besides the batch axis, got the shape {list(x0.shape)}. Pass x[:, None]"
+        )
     conditions = {name: _condition(name, value) for name, value in (cond or {}).items()}
     labels, names = None, tuple[str, ...]()
     if (given := conditions.get(CLASSES)) is not None:
@@ -258,7 +260,7 @@ def as_source(data: Source | StreamedBatches) -> Data | StreamedBatches:
     """Open and check the data that the user passes; warn if their scale is far from that of the noise.
 
     Raises:
-        ValueError: if it cannot be used.
+        ValueError: if they cannot be used.
     """
     opened = _opened(data)
     warn_of_scale(opened if isinstance(opened, Data) else MemoryData("the first batch", opened.first.x0))
@@ -270,7 +272,7 @@ def _opened(data: Source | StreamedBatches) -> Data | StreamedBatches:
         return data
     if isinstance(data, str | Path):
         if not str(data):
-            raise ValueError("the path of the data is empty. Pass that of a folder or a file")
+            raise ValueError("the path of the data is empty. Pass the path of a folder or file")
         return open_data(DataConfig(source=str(data)))
     if isinstance(data, Tensor | np.ndarray):
         return in_memory(data)

@@ -70,7 +70,7 @@ class RunSpec:
 
     @property
     def stages(self) -> list[tuple[str, Stage | None]]:
-        """Folder names and stages in order; None stands for a given teacher."""
+        """Folder names and stages in order; the stage of a given teacher is None."""
         given: list[tuple[str, Stage | None]] = [] if self.teacher is None else [(GIVEN_TEACHER, None)]
         return [*given, *zip(self.plan.names(len(given)), self.plan.stages, strict=True)]
 

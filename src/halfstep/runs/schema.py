@@ -178,7 +178,7 @@ class Result(Record):
     recall: float | None = None
     coverage: float | None = None
     teacher_rmse: float | None = None
-    """RMS difference on [-1, 1] from the finest samples of the chain's start, from the same noise; None for these."""
+    """RMS difference on [-1, 1] from the finest same-noise samples of the chain's start; None for those samples."""
     seconds_per_1000: float
     """Wall time for 1,000 samples."""
     samples: str | None = None
@@ -301,7 +301,7 @@ class StageFolder:
         if isinstance(data, dict) and data.get("format", FORMAT) != FORMAT:
             earlier = isinstance(data["format"], int) and data["format"] < FORMAT
             raise DamagedFile(
-                f"{self.manifest_path} has format {data['format']}, this halfstep reads {FORMAT}: "
+                f"{self.manifest_path} has format {data['format']}, but this halfstep reads {FORMAT}: "
                 + ("it was written by an earlier one, so train the run again" if earlier else "update halfstep")
             )
         try:
@@ -371,8 +371,8 @@ class RunFolder:
         data = read_json(path)
         if isinstance(data, dict) and data.get("format") != EVALUATION_FORMAT:
             raise DamagedFile(
-                f"{path} has format {data.get('format')}, this halfstep reads {EVALUATION_FORMAT}: run `halfstep "
-                "evaluate` again"
+                f"{path} has format {data.get('format')}, but this halfstep reads {EVALUATION_FORMAT}: run "
+                "`halfstep evaluate` again"
             )
         try:
             result = EvaluationResult.model_validate(unsealed(data, path))

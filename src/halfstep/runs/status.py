@@ -1,8 +1,8 @@
 """The progress of a run, for its live display and for any other process that reads its folder.
 
 The time left is counted in forward passes: a stage's updates times the cost of one, from recipe.json. The pace is that
-of the last updates of the current stage, or of the previous stage until it has some. Updates of an earlier process do
-not count, because it may have run on another machine.
+of the current stage's last updates, or before its first update, that of the previous stage. Updates of an earlier
+process do not count, because it may have run on another machine.
 """
 
 import contextlib

@@ -215,7 +215,7 @@ def check_regular(path: Path) -> None:
 
 
 def refuse_file(out: Path, remedy: str = "Choose another --out") -> None:
-    """Raise ValueError if `out` cannot be a folder, because it or a folder of its path is something else."""
+    """Raise ValueError if `out` or one of its parents exists but is not a folder."""
     there = next((part for part in (out, *out.parents) if os.path.lexists(part)), None)
     if there is not None and not there.is_dir():
         kind = "a file" if there.is_file() else "a FIFO, socket, device or broken link"

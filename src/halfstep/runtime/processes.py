@@ -72,7 +72,7 @@ def _check_launcher(precision: str) -> None:
     for name, what in _FOREIGN.items():
         if held.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
             raise ValueError(
-                f"accelerate is set to use {what}, which halfstep does not: remove it, use --engine.sharding full"
+                f"accelerate is set to use {what}, which halfstep does not: remove it, or use --engine.sharding full"
             )
     if (steps := held.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")) != "1":
         raise ValueError(

@@ -68,7 +68,7 @@ class StopSignal:
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """Raise Interrupted in the main thread as soon as a signal comes, or if one has already come.
+        """Raise Interrupted in the main thread as soon as a signal arrives, or if one has already come.
 
         Only for work that can be abandoned at any point. Imports may swallow exceptions, so they delay the signal.
         """

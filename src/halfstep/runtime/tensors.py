@@ -33,7 +33,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     places: set[int] = set()
     for name, value in tensors.items():
         tensor = value.detach().cpu().contiguous()
-        # safetensors refuses weights that share memory, such as tied layers: each name gets its own.
+        # safetensors rejects tensors that share memory, such as tied weights, so these are cloned.
         held[name] = tensor.clone() if tensor.untyped_storage().data_ptr() in places else tensor
         places.add(tensor.untyped_storage().data_ptr())
     with replacing(path) as temporary:
@@ -94,7 +94,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         try:
             str(path).encode()
         except UnicodeEncodeError:
-            # safetensors opens no file whose name is not UTF-8.
+            # safetensors cannot open paths that are not valid UTF-8.
             return load(path.read_bytes())
         return load_file(path)
     except SafetensorError as error:

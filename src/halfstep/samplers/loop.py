@@ -27,16 +27,16 @@ class SamplerStep(NamedTuple):
 
 
 def _times(times: Tensor, num_steps: int) -> list[float]:
-    """Return the times of a grid as numbers.
+    """Return the times of a grid as floats.
 
     Raises:
-        ValueError: if they are not `num_steps + 1` times that fall within [0, 1].
+        ValueError: if they are not `num_steps + 1` decreasing times in [0, 1].
     """
     found = torch.as_tensor(times, dtype=torch.float64).flatten().tolist()
     if len(found) != num_steps + 1 or not all(0 <= s < t <= 1 for t, s in itertools.pairwise(found)):
         raise ValueError(
-            f"the grid of {num_steps} steps must be {num_steps + 1} times that fall within [0, 1], got {found[:8]}. "
-            "Pass halfstep's own, by leaving grid out, or a function such as lambda n: torch.linspace(1, 0, n + 1)"
+            f"the grid of {num_steps} steps must be {num_steps + 1} decreasing times in [0, 1], got {found[:8]}. "
+            "Remove grid to use the default, or pass a function such as lambda n: torch.linspace(1, 0, n + 1)"
         )
     return found
 
@@ -74,7 +74,9 @@ def trajectory(
     method = (denoiser.sampler or DDIM()) if sampler is None else sampler
     check_instance("the sampler", method, Sampler, "halfstep.DDIM() or halfstep.Heun()")
     if cond is not None and not isinstance(cond, Mapping):
-        raise ValueError(f"cond must be conditions by name, got {got(cond)}. Pass {{'class_labels': labels}}")
+        raise ValueError(
+            f"cond must be a mapping of names to tensors, got {got(cond)}. Pass {{'class_labels': labels}}"
+        )
     for name, value in (cond or {}).items():
         if not isinstance(value, Tensor) or value.shape[:1] != x_t.shape[:1]:
             shape = f" of shape {list(value.shape)}" if isinstance(value, Tensor) else ""
@@ -96,11 +98,11 @@ def trajectory(
     for number, (t, s) in enumerate(itertools.pairwise(times)):
         drawn = None if noise is None else noise(number).to(x_t)
         if drawn is not None and drawn.shape != x_t.shape:
-            raise ValueError(f"the noise of a step needs the shape {list(x_t.shape)}, got {list(drawn.shape)}")
+            raise ValueError(f"the noise of a step must have the shape {list(x_t.shape)}, got {list(drawn.shape)}")
         try:
             x_t, memory = method.step(denoiser, x_t, t, s, cond, memory, drawn)
         except Exception as error:
-            # Those of a call that does not fit; out of memory is a subclass.
+            # Only errors from wrong inputs: running out of memory raises a subclass of RuntimeError.
             if number or type(error) not in (TypeError, RuntimeError, IndexError, AttributeError):
                 raise
             remedy = "Pass noise and conditions as in training, in the dtype of the model"

@@ -112,7 +112,7 @@ class Bench:
 
         Raises:
             NonFinite: if it diverged.
-            Interrupted: if a signal came; the state is saved.
+            Interrupted: if a signal arrived; the state is saved.
         """
         return self._finished(name, self._spec(recipe, what))
 
@@ -229,7 +229,7 @@ def run_study(
         done: called for each trial, with whether it already existed.
 
     Raises:
-        Interrupted: if a signal came; the same call resumes.
+        Interrupted: if a signal arrived; the same call resumes.
         ValueError: if a trial in the folder was run with other settings.
     """
     bench = Bench(out, scale, stop, watch)

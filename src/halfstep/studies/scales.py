@@ -34,7 +34,7 @@ class RoadSettings:
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """Steps of the students, the most first."""
+        """Steps of the students, in descending order."""
         return tuple(sorted(self.passes, reverse=True))
 
 

@@ -22,7 +22,7 @@ def students_by(start: int, factor: int) -> tuple[int, ...]:
 
 
 def shown(scale: Scale) -> list[int]:
-    """Return the students to measure: those of few steps that the chains of all factors share, the most steps first."""
+    """Return the step counts to measure, in descending order: the few-step students that all chains share."""
     chains = [set(students_by(scale.recipe.chain.start_steps, factor)) for factor in scale.factors]
     return sorted((steps for steps in set.intersection(*chains) if steps <= 16), reverse=True)
 

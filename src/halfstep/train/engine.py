@@ -2,7 +2,7 @@
 
 It does not depend on the objective. An update consists of the objective's turns, in order. A turn splits the global
 batch over processes and micro batches by place, computes the losses with one backward pass per micro batch, clips the
-gradient to a global norm, takes one AdamW step of its player and updates the moving averages. Nothing in it waits for
+gradient to a global norm, takes one AdamW step of its player and updates the moving averages. It never waits for
 the device; statistics are fetched when `window` is called. Its inputs from the host can be prepared ahead (`feed`). The
 networks can be compiled, once for the whole chain, because the networks of all stages have the same architecture.
 """
@@ -136,7 +136,7 @@ class StageTrainer:
         return self.players[STUDENT]
 
     def _models_of(self, trains: str) -> Models:
-        """Return the models for a turn of this player: this player behind DDP, all others unwrapped."""
+        """Return the models for a turn of this player: this player wrapped in DDP, all others unwrapped."""
         shown = {name: p.trained if name == trains else p.called for name, p in self.players.items()}
         student = shown.pop(STUDENT)
         assert isinstance(student, Denoiser)
@@ -284,7 +284,7 @@ class StageTrainer:
         """Raise if any loss or gradient norm so far was not finite.
 
         Raises:
-            NonFinite: with the stage, the first update that was not finite, and the statistics of its batch.
+            NonFinite: if an update was not finite, with the stage, the first such update and its batch statistics.
         """
         firsts = [player.first_bad() for player in self.players.values()]
         # Each rank sees only its own losses, so all agree on the earliest bad update that any of them has seen.

@@ -41,7 +41,7 @@ def network_of(model: nn.Module) -> nn.Module:
 
 
 def seen_through(model: nn.Module, network: nn.Module) -> nn.Module:
-    """Return the model with its network replaced by a copy, or by the same network behind DDP."""
+    """Return the model with its network replaced by a copy, or by the same network wrapped in DDP."""
     if isinstance(model, NetworkDenoiser):
         return NetworkDenoiser(network, model.process, model.prediction)
     if isinstance(model, Denoiser) and isinstance(network, DistributedDataParallel):
@@ -51,7 +51,7 @@ def seen_through(model: nn.Module, network: nn.Module) -> nn.Module:
 
 @final
 class _Wrapped(Denoiser):
-    """A denoiser behind DDP, which hides its attributes."""
+    """A denoiser wrapped in DDP, which hides its attributes."""
 
     def __init__(self, network: nn.Module, denoiser: Denoiser) -> None:
         super().__init__()
@@ -175,7 +175,7 @@ class Player:
         self._ema = EMA(self.network, training.ema_decay) if training.ema_decay else None
         self.followers: list[Follower] = []
         self.trained = seen_through(model, self._wrapped)
-        """The model in its own turns: behind DDP if there are several processes."""
+        """The model in its own turns: wrapped in DDP if there are several processes."""
         self.called = seen_through(model, self.network)
         """The model in the turns of other players."""
         self.steps = 0

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 KEPT: Final = 1000
-"""Number of updates after which the engine checks its stored losses, if no log line has made it do so earlier."""
+"""Number of updates after which the engine checks its stored losses, unless a log line triggers the check earlier."""
 
 
 @final

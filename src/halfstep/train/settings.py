@@ -79,7 +79,7 @@ class Engine:
                 raise ValueError(f"engine.{name} must be at most {MOST_MINUTES:,}, got {getattr(self, name):g}")
         code = self.requeue_code
         if code is not None and (isinstance(code, bool) or not isinstance(code, int) or not 1 <= code <= 255):
-            raise ValueError(f"engine.requeue_code must be from 1 to 255, got {code!r}")
+            raise ValueError(f"engine.requeue_code must be between 1 and 255, got {code!r}")
         kinds = {"precision": Precision, "teacher_precision": Precision, "sharding": Sharding, "optimizer": Optimizer}
         for name, kind in kinds.items():
             if getattr(self, name) not in get_args(kind):
