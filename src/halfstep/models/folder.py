@@ -135,10 +135,7 @@ def save(model: Model, path: str | Path) -> None:
     ours = {folder.manifest_path, folder.model, folder.null}
     if folder.path.is_dir() and (foreign := sorted(set(folder.path.iterdir()) - ours)):
         raise ValueError(f"{path} contains {foreign[0].name}, which is not from a saved model. Choose another path")
-    try:
-        folder.path.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise ValueError(f"a parent of {path} is a file. Choose another path") from None
+    folder.path.mkdir(parents=True, exist_ok=True)
     # Without a manifest, the folder is not a model while its weights are replaced.
     folder.manifest_path.unlink(missing_ok=True)
     folder.null.unlink(missing_ok=True)
