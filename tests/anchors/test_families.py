@@ -160,7 +160,7 @@ def test_twelve_steps_on_a_table_of_a_thousand_levels(name: str, saved: Callable
     student = Model(
         model.denoiser, model.manifest.model_copy(update={"outcome": Outcome(role="student", num_steps=12)})
     )
-    with pytest.raises(ValueError, match="cannot represent 12 steps exactly on 1000 timesteps: exact are 1, 2, 4, 5"):
+    with pytest.raises(ValueError, match="cannot represent 12 steps exactly on 1000 timesteps, only 1, 2, 4, 5"):
         export_pipeline(student, tmp_path / "out")
 
 

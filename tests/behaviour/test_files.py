@@ -290,5 +290,5 @@ def test_tensors_are_read_from_a_folder_whose_name_is_not_utf8(tmp_path: Path) -
     write_tensors(folder / "x.safetensors", held)
     torch.testing.assert_close(read_tensors(folder / "x.safetensors"), held, rtol=0, atol=0)
     (folder / "cut").write_bytes((folder / "x.safetensors").read_bytes()[:-1])
-    with pytest.raises(DamagedFile, match="is not a whole safetensors file"):
+    with pytest.raises(DamagedFile, match="is not a complete safetensors file"):
         read_tensors(folder / "cut")

@@ -278,14 +278,14 @@ def test_the_classifiers_features_do_not_depend_on_how_many_real_samples_are_com
 def test_rmse_is_the_root_of_the_mean_square() -> None:
     a = torch.zeros(2, 3)
     assert rmse(a, a + torch.tensor([3.0, 4.0, 0.0])) == pytest.approx((25 / 3) ** 0.5, rel=1e-12)
-    with pytest.raises(ValueError, match="paired samples must have one shape"):
+    with pytest.raises(ValueError, match="paired samples must have the same shape"):
         rmse(a, a[:1])
 
 
 @pytest.mark.parametrize(
     ("a", "b", "said"),
     [
-        (torch.zeros(5, 2), torch.zeros(5, 3), "one d"),
+        (torch.zeros(5, 2), torch.zeros(5, 3), "the same d"),
         (torch.zeros(1, 2), torch.zeros(5, 2), "at least 2 samples"),
         (torch.full((5, 2), float("nan")), torch.zeros(5, 2), "not finite"),
     ],

@@ -105,7 +105,7 @@ def test_a_folder_beside_the_plans_stages_is_no_model_of_the_run(path: Path) -> 
 
 def test_a_run_that_is_not_at_its_end_says_which_stage_it_gives(path: Path) -> None:
     stage(path, THIRD).manifest_path.unlink()
-    with pytest.warns(HalfstepWarning, match=f"{THIRD} is not complete.*{SECOND} is used"):
+    with pytest.warns(HalfstepWarning, match=f"is not complete .stage {THIRD} is missing.*{SECOND} is used"):
         assert load(path).manifest.stage == SECOND
 
 

@@ -92,14 +92,14 @@ def test_distill_without_data_is_distill_with_these_samples() -> None:
 
 def test_what_cannot_be_drawn_is_one_line() -> None:
     bare = GaussianDenoiser(VPCosine(), 0.0, 1.0)
-    with pytest.raises(ValueError, match=r"the shape of a sample is unknown\. Pass data=samples_of"):
+    with pytest.raises(ValueError, match=r"the shape of a sample is not known\. Pass data=samples_of"):
         distill(bare)
     with pytest.raises(ValueError, match=r"Ancestral draws noise at each step\. Choose a deterministic sampler"):
         samples_of(bare, 2, (1,), sampler=Ancestral())
     with pytest.raises(ValueError, match="number of samples must be a whole number of at least 1"):
         samples_of(bare, 0, (1,))
     model = of_classes(False)
-    with pytest.raises(ValueError, match=r"samples have shape \[2\], got \[3\]"):
+    with pytest.raises(ValueError, match=r"samples have the shape \[2\], got \[3\]"):
         samples_of(model, 2, (3,))
     told = Model(model.denoiser, model.manifest.model_copy(update={"conditions": {"text": (3,)}}))
     with pytest.raises(ValueError, match="the teacher cannot be sampled without text"):

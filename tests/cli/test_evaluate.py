@@ -165,7 +165,7 @@ def test_figures_of_different_protocols_are_in_different_tables(digits_run: Path
     assert "inception_score" not in pixels.rows[0].figures
     assert 1 <= classifier.rows[0].figures["inception_score"].mean <= 10
     assert set(same_noise.rows[0].figures) == {"rmse", "psnr"}
-    assert any("SSIM needs images of at least 11 x 11" in notice for notice in result.notices)
+    assert any("SSIM is omitted, because it needs images of at least 11 x 11" in notice for notice in result.notices)
     assert any("is unreliable: 64 dimensions" in notice for notice in result.notices)
     # 24 samples and 64 dimensions, so the real data's halves are measured with their own count.
     assert pixels.halves is not None
@@ -427,9 +427,9 @@ def test_bad_input_is_refused_in_one_line(toy_run: Path, digits_run: Path, tmp_p
         (["evaluate", toy, "--extractors", "pixel"], "unknown feature extractor 'pixel'; did you mean 'pixels'?"),
         (["evaluate", toy, "--extractors", "pixels=x"], "take no file"),
         (["evaluate", toy, "--extractors", "classifier"], "need labels"),
-        (["evaluate", str(digits_run), "--extractors", resnet], f"give {resnet}=PATH"),
+        (["evaluate", str(digits_run), "--extractors", resnet], f"Give {resnet}=PATH"),
         (["evaluate", str(digits_run), "--extractors", f"{resnet}={tmp_path}/no"], "no such file"),
-        (["evaluate", str(digits_run), "--extractors", f"{resnet}={tmp_path}/weights.safetensors"], "does not hold"),
+        (["evaluate", str(digits_run), "--extractors", f"{resnet}={tmp_path}/weights.safetensors"], "does not contain"),
         (["evaluate", str(digits_run), "--extractors", f"dinov2={tmp_path}"], "no DINOv2 model could be read there"),
         (["evaluate", str(digits_run), "--data", f"{toy_run.parent}/toy.npy"], "makes images in [-1, 1], but"),
         (["evaluate", str(digits_run), "--data", f"{tmp_path}/other.npz"], "has samples of shape [1, 8, 8], but"),

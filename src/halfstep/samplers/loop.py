@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,19 +26,27 @@ class SamplerStep(NamedTuple):
     x_s: Tensor
 
 
+ROUNDING: Final = 1e-6
+"""Distance by which a time of a grid may lie outside of [0, 1]."""
+
+
 def _times(times: Tensor, num_steps: int) -> list[float]:
     """Return the times of a grid as floats.
 
     Raises:
-        ValueError: if they are not `num_steps + 1` decreasing times in [0, 1].
+        ValueError: if they are not `num_steps + 1` decreasing times in [0, 1]. Times outside by at
+            most `ROUNDING` are accepted, and so are steps of length 0, because some schedulers end with one.
     """
     found = torch.as_tensor(times, dtype=torch.float64).flatten().tolist()
-    if len(found) != num_steps + 1 or not all(0 <= s < t <= 1 for t, s in itertools.pairwise(found)):
-        raise ValueError(
-            f"the grid of {num_steps} steps must be {num_steps + 1} decreasing times in [0, 1], got {found[:8]}. "
-            "Remove grid to use the default, or pass a function such as lambda n: torch.linspace(1, 0, n + 1)"
-        )
-    return found
+    within = [min(max(t, 0.0), 1.0) for t in found]
+    is_near = all(abs(t - time) <= ROUNDING for t, time in zip(found, within, strict=True))
+    falls = all(s <= t for t, s in itertools.pairwise(within)) and len(set(within)) > 1
+    if is_near and falls and len(found) == num_steps + 1:
+        return found
+    raise ValueError(
+        f"the grid of {num_steps} steps must be {num_steps + 1} decreasing times in [0, 1], got {found[:8]}. "
+        "Remove grid to use the default, or pass a function such as lambda n: torch.linspace(1, 0, n + 1)"
+    )
 
 
 @torch.no_grad()
