@@ -11,6 +11,8 @@ from halfstep.report.figures import STYLE, Curve
 COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#444444")
 """The colour-blind-safe palette of Okabe and Ito; each colour has its own marker."""
 MARKERS: Final = "osD^vPX*"
+MOST_INSIDE: Final = 5
+"""Number of curves above which a legend inside a panel would cover them."""
 
 
 @final
@@ -39,6 +41,7 @@ def draw_panels(panels: Sequence[Panel], path: Path) -> None:
         figure = Figure(figsize=(5.6 * max(1, len(shown)), 4.2), layout="constrained")
         for index, panel in enumerate(shown):
             _draw(figure.add_subplot(1, len(shown), index + 1), panel)
+        _add_legend(figure, max((len(panel.series) for panel in shown), default=0) > MOST_INSIDE)
         figure.savefig(path.with_suffix(".png"), dpi=120, metadata={"Software": None})
         figure.savefig(path.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
 
@@ -77,4 +80,15 @@ def _draw(axes: Any, panel: Panel) -> None:
     axes.set_title(panel.title, fontsize=11)
     axes.set_xlabel(panel.x_label)
     axes.set_ylabel(panel.y_label)
-    axes.legend(fontsize=9)
+
+
+def _add_legend(figure: Any, is_shared: bool) -> None:
+    """Add a legend inside each panel, or one for all panels below them."""
+    if not is_shared:
+        for axes in figure.axes:
+            axes.legend(fontsize=9)
+        return
+    entries = {
+        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=3, fontsize=9)
