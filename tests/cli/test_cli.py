@@ -48,6 +48,11 @@ def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
         (["run", "digits", "--model.weighting", "truncated-snr"], "did you mean 'truncated_snr'?"),
         (["run", "digits", "--engine.precision", "bf-16"], "'bf-16' is not one of float32, bf16; did you mean 'bf16'?"),
         (["run", "digits", "--chain.start-steps", "48"], "48 steps cannot be halved to 1"),
+        (
+            ["run", "digits", "--to", "5"],
+            "for example 20 (--chain.students, --chain.start-steps or --to)",
+        ),
+        (["run", "images", "--data", "nowhere"], "nowhere does not exist: set --data to"),
         (["run", "digits", "--chain.end-steps", "128", "--chain.start-steps", "64"], "the end must be below the start"),
         (["run", "digits", "--network.attention", "True"], "network.attention has 1 entries for"),
         (["run", "arrays", "--data", "nowhere"], "nowhere"),
@@ -96,6 +101,14 @@ def test_bad_commands_get_one_line(argv: list[str], said: str, tmp_path: Path, c
     os.chdir(tmp_path)
     assert said in refused(argv, capsys)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_no_run_leads_to_the_recipe_for_images(tmp_path: Path, capsys: Capture) -> None:
+    os.chdir(tmp_path)
+    (tmp_path / "my photos").mkdir()
+    said = refused(["run", "my photos", "--data", "my photos"], capsys)
+    assert said.startswith("my photos is neither a recipe (") and "images_small" in said
+    assert said.endswith("halfstep run images --data 'my photos'")
 
 
 def _image(path: Path, mode: str = "L", size: int = 8) -> None:

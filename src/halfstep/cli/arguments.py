@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import torch
@@ -227,7 +228,13 @@ def recipe_from(text: str) -> Recipe:
     if text in list(recipes) or not (path.suffix == ".json" or path.is_dir()):
         return recipes[text]()
     if path.is_dir():
-        return recipe_of_run(RunFolder(path))
+        run = RunFolder(path)
+        if not (run.recipe_path.exists() or run.log_path.exists() or run.stages()):
+            raise UsageError(
+                f"{text} is neither a recipe ({', '.join(recipes)}) nor the folder of a run. To train on images in it: "
+                f"halfstep run images --data {quote(text)}"
+            )
+        return recipe_of_run(run)
     # The user may have written or edited this file.
     return _recipe_in(read_json(path), path)
 
