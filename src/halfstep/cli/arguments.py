@@ -137,7 +137,8 @@ class SampleArguments:
     device: str | None = None
     """cpu, cuda or mps; by default the fastest available."""
     out: Path = Path("samples.png")
-    """A .png (one grid), a .npz (arr_0, uint8 [n, h, w, c]), or a folder (one PNG each)."""
+    """A .png (one grid, small images enlarged), a .npz (arr_0, uint8 [n, h, w, c]), or a folder (one PNG each, true
+    size)."""
     overwrite: Switch = False
     """Replace an existing --out."""
     json: Switch = False
