@@ -185,6 +185,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path, capsys: Capt
     assert network > 1000
     for name in ("00-denoise", "01-halve-0002", "02-halve-0001", "estimated training time"):
         assert name in printed
+    assert torch.accelerator.is_available() or "a device of" not in printed
     assert not (tmp_path / "x").exists()
 
 
@@ -194,14 +195,15 @@ def test_dry_run_of_a_paper_recipe_needs_none_of_its_data(
 ) -> None:
     """With a network cut down to be timed in a moment; the whole ones are counted in tests/behaviour."""
     os.chdir(tmp_path)
-    # Timed on batches of a few samples, whose time is extrapolated as well.
+    # Timed on batches of a few samples, whose time is the basis of an estimate.
     monkeypatch.setattr("halfstep.run.cost.FLOPS_OF_A_TRIAL", 1e8)
     monkeypatch.setattr("halfstep.run.cost.SECONDS_OF_A_TRIAL", 0.1)
+    monkeypatch.setattr("halfstep.cli.dry_run.LITTLE", 0)
     small = ["--network.block-out-channels", *["32"] * (3 if "cifar" in name else 5), "--network.layers-per-block", "1"]
     small += ["--network.attention-head-dim", "32", "--engine.threads", "1"]
     main(["run", name, "--data", "nowhere", "--dry-run", *small])
     printed = capsys.readouterr().out
-    for said in ("random numbers replace it", "samples seen:", "GiB", "FLOP", "extrapolated from a batch of"):
+    for said in ("random numbers replace it", "samples seen:", "GiB", "FLOP", "samples timed here", "device of"):
         assert said in printed
     assert list(tmp_path.iterdir()) == []
 
