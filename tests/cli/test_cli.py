@@ -107,7 +107,8 @@ def test_a_folder_that_is_no_run_leads_to_the_recipe_for_images(tmp_path: Path, 
     os.chdir(tmp_path)
     (tmp_path / "my photos").mkdir()
     said = refused(["run", "my photos", "--data", "my photos"], capsys)
-    assert said.startswith("my photos is neither a recipe (") and "images_small" in said
+    assert said.startswith("my photos is neither a recipe (")
+    assert "images_small" in said
     assert said.endswith("halfstep run images --data 'my photos'")
 
 

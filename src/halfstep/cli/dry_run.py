@@ -141,7 +141,7 @@ def _lines(facts: dict[str, Any], on_cpu: bool) -> Iterator[str]:
         yield f"guidance: {scales}, baked into the student; one network call per step, where the teacher needs two"
     if (timed := facts["timed_batch_size"]) is not None:
         batch = stages[0]["batch_size"]
-        how = "timed here" if timed == batch else f"estimated from updates of {timed // 2} and {timed} samples timed here"
+        how = "timed here" if timed == batch else f"from updates of {timed // 2} and {timed} samples timed here"
         seconds = f"{number(facts['seconds_an_update'])} s per update of {batch} samples in the first stage, {how}"
         time = duration(facts["estimated_seconds"])
         yield f"estimated training time on this machine: {time} ({seconds}; measuring the models adds to it)"
