@@ -417,7 +417,7 @@ class Recipe(Config):
         chain, students = self.chain, self.chain.students
         if students is None:
             try:
-                students = divided(chain.start_steps, chain.end_steps, chain.factor)[1:]
+                students = tuple(divided(chain.start_steps, chain.end_steps, chain.factor)[1:])
             except ValueError as error:
                 options = "--chain.students, --chain.start-steps or --chain.end-steps"
                 raise ValueError(f"{error} ({options})") from None
