@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from halfstep.core.denoiser import GUIDANCE
 from halfstep.core.noise import VE
 from halfstep.core.prediction import EDM
+from halfstep.measure.samples import grid_image
 from halfstep.models.folder import load
 from halfstep.models.model import Model
 from halfstep.objectives import Plan
@@ -89,3 +91,15 @@ def test_a_model_of_a_range_of_scales_samples_at_its_own_or_at_the_middle_unless
     assert scales(None) == [2.5, 2.5]
     assert scales(None, guidance_scale=1.5) == [1.5, 1.5]
     assert scales(4.0, guidance_scale=1.5) == [4.0, 4.0]
+
+
+@pytest.mark.parametrize("size", [1, 16, 128])
+def test_a_grid_repeats_the_pixels_of_small_images_until_it_is_wide_enough_to_judge(size: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (64, size, size, 3), np.uint8)
+    grid = np.asarray(grid_image(pixels))
+    factor, rest = divmod(grid.shape[1], 8 * size + 7)
+    assert rest == 0
+    assert abs(grid.shape[1] - 800) <= (8 * size + 7) / 2 or factor == 1
+    small = grid[::factor, ::factor]
+    assert np.array_equal(np.repeat(np.repeat(small, factor, 0), factor, 1), grid)
+    assert np.array_equal(small[-size:, -size:], pixels[-1])

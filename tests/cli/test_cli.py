@@ -48,6 +48,11 @@ def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
         (["run", "digits", "--model.weighting", "truncated-snr"], "did you mean 'truncated_snr'?"),
         (["run", "digits", "--engine.precision", "bf-16"], "'bf-16' is not one of float32, bf16; did you mean 'bf16'?"),
         (["run", "digits", "--chain.start-steps", "48"], "48 steps cannot be halved to 1"),
+        (
+            ["run", "digits", "--to", "5"],
+            "for example 20 (--chain.students, --chain.start-steps or --to)",
+        ),
+        (["run", "images", "--data", "nowhere"], "nowhere does not exist: set --data to"),
         (["run", "digits", "--chain.end-steps", "128", "--chain.start-steps", "64"], "the end must be below the start"),
         (["run", "digits", "--network.attention", "True"], "network.attention has 1 entries for"),
         (["run", "arrays", "--data", "nowhere"], "nowhere"),
@@ -96,6 +101,15 @@ def test_bad_commands_get_one_line(argv: list[str], said: str, tmp_path: Path, c
     os.chdir(tmp_path)
     assert said in refused(argv, capsys)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_no_run_leads_to_the_recipe_for_images(tmp_path: Path, capsys: Capture) -> None:
+    os.chdir(tmp_path)
+    (tmp_path / "my photos").mkdir()
+    said = refused(["run", "my photos", "--data", "my photos"], capsys)
+    assert said.startswith("my photos is neither a recipe (")
+    assert "images_small" in said
+    assert said.endswith("halfstep run images --data 'my photos'")
 
 
 def _image(path: Path, mode: str = "L", size: int = 8) -> None:
@@ -172,6 +186,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path, capsys: Capt
     assert network > 1000
     for name in ("00-denoise", "01-halve-0002", "02-halve-0001", "estimated training time"):
         assert name in printed
+    assert torch.accelerator.is_available() or "a device of" not in printed
     assert not (tmp_path / "x").exists()
 
 
@@ -181,14 +196,15 @@ def test_dry_run_of_a_paper_recipe_needs_none_of_its_data(
 ) -> None:
     """With a network cut down to be timed in a moment; the whole ones are counted in tests/behaviour."""
     os.chdir(tmp_path)
-    # Timed on batches of a few samples, whose time is extrapolated as well.
+    # Timed on batches of a few samples, whose time is the basis of an estimate.
     monkeypatch.setattr("halfstep.run.cost.FLOPS_OF_A_TRIAL", 1e8)
     monkeypatch.setattr("halfstep.run.cost.SECONDS_OF_A_TRIAL", 0.1)
+    monkeypatch.setattr("halfstep.cli.dry_run.LITTLE", 0)
     small = ["--network.block-out-channels", *["32"] * (3 if "cifar" in name else 5), "--network.layers-per-block", "1"]
     small += ["--network.attention-head-dim", "32", "--engine.threads", "1"]
     main(["run", name, "--data", "nowhere", "--dry-run", *small])
     printed = capsys.readouterr().out
-    for said in ("random numbers replace it", "samples seen:", "GiB", "FLOP", "extrapolated from a batch of"):
+    for said in ("random numbers replace it", "samples seen:", "GiB", "FLOP", "samples timed here", "device of"):
         assert said in printed
     assert list(tmp_path.iterdir()) == []
 
@@ -221,7 +237,7 @@ def test_sample_writes_the_same_pixels_in_every_format(digits_run: Path, tmp_pat
     for pixels, file in zip(array, files, strict=True):
         assert np.array_equal(np.asarray(Image.open(file)), pixels[..., 0])
     grid = np.asarray(Image.open(tmp_path / "grid.png"))
-    factor = 4
+    factor = grid.shape[1] // (3 * 8 + 2)
     assert np.array_equal(grid[: 8 * factor : factor, : 8 * factor : factor], array[0, ..., 0])
     model = load(digits_run)
     x0 = model.sample(range(3, 9))

@@ -144,18 +144,39 @@ def test_the_table_shows_the_figures_of_metrics_json(whole: Path, page: Page) ->
 
 
 def test_the_first_sentence_follows_from_the_figures(page: Page) -> None:
-    base, most = HEUN.frechet, HEUN.seconds_per_1000
+    base = HEUN.frechet
     kept = min(n for n in STUDENT_STEPS if result(n, True).frechet <= 1.5 * base)
     one = result(kept, True)
     assert 1 < kept < 128
     assert (
-        f"{kept} network calls instead of 63: {times(most / one.seconds_per_1000)} times faster per sample, "
-        f"Fréchet distance {one.frechet / base:.2f} times that of the teacher at its best." in page.text
+        f"{kept} network calls instead of 63 ({times(63 / kept)} times fewer): Fréchet distance "
+        f"{one.frechet / base:.2f} times that of the teacher at its best "
+        f"({times(result(kept, False).frechet / base)} times without distillation)." in page.text
     )
     assert "at its best: Heun, 32 steps (63 calls)" in page.text
     fewest = result(1, True)
-    assert f"At 1 step: {times(most / fewest.seconds_per_1000)} times faster" in page.text
-    assert f"distance {fewest.frechet / base:.1f} times that of the teacher at its best." in page.text
+    assert f"At 1 step: Fréchet distance {fewest.frechet / base:.1f} times that of the teacher at its" in page.text
+
+
+@pytest.mark.parametrize(("factor", "gains"), [(1.04, False), (0.9, False), (1.06, True)])
+def test_a_student_that_the_undistilled_teacher_equals_is_not_praised(
+    factor: float, gains: bool, tmp_path: Path
+) -> None:
+    run = write_fake_run(tmp_path / "photos", students=(4,), planned=(4,))
+    path = run / "stages/00-denoise/metrics.json"
+    held = json.loads(path.read_text())
+    row = next(row for row in held["results"] if row["num_steps"] == 4)
+    row["frechet"] = factor * result(4, True).frechet
+    write_sealed(path, held)
+    page = reported(run)
+    assert ("A student with 4 network calls instead of" in page.text) == gains
+    no_gain = "No gain from distillation with 4 network calls: the undistilled teacher is as close to the data"
+    assert (no_gain in page.text) != gains
+
+
+def test_a_report_has_the_name_of_its_folder(tmp_path: Path) -> None:
+    page = write_report(write_fake_run(tmp_path / "photos", name="digits")).read_text(encoding="utf-8")
+    assert "<h1>photos</h1>" in page
 
 
 def test_a_teacher_that_covers_little_of_the_data_is_not_praised(tmp_path: Path) -> None:
@@ -168,7 +189,7 @@ def test_a_teacher_that_covers_little_of_the_data_is_not_praised(tmp_path: Path)
     page = reported(run)
     assert "The teacher has not learned the data yet: train it longer." in page.text
     assert "At its best (Heun, 32 steps (63 calls)) its samples cover 3% of the real data" in page.text
-    assert "times faster per sample" not in page.text
+    assert "times fewer" not in page.text
 
 
 def test_the_teacher_at_its_best_has_the_first_column(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import torch
@@ -136,7 +137,8 @@ class SampleArguments:
     device: str | None = None
     """cpu, cuda or mps; by default the fastest available."""
     out: Path = Path("samples.png")
-    """A .png (one grid), a .npz (arr_0, uint8 [n, h, w, c]), or a folder (one PNG each)."""
+    """A .png (one grid, small images enlarged), a .npz (arr_0, uint8 [n, h, w, c]), or a folder (one PNG each, true
+    size)."""
     overwrite: Switch = False
     """Replace an existing --out."""
     json: Switch = False
@@ -227,7 +229,13 @@ def recipe_from(text: str) -> Recipe:
     if text in list(recipes) or not (path.suffix == ".json" or path.is_dir()):
         return recipes[text]()
     if path.is_dir():
-        return recipe_of_run(RunFolder(path))
+        run = RunFolder(path)
+        if not (run.recipe_path.exists() or run.log_path.exists() or run.stages()):
+            raise UsageError(
+                f"{text} is neither a recipe ({', '.join(recipes)}) nor the folder of a run. To train on images in it: "
+                f"halfstep run images --data {quote(text)}"
+            )
+        return recipe_of_run(run)
     # The user may have written or edited this file.
     return _recipe_in(read_json(path), path)
 

@@ -36,7 +36,7 @@ from halfstep.cli.dry_run import data_line, show_plan
 from halfstep.cli.exporting import sample_prompts
 from halfstep.cli.help import HELP
 from halfstep.cli.reporting import make_report
-from halfstep.cli.usage import UsageError, expand_short, parse
+from halfstep.cli.usage import UsageError, as_typed, expand_short, parse
 from halfstep.cli.words import Screen, duration, print_json
 from halfstep.data import Data, StandIn, holds_images, read_prompts
 from halfstep.hub import (
@@ -150,10 +150,11 @@ def _run(argv: Sequence[str], verb: str, what: Literal["all", "teacher"] = "all"
     arguments = parse(RunArguments, rest, prog, RunArguments(recipe), SHORT)
     long = expand_short(rest, SHORT)
     given = {token.partition("=")[0].removeprefix("--").replace("-", "_") for token in long}
-    if what == "all":
-        arguments = replace(arguments, recipe=arguments.recipe.fitted(given))
     suffix = "-teacher" if what == "teacher" else ""
-    _carry_out(arguments, arguments.out or Path("runs") / f"{arguments.recipe.name}{suffix}", what)
+    with as_typed(rest, SHORT):
+        if what == "all":
+            arguments = replace(arguments, recipe=arguments.recipe.fitted(given))
+        _carry_out(arguments, arguments.out or Path("runs") / f"{arguments.recipe.name}{suffix}", what)
 
 
 def distill(argv: Sequence[str]) -> None:
@@ -215,7 +216,8 @@ def distill(argv: Sequence[str]) -> None:
         stand_in = _not_sampled(arguments.prompts, model, out)
     elif arguments.prompts is not None:
         arguments = replace(arguments, recipe=_with_samples(arguments, model, out))
-    _carry_out(arguments, out, "chain", model, stand_in=stand_in)
+    with as_typed(rest, SHORT):
+        _carry_out(arguments, out, "chain", model, stand_in=stand_in)
 
 
 def _values(words: Sequence[str], option: str) -> list[str]:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 from rich.table import Column, Table
 
 from halfstep.cli.words import Screen, duration, print_json
@@ -19,6 +20,8 @@ DEVICES: Final = (24, 48, 80)
 """Memory of common devices, GiB."""
 SHARE: Final = 0.9
 """Share of a device's memory that the counted bytes may take; the rest is for the allocator and workspaces."""
+LITTLE: Final = 2**30
+"""Bytes that any machine has; below them, a plan for the CPU does not list devices."""
 FEW_SAMPLES: Final = 5000
 MANY_PASSES: Final = 500.0
 """Passes over a data set smaller than FEW_SAMPLES above which a memorisation warning is printed."""
@@ -91,7 +94,7 @@ def show_plan(spec: RunSpec, out: Path, json: bool, missing: str | None = None) 
         return
     screen = Screen()
     screen.show(_stage_table(facts))
-    for line in _lines(facts):
+    for line in _lines(facts, spec.engine.cpu or not torch.accelerator.is_available()):
         screen.say(line)
 
 
@@ -112,7 +115,7 @@ def _stage_table(facts: dict[str, Any]) -> Table:
     return table
 
 
-def _lines(facts: dict[str, Any]) -> Iterator[str]:
+def _lines(facts: dict[str, Any], on_cpu: bool) -> Iterator[str]:
     stages, data = facts["stages"], facts["data"]
     yield _data_line(data)
     if data["missing"] is not None:
@@ -129,15 +132,17 @@ def _lines(facts: dict[str, Any]) -> Iterator[str]:
     parts = " + ".join(f"{gibibytes(size)} {name}" for name, size in memory.items() if size)
     total = gibibytes(sum(memory.values()))
     yield f"memory of the largest update, counted: {total} = {parts} (for a micro batch of {facts['micro_batch']:,})"
-    fits = ", ".join(map(str, facts["fits_gib"])) or "none"
-    yield f"fits devices of {fits} GiB (of {', '.join(map(str, DEVICES))}; a tenth is left for the allocator)"
+    if not on_cpu or sum(memory.values()) >= LITTLE:
+        fits = facts["fits_gib"]
+        yield f"fits a device of {fits[0]} GiB" if fits else f"does not fit a device of {DEVICES[-1]} GiB"
     if (guidance := facts["guidance"]) is not None:
         is_fixed = guidance["type"] == "fixed"
         scales = f"the scale {guidance['scale']:g}" if is_fixed else f"{guidance['low']:g} to {guidance['high']:g}"
         yield f"guidance: {scales}, baked into the student; one network call per step, where the teacher needs two"
     if (timed := facts["timed_batch_size"]) is not None:
-        how = "measured here" if timed == stages[0]["batch_size"] else f"extrapolated from a batch of {timed}"
-        seconds = f"{number(facts['seconds_an_update'])} s per update of the first stage, {how}"
+        batch = stages[0]["batch_size"]
+        how = "timed here" if timed == batch else f"from updates of {timed // 2} and {timed} samples timed here"
+        seconds = f"{number(facts['seconds_an_update'])} s per update of {batch} samples in the first stage, {how}"
         time = duration(facts["estimated_seconds"])
         yield f"estimated training time on this machine: {time} ({seconds}; measuring the models adds to it)"
     if (facts["estimated_seconds"] or 0) > LONG_SECONDS:

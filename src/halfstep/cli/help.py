@@ -34,7 +34,9 @@ def help_text(parser: ArgumentParser, prog: str, short: Mapping[str, str], every
         texts = {name: text for _, rows in groups for name, text in rows}
         lines += ["options:"]
         for option in chosen:
-            lines += next(_lines(name, text, width) for name, text in texts.items() if name.split(" ")[0] == option)
+            lines += next(
+                _lines(name, text, width) for name, text in texts.items() if re.split("[ ,]", name)[0] == option
+            )
         lines += [*_lines("--help-all", "Show every option.", width), ""]
     else:
         for title, rows in groups:

@@ -176,15 +176,22 @@ def parse(
     if asked := [token for token in argv if token in HELP]:
         print(help_text(parser_of(kind, default), prog, short, "--help-all" in asked))
         raise SystemExit(0)
-    typed = {token.partition("=")[0] for token in argv}
-    argv = expand_short(argv, short)
+    with as_typed(argv, short):
+        return _parsed(kind, expand_short(argv, short), prog, default, short)
+
+
+@contextmanager
+def as_typed(argv: Sequence[str], short: Mapping[str, str]) -> Iterator[None]:
+    """Re-raise a ValueError that names an option with the option's short name, if the user typed that."""
     try:
-        return _parsed(kind, argv, prog, default, short)
-    except UsageError as error:
+        yield
+    except ValueError as error:
         text = str(error)
-        for name in typed & short.keys():
+        for name in short.keys() & {token.partition("=")[0] for token in argv}:
             text = text.replace(short[name], name)
-        raise UsageError(text) from None
+        if text == str(error):
+            raise
+        raise UsageError(text) from error
 
 
 def expand_short(argv: Sequence[str], short: Mapping[str, str]) -> list[str]:

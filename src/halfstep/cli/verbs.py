@@ -51,7 +51,7 @@ RECIPE_NOTES: Final = (
     "To resume a stopped or killed run from its last checkpoint, run the same command again.",
 )
 _OFTEN: Final = (
-    *("--data", "--data.image-size", "--start", "--to", "--teacher.num-updates"),
+    *("--data", "--data.image-size", "--data.skip-broken", "--start", "--to", "--teacher.num-updates"),
     *("--chain.num-updates", "--evaluation.num-samples", "--engine.precision"),
 )
 _ALWAYS: Final = ("--seed", "--out", "--dry-run", "--json")
@@ -237,7 +237,7 @@ EXIT_CODES: Final[Mapping[int, str]] = {
 
 SITUATIONS: Final = (
     ("Try it, in minutes", "halfstep demo"),
-    ("Distil your own photos", "halfstep run images --data ~/photos --to 4"),
+    ("Distil your own photos", "halfstep run images --data ~/photos --data.image-size 32 --to 4"),
     ("Distil a diffusers pipeline", "halfstep distill my-ddpm --data ~/photos --to 4"),
     ("Distil arrays, such as robot actions", "halfstep run arrays --data x.npy --to 1"),
     ("Use a trained run", "halfstep sample runs/digits --out grid.png"),

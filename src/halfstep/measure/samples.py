@@ -1,6 +1,7 @@
 """Samples as arrays and images."""
 
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 from PIL import Image
@@ -8,6 +9,9 @@ from torch import Tensor
 
 from halfstep.metrics import to_uint8
 from halfstep.runtime.files import replacing, write_arrays
+
+WIDTH: Final = 800
+"""Width of a grid of small images, in pixels."""
 
 
 def samples_array(x0: Tensor, is_image: bool) -> np.ndarray:
@@ -18,7 +22,7 @@ def samples_array(x0: Tensor, is_image: bool) -> np.ndarray:
 
 
 def grid_image(pixels: np.ndarray, columns: int | None = None, gap: int = 1) -> Image.Image:
-    """Return one picture of images uint8 `[n, h, w, c]` in a grid, with small images enlarged.
+    """Return one picture of images uint8 `[n, h, w, c]` in a grid, enlarged by a whole factor to a width near `WIDTH`.
 
     Args:
         columns: number of columns; a square grid by default.
@@ -31,7 +35,7 @@ def grid_image(pixels: np.ndarray, columns: int | None = None, gap: int = 1) -> 
         top, left = (index // across) * (height + gap), (index % across) * (width + gap)
         canvas[top : top + height, left : left + width] = picture
     image = Image.fromarray(canvas.squeeze(-1) if channels == 1 else canvas)
-    factor = max(1, 32 // max(height, width))
+    factor = max(1, round(WIDTH / image.width))
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 

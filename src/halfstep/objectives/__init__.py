@@ -30,4 +30,4 @@ from halfstep.objectives.landing_points import StepObjective
 from halfstep.objectives.matching import Matching
 from halfstep.objectives.metric import LossMetric, PseudoHuber, Squared, loss_metrics
 from halfstep.objectives.moments import MomentMatching
-from halfstep.objectives.plan import FINISHING, HALVING, Parents, Plan, Stage, parents_of
+from halfstep.objectives.plan import FINISHING, HALVING, Parents, Plan, Stage, divided, parents_of

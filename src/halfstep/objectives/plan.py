@@ -201,7 +201,7 @@ class Plan:
             ValueError: if `end` is not below `start`, the factors do not lead from `start` to `end`, an exception is
                 for a number of steps that is not in the chain, or the sampler is stochastic.
         """
-        steps = [start, *students] if students is not None else _divided(start, end, factor)
+        steps = [start, *students] if students is not None else divided(start, end, factor)
         factors = _factors(steps)
         doubled = 2 * training.num_updates
         exceptions = {2: doubled, 1: doubled} if updates_at is None else dict(updates_at)
@@ -273,8 +273,8 @@ def _guided(objective: Objective, guidance: Guidance) -> Objective:
     return replace(objective, **changes)  # type: ignore[type-var]
 
 
-def _divided(start: int, end: int, factor: int) -> list[int]:
-    """Return start, start / factor, ..., end.
+def divided(start: int, end: int, factor: int) -> list[int]:
+    """Return the steps of a chain: start, start / factor, ..., end.
 
     Raises:
         ValueError: if `end` is not below `start` or is not reached.

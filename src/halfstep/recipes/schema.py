@@ -32,6 +32,7 @@ from halfstep.objectives import (
     Plan,
     Stage,
     Training,
+    divided,
     objectives,
 )
 from halfstep.objectives.base import MOST_UPDATES
@@ -413,13 +414,17 @@ class Recipe(Config):
         Raises:
             ValueError: if the start cannot be halved to the end.
         """
-        chain = self.chain
+        chain, students = self.chain, self.chain.students
+        if students is None:
+            try:
+                students = tuple(divided(chain.start_steps, chain.end_steps, chain.factor)[1:])
+            except ValueError as error:
+                options = "--chain.students, --chain.start-steps or --chain.end-steps"
+                raise ValueError(f"{error} ({options})") from None
         plan = Plan.halvings(
             chain.start_steps,
-            chain.end_steps,
-            chain.training,
-            factor=chain.factor,
-            students=chain.students,
+            training=chain.training,
+            students=students,
             updates_at=chain.updates_at,
             learning_rate_at=chain.learning_rate_at,
             weighting=weightings[self.model.weighting](),

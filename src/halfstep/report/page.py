@@ -80,7 +80,7 @@ def _page(facts: RunFacts, without_nearest: str | None, sizes: Sizes) -> str:
     return environment.get_template("page.html.j2").render(
         script=Markup(script),
         script_hash=base64.b64encode(digest).decode(),
-        title=text(facts.recipe.get("name")) or facts.name,
+        title=facts.name,
         summary=summary,
         progress=progress(rows),
         notices=[*facts.notices, *protocol_notices(groups)],

@@ -218,11 +218,11 @@ class Rate(NamedTuple):
 
     seconds: float
     batch_size: int
-    """The largest batch that was timed; larger ones are extrapolated from it and a batch of half its size."""
+    """The largest batch that was timed; other sizes are estimated from it and a batch of half its size."""
 
 
 def time_updates(spec: RunSpec, forward: Forward) -> Rate:
-    """Return the time of an update of the plan's first stage, extrapolated if measuring it would take minutes."""
+    """Return the time of an update of the plan's first stage, estimated if measuring it would take minutes."""
     stage = spec.plan.stages[0]
     batch_size = stage.training.batch_size
     per_sample = stage.update_cost / batch_size * max(1, forward.flops)
