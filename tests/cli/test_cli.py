@@ -84,7 +84,7 @@ def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         (
             ["run", "digits", "--engine.requeue-code", "300"],
-            "--engine.requeue-code must be from 1 to 255, got 300",
+            "--engine.requeue-code must be between 1 and 255, got 300",
         ),
         (["run", "digits", "--chain.keep", "3"], "chain.keep contains a student of 3 steps"),
         (["study"], "is missing"),
