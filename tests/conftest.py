@@ -14,6 +14,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from slow_tests import slow_tests
+
 torch.set_num_threads(1)
 
 settings.register_profile("repeatable", derandomize=True, database=None, deadline=None, max_examples=40)
@@ -44,6 +46,15 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 def pytest_configure(config: pytest.Config) -> None:
     """Our own warnings are errors. (In pyproject.toml, this would import halfstep before coverage starts.)"""
     config.addinivalue_line("filterwarnings", "error::halfstep.core.warnings.HalfstepWarning")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that were measured to be slow."""
+    listed = slow_tests()
+    for item in items:
+        if item.nodeid in listed:
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_collection_finish() -> None:

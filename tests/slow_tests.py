@@ -1,0 +1,36 @@
+"""The tests that take seconds: `make test` leaves them to `make test-slow`, besides those marked in the test files.
+
+    pytest --durations=0 --durations-min=0.2 > durations.txt
+    python tests/slow_tests.py durations.txt
+
+writes tests/slow_tests.txt. Only the durations of a complete run say which of a test's parameters are slow, so the list
+is data. A quick test takes less than `LIMIT` seconds, setup included, on two busy cores.
+"""
+
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Final
+
+LIMIT: Final = 3.0
+FILE: Final = Path(__file__).with_suffix(".txt")
+LINE: Final = re.compile(r"([\d.]+)s (?:call|setup|teardown) +(tests/\S.*)")
+
+
+def slow_tests() -> frozenset[str]:
+    """Return the node ids of the slow tests."""
+    return frozenset(FILE.read_text(encoding="utf-8").splitlines())
+
+
+def main(durations: Path) -> None:
+    seconds: Counter[str] = Counter()
+    for line in durations.read_text(encoding="utf-8").splitlines():
+        if found := LINE.fullmatch(line.rstrip()):
+            seconds[found[2]] += float(found[1])
+    slow = sorted(test for test, taken in seconds.items() if taken >= LIMIT)
+    FILE.write_text("".join(f"{test}\n" for test in slow), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
