@@ -64,7 +64,7 @@ class PlanArguments:
 
     recipe: RecipeFields
     dry_run: Switch = False
-    """Print plan, parameters and estimated time; write nothing."""
+    """Print plan, memory and time; write nothing."""
     json: Switch = False
     """Print one JSON document: the plan with --dry-run, otherwise the final status."""
 
@@ -80,8 +80,8 @@ class RunArguments(PlanArguments):
 @dataclass
 class DistillArguments(PlanArguments):
     """Distil a model to fewer steps. MODEL is a run (its last stage is used), a stage, a diffusers folder or a name on
-    the Hub. A teacher that predicts eps is matched to v first. Defaults are those of the recipe of MODEL's run, otherwise
-    those of an imported model.
+    the Hub. A teacher that predicts eps is matched to v first. Defaults are those of the recipe of MODEL's run,
+    otherwise those of an imported model.
     """
 
     out: Path | None = None
