@@ -10,13 +10,13 @@ import tyro
 from halfstep.cli.arguments import options_from
 from halfstep.cli.usage import UsageError, parse
 from halfstep.cli.words import Screen
-from halfstep.hub import config_of, fetch, import_google_pd, import_pipeline
+from halfstep.hub import config_of, import_google_pd, import_pipeline
 from halfstep.models.folder import save_stage
 from halfstep.models.model import Model
 from halfstep.nets import BasePrecision
 from halfstep.report.words import count
 from halfstep.runs import StageFolder
-from halfstep.runtime.files import refuse_taken
+from halfstep.runtime.files import refuse_taken, user_path
 
 
 @dataclass
@@ -55,9 +55,9 @@ def imported(
         ValueError: as for `import_pipeline`.
     """
     options = options_from(call)
-    # Before the line: a source that does not exist, and a download, which shows its own progress.
-    fetch(source)
-    screen.say(f"importing {source}: loading it and recording its calls (minutes for a large pipeline)")
+    # A folder, or a name on the Hub.
+    if user_path(source).is_dir() or source.count("/") == 1:
+        screen.say(f"importing {source}: loading it and recording its calls (minutes for a large pipeline)")
     return import_pipeline(source, options, ema=ema, precision=precision)
 
 
