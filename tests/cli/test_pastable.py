@@ -304,7 +304,7 @@ def blocks_on(page: Path) -> list[Block]:
 PYTHON: Final = [
     page
     for page in PAGES
-    if page.name not in ("CONTRIBUTING.md", "tutorial.md")
+    if page.name not in ("CONTRIBUTING.md", "tutorial.md", "pipelines.md")
     and any(block.language == "python" for block in blocks_on(page))
 ]
 

@@ -1,6 +1,7 @@
 """How far a run is, as another process reads it from the folder."""
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -14,6 +15,8 @@ import numpy as np
 import pytest
 
 from halfstep.cli import main
+from halfstep.cli.status import view
+from halfstep.cli.words import Screen
 from halfstep.runs import Heartbeat, RunStatus, read_status
 from halfstep.runs.heartbeat import SILENT_SECONDS, this_machine
 from halfstep.runtime.files import write_sealed
@@ -54,6 +57,15 @@ def test_time_left_is_the_work_left_at_the_present_pace(tmp_path: Path) -> None:
     assert status.seconds_left == pytest.approx(0.005 * (70 * 30 + 50 * 50 + 20 * 100))
     assert status.share == pytest.approx(30 * 30 / (100 * 30 + 50 * 50 + 20 * 100))
     assert status.updates == (30, 170)
+
+
+@pytest.mark.parametrize(("state", "is_alive"), [("running", True), ("stopped", False)])
+def test_ctrl_c_saves_while_the_run_is_alive(state: str, is_alive: bool, tmp_path: Path) -> None:
+    printed = io.StringIO()
+    status = read_status(folder_of(tmp_path / "run", [row("00-denoise", 10, 3.0)], state=state))
+    Screen(file=printed).show(view(status))
+    assert "the stage restarts" in printed.getvalue()
+    assert ("Ctrl-C saves first" in printed.getvalue()) == is_alive
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 3])

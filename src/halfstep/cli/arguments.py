@@ -65,7 +65,7 @@ class PlanArguments:
 
     recipe: RecipeFields
     dry_run: Switch = False
-    """Print plan, parameters and estimated time; write nothing."""
+    """Print plan, memory and time; write nothing."""
     json: Switch = False
     """Print one JSON document: the plan with --dry-run, otherwise the final status."""
 
@@ -80,16 +80,16 @@ class RunArguments(PlanArguments):
 
 @dataclass
 class DistillArguments(PlanArguments):
-    """Distil a model to fewer steps. MODEL is a run (its last stage is used), a stage, a folder saved by diffusers or a
-    name on the Hub; --data specifies the training data. A teacher that predicts eps is matched to v first;
-    --matching.guidance-scale bakes classifier-free guidance into the student.
+    """Distil a model to fewer steps. MODEL is a run (its last stage is used), a stage, a diffusers folder or a name on
+    the Hub. A teacher that predicts eps is matched to v first. Defaults are those of the recipe of MODEL's run,
+    otherwise those of an imported model.
     """
 
     out: Path | None = None
     """Folder of the new run; runs/NAME-STAGE-to-STEPS by default."""
     prompts: Path | None = None
-    """For a pipeline, instead of --data: text file with one prompt per line. The teacher samples these prompts into
-    OUT-data and is distilled on the samples.
+    """File with one prompt per line, instead of --data. For a pipeline: the teacher samples these prompts into OUT-data
+    and is distilled on the samples.
     """
     call: tuple[str, ...] = ()
     """Pipeline call arguments shared by all samples, such as height=512 width=512."""

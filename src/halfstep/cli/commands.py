@@ -4,7 +4,7 @@ import re
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,6 @@ from halfstep.cli.arguments import (
     RunArguments,
     SampleArguments,
     device_of,
-    options_from,
     processes_of,
     recipe_from,
     recipe_of_stage,
@@ -35,14 +34,15 @@ from halfstep.cli.display import RunDisplay, show_results
 from halfstep.cli.dry_run import data_line, show_plan
 from halfstep.cli.exporting import sample_prompts
 from halfstep.cli.help import HELP
+from halfstep.cli.importing import imported
 from halfstep.cli.reporting import make_report
 from halfstep.cli.usage import UsageError, as_typed, expand_short, parse
 from halfstep.cli.words import Screen, duration, print_json
-from halfstep.data import Data, StandIn, holds_images, read_prompts
+from halfstep.data import Data, DataConfig, StandIn, holds_images, read_prompts
 from halfstep.hub import (
     PUBLISHED,
+    START_STEPS,
     decoder_of,
-    import_pipeline,
     is_pipeline,
     networks_below,
     published,
@@ -159,8 +159,9 @@ def _run(argv: Sequence[str], verb: str, what: Literal["all", "teacher"] = "all"
 
 def distill(argv: Sequence[str]) -> None:
     """Distil a trained model."""
-    if argv and argv[0] in HELP:
-        parse(DistillArguments, argv, "halfstep distill MODEL", DistillArguments(recipes["digits"]()), SHORT)
+    if any(word in HELP for word in argv):
+        name = argv[0] if not argv[0].startswith("-") else "MODEL"
+        parse(DistillArguments, argv, f"halfstep distill {name}", _shown_for(name), SHORT)
     if not argv or argv[0].startswith("-"):
         raise UsageError("the model is missing: halfstep distill MODEL --to 4")
     rest = argv[1:]
@@ -172,7 +173,7 @@ def distill(argv: Sequence[str]) -> None:
         model = published(argv[0], precision)
         where, stage = argv[0], argv[0]
     elif is_pipeline(argv[0]) or not Path(argv[0]).is_dir():
-        model = import_pipeline(argv[0], options_from(_values(rest, "--call")), precision=precision)
+        model = imported(argv[0], _values(rest, "--call"), Screen("--json" in rest), precision=precision)
         where, stage = argv[0], model.manifest.stage
     else:
         try:
@@ -220,6 +221,18 @@ def distill(argv: Sequence[str]) -> None:
         _carry_out(arguments, out, "chain", model, stand_in=stand_in)
 
 
+def _shown_for(name: str) -> DistillArguments:
+    """Return the defaults in the help of `distill NAME`: of the recipe of its run, or of an imported model."""
+    with suppress(ValueError, OSError):
+        folder = find_stage(Path(name))
+        if (recipe := recipe_of_stage(folder)) is not None:
+            return DistillArguments(_going_on(recipe, load(folder.path)))
+    chain = SECOND_ORDER.model_copy(update={"start_steps": START_STEPS})
+    # An imported model has no data of its own.
+    data = DataConfig().model_copy(update={"source": "required"})
+    return DistillArguments(Recipe(name="distilled", chain=chain).model_copy(update={"data": data}))
+
+
 def _values(words: Sequence[str], option: str) -> list[str]:
     """Return the values that follow an option."""
     found: list[str] = []
@@ -253,7 +266,7 @@ def _with_samples(arguments: DistillArguments, model: Model, out: Path) -> Recip
     learned, processes = recipe.matching.guidance, processes_of(recipe.engine.cpu)
     sample_prompts(
         model, arguments.prompts, folder, None if learned is None else learned.default_scale, NUM_STEPS, recipe.seed, 8,
-        device_of("cpu" if recipe.engine.cpu else None, processes), processes,
+        device_of("cpu" if recipe.engine.cpu else None, processes), processes, Screen(arguments.json),
     )  # fmt: skip
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": str(folder)})})
 

@@ -1,6 +1,6 @@
 """The output of `--dry-run`: the plan and its cost in FLOPs, memory and time."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -8,13 +8,14 @@ import torch
 from rich.table import Column, Table
 
 from halfstep.cli.words import Screen, duration, print_json
+from halfstep.models.model import Model
 from halfstep.objectives import Role, guidances
 from halfstep.report.words import count, number
 from halfstep.run.cost import count_forward, helper_sizes, memory_of_update, time_updates, update_flops
 from halfstep.run.spec import RunSpec
 from halfstep.runs.schema import shortened
 
-LONG_SECONDS: Final = 14 * 86400.0
+LONG_SECONDS: Final = 86400.0
 """Estimated training time above which a warning is printed."""
 DEVICES: Final = (24, 48, 80)
 """Memory of common devices, GiB."""
@@ -94,7 +95,7 @@ def show_plan(spec: RunSpec, out: Path, json: bool, missing: str | None = None) 
         return
     screen = Screen()
     screen.show(_stage_table(facts))
-    for line in _lines(facts, spec.engine.cpu or not torch.accelerator.is_available()):
+    for line in _lines(facts, spec.teacher, spec.engine.cpu or not torch.accelerator.is_available()):
         screen.say(line)
 
 
@@ -115,7 +116,7 @@ def _stage_table(facts: dict[str, Any]) -> Table:
     return table
 
 
-def _lines(facts: dict[str, Any], on_cpu: bool) -> Iterator[str]:
+def _lines(facts: dict[str, Any], teacher: Model | None, on_cpu: bool) -> Iterator[str]:
     stages, data = facts["stages"], facts["data"]
     yield _data_line(data)
     if data["missing"] is not None:
@@ -146,16 +147,23 @@ def _lines(facts: dict[str, Any], on_cpu: bool) -> Iterator[str]:
         time = duration(facts["estimated_seconds"])
         yield f"estimated training time on this machine: {time} ({seconds}; measuring the models adds to it)"
     if (facts["estimated_seconds"] or 0) > LONG_SECONDS:
-        yield (
-            "warning: this is far more than this machine can do in a reasonable time. Use a GPU, or fewer "
-            "updates, a smaller network and smaller images, as in the recipe images_small"
-        )
+        yield f"warning: this is a long time. Use a GPU, or {shorter([stage['role'] for stage in stages], teacher)}"
     passes = max(stage["samples_seen"] for stage in stages) / data["num_samples"]
     if data["num_samples"] < FEW_SAMPLES and passes > MANY_PASSES:
         yield (
             f"warning: a stage sees each of the {data['num_samples']:,} samples {passes:,.0f} times, so models may "
             "memorise them (the report shows the nearest training samples). Use more data or fewer updates"
         )
+
+
+def shorter(roles: Sequence[str], teacher: Model | None) -> str:
+    """Return how to shorten a run; the network and the images of a given teacher cannot change."""
+    if teacher is None:
+        return "fewer updates, a smaller network and smaller images, as in the recipe images_small"
+    options = ["--matching.num-updates"] * (Role.MATCHED in roles) + ["--chain.num-updates"]
+    # The chain of a student starts at its own number of steps.
+    options += ["--start"] * (teacher.num_steps is None)
+    return f"lower {', '.join(options)}"
 
 
 def data_line(spec: RunSpec) -> str:

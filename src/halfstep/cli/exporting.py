@@ -1,6 +1,7 @@
 """`halfstep export` and `halfstep encode`: export models for other tools, encode images and texts as latents."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -8,9 +9,10 @@ from typing import Literal
 import torch
 import tyro
 
-from halfstep.cli.arguments import device_of, options_from, processes_of
+from halfstep.cli.arguments import device_of, processes_of
+from halfstep.cli.importing import imported
 from halfstep.cli.usage import Count, Side, Steps, Switch, UsageError, in_own_words, parse
-from halfstep.cli.words import Screen
+from halfstep.cli.words import Screen, duration
 from halfstep.data import LatentData, Prompts, read_captions, read_classes, read_prompts
 from halfstep.data import encode as encode_images
 from halfstep.data.images import Preparation
@@ -22,7 +24,6 @@ from halfstep.hub import (
     export_pipeline,
     export_web,
     fetch,
-    import_pipeline,
     prompts_of,
     push_to_hub,
     read_kind,
@@ -169,19 +170,19 @@ def encode(argv: Sequence[str]) -> None:
         raise UsageError(
             f"{arguments.pipeline} contains a {kind}, which does not use latents: pass its images to distill directly"
         )
+    screen = Screen()
     if arguments.prompts is not None:
-        options = options_from(arguments.call)
-        model = import_pipeline(arguments.pipeline, options, precision=arguments.base_precision)
+        model = imported(arguments.pipeline, arguments.call, screen, precision=arguments.base_precision)
         found = sample_prompts(
             model, arguments.prompts, arguments.out, arguments.guidance_scale, arguments.num_steps, arguments.seed,
-            arguments.batch_size, device, processes,
+            arguments.batch_size, device, processes, screen,
         )  # fmt: skip
         latents = count(len(found), "latent")
-        Screen().say(f"{arguments.out}: {latents} of shape {list(found.shape)} sampled from their prompts")
+        screen.say(f"{arguments.out}: {latents} of shape {list(found.shape)} sampled from their prompts")
         return
     assert arguments.data is not None
     preparation, source = Preparation(arguments.image_size, channels=3), Path(arguments.data)
-    model = import_pipeline(arguments.pipeline, options_from(arguments.call))
+    model = imported(arguments.pipeline, arguments.call, screen)
     is_text = not model.num_classes
     with in_own_words("image-size"):
         images, names = (read_captions(source, preparation), ()) if is_text else read_classes(source, preparation)
@@ -195,14 +196,13 @@ def encode(argv: Sequence[str]) -> None:
             f"images of the size of {images.files[0]} become latents of shape {list(made)}, but the network of "
             f"{arguments.pipeline} takes {list(needed)}: choose another --image-size"
         )
-    screen = Screen()
     with in_own_words("image-size"):
         found = encode_images(
             images,
             encoder,
             arguments.out,
             arguments.batch_size,
-            on_progress=lambda done, total: screen.say(f"encoded {done} of {total}"),
+            on_progress=progress_of("encoded", screen),
             class_names=names,
             processes=processes,
         )
@@ -211,9 +211,24 @@ def encode(argv: Sequence[str]) -> None:
     screen.say(f"{arguments.out}: {count(len(found), 'latent')} of shape {list(found.shape)} {shown}")
 
 
+def progress_of(verb: str, screen: Screen) -> Callable[[int, int], None]:
+    """Return a function of the finished and of all samples that prints them, with the time left at the pace so far."""
+    start: tuple[int, float] | None = None
+
+    def progress(done: int, total: int) -> None:
+        nonlocal start
+        now = time.monotonic()
+        start = start or (done, now)
+        made, spent = done - start[0], now - start[1]
+        left = f", {duration(spent / made * (total - done))} left" if made and done < total else ""
+        screen.say(f"{verb} {done} of {total}{left}")
+
+    return progress
+
+
 def sample_prompts(
     model: Model, prompts: Path, out: Path, guidance_scale: float | None, num_steps: int, seed: int, batch_size: int,
-    device: torch.device, processes: Processes,
+    device: torch.device, processes: Processes, screen: Screen,
 ) -> LatentData:  # fmt: skip
     """Sample prompts with a teacher into a folder, skipping existing samples, and free the text encoders.
 
@@ -225,7 +240,7 @@ def sample_prompts(
     """
     if not model.manifest.conditions:
         raise UsageError(f"{model.manifest.stage} takes no prompts: give --data")
-    captions, screen = read_prompts(prompts), Screen()
+    captions = read_prompts(prompts)
     encoder = prompts_of(model, device)
     lowered = precision_of(model.denoiser.network)
     key = encoder.key if lowered == "float32" else f"{encoder.key} {lowered}"
@@ -239,7 +254,7 @@ def sample_prompts(
             replace(encoder, key=told),
             out,
             batch_size,
-            on_progress=lambda done, total: screen.say(f"sampled {done} of {total}"),
+            on_progress=progress_of("sampled", screen),
             processes=processes,
         )
     finally:

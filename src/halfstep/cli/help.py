@@ -31,7 +31,7 @@ def help_text(parser: ArgumentParser, prog: str, short: Mapping[str, str], every
     lines = [*_wrap(f"usage: {prog} {' '.join([*names, '[OPTIONS]'])}", width, "  ", ""), ""]
     lines += [*_wrap(_words(parser.description), width), ""]
     if chosen:
-        texts = {name: text for _, rows in groups for name, text in rows}
+        texts = {name: _first_sentence(text) for _, rows in groups for name, text in rows}
         lines += ["options:"]
         for option in chosen:
             lines += next(
@@ -63,6 +63,13 @@ def _shown(actions: list[Action], chosen: tuple[str, ...], short: Mapping[str, s
             is_off = len(names) == 1
             default = "on" if default == "True" else "off"
         yield f"{', '.join(names)} {value}".strip(), text if is_off else f"{text} (default:\xa0{default})"
+
+
+def _first_sentence(text: str) -> str:
+    """Return the first sentence of an option's text, with its default."""
+    sentence, mark, rest = text.partition(". ")
+    default = re.search(r"\(default:\xa0.*\)$", rest)
+    return f"{sentence}{mark.rstrip()}" + (f" {default[0]}" if default else "")
 
 
 def _words(text: str | None) -> str:

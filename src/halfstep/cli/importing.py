@@ -12,10 +12,11 @@ from halfstep.cli.usage import UsageError, parse
 from halfstep.cli.words import Screen
 from halfstep.hub import config_of, import_google_pd, import_pipeline
 from halfstep.models.folder import save_stage
+from halfstep.models.model import Model
 from halfstep.nets import BasePrecision
 from halfstep.report.words import count
 from halfstep.runs import StageFolder
-from halfstep.runtime.files import refuse_taken
+from halfstep.runtime.files import refuse_taken, user_path
 
 
 @dataclass
@@ -42,6 +43,24 @@ class ImportArguments:
     """Folder of the stage; imported/NAME by default."""
 
 
+def imported(
+    source: str, call: Sequence[str], screen: Screen, *, ema: bool = False, precision: BasePrecision = "float32"
+) -> Model:
+    """Import a pipeline, after printing that this may take a while.
+
+    Args:
+        call: pipeline call arguments as typed, NAME=VALUE.
+
+    Raises:
+        ValueError: as for `import_pipeline`.
+    """
+    options = options_from(call)
+    # A folder, or a name on the Hub.
+    if user_path(source).is_dir() or source.count("/") == 1:
+        screen.say(f"importing {source}: loading it and recording its calls (minutes for a large pipeline)")
+    return import_pipeline(source, options, ema=ema, precision=precision)
+
+
 def import_(argv: Sequence[str]) -> None:
     """Import a checkpoint as a stage."""
     arguments = parse(ImportArguments, argv, "halfstep import")
@@ -52,8 +71,8 @@ def import_(argv: Sequence[str]) -> None:
                 f"--config {arguments.config} has no effect on diffusers: its folders have their own config. Remove it"
             )
         refuse_taken(out)
-        model = import_pipeline(
-            arguments.source, options_from(arguments.call), ema=arguments.ema, precision=arguments.base_precision
+        model = imported(
+            arguments.source, arguments.call, Screen(), ema=arguments.ema, precision=arguments.base_precision
         )
         manifest = model.manifest.model_copy(update={"stage": out.name})
         manifest = save_stage(StageFolder(out), model.denoiser, manifest, model.null)

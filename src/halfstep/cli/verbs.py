@@ -85,14 +85,11 @@ _TRAIN: Final = (
             "halfstep distill my-ddpm --data ~/photos --to 4 --out runs/mine",
             "halfstep distill my-sd --prompts prompts.txt --to 4 --out runs/prompted",
         ),
-        (
-            "The defaults shown are those of the recipe of MODEL's run.",
-            *RECIPE_NOTES[1:],
-        ),
+        RECIPE_NOTES[1:],
         TRAINS,
         (
-            *("--data", "--data.image-size", "--start", "--to", "--chain.num-updates", "--matching.guidance-scale"),
-            *_ALWAYS,
+            *("--data", "--prompts", "--call", "--start", "--to", "--matching.num-updates", "--chain.num-updates"),
+            *("--matching.guidance-scale", "--chain.lora-rank", "--out", "--dry-run", "--json"),
         ),
     ),
     Verb(

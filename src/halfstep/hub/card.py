@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Final
 
 from halfstep.hub.schedulers import FLOW, StockSchedule, exact_steps, sigmas_of
@@ -53,6 +54,11 @@ def _call(manifest: Manifest, kind: str, steps: int = 4) -> str:
     taken = inspect.signature(stock(kind).__call__).parameters
     is_picture = "num_frames" not in taken and "audio_end_in_s" not in taken
     return f'{line}\nmade[0].save("sample.png")' if is_picture else line
+
+
+def public(source: str) -> str:
+    """Return a source without the folders that contain it; a name on the Hub stays unchanged."""
+    return Path(source).name if source.startswith(("/", "~", ".")) else source
 
 
 def _python(value: Any) -> str:
@@ -123,9 +129,9 @@ pipe = {kind}.from_pretrained("{name}"{"".join(f", {part}=None" for part in abse
 
 ## What it is
 
-- Teacher: {manifest.source or "trained by halfstep"}; the chain started at {manifest.start_steps or "?"} steps; this \
-stage learned from `{manifest.teacher or "data"}`{started}, {manifest.num_updates:,} updates.
-- Data: {manifest.data or "not recorded"}.
+- Teacher: {public(manifest.source or "trained by halfstep")}; the chain started at {manifest.start_steps or "?"} \
+steps; this stage learned from `{manifest.teacher or "data"}`{started}, {manifest.num_updates:,} updates.
+- Data: {public(manifest.data or "not recorded")}.
 - Samples: {"images" if manifest.is_image else "latents"} of shape {list(manifest.shape)}; {classes}{conditions}.
 - Predicts {manifest.prediction["type"]} on the process {manifest.process["type"]}; x0 is \
 {"clipped to [-1, 1]" if manifest.clip else "not clipped"}; the sampler is {manifest.outcome.sampler_name}.
@@ -145,7 +151,7 @@ def lora_card(
     name: str, manifest: Manifest, pipeline: Pipeline, schedule: StockSchedule, precision: BasePrecision = "float32"
 ) -> str:
     """Return the README.md of a folder of LoRA weights for base weights of a precision."""
-    lowered = CONFIGS.get(precision, "torch.bfloat16")
+    lowered, base = CONFIGS.get(precision, "torch.bfloat16"), public(pipeline.folder)
     over = "" if precision == "float32" else f"\nThey were trained on base weights in {precision} ({lowered}).\n"
     return f"""\
 ---
@@ -156,14 +162,15 @@ tags: [diffusion, progressive-distillation, halfstep, lora]
 # {name}
 
 LoRA weights for sampling a `{pipeline.kind}` in {manifest.num_steps or 4} steps, trained with halfstep by
-progressive distillation (Salimans & Ho 2022, arXiv:2202.00512). Use them with the weights of `{pipeline.folder}` and
-with the scheduler in this folder: the student predicts {manifest.prediction["type"]}, and the original model may not.
+progressive distillation (Salimans & Ho 2022, arXiv:2202.00512). Use them with the weights of `{base}`, the pipeline
+that was distilled (its folder, or its name on the Hub), and with the scheduler in this folder: the student predicts
+{manifest.prediction["type"]}, and the original model may not.
 {over}
 ```python
 import torch
 from diffusers import {schedule.kind}, {pipeline.kind}
 
-pipe = {pipeline.kind}.from_pretrained("{pipeline.folder}")
+pipe = {pipeline.kind}.from_pretrained("{base}")
 pipe.scheduler = {schedule.kind}.from_pretrained("{name}", subfolder="scheduler")
 pipe.load_lora_weights("{name}")
 {_call(manifest, pipeline.kind)}

@@ -75,6 +75,11 @@ def find_stage(path: Path) -> StageFolder:
         return stages[-1]
     if (path / "recipe.json").is_file():
         raise ValueError(f"{path} is a run without a complete stage. Let it train first")
+    if (path / "model_index.json").is_file():
+        raise ValueError(
+            f"{path} is a diffusers pipeline, not a model of halfstep. Import it (halfstep import diffusers {path}) or "
+            f"distil it (halfstep distill {path}), and give the resulting folder"
+        )
     raise ValueError(f"{path} is not a model. Give the folder of a run or of one of its stages (with a manifest.json)")
 
 

@@ -179,8 +179,8 @@ class ChainConfig(Config):
     critic_weight: Rate | None = None
     """Weight of an adversarial term on the students' outputs; none by default."""
     lora_rank: Width | None = None
-    """Train LoRA weights of this rank instead of whole students; teacher and students share the base weights (diffusers
-    networks only; also applies to the matching stage)."""
+    """Train LoRA weights of this rank instead of whole students (diffusers networks only). Teacher and students share
+    the base weights. Also applies to the matching stage."""
     keep: tuple[Steps, ...] | None = None
     """Step counts of the students to keep on disk; all by default. Teacher and last student are always kept."""
 

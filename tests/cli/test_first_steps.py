@@ -1,0 +1,124 @@
+"""What a newcomer meets who owns a diffusers checkpoint."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from halfstep import load
+from halfstep.cli import main
+from halfstep.cli.dry_run import shorter
+from halfstep.cli.exporting import progress_of
+from halfstep.cli.importing import imported
+from halfstep.cli.words import Screen
+from halfstep.hub import import_pipeline
+from halfstep.hub.card import lora_card, public
+from halfstep.hub.schedulers import StockSchedule
+from halfstep.models.model import Model
+from halfstep.objectives import Role
+from halfstep.runs import Pipeline
+from support_cli import Capture, refused
+from support_pipelines import save_ddpm
+
+
+@pytest.fixture(scope="module")
+def ddpm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_ddpm(tmp_path_factory.mktemp("first") / "my-ddpm")
+
+
+def default_of(option: str, argv: list[str], capsys: Capture) -> str | None:
+    """The default of an option in a verb's help."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        main(argv)
+    assert end.value.code == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    text = printed.partition(f" {option} ")[2].partition(" --")[0]
+    return text.partition("(default: ")[2].partition(")")[0] or None
+
+
+def test_the_help_of_distill_needs_no_data_and_shows_the_defaults_of_an_imported_model(
+    ddpm: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    teacher = import_pipeline(ddpm)
+    for model in ([str(ddpm)], ["google/not-here"], []):
+        argv = ["distill", *model, "--help"]
+        assert default_of("--start", argv, capsys) == str(teacher.manifest.start_steps)
+        assert default_of("--data", argv, capsys) is None
+
+
+def test_the_help_of_distill_shows_the_defaults_of_the_recipe_of_a_run(toy_run: Path, capsys: Capture) -> None:
+    student = load(toy_run)
+    assert default_of("--start", ["distill", str(toy_run), "--help"], capsys) == str(student.num_steps)
+    assert default_of("--data", ["distill", str(toy_run), "--help"], capsys) is not None
+
+
+@pytest.mark.parametrize("option", ["--prompts", "--call", "--chain.lora-rank", "--matching.num-updates"])
+def test_the_short_help_of_distill_has_what_pipelines_need(option: str, capsys: Capture) -> None:
+    with pytest.raises(SystemExit):
+        main(["distill", "--help"])
+    assert f"\n  {option} " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", ["sample", "export"])
+def test_a_verb_that_needs_a_model_says_how_to_import_a_pipeline(
+    verb: str, ddpm: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    said = refused([verb, str(ddpm), "--out", str(tmp_path / "x")], capsys)
+    assert f"halfstep import diffusers {ddpm}" in said
+    assert f"halfstep distill {ddpm}" in said
+
+
+def test_a_long_estimate_names_the_options_that_a_given_teacher_has(ddpm: Path) -> None:
+    teacher = import_pipeline(ddpm)
+    outcome = teacher.manifest.outcome.model_copy(update={"role": "student", "num_steps": 8})
+    student = Model(teacher.denoiser, teacher.manifest.model_copy(update={"outcome": outcome}))
+    roles = [Role.MATCHED, Role.STUDENT]
+    advice = [shorter(roles, teacher), shorter(roles[1:], teacher), shorter(roles[1:], student)]
+    assert [text.count("--") for text in advice] == [3, 2, 1]
+    for option, times in (("--matching.num-updates", 1), ("--start", 2), ("--chain.num-updates", 3)):
+        assert sum(option in text for text in advice) == times
+    assert "network" not in " ".join(advice)
+    assert "network" in shorter([Role.TEACHER, Role.STUDENT], None)
+
+
+def test_an_import_says_so_before_it_starts(ddpm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    printed = io.StringIO()
+    said: list[str] = []
+    monkeypatch.setattr("halfstep.cli.importing.import_pipeline", lambda *_, **__: said.append(printed.getvalue()))
+    imported(str(ddpm), (), Screen(file=printed))
+    assert said[0].startswith(f"importing {ddpm}")
+    imported(f"{ddpm}-missing", (), Screen(file=printed))
+    assert said[1] == said[0]
+
+
+def test_the_time_left_is_that_of_the_samples_left_at_the_pace_of_this_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    printed, now = io.StringIO(), [100.0]
+    monkeypatch.setattr("halfstep.cli.exporting.time.monotonic", lambda: now[0])
+    progress: Callable[[int, int], None] = progress_of("sampled", Screen(file=printed))
+    # 16 samples of an earlier process; then 8 in 4 seconds.
+    for done, seconds in ((16, 0.0), (24, 4.0), (32, 8.0)):
+        now[0] = 100.0 + seconds
+        progress(done, 32)
+    assert printed.getvalue().splitlines() == ["sampled 16 of 32", "sampled 24 of 32, 4 s left", "sampled 32 of 32"]
+
+
+@pytest.mark.parametrize("folder", ["/home/ann/my-sd", "me/my-sd"])
+def test_the_card_of_a_lora_contains_no_private_path(folder: str, ddpm: Path) -> None:
+    kind = "StableDiffusionPipeline"
+    pipeline = Pipeline(kind=kind, folder=folder, component="unet", guidance="guidance_scale", off=1.0)
+    manifest = import_pipeline(ddpm).manifest.model_copy(update={"pipeline": pipeline})
+    card = lora_card("mine", manifest, pipeline, StockSchedule("DDIMScheduler", {}))
+    assert "ann" not in card
+    assert f'from_pretrained("{folder.removeprefix("/home/ann/")}")' in card
+
+
+@pytest.mark.parametrize("text", ["/home/ann/sd (weights sha256 0a)", "/home/ann (x)/photos, 64 samples", "~/ann/sd"])
+def test_a_source_becomes_public_without_the_folders_around_it(text: str) -> None:
+    assert "ann" not in public(text)
+    assert text.endswith(public(text))
+    assert public("me/sd") == "me/sd"
+    assert public("digits, 1,797 samples") == "digits, 1,797 samples"
