@@ -55,7 +55,7 @@ def status(argv: Sequence[str]) -> None:
 
 
 def view(status: RunStatus) -> Group:
-    """Return the status in a form to print on a terminal."""
+    """Return the status formatted for a terminal."""
     head = Text.assemble(f"{status.path}: ", (status.state, STYLES[status.state]))
     process = status.process or {}
     if process and status.state == "running":

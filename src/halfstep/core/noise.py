@@ -348,7 +348,7 @@ class VE(NoiseProcess):
 class FlowMatching(NoiseProcess):
     """The straight path from data to noise: alpha = 1 - sigma, with sigma = shift t / (1 + (shift - 1) t).
 
-    A shift above 1 spends more of the time near pure noise, as models of large images do. With shift 1, sigma = t.
+    A shift above 1 spends more time near pure noise, as high-resolution models do. With shift 1, sigma = t.
 
     Source: Lipman et al. 2023 (arXiv:2210.02747); for the shift, Esser et al. 2024 (arXiv:2403.03206), equation 23.
 

@@ -243,7 +243,7 @@ def shard_name(number: int) -> str:
 
 
 def _check_folder(root: Path) -> None:
-    """Raise ValueError unless the folder does not exist, is empty, or was started by `encode`."""
+    """Raise ValueError if the folder contains files that `encode` did not write."""
     refuse_file(root, "Give another folder for the latents")
     if root.is_dir() and not (root / INDEX).exists():
         found = sorted(path.name for path in root.iterdir() if not path.name.startswith("."))

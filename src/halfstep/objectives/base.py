@@ -180,7 +180,7 @@ class Models:
     teacher: Denoiser | None = None
     """The teacher; None while training one."""
     helpers: Mapping[str, nn.Module] = field(default_factory=dict)
-    """The objective's own networks, by the names of `Objective.helpers`."""
+    """The objective's own networks, keyed by the names in `Objective.helpers`."""
 
 
 class Losses(NamedTuple):

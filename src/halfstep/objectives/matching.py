@@ -65,7 +65,7 @@ class Matching(Objective):
     process: NoiseProcess | None = None
     """The student's process; None keeps the teacher's."""
     num_train_timesteps: int = 1024
-    """Number of timesteps of the network's clock on another process."""
+    """Number of network timesteps if `process` differs from the teacher's."""
     clip: tuple[float, float] | None = None
     """Bounds of the teacher's x0; None disables clipping."""
     needs_teacher: ClassVar[bool] = True

@@ -365,7 +365,7 @@ class _Runner:
         }
         for name, helper in window.helpers.items():
             figures |= {f"{name}_loss": helper.loss, f"{name}_grad_norm": helper.grad_norm}
-        # A network without an update in this window has no statistics in it.
+        # A network that was not updated in this window has no statistics.
         figures = {name: value for name, value in figures.items() if math.isfinite(value)}
         self.log.append({"stage": stage, "update": window.update, **figures})
         self.trackers.log(stage, figures, self._updates_before + window.update)

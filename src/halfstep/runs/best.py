@@ -38,7 +38,7 @@ def teacher_best(cells: Iterable[Best]) -> Best | None:
     """Return the teacher's DDIM or Heun cell with the smallest finite distance; ties go to the fewest network calls.
 
     Args:
-        cells: cells of the undistilled teacher, all of one protocol.
+        cells: cells of the undistilled teacher, all measured with the same protocol.
     """
     comparable = [cell for cell in cells if cell.sampler in BEST_OF and math.isfinite(cell.frechet)]
     return min(comparable, key=lambda cell: (cell.frechet, cell.num_evals), default=None)

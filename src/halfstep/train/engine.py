@@ -284,7 +284,8 @@ class StageTrainer:
         """Raise if any loss or gradient norm so far was not finite.
 
         Raises:
-            NonFinite: if an update was not finite, with the stage, the first such update and its batch statistics.
+            NonFinite: if a loss or gradient was not finite. It contains the stage, the first such update and its
+                batch statistics.
         """
         firsts = [player.first_bad() for player in self.players.values()]
         # Each rank sees only its own losses, so all agree on the earliest bad update that any of them has seen.
