@@ -14,8 +14,8 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: demo test test-slow check bench docs clean help
 help:
 	@echo "make demo    train a teacher on the digits, halve it to 8, 4, 2 and 1 steps, write runs/digits/report/index.html"
-	@echo "make test    prove every formula (tests/, CPU, no network), in 12 minutes on two cores"
-	@echo "make test-slow    run the tests marked slow: larger scales, compilers, launchers"
+	@echo "make test    prove every formula (tests/, CPU, no network), in about 6 minutes on two cores"
+	@echo "make test-slow    run the tests that take seconds (tests/slow_tests.txt), and those marked slow: larger scales, compilers, launchers"
 	@echo "make check   ruff, mypy, import-linter"
 	@echo "make bench   what an update, a sample, memory, a checkpoint and a second process cost, in their short form"
 	@echo "make docs    build the documentation into site/ and check its links"

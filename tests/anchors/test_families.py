@@ -367,7 +367,7 @@ def test_low_rank_additions_that_no_pipeline_loads_are_refused(
 ) -> None:
     run = distilled(saved("pixart"), FAMILIES["pixart"].options, tmp_path / "run", *LOW_RANK)
     said = refused(["export", str(run), "--format", "lora", "--out", str(tmp_path / "lora")], capsys)
-    assert "loads no low-rank additions into PixArtAlphaPipeline: use --format diffusers, which merges them" in said
+    assert "cannot load LoRA weights into PixArtAlphaPipeline: use --format diffusers, which merges them" in said
     main(["export", str(run), "--out", str(tmp_path / "out")])
 
 

@@ -17,7 +17,7 @@ from halfstep.report.evaluation import curves_of
 from halfstep.report.evaluation import text_table as evaluation_table
 from halfstep.report.page import MOST_BYTES
 from halfstep.report.quality import quality_groups, text_table
-from halfstep.report.words import number
+from halfstep.report.words import number, times
 from halfstep.runs import EvaluationResult, RunFolder
 from halfstep.runtime.files import write_json, write_sealed
 from report.fake_run import (
@@ -364,7 +364,9 @@ def test_a_later_student_of_as_many_steps_stands_for_them_and_the_earlier_one_st
     assert rows["06-halve-0004 4"][3:5] == [number(frechet(4, True)), number(frechet(4, True) / HEUN.frechet)]
     assert rows["09-finish-0004 4"][3:5] == [number(finished.frechet), number(finished.frechet / HEUN.frechet)]
     assert "A student with 4 network calls" in page.text
-    assert f"Fréchet distance {finished.frechet / HEUN.frechet:.2f} times that of the teacher at its best." in page.text
+    ratio, alone = finished.frechet / HEUN.frechet, frechet(4, False) / HEUN.frechet
+    sentence = f"Fréchet distance {ratio:.2f} times that of the teacher at its best ({times(alone)} times without "
+    assert sentence in page.text
     assert headline(read_run(run)) == ("09-finish-0004", 4)
     # The slider shows the later one, with its own distance.
     places = re.findall(r'data-label="4 steps".*?Fréchet ([0-9.]+)', RunFolder(run).report_path.read_text(), re.S)

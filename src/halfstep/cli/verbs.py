@@ -54,7 +54,7 @@ _OFTEN: Final = (
     *("--data", "--data.image-size", "--data.skip-broken", "--start", "--to", "--teacher.num-updates"),
     *("--chain.num-updates", "--evaluation.num-samples", "--engine.precision"),
 )
-_ALWAYS: Final = ("--seed", "--out", "--dry-run", "--json")
+_ALWAYS: Final = ("--out", "--dry-run", "--json")
 
 _TRAIN: Final = (
     Verb(
