@@ -606,6 +606,6 @@ def test_an_error_that_names_options_notes_what_they_are_in_python(tmp_path: Pat
         "In Python, --data.no-labels is halfstep.DataConfig(labels=False)."
     ]
     (tmp_path / "mine").write_text("mine")
-    with pytest.raises(ValueError, match=r"which is a file\. Choose another path"):
+    with pytest.raises(ValueError, match=r"mine is a file, so it cannot be a folder\. Choose another path"):
         halfstep.fit(denoiser(), points(), TRAINING, engine=CPU, out=tmp_path / "mine")
     assert (tmp_path / "mine").read_text() == "mine"

@@ -332,6 +332,7 @@ CSS: Final = """
 .made svg .seed { stroke-width: 11px; }
 .made .get { text-align: left; }
 .made .get a { text-decoration: underline; margin-right: 1rem; display: inline-block; padding: .25rem 0; }
+#stage input { text-overflow: ellipsis; padding-right: 1.5rem !important; }
 .notes { padding-left: 1.2rem; list-style: disc; margin-bottom: .75rem; }
 """
 

@@ -70,7 +70,7 @@ def prompts_of(model: Model, device: str | torch.device = "cpu") -> Encoder:
         return text_conditions(model.manifest, captions, device)
 
     def images(pixels: Tensor) -> Tensor:
-        raise NotImplementedError
+        raise NotImplementedError("prompts have no images to encode")
 
     options = json.dumps(_pipeline_of(model.manifest).options, sort_keys=True)
     return Encoder(images, texts, f"{_pipeline_of(model.manifest).kind} {model.manifest.source} {options}")

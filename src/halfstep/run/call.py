@@ -30,7 +30,7 @@ from halfstep.run.sources import Source, StreamedBatches, as_batches, as_source
 from halfstep.run.spec import FREE_SETTINGS, RunSpec
 from halfstep.runs import RunFolder
 from halfstep.runtime.devices import existing_device
-from halfstep.runtime.files import cache_folder, user_path
+from halfstep.runtime.files import cache_folder, refuse_file, user_path
 from halfstep.runtime.launch import rank, world_size
 from halfstep.runtime.processes import make_accelerator
 from halfstep.runtime.stop import Interrupted, StopSignal
@@ -65,8 +65,8 @@ class Call:
             check_instance("evaluation", self.evaluation, Evaluation, "halfstep.Evaluation()")
         if self.out is None and self.evaluation is not None:
             raise ValueError("evaluation has no effect without out, the run folder for its results. Pass out")
-        if self.out is not None and self.out.exists() and not self.out.is_dir():
-            raise ValueError(f"out is {str(self.out)!r}, which is a file. Choose another path")
+        if self.out is not None:
+            refuse_file(self.out, "Choose another path")
         for name, hook in (("on_window", self.on_window), ("on_stage", self.on_stage)):
             if hook is not None and not callable(hook):
                 raise ValueError(f"{name} must be a function, got {hook!r}. Pass lambda name, it: ...")
