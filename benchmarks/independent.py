@@ -27,12 +27,13 @@ from halfstep.core.draw import generator_for
 from halfstep.data import Data, open_data
 from halfstep.measure.evaluate import Evaluation, Method, Reference, features_for
 from halfstep.metrics import FeatureExtractor, extractors
-from halfstep.metrics.features import RealData, digest_of, in_batches
+from halfstep.metrics.features import RealData, in_batches
 from halfstep.metrics.images import from_uint8, to_uint8
 from halfstep.models.model import Model
 from halfstep.recipes import Recipe
 from halfstep.runs import RunFolder
 from halfstep.runtime.files import cache_folder
+from halfstep.runtime.tensors import digest_of
 from halfstep.studies.roads import AT_BEST
 
 FIRST_SEED: Final = 1_000_000
@@ -67,7 +68,7 @@ class Perceptron(FeatureExtractor):
         network.eval()
         with torch.no_grad():
             accuracy = (network(x[held_out]).argmax(1) == labels[held_out]).double().mean().item()
-        self.name = f"perceptron-{digest_of(network)[:12]}"
+        self.name = f"perceptron-{digest_of(network.state_dict())[:12]}"
         self.facts = {"accuracy": round(accuracy, 4)}
         self.resize = "none"
 

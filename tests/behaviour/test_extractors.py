@@ -1,17 +1,19 @@
 """Feature extractors: each against an independent reading of the same network, and what they say of missing weights."""
 
-import hashlib
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from halfstep.data import DataConfig, open_data
 from halfstep.metrics import Inception, RealData, extractor_for, extractors
+from halfstep.metrics.features import conversion
 from halfstep.metrics.inception import network_module
 from halfstep.metrics.resnet20 import ResNet20
 from halfstep.runtime.files import DamagedFile
@@ -64,8 +66,11 @@ def test_a_resnet_of_other_weights_has_another_name_and_damaged_ones_are_refused
     lacking = {name: value for name, value in ResNet20().state_dict().items() if name != "linear.bias"}
     save_file(lacking, tmp_path / "lacking.safetensors")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "0.safetensors").read_bytes()[:100])
-    for name in ("lacking", "cut"):
-        with pytest.raises(DamagedFile, match="does not contain the weights of a ResNet-20"):
+    for name, problem in {
+        "lacking": "does not contain the weights of a ResNet-20",
+        "cut": "is not a complete safetensors file",
+    }.items():
+        with pytest.raises(DamagedFile, match=problem):
             extractor_for(f"resnet20-cifar10={tmp_path}/{name}.safetensors", _real_data())
 
 
@@ -134,7 +139,6 @@ def test_inception_is_torch_fidelitys_network_on_the_same_pixels(
     assert "torchvision" not in sys.modules
     state = _random_inception(module)
     save_file(state, tmp_path / "w.safetensors")
-    torch.save(state, tmp_path / "w.pth")
     images = _images(3, 1, 16)
     extractor = Inception(str(tmp_path / "w.safetensors"), "cpu")
     features = extractor.features(images)
@@ -145,35 +149,49 @@ def test_inception_is_torch_fidelitys_network_on_the_same_pixels(
     expected, logits = theirs(pixels)
     torch.testing.assert_close(features, expected)
     torch.testing.assert_close(extractor.logits(features), logits)
-    digest = hashlib.sha256((tmp_path / "w.pth").read_bytes()).hexdigest()
-    monkeypatch.setattr("halfstep.metrics.inception.network_module", lambda: module)
-    monkeypatch.setattr(module, "URL_INCEPTION_V3", f"https://host/weights-inception-2015-12-05-{digest[:8]}.pth")
-    assert Inception(str(tmp_path / "w.pth"), "cpu").name == extractor.name
-    torch.save(state | {"fc.bias": state["fc.bias"] + 1}, tmp_path / "w.pth")
-    with pytest.raises(ValueError, match=f"is not torch-fidelity's own file .*, not {digest[:8]}"):
-        Inception(str(tmp_path / "w.pth"), "cpu")
     save_file({"fc.bias": torch.zeros(1008)}, tmp_path / "other.safetensors")
     with pytest.raises(DamagedFile, match="does not contain the weights of torch-fidelity's Inception"):
         Inception(str(tmp_path / "other.safetensors"), "cpu")
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", _unreachable)
-    with pytest.raises(ValueError, match="Download the file elsewhere and give inception=PATH"):
-        extractor_for("inception", _real_data())
 
 
 @pytest.mark.usefixtures("_fidelity")
-def test_a_pickle_that_runs_code_is_refused_as_weights(tmp_path: Path) -> None:
+def test_the_page_and_the_message_say_how_to_convert_the_published_weights() -> None:
+    url = network_module().URL_INCEPTION_V3
+    with pytest.raises(ValueError, match="Give inception=PATH, a safetensors file") as caught:
+        extractor_for("inception", _real_data())
+    page = (Path(__file__).parents[2] / "docs" / "pages" / "measuring.md").read_text()
+    for part in (url, conversion(Path(Path(url).name))):
+        assert part in str(caught.value)
+        assert part in page
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("_fidelity")
+@pytest.mark.parametrize("name", ["inception", "resnet20-cifar10"])
+def test_pickled_weights_are_never_read(name: str, tmp_path: Path) -> None:
     class Runs:
         def __reduce__(self) -> tuple[Any, ...]:
             return (Path.touch, (tmp_path / "ran",))
 
-    torch.save({"fc.bias": Runs()}, tmp_path / "bad.pth")
-    with pytest.raises(ValueError, match="is not torch-fidelity's own file"):
-        extractor_for(f"inception={tmp_path}/bad.pth", _real_data())
+    torch.save({"fc.bias": Runs()}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="halfstep reads no pickles"):
+        extractor_for(f"{name}={tmp_path}/w.pth", _real_data())
+    (tmp_path / "w.pth").rename(tmp_path / "w.safetensors")
+    with pytest.raises(DamagedFile, match="is not a complete safetensors file"):
+        extractor_for(f"{name}={tmp_path}/w.safetensors", _real_data())
     assert not (tmp_path / "ran").exists()
 
 
-def _unreachable(*_: object, **__: object) -> dict[str, Tensor]:
-    raise OSError("no route to host")
+def test_the_command_in_the_message_converts_the_weights(tmp_path: Path) -> None:
+    # save_file rejects transposed tensors.
+    file = tmp_path / 'user\'s "own" weights.pth'
+    weights = {name: value.transpose(0, -1) for name, value in ResNet20().state_dict().items() if value.ndim}
+    torch.save(weights, file)
+    with pytest.raises(ValueError, match="convert it once: python -c") as caught:
+        extractor_for(f"resnet20-cifar10={file}", _real_data())
+    command = shlex.split(str(caught.value).partition("convert it once: ")[2])
+    subprocess.run([sys.executable, *command[1:]], check=True)
+    torch.testing.assert_close(load_file(file.with_suffix(".safetensors")), weights)
 
 
 def _random_inception(module: Any) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ from toys import TINY_DEMO
 ONLY_PARSED: Final = {
     "explore": "serves until Ctrl-C; tests/report/test_explorer.py calls its three views",
     "--push-to-hub": "uploads",
-    "inception": "its weights are downloaded; tests/behaviour/test_extractors.py",
+    "inception": "its weights are a download; tests/behaviour/test_extractors.py",
     "google/": "a name on the Hub",
     "resnet20": "its weights are downloaded",
     "web": "needs onnxruntime-web; tests/cli/test_web_page.py",
@@ -194,6 +194,8 @@ def test_other_commands_name_what_exists() -> None:
             importlib.import_module("torch.distributed.run").parse_args(words[1:])
         elif words[0] == "accelerate":
             launch.parse_args(words[2:])
+        elif words[:2] == ["python", "-c"]:
+            compile(words[2], place, "exec")
         elif words[0] == "python":
             script = ROOT / words[1]
             for option in (word for word in words if word.startswith("--")):

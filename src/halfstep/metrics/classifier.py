@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from halfstep.core.draw import generator_for
-from halfstep.metrics.features import FeatureExtractor, RealData, digest_of, extractors, in_batches, refuse_path
-from halfstep.runtime.tensors import read_cached, write_cached
+from halfstep.metrics.features import FeatureExtractor, RealData, extractors, in_batches, refuse_path
+from halfstep.runtime.tensors import digest_of, read_cached, write_cached
 
 CLASSIFIER: Final = "classifier-1"
 """Name of the classifier's architecture and training. Change its number when either changes, because old and new
@@ -123,7 +123,7 @@ def train_classifier(
     with torch.no_grad():
         right = torch.cat([network(chunk.float()).argmax(1) for chunk in x[held_out].split(1000)]) == labels[held_out]
     # Training on another machine, or with another number of threads, gives a different network for the same name.
-    return Classifier(f"{name}-{digest_of(network)[:12]}", network, float(right.double().mean()))
+    return Classifier(f"{name}-{digest_of(network.state_dict())[:12]}", network, float(right.double().mean()))
 
 
 @extractors.register("classifier")

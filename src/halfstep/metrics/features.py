@@ -4,7 +4,8 @@ Distances in different features are never comparable, so every protocol contains
 selected as `NAME` or `NAME=PATH`, where PATH is its weights (see `extractors`).
 """
 
-import hashlib
+import json
+import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,10 +13,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Final, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from halfstep.registry import Registry
+from halfstep.runtime.files import user_path
+from halfstep.runtime.tensors import digest_of, read_tensors
 
 
 class FeatureExtractor(ABC):
@@ -49,7 +52,7 @@ class NetworkFeatures(FeatureExtractor):
     def __init__(self, kind: str, network: Any, device: torch.device | str) -> None:
         self.network = network.eval().to(device)
         self.device = device
-        sha256 = digest_of(network)
+        sha256 = digest_of(self.network.state_dict())
         self.name = f"{kind}-{sha256[:12]}"
         self.facts = {"weights_sha256": sha256}
 
@@ -97,19 +100,42 @@ def refuse_path(name: str, path: str | None) -> None:
         raise ValueError(f"{name}={path}: the features `{name}` take no file. Remove ={path}")
 
 
+def read_weights(name: str, path: str | None, needed: str) -> dict[str, Tensor]:
+    """Return the tensors of the safetensors file `path`, the weights of the extractor `name`.
+
+    Args:
+        needed: the file to give, for messages.
+
+    Raises:
+        ValueError: if the path or the file is missing, or if it is not a .safetensors file; the message contains the
+            command that converts it.
+        DamagedFile: if the file is not complete.
+    """
+    if path is None:
+        raise ValueError(f"the features `{name}` need weights. Give {name}=PATH, {needed}")
+    file = user_path(path)
+    if not file.is_file():
+        raise ValueError(f"{name}={path}: no such file. Give {needed}")
+    if file.suffix != ".safetensors":
+        raise ValueError(
+            f"{name}={path} is not a .safetensors file, and halfstep reads no pickles, because they can run code. If "
+            f"you trust it, convert it once: {conversion(file)}"
+        )
+    return read_tensors(file)
+
+
+def conversion(file: Path) -> str:
+    """Return the shell command that converts weights written by `torch.save` to a safetensors file next to them."""
+    source, target = json.dumps(str(file)), json.dumps(str(file.with_suffix(".safetensors")))
+    tensors = f"{{name: value.contiguous() for name, value in torch.load({source}, weights_only=True).items()}}"
+    code = f"import torch, safetensors.torch as s; s.save_file({tensors}, {target})"
+    return f"python -c {shlex.quote(code)}"
+
+
 def in_batches(network: Callable[[Tensor], Tensor], samples: Tensor, device: torch.device | str, size: int) -> Tensor:
     """Run `network` on `samples`, `size` at a time on `device`; return float32 on the CPU."""
     with torch.inference_mode():
         return torch.cat([network(part.to(device)).float().cpu() for part in samples.split(size)])
-
-
-def digest_of(network: nn.Module) -> str:
-    """Return the hexadecimal sha256 of a network's weights, independent of the file that they came from."""
-    digest = hashlib.sha256()
-    for name, value in sorted(network.state_dict().items()):
-        digest.update(repr((name, str(value.dtype), tuple(value.shape))).encode())
-        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 LARGEST: Final = 4096

@@ -5,18 +5,15 @@ every second pixel, and the new channels are zeros, half before and half after t
 parameters). The features are the 64 averages before the last layer.
 """
 
-from pathlib import Path
 from typing import ClassVar, final
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from halfstep.metrics.features import FeatureExtractor, NetworkFeatures, RealData, extractors
+from halfstep.metrics.features import FeatureExtractor, NetworkFeatures, RealData, extractors, read_weights
 from halfstep.metrics.images import normalised
-from halfstep.runtime.files import DamagedFile, last_line, user_path
+from halfstep.runtime.files import DamagedFile, last_line
 
 
 @final
@@ -62,16 +59,17 @@ class ResNet20Features(NetworkFeatures):
     """The 64 averages before the last layer, for images resized to 32 x 32.
 
     Raises:
-        DamagedFile: if the file is not a safetensors file, or contains other weights.
+        ValueError: if there is no safetensors file at `path`, or (DamagedFile) if it is damaged or of another network.
     """
 
     batch_size: ClassVar[int] = 250
 
-    def __init__(self, path: Path, device: torch.device | str) -> None:
-        network = ResNet20()
+    def __init__(self, path: str | None, device: torch.device | str) -> None:
+        needed = "a safetensors file of a CIFAR-10 ResNet-20 (shortcut option A)"
+        network, state = ResNet20(), read_weights("resnet20-cifar10", path, needed)
         try:
-            missing = network.load_state_dict(load_file(path), strict=False)
-        except (SafetensorError, RuntimeError) as error:
+            missing = network.load_state_dict(state, strict=False)
+        except RuntimeError as error:
             raise DamagedFile(f"{path} does not contain the weights of a ResNet-20 ({last_line(error)})") from None
         # Batch counters are not published and have no effect.
         lost = [name for name in missing.missing_keys if not name.endswith("num_batches_tracked")]
@@ -95,12 +93,4 @@ class ResNet20Features(NetworkFeatures):
 @extractors.register("resnet20-cifar10")
 def resnet20_cifar10(path: str | None, measured: RealData) -> FeatureExtractor:
     """64 features of a CIFAR-10 classifier, a safetensors file: resnet20-cifar10=PATH."""
-    if path is None:
-        raise ValueError(
-            "the features `resnet20-cifar10` need weights. Give resnet20-cifar10=PATH, a safetensors file of a "
-            "CIFAR-10 ResNet-20 (shortcut option A)"
-        )
-    file = user_path(path)
-    if not file.is_file():
-        raise ValueError(f"resnet20-cifar10={path}: no such file. Give the safetensors file of the weights")
-    return ResNet20Features(file, measured.device)
+    return ResNet20Features(path, measured.device)
