@@ -356,7 +356,7 @@ def test_an_objective_whose_student_takes_no_steps_of_its_own_is_refused(wrapped
         ({"weight": 0.0}, "weight of a critic must be a finite number above 0"),
         ({"rate": math.inf}, "rate of a critic must be a finite number above 0"),
         ({"delta": 0.0}, "delta of a critic must be a finite number above 0"),
-        ({"gamma": -1.0}, "gamma of a critic must be finite and at least 0"),
+        ({"gamma": -1.0}, "gamma of a critic must be a finite number of at least 0"),
         ({"lead_updates": -1}, "lead_updates must be a whole number of at least 0"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Wrap any callable as a network: find, train and copy the modules that a function, method or object uses."""
+"""Wrap a callable as a network and find, train and copy the modules that it uses."""
 
 import copy
 import functools
@@ -28,10 +28,9 @@ def _used(value: Any) -> Iterator[nn.Module]:
 
 
 def _closed_over(function: FunctionType) -> dict[str, Any]:
-    """Return what a function captures: closed-over variables, and modules among its global names."""
-    names = function.__code__.co_names
-    found = {name: function.__globals__[name] for name in names if name in function.__globals__}
-    held: dict[str, Any] = {name: value for name, value in found.items() if isinstance(value, nn.Module)}
+    """Return the callables and modules that a function closes over, and the modules among its global variables."""
+    found = ((name, function.__globals__.get(name)) for name in function.__code__.co_names)
+    held: dict[str, Any] = {name: value for name, value in found if isinstance(value, nn.Module)}
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         value = cell.cell_contents
         if value is not function and isinstance(value, nn.Module | FunctionType | MethodType | functools.partial):
@@ -40,7 +39,7 @@ def _closed_over(function: FunctionType) -> dict[str, Any]:
 
 
 def _twin(value: Any, memo: dict[int, Any]) -> Any:
-    """Return a callable that calls copies of the modules that `value` calls."""
+    """Return a copy of a callable that calls copies of its modules."""
     if not isinstance(value, FunctionType):
         return copy.deepcopy(value, memo)
     held = {name: _twin(part, memo) for name, part in _closed_over(value).items()}

@@ -1,10 +1,10 @@
 """Denoisers: (x_t, t, cond) -> (x0, eps), on `[batch, *dims]` of any modality.
 
-A denoiser is a network seen through a process and a prediction, or a wrapper around another denoiser. Samplers and
-objectives use denoisers only, never networks.
+A denoiser is a network with its process and prediction, or a wrapper around another denoiser. Samplers and objectives
+call denoisers, never networks.
 
-Call a denoiser with clock times `[batch]`, or with one time for all samples. `forward` gets a clock tensor either way;
-some of the library's classes also take the plain number, which saves small operations at every sampling step.
+Call a denoiser with clock times `[batch]`, or with one time for all samples. `forward` gets a clock tensor in both
+cases. Some of the library's classes also accept the plain number, which saves small operations at every sampling step.
 """
 
 import math
@@ -38,7 +38,7 @@ class Denoiser(nn.Module, ABC):
     """Shape of one sample; None if it is not known."""
 
     _takes_number: ClassVar[bool] = False
-    """Whether `forward` also takes one time for all samples as a float; private to the library."""
+    """Whether `forward` also accepts one time for all samples, as a float. Private to the library."""
 
     @abstractmethod
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Denoised:
@@ -70,17 +70,17 @@ class Denoiser(nn.Module, ABC):
 
 @final
 class NetworkDenoiser(Denoiser):
-    """A network seen through a process and a prediction.
+    """A network with its process and prediction.
 
-    The network is any callable `(x_t, time, **cond) -> output`; the modules that a function or an object calls are
-    found and trained with it (`CallableNetwork`). `time` is t itself, in [0, 1], `[batch]`, in the dtype of x_t but
-    at least float32. A network with another clock (diffusers' timesteps, log-SNR) converts it. The output has
-    `prediction.channels` times as many channels as x_t and is cast to the dtype of x_t, so the network may compute in
-    half precision while the algebra does not. If the network has a true attribute `restores_norm`, guidance rescales
-    its guided output to the norm, over the last axis, of the output with conditions.
+    The network is any callable `(x_t, time, **cond) -> output`. The modules that a function or an object calls are
+    found and trained (`CallableNetwork`). `time` is t itself, in [0, 1], `[batch]`, in the dtype of x_t but at least
+    float32. A network with another clock (diffusers' timesteps, log-SNR) must convert it. The output has
+    `prediction.channels` channels for each channel of x_t. It is cast to the dtype of x_t, so only the network may
+    compute in half precision. If the network's attribute `restores_norm` is true, guidance rescales the guided output
+    to the norm of the conditional output, over the last axis.
 
     Raises:
-        ValueError: if an argument has the wrong type, or, at the call, if the output's shape does not fit the
+        ValueError: if an argument has the wrong type, or, in a call, if the output's shape does not match the
             prediction.
     """
 
@@ -96,7 +96,7 @@ class NetworkDenoiser(Denoiser):
                 "an instance"
             )
         if isinstance(network, Denoiser):
-            raise ValueError(f"the network is already a denoiser, a {type(network).__name__}. Use it as it is")
+            raise ValueError(f"the network is already a denoiser, a {type(network).__name__}. Use it directly")
         check_instance("the process", process, NoiseProcess, "halfstep.VPCosine()")
         check_instance("the prediction", prediction, Prediction, "halfstep.V()")
         self.network: Any = network if isinstance(network, nn.Module) else CallableNetwork(network)
@@ -132,9 +132,9 @@ class NetworkDenoiser(Denoiser):
 
 @final
 class Clipped(Denoiser):
-    """A denoiser with x0 clipped to [low, high] and eps recomputed from it, as used to sample images.
+    """A denoiser that clips x0 to [low, high] and recomputes eps from it, for sampling images.
 
-    Not used for losses, nor for any targets except those of matching. Source: the authors' dpm.py (arXiv:2202.00512).
+    In training, only the targets of matching are clipped. Source: the authors' dpm.py (arXiv:2202.00512).
 
     Raises:
         ValueError: if low >= high.
@@ -163,11 +163,11 @@ class Clipped(Denoiser):
 class Reprocessed(Denoiser):
     """A denoiser converted exactly to another process.
 
-    It is called at the time at which its own process has the same log-SNR, with the sample scaled to its own
-    amplitudes. Both have the same probability flow, on different clocks.
+    It is called at the time when its own process has the same log-SNR, and the sample is scaled to its amplitudes. Both
+    have the same probability flow, on different clocks.
 
     Raises:
-        ValueError: if the process reaches noise levels outside the range of the denoiser's own.
+        ValueError: if the process reaches noise levels outside the range of the denoiser's process.
     """
 
     def __init__(self, denoiser: Denoiser, process: NoiseProcess) -> None:
@@ -182,7 +182,7 @@ class Reprocessed(Denoiser):
         if asked[0] > known[0] + slack or asked[1] < known[1] - slack:
             raise ValueError(
                 f"the denoiser covers log-SNRs from {known[1]:.6g} to {known[0]:.6g}, but the process goes from "
-                f"{asked[1]:.6g} to {asked[0]:.6g}. Give the process bounds within the denoiser's"
+                f"{asked[1]:.6g} to {asked[0]:.6g}. Choose bounds within the denoiser's range"
             )
         self.denoiser = denoiser
         self.process = process
@@ -205,14 +205,14 @@ class Guided(Denoiser):
     Scale 1 disables guidance, 0 drops the conditions. The denoiser is called once, on a doubled batch.
 
     Args:
-        null: for each condition to drop, a tensor for one sample that means "no condition". Other conditions are kept.
+        null: a tensor for one sample that means "no condition", for each condition to drop. Other conditions are kept.
         scale: one scale for all samples. None reads each sample's scale from the condition `guidance_scale`, which is
             not passed to the denoiser.
 
     Source: Ho & Salimans 2022 (arXiv:2207.12598), where w = scale - 1.
 
     Raises:
-        ValueError: if `null` is empty, or, at the call, if the scale or a condition in `null` is missing.
+        ValueError: if `null` is empty, or, in a call, if the scale or a condition in `null` is missing.
     """
 
     _takes_number: ClassVar[bool] = True
@@ -248,7 +248,7 @@ class Guided(Denoiser):
     def _null(self, name: str, like: Tensor) -> Tensor:
         if name not in self.null:
             return like
-        # Copied to each device only once, because a copy makes the host wait for the device.
+        # Copied to each device only once, because the host must wait for each copy.
         place = (name, like.device, like.dtype)
         if place not in self._null_held:
             self._null_held[place] = self.null[name].to(like)
@@ -264,7 +264,7 @@ def output_gain(process: NoiseProcess, prediction: Prediction, t: float = 1.0) -
     output = torch.ones(1, prediction.channels, dtype=torch.float64)
     x_t = torch.zeros(1, 1, dtype=torch.float64)
     gain = float(prediction.denoised(output, x_t, alpha, sigma).x0.abs())
-    # Dividing by a signal of 0 may give NaN, which would pass every comparison with a limit.
+    # Division by a signal of 0 may give NaN, which would pass any comparison with a limit.
     return math.inf if math.isnan(gain) else gain
 
 
@@ -272,13 +272,13 @@ def warn_of_gain(process: NoiseProcess, prediction: Prediction, *, given: bool =
     """Warn if the first step from t = 1 amplifies the network's error too much, as eps prediction does at zero SNR.
 
     Args:
-        given: whether the network is already trained, so that changing its settings is no remedy.
+        given: whether the network is already trained, so that its settings cannot be changed.
     """
     gain = output_gain(process, prediction)
     # With a gain above 1,000, an output accurate to 1 % determines nothing about x0.
     if gain > 1000:
         log_snr = float(process.log_snr(torch.ones(1, dtype=torch.float64)))
-        error = f"its error is {gain:.2g} times as large in x0" if gain < math.inf else "it determines no x0"
+        error = f"its error is {gain:.2g} times as large in x0" if gain < math.inf else "it does not determine x0"
         remedies = ["match it to v first (halfstep distill --matching.prediction v)"]
         if not given:
             remedies = [
@@ -295,10 +295,10 @@ def warn_of_gain(process: NoiseProcess, prediction: Prediction, *, given: bool =
 
 
 def warn_of_signal(process: NoiseProcess) -> None:
-    """Warn if the process keeps signal at t = 1: sampling starts from pure noise, which the network never saw there."""
+    """Warn if the process keeps signal at t = 1, because the network was then never trained on pure noise."""
     end = torch.ones(1, dtype=torch.float64)
     log_snr = float(process.log_snr(end))
-    # Ten times what Stable Diffusion's table keeps.
+    # Ten times the power that Stable Diffusion's table keeps.
     if (power := float(process.alpha_sigma(end)[0].square())) > 0.05:
         warnings.warn(
             f"the teacher's last noise level keeps {power:.2f} of the signal's power (log-SNR {log_snr:.2g}), so "

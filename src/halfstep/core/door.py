@@ -1,4 +1,4 @@
-"""Argument checks that recognise the most common mistakes and suggest the fix."""
+"""Argument checks that recognise common mistakes and suggest the fix."""
 
 import math
 import re
@@ -18,7 +18,7 @@ ARGUMENTS: Final = ("out", "to", "start", "lora_rank", "prediction", "process")
 
 @contextmanager
 def in_python() -> Iterator[None]:
-    """Add the Python name of each command-line option in the message of a ValueError, as a note.
+    """Add a note to a ValueError with the Python name of each command-line option in its message.
 
     Tracebacks show notes; one-line errors of the command line do not.
     """
@@ -84,11 +84,7 @@ def check_denoiser(name: str, value: Any, kind: type) -> None:
 
 
 def check_number(name: str, value: object, least: float = 0.0, below: float = math.inf, *, above: bool = False) -> None:
-    """Raise ValueError, naming the setting, unless `value` is a number in [least, below).
-
-    Args:
-        above: excludes `least`.
-    """
+    """Raise ValueError unless the setting `name` is a number in [least, below), or in (least, below) if `above`."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if is_number and (least < value if above else least <= value) and value < below:  # type: ignore[operator]
         return
@@ -97,24 +93,36 @@ def check_number(name: str, value: object, least: float = 0.0, below: float = ma
     raise ValueError(f"{name} must be a finite number {'above' if above else 'of at least'} {least:g}, got {value!r}")
 
 
+MOST_UPDATES: Final = 10**9
+"""Largest number of updates, and of anything else without its own limit."""
+
+
+def check_whole(name: str, value: object, least: int = 1, most: int = MOST_UPDATES) -> None:
+    """Raise ValueError unless the setting `name` is a whole number from `least` to `most`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    if value > most:
+        raise ValueError(f"{name} must be at most {most:,}, got {value}")
+
+
 def check_switch(name: str, value: object) -> None:
-    """Raise ValueError, naming the setting, unless `value` is True or False."""
+    """Raise ValueError unless the setting `name` is True or False."""
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be True or False, got {value!r}")
 
 
 def check_real(**values: object) -> None:
-    """Raise ValueError, naming the argument, unless all values are real numbers."""
+    """Raise ValueError unless all arguments are real numbers."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, Real):
             raise ValueError(f"{name} must be a number, got {value!r}")
 
 
 def failed_call(what: str, x_t: Tensor, cond: Mapping[str, Tensor] | None, error: Exception, remedy: str) -> ValueError:
-    """Return the one-line error for a network that fails on its inputs, with their dtypes and shapes.
+    """Return a one-line error for a call that failed, with the dtypes and shapes of its inputs.
 
     Args:
-        what: what was called, such as "the network".
+        what: description of the callable, such as "the network".
     """
     forms = [f"{name} {form_of(value)}" for name, value in {"x_t": x_t, **(cond or {})}.items()]
     lines = str(error).strip().splitlines() or [""]
@@ -131,7 +139,7 @@ def check_shape(shape: Any) -> tuple[int, ...]:
     """Return the shape of a sample as a tuple of ints.
 
     Raises:
-        ValueError: if it does not consist of whole numbers of at least 1.
+        ValueError: if a side is not a whole number of at least 1.
     """
     sides = tuple(shape) if isinstance(shape, Iterable) and not isinstance(shape, str) else None
     sides = None if sides is None else tuple(side.item() if hasattr(side, "item") else side for side in sides)
@@ -141,11 +149,7 @@ def check_shape(shape: Any) -> tuple[int, ...]:
 
 
 def check_noise(x_t: Any, shape: tuple[int, ...] | None, module: nn.Module) -> None:
-    """Raise ValueError unless `x_t` is a float batch of this shape on the module's device.
-
-    Args:
-        shape: shape of one sample; None accepts any.
-    """
+    """Raise ValueError unless `x_t` is a float batch on the module's device, with samples of this shape (None: any)."""
     check_instance("the noise", x_t, Tensor, "torch.randn(16, *shape)")
     if not x_t.is_floating_point() or x_t.ndim == 0:
         raise ValueError(

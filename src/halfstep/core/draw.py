@@ -1,11 +1,11 @@
 """Random numbers, each a function of its purpose.
 
-Training draws are a function of (seed, stream, update, purpose, place in the global batch); a generated sample's noise
-is a function of the sample's own seed. Nothing depends on earlier draws, so a resumed run, another micro batch or
-another world size draws the same numbers. One generator is seeded for each *shard* of 32 places rather than for each
-place, so seeding takes only microseconds per update.
+Training draws are a function of (seed, stream, update, purpose, place in the global batch), and a generated sample's
+noise is a function of the sample's own seed. Nothing depends on earlier draws, so the numbers do not change if a run is
+resumed or the micro batch or world size changes. Each *shard* of 32 places has one generator, so seeding takes only
+microseconds per update.
 
-Numbers are drawn on the CPU, so they are the same for every device. They can be drawn and sent to it ahead of time.
+Numbers are drawn on the CPU, so they do not depend on the device. They can be drawn and sent to it ahead of time.
 """
 
 import functools
@@ -18,7 +18,7 @@ from typing import Any, Final, NamedTuple, final
 import torch
 from torch import Tensor
 
-from halfstep.core.door import check_shape
+from halfstep.core.door import check_shape, check_whole
 
 SHARD: Final = 32
 """Places of the global batch that share a generator."""
@@ -30,12 +30,12 @@ def _number(key: tuple[object, ...]) -> int:
 
 
 def generator_for(*key: object) -> torch.Generator:
-    """Return a CPU generator seeded by a hash of `key`: equal keys give equal numbers, others unrelated ones."""
+    """Return a CPU generator seeded with a hash of `key`. Different keys give unrelated numbers."""
     return torch.Generator().manual_seed(_number(key))
 
 
 def _normal_rows(keys: Sequence[tuple[object, ...]], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Return unit normal numbers `[len(keys), *shape]`, each row drawn with its own key.
+    """Return unit normal numbers `[len(keys), *shape]`. Each row is drawn with its own key.
 
     One generator is reseeded for each row, because creating a generator takes longer than drawing the numbers.
     """
@@ -64,8 +64,8 @@ class Draw:
 
     `stream` distinguishes stages; `places` is a subset of `range(batch_size)`.
 
-    An objective makes the same calls at every update. `asked` records them, so that a thread can draw their results
-    ahead of time (`made_ahead`) and move them to a device.
+    An objective makes the same calls at every update. `asked` records them, so that a thread can draw the numbers ahead
+    of time (`made_ahead`) and move them to a device.
 
     Raises:
         ValueError: if `places` is empty or not within the batch.
@@ -85,9 +85,9 @@ class Draw:
             raise ValueError(f"places {self.places} are not within a batch of {self.batch_size}")
 
     def made_ahead(self, asked: Sequence[Asked], place: Callable[[Tensor], Tensor]) -> "Draw":
-        """Return this draw with the results of `asked` drawn and passed through `place`, such as to a device.
+        """Return this draw with the results of `asked`, drawn in advance and moved with `place`.
 
-        Each result is returned once. All other numbers are drawn on the CPU when they are requested.
+        Each result is returned once. All other numbers are drawn on the CPU on request.
         """
         return replace(self, _ahead={call: place(getattr(self, call.method)(*call.arguments)) for call in asked})
 
@@ -148,7 +148,7 @@ def as_seed(seed: Any) -> int:
 
 
 def as_seeds(seeds: int | Sequence[int] | Tensor) -> Sequence[int]:
-    """Return seeds as a sequence of whole numbers; one number is one seed.
+    """Return seeds as a sequence of whole numbers; a single number is one seed.
 
     Raises:
         ValueError: if a seed is not a whole number.
@@ -169,16 +169,16 @@ def as_seeds(seeds: int | Sequence[int] | Tensor) -> Sequence[int]:
 
 
 def sample_noise(seeds: int | Sequence[int], shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return unit normal noise `[len(seeds), *shape]`, each row a function of its own seed alone."""
+    """Return unit normal noise `[len(seeds), *shape]`. Each row depends only on its own seed."""
     return _normal_rows([("sample", int(seed)) for seed in as_seeds(seeds)], check_shape(shape), dtype)
 
 
 def step_noise(
     seeds: int | Sequence[int], shape: Sequence[int], dtype: torch.dtype = torch.float32
 ) -> Callable[[int], Tensor]:
-    """Return a function from a step's number to the unit normal noise `[len(seeds), *shape]` that the step adds.
+    """Return a function that maps a step's number to the unit normal noise `[len(seeds), *shape]` that the step adds.
 
-    Each row is a function of its own seed and the step's number alone.
+    Each row depends only on its own seed and the step's number.
     """
     seeds, shape = as_seeds(seeds), check_shape(shape)
 
@@ -189,24 +189,23 @@ def step_noise(
 
 
 def sample_labels(seeds: int | Sequence[int], num_classes: int) -> Tensor:
-    """Return class labels int64 `[len(seeds)]`, seed modulo classes: consecutive seeds cover all classes equally.
+    """Return class labels int64 `[len(seeds)]`: each seed modulo the number of classes.
 
     Raises:
         ValueError: if there are no classes.
     """
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
-        raise ValueError(f"num_classes must be a whole number of at least 1, got {num_classes!r}")
+    check_whole("num_classes", num_classes)
     return torch.tensor([seed % num_classes for seed in as_seeds(seeds)])
 
 
 def between(first: Tensor, second: Tensor, shares: Sequence[float]) -> Tensor:
-    """Return `[len(shares), *shape]`, noise interpolated from `first` at 0 to `second` at 1, both `[*shape]`.
+    """Return noise `[len(shares), *shape]`, interpolated from `first` at 0 to `second` at 1, both `[*shape]`.
 
-    Spherical interpolation keeps the norm of noise; linear interpolation would make the middle too small by a factor of
-    the square root of 2. Noises with the same direction are interpolated linearly.
+    Spherical interpolation keeps the norm of noise, which linear interpolation would divide by the square root of 2 in
+    the middle. Parallel noises are interpolated linearly.
 
     Raises:
-        ValueError: if the shapes differ, or the noises point in opposite directions.
+        ValueError: if the shapes differ, or the noises have opposite directions.
     """
     if first.shape != second.shape:
         raise ValueError(f"cannot interpolate between noises of shapes {list(first.shape)} and {list(second.shape)}")
@@ -215,7 +214,7 @@ def between(first: Tensor, second: Tensor, shares: Sequence[float]) -> Tensor:
     angle = torch.arccos(cosine.clamp(-1, 1))
     share = torch.tensor(list(shares), dtype=torch.float64)[:, None]
     if float(angle) > math.pi - 1e-6:
-        raise ValueError("the two noises point in opposite directions, so no path between them is the shortest")
+        raise ValueError("the two noises have opposite directions, so no path between them is the shortest. Change one")
     if float(angle) < 1e-6:
         mixed = (1 - share) * a + share * b
     else:

@@ -1,13 +1,13 @@
-"""Noise processes: how much signal and how much noise a sample contains at each time.
+"""Noise processes: the amounts of signal and noise in a sample at each time.
 
-A process maps time t in [0, 1] (0 = data, 1 = noise) to two amplitudes, x_t = alpha(t) x0 + sigma(t) eps, and so to the
-log signal-to-noise ratio log_snr(t) = log(alpha^2 / sigma^2), which is strictly decreasing. The rest of the library
-uses a process only through these three functions.
+A process maps time t in [0, 1] (0 = data, 1 = noise) to two amplitudes, x_t = alpha(t) x0 + sigma(t) eps, and thus to
+the log signal-to-noise ratio log_snr(t) = log(alpha^2 / sigma^2), which is strictly decreasing. The rest of the library
+uses only these three functions of a process.
 
 Times and amplitudes are *clock* tensors: float64, one number per sample. Data has any floating dtype and any shape
-`[batch, *dims]`. Times near 0 and 1 differ by parts in 10^8 at 8192 steps, so the clock is never computed in the data's
-precision; it is cast once, in `per_sample`, when it multiplies data. In sampling, all samples share one time, which
-stays a plain number, because a step of a small network takes as long as a hundred tensor operations, however small.
+`[batch, *dims]`. At 8192 steps, times near 0 and 1 differ by parts in 10^8, so the clock is never computed in the
+precision of the data. It is cast once, in `per_sample`, when it multiplies data. In sampling, all samples share one
+time, which stays a plain number, because a hundred small tensor operations take as long as a step of a small network.
 """
 
 import math
@@ -20,24 +20,24 @@ from typing import Final, final, overload
 import torch
 from torch import Tensor
 
-from halfstep.core.door import check_real, got
+from halfstep.core.door import check_number, check_real, check_whole, got
 from halfstep.registry import Registry
 
 
 def clock_device(device: torch.device) -> torch.device:
-    """Return the device for the clock tensors of data on `device`: the same one, or the CPU if it has no float64."""
+    """Return the device for the clock tensors of data on `device`: `device` itself, or the CPU if it has no float64."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
 def as_clock(times: Tensor | float, like: Tensor) -> Tensor:
-    """Return a float64 clock tensor `[batch]` for the batch `like` `[batch, *dims]`; one number applies to all samples.
+    """Return times as a float64 clock tensor `[batch]` for the batch `like` `[batch, *dims]`.
 
     Raises:
         ValueError: if `times` is neither a scalar nor of shape `[batch]`.
     """
     device = clock_device(like.device)
     if not isinstance(times, Tensor):
-        # Filled on the device: a copy would make the host wait.
+        # Filled on the device, because the host would wait for a copy.
         return torch.full(like.shape[:1], times, dtype=torch.float64, device=device)
     values = times.to(device=device, dtype=torch.float64)
     if values.ndim == 0:
@@ -62,7 +62,7 @@ def per_sample(clock: Tensor | float, like: Tensor) -> Tensor | float:
 
 
 REMEMBERED: Final = 4096
-"""Number of times for which a process caches its amplitudes: more than any grid has."""
+"""Number of times for which a process caches its amplitudes, above the length of any practical grid."""
 
 
 class NoiseProcess(ABC):
@@ -82,7 +82,7 @@ class NoiseProcess(ABC):
 
     @final
     def amplitudes(self, t: Tensor | float) -> tuple[Tensor, Tensor] | tuple[float, float]:
-        """Return `alpha_sigma` at clock times `[batch]`, or as two cached numbers at one time for all samples."""
+        """Return `alpha_sigma` at clock times `[batch]`, or two cached numbers at a single time."""
         if isinstance(t, Tensor):
             return self.alpha_sigma(t)
         if t not in self._remembered:
@@ -103,9 +103,9 @@ class NoiseProcess(ABC):
     def landing(self, s: Tensor | float) -> tuple[Tensor, Tensor] | tuple[float, float]: ...
     @final
     def landing(self, s: Tensor | float) -> tuple[Tensor, Tensor] | tuple[float, float]:
-        """Return the amplitudes at which a sampler's step lands: those of the process, but exactly (1, 0) at s = 0.
+        """Return the amplitudes where a sampler's step lands: those of the process, but exactly (1, 0) at s = 0.
 
-        The last step returns x0 itself, even if the process keeps a little noise at time 0, as in the authors' code.
+        As in the authors' code, the last step returns x0 itself, even if the process keeps a little noise at time 0.
         """
         if not isinstance(s, Tensor):
             return (1.0, 0.0) if s == 0 else self.amplitudes(s)
@@ -137,7 +137,7 @@ class VPCosine(NoiseProcess):
     """The variance-preserving cosine process, alpha = cos(phi), sigma = sin(phi), with its log-SNR clipped.
 
     The angle phi grows linearly in t between the angles of the two log-SNR bounds, so that alpha^2 + sigma^2 = 1 and
-    log_snr = -2 log tan(phi). The default bounds of +-20 are the authors'; sigma(0) = alpha(1) = 4.5e-5.
+    log_snr = -2 log tan(phi). The default bounds, -20 and 20, are the authors', and give sigma(0) = alpha(1) = 4.5e-5.
 
     Source: Salimans & Ho 2022 (arXiv:2202.00512), section 4, and the authors' schedules.py.
 
@@ -159,7 +159,7 @@ class VPCosine(NoiseProcess):
         return math.atan(math.exp(-self.log_snr_max / 2)), math.atan(math.exp(-self.log_snr_min / 2))
 
     def angle(self, t: Tensor) -> Tensor:
-        """phi(t) = arctan(sigma / alpha) in radians; DDIM rotates a sample by differences of it."""
+        """phi(t) = arctan(sigma / alpha) in radians. DDIM rotates a sample by the difference of two angles."""
         first, last = self._angle_bounds()
         return first + (last - first) * t
 
@@ -182,8 +182,8 @@ class VPTable(NoiseProcess):
     """The discrete process of DDPM, with the log-SNR interpolated linearly between its T noise levels.
 
     Level k, the timestep of diffusers, is at t = (k + 1) / T, where alpha^2 is the product of 1 - beta_i over i <= k.
-    Below the first level the log-SNR keeps the slope of the first interval. If the last level has no signal, the last
-    interval interpolates the ratio alpha / sigma linearly instead of its logarithm.
+    Below the first level, the log-SNR keeps the slope of the first interval. If the last level has no signal, the ratio
+    alpha / sigma is interpolated linearly in the last interval, instead of its logarithm.
 
     Args:
         betas: T numbers in (0, 1); with at least 3, the last may be 1.
@@ -203,7 +203,7 @@ class VPTable(NoiseProcess):
         for beta in betas:
             check_real(betas=beta)
         object.__setattr__(self, "betas", tuple(map(float, betas)))
-        # The slope below the first level is that of the first interval, so that interval must not end at zero signal.
+        # The first interval defines the slope below the first level, so it must not end at zero signal.
         least = 3 if self.betas and self.betas[-1] == 1 else 2
         if len(self.betas) < least:
             ending = " if the last is 1" if least == 3 else ""
@@ -223,7 +223,7 @@ class VPTable(NoiseProcess):
         return {levels.device: torch.cat([2 * levels[:1] - levels[1:2], levels])}
 
     def _nodes_on(self, device: torch.device) -> Tensor:
-        """Return `_nodes` on a device, copied there once: a copy makes the host wait for the device."""
+        """Return `_nodes` on a device. They are copied there once, because the host must wait for each copy."""
         if device not in self._nodes:
             self._nodes[device] = self._nodes[torch.device("cpu")].to(device)
         return self._nodes[device]
@@ -254,32 +254,26 @@ class VPTable(NoiseProcess):
         return (left + share) / len(self.betas)
 
 
-def _check_num_levels(num: int) -> None:
-    """Raise ValueError unless `num` is a whole number of at least 2."""
-    if isinstance(num, bool) or not isinstance(num, int) or num < 2:
-        raise ValueError(f"the number of noise levels must be a whole number of at least 2, got {num!r}")
-
-
 def linear_betas(num: int = 1000, first: float = 1e-4, last: float = 0.02) -> tuple[float, ...]:
     """Return `num` equally spaced betas. Source of the defaults: Ho et al. 2020 (arXiv:2006.11239)."""
-    _check_num_levels(num)
+    check_whole("the number of noise levels", num, 2)
     check_real(first=first, last=last)
     return tuple(torch.linspace(first, last, num, dtype=torch.float64).tolist())
 
 
 def scaled_linear_betas(num: int = 1000, first: float = 0.00085, last: float = 0.012) -> tuple[float, ...]:
     """Return `num` betas with equally spaced roots. Source: Rombach et al. 2022 (arXiv:2112.10752)."""
-    _check_num_levels(num)
+    check_whole("the number of noise levels", num, 2)
     check_real(first=first, last=last)
     return tuple(torch.linspace(first**0.5, last**0.5, num, dtype=torch.float64).square().tolist())
 
 
 def cosine_betas(num: int = 1000, largest: float = 0.999) -> tuple[float, ...]:
-    """Return `num` betas, none above `largest`, for which alpha^2 falls as cos^2.
+    """Return `num` betas of at most `largest`, for which alpha^2 falls as cos^2.
 
     Source: Nichol & Dhariwal 2021 (arXiv:2102.09672), equation 17.
     """
-    _check_num_levels(num)
+    check_whole("the number of noise levels", num, 2)
     check_real(largest=largest)
 
     def power(t: float) -> float:
@@ -289,7 +283,7 @@ def cosine_betas(num: int = 1000, largest: float = 0.999) -> tuple[float, ...]:
 
 
 def zero_terminal_betas(betas: Sequence[float]) -> tuple[float, ...]:
-    """Return betas with the signal amplitudes shifted to end at 0 and rescaled to keep their first value.
+    """Return the betas after shifting the signal amplitudes to end at 0 and rescaling them to keep the first one.
 
     Source: Lin et al. 2023 (arXiv:2305.08891), algorithm 1.
     """
@@ -320,11 +314,10 @@ class VE(NoiseProcess):
     rho: float = 7.0
 
     def __post_init__(self) -> None:
-        check_real(sigma_min=self.sigma_min, sigma_max=self.sigma_max, rho=self.rho)
+        check_real(sigma_min=self.sigma_min, sigma_max=self.sigma_max)
         if not 0 < self.sigma_min < self.sigma_max < math.inf:
             raise ValueError(f"0 < sigma_min < sigma_max is required, got {self.sigma_min} and {self.sigma_max}")
-        if not 0 < self.rho < math.inf:
-            raise ValueError(f"rho must be a finite number above 0, got {self.rho}")
+        check_number("rho", self.rho, above=True)
 
     def _root_bounds(self) -> tuple[float, float]:
         return self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
@@ -348,7 +341,7 @@ class VE(NoiseProcess):
 class FlowMatching(NoiseProcess):
     """The straight path from data to noise: alpha = 1 - sigma, with sigma = shift t / (1 + (shift - 1) t).
 
-    A shift above 1 spends more time near pure noise, as high-resolution models do. With shift 1, sigma = t.
+    A shift above 1, as in high-resolution models, spends more time near pure noise. With shift 1, sigma = t.
 
     Source: Lipman et al. 2023 (arXiv:2210.02747); for the shift, Esser et al. 2024 (arXiv:2403.03206), equation 23.
 
@@ -359,9 +352,7 @@ class FlowMatching(NoiseProcess):
     shift: float = 1.0
 
     def __post_init__(self) -> None:
-        check_real(shift=self.shift)
-        if not 0 < self.shift < math.inf:
-            raise ValueError(f"the shift must be a finite number above 0, got {self.shift}")
+        check_number("the shift", self.shift, above=True)
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         scale = 1 + (self.shift - 1) * t

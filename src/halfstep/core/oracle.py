@@ -1,8 +1,8 @@
 """Exact denoisers, for data distributions with a closed form of E[x0 | x_t].
 
-They need no training, so samplers, targets and losses are tested against them. The probability-flow ODE of a Gaussian
-has an exact solution (`GaussianDenoiser.flow`), that of a mixture is smooth and nonlinear, and that of a finite data
-set ends on its points.
+They need no training, so samplers, targets and losses are tested against them. The probability flow of a Gaussian has
+an exact solution (`GaussianDenoiser.flow`). The flow of a mixture is smooth and nonlinear, and the flow of a finite
+data set ends on its points.
 """
 
 from typing import final
@@ -49,7 +49,7 @@ class GaussianDenoiser(Denoiser):
         return Denoised(x0.to(x_t.dtype), (sigma / variance * rest).to(x_t.dtype))
 
     def flow(self, x_t: Tensor, t: Tensor | float, s: Tensor | float) -> Tensor:
-        """Return the exact solution x_s of the probability-flow ODE from `x_t` at time t to time s, shaped as `x_t`."""
+        """Return x_s, shaped as `x_t`: the exact solution of the probability-flow ODE from `x_t` at t to s."""
         alpha_t, sigma_t = (per_sample(a, x_t) for a in self.process.alpha_sigma(as_clock(t, x_t)))
         alpha_s, sigma_s = (per_sample(a, x_t) for a in self.process.landing(as_clock(s, x_t)))
         mean, std = self.mean.to(x_t), self.std.to(x_t)
@@ -64,7 +64,7 @@ class MixtureDenoiser(Denoiser):
     Args:
         means: `[K, *dims]`.
         std: standard deviation of each component, a number or `[K]`; 0 makes the mixture a finite data set.
-        weights: `[K]`, positive, normalised here; equal by default.
+        weights: positive numbers `[K]`, which are normalised here; equal by default.
 
     Raises:
         ValueError: if a standard deviation is negative or a weight is not positive.
@@ -81,7 +81,7 @@ class MixtureDenoiser(Denoiser):
         stds = torch.as_tensor(std, dtype=torch.float64).expand(components).clone()
         shares = torch.ones(components, dtype=torch.float64) if weights is None else weights.double()
         if bool((stds < 0).any()) or bool((shares <= 0).any()):
-            raise ValueError("standard deviations must be at least 0 and weights above 0")
+            raise ValueError("standard deviations must be at least 0, and weights must be above 0")
         self.means = nn.Buffer(means.double())
         self.stds = nn.Buffer(stds)
         self.log_weights = nn.Buffer(torch.log(shares / shares.sum()))
@@ -102,5 +102,5 @@ class MixtureDenoiser(Denoiser):
 
 
 def data_set_denoiser(process: NoiseProcess, points: Tensor) -> MixtureDenoiser:
-    """Return the exact denoiser of the finite data set `points` `[n, *dims]`, which a perfect network would learn."""
+    """Return the exact denoiser of the data set `points` `[n, *dims]`, which a perfect network would learn."""
     return MixtureDenoiser(process, points, std=0.0)

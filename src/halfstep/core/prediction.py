@@ -1,17 +1,17 @@
-"""Predictions (the meaning of a network's output) and weightings (the weight of an error in x0 at each noise level).
+"""Predictions (the meaning of a network's output) and weightings (the weight of the x0 error at each noise level).
 
-Every common parameterisation has the linear form p = a x0 + b eps, with amplitudes a, b that depend on the noise level.
-With x_t = alpha x0 + sigma eps, this is a 2x2 system with determinant d = b alpha - a sigma and the solution
+Every common parameterisation is linear, p = a x0 + b eps, and the amplitudes a and b depend on the noise level.
+Together with x_t = alpha x0 + sigma eps, this is a 2x2 system with determinant d = b alpha - a sigma and the solution
 
     x0  = ( b x_t - sigma p) / d
     eps = (-a x_t + alpha p) / d
 
 so no pair of parameterisations needs its own converter. The four quotients are computed in float64 and cast only when
-they multiply data. For x0 prediction, those of x0 are exactly 0 and 1, so x0 is the network's output itself. The
-exception is "both", which blends two outputs for the two unknowns.
+they multiply data. For x0 prediction, the factors in x0 are exactly 0 and 1, so x0 is the network's output itself. The
+only nonlinear prediction is "both", which blends two outputs for the two unknowns.
 
-A weighting maps log_snr to the weight of the squared error in x0. In other spaces the same loss has a different
-weight: |eps error|^2 = SNR |x0 error|^2 and, on a variance-preserving process, |v error|^2 = (SNR + 1) |x0 error|^2.
+A weighting maps log_snr to the weight of the squared error in x0. The same loss has a different weight in other spaces:
+|eps error|^2 = SNR |x0 error|^2 and, on a variance-preserving process, |v error|^2 = (SNR + 1) |x0 error|^2.
 
 Source: Salimans & Ho 2022 (arXiv:2202.00512), section 4; "both" and the constant weighting as in the authors' dpm.py.
 """
@@ -25,7 +25,7 @@ from typing import ClassVar, NamedTuple, final
 import torch
 from torch import Tensor
 
-from halfstep.core.door import check_real
+from halfstep.core.door import check_number
 from halfstep.core.noise import per_sample
 from halfstep.registry import Registry
 
@@ -38,10 +38,10 @@ class Denoised(NamedTuple):
 
 
 class Prediction(ABC):
-    """The meaning of a network's output. `alpha` and `sigma` are clock tensors; `denoised` also takes two numbers."""
+    """The meaning of a network's output. `alpha` and `sigma` are clock tensors, or two numbers in `denoised`."""
 
     channels: ClassVar[int]
-    """Output channels for each channel of data: 1, and 2 for `Both`."""
+    """Output channels for each channel of data."""
 
     @abstractmethod
     def target(self, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -49,14 +49,14 @@ class Prediction(ABC):
 
     @abstractmethod
     def denoised(self, output: Tensor, x_t: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Denoised:
-        """x0 and eps, each shaped as `x_t`, from the network's output at `x_t`."""
+        """Return x0 and eps, each shaped as `x_t`, from the network's output at `x_t`."""
 
 
 predictions: Registry[type[Prediction]] = Registry("prediction")
 
 
 class LinearPrediction(Prediction):
-    """A prediction p = a x0 + b eps. A subclass defines only a and b."""
+    """A prediction p = a x0 + b eps, with a and b defined in a subclass."""
 
     channels: ClassVar[int] = 1
 
@@ -80,7 +80,7 @@ class LinearPrediction(Prediction):
         return Denoised(x0=x0_x * x_t + x0_p * output, eps=eps_x * x_t + eps_p * output)
 
     def _solved(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the factors of x_t and p in x0, and those in eps."""
+        """Return the factors of x_t and p in x0, then their factors in eps."""
         a, b = self.coefficients(alpha, sigma)
         d = b * alpha - a * sigma
         return b / d, -sigma / d, -a / d, alpha / d
@@ -88,7 +88,7 @@ class LinearPrediction(Prediction):
 
 @lru_cache(maxsize=4096)
 def _solved_once(prediction: LinearPrediction, alpha: float, sigma: float) -> tuple[float, ...]:
-    """Return `LinearPrediction._solved` at two numbers, cached because sampling reuses the same few."""
+    """Return `LinearPrediction._solved` for two numbers, cached because sampling uses only a few pairs."""
     alphas, sigmas = (torch.tensor([number], dtype=torch.float64) for number in (alpha, sigma))
     return tuple(float(number) for number in prediction._solved(alphas, sigmas))
 
@@ -97,8 +97,8 @@ def _solved_once(prediction: LinearPrediction, alpha: float, sigma: float) -> tu
 @predictions.register("eps")
 @dataclass(frozen=True)
 class Eps(LinearPrediction):
-    """The network predicts the noise. Unsuitable for few-step distillation: x0 = (x_t - sigma eps) / alpha grows
-    without bound as alpha falls to 0."""
+    """The network predicts the noise. Unsuitable for few steps, because x0 = (x_t - sigma eps) / alpha grows without
+    bound as alpha falls to 0."""
 
     def coefficients(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         return torch.zeros_like(alpha), torch.ones_like(sigma)
@@ -154,12 +154,10 @@ class EDM(LinearPrediction):
     """Standard deviation of the data."""
 
     def __post_init__(self) -> None:
-        check_real(sigma_data=self.sigma_data)
-        if not 0 < self.sigma_data < float("inf"):
-            raise ValueError(f"sigma_data must be a finite number above 0, got {self.sigma_data}")
+        check_number("sigma_data", self.sigma_data, above=True)
 
     def coefficients(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        # sigma / rho and sigma_data / rho with both multiplied by alpha, so that alpha = 0 needs no special case.
+        # The formulas are expanded by alpha, so that alpha = 0 needs no special case.
         rho = torch.sqrt(sigma**2 + (alpha * self.sigma_data) ** 2)
         return sigma / rho / self.sigma_data, -alpha * self.sigma_data / rho
 
@@ -171,7 +169,7 @@ class Both(Prediction):
     """The network predicts x0 in the first half of its channels and eps in the second, and the two are blended.
 
     The clean sample is sigma^2 x0_head + alpha^2 (x_t - sigma eps_head) / alpha, so each head dominates where it is
-    better conditioned. For processes that do not preserve variance, the weights are normalised to sum to one.
+    better conditioned. If the process does not preserve variance, the weights are normalised to sum to one.
     """
 
     channels: ClassVar[int] = 2
@@ -230,7 +228,7 @@ class SNR(Weighting):
 @weightings.register("truncated_snr")
 @dataclass(frozen=True)
 class TruncatedSNR(Weighting):
-    """max(SNR, 1): the larger of the squared errors in x0 and eps. All models of the paper use it."""
+    """max(SNR, 1): the larger of the squared errors in x0 and eps, as in all models of the paper."""
 
     def __call__(self, log_snr: Tensor) -> Tensor:
         return torch.exp(log_snr.clamp(min=0))

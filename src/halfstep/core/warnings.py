@@ -1,4 +1,4 @@
-"""The warning about choices that are allowed but unwise."""
+"""The warning about allowed but unwise choices."""
 
 
 class HalfstepWarning(UserWarning):

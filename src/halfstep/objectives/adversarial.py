@@ -1,24 +1,23 @@
-"""An adversarial term: a critic separates the landing points of a student's steps from equally noisy data.
+"""An adversarial term: a critic learns to distinguish the landing points of a student's steps from equally noisy data.
 
-Let y be the landing point with noise up to the level tau (`landing_points`), y+ data with noise of the same level and D
-the critic. Critic and student take one turn each:
+Let y be the landing point with noise up to the level tau (`landing_points`), y+ data with the same noise level, and D
+the critic. The critic and the student take one turn each:
 
     critic:    softplus(-D(y+)) + softplus(D(y)) + gamma / 2 (D(y+ + delta n) - D(y+))^2 / delta^2
     student:   its own loss + weight softplus(-D(y))
 
 The expectation of the critic's last term over the unit normal n is gamma / 2 |grad D(y+)|^2 up to order delta^2. This
 is the R1 penalty without a second derivative. Only the distributions of y and y+ matter, so both may come from the same
-sample of the batch. Both have that sample's conditions, which are also an input of the critic.
+sample of the batch. Both have that sample's conditions, which are also inputs of the critic.
 
-The critic is the encoder half of a copy of the teacher with a small head on its deepest features. The head starts at 0,
-so a fresh critic has no effect. During the first updates the critic learns and the student ignores it.
+The critic is the encoder half of a copy of the teacher, and a small head on its deepest features. The head starts at 0,
+so a new critic has no effect. During the first updates, the critic learns and the student ignores it.
 
 Source: the non-saturating loss, Goodfellow et al. 2014 (arXiv:1406.2661); R1, Mescheder et al. 2018 (arXiv:1801.04406);
 noise on both, Wang et al. 2022 (arXiv:2206.02262); a critic built from the teacher, Lin et al. 2024 (arXiv:2402.13929).
 The use of the landing points is halfstep's own.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Final, final
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from halfstep.core.denoiser import GUIDANCE, Cond, Denoiser, NetworkDenoiser
+from halfstep.core.door import check_number, check_whole
 from halfstep.core.draw import Draw
 from halfstep.core.prediction import Denoised
 from halfstep.nets import EncoderHalf, encoder_half, takes_guidance
@@ -45,7 +45,6 @@ from halfstep.objectives.base import (
     Training,
     Turn,
     check_one_process,
-    check_whole,
     objectives,
 )
 from halfstep.objectives.guidance import Guidance
@@ -56,11 +55,11 @@ CRITIC: Final = "critic"
 
 @final
 class Critic(nn.Module):
-    """A discriminator of noisy samples: (y, tau, cond) -> one number for each, large for data.
+    """A discriminator of noisy samples: (y, tau, cond) -> one number per sample, large for data.
 
     Args:
         encoder: the network that computes the features.
-        takes_guidance: whether it has an input for the guidance scale; if not, that condition is dropped.
+        takes_guidance: whether it has an input for the guidance scale. If not, that condition is dropped.
     """
 
     def __init__(self, encoder: EncoderHalf, takes_guidance: bool = False) -> None:
@@ -84,9 +83,9 @@ class Critic(nn.Module):
 
 
 def critic_of(models: Models) -> Critic:
-    """Return a trainable critic built from the teacher, in float32 and without its guidance.
+    """Return a trainable critic built from the unguided teacher, in float32.
 
-    It shares no weights, not even the base of a LoRA student.
+    It shares no weights with the student, not even the base of a LoRA student.
 
     Raises:
         ValueError: if no teacher exists, or the encoder half of its network is unknown.
@@ -101,14 +100,14 @@ def critic_of(models: Models) -> Critic:
 @objectives.register("adversarial")
 @dataclass(frozen=True)
 class Adversarial(Objective):
-    """A wrapper that adds an adversarial term on the landing points of the student's steps to another objective.
+    """An objective with an added adversarial term on the landing points of the student's steps.
 
-    The other objective still determines its turns, their random numbers and the outcome.
+    The wrapped objective still determines its turns, their random numbers and the outcome.
 
     Source: Goodfellow et al. 2014 (arXiv:1406.2661) for the loss; Lin et al. 2024 (arXiv:2402.13929) for the critic.
 
     Raises:
-        ValueError: if the student of the objective takes no steps of its own, or a setting is out of range.
+        ValueError: if the objective is not a `StepObjective`, or a setting is out of range.
     """
 
     objective: Objective
@@ -119,7 +118,7 @@ class Adversarial(Objective):
     gamma: float = 1.0
     """Weight of the critic's squared gradient at data; 0 disables it."""
     delta: float = 0.1
-    """Size of the perturbation that estimates this gradient."""
+    """Size of the perturbation from which this gradient is estimated."""
     lead_updates: int = 60
     """Number of updates at the start in which the student ignores the critic."""
     needs_teacher: ClassVar[bool] = True
@@ -133,11 +132,8 @@ class Adversarial(Objective):
                 f"{type(self.objective).__name__} does not. Choose one of {known}"
             )
         check_whole("lead_updates", self.lead_updates, 0)
-        for name in ("weight", "rate", "delta"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} of a critic must be a finite number above 0, got {getattr(self, name)}")
-        if not 0 <= self.gamma < math.inf:
-            raise ValueError(f"gamma of a critic must be finite and at least 0, got {self.gamma}")
+        for name in ("weight", "rate", "delta", "gamma"):
+            check_number(f"{name} of a critic", getattr(self, name), above=name != "gamma")
 
     @property
     def _own(self) -> StepObjective:
@@ -146,7 +142,7 @@ class Adversarial(Objective):
 
     @property
     def label(self) -> str:
-        """Name of the other objective, with the suffix "-critic"."""
+        """Name of the wrapped objective and "-critic"."""
         return f"{self.objective.label}-critic"
 
     @property
@@ -173,12 +169,8 @@ class Adversarial(Objective):
     def evals(self) -> Mapping[str, Evals]:
         own = self.objective.evals
         calls = 3 if self.gamma else 2
-        student = own[STUDENT]
-        return {
-            **own,
-            STUDENT: Evals(student.forward + 1, student.backward),
-            CRITIC: Evals(calls + 1, calls + 1),
-        }
+        student = Evals(own[STUDENT].forward + 1, own[STUDENT].backward)
+        return {**own, STUDENT: student, CRITIC: Evals(calls + 1, calls + 1)}
 
     @property
     def helpers(self) -> Mapping[str, Helper]:
@@ -190,7 +182,7 @@ class Adversarial(Objective):
         )
 
     def turns(self, update: int) -> tuple[Turn, ...]:
-        # The critic comes last, so that the objective's own turns keep their places and thus their random numbers.
+        # The critic is last, so that the objective's own turns keep their positions and thus their random numbers.
         own, learning = self.objective.turns(update), Turn(CRITIC, self.critic_loss)
         if update >= self.lead_updates:
             own = tuple(Turn(STUDENT, self.loss) if turn.trains == STUDENT else turn for turn in own)
@@ -221,7 +213,7 @@ class Adversarial(Objective):
         shown = [real, landing.y]
         if self.gamma:
             shown.append(real + self.delta * draw.normal("critic_change", real.shape[1:]).to(real))
-        # One call for all samples, because DDP and FSDP2 expect a single call of each trained network.
+        # One call for all samples, because DDP and FSDP2 expect one call of each trained network.
         count = len(shown)
         cond = {name: torch.cat([value] * count) for name, value in step.cond.items()}
         found = models.helpers[CRITIC](torch.cat(shown), landing.tau.repeat(count), cond).chunk(count)

@@ -1,11 +1,11 @@
 """The interface of an objective, and the one loss that teacher training and distillation share.
 
-An objective defines what is trained, in which turns, against which loss, and what the result is. It does not depend on
-devices and files. `Training` declares the hyperparameters of one optimiser in one place: stages, helpers, recipes, the
-Python API and the command line use it, and its docstrings are the help texts of the flags.
+An objective defines the trained networks, their turns and losses, and the result. It does not depend on devices or
+files. `Training` is the only declaration of the hyperparameters of an optimiser. Stages, helpers, recipes, the Python
+API and the command line use it, and its docstrings are the help texts of the flags.
 
-The shared loss of a sample is weight(log_snr) * mean((x0 - x0_target)^2), with the mean over the sample's entries. A
-weighting turns it into the squared error in eps, v, or their maximum, whatever the network predicts.
+The shared loss of a sample is weight(log_snr) * mean((x0 - x0_target)^2), where the mean is over the sample's entries.
+A weighting makes it the squared error in eps or v, or the larger of two, for any prediction of the network.
 """
 
 import math
@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Final, NamedTuple, final
 from torch import Tensor, nn
 
 from halfstep.core.denoiser import Cond, Denoiser
-from halfstep.core.door import check_instance, check_number, check_switch
+from halfstep.core.door import check_instance, check_number, check_switch, check_whole
 from halfstep.core.draw import Draw
 from halfstep.core.noise import NoiseProcess, per_sample
 from halfstep.core.prediction import Weighting
@@ -29,34 +29,18 @@ from halfstep.samplers import DDIM, Sampler
 FORBID_EXTRA = {"extra": "forbid"}
 """Makes pydantic reject unknown names in a dataclass that is a field of a recipe."""
 
-
-MOST_UPDATES: Final = 10**9
-"""Largest number of updates, and of anything counted in updates."""
 MOST_AT_ONCE: Final = 2**20
 """Largest batch size."""
-
-
-def check_whole(name: str, value: object, least: int = 1, most: int = MOST_UPDATES) -> None:
-    """Raise unless `value` is a whole number from `least` to `most`.
-
-    Raises:
-        ValueError: otherwise; the message contains the setting's name.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
-    if value > most:
-        raise ValueError(f"{name} must be at most {most:,}, got {value}")
 
 
 @final
 @dataclass(frozen=True)
 class EarlyEnd:
-    """Early stopping of a stage when its loss has stopped falling.
+    """Early stopping of a stage after its loss has stopped falling.
 
-    The mean loss of each `window` updates is compared with the lowest of all earlier windows. When `patience` windows
-    in a row do not improve on it by the share `min_drop`, the learning rate is multiplied by a factor that falls
-    linearly from 1 to 0 over one more window, and the stage ends. (The decay to 0 averages a student's weights, so a
-    stage that ended without it would pass on a worse student.)
+    The mean loss of each window is compared with the lowest of all earlier windows. If it is not lower by the share
+    `min_drop` for `patience` windows in a row, the learning rate decays linearly to 0 over one more window, and the
+    stage ends. This decay averages the student's weights; without it, the stage would pass on a worse student.
 
     Raises:
         ValueError: if a count is not a whole number in its range, the share is not in [0, 1), or a setting is changed
@@ -66,11 +50,11 @@ class EarlyEnd:
     __pydantic_config__: ClassVar[dict[str, str]] = FORBID_EXTRA
 
     patience: int = 0
-    """Number of consecutive windows without progress that end a stage; 0 disables early stopping."""
+    """Number of consecutive windows without progress after which the stage ends; 0 disables early stopping."""
     window: int = 1000
     """Updates per window."""
     min_drop: float = 0.01
-    """Share by which a window's loss must drop to count as progress."""
+    """Relative drop of a window's loss that counts as progress."""
 
     def __post_init__(self) -> None:
         check_whole("early_end.patience", self.patience, 0)
@@ -82,7 +66,7 @@ class EarlyEnd:
                     raise ValueError(f"early_end.{field.name} {value} has no effect without early_end.patience. Add it")
 
     def has_stopped_falling(self, losses: Sequence[float]) -> bool:
-        """Return whether the last `patience` windows made no progress, from the mean losses of all windows so far."""
+        """Return whether the last `patience` windows made no progress, given the mean losses of all windows so far."""
         lowest, idle = math.inf, 0
         for loss in losses:
             if loss < lowest * (1 - self.min_drop) or lowest == math.inf:
@@ -143,7 +127,7 @@ class Training:
         check_instance("early_end", self.early_end, EarlyEnd, "halfstep.EarlyEnd(patience=3)")
 
     def of_helper(self, rate: float, **changes: Any) -> "Training":
-        """Return the hyperparameters of a helper: `rate` times the learning rate, and `changes`.
+        """Return the hyperparameters of a helper: `rate` times the learning rate, and other `changes`.
 
         A helper has no EMA, because it is not passed on, and no early stopping, because its loss need not fall.
         """
@@ -155,18 +139,18 @@ class Training:
         rate = self.learning_rate
         if self.anneal:
             rate *= 1 - update / self.num_updates
-        # A stage shorter than its warm-up is not an error: it warms up until its end.
+        # A stage may be shorter than its warm-up.
         if update < (warmup := min(self.warmup_updates, self.num_updates)):
             rate *= (update + 1) / warmup
         return rate
 
 
 STUDENT: Final = "student"
-"""Name of the player that a stage passes on. The names of all others are those of the objective's helpers."""
+"""Name of the player that a stage passes on. All other players are helpers of the objective."""
 
 
 class Batch(NamedTuple):
-    """Clean data `[batch, *dims]` and its conditions by name, each `[batch, ...]`."""
+    """Clean data `[batch, *dims]`, and conditions by name, each `[batch, ...]`."""
 
     x0: Tensor
     cond: Mapping[str, Tensor] = {}
@@ -187,30 +171,30 @@ class Losses(NamedTuple):
     """The losses of a turn for a batch."""
 
     loss: Tensor
-    """Weighted losses, `[batch]`; the engine minimises their mean over the global batch."""
+    """Weighted losses `[batch]`. The engine minimises their mean over the global batch."""
     log_snr: Tensor
-    """The noise level of each sample, float64 `[batch]`, for statistics."""
+    """Noise level of each sample, float64 `[batch]`, for statistics."""
 
 
 class Role(StrEnum):
     """Role of a stage's model in the chain."""
 
     TEACHER = "teacher"
-    """Undistilled: predicts x0 at all times and samples in any number of steps."""
+    """Undistilled: it predicts x0 at all times and samples in any number of steps."""
     MATCHED = "matched"
     """A teacher converted to another prediction, process or guidance."""
     STUDENT = "student"
-    """Distilled for `num_steps` steps of `sampler`."""
+    """A model distilled for `num_steps` steps of `sampler`."""
 
 
 class Outcome(NamedTuple):
-    """A stage's result: the role of its model and how it is sampled. Stored in the manifest."""
+    """The role of a stage's model, and how to sample it. Stored in the manifest."""
 
     role: Role
     num_steps: int | None = None
     """Number of sampler steps that the model is trained for; None for any number."""
     sampler: Sampler = DDIM()
-    """Sampler with which the model is sampled, evaluated, explored and exported."""
+    """Sampler used for sampling, evaluation, the explorer and export."""
 
 
 class Evals(NamedTuple):
@@ -232,9 +216,9 @@ class Auxiliary:
 
     start: Callable[[Models], nn.Module]
     """Creates the network before the first update: a copy, never the student or teacher itself. A copy of the student
-    has the teacher's weights in float32, whatever the teacher's precision, or its own adapter on a LoRA's base."""
+    has the teacher's weights, always in float32, or its own adapter on a LoRA's base."""
     training: Callable[[Training], Training]
-    """Derives its hyperparameters from the student's. Budget and batch remain those of the stage."""
+    """Maps the student's hyperparameters to its own. Its budget and batch are those of the stage."""
 
 
 @final
@@ -254,14 +238,13 @@ class Average:
     of: str = STUDENT
 
     def __post_init__(self) -> None:
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"the decay of an average must be in [0, 1), got {self.decay}")
+        check_number("the decay of an average", self.decay, below=1)
 
 
 @final
 @dataclass(frozen=True)
 class Frozen:
-    """A frozen copy of a player's network from before the first update, which the objective can call."""
+    """A frozen copy of a player's network before the first update, which the objective can call."""
 
     of: str = STUDENT
 
@@ -275,7 +258,7 @@ class Turn(NamedTuple):
     trains: str
     """`STUDENT`, or the name of an `Auxiliary`."""
     loss: Callable[[Models, Batch, Draw], Losses]
-    """The only player that receives gradients; the engine discards those of all others."""
+    """Returns its losses. The engine discards the gradients of all other players."""
 
 
 class Objective(ABC):
@@ -284,29 +267,29 @@ class Objective(ABC):
     needs_teacher: ClassVar[bool]
     """Whether `Models.teacher` is required."""
     loss_falls: ClassVar[bool] = True
-    """Whether the student has learned when its loss stops falling. False for a game between two players and for a
-    student that is its own teacher; `EarlyEnd` does not watch their losses."""
+    """Whether the student has learned when its loss stops falling. False for a game between two players, and for a
+    student that is its own teacher. `EarlyEnd` ignores their losses."""
 
     @property
     def learns_from_undistilled(self) -> bool:
-        """Whether `Models.teacher` is the plan's latest undistilled model (a teacher or a matched one) instead of the
-        model of the previous stage."""
+        """Whether `Models.teacher` is the plan's latest undistilled model (a teacher or a matched model) instead of the
+        previous stage's model."""
         return False
 
     @property
     def refines(self) -> bool:
-        """Whether the student starts from the latest student of the same number of steps instead of the previous
+        """Whether the student starts from the latest student with the same number of steps instead of the previous
         stage's model."""
         return False
 
     @property
     def label(self) -> str:
-        """Name of the stage in its folder's name: the registered name of the class."""
+        """Name of the stage in its folder's name. By default the registered name of the class."""
         return objectives.name_of(self)
 
     @property
     def guides_teacher(self) -> bool:
-        """Whether it guides its teacher at each call. The teacher must then not have learned guidance."""
+        """Whether each call of the teacher is guided here. The teacher must then not have learned guidance."""
         return False
 
     @property
@@ -317,8 +300,7 @@ class Objective(ABC):
     @property
     @abstractmethod
     def evals(self) -> Mapping[str, Evals]:
-        """Network calls per sample and update of "student", "teacher" and each helper. Cost estimates use only
-        these."""
+        """Calls of "student", "teacher" and each helper per sample and update. All cost estimates use these."""
 
     @property
     def guidance(self) -> Guidance | None:
@@ -343,7 +325,7 @@ class Objective(ABC):
         return teacher
 
     def view(self, teacher: Denoiser, student: Denoiser, null: Mapping[str, Tensor]) -> Denoiser:
-        """Return the teacher as the student sees it: itself, or guided, or on the student's process.
+        """Return the teacher that the student learns from: the teacher itself, or guided, or on the student's process.
 
         Args:
             null: values that mean "no condition", by name, for one sample; may be empty.
@@ -373,7 +355,7 @@ def weighted_x0_loss(x0: Tensor, target: Tensor, log_snr: Tensor, weighting: Wei
 
 
 def check_one_process(models: Models) -> Denoiser:
-    """Return the teacher after checking that it has the student's process.
+    """Return the teacher, which must have the student's process.
 
     Raises:
         ValueError: if no teacher exists, or the processes differ.
@@ -382,7 +364,7 @@ def check_one_process(models: Models) -> Denoiser:
         raise ValueError("a student learns from a teacher, but none is given. Pass one")
     if models.teacher.process != models.student.process:
         raise ValueError(
-            f"a student learns to land where its teacher does, so both need the same noise process. The teacher has "
+            f"a student learns to land where its teacher lands, so both need the same noise process. The teacher has "
             f"{models.teacher.process}, the student {models.student.process}"
         )
     return models.teacher

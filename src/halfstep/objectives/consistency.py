@@ -1,31 +1,31 @@
 """Multistep consistency distillation: from every time of the teacher's fine grid, step to the segment's boundary.
 
-The student takes N steps, so time has N segments, j / N to (j + 1) / N. The teacher's grid has T times, a multiple of
-N. From a time t = b + n / T in the segment above the boundary b, the teacher takes one step to s = t - 1 / T, and the
-student itself, without gradient, takes the rest of the way to b. The target is the x0 with which one DDIM step from t
-lands at the same point (`target.py`):
+The student takes N steps, so time has N segments, from j / N to (j + 1) / N. The teacher's grid has T times, a multiple
+of N. From a time t = b + n / T in the segment above the boundary b, the teacher takes one step to s = t - 1 / T, and
+the student itself takes the rest of the way to b, without gradient. The target is the x0 with which one DDIM step from
+t lands at the same point (`target.py`):
 
     target = w x0_teacher(x_t, t) + (1 - w) x0_student(x_s, s),   w = (r_s - r_t) / (r_b - r_t),   r = alpha / sigma
 
-At s = b the weight is 1 and the student's value is ignored, so the target is the teacher's x0 alone. This anchors the
-student, which is pulled towards its own predictions at all other times. Halving is the case T / N = 2 with the teacher
-instead of the student in the second half of the step. One stage leads from the undistilled teacher to any N. A chain
-such as 8, 4, 2, 1, in which each student starts from the previous one, is optional.
+At s = b the weight is 1 and the student's value is ignored, so the target is the teacher's x0. This anchors the
+student, which is pulled towards its own predictions at all other times. Halving is the case T / N = 2, where the
+teacher instead of the student takes the second half of the step. One stage leads from the undistilled teacher to any N.
+A chain such as 8, 4, 2, 1, in which each student starts from the previous one, is optional.
 
-Other methods are settings of this one:
+Other methods are special cases:
 
 * Latent consistency models (LCM): `Consistency(1, 50, 50, guidance=GuidanceRange(low, high), guide_teacher=True,
-  self_teacher=0.95, weighting=Constant(), metric=PseudoHuber(1e-3))`. Its boundary scaling, c_skip x_t + c_out x0,
-  makes the student return x_s itself at s = 0. There x_s is the teacher's x0, which is the same anchor. At all other
-  times of this grid the scaling is the identity, with c_skip at most 6e-6 (sigma_data 0.5, timesteps of 1000 scaled by
-  10).
-* TRACT: `Consistency(32, 1024, 1024, self_teacher=0.5)` is its first phase. In TRACT's later phases the previous
-  phase's student is the teacher, on that student's grid. Here the undistilled teacher teaches every stage, on any grid,
-  so no stage inherits the errors of the previous one. To run TRACT's own phases, start one run per phase, with the
+  self_teacher=0.95, weighting=Constant(), metric=PseudoHuber(1e-3))`. The boundary scaling of LCM, c_skip x_t + c_out
+  x0, makes the student return x_s itself at s = 0, where x_s is the teacher's x0. This is the same anchor. At all other
+  times of this grid the scaling is the identity, because c_skip is at most 6e-6 (for sigma_data 0.5 and 1000 timesteps
+  scaled by 10).
+* TRACT: `Consistency(32, 1024, 1024, self_teacher=0.5)` is its first phase. In later phases of TRACT, the teacher is
+  the previous phase's student, on that student's grid. Here the undistilled teacher teaches every stage, on any grid,
+  so no stage inherits errors from the previous one. To run TRACT's own phases, start one run per phase, and use the
   previous run's student as the teacher.
 
-The time is drawn uniformly from the T times. T grows over the stage, because a coarse grid learns fast and a fine grid
-has smaller errors in the teacher's steps.
+The time is drawn uniformly from the T times. T grows during the stage, because students learn faster on a coarse grid,
+and the teacher's steps have smaller errors on a fine grid.
 
 Source: Heek et al. 2024 (arXiv:2403.06807), algorithm 1, for deterministic steps of the teacher; Luo et al. 2023
 (arXiv:2310.04378) for LCM; Berthelot et al. 2023 (arXiv:2303.04248) for TRACT.
@@ -40,6 +40,7 @@ import torch
 from torch import Tensor
 
 from halfstep.core.denoiser import Cond, Denoiser, NetworkDenoiser
+from halfstep.core.door import check_number, check_whole
 from halfstep.core.draw import Draw
 from halfstep.core.grids import check_num_steps
 from halfstep.core.noise import as_clock
@@ -57,7 +58,6 @@ from halfstep.objectives.base import (
     Outcome,
     Role,
     check_one_process,
-    check_whole,
     noisy_student_loss,
     objectives,
 )
@@ -80,14 +80,14 @@ def consistency_target(
     cond: Cond | None = None,
     sampler: Sampler | None = None,
 ) -> Tensor:
-    """Return the x0 with which one DDIM step from t to the boundary lands on the same point as the teacher's step to s
+    """Return the x0 with which one DDIM step from t to the boundary lands where two steps land: the teacher's step to s
     and the reference's DDIM step from there.
 
     Args:
         teacher: an unclipped denoiser.
         reference: the student or its average. Its output is ignored where s is the boundary, even if it is not finite.
         x_t: noisy samples `[batch, *dims]`.
-        t, s, boundary: clock times, one for all samples or `[batch]`, 0 <= boundary <= s < t.
+        t, s, boundary: clock times, `[batch]` or one for all samples, 0 <= boundary <= s < t.
         cond: conditions by name, each `[batch, ...]`.
         sampler: the teacher's deterministic sampler; DDIM() if None.
 
@@ -118,7 +118,7 @@ def _target(
 
 
 def _rest(reference: Denoiser, cond: Cond | None) -> Step:
-    """Return the reference's DDIM step. An empty step calls it at t = 1, because its output at t = 0 may not exist."""
+    """Return the reference's DDIM step. An empty step calls it at t = 1, because it may be undefined at t = 0."""
 
     def step(x_t: Tensor, t: Tensor, s: Tensor) -> Denoised:
         return reference(x_t, torch.where(t > s, t, 1.0), cond)
@@ -128,9 +128,9 @@ def _rest(reference: Denoiser, cond: Cond | None) -> Step:
 
 @contextmanager
 def _rewound(device: torch.device) -> Iterator[None]:
-    """Rewind the random generators at the end, so that the code after it draws the same dropout masks.
+    """Rewind the random generator at the end, so that the following code draws the same dropout masks.
 
-    The state of every generator, even a GPU's, is on the host, so nothing waits for the device.
+    The generator's state is on the host, even for a GPU, so nothing waits for the device.
     """
     generator: Any = torch if device.type == "cpu" else torch.get_device_module(device)
     state = generator.get_rng_state()
@@ -138,8 +138,8 @@ def _rewound(device: torch.device) -> Iterator[None]:
         yield
     finally:
         generator.set_rng_state(state)
-        # Autocast may cache half-precision copies of the weights in a pass without gradient and use them in the next
-        # pass, which then has no gradients (pytorch #65766, fixed in #165068).
+        # In a pass without gradient, autocast may cache half-precision copies of the weights. The next pass would use
+        # them and have no gradients (pytorch #65766, fixed in #165068).
         torch.clear_autocast_cache()
 
 
@@ -147,10 +147,10 @@ def _rewound(device: torch.device) -> Iterator[None]:
 @objectives.register("consistency")
 @dataclass(frozen=True)
 class Consistency(Objective):
-    """Error against `consistency_target` at times drawn uniformly from the teacher's grid.
+    """Error with respect to `consistency_target` at times drawn uniformly from the teacher's grid.
 
     The default grid is the paper's, for stages of 200,000 updates. For a shorter stage, set `anneal_updates` to half
-    its updates. The loss is small from the first update on and need not fall, so `EarlyEnd` does not watch it.
+    its updates. The loss is small from the first update and need not fall, so `EarlyEnd` ignores it.
 
     Source: Heek et al. 2024 (arXiv:2403.06807), algorithm 1.
 
@@ -173,12 +173,12 @@ class Consistency(Objective):
     guidance: Guidance | None = None
     """Guidance that the student learns or keeps; None for none."""
     guide_teacher: bool = False
-    """Guide the teacher here, with two calls; False for a teacher that has learned its guidance."""
+    """Guide the teacher here, which takes two calls; False for a teacher that has learned guidance."""
     teacher_sampler: Sampler = field(default_factory=DDIM)
     """The deterministic sampler of the teacher's step; the student uses DDIM."""
     self_teacher: float = 0.0
-    """Decay of the student's average that is called at x_s; 0 calls the student itself, with the dropout masks of its
-    pass with gradient."""
+    """Decay of the student's average that is called at x_s. 0 calls the student itself, with the same dropout masks as
+    in its pass with gradient."""
     needs_teacher: ClassVar[bool] = True
     learns_from_undistilled: ClassVar[bool] = True
     loss_falls: ClassVar[bool] = False
@@ -202,8 +202,7 @@ class Consistency(Objective):
         if self.guide_teacher and self.guidance is None:
             raise ValueError("guide_teacher has no effect without guidance. Add it")
         check_deterministic(self.teacher_sampler)
-        if not 0 <= self.self_teacher < 1:
-            raise ValueError(f"self_teacher must be in [0, 1), got {self.self_teacher}")
+        check_number("self_teacher", self.self_teacher, below=1)
 
     def grid_steps(self, update: int) -> int:
         """Return T, the number of times in the teacher's grid at an update: a multiple of num_steps."""
@@ -222,7 +221,7 @@ class Consistency(Objective):
     @property
     def evals(self) -> Mapping[str, Evals]:
         sampler = self.teacher_sampler
-        # A batch contains steps onto clean data and others, and all its samples take the same number of calls.
+        # A batch may contain steps onto clean data, and all its samples need the same number of calls.
         calls = max(sampler.evals_per_step, sampler.evals_last_step) * (2 if self.guide_teacher else 1)
         own = {STUDENT: Evals(1, 1), REFERENCE: Evals(1)} if self.self_teacher else {STUDENT: Evals(2, 1)}
         return {**own, "teacher": Evals(calls)}
@@ -247,10 +246,10 @@ class Consistency(Objective):
     def loss(self, models: Models, batch: Batch, draw: Draw) -> Losses:
         teacher = check_one_process(models)
         cond = batch.cond if self.guidance is None else self.guidance.shown(batch.cond, draw, batch.x0)
-        # An integer below T could not be drawn ahead, because T changes from update to update.
+        # Integers below T could not be drawn ahead, because T changes from update to update.
         grid = self.grid_steps(draw.update)
         index = (as_clock(draw.uniform("time"), batch.x0) * grid).floor().clamp(max=grid - 1)
-        # Each is a quotient of integers, so that s equals the boundary to the last bit where it should.
+        # All three are quotients of integers, so that s can equal the boundary exactly.
         boundary = torch.floor(index / (grid // self.num_steps)) / self.num_steps
         t, s = (index + 1) / grid, index / grid
         eps = draw.normal("noise", batch.x0.shape[1:]).to(batch.x0)

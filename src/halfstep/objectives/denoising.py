@@ -28,7 +28,7 @@ from halfstep.objectives.base import (
 @objectives.register("denoise")
 @dataclass(frozen=True)
 class Denoising(Objective):
-    """Squared error of x0 at uniformly drawn times. The default weighting is that of the paper's models.
+    """Squared error in x0 at uniformly drawn times. The default weighting is that of the paper's models.
 
     Source: Salimans & Ho 2022 (arXiv:2202.00512), algorithm 1.
     """

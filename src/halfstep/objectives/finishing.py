@@ -25,6 +25,7 @@ from typing import ClassVar, Final, final
 
 import torch
 
+from halfstep.core.door import check_whole
 from halfstep.core.draw import Draw
 from halfstep.core.grids import check_num_steps
 from halfstep.core.noise import per_sample
@@ -44,7 +45,6 @@ from halfstep.objectives.base import (
     Training,
     Turn,
     check_one_process,
-    check_whole,
     entry_mean,
     objectives,
 )

@@ -1,4 +1,4 @@
-"""Classifier-free guidance that a network learns: one fixed scale, or a range of scales as an input of the network.
+"""Classifier-free guidance that a network learns: one fixed scale, or a range of scales as an input.
 
 The guided prediction is uncond + scale (cond - uncond), so scale 1 disables guidance.
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from halfstep.core.denoiser import GUIDANCE, Cond, Denoiser, Guided, NetworkDenoiser
-from halfstep.core.door import check_real
+from halfstep.core.door import check_number, check_real
 from halfstep.core.draw import Draw
 from halfstep.core.warnings import HalfstepWarning
 from halfstep.nets import takes_guidance
@@ -36,12 +36,12 @@ class Guidance(ABC):
 
     @abstractmethod
     def scale_for(self, scale: float | None) -> float | None:
-        """Return the scale to pass to the network for a requested `scale` (None: the default); None to pass none.
+        """Return the scale to pass to the network if `scale` is requested (None: the default); None to pass no scale.
 
         Warns if the network has not learned the scale.
 
         Raises:
-            ValueError: if the scale cannot have an effect.
+            ValueError: if the network cannot apply the scale.
         """
 
     @abstractmethod
@@ -57,7 +57,7 @@ class Guidance(ABC):
 
     @abstractmethod
     def shown(self, cond: Cond, draw: Draw, like: Tensor) -> Cond:
-        """Return the conditions for the samples `like` `[batch, *dims]`, with a scale for each if it is an input."""
+        """Return the conditions of the samples `like` `[batch, *dims]`, with a scale for each if it is an input."""
 
 
 def _takes_scale(teacher: Denoiser) -> bool:
@@ -81,9 +81,7 @@ class FixedGuidance(Guidance):
     is_shown: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_real(scale=self.scale)
-        if not 0 <= self.scale < math.inf:
-            raise ValueError(f"a guidance scale must be finite and at least 0, got {self.scale}")
+        check_number("a guidance scale", self.scale)
 
     @property
     def default_scale(self) -> float:
@@ -92,7 +90,7 @@ class FixedGuidance(Guidance):
     def scale_for(self, scale: float | None) -> float | None:
         if scale not in (None, self.scale):
             raise ValueError(
-                f"a guidance scale of {scale:g} was requested, but this model has learned only {self.scale:g}. Remove "
+                f"a guidance scale of {scale:g} was requested, but this model has only learned {self.scale:g}. Remove "
                 "it, or distil a model with a range of scales"
             )
         return None
@@ -100,7 +98,7 @@ class FixedGuidance(Guidance):
     def view(self, teacher: Denoiser, null: Mapping[str, Tensor]) -> Denoiser:
         if _takes_scale(teacher):
             raise ValueError(
-                "the teacher's network takes the guidance scale as an input, and it was recorded with its pipeline. "
+                "the teacher's network takes the guidance scale as an input, which was recorded with its pipeline. "
                 f"Choose another scale with --call guidance_scale={self.scale:g}, or choose a range"
             )
         return Guided(teacher, null, self.scale)
@@ -113,7 +111,7 @@ class FixedGuidance(Guidance):
 @guidances.register("range")
 @dataclass(frozen=True)
 class GuidanceRange(Guidance):
-    """Scales from `low` to `high` as an input of the network. Each training sample has a scale drawn uniformly.
+    """Scales from `low` to `high`, an input of the network. Each training sample draws a scale uniformly.
 
     Raises:
         ValueError: if not 0 <= low < high < infinity.
@@ -135,8 +133,8 @@ class GuidanceRange(Guidance):
     def scale_for(self, scale: float | None) -> float | None:
         if scale is not None and not self.low <= scale <= self.high:
             warnings.warn(
-                f"a guidance scale of {scale:g} was requested, but this model has learned scales from {self.low:g} to "
-                f"{self.high:g} only. It extrapolates",
+                f"a guidance scale of {scale:g} was requested, but this model has only learned scales from "
+                f"{self.low:g} to {self.high:g}. It extrapolates",
                 HalfstepWarning,
                 stacklevel=5,
             )

@@ -43,12 +43,12 @@ def halving_target(
     num_teacher_steps: int = 2,
     sampler: Sampler | None = None,
 ) -> Tensor:
-    """Return the x0 with which one DDIM step from t to s lands where `num_teacher_steps` steps of the teacher do.
+    """Return the x0 with which one DDIM step from t to s lands where `num_teacher_steps` steps of the teacher land.
 
     Args:
         teacher: an unclipped denoiser; it is called without gradient.
         x_t: noisy samples `[batch, *dims]`.
-        t: clock times at which the step starts, one for all or `[batch]`.
+        t: clock times at which the step starts, `[batch]` or one for all samples.
         s: clock times at which it lands, 0 <= s < t.
         cond: conditions by name, each `[batch, ...]`.
         sampler: the teacher's deterministic sampler; DDIM() if None.
@@ -77,8 +77,7 @@ def _target(
     num_teacher_steps: int,
     sampler: Sampler,
 ) -> Tensor:
-    """Return `halving_target` without checks, because checking clock tensors would make the host wait for the device
-    at every update."""
+    """Return `halving_target` without checks, for which the host would wait for the device at every update."""
     times = [start + (end - start) * (k / num_teacher_steps) for k in range(num_teacher_steps)] + [end]
     return landing_x0(teacher.process, [steps_of(teacher, sampler, cond)] * num_teacher_steps, x_t, times)
 
@@ -117,7 +116,7 @@ class Halving(StepObjective):
     @property
     def evals(self) -> Mapping[str, Evals]:
         sampler = self.teacher_sampler
-        # A batch contains steps onto clean data and others, and all its samples take the same number of calls.
+        # A batch may contain steps onto clean data, and all its samples need the same number of calls.
         calls = self.num_teacher_steps * max(sampler.evals_per_step, sampler.evals_last_step)
         return {STUDENT: Evals(1, 1), "teacher": Evals(calls)}
 

@@ -1,9 +1,9 @@
-"""Matching: the student learns the teacher's own x0, at random times, before any step is distilled.
+"""Matching: the student learns the teacher's own x0 at random times, before any step is distilled.
 
-It converts a teacher for halving: another prediction (x0 or v instead of eps, which has no x0 at zero SNR), another
-clock, and classifier-free guidance baked into the weights, at one scale or at a range of scales that become an input of
-the network. The noisy samples follow the student's process. The teacher is called at the same noise levels, and twice
-if it is guided.
+It converts a teacher for halving: to another prediction (x0 or v instead of eps, which has no x0 at zero SNR), to
+another clock, or to classifier-free guidance in the weights, at one scale or at a range of scales that is an input of
+the network. The noisy samples follow the student's process. The teacher is called at the same noise levels, twice if it
+is guided.
 
 Source: Meng et al. 2023, "On Distillation of Guided Diffusion Models" (arXiv:2210.03142), section 3.1, for guidance;
 Salimans & Ho 2022 (arXiv:2202.00512), section 4, for the predictions that few steps need.
@@ -45,10 +45,10 @@ from halfstep.objectives.guidance import Guidance
 class Matching(Objective):
     """Squared error against the teacher's x0 at the times i / num_times, i = 1 ... num_times.
 
-    The teacher's x0 is clipped to `clip`, after guidance. For data in that range, this moves no entry away from its
-    true mean, and it keeps an eps teacher usable near pure noise, where sigma / alpha amplifies its error.
-    If `num_times` is the teacher's number of noise levels, the teacher is called only at these. The default weighting
-    turns the loss into the squared error in v, which is even over all noise levels.
+    The teacher's x0 is clipped to `clip` after guidance. For data in that range, this moves no entry away from its true
+    mean, and keeps an eps teacher usable near pure noise, where sigma / alpha amplifies its error. If `num_times` is
+    the teacher's number of noise levels, the teacher is called only at these. With the default weighting, the loss is
+    the squared error in v, which is even over all noise levels.
 
     Source: Meng et al. 2023 (arXiv:2210.03142), section 3.1, for guidance.
 

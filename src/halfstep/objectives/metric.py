@@ -7,7 +7,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from halfstep.core.door import check_real
+from halfstep.core.door import check_number
 from halfstep.registry import Registry
 
 
@@ -36,9 +36,9 @@ class Squared(LossMetric):
 @loss_metrics.register("pseudo_huber")
 @dataclass(frozen=True)
 class PseudoHuber(LossMetric):
-    """sqrt(square + c^2) - c: the norm of the error where it is above c, smooth at 0.
+    """sqrt(square + c^2) - c: smooth at 0, and about the norm of the error if that is above c.
 
-    If the weight is large at low noise, a norm has less variance than its square.
+    If the weight is large at low noise, the norm has less variance than its square.
 
     Source: Song & Dhariwal 2023 (arXiv:2310.14189), section 3.3.
 
@@ -50,9 +50,7 @@ class PseudoHuber(LossMetric):
     """Weighted root mean square error below which the loss is quadratic."""
 
     def __post_init__(self) -> None:
-        check_real(c=self.c)
-        if not 0 < self.c < float("inf"):
-            raise ValueError(f"c must be a finite number above 0, got {self.c}")
+        check_number("c", self.c, above=True)
 
     def __call__(self, square: Tensor) -> Tensor:
         # sqrt(square + c^2) - c, without subtracting nearly equal numbers.

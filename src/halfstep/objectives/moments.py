@@ -1,26 +1,25 @@
 """Moment matching: the student's samples match the teacher's conditional mean at every noise level.
 
-The student is a few-step ancestral sampler. From x_t, its x0 takes a step to s by sampling the posterior
-q(x_s | x_t, x0), as `Ancestral(gamma=0)` does. If the student's x0 are distributed as data given x_t, then x_s is
+The student is a few-step ancestral sampler. Its x0 at x_t defines a step to s, which samples the posterior
+q(x_s | x_t, x0), as in `Ancestral(gamma=0)`. If the student's x0 are distributed as data given x_t, then x_s is
 distributed as noisy data, and the mean of these x0 given x_s is the teacher's x0 at (x_s, s). An auxiliary denoiser
-learns that mean, and the student moves to reduce the difference. An update has two turns, each with its own batch. With
-D = auxiliary - teacher at (x_s, s) and w the weight at the log-SNR of s, the losses are
+learns that mean, and the student learns to reduce the difference. An update has two turns, each with its own batch. Let
+D = auxiliary - teacher at (x_s, s), and let w be the weight at the log-SNR of s. The losses are
 
     auxiliary:  w (|auxiliary - x0|^2 + |auxiliary - teacher|^2),  minimal at the mean of E[x0 | x_s] and the teacher
     student:    w |x0 - sg(x0 - D)|^2 / 2,                         with the gradient w D in x0
 
 The second term of the auxiliary's loss keeps it near the teacher, and halves D at the minimum. The value of the
-student's loss is w |D|^2 / 2, the moment gap. It need not fall, because the auxiliary widens it as the student closes
-it.
+student's loss is w |D|^2 / 2, the moment gap. It need not fall, because the auxiliary widens the gap while the student
+closes it.
 
-Times: s ~ U(0, 1), t = min(s + d, 1), d ~ U(0, 1 / num_steps), so no step is longer than one of the student's, and
-some start from pure noise.
+Times: s ~ U(0, 1), t = min(s + d, 1), d ~ U(0, 1 / num_steps). No step is longer than the student's own steps, and some
+start from pure noise.
 
 Source: Salimans, Mensink, Heek & Hoogeboom 2024, "Multistep Distillation of Diffusion Models via Moment Matching"
-(arXiv:2406.04103), algorithm 2; squares are means over a sample's entries here, sums there.
+(arXiv:2406.04103), algorithm 2, with means instead of sums over a sample's entries.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple, final
@@ -29,6 +28,7 @@ import torch
 from torch import Tensor
 
 from halfstep.core.denoiser import Cond, Denoiser
+from halfstep.core.door import check_number
 from halfstep.core.draw import Draw
 from halfstep.core.grids import check_num_steps
 from halfstep.core.noise import as_clock
@@ -45,7 +45,6 @@ from halfstep.objectives.base import (
     Objective,
     Outcome,
     Role,
-    Training,
     Turn,
     check_one_process,
     objectives,
@@ -56,7 +55,7 @@ from halfstep.samplers import Ancestral, ancestral_step
 
 
 class _Step(NamedTuple):
-    """A step of the student: its x0 at x_t, `[batch, *dims]`, and the sample x_s that the posterior draws."""
+    """A step of the student: its x0 at x_t, `[batch, *dims]`, and a sample x_s from the posterior."""
 
     x0: Tensor
     x_s: Tensor
@@ -90,8 +89,7 @@ class MomentMatching(Objective):
 
     def __post_init__(self) -> None:
         check_num_steps(self.num_steps)
-        if not 0 < self.auxiliary_rate < math.inf:
-            raise ValueError(f"auxiliary_rate must be a finite number above 0, got {self.auxiliary_rate}")
+        check_number("auxiliary_rate", self.auxiliary_rate, above=True)
 
     @property
     def outcome(self) -> Outcome:
@@ -103,16 +101,13 @@ class MomentMatching(Objective):
 
     @property
     def helpers(self) -> Mapping[str, Helper]:
-        return {AUXILIARY: Auxiliary(auxiliary_denoiser, self._training)}
-
-    def _training(self, own: Training) -> Training:
-        return own.of_helper(self.auxiliary_rate)
+        return {AUXILIARY: Auxiliary(auxiliary_denoiser, lambda own: own.of_helper(self.auxiliary_rate))}
 
     def turns(self, update: int) -> tuple[Turn, ...]:
         return Turn(AUXILIARY, self.auxiliary_loss), Turn(STUDENT, self.loss)
 
     def auxiliary_loss(self, models: Models, batch: Batch, draw: Draw) -> Losses:
-        """Return the losses of the auxiliary denoiser against the student's x0 and against the teacher."""
+        """Return the losses of the auxiliary denoiser with respect to the student's x0 and the teacher."""
         teacher = check_one_process(models)
         with torch.no_grad():
             x0, x_s, s, cond = self._step(models.student, batch, draw)
@@ -128,7 +123,7 @@ class MomentMatching(Objective):
         with torch.no_grad():
             gap = teacher(x_s, s, cond).x0 - _auxiliary(models)(x_s, s, cond).x0
         log_snr = models.student.process.log_snr(s)
-        # x0 - sg(x0 + gap) with x0 cancelled on both sides, so that a small gap is not rounded to the precision of x0.
+        # x0 - sg(x0 + gap), with x0 cancelled so that a small gap is not rounded to the precision of x0.
         return Losses(weighted_x0_loss(x0 - x0.detach(), gap, log_snr, self.weighting) / 2, log_snr)
 
     def _step(self, student: Denoiser, batch: Batch, draw: Draw) -> _Step:

@@ -1,7 +1,6 @@
 """The plan: a chain of stages as data.
 
-A stage is an objective and the hyperparameters of its student's optimiser. The chain of halvings is a list of stages,
-not a loop hidden in a script.
+A stage is an objective and the hyperparameters of its student's optimiser. A chain of halvings is a list of stages.
 
 Source of the defaults: Salimans & Ho 2022 (arXiv:2202.00512), section 5.2 and appendix; the authors' configurations.
 """
@@ -11,7 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from typing import Final, NamedTuple, final
 
-from halfstep.core.door import check_instance, got
+from halfstep.core.door import check_instance, check_whole, got
 from halfstep.core.grids import check_num_steps
 from halfstep.core.prediction import TruncatedSNR, Weighting
 from halfstep.objectives.adversarial import Adversarial
@@ -22,7 +21,7 @@ from halfstep.objectives.halving import Halving
 from halfstep.samplers import DDIM, Sampler
 
 HALVING: Final = Training(num_updates=50_000, learning_rate=5e-5)
-"""The paper's hyperparameters for a student: no warm-up, linear decay of the learning rate to 0."""
+"""The paper's hyperparameters for a student: no warm-up, and linear decay of the learning rate to 0."""
 
 FINISHING: Final = Training(
     num_updates=260, batch_size=64, learning_rate=5e-5, adam_betas=(0.0, 0.99), grad_clip=1.0, ema_decay=0.98
@@ -33,7 +32,7 @@ FINISHING: Final = Training(
 @final
 @dataclass(frozen=True)
 class Stage:
-    """One row of a plan. The student of a halving stage starts as a copy of its teacher, with a fresh optimiser.
+    """One row of a plan. The student of a halving stage starts as a copy of its teacher, with a new optimiser.
 
     Raises:
         ValueError: if the student has no turn in any update.
@@ -65,7 +64,7 @@ class Stage:
 
 
 class Parents(NamedTuple):
-    """The models that a stage builds on, as indices into the models before it."""
+    """The models that a stage builds on, as indices into the models of earlier stages."""
 
     start: int
     """The model whose weights the student starts from."""
@@ -74,10 +73,10 @@ class Parents(NamedTuple):
 
 
 def parents_of(objective: Objective, models: Sequence[Outcome]) -> Parents | None:
-    """Return the parents of a stage among the models before it; None for the first stage.
+    """Return the parents of a stage among the models of earlier stages; None for the first stage.
 
     Raises:
-        ValueError: if the objective needs a model that does not precede it.
+        ValueError: if no earlier stage has a model that the objective needs.
     """
     if not models:
         return None
@@ -89,11 +88,9 @@ def parents_of(objective: Objective, models: Sequence[Outcome]) -> Parents | Non
         if not same:
             students = [model for model in models if model.role is Role.STUDENT and model.sampler == sampler]
             made = sorted({model.num_steps for model in students if model.num_steps}, reverse=True)
-            known = (
-                f"the students before it take {', '.join(map(str, made))}"
-                if made
-                else f"no student before it samples with {type(sampler).__name__}"
-            )
+            known = f"no student before it samples with {type(sampler).__name__}"
+            if made:
+                known = f"the students before it take {', '.join(map(str, made))}"
             raise ValueError(f"the stage {name} refines a student of {steps} steps, but {known}. Choose one of them")
         start = same[-1]
     if objective.learns_from_undistilled:
@@ -188,32 +185,28 @@ class Plan:
             end: steps of the last student.
             training: hyperparameters of each stage. The paper has no warm-up, but a fresh Adam moves every weight by
                 the full learning rate at once, and a short stage does not recover from that.
-            factor: teacher steps that a student's step replaces, at every stage.
+            factor: number of teacher steps that a student's step replaces, at every stage.
             students: the steps of all students, such as 256, 64, 16, 8, 4; replaces `end` and `factor`.
-            updates_at: exceptions by a student's number of steps: its number of updates. By default, the students of 2
-                steps and 1 step get twice `training.num_updates`, as in the paper.
-            learning_rate_at: exceptions by a student's number of steps: its learning rate. By default there are none.
+            updates_at: maps a student's number of steps to a different number of updates. By default, the students with
+                2 steps and 1 step get twice `training.num_updates`, as in the paper.
+            learning_rate_at: maps a student's number of steps to a different learning rate.
             guidance: guidance that the first teacher has learned.
             teacher_sampler: deterministic sampler of the first teacher; DDIM if None.
-            teacher_steps: steps of the first teacher per step of the first student; None uses the factor of the chain.
+            teacher_steps: steps of the first teacher per step of the first student; None uses the chain's factor.
 
         Raises:
-            ValueError: if `end` is not below `start`, the factors do not lead from `start` to `end`, an exception is
-                for a number of steps that is not in the chain, or the sampler is stochastic.
+            ValueError: if `end` is not below `start`, the factors do not lead from `start` to `end`, `updates_at` or
+                `learning_rate_at` has a number of steps that is not in the chain, or the sampler is stochastic.
         """
         steps = [start, *students] if students is not None else divided(start, end, factor)
         factors = _factors(steps)
         doubled = 2 * training.num_updates
         exceptions = {2: doubled, 1: doubled} if updates_at is None else dict(updates_at)
         rates = dict(learning_rate_at or {})
-        given_for = (("updates", "updates_at", updates_at or {}), ("a learning rate", "learning_rate_at", rates))
-        for what, name, given in given_for:
-            foreign = sorted(set(given) - set(steps[1:]))
-            if foreign:
-                verb = "are" if what == "updates" else "is"
+        for name, given in (("updates_at", updates_at or {}), ("learning_rate_at", rates)):
+            if foreign := sorted(set(given) - set(steps[1:])):
                 raise ValueError(
-                    f"{what} {verb} given for a student of {foreign[0]} steps, but the chain's students take "
-                    f"{steps[1:]}. Give exceptions for these, or none ({name} None)"
+                    f"{name} has an entry for {foreign[0]} steps, but the chain's students take {steps[1:]}. Remove it"
                 )
         halvings = [
             Halving(n, k, weighting or TruncatedSNR(), guidance) for n, k in zip(steps[1:], factors, strict=True)
@@ -250,18 +243,20 @@ class Plan:
             finishing: function that maps a number of steps to the objective.
 
         Raises:
-            ValueError: if a number is not a whole number of at least 1, or is given twice.
+            ValueError: if a number is not a whole number of at least 1, or appears twice.
         """
         for number in steps:
             check_num_steps(number)
         if len(set(steps)) < len(steps):
-            raise ValueError(f"a student can be finished once, got {', '.join(map(str, steps))}. Give each number once")
+            raise ValueError(
+                f"a student can be finished only once, got {', '.join(map(str, steps))}. Give each number once"
+            )
         return cls(tuple(Stage(finishing(number), training) for number in steps))
 
 
 def _guided(objective: Objective, guidance: Guidance) -> Objective:
-    """Return a student's objective, or the one that it wraps, with the guidance that its teacher has learned; any
-    other objective is unchanged."""
+    """Return a student's objective, wrapped or not, with the guidance that its teacher has learned. All others are
+    unchanged."""
     if objective.outcome.role is not Role.STUDENT:
         return objective
     changes: dict[str, object] = {}
@@ -281,8 +276,7 @@ def divided(start: int, end: int, factor: int) -> list[int]:
     """
     check_num_steps(start)
     check_num_steps(end)
-    if not isinstance(factor, int) or factor < 2:
-        raise ValueError(f"the factor of a stage must be a whole number of at least 2, got {factor!r}")
+    check_whole("the factor of a stage", factor, 2)
     if end >= start:
         raise ValueError(f"the end must be below the start, got a chain from {start} steps to {end}")
     steps = [start]

@@ -1,26 +1,26 @@
-"""The x0 with which one DDIM step lands where a chain of other steps lands: the target of halving and consistency.
+"""The target of halving and consistency: the x0 with which one DDIM step lands where a chain of other steps lands.
 
-Divide a sample by its noise amplitude. In x / sigma a DDIM step is linear in x0, with r = alpha / sigma:
+In x / sigma, the sample divided by its noise amplitude, a DDIM step is linear in x0. With r = alpha / sigma,
 
     x_s / sigma_s = x_t / sigma_t + (r_s - r_t) x0
 
-Steps through the times t = t_0 > t_1 > ... > t_K = s therefore add up, whichever denoiser takes each. The x0 with which
-a single step lands on the same point is the mean of their x0 with weights
+Therefore steps through the times t = t_0 > t_1 > ... > t_K = s add up, even if they use different denoisers. The x0
+with which a single step lands on the same point is the mean of their x0 with weights
 
     w_k = (r_{k+1} - r_k) / (r_s - r_t),   sum w_k = 1, every w_k >= 0.
 
-At s = 0 the step lands on clean data, r_s is infinite, and all weight falls on the last x0 without a special case. As a
+At s = 0 the step lands on clean data, r_s is infinite, and the last x0 has all the weight, without a special case. As a
 mean, the target keeps the precision of the denoisers. Solving x_s for x0 would subtract nearly equal numbers (an error
 of 2e-3 in float32 at 8192 steps, instead of less than 1e-6).
 
-The steps may be those of any deterministic sampler. A data-prediction sampler takes a DDIM step with an effective x0.
-Any other sampler gives only a landing point x_s, and one DDIM step lands there with the effective
+The steps may use any deterministic sampler. A data-prediction sampler takes a DDIM step with an effective x0. Any other
+sampler only has a landing point x_s, where one DDIM step lands with the effective
 
     x0 = (x_s - q x_t) / (alpha_s - q alpha_t),   q = sigma_s / sigma_t,
 
-which is x_s itself at s = 0. Here the step and the quotient are computed in float64, from the denoiser's x0 in its own
-dtype. An error of x0 moves x_s in proportion to the width of the step, and the quotient divides by that width, so this
-x0 keeps the denoiser's precision too.
+which is x_s itself at s = 0. The step and the quotient are computed in float64, from the denoiser's x0 in its own
+dtype. An error in x0 moves x_s in proportion to the width of the step, and the quotient divides by that width, so this
+x0 has the denoiser's precision too.
 
 Source: Salimans & Ho 2022 (arXiv:2202.00512), algorithm 2; the authors' dpm.py for s = 0.
 """
@@ -45,19 +45,19 @@ def check_deterministic(sampler: Sampler) -> None:
     """Raise ValueError unless the sampler is deterministic."""
     if sampler.stochastic:
         raise ValueError(
-            f"{type(sampler).__name__} draws noise, so one step cannot land where its steps do. "
+            f"{type(sampler).__name__} draws noise, so one step cannot land where its steps land. "
             "Choose a deterministic sampler for the teacher, such as DDIM()"
         )
 
 
 @torch.no_grad()
 def landing_x0(process: NoiseProcess, steps: Sequence[Step], x_t: Tensor, times: Sequence[Tensor]) -> Tensor:
-    """Return the x0 with which one DDIM step from times[0] to times[-1] lands where all `steps` together do.
+    """Return the x0 with which one DDIM step from times[0] to times[-1] lands where all `steps` together land.
 
     Args:
         x_t: noisy samples `[batch, *dims]`.
-        times: decreasing clock tensors, one more than steps. A step may be empty for some samples, from the last time
-            to itself. It is taken, but its result is ignored, even if it is not finite.
+        times: decreasing clock tensors, one more than steps. A step may be empty for some samples: from the last time
+            to itself. Its result is then ignored, even if it is not finite.
 
     Returns:
         A tensor shaped as `x_t`, without gradient: a weighted mean with weights >= 0.
@@ -65,7 +65,7 @@ def landing_x0(process: NoiseProcess, steps: Sequence[Step], x_t: Tensor, times:
     end = times[-1]
     alpha_t, sigma_t = process.alpha_sigma(times[0])
     alpha_s, sigma_s = process.landing(end)
-    # 1 / (r_s - r_t), expanded by sigma_s so that it is 0, not 1 / infinity, at s = 0.
+    # 1 / (r_s - r_t), expanded by sigma_s to avoid 1 / infinity at s = 0.
     scale = sigma_s / (alpha_s - sigma_s * alpha_t / sigma_t)
 
     target = torch.zeros_like(x_t)
@@ -86,8 +86,7 @@ def landing_x0(process: NoiseProcess, steps: Sequence[Step], x_t: Tensor, times:
 
 
 def steps_of(denoiser: Denoiser, sampler: Sampler, cond: Cond | None) -> Step:
-    """Return the steps that a deterministic sampler takes with the denoiser. Each passes the sampler's memory to the
-    next."""
+    """Return the steps of a deterministic sampler with this denoiser. Each passes the sampler's memory to the next."""
     memory: Memory = None
 
     def step(x_t: Tensor, t: Tensor, s: Tensor) -> Denoised:
@@ -108,9 +107,10 @@ def steps_of(denoiser: Denoiser, sampler: Sampler, cond: Cond | None) -> Step:
 
 @final
 class _InFloat64(Denoiser):
-    """A denoiser for float64 samples that calls another with the dtype and device of `like`; eps is computed from x0.
+    """A denoiser for float64 samples that calls another one in the dtype and on the device of `like`.
 
-    The float64 samples are on the device of the clock tensors, which is the CPU if the device has no float64.
+    The float64 samples are on the device of the clock tensors, which is the CPU if the device has no float64. eps is
+    computed from x0.
     """
 
     def __init__(self, denoiser: Denoiser, like: Tensor) -> None:

@@ -5,9 +5,10 @@ x0, its mean is
 
     alpha_s x0 + sigma_s q eps
 
-and its variance is (1 - q^2) sigma_s^2. This is the lower bound for the variance of the true reverse step q(x_s | x_t),
-exact if the data is a single point. The upper bound is the variance of the forward step, (1 - q^2) sigma_t^2, exact if
-the data is unit normal noise. `gamma` interpolates their logarithms. The last step adds no noise and returns x0.
+and its variance is (1 - q^2) sigma_s^2. This is the lower bound of the variance of the true reverse step q(x_s | x_t),
+and exact if the data is a single point. The upper bound is the variance of the forward step, (1 - q^2) sigma_t^2, which
+is exact if the data is unit normal noise. `gamma` interpolates their logarithms. The last step adds no noise and
+returns x0.
 
 Source: Ho et al. 2020 (arXiv:2006.11239); Salimans & Ho 2022 (arXiv:2202.00512), equations 3 to 5, and the authors'
 dpm.py ("fixed_small", "fixed_large", "fixed_medium:gamma").
@@ -43,7 +44,7 @@ def ancestral_step(
     change = torch.where(clean, -torch.inf, process.log_snr(t) - process.log_snr(s))
     kept = torch.exp(change / 2)
     spread = torch.sqrt(-torch.expm1(change)) * sigma_s ** (1 - gamma) * sigma_t**gamma
-    # 0 ** 0 is 1: at gamma = 1 the variance does not become 0 by itself when the step lands on clean data.
+    # At gamma = 1, 0 ** 0 = 1 would keep the variance above 0 when the step lands on clean data.
     spread = torch.where(clean, 0.0, spread)
     mean = per_sample(alpha_s, x0) * x0 + per_sample(sigma_s * kept, x0) * eps
     return mean + per_sample(spread, x0) * noise
@@ -53,14 +54,14 @@ def ancestral_step(
 @samplers.register("ancestral")
 @dataclass(frozen=True)
 class Ancestral(Sampler):
-    """Stochastic, one network call per step; gamma 0 is the lower bound of the variance, 1 (default) the upper.
+    """Stochastic, one network call per step. The variance is at its lower bound for gamma 0, and at its upper for 1.
 
-    All configurations of the paper's authors use the default. With few steps, search for a better one (`search_gamma`).
+    The authors' configurations all use 1, the default. With few steps, search for a better gamma (`search_gamma`).
 
     Source: Ho et al. 2020 (arXiv:2006.11239); Salimans & Ho 2022 (arXiv:2202.00512), equations 3 to 5.
 
     Raises:
-        ValueError: if gamma is not in [0, 1], or, at a step, if no noise is passed.
+        ValueError: if gamma is not in [0, 1], or, in a step, if no noise is passed.
     """
 
     gamma: float = 1.0

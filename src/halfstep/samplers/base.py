@@ -11,24 +11,24 @@ from halfstep.core.prediction import Denoised
 from halfstep.registry import Registry
 
 Time = Tensor | float
-"""One time for all samples (in sampling) or clock times `[batch]` (in a target). `as_clock` accepts either."""
+"""One time for all samples (in sampling) or clock times `[batch]` (in a target). `as_clock` accepts both."""
 Noise = Tensor | None
-"""Unit normal noise shaped as the samples for a stochastic sampler; None for any other."""
+"""Unit normal noise, shaped as the samples, for a stochastic sampler; None for any other."""
 Memory = Any
 """A sampler's state from step to step; None before the first."""
 
 
 class Sampler(ABC):
-    """One step of sampling. Subclasses are frozen and stateless: their memory is passed in and out."""
+    """One step of sampling. Subclasses are frozen and stateless; their memory is passed in and out."""
 
     order: ClassVar[int]
-    """Global order of convergence (for a stochastic sampler, of its distribution). The contract tests measure it."""
+    """Global order of convergence, in distribution if the sampler is stochastic. Contract tests measure it."""
     stochastic: ClassVar[bool] = False
     """Whether a step draws noise."""
     evals_per_step: ClassVar[int]
-    """Network calls per step that lands at s > 0. The contract tests count them."""
+    """Network calls per step that lands at s > 0. Contract tests count them."""
     evals_last_step: ClassVar[int]
-    """Network calls of the step that lands on clean data, where the network cannot be called."""
+    """Network calls in the step onto clean data, where the network cannot be called."""
 
     @abstractmethod
     def step(
@@ -36,12 +36,13 @@ class Sampler(ABC):
     ) -> tuple[Tensor, Memory]:
         """Step from t to s < t; return x_s, shaped as `x_t` `[batch, *dims]`, and the memory for the next step.
 
-        At s = 0 the result is clean data. Do not read numbers from a tensor: the host would wait for the device.
+        At s = 0 the result is clean data. Do not read numbers from a tensor, because the host would wait for the
+        device.
         """
 
     @final
     def num_evals(self, num_steps: int) -> int:
-        """Network calls of sampling in `num_steps` steps."""
+        """Return the number of network calls for sampling in `num_steps` steps."""
         check_num_steps(num_steps)
         return (num_steps - 1) * self.evals_per_step + self.evals_last_step
 
@@ -53,9 +54,9 @@ class DataPredictionSampler(Sampler):
     def effective(
         self, denoiser: Denoiser, x_t: Tensor, t: Time, s: Time, cond: Cond | None, memory: Memory
     ) -> tuple[Denoised, Memory]:
-        """Return the (x0, eps) that turn a DDIM step from t to s into this method's step, and the memory for the next.
+        """Return the (x0, eps) with which a DDIM step equals this method's step, and the memory for the next.
 
-        They satisfy x_t = alpha x0 + sigma eps, as the denoiser's own do. The arguments are those of `step`.
+        Like the denoiser's own, they satisfy x_t = alpha x0 + sigma eps. The arguments are those of `step`.
         """
 
     @final

@@ -1,7 +1,7 @@
-"""DDIM: keep the predicted x0 and noise, and lower the noise level.
+"""DDIM: keep the predicted x0 and eps, and lower the noise level.
 
-x_s = alpha_s x0 + sigma_s eps. On the cosine process this is a rotation of the pair (x, v). Progressive distillation
-distils this sampler because it is deterministic, so one step can replace two.
+x_s = alpha_s x0 + sigma_s eps. On the cosine process this is a rotation of the pair (x, v). It is deterministic, so
+progressive distillation can replace two of its steps with one.
 
 Source: Song et al. 2020 (arXiv:2010.02502) with eta = 0; Salimans & Ho 2022 (arXiv:2202.00512), section 2.
 """

@@ -1,13 +1,13 @@
 """DPM-Solver++(2M): DDIM with x0 extrapolated half a step ahead from the last two predictions.
 
-A DDIM step is exact if x0 does not change during the step. With lambda = log_snr / 2 and h = lambda_s - lambda_t, this
-step is exact to second order if x0 is linear in lambda. It is a DDIM step with
+A DDIM step is exact if x0 is constant during the step. Let lambda = log_snr / 2 and h = lambda_s - lambda_t. If x0 is
+linear in lambda, this step is exact to second order. It is a DDIM step with
 
     x0 + h / (2 h_last) (x0 - x0_last)
 
-The first step has no previous prediction, and the step onto clean data has h = infinity. Both are plain DDIM steps,
-which does not lower the order, because each is only one step of N. On a grid uniform in t the steps next to pure noise
-and to clean data never become small in lambda (ln 2, ln 3/2, ... for any N), so from t = 1 to 0 the error falls as
+The first step has no previous prediction, and the step onto clean data has h = infinity. Both are plain DDIM steps.
+This does not lower the order, because each is only one step of N. If the grid is uniform in t, the steps close to pure
+noise and clean data never become small in lambda (ln 2, ln 3/2, ... for any N), so the error from t = 1 to 0 falls as
 log(N) / N^2.
 
 Source: Lu et al. 2022 (arXiv:2211.01095), algorithm 2.

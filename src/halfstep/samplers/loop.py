@@ -1,4 +1,4 @@
-"""The sampling loop: a generator, so that a caller can watch, stop or record it."""
+"""The sampling loop. It is a generator, so that a caller can watch, stop or record it."""
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
@@ -14,11 +14,11 @@ from halfstep.samplers.base import Memory, Sampler
 from halfstep.samplers.ddim import DDIM
 
 StepNoise = Callable[[int], Tensor]
-"""Maps a step's number, from 0, to unit normal noise `[batch, *dims]`: `step_noise(...)` or a list's `__getitem__`."""
+"""Maps a step's number, from 0, to unit normal noise `[batch, *dims]`; for example `step_noise(...)`."""
 
 
 class SamplerStep(NamedTuple):
-    """A finished step of a trajectory: its `number` from 0, its times t and s, and samples `x_s` `[batch, *dims]`."""
+    """A finished step of a trajectory: its `number` (from 0), times t and s, and samples `x_s` `[batch, *dims]`."""
 
     number: int
     t: float
@@ -27,15 +27,15 @@ class SamplerStep(NamedTuple):
 
 
 ROUNDING: Final = 1e-6
-"""Distance by which a time of a grid may lie outside of [0, 1]."""
+"""Distance by which a grid's times may be outside of [0, 1]."""
 
 
 def _times(times: Tensor, num_steps: int) -> list[float]:
     """Return the times of a grid as floats.
 
     Raises:
-        ValueError: if they are not `num_steps + 1` decreasing times in [0, 1]. Times outside by at
-            most `ROUNDING` are accepted, and so are steps of length 0, because some schedulers end with one.
+        ValueError: if they are not `num_steps + 1` decreasing times in [0, 1]. Times outside by at most `ROUNDING` are
+            accepted, and so are steps of length 0, because some schedulers end with one.
     """
     found = torch.as_tensor(times, dtype=torch.float64).flatten().tolist()
     within = [min(max(t, 0.0), 1.0) for t in found]
@@ -62,11 +62,11 @@ def trajectory(
     """Yield the steps of sampling from the noise `x_t` `[batch, *dims]` at t = 1 down to clean data.
 
     Args:
-        num_steps: number of sampler steps, at least 1; None uses the number that a student was distilled for.
+        num_steps: number of sampler steps, at least 1; None uses a student's own number.
         sampler: None uses a student's own sampler, or DDIM().
         cond: conditions by name, each `[batch, ...]`.
         grid: function that maps `num_steps` to `num_steps + 1` decreasing times.
-        noise: added by a stochastic sampler at each step; None for any other.
+        noise: noise that a stochastic sampler adds at each step; None for any other.
 
     Raises:
         ValueError: if `num_steps` is unknown or not a whole number of at least 1, if noise is missing or would not be
@@ -110,7 +110,7 @@ def trajectory(
         try:
             x_t, memory = method.step(denoiser, x_t, t, s, cond, memory, drawn)
         except Exception as error:
-            # Only errors from wrong inputs: running out of memory raises a subclass of RuntimeError.
+            # Wrong inputs raise these. A subclass of RuntimeError means something different, such as out of memory.
             if number or type(error) not in (TypeError, RuntimeError, IndexError, AttributeError):
                 raise
             remedy = "Pass noise and conditions as in training, in the dtype of the model"
@@ -127,9 +127,9 @@ def sample(
     grid: Callable[[int], Tensor] = uniform_times,
     noise: StepNoise | None = None,
 ) -> Tensor:
-    """Return clean samples x0 `[batch, *dims]`, the end of `trajectory` with the same arguments and errors.
+    """Return clean samples x0 `[batch, *dims]`, the end of `trajectory`, with the same arguments and errors.
 
-    x0 is clipped during sampling only if the denoiser clips it (`Clipped`; a model from `load` does so for images).
+    x0 is clipped during sampling only if the denoiser clips it (`Clipped`), as models from `load` do for images.
     """
     x_s = x_t
     for step in trajectory(denoiser, x_t, num_steps, sampler, cond, grid, noise):

@@ -3,14 +3,14 @@
 A rule integrates the ODE in one of the coordinates of `coordinates.py`. In the noise-to-signal coordinate, Euler is
 DDIM, and Heun is the sampler of Karras et al. and of diffusers, which needs a grid that does not start at zero SNR.
 
-The network cannot be called on clean data. A method that calls it at the end of each step therefore takes the last step
-with a rule one order lower: Euler for Heun, Heun's third-order rule for RK4. This does not lower the order of the
+The network cannot be called on clean data. If a method calls it at the end of each step, the last step therefore uses a
+rule of one order less: Euler for Heun, and Heun's third-order rule for RK4. This does not lower the order of the
 method, because it is one step of N. In log-SNR the last step would be infinitely long, so it uses the angle instead,
 which has the same y. A process that keeps noise at t = 0 can end before a stage of the last step. The network is then
-called at the stage's share of the time, and the sample is moved only that far.
+called at the stage's share of the time, and the sample moves only that far.
 
-With clock times `[batch]`, each sample has its own rule, chosen on the device. Every step then calls the network as
-often as a step that lands at s > 0.
+With clock times `[batch]`, the rule of each sample is chosen on the device. Every step then makes the same number of
+network calls as a step that lands at s > 0.
 
 Source: Salimans & Ho 2022 (arXiv:2202.00512), appendices A to D; Karras et al. 2022 (arXiv:2206.00364), algorithm 1.
 """
@@ -32,9 +32,9 @@ Share = float | Tensor
 
 
 class Rule(NamedTuple):
-    """An explicit Runge-Kutta rule in which each stage depends only on the slope of the previous one.
+    """An explicit Runge-Kutta rule in which each stage depends only on the slope of the previous stage.
 
-    The nodes are the positions of the stages as shares of the step, from 0. The weights of their slopes sum to 1.
+    The nodes are the positions of the stages as shares of the step. The weights of their slopes sum to 1.
     """
 
     nodes: tuple[Share, ...]
@@ -72,8 +72,8 @@ def runge_kutta_step(
 
 
 def _time_of(node: Share, tau: Tensor, coordinate: Coordinate, process: NoiseProcess, t: Tensor, s: Tensor) -> Tensor:
-    """Return the clock times `[batch]` of the stage at `tau`, which is the share `node` of the step from t to s."""
-    # t and s are returned unchanged, because converting them there and back would round them.
+    """Return the clock times `[batch]` of the stage at `tau`, at the share `node` of the step from t to s."""
+    # t and s are returned unchanged, because conversion would round them.
     if not isinstance(node, Tensor) and node == 1:
         return s
     time = process.time_at(coordinate.log_snr(tau))
@@ -86,7 +86,7 @@ def _time_of(node: Share, tau: Tensor, coordinate: Coordinate, process: NoisePro
 def _rule_for_each(clean: Tensor, last: Rule, rule: Rule) -> Rule:
     """Return `last` for the samples `clean` `[batch]` and `rule` for the others, as one rule.
 
-    Where `last` has fewer stages, the denoiser is called again at the start of the step, with weight 0.
+    If `last` has fewer stages, additional calls at the start of the step have weight 0.
     """
 
     def shares(of_last: tuple[Any, ...], of_rule: tuple[Any, ...]) -> tuple[Share, ...]:
@@ -95,14 +95,13 @@ def _rule_for_each(clean: Tensor, last: Rule, rule: Rule) -> Rule:
         return tuple(b if a == b else torch.full_like(clock, b).masked_fill(clean, a) for a, b in pairs)
 
     clock = torch.empty_like(clean, dtype=torch.float64)
-
     return Rule(shares(last.nodes, rule.nodes), shares(last.weights, rule.weights))
 
 
 @final
 @dataclass(frozen=True)
 class _AngleOntoClean(Coordinate):
-    """`coordinate`, replaced by the angle for the samples `clean` `[batch]`, which land on clean data."""
+    """`coordinate`, but the angle for the samples `clean` `[batch]`, which land on clean data."""
 
     coordinate: Coordinate
     clean: Tensor
@@ -123,13 +122,13 @@ class _AngleOntoClean(Coordinate):
 
 @dataclass(frozen=True)
 class RungeKutta(Sampler):
-    """A Runge-Kutta rule in a coordinate. A subclass sets the rule and the rule that lands on clean data."""
+    """A Runge-Kutta rule in a coordinate. A subclass sets the rule and the rule of the last step."""
 
     coordinate: Coordinate = field(default_factory=Angle)
 
     rule: ClassVar[Rule]
     last: ClassVar[Rule]
-    """The rule for the step onto clean data, with no more stages than `rule`."""
+    """The rule for the step onto clean data, which has at most the stages of `rule`."""
 
     def __init_subclass__(cls) -> None:
         cls.evals_per_step, cls.evals_last_step = len(cls.rule.nodes), len(cls.last.nodes)
@@ -167,7 +166,7 @@ class Euler(RungeKutta):
 @samplers.register("midpoint")
 @dataclass(frozen=True)
 class Midpoint(RungeKutta):
-    """Second order, deterministic, two network calls per step: uses the slope at the midpoint."""
+    """Second order, deterministic, two network calls per step. Uses the slope at the midpoint."""
 
     rule: ClassVar[Rule] = MIDPOINT
     last: ClassVar[Rule] = MIDPOINT
@@ -178,7 +177,7 @@ class Midpoint(RungeKutta):
 @samplers.register("heun")
 @dataclass(frozen=True)
 class Heun(RungeKutta):
-    """Second order, deterministic, two network calls per step, one in the last: averages the slopes at both ends.
+    """Second order, deterministic, two network calls per step, one in the last. Averages the slopes at both ends.
 
     Source: Karras et al. 2022 (arXiv:2206.00364), algorithm 1, in the noise-to-signal coordinate.
     """
@@ -192,7 +191,7 @@ class Heun(RungeKutta):
 @samplers.register("rk4")
 @dataclass(frozen=True)
 class RK4(RungeKutta):
-    """Fourth order, deterministic, four network calls per step, three in the last: the classical Runge-Kutta rule."""
+    """The classical Runge-Kutta rule: fourth order, deterministic, four network calls per step, three in the last."""
 
     rule: ClassVar[Rule] = CLASSICAL_4
     last: ClassVar[Rule] = HEUN_3
