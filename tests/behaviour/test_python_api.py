@@ -490,7 +490,7 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "a class as teacher": (lambda: _distill(halfstep.NetworkDenoiser), r"Call it: NetworkDenoiser\(\.\.\.\)"),
     "a class as network": (lambda: denoiser(Net), "the class Net. Pass an instance"),
     "a path as network": (lambda: denoiser("net.pt"), "the str 'net.pt'. Pass an instance"),
-    "a denoiser as network": (lambda: denoiser(denoiser()), "already a denoiser, a NetworkDenoiser. Use it as it is"),
+    "a denoiser as network": (lambda: denoiser(denoiser()), "already a denoiser, a NetworkDenoiser. Use it directly"),
     "a class as process": (
         lambda: halfstep.NetworkDenoiser(Net(), halfstep.VPCosine, halfstep.V()),  # type: ignore[arg-type]
         r"Call it: VPCosine\(\.\.\.\)",

@@ -315,7 +315,7 @@ def test_texts_with_a_range_of_scales(sd_run: Path, tmp_path: Path, capsys: Capt
     main([*words, "--guidance-scale", "3", "--out", str(tmp_path / "a.png")])
     capsys.readouterr()
     main([*words, "--guidance-scale", "9", "--out", str(tmp_path / "b.png")])
-    assert "learned scales from 1 to 8 only. It extrapolates" in capsys.readouterr().err
+    assert "only learned scales from 1 to 8. It extrapolates" in capsys.readouterr().err
     main(["export", str(sd_run), "--out", str(tmp_path / "out")])
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "out")
     assert pipe.unet.config.time_cond_proj_dim == 256
@@ -745,7 +745,7 @@ def test_samples_that_cannot_be_drawn_are_refused(
     def said(run: Path, *words: str) -> str:
         return refused(["sample", str(run), "--num-samples", "2", "--out", str(tmp_path / "x.npz"), *words], capsys)
 
-    assert "has learned only 4. Remove it, or distil a model with a range" in said(dit_run, "--guidance-scale", "2")
+    assert "has only learned 4. Remove it, or distil a model with a range" in said(dit_run, "--guidance-scale", "2")
     assert "has no guidance. Remove it" in said(ddpm_run, "--guidance-scale", "2")
     assert "add --prompt TEXT" in said(sd_run)
     assert "--prompt has no effect: this model is not text-conditioned" in said(ddpm_run, "--prompt", "a")

@@ -322,7 +322,7 @@ def test_a_finish_that_would_not_train_its_student_is_refused() -> None:
 
 
 def test_a_student_is_finished_once() -> None:
-    with pytest.raises(ValueError, match="finished once, got 4, 4"):
+    with pytest.raises(ValueError, match="finished only once, got 4, 4"):
         Plan.finishes([4, 4])
 
 

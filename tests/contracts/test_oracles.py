@@ -119,7 +119,7 @@ def test_an_oracle_answers_float32_with_its_float64_answer_rounded(kind: str) ->
 def test_a_mixture_refuses_negative_widths_and_weights_that_are_not_positive(
     std: float | list[float], weights: list[float] | None
 ) -> None:
-    with pytest.raises(ValueError, match="at least 0 and weights above 0"):
+    with pytest.raises(ValueError, match="at least 0, and weights must be above 0"):
         MixtureDenoiser(
             VPCosine(),
             numbers(2, 2),
