@@ -576,7 +576,7 @@ def test_what_cannot_be_encoded_is_refused_before_anything_is_written(
 def test_latents_of_classes_go_on_where_they_were_cut(
     here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    from halfstep.data import latents
+    from halfstep.data import encoding
 
     whole = open_latents(here / "latents-dit")
     assert (whole.class_names, len(whole)) == (("0", "1"), 12)
@@ -584,14 +584,14 @@ def test_latents_of_classes_go_on_where_they_were_cut(
     cond = whole.fetch(torch.arange(12)).cond
     assert cond["class_labels"].tolist() == [0] * 6 + [1] * 6
     argv = ["encode", str(here / "dit"), "--data", str(here / "classes"), "--out", str(tmp_path / "out")]
-    write = latents.write_tensors
+    write = encoding.write_tensors
 
     def failing(path: Path, tensors: Any) -> str:
         if path.name.startswith("shard"):
             raise OSError(28, "No space left on device")
         return write(path, tensors)
 
-    monkeypatch.setattr(latents, "write_tensors", failing)
+    monkeypatch.setattr(encoding, "write_tensors", failing)
     with pytest.raises(SystemExit):
         main(argv)
     monkeypatch.undo()

@@ -136,13 +136,13 @@ def test_images_are_prepared(tmp_path):
     write_texts(tmp_path, {"0.png": "", "1.png": ""})
     plain = read_captions(tmp_path)
     first = np.asarray(Image.open(tmp_path / "0.png")).transpose(2, 0, 1)
-    np.testing.assert_array_equal(plain.load(0).numpy(), first)
+    np.testing.assert_array_equal(plain.loaded([0]).x[0].numpy(), first)
     grey = np.asarray(Image.open(tmp_path / "1.png"))
-    np.testing.assert_array_equal(plain.load(1).numpy(), np.stack([grey] * 3))
+    np.testing.assert_array_equal(plain.loaded([1]).x[0].numpy(), np.stack([grey] * 3))
     square = read_captions(tmp_path, Preparation(image_size=6, channels=3))
-    np.testing.assert_array_equal(square.load(0).numpy(), first[:, :, 1:7])
-    assert square.load(0).dtype == torch.uint8
-    assert torch.equal(square.loaded([1, 0, 1]).x, torch.stack([square.load(1), square.load(0), square.load(1)]))
+    np.testing.assert_array_equal(square.loaded([0]).x[0].numpy(), first[:, :, 1:7])
+    assert square.loaded([0]).x.dtype == torch.uint8
+    assert torch.equal(square.loaded([1, 0, 1]).x, square.loaded([0, 1]).x[[1, 0, 1]])
 
 
 # What is refused
@@ -158,12 +158,12 @@ def test_a_folder_without_images(tmp_path):
     refused(tmp_path, str(tmp_path), "no images", ".png")
 
 
-@pytest.mark.parametrize(("write", "remedy"), [(write_texts, "write b.txt"), (write_jsonl, "in metadata.jsonl")])
+@pytest.mark.parametrize(("write", "remedy"), [(write_texts, "write b.txt"), (write_jsonl, "add it to metadata.jsonl")])
 def test_images_without_a_caption(tmp_path, write, remedy):
     for name in ("a.png", "b.png", "c.png"):
         image(tmp_path / name)
     write(tmp_path, {"a.png": "a cat"})
-    refused(tmp_path, str(tmp_path), "2 of 3 images", "the first is b.png", remedy)
+    refused(tmp_path, str(tmp_path), "2 of 3 images", "the first of which is b.png", remedy)
 
 
 def test_no_captions_at_all(tmp_path):
@@ -246,7 +246,7 @@ def test_an_image_that_is_none(tmp_path):
     (tmp_path / "a.png").write_bytes(b"no image")
     write_texts(tmp_path, {"a.png": ""})
     with pytest.raises(ValueError, match=r"a\.png is not an image"):
-        read_captions(tmp_path).load(0)
+        read_captions(tmp_path).loaded([0])
 
 
 def test_captions_that_do_not_fit():

@@ -19,8 +19,9 @@ from torch import Tensor
 from halfstep.core.draw import Draw
 from halfstep.data import training_batch
 from halfstep.data.captions import CaptionedImages, Prompts, read_captions
+from halfstep.data.encoding import Encoder, encode
 from halfstep.data.images import Preparation
-from halfstep.data.latents import Encoder, LatentData, encode, open_latents
+from halfstep.data.latents import LatentData, open_latents
 from halfstep.runtime.files import DamagedFile
 
 COUNT = 11
@@ -116,7 +117,7 @@ def test_each_sample_is_what_the_encoder_makes_of_its_image(images, tmp_path):
     for index in range(COUNT):
         x0, cond = data.fetch(torch.tensor([index]))
         assert x0.dtype == torch.float32
-        assert torch.equal(x0[0], to_latents(images.load(index)[None].float() / 127.5 - 1)[0])
+        assert torch.equal(x0[0], to_latents(images.loaded([index]).x.float() / 127.5 - 1)[0])
         expected = to_conditions([images.captions[index]])
         assert {name: value.dtype for name, value in cond.items()} == {
             "encoder_hidden_states": torch.float32,
@@ -249,7 +250,7 @@ import os, sys
 from pathlib import Path
 import torch
 from halfstep.data.captions import read_captions
-from halfstep.data.latents import Encoder, encode
+from halfstep.data.encoding import Encoder, encode
 calls = []
 def to_latents(x):
     calls.append(1)

@@ -1,9 +1,10 @@
-"""Training data: sources, and the batches of an update. The only room that imports `datasets`."""
+"""Training data: sources and batches. Only this room imports `datasets`."""
 
 from halfstep.data.base import Data, MemoryData, held_on, sent, training_batch, warn_of_scale
 from halfstep.data.captions import CaptionedImages, Prompts, read_captions, read_classes, read_prompts
 from halfstep.data.config import DataConfig, holds_images, open_data
+from halfstep.data.encoding import Encoder, encode
 from halfstep.data.folders import changed_since
 from halfstep.data.images import ImageFiles
-from halfstep.data.latents import Encoder, LatentData, encode, open_latents
+from halfstep.data.latents import LatentData, open_latents
 from halfstep.data.standin import StandIn

@@ -1,7 +1,4 @@
-"""Data from NumPy files, and scikit-learn's digits.
-
-The digits are 1,797 images of 8x8 with values v = 0..16, which become the pixels round(v * 255 / 16).
-"""
+"""Data from NumPy files, and scikit-learn's digits."""
 
 from pathlib import Path
 from typing import Any, Final
@@ -21,7 +18,7 @@ LABEL_KEYS: Final = ("y", "labels", "arr_1")
 
 
 def digits(prepare: Preparation, labels: bool, limit: int | None) -> MemoryData:
-    """Scikit-learn's handwritten digits: 1,797 images `[1, 8, 8]` of 10 classes."""
+    """Return scikit-learn's handwritten digits: 1,797 images `[1, 8, 8]` of 10 classes, scaled from 0..16 to 0..255."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -33,8 +30,8 @@ def array_file(source: str, prepare: Preparation, labels: bool, limit: int | Non
     """Load the samples of a .npy file, or the samples and labels of a .npz file.
 
     Raises:
-        ValueError: if the file is missing, damaged or contains Python objects, if a .npz has no array with a known
-            name, or as `from_arrays`.
+        ValueError: if the file is missing or damaged, or contains Python objects; if a .npz has no array with a known
+            name; or as in `from_arrays`.
     """
     x, y = _load(user_path(source))
     return from_arrays(source, x, y if labels else None, prepare, limit)
@@ -43,24 +40,21 @@ def array_file(source: str, prepare: Preparation, labels: bool, limit: int | Non
 def from_arrays(
     source: str, x: NDArray[Any], labels: NDArray[Any] | None, prepare: Preparation, limit: int | None
 ) -> MemoryData:
-    """Return data of uint8 images `[n, height, width]` or `[n, height, width, 1 | 3 | 4]`, or floats `[n, *dims]`.
+    """Return uint8 images `[n, height, width]` or `[n, height, width, 1 | 3 | 4]`, or floats `[n, *dims]`, as data.
 
-    The classes are the labels in sorted order (`classes_of`). `limit` keeps the first samples and all classes.
+    The classes are the sorted labels (`classes_of`). `limit` keeps the first samples and all classes.
 
     Raises:
-        ValueError: if the arrays have another type or shape, are empty or not finite, if `prepare` has image settings
-            for float arrays, or as `classes_of`.
+        ValueError: if the arrays have another type or shape, are empty or not finite; if `prepare` has image settings
+            for float arrays; or as in `classes_of`.
     """
     if x.ndim == 0:
-        raise ValueError(f"{source} contains a single number, not an array of samples: save an array [n, *dims]")
+        raise ValueError(f"{source} contains a single number instead of samples: save an array [n, *dims]")
     if x.size == 0:
         raise ValueError(f"{source} contains no samples (shape {x.shape}): at least 1 is needed")
-    classes = None if labels is None else classes_of(source, labels, len(x))
-    kept = _pixels(source, x[:limit], prepare) if x.dtype == np.uint8 else _floats(source, x[:limit], prepare)
-    if classes is None:
-        return MemoryData(source, torch.from_numpy(kept))
-    numbers, names = classes
-    return MemoryData(source, torch.from_numpy(kept), numbers[:limit], names)
+    numbers, names = (None, ()) if labels is None else classes_of(source, labels, len(x))
+    kept = (_pixels if x.dtype == np.uint8 else _floats)(source, x[:limit], prepare)
+    return MemoryData(source, torch.from_numpy(kept), None if numbers is None else numbers[:limit], names)
 
 
 def _load(path: Path) -> tuple[NDArray[Any], NDArray[Any] | None]:
@@ -74,13 +68,13 @@ def _load(path: Path) -> tuple[NDArray[Any], NDArray[Any] | None]:
             names = loaded.files
             wanted = names if len(names) == 1 else [name for name in names if name in DATA_KEYS + LABEL_KEYS]
             arrays = {name: loaded[name] for name in wanted}
-            # numpy returns any other member as bytes.
+            # numpy returns all other members as bytes.
             if foreign := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
                 raise ValueError(f"its member {foreign[0]} is not an array")
             if len(names) == 1:
                 return arrays[names[0]], None
     except Exception as error:  # a damaged archive can raise any error of zipfile, zlib or numpy
-        # numpy treats any unknown file as a pickle, and advises to load it unsafely.
+        # numpy takes unknown files for pickles, and suggests loading them unsafely.
         why = "not a NumPy file, or one with Python objects" if "pickle" in str(error) else first_line(error)
         raise ValueError(
             f"{path} cannot be read ({why}): save plain arrays again, without Python objects, with "
@@ -121,5 +115,5 @@ def _floats(source: str, x: NDArray[Any], prepare: Preparation) -> NDArray[np.fl
             f"{source} contains {x.dtype} arrays, which are used unchanged: remove --data.image-size, "
             f"--data.channels and similar options, or save images as uint8"
         )
-    with np.errstate(over="ignore"):  # the check for finite values finds overflows
+    with np.errstate(over="ignore"):  # overflows are found by the check for finite values
         return np.ascontiguousarray(x, dtype=np.float32)

@@ -1,7 +1,7 @@
-"""Training data: samples by index; the same index always gives the same sample.
+"""Training data: samples by index. The same index always gives the same sample.
 
-Images are uint8 pixels p, which become x0 = p / 127.5 - 1: 0 is exactly -1 and 255 is exactly 1. All other arrays are
-float32 and are used unchanged.
+Images are uint8 pixels p, and x0 = p / 127.5 - 1, so 0 is exactly -1 and 255 is exactly 1. All other arrays are float32
+and used unchanged.
 """
 
 import hashlib
@@ -25,27 +25,27 @@ from halfstep.objectives.base import Batch, Turn
 
 
 class Data(ABC):
-    """Samples `[*shape]` by index. They are read-only. Data with equal fingerprints have equal content."""
+    """Read-only samples `[*shape]` by index. Equal fingerprints mean equal content."""
 
     source: str
-    """Where they came from, as given by the user."""
+    """Their source, as given by the user."""
     class_names: tuple[str, ...]
     """The name of each class, in the order of `class_labels`; empty for unlabelled data."""
 
     @property
     @abstractmethod
     def shape(self) -> tuple[int, ...]:
-        """Shape of one sample, (channels, height, width) for images."""
+        """Shape of one sample: (channels, height, width) for images."""
 
     @property
     @abstractmethod
     def is_image(self) -> bool:
-        """Whether samples are pixels, so that x0 is in [-1, 1] and the last axis may be mirrored."""
+        """Whether the samples are images, with x0 in [-1, 1] and a last axis that can be mirrored."""
 
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """The sha256 (hexadecimal) of everything that `fetch` can return."""
+        """The hexadecimal sha256 of everything that `fetch` can return."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -53,11 +53,11 @@ class Data(ABC):
 
     @abstractmethod
     def fetch(self, indices: Tensor) -> Batch:
-        """Return samples float32 `[n, *shape]` at `indices` int64 `[n]`, and cond class_labels int64 `[n]` if labelled.
+        """Return the samples at `indices`, int64 `[n]`: x0 float32 `[n, *shape]`, and class_labels int64 `[n]` if any.
 
         Raises:
             IndexError: if an index is not in [0, len(self)).
-            ValueError: if a file that is decoded lazily cannot be read.
+            ValueError: if a file cannot be read.
         """
 
     @property
@@ -69,7 +69,7 @@ class Data(ABC):
 @final
 @dataclass(frozen=True, eq=False)
 class MemoryData(Data):
-    """Samples in memory: images as uint8 `[n, channels, height, width]`, all others as float32 `[n, *dims]`.
+    """Samples in memory: images as uint8 `[n, channels, height, width]`, others as float32 `[n, *dims]`.
 
     Raises:
         ValueError: if `x` has another type or too few axes, is empty or not finite; or if `labels` are not the int64
@@ -126,20 +126,20 @@ class MemoryData(Data):
         labels = None if self.labels is None else self.labels.to(device)
         conditions = {name: value.to(device) for name, value in self.conditions.items()}
         moved = replace(self, x=self.x.to(device), labels=labels, conditions=conditions)
-        # Content on a device cannot be hashed directly.
+        # Computed here, because content on a device cannot be hashed.
         vars(moved)["fingerprint"] = self.fingerprint
         return moved
 
 
 def sent(value: Tensor, device: torch.device) -> Tensor:
-    """Return the tensor on the device. With pinned memory, the host does not wait for earlier work of a GPU."""
+    """Return the tensor on the device. Pinned memory keeps the host from waiting for earlier work of a GPU."""
     if value.device.type == "cpu" and device.type == "cuda":
         value = value.pin_memory()
     return value.to(device, non_blocking=True)
 
 
 def held_on(device: torch.device, data: Data) -> Data:
-    """Move data to a GPU if it takes at most an eighth of its memory, so that batches need no copies."""
+    """Return the data, moved to the device if that is a GPU and they fit into an eighth of its memory."""
     if device.type != "cuda" or not isinstance(data, MemoryData):
         return data
     largest = torch.cuda.get_device_properties(device).total_memory / 8
@@ -147,7 +147,7 @@ def held_on(device: torch.device, data: Data) -> Data:
 
 
 def training_batch(data: Data, draw: Draw, flip: bool) -> Batch:
-    """Return the samples of an update on the data's device. They depend only on `draw`; `flip` mirrors half at random.
+    """Return the samples of an update, on the data's device. They depend only on `draw`. `flip` mirrors half at random.
 
     Raises:
         ValueError: if `flip` is set for data that are not images.
@@ -161,9 +161,15 @@ def training_batch(data: Data, draw: Draw, flip: bool) -> Batch:
 
 
 def to_batch(x: Tensor, labels: Tensor | None, indices: Tensor) -> Batch:
-    """Return the batch of samples `x` `[n, *dims]`, uint8 pixels or float32, and of the labels at `indices`."""
+    """Return the samples `x` `[n, *dims]`, uint8 pixels or float32, and the labels at `indices` as a batch."""
     x0 = x.float().div_(127.5).sub_(1) if x.dtype == torch.uint8 else x
     return Batch(x0, {} if labels is None else {"class_labels": labels.index_select(0, indices)})
+
+
+def check_indices(data: Data, indices: Tensor) -> None:
+    """Raise IndexError if an index is not in [0, len(data))."""
+    if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(data):
+        raise IndexError(f"{data.source} has {len(data)} samples, but indices {indices.tolist()} were requested")
 
 
 def check_flip(data: Data, flip: bool) -> None:
@@ -175,15 +181,15 @@ def check_flip(data: Data, flip: bool) -> None:
 
 
 UNIT: Final = (0.1, 5.0)
-"""Root mean squares of data that trains well with noise of unit variance."""
+"""Range of the root mean square of data that trains well with noise of unit variance."""
 
 
 def warn_of_scale(data: Data) -> None:
-    """Warn about arrays far from the unit scale of the noise, on which a network learns little; skips images."""
+    """Warn about arrays, but not images, far from the unit scale of the noise, from which networks learn little."""
     if data.is_image:
         return
     some = generator_for("scale of the data")
-    # Samples of a video model have millions of values.
+    # The samples of video models have millions of values.
     number = max(1, min(1000, 2**26 // math.prod(data.shape)))
     x0 = data.fetch(torch.randperm(len(data), generator=some)[:number].sort().values).x0.double()
     size, top = float(x0.square().mean().sqrt()), float(x0.abs().max())
@@ -218,7 +224,7 @@ def check_labels(source: str, labels: Tensor | None, class_names: tuple[str, ...
     """Raise ValueError unless labels are one class index per sample."""
     if labels is None:
         if class_names:
-            raise ValueError(f"{source} has {len(class_names)} class names but no labels")
+            raise ValueError(f"{source} has {len(class_names)} class names but no labels: pass labels, or no names")
         return
     if labels.dtype != torch.int64 or tuple(labels.shape) != (length,):
         raise ValueError(
@@ -235,28 +241,28 @@ def check_labels(source: str, labels: Tensor | None, class_names: tuple[str, ...
 
 
 Batches = Callable[[Draw], Batch]
-"""Maps a draw to its batch, `x0` `[len(draw.places), *dims]`, which depends only on the draw."""
+"""Maps a draw to its batch, with `x0` `[len(draw.places), *dims]`. The batch depends only on the draw."""
 
 
 def updates_ahead(device: torch.device, reads_files: bool) -> int:
-    """Return the number of updates to prepare ahead: 0 if the CPU trains on data in memory."""
-    # 3 are enough to hide a slow read; each costs the memory of a batch.
+    """Return the number of updates to prepare in advance: 0 if the CPU trains on data in memory."""
+    # Three batches are enough to hide a slow read. More would only take memory.
     return 0 if device.type == "cpu" and not reads_files else 3
 
 
 @final
 class Place(NamedTuple):
-    """A micro batch of a turn: its position in the global batch, and its random numbers."""
+    """The position of a micro batch in the global batch, and its random numbers."""
 
     number: int
-    """Number of the turn in its update."""
+    """Number of the turn in the update."""
     turn: Turn
     draw: Draw
 
 
 @final
 class Fed(NamedTuple):
-    """A micro batch with its place."""
+    """A micro batch and its place."""
 
     place: Place
     batch: Batch
@@ -278,10 +284,10 @@ class Feed:
         self._asked: dict[tuple[int, str], list[Asked]] = {}
 
     def updates(self, first: int, last: Callable[[], int]) -> Iterator[list[list[Fed]]]:
-        """Yield the micro batches, by turn, of each update from `first` on, until `last()`, which is excluded.
+        """Yield the micro batches, by turn, of each update from `first` up to, but not including, `last()`.
 
         Raises:
-            ValueError: if the data cannot be read; as `Batches`.
+            ValueError: if the data cannot be read.
         """
         if not self._ahead:
             while first < last():
@@ -308,14 +314,13 @@ class Feed:
         batch = self._batches(place.draw)
         key = place.number, place.turn.trains
         if key not in self._asked:
-            # Every later micro batch of a turn makes the same draws as the first.
-            place = place._replace(draw=replace(place.draw, asked=[]))
-            assert place.draw.asked is not None
-            self._asked[key] = place.draw.asked
+            # Later micro batches of a turn make the same draws as the first.
+            self._asked[key] = asked = []
+            place = place._replace(draw=replace(place.draw, asked=asked))
         elif self._ahead:
             place = place._replace(draw=place.draw.made_ahead(tuple(self._asked[key]), self._send))
         return Fed(place, Batch(self._send(batch.x0), {name: self._send(value) for name, value in batch.cond.items()}))
 
     def _send(self, value: Tensor) -> Tensor:
-        # Clock values stay on the device of clock tensors, because not every device supports float64.
+        # Clock values are sent to the device of clock tensors, because not every device supports float64.
         return sent(value, clock_device(self._device) if value.dtype == torch.float64 else self._device)

@@ -1,8 +1,8 @@
 """Folders of captioned image files.
 
-The captions are in metadata.jsonl, metadata.csv or metadata.parquet, in the `imagefolder` format of the `datasets`
-library (columns file_name, relative to the folder of that file, and text; other columns are ignored), or in a .txt
-file next to each image: a.txt for a.png.
+The captions are in metadata.jsonl, metadata.csv or metadata.parquet, or in a .txt file next to each image (a.txt for
+a.png). The tables are in the `imagefolder` format of the `datasets` library: the column file_name, relative to the
+folder of the table, and the column text. Other columns are ignored.
 """
 
 import sys
@@ -15,19 +15,19 @@ from typing import Any, Final, final
 from torch import Tensor
 
 from halfstep.data.base import MemoryData
-from halfstep.data.folders import IMAGE_SUFFIXES, Files, files_below, image_folder, image_paths
+from halfstep.data.folders import IMAGE_SUFFIXES, Files, files_below, image_folder, image_paths, no_images
 from halfstep.data.images import Labelled, Preparation, decoded
 from halfstep.runtime.files import check_regular, first_line, user_path
 
 TABLES: Final = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 RGB: Final = Preparation(channels=3)
-"""Images in their own size, in colour."""
+"""Colour images in their original size."""
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class CaptionedImages:
-    """Image files in the folder `source` and its sub-folders, each with its caption, which may be empty.
+    """Image files in the folder `source` and its sub-folders, and the caption of each, which may be empty.
 
     Raises:
         ValueError: if there are no files, or the number of captions differs.
@@ -54,10 +54,6 @@ class CaptionedImages:
         """The folder that `files` are relative to."""
         return user_path(self.source)
 
-    def load(self, index: int) -> Tensor:
-        """Return the prepared pixels of one image, uint8 `[channels, height, width]`; as `loaded`."""
-        return self.loaded([index]).x[0]
-
     def loaded(self, indices: Sequence[int]) -> MemoryData:
         """Load and prepare the images at `indices`, at least one.
 
@@ -73,7 +69,7 @@ class CaptionedImages:
 @final
 @dataclass(frozen=True, eq=False)
 class Prompts:
-    """Texts without images; the latents are samples of a model.
+    """Texts without images. The latents are samples of a model.
 
     Raises:
         ValueError: if there are no texts.
@@ -82,7 +78,7 @@ class Prompts:
     source: str
     captions: tuple[str, ...]
     sampled: Callable[[range, Mapping[str, Tensor]], Tensor]
-    """Maps their indices and conditions to latents `[n, *dims]`."""
+    """Maps the indices and conditions of texts to latents `[n, *dims]`."""
 
     def __post_init__(self) -> None:
         if not self.captions:
@@ -102,13 +98,13 @@ def read_prompts(path: Path) -> tuple[str, ...]:
 
 
 def read_captions(folder: Path, preparation: Preparation = RGB) -> CaptionedImages:
-    """Read all images of the folder and its sub-folders with their captions, sorted by relative path.
+    """Read all images and captions in the folder and its sub-folders, sorted by relative path.
 
-    Strips captions from .txt files. A null in a table is an empty caption. Ignores hidden files.
+    Captions from .txt files are stripped. A null in a table is an empty caption. Hidden files are ignored.
 
     Raises:
-        ValueError: if the folder is missing or has no images, if an image has no caption, two captions, or both a row
-            of a table and a .txt, if a caption has no image, or if a table or a .txt cannot be read.
+        ValueError: if the folder is missing or has no images; if an image has no caption, two captions, or both a row
+            in a table and a .txt; if a caption has no image; or if a table or a .txt cannot be read.
     """
     root = _existing(folder, "of images with captions")
     below = files_below(root)
@@ -118,26 +114,26 @@ def read_captions(folder: Path, preparation: Preparation = RGB) -> CaptionedImag
         )
     files = [path for path in below if path.suffix.lower() in IMAGE_SUFFIXES]
     if not files:
-        raise ValueError(f"{folder} contains no images: no file in it or below it ends in {' '.join(IMAGE_SUFFIXES)}")
+        raise no_images(folder)
     tables = [path for path in below if path.name in TABLES]
     beside = {path.with_suffix(""): path for path in below if path.suffix.lower() == ".txt"}
     captions = _from_tables(root, files, tables, beside) if tables else _from_texts(root, files, beside)
     if missing := [path for path in files if path not in captions]:
-        remedy = f"name it in {tables[0]}" if tables else f"write {missing[0].with_suffix('.txt')} or a metadata.jsonl"
+        remedy = f"add it to {tables[0]}" if tables else f"write {missing[0].with_suffix('.txt')} or a metadata.jsonl"
         if not tables and (like := [path for path in below if path.stem == "metadata"]):
             remedy = f"rename {like[0]} to one of {', '.join(TABLES)}"
         raise ValueError(
-            f"{folder} has {len(missing)} of {len(files)} images without a caption, the first is {missing[0]}: "
-            f"{remedy}. If an image has no caption, write an empty one"
+            f"{folder} has no caption for {len(missing)} of {len(files)} images, the first of which is {missing[0]}: "
+            f"{remedy}. A caption may be empty"
         )
     return CaptionedImages(str(folder), tuple(map(Path, files)), tuple(captions[path] for path in files), preparation)
 
 
 def read_classes(folder: Path, preparation: Preparation = RGB) -> tuple[CaptionedImages, tuple[str, ...]]:
-    """Read a folder with a sub-folder per class, named after the caption; return the images and the class names.
+    """Read a folder with a sub-folder for each class; return the images, with these names as captions, and the names.
 
     Raises:
-        ValueError: if the folder is missing or has no images, or fewer than two classes.
+        ValueError: if the folder is missing, or has no images or fewer than two classes.
     """
     root = _existing(folder, "with a sub-folder of images for each class")
     found = image_folder(root, image_paths(root, files_below(root)), "train", labels=True, limit=None)
@@ -157,12 +153,12 @@ def _existing(folder: Path, content: str) -> Path:
 
 
 def _from_texts(root: Path, files: Sequence[PurePath], beside: dict[PurePath, PurePath]) -> dict[PurePath, str]:
-    """Return the captions of the images that have a .txt file next to them."""
+    """Return the captions from the .txt files next to images."""
     stems = {path.with_suffix("") for path in files}
     if lost := sorted(path for stem, path in beside.items() if stem not in stems):
         raise ValueError(
-            f"{root} has {len(lost)} captions without an image, the first is {lost[0]}: add the images, or move the "
-            f"texts out of the folder"
+            f"{root} has {len(lost)} captions without an image, the first of which is {lost[0]}: add the images, or "
+            f"move the texts out of the folder"
         )
     texts = {stem: _read_text(root / path) for stem, path in beside.items()}
     return {path: texts[path.with_suffix("")] for path in files if path.with_suffix("") in texts}
@@ -179,12 +175,12 @@ def _read_text(path: Path) -> str:
 def _from_tables(
     root: Path, files: Sequence[PurePath], tables: Sequence[PurePath], beside: dict[PurePath, PurePath]
 ) -> dict[PurePath, str]:
-    """Return the captions in the tables; raise ValueError unless each row belongs to a different image."""
+    """Return the captions from the tables; raise ValueError unless each row belongs to a different image."""
     if both := [path for path in files if path.with_suffix("") in beside]:
         raise ValueError(
             f"{root} has captions in {tables[0]} and in {beside[both[0].with_suffix('')]}: keep one of them"
         )
-    # The same name can be encoded in two ways: \u00e9 is one character on most systems and two on a Mac.
+    # A name can have two encodings: \u00e9 is one character on most systems and two on a Mac.
     known = {_composed(path): path for path in files}
     captions: dict[PurePath, str] = {}
     places: dict[PurePath, str] = {}
@@ -213,8 +209,8 @@ def _rows(path: Path) -> list[tuple[str, str]]:
     import pyarrow as pa  # type: ignore[import-untyped]
     from pyarrow import csv, json, parquet
 
-    # `imagefolder` itself reads a caption "NA" or "None" in a .csv as missing, and shifts the columns of a row that has
-    # one field too many.
+    # `imagefolder` itself would read the captions "NA" and "None" in a .csv as missing, and shift the columns of a row
+    # with an extra field.
     text = {name: pa.string() for name in ("file_name", "text")}
     size = min(max(path.stat().st_size, 1 << 16), 2**31 - 1)
     readers: dict[str, Callable[[], Any]] = {

@@ -1,4 +1,4 @@
-"""The user's configuration of the data, and the function that opens the data."""
+"""The configuration of the data, and the function that opens them."""
 
 import os
 import re
@@ -17,7 +17,7 @@ from halfstep.data.tables import is_saved, table
 from halfstep.runtime.files import user_path
 
 LARGEST_SIDE: Final = 16_384
-"""Largest side to which images are resized."""
+"""Largest side of resized images."""
 _HUB_NAME: Final = re.compile(r"\w[\w.-]*/[\w.-]+")
 _TABLES: Final = (".parquet", ".arrow")
 
@@ -30,34 +30,34 @@ class DataConfig(BaseModel):
     source: str = "digits"
     """`digits`, a .npy or .npz file, a folder of images, tables or latents, or a name on the Hub (owner/name)."""
     split: str = "train"
-    """Part of the source: a data set's split, or the folder's sub-folder with this name, if any."""
+    """Split of a data set, or sub-folder of a folder, if it has one with this name."""
     image_size: int | None = None
-    """Height and width to resize images to; by default their common size."""
+    """Height and width of resized images; by default the images' common size."""
     resize: Resize = "crop"
-    """crop scales the shorter side and crops to the centre; stretch scales both sides."""
+    """crop scales the shorter side and keeps the centre; stretch scales both sides."""
     resample: Resample = "bicubic"
     """Filter for resizing; all are antialiased."""
     channels: Channels | None = None
-    """1 for grey, 3 for RGB; by default those of the images. Transparent pixels get a white background."""
+    """1 for grey, 3 for RGB; by default as in the images. Transparent pixels get a white background."""
     labels: bool = True
     """Use the classes of the data if they have any."""
     label_column: str | None = None
-    """Table column with the class, if there are several candidates."""
+    """Table column with the class, if several columns could be meant."""
     flip: bool = False
-    """Mirror half of the images of an update at random."""
+    """Mirror a random half of each batch."""
     limit: int | None = None
-    """Maximum number of samples: the first, balanced across class folders."""
+    """Maximum number of samples; keeps the first, balanced across class folders."""
     skip_broken: bool = False
-    """Skip images that cannot be read, with a warning, instead of stopping."""
+    """Skip unreadable images with a warning instead of stopping."""
     accept_changed: bool = False
-    """Resume a run even if its data have changed, for example after repairing a file."""
+    """Resume a run although its data have changed, for example after a file was repaired."""
     max_bytes: int = 2 * 2**30
-    """Memory limit for decoded images; data that need more are decoded again at each use."""
+    """Memory limit for decoded images, in bytes; above it, images are decoded at each use."""
 
     @field_validator("source")
     @classmethod
     def _plain(cls, source: str) -> str:
-        """Remove "./" and a trailing slash from a path, so that the same data always has the same name."""
+        """Remove "./" and trailing slashes from a path, so that the same data always has the same name."""
         plain = os.path.normpath(source) if source else source
         # "./owner/name" marks a path, as opposed to a name on the Hub.
         return source if _HUB_NAME.fullmatch(plain) and not user_path(plain).exists() else plain
@@ -69,7 +69,7 @@ def open_data(config: DataConfig) -> Data:
 
     Raises:
         ValueError: if the source is missing or unreadable, its samples differ in shape, or a setting is out of range
-            or would be ignored.
+            or has no effect.
     """
     check_instance("config", config, DataConfig, "halfstep.DataConfig(source='digits')")
     _check(config)
@@ -79,7 +79,7 @@ def open_data(config: DataConfig) -> Data:
 
 
 def holds_images(config: DataConfig) -> bool:
-    """Whether the source is a folder or a name on the Hub, in which images may have any size."""
+    """Whether the source is a folder or a name on the Hub, where images may have any size."""
     path = user_path(config.source)
     return config.source != "digits" and not path.is_file() and not is_latents(path)
 
@@ -109,17 +109,17 @@ def _open(config: DataConfig) -> Data:
 
 
 def _folder(config: DataConfig, root: Path) -> Labelled:
-    """Return the images of a folder: those in its tables if it has any, otherwise its image files."""
+    """Return the images in a folder's tables if it has any, otherwise its image files."""
     if is_saved(root):
         return _table(config)
     if (root / "recipe.json").is_file() and (root / "stages").is_dir():
-        raise ValueError(f"{config.source} is the folder of a run, not data: give the data it was trained on")
+        raise ValueError(f"{config.source} is the folder of a run, not data: give the data that the run was trained on")
     files = files_below(root)
     images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     tables = [path for path in files if path.suffix.lower() in _TABLES]
     if images and tables:
         raise ValueError(
-            f"{config.source} contains images ({images[0]}) and tables ({tables[0]}): give a folder with one kind only"
+            f"{config.source} contains images ({images[0]}) and tables ({tables[0]}): give a folder with only one kind"
         )
     if tables or (not images and any(path.suffix.lower() == ".jsonl" for path in files)):
         return _table(config)
@@ -137,7 +137,7 @@ def _refuse_label_column(config: DataConfig) -> None:
 
 
 def _check(config: DataConfig) -> None:
-    """Raise ValueError for settings that are out of range or would be ignored."""
+    """Raise ValueError for settings that are out of range or have no effect."""
     for flag, value in (("limit", config.limit), ("image-size", config.image_size)):
         if value is not None and value < 1:
             raise ValueError(f"--data.{flag} is {value}: give 1 or more, or remove it")

@@ -1,4 +1,4 @@
-"""Data from folders of image files of any format and size, with sub-folders for splits and for classes."""
+"""Data from folders of image files, with sub-folders for splits and classes."""
 
 import contextlib
 import itertools
@@ -24,11 +24,11 @@ _BESIDE: Final = (
     *(".txt", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".md", ".html", ".pdf"),
     *(".py", ".sh", ".log", ".db", ".ini", ".npy", ".npz", ".parquet", ".arrow", ".safetensors"),
 )
-"""Suffixes of files that often accompany images and are skipped without a warning."""
+"""Suffixes of files that often accompany images and are skipped silently."""
 _SPLITS: Final = frozenset({"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"})
-"""Names of folders that contain a split instead of a class."""
+"""Names of sub-folders that contain a split, not a class."""
 _LABELS: Final = "dataset.json"
-"""Labels in the format of EDM and StyleGAN, {"labels": [[path, class], ...]}; sub-folders are then shards."""
+"""Labels in the format of EDM and StyleGAN, {"labels": [[path, class], ...]}. Sub-folders are then shards."""
 
 
 @final
@@ -56,7 +56,7 @@ class Files(EncodedImages):
 
 
 def image_paths(root: Path, files: Sequence[PurePath]) -> list[PurePath]:
-    """Return the files below `root` that have the suffix of an image; warn about others that may be images.
+    """Return the files with the suffix of an image; warn about others that may be images.
 
     Raises:
         ValueError: if there are no images.
@@ -66,10 +66,7 @@ def image_paths(root: Path, files: Sequence[PurePath]) -> list[PurePath]:
     counts = sorted(Counter(others).items(), key=lambda item: (-item[1], item[0] == "", item[0]))
     shown = ", ".join(f"{count:,} {suffix or 'without a suffix'}" for suffix, count in counts[:5])
     if not images:
-        found = f"; its other files: {shown}" if shown else ""
-        raise ValueError(
-            f"{root} contains no images: no file in it or below it ends in {' '.join(IMAGE_SUFFIXES)}{found}"
-        )
+        raise no_images(root, f"; its other files: {shown}" if shown else "")
     if shown:
         warnings.warn(
             f"{len(others):,} files in {root} are skipped because they do not have the suffix of an image: {shown}; "
@@ -80,12 +77,19 @@ def image_paths(root: Path, files: Sequence[PurePath]) -> list[PurePath]:
     return images
 
 
-def image_folder(root: Path, paths: Sequence[PurePath], split: str, labels: bool, limit: int | None) -> Labelled:
-    """Return the image files at the sorted `paths` below `root`, or those in its sub-folder `split`, if any.
+def no_images(root: Path, others: str = "") -> ValueError:
+    """Return the error for a folder without images."""
+    return ValueError(
+        f"{root} contains no images: no file in it or its sub-folders ends in {' '.join(IMAGE_SUFFIXES)}{others}"
+    )
 
-    Classes come from dataset.json if it exists. Otherwise, if every image is in one of two or more sub-folders, their
-    names are the classes, and `limit` is balanced across them. Without classes, `limit` keeps the first files by name.
-    The split "train" is the whole folder if there is no such sub-folder.
+
+def image_folder(root: Path, paths: Sequence[PurePath], split: str, labels: bool, limit: int | None) -> Labelled:
+    """Return the image files at the sorted `paths` below `root`, or only those in its sub-folder `split`.
+
+    Classes come from dataset.json if it exists. Otherwise, if all images are in two or more sub-folders, these are the
+    classes, and `limit` is balanced across them. Without classes, `limit` keeps the first files. The split "train" is
+    the whole folder if it has no sub-folder with that name.
 
     Raises:
         ValueError: if there are no images, if the sub-folder `split` does not exist or could also be a class, or if
@@ -103,11 +107,11 @@ def image_folder(root: Path, paths: Sequence[PurePath], split: str, labels: bool
         raise ValueError(f"{root} has no sub-folder {split!r}: add it, or use --data.split train")
     elif labels and tops and tops <= _SPLITS and all(len(path.parts) > 1 for path in paths):
         raise ValueError(
-            f"{root} has no sub-folder train, but {', '.join(sorted(tops))}: choose one with --data.split, or use all "
-            "without classes with --data.no-labels"
+            f"{root} has no sub-folder train, but {', '.join(sorted(tops))}: choose one with --data.split, or use "
+            "all of them without classes with --data.no-labels"
         )
     if not paths:
-        raise ValueError(f"{root} contains no images: no file in it or below it ends in {' '.join(IMAGE_SUFFIXES)}")
+        raise no_images(root)
     if labels and (root / _LABELS).is_file():
         return _listed(root, paths, limit)
     names = tuple(sorted({path.parts[0] for path in paths}))
@@ -130,7 +134,7 @@ def image_folder(root: Path, paths: Sequence[PurePath], split: str, labels: bool
 
 
 def _listed(root: Path, paths: Sequence[PurePath], limit: int | None) -> Labelled:
-    """Return the images with the classes that dataset.json lists; without classes if it lists none."""
+    """Return the images with their classes from dataset.json, or without classes if it has none."""
     file = root / _LABELS
     held = read_json(file)
     rows = held.get("labels") if isinstance(held, dict) else None
@@ -149,7 +153,7 @@ def _listed(root: Path, paths: Sequence[PurePath], limit: int | None) -> Labelle
 
 
 def changed_since(source: str, moment: float) -> list[Path]:
-    """Return the files of a local source (a file or a folder) that changed after `moment` (time.time())."""
+    """Return the files of a local source (a file or a folder) that changed after `moment`, as in `time.time()`."""
     root = Path(source).expanduser()
     paths = [root / path for path in files_below(root)] if root.is_dir() else [root]
     found = []
@@ -162,9 +166,9 @@ def changed_since(source: str, moment: float) -> list[Path]:
 
 
 def files_below(root: Path) -> list[PurePath]:
-    """Return the sorted files below `root`, without hidden ones; follows links to folders, but visits each folder once.
+    """Return the sorted files below `root`, except hidden files and those of runs, whose samples are not training data.
 
-    Skips folders of runs, so that the samples of a run inside the data folder do not become training data.
+    Follows links to folders, but visits each folder once.
     """
     found: list[PurePath] = []
     seen: set[str] = set()

@@ -222,30 +222,26 @@ def decoded(source: str, found: Labelled, prepare: Preparation, max_bytes: int, 
     """
     images = found.images
     broken: dict[int, ValueError] = {}
-    first = first_place = None
-    x = np.empty(0, np.uint8)
-    for start in range(0, len(images), _CHUNK):
+    # The size of the first readable image decides whether all fit into memory.
+    for place in range(len(images)):
+        (first,) = _decode(images, [place], prepare)
+        if isinstance(first, np.ndarray):
+            break
+        broken[place] = first
+    else:
+        _whole(source, found, broken, skip_broken)  # always raises
+    assert isinstance(first, np.ndarray)
+    if first.nbytes * len(images) > max_bytes:
+        kept = _whole(source, found, broken | _cut(images, prepare), skip_broken)
+        return ImageFiles(source, kept.images, prepare, kept.labels, kept.class_names)
+    x = np.empty((len(images), *first.shape), np.uint8)
+    for start in range(place, len(images), _CHUNK):
         indices = range(start, min(start + _CHUNK, len(images)))
-        if first is None:
-            # The size of the first readable image decides whether all fit into memory.
-            for index in indices:
-                (pixels,) = _decode(images, [index], prepare)
-                if not isinstance(pixels, ValueError):
-                    first, first_place = pixels, index
-                    break
-                broken[index] = pixels
-            if first is None:
-                continue
-            if first.nbytes * len(images) > max_bytes:
-                kept = _whole(source, found, broken | _cut(images, prepare), skip_broken)
-                return ImageFiles(source, kept.images, prepare, kept.labels, kept.class_names)
-            x = np.empty((len(images), *first.shape), np.uint8)
         for index, pixels in zip(indices, _decode(images, indices, prepare), strict=True):
             if isinstance(pixels, ValueError):
                 broken[index] = pixels
             elif pixels.shape != first.shape:
-                assert first_place is not None
-                raise _unlike(source, images.name(first_place), first.shape, images.name(index), pixels.shape)
+                raise _unlike(source, images.name(place), first.shape, images.name(index), pixels.shape)
             else:
                 x[index] = pixels
     kept = _whole(source, found, broken, skip_broken)

@@ -1,4 +1,4 @@
-"""The user's labels, and the classes 0, 1, 2, ... that a network takes."""
+"""Conversion of the user's labels to the classes 0, 1, 2, ... of a network."""
 
 import warnings
 from typing import Any, Final
@@ -16,11 +16,10 @@ _REMEDY: Final = "use --data.no-labels to ignore them"
 def classes_of(source: str, labels: NDArray[Any], length: int) -> tuple[Tensor, tuple[str, ...]]:
     """Return the class of each sample, int64 `[length]`, and the label of each class, in sorted order.
 
-    Classes are numbered from 0 without gaps; warns if integer labels get different numbers.
+    Classes are numbered from 0 without gaps. Warns if this changes integer labels.
 
     Raises:
-        ValueError: if labels are not one non-negative integer or string per sample, or nearly every sample has its own
-            label.
+        ValueError: if labels are not one non-negative integer or string per sample, or as in `check_not_identifiers`.
     """
     if labels.dtype.kind not in "iuUS" or labels.shape != (length,):
         raise ValueError(
@@ -49,9 +48,9 @@ def classes_of(source: str, labels: NDArray[Any], length: int) -> tuple[Tensor, 
 
 
 def check_not_identifiers(source: str, classes: int, length: int, shown: str = "") -> None:
-    """Raise ValueError if there are more than 10 classes with fewer than 2 samples on average."""
+    """Raise ValueError for more than 10 classes with fewer than 2 samples on average."""
     if classes > 10 and 2 * classes > length:
         raise ValueError(
             f"{source} has {classes:,} classes for {length:,} samples{shown}, so its labels are presumably "
-            f"identifiers: give each class 2 samples or more; or {_REMEDY}"
+            f"identifiers: give each class at least 2 samples; or {_REMEDY}"
         )

@@ -1,4 +1,4 @@
-"""Random pixels in the shape of missing data, for dry runs, which only measure the cost of an update."""
+"""Random pixels with the shape of missing data, for dry runs, which only measure the cost of an update."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,8 +15,7 @@ from halfstep.objectives.base import Batch
 @final
 @dataclass(frozen=True, eq=False)
 class StandIn(Data):
-    """`num_samples` random images `[*image_shape]` with random labels, or arrays with zero conditions; not for
-    training."""
+    """Random images `[*image_shape]` with random labels, or arrays with zero conditions. Not for training."""
 
     source: str
     image_shape: tuple[int, ...]
@@ -41,7 +40,7 @@ class StandIn(Data):
         generator = generator_for("stand-in", indices.tolist())
         size = (len(indices), *self.image_shape)
         if self.conditions is not None:
-            # One sample, repeated without copying: samples of a video model are large.
+            # One sample is repeated without copies, because the samples of video models are large.
             cond = {name: torch.zeros(shape).expand(len(indices), *shape) for name, shape in self.conditions.items()}
             return Batch(torch.randn(self.image_shape, generator=generator).expand(size), cond)
         pixels = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)

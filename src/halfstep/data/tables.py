@@ -1,4 +1,4 @@
-"""Data opened with the `datasets` library: folders of tables, folders saved by it, and names on the Hub."""
+"""Data opened with the `datasets` library: folders of tables, folders saved with it, and names on the Hub."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -52,11 +52,11 @@ class Column(EncodedImages):
 
 
 def table(source: str, split: str, labels: bool, label_column: str | None, limit: int | None) -> Labelled:
-    """Return the images and labels of a folder or a name on the Hub; finds columns by type, not by name.
+    """Return the images and labels of a folder or a name on the Hub. Columns are found by type, not by name.
 
     Raises:
-        ValueError: if it cannot be opened, the split does not exist or is empty, or it does not have exactly one Image
-            column, or has several ClassLabel columns and `label_column` is None.
+        ValueError: if it cannot be opened; if the split does not exist or is empty; if it does not have exactly one
+            Image column; or if it has several ClassLabel columns and `label_column` is None.
     """
     import datasets
 
@@ -81,14 +81,14 @@ def table(source: str, split: str, labels: bool, label_column: str | None, limit
     chosen = label_column or classes[0]
     numbers = rows.select_columns([chosen]).with_format("arrow")[:][chosen].fill_null(-1).to_numpy()
     whole = torch.from_numpy(np.array(numbers, np.int64))
-    # Otherwise classes without a training sample would also be sampled and measured.
+    # Classes without a training sample would also be sampled and measured.
     found = numbered(Labelled(column, whole, tuple(rows.features[chosen].names)))
     assert found.labels is not None
     return Labelled(column.subset(first), found.labels[: len(first)], found.class_names)
 
 
 def is_saved(root: Path) -> bool:
-    """Whether `datasets` wrote the folder with save_to_disk."""
+    """Whether the folder was written with `save_to_disk` of `datasets`."""
     return any((root / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
@@ -101,7 +101,7 @@ def _open(source: str, split: str) -> Any:
         if not is_saved(root):
             return datasets.load_dataset(str(root.resolve()) if root.is_dir() else source, split=split)
         opened = datasets.load_from_disk(str(root))
-    except Exception as error:  # errors of the network, the Hub, builders and parsers have many types
+    except Exception as error:  # the network, the Hub, builders and parsers raise errors of many types
         where = "as a folder of tables" if root.is_dir() else "as a name on the Hub, and is not a local file or folder"
         reason = first_line(error.__cause__ or error)
         raise ValueError(f"{source} (--data.split {split}) cannot be opened {where}: {reason}") from error

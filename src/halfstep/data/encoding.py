@@ -1,0 +1,322 @@
+"""Encode captioned images, or prompts, into a folder of latents and text conditions (`latents.py`).
+
+The encoders are callables, independent of the libraries that provide them.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from halfstep.data.captions import CaptionedImages, Prompts
+from halfstep.data.latents import (
+    INDEX,
+    LATENTS,
+    NULL,
+    Entry,
+    Index,
+    LatentData,
+    Origin,
+    Stored,
+    digest_of,
+    is_intact,
+    open_latents,
+    read_index,
+    shard_name,
+)
+from halfstep.runtime.files import InUse, refuse_file, sha256_of, sweep, user_path, write_json
+from halfstep.runtime.processes import Processes
+from halfstep.runtime.tensors import write_tensors
+
+
+@final
+@dataclass(frozen=True)
+class Encoder:
+    """Encodes images as latents and captions as conditions, on any device."""
+
+    images: Callable[[Tensor], Tensor]
+    """float32 images `[n, 3, h, w]` in [-1, 1] -> latents `[n, c, h/8, w/8]`, scaled as the network expects."""
+    texts: Callable[[list[str]], dict[str, Tensor]]
+    """n captions -> conditions by name, each `[n, ...]` with the same shape for all captions."""
+    key: str
+    """Identifies weights and settings. Equal encoders have equal keys."""
+
+
+def encode(
+    images: CaptionedImages | Prompts,
+    encoder: Encoder,
+    folder: Path,
+    batch_size: int = 8,
+    shard_size: int = 256,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    class_names: Sequence[str] = (),
+    processes: Processes | None = None,
+) -> LatentData:
+    """Encode all images that are not yet encoded in `folder`, and return the latents and conditions of all images.
+
+    Files are written atomically, and a recorded shard is encoded again only if it has changed. To resume an interrupted
+    call, repeat it. With deterministic encoders, the resulting bytes equal those of an uninterrupted call. No batch
+    crosses a shard boundary.
+
+    Args:
+        on_progress: called with the number of encoded images and the total, at the start and after each batch.
+        class_names: class names (`read_classes`), in the order of the encoder's `class_labels`.
+        processes: share the batches of each shard, and rank 0 writes. None is only this process.
+
+    Raises:
+        ValueError: if `folder` contains other files, or latents of another encoder, other images or another shard size;
+            if another process is writing to it; if an image cannot be decoded or is not RGB; or if the encoder returns
+            wrong shapes or non-finite values.
+        OSError: if the disk is full. The call can then be repeated.
+    """
+    for name, value in (("batch_size", batch_size), ("shard_size", shard_size)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}: give 1 or more")
+    root, lock, processes = user_path(folder), FileLock(user_path(folder) / ".lock"), processes or Processes()
+
+    def begin() -> Index:
+        _check_folder(root)
+        root.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise InUse(f"another process is writing to {folder}: wait for it, or give another folder") from None
+        sweep(root)
+        return _begin(images, encoder, root, shard_size, tuple(class_names))
+
+    try:
+        index = processes.on_main(begin)
+        _Encoding(images, encoder, root, batch_size, on_progress, index, processes).run()
+    finally:
+        lock.release()
+    return open_latents(folder)
+
+
+def _check_folder(root: Path) -> None:
+    """Raise ValueError if the folder contains files that `encode` did not write."""
+    refuse_file(root, "Give another folder for the latents")
+    if root.is_dir() and not (root / INDEX).exists():
+        found = sorted(path.name for path in root.iterdir() if not path.name.startswith("."))
+        if found:
+            raise ValueError(f"{root} contains other files, such as {found[0]}: give a new or empty folder for latents")
+
+
+def _begin(
+    images: CaptionedImages | Prompts, encoder: Encoder, root: Path, shard_size: int, class_names: tuple[str, ...]
+) -> Index:
+    """Return the folder's index; write a new one if it has none, or one of other images without shards."""
+    shards = (None,) * -(-len(images) // shard_size)
+    now = Index(
+        encoder=encoder.key, images=_origin(images), shard_size=shard_size, class_names=class_names, shards=shards
+    )
+    index = read_index(root) if (root / INDEX).exists() else None
+    settings = {"encoder", "images", "shard_size", "class_names"}
+    if index is None or (
+        not any(index.shards) and index.model_dump(include=settings) != now.model_dump(include=settings)
+    ):
+        _record(root, now)
+        return now
+    remedy = "give another folder, or delete this one to encode again"
+    if index.encoder != encoder.key:
+        raise ValueError(f"{root} contains latents of the encoder {index.encoder!r}, not of {encoder.key!r}: {remedy}")
+    if index.shard_size != shard_size:
+        raise ValueError(
+            f"{root} contains shards of {index.shard_size} samples, not of {shard_size}: keep that size, or {remedy}"
+        )
+    if index.images != now.images:
+        raise ValueError(
+            f"{root} contains latents of images other than {images.source}: {_differs(index.images, now.images)}; "
+            f"{remedy}"
+        )
+    return index
+
+
+def _differs(then: Origin, now: Origin) -> str:
+    """Describe how two sets of images differ."""
+    if then.count != now.count:
+        return f"{then.count} then and {now.count} now"
+    if then.preparation != now.preparation:
+        names = [name for name, value in now.preparation.items() if then.preparation.get(name) != value]
+        return ", ".join(f"{name} {then.preparation.get(name)} then and {now.preparation[name]} now" for name in names)
+    kinds = {"names": "file names", "contents": "contents of the files", "captions": "captions"}
+    return "other " + " and ".join(word for name, word in kinds.items() if getattr(then, name) != getattr(now, name))
+
+
+def _origin(images: CaptionedImages | Prompts) -> Origin:
+    """Identify the images; reads all files."""
+    if isinstance(images, Prompts):
+        return Origin(
+            count=len(images), names="", contents="", captions=digest_of(images.captions), preparation={"sampled": True}
+        )
+    paths = [images.root / path for path in images.files]
+    try:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            contents = list(pool.map(lambda path: [path.stat().st_size, sha256_of(path)], paths))
+    except OSError as error:
+        raise ValueError(f"{error.filename} cannot be read ({error.strerror}): repeat the command") from error
+    return Origin(
+        count=len(images),
+        names=digest_of(path.as_posix() for path in images.files),
+        contents=digest_of(contents),
+        captions=digest_of(images.captions),
+        preparation=asdict(images.preparation),
+    )
+
+
+@final
+@dataclass
+class _Encoding:
+    """Fills a folder, and records each file that is complete."""
+
+    images: CaptionedImages | Prompts
+    encoder: Encoder
+    root: Path
+    batch_size: int
+    on_progress: Callable[[int, int], None]
+    index: Index
+    processes: Processes
+
+    def run(self) -> None:
+        self.index, intact = self.processes.on_main(self._begun)
+        done = sum(len(self.index.places(number)) for number, whole in enumerate(intact) if whole)
+        self.on_progress(done, len(self.images))
+        for number, whole in enumerate(intact):
+            if not whole:
+                done = self._write_shard(number, done)
+
+    def _begun(self) -> tuple[Index, list[bool]]:
+        """Return the index, after adding the empty caption's conditions, and whether each shard is intact."""
+        if not is_intact(self.root / NULL, self.index.null):
+            self._write_null()
+        shards = enumerate(self.index.shards)
+        return self.index, [is_intact(self.root / shard_name(number), shard) for number, shard in shards]
+
+    def _write_null(self) -> None:
+        with torch.no_grad():
+            conditions = self.encoder.texts([""])
+        if LATENTS in conditions:
+            raise ValueError(f"the encoder returned a condition called {LATENTS}: give it another name")
+        null = self._checked(conditions, ["the empty caption"])
+        self._record(null=_write(self.root / NULL, {name: value[0] for name, value in null.items()}))
+
+    def _write_shard(self, number: int, done: int) -> int:
+        """Encode a shard after `done` images; return the new number of encoded images."""
+        places = self.index.places(number)
+        size = self.batch_size
+        batches = [range(first, min(first + size, places.stop)) for first in range(places.start, places.stop, size)]
+
+        def encoded(part: range) -> tuple[Tensor, ...]:
+            tensors = self._encode(part)
+            self.on_progress(done + part.stop - places.start, len(self.images))
+            return tuple(tensors[name] for name in sorted(tensors))
+
+        parts = self.processes.spread(batches, encoded)
+
+        def write() -> None:
+            assert parts is not None
+            columns = zip(sorted(self.index.tensors), zip(*parts, strict=True), strict=True)
+            shard = _write(self.root / shard_name(number), {name: torch.cat(column) for name, column in columns})
+            self._record(shards=(*self.index.shards[:number], shard, *self.index.shards[number + 1 :]))
+
+        self.processes.on_main(write)
+        return done + len(places)
+
+    def _encode(self, part: range) -> dict[str, Tensor]:
+        """Return the latents and conditions of a batch of images or prompts, on the CPU."""
+        captions = [self.images.captions[index] for index in part]
+        with torch.no_grad():
+            conditions = self.encoder.texts(captions)
+        if isinstance(self.images, Prompts):
+            return self._known({LATENTS: self.images.sampled(part, conditions), **conditions}, captions)
+        x0 = self.images.loaded(part).fetch(torch.arange(len(part))).x0
+        names = [str(self.images.files[index]) for index in part]
+        if x0.shape[1] != 3:
+            raise ValueError(f"{names[0]} has {x0.shape[1]} channels, but encoders take 3: prepare with channels=3")
+        with torch.no_grad():
+            latents = self.encoder.images(x0)
+        if latents.ndim != 4 or not latents.is_floating_point():
+            raise ValueError(
+                f"the encoder returned {latents.dtype} latents of shape {tuple(latents.shape)} for {names[0]}: floats "
+                f"[n, channels, height, width] are needed"
+            )
+        return self._known({LATENTS: latents, **conditions}, names)
+
+    def _known(self, tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+        """Apply `_checked`, and check that the conditions are those of the empty caption, if it has any."""
+        conditions, known = tensors.keys() - {LATENTS}, self.index.tensors.keys() - {LATENTS}
+        if known and conditions != known:
+            raise ValueError(
+                f"the encoder returned the conditions {_listed(conditions)} for {names[0]}, but {_listed(known)} for "
+                f"the empty caption: return the same conditions for all captions"
+            )
+        return self._checked(tensors, names)
+
+    def _checked(self, tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+        """Return all tensors on the CPU after checking for one finite sample per name, of the known shape and dtype."""
+        found = {}
+        for name, value in tensors.items():
+            if value.ndim == 0 or len(value) != len(names):
+                raise ValueError(
+                    f"the encoder returned {name} of shape {tuple(value.shape)} for a batch of {len(names)} that "
+                    f"starts with {names[0]}: the first axis must be the batch"
+                )
+            entry = Entry(shape=tuple(value.shape[1:]), dtype=str(value.dtype).removeprefix("torch."))
+            known = self.index.tensors.get(name, entry)
+            if entry != known:
+                remedy = "resize the images to one size" if name == LATENTS else "pad captions to one length"
+                raise ValueError(
+                    f"the encoder returned {name} {entry.dtype} {entry.shape} for {names[0]}, but {known.dtype} "
+                    f"{known.shape} before: {remedy}, or use the encoder that started the folder"
+                )
+            value = value.detach().cpu()
+            if value.is_floating_point() and not (finite := value.isfinite().reshape(len(value), -1).all(1)).all():
+                raise ValueError(
+                    f"the encoder returned {name} that are not finite for {names[int(finite.int().argmin())]}: "
+                    f"encode in float32, or remove the sample"
+                )
+            found[name] = value
+            self.index = self.index.model_copy(update={"tensors": {**self.index.tensors, name: entry}})
+        return found
+
+    def _record(self, **files: Any) -> None:
+        """Add written files to the index."""
+        self.index = self.index.model_copy(update=files)
+        _record(self.root, self.index)
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)) or "none"
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> Stored:
+    return Stored(sha256=write_tensors(path, tensors), size=path.stat().st_size)
+
+
+def _record(self, **files: Any) -> None:
+    """Add written files to the index."""
+    self.index = self.index.model_copy(update=files)
+    _record(self.root, self.index)
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)) or "none"
+
+
+def _read_as(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype to which a stored tensor is converted when read."""
+    return torch.float32 if dtype.is_floating_point else dtype
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> Stored:
+    return Stored(sha256=write_tensors(path, tensors), size=path.stat().st_size)
+
+
+def _record(root: Path, index: Index) -> None:
+    """Write the index, which reveals files lost in a power cut."""
+    write_json(root / INDEX, index.model_dump(mode="json"))
