@@ -172,7 +172,7 @@ def test_a_fine_teacher_is_what_others_are_compared_with() -> None:
     assert finest(teacher_methods(DDIM(), (16,), EVALUATION)) == Method(Heun(), 32)
     # A teacher whose own sampler is Heun is not measured twice.
     assert len(teacher_methods(Heun(), (32,), EVALUATION)) == 1
-    with pytest.raises(ValueError, match="teacher_heun_steps must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="teacher_heun_steps must be a whole number of at least 1, got 0"):
         Evaluation(teacher_heun_steps=(0,))
 
 

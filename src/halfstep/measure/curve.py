@@ -1,4 +1,4 @@
-"""The tables of an evaluation: the stored metrics of every model at every number of steps."""
+"""The tables of an evaluation: the stored metrics of all models at all numbers of steps."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -23,14 +23,14 @@ from halfstep.runtime.files import InUse, json_digest, sweep, write_sealed
 
 
 class Entry(NamedTuple):
-    """A source at one number of steps, which is one row of every table."""
+    """A source at one number of steps: one row of every table."""
 
     series: str
     stage: str | None
     source: Source
     num_steps: int | None
     gamma: float | None = None
-    """Gamma of ancestral sampling if several are tried and the best is shown."""
+    """Gamma of ancestral sampling, if several are tried and only the best one is shown."""
 
     def words(self) -> str:
         """Return the entry in a few words."""
@@ -48,16 +48,16 @@ class CurveSpec:
     entries: Sequence[Entry]
     evaluation: Evaluation
     references: Sequence[Reference]
-    """The real data, once per extractor; all from the same rows."""
+    """The real data for each extractor, from the same rows."""
     reference_split: str | None
     num_seeds: int = 1
-    """Sets of seeds: set k starts at seed k * num_samples."""
+    """Number of sets of seeds. Set k starts at seed k * num_samples."""
     guidance_scale: float | None = None
     teacher: Entry | None = None
-    """The model that all others are compared with from the same noise."""
+    """The model that all others are compared with, from the same noise."""
     notices: Sequence[str] = ()
     run: str | None = None
-    """`Manifest.run` of the run that is measured."""
+    """`Manifest.run` of the measured run."""
 
     @property
     def seeds(self) -> list[range]:
@@ -66,12 +66,12 @@ class CurveSpec:
         return [range(k * size, (k + 1) * size) for k in range(self.num_seeds)]
 
     def cells(self, entry: Entry) -> list[Cell]:
-        """Return an entry's cells, one for each set of seeds."""
+        """Return an entry's cell for each set of seeds."""
         return [Cell(entry.source, entry.num_steps, seeds) for seeds in self.seeds]
 
 
 class CellDone(NamedTuple):
-    """Reports that the metrics of a cell exist."""
+    """A report that a cell has been measured."""
 
     entry: Entry
     cell: Cell
@@ -83,7 +83,7 @@ class CellDone(NamedTuple):
 
 @final
 class Curve:
-    """Carries out an evaluation and writes it to the folder `out`; several processes share the work."""
+    """Runs an evaluation and writes it to the folder `out`. Several processes share the work."""
 
     def __init__(self, spec: CurveSpec, store: Store, out: Path) -> None:
         self.spec, self.store, self.out = spec, store, out
@@ -92,10 +92,10 @@ class Curve:
         self._seconds = 0.0
         self.cells = [(entry, spec.cells(entry)[k]) for k in range(spec.num_seeds) for entry in spec.entries]
         self.result: EvaluationResult | None = None
-        """The version written last; None on processes that do not write."""
+        """The version that was written last; None on processes that do not write."""
 
     def run(self) -> Iterator[CellDone]:
-        """Measure all missing cells, and write evaluation.json after each.
+        """Measure all missing cells, and update evaluation.json after each.
 
         Raises:
             InUse: if another process writes the folder.
@@ -110,7 +110,7 @@ class Curve:
                 lock.acquire(timeout=0)
             except Timeout:
                 raise InUse(f"{self.out} is being written by another halfstep process: wait for it") from None
-            # A run in progress writes to the same store, and its unfinished files are not leftovers.
+            # A run in progress may be writing to the same store, and its unfinished files must be kept.
             with (
                 contextlib.suppress(Timeout, FileNotFoundError),
                 FileLock(self.store.folder.parent / ".lock", timeout=0),
@@ -130,7 +130,7 @@ class Curve:
             part = self.cells[first : first + at_once]
             there = [store.facts(c) is not None and all(store.kept(c, one) for one in against) for _, c in part]
             store.measure([cell for _, cell in part], against)
-            # Existing cells cost nothing, so writing after each of them would take most of the time.
+            # Existing cells take no time, so writing after each of them would take most of the time.
             if not all(there) or monotonic() - written > 5:
                 store.processes.on_main(partial(self._write, complete=False))
                 written = monotonic()
@@ -147,7 +147,7 @@ class Curve:
         store.processes.on_main(partial(self._write, complete))
 
     def _bases(self) -> list[tuple[Cell, SameNoise]]:
-        """Return the teacher's cells that the others are compared with, one per set of seeds."""
+        """Return the teacher's cell for each set of seeds, which all others are compared with."""
         spec = self.spec
         cells = [] if spec.teacher is None else spec.cells(spec.teacher)
         return [(base, SameNoise(base, spec.references[0].data.shape)) for base in cells]
@@ -192,20 +192,20 @@ class Curve:
         write_sealed(self.out / "evaluation.json", self.result.model_dump(mode="json"))
 
     def _counted(self, kept: Kept) -> Kept:
-        """Count the time of these metrics, and note those that are missing."""
+        """Add the time of these metrics, and a notice for each missing one."""
         self._notices += kept.missing
         self._seconds += kept.seconds
         return kept
 
     def _figures(self, entry: Entry, against: Sequence[Against]) -> list[Kept]:
-        """Return an entry's metrics for each set of seeds; none if a set failed, as the protocol fixes their number."""
+        """Return an entry's metrics for each set of seeds; none if a set failed, because a row needs all sets."""
         pairs = list(zip(self.spec.cells(entry), against, strict=True))
         if any(cell.name in self.store.broken for cell, _ in pairs):
             return []
         return [kept for cell, one in pairs if (kept := self.store.kept(cell, one)) is not None]
 
     def _chosen(self) -> list[Entry]:
-        """Return the entries to show; if several differ only in gamma, only the best one in the first table."""
+        """Return the entries to show. If several differ only in gamma, only the best in the first table is shown."""
         best: dict[tuple[str, int | None], tuple[float, Entry]] = {}
         chosen = [entry for entry in self.spec.entries if entry.gamma is None]
         for entry in self.spec.entries:
@@ -217,7 +217,7 @@ class Curve:
         return [*chosen, *(entry for _, entry in best.values())]
 
     def _rows(self, entries: Sequence[Entry], against: Sequence[Against]) -> list[Row]:
-        """Return the rows of a table; `against` has one entry per set of seeds."""
+        """Return the rows of a table. `against` has one reference for each set of seeds."""
         rows = []
         for entry in entries:
             kept = [self._counted(one).values for one in self._figures(entry, against)]
@@ -229,7 +229,7 @@ class Curve:
             if not figures:
                 continue
             facts = [held for cell in self.spec.cells(entry) if (held := self.store.facts(cell)) is not None]
-            # Times from different machines do not belong in one column.
+            # Times from different machines cannot be compared.
             here = [held["seconds_per_1000"] for held in facts if held["pace"] == self.store.pace]
             times = [seconds for seconds in here if seconds is not None]
             rows.append(

@@ -1,7 +1,7 @@
-"""How to measure models: the settings, and the real data that samples are compared with.
+"""How models are measured: the settings, and the real data for the comparison.
 
-Images are measured as they would be saved: rounded to uint8. The seeds are 0, 1, 2, ..., so every model of a chain
-starts from the same noise.
+Images are measured as they would be saved: rounded to uint8. The seeds are 0, 1, 2, ..., so all models of a chain start
+from the same noise.
 """
 
 import re
@@ -15,7 +15,7 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor
 
-from halfstep.core.door import check_switch
+from halfstep.core.door import check_switch, check_whole
 from halfstep.core.draw import generator_for
 from halfstep.core.grids import MOST_STEPS
 from halfstep.data import Data
@@ -39,9 +39,9 @@ if TYPE_CHECKING:
     from halfstep.measure.store import Cell
 
 MOST_SAMPLES: Final = 1_000_000
-"""Largest number of samples in a set: twenty times the usual number."""
+"""Largest number of samples in a set, twenty times the usual one."""
 FIGURES_FORMAT: Final = 1
-"""Version of the stored metrics; raise it when a metric changes, so that old results are measured again."""
+"""Version of the stored metrics. Increment it when a metric changes, so that old results are measured again."""
 
 
 @final
@@ -50,7 +50,7 @@ class Evaluation:
     """How every model of the chain is measured.
 
     Raises:
-        ValueError: if a count is too small or the features are unknown.
+        ValueError: if a count is out of range or the features are unknown.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -67,42 +67,29 @@ class Evaluation:
     num_compared: int = 256
     """Samples for comparing student and teacher from the same noise."""
     num_shown: int = 64
-    """Samples to look at, stored with each stage."""
+    """Samples stored with each stage for viewing."""
     batch_size: int | None = None
-    """Samples drawn at once; by default many, halved until they fit into memory."""
+    """Samples per batch; by default large, halved until a batch fits into memory."""
     precision: Literal["float32", "bf16"] = "float32"
-    """bf16 runs the networks in bfloat16 while sampling: faster, but another protocol."""
+    """bf16 samples in bfloat16, which is faster, but a separate protocol."""
     teacher_steps: tuple[int, ...] = ()
-    """More step counts at which to measure the undistilled teacher, besides the chain's start and its students'
-    steps.
-    """
+    """Additional step counts of the undistilled teacher, besides the chain's start and its students' steps."""
     teacher_heun_steps: tuple[int, ...] = (32,)
-    """Step counts at which to measure the undistilled teacher with Heun's method too."""
+    """Step counts of the undistilled teacher with Heun's method."""
 
     def __post_init__(self) -> None:
-        least = {"num_samples": 2, "num_reference": 2, "num_compared": 1, "num_shown": 1, "batch_size": 1}
         check_switch("evaluation.enabled", self.enabled)
-        for name, bound in least.items():
-            value = getattr(self, name)
-            if value is None and name == "batch_size":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise ValueError(f"evaluation.{name} must be a whole number, got {value!r}")
-            if value < bound:
-                raise ValueError(f"evaluation.{name} must be at least {bound}, got {value}")
-            if value > MOST_SAMPLES:
-                raise ValueError(f"evaluation.{name} must be at most {MOST_SAMPLES:,}, got {value}")
+        for name, least in {"num_samples": 2, "num_reference": 2, "num_compared": 1, "num_shown": 1}.items():
+            check_whole(f"evaluation.{name}", getattr(self, name), least, MOST_SAMPLES)
+        if self.batch_size is not None:
+            check_whole("evaluation.batch_size", self.batch_size, most=MOST_SAMPLES)
         for name, steps in (("teacher_steps", self.teacher_steps), ("teacher_heun_steps", self.teacher_heun_steps)):
-            if not isinstance(steps, Sequence):
-                raise ValueError(f"evaluation.{name} must be a list of steps, got {steps!r}. Pass ({steps!r},)")
-            if any(isinstance(number, bool) or not isinstance(number, int) for number in steps):
-                raise ValueError(f"evaluation.{name} must be whole numbers, got {steps!r}. Pass (32,)")
-            if any(number < 1 for number in steps):
-                raise ValueError(f"evaluation.{name} must be at least 1, got {min(steps)}")
-            if max(steps, default=1) > MOST_STEPS:
-                raise ValueError(f"evaluation.{name} must be at most {MOST_STEPS:,}, got {max(steps)}")
+            if isinstance(steps, str) or not isinstance(steps, Sequence):
+                raise ValueError(f"evaluation.{name} must be a list of steps, got {steps!r}. Pass (32,)")
+            for number in steps:
+                check_whole(f"each of evaluation.{name}", number, most=MOST_STEPS)
         if self.precision not in ("float32", "bf16"):
-            raise ValueError(f"precision must be float32 or bf16, got {self.precision!r}")
+            raise ValueError(f"evaluation.precision must be float32 or bf16, got {self.precision!r}")
         if not isinstance(self.features, str):
             raise ValueError(f"evaluation.features must be a name, got {self.features!r}. Pass 'auto'")
         if self.features != "auto":
@@ -122,14 +109,14 @@ class Method(NamedTuple):
 
 
 def teacher_methods(own: Sampler, steps: Iterable[int], evaluation: Evaluation) -> list[Method]:
-    """Return how to measure an undistilled model: with its own sampler, then Heun, each from most steps to fewest."""
+    """Return the methods for an undistilled model: its own sampler, then Heun, each in descending order of steps."""
     methods = [Method(own, number) for number in sorted(set(steps), reverse=True)]
     methods += [Method(Heun(), number) for number in sorted(set(evaluation.teacher_heun_steps), reverse=True)]
     return list(dict.fromkeys(methods))
 
 
 def finest(methods: Sequence[Method]) -> Method:
-    """Return the first method with the most network calls; others are compared with its samples."""
+    """Return the method with the most network calls: the reference for all others."""
     return max(methods, key=lambda method: method.num_evals)
 
 
@@ -141,7 +128,7 @@ def features_for(data: Data, evaluation: Evaluation) -> str:
 
 
 def check_measurable(data: Data, evaluation: Evaluation) -> None:
-    """Raise ValueError if `Reference` could not measure samples against this data; trains nothing."""
+    """Raise ValueError if samples cannot be compared with this data; trains no classifier."""
     if not evaluation.enabled:
         return
     if len(data) < 2:
@@ -159,25 +146,25 @@ def check_measurable(data: Data, evaluation: Evaluation) -> None:
 
 
 def few_samples(extractor: str, num_samples: int, num_reference: int, size: int) -> str | None:
-    """Return a warning about a Frechet distance of this few samples in `size` dimensions; None if they are enough."""
+    """Return a warning if these are too few samples for a Frechet distance in `size` dimensions; None if not."""
     least = min(num_samples, num_reference)
     where = f"In {extractor} the Frechet distance of {num_samples:,} samples to {num_reference:,} real ones"
     if least <= size:
-        remedy = f"{size} dimensions need more than {size} of each, preferably ten times as many; use KID instead"
-        return f"{where} is unreliable: {remedy}."
-    # The bias of 50,000 samples is conventionally ignored.
+        needed = f"{size} dimensions need more than {size} of each, preferably {10 * size}"
+        return f"{where} is unreliable: {needed}. Use KID instead."
+    # By convention, the bias of 50,000 samples is ignored.
     if least < 50_000:
-        return f"{where} is biased upwards, more so with fewer samples: compare it only within its table."
+        return f"{where} is biased upwards, and more so with fewer samples. Compare it only within its table."
     return None
 
 
 class Against(ABC):
-    """The reference that a set of samples is compared with."""
+    """The reference for a set of samples."""
 
     name: str
-    """For file names; unique for everything that the metrics depend on besides the samples."""
+    """Part of file names. Identifies everything that the metrics depend on besides the samples."""
     needs: Sequence["Cell"] = ()
-    """Cells that `figures` needs the samples of."""
+    """Cells with samples that `figures` needs."""
 
     @abstractmethod
     def figures(self, samples: Tensor, others: Sequence[Tensor]) -> Figures:
@@ -186,17 +173,17 @@ class Against(ABC):
 
 @final
 class Reference(Against):
-    """The real data's features and their extractor; `cache` is the folder for a classifier's weights."""
+    """The features of the real data and their extractor. `cache` is the folder for features and a classifier."""
 
     def __init__(
         self, data: Data, evaluation: Evaluation, cache: Path | None = None, device: torch.device | str = "cpu"
     ) -> None:
-        # Folders are sorted by class, so the first rows cover only a few classes.
+        # Folders are sorted by class, so the first rows would cover only a few classes.
         order = torch.randperm(len(data), generator=generator_for("reference"))
         rows = order[: evaluation.num_reference].sort().values
 
         def labelled() -> tuple[Tensor, Tensor]:
-            # Independent of `num_reference`, on which the classifier's features must not depend.
+            # Independent of `num_reference`, so that the classifier's features are too.
             batch = data.fetch(order[:10_000].sort().values)
             return batch.x0, batch.cond["class_labels"]
 
@@ -217,7 +204,7 @@ class Reference(Against):
             "images": "rounded to uint8" if data.is_image else "as they are",
         }
         self.note = few_samples(self.extractor.name, evaluation.num_samples, len(rows), self.real.features.shape[1])
-        """Warning about distances between so few samples; None if they are enough."""
+        """Warning about too few samples, as in `few_samples`."""
         if evaluation.precision != "float32":
             self.protocol["precision"] = evaluation.precision
         if isinstance(self.extractor, Classifier):
@@ -241,7 +228,7 @@ def references_for(
     device: torch.device,
     processes: Processes,
 ) -> list[Reference]:
-    """Return the reference for each of `features`, checked to be the same on all processes.
+    """Return the reference for each of `features`, which must be the same on all processes.
 
     Raises:
         ValueError: if the processes' extractors differ.

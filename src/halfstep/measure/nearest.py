@@ -1,7 +1,7 @@
-"""Checks whether a model has memorised its training data: the training samples nearest to its samples.
+"""The training samples nearest to a model's samples, which show whether it has memorised its training data.
 
 Distances are root mean square differences of all values, on the scale of x0 ([-1, 1] for images). A copy has distance
-0. For comparison, `real` contains the distances of training samples to their nearest other training samples.
+0. For comparison, `real` contains the distances between training samples and their nearest other training samples.
 """
 
 from dataclasses import dataclass
@@ -14,35 +14,35 @@ from halfstep.core.draw import generator_for
 from halfstep.data import Data
 
 MOST_VALUES = 200_000_000
-"""Maximum number of training values to search; larger data are searched in a fixed random subset."""
+"""Maximum number of training values to search. In larger data, a fixed random subset is searched."""
 NUM_REAL = 256
 """Number of training samples for `real`."""
 CHUNK = 16_000_000
-"""Training values in memory at once."""
+"""Number of training values in memory at a time."""
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Neighbours:
-    """The training samples nearest to each of n samples."""
+    """The nearest training samples of n samples."""
 
     rows: Tensor
-    """Their indices in the data, int64 `[n, k]`, the nearest first."""
+    """Their indices in the data, int64 `[n, k]`, nearest first."""
     x0: Tensor
-    """The training samples, float32 `[n, k, *shape]`, mirrored where that is nearer."""
+    """The training samples, float32 `[n, k, *shape]`, mirrored if that is nearer."""
     distances: Tensor
-    """Their distances, float64 `[n, k]`, in ascending order."""
+    """Their distances, float64 `[n, k]`, ascending."""
     real: Tensor
-    """Distances of some training samples to the nearest other one, float64 `[m]`; empty if there is only one."""
+    """Distances between some training samples and their nearest other one, float64 `[m]`."""
     num_searched: int
-    """Number of training samples that were searched."""
+    """Number of searched training samples."""
 
 
 def nearest_samples(data: Data, x0: Tensor, k: int = 3, flip: bool = False) -> Neighbours:
-    """Return the k training samples nearest to each of the samples `x0` `[n, *shape]`, or all if there are fewer.
+    """Return the k nearest training samples of each sample in `x0` `[n, *shape]`, or all if there are fewer.
 
     Args:
-        flip: whether mirrored training images count too, because the model was trained on them.
+        flip: whether the model was also trained on mirrored images, which are then searched too.
 
     Raises:
         ValueError: if the samples are empty or differ from the data in shape, or k is below 1.
@@ -52,10 +52,12 @@ def nearest_samples(data: Data, x0: Tensor, k: int = 3, flip: bool = False) -> N
     if k < 1:
         raise ValueError(f"the number of neighbours must be at least 1, got {k}")
     size = x0[0].numel()
-    searched = _searched(data, size)
+    searched = torch.arange(len(data))
+    if len(data) > (most := max(1, MOST_VALUES // size)):
+        searched = torch.randperm(len(data), generator=generator_for("nearest rows"))[:most].sort().values
     own = searched[torch.randperm(len(searched), generator=generator_for("nearest"))[:NUM_REAL]]
     samples = x0.float()
-    # Mirrored samples are searched separately. A real sample is itself one of the 2 rows nearest to it.
+    # Mirrored samples are searched separately. The 2 nearest rows of a real sample include the sample itself.
     near, mirrored = _Best(samples, k), _Best(samples.flip(-1) if flip else samples[:0], k)
     others = _Best(data.fetch(own).x0, 2)
     for part in searched.split(max(1, CHUNK // size)):
@@ -68,7 +70,7 @@ def nearest_samples(data: Data, x0: Tensor, k: int = 3, flip: bool = False) -> N
         rows = torch.cat([rows, further_rows], 1)
         pictures = torch.cat([pictures, further_pictures.flip(-1)], 1)
         distances, order = torch.cat([distances, further], 1).sort(dim=1, stable=True)
-        # An image that is found both mirrored and not mirrored counts once, at the smaller distance.
+        # An image that is found twice, mirrored and unmirrored, counts once, at the smaller distance.
         rows = rows.gather(1, order)
         again = (rows[:, :, None] == rows[:, None, :]).tril(-1).any(2)
         distances, kept = distances.masked_fill(again, torch.inf).sort(dim=1, stable=True)
@@ -81,29 +83,22 @@ def nearest_samples(data: Data, x0: Tensor, k: int = 3, flip: bool = False) -> N
     return Neighbours(rows, pictures, distances, real[real.isfinite()], len(searched))
 
 
-def _searched(data: Data, size: int) -> Tensor:
-    most = max(1, MOST_VALUES // size)
-    if len(data) <= most:
-        return torch.arange(len(data))
-    return torch.randperm(len(data), generator=generator_for("nearest rows"))[:most].sort().values
-
-
 class _Best:
-    """The k nearest rows so far for each of the samples `query` `[n, *shape]`."""
+    """The k nearest rows so far of each sample in `query` `[n, *shape]`."""
 
     def __init__(self, query: Tensor, k: int) -> None:
         self.query, self.k = query, k
         self.squared, self.rows = query.new_empty(len(query), 0), torch.empty(len(query), 0, dtype=torch.int64)
 
     def offer(self, found: Tensor, rows: Tensor) -> None:
-        """Keep the rows of `found` `[m, values]` that are nearer."""
+        """Add the rows `found` `[m, values]`, and keep the k nearest."""
         squared = torch.cat([self.squared, found.square().sum(1) - 2 * self.query.flatten(1) @ found.T], 1)
         rows = torch.cat([self.rows, rows.expand(len(self.query), -1)], 1)
         self.squared, order = squared.topk(min(self.k, squared.shape[1]), largest=False)
         self.rows = rows.gather(1, order)
 
     def exact(self, data: Data) -> tuple[Tensor, Tensor, Tensor]:
-        """Return rows, distances and samples, nearest first, with distances recomputed: the search loses precision."""
+        """Return rows, distances and samples, nearest first. Distances are recomputed in higher precision."""
         found = data.fetch(self.rows.flatten()).x0.view(*self.rows.shape, *data.shape)
         distances = (found.double() - self.query.double()[:, None]).flatten(2).square().mean(2).sqrt()
         distances, order = distances.sort(dim=1, stable=True)

@@ -15,14 +15,14 @@ WIDTH: Final = 800
 
 
 def samples_array(x0: Tensor, is_image: bool) -> np.ndarray:
-    """Return samples as an .npz stores them: uint8 `[n, h, w, c]` for images `[n, c, h, w]`, otherwise float32."""
+    """Return samples as stored in an .npz: uint8 `[n, h, w, c]` for images `[n, c, h, w]`, otherwise float32."""
     if is_image:
         return to_uint8(x0).permute(0, 2, 3, 1).contiguous().numpy()
     return x0.float().numpy()
 
 
 def grid_image(pixels: np.ndarray, columns: int | None = None, gap: int = 1) -> Image.Image:
-    """Return one picture of images uint8 `[n, h, w, c]` in a grid, enlarged by a whole factor to a width near `WIDTH`.
+    """Return a grid of images uint8 `[n, h, w, c]`, enlarged by a whole number to a width near `WIDTH`.
 
     Args:
         columns: number of columns; a square grid by default.
@@ -40,13 +40,13 @@ def grid_image(pixels: np.ndarray, columns: int | None = None, gap: int = 1) -> 
 
 
 def write_png(path: Path, image: Image.Image) -> None:
-    """Write a picture as PNG, atomically."""
+    """Write a PNG file, atomically."""
     with replacing(path) as temporary:
         image.save(temporary, "PNG")
 
 
 def keep_samples(folder: Path, name: str, x0: Tensor, is_image: bool) -> str:
-    """Write samples/NAME.npz, and a .png for images, under `folder`; return the .npz path relative to it."""
+    """Write samples/NAME.npz to `folder`, and a .png for images; return the relative path of the .npz."""
     name = f"samples/{name}.npz"
     array = samples_array(x0, is_image)
     write_arrays(folder / name, arr_0=array)

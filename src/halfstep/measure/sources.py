@@ -18,12 +18,12 @@ from halfstep.samplers import Sampler, samplers
 
 
 def weights_of(manifest: Manifest) -> str:
-    """Return a hash of everything that a manifest says about a model, including the sha256 of its weights."""
+    """Return a hash of the manifest's description of a model, which includes the sha256 of its weights."""
     return json_digest(manifest.model_dump(mode="json", exclude={"run", "seconds", "data", "class_names"}))
 
 
 def sampler_of(manifest: Manifest) -> Sampler:
-    """Return the sampler that a model was distilled for, which is the default for measuring it."""
+    """Return the sampler that a model was distilled for, the default for measuring it."""
     sampler: Sampler = samplers.rebuild(manifest.outcome.sampler)
     return sampler
 
@@ -40,7 +40,7 @@ class Drawn(NamedTuple):
 
 
 class Source(ABC):
-    """Samples as a function of their seeds."""
+    """Samples that are a function of their seeds."""
 
     name: str
     """Prefix of the names of its cells."""
@@ -51,7 +51,7 @@ class Source(ABC):
     @property
     @abstractmethod
     def content(self) -> dict[str, Any]:
-        """Everything that the sample of a seed depends on besides the number of steps, JSON-ready."""
+        """Everything that a seed's sample depends on, except the number of steps, as JSON values."""
 
     @abstractmethod
     def draw(self, num_steps: int | None, seeds: range, batch_size: int | None) -> Drawn:
@@ -67,7 +67,7 @@ class ModelSource(Source):
     """A model with a sampler, loaded only when a sample is missing.
 
     Args:
-        load: returns the model on `device`.
+        load: loads the model onto `device`.
         data: source of the model's conditions (captions, latents), if it takes any.
         name: name of the model; its stage by default.
     """
@@ -104,7 +104,7 @@ class ModelSource(Source):
     def draw(self, num_steps: int | None, seeds: range, batch_size: int | None) -> Drawn:
         model = self._ready(seeds[:1])
         with warnings.catch_warnings():
-            # Models are deliberately measured at step counts that they were not distilled for.
+            # Models are also measured at step counts for which they were not distilled.
             warnings.simplefilter("ignore", HalfstepWarning)
             cond = self._cond(model, seeds)
             start = time.perf_counter()
@@ -122,18 +122,18 @@ class ModelSource(Source):
         return Drawn(x0, seconds, model.num_evals(self.sampler, num_steps, self._guidance_scale))
 
     def _cond(self, model: Model, seeds: range) -> dict[str, Tensor]:
-        """Return the conditions of data sample `seed % len(data)` for each seed, if the model needs any."""
+        """Return the conditions of sample `seed % len(data)` in the data for each seed, if the model takes any."""
         data = self._conditions
         if data is None:
             return {}
         cond = data.fetch(torch.tensor([seed % len(data) for seed in seeds])).cond
         for name in model.manifest.conditions:
             if name not in cond:
-                raise ValueError(f"the model is conditioned on {name}, which {data.source} does not contain")
+                raise ValueError(f"the model is conditioned on {name}, which {data.source} lacks. Give other data")
         return {name: cond[name] for name in model.manifest.conditions}
 
     def _ready(self, seeds: range) -> Model:
-        """Return the loaded model after a warm-up call, so that the slower first call is not timed."""
+        """Load the model and warm it up, so that the slower first call is not timed; return it."""
         if self._model is None:
             self._model = self._load()
             self._model.warm_up(self._cond(self._model, seeds), self._precision)

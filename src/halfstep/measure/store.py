@@ -1,15 +1,15 @@
 """The store of samples and metrics, used by runs, by `halfstep evaluate` and by the studies.
 
-A *cell* is a source at one number of steps with one set of seeds. Its samples are stored, so that another extractor
-reuses them, and its metrics (figures) are stored for each protocol:
+A *cell* is a source at one number of steps with one set of seeds. Its samples are stored, so that other extractors can
+use them too, and its metrics (figures) are stored for each protocol:
 
 FOLDER/
   cells/NAME/                 one cell; complete or absent
-      cell.json               what was sampled, how long it took and on which machine
+      cell.json               description of the samples, sampling time and machine
       samples.npz             arr_0: uint8 [n, h, w, c] for images, float32 [n, *dims] otherwise
   figures/NAME.json           the metrics of one cell in one protocol
 
-Names contain a hash of everything that the content depends on. The cells of a run's models are in RUN/evaluation.
+Names contain a hash of everything that the content depends on. A run stores the cells of its models in RUN/evaluation.
 """
 
 import json
@@ -50,10 +50,10 @@ from halfstep.runtime.stop import StopSignal
 from halfstep.samplers import Ancestral, samplers
 
 PARTS: Final = 8
-"""Minimum number of batches in a cell, so that this many processes can share it. The batch size may change the last
-bits of a sample, so it must not depend on the number of processes."""
+"""Minimum number of batches in a cell, which several processes can share. The batch size may change the last bits of a
+sample, so it must not depend on the number of processes."""
 HELD: Final = 2
-"""Number of cells with their samples in memory."""
+"""Number of cells with samples in memory."""
 
 
 @final
@@ -68,7 +68,7 @@ class Cell:
 
     @cached_property
     def key(self) -> dict[str, Any]:
-        """Everything that the samples depend on, JSON-ready."""
+        """Everything that the samples depend on, as JSON values."""
         return {"content": self.source.content, "num_steps": self.num_steps, "seeds": seeds_name(self.seeds)}
 
     @cached_property
@@ -89,7 +89,7 @@ class SameNoise(Against):
 
     def __init__(self, base: Cell, shape: Sequence[int]) -> None:
         self.needs = (base,)
-        # Part of the name, so that metrics of packages that are installed later are then measured.
+        # Part of the name, so that LPIPS is measured as soon as its requirements are installed.
         lacking = why_no_lpips(shape) if base.source.is_image else None
         self.name = f"same-noise-{json_digest((FIGURES_FORMAT, base.key, lacking), 10)}"
 
@@ -98,7 +98,7 @@ class SameNoise(Against):
 
 
 class Kept(NamedTuple):
-    """Metrics as the store keeps them."""
+    """Stored metrics."""
 
     values: dict[str, float]
     missing: list[str]
@@ -113,11 +113,11 @@ KEPT: Final = TypeAdapter(Kept)
 class Store:
     """The samples and metrics in a folder, computed if they are missing.
 
-    With several processes, all must make the same calls; they share the work, and rank 0 writes.
+    If there are several processes, all must make the same calls. They share the work, and rank 0 writes.
 
     Args:
-        batch_size: samples drawn at once; None for an eighth of a cell, but at most `Source.at_once`, and fewer if
-            those do not fit into memory.
+        batch_size: samples per batch. None is an eighth of a cell, but at most `Source.at_once`, and less if that does
+            not fit into memory.
         own_device: whether to redraw cells that were drawn on another kind of device.
     """
 
@@ -133,9 +133,9 @@ class Store:
         self.folder, self.batch_size, self._own_device = folder, batch_size, own_device
         self.processes, self._stop = processes or Processes(), stop
         self.pace = [device_name(), torch.get_num_threads()]
-        """Everything that sampling time depends on besides the model."""
+        """Everything that sampling time depends on, except the model."""
         self.broken: dict[str, str] = {}
-        """Messages about cells with non-finite samples, by the cell's name."""
+        """Messages about cells with non-finite samples, by cell name."""
         self._held: dict[str, Tensor] = {}
 
     # --- Samples ---
@@ -149,7 +149,7 @@ class Store:
         return facts if not self._own_device or facts["pace"][0] == self.pace[0] else None
 
     def samples(self, cell: Cell) -> Tensor:
-        """Return the samples `[n, *shape]` of a filled cell as they are measured, with images rounded to uint8.
+        """Return the samples `[n, *shape]` of a filled cell for measuring, with images rounded to uint8.
 
         Raises:
             DamagedFile: if they cannot be read.
@@ -169,7 +169,7 @@ class Store:
         return held
 
     def fill(self, cells: Sequence[Cell]) -> None:
-        """Draw missing samples, with batches shared between all processes; record the cells that are `broken`.
+        """Draw missing samples on all processes, and record cells with non-finite samples in `broken`.
 
         Raises:
             Interrupted: if a stop was requested.
@@ -198,7 +198,7 @@ class Store:
             self.broken[cell.name] = why
 
     def drop_samples(self, cell: Cell) -> None:
-        """Remove the samples of a cell if only its metrics are still needed."""
+        """Remove the samples of a cell, but keep its metrics."""
         self._held.pop(cell.name, None)
         self.processes.on_main(lambda: (self._path(cell) / "samples.npz").unlink(missing_ok=True))
 
@@ -217,7 +217,7 @@ class Store:
             return None
 
     def _keep(self, cell: Cell, parts: Sequence[tuple[Tensor, ...]]) -> str | None:
-        """Write the cell of these batches; return what is wrong with it, or None."""
+        """Write the cell with these batches; return its problem, if any."""
         x0 = torch.cat([samples for samples, _ in parts])
         if not bool(torch.isfinite(x0).all()):
             return f"sampling with {cell.num_steps} steps gave values that are not finite: the model diverged"
@@ -232,7 +232,7 @@ class Store:
         }
         self._held.pop(cell.name, None)
         if self.facts(cell) is None:
-            # Existing metrics may be from samples of another device.
+            # Existing metrics may be of samples from another device.
             for file in self.folder.glob(f"figures/{cell.name}-*.json"):
                 file.unlink()
         with replacing_folder(self._path(cell)) as folder:
@@ -244,9 +244,9 @@ class Store:
     # --- Figures ---
 
     def measure(self, cells: Sequence[Cell], against: Sequence[Against]) -> None:
-        """Measure what is missing for each cell, unless the samples that it needs are `broken`.
+        """Measure all missing metrics, except those that need samples of `broken` cells.
 
-        Each process measures one pair at a time; results are written after each round.
+        Each process measures one pair at a time, and results are written after each round.
 
         Raises:
             Interrupted, OutOfMemory: measured results are kept.
@@ -269,7 +269,7 @@ class Store:
             self.processes.on_main(write)
 
     def is_broken(self, cell: Cell, one: Against) -> bool:
-        """Return whether the samples that these metrics need are not finite."""
+        """Return whether these metrics need samples that are not finite."""
         return any(needed.name in self.broken for needed in (cell, *one.needs))
 
     def kept(self, cell: Cell, one: Against) -> Kept | None:
@@ -277,7 +277,7 @@ class Store:
         return None if self.is_broken(cell, one) else self._kept(f"{cell.name}-{one.name}")
 
     def halves(self, reference: Reference) -> Kept:
-        """Return the metrics of one half of the real data against the other; call this only on rank 0."""
+        """Return the metrics of one half of the real data against the other. Call this only on rank 0."""
         name = f"halves-{reference.name}"
         if kept := self._kept(name):
             return kept
@@ -286,7 +286,7 @@ class Store:
         return Kept(**held)
 
     def result(self, cell: Cell, reference: Reference) -> Result:
-        """Return the metrics of a model's cell as a row of metrics.json.
+        """Measure a model's cell, and return its metrics as a row of metrics.json.
 
         Raises:
             NonFinite: if a sample is not finite.
@@ -312,7 +312,7 @@ class Store:
         )
 
     def _measured(self, pair: tuple[Cell, Against]) -> tuple[Tensor]:
-        """Return the metrics of a pair, as JSON in bytes."""
+        """Return the metrics of a pair as the bytes of their JSON."""
         cell, one = pair
         held = _timed(lambda: one.figures(self.samples(cell), [self.samples(other) for other in one.needs]))
         return (torch.frombuffer(bytearray(json.dumps(held).encode()), dtype=torch.uint8),)
@@ -333,7 +333,7 @@ class Store:
 
 
 def _read_or_warn(file: Path) -> dict[str, Any] | None:
-    """Return the content of a sealed file; None, with a warning, if it is damaged and must be recomputed."""
+    """Return the content of a sealed file; None, with a warning, if it is damaged."""
     try:
         return read_sealed(file)
     except DamagedFile as error:

@@ -1,4 +1,4 @@
-"""All metrics of a set of samples by name, each with a description for readers."""
+"""All metrics by name, each with a description for readers."""
 
 import math
 from collections.abc import Mapping
@@ -26,13 +26,13 @@ def _higher(label: str, meaning: str) -> MetricInfo:
 METRICS: Final[Mapping[str, MetricInfo]] = {
     "frechet": _lower(
         "Frechet distance",
-        "Distance of Gaussians fitted to the features of samples and of real data; with `inception` features, the FID.",
+        "Distance between Gaussians fitted to the features of the samples and the real data; the FID if `inception`.",
     ),
     "kid": _lower(
-        "KID", "Squared kernel distance of the features; unbiased for any count, so it may be slightly negative."
+        "KID", "Squared kernel distance between the features; unbiased for any count, so it may be slightly negative."
     ),
     "inception_score": _higher(
-        "Inception score", "Certainty of the extractor's classifier about each sample, and diversity of the classes."
+        "Inception score", "Certainty of the extractor's classifier about each sample, and diversity of its classes."
     ),
     "precision": _higher("precision", "Share of samples within the neighbourhoods of the real data."),
     "recall": _higher("recall", "Share of the real data within the neighbourhoods of the samples."),
@@ -41,7 +41,7 @@ METRICS: Final[Mapping[str, MetricInfo]] = {
     ),
     "coverage": _higher("coverage", "Share of the real data with a sample in the neighbourhood."),
     "sliced_wasserstein": _lower(
-        "sliced Wasserstein", "Mean Wasserstein-1 distance of the features projected on 128 fixed random directions."
+        "sliced Wasserstein", "Mean Wasserstein-1 distance between features projected on 128 fixed random directions."
     ),
     "rmse": _lower("RMSE to teacher", "Root mean square difference from the teacher's samples from the same noise."),
     "psnr": _higher("PSNR to teacher, dB", "The same, in decibels below the pixel range."),
@@ -54,14 +54,14 @@ METRICS: Final[Mapping[str, MetricInfo]] = {
 
 
 class Figures(NamedTuple):
-    """Values by metric, and a sentence for each metric that could not be measured."""
+    """Values by metric name, and a sentence for each metric that could not be measured."""
 
     values: dict[str, float]
     missing: list[str]
 
 
 def figures_of(extractor: FeatureExtractor, features: Tensor, real: RealFeatures) -> Figures:
-    """Return all metrics of a set's `features` `[n, d]` against the real data.
+    """Return all metrics of `features` `[n, d]` with respect to the real data.
 
     Raises:
         ValueError: if there are fewer than 2 samples, or features are not finite.
@@ -86,13 +86,13 @@ def figures_of(extractor: FeatureExtractor, features: Tensor, real: RealFeatures
 
 
 def figures_of_halves(extractor: FeatureExtractor, real: RealFeatures) -> Figures:
-    """Return the metrics of one half of the real data against the other."""
+    """Return the metrics of one half of the real data with respect to the other."""
     first, second = halves(real.features)
     return figures_of(extractor, second, described(first))
 
 
 def paired_figures(samples: Tensor, others: Tensor, is_image: bool) -> Figures:
-    """Return the metrics of samples `[n, *dims]` against another model's samples from the same noise.
+    """Return the metrics of samples `[n, *dims]` with respect to another model's samples from the same noise.
 
     Raises:
         ValueError: if their shapes differ.

@@ -1,4 +1,4 @@
-"""A classifier trained on the labels of the data with a fixed seed, and cached."""
+"""Features of a small classifier, trained on the data's labels with a fixed seed."""
 
 from pathlib import Path
 from typing import Final, final
@@ -12,16 +12,14 @@ from halfstep.metrics.features import FeatureExtractor, RealData, extractors, in
 from halfstep.runtime.tensors import digest_of, read_cached, write_cached
 
 CLASSIFIER: Final = "classifier-1"
-"""Name of the classifier's architecture and training. Change its number when either changes, because old and new
+"""Name of the classifier's architecture and training. Increment its number when either changes, because old and new
 values are then not comparable."""
-
-
 LEAST: Final = 20
 """Minimum number of samples to train a classifier."""
 
 
 def check_classes(num_samples: int, num_classes: int) -> None:
-    """Raise ValueError if no classifier can be trained, with fewer than 20 samples or fewer than 2 classes."""
+    """Raise ValueError if there are too few samples or classes for a classifier."""
     remedy = "Use the features `pixels` (--extractors pixels, or --evaluation.features pixels)"
     if not num_classes:
         raise ValueError(f"the features `classifier` need labels, but the data has none. {remedy}")
@@ -35,7 +33,7 @@ def check_classes(num_samples: int, num_classes: int) -> None:
 class Classifier(FeatureExtractor):
     """The 64 linear features before the last layer of a small network trained on labelled data (`train_classifier`).
 
-    They are taken before the ReLU, which would hide some directions of error.
+    The ReLU after them would hide errors in some directions.
     """
 
     def __init__(self, name: str, network: "ClassifierNetwork", accuracy: float) -> None:
@@ -59,7 +57,7 @@ class Classifier(FeatureExtractor):
 
 @final
 class ClassifierNetwork(nn.Module):
-    """Three 3x3 convolutions with two poolings for images `[n, c, h, w]`, two dense layers for anything else."""
+    """Three 3x3 convolutions and two poolings for images `[n, c, h, w]`, two dense layers for other samples."""
 
     def __init__(self, shape: tuple[int, ...], num_classes: int) -> None:
         super().__init__()
@@ -91,11 +89,13 @@ def train_classifier(
     batch_size: int = 128,
     seed: int = 0,
 ) -> Classifier:
-    """Train a classifier of `x` `[n, *dims]` with int64 `labels` `[n]`; deterministic on one machine.
+    """Train a classifier on `x` `[n, *dims]` with int64 `labels` `[n]`. The result is deterministic on one machine.
 
-    `num_updates` defaults to 4 epochs, at least 300 and at most 3,000 updates. A tenth of the data is held out to
-    measure the accuracy. The extractor's name is `name` with a hash of the weights. `cache` is a safetensors file of
-    the weights; its name must be unique to the data.
+    A tenth of the data is held out to measure the accuracy. The extractor's name is `name` and a hash of the weights.
+
+    Args:
+        cache: safetensors file of the weights, with a name that is unique to the data.
+        num_updates: by default 4 epochs, but at least 300 and at most 3,000 updates.
 
     Raises:
         ValueError: as in `check_classes`.
@@ -122,7 +122,7 @@ def train_classifier(
     network.eval()
     with torch.no_grad():
         right = torch.cat([network(chunk.float()).argmax(1) for chunk in x[held_out].split(1000)]) == labels[held_out]
-    # Training on another machine, or with another number of threads, gives a different network for the same name.
+    # On another machine, or with another number of threads, training gives a different network.
     return Classifier(f"{name}-{digest_of(network.state_dict())[:12]}", network, float(right.double().mean()))
 
 

@@ -1,7 +1,8 @@
 """The features of DINOv2 (Oquab et al. 2023, arXiv:2304.07193), through transformers.
 
-They are the class token after the last normalisation, for the image at 224 x 224, as in Stein et al. 2023
-(arXiv:2306.04675). That paper found distances in them closer to human judgement than distances in Inception features.
+They are the class token after the last normalisation, of the image at 224 x 224, as in Stein et al. 2023
+(arXiv:2306.04675). That paper found that distances in them agree better with human judgement than in Inception
+features.
 """
 
 from typing import ClassVar, Final, final
@@ -15,7 +16,7 @@ from halfstep.metrics.images import normalised
 from halfstep.runtime.files import first_line
 
 DEFAULT: Final = "facebook/dinov2-large"
-"""Image size, as in Stein et al."""
+"""Model size as in Stein et al."""
 
 
 @final
@@ -23,10 +24,10 @@ class DINOv2(NetworkFeatures):
     """The class token of a DINOv2 model.
 
     Args:
-        source: a folder saved by transformers, or a name on the Hub; safetensors only.
+        source: a folder saved with transformers, or a name on the Hub; only safetensors are read.
 
     Raises:
-        ValueError: if transformers is not installed, or the model is missing or not a DINOv2.
+        ValueError: if transformers is not installed, or the model is missing or not a DINOv2 model.
     """
 
     batch_size: ClassVar[int] = 32
@@ -40,7 +41,7 @@ class DINOv2(NetworkFeatures):
             network, said = Dinov2Model.from_pretrained(source, use_safetensors=True, output_loading_info=True)
             if odd := sorted({*said["missing_keys"], *said["unexpected_keys"], *map(str, said["mismatched_keys"])}):
                 # transformers initialises missing weights at random.
-                raise ValueError(f"its weights are of another network; {len(odd)} differ, such as {odd[0]}")
+                raise ValueError(f"its weights are of another network: {len(odd)} differ, such as {odd[0]}")
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ValueError(
                 f"dinov2={source}: no DINOv2 model could be read there ({first_line(error)}). Give "

@@ -1,15 +1,16 @@
 """Distances between two sets of samples, from their features.
 
 * Frechet distance (Heusel et al. 2017, arXiv:1706.08500) of Gaussians fitted to the features,
-  |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)). It is biased upwards for few samples: compare only equal counts.
-* Kernel distance, KID (Binkowski et al. 2018, arXiv:1801.01401): the squared maximum mean discrepancy with the kernel
-  (x . y / d + 1)^3, unbiased; it may be slightly negative.
-* Sliced Wasserstein distance (Bonneel et al. 2015): the mean over random directions of the Wasserstein-1 distance of
-  the features projected on them. It compares all moments and needs no Gaussians.
+  |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)). It is biased upwards for few samples, so compare only equal
+  counts.
+* Kernel distance, KID (Binkowski et al. 2018, arXiv:1801.01401): the squared maximum mean discrepancy for the kernel
+  (x . y / d + 1)^3. It is unbiased, and may be slightly negative.
+* Sliced Wasserstein distance (Bonneel et al. 2015): the mean Wasserstein-1 distance between the features projected on
+  random directions. It compares all moments and needs no Gaussians.
 
-KID is computed with torchmetrics and the one-dimensional distances with scipy, in float64 and with fixed random
-numbers. The Frechet distance is computed here, from moments, because those of the real data are cached
-(`reference.py`), or from the samples if there are fewer samples than dimensions.
+torchmetrics computes KID and scipy the one-dimensional distances, in float64 and with fixed random numbers. The Frechet
+distance is computed here from moments, because the moments of the real data are cached (`reference.py`), or from the
+samples if they are fewer than the dimensions.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ from halfstep.core.draw import generator_for
 
 @final
 class Given(nn.Module):
-    """The feature network that torchmetrics requires, for features that are already computed."""
+    """The feature network that torchmetrics requires, for precomputed features."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -38,7 +39,7 @@ class Given(nn.Module):
 
 @contextlib.contextmanager
 def importing_torchmetrics() -> Iterator[None]:
-    """Raise ValueError if torchmetrics cannot be imported: an installed torch-fidelity needs torchvision."""
+    """Raise ValueError if torchmetrics cannot be imported, because torch-fidelity is installed without torchvision."""
     try:
         yield
     except ImportError as error:
@@ -63,19 +64,19 @@ def _check(a: Tensor, b: Tensor) -> None:
 
 
 ALONE: Final[dict[str, Any]] = {"sync_on_compute": False}
-"""Keeps torchmetrics from waiting for other ranks, because only one rank has the features and calls it."""
+"""Keeps torchmetrics from waiting for other ranks, because only one rank calls it."""
 
 
 def metric_of_features(kind: Callable[..., Any], num_features: int, **settings: Any) -> Any:
     """Return the torchmetrics metric `kind`, such as KID, for features `[n, num_features]` in float64."""
     with warnings.catch_warnings():
-        # torchmetrics warns that it stores all features, but they are in memory anyway.
+        # torchmetrics warns that it keeps all features in memory, where they already are.
         warnings.simplefilter("ignore", UserWarning)
         return kind(feature=Given(num_features), **settings, **ALONE).set_dtype(torch.float64)
 
 
 def computed(metric: Any) -> float:
-    """Return the mean that a torchmetrics metric computes, with fixed random numbers."""
+    """Return the mean computed by a torchmetrics metric, with fixed random numbers."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return float(metric.compute()[0])
@@ -104,7 +105,7 @@ def moments_of(features: Tensor) -> Moments:
 
 
 def _root(matrix: Tensor) -> Tensor:
-    """Return the square root of a symmetric matrix with eigenvalues that are negative only by rounding."""
+    """Return the square root of a symmetric matrix, taking negative eigenvalues as rounding errors."""
     values, vectors = torch.linalg.eigh(matrix)
     root: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     return root
@@ -113,7 +114,7 @@ def _root(matrix: Tensor) -> Tensor:
 def frechet_of_moments(a: Moments, b: Moments) -> float:
     """Return the Frechet distance of two Gaussians.
 
-    tr (C_a C_b)^(1/2) is computed as the sum of the singular values of C_a^(1/2) C_b^(1/2). This avoids the root of an
+    tr (C_a C_b)^(1/2) is the sum of the singular values of C_a^(1/2) C_b^(1/2). This form avoids the root of an
     asymmetric product and imaginary parts, and is exact for singular covariances.
 
     Raises:
@@ -123,7 +124,7 @@ def frechet_of_moments(a: Moments, b: Moments) -> float:
         raise ValueError(f"features must have the same dimension, got {len(a.mean)} and {len(b.mean)}")
     cross = torch.linalg.svdvals(_root(a.covariance) @ _root(b.covariance)).sum()
     spread = a.covariance.trace() + b.covariance.trace() - 2 * cross
-    # For equal sets, rounding can give a result of about -1e-13.
+    # For equal sets, rounding can give about -1e-13.
     return max(0.0, float((a.mean - b.mean).square().sum() + spread))
 
 
@@ -134,7 +135,7 @@ def frechet_distance(a: Tensor, b: Tensor, moments: Moments | None = None) -> fl
     sum of the singular values of A B', which needs no matrix `[d, d]` for a set with fewer samples than dimensions.
 
     Args:
-        moments: moments of a, if known.
+        moments: the moments of a, if known.
 
     Raises:
         ValueError: if the shapes do not match, a set has fewer than 2 rows, or a feature is not finite.
@@ -150,7 +151,7 @@ def frechet_distance(a: Tensor, b: Tensor, moments: Moments | None = None) -> fl
 
 
 def kernel_distance(a: Tensor, b: Tensor, subsets: int = 20, subset_size: int = 1000) -> float:
-    """Return KID between feature sets as in `frechet_distance`: the mean over random subsets with a fixed seed."""
+    """Return the KID, the mean over fixed random subsets, between feature sets as in `frechet_distance`."""
     _check(a, b)
     with importing_torchmetrics():
         from torchmetrics.image.kid import KernelInceptionDistance
@@ -162,7 +163,7 @@ def kernel_distance(a: Tensor, b: Tensor, subsets: int = 20, subset_size: int = 
 
 
 def sliced_wasserstein(a: Tensor, b: Tensor, num_directions: int = 128) -> float:
-    """Return the sliced Wasserstein-1 distance, over fixed random directions, as in `frechet_distance`."""
+    """Return the sliced Wasserstein-1 distance, for fixed directions, between feature sets as in `frechet_distance`."""
     from scipy.stats import wasserstein_distance
 
     _check(a, b)

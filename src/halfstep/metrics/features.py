@@ -1,7 +1,7 @@
 """Feature extractors, which map samples `[n, *dims]` on the scale of the data to features `[n, d]`.
 
-Distances in different features are never comparable, so every protocol contains the name of the extractor. It is
-selected as `NAME` or `NAME=PATH`, where PATH is its weights (see `extractors`).
+Distances in different features are never comparable, so every protocol contains the extractor's name. It is selected as
+`NAME` or `NAME=PATH`, where PATH is its weights (see `extractors`).
 """
 
 import json
@@ -25,9 +25,9 @@ class FeatureExtractor(ABC):
     """A map from samples to features."""
 
     name: str
-    """Name in a protocol; equal names mean comparable features."""
+    """Name in a protocol. Equal names mean comparable features."""
     facts: Mapping[str, Any]
-    """More facts for a protocol, JSON-ready, such as the source of its weights and its accuracy."""
+    """More facts for a protocol, as JSON values, such as its accuracy or the source of its weights."""
     resize: str
     """Description of how samples are resized; "none" if they are not."""
 
@@ -45,7 +45,7 @@ class FeatureExtractor(ABC):
 
 
 class NetworkFeatures(FeatureExtractor):
-    """Features of a published network, with a hash of its weights in the name `KIND-HASH`."""
+    """Features of a published network. Its name is `KIND-HASH`, with a hash of the weights."""
 
     batch_size: ClassVar[int]
 
@@ -68,34 +68,34 @@ class NetworkFeatures(FeatureExtractor):
 @final
 @dataclass(frozen=True)
 class RealData:
-    """The real data for which an extractor is created."""
+    """The real data that an extractor is created for."""
 
     fingerprint: str
     num_classes: int
     labelled: Callable[[], tuple[Tensor, Tensor]]
-    """Returns real samples `[n, *dims]` and their classes int64 `[n]`, for extractors that are trained on them."""
+    """Returns real samples `[n, *dims]` and their classes, int64 `[n]`, for extractors that are trained on them."""
     cache: Path | None = None
-    """Cache folder for weights that can be retrained."""
+    """Cache folder for trained weights."""
     device: torch.device | str = "cpu"
     """Device of its network."""
 
 
 extractors: Registry[Callable[[str | None, RealData], FeatureExtractor]] = Registry("feature extractor")
-"""Maps the path of the weights, or None, and the real data to an extractor."""
+"""Functions that map the path of the weights, or None, and the real data to an extractor."""
 
 
 def extractor_for(asked: str, measured: RealData) -> FeatureExtractor:
     """Return the extractor `asked`, NAME or NAME=PATH.
 
     Raises:
-        ValueError: if it is unknown, its weights are missing or damaged, or the data does not meet its requirements.
+        ValueError: if it is unknown, its weights are missing or damaged, or the data do not meet its requirements.
     """
     name, _, path = asked.partition("=")
     return extractors[name](path or None, measured)
 
 
 def refuse_path(name: str, path: str | None) -> None:
-    """Raise ValueError if a path is given for an extractor without weights."""
+    """Raise ValueError if a path is given to an extractor without weights."""
     if path is not None:
         raise ValueError(f"{name}={path}: the features `{name}` take no file. Remove ={path}")
 
@@ -139,17 +139,18 @@ def in_batches(network: Callable[[Tensor], Tensor], samples: Tensor, device: tor
 
 
 LARGEST: Final = 4096
-"""Largest sample size without averaging of pixels, because a larger square matrix would not fit in memory."""
+"""Largest size of a sample without averaged pixels, because the covariance of more does not fit into memory."""
 
 
 @final
 class Pixels(FeatureExtractor):
-    """The entries of a sample themselves. Suitable for low-dimensional data, coarse for images.
+    """The entries of a sample themselves. Suitable for low-dimensional data, but coarse for images.
 
-    Samples with more than `LARGEST` entries must be images `[n, c, h, w]`; they are averaged to at most 32 x 32 pixels.
+    Samples with more than `LARGEST` entries must be images `[n, c, h, w]`, which are averaged to at most 32 x 32
+    pixels.
 
     Raises:
-        ValueError: at the call, if samples have more entries and are not images.
+        ValueError: in a call, if samples have more entries and are not images.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
-"""The features of the FID: the Inception network of 2015 as in TensorFlow, with torch-fidelity's port.
+"""The features of the FID: TensorFlow's Inception network of 2015, in torch-fidelity's port.
 
-torch-fidelity imports torchvision, which the network does not need and which works with only one torch build. The
-module of the network is therefore loaded without its package.
+torch-fidelity imports torchvision, which the network does not need and which only works with one build of torch. The
+network's module is therefore loaded without its package.
 
 Its constructor would download the published weights and unpickle them. This module passes it weights from a
 safetensors file instead, which users convert once from the published file.
@@ -25,7 +25,7 @@ PACKAGE: Final = "torch_fidelity"
 
 
 def network_module() -> ModuleType:
-    """Import torch-fidelity's module without its package's imports; raise ValueError if it is not installed."""
+    """Import the network's module without its package; raise ValueError if torch-fidelity is not installed."""
     known = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == PACKAGE}
     for name in known:
         del sys.modules[name]
@@ -88,5 +88,5 @@ class Inception(NetworkFeatures):
 
 @extractors.register("inception")
 def inception(path: str | None, measured: RealData) -> FeatureExtractor:
-    """The network of the FID, with torch-fidelity; needs its weights as safetensors: inception=PATH."""
+    """The network of the FID, with torch-fidelity; inception=PATH, its weights as safetensors."""
     return Inception(path, measured.device)

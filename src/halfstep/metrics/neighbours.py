@@ -5,10 +5,10 @@ The neighbourhood of a point extends to its k-th nearest neighbour in its own se
 * Precision and recall (Kynkaanniemi et al. 2019, arXiv:1904.06991): the share of samples in the neighbourhood of any
   real point, and the share of real points in the neighbourhood of any sample.
 * Density and coverage (Naeem et al. 2020, arXiv:2002.09797): the number of real neighbourhoods that contain a sample,
-  over k, and the share of real points with a sample in their neighbourhood. Both are more robust to outliers.
+  divided by k, and the share of real points with a sample in their neighbourhood. Both are more robust to outliers.
 
-scikit-learn computes the distances in blocks, so memory grows with the number of samples, not with its square. The
-tests compare the results with `prdc`.
+scikit-learn computes the distances in blocks, so memory grows linearly with the number of samples. The tests compare
+the results with `prdc`.
 """
 
 from typing import Final, NamedTuple
@@ -21,9 +21,9 @@ from torch import Tensor
 from halfstep.metrics.distances import check_shapes
 
 K: Final = 5
-"""Number of neighbours, as Naeem et al. recommend."""
+"""Number of neighbours recommended by Naeem et al."""
 BLOCK: Final = 1024
-"""Number of rows with distances in memory at a time."""
+"""Number of rows of the distance matrix in memory at a time."""
 
 
 class PRDC(NamedTuple):
@@ -36,7 +36,7 @@ class PRDC(NamedTuple):
 
 
 def radii(features: Tensor, k: int = K) -> Tensor:
-    """Return the distance float64 `[n]` of each row of `features` `[n, d]` to its `k`-th nearest other row.
+    """Return the distance, float64 `[n]`, from each row of `features` `[n, d]` to its `k`-th nearest other row.
 
     Raises:
         ValueError: if there are fewer than k + 2 rows.
@@ -50,17 +50,17 @@ def radii(features: Tensor, k: int = K) -> Tensor:
     for start in range(0, len(x), BLOCK):
         rows = np.arange(start, min(start + BLOCK, len(x)))
         distances = pairwise_distances(x[rows], x)
-        # The distance of a row to itself must be 0 despite rounding.
+        # Rounding must not change the distance from a row to itself.
         distances[rows - start, rows] = 0.0
         found.append(np.partition(distances, k, axis=1)[:, k])
     return torch.from_numpy(np.concatenate(found))
 
 
 def precision_recall(real: Tensor, fake: Tensor, real_radii: Tensor | None = None, k: int = K) -> PRDC:
-    """Return precision, recall, density and coverage of `fake` `[m, d]` against `real` `[n, d]`, in float64.
+    """Return precision, recall, density and coverage of `fake` `[m, d]` with respect to `real` `[n, d]`, in float64.
 
     Args:
-        real_radii: `radii(real, k)`, if available.
+        real_radii: `radii(real, k)`, if known.
 
     Raises:
         ValueError: if the dimensions differ or a set has fewer than k + 2 rows.

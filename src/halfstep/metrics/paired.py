@@ -1,4 +1,4 @@
-"""Metrics of distillation, which compare each sample with another from the same noise; images are in [-1, 1]."""
+"""Metrics of distillation, which compare pairs of samples from the same noise. Images are in [-1, 1]."""
 
 import importlib.util
 import math
@@ -14,9 +14,9 @@ from halfstep.metrics.images import as_rgb
 
 WIDTH: Final = 2.0
 SSIM_SIDE: Final = 11
-"""Side, in pixels, of the window of Wang et al. 2004, and thus of the smallest image."""
+"""Side of the window of Wang et al. 2004, and thus of the smallest image, in pixels."""
 LPIPS_SIDE: Final = 31
-"""Side, in pixels, of the smallest image that is not empty after AlexNet's two poolings."""
+"""Side of the smallest image that is not empty after AlexNet's two poolings, in pixels."""
 AT_ONCE: Final = 64
 """Number of pairs per call of SSIM or LPIPS."""
 
@@ -37,7 +37,7 @@ def rmse(a: Tensor, b: Tensor) -> float:
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """Return the PSNR, in dB, over all pairs of images in [-1, 1], infinite if all are equal; raises as `rmse`."""
+    """Return the PSNR over all pairs of images, in dB; infinite if all pairs are equal. Raises as `rmse`."""
     difference = rmse(a, b)
     return math.inf if difference == 0 else 20 * math.log10(WIDTH / difference)
 
@@ -46,7 +46,7 @@ def ssim(a: Tensor, b: Tensor) -> float:
     """Return the mean structural similarity (Wang et al. 2004) of paired images `[n, c, h, w]` in [-1, 1].
 
     Raises:
-        ValueError: if their shapes differ, or they are not images of at least 11 x 11 pixels, the size of its window.
+        ValueError: if their shapes differ, or they are not images of at least 11 x 11 pixels, the window's size.
     """
     _check_pair(a, b)
     if a.ndim != 4 or min(a.shape[2:]) < SSIM_SIDE:
@@ -55,9 +55,9 @@ def ssim(a: Tensor, b: Tensor) -> float:
         from torchmetrics.functional.image import structural_similarity_index_measure
 
     total = 0.0
-    # A few at a time, because SSIM needs about twenty copies of its input.
+    # A few pairs at a time, because SSIM makes about twenty copies of its input.
     for first, second in zip(a.split(AT_ONCE), b.split(AT_ONCE), strict=True):
-        # Shifted to [0, 2], because its constants assume values of at least 0.
+        # Shifted to [0, 2], because the constants of SSIM assume values of at least 0.
         score = structural_similarity_index_measure(
             first.double() + 1, second.double() + 1, data_range=WIDTH, reduction="sum"
         )
@@ -67,7 +67,7 @@ def ssim(a: Tensor, b: Tensor) -> float:
 
 
 def why_no_lpips(shape: Sequence[int]) -> str | None:
-    """Return the reason that LPIPS cannot be measured here for images `(c, h, w)`; None if it can."""
+    """Return why LPIPS cannot be measured here for images `(c, h, w)`; None if it can."""
     if shape[0] not in (1, 3):
         return f"images with {shape[0]} channels are neither grey nor colour"
     if min(shape[1:]) < LPIPS_SIDE:
@@ -79,7 +79,7 @@ def why_no_lpips(shape: Sequence[int]) -> str | None:
 
 
 def lpips(a: Tensor, b: Tensor) -> float:
-    """Return the mean LPIPS (Zhang et al. 2018, arXiv:1801.03924), with AlexNet, of paired images in [-1, 1].
+    """Return the mean LPIPS (Zhang et al. 2018, arXiv:1801.03924) of paired images in [-1, 1], with AlexNet.
 
     Raises:
         ValueError: if their shapes differ, they are not images, or a requirement is missing (`why_no_lpips`).

@@ -1,4 +1,4 @@
-"""The features of the real data (float32) with their statistics (float64), cached by data and extractor."""
+"""The features (float32) and statistics (float64) of the real data, cached for each data and extractor."""
 
 import hashlib
 from collections.abc import Callable
@@ -15,23 +15,23 @@ from halfstep.metrics.neighbours import K, radii
 from halfstep.runtime.tensors import read_cached, write_cached
 
 FORMAT = 1
-"""Version of the cached files; increase it when their content changes."""
+"""Version of the cached files. Increment it when their content changes."""
 
 
 @final
 @dataclass(frozen=True)
 class RealFeatures:
-    """The features of the real data in an extractor, with their statistics."""
+    """The features of the real data, and their statistics."""
 
     features: Tensor
     """Features, float32 `[n, d]`."""
     moments: Moments
     radii: Tensor | None
-    """Neighbourhood radii, float64 `[n]` (`neighbours.radii`); None for too few samples."""
+    """Neighbourhood radii, float64 `[n]` (`neighbours.radii`); None if there are too few samples."""
 
 
 def described(features: Tensor) -> RealFeatures:
-    """Return features `[n, d]` with their statistics; raise as `moments_of` does."""
+    """Return features `[n, d]` and their statistics. Raises as `moments_of`."""
     return RealFeatures(features, moments_of(features), radii(features) if len(features) >= K + 2 else None)
 
 
@@ -41,8 +41,8 @@ def real_features(
     """Return the features of the samples that `fetch` returns, from the cache if possible.
 
     Args:
-        content: identity of the samples: the fingerprint of the data and the rows.
-        cache: cache folder; None caches nothing. If a file cannot be read or written, the features are recomputed.
+        content: identity of the samples: the fingerprint of the data, and the rows.
+        cache: cache folder, or None. If a file in it cannot be read, the features are recomputed.
     """
     key = hashlib.sha256(repr((FORMAT, extractor.name, content)).encode()).hexdigest()[:24]
     file = None if cache is None else cache / "reference" / f"{key}.safetensors"
@@ -59,7 +59,7 @@ def real_features(
 
 
 def halves(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Return two disjoint halves of the rows, of equal size, in a fixed random split."""
+    """Return a fixed random split of the rows into two halves of equal size."""
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
     middle = len(features) // 2
     return features[order[:middle]], features[order[middle : 2 * middle]]

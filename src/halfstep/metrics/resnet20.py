@@ -1,7 +1,7 @@
 """The features of a ResNet-20 trained on CIFAR-10 (He et al. 2015, arXiv:1512.03385, section 4.2).
 
-The network has three groups of three blocks with 16, 32 and 64 channels. Where the size halves, the shortcut takes
-every second pixel, and the new channels are zeros, half before and half after the old ones (option A, without
+The network has three groups of three blocks, with 16, 32 and 64 channels. If a block halves the size, its shortcut
+takes every second pixel and adds channels of zeros, half before and half after the old ones (option A, without
 parameters). The features are the 64 averages before the last layer.
 """
 
@@ -37,7 +37,7 @@ class Block(nn.Module):
 
 @final
 class ResNet20(nn.Module):
-    """A map from normalised RGB `[n, 3, 32, 32]` to features `[n, 64]`; `linear` converts them to logits."""
+    """A map from normalised RGB `[n, 3, 32, 32]` to features `[n, 64]`, which `linear` maps to logits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class ResNet20Features(NetworkFeatures):
             missing = network.load_state_dict(state, strict=False)
         except RuntimeError as error:
             raise DamagedFile(f"{path} does not contain the weights of a ResNet-20 ({last_line(error)})") from None
-        # Batch counters are not published and have no effect.
+        # Batch counters have no effect, and published files do not contain them.
         lost = [name for name in missing.missing_keys if not name.endswith("num_batches_tracked")]
         if lost or missing.unexpected_keys:
             raise DamagedFile(
@@ -92,5 +92,5 @@ class ResNet20Features(NetworkFeatures):
 
 @extractors.register("resnet20-cifar10")
 def resnet20_cifar10(path: str | None, measured: RealData) -> FeatureExtractor:
-    """64 features of a CIFAR-10 classifier, a safetensors file: resnet20-cifar10=PATH."""
+    """64 features of a CIFAR-10 classifier; resnet20-cifar10=PATH, its weights as safetensors."""
     return ResNet20Features(path, measured.device)

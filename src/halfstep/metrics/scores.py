@@ -1,6 +1,6 @@
 """The Inception score (Salimans et al. 2016, arXiv:1606.03498) with any classifier: exp E KL(p(y | x) | p(y)).
 
-It is high if the classifier is certain about each sample and the samples cover many classes. It does not use real data,
+It is high if the classifier is certain about each sample and the samples cover many classes. It does not use real data
 and is biased downwards for few samples.
 """
 
