@@ -172,7 +172,7 @@ def test_the_doubling_may_name_steps_that_the_chain_does_not_reach() -> None:
 @pytest.mark.parametrize("foreign", [16, 3, 64])
 def test_an_exception_outside_the_chain_is_refused(foreign: int) -> None:
     """The first teacher's own number of steps is outside too: it is not trained by the chain."""
-    with pytest.raises(ValueError, match=rf"a student of {foreign} steps, but .* take \[8, 4, 2, 1\]"):
+    with pytest.raises(ValueError, match=rf"updates_at has an entry for {foreign} steps, but .* take \[8, 4, 2, 1\]"):
         Plan.halvings(16, updates_at={4: 7, foreign: 9})
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, final
 
 from filelock import FileLock, Timeout
 
-from halfstep.measure.evaluate import Against, Evaluation, Reference, few_samples
+from halfstep.measure.evaluate import Against, Evaluation, Reference
 from halfstep.measure.sources import Source
 from halfstep.measure.store import Cell, Kept, SameNoise, Store, seeds_name
 from halfstep.metrics import METRICS
@@ -167,9 +167,8 @@ class Curve:
         tables = []
         for one in spec.references:
             protocol, halves = self._protocol(one), None
-            size = one.real.features.shape[1]
-            if note := few_samples(protocol.extractor, protocol.num_samples, protocol.num_reference, size):
-                self._notices.append(note)
+            if one.note:
+                self._notices.append(one.note)
             if (each := protocol.num_reference // 2) >= 2:
                 halves = Halves(num_each=each, figures=self._counted(store.halves(one)).values)
             rows = self._rows(chosen, [one] * spec.num_seeds)

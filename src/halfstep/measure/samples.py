@@ -1,5 +1,6 @@
 """Samples as arrays and images."""
 
+import math
 from pathlib import Path
 from typing import Final
 
@@ -21,18 +22,15 @@ def samples_array(x0: Tensor, is_image: bool) -> np.ndarray:
     return x0.float().numpy()
 
 
-def grid_image(pixels: np.ndarray, columns: int | None = None, gap: int = 1) -> Image.Image:
-    """Return a grid of images uint8 `[n, h, w, c]`, enlarged by a whole number to a width near `WIDTH`.
-
-    Args:
-        columns: number of columns; a square grid by default.
-    """
+def grid_image(pixels: np.ndarray) -> Image.Image:
+    """Return a square grid of images uint8 `[n, h, w, c]`, enlarged by a whole number to a width near `WIDTH`."""
     count, height, width, channels = pixels.shape
-    across = columns or int(np.ceil(np.sqrt(count)))
-    down = -(-count // across)
-    canvas = np.full((down * (height + gap) - gap, across * (width + gap) - gap, channels), 255, np.uint8)
+    across = math.ceil(math.sqrt(count))
+    down = math.ceil(count / across)
+    # A white line of one pixel separates the images.
+    canvas = np.full((down * (height + 1) - 1, across * (width + 1) - 1, channels), 255, np.uint8)
     for index, picture in enumerate(pixels):
-        top, left = (index // across) * (height + gap), (index % across) * (width + gap)
+        top, left = (index // across) * (height + 1), (index % across) * (width + 1)
         canvas[top : top + height, left : left + width] = picture
     image = Image.fromarray(canvas.squeeze(-1) if channels == 1 else canvas)
     factor = max(1, round(WIDTH / image.width))

@@ -16,6 +16,8 @@ CLASSIFIER: Final = "classifier-1"
 values are then not comparable."""
 LEAST: Final = 20
 """Minimum number of samples to train a classifier."""
+BATCH: Final = 128
+SEED: Final = 0
 
 
 def check_classes(num_samples: int, num_classes: int) -> None:
@@ -86,8 +88,6 @@ def train_classifier(
     name: str,
     cache: Path | None = None,
     num_updates: int | None = None,
-    batch_size: int = 128,
-    seed: int = 0,
 ) -> Classifier:
     """Train a classifier on `x` `[n, *dims]` with int64 `labels` `[n]`. The result is deterministic on one machine.
 
@@ -102,18 +102,18 @@ def train_classifier(
     """
     check_classes(len(x), num_classes)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(SEED)
         network = ClassifierNetwork(tuple(x.shape[1:]), num_classes)
-    order = torch.randperm(len(x), generator=generator_for(seed, "classifier split"))
+    order = torch.randperm(len(x), generator=generator_for(SEED, "classifier split"))
     held_out, kept = order[: len(x) // 10], order[len(x) // 10 :]
     try:
         network.load_state_dict(read_cached(cache))
     except RuntimeError:  # no cache, or a damaged one
-        num_updates = num_updates or min(3000, max(300, 4 * len(kept) // batch_size))
+        num_updates = num_updates or min(3000, max(300, 4 * len(kept) // BATCH))
         optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=num_updates)
         for update in range(num_updates):
-            rows = kept[torch.randint(len(kept), (batch_size,), generator=generator_for(seed, "classifier", update))]
+            rows = kept[torch.randint(len(kept), (BATCH,), generator=generator_for(SEED, "classifier", update))]
             optimizer.zero_grad()
             F.cross_entropy(network(x[rows].float()), labels[rows], label_smoothing=0.1).backward()
             optimizer.step()

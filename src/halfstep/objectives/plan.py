@@ -206,29 +206,17 @@ class Plan:
         for name, given in (("updates_at", updates_at or {}), ("learning_rate_at", rates)):
             if foreign := sorted(set(given) - set(steps[1:])):
                 raise ValueError(
-                    f"{name} has an entry for {foreign[0]} steps, but the chain's students take {steps[1:]}. Remove it"
+                    f"{name} has an entry for {foreign[0]} steps, but the chain's students take {steps[1:]}. Give "
+                    f"entries for these, or none ({name} None)"
                 )
-        halvings = [
-            Halving(n, k, weighting or TruncatedSNR(), guidance) for n, k in zip(steps[1:], factors, strict=True)
-        ]
-        halvings[0] = replace(
-            halvings[0],
-            num_teacher_steps=factors[0] if teacher_steps is None else teacher_steps,
-            teacher_sampler=teacher_sampler or DDIM(),
-        )
-        return cls(
-            tuple(
-                Stage(
-                    halving,
-                    replace(
-                        training,
-                        num_updates=exceptions.get(halving.num_steps, training.num_updates),
-                        learning_rate=rates.get(halving.num_steps, training.learning_rate),
-                    ),
-                )
-                for halving in halvings
-            )
-        )
+        factors[0] = factors[0] if teacher_steps is None else teacher_steps
+        stages = []
+        for number, each in zip(steps[1:], factors, strict=True):
+            sampler = DDIM() if stages or teacher_sampler is None else teacher_sampler
+            halving = Halving(number, each, weighting or TruncatedSNR(), guidance, sampler)
+            updates, rate = exceptions.get(number, training.num_updates), rates.get(number, training.learning_rate)
+            stages.append(Stage(halving, replace(training, num_updates=updates, learning_rate=rate)))
+        return cls(tuple(stages))
 
     @classmethod
     def finishes(
