@@ -162,7 +162,7 @@ def test_a_scene_with_more_pixels_than_pillow_decodes(tmp_path, monkeypatch):
     ("content", "words"),
     [
         (b"", "is empty"),
-        (b"II*\0" + bytes(40), "a TIFF of an unsupported kind"),
+        (b"II*\0" + bytes(40), "an unsupported kind of TIFF"),
         (b"\0\0\0\x18ftypheic" + bytes(40), "HEIC"),
         (b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
     ],

@@ -11,7 +11,7 @@ from typing import Any, Final
 from torch import Tensor, nn
 
 OWNERS: Final = {"data": "halfstep.DataConfig", "engine": "halfstep.Engine", "evaluation": "halfstep.Evaluation"}
-"""The class for each section of options; its fields are the options."""
+"""Class for each section of options, with a field for each option."""
 ARGUMENTS: Final = ("out", "to", "start", "lora_rank", "prediction", "process")
 """Arguments of `fit` and `distill` that are also command-line options."""
 

@@ -157,7 +157,7 @@ class EDM(LinearPrediction):
         check_number("sigma_data", self.sigma_data, above=True)
 
     def coefficients(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        # The formulas are expanded by alpha, so that alpha = 0 needs no special case.
+        # Numerators and denominators are multiplied by alpha, so that alpha = 0 needs no special case.
         rho = torch.sqrt(sigma**2 + (alpha * self.sigma_data) ** 2)
         return sigma / rho / self.sigma_data, -alpha * self.sigma_data / rho
 

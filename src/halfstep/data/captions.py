@@ -130,7 +130,7 @@ def read_captions(folder: Path, preparation: Preparation = RGB) -> CaptionedImag
 
 
 def read_classes(folder: Path, preparation: Preparation = RGB) -> tuple[CaptionedImages, tuple[str, ...]]:
-    """Read a folder with a sub-folder for each class; return the images, with these names as captions, and the names.
+    """Read a folder with one sub-folder per class; return the images, captioned with their class names, and the names.
 
     Raises:
         ValueError: if the folder is missing, or has no images or fewer than two classes.
@@ -205,7 +205,7 @@ def _composed(path: PurePath) -> str:
 
 
 def _rows(path: Path) -> list[tuple[str, str]]:
-    """Return file_name and text of each row of a table."""
+    """Return the file_name and text of each row in a table."""
     import pyarrow as pa  # type: ignore[import-untyped]
     from pyarrow import csv, json, parquet
 

@@ -67,7 +67,7 @@ def encode(
     Args:
         on_progress: called with the number of encoded images and the total, at the start and after each batch.
         class_names: class names (`read_classes`), in the order of the encoder's `class_labels`.
-        processes: share the batches of each shard, and rank 0 writes. None is only this process.
+        processes: processes that share the batches of each shard, of which rank 0 writes; by default only this one.
 
     Raises:
         ValueError: if `folder` contains other files, or latents of another encoder, other images or another shard size;
@@ -191,7 +191,7 @@ class _Encoding:
                 done = self._write_shard(number, done)
 
     def _begun(self) -> tuple[Index, list[bool]]:
-        """Return the index, after adding the empty caption's conditions, and whether each shard is intact."""
+        """Add the empty caption's conditions if necessary; return the index, and whether each shard is intact."""
         if not is_intact(self.root / NULL, self.index.null):
             self._write_null()
         shards = enumerate(self.index.shards)
@@ -258,7 +258,7 @@ class _Encoding:
         return self._checked(tensors, names)
 
     def _checked(self, tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
-        """Return all tensors on the CPU after checking for one finite sample per name, of the known shape and dtype."""
+        """Check that each name has a finite sample of the known shape and dtype; return all tensors on the CPU."""
         found = {}
         for name, value in tensors.items():
             if value.ndim == 0 or len(value) != len(names):

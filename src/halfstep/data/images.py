@@ -1,7 +1,7 @@
 """Decode images into pixels, once into memory or at each fetch.
 
 In this order: apply the EXIF orientation if it can be read, fill transparency with white, convert channels, crop and
-resample. Only the first of several frames is read. An image that needs none of these steps keeps its exact pixels.
+resample. Only the first of several frames is read. An image that needs none of these steps is unchanged.
 """
 
 import hashlib
@@ -59,13 +59,13 @@ _SHOWN: Final = 50
 
 
 def _workers() -> int:
-    """Return the number of decoding threads: the cores that this process may use, shared with other local ranks."""
+    """Return the number of decoding threads: this process's share of the available cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(16, cores // max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))))
 
 
 _CHUNK: Final = 4096
-"""Images read at a time, which bounds the memory for their encoded bytes."""
+"""Number of images read at a time, to limit the memory for their encoded bytes."""
 
 
 class TooDeep(ValueError):
@@ -251,7 +251,7 @@ def decoded(source: str, found: Labelled, prepare: Preparation, max_bytes: int, 
 
 
 def _whole(source: str, found: Labelled, broken: dict[int, ValueError], skip: bool) -> Labelled:
-    """Return the images without the broken ones, and without classes that are then empty.
+    """Return the images without broken ones, and without classes that this leaves empty.
 
     Raises:
         ValueError: if there are broken images and `skip` is not set, or no image remains.
@@ -275,7 +275,7 @@ def _whole(source: str, found: Labelled, broken: dict[int, ValueError], skip: bo
 
 
 def numbered(found: Labelled) -> Labelled:
-    """Return the images with only the non-empty classes, renumbered from 0 in their old order."""
+    """Return the images with only the non-empty classes, renumbered from 0 in the same order."""
     if found.labels is None:
         return found
     held, places = found.labels.unique(return_inverse=True)
@@ -335,7 +335,7 @@ def _decode(
 
 
 def _open(file: Path | bytes, name: str, prepare: Preparation) -> NDArray[np.uint8] | ValueError:
-    """Return an image's pixels, or a ValueError with one line on why it cannot be read.
+    """Return an image's pixels, or a one-line ValueError if it cannot be read.
 
     Raises:
         OSError: if the disk is no longer available.
@@ -368,14 +368,14 @@ def _kind_of(mode: int) -> str:
 
 
 def _unidentified(file: Path | bytes) -> str:
-    """Return the kind of a file that Pillow cannot identify, and what to do about it."""
+    """Return the problem of a file that Pillow cannot identify, and the remedy."""
     if isinstance(file, Path):
         with file.open("rb") as stream:
             file = stream.read(64)
     if not file:
         return "is empty: repair or remove it"
     if file.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
-        return "is a TIFF of an unsupported kind: save it as 8-bit RGB or grey, or remove it"
+        return "is an unsupported kind of TIFF: save it as 8-bit RGB or grey, or remove it"
     if file[4:8] == b"ftyp":
         return "is a HEIC or AVIF image or a video: save it as JPEG or PNG, or remove it"
     if file.startswith(b"version https://git-lfs"):

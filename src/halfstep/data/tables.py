@@ -81,7 +81,7 @@ def table(source: str, split: str, labels: bool, label_column: str | None, limit
     chosen = label_column or classes[0]
     numbers = rows.select_columns([chosen]).with_format("arrow")[:][chosen].fill_null(-1).to_numpy()
     whole = torch.from_numpy(np.array(numbers, np.int64))
-    # Classes without a training sample would also be sampled and measured.
+    # Empty classes would otherwise be sampled and measured.
     found = numbered(Labelled(column, whole, tuple(rows.features[chosen].names)))
     assert found.labels is not None
     return Labelled(column.subset(first), found.labels[: len(first)], found.class_names)

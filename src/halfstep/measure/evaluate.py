@@ -148,7 +148,7 @@ def check_measurable(data: Data, evaluation: Evaluation) -> None:
 def few_samples(extractor: str, num_samples: int, num_reference: int, size: int) -> str | None:
     """Return a warning if these are too few samples for a Frechet distance in `size` dimensions; None if not."""
     least = min(num_samples, num_reference)
-    where = f"In {extractor} the Frechet distance of {num_samples:,} samples to {num_reference:,} real ones"
+    where = f"In {extractor}, the Frechet distance from {num_samples:,} samples to {num_reference:,} real ones"
     if least <= size:
         needed = f"{size} dimensions need more than {size} of each, preferably {10 * size}"
         return f"{where} is unreliable: {needed}. Use KID instead."

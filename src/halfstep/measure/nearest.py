@@ -24,7 +24,7 @@ CHUNK = 16_000_000
 @final
 @dataclass(frozen=True, eq=False)
 class Neighbours:
-    """The nearest training samples of n samples."""
+    """The training samples nearest to each of n samples."""
 
     rows: Tensor
     """Their indices in the data, int64 `[n, k]`, nearest first."""

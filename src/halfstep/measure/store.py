@@ -116,8 +116,8 @@ class Store:
     If there are several processes, all must make the same calls. They share the work, and rank 0 writes.
 
     Args:
-        batch_size: samples per batch. None is an eighth of a cell, but at most `Source.at_once`, and less if that does
-            not fit into memory.
+        batch_size: samples per batch; by default an eighth of a cell, but at most `Source.at_once`, and fewer if these
+            do not fit into memory.
         own_device: whether to redraw cells that were drawn on another kind of device.
     """
 

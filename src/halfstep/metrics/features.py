@@ -144,13 +144,13 @@ LARGEST: Final = 4096
 
 @final
 class Pixels(FeatureExtractor):
-    """The entries of a sample themselves. Suitable for low-dimensional data, but coarse for images.
+    """The raw values of a sample. Suitable for low-dimensional data, but coarse for images.
 
     Samples with more than `LARGEST` entries must be images `[n, c, h, w]`, which are averaged to at most 32 x 32
     pixels.
 
     Raises:
-        ValueError: in a call, if samples have more entries and are not images.
+        ValueError: in a call, if samples have more values and are not images.
     """
 
     def __init__(self) -> None:
@@ -172,6 +172,6 @@ class Pixels(FeatureExtractor):
 
 @extractors.register("pixels")
 def pixels(path: str | None, measured: RealData) -> FeatureExtractor:
-    """The entries of a sample themselves; needs no weights."""
+    """The raw values of a sample."""
     refuse_path("pixels", path)
     return Pixels()

@@ -284,7 +284,7 @@ class Objective(ABC):
 
     @property
     def label(self) -> str:
-        """Name of the stage in its folder's name. By default the registered name of the class."""
+        """Name of the stage in its folder's name. By default, the registered name of the class."""
         return objectives.name_of(self)
 
     @property

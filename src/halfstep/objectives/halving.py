@@ -77,7 +77,7 @@ def _target(
     num_teacher_steps: int,
     sampler: Sampler,
 ) -> Tensor:
-    """Return `halving_target` without checks, for which the host would wait for the device at every update."""
+    """Return `halving_target` without checks, which would make the host wait for the device at every update."""
     times = [start + (end - start) * (k / num_teacher_steps) for k in range(num_teacher_steps)] + [end]
     return landing_x0(teacher.process, [steps_of(teacher, sampler, cond)] * num_teacher_steps, x_t, times)
 

@@ -109,7 +109,7 @@ def parents_of(objective: Objective, models: Sequence[Outcome]) -> Parents | Non
             raise ValueError(
                 f"the stage {name} needs a teacher with {asked_steps} steps of {type(asked_sampler).__name__}, but the "
                 f"student before it was distilled for {known_steps} steps of {type(known_sampler).__name__} and can "
-                "take no others. Choose a chain that starts from these"
+                "take no others. Choose a chain that starts with these steps"
             )
     return Parents(start, teacher)
 

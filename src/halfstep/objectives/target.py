@@ -56,7 +56,7 @@ def landing_x0(process: NoiseProcess, steps: Sequence[Step], x_t: Tensor, times:
 
     Args:
         x_t: noisy samples `[batch, *dims]`.
-        times: decreasing clock tensors, one more than steps. A step may be empty for some samples: from the last time
+        times: decreasing clock tensors, one more than steps. For some samples a step may be empty, from the last time
             to itself. Its result is then ignored, even if it is not finite.
 
     Returns:
@@ -65,7 +65,7 @@ def landing_x0(process: NoiseProcess, steps: Sequence[Step], x_t: Tensor, times:
     end = times[-1]
     alpha_t, sigma_t = process.alpha_sigma(times[0])
     alpha_s, sigma_s = process.landing(end)
-    # 1 / (r_s - r_t), expanded by sigma_s to avoid 1 / infinity at s = 0.
+    # 1 / (r_s - r_t), with both multiplied by sigma_s to avoid 1 / infinity at s = 0.
     scale = sigma_s / (alpha_s - sigma_s * alpha_t / sigma_t)
 
     target = torch.zeros_like(x_t)

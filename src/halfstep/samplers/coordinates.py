@@ -7,8 +7,8 @@ coordinates are functions of (alpha, sigma) alone, so they work with every proce
     LogSNR         tau = log_snr                      the same y                     slope = -sin(2 phi) / 4 times that
     NoiseToSignal  tau = sigma / alpha                y = x_t / alpha                slope = eps
 
-On a variance-preserving process the first slope is v. From pure noise to clean data, only the first coordinate, the
-default, and its slope stay finite. The paper uses the second one, and Karras et al. use the third.
+On a variance-preserving process the first slope is v. Only the first coordinate, which is the default, and its
+slope stay finite from pure noise to clean data. The paper uses the second coordinate, and Karras et al. use the third.
 
 Source: Salimans & Ho 2022 (arXiv:2202.00512), appendix A; Karras et al. 2022 (arXiv:2206.00364).
 """
