@@ -206,6 +206,12 @@ def test_lpips_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     with pytest.raises(ValueError, match="its AlexNet is not at"):
         lpips(a, a)
     assert any("LPIPS is omitted" in text for text in paired_figures(a, a, is_image=True).missing)
+    # torchvision would unpickle any file with this name.
+    file = tmp_path / "hub" / "checkpoints" / "alexnet-owt-7be5be79.pth"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"another file")
+    with pytest.raises(ValueError, match="is not torchvision's AlexNet"):
+        lpips(a, a)
     # AlexNet's poolings leave nothing of small images, wherever its weights are.
     assert "at least 31 x 31 pixels" in str(why_no_lpips((1, 28, 28)))
     assert "4 channels" in str(why_no_lpips((4, 64, 64)))

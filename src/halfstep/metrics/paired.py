@@ -1,5 +1,6 @@
 """Metrics of distillation, which compare pairs of samples from the same noise. Images are in [-1, 1]."""
 
+import functools
 import importlib.util
 import math
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from halfstep.metrics.distances import ALONE, importing_torchmetrics
 from halfstep.metrics.images import as_rgb
+from halfstep.runtime.files import sha256_of
 
 WIDTH: Final = 2.0
 SSIM_SIDE: Final = 11
@@ -75,7 +77,15 @@ def why_no_lpips(shape: Sequence[int]) -> str | None:
     if importlib.util.find_spec("torchvision") is None:
         return "torchvision is not installed"
     file = Path(torch.hub.get_dir()) / "checkpoints" / "alexnet-owt-7be5be79.pth"
-    return None if file.is_file() else f"its AlexNet is not at {file}"
+    if not file.is_file():
+        return f"its AlexNet is not at {file}"
+    return None if _is_published(file) else f"{file} is not torchvision's AlexNet, and may run code when unpickled"
+
+
+@functools.cache
+def _is_published(file: Path) -> bool:
+    """Whether the file has the hash in its name. torchvision itself would unpickle any file with this name."""
+    return sha256_of(file).startswith(file.stem.rpartition("-")[2])
 
 
 def lpips(a: Tensor, b: Tensor) -> float:
