@@ -249,7 +249,7 @@ def test_figures_are_those_of_the_samples_that_are_kept(tmp_path: Path, referenc
 
 def test_a_broken_cell_is_named_and_leaves_nothing(tmp_path: Path, reference: Reference) -> None:
     store, bad = Store(tmp_path), cell(shift=float("nan"))
-    with pytest.raises(NonFinite, match="sampling with 2 steps gave values that are not finite"):
+    with pytest.raises(NonFinite, match="samples in 2 steps are not finite"):
         store.result(bad, reference)
     store.measure([bad, cell()], [reference, SameNoise(bad, (2,))])
     assert store.kept(bad, reference) is None

@@ -277,8 +277,8 @@ class _Encoding:
             value = value.detach().cpu()
             if value.is_floating_point() and not (finite := value.isfinite().reshape(len(value), -1).all(1)).all():
                 raise ValueError(
-                    f"the encoder returned {name} that are not finite for {names[int(finite.int().argmin())]}: "
-                    f"encode in float32, or remove the sample"
+                    f"the encoder returned non-finite {name} for {names[int(finite.int().argmin())]}: encode in "
+                    f"float32, or remove the sample"
                 )
             found[name] = value
             self.index = self.index.model_copy(update={"tensors": {**self.index.tensors, name: entry}})

@@ -220,7 +220,7 @@ class Store:
         """Write the cell with these batches; return its problem, if any."""
         x0 = torch.cat([samples for samples, _ in parts])
         if not bool(torch.isfinite(x0).all()):
-            return f"sampling with {cell.num_steps} steps gave values that are not finite: the model diverged"
+            return f"samples in {cell.num_steps} steps are not finite: the model diverged"
         times, evals = torch.stack([numbers for _, numbers in parts]).unbind(1)
         seconds, is_drawn = float(times.sum()), bool(evals[0] >= 0)
         facts = {
@@ -232,7 +232,7 @@ class Store:
         }
         self._held.pop(cell.name, None)
         if self.facts(cell) is None:
-            # Existing metrics may be of samples from another device.
+            # Existing metrics may belong to samples from another device.
             for file in self.folder.glob(f"figures/{cell.name}-*.json"):
                 file.unlink()
         with replacing_folder(self._path(cell)) as folder:

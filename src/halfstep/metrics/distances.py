@@ -8,9 +8,9 @@
 * Sliced Wasserstein distance (Bonneel et al. 2015): the mean Wasserstein-1 distance between the features projected on
   random directions. It compares all moments and needs no Gaussians.
 
-torchmetrics computes KID and scipy the one-dimensional distances, in float64 and with fixed random numbers. The Frechet
-distance is computed here from moments, because the moments of the real data are cached (`reference.py`), or from the
-samples if they are fewer than the dimensions.
+torchmetrics computes KID, and scipy the one-dimensional distances, in float64 and with fixed random numbers. The
+Frechet distance is computed here from moments, because the moments of the real data are cached (`reference.py`), or
+from the samples if they are fewer than the dimensions.
 """
 
 import contextlib

@@ -38,9 +38,9 @@ MOST_AT_ONCE: Final = 2**20
 class EarlyEnd:
     """Early stopping of a stage after its loss has stopped falling.
 
-    The mean loss of each window is compared with the lowest of all earlier windows. If it is not lower by the share
-    `min_drop` for `patience` windows in a row, the learning rate decays linearly to 0 over one more window, and the
-    stage ends. This decay averages the student's weights; without it, the stage would pass on a worse student.
+    The mean loss of each window is compared with the lowest of all earlier windows. If `patience` consecutive windows
+    are not lower by the share `min_drop`, the learning rate decays linearly to 0 over one more window, and the stage
+    ends. This decay averages the student's weights; without it, the stage would pass on a worse student.
 
     Raises:
         ValueError: if a count is not a whole number in its range, the share is not in [0, 1), or a setting is changed
@@ -216,7 +216,7 @@ class Auxiliary:
 
     start: Callable[[Models], nn.Module]
     """Creates the network before the first update: a copy, never the student or teacher itself. A copy of the student
-    has the teacher's weights, always in float32, or its own adapter on a LoRA's base."""
+    has the teacher's weights in float32 or, on the base of a LoRA, its own adapter."""
     training: Callable[[Training], Training]
     """Maps the student's hyperparameters to its own. Its budget and batch are those of the stage."""
 

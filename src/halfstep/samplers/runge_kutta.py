@@ -128,7 +128,7 @@ class RungeKutta(Sampler):
 
     rule: ClassVar[Rule]
     last: ClassVar[Rule]
-    """The rule for the step onto clean data, which has at most the stages of `rule`."""
+    """The rule for the step onto clean data. It has no more stages than `rule`."""
 
     def __init_subclass__(cls) -> None:
         cls.evals_per_step, cls.evals_last_step = len(cls.rule.nodes), len(cls.last.nodes)
