@@ -33,7 +33,7 @@ class Neighbours:
     distances: Tensor
     """Their distances, float64 `[n, k]`, ascending."""
     real: Tensor
-    """Distances between some training samples and their nearest other one, float64 `[m]`."""
+    """Distances from some training samples to the nearest other one, float64 `[m]`; empty if there is only one."""
     num_searched: int
     """Number of searched training samples."""
 

@@ -50,8 +50,8 @@ from halfstep.runtime.stop import StopSignal
 from halfstep.samplers import Ancestral, samplers
 
 PARTS: Final = 8
-"""Minimum number of batches in a cell, which several processes can share. The batch size may change the last bits of a
-sample, so it must not depend on the number of processes."""
+"""Minimum number of batches in a cell, so that this many processes can share it. The batch size may change the last
+bits of a sample, so it must not depend on the number of processes."""
 HELD: Final = 2
 """Number of cells with samples in memory."""
 
