@@ -14,6 +14,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+from halfstep.core.door import check_whole
 from halfstep.data.captions import CaptionedImages, Prompts
 from halfstep.data.latents import (
     INDEX,
@@ -76,8 +77,7 @@ def encode(
         OSError: if the disk is full. The call can then be repeated.
     """
     for name, value in (("batch_size", batch_size), ("shard_size", shard_size)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}: give 1 or more")
+        check_whole(name, value)
     root, lock, processes = user_path(folder), FileLock(user_path(folder) / ".lock"), processes or Processes()
 
     def begin() -> Index:
