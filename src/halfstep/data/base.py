@@ -315,7 +315,8 @@ class Feed:
         key = place.number, place.turn.trains
         if key not in self._asked:
             # Later micro batches of a turn make the same draws as the first.
-            self._asked[key] = asked = []
+            asked: list[Asked] = []
+            self._asked[key] = asked
             place = place._replace(draw=replace(place.draw, asked=asked))
         elif self._ahead:
             place = place._replace(draw=place.draw.made_ahead(tuple(self._asked[key]), self._send))

@@ -298,25 +298,6 @@ def _write(path: Path, tensors: Mapping[str, Tensor]) -> Stored:
     return Stored(sha256=write_tensors(path, tensors), size=path.stat().st_size)
 
 
-def _record(self, **files: Any) -> None:
-    """Add written files to the index."""
-    self.index = self.index.model_copy(update=files)
-    _record(self.root, self.index)
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(sorted(names)) or "none"
-
-
-def _read_as(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype to which a stored tensor is converted when read."""
-    return torch.float32 if dtype.is_floating_point else dtype
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor]) -> Stored:
-    return Stored(sha256=write_tensors(path, tensors), size=path.stat().st_size)
-
-
 def _record(root: Path, index: Index) -> None:
     """Write the index, which reveals files lost in a power cut."""
     write_json(root / INDEX, index.model_dump(mode="json"))

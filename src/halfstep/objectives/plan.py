@@ -210,7 +210,7 @@ class Plan:
                     f"entries for these, or none ({name} None)"
                 )
         factors[0] = factors[0] if teacher_steps is None else teacher_steps
-        stages = []
+        stages: list[Stage] = []
         for number, each in zip(steps[1:], factors, strict=True):
             sampler = DDIM() if stages or teacher_sampler is None else teacher_sampler
             halving = Halving(number, each, weighting or TruncatedSNR(), guidance, sampler)
