@@ -193,6 +193,7 @@ def is_intact(path: Path, stored: Stored | None) -> bool:
 
 
 def read_index(root: Path) -> Index:
+    """Load a folder's index; raise ValueError if it is damaged or has another format."""
     path = root / INDEX
     remedy = "delete the folder and encode again"
     try:
