@@ -1,7 +1,6 @@
 """Feature extractors: each against an independent reading of the same network, and what they say of missing weights."""
 
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -189,8 +188,9 @@ def test_the_command_in_the_message_converts_the_weights(tmp_path: Path) -> None
     torch.save(weights, file)
     with pytest.raises(ValueError, match="convert it once: python -c") as caught:
         extractor_for(f"resnet20-cifar10={file}", _real_data())
-    command = shlex.split(str(caught.value).partition("convert it once: ")[2])
-    subprocess.run([sys.executable, *command[1:]], check=True)
+    python, option, code = shlex.split(str(caught.value).partition("convert it once: ")[2])
+    assert (python, option) == ("python", "-c")
+    exec(code, {})
     torch.testing.assert_close(load_file(file.with_suffix(".safetensors")), weights)
 
 
