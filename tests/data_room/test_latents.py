@@ -367,7 +367,8 @@ def test_images_that_are_gone(images, tmp_path):
 @pytest.mark.parametrize("arguments", [{"batch_size": 0}, {"shard_size": -1}])
 def test_sizes_out_of_range(images, tmp_path, arguments):
     [(name, value)] = arguments.items()
-    refused(lambda: encode(images, ENCODER, tmp_path / "latents", **arguments), f"{name} is {value}", "1 or more")
+    expected = f"{name} must be a whole number of at least 1, got {value}"
+    refused(lambda: encode(images, ENCODER, tmp_path / "latents", **arguments), expected)
 
 
 def test_a_folder_of_something_else(images, tmp_path):
@@ -432,7 +433,7 @@ def with_nan(x: Tensor) -> Tensor:
         ({"images": lambda x: to_latents(x)[:-1]}, ["latents", "(3, 4, 2, 3)", "batch of 4", "00.png"]),
         ({"images": lambda x: to_latents(x).flatten(1)}, ["float32 latents of shape (4, 24)", "00.png"]),
         ({"images": lambda x: to_latents(x).int()}, ["int32 latents", "floats"]),
-        ({"images": with_nan}, ["not finite", "02.png", "float32"]),
+        ({"images": with_nan}, ["non-finite latents", "02.png", "float32"]),
         ({"images": lambda x: to_latents(x)[..., : len(x) - 1]}, ["(4, 2, 2)", "(4, 2, 3)", "08.png", "one size"]),
         ({"texts": lambda texts: {"latents": torch.zeros(len(texts))}}, ["called latents", "another name"]),
         ({"texts": lambda texts: {"a": torch.zeros(1, 2)}}, ["a of shape (1, 2)", "batch of 4", "first axis"]),
@@ -442,7 +443,7 @@ def with_nan(x: Tensor) -> Tensor:
         ({"texts": lambda texts: {} if len(texts) > 1 else {"a": torch.zeros(1)}}, ["conditions none", "but a for"]),
         (
             {"texts": lambda texts: {"a": torch.full((len(texts),), torch.nan)}},
-            ["a that are not finite", "empty caption"],
+            ["non-finite a", "empty caption"],
         ),
     ],
 )

@@ -271,8 +271,8 @@ class _Encoding:
             if entry != known:
                 remedy = "resize the images to one size" if name == LATENTS else "pad captions to one length"
                 raise ValueError(
-                    f"the encoder returned {name} {entry.dtype} {entry.shape} for {names[0]}, but {known.dtype} "
-                    f"{known.shape} before: {remedy}, or use the encoder that started the folder"
+                    f"the encoder returned {entry.dtype} {name} of shape {entry.shape} for {names[0]}, but "
+                    f"{known.dtype} of shape {known.shape} before: {remedy}, or use the encoder that started the folder"
                 )
             value = value.detach().cpu()
             if value.is_floating_point() and not (finite := value.isfinite().reshape(len(value), -1).all(1)).all():

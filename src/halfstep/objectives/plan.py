@@ -177,8 +177,8 @@ class Plan:
     ) -> "Plan":
         """Return the chain start -> start / 2 -> ... -> end, with one halving stage per student.
 
-        The first student may learn from another sampler of the teacher, or from more teacher steps. As teachers,
-        students use DDIM, the sampler that they were distilled for.
+        The first student may learn from another sampler of the teacher, or from more teacher steps. A student that
+        teaches the next one uses DDIM, the sampler that it was distilled for.
 
         Args:
             start: steps of the first teacher; the first student takes half of them.

@@ -56,7 +56,7 @@ def landing_x0(process: NoiseProcess, steps: Sequence[Step], x_t: Tensor, times:
 
     Args:
         x_t: noisy samples `[batch, *dims]`.
-        times: decreasing clock tensors, one more than steps. For some samples a step may be empty, from the last time
+        times: `len(steps) + 1` decreasing clock tensors. For some samples a step may be empty, from the last time
             to itself. Its result is then ignored, even if it is not finite.
 
     Returns:
