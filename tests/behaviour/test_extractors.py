@@ -139,7 +139,7 @@ def test_inception_is_torch_fidelitys_network_on_the_same_pixels(
     state = _random_inception(module)
     save_file(state, tmp_path / "w.safetensors")
     images = _images(3, 1, 16)
-    extractor = Inception(str(tmp_path / "w.safetensors"), "cpu")
+    extractor = Inception(str(tmp_path / "w.safetensors"), _real_data())
     features = extractor.features(images)
     assert tuple(features.shape) == (3, 2048)
     module.load_state_dict_from_url = lambda *_, **__: state
@@ -150,7 +150,7 @@ def test_inception_is_torch_fidelitys_network_on_the_same_pixels(
     torch.testing.assert_close(extractor.logits(features), logits)
     save_file({"fc.bias": torch.zeros(1008)}, tmp_path / "other.safetensors")
     with pytest.raises(DamagedFile, match="does not contain the weights of torch-fidelity's Inception"):
-        Inception(str(tmp_path / "other.safetensors"), "cpu")
+        Inception(str(tmp_path / "other.safetensors"), _real_data())
 
 
 @pytest.mark.usefixtures("_fidelity")

@@ -166,7 +166,7 @@ def changed_since(source: str, moment: float) -> list[Path]:
 
 
 def files_below(root: Path) -> list[PurePath]:
-    """Return the sorted files below `root`, except hidden files and those of runs, whose samples are not training data.
+    """Return the sorted files below `root`, except hidden files and those of runs, which may contain samples.
 
     Follows links to folders, but visits each folder once.
     """

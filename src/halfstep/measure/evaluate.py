@@ -116,7 +116,7 @@ def teacher_methods(own: Sampler, steps: Iterable[int], evaluation: Evaluation) 
 
 
 def finest(methods: Sequence[Method]) -> Method:
-    """Return the method with the most network calls: the reference for all others."""
+    """Return the first method with the most network calls: the reference for all others."""
     return max(methods, key=lambda method: method.num_evals)
 
 

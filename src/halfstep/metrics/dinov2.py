@@ -7,11 +7,10 @@ features.
 
 from typing import ClassVar, Final, final
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from halfstep.metrics.features import FeatureExtractor, NetworkFeatures, RealData, extractors
+from halfstep.metrics.features import NetworkFeatures, RealData, extractors
 from halfstep.metrics.images import normalised
 from halfstep.runtime.files import first_line
 
@@ -20,11 +19,12 @@ DEFAULT: Final = "facebook/dinov2-large"
 
 
 @final
+@extractors.register("dinov2")
 class DINOv2(NetworkFeatures):
-    """The class token of a DINOv2 model.
+    """The class token of DINOv2, with transformers; dinov2=FOLDER or a name on the Hub.
 
     Args:
-        source: a folder saved with transformers, or a name on the Hub; only safetensors are read.
+        path: a folder saved with transformers, or a name on the Hub; only safetensors are read.
 
     Raises:
         ValueError: if transformers is not installed, or the model is missing or not a DINOv2 model.
@@ -32,7 +32,8 @@ class DINOv2(NetworkFeatures):
 
     batch_size: ClassVar[int] = 32
 
-    def __init__(self, source: str, device: torch.device | str) -> None:
+    def __init__(self, path: str | None, measured: RealData) -> None:
+        source = path or DEFAULT
         try:
             from transformers import Dinov2Model
         except ImportError:
@@ -47,16 +48,10 @@ class DINOv2(NetworkFeatures):
                 f"dinov2={source}: no DINOv2 model could be read there ({first_line(error)}). Give "
                 "dinov2=FOLDER, or a reachable name on the Hub"
             ) from None
-        super().__init__("dinov2", network, device)
+        super().__init__("dinov2", network, measured.device)
         self.facts = {"weights": source, **self.facts}
         self.resize = "224 x 224, bicubic with antialiasing; grey as RGB"
 
     def batch_features(self, samples: Tensor) -> Tensor:
         token: Tensor = self.network(pixel_values=normalised(samples, 224, "bicubic")).last_hidden_state[:, 0]
         return token
-
-
-@extractors.register("dinov2")
-def dinov2(path: str | None, measured: RealData) -> FeatureExtractor:
-    """The class token of DINOv2, with transformers; dinov2=FOLDER or a name on the Hub."""
-    return DINOv2(path or DEFAULT, measured.device)

@@ -81,7 +81,7 @@ class RealData:
 
 
 extractors: Registry[Callable[[str | None, RealData], FeatureExtractor]] = Registry("feature extractor")
-"""Functions that map the path of the weights, or None, and the real data to an extractor."""
+"""Classes and functions that map the path of the weights, or None, and the real data to an extractor."""
 
 
 def extractor_for(asked: str, measured: RealData) -> FeatureExtractor:

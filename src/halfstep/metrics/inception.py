@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Final, final
 import torch
 from torch import Tensor
 
-from halfstep.metrics.features import FeatureExtractor, NetworkFeatures, RealData, conversion, extractors, read_weights
+from halfstep.metrics.features import NetworkFeatures, RealData, conversion, extractors, read_weights
 from halfstep.metrics.images import as_rgb, to_uint8
 from halfstep.runtime.files import DamagedFile, last_line
 
@@ -47,8 +47,9 @@ def network_module() -> ModuleType:
 
 
 @final
+@extractors.register("inception")
 class Inception(NetworkFeatures):
-    """The 2048 features before the last layer: a Frechet distance in them is the FID.
+    """2048 features of the network of the FID, with torch-fidelity; inception=PATH, its weights as safetensors.
 
     Args:
         path: a safetensors file with the tensors of torch-fidelity's published file.
@@ -60,7 +61,7 @@ class Inception(NetworkFeatures):
 
     batch_size: ClassVar[int] = 50
 
-    def __init__(self, path: str | None, device: torch.device | str) -> None:
+    def __init__(self, path: str | None, measured: RealData) -> None:
         module: Any = network_module()
         url = module.URL_INCEPTION_V3
         needed = f"a safetensors file: download {url} and convert it once with {conversion(Path(Path(url).name))}"
@@ -72,7 +73,7 @@ class Inception(NetworkFeatures):
             raise DamagedFile(
                 f"{path} does not contain the weights of torch-fidelity's Inception ({last_line(error)})"
             ) from None
-        super().__init__("inception", network, device)
+        super().__init__("inception", network, measured.device)
         self.resize = "299 x 299, TensorFlow 1's bilinear without antialiasing, as in the FID's first code; grey as RGB"
 
     def batch_features(self, samples: Tensor) -> Tensor:
@@ -84,9 +85,3 @@ class Inception(NetworkFeatures):
         # By convention, the Inception score omits the bias.
         logits: Tensor = (features.to(self.device) @ self.network.fc.weight.T).cpu()
         return logits
-
-
-@extractors.register("inception")
-def inception(path: str | None, measured: RealData) -> FeatureExtractor:
-    """The network of the FID, with torch-fidelity; inception=PATH, its weights as safetensors."""
-    return Inception(path, measured.device)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from halfstep.metrics.features import FeatureExtractor, NetworkFeatures, RealData, extractors, read_weights
+from halfstep.metrics.features import NetworkFeatures, RealData, extractors, read_weights
 from halfstep.metrics.images import normalised
 from halfstep.runtime.files import DamagedFile, last_line
 
@@ -55,8 +55,9 @@ class ResNet20(nn.Module):
 
 
 @final
+@extractors.register("resnet20-cifar10")
 class ResNet20Features(NetworkFeatures):
-    """The 64 averages before the last layer, for images resized to 32 x 32.
+    """64 features of a CIFAR-10 classifier; resnet20-cifar10=PATH, its weights as safetensors.
 
     Raises:
         ValueError: if there is no safetensors file at `path`, or (DamagedFile) if it is damaged or of another network.
@@ -64,7 +65,7 @@ class ResNet20Features(NetworkFeatures):
 
     batch_size: ClassVar[int] = 250
 
-    def __init__(self, path: str | None, device: torch.device | str) -> None:
+    def __init__(self, path: str | None, measured: RealData) -> None:
         needed = "a safetensors file of a CIFAR-10 ResNet-20 (shortcut option A)"
         network, state = ResNet20(), read_weights("resnet20-cifar10", path, needed)
         try:
@@ -77,7 +78,7 @@ class ResNet20Features(NetworkFeatures):
             raise DamagedFile(
                 f"{path} does not contain the weights of a ResNet-20 ({(lost + missing.unexpected_keys)[0]})"
             )
-        super().__init__("resnet20-cifar10", network, device)
+        super().__init__("resnet20-cifar10", network, measured.device)
         self.resize = "32 x 32, bilinear with antialiasing; grey as RGB"
 
     def batch_features(self, samples: Tensor) -> Tensor:
@@ -88,9 +89,3 @@ class ResNet20Features(NetworkFeatures):
     def logits(self, features: Tensor) -> Tensor | None:
         logits: Tensor = self.network.linear(features.to(self.device)).cpu()
         return logits
-
-
-@extractors.register("resnet20-cifar10")
-def resnet20_cifar10(path: str | None, measured: RealData) -> FeatureExtractor:
-    """64 features of a CIFAR-10 classifier; resnet20-cifar10=PATH, its weights as safetensors."""
-    return ResNet20Features(path, measured.device)

@@ -54,7 +54,7 @@ def ancestral_step(
 @samplers.register("ancestral")
 @dataclass(frozen=True)
 class Ancestral(Sampler):
-    """Stochastic, one network call per step. The variance is at its lower bound for gamma 0, and at its upper for 1.
+    """Stochastic, one network call per step; gamma is 0 for the lower bound of the variance, 1 (default) for the upper.
 
     The authors' configurations all use 1, the default. With few steps, search for a better gamma (`search_gamma`).
 

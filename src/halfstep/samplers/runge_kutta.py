@@ -166,7 +166,7 @@ class Euler(RungeKutta):
 @samplers.register("midpoint")
 @dataclass(frozen=True)
 class Midpoint(RungeKutta):
-    """Second order, deterministic, two network calls per step. Uses the slope at the midpoint."""
+    """Second order, deterministic, two network calls per step; uses the slope at the midpoint."""
 
     rule: ClassVar[Rule] = MIDPOINT
     last: ClassVar[Rule] = MIDPOINT
@@ -177,7 +177,7 @@ class Midpoint(RungeKutta):
 @samplers.register("heun")
 @dataclass(frozen=True)
 class Heun(RungeKutta):
-    """Second order, deterministic, two network calls per step, one in the last. Averages the slopes at both ends.
+    """Second order, deterministic, two network calls per step, one in the last; averages the slopes at both ends.
 
     Source: Karras et al. 2022 (arXiv:2206.00364), algorithm 1, in the noise-to-signal coordinate.
     """
