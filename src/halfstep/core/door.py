@@ -15,6 +15,9 @@ OWNERS: Final = {"data": "halfstep.DataConfig", "engine": "halfstep.Engine", "ev
 ARGUMENTS: Final = ("out", "to", "start", "lora_rank", "prediction", "process")
 """Arguments of `fit` and `distill` that are also command-line options."""
 
+FORBID_EXTRA: Final = {"extra": "forbid"}
+"""Makes pydantic reject unknown names in a dataclass that is a field of a recipe."""
+
 
 @contextmanager
 def in_python() -> Iterator[None]:
@@ -95,6 +98,18 @@ def check_number(name: str, value: object, least: float = 0.0, below: float = ma
     if below < math.inf:
         raise ValueError(f"{name} must be in [{least:g}, {below:g}), got {value!r}")
     raise ValueError(f"{name} must be a finite number {'above' if above else 'of at least'} {least:g}, got {value!r}")
+
+
+MOST_UPDATES: Final = 10**9
+"""Largest number of updates, and of anything else without its own limit."""
+
+
+def check_whole(name: str, value: object, least: int = 1, most: int = MOST_UPDATES) -> None:
+    """Raise ValueError unless the setting `name` is a whole number from `least` to `most`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    if value > most:
+        raise ValueError(f"{name} must be at most {most:,}, got {value}")
 
 
 def check_switch(name: str, value: object) -> None:

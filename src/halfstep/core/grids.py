@@ -5,16 +5,15 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from halfstep.core.door import check_whole
+
 MOST_STEPS: Final = 2**20
 """Largest allowed number of sampler steps: a thousand times that of any published sampler."""
 
 
 def check_num_steps(num_steps: int) -> None:
     """Raise ValueError unless `num_steps` is a whole number from 1 to `MOST_STEPS`."""
-    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
-        raise ValueError(f"num_steps must be a whole number of at least 1, got {num_steps!r}")
-    if num_steps > MOST_STEPS:
-        raise ValueError(f"num_steps must be at most {MOST_STEPS:,}, got {num_steps}")
+    check_whole("num_steps", num_steps, most=MOST_STEPS)
 
 
 def uniform_times(num_steps: int) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from halfstep.core.denoiser import GUIDANCE, Clipped, Cond, Denoiser, Guided, NetworkDenoiser, warn_of_gain
-from halfstep.core.door import check_instance, check_real, check_shape, got
+from halfstep.core.door import check_instance, check_real, check_shape, check_whole, got
 from halfstep.core.draw import as_seeds, sample_labels, sample_noise, step_noise
 from halfstep.core.grids import check_num_steps
 from halfstep.core.noise import NoiseProcess, processes
@@ -17,7 +17,6 @@ from halfstep.core.warnings import HalfstepWarning
 from halfstep.nets import describe_network, merged
 from halfstep.objectives import Guidance, Role, guidances
 from halfstep.objectives import Outcome as Made
-from halfstep.objectives.base import check_whole
 from halfstep.runs import Manifest, Outcome
 from halfstep.runs.schema import shortened
 from halfstep.runtime.failures import is_out_of_memory

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from halfstep.core.denoiser import GUIDANCE, Cond, Denoiser, NetworkDenoiser
+from halfstep.core.door import check_whole
 from halfstep.core.draw import Draw
 from halfstep.core.prediction import Denoised
 from halfstep.nets import EncoderHalf, encoder_half, takes_guidance
@@ -42,14 +43,15 @@ from halfstep.objectives.base import (
     Models,
     Objective,
     Outcome,
+    Step,
+    StepObjective,
     Training,
     Turn,
     check_one_process,
-    check_whole,
     objectives,
 )
 from halfstep.objectives.guidance import Guidance
-from halfstep.objectives.landing_points import Landing, Step, StepObjective, noised_landing
+from halfstep.objectives.landing_points import Landing, noised_landing
 
 CRITIC: Final = "critic"
 

@@ -25,6 +25,7 @@ from typing import ClassVar, Final, final
 
 import torch
 
+from halfstep.core.door import check_whole
 from halfstep.core.draw import Draw
 from halfstep.core.grids import check_num_steps
 from halfstep.core.noise import per_sample
@@ -41,15 +42,16 @@ from halfstep.objectives.base import (
     Models,
     Outcome,
     Role,
+    Step,
+    StepObjective,
     Training,
     Turn,
     check_one_process,
-    check_whole,
     entry_mean,
     objectives,
 )
 from halfstep.objectives.guidance import Guidance
-from halfstep.objectives.landing_points import Landing, Step, StepObjective, noised_landing
+from halfstep.objectives.landing_points import Landing, noised_landing
 from halfstep.samplers import DDIM
 
 START: Final = "start"

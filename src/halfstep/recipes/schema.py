@@ -13,6 +13,7 @@ import torch
 import tyro
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from halfstep.core.door import MOST_UPDATES
 from halfstep.core.grids import MOST_STEPS
 from halfstep.core.noise import NoiseProcess, VPCosine
 from halfstep.core.prediction import Prediction, predictions, weightings
@@ -35,7 +36,6 @@ from halfstep.objectives import (
     divided,
     objectives,
 )
-from halfstep.objectives.base import MOST_UPDATES
 from halfstep.registry import Registry
 from halfstep.run.course import IMAGE_RANGE, Match, Start, check_start, cosine_within, course
 from halfstep.run.preflight import preflight

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import UninitializedParameter
 
 from halfstep.core.denoiser import Clipped, Cond, Denoiser, Guided, NetworkDenoiser
-from halfstep.core.door import check_denoiser, check_instance, got, in_python
+from halfstep.core.door import check_denoiser, check_instance, check_whole, got, in_python
 from halfstep.core.noise import NoiseProcess
 from halfstep.core.prediction import Prediction, TruncatedSNR, Weighting
 from halfstep.data import Data
@@ -30,7 +30,6 @@ from halfstep.objectives import (
     Role,
     Training,
 )
-from halfstep.objectives.base import check_whole
 from halfstep.run.call import Call, Chain, OnStage, OnWindow, call_of
 from halfstep.run.course import IMAGE_RANGE, Match, Start, course
 from halfstep.run.own_samples import check_can_sample, samples_of

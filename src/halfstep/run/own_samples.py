@@ -7,12 +7,11 @@ import torch
 from torch import Tensor
 
 from halfstep.core.denoiser import Cond, Denoiser
-from halfstep.core.door import check_denoiser, check_instance, check_shape
+from halfstep.core.door import check_denoiser, check_instance, check_shape, check_whole
 from halfstep.core.draw import Draw, as_seed, sample_labels
 from halfstep.core.grids import check_num_steps
 from halfstep.data import MemoryData
 from halfstep.models.model import Model, samples_at_once
-from halfstep.objectives.base import check_whole
 from halfstep.samplers import DDIM, Heun, Sampler, sample
 
 NUM_SAMPLES: Final = 4096

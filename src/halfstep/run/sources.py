@@ -1,5 +1,6 @@
 """Training data of the Python API, opened and checked before training starts."""
 
+import functools
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -312,4 +313,4 @@ def as_batches(data: Source | StreamedBatches, device: torch.device) -> tuple[Ba
     if isinstance(held, StreamedBatches):
         return held, updates_ahead(device, reads_files=False)
     near = held_on(device, held)
-    return lambda draw: training_batch(near, draw, False), updates_ahead(device, not isinstance(held, MemoryData))
+    return functools.partial(training_batch, near, flip=False), updates_ahead(device, not isinstance(held, MemoryData))

@@ -1,5 +1,6 @@
 """The specification of a run."""
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -8,14 +9,13 @@ from typing import Any, Final, final
 import torch
 from torch import nn
 
-from halfstep.core.draw import Draw
 from halfstep.core.noise import NoiseProcess
 from halfstep.core.prediction import Prediction
 from halfstep.data import Data, held_on, training_batch
 from halfstep.data.base import Batches
 from halfstep.measure.evaluate import Evaluation
 from halfstep.models.model import Model
-from halfstep.objectives import Batch, Outcome, Parents, Plan, Stage, parents_of
+from halfstep.objectives import Outcome, Parents, Plan, Stage, parents_of
 from halfstep.train.settings import IDLE, Engine
 
 GIVEN_TEACHER: Final = "00-teacher"
@@ -107,11 +107,5 @@ class RunSpec:
 
     def batches(self, device: torch.device) -> Batches:
         """Return the training batches, with the data kept on the device if it is small."""
-        data = held_on(device, self.data)
-        shown = ({"class_labels"} if self.conditional else set()) | set(self.conditions)
-
-        def batch(draw: Draw) -> Batch:
-            x0, cond = training_batch(data, draw, self.flip)
-            return Batch(x0, {name: value for name, value in cond.items() if name in shown})
-
-        return batch
+        shown = {*(["class_labels"] if self.conditional else []), *self.conditions}
+        return functools.partial(training_batch, held_on(device, self.data), flip=self.flip, shown=shown)

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, fields
 from typing import ClassVar, Final, Literal, final, get_args
 
-from halfstep.core.door import check_number, check_switch
-from halfstep.objectives.base import FORBID_EXTRA, MOST_AT_ONCE, check_whole
+from halfstep.core.door import FORBID_EXTRA, check_number, check_switch, check_whole
+from halfstep.objectives.base import MOST_AT_ONCE
 
 Precision = Literal["float32", "bf16"]
 Sharding = Literal["none", "full"]
