@@ -34,9 +34,10 @@ from halfstep.runtime.files import cache_folder, refuse_file, user_path
 from halfstep.runtime.launch import rank, world_size
 from halfstep.runtime.processes import make_accelerator
 from halfstep.runtime.stop import Interrupted, StopSignal
-from halfstep.train.engine import StageTrainer, check_sharding
+from halfstep.train.engine import StageTrainer
 from halfstep.train.memory import fit_micro_batch
 from halfstep.train.settings import Engine
+from halfstep.train.sharding import check_sharding
 from halfstep.train.window import Window
 
 OnWindow = Callable[[str, Window], None]

@@ -1,4 +1,4 @@
-"""Creation of an objective's own networks before the first update."""
+"""Creates an objective's own networks before the first update."""
 
 import re
 from typing import Final
@@ -16,8 +16,7 @@ HELPER_NAME: Final = re.compile("[a-z][a-z0-9_]*")
 def make_helpers(
     stage: Stage, models: Models, seed: int, stream: str
 ) -> tuple[dict[str, tuple[torch.nn.Module, Training]], dict[str, Follower]]:
-    """Return the objective's auxiliary networks with their hyperparameters, and its averages and frozen copies, before
-    the first update.
+    """Return the objective's auxiliary networks with their hyperparameters, and its averages and frozen copies.
 
     Raises:
         ValueError: if a name is invalid, or hyperparameters contradict the stage.

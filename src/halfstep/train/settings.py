@@ -89,11 +89,11 @@ class Engine:
 
     @property
     def set_micro_batch(self) -> int | None:
-        """The micro batch as a number; None for the whole share, or if "auto" is not resolved yet."""
+        """The micro batch as a number; None for the whole share, or while "auto" is unresolved."""
         return None if self.micro_batch == "auto" else self.micro_batch
 
 
 LEARNED: Final = ("precision", "teacher_precision", "optimizer")
 """Engine settings that change the trained model."""
 IDLE: Final = tuple(setting.name for setting in fields(Engine) if setting.name not in LEARNED)
-"""Engine settings that do not change the trained model."""
+"""All other engine settings."""
