@@ -1,4 +1,4 @@
-"""Opening a run folder: compare it with the recipe, lock it and write recipe.json."""
+"""Opens a run folder: compares it with the recipe, locks it and writes recipe.json."""
 
 import contextlib
 import warnings
@@ -65,7 +65,7 @@ def differences(
 
 
 def identity(spec: RunSpec) -> str:
-    """Return the digest of all that determines what a run learns: its recipe without free fields, and its data."""
+    """Return the digest of everything that determines what a run learns: recipe without free fields, and data."""
     fields = flatten(spec.defaults) | flatten(spec.recipe)
     ignored = (*spec.free, *(() if fields.get("finish.steps") else (name for name in fields if _finishes(name))))
     decided = {name: value for name, value in fields.items() if name not in ignored}
@@ -135,7 +135,7 @@ def _check_folder(spec: RunSpec, folder: RunFolder) -> None:
 
 
 def _held_by(folder: RunFolder) -> str | None:
-    """Return the run of all stages and checkpoints in a folder without recipe.json; None if it is not a single one."""
+    """Return the `run` of all stages and checkpoints in a folder without recipe.json; None unless all are equal."""
     found = set()
     for file in (*folder.path.glob("stages/*/manifest.json"), *folder.path.glob("stages/*/checkpoint-*/manifest.json")):
         with contextlib.suppress(DamagedFile):
@@ -204,7 +204,7 @@ def _finishes(field: str) -> bool:
 
 
 def _is_ours(entry: Path) -> bool:
-    """Return whether a run that was killed before it wrote recipe.json can have left this entry."""
+    """Return whether the entry may be left from a run that was killed before it wrote recipe.json."""
     return entry.name == ".lock" or entry in leftovers(entry.parent, "recipe.json")
 
 

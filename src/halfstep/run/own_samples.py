@@ -17,7 +17,7 @@ from halfstep.samplers import DDIM, Heun, Sampler, sample
 NUM_SAMPLES: Final = 4096
 """Number of samples from a teacher that is distilled without data."""
 NUM_STEPS: Final = 32
-"""Heun steps for a teacher of any number of steps: 63 network calls, with the quality of 256 DDIM steps."""
+"""Heun steps for an undistilled teacher: 63 network calls, with the quality of 256 DDIM steps."""
 
 
 def samples_of(

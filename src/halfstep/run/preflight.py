@@ -1,4 +1,4 @@
-"""Checks before training for everything that would otherwise fail only after the teacher is trained."""
+"""Checks, before training, everything that would otherwise fail only after the teacher is trained."""
 
 import torch
 
