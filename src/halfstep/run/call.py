@@ -196,7 +196,7 @@ class Call:
 
 
 def call_of(seed: int, engine: Engine, device: Any, out: Any, *rest: Any) -> Call:
-    """Check the arguments, which are the fields of `Call`, and return it.
+    """Check the arguments, the fields of `Call`, and return the call.
 
     Raises:
         ValueError: if an argument has the wrong type.

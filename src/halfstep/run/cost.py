@@ -247,7 +247,7 @@ def _of_batch(stage: Stage, batch_size: int) -> Stage:
 
 
 def _seconds(spec: RunSpec, stage: Stage, num_updates: int = 3) -> float:
-    """Return the seconds of the fastest of a few updates, after one warm-up update."""
+    """Time a few updates after one warm-up update; return the seconds of the fastest."""
     accelerator = make_accelerator(spec.engine.precision, spec.engine.cpu)
     # Timed in a single process, which stores all weights.
     alone = replace(spec, engine=replace(spec.engine, sharding="none"))

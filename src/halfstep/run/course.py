@@ -25,7 +25,7 @@ MATCHED_GAIN: Final = 10.0
 """Gain at t = 1 (see `output_gain`) above which a given teacher is matched to v before halving. With eps it is 15 for
 Stable Diffusion and 160 for DDPM."""
 IMAGE_RANGE: Final = (-1.0, 1.0)
-"""Range of images as x0."""
+"""Range of x0 for images."""
 
 
 def cosine_within(process: NoiseProcess) -> VPCosine:

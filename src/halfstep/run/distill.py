@@ -200,7 +200,7 @@ def distill(
         matching: training of the matching stage; `training` if None.
         finish: step counts of the students to finish after the chain, or the stages of `Plan.finishes`; the last of
             these students is returned.
-        teacher_sampler: deterministic sampler of the first teacher; DDIM if None. Students teach by DDIM.
+        teacher_sampler: deterministic sampler of the first teacher; DDIM if None. Students teach with DDIM steps.
         teacher_steps: steps of that sampler for each step of the first student; 2 if None.
         lora_rank: train LoRA weights of this rank instead of whole students (diffusers networks only). They are merged
             into the returned student; the stages of `out` store them separately.

@@ -1,4 +1,4 @@
-"""Checks before training, with one call of the denoiser, that it is compatible with its data."""
+"""Checks a denoiser against its data before training, with one call."""
 
 import inspect
 from collections.abc import Mapping

@@ -86,7 +86,7 @@ def run(spec: RunSpec, path: Path, stop: StopSignal | None = None) -> Iterator[E
         saved = (file for name, _ in reversed(spec.stages) for file in folder.stage(name).checkpoints())
         last = next(saved, None if runner is None else runner.last)
         raise LostProcess(
-            f"another process of this run has ended or does not answer, so this one stops; {last_good(last)}; "
+            f"another process of this run has ended or does not respond, so this one stops; {last_good(last)}; "
             f"restart all processes with the same command ({reason})"
         ) from None
     finally:

@@ -31,8 +31,8 @@ MOST_CLASSES: Final = 10**6
 class StreamedBatches:
     """Batches of any size from an iterable, regrouped to the training batch size. The iterable restarts at its end.
 
-    Unlike with all other data, an update gets the next samples, whatever its number. Each process must get the same
-    batches, and takes its own share of them.
+    Unlike other data, samples arrive in order, whatever the update's number. Each process must get the same batches and
+    takes its own share of them.
 
     Raises:
         ValueError: if an item (the first is checked here) is neither x0 nor (x0, cond), its parts differ in length, or

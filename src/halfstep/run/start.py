@@ -19,7 +19,7 @@ from halfstep.train.settings import Engine
 
 
 def fresh_denoiser(spec: RunSpec) -> NetworkDenoiser:
-    """Return the run's untrained denoiser, whose weights depend only on the seed.
+    """Return the run's untrained denoiser. Only the seed determines its weights.
 
     Raises:
         ValueError: if the spec has no network.
@@ -83,7 +83,7 @@ def trainer_for(
 
 
 def facts_of(trainer: StageTrainer, start: Manifest | None) -> dict[str, Any]:
-    """Return what `Model.of` needs to know about a trained stage, whose student started from the model of `start`."""
+    """Return the arguments of `Model.of` for the result of a stage; the student started from the model of `start`."""
     objective = trainer.stage.objective
     guidance = None if start is None else start.guidance
     if objective.guidance is not None:

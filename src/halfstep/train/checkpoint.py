@@ -178,7 +178,7 @@ def _set_aside(checkpoint: Path) -> None:
     """Rename a checkpoint, so that it is neither resumed from nor pruned until the stage is complete."""
     aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
     remove(aside)
-    # A failing disk may refuse the rename; the previous checkpoint is used anyway.
+    # If a failing disk refuses the rename, the previous checkpoint is still used.
     with contextlib.suppress(OSError):
         checkpoint.rename(aside)
 

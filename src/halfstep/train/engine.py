@@ -285,7 +285,7 @@ class StageTrainer:
         name = next(turn.trains for turn in self.stage.objective.turns(first) if turn.trains in broken)
         player = self.players[name]
         statistics = player.recent.statistics(first)
-        # The gradient is bad on all ranks, the losses only on some, one of which reports its statistics.
+        # All ranks have the bad gradient, but only some have bad losses. One of those reports its statistics.
         (seen,) = self.processes.agree(self.processes.index + 1 if statistics.get("not_finite") else 0)
         statistics = self.processes.told_by(max(0, seen - 1), statistics)
         share = ", on one rank" if self.processes.count > 1 else ""

@@ -53,7 +53,7 @@ def fit_micro_batch(trainer: "StageTrainer", largest: int | None = None) -> list
 
 
 def _passes_fit(trainer: "StageTrainer") -> bool:
-    """Return whether the passes of two micro batches of each turn fit, the second with the first one's gradients."""
+    """Return whether two micro batches of each turn fit: the first's gradients are in memory during the second."""
     try:
         held = [player.place_for_moments() for player in trainer.players.values()]
         first = trainer.update

@@ -1,7 +1,7 @@
 """A player: a trained network of a stage with its optimiser, its averages and the statistics of its turns.
 
-The student and each auxiliary network are players. The engine, checkpoints, DDP, FSDP2 and micro batches treat all
-players alike.
+The student and each auxiliary network are players. The engine, checkpoints, DDP, FSDP2 and micro batches make no
+difference between them.
 """
 
 import contextlib
@@ -82,8 +82,8 @@ class EMA:
 
     Args:
         decay: final decay, in [0, 1).
-        into: a copy of the module, in float32 and sharded like it, whose parameters become the averages; None stores
-            them separately.
+        into: a float32 copy of the module, sharded like it; its parameters become the averages. None stores the
+            averages separately.
     """
 
     def __init__(self, module: nn.Module, decay: float, into: nn.Module | None = None) -> None:
@@ -223,7 +223,7 @@ class Player:
         self.recent.parts.append(Part(update, places, losses.loss.detach(), losses.log_snr.detach(), largest))
         while self.recent.parts[0].update <= update - KEPT:
             self.recent.parts.popleft()
-        # Gradients are averaged over processes, so each process computes its part of the mean times their number.
+        # Processes average their gradients, so each scales its part of the mean loss by their number.
         loss: Tensor = losses.loss.sum() * (accelerator.num_processes / self.training.batch_size)
         accelerator.backward(loss)
         return loss.detach()

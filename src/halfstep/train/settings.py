@@ -56,8 +56,7 @@ class Engine:
     checkpoint_minutes: float = 5.0
     """Minutes between checkpoints."""
     requeue_code: int | None = None
-    """Exit code after SIGTERM or SIGUSR1 with the state saved, for a scheduler that requeues on a special code; 143 and
-    138 by default."""
+    """Exit code after SIGTERM or SIGUSR1, for schedulers that requeue on a special code; 143 and 138 by default."""
 
     def __post_init__(self) -> None:
         for name in ("log_every", "checkpoint_updates"):
