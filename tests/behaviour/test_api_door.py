@@ -384,7 +384,7 @@ def test_all_is_checked_before_the_teacher_is_sampled(changes: dict[str, Any]) -
 def test_the_samples_of_a_teacher_are_those_that_it_would_make_itself() -> None:
     """A denoiser with a shape, steps and a sampler needs no arguments."""
     teacher = denoiser(Trained())
-    with pytest.raises(ValueError, match="shape of a sample is not known"):
+    with pytest.raises(ValueError, match="sample shape is unknown"):
         halfstep.distill(teacher, to=1)
     model = halfstep.Model.of(teacher, (2,), made=halfstep.Outcome(halfstep.Role.STUDENT, 2))
     teacher.shape, teacher.num_steps = (2,), 2

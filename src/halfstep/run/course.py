@@ -129,12 +129,12 @@ class Match:
             )
             raise ValueError(
                 f"the matching stage calls a teacher at all times and guides it, but {start.name} {what}. Match its "
-                "own teacher, with all changes at once"
+                "own teacher instead, with all changes at once"
             )
         if self.guidance is not None and not start.given:
             raise ValueError(
-                "matching.guidance_scale and matching.guidance_range need a given teacher with a null class, which a "
-                "teacher trained by this recipe does not have. Remove them"
+                "matching.guidance_scale and matching.guidance_range need a given teacher with a null class, but this "
+                "recipe trains its own teacher, without one. Remove them"
             )
         may_move = isinstance(own, VPTable) and start.may_move and lora_rank is None
         if self.process is None and may_move:

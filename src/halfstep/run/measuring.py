@@ -33,7 +33,7 @@ from halfstep.samplers import samplers
 class Measuring:
     """Measures one stage after another, and compares students with the first model from the same noise.
 
-    For this, the first model is sampled with the measured sampler and number of steps that take the most network calls.
+    For the comparison, the first model uses the measured sampler and step count with the most network calls.
     """
 
     def __init__(

@@ -94,7 +94,7 @@ def check_can_sample(teacher: Denoiser, shape: Sequence[int] | None = None) -> t
         )
     if shape is None and teacher.shape is None:
         raise ValueError(
-            "the shape of a sample is not known. Pass data=samples_of(teacher, num_samples, shape), or your own data"
+            "the sample shape is unknown. Pass data=samples_of(teacher, num_samples, shape), or your own data"
         )
     asked = check_shape(teacher.shape if shape is None else shape)
     if teacher.shape not in (None, asked):

@@ -233,7 +233,7 @@ class _Runner:
             trainer = trainer_for(spec, stage, folder.name, start, self.accelerator, teacher)
             # Only their manifests are still needed: the networks in training are copies, or share their weights.
             if teacher is not None and spec.engine.teacher_precision != "float32":
-                # One copy teaches and another is trained (a LoRA keeps what it shares), so this one is a third.
+                # A bfloat16 copy teaches and another copy is trained (a LoRA keeps what it shares): free the original.
                 teacher.to("meta")
                 self._models.clear()
             try:

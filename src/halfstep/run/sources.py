@@ -129,7 +129,7 @@ class StreamedBatches:
         if x0.numel() == 0 or any(value.shape[:1] != x0.shape[:1] for value in cond.values()):
             lengths = ", ".join(f"{name} of {list(value.shape)}" for name, value in cond.items())
             raise ValueError(
-                f"the parts of a batch must have the same length above 0, got x0 of shape {list(x0.shape)}"
+                f"the parts of a batch must have the same length, at least 1, got x0 of shape {list(x0.shape)}"
                 + (f" and {lengths}" if lengths else "")
             )
         if self._held and _forms(cond) != self.conditions:

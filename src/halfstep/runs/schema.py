@@ -288,7 +288,7 @@ class StageFolder:
         return manifest
 
     def _check_origin(self, file: Path, stage: str, run: str | None) -> None:
-        """Raise DamagedFile if a file belongs to another stage or run than the folder that it is in."""
+        """Raise DamagedFile if a file belongs to a different stage or run than its folder."""
         if self.run is None:
             return
         if stage != self.path.resolve().name:

@@ -71,7 +71,7 @@ class StageStatus:
     role: str | None = None
     """Role of its model: teacher, matched or student; None if unknown."""
     rows: list[tuple[int, float]] = field(default_factory=list)
-    """Updates and seconds of the last rows of the log."""
+    """Updates and seconds in the last log rows."""
 
     @property
     def is_done(self) -> bool:

@@ -75,7 +75,7 @@ def check_written(tensors: Mapping[str, Tensor], path: Path) -> str:
                 wanted = held[start : start + CHUNK]
                 if len(buffer) != len(wanted):
                     buffer = bytearray(len(wanted))
-                # Comparing bytearrays compares memory; comparing memoryviews goes element by element.
+                # Python compares bytearrays as memory, but memoryviews element by element.
                 if stream.readinto(buffer) != len(wanted) or buffer != wanted:
                     raise DamagedFile(f"{path} was written, but {name} reads back differently: check the disk")
                 digest.update(buffer)

@@ -35,7 +35,7 @@ def make_helpers(
             if training.ema_decay or training.early_end.patience:
                 raise ValueError(f"ema_decay and early_end of helper {name} have no effect. Use an Average")
             with torch.random.fork_rng(devices=[]):
-                # New layers are a function of the run's seed, on every rank.
+                # New layers depend only on the run's seed, on every rank.
                 torch.manual_seed(generator_for(seed, stream, "helper", name).initial_seed())
                 auxiliaries[name] = helper.start(models), training
             if any(isinstance(part, InHalf) for part in auxiliaries[name][0].modules()):
