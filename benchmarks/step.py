@@ -35,8 +35,9 @@ from halfstep.data import MemoryData, held_on, training_batch
 from halfstep.nets import copy_denoiser, set_dropout
 from halfstep.objectives import FINISHING, Consistency, Finishing, MomentMatching, Plan, Stage
 from halfstep.runtime.processes import make_accelerator
-from halfstep.train.engine import StageTrainer, compile_networks
+from halfstep.train.engine import StageTrainer
 from halfstep.train.optimizers import make_optimizer
+from halfstep.train.player import compile_networks
 from halfstep.train.settings import Engine
 
 NUM_STEPS = 8

@@ -181,8 +181,8 @@ NETWORKS: dict[str, tuple[Callable[[], Any], str]] = {
     "no gradient": (lambda: _distill(_made(forward=_without_gradient)), "no gradient.*Remove"),
     "two outputs": (lambda: _fit(_made(forward=_two_outputs)), "two samples.*'tuple' object"),
     "no time": (lambda: _fit(nn.Linear(2, 2)), "two samples.*positional arguments"),
-    "half": (lambda: _fit(Net().half()), r"weights are torch\.float16: convert them by \.float\(\)"),
-    "double": (lambda: _distill(Net().double()), r"weights are torch\.float64: convert them by \.float\(\)"),
+    "half": (lambda: _fit(Net().half()), r"weights are torch\.float16: convert them with \.float\(\)"),
+    "double": (lambda: _distill(Net().double()), r"weights are torch\.float64: convert them with \.float\(\)"),
     "on meta": (lambda: _distill(Net().to("meta")), "on the device meta.*Load them first"),
     "weights of NaN": (lambda: _distill(_spoiled()), "not finite.*Check its weights"),
     "all frozen": (lambda: _fit(Net().requires_grad_(False)), r"network\.requires_grad_\(True\)"),
@@ -384,7 +384,7 @@ def test_all_is_checked_before_the_teacher_is_sampled(changes: dict[str, Any]) -
 def test_the_samples_of_a_teacher_are_those_that_it_would_make_itself() -> None:
     """A denoiser with a shape, steps and a sampler needs no arguments."""
     teacher = denoiser(Trained())
-    with pytest.raises(ValueError, match="shape of a sample is not known"):
+    with pytest.raises(ValueError, match="sample shape is unknown"):
         halfstep.distill(teacher, to=1)
     model = halfstep.Model.of(teacher, (2,), made=halfstep.Outcome(halfstep.Role.STUDENT, 2))
     teacher.shape, teacher.num_steps = (2,), 2

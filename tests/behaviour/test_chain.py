@@ -17,7 +17,7 @@ from halfstep.objectives import Denoising, EarlyEnd, Halving, Plan, Stage, Train
 from halfstep.run.distill import distill
 from halfstep.run.events import Progress
 from halfstep.run.runner import run
-from halfstep.run.sources import as_batches
+from halfstep.run.sources import as_batches, in_memory
 from halfstep.runs import RunFolder, read_log
 from halfstep.runtime.files import write_sealed
 from halfstep.runtime.processes import make_accelerator
@@ -160,7 +160,7 @@ def test_one_step_of_a_quartering_student_is_nearer_to_four_steps_of_its_teacher
         NetworkDenoiser(MLP((2,), width=32, depth=2), VPCosine(), V()),
         None,
         Stage(Denoising(), Training(300, 3e-3, batch_size=64)),
-        as_batches(data, torch.device("cpu"))[0],
+        as_batches(in_memory(data), torch.device("cpu"))[0],
         seed=0,
         stream="teacher",
         accelerator=make_accelerator(),

@@ -92,7 +92,7 @@ def test_distill_without_data_is_distill_with_these_samples() -> None:
 
 def test_what_cannot_be_drawn_is_one_line() -> None:
     bare = GaussianDenoiser(VPCosine(), 0.0, 1.0)
-    with pytest.raises(ValueError, match=r"the shape of a sample is not known\. Pass data=samples_of"):
+    with pytest.raises(ValueError, match=r"the sample shape is unknown\. Pass data=samples_of"):
         distill(bare)
     with pytest.raises(ValueError, match=r"Ancestral draws noise at each step\. Choose a deterministic sampler"):
         samples_of(bare, 2, (1,), sampler=Ancestral())

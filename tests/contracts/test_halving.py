@@ -204,7 +204,7 @@ def teacher_of(kind: str, process: NoiseProcess) -> Denoiser:
 def test_the_float32_target_of_a_teacher_of_8192_steps_is_the_float64_one_to_1e_6(
     process: NoiseProcess, kind: str
 ) -> None:
-    """The claim of target.py at every step of the student, the first and the last among them."""
+    """The claim of samplers/ddim.py at every step of the student, the first and the last among them."""
     t, s = grid_steps(4096)
     teacher, x_t = teacher_of(kind, process), noisy(process, t, 2).float()
     target = halving_target(teacher, x_t, t, s)

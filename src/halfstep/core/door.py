@@ -15,6 +15,9 @@ OWNERS: Final = {"data": "halfstep.DataConfig", "engine": "halfstep.Engine", "ev
 ARGUMENTS: Final = ("out", "to", "start", "lora_rank", "prediction", "process")
 """Arguments of `fit` and `distill` that are also command-line options."""
 
+FORBID_EXTRA: Final = {"extra": "forbid"}
+"""Makes pydantic reject unknown names in a dataclass that is a field of a recipe."""
+
 
 @contextmanager
 def in_python() -> Iterator[None]:

@@ -9,7 +9,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -146,8 +146,12 @@ def held_on(device: torch.device, data: Data) -> Data:
     return data.to(device) if data.x.nbytes <= largest else data
 
 
-def training_batch(data: Data, draw: Draw, flip: bool) -> Batch:
-    """Return the samples of an update, on the data's device. They depend only on `draw`. `flip` mirrors half at random.
+def training_batch(data: Data, draw: Draw, flip: bool, shown: Container[str] | None = None) -> Batch:
+    """Return the samples of an update on the data's device. They depend only on `draw`.
+
+    Args:
+        flip: mirror half of the samples at random.
+        shown: names of the conditions to keep; None keeps all.
 
     Raises:
         ValueError: if `flip` is set for data that are not images.
@@ -157,7 +161,7 @@ def training_batch(data: Data, draw: Draw, flip: bool) -> Batch:
     if flip:
         mirrored = sent(draw.uniform("flip") < 0.5, x0.device)
         x0 = torch.where(mirrored[:, None, None, None], x0.flip(-1), x0)
-    return Batch(x0, cond)
+    return Batch(x0, {name: value for name, value in cond.items() if shown is None or name in shown})
 
 
 def to_batch(x: Tensor, labels: Tensor | None, indices: Tensor) -> Batch:

@@ -7,7 +7,6 @@ from halfstep.objectives.base import (
     Auxiliary,
     Average,
     Batch,
-    EarlyEnd,
     Evals,
     Frozen,
     Helper,
@@ -16,6 +15,7 @@ from halfstep.objectives.base import (
     Objective,
     Outcome,
     Role,
+    StepObjective,
     Training,
     Turn,
     objectives,
@@ -23,10 +23,10 @@ from halfstep.objectives.base import (
 )
 from halfstep.objectives.consistency import Consistency, consistency_target
 from halfstep.objectives.denoising import Denoising
+from halfstep.objectives.early_end import EarlyEnd
 from halfstep.objectives.finishing import Finishing
 from halfstep.objectives.guidance import FixedGuidance, Guidance, GuidanceRange, guidances
 from halfstep.objectives.halving import Halving, halving_target
-from halfstep.objectives.landing_points import StepObjective
 from halfstep.objectives.matching import Matching
 from halfstep.objectives.metric import LossMetric, PseudoHuber, Squared, loss_metrics
 from halfstep.objectives.moments import MomentMatching

@@ -42,13 +42,15 @@ from halfstep.objectives.base import (
     Models,
     Objective,
     Outcome,
+    Step,
+    StepObjective,
     Training,
     Turn,
     check_one_process,
     objectives,
 )
 from halfstep.objectives.guidance import Guidance
-from halfstep.objectives.landing_points import Landing, Step, StepObjective, noised_landing
+from halfstep.objectives.landing_points import Landing, noised_landing
 
 CRITIC: Final = "critic"
 

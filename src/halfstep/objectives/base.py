@@ -8,72 +8,26 @@ The shared loss of a sample is weight(log_snr) * mean((x0 - x0_target)^2), where
 A weighting makes it the squared error in eps or v, or the larger of two, for any prediction of the network.
 """
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, ClassVar, Final, NamedTuple, final
 
 from torch import Tensor, nn
 
 from halfstep.core.denoiser import Cond, Denoiser
-from halfstep.core.door import check_instance, check_number, check_switch, check_whole
+from halfstep.core.door import FORBID_EXTRA, check_instance, check_number, check_switch, check_whole
 from halfstep.core.draw import Draw
-from halfstep.core.noise import NoiseProcess, per_sample
-from halfstep.core.prediction import Weighting
+from halfstep.core.noise import NoiseProcess, as_clock, per_sample
+from halfstep.core.prediction import Denoised, Weighting
+from halfstep.objectives.early_end import EarlyEnd
 from halfstep.objectives.guidance import Guidance
 from halfstep.registry import Registry
 from halfstep.samplers import DDIM, Sampler
 
-FORBID_EXTRA = {"extra": "forbid"}
-"""Makes pydantic reject unknown names in a dataclass that is a field of a recipe."""
-
 MOST_AT_ONCE: Final = 2**20
 """Largest batch size."""
-
-
-@final
-@dataclass(frozen=True)
-class EarlyEnd:
-    """Early stopping of a stage after its loss has stopped falling.
-
-    The mean loss of each window is compared with the lowest of all earlier windows. If `patience` consecutive windows
-    are not lower by the share `min_drop`, the learning rate decays linearly to 0 over one more window, and the stage
-    ends. This decay averages the student's weights; without it, the stage would pass on a worse student.
-
-    Raises:
-        ValueError: if a count is not a whole number in its range, the share is not in [0, 1), or a setting is changed
-            without `patience`.
-    """
-
-    __pydantic_config__: ClassVar[dict[str, str]] = FORBID_EXTRA
-
-    patience: int = 0
-    """Number of consecutive windows without progress after which the stage ends; 0 disables early stopping."""
-    window: int = 1000
-    """Updates per window."""
-    min_drop: float = 0.01
-    """Relative drop of a window's loss that counts as progress."""
-
-    def __post_init__(self) -> None:
-        check_whole("early_end.patience", self.patience, 0)
-        check_whole("early_end.window", self.window)
-        check_number("early_end.min_drop", self.min_drop, below=1)
-        if not self.patience:
-            for field in fields(self):
-                if (value := getattr(self, field.name)) != field.default:
-                    raise ValueError(f"early_end.{field.name} {value} has no effect without early_end.patience. Add it")
-
-    def has_stopped_falling(self, losses: Sequence[float]) -> bool:
-        """Return whether the last `patience` windows made no progress, given the mean losses of all windows so far."""
-        lowest, idle = math.inf, 0
-        for loss in losses:
-            if loss < lowest * (1 - self.min_drop) or lowest == math.inf:
-                lowest, idle = loss, 0
-            else:
-                idle += 1
-        return 0 < self.patience <= idle
 
 
 @final
@@ -340,6 +294,44 @@ class Objective(ABC):
         """Return the losses of the student on the batch."""
 
 
+class Step(NamedTuple):
+    """Steps of the student from x_t `[batch, *dims]` at times t to times s, each `[batch]`."""
+
+    x_t: Tensor
+    t: Tensor
+    s: Tensor
+    cond: Cond
+
+
+class StepObjective(Objective):
+    """An objective that calls the student once per turn, at the start of one of the student's own DDIM steps.
+
+    A subclass defines `step_losses`; other objectives can add a term on the landing point (see `Adversarial`).
+    """
+
+    needs_teacher: ClassVar[bool] = True
+
+    @final
+    def step(self, models: Models, batch: Batch, draw: Draw) -> Step:
+        """Return a step of the student for each sample of the batch, from times i / num_steps drawn uniformly."""
+        num_steps = self.outcome.num_steps
+        assert num_steps is not None
+        index = as_clock(draw.integers("time", num_steps), batch.x0)
+        t, s = (index + 1) / num_steps, index / num_steps
+        x_t = models.student.process.mix(batch.x0, draw.normal("noise", batch.x0.shape[1:]).to(batch.x0), t)
+        cond = batch.cond if self.guidance is None else self.guidance.shown(batch.cond, draw, batch.x0)
+        return Step(x_t, t, s, cond)
+
+    @abstractmethod
+    def step_losses(self, models: Models, step: Step, denoised: Denoised, draw: Draw) -> Losses:
+        """Return the losses of the student for its output `denoised` at the start of the steps."""
+
+    @final
+    def loss(self, models: Models, batch: Batch, draw: Draw) -> Losses:
+        step = self.step(models, batch, draw)
+        return self.step_losses(models, step, models.student(step.x_t, step.t, step.cond), draw)
+
+
 objectives: Registry[type[Objective]] = Registry("objective")
 
 
@@ -352,6 +344,15 @@ def weighted_x0_loss(x0: Tensor, target: Tensor, log_snr: Tensor, weighting: Wei
     """Return weight * mean((x0 - target)^2) for each sample, `[batch]`."""
     error = entry_mean((x0 - target).square())
     return per_sample(weighting(log_snr), error) * error
+
+
+def check_deterministic(sampler: Sampler) -> None:
+    """Raise ValueError unless the sampler is deterministic."""
+    if sampler.stochastic:
+        raise ValueError(
+            f"{type(sampler).__name__} draws noise, so one step cannot land where its steps land. "
+            "Choose a deterministic sampler for the teacher, such as DDIM()"
+        )
 
 
 def check_one_process(models: Models) -> Denoiser:

@@ -3,7 +3,7 @@
 The student takes N steps, so time has N segments, from j / N to (j + 1) / N. The teacher's grid has T times, a multiple
 of N. From a time t = b + n / T in the segment above the boundary b, the teacher takes one step to s = t - 1 / T, and
 the student itself takes the rest of the way to b, without gradient. The target is the x0 with which one DDIM step from
-t lands at the same point (`target.py`):
+t lands at the same point (`samplers/ddim.py`):
 
     target = w x0_teacher(x_t, t) + (1 - w) x0_student(x_s, s),   w = (r_s - r_t) / (r_b - r_t),   r = alpha / sigma
 
@@ -57,14 +57,15 @@ from halfstep.objectives.base import (
     Objective,
     Outcome,
     Role,
+    check_deterministic,
     check_one_process,
     noisy_student_loss,
     objectives,
 )
 from halfstep.objectives.guidance import Guidance
 from halfstep.objectives.metric import LossMetric, Squared
-from halfstep.objectives.target import Step, check_deterministic, landing_x0, steps_of
 from halfstep.samplers import DDIM, Sampler
+from halfstep.samplers.ddim import Step, landing_x0, steps_of
 
 REFERENCE: Final = "reference"
 """Name of the student's average, which is called at x_s instead of the student."""

@@ -42,6 +42,8 @@ from halfstep.objectives.base import (
     Models,
     Outcome,
     Role,
+    Step,
+    StepObjective,
     Training,
     Turn,
     check_one_process,
@@ -49,7 +51,7 @@ from halfstep.objectives.base import (
     objectives,
 )
 from halfstep.objectives.guidance import Guidance
-from halfstep.objectives.landing_points import Landing, Step, StepObjective, noised_landing
+from halfstep.objectives.landing_points import Landing, noised_landing
 from halfstep.samplers import DDIM
 
 START: Final = "start"

@@ -1,7 +1,7 @@
 """Halving: one DDIM step of the student lands where K = 2 steps of the teacher land.
 
-The target is the mean of the teacher's x0 along its K steps; `target.py` has the formula. The teacher may take its
-steps with any deterministic sampler.
+The target is the mean of the teacher's x0 along its K steps; `samplers/ddim.py` has the formula. The teacher may take
+its steps with any deterministic sampler.
 
 Source: Salimans & Ho 2022 (arXiv:2202.00512), algorithm 2; the authors' dpm.py for s = 0.
 """
@@ -24,14 +24,16 @@ from halfstep.objectives.base import (
     Models,
     Outcome,
     Role,
+    Step,
+    StepObjective,
+    check_deterministic,
     check_one_process,
     objectives,
     weighted_x0_loss,
 )
 from halfstep.objectives.guidance import Guidance
-from halfstep.objectives.landing_points import Step, StepObjective
-from halfstep.objectives.target import check_deterministic, landing_x0, steps_of
 from halfstep.samplers import DDIM, Sampler
+from halfstep.samplers.ddim import landing_x0, steps_of
 
 
 def halving_target(

@@ -1,4 +1,4 @@
-"""A DDIM step of the student, and its landing point with more noise: shared by several objectives.
+"""The landing point of the student's DDIM step, with more noise: shared by several objectives.
 
 The student's x0 at (x_t, t) takes x_t to x_s, the landing point. With further noise up to the level tau >= s, it is
 
@@ -10,26 +10,16 @@ because more noise than in x_t would hide the effect of the step. The levels of 
 critic or auxiliary denoiser works for all steps.
 """
 
-from abc import abstractmethod
-from typing import ClassVar, NamedTuple, final
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from halfstep.core.denoiser import Cond, ddim_step
+from halfstep.core.denoiser import ddim_step
 from halfstep.core.draw import Draw
 from halfstep.core.noise import NoiseProcess, as_clock, per_sample
 from halfstep.core.prediction import Denoised
-from halfstep.objectives.base import Batch, Losses, Models, Objective
-
-
-class Step(NamedTuple):
-    """Steps of the student from x_t `[batch, *dims]` at times t to times s, each `[batch]`."""
-
-    x_t: Tensor
-    t: Tensor
-    s: Tensor
-    cond: Cond
+from halfstep.objectives.base import Step
 
 
 class Landing(NamedTuple):
@@ -60,32 +50,3 @@ def noised_landing(
     eps = draw.normal(f"{purpose}landing", x_s.shape[1:]).to(x_s)
     y = per_sample(alpha / alpha_s, x_s) * x_s + per_sample(spread, x_s) * eps
     return Landing(y, tau, spread, eps)
-
-
-class StepObjective(Objective):
-    """An objective that calls the student once per turn, at the start of one of the student's own DDIM steps.
-
-    A subclass defines `step_losses`; other objectives can add a term on the landing point (see `Adversarial`).
-    """
-
-    needs_teacher: ClassVar[bool] = True
-
-    @final
-    def step(self, models: Models, batch: Batch, draw: Draw) -> Step:
-        """Return a step of the student for each sample of the batch, from times i / num_steps drawn uniformly."""
-        num_steps = self.outcome.num_steps
-        assert num_steps is not None
-        index = as_clock(draw.integers("time", num_steps), batch.x0)
-        t, s = (index + 1) / num_steps, index / num_steps
-        x_t = models.student.process.mix(batch.x0, draw.normal("noise", batch.x0.shape[1:]).to(batch.x0), t)
-        cond = batch.cond if self.guidance is None else self.guidance.shown(batch.cond, draw, batch.x0)
-        return Step(x_t, t, s, cond)
-
-    @abstractmethod
-    def step_losses(self, models: Models, step: Step, denoised: Denoised, draw: Draw) -> Losses:
-        """Return the losses of the student for its output `denoised` at the start of the steps."""
-
-    @final
-    def loss(self, models: Models, batch: Batch, draw: Draw) -> Losses:
-        step = self.step(models, batch, draw)
-        return self.step_losses(models, step, models.student(step.x_t, step.t, step.cond), draw)

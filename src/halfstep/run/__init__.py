@@ -1,1 +1,1 @@
-"""A plan in a folder: its specification, the loop over its stages, its cost."""
+"""Runs a plan in a folder: specification, loop over the stages, cost."""

@@ -1,4 +1,4 @@
-"""One call of `halfstep.fit` or `halfstep.distill`, which runs its stages in memory or in a run folder."""
+"""A call of `halfstep.fit` or `halfstep.distill`: runs its stages in memory or in a run folder."""
 
 import contextlib
 import copy
@@ -20,23 +20,24 @@ from halfstep.data import Data
 from halfstep.measure.evaluate import Evaluation
 from halfstep.models.folder import load
 from halfstep.models.model import Model
-from halfstep.models.students import in_precision, start_student
-from halfstep.nets import OWN, checkpoint_gradients, describe_network, merged
-from halfstep.objectives import Outcome, Plan, Stage, guidances, objectives, parents_of
+from halfstep.nets import OWN, describe_network, merged
+from halfstep.objectives import Outcome, Plan, objectives, parents_of
 from halfstep.run.events import Event, Notice, Progress, StageEnd, StageStart
 from halfstep.run.progress import bars
 from halfstep.run.runner import run
 from halfstep.run.sources import Source, StreamedBatches, as_batches, as_source
 from halfstep.run.spec import FREE_SETTINGS, RunSpec
+from halfstep.run.start import facts_of, student_and_teacher
 from halfstep.runs import RunFolder
 from halfstep.runtime.devices import existing_device
 from halfstep.runtime.files import cache_folder, refuse_file, user_path
 from halfstep.runtime.launch import rank, world_size
 from halfstep.runtime.processes import make_accelerator
 from halfstep.runtime.stop import Interrupted, StopSignal
-from halfstep.train.engine import StageTrainer, check_sharding
+from halfstep.train.engine import StageTrainer
 from halfstep.train.memory import fit_micro_batch
 from halfstep.train.settings import Engine
+from halfstep.train.sharding import check_sharding
 from halfstep.train.window import Window
 
 OnWindow = Callable[[str, Window], None]
@@ -75,10 +76,10 @@ class Call:
             pass
 
     def opened(self, data: Source) -> Data | StreamedBatches:
-        """Return the data, opened and checked.
+        """Open and check the data.
 
         Raises:
-            ValueError: if they cannot be used, or not together with `out`.
+            ValueError: if they cannot be used, or not with `out`.
         """
         found = as_source(data)
         if self.out is not None and isinstance(found, StreamedBatches):
@@ -114,7 +115,7 @@ class Call:
             yield self.engine
 
     def watch(self, events: Iterator[Event], model_of: Callable[[str], Any]) -> None:
-        """Run a call to its end, updating the progress bar and calling the callbacks at its events."""
+        """Run the stages to the end, updating the progress bar and calling the callbacks."""
         with bars(self.progress and rank() == 0) as shown:
             for event in events:
                 if isinstance(event, StageStart):
@@ -159,7 +160,7 @@ class Call:
         told: dict[str, Any],
         **more: Any,
     ) -> RunSpec:
-        """Return the call as the specification of a run in a folder."""
+        """Return the specification of the run in `out`."""
         assert isinstance(data, Data)
         assert self.out is not None
         described = describe_network(denoiser.network)
@@ -195,7 +196,7 @@ class Call:
 
 
 def call_of(seed: int, engine: Engine, device: Any, out: Any, *rest: Any) -> Call:
-    """Check the arguments, which are the fields of `Call`, and return the call.
+    """Check the arguments, the fields of `Call`, and return the call.
 
     Raises:
         ValueError: if an argument has the wrong type.
@@ -234,20 +235,15 @@ class Chain:
         self.names: list[str] = []
 
     def run(self, plan: Plan, lora_rank: int | None) -> Iterator[Event]:
-        """Train the stages in order: students, or the given denoiser itself if its objective needs no teacher."""
+        """Train the stages in order: students, or the given denoiser itself if the objective needs no teacher."""
         needs_teacher = plan.stages[0].objective.needs_teacher
         for index, (name, stage) in enumerate(zip(plan.names(int(needs_teacher)), plan.stages, strict=True)):
             student, seen = self.made[0], None
             if stage.objective.needs_teacher:
                 parents = parents_of(stage.objective, self.outcomes)
                 assert parents is not None
-                student, teacher = self.made[parents.start], self.made[parents.teacher]
-                student = start_student(stage.objective.start(student), lora_rank)
-                if isinstance(teacher, NetworkDenoiser):
-                    teacher = in_precision(teacher, self.engine.teacher_precision)
-                seen = stage.objective.view(teacher, student, self.null)
-            if self.engine.gradient_checkpointing and isinstance(student, NetworkDenoiser):
-                checkpoint_gradients(student.network)
+                start, teacher = self.made[parents.start], self.made[parents.teacher]
+                student, seen = student_and_teacher(stage, start, teacher, self.null, lora_rank, self.engine)
             yield StageStart(name, index, stage, 0, 0.0)
             trainer = StageTrainer(
                 student,
@@ -268,37 +264,27 @@ class Chain:
             self.made.append(trainer.finish())
             self.outcomes.append(stage.objective.outcome)
             self.names.append(name)
-            self.models.append(self._model(name, stage, trainer, self.made[-1]))
+            self.models.append(self._model(trainer, self.made[-1]))
             yield StageEnd(name, trainer.seconds, False)
 
     def model_of(self, name: str) -> Any:
         """Return a copy of a stage's result, so that callbacks cannot change the chain's own."""
         return copy.deepcopy(self.models[self.names.index(name)])
 
-    def _model(self, name: str, stage: Stage, trainer: StageTrainer, denoiser: Denoiser) -> Any:
-        outcome, like = stage.objective.outcome, self.like
+    def _model(self, trainer: StageTrainer, denoiser: Denoiser) -> Any:
+        like = self.like
         if not isinstance(denoiser, NetworkDenoiser):
+            outcome = trainer.stage.objective.outcome
             denoiser.num_steps, denoiser.sampler = outcome.num_steps, outcome.sampler
             denoiser.shape = self.data.shape
             return denoiser
         assert like is not None
-        learned = stage.objective.guidance
-        described = None if learned is None else guidances.describe(learned)
-        if described is None:
-            described = like.manifest.guidance
-        scale = None if described is None else guidances.rebuild(described).default_scale
         return Model.of(
             NetworkDenoiser(merged(denoiser.network), denoiser.process, denoiser.prediction).eval(),
             like.shape,
             num_classes=like.num_classes,
             conditions=like.manifest.conditions,
             clip=like.manifest.clip,
-            made=outcome,
-            stage=name,
-            objective=objectives.name_of(stage.objective),
-            guidance=described,
-            guidance_scale=scale,
-            num_updates=trainer.update,
-            seconds=round(trainer.seconds, 3),
             is_image=like.manifest.is_image,
+            **facts_of(trainer, like.manifest),
         )

@@ -27,7 +27,7 @@ FLOPS_OF_A_TRIAL = 1e11
 """FLOPs of a timed update: seconds on a CPU, a fraction of a second on a GPU."""
 
 SECONDS_OF_A_TRIAL = 10.0
-"""No larger update is timed once one takes longer than this."""
+"""Once an update takes longer than this, no larger one is timed."""
 
 
 @final
@@ -77,7 +77,7 @@ def count_forward(spec: RunSpec) -> Forward:
         def keep(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()._cdata
             if storage not in own and storage not in kept:
-                # Kept alive until the end, so that no later storage reuses its address.
+                # Kept alive, so that no later storage reuses its address.
                 held[storage] = tensor
             return tensor
 
@@ -247,9 +247,9 @@ def _of_batch(stage: Stage, batch_size: int) -> Stage:
 
 
 def _seconds(spec: RunSpec, stage: Stage, num_updates: int = 3) -> float:
-    """Return the seconds of the fastest of a few updates, after one warm-up update."""
+    """Time a few updates after one warm-up update; return the seconds of the fastest."""
     accelerator = make_accelerator(spec.engine.precision, spec.engine.cpu)
-    # A single process is timed, which stores all weights.
+    # Timed in a single process, which stores all weights.
     alone = replace(spec, engine=replace(spec.engine, sharding="none"))
     trainer = trainer_for(alone, stage, "timing", spec.teacher, accelerator)
     times = []

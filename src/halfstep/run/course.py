@@ -1,7 +1,7 @@
 """Builds the plan of a chain from a teacher, for recipes and for `halfstep.distill`.
 
-A teacher that amplifies its errors at t = 1 is matched to v before halving. A U-Net with a discrete noise schedule that
-is matched anyway moves to the cosine schedule, where a step loses less and every power of two is exact.
+A teacher that amplifies its errors at t = 1 is matched to v before halving. If a U-Net with a discrete noise schedule
+needs matching, it also moves to the cosine schedule, where a step loses less and every power of two is exact.
 """
 
 import warnings
@@ -18,23 +18,14 @@ from halfstep.core.warnings import HalfstepWarning
 from halfstep.models.folder import blank_denoiser
 from halfstep.models.model import Model
 from halfstep.nets import StockNetwork, has_movable_clock
-from halfstep.objectives import (
-    Guidance,
-    Matching,
-    Objective,
-    Outcome,
-    Plan,
-    Role,
-    Training,
-    parents_of,
-)
+from halfstep.objectives import Guidance, Matching, Objective, Outcome, Plan, Role, Training, parents_of
 from halfstep.samplers import DDIM, Sampler
 
 MATCHED_GAIN: Final = 10.0
 """Gain at t = 1 (see `output_gain`) above which a given teacher is matched to v before halving. With eps it is 15 for
 Stable Diffusion and 160 for DDPM."""
 IMAGE_RANGE: Final = (-1.0, 1.0)
-"""Range of images as x0."""
+"""Range of x0 for images."""
 
 
 def cosine_within(process: NoiseProcess) -> VPCosine:
@@ -50,7 +41,7 @@ class Start:
     """The teacher that a chain starts from.
 
     Args:
-        given: whether it already exists, instead of being trained by the same plan.
+        given: whether it already exists, rather than being trained by the same plan.
     """
 
     process: NoiseProcess
@@ -67,7 +58,7 @@ class Start:
     """The sampler that a student was distilled for."""
     given: bool = True
     clip: tuple[float, float] | None = None
-    """Bounds to which its x0 is clipped in sampling, which a matched student learns; None if it is not."""
+    """Bounds to which sampling clips its x0, which a matched student learns; None for no clipping."""
     is_clipped: bool = False
     """Whether it is a `Clipped` denoiser. Halving does not support these, so a student is matched to it first."""
     is_stock: bool = False
@@ -96,14 +87,14 @@ class Start:
 
     @property
     def is_finished(self) -> bool:
-        """Whether it is halved as it is: a student, or a network that has learned its guidance."""
+        """Whether it is halved without matching: a student, or a network that has learned its guidance."""
         return self.role is Role.STUDENT or self.guidance is not None
 
 
 @final
 @dataclass(frozen=True)
 class Match:
-    """How a teacher is converted before halving; None leaves a setting to the builder."""
+    """How to convert a teacher before halving; None lets the builder choose."""
 
     training: Training
     prediction: Prediction | None = None
@@ -138,12 +129,12 @@ class Match:
             )
             raise ValueError(
                 f"the matching stage calls a teacher at all times and guides it, but {start.name} {what}. Match its "
-                "own teacher, with all changes at once"
+                "own teacher instead, with all changes at once"
             )
         if self.guidance is not None and not start.given:
             raise ValueError(
-                "matching.guidance_scale and matching.guidance_range need a given teacher with a null class, which a "
-                "teacher trained by this recipe does not have. Remove them"
+                "matching.guidance_scale and matching.guidance_range need a given teacher with a null class, but this "
+                "recipe trains its own teacher, without one. Remove them"
             )
         may_move = isinstance(own, VPTable) and start.may_move and lora_rank is None
         if self.process is None and may_move:
@@ -165,7 +156,7 @@ def course(
     lora_rank: int | None = None,
     after: Plan | None = None,
 ) -> Plan:
-    """Return the stages from a teacher to the last student: matching if it is needed, the halvings, then the rest.
+    """Return the stages from a teacher to the last student: matching if needed, halvings, then `after`.
 
     Warns if the chain's first step from t = 1 amplifies the network's error too much.
 
@@ -175,7 +166,7 @@ def course(
 
     Raises:
         ValueError: as for `Match.objective`, or if the halvings are impossible, a stage needs a model that does not
-            precede it, a teacher would be guided twice, or a student refined without the guidance that it has learned.
+            precede it, a teacher would be guided twice, or a student would be refined without its learned guidance.
     """
     matching = match.objective(start, lora_rank)
     process, prediction, guidance = start.process, start.prediction, start.guidance
@@ -218,7 +209,7 @@ def _warn_of_export(start: Start, process: NoiseProcess, num_steps: int | None, 
 
 
 def _check_guidance(objective: Objective, of_start: Guidance | None, of_teacher: Guidance | None) -> None:
-    """Raise ValueError if a teacher would be guided twice, or a student refined without the guidance that it has."""
+    """Raise ValueError if a teacher would be guided twice, or a student refined without its learned guidance."""
     if objective.guides_teacher and of_teacher is not None:
         raise ValueError(
             f"the stage {objective.label} guides a teacher that has already learned {of_teacher}. Remove guide_teacher"

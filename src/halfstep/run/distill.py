@@ -21,15 +21,7 @@ from halfstep.measure.evaluate import Evaluation
 from halfstep.models.model import Model
 from halfstep.models.students import start_student
 from halfstep.nets import has_movable_clock, own_state
-from halfstep.objectives import (
-    Denoising,
-    Guidance,
-    Halving,
-    Outcome,
-    Plan,
-    Role,
-    Training,
-)
+from halfstep.objectives import Denoising, Guidance, Halving, Outcome, Plan, Role, Training
 from halfstep.run.call import Call, Chain, OnStage, OnWindow, call_of
 from halfstep.run.course import IMAGE_RANGE, Match, Start, course
 from halfstep.run.own_samples import check_can_sample, samples_of
@@ -41,6 +33,17 @@ from halfstep.samplers import Sampler
 from halfstep.train.settings import Engine
 
 STUDENT_TRAINING: Final = Training(num_updates=1000, learning_rate=2e-4)
+A_TRAINING: Final = (Training, "halfstep.Training(num_updates=2000, learning_rate=2e-4)")
+KINDS: Final[Mapping[str, tuple[type, str]]] = {
+    "training": A_TRAINING,
+    "matching": A_TRAINING,
+    "plan": (Plan, "halfstep.Plan.halvings(64, 4)"),
+    "prediction": (Prediction, "halfstep.V()"),
+    "process": (NoiseProcess, "halfstep.VPCosine()"),
+    "guidance": (Guidance, "halfstep.FixedGuidance(4.0)"),
+    "teacher_sampler": (Sampler, "halfstep.Heun()"),
+}
+"""Types of the arguments of `distill` that are objects, each with an example for error messages."""
 
 
 def fit(
@@ -61,8 +64,8 @@ def fit(
     """Train a denoiser in place to denoise the data, and return it as a teacher: a `Model`.
 
     Args:
-        denoiser: a `NetworkDenoiser`, or a custom denoiser, which is itself returned. It gets its averaged weights at
-            the end if `training` averages them.
+        denoiser: a `NetworkDenoiser`, or a custom denoiser, which is returned itself. It ends with the averaged weights
+            if `training` averages them.
         data: as for `distill`.
         weighting: weight of the squared error in x0; truncated SNR if None.
         seed, engine, device, out, evaluation, on_window, on_stage, progress: as for `distill`.
@@ -73,7 +76,7 @@ def fit(
     """
     denoiser = denoiser.denoiser if isinstance(denoiser, Model) else denoiser
     _check_bare("the denoiser", denoiser)
-    check_instance("training", training, Training, "halfstep.Training(num_updates=2000, learning_rate=2e-4)")
+    check_instance("training", training, *A_TRAINING)
     if weighting is not None:
         check_instance("weighting", weighting, Weighting, "halfstep.SNR()")
     call = call_of(seed, engine, device, out, evaluation, on_window, on_stage, progress)
@@ -122,7 +125,7 @@ def _check_trainable(denoiser: Denoiser, *, as_it_is: bool = False) -> None:
         raise ValueError(f"the network is wrapped in {name}. Pass its .module; use torchrun for several processes")
     if isinstance(network, torch.jit.ScriptModule):
         raise ValueError("the network is a ScriptModule, which cannot be copied. Pass the original module")
-    # Importing torch._dynamo takes seconds; if a network was compiled, it is imported already.
+    # Importing torch._dynamo takes seconds; if a network was compiled, it has already been imported.
     dynamo: Any = sys.modules.get("torch._dynamo.eval_frame")
     if dynamo is not None and isinstance(network, dynamo.OptimizedModule):
         raise ValueError(
@@ -187,7 +190,7 @@ def distill(
             If None, samples of the teacher (see `samples_of`).
         to: DDIM steps of the student.
         start: DDIM steps of the teacher, `to` times a power of two; if None, a student's own or 16 times `to`.
-        training: settings of each halving stage; updates are doubled at 2 steps and at 1.
+        training: settings of each halving stage, with twice as many updates at 2 steps and at 1.
         plan: the halving stages instead of `to`, `start` and `training`.
         prediction: prediction of the student's network; the teacher's if None.
         process: the student's noise process; if None, the teacher's, or the cosine process for a matched U-Net.
@@ -197,16 +200,16 @@ def distill(
         matching: training of the matching stage; `training` if None.
         finish: step counts of the students to finish after the chain, or the stages of `Plan.finishes`; the last of
             these students is returned.
-        teacher_sampler: deterministic sampler of the first teacher; DDIM if None. Students teach by DDIM.
+        teacher_sampler: deterministic sampler of the first teacher; DDIM if None. Students teach with DDIM steps.
         teacher_steps: steps of that sampler for each step of the first student; 2 if None.
         lora_rank: train LoRA weights of this rank instead of whole students (diffusers networks only). They are merged
             into the returned student; the stages of `out` store them separately.
-        seed: determines every random number, together with the number of the update.
+        seed: determines every random number, together with the update's number.
         engine: precision, micro batch, compilation and logging interval (`log_every`).
         device: where to train; if None, on an accelerator if one is available.
         out: a run folder as the command line writes it, with a log, checkpoints and the model of every stage. The same
             call resumes it; Ctrl-C saves the state first.
-        evaluation: how the stages in `out` are measured; not at all if None.
+        evaluation: how to measure the stages in `out`; None measures nothing.
         on_window: called with a stage's name and its `Window` of statistics at every `engine.log_every`th update.
         on_stage: called with a stage's name and its model when the stage is complete, for example to evaluate it.
         progress: show progress bars, if stderr is a terminal.
@@ -221,8 +224,8 @@ def distill(
         NonFinite: if training diverged.
     """
     _check_plan_arguments(
-        to, start, finish, training, plan, prediction, process, guidance, matching, teacher_sampler, teacher_steps,
-        lora_rank, null,
+        to, start, finish, teacher_steps, lora_rank, null, training=training, matching=matching, plan=plan,
+        prediction=prediction, process=process, guidance=guidance, teacher_sampler=teacher_sampler,
     )  # fmt: skip
     call = call_of(seed, engine, device, out, evaluation, on_window, on_stage, progress)
     clip = (teacher.low, teacher.high) if isinstance(teacher, Clipped) else None
@@ -337,7 +340,7 @@ def _start_of(teacher: Denoiser) -> Start:
 
 
 def _drawn(teacher: Denoiser, call: Call) -> Data:
-    """Return samples of the teacher, generated on the device of the call."""
+    """Return samples of the teacher, generated on the call's device."""
     before = next(teacher.parameters()).device
     with call.placed() as used:
         try:
@@ -347,39 +350,16 @@ def _drawn(teacher: Denoiser, call: Call) -> Data:
 
 
 def _check_plan_arguments(
-    to: Any,
-    start: Any,
-    finish: Any,
-    training: Any,
-    plan: Any,
-    prediction: Any,
-    process: Any,
-    guidance: Any,
-    matching: Any,
-    teacher_sampler: Any,
-    teacher_steps: Any,
-    lora_rank: Any,
-    null: Any,
+    to: Any, start: Any, finish: Any, teacher_steps: Any, lora_rank: Any, null: Any, **objects: Any
 ) -> None:
-    """Raise ValueError if an argument of `distill` has the wrong type."""
+    """Raise ValueError if an argument of `distill` has the wrong type; `objects` are those in `KINDS`."""
     check_whole("to", to)
     check_whole("start", to if start is None else start)
     if isinstance(finish, str) or not isinstance(finish, Plan | Sequence):
         raise ValueError(f"finish must be a list of step counts, got {finish!r}. Pass, for example, finish=[2, 1]")
-    made = "halfstep.Training(num_updates=2000, learning_rate=2e-4)"
-    kinds: list[tuple[str, Any, type, str]] = [
-        ("training", training, Training, made),
-        ("matching", matching, Training, made),
-        ("plan", plan, Plan, "halfstep.Plan.halvings(64, 4)"),
-        ("prediction", prediction, Prediction, "halfstep.V()"),
-        ("process", process, NoiseProcess, "halfstep.VPCosine()"),
-        ("guidance", guidance, Guidance, "halfstep.FixedGuidance(4.0)"),
-        ("teacher_sampler", teacher_sampler, Sampler, "halfstep.Heun()"),
-        ("lora_rank", lora_rank, int, "lora_rank=16"),
-    ]
-    for name, value, kind, example in kinds:
+    for name, value in objects.items():
         if value is not None or name == "training":
-            check_instance(name, value, kind, example)
+            check_instance(name, value, *KINDS[name])
     if lora_rank is not None:
         check_whole("lora_rank", lora_rank, most=2**16)
     if teacher_steps is not None:

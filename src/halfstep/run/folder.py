@@ -1,10 +1,9 @@
-"""Opening a run folder: compare it with the recipe, lock it and write recipe.json."""
+"""Opens a run folder: compares it with the recipe, locks it and writes recipe.json."""
 
 import contextlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -12,7 +11,7 @@ from filelock import FileLock, Timeout
 from halfstep.core.warnings import HalfstepWarning
 from halfstep.data import changed_since
 from halfstep.models.model import Model
-from halfstep.objectives import Outcome, Stage
+from halfstep.objectives import Outcome
 from halfstep.run.spec import RunSpec
 from halfstep.run.trackers import chosen_trackers
 from halfstep.runs import RunFolder
@@ -65,9 +64,11 @@ def differences(
 
 
 def identity(spec: RunSpec) -> str:
-    """Return the digest of all that determines what a run learns: its recipe without free fields, and its data."""
+    """Return the digest of everything that determines what a run learns: recipe without free fields, and data."""
     fields = flatten(spec.defaults) | flatten(spec.recipe)
-    ignored = (*spec.free, *(() if fields.get("finish.steps") else (name for name in fields if _finishes(name))))
+    ignored = set(spec.free)
+    if not fields.get("finish.steps"):
+        ignored |= {name for name in fields if name.startswith("finish.")}
     decided = {name: value for name, value in fields.items() if name not in ignored}
     return json_digest([decided, spec.data.fingerprint], 32)
 
@@ -128,14 +129,17 @@ def _check_folder(spec: RunSpec, folder: RunFolder) -> None:
             )
         if held.get("data_fingerprint") not in (None, spec.data.fingerprint):
             _accept(spec, folder, held)
-    elif folder.path.is_dir() and any(not _is_ours(entry) for entry in folder.path.iterdir()):
+        return
+    # A run that was killed before it wrote recipe.json leaves these two.
+    ours = {folder.path / ".lock", *leftovers(folder.path, "recipe.json")}
+    if folder.path.is_dir() and set(folder.path.iterdir()) - ours:
         before_finishing = replace(spec, recipe={n: v for n, v in spec.recipe.items() if n != "finish"})
         if _held_by(folder) not in (identity(spec), identity(before_finishing)):
             raise ValueError(f"{folder.path} is not empty and not a run folder (no recipe.json): choose another --out")
 
 
 def _held_by(folder: RunFolder) -> str | None:
-    """Return the run of all stages and checkpoints in a folder without recipe.json; None if it is not a single one."""
+    """Return the `run` of all stages and checkpoints in a folder without recipe.json; None unless all are equal."""
     found = set()
     for file in (*folder.path.glob("stages/*/manifest.json"), *folder.path.glob("stages/*/checkpoint-*/manifest.json")):
         with contextlib.suppress(DamagedFile):
@@ -187,38 +191,27 @@ def _growing(spec: RunSpec, held: Mapping[str, Any]) -> list[str]:
     new = flatten(spec.recipe)
     old = flatten(spec.defaults) | flatten(held["recipe"])
     lists = old.get("finish.steps") or [], new.get("finish.steps") or []
-    if not all(_agree(*pair) for pair in (lists, (held.get("plan") or [], _rows(spec)))):
+    pairs = lists, (held.get("plan") or [], _rows(spec))
+    # In each pair, one list must be a prefix of the other.
+    if any(one != other for pair in pairs for one, other in zip(*pair, strict=False)):
         return []
-    return ["finish.steps"] if all(lists) else sorted(name for name in old | new if _finishes(name))
-
-
-def _agree(one: Sequence[Any], other: Sequence[Any]) -> bool:
-    """Return whether one list is a prefix of the other."""
-    shared = min(len(one), len(other))
-    return list(one[:shared]) == list(other[:shared])
-
-
-def _finishes(field: str) -> bool:
-    """Return whether a recipe field configures the finishing stages."""
-    return field.startswith("finish.")
-
-
-def _is_ours(entry: Path) -> bool:
-    """Return whether a run that was killed before it wrote recipe.json can have left this entry."""
-    return entry.name == ".lock" or entry in leftovers(entry.parent, "recipe.json")
+    return ["finish.steps"] if all(lists) else sorted(name for name in old | new if name.startswith("finish."))
 
 
 def _rows(spec: RunSpec) -> list[dict[str, Any]]:
     """Return the rows of the plan for recipe.json."""
-    return [_row(spec, name, stage) for name, stage in spec.stages]
-
-
-def _row(spec: RunSpec, name: str, stage: Stage | None) -> dict[str, Any]:
-    """Return the row of a stage that is not trained yet, for recipe.json."""
-    row: dict[str, float] = {"num_updates": 0, "update_cost": 0}
-    known: Outcome | Model | None = spec.teacher
-    if stage is not None:
-        known = stage.objective.outcome
-        row = {"num_updates": stage.training.num_updates, "update_cost": stage.update_cost}
-    assert known is not None
-    return {"stage": name, "role": known.role, "num_steps": known.num_steps, **row}
+    rows = []
+    for name, stage in spec.stages:
+        known: Outcome | Model | None = spec.teacher if stage is None else stage.objective.outcome
+        assert known is not None
+        row: dict[str, Any] = {
+            "stage": name,
+            "role": known.role,
+            "num_steps": known.num_steps,
+            "num_updates": 0,
+            "update_cost": 0,
+        }
+        if stage is not None:
+            row |= {"num_updates": stage.training.num_updates, "update_cost": stage.update_cost}
+        rows.append(row)
+    return rows

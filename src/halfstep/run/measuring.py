@@ -1,4 +1,4 @@
-"""Measures the stages of a run: writes metrics.json and a few samples to look at, both from the store."""
+"""Measures the stages of a run: writes metrics.json and a few samples, both taken from the store."""
 
 import functools
 import time
@@ -33,7 +33,7 @@ from halfstep.samplers import samplers
 class Measuring:
     """Measures one stage after another, and compares students with the first model from the same noise.
 
-    That model is sampled at its finest: with the measured sampler and step count that take the most network calls.
+    For the comparison, the first model uses the measured sampler and step count with the most network calls.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Measuring:
         place, size = folder.evaluation_path.parent, spec.evaluation.batch_size
         self.store = Store(place, batch_size=size, own_device=True, processes=processes, stop=stop)
         self._base: Cell | None = None
-        """The finest samples of the chain's first model, which all others are compared with."""
+        """The finest samples of the chain's first model, to compare all others with."""
 
     def measured(self, folder: StageFolder, model: Model, updates_before: int) -> Iterator[Event]:
         """Measure a stage, unless its metrics exist; trackers log them at update `updates_before` of the plan."""
@@ -114,7 +114,7 @@ class Measuring:
         self.processes.on_main(write)
 
     def _methods(self, model: Model) -> list[Method]:
-        """Return the methods by which a model is sampled to measure it."""
+        """Return the samplers and step counts with which a model is measured."""
         own, start = model.sampler, self.spec.start_steps
         if model.num_steps is not None:
             return [Method(own, model.num_steps)]

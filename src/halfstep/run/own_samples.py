@@ -17,7 +17,7 @@ from halfstep.samplers import DDIM, Heun, Sampler, sample
 NUM_SAMPLES: Final = 4096
 """Number of samples from a teacher that is distilled without data."""
 NUM_STEPS: Final = 32
-"""Heun steps for a teacher of any number of steps: 63 network calls, with the quality of 256 DDIM steps."""
+"""Heun steps for an undistilled teacher: 63 network calls, with the quality of 256 DDIM steps."""
 
 
 def samples_of(
@@ -94,7 +94,7 @@ def check_can_sample(teacher: Denoiser, shape: Sequence[int] | None = None) -> t
         )
     if shape is None and teacher.shape is None:
         raise ValueError(
-            "the shape of a sample is not known. Pass data=samples_of(teacher, num_samples, shape), or your own data"
+            "the sample shape is unknown. Pass data=samples_of(teacher, num_samples, shape), or your own data"
         )
     asked = check_shape(teacher.shape if shape is None else shape)
     if teacher.shape not in (None, asked):

@@ -1,4 +1,4 @@
-"""Checks before training for everything that would otherwise fail only after the teacher is trained."""
+"""Checks before training for errors that would otherwise appear only once the teacher is trained."""
 
 import torch
 

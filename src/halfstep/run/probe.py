@@ -1,4 +1,4 @@
-"""A check before training that a denoiser and its data are compatible, with one call of the denoiser."""
+"""Checks a denoiser against its data before training, with one call."""
 
 import inspect
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ MOST_WEIGHTS: Final = 10**8
 
 
 def _two_of(data: Data | StreamedBatches) -> Batch:
-    """Return two samples: of the lowest and highest class if class labels are in memory, otherwise first and last."""
+    """Return two samples: of the lowest and the highest class if labels are in memory, otherwise first and last."""
     if isinstance(data, StreamedBatches):
         x0, cond = data.first
         rows = _extremes(cond.get(CLASSES), len(x0))
@@ -73,7 +73,7 @@ def _check_names(network: nn.Module, data: Data | StreamedBatches, held: list[st
 
 
 def without(data: Data | StreamedBatches) -> str:
-    """Return how to pass the data without labels or other conditions."""
+    """Return advice on how to pass the data without labels or other conditions."""
     if isinstance(data, Data) and data.source != "memory":
         return f"Pass halfstep.open_data(halfstep.DataConfig(source={data.source!r}, labels=False))"
     return "Pass x0 alone"
@@ -119,7 +119,7 @@ def check_called(denoiser: Denoiser, data: Data | StreamedBatches, null: Cond | 
             raise
         remedy = f"It must return {form_of(x0)} for such inputs"
         if weight.dtype != x0.dtype:
-            remedy = f"Its weights are {weight.dtype}: convert them by .float()"
+            remedy = f"Its weights are {weight.dtype}: convert them with .float()"
         raise failed_call(f"the {what}, called on two samples of the data,", x_t, cond, error, remedy) from error
     finally:
         for part, was_training in modes.items():

@@ -11,31 +11,24 @@ from rich.console import Console
 
 @final
 class Bars:
-    """The bars of the stages.
+    """The bars of the stages, drawn in a display."""
 
-    Args:
-        shown: display to draw them in; None draws nothing.
-    """
-
-    def __init__(self, shown: rich.Progress | None = None) -> None:
-        self._shown = shown
+    def __init__(self, display: rich.Progress) -> None:
+        self._display = display
         self._tasks: dict[str, rich.TaskID] = {}
 
     def start(self, name: str, num_updates: int, done: int) -> None:
         """Start a stage's bar at `done` updates."""
-        if self._shown is not None:
-            self._tasks[name] = self._shown.add_task(name, total=num_updates, completed=done, loss="")
+        self._tasks[name] = self._display.add_task(name, total=num_updates, completed=done, loss="")
 
     def at(self, name: str, update: int, loss: float) -> None:
         """Move the bar to `update`."""
-        if self._shown is not None:
-            self._shown.update(self._tasks[name], completed=update, loss="" if math.isnan(loss) else f"loss {loss:.4g}")
+        self._display.update(self._tasks[name], completed=update, loss="" if math.isnan(loss) else f"loss {loss:.4g}")
 
     def end(self, name: str) -> None:
         """Fill the bar, even if the stage ended early."""
-        if self._shown is not None and name in self._tasks:
-            task = self._tasks[name]
-            self._shown.update(task, total=self._shown.tasks[task].completed)
+        task = self._tasks[name]
+        self._display.update(task, total=self._display.tasks[task].completed)
 
 
 @contextlib.contextmanager
@@ -43,8 +36,7 @@ def bars(wanted: bool) -> Iterator[Bars]:
     """Yield bars, which are drawn only if `wanted` and if stderr is a terminal."""
     console = Console(stderr=True)
     if not wanted or not console.is_terminal or console.is_dumb_terminal:
-        yield Bars()
-        return
+        console.quiet = True
     columns = (
         rich.TextColumn("{task.description}", markup=False),
         rich.BarColumn(),
@@ -52,5 +44,5 @@ def bars(wanted: bool) -> Iterator[Bars]:
         rich.TextColumn("{task.fields[loss]}"),
         rich.TimeRemainingColumn(),
     )
-    with rich.Progress(*columns, console=console) as shown:
-        yield Bars(shown)
+    with rich.Progress(*columns, console=console, disable=console.quiet) as display:
+        yield Bars(display)

@@ -16,26 +16,23 @@ from accelerate import Accelerator
 from filelock import FileLock
 
 from halfstep.core.denoiser import NetworkDenoiser
-from halfstep.core.noise import processes
-from halfstep.core.prediction import predictions
 from halfstep.data import Data, MemoryData
 from halfstep.models.folder import drop_weights, load, save_stage
 from halfstep.models.model import Model
 from halfstep.nets import LoRA, describe_network, merged
-from halfstep.objectives import Stage, guidances, objectives
+from halfstep.objectives import Stage
 from halfstep.run.events import Event, Notice, Progress, StageEnd, StageStart
 from halfstep.run.folder import flatten, take_folder
 from halfstep.run.measuring import Measuring
 from halfstep.run.spec import RunSpec
-from halfstep.run.start import trainer_for
+from halfstep.run.start import facts_of, trainer_for
 from halfstep.run.trackers import Trackers, chosen_trackers
-from halfstep.runs import Heartbeat, Manifest, Outcome, RunFolder, RunLog, StageFolder
+from halfstep.runs import Heartbeat, Manifest, RunFolder, RunLog, StageFolder
 from halfstep.runtime.failures import NonFinite
 from halfstep.runtime.files import write_json
 from halfstep.runtime.processes import Lookout, LostProcess, Processes, is_lost, make_accelerator
 from halfstep.runtime.stop import Interrupted, StopSignal
 from halfstep.runtime.storage import last_good, no_storage
-from halfstep.samplers import samplers
 from halfstep.train.checkpoint import CheckpointWriter, micro_batch_of, remove_checkpoints, resume
 from halfstep.train.engine import StageTrainer
 from halfstep.train.memory import fit_micro_batch
@@ -89,7 +86,7 @@ def run(spec: RunSpec, path: Path, stop: StopSignal | None = None) -> Iterator[E
         saved = (file for name, _ in reversed(spec.stages) for file in folder.stage(name).checkpoints())
         last = next(saved, None if runner is None else runner.last)
         raise LostProcess(
-            f"another process of this run has ended or does not answer, so this one stops; {last_good(last)}; "
+            f"another process of this run has ended or does not respond, so this one stops; {last_good(last)}; "
             f"restart all processes with the same command ({reason})"
         ) from None
     finally:
@@ -97,10 +94,10 @@ def run(spec: RunSpec, path: Path, stop: StopSignal | None = None) -> Iterator[E
 
 
 STARVED: Final = 0.2
-"""Share of its time spent waiting for data above which a run is warned."""
+"""Share of the time spent waiting for data above which a run warns."""
 
 STARVED_WINDOWS: Final = 3
-"""Consecutive log lines above that share before the warning: the first updates of a stage wait for a new thread."""
+"""Consecutive log lines above that share before the warning, because a stage's first updates wait for a new thread."""
 
 
 def _of_starving(progress: Progress, data: Data) -> Notice:
@@ -112,7 +109,7 @@ def _of_starving(progress: Progress, data: Data) -> Notice:
 
 
 def _is_before(row: Mapping[str, Any], resumed: int) -> bool:
-    """Return whether a log row is from update `resumed` or an earlier one; False for a damaged row."""
+    """Return whether a log row is from update `resumed` or before; False for a damaged row."""
     update = row.get("update")
     return isinstance(update, int) and update <= resumed
 
@@ -183,7 +180,7 @@ class _Runner:
         """Return whether a stage is "complete", "absent", or has "dropped" its weights."""
         self._still_there()
         if folder.is_complete() and not folder.manifest().weights_kept:
-            # Its weights were removed only after it was measured and the next stage trained.
+            # Its weights were removed only once it was measured and the next stage trained.
             drop_weights(folder)
             return "dropped"
         if folder.is_complete():
@@ -221,7 +218,7 @@ class _Runner:
         save_stage(folder, denoiser, teacher.manifest.model_copy(update=changes), teacher.null)
 
     def _prune(self, students: list[tuple[StageFolder, Stage | None]]) -> None:
-        """Remove the weights of measured students that are no longer needed, unless they are to be kept."""
+        """Remove the weights of measured students that are neither needed nor to be kept."""
         for folder, stage in students:
             if self.spec.keep is not None and stage is not None and stage.num_steps not in self.spec.keep:
                 drop_weights(folder)
@@ -236,7 +233,7 @@ class _Runner:
             trainer = trainer_for(spec, stage, folder.name, start, self.accelerator, teacher)
             # Only their manifests are still needed: the networks in training are copies, or share their weights.
             if teacher is not None and spec.engine.teacher_precision != "float32":
-                # One copy of it teaches and another is trained (a LoRA keeps what it shares), so this would be a third.
+                # A bfloat16 copy teaches and another copy is trained (a LoRA keeps what it shares): free the original.
                 teacher.to("meta")
                 self._models.clear()
             try:
@@ -276,13 +273,13 @@ class _Runner:
             )
         denoiser = trainer.finish()
         assert isinstance(denoiser, NetworkDenoiser)
-        # accelerate keeps all that it has prepared, which would be the networks and optimizer moments of all stages.
+        # accelerate would otherwise keep the networks and moments of all stages.
         self.accelerator._models.clear()
         self.accelerator._optimizers.clear()
 
         def write() -> None:
             self._still_there()
-            save_stage(folder, denoiser, self._manifest(folder.name, stage, start, teacher, trainer, denoiser))
+            save_stage(folder, denoiser, self._manifest(trainer, denoiser, start, teacher))
             remove_checkpoints(folder)
             _statistics_path(folder).unlink(missing_ok=True)
 
@@ -332,13 +329,13 @@ class _Runner:
             self.stop.check()
 
     def _logged(self, trainer: StageTrainer) -> Progress:
-        """Write a line of the log with the statistics since the last one."""
+        """Log the statistics since the last log line."""
         window = trainer.window()
         self.processes.on_main(lambda: self._write_log(trainer.stream, window))
         return Progress(trainer.stream, trainer.last_update, window)
 
     def _still_there(self) -> None:
-        """Raise OSError if the run folder is gone: a write would recreate it on the disk below a lost mount."""
+        """Raise OSError if the run folder is gone: a write would recreate it on the disk under a lost mount."""
         if not self.folder.recipe_path.exists():
             raise OSError(errno.ESTALE, "it is gone", str(self.folder.path))
 
@@ -378,49 +375,28 @@ class _Runner:
         return (origin.class_names if origin else ()) or spec.data.class_names
 
     def _manifest(
-        self,
-        name: str,
-        stage: Stage,
-        start: Model | None,
-        teacher: Model | None,
-        trainer: StageTrainer,
-        denoiser: NetworkDenoiser,
+        self, trainer: StageTrainer, denoiser: NetworkDenoiser, start: Model | None, teacher: Model | None
     ) -> Manifest:
-        spec = self.spec
-        origin = None if start is None else start.manifest
-        base = None
-        if origin is not None and isinstance(denoiser.network, LoRA):
-            # The base weights are those of the model that it started from, or of that model's own base.
-            base = origin.base or origin.stage
-        learned, outcome = stage.objective.guidance, stage.objective.outcome
-        guidance = guidances.describe(learned) if learned is not None else origin.guidance if origin else None
-        return Manifest(
-            run=self.own,
-            stage=name,
-            objective=objectives.name_of(stage.objective),
-            parent=None if origin is None else origin.stage,
-            teacher=None if teacher is None else teacher.manifest.stage,
-            outcome=Outcome(
-                role=outcome.role.value, num_steps=outcome.num_steps, sampler=samplers.describe(outcome.sampler)
-            ),
-            start_steps=spec.start_steps,
-            num_updates=trainer.update,
-            seconds=round(trainer.seconds, 3),
-            shape=spec.data.shape,
+        spec, origin, inherited = self.spec, None, dict[str, Any]()
+        if start is not None:
+            origin = start.manifest
+            inherited = {"parent": origin.stage, "pipeline": origin.pipeline, "source": origin.source}
+            if isinstance(denoiser.network, LoRA):
+                # The base weights are those of the model that it started from, or of that model's own base.
+                inherited["base"] = origin.base or origin.stage
+        return Model.of(
+            denoiser,
+            spec.data.shape,
             num_classes=spec.num_classes,
+            conditions=spec.conditions,
+            clip=spec.clip,
+            run=self.own,
+            teacher=None if teacher is None else teacher.manifest.stage,
+            start_steps=spec.start_steps,
             classes_shown=spec.data.num_classes if spec.num_classes else None,
             class_names=self._class_names(origin),
-            conditions=dict(spec.conditions),
-            guidance=guidance,
-            guidance_scale=None if guidance is None else guidances.rebuild(guidance).default_scale,
             is_image=spec.data.is_image,
-            clip=spec.clip,
-            network=describe_network(denoiser.network),
-            process=processes.describe(denoiser.process),
-            prediction=predictions.describe(denoiser.prediction),
-            base=base,
-            pipeline=None if origin is None else origin.pipeline,
-            source=None if origin is None else origin.source,
             data=f"{spec.data.source}, {len(spec.data):,} samples",
-            files={},
-        )
+            **inherited,
+            **facts_of(trainer, origin),
+        ).manifest

@@ -1,7 +1,8 @@
 """Training data of the Python API, opened and checked before training starts."""
 
+import functools
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -28,10 +29,10 @@ MOST_CLASSES: Final = 10**6
 
 @final
 class StreamedBatches:
-    """Batches of any size from an iterable, regrouped to the batch size of the updates; restarts it at its end.
+    """Batches of any size from an iterable, regrouped to the training batch size. The iterable restarts at its end.
 
-    Unlike with all other data, an update gets the next samples, which are not a function of the update's number. With
-    several processes, each must be given the same batches and takes its own share of them.
+    Unlike other data, samples arrive in order, whatever the update's number. Each process must get the same batches and
+    takes its own share of them.
 
     Raises:
         ValueError: if an item (the first is checked here) is neither x0 nor (x0, cond), its parts differ in length, or
@@ -91,7 +92,7 @@ class StreamedBatches:
                     f"the batches ended after {self._seen} samples and cannot be restarted: pass a list, a "
                     "DataLoader or another restartable iterable, not a generator"
                 ) from None
-        # A DataLoader of a TensorDataset yields lists, which contain one tensor if the data set does.
+        # A DataLoader over a TensorDataset yields lists, of one tensor if the data set has one.
         x0, cond = (*item, None)[:2] if isinstance(item, tuple | list) and len(item) in (1, 2) else (item, None)
         cond = {} if cond is None else cond
         if isinstance(cond, Tensor):
@@ -119,7 +120,7 @@ class StreamedBatches:
             )
         if x0.ndim < 2:
             raise ValueError(
-                f"a batch must be [batch, *dims], got one of shape {list(x0.shape)}. Make single samples one tensor: "
+                f"a batch must be [batch, *dims], got one of shape {list(x0.shape)}. Stack single samples: "
                 "torch.stack(samples)"
             )
         cond = {name: _condition(name, value) for name, value in cond.items()}
@@ -128,7 +129,7 @@ class StreamedBatches:
         if x0.numel() == 0 or any(value.shape[:1] != x0.shape[:1] for value in cond.values()):
             lengths = ", ".join(f"{name} of {list(value.shape)}" for name, value in cond.items())
             raise ValueError(
-                f"the parts of a batch must have the same length above 0, got x0 of shape {list(x0.shape)}"
+                f"the parts of a batch must have the same length, at least 1, got x0 of shape {list(x0.shape)}"
                 + (f" and {lengths}" if lengths else "")
             )
         if self._held and _forms(cond) != self.conditions:
@@ -179,7 +180,7 @@ def _check_dense(what: str, value: Tensor) -> None:
 
 
 def _numbers(what: str, array: np.ndarray) -> Tensor:
-    """Copy a numeric array to a tensor: torch does not support negative strides and foreign byte orders."""
+    """Copy a numeric array to a tensor, because torch supports neither negative strides nor foreign byte orders."""
     if array.dtype.kind not in "fiub":
         raise ValueError(f"{what} must be numbers, got an array of {array.dtype}. Pass floats [n, *dims]")
     if isinstance(array, np.ma.MaskedArray) and np.ma.getmaskarray(array).any():
@@ -257,7 +258,7 @@ def in_memory(x0: Array, cond: Mapping[str, Array] | None = None) -> MemoryData:
 
 
 def as_source(data: Source | StreamedBatches) -> Data | StreamedBatches:
-    """Open and check the data that the user passes; warn if their scale is far from that of the noise.
+    """Open and check the user's data; warn if their scale is far from that of the noise.
 
     Raises:
         ValueError: if they cannot be used.
@@ -298,7 +299,7 @@ def _opened(data: Source | StreamedBatches) -> Data | StreamedBatches:
 
 
 def conditions_of(data: Data | StreamedBatches) -> dict[str, tuple[int, ...]]:
-    """Return the conditions of the data except integer class labels, with their shapes for one sample."""
+    """Return the data's conditions other than integer class labels, with the shape of one sample."""
     if isinstance(data, StreamedBatches):
         return data.conditions
     first = data.fetch(torch.zeros(1, dtype=torch.int64)).cond
@@ -306,10 +307,15 @@ def conditions_of(data: Data | StreamedBatches) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape[1:]) for name, value in first.items() if name not in known}
 
 
-def as_batches(data: Source | StreamedBatches, device: torch.device) -> tuple[Batches, int]:
-    """Return the batches of the data, and how many updates ahead to prepare them."""
-    held = _opened(data)
-    if isinstance(held, StreamedBatches):
-        return held, updates_ahead(device, reads_files=False)
-    near = held_on(device, held)
-    return lambda draw: training_batch(near, draw, False), updates_ahead(device, not isinstance(held, MemoryData))
+def as_batches(
+    data: Data | StreamedBatches, device: torch.device, flip: bool = False, shown: Container[str] | None = None
+) -> tuple[Batches, int]:
+    """Return the training batches, from a copy on the device if the data is small, and the updates to prepare ahead.
+
+    Args:
+        flip, shown: as for `training_batch`; not for streamed batches.
+    """
+    if isinstance(data, StreamedBatches):
+        return data, updates_ahead(device, reads_files=False)
+    batches = functools.partial(training_batch, held_on(device, data), flip=flip, shown=shown)
+    return batches, updates_ahead(device, reads_files=not isinstance(data, MemoryData))

@@ -5,17 +5,14 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, final
 
-import torch
 from torch import nn
 
-from halfstep.core.draw import Draw
 from halfstep.core.noise import NoiseProcess
 from halfstep.core.prediction import Prediction
-from halfstep.data import Data, held_on, training_batch
-from halfstep.data.base import Batches
+from halfstep.data import Data
 from halfstep.measure.evaluate import Evaluation
 from halfstep.models.model import Model
-from halfstep.objectives import Batch, Outcome, Parents, Plan, Stage, parents_of
+from halfstep.objectives import Outcome, Parents, Plan, Stage, parents_of
 from halfstep.train.settings import IDLE, Engine
 
 GIVEN_TEACHER: Final = "00-teacher"
@@ -43,23 +40,22 @@ class RunSpec:
     teacher: Model | None = None
     """The model to start the chain from, instead of a first stage."""
     own_network: nn.Module | None = None
-    """Network of the user's own class, which a manifest cannot rebuild: each model gets a copy."""
+    """Network of a user's own class, which no manifest can rebuild: each model gets a copy."""
     own_conditions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """Conditions other than the class, with their shapes for one sample, if the plan starts without a teacher."""
+    """Conditions other than the class, with the shape of one sample, if no teacher is given."""
     start_steps: int | None = None
-    """Steps of the first teacher of the chain."""
+    """Steps of the chain's first teacher."""
     conditional: bool = True
     """Whether models are conditioned on the class, if the data has classes."""
     flip: bool = False
     clip: bool = False
     seed: int = 0
     lora_rank: int | None = None
-    """LoRA rank of the students; None trains whole students."""
+    """LoRA rank of the students; None trains all their weights."""
     engine: Engine = Engine()
     """How the run uses the machine."""
     keep: tuple[int, ...] | None = None
-    """Step counts of the students to keep on disk; None for all. The first and the last model of the chain are always
-    kept."""
+    """Step counts of the students to keep on disk; None for all. The chain's first and last models are always kept."""
     evaluation: Evaluation = field(default_factory=lambda: Evaluation(enabled=False))
     cache: Path | None = None
     """Folder for the feature classifier's weights."""
@@ -76,7 +72,7 @@ class RunSpec:
 
     @property
     def parents(self) -> list[Parents | None]:
-        """Return the parents of each of `stages`, as indices into them; None for the first.
+        """Parents of each stage, as indices into `stages`; None for the first.
 
         Raises:
             ValueError: if a stage needs a model that does not precede it.
@@ -102,16 +98,5 @@ class RunSpec:
 
     @property
     def conditions(self) -> Mapping[str, tuple[int, ...]]:
-        """Conditions of the models other than the class, with their shapes for one sample."""
+        """Conditions of the models other than the class, with the shape of one sample."""
         return self.own_conditions if self.teacher is None else self.teacher.manifest.conditions
-
-    def batches(self, device: torch.device) -> Batches:
-        """Return the training batches, with the data kept on the device if it is small."""
-        data = held_on(device, self.data)
-        shown = ({"class_labels"} if self.conditional else set()) | set(self.conditions)
-
-        def batch(draw: Draw) -> Batch:
-            x0, cond = training_batch(data, draw, self.flip)
-            return Batch(x0, {name: value for name, value in cond.items() if name in shown})
-
-        return batch

@@ -1,22 +1,25 @@
-"""Builds the trainer of a stage from its parent models."""
+"""Builds a stage's trainer from its parent models."""
+
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from halfstep.core.denoiser import Denoiser, NetworkDenoiser
+from halfstep.core.denoiser import Cond, Denoiser, NetworkDenoiser
 from halfstep.core.draw import generator_for
-from halfstep.data import MemoryData
-from halfstep.data.base import updates_ahead
 from halfstep.models.model import Model
 from halfstep.models.students import in_precision, start_student
-from halfstep.nets import LoRA, checkpoint_gradients, share_base
-from halfstep.objectives import Stage
+from halfstep.nets import LoRA, share_base
+from halfstep.objectives import Stage, guidances, objectives
+from halfstep.run.sources import CLASSES, as_batches
 from halfstep.run.spec import RunSpec
+from halfstep.runs import Manifest
 from halfstep.train.engine import StageTrainer
+from halfstep.train.settings import Engine
 
 
 def fresh_denoiser(spec: RunSpec) -> NetworkDenoiser:
-    """Return the run's untrained denoiser, with weights that depend only on the seed.
+    """Return the run's untrained denoiser. Only the seed determines its weights.
 
     Raises:
         ValueError: if the spec has no network.
@@ -29,6 +32,16 @@ def fresh_denoiser(spec: RunSpec) -> NetworkDenoiser:
     return NetworkDenoiser(network, spec.process, spec.prediction)
 
 
+def student_and_teacher(
+    stage: Stage, start: Denoiser, teacher: Denoiser, null: Cond, lora_rank: int | None, engine: Engine
+) -> tuple[Denoiser, Denoiser]:
+    """Return a stage's student, initialised from `start`, and the teacher as the student sees it."""
+    student = start_student(stage.objective.start(start), lora_rank)
+    if isinstance(teacher, NetworkDenoiser):
+        teacher = in_precision(teacher, engine.teacher_precision)
+    return student, stage.objective.view(teacher, student, null)
+
+
 def trainer_for(
     spec: RunSpec,
     stage: Stage,
@@ -37,7 +50,7 @@ def trainer_for(
     accelerator: Accelerator,
     teacher: Model | None = None,
 ) -> StageTrainer:
-    """Return the trainer of a stage, for an untrained network or a student.
+    """Return a stage's trainer, for an untrained network or a student.
 
     Args:
         start: the model that the student is initialised from; None for an untrained network.
@@ -51,19 +64,36 @@ def trainer_for(
         teacher = start if teacher is None else teacher
         if isinstance(start.denoiser.network, LoRA) and teacher is not start:
             share_base(teacher.denoiser.network, start.denoiser.network)
-        student = start_student(stage.objective.start(start.denoiser), spec.lora_rank)
-        called = in_precision(teacher.denoiser, spec.engine.teacher_precision)
-        seen = stage.objective.view(called, student, teacher.null)
-    if spec.engine.gradient_checkpointing and isinstance(student, NetworkDenoiser):
-        checkpoint_gradients(student.network)
+        student, seen = student_and_teacher(
+            stage, start.denoiser, teacher.denoiser, teacher.null, spec.lora_rank, spec.engine
+        )
+    shown = {*([CLASSES] if spec.conditional else []), *spec.conditions}
+    batches, ahead = as_batches(spec.data, accelerator.device, spec.flip, shown)
     return StageTrainer(
         student,
         seen,
         stage,
-        spec.batches(accelerator.device),
+        batches,
         seed=spec.seed,
         stream=stream,
         accelerator=accelerator,
         engine=spec.engine,
-        ahead=updates_ahead(accelerator.device, reads_files=not isinstance(spec.data, MemoryData)),
+        ahead=ahead,
     )
+
+
+def facts_of(trainer: StageTrainer, start: Manifest | None) -> dict[str, Any]:
+    """Return the arguments of `Model.of` for the result of a stage; the student started from the model of `start`."""
+    objective = trainer.stage.objective
+    guidance = None if start is None else start.guidance
+    if objective.guidance is not None:
+        guidance = guidances.describe(objective.guidance)
+    return {
+        "made": objective.outcome,
+        "stage": trainer.stream,
+        "objective": objectives.name_of(objective),
+        "num_updates": trainer.update,
+        "seconds": round(trainer.seconds, 3),
+        "guidance": guidance,
+        "guidance_scale": None if guidance is None else guidances.rebuild(guidance).default_scale,
+    }

@@ -11,11 +11,11 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 EVALUATION_FORMAT = 1
-"""The version of evaluation.json; a reader refuses any other."""
+"""Version of evaluation.json; readers reject any other."""
 
 
 class Record(BaseModel):
-    """Data of a JSON file; unknown fields are refused."""
+    """Data of a JSON file; unknown fields are rejected."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -97,16 +97,16 @@ class Row(Record):
     gamma: float | None = None
     """Gamma of ancestral sampling in this row if it was tuned; `Series.gamma` is None then."""
     seconds_per_1000: float | None
-    """Wall time for 1,000 samples, the mean over the sets of seeds."""
+    """Wall time for 1,000 samples, averaged over the sets of seeds."""
     figures: dict[str, Figure]
     """Results by metric name. A metric that could not be measured is absent, and a notice says why."""
 
 
 class Halves(Record):
-    """One half of the real data against the other: smaller distances are not meaningful."""
+    """One half of the real data against the other. Smaller distances than these mean nothing."""
 
     num_each: int
-    """Samples in each of two disjoint halves: fewer than in a row, so its Frechet distance is biased upwards more."""
+    """Samples in each of two disjoint halves: fewer than in a row, which biases its Frechet distance further up."""
     figures: dict[str, float]
 
 

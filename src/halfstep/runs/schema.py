@@ -12,7 +12,7 @@ from halfstep.runs.evaluation import EVALUATION_FORMAT, EvaluationResult, Record
 from halfstep.runtime.files import DamagedFile, check_files, read_json, read_sealed, unsealed
 
 FORMAT = 4
-"""The version of the layout; a reader refuses any other."""
+"""Version of the layout; readers reject any other."""
 
 RoleName = Literal["teacher", "matched", "student"]
 """teacher: undistilled; matched: converted to another prediction, process or guidance; student: distilled."""
@@ -81,7 +81,7 @@ class Manifest(Record):
     outcome: Outcome
     """Role, steps and sampler: the only record of what the model is."""
     start_steps: int | None = None
-    """Steps of the first teacher of the chain that the stage belongs to."""
+    """Steps of the first teacher in the stage's chain."""
     num_updates: int
     seconds: float
     """Training time of the stage, over all its restarts."""
@@ -90,7 +90,7 @@ class Manifest(Record):
     num_classes: int = 0
     """Classes that the model is conditioned on; 0 for an unconditional model."""
     classes_shown: int | None = None
-    """Number of classes in the training data, always the first ones; samples cycle through them. None for all."""
+    """Number of classes in the training data, always the first ones, which samples cycle through. None for all."""
     class_names: tuple[str, ...] = ()
     """Labels or folder names of its classes, in order; empty if unknown."""
     conditions: dict[str, tuple[int, ...]] = Field(default={})
@@ -128,7 +128,7 @@ class Manifest(Record):
         return self.outcome.num_steps
 
     def guidance_words(self) -> str:
-        """Meaning of `guidance_scale` for the model, effect of negative prompts, and network calls per step."""
+        """The meaning of `guidance_scale`, the effect of negative prompts, and the network calls per step."""
         if not self.num_classes and not self.conditions:
             return "The model is unconditional, so guidance has no effect: one network call per step."
         if self.guidance is None and self.pipeline is not None and self.pipeline.scale is not None:
@@ -174,7 +174,7 @@ class Result(Record):
     frechet: float
     kid: float
     precision: float | None = None
-    """None, like the next two, if there were too few samples, or in results of an earlier halfstep."""
+    """None, as are the next two, for too few samples or in results of an earlier halfstep."""
     recall: float | None = None
     coverage: float | None = None
     teacher_rmse: float | None = None
@@ -182,7 +182,7 @@ class Result(Record):
     seconds_per_1000: float
     """Wall time for 1,000 samples."""
     samples: str | None = None
-    """Path in the stage's folder of the .npz with the first samples."""
+    """Path of the .npz with the first samples, relative to the stage's folder."""
 
 
 class Metrics(Record):
@@ -195,15 +195,15 @@ class Metrics(Record):
     """Extractor, counts, reference data, seed, device: figures of different protocols must not be compared."""
     results: list[Result]
     files: dict[str, str] = Field(default={})
-    """sha256 of each file with samples, by its path in the stage's folder."""
+    """sha256 of each sample file, keyed by its path in the stage's folder."""
     seconds: float | None = None
-    """Wall time of sampling and measuring, without results that already existed."""
+    """Wall time of sampling and measuring, excluding results that already existed."""
     note: str | None = None
-    """Warning about distances between so few samples."""
+    """Warning if the samples are too few for reliable distances."""
 
 
 def shortened(names: Sequence[str]) -> str:
-    """Return names in one line: all, or the first three and the last."""
+    """Return names on one line: all, or the first three and the last."""
     return ", ".join(names if len(names) <= 10 else (*names[:3], "...", names[-1]))
 
 
@@ -223,7 +223,7 @@ class StageFolder:
 
     @property
     def null(self) -> Path:
-        """File of the null conditions, for models that are guided by calling them twice."""
+        """Null conditions, for models that guidance calls twice."""
         return self.path / "null.safetensors"
 
     @property
@@ -246,7 +246,7 @@ class StageFolder:
 
     @property
     def remedy(self) -> str:
-        """Remedy for a file of the stage that is damaged or belongs to another stage."""
+        """Remedy for a damaged or foreign file of the stage."""
         if self.run is None:
             return "restore a copy of it, or import or train the model again"
         return (
@@ -288,7 +288,7 @@ class StageFolder:
         return manifest
 
     def _check_origin(self, file: Path, stage: str, run: str | None) -> None:
-        """Raise DamagedFile if a file belongs to another stage or run than the folder that it is in."""
+        """Raise DamagedFile if a file belongs to a different stage or run than its folder."""
         if self.run is None:
             return
         if stage != self.path.resolve().name:
@@ -405,7 +405,7 @@ class RunFolder:
 
     @property
     def start(self) -> StageFolder | None:
-        """The stage that the chain starts from, which may not exist; without a plan, the first if it is a teacher."""
+        """The first stage of the chain, which may not exist; without a plan, the first folder if it is a teacher."""
         if plan := self.plan:
             return self.stage(plan[0].name)
         with contextlib.suppress(DamagedFile, OSError):

@@ -1,7 +1,7 @@
 """The progress of a run, for its live display and for any other process that reads its folder.
 
-The time left is counted in forward passes: a stage's updates times the cost of one, from recipe.json. The pace is that
-of the current stage's last updates, or before its first update, that of the previous stage. Updates of an earlier
+The time left is counted in forward passes: a stage's updates times the cost of one, from recipe.json. The pace comes
+from the last updates of the current stage or, before its first update, of the previous stage. Updates of an earlier
 process do not count, because it may have run on another machine.
 """
 
@@ -24,9 +24,14 @@ StageState = Literal["to come", "training", "measuring", "done", "damaged"]
 RunState = Literal["running", "stopped", "finished", "diverged", "failed"]
 
 PACE_ROWS: Final = 10
-"""Rows of the log over which the pace is averaged."""
+"""Log rows over which to average the pace."""
+SHOWN: Final = (
+    *("state", "role", "num_steps", "update", "num_updates", "loss", "learning_rate", "samples_per_second"),
+    *("seconds", "checkpoint"),
+)
+"""Fields of a stage in the JSON status."""
 RESULT: Final = {"sampler", "num_steps", "num_evals", "frechet"}
-"""Fields of a result that the JSON status contains."""
+"""Result fields in the JSON status."""
 LOG_BYTES: Final = 2**20
 """Bytes to read from the end of the log, where the current stage is."""
 
@@ -66,7 +71,7 @@ class StageStatus:
     role: str | None = None
     """Role of its model: teacher, matched or student; None if unknown."""
     rows: list[tuple[int, float]] = field(default_factory=list)
-    """Updates and seconds of the last rows of the log."""
+    """Updates and seconds in the last log rows."""
 
     @property
     def is_done(self) -> bool:
@@ -96,7 +101,7 @@ class StageStatus:
 
     def forget(self, lifetime: float) -> None:
         """Drop the rows of earlier processes, given that the current one has run for `lifetime` seconds."""
-        # Training began a little later, so the first remaining row is about where it resumed.
+        # Training began a little later than the process, so the first remaining row is about where it resumed.
         self.rows = [row for row in self.rows if row[1] >= self.seconds - lifetime]
 
 
@@ -198,17 +203,8 @@ class RunStatus:
             "stages": [
                 {
                     "stage": stage.name,
-                    "state": stage.state,
-                    "role": stage.role,
-                    "num_steps": stage.num_steps,
-                    "update": stage.update,
-                    "num_updates": stage.num_updates,
-                    "loss": stage.loss,
-                    "learning_rate": stage.learning_rate,
-                    "samples_per_second": stage.samples_per_second,
-                    "seconds": stage.seconds,
+                    **{name: getattr(stage, name) for name in SHOWN},
                     "seconds_left": finite(self.seconds_left_of(stage)),
-                    "checkpoint": stage.checkpoint,
                     "results": [
                         result.model_dump(mode="json", include=RESULT) | {"ratio": self.ratio(stage, result)}
                         for result in stage.results
@@ -267,7 +263,7 @@ def _update_stage(stage: StageStatus, folder: StageFolder) -> None:
         stage.state = "damaged"
         return
     stage.state, stage.role, stage.num_steps = "done", manifest.outcome.role, manifest.num_steps
-    # A given stage, not trained here, reports the updates of its own training.
+    # The manifest of a given teacher has the updates of its own training, elsewhere.
     stage.update = min(manifest.num_updates, stage.num_updates)
     stage.num_updates = stage.update
     stage.seconds = manifest.seconds if stage.num_updates else 0.0

@@ -1,11 +1,11 @@
-"""Settings of the C library's allocator for freed memory; no torch."""
+"""Allocator settings of the C library for freed memory; imports no torch."""
 
 import contextlib
 import ctypes
 from typing import Final
 
 TRIM_THRESHOLD: Final = -1
-"""M_TRIM_THRESHOLD of mallopt(3): free bytes at the top of the heap above which memory is returned to the system."""
+"""M_TRIM_THRESHOLD of mallopt(3): free bytes at the top of the heap beyond which memory is returned to the system."""
 MMAP_THRESHOLD: Final = -3
 """M_MMAP_THRESHOLD: size above which a block gets its own mapping, which is returned as soon as it is freed."""
 
@@ -13,9 +13,8 @@ MMAP_THRESHOLD: Final = -3
 def keep_freed_memory() -> bool:
     """Let the process keep the memory of freed large tensors; return whether the C library supports it.
 
-    Every update on the CPU allocates large blocks of the same sizes. By default glibc returns them to the system in
-    between, which then clears each page again: 8 % of an update on the digits and on Fashion-MNIST.
-    Other C libraries are not changed.
+    Every update on the CPU allocates large blocks of the same sizes. By default glibc returns them to the system after
+    each update, and the system clears every page again. That takes 8 % of an update on the digits and on Fashion-MNIST.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt

@@ -1,4 +1,4 @@
-"""Versions, commit, machine and command line."""
+"""Versions, commit, machine and command line of a run."""
 
 import os
 import platform
@@ -18,7 +18,7 @@ def device_name() -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Return what a reader needs to assess or reproduce a run, JSON-ready."""
+    """Return what a reader needs to reproduce a run, JSON-ready."""
     versions = {}
     for package in ("halfstep", "torch", "diffusers", "accelerate", "numpy"):
         try:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 SEAL: Final = "sha256"
-"""Entry of a sealed JSON file: the digest of all others."""
+"""Key of a sealed JSON file for the digest of all its other entries."""
 
 
 class DamagedFile(ValueError):
@@ -28,11 +28,11 @@ class DamagedFile(ValueError):
 
 
 class InUse(ValueError):
-    """Another process is writing the folder."""
+    """Another process is writing to the folder."""
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, short enough to quote in a message."""
+    """Return the first line of an error's text."""
     return _lines(error)[0]
 
 
@@ -62,7 +62,7 @@ def json_digest(value: Any, length: int = 64) -> str:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the list of a folder's entries, is on the disk."""
+    """Flush a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -71,8 +71,7 @@ def sync(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, ignoring errors of the disk."""
-    # If the disk has failed, the error that is already being raised is more useful than this one.
+    """Remove a file or a folder, ignoring disk errors: the error that is already being raised is more useful."""
     with contextlib.suppress(OSError):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -86,8 +85,7 @@ def scratch(path: Path) -> Iterator[Path]:
 
     The name is random, because threads, and processes in different containers, can share a process id.
     """
-    # The writer of a scratch folder creates it once. If it is missing, its disk was lost, and recreating it would
-    # write to the disk below the mount.
+    # A scratch folder that is missing was on a lost disk; recreating it would write to the disk under the mount point.
     if not fnmatch(path.parent.name, ".*.tmp"):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,12 +99,12 @@ def scratch(path: Path) -> Iterator[Path]:
 
 
 def leftovers(folder: Path, name: str = "*") -> list[Path]:
-    """Return the temporary files and folders that killed writers of `name` left in `folder`."""
+    """Return the temporary files and folders that killed writers of `name` have left in `folder`."""
     return list(folder.glob(f".{name}.*.tmp"))
 
 
 def sweep(*folders: Path) -> None:
-    """Remove the leftovers in folders that no other process writes."""
+    """Remove the leftovers in folders that no other process writes to."""
     for folder in folders:
         for path in leftovers(folder):
             remove(path)
@@ -116,8 +114,8 @@ def sweep(*folders: Path) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path for a file or folder that becomes `path` when the block ends.
 
-    It is synced, then renamed, so `path` is complete at any moment. The old one stays until the rename, or permanently
-    if the block raises an exception. If a folder replaces another, there is a gap between two renames.
+    It is synced, then renamed, so `path` is always complete. The old one stays until the rename, or permanently if the
+    block raises an exception. Replacing one folder by another takes two renames, with a gap between them.
     """
     with scratch(path) as temporary:
         yield temporary
@@ -157,7 +155,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` in UTF-8, atomically, with "?" for bytes of file names that are not UTF-8."""
+    """Write `text` as UTF-8, atomically. "?" replaces bytes of file names that are not UTF-8."""
     with replacing(path) as temporary:
         temporary.write_bytes(text.encode(errors="replace"))
 
@@ -172,28 +170,28 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_sealed(path: Path, body: Mapping[str, Any]) -> None:
-    """Write a JSON object atomically, with the sha256 of its entries as the last one, which `read_sealed` checks.
+    """Write a JSON object atomically and append the sha256 of its entries, which `read_sealed` checks.
 
     Raises:
         ValueError: if it contains a number that is not finite.
     """
-    # As it reads back from JSON: keys are strings, tuples are lists.
+    # JSON turns keys into strings and tuples into lists.
     held = json.loads(json.dumps({name: value for name, value in body.items() if name != SEAL}, allow_nan=False))
     write_json(path, held | {SEAL: json_digest(held)})
 
 
 def write_arrays(path: Path, **arrays: Any) -> None:
-    """Write arrays by name as an .npz, atomically, whatever the suffix of `path`."""
-    # Most readers of a run folder need no arrays.
+    """Write named arrays as an .npz, atomically, whatever the suffix of `path`."""
+    # Imported here, because most readers of a run folder need no arrays.
     import numpy as np
 
-    # An open file, because numpy would add a suffix to a name.
+    # numpy would add a suffix to a path, but not to an open file.
     with replacing(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays)
 
 
 def read_arrays(path: Path, *names: str) -> "dict[str, np.ndarray]":
-    """Load the named arrays of an .npz, or all of them.
+    """Load the named arrays of an .npz, or all if none are named.
 
     Raises:
         DamagedFile: if the file cannot be read, is not a complete .npz or lacks one of the arrays.
@@ -223,7 +221,7 @@ def refuse_file(out: Path, remedy: str = "Choose another --out") -> None:
 
 
 def refuse_taken(out: Path, is_file: bool = False, remedy: str = "choose another --out") -> None:
-    """Raise ValueError if the output file or folder already exists; an empty folder is accepted for a folder."""
+    """Raise ValueError if the output file or folder already exists. An output folder may exist if it is empty."""
     if is_file and os.path.lexists(out):
         raise ValueError(f"{out} already exists: {remedy}")
     refuse_file(out.parent if is_file else out)
@@ -249,7 +247,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """Load a JSON object that `write_sealed` has written to `path`.
+    """Load the JSON object that `write_sealed` wrote to `path`.
 
     Raises:
         DamagedFile: if the file does not exist, is not a sealed object or was altered.
@@ -287,7 +285,7 @@ def check_files(folder: Path, digests: Mapping[str, str], said_by: Path | None =
 
 
 def cache_folder() -> Path:
-    """Return $HALFSTEP_CACHE, or ~/.cache/halfstep: the folder for files that can be recreated.
+    """Return the folder for files that can be recreated: $HALFSTEP_CACHE, or ~/.cache/halfstep.
 
     Raises:
         ValueError: if the variable is not set and the user has no home folder.
@@ -298,10 +296,10 @@ def cache_folder() -> Path:
 
 
 def user_path(text: str | Path) -> Path:
-    """Return the path with the user's home folder for ~.
+    """Expand ~ to the user's home folder.
 
     Raises:
-        ValueError: if that user has none.
+        ValueError: if it is unknown.
     """
     try:
         return Path(text).expanduser()

@@ -1,14 +1,14 @@
-"""The processes started by `torchrun` or `accelerate launch`, from their environment variables; no torch."""
+"""Rank and world size, from the environment variables of `torchrun` or `accelerate launch`; imports no torch."""
 
 import os
 from typing import Final
 
 VARIABLES: Final = {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_PORT": 0}
-"""Environment variables set by launchers, with the minimum value of each."""
+"""Environment variables that launchers set, with the minimum value of each."""
 
 
 def check_launch() -> None:
-    """Raise ValueError if a launcher's variable is not a valid integer, or the rank is not below the world size."""
+    """Raise ValueError if such a variable is not a valid integer, or the rank is not below the world size."""
     for name, least in VARIABLES.items():
         text = os.environ.get(name, "")
         # Only ASCII digits: torch and accelerate read these variables too.
@@ -33,5 +33,5 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """Return the rank of this process; 0 without a launcher, regardless of RANK."""
+    """Return the rank of this process; 0 without a launcher, even if RANK is set."""
     return _number("RANK", 0) if world_size() > 1 else 0

@@ -1,4 +1,4 @@
-"""Several processes as one run.
+"""Coordination of the processes of a run.
 
 Rank 0 writes the run folder and broadcasts its results and errors to the other ranks. Decisions that depend on a clock,
 a signal or a disk are made once, so that no process waits for another that decided differently. Messages use a separate
@@ -33,7 +33,7 @@ Made = TypeVar("Made")
 Parts = tuple[Tensor, ...]
 
 TIMEOUT_MINUTES: Final = 10.0
-"""Minutes without an answer in training after which a process counts as lost."""
+"""Minutes without a response in training after which a process counts as lost."""
 
 WAIT_FOR_MAIN: Final = timedelta(hours=6)
 """How long the other ranks wait while rank 0 writes, measures or trains a classifier. They notice its death at once, so
@@ -63,7 +63,7 @@ _FOREIGN: Final = {
     "MEGATRON_LM": "Megatron-LM",
     "PARALLELISM_CONFIG": "a parallelism config",
 }
-"""Sharding methods of `accelerate launch`, by the suffixes of their environment variables."""
+"""Sharding methods of `accelerate launch`, keyed by the suffix of their environment variable."""
 
 
 def _check_launcher(precision: str) -> None:
@@ -72,7 +72,8 @@ def _check_launcher(precision: str) -> None:
     for name, what in _FOREIGN.items():
         if held.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
             raise ValueError(
-                f"accelerate is set to use {what}, which halfstep does not: remove it, or use --engine.sharding full"
+                f"accelerate is set to use {what}, which halfstep does not support: remove it, or use "
+                "--engine.sharding full"
             )
     if (steps := held.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")) != "1":
         raise ValueError(
@@ -81,7 +82,7 @@ def _check_launcher(precision: str) -> None:
     asked = held.get("ACCELERATE_MIXED_PRECISION", "no")
     if asked not in ("no", precision):
         ours = "--engine.precision bf16" if asked == "bf16" else "--engine.precision float32 or bf16"
-        raise ValueError(f"accelerate is set to {asked}, but the run to {precision}: remove one, or use {ours}")
+        raise ValueError(f"accelerate is set to {asked}, but the run uses {precision}: remove one, or use {ours}")
     if (compiler := held.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()) != "no":
         raise ValueError(f"accelerate is set to compile with {compiler}, which halfstep does not support: remove it")
 
@@ -111,7 +112,7 @@ def make_accelerator(
         cpu=cpu,
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes)),
-            # Buffers of networks are constants; broadcasting them at each call would cost a message per update.
+            # Network buffers are constants, so broadcasting them would waste a message per update.
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
         ],
     )
@@ -132,10 +133,10 @@ def _words() -> dist.ProcessGroup:
 
 @final
 class Processes:
-    """The processes of a run, as one of them sees them.
+    """All processes of a run, from the point of view of this one.
 
     Args:
-        accelerator: accelerator of this process; None for a single process.
+        accelerator: this process's accelerator; None for a single process.
     """
 
     def __init__(self, accelerator: Accelerator | None = None, timeout_minutes: float = TIMEOUT_MINUTES) -> None:
@@ -248,7 +249,7 @@ class Processes:
 
     def _end_if(self, failure: Exception | None, asked: int) -> None:
         """Raise on all ranks if one has failed or was asked to stop."""
-        # The sizes of items may differ a lot: a sample with 256 steps and one with a single step.
+        # Items may differ a lot in cost: samples with 256 steps and with one.
         number, failed = self.agree(asked, 0 if failure is None else self.index + 1, patience=WAIT_FOR_MAIN)
         if failure is not None and failed == self.index + 1:
             self.told_by(self.index, {"code": exit_code(failure), "message": str(failure)})
@@ -290,7 +291,7 @@ def _from(source: int, value: Any = None) -> Any:
 
 @final
 class Lookout:
-    """Whether the run was asked to stop and whether a checkpoint is due by time, agreed between all processes.
+    """Decides for all processes together whether to stop, and whether enough time has passed for a checkpoint.
 
     A single process checks at each update; several check together about once a second.
     """
@@ -301,7 +302,7 @@ class Lookout:
         self._last, self._next = -1, 0
 
     def look(self, update: int) -> tuple[bool, bool]:
-        """Return whether to stop (then `stop.check` raises on every process), and whether a checkpoint is due by time.
+        """Return whether to stop (then `stop.check` raises on every process), and whether a checkpoint is due.
 
         Raises:
             Interrupted: if another process was asked to stop and this one does not handle signals.

@@ -1,4 +1,4 @@
-"""Graceful stop: on a signal, the run saves its state and ends.
+"""Graceful stop: a signal lets the run save its state and end.
 
 Schedulers (Kubernetes, Slurm, spot instances) send SIGTERM before they kill, Slurm's `--signal` sends SIGUSR1 earlier,
 a closed terminal sends SIGHUP, and Ctrl-C sends SIGINT. Launchers often send a signal twice, to a process and to its
@@ -70,10 +70,11 @@ class StopSignal:
     def at_once(self) -> Iterator[None]:
         """Raise Interrupted in the main thread as soon as a signal arrives, or if one has already come.
 
-        Only for work that can be abandoned at any point. Imports may swallow exceptions, so they delay the signal.
+        Only for work that can be abandoned at any point. A signal during an import waits, because imports may swallow
+        exceptions.
         """
         try:
-            # In this order no signal is missed: one that arrives between the two lines raises an exception itself.
+            # This order misses no signal: one that arrives between the two lines raises Interrupted itself.
             self._at_once = True
             self.check()
             yield

@@ -14,7 +14,7 @@ GONE: Final = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ETIM
 LOST: Final = (errno.EROFS, errno.ENXIO, errno.ENOENT, errno.EACCES)
 """Further errors of a disk that is lost during a run; at its start they mean bad input."""
 TAKEN: Final = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
-"""Errors for a path that is a folder instead of a file, or the reverse."""
+"""Errors for a folder where a file is expected, or vice versa."""
 
 
 class NoStorage(OSError):
@@ -43,12 +43,10 @@ def last_good(last: Path | None) -> str:
 def no_storage(error: OSError, path: Path, last: Path | None, has_begun: bool = True) -> Exception:
     """Return NoStorage with the last good state if the run folder caused the error, otherwise the error itself.
 
-    Return DamagedFile for a folder instead of a file, or the reverse: no disk is full or lost.
-
-    The folder may be gone, so this does not read it.
+    A folder where a file is expected, or vice versa, gives DamagedFile. The run folder may be gone and is not read.
 
     Args:
-        has_begun: whether this process has already written to the folder.
+        has_begun: whether this process has already written to the run folder.
     """
     within = error.filename is not None and Path(os.fsdecode(error.filename)).is_relative_to(path)
     if within and error.errno in TAKEN:

@@ -1,4 +1,4 @@
-"""Tensors in safetensors files, with the same errors as for other files."""
+"""Tensors in safetensors files, with the errors of `halfstep.runtime.files`."""
 
 import contextlib
 import hashlib
@@ -17,13 +17,13 @@ from torch import Tensor
 from halfstep.runtime.files import DamagedFile, replacing, sync
 
 DIGEST: Final = "sha256"
-"""Name of the tensor in a cached file that contains the digest of all others."""
+"""Name of the tensor with the digest of all others in a cached file."""
 CHUNK: Final = 1 << 20
-"""Bytes to compare at once."""
+"""Bytes compared at once."""
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write tensors as safetensors, atomically, read the file back and compare it; return its sha256.
+    """Write tensors as safetensors, atomically; read the file back, compare it and return its sha256.
 
     Raises:
         OSError: if the disk is full or gone (safetensors gives the reason only in the text of its own error).
@@ -75,7 +75,7 @@ def check_written(tensors: Mapping[str, Tensor], path: Path) -> str:
                 wanted = held[start : start + CHUNK]
                 if len(buffer) != len(wanted):
                     buffer = bytearray(len(wanted))
-                # Comparing bytearrays compares memory; comparing memoryviews goes element by element.
+                # Python compares bytearrays as memory, but memoryviews element by element.
                 if stream.readinto(buffer) != len(wanted) or buffer != wanted:
                     raise DamagedFile(f"{path} was written, but {name} reads back differently: check the disk")
                 digest.update(buffer)
@@ -102,7 +102,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: Path | str) -> None:
-    """Raise DamagedFile for the first tensor with a value that is not finite; `where` is quoted in the message."""
+    """Raise DamagedFile for the first tensor that is not finite; the message quotes `where`."""
     for name, value in tensors.items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise DamagedFile(
@@ -112,7 +112,7 @@ def check_finite(tensors: Mapping[str, Tensor], where: Path | str) -> None:
 
 
 def read_cached(file: Path | None) -> dict[str, Tensor]:
-    """Load the tensors that `write_cached` wrote to this file; empty if it does not exist or any bit differs."""
+    """Load the tensors that `write_cached` wrote to this file; empty if it is missing or damaged."""
     if file is None:
         return {}
     try:
@@ -131,7 +131,7 @@ def write_cached(file: Path | None, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _digest(file: Path, tensors: Mapping[str, Tensor]) -> Tensor:
-    """Return the sha256 of the tensors, their names and the name of their file, as 32 bytes."""
+    """Return the sha256 of the file's name and the tensors, with their names, as 32 bytes."""
     digest = hashlib.sha256(file.name.encode())
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()

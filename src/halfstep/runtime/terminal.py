@@ -1,4 +1,4 @@
-"""Safe text for terminals, and output to a stdout or stderr that may be closed, full or unable to encode it."""
+"""Safe text for terminals, and a stdout and stderr that may be closed, full or unable to encode it."""
 
 import contextlib
 import errno
@@ -16,7 +16,7 @@ CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2
 
 
 def printable(text: str) -> str:
-    """Return the text with its control characters as escapes, and a replacement character for each lone surrogate."""
+    """Escape the control characters of the text, and replace its lone surrogates."""
     return CONTROL.sub(lambda found: _shown(found[0]), text)
 
 
@@ -25,7 +25,7 @@ def _shown(character: str) -> str:
 
 
 def one_line(text: object) -> str:
-    """Return the text in one line, with control characters escaped and white space as single spaces."""
+    """Return the text on one line, with control characters escaped and white space collapsed."""
     return printable(" ".join(str(text).split()))
 
 
@@ -38,8 +38,8 @@ def warn(text: object) -> None:
 class Output:
     """stdout or stderr of a command: a failed write loses text, but does not end the command.
 
-    After the first failure, the error is kept and the rest goes to the null device. Characters that the encoding does
-    not support become "?".
+    The first error is kept, and all later output goes to the null device. Characters that the encoding does not support
+    become "?".
 
     Args:
         stream: the stream, or None if it was closed before Python started.
@@ -84,7 +84,7 @@ class Output:
 
 @contextlib.contextmanager
 def safe_outputs() -> Iterator[Output]:
-    """Replace `sys.stdout` and `sys.stderr` by an Output each; yield that of stdout."""
+    """Replace `sys.stdout` and `sys.stderr` with Outputs; yield the one for stdout."""
     for number in range(3):
         try:
             os.fstat(number)

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from halfstep.core.denoiser import Cond, Denoiser, ddim_step
 from halfstep.core.grids import check_num_steps
-from halfstep.core.prediction import Denoised
+from halfstep.core.noise import per_sample
+from halfstep.core.prediction import Denoised, eps_from_x0
 from halfstep.registry import Registry
 
 Time = Tensor | float
@@ -40,11 +41,51 @@ class Sampler(ABC):
         device.
         """
 
+    def effective(
+        self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond | None, memory: Memory
+    ) -> tuple[Denoised, Memory]:
+        """Return the (x0, eps) with which a DDIM step from t to s lands where this deterministic sampler's step does,
+        and the memory for the next step.
+
+        This solves x_s = alpha_s x0 + sigma_s eps for
+
+            x0 = (x_s - q x_t) / (alpha_s - q alpha_t),   q = sigma_s / sigma_t,
+
+        which is x_s itself at s = 0. The step and the quotient are computed in float64, from the denoiser's x0 in its
+        own dtype. An error of x0 moves x_s in proportion to the width of the step, and the quotient divides by that
+        width, so this x0 keeps the denoiser's precision.
+        """
+        start = x_t.to(t)
+        x_s, memory = self.step(_InFloat64(denoiser, x_t), start, t, s, cond, memory)
+        alpha_t, sigma_t = denoiser.process.alpha_sigma(t)
+        alpha_s, sigma_s = denoiser.process.landing(s)
+        q = sigma_s / sigma_t
+        x0 = (x_s - per_sample(q, start) * start) / per_sample(alpha_s - q * alpha_t, start)
+        return Denoised(x0.to(x_t), eps_from_x0(start, x0, alpha_t, sigma_t).to(x_t)), memory
+
     @final
     def num_evals(self, num_steps: int) -> int:
         """Return the number of network calls for sampling in `num_steps` steps."""
         check_num_steps(num_steps)
         return (num_steps - 1) * self.evals_per_step + self.evals_last_step
+
+
+@final
+class _InFloat64(Denoiser):
+    """A denoiser for float64 samples that calls another with the dtype and device of `like`; eps is computed from x0.
+
+    The float64 samples are on the device of the clock tensors, which is the CPU if the device has no float64.
+    """
+
+    def __init__(self, denoiser: Denoiser, like: Tensor) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.process = denoiser.process
+        self.like = like
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Denoised:
+        x0 = self.denoiser(x_t.to(self.like), t, cond).x0.to(x_t)
+        return Denoised(x0, eps_from_x0(x_t, x0, *self.process.alpha_sigma(t)))
 
 
 class DataPredictionSampler(Sampler):

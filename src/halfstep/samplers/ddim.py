@@ -1,19 +1,40 @@
-"""DDIM: keep the predicted x0 and eps, and lower the noise level.
+"""DDIM, and the x0 with which one DDIM step lands where a chain of steps lands: the target of halving and consistency.
 
-x_s = alpha_s x0 + sigma_s eps. On the cosine process this is a rotation of the pair (x, v). It is deterministic, so
-progressive distillation can replace two of its steps with one.
+DDIM keeps the predicted x0 and eps, and lowers the noise level: x_s = alpha_s x0 + sigma_s eps. On the cosine process
+this is a rotation of the pair (x, v). It is deterministic, so progressive distillation can replace two of its steps
+with one.
 
-Source: Song et al. 2020 (arXiv:2010.02502) with eta = 0; Salimans & Ho 2022 (arXiv:2202.00512), section 2.
+In x / sigma, the sample divided by its noise amplitude, a DDIM step is linear in x0. With r = alpha / sigma,
+
+    x_s / sigma_s = x_t / sigma_t + (r_s - r_t) x0
+
+Therefore steps through the times t = t_0 > t_1 > ... > t_K = s add up, even if they use different denoisers. The x0
+with which a single step lands on the same point is the mean of their x0 with weights
+
+    w_k = (r_{k+1} - r_k) / (r_s - r_t),   sum w_k = 1, every w_k >= 0.
+
+At s = 0 the step lands on clean data, r_s is infinite, and the last x0 has all the weight, without a special case. As a
+mean, the target keeps the precision of the denoisers. Solving x_s for x0 would subtract nearly equal numbers (an error
+of 2e-3 in float32 at 8192 steps, instead of less than 1e-6).
+
+The steps may be those of any deterministic sampler: each is a DDIM step with `Sampler.effective`.
+
+Source: Song et al. 2020 (arXiv:2010.02502) with eta = 0; Salimans & Ho 2022 (arXiv:2202.00512), section 2 and
+algorithm 2; the authors' dpm.py for s = 0.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar, final
 
+import torch
 from torch import Tensor
 
-from halfstep.core.denoiser import Cond, Denoiser
+from halfstep.core.denoiser import Cond, Denoiser, ddim_step
+from halfstep.core.noise import NoiseProcess, per_sample
 from halfstep.core.prediction import Denoised
-from halfstep.samplers.base import DataPredictionSampler, Memory, Time, samplers
+from halfstep.samplers.base import DataPredictionSampler, Memory, Sampler, Time, samplers
 
 
 @final
@@ -33,3 +54,55 @@ class DDIM(DataPredictionSampler):
         self, denoiser: Denoiser, x_t: Tensor, t: Time, s: Time, cond: Cond | None, memory: Memory
     ) -> tuple[Denoised, Memory]:
         return denoiser(x_t, t, cond), None
+
+
+Step = Callable[[Tensor, Tensor, Tensor], Denoised]
+"""Maps samples and two clock tensors (x_t, t, s) to the (x0, eps) with which DDIM steps from t to s."""
+
+
+def steps_of(denoiser: Denoiser, sampler: Sampler, cond: Cond | None) -> Step:
+    """Return the steps that a deterministic sampler takes with the denoiser. Each passes the sampler's memory to the
+    next."""
+    memory: Memory = None
+
+    def step(x_t: Tensor, t: Tensor, s: Tensor) -> Denoised:
+        nonlocal memory
+        denoised, memory = sampler.effective(denoiser, x_t, t, s, cond, memory)
+        return denoised
+
+    return step
+
+
+@torch.no_grad()
+def landing_x0(process: NoiseProcess, steps: Sequence[Step], x_t: Tensor, times: Sequence[Tensor]) -> Tensor:
+    """Return the x0 with which one DDIM step from times[0] to times[-1] lands where all `steps` together land.
+
+    Args:
+        x_t: noisy samples `[batch, *dims]`.
+        times: `len(steps) + 1` decreasing clock tensors. For some samples a step may be empty, from the last time
+            to itself. Its result is then ignored, even if it is not finite.
+
+    Returns:
+        A tensor shaped as `x_t`, without gradient: a weighted mean with weights >= 0.
+    """
+    end = times[-1]
+    alpha_t, sigma_t = process.alpha_sigma(times[0])
+    alpha_s, sigma_s = process.landing(end)
+    # 1 / (r_s - r_t), with both multiplied by sigma_s to avoid 1 / infinity at s = 0.
+    scale = sigma_s / (alpha_s - sigma_s * alpha_t / sigma_t)
+
+    target = torch.zeros_like(x_t)
+    left = torch.ones_like(times[0])
+    ratio = alpha_t / sigma_t
+    for step, (here, after) in zip(steps, pairwise(times), strict=True):
+        denoised = step(x_t, here, after)
+        if after is end:
+            weight = left
+        else:
+            alpha, sigma = process.alpha_sigma(after)
+            weight = torch.where(after == end, left, (alpha / sigma - ratio) * scale)
+            left, ratio = left - weight, alpha / sigma
+            x_t = ddim_step(denoised, process, after)
+        share = per_sample(weight, target)
+        target = target + (share * denoised.x0).masked_fill(share == 0, 0)
+    return target

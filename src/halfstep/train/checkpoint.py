@@ -1,9 +1,8 @@
 """Checkpoints of an unfinished stage: complete or absent, verified before use, safetensors only.
 
-A checkpoint is written into a temporary folder, synced to the disk, read back, compared with the state in memory, and
-then renamed. Older ones are removed only after that, so a good one always exists. A thread does all this while
-training continues. An update waits only for the copy of the state, and for the previous checkpoint if that is still
-being written.
+A checkpoint is written to a temporary folder, synced to the disk, read back, compared with the state in memory, and
+then renamed. Older ones are removed only after that, so a good one always exists. A thread does all this while training
+continues: an update waits only for a copy of the state, and for the previous checkpoint if it is still being written.
 """
 
 import contextlib
@@ -34,22 +33,20 @@ KEPT: Final = 2
 
 @final
 class CheckpointWriter:
-    """Writer of a stage's checkpoints, one at a time, in the background. Rank 0 writes, and all ranks call `save` and
-    `wait` together.
+    """Writes a stage's checkpoints in the background, one at a time, on rank 0. All ranks call `save` and `wait`.
 
-    `last` is the latest checkpoint known to be good: written and verified, or resumed from.
+    `last` is the latest good checkpoint: written and verified, or resumed from.
     """
 
     def __init__(self, folder: StageFolder, run: str, processes: Processes) -> None:
         self.folder, self.run, self._processes = folder, run, processes
         self.last: Path | None = None
-        # One thread for all checkpoints. It is not a daemon, so a process that ends with an error still completes the
-        # checkpoint that it started.
+        # Not a daemon thread, so a process that ends with an error still completes the checkpoint that it started.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="halfstep-checkpoint")
         self._begun: Future[Path] | None = None
 
     def save(self, trainer: StageTrainer) -> float:
-        """Start writing the trainer's current state, and return the seconds that training had to wait.
+        """Start writing the trainer's current state, and return the seconds for which training waited.
 
         Raises:
             OSError, DamagedFile: if the previous checkpoint could not be written.
@@ -65,14 +62,13 @@ class CheckpointWriter:
                 "seconds": trainer.seconds,
                 "micro_batch": trainer.micro_batch if trainer.micro_batch_found else None,
             }
-            # Created here, just after the run has checked its folder; the thread creates no parent folders.
+            # Created here, where the run has just checked its folder: the thread must not recreate a lost one.
             self.folder.path.mkdir(parents=True, exist_ok=True)
             self._begun = self._thread.submit(write_checkpoint, state, about, self.folder)
         return time.perf_counter() - begun
 
     def check(self) -> None:
-        """Raise the error of a finished write, without waiting. With several processes, all raise it together at the
-        next `save` or `wait`."""
+        """Raise the error of a finished write, without waiting. Several processes raise it in `save` or `wait`."""
         if self._processes.count == 1 and self._begun is not None and self._begun.done():
             self.wait()
 
@@ -91,7 +87,7 @@ class CheckpointWriter:
         return None if begun is None else begun.result().name
 
     def close(self) -> None:
-        """Wait until this process writes nothing, ignore errors, and end the thread."""
+        """Finish writing, ignore errors, and end the thread."""
         self._thread.shutdown(wait=True)
         if self._begun is not None and self._begun.exception() is None:
             self.last = self._begun.result()
@@ -99,7 +95,7 @@ class CheckpointWriter:
 
 
 def write_checkpoint(state: State, about: dict[str, Any], folder: StageFolder) -> Path:
-    """Write a checkpoint of a state and return it; after verifying it, prune those beyond `KEPT`.
+    """Write and verify a checkpoint of the state, remove those beyond `KEPT`, and return its folder.
 
     Args:
         about: fields of its manifest besides the files; "update" determines its name.
@@ -132,7 +128,7 @@ def resume(trainer: StageTrainer, folder: StageFolder, run: str, notice: Callabl
     `damaged-...` and falls back to the previous one.
 
     Raises:
-        OSError: if none of the existing checkpoints can be read from the disk.
+        OSError: if checkpoints exist, but the disk can read none of them.
     """
     origin = {"run": run, "stage": trainer.stream}
     found: str | None = trainer.processes.on_main(lambda: _latest_good(folder, origin, notice))
@@ -146,7 +142,7 @@ def resume(trainer: StageTrainer, folder: StageFolder, run: str, notice: Callabl
 
 
 def _latest_good(folder: StageFolder, origin: dict[str, str], notice: Callable[[str], None]) -> str | None:
-    """Return the name of the latest intact checkpoint of that origin, and set aside all later ones."""
+    """Return the name of the latest intact checkpoint of this origin, and set all later ones aside."""
     unread: list[tuple[Path, OSError]] = []
     held = folder.checkpoints()
     for path in held:
@@ -173,22 +169,22 @@ def _latest_good(folder: StageFolder, origin: dict[str, str], notice: Callable[[
             notice(f"{lost} cannot be read ({why.strerror}); using the previous checkpoint")
         return path.name
     if unread:
-        # Restarting would eventually remove files that the disk may still return later.
+        # A restarted stage would eventually remove files that the disk may still recover.
         raise unread[0][1]
     return None
 
 
 def _set_aside(checkpoint: Path) -> None:
-    """Hide a checkpoint from resuming and pruning; it is kept until the stage is complete."""
+    """Rename a checkpoint, so that it is neither resumed from nor pruned until the stage is complete."""
     aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
     remove(aside)
-    # A failing disk may refuse the rename; the previous checkpoint is used anyway.
+    # If a failing disk refuses the rename, the previous checkpoint is still used.
     with contextlib.suppress(OSError):
         checkpoint.rename(aside)
 
 
 def micro_batch_of(checkpoint: Path | None) -> int | None:
-    """Return the micro batch that a checkpoint's run found to fit; None if it did not search."""
+    """Return the micro batch that the checkpoint's run found to fit; None if it did not search."""
     return None if checkpoint is None else read_json(checkpoint / "manifest.json").get("micro_batch")
 
 

@@ -2,9 +2,9 @@
 
 It does not depend on the objective. An update consists of the objective's turns, in order. A turn splits the global
 batch over processes and micro batches by place, computes the losses with one backward pass per micro batch, clips the
-gradient to a global norm, takes one AdamW step of its player and updates the moving averages. It never waits for
-the device; statistics are fetched when `window` is called. Its inputs from the host can be prepared ahead (`feed`). The
-networks can be compiled, once for the whole chain, because the networks of all stages have the same architecture.
+gradient to a global norm, takes one AdamW step of its player and updates the moving averages. It never waits for the
+device: statistics are fetched when `window` is called, and a thread can prepare batches and random numbers (`Feed`).
+Networks are compiled once for the whole chain, because the networks of all stages have the same architecture.
 """
 
 import contextlib
@@ -20,16 +20,17 @@ from torch import Tensor
 from halfstep.core.denoiser import Denoiser, NetworkDenoiser
 from halfstep.core.draw import Draw, generator_for
 from halfstep.data.base import Batches, Fed, Feed, Place
+from halfstep.nets import checkpoint_gradients
 from halfstep.objectives import STUDENT, Models, Stage
 from halfstep.runtime.failures import NonFinite, OutOfMemory, is_out_of_memory
 from halfstep.runtime.processes import Processes
 from halfstep.runtime.stop import Interrupted, StopSignal
 from halfstep.train.helpers import make_helpers
 from halfstep.train.memory import does_not_fit
-from halfstep.train.player import Player
+from halfstep.train.player import EMA, Player, compile_networks
 from halfstep.train.recent import in_words
 from halfstep.train.settings import Engine
-from halfstep.train.sharding import is_sharded, shard, whole
+from halfstep.train.sharding import check_sharding, is_sharded, shard, unsynced, whole
 from halfstep.train.window import PlayerWindow, Window
 
 State = dict[str, dict[str, Tensor]]
@@ -46,9 +47,8 @@ class StageTrainer:
         teacher: the denoiser to learn from, or None; it is not changed.
         batches: see `Batches`.
         seed, stream: with update and turn, the key of every random number.
-        engine: use of the machine. Apart from rounding and dropout masks, the result does not depend on the micro
-            batch.
-        ahead: number of updates for which a thread prepares batches and random numbers, as in `Feed`.
+        engine: how to use the machine. The micro batch affects only rounding and dropout masks.
+        ahead: number of updates that a thread prepares in advance, as in `Feed`.
 
     Raises:
         ValueError: if the objective needs a teacher and none is given, a helper contradicts the stage, the global batch
@@ -83,6 +83,8 @@ class StageTrainer:
         """Number of finished updates."""
         if teacher is not None:
             teacher = teacher.eval().requires_grad_(False)
+        if engine.gradient_checkpointing and isinstance(student, NetworkDenoiser):
+            checkpoint_gradients(student.network)
         sharded = engine.sharding == "full"
         auxiliaries, followers = make_helpers(stage, Models(student, teacher), seed, stream)
         if teacher is not None:
@@ -102,9 +104,8 @@ class StageTrainer:
             else:
                 follower.network.to(accelerator.device)
             if follower.decay is not None:
-                of = objective.helpers[name].of  # type: ignore[union-attr]
-                follower.follow(self.players[of].network)
-                self.players[of].followers.append(follower)
+                player = self.players[objective.helpers[name].of]  # type: ignore[union-attr]
+                player.followed_by.append(EMA(player.network, follower.decay, follower.network))
         if engine.compile:
             for model in (*(player.model for player in self.players.values()), *([] if teacher is None else [teacher])):
                 compile_networks(model)
@@ -117,7 +118,7 @@ class StageTrainer:
         self.share = range(first, first + share)
         self.split(min(engine.set_micro_batch or share, share))
 
-        # With its index, because the feeding thread has its own current device.
+        # With an index, because the feeding thread has its own current device.
         device = torch.empty(0, device=accelerator.device).device
         self.batches, self.ahead = batches, ahead
         self._feed = Feed(batches, self.places_of, device, ahead)
@@ -127,7 +128,8 @@ class StageTrainer:
         self._stop: StopSignal | None = None
         self._window_start = 0
         self._waited = 0.0
-        self._seconds = 0.0
+        self.seconds = 0.0
+        """Training time of the stage until the last window."""
         self._clock = time.perf_counter()
 
     @property
@@ -136,14 +138,14 @@ class StageTrainer:
         return self.players[STUDENT]
 
     def _models_of(self, trains: str) -> Models:
-        """Return the models for a turn of this player: this player wrapped in DDP, all others unwrapped."""
+        """Return the models for a turn of this player, which is wrapped in DDP; all others are unwrapped."""
         shown = {name: p.trained if name == trains else p.called for name, p in self.players.items()}
         student = shown.pop(STUDENT)
         assert isinstance(student, Denoiser)
         return Models(student, self._teacher, {**shown, **self._copies})
 
     def split(self, micro_batch: int) -> None:
-        """Split a rank's share of the batch into micro batches of `micro_batch` samples."""
+        """Split this rank's share of the batch into micro batches of `micro_batch` samples."""
         self.micro_batch = micro_batch
         first, end = self.share.start, self.share.stop
         self.micro_batch_found = False
@@ -153,8 +155,8 @@ class StageTrainer:
         """Train to the end of the stage; yield the number of finished updates after each.
 
         Args:
-            stop: a signal ends the iteration and abandons an update that has not changed the weights yet, so the state
-                is that of the previous update. (With several processes, all finish the update and end together.)
+            stop: a signal ends the iteration. It abandons an update that has not changed the weights yet, so the state
+                is that of the previous update; several processes finish the update and end together.
 
         Raises:
             OutOfMemory: if an update does not fit in memory.
@@ -196,31 +198,27 @@ class StageTrainer:
                 for places in self._places
             ]
 
-    def others(self, player: Player) -> list[Player]:
-        return [other for other in self.players.values() if other is not player]
-
     def _one_update(self, fed: list[list[Fed]]) -> None:
         rate_share = self.rate_share(self.update)
         for number, parts in enumerate(fed):
             turn, draw = parts[0].place.turn, parts[0].place.draw
             player = self.players[turn.trains]
             self._seed_layers(draw)
-            others = self.others(player)
             # An update can be abandoned at any point before the first optimiser step.
             may_stop = contextlib.nullcontext() if self._stop is None or number else self._stop.at_once()
-            with may_stop, player.alone(others):
+            with may_stop, player.alone(self.players.values()):
                 if player.needs_settling(self.processes.count):
                     self.gradient(player, parts[0])
                     player.clear()
                     player.recent.forget()
-                total = player.device_zero
+                total = torch.zeros((), device=self.accelerator.device)
                 for part in parts:
                     # Gradients are synchronised once per turn, with its last micro batch.
-                    with contextlib.nullcontext() if part is parts[-1] else player.unsynced():
+                    with contextlib.nullcontext() if part is parts[-1] else unsynced(player.wrapped):
                         total += self.gradient(player, part)
             player.step(self.update, player.training.rate_at(self.update) * rate_share, total)
-            if player is self.student:
-                self._watch_for_early_end(total)
+            if player is self.student and self._is_watched and self._plateau_at is None:
+                self._window_sum += total.to(self._window_sum)
         self.update += 1
         self._end_early()
 
@@ -242,10 +240,6 @@ class StageTrainer:
             losses = turn.loss(self._models[player.name], part.batch, draw)
         return player.backward(self.update, draw.places, losses, part.batch.x0)
 
-    def _watch_for_early_end(self, loss: Tensor) -> None:
-        if self._is_watched and self._plateau_at is None:
-            self._window_sum += loss.to(self._window_sum)
-
     @property
     def _is_watched(self) -> bool:
         return bool(self.stage.training.early_end.patience) and self.stage.objective.loss_falls
@@ -262,33 +256,26 @@ class StageTrainer:
 
     @property
     def last_update(self) -> int:
-        """Number of updates after which the stage ends, as known so far: its budget, or less once the loss has stopped
-        falling."""
+        """Number of updates after which the stage ends: its budget, or less once the loss has stopped falling."""
         training = self.stage.training
         if self._plateau_at is None:
             return training.num_updates
         return min(training.num_updates, self._plateau_at + training.early_end.window)
 
     def rate_share(self, update: int) -> float:
-        """Return the factor on every player's scheduled learning rate at an update: 1, falling to 0 after a plateau of
-        the student's loss."""
+        """Return the factor for all players' learning rates: 1, then decaying to 0 if the loss has stopped falling."""
         if self._plateau_at is None or update < self._plateau_at:
             return 1.0
         return 1 - (update - self._plateau_at) / (self.last_update - self._plateau_at)
-
-    def learning_rate(self, update: int) -> float:
-        """Return the student's learning rate at update `update` (from 0)."""
-        return self.stage.training.rate_at(update) * self.rate_share(update)
 
     def check_finite(self) -> None:
         """Raise if any loss or gradient norm so far was not finite.
 
         Raises:
-            NonFinite: if a loss or gradient was not finite. It contains the stage, the first such update and its
-                batch statistics.
+            NonFinite: with the stage, the first such update and the statistics of its batch.
         """
-        firsts = [player.first_bad() for player in self.players.values()]
-        # Each rank sees only its own losses, so all agree on the earliest bad update that any of them has seen.
+        firsts = [int(player.first_bad) for player in self.players.values()]
+        # Each rank sees only its own losses, so all agree on the earliest bad update that any has seen.
         late = self.processes.agree(*(-first if first >= 0 else -(2**62) for first in firsts))
         first = -max(late)
         if first == 2**62:
@@ -298,7 +285,7 @@ class StageTrainer:
         name = next(turn.trains for turn in self.stage.objective.turns(first) if turn.trains in broken)
         player = self.players[name]
         statistics = player.recent.statistics(first)
-        # The gradient is broken on all ranks, the losses only on some. One of these reports its statistics.
+        # All ranks have the bad gradient, but only some have bad losses. One of those reports its statistics.
         (seen,) = self.processes.agree(self.processes.index + 1 if statistics.get("not_finite") else 0)
         statistics = self.processes.told_by(max(0, seen - 1), statistics)
         share = ", on one rank" if self.processes.count > 1 else ""
@@ -322,27 +309,24 @@ class StageTrainer:
             NonFinite: see `check_finite`.
         """
         self.check_finite()
-        count = max(1, self.update - self._window_start)
+        count, last = max(1, self.update - self._window_start), max(0, self.update - 1)
         now = time.perf_counter()
         elapsed, self._clock = now - self._clock, now
-        self._seconds += elapsed
+        self.seconds += elapsed
         found = {}
         for name, player in self.players.items():
             loss_sum, norm_sum, turns = player.take_sums()
             (loss_sum,) = self.processes.mean(loss_sum)
-            found[name] = (
-                PlayerWindow(loss_sum / turns, norm_sum / turns) if turns else PlayerWindow(math.nan, math.nan)
-            )
+            found[name] = PlayerWindow(loss_sum / (turns or math.nan), norm_sum / (turns or math.nan))
         student = found.pop(STUDENT)
         # All ranks wait for the slowest one.
         (waited,) = self.processes.agree(int(1000 * min(1.0, self._waited / max(elapsed, 1e-9))) if self.ahead else 0)
         window = Window(
             update=self.update,
-            loss=student.loss,
-            grad_norm=student.grad_norm,
-            learning_rate=self.learning_rate(max(0, self.update - 1)),
+            **student._asdict(),
+            learning_rate=self.stage.training.rate_at(last) * self.rate_share(last),
             samples_per_second=count * self.stage.training.batch_size / max(elapsed, 1e-9),
-            seconds=self._seconds,
+            seconds=self.seconds,
             data_share=waited / 1000,
             helpers=found,
         )
@@ -351,26 +335,22 @@ class StageTrainer:
         return window
 
     def pause(self, seconds: float) -> None:
-        """Exclude time that was not spent training (saving a checkpoint) from the statistics."""
+        """Exclude time that was not spent training, such as saving a checkpoint, from the statistics."""
         self._clock += seconds
 
-    @property
-    def seconds(self) -> float:
-        """Training time of the stage until the last window."""
-        return self._seconds
-
     def state(self) -> State:
-        """Return the state that a resumed run needs besides `update` and `seconds`, for any number of processes.
+        """Return what a resumed run with any number of processes needs besides `update` and `seconds`.
 
-        All ranks must call this. Rank 0 gets copies of everything on the CPU, the other ranks nothing.
+        All ranks must call this. Rank 0 gets copies on the CPU, the other ranks nothing.
         """
         sums = self.processes.each(float(self._window_sum))
         if not (self.processes.is_main or is_sharded(self.student.network)):
             return {}
-        state: State = {}
-        for name, player in self.players.items():
-            for part, tensors in player.state().items():
-                state[_file_of(name, part)] = tensors
+        state: State = {
+            _file_of(name, part): tensors
+            for name, player in self.players.items()
+            for part, tensors in player.state().items()
+        }
         if self._is_watched:
             state["early_end"] = {
                 "window_losses": torch.tensor(self._window_losses, dtype=torch.float64),
@@ -382,7 +362,7 @@ class StageTrainer:
             for name, value in tensors.items():
                 full = whole(value.detach())
                 if self.processes.is_main:
-                    # Not the trainer's device: the moments of a paged optimiser are on the CPU, even with a GPU.
+                    # Even with a GPU, the moments of a paged optimiser are on the CPU.
                     held[part][name] = (
                         full.cpu().contiguous()
                         if full.device.type != "cpu"
@@ -404,7 +384,7 @@ class StageTrainer:
             mine = sums[self.processes.index] if len(sums) == self.processes.count else sums.mean()
             self._window_sum.copy_(mine)
             self._plateau_at = None if int(held["plateau_at"]) < 0 else int(held["plateau_at"])
-        self.update, self._seconds, self._window_start = update, seconds, update
+        self.update, self.seconds, self._window_start = update, seconds, update
 
     def finish(self) -> Denoiser:
         """Return the stage's result: the student in evaluation mode, unwrapped, with its EMA weights if it has any."""
@@ -418,33 +398,3 @@ def _file_of(player: str, part: str) -> str:
     if player == STUDENT:
         return STUDENT if part == "network" else part
     return f"helper-{player}" if part == "network" else f"helper-{player}-{part}"
-
-
-def compile_networks(model: torch.nn.Module) -> None:
-    """Let torch compile each network of a denoiser, in place, at its first call.
-
-    The compiled code is cached for the network's class, with the weights as arguments, so the networks of the next
-    stage reuse it. It is compiled for a fixed batch shape. Code for dynamic shapes, which torch would compile at the
-    second shape, is slower, and a run resumed after that would round differently from an uninterrupted one.
-    """
-    for part in model.modules():
-        if isinstance(part, NetworkDenoiser) and isinstance(part.network, torch.nn.Module):
-            part.network.compile(dynamic=False)
-
-
-def check_sharding(engine: Engine, num_processes: int) -> None:
-    """Raise ValueError if the engine's sharding is not possible with this number of processes."""
-    if engine.sharding == "none":
-        return
-    if num_processes == 1:
-        raise ValueError(
-            "sharding full shards weights over processes, but this is the only one. Start several with torchrun or "
-            "accelerate launch, or remove --engine.sharding"
-        )
-    if engine.compile:
-        raise ValueError("sharded networks cannot be compiled. Remove --engine.compile or --engine.sharding")
-    if engine.optimizer != "adamw":
-        raise ValueError(
-            f"the optimizer {engine.optimizer} cannot be sharded. Use adamw, whose moments sharding distributes, or "
-            "remove --engine.sharding"
-        )

@@ -1,4 +1,4 @@
-"""Creation of an objective's own networks before the first update."""
+"""Creates an objective's own networks before the first update."""
 
 import re
 from typing import Final
@@ -16,8 +16,7 @@ HELPER_NAME: Final = re.compile("[a-z][a-z0-9_]*")
 def make_helpers(
     stage: Stage, models: Models, seed: int, stream: str
 ) -> tuple[dict[str, tuple[torch.nn.Module, Training]], dict[str, Follower]]:
-    """Return the objective's auxiliary networks with their hyperparameters, and its averages and frozen copies, before
-    the first update.
+    """Return the objective's auxiliary networks with their hyperparameters, and its averages and frozen copies.
 
     Raises:
         ValueError: if a name is invalid, or hyperparameters contradict the stage.
@@ -36,7 +35,7 @@ def make_helpers(
             if training.ema_decay or training.early_end.patience:
                 raise ValueError(f"ema_decay and early_end of helper {name} have no effect. Use an Average")
             with torch.random.fork_rng(devices=[]):
-                # New layers are a function of the run's seed, on every rank.
+                # New layers depend only on the run's seed, on every rank.
                 torch.manual_seed(generator_for(seed, stream, "helper", name).initial_seed())
                 auxiliaries[name] = helper.start(models), training
             if any(isinstance(part, InHalf) for part in auxiliaries[name][0].modules()):

@@ -1,4 +1,4 @@
-"""Memory of an update: the largest micro batch that fits, and the remedies when none does."""
+"""Memory of an update: the largest micro batch that fits, and the error message when none does."""
 
 from typing import TYPE_CHECKING
 
@@ -7,7 +7,7 @@ from accelerate.utils.memory import clear_device_cache
 
 from halfstep.data.base import Feed
 from halfstep.runtime.failures import OutOfMemory, is_out_of_memory
-from halfstep.train.sharding import is_sharded
+from halfstep.train.sharding import is_sharded, unsynced
 
 if TYPE_CHECKING:
     from halfstep.train.engine import StageTrainer
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 def fit_micro_batch(trainer: "StageTrainer", largest: int | None = None) -> list[int]:
     """Split a rank's share into the largest micro batches that fit in memory; return the sizes that did not fit.
 
-    Tries the whole share, then powers of two below it. Each try runs the passes of an update of this stage, with the
-    optimisers' moments in memory. Weights, buffers, moments and all random numbers are unchanged.
+    Tries the whole share, then smaller powers of two. Each try runs the forward and backward passes of an update, with
+    the optimisers' moments in memory. Weights, buffers, moments and random numbers are unchanged.
 
     Args:
         largest: first size to try; the whole share if None.
 
     Raises:
         OutOfMemory: if not even a single sample fits.
-        ValueError: if the weights are sharded, because the processes would wait for one that is out of memory.
+        ValueError: if the weights are sharded, because processes would wait for one that is out of memory.
     """
     if is_sharded(trainer.student.network):
         raise ValueError("engine.micro_batch auto does not work with sharding full. Set it to a number")
@@ -53,19 +53,18 @@ def fit_micro_batch(trainer: "StageTrainer", largest: int | None = None) -> list
 
 
 def _passes_fit(trainer: "StageTrainer") -> bool:
-    """Return whether the passes of two micro batches of each turn fit: at the second, the gradients of the first are in
-    memory."""
+    """Return whether two micro batches of each turn fit: the first's gradients are in memory during the second."""
     try:
         held = [player.place_for_moments() for player in trainer.players.values()]
         first = trainer.update
         feed = Feed(trainer.batches, trainer.places_of, trainer.accelerator.device)
         ahead = list(feed.updates(first, lambda: min(first + 1 + trainer.ahead, trainer.stage.training.num_updates)))
-        # Not compiled, because torch would recompile for each size and give up after a few. The size found would then
-        # run differently from a resumed run.
+        # Uncompiled: torch would recompile for each size and give up after a few, and a resumed run, which skips this
+        # search, would then run differently.
         with torch.compiler.set_stance("force_eager"):
             for parts in ahead[0]:
                 player = trainer.players[parts[0].place.turn.trains]
-                with player.alone(trainer.others(player)), player.unsynced():
+                with player.alone(trainer.players.values()), unsynced(player.wrapped):
                     for part in parts[:2]:
                         trainer.gradient(player, part)
                 player.clear()
@@ -86,7 +85,7 @@ def does_not_fit(trainer: "StageTrainer") -> str:
             "smaller network"
         )
     else:
-        # The search for the size runs uncompiled networks; compiled ones may need more memory.
+        # Compiled networks may need more memory than the uncompiled ones of the search.
         auto = "instead of auto" if trainer.micro_batch_found else "or auto, which finds a size that fits"
         remedy = f"Set engine.micro_batch to {size // 2}, {auto}. Batch size and result stay the same"
     return (

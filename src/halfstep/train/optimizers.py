@@ -10,7 +10,7 @@ from halfstep.objectives import Training
 
 
 def make_optimizer(kind: str, parameters: list[torch.nn.Parameter], training: Training) -> torch.optim.Optimizer:
-    """Return AdamW, or the one of bitsandbytes with 8-bit moments; "paged" can move them out of a full GPU's memory.
+    """Return torch's AdamW or the 8-bit AdamW of bitsandbytes; "paged" can move moments out of a full GPU's memory.
 
     Raises:
         ValueError: if the kind is unknown or the package bitsandbytes is missing.
@@ -32,18 +32,17 @@ def make_optimizer(kind: str, parameters: list[torch.nn.Parameter], training: Tr
     except ImportError:
         raise ValueError(f"the optimizer {kind} needs the package bitsandbytes: pip install bitsandbytes") from None
     for parameter in parameters:
-        # bitsandbytes does this itself at its first step, but that is after the moments of a resumed stage are laid out
-        # like the weights.
+        # bitsandbytes does this at its first step, but a resumed stage lays out moments like the weights before that.
         parameter.data = parameter.data.contiguous()
     optimizer: torch.optim.Optimizer = getattr(bitsandbytes.optim, made[kind])(parameters, **settings)
     return optimizer
 
 
 def flatten_state(entry: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield the optimiser state of one parameter: tensors by name, with "group/name" for a nested group."""
+    """Yield the optimiser state of one parameter: tensors by name, "group/name" in a nested group."""
     for key, value in entry.items():
         if isinstance(value, Mapping):
             yield from flatten_state(value, f"{prefix}{key}/")
         else:
-            # Groups contain tensors that several parameters share, which a safetensors file must not contain.
+            # Parameters share the tensors of groups, and safetensors files must not contain shared tensors.
             yield f"{prefix}{key}", torch.as_tensor(value).clone() if prefix else torch.as_tensor(value)

@@ -1,12 +1,12 @@
-"""A player: a network of a stage with its optimiser, its averages and the statistics of its turns.
+"""A player: a trained network of a stage with its optimiser, its averages and the statistics of its turns.
 
-The student and each auxiliary network are players. The engine, checkpoints, DDP, FSDP2, micro batches and the search
-for a fitting micro batch treat all players in the same way.
+The student and each auxiliary network are players. The engine, checkpoints, DDP, FSDP2 and micro batches make no
+difference between them.
 """
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, final
 
 import torch
@@ -29,19 +29,18 @@ from halfstep.train.sharding import (
     shard,
     skeleton,
     spread_as,
-    unsynced,
     whole,
 )
 
 
 def network_of(model: nn.Module) -> nn.Module:
-    """Return the part of a model that is trained, wrapped and saved: a `NetworkDenoiser`'s network, or the model."""
+    """Return what is trained, wrapped and saved: a `NetworkDenoiser`'s network, or the model itself."""
     network: nn.Module = model.network if isinstance(model, NetworkDenoiser) else model
     return network
 
 
 def seen_through(model: nn.Module, network: nn.Module) -> nn.Module:
-    """Return the model with its network replaced by a copy, or by the same network wrapped in DDP."""
+    """Return the model with its network replaced by `network`, a copy or the same network wrapped in DDP."""
     if isinstance(model, NetworkDenoiser):
         return NetworkDenoiser(network, model.process, model.prediction)
     if isinstance(model, Denoiser) and isinstance(network, DistributedDataParallel):
@@ -62,17 +61,29 @@ class _Wrapped(Denoiser):
         return Denoised(x0, eps)
 
 
+def compile_networks(model: torch.nn.Module) -> None:
+    """Let torch compile each network of a denoiser, in place, at its first call.
+
+    The compiled code is cached for the network's class and takes the weights as arguments, so the next stage reuses it.
+    Shapes are static: torch would otherwise compile slower code for dynamic shapes at the second shape, and a run that
+    is resumed after that would round differently from an uninterrupted one.
+    """
+    for part in model.modules():
+        if isinstance(part, NetworkDenoiser) and isinstance(part.network, torch.nn.Module):
+            part.network.compile(dynamic=False)
+
+
 @final
 class EMA:
     """The exponential moving average of the trainable parameters of `module`; its buffers are copied.
 
-    The decay is min(decay, (1 + n) / (10 + n)) after n steps, so the average forgets the random start quickly and does
-    not lag behind in a short run. Stored in float32 and updated for all tensors at once.
+    After n steps the decay is min(decay, (1 + n) / (10 + n)), so the average soon forgets the random start and does not
+    lag behind in a short run. Averages are float32, and all tensors are updated at once.
 
     Args:
         decay: final decay, in [0, 1).
-        into: a copy of the module, in float32 and sharded like it. Its parameters become the averages, so that they can
-            be called. None stores the averages separately.
+        into: a float32 copy of the module, sharded like it; its parameters become the averages. None stores the
+            averages separately.
     """
 
     def __init__(self, module: nn.Module, decay: float, into: nn.Module | None = None) -> None:
@@ -80,7 +91,7 @@ class EMA:
         self._module, self._into = module, into
         self._names = [name for name, _ in trainable(module)]
         self._weights = [p.detach() for _, p in trainable(module)]
-        # For sharded weights, this process' slices, which are averaged like any others.
+        # This process averages only its own slices of sharded weights.
         self._parameters = [local(p) for p in self._weights]
         if into is None:
             self._averages = [p.float().clone() for p in self._parameters]
@@ -89,7 +100,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, num_steps: int) -> None:
-        """Move the average towards the current weights, which have taken `num_steps` steps."""
+        """Move the average towards the current weights, after `num_steps` optimiser steps."""
         weight = 1 - min(self.decay, (1 + num_steps) / (10 + num_steps))
         current = [p if p.dtype == torch.float32 else p.float() for p in self._parameters]
         torch._foreach_lerp_(self._averages, current, weight)
@@ -116,8 +127,8 @@ class Follower:
     """A copy of a player that the objective calls: a moving average, or the player before the first update.
 
     Args:
-        model: the player's model, with a network that is not sharded yet.
-        decay: decay of the average; None freezes the copy.
+        model: the player's model, before its network is sharded.
+        decay: decay of the average, which the player updates; None freezes the copy.
     """
 
     def __init__(self, model: nn.Module, decay: float | None) -> None:
@@ -126,17 +137,6 @@ class Follower:
         copied = copy_network(network_of(model))
         self.network = copied if isinstance(copied, LoRA) else copied.float()
         self.model = seen_through(model, self.network.requires_grad_(False).eval())
-        self._ema: EMA | None = None
-
-    def follow(self, network: nn.Module) -> None:
-        """Average the weights of `network` from now on."""
-        assert self.decay is not None
-        self._ema = EMA(network, self.decay, self.network)
-
-    @property
-    def ema(self) -> EMA:
-        assert self._ema is not None
-        return self._ema
 
 
 @final
@@ -159,23 +159,26 @@ class Player:
         set_dropout(network, training.dropout)
         network.train()
         self._skeleton = skeleton(network) if sharded else None
+        self.wrapped: nn.Module
+        """The network in its own turns: wrapped in DDP if there are several processes."""
         if sharded:
             shard(network, accelerator.device, accelerator.num_processes)
         made = make_optimizer(optimizer, [parameter for _, parameter in trainable(network)], training)
         if sharded:
-            self._wrapped, self._optimizer = network, made
+            self.wrapped, self._optimizer = network, made
         else:
             with warnings.catch_warnings():
                 # DDP warns about its argument broadcast_buffers, and accelerate does not support the replacement.
                 warnings.simplefilter("ignore", FutureWarning)
-                self._wrapped, self._optimizer = accelerator.prepare(network, made)
-            # The engine enters autocast itself. With accelerate's own wrapper, the compiler would see a new network in
-            # each stage, and again when the wrapper is removed.
-            accelerator.unwrap_model(self._wrapped, keep_fp32_wrapper=False)
+                self.wrapped, self._optimizer = accelerator.prepare(network, made)
+            # The engine enters autocast itself. Accelerate's own wrapper would make the compiler see a new network in
+            # each stage, and another one when the wrapper is removed.
+            accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
         self._ema = EMA(self.network, training.ema_decay) if training.ema_decay else None
-        self.followers: list[Follower] = []
-        self.trained = seen_through(model, self._wrapped)
-        """The model in its own turns: wrapped in DDP if there are several processes."""
+        self.followed_by: list[EMA] = []
+        """Averages that the objective calls."""
+        self.trained = seen_through(model, self.wrapped)
+        """The model in its own turns."""
         self.called = seen_through(model, self.network)
         """The model in the turns of other players."""
         self.steps = 0
@@ -185,24 +188,21 @@ class Player:
         self._parameters = [parameter for _, parameter in trainable(self.network)]
         self._loss_sum = torch.zeros((), device=device)
         self._norm_sum = torch.zeros((), device=device)
-        self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
+        self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
+        """The first update with a loss or gradient that was not finite, or -1."""
         self._window_turns = 0
         self.recent = Recent()
 
     @property
     def network(self) -> nn.Module:
         """The network without the wrapper for several processes."""
-        network: nn.Module = self._accelerator.unwrap_model(self._wrapped, keep_fp32_wrapper=False)
+        network: nn.Module = self._accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
         return network
 
-    @property
-    def device_zero(self) -> Tensor:
-        """A zero on the device of the statistics."""
-        return torch.zeros_like(self._loss_sum)
-
     @contextlib.contextmanager
-    def alone(self, others: "list[Player]") -> Iterator[None]:
-        """Return a context in which gradients of the other players' weights are neither computed nor kept."""
+    def alone(self, players: "Iterable[Player]") -> Iterator[None]:
+        """Return a context in which gradients of all other players' weights are neither computed nor kept."""
+        others = [player for player in players if player is not self]
         frozen = [p for other in others if not is_sharded(other.network) for p in other._parameters]
         for parameter in frozen:
             parameter.requires_grad_(False)
@@ -216,10 +216,6 @@ class Player:
                     # FSDP2 ignores later changes of requires_grad, so the gradients are discarded instead.
                     other.clear()
 
-    def unsynced(self) -> contextlib.AbstractContextManager[None]:
-        """Return a context in which each process accumulates gradients without synchronising them."""
-        return unsynced(self._wrapped)
-
     def backward(self, update: int, places: range, losses: Losses, x0: Tensor) -> Tensor:
         """Add the gradient of a micro batch and return its part of the mean loss."""
         accelerator = self._accelerator
@@ -227,7 +223,7 @@ class Player:
         self.recent.parts.append(Part(update, places, losses.loss.detach(), losses.log_snr.detach(), largest))
         while self.recent.parts[0].update <= update - KEPT:
             self.recent.parts.popleft()
-        # Gradients are averaged over processes, so each process sums its share of the mean here.
+        # Processes average their gradients, so each scales its part of the mean loss by their number.
         loss: Tensor = losses.loss.sum() * (accelerator.num_processes / self.training.batch_size)
         accelerator.backward(loss)
         return loss.detach()
@@ -236,23 +232,26 @@ class Player:
         """Take one optimiser step with the accumulated gradients of the mean loss `loss`."""
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        norm = self._accelerator.clip_grad_norm_(self._wrapped.parameters(), self.training.grad_clip)
+        norm = self._accelerator.clip_grad_norm_(self.wrapped.parameters(), self.training.grad_clip)
         if self._skeleton is not None:
             norm = whole(norm)
         self._optimizer.step()
         self.clear()
         bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
-        self._first_bad = torch.where(bad & (self._first_bad < 0), update, self._first_bad)
+        self.first_bad = torch.where(bad & (self.first_bad < 0), update, self.first_bad)
         self._loss_sum += loss
         self._norm_sum += norm
         self.recent.norms.append((update, norm.detach()))
         self.steps += 1
         self._window_turns += 1
-        for ema in self._averages():
-            ema.update(self.steps)
+        for average in self._averages.values():
+            average.update(self.steps)
 
-    def _averages(self) -> list[EMA]:
-        return [*([] if self._ema is None else [self._ema]), *(follower.ema for follower in self.followers)]
+    @property
+    def _averages(self) -> dict[str, EMA]:
+        """All averages, keyed as in `state`."""
+        own = {} if self._ema is None else {"ema": self._ema}
+        return own | {f"average{number}": average for number, average in enumerate(self.followed_by)}
 
     def clear(self) -> None:
         """Drop all gradients."""
@@ -261,21 +260,17 @@ class Player:
     def needs_settling(self, count: int) -> bool:
         """Return whether DDP still has to order its messages; True at most once.
 
-        DDP orders them after its first backward pass. The order in which more than two numbers are added depends on
-        their place in a message, so the first update of a resumed run would differ from the uninterrupted run.
+        DDP orders them after its first backward pass, and the rounding of a sum over more than two processes depends on
+        that order. Otherwise the first update of a resumed run would differ from the uninterrupted run.
         """
         settled, self._settled = self._settled, True
-        return not settled and isinstance(self._wrapped, DistributedDataParallel) and count > 2
+        return not settled and isinstance(self.wrapped, DistributedDataParallel) and count > 2
 
     def place_for_moments(self) -> list[Tensor]:
         """Reserve the memory that the optimiser will allocate at its first step; none after that step."""
         if self._optimizer.state_dict()["state"]:
             return []
         return [torch.empty_like(p) for p in self._parameters for _ in range(2)]
-
-    def first_bad(self) -> int:
-        """Return the first update with a loss or gradient that was not finite, or -1. Waits for the device."""
-        return int(self._first_bad)
 
     def take_sums(self) -> tuple[float, float, int]:
         """Return the sums of losses and gradient norms and the number of turns since the last call."""
@@ -289,10 +284,7 @@ class Player:
     @property
     def parts(self) -> list[str]:
         """The keys of `state`."""
-        return [
-            *("network", "optimizer", *([] if self._ema is None else ["ema"])),
-            *(f"average{number}" for number in range(len(self.followers))),
-        ]
+        return ["network", "optimizer", *self._averages]
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Return weights, moments and averages by name; tensors may be sharded."""
@@ -302,12 +294,8 @@ class Player:
         for index, entry in self._optimizer.state_dict()["state"].items():
             for key, value in flatten_state(entry):
                 moments[f"{key}.{names[index]}"] = value
-        state = {"network": own_state(network), "optimizer": moments}
-        if self._ema is not None:
-            state["ema"] = self._ema.state_dict()
-        for number, follower in enumerate(self.followers):
-            state[f"average{number}"] = follower.ema.state_dict()
-        return state
+        averages = {name: average.state_dict() for name, average in self._averages.items()}
+        return {"network": own_state(network), "optimizer": moments, **averages}
 
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]], steps: int) -> None:
         """Continue from a result of `state` with unsharded tensors, after `steps` steps."""
@@ -322,8 +310,8 @@ class Player:
             if is_sharded(network):
                 value = spread_as(value, parameter) if value.shape == parameter.shape else value
             elif value.shape == parameter.shape:
-                # A fused optimiser iterates over memory, so moments need the memory layout of their weights, which the
-                # file does not store: on a GPU, convolution weights are channels-last.
+                # A fused optimiser iterates over memory, so moments need the memory layout of their weights (on a GPU,
+                # convolution weights are channels-last), which the file does not store.
                 value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
             entry = entries.setdefault(index_of[name], {})
             *groups, last = kind.split("/")
@@ -332,10 +320,8 @@ class Player:
             entry[last] = value
         held_groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": entries, "param_groups": held_groups})
-        if self._ema is not None:
-            self._ema.load_state_dict(state["ema"])
-        for number, follower in enumerate(self.followers):
-            follower.ema.load_state_dict(state[f"average{number}"])
+        for name, average in self._averages.items():
+            average.load_state_dict(state[name])
         self.steps = steps
 
     def finish(self) -> nn.Module:

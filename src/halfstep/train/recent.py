@@ -1,4 +1,4 @@
-"""The losses of recent updates, for the report on an update that was not finite."""
+"""Losses of recent updates, to report on an update that was not finite."""
 
 from collections import deque
 from collections.abc import Mapping
@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 KEPT: Final = 1000
-"""Number of updates after which the engine checks its stored losses, unless a log line triggers the check earlier."""
+"""Updates for which losses are kept; the engine checks them at least as often."""
 
 
 @final
 class Part(NamedTuple):
-    """The losses of a turn for some places of an update's batch, on their device."""
+    """Losses of some places of an update's batch, on their device."""
 
     update: int
     places: range
@@ -24,10 +24,7 @@ class Part(NamedTuple):
 
 @final
 class Recent:
-    """The losses and gradient norms of a player's last updates, kept on their device until a report needs them.
-
-    The engine appends to both. They do not affect the updates.
-    """
+    """Losses and gradient norms of a player's last updates, on their device; the player appends to both."""
 
     def __init__(self) -> None:
         self.parts: deque[Part] = deque()
@@ -67,7 +64,7 @@ class Recent:
 
 
 def _json(value: Tensor | float) -> float | str:
-    """Return a number as JSON can store it: as a word if it is not finite."""
+    """Return a number for JSON, as a string if it is not finite."""
     number = float(value)
     return number if torch.isfinite(torch.tensor(number)) else str(number)
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, fields
 from typing import ClassVar, Final, Literal, final, get_args
 
-from halfstep.core.door import check_number, check_switch, check_whole
-from halfstep.objectives.base import FORBID_EXTRA, MOST_AT_ONCE
+from halfstep.core.door import FORBID_EXTRA, check_number, check_switch, check_whole
+from halfstep.objectives.base import MOST_AT_ONCE
 
 Precision = Literal["float32", "bf16"]
 Sharding = Literal["none", "full"]
@@ -56,8 +56,7 @@ class Engine:
     checkpoint_minutes: float = 5.0
     """Minutes between checkpoints."""
     requeue_code: int | None = None
-    """Exit code after SIGTERM or SIGUSR1 with the state saved, for a scheduler that requeues on a special code; 143 and
-    138 by default."""
+    """Exit code after SIGTERM or SIGUSR1, for schedulers that requeue on a special code; 143 and 138 by default."""
 
     def __post_init__(self) -> None:
         for name in ("log_every", "checkpoint_updates"):
@@ -89,11 +88,11 @@ class Engine:
 
     @property
     def set_micro_batch(self) -> int | None:
-        """The micro batch as a number; None for the whole share, or if "auto" is not resolved yet."""
+        """The micro batch as a number; None for the whole share, or while "auto" is unresolved."""
         return None if self.micro_batch == "auto" else self.micro_batch
 
 
 LEARNED: Final = ("precision", "teacher_precision", "optimizer")
 """Engine settings that change the trained model."""
 IDLE: Final = tuple(setting.name for setting in fields(Engine) if setting.name not in LEARNED)
-"""Engine settings that do not change the trained model."""
+"""All other engine settings."""

@@ -1,8 +1,8 @@
 """Sharding of networks over the processes: FSDP2, torch's `fully_shard`.
 
-Each process stores a slice of every weight, with its gradient, its moments and its average. The weights of one unit (a
-block) are gathered while it computes. accelerate's FSDP2 does not support processes on the CPU, nor networks without an
-optimiser such as teachers, so this module calls `fully_shard` itself.
+Each process stores a slice of every weight, gradient, moment and average. The weights of a unit (a block) are gathered
+while it computes. accelerate's FSDP2 supports neither processes on the CPU nor networks without an optimiser, such as
+teachers, so this module calls `fully_shard` itself.
 
 Source: Zhao et al. 2023, PyTorch FSDP (arXiv:2304.11277).
 """
@@ -20,9 +20,28 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from halfstep.nets import own_state
+from halfstep.train.settings import Engine
 
 UNIT: Final = 500_000
-"""Number of parameters from which a block is its own unit, gathered and freed separately."""
+"""Minimum number of parameters of a block that is its own unit, gathered and freed separately."""
+
+
+def check_sharding(engine: Engine, num_processes: int) -> None:
+    """Raise ValueError if the engine's sharding is not possible with this number of processes."""
+    if engine.sharding == "none":
+        return
+    if num_processes == 1:
+        raise ValueError(
+            "sharding full shards weights over processes, but this is the only one. Start several with torchrun or "
+            "accelerate launch, or remove --engine.sharding"
+        )
+    if engine.compile:
+        raise ValueError("sharded networks cannot be compiled. Remove --engine.compile or --engine.sharding")
+    if engine.optimizer != "adamw":
+        raise ValueError(
+            f"the optimizer {engine.optimizer} cannot be sharded. Use adamw, whose moments sharding distributes, or "
+            "remove --engine.sharding"
+        )
 
 
 def shard(network: nn.Module, device: torch.device, count: int) -> None:
@@ -33,12 +52,12 @@ def shard(network: nn.Module, device: torch.device, count: int) -> None:
     mesh = init_device_mesh(device.type, (count,))
     for block in _blocks(network, UNIT):
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
-    # The remaining parameters are used at both ends of a network, so keep them until the backward pass, if any.
+    # Both ends of a network use the remaining parameters, so keep them gathered until the backward pass, if any.
     fully_shard(network, mesh=mesh, reshard_after_forward=not any(p.requires_grad for p in network.parameters()))
 
 
 def _blocks(network: nn.Module, unit: int) -> list[nn.Module]:
-    """Return blocks in lists with at least `unit` parameters outside smaller units, innermost first."""
+    """Return the blocks in module lists with at least `unit` parameters of their own, innermost first."""
     found: list[nn.Module] = []
     taken: set[nn.Parameter] = set()
     lists = [module for module in network.modules() if isinstance(module, nn.ModuleList)]
@@ -58,7 +77,7 @@ def is_sharded(network: nn.Module) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return this process' slice of a sharded tensor, sharing its memory; any other tensor unchanged."""
+    """Return this process' slice of a sharded tensor, which shares its memory; any other tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -102,7 +121,7 @@ def load_whole(network: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def skeleton(network: nn.Module) -> nn.Module:
-    """Return a copy of the network without memory for its weights, to be filled by `fill`."""
+    """Return a copy of the network on the meta device, for `fill`."""
     empty = {
         id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
         for p in network.parameters()

@@ -30,7 +30,6 @@ class Window:
     seconds: float
     """Training time of the stage so far, including all restarts."""
     data_share: float
-    """Share of the window's time in which updates waited for their prepared inputs, on the rank that waited most; 0 if
-    nothing is prepared ahead."""
+    """Share of the window's time spent waiting for prepared inputs, on the slowest rank; 0 if nothing is prepared."""
     helpers: Mapping[str, PlayerWindow] = field(default_factory=dict)
     """Statistics of the auxiliary networks."""
