@@ -2,8 +2,8 @@
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 Member = TypeVar("Member")
 
@@ -17,13 +17,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
 _families: "dict[str, Registry[Any]]" = {}
 
 
-class Registry(Generic[Member]):
-    """Named members of one family, in order of registration."""
+class Registry(dict[str, Member]):
+    """Named members of one family, in order of registration; looking up an unknown name raises ValueError."""
 
     def __init__(self, family: str) -> None:
+        super().__init__()
         self.family = family
         _families[family] = self
-        self._members: dict[str, Member] = {}
 
     def register(self, name: str) -> Callable[[Member], Member]:
         """Return a decorator that registers its object under `name`.
@@ -33,24 +33,15 @@ class Registry(Generic[Member]):
         """
 
         def enter(member: Member) -> Member:
-            if name in self._members:
+            if name in self:
                 raise ValueError(f"the {self.family} {name!r} is registered twice")
-            self._members[name] = member
+            self[name] = member
             return member
 
         return enter
 
-    def __getitem__(self, name: str) -> Member:
-        """Return the member with this name.
-
-        Raises:
-            ValueError: if no member has it. The message lists all names and suggests the most similar one.
-        """
-        if name not in self._members:
-            raise ValueError(
-                f"unknown {self.family} {name!r}{nearest(name, self._members)} (known: {', '.join(self._members)})"
-            )
-        return self._members[name]
+    def __missing__(self, name: str) -> Member:
+        raise ValueError(f"unknown {self.family} {name!r}{nearest(name, self)} (known: {', '.join(self)})")
 
     def describe(self, member: object) -> dict[str, Any]:
         """Return an instance of a registered dataclass as data for `rebuild`: {"type": name, **fields}.
@@ -84,24 +75,13 @@ class Registry(Generic[Member]):
         Raises:
             ValueError: if neither is registered.
         """
-        for name, known in self._members.items():
+        for name, known in self.items():
             if known is member or known is type(member):
                 return name
         raise ValueError(
             f"{member!r} is not a registered {self.family}. Decorate its class with .register('my_name') of its "
             "family's registry, as CONTRIBUTING.md shows"
         )
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._members)
-
-    def values(self) -> Iterator[Member]:
-        """Iterate over the members."""
-        return iter(self._members.values())
-
-    def items(self) -> Iterator[tuple[str, Member]]:
-        """Iterate over pairs of name and member."""
-        return iter(self._members.items())
 
 
 def _described(value: Any) -> Any:

@@ -11,14 +11,14 @@ import torch
 from PIL import Image
 
 from halfstep.cli import main
-from halfstep.cli.commands import _prepared
 from halfstep.cli.dry_run import data_line
+from halfstep.cli.training import _prepared
 from halfstep.cli.usage import UsageError, in_own_words
 from halfstep.core.warnings import HalfstepWarning
 from halfstep.data import DataConfig, MemoryData, warn_of_scale
 from halfstep.measure.evaluate import Evaluation, few_samples
-from halfstep.recipes import build, recipes
-from halfstep.recipes.schema import FREE_FIELDS, ChainConfig, MLPConfig, Recipe, check_fit
+from halfstep.recipes import ChainConfig, MLPConfig, Recipe, build, recipes
+from halfstep.recipes.building import FREE_FIELDS, check_fit
 from halfstep.run.folder import DifferentRecipe
 from halfstep.runs import Manifest, RunFolder, RunStatus, StageStatus
 from halfstep.runs.schema import Result

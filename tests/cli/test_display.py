@@ -33,9 +33,9 @@ def test_the_time_left_counts_network_calls_and_batches_of_all_stages() -> None:
         ]
     )
     # 0.6 s an update of cost 60: 80 more updates and 60 of cost 50 take 48 s + 30 s.
-    assert display.seconds_left() == 78.0
+    assert display.status.seconds_left == 78.0
     display.show([StageEnd("00-denoise", 60.0, was_there=False)])
-    assert display.seconds_left() == 30.0
+    assert display.status.seconds_left == 30.0
     assert "00-denoise: done in 1:00 min" in out.getvalue()
 
 
@@ -45,7 +45,7 @@ def test_the_time_left_of_a_resumed_run_is_at_the_pace_since_then() -> None:
     # 40 updates in 4,000 s; the next 10 in 6 s: 50 more take 30 s, and 60 of cost 50 as well.
     events = [StageStart("00-denoise", 0, plan.stages[0], 40, 4000.0), Progress("00-denoise", 100, _window(50, 4006.0))]
     display.show(events)
-    assert display.seconds_left() == pytest.approx(60.0)
+    assert display.status.seconds_left == pytest.approx(60.0)
 
 
 def test_measuring_shows_where_it_is_and_counts_in_the_time_left() -> None:
@@ -58,10 +58,10 @@ def test_measuring_shows_where_it_is_and_counts_in_the_time_left() -> None:
     display.show([StageEnd("00-denoise", 6.0, was_there=False), Measuring("00-denoise", "Heun", 1, 3)])
     assert "00-denoise: measuring 1/3, Heun" in out.getvalue()
     assert display.status.stages[0].state == "measuring"
-    training = display.seconds_left()
+    training = display.status.seconds_left
     display.show([Measured("00-denoise", result, num_left=2, seconds=5.0)])
     # Two more results of the teacher and one of the student, each in 5 s.
-    assert display.seconds_left() == training + 15.0
+    assert display.status.seconds_left == training + 15.0
 
 
 def test_a_terminal_gets_one_display_and_no_terminal_gets_lines() -> None:

@@ -18,22 +18,22 @@ from halfstep.runs.schema import shortened
 LONG_SECONDS: Final = 86400.0
 """Estimated training time above which a warning is printed."""
 DEVICES: Final = (24, 48, 80)
-"""Memory of common devices, GiB."""
+"""Memory of common devices, in GiB."""
 SHARE: Final = 0.9
-"""Share of a device's memory that the counted bytes may take; the rest is for the allocator and workspaces."""
+"""Share of a device's memory for the counted bytes; the allocator and workspaces need the rest."""
 LITTLE: Final = 2**30
-"""Bytes that any machine has; below them, a plan for the CPU does not list devices."""
+"""Bytes that any machine has; a plan for the CPU that needs less does not list devices."""
 FEW_SAMPLES: Final = 5000
 MANY_PASSES: Final = 500.0
-"""Passes over a data set smaller than FEW_SAMPLES above which a memorisation warning is printed."""
+"""Passes over fewer than FEW_SAMPLES above which a memorisation warning is printed."""
 
 
 def plan_facts(spec: RunSpec, out: Path, missing: str | None = None) -> dict[str, Any]:
-    """Return the plan and cost of the run: bytes, seconds, and FLOPs (multiplications and additions)."""
+    """Return the plan and cost of a run: bytes, seconds, and FLOPs (multiplications and additions)."""
     forward = count_forward(spec)
     stages = [(name, stage, helper_sizes(spec, stage)) for name, stage in spec.stages if stage is not None]
     memory = max((memory_of_update(stage, forward, spec.engine, helpers) for _, stage, helpers in stages), key=sum)
-    # A published model has no weights here, so no update can be timed.
+    # A published model has no weights, so no update can be timed.
     is_counted = spec.teacher is not None and spec.teacher.device.type == "meta"
     rate = None if is_counted else time_updates(spec, forward)
     flops = [update_flops(stage, forward, helpers) for _, stage, helpers in stages]
@@ -71,23 +71,18 @@ def plan_facts(spec: RunSpec, out: Path, missing: str | None = None) -> dict[str
         "memory_bytes": memory._asdict(),
         "micro_batch": min(spec.engine.set_micro_batch or 2**62, max(row["batch_size"] for row in rows)),
         "guidance": None if guidance is None else guidances.describe(guidance),
-        "fits_gib": fitting(sum(memory)),
+        "fits_gib": [size for size in DEVICES if sum(memory) <= SHARE * size * 2**30],
         "seconds_an_update": None if rate is None else rate.seconds,
         "timed_batch_size": None if rate is None else rate.batch_size,
         "estimated_seconds": None if rate is None else sum(row["estimated_seconds"] for row in rows),
     }
 
 
-def fitting(num_bytes: int) -> list[int]:
-    """Return the device sizes in GiB into which `num_bytes` fit."""
-    return [size for size in DEVICES if num_bytes <= SHARE * size * 2**30]
-
-
 def show_plan(spec: RunSpec, out: Path, json: bool, missing: str | None = None) -> None:
-    """Print the plan and cost of the run, as one JSON document or as text; write nothing.
+    """Print the plan and cost of a run, as one JSON document or as text.
 
     Args:
-        missing: why the data is not available, if random numbers replace it.
+        missing: why the data is not available; random numbers then replace it.
     """
     facts = plan_facts(spec, out, missing)
     if json:
@@ -120,7 +115,7 @@ def _lines(facts: dict[str, Any], teacher: Model | None, on_cpu: bool) -> Iterat
     stages, data = facts["stages"], facts["data"]
     yield _data_line(data)
     if data["missing"] is not None:
-        yield f"the data is not available, so random numbers replace it here ({data['missing']})"
+        yield f"random numbers replace the data, which is not available ({data['missing']})"
     seen = sum(stage["samples_seen"] for stage in stages)
     parameters, trainable = facts["parameters"], facts["trainable_parameters"]
     yield f"parameters: {parameters:,}    one forward pass of one sample: {quantity(facts['forward_flops'], 'FLOP')}"
@@ -128,7 +123,7 @@ def _lines(facts: dict[str, Any], teacher: Model | None, on_cpu: bool) -> Iterat
     yield f"updates: {updates:,}    samples seen: {seen:,} ({seen / data['num_samples']:,.0f} times the data)"
     if trainable != parameters:
         share = f"{trainable / parameters:.1%}"
-        yield f"trained: {trainable:,} of them ({share}); teacher and student share the rest"
+        yield f"trained parameters: {trainable:,} ({share}); teacher and student share the rest"
     memory = facts["memory_bytes"]
     parts = " + ".join(f"{gibibytes(size)} {name}" for name, size in memory.items() if size)
     total = gibibytes(sum(memory.values()))
@@ -139,35 +134,35 @@ def _lines(facts: dict[str, Any], teacher: Model | None, on_cpu: bool) -> Iterat
     if (guidance := facts["guidance"]) is not None:
         is_fixed = guidance["type"] == "fixed"
         scales = f"the scale {guidance['scale']:g}" if is_fixed else f"{guidance['low']:g} to {guidance['high']:g}"
-        yield f"guidance: {scales}, baked into the student; one network call per step, where the teacher needs two"
+        yield f"guidance: {scales}, baked into the student, which calls its network once per step instead of twice"
     if (timed := facts["timed_batch_size"]) is not None:
         batch = stages[0]["batch_size"]
-        how = "timed here" if timed == batch else f"from updates of {timed // 2} and {timed} samples timed here"
+        how = "timed here" if timed == batch else f"extrapolated from updates of {timed // 2} and {timed} samples"
         seconds = f"{number(facts['seconds_an_update'])} s per update of {batch} samples in the first stage, {how}"
         time = duration(facts["estimated_seconds"])
-        yield f"estimated training time on this machine: {time} ({seconds}; measuring the models adds to it)"
+        yield f"estimated training time on this machine, without measuring the models: {time} ({seconds})"
     if (facts["estimated_seconds"] or 0) > LONG_SECONDS:
-        yield f"warning: this is a long time. Use a GPU, or {shorter([stage['role'] for stage in stages], teacher)}"
+        yield f"warning: this takes long. Use a GPU, or {shorter([stage['role'] for stage in stages], teacher)}"
     passes = max(stage["samples_seen"] for stage in stages) / data["num_samples"]
     if data["num_samples"] < FEW_SAMPLES and passes > MANY_PASSES:
         yield (
             f"warning: a stage sees each of the {data['num_samples']:,} samples {passes:,.0f} times, so models may "
-            "memorise them (the report shows the nearest training samples). Use more data or fewer updates"
+            "memorise them (see the nearest training samples in the report). Use more data or fewer updates"
         )
 
 
 def shorter(roles: Sequence[str], teacher: Model | None) -> str:
-    """Return how to shorten a run; the network and the images of a given teacher cannot change."""
+    """Return advice for a shorter run; a given teacher has its own network and image size."""
     if teacher is None:
         return "fewer updates, a smaller network and smaller images, as in the recipe images_small"
     options = ["--matching.num-updates"] * (Role.MATCHED in roles) + ["--chain.num-updates"]
-    # The chain of a student starts at its own number of steps.
+    # A student's chain starts at its number of steps.
     options += ["--start"] * (teacher.num_steps is None)
     return f"lower {', '.join(options)}"
 
 
 def data_line(spec: RunSpec) -> str:
-    """Describe the training data: source, number and shape of the samples, and the classes by name."""
+    """Return one line about the training data: source, number and shape of the samples, and class names."""
     return _data_line(_data_facts(spec, None))
 
 

@@ -22,7 +22,7 @@ STYLES = {"running": "bold green", "finished": "green", "stopped": "yellow", "di
 
 @dataclass
 class StatusArguments:
-    """Show the progress of a run, from any shell or machine. Only reads the run's folder; locks and changes nothing.
+    """Show the progress of a run, from any shell or machine. Reads the run's folder without locking or changing it.
     States: running, finished, stopped (run the same command again), diverged, failed."""
 
     run: tyro.conf.Positional[Path]
@@ -68,12 +68,12 @@ def view(status: RunStatus) -> Group:
     lines: list[Text | PlanView] = [head, PlanView(status, reserved=6)]
     if (best := status.teacher_best) is not None:
         where = method_words(best.sampler, best.num_steps, best.num_evals)
-        lines.append(Text(f"teacher's best: {where}, distance {number(best.frechet)}; x: ratio to it", style="dim"))
+        lines.append(Text(f"teacher's best: {where}, distance {number(best.frechet)}; x: relative to it", style="dim"))
     if status.state != "finished" and (stage := status.current) is not None:
         if stage.checkpoint is not None:
             lines.append(Text(f"last checkpoint: update {stage.checkpoint:,} of {stage.name}"))
         elif stage.update:
-            killed = "if killed now, the stage restarts; Ctrl-C saves first"
+            killed = "a kill restarts the stage, but Ctrl-C saves first"
             lost = killed if status.state == "running" else "the stage restarts"
             lines.append(Text(f"no checkpoint of {stage.name} yet: {lost}"))
     if status.state == "stopped":

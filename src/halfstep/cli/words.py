@@ -1,4 +1,4 @@
-"""Output for people (durations, tables) and for machines (JSON)."""
+"""Output for people (texts, tables) and for machines (JSON)."""
 
 import json
 import math
@@ -36,13 +36,11 @@ def duration(seconds: float) -> str:
 
 @final
 class Screen(Console):
-    """A console that prints texts literally: it interprets no markup, colours or control sequences in them.
-
-    It prints on rank 0 only.
+    """A console that prints on rank 0 only, and ignores markup and control sequences in texts.
 
     Args:
         json: whether stdout is reserved for a JSON document; texts then go to stderr.
-        file: where to print instead of stdout or stderr.
+        file: output instead of stdout or stderr.
         is_terminal: whether the output is a terminal; detected if None.
     """
 
@@ -61,7 +59,7 @@ class Screen(Console):
         )
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Render without control characters in texts; rich's own control codes are separate segments."""
+        """Remove control characters from texts; rich's own control codes are separate segments."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=printable(segment.text))
 
@@ -74,7 +72,7 @@ class Screen(Console):
         self.print(Text.assemble(indent, ("note:", "yellow"), f" {text}"), soft_wrap=True)
 
     def show(self, renderable: RenderableType) -> None:
-        """Print a table or a view; without trailing spaces if the output is a pipe."""
+        """Print a table or a view, without trailing spaces if the output is a pipe."""
         if self.is_terminal or self.quiet:
             self.print(renderable)
             return
@@ -84,11 +82,7 @@ class Screen(Console):
 
 
 def print_json(value: Any) -> None:
-    """Write the JSON document of a command with --json to stdout.
-
-    Raises:
-        ValueError: if it contains a number that is not finite.
-    """
+    """Write a JSON document to stdout; raise ValueError if a number is not finite."""
     sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 

@@ -169,8 +169,6 @@ def load(path: str | Path, device: str | torch.device = "cpu", network: nn.Modul
     if not isinstance(path, str | Path):
         raise ValueError(f"load needs a path, got {got(path)}. Pass the folder of a run or of a stage")
     device = existing_device(device)
-    if device.type == "meta":
-        raise ValueError("the device meta stores no values. Choose another")
     folder = find_stage(user_path(path))
     manifest = folder.manifest()
     if not manifest.weights_kept:

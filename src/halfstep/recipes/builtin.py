@@ -5,16 +5,8 @@ from dataclasses import replace
 from halfstep.data import DataConfig
 from halfstep.measure.evaluate import Evaluation
 from halfstep.objectives import FINISHING, Training
-from halfstep.recipes.schema import (
-    SECOND_ORDER,
-    TEACHER,
-    FinishConfig,
-    MLPConfig,
-    ModelConfig,
-    Recipe,
-    UNetConfig,
-    recipes,
-)
+from halfstep.recipes.networks import MLPConfig, UNetConfig
+from halfstep.recipes.schema import SECOND_ORDER, TEACHER, FinishConfig, ModelConfig, Recipe, recipes
 from halfstep.train.settings import Engine
 
 

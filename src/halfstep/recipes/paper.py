@@ -14,7 +14,8 @@ from typing import Final
 from halfstep.data import DataConfig
 from halfstep.measure.evaluate import Evaluation
 from halfstep.objectives import Training
-from halfstep.recipes.schema import TEACHER, ChainConfig, DataFacts, ModelConfig, Recipe, UNetConfig, recipes
+from halfstep.recipes.networks import UNetConfig
+from halfstep.recipes.schema import TEACHER, ChainConfig, DataFacts, ModelConfig, Recipe, recipes
 from halfstep.train.settings import Engine
 
 

@@ -5,21 +5,19 @@ are names here; `build` converts them to objects.
 """
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Annotated, Any, Final, Literal
 
-import torch
 import tyro
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from halfstep.core.grids import MOST_STEPS
 from halfstep.core.noise import NoiseProcess, VPCosine
 from halfstep.core.prediction import Prediction, predictions, weightings
-from halfstep.data import Data, DataConfig, LatentData, StandIn, open_data, warn_of_scale
+from halfstep.data import Data, DataConfig
 from halfstep.measure.evaluate import Evaluation
-from halfstep.models.model import Model
-from halfstep.nets import MLP, Network, UNet2D, unet2d_config
+from halfstep.nets import Network
 from halfstep.objectives import (
     FINISHING,
     HALVING,
@@ -30,28 +28,19 @@ from halfstep.objectives import (
     Guidance,
     GuidanceRange,
     Plan,
-    Stage,
     Training,
     divided,
     objectives,
 )
 from halfstep.objectives.base import MOST_UPDATES
+from halfstep.recipes.networks import Config, MLPConfig, Rate, Steps, UNetConfig, Width
 from halfstep.registry import Registry
-from halfstep.run.course import IMAGE_RANGE, Match, Start, check_start, cosine_within, course
-from halfstep.run.preflight import preflight
-from halfstep.run.spec import FREE_SETTINGS, RunSpec
-from halfstep.runs import Manifest
-from halfstep.runs.schema import shortened
-from halfstep.runtime.files import cache_folder, user_path
+from halfstep.run.course import Match, cosine_within
 from halfstep.runtime.terminal import one_line
 from halfstep.samplers import samplers
 from halfstep.train.settings import Engine
 
 Positive = Annotated[int, Field(ge=1, le=MOST_UPDATES)]
-Steps = Annotated[int, Field(ge=1, le=MOST_STEPS)]
-Width = Annotated[int, Field(ge=1, le=2**16)]
-Depth = Annotated[int, Field(ge=1, le=256)]
-Rate = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 Scale = Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)]
 LogSNR = Annotated[float, Field(ge=-100, le=100)]
 
@@ -62,63 +51,6 @@ def _member_of(family: Registry[Any]) -> AfterValidator:
         return name
 
     return AfterValidator(known)
-
-
-class Config(BaseModel):
-    """Frozen data; unknown fields are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class UNetConfig(Config):
-    """diffusers' UNet2DModel."""
-
-    type: Literal["unet2d"] = "unet2d"
-    """Kind of network."""
-    block_out_channels: Annotated[tuple[Width, ...], Field(min_length=1, max_length=12)] = (64, 128)
-    """Channels at each resolution, from the finest; each level halves the image's sides."""
-    layers_per_block: Depth = 2
-    """Residual blocks at each resolution."""
-    attention: tuple[bool, ...] = (False, True)
-    """Whether each resolution has self-attention."""
-    mid_attention: bool = True
-    """Whether the middle block has self-attention."""
-    attention_head_dim: Width = 32
-    """Channels of an attention head."""
-    norm_num_groups: Width = 32
-    """Groups of each group normalisation."""
-    time_scale_shift: Literal["default", "scale_shift"] = "scale_shift"
-    """How the time embedding is applied: added, or as scale and shift after the second normalisation."""
-    resample: Literal["conv", "resnet"] = "conv"
-    """Down- and upsampling: a convolution, or a residual block as in the paper."""
-    norm_eps: Rate = 1e-5
-    """Epsilon of the group normalisations."""
-    time_embedding_dim: Width | None = None
-    """Width of the time embedding; four times the first channels by default."""
-    flip_sin_to_cos: bool = True
-    """Cosines before sines in the time embedding, as usual in diffusers; the paper has sines first."""
-    freq_shift: Literal[0, 1] = 0
-    """1 spaces the embedding's frequencies to end on 1/10000, as in the paper."""
-    num_train_timesteps: Steps = 1024
-    """Timesteps of the network, a power of two; chains of up to this many steps use whole timesteps."""
-
-    @field_validator("num_train_timesteps")
-    @classmethod
-    def _power_of_two(cls, number: int) -> int:
-        if number & (number - 1):
-            raise ValueError(f"must be a power of two, so that halved step counts are whole timesteps, got {number}")
-        return number
-
-
-class MLPConfig(Config):
-    """A residual multilayer perceptron, for data other than images."""
-
-    type: Literal["mlp"] = "mlp"
-    """Kind of network."""
-    width: Width = 128
-    """Width of the hidden layers."""
-    depth: Depth = 3
-    """Residual blocks."""
 
 
 class DataFacts(Config):
@@ -188,9 +120,9 @@ class ChainConfig(Config):
     def _nothing_idle(self) -> "ChainConfig":
         if self.students is not None:
             if self.end_steps not in (1, *self.students[-1:]):
-                raise ValueError(f"the students end at {self.students[-1]} steps: remove end_steps {self.end_steps}")
+                raise ValueError(f"the students end at {self.students[-1]} steps. Remove end_steps {self.end_steps}")
             if self.factor != 2:
-                raise ValueError(f"the students are listed, so a factor of {self.factor} has no effect: remove it")
+                raise ValueError(f"the students are listed, so a factor of {self.factor} has no effect. Remove it")
         if self.critic_weight is not None and self.training.early_end.patience:
             raise ValueError(
                 "early_end has no effect with critic_weight: the loss of a student with a critic may rise. Remove one"
@@ -240,7 +172,7 @@ class MatchingConfig(Config):
     @model_validator(mode="after")
     def _one_guidance(self) -> "MatchingConfig":
         if self.guidance_scale is not None and self.guidance_range is not None:
-            raise ValueError("guidance_scale and guidance_range cannot be combined: remove one")
+            raise ValueError("guidance_scale and guidance_range cannot be combined. Remove one")
         if self.guidance_range is not None:
             GuidanceRange(*self.guidance_range)
         return self
@@ -309,21 +241,15 @@ class FinishConfig(Config):
             return Finishing(num_steps, self.map_weight, self.auxiliary_turns, self.auxiliary_rate, self.lead_updates)
 
         updates, rates = self.updates_at or {}, self.learning_rate_at or {}
-        plan = Plan(
-            tuple(
-                replace(
-                    stage,
-                    training=replace(
-                        stage.training,
-                        num_updates=updates.get(steps, stage.training.num_updates),
-                        learning_rate=rates.get(steps, stage.training.learning_rate),
-                    ),
-                )
-                for steps, stage in zip(
-                    self.steps, Plan.finishes(self.steps, self.training, finishing).stages, strict=True
-                )
+
+        def training(steps: int) -> Training:
+            num_updates, rate = self.training.num_updates, self.training.learning_rate
+            return replace(
+                self.training, num_updates=updates.get(steps, num_updates), learning_rate=rates.get(steps, rate)
             )
-        )
+
+        stages = zip(self.steps, Plan.finishes(self.steps, self.training, finishing).stages, strict=True)
+        plan = Plan(tuple(replace(stage, training=training(steps)) for steps, stage in stages))
         return _with_critic(plan, self.critic_weight)
 
 
@@ -340,15 +266,6 @@ class StageConfig(Config):
     def _buildable(cls, objective: dict[str, Any]) -> dict[str, Any]:
         objectives.rebuild(objective)
         return objective
-
-
-FREE_FIELDS: Final = (
-    *("chain.keep", "data.source", "data.skip_broken", "data.accept_changed"),
-    *FREE_SETTINGS,
-)
-"""Fields that may change when a run resumes, because they do not change what it learns. Data is compared by its
-samples; models are measured again if their protocol has changed.
-"""
 
 
 TEACHER: Final = Training(num_updates=100_000, learning_rate=2e-4, warmup_updates=1000, anneal=False, ema_decay=0.9999)
@@ -470,227 +387,8 @@ class Recipe(Config):
         Raises:
             ValueError: if the kind of network does not support the data.
         """
-        channels = predictions[self.model.prediction].channels
         num_classes = data.num_classes if self.model.conditional else 0
-        if isinstance(self.network, UNetConfig):
-            return make_unet(self.network, data.shape, num_classes, channels)
-        width, depth = self.network.width, self.network.depth
-        return MLP(data.shape, width=width, depth=depth, channels=channels, num_classes=num_classes)
+        return self.network.build(data.shape, num_classes, predictions[self.model.prediction].channels)
 
 
 recipes: Registry[Callable[[], Recipe]] = Registry("recipe")
-
-
-def make_unet(config: UNetConfig, shape: tuple[int, ...], num_classes: int, channels: int) -> UNet2D:
-    """Return the U-Net for images `[c, h, w]`.
-
-    Raises:
-        ValueError: if samples are not images, their sides cannot be halved that often, lists differ in length, or
-            channels are not a multiple of the number of groups or of an attention head's channels.
-    """
-    widths, levels = config.block_out_channels, len(config.block_out_channels)
-    if len(shape) != 3:
-        raise ValueError(
-            f"a U-Net needs images [c, h, w], but samples have shape {list(shape)}: use the recipe `arrays`"
-        )
-    if len(config.attention) != levels:
-        raise ValueError(
-            f"network.attention has {len(config.attention)} entries for {levels} resolutions: give one for each"
-        )
-    for channels_here, attention in zip(widths, config.attention, strict=True):
-        for name in ("norm_num_groups", "attention_head_dim") if attention else ("norm_num_groups",):
-            if channels_here % getattr(config, name):
-                raise ValueError(
-                    f"network.{name} {getattr(config, name)} does not divide {channels_here} channels: change "
-                    f"--network.{name.replace('_', '-')} or --network.block-out-channels"
-                )
-    if config.mid_attention and widths[-1] % config.attention_head_dim:
-        raise ValueError(
-            f"network.attention_head_dim {config.attention_head_dim} does not divide the middle block's {widths[-1]} "
-            "channels: change it, or add --network.no-mid-attention"
-        )
-    factor = 2 ** (levels - 1)
-    if shape[1] % factor or shape[2] % factor:
-        raise ValueError(
-            f"images of {shape[1]}x{shape[2]} cannot be halved {levels - 1} times: sides must be multiples of {factor} "
-            f"(--data.image-size, or fewer network.block_out_channels)"
-        )
-    described = unet2d_config(
-        size=shape[1:],
-        in_channels=shape[0],
-        out_channels=shape[0] * channels,
-        num_classes=num_classes,
-        **config.model_dump(exclude={"type", "num_train_timesteps"}),
-    )
-    return UNet2D(described, num_train_timesteps=config.num_train_timesteps)
-
-
-def data_or_stand_in(recipe: Recipe) -> tuple[Data, str | None]:
-    """Return the recipe's data; if it is not on this machine, random pixels of its shape and the reason.
-
-    Raises:
-        ValueError: if it cannot be opened and the recipe has no `facts`.
-    """
-    data, facts = recipe.data, recipe.facts
-    if facts is None:
-        return open_data(data), None
-    missing = f"{data.source} is a data set on the Hub, and a dry run downloads nothing"
-    if "/" not in data.source or user_path(data.source).exists():
-        try:
-            return open_data(data), None
-        except ValueError as error:
-            missing = str(error)
-    channels, *sides = facts.shape
-    shape = (data.channels or channels, *((data.image_size,) * 2 if data.image_size else sides))
-    names = tuple(str(number) for number in range(facts.num_classes if data.labels else 0))
-    return StandIn(data.source, shape, min(facts.num_samples, data.limit or facts.num_samples), names), missing
-
-
-def build(
-    recipe: Recipe,
-    *,
-    what: Literal["all", "teacher", "chain"] = "all",
-    teacher: Model | None = None,
-    data: Data | None = None,
-    parent: Mapping[str, Any] | None = None,
-) -> RunSpec:
-    """Return the run that a recipe describes: all of it, its teacher only, or a chain from a given teacher.
-
-    Args:
-        data: replaces the recipe's own data.
-        parent: identity of the given teacher; its own stage, source and files if None.
-
-    Raises:
-        ValueError: if the data cannot be opened, the recipe's parts do not fit each other or the data, or the models
-            could not be measured.
-    """
-    process, prediction = recipe.model.objects()
-    opened = open_data(recipe.data) if data is None else data
-    warn_of_scale(opened)
-    origin: dict[str, Any] = {} if what == "all" else {"what": what}
-    if teacher is None:
-        start = Start(process, prediction, given=False, clip=IMAGE_RANGE if opened.is_image else None)
-        # Refuses a network that does not fit the data, without allocating its weights.
-        with torch.device("meta"):
-            recipe.make_network(opened)
-    else:
-        start, process, prediction = Start.of(teacher), teacher.process, teacher.denoiser.prediction
-        check_fit(teacher.manifest, opened)
-        teacher = _with_null(teacher, recipe.matching, opened)
-        # Another teacher means another run, even with the same settings.
-        imported = {} if teacher.manifest.source is None else {"source": teacher.manifest.source}
-        own = {"stage": teacher.manifest.stage, **imported, **teacher.manifest.files}
-        origin["parent"] = own if parent is None else dict(parent)
-    plan = recipe.teacher_plan() if what in ("all", "teacher") else Plan()
-    if what in ("all", "chain"):
-        further = [Stage(objectives.rebuild(config.objective), config.training) for config in recipe.further]
-        after = Plan(tuple(further)) + recipe.finish.plan()
-        chain = course(start, recipe.matching.match(), recipe.chain_plan, recipe.chain.lora_rank, after)
-        if teacher is not None:
-            check_start(teacher, chain)
-        plan = plan + chain
-    spec = RunSpec(
-        recipe=recipe.model_dump(mode="json") | origin,
-        plan=plan,
-        data=opened,
-        process=process,
-        prediction=prediction,
-        network=None if teacher is not None else lambda: recipe.make_network(opened),
-        teacher=teacher,
-        start_steps=recipe.chain.start_steps,
-        keep=recipe.chain.keep,
-        conditional=recipe.model.conditional if teacher is None else teacher.num_classes > 0,
-        flip=recipe.data.flip,
-        clip=opened.is_image if teacher is None else teacher.manifest.clip,
-        seed=recipe.seed,
-        lora_rank=recipe.chain.lora_rank,
-        engine=recipe.engine,
-        evaluation=recipe.evaluation,
-        cache=cache_folder(),
-        free=FREE_FIELDS,
-        defaults=Recipe(name=recipe.name).model_dump(mode="json"),
-    )
-    preflight(spec)
-    return spec
-
-
-def _with_null(teacher: Model, config: MatchingConfig, data: Data) -> Model:
-    """Return the teacher with its null conditions: its own, or those of the recipe or the data."""
-    null = dict(teacher.null)
-    if config.null_class is not None:
-        if not teacher.num_classes:
-            raise ValueError(
-                f"matching.null_class {config.null_class} needs a teacher with classes, and this one has none"
-            )
-        last = max(int(null.get("class_labels", 0)), teacher.num_classes - 1)
-        if config.null_class > last:
-            raise ValueError(
-                f"matching.null_class {config.null_class} is not a class of the teacher, which has 0 to {last}"
-            )
-        null = {"class_labels": torch.tensor(config.null_class)}
-    if isinstance(data, LatentData) and not null and teacher.manifest.guidance is None:
-        null = dict(data.null)
-    if config.guidance is not None:
-        if teacher.manifest.guidance is not None:
-            raise ValueError("the teacher has already learned its guidance: remove matching.guidance_scale")
-        if not null and not teacher.takes_scale:
-            raise ValueError(
-                "guidance calls the teacher with and without its condition, and its null condition is not "
-                + ("known: give --matching.null-class" if teacher.num_classes else "known: the teacher has none")
-            )
-    return Model(teacher.denoiser, teacher.manifest, null)
-
-
-def _check_classes(model: Manifest, data: Data) -> None:
-    """Raise ValueError if the classes of data and model are numbered differently, as for labels with gaps."""
-    names = data.class_names
-    known = model.class_names[: len(names)] or tuple(map(str, range(len(names))))
-    # Without class names, only the number of classes can be compared.
-    if names != known and (model.class_names or all(name.isdecimal() for name in names)):
-        raise ValueError(
-            f"the model's first classes are {shortened(known)}, but those of {data.source} are {shortened(names)}: "
-            "give data with the same classes, in the same order"
-        )
-
-
-def encode_first(model: Manifest, source: str, pipeline: str) -> str:
-    """Return why a model of latents cannot be trained on images, and the command that encodes them."""
-    return (
-        f"the model generates latents {list(model.shape)}, but {source} contains images: encode them first with "
-        f"halfstep encode {pipeline} --data {source} --out latents, then use --data latents"
-    )
-
-
-def check_fit(model: Manifest, data: Data) -> None:
-    """Raise ValueError if a model cannot be trained or measured on this data: shapes, ranges or conditions differ."""
-    kinds = {True: "images in [-1, 1]", False: "plain arrays"}
-    if model.pipeline is not None and data.is_image and not model.is_image:
-        raise ValueError(encode_first(model, data.source, model.pipeline.folder))
-    if model.is_image != data.is_image:
-        raise ValueError(
-            f"the model makes {kinds[model.is_image]}, but {data.source} has {kinds[data.is_image]}: give the data "
-            "that it was trained on (--data)"
-        )
-    if model.shape != data.shape:
-        raise ValueError(
-            f"the model has samples of shape {list(model.shape)}, but {data.source} has {list(data.shape)}: "
-            "give the data that it was trained on (--data, --data.image-size)"
-        )
-    if model.num_classes and not 0 < data.num_classes <= model.num_classes:
-        raise ValueError(
-            f"the model is conditioned on {model.num_classes} classes, but {data.source} has {data.num_classes}"
-        )
-    if model.num_classes:
-        _check_classes(model, data)
-    held = data.fetch(torch.zeros(1, dtype=torch.int64)).cond if model.conditions else {}
-    for name, shape in model.conditions.items():
-        if name not in held:
-            raise ValueError(
-                f"the model is conditioned on {name}, which {data.source} does not contain: encode images and captions "
-                "first (halfstep encode)"
-            )
-        if tuple(held[name].shape[1:]) != shape:
-            raise ValueError(
-                f"the model takes {name} of shape {list(shape)}, but {data.source} has {list(held[name].shape[1:])}: "
-                "encode the data with the model's own pipeline"
-            )
