@@ -1,4 +1,4 @@
-"""Registries of the members of a family by name, for the command line and for manifests."""
+"""Registries of named objects, for the command line and for manifests."""
 
 import dataclasses
 import difflib
@@ -9,7 +9,7 @@ Member = TypeVar("Member")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return a hint `; did you mean 'x'?` for a mistyped `name`, or the empty string if no name is similar."""
+    """Return a hint `; did you mean 'x'?` for a mistyped `name`, or "" if no known name is similar."""
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {found[0]!r}?" if found else ""
 
@@ -18,7 +18,7 @@ _families: "dict[str, Registry[Any]]" = {}
 
 
 class Registry(dict[str, Member]):
-    """Named members of one family, in order of registration; looking up an unknown name raises ValueError."""
+    """Named members of one family, in order of registration. An unknown name raises ValueError."""
 
     def __init__(self, family: str) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Registry(dict[str, Member]):
     def describe(self, member: object) -> dict[str, Any]:
         """Return an instance of a registered dataclass as data for `rebuild`: {"type": name, **fields}.
 
-        A field that is itself a registered dataclass becomes {"family": family of its registry, **its description}.
+        An instance of a registered dataclass in a field becomes {"family": its family, **its description}.
 
         Raises:
             ValueError: if it is not a dataclass, or its class is not registered.
@@ -57,7 +57,7 @@ class Registry(dict[str, Member]):
         return {"type": self.name_of(member), **fields}
 
     def rebuild(self, data: Mapping[str, Any]) -> Any:
-        """Return the instance for data from `describe`.
+        """Return the instance that `describe` has described.
 
         Raises:
             ValueError: if the type is unknown or does not have these fields.

@@ -596,7 +596,7 @@ def test_a_clipped_teacher_is_distilled_into_a_student_that_samples_clipped(kept
 
 def test_a_network_that_does_not_fit_what_was_saved_is_no_damage(tmp_path: Path) -> None:
     halfstep.save(TEACHER, tmp_path / "saved")
-    with pytest.raises(ValueError, match=r"does not match the weights of .*saved.*Pass a network built like") as caught:
+    with pytest.raises(ValueError, match=r"does not match the weights of .*saved.*Build it like the") as caught:
         halfstep.load(tmp_path / "saved", network=nn.Linear(2, 2))
     assert type(caught.value) is ValueError
 

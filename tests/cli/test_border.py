@@ -673,11 +673,11 @@ def test_what_is_no_pipeline_is_refused(source: str, said: str, tmp_path: Path, 
 @pytest.mark.parametrize(
     ("model", "data", "words", "said"),
     [
-        ("ddpm", "digits", ["--matching.guidance-scale", "3"], "its null condition is not known"),
-        ("ddpm", "digits", ["--matching.null-class", "3"], "needs a teacher with classes"),
+        ("ddpm", "digits", ["--matching.guidance-scale", "3"], "null condition, which is not known. Remove"),
+        ("ddpm", "digits", ["--matching.null-class", "3"], "this teacher has no classes"),
         ("classes-ddpm", "digits", ["--matching.guidance-scale", "3", "--matching.null-class", "11"],
          "matching.null_class 11 is not a class of the teacher, which has 0 to 10"),
-        ("classes-ddpm", "digits", ["--matching.guidance-scale", "3"], "give --matching.null-class"),
+        ("classes-ddpm", "digits", ["--matching.guidance-scale", "3"], "Add --matching.null-class"),
         ("ddpm", "digits", ["--matching.prediction", "w"], "unknown prediction 'w'"),
         ("ddpm", "digits", ["--matching.prediction", "both"], "but Both needs 2"),
         ("ddpm", "latents-dit", [], "makes images in [-1, 1], but"),
@@ -753,5 +753,5 @@ def test_samples_that_cannot_be_drawn_are_refused(
     assert "has no guidance. Remove it" in said(ddpm_run, "--guidance-scale", "2")
     assert "add --prompt TEXT" in said(sd_run)
     assert "--prompt has no effect: this model is not text-conditioned" in said(ddpm_run, "--prompt", "a")
-    assert "has classes 0 to 999" in said(dit_run, "--class-label", "1000")
+    assert "Choose one of 0 to 999" in said(dit_run, "--class-label", "1000")
     assert "is not class-conditional" in said(sd_run, "--class-label", "1", "--prompt", "a")

@@ -428,7 +428,7 @@ def test_a_student_whose_weights_were_not_kept_is_left_out(toy_npy: Path, tmp_pa
     main(["run", "arrays", "--data", str(toy_npy), "--out", str(run), *TINY_ARRAYS, "--chain.keep", "1"])
     missing = run / "stages" / "01-halve-0002"
     assert not (missing / "model.safetensors").exists()
-    assert "has no weights any more" in refused(["sample", str(missing), "--out", str(tmp_path / "x.npz")], capsys)
+    assert "no longer has weights" in refused(["sample", str(missing), "--out", str(tmp_path / "x.npz")], capsys)
     main(["evaluate", str(run), "--num-steps", "2"])
     assert "Stage 01-halve-0002 was skipped: its weights were not kept." in capsys.readouterr().out
 

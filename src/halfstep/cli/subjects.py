@@ -19,9 +19,8 @@ from halfstep.hub import import_pipeline, is_pipeline
 from halfstep.measure.curve import Entry
 from halfstep.measure.evaluate import Method, finest, teacher_methods
 from halfstep.measure.sources import ModelSource, sampler_of
-from halfstep.models.folder import base_of, find_stage, load
+from halfstep.models.folder import base_of, find_stage, load, model_path, pretrained
 from halfstep.models.model import Model
-from halfstep.models.pretrained import model_path, pretrained
 from halfstep.recipes import Recipe
 from halfstep.registry import nearest
 from halfstep.report.words import sampler_label

@@ -1,10 +1,12 @@
-"""Build a run from a recipe, after checking that its parts fit each other, the teacher and the data."""
+"""Build a run from a recipe; check that its parts, teacher and data fit together."""
 
 from collections.abc import Mapping
 from typing import Any, Final, Literal
 
 import torch
 
+from halfstep.core.noise import NoiseProcess, VPCosine
+from halfstep.core.prediction import Prediction, predictions
 from halfstep.data import Data, LatentData, StandIn, open_data, warn_of_scale
 from halfstep.models.model import Model
 from halfstep.objectives import Plan, Stage, objectives
@@ -20,13 +22,13 @@ FREE_FIELDS: Final = (
     *("chain.keep", "data.source", "data.skip_broken", "data.accept_changed"),
     *FREE_SETTINGS,
 )
-"""Fields that may change when a run resumes, because they do not change what it learns. Data is compared by its
-samples; models are measured again if their protocol has changed.
+"""Fields that may change when a run resumes, because they do not change the trained models. Data is identified by its
+samples. Models are measured again if their protocol changes.
 """
 
 
 def data_or_stand_in(recipe: Recipe) -> tuple[Data, str | None]:
-    """Return the recipe's data; if it is not on this machine, random pixels of its shape and the reason.
+    """Return the recipe's data; if it is not on this machine, random pixels of its shape, and the reason.
 
     Raises:
         ValueError: if it cannot be opened and the recipe has no `facts`.
@@ -54,30 +56,31 @@ def build(
     data: Data | None = None,
     parent: Mapping[str, Any] | None = None,
 ) -> RunSpec:
-    """Return the run that a recipe describes: all of it, its teacher only, or a chain from a given teacher.
+    """Return the run of a recipe: the whole plan, only the teacher, or a chain from a given teacher.
 
     Args:
         data: replaces the recipe's own data.
-        parent: identity of the given teacher; its own stage, source and files if None.
+        parent: identity of the given teacher; its stage, source and files if None.
 
     Raises:
         ValueError: if the data cannot be opened, the recipe's parts do not fit each other or the data, or the models
             could not be measured.
     """
-    process, prediction = recipe.model.objects()
+    process: NoiseProcess = VPCosine(recipe.model.log_snr_min, recipe.model.log_snr_max)
+    prediction: Prediction = predictions[recipe.model.prediction]()
     opened = open_data(recipe.data) if data is None else data
     warn_of_scale(opened)
     origin: dict[str, Any] = {} if what == "all" else {"what": what}
     if teacher is None:
         start = Start(process, prediction, given=False, clip=IMAGE_RANGE if opened.is_image else None)
-        # Refuses a network that does not fit the data, without allocating its weights.
+        # Reject a network that does not fit the data, without allocating weights.
         with torch.device("meta"):
             recipe.make_network(opened)
     else:
         start, process, prediction = Start.of(teacher), teacher.process, teacher.denoiser.prediction
         check_fit(teacher.manifest, opened)
         teacher = _with_null(teacher, recipe.matching, opened)
-        # Another teacher means another run, even with the same settings.
+        # With another teacher, it is another run.
         imported = {} if teacher.manifest.source is None else {"source": teacher.manifest.source}
         own = {"stage": teacher.manifest.stage, **imported, **teacher.manifest.files}
         origin["parent"] = own if parent is None else dict(parent)
@@ -115,13 +118,11 @@ def build(
 
 
 def _with_null(teacher: Model, config: MatchingConfig, data: Data) -> Model:
-    """Return the teacher with its null conditions: its own, or those of the recipe or the data."""
+    """Return the teacher with its null conditions, or else those of the recipe or the data."""
     null = dict(teacher.null)
     if config.null_class is not None:
         if not teacher.num_classes:
-            raise ValueError(
-                f"matching.null_class {config.null_class} needs a teacher with classes, and this one has none"
-            )
+            raise ValueError(f"matching.null_class {config.null_class}: this teacher has no classes. Remove it")
         last = max(int(null.get("class_labels", 0)), teacher.num_classes - 1)
         if config.null_class > last:
             raise ValueError(
@@ -134,51 +135,50 @@ def _with_null(teacher: Model, config: MatchingConfig, data: Data) -> Model:
         if teacher.manifest.guidance is not None:
             raise ValueError("the teacher has already learned its guidance. Remove matching.guidance_scale")
         if not null and not teacher.takes_scale:
-            raise ValueError(
-                "guidance calls the teacher with and without its condition, and its null condition is not "
-                + ("known: give --matching.null-class" if teacher.num_classes else "known: the teacher has none")
-            )
+            remedy = "Add --matching.null-class" if teacher.num_classes else "Remove guidance"
+            raise ValueError(f"guidance needs the teacher's null condition, which is not known. {remedy}")
     return Model(teacher.denoiser, teacher.manifest, null)
 
 
 def _check_classes(model: Manifest, data: Data) -> None:
-    """Raise ValueError if the classes of data and model are numbered differently, as for labels with gaps."""
+    """Raise ValueError if data and model number the classes differently, for example because labels have gaps."""
     names = data.class_names
     known = model.class_names[: len(names)] or tuple(map(str, range(len(names))))
     # Without class names, only the number of classes can be compared.
     if names != known and (model.class_names or all(name.isdecimal() for name in names)):
         raise ValueError(
-            f"the model's first classes are {shortened(known)}, but those of {data.source} are {shortened(names)}: "
-            "give data with the same classes, in the same order"
+            f"the model's first classes are {shortened(known)}, but those of {data.source} are {shortened(names)}. "
+            "Give data with the same classes, in the same order"
         )
 
 
 def encode_first(model: Manifest, source: str, pipeline: str) -> str:
-    """Return why a model of latents cannot be trained on images, and the command that encodes them."""
+    """Return the message for a latent model with images as data: the remedy is a command that encodes them."""
     return (
-        f"the model generates latents {list(model.shape)}, but {source} contains images. Encode them first with "
-        f"halfstep encode {pipeline} --data {source} --out latents, then use --data latents"
+        f"the model generates latents {list(model.shape)}, but {source} contains images. Encode them with "
+        f"halfstep encode {pipeline} --data {source} --out latents, and use --data latents"
     )
 
 
 def check_fit(model: Manifest, data: Data) -> None:
-    """Raise ValueError if a model cannot be trained or measured on this data: shapes, ranges or conditions differ."""
+    """Raise ValueError if the shape, range or conditions of a model differ from those of the data."""
     kinds = {True: "images in [-1, 1]", False: "plain arrays"}
     if model.pipeline is not None and data.is_image and not model.is_image:
         raise ValueError(encode_first(model, data.source, model.pipeline.folder))
     if model.is_image != data.is_image:
         raise ValueError(
-            f"the model makes {kinds[model.is_image]}, but {data.source} has {kinds[data.is_image]}. Give the data "
-            "that it was trained on (--data)"
+            f"the model generates {kinds[model.is_image]}, but {data.source} has {kinds[data.is_image]}. Give the "
+            "training data (--data)"
         )
     if model.shape != data.shape:
         raise ValueError(
-            f"the model has samples of shape {list(model.shape)}, but {data.source} has {list(data.shape)}: "
-            "give the data that it was trained on (--data, --data.image-size)"
+            f"the model has samples of shape {list(model.shape)}, but {data.source} has {list(data.shape)}. "
+            "Give the training data (--data, --data.image-size)"
         )
     if model.num_classes and not 0 < data.num_classes <= model.num_classes:
         raise ValueError(
-            f"the model is conditioned on {model.num_classes} classes, but {data.source} has {data.num_classes}"
+            f"the model has {model.num_classes} classes, but {data.source} has {data.num_classes}. Give the training "
+            "data (--data)"
         )
     if model.num_classes:
         _check_classes(model, data)
@@ -191,6 +191,6 @@ def check_fit(model: Manifest, data: Data) -> None:
             )
         if tuple(held[name].shape[1:]) != shape:
             raise ValueError(
-                f"the model takes {name} of shape {list(shape)}, but {data.source} has {list(held[name].shape[1:])}: "
-                "encode the data with the model's own pipeline"
+                f"the model takes {name} of shape {list(shape)}, but {data.source} has {list(held[name].shape[1:])}. "
+                "Encode the data with the model's own pipeline"
             )

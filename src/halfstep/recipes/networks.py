@@ -1,4 +1,4 @@
-"""The networks of recipes, as validated data that builds them."""
+"""Networks of recipes, as validated data."""
 
 from typing import Annotated, Literal
 
@@ -14,18 +14,18 @@ Rate = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 
 
 class Config(BaseModel):
-    """Frozen data; unknown fields are refused."""
+    """Frozen data; unknown fields are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class UNetConfig(Config):
-    """diffusers' UNet2DModel."""
+    """The UNet2DModel of diffusers."""
 
     type: Literal["unet2d"] = "unet2d"
     """Kind of network."""
     block_out_channels: Annotated[tuple[Width, ...], Field(min_length=1, max_length=12)] = (64, 128)
-    """Channels at each resolution, from the finest; each level halves the image's sides."""
+    """Channels at each resolution, finest first; each level halves the sides of the image."""
     layers_per_block: Depth = 2
     """Residual blocks at each resolution."""
     attention: tuple[bool, ...] = (False, True)
@@ -33,29 +33,29 @@ class UNetConfig(Config):
     mid_attention: bool = True
     """Whether the middle block has self-attention."""
     attention_head_dim: Width = 32
-    """Channels of an attention head."""
+    """Channels per attention head."""
     norm_num_groups: Width = 32
     """Groups of each group normalisation."""
     time_scale_shift: Literal["default", "scale_shift"] = "scale_shift"
-    """How the time embedding is applied: added, or as scale and shift after the second normalisation."""
+    """Use of the time embedding: default adds it, scale_shift scales and shifts after the second normalisation."""
     resample: Literal["conv", "resnet"] = "conv"
-    """Down- and upsampling: a convolution, or a residual block as in the paper."""
+    """Down- and upsampling: a convolution, or a residual block (as in the paper)."""
     norm_eps: Rate = 1e-5
     """Epsilon of the group normalisations."""
     time_embedding_dim: Width | None = None
-    """Width of the time embedding; four times the first channels by default."""
+    """Width of the time embedding; by default, four times the channels at the finest resolution."""
     flip_sin_to_cos: bool = True
-    """Cosines before sines in the time embedding, as usual in diffusers; the paper has sines first."""
+    """Put cosines before sines in the time embedding, as most diffusers models; the paper puts sines first."""
     freq_shift: Literal[0, 1] = 0
-    """1 spaces the embedding's frequencies to end on 1/10000, as in the paper."""
+    """1 ends the frequencies of the time embedding at 1/10000, as in the paper."""
     num_train_timesteps: Steps = 1024
-    """Timesteps of the network, a power of two; chains of up to this many steps use whole timesteps."""
+    """Timesteps of the network, a power of two; chains with at most this number of steps use whole timesteps."""
 
     @field_validator("num_train_timesteps")
     @classmethod
     def _power_of_two(cls, number: int) -> int:
         if number & (number - 1):
-            raise ValueError(f"must be a power of two, so that halved step counts are whole timesteps, got {number}")
+            raise ValueError(f"must be a power of two, because halved steps must be whole timesteps, got {number}")
         return number
 
     def build(self, shape: tuple[int, ...], num_classes: int, channels: int) -> UNet2D:
@@ -110,7 +110,7 @@ class MLPConfig(Config):
     width: Width = 128
     """Width of the hidden layers."""
     depth: Depth = 3
-    """Residual blocks."""
+    """Number of residual blocks."""
 
     def build(self, shape: tuple[int, ...], num_classes: int, channels: int) -> MLP:
         """Return an untrained network for samples of `shape`, with `channels` outputs per element of x_t."""

@@ -1,7 +1,7 @@
-"""The recipe as validated data, and its conversion to objects.
+"""The recipe as validated data.
 
-Every field has a flag on the command line (`--chain.start-steps 256`), and its docstring is the flag's help. Choices
-are names here; `build` converts them to objects.
+Each field is a flag on the command line (`--chain.start-steps 256`), with its docstring as help. Choices are names,
+which `build` converts to objects.
 """
 
 import re
@@ -13,8 +13,7 @@ import tyro
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from halfstep.core.grids import MOST_STEPS
-from halfstep.core.noise import NoiseProcess, VPCosine
-from halfstep.core.prediction import Prediction, predictions, weightings
+from halfstep.core.prediction import predictions, weightings
 from halfstep.data import Data, DataConfig
 from halfstep.measure.evaluate import Evaluation
 from halfstep.nets import Network
@@ -54,18 +53,18 @@ def _member_of(family: Registry[Any]) -> AfterValidator:
 
 
 class DataFacts(Config):
-    """Known shape and classes of a recipe's data, so that a dry run does not need the data."""
+    """Shape and classes of a recipe's data, for a dry run without the data."""
 
     shape: tuple[Positive, ...]
     """Shape of one sample."""
     num_samples: Positive
-    """Samples."""
+    """Number of samples."""
     num_classes: int = Field(default=0, ge=0)
-    """Classes."""
+    """Number of classes."""
 
 
 class ModelConfig(Config):
-    """Prediction of the network, and the noise process."""
+    """The network's prediction, and the noise process."""
 
     prediction: Annotated[str, _member_of(predictions)] = "v"
     """Prediction of the network: eps, x0, v or both (see `halfstep ls`)."""
@@ -78,13 +77,9 @@ class ModelConfig(Config):
     log_snr_max: LogSNR = 20.0
     """Log signal-to-noise ratio at t = 0."""
 
-    def objects(self) -> tuple[NoiseProcess, Prediction]:
-        """Return the process and the prediction."""
-        return VPCosine(self.log_snr_min, self.log_snr_max), predictions[self.prediction]()
-
 
 Flat = Annotated[Training, tyro.conf.arg(name="")]
-"""Training hyperparameters without a flag prefix of their own: --chain.num-updates."""
+"""Training hyperparameters without their own flag prefix: --chain.num-updates."""
 
 
 class ChainConfig(Config):
@@ -97,24 +92,25 @@ class ChainConfig(Config):
     factor: Annotated[int, Field(ge=2, le=MOST_STEPS)] = 2
     """Teacher steps that one student step replaces: 2 halves, 4 quarters."""
     teacher_sampler: Annotated[str, _member_of(samplers)] = "ddim"
-    """Deterministic sampler of the first teacher; students teach by DDIM."""
+    """Deterministic sampler of the first teacher; students teach with DDIM."""
     teacher_steps: Steps | None = None
-    """Steps of that sampler per step of the first student; the factor by default."""
+    """Steps of the first teacher per step of the first student; the factor by default."""
     students: tuple[Steps, ...] | None = None
-    """Steps of all students, instead of end and factor, such as 256 64 16 8 4."""
+    """Steps of all students, such as 256 64 16 8 4; replaces end and factor."""
     training: Flat = HALVING
     """Training of each student."""
     updates_at: dict[int, Positive] | None = None
-    """Updates of individual students, by their steps; by default num_updates, doubled at 2 steps and at 1."""
+    """Updates of individual students, by their steps. By default, the students of 2 steps and 1 step get twice
+    num_updates."""
     learning_rate_at: dict[int, Rate] | None = None
     """Learning rates of individual students, by their steps."""
     critic_weight: Rate | None = None
     """Weight of an adversarial term on the students' outputs; none by default."""
     lora_rank: Width | None = None
-    """Train LoRA weights of this rank instead of whole students (diffusers networks only). Teacher and students share
-    the base weights. Also applies to the matching stage."""
+    """Train LoRA weights of this rank instead of whole students (diffusers networks only), also in the matching stage.
+    Teacher and students share the base weights."""
     keep: tuple[Steps, ...] | None = None
-    """Step counts of the students to keep on disk; all by default. Teacher and last student are always kept."""
+    """Step counts of the students to keep on disk, besides the teacher and the last student; all by default."""
 
     @model_validator(mode="after")
     def _nothing_idle(self) -> "ChainConfig":
@@ -124,22 +120,20 @@ class ChainConfig(Config):
             if self.factor != 2:
                 raise ValueError(f"the students are listed, so a factor of {self.factor} has no effect. Remove it")
         if self.critic_weight is not None and self.training.early_end.patience:
-            raise ValueError(
-                "early_end has no effect with critic_weight: the loss of a student with a critic may rise. Remove one"
-            )
+            raise ValueError("early_end has no effect with critic_weight, because the loss may then rise. Remove one")
         return self
 
     @field_validator("teacher_sampler")
     @classmethod
     def _deterministic(cls, name: str) -> str:
         if samplers[name].stochastic:
-            raise ValueError(f"{name} draws noise, so a student cannot learn its steps. Choose ddim or heun")
+            raise ValueError(f"{name} is stochastic, so a student cannot learn its steps. Choose ddim or heun")
         return name
 
 
 SECOND_ORDER: Final = ChainConfig(start_steps=16, teacher_sampler="heun")
-"""The chain 8, 4, 2, 1. Each step of its first student learns from two Heun steps of the teacher. This comes closer to
-the teacher at its best than a longer chain, with three stages fewer."""
+"""The chain 8, 4, 2, 1. Each step of the first student learns from two Heun steps of the teacher. This comes closer to
+the teacher's best samples than a longer chain, and saves three stages."""
 
 
 def _with_critic(plan: Plan, weight: float | None) -> Plan:
@@ -148,24 +142,24 @@ def _with_critic(plan: Plan, weight: float | None) -> Plan:
 
 
 class MatchingConfig(Config):
-    """How to convert a teacher to another prediction, process or guidance before halving. The stage is added if one of
-    these settings needs it, or if a given teacher predicts eps at a signal-to-noise ratio near 0.
+    """How to convert a teacher to another prediction, process or guidance before halving. The stage is only added if a
+    setting needs it, or if a given teacher predicts eps near zero SNR.
     """
 
     prediction: Annotated[str, _member_of(predictions)] | None = None
     """Prediction of the student: x0 or v; by default the teacher's, or v if that is eps near zero SNR."""
     process: Literal["own", "cosine"] | None = None
-    """The student's noise process: the teacher's own, or cosine over the teacher's noise levels, with a power of two
-    timesteps. By default cosine if a U-Net with a discrete noise schedule is matched anyway and trained whole: its
-    steps lose less, and every power of two is exact."""
+    """The student's noise process: own keeps the teacher's, cosine covers the teacher's noise levels with a power of
+    two timesteps. Cosine is the default for a U-Net with a discrete noise schedule, if it needs matching and has no
+    LoRA: its steps lose less, and every power of two is exact."""
     guidance_scale: Scale | None = None
-    """One guidance scale for the student to learn, which then needs one network call per step; 1 disables guidance."""
+    """Guidance scale for the student to learn, which halves its network calls; 1 disables guidance."""
     guidance_range: tuple[Scale, Scale] | None = None
-    """Lowest and highest guidance scale instead of one; the scale becomes an input of the student."""
+    """Lowest and highest guidance scale to learn; the scale becomes an input of the student."""
     null_class: int | None = Field(default=None, ge=0, le=MOST_UPDATES)
     """The null class, if the teacher's files do not specify it."""
     num_times: Steps = 1024
-    """Times at which to compare teacher and student; a teacher with a discrete noise schedule is called at its own."""
+    """Times at which to compare teacher and student; a teacher with a discrete noise schedule uses its timesteps."""
     training: Flat = Training(num_updates=10_000, learning_rate=1e-4)
     """Training of the matched student."""
 
@@ -179,13 +173,13 @@ class MatchingConfig(Config):
 
     @property
     def guidance(self) -> Guidance | None:
-        """Guidance that the student learns; None if disabled."""
+        """Guidance for the student to learn; None for none."""
         if self.guidance_scale is not None:
             return FixedGuidance(self.guidance_scale)
         return None if self.guidance_range is None else GuidanceRange(*self.guidance_range)
 
     def match(self) -> Match:
-        """Return the settings in the builder's form."""
+        """Return the settings for the builder."""
         return Match(
             self.training,
             None if self.prediction is None else predictions[self.prediction](),
@@ -196,7 +190,7 @@ class MatchingConfig(Config):
 
 
 class FinishConfig(Config):
-    """How to finish students: move their outputs onto the teacher's distribution."""
+    """How to finish students: move their outputs towards the teacher's distribution."""
 
     steps: tuple[Steps, ...] = ()
     """Step counts of the students to finish, such as 4 2 1."""
@@ -207,7 +201,7 @@ class FinishConfig(Config):
     learning_rate_at: dict[int, Rate] | None = None
     """Learning rates of individual students, by their steps."""
     map_weight: float = Finishing.map_weight
-    """Weight of the loss that keeps the map from noise to sample."""
+    """Weight of the loss that preserves the map from noise to samples."""
     auxiliary_turns: Positive = Finishing.auxiliary_turns
     """Updates of the auxiliary denoiser before each student update."""
     auxiliary_rate: Rate = Finishing.auxiliary_rate
@@ -231,11 +225,7 @@ class FinishConfig(Config):
         return self
 
     def plan(self) -> Plan:
-        """Return the finishing stages.
-
-        Raises:
-            ValueError: if they contradict each other.
-        """
+        """Return the finishing stages; raise ValueError if they contradict each other."""
 
         def finishing(num_steps: int) -> Finishing:
             return Finishing(num_steps, self.map_weight, self.auxiliary_turns, self.auxiliary_rate, self.lead_updates)
@@ -254,12 +244,12 @@ class FinishConfig(Config):
 
 
 class StageConfig(Config):
-    """A stage of any registered objective, such as one of your own."""
+    """A stage with any registered objective."""
 
     objective: dict[str, Any]
-    """{"type": its name in the registry of objectives, and its fields}, as `objectives.describe` writes it."""
+    """The registered objective as data: {"type": name, **fields}, as `objectives.describe` returns it."""
     training: Training
-    """Training of its student."""
+    """Training of the student."""
 
     @field_validator("objective")
     @classmethod
@@ -269,7 +259,7 @@ class StageConfig(Config):
 
 
 TEACHER: Final = Training(num_updates=100_000, learning_rate=2e-4, warmup_updates=1000, anneal=False, ema_decay=0.9999)
-"""Training of a teacher as in the paper for CIFAR-10, but without weight decay and dropout, and with fewer updates."""
+"""The paper's training of a CIFAR-10 teacher, without weight decay and dropout, and with fewer updates."""
 
 
 class Recipe(Config):
@@ -278,15 +268,15 @@ class Recipe(Config):
     name: str
     """The recipe's name."""
     seed: Annotated[int, Field(ge=0, le=2**62)] = 0
-    """Seed of every random number of the run."""
+    """Seed of all random numbers."""
     data: DataConfig = DataConfig()
     """Training data."""
     facts: DataFacts | None = None
-    """Known shape and classes of the data, for a dry run without the data."""
+    """Shape and classes of the data, for a dry run without the data."""
     network: UNetConfig | MLPConfig = Field(default=UNetConfig(), discriminator="type")
-    """The network of teacher and students."""
+    """Network of teacher and students."""
     model: ModelConfig = ModelConfig()
-    """Prediction and noise process of the network."""
+    """Prediction and noise process."""
     teacher: Training = TEACHER
     """Training of the teacher."""
     matching: MatchingConfig = MatchingConfig()
@@ -294,18 +284,18 @@ class Recipe(Config):
     chain: ChainConfig = ChainConfig()
     """The chain of students."""
     further: tuple[StageConfig, ...] = ()
-    """Stages after the chain, of any objective."""
+    """Stages after the chain, with any objective."""
     finish: FinishConfig = FinishConfig()
     """Finishing of students, after all other stages."""
     evaluation: Evaluation = Evaluation()
-    """Measuring."""
+    """Evaluation of the models."""
     engine: Engine = Engine()
-    """Machine."""
+    """Use of the machine."""
 
     @field_validator("name")
     @classmethod
     def _file_name(cls, name: str) -> str:
-        # It becomes the name of a folder.
+        # It becomes a folder's name.
         if (
             name.startswith((".", "-"))
             or len(name.encode(errors="replace")) > 100
@@ -323,13 +313,10 @@ class Recipe(Config):
         return Plan.of(Denoising(weightings[self.model.weighting]()), self.teacher)
 
     def chain_plan(self, guidance: Guidance | None = None) -> Plan:
-        """Return the halving stages.
+        """Return the halving stages; raise ValueError if the start cannot be halved to the end.
 
         Args:
-            guidance: what the first teacher has learned.
-
-        Raises:
-            ValueError: if the start cannot be halved to the end.
+            guidance: guidance that the first teacher has learned.
         """
         chain, students = self.chain, self.chain.students
         if students is None:
@@ -359,13 +346,10 @@ class Recipe(Config):
         return _with_critic(plan, chain.critic_weight)
 
     def fitted(self, given: Collection[str]) -> "Recipe":
-        """Return the recipe without its settings for individual students that its chain does not have.
+        """Remove settings for students that are not in the chain; raise ValueError as `chain_plan`.
 
         Args:
-            given: dotted names of the fields that the user has set, which are not changed.
-
-        Raises:
-            ValueError: as for `chain_plan`.
+            given: dotted names of the fields that the user has set, which do not change.
         """
         plain = self.chain.model_copy(update={"updates_at": None, "learning_rate_at": None})
         made = {stage.num_steps for stage in self.model_copy(update={"chain": plain}).chain_plan().stages}
@@ -382,11 +366,7 @@ class Recipe(Config):
         return self.model_copy(update=changes)
 
     def make_network(self, data: Data) -> Network:
-        """Return an untrained network for this data.
-
-        Raises:
-            ValueError: if the kind of network does not support the data.
-        """
+        """Return an untrained network for this data; raise ValueError if the network does not support it."""
         num_classes = data.num_classes if self.model.conditional else 0
         return self.network.build(data.shape, num_classes, predictions[self.model.prediction].channels)
 
