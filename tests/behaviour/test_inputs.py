@@ -86,9 +86,9 @@ def test_images_and_zeros_have_no_scale_to_warn_of():
 def test_a_run_says_what_it_learns_from():
     labels = torch.arange(30) % 2
     data = replace(arrays(30, 2), labels=labels, class_names=("cat", "dog"))
-    line = data_line(build(recipe(), data=data))
+    line = data_line(build(recipe(), data=data).data)
     assert line == "data: mine.npy, 30 samples of shape [2], 2 classes (cat, dog)"
-    assert data_line(build(recipe(), data=arrays(30, 2))).endswith("no classes")
+    assert data_line(build(recipe(), data=arrays(30, 2)).data).endswith("no classes")
 
 
 # Resuming

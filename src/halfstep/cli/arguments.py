@@ -1,4 +1,4 @@
-"""The recipes, processes and devices that arguments of several verbs refer to."""
+"""Recipes, processes and devices for several verbs."""
 
 from pathlib import Path
 from shlex import quote
@@ -17,7 +17,7 @@ from halfstep.runtime.processes import Processes, make_accelerator
 
 
 def recipe_from(text: str) -> Recipe:
-    """Return the recipe given as a built-in name, a run's folder or a .json file; raise ValueError if it has none."""
+    """Return the recipe given as a built-in name, a run's folder or a .json file; raise ValueError if there is none."""
     path = Path(text)
     if text in recipes or not (path.suffix == ".json" or path.is_dir()):
         return recipes[text]()
@@ -39,7 +39,7 @@ def recipe_of_run(run: RunFolder) -> Recipe:
 
 
 def _recipe_in(data: Any, file: Path) -> Recipe:
-    """Return the recipe from the content of a run's recipe.json, or of a file that contains a bare recipe."""
+    """Return the recipe in the content of a run's recipe.json, or of a file with a bare recipe."""
     if isinstance(data, dict) and isinstance(data.get("recipe"), dict):
         data = data["recipe"]
     if not isinstance(data, dict):
@@ -51,7 +51,7 @@ def _recipe_in(data: Any, file: Path) -> Recipe:
 
 
 def recipe_of_stage(stage: StageFolder) -> Recipe | None:
-    """Return the recipe of the run that contains a stage; None for a stage outside a run."""
+    """Return the recipe of a stage's run; None for a stage outside a run."""
     return None if stage.run is None or not stage.run.recipe_path.exists() else recipe_of_run(stage.run)
 
 

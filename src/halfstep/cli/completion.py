@@ -1,6 +1,6 @@
 """`halfstep completion`: shell completion scripts, which shtab generates from the verbs' parsers.
 
-The scripts that tyro generates would start Python at every key press.
+tyro's own scripts would start Python at every key press.
 """
 
 from argparse import ArgumentParser
@@ -25,7 +25,6 @@ class CompletionArguments:
 
 
 def completion(argv: Sequence[str]) -> None:
-    """Print the script."""
     arguments = parse(CompletionArguments, argv, "halfstep completion")
     print(shtab.complete(command_line(), arguments.shell))
 
@@ -48,7 +47,7 @@ def command_line() -> ArgumentParser:
             # argparse's `parents` rejects parsers that share an option in a group.
             for action in parser._actions:
                 if known.isdisjoint(action.option_strings):
-                    # The default belongs to one recipe only.
+                    # Defaults differ between recipes.
                     action.help = (action.help or "").partition(" (default:")[0]
                     # Users omit the option to select None.
                     action.choices = None if action.choices is None else [c for c in action.choices if c != "None"]

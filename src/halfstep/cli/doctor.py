@@ -37,7 +37,7 @@ GIVES: Final = {
 
 REQUIRED: Final = ("torch", "diffusers", "accelerate", "numpy", "safetensors", "datasets", "pydantic", "tyro", "rich")
 LEAST_DISK: Final = 2 * 2**30
-"""Minimum free bytes: the checkpoints of a small run and the data caches."""
+"""Minimum free bytes, for a small run's checkpoints and the data caches."""
 
 
 @dataclass
@@ -63,7 +63,6 @@ class Finding:
 
 
 def doctor(argv: Sequence[str]) -> None:
-    """Print the findings."""
     arguments = parse(DoctorArguments, argv, "halfstep doctor")
     findings = [*_packages(), *_torch(), *_diffusers(), *_extras(), *_places()]
     count = sum(finding.verdict == "problem" for finding in findings)

@@ -1,6 +1,6 @@
 """The output of `--dry-run`: the plan and its cost in FLOPs, memory and time."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -8,6 +8,7 @@ import torch
 from rich.table import Column, Table
 
 from halfstep.cli.words import Screen, duration, print_json
+from halfstep.data import Data
 from halfstep.models.model import Model
 from halfstep.objectives import Role, guidances
 from halfstep.report.words import count, number
@@ -22,7 +23,7 @@ DEVICES: Final = (24, 48, 80)
 SHARE: Final = 0.9
 """Share of a device's memory for the counted bytes; the allocator and workspaces need the rest."""
 LITTLE: Final = 2**30
-"""Bytes that any machine has; a plan for the CPU that needs less does not list devices."""
+"""Memory of any machine, in bytes; a CPU plan that needs less does not list devices."""
 FEW_SAMPLES: Final = 5000
 MANY_PASSES: Final = 500.0
 """Passes over fewer than FEW_SAMPLES above which a memorisation warning is printed."""
@@ -43,10 +44,7 @@ def plan_facts(spec: RunSpec, out: Path, missing: str | None = None) -> dict[str
             "stage": name,
             "num_steps": stage.num_steps,
             "role": stage.objective.outcome.role,
-            "evals": {
-                network: {"forward": evals.forward, "backward": evals.backward}
-                for network, evals in stage.objective.evals.items()
-            },
+            "evals": {network: evals._asdict() for network, evals in stage.objective.evals.items()},
             "num_updates": stage.training.num_updates,
             "batch_size": stage.training.batch_size,
             "samples_seen": stage.training.num_updates * stage.training.batch_size,
@@ -64,7 +62,14 @@ def plan_facts(spec: RunSpec, out: Path, missing: str | None = None) -> dict[str
         "name": spec.recipe["name"],
         "out": str(out),
         "stages": rows,
-        "data": _data_facts(spec, missing),
+        "data": {
+            "source": spec.data.source,
+            "num_samples": len(spec.data),
+            "shape": list(spec.data.shape),
+            "num_classes": spec.data.num_classes,
+            "class_names": list(spec.data.class_names),
+            "missing": missing,
+        },
         "parameters": forward.parameters,
         "trainable_parameters": forward.trainable,
         "forward_flops": forward.flops,
@@ -90,7 +95,7 @@ def show_plan(spec: RunSpec, out: Path, json: bool, missing: str | None = None) 
         return
     screen = Screen()
     screen.show(_stage_table(facts))
-    for line in _lines(facts, spec.teacher, spec.engine.cpu or not torch.accelerator.is_available()):
+    for line in _lines(facts, spec):
         screen.say(line)
 
 
@@ -111,9 +116,9 @@ def _stage_table(facts: dict[str, Any]) -> Table:
     return table
 
 
-def _lines(facts: dict[str, Any], teacher: Model | None, on_cpu: bool) -> Iterator[str]:
+def _lines(facts: dict[str, Any], spec: RunSpec) -> Iterator[str]:
     stages, data = facts["stages"], facts["data"]
-    yield _data_line(data)
+    yield data_line(spec.data)
     if data["missing"] is not None:
         yield f"random numbers replace the data, which is not available ({data['missing']})"
     seen = sum(stage["samples_seen"] for stage in stages)
@@ -128,6 +133,7 @@ def _lines(facts: dict[str, Any], teacher: Model | None, on_cpu: bool) -> Iterat
     parts = " + ".join(f"{gibibytes(size)} {name}" for name, size in memory.items() if size)
     total = gibibytes(sum(memory.values()))
     yield f"memory of the largest update, counted: {total} = {parts} (for a micro batch of {facts['micro_batch']:,})"
+    on_cpu = spec.engine.cpu or not torch.accelerator.is_available()
     if not on_cpu or sum(memory.values()) >= LITTLE:
         fits = facts["fits_gib"]
         yield f"fits a device of {fits[0]} GiB" if fits else f"does not fit a device of {DEVICES[-1]} GiB"
@@ -142,7 +148,8 @@ def _lines(facts: dict[str, Any], teacher: Model | None, on_cpu: bool) -> Iterat
         time = duration(facts["estimated_seconds"])
         yield f"estimated training time on this machine, without measuring the models: {time} ({seconds})"
     if (facts["estimated_seconds"] or 0) > LONG_SECONDS:
-        yield f"warning: this takes long. Use a GPU, or {shorter([stage['role'] for stage in stages], teacher)}"
+        advice = shorter([stage["role"] for stage in stages], spec.teacher)
+        yield f"warning: this takes more than a day. Use a GPU, or {advice}"
     passes = max(stage["samples_seen"] for stage in stages) / data["num_samples"]
     if data["num_samples"] < FEW_SAMPLES and passes > MANY_PASSES:
         yield (
@@ -161,27 +168,12 @@ def shorter(roles: Sequence[str], teacher: Model | None) -> str:
     return f"lower {', '.join(options)}"
 
 
-def data_line(spec: RunSpec) -> str:
+def data_line(data: Data) -> str:
     """Return one line about the training data: source, number and shape of the samples, and class names."""
-    return _data_line(_data_facts(spec, None))
-
-
-def _data_facts(spec: RunSpec, missing: str | None) -> dict[str, Any]:
-    return {
-        "source": spec.data.source,
-        "num_samples": len(spec.data),
-        "shape": list(spec.data.shape),
-        "num_classes": spec.data.num_classes,
-        "class_names": list(spec.data.class_names),
-        "missing": missing,
-    }
-
-
-def _data_line(data: Mapping[str, Any]) -> str:
-    names, classes = data["class_names"], "no classes"
-    if data["num_classes"]:
-        classes = f"{count(data['num_classes'], 'class')} ({shortened(names)})"
-    return f"data: {data['source']}, {count(data['num_samples'], 'sample')} of shape {data['shape']}, {classes}"
+    classes = (
+        f"{count(data.num_classes, 'class')} ({shortened(data.class_names)})" if data.num_classes else "no classes"
+    )
+    return f"data: {data.source}, {count(len(data), 'sample')} of shape {list(data.shape)}, {classes}"
 
 
 def quantity(amount: float, unit: str) -> str:

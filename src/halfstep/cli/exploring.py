@@ -45,7 +45,6 @@ class ExploreArguments:
 
 
 def explore(argv: Sequence[str]) -> None:
-    """Serve the page until it is stopped."""
     arguments = parse(ExploreArguments, argv, "halfstep explore")
     bounds = Bounds(num_samples=arguments.max_samples, num_steps=arguments.max_steps, seconds=arguments.max_seconds)
     explorer = Explorer(arguments.run, device_of(arguments.device), bounds)

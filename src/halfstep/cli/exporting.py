@@ -68,15 +68,14 @@ IDLE: Final = {
     "onnx": ("push_to_hub", "single_file", "runtime"),
     "web": ("push_to_hub",),
 }
-"""Options of `export` without an effect, by format."""
+"""Options of `export` that have no effect, by format."""
 WHY_IDLE: Final = {
-    "num_steps": "the exported pipeline takes the number of steps at each call",
-    "push_to_hub": "only folders of models are uploaded",
+    "num_steps": "each call of the exported pipeline sets its own number",
+    "push_to_hub": "only model folders are uploaded",
 }
 
 
 def export(argv: Sequence[str]) -> None:
-    """Export a model for other tools."""
     arguments = parse(ExportArguments, argv, "halfstep export")
     out, repository, screen = arguments.out, arguments.push_to_hub, Screen()
     refuse_idle(arguments, f"on --format {arguments.format}", IDLE[arguments.format], WHY_IDLE)
@@ -160,12 +159,11 @@ class EncodeArguments:
 
 
 def encode(argv: Sequence[str]) -> None:
-    """Encode images and texts with a pipeline's own parts."""
     arguments = parse(EncodeArguments, argv, "halfstep encode")
     processes = processes_of(arguments.device == "cpu")
     device = device_of(arguments.device, processes)
     if (arguments.data is None) == (arguments.prompts is None):
-        raise UsageError("give either --data with captioned images, or --prompts with texts")
+        raise UsageError("give either --data (images) or --prompts (texts)")
     if arguments.data is None:
         refuse_idle(arguments, "with --prompts", ("image_size",))
     else:
@@ -193,7 +191,7 @@ def encode(argv: Sequence[str]) -> None:
     with in_own_words("image-size"):
         images, names = (read_captions(source, preparation), ()) if is_text else read_classes(source, preparation)
     encoder = encoder_of(model, device, names)
-    # Unreadable encoders must fail before the folder is created.
+    # Fail on unreadable encoders before creating the folder.
     encoder.texts([""])
     needed = model.shape
     made = tuple(encoder.images(images.loaded([0]).fetch(torch.tensor([0])).x0).shape[1:])

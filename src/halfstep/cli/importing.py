@@ -73,7 +73,6 @@ def imported(
 
 
 def import_(argv: Sequence[str]) -> None:
-    """Import a checkpoint as a stage."""
     arguments = parse(ImportArguments, argv, "halfstep import")
     out = arguments.out or Path("imported") / Path(arguments.source).stem
     if arguments.format == "diffusers":

@@ -50,7 +50,6 @@ class LsArguments:
 
 
 def ls(argv: Sequence[str]) -> None:
-    """List the members of every family."""
     arguments = parse(LsArguments, argv, "halfstep ls")
     shown = {
         family: {name: _summary(member) for name, member in FAMILIES[family].items()}

@@ -50,7 +50,7 @@ def fail(message: object, code: int = 2) -> NoReturn:
 
 
 def _warning_printer() -> Callable[..., None]:
-    """Return a printer that shows each halfstep warning once: sampling repeats the warnings of its model."""
+    """Return a printer that shows each halfstep warning once, although sampling repeats them."""
     from halfstep.core.warnings import HalfstepWarning
 
     said: set[str] = set()
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _thread_failed(failed: threading.ExceptHookArgs) -> None:
-    """Print the traceback of a thread's error, unless a disk is lost: the main thread reports that."""
+    """Print the traceback of a thread's error. The main thread reports a lost disk."""
     if not issubclass(failed.exc_type, OSError):
         threading.__excepthook__(failed)
 
@@ -104,11 +104,13 @@ def _check_written(out: Output) -> None:
     """Fail if output to stdout was lost, unless the reader (head, less) closed the pipe."""
     out.flush()
     if out.error is not None and out.error.errno != errno.EPIPE:
-        fail(f"stdout cannot be written ({out.error.strerror}). The printed output is lost, everything else is done")
+        fail(
+            f"stdout cannot be written ({out.error.strerror}). The printed output is lost, but everything else is done"
+        )
 
 
 def _main(arguments: list[str]) -> None:
-    # Slow imports come last: help and usage errors must be fast.
+    # Slow imports come last, because help and usage errors must be fast.
     if arguments[:1] == ["help"] and arguments[1:] and arguments[1] in VERBS:
         arguments = [arguments[1], "--help"]
     if not arguments or arguments[0] in ("-h", "--help", "help"):

@@ -17,7 +17,6 @@ from halfstep.cli.usage import Count, Guidance, Share, Steps, Switch, UsageError
 from halfstep.cli.words import Screen, print_json
 from halfstep.hub import decoder_of, release_texts, text_conditions
 from halfstep.measure.samples import grid_image, samples_array, write_png
-from halfstep.metrics import to_uint8
 from halfstep.models.folder import load
 from halfstep.models.model import Model, samples_at_once
 from halfstep.report.words import count
@@ -55,7 +54,7 @@ class SampleArguments:
     sampler: SamplerName | None = None
     """Sampler (`halfstep ls samplers` describes them); the model's own by default."""
     gamma: Share | None = None
-    """Variance of ancestral sampling: 0 is its lower bound, 1 its upper bound (the default)."""
+    """Variance of ancestral sampling, from its lower bound (0) to its upper bound (1, the default)."""
     batch_size: Count | None = None
     """Samples drawn at once; by default, the number that fits."""
     precision: Literal["float32", "bf16"] = "float32"
@@ -71,7 +70,6 @@ class SampleArguments:
 
 
 def sample(argv: Sequence[str]) -> None:
-    """Draw samples into a grid, an .npz or a folder."""
     arguments = parse(SampleArguments, argv, "halfstep sample")
     out = arguments.out
     as_file = out.suffix.lower() in (".png", ".npz")
@@ -160,7 +158,7 @@ def _prompted(model: Model, prompt: str | None, number: int) -> dict[str, torch.
 
 
 def write_samples(x0: torch.Tensor, model: Model, seeds: range, out: Path) -> None:
-    """Write samples `[n, *shape]` in the format of the suffix of `out`.
+    """Write samples `[n, *shape]` in the format given by the suffix of `out`.
 
     Raises:
         UsageError: if `out` is not a .npz and the samples are not images.
@@ -174,7 +172,7 @@ def write_samples(x0: torch.Tensor, model: Model, seeds: range, out: Path) -> No
             raise UsageError(f"samples of shape {list(model.shape)} are not images. Write a .npz")
         decode = decoder_of(model.manifest)
         x0 = torch.cat([decode(part) for part in x0.split(8)])
-    pixels = to_uint8(x0).permute(0, 2, 3, 1).numpy()
+    pixels = samples_array(x0, is_image=True)
     if out.suffix.lower() == ".png":
         write_png(out, grid_image(pixels))
         return

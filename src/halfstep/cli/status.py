@@ -34,7 +34,6 @@ class StatusArguments:
 
 
 def status(argv: Sequence[str]) -> None:
-    """Print the progress of a run."""
     arguments = parse(StatusArguments, argv, "halfstep status")
     if arguments.watch and arguments.json:
         raise UsageError("--watch and --json cannot be combined. Remove one of them")

@@ -37,11 +37,11 @@ class StudyArguments:
     scale: Literal["smoke", "small", "paper"] = "smoke"
     """smoke: digits, minutes on two CPU cores. small: Fashion-MNIST, hours on a GPU. paper: CIFAR-10 as published."""
     recipe: RecipeName | None = None
-    """Recipe for teacher and chain, such as imagenet64_paper; the scale's own by default."""
+    """Recipe for teacher and chain, such as imagenet64_paper; the scale's by default."""
     data: str | None = None
-    """Data source, such as a folder; the scale's own by default."""
+    """Data source, such as a folder; the scale's by default."""
     seeds: Annotated[int, Field(ge=1, le=1000)] | None = None
-    """Number of seeds for repeated training; the scale's own by default."""
+    """Number of seeds for repeated training; the scale's by default."""
     threads: Annotated[int, Field(ge=1, le=512)] | None = None
     """CPU threads for torch; torch's own choice by default."""
     out: Path | None = None
@@ -53,7 +53,6 @@ class StudyArguments:
 
 
 def study(argv: Sequence[str]) -> None:
-    """Run a study and print its table."""
     arguments = parse(StudyArguments, argv, "halfstep study")
     screen = Screen(arguments.json)
     chosen = studies[arguments.name]()

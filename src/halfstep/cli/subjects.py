@@ -54,7 +54,7 @@ class EvaluateArguments:
     num_samples: Annotated[int, Field(ge=2, le=1_000_000)] | None = None
     """Samples per set; by default the recipe's number, or all of a folder's."""
     gamma: Share | None = None
-    """Variance of ancestral sampling: 0 is its lower bound, 1 its upper bound (the default)."""
+    """Variance of ancestral sampling, from its lower bound (0) to its upper bound (1, the default)."""
     search_gamma: Annotated[int, Field(ge=2, le=1000)] | None = None
     """Number of gammas from 0 to 1 to try for each ancestral row; shows the best. The paper tries 11."""
     guidance_scale: Guidance | None = None
@@ -96,13 +96,13 @@ class Candidate(NamedTuple):
 @final
 @dataclass(frozen=True)
 class Subject:
-    """A subject of the evaluation."""
+    """A subject to evaluate."""
 
     kind: Literal["run", "stage", "pipeline", "images"]
     out: Path
     """Default folder of its evaluation."""
     recipe: Recipe | None = None
-    """Recipe of its run; None outside one."""
+    """Recipe of its run; None outside a run."""
     teacher: Candidate | None = None
     students: tuple[Candidate, ...] = ()
     files: Path | None = None
@@ -206,7 +206,7 @@ class Rows:
         self._check()
 
     def _own_series(self, manifest: Manifest) -> str:
-        """Return the name of the series for models of this role and sampler, which is created at its first model."""
+        """Return the name of the series for this role and sampler; create the series if needed."""
         role, sampler = manifest.outcome.role, sampler_of(manifest)
         kind = manifest.outcome.sampler_name
         by = sampler_label(kind) if sampler == samplers[kind]() else repr(sampler)
@@ -221,7 +221,7 @@ class Rows:
         return names[label]
 
     def _add(self, name: str, steps: Sequence[int]) -> None:
-        """Add an --against series; `steps` are those of a teacher."""
+        """Add an --against series; `steps` apply to teachers."""
         subject, arguments = self.subject, self.arguments
         who, _, sampler = name.partition("-")
         if who not in ("teacher", "student") or not sampler:

@@ -43,7 +43,7 @@ SHORT: Final = {"--data": "--data.source", "--to": "--chain.end-steps", "--start
 SHORT_OF_FINISH: Final = {"--steps": "--finish.steps"}
 """Short names of the options of `finish`."""
 NO_DATA: Final = "required"
-"""Data source, in help texts, of a teacher that is not inside a run."""
+"""Data source in the help for a teacher outside a run."""
 
 
 @dataclass
@@ -106,17 +106,14 @@ class FinishArguments(PlanArguments):
 
 
 def run(argv: Sequence[str]) -> None:
-    """Run the whole plan of a recipe."""
     _run(argv, RunArguments, "run")
 
 
 def demo(argv: Sequence[str]) -> None:
-    """Run the digits recipe."""
     _run(["digits", *argv], DemoArguments, "demo")
 
 
 def train(argv: Sequence[str]) -> None:
-    """Train the teacher of a recipe."""
     _run(argv, TrainArguments, "train", "teacher")
 
 
@@ -135,7 +132,6 @@ def _run(argv: Sequence[str], kind: type[RunArguments], verb: str, what: Literal
 
 
 def distill(argv: Sequence[str]) -> None:
-    """Distil a trained model."""
     if _only_help(argv, "the model is missing: halfstep distill MODEL --to 4"):
         parse(DistillArguments, argv, "halfstep distill MODEL", DistillArguments(_chain_of(_imported_recipe())), SHORT)
     name, *rest = argv
@@ -171,7 +167,7 @@ def distill(argv: Sequence[str]) -> None:
     if model.num_steps is not None and chain.start_steps != model.num_steps:
         raise UsageError(
             f"{name} samples in {model.num_steps} steps, so the chain must start there, not at {chain.start_steps}. "
-            "remove --start, or distil from an earlier stage"
+            "Remove --start, or distil from an earlier stage"
         )
     last = chain.students[-1] if chain.students else chain.end_steps
     out = arguments.out or Path("runs") / f"{recipe.name}-{label}-to-{last}"
@@ -186,11 +182,7 @@ def distill(argv: Sequence[str]) -> None:
 
 
 def _only_help(argv: Sequence[str], missing: str) -> bool:
-    """Return whether the command asks for help before its first argument.
-
-    Raises:
-        UsageError: if that argument is missing otherwise.
-    """
+    """Return whether help is requested instead of a first argument; raise UsageError if both are missing."""
     if argv and argv[0] in HELP:
         return True
     if not argv or argv[0].startswith("-"):
@@ -212,12 +204,12 @@ def _stage_at(name: str) -> StageFolder | None:
 
 
 def _imported_recipe() -> Recipe:
-    """Return the defaults for a model that is not inside a run, so its data is unknown."""
+    """Return the default recipe for a model outside a run, with unknown data."""
     return Recipe(name="distilled", chain=SECOND_ORDER, data=DataConfig(source=NO_DATA))
 
 
 def _chain_of(recipe: Recipe, model: Manifest | None = None) -> Recipe:
-    """Return the recipe with a chain that starts from the model of this manifest, by default a pipeline's."""
+    """Return the recipe with a chain that starts from a model; None is a pipeline that is not imported yet."""
     # Per-student settings of the old chain may not fit the new one.
     chain: dict[str, object] = {
         "start_steps": START_STEPS,
@@ -258,11 +250,7 @@ def _not_sampled(prompts: Path | None, model: Model, folder: Path) -> tuple[Data
 
 
 def _prepared(recipe: Recipe, before: Recipe, model: Model, name: str) -> Recipe:
-    """Return the recipe with new images resized and converted to the teacher's size and channels.
-
-    Raises:
-        UsageError: if the teacher generates latents and the data are images.
-    """
+    """Return the recipe with new images resized and converted to the teacher's size and channels."""
     data, shape = recipe.data, model.shape
     if data.source == before.data.source or not holds_images(data):
         return recipe
@@ -276,7 +264,6 @@ def _prepared(recipe: Recipe, before: Recipe, model: Model, name: str) -> Recipe
 
 
 def finish(argv: Sequence[str]) -> None:
-    """Finish students of a trained run."""
     if _only_help(argv, "the run is missing: halfstep finish RUN --steps 4 2 1"):
         parse(FinishArguments, argv, "halfstep finish RUN", FinishArguments(recipes["digits"]()), SHORT_OF_FINISH)
     name, *rest = argv
@@ -338,7 +325,7 @@ def _execute(recipe: Recipe, make: Callable[[], RunSpec], out: Path, json: bool)
             with at_once(alone):
                 spec = make()
             screen.say(f"halfstep: {recipe.name} -> {out}")
-            screen.say(data_line(spec))
+            screen.say(data_line(spec.data))
             RunDisplay(spec.stages, screen).show(run_spec(spec, out, stop))
             if screen.quiet:
                 return

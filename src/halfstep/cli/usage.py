@@ -74,11 +74,6 @@ class UsageError(ValueError):
     """An invalid command line; its message is one line."""
 
 
-def flag(name: str) -> str:
-    """Return the option of an argument."""
-    return f"--{name.replace('_', '-')}"
-
-
 def refuse_idle(arguments: Any, where: str, names: Iterable[str], reasons: Mapping[str, str] = {}) -> None:
     """Raise UsageError if one of these options was given, because it has no effect there.
 
@@ -91,7 +86,7 @@ def refuse_idle(arguments: Any, where: str, names: Iterable[str], reasons: Mappi
     for name in names:
         if getattr(arguments, name) != defaults[name]:
             reason = f": {reasons[name]}" if name in reasons else ""
-            raise UsageError(f"{flag(name)} has no effect {where}{reason}. Remove it")
+            raise UsageError(f"--{name.replace('_', '-')} has no effect {where}{reason}. Remove it")
 
 
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
@@ -202,7 +197,7 @@ def _parsed(
 
 
 def _reason(event: tyro_errors.ParseErrorEvent, prog: str, argv: Sequence[str]) -> str:
-    """Return one line for an error of tyro, which prints boxes of many lines by itself."""
+    """Return tyro's error in one line, instead of a box of many lines."""
 
     def name_of(argument: Any) -> str:
         name: str = argument.lowered.name_or_flags[0]
@@ -224,7 +219,7 @@ def _reason(event: tyro_errors.ParseErrorEvent, prog: str, argv: Sequence[str]) 
             hint = nearest(event.value, event.choices)
             return f"{name_of(event.argument)}: {event.value!r} is not one of {choices}{hint}"
         case tyro_errors.InstantiationFailure():
-            # The original exception is the current one, or the context of tyro's own.
+            # If tyro has wrapped the original exception, it is the context of tyro's.
             error = sys.exception()
             cause = error if isinstance(error, ValueError) else getattr(error, "__context__", None)
             if isinstance(cause, ValidationError):
@@ -242,7 +237,7 @@ def in_own_words(*options: str) -> Iterator[None]:
     """Remove options that this verb does not have from the message of a ValueError about data.
 
     Args:
-        options: the verb's own options that recipes have with a prefix: `image-size` for --data.image-size.
+        options: options that this verb has without the prefix: `image-size` for --data.image-size.
     """
     try:
         yield

@@ -18,17 +18,17 @@ class Verb:
     usage: str
     """Its name and arguments."""
     summary: str
-    """One line, in the overview."""
+    """Its line in the overview."""
     examples: tuple[str, ...]
     """Complete command lines; tests check their options against the parser."""
     notes: tuple[str, ...] = ()
-    """Notes that concern more than one option, one per line."""
+    """Notes about more than one option, one per line."""
     codes: tuple[int, ...] = (0, 2)
     """Its exit codes."""
     shown: tuple[str, ...] = ()
     """The options in the short form of its help; all if empty."""
     module: str = "training"
-    """The module in `halfstep.cli` of its function and of its arguments: `RunArguments` for run."""
+    """Module in `halfstep.cli` with its function and its arguments (`RunArguments` for run)."""
     is_light: bool = False
     """Whether it works without importing torch and diffusers, which takes seconds."""
 

@@ -68,7 +68,6 @@ class Screen(Console):
         self.print(text, style=style, soft_wrap=True)
 
     def note(self, text: str, indent: str = "") -> None:
-        """Print a note."""
         self.print(Text.assemble(indent, ("note:", "yellow"), f" {text}"), soft_wrap=True)
 
     def show(self, renderable: RenderableType) -> None:

@@ -81,7 +81,7 @@ def find_stage(path: Path) -> StageFolder:
     if path.is_dir() and (stages := run.stages()):
         if missing := [row.name for row in run.plan if not run.stage(row.name).is_complete()]:
             warnings.warn(
-                f"{path} is not complete (stage {missing[0]} is missing). Its stage {stages[-1].name} is used",
+                f"{path} is not complete (stage {missing[0]} is missing). Using its stage {stages[-1].name}",
                 HalfstepWarning,
                 stacklevel=2,
             )
@@ -91,7 +91,7 @@ def find_stage(path: Path) -> StageFolder:
     if (path / "model_index.json").is_file():
         raise ValueError(
             f"{path} is a diffusers pipeline, not a model of halfstep. Import it (halfstep import diffusers {path}) or "
-            f"distil it (halfstep distill {path}), and give the resulting folder"
+            f"distil it (halfstep distill {path}), and use the resulting folder"
         )
     raise ValueError(f"{path} is not a model. Give the folder of a run or of one of its stages (with a manifest.json)")
 
@@ -172,7 +172,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", network: nn.Modul
 
     Args:
         path: the folder, or the name of a packaged student, such as "fashion".
-        network: a network like the custom one that was trained; it is copied.
+        network: a custom network like the trained one; it is copied.
 
     Raises:
         ValueError: if no model or device with this name exists, or `network` does not match the weights.

@@ -149,7 +149,7 @@ class Model(Denoiser):
 
     @property
     def prediction(self) -> Prediction:
-        """Meaning of the network's output."""
+        """Prediction of the network."""
         return self.denoiser.prediction
 
     @property

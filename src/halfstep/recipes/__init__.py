@@ -1,4 +1,4 @@
-"""Recipes: everything a run needs, as typed data under a name; each recipe is a Python function that returns it."""
+"""Recipes: named functions that return everything a run needs, as typed data."""
 
 from halfstep.recipes.building import build
 from halfstep.recipes.builtin import arrays, cifar10, digits, digits_long, fashion_mnist, images

@@ -28,7 +28,7 @@ samples. Models are measured again if their protocol changes.
 
 
 def data_or_stand_in(recipe: Recipe) -> tuple[Data, str | None]:
-    """Return the recipe's data; if it is not on this machine, random pixels of its shape, and the reason.
+    """Return the recipe's data; if it is not on this machine, random pixels of the same shape and the reason.
 
     Raises:
         ValueError: if it cannot be opened and the recipe has no `facts`.
@@ -80,7 +80,7 @@ def build(
         start, process, prediction = Start.of(teacher), teacher.process, teacher.denoiser.prediction
         check_fit(teacher.manifest, opened)
         teacher = _with_null(teacher, recipe.matching, opened)
-        # With another teacher, it is another run.
+        # Another teacher makes another run.
         imported = {} if teacher.manifest.source is None else {"source": teacher.manifest.source}
         own = {"stage": teacher.manifest.stage, **imported, **teacher.manifest.files}
         origin["parent"] = own if parent is None else dict(parent)
@@ -118,7 +118,7 @@ def build(
 
 
 def _with_null(teacher: Model, config: MatchingConfig, data: Data) -> Model:
-    """Return the teacher with its null conditions, or else those of the recipe or the data."""
+    """Return the teacher with its own null conditions, or with those of the recipe or the data."""
     null = dict(teacher.null)
     if config.null_class is not None:
         if not teacher.num_classes:
@@ -133,7 +133,7 @@ def _with_null(teacher: Model, config: MatchingConfig, data: Data) -> Model:
         null = dict(data.null)
     if config.guidance is not None:
         if teacher.manifest.guidance is not None:
-            raise ValueError("the teacher has already learned its guidance. Remove matching.guidance_scale")
+            raise ValueError("the teacher has already learned guidance. Remove matching.guidance_scale")
         if not null and not teacher.takes_scale:
             remedy = "Add --matching.null-class" if teacher.num_classes else "Remove guidance"
             raise ValueError(f"guidance needs the teacher's null condition, which is not known. {remedy}")
@@ -153,7 +153,7 @@ def _check_classes(model: Manifest, data: Data) -> None:
 
 
 def encode_first(model: Manifest, source: str, pipeline: str) -> str:
-    """Return the message for a latent model with images as data: the remedy is a command that encodes them."""
+    """Return the error for images as the data of a latent model, with the command that encodes them."""
     return (
         f"the model generates latents {list(model.shape)}, but {source} contains images. Encode them with "
         f"halfstep encode {pipeline} --data {source} --out latents, and use --data latents"

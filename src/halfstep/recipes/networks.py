@@ -45,7 +45,7 @@ class UNetConfig(Config):
     time_embedding_dim: Width | None = None
     """Width of the time embedding; by default, four times the channels at the finest resolution."""
     flip_sin_to_cos: bool = True
-    """Put cosines before sines in the time embedding, as most diffusers models; the paper puts sines first."""
+    """Put cosines before sines in the time embedding, as in most diffusers models; the paper puts sines first."""
     freq_shift: Literal[0, 1] = 0
     """1 ends the frequencies of the time embedding at 1/10000, as in the paper."""
     num_train_timesteps: Steps = 1024
@@ -89,8 +89,8 @@ class UNetConfig(Config):
         factor = 2 ** (levels - 1)
         if shape[1] % factor or shape[2] % factor:
             raise ValueError(
-                f"images of {shape[1]}x{shape[2]} cannot be halved {levels - 1} times: sides must be multiples of "
-                f"{factor} (--data.image-size, or fewer network.block_out_channels)"
+                f"images of {shape[1]}x{shape[2]} cannot be halved {levels - 1} times. Make their sides multiples "
+                f"of {factor} (--data.image-size), or use fewer network.block_out_channels"
             )
         described = unet2d_config(
             size=shape[1:],

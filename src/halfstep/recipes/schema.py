@@ -173,13 +173,13 @@ class MatchingConfig(Config):
 
     @property
     def guidance(self) -> Guidance | None:
-        """Guidance for the student to learn; None for none."""
+        """Guidance for the student to learn, if any."""
         if self.guidance_scale is not None:
             return FixedGuidance(self.guidance_scale)
         return None if self.guidance_range is None else GuidanceRange(*self.guidance_range)
 
     def match(self) -> Match:
-        """Return the settings for the builder."""
+        """Return these settings as objects."""
         return Match(
             self.training,
             None if self.prediction is None else predictions[self.prediction](),
@@ -346,7 +346,7 @@ class Recipe(Config):
         return _with_critic(plan, chain.critic_weight)
 
     def fitted(self, given: Collection[str]) -> "Recipe":
-        """Remove settings for students that are not in the chain; raise ValueError as `chain_plan`.
+        """Remove settings for students that are not in the chain; raise the errors of `chain_plan`.
 
         Args:
             given: dotted names of the fields that the user has set, which do not change.
