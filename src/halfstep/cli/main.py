@@ -104,9 +104,7 @@ def _check_written(out: Output) -> None:
     """Fail if output to stdout was lost, unless the reader (head, less) closed the pipe."""
     out.flush()
     if out.error is not None and out.error.errno != errno.EPIPE:
-        fail(
-            f"stdout cannot be written ({out.error.strerror}). The printed output is lost, but everything else is done"
-        )
+        fail(f"stdout cannot be written ({out.error.strerror}). The output is lost, but everything else is done")
 
 
 def _main(arguments: list[str]) -> None:
