@@ -5,8 +5,9 @@ import io
 import pytest
 
 from halfstep.cli.display import RunDisplay
-from halfstep.cli.words import Screen, duration
+from halfstep.cli.words import Screen
 from halfstep.objectives import Denoising, Plan, Training
+from halfstep.report.words import duration
 from halfstep.run.events import Measured, Measuring, Notice, Progress, StageEnd, StageStart
 from halfstep.runs.schema import Result
 from halfstep.train.window import Window
@@ -36,7 +37,7 @@ def test_the_time_left_counts_network_calls_and_batches_of_all_stages() -> None:
     assert display.status.seconds_left == 78.0
     display.show([StageEnd("00-denoise", 60.0, was_there=False)])
     assert display.status.seconds_left == 30.0
-    assert "00-denoise: done in 1:00 min" in out.getvalue()
+    assert "00-denoise: done in 1 min 0 s" in out.getvalue()
 
 
 def test_the_time_left_of_a_resumed_run_is_at_the_pace_since_then() -> None:
@@ -98,10 +99,10 @@ def test_a_terminal_gets_one_display_and_no_terminal_gets_lines() -> None:
 
 def test_durations_are_read_at_a_glance() -> None:
     assert [duration(s) for s in (0.4, 59, 61, 3599, 7800, float("inf"))] == [
-        "0 s",
+        "0.4 s",
         "59 s",
-        "1:01 min",
-        "59:59 min",
-        "2:10 h",
-        "unknown",
+        "1 min 1 s",
+        "59 min 59 s",
+        "2 h 10 min",
+        "not known",
     ]

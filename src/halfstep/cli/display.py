@@ -14,11 +14,11 @@ from typing import final
 from rich.live import Live
 
 from halfstep.cli.plan_view import PlanView
-from halfstep.cli.words import Screen, duration, print_table
+from halfstep.cli.words import Screen, print_table
 from halfstep.objectives import Stage
 from halfstep.report.quality import quality_groups, text_table
 from halfstep.report.reading import StageFacts
-from halfstep.report.words import count, method_words, number
+from halfstep.report.words import count, duration, method_words, number
 from halfstep.run.events import Event, Measured, Measuring, Notice, StageEnd, StageStart
 from halfstep.run.events import Progress as TrainingProgress
 from halfstep.runs import RunFolder, RunStatus, StageStatus

@@ -7,11 +7,11 @@ from typing import Any, Final
 import torch
 from rich.table import Column, Table
 
-from halfstep.cli.words import Screen, duration, print_json
+from halfstep.cli.words import Screen, print_json
 from halfstep.data import Data
 from halfstep.models.model import Model
 from halfstep.objectives import Role, guidances
-from halfstep.report.words import count, number
+from halfstep.report.words import count, duration, number
 from halfstep.run.cost import count_forward, helper_sizes, memory_of_update, time_updates, update_flops
 from halfstep.run.spec import RunSpec
 from halfstep.runs.schema import shortened

@@ -12,7 +12,7 @@ import torch
 from halfstep.cli.arguments import device_of, processes_of
 from halfstep.cli.subjects import EvaluateArguments, Rows, Subject, subject_of
 from halfstep.cli.usage import UsageError, in_own_words, parse, refuse_idle
-from halfstep.cli.words import Screen, duration, print_json, print_table
+from halfstep.cli.words import Screen, print_json, print_table
 from halfstep.data import Data, DataConfig, open_data
 from halfstep.measure.curve import CellDone, Curve, CurveSpec, Entry
 from halfstep.measure.evaluate import references_for
@@ -21,7 +21,7 @@ from halfstep.measure.store import Store, seeds_name
 from halfstep.recipes import Recipe
 from halfstep.recipes.building import check_fit
 from halfstep.report.evaluation import protocol_words, text_table, title_of, write_evaluation
-from halfstep.report.words import count, number
+from halfstep.report.words import count, duration, number
 from halfstep.runs.evaluation import Series
 from halfstep.runtime.failures import told_when_out_of_memory
 from halfstep.runtime.files import cache_folder, refuse_file

@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 from halfstep.cli.arguments import device_of, processes_of
 from halfstep.cli.importing import imported
 from halfstep.cli.usage import Count, Side, Steps, Switch, UsageError, in_own_words, parse, refuse_idle
-from halfstep.cli.words import Screen, duration
+from halfstep.cli.words import Screen
 from halfstep.data import LatentData, Prompts, read_captions, read_classes, read_prompts
 from halfstep.data import encode as encode_images
 from halfstep.data.images import Preparation
@@ -33,7 +33,7 @@ from halfstep.hub import (
 from halfstep.models.folder import find_stage, load
 from halfstep.models.model import Model
 from halfstep.nets import BasePrecision, precision_of
-from halfstep.report.words import count
+from halfstep.report.words import count, duration
 from halfstep.run.own_samples import NUM_STEPS, prompted_by
 from halfstep.runs import RunFolder, StageFolder
 from halfstep.runtime.files import read_json, refuse_file, refuse_taken

@@ -10,8 +10,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
-from halfstep.cli.words import duration
-from halfstep.report.words import count, number
+from halfstep.report.words import count, duration, number
 from halfstep.runs import RunStatus, StageStatus
 
 MARKS = {"done": "✓", "training": "▶", "measuring": "▶", "to come": "·", "damaged": "!"}

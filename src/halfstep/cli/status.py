@@ -13,8 +13,8 @@ from rich.text import Text
 
 from halfstep.cli.plan_view import PlanView
 from halfstep.cli.usage import Switch, UsageError, parse
-from halfstep.cli.words import Screen, duration, print_json
-from halfstep.report.words import method_words, number
+from halfstep.cli.words import Screen, print_json
+from halfstep.report.words import duration, method_words, number
 from halfstep.runs import RunStatus, read_status
 
 STYLES = {"running": "bold green", "finished": "green", "stopped": "yellow", "diverged": "red", "failed": "red"}

@@ -12,9 +12,9 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from halfstep.cli.usage import Switch, UsageError, parse
-from halfstep.cli.words import Screen, duration, print_json, print_table
+from halfstep.cli.words import Screen, print_json, print_table
 from halfstep.recipes import recipes
-from halfstep.report.words import count, number
+from halfstep.report.words import count, duration, number
 from halfstep.run.events import Event, Notice, StageStart
 from halfstep.runtime.files import read_json, refuse_file
 from halfstep.runtime.stop import StopSignal

@@ -19,7 +19,7 @@ from halfstep.cli.help import HELP
 from halfstep.cli.importing import imported
 from halfstep.cli.reporting import make_report
 from halfstep.cli.usage import Switch, UsageError, as_typed, expand_short, parse
-from halfstep.cli.words import Screen, duration, print_json
+from halfstep.cli.words import Screen, print_json
 from halfstep.data import Data, DataConfig, StandIn, holds_images, read_prompts
 from halfstep.hub import PUBLISHED, START_STEPS, is_pipeline, networks_below, published
 from halfstep.models.folder import find_stage, load
@@ -28,7 +28,7 @@ from halfstep.nets import BasePrecision
 from halfstep.recipes import Recipe, build, recipes
 from halfstep.recipes.building import data_or_stand_in, encode_first
 from halfstep.recipes.schema import SECOND_ORDER, MatchingConfig
-from halfstep.report.words import count
+from halfstep.report.words import count, duration
 from halfstep.run.own_samples import NUM_SAMPLES, NUM_STEPS
 from halfstep.run.runner import run as run_spec
 from halfstep.run.spec import GIVEN_TEACHER, RunSpec

@@ -1,7 +1,6 @@
 """Output for people (texts, tables) and for machines (JSON)."""
 
 import json
-import math
 import re
 import sys
 from collections.abc import Iterable
@@ -18,20 +17,6 @@ from halfstep.runtime.terminal import printable
 
 PIPE_WIDTH: Final = 160
 """Width of tables, in characters, if the output is not a terminal."""
-
-
-def duration(seconds: float) -> str:
-    """Format seconds as "42 s", "3:05 min", "2:10 h" or "12 days"."""
-    if not math.isfinite(seconds):
-        return "unknown"
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60}:{seconds % 60:02d} min"
-    if seconds >= 100 * 3600:
-        return f"{seconds / 86400:,.0f} days"
-    return f"{seconds // 3600}:{seconds % 3600 // 60:02d} h"
 
 
 @final
