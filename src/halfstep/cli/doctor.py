@@ -184,7 +184,7 @@ def diffusers_failure(errors: str, torch: str | None, torchvision: str | None) -
 
 
 def extras() -> dict[str, tuple[str, ...]]:
-    """Return the packages of each extra of the installed halfstep."""
+    """Return the installed halfstep's extras and their packages."""
     found: dict[str, tuple[str, ...]] = {}
     for line in requires("halfstep") or []:
         if matched := re.match(r"([\w.-]+).*;.*extra *== *['\"]([\w-]+)['\"]", line):

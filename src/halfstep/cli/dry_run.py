@@ -100,7 +100,7 @@ def show_plan(spec: RunSpec, out: Path, json: bool, missing: str | None = None) 
 
 
 def _stage_table(facts: dict[str, Any]) -> Table:
-    numbers = ("teacher calls", "updates", "batch", "samples seen", "learning rate", "FLOPs of an update")
+    numbers = ("teacher calls", "updates", "batch", "samples seen", "learning rate", "FLOPs per update")
     columns = [Column(heading, justify="right") for heading in numbers]
     table = Table("stage", *columns, title=f"{facts['name']} -> {facts['out']}", title_justify="left")
     for stage in facts["stages"]:
@@ -132,7 +132,7 @@ def _lines(facts: dict[str, Any], spec: RunSpec) -> Iterator[str]:
     memory = facts["memory_bytes"]
     parts = " + ".join(f"{gibibytes(size)} {name}" for name, size in memory.items() if size)
     total = gibibytes(sum(memory.values()))
-    yield f"memory of the largest update, counted: {total} = {parts} (for a micro batch of {facts['micro_batch']:,})"
+    yield f"counted memory of the largest update: {total} = {parts} (for a micro batch of {facts['micro_batch']:,})"
     on_cpu = spec.engine.cpu or not torch.accelerator.is_available()
     if not on_cpu or sum(memory.values()) >= LITTLE:
         fits = facts["fits_gib"]

@@ -70,7 +70,7 @@ IDLE: Final = {
 }
 """Options of `export` that have no effect, by format."""
 WHY_IDLE: Final = {
-    "num_steps": "each call of the exported pipeline sets its own number",
+    "num_steps": "callers of the exported pipeline choose the number",
     "push_to_hub": "only model folders are uploaded",
 }
 

@@ -31,7 +31,7 @@ FAMILIES: Final[Mapping[str, Registry[Any]]] = {
     "studies": studies,
     "extractors": extractors,
 }
-"""Registries of these names, by family."""
+"""Registries of the names that recipes and options accept, by family."""
 
 if TYPE_CHECKING:
     FamilyName = str

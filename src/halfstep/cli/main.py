@@ -35,8 +35,8 @@ REMEDIES: Final = {
 def fail(message: object, code: int = 2) -> NoReturn:
     """Print one line to stderr and exit.
 
-    All ranks usually fail with the same error, which rank 0 reports. Another rank is still alive after a while only if
-    the error is its own.
+    All ranks usually fail with the same error, which rank 0 reports. If another rank is still alive after a
+    while, the error is its own.
     """
     text = one_line(message)
     if number := rank():

@@ -73,7 +73,7 @@ def _look(run: RunFolder, facts: RunFacts, data: Data | None) -> str | None:
         recipe = recipe_of_run(run)
         digest = hashlib.sha256(samples.tobytes()).hexdigest()
         fingerprint = run.recipe().get("data_fingerprint")
-        # The first number is the version of the search. A new version searches again.
+        # The first number is the version of the search. Increment it to search again.
         key = f"1 {fingerprint} {recipe.data.flip} {name} {steps} {digest}"
         if fingerprint is not None and facts.nearest is not None and nearest_key(run) == key:
             return None

@@ -248,6 +248,6 @@ def in_own_words(*options: str) -> Iterator[None]:
         said = re.sub(r"--data\.([a-z-]+)", lambda found: f"--{found[1]}" if found[1] in options else found[0], said)
         parts = [part for part in said.split("; ") if "--data." not in part]
         if not any("remove" in part or "--" in part for part in parts):
-            # Without the option, only changing the files helps.
+            # Without the option, the user must change the files.
             parts = [*(parts or [said.split(": ")[0]]), "resize, convert or remove the files themselves"]
         raise UsageError("; ".join(parts)) from None

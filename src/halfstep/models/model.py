@@ -247,7 +247,7 @@ class Model(Denoiser):
         """Return the number of sampler steps, by default the model's own; warn if they differ.
 
         Raises:
-            ValueError: if the number is invalid, or missing and the model takes any.
+            ValueError: if the number is invalid, or missing for a model that takes any number.
         """
         own = self.num_steps
         if num_steps is None:

@@ -80,7 +80,7 @@ def build(
         start, process, prediction = Start.of(teacher), teacher.process, teacher.denoiser.prediction
         check_fit(teacher.manifest, opened)
         teacher = _with_null(teacher, recipe.matching, opened)
-        # Another teacher makes another run.
+        # Runs from different teachers must differ, even with the same settings.
         imported = {} if teacher.manifest.source is None else {"source": teacher.manifest.source}
         own = {"stage": teacher.manifest.stage, **imported, **teacher.manifest.files}
         origin["parent"] = own if parent is None else dict(parent)
@@ -126,7 +126,7 @@ def _with_null(teacher: Model, config: MatchingConfig, data: Data) -> Model:
         last = max(int(null.get("class_labels", 0)), teacher.num_classes - 1)
         if config.null_class > last:
             raise ValueError(
-                f"matching.null_class {config.null_class} is not a class of the teacher, which has 0 to {last}"
+                f"matching.null_class {config.null_class} is not a class of the teacher. Choose one of 0 to {last}"
             )
         null = {"class_labels": torch.tensor(config.null_class)}
     if isinstance(data, LatentData) and not null and teacher.manifest.guidance is None:

@@ -146,7 +146,7 @@ def images_small() -> Recipe:
             norm_num_groups=8,
             attention_head_dim=32,
         ),
-        # Many updates would memorise a few images; the moving average also covers fewer updates.
+        # Many updates would memorise a few images; fewer updates need a shorter moving average.
         teacher=Training(
             num_updates=3000,
             batch_size=16,

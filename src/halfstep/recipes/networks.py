@@ -49,7 +49,7 @@ class UNetConfig(Config):
     freq_shift: Literal[0, 1] = 0
     """1 ends the frequencies of the time embedding at 1/10000, as in the paper."""
     num_train_timesteps: Steps = 1024
-    """Timesteps of the network, a power of two; chains with at most this number of steps use whole timesteps."""
+    """Timesteps of the network, a power of two; chains up to this length use whole timesteps."""
 
     @field_validator("num_train_timesteps")
     @classmethod
@@ -62,8 +62,8 @@ class UNetConfig(Config):
         """Return an untrained U-Net for images of `shape` `[c, h, w]`, with `channels` outputs per channel of x_t.
 
         Raises:
-            ValueError: if samples are not images, their sides cannot be halved that often, lists differ in length, or
-                channels are not a multiple of the number of groups or of an attention head's channels.
+            ValueError: if samples are not images, or sides, levels, channels, groups or attention heads do not fit
+                each other.
         """
         widths, levels = self.block_out_channels, len(self.block_out_channels)
         if len(shape) != 3:

@@ -340,7 +340,7 @@ class Recipe(Config):
         foreign = [number for number in chain.keep or () if number not in steps]
         if foreign:
             raise ValueError(
-                f"chain.keep contains a student of {foreign[0]} steps, but the chain's students have "
+                f"chain.keep contains a student of {foreign[0]} steps, which the chain does not have. Choose from "
                 f"{', '.join(map(str, steps))}"
             )
         return _with_critic(plan, chain.critic_weight)
