@@ -51,8 +51,7 @@ from halfstep.models.folder import load
 from halfstep.models.model import Model
 from halfstep.nets import describe_network
 from halfstep.objectives import Training
-from halfstep.recipes import build, recipes
-from halfstep.recipes.schema import ChainConfig, Recipe, UNetConfig
+from halfstep.recipes import ChainConfig, Recipe, UNetConfig, build, recipes
 from halfstep.run.cost import count_forward
 from halfstep.run.events import Progress, StageEnd
 from halfstep.run.runner import run

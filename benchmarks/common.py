@@ -22,8 +22,7 @@ from halfstep.data import MemoryData
 from halfstep.models.model import Model
 from halfstep.nets import UNet2D, describe_network, unet2d_config
 from halfstep.objectives import Halving, Plan, Stage, Training
-from halfstep.recipes import recipes
-from halfstep.recipes.schema import UNetConfig
+from halfstep.recipes import UNetConfig, recipes
 from halfstep.run.spec import RunSpec
 from halfstep.runs import Manifest, Outcome
 from halfstep.runtime.environment import environment

@@ -18,8 +18,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from halfstep.cli.main import main
 from halfstep.data import DataConfig, open_data
 from halfstep.nets import unet2d_config
-from halfstep.recipes import recipes
-from halfstep.recipes.schema import UNetConfig
+from halfstep.recipes import UNetConfig, recipes
 
 UPDATES, BATCH, RATE, DECAY = 1500, 128, 2e-3, 0.995
 """Hyperparameters of the demo's own teacher."""

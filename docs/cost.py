@@ -12,7 +12,7 @@ from typing import Any
 
 from halfstep.objectives import Role
 from halfstep.recipes import build, recipes
-from halfstep.recipes.schema import data_or_stand_in
+from halfstep.recipes.building import data_or_stand_in
 from halfstep.run.cost import count_forward
 
 DOCS = Path(__file__).parent

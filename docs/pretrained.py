@@ -8,8 +8,7 @@ import argparse
 from pathlib import Path
 
 import halfstep
-from halfstep.models.folder import save_stage
-from halfstep.models.pretrained import FOLDER
+from halfstep.models.folder import PRETRAINED, save_stage
 from halfstep.runs import Manifest, StageFolder
 
 
@@ -20,7 +19,7 @@ def main() -> None:
     parser.add_argument("data")
     options = parser.parse_args()
     model = halfstep.load(options.stage)
-    out = FOLDER / options.name
+    out = PRETRAINED / options.name
     # The stages and paths of the run mean nothing in the package.
     lineage = {"run": None, "parent": None, "teacher": None, "data": options.data, "stage": options.name}
     manifest: Manifest = model.manifest.model_copy(update=lineage)

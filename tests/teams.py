@@ -356,7 +356,7 @@ def prompted(folder: str, batch_size: int, fails_at: int | None = None) -> list[
 def refusals(folder: str) -> list[str]:
     """How the errors of one process reach the others."""
     said = []
-    objectives._members["poisoned"] = Poisoned
+    objectives["poisoned"] = Poisoned
     processes = Processes(make_accelerator(cpu=True))
 
     def work(item: int) -> tuple[torch.Tensor]:

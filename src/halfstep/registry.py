@@ -1,15 +1,15 @@
-"""Registries of the members of a family by name, for the command line and for manifests."""
+"""Registries of named objects, for the command line and for manifests."""
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 Member = TypeVar("Member")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return a hint `; did you mean 'x'?` for a mistyped `name`, or the empty string if no name is similar."""
+    """Return a hint `; did you mean 'x'?` for a mistyped `name`, or "" if no known name is similar."""
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {found[0]!r}?" if found else ""
 
@@ -17,13 +17,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
 _families: "dict[str, Registry[Any]]" = {}
 
 
-class Registry(Generic[Member]):
-    """Named members of one family, in order of registration."""
+class Registry(dict[str, Member]):
+    """Named members of one family, in order of registration. An unknown name raises ValueError."""
 
     def __init__(self, family: str) -> None:
+        super().__init__()
         self.family = family
         _families[family] = self
-        self._members: dict[str, Member] = {}
 
     def register(self, name: str) -> Callable[[Member], Member]:
         """Return a decorator that registers its object under `name`.
@@ -33,29 +33,20 @@ class Registry(Generic[Member]):
         """
 
         def enter(member: Member) -> Member:
-            if name in self._members:
+            if name in self:
                 raise ValueError(f"the {self.family} {name!r} is registered twice")
-            self._members[name] = member
+            self[name] = member
             return member
 
         return enter
 
-    def __getitem__(self, name: str) -> Member:
-        """Return the member with this name.
-
-        Raises:
-            ValueError: if no member has it. The message lists all names and suggests the most similar one.
-        """
-        if name not in self._members:
-            raise ValueError(
-                f"unknown {self.family} {name!r}{nearest(name, self._members)} (known: {', '.join(self._members)})"
-            )
-        return self._members[name]
+    def __missing__(self, name: str) -> Member:
+        raise ValueError(f"unknown {self.family} {name!r}{nearest(name, self)} (known: {', '.join(self)})")
 
     def describe(self, member: object) -> dict[str, Any]:
         """Return an instance of a registered dataclass as data for `rebuild`: {"type": name, **fields}.
 
-        A field that is itself a registered dataclass becomes {"family": family of its registry, **its description}.
+        An instance of a registered dataclass in a field becomes {"family": its family, **its description}.
 
         Raises:
             ValueError: if it is not a dataclass, or its class is not registered.
@@ -66,7 +57,7 @@ class Registry(Generic[Member]):
         return {"type": self.name_of(member), **fields}
 
     def rebuild(self, data: Mapping[str, Any]) -> Any:
-        """Return the instance for data from `describe`.
+        """Return the instance that `describe` has described.
 
         Raises:
             ValueError: if the type is unknown or does not have these fields.
@@ -84,24 +75,13 @@ class Registry(Generic[Member]):
         Raises:
             ValueError: if neither is registered.
         """
-        for name, known in self._members.items():
+        for name, known in self.items():
             if known is member or known is type(member):
                 return name
         raise ValueError(
             f"{member!r} is not a registered {self.family}. Decorate its class with .register('my_name') of its "
             "family's registry, as CONTRIBUTING.md shows"
         )
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._members)
-
-    def values(self) -> Iterator[Member]:
-        """Iterate over the members."""
-        return iter(self._members.values())
-
-    def items(self) -> Iterator[tuple[str, Member]]:
-        """Iterate over pairs of name and member."""
-        return iter(self._members.items())
 
 
 def _described(value: Any) -> Any:

@@ -387,7 +387,7 @@ def test_what_prompts_cannot_do_is_one_line(saved: Callable[[str], Path], tmp_pa
     prompts.write_text("a\n")
     call = ["--call", "height=8", "width=8"]
     out = ["--out", str(tmp_path / "out")]
-    assert "give either --data with captioned images, or --prompts" in refused(["encode", str(folder), *out], capsys)
+    assert "give either --data (images) or --prompts (texts)" in refused(["encode", str(folder), *out], capsys)
     asked = ["distill", str(folder), "--prompts", str(prompts), *out, *call, *BUDGET]
     main([*asked, "--dry-run"])
     told = " ".join(capsys.readouterr().out.split())

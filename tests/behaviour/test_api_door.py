@@ -266,7 +266,7 @@ SETTINGS: dict[str, tuple[Callable[[], Any], str]] = {
     **_each(_distill, {"teacher_steps": (0, 1.5, "2", True), "null": (3, "x", [1]), "progress": (1, None)}),
     **_each(_fit, {"seed": (1.5, "0", None, True, [1], np.array([1])), "progress": (1, "no")}),
     "a file as out": (lambda: _fit(out=__file__), "is a file, so it cannot be a folder. Choose another path"),
-    "out on meta": (lambda: _fit(device="meta"), "nothing can be trained on the device meta"),
+    "out on meta": (lambda: _fit(device="meta"), "the device 'meta' stores no values"),
     "a plan of numbers": (lambda: halfstep.Plan(3), r"Pass \(halfstep\.Stage\(\.\.\.\),\)"),  # type: ignore[arg-type]
     "a plan of names": (lambda: halfstep.Plan(("halve",)), "a stage of a plan must be a Stage"),  # type: ignore[arg-type]
     "a stage of a class": (lambda: halfstep.Stage(halfstep.Halving, TRAINING), r"Call it: Halving"),  # type: ignore[arg-type]
@@ -596,7 +596,7 @@ def test_a_clipped_teacher_is_distilled_into_a_student_that_samples_clipped(kept
 
 def test_a_network_that_does_not_fit_what_was_saved_is_no_damage(tmp_path: Path) -> None:
     halfstep.save(TEACHER, tmp_path / "saved")
-    with pytest.raises(ValueError, match=r"does not match the weights of .*saved.*Pass a network built like") as caught:
+    with pytest.raises(ValueError, match=r"does not match the weights of .*saved.*Build it like the") as caught:
         halfstep.load(tmp_path / "saved", network=nn.Linear(2, 2))
     assert type(caught.value) is ValueError
 

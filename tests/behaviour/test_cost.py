@@ -6,9 +6,9 @@ import torch
 from halfstep.data import DataConfig, StandIn
 from halfstep.nets import MLP
 from halfstep.objectives import Plan, Training
-from halfstep.recipes import Recipe, build, recipes
+from halfstep.recipes import DataFacts, Recipe, UNetConfig, build, recipes
+from halfstep.recipes.building import data_or_stand_in
 from halfstep.recipes.paper import PAPER_CIFAR10
-from halfstep.recipes.schema import DataFacts, UNetConfig, data_or_stand_in
 from halfstep.run import cost
 from halfstep.run.cost import Memory, count_forward, memory_of_update, time_updates
 from halfstep.train.settings import Engine
@@ -136,8 +136,8 @@ def test_settings_of_a_chain_that_say_nothing_are_refused() -> None:
     idle = {"num_updates": 5, "learning_rate": 1e-3, "early_end": {"window": 7}}
     for settings, said in (
         ({"training": idle}, r"early_end\.window 7 has no effect without early_end\.patience\. Add it"),
-        ({"students": (8, 4), "end_steps": 2}, "the students end at 4 steps: remove end_steps 2"),
-        ({"students": (8, 4), "factor": 4}, "so a factor of 4 has no effect: remove it"),
+        ({"students": (8, 4), "end_steps": 2}, "the students end at 4 steps. Remove end_steps 2"),
+        ({"students": (8, 4), "factor": 4}, "so a factor of 4 has no effect. Remove it"),
     ):
         with pytest.raises(ValueError, match=said):
             recipes["arrays"]().chain.model_validate(settings)

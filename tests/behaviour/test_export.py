@@ -16,7 +16,7 @@ from halfstep.hub import export_pipeline, import_pipeline, text_conditions
 from halfstep.models.model import Model
 from halfstep.nets import describe_network, with_guidance
 from halfstep.objectives import guidances
-from halfstep.recipes.schema import UNetConfig, make_unet
+from halfstep.recipes import UNetConfig
 from halfstep.runs import Manifest, Outcome
 from halfstep.samplers import sample
 from support_pipelines import assert_same, noise, quietly, save_ddpm, save_dit, save_sd, save_sd3, wake
@@ -44,7 +44,7 @@ def digits_student(clip: bool, num_classes: int) -> Model:
         block_out_channels=(16, 32), layers_per_block=1, attention_head_dim=8, norm_num_groups=8,
         attention=(False, True),
     )  # fmt: skip
-    network = make_unet(config, (3, 8, 8), num_classes, 1)
+    network = config.build((3, 8, 8), num_classes, 1)
     wake(network)
     manifest = Manifest(
         stage="04-halve-0004", objective="halve", parent="03-halve-0008", outcome=Outcome(role="student"),

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import torture
-from halfstep.cli import commands, main
+from halfstep.cli import main, training
 from halfstep.core.draw import Draw
 from halfstep.data import MemoryData
 from halfstep.measure.evaluate import Evaluation
@@ -118,7 +118,7 @@ class Slow(Objective):
 def known(monkeypatch: pytest.MonkeyPatch) -> None:
     """In these tests, their objectives have a name."""
     for kind in (Poisoned, Hungry, Slow):
-        monkeypatch.setitem(objectives._members, kind.__name__.lower(), kind)
+        monkeypatch.setitem(objectives, kind.__name__.lower(), kind)
 
 
 def trainer(objective: Objective, micro_batch: int | None = None, x0: torch.Tensor | None = None) -> StageTrainer:
@@ -214,7 +214,7 @@ def test_a_signal_before_and_after_training_ends_with_the_code_that_was_asked_fo
         os.kill(os.getpid(), signal.SIGUSR1)
         time.sleep(30)
 
-    monkeypatch.setattr(commands, where, killed)
+    monkeypatch.setattr(training, where, killed)
     words = ["run", "arrays", "--data", str(tmp_path / "toy.npy"), "--out", str(tmp_path / "run"), *TINY_ARRAYS]
     with pytest.raises(SystemExit) as ended:
         main([*words, "--engine.requeue-code", "85"])
@@ -667,7 +667,7 @@ def test_a_scheduler_can_tell_by_the_exit_code_whether_to_run_the_job_again(
     def failing(argv: object) -> None:
         raise error
 
-    monkeypatch.setattr(commands, "run", failing)
+    monkeypatch.setattr(training, "run", failing)
     with pytest.raises(SystemExit) as end:
         main(["run", "digits"])
     assert end.value.code == code

@@ -11,14 +11,14 @@ import torch
 from PIL import Image
 
 from halfstep.cli import main
-from halfstep.cli.commands import _prepared
 from halfstep.cli.dry_run import data_line
+from halfstep.cli.training import _prepared
 from halfstep.cli.usage import UsageError, in_own_words
 from halfstep.core.warnings import HalfstepWarning
 from halfstep.data import DataConfig, MemoryData, warn_of_scale
 from halfstep.measure.evaluate import Evaluation, few_samples
-from halfstep.recipes import build, recipes
-from halfstep.recipes.schema import FREE_FIELDS, ChainConfig, MLPConfig, Recipe, check_fit
+from halfstep.recipes import ChainConfig, MLPConfig, Recipe, build, recipes
+from halfstep.recipes.building import FREE_FIELDS, check_fit
 from halfstep.run.folder import DifferentRecipe
 from halfstep.runs import Manifest, RunFolder, RunStatus, StageStatus
 from halfstep.runs.schema import Result
@@ -86,9 +86,9 @@ def test_images_and_zeros_have_no_scale_to_warn_of():
 def test_a_run_says_what_it_learns_from():
     labels = torch.arange(30) % 2
     data = replace(arrays(30, 2), labels=labels, class_names=("cat", "dog"))
-    line = data_line(build(recipe(), data=data))
+    line = data_line(build(recipe(), data=data).data)
     assert line == "data: mine.npy, 30 samples of shape [2], 2 classes (cat, dog)"
-    assert data_line(build(recipe(), data=arrays(30, 2))).endswith("no classes")
+    assert data_line(build(recipe(), data=arrays(30, 2)).data).endswith("no classes")
 
 
 # Resuming

@@ -9,7 +9,6 @@ from halfstep.core.prediction import V
 from halfstep.nets import MLP, UNet2D, build_network, describe_network, networks, set_dropout
 from halfstep.recipes import UNetConfig
 from halfstep.recipes.paper import PAPER_CIFAR10, PAPER_IMAGENET64, PAPER_LSUN128
-from halfstep.recipes.schema import make_unet
 
 SMALL = UNetConfig(
     block_out_channels=(8, 16), layers_per_block=1, attention=(False, True), attention_head_dim=8, norm_num_groups=4
@@ -18,7 +17,7 @@ SMALL = UNetConfig(
 
 def _unet(num_classes: int = 0, channels: int = 1) -> UNet2D:
     torch.manual_seed(0)
-    return make_unet(SMALL, (3, 8, 8), num_classes, channels).eval()
+    return SMALL.build((3, 8, 8), num_classes, channels).eval()
 
 
 def test_time_becomes_diffusers_whole_timesteps() -> None:
@@ -95,7 +94,7 @@ def test_dropout_is_set_in_every_layer() -> None:
     ("changes", "shape", "said"),
     [
         ({}, (3, 9, 8), "multiples of 2"),
-        ({}, (4,), "use the recipe `arrays`"),
+        ({}, (4,), "Use the recipe `arrays`"),
         ({"norm_num_groups": 3}, (3, 8, 8), "norm_num_groups 3 does not divide 8"),
         ({"attention_head_dim": 5}, (3, 8, 8), "attention_head_dim 5 does not divide 16"),
         ({"attention": (True,)}, (3, 8, 8), "1 entries for 2 resolutions"),
@@ -105,7 +104,7 @@ def test_networks_that_cannot_be_built_are_refused(
     changes: dict[str, object], shape: tuple[int, ...], said: str
 ) -> None:
     with pytest.raises(ValueError, match=said):
-        make_unet(SMALL.model_copy(update=changes), shape, 0, 1)
+        SMALL.model_copy(update=changes).build(shape, 0, 1)
 
 
 def test_a_clock_that_does_not_run_is_refused() -> None:
@@ -138,5 +137,5 @@ def test_the_papers_networks_have_as_many_parameters_as_the_authors_counted(
     config: UNetConfig, shape: tuple[int, ...], num_classes: int, channels: int, parameters: int
 ) -> None:
     with torch.device("meta"):
-        network = make_unet(config, shape, num_classes, channels)
+        network = config.build(shape, num_classes, channels)
     assert sum(parameter.numel() for parameter in network.parameters()) == parameters

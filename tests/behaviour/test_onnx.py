@@ -19,7 +19,7 @@ from halfstep.hub import export_onnx
 from halfstep.hub.onnx import UnrolledSampler, example_conditions
 from halfstep.models.model import Model
 from halfstep.nets import MLP, describe_network
-from halfstep.recipes.schema import UNetConfig, make_unet
+from halfstep.recipes import UNetConfig
 from halfstep.runs import Manifest, Outcome
 from halfstep.samplers import sample
 from support import in_turn, numbers
@@ -46,7 +46,7 @@ def images() -> Model:
     config = UNetConfig(
         block_out_channels=(8, 16), layers_per_block=1, attention_head_dim=8, norm_num_groups=4, attention=(False, True)
     )
-    network = make_unet(config, (1, 8, 8), 5, 1)
+    network = config.build((1, 8, 8), 5, 1)
     wake(network)
     with torch.no_grad():
         network.model.conv_out.weight.mul_(4)

@@ -36,8 +36,7 @@ from halfstep.measure.store import Cell, Store
 from halfstep.models.folder import load, save_stage
 from halfstep.models.model import Model
 from halfstep.nets import MLP, Network, describe_network
-from halfstep.recipes import recipes
-from halfstep.recipes.schema import UNetConfig, make_unet
+from halfstep.recipes import UNetConfig, recipes
 from halfstep.report.chain import stage_rows
 from halfstep.report.gallery import Sizes, gallery
 from halfstep.report.page import headline, page
@@ -368,7 +367,7 @@ def images(sampler: Sampler, num_steps: int, num_classes: int, clip: bool = True
     config = UNetConfig(
         block_out_channels=(8, 16), layers_per_block=1, attention=(False, False), mid_attention=False, norm_num_groups=4
     )
-    network = make_unet(config, (3, 8, 8), num_classes, 1)
+    network = config.build((3, 8, 8), num_classes, 1)
     wake(network)
     outcome = Outcome(role="student", num_steps=num_steps, sampler=samplers.describe(sampler))
     facts: dict[str, Any] = {"shape": (3, 8, 8), "is_image": True, "num_classes": num_classes, "clip": clip}

@@ -84,7 +84,7 @@ def registered() -> Iterator[None]:
     own_objective.register()
     yield
     for registry in (objectives, recipes):
-        del registry._members["own_game"]
+        del registry["own_game"]
 
 
 @pytest.fixture(scope="module")
@@ -410,7 +410,7 @@ def test_the_objective_of_the_contributing_guide_runs_as_it_stands_there(tmp_pat
         exec("\n".join(blocks), scope)
         options = [*TINY_DIGITS, "--evaluation.features", "pixels", "--chain.start-steps", "8"]
         small = {"num_updates": 2, "batch_size": 8}
-        recipes._members["my_recipe"] = lambda: _shortened(scope["my_recipe"](), small)
+        recipes["my_recipe"] = lambda: _shortened(scope["my_recipe"](), small)
         main(["run", "my_recipe", "--out", str(tmp_path / "run"), "--engine.cpu", *options])
         stages = [stage.manifest() for stage in RunFolder(tmp_path / "run").stages()]
         assert [stage.objective for stage in stages] == ["denoise", "halve", "my_method"]
@@ -420,8 +420,8 @@ def test_the_objective_of_the_contributing_guide_runs_as_it_stands_there(tmp_pat
         student = halfstep.distill(teacher, points(), plan=plan, engine=Engine(cpu=True))
         assert (student.num_steps, student.manifest.objective) == (4, "my_method")
     finally:
-        objectives._members.pop("my_method", None)
-        recipes._members.pop("my_recipe", None)
+        objectives.pop("my_method", None)
+        recipes.pop("my_recipe", None)
 
 
 def _shortened(recipe: Any, changes: dict[str, Any]) -> Any:

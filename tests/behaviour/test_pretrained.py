@@ -11,8 +11,7 @@ from safetensors.torch import load_file
 import halfstep
 from halfstep.cli import main
 from halfstep.cli.subjects import subject_of
-from halfstep.models.folder import save_stage
-from halfstep.models.pretrained import FOLDER, pretrained
+from halfstep.models.folder import PRETRAINED, pretrained, save_stage
 from halfstep.runs import StageFolder
 from support_cli import Capture, refused
 
@@ -35,11 +34,11 @@ def test_there_is_one_of_clothes() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_packaged_student_is_small_half_precision_and_has_a_card(name: str) -> None:
-    file = FOLDER / name / "model.safetensors"
+    file = PRETRAINED / name / "model.safetensors"
     numbers = sum(parameter.numel() for parameter in halfstep.load(name).denoiser.parameters())
     assert file.stat().st_size <= 2 * numbers + HEADER
     assert {value.dtype for value in load_file(file).values() if value.is_floating_point()} == {torch.float16}
-    card = (FOLDER / name / "README.md").read_text()
+    card = (PRETRAINED / name / "README.md").read_text()
     assert f'halfstep.load("{name}")' in card
     assert "licence" in card.lower()
 
@@ -60,14 +59,14 @@ def test_commands_take_the_name_and_write_nothing_into_the_package(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    before = _digests(FOLDER)
+    before = _digests(PRETRAINED)
     main(["sample", name, "--num-samples", "3", "--out", "three.npz"])
     drawn = np.load("three.npz")["arr_0"]
     x0 = halfstep.load(name).sample(range(3)).clamp(-1, 1)
     assert np.abs(drawn[..., 0] - (x0[:, 0].numpy() * 127.5 + 127.5)).max() <= 1
     # An evaluation would lie beside the model, as that of any stage, if the package did not come before.
     assert subject_of(name).out == Path(f"evaluation-{name}")
-    assert _digests(FOLDER) == before
+    assert _digests(PRETRAINED) == before
 
 
 def test_a_folder_of_that_name_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

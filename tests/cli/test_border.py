@@ -561,11 +561,15 @@ def test_what_cannot_be_encoded_is_refused_before_anything_is_written(
         assert not (tmp_path / "out").exists()
         return line
 
-    needed = "become latents of shape [4, 8, 8], but the network of"
+    needed = "is encoded as latents of shape [4, 8, 8], but the network of"
     assert needed in said("sd", "captioned", "--image-size", "16")
+    for option in ("--num-steps", "--guidance-scale", "--seed"):
+        assert f"{option} has no effect with --data. Remove it" in said("sd", "captioned", option, "3")
+    prompts = ["encode", str(here / "sd"), "--prompts", "prompts.txt", "--out", str(tmp_path / "out")]
+    assert "--image-size has no effect with --prompts" in refused([*prompts, "--image-size", "8"], capsys)
     assert "--batch-size must be at least 1, got 0" in said("dit", "classes", "--batch-size", "0")
-    assert "the device 'banana' cannot be used here" in said("sd", "captioned", "--device", "banana")
-    assert "does not use latents: pass its images" in said("ddpm", "captioned")
+    assert "the device 'banana' does not exist here" in said("sd", "captioned", "--device", "banana")
+    assert "does not use latents. Pass its images" in said("ddpm", "captioned")
     assert "is not a pipeline (no model_index.json)" in said("captioned", "captioned")
     assert "has no classes: put the images of each class into a separate sub-folder" in said("dit", "captioned")
     folder = shutil.copytree(here / "sd", here / "foreign-vae")
@@ -669,11 +673,11 @@ def test_what_is_no_pipeline_is_refused(source: str, said: str, tmp_path: Path, 
 @pytest.mark.parametrize(
     ("model", "data", "words", "said"),
     [
-        ("ddpm", "digits", ["--matching.guidance-scale", "3"], "its null condition is not known"),
-        ("ddpm", "digits", ["--matching.null-class", "3"], "needs a teacher with classes"),
+        ("ddpm", "digits", ["--matching.guidance-scale", "3"], "null condition, which is not known. Remove"),
+        ("ddpm", "digits", ["--matching.null-class", "3"], "this teacher has no classes"),
         ("classes-ddpm", "digits", ["--matching.guidance-scale", "3", "--matching.null-class", "11"],
-         "matching.null_class 11 is not a class of the teacher, which has 0 to 10"),
-        ("classes-ddpm", "digits", ["--matching.guidance-scale", "3"], "give --matching.null-class"),
+         "matching.null_class 11 is not a class of the teacher. Choose one of 0 to 10"),
+        ("classes-ddpm", "digits", ["--matching.guidance-scale", "3"], "Add --matching.null-class"),
         ("ddpm", "digits", ["--matching.prediction", "w"], "unknown prediction 'w'"),
         ("ddpm", "digits", ["--matching.prediction", "both"], "but Both needs 2"),
         ("ddpm", "latents-dit", [], "makes images in [-1, 1], but"),
@@ -685,7 +689,7 @@ def test_what_is_no_pipeline_is_refused(source: str, said: str, tmp_path: Path, 
         ("dit", "latents-dit", ["--matching.process", "cosine"], "has no table of timesteps to replace"),
         (
             "dit", "latents-dit", ["--matching.guidance-scale", "2", "--matching.guidance-range", "1", "3"],
-            "cannot be combined: remove one",
+            "cannot be combined. Remove one",
         ),
         ("sd", "latents-dit", [], "conditioned on encoder_hidden_states, which"),
         ("sd", "latents3", [], "takes encoder_hidden_states of shape [7, 16], but"),
@@ -720,7 +724,7 @@ def test_exports_that_cannot_be_are_refused(
         return refused(["export", str(run), "--out", str(tmp_path / out), *words], capsys)
 
     assert "has no effect on --format diffusers" in said(ddpm_run, "--num-steps", "4")
-    assert "--push-to-hub only uploads model folders" in said(
+    assert "--push-to-hub has no effect on --format" in said(
         ddpm_run, "--format", "onnx", "--push-to-hub", "a/b", out="o.onnx"
     )
     assert "give a file that ends in .onnx" in said(ddpm_run, "--format", "onnx")
@@ -749,5 +753,5 @@ def test_samples_that_cannot_be_drawn_are_refused(
     assert "has no guidance. Remove it" in said(ddpm_run, "--guidance-scale", "2")
     assert "add --prompt TEXT" in said(sd_run)
     assert "--prompt has no effect: this model is not text-conditioned" in said(ddpm_run, "--prompt", "a")
-    assert "has classes 0 to 999" in said(dit_run, "--class-label", "1000")
+    assert "Choose one of 0 to 999" in said(dit_run, "--class-label", "1000")
     assert "is not class-conditional" in said(sd_run, "--class-label", "1", "--prompt", "a")

@@ -5,8 +5,9 @@ import io
 import pytest
 
 from halfstep.cli.display import RunDisplay
-from halfstep.cli.words import Screen, duration
+from halfstep.cli.words import Screen
 from halfstep.objectives import Denoising, Plan, Training
+from halfstep.report.words import duration
 from halfstep.run.events import Measured, Measuring, Notice, Progress, StageEnd, StageStart
 from halfstep.runs.schema import Result
 from halfstep.train.window import Window
@@ -33,10 +34,10 @@ def test_the_time_left_counts_network_calls_and_batches_of_all_stages() -> None:
         ]
     )
     # 0.6 s an update of cost 60: 80 more updates and 60 of cost 50 take 48 s + 30 s.
-    assert display.seconds_left() == 78.0
+    assert display.status.seconds_left == 78.0
     display.show([StageEnd("00-denoise", 60.0, was_there=False)])
-    assert display.seconds_left() == 30.0
-    assert "00-denoise: done in 1:00 min" in out.getvalue()
+    assert display.status.seconds_left == 30.0
+    assert "00-denoise: done in 1 min 0 s" in out.getvalue()
 
 
 def test_the_time_left_of_a_resumed_run_is_at_the_pace_since_then() -> None:
@@ -45,7 +46,7 @@ def test_the_time_left_of_a_resumed_run_is_at_the_pace_since_then() -> None:
     # 40 updates in 4,000 s; the next 10 in 6 s: 50 more take 30 s, and 60 of cost 50 as well.
     events = [StageStart("00-denoise", 0, plan.stages[0], 40, 4000.0), Progress("00-denoise", 100, _window(50, 4006.0))]
     display.show(events)
-    assert display.seconds_left() == pytest.approx(60.0)
+    assert display.status.seconds_left == pytest.approx(60.0)
 
 
 def test_measuring_shows_where_it_is_and_counts_in_the_time_left() -> None:
@@ -58,10 +59,10 @@ def test_measuring_shows_where_it_is_and_counts_in_the_time_left() -> None:
     display.show([StageEnd("00-denoise", 6.0, was_there=False), Measuring("00-denoise", "Heun", 1, 3)])
     assert "00-denoise: measuring 1/3, Heun" in out.getvalue()
     assert display.status.stages[0].state == "measuring"
-    training = display.seconds_left()
+    training = display.status.seconds_left
     display.show([Measured("00-denoise", result, num_left=2, seconds=5.0)])
     # Two more results of the teacher and one of the student, each in 5 s.
-    assert display.seconds_left() == training + 15.0
+    assert display.status.seconds_left == training + 15.0
 
 
 def test_a_terminal_gets_one_display_and_no_terminal_gets_lines() -> None:
@@ -98,10 +99,10 @@ def test_a_terminal_gets_one_display_and_no_terminal_gets_lines() -> None:
 
 def test_durations_are_read_at_a_glance() -> None:
     assert [duration(s) for s in (0.4, 59, 61, 3599, 7800, float("inf"))] == [
-        "0 s",
+        "0.4 s",
         "59 s",
-        "1:01 min",
-        "59:59 min",
-        "2:10 h",
-        "unknown",
+        "1 min 1 s",
+        "59 min 59 s",
+        "2 h 10 min",
+        "not known",
     ]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -73,7 +74,7 @@ def test_another_failure_of_diffusers_is_not_blamed_on_torchvision() -> None:
 
 def test_a_device_without_float64_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     """As Metal's, which says so by a TypeError."""
-    assert doctor.has_float64(torch.device("cpu"))
+    assert doctor.device_finding("cpu").verdict == "ok"
     made = torch.zeros
 
     def zeros(*size: int, dtype: torch.dtype | None = None, device: object = None) -> torch.Tensor:
@@ -86,6 +87,15 @@ def test_a_device_without_float64_is_a_problem(monkeypatch: pytest.MonkeyPatch) 
     assert finding.verdict == "problem"
     assert "no float64" in finding.found
     assert "cannot compute" in doctor.device_finding("abacus").found
+
+
+def test_a_driver_without_a_build_of_torch_for_it_leads_to_that_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch, "version", SimpleNamespace(cuda=None, hip=None))
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
+    (finding,) = (finding for finding in doctor._torch() if finding.what == "accelerator")
+    assert str(finding.advice).endswith("Install the build for your GPU")
 
 
 def test_places_that_cannot_be_written_or_are_full_are_problems(

@@ -320,7 +320,7 @@ def test_what_is_damaged_or_not_there_yet_is_left_out_and_said(toy_run: Path, tm
     assert {row.series for row in result.tables[0].rows} == {"teacher-ddim"}
     printed = " ".join(capsys.readouterr().out.split())
     skipped = f"Stage {first.name} is damaged and was skipped"
-    for said in (skipped, f"The run is not finished: {last.name} does not exist yet"):
+    for said in (skipped, f"The run is not finished, and {last.name} does not exist yet"):
         assert any(said in notice for notice in result.notices)
         assert said in printed
     teacher = run / "stages" / "00-denoise" / "model.safetensors"
@@ -436,8 +436,8 @@ def test_bad_input_is_refused_in_one_line(toy_run: Path, digits_run: Path, tmp_p
         (["evaluate", str(digits_run), "--extractors", f"dinov2={tmp_path}"], "no DINOv2 model could be read there"),
         (["evaluate", str(digits_run), "--data", f"{toy_run.parent}/toy.npy"], "makes images in [-1, 1], but"),
         (["evaluate", str(digits_run), "--data", f"{tmp_path}/other.npz"], "has samples of shape [1, 8, 8], but"),
-        (["evaluate", f"{tmp_path}/other.npz"], "its data is unknown: add --data"),
-        (["evaluate", f"{tmp_path}/other.npz", "--data", "digits"], "give a reference of the same size"),
+        (["evaluate", f"{tmp_path}/other.npz"], "its data is unknown. Add --data"),
+        (["evaluate", f"{tmp_path}/other.npz", "--data", "digits"], "Give a reference of the same size"),
         (["evaluate", f"{tmp_path}/one.npz", "--data", "digits"], "needs at least 2"),
         (["evaluate", f"{tmp_path}/other.npz", "--data", f"{toy_run.parent}/toy.npy"], "of the same kind"),
         (["evaluate", f"{tmp_path}/other.npz", "--data", "digits", "--seeds", "2"], "no effect on samples in files"),

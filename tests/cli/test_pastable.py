@@ -351,8 +351,11 @@ def test_the_manifest_runs_a_command_that_exists() -> None:
 
 def test_the_classes_of_contributing_can_be_defined(monkeypatch: pytest.MonkeyPatch) -> None:
     """The templates, with the names that their files import and registries of their own."""
-    for registry in (objectives, recipes):
-        monkeypatch.setattr(registry, "_members", dict(registry._members))
+    for name in ("my_method", "my_recipe"):
+        for registry in (objectives, recipes):
+            # The templates' members are removed again after the test.
+            monkeypatch.setitem(registry, name, None)
+            monkeypatch.delitem(registry, name)
     given: dict[str, Any] = {}
     for module in ("halfstep.samplers", "halfstep.objectives", "halfstep.core.prediction", "dataclasses", "typing"):
         given |= vars(importlib.import_module(module))

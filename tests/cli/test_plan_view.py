@@ -51,7 +51,7 @@ def test_done_now_and_to_come_with_the_time_of_each() -> None:
     assert lines[4].startswith("· 04-halve-0064")
     assert "about 10 s" in lines[4]
     # 7.5 stages of 10 s.
-    assert "32% of the training  350/1,100 updates  35 s so far  1:15 min left" in lines[-1]
+    assert "32% of the training  350/1,100 updates  35 s so far  1 min 15 s left" in lines[-1]
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 92, 110, 200])

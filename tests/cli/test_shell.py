@@ -281,7 +281,7 @@ def test_a_shortened_stage_warms_up_to_its_end() -> None:
 
 
 def test_an_error_names_the_option_that_was_typed(capsys: Capture) -> None:
-    assert refused(["run", "digits", "--start", "0"], capsys).startswith("--start: must be at least 1")
+    assert refused(["run", "digits", "--start", "0"], capsys).startswith("--start must be at least 1")
     assert refused(["run", "digits", "--teacher.warmup-updates", "-1"], capsys).startswith("--teacher.warmup-updates ")
 
 
@@ -479,7 +479,7 @@ def _still(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         raise SystemExit(0)
 
     # Do not measure the cost of a plan or serve a page.
-    monkeypatch.setattr("halfstep.cli.commands.show_plan", lambda *_: None)
+    monkeypatch.setattr("halfstep.cli.training.show_plan", lambda *_: None)
     monkeypatch.setattr("halfstep.cli.exploring.serve", served)
     monkeypatch.setattr("torch.set_num_threads", lambda _: None)
     monkeypatch.chdir(tmp_path)

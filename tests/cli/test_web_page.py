@@ -77,10 +77,10 @@ def test_a_run_without_a_student_offers_its_teacher(tmp_path: Path, made: Record
         (["--format", "web", "--single-file", "--out", "page"], "--out page: give a file that ends in .html"),
         (
             ["--format", "onnx", "--single-file", "--out", "a.onnx"],
-            "--single-file only applies to --format web. Remove",
+            "--single-file has no effect on --format onnx. Remove it",
         ),
-        (["--runtime", "ort.tgz", "--out", "page"], "--runtime only applies to --format web. Remove it."),
-        (["--format", "web", "--push-to-hub", "a/b", "--out", "page"], "not --format web: remove it"),
+        (["--runtime", "ort.tgz", "--out", "page"], "--runtime has no effect on --format diffusers. Remove it"),
+        (["--format", "web", "--push-to-hub", "a/b", "--out", "page"], "--push-to-hub has no effect on --format web"),
         (["--format", "web", "--runtime", "none.tgz", "--out", "page"], "none.tgz is not the npm package"),
     ],
 )

@@ -9,7 +9,7 @@ from halfstep.core.noise import VPCosine, processes
 from halfstep.core.prediction import V
 from halfstep.models.folder import save_stage
 from halfstep.nets import MLP, Network, describe_network
-from halfstep.recipes.schema import UNetConfig, make_unet
+from halfstep.recipes import UNetConfig
 from halfstep.runs import Manifest, Outcome, RunFolder
 from halfstep.runtime.files import write_sealed
 
@@ -27,7 +27,7 @@ def image_network(seed: int) -> Network:
         mid_attention=False,
         norm_num_groups=4,
     )
-    network = make_unet(config, (1, 8, 8), NUM_CLASSES, 1)
+    network = config.build((1, 8, 8), NUM_CLASSES, 1)
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))

@@ -425,7 +425,7 @@ def test_wrong_arguments_are_one_line(run: Path, tmp_path: Path, capsys: Capture
     assert "--port must be at most 65,535" in refused(["explore", str(run), "--port", "70000"], capsys)
     assert "--max-samples must be at least 1, got 0" in refused(["explore", str(run), "--max-samples", "0"], capsys)
     assert "device" in refused(["explore", str(run), "--device", "warp"], capsys)
-    assert "the device 'meta' cannot be used here" in refused(["explore", str(run), "--device", "meta"], capsys)
+    assert "the device 'meta' stores no values" in refused(["explore", str(run), "--device", "meta"], capsys)
     assert "choose another --host" in refused(["explore", str(run), "--host", "a..b"], capsys)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -169,7 +169,7 @@ class Probe(Study):
 
 @pytest.fixture
 def probe(monkeypatch: pytest.MonkeyPatch) -> Probe:
-    monkeypatch.setitem(studies._members, "probe", Probe)
+    monkeypatch.setitem(studies, "probe", Probe)
     return Probe()
 
 

@@ -1,7 +1,7 @@
 """The display of a run in progress, and the table at its end.
 
-A terminal shows one live display of the whole plan. Any other output gets one line for each stage and result, and
-occasional progress lines.
+A terminal shows the whole plan, updated in place. Other outputs get one line for each stage and result, and occasional
+progress lines.
 """
 
 import dataclasses
@@ -14,11 +14,11 @@ from typing import final
 from rich.live import Live
 
 from halfstep.cli.plan_view import PlanView
-from halfstep.cli.words import Screen, duration, print_table
+from halfstep.cli.words import Screen, print_table
 from halfstep.objectives import Stage
 from halfstep.report.quality import quality_groups, text_table
 from halfstep.report.reading import StageFacts
-from halfstep.report.words import count, method_words, number
+from halfstep.report.words import count, duration, method_words, number
 from halfstep.run.events import Event, Measured, Measuring, Notice, StageEnd, StageStart
 from halfstep.run.events import Progress as TrainingProgress
 from halfstep.runs import RunFolder, RunStatus, StageStatus
@@ -56,7 +56,7 @@ class RunDisplay:
             self._settle(None)
 
     def _settle(self, at_work: StageStatus | None) -> None:
-        """Mark all other measured stages as done, because a different stage is running or has results."""
+        """Mark all other stages that were being measured as done."""
         for stage in self.status.stages:
             if stage is not at_work and stage.state == "measuring":
                 stage.state = "done"
@@ -71,7 +71,7 @@ class RunDisplay:
         match event:
             case StageStart(resumed_at=resumed_at):
                 stage.state = "training"
-                # Only updates from here on count towards the pace.
+                # The pace excludes earlier updates.
                 stage.take({"update": resumed_at, "seconds": event.seconds})
                 at = f", resuming at update {resumed_at}" if resumed_at else ""
                 self._line(f"{stage.name}: {count(event.stage.training.num_updates, 'update')}{at}")
@@ -101,7 +101,7 @@ class RunDisplay:
             self.screen.say(text)
 
     def _now_and_then(self, text: str) -> None:
-        """Print a line unless another was printed in the last 10 seconds."""
+        """Print a line if the last one is more than 10 seconds old."""
         now = time.monotonic()
         if self.is_live or now - self._last_line <= 10.0:
             return
@@ -109,7 +109,8 @@ class RunDisplay:
         self._line(text)
 
     def _progress(self, stage: StageStatus) -> str:
-        left = "..." if math.isnan(self.seconds_left()) else duration(self.seconds_left())
+        seconds = self.status.seconds_left
+        left = "..." if math.isnan(seconds) else duration(seconds)
         # A window without student updates has no student loss.
         loss = "" if stage.loss is None else f"loss {number(stage.loss)}  "
         measuring = "" if self.status.measuring_seconds_left else "training "
@@ -118,13 +119,9 @@ class RunDisplay:
             f"{stage.samples_per_second:,.0f} samples/s  {measuring}left {left}"
         )
 
-    def seconds_left(self) -> float:
-        """Return the time left for the whole plan at the current pace; NaN before a pace is known."""
-        return self.status.seconds_left
-
 
 def show_results(path: Path, screen: Screen) -> None:
-    """Print one table of results for each protocol; nothing if the run has not been measured."""
+    """Print one table of results for each protocol of a run."""
     run = RunFolder(path)
     stages = [StageFacts(one.name, one.manifest(verify=False), one.metrics(), {}) for one in run.stages()]
     start = next((stage for stage in stages if run.start is not None and stage.name == run.start.name), None)

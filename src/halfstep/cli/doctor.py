@@ -1,4 +1,4 @@
-"""`halfstep doctor`: what this machine and its packages can do, which packages are missing, and what they would add."""
+"""`halfstep doctor`: check this machine and its packages."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Any, Final, Literal, final
+from typing import Final, Literal, final
 
 from rich.table import Table
 from rich.text import Text
@@ -33,17 +33,17 @@ GIVES: Final = {
     "trackio": "curves and samples in Trackio",
     "bitsandbytes": "--engine.optimizer adamw8bit, which quarters the memory of AdamW's moments",
 }
-"""Purpose of each extra of halfstep, and of each optional package."""
+"""Purpose of each extra and each optional package."""
 
 REQUIRED: Final = ("torch", "diffusers", "accelerate", "numpy", "safetensors", "datasets", "pydantic", "tyro", "rich")
 LEAST_DISK: Final = 2 * 2**30
-"""Free bytes below which a folder is a problem: room for a small run's checkpoints and the data caches."""
+"""Minimum free bytes, for a small run's checkpoints and the data caches."""
 
 
 @dataclass
 class DoctorArguments:
-    """Check this machine: versions, devices, threads, free disk, the cache, and missing packages and what they would
-    add. Changes nothing. The exit code is 0 even if problems are found.
+    """Check this machine: versions, devices, threads, disk space, the cache, and missing packages with their purpose.
+    Changes nothing. The exit code is 0 even if problems are found.
     """
 
     json: Switch = False
@@ -57,13 +57,12 @@ class Finding:
 
     what: str
     verdict: Literal["ok", "missing", "problem"]
-    """missing: optional, not installed. problem: something would fail."""
+    """missing: an optional package is not installed. problem: something would fail."""
     found: str
     advice: str | None = None
 
 
 def doctor(argv: Sequence[str]) -> None:
-    """Print the findings."""
     arguments = parse(DoctorArguments, argv, "halfstep doctor")
     findings = [*_packages(), *_torch(), *_diffusers(), *_extras(), *_places()]
     count = sum(finding.verdict == "problem" for finding in findings)
@@ -117,13 +116,9 @@ def _torch() -> Iterator[Finding]:
     with contextlib.suppress(OSError, ValueError, AttributeError):
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         memory = f", {total / 2**30:.1f} GiB of memory"
-    yield Finding(
-        "cpu",
-        "ok",
-        f"{platform.processor() or platform.machine()}, {cores} cores for this process, torch uses "
-        f"{torch.get_num_threads()} threads{memory}",
-        "change it with --engine.threads N, or OMP_NUM_THREADS=N",
-    )
+    cpu, threads = platform.processor() or platform.machine(), torch.get_num_threads()
+    shown = f"{cpu}, {cores} cores for this process, torch uses {threads} threads{memory}"
+    yield Finding("cpu", "ok", shown, "change the threads with --engine.threads N, or OMP_NUM_THREADS=N")
     names = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     if torch.backends.mps.is_available():
         names.append("mps")
@@ -132,60 +127,49 @@ def _torch() -> Iterator[Finding]:
         advice = None
         if torch.version.cuda or torch.version.hip:
             built = "CUDA" if torch.version.cuda else "ROCm"
-            advice = f"this torch is built for {built}: a driver or a device is missing"
+            advice = f"this torch is built for {built}, but a driver or a device is missing"
         elif shutil.which("nvidia-smi") or shutil.which("rocm-smi"):
-            advice = "a driver is installed, but this torch is built for CPUs only: install the torch build for "
-            "your GPU"
-        yield Finding("accelerator", "missing", "no CUDA, ROCm or Metal device: everything runs on the CPU", advice)
+            advice = "a driver is installed, but this torch is built for CPUs only. Install the build for your GPU"
+        yield Finding("accelerator", "missing", "no CUDA, ROCm or Metal device, so everything runs on the CPU", advice)
 
 
 def device_finding(name: str) -> Finding:
-    """Return whether a device works, its memory, and whether it supports float64, which clocks need."""
+    """Check whether a device works and supports float64, which clocks need and Metal lacks."""
     import torch
 
     try:
         device = torch.device(name)
         torch.ones(8, device=device).sum().item()
     except (RuntimeError, AssertionError) as error:
-        shown = f"it cannot compute ({first_line(error)})"
-        return Finding(name, "problem", shown, "use the CPU with --engine.cpu")
+        return Finding(name, "problem", f"it cannot compute ({first_line(error)})", "use the CPU with --engine.cpu")
     shown = "Apple's GPU"
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         shown = f"{torch.cuda.get_device_name(device)}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
         shown += ", bfloat16" if torch.cuda.is_bf16_supported() else ", no bfloat16: keep --engine.precision float32"
-    if has_float64(device):
-        return Finding(name, "ok", shown)
-    advice = "clocks and schedules are float64 here: train and sample on the CPU (--engine.cpu, --device cpu)"
-    return Finding(name, "problem", f"{shown}, no float64", advice)
-
-
-def has_float64(device: Any) -> bool:
-    """Return whether the device supports float64; Metal does not."""
-    import torch
-
     try:
         torch.zeros(1, dtype=torch.float64, device=device)
     except (RuntimeError, TypeError):
-        return False
-    return True
+        advice = "clocks and schedules are float64. Train and sample on the CPU (--engine.cpu, --device cpu)"
+        return Finding(name, "problem", f"{shown}, no float64", advice)
+    return Finding(name, "ok", shown)
 
 
 def _diffusers() -> list[Finding]:
-    # The import runs in a subprocess, so that its failure does not break this process. A torchvision built for another
-    # torch fails when it registers its operators, deep inside the import of a pipeline.
+    # A failed import would break this process. A torchvision built for another torch fails when it registers its
+    # operators, deep inside the import of a pipeline.
     command = [sys.executable, "-c", "from diffusers import DDPMPipeline, UNet2DModel, DDIMScheduler"]
     try:
         ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        return [Finding("diffusers", "problem", f"its import does not finish ({first_line(error)})")]
+        return [Finding("diffusers", "problem", f"it cannot be imported ({first_line(error)})")]
     if ended.returncode == 0:
         return [Finding("diffusers", "ok", "pipelines, networks and schedulers can be imported")]
     return [diffusers_failure(ended.stderr, version_of("torch"), version_of("torchvision"))]
 
 
 def diffusers_failure(errors: str, torch: str | None, torchvision: str | None) -> Finding:
-    """Diagnose a failed import of diffusers."""
+    """Return the cause of a failed import of diffusers."""
     lines = [line.strip() for line in errors.splitlines() if line.strip()]
     named = [line for line in lines if "torchvision" in line and not line.startswith("File ")]
     if torchvision is not None and named:
@@ -193,14 +177,14 @@ def diffusers_failure(errors: str, torch: str | None, torchvision: str | None) -
             "diffusers",
             "problem",
             f"torchvision {torchvision} is incompatible with torch {torch} and breaks diffusers ({named[-1]})",
-            "pip uninstall torchvision (halfstep does not need it), or install the one built for this torch",
+            "pip uninstall torchvision (halfstep does not need it), or install the build for this torch",
         )
-    last = lines[-1] if lines else "it ended without an error message"
+    last = lines[-1] if lines else "no error message"
     return Finding("diffusers", "problem", f"it cannot be imported ({last})", "pip install --upgrade diffusers")
 
 
 def extras() -> dict[str, tuple[str, ...]]:
-    """Return the extras of the installed halfstep, with the packages of each."""
+    """Return the installed halfstep's extras and their packages."""
     found: dict[str, tuple[str, ...]] = {}
     for line in requires("halfstep") or []:
         if matched := re.match(r"([\w.-]+).*;.*extra *== *['\"]([\w-]+)['\"]", line):
@@ -215,7 +199,7 @@ def _extras() -> Iterator[Finding]:
 
 
 def extra_finding(name: str, packages: Sequence[str], install: str) -> Finding:
-    """Return whether the packages of an extra are installed, and what they would add."""
+    """Check whether the packages of an extra are installed."""
     absent = [package for package in packages if version_of(package) is None]
     if not absent:
         return Finding(name, "ok", ", ".join(f"{package} {version_of(package)}" for package in packages))
@@ -234,7 +218,7 @@ def _places() -> Iterator[Finding]:
 
 
 def place_finding(name: str, path: Path, advice: str) -> Finding:
-    """Return whether a folder can be written or created, and its free space."""
+    """Check whether a folder can be written or created, and its free space."""
     path = path.absolute()
     there = next(folder for folder in (path, *path.parents) if folder.exists())
     if not there.is_dir():
@@ -248,5 +232,5 @@ def place_finding(name: str, path: Path, advice: str) -> Finding:
         return Finding(name, "problem", f"{path} cannot be written ({error.strerror})", advice)
     shown = f"{path}, {free / 2**30:.1f} GiB free"
     if free < LEAST_DISK:
-        return Finding(name, "problem", shown, "little space: checkpoints and caches may not fit")
+        return Finding(name, "problem", shown, "free some space for checkpoints and caches")
     return Finding(name, "ok", shown)

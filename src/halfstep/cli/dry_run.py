@@ -1,16 +1,17 @@
 """The output of `--dry-run`: the plan and its cost in FLOPs, memory and time."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from rich.table import Column, Table
 
-from halfstep.cli.words import Screen, duration, print_json
+from halfstep.cli.words import Screen, print_json
+from halfstep.data import Data
 from halfstep.models.model import Model
 from halfstep.objectives import Role, guidances
-from halfstep.report.words import count, number
+from halfstep.report.words import count, duration, number
 from halfstep.run.cost import count_forward, helper_sizes, memory_of_update, time_updates, update_flops
 from halfstep.run.spec import RunSpec
 from halfstep.runs.schema import shortened
@@ -18,22 +19,22 @@ from halfstep.runs.schema import shortened
 LONG_SECONDS: Final = 86400.0
 """Estimated training time above which a warning is printed."""
 DEVICES: Final = (24, 48, 80)
-"""Memory of common devices, GiB."""
+"""Memory of common devices, in GiB."""
 SHARE: Final = 0.9
-"""Share of a device's memory that the counted bytes may take; the rest is for the allocator and workspaces."""
+"""Share of a device's memory for the counted bytes; the allocator and workspaces need the rest."""
 LITTLE: Final = 2**30
-"""Bytes that any machine has; below them, a plan for the CPU does not list devices."""
+"""Memory of any machine, in bytes; a CPU plan that needs less does not list devices."""
 FEW_SAMPLES: Final = 5000
 MANY_PASSES: Final = 500.0
-"""Passes over a data set smaller than FEW_SAMPLES above which a memorisation warning is printed."""
+"""Passes over fewer than FEW_SAMPLES above which a memorisation warning is printed."""
 
 
 def plan_facts(spec: RunSpec, out: Path, missing: str | None = None) -> dict[str, Any]:
-    """Return the plan and cost of the run: bytes, seconds, and FLOPs (multiplications and additions)."""
+    """Return the plan and cost of a run: bytes, seconds, and FLOPs (multiplications and additions)."""
     forward = count_forward(spec)
     stages = [(name, stage, helper_sizes(spec, stage)) for name, stage in spec.stages if stage is not None]
     memory = max((memory_of_update(stage, forward, spec.engine, helpers) for _, stage, helpers in stages), key=sum)
-    # A published model has no weights here, so no update can be timed.
+    # A published model has no weights, so no update can be timed.
     is_counted = spec.teacher is not None and spec.teacher.device.type == "meta"
     rate = None if is_counted else time_updates(spec, forward)
     flops = [update_flops(stage, forward, helpers) for _, stage, helpers in stages]
@@ -43,10 +44,7 @@ def plan_facts(spec: RunSpec, out: Path, missing: str | None = None) -> dict[str
             "stage": name,
             "num_steps": stage.num_steps,
             "role": stage.objective.outcome.role,
-            "evals": {
-                network: {"forward": evals.forward, "backward": evals.backward}
-                for network, evals in stage.objective.evals.items()
-            },
+            "evals": {network: evals._asdict() for network, evals in stage.objective.evals.items()},
             "num_updates": stage.training.num_updates,
             "batch_size": stage.training.batch_size,
             "samples_seen": stage.training.num_updates * stage.training.batch_size,
@@ -64,30 +62,32 @@ def plan_facts(spec: RunSpec, out: Path, missing: str | None = None) -> dict[str
         "name": spec.recipe["name"],
         "out": str(out),
         "stages": rows,
-        "data": _data_facts(spec, missing),
+        "data": {
+            "source": spec.data.source,
+            "num_samples": len(spec.data),
+            "shape": list(spec.data.shape),
+            "num_classes": spec.data.num_classes,
+            "class_names": list(spec.data.class_names),
+            "missing": missing,
+        },
         "parameters": forward.parameters,
         "trainable_parameters": forward.trainable,
         "forward_flops": forward.flops,
         "memory_bytes": memory._asdict(),
         "micro_batch": min(spec.engine.set_micro_batch or 2**62, max(row["batch_size"] for row in rows)),
         "guidance": None if guidance is None else guidances.describe(guidance),
-        "fits_gib": fitting(sum(memory)),
+        "fits_gib": [size for size in DEVICES if sum(memory) <= SHARE * size * 2**30],
         "seconds_an_update": None if rate is None else rate.seconds,
         "timed_batch_size": None if rate is None else rate.batch_size,
         "estimated_seconds": None if rate is None else sum(row["estimated_seconds"] for row in rows),
     }
 
 
-def fitting(num_bytes: int) -> list[int]:
-    """Return the device sizes in GiB into which `num_bytes` fit."""
-    return [size for size in DEVICES if num_bytes <= SHARE * size * 2**30]
-
-
 def show_plan(spec: RunSpec, out: Path, json: bool, missing: str | None = None) -> None:
-    """Print the plan and cost of the run, as one JSON document or as text; write nothing.
+    """Print the plan and cost of a run, as one JSON document or as text.
 
     Args:
-        missing: why the data is not available, if random numbers replace it.
+        missing: why the data is not available; random numbers then replace it.
     """
     facts = plan_facts(spec, out, missing)
     if json:
@@ -95,12 +95,12 @@ def show_plan(spec: RunSpec, out: Path, json: bool, missing: str | None = None) 
         return
     screen = Screen()
     screen.show(_stage_table(facts))
-    for line in _lines(facts, spec.teacher, spec.engine.cpu or not torch.accelerator.is_available()):
+    for line in _lines(facts, spec):
         screen.say(line)
 
 
 def _stage_table(facts: dict[str, Any]) -> Table:
-    numbers = ("teacher calls", "updates", "batch", "samples seen", "learning rate", "FLOPs of an update")
+    numbers = ("teacher calls", "updates", "batch", "samples seen", "learning rate", "FLOPs per update")
     columns = [Column(heading, justify="right") for heading in numbers]
     table = Table("stage", *columns, title=f"{facts['name']} -> {facts['out']}", title_justify="left")
     for stage in facts["stages"]:
@@ -116,11 +116,11 @@ def _stage_table(facts: dict[str, Any]) -> Table:
     return table
 
 
-def _lines(facts: dict[str, Any], teacher: Model | None, on_cpu: bool) -> Iterator[str]:
+def _lines(facts: dict[str, Any], spec: RunSpec) -> Iterator[str]:
     stages, data = facts["stages"], facts["data"]
-    yield _data_line(data)
+    yield data_line(spec.data)
     if data["missing"] is not None:
-        yield f"the data is not available, so random numbers replace it here ({data['missing']})"
+        yield f"random numbers replace the data, which is not available ({data['missing']})"
     seen = sum(stage["samples_seen"] for stage in stages)
     parameters, trainable = facts["parameters"], facts["trainable_parameters"]
     yield f"parameters: {parameters:,}    one forward pass of one sample: {quantity(facts['forward_flops'], 'FLOP')}"
@@ -128,65 +128,52 @@ def _lines(facts: dict[str, Any], teacher: Model | None, on_cpu: bool) -> Iterat
     yield f"updates: {updates:,}    samples seen: {seen:,} ({seen / data['num_samples']:,.0f} times the data)"
     if trainable != parameters:
         share = f"{trainable / parameters:.1%}"
-        yield f"trained: {trainable:,} of them ({share}); teacher and student share the rest"
+        yield f"trained parameters: {trainable:,} ({share}); teacher and student share the rest"
     memory = facts["memory_bytes"]
     parts = " + ".join(f"{gibibytes(size)} {name}" for name, size in memory.items() if size)
     total = gibibytes(sum(memory.values()))
-    yield f"memory of the largest update, counted: {total} = {parts} (for a micro batch of {facts['micro_batch']:,})"
+    yield f"counted memory of the largest update: {total} = {parts} (for a micro batch of {facts['micro_batch']:,})"
+    on_cpu = spec.engine.cpu or not torch.accelerator.is_available()
     if not on_cpu or sum(memory.values()) >= LITTLE:
         fits = facts["fits_gib"]
         yield f"fits a device of {fits[0]} GiB" if fits else f"does not fit a device of {DEVICES[-1]} GiB"
     if (guidance := facts["guidance"]) is not None:
         is_fixed = guidance["type"] == "fixed"
         scales = f"the scale {guidance['scale']:g}" if is_fixed else f"{guidance['low']:g} to {guidance['high']:g}"
-        yield f"guidance: {scales}, baked into the student; one network call per step, where the teacher needs two"
+        yield f"guidance: {scales}, baked into the student, which calls its network once per step instead of twice"
     if (timed := facts["timed_batch_size"]) is not None:
         batch = stages[0]["batch_size"]
-        how = "timed here" if timed == batch else f"from updates of {timed // 2} and {timed} samples timed here"
+        how = "timed here" if timed == batch else f"extrapolated from updates of {timed // 2} and {timed} samples"
         seconds = f"{number(facts['seconds_an_update'])} s per update of {batch} samples in the first stage, {how}"
         time = duration(facts["estimated_seconds"])
-        yield f"estimated training time on this machine: {time} ({seconds}; measuring the models adds to it)"
+        yield f"estimated training time on this machine, without measuring the models: {time} ({seconds})"
     if (facts["estimated_seconds"] or 0) > LONG_SECONDS:
-        yield f"warning: this is a long time. Use a GPU, or {shorter([stage['role'] for stage in stages], teacher)}"
+        advice = shorter([stage["role"] for stage in stages], spec.teacher)
+        yield f"warning: this takes more than a day. Use a GPU, or {advice}"
     passes = max(stage["samples_seen"] for stage in stages) / data["num_samples"]
     if data["num_samples"] < FEW_SAMPLES and passes > MANY_PASSES:
         yield (
             f"warning: a stage sees each of the {data['num_samples']:,} samples {passes:,.0f} times, so models may "
-            "memorise them (the report shows the nearest training samples). Use more data or fewer updates"
+            "memorise them (see the nearest training samples in the report). Use more data or fewer updates"
         )
 
 
 def shorter(roles: Sequence[str], teacher: Model | None) -> str:
-    """Return how to shorten a run; the network and the images of a given teacher cannot change."""
+    """Return advice for a shorter run; a given teacher has its own network and image size."""
     if teacher is None:
         return "fewer updates, a smaller network and smaller images, as in the recipe images_small"
     options = ["--matching.num-updates"] * (Role.MATCHED in roles) + ["--chain.num-updates"]
-    # The chain of a student starts at its own number of steps.
+    # A student's chain starts at its number of steps.
     options += ["--start"] * (teacher.num_steps is None)
     return f"lower {', '.join(options)}"
 
 
-def data_line(spec: RunSpec) -> str:
-    """Describe the training data: source, number and shape of the samples, and the classes by name."""
-    return _data_line(_data_facts(spec, None))
-
-
-def _data_facts(spec: RunSpec, missing: str | None) -> dict[str, Any]:
-    return {
-        "source": spec.data.source,
-        "num_samples": len(spec.data),
-        "shape": list(spec.data.shape),
-        "num_classes": spec.data.num_classes,
-        "class_names": list(spec.data.class_names),
-        "missing": missing,
-    }
-
-
-def _data_line(data: Mapping[str, Any]) -> str:
-    names, classes = data["class_names"], "no classes"
-    if data["num_classes"]:
-        classes = f"{count(data['num_classes'], 'class')} ({shortened(names)})"
-    return f"data: {data['source']}, {count(data['num_samples'], 'sample')} of shape {data['shape']}, {classes}"
+def data_line(data: Data) -> str:
+    """Return one line about the training data: source, number and shape of the samples, and class names."""
+    classes = (
+        f"{count(data.num_classes, 'class')} ({shortened(data.class_names)})" if data.num_classes else "no classes"
+    )
+    return f"data: {data.source}, {count(len(data), 'sample')} of shape {list(data.shape)}, {classes}"
 
 
 def quantity(amount: float, unit: str) -> str:

@@ -5,41 +5,47 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
-from halfstep.cli.arguments import EvaluateArguments, device_of, processes_of
-from halfstep.cli.subjects import Rows, Subject, subject_of
-from halfstep.cli.usage import UsageError, flag, in_own_words, parse
-from halfstep.cli.words import Screen, duration, print_json, print_table
+from halfstep.cli.arguments import device_of, processes_of
+from halfstep.cli.subjects import EvaluateArguments, Rows, Subject, subject_of
+from halfstep.cli.usage import UsageError, in_own_words, parse, refuse_idle
+from halfstep.cli.words import Screen, print_json, print_table
 from halfstep.data import Data, DataConfig, open_data
 from halfstep.measure.curve import CellDone, Curve, CurveSpec, Entry
 from halfstep.measure.evaluate import references_for
 from halfstep.measure.sources import DataSource
 from halfstep.measure.store import Store, seeds_name
 from halfstep.recipes import Recipe
-from halfstep.recipes.schema import check_fit
+from halfstep.recipes.building import check_fit
 from halfstep.report.evaluation import protocol_words, text_table, title_of, write_evaluation
-from halfstep.report.words import count, number
+from halfstep.report.words import count, duration, number
 from halfstep.runs.evaluation import Series
 from halfstep.runtime.failures import told_when_out_of_memory
 from halfstep.runtime.files import cache_folder, refuse_file
 from halfstep.runtime.processes import Processes
 from halfstep.runtime.stop import StopSignal
 
+NEED_MODEL: Final = (
+    *("num_steps", "against", "seeds", "gamma", "search_gamma", "guidance_scale", "precision", "batch_size"),
+)
+"""Options that only apply to models."""
 
-@told_when_out_of_memory("out of memory while measuring: free memory, or use fewer samples (--num-samples)")
+
+@told_when_out_of_memory("out of memory while measuring. Free memory, or use fewer samples (--num-samples)")
 def evaluate(argv: Sequence[str]) -> None:
     """Measure, print one table for each protocol, and write the files."""
     processes = processes_of()
     device = device_of(None, processes)
     arguments = parse(EvaluateArguments, argv, "halfstep evaluate")
     screen = Screen(arguments.json)
-    _check(arguments)
+    if arguments.search_gamma is not None and arguments.gamma is not None:
+        raise UsageError("--search-gamma and --gamma cannot be combined. Remove one of them")
     subject = subject_of(arguments.subject)
     out = arguments.out or subject.out
-    # Check this before computing the features of the real data, which can take long.
+    # Computing the features of the real data can take long, so check this first.
     refuse_file(out)
     spec = _spec(subject, arguments, device, processes)
     with StopSignal() as stop:
@@ -50,7 +56,7 @@ def evaluate(argv: Sequence[str]) -> None:
             for cell in curve.run():
                 screen.say(_line(cell, len(curve.cells)))
         finally:
-            # Written after an interruption too, so that all files agree.
+            # Also after an interruption, so that all files agree.
             written = [] if curve.result is None else write_evaluation(curve.result, out)
     if curve.result is None:
         return
@@ -66,7 +72,7 @@ def evaluate(argv: Sequence[str]) -> None:
 
 
 def _spec(subject: Subject, arguments: EvaluateArguments, device: torch.device, processes: Processes) -> CurveSpec:
-    """Return the specification of the curve, after checking that the options apply to the subject."""
+    """Return the specification of the curve; reject options that do not apply to the subject."""
     recipe = _recipe(subject, arguments)
     if recipe.engine.threads is not None:
         torch.set_num_threads(recipe.engine.threads)
@@ -78,7 +84,7 @@ def _spec(subject: Subject, arguments: EvaluateArguments, device: torch.device, 
     evaluation = recipe.evaluation
     teacher = None
     if subject.files is not None:
-        _check_files(arguments)
+        refuse_idle(arguments, "on samples in files", NEED_MODEL)
         samples = _samples(subject.files, data)
         evaluation = replace(evaluation, num_samples=_count(arguments, samples))
         series = [Series(name="samples", label="samples", role="other")]
@@ -109,16 +115,10 @@ def _given(arguments: EvaluateArguments, *names: str) -> dict[str, Any]:
     return {name: value for name in names if (value := getattr(arguments, name)) is not None}
 
 
-def _check(arguments: EvaluateArguments) -> None:
-    """Reject values that contradict each other."""
-    if arguments.search_gamma is not None and arguments.gamma is not None:
-        raise UsageError("--search-gamma searches for gamma and --gamma sets it: remove one")
-
-
 def _recipe(subject: Subject, arguments: EvaluateArguments) -> Recipe:
-    """Return the recipe with the data and the protocol: the run's, overridden by the command line."""
+    """Return the run's recipe, with data and protocol overridden by the command line."""
     if subject.recipe is None and arguments.data is None:
-        raise UsageError(f"{arguments.subject} is not inside a run, so its data is unknown: add --data SOURCE")
+        raise UsageError(f"{arguments.subject} is not inside a run, so its data is unknown. Add --data SOURCE")
     recipe = subject.recipe or Recipe(name="evaluate")
     source = {} if arguments.data is None else {"source": arguments.data}
     settings = _given(arguments, "split", "image_size", "channels", "label_column", "max_bytes")
@@ -137,7 +137,7 @@ def _split_of(data: DataConfig) -> str | None:
 
 
 def _samples(path: Path, data: Data) -> Data:
-    """Return the samples in files; reject samples that differ from the reference data in shape or kind."""
+    """Return the samples in files; reject a shape or kind that differs from the reference data."""
     channels = data.shape[0] if data.is_image and path.is_dir() and data.shape[0] in (1, 3) else None
     config = {"source": str(path), "labels": False, "channels": channels, "max_bytes": sys.maxsize}
     with in_own_words():
@@ -146,24 +146,14 @@ def _samples(path: Path, data: Data) -> Data:
         kinds = {True: "uint8 images", False: "arrays of floats"}
         raise UsageError(
             f"{path} contains {kinds[samples.is_image]}, but the reference {data.source} contains "
-            f"{kinds[data.is_image]}: give samples and a reference of the same kind"
+            f"{kinds[data.is_image]}. Give samples and a reference of the same kind"
         )
     if samples.shape != data.shape:
         raise UsageError(
             f"{path} contains samples of shape {list(samples.shape)}, but the reference {data.source} contains "
-            f"{list(data.shape)}: give a reference of the same size (--data, --image-size, --channels)"
+            f"{list(data.shape)}. Give a reference of the same size (--data, --image-size, --channels)"
         )
     return samples
-
-
-def _check_files(arguments: EvaluateArguments) -> None:
-    """Reject options that have no effect on samples in files."""
-    idle = EvaluateArguments("")
-    for name in (
-        "num_steps", "against", "seeds", "gamma", "search_gamma", "guidance_scale", "precision", "batch_size",
-    ):  # fmt: skip
-        if getattr(arguments, name) != getattr(idle, name):
-            raise UsageError(f"{flag(name)} has no effect on samples in files. Remove it")
 
 
 def _count(arguments: EvaluateArguments, samples: Data) -> int:
@@ -171,8 +161,8 @@ def _count(arguments: EvaluateArguments, samples: Data) -> int:
     wanted = len(samples) if arguments.num_samples is None else arguments.num_samples
     if not 2 <= wanted <= len(samples):
         raise UsageError(
-            f"{samples.source} contains {count(len(samples), 'sample')}, but {max(wanted, 2)} are needed: a distance "
-            "between sets needs at least 2"
+            f"{samples.source} contains {count(len(samples), 'sample')}, but {max(wanted, 2)} are needed (at least 2). "
+            "Add samples, or change --num-samples"
         )
     return wanted
 

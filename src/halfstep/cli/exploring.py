@@ -4,14 +4,15 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
 from halfstep.cli.arguments import device_of
-from halfstep.cli.usage import Count, Range, Steps, UsageError, parse
+from halfstep.cli.usage import Count, Steps, UsageError, parse
 from halfstep.cli.words import Screen
 from halfstep.explore.explorer import Bounds, Explorer
 from halfstep.explore.page import LOCAL, serve
@@ -26,14 +27,14 @@ class ExploreArguments:
     run: tyro.conf.Positional[Path]
     """Folder of a run or of a stage."""
     host: str = "127.0.0.1"
-    """Address to listen on. Any other than this machine's own exposes the page to others without a password."""
-    port: Annotated[int, Range(0, 65535)] = 7860
+    """Address to listen on. An address other than this machine's exposes the page to others, without a password."""
+    port: Annotated[int, Field(ge=0, le=65_535)] = 7860
     """Port to listen on; 0 picks a free one."""
     max_samples: Count = 64
     """Maximum samples per request."""
     max_steps: Steps = 1024
     """Maximum sampler steps per request."""
-    max_seconds: Annotated[float, Range(1, 86_400)] = 60.0
+    max_seconds: Annotated[float, Field(ge=1, le=86_400)] = 60.0
     """Maximum sampling time per request, in seconds."""
     allow_host: tuple[str, ...] = ()
     """Additional host names of the page, such as a proxy's."""
@@ -44,7 +45,6 @@ class ExploreArguments:
 
 
 def explore(argv: Sequence[str]) -> None:
-    """Serve the page until it is stopped."""
     arguments = parse(ExploreArguments, argv, "halfstep explore")
     bounds = Bounds(num_samples=arguments.max_samples, num_steps=arguments.max_steps, seconds=arguments.max_seconds)
     explorer = Explorer(arguments.run, device_of(arguments.device), bounds)
@@ -64,5 +64,5 @@ def explore(argv: Sequence[str]) -> None:
     serve(explorer, arguments.host, arguments.port, ready, arguments.allow_host, root_path)
     sys.stdout.flush()
     sys.stderr.flush()
-    # Nothing is left to save. A normal exit would wait for a sampling step, and then take seconds to unload modules.
+    # Nothing must be saved. A normal exit would wait for a sampling step and unload modules for seconds.
     os._exit(0)

@@ -1,18 +1,19 @@
-"""`halfstep export` and `halfstep encode`: export models for other tools, encode images and texts as latents."""
+"""`halfstep export` and `halfstep encode`: export models for other tools; encode images and texts as latents."""
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 import tyro
+from pydantic.dataclasses import dataclass
 
 from halfstep.cli.arguments import device_of, processes_of
 from halfstep.cli.importing import imported
-from halfstep.cli.usage import Count, Side, Steps, Switch, UsageError, in_own_words, parse
-from halfstep.cli.words import Screen, duration
+from halfstep.cli.usage import Count, Side, Steps, Switch, UsageError, in_own_words, parse, refuse_idle
+from halfstep.cli.words import Screen
 from halfstep.data import LatentData, Prompts, read_captions, read_classes, read_prompts
 from halfstep.data import encode as encode_images
 from halfstep.data.images import Preparation
@@ -32,7 +33,7 @@ from halfstep.hub import (
 from halfstep.models.folder import find_stage, load
 from halfstep.models.model import Model
 from halfstep.nets import BasePrecision, precision_of
-from halfstep.report.words import count
+from halfstep.report.words import count, duration
 from halfstep.run.own_samples import NUM_STEPS, prompted_by
 from halfstep.runs import RunFolder, StageFolder
 from halfstep.runtime.files import read_json, refuse_file, refuse_taken
@@ -53,7 +54,7 @@ class ExportArguments:
     browser.
     """
     num_steps: Steps | None = None
-    """onnx, web: sampler steps; the model's own by default. Without it, web exports every student of a run."""
+    """onnx, web: sampler steps; the model's own by default. By default, web exports every student of a run."""
     push_to_hub: str | None = None
     """diffusers, lora: upload the folder to this repository on the Hub, OWNER/NAME."""
     single_file: Switch = False
@@ -62,44 +63,46 @@ class ExportArguments:
     """web: local copy of the npm package onnxruntime-web; downloaded once by default."""
 
 
+IDLE: Final = {
+    **dict.fromkeys(("diffusers", "lora"), ("num_steps", "single_file", "runtime")),
+    "onnx": ("push_to_hub", "single_file", "runtime"),
+    "web": ("push_to_hub",),
+}
+"""Options of `export` that have no effect, by format."""
+WHY_IDLE: Final = {
+    "num_steps": "callers of the exported pipeline choose the number",
+    "push_to_hub": "only model folders are uploaded",
+}
+
+
 def export(argv: Sequence[str]) -> None:
-    """Export a model for other tools."""
     arguments = parse(ExportArguments, argv, "halfstep export")
-    is_onnx, is_web = arguments.format == "onnx", arguments.format == "web"
-    if not (is_onnx or is_web) and arguments.num_steps is not None:
-        raise UsageError(
-            f"--num-steps {arguments.num_steps} has no effect on --format {arguments.format}: the exported pipeline "
-            f"takes the number of steps at each call. Remove it"
-        )
-    if (is_onnx or is_web) and arguments.push_to_hub is not None:
-        raise UsageError(f"--push-to-hub only uploads model folders, not --format {arguments.format}: remove it")
-    for option, is_given in (("--single-file", arguments.single_file), ("--runtime", arguments.runtime is not None)):
-        if is_given and not is_web:
-            raise UsageError(f"{option} only applies to --format web. Remove it.")
-    if is_onnx and arguments.out.suffix != ".onnx":
-        raise UsageError(f"--out {arguments.out}: give a file that ends in .onnx")
-    if is_web:
+    out, repository, screen = arguments.out, arguments.push_to_hub, Screen()
+    refuse_idle(arguments, f"on --format {arguments.format}", IDLE[arguments.format], WHY_IDLE)
+    if arguments.format == "web":
         _export_page(arguments)
         return
+    if arguments.format == "onnx" and out.suffix != ".onnx":
+        raise UsageError(f"--out {out}: give a file that ends in .onnx")
     stage = find_stage(arguments.model)
     model = load(stage.path)
-    if is_onnx:
-        refuse_taken(arguments.out, is_file=True)
-        export_onnx(model, arguments.out, arguments.num_steps)
+    if arguments.format == "onnx":
+        refuse_taken(out, is_file=True)
+        export_onnx(model, out, arguments.num_steps)
         steps = model.check_steps(arguments.num_steps)
-        Screen().say(f"{arguments.out}: {count(steps, 'step')} from noise to x0, checked against torch")
+        screen.say(f"{out}: {count(steps, 'step')} from noise to x0, checked against torch")
         return
     if arguments.format == "lora":
         base = model.manifest.base
         added_to = None if base is None else StageFolder(stage.path.parent / base).manifest(verify=False)
-        export_lora(model, arguments.out, added_to, arguments.push_to_hub)
-        Screen().say(f"{arguments.out}: LoRA weights; see README.md for how to use them")
+        export_lora(model, out, added_to, repository)
+        screen.say(f"{out}: LoRA weights; README.md describes how to use them")
     else:
-        export_pipeline(model, arguments.out, stage.metrics(), arguments.push_to_hub)
-        kind = read_json(arguments.out / "model_index.json")["_class_name"]
-        Screen().say(f"{arguments.out}: a {kind}; see README.md for how to use it")
-    if arguments.push_to_hub is not None:
-        Screen().say(push_to_hub(arguments.out, arguments.push_to_hub))
+        export_pipeline(model, out, stage.metrics(), repository)
+        kind = read_json(out / "model_index.json")["_class_name"]
+        screen.say(f"{out}: a {kind}; README.md describes how to use it")
+    if repository is not None:
+        screen.say(push_to_hub(out, repository))
 
 
 def _export_page(arguments: ExportArguments) -> None:
@@ -122,8 +125,8 @@ def _export_page(arguments: ExportArguments) -> None:
 
 @dataclass
 class EncodeArguments:
-    """Encode images and their captions or classes once, with a latent pipeline's own VAE and text encoders: halfstep
-    encode PIPELINE --data FOLDER --out latents. Without images, sample them from prompts: halfstep encode PIPELINE
+    """Encode images and their captions or classes once, with the VAE and text encoders of a latent pipeline: halfstep
+    encode PIPELINE --data FOLDER --out latents. Without images, sample latents from prompts: halfstep encode PIPELINE
     --prompts prompts.txt --out latents. To resume, run the same command again.
     """
 
@@ -132,43 +135,44 @@ class EncodeArguments:
     out: Path
     """Folder of the latents."""
     data: str | None = None
-    """Images with captions (metadata.jsonl, .csv or .parquet, or a .txt file for each) for a text-conditioned model;
-    one folder of images per class, in the order of the class names, for a class-conditional model.
+    """For a text-conditioned model, images with captions (metadata.jsonl, .csv or .parquet, or one .txt file per
+    image). For a class-conditional model, one folder of images per class, in the order of the class names.
     """
     prompts: Path | None = None
     """Text file with one prompt per line, instead of images; the latents are the pipeline's own samples."""
     num_steps: Steps = NUM_STEPS
     """With --prompts: Heun steps per sample."""
     guidance_scale: float | None = None
-    """With --prompts: guidance scale of the samples; none by default."""
+    """With --prompts: guidance scale; no guidance by default."""
     seed: int = 0
     """With --prompts: seed of the noise."""
     image_size: Side | None = None
-    """Height and width to resize images to; by default their common size."""
+    """With --data: height and width to resize images to; by default their common size."""
     call: tuple[str, ...] = ()
     """Pipeline call arguments, such as height=512 width=512."""
     base_precision: BasePrecision = "float32"
-    """With --prompts: precision of the weights, the same as in the run."""
+    """With --prompts: precision of the weights; must be the same in the run."""
     batch_size: Count = 8
-    """Images encoded at once."""
+    """Images or prompts processed at once."""
     device: str | None = None
-    """Device of the encoders; by default cuda if available."""
+    """Device of the encoders; cuda by default, if available."""
 
 
 def encode(argv: Sequence[str]) -> None:
-    """Encode images and texts with a pipeline's own parts."""
     arguments = parse(EncodeArguments, argv, "halfstep encode")
     processes = processes_of(arguments.device == "cpu")
     device = device_of(arguments.device, processes)
     if (arguments.data is None) == (arguments.prompts is None):
-        raise UsageError("give either --data with captioned images, or --prompts with texts")
-    if arguments.data is not None and arguments.base_precision != "float32":
-        raise UsageError("--base-precision only applies to --prompts. Remove it")
+        raise UsageError("give either --data (images) or --prompts (texts)")
+    if arguments.data is None:
+        refuse_idle(arguments, "with --prompts", ("image_size",))
+    else:
+        refuse_idle(arguments, "with --data", ("num_steps", "guidance_scale", "seed", "base_precision"))
     refuse_file(arguments.out)
     kind = read_kind(fetch(arguments.pipeline))
     if kind in PIXELS:
         raise UsageError(
-            f"{arguments.pipeline} contains a {kind}, which does not use latents: pass its images to distill directly"
+            f"{arguments.pipeline} contains a {kind}, which does not use latents. Pass its images to distill directly"
         )
     screen = Screen()
     if arguments.prompts is not None:
@@ -187,14 +191,14 @@ def encode(argv: Sequence[str]) -> None:
     with in_own_words("image-size"):
         images, names = (read_captions(source, preparation), ()) if is_text else read_classes(source, preparation)
     encoder = encoder_of(model, device, names)
-    # Detect unreadable parts before creating the folder, which is tied to these encoders.
+    # Fail on unreadable encoders before creating the folder.
     encoder.texts([""])
     needed = model.shape
     made = tuple(encoder.images(images.loaded([0]).fetch(torch.tensor([0])).x0).shape[1:])
     if made != needed:
         raise UsageError(
-            f"images of the size of {images.files[0]} become latents of shape {list(made)}, but the network of "
-            f"{arguments.pipeline} takes {list(needed)}: choose another --image-size"
+            f"{images.files[0]} is encoded as latents of shape {list(made)}, but the network of {arguments.pipeline} "
+            f"takes {list(needed)}. Choose another --image-size"
         )
     with in_own_words("image-size"):
         found = encode_images(
@@ -212,7 +216,7 @@ def encode(argv: Sequence[str]) -> None:
 
 
 def progress_of(verb: str, screen: Screen) -> Callable[[int, int], None]:
-    """Return a function of the finished and of all samples that prints them, with the time left at the pace so far."""
+    """Return a function that prints the number of finished samples, and the time left at the pace so far."""
     start: tuple[int, float] | None = None
 
     def progress(done: int, total: int) -> None:
@@ -232,14 +236,11 @@ def sample_prompts(
 ) -> LatentData:  # fmt: skip
     """Sample prompts with a teacher into a folder, skipping existing samples, and free the text encoders.
 
-    Args:
-        processes: those that share the sampling.
-
     Raises:
         ValueError: if there are no prompts, the model takes none, or the folder contains other data.
     """
     if not model.manifest.conditions:
-        raise UsageError(f"{model.manifest.stage} takes no prompts: give --data")
+        raise UsageError(f"{model.manifest.stage} takes no prompts. Give --data")
     captions = read_prompts(prompts)
     encoder = prompts_of(model, device)
     lowered = precision_of(model.denoiser.network)

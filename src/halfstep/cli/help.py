@@ -1,4 +1,4 @@
-"""The output of `halfstep VERB --help`: the most used options, or every option with --help-all, wrapped at spaces."""
+"""The output of `halfstep VERB --help`: the most used options, or every option with --help-all."""
 
 import re
 import shutil
@@ -20,8 +20,10 @@ HEAD: Final = 28
 def help_text(parser: ArgumentParser, prog: str, short: Mapping[str, str], everything: bool) -> str:
     """Return the help of a verb.
 
-    Args: parser: the verb's parser. prog: the command without its options. short: short option names, used unless
-        `everything` is set. everything: whether to show all options.
+    Args:
+        prog: the command without its options.
+        short: short names of options, used unless `everything` is set.
+        everything: whether to show all options.
     """
     verb = VERBS[prog.split()[1]]
     chosen = () if everything else verb.shown
@@ -48,7 +50,7 @@ def help_text(parser: ArgumentParser, prog: str, short: Mapping[str, str], every
 
 
 def _shown(actions: list[Action], chosen: tuple[str, ...], short: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Yield the options of a group with their texts; options of the short form have their short names."""
+    """Yield the options of a group with their texts; chosen options have their short names."""
     shorter = {long: name for name, long in short.items() if name in chosen}
     for action in actions:
         if action.option_strings[:1] == ["-h"]:
@@ -66,7 +68,7 @@ def _shown(actions: list[Action], chosen: tuple[str, ...], short: Mapping[str, s
 
 
 def _first_sentence(text: str) -> str:
-    """Return the first sentence of an option's text, with its default."""
+    """Return the first sentence of an option's text, and its default."""
     sentence, mark, rest = text.partition(". ")
     default = re.search(r"\(default:\xa0.*\)$", rest)
     return f"{sentence}{mark.rstrip()}" + (f" {default[0]}" if default else "")
@@ -77,14 +79,14 @@ def _words(text: str | None) -> str:
 
 
 def _parted(text: str) -> tuple[str, str]:
-    """Split a help text of tyro's into the text and the default after it."""
+    """Split one of tyro's help texts into the text and the default."""
     found = re.fullmatch(r"(.*?)(?: ?\(default: (.*)\)| ?\((required)\))?", _words(text))
     assert found is not None
     return found[1], found[2] or found[3] or ""
 
 
 def _metavar(text: str) -> str:
-    """Return the placeholder of a value, without tyro's {None} and nested brackets."""
+    """Remove {None} and nested brackets from tyro's placeholder of a value."""
     text = re.sub(r"\{None\}\|\{(.*)\}$", r"\1", text)
     text = re.sub(r"\[(.+) \[\1 \.\.\.\]\]", r"\1 ...", text)
     return text.replace("{None,", "{").replace(",None}", "}")

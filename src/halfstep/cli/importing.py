@@ -1,14 +1,14 @@
 """`halfstep import`: import models as stages."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
-from halfstep.cli.arguments import options_from
-from halfstep.cli.usage import UsageError, parse
+from halfstep.cli.usage import UsageError, parse, refuse_idle
 from halfstep.cli.words import Screen
 from halfstep.hub import config_of, import_google_pd, import_pipeline
 from halfstep.models.folder import save_stage
@@ -43,6 +43,20 @@ class ImportArguments:
     """Folder of the stage; imported/NAME by default."""
 
 
+def _options_from(words: Sequence[str]) -> dict[str, Any]:
+    """Parse NAME=VALUE words into pipeline call arguments; a value that is not JSON is kept as text."""
+    options: dict[str, Any] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not (name.isidentifier() and equals):
+            raise UsageError(f"--call {word}: give NAME=VALUE, such as --call height=512 width=512")
+        try:
+            options[name] = json.loads(value)
+        except ValueError:
+            options[name] = value
+    return options
+
+
 def imported(
     source: str, call: Sequence[str], screen: Screen, *, ema: bool = False, precision: BasePrecision = "float32"
 ) -> Model:
@@ -50,11 +64,8 @@ def imported(
 
     Args:
         call: pipeline call arguments as typed, NAME=VALUE.
-
-    Raises:
-        ValueError: as for `import_pipeline`.
     """
-    options = options_from(call)
+    options = _options_from(call)
     # A folder, or a name on the Hub.
     if user_path(source).is_dir() or source.count("/") == 1:
         screen.say(f"importing {source}: loading it and recording its calls (minutes for a large pipeline)")
@@ -62,14 +73,10 @@ def imported(
 
 
 def import_(argv: Sequence[str]) -> None:
-    """Import a checkpoint as a stage."""
     arguments = parse(ImportArguments, argv, "halfstep import")
     out = arguments.out or Path("imported") / Path(arguments.source).stem
     if arguments.format == "diffusers":
-        if arguments.config is not None:
-            raise UsageError(
-                f"--config {arguments.config} has no effect on diffusers: its folders have their own config. Remove it"
-            )
+        refuse_idle(arguments, "on diffusers", ("config",), {"config": "its folders have their own config"})
         refuse_taken(out)
         model = imported(
             arguments.source, arguments.call, Screen(), ema=arguments.ema, precision=arguments.base_precision
@@ -77,12 +84,8 @@ def import_(argv: Sequence[str]) -> None:
         manifest = model.manifest.model_copy(update={"stage": out.name})
         manifest = save_stage(StageFolder(out), model.denoiser, manifest, model.null)
     else:
-        if arguments.call:
-            raise UsageError(f"--call {arguments.call[0]} only applies to diffusers. Remove it")
-        if arguments.base_precision != "float32":
-            raise UsageError("--base-precision only applies to diffusers. Remove it")
-        if arguments.ema:
-            raise UsageError("--ema has no effect on google-pd: its checkpoints contain averaged weights. Remove it")
+        why = {"ema": "its checkpoints contain averaged weights"}
+        refuse_idle(arguments, "on google-pd", ("call", "base_precision", "ema"), why)
         if arguments.config is None:
             raise UsageError("--config is missing: cifar10, imagenet64, bedroom128, church128, or a .json file")
         manifest = import_google_pd(Path(arguments.source), config_of(arguments.config), out)

@@ -1,4 +1,4 @@
-"""Dispatch verbs; report every error in one line with an exit code, which `verbs.EXIT_CODES` explains."""
+"""Dispatch verbs; report every error in one line and exit with one of `verbs.EXIT_CODES`."""
 
 import contextlib
 import errno
@@ -33,16 +33,16 @@ REMEDIES: Final = {
 
 
 def fail(message: object, code: int = 2) -> NoReturn:
-    """End the process with one line on stderr.
+    """Print one line to stderr and exit.
 
-    All ranks usually fail with the same error, so rank 0 reports it. Another rank reports only if it is still alive
-    after a while, because then the error is its own.
+    All ranks usually fail with the same error, which rank 0 reports. If another rank is still alive after a
+    while, the error is its own.
     """
     text = one_line(message)
     if number := rank():
         from halfstep.runtime.processes import wait_to_be_ended
 
-        # A launcher kills all processes of a run within this time after one of them fails.
+        # When one process fails, a launcher kills all others within this time.
         wait_to_be_ended(4.0, code)
         text = f"(process {number}) {text}"
     print(f"halfstep: error: {text}", file=sys.stderr, flush=True)
@@ -50,7 +50,7 @@ def fail(message: object, code: int = 2) -> NoReturn:
 
 
 def _warning_printer() -> Callable[..., None]:
-    """Return a printer that shows each halfstep warning once, because sampling repeats a model's warnings."""
+    """Return a printer that shows each halfstep warning once, although sampling repeats them."""
     from halfstep.core.warnings import HalfstepWarning
 
     said: set[str] = set()
@@ -64,8 +64,8 @@ def _warning_printer() -> Callable[..., None]:
 
 
 def _end(number: int, frame: FrameType | None) -> NoReturn:
-    """Exit a process that has nothing to save; PID 1 of a container ignores signals without a handler."""
-    # The signal may have come while the process was printing.
+    """Exit a process that has nothing to save. PID 1 of a container ignores signals without a handler."""
+    # The signal may interrupt another print.
     with contextlib.suppress(RuntimeError):
         print(f"\nhalfstep: stopped by {signal.Signals(number).name}", file=sys.stderr)
     raise SystemExit(128 + number)
@@ -89,26 +89,26 @@ def main(argv: Sequence[str] | None = None) -> None:
             _check_written(out)
     except SystemExit as end:
         if argv is None and isinstance(end.code, int) and end.code > 128:
-            # After a signal, everything is saved and printed, and Python would spend seconds on unloading modules.
+            # After a signal, everything is saved and printed. A normal exit would unload modules for seconds.
             os._exit(end.code)
         raise
 
 
 def _thread_failed(failed: threading.ExceptHookArgs) -> None:
-    """Print the traceback of a thread's error, except for a lost disk, which the main thread reports."""
+    """Print the traceback of a thread's error. The main thread reports a lost disk."""
     if not issubclass(failed.exc_type, OSError):
         threading.__excepthook__(failed)
 
 
 def _check_written(out: Output) -> None:
-    """Fail if output to stdout was lost, unless its reader (head, less) closed the pipe."""
+    """Fail if output to stdout was lost, unless the reader (head, less) closed the pipe."""
     out.flush()
     if out.error is not None and out.error.errno != errno.EPIPE:
-        fail(f"stdout cannot be written ({out.error.strerror}), so the printed output is lost; everything else is done")
+        fail(f"stdout cannot be written ({out.error.strerror}). The output is lost, but everything else is done")
 
 
 def _main(arguments: list[str]) -> None:
-    # Slow imports come last, so that help and usage errors are fast.
+    # Slow imports come last, because help and usage errors must be fast.
     if arguments[:1] == ["help"] and arguments[1:] and arguments[1] in VERBS:
         arguments = [arguments[1], "--help"]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -140,7 +140,7 @@ def _main(arguments: list[str]) -> None:
 def _dispatch_together(verb: Verb, rest: Sequence[str]) -> None:
     """Run the verb as one of several processes."""
     if verb.name not in ("run", "train", "distill", "finish", "encode", "sample", "evaluate", "demo"):
-        fail(f"halfstep {verb.name} uses one process: start it without torchrun or accelerate launch")
+        fail(f"halfstep {verb.name} uses one process. Start it without torchrun or accelerate launch")
     from halfstep.runtime.processes import leave
 
     try:
@@ -151,7 +151,7 @@ def _dispatch_together(verb: Verb, rest: Sequence[str]) -> None:
             traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
-        # A normal exit would wait for the other ranks, or be interrupted when they exit.
+        # A normal exit would wait for the other ranks, or crash when they exit.
         os._exit(code if isinstance(code, int) else 1)
     leave()
 
@@ -178,10 +178,7 @@ def _dispatch(verb: Verb, rest: Sequence[str]) -> None:
             )
         fail(error.strerror if isinstance(error, OSError) and error.strerror else error, code)
     except MemoryError as error:
-        fail(
-            f"out of memory ({one_line(error) or 'malloc failed'}). Reduce the size, or free some memory",
-            1,
-        )
+        fail(f"out of memory ({one_line(error) or 'malloc failed'}). Reduce the size, or free some memory", 1)
 
 
 def _function_of(verb: Verb) -> Any:
@@ -190,7 +187,7 @@ def _function_of(verb: Verb) -> Any:
 
 def _call_heavy(verb: Verb, rest: Sequence[str]) -> None:
     """Call a verb that needs torch and diffusers."""
-    # diffusers imports these optional libraries, which warn at import about what they cannot do here.
+    # diffusers imports these optional libraries, which print irrelevant warnings.
     for library in ("bitsandbytes", "torchao", "torch.utils._pytree", "diffusers.quantizers.torchao"):
         logging.getLogger(library).setLevel(logging.ERROR)
     keep_freed_memory()
@@ -207,8 +204,8 @@ def _call_heavy(verb: Verb, rest: Sequence[str]) -> None:
             function(rest)
         except Interrupted as stopped:
             if not rank():
-                said = f"{stopped}; the state is saved. Run the same command again to resume"
-                print(f"\nhalfstep: {said}", file=sys.stderr)
+                text = f"{stopped}; the state is saved. Run the same command again to resume"
+                print(f"\nhalfstep: {text}", file=sys.stderr)
             raise SystemExit(stopped.code) from None
         except FailedElsewhere as error:
             # Rank 0 reports for all ranks.

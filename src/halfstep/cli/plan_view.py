@@ -1,4 +1,4 @@
-"""A run's plan on a terminal: one line for each finished, current or future stage, and the overall progress."""
+"""A run's plan on a terminal: one line per stage, and the overall progress."""
 
 import math
 import time
@@ -10,8 +10,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
-from halfstep.cli.words import duration
-from halfstep.report.words import count, number
+from halfstep.report.words import count, duration, number
 from halfstep.runs import RunStatus, StageStatus
 
 MARKS = {"done": "✓", "training": "▶", "measuring": "▶", "to come": "·", "damaged": "!"}
@@ -19,12 +18,12 @@ ASCII_MARKS = {"done": "x", "training": ">", "measuring": ">", "to come": ".", "
 STYLES = {"done": "green", "training": "bold", "measuring": "bold", "to come": "dim", "damaged": "red"}
 BAR_WIDTH = 12
 WIDTHS = (78, 92, 110)
-"""Terminal widths from which losses and distances, progress bars, and samples per second are also shown."""
+"""Minimum terminal widths for losses and distances, for progress bars, and for samples per second."""
 
 
 @final
 class PlanView:
-    """The status in as many lines as fit the console. Stages that do not fit are counted in one line.
+    """The status of a run, in as many lines as the console has. Stages that do not fit are counted in one line.
 
     Args:
         reserved: terminal lines that other output needs.
@@ -35,7 +34,7 @@ class PlanView:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         stages, current = self.status.stages, self.status.current
-        # The last line shows the total; a line above and a line below the table count the omitted stages.
+        # The last line shows the total. A line above and a line below the table count omitted stages.
         room = max(1, console.height - self.reserved - 1) if console.is_terminal else len(stages)
         at = len(stages) - 1 if current is None else stages.index(current)
         first, last = shown_range(len(stages), at, room)
@@ -50,7 +49,7 @@ class PlanView:
         has_figures, has_bar, has_rate = (options.max_width >= width for width in WIDTHS)
         shown = (True, has_bar, True, has_figures, has_rate, True, has_figures)
         columns = [
-            # Names must not be truncated: users look for them.
+            # Names must not be truncated.
             Column(no_wrap=True, min_width=max(len(stage.name) for stage in stages) + 2),
             Column(width=BAR_WIDTH),
             Column(justify="right", no_wrap=True),
@@ -88,7 +87,7 @@ class PlanView:
         return f"{duration(left)} left" if stage.state == "training" else f"about {duration(left)}"
 
     def _distance(self, stage: StageStatus) -> str:
-        """Return a model's best distance and its ratio to the teacher's, or the progress of its measurement."""
+        """Return a model's best distance and its ratio to the teacher's, or the progress of measuring it."""
         if stage.state == "measuring" and not (stage.results and stage.num_steps):
             return stage.measuring or "measuring ..."
         if not stage.results:
@@ -112,22 +111,22 @@ class PlanView:
         if (status.current is not None or left) and not math.isnan(left):
             parts.append(f"{duration(left)} left")
             if status.state == "running" and left < 30 * 86400:
-                # The date is shown if half a day or more is left.
+                # Show the date if half a day or more is left.
                 clock = time.strftime("%H:%M" if left < 43200 else "%a %d %b %H:%M", time.localtime(time.time() + left))
                 parts.append(f"done about {clock}")
         return Text("  ".join(parts), style="bold")
 
 
 def updates_words(stage: StageStatus) -> str:
-    """Return "finished/planned" updates of a stage in training, such as "120/1,500", otherwise the planned updates."""
+    """Return the planned updates of a stage, or "120/1,500" during its training."""
     done = f"{stage.update:,}/" if stage.state in ("training", "damaged") else ""
     return f"{done}{stage.num_updates:,}"
 
 
 def shown_range(count: int, at: int, room: int) -> tuple[int, int]:
-    """Return the range (first, last + 1) of the `count` lines that fit into `room` and include line `at`.
+    """Return the range (first, last + 1) of `count` lines that fit into `room` and include line `at`.
 
-    Omitted lines before the range take one line of the room, and so do omitted lines after it.
+    Two lines of the room are reserved for the counts of omitted lines before and after the range.
     """
     if count <= room:
         return 0, count

@@ -1,12 +1,17 @@
-"""`halfstep report`: a run's page, with the training samples that are nearest to its own samples."""
+"""`halfstep report`: the page of a run, with the nearest training samples."""
 
 import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import tyro
 
 from halfstep.cli.arguments import recipe_of_run
+from halfstep.cli.usage import UsageError, parse
+from halfstep.cli.words import Screen
 from halfstep.data import Data, open_data
 from halfstep.measure.nearest import nearest_samples
 from halfstep.measure.samples import samples_array
@@ -19,14 +24,33 @@ from halfstep.runs import RunFolder
 NUM_SHOWN = 8
 """Number of samples shown with their nearest training images."""
 NUM_SEARCHED = 64
-"""Number of samples with reported distances."""
+"""Number of samples for which distances are reported."""
+
+
+@dataclass
+class ReportArguments:
+    """Write RUN/report/index.html, a single file that works offline."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of a run, finished or in progress."""
+    studies: Path | None = None
+    """Folder of studies (`halfstep study`) to include; RUN/studies by default."""
+
+
+def report(argv: Sequence[str]) -> None:
+    arguments = parse(ReportArguments, argv, "halfstep report")
+    if not arguments.run.is_dir():
+        raise UsageError(f"{arguments.run} is not a run. Give the folder of a run")
+    if arguments.studies is not None and not any(arguments.studies.glob("*/study.json")):
+        raise UsageError(f"{arguments.studies} contains no studies. Give the folder that `halfstep study` wrote to")
+    Screen().say(str(make_report(arguments.run, studies=arguments.studies)))
 
 
 def make_report(run: Path, data: Data | None = None, studies: Path | None = None) -> Path:
     """Write RUN/report/index.html, with the nearest training samples if the data can be opened; return its path.
 
     Args:
-        data: the run's training data; opened as in its recipe if None.
+        data: the training data; the recipe's if None.
         studies: a folder of studies to show; RUN/studies if None.
 
     Raises:
@@ -37,7 +61,7 @@ def make_report(run: Path, data: Data | None = None, studies: Path | None = None
 
 
 def _look(run: RunFolder, facts: RunFacts, data: Data | None) -> str | None:
-    """Write report/nearest.npz unless it is up to date; return the reason if that is impossible."""
+    """Write report/nearest.npz unless it is up to date; return the reason if it cannot be written."""
     shown = headline(facts)
     if shown is None:
         run.nearest_path.unlink(missing_ok=True)
@@ -49,11 +73,11 @@ def _look(run: RunFolder, facts: RunFacts, data: Data | None) -> str | None:
         recipe = recipe_of_run(run)
         digest = hashlib.sha256(samples.tobytes()).hexdigest()
         fingerprint = run.recipe().get("data_fingerprint")
-        # The first number is the version of the search, so that results of an older version are computed again.
+        # The first number is the version of the search. Increment it to search again.
         key = f"1 {fingerprint} {recipe.data.flip} {name} {steps} {digest}"
         if fingerprint is not None and facts.nearest is not None and nearest_key(run) == key:
             return None
-        # Neighbours of other samples must not be shown next to these.
+        # Remove the neighbours of earlier samples.
         run.nearest_path.unlink(missing_ok=True)
         data = open_data(recipe.data) if data is None else data
         if fingerprint not in (None, data.fingerprint):

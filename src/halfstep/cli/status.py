@@ -13,8 +13,8 @@ from rich.text import Text
 
 from halfstep.cli.plan_view import PlanView
 from halfstep.cli.usage import Switch, UsageError, parse
-from halfstep.cli.words import Screen, duration, print_json
-from halfstep.report.words import method_words, number
+from halfstep.cli.words import Screen, print_json
+from halfstep.report.words import duration, method_words, number
 from halfstep.runs import RunStatus, read_status
 
 STYLES = {"running": "bold green", "finished": "green", "stopped": "yellow", "diverged": "red", "failed": "red"}
@@ -22,7 +22,7 @@ STYLES = {"running": "bold green", "finished": "green", "stopped": "yellow", "di
 
 @dataclass
 class StatusArguments:
-    """Show the progress of a run, from any shell or machine. Only reads the run's folder; locks and changes nothing.
+    """Show the progress of a run, from any shell or machine. Reads the run's folder without locking or changing it.
     States: running, finished, stopped (run the same command again), diverged, failed."""
 
     run: tyro.conf.Positional[Path]
@@ -34,7 +34,6 @@ class StatusArguments:
 
 
 def status(argv: Sequence[str]) -> None:
-    """Print the progress of a run."""
     arguments = parse(StatusArguments, argv, "halfstep status")
     if arguments.watch and arguments.json:
         raise UsageError("--watch and --json cannot be combined. Remove one of them")
@@ -73,7 +72,7 @@ def view(status: RunStatus) -> Group:
         if stage.checkpoint is not None:
             lines.append(Text(f"last checkpoint: update {stage.checkpoint:,} of {stage.name}"))
         elif stage.update:
-            killed = "if killed now, the stage restarts; Ctrl-C saves first"
+            killed = "a kill restarts the stage, but Ctrl-C saves first"
             lost = killed if status.state == "running" else "the stage restarts"
             lines.append(Text(f"no checkpoint of {stage.name} yet: {lost}"))
     if status.state == "stopped":

@@ -1,24 +1,31 @@
-"""`halfstep study`: the paper's tables and figures, and comparisons of methods."""
+"""`halfstep study`: reproduce the paper's tables and figures, and compare methods."""
 
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 import tyro
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
-from halfstep.cli.arguments import RecipeName, StudyName
-from halfstep.cli.usage import Range, Switch, UsageError, parse
-from halfstep.cli.words import Screen, duration, print_json, print_table
+from halfstep.cli.usage import Switch, UsageError, parse
+from halfstep.cli.words import Screen, print_json, print_table
 from halfstep.recipes import recipes
-from halfstep.report.words import count, number
+from halfstep.report.words import count, duration, number
 from halfstep.run.events import Event, Notice, StageStart
 from halfstep.runtime.files import read_json, refuse_file
 from halfstep.runtime.stop import StopSignal
 from halfstep.studies import SCALES, Scale, Trial, run_study, studies, write_study
+
+if TYPE_CHECKING:
+    RecipeName = str
+    StudyName = str
+else:
+    RecipeName = tyro.extras.literal_type_from_choices(recipes)
+    StudyName = tyro.extras.literal_type_from_choices(studies)
 
 
 @dataclass
@@ -28,25 +35,24 @@ class StudyArguments:
     name: tyro.conf.Positional[StudyName]
     """Study (`halfstep ls studies` describes them)."""
     scale: Literal["smoke", "small", "paper"] = "smoke"
-    """smoke: digits, minutes on two CPU cores; small: Fashion-MNIST, hours on a GPU; paper: CIFAR-10 as published."""
+    """smoke: digits, minutes on two CPU cores. small: Fashion-MNIST, hours on a GPU. paper: CIFAR-10 as published."""
     recipe: RecipeName | None = None
-    """Recipe for teacher and chain, such as imagenet64_paper; the scale's own by default."""
+    """Recipe for teacher and chain, such as imagenet64_paper; the scale's by default."""
     data: str | None = None
-    """Data source, such as a folder; the scale's own by default."""
-    seeds: Annotated[int, Range(1, 1000)] | None = None
-    """Number of seeds for repeated training; the scale's own by default."""
-    threads: Annotated[int, Range(1, 512)] | None = None
+    """Data source, such as a folder; the scale's by default."""
+    seeds: Annotated[int, Field(ge=1, le=1000)] | None = None
+    """Number of seeds for repeated training; the scale's by default."""
+    threads: Annotated[int, Field(ge=1, le=512)] | None = None
     """CPU threads for torch; torch's own choice by default."""
     out: Path | None = None
     """Folder shared by all studies of a scale; studies/SCALE by default."""
     dry_run: Switch = False
-    """List the cells and, where it is counted, their cost; write nothing."""
+    """List the cells and, if known, their cost; write nothing."""
     json: Switch = False
     """Print one JSON document: the cells with --dry-run, otherwise the table; progress goes to stderr."""
 
 
 def study(argv: Sequence[str]) -> None:
-    """Run a study and print its table."""
     arguments = parse(StudyArguments, argv, "halfstep study")
     screen = Screen(arguments.json)
     chosen = studies[arguments.name]()
@@ -102,14 +108,10 @@ def study(argv: Sequence[str]) -> None:
 
 
 def scale_of(arguments: StudyArguments) -> Scale:
-    """Return the scale, overridden by the command line.
-
-    Raises:
-        UsageError: if a number of seeds has no effect on the study.
-    """
+    """Return the scale, overridden by the command line."""
     scale = SCALES[arguments.scale]()
     if arguments.recipe is not None:
-        # Train as in the recipe, but measure as in the scale.
+        # The scale determines the measurement.
         recipe = recipes[arguments.recipe]().model_copy(update={"evaluation": scale.recipe.evaluation})
         scale = dataclasses.replace(scale, recipe=recipe, ablation=recipe)
     if arguments.data is not None:

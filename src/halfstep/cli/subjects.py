@@ -1,24 +1,26 @@
-"""The subjects of `halfstep evaluate`: models of a run, one stage, a diffusers pipeline, or samples in files."""
+"""Arguments, subjects and rows of `halfstep evaluate`."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Literal, NamedTuple, final
+from typing import Annotated, Literal, NamedTuple, final
 
+import pydantic
 import torch
+import tyro
+from pydantic import Field
 
-from halfstep.cli.arguments import EvaluateArguments, recipe_of_stage
-from halfstep.cli.usage import UsageError
+from halfstep.cli.arguments import recipe_of_stage
+from halfstep.cli.usage import Count, Guidance, Share, Side, Steps, Switch, UsageError
 from halfstep.core.grids import check_num_steps
 from halfstep.data import Data
 from halfstep.hub import import_pipeline, is_pipeline
 from halfstep.measure.curve import Entry
 from halfstep.measure.evaluate import Method, finest, teacher_methods
 from halfstep.measure.sources import ModelSource, sampler_of
-from halfstep.models.folder import base_of, find_stage, load
+from halfstep.models.folder import base_of, find_stage, load, model_path, pretrained
 from halfstep.models.model import Model
-from halfstep.models.pretrained import model_path, pretrained
 from halfstep.recipes import Recipe
 from halfstep.registry import nearest
 from halfstep.report.words import sampler_label
@@ -26,6 +28,61 @@ from halfstep.runs import Manifest, RunFolder, StageFolder
 from halfstep.runs.evaluation import Series
 from halfstep.runtime.files import DamagedFile
 from halfstep.samplers import Ancestral, Sampler, samplers
+
+
+@pydantic.dataclasses.dataclass
+class EvaluateArguments:
+    """Measure each student of a run at its own number of steps, and the teacher at all these numbers. SUBJECT is a run,
+    a stage, a diffusers pipeline (a folder or a name on the Hub), a folder of images, or an .npz of samples. To resume,
+    run the same command again: finished samples are reused. Writes evaluation.json, .md, .csv and .svg, and keeps the
+    samples.
+    """
+
+    subject: tyro.conf.Positional[str]
+    """Model, run or samples to evaluate."""
+    num_steps: tuple[Steps, ...] = ()
+    """Steps of the --against series or of a stage; by default, the start of the chain, halved down to 1."""
+    against: tuple[str, ...] | None = None
+    """Series to compare with the students: teacher-SAMPLER or student-SAMPLER (see `halfstep ls samplers`). Default:
+    teacher-ddim, and without --num-steps also teacher-heun."""
+    extractors: tuple[str, ...] = ()
+    """Feature extractors for the distances: NAME or NAME=WEIGHTS (see `halfstep ls extractors`); the recipe's by
+    default.
+    """
+    seeds: Annotated[int, Field(ge=1, le=1000)] = 1
+    """Number of sets of seeds; more than one adds the spread to the results."""
+    num_samples: Annotated[int, Field(ge=2, le=1_000_000)] | None = None
+    """Samples per set; by default the recipe's number, or all of a folder's."""
+    gamma: Share | None = None
+    """Variance of ancestral sampling, from its lower bound (0) to its upper bound (1, the default)."""
+    search_gamma: Annotated[int, Field(ge=2, le=1000)] | None = None
+    """Number of gammas from 0 to 1 to try for each ancestral row; shows the best. The paper tries 11."""
+    guidance_scale: Guidance | None = None
+    """Guidance scale, for models that support guidance; each model's own by default."""
+    precision: Literal["float32", "bf16"] | None = None
+    """bf16 samples in bfloat16; the recipe's precision by default."""
+    batch_size: Count | None = None
+    """Samples drawn at once; by default the recipe's number, or as many as fit."""
+    data: str | None = None
+    """Real samples to compare with; the recipe's by default."""
+    image_size: Side | None = None
+    """Height and width to resize real images to; the recipe's by default."""
+    channels: Literal[1, 3] | None = None
+    """1 reads real images as grey, 3 in colour; the recipe's setting by default."""
+    split: str | None = None
+    """Split of the real data; by default the training split."""
+    no_labels: Switch = False
+    """Ignore the classes of the real data."""
+    label_column: str | None = None
+    """Table column with the class of each real image; the recipe's by default."""
+    skip_broken: Switch = False
+    """Skip real images that cannot be read."""
+    max_bytes: int | None = None
+    """Memory for the pixels of the real images; the recipe's limit by default."""
+    out: Path | None = None
+    """Output folder; by default SUBJECT/evaluation for a run or stage, otherwise ./evaluation-NAME."""
+    json: Switch = False
+    """Print evaluation.json; progress goes to stderr."""
 
 
 class Candidate(NamedTuple):
@@ -39,13 +96,13 @@ class Candidate(NamedTuple):
 @final
 @dataclass(frozen=True)
 class Subject:
-    """A subject of the evaluation."""
+    """A subject to evaluate."""
 
     kind: Literal["run", "stage", "pipeline", "images"]
     out: Path
     """Default folder of its evaluation."""
     recipe: Recipe | None = None
-    """Recipe of its run; None outside one."""
+    """Recipe of its run; None outside a run."""
     teacher: Candidate | None = None
     students: tuple[Candidate, ...] = ()
     files: Path | None = None
@@ -56,11 +113,7 @@ class Subject:
 
 
 def subject_of(text: str) -> Subject:
-    """Return the subject at a path or with a name on the Hub.
-
-    Raises:
-        ValueError: if it cannot be measured.
-    """
+    """Return the subject at a path or with a name on the Hub; raise ValueError if it cannot be measured."""
     path = model_path(text)
     if is_pipeline(path) or (not path.exists() and text.count("/") == 1 and not text.startswith((".", "/", "~"))):
         model = import_pipeline(text)
@@ -75,7 +128,7 @@ def subject_of(text: str) -> Subject:
 
 
 def _run(path: Path, recipe: Recipe | None) -> Subject:
-    """Return the models of a run; skips those that are missing, not kept or damaged, with a notice for each."""
+    """Return the models of a run, with a notice for each that is missing, damaged or was not kept."""
     run, notices, teacher = RunFolder(path), [], None
     students: list[Candidate] = []
     for stage in run.stages():
@@ -96,8 +149,8 @@ def _run(path: Path, recipe: Recipe | None) -> Subject:
     there = {stage.name for stage in run.stages()}
     if missing := [row.name for row in run.plan if row.name not in there]:
         notices.append(
-            f"The run is not finished: {', '.join(missing)} {'does' if len(missing) == 1 else 'do'} not exist yet; "
-            "run the same command again later."
+            f"The run is not finished, and {', '.join(missing)} {'does' if len(missing) == 1 else 'do'} not exist yet. "
+            "Run the same command again later."
         )
     if teacher is None and not students:
         raise DamagedFile(f"{path} has no stage that can be measured ({'; '.join(notices)})")
@@ -108,18 +161,18 @@ def _stage(path: Path, recipe: Recipe | None) -> Subject:
     stage = StageFolder(path)
     manifest = stage.manifest()
     if not manifest.weights_kept:
-        raise UsageError(f"{path} no longer has its weights (chain.keep): measure another stage")
+        raise UsageError(f"{path} no longer has its weights (chain.keep). Measure another stage")
     found = Candidate(stage.name, manifest, cache(partial(load, path)))
     teacher, students = (found, ()) if manifest.outcome.role == "teacher" else (None, (found,))
     store = RunFolder(path.parent.parent).evaluation_path.parent if path.parent.name == "stages" else None
-    # Evaluations are never written into the installed package.
+    # Never write into the installed package.
     out = Path(f"evaluation-{path.name}") if path in pretrained().values() else path / "evaluation"
     return Subject("stage", out, recipe, teacher, students, store=store)
 
 
 @final
 class Rows:
-    """The rows of the curve: students at their own steps, and each --against series at all of these steps.
+    """The rows of the curve: students at their own steps, and each --against series at all these steps.
 
     Raises:
         ValueError: if a series is unknown, or no model of it exists.
@@ -141,10 +194,10 @@ class Rows:
                 self.entries.append(self._entry(series, model, sampler_of(manifest), count))
         against = arguments.against
         if against is None:
-            # If the teacher is damaged, a notice already says so.
+            # A notice reports a damaged teacher.
             against = () if subject.teacher is None else (f"teacher-{subject.teacher.manifest.outcome.sampler_name}",)
             heun = recipe.evaluation.teacher_heun_steps
-            # A student is sampled only with the sampler that it was distilled for.
+            # A distilled teacher keeps its sampler.
             is_whole = subject.teacher is not None and subject.teacher.manifest.num_steps is None
             if is_whole and heun and not arguments.num_steps:
                 self._add("teacher-heun", heun)
@@ -153,7 +206,7 @@ class Rows:
         self._check()
 
     def _own_series(self, manifest: Manifest) -> str:
-        """Return the series for models of this role and sampler; create it if there is none yet."""
+        """Return the name of the series for this role and sampler; create the series if needed."""
         role, sampler = manifest.outcome.role, sampler_of(manifest)
         kind = manifest.outcome.sampler_name
         by = sampler_label(kind) if sampler == samplers[kind]() else repr(sampler)
@@ -168,7 +221,7 @@ class Rows:
         return names[label]
 
     def _add(self, name: str, steps: Sequence[int]) -> None:
-        """Add an --against series; a teacher is measured at these steps."""
+        """Add an --against series; `steps` apply to teachers."""
         subject, arguments = self.subject, self.arguments
         who, _, sampler = name.partition("-")
         if who not in ("teacher", "student") or not sampler:
@@ -179,7 +232,10 @@ class Rows:
         models = teachers if who == "teacher" else subject.students
         if not models:
             if subject.kind != "run":
-                raise UsageError(f"--against {name}: there is no {who} here. Remove it, or give the run's folder")
+                raise UsageError(
+                    f"--against {name} needs a {who}, and this {subject.kind} has none. Remove it, or give the run's "
+                    "folder"
+                )
             return
         gamma = None
         levels: list[tuple[Sampler, float | None]]
@@ -208,17 +264,17 @@ class Rows:
         only_students = asked.against is not None and not any(name.startswith("teacher-") for name in asked.against)
         if asked.num_steps and self.subject.kind != "stage" and only_students:
             raise UsageError(
-                "--num-steps only sets the steps of the teacher, because students have their own. Add --against "
-                "teacher-ddim, or remove it"
+                "--num-steps only sets the teacher's steps, because students have their own. Add --against "
+                "teacher-ddim, or remove --num-steps"
             )
         if not self.entries:
-            raise UsageError("nothing is left to measure. Choose an existing series with --against")
+            raise UsageError("no model is left to measure. Choose another series with --against")
         has_gamma = any(e.gamma is not None for e in self.entries) or any(s.gamma is not None for s in self.series)
         if (asked.gamma is not None or asked.search_gamma is not None) and not has_gamma:
             raise UsageError("--gamma and --search-gamma have no effect without --against teacher-ancestral. Add it")
 
     def teacher(self) -> Entry | None:
-        """Return the teacher at its own number of steps, or if it has none, with the finest method of the run."""
+        """Return the teacher at its own number of steps, or, if it takes any, with the run's finest method."""
         teacher = self.subject.teacher
         if teacher is None or self.subject.kind == "pipeline":
             return None

@@ -1,28 +1,17 @@
-"""Parse a command line with tyro; report an error in one line that suggests the nearest option or value."""
+"""Parse a command line with tyro; report an error in one line and suggest the nearest option or value."""
 
 import re
 import sys
 from argparse import ArgumentParser
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from types import MappingProxyType, NoneType, UnionType
-from typing import (
-    Annotated,
-    Any,
-    Final,
-    Literal,
-    NamedTuple,
-    NoReturn,
-    TypeVar,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Annotated, Any, Final, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
 import tyro
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from tyro import _errors as tyro_errors
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
@@ -37,18 +26,18 @@ Switch = tyro.conf.FlagCreatePairsOff[bool]
 CONFIG: Final = (tyro.conf.PositionalMetavarFromFieldName,)
 
 PLAIN: Final = ConstructorRegistry()
-"""Formats values in the help (INT instead of tyro's {None}|INT) and reports bad ones."""
+"""Placeholders of values in the help (INT instead of tyro's {None}|INT), and error messages."""
 
 METAVARS: Final = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
 BOUNDS: Final = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
-"""Words for the bounds that pydantic checks."""
+"""Words for pydantic's bounds."""
 NEEDED: Final = {int: "a whole number", float: "a number"}
 
 
 @PLAIN.primitive_rule
 def _plain(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     kinds = get_args(info.type) if get_origin(info.type) in (Union, UnionType) else (info.type,)
-    # A word, such as auto, may replace the value.
+    # A word, such as auto, can replace the value.
     words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
     values = [kind for kind in kinds if kind is not NoneType and get_origin(kind) is not Literal]
     if len(values) != 1:
@@ -85,43 +74,26 @@ class UsageError(ValueError):
     """An invalid command line; its message is one line."""
 
 
-def flag(name: str) -> str:
-    """Return the option of an argument, as it is typed."""
-    return f"--{name.replace('_', '-')}"
+def refuse_idle(arguments: Any, where: str, names: Iterable[str], reasons: Mapping[str, str] = {}) -> None:
+    """Raise UsageError if one of these options was given, because it has no effect there.
+
+    Args:
+        arguments: a dataclass of arguments.
+        where: end of the message, such as "on --format web".
+        reasons: reasons for some of the options, for the message.
+    """
+    defaults = {field.name: field.default for field in fields(arguments)}
+    for name in names:
+        if getattr(arguments, name) != defaults[name]:
+            reason = f": {reasons[name]}" if name in reasons else ""
+            raise UsageError(f"--{name.replace('_', '-')} has no effect {where}{reason}. Remove it")
 
 
-class Range(NamedTuple):
-    """The range of an argument's values, as an annotation of its type."""
-
-    least: float
-    most: float
-
-
-Count = Annotated[int, Range(1, 1_000_000)]
-Steps = Annotated[int, Range(1, 2**20)]
-Side = Annotated[int, Range(1, 16_384)]
-Share = Annotated[float, Range(0, 1)]
-Guidance = Annotated[float, Range(0, 1000)]
-
-
-def _check_ranges(arguments: object) -> None:
-    """Raise UsageError if an argument is outside its range."""
-    for name, hint in get_type_hints(type(arguments), include_extras=True).items():
-        bounds, value = _range_of(hint), getattr(arguments, name)
-        if bounds is None or value is None:
-            continue
-        for each in value if isinstance(value, tuple) else (value,):
-            if not each >= bounds.least:
-                raise UsageError(f"{flag(name)} must be at least {bounds.least:,}, got {each}")
-            if not each <= bounds.most:
-                raise UsageError(f"{flag(name)} must be at most {bounds.most:,}, got {each}")
-
-
-def _range_of(hint: Any) -> Range | None:
-    """Return the range of a type: of `int`, of `int | None` or of a tuple's entries."""
-    marks = [mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, Range)]
-    inner = (_range_of(part) for part in get_args(hint) if not isinstance(part, Range))
-    return next((found for found in (*marks, *inner) if found is not None), None)
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+Steps = Annotated[int, Field(ge=1, le=2**20)]
+Side = Annotated[int, Field(ge=1, le=16_384)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Guidance = Annotated[float, Field(ge=0, le=1000)]
 
 
 def first_line(error: ValidationError) -> str:
@@ -133,16 +105,17 @@ def first_line(error: ValidationError) -> str:
         return f"unknown field {where!r}"
     for bound, words in BOUNDS.items():
         if bound in first.get("ctx", {}):
-            reason = f"must be {words} {first['ctx'][bound]:,}"
+            limit = f"{first['ctx'][bound]:,}".removesuffix(".0")
+            return f"{where} must be {words} {limit}, got {first['input']!r}"
     if first["type"] != "value_error":
         reason = f"{reason[0].lower()}{reason[1:]}, got {first['input']!r}"
-    # A contradiction between several fields belongs to none of them.
+    # A contradiction between fields has no location.
     return f"{where}: {reason}" if where else reason
 
 
 def parser_of(kind: type[Arguments], default: Arguments | None = None) -> ArgumentParser:
     """Return an argparse parser for the options that `parse` reads."""
-    # Its class derives from argparse's, but type checkers do not see that.
+    # Type checkers do not see that its class derives from argparse's.
     parser: Any = tyro.extras.get_parser(
         kind, default=tyro.MISSING_NONPROP if default is None else default, config=CONFIG, registry=PLAIN
     )
@@ -151,12 +124,11 @@ def parser_of(kind: type[Arguments], default: Arguments | None = None) -> Argume
 
 
 def with_flag(reason: str, argv: Sequence[str]) -> str:
-    """Replace the setting at the start of an error message with its flag, if exactly one flag matches."""
-    first, _, rest = reason.partition(" ")
-    name = first.rstrip(":")
+    """Replace the setting at the start of an error message with its flag, if exactly one matches."""
+    name, rest = re.split(r"(?:\.\d+)?(?=:? |$)", reason, maxsplit=1)
     flags = [token.partition("=")[0] for token in argv if token.startswith("--")]
     found = [flag for flag in flags if flag.replace("-", "_").endswith((f".{name}", f"__{name}"))]
-    return f"{found[0]}{first[len(name) :]} {rest}" if len(found) == 1 else reason
+    return found[0] + rest if len(found) == 1 else reason
 
 
 def parse(
@@ -169,10 +141,9 @@ def parse(
     """Parse `argv`, in which options may have `short` names; errors show each option as it was typed.
 
     Raises:
-        UsageError: in one line, if an option is unknown, lacks its value or has a value of the wrong type.
+        UsageError: if an option is unknown, or its value is missing or invalid.
         SystemExit: after --help.
     """
-
     if asked := [token for token in argv if token in HELP]:
         print(help_text(parser_of(kind, default), prog, short, "--help-all" in asked))
         raise SystemExit(0)
@@ -182,7 +153,7 @@ def parse(
 
 @contextmanager
 def as_typed(argv: Sequence[str], short: Mapping[str, str]) -> Iterator[None]:
-    """Re-raise a ValueError that names an option with the option's short name, if the user typed that."""
+    """Replace options in the message of a ValueError with the short names that the user typed."""
     try:
         yield
     except ValueError as error:
@@ -204,7 +175,7 @@ def _parsed(
 ) -> Arguments:
     def refuse(event: tyro_errors.ParseErrorEvent) -> NoReturn:
         known = [*parser_of(kind, default)._option_string_actions, *short, *HELP]
-        # Report a mistyped option first, because other errors are usually caused by it.
+        # A mistyped option usually causes the other errors, so it is reported first.
         for token in argv:
             name = token.partition("=")[0].replace("_", "-")
             if name.startswith("--") and name not in known:
@@ -213,7 +184,7 @@ def _parsed(
 
     try:
         with tyro_errors.on_parse_error(refuse):
-            arguments = tyro.cli(
+            return tyro.cli(
                 kind,
                 args=list(argv),
                 prog=prog,
@@ -221,17 +192,12 @@ def _parsed(
                 config=CONFIG,
                 registry=PLAIN,
             )
-        _check_ranges(arguments)
-        return arguments
     except ValidationError as error:
         raise UsageError(with_flag(first_line(error), argv)) from None
 
 
 def _reason(event: tyro_errors.ParseErrorEvent, prog: str, argv: Sequence[str]) -> str:
-    """Return in one line why tyro rejects a command line.
-
-    tyro prints its reasons in boxes of many lines. Only a private hook provides its events; no other code uses it.
-    """
+    """Return tyro's error in one line, instead of a box of many lines."""
 
     def name_of(argument: Any) -> str:
         name: str = argument.lowered.name_or_flags[0]
@@ -253,13 +219,14 @@ def _reason(event: tyro_errors.ParseErrorEvent, prog: str, argv: Sequence[str]) 
             hint = nearest(event.value, event.choices)
             return f"{name_of(event.argument)}: {event.value!r} is not one of {choices}{hint}"
         case tyro_errors.InstantiationFailure():
-            # tyro keeps only the text of an exception; the exception itself is the context of the current one.
-            cause = getattr(sys.exception(), "__context__", None)
+            # If tyro has wrapped the original exception, it is the context of tyro's.
+            error = sys.exception()
+            cause = error if isinstance(error, ValueError) else getattr(error, "__context__", None)
             if isinstance(cause, ValidationError):
                 return with_flag(first_line(cause), argv)
             if event.argument is None:
                 return with_flag(" ".join(str(cause or event.message).split()), argv)
-            # For several values, tyro's message contains Python types; for one value, `_plain` wrote the message.
+            # `_plain` wrote the message for a single value; for several values, tyro's contains Python types.
             reason = event.message if event.message.startswith("needs ") else f"needs {event.argument.lowered.metavar}"
             return f"{name_of(event.argument)}: {reason}"
     return f"this command line is invalid{help}"
@@ -267,10 +234,10 @@ def _reason(event: tyro_errors.ParseErrorEvent, prog: str, argv: Sequence[str]) 
 
 @contextmanager
 def in_own_words(*options: str) -> Iterator[None]:
-    """Re-raise a ValueError about data without the recipe options in its text, which only training verbs have.
+    """Remove options that this verb does not have from the message of a ValueError about data.
 
     Args:
-        options: recipe options that this verb also has, without their prefix: `image-size` for --data.image-size.
+        options: options that this verb has without the prefix: `image-size` for --data.image-size.
     """
     try:
         yield
@@ -281,6 +248,6 @@ def in_own_words(*options: str) -> Iterator[None]:
         said = re.sub(r"--data\.([a-z-]+)", lambda found: f"--{found[1]}" if found[1] in options else found[0], said)
         parts = [part for part in said.split("; ") if "--data." not in part]
         if not any("remove" in part or "--" in part for part in parts):
-            # Without the option, the files themselves must be changed.
+            # Without the option, the user must change the files.
             parts = [*(parts or [said.split(": ")[0]]), "resize, convert or remove the files themselves"]
         raise UsageError("; ".join(parts)) from None

@@ -1,4 +1,4 @@
-"""The verbs as data, for the overview, the end of each --help, the shell completion and the documentation.
+"""The verbs as data, for help, shell completion and documentation.
 
 This module imports no slow packages.
 """
@@ -18,19 +18,19 @@ class Verb:
     usage: str
     """Its name and arguments."""
     summary: str
-    """One line, in the overview."""
+    """Its line in the overview."""
     examples: tuple[str, ...]
-    """Complete command lines; the tests check their options against the parser."""
+    """Complete command lines; tests check their options against the parser."""
     notes: tuple[str, ...] = ()
-    """Notes on more than a single option, one per line."""
+    """Notes about more than one option, one per line."""
     codes: tuple[int, ...] = (0, 2)
     """Its exit codes."""
     shown: tuple[str, ...] = ()
     """The options in the short form of its help; all if empty."""
-    module: str = "commands"
-    """Its module in `halfstep.cli`."""
+    module: str = "training"
+    """Module in `halfstep.cli` with its function and its arguments (`RunArguments` for run)."""
     is_light: bool = False
-    """Whether it works without torch and diffusers, which take seconds to import."""
+    """Whether it works without importing torch and diffusers, which takes seconds."""
 
     @property
     def name(self) -> str:
@@ -46,7 +46,7 @@ class Verb:
 TRAINS: Final = (0, 1, 2, 3, 75, 129, 130, 138, 143)
 
 RECIPE_NOTES: Final = (
-    "RECIPE is a name (`halfstep ls recipes`), a .json file or a run's folder. The defaults shown are its own.",
+    "RECIPE is a name (`halfstep ls recipes`), a .json file or a run's folder. The help shows its defaults.",
     "--data S is short for --data.source S, --start N for --chain.start-steps N, --to N for --chain.end-steps N.",
     "To resume a stopped or killed run from its last checkpoint, run the same command again.",
 )
@@ -122,6 +122,7 @@ _USE: Final = (
             "halfstep sample runs/digits --num-samples 64 --seed 0 --out grid.png",
             "halfstep sample runs/digits/stages/00-denoise --num-steps 16 --sampler heun --out samples.npz",
         ),
+        module="sampling",
     ),
     Verb(
         "evaluate SUBJECT",
@@ -134,13 +135,13 @@ _USE: Final = (
         codes=TRAINS,
         module="evaluating",
     ),
-    Verb("report RUN", "write RUN/report/index.html", ("halfstep report runs/digits",)),
+    Verb("report RUN", "write RUN/report/index.html", ("halfstep report runs/digits",), module="reporting"),
     Verb(
         "explore RUN",
         "open a local page: teacher and students side by side from the same noise",
         ("halfstep explore runs/digits", "halfstep explore runs/digits --port 8000 --max-samples 16"),
         (
-            "Stop it with Ctrl-C; that is not an error.",
+            "Stop it with Ctrl-C. The exit code is then 0.",
             "From another machine: ssh -L 7860:127.0.0.1:7860 MACHINE.",
             "Behind a proxy: --root-path PATH --allow-host HOST.",
         ),
@@ -187,8 +188,9 @@ _LOOK: Final = (
     ),
     Verb(
         "ls [FAMILY ...]",
-        "list recipes, samplers, predictions, studies, ...",
+        "list recipes, samplers, predictions, studies and other names",
         ("halfstep ls", "halfstep ls samplers --json"),
+        module="listing",
     ),
     Verb(
         "doctor",
@@ -206,8 +208,8 @@ _LOOK: Final = (
             "zsh: halfstep completion zsh > ~/.zfunc/_halfstep; ~/.zshrc: fpath=(~/.zfunc $fpath) before compinit.",
             "fish: halfstep completion fish > ~/.config/fish/completions/halfstep.fish",
             "tcsh: halfstep completion tcsh > ~/.halfstep.tcsh; ~/.tcshrc: source ~/.halfstep.tcsh",
-            "RECIPE completes to names, not files. After any recipe, the options of all recipes are offered.",
-            "tcsh offers the options of all verbs together.",
+            "RECIPE completes to names, not files. The options of all recipes complete after any recipe.",
+            "tcsh completes the options of all verbs after any verb.",
         ),
         module="completion",
         is_light=True,
@@ -220,11 +222,11 @@ VERBS: Final[Mapping[str, Verb]] = {verb.name: verb for verbs in _GROUPS.values(
 
 EXIT_CODES: Final[Mapping[int, str]] = {
     0: "done",
-    1: "training diverged (a loss or gradient was not finite) or does not fit into memory, or another process of "
-    "the run was lost; the last checkpoint is kept",
-    2: "bad input (one line says what is wrong and what to do), or stdout cannot be written",
-    3: "the disk or mount of a run is full or gone; the message gives the last good state",
-    75: "another halfstep process is writing to the folder: wait for it, then run the same command again",
+    1: "training diverged (a loss or gradient was not finite), ran out of memory, or lost another process of the "
+    "run; the last checkpoint is kept",
+    2: "bad input (the error is one line with a remedy), or stdout cannot be written",
+    3: "the disk or mount of a run is full or gone; the error shows the last good state",
+    75: "another halfstep process is writing to the folder; wait, then run the same command again",
     129: "stopped by SIGHUP (the terminal was closed); a run has saved its state, and the same command resumes it",
     130: "stopped by Ctrl-C; likewise",
     138: "stopped by SIGUSR1; likewise (--engine.requeue-code replaces the code)",
@@ -252,7 +254,7 @@ def overview() -> str:
     lines += [
         "MODEL is the folder of a run (its last stage is used) or of a stage.",
         "`halfstep VERB --help` shows common options and examples, `halfstep VERB --help-all` every option.",
-        "For verbs with --json, stdout is then one JSON document; all other output goes to stderr.",
+        "With --json, stdout is one JSON document, and all other output goes to stderr.",
         "",
         "Exit codes:",
     ]
@@ -262,7 +264,7 @@ def overview() -> str:
 
 
 def epilogue(name: str, width: int, short: bool) -> list[str]:
-    """Return the lines that follow the options in `halfstep NAME --help`; the short form shows short names itself."""
+    """Return the lines after the options in `halfstep NAME --help`; the short form already has short names."""
     verb = VERBS[name]
     shown = [note for note in verb.notes if not (short and " is short for " in note)]
     notes = [

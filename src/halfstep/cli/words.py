@@ -1,7 +1,6 @@
-"""Output for people (durations, tables) and for machines (JSON)."""
+"""Output for people (texts, tables) and for machines (JSON)."""
 
 import json
-import math
 import re
 import sys
 from collections.abc import Iterable
@@ -20,29 +19,13 @@ PIPE_WIDTH: Final = 160
 """Width of tables, in characters, if the output is not a terminal."""
 
 
-def duration(seconds: float) -> str:
-    """Format seconds as "42 s", "3:05 min", "2:10 h" or "12 days"."""
-    if not math.isfinite(seconds):
-        return "unknown"
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60}:{seconds % 60:02d} min"
-    if seconds >= 100 * 3600:
-        return f"{seconds / 86400:,.0f} days"
-    return f"{seconds // 3600}:{seconds % 3600 // 60:02d} h"
-
-
 @final
 class Screen(Console):
-    """A console that prints texts literally: it interprets no markup, colours or control sequences in them.
-
-    It prints on rank 0 only.
+    """A console that prints on rank 0 only, and ignores markup and control sequences in texts.
 
     Args:
         json: whether stdout is reserved for a JSON document; texts then go to stderr.
-        file: where to print instead of stdout or stderr.
+        file: output instead of stdout or stderr.
         is_terminal: whether the output is a terminal; detected if None.
     """
 
@@ -61,7 +44,7 @@ class Screen(Console):
         )
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Render without control characters in texts; rich's own control codes are separate segments."""
+        """Remove control characters from texts; rich's own control codes are separate segments."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=printable(segment.text))
 
@@ -70,11 +53,10 @@ class Screen(Console):
         self.print(text, style=style, soft_wrap=True)
 
     def note(self, text: str, indent: str = "") -> None:
-        """Print a note."""
         self.print(Text.assemble(indent, ("note:", "yellow"), f" {text}"), soft_wrap=True)
 
     def show(self, renderable: RenderableType) -> None:
-        """Print a table or a view; without trailing spaces if the output is a pipe."""
+        """Print a table or a view, without trailing spaces if the output is a pipe."""
         if self.is_terminal or self.quiet:
             self.print(renderable)
             return
@@ -84,11 +66,7 @@ class Screen(Console):
 
 
 def print_json(value: Any) -> None:
-    """Write the JSON document of a command with --json to stdout.
-
-    Raises:
-        ValueError: if it contains a number that is not finite.
-    """
+    """Write a JSON document to stdout; raise ValueError if a number is not finite."""
     sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 

@@ -21,9 +21,8 @@ from torch import Tensor
 from halfstep.core.draw import between, step_noise
 from halfstep.core.warnings import HalfstepWarning
 from halfstep.measure.samples import samples_array
-from halfstep.models.folder import find_stage, load
+from halfstep.models.folder import find_stage, load, model_path
 from halfstep.models.model import Model
-from halfstep.models.pretrained import model_path
 from halfstep.report.words import count, inside
 from halfstep.runs import Manifest, RunFolder, StageFolder, is_finite
 from halfstep.runtime.files import DamagedFile

@@ -1,9 +1,10 @@
-"""The stage folder of a model: write, find and load it."""
+"""Write, find and load the stage folders of models."""
 
 import copy
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +15,25 @@ from halfstep.core.noise import processes
 from halfstep.core.prediction import predictions
 from halfstep.core.warnings import HalfstepWarning
 from halfstep.models.model import Model
-from halfstep.models.pretrained import model_path, pretrained
 from halfstep.nets import OWN, LoRA, build_network, load_own_state, own_state
 from halfstep.runs import Manifest, RunFolder, StageFolder
 from halfstep.runtime.devices import existing_device
 from halfstep.runtime.files import DamagedFile, last_line, refuse_file, user_path, write_sealed
 from halfstep.runtime.tensors import check_finite, read_tensors, write_tensors
+
+PRETRAINED: Final = Path(__file__).parent.parent / "pretrained"
+"""Folder of the packaged students: stage folders by name, with float16 weights."""
+
+
+def pretrained() -> dict[str, Path]:
+    """Return the folder of each packaged student, by name."""
+    return {found.parent.name: found.parent for found in sorted(PRETRAINED.glob("*/manifest.json"))}
+
+
+def model_path(path: str | Path) -> Path:
+    """Return `path` if it exists, otherwise the folder of the packaged student with that name, otherwise `path`."""
+    path = Path(path)
+    return path if path.exists() else pretrained().get(str(path), path)
 
 
 def save_stage(
@@ -29,8 +43,7 @@ def save_stage(
 
     Raises:
         OSError: if the disk is full or gone.
-        DamagedFile: if a weight is not finite, or the data read back differs from the data written. No manifest is
-            written then.
+        DamagedFile: if a weight is not finite, or a file differs from the written data. Then no manifest is written.
     """
     contents = {folder.model: own_state(denoiser.network)}
     if null:
@@ -44,7 +57,7 @@ def save_stage(
 
 
 def drop_weights(folder: StageFolder) -> None:
-    """Remove a complete stage's weights, after recording that in its manifest. Call it again if it was interrupted."""
+    """Record in a complete stage's manifest that its weights are dropped, then delete them. Can be repeated."""
     manifest = folder.manifest(verify=False)
     if manifest.weights_kept:
         dropped = manifest.model_copy(update={"weights_kept": False, "files": {}})
@@ -53,10 +66,10 @@ def drop_weights(folder: StageFolder) -> None:
 
 
 def find_stage(path: Path) -> StageFolder:
-    """Return the stage at `path`: a stage's folder, the last complete stage of a run, or a packaged student by name.
+    """Return the stage in `path`, the last complete stage of a run, or the packaged student with that name.
 
     Raises:
-        ValueError: if `path` is none of them.
+        ValueError: if `path` is none of these.
     """
     path = model_path(path)
     if not path.exists():
@@ -68,17 +81,17 @@ def find_stage(path: Path) -> StageFolder:
     if path.is_dir() and (stages := run.stages()):
         if missing := [row.name for row in run.plan if not run.stage(row.name).is_complete()]:
             warnings.warn(
-                f"{path} is not complete (stage {missing[0]} is missing), so its stage {stages[-1].name} is used",
+                f"{path} is not complete (stage {missing[0]} is missing). Using its stage {stages[-1].name}",
                 HalfstepWarning,
                 stacklevel=2,
             )
         return stages[-1]
     if (path / "recipe.json").is_file():
-        raise ValueError(f"{path} is a run without a complete stage. Let it train first")
+        raise ValueError(f"{path} is a run without a complete stage. Finish one first")
     if (path / "model_index.json").is_file():
         raise ValueError(
             f"{path} is a diffusers pipeline, not a model of halfstep. Import it (halfstep import diffusers {path}) or "
-            f"distil it (halfstep distill {path}), and give the resulting folder"
+            f"distil it (halfstep distill {path}), and use the resulting folder"
         )
     raise ValueError(f"{path} is not a model. Give the folder of a run or of one of its stages (with a manifest.json)")
 
@@ -87,7 +100,7 @@ def blank_denoiser(manifest: Manifest, network: nn.Module | None = None) -> Netw
     """Return the denoiser that a manifest describes, with fresh weights.
 
     Args:
-        network: the network to copy, if the manifest specifies a custom one.
+        network: the network to copy, if the manifest specifies a custom network.
 
     Raises:
         ValueError: if the manifest specifies an unknown network, process or prediction.
@@ -101,29 +114,28 @@ def blank_denoiser(manifest: Manifest, network: nn.Module | None = None) -> Netw
 
 
 def base_of(folder: StageFolder, manifest: Manifest) -> StageFolder:
-    """Return the base stage of a LoRA stage, after checking its files.
+    """Return the base stage of a LoRA stage.
 
     Raises:
-        DamagedFile: if the base stage is missing or incomplete.
+        DamagedFile: if the base stage is missing, incomplete or damaged.
     """
     base = StageFolder(folder.path.parent / str(manifest.base))
     held = base.manifest() if base.is_complete() else None
     if held is None or not held.weights_kept or (held.stage, held.run) != (manifest.base, manifest.run):
         raise DamagedFile(
-            f"{folder.path} contains low-rank additions to the weights of {manifest.base}, which are not next to it. "
-            "Copy the whole run"
+            f"{folder.path} contains LoRA weights for {manifest.base}, which is missing next to it. Copy the whole run"
         )
     return base
 
 
 def save(model: Model, path: str | Path) -> None:
-    """Save a model as a folder for `load` and the command line; low-rank additions are merged into the weights.
+    """Save a model as a folder for `load` and the command line, with LoRA weights merged into the base weights.
 
     Args:
-        path: a new folder, or the folder of a saved model, which is replaced.
+        path: a new folder, or the folder of a saved model, which is overwritten.
 
     Raises:
-        ValueError: if `model` is not a model, or the path is anything else.
+        ValueError: if `model` is not a model, or `path` contains anything else.
         OSError: if the disk is full or gone.
     """
     if not isinstance(model, Model):
@@ -141,7 +153,7 @@ def save(model: Model, path: str | Path) -> None:
     if folder.path.is_dir() and (foreign := sorted(set(folder.path.iterdir()) - ours)):
         raise ValueError(f"{path} contains {foreign[0].name}, which is not from a saved model. Choose another path")
     folder.path.mkdir(parents=True, exist_ok=True)
-    # Without a manifest, the folder is not a model while its weights are replaced.
+    # Without a manifest, the folder is not a model until all files are written.
     folder.manifest_path.unlink(missing_ok=True)
     folder.null.unlink(missing_ok=True)
     whole = model.merged()
@@ -160,23 +172,21 @@ def load(path: str | Path, device: str | torch.device = "cpu", network: nn.Modul
 
     Args:
         path: the folder, or the name of a packaged student, such as "fashion".
-        network: a network of the custom class that the model was trained with; it is copied.
+        network: a custom network like the trained one; it is copied.
 
     Raises:
-        ValueError: if no model exists there, the device does not exist, or (DamagedFile) a file of the model is
-            missing, altered, from another stage or run, does not match, or contains a weight that is not finite.
+        ValueError: if no model or device with this name exists, or `network` does not match the weights.
+        DamagedFile: if a file of the model is missing or altered, does not match its manifest, belongs to another stage
+            or run, or contains a weight that is not finite. A subclass of ValueError.
     """
     if not isinstance(path, str | Path):
         raise ValueError(f"load needs a path, got {got(path)}. Pass the folder of a run or of a stage")
     device = existing_device(device)
-    if device.type == "meta":
-        raise ValueError("the device meta stores no values. Choose another")
     folder = find_stage(user_path(path))
     manifest = folder.manifest()
     if not manifest.weights_kept:
         raise ValueError(
-            f"{folder.path} has no weights any more, because its run keeps only those of other stages (chain.keep). "
-            "Load another stage"
+            f"{folder.path} no longer has weights, because its run does not keep them (chain.keep). Load another stage"
         )
     if network is not None and manifest.network.get("type") != OWN:
         raise ValueError(f"{folder.path} contains a halfstep network, so network has no effect. Remove network")
@@ -188,8 +198,8 @@ def load(path: str | Path, device: str | torch.device = "cpu", network: nn.Modul
     except RuntimeError as error:
         if manifest.network.get("type") == OWN:
             raise ValueError(
-                f"the network does not match the weights of {folder.path} ({last_line(error)}). Pass a network built "
-                "like the trained one"
+                f"the network does not match the weights of {folder.path} ({last_line(error)}). Build it like the "
+                "trained network"
             ) from None
         raise DamagedFile(f"{folder.model} does not match its manifest: {last_line(error)}; {folder.remedy}") from None
     denoiser.eval()

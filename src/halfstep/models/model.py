@@ -1,4 +1,4 @@
-"""A model of a stage's folder, for saving, loading and sampling."""
+"""A trained denoiser that can be saved, loaded and sampled."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -32,11 +32,11 @@ def samples_at_once(device: torch.device) -> int:
 class Model(Denoiser):
     """A trained denoiser with its manifest.
 
-    A call clips x0 if the manifest specifies it (images), and applies guidance if the conditions contain a guidance
-    scale that is not an input of the network. `denoiser` does neither, for targets and losses.
+    A call clips x0 of images, and applies guidance if the conditions contain a guidance scale and the network does not
+    take it as an input. For targets and losses, `denoiser` does neither.
 
     Args:
-        null: values that mean "no condition", for one sample; guidance of a teacher needs them.
+        null: values that mean "no condition", for one sample; a teacher's guidance needs them.
     """
 
     _takes_number: ClassVar[bool] = True
@@ -58,12 +58,12 @@ class Model(Denoiser):
         return (self._guided if GUIDANCE in (cond or {}) else self._plain)(x_t, t, cond)
 
     def num_evals(self, sampler: Sampler, num_steps: int, guidance_scale: float | None = None) -> int:
-        """Return the network calls per sample: twice the sampler's if guidance calls with and without conditions."""
+        """Return the network calls per sample, which guidance doubles unless the network takes the scale."""
         is_doubled = self.null and not self.takes_scale and self._scale(guidance_scale) is not None
         return sampler.num_evals(num_steps) * (2 if is_doubled else 1)
 
     def _scale(self, guidance_scale: float | None) -> float | None:
-        """Return the scale for the network or `Guided`, or None. Warn if it is outside the learned range."""
+        """Return the scale for the network or `Guided`, or None; warn if it is outside the learned range."""
         scale = self.manifest.guidance_scale if guidance_scale is None else guidance_scale
         if guidance_scale is not None:
             check_real(guidance_scale=guidance_scale)
@@ -72,7 +72,7 @@ class Model(Denoiser):
         if self.takes_scale:
             return scale
         if scale is not None and not self.null:
-            raise ValueError(f"a guidance scale of {scale:g} was requested, but this model has no guidance. Remove it")
+            raise ValueError(f"guidance scale {scale:g} has no effect, because this model has no guidance. Remove it")
         # Scale 1 disables guidance, so one call is enough.
         return None if scale == 1 else scale
 
@@ -89,15 +89,15 @@ class Model(Denoiser):
         made: Made | None = None,
         **facts: Any,
     ) -> "Model":
-        """Return a model for a denoiser built in Python, so that it can be saved and sampled with seeds.
+        """Return a model for a denoiser built in Python, which can then be saved and sampled with seeds.
 
         Args:
             shape: shape of one sample.
-            num_classes: number of classes, if it takes `class_labels`.
-            conditions: other conditions, with the shape of each for one sample.
+            num_classes: number of classes, if the denoiser takes `class_labels`.
+            conditions: shapes of other conditions for one sample, by name.
             null: values that mean "no condition", for one sample; guidance needs them.
-            clip: whether samples are images in [-1, 1]; sampling then clips x0 to this range.
-            made: role, steps and sampler of the denoiser; a teacher if None.
+            clip: whether samples are images; sampling then clips x0 to [-1, 1].
+            made: role, steps and sampler of the denoiser; a teacher's if None.
             facts: additional fields of the manifest.
         """
         check_instance(
@@ -135,7 +135,7 @@ class Model(Denoiser):
 
     @property
     def takes_scale(self) -> bool:
-        """Whether this is a teacher with a network that takes the guidance scale as an input; its scale is optional."""
+        """Whether this is a teacher with the guidance scale as an optional input of its network."""
         pipeline = self.manifest.pipeline
         return (
             self.role is Role.TEACHER and self.guidance is None and pipeline is not None and pipeline.scale is not None
@@ -143,12 +143,12 @@ class Model(Denoiser):
 
     @property
     def network(self) -> Any:
-        """The network behind the denoiser."""
+        """Network of the denoiser."""
         return self.denoiser.network
 
     @property
     def prediction(self) -> Prediction:
-        """Meaning of the network's output."""
+        """Prediction of the network."""
         return self.denoiser.prediction
 
     @property
@@ -163,7 +163,7 @@ class Model(Denoiser):
 
     @property
     def num_classes(self) -> int:
-        """Number of classes that the model is conditioned on; 0 if it is unconditional."""
+        """Number of classes; 0 without class conditioning."""
         return self.manifest.num_classes
 
     @property
@@ -172,7 +172,7 @@ class Model(Denoiser):
         return next(self.denoiser.parameters()).device
 
     def merged(self) -> "Model":
-        """Return the model with its low-rank additions merged into the weights; the model itself if it has none."""
+        """Return the model with LoRA weights merged into the base weights; the model itself without LoRA."""
         network = merged(self.network)
         if network is self.network:
             return self
@@ -180,7 +180,7 @@ class Model(Denoiser):
         return Model(NetworkDenoiser(network, self.process, self.prediction).eval(), manifest, self.null)
 
     def noise(self, seeds: int | Sequence[int]) -> Tensor:
-        """Draw x_t at t = 1 `[len(seeds), *shape]`, scaled for the process, each row a function of its seed."""
+        """Draw x_t at t = 1 `[len(seeds), *shape]`, scaled for the process; each row depends only on its seed."""
         return (sample_noise(seeds, self.shape) * self.process.start_scale).to(self.device)
 
     def cond(
@@ -198,8 +198,7 @@ class Model(Denoiser):
             others: the conditions of `manifest.conditions`, each `[len(seeds), ...]`.
 
         Raises:
-            ValueError: if the model does not have the class or the scale, or a condition is missing or has the wrong
-                shape.
+            ValueError: if the class or the scale is invalid, or a condition is missing or has the wrong shape.
         """
         seeds = as_seeds(seeds)
         cond = {name: value.to(self.device) for name, value in (others or {}).items()}
@@ -214,7 +213,7 @@ class Model(Denoiser):
             raise ValueError(f"this model takes no condition {foreign[0]}. Remove it")
         if not self.num_classes:
             if class_label is not None:
-                raise ValueError("a class was requested, but this model is not class-conditional. Remove the class")
+                raise ValueError("class_label has no effect, because this model is not class-conditional. Remove it")
         elif class_label is None:
             cond["class_labels"] = sample_labels(seeds, self.manifest.classes_shown or self.num_classes).to(self.device)
         else:
@@ -238,16 +237,16 @@ class Model(Denoiser):
         outside = labels[(labels < 0) | (labels >= self.num_classes)]
         if outside.numel():
             raise ValueError(
-                f"class {int(outside.flatten()[0])} was requested, but this model has classes 0 to "
-                f"{self.num_classes - 1}" + (f" ({shortened(names)})" if (names := self.manifest.class_names) else "")
+                f"class {int(outside.flatten()[0])} does not exist. Choose one of 0 to {self.num_classes - 1}"
+                + (f" ({shortened(names)})" if (names := self.manifest.class_names) else "")
             )
         return labels.long().expand(number)
 
     def check_steps(self, num_steps: int | None) -> int:
-        """Return the number of steps to sample with, by default the model's own; warn if they differ.
+        """Return the number of sampler steps, by default the model's own; warn if they differ.
 
         Raises:
-            ValueError: if neither is known.
+            ValueError: if the number is invalid, or missing for a model that takes any number.
         """
         own = self.num_steps
         if num_steps is None:
@@ -256,7 +255,7 @@ class Model(Denoiser):
             return own
         check_num_steps(num_steps)
         if own is not None and num_steps != own:
-            advice = "More steps do not improve it; use an earlier" if num_steps > own else "Use a later"
+            advice = "More steps do not improve it. Use an earlier" if num_steps > own else "Use a later"
             warnings.warn(
                 f"the model was distilled for num_steps {own}, not {num_steps}. {advice} stage of the chain",
                 HalfstepWarning,
@@ -272,11 +271,11 @@ class Model(Denoiser):
 
     @torch.no_grad()
     def warm_up(self, others: Cond | None = None, precision: str = "float32") -> None:
-        """Call the network once, because its first call is slower than all others and must not be timed.
+        """Call the network once, because the first call is slower and must not be timed.
 
         Args:
             others: the conditions of `manifest.conditions`, each `[1, ...]`.
-            precision: the precision passed to `sample`; each precision has its own first call.
+            precision: as for `sample`; each precision has a slow first call.
         """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", HalfstepWarning)
@@ -294,14 +293,14 @@ class Model(Denoiser):
         cond: Cond | None = None,
         precision: str = "float32",
     ) -> Tensor:
-        """Return samples x0 `[len(seeds), *shape]` on the CPU, each a function of its own seed.
+        """Return samples x0 `[len(seeds), *shape]` on the CPU; each depends only on its own seed.
 
         Args:
-            seeds: one for each sample; a single number draws one sample.
+            seeds: one seed per sample; a single number draws one sample.
             num_steps: number of sampler steps; None uses the model's own.
             sampler: None uses the model's own.
             class_label: one class for all samples, or one for each; None cycles through the classes.
-            batch_size: samples drawn at once; None uses a large batch on a GPU, halved whenever it does not fit.
+            batch_size: samples drawn at once; None starts with a large batch and halves it until it fits.
             guidance_scale: None uses the model's own; 1 disables guidance.
             cond: the conditions of `manifest.conditions`, each `[len(seeds), ...]`.
             precision: "float32", or "bf16" to run the network in bfloat16 with samples in float32.
@@ -316,7 +315,7 @@ class Model(Denoiser):
             class_label = self._labels(class_label, len(seeds))
         warn_of_gain(self.process, self.denoiser.prediction, given=True)
         if any(part.training for part in self.modules()):
-            # Only if needed, because setting every submodule takes a millisecond.
+            # Setting every submodule takes a millisecond.
             self.eval()
         if batch_size is not None:
             check_whole("batch_size", batch_size)

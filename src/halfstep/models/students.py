@@ -1,14 +1,14 @@
-"""The student and the teacher of a stage, created from the model of the previous stage."""
+"""Student and teacher of a stage, from the model of the previous stage."""
 
 from halfstep.core.denoiser import Denoiser, NetworkDenoiser
 from halfstep.nets import InHalf, LoRA, Network, copy_denoiser, with_lora
 
 
 def start_student(teacher: Denoiser, lora_rank: int | None = None) -> Denoiser:
-    """Return a student with the teacher's weights: a copy, or low-rank additions to weights that both share.
+    """Return a student with the teacher's weights: a copy, or LoRA on shared weights.
 
     Raises:
-        ValueError: if `lora_rank` is given and the teacher has no network for the additions.
+        ValueError: if the teacher's network does not support LoRA.
     """
     if lora_rank is None or (isinstance(teacher, NetworkDenoiser) and isinstance(teacher.network, LoRA)):
         return copy_denoiser(teacher)
@@ -17,7 +17,7 @@ def start_student(teacher: Denoiser, lora_rank: int | None = None) -> Denoiser:
             f"LoRA supports only diffusers networks, but this is a {type(teacher.network).__name__}. Remove lora_rank"
         )
     if not isinstance(teacher, NetworkDenoiser):
-        raise ValueError(f"{type(teacher).__name__} has no network for low-rank additions. Remove lora_rank")
+        raise ValueError(f"{type(teacher).__name__} has no network for LoRA. Remove lora_rank")
     return NetworkDenoiser(with_lora(teacher.network, lora_rank), teacher.process, teacher.prediction)
 
 

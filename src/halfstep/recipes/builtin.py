@@ -5,16 +5,8 @@ from dataclasses import replace
 from halfstep.data import DataConfig
 from halfstep.measure.evaluate import Evaluation
 from halfstep.objectives import FINISHING, Training
-from halfstep.recipes.schema import (
-    SECOND_ORDER,
-    TEACHER,
-    FinishConfig,
-    MLPConfig,
-    ModelConfig,
-    Recipe,
-    UNetConfig,
-    recipes,
-)
+from halfstep.recipes.networks import MLPConfig, UNetConfig
+from halfstep.recipes.schema import SECOND_ORDER, TEACHER, FinishConfig, ModelConfig, Recipe, recipes
 from halfstep.train.settings import Engine
 
 
@@ -32,7 +24,7 @@ def digits() -> Recipe:
             norm_num_groups=8,
             time_scale_shift="default",
         ),
-        # With class labels, even an undistilled teacher needs few steps, and there would be little to see.
+        # With class labels, even an undistilled teacher needs few steps, so the demo would show little.
         model=ModelConfig(conditional=False),
         teacher=Training(
             num_updates=1150,
@@ -87,7 +79,7 @@ def digits_long() -> Recipe:
 
 @recipes.register("fashion_mnist")
 def fashion_mnist() -> Recipe:
-    """28x28 grey images of clothes in 10 classes, from scratch to one step in two hours on two CPU cores."""
+    """28x28 grey images of clothes in 10 classes: from scratch to one step in two hours on two CPU cores."""
     return Recipe(
         name="fashion_mnist",
         data=DataConfig(source="zalando-datasets/fashion_mnist"),
@@ -114,7 +106,7 @@ def fashion_mnist() -> Recipe:
                 "updates_at": {8: 600, 1: 700},
             }
         ),
-        # A finish of 200 updates at 4 steps moved that student further from the data.
+        # Finishing the student of 4 steps with 200 updates moved it away from the data.
         finish=FinishConfig(steps=(2, 1), training=replace(FINISHING, num_updates=250), updates_at={1: 350}),
         evaluation=Evaluation(num_samples=4000, batch_size=500),
     )
@@ -143,7 +135,7 @@ def images() -> Recipe:
 
 @recipes.register("images_small")
 def images_small() -> Recipe:
-    """A few hundred images of your own, 32x32 in colour: under an hour on two CPU cores."""
+    """A few hundred of your own images, 32x32 in colour: under an hour on two CPU cores."""
     return Recipe(
         name="images_small",
         data=DataConfig(source="images", image_size=32, channels=3, labels=False, flip=True),
@@ -154,7 +146,7 @@ def images_small() -> Recipe:
             norm_num_groups=8,
             attention_head_dim=32,
         ),
-        # Many updates would memorise a few images; the moving average also covers fewer updates.
+        # Many updates would memorise a few images; fewer updates need a shorter moving average.
         teacher=Training(
             num_updates=3000,
             batch_size=16,
@@ -173,7 +165,7 @@ def images_small() -> Recipe:
 
 @recipes.register("arrays")
 def arrays() -> Recipe:
-    """Data other than images, as a .npy of shape [n, *dims] near unit scale: `halfstep run arrays --data x.npy`."""
+    """Data other than images: a .npy of shape [n, *dims] near unit scale, `halfstep run arrays --data x.npy`."""
     return Recipe(
         name="arrays",
         data=DataConfig(source="data.npy"),

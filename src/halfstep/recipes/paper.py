@@ -1,9 +1,9 @@
-"""The paper's own models at full scale: days of training on many accelerators.
+"""The paper's models at full scale: days of training on many accelerators.
 
-Every published number is the authors': networks, batches, rates, warm-up, decay, dropout, EMA, clipping, augmentation,
-updates. If the paper and the released configurations differ, the configurations win (learning rate of CIFAR-10's
-distillation: 5e-5). Two things are ours: the warm-up is linear (theirs is not public), and the number of timesteps is
-a power of two instead of 1000, so that every student of the chain uses whole timesteps.
+All published numbers are the authors': networks, batch sizes, learning rates, warm-up, decay, dropout, EMA, clipping,
+augmentation, updates. The released configurations override the paper (CIFAR-10 is distilled at a learning rate of
+5e-5). Two choices are ours: the warm-up is linear (the authors' shape is not public), and the number of timesteps is a
+power of two instead of 1000, so that every student uses whole timesteps.
 
 Source: Salimans & Ho 2022 (arXiv:2202.00512), section 5 and appendices, and the authors' configurations.
 """
@@ -14,7 +14,8 @@ from typing import Final
 from halfstep.data import DataConfig
 from halfstep.measure.evaluate import Evaluation
 from halfstep.objectives import Training
-from halfstep.recipes.schema import TEACHER, ChainConfig, DataFacts, ModelConfig, Recipe, UNetConfig, recipes
+from halfstep.recipes.networks import UNetConfig
+from halfstep.recipes.schema import TEACHER, ChainConfig, DataFacts, ModelConfig, Recipe, recipes
 from halfstep.train.settings import Engine
 
 
@@ -61,7 +62,7 @@ def cifar10_paper() -> Recipe:
 
 
 def _large(name: str, data: DataConfig, facts: DataFacts, network: UNetConfig, num_updates: int) -> Recipe:
-    """Return a recipe of the paper's larger data sets: both heads, batches of 2048, 1024 steps to 1."""
+    """Return a recipe for one of the larger data sets: both heads, batches of 2048, 1024 steps to 1."""
     return Recipe(
         name=name,
         data=data,
@@ -71,7 +72,7 @@ def _large(name: str, data: DataConfig, facts: DataFacts, network: UNetConfig, n
         teacher=replace(TEACHER, num_updates=num_updates, batch_size=2048, learning_rate=3e-4, dropout=0.1),
         chain=ChainConfig(training=Training(num_updates=50_000, batch_size=2048, learning_rate=1e-4)),
         evaluation=EVALUATION,
-        # A batch of 2048 is split into micro batches on one GPU; only the dropout masks depend on them.
+        # A batch of 2048 does not fit one GPU. Only dropout masks depend on the micro batch.
         engine=Engine(micro_batch=32),
     )
 
@@ -85,7 +86,7 @@ def imagenet64_paper() -> Recipe:
 
 
 def _lsun(name: str, num_samples: int) -> Recipe:
-    # The authors of LSUN do not publish it on the Hub, so the images are expected in a folder.
+    # LSUN is not on the Hub.
     folder = name.removesuffix("128_paper")
     data = DataConfig(source=folder, image_size=128, resample="bilinear", channels=3, labels=False, flip=True)
     facts = DataFacts(shape=(3, 128, 128), num_samples=num_samples)

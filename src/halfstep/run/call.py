@@ -103,8 +103,6 @@ class Call:
         if found.type == "cpu":
             yield dataclasses.replace(self.engine, cpu=True)
             return
-        if found.type == "meta":
-            raise ValueError("nothing can be trained on the device meta, which stores no values. Choose another")
         here = torch.accelerator.current_accelerator()
         if self.engine.cpu or here is None or here.type != found.type:
             raise ValueError(f"device {found} cannot be used: engine.cpu is set, or torch uses {here}. Remove one")

@@ -7,7 +7,7 @@ def existing_device(device: str | torch.device) -> torch.device:
     """Return the torch device of this name.
 
     Raises:
-        ValueError: if it is not the name of a torch device, or this machine has no such device.
+        ValueError: if it is not the name of a torch device, this machine has no such device, or it stores no values.
     """
     here = "cpu"
     if torch.accelerator.is_available():
@@ -15,8 +15,9 @@ def existing_device(device: str | torch.device) -> torch.device:
         here = ", ".join(["cpu", *(f"{kind}:{index}" for index in range(count))])
     try:
         found = torch.device(device)
-        if found.type != "meta":
-            torch.empty(0, device=found)
+        torch.empty(0, device=found)
     except (RuntimeError, AssertionError, TypeError, NotImplementedError):
         raise ValueError(f"the device {str(device)!r} does not exist here. Choose one of {here}") from None
+    if found.type == "meta":
+        raise ValueError(f"the device 'meta' stores no values. Choose one of {here}")
     return found

@@ -1,0 +1,184 @@
+"""`halfstep sample`: draw samples from a model into a grid, an array file or a folder."""
+
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import torch
+import tyro
+from PIL import Image
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from halfstep.cli.arguments import device_of, processes_of
+from halfstep.cli.usage import Count, Guidance, Share, Steps, Switch, UsageError, parse
+from halfstep.cli.words import Screen, print_json
+from halfstep.hub import decoder_of, release_texts, text_conditions
+from halfstep.measure.samples import grid_image, samples_array, write_png
+from halfstep.models.folder import load
+from halfstep.models.model import Model, samples_at_once
+from halfstep.report.words import count
+from halfstep.runtime.failures import NonFinite
+from halfstep.runtime.files import refuse_file, refuse_taken, replacing_folder, write_arrays
+from halfstep.samplers import Ancestral, Sampler, samplers
+
+if TYPE_CHECKING:
+    SamplerName = str
+else:
+    SamplerName = tyro.extras.literal_type_from_choices(samplers)
+
+
+@dataclass
+class SampleArguments:
+    """Draw samples from a model in any number of steps. Seeds count up from --seed. A sample depends only on its seed,
+    not on the batch, and a seed gives the same noise for any number of steps and any model.
+    """
+
+    model: tyro.conf.Positional[Path]
+    """Folder of a run (its last stage is used) or of a stage."""
+    num_steps: Steps | None = None
+    """Sampler steps; a student's own number by default."""
+    num_samples: Count = 64
+    """Number of samples to draw."""
+    seed: Annotated[int, Field(ge=0, le=2**62)] = 0
+    """Seed of the first sample."""
+    class_label: Annotated[int, Field(ge=0, le=2**31)] | None = None
+    """Class of all samples; by default, samples cycle through the classes."""
+    guidance_scale: Guidance | None = None
+    """Scale in uncond + scale (cond - uncond), for models that support guidance; the model's own by default. 1 disables
+    guidance."""
+    prompt: str | None = None
+    """Prompt of a text-conditioned model."""
+    sampler: SamplerName | None = None
+    """Sampler (`halfstep ls samplers` describes them); the model's own by default."""
+    gamma: Share | None = None
+    """Variance of ancestral sampling, from its lower bound (0) to its upper bound (1, the default)."""
+    batch_size: Count | None = None
+    """Samples drawn at once; by default, the number that fits."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """bf16 runs the network in bfloat16."""
+    device: str | None = None
+    """cpu, cuda or mps; by default the fastest available."""
+    out: Path = Path("samples.png")
+    """A .png (one grid, small images enlarged), a .npz (arr_0, uint8 [n, h, w, c]), or a folder of PNGs."""
+    overwrite: Switch = False
+    """Replace an existing --out."""
+    json: Switch = False
+    """Describe the samples in one JSON document."""
+
+
+def sample(argv: Sequence[str]) -> None:
+    arguments = parse(SampleArguments, argv, "halfstep sample")
+    out = arguments.out
+    as_file = out.suffix.lower() in (".png", ".npz")
+    if out.suffix and not as_file:
+        raise UsageError(
+            f"--out {out} is not a supported format. Choose a .png, a .npz, or a folder (a name without a suffix)"
+        )
+    if arguments.overwrite:
+        refuse_file(out.parent if as_file else out)
+    else:
+        refuse_taken(out, as_file, "choose another --out, or add --overwrite")
+    processes = processes_of(arguments.device == "cpu")
+    model = load(arguments.model, device_of(arguments.device, processes))
+    method = _sampler(arguments.sampler, arguments.gamma, model.sampler)
+    seeds = range(arguments.seed, arguments.seed + arguments.num_samples)
+    cond = _prompted(model, arguments.prompt, len(seeds))
+    # A single process lets the model find the batch size that fits. Several use the size that the model would try
+    # first, because the batch size affects the last bits on a GPU.
+    share = len(seeds) if processes.count == 1 else arguments.batch_size or samples_at_once(model.device)
+
+    def drawn(first: int) -> tuple[torch.Tensor]:
+        part = seeds[first : first + share]
+        x0 = model.sample(
+            part,
+            arguments.num_steps,
+            method,
+            arguments.class_label,
+            arguments.batch_size,
+            arguments.guidance_scale,
+            {name: value[: len(part)] for name, value in cond.items()},
+            arguments.precision,
+        )
+        return (x0,)
+
+    started = time.perf_counter()
+    parts = processes.spread(range(0, len(seeds), share), drawn)
+    if parts is None:
+        return
+    x0 = torch.cat([part for (part,) in parts])
+    if bad := int((~x0.isfinite()).flatten(1).any(1).sum()):
+        raise NonFinite(f"{bad} of {len(x0)} samples are not finite, so {out} was not written. The model is broken")
+    seconds = time.perf_counter() - started
+    write_samples(x0, model, seeds, out)
+    steps = model.check_steps(arguments.num_steps)
+    if arguments.json:
+        print_json(
+            {
+                "out": str(out),
+                "model": model.manifest.stage,
+                "num_samples": arguments.num_samples,
+                "first_seed": arguments.seed,
+                "shape": list(model.shape),
+                "num_steps": steps,
+                "sampler": samplers.name_of(method),
+                "num_evals": model.num_evals(method, steps, arguments.guidance_scale),
+                "seconds": round(seconds, 3),
+            }
+        )
+        return
+    Screen().say(f"{count(arguments.num_samples, 'sample')} in {count(steps, 'step')}: {out}")
+
+
+def _sampler(name: str | None, gamma: float | None, own: Sampler) -> Sampler:
+    """Return the named sampler, or the model's own; reject a gamma that has no effect."""
+    name = name or samplers.name_of(own)
+    kind = samplers[name]
+    if gamma is None:
+        return own if kind is type(own) else kind()
+    if kind is not Ancestral:
+        raise UsageError(f"--gamma {gamma} has no effect on the sampler {name}. Remove it, or add --sampler ancestral.")
+    return Ancestral(gamma)
+
+
+def _prompted(model: Model, prompt: str | None, number: int) -> dict[str, torch.Tensor]:
+    """Return a prompt's conditions, repeated for `number` samples; empty for a model without text conditions."""
+    manifest = model.manifest
+    if not manifest.conditions:
+        if prompt is not None:
+            raise UsageError("--prompt has no effect: this model is not text-conditioned. Remove it")
+        return {}
+    if prompt is None or manifest.pipeline is None:
+        raise UsageError(f"this model is conditioned on {', '.join(manifest.conditions)}. Add --prompt TEXT")
+    shown = text_conditions(manifest, [prompt])
+    release_texts()
+    return {name: value.expand(number, *value.shape[1:]) for name, value in shown.items()}
+
+
+def write_samples(x0: torch.Tensor, model: Model, seeds: range, out: Path) -> None:
+    """Write samples `[n, *shape]` in the format given by the suffix of `out`.
+
+    Raises:
+        UsageError: if `out` is not a .npz and the samples are not images.
+    """
+    is_image = model.manifest.is_image
+    if out.suffix.lower() == ".npz":
+        write_arrays(out, arr_0=samples_array(x0, is_image))
+        return
+    if not is_image:
+        if model.manifest.pipeline is None or len(model.shape) != 3:
+            raise UsageError(f"samples of shape {list(model.shape)} are not images. Write a .npz")
+        decode = decoder_of(model.manifest)
+        x0 = torch.cat([decode(part) for part in x0.split(8)])
+    pixels = samples_array(x0, is_image=True)
+    if out.suffix.lower() == ".png":
+        write_png(out, grid_image(pixels))
+        return
+    # Existing files in the folder are kept.
+    is_new = not out.exists() or not any(out.iterdir())
+    with replacing_folder(out) if is_new else nullcontext(out) as folder:
+        for seed, picture in zip(seeds, pixels, strict=True):
+            image = Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture)
+            write_png(folder / f"{seed:06d}.png", image)

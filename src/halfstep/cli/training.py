@@ -1,0 +1,341 @@
+"""The verbs that train a plan: run, train, demo, distill and finish."""
+
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+import torch
+import tyro
+
+from halfstep.cli.arguments import device_of, processes_of, recipe_from, recipe_of_stage
+from halfstep.cli.display import RunDisplay, show_results
+from halfstep.cli.dry_run import data_line, show_plan
+from halfstep.cli.exporting import sample_prompts
+from halfstep.cli.help import HELP
+from halfstep.cli.importing import imported
+from halfstep.cli.reporting import make_report
+from halfstep.cli.usage import Switch, UsageError, as_typed, expand_short, parse
+from halfstep.cli.words import Screen, print_json
+from halfstep.data import Data, DataConfig, StandIn, holds_images, read_prompts
+from halfstep.hub import PUBLISHED, START_STEPS, is_pipeline, networks_below, published
+from halfstep.models.folder import find_stage, load
+from halfstep.models.model import Model
+from halfstep.nets import BasePrecision
+from halfstep.recipes import Recipe, build, recipes
+from halfstep.recipes.building import data_or_stand_in, encode_first
+from halfstep.recipes.schema import SECOND_ORDER, MatchingConfig
+from halfstep.report.words import count, duration
+from halfstep.run.own_samples import NUM_SAMPLES, NUM_STEPS
+from halfstep.run.runner import run as run_spec
+from halfstep.run.spec import GIVEN_TEACHER, RunSpec
+from halfstep.runs import Manifest, RunFolder, StageFolder, read_status
+from halfstep.runtime.files import refuse_file
+from halfstep.runtime.launch import world_size
+from halfstep.runtime.stop import Interrupted, StopSignal, at_once
+from halfstep.samplers import Heun
+
+SHORT: Final = {"--data": "--data.source", "--to": "--chain.end-steps", "--start": "--chain.start-steps"}
+"""Short names of recipe options."""
+SHORT_OF_FINISH: Final = {"--steps": "--finish.steps"}
+"""Short names of the options of `finish`."""
+NO_DATA: Final = "required"
+"""Data source in the help for a teacher outside a run."""
+
+
+@dataclass
+class PlanArguments:
+    """Options shared by the verbs that train a plan."""
+
+    recipe: tyro.conf.AvoidSubcommands[Annotated[Recipe, tyro.conf.arg(name="", help="")]]
+    dry_run: Switch = False
+    """Print plan, memory and time; write nothing."""
+    json: Switch = False
+    """Print one JSON document: the plan with --dry-run, otherwise the final status."""
+
+
+@dataclass
+class RunArguments(PlanArguments):
+    """Run the whole plan of a recipe: train, halve, measure and report. Rerun the same command to resume it."""
+
+    out: Path | None = None
+    """Folder of the run; runs/NAME by default."""
+
+
+@dataclass
+class TrainArguments(RunArguments):
+    """Train only the teacher of a recipe, measure it and report. Rerun the same command to resume it."""
+
+    out: Path | None = None
+    """Folder of the run; runs/NAME-teacher by default."""
+
+
+@dataclass
+class DemoArguments(RunArguments):
+    """Run the recipe digits: train, halve, measure and report. Rerun the same command to resume it."""
+
+
+@dataclass
+class DistillArguments(PlanArguments):
+    """Distil a model to fewer steps. MODEL is a run (its last stage is used), a stage, a diffusers folder or a name on
+    the Hub. A teacher that predicts eps is matched to v first. The defaults are those of the recipe of MODEL's run,
+    or those for an imported model.
+    """
+
+    out: Path | None = None
+    """Folder of the new run; runs/NAME-STAGE-to-STEPS by default."""
+    prompts: Path | None = None
+    """File with one prompt per line, instead of --data. For a pipeline: the teacher samples these prompts into OUT-data
+    and is distilled on the samples.
+    """
+    call: tuple[str, ...] = ()
+    """Pipeline call arguments shared by all samples, such as height=512 width=512."""
+    base_precision: BasePrecision = "float32"
+    """Precision of a pipeline's frozen weights under --chain.lora-rank: bf16, int8 or nf4 (bitsandbytes), int8wo
+    (torchao)."""
+
+
+@dataclass
+class FinishArguments(PlanArguments):
+    """Finish students of a trained run: train their samples towards the distribution of the undistilled teacher. RUN
+    is the folder of a run; the new stages are added to it. The options are those of its recipe. Options of stages that
+    are already trained cannot change."""
+
+
+def run(argv: Sequence[str]) -> None:
+    _run(argv, RunArguments, "run")
+
+
+def demo(argv: Sequence[str]) -> None:
+    _run(["digits", *argv], DemoArguments, "demo")
+
+
+def train(argv: Sequence[str]) -> None:
+    _run(argv, TrainArguments, "train", "teacher")
+
+
+def _run(argv: Sequence[str], kind: type[RunArguments], verb: str, what: Literal["all", "teacher"] = "all") -> None:
+    if _only_help(argv, f"the recipe is missing: halfstep {verb} RECIPE (known: {', '.join(recipes)})"):
+        parse(kind, argv, f"halfstep {verb} RECIPE", kind(recipes["digits"]()), SHORT)
+    name, *rest = argv
+    prog = f"halfstep {verb}" if verb == "demo" else f"halfstep {verb} {name}"
+    arguments = parse(kind, rest, prog, kind(recipe_from(name)), SHORT)
+    recipe, suffix = arguments.recipe, "-teacher" if what == "teacher" else ""
+    with as_typed(rest, SHORT):
+        if what == "all":
+            options = (token.partition("=")[0] for token in expand_short(rest, SHORT))
+            recipe = recipe.fitted({option.removeprefix("--").replace("-", "_") for option in options})
+        _carry_out(replace(arguments, recipe=recipe), arguments.out or Path("runs") / f"{recipe.name}{suffix}", what)
+
+
+def distill(argv: Sequence[str]) -> None:
+    if _only_help(argv, "the model is missing: halfstep distill MODEL --to 4"):
+        parse(DistillArguments, argv, "halfstep distill MODEL", DistillArguments(_chain_of(_imported_recipe())), SHORT)
+    name, *rest = argv
+    for option in (word.partition("=")[0].replace("_", "-") for word in rest):
+        if option.startswith(("--network.", "--teacher.", "--model.")) and option != "--model.weighting":
+            raise UsageError(f"{option} cannot change an existing teacher. Remove it")
+    stage = _stage_at(name)
+    before = (None if stage is None else recipe_of_stage(stage)) or _imported_recipe()
+
+    def parsed(manifest: Manifest | None) -> DistillArguments:
+        default = DistillArguments(_chain_of(before, manifest))
+        return parse(DistillArguments, rest, f"halfstep distill {name}", default, SHORT)
+
+    arguments = parsed(None if stage is None else stage.manifest(verify=False))
+    is_published = name in PUBLISHED and arguments.dry_run and not Path(name).is_dir()
+    if stage is not None:
+        if arguments.base_precision != "float32":
+            raise UsageError("--base-precision only applies to a pipeline. For a stage, set it with halfstep import")
+        model, label = load(stage.path), stage.name
+    elif is_published:
+        model, label = published(name, arguments.base_precision), name
+    else:
+        model = imported(name, arguments.call, Screen(arguments.json), precision=arguments.base_precision)
+        label = model.manifest.stage
+    if arguments.recipe.data.source == NO_DATA and arguments.prompts is None and not is_published:
+        raise UsageError(
+            f"{name} is not inside a run, so its data is unknown. Add --data SOURCE, or --prompts TEXT for a pipeline"
+        )
+    if stage is None:
+        arguments = parsed(model.manifest)
+    recipe = _prepared(arguments.recipe, before, model, name)
+    chain = recipe.chain
+    if model.num_steps is not None and chain.start_steps != model.num_steps:
+        raise UsageError(
+            f"{name} samples in {model.num_steps} steps, so the chain must start there, not at {chain.start_steps}. "
+            "Remove --start, or distil from an earlier stage"
+        )
+    last = chain.students[-1] if chain.students else chain.end_steps
+    out = arguments.out or Path("runs") / f"{recipe.name}-{label}-to-{last}"
+    data_folder, stand_in = out.with_name(f"{out.name}-data"), None
+    if arguments.dry_run and (arguments.prompts is not None or is_published):
+        stand_in = _not_sampled(arguments.prompts, model, data_folder)
+    elif arguments.prompts is not None:
+        _sample_prompts(arguments.prompts, recipe, model, data_folder, Screen(arguments.json))
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": str(data_folder)})})
+    with as_typed(rest, SHORT):
+        _carry_out(replace(arguments, recipe=recipe), out, "chain", model, stand_in=stand_in)
+
+
+def _only_help(argv: Sequence[str], missing: str) -> bool:
+    """Return whether help is requested instead of a first argument; raise UsageError if both are missing."""
+    if argv and argv[0] in HELP:
+        return True
+    if not argv or argv[0].startswith("-"):
+        raise UsageError(missing)
+    return False
+
+
+def _stage_at(name: str) -> StageFolder | None:
+    """Return the stage in a folder; None if the name is that of a pipeline."""
+    path = Path(name)
+    if is_pipeline(path) or not path.is_dir():
+        return None
+    try:
+        return find_stage(path)
+    except ValueError:
+        if below := networks_below(path):
+            raise UsageError(f"{name} is not a model itself. Give one of its folders, such as {below[-1]}") from None
+        raise
+
+
+def _imported_recipe() -> Recipe:
+    """Return the default recipe for a model outside a run, with unknown data."""
+    return Recipe(name="distilled", chain=SECOND_ORDER, data=DataConfig(source=NO_DATA))
+
+
+def _chain_of(recipe: Recipe, model: Manifest | None = None) -> Recipe:
+    """Return the recipe with a chain that starts from a model; None is a pipeline that is not imported yet."""
+    # Per-student settings of the old chain may not fit the new one.
+    chain: dict[str, object] = {
+        "start_steps": START_STEPS,
+        "factor": 2,
+        **dict.fromkeys(("updates_at", "learning_rate_at", "students", "keep")),
+    }
+    changes: dict[str, object] = {"further": (), "finish": Recipe.model_fields["finish"].default}
+    if model is not None:
+        chain["start_steps"] = model.num_steps or model.start_steps or recipe.chain.start_steps
+        if model.outcome.role == "student":
+            # A student teaches at the number of steps that it was distilled for.
+            chain |= {"teacher_sampler": "ddim", "teacher_steps": None}
+        if model.outcome.role != "teacher":
+            # Only a teacher is matched; a student was distilled from a model that already has these settings.
+            done = ("prediction", "process", "guidance_scale", "guidance_range", "null_class")
+            defaults = {name: MatchingConfig.model_fields[name].default for name in done}
+            changes["matching"] = recipe.matching.model_copy(update=defaults)
+    return recipe.model_copy(update={**changes, "chain": recipe.chain.model_copy(update=chain)})
+
+
+def _sample_prompts(prompts: Path, recipe: Recipe, model: Model, folder: Path, screen: Screen) -> None:
+    """Sample the training data from the teacher into a folder."""
+    learned, processes = recipe.matching.guidance, processes_of(recipe.engine.cpu)
+    sample_prompts(
+        model, prompts, folder, None if learned is None else learned.default_scale, NUM_STEPS, recipe.seed, 8,
+        device_of("cpu" if recipe.engine.cpu else None, processes), processes, screen,
+    )  # fmt: skip
+
+
+def _not_sampled(prompts: Path | None, model: Model, folder: Path) -> tuple[Data, str]:
+    """Return the stand-in for the teacher's own samples in a dry run, and why they are missing."""
+    number, why = NUM_SAMPLES, f"{model.manifest.source} has no weights here"
+    if prompts is not None:
+        number = len(read_prompts(prompts))
+        calls = model.num_evals(Heun(), NUM_STEPS)
+        why = f"{count(number, 'sample')} of {prompts} would be drawn first, with {calls} network calls each"
+    return StandIn(str(folder), model.shape, number, conditions=model.manifest.conditions), why
+
+
+def _prepared(recipe: Recipe, before: Recipe, model: Model, name: str) -> Recipe:
+    """Return the recipe with new images resized and converted to the teacher's size and channels."""
+    data, shape = recipe.data, model.shape
+    if data.source == before.data.source or not holds_images(data):
+        return recipe
+    if not model.manifest.is_image:
+        if model.manifest.pipeline is not None:
+            raise UsageError(encode_first(model.manifest, data.source, name))
+        return recipe
+    size = data.image_size or (shape[1] if shape[1] == shape[2] else None)
+    channels = data.channels or (shape[0] if shape[0] in (1, 3) else None)
+    return recipe.model_copy(update={"data": data.model_copy(update={"image_size": size, "channels": channels})})
+
+
+def finish(argv: Sequence[str]) -> None:
+    if _only_help(argv, "the run is missing: halfstep finish RUN --steps 4 2 1"):
+        parse(FinishArguments, argv, "halfstep finish RUN", FinishArguments(recipes["digits"]()), SHORT_OF_FINISH)
+    name, *rest = argv
+    folder = RunFolder(Path(name))
+    if not folder.recipe_path.is_file():
+        raise UsageError(f"{name} is not a run (no recipe.json). Give the folder of a run")
+    recipe, held = recipe_from(name), folder.recipe()["recipe"]
+    arguments = parse(FinishArguments, rest, f"halfstep finish {name}", FinishArguments(recipe), SHORT_OF_FINISH)
+    asked = arguments.recipe.finish
+    if not asked.steps:
+        raise UsageError("no student to finish. Add --steps, such as --steps 4 2 1")
+    # Existing finishing stages keep their order; new ones come after them.
+    steps = tuple(dict.fromkeys((*recipe.finish.steps, *asked.steps)))
+    finishes = asked.model_copy(update={"steps": steps})
+    arguments = replace(arguments, recipe=arguments.recipe.model_copy(update={"finish": finishes}))
+    what, parent = held.get("what", "all"), held.get("parent")
+    if what == "teacher":
+        raise UsageError(f"{name} contains only a teacher. Distil it first: halfstep distill {name}")
+    teacher = None if parent is None else load(folder.stage(GIVEN_TEACHER).path)
+    _carry_out(arguments, folder.path, what, teacher, parent)
+
+
+def _carry_out(
+    arguments: PlanArguments,
+    out: Path,
+    what: Literal["all", "teacher", "chain"],
+    teacher: Model | None = None,
+    parent: Mapping[str, Any] | None = None,
+    stand_in: tuple[Data, str] | None = None,
+) -> None:
+    """Show the plan with --dry-run; otherwise build the run, train it and show its results.
+
+    Args:
+        stand_in: data for a dry run, and why the real data is missing; by default the recipe's data or random pixels.
+    """
+    recipe = arguments.recipe
+    refuse_file(out)
+    make = partial(build, recipe, what=what, teacher=teacher, parent=parent)
+    if recipe.engine.threads is not None:
+        torch.set_num_threads(recipe.engine.threads)
+    if not arguments.dry_run:
+        _execute(recipe, make, out, arguments.json)
+        return
+    if world_size() > 1:
+        # A dry run times an update on one process.
+        raise UsageError("a dry run uses one process. Start it without torchrun or accelerate launch")
+    data, missing = stand_in or data_or_stand_in(recipe)
+    show_plan(make(data=data), out, arguments.json, missing)
+
+
+def _execute(recipe: Recipe, make: Callable[[], RunSpec], out: Path, json: bool) -> None:
+    """Build a run, train it and show its results; a signal stops each of these phases cleanly."""
+    screen = Screen(json)
+    started = time.monotonic()
+    try:
+        with StopSignal() as stop:
+            # Several processes stop together, at the first point where they agree to.
+            alone = stop if world_size() == 1 else None
+            with at_once(alone):
+                spec = make()
+            screen.say(f"halfstep: {recipe.name} -> {out}")
+            screen.say(data_line(spec.data))
+            RunDisplay(spec.stages, screen).show(run_spec(spec, out, stop))
+            if screen.quiet:
+                return
+            show_results(out, screen)
+            with at_once(alone):
+                screen.say(f"report: {make_report(out, spec.data)}")
+    except Interrupted as stopped:
+        if recipe.engine.requeue_code is not None and stopped.signal in (signal.SIGTERM, signal.SIGUSR1):
+            stopped.code = recipe.engine.requeue_code
+        raise
+    screen.say(f"finished in {duration(time.monotonic() - started)}")
+    if json:
+        print_json(read_status(out).as_json())
