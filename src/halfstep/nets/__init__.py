@@ -21,6 +21,6 @@ from halfstep.nets.lora import (
 )
 from halfstep.nets.lowered import CONFIGS, BasePrecision
 from halfstep.nets.mlp import MLP
-from halfstep.nets.replay import LENGTH, Replay, conditions_of, nodes_of, takes_scale
+from halfstep.nets.replay import LENGTH, Replay, conditions_of, nodes_of, read_output, takes_scale
 from halfstep.nets.stock import StockNetwork, UNet2D, unet2d_config
 from halfstep.nets.surgery import OnProcess, has_movable_clock, on_clock, takes_guidance, with_guidance

@@ -1,4 +1,4 @@
-"""A network that computes in half precision behind a full-precision interface."""
+"""Networks that compute in half precision behind a full-precision interface."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -13,19 +13,12 @@ from halfstep.nets.base import Network
 
 @final
 class InHalf(nn.Module):
-    """A bfloat16 copy of a frozen teacher, with half the weight memory.
-
-    Times and guidance scales stay in float32; samples and other conditions are rounded. The output has x_t's dtype.
-    """
+    """A bfloat16 copy of a frozen teacher, with half the weight memory; its calls are those of `called_in_half`."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = copy.deepcopy(network).to(torch.bfloat16)
-
-    @property
-    def restores_norm(self) -> bool:
-        """Whether guidance restores the norm of the output, as for the network."""
-        return bool(getattr(self.network, "restores_norm", False))
+        self.restores_norm = bool(getattr(network, "restores_norm", False))
 
     def forward(self, x_t: Tensor, time: Tensor, **cond: Tensor) -> Tensor:
         if isinstance(self.network, Network):
@@ -36,7 +29,7 @@ class InHalf(nn.Module):
 
 
 def called_in_half(network: Callable[..., Tensor], x_t: Tensor, time: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-    """Return the output, in x_t's dtype, of a network that computes in bfloat16."""
+    """Call a network in bfloat16, with times and guidance scales in float32; the output has x_t's dtype."""
     shown = {
         name: value.to(torch.bfloat16) if value.is_floating_point() and name != GUIDANCE else value
         for name, value in cond.items()

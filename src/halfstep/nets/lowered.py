@@ -1,21 +1,20 @@
 """Quantised frozen weights, for networks with low-rank additions.
 
-Linear layers are replaced by those of bitsandbytes or torchao, as diffusers' `BitsAndBytesConfig` and `TorchAoConfig`
-do. All other weights are stored in bfloat16, except those that their class keeps in float32. The network computes in
-bfloat16. Weights are always quantised on the CPU, so that a network computes the same function on every device.
+Linear layers become layers of bitsandbytes or torchao, as with diffusers' `BitsAndBytesConfig` and `TorchAoConfig`. All
+other weights are stored in bfloat16, except those that their class keeps in float32. The network computes in bfloat16.
+Weights are always quantised on the CPU, so that a network computes the same function on every device.
 """
 
 from collections.abc import Mapping
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor, nn
 
 BasePrecision = Literal["float32", "bf16", "int8", "nf4", "int8wo"]
-"""bf16; bitsandbytes with 8 or 4 bits; torchao with 8-bit weights only."""
-BASE_PRECISIONS: Final[tuple[str, ...]] = get_args(BasePrecision)
+"""float32; bfloat16; 8 or 4 bits of bitsandbytes; 8-bit weights of torchao."""
 PACKAGES: Final = {"int8": "bitsandbytes", "nf4": "bitsandbytes", "int8wo": "torchao"}
-"""The packages that provide the layers."""
+"""The packages with the layers."""
 CONFIGS: Final = {
     "int8": "BitsAndBytesConfig(load_in_8bit=True)",
     "nf4": 'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)',
@@ -37,18 +36,18 @@ def same_layer(one: nn.Module, other: nn.Module) -> bool:
 
 
 def shared_layers(network: nn.Module) -> dict[int, Any]:
-    """Return the quantised layers by id, for the memo of a copy. They are frozen, so copies share them."""
+    """Return the quantised layers by id, for a deep copy's memo: they are frozen, so copies share them."""
     return {id(module): module for module in network.modules() if quantised(module)}
 
 
 def lower(model: Any, precision: str) -> None:
-    """Store the weights of a stock module in a precision, in place; low-rank additions are unchanged.
+    """Convert a stock module's weights to a precision, in place, except for low-rank additions.
 
-    Tensors are replaced, not changed, so other modules that share them keep the old values. On the meta device, linear
+    Tensors are replaced and not modified, so modules that share them keep the old values. On the meta device, linear
     layers become bfloat16 too.
 
     Raises:
-        ValueError: if the package for the precision is missing.
+        ValueError: if the precision's package is missing.
     """
     if precision == "float32":
         return
@@ -87,7 +86,7 @@ def _quantised(layer: nn.Linear, precision: str) -> nn.Linear:
             if precision == "nf4":
                 kind = {"quant_type": "nf4", "compress_statistics": False}
                 made = bnb.Linear4bit(*size, bias=False, compute_dtype=torch.bfloat16, device="meta", **kind)
-                # Without gradients, bitsandbytes would repack the codes for the CPU in place, except in narrow layers.
+                # Without gradients, bitsandbytes would otherwise repack wide layers' codes for the CPU in place.
                 made.support_avx512bf16_for_cpu = False
                 made.weight = bnb.Params4bit(weight, requires_grad=False, module=made, **kind).to("cpu")
             else:
@@ -102,7 +101,7 @@ def _quantised(layer: nn.Linear, precision: str) -> nn.Linear:
 
 
 def _parts(layer: Any) -> tuple[Tensor, Tensor]:
-    """Return the codes and the scales of a quantised layer, which are all that it stores."""
+    """Return a quantised layer's codes and scales, which are all that it stores."""
     weight = layer.weight
     if hasattr(layer, "state"):
         return weight.data, layer.state.SCB
@@ -112,7 +111,7 @@ def _parts(layer: Any) -> tuple[Tensor, Tensor]:
 
 
 def packed_state(network: nn.Module) -> dict[str, Tensor]:
-    """Return a network's state, with the codes (`weight`) and scales (`scale`) of its quantised layers."""
+    """Return a network's state, with codes (`weight`) and scales (`scale`) for quantised layers."""
     found: dict[str, Tensor] = {}
     for path, module in network.named_modules():
         held = {**module._parameters, **module._buffers}
@@ -140,7 +139,7 @@ def load_packed(network: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def settle(model: nn.Module) -> None:
-    """Update the 8-bit layers after a move to another device, because they do not track their weights themselves."""
+    """Update the 8-bit layers after a move to another device: they do not track their weights."""
     layers: list[Any] = [module for module in model.modules() if quantised(module) and hasattr(module, "state")]
     for layer in layers:
         layer.weight.CB = layer.weight.SCB = None
@@ -148,7 +147,7 @@ def settle(model: nn.Module) -> None:
 
 
 def restore(model: Any) -> None:
-    """Dequantise the weights of a stock module to float32, in place."""
+    """Dequantise a stock module's weights to float32, in place."""
     for name, module in list(model.named_modules()):
         if quantised(module):
             made = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
@@ -159,7 +158,7 @@ def restore(model: Any) -> None:
 
 
 def _restored(layer: Any) -> Tensor:
-    """Return the weights of a quantised layer in float32."""
+    """Return a quantised layer's weights in float32."""
     codes, scale = _parts(layer)
     if not hasattr(layer.weight, "quant_state"):
         return codes.float() * (scale.reshape(-1, 1) / (127 if hasattr(layer, "state") else 1))
@@ -170,8 +169,8 @@ def _restored(layer: Any) -> Tensor:
 
 
 def weight_bytes(model: Any, precision: str) -> int:
-    """Return the number of bytes of a stock module's weights in a precision, from their shapes alone."""
-    linear = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    """Return the size in bytes of a stock module's weights in a precision, from their shapes."""
+    linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     total = 0
     for name, value in model.named_parameters():
         if precision == "float32" or _is_kept(model, name):
