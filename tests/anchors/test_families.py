@@ -23,16 +23,17 @@ from halfstep.core.prediction import X0
 from halfstep.hub import export_pipeline, import_pipeline, text_conditions
 from halfstep.hub.card import call_of
 from halfstep.hub.pipelines import load_pipeline
-from halfstep.hub.recording import Trace, component_of, grid_of, prompted, record, replayed, trace, verify
-from halfstep.hub.schedulers import SOLVERS, first_order, multistep, read_schedule, times_of, write_schedule
+from halfstep.hub.recording import grid_of, record, replayed, verify
+from halfstep.hub.schedulers import SOLVERS, first_order, multistep, read_schedule, write_schedule
 from halfstep.hub.stock import stock
+from halfstep.hub.trace import Trace, component_of, prompted, trace
 from halfstep.models.folder import load
 from halfstep.models.model import Model
 from halfstep.nets import Replay
 from halfstep.runs import Outcome, RunFolder
 from halfstep.samplers import DDIM, sample
 from support_cli import Capture, refused
-from support_pipelines import assert_same, noise, quietly
+from support_pipelines import assert_same, noise, quietly, times_of
 
 PROMPTS: Final = ["a cat", "b on a mat"]
 
@@ -289,7 +290,7 @@ def test_a_swapped_condition_is_refused_by_name(honest: tuple[Any, Any, Replay, 
     first = made.steps[0]
     arguments = first.calls[0].arguments
     swapped = arguments | {"encoder_hidden_states": arguments["encoder_hidden_states"].flip(0)}
-    lying = Trace([replace(first, calls=(replace(first.calls[0], arguments=swapped),)), *made.steps[1:]])
+    lying = Trace([first._replace(calls=(first.calls[0]._replace(arguments=swapped),)), *made.steps[1:]])
     with pytest.raises(ValueError, match=r"recorded conditions .*encoder_hidden_states.* returns a different output"):
         verify(network, recording.schedule, lying)
 

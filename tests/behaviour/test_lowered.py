@@ -191,7 +191,7 @@ def test_a_teacher_that_was_saved_in_fewer_bits_is_opened_as_what_its_weights_st
         wanted = merged(found)(x_t, time, **cond)
         torch.testing.assert_close(opened.denoiser.network(x_t, time, **cond), wanted, rtol=1e-5, atol=1e-5)
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gguf"}}))
-    with pytest.raises(ValueError, match="is quantised by gguf, but only bitsandbytes is supported"):
+    with pytest.raises(ValueError, match="is quantised with gguf, but only bitsandbytes is supported"):
         import_pipeline(tmp_path / "flux", CALL)
 
 

@@ -1,10 +1,9 @@
 """Import of diffusers pipelines, from a folder or the Hub, as teachers.
 
-Process, prediction and clipping come from the scheduler's config, and the network's inputs from the pipeline's own
-calls. Only safetensors are read, and no code from a repository is run.
+The process, prediction and clipping come from the scheduler's config, and the network's inputs from the pipeline's own
+calls. Only safetensors are read, and no code in a repository is run.
 """
 
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,6 @@ from halfstep.core.prediction import predictions
 from halfstep.core.warnings import HalfstepWarning
 from halfstep.hub.disk import (
     OLD_NAMES,
-    averaged_beside,
     check_config,
     check_files,
     digest_of,
@@ -30,36 +28,37 @@ from halfstep.hub.disk import (
     plain_network,
     read_config,
     refuse_single_file,
-    scheduler_beside,
 )
-from halfstep.hub.recording import component_of, record
+from halfstep.hub.recording import record
 from halfstep.hub.schedulers import GONE, Schedule, read_schedule, renewed
 from halfstep.hub.stock import quiet, stock
+from halfstep.hub.trace import component_of
 from halfstep.models.model import Model
 from halfstep.nets import BasePrecision, StockNetwork, UNet2D, conditions_of, describe_network
 from halfstep.runs import Manifest, Outcome, Pipeline
 from halfstep.runtime.files import first_line, user_path
 
 START_STEPS: Final = 128
-"""Default DDIM steps of an imported teacher at the start of its chain: more steps are more accurate, but need more
-stages. They are not integer timesteps of a table of 1000 levels, so times between levels are interpolated."""
-
-
+"""Default DDIM steps of an imported teacher at the start of its chain. More steps are more accurate, but need more
+stages. On a table of 1000 levels, times between levels are interpolated."""
 PIXELS: Final = ("DDPMPipeline", "DDIMPipeline", "ConsistencyModelPipeline")
-"""Image pipelines without a VAE; their only network is identified by its config."""
+"""Image pipelines without a VAE; their only network is described by its config."""
 UNET: Final = "UNet2DModel"
 FETCHED: Final = ("*.json", "*.txt", "*.model", "*.jinja", "*/*.safetensors", "diffusion_pytorch_model*.safetensors")
-"""Files of a repository that are not downloaded: pickles, code, and single-file weights next to the parts."""
-NOT_FETCHED: Final = ("*.fp16.*", "*.fp16-*", "*.bf16.*", "*.bf16-*", "*.non_ema.*", "*.non_ema-*")
-"""Weight variants; those in half precision are downloaded if there are no weights without a variant."""
+"""Files to download; the others are pickles, code and single-file weights."""
+NON_EMA: Final = ("*.non_ema.*", "*.non_ema-*")
+HALF_PRECISION: Final = ("*.fp16.*", "*.fp16-*", "*.bf16.*", "*.bf16-*")
+"""Weight variants, which are downloaded only if no weights without a variant exist."""
+OPTIONAL: Final = ("vae", "safety_checker", "feature_extractor", "image_encoder")
+"""Parts that do not affect a denoiser's inputs."""
+DENOISERS: Final = ("transformer", "unet")
 
 
 def is_pipeline(path: str | Path) -> bool:
     """Return whether a path is a folder written by diffusers: a pipeline, or a network with its config."""
     folder = Path(path)
-    if (folder / "model_index.json").is_file():
-        return True
-    return plain_network(folder) is not None and not (folder / "manifest.json").is_file()
+    is_network = plain_network(folder) is not None and not (folder / "manifest.json").is_file()
+    return is_network or (folder / "model_index.json").is_file()
 
 
 def fetch(source: str) -> Path:
@@ -69,10 +68,9 @@ def fetch(source: str) -> Path:
         ValueError: if it is a file of pickled weights, or neither a folder nor a reachable repository.
     """
     path = user_path(source)
-    if not path.is_dir():
-        refuse_single_file(source)
     if path.is_dir():
         return path
+    refuse_single_file(source)
     if path.exists():
         raise ValueError(f"{source} is a file: give a folder saved by diffusers, or a name on the Hub (OWNER/NAME)")
     if source.count("/") != 1 or source.startswith((".", "/", "~")):
@@ -83,10 +81,10 @@ def fetch(source: str) -> Path:
         return Path(snapshot_download(source, allow_patterns=list(FETCHED), ignore_patterns=list(ignored)))
 
     try:
-        path = download(*NOT_FETCHED)
+        path = download(*NON_EMA, *HALF_PRECISION)
         parts = [file.parent for file in path.glob("*/config.json")]
         if parts and not any(list(part.glob("*.safetensors")) for part in parts):
-            path = download("*.non_ema.*", "*.non_ema-*")
+            path = download(*NON_EMA)
         return path
     except Exception as error:  # the Hub's client and its network libraries raise many types
         raise ValueError(
@@ -101,29 +99,29 @@ def import_pipeline(
     ema: bool = False,
     precision: BasePrecision = "float32",
 ) -> Model:
-    """Load the network of a pipeline as a teacher, on the CPU.
+    """Load a pipeline's network as a teacher, on the CPU.
 
-    Runs a pipeline with conditions for a few steps, to record the inputs of its network (hub/recording.py). Warns if
+    Pipelines with conditions are run for a few steps to record the network's inputs (hub/recording.py). Warns if
     averaged weights exist but are not used, and if the last noise level is not pure noise.
 
     Args:
         source: a folder saved by diffusers, or a name on the Hub.
-        options: pipeline call arguments shared by all samples, such as height and width.
+        options: pipeline call arguments for all samples, such as height and width.
         ema: whether to use the averaged weights next to the network's own, such as unet_ema.
-        precision: how the weights are stored after the check in float32; below float32, students must be LoRA.
+        precision: storage precision of the weights after the checks in float32; below it, students must be LoRA.
 
     Raises:
-        ValueError: if it is pickled, requires custom code, or a part of it is missing or not supported.
+        ValueError: if it is pickled, requires custom code, or a part is missing or not supported.
     """
     folder = fetch(str(source))
-    # A folder is recorded by its full path, a name on the Hub unchanged.
+    # Folders are recorded with their full path.
     origin = str(folder.resolve()) if folder == user_path(source) else str(source)
     kind = read_kind(folder) if (folder / "model_index.json").is_file() else None
     if kind is not None and kind not in PIXELS:
-        told = Pipeline(kind=kind, folder=origin, component="", options=dict(options or {}))
-        return _recorded(source, folder, told, ema, precision)
+        told = Pipeline(kind=kind, folder=origin, component="", options=dict(options or {}), averaged=ema)
+        return _recorded(source, folder, told, precision)
     if options:
-        raise ValueError(f"{source} is a pixel pipeline without the arguments {', '.join(options)}: remove --call")
+        raise ValueError(f"{source} is a pixel pipeline without the arguments {', '.join(options)}. Remove --call")
     if precision != "float32":
         raise ValueError(f"{source} is a pixel pipeline, which is always float32. Remove --base-precision")
     network_folder, scheduler = _parts(folder) if kind else _plain_parts(folder)
@@ -140,25 +138,24 @@ def import_pipeline(
 
 
 def _weights(source: str | Path, network: Path, ema: bool) -> Path:
-    """Return the folder of a network's weights, or of its averaged weights."""
-    averaged = averaged_beside(network)
-    if ema and averaged is None:
-        raise ValueError(f"{network.parent} has no averaged weights ({network.name}_ema). Remove --ema")
-    if averaged is None:
-        return network
-    if not ema:
+    """Return the folder of a network's weights, or with `ema` of its averaged weights."""
+    averaged = network.with_name(f"{network.name}_ema")
+    exists = (averaged / "config.json").is_file()
+    if ema and not exists:
+        raise ValueError(f"{network.parent} has no averaged weights ({averaged.name}). Remove --ema")
+    if exists and not ema:
         warnings.warn(
             f"the weights in {network} are used, but averaged weights (EMA) exist in {averaged}. To use those, run "
             f"halfstep import diffusers {source} --ema",
             HalfstepWarning,
             stacklevel=3,
         )
-        return network
-    return averaged
+    return averaged if ema else network
 
 
-def _recorded(source: str | Path, folder: Path, pipeline: Pipeline, ema: bool, precision: BasePrecision) -> Model:
+def _recorded(source: str | Path, folder: Path, pipeline: Pipeline, precision: BasePrecision) -> Model:
     """Return the teacher from a recording of its pipeline's call."""
+    ema = pipeline.averaged
     places = {name: _weights(source, folder / name, ema) for name in DENOISERS if (folder / name).is_dir()}
     if (folder / "vae").is_dir() and not list((folder / "vae").glob("*.safetensors")):
         check_files(folder / "vae", "diffusers.AutoencoderKL")
@@ -170,14 +167,9 @@ def _recorded(source: str | Path, folder: Path, pipeline: Pipeline, ema: bool, p
         missing = sorted(name for name, part in pipe.components.items() if part is None and name not in OPTIONAL)
         raise ValueError(f"{folder} has no {', '.join(missing)}: {error}" if missing else str(error)) from None
     network.lower(precision)
+    told = {name: getattr(recording, name) for name in ("guidance", "off", "scale")} | {"component": component}
     return teacher_of(
-        folder.name, network, recording.schedule,
-        pipeline.model_copy(
-            update={
-                "component": component, "guidance": recording.guidance, "off": recording.off,
-                "scale": recording.scale, "averaged": ema,
-            }
-        ),
+        folder.name, network, recording.schedule, pipeline.model_copy(update=told),
         f"{source} (weights sha256 {digest_of(places[component])})",
         shape=recording.shape, num_classes=recording.num_classes,
         conditions={} if recording.num_classes else conditions_of(recording.call), is_image=False,
@@ -190,7 +182,7 @@ def teacher_of(
     shape: tuple[int, ...], num_classes: int, is_image: bool, conditions: Mapping[str, tuple[int, ...]] | None = None,
     null: Mapping[str, Tensor] | None = None,
 ) -> Model:  # fmt: skip
-    """Return the model of an imported network; arguments as the fields of its manifest."""
+    """Return the model of an imported network; the arguments are fields of its manifest."""
     warn_of_signal(schedule.process)
     manifest = Manifest(
         stage=stage,
@@ -216,21 +208,21 @@ def teacher_of(
 
 
 def _parts(folder: Path) -> tuple[Path, Path]:
-    """Return the network's folder and the scheduler's config of a pixel pipeline."""
-    # As in diffusers, a part without its own folder is in the root.
+    """Return a pixel pipeline's network folder and scheduler config."""
+    # In diffusers, a part without a folder is in the root.
     network, scheduler = (folder / name if (folder / name).is_dir() else folder for name in ("unet", "scheduler"))
     return network, scheduler / "scheduler_config.json"
 
 
 def read_kind(folder: Path) -> str:
-    """Return the class of the pipeline in a folder, after checking that it needs no code from the folder.
+    """Return the class of the pipeline in a folder, after checking that it needs no code in the folder.
 
     Raises:
         ValueError: if there is no pipeline, it requires custom code, is not a diffusers class, or lacks a part.
     """
     if not (folder / "model_index.json").is_file():
         raise ValueError(
-            f"{folder} is not a pipeline (no model_index.json): give a complete pipeline saved by diffusers"
+            f"{folder} is not a pipeline (no model_index.json). Give a complete pipeline saved by diffusers"
         )
     index = read_config(folder / "model_index.json")
     kind = index.get("_class_name")
@@ -239,7 +231,7 @@ def read_kind(folder: Path) -> str:
         for name, value in index.items()
         if isinstance(value, list)
         and not (name.isidentifier() and value[:1] in ([None], ["diffusers"], ["transformers"]))
-        # Parts defined by a diffusers pipeline are in the pipeline's module.
+        # A part that belongs to one pipeline is in that pipeline's module.
         and not (value and isinstance(value[0], str) and hasattr(stock("pipelines"), value[0]))
     ]
     code = foreign or sorted(file.name for file in folder.rglob("*.py"))
@@ -248,7 +240,7 @@ def read_kind(folder: Path) -> str:
     code += ["auto_map"] * any("auto_map" in read_config(file) for file in folder.glob("*/config.json"))
     if code:
         raise ValueError(
-            f"{folder} requires custom code ({', '.join(code)}), which halfstep does not run: save it as a stock "
+            f"{folder} requires custom code ({', '.join(code)}), which halfstep does not run. Save it as a stock "
             "diffusers pipeline"
         )
     if kind in PIXELS:
@@ -257,13 +249,8 @@ def read_kind(folder: Path) -> str:
         raise ValueError(f"{folder} contains a {kind}, which diffusers {stock('__version__')} does not have")
     for name, value in index.items():
         if isinstance(value, list) and value[0] and name not in OPTIONAL and not (folder / name).is_dir():
-            raise ValueError(f"{folder} has no {name}, a part of its pipeline: save the pipeline with it")
+            raise ValueError(f"{folder} has no {name}, a part of its pipeline. Save the pipeline with it")
     return str(kind)
-
-
-OPTIONAL: Final = ("vae", "safety_checker", "feature_extractor", "image_encoder")
-"""Parts that have no influence on the inputs of a denoiser."""
-DENOISERS: Final = ("transformer", "unet")
 
 
 def load_pipeline(
@@ -273,14 +260,14 @@ def load_pipeline(
     is_whole: bool = True,
     places: Mapping[str, Path] | None = None,
 ) -> Any:
-    """Load a pipeline in float32; hub/disk.py loads its parts with weights.
+    """Load a pipeline in float32.
 
     Args:
         is_whole: whether to load the weights of its denoiser and VAE; without them it can only compute conditions.
         places: folders of parts that are not in `folder`, by name.
 
     Raises:
-        ValueError: if a part of it cannot be read.
+        ValueError: if a part cannot be read.
     """
     index, given = read_config(folder / "model_index.json"), dict[str, Any]()
     for name, value in index.items():
@@ -301,7 +288,7 @@ def load_pipeline(
 def _part(
     pipeline: str, part: str, declared: Sequence[str], folder: Path, is_whole: bool, device: str | torch.device
 ) -> Any:
-    """Load a part with weights, of the library and class that the pipeline's index declares."""
+    """Load a part with weights; `declared` are its library and class in the pipeline's index."""
     library, name = declared
     if library == "diffusers":
         if name in OLD_NAMES:
@@ -318,12 +305,12 @@ def _part(
 
 
 def is_light(folder: Path) -> bool:
-    """Whether a part has no weights: a tokenizer, a processor or a scheduler."""
+    """Return whether a part has no weights, like a tokenizer, processor or scheduler."""
     return not (folder / "config.json").is_file()
 
 
 def on_meta(kind: str, config: Mapping[str, Any], device: str | torch.device) -> Any:
-    """Return a network without memory for its weights that reports `device` as its device."""
+    """Return a network without memory for its weights, with `device` as its device."""
     with quiet(), torch.device("meta"):
         network = stock(kind).from_config(dict(config))
     here, own = torch.device(device), type(network)
@@ -332,6 +319,7 @@ def on_meta(kind: str, config: Mapping[str, Any], device: str | torch.device) ->
 
 
 def _plain_parts(folder: Path) -> tuple[Path, Path]:
+    """Return the folder and the scheduler config of a U-Net without a pipeline."""
     network = plain_network(folder)
     if network is None:
         below = networks_below(folder)
@@ -342,46 +330,45 @@ def _plain_parts(folder: Path) -> tuple[Path, Path]:
     kind = read_config(network / "config.json").get("_class_name")
     if kind != UNET:
         raise ValueError(
-            f"{network} contains a {kind}, which config.json does not describe completely: give a whole pipeline (only "
-            f"a {UNET} can be imported without one)"
+            f"{network} contains a {kind}, but only a {UNET} can be imported without its pipeline. Give the pipeline"
         )
-    scheduler = scheduler_beside(folder, network)
-    if scheduler is None:
-        raise ValueError(
-            f"{folder} has no scheduler_config.json, which gives the process and prediction: write one, such as "
-            'diffusers\' DDPMScheduler(beta_schedule="linear", prediction_type="epsilon").save_pretrained(FOLDER)'
-        )
-    return network, scheduler
+    for place in (folder / "scheduler", folder, network, network.parent / "scheduler", network.parent):
+        if (place / "scheduler_config.json").is_file():
+            return network, place / "scheduler_config.json"
+    raise ValueError(
+        f"{folder} has no scheduler_config.json, which gives the process and prediction. Write one, for example with "
+        'diffusers\' DDPMScheduler(beta_schedule="linear", prediction_type="epsilon").save_pretrained(FOLDER)'
+    )
 
 
 def _network(folder: Path, schedule: Schedule) -> UNet2D:
-    """Return the pixel U-Net with the weights in `folder`, without the channels of a learned variance."""
+    """Return the pixel U-Net in `folder`, without the channels of a learned variance."""
     config = check_config(folder, UNET)
     if schedule.is_flow:
         raise ValueError(
             f"{folder} contains a {UNET}, but its timesteps are unknown for the process of its scheduler "
-            f"({type(schedule.process).__name__}): distil it in Python, where halfstep.distill takes any network"
+            f"({type(schedule.process).__name__}). Distil it in Python: halfstep.distill accepts any network"
         )
     if config.get("class_embed_type") is not None:
         raise ValueError(
             f"{folder} contains a {UNET} with class_embed_type {config['class_embed_type']!r}, an input that halfstep "
-            "does not support: distil it in Python (halfstep.distill), where conditions can have any name"
+            "does not support. Distil it in Python: halfstep.distill accepts any conditions"
         )
     stock_model = open_part(folder, f"diffusers.{UNET}")
-    config = json.loads(json.dumps(known_fields(stock_model.config, folder, UNET)))
+    config = known_fields(stock_model.config, folder, UNET)
     state = dict(stock_model.state_dict())
     channels = int(config["in_channels"])
-    puts_out = int(config.get("out_channels") or channels)
-    if puts_out not in (channels, 2 * channels):
+    num_outputs = int(config.get("out_channels") or channels)
+    if num_outputs not in (channels, 2 * channels):
         raise ValueError(
-            f"{folder} takes {channels} channels and returns {puts_out}: the numbers must be equal, or the second "
+            f"{folder} takes {channels} channels and returns {num_outputs}: the numbers must be equal, or the second "
             "twice the first with a learned variance"
         )
-    if puts_out == 2 * channels:
+    if num_outputs == 2 * channels:
         if not schedule.learned_variance:
             raise ValueError(
-                f"{folder} returns {2 * channels} channels for {channels}, but its scheduler's variance_type does "
-                'not declare a learned variance: set variance_type to "learned_range" if the second half is one'
+                f"{folder} returns {num_outputs} channels for {channels}, but its scheduler's variance_type does not "
+                'declare a learned variance. If the second half is one, set variance_type to "learned_range"'
             )
         config["out_channels"] = channels
         for part in ("conv_out.weight", "conv_out.bias"):
@@ -392,14 +379,12 @@ def _network(folder: Path, schedule: Schedule) -> UNet2D:
 
 
 def shape_of(config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the shape of a sample of the network with this config.
+    """Return the shape of one sample in a network's config.
 
     Raises:
-        ValueError: if it does not contain one.
+        ValueError: if the config does not contain one.
     """
     size = config.get("sample_size")
-    if size is None:
-        raise ValueError("the network's config has no sample_size: set it to the height and width of a sample")
     sides = [size, size] if isinstance(size, int) else size
     if not isinstance(sides, list) or len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
         raise ValueError(f"the network's config has sample_size {size!r}: set it to the height and width of a sample")
