@@ -216,7 +216,7 @@ def test_large_models_and_taken_places_are_refused(
     with pytest.raises(ValueError, match="already exists"):
         export_web([(small_model(), None)], tmp_path / "registry.tgz", "digits", single_file=True)
     monkeypatch.setattr(page, "MOST_BYTES", 1000)
-    with pytest.raises(ValueError, match=r"weights of 0 MB are too large for a web page"):
+    with pytest.raises(ValueError, match=r"0 MB of weights are too large for a web page"):
         export_web([(small_model(), None)], tmp_path / "page", "digits")
 
 

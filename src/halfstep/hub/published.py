@@ -1,7 +1,7 @@
-"""Published networks without weights, for counting their cost in a dry run on the meta device.
+"""Published networks without weights, for dry runs on the meta device.
 
-Configs are copied by hand from the `config.json` of the released weights. Calls are the ones that the pipeline makes
-at the released size, as recorded.
+Configs are copied from the `config.json` of the released weights. Calls are as recorded from the pipeline at the
+released size.
 """
 
 import math
@@ -11,7 +11,7 @@ import torch
 
 from halfstep.core.noise import processes
 from halfstep.hub.pipelines import teacher_of
-from halfstep.hub.schedulers import Schedule, read_schedule
+from halfstep.hub.schedulers import read_schedule
 from halfstep.models.model import Model
 from halfstep.nets import BasePrecision, Replay, conditions_of, nodes_of
 from halfstep.runs import Pipeline
@@ -29,9 +29,9 @@ class Published(NamedTuple):
     call: dict[str, Any]
     scheduler: dict[str, Any]
     options: dict[str, Any]
-    """Pipeline call arguments that determine the shape."""
+    """Pipeline call arguments that set the shape."""
     off: float | None = 1.0
-    """The guidance scale that disables guidance; None if the network takes the scale itself."""
+    """The guidance scale that disables guidance; None if the scale is an input of the network."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -133,13 +133,13 @@ PUBLISHED: Final = {
 
 
 def published(name: str, precision: BasePrecision = "float32") -> Model:
-    """Return a published model on the meta device, for counting its cost."""
+    """Return a published model on the meta device."""
     held = PUBLISHED[name]
-    schedule: Schedule = read_schedule(held.scheduler)
-    process = processes.describe(schedule.process)
-    clock = {"of": "sigma", "scale": 1.0 if held.off is None else 1000.0, "offset": 0.0, "process": process}
-    if not schedule.is_flow:
-        clock = {"of": "u", "scale": 1000.0, "offset": -1.0}
+    schedule = read_schedule(held.scheduler)
+    clock: dict[str, Any] = {"of": "u", "scale": 1000.0, "offset": -1.0}
+    if schedule.is_flow:
+        process, scale = processes.describe(schedule.process), 1.0 if held.off is None else 1000.0
+        clock = {"of": "sigma", "scale": scale, "offset": 0.0, "process": process}
     with torch.device("meta"):
         network = Replay(held.stock, held.config, held.tree, clock, {"sign": 1, "part": "all"}, precision=precision)
     conditions = conditions_of(held.tree)

@@ -1,7 +1,7 @@
 """Graphs with weights of half the size: 16-bit integers with a scale for each output channel.
 
-They have the size of float16 but are several times more accurate: the error is at most 2^-16 of the channel's largest
-weight, but float16 rounds each weight to 11 bits. onnxruntime converts them back once, when it loads the graph.
+They are as small as float16, which rounds each weight to 11 bits, but several times more accurate: the error is at most
+2^-16 of the channel's largest weight. onnxruntime converts them back once, when it loads the graph.
 """
 
 from pathlib import Path
@@ -10,12 +10,12 @@ from typing import Any, Final
 import numpy as np
 
 SMALLEST: Final = 256
-"""Minimum number of values for which a tensor is converted."""
+"""Minimum number of values in a converted tensor."""
 LARGEST: Final = 2**15 - 1
 
 
 def halve_weights(graph_file: Path, out: Path) -> None:
-    """Write the graph in `graph_file` to `out` with its large float32 tensors as 16-bit integers."""
+    """Write the graph in `graph_file` to `out`, with its large float32 tensors as 16-bit integers."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
@@ -41,7 +41,7 @@ def halve_weights(graph_file: Path, out: Path) -> None:
 
 
 def _as_integers(values: np.ndarray) -> Any:
-    """Return int16 values and float32 scales, one for each entry of the first axis."""
+    """Return int16 values and float32 scales, one scale per entry of the first axis."""
     largest = np.abs(values).max(axis=tuple(range(1, values.ndim)), keepdims=True)
     scale = np.where(largest > 0, largest / LARGEST, 1).astype(np.float32)
     return np.rint(values / scale).astype(np.int16), scale
