@@ -23,7 +23,7 @@ from halfstep.core.prediction import X0
 from halfstep.hub import export_pipeline, import_pipeline, text_conditions
 from halfstep.hub.card import call_of
 from halfstep.hub.pipelines import load_pipeline
-from halfstep.hub.recording import grid_of, record, replayed, verify
+from halfstep.hub.recording import Recording, grid_of, record, verify
 from halfstep.hub.schedulers import SOLVERS, first_order, multistep, read_schedule, write_schedule
 from halfstep.hub.stock import stock
 from halfstep.hub.trace import Trace, component_of, prompted, trace
@@ -256,43 +256,46 @@ def test_a_student_of_prompts_alone_is_exported(
 
 
 @pytest.fixture(scope="module")
-def honest(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Replay, Any]:
+def honest(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recording, Trace]:
     """A recording with everything that can be lied about: two branches, a shift, a negated output."""
     tokens = tmp_path_factory.mktemp("honest")
     pipe = support_pipelines.tiny_lumina2(tokens)
     options = FAMILIES["lumina2"].options
-    recording, network = record(pipe, options)
+    recording = record(pipe, options)
     made = trace(pipe, 4, guidance_scale=1.0, prompt=list(PROMPTS), **options)
-    verify(network, recording.schedule, made)
-    return recording, made, network, pipe
+    verify(recording.network, recording.schedule, made)
+    return recording, made
 
 
-def test_a_recording_that_lies_is_refused_with_the_fact(honest: tuple[Any, Any, Replay, Any]) -> None:
-    recording, made, _, pipe = honest
-    module = pipe.transformer
+def test_a_recording_that_lies_is_refused_with_the_fact(
+    honest: tuple[Recording, Trace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recording, made = honest
+    network = recording.network
 
     def refused(**lie: Any) -> str:
-        told = replace(recording, **lie)
+        schedule = replace(recording.schedule, **lie)
         with pytest.raises(ValueError, match=r"at step \d |step \d from") as error:
-            verify(replayed(told, module), told.schedule, made)
+            verify(network, schedule, made)
         return str(error.value)
 
-    assert "sign or the slice" in refused(output=recording.output | {"sign": 1})
-    clock = recording.clock | {"offset": recording.clock["offset"] + 0.01}
-    assert "its denoiser got the time" in refused(clock=clock)
-    moved = replace(recording.schedule, process=FlowMatching(5.0))
-    assert "its denoiser got the time" in refused(schedule=moved)
-    assert "gives a different sample" in refused(schedule=replace(recording.schedule, prediction=X0()))
+    assert "its denoiser got the time" in refused(process=FlowMatching(5.0))
+    assert "gives a different sample" in refused(prediction=X0())
+    with monkeypatch.context() as lie:
+        lie.setattr(network, "output", network.output | {"sign": 1})
+        assert "sign or the slice" in refused()
+    monkeypatch.setattr(network, "clock", network.clock | {"offset": network.clock["offset"] + 0.01})
+    assert "its denoiser got the time" in refused()
 
 
-def test_a_swapped_condition_is_refused_by_name(honest: tuple[Any, Any, Replay, Any]) -> None:
-    recording, made, network, _ = honest
+def test_a_swapped_condition_is_refused_by_name(honest: tuple[Recording, Trace]) -> None:
+    recording, made = honest
     first = made.steps[0]
     arguments = first.calls[0].arguments
     swapped = arguments | {"encoder_hidden_states": arguments["encoder_hidden_states"].flip(0)}
     lying = Trace([first._replace(calls=(first.calls[0]._replace(arguments=swapped),)), *made.steps[1:]])
     with pytest.raises(ValueError, match=r"recorded conditions .*encoder_hidden_states.* returns a different output"):
-        verify(network, recording.schedule, lying)
+        verify(recording.network, recording.schedule, lying)
 
 
 def test_what_no_clock_and_no_guidance_explains_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,14 +62,9 @@ def refuse_single_file(source: str) -> None:
     path = user_path(source)
     convert = f'diffusers\' StableDiffusionPipeline.from_single_file("{path}").save_pretrained("FOLDER")'
     if path.suffix in PICKLED:
-        raise ValueError(
-            f"{source} is pickled, so loading it could run code. If you trust it, convert it, for example: {convert}"
-        )
+        raise ValueError(f"{source} is pickled and could run code. If you trust it, convert it, for example: {convert}")
     if path.suffix == ".safetensors":
-        raise ValueError(
-            f"{source} is a single-file checkpoint without configs. Convert it with its pipeline's class and give that "
-            f"folder, for example: {convert}"
-        )
+        raise ValueError(f"{source} is a single file. Convert it with its pipeline's class, for example: {convert}")
 
 
 def check_config(folder: Path, name: str) -> dict[str, Any]:
@@ -152,14 +147,14 @@ def check_files(folder: Path, kind: str) -> None:
     if found:
         variant = _variant(found[0])
         raise ValueError(
-            f"{folder} only has weights of the variant {variant} ({found[0]}): save them without it, for example "
+            f"{folder} only has weights of the variant {variant} ({found[0]}): save them without it, for example: "
             f'{kind}.from_pretrained(FOLDER, variant="{variant}").save_pretrained(FOLDER)'
         )
     pickled = sorted(file.name for file in folder.glob("*") if file.suffix in PICKLED)
     if pickled:
         raise ValueError(
-            f"{folder} has pickled weights ({pickled[0]}), so loading them could run code. If you trust them, convert "
-            f"them: {kind}.from_pretrained(FOLDER).save_pretrained(FOLDER, safe_serialization=True)"
+            f"{folder} has pickled weights ({pickled[0]}), which could run code. If you trust them, convert them: "
+            f"{kind}.from_pretrained(FOLDER).save_pretrained(FOLDER, safe_serialization=True)"
         )
     raise ValueError(
         f"{folder} has no weights (.safetensors): save the pipeline with them. If you trust the source, which may be "
@@ -196,9 +191,7 @@ def _check_indirection(folder: Path) -> None:
                     "it, save the pipeline again with save_pretrained(FOLDER, safe_serialization=True)"
                 )
             if not index.with_name(name).is_file():
-                raise DamagedFile(
-                    f"{index.with_name(name)}, a shard of {index.name}, is missing. Copy the whole folder"
-                )
+                raise DamagedFile(f"{index.with_name(name)}, a shard of {index.name}, is missing. Copy it too")
         for name, tensors in sorted(shards.items()):
             file, held = index.with_name(name), _names_in(index.with_name(name))
             if held != tensors:
@@ -263,7 +256,7 @@ def _opened_quantised(
     """
     if method != "bitsandbytes":
         raise ValueError(
-            f"{folder} is quantised with {method}, but only bitsandbytes is supported. Save it in full precision"
+            f"{folder} is quantised with {method}, but only bitsandbytes is supported. Save it unquantised"
         )
     try:
         state = _dequantised({name: value for file in weights_of(folder) for name, value in load_file(file).items()})

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from halfstep.data import Encoder
+from halfstep.hub.calls import call_in, conditions_in
 from halfstep.hub.disk import open_part
 from halfstep.hub.pipelines import fetch, load_pipeline
-from halfstep.hub.recording import GUIDANCES, call_in, conditions_in
+from halfstep.hub.recording import GUIDANCES
 from halfstep.hub.trace import first_arguments, prompted
 from halfstep.models.model import Model
 from halfstep.runs import Manifest, Pipeline

@@ -17,7 +17,16 @@ from halfstep.hub.card import call_of, lora_card, model_card
 from halfstep.hub.disk import check_files, weights_of, without_variant
 from halfstep.hub.pipelines import OPTIONAL, fetch, is_light, load_pipeline
 from halfstep.hub.recording import verify_export
-from halfstep.hub.schedulers import FLOW, SOLVERS, StockSchedule, exact_steps, multistep, write_schedule
+from halfstep.hub.schedulers import (
+    FLOW,
+    MATCH_TO_COSINE,
+    SOLVERS,
+    USE_ONNX,
+    StockSchedule,
+    exact_steps,
+    multistep,
+    write_schedule,
+)
 from halfstep.hub.stock import quiet, stock
 from halfstep.models.model import Model
 from halfstep.nets import (
@@ -50,10 +59,8 @@ def export_pipeline(model: Model, out: Path, metrics: Metrics | None = None, nam
     refuse_taken(out)
     network = merged(model.denoiser.network)
     if not isinstance(network, StockNetwork):
-        raise ValueError(
-            f"diffusers has no pipeline for a network of type {model.manifest.network.get('type')}. Use --format onnx, "
-            "or halfstep.load in Python"
-        )
+        kind = model.manifest.network.get("type")
+        raise ValueError(f"diffusers has no pipeline for a network of the type {kind}. {USE_ONNX}")
     schedule, kind, component = _layout(model, network)
     index: dict[str, Any] = {}
     copies: dict[str, Path] = {}
@@ -168,9 +175,7 @@ def push_to_hub(folder: Path, name: str) -> str:
         address = api.create_repo(name, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder)
     except Exception as error:  # the Hub's client and its network libraries raise many types
-        raise ValueError(
-            f"{folder} could not be pushed to {name} ({first_line(error)}). The local folder is complete"
-        ) from None
+        raise ValueError(f"{folder} is complete, but was not pushed to {name} ({first_line(error)})") from None
     return str(address)
 
 
@@ -180,8 +185,7 @@ def _layout(model: Model, network: StockNetwork) -> tuple[StockSchedule, str, st
     if isinstance(network, UNet2D) and network.clock_range != (0.0, 1.0):
         raise ValueError(
             f"the network's clock has the range {list(network.clock_range)}, so no number of steps has integer "
-            "timesteps in diffusers. Match the model to the cosine process first (halfstep distill --matching.process "
-            "cosine), or use --format onnx"
+            f"timesteps in diffusers. {MATCH_TO_COSINE}"
         )
     process = model.denoiser.process
     schedule = write_schedule(process, model.denoiser.prediction, network.num_train_timesteps, manifest.clip)
@@ -194,10 +198,8 @@ def _layout(model: Model, network: StockNetwork) -> tuple[StockSchedule, str, st
     is_plain_image, sampler = manifest.is_image and not manifest.num_classes, model.sampler
     solver = SOLVERS.get(sampler)
     if solver is None or (solver.order == 2 and is_plain_image):
-        raise ValueError(
-            f"diffusers has no {'pipeline' if solver else 'scheduler'} for this model's sampler {sampler}. "
-            "Use --format onnx, or halfstep.load in Python."
-        )
+        missing = "pipeline" if solver else "scheduler"
+        raise ValueError(f"diffusers has no {missing} for this model's sampler {sampler}. {USE_ONNX}")
     exact = exact_steps(schedule)
     if model.num_steps is not None and model.num_steps not in exact:
         remedy = "Export a stage with one of these numbers, "
@@ -221,8 +223,8 @@ def _layout(model: Model, network: StockNetwork) -> tuple[StockSchedule, str, st
     sides = manifest.shape[1:]
     if len(set(sides)) > 1:
         raise ValueError(
-            f"diffusers' only class-conditional image pipeline generates square images, but this model generates "
-            f"{list(sides)}. Use --format onnx, or halfstep.load in Python"
+            "diffusers' only class-conditional image pipeline generates square images, but this model generates "
+            f"{list(sides)}. {USE_ONNX}"
         )
     return schedule, "ConsistencyModelPipeline", "unet"
 

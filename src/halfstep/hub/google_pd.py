@@ -67,11 +67,9 @@ class GooglePDConfig(BaseModel):
 
     @model_validator(mode="after")
     def _same_length(self) -> "GooglePDConfig":
-        if not self.multipliers or len(self.multipliers) != len(self.attention):
-            raise ValueError(
-                f"multipliers and attention need an entry for each level, got {len(self.multipliers)} and "
-                f"{len(self.attention)}"
-            )
+        one, other = len(self.multipliers), len(self.attention)
+        if one == 0 or one != other:
+            raise ValueError(f"multipliers and attention need an entry for each level, got {one} and {other}")
         return self
 
 
@@ -257,9 +255,8 @@ def convert(params: Mapping[str, np.ndarray], config: GooglePDConfig) -> UNet2D:
         if (array := params.get(place.path)) is None:
             raise ValueError(f"it has no tensor {place.path} of shape {list(place.shape)}")
         if not _regroups(array.shape, place.shape):
-            raise ValueError(
-                f"the tensor {place.path} has the shape {list(array.shape)}, but {list(place.shape)} is needed"
-            )
+            got, needed = list(array.shape), list(place.shape)
+            raise ValueError(f"the tensor {place.path} has the shape {got}, but {needed} is needed")
         used.add(place.path)
         value = torch.from_numpy(np.array(array, np.float64)).reshape(place.shape)
         state[name] = value.permute(place.axes).reshape(tensor.shape)

@@ -193,9 +193,7 @@ def export_onnx(
         program.save(made, external_data=size > LARGEST)
         apart = distance_from_torch(made, model, steps, cond)
         if not apart <= 1e-4:
-            raise ValueError(
-                f"the exported graph's samples differ from torch's by up to {apart:.2g}, so it was not written"
-            )
+            raise ValueError(f"the graph's samples differ from torch's by up to {apart:.2g}, so it was not written")
         # Weights first: the graph's file marks the export as complete.
         for file in sorted(place.iterdir(), reverse=True):
             with replacing(out.parent / file.name) as temporary:

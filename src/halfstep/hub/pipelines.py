@@ -87,9 +87,7 @@ def fetch(source: str) -> Path:
             path = download(*NON_EMA)
         return path
     except Exception as error:  # the Hub's client and its network libraries raise many types
-        raise ValueError(
-            f"{source} is not a local folder and could not be downloaded from the Hub ({first_line(error)})"
-        ) from None
+        raise ValueError(f"{source} could not be downloaded from the Hub ({first_line(error)})") from None
 
 
 def import_pipeline(
@@ -162,17 +160,18 @@ def _recorded(source: str | Path, folder: Path, pipeline: Pipeline, precision: B
     pipe = load_pipeline(folder, pipeline.kind, places=places)
     component = component_of(pipe)
     try:
-        recording, network = record(pipe, pipeline.options)
+        recording = record(pipe, pipeline.options)
     except ValueError as error:
         missing = sorted(name for name, part in pipe.components.items() if part is None and name not in OPTIONAL)
         raise ValueError(f"{folder} has no {', '.join(missing)}: {error}" if missing else str(error)) from None
+    network = recording.network
     network.lower(precision)
     told = {name: getattr(recording, name) for name in ("guidance", "off", "scale")} | {"component": component}
     return teacher_of(
         folder.name, network, recording.schedule, pipeline.model_copy(update=told),
         f"{source} (weights sha256 {digest_of(places[component])})",
         shape=recording.shape, num_classes=recording.num_classes,
-        conditions={} if recording.num_classes else conditions_of(recording.call), is_image=False,
+        conditions={} if recording.num_classes else conditions_of(network.call), is_image=False,
         null=dict(recording.null),
     )  # fmt: skip
 
@@ -221,9 +220,7 @@ def read_kind(folder: Path) -> str:
         ValueError: if there is no pipeline, it requires custom code, is not a diffusers class, or lacks a part.
     """
     if not (folder / "model_index.json").is_file():
-        raise ValueError(
-            f"{folder} is not a pipeline (no model_index.json). Give a complete pipeline saved by diffusers"
-        )
+        raise ValueError(f"{folder} is not a pipeline (no model_index.json). Give one saved by diffusers")
     index = read_config(folder / "model_index.json")
     kind = index.get("_class_name")
     foreign = [
@@ -239,10 +236,7 @@ def read_kind(folder: Path) -> str:
         code = [f"its class is {kind}"]
     code += ["auto_map"] * any("auto_map" in read_config(file) for file in folder.glob("*/config.json"))
     if code:
-        raise ValueError(
-            f"{folder} requires custom code ({', '.join(code)}), which halfstep does not run. Save it as a stock "
-            "diffusers pipeline"
-        )
+        raise ValueError(f"{folder} requires custom code ({', '.join(code)}). Save it as a stock diffusers pipeline")
     if kind in PIXELS:
         return str(kind)
     if not isinstance(stock(str(kind), None), type):
@@ -324,14 +318,10 @@ def _plain_parts(folder: Path) -> tuple[Path, Path]:
     if network is None:
         below = networks_below(folder)
         where = f". Give one of the folders in it, such as {below[-1]}" if below else ""
-        raise ValueError(
-            f"{folder} is not a pipeline (no model_index.json) and contains no network (no config.json){where}"
-        )
+        raise ValueError(f"{folder} contains neither a pipeline (model_index.json) nor a network (config.json){where}")
     kind = read_config(network / "config.json").get("_class_name")
     if kind != UNET:
-        raise ValueError(
-            f"{network} contains a {kind}, but only a {UNET} can be imported without its pipeline. Give the pipeline"
-        )
+        raise ValueError(f"{network} contains a {kind}, not a {UNET}. Give its whole pipeline")
     for place in (folder / "scheduler", folder, network, network.parent / "scheduler", network.parent):
         if (place / "scheduler_config.json").is_file():
             return network, place / "scheduler_config.json"

@@ -44,6 +44,10 @@ PREDICTIONS: Final[dict[str, Prediction]] = {"epsilon": Eps(), "sample": X0(), "
 """diffusers' names of predictions on a table of betas."""
 GONE: Final = ("predict_epsilon", "tensor_format", "timestep_values")
 """Fields of diffusers' schedulers in 2022."""
+USE_ONNX: Final = "Use --format onnx, or halfstep.load in Python"
+MATCH_TO_COSINE: Final = (
+    "Match the model to the cosine process first (halfstep distill --matching.process cosine), or use --format onnx"
+)
 _RAMPS: Final = {"linear": linear_betas, "scaled_linear": scaled_linear_betas}
 """diffusers' names of schedules that are defined by the first and last beta."""
 
@@ -89,7 +93,7 @@ def read_schedule(config: Mapping[str, Any], mu: float | None = None) -> Schedul
     kind = config.get("_class_name")
     if kind not in KNOWN:
         fields = ", ".join(name for name in config if not name.startswith("_")) or "none"
-        raise ValueError(f"the scheduler {kind} is not supported (fields: {fields}): use one of {', '.join(KNOWN)}")
+        raise ValueError(f"the scheduler {kind} is not supported (fields: {fields}). Use one of {', '.join(KNOWN)}")
     try:
         with quiet():
             full: dict[str, Any] = dict(stock(kind).from_config(current := renewed(config)).config)
@@ -99,7 +103,7 @@ def read_schedule(config: Mapping[str, Any], mu: float | None = None) -> Schedul
         return _read(kind, full, mu)
     except (TypeError, RuntimeError, OverflowError) as error:  # diffusers and torch raise these for a wrong type
         raise ValueError(
-            f"the config of the {kind} is not valid ({in_one_line(error)}): compare its fields with those of "
+            f"the config of the {kind} is not valid ({in_one_line(error)}). Compare its fields with those of "
             f"diffusers.{kind}().config"
         ) from None
 
@@ -167,16 +171,14 @@ def _betas(kind: str, config: Mapping[str, Any], num: int) -> tuple[float, ...]:
     if config.get("trained_betas") is not None:
         betas = tuple(float(beta) for beta in config["trained_betas"])
         if len(betas) != num:
-            raise ValueError(
-                f"{kind} has {len(betas)} trained_betas, but num_train_timesteps is {num}: the numbers must be equal"
-            )
+            raise ValueError(f"{kind} has {len(betas)} trained_betas, but num_train_timesteps is {num}. Correct one")
     elif schedule in _RAMPS:
         betas = _RAMPS[schedule](num, float(config["beta_start"]), float(config["beta_end"]))
     elif schedule == "squaredcos_cap_v2":
         betas = cosine_betas(num)
     else:
         raise ValueError(
-            f"{kind} has beta_schedule {schedule!r}, which is not one of {', '.join(_RAMPS)}, squaredcos_cap_v2: write "
+            f"{kind} has beta_schedule {schedule!r}, which is not one of {', '.join(_RAMPS)}, squaredcos_cap_v2. Write "
             "its betas into trained_betas"
         )
     if kind in SHIFTED_TABLES:
@@ -253,7 +255,7 @@ def write_schedule(
     names = {type(member): name for name, member in PREDICTIONS.items()}
     if type(prediction) not in names:
         raise ValueError(
-            f"diffusers has no scheduler for {type(prediction).__name__} on {type(process).__name__}: match the model "
+            f"diffusers has no scheduler for {type(prediction).__name__} on {type(process).__name__}. Match the model "
             "to v or x0 first (halfstep distill --matching.prediction v), or use --format onnx"
         )
     return StockSchedule(
@@ -278,10 +280,7 @@ def _stock_betas(process: NoiseProcess, num: int) -> dict[str, Any]:
         before = torch.cat([torch.ones(1, dtype=torch.float64), power[:-1]])
         return {"trained_betas": (1 - power / before).tolist()}
     if not isinstance(process, VPTable) or len(process.betas) != num:
-        raise ValueError(
-            f"diffusers has no table of {num} noise levels for {process}: match the model to the cosine process first "
-            "(halfstep distill --matching.process cosine), or use --format onnx"
-        )
+        raise ValueError(f"diffusers has no table of {num} noise levels for {process}. {MATCH_TO_COSINE}")
     betas = process.betas
     for name, ramp in _RAMPS.items():
         if np.allclose(betas, ramp(num, betas[0], betas[-1]), rtol=1e-12, atol=0):

@@ -60,9 +60,8 @@ def component_of(pipe: Any) -> str:
     names = ("transformer", "transformer_2", "unet", "prior", "decoder")
     found = [name for name in names if pipe.components.get(name) is not None]
     if len(found) != 1 or found[0] not in ("transformer", "unet"):
-        raise ValueError(
-            f"a {type(pipe).__name__} has {', '.join(found) or 'no transformer or unet'}, but one denoiser is needed"
-        )
+        parts = ", ".join(found) or "no transformer or unet"
+        raise ValueError(f"a {type(pipe).__name__} has {parts}, but one denoiser is needed")
     return found[0]
 
 
@@ -76,9 +75,7 @@ def prompted(pipe: Any, prompts: Sequence[Any]) -> dict[str, Any]:
     for name in ("prompt", "class_labels"):
         if name in taken:
             return {name: list(prompts)}
-    raise ValueError(
-        f"the call of a {type(pipe).__name__} has neither prompt nor class_labels, so it cannot be recorded"
-    )
+    raise ValueError(f"a {type(pipe).__name__} takes neither prompt nor class_labels, so it cannot be recorded")
 
 
 def trace(pipe: Any, num_steps: int, *, of: int = STEPS, **call: Any) -> Trace:
@@ -130,9 +127,7 @@ def trace(pipe: Any, num_steps: int, *, of: int = STEPS, **call: Any) -> Trace:
     finally:
         del scheduler.step, scheduler.set_timesteps
     if len(found.steps) < num_steps:
-        raise ValueError(
-            f"{type(pipe).__name__} took {len(found.steps)} steps of its scheduler, but {num_steps} were requested"
-        )
+        raise ValueError(f"{type(pipe).__name__} took {len(found.steps)} of the {num_steps} requested steps")
     return found
 
 

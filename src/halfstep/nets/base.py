@@ -44,7 +44,7 @@ def build_network(description: Mapping[str, Any]) -> Network:
     arguments = dict(description)
     if arguments.get("type") == OWN:
         raise ValueError(
-            f"the network is of your own class {arguments.get('class')}, which halfstep cannot build. Pass one: "
+            f"the network is of your own class {arguments.get('class')}. Pass one: "
             "halfstep.load(path, network=MyNetwork())"
         )
     kind = networks[str(arguments.pop("type", "")) or "(none)"]

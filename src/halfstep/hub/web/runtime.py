@@ -21,7 +21,7 @@ SHA256: Final[Mapping[str, str]] = {
     BINARY: "3398c10d07d229bd91b364548e130e0e51a8e5704b88c7c083ebbeb78842dee2",
 }
 """The files in the package's dist folder that a page needs."""
-REMEDY: Final = f"Download {URL} and give that file as --runtime."
+REMEDY: Final = f"download {URL} and give that file as --runtime."
 TIMEOUT: Final = 60.0
 """Seconds without data after which the registry is unreachable."""
 
@@ -58,10 +58,10 @@ def _read(source: Path) -> dict[str, bytes]:
         else:
             found = _unpacked(source.read_bytes())
     except (OSError, KeyError, tarfile.TarError) as error:
-        raise ValueError(f"{source} is not the npm package onnxruntime-web ({first_line(error)}). {REMEDY}") from None
+        raise ValueError(f"{source} is not the npm package onnxruntime-web ({first_line(error)}): {REMEDY}") from None
     for name, content in found.items():
         if hashlib.sha256(content).hexdigest() != SHA256[name]:
-            raise ValueError(f"{name} in {source} is not from onnxruntime-web {VERSION} (its sha256 differs). {REMEDY}")
+            raise ValueError(f"{name} in {source} is not from onnxruntime-web {VERSION} (its sha256 differs): {REMEDY}")
     return found
 
 
@@ -77,9 +77,8 @@ def _fetch(folder: Path) -> dict[str, bytes]:
         with urllib.request.urlopen(URL, timeout=TIMEOUT) as answer:
             found = _unpacked(answer.read())
     except (OSError, HTTPException, KeyError, tarfile.TarError) as error:
-        raise ValueError(
-            f"onnxruntime-web cannot be downloaded from npm ({first_line(error)}). On another machine: {REMEDY}"
-        ) from None
+        reason = first_line(error)
+        raise ValueError(f"onnxruntime-web cannot be downloaded ({reason}). On another machine, {REMEDY}") from None
     with replacing_folder(folder) as into:
         (into / "dist").mkdir()
         for name, content in found.items():
