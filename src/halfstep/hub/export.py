@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from halfstep.core.denoiser import NetworkDenoiser
 from halfstep.hub.card import call_of, lora_card, model_card
 from halfstep.hub.disk import check_files, weights_of, without_variant
 from halfstep.hub.pipelines import OPTIONAL, fetch, is_light, load_pipeline
@@ -35,7 +34,6 @@ from halfstep.nets import (
     StockNetwork,
     UNet2D,
     bare,
-    describe_network,
     has_movable_clock,
     merged,
     precision_of,
@@ -57,7 +55,8 @@ def export_pipeline(model: Model, out: Path, metrics: Metrics | None = None, nam
             original pipeline is missing, or `out` is not empty. In these cases, nothing is written.
     """
     refuse_taken(out)
-    network = merged(model.denoiser.network)
+    whole = model.merged()
+    network = whole.network
     if not isinstance(network, StockNetwork):
         kind = model.manifest.network.get("type")
         raise ValueError(f"diffusers has no pipeline for a network of the type {kind}. {USE_ONNX}")
@@ -95,7 +94,7 @@ def export_pipeline(model: Model, out: Path, metrics: Metrics | None = None, nam
         write_json(into / "model_index.json", index)
         write_text(into / "README.md", model_card(name or out.name, model.manifest, kind, schedule, metrics, absent))
         if isinstance(network, Replay) and not model.sampler.stochastic:
-            verify_export(load_pipeline(into, kind), in_full(model), **call_of(model.manifest, model.num_steps or 2))
+            verify_export(load_pipeline(into, kind), whole, **call_of(model.manifest, model.num_steps or 2))
     return out
 
 
@@ -144,22 +143,15 @@ def export_lora(model: Model, out: Path, base: Manifest | None = None, name: str
         if not model.sampler.stochastic:
             pipe = load_pipeline(fetch(pipeline.folder), pipeline.kind)
             if precision != "float32":
-                whole: Any = merged(bare(network))
-                getattr(pipe, component).load_state_dict(whole.model.state_dict())
+                base_network: Any = merged(bare(network))
+                getattr(pipe, component).load_state_dict(base_network.model.state_dict())
+                # In float32 too, so that rounding does not count as an error of the export.
+                model = model.merged()
             pipe.scheduler = stock(schedule.kind)(**schedule.config)
             with quiet():
                 pipe.load_lora_weights(into)
-            verify_export(pipe, in_full(model), **call_of(model.manifest, model.num_steps or 2))
+            verify_export(pipe, model, **call_of(model.manifest, model.num_steps or 2))
     return out
-
-
-def in_full(model: Model) -> Model:
-    """Return the model with its network in float32, so that rounding does not count as an error of an export."""
-    if precision_of(model.denoiser.network) == "float32":
-        return model
-    network: Any = merged(model.denoiser.network)
-    denoiser = NetworkDenoiser(network, model.denoiser.process, model.denoiser.prediction)
-    return Model(denoiser, model.manifest.model_copy(update={"network": describe_network(network)}), model.null)
 
 
 def push_to_hub(folder: Path, name: str) -> str:

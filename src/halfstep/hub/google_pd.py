@@ -325,12 +325,12 @@ def import_google_pd(file: Path, config: GooglePDConfig, out: Path) -> Manifest:
     except ValueError as error:
         raise ValueError(f"{file} does not match the configuration: {error}. Choose another --config") from None
     schedule = Schedule(PROCESS, predictions[config.prediction](), True, network.num_train_timesteps, False)
-    teacher = teacher_of(
-        out.name, network, schedule, None, f"{file.name} sha256 {sha256_of(file)}",
-        shape=(3, config.image_size, config.image_size), num_classes=config.num_classes, is_image=True,
+    model = teacher_of(
+        network, schedule, (3, config.image_size, config.image_size), num_classes=config.num_classes,
+        stage=out.name, source=f"{file.name} sha256 {sha256_of(file)}",
     )  # fmt: skip
     told: dict[str, Any] = {"start_steps": config.start_steps}
     # A chain's first teacher can be sampled with any number of steps.
     if 0 < checkpoint.num_steps < config.start_steps:
         told["outcome"] = Outcome(role="student", num_steps=checkpoint.num_steps)
-    return save_stage(StageFolder(out), teacher.denoiser, teacher.manifest.model_copy(update=told))
+    return save_stage(StageFolder(out), model.denoiser, model.manifest.model_copy(update=told))

@@ -24,6 +24,7 @@ from halfstep.core.denoiser import GUIDANCE, Cond, Denoiser
 from halfstep.core.grids import uniform_times
 from halfstep.core.noise import NoiseProcess
 from halfstep.core.prediction import Denoised, eps_from_x0
+from halfstep.hub.calls import difference
 from halfstep.models.model import Model
 from halfstep.nets import merged
 from halfstep.runtime.files import replacing, scratch
@@ -249,7 +250,6 @@ def distance_from_torch(
         steps = parts.__getitem__ if model.sampler.stochastic else None
         expected = sample(model, noise * model.process.start_scale, num_steps, model.sampler, cond=shown, noise=steps)
         found = session.run(["x0"], {name: value.numpy() for name, value in inputs.items()})[0]
-        apart = float((torch.from_numpy(found) - expected).abs().max())
-        distances.append(apart / max(1.0, float(expected.abs().max())))
+        distances.append(difference(torch.from_numpy(found), expected))
     # np.max returns NaN if any distance is NaN.
     return float(np.max(distances))

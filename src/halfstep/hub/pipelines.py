@@ -10,32 +10,17 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import Tensor
 
 from halfstep.core.denoiser import NetworkDenoiser, warn_of_signal
-from halfstep.core.noise import processes
-from halfstep.core.prediction import predictions
 from halfstep.core.warnings import HalfstepWarning
-from halfstep.hub.disk import (
-    OLD_NAMES,
-    check_config,
-    check_files,
-    digest_of,
-    known_fields,
-    networks_below,
-    open_part,
-    open_pipeline,
-    plain_network,
-    read_config,
-    refuse_single_file,
-)
+from halfstep.hub import disk
 from halfstep.hub.recording import record
 from halfstep.hub.schedulers import GONE, Schedule, read_schedule, renewed
 from halfstep.hub.stock import quiet, stock
 from halfstep.hub.trace import component_of
 from halfstep.models.model import Model
-from halfstep.nets import BasePrecision, StockNetwork, UNet2D, conditions_of, describe_network
-from halfstep.runs import Manifest, Outcome, Pipeline
+from halfstep.nets import BasePrecision, StockNetwork, UNet2D, conditions_of
+from halfstep.runs import Pipeline
 from halfstep.runtime.files import first_line, user_path
 
 START_STEPS: Final = 128
@@ -57,7 +42,7 @@ DENOISERS: Final = ("transformer", "unet")
 def is_pipeline(path: str | Path) -> bool:
     """Return whether a path is a folder written by diffusers: a pipeline, or a network with its config."""
     folder = Path(path)
-    is_network = plain_network(folder) is not None and not (folder / "manifest.json").is_file()
+    is_network = disk.plain_network(folder) is not None and not (folder / "manifest.json").is_file()
     return is_network or (folder / "model_index.json").is_file()
 
 
@@ -70,7 +55,7 @@ def fetch(source: str) -> Path:
     path = user_path(source)
     if path.is_dir():
         return path
-    refuse_single_file(source)
+    disk.refuse_single_file(source)
     if path.exists():
         raise ValueError(f"{source} is a file: give a folder saved by diffusers, or a name on the Hub (OWNER/NAME)")
     if source.count("/") != 1 or source.startswith((".", "/", "~")):
@@ -126,12 +111,12 @@ def import_pipeline(
     if not scheduler.is_file():
         raise ValueError(f"{folder} has no {scheduler.relative_to(folder)}: the pipeline was not saved completely")
     network_folder = _weights(source, network_folder, ema)
-    schedule = read_schedule(read_config(scheduler))
+    schedule = read_schedule(disk.read_config(scheduler))
     network = _network(network_folder, schedule)
     pipeline = None if kind is None else Pipeline(kind=kind, folder=origin, component="unet")
     return teacher_of(
-        folder.name, network, schedule, pipeline, f"{source} (weights sha256 {digest_of(network_folder)})",
-        shape=shape_of(network.config), num_classes=int(network.config.get("num_class_embeds") or 0), is_image=True,
+        network, schedule, shape_of(network.config), num_classes=int(network.config.get("num_class_embeds") or 0),
+        stage=folder.name, is_image=True, pipeline=pipeline, source=_origin(source, network_folder),
     )  # fmt: skip
 
 
@@ -156,7 +141,7 @@ def _recorded(source: str | Path, folder: Path, pipeline: Pipeline, precision: B
     ema = pipeline.averaged
     places = {name: _weights(source, folder / name, ema) for name in DENOISERS if (folder / name).is_dir()}
     if (folder / "vae").is_dir() and not list((folder / "vae").glob("*.safetensors")):
-        check_files(folder / "vae", "diffusers.AutoencoderKL")
+        disk.check_files(folder / "vae", "diffusers.AutoencoderKL")
     pipe = load_pipeline(folder, pipeline.kind, places=places)
     component = component_of(pipe)
     try:
@@ -168,42 +153,22 @@ def _recorded(source: str | Path, folder: Path, pipeline: Pipeline, precision: B
     network.lower(precision)
     told = {name: getattr(recording, name) for name in ("guidance", "off", "scale")} | {"component": component}
     return teacher_of(
-        folder.name, network, recording.schedule, pipeline.model_copy(update=told),
-        f"{source} (weights sha256 {digest_of(places[component])})",
-        shape=recording.shape, num_classes=recording.num_classes,
-        conditions={} if recording.num_classes else conditions_of(network.call), is_image=False,
-        null=dict(recording.null),
+        network, recording.schedule, recording.shape, num_classes=recording.num_classes,
+        conditions={} if recording.num_classes else conditions_of(network.call), null=recording.null,
+        stage=folder.name, is_image=False, pipeline=pipeline.model_copy(update=told),
+        source=_origin(source, places[component]),
     )  # fmt: skip
 
 
-def teacher_of(
-    stage: str, network: StockNetwork, schedule: Schedule, pipeline: Pipeline | None, source: str, *,
-    shape: tuple[int, ...], num_classes: int, is_image: bool, conditions: Mapping[str, tuple[int, ...]] | None = None,
-    null: Mapping[str, Tensor] | None = None,
-) -> Model:  # fmt: skip
-    """Return the model of an imported network; the arguments are fields of its manifest."""
+def _origin(source: str | Path, weights: Path) -> str:
+    return f"{source} (weights sha256 {disk.digest_of(weights)})"
+
+
+def teacher_of(network: StockNetwork, schedule: Schedule, shape: Sequence[int], **facts: Any) -> Model:
+    """Return the model of an imported network; `facts` as for `Model.of`."""
     warn_of_signal(schedule.process)
-    manifest = Manifest(
-        stage=stage,
-        objective="imported",
-        parent=None,
-        outcome=Outcome(role="teacher"),
-        start_steps=START_STEPS,
-        num_updates=0,
-        seconds=0.0,
-        shape=shape,
-        num_classes=num_classes,
-        conditions=dict(conditions or {}),
-        is_image=is_image,
-        clip=schedule.clip,
-        network=describe_network(network),
-        process=processes.describe(schedule.process),
-        prediction=predictions.describe(schedule.prediction),
-        pipeline=pipeline,
-        files={},
-        source=source,
-    )
-    return Model(NetworkDenoiser(network.eval(), schedule.process, schedule.prediction), manifest, null)
+    denoiser = NetworkDenoiser(network.eval(), schedule.process, schedule.prediction)
+    return Model.of(denoiser, shape, clip=schedule.clip, objective="imported", start_steps=START_STEPS, **facts)
 
 
 def _parts(folder: Path) -> tuple[Path, Path]:
@@ -221,7 +186,7 @@ def read_kind(folder: Path) -> str:
     """
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{folder} is not a pipeline (no model_index.json). Give one saved by diffusers")
-    index = read_config(folder / "model_index.json")
+    index = disk.read_config(folder / "model_index.json")
     kind = index.get("_class_name")
     foreign = [
         name
@@ -234,7 +199,7 @@ def read_kind(folder: Path) -> str:
     code = foreign or sorted(file.name for file in folder.rglob("*.py"))
     if not isinstance(kind, str):
         code = [f"its class is {kind}"]
-    code += ["auto_map"] * any("auto_map" in read_config(file) for file in folder.glob("*/config.json"))
+    code += ["auto_map"] * any("auto_map" in disk.read_config(file) for file in folder.glob("*/config.json"))
     if code:
         raise ValueError(f"{folder} requires custom code ({', '.join(code)}). Save it as a stock diffusers pipeline")
     if kind in PIXELS:
@@ -263,7 +228,7 @@ def load_pipeline(
     Raises:
         ValueError: if a part cannot be read.
     """
-    index, given = read_config(folder / "model_index.json"), dict[str, Any]()
+    index, given = disk.read_config(folder / "model_index.json"), dict[str, Any]()
     for name, value in index.items():
         if not isinstance(value, list):
             continue
@@ -271,12 +236,12 @@ def load_pipeline(
             given[name] = None
         elif list((folder / name).glob("*.safetensors")) or not is_light(folder / name):
             given[name] = _part(kind, name, value, (places or {}).get(name, folder / name), is_whole, device)
-        elif (file := folder / name / "scheduler_config.json").is_file() and set(GONE) & set(read_config(file)):
+        elif (file := folder / name / "scheduler_config.json").is_file() and set(GONE) & set(disk.read_config(file)):
             # Today's schedulers ignore those fields.
-            given[name] = stock(value[1]).from_config(renewed(read_config(file)))
+            given[name] = stock(value[1]).from_config(renewed(disk.read_config(file)))
     if "requires_safety_checker" in index:
         given["requires_safety_checker"] = False
-    return open_pipeline(folder, kind, given)
+    return disk.open_pipeline(folder, kind, given)
 
 
 def _part(
@@ -285,17 +250,17 @@ def _part(
     """Load a part with weights; `declared` are its library and class in the pipeline's index."""
     library, name = declared
     if library == "diffusers":
-        if name in OLD_NAMES:
+        if name in disk.OLD_NAMES:
             taken = {kind.__name__ for kind in stock(pipeline)._get_signature_types()[part]}
-            name = next((new for new in OLD_NAMES[name] if new in taken), name)
-        config = check_config(folder, name)
+            name = next((new for new in disk.OLD_NAMES[name] if new in taken), name)
+        config = disk.check_config(folder, name)
         if not is_whole and part in (*DENOISERS, "vae"):
-            check_files(folder, f"diffusers.{name}")
+            disk.check_files(folder, f"diffusers.{name}")
             config = {field: value for field, value in config.items() if field != "quantization_config"}
             return on_meta(name, config, device)
     elif library != "transformers":
         library = f"diffusers.pipelines.{library}"
-    return open_part(folder, f"{library}.{name}").eval().to(device)
+    return disk.open_part(folder, f"{library}.{name}").eval().to(device)
 
 
 def is_light(folder: Path) -> bool:
@@ -314,12 +279,12 @@ def on_meta(kind: str, config: Mapping[str, Any], device: str | torch.device) ->
 
 def _plain_parts(folder: Path) -> tuple[Path, Path]:
     """Return the folder and the scheduler config of a U-Net without a pipeline."""
-    network = plain_network(folder)
+    network = disk.plain_network(folder)
     if network is None:
-        below = networks_below(folder)
+        below = disk.networks_below(folder)
         where = f". Give one of the folders in it, such as {below[-1]}" if below else ""
         raise ValueError(f"{folder} contains neither a pipeline (model_index.json) nor a network (config.json){where}")
-    kind = read_config(network / "config.json").get("_class_name")
+    kind = disk.read_config(network / "config.json").get("_class_name")
     if kind != UNET:
         raise ValueError(f"{network} contains a {kind}, not a {UNET}. Give its whole pipeline")
     for place in (folder / "scheduler", folder, network, network.parent / "scheduler", network.parent):
@@ -333,7 +298,7 @@ def _plain_parts(folder: Path) -> tuple[Path, Path]:
 
 def _network(folder: Path, schedule: Schedule) -> UNet2D:
     """Return the pixel U-Net in `folder`, without the channels of a learned variance."""
-    config = check_config(folder, UNET)
+    config = disk.check_config(folder, UNET)
     if schedule.is_flow:
         raise ValueError(
             f"{folder} contains a {UNET}, but its timesteps are unknown for the process of its scheduler "
@@ -344,8 +309,8 @@ def _network(folder: Path, schedule: Schedule) -> UNet2D:
             f"{folder} contains a {UNET} with class_embed_type {config['class_embed_type']!r}, an input that halfstep "
             "does not support. Distil it in Python: halfstep.distill accepts any conditions"
         )
-    stock_model = open_part(folder, f"diffusers.{UNET}")
-    config = known_fields(stock_model.config, folder, UNET)
+    stock_model = disk.open_part(folder, f"diffusers.{UNET}")
+    config = disk.known_fields(stock_model.config, folder, UNET)
     state = dict(stock_model.state_dict())
     channels = int(config["in_channels"])
     num_outputs = int(config.get("out_channels") or channels)

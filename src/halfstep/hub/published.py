@@ -150,6 +150,6 @@ def published(name: str, precision: BasePrecision = "float32") -> Model:
     )  # fmt: skip
     null = {} if held.off is None else {name: torch.zeros(shape) for name, shape in conditions.items()}
     return teacher_of(
-        name, network, schedule, pipeline, held.title, shape=held.shape, num_classes=0, is_image=False,
-        conditions=conditions, null=null,
+        network, schedule, held.shape, conditions=conditions, null=null, stage=name, pipeline=pipeline,
+        source=held.title,
     )  # fmt: skip

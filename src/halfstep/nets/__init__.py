@@ -2,7 +2,6 @@
 
 from halfstep.nets.base import OWN, Network, build_network, describe_network, networks, set_dropout
 from halfstep.nets.features import EncoderHalf, encoder_half
-from halfstep.nets.half import InHalf
 from halfstep.nets.lora import (
     LoRA,
     bare,
@@ -19,7 +18,7 @@ from halfstep.nets.lora import (
     weight_bytes_of,
     with_lora,
 )
-from halfstep.nets.lowered import CONFIGS, BasePrecision
+from halfstep.nets.lowered import CONFIGS, BasePrecision, InHalf
 from halfstep.nets.mlp import MLP
 from halfstep.nets.replay import LENGTH, Replay, conditions_of, nodes_of, read_output, takes_scale
 from halfstep.nets.stock import StockNetwork, UNet2D, unet2d_config

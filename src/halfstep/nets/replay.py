@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from halfstep.core.denoiser import GUIDANCE
 from halfstep.core.noise import processes
 from halfstep.nets.base import networks
-from halfstep.nets.half import called_in_half
-from halfstep.nets.lowered import BasePrecision, lower, restore, settle
+from halfstep.nets.lowered import BasePrecision, called_in_half, lower, restore, settle
 from halfstep.nets.stock import StockNetwork
 
 Node = Mapping[str, Any]
