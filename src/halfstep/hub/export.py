@@ -189,7 +189,7 @@ def _layout(model: Model, network: StockNetwork) -> tuple[StockSchedule, str, st
         )
     is_plain_image, sampler = manifest.is_image and not manifest.num_classes, model.sampler
     solver = SOLVERS.get(sampler)
-    if solver is None or (solver.order == 2 and is_plain_image):
+    if solver is None or (solver["solver_order"] == 2 and is_plain_image):
         missing = "pipeline" if solver else "scheduler"
         raise ValueError(f"diffusers has no {missing} for this model's sampler {sampler}. {USE_ONNX}")
     exact = exact_steps(schedule)

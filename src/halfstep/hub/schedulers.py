@@ -290,21 +290,15 @@ def _stock_betas(process: NoiseProcess, num: int) -> dict[str, Any]:
     return {"trained_betas": list(betas)}
 
 
-class Solver(NamedTuple):
-    """Settings of diffusers' DPM-Solver++ that make it one of our samplers."""
-
-    order: int
-    algorithm: str
-
-
-SOLVERS: Final[dict[Sampler, Solver]] = {
-    DDIM(): Solver(1, "dpmsolver++"),
-    DPMSolverPP2M(): Solver(2, "dpmsolver++"),
-    Ancestral(gamma=0.0): Solver(1, "sde-dpmsolver++"),
+SOLVERS: Final[dict[Sampler, dict[str, Any]]] = {
+    DDIM(): {"algorithm_type": "dpmsolver++", "solver_order": 1},
+    DPMSolverPP2M(): {"algorithm_type": "dpmsolver++", "solver_order": 2},
+    Ancestral(gamma=0.0): {"algorithm_type": "sde-dpmsolver++", "solver_order": 1},
 }
+"""Settings of diffusers' DPM-Solver++ that make it one of our samplers."""
 
 
-def multistep(schedule: StockSchedule, solver: Solver, clip: bool) -> StockSchedule:
+def multistep(schedule: StockSchedule, solver: Mapping[str, Any], clip: bool) -> StockSchedule:
     """Return the DPM-Solver++ scheduler that takes the steps of `solver` on a DDIM scheduler's table.
 
     Order 1 is DDIM with the noise recomputed from the clipped x0; `DDIMScheduler` recomputes it only if the pipeline
@@ -316,20 +310,14 @@ def multistep(schedule: StockSchedule, solver: Solver, clip: bool) -> StockSched
     """
     if schedule.kind != "DDIMScheduler":
         # With use_flow_sigmas it starts at sigma = 1 - 1 / T and truncates its timesteps to integers.
+        steps = f"{solver['algorithm_type']} steps of order {solver['solver_order']}"
         raise ValueError(
-            f"diffusers has no scheduler for {solver.algorithm} steps of order {solver.order} at this model's times on "
-            "the flow-matching path. Use --format onnx"
+            f"diffusers has no scheduler for {steps} at this model's times on the flow-matching path. Use --format onnx"
         )
     config = {k: v for k, v in schedule.config.items() if k not in ("set_alpha_to_one", "clip_sample")}
     if config.get("trained_betas") and config["trained_betas"][-1] == 1:
         raise ValueError("diffusers has no scheduler for these steps on a table with zero signal. Use --format onnx")
-    config |= {
-        "algorithm_type": solver.algorithm,
-        "solver_order": solver.order,
-        "final_sigmas_type": "zero",
-        "thresholding": clip,
-        "sample_max_value": 1.0,
-    }
+    config |= {**solver, "final_sigmas_type": "zero", "thresholding": clip, "sample_max_value": 1.0}
     return StockSchedule("DPMSolverMultistepScheduler", config)
 
 
