@@ -1,4 +1,4 @@
-"""Import and export: diffusers pipelines both ways, ONNX and web pages out, the paper authors' checkpoints in."""
+"""Import of diffusers pipelines and the paper authors' checkpoints; export as pipelines, ONNX and web pages."""
 
 from halfstep.hub.disk import networks_below
 from halfstep.hub.encoding import decoder_of, encoder_of, prompts_of, release_texts, text_conditions

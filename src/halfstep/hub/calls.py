@@ -1,4 +1,4 @@
-"""A denoiser's calls as trees of nodes (see nets/replay.py): classification of arguments, and their conditions."""
+"""A denoiser's calls as trees of nodes (see nets/replay.py): classify their arguments, and find their conditions."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, Final, final
@@ -10,7 +10,7 @@ from halfstep.nets import LENGTH
 from halfstep.runs import Manifest
 
 SAME: Final = 1e-6
-"""Largest relative difference between values that are the same, except for rounding."""
+"""Largest relative difference due to rounding."""
 
 
 def difference(found: Tensor, wanted: Tensor) -> float:
@@ -23,8 +23,8 @@ class Reading:
     """Classifies the arguments of a denoiser's call.
 
     Args:
-        latents: the samples of the batch of two.
-        longest: the length of padded prompts, if known.
+        latents: samples of two prompts.
+        longest: length of padded prompts; None if unknown.
     """
 
     def __init__(self, latents: Tensor, longest: Any) -> None:
@@ -33,7 +33,7 @@ class Reading:
         self._names: set[str] = set()
 
     def node(self, path: str, one: Any, two: Any, later: Any) -> dict[str, Any]:
-        """Return the node of an argument from its values for one prompt, for two, and for two at the next step."""
+        """Return an argument's node from its values for one prompt, for two, and for two at the next step."""
         if isinstance(two, Mapping):
             items = {name: self.node(f"{path}.{name}", one.get(name), two[name], later[name]) for name in two}
             return {"is": "dict", "items": items}
@@ -91,7 +91,9 @@ class Reading:
         node = self._leaf("condition", path, row) | padded
         if padded:
             if not isinstance(self.longest, int):
-                raise ValueError(f"the argument {path[1:]} has no maximum length (max_sequence_length)")
+                raise ValueError(
+                    f"the argument {path[1:]} has no maximum length: its pipeline has no max_sequence_length"
+                )
             node["shape"][0] = self.longest
         return node
 
@@ -104,7 +106,7 @@ class Reading:
 
 
 def reached(node: Mapping[str, Any], value: Any) -> Iterator[tuple[Mapping[str, Any], Any]]:
-    """Yield the leaves of a recorded call with their values in another call of the same kind."""
+    """Yield a recorded call's leaves, each with its value in another call."""
     items = node.get("items")
     if items is None:
         yield node, value
@@ -135,7 +137,7 @@ def conditions_in(
     for node, value in leaves:
         name = node["name"]
         if value is None:
-            # A mask of ones.
+            # A pipeline may omit a mask of ones.
             value = torch.ones(first + batch, max(lengths), dtype=getattr(torch, node["dtype"]))
         rows = list(value[first : first + batch])
         if "list" in node:

@@ -19,7 +19,7 @@ _PIXELS: Final = {
 
 
 def call_of(manifest: Manifest, num_steps: int) -> dict[str, Any]:
-    """Return the call arguments, without prompts, with which a model's stock pipeline takes our steps."""
+    """Return the call arguments, except prompts, that make a model's stock pipeline take our steps."""
     pipeline = manifest.pipeline
     assert pipeline is not None
     taken = inspect.signature(stock(pipeline.kind).__call__).parameters
@@ -34,7 +34,7 @@ def call_of(manifest: Manifest, num_steps: int) -> dict[str, Any]:
 
 
 def _call(manifest: Manifest, kind: str, steps: int = 4) -> str:
-    """Return the Python code that samples, in the model's own number of steps or, without one, in `steps`."""
+    """Return the Python code that samples in the model's number of steps, or in `steps` if it has none."""
     steps = manifest.num_steps or steps
     labels = list(range(min(4, manifest.num_classes)))
     if kind in _PIXELS:
@@ -72,7 +72,7 @@ def model_card(
     """Return the README.md of an exported folder.
 
     Args:
-        absent: parts that are not in the folder, for which the call must pass None.
+        absent: parts missing from the folder, for which users must pass None.
     """
     own, exact = manifest.num_steps, exact_steps(schedule)
     made = "A diffusion model" if own is None else f"A diffusion model that samples in {own} step{'s' * (own > 1)}"
@@ -96,7 +96,7 @@ def model_card(
     if manifest.clip and kind == "DDIMPipeline":
         notes += (
             "\nPass `use_clipped_model_output=True`, so that `DDIMScheduler` recomputes the noise from the clipped x0. "
-            "The model was measured this way.\n"
+            "The model was evaluated this way.\n"
         )
     return f"""\
 ---
@@ -142,7 +142,7 @@ def lora_card(
 ) -> str:
     """Return the README.md of a folder of LoRA weights; `precision` is that of their base weights."""
     lowered, base = CONFIGS.get(precision, "torch.bfloat16"), public(pipeline.folder)
-    over = "" if precision == "float32" else f"\nTheir base weights in training were {precision} ({lowered}).\n"
+    over = "" if precision == "float32" else f"\nThey were trained on {precision} base weights ({lowered}).\n"
     return f"""\
 ---
 library_name: diffusers

@@ -21,7 +21,7 @@ from halfstep.runtime.files import DamagedFile, check_regular, read_json, sha256
 from halfstep.runtime.tensors import check_finite
 
 PICKLED: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-"""Suffixes of weights that can run code on loading."""
+"""Suffixes of files that can run code when loaded."""
 WRAPPERS: Final = {
     "_orig_mod.": "torch.compile",
     "module.": "DataParallel or DistributedDataParallel",
@@ -33,16 +33,16 @@ WRAPPERS: Final = {
 }
 """Prefixes of all tensor names, and the wrappers that add them."""
 ADAPTER: Final = ".base_layer."
-"""Part of the names of layers that peft has adapted."""
+"""Part of a layer's name that peft inserts."""
 AVERAGED: Final = {
     "decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup",
     "quantization_config",
 }  # fmt: skip
 """Config fields that diffusers' `EMAModel` and quantisation add."""
 OLD_NAMES: Final = {"Transformer2DModel": ("DiTTransformer2DModel", "PixArtTransformer2DModel")}
-"""Class names in older files, and today's classes for them."""
+"""Class names in older files, and the current classes."""
 HALVES: Final = ("fp16", "bf16")
-"""Variants that are read if no weights without a variant exist."""
+"""Variants to read if all weights have a variant."""
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -100,25 +100,25 @@ def known_fields(config: Mapping[str, Any], folder: Path, name: str) -> dict[str
 
 
 def weights_of(folder: Path) -> list[Path]:
-    """Return a part's safetensors files, sorted by name: those without a variant, otherwise in half precision."""
+    """Return a part's safetensors files, sorted by name: without a variant if possible, otherwise in half precision."""
     variant = variant_of(folder) or ""
     return [file for file in sorted(folder.glob("*.safetensors")) if _variant(file.name) == variant]
 
 
 def variant_of(folder: Path) -> str | None:
-    """Return the variant of the weights that are read, or None."""
+    """Return the variant to read, or None."""
     held = {_variant(file.name) for file in folder.glob("*.safetensors")}
     return None if "" in held else next((variant for variant in HALVES if variant in held), None)
 
 
 def without_variant(text: str, folder: Path) -> str:
-    """Remove the variant from a part's file name, or from its index's text."""
+    """Remove the variant from a file name, or from an index's text."""
     variant = variant_of(folder)
     return text if variant is None else text.replace(f".{variant}.", ".").replace(f".{variant}-", "-")
 
 
 def digest_of(folder: Path) -> str:
-    """Return the digest of a part's weights, which detects other weights in the same folder."""
+    """Return the digest of a part's weights, which changes if they are replaced."""
     digests = [sha256_of(file) for file in weights_of(folder)]
     return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
@@ -130,7 +130,7 @@ def _variant(name: str) -> str:
 
 
 def check_files(folder: Path, kind: str) -> None:
-    """Check that a part has safetensors weights that can be read, and that no other files would be read.
+    """Check that a part has readable safetensors weights, and refers to no other files.
 
     Args:
         kind: library and class of the part, such as "diffusers.UNet2DModel".
@@ -163,7 +163,7 @@ def check_files(folder: Path, kind: str) -> None:
 
 
 def _check_indirection(folder: Path) -> None:
-    """Refuse anything that makes a library read other files than the safetensors in this folder."""
+    """Refuse anything that makes a library read files other than the safetensors in this folder."""
     for file in sorted(folder.glob("*.safetensors")):
         if not file.is_file():
             raise ValueError(f"{file} is not a file. Save the pipeline again")
@@ -183,7 +183,7 @@ def _check_indirection(folder: Path) -> None:
         shards: dict[str, set[str]] = {}
         for tensor, name in listed.items():
             shards.setdefault(str(name), set()).add(tensor)
-        # All names first: one outside the folder is a clearer error than a shard that does not match.
+        # All names first: a name outside the folder is a clearer error than mismatched tensors.
         for name in sorted(shards):
             if name != Path(name).name or "\\" in name or not name.endswith(".safetensors"):
                 raise ValueError(
@@ -215,8 +215,9 @@ def open_part(folder: Path, kind: str) -> Any:
         kind: library and class, such as "transformers.CLIPTextModel".
 
     Raises:
-        ValueError: if its files are refused (see `check_files`), or (DamagedFile) its weights cannot be read, are not
-            exactly those of its class, or are not finite; the message gives the first such tensor.
+        ValueError: if its files are refused (see `check_files`).
+        DamagedFile: if its weights cannot be read, are not exactly those of its class, or are not finite; the message
+            gives the first such tensor.
     """
     check_files(folder, kind)
     library, _, name = kind.rpartition(".")
@@ -237,7 +238,7 @@ def open_part(folder: Path, kind: str) -> Any:
         try:
             with quiet():
                 part, facts = made.from_pretrained(folder, use_safetensors=True, local_files_only=True, **options)
-        except Exception as error:  # any error of diffusers, transformers, safetensors, or from a wrong shape
+        except Exception as error:  # diffusers, transformers and safetensors raise many types
             raise DamagedFile(f"{folder} cannot be read as a {name} ({in_one_line(error)})") from None
     if type(part).__name__ != name:
         raise ValueError(f"{folder} contains a {type(part).__name__}, but a {name} is needed here")
@@ -305,7 +306,7 @@ def _check_names(folder: Path, name: str, held: set[str], missing: Iterable[str]
     wrapper = next((prefix for prefix in WRAPPERS if held and all(one.startswith(prefix) for one in held)), None)
     remedy = f"Save the {name} again with save_pretrained, or copy the whole folder"
     if wrapper is not None:
-        remedy = f"All names start with {wrapper!r}, which {WRAPPERS[wrapper]} adds. Save the module inside it"
+        remedy = f"All names start with {wrapper!r}, which {WRAPPERS[wrapper]} adds. Save the wrapped module"
         if not any(folder.glob("*.index.json")):
             # The command reads all bytes first, because load_file would map the file that it overwrites.
             remedy += (
@@ -325,7 +326,7 @@ def open_pipeline(folder: Path, kind: str, parts: Mapping[str, Any]) -> Any:
     """Load the pipeline `kind` in `folder`.
 
     Args:
-        parts: the parts with weights, from `open_part`; None for each absent part.
+        parts: the parts with weights, from `open_part`; None for a missing part.
 
     Raises:
         DamagedFile: if it cannot be read.
@@ -335,18 +336,18 @@ def open_pipeline(folder: Path, kind: str, parts: Mapping[str, Any]) -> Any:
             return stock(kind).from_pretrained(
                 folder, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32, **parts
             )
-    except Exception as error:  # any error of diffusers and transformers
+    except Exception as error:  # diffusers and transformers raise many types
         raise DamagedFile(f"the pipeline in {folder} cannot be read ({in_one_line(error)})") from None
 
 
 def plain_network(folder: Path) -> Path | None:
-    """Return the folder of a network saved without a pipeline: `folder` itself, its unet or its transformer."""
+    """Return the folder of a network saved without a pipeline: `folder` itself, or its unet or transformer."""
     places = [place for name in ("unet", "transformer") for place in (folder / name, folder / f"{name}_ema")]
     return next((place for place in (folder, *places) if (place / "config.json").is_file()), None)
 
 
 def networks_below(folder: Path) -> list[Path]:
-    """Return the direct sub-folders with a pipeline or a network, such as checkpoint-500, sorted by age."""
+    """Return the direct subfolders with a pipeline or a network, such as checkpoint-500, oldest first."""
     below = [place for place in folder.iterdir() if place.is_dir()] if folder.is_dir() else []
     found = [p for p in below if (p / "model_index.json").is_file() or plain_network(p) is not None]
     return sorted(found, key=lambda place: (place.stat().st_mtime, place.name))

@@ -145,7 +145,7 @@ def export_lora(model: Model, out: Path, base: Manifest | None = None, name: str
             if precision != "float32":
                 base_network: Any = merged(bare(network))
                 getattr(pipe, component).load_state_dict(base_network.model.state_dict())
-                # In float32 too, so that rounding does not count as an error of the export.
+                # Also in float32, so that rounding is not reported as an export error.
                 model = model.merged()
             pipe.scheduler = stock(schedule.kind)(**schedule.config)
             with quiet():
@@ -184,7 +184,7 @@ def _layout(model: Model, network: StockNetwork) -> tuple[StockSchedule, str, st
     table = {"of": "u", "scale": network.num_train_timesteps, "offset": -1}
     if isinstance(network, Replay) and schedule.kind != FLOW and network.clock != table:
         raise ValueError(
-            f"a {network.stock} takes another time than a table's timesteps, which no diffusers scheduler passes "
+            f"the time input of a {network.stock} is not a table's timestep, and no diffusers scheduler passes it "
             "without drawing noise in each step. Use --format onnx"
         )
     is_plain_image, sampler = manifest.is_image and not manifest.num_classes, model.sampler
@@ -222,14 +222,14 @@ def _layout(model: Model, network: StockNetwork) -> tuple[StockSchedule, str, st
 
 
 def _other_parts(origin: Path, index: dict[str, Any], component: str) -> dict[str, Path]:
-    """Return the folders of the original pipeline's parts by name, except its network and scheduler."""
+    """Return the folders of the original pipeline's parts by name, without network and scheduler."""
     parts = {}
     for name, value in index.items():
         if name in (component, "scheduler") or not isinstance(value, list) or value[0] is None:
             continue
         folder = origin / name
         if name == "safety_checker" and not list(folder.glob("*.safetensors")):
-            # Older repositories contain it pickled; the pipeline works without it.
+            # Older repositories only have pickled weights for it; the pipeline works without it.
             continue
         if not folder.is_dir():
             raise ValueError(f"{origin} no longer has its {name}, which the exported pipeline needs")
@@ -248,7 +248,7 @@ def _save_network(network: StockNetwork, folder: Path) -> None:
     config: dict[str, Any] = read_json(folder / "config.json")
     size = config.get("sample_size")
     if isinstance(size, list) and len(set(size)) == 1:
-        # Pipelines that only support square samples expect one number.
+        # Pipelines for square samples expect one number.
         config["sample_size"] = size[0]
     config.pop("_name_or_path", None)
     write_json(folder / "config.json", config)

@@ -40,7 +40,7 @@ PROCESS: Final = VPCosine()
 
 @final
 class GooglePDConfig(BaseModel):
-    """A network of the authors' unet.py, with facts that its checkpoint does not contain."""
+    """A network in the authors' unet.py, and facts missing from its checkpoint."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -51,7 +51,7 @@ class GooglePDConfig(BaseModel):
     multipliers: tuple[int, ...]
     """Channels of each level in multiples of `ch`, from the finest."""
     layers_per_block: PositiveInt
-    """Residual blocks per level on the way down; there is one more on the way up."""
+    """Residual blocks per level of the encoder; the decoder has one more."""
     attention: tuple[bool, ...]
     """Whether each level has self-attention."""
     attention_head_dim: PositiveInt
@@ -63,7 +63,7 @@ class GooglePDConfig(BaseModel):
     prediction: Literal["x0", "eps", "v", "both"]
     """The network's prediction type."""
     start_steps: PositiveInt
-    """Steps of its chain's first teacher."""
+    """Steps of the first teacher in its chain."""
 
     @model_validator(mode="after")
     def _same_length(self) -> "GooglePDConfig":
@@ -113,7 +113,7 @@ def config_of(text: str) -> GooglePDConfig:
 
 
 class Checkpoint(NamedTuple):
-    """The used parts of a checkpoint file."""
+    """The parts of a checkpoint that an import needs."""
 
     params: Mapping[str, np.ndarray]
     """Arrays by path, such as "down_0.block_0/conv1/kernel"."""
@@ -131,7 +131,7 @@ def _array(code: int, data: bytes) -> np.ndarray:
         raise ValueError(f"an array has the type {name!r}, which is not a plain number")
     if any(not isinstance(length, int) or length < 0 for length in shape):
         raise ValueError(f"an array has the shape {shape!r}")
-    # Nothing is allocated: the array is a view of the file's bytes, and a shape that does not match raises an error.
+    # The array is a view of the file's bytes, so a wrong shape raises an error and allocates nothing.
     return np.frombuffer(content, dtype=kind).reshape(shape)
 
 
@@ -177,7 +177,7 @@ def read_checkpoint(file: Path) -> Checkpoint:
 
 
 class _Place(NamedTuple):
-    """Where the authors' tree contains a tensor of the network."""
+    """The location of a network's tensor in the authors' tree."""
 
     path: str
     shape: tuple[int, ...]
@@ -232,7 +232,7 @@ def _place(name: str, shape: tuple[int, ...], levels: int) -> _Place:
 
 
 def _regroups(got: tuple[int, ...], needed: tuple[int, ...]) -> bool:
-    """Return whether two shapes differ only in joined neighbouring axes or axes of length 1, as in versions of flax."""
+    """Return whether two shapes differ only in joined neighbouring axes and axes of length 1, as in flax versions."""
 
     def marks(shape: tuple[int, ...]) -> set[int]:
         return {math.prod(shape[: index + 1]) for index, length in enumerate(shape) if length != 1}
@@ -284,7 +284,7 @@ def _earlier_by_one(weight: Tensor) -> Tensor:
 
 
 def empty_network(config: GooglePDConfig) -> UNet2D:
-    """Return a configuration's network on the meta device, without data."""
+    """Return a configuration's network on the meta device."""
     first, last = (2 / math.pi * math.atan(math.exp(-bound / 2)) for bound in (20.0, -20.0))
     with torch.device("meta"):
         return UNet2D(
@@ -309,7 +309,7 @@ def empty_network(config: GooglePDConfig) -> UNet2D:
 
 
 def import_google_pd(file: Path, config: GooglePDConfig, out: Path) -> Manifest:
-    """Write the checkpoint as a stage to the folder `out`.
+    """Write the checkpoint to the folder `out` as a stage.
 
     Raises:
         ValueError: if the file is damaged, not finite or of another configuration, or `out` is not empty. In these

@@ -51,7 +51,7 @@ class _Recorder(Denoiser):
         super().__init__()
         self.process, self.size = process, size
         self.program: list[tuple[list[tuple[int, float]], float | None]] = []
-        """Terms (value, coefficient) of a sum, and the time of its call; None for the result of a step."""
+        """Sums as terms (value, coefficient), each with the time of its network call; None for a step's result."""
         self.known = 1
 
     def value(self) -> Tensor:
@@ -73,7 +73,7 @@ class UnrolledSampler(nn.Module):
     """A sampler with a fixed number of steps: maps unit noise, step noise (if it draws any) and conditions to x0.
 
     Args:
-        model: the graph includes its own sampler and clipping.
+        model: its sampler and clipping are part of the graph.
         num_steps: number of sampler steps.
         names: names of the inputs after the first, in order: `STEP_NOISE` if the sampler draws noise before its last
             step, and the conditions.
@@ -92,7 +92,7 @@ class UnrolledSampler(nn.Module):
         self.drawn = num_steps - 1 if sampler.stochastic else 0
         noises = [recorder.value() for _ in range(self.drawn)]
         for (t, s), noise in itertools.zip_longest(itertools.pairwise(uniform_times(num_steps).tolist()), noises):
-            # The last step draws none.
+            # The last step draws no noise.
             drawn = torch.zeros_like(x_t) if sampler.stochastic and noise is None else noise
             x_s, memory = sampler.step(recorder, x_t, t, s, None, memory, drawn)
             recorder.record(x_s, None)
@@ -166,7 +166,7 @@ def export_onnx(
     batch = {0: torch.export.Dim("batch")}
     with scratch(out) as place:
         place.mkdir()
-        # A graph refers to its weights' file by name, so the name must be the final one.
+        # A graph contains the name of its weights file, so the name must be final.
         made = place / out.name
         with _silent(), torch.no_grad():
             program: Any = torch.onnx.export(

@@ -30,7 +30,7 @@ PIXELS: Final = ("DDPMPipeline", "DDIMPipeline", "ConsistencyModelPipeline")
 """Image pipelines without a VAE; their only network is described by its config."""
 UNET: Final = "UNet2DModel"
 FETCHED: Final = ("*.json", "*.txt", "*.model", "*.jinja", "*/*.safetensors", "diffusion_pytorch_model*.safetensors")
-"""Files to download; the others are pickles, code and single-file weights."""
+"""Files to download: no pickles, code or single-file weights."""
 NON_EMA: Final = ("*.non_ema.*", "*.non_ema-*")
 HALF_PRECISION: Final = ("*.fp16.*", "*.fp16-*", "*.bf16.*", "*.bf16-*")
 """Weight variants, which are downloaded only if no weights without a variant exist."""
@@ -47,7 +47,7 @@ def is_pipeline(path: str | Path) -> bool:
 
 
 def fetch(source: str) -> Path:
-    """Return the folder `source`, or the download of the Hub repository `source` without pickles and code.
+    """Return the folder `source`, or a download of the Hub repository `source`, without pickles and code.
 
     Raises:
         ValueError: if it is a file of pickled weights, or neither a folder nor a reachable repository.
@@ -91,13 +91,13 @@ def import_pipeline(
         source: a folder saved by diffusers, or a name on the Hub.
         options: pipeline call arguments for all samples, such as height and width.
         ema: whether to use the averaged weights next to the network's own, such as unet_ema.
-        precision: storage precision of the weights after the checks in float32; below it, students must be LoRA.
+        precision: storage precision of the weights; below float32, students must be LoRA.
 
     Raises:
         ValueError: if it is pickled, requires custom code, or a part is missing or not supported.
     """
     folder = fetch(str(source))
-    # Folders are recorded with their full path.
+    # The manifest contains a folder's full path.
     origin = str(folder.resolve()) if folder == user_path(source) else str(source)
     kind = read_kind(folder) if (folder / "model_index.json").is_file() else None
     if kind is not None and kind not in PIXELS:
@@ -121,7 +121,7 @@ def import_pipeline(
 
 
 def _weights(source: str | Path, network: Path, ema: bool) -> Path:
-    """Return the folder of a network's weights, or with `ema` of its averaged weights."""
+    """Return the folder of a network's weights, or that of the averaged weights if `ema`."""
     averaged = network.with_name(f"{network.name}_ema")
     exists = (averaged / "config.json").is_file()
     if ema and not exists:
@@ -137,7 +137,7 @@ def _weights(source: str | Path, network: Path, ema: bool) -> Path:
 
 
 def _recorded(source: str | Path, folder: Path, pipeline: Pipeline, precision: BasePrecision) -> Model:
-    """Return the teacher from a recording of its pipeline's call."""
+    """Record a pipeline's call, and return the teacher."""
     ema = pipeline.averaged
     places = {name: _weights(source, folder / name, ema) for name in DENOISERS if (folder / name).is_dir()}
     if (folder / "vae").is_dir() and not list((folder / "vae").glob("*.safetensors")):
@@ -193,7 +193,7 @@ def read_kind(folder: Path) -> str:
         for name, value in index.items()
         if isinstance(value, list)
         and not (name.isidentifier() and value[:1] in ([None], ["diffusers"], ["transformers"]))
-        # A part that belongs to one pipeline is in that pipeline's module.
+        # Parts specific to a pipeline are in its module.
         and not (value and isinstance(value[0], str) and hasattr(stock("pipelines"), value[0]))
     ]
     code = foreign or sorted(file.name for file in folder.rglob("*.py"))
@@ -237,7 +237,7 @@ def load_pipeline(
         elif list((folder / name).glob("*.safetensors")) or not is_light(folder / name):
             given[name] = _part(kind, name, value, (places or {}).get(name, folder / name), is_whole, device)
         elif (file := folder / name / "scheduler_config.json").is_file() and set(GONE) & set(disk.read_config(file)):
-            # Today's schedulers ignore those fields.
+            # Current schedulers ignore these fields.
             given[name] = stock(value[1]).from_config(renewed(disk.read_config(file)))
     if "requires_safety_checker" in index:
         given["requires_safety_checker"] = False
@@ -264,12 +264,12 @@ def _part(
 
 
 def is_light(folder: Path) -> bool:
-    """Return whether a part has no weights, like a tokenizer, processor or scheduler."""
+    """Return whether a part has no weights (a tokenizer, processor or scheduler)."""
     return not (folder / "config.json").is_file()
 
 
 def on_meta(kind: str, config: Mapping[str, Any], device: str | torch.device) -> Any:
-    """Return a network without memory for its weights, with `device` as its device."""
+    """Return a network that reports `device` as its device, but allocates no weights."""
     with quiet(), torch.device("meta"):
         network = stock(kind).from_config(dict(config))
     here, own = torch.device(device), type(network)

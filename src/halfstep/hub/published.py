@@ -1,6 +1,6 @@
 """Published networks without weights, for dry runs on the meta device.
 
-Configs are copied from the `config.json` of the released weights. Calls are as recorded from the pipeline at the
+Configs are copied from the `config.json` of the released weights. Calls are those that the pipeline makes at the
 released size.
 """
 

@@ -1,9 +1,8 @@
-"""The recorded call of a diffusers pipeline's denoiser: derived from runs of the pipeline and verified against them.
+"""Recording of the call of a diffusers pipeline's denoiser, verified against runs of the pipeline.
 
 The user's pipeline is run for a few steps with one prompt, with two, and with guidance (hub/trace.py). Inputs that
 change with the batch size have a batch axis; those that differ between prompts are conditions; those that change from
-step to step are the sample and the time. The result is a description (`Recording`), with which `nets.Replay` calls the
-network.
+step to step are the sample and the time. The result is a network that replays the call (`nets.Replay`).
 """
 
 import functools
@@ -33,7 +32,7 @@ from halfstep.samplers import sample
 TOLERANCE: Final = 1e-4
 """Largest relative difference between replayed and recorded values."""
 EXPORT_TOLERANCE: Final = 1e-3
-"""As `TOLERANCE`, after all steps of a sampler."""
+"""`TOLERANCE` after all steps of a sampler."""
 SCALE: Final = 3.0
 """Guidance scale of the guided recording."""
 PROMPTS: Final = ("a", "a photograph of a small cat on a large mat, in the light of the morning")
@@ -48,7 +47,7 @@ class Recording:
     """A pipeline's recorded call."""
 
     network: Replay
-    """Replays the call with the weights of the pipeline's denoiser, and reproduces the recorded outputs."""
+    """The network that replays the call, with the weights of the pipeline's denoiser."""
     schedule: Schedule
     shape: tuple[int, ...]
     """Shape of one sample."""
@@ -143,7 +142,7 @@ def _num_classes(null: Mapping[str, Tensor], config: Mapping[str, Any]) -> int:
 
 
 def _is_guided(step: Step, batch: int = 1) -> bool:
-    """Whether a step has several branches."""
+    """Return whether a step has several branches."""
     return len(step.calls) > 1 or any(len(made.output) > batch for made in step.calls)
 
 
@@ -191,7 +190,7 @@ def _guiding(
 
 
 def _embedded(call: dict[str, Any], arguments: Mapping[str, Any], scale: float, constants: dict[str, Tensor]) -> bool:
-    """Mark the argument that changes with the guidance scale in the recorded call; return whether there is one."""
+    """Mark the recorded call's argument that changes with the guidance scale; return whether one exists."""
     for path, node in call["items"].items():
         value = arguments[path]
         if node["is"] != "constant" or not node.get("rows") or torch.equal(value[:1], constants[node["name"]]):

@@ -36,7 +36,7 @@ TABLES: Final = (
 SHIFTED_TABLES: Final = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
 """Schedulers that divide the signal-to-noise ratios of their table of betas by a constant."""
 COSINE: Final = "CosineDPMSolverMultistepScheduler"
-"""Has EDM's preconditioning, and passes the network the angle of (alpha, sigma) as the time."""
+"""A scheduler with EDM's preconditioning, which passes the network the angle of (alpha, sigma) as the time."""
 FLOW: Final = "FlowMatchEulerDiscreteScheduler"
 """The flow-matching scheduler."""
 KNOWN: Final = (*TABLES, *SHIFTED_TABLES, COSINE, FLOW)
@@ -73,7 +73,7 @@ class Schedule:
         return isinstance(self.process, FlowMatching)
 
     def time_of(self, timestep: float, sigma: float | None) -> float:
-        """Return the time of a scheduler's timestep or, if it has one, sigma."""
+        """Return the time of a scheduler's step, from its sigma if it has one, otherwise from its timestep."""
         if sigma is not None and isinstance(self.process, VPCosine):
             return float(self.process.time_at(torch.tensor(-2 * math.log(sigma), dtype=torch.float64)))
         if sigma is not None and isinstance(self.process, FlowMatching):
@@ -117,7 +117,7 @@ def renewed(config: Mapping[str, Any]) -> dict[str, Any]:
     current = {name: value for name, value in config.items() if name not in GONE}
     if (was := config.get("predict_epsilon")) is not None:
         meant = "epsilon" if was else "sample"
-        # Some diffusers releases wrote both fields, the old one with its default.
+        # Some diffusers releases wrote both fields, with the old one at its default.
         if not was and current.setdefault("prediction_type", meant) != meant:
             raise ValueError(
                 f"the scheduler's config has predict_epsilon {was!r} and prediction_type "
@@ -189,7 +189,7 @@ def _betas(kind: str, config: Mapping[str, Any], num: int) -> tuple[float, ...]:
 
 
 def config_of(scheduler: Any) -> dict[str, Any]:
-    """Return a scheduler's class and fields, without its list of defaulted fields, which would reset them."""
+    """Return a scheduler's class and fields, without the list of unset fields, which diffusers resets to defaults."""
     fields = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
     return {"_class_name": type(scheduler).__name__, **fields}
 
@@ -322,6 +322,6 @@ def multistep(schedule: StockSchedule, solver: Mapping[str, Any], clip: bool) ->
 
 
 def exact_steps(schedule: StockSchedule) -> list[int]:
-    """Return the numbers of steps, up to 64, for which the scheduler's times are exactly our grid's."""
+    """Return the numbers of steps, up to 64, for which the scheduler's times equal our grid exactly."""
     num = int(schedule.config["num_train_timesteps"])
     return [steps for steps in range(1, 65) if schedule.kind == FLOW or num % steps == 0]

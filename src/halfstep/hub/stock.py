@@ -43,12 +43,12 @@ def stock(name: str, *default: Any) -> Any:
 
 
 def fields_of(name: str) -> set[str]:
-    """Return the config fields of the diffusers class with this name: the arguments of its constructor."""
+    """Return the config fields of a diffusers class, which are its constructor's arguments."""
     return set(inspect.signature(stock(name).__init__).parameters)
 
 
 def warn_of_fields(where: str, config: Mapping[str, Any], foreign: Sequence[str]) -> None:
-    """Warn about fields of a config that diffusers does not support, as diffusers does."""
+    """Warn about unsupported fields of a config, as diffusers does."""
     if foreign:
         fields = ", ".join(f"{name} = {config[name]!r}" for name in foreign)
         warnings.warn(

@@ -1,4 +1,4 @@
-"""Runs of a diffusers pipeline that record the inputs and outputs of its denoiser and of its scheduler."""
+"""Runs of a diffusers pipeline that record the inputs and outputs of its denoiser and scheduler."""
 
 import copy
 import functools
@@ -48,7 +48,7 @@ class Trace:
 
 
 class _Enough(BaseException):
-    """Everything requested is recorded."""
+    """Raised when everything requested is recorded."""
 
 
 def component_of(pipe: Any) -> str:
@@ -79,7 +79,7 @@ def prompted(pipe: Any, prompts: Sequence[Any]) -> dict[str, Any]:
 
 
 def trace(pipe: Any, num_steps: int, *, of: int = STEPS, **call: Any) -> Trace:
-    """Run the first `num_steps` of `of` steps of a pipeline, with these call arguments, and return its trace.
+    """Run the first `num_steps` of a pipeline's `of` steps with these call arguments, and return the trace.
 
     Raises:
         ValueError: if the pipeline fails, or takes fewer steps.
@@ -132,7 +132,7 @@ def trace(pipe: Any, num_steps: int, *, of: int = STEPS, **call: Any) -> Trace:
 
 
 def first_arguments(pipe: Any, **call: Any) -> dict[str, Any]:
-    """Return the arguments of the denoiser's first call, which is not made: its weights may be on any device.
+    """Return the arguments of the denoiser's first call, without running it, so that it needs no weights.
 
     Raises:
         ValueError: if the pipeline fails, or does not call its denoiser.
@@ -151,7 +151,7 @@ def first_arguments(pipe: Any, **call: Any) -> dict[str, Any]:
 
 
 def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy of a call's arguments by name, which later changes by the pipeline do not affect."""
+    """Return a copy of a call's arguments by name; the pipeline may change the originals later."""
     bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
     return {name: copy.deepcopy(value) for name, value in bound.items() if name not in ("self", "return_dict")}
 
@@ -165,5 +165,5 @@ def _run(pipe: Any, num_steps: int, call: dict[str, Any]) -> None:
             pipe(num_inference_steps=num_steps, generator=torch.Generator().manual_seed(0), **call)
     except _Enough:
         pass
-    except Exception as error:  # a pipeline can raise any error for wrong arguments or parts
+    except Exception as error:  # pipelines raise many types for wrong arguments or parts
         raise ValueError(f"the call of {type(pipe).__name__} failed ({in_one_line(error)})") from None

@@ -31,7 +31,7 @@ class EncoderHalf(nn.Module, ABC):
 
 @functools.singledispatch
 def encoder_half(network: Any) -> EncoderHalf:
-    """Return the encoder half of a network, which is modified, so pass a copy.
+    """Return the encoder half of a network. Modifies the network, so pass a copy.
 
     Raises:
         ValueError: if no function is registered for networks of this class.
@@ -64,14 +64,14 @@ class _Reached(Exception):
 
 @final
 class _TransformerHalf(EncoderHalf):
-    """The first half of a transformer's blocks; the features are the tokens of all the sequences they return."""
+    """The first half of a transformer's blocks; the features are all tokens that they return."""
 
     def __init__(self, network: Replay) -> None:
         super().__init__()
         self.network = network
         self._blocks, blocks = _blocks_of(network)
         setattr(network.model, self._blocks, _first_half(blocks))
-        # A call finds the parts that the kept half does not use. They are neither trained nor kept in memory.
+        # Parameters without a gradient are unused, and removed.
         weight, cond = next(network.parameters()), dict[str, Tensor]()
         for name, node in network.conditions.items():
             dtype = getattr(torch, node["dtype"])

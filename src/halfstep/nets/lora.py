@@ -94,7 +94,7 @@ class LoRA(Network):
 
 
 def _plain(name: str) -> str:
-    """Return the name in the base's own state of a tensor of a `LoRA`; peft moves layers into `base_layer`."""
+    """Return the name of a LoRA's tensor in the base's own state; peft moves layers into `base_layer`."""
     return name.replace(".base_layer.", ".").removeprefix("base.")
 
 
@@ -108,7 +108,7 @@ def with_lora(network: Network, rank: int, targets: Sequence[str] = TARGETS) -> 
 
 
 def share_base(network: nn.Module, lora: LoRA) -> None:
-    """Make `network` share the weights that equal those of a LoRA's base, to store them only once."""
+    """Make `network` share all weights that equal those of a LoRA's base, which saves memory."""
     own = {name for name, _ in lora.own()}
     base = {_plain(name): value for name, value in lora.named_parameters() if name not in own}
     layers = {_plain(f"{path}."): module for path, module in lora.named_modules() if quantised(module)}
@@ -129,7 +129,7 @@ def base_of(network: nn.Module) -> nn.Module:
 
 
 def trainable(network: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Return the trainable parameters by name: those of the additions for a `LoRA`, otherwise all."""
+    """Return the trainable parameters by name: the additions of a `LoRA`, all parameters of other networks."""
     return network.own() if isinstance(network, LoRA) else list(network.named_parameters())
 
 
@@ -226,7 +226,7 @@ def copy_network(network: nn.Module) -> nn.Module:
 
 
 def copy_denoiser(denoiser: Denoiser) -> Denoiser:
-    """Return a copy of a denoiser with its own trainable weights, as the start of a student or helper."""
+    """Return a copy of a denoiser with its own trainable weights, to start a student or helper."""
     check_denoiser("the model to copy", denoiser, Denoiser)
     if isinstance(denoiser, NetworkDenoiser):
         return NetworkDenoiser(copy_network(denoiser.network), denoiser.process, denoiser.prediction)

@@ -19,7 +19,7 @@ from halfstep.nets.base import Network
 BasePrecision = Literal["float32", "bf16", "int8", "nf4", "int8wo"]
 """float32; bfloat16; 8 or 4 bits of bitsandbytes; 8-bit weights of torchao."""
 PACKAGES: Final = {"int8": "bitsandbytes", "nf4": "bitsandbytes", "int8wo": "torchao"}
-"""The packages with the layers."""
+"""The package of each quantised precision."""
 CONFIGS: Final = {
     "int8": "BitsAndBytesConfig(load_in_8bit=True)",
     "nf4": 'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)',
@@ -32,7 +32,7 @@ BLOCK: Final = 64
 
 @final
 class InHalf(nn.Module):
-    """A bfloat16 copy of a frozen teacher, with half the weight memory; its calls are those of `called_in_half`."""
+    """A bfloat16 copy of a frozen teacher, with half the weight memory, called through `called_in_half`."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ def shared_layers(network: nn.Module) -> dict[int, Any]:
 def lower(model: Any, precision: str) -> None:
     """Convert a stock module's weights to a precision, in place, except for low-rank additions.
 
-    Tensors are replaced and not modified, so modules that share them keep the old values. On the meta device, linear
+    Tensors are replaced, not modified, so modules that share them keep the old values. On the meta device, linear
     layers become bfloat16 too.
 
     Raises:
@@ -117,7 +117,7 @@ def _quantised(layer: nn.Linear, precision: str) -> nn.Linear:
             if precision == "nf4":
                 kind = {"quant_type": "nf4", "compress_statistics": False}
                 made = bnb.Linear4bit(*size, bias=False, compute_dtype=torch.bfloat16, device="meta", **kind)
-                # Without gradients, bitsandbytes would otherwise repack wide layers' codes for the CPU in place.
+                # Otherwise, bitsandbytes repacks wide layers' codes in place in calls without gradients.
                 made.support_avx512bf16_for_cpu = False
                 made.weight = bnb.Params4bit(weight, requires_grad=False, module=made, **kind).to("cpu")
             else:

@@ -1,4 +1,4 @@
-"""A diffusers network, called with the recorded call of its own pipeline, filled with the values of the batch.
+"""A diffusers network that replays the recorded call of its pipeline with the values of the batch.
 
 The call is a tree of JSON-ready nodes. A node is an argument of the stock module's `forward`, or a part of one:
 
@@ -31,7 +31,7 @@ from halfstep.nets.stock import StockNetwork
 Node = Mapping[str, Any]
 """An argument of a recorded call (see the module)."""
 LENGTH: Final = ".length"
-"""Suffix that names the condition with the unpadded lengths of another condition."""
+"""Suffix for the condition with the unpadded lengths of another condition."""
 
 
 def nodes_of(call: Node, *kinds: str) -> Iterator[Node]:
@@ -49,7 +49,7 @@ def takes_scale(call: Node) -> bool:
 
 
 def conditions_of(call: Node) -> dict[str, tuple[int, ...]]:
-    """Return the shape of one sample of each condition in a recorded call."""
+    """Return the shape of each condition in a recorded call, for one sample."""
     found: dict[str, tuple[int, ...]] = {}
     for node in nodes_of(call, "condition"):
         found[node["name"]] = tuple(node["shape"])
@@ -70,7 +70,7 @@ def read_output(output: Tensor, x_t: Tensor, reading: Mapping[str, Any]) -> Tens
 
 @final
 class Constants(nn.Module):
-    """Tensors that always keep their dtype: half precision would round positions and sizes."""
+    """Tensors that keep their dtype, because half precision would round positions and sizes."""
 
     def __init__(self, call: Node) -> None:
         super().__init__()

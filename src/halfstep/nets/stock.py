@@ -64,7 +64,7 @@ class StockNetwork(Network):
 
     @abstractmethod
     def on_table(self, num_train_timesteps: int) -> dict[str, Any]:
-        """Return this network's arguments that differ for the clock T t - 1."""
+        """Return the arguments that change if this network is put on the clock T t - 1."""
 
 
 @final
@@ -72,10 +72,10 @@ class StockNetwork(Network):
 class UNet2D(StockNetwork):
     """`UNet2DModel`, for images; it takes class labels if the config has `num_class_embeds`.
 
-    Its timestep is T u - 1, where u goes through `clock_range`.
+    Its timestep is T u - 1, where u goes from one end of `clock_range` to the other.
 
     Args:
-        clock_range: u at t = 0 and at t = 1; (0, 1) except for imported networks trained on another clock.
+        clock_range: u at t = 0 and t = 1. Imported networks may have been trained on another clock.
 
     Raises:
         ValueError: if T is not at least 1 or `clock_range` does not increase.

@@ -58,7 +58,7 @@ def with_guidance(network: nn.Module) -> Network:
 
 
 def has_movable_clock(network: nn.Module) -> bool:
-    """Return whether `on_clock` supports the network: whether it embeds the timesteps of a table."""
+    """Return whether `on_clock` supports the network, which requires an embedding of a table's timesteps."""
     if isinstance(network, Replay) and network.clock["of"] != "u":
         return False
     return isinstance(network, StockNetwork) and hasattr(network.model, "time_embedding")
@@ -72,7 +72,7 @@ def on_clock(network: nn.Module, times: Callable[[Tensor], Tensor], num_train_ti
     keeps the weights as small as trained ones.
 
     Raises:
-        ValueError: if this class has no clock of timesteps.
+        ValueError: if this class has no timesteps.
     """
     if not isinstance(network, StockNetwork) or not has_movable_clock(network):
         raise ValueError(f"{_name(network)} has no table of timesteps to replace. Keep its own process")
@@ -95,7 +95,7 @@ def on_clock(network: nn.Module, times: Callable[[Tensor], Tensor], num_train_ti
 
 @final
 class OnProcess(nn.Module):
-    """A custom network on another process: called at the time of equal log-SNR on its own process, as in `Reprocessed`.
+    """A custom network on another process: called at the time with the same log-SNR, as in `Reprocessed`.
 
     Its input is scaled to its own process's amplitudes.
     """

@@ -1,4 +1,4 @@
-"""A model as a web page: its graphs, onnxruntime-web, and scripts that draw torch's noise for each seed."""
+"""A model as a web page: its graphs, onnxruntime-web, and scripts that draw the same noise as torch."""
 
 import base64
 import gzip
@@ -118,7 +118,7 @@ def _html(title: str, model: Model, graphs: Sequence[Mapping[str, Any]], assets:
     holder = Markup('<script type="text/plain" data-file="{}">{}</script>\n')
     html = Template(_text("page.html")).substitute(
         title=escape(title),
-        # In a script element, only "<" could end it.
+        # Only "<" can end a script element.
         facts=json.dumps(facts).replace("<", "\\u003c"),
         script=script,
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
