@@ -23,7 +23,7 @@ from halfstep.core.noise import VPCosine, processes
 from halfstep.core.prediction import V
 from halfstep.hub import export_onnx, export_web
 from halfstep.hub.web import page, runtime
-from halfstep.hub.web.weights import SMALLEST, halve_weights
+from halfstep.hub.web.page import SMALLEST, halve_weights
 from halfstep.models.model import Model
 from halfstep.nets import MLP, describe_network
 from halfstep.runs import Manifest
