@@ -50,8 +50,8 @@ class _Recorder(Denoiser):
     def __init__(self, process: NoiseProcess, size: int) -> None:
         super().__init__()
         self.process, self.size = process, size
-        self.program: list[tuple[list[tuple[int, float]], float | None]] = []
-        """Sums as terms (value, coefficient), each with the time of its network call; None for a step's result."""
+        self.program: list[tuple[list[tuple[int, float]], tuple[Any, ...] | None]] = []
+        """Sums as terms (value, coefficient), each with (t, alpha, sigma) of its call; None for a step's result."""
         self.known = 1
 
     def value(self) -> Tensor:
@@ -59,12 +59,13 @@ class _Recorder(Denoiser):
         self.known += 1
         return torch.eye(self.size, dtype=torch.float64)[None, self.known - 1]
 
-    def record(self, x: Tensor, t: float | None) -> None:
+    def record(self, x: Tensor, call: tuple[Any, ...] | None = None) -> None:
         """Append the sum with the coefficients `x`."""
-        self.program.append(([(int(j), float(x[0, j])) for j in x[0].nonzero().flatten()], t))
+        self.program.append(([(int(j), float(x[0, j])) for j in x[0].nonzero().flatten()], call))
 
-    def forward(self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None) -> Denoised:
-        self.record(x_t, float(torch.as_tensor(t).flatten()[0]))
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Denoised:
+        t = t.flatten()[:1]
+        self.record(x_t, (float(t), *self.process.alpha_sigma(t)))
         return Denoised(self.value(), self.value())
 
 
@@ -95,12 +96,9 @@ class UnrolledSampler(nn.Module):
             # The last step draws no noise.
             drawn = torch.zeros_like(x_t) if sampler.stochastic and noise is None else noise
             x_s, memory = sampler.step(recorder, x_t, t, s, None, memory, drawn)
-            recorder.record(x_s, None)
+            recorder.record(x_s)
             x_t = recorder.value()
-        self.program = [
-            (terms, None if t is None else (t, *model.process.alpha_sigma(torch.tensor([t], dtype=torch.float64))))
-            for terms, t in recorder.program
-        ]
+        self.program = recorder.program
 
     def forward(self, noise: Tensor, *others: Tensor) -> Tensor:
         """Return x0 `[batch, *dims]` from unit noise, step noise `[batch, steps, *dims]`, if any, and conditions."""

@@ -195,13 +195,8 @@ def config_of(scheduler: Any) -> dict[str, Any]:
 
 
 def first_order(scheduler: Any) -> Any:
-    """Return a scheduler that takes DDIM steps without clipping on the noise levels of `scheduler`.
-
-    Raises:
-        ValueError: as `read_schedule`, but the shift may be missing.
-    """
+    """Return a scheduler that takes DDIM steps without clipping on the noise levels of a supported one."""
     config = config_of(scheduler)
-    read_schedule(config, mu=1.0)
     kind = config.pop("_class_name")
     fields = {"timestep_spacing": "trailing", "clip_sample": False, "thresholding": False, "steps_offset": 1}
     if kind == FLOW:

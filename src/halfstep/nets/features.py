@@ -71,7 +71,6 @@ class _TransformerHalf(EncoderHalf):
         self.network = network
         self._blocks, blocks = _blocks_of(network)
         setattr(network.model, self._blocks, _first_half(blocks))
-        # Parameters without a gradient are unused, and removed.
         weight, cond = next(network.parameters()), dict[str, Tensor]()
         for name, node in network.conditions.items():
             dtype = getattr(torch, node["dtype"])
@@ -82,13 +81,14 @@ class _TransformerHalf(EncoderHalf):
         with torch.enable_grad():
             sample = weight.new_zeros(1, *network.sample["shape"])
             features = self(sample, weight.new_full((1,), 0.5), **cond)
-            used = torch.autograd.grad(features.sum(), list(network.parameters()), allow_unused=True)
+            named = dict(network.named_parameters(remove_duplicate=False))
+            grads = torch.autograd.grad(features.sum(), list(named.values()), allow_unused=True)
         self.channels = features.shape[1]
-        idle = {id(parameter) for parameter, grad in zip(network.parameters(), used, strict=True) if grad is None}
-        for module in list(network.modules()):
-            for key, parameter in list(module.named_parameters(recurse=False)):
-                if id(parameter) in idle:
-                    setattr(module, key, None)
+        # Parameters without a gradient are unused, and removed.
+        for path, grad in zip(named, grads, strict=True):
+            if grad is None:
+                module, _, leaf = path.rpartition(".")
+                setattr(network.get_submodule(module), leaf, None)
 
     def forward(self, x_t: Tensor, time: Tensor, **cond: Tensor) -> Tensor:
         found: list[Tensor] = []
