@@ -33,7 +33,7 @@ class Reading:
         self._names: set[str] = set()
 
     def node(self, path: str, one: Any, two: Any, later: Any) -> dict[str, Any]:
-        """Return an argument's node from its values for one prompt, for two, and for two at the next step."""
+        """Return an argument's node from its values for one prompt, for two, and for two a step later."""
         if isinstance(two, Mapping):
             items = {name: self.node(f"{path}.{name}", one.get(name), two[name], later[name]) for name in two}
             return {"is": "dict", "items": items}
@@ -43,7 +43,9 @@ class Reading:
             return self._tensor(path, one, two, later)
         if two is None or isinstance(two, bool | int | float | str):
             if not one == two == later:
-                raise ValueError(f"the argument {path[1:]} is {one} for one prompt, {two} for two, and later {later}")
+                raise ValueError(
+                    f"the argument {path[1:]} is {one} for one prompt, {two} for two, and {later} a step later"
+                )
             return {"is": "value", "value": two}
         raise ValueError(f"the argument {path[1:]} is a {type(two).__name__}, which is not data")
 
@@ -51,7 +53,7 @@ class Reading:
         if one is not None and (len(one), len(two)) == (1, 2):
             if not isinstance(two[0], Tensor):
                 if not one[0] == two[0] == two[1]:
-                    raise ValueError(f"the argument {path[1:]} is {two[0]} and {two[1]}, which are not tensors")
+                    raise ValueError(f"the argument {path[1:]} is {two[0]} and {two[1]}, but not a tensor")
                 return {"is": "repeat", "item": self.node(path, one[0], two[0], later[0])}
             if two[0].shape == two[1].shape and self._is_sample(torch.stack(list(two))):
                 return {"is": "sample", "shape": list(two[0].shape), "list": True}

@@ -68,7 +68,7 @@ def refuse_single_file(source: str) -> None:
 
 
 def check_config(folder: Path, name: str) -> dict[str, Any]:
-    """Return the config in `folder` of a network of the diffusers class `name`.
+    """Return the config of the diffusers network `name` in `folder`.
 
     Raises:
         ValueError: if it is missing or declares another class.

@@ -125,8 +125,8 @@ def export_lora(model: Model, out: Path, base: Manifest | None = None, name: str
         )
     if base is not None and base.num_updates:
         raise ValueError(
-            f"the LoRA was trained on {base.stage}, which halfstep trained, and not on the weights of "
-            f"{pipeline.folder}. Use --format diffusers, which merges them"
+            f"the LoRA was trained on the weights of {base.stage}, not on those of {pipeline.folder}. Use --format "
+            "diffusers, which merges them"
         )
     # peft's names without the adapter's ("...to_q.lora_A.weight"), which diffusers reads unchanged. With diffusers' own
     # older names, it would lose the attention layers.

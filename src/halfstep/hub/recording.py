@@ -153,8 +153,10 @@ def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
 def _guiding(
     call: Mapping[str, Any], alone: Mapping[str, Tensor], step: Step, output: Mapping[str, Any]
 ) -> tuple[float, bool, dict[str, Tensor]]:
-    """Return the guidance scale that disables guidance, whether a guided output is rescaled to the norm of the
-    conditional output over the last axis, and one sample's conditions in the unconditional branch.
+    """Return how a guided step combines its branches.
+
+    Returns the guidance scale that disables guidance; whether the result is rescaled to the norm of the conditional
+    output, over the last axis; and one sample's conditions in the unconditional branch.
 
     Args:
         alone: the conditions of both samples without guidance.

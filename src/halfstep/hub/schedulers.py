@@ -189,7 +189,7 @@ def _betas(kind: str, config: Mapping[str, Any], num: int) -> tuple[float, ...]:
 
 
 def config_of(scheduler: Any) -> dict[str, Any]:
-    """Return a scheduler's class and fields, without the list of unset fields, which diffusers resets to defaults."""
+    """Return a scheduler's class and fields, without the list of fields that diffusers would reset to their defaults."""
     fields = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
     return {"_class_name": type(scheduler).__name__, **fields}
 
@@ -216,7 +216,7 @@ def first_order(scheduler: Any) -> Any:
 def _step_without_noise(
     self: Any, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True
 ) -> Any:
-    """Take a DDIM step; the original step draws noise."""
+    """Take a DDIM step, without drawing noise."""
     from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
     here, there = self.sigmas[self.step_index], self.sigmas[self.step_index + 1]

@@ -104,7 +104,7 @@ class _TransformerHalf(EncoderHalf):
 
 
 def _blocks_of(network: Replay) -> tuple[str, nn.ModuleList]:
-    """Return the name of a transformer's longest list of blocks, and the list."""
+    """Return the name and the blocks of a transformer's longest list of blocks."""
     lists = [(name, part) for name, part in network.model.named_children() if isinstance(part, nn.ModuleList) and part]
     if not lists:
         raise ValueError(

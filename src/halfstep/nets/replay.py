@@ -59,7 +59,7 @@ def conditions_of(call: Node) -> dict[str, tuple[int, ...]]:
 
 
 def read_output(output: Tensor, x_t: Tensor, reading: Mapping[str, Any]) -> Tensor:
-    """Return the prediction in a stock module's output, shaped as `x_t`; `reading` is the `output` of a `Replay`."""
+    """Return the prediction in a stock module's output, shaped as `x_t`; `reading` is `Replay.output`."""
     channels = x_t.shape[1] if x_t.ndim > 1 else 1
     if reading["part"] != "all":
         output = output[:, :channels] if reading["part"] == "first" else output[:, -channels:]
@@ -122,7 +122,7 @@ class Replay(StockNetwork):
         self.lower(precision)
 
     def lower(self, precision: BasePrecision) -> None:
-        """Freeze the weights in another precision."""
+        """Convert the weights to a precision, and freeze them."""
         lower(self.model, precision)
         self.precision = precision
 

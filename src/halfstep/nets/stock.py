@@ -128,7 +128,7 @@ def unet2d_config(
     freq_shift: int = 0,
     num_classes: int = 0,
 ) -> dict[str, Any]:
-    """Return the config of a `diffusers.UNet2DModel` described by level, as in `recipes.UNetConfig`.
+    """Return the config of a `diffusers.UNet2DModel` from settings per level, as in `recipes.UNetConfig`.
 
     If `resample` is "resnet", levels without attention resample in a residual block.
     """

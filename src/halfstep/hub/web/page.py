@@ -43,7 +43,7 @@ def export_web(
     Args:
         models: the models to choose from, each with a number of steps (None: the model's own).
         out: a folder to serve, or with `single_file` an HTML file, which also works from disk.
-        runtime_source: the npm package onnxruntime-web, packed or unpacked; None to download it once into the cache.
+        runtime_source: the npm package onnxruntime-web (see `read_runtime`).
 
     Raises:
         ValueError: if samples are not grey or colour images, the page does not support a condition, a model is too

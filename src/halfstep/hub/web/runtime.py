@@ -30,7 +30,7 @@ def read_runtime(source: Path | None = None) -> dict[str, bytes]:
     """Return the files of `SHA256` by name.
 
     Args:
-        source: the npm package, packed (.tgz) or unpacked; None for the cache, with a download if it is missing.
+        source: the npm package, packed (.tgz) or unpacked. If None, it is downloaded once into the cache.
 
     Raises:
         ValueError: if a file is missing or altered, or the registry cannot be reached.
