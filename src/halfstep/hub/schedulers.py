@@ -189,7 +189,7 @@ def _betas(kind: str, config: Mapping[str, Any], num: int) -> tuple[float, ...]:
 
 
 def config_of(scheduler: Any) -> dict[str, Any]:
-    """Return a scheduler's class and fields, without the list of fields that diffusers would reset to their defaults."""
+    """Return a scheduler's class and fields, without the list of fields that diffusers would reset to defaults."""
     fields = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
     return {"_class_name": type(scheduler).__name__, **fields}
 
