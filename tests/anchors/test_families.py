@@ -23,10 +23,10 @@ from halfstep.core.prediction import X0
 from halfstep.hub import export_pipeline, import_pipeline, text_conditions
 from halfstep.hub.card import call_of
 from halfstep.hub.pipelines import load_pipeline
-from halfstep.hub.recording import Recording, grid_of, record, verify
+from halfstep.hub.recording import SCALE, Recording, _guiding, grid_of, record, verify
 from halfstep.hub.schedulers import SOLVERS, first_order, multistep, read_schedule, write_schedule
 from halfstep.hub.stock import stock
-from halfstep.hub.trace import Trace, component_of, prompted, trace
+from halfstep.hub.trace import Call, Step, Trace, component_of, prompted, trace
 from halfstep.models.folder import load
 from halfstep.models.model import Model
 from halfstep.nets import Replay
@@ -281,11 +281,28 @@ def test_a_recording_that_lies_is_refused_with_the_fact(
 
     assert "its denoiser got the time" in refused(process=FlowMatching(5.0))
     assert "gives a different sample" in refused(prediction=X0())
+    first = made.steps[0]
+    with pytest.raises(ValueError, match=r"step 1 from t = 1 .* gives a different sample .* \(by nan"):
+        verify(network, recording.schedule, Trace([first._replace(after=first.after * torch.nan), *made.steps[1:]]))
     with monkeypatch.context() as lie:
         lie.setattr(network, "output", network.output | {"sign": 1})
         assert "sign or the slice" in refused()
     monkeypatch.setattr(network, "clock", network.clock | {"offset": network.clock["offset"] + 0.01})
     assert "its denoiser got the time" in refused()
+
+
+@pytest.mark.parametrize("part", ["first", "last"])
+def test_guidance_is_read_from_the_channels_that_the_scheduler_gets(part: str) -> None:
+    call = {"is": "dict", "items": {"text": {"is": "condition", "name": "text", "shape": [3], "dtype": "float32"}}}
+    text, output = noise(2, 3), noise(4, 6, 5)
+    u, c = (-half[:, :3] if part == "first" else -half[:, 3:] for half in output.chunk(2))
+    made = Call({"text": torch.cat([torch.zeros(2, 3), text])}, output)
+    step = Step((made,), c + SCALE * (c - u), 0.0, None, u, u)
+    off, is_rescaled, null = _guiding(call, {"text": text}, step, {"sign": -1, "part": part})
+    assert (off, is_rescaled) == (0.0, False)
+    assert torch.equal(null["text"], torch.zeros(3))
+    with pytest.raises(ValueError, match=r"neither u .* nor c"):
+        _guiding(call, {"text": text}, step, {"sign": 1, "part": part})
 
 
 def test_a_swapped_condition_is_refused_by_name(honest: tuple[Recording, Trace]) -> None:

@@ -151,7 +151,7 @@ def _recorded(source: str | Path, folder: Path, pipeline: Pipeline, precision: B
         raise ValueError(f"{folder} has no {', '.join(missing)}: {error}" if missing else str(error)) from None
     network = recording.network
     network.lower(precision)
-    told = {name: getattr(recording, name) for name in ("guidance", "off", "scale")} | {"component": component}
+    told = {"component": component, "guidance": recording.guidance, "off": recording.off, "scale": recording.scale}
     return teacher_of(
         network, recording.schedule, recording.shape, num_classes=recording.num_classes,
         conditions={} if recording.num_classes else conditions_of(network.call), null=recording.null,
