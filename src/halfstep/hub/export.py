@@ -28,16 +28,7 @@ from halfstep.hub.schedulers import (
 )
 from halfstep.hub.stock import quiet, stock
 from halfstep.models.model import Model
-from halfstep.nets import (
-    LoRA,
-    Replay,
-    StockNetwork,
-    UNet2D,
-    bare,
-    has_movable_clock,
-    merged,
-    precision_of,
-)
+from halfstep.nets import LoRA, Replay, StockNetwork, UNet2D, bare, has_movable_clock, merged, precision_of
 from halfstep.runs import Manifest, Metrics
 from halfstep.runtime.files import first_line, read_json, refuse_taken, replacing_folder, write_json, write_text
 from halfstep.samplers import DDIM
