@@ -4,8 +4,12 @@ import json
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+from halfstep.core.noise import FlowMatching
+from halfstep.hub.schedulers import config_of, read_schedule
 
 SD_SCHEDULER: Final = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
@@ -502,3 +506,26 @@ def tiny_chroma(tokens: Path) -> Any:
         vae=tiny_vae(shift_factor=0.1, scaling_factor=0.36, use_quant_conv=False, use_post_quant_conv=False),
         text_encoder=tiny_t5(), tokenizer=word_tokenizer(tokens),
     )  # fmt: skip
+
+
+def times_of(scheduler: Any, num_steps: int) -> Tensor:
+    """Return the `num_steps + 1` times at which a stock scheduler's steps start and end, float64.
+
+    Raises:
+        ValueError: if a step of the scheduler does not start where the previous step ended.
+    """
+    schedule = read_schedule(config_of(scheduler))
+    scheduler.set_timesteps(num_steps)
+    num = schedule.num_train_timesteps
+    if isinstance(schedule.process, FlowMatching):
+        sigmas: Tensor = scheduler.sigmas.double().cpu()
+        return sigmas / (schedule.process.shift - (schedule.process.shift - 1) * sigmas)
+    starts = np.asarray(scheduler.timesteps.cpu(), dtype=np.float64)
+    lands = starts - num // num_steps if type(scheduler).__name__ == "DDIMScheduler" else np.append(starts[1:], -1)
+    if len(apart := np.flatnonzero(lands[:-1] != starts[1:])):
+        raise ValueError(
+            f"{num_steps} steps on {num} timesteps: {type(scheduler).__name__} lands at {lands[apart[0]]:g}, but the "
+            f"next step starts from {starts[apart[0] + 1]:g}; choose a number that divides {num}"
+        )
+    last = 0.0 if lands[-1] < 0 and scheduler.config.get("set_alpha_to_one", True) else max(lands[-1], 0) + 1
+    return torch.from_numpy(np.append(starts + 1, last) / num)

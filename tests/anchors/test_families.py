@@ -23,16 +23,17 @@ from halfstep.core.prediction import X0
 from halfstep.hub import export_pipeline, import_pipeline, text_conditions
 from halfstep.hub.card import call_of
 from halfstep.hub.pipelines import load_pipeline
-from halfstep.hub.recording import Trace, component_of, grid_of, prompted, record, replayed, trace, verify
-from halfstep.hub.schedulers import SOLVERS, first_order, multistep, read_schedule, times_of, write_schedule
+from halfstep.hub.recording import SCALE, Recording, _guiding, grid_of, record, verify
+from halfstep.hub.schedulers import SOLVERS, first_order, multistep, read_schedule, write_schedule
 from halfstep.hub.stock import stock
+from halfstep.hub.trace import Call, Step, Trace, component_of, prompted, trace
 from halfstep.models.folder import load
 from halfstep.models.model import Model
 from halfstep.nets import Replay
 from halfstep.runs import Outcome, RunFolder
 from halfstep.samplers import DDIM, sample
 from support_cli import Capture, refused
-from support_pipelines import assert_same, noise, quietly
+from support_pipelines import assert_same, noise, quietly, times_of
 
 PROMPTS: Final = ["a cat", "b on a mat"]
 
@@ -255,43 +256,63 @@ def test_a_student_of_prompts_alone_is_exported(
 
 
 @pytest.fixture(scope="module")
-def honest(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Replay, Any]:
+def honest(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recording, Trace]:
     """A recording with everything that can be lied about: two branches, a shift, a negated output."""
     tokens = tmp_path_factory.mktemp("honest")
     pipe = support_pipelines.tiny_lumina2(tokens)
     options = FAMILIES["lumina2"].options
-    recording, network = record(pipe, options)
+    recording = record(pipe, options)
     made = trace(pipe, 4, guidance_scale=1.0, prompt=list(PROMPTS), **options)
-    verify(network, recording.schedule, made)
-    return recording, made, network, pipe
+    verify(recording.network, recording.schedule, made)
+    return recording, made
 
 
-def test_a_recording_that_lies_is_refused_with_the_fact(honest: tuple[Any, Any, Replay, Any]) -> None:
-    recording, made, _, pipe = honest
-    module = pipe.transformer
+def test_a_recording_that_lies_is_refused_with_the_fact(
+    honest: tuple[Recording, Trace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recording, made = honest
+    network = recording.network
 
     def refused(**lie: Any) -> str:
-        told = replace(recording, **lie)
+        schedule = replace(recording.schedule, **lie)
         with pytest.raises(ValueError, match=r"at step \d |step \d from") as error:
-            verify(replayed(told, module), told.schedule, made)
+            verify(network, schedule, made)
         return str(error.value)
 
-    assert "sign or the slice" in refused(output=recording.output | {"sign": 1})
-    clock = recording.clock | {"offset": recording.clock["offset"] + 0.01}
-    assert "its denoiser got the time" in refused(clock=clock)
-    moved = replace(recording.schedule, process=FlowMatching(5.0))
-    assert "its denoiser got the time" in refused(schedule=moved)
-    assert "gives a different sample" in refused(schedule=replace(recording.schedule, prediction=X0()))
+    assert "its denoiser got the time" in refused(process=FlowMatching(5.0))
+    assert "gives a different sample" in refused(prediction=X0())
+    first = made.steps[0]
+    with pytest.raises(ValueError, match=r"step 1 from t = 1 .* gives a different sample .* \(by nan"):
+        verify(network, recording.schedule, Trace([first._replace(after=first.after * torch.nan), *made.steps[1:]]))
+    with monkeypatch.context() as lie:
+        lie.setattr(network, "output", network.output | {"sign": 1})
+        assert "sign or the slice" in refused()
+    monkeypatch.setattr(network, "clock", network.clock | {"offset": network.clock["offset"] + 0.01})
+    assert "its denoiser got the time" in refused()
 
 
-def test_a_swapped_condition_is_refused_by_name(honest: tuple[Any, Any, Replay, Any]) -> None:
-    recording, made, network, _ = honest
+@pytest.mark.parametrize("part", ["first", "last"])
+def test_guidance_is_read_from_the_channels_that_the_scheduler_gets(part: str) -> None:
+    call = {"is": "dict", "items": {"text": {"is": "condition", "name": "text", "shape": [3], "dtype": "float32"}}}
+    text, output = noise(2, 3), noise(4, 6, 5)
+    u, c = (-half[:, :3] if part == "first" else -half[:, 3:] for half in output.chunk(2))
+    made = Call({"text": torch.cat([torch.zeros(2, 3), text])}, output)
+    step = Step((made,), c + SCALE * (c - u), 0.0, None, u, u)
+    off, is_rescaled, null = _guiding(call, {"text": text}, step, {"sign": -1, "part": part})
+    assert (off, is_rescaled) == (0.0, False)
+    assert torch.equal(null["text"], torch.zeros(3))
+    with pytest.raises(ValueError, match=r"neither u .* nor c"):
+        _guiding(call, {"text": text}, step, {"sign": 1, "part": part})
+
+
+def test_a_swapped_condition_is_refused_by_name(honest: tuple[Recording, Trace]) -> None:
+    recording, made = honest
     first = made.steps[0]
     arguments = first.calls[0].arguments
     swapped = arguments | {"encoder_hidden_states": arguments["encoder_hidden_states"].flip(0)}
-    lying = Trace([replace(first, calls=(replace(first.calls[0], arguments=swapped),)), *made.steps[1:]])
+    lying = Trace([first._replace(calls=(first.calls[0]._replace(arguments=swapped),)), *made.steps[1:]])
     with pytest.raises(ValueError, match=r"recorded conditions .*encoder_hidden_states.* returns a different output"):
-        verify(network, recording.schedule, lying)
+        verify(recording.network, recording.schedule, lying)
 
 
 def test_what_no_clock_and_no_guidance_explains_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from halfstep.hub.encoding import text_conditions
 from halfstep.hub.pipelines import import_pipeline
-from halfstep.hub.schedulers import times_of
 from halfstep.models.model import Model
 from halfstep.samplers import sample
-from support_pipelines import assert_same, noise, quietly, save_ddpm, save_dit, save_sd, save_sd3
+from support_pipelines import assert_same, noise, quietly, save_ddpm, save_dit, save_sd, save_sd3, times_of
 
 
 def ours(model: Model, x_1: Tensor, scheduler: Any, num_steps: int, **conditions: Any) -> Tensor:

@@ -191,7 +191,7 @@ def test_the_wrong_configuration_names_the_first_tensor_that_does_not_fit(
         ["import", "google-pd", str(checkpoint), "--config", str(wrong), "--out", str(tmp_path / "s")], capsys
     )
     assert said in line
-    assert line.endswith("choose another --config")
+    assert line.endswith("Choose another --config")
     assert not (tmp_path / "s").exists()
 
 

@@ -1,4 +1,4 @@
-"""Import and export: diffusers pipelines both ways, ONNX and web pages out, the paper authors' checkpoints in."""
+"""Import of diffusers pipelines and the paper authors' checkpoints; export as pipelines, ONNX and web pages."""
 
 from halfstep.hub.disk import networks_below
 from halfstep.hub.encoding import decoder_of, encoder_of, prompts_of, release_texts, text_conditions
@@ -7,5 +7,5 @@ from halfstep.hub.google_pd import CONFIGS, GooglePDConfig, config_of, import_go
 from halfstep.hub.onnx import export_onnx
 from halfstep.hub.pipelines import PIXELS, START_STEPS, fetch, import_pipeline, is_pipeline, read_kind
 from halfstep.hub.published import PUBLISHED, published
-from halfstep.hub.schedulers import read_schedule, times_of, write_schedule
+from halfstep.hub.schedulers import read_schedule, write_schedule
 from halfstep.hub.web import export_web

@@ -1,4 +1,4 @@
-"""The model card of an export: contents, origin, quality and usage."""
+"""Model cards of exports: contents, origin, quality and usage."""
 
 import inspect
 from collections.abc import Sequence
@@ -15,38 +15,31 @@ _PIXELS: Final = {
     "DDPMPipeline": "batch_size=4, num_inference_steps={steps}",
     "ConsistencyModelPipeline": "{number}, class_labels={labels}, num_inference_steps={steps}",
 }
-"""Call arguments of a pixel pipeline."""
+"""Call arguments of pixel pipelines."""
 
 
 def call_of(manifest: Manifest, num_steps: int) -> dict[str, Any]:
-    """Return the call arguments, without prompts, that make a recorded model's stock pipeline take our steps."""
+    """Return the call arguments, except prompts, that make a model's stock pipeline take our steps."""
     pipeline = manifest.pipeline
     assert pipeline is not None
     taken = inspect.signature(stock(pipeline.kind).__call__).parameters
     call: dict[str, Any] = {"num_inference_steps": num_steps}
     if "sigmas" in taken and manifest.process["type"] == "flow":
         call["sigmas"] = sigmas_of(num_steps)
-    ranged = manifest.guidance is not None and manifest.guidance["type"] == "range"
-    if ranged:
+    if manifest.guidance is not None and manifest.guidance["type"] == "range":
         call["guidance_scale"] = manifest.guidance_scale
-    elif pipeline.guidance is not None and pipeline.off is not None:
-        call[pipeline.guidance] = pipeline.off
     elif pipeline.guidance is not None:
-        call[pipeline.guidance] = pipeline.scale
+        call[pipeline.guidance] = pipeline.scale if pipeline.off is None else pipeline.off
     return call | pipeline.options
 
 
 def _call(manifest: Manifest, kind: str, steps: int = 4) -> str:
-    """Return the line of Python that samples, with `steps` if the model has no number of steps of its own."""
+    """Return the Python code that samples in the model's number of steps, or in `steps` if it has none."""
     steps = manifest.num_steps or steps
     labels = list(range(min(4, manifest.num_classes)))
     if kind in _PIXELS:
-        arguments = _PIXELS[kind].format(
-            steps=steps,
-            number=len(labels),
-            labels=labels,
-            clipped=", use_clipped_model_output=True" if manifest.clip else "",
-        )
+        clipped = ", use_clipped_model_output=True" if manifest.clip else ""
+        arguments = _PIXELS[kind].format(steps=steps, number=len(labels), labels=labels, clipped=clipped)
     else:
         given = ", ".join(f"{name}={_python(value)}" for name, value in call_of(manifest, steps).items())
         arguments = f"{'[0, 1]' if labels else chr(34) + 'a prompt' + chr(34)}, {given}"
@@ -57,7 +50,7 @@ def _call(manifest: Manifest, kind: str, steps: int = 4) -> str:
 
 
 def public(source: str) -> str:
-    """Return a source without the folders that contain it; a name on the Hub stays unchanged."""
+    """Return the last part of a path, or a name on the Hub unchanged."""
     return Path(source).name if source.startswith(("/", "~", ".")) else source
 
 
@@ -79,7 +72,7 @@ def model_card(
     """Return the README.md of an exported folder.
 
     Args:
-        absent: optional parts that are not in the folder; the call must pass None for them.
+        absent: parts missing from the folder, for which users must pass None.
     """
     own, exact = manifest.num_steps, exact_steps(schedule)
     made = "A diffusion model" if own is None else f"A diffusion model that samples in {own} step{'s' * (own > 1)}"
@@ -89,24 +82,21 @@ def model_card(
     exactly = ", ".join(map(str, exact[:12])) + ", ..." * (len(exact) > 12)
     refines = manifest.parent not in (None, manifest.teacher)
     started = f" and started from `{manifest.parent}`" if refines else ""
-    notes, imports, line, is_flow = "", "", _call(manifest, kind, max(exact)), schedule.kind == FLOW
-    if is_flow and "sigmas=" in line:
+    notes, imports, line = "", "", _call(manifest, kind, max(exact))
+    if schedule.kind == FLOW:
+        remedy = "Pass `sigmas`"
+        if "sigmas=" not in line:
+            remedy = "The pipeline does not accept `sigmas`, so bind them to the scheduler"
+            sigmas, imports = _python(sigmas_of(own or max(exact))), "from functools import partial\n\n"
+            line = f"pipe.scheduler.set_timesteps = partial(pipe.scheduler.set_timesteps, sigmas={sigmas})\n{line}"
         notes += (
-            "\nThe scheduler's default spacing differs: pass `sigmas`, as above, with k / N decreasing from 1. These "
-            "are the values before the shift, which the scheduler applies.\n"
+            f"\nThe scheduler's default spacing differs. {remedy}, as above: k / N decreasing from 1, without the "
+            "shift, which the scheduler applies.\n"
         )
-    elif is_flow:
-        notes += (
-            "\nThe scheduler's default spacing differs, and the pipeline does not accept `sigmas`: bind them to the "
-            "scheduler, as above, with k / N decreasing from 1. These are the values before the shift, which the "
-            "scheduler applies.\n"
-        )
-        sigmas, imports = _python(sigmas_of(own or max(exact))), "from functools import partial\n\n"
-        line = f"pipe.scheduler.set_timesteps = partial(pipe.scheduler.set_timesteps, sigmas={sigmas})\n{line}"
     if manifest.clip and kind == "DDIMPipeline":
         notes += (
-            "\nPass `use_clipped_model_output=True`, so that `DDIMScheduler` recomputes the noise from the clipped x0, "
-            "as in the measurements of the model.\n"
+            "\nPass `use_clipped_model_output=True`, so that `DDIMScheduler` recomputes the noise from the clipped x0. "
+            "The model was evaluated this way.\n"
         )
     return f"""\
 ---
@@ -138,8 +128,8 @@ steps; this stage learned from `{manifest.teacher or "data"}`{started}, {manifes
 
 ## Numbers of steps
 
-{steps} At {exactly} steps, the exported scheduler uses exactly the times at which the model was distilled; at \
-others, its timesteps are rounded.
+{steps} At {exactly} steps, the exported scheduler uses the exact times at which the model was distilled; at others, \
+its timesteps are rounded.
 {notes}
 ## Guidance
 
@@ -150,9 +140,9 @@ others, its timesteps are rounded.
 def lora_card(
     name: str, manifest: Manifest, pipeline: Pipeline, schedule: StockSchedule, precision: BasePrecision = "float32"
 ) -> str:
-    """Return the README.md of a folder of LoRA weights for base weights of a precision."""
+    """Return the README.md of a folder of LoRA weights; `precision` is that of their base weights."""
     lowered, base = CONFIGS.get(precision, "torch.bfloat16"), public(pipeline.folder)
-    over = "" if precision == "float32" else f"\nThey were trained on base weights in {precision} ({lowered}).\n"
+    over = "" if precision == "float32" else f"\nThey were trained on {precision} base weights ({lowered}).\n"
     return f"""\
 ---
 library_name: diffusers
@@ -162,8 +152,8 @@ tags: [diffusion, progressive-distillation, halfstep, lora]
 # {name}
 
 LoRA weights for sampling a `{pipeline.kind}` in {manifest.num_steps or 4} steps, trained with halfstep by
-progressive distillation (Salimans & Ho 2022, arXiv:2202.00512). Use them with the weights of `{base}`, the pipeline
-that was distilled (its folder, or its name on the Hub), and with the scheduler in this folder: the student predicts
+progressive distillation (Salimans & Ho 2022, arXiv:2202.00512). Use them with the weights of `{base}`, the distilled
+pipeline (its folder, or its name on the Hub), and with the scheduler in this folder: the student predicts
 {manifest.prediction["type"]}, and the original model may not.
 {over}
 ```python

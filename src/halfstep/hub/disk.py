@@ -1,14 +1,12 @@
-"""Reading and checking of pipeline parts on disk; no other module opens their folders.
+"""Load and check the parts of a pipeline on disk; no other module opens their folders.
 
-Only safetensors are read: nothing is unpickled, no code from a folder is run, and no file outside it is opened. A part
-is rejected unless its tensors are exactly those of its class; diffusers and transformers would fill missing tensors
-with random values.
+Only safetensors are read: nothing is unpickled, no code in a folder is run, and no file outside it is opened. A part's
+tensors must be exactly those of its class, because diffusers and transformers fill missing ones with random values.
 """
 
 import hashlib
 import importlib
-import inspect
-import warnings
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -18,13 +16,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from halfstep.core.warnings import HalfstepWarning
-from halfstep.hub.stock import in_one_line, quiet, stock
+from halfstep.hub.stock import fields_of, in_one_line, quiet, stock, warn_of_fields
 from halfstep.runtime.files import DamagedFile, check_regular, read_json, sha256_of, user_path
 from halfstep.runtime.tensors import check_finite
 
 PICKLED: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-"""Suffixes of weights that can run code when loaded."""
+"""Suffixes of files that can run code when loaded."""
 WRAPPERS: Final = {
     "_orig_mod.": "torch.compile",
     "module.": "DataParallel or DistributedDataParallel",
@@ -34,15 +31,18 @@ WRAPPERS: Final = {
     "model.": "a training module",
     "net.": "a training module",
 }
-"""Prefixes that wrappers add to all tensor names, and the wrapper of each."""
+"""Prefixes of all tensor names, and the wrappers that add them."""
 ADAPTER: Final = ".base_layer."
-"""Name part that peft inserts for adapted layers."""
+"""Part of a layer's name that peft inserts."""
 AVERAGED: Final = {
     "decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup",
+    "quantization_config",
 }  # fmt: skip
-"""Config fields that diffusers' `EMAModel` adds."""
+"""Config fields that diffusers' `EMAModel` and quantisation add."""
 OLD_NAMES: Final = {"Transformer2DModel": ("DiTTransformer2DModel", "PixArtTransformer2DModel")}
-"""Class names in older files, and the classes that read them today."""
+"""Class names in older files, and the current classes."""
+HALVES: Final = ("fp16", "bf16")
+"""Variants to read if all weights have a variant."""
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -58,32 +58,24 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def refuse_single_file(source: str) -> None:
-    """Raise ValueError if `source` is a single-file checkpoint; the message has the diffusers call that converts it."""
+    """Raise ValueError if `source` is a single-file checkpoint, with the diffusers call that converts it."""
     path = user_path(source)
     convert = f'diffusers\' StableDiffusionPipeline.from_single_file("{path}").save_pretrained("FOLDER")'
     if path.suffix in PICKLED:
-        raise ValueError(
-            f"{source} is pickled and could run code when loaded, so halfstep does not read it. If you trust it, "
-            f"convert it, for example with {convert}"
-        )
+        raise ValueError(f"{source} is pickled and could run code. If you trust it, convert it, for example: {convert}")
     if path.suffix == ".safetensors":
-        raise ValueError(
-            f"{source} is a single-file checkpoint without configs. Convert it with its pipeline's class, for example "
-            f"with {convert}, and give that folder"
-        )
+        raise ValueError(f"{source} is a single file. Convert it with its pipeline's class, for example: {convert}")
 
 
 def check_config(folder: Path, name: str) -> dict[str, Any]:
-    """Return the config in `folder` of a network of the diffusers class `name`.
+    """Return the config of the diffusers network `name` in `folder`.
 
     Raises:
-        ValueError: if it is missing, requires custom code, or declares another class.
+        ValueError: if it is missing or declares another class.
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json: the pipeline was not saved completely")
     config = read_config(folder / "config.json")
-    if "auto_map" in config:
-        raise ValueError(f"{folder} requires custom code (auto_map), which halfstep does not run")
     declared = config.get("_class_name")
     if declared != name and name not in OLD_NAMES.get(str(declared), ()):
         raise ValueError(f"{folder} contains a {declared}, but a {name} is needed here")
@@ -91,59 +83,42 @@ def check_config(folder: Path, name: str) -> dict[str, Any]:
 
 
 def known_fields(config: Mapping[str, Any], folder: Path, name: str) -> dict[str, Any]:
-    """Return the config fields that the diffusers class `name` accepts; warn about the others, as diffusers does.
+    """Return the config fields that the diffusers class `name` accepts, JSON-ready; warn about the others.
 
     Fields of `EMAModel`, and disabled fields of an older class, have no effect and are ignored silently.
     """
-    takes = set(inspect.signature(stock(name).__init__).parameters)
-    config = {field: value for field, value in config.items() if field != "quantization_config"}
-    once = {
-        field
-        for old, new in OLD_NAMES.items()
-        if name in new
-        for field in inspect.signature(stock(old).__init__).parameters
-    }
+    takes = fields_of(name)
+    once = set().union(*(fields_of(old) for old, new in OLD_NAMES.items() if name in new))
     foreign = [
         field
         for field, value in config.items()
         if field not in takes | AVERAGED and not field.startswith("_") and not (field in once and not value)
     ]
-    if foreign:
-        fields = ", ".join(f"{field} = {config[field]!r}" for field in foreign)
-        warnings.warn(
-            f"{folder}/config.json has fields that {name} in this diffusers version does not support, so they are "
-            f"ignored: {fields}. Update diffusers if they matter",
-            HalfstepWarning,
-            stacklevel=3,
-        )
-    return {field: value for field, value in config.items() if field in takes}
-
-
-HALVES: Final = ("fp16", "bf16")
-"""Variants that are read if there are no weights without a variant."""
+    warn_of_fields(f"{folder}/config.json", config, foreign)
+    known: dict[str, Any] = json.loads(json.dumps({field: config[field] for field in config if field in takes}))
+    return known
 
 
 def weights_of(folder: Path) -> list[Path]:
-    """Return the safetensors files of a part, sorted by name: without a variant, otherwise in half precision."""
-    held = sorted(folder.glob("*.safetensors"))
+    """Return a part's safetensors files, sorted by name: without a variant if possible, otherwise in half precision."""
     variant = variant_of(folder) or ""
-    return [file for file in held if _variant(file.name) == variant]
+    return [file for file in sorted(folder.glob("*.safetensors")) if _variant(file.name) == variant]
 
 
 def variant_of(folder: Path) -> str | None:
-    """Return the variant of the weights that are read; None if they have none."""
+    """Return the variant to read, or None."""
     held = {_variant(file.name) for file in folder.glob("*.safetensors")}
     return None if "" in held else next((variant for variant in HALVES if variant in held), None)
 
 
 def without_variant(text: str, folder: Path) -> str:
-    """Remove the variant from the name of a part's file, or from the text of its index."""
+    """Remove the variant from a file name, or from an index's text."""
     variant = variant_of(folder)
     return text if variant is None else text.replace(f".{variant}.", ".").replace(f".{variant}-", "-")
 
 
 def digest_of(folder: Path) -> str:
-    """Return the digest of a part's weights, so that a run with different weights in the same folder is detected."""
+    """Return the digest of a part's weights, which changes if they are replaced."""
     digests = [sha256_of(file) for file in weights_of(folder)]
     return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
@@ -155,15 +130,15 @@ def _variant(name: str) -> str:
 
 
 def check_files(folder: Path, kind: str) -> None:
-    """Check that a part has safetensors weights with the names that are read, and that no other files would be read.
+    """Check that a part has readable safetensors weights, and refers to no other files.
 
     Args:
         kind: library and class of the part, such as "diffusers.UNet2DModel".
 
     Raises:
         ValueError: if it has no weights, only pickled ones, or only a variant other than fp16 and bf16 (the message
-            says how to convert them); if an index or config refers to other files; or if the tensors of a shard are
-            not those that the index lists.
+            says how to convert them); if an index or config refers to other files; or if a shard's tensors are not
+            those in the index.
     """
     _check_indirection(folder)
     found = sorted(file.name for file in folder.glob("*.safetensors"))
@@ -172,15 +147,14 @@ def check_files(folder: Path, kind: str) -> None:
     if found:
         variant = _variant(found[0])
         raise ValueError(
-            f"{folder} only has weights of the variant {variant} ({found[0]}): save them without it, for example "
+            f"{folder} only has weights of the variant {variant} ({found[0]}): save them without it, for example: "
             f'{kind}.from_pretrained(FOLDER, variant="{variant}").save_pretrained(FOLDER)'
         )
     pickled = sorted(file.name for file in folder.glob("*") if file.suffix in PICKLED)
     if pickled:
         raise ValueError(
-            f"{folder} has pickled weights ({pickled[0]}), which could run code when loaded: if you trust them, "
-            f"convert them, for example with {kind}.from_pretrained(FOLDER).save_pretrained(FOLDER, "
-            "safe_serialization=True)"
+            f"{folder} has pickled weights ({pickled[0]}), which could run code. If you trust them, convert them: "
+            f"{kind}.from_pretrained(FOLDER).save_pretrained(FOLDER, safe_serialization=True)"
         )
     raise ValueError(
         f"{folder} has no weights (.safetensors): save the pipeline with them. If you trust the source, which may be "
@@ -189,13 +163,13 @@ def check_files(folder: Path, kind: str) -> None:
 
 
 def _check_indirection(folder: Path) -> None:
-    """Reject anything that makes a library read files other than the safetensors in this folder."""
+    """Refuse anything that makes a library read files other than the safetensors in this folder."""
     for file in sorted(folder.glob("*.safetensors")):
         if not file.is_file():
             raise ValueError(f"{file} is not a file. Save the pipeline again")
     if (folder / "adapter_config.json").exists():
         raise ValueError(
-            f"{folder} contains an adapter (adapter_config.json), which refers to its base weights. Merge it "
+            f"{folder} contains an adapter (adapter_config.json), which needs its base weights. Merge it "
             "(model.merge_and_unload()), and save the result"
         )
     config = folder / "config.json"
@@ -209,30 +183,20 @@ def _check_indirection(folder: Path) -> None:
         shards: dict[str, set[str]] = {}
         for tensor, name in listed.items():
             shards.setdefault(str(name), set()).add(tensor)
-        # Check all names first, because a name outside the folder is a clearer error than a shard that does not match.
+        # All names first: a name outside the folder is a clearer error than mismatched tensors.
         for name in sorted(shards):
-            _check_shard_name(index, name)
+            if name != Path(name).name or "\\" in name or not name.endswith(".safetensors"):
+                raise ValueError(
+                    f"{index} lists the shard {name!r}, but only .safetensors files next to it are read. If you trust "
+                    "it, save the pipeline again with save_pretrained(FOLDER, safe_serialization=True)"
+                )
+            if not index.with_name(name).is_file():
+                raise DamagedFile(f"{index.with_name(name)}, a shard of {index.name}, is missing. Copy it too")
         for name, tensors in sorted(shards.items()):
-            _check_shard(index, name, tensors)
-
-
-def _check_shard_name(index: Path, name: str) -> None:
-    if name != Path(name).name or "\\" in name or not name.endswith(".safetensors"):
-        raise ValueError(
-            f"{index} lists the shard {name!r}, but only .safetensors files next to it are read. If you trust it, save "
-            "the pipeline again with save_pretrained(FOLDER, safe_serialization=True)"
-        )
-    if not index.with_name(name).is_file():
-        raise DamagedFile(f"{index.with_name(name)}, a shard of {index.name}, is missing. Copy the whole folder")
-
-
-def _check_shard(index: Path, name: str, tensors: set[str]) -> None:
-    file = index.with_name(name)
-    held = _names_in(file)
-    if held != tensors:
-        lacks, extra = tensors - held, held - tensors
-        what = f"lacks {min(lacks)}" if lacks else f"contains {min(extra)}"
-        raise DamagedFile(f"{file} {what}, unlike its index ({index.name}). Save the pipeline again")
+            file, held = index.with_name(name), _names_in(index.with_name(name))
+            if held != tensors:
+                what = f"lacks {min(tensors - held)}" if tensors - held else f"contains {min(held - tensors)}"
+                raise DamagedFile(f"{file} {what}, unlike its index ({index.name}). Save the pipeline again")
 
 
 def _names_in(file: Path) -> set[str]:
@@ -247,14 +211,13 @@ def _names_in(file: Path) -> set[str]:
 def open_part(folder: Path, kind: str) -> Any:
     """Load the network, VAE or text encoder of the class `kind` in `folder`, in float32 on the CPU.
 
-    Its tensors must be exactly those of its class, and finite.
-
     Args:
         kind: library and class, such as "transformers.CLIPTextModel".
 
     Raises:
-        ValueError: if its files are rejected (see `check_files`), or (DamagedFile) its weights cannot be read, are not
-            those of its class, or are not finite; the message gives the first such tensor.
+        ValueError: if its files are refused (see `check_files`).
+        DamagedFile: if its weights cannot be read, are not exactly those of its class, or are not finite; the message
+            gives the first such tensor.
     """
     check_files(folder, kind)
     library, _, name = kind.rpartition(".")
@@ -263,28 +226,20 @@ def open_part(folder: Path, kind: str) -> Any:
         made = getattr(importlib.import_module(library), name, None)
     if made is None:
         raise ValueError(f"{folder} contains a {name}, which this {library} does not support. Update {library}")
+    options: dict[str, Any] = {"torch_dtype": torch.float32, "output_loading_info": True}
     if (quantised := read_config(folder / "config.json").get("quantization_config")) is not None:
-        part, missing, unexpected = _opened_quantised(folder, made, quantised)
-        _check_names(folder, name, held, missing, unexpected)
-        check_finite(part.state_dict(), folder)
-        return part
-    # Classes that keep some layers in float32 do not support low_cpu_mem_usage=False.
-    is_plain = issubclass(made, stock("ModelMixin")) and not made._keep_in_fp32_modules
-    options: dict[str, Any] = {"low_cpu_mem_usage": False} if is_plain else {}
-    if (variant := variant_of(folder)) is not None:
-        options["variant"] = variant
-    try:
-        with quiet():
-            part, facts = made.from_pretrained(
-                folder,
-                use_safetensors=True,
-                local_files_only=True,
-                torch_dtype=torch.float32,
-                output_loading_info=True,
-                **options,
-            )
-    except Exception as error:  # any error of diffusers, transformers, safetensors, or from a wrong shape
-        raise DamagedFile(f"{folder} cannot be read as a {name} ({in_one_line(error)})") from None
+        part, facts = _opened_quantised(folder, made, quantised.get("quant_method"), options)
+    else:
+        # Classes that keep some layers in float32 do not support low_cpu_mem_usage=False.
+        if issubclass(made, stock("ModelMixin")) and not made._keep_in_fp32_modules:
+            options["low_cpu_mem_usage"] = False
+        if (variant := variant_of(folder)) is not None:
+            options["variant"] = variant
+        try:
+            with quiet():
+                part, facts = made.from_pretrained(folder, use_safetensors=True, local_files_only=True, **options)
+        except Exception as error:  # diffusers, transformers and safetensors raise many types
+            raise DamagedFile(f"{folder} cannot be read as a {name} ({in_one_line(error)})") from None
     if type(part).__name__ != name:
         raise ValueError(f"{folder} contains a {type(part).__name__}, but a {name} is needed here")
     _check_names(folder, name, held, facts["missing_keys"], facts["unexpected_keys"])
@@ -292,34 +247,32 @@ def open_part(folder: Path, kind: str) -> Any:
     return part
 
 
-def _opened_quantised(folder: Path, made: Any, told: Mapping[str, Any]) -> tuple[Any, list[str], list[str]]:
+def _opened_quantised(
+    folder: Path, made: Any, method: str | None, options: Mapping[str, Any]
+) -> tuple[Any, Mapping[str, Any]]:
     """Return a quantised part, dequantised to float32, and its missing and unexpected tensors.
 
     Raises:
-        ValueError: if it was not quantised by bitsandbytes, or bitsandbytes is not installed.
+        ValueError: if it was not quantised with bitsandbytes, or bitsandbytes is not installed.
     """
-    method = told.get("quant_method")
     if method != "bitsandbytes":
         raise ValueError(
-            f"{folder} is quantised by {method}, but only bitsandbytes is supported. Save it in full precision"
+            f"{folder} is quantised with {method}, but only bitsandbytes is supported. Save it unquantised"
         )
     try:
         state = _dequantised({name: value for file in weights_of(folder) for name, value in load_file(file).items()})
     except ImportError:
-        raise ValueError(f"{folder} is quantised by {method}: pip install {method}") from None
+        raise ValueError(f"{folder} is quantised with {method}: pip install {method}") from None
     with quiet():
         if issubclass(made, stock("ModelMixin")):
-            config = read_config(folder / "config.json")
-            del config["quantization_config"]
-            part = made.from_config(config).eval()
-            missing, unexpected = part.load_state_dict(state, strict=False)
-            return part, missing, unexpected
+            fields = read_config(folder / "config.json")
+            del fields["quantization_config"]
+            part = made.from_config(fields).eval()
+            return part, part.load_state_dict(state, strict=False)._asdict()
         config = made.config_class.from_pretrained(folder, local_files_only=True)
         del config.quantization_config
-        part, facts = made.from_pretrained(
-            None, config=config, state_dict=state, torch_dtype=torch.float32, output_loading_info=True
-        )
-        return part.eval(), sorted(facts["missing_keys"]), sorted(facts["unexpected_keys"])
+        part, facts = made.from_pretrained(None, config=config, state_dict=state, **options)
+        return part.eval(), facts
 
 
 def _dequantised(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -353,25 +306,27 @@ def _check_names(folder: Path, name: str, held: set[str], missing: Iterable[str]
     wrapper = next((prefix for prefix in WRAPPERS if held and all(one.startswith(prefix) for one in held)), None)
     remedy = f"Save the {name} again with save_pretrained, or copy the whole folder"
     if wrapper is not None:
-        # The command reads all bytes first, because load_file would map the file that it overwrites.
-        remedy = f"All names start with {wrapper!r}, which {WRAPPERS[wrapper]} adds. Save the module inside it" + (
-            ""
-            if any(folder.glob("*.index.json"))
-            else ', or rename the tensors by running in that folder: python -c "import glob, safetensors.torch as s; '
-            f"[s.save_file({{k.removeprefix('{wrapper}'): v for k, v in s.load(open(f, 'rb').read()).items()}}, f, "
-            "{'format': 'pt'}) for f in glob.glob('*.safetensors')]\""
-        )
+        remedy = f"All names start with {wrapper!r}, which {WRAPPERS[wrapper]} adds. Save the wrapped module"
+        if not any(folder.glob("*.index.json")):
+            # The command reads all bytes first, because load_file would map the file that it overwrites.
+            remedy += (
+                ', or rename the tensors by running in that folder: python -c "import glob, safetensors.torch as s; '
+                f"[s.save_file({{k.removeprefix('{wrapper}'): v for k, v in s.load(open(f, 'rb').read()).items()}}, f, "
+                "{'format': 'pt'}) for f in glob.glob('*.safetensors')]\""
+            )
     elif any(ADAPTER in one for one in held):
         remedy = (
-            f"The weights contain an adapter (names with {ADAPTER[1:-1]}): merge it before saving, with "
-            "pipe.fuse_lora() and pipe.unload_lora_weights(), or model.merge_and_unload()"
+            f"The weights contain an adapter (names with {ADAPTER[1:-1]}): merge it before saving "
+            "(pipe.fuse_lora(), then pipe.unload_lora_weights(); or model.merge_and_unload())"
         )
     raise DamagedFile(f"{folder} has {' and '.join(facts)} as a {name}. {remedy}")
 
 
 def open_pipeline(folder: Path, kind: str, parts: Mapping[str, Any]) -> Any:
-    """Load the pipeline `kind` in `folder` with these parts, opened by `open_part` or None if absent; all others have
-    no weights.
+    """Load the pipeline `kind` in `folder`.
+
+    Args:
+        parts: the parts with weights, from `open_part`; None for a missing part.
 
     Raises:
         DamagedFile: if it cannot be read.
@@ -381,30 +336,18 @@ def open_pipeline(folder: Path, kind: str, parts: Mapping[str, Any]) -> Any:
             return stock(kind).from_pretrained(
                 folder, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32, **parts
             )
-    except Exception as error:  # any error of diffusers and transformers
+    except Exception as error:  # diffusers and transformers raise many types
         raise DamagedFile(f"the pipeline in {folder} cannot be read ({in_one_line(error)})") from None
 
 
 def plain_network(folder: Path) -> Path | None:
-    """Return the folder of a network saved without a pipeline: `folder` itself, its unet or its transformer."""
+    """Return the folder of a network saved without a pipeline: `folder` itself, or its unet or transformer."""
     places = [place for name in ("unet", "transformer") for place in (folder / name, folder / f"{name}_ema")]
     return next((place for place in (folder, *places) if (place / "config.json").is_file()), None)
 
 
-def averaged_beside(network: Path) -> Path | None:
-    """Return the folder of averaged weights (EMA) next to a network's folder, or None."""
-    place = network.with_name(f"{network.name}_ema")
-    return place if (place / "config.json").is_file() else None
-
-
-def scheduler_beside(folder: Path, network: Path) -> Path | None:
-    """Return the scheduler config for a network without a pipeline, in `folder` or next to the network."""
-    places = (folder / "scheduler", folder, network, network.parent / "scheduler", network.parent)
-    return next((file for place in places if (file := place / "scheduler_config.json").is_file()), None)
-
-
 def networks_below(folder: Path) -> list[Path]:
-    """Return the direct sub-folders with a pipeline or a network, such as checkpoint-500, the latest last."""
+    """Return the direct subfolders with a pipeline or a network, such as checkpoint-500, oldest first."""
     below = [place for place in folder.iterdir() if place.is_dir()] if folder.is_dir() else []
     found = [p for p in below if (p / "model_index.json").is_file() or plain_network(p) is not None]
     return sorted(found, key=lambda place: (place.stat().st_mtime, place.name))

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from halfstep.data import Encoder
+from halfstep.hub.calls import call_in, conditions_in
 from halfstep.hub.disk import open_part
 from halfstep.hub.pipelines import fetch, load_pipeline
-from halfstep.hub.recording import GUIDANCES, call_in, conditions_in, prompted, trace
+from halfstep.hub.recording import GUIDANCES
+from halfstep.hub.trace import first_arguments, prompted
 from halfstep.models.model import Model
 from halfstep.runs import Manifest, Pipeline
 from halfstep.runtime.files import sha256_of
@@ -105,8 +107,7 @@ def text_conditions(
     taken = inspect.signature(type(pipe).__call__).parameters
     call = {name: 1.0 for name in GUIDANCES if name in taken} | pipeline.options
     call |= {} if pipeline.guidance is None or pipeline.off is None else {pipeline.guidance: pipeline.off}
-    (step,) = trace(pipe, 1, computed=False, **prompted(pipe, captions), **call).steps
-    return conditions_in(call_in(manifest), step.calls[0], len(captions))
+    return conditions_in(call_in(manifest), first_arguments(pipe, **prompted(pipe, captions), **call), len(captions))
 
 
 def release_texts() -> None:

@@ -1,8 +1,8 @@
-"""Export of a stage as a stock diffusers pipeline, with a model card that explains its use.
+"""Export of a stage as a stock diffusers pipeline, with a model card.
 
-An image model without classes becomes a `DDIMPipeline`, or a `DDPMPipeline` if its sampler draws noise. One with
-classes becomes a `ConsistencyModelPipeline`, which diffusers uses for a `UNet2DModel` with labels. A model from another
-pipeline is exported as that pipeline, with the other parts copied. The folder contains no code.
+An image model without classes becomes a `DDIMPipeline`, or a `DDPMPipeline` if its sampler draws noise. An image model
+with classes becomes a `ConsistencyModelPipeline`, which diffusers uses for a `UNet2DModel` with labels. Other models
+keep their pipeline, and its other parts are copied. The folder contains no code.
 """
 
 import copy
@@ -12,25 +12,23 @@ from typing import Any
 
 import torch
 
-from halfstep.core.denoiser import NetworkDenoiser
 from halfstep.hub.card import call_of, lora_card, model_card
 from halfstep.hub.disk import check_files, weights_of, without_variant
 from halfstep.hub.pipelines import OPTIONAL, fetch, is_light, load_pipeline
 from halfstep.hub.recording import verify_export
-from halfstep.hub.schedulers import FLOW, SOLVERS, StockSchedule, exact_steps, multistep, write_schedule
+from halfstep.hub.schedulers import (
+    FLOW,
+    MATCH_TO_COSINE,
+    SOLVERS,
+    USE_ONNX,
+    StockSchedule,
+    exact_steps,
+    multistep,
+    write_schedule,
+)
 from halfstep.hub.stock import quiet, stock
 from halfstep.models.model import Model
-from halfstep.nets import (
-    LoRA,
-    Replay,
-    StockNetwork,
-    UNet2D,
-    bare,
-    describe_network,
-    has_movable_clock,
-    merged,
-    precision_of,
-)
+from halfstep.nets import LoRA, Replay, StockNetwork, UNet2D, bare, has_movable_clock, merged, precision_of
 from halfstep.runs import Manifest, Metrics
 from halfstep.runtime.files import first_line, read_json, refuse_taken, replacing_folder, write_json, write_text
 from halfstep.samplers import DDIM
@@ -40,35 +38,33 @@ def export_pipeline(model: Model, out: Path, metrics: Metrics | None = None, nam
     """Write the model as a stock pipeline to the folder `out`, and return `out`.
 
     Args:
-        metrics: quality measurements for the card, with their protocol.
-        name: the name from which the card loads the model; that of the folder if None.
+        metrics: quality measurements for the card.
+        name: the name from which the card loads the model; the folder's if None.
 
     Raises:
         ValueError: if diffusers has no pipeline, exact grid or scheduler for the model's sampler, a part of its
-            original pipeline is missing, or `out` is not empty; nothing is written then.
+            original pipeline is missing, or `out` is not empty. In these cases, nothing is written.
     """
     refuse_taken(out)
-    network = merged(model.denoiser.network)
+    whole = model.merged()
+    network = whole.network
     if not isinstance(network, StockNetwork):
-        raise ValueError(
-            f"diffusers has no pipeline for a network of the kind {model.manifest.network.get('type')}: use --format "
-            "onnx, or halfstep.load in Python"
-        )
+        kind = model.manifest.network.get("type")
+        raise ValueError(f"diffusers has no pipeline for a network of the type {kind}. {USE_ONNX}")
     schedule, kind, component = _layout(model, network)
     index: dict[str, Any] = {}
     copies: dict[str, Path] = {}
     # An image model does not need its original pipeline, which may be gone.
     if not model.manifest.is_image:
         if model.manifest.pipeline is None:
-            raise ValueError("this model generates latents, and its original pipeline is unknown: use --format onnx")
+            raise ValueError("this model generates latents, and its original pipeline is unknown. Use --format onnx")
         origin = fetch(model.manifest.pipeline.folder)
         index = read_json(origin / "model_index.json")
         copies = _other_parts(origin, index, component)
     if "safety_checker" in index and "safety_checker" not in copies:
         index |= {"safety_checker": [None, None], "requires_safety_checker": False}
-    # diffusers requires these parts, unless they are optional in its signature or passed as None.
-    absent = [name for name, value in index.items() if isinstance(value, list) and value[0] is None]
-    absent = [name for name in absent if name not in OPTIONAL]
+    # diffusers requires these parts, unless they are passed as None.
+    absent = [n for n, value in index.items() if isinstance(value, list) and value[0] is None and n not in OPTIONAL]
 
     import diffusers
 
@@ -79,28 +75,26 @@ def export_pipeline(model: Model, out: Path, metrics: Metrics | None = None, nam
         _save_scheduler(schedule, into / "scheduler")
         for part, folder in copies.items():
             (into / part).mkdir()
-            for file in folder.iterdir():
-                if file.suffix not in (".json", ".safetensors", ".txt", ".model", ".jinja"):
-                    continue
+            kept = [file for file in folder.iterdir() if file.suffix in (".json", ".txt", ".model", ".jinja")]
+            for file in (*kept, *weights_of(folder)):
                 plain = without_variant(file.name, folder)
                 if plain.endswith(".index.json"):
                     write_text(into / part / plain, without_variant(file.read_text(), folder))
-                elif file.suffix != ".safetensors" or file in weights_of(folder):
+                else:
                     shutil.copyfile(file, into / part / plain)
         write_json(into / "model_index.json", index)
         write_text(into / "README.md", model_card(name or out.name, model.manifest, kind, schedule, metrics, absent))
         if isinstance(network, Replay) and not model.sampler.stochastic:
-            verify_export(load_pipeline(into, kind), in_full(model), **call_of(model.manifest, model.num_steps or 2))
+            verify_export(load_pipeline(into, kind), whole, **call_of(model.manifest, model.num_steps or 2))
     return out
 
 
 def export_lora(model: Model, out: Path, base: Manifest | None = None, name: str | None = None) -> Path:
-    """Write a LoRA student's weights in the format of `pipe.load_lora_weights`, and the scheduler for which they were
-    trained, to the folder `out`, and return `out`.
+    """Write a LoRA student's weights for `pipe.load_lora_weights`, and its scheduler, to the folder `out`; return it.
 
     Args:
-        base: manifest of the stage that they were trained on; None if that is known to be the imported model.
-        name: the name from which the card loads them; that of the folder if None.
+        base: manifest of the stage that they were trained on; None if that is the imported model.
+        name: the name from which the card loads them; the folder's if None.
 
     Raises:
         ValueError: if the model is not a LoRA or was not trained on the pipeline's own weights, the pipeline cannot
@@ -109,7 +103,7 @@ def export_lora(model: Model, out: Path, base: Manifest | None = None, name: str
     refuse_taken(out)
     network, pipeline = model.denoiser.network, model.manifest.pipeline
     if not isinstance(network, LoRA):
-        raise ValueError("this model was not trained with LoRA and has no LoRA weights: use --format diffusers")
+        raise ValueError("this model was not trained with LoRA and has no LoRA weights. Use --format diffusers")
     schedule, _, component = _layout(model, network.base)
     kind: Any = None if pipeline is None else stock(pipeline.kind)
     if pipeline is None or not hasattr(kind, "save_lora_weights"):
@@ -118,15 +112,15 @@ def export_lora(model: Model, out: Path, base: Manifest | None = None, name: str
     if pipeline.averaged:
         raise ValueError(
             f"the LoRA was trained on the averaged weights (EMA) in {pipeline.folder}/{component}_ema, but a "
-            f"{pipeline.kind} loads those in {component}: use --format diffusers, which merges them"
+            f"{pipeline.kind} loads those in {component}. Use --format diffusers, which merges them"
         )
     if base is not None and base.num_updates:
         raise ValueError(
-            f"the LoRA was trained on {base.stage}, which halfstep trained, and not on the weights of "
-            f"{pipeline.folder}: use --format diffusers, which merges them"
+            f"the LoRA was trained on the weights of {base.stage}, not on those of {pipeline.folder}. Use --format "
+            "diffusers, which merges them"
         )
-    # Names are those of peft without the adapter's name ("...to_q.lora_A.weight"), which diffusers reads unchanged.
-    # With its own older names it would lose the attention layers.
+    # peft's names without the adapter's ("...to_q.lora_A.weight"), which diffusers reads unchanged. With diffusers' own
+    # older names, it would lose the attention layers.
     state = {
         name.removeprefix("base.model.").replace(".default.", "."): value.detach().cpu().float().contiguous()
         for name, value in network.own()
@@ -135,29 +129,20 @@ def export_lora(model: Model, out: Path, base: Manifest | None = None, name: str
         with quiet():
             kind.save_lora_weights(into, **{f"{component}_lora_layers": state})
         _save_scheduler(schedule, into / "scheduler")
-        write_text(
-            into / "README.md", lora_card(name or out.name, model.manifest, pipeline, schedule, precision_of(network))
-        )
+        precision = precision_of(network)
+        write_text(into / "README.md", lora_card(name or out.name, model.manifest, pipeline, schedule, precision))
         if not model.sampler.stochastic:
             pipe = load_pipeline(fetch(pipeline.folder), pipeline.kind)
-            if precision_of(network) != "float32":
-                whole: Any = merged(bare(network))
-                getattr(pipe, component).load_state_dict(whole.model.state_dict())
+            if precision != "float32":
+                base_network: Any = merged(bare(network))
+                getattr(pipe, component).load_state_dict(base_network.model.state_dict())
+                # Also in float32, so that rounding is not reported as an export error.
+                model = model.merged()
             pipe.scheduler = stock(schedule.kind)(**schedule.config)
             with quiet():
                 pipe.load_lora_weights(into)
-            verify_export(pipe, in_full(model), **call_of(model.manifest, model.num_steps or 2))
+            verify_export(pipe, model, **call_of(model.manifest, model.num_steps or 2))
     return out
-
-
-def in_full(model: Model) -> Model:
-    """Return the model with its network in float32, so that rounding at a lower precision is not reported as an error
-    of an export."""
-    if precision_of(model.denoiser.network) == "float32":
-        return model
-    network: Any = merged(model.denoiser.network)
-    denoiser = NetworkDenoiser(network, model.denoiser.process, model.denoiser.prediction)
-    return Model(denoiser, model.manifest.model_copy(update={"network": describe_network(network)}), model.null)
 
 
 def push_to_hub(folder: Path, name: str) -> str:
@@ -173,48 +158,42 @@ def push_to_hub(folder: Path, name: str) -> str:
         address = api.create_repo(name, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder)
     except Exception as error:  # the Hub's client and its network libraries raise many types
-        raise ValueError(
-            f"{folder} could not be pushed to {name} ({first_line(error)}); the local folder is complete"
-        ) from None
+        raise ValueError(f"{folder} is complete, but was not pushed to {name} ({first_line(error)})") from None
     return str(address)
 
 
 def _layout(model: Model, network: StockNetwork) -> tuple[StockSchedule, str, str]:
-    """Return the scheduler, the class of the pipeline, and the network's folder in it."""
+    """Return the scheduler, the pipeline's class, and the network's folder in it."""
     manifest = model.manifest
     if isinstance(network, UNet2D) and network.clock_range != (0.0, 1.0):
         raise ValueError(
             f"the network's clock has the range {list(network.clock_range)}, so no number of steps has integer "
-            "timesteps in diffusers: match the model to the cosine process first (halfstep distill --matching.process "
-            "cosine), or use --format onnx"
+            f"timesteps in diffusers. {MATCH_TO_COSINE}"
         )
     process = model.denoiser.process
     schedule = write_schedule(process, model.denoiser.prediction, network.num_train_timesteps, manifest.clip)
     table = {"of": "u", "scale": network.num_train_timesteps, "offset": -1}
     if isinstance(network, Replay) and schedule.kind != FLOW and network.clock != table:
         raise ValueError(
-            f"a {network.stock} takes another time than a table's timesteps, which no scheduler of diffusers passes "
+            f"the time input of a {network.stock} is not a table's timestep, and no diffusers scheduler passes it "
             "without drawing noise in each step. Use --format onnx"
         )
     is_plain_image, sampler = manifest.is_image and not manifest.num_classes, model.sampler
     solver = SOLVERS.get(sampler)
-    if solver is None or (solver.order == 2 and is_plain_image):
-        raise ValueError(
-            f"diffusers has no {'pipeline' if solver else 'scheduler'} for this model's sampler {sampler}. "
-            "Use --format onnx, or halfstep.load in Python."
-        )
+    if solver is None or (solver["solver_order"] == 2 and is_plain_image):
+        missing = "pipeline" if solver else "scheduler"
+        raise ValueError(f"diffusers has no {missing} for this model's sampler {sampler}. {USE_ONNX}")
     exact = exact_steps(schedule)
     if model.num_steps is not None and model.num_steps not in exact:
-        another = ""
+        remedy = "Export a stage with one of these numbers, "
         if has_movable_clock(model.denoiser.network):
-            another = (
+            remedy += (
                 "match the teacher to the cosine process, where every power of two is exact (halfstep distill "
                 "--matching.process cosine), "
             )
         raise ValueError(
             f"the exported grid cannot represent {model.num_steps} steps exactly on {network.num_train_timesteps} "
-            f"timesteps, only {', '.join(map(str, exact))}; export a stage with one of these numbers, {another}or use "
-            "--format onnx"
+            f"timesteps, only {', '.join(map(str, exact))}. {remedy}or use --format onnx"
         )
     if is_plain_image and not sampler.stochastic:
         return schedule, "DDIMPipeline", "unet"
@@ -227,26 +206,26 @@ def _layout(model: Model, network: StockNetwork) -> tuple[StockSchedule, str, st
     sides = manifest.shape[1:]
     if len(set(sides)) > 1:
         raise ValueError(
-            f"diffusers' only class-conditional image pipeline generates square images, but this model generates "
-            f"{list(sides)}: use --format onnx, or halfstep.load in Python"
+            "diffusers' only class-conditional image pipeline generates square images, but this model generates "
+            f"{list(sides)}. {USE_ONNX}"
         )
     return schedule, "ConsistencyModelPipeline", "unet"
 
 
 def _other_parts(origin: Path, index: dict[str, Any], component: str) -> dict[str, Path]:
-    """Return the folders of the original pipeline's other parts (not network and scheduler) by name."""
+    """Return the folders of the original pipeline's parts by name, without network and scheduler."""
     parts = {}
     for name, value in index.items():
         if name in (component, "scheduler") or not isinstance(value, list) or value[0] is None:
             continue
         folder = origin / name
         if name == "safety_checker" and not list(folder.glob("*.safetensors")):
-            # Its weights are pickled in older repositories; the pipeline works without it.
+            # Older repositories only have pickled weights for it; the pipeline works without it.
             continue
         if not folder.is_dir():
             raise ValueError(f"{origin} no longer has its {name}, which the exported pipeline needs")
         if not is_light(folder):
-            # Only files that are safe to read are copied. A part without weights could not be loaded.
+            # Only parts that can be loaded safely are copied.
             check_files(folder, ".".join(map(str, value)))
         parts[name] = folder
     return parts
@@ -260,7 +239,7 @@ def _save_network(network: StockNetwork, folder: Path) -> None:
     config: dict[str, Any] = read_json(folder / "config.json")
     size = config.get("sample_size")
     if isinstance(size, list) and len(set(size)) == 1:
-        # Some pipelines only support square samples, and expect the side as one number.
+        # Pipelines for square samples expect one number.
         config["sample_size"] = size[0]
     config.pop("_name_or_path", None)
     write_json(folder / "config.json", config)

@@ -1,12 +1,11 @@
-"""Import of the checkpoints that the authors of progressive distillation released, as stock diffusers networks.
+"""Import of the checkpoints released by the authors of progressive distillation, as stock diffusers networks.
 
-Their files are flax msgpack: a tree of arrays under `ema_params`, and `num_sample_steps`. No pickle is involved:
-arrays are (shape, dtype name, bytes). Their U-Net differs from `UNet2DModel` in two points, and both can be folded
-into weights exactly:
+The files are flax msgpack: a tree of arrays (shape, dtype name, bytes) under `ema_params`, and `num_sample_steps`.
+Their U-Net differs from `UNet2DModel` in two points, which are folded into the weights exactly:
 
-* Its clock is 1000 u with u = 2 / pi arctan(exp(-log_snr / 2)); ours is called at the timestep 1000 u - 1. If f is a
-  frequency of the sinusoid, sin((k + 1) f) and cos((k + 1) f) are a rotation of sin(k f) and cos(k f) by f, which is
-  folded into the first linear layer of the time embedding.
+* Its clock is 1000 u with u = 2 / pi arctan(exp(-log_snr / 2)); ours is called at timestep 1000 u - 1. For a frequency
+  f of the sinusoids, (sin((k + 1) f), cos((k + 1) f)) is (sin(k f), cos(k f)) rotated by f. The first linear layer of
+  the time embedding includes this rotation.
 * Its class embedding has a bias, which is added to every row of ours.
 
 Source: Salimans & Ho 2022 (arXiv:2202.00512), the authors' unet.py, model.py, checkpoints.py; flax's serialization.py.
@@ -36,12 +35,12 @@ from halfstep.runs import Manifest, Outcome, StageFolder
 from halfstep.runtime.files import DamagedFile, read_json, refuse_taken, sha256_of
 
 PROCESS: Final = VPCosine()
-"""The process of every released model: the clipped cosine."""
+"""The process of all released models: the clipped cosine."""
 
 
 @final
 class GooglePDConfig(BaseModel):
-    """A network of the authors' unet.py, and facts that its checkpoint does not contain."""
+    """A network in the authors' unet.py, and facts missing from its checkpoint."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -50,29 +49,27 @@ class GooglePDConfig(BaseModel):
     ch: PositiveInt
     """Channels at the finest level."""
     multipliers: tuple[int, ...]
-    """Channels of each level, from the finest, in multiples of `ch`."""
+    """Channels of each level in multiples of `ch`, from the finest."""
     layers_per_block: PositiveInt
-    """Residual blocks per level on the way down; one more on the way up."""
+    """Residual blocks per level of the encoder; the decoder has one more."""
     attention: tuple[bool, ...]
     """Whether each level has self-attention."""
     attention_head_dim: PositiveInt
     """Channels per attention head."""
     time_embedding_dim: PositiveInt
-    """Width of the time and class embedding."""
+    """Width of the time and class embeddings."""
     num_classes: NonNegativeInt = 0
     """0 for an unconditional network."""
     prediction: Literal["x0", "eps", "v", "both"]
     """The network's prediction type."""
     start_steps: PositiveInt
-    """Steps of the first teacher of its chain."""
+    """Steps of the first teacher in its chain."""
 
     @model_validator(mode="after")
     def _same_length(self) -> "GooglePDConfig":
-        if not self.multipliers or len(self.multipliers) != len(self.attention):
-            raise ValueError(
-                f"multipliers and attention need an entry for each level, got {len(self.multipliers)} and "
-                f"{len(self.attention)}"
-            )
+        one, other = len(self.multipliers), len(self.attention)
+        if one == 0 or one != other:
+            raise ValueError(f"multipliers and attention need an entry for each level, got {one} and {other}")
         return self
 
 
@@ -96,10 +93,10 @@ CONFIGS: Final[dict[str, GooglePDConfig]] = {
 
 
 def config_of(text: str) -> GooglePDConfig:
-    """Return the configuration given by a name in `CONFIGS` or a .json file with the fields of `GooglePDConfig`.
+    """Return a configuration from its name in `CONFIGS` or from a .json file with the fields of `GooglePDConfig`.
 
     Raises:
-        ValueError: if it is neither, or the file does not contain one.
+        ValueError: if the name is unknown or the file is not valid.
     """
     if text in CONFIGS:
         return CONFIGS[text]
@@ -116,16 +113,16 @@ def config_of(text: str) -> GooglePDConfig:
 
 
 class Checkpoint(NamedTuple):
-    """The parts of a checkpoint file that are used."""
+    """The parts of a checkpoint that an import needs."""
 
     params: Mapping[str, np.ndarray]
     """Arrays by path, such as "down_0.block_0/conv1/kernel"."""
     num_steps: int
-    """The model's number of sampler steps; 0 if the file does not contain it."""
+    """The model's number of sampler steps; 0 if unknown."""
 
 
 def _array(code: int, data: bytes) -> np.ndarray:
-    """Decode flax's extension types array (1) and scalar (3); checkpoints have no complex numbers (2)."""
+    """Decode flax's extension types for arrays (1) and scalars (3); checkpoints have no complex numbers (2)."""
     if code not in (1, 3):
         raise ValueError(f"an entry has the msgpack extension type {code}, which is not a flax array")
     shape, name, content = msgpack.unpackb(data, raw=False)
@@ -134,7 +131,7 @@ def _array(code: int, data: bytes) -> np.ndarray:
         raise ValueError(f"an array has the type {name!r}, which is not a plain number")
     if any(not isinstance(length, int) or length < 0 for length in shape):
         raise ValueError(f"an array has the shape {shape!r}")
-    # Neither call allocates: the array is a view of the file's bytes, and a shape that does not match is an error.
+    # The array is a view of the file's bytes, so a wrong shape raises an error and allocates nothing.
     return np.frombuffer(content, dtype=kind).reshape(shape)
 
 
@@ -173,20 +170,20 @@ def read_checkpoint(file: Path) -> Checkpoint:
             raise ValueError(f"its num_sample_steps is {steps!r}")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, msgpack.UnpackException) as error:
         raise DamagedFile(
-            f"{file} is truncated or not a checkpoint of the authors' code ({in_one_line(error)}): give one of "
-            f"their .msgpack files"
+            f"{file} is truncated or not a checkpoint of the authors' code ({in_one_line(error)}). Give one of their "
+            ".msgpack files"
         ) from None
     return Checkpoint(params, steps)
 
 
 class _Place(NamedTuple):
-    """The source of a tensor of the network."""
+    """The location of a network's tensor in the authors' tree."""
 
     path: str
     shape: tuple[int, ...]
-    """Shape of the source array, except for joined axes and axes of length 1."""
-    axes: tuple[int, ...] | None
-    """The axis permutation that converts it to the tensor."""
+    """Shape of the array, except for joined axes and axes of length 1."""
+    axes: tuple[int, ...]
+    """Axis permutation from the array to the tensor."""
 
 
 _NAMES: Final = {
@@ -213,7 +210,7 @@ _BLOCKS: Final = {
 
 
 def _place(name: str, shape: tuple[int, ...], levels: int) -> _Place:
-    """Return where the authors' tree contains the tensor `name` of a UNet2DModel."""
+    """Return the place of the tensor `name` of a UNet2DModel."""
     module, _, kind = name.rpartition(".")
     for ours, theirs in _NAMES.items():
         if module == ours or module.startswith(f"{ours}."):
@@ -226,17 +223,16 @@ def _place(name: str, shape: tuple[int, ...], levels: int) -> _Place:
     head, slash, part = module.rpartition("/")
     module = head + slash + _PARTS.get(part, part)
     if len(shape) == 1:
-        return _Place(f"{module}/{'bias' if kind == 'bias' else 'scale'}", shape, None)
+        return _Place(f"{module}/{'bias' if kind == 'bias' else 'scale'}", shape, (0,))
     if name == "class_embedding.weight":
-        return _Place(f"{module}/kernel", shape, None)
+        return _Place(f"{module}/kernel", shape, (0, 1))
     if len(shape) == 4 and shape[2:] != (1, 1):
         return _Place(f"{module}/kernel", (shape[2], shape[3], shape[1], shape[0]), (3, 2, 0, 1))
     return _Place(f"{module}/kernel", (shape[1], shape[0]), (1, 0))
 
 
 def _regroups(got: tuple[int, ...], needed: tuple[int, ...]) -> bool:
-    """Whether two shapes differ only in joined neighbouring axes or inserted axes of length 1, as versions of flax do;
-    a transposed array does not match."""
+    """Return whether two shapes differ only in joined neighbouring axes and axes of length 1, as in flax versions."""
 
     def marks(shape: tuple[int, ...]) -> set[int]:
         return {math.prod(shape[: index + 1]) for index, length in enumerate(shape) if length != 1}
@@ -249,7 +245,7 @@ def convert(params: Mapping[str, np.ndarray], config: GooglePDConfig) -> UNet2D:
     """Return the stock network with the checkpoint's weights.
 
     Raises:
-        ValueError: if a tensor is missing, has the wrong shape, or is unused; the message gives the first one.
+        ValueError: if a tensor is missing, unused or of the wrong shape; the message gives the first.
     """
     network = empty_network(config)
     state: dict[str, Tensor] = {}
@@ -259,14 +255,11 @@ def convert(params: Mapping[str, np.ndarray], config: GooglePDConfig) -> UNet2D:
         if (array := params.get(place.path)) is None:
             raise ValueError(f"it has no tensor {place.path} of shape {list(place.shape)}")
         if not _regroups(array.shape, place.shape):
-            raise ValueError(
-                f"the tensor {place.path} has the shape {list(array.shape)}, but {list(place.shape)} is needed"
-            )
+            got, needed = list(array.shape), list(place.shape)
+            raise ValueError(f"the tensor {place.path} has the shape {got}, but {needed} is needed")
         used.add(place.path)
         value = torch.from_numpy(np.array(array, np.float64)).reshape(place.shape)
-        if place.axes is not None:
-            value = value.permute(place.axes).reshape(tuple(tensor.shape))
-        state[name] = value
+        state[name] = value.permute(place.axes).reshape(tensor.shape)
     if config.num_classes:
         used.add("class_emb/bias")
         if "class_emb/bias" not in params:
@@ -282,17 +275,16 @@ def convert(params: Mapping[str, np.ndarray], config: GooglePDConfig) -> UNet2D:
 
 
 def _earlier_by_one(weight: Tensor) -> Tensor:
-    """Return the weight `[embedding, channels]` that maps the sinusoid at k as `weight` maps the sinusoid at k + 1."""
-    half = weight.shape[1] // 2
+    """Return the weight `[embedding, channels]` that maps the sinusoids at k as `weight` maps those at k + 1."""
+    sine, cosine = weight.chunk(2, dim=1)
+    half = sine.shape[1]
     frequency = torch.exp(torch.arange(half, dtype=torch.float64) * (-math.log(10_000) / (half - 1)))
-    sine, cosine = weight[:, :half], weight[:, half:]
-    return torch.cat(
-        [sine * frequency.cos() - cosine * frequency.sin(), sine * frequency.sin() + cosine * frequency.cos()], dim=1
-    )
+    turned = torch.complex(sine, cosine) * torch.polar(torch.ones_like(frequency), frequency)
+    return torch.cat([turned.real, turned.imag], dim=1)
 
 
 def empty_network(config: GooglePDConfig) -> UNet2D:
-    """Return the network of a configuration on the meta device: its tensors have shapes but no data."""
+    """Return a configuration's network on the meta device."""
     first, last = (2 / math.pi * math.atan(math.exp(-bound / 2)) for bound in (20.0, -20.0))
     with torch.device("meta"):
         return UNet2D(
@@ -317,11 +309,11 @@ def empty_network(config: GooglePDConfig) -> UNet2D:
 
 
 def import_google_pd(file: Path, config: GooglePDConfig, out: Path) -> Manifest:
-    """Write the checkpoint as a stage to the folder `out`.
+    """Write the checkpoint to the folder `out` as a stage.
 
     Raises:
-        ValueError: if the file is damaged, not finite or of another configuration, or `out` is not empty; nothing is
-            written then.
+        ValueError: if the file is damaged, not finite or of another configuration, or `out` is not empty. In these
+            cases, nothing is written.
     """
     refuse_taken(out)
     checkpoint = read_checkpoint(file)
@@ -331,14 +323,14 @@ def import_google_pd(file: Path, config: GooglePDConfig, out: Path) -> Manifest:
     try:
         network = convert(checkpoint.params, config)
     except ValueError as error:
-        raise ValueError(f"{file} does not match the configuration: {error}; choose another --config") from None
+        raise ValueError(f"{file} does not match the configuration: {error}. Choose another --config") from None
     schedule = Schedule(PROCESS, predictions[config.prediction](), True, network.num_train_timesteps, False)
-    teacher = teacher_of(
-        out.name, network, schedule, None, f"{file.name} sha256 {sha256_of(file)}",
-        shape=(3, config.image_size, config.image_size), num_classes=config.num_classes, is_image=True,
+    model = teacher_of(
+        network, schedule, (3, config.image_size, config.image_size), num_classes=config.num_classes,
+        stage=out.name, source=f"{file.name} sha256 {sha256_of(file)}",
     )  # fmt: skip
     told: dict[str, Any] = {"start_steps": config.start_steps}
-    # The first teacher of a chain can be sampled with any number of steps.
+    # A chain's first teacher can be sampled with any number of steps.
     if 0 < checkpoint.num_steps < config.start_steps:
         told["outcome"] = Outcome(role="student", num_steps=checkpoint.num_steps)
-    return save_stage(StageFolder(out), teacher.denoiser, teacher.manifest.model_copy(update=told))
+    return save_stage(StageFolder(out), model.denoiser, model.manifest.model_copy(update=told))

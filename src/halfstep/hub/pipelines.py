@@ -1,78 +1,61 @@
 """Import of diffusers pipelines, from a folder or the Hub, as teachers.
 
-Process, prediction and clipping come from the scheduler's config, and the network's inputs from the pipeline's own
-calls. Only safetensors are read, and no code from a repository is run.
+The process, prediction and clipping come from the scheduler's config, and the network's inputs from the pipeline's own
+calls. Only safetensors are read, and no code in a repository is run.
 """
 
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import Tensor
 
 from halfstep.core.denoiser import NetworkDenoiser, warn_of_signal
-from halfstep.core.noise import processes
-from halfstep.core.prediction import predictions
 from halfstep.core.warnings import HalfstepWarning
-from halfstep.hub.disk import (
-    OLD_NAMES,
-    averaged_beside,
-    check_config,
-    check_files,
-    digest_of,
-    known_fields,
-    networks_below,
-    open_part,
-    open_pipeline,
-    plain_network,
-    read_config,
-    refuse_single_file,
-    scheduler_beside,
-)
-from halfstep.hub.recording import component_of, record
+from halfstep.hub import disk
+from halfstep.hub.recording import record
 from halfstep.hub.schedulers import GONE, Schedule, read_schedule, renewed
 from halfstep.hub.stock import quiet, stock
+from halfstep.hub.trace import component_of
 from halfstep.models.model import Model
-from halfstep.nets import BasePrecision, StockNetwork, UNet2D, conditions_of, describe_network
-from halfstep.runs import Manifest, Outcome, Pipeline
+from halfstep.nets import BasePrecision, StockNetwork, UNet2D, conditions_of
+from halfstep.runs import Pipeline
 from halfstep.runtime.files import first_line, user_path
 
 START_STEPS: Final = 128
-"""Default DDIM steps of an imported teacher at the start of its chain: more steps are more accurate, but need more
-stages. They are not integer timesteps of a table of 1000 levels, so times between levels are interpolated."""
-
-
+"""Default DDIM steps of an imported teacher at the start of its chain. More steps are more accurate, but need more
+stages. On a table of 1000 levels, times between levels are interpolated."""
 PIXELS: Final = ("DDPMPipeline", "DDIMPipeline", "ConsistencyModelPipeline")
-"""Image pipelines without a VAE; their only network is identified by its config."""
+"""Image pipelines without a VAE; their only network is described by its config."""
 UNET: Final = "UNet2DModel"
 FETCHED: Final = ("*.json", "*.txt", "*.model", "*.jinja", "*/*.safetensors", "diffusion_pytorch_model*.safetensors")
-"""Files of a repository that are not downloaded: pickles, code, and single-file weights next to the parts."""
-NOT_FETCHED: Final = ("*.fp16.*", "*.fp16-*", "*.bf16.*", "*.bf16-*", "*.non_ema.*", "*.non_ema-*")
-"""Weight variants; those in half precision are downloaded if there are no weights without a variant."""
+"""Files to download: no pickles, code or single-file weights."""
+NON_EMA: Final = ("*.non_ema.*", "*.non_ema-*")
+HALF_PRECISION: Final = ("*.fp16.*", "*.fp16-*", "*.bf16.*", "*.bf16-*")
+"""Weight variants, which are downloaded only if no weights without a variant exist."""
+OPTIONAL: Final = ("vae", "safety_checker", "feature_extractor", "image_encoder")
+"""Parts that do not affect a denoiser's inputs."""
+DENOISERS: Final = ("transformer", "unet")
 
 
 def is_pipeline(path: str | Path) -> bool:
     """Return whether a path is a folder written by diffusers: a pipeline, or a network with its config."""
     folder = Path(path)
-    if (folder / "model_index.json").is_file():
-        return True
-    return plain_network(folder) is not None and not (folder / "manifest.json").is_file()
+    is_network = disk.plain_network(folder) is not None and not (folder / "manifest.json").is_file()
+    return is_network or (folder / "model_index.json").is_file()
 
 
 def fetch(source: str) -> Path:
-    """Return the folder `source`, or the download of the Hub repository `source` without pickles and code.
+    """Return the folder `source`, or a download of the Hub repository `source`, without pickles and code.
 
     Raises:
         ValueError: if it is a file of pickled weights, or neither a folder nor a reachable repository.
     """
     path = user_path(source)
-    if not path.is_dir():
-        refuse_single_file(source)
     if path.is_dir():
         return path
+    disk.refuse_single_file(source)
     if path.exists():
         raise ValueError(f"{source} is a file: give a folder saved by diffusers, or a name on the Hub (OWNER/NAME)")
     if source.count("/") != 1 or source.startswith((".", "/", "~")):
@@ -83,15 +66,13 @@ def fetch(source: str) -> Path:
         return Path(snapshot_download(source, allow_patterns=list(FETCHED), ignore_patterns=list(ignored)))
 
     try:
-        path = download(*NOT_FETCHED)
+        path = download(*NON_EMA, *HALF_PRECISION)
         parts = [file.parent for file in path.glob("*/config.json")]
         if parts and not any(list(part.glob("*.safetensors")) for part in parts):
-            path = download("*.non_ema.*", "*.non_ema-*")
+            path = download(*NON_EMA)
         return path
     except Exception as error:  # the Hub's client and its network libraries raise many types
-        raise ValueError(
-            f"{source} is not a local folder and could not be downloaded from the Hub ({first_line(error)})"
-        ) from None
+        raise ValueError(f"{source} could not be downloaded from the Hub ({first_line(error)})") from None
 
 
 def import_pipeline(
@@ -101,169 +82,134 @@ def import_pipeline(
     ema: bool = False,
     precision: BasePrecision = "float32",
 ) -> Model:
-    """Load the network of a pipeline as a teacher, on the CPU.
+    """Load a pipeline's network as a teacher, on the CPU.
 
-    Runs a pipeline with conditions for a few steps, to record the inputs of its network (hub/recording.py). Warns if
+    Pipelines with conditions are run for a few steps to record the network's inputs (hub/recording.py). Warns if
     averaged weights exist but are not used, and if the last noise level is not pure noise.
 
     Args:
         source: a folder saved by diffusers, or a name on the Hub.
-        options: pipeline call arguments shared by all samples, such as height and width.
+        options: pipeline call arguments for all samples, such as height and width.
         ema: whether to use the averaged weights next to the network's own, such as unet_ema.
-        precision: how the weights are stored after the check in float32; below float32, students must be LoRA.
+        precision: storage precision of the weights; below float32, students must be LoRA.
 
     Raises:
-        ValueError: if it is pickled, requires custom code, or a part of it is missing or not supported.
+        ValueError: if it is pickled, requires custom code, or a part is missing or not supported.
     """
     folder = fetch(str(source))
-    # A folder is recorded by its full path, a name on the Hub unchanged.
+    # The manifest contains a folder's full path.
     origin = str(folder.resolve()) if folder == user_path(source) else str(source)
     kind = read_kind(folder) if (folder / "model_index.json").is_file() else None
     if kind is not None and kind not in PIXELS:
-        told = Pipeline(kind=kind, folder=origin, component="", options=dict(options or {}))
-        return _recorded(source, folder, told, ema, precision)
+        told = Pipeline(kind=kind, folder=origin, component="", options=dict(options or {}), averaged=ema)
+        return _recorded(source, folder, told, precision)
     if options:
-        raise ValueError(f"{source} is a pixel pipeline without the arguments {', '.join(options)}: remove --call")
+        raise ValueError(f"{source} is a pixel pipeline without the arguments {', '.join(options)}. Remove --call")
     if precision != "float32":
         raise ValueError(f"{source} is a pixel pipeline, which is always float32. Remove --base-precision")
     network_folder, scheduler = _parts(folder) if kind else _plain_parts(folder)
     if not scheduler.is_file():
         raise ValueError(f"{folder} has no {scheduler.relative_to(folder)}: the pipeline was not saved completely")
     network_folder = _weights(source, network_folder, ema)
-    schedule = read_schedule(read_config(scheduler))
+    schedule = read_schedule(disk.read_config(scheduler))
     network = _network(network_folder, schedule)
     pipeline = None if kind is None else Pipeline(kind=kind, folder=origin, component="unet")
     return teacher_of(
-        folder.name, network, schedule, pipeline, f"{source} (weights sha256 {digest_of(network_folder)})",
-        shape=shape_of(network.config), num_classes=int(network.config.get("num_class_embeds") or 0), is_image=True,
+        network, schedule, shape_of(network.config), num_classes=int(network.config.get("num_class_embeds") or 0),
+        stage=folder.name, is_image=True, pipeline=pipeline, source=_origin(source, network_folder),
     )  # fmt: skip
 
 
 def _weights(source: str | Path, network: Path, ema: bool) -> Path:
-    """Return the folder of a network's weights, or of its averaged weights."""
-    averaged = averaged_beside(network)
-    if ema and averaged is None:
-        raise ValueError(f"{network.parent} has no averaged weights ({network.name}_ema). Remove --ema")
-    if averaged is None:
-        return network
-    if not ema:
+    """Return the folder of a network's weights, or that of the averaged weights if `ema`."""
+    averaged = network.with_name(f"{network.name}_ema")
+    exists = (averaged / "config.json").is_file()
+    if ema and not exists:
+        raise ValueError(f"{network.parent} has no averaged weights ({averaged.name}). Remove --ema")
+    if exists and not ema:
         warnings.warn(
             f"the weights in {network} are used, but averaged weights (EMA) exist in {averaged}. To use those, run "
             f"halfstep import diffusers {source} --ema",
             HalfstepWarning,
             stacklevel=3,
         )
-        return network
-    return averaged
+    return averaged if ema else network
 
 
-def _recorded(source: str | Path, folder: Path, pipeline: Pipeline, ema: bool, precision: BasePrecision) -> Model:
-    """Return the teacher from a recording of its pipeline's call."""
+def _recorded(source: str | Path, folder: Path, pipeline: Pipeline, precision: BasePrecision) -> Model:
+    """Record a pipeline's call, and return the teacher."""
+    ema = pipeline.averaged
     places = {name: _weights(source, folder / name, ema) for name in DENOISERS if (folder / name).is_dir()}
     if (folder / "vae").is_dir() and not list((folder / "vae").glob("*.safetensors")):
-        check_files(folder / "vae", "diffusers.AutoencoderKL")
+        disk.check_files(folder / "vae", "diffusers.AutoencoderKL")
     pipe = load_pipeline(folder, pipeline.kind, places=places)
     component = component_of(pipe)
     try:
-        recording, network = record(pipe, pipeline.options)
+        recording = record(pipe, pipeline.options)
     except ValueError as error:
         missing = sorted(name for name, part in pipe.components.items() if part is None and name not in OPTIONAL)
         raise ValueError(f"{folder} has no {', '.join(missing)}: {error}" if missing else str(error)) from None
+    network = recording.network
     network.lower(precision)
+    told = {"component": component, "guidance": recording.guidance, "off": recording.off, "scale": recording.scale}
     return teacher_of(
-        folder.name, network, recording.schedule,
-        pipeline.model_copy(
-            update={
-                "component": component, "guidance": recording.guidance, "off": recording.off,
-                "scale": recording.scale, "averaged": ema,
-            }
-        ),
-        f"{source} (weights sha256 {digest_of(places[component])})",
-        shape=recording.shape, num_classes=recording.num_classes,
-        conditions={} if recording.num_classes else conditions_of(recording.call), is_image=False,
-        null=dict(recording.null),
+        network, recording.schedule, recording.shape, num_classes=recording.num_classes,
+        conditions={} if recording.num_classes else conditions_of(network.call), null=recording.null,
+        stage=folder.name, is_image=False, pipeline=pipeline.model_copy(update=told),
+        source=_origin(source, places[component]),
     )  # fmt: skip
 
 
-def teacher_of(
-    stage: str, network: StockNetwork, schedule: Schedule, pipeline: Pipeline | None, source: str, *,
-    shape: tuple[int, ...], num_classes: int, is_image: bool, conditions: Mapping[str, tuple[int, ...]] | None = None,
-    null: Mapping[str, Tensor] | None = None,
-) -> Model:  # fmt: skip
-    """Return the model of an imported network; arguments as the fields of its manifest."""
+def _origin(source: str | Path, weights: Path) -> str:
+    return f"{source} (weights sha256 {disk.digest_of(weights)})"
+
+
+def teacher_of(network: StockNetwork, schedule: Schedule, shape: Sequence[int], **facts: Any) -> Model:
+    """Return the model of an imported network; `facts` as for `Model.of`."""
     warn_of_signal(schedule.process)
-    manifest = Manifest(
-        stage=stage,
-        objective="imported",
-        parent=None,
-        outcome=Outcome(role="teacher"),
-        start_steps=START_STEPS,
-        num_updates=0,
-        seconds=0.0,
-        shape=shape,
-        num_classes=num_classes,
-        conditions=dict(conditions or {}),
-        is_image=is_image,
-        clip=schedule.clip,
-        network=describe_network(network),
-        process=processes.describe(schedule.process),
-        prediction=predictions.describe(schedule.prediction),
-        pipeline=pipeline,
-        files={},
-        source=source,
-    )
-    return Model(NetworkDenoiser(network.eval(), schedule.process, schedule.prediction), manifest, null)
+    denoiser = NetworkDenoiser(network.eval(), schedule.process, schedule.prediction)
+    return Model.of(denoiser, shape, clip=schedule.clip, objective="imported", start_steps=START_STEPS, **facts)
 
 
 def _parts(folder: Path) -> tuple[Path, Path]:
-    """Return the network's folder and the scheduler's config of a pixel pipeline."""
-    # As in diffusers, a part without its own folder is in the root.
+    """Return a pixel pipeline's network folder and scheduler config."""
+    # In diffusers, a part without a folder is in the root.
     network, scheduler = (folder / name if (folder / name).is_dir() else folder for name in ("unet", "scheduler"))
     return network, scheduler / "scheduler_config.json"
 
 
 def read_kind(folder: Path) -> str:
-    """Return the class of the pipeline in a folder, after checking that it needs no code from the folder.
+    """Return the class of the pipeline in a folder, after checking that it needs no code in the folder.
 
     Raises:
         ValueError: if there is no pipeline, it requires custom code, is not a diffusers class, or lacks a part.
     """
     if not (folder / "model_index.json").is_file():
-        raise ValueError(
-            f"{folder} is not a pipeline (no model_index.json): give a complete pipeline saved by diffusers"
-        )
-    index = read_config(folder / "model_index.json")
+        raise ValueError(f"{folder} is not a pipeline (no model_index.json). Give one saved by diffusers")
+    index = disk.read_config(folder / "model_index.json")
     kind = index.get("_class_name")
     foreign = [
         name
         for name, value in index.items()
         if isinstance(value, list)
         and not (name.isidentifier() and value[:1] in ([None], ["diffusers"], ["transformers"]))
-        # Parts defined by a diffusers pipeline are in the pipeline's module.
+        # Parts specific to a pipeline are in its module.
         and not (value and isinstance(value[0], str) and hasattr(stock("pipelines"), value[0]))
     ]
     code = foreign or sorted(file.name for file in folder.rglob("*.py"))
     if not isinstance(kind, str):
         code = [f"its class is {kind}"]
-    code += ["auto_map"] * any("auto_map" in read_config(file) for file in folder.glob("*/config.json"))
+    code += ["auto_map"] * any("auto_map" in disk.read_config(file) for file in folder.glob("*/config.json"))
     if code:
-        raise ValueError(
-            f"{folder} requires custom code ({', '.join(code)}), which halfstep does not run: save it as a stock "
-            "diffusers pipeline"
-        )
+        raise ValueError(f"{folder} requires custom code ({', '.join(code)}). Save it as a stock diffusers pipeline")
     if kind in PIXELS:
         return str(kind)
     if not isinstance(stock(str(kind), None), type):
         raise ValueError(f"{folder} contains a {kind}, which diffusers {stock('__version__')} does not have")
     for name, value in index.items():
         if isinstance(value, list) and value[0] and name not in OPTIONAL and not (folder / name).is_dir():
-            raise ValueError(f"{folder} has no {name}, a part of its pipeline: save the pipeline with it")
+            raise ValueError(f"{folder} has no {name}, a part of its pipeline. Save the pipeline with it")
     return str(kind)
-
-
-OPTIONAL: Final = ("vae", "safety_checker", "feature_extractor", "image_encoder")
-"""Parts that have no influence on the inputs of a denoiser."""
-DENOISERS: Final = ("transformer", "unet")
 
 
 def load_pipeline(
@@ -273,16 +219,16 @@ def load_pipeline(
     is_whole: bool = True,
     places: Mapping[str, Path] | None = None,
 ) -> Any:
-    """Load a pipeline in float32; hub/disk.py loads its parts with weights.
+    """Load a pipeline in float32.
 
     Args:
         is_whole: whether to load the weights of its denoiser and VAE; without them it can only compute conditions.
         places: folders of parts that are not in `folder`, by name.
 
     Raises:
-        ValueError: if a part of it cannot be read.
+        ValueError: if a part cannot be read.
     """
-    index, given = read_config(folder / "model_index.json"), dict[str, Any]()
+    index, given = disk.read_config(folder / "model_index.json"), dict[str, Any]()
     for name, value in index.items():
         if not isinstance(value, list):
             continue
@@ -290,40 +236,40 @@ def load_pipeline(
             given[name] = None
         elif list((folder / name).glob("*.safetensors")) or not is_light(folder / name):
             given[name] = _part(kind, name, value, (places or {}).get(name, folder / name), is_whole, device)
-        elif (file := folder / name / "scheduler_config.json").is_file() and set(GONE) & set(read_config(file)):
-            # Today's schedulers ignore those fields.
-            given[name] = stock(value[1]).from_config(renewed(read_config(file)))
+        elif (file := folder / name / "scheduler_config.json").is_file() and set(GONE) & set(disk.read_config(file)):
+            # Current schedulers ignore these fields.
+            given[name] = stock(value[1]).from_config(renewed(disk.read_config(file)))
     if "requires_safety_checker" in index:
         given["requires_safety_checker"] = False
-    return open_pipeline(folder, kind, given)
+    return disk.open_pipeline(folder, kind, given)
 
 
 def _part(
     pipeline: str, part: str, declared: Sequence[str], folder: Path, is_whole: bool, device: str | torch.device
 ) -> Any:
-    """Load a part with weights, of the library and class that the pipeline's index declares."""
+    """Load a part with weights; `declared` are its library and class in the pipeline's index."""
     library, name = declared
     if library == "diffusers":
-        if name in OLD_NAMES:
+        if name in disk.OLD_NAMES:
             taken = {kind.__name__ for kind in stock(pipeline)._get_signature_types()[part]}
-            name = next((new for new in OLD_NAMES[name] if new in taken), name)
-        config = check_config(folder, name)
+            name = next((new for new in disk.OLD_NAMES[name] if new in taken), name)
+        config = disk.check_config(folder, name)
         if not is_whole and part in (*DENOISERS, "vae"):
-            check_files(folder, f"diffusers.{name}")
+            disk.check_files(folder, f"diffusers.{name}")
             config = {field: value for field, value in config.items() if field != "quantization_config"}
             return on_meta(name, config, device)
     elif library != "transformers":
         library = f"diffusers.pipelines.{library}"
-    return open_part(folder, f"{library}.{name}").eval().to(device)
+    return disk.open_part(folder, f"{library}.{name}").eval().to(device)
 
 
 def is_light(folder: Path) -> bool:
-    """Whether a part has no weights: a tokenizer, a processor or a scheduler."""
+    """Return whether a part has no weights (a tokenizer, processor or scheduler)."""
     return not (folder / "config.json").is_file()
 
 
 def on_meta(kind: str, config: Mapping[str, Any], device: str | torch.device) -> Any:
-    """Return a network without memory for its weights that reports `device` as its device."""
+    """Return a network that reports `device` as its device, but allocates no weights."""
     with quiet(), torch.device("meta"):
         network = stock(kind).from_config(dict(config))
     here, own = torch.device(device), type(network)
@@ -332,56 +278,52 @@ def on_meta(kind: str, config: Mapping[str, Any], device: str | torch.device) ->
 
 
 def _plain_parts(folder: Path) -> tuple[Path, Path]:
-    network = plain_network(folder)
+    """Return the folder and the scheduler config of a U-Net without a pipeline."""
+    network = disk.plain_network(folder)
     if network is None:
-        below = networks_below(folder)
+        below = disk.networks_below(folder)
         where = f". Give one of the folders in it, such as {below[-1]}" if below else ""
-        raise ValueError(
-            f"{folder} is not a pipeline (no model_index.json) and contains no network (no config.json){where}"
-        )
-    kind = read_config(network / "config.json").get("_class_name")
+        raise ValueError(f"{folder} contains neither a pipeline (model_index.json) nor a network (config.json){where}")
+    kind = disk.read_config(network / "config.json").get("_class_name")
     if kind != UNET:
-        raise ValueError(
-            f"{network} contains a {kind}, which config.json does not describe completely: give a whole pipeline (only "
-            f"a {UNET} can be imported without one)"
-        )
-    scheduler = scheduler_beside(folder, network)
-    if scheduler is None:
-        raise ValueError(
-            f"{folder} has no scheduler_config.json, which gives the process and prediction: write one, such as "
-            'diffusers\' DDPMScheduler(beta_schedule="linear", prediction_type="epsilon").save_pretrained(FOLDER)'
-        )
-    return network, scheduler
+        raise ValueError(f"{network} contains a {kind}, not a {UNET}. Give its whole pipeline")
+    for place in (folder / "scheduler", folder, network, network.parent / "scheduler", network.parent):
+        if (place / "scheduler_config.json").is_file():
+            return network, place / "scheduler_config.json"
+    raise ValueError(
+        f"{folder} has no scheduler_config.json, which gives the process and prediction. Write one, for example with "
+        'diffusers\' DDPMScheduler(beta_schedule="linear", prediction_type="epsilon").save_pretrained(FOLDER)'
+    )
 
 
 def _network(folder: Path, schedule: Schedule) -> UNet2D:
-    """Return the pixel U-Net with the weights in `folder`, without the channels of a learned variance."""
-    config = check_config(folder, UNET)
+    """Return the pixel U-Net in `folder`, without the channels of a learned variance."""
+    config = disk.check_config(folder, UNET)
     if schedule.is_flow:
         raise ValueError(
             f"{folder} contains a {UNET}, but its timesteps are unknown for the process of its scheduler "
-            f"({type(schedule.process).__name__}): distil it in Python, where halfstep.distill takes any network"
+            f"({type(schedule.process).__name__}). Distil it in Python: halfstep.distill accepts any network"
         )
     if config.get("class_embed_type") is not None:
         raise ValueError(
             f"{folder} contains a {UNET} with class_embed_type {config['class_embed_type']!r}, an input that halfstep "
-            "does not support: distil it in Python (halfstep.distill), where conditions can have any name"
+            "does not support. Distil it in Python: halfstep.distill accepts any conditions"
         )
-    stock_model = open_part(folder, f"diffusers.{UNET}")
-    config = json.loads(json.dumps(known_fields(stock_model.config, folder, UNET)))
+    stock_model = disk.open_part(folder, f"diffusers.{UNET}")
+    config = disk.known_fields(stock_model.config, folder, UNET)
     state = dict(stock_model.state_dict())
     channels = int(config["in_channels"])
-    puts_out = int(config.get("out_channels") or channels)
-    if puts_out not in (channels, 2 * channels):
+    num_outputs = int(config.get("out_channels") or channels)
+    if num_outputs not in (channels, 2 * channels):
         raise ValueError(
-            f"{folder} takes {channels} channels and returns {puts_out}: the numbers must be equal, or the second "
+            f"{folder} takes {channels} channels and returns {num_outputs}: the numbers must be equal, or the second "
             "twice the first with a learned variance"
         )
-    if puts_out == 2 * channels:
+    if num_outputs == 2 * channels:
         if not schedule.learned_variance:
             raise ValueError(
-                f"{folder} returns {2 * channels} channels for {channels}, but its scheduler's variance_type does "
-                'not declare a learned variance: set variance_type to "learned_range" if the second half is one'
+                f"{folder} returns {num_outputs} channels for {channels}, but its scheduler's variance_type does not "
+                'declare a learned variance. If the second half is one, set variance_type to "learned_range"'
             )
         config["out_channels"] = channels
         for part in ("conv_out.weight", "conv_out.bias"):
@@ -392,14 +334,12 @@ def _network(folder: Path, schedule: Schedule) -> UNet2D:
 
 
 def shape_of(config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the shape of a sample of the network with this config.
+    """Return the shape of one sample in a network's config.
 
     Raises:
-        ValueError: if it does not contain one.
+        ValueError: if the config does not contain one.
     """
     size = config.get("sample_size")
-    if size is None:
-        raise ValueError("the network's config has no sample_size: set it to the height and width of a sample")
     sides = [size, size] if isinstance(size, int) else size
     if not isinstance(sides, list) or len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
         raise ValueError(f"the network's config has sample_size {size!r}: set it to the height and width of a sample")

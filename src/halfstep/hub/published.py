@@ -1,7 +1,7 @@
-"""Published networks without weights, for counting their cost in a dry run on the meta device.
+"""Published networks without weights, for dry runs on the meta device.
 
-Configs are copied by hand from the `config.json` of the released weights. Calls are the ones that the pipeline makes
-at the released size, as recorded.
+Configs are copied from the `config.json` of the released weights. Calls are those that the pipeline makes at the
+released size.
 """
 
 import math
@@ -11,9 +11,9 @@ import torch
 
 from halfstep.core.noise import processes
 from halfstep.hub.pipelines import teacher_of
-from halfstep.hub.schedulers import Schedule, read_schedule
+from halfstep.hub.schedulers import read_schedule
 from halfstep.models.model import Model
-from halfstep.nets import BasePrecision, Replay, conditions_of, nodes_of
+from halfstep.nets import BasePrecision, Replay, conditions_of
 from halfstep.runs import Pipeline
 
 
@@ -27,22 +27,16 @@ class Published(NamedTuple):
     stock: str
     config: dict[str, Any]
     call: dict[str, Any]
+    """The recorded call."""
     scheduler: dict[str, Any]
     options: dict[str, Any]
-    """Pipeline call arguments that determine the shape."""
+    """Pipeline call arguments that set the shape."""
     off: float | None = 1.0
-    """The guidance scale that disables guidance; None if the network takes the scale itself."""
+    """The guidance scale that disables guidance; None if the scale is an input of the network."""
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of one sample."""
-        (sample,) = nodes_of(self.tree, "sample")
-        return tuple(sample["shape"])
 
-    @property
-    def tree(self) -> dict[str, Any]:
-        """The recorded call."""
-        return {"is": "dict", "items": self.call}
+def _call(**items: Any) -> dict[str, Any]:
+    return {"is": "dict", "items": items}
 
 
 def _condition(name: str, *shape: int) -> dict[str, Any]:
@@ -55,7 +49,6 @@ def _constant(name: str, *shape: int, **rows: bool) -> dict[str, Any]:
 
 _NONE: Final = {"is": "value", "value": None}
 _TIME: Final = {"is": "time", "dims": []}
-_NOTHING: Final[dict[str, Any]] = {"is": "dict", "items": {}}
 
 
 def _wan(title: str, heads: int, ffn: int, layers: int, height: int, width: int, shift: float) -> Published:
@@ -67,10 +60,10 @@ def _wan(title: str, heads: int, ffn: int, layers: int, height: int, width: int,
             "out_channels": 16, "text_dim": 4096, "freq_dim": 256, "ffn_dim": ffn, "num_layers": layers,
             "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "eps": 1e-6, "rope_max_seq_len": 1024,
         },
-        {
-            "hidden_states": {"is": "sample", "shape": [16, 21, height // 8, width // 8]}, "timestep": _TIME,
-            "encoder_hidden_states": _condition("encoder_hidden_states", 512, 4096), "attention_kwargs": _NONE,
-        },
+        _call(
+            hidden_states={"is": "sample", "shape": [16, 21, height // 8, width // 8]}, timestep=_TIME,
+            encoder_hidden_states=_condition("encoder_hidden_states", 512, 4096), attention_kwargs=_NONE,
+        ),
         {
             "_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True, "prediction_type": "flow_prediction",
             "flow_shift": shift,
@@ -90,17 +83,14 @@ PUBLISHED: Final = {
             "attention_head_dim": [5, 10, 20], "use_linear_projection": True, "addition_embed_type": "text_time",
             "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
         },
-        {
-            "sample": {"is": "sample", "shape": [4, 128, 128]}, "timestep": _TIME,
-            "encoder_hidden_states": _condition("encoder_hidden_states", 77, 2048), "timestep_cond": _NONE,
-            "cross_attention_kwargs": _NONE,
-            "added_cond_kwargs": {
-                "is": "dict",
-                "items": {
-                    "text_embeds": _condition("text_embeds", 1280), "time_ids": _constant("time_ids", 1, 6, rows=True)
-                },
-            },
-        },
+        _call(
+            sample={"is": "sample", "shape": [4, 128, 128]}, timestep=_TIME,
+            encoder_hidden_states=_condition("encoder_hidden_states", 77, 2048), timestep_cond=_NONE,
+            cross_attention_kwargs=_NONE,
+            added_cond_kwargs=_call(
+                text_embeds=_condition("text_embeds", 1280), time_ids=_constant("time_ids", 1, 6, rows=True)
+            ),
+        ),
         {
             "_class_name": "EulerDiscreteScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085,
             "beta_end": 0.012,
@@ -114,13 +104,13 @@ PUBLISHED: Final = {
             "num_attention_heads": 24, "joint_attention_dim": 4096, "pooled_projection_dim": 768,
             "guidance_embeds": True, "axes_dims_rope": [16, 56, 56],
         },
-        {
-            "hidden_states": {"is": "sample", "shape": [4096, 64]},
-            "encoder_hidden_states": _condition("encoder_hidden_states", 512, 4096),
-            "pooled_projections": _condition("pooled_projections", 768), "timestep": _TIME,
-            "img_ids": _constant("img_ids", 4096, 3), "txt_ids": _constant("txt_ids", 512, 3),
-            "guidance": {"is": "guidance", "factor": 1.0, "default": 3.5}, "joint_attention_kwargs": _NOTHING,
-        },
+        _call(
+            hidden_states={"is": "sample", "shape": [4096, 64]},
+            encoder_hidden_states=_condition("encoder_hidden_states", 512, 4096),
+            pooled_projections=_condition("pooled_projections", 768), timestep=_TIME,
+            img_ids=_constant("img_ids", 4096, 3), txt_ids=_constant("txt_ids", 512, 3),
+            guidance={"is": "guidance", "factor": 1.0, "default": 3.5}, joint_attention_kwargs=_call(),
+        ),
         # The pipeline sets this shift for 4096 tokens.
         {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": math.exp(1.15)},
         {"height": 1024, "width": 1024},
@@ -133,16 +123,16 @@ PUBLISHED: Final = {
 
 
 def published(name: str, precision: BasePrecision = "float32") -> Model:
-    """Return a published model on the meta device, for counting its cost."""
+    """Return a published model on the meta device."""
     held = PUBLISHED[name]
-    schedule: Schedule = read_schedule(held.scheduler)
-    process = processes.describe(schedule.process)
-    clock = {"of": "sigma", "scale": 1.0 if held.off is None else 1000.0, "offset": 0.0, "process": process}
-    if not schedule.is_flow:
-        clock = {"of": "u", "scale": 1000.0, "offset": -1.0}
+    schedule = read_schedule(held.scheduler)
+    clock: dict[str, Any] = {"of": "u", "scale": 1000.0, "offset": -1.0}
+    if schedule.is_flow:
+        process, scale = processes.describe(schedule.process), 1.0 if held.off is None else 1000.0
+        clock = {"of": "sigma", "scale": scale, "offset": 0.0, "process": process}
     with torch.device("meta"):
-        network = Replay(held.stock, held.config, held.tree, clock, {"sign": 1, "part": "all"}, precision=precision)
-    conditions = conditions_of(held.tree)
+        network = Replay(held.stock, held.config, held.call, clock, {"sign": 1, "part": "all"}, precision=precision)
+    conditions = conditions_of(held.call)
     component = "transformer" if "Transformer" in held.stock else "unet"
     pipeline = Pipeline(
         kind=held.kind, folder=name, component=component, options=held.options, guidance="guidance_scale",
@@ -150,6 +140,6 @@ def published(name: str, precision: BasePrecision = "float32") -> Model:
     )  # fmt: skip
     null = {} if held.off is None else {name: torch.zeros(shape) for name, shape in conditions.items()}
     return teacher_of(
-        name, network, schedule, pipeline, held.title, shape=held.shape, num_classes=0, is_image=False,
-        conditions=conditions, null=null,
+        network, schedule, network.sample["shape"], conditions=conditions, null=null, stage=name, pipeline=pipeline,
+        source=held.title,
     )  # fmt: skip

@@ -1,12 +1,10 @@
 """Conversion of diffusers' scheduler configs to our processes and predictions, and back.
 
-Timestep k of a table of T noise levels is our time t = (k + 1) / T, so that t = 0 is clean data. On the straight path
-of flow matching, a scheduler's sigma is ours, and its timestep is T sigma.
+Timestep k of T noise levels is our time t = (k + 1) / T; t = 0 is clean data. On the straight path of flow matching, a
+scheduler's sigma is ours, and its timestep is T sigma.
 """
 
-import inspect
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, final
@@ -26,8 +24,7 @@ from halfstep.core.noise import (
     zero_terminal_betas,
 )
 from halfstep.core.prediction import X0, Eps, FlowVelocity, Prediction, V
-from halfstep.core.warnings import HalfstepWarning
-from halfstep.hub.stock import in_one_line, quiet, stock
+from halfstep.hub.stock import fields_of, in_one_line, quiet, stock, warn_of_fields
 from halfstep.samplers import DDIM, Ancestral, DPMSolverPP2M, Sampler
 
 TABLES: Final = (
@@ -35,30 +32,30 @@ TABLES: Final = (
     "DEISMultistepScheduler", "UniPCMultistepScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
     "HeunDiscreteScheduler", "LMSDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler",
 )  # fmt: skip
-"""Schedulers with a table of betas. They only differ in their steps, which do not depend on the model."""
+"""Schedulers with a table of betas. They differ only in their steps, which are independent of the model."""
 SHIFTED_TABLES: Final = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
-"""Schedulers with a table of betas that divide its signal-to-noise ratios by a constant."""
+"""Schedulers that divide the signal-to-noise ratios of their table of betas by a constant."""
 COSINE: Final = "CosineDPMSolverMultistepScheduler"
-"""The scheduler with EDM's preconditioning and the angle of (alpha, sigma) as the network's time."""
+"""A scheduler with EDM's preconditioning, which passes the network the angle of (alpha, sigma) as the time."""
 FLOW: Final = "FlowMatchEulerDiscreteScheduler"
-"""The scheduler of flow matching."""
+"""The flow-matching scheduler."""
 KNOWN: Final = (*TABLES, *SHIFTED_TABLES, COSINE, FLOW)
-PREDICTIONS: Final[dict[str, Prediction]] = {
-    "epsilon": Eps(),
-    "sample": X0(),
-    "v_prediction": V(),
-}
+PREDICTIONS: Final[dict[str, Prediction]] = {"epsilon": Eps(), "sample": X0(), "v_prediction": V()}
 """diffusers' names of predictions on a table of betas."""
 GONE: Final = ("predict_epsilon", "tensor_format", "timestep_values")
-"""Fields that diffusers' schedulers had in 2022."""
+"""Fields of diffusers' schedulers in 2022."""
+USE_ONNX: Final = "Use --format onnx, or halfstep.load in Python"
+MATCH_TO_COSINE: Final = (
+    "Match the model to the cosine process first (halfstep distill --matching.process cosine), or use --format onnx"
+)
 _RAMPS: Final = {"linear": linear_betas, "scaled_linear": scaled_linear_betas}
-"""diffusers' names of schedules from a first to a last beta."""
+"""diffusers' names of schedules that are defined by the first and last beta."""
 
 
 @final
 @dataclass(frozen=True)
 class Schedule:
-    """Properties of a model that are stored in its scheduler's config."""
+    """A model's properties that are stored in its scheduler's config."""
 
     process: NoiseProcess
     prediction: Prediction
@@ -68,7 +65,7 @@ class Schedule:
     learned_variance: bool
     """Whether the network also returns a variance."""
     last_time: float = 0.0
-    """Where the last step ends: at clean data, or at the first level of a table."""
+    """Where the last step ends: at clean data, or at a table's first level."""
 
     @property
     def is_flow(self) -> bool:
@@ -76,19 +73,19 @@ class Schedule:
         return isinstance(self.process, FlowMatching)
 
     def time_of(self, timestep: float, sigma: float | None) -> float:
-        """Return the time of a scheduler's timestep, or of its sigma on the straight path."""
+        """Return the time of a scheduler's step, from its sigma if it has one, otherwise from its timestep."""
         if sigma is not None and isinstance(self.process, VPCosine):
             return float(self.process.time_at(torch.tensor(-2 * math.log(sigma), dtype=torch.float64)))
-        if not isinstance(self.process, FlowMatching) or sigma is None:
-            return (timestep + 1) / self.num_train_timesteps
-        return sigma / (self.process.shift - (self.process.shift - 1) * sigma)
+        if sigma is not None and isinstance(self.process, FlowMatching):
+            return sigma / (self.process.shift - (self.process.shift - 1) * sigma)
+        return (timestep + 1) / self.num_train_timesteps
 
 
 def read_schedule(config: Mapping[str, Any], mu: float | None = None) -> Schedule:
-    """Return the schedule in a scheduler's config; missing fields have the defaults of diffusers.
+    """Return the schedule in a scheduler's config; missing fields have diffusers' defaults.
 
     Args:
-        mu: the dynamic shift, fixed at the value that the pipeline set for one sample size.
+        mu: the dynamic shift that the pipeline set for its sample size.
 
     Raises:
         ValueError: if the class or a field is not supported.
@@ -96,21 +93,23 @@ def read_schedule(config: Mapping[str, Any], mu: float | None = None) -> Schedul
     kind = config.get("_class_name")
     if kind not in KNOWN:
         fields = ", ".join(name for name in config if not name.startswith("_")) or "none"
-        raise ValueError(f"the scheduler {kind} is not supported (fields: {fields}): use one of {', '.join(KNOWN)}")
+        raise ValueError(f"the scheduler {kind} is not supported (fields: {fields}). Use one of {', '.join(KNOWN)}")
     try:
         with quiet():
             full: dict[str, Any] = dict(stock(kind).from_config(current := renewed(config)).config)
-        _warn_of_fields(kind, current)
+        # Configs are passed between schedulers, including fields that only some of them support.
+        foreign = [n for n in current if n[0] != "_" and not any(n in fields_of(one) for one in (kind, *KNOWN))]
+        warn_of_fields("the scheduler's config", current, foreign)
         return _read(kind, full, mu)
     except (TypeError, RuntimeError, OverflowError) as error:  # diffusers and torch raise these for a wrong type
         raise ValueError(
-            f"the config of the {kind} is not valid ({in_one_line(error)}): compare its fields with those of "
+            f"the config of the {kind} is not valid ({in_one_line(error)}). Compare its fields with those of "
             f"diffusers.{kind}().config"
         ) from None
 
 
 def renewed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a scheduler's config with fields of 2022 replaced by today's.
+    """Return a scheduler's config with the fields of 2022 replaced by today's.
 
     Raises:
         ValueError: if `predict_epsilon` and `prediction_type` contradict each other.
@@ -118,31 +117,13 @@ def renewed(config: Mapping[str, Any]) -> dict[str, Any]:
     current = {name: value for name, value in config.items() if name not in GONE}
     if (was := config.get("predict_epsilon")) is not None:
         meant = "epsilon" if was else "sample"
-        # Some releases of diffusers wrote both fields, the old one with its default.
+        # Some diffusers releases wrote both fields, with the old one at its default.
         if not was and current.setdefault("prediction_type", meant) != meant:
             raise ValueError(
                 f"the scheduler's config has predict_epsilon {was!r} and prediction_type "
                 f"{current['prediction_type']!r}, which contradict each other. Remove the wrong one"
             )
     return current
-
-
-def _warn_of_fields(kind: str, current: Mapping[str, Any]) -> None:
-    """Warn about fields that no diffusers scheduler supports."""
-    takes = inspect.signature(stock(kind).__init__).parameters
-    foreign = [name for name in current if not name.startswith("_") and name not in takes]
-    if foreign:
-        # Configs are passed between schedulers, including fields that only some of them support.
-        known = {name for one in KNOWN for name in inspect.signature(stock(one).__init__).parameters}
-        foreign = [name for name in foreign if name not in known]
-    if foreign:
-        fields = ", ".join(f"{name} = {current[name]!r}" for name in foreign)
-        warnings.warn(
-            f"the scheduler's config has fields that this diffusers version does not support, so they are ignored: "
-            f"{fields}. Update diffusers if they matter",
-            HalfstepWarning,
-            stacklevel=4,
-        )
 
 
 def _read(kind: str, full: Mapping[str, Any], mu: float | None) -> Schedule:
@@ -160,18 +141,18 @@ def _read(kind: str, full: Mapping[str, Any], mu: float | None) -> Schedule:
         return Schedule(FlowMatching(shift), FlowVelocity(), False, num, False)
     if kind == COSINE:
         _refuse(kind, full, {"sigma_data": 1.0, "prediction_type": "v_prediction", "final_sigmas_type": "zero"})
-        # Its samples preserve variance when scaled as in the network's input.
+        # Its samples preserve variance if scaled like the network's input.
         noisiest, cleanest = (-2 * math.log(float(full[name])) for name in ("sigma_max", "sigma_min"))
         return Schedule(VPCosine(noisiest, cleanest), V(), False, num, False)
     if name == "flow_prediction":
         raise ValueError(f"{kind} has prediction_type {name!r} on a table of betas: its use_flow_sigmas must be true")
     if name not in PREDICTIONS:
         raise ValueError(f"{kind} has prediction_type {name!r}, which is not one of {', '.join(PREDICTIONS)}")
-    # A network with continuous time does not use the clock of a table.
+    # A network with continuous time does not use a table's clock.
     _refuse(kind, full, {"timestep_type": "discrete"})
-    # With a maximum of 1, thresholding is the same as clipping.
+    # With a maximum of 1, thresholding is clipping.
     bounds = {"clip_sample": "clip_sample_range", "thresholding": "sample_max_value"}
-    # The schedulers of CogVideoX have these settings but ignore them.
+    # CogVideoX's schedulers have these settings but ignore them.
     used = [bound for setting, bound in bounds.items() if full.get(setting) and kind not in SHIFTED_TABLES]
     _refuse(kind, full, dict.fromkeys(used, 1.0))
     learned = "learned" in str(full.get("variance_type"))
@@ -190,16 +171,14 @@ def _betas(kind: str, config: Mapping[str, Any], num: int) -> tuple[float, ...]:
     if config.get("trained_betas") is not None:
         betas = tuple(float(beta) for beta in config["trained_betas"])
         if len(betas) != num:
-            raise ValueError(
-                f"{kind} has {len(betas)} trained_betas, but num_train_timesteps is {num}: the numbers must be equal"
-            )
+            raise ValueError(f"{kind} has {len(betas)} trained_betas, but num_train_timesteps is {num}. Correct one")
     elif schedule in _RAMPS:
         betas = _RAMPS[schedule](num, float(config["beta_start"]), float(config["beta_end"]))
     elif schedule == "squaredcos_cap_v2":
         betas = cosine_betas(num)
     else:
         raise ValueError(
-            f"{kind} has beta_schedule {schedule!r}, which is not one of {', '.join(_RAMPS)}, squaredcos_cap_v2: write "
+            f"{kind} has beta_schedule {schedule!r}, which is not one of {', '.join(_RAMPS)}, squaredcos_cap_v2. Write "
             "its betas into trained_betas"
         )
     if kind in SHIFTED_TABLES:
@@ -210,19 +189,14 @@ def _betas(kind: str, config: Mapping[str, Any], num: int) -> tuple[float, ...]:
 
 
 def config_of(scheduler: Any) -> dict[str, Any]:
-    """Return the class and the fields of a scheduler, without its list of defaults, which would undo them."""
+    """Return a scheduler's class and fields, without the list of fields that diffusers would reset to defaults."""
     fields = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
     return {"_class_name": type(scheduler).__name__, **fields}
 
 
 def first_order(scheduler: Any) -> Any:
-    """Return a scheduler that takes DDIM steps, without clipping, on the noise levels of `scheduler`.
-
-    Raises:
-        ValueError: as `read_schedule`, except that the shift may be missing.
-    """
+    """Return a scheduler that takes DDIM steps without clipping on the noise levels of a supported one."""
     config = config_of(scheduler)
-    read_schedule(config, mu=1.0)
     kind = config.pop("_class_name")
     fields = {"timestep_spacing": "trailing", "clip_sample": False, "thresholding": False, "steps_offset": 1}
     if kind == FLOW:
@@ -242,7 +216,7 @@ def first_order(scheduler: Any) -> Any:
 def _step_without_noise(
     self: Any, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True
 ) -> Any:
-    """Take a DDIM step instead of a step that draws noise."""
+    """Take a DDIM step, without drawing noise."""
     from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
     here, there = self.sigmas[self.step_index], self.sigmas[self.step_index + 1]
@@ -251,31 +225,8 @@ def _step_without_noise(
     return SchedulerOutput(prev_sample=x0 + there / here * (sample - x0))
 
 
-def times_of(scheduler: Any, num_steps: int) -> Tensor:
-    """Return the `num_steps + 1` times at which a stock scheduler's steps start and end, float64.
-
-    Raises:
-        ValueError: if a step of the scheduler does not start where the previous step ended.
-    """
-    schedule = read_schedule(config_of(scheduler))
-    scheduler.set_timesteps(num_steps)
-    num = schedule.num_train_timesteps
-    if isinstance(schedule.process, FlowMatching):
-        sigmas: Tensor = scheduler.sigmas.double().cpu()
-        return sigmas / (schedule.process.shift - (schedule.process.shift - 1) * sigmas)
-    starts = np.asarray(scheduler.timesteps.cpu(), dtype=np.float64)
-    lands = starts - num // num_steps if type(scheduler).__name__ == "DDIMScheduler" else np.append(starts[1:], -1)
-    if len(apart := np.flatnonzero(lands[:-1] != starts[1:])):
-        raise ValueError(
-            f"{num_steps} steps on {num} timesteps: {type(scheduler).__name__} lands at {lands[apart[0]]:g}, but the "
-            f"next step starts from {starts[apart[0] + 1]:g}; choose a number that divides {num}"
-        )
-    last = 0.0 if lands[-1] < 0 and scheduler.config.get("set_alpha_to_one", True) else max(lands[-1], 0) + 1
-    return torch.from_numpy(np.append(starts + 1, last) / num)
-
-
 def sigmas_of(num_steps: int) -> list[float]:
-    """Return the sigmas of our grid before the shift, which a scheduler of flow matching applies itself."""
+    """Return our grid's sigmas before the shift, which flow-matching schedulers apply themselves."""
     return [1 - k / num_steps for k in range(num_steps)]
 
 
@@ -289,7 +240,7 @@ class StockSchedule(NamedTuple):
 def write_schedule(
     process: NoiseProcess, prediction: Prediction, num_train_timesteps: int, clip: bool
 ) -> StockSchedule:
-    """Return the stock scheduler that takes DDIM steps on our grids: spacing `trailing`, with clean data at the end.
+    """Return the stock scheduler that takes DDIM steps on our grids, which are trailing and end at clean data.
 
     Raises:
         ValueError: if diffusers has none for this process or prediction.
@@ -299,8 +250,8 @@ def write_schedule(
     names = {type(member): name for name, member in PREDICTIONS.items()}
     if type(prediction) not in names:
         raise ValueError(
-            f"diffusers has no scheduler for {type(prediction).__name__} on {type(process).__name__}: match the model "
-            "to v or x0 first (halfstep distill --matching.prediction v), or export --format onnx"
+            f"diffusers has no scheduler for {type(prediction).__name__} on {type(process).__name__}. Match the model "
+            "to v or x0 first (halfstep distill --matching.prediction v), or use --format onnx"
         )
     return StockSchedule(
         "DDIMScheduler",
@@ -310,7 +261,7 @@ def write_schedule(
             "prediction_type": names[type(prediction)],
             "timestep_spacing": "trailing",
             "set_alpha_to_one": True,
-            # Trailing spacing ignores the offset, but Stable Diffusion's pipeline warns about any value except 1.
+            # Trailing spacing ignores the offset, but Stable Diffusion's pipeline warns unless it is 1.
             "steps_offset": 1,
             "clip_sample": clip,
         },
@@ -324,10 +275,7 @@ def _stock_betas(process: NoiseProcess, num: int) -> dict[str, Any]:
         before = torch.cat([torch.ones(1, dtype=torch.float64), power[:-1]])
         return {"trained_betas": (1 - power / before).tolist()}
     if not isinstance(process, VPTable) or len(process.betas) != num:
-        raise ValueError(
-            f"diffusers has no table of {num} noise levels for {process}: match the model to the cosine process first "
-            "(halfstep distill --matching.process cosine), or export --format onnx"
-        )
+        raise ValueError(f"diffusers has no table of {num} noise levels for {process}. {MATCH_TO_COSINE}")
     betas = process.betas
     for name, ramp in _RAMPS.items():
         if np.allclose(betas, ramp(num, betas[0], betas[-1]), rtol=1e-12, atol=0):
@@ -337,55 +285,38 @@ def _stock_betas(process: NoiseProcess, num: int) -> dict[str, Any]:
     return {"trained_betas": list(betas)}
 
 
-class Solver(NamedTuple):
-    """Settings with which diffusers' DPM-Solver++ takes the steps of one of our samplers."""
-
-    order: int
-    algorithm: str
-
-
-SOLVERS: Final[dict[Sampler, Solver]] = {
-    DDIM(): Solver(1, "dpmsolver++"),
-    DPMSolverPP2M(): Solver(2, "dpmsolver++"),
-    Ancestral(gamma=0.0): Solver(1, "sde-dpmsolver++"),
+SOLVERS: Final[dict[Sampler, dict[str, Any]]] = {
+    DDIM(): {"algorithm_type": "dpmsolver++", "solver_order": 1},
+    DPMSolverPP2M(): {"algorithm_type": "dpmsolver++", "solver_order": 2},
+    Ancestral(gamma=0.0): {"algorithm_type": "sde-dpmsolver++", "solver_order": 1},
 }
+"""Settings of diffusers' DPM-Solver++ that make it one of our samplers."""
 
 
-def multistep(schedule: StockSchedule, solver: Solver, clip: bool) -> StockSchedule:
+def multistep(schedule: StockSchedule, solver: Mapping[str, Any], clip: bool) -> StockSchedule:
     """Return the DPM-Solver++ scheduler that takes the steps of `solver` on a DDIM scheduler's table.
 
-    Order 1 is DDIM, with the noise recomputed from the clipped x0 in any pipeline; `DDIMScheduler` does that only if
-    the pipeline passes `use_clipped_model_output`. Order 2 is our DPM-Solver++(2M). The SDE solver of order 1 draws
-    from the same posterior as ancestral sampling with gamma = 0.
+    Order 1 is DDIM with the noise recomputed from the clipped x0; `DDIMScheduler` recomputes it only if the pipeline
+    passes `use_clipped_model_output`. Order 2 is our DPM-Solver++(2M). The SDE solver of order 1 draws from the same
+    posterior as ancestral sampling with gamma = 0.
 
     Raises:
         ValueError: if the scheduler is not DDIM, or its table ends at zero signal, by which this solver would divide.
     """
     if schedule.kind != "DDIMScheduler":
         # With use_flow_sigmas it starts at sigma = 1 - 1 / T and truncates its timesteps to integers.
+        steps = f"{solver['algorithm_type']} steps of order {solver['solver_order']}"
         raise ValueError(
-            f"diffusers has no scheduler for {solver.algorithm} steps of order {solver.order} at this model's times on "
-            "the flow-matching path. Use --format onnx"
+            f"diffusers has no scheduler for {steps} at this model's times on the flow-matching path. Use --format onnx"
         )
     config = {k: v for k, v in schedule.config.items() if k not in ("set_alpha_to_one", "clip_sample")}
     if config.get("trained_betas") and config["trained_betas"][-1] == 1:
-        raise ValueError(
-            "diffusers has no scheduler for these steps on a table that ends at zero signal: export --format onnx"
-        )
-    return StockSchedule(
-        "DPMSolverMultistepScheduler",
-        {
-            **config,
-            "algorithm_type": solver.algorithm,
-            "solver_order": solver.order,
-            "final_sigmas_type": "zero",
-            "thresholding": clip,
-            "sample_max_value": 1.0,
-        },
-    )
+        raise ValueError("diffusers has no scheduler for these steps on a table with zero signal. Use --format onnx")
+    config |= {**solver, "final_sigmas_type": "zero", "thresholding": clip, "sample_max_value": 1.0}
+    return StockSchedule("DPMSolverMultistepScheduler", config)
 
 
 def exact_steps(schedule: StockSchedule) -> list[int]:
-    """Return the numbers of steps, up to 64, for which the scheduler uses exactly the times of our grid."""
+    """Return the numbers of steps, up to 64, for which the scheduler's times equal our grid exactly."""
     num = int(schedule.config["num_train_timesteps"])
     return [steps for steps in range(1, 65) if schedule.kind == FLOW or num % steps == 0]

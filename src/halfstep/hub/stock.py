@@ -1,17 +1,17 @@
 """diffusers' classes, imported and called quietly."""
 
+import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
+
+from halfstep.core.warnings import HalfstepWarning
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the warnings and progress bars of diffusers and transformers, which are for direct callers.
-
-    Restores the previous state, so that calls can be nested.
-    """
+    """Silence the warnings and progress bars of diffusers and transformers; calls can be nested."""
     from diffusers.utils import logging
 
     libraries = [logging]
@@ -35,13 +35,30 @@ def quiet() -> Iterator[None]:
 
 
 def stock(name: str, *default: Any) -> Any:
-    """Return the diffusers class with this name, imported quietly, or the default."""
+    """Return diffusers' attribute with this name, imported quietly, or the default."""
     import diffusers
 
     with quiet():
         return getattr(diffusers, name, *default)
 
 
+def fields_of(name: str) -> set[str]:
+    """Return the config fields of a diffusers class, which are its constructor's arguments."""
+    return set(inspect.signature(stock(name).__init__).parameters)
+
+
+def warn_of_fields(where: str, config: Mapping[str, Any], foreign: Sequence[str]) -> None:
+    """Warn about unsupported fields of a config, as diffusers does."""
+    if foreign:
+        fields = ", ".join(f"{name} = {config[name]!r}" for name in foreign)
+        warnings.warn(
+            f"{where} has fields that this diffusers version does not support, so they are ignored: {fields}. Update "
+            "diffusers if they matter",
+            HalfstepWarning,
+            stacklevel=4,
+        )
+
+
 def in_one_line(error: BaseException) -> str:
-    """Return the start of an error's text without line breaks, to include in our messages."""
+    """Return the start of an error's text without line breaks, to quote in a message."""
     return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,8 +1,7 @@
-"""Adapters: networks as callables (x_t, time, **cond) -> output. Only this package and hub/ depend on diffusers."""
+"""Networks as callables (x_t, time, **cond) -> output. Only this package and hub/ depend on diffusers."""
 
 from halfstep.nets.base import OWN, Network, build_network, describe_network, networks, set_dropout
 from halfstep.nets.features import EncoderHalf, encoder_half
-from halfstep.nets.half import InHalf
 from halfstep.nets.lora import (
     LoRA,
     bare,
@@ -19,8 +18,8 @@ from halfstep.nets.lora import (
     weight_bytes_of,
     with_lora,
 )
-from halfstep.nets.lowered import CONFIGS, BasePrecision
+from halfstep.nets.lowered import CONFIGS, BasePrecision, InHalf
 from halfstep.nets.mlp import MLP
-from halfstep.nets.replay import LENGTH, Replay, conditions_of, nodes_of, takes_scale
+from halfstep.nets.replay import LENGTH, Replay, conditions_of, nodes_of, read_output, takes_scale
 from halfstep.nets.stock import StockNetwork, UNet2D, unet2d_config
 from halfstep.nets.surgery import OnProcess, has_movable_clock, on_clock, takes_guidance, with_guidance

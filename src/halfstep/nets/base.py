@@ -1,6 +1,7 @@
 """Networks that can be described in a manifest and rebuilt from it."""
 
-from abc import ABC, abstractmethod
+import inspect
+from abc import ABC
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -11,23 +12,22 @@ from halfstep.registry import Registry
 
 
 class Network(nn.Module, ABC):
-    """A module (x_t, time, **cond) -> output that stores the arguments it was built with."""
+    """A module (x_t, time, **cond) -> output with its constructor's arguments as attributes of the same names."""
 
-    @abstractmethod
     def arguments(self) -> dict[str, Any]:
         """Return the keyword arguments that rebuild this network, as JSON-ready data."""
+        held = {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in held.items()}
 
 
 networks: Registry[type[Network]] = Registry("network")
 
-
 OWN: Final = "own"
-"""The type of a user's own module in a manifest. Only the user can rebuild it."""
+"""The type of a user's own module in a manifest; only the user can rebuild it."""
 
 
 def describe_network(network: nn.Module) -> dict[str, Any]:
-    """Return {"type": registered name, **arguments} for a manifest; for a user's own network, only the name of its
-    class or function."""
+    """Return {"type": registered name, **arguments}, or only the name of the class or function of a user's network."""
     if not isinstance(network, Network) or type(network) not in networks.values():
         named: Any = network.function if isinstance(network, CallableNetwork) else type(network)
         named = named if hasattr(named, "__qualname__") else type(named)
@@ -44,8 +44,8 @@ def build_network(description: Mapping[str, Any]) -> Network:
     arguments = dict(description)
     if arguments.get("type") == OWN:
         raise ValueError(
-            f"the model's network is of your own class {arguments.get('class')}, which halfstep cannot build. Pass "
-            "one: halfstep.load(path, network=MyNetwork())"
+            f"the network is of your own class {arguments.get('class')}. Pass one: "
+            "halfstep.load(path, network=MyNetwork())"
         )
     kind = networks[str(arguments.pop("type", "")) or "(none)"]
     try:
@@ -55,7 +55,7 @@ def build_network(description: Mapping[str, Any]) -> Network:
 
 
 def set_dropout(network: nn.Module, probability: float) -> None:
-    """Set the probability of all dropout layers: dropout belongs to a stage, not to the weights that it passes on."""
+    """Set the probability of all dropout layers, which is a setting of the stage and not of the weights."""
     for module in network.modules():
         if isinstance(module, nn.Dropout):
             module.p = probability

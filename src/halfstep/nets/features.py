@@ -1,10 +1,11 @@
 """The encoder half of a network, which computes the features of a critic.
 
-The encoder half of a U-Net ends with its middle block, that of a transformer or a perceptron with the first half of its
-blocks. The decoder is dropped, so it costs neither memory nor time. `encoder_half` dispatches on the class of the
-network. Register a function for your own network with `encoder_half.register(MyNetwork)`.
+A U-Net's encoder half ends with its middle block; a transformer's or a perceptron's is the first half of its blocks.
+The decoder is dropped, so it costs neither memory nor time. For your own network, register a function with
+`encoder_half.register(MyNetwork)`.
 """
 
+import contextlib
 import functools
 from abc import ABC, abstractmethod
 from typing import Any, final
@@ -30,15 +31,15 @@ class EncoderHalf(nn.Module, ABC):
 
 @functools.singledispatch
 def encoder_half(network: Any) -> EncoderHalf:
-    """Return the encoder half of a network. The network is taken apart, so pass a copy.
+    """Return the encoder half of a network. Modifies the network, so pass a copy.
 
     Raises:
         ValueError: if no function is registered for networks of this class.
     """
     kind = type(network).__name__
     raise ValueError(
-        f"a critic needs the encoder half of the teacher, but that of a {kind} is unknown. Register a function that "
-        f"returns it: halfstep.nets.encoder_half.register({kind})"
+        f"a critic needs the teacher's encoder half, but that of a {kind} is unknown. Register a function that returns "
+        f"it: halfstep.nets.encoder_half.register({kind})"
     )
 
 
@@ -58,42 +59,36 @@ class _UNetHalf(EncoderHalf):
 
 
 class _Reached(Exception):
-    """Raised when the last kept block has returned its features."""
+    """Raised when the last kept block has returned."""
 
 
 @final
 class _TransformerHalf(EncoderHalf):
-    """The first half of the blocks of any transformer. Its features are the tokens of the sample, and those of the text
-    if the blocks return both."""
+    """The first half of a transformer's blocks; the features are all tokens that they return."""
 
     def __init__(self, network: Replay) -> None:
         super().__init__()
         self.network = network
-        name, blocks = _blocks_of(network)
-        setattr(network.model, name, _first_half(blocks))
-        self._last = name
-        # A call finds the parts that the kept half does not use. They are neither trained nor kept in memory.
-        weight = next(network.parameters())
-        cond = {
-            node["name"]: torch.ones(1, *node["shape"], dtype=getattr(torch, node["dtype"])).to(weight.device)
-            for node in network.conditions.values()
-        }
-        cond = {name: value.to(weight) if value.is_floating_point() else value for name, value in cond.items()}
-        cond |= {
-            name + LENGTH: torch.ones(1, dtype=torch.long)
-            for name, node in network.conditions.items()
-            if "list" in node
-        }
+        self._blocks, blocks = _blocks_of(network)
+        setattr(network.model, self._blocks, _first_half(blocks))
+        weight, cond = next(network.parameters()), dict[str, Tensor]()
+        for name, node in network.conditions.items():
+            dtype = getattr(torch, node["dtype"])
+            dtype = weight.dtype if dtype.is_floating_point else dtype
+            cond[name] = torch.ones(1, *node["shape"], dtype=dtype, device=weight.device)
+            if "list" in node:
+                cond[name + LENGTH] = torch.ones(1, dtype=torch.long)
         with torch.enable_grad():
             sample = weight.new_zeros(1, *network.sample["shape"])
             features = self(sample, weight.new_full((1,), 0.5), **cond)
-            used = torch.autograd.grad(features.sum(), list(network.parameters()), allow_unused=True)
+            named = dict(network.named_parameters(remove_duplicate=False))
+            grads = torch.autograd.grad(features.sum(), list(named.values()), allow_unused=True)
         self.channels = features.shape[1]
-        idle = {id(parameter) for parameter, grad in zip(network.parameters(), used, strict=True) if grad is None}
-        for module in list(network.modules()):
-            for key, parameter in list(module.named_parameters(recurse=False)):
-                if id(parameter) in idle:
-                    setattr(module, key, None)
+        # Parameters without a gradient are unused, and removed.
+        for path, grad in zip(named, grads, strict=True):
+            if grad is None:
+                module, _, leaf = path.rpartition(".")
+                setattr(network.get_submodule(module), leaf, None)
 
     def forward(self, x_t: Tensor, time: Tensor, **cond: Tensor) -> Tensor:
         found: list[Tensor] = []
@@ -102,23 +97,19 @@ class _TransformerHalf(EncoderHalf):
             found.extend(output if isinstance(output, tuple) else [output])
             raise _Reached
 
-        hook = getattr(self.network.model, self._last)[-1].register_forward_hook(stop)
-        try:
+        last = getattr(self.network.model, self._blocks)[-1]
+        with last.register_forward_hook(stop), contextlib.suppress(_Reached):
             self.network.raw(x_t, time, **cond)
-        except _Reached:
-            pass
-        finally:
-            hook.remove()
         return torch.cat([part for part in found if part is not None], dim=1).transpose(1, 2)
 
 
 def _blocks_of(network: Replay) -> tuple[str, nn.ModuleList]:
-    """Return the name of the longest list of blocks of a transformer, and the list."""
+    """Return the name and the blocks of a transformer's longest list of blocks."""
     lists = [(name, part) for name, part in network.model.named_children() if isinstance(part, nn.ModuleList) and part]
     if not lists:
         raise ValueError(
-            f"a critic needs the encoder half of the teacher, but {network.stock} has neither down and up blocks nor a "
-            "list of blocks. Use another teacher or no critic"
+            f"a critic needs the teacher's encoder half, but {network.stock} has neither up blocks nor a list of "
+            "blocks. Use another teacher or no critic"
         )
     return max(lists, key=lambda found: len(found[1]))
 
@@ -143,20 +134,14 @@ def _first_half(blocks: nn.ModuleList) -> nn.ModuleList:
     return blocks[: -(-len(blocks) // 2)]
 
 
-@encoder_half.register(UNet2D)
-def _(network: UNet2D) -> EncoderHalf:
-    return _UNetHalf(network)
+encoder_half.register(UNet2D, _UNetHalf)
+encoder_half.register(MLP, _MLPHalf)
 
 
 @encoder_half.register(Replay)
 def _(network: Replay) -> EncoderHalf:
     whole: Any = merged(network)
     return _UNetHalf(whole) if hasattr(whole.model, "up_blocks") else _TransformerHalf(whole)
-
-
-@encoder_half.register(MLP)
-def _(network: MLP) -> EncoderHalf:
-    return _MLPHalf(network)
 
 
 @encoder_half.register(LoRA)

@@ -1,7 +1,7 @@
-"""LoRA: low-rank additions to the frozen weights of a network, for machines without enough memory for a full student.
+"""LoRA: low-rank additions to a network's frozen weights, which need less memory than a full student.
 
-A layer with weight W becomes W + B A, where A has `rank` rows, B has `rank` columns and B starts at 0. Teacher and
-student of a chain share W, so copies of a network with LoRA differ only in A and B.
+A layer's weight W becomes W + B A, where A has `rank` rows, B has `rank` columns and B starts at 0. All models of a
+chain share W and differ only in A and B.
 
 Source: Hu et al. 2022, LoRA (arXiv:2106.09685). The layers are those of peft.
 """
@@ -29,18 +29,18 @@ from halfstep.nets.replay import Replay
 from halfstep.nets.stock import StockNetwork
 
 TARGETS: Final = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
-"""Suffixes of the names of the layers that get additions, in transformers and attention blocks."""
+"""Suffixes of the names of the layers with additions, in transformers and attention blocks."""
 
 
 @final
 @networks.register("lora")
 class LoRA(Network):
-    """A diffusers network with low-rank additions, which alone are trained and saved.
+    """A diffusers network with low-rank additions; only these are trained and saved.
 
     Args:
-        base: the network to add to, or its description. Its layers are replaced.
+        base: the frozen network, or its description; it is modified in place.
         rank: rank of each addition.
-        targets: suffixes of the names of the layers.
+        targets: suffixes of the layers' names.
 
     Raises:
         ValueError: if peft is not installed, the network is not from diffusers, or no layer name has these suffixes.
@@ -63,82 +63,78 @@ class LoRA(Network):
         self.rank, self.targets = rank, tuple(targets)
         self.description = describe_network(base)
         self.base = base.requires_grad_(False)
+        self.restores_norm = bool(getattr(base, "restores_norm", False))
         try:
             inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets)), base.model)
         except ValueError:
             names = ", ".join(targets)
             raise ValueError(f"no layer name of {base.stock} ends in {names}. Choose other targets") from None
         for _, parameter in self.own():
-            # peft creates them in the dtype of their layer.
+            # peft creates them in their layer's dtype.
             parameter.data = parameter.data.float()
 
     def arguments(self) -> dict[str, Any]:
-        return {"base": self.description, "rank": self.rank, "targets": list(self.targets)}
+        return super().arguments() | {"base": self.description}
 
     def forward(self, x_t: Tensor, time: Tensor, **cond: Tensor) -> Tensor:
         return self.base(x_t, time, **cond)
-
-    @property
-    def restores_norm(self) -> bool:
-        """Whether guidance restores the norm of the output, as for the base."""
-        return bool(getattr(self.base, "restores_norm", False))
 
     def own(self) -> list[tuple[str, nn.Parameter]]:
         """Return the low-rank additions by name."""
         return [(name, p) for name, p in self.named_parameters() if ".lora_" in name]
 
     def load_base(self, state: Mapping[str, Tensor]) -> None:
-        """Load the weights of the base from the base's own state.
+        """Load the base's weights from its own state.
 
         Raises:
             RuntimeError: if names or shapes do not match.
         """
-        # peft moves each layer with an addition into `base_layer`.
-        mine = {name.replace(".base_layer.", "."): name for name in packed_state(self)}
-        load_packed(self, {mine.get(f"base.{name}", f"base.{name}"): value for name, value in state.items()})
+        mine = {_plain(name): name for name in packed_state(self)}
+        load_packed(self, {mine.get(name, name): value for name, value in state.items()})
+
+
+def _plain(name: str) -> str:
+    """Return the name of a LoRA's tensor in the base's own state; peft moves layers into `base_layer`."""
+    return name.replace(".base_layer.", ".").removeprefix("base.")
 
 
 def with_lora(network: Network, rank: int, targets: Sequence[str] = TARGETS) -> LoRA:
-    """Return the network with low-rank additions that are still 0, sharing its weights."""
+    """Return the network with low-rank additions, which start at 0; it shares the network's weights."""
     twin = copy.deepcopy(network, {id(p): p for p in network.parameters()} | shared_layers(network))
     with torch.random.fork_rng(devices=[]):
-        # The random values of A depend only on its shapes.
+        # A's random values depend only on its shape.
         torch.manual_seed(0)
         return LoRA(twin, rank, targets)
 
 
 def share_base(network: nn.Module, lora: LoRA) -> None:
-    """Make `network` share all weights that equal those of a LoRA's base, so that they are in memory only once."""
-
-    def plain(name: str) -> str:
-        return name.replace(".base_layer.", ".").removeprefix("base.")
-
+    """Make `network` share all weights that equal those of a LoRA's base, which saves memory."""
     own = {name for name, _ in lora.own()}
-    base = {plain(name): value for name, value in lora.named_parameters() if name not in own}
-    layers = {plain(f"{path}."): module for path, module in lora.named_modules() if quantised(module)}
+    base = {_plain(name): value for name, value in lora.named_parameters() if name not in own}
+    layers = {_plain(f"{path}."): module for path, module in lora.named_modules() if quantised(module)}
     for path, module in list(network.named_modules()):
         if quantised(module):
-            if same_layer(module, layers[plain(f"{path}.")]):
-                network.set_submodule(path, layers[plain(f"{path}.")])
+            if same_layer(module, layers[_plain(f"{path}.")]):
+                network.set_submodule(path, layers[_plain(f"{path}.")])
             continue
         for name, value in module.named_parameters(recurse=False):
-            same = base.get(plain(f"{path}.{name}" if path else name))
+            same = base.get(_plain(f"{path}.{name}" if path else name))
             if same is not None and same.shape == value.shape and torch.equal(same, value):
                 setattr(module, name, same)
 
 
 def base_of(network: nn.Module) -> nn.Module:
-    """Return the network that a `LoRA` adds to; any other itself."""
+    """Return the base of a `LoRA`; any other network unchanged."""
     return network.base if isinstance(network, LoRA) else network
 
 
 def trainable(network: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Return the trainable parameters by name: all of them, or the additions of a `LoRA`."""
+    """Return the trainable parameters by name: the additions of a `LoRA`, all parameters of other networks."""
     return network.own() if isinstance(network, LoRA) else list(network.named_parameters())
 
 
 def own_state(network: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors to save: a network's state, or the additions of a `LoRA`."""
+    """Return the tensors to save: the additions of a `LoRA`, or the state of any other network."""
     if isinstance(network, LoRA):
         return {name: value.detach() for name, value in network.own()}
     return packed_state(network) if precision_of(network) != "float32" else network.state_dict()
@@ -150,79 +146,76 @@ def load_own_state(network: nn.Module, state: Mapping[str, Tensor]) -> None:
     Raises:
         RuntimeError: if names or shapes do not match.
     """
-    if not isinstance(network, LoRA):
-        if precision_of(network) == "float32":
-            network.load_state_dict(state)
-        else:
-            load_packed(network, state)
-        return
-    missing = {name for name, _ in network.own()} ^ set(state)
-    if missing:
-        raise RuntimeError(f"the low-rank additions do not match the network: {min(missing)}")
-    network.load_state_dict(state, strict=False)
+    if isinstance(network, LoRA):
+        if odd := {name for name, _ in network.own()} ^ set(state):
+            raise RuntimeError(f"the low-rank additions do not match the network: {min(odd)}")
+        network.load_state_dict(state, strict=False)
+    elif precision_of(network) == "float32":
+        network.load_state_dict(state)
+    else:
+        load_packed(network, state)
 
 
 def bare(network: LoRA) -> LoRA:
-    """Return a copy with additions that have no effect; it shares the frozen weights."""
+    """Return a copy with the additions set to 0; it shares the frozen weights."""
     twin = copy_network(network)
+    assert isinstance(twin, LoRA)
     with torch.no_grad():
-        for name, parameter in trainable(twin):
+        for name, parameter in twin.own():
             if ".lora_B." in name:
                 parameter.zero_()
-    assert isinstance(twin, LoRA)
     return twin
 
 
 def merged(network: nn.Module) -> nn.Module:
-    """Return the base of a `LoRA` in float32 with the additions merged into it; any other network unchanged."""
+    """Return the base of a `LoRA` in float32 with the additions merged in; any other network unchanged."""
     is_lowered = precision_of(network) != "float32"
     if not isinstance(network, LoRA) and not is_lowered:
         return network
     twin: Any = copy.deepcopy(base_of(network))
     if is_lowered:
         twin.restore()
-    layers: list[tuple[str, Any]] = [part for part in twin.named_modules() if hasattr(part[1], "lora_A")]
-    for name, layer in layers:
-        layer.merge()
-        twin.set_submodule(name, layer.get_base_layer())
+    for name, layer in list(twin.named_modules()):
+        if hasattr(layer, "lora_A"):
+            layer.merge()
+            twin.set_submodule(name, layer.get_base_layer())
     whole: nn.Module = twin
     return whole
 
 
 def precision_of(network: nn.Module) -> BasePrecision:
-    """Return the precision of the frozen weights; float32 if all weights are trainable."""
+    """Return the precision of the frozen weights; float32 if no weights are frozen."""
     stock = base_of(network)
     return stock.precision if isinstance(stock, Replay) else "float32"
 
 
 def weight_bytes_of(network: nn.Module) -> int:
-    """Return the number of bytes of a network's weights, computed from their shapes."""
+    """Return the size of a network's weights in bytes, from their shapes."""
     stock = base_of(network)
     return weight_bytes(stock.model if isinstance(stock, StockNetwork) else stock, precision_of(network))
 
 
 def checkpoint_gradients(network: nn.Module) -> None:
-    """Make a diffusers network recompute its activations in the backward pass instead of storing them.
+    """Make a diffusers network recompute its activations in the backward pass.
 
     Raises:
         ValueError: if the network does not support it.
     """
     stock = base_of(network)
     if not isinstance(stock, StockNetwork) or not getattr(stock.model, "_supports_gradient_checkpointing", False):
-        raise ValueError(
-            f"{type(stock).__name__} cannot recompute its activations. Remove --engine.gradient-checkpointing"
-        )
+        name = type(stock).__name__
+        raise ValueError(f"{name} cannot recompute its activations. Remove --engine.gradient-checkpointing")
     stock.model.enable_gradient_checkpointing()
 
 
 def checkpoints_gradients(network: nn.Module) -> bool:
-    """Return whether `checkpoint_gradients` was called on the network, or on the network that it was copied from."""
+    """Return whether the network recomputes its activations (`checkpoint_gradients`)."""
     stock = base_of(network)
     return isinstance(stock, StockNetwork) and bool(stock.model.is_gradient_checkpointing)
 
 
 def copy_network(network: nn.Module) -> nn.Module:
-    """Return a copy with its own trainable weights; the frozen weights of a `LoRA` are shared."""
+    """Return a copy with its own trainable weights; it shares the frozen weights of a `LoRA`."""
     own = {id(parameter) for _, parameter in trainable(network)}
     shared = shared_layers(network)
     shared |= {id(parameter): parameter for parameter in network.parameters() if id(parameter) not in own}
@@ -233,7 +226,7 @@ def copy_network(network: nn.Module) -> nn.Module:
 
 
 def copy_denoiser(denoiser: Denoiser) -> Denoiser:
-    """Return a copy of a denoiser with its own trainable weights, for a student or a helper that starts from it."""
+    """Return a copy of a denoiser with its own trainable weights, to start a student or helper."""
     check_denoiser("the model to copy", denoiser, Denoiser)
     if isinstance(denoiser, NetworkDenoiser):
         return NetworkDenoiser(copy_network(denoiser.network), denoiser.process, denoiser.prediction)

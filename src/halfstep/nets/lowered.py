@@ -1,21 +1,25 @@
-"""Quantised frozen weights, for networks with low-rank additions.
+"""Networks in lower precision: teachers in bfloat16, and quantised frozen weights for low-rank additions.
 
-Linear layers are replaced by those of bitsandbytes or torchao, as diffusers' `BitsAndBytesConfig` and `TorchAoConfig`
-do. All other weights are stored in bfloat16, except those that their class keeps in float32. The network computes in
-bfloat16. Weights are always quantised on the CPU, so that a network computes the same function on every device.
+Quantisation replaces linear layers by those of bitsandbytes or torchao, as with diffusers' `BitsAndBytesConfig` and
+`TorchAoConfig`. All other weights are stored in bfloat16, except those that their class keeps in float32. The network
+computes in bfloat16. Weights are always quantised on the CPU, so that a network computes the same function on every
+device.
 """
 
-from collections.abc import Mapping
-from typing import Any, Final, Literal, get_args
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Literal, final
 
 import torch
 from torch import Tensor, nn
 
+from halfstep.core.denoiser import GUIDANCE
+from halfstep.nets.base import Network
+
 BasePrecision = Literal["float32", "bf16", "int8", "nf4", "int8wo"]
-"""bf16; bitsandbytes with 8 or 4 bits; torchao with 8-bit weights only."""
-BASE_PRECISIONS: Final[tuple[str, ...]] = get_args(BasePrecision)
+"""float32; bfloat16; 8 or 4 bits of bitsandbytes; 8-bit weights of torchao."""
 PACKAGES: Final = {"int8": "bitsandbytes", "nf4": "bitsandbytes", "int8wo": "torchao"}
-"""The packages that provide the layers."""
+"""The package of each quantised precision."""
 CONFIGS: Final = {
     "int8": "BitsAndBytesConfig(load_in_8bit=True)",
     "nf4": 'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)',
@@ -24,6 +28,32 @@ CONFIGS: Final = {
 """The diffusers configs of these precisions."""
 BLOCK: Final = 64
 """Number of 4-bit weights that share a scale."""
+
+
+@final
+class InHalf(nn.Module):
+    """A bfloat16 copy of a frozen teacher, with half the weight memory, called through `called_in_half`."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = copy.deepcopy(network).to(torch.bfloat16)
+        self.restores_norm = bool(getattr(network, "restores_norm", False))
+
+    def forward(self, x_t: Tensor, time: Tensor, **cond: Tensor) -> Tensor:
+        if isinstance(self.network, Network):
+            return called_in_half(self.network, x_t, time, cond)
+        # A custom network may not cast its float32 time embedding itself.
+        with torch.autocast(x_t.device.type, torch.bfloat16):
+            return called_in_half(self.network, x_t, time, cond)
+
+
+def called_in_half(network: Callable[..., Tensor], x_t: Tensor, time: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+    """Call a network in bfloat16, with times and guidance scales in float32; the output has x_t's dtype."""
+    shown = {
+        name: value.to(torch.bfloat16) if value.is_floating_point() and name != GUIDANCE else value
+        for name, value in cond.items()
+    }
+    return network(x_t.to(torch.bfloat16), time, **shown).to(x_t.dtype)
 
 
 def quantised(module: nn.Module) -> bool:
@@ -37,18 +67,18 @@ def same_layer(one: nn.Module, other: nn.Module) -> bool:
 
 
 def shared_layers(network: nn.Module) -> dict[int, Any]:
-    """Return the quantised layers by id, for the memo of a copy. They are frozen, so copies share them."""
+    """Return the quantised layers by id, for a deep copy's memo: they are frozen, so copies share them."""
     return {id(module): module for module in network.modules() if quantised(module)}
 
 
 def lower(model: Any, precision: str) -> None:
-    """Store the weights of a stock module in a precision, in place; low-rank additions are unchanged.
+    """Convert a stock module's weights to a precision, in place, except for low-rank additions.
 
-    Tensors are replaced, not changed, so other modules that share them keep the old values. On the meta device, linear
+    Tensors are replaced, not modified, so modules that share them keep the old values. On the meta device, linear
     layers become bfloat16 too.
 
     Raises:
-        ValueError: if the package for the precision is missing.
+        ValueError: if the precision's package is missing.
     """
     if precision == "float32":
         return
@@ -87,7 +117,7 @@ def _quantised(layer: nn.Linear, precision: str) -> nn.Linear:
             if precision == "nf4":
                 kind = {"quant_type": "nf4", "compress_statistics": False}
                 made = bnb.Linear4bit(*size, bias=False, compute_dtype=torch.bfloat16, device="meta", **kind)
-                # Without gradients, bitsandbytes would repack the codes for the CPU in place, except in narrow layers.
+                # Otherwise, bitsandbytes repacks wide layers' codes in place in calls without gradients.
                 made.support_avx512bf16_for_cpu = False
                 made.weight = bnb.Params4bit(weight, requires_grad=False, module=made, **kind).to("cpu")
             else:
@@ -102,7 +132,7 @@ def _quantised(layer: nn.Linear, precision: str) -> nn.Linear:
 
 
 def _parts(layer: Any) -> tuple[Tensor, Tensor]:
-    """Return the codes and the scales of a quantised layer, which are all that it stores."""
+    """Return a quantised layer's codes and scales, which are all that it stores."""
     weight = layer.weight
     if hasattr(layer, "state"):
         return weight.data, layer.state.SCB
@@ -112,7 +142,7 @@ def _parts(layer: Any) -> tuple[Tensor, Tensor]:
 
 
 def packed_state(network: nn.Module) -> dict[str, Tensor]:
-    """Return a network's state, with the codes (`weight`) and scales (`scale`) of its quantised layers."""
+    """Return a network's state, with codes (`weight`) and scales (`scale`) for quantised layers."""
     found: dict[str, Tensor] = {}
     for path, module in network.named_modules():
         held = {**module._parameters, **module._buffers}
@@ -140,7 +170,7 @@ def load_packed(network: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def settle(model: nn.Module) -> None:
-    """Update the 8-bit layers after a move to another device, because they do not track their weights themselves."""
+    """Update the 8-bit layers after a move to another device: they do not track their weights."""
     layers: list[Any] = [module for module in model.modules() if quantised(module) and hasattr(module, "state")]
     for layer in layers:
         layer.weight.CB = layer.weight.SCB = None
@@ -148,7 +178,7 @@ def settle(model: nn.Module) -> None:
 
 
 def restore(model: Any) -> None:
-    """Dequantise the weights of a stock module to float32, in place."""
+    """Dequantise a stock module's weights to float32, in place."""
     for name, module in list(model.named_modules()):
         if quantised(module):
             made = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
@@ -159,7 +189,7 @@ def restore(model: Any) -> None:
 
 
 def _restored(layer: Any) -> Tensor:
-    """Return the weights of a quantised layer in float32."""
+    """Return a quantised layer's weights in float32."""
     codes, scale = _parts(layer)
     if not hasattr(layer.weight, "quant_state"):
         return codes.float() * (scale.reshape(-1, 1) / (127 if hasattr(layer, "state") else 1))
@@ -170,8 +200,8 @@ def _restored(layer: Any) -> Tensor:
 
 
 def weight_bytes(model: Any, precision: str) -> int:
-    """Return the number of bytes of a stock module's weights in a precision, from their shapes alone."""
-    linear = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    """Return the size in bytes of a stock module's weights in a precision, from their shapes."""
+    linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     total = 0
     for name, value in model.named_parameters():
         if precision == "float32" or _is_kept(model, name):

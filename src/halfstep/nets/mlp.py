@@ -1,8 +1,8 @@
-"""A residual multilayer perceptron for data that is not an image: points, features, actions."""
+"""A residual multilayer perceptron for points, features and actions."""
 
 import math
 from collections.abc import Sequence
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from halfstep.nets.base import Network, networks
 @final
 @networks.register("mlp")
 class MLP(Network):
-    """Residual blocks on the flattened sample, each shifted by an embedding of the time and of the class, if any.
+    """Residual blocks on the flattened sample, shifted by an embedding of the time and the conditions.
 
     Args:
         shape: shape of one sample, `[*dims]`.
@@ -23,7 +23,7 @@ class MLP(Network):
         channels: number of outputs for each entry of a sample (`Prediction.channels`).
         num_classes: number of classes; 0 for an unconditional network.
         dropout: dropout probability inside the blocks.
-        guided: whether the network takes a guidance scale, as distilled networks do.
+        guided: whether the network takes a guidance scale, like a student distilled with guidance.
         cond_width: width of the condition `observation`; 0 for none.
     """
 
@@ -58,18 +58,6 @@ class MLP(Network):
         self.drop = nn.Dropout(dropout)
         self.leave: nn.Module = nn.Linear(width, entries * channels)
 
-    def arguments(self) -> dict[str, Any]:
-        return {
-            "shape": list(self.shape),
-            "width": self.width,
-            "depth": self.depth,
-            "channels": self.channels,
-            "num_classes": self.num_classes,
-            "dropout": self.dropout,
-            "guided": self.guided,
-            "cond_width": self.cond_width,
-        }
-
     def forward(
         self,
         x_t: Tensor,
@@ -86,46 +74,27 @@ class MLP(Network):
             observation: `[batch, cond_width]`.
 
         Raises:
-            ValueError: if a condition is passed to a network that does not take it, or is missing for one that does.
+            ValueError: if a condition is missing, or passed to a network that does not take it.
         """
-        hidden = self.hidden(x_t, time, class_labels, guidance_scale, observation)
+        hidden = self.hidden(
+            x_t, time, class_labels=class_labels, guidance_scale=guidance_scale, observation=observation
+        )
         return self.leave(hidden).reshape(x_t.shape[0], x_t.shape[1] * self.channels, *x_t.shape[2:])
 
-    def hidden(
-        self,
-        x_t: Tensor,
-        time: Tensor,
-        class_labels: Tensor | None = None,
-        guidance_scale: Tensor | None = None,
-        observation: Tensor | None = None,
-    ) -> Tensor:
-        """Return the output of the last block, `[batch, width]`.
-
-        Args:
-            class_labels: `[batch]`.
-            guidance_scale: `[batch]`.
-            observation: `[batch, cond_width]`.
-
-        Raises:
-            ValueError: if a condition is given to a network that takes none, or missing for one that does.
-        """
-        if (class_labels is None) != (self.label is None):
-            needed = "needs class_labels" if self.label is not None else "takes no class_labels"
-            raise ValueError(f"this network has {self.num_classes} classes and {needed}")
-        for name, value, part in (
-            ("guidance_scale", guidance_scale, self.scale),
-            ("observation", observation, self.observed),
-        ):
-            if (value is None) != (part is None):
+    def hidden(self, x_t: Tensor, time: Tensor, **cond: Tensor | None) -> Tensor:
+        """Return the output of the last block, `[batch, width]`; arguments and errors as for `forward`."""
+        parts = {"class_labels": self.label, "guidance_scale": self.scale, "observation": self.observed}
+        for name, part in parts.items():
+            if (cond.get(name) is None) != (part is None):
                 raise ValueError(f"this network {'takes no' if part is None else 'needs the condition'} {name}")
         signal = self.time(self._sinusoids(time))
         if self.label is not None:
-            signal = signal + self.label(class_labels)
-        if self.scale is not None and guidance_scale is not None:
-            # Scales from 1 to 10 then cover the range of frequencies that times from 0 to 1 do.
-            signal = signal + self.scale(self._sinusoids(guidance_scale.to(time) / 10))
+            signal = signal + self.label(cond["class_labels"])
+        if self.scale is not None and (scale := cond["guidance_scale"]) is not None:
+            # Divided by 10, scales from 1 to 10 cover the same frequencies as times from 0 to 1.
+            signal = signal + self.scale(self._sinusoids(scale.to(time) / 10))
         if self.observed is not None:
-            signal = signal + self.observed(observation)
+            signal = signal + self.observed(cond["observation"])
         signal = F.silu(signal)
         hidden = self.enter(x_t.flatten(1))
         for norm, up, down, shift in zip(self.norms, self.ups, self.downs, self.shifts, strict=True):
@@ -134,5 +103,5 @@ class MLP(Network):
 
     def _sinusoids(self, numbers: Tensor) -> Tensor:
         angles = numbers[:, None] * self.frequencies.to(numbers)
-        # Angles need the precision of the times; the layers after this may compute in half precision.
+        # Angles need the times' full precision, even if the layers compute in half precision.
         return torch.cat([torch.sin(angles), torch.cos(angles)], dim=1).to(self.time.weight.dtype)

@@ -1,8 +1,8 @@
-"""diffusers' own networks as halfstep networks: the common base class, and the U-Net for images.
+"""diffusers' networks as halfstep networks: the base class, and the U-Net for images.
 
-Each is built from its class's config and stores the stock module as `model`, so an export only copies weights. On a
-table of T noise levels, time t becomes the timestep T t - 1 of its scheduler. T is a power of two for new networks, so
-the times i / N of every power-of-two grid with N <= T are whole timesteps.
+The stock module is stored as `model`, so an export only copies weights. On a table of T noise levels, time t becomes
+the timestep T t - 1 of its scheduler. New networks use a power of two for T, so that the times i / N of every
+power-of-two grid with N <= T are whole timesteps.
 """
 
 from abc import abstractmethod
@@ -45,14 +45,13 @@ class StockNetwork(Network):
         self.model = model
         for part in model.modules():
             if hasattr(part, "dropout_prob"):
-                # DiT drops labels in training, and a student would lose its learned guidance on dropped labels.
+                # DiT drops labels during training; on those, a student would unlearn its distilled guidance.
                 part.dropout_prob = 0.0
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Store convolution weights channels-last after a move to a GPU; every move to a device calls this.
+        """Store convolution weights channels-last on a GPU; every move to a device calls this.
 
-        On the CPU, channels-last takes up to 50 % more time in bfloat16, and a few percent more in float32
-        (benchmarks/step.py).
+        On the CPU, channels-last is up to 50 % slower in bfloat16, and a few percent in float32 (benchmarks/step.py).
         """
         super()._apply(fn, recurse)
         if next(self.parameters()).device.type == "cuda":
@@ -61,23 +60,22 @@ class StockNetwork(Network):
 
     @abstractmethod
     def timestep(self, time: Tensor) -> Tensor:
-        """Return the stock module's timesteps for times in [0, 1], `[batch]`."""
+        """Return the stock module's timesteps at times in [0, 1], both `[batch]`."""
 
     @abstractmethod
     def on_table(self, num_train_timesteps: int) -> dict[str, Any]:
-        """Return the arguments of this network that change on the clock T t - 1."""
+        """Return the arguments that change if this network is put on the clock T t - 1."""
 
 
 @final
 @networks.register("unet2d")
 class UNet2D(StockNetwork):
-    """`UNet2DModel`, for images; class labels are accepted if the config has `num_class_embeds`.
+    """`UNet2DModel`, for images; it takes class labels if the config has `num_class_embeds`.
 
-    Its timestep is T u - 1, where u runs through `clock_range`.
+    Its timestep is T u - 1, where u goes from one end of `clock_range` to the other.
 
     Args:
-        clock_range: the network's clock u at t = 0 and at t = 1, for imported networks that were trained on another
-            clock.
+        clock_range: u at t = 0 and t = 1. Imported networks may have been trained on another clock.
 
     Raises:
         ValueError: if T is not at least 1 or `clock_range` does not increase.
@@ -95,13 +93,6 @@ class UNet2D(StockNetwork):
         super().__init__("UNet2DModel", config, num_train_timesteps)
         self.clock_range = (float(first), float(last))
 
-    def arguments(self) -> dict[str, Any]:
-        return {
-            "config": self.config,
-            "num_train_timesteps": self.num_train_timesteps,
-            "clock_range": list(self.clock_range),
-        }
-
     def timestep(self, time: Tensor) -> Tensor:
         first, last = self.clock_range
         return self.num_train_timesteps * (first + (last - first) * time) - 1
@@ -110,7 +101,7 @@ class UNet2D(StockNetwork):
         return {"num_train_timesteps": num_train_timesteps, "clock_range": (0.0, 1.0)}
 
     def forward(self, x_t: Tensor, time: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """Return the network's output `[batch, out_channels, h, w]` for images `x_t` at times in [0, 1] `[batch]`."""
+        """Return the output `[batch, out_channels, h, w]` for images `x_t` at times in [0, 1] `[batch]`."""
         return self.raw(x_t, time, class_labels=class_labels)
 
     def raw(self, x_t: Tensor, time: Tensor, class_labels: Tensor | None = None) -> Tensor:
@@ -137,9 +128,9 @@ def unet2d_config(
     freq_shift: int = 0,
     num_classes: int = 0,
 ) -> dict[str, Any]:
-    """Return the arguments of `diffusers.UNet2DModel` for a network described by level, as in `recipes.UNetConfig`.
+    """Return the config of a `diffusers.UNet2DModel` from settings per level, as in `recipes.UNetConfig`.
 
-    If `resample` is "resnet", a level without attention changes resolution with a special residual block.
+    If `resample` is "resnet", levels without attention resample in a residual block.
     """
     plain_down, plain_up = "DownBlock2D", "UpBlock2D"
     if resample == "resnet":
@@ -157,7 +148,7 @@ def unet2d_config(
         "add_attention": mid_attention,
         "attention_head_dim": attention_head_dim,
         "norm_num_groups": norm_num_groups,
-        # Without this, diffusers uses the default of another block, and the middle attention silently loses its norm.
+        # Without this, the middle block's attention silently has no norm.
         "attn_norm_num_groups": norm_num_groups,
         "norm_eps": norm_eps,
         "time_embedding_dim": time_embedding_dim,

@@ -1,11 +1,11 @@
-"""A student's network built from its teacher's: the same weights with another clock or an additional input.
+"""Networks built from a teacher's: the same weights with another clock or an additional input.
 
-New parts start with no effect (a guidance scale) or as close to the old network as its weights allow (another clock).
-The matching stage learns the rest.
+A guidance input starts without effect; a new clock starts as close to the old network as its weights allow. The
+matching stage learns the rest.
 """
 
 from collections.abc import Callable
-from typing import Any, final
+from typing import Any, Final, final
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,11 @@ from halfstep.nets.mlp import MLP
 from halfstep.nets.replay import Replay, takes_scale
 from halfstep.nets.stock import StockNetwork
 
-GUIDANCE_WIDTH = 256
-"""Width of the guidance embedding of a `UNet2DConditionModel`, as in latent consistency models (arXiv:2310.04378)."""
-
-SMALLEST_DIRECTION = 1e-2
-"""Share of the largest singular value below which a direction of the sinusoids is not fitted. The slow sinusoids are
-nearly equal. An exact fit would need weights of 1e6 that cancel to 0.1 in float32, and would reduce the error of the
-fit by less than a tenth."""
+GUIDANCE_WIDTH: Final = 256
+"""Width of the guidance embedding, as in latent consistency models (arXiv:2310.04378)."""
+SMALLEST_DIRECTION: Final = 1e-2
+"""Smallest singular value that is fitted, relative to the largest. The slow sinusoids are nearly equal, so an exact fit
+needs weights of 1e6 that cancel to 0.1 in float32, and reduces the error by less than a tenth."""
 
 
 def takes_guidance(network: nn.Module) -> bool:
@@ -35,10 +33,10 @@ def takes_guidance(network: nn.Module) -> bool:
 
 
 def with_guidance(network: nn.Module) -> Network:
-    """Return a network that also takes `guidance_scale`, which has no effect until it is trained.
+    """Return a network that also takes `guidance_scale`, which has no effect before training.
 
     Raises:
-        ValueError: if networks of this class cannot have this input.
+        ValueError: if this class cannot have the input.
     """
     if isinstance(network, MLP):
         changes: dict[str, Any] = {"guided": True}
@@ -50,8 +48,8 @@ def with_guidance(network: nn.Module) -> Network:
         }
     else:
         raise ValueError(
-            f"a range of guidance scales needs a network with an input for the scale, but {_name(network)} has none. "
-            "Distil one fixed scale (a guidance scale instead of a range)"
+            f"a range of guidance scales needs an input for the scale, but {_name(network)} has none. Distil one fixed "
+            "scale (a guidance scale instead of a range)"
         )
     grown = build_network(describe_network(network) | changes)
     new = {name: torch.zeros_like(value) for name, value in grown.state_dict().items()}
@@ -60,21 +58,21 @@ def with_guidance(network: nn.Module) -> Network:
 
 
 def has_movable_clock(network: nn.Module) -> bool:
-    """Return whether `on_clock` can convert the network to another process: if it embeds the timesteps of a table."""
+    """Return whether `on_clock` supports the network, which requires an embedding of a table's timesteps."""
     if isinstance(network, Replay) and network.clock["of"] != "u":
         return False
     return isinstance(network, StockNetwork) and hasattr(network.model, "time_embedding")
 
 
 def on_clock(network: nn.Module, times: Callable[[Tensor], Tensor], num_train_timesteps: int) -> Network:
-    """Return a network whose timestep k of T corresponds to the old network's time `times((k + 1) / T)`.
+    """Return a network in which timestep k of T corresponds to the old network's time `times((k + 1) / T)`.
 
-    The first linear layer of its time embedding is fitted, by least squares over all T timesteps, to return the same
-    output for the new timestep as for the old one. Directions in which the sinusoids hardly vary are ignored
-    (`SMALLEST_DIRECTION`), so that the layer's weights have the size of trained ones.
+    The first linear layer of its time embedding is fitted by least squares, so that its output at all T new timesteps
+    equals that at the old ones. Directions in which the sinusoids hardly vary are ignored (`SMALLEST_DIRECTION`), which
+    keeps the weights as small as trained ones.
 
     Raises:
-        ValueError: if networks of this class have no clock of timesteps.
+        ValueError: if this class has no timesteps.
     """
     if not isinstance(network, StockNetwork) or not has_movable_clock(network):
         raise ValueError(f"{_name(network)} has no table of timesteps to replace. Keep its own process")
@@ -97,9 +95,9 @@ def on_clock(network: nn.Module, times: Callable[[Tensor], Tensor], num_train_ti
 
 @final
 class OnProcess(nn.Module):
-    """A custom network on another process: called at the time at which its own process has the same log-SNR.
+    """A custom network on another process: called at the time with the same log-SNR, as in `Reprocessed`.
 
-    Its input is scaled to the amplitudes of its own process, as in `Reprocessed`.
+    Its input is scaled to its own process's amplitudes.
     """
 
     def __init__(self, network: Callable[..., Tensor], own: NoiseProcess, process: NoiseProcess) -> None:

@@ -1,4 +1,4 @@
-// The noise of a seed: what `sample_noise`, `step_noise` and `between` of halfstep.core.draw return on a CPU.
+// The same noise as from `sample_noise`, `step_noise` and `between` in halfstep.core.draw on a CPU.
 const SIGMA = [
   "0123456789abcdef", "ea489fd61c02b753", "b8c052fdae367194", "7931dcbe265a40f8", "905724afe1bc683d",
   "2c6a0b834d75fe19", "c51fed4a0763928b", "db7ec13950f4862a", "6fe9b308c2d714a5", "a2847615fb9e3cd0",
@@ -10,7 +10,7 @@ const INITIAL = [
 const COLUMNS = [[0, 4, 8, 12], [1, 5, 9, 13], [2, 6, 10, 14], [3, 7, 11, 15]];
 const DIAGONALS = [[0, 5, 10, 15], [1, 6, 11, 12], [2, 7, 8, 13], [3, 4, 9, 14]];
 
-// BLAKE2b digest (RFC 7693) of 8 bytes, as a little-endian integer, for an ASCII text that fits into one block of 128 bytes.
+// The 8-byte BLAKE2b digest (RFC 7693) of an ASCII text of at most 128 bytes, as a little-endian integer.
 const blake2b = (text) => {
   const wrap = (value) => BigInt.asUintN(64, value);
   const turn = (value, bits) => wrap((value >> bits) | (value << (64n - bits)));
@@ -56,7 +56,7 @@ const twister = (seed) => {
   };
 };
 
-// Unit normal numbers as torch's normal_ fills a contiguous float32 tensor of `size` values.
+// Unit normal numbers, as in a contiguous float32 tensor of `size` values filled by torch's normal_.
 const normal = (seed, size) => {
   const next = twister(seed);
   const values = new Float32Array(size);
@@ -89,7 +89,7 @@ const normal = (seed, size) => {
   return values;
 };
 
-// `step`: number of the step for which a stochastic sampler draws noise; null for the initial noise.
+// `step`: the step in which a stochastic sampler draws the noise; null for the initial noise.
 const noiseOf = (seed, size, step = null) => {
   const key = step === null ? `('sample', ${seed})` : `('sample', ${seed}, 'step', ${step})`;
   return normal(Number(BigInt.asUintN(32, blake2b(key) >> 1n)), size);

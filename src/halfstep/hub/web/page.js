@@ -69,7 +69,7 @@ const run = (steps, start, seed, { label, scale }) => {
   const names = facts.graphs.find((graph) => graph.steps === steps).inputs;
   const inputs = { noise: { type: "float32", data: start, dims: [1, ...facts.shape] } };
   if (names.includes("step_noise")) {
-    // The last step draws none.
+    // The last step draws no noise.
     const data = new Float32Array((steps - 1) * size);
     for (let step = 0; step < steps - 1; step++) data.set(noiseOf(seed, size, step), step * size);
     inputs.step_noise = { type: "float32", data, dims: [1, steps - 1, ...facts.shape] };
@@ -83,7 +83,7 @@ const run = (steps, start, seed, { label, scale }) => {
   return ask({ call: "run", name: steps, inputs });
 };
 
-// Return {x0, milliseconds} of one sample from the noise `start`, with the step noise and the class of `seed`.
+// Return {x0, milliseconds} of a sample from the noise `start`, with the step noise and class of `seed`.
 const sampleFrom = async (start, seed, steps, asked) => {
   await opened(steps);
   return run(steps, start, seed, asked);
@@ -121,7 +121,7 @@ const paint = (canvas, x0, label) => {
   canvas.setAttribute("aria-label", label);
 };
 
-// Return a function that starts `task`, which fills the element `id`, and stops its earlier calls.
+// Return a function that cancels its earlier calls and starts `task`, which fills the element `id`.
 const newest = (id, task) => {
   let last = 0;
   return async () => {

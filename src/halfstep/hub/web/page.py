@@ -1,4 +1,4 @@
-"""A model as a web page: its graphs, onnxruntime-web, and scripts that draw the same noise for a seed as torch."""
+"""A model as a web page: its graphs, onnxruntime-web, and scripts that draw the same noise as torch."""
 
 import base64
 import gzip
@@ -12,20 +12,22 @@ from string import Template
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
+import numpy as np
 from markupsafe import Markup, escape
 
 from halfstep.core.denoiser import GUIDANCE
-from halfstep.hub.onnx import STEP_NOISE, distance_from_torch, example_conditions, export_onnx
+from halfstep.hub.onnx import distance_from_torch, example_conditions, export_onnx, step_noise
 from halfstep.hub.web import runtime
-from halfstep.hub.web.weights import halve_weights
 from halfstep.models.model import Model
 from halfstep.objectives import GuidanceRange
 from halfstep.runtime.files import refuse_taken, replacing, replacing_folder
 
 MOST_BYTES: Final = 256 * 2**20
-"""Maximum size of a model's weights: browsers fail on larger pages."""
+"""Maximum size of a model's weights; browsers fail on larger pages."""
 NEAR: Final = 5e-4
-"""Largest difference from torch's samples for which 16-bit weights are used."""
+"""Largest difference from torch's samples with 16-bit weights."""
+SMALLEST: Final = 256
+"""Minimum number of values in a tensor with 16-bit weights."""
 LICENCES: Final = "onnxruntime-licences.txt"
 
 
@@ -39,13 +41,14 @@ def export_web(
     """Write a page that samples in the browser, and return its size in bytes.
 
     Args:
-        models: the models that users of the page can select, each with a number of steps (None: the model's own).
-        out: a folder to serve, or with `single_file` a single HTML file, which also works from disk.
-        runtime_source: the npm package onnxruntime-web, packed or unpacked; None to download it once into the cache.
+        models: the models to choose from, each with a number of steps (None: the model's own).
+        out: a folder to serve, or with `single_file` an HTML file, which also works from disk.
+        runtime_source: the npm package onnxruntime-web (see `read_runtime`).
 
     Raises:
         ValueError: if samples are not grey or colour images, the page does not support a condition, a model is too
-            large, a graph cannot be exported (see `export_onnx`) or the runtime is missing; nothing is written then.
+            large, a graph cannot be exported (see `export_onnx`) or the runtime is missing. In these cases, nothing is
+            written.
     """
     refuse_taken(out, is_file=single_file)
     for model, _ in models:
@@ -56,8 +59,8 @@ def export_web(
         steps = model.check_steps(num_steps)
         file = f"sampler-{steps}.onnx"
         assets[file] = _graph(model, steps)
-        drawn = [STEP_NOISE] if model.sampler.stochastic and steps > 1 else []
-        graphs.append({"steps": steps, "file": file, "inputs": [*drawn, *example_conditions(model, 1)]})
+        inputs = [*step_noise(model, steps, 1), *example_conditions(model, 1)]
+        graphs.append({"steps": steps, "file": file, "inputs": inputs})
     assets[runtime.MODULE] = held[runtime.MODULE]
     assets[f"{runtime.BINARY}.gz"] = gzip.compress(held[runtime.BINARY], mtime=0)
     assets[LICENCES] = runtime.licences().encode()
@@ -82,19 +85,52 @@ def _check(model: Model) -> None:
     size = sum(parameter.nbytes for parameter in model.parameters())
     if size > MOST_BYTES:
         raise ValueError(
-            f"weights of {size / 1e6:,.0f} MB are too large for a web page (at most {MOST_BYTES / 1e6:,.0f} MB). Use "
+            f"{size / 1e6:,.0f} MB of weights are too large for a web page (at most {MOST_BYTES / 1e6:,.0f} MB). Use "
             "--format onnx."
         )
 
 
 def _graph(model: Model, num_steps: int) -> bytes:
-    """Return the whole sampler as a graph, with 16-bit weights unless they change its samples too much."""
+    """Return the sampler as a graph, with 16-bit weights unless its samples differ too much."""
     with TemporaryDirectory() as folder:
         whole, halved = Path(folder) / "whole.onnx", Path(folder) / "halved.onnx"
         export_onnx(model, whole, num_steps)
         halve_weights(whole, halved)
         distance = distance_from_torch(halved, model, num_steps, example_conditions(model, 2), (16,))
         return (halved if distance <= NEAR else whole).read_bytes()
+
+
+def halve_weights(graph_file: Path, out: Path) -> None:
+    """Write the graph in `graph_file` to `out`, with its large float32 weights as 16-bit integers.
+
+    Each output channel (the first axis) has its own scale. The weights are as small as float16, which rounds to 11
+    bits, but several times more accurate: the error is at most 2^-16 of the channel's largest weight. onnxruntime
+    converts them back once, when it loads the graph.
+    """
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    model = onnx.load(graph_file)
+    graph, kept, nodes = model.graph, [], []
+    for tensor in graph.initializer:
+        values = numpy_helper.to_array(tensor)
+        if values.dtype != np.float32 or values.size < SMALLEST:
+            kept.append(tensor)
+            continue
+        largest = np.abs(values).max(axis=tuple(range(1, values.ndim)), keepdims=True)
+        scale = np.where(largest > 0, largest / (2**15 - 1), 1).astype(np.float32)
+        whole = np.rint(values / scale).astype(np.int16)
+        name, names = tensor.name, [f"{tensor.name}.{part}" for part in ("whole", "scale", "float")]
+        kept += [numpy_helper.from_array(whole, names[0]), numpy_helper.from_array(scale, names[1])]
+        nodes += [
+            helper.make_node("Cast", [names[0]], [names[2]], to=TensorProto.FLOAT),
+            helper.make_node("Mul", [names[2], names[1]], [name]),
+        ]
+    nodes += graph.node
+    del graph.initializer[:], graph.node[:]
+    graph.initializer.extend(kept)
+    graph.node.extend(nodes)
+    onnx.save(model, out)
 
 
 def _html(title: str, model: Model, graphs: Sequence[Mapping[str, Any]], assets: Mapping[str, bytes]) -> bytes:
@@ -117,7 +153,7 @@ def _html(title: str, model: Model, graphs: Sequence[Mapping[str, Any]], assets:
     holder = Markup('<script type="text/plain" data-file="{}">{}</script>\n')
     html = Template(_text("page.html")).substitute(
         title=escape(title),
-        # In a script element, only "<" could start the end tag.
+        # Only "<" can end a script element.
         facts=json.dumps(facts).replace("<", "\\u003c"),
         script=script,
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),

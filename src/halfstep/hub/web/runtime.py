@@ -1,4 +1,4 @@
-"""onnxruntime-web, which runs graphs in browsers; downloaded once from the npm registry and checked by its sha256."""
+"""onnxruntime-web, which runs graphs in browsers: downloaded once from npm, and checked with its sha256."""
 
 import hashlib
 import io
@@ -20,16 +20,17 @@ SHA256: Final[Mapping[str, str]] = {
     MODULE: "11e64bd8ffe11bd1a2a2f0d6275fdfbbba7262f0b76b99b53d228a8a22ef3d90",
     BINARY: "3398c10d07d229bd91b364548e130e0e51a8e5704b88c7c083ebbeb78842dee2",
 }
-"""The files in the package's folder dist that a page needs."""
+"""The files in the package's dist folder that a page needs."""
+REMEDY: Final = f"download {URL} and give that file as --runtime."
 TIMEOUT: Final = 60.0
-"""Seconds without a byte after which the registry counts as unreachable."""
+"""Seconds without data after which the registry is unreachable."""
 
 
 def read_runtime(source: Path | None = None) -> dict[str, bytes]:
     """Return the files of `SHA256` by name.
 
     Args:
-        source: the npm package, packed (.tgz) or unpacked; None for the cache, which is downloaded if missing.
+        source: the npm package, packed (.tgz) or unpacked. If None, it is downloaded once into the cache.
 
     Raises:
         ValueError: if a file is missing or altered, or the registry cannot be reached.
@@ -44,7 +45,7 @@ def read_runtime(source: Path | None = None) -> dict[str, bytes]:
 
 
 def licences() -> str:
-    """Return onnxruntime's licence and notices from its Python package; the npm package does not contain them."""
+    """Return onnxruntime's licence and notices from its Python package; the npm package has none."""
     package = distribution("onnxruntime")
     files = [Path(str(package.locate_file(f"onnxruntime/{name}"))) for name in ("LICENSE", "ThirdPartyNotices.txt")]
     return "\n\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
@@ -57,16 +58,10 @@ def _read(source: Path) -> dict[str, bytes]:
         else:
             found = _unpacked(source.read_bytes())
     except (OSError, KeyError, tarfile.TarError) as error:
-        raise ValueError(
-            f"{source} is not the npm package onnxruntime-web ({first_line(error)}). Download {URL} and give that file "
-            "as --runtime."
-        ) from None
+        raise ValueError(f"{source} is not the npm package onnxruntime-web ({first_line(error)}): {REMEDY}") from None
     for name, content in found.items():
         if hashlib.sha256(content).hexdigest() != SHA256[name]:
-            raise ValueError(
-                f"{name} in {source} is not from onnxruntime-web {VERSION} (its sha256 differs). Download {URL} and "
-                "give that file as --runtime."
-            )
+            raise ValueError(f"{name} in {source} is not from onnxruntime-web {VERSION} (its sha256 differs): {REMEDY}")
     return found
 
 
@@ -77,15 +72,13 @@ def _unpacked(package: bytes) -> dict[str, bytes]:
 
 
 def _fetch(folder: Path) -> dict[str, bytes]:
-    """Download the files that a page needs into the folder, in the layout of the unpacked package."""
+    """Download the files of `SHA256` into the folder, with the layout of the unpacked package."""
     try:
         with urllib.request.urlopen(URL, timeout=TIMEOUT) as answer:
             found = _unpacked(answer.read())
     except (OSError, HTTPException, KeyError, tarfile.TarError) as error:
-        raise ValueError(
-            f"onnxruntime-web cannot be downloaded from the npm registry ({first_line(error)}). Download {URL} on "
-            "another machine and give that file as --runtime."
-        ) from None
+        reason = first_line(error)
+        raise ValueError(f"onnxruntime-web cannot be downloaded ({reason}). On another machine, {REMEDY}") from None
     with replacing_folder(folder) as into:
         (into / "dist").mkdir()
         for name, content in found.items():
