@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from halfstep.report import write_report
-from halfstep.report.words import times
+from halfstep.report.words import number, times
 from halfstep.runs import RunFolder
 from halfstep.runtime.files import json_digest, sha256_of, write_sealed
 from report.fake_run import (
@@ -28,8 +28,12 @@ from report.fake_run import (
     STUDENT_STEPS,
     TEACHER_STEPS,
     digit_samples,
+    fake_evaluation,
+    figure,
+    frechet,
     point_samples,
     result,
+    write_fake_evaluation,
     write_fake_run,
     write_stage,
 )
@@ -190,6 +194,56 @@ def test_a_teacher_that_covers_little_of_the_data_is_not_praised(tmp_path: Path)
     assert "The teacher has not learned the data yet: train it longer." in page.text
     assert "At its best (Heun, 32 steps (63 calls)) its samples cover 3% of the real data" in page.text
     assert "times fewer" not in page.text
+
+
+def rewritten(run: Path, **changes: float | None) -> None:
+    """Mark the Frechet distances of all stages as unreliable, and change the teacher's figures with Heun."""
+    for path in run.glob("stages/*/metrics.json"):
+        held = json.loads(path.read_text()) | {"too_few": True}
+        for row in held["results"]:
+            row |= changes if row["sampler"] == "heun" else {}
+        write_sealed(path, held)
+
+
+def test_an_unreliable_frechet_distance_is_not_in_the_headline(tmp_path: Path) -> None:
+    """KID chooses the teacher at its best, the student, and is the figure that is stated."""
+    run = write_fake_run(tmp_path / "run")
+    # By its Frechet distance, Heun would be the teacher at its best.
+    rewritten(run, kid=0.5)
+    best, kept, last = (result(256, False), result(32, True), result(1, True))
+    assert kept.kid <= 1.5 * best.kid < result(16, True).kid
+    page = reported(run)
+    said = f"{number(kept.kid)} ({number(best.kid)} for the teacher at its best)."
+    assert f"A student with 32 network calls instead of 256 (8.0 times fewer): KID {said}" in page.text
+    assert f"At 1 step: KID {number(last.kid)} ({number(best.kid)} for the teacher at its best, " in page.text
+    assert f"KID; {number(best.kid)} for the teacher at its best: DDIM, 256 steps (256 calls)" in page.text
+    assert "It compares KID because there are too few samples" in page.text
+    assert "Fréchet distance" not in page.text.partition("Number of sampler steps")[0]
+    assert "Fréchet distance of the teacher at its best" not in page.text
+
+
+def test_a_reliable_evaluation_comes_before_an_unreliable_measurement(tmp_path: Path) -> None:
+    run = write_fake_run(tmp_path / "run")
+    rewritten(run)
+    write_fake_evaluation(run)
+    ratio = frechet(4, True) / frechet(256, False)
+    assert f"A student with 4 network calls instead of 256 (64 times fewer): Fréchet distance {ratio:.2f}" in (
+        reported(run).text
+    )
+
+
+@pytest.mark.parametrize("size", [1796, 1797])
+def test_an_evaluation_is_reliable_if_its_samples_outnumber_the_dimensions(tmp_path: Path, size: int) -> None:
+    run = write_fake_run(tmp_path / "run")
+    for path in run.glob("stages/*/metrics.json"):
+        path.unlink()
+    told = fake_evaluation()
+    for row in told["tables"][0]["rows"]:
+        row["figures"]["kid"] = figure(row["figures"]["frechet"]["mean"] / 10)
+    told["tables"][0]["protocol"]["extractor_facts"]["dimension"] = size
+    write_sealed(RunFolder(run).evaluation_path, told)
+    lead = reported(run).text.partition("No figures")[0]
+    assert ("KID" in lead, "Fréchet distance" in lead) == (size == 1797, size == 1796)
 
 
 def test_the_teacher_at_its_best_has_the_first_column(tmp_path: Path) -> None:

@@ -467,7 +467,7 @@ def _figure(shown: Shown, answer: Answer, columns: int, kind: str) -> Markup:
         picture, downloads["PNG"] = figures.image_grid(shown.samples, columns, alt, in_full=True)
     else:
         box = figures.limits(next((one.samples for one in answer.shown if one.is_start), shown.samples))
-        picture = figures.scatter(shown.samples, box, len(figures.SEED_COLOURS), alt)
+        picture = figures.scatter(shown.samples, box, len(figures.COLOURS), alt)
     if kind == "walk" and figures.is_images(shown.samples):
         picture = Markup("{}{}").format(_there_and_back(shown, alt), picture)
     npz = io.BytesIO()

@@ -197,20 +197,19 @@ def cost(facts: RunFacts, groups: Sequence[Group], summary: Summary) -> tuple[li
 
 def _paid(facts: RunFacts, groups: Sequence[Group], summary: Summary) -> str | None:
     """Return the sentence on how many samples pay off the training of the summary's student."""
-    names = [stage.name for stage in facts.others]
     group = next((group for group in groups if group.best is not None), None)
-    for row in group.rows if group is not None else ():
-        is_shown = summary.best is not None and row.steps == summary.best.steps
-        if not is_shown or row.is_matched or row.is_earlier or row.student is None or row.student_stage is None:
+    if group is None or group.best is None or summary.best is None:
+        return None
+    names = [stage.name for stage in facts.others]
+    for stage_name, student in group.students:
+        if student.num_steps != summary.best.steps:
             continue
-        assert group is not None
-        assert group.best is not None
-        trained = sum(stage.manifest.seconds for stage in facts.others[: names.index(row.student_stage) + 1])
-        saved = ((group.best.seconds_per_1000 or 0.0) - row.student.seconds_per_1000) / 1000
+        trained = sum(stage.manifest.seconds for stage in facts.others[: names.index(stage_name) + 1])
+        saved = ((group.best.seconds_per_1000 or 0.0) - student.seconds_per_1000) / 1000
         if not (is_finite(saved) and saved > 0 and is_finite(trained)):
             return None
         return (
-            f"Training the chain down to {count(row.steps, 'step')} took {duration(trained)} and saves "
+            f"Training the chain down to {count(student.num_steps, 'step')} took {duration(trained)} and saves "
             f"{number(saved * 1000)} s per 1,000 samples compared with the teacher at its best ({group.best_words}): "
             f"it pays off after about {float(f'{trained / saved:.2g}'):,.0f} samples."
         )

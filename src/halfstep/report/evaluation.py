@@ -5,7 +5,7 @@ Each protocol has its own table, with the protocol below it: results of two prot
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from halfstep.report.quality import are_earlier
 from halfstep.report.study_figure import Panel, draw_panels
 from halfstep.report.table import Table
 from halfstep.report.words import count, flatten, method_words, number, with_spread
-from halfstep.runs import Best, EvaluationResult, finite, is_finite, teacher_best
+from halfstep.runs import Best, EvaluationResult, finite, is_finite, teacher_best, too_few
 from halfstep.runs.evaluation import EvaluationTable, Protocol, Series
 from halfstep.runtime.files import write_text
 
@@ -30,27 +30,33 @@ def metrics_of(table: EvaluationTable, result: EvaluationResult) -> list[str]:
     return [name for name in result.metrics if any(name in row.figures for row in table.rows)]
 
 
-def best_of_table(table: EvaluationTable, result: EvaluationResult) -> Best | None:
-    """Return the teacher at its best in a table; None if its Frechet distance is missing."""
-    samplers = {series.name: series.sampler for series in result.series if series.role == "teacher"}
+def is_too_few(table: EvaluationTable) -> bool:
+    """Return whether the samples are too few for a reliable Frechet distance."""
+    protocol = table.protocol
+    dimension = finite(protocol.extractor_facts.get("dimension"))
+    return dimension is not None and too_few(protocol.num_samples, protocol.num_reference, int(dimension))
+
+
+def cells_of(table: EvaluationTable, series: Iterable[Series]) -> list[Best]:
+    """Return the table's cells of these series that have a Frechet distance."""
+    samplers = {one.name: one.sampler for one in series}
     cells = []
     for row in table.rows:
-        figure, sampler = row.figures.get("frechet"), samplers.get(row.series)
-        if figure is not None and sampler is not None and row.num_steps is not None and row.num_evals is not None:
-            covered = row.figures["coverage"].mean if "coverage" in row.figures else None
-            cells.append(Best(sampler, row.num_steps, row.num_evals, figure.mean, row.seconds_per_1000, covered))
-    return teacher_best(cells)
+        means, sampler = {name: figure.mean for name, figure in row.figures.items()}, samplers.get(row.series)
+        if "frechet" in means and sampler is not None and row.num_steps is not None and row.num_evals is not None:
+            shares = (means.get("coverage"), means.get("kid"))
+            cells.append(Best(sampler, row.num_steps, row.num_evals, means["frechet"], row.seconds_per_1000, *shares))
+    return cells
 
 
-def best_words(table: EvaluationTable, result: EvaluationResult) -> str | None:
-    """Return the note about a table's ratios; None if it has none."""
-    best = best_of_table(table, result)
-    return None if best is None else f"Ratio: Frechet distance against the teacher's best, {method_words(*best[:3])}."
+def best_of_table(table: EvaluationTable, result: EvaluationResult) -> Best | None:
+    """Return the teacher at its best in a table; None if its Frechet distance is missing."""
+    teachers = [series for series in result.series if series.role == "teacher"]
+    return teacher_best(cells_of(table, teachers), is_too_few(table))
 
 
-def ratios(table: EvaluationTable, result: EvaluationResult) -> list[float | None]:
-    """Return for each row the ratio of its Frechet distance to that of the teacher at its best."""
-    best = best_of_table(table, result)
+def ratios(table: EvaluationTable, best: Best | None) -> list[float | None]:
+    """Return for each row the ratio of its Frechet distance to the teacher's."""
     figures = [row.figures.get("frechet") for row in table.rows]
     return [None if best is None or figure is None else best.ratio(figure.mean) for figure in figures]
 
@@ -72,7 +78,7 @@ def text_table(table: EvaluationTable, result: EvaluationResult) -> Table:
 
     A row's label is its series, its best gamma if that was tuned, and its stage if a later one has the same steps.
     """
-    names, note = metrics_of(table, result), best_words(table, result)
+    names, best = metrics_of(table, result), best_of_table(table, result)
     labels = {series.name: series.label for series in result.series}
     rows = [
         [
@@ -81,15 +87,17 @@ def text_table(table: EvaluationTable, result: EvaluationResult) -> Table:
             + (f", {row.stage}" if is_earlier else ""),
             number(row.num_steps),
             number(row.num_evals),
-            *([] if note is None else ["–" if over_best is None else f"{over_best:.2f}"]),
+            *([] if best is None else ["–" if over_best is None else f"{over_best:.2f}"]),
             *(with_spread(row.figures[n].mean, row.figures[n].spread) if n in row.figures else "–" for n in names),
             number(row.seconds_per_1000),
         ]
-        for row, over_best, is_earlier in zip(table.rows, ratios(table, result), earlier_rows(table), strict=True)
+        for row, over_best, is_earlier in zip(table.rows, ratios(table, best), earlier_rows(table), strict=True)
     ]
-    headings = ["series", "steps", "network calls", *([] if note is None else ["ratio"])]
+    headings = ["series", "steps", "network calls", *([] if best is None else ["ratio"])]
     headings += [*(result.metrics[name].label for name in names), "s per 1,000"]
-    return Table(headings, rows, [] if note is None else [note])
+    if best is None:
+        return Table(headings, rows)
+    return Table(headings, rows, [f"Ratio: Frechet distance against the teacher's best, {method_words(*best[:3])}."])
 
 
 def protocol_words(protocol: Protocol) -> str:
@@ -221,7 +229,8 @@ def shown_tables(result: EvaluationResult | None) -> list[Shown]:
         roles = [known.get(row.series, "other") for row in table.rows]
         protocol = flatten(table.protocol.model_dump(mode="json"))
         names, texts = metrics_of(table, result), text_table(table, result)
-        over_best = ratios(table, result) if texts.notes else None
+        best = best_of_table(table, result)
+        over_best = None if best is None else ratios(table, best)
         shown.append(Shown(table, title_of(table), names, roles, texts, figure, alt, protocol, over_best))
     return shown
 
@@ -233,12 +242,13 @@ def _figure(name: str, table: EvaluationTable, result: EvaluationResult) -> tupl
         return None, ""
     metric = next((one for one in DRAWN if one in names), names[0])
     info, curves = result.metrics[metric], curves_of(table, result, metric)
-    first = [next((one for one in curves if one[0].role == role), None) for role in ("teacher", "student")]
-    others = [curve for one in curves if one not in first for curve in one[1:]]
+    teacher, student = (
+        next((curve for series, curve in curves if series.role == role), None) for role in ("teacher", "student")
+    )
+    others = [curve for _, curve in curves if curve not in (teacher, student)]
     more = len(others) - len(figures.OTHERS)
     rest = f", and {more} more series that are not in the chart" if more > 0 else ""
     text = f"Line chart: {info.label} against the number of network calls; the table below has its values{rest}."
-    teacher, student = (None if one is None else one[1] for one in first)
     best = best_of_table(table, result) if metric == "frechet" else None
-    level = None if best is None else Curve.through("teacher at its best", [(best.num_evals, best.frechet)])
-    return figures.steps_figure(name, f"{info.label} ({info.better} is better)", teacher, student, others, level), text
+    label, level = f"{info.label} ({info.better} is better)", None if best is None else best.frechet
+    return figures.steps_figure(name, label, teacher, student, others, level), text

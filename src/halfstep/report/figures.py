@@ -8,7 +8,7 @@ import base64
 import io
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,7 @@ VARIABLES = {
 }
 MARKERS = "D^vP"
 """Markers of further series, so that they differ not only in colour."""
-SEED_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#7F7F7F")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#7F7F7F")
 SMALLEST_TILE, LARGEST_TILE = 64, 96
 """Approximate sizes in pixels to which small images are enlarged and large ones reduced."""
 GAP = 4
@@ -99,7 +99,7 @@ def _figure(name: str, height: float, draw: Any, panels: Sequence[float] = (1.0,
     return Markup(svg.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1).strip())
 
 
-def _log_axis(axis: Any, values: Sequence[float]) -> None:
+def log_axis(axis: Any, values: Sequence[float]) -> None:
     """Set ticks at 1, 2 and 5 with plain numbers, or at even distances if the values span too little for that."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
@@ -110,11 +110,33 @@ def _log_axis(axis: Any, values: Sequence[float]) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _powers_of_two(axes: Any, values: Sequence[float]) -> None:
-    """Set ticks at the powers of two around the values."""
+def powers_of_two(axes: Any, values: Sequence[float]) -> None:
+    """Make the x-axis logarithmic, with ticks at the powers of two around the values."""
+    axes.set_xscale("log", base=2)
     powers = range(math.floor(math.log2(min(values))), math.ceil(math.log2(max(values))) + 1)
     axes.set_xticks([2.0**power for power in powers], [f"{2.0**power:g}" for power in powers])
     axes.minorticks_off()
+
+
+Line = tuple[Curve, str, str]
+"""A curve with its colour and matplotlib's format of its line and markers."""
+
+
+def _draw_lines(axes: Any, lines: Sequence[Line], x_label: str, y_label: str) -> None:
+    """Draw lines against steps or calls, with error bars and the names of their points."""
+    for curve, colour, style in lines:
+        # A logarithmic axis cannot show an error bar that reaches 0.
+        below = [min(spread, 0.9 * y) for spread, y in zip(curve.spread, curve.y, strict=False)]
+        error = [below, list(curve.spread)] if curve.spread else None
+        look = {"color": colour, "linewidth": 2, "markersize": 6.5, "capsize": 3}
+        axes.errorbar(curve.x, curve.y, error, fmt=style, label=curve.label, **look)
+        for x, y, named in zip(curve.x, curve.y, curve.names, strict=False):
+            place = {"xytext": (7, 3), "textcoords": "offset points", "fontsize": 8, "color": colour}
+            axes.annotate(named, (x, y), **place)
+    powers_of_two(axes, [x for curve, _, _ in lines for x in curve.x])
+    axes.grid(axis="y")
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
 
 
 def steps_figure(
@@ -123,70 +145,53 @@ def steps_figure(
     teacher: Curve | None,
     student: Curve | None,
     others: Sequence[Curve] = (),
-    level: Curve | None = None,
+    level: float | None = None,
     earlier: Curve | None = None,
     x_label: str = "network calls",
 ) -> Markup | None:
-    """Draw curves against steps or calls on two logarithmic axes; None if there is no point to show.
+    """Draw curves against steps or calls on two logarithmic axes; None without points.
 
     Args:
         others: further curves; the first `len(OTHERS)` are drawn.
-        level: one point; a horizontal line is drawn at its height.
-        earlier: points of students that were replaced by later ones, drawn faintly.
+        level: height of a horizontal line for the teacher at its best.
+        earlier: points of students that later ones replaced, drawn faintly.
     """
-    styles = [(teacher, TEACHER, "s--"), (student, STUDENT, "o-")]
-    styles += [(curve, c, f"{marker}-.") for curve, c, marker in zip(others, OTHERS, MARKERS, strict=False)]
-    styles.append((earlier, FAINT, "o"))
-    shown = [(curve, colour, style) for curve, colour, style in styles if curve is not None and curve.x]
+    lines = [(teacher, TEACHER, "s--"), (student, STUDENT, "o-")]
+    lines += [(curve, c, f"{marker}-.") for curve, c, marker in zip(others, OTHERS, MARKERS, strict=False)]
+    lines.append((earlier, FAINT, "o"))
+    shown: list[Line] = [(curve, colour, style) for curve, colour, style in lines if curve is not None and curve.x]
     if not shown:
         return None
 
     def draw(axes: Any) -> None:
-        axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        for curve, colour, style in shown:
-            # A logarithmic axis cannot show an error bar that reaches 0.
-            below = [min(spread, 0.9 * y) for spread, y in zip(curve.spread, curve.y, strict=False)]
-            error = [below, list(curve.spread)] if curve.spread else None
-            look = {"color": colour, "linewidth": 2, "markersize": 6.5, "capsize": 3}
-            axes.errorbar(curve.x, curve.y, error, fmt=style, label=curve.label, **look)
-            for x, y, named in zip(curve.x, curve.y, curve.names, strict=False):
-                place = {"xytext": (7, 3), "textcoords": "offset points", "fontsize": 8, "color": colour}
-                axes.annotate(named, (x, y), **place)
+        _draw_lines(axes, shown, x_label, y_label)
         if level is not None:
-            axes.axhline(level.y[0], color=FAINT, linewidth=1.2, linestyle=":", label=level.label, zorder=1)
-        _powers_of_two(axes, [x for curve, _, _ in shown for x in curve.x])
-        axes.set_xlabel(x_label)
-        _log_axis(axes.yaxis, [y for curve, _, _ in shown for y in curve.y])
-        axes.grid(axis="y")
-        axes.set_ylabel(y_label)
+            axes.axhline(level, color=FAINT, linewidth=1.2, linestyle=":", label="teacher at its best", zorder=1)
+        log_axis(axes.yaxis, [y for curve, _, _ in shown for y in curve.y])
         if len(shown) + (level is not None) > 1:
             axes.legend()
 
     return _figure(name, 3.6 + 0.15 * len(others[: len(OTHERS)]), draw)
 
 
-def shares_figure(name: str, curves: Sequence[Curve], levels: Sequence[Curve]) -> Markup | None:
-    """Draw shares from 0 to 1 against network calls on a logarithmic axis; None if there is no point to show.
+def shares_figure(name: str, curves: Sequence[Curve], levels: Mapping[str, float]) -> Markup | None:
+    """Draw shares from 0 to 1 against network calls on a logarithmic axis; None without points.
 
     Args:
-        levels: for each curve, the point at the height of a horizontal line in its colour; no line if it is empty.
+        levels: heights of horizontal lines in the colours of the curves with these labels.
     """
-    shown = [row for row in zip(curves, levels, OTHERS, MARKERS, strict=False) if row[0].x]
+    looks = zip(curves, OTHERS, MARKERS, strict=False)
+    shown = [(curve, colour, f"{marker}-") for curve, colour, marker in looks if curve.x]
     if not shown:
         return None
 
     def draw(axes: Any) -> None:
-        axes.set_xscale("log", base=2)
-        for curve, level, colour, marker in shown:
-            axes.plot(curve.x, curve.y, f"{marker}-", color=colour, linewidth=2, markersize=6.5, label=curve.label)
-            if level.y:
-                axes.axhline(level.y[0], color=colour, linewidth=1.2, linestyle=":", zorder=1)
-        _powers_of_two(axes, [x for curve, *_ in shown for x in curve.x])
+        _draw_lines(axes, shown, "network calls", "share (higher is better)")
+        for curve, colour, _ in shown:
+            if curve.label in levels:
+                axes.axhline(levels[curve.label], color=colour, linewidth=1.2, linestyle=":", zorder=1)
         axes.set_ylim(min(0.5, *(y for curve, *_ in shown for y in curve.y)), 1.02)
-        axes.grid(axis="y")
-        axes.set_xlabel("network calls")
-        axes.set_ylabel("share (higher is better)")
         axes.legend()
 
     return _figure(name, 3.6, draw)
@@ -222,7 +227,7 @@ def chain_figure(name: str, stages: Sequence[tuple[Curve, Curve, float]]) -> Mar
             labels.append(loss.label)
             start += length
         axes.set_xlim(0, start)
-        _log_axis(axes.yaxis, [y for loss, _, _ in stages for y in loss.y])
+        log_axis(axes.yaxis, [y for loss, _, _ in stages for y in loss.y])
         axes.grid(axis="y")
         axes.set_ylabel("loss")
         for panel in below:
@@ -319,7 +324,7 @@ def scatter(points: np.ndarray, box: tuple[float, float, float], num_seeds: int,
     parts = [f'<path class="rest" d="{dots(rest)}"/>']
     for index in range(min(num_seeds, len(scaled))):
         if inside[index]:
-            colour = SEED_COLOURS[index % len(SEED_COLOURS)]
+            colour = COLOURS[index % len(COLOURS)]
             parts.append(f'<path class="seed" stroke="{colour}" d="{dots(scaled[index : index + 1])}"/>')
     svg = Markup(f'<svg class="points" viewBox="0 0 100 100" aria-hidden="true">{"".join(parts)}</svg>')
     return Markup('<span role="img" aria-label="{}">{}</span>').format(alt, svg)

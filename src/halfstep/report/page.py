@@ -15,7 +15,7 @@ from halfstep.report.gallery import Sizes, gallery
 from halfstep.report.nearest import shown_nearest
 from halfstep.report.quality import protocol_notices, quality_groups
 from halfstep.report.reading import RunFacts, StudyFacts, read_run
-from halfstep.report.summary import KEPT, summarise
+from halfstep.report.summary import summarise
 from halfstep.report.words import count, duration, flatten, number, text, times
 from halfstep.runs import RunFolder
 from halfstep.runtime.files import write_text
@@ -101,7 +101,6 @@ def _page(facts: RunFacts, without_nearest: str | None, sizes: Sizes) -> str:
         environment=flatten({k: v for k, v in facts.environment.items() if k != "command"}),
         commit=text(facts.environment.get("git_commit")),
         command=text(facts.environment.get("command")),
-        kept=KEPT,
     )
 
 

@@ -58,8 +58,10 @@ class Group:
     teacher_sampler: str
     """The teacher's own sampler."""
     stages: Sequence[str]
-    few: str | None
+    note: str | None
     """Warning about distances between so few samples."""
+    too_few: bool
+    """Whether they are too few for a reliable Frechet distance."""
 
     @property
     def best_words(self) -> str:
@@ -81,6 +83,12 @@ class Group:
         """Whether several students have the same number of steps."""
         return any(row.is_earlier for row in self.rows)
 
+    @property
+    def students(self) -> list[tuple[str, Result]]:
+        """The students' stages and results, without earlier students with the same number of steps."""
+        rows = [row for row in self.rows if not (row.is_matched or row.is_earlier)]
+        return [(str(row.student_stage), row.student) for row in rows if row.student is not None]
+
     def note_of(self, row: Pair) -> str:
         """Return what distinguishes a row from others with the same steps: sampler, role or stage; usually empty."""
         by = [] if row.sampler == sampler_label(self.teacher_sampler) else [row.sampler]
@@ -96,35 +104,29 @@ class Group:
             _curve(f"teacher, {sampler_label(name)}", [result for result in teacher if result.sampler == name])
             for name in names
         ]
-        students = [row for row in self.rows if row.student is not None and not row.is_matched]
+        earlier = [row for row in self.rows if row.is_earlier and not row.is_matched]
         curves.append(_curve("teacher, matched", [row.student for row in self.rows if row.is_matched]))
-        level = None if self.best is None else [(self.best.num_evals, self.best.frechet)]
         return figures.steps_figure(
             self.name,
             "Fréchet distance (lower is better)",
             curves[0],
-            _curve("students", [row.student for row in students if not row.is_earlier]),
+            _curve("students", [student for _, student in self.students]),
             [curve for curve in curves[1:] if curve is not None],
-            level=figures.Curve.through("teacher at its best", level) if level else None,
-            earlier=_curve("earlier stages", [row.student for row in students if row.is_earlier], students),
+            level=None if self.best is None else self.best.frechet,
+            earlier=_curve("earlier stages", [row.student for row in earlier], earlier),
         )
 
     @property
     def shares_figure(self) -> Markup | None:
         """Precision, recall and coverage of the students against network calls, and of the teacher at its best."""
-        students = [r.student for r in self.rows if r.student is not None and not (r.is_matched or r.is_earlier)]
-        at_best = [r.teacher for r in self.rows if r.teacher is not None and Best.of(r.teacher) == self.best]
-        names = ("precision", "recall", "coverage")
-
-        def curve(name: str, results: Sequence[Result]) -> figures.Curve:
-            held = ((one.num_evals, finite(getattr(one, name))) for one in results if one.num_evals > 0)
-            return figures.Curve.through(name, sorted((calls, share) for calls, share in held if share is not None))
-
-        return figures.shares_figure(
-            f"{self.name}shares",
-            [curve(name, students) for name in names],
-            [curve(name, at_best[:1]) for name in names],
-        )
+        at_best = next((r.teacher for r in self.rows if r.teacher and Best.of(r.teacher) == self.best), None)
+        curves, levels = [], {}
+        for name in ("precision", "recall", "coverage"):
+            shares = ((one.num_evals, finite(getattr(one, name))) for _, one in self.students if one.num_evals > 0)
+            curves.append(figures.Curve.through(name, sorted((x, y) for x, y in shares if y is not None)))
+            if (level := finite(getattr(at_best, name, None))) is not None:
+                levels[name] = level
+        return figures.shares_figure(f"{self.name}shares", curves, levels)
 
 
 def are_earlier(keys: Sequence[Hashable]) -> list[bool]:
@@ -149,7 +151,8 @@ def _value(result: Result | None, name: str) -> float | None:
 def _group(name: str, start: StageFacts | None, stages: Sequence[tuple[StageFacts, Metrics]]) -> Group:
     teacher = {(r.num_steps, r.sampler): r for stage, held in stages if stage == start for r in held.results}
     others = [(stage, r) for stage, held in stages if stage != start for r in held.results]
-    best = teacher_best(map(Best.of, teacher.values()))
+    is_too_few = any(held.too_few for _, held in stages)
+    best = teacher_best(map(Best.of, teacher.values()), is_too_few)
     own = start.manifest.outcome.sampler_name if start else ""
     pairs: list[tuple[StageFacts | None, Result | None, Result | None]] = []
     for other, result in others:
@@ -191,7 +194,8 @@ def _group(name: str, start: StageFacts | None, stages: Sequence[tuple[StageFact
         base=next((result for result in teacher.values() if result.teacher_rmse is None), None),
         teacher_sampler=own,
         stages=[stage.name for stage, _ in stages],
-        few=next((held.note for _, held in stages if held.note), None),
+        note=next((held.note for _, held in stages if held.note), None),
+        too_few=is_too_few,
     )
 
 
@@ -227,7 +231,7 @@ def text_table(group: Group) -> Table:
         notes.append(f"RMSE: between student and teacher ({group.base_words}) from the same noise.")
     sizes = [group.protocol.get(name, "?") for name in ("num_samples", "num_reference")]
     bias = "biased upwards, more so with fewer samples, so compare only within this table"
-    notes.append(group.few or f"Distances between {sizes[0]} samples and {sizes[1]} real ones: {bias}.")
+    notes.append(group.note or f"Distances between {sizes[0]} samples and {sizes[1]} real ones: {bias}.")
     return Table(headings, rows, notes)
 
 
@@ -248,13 +252,13 @@ def _curve(label: str, results: Sequence[Result | None], named: Sequence[Pair] =
 
 def protocol_notices(groups: Sequence[Group]) -> list[str]:
     """Return the notices about few samples and about several protocols, if any."""
-    few = list(dict.fromkeys(group.few for group in groups if group.few))
+    notes = list(dict.fromkeys(group.note for group in groups if group.note))
     if len(groups) < 2:
-        return few
+        return notes
     names = sorted({name for group in groups for name in group.protocol})
     differing = ", ".join(name for name in names if len({group.protocol.get(name) for group in groups}) > 1)
     return [
-        *few,
+        *notes,
         f"Not all stages were measured with the same protocol (different: {differing}). Results of different "
         "protocols cannot be compared, so each protocol has its own table and figure.",
     ]

@@ -200,6 +200,8 @@ class Metrics(Record):
     """Wall time of sampling and measuring, without results that already existed."""
     note: str | None = None
     """Warning about distances between so few samples."""
+    too_few: bool = False
+    """Whether the samples are too few for a reliable Frechet distance (`best.too_few`)."""
 
 
 def shortened(names: Sequence[str]) -> str:
