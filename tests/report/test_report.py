@@ -174,7 +174,7 @@ def test_a_student_that_the_undistilled_teacher_equals_is_not_praised(
     write_sealed(path, held)
     page = reported(run)
     assert ("A student with 4 network calls instead of" in page.text) == gains
-    no_gain = "No gain from distillation with 4 network calls: the undistilled teacher is as close to the data"
+    no_gain = "No gain from distillation with 4 network calls: the undistilled teacher is just as close to the data"
     assert (no_gain in page.text) != gains
 
 
@@ -192,7 +192,7 @@ def test_a_teacher_that_covers_little_of_the_data_is_not_praised(tmp_path: Path)
     write_sealed(path, held)
     page = reported(run)
     assert "The teacher has not learned the data yet: train it longer." in page.text
-    assert "At its best (Heun, 32 steps (63 calls)) its samples cover 3% of the real data" in page.text
+    assert "At its best (Heun, 32 steps (63 calls)), its samples cover 3% of the real data" in page.text
     assert "times fewer" not in page.text
 
 
@@ -257,8 +257,8 @@ def test_the_teacher_at_its_best_has_the_first_column(tmp_path: Path) -> None:
     page = reported(run)
     (strip,) = [table for table in page.tables if any("Not distilled" in cell for row in table for cell in row)]
     assert [cell.split()[0] for cell in strip[0][1:]] == ["32", "256", *map(str, STUDENT_STEPS)]
-    assert strip[0][1].endswith("steps of Heun")
-    images = [one for one in page.attributes("img") if (one["alt"] or "").endswith("at 32 steps of Heun")]
+    assert strip[0][1].endswith("Heun steps")
+    images = [one for one in page.attributes("img") if (one["alt"] or "").endswith("at 32 Heun steps")]
     assert images
     data = (images[0]["src"] or "").split(",", 1)[1]
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))[..., 0]
@@ -364,7 +364,7 @@ def test_a_run_in_progress_shows_what_is_there_and_names_what_is_not(tmp_path: P
     assert "04-halve-0016 (120 of 400 updates done), 05-halve-0008" in page.text
     states = {row[0]: row[-1] for row in page.table("Stage")[1:]}
     assert states["03-halve-0032"] == "complete"
-    assert states["08-halve-0001"] == "not begun"
+    assert states["08-halve-0001"] == "not started"
     assert "32 network calls instead of 63" in page.text
 
 
@@ -392,7 +392,7 @@ def test_a_damaged_teacher_leaves_no_comparison(tmp_path: Path) -> None:
     run = write_fake_run(tmp_path / "run")
     (run / "stages/00-denoise/manifest.json").write_text("[]", encoding="utf-8")
     page = reported(run)
-    assert "8 students of 128 down to 1 steps; the results of teacher and students cannot be compared." in page.text
+    assert "8 students, from 128 steps to 1. There are no comparable results of teacher and students." in page.text
     assert "instead of" not in page.text
 
 
@@ -419,7 +419,7 @@ def test_samples_that_cannot_be_read_are_named(tmp_path: Path, spoil: Callable[[
     spoil(run / "stages/02-halve-0064/samples/steps-0064.npz")
     page = reported(run)
     assert "stages/02-halve-0064/samples/steps-0064.npz is truncated or altered" in page.text
-    assert "No samples to look at for stage 02-halve-0064." in page.text
+    assert "No samples for stage 02-halve-0064." in page.text
 
 
 def test_missing_figures_recipe_log_and_samples_are_named(tmp_path: Path) -> None:
@@ -434,7 +434,7 @@ def test_missing_figures_recipe_log_and_samples_are_named(tmp_path: Path) -> Non
         "The recipe cannot be shown: recipe.json does not exist; restore a copy of it",
         "stages/00-denoise/metrics.json has no sha256 of its content",
         "No figures (metrics.json) for stages 00-denoise, 01-halve-0128.",
-        "No samples to look at for stages 00-denoise, 01-halve-0128.",
+        "No samples for stages 00-denoise, 01-halve-0128.",
         "No losses were logged.",
         "The command of this run was not recorded.",
     ):

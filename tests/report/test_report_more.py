@@ -190,7 +190,7 @@ def test_studies_in_the_run_or_in_a_folder_named_are_shown(tmp_path: Path, capsy
     write_study(run / "studies" / "schedules")
     page = reported(run)
     assert page.table("steps") == [["steps", "ours", "theirs"], ["4", "1.5", "<b>2"]]
-    for text in ("Schedules", "How long?", "A note.", "Scale smoke. It took 2 min 5 s."):
+    for text in ("Schedules", "How long?", "A note.", "Scale smoke. Time: 2 min 5 s."):
         assert text in page.text
     assert any((image["src"] or "").startswith("data:image/svg+xml;base64,") for image in page.attributes("img"))
     write_study(tmp_path / "elsewhere" / "other")

@@ -1,4 +1,4 @@
-"""Samples of every model from the same noise: the images for the slider and the strip of all models."""
+"""Samples of every model from the same noise, as images for the slider and for the strip of all models."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from halfstep.report.words import count, sampler_label
 from halfstep.runs import Best
 
 WALKED_COLUMNS = 5
-MODELS = {"student": "the student", "matched": "the matched teacher", "teacher": "the teacher, not distilled,"}
+MODELS = {"student": "the student", "matched": "the matched teacher", "teacher": "the undistilled teacher"}
 """Names of the models in alternative texts."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many samples to show."""
+    """Limits on the samples to show."""
 
     num_seeds: int = 8
     """Rows in the strip."""
@@ -30,7 +30,7 @@ class Sizes:
     """Maximum pixels of one image in the slider."""
 
     def smaller(self) -> "Sizes | None":
-        """Return sizes about half as large; None if there is only one seed."""
+        """Return sizes about half as large; None for a single seed."""
         if self.num_seeds == 1:
             return None
         return Sizes(self.num_seeds // 2, max(1, self.num_walked // 2), self.most_pixels // 2)
@@ -50,12 +50,12 @@ class Column(NamedTuple):
 
     steps: int
     by: str | None = None
-    """Sampler of the teacher at its best, if it is not the teacher's own."""
+    """Sampler of the teacher at its best, unless it is the teacher's own."""
 
     @property
     def label(self) -> str:
-        """Return "8 steps" or "32 steps of Heun"."""
-        return count(self.steps, "step") + (f" of {sampler_label(self.by)}" if self.by else "")
+        """Description such as "8 steps" or "32 Heun steps"."""
+        return count(self.steps, f"{sampler_label(self.by)} step" if self.by else "step")
 
 
 class Walked(NamedTuple):
@@ -63,7 +63,7 @@ class Walked(NamedTuple):
 
     column: Column
     student: Picture | None
-    """With more steps than the first student's: that student's teacher, the matched model or the chain's start."""
+    """The first student's teacher (the matched model or the start of the chain) at more steps than that student's."""
     teacher: Picture | None
 
 
@@ -71,14 +71,14 @@ class Gallery(NamedTuple):
     """Samples of every model from the same noise."""
 
     kind: str
-    """"images", "points", or why there are no images."""
+    """"images", "points", or the reason why nothing is shown."""
     columns: Sequence[Column] = ()
     students: Sequence[Picture | None] = ()
-    """One per column, or the first student's teacher at more steps than that student's; empty without students."""
+    """`Walked.student` for each column; empty without students."""
     teachers: Sequence[Picture | None] = ()
     num_seeds: int = 0
     row_height: int = 0
-    """Pixels from one seed to the next."""
+    """Distance in pixels from one seed to the next."""
     width: int = 0
     """Width in pixels of an image in the strip."""
     walk: Sequence[Walked] = ()
@@ -90,7 +90,7 @@ def gallery(facts: RunFacts, summary: Summary, sizes: Sizes, best: Best | None =
     """Return the gallery; None if no stage has samples.
 
     Args:
-        best: the teacher at its best, which gets its own column if its samples were kept.
+        best: the teacher at its best, which gets a column if its samples were kept.
     """
     held: dict[str, dict[Column, tuple[np.ndarray, float | None]]] = {"teacher": {}, "matched": {}, "student": {}}
     if (first := facts.start) is not None:
@@ -113,7 +113,7 @@ def gallery(facts: RunFacts, summary: Summary, sizes: Sizes, best: Best | None =
     images = figures.is_images(arrays[0])
     fewest = min(len(array) for array in arrays)
     num_seeds = min(sizes.num_seeds, fewest)
-    # Distant outliers of the other models must not shrink everything to a dot.
+    # Only the first model sets the frame, so that outliers of the others do not shrink everything to a dot.
     box = (0.0, 0.0, 1.0) if images else figures.limits(arrays[0])
 
     def picture(who: str, column: Column, length: int, columns: int) -> Picture | None:
@@ -134,7 +134,7 @@ def gallery(facts: RunFacts, summary: Summary, sizes: Sizes, best: Best | None =
     most = max((column.steps for column in students), default=0)
 
     def distilled(column: Column, length: int, columns: int) -> Picture | None:
-        """Return the student, or the first student's teacher at more steps than that student's."""
+        """Return `Walked.student`."""
         if column.by is None and column.steps <= most:
             return picture("student", column, length, columns)
         return picture("matched", column, length, columns) or picture("teacher", column, length, columns)
@@ -166,7 +166,7 @@ def gallery(facts: RunFacts, summary: Summary, sizes: Sizes, best: Best | None =
 
 
 def _samples(stage: StageFacts) -> dict[Column, tuple[np.ndarray, float | None]]:
-    """Return the samples from a stage's own sampler with their Frechet distances, from most steps to fewest."""
+    """Return the samples of a stage's own sampler and their Frechet distances, in descending order of steps."""
     results, own = stage.metrics.results if stage.metrics is not None else (), stage.manifest.outcome.sampler_name
     frechet = {result.num_steps: result.frechet for result in results if result.sampler == own}
     return {Column(steps): (stage.samples[steps], frechet.get(steps)) for steps in sorted(stage.samples, reverse=True)}

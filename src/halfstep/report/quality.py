@@ -1,7 +1,6 @@
-"""The results of a run's own measurements (metrics.json): one table and one curve per protocol.
+"""The results of a run's own measurements (metrics.json), with a table and figures per protocol.
 
-Ratios are only taken within one protocol. The teacher at its best (`teacher_best`) is the reference for quality and
-time.
+Ratios are relative to the teacher at its best (`teacher_best`) in the same protocol.
 """
 
 import json
@@ -21,32 +20,32 @@ from halfstep.runs.schema import Result
 
 @dataclass(frozen=True)
 class Pair:
-    """A student (or matched model) and the teacher with the same number of steps, or one of them alone."""
+    """A student or matched model next to the teacher with the same number of steps; either may be missing."""
 
     steps: int
     sampler: str
     """Label of the student's sampler, and of the teacher's if it differs."""
     teacher: Result | None
-    """The model that the chain starts from, with its own sampler if it was not measured with the student's."""
+    """First model of the chain, with the student's sampler if that was measured, otherwise with its own."""
     student: Result | None
     student_stage: str | None
     is_matched: bool
-    """Whether `student` is a matched teacher instead."""
+    """Whether `student` is a matched teacher."""
     is_earlier: bool
-    """Whether a later student has the same number of steps and replaces this one."""
+    """Whether a later student with the same number of steps replaces this one."""
     is_repeated: bool
     """Whether another student has the same number of steps."""
     ratio: float | None
     """Ratio of the student's Frechet distance to that of the teacher at its best."""
     measured: Result
-    """The student, otherwise the teacher; the row shows its network calls and time."""
+    """The student, or the teacher in a row without one. The row shows its network calls and time."""
     speed_up: float | None
     """Ratio of the speed of `measured` to that of the teacher at its best."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Results of one protocol."""
+    """The results of one protocol."""
 
     name: str
     protocol: Mapping[str, Any]
@@ -54,14 +53,14 @@ class Group:
     best: Best | None
     """The teacher at its best."""
     base: Result | None
-    """The teacher's result whose samples are the reference for same-noise comparisons."""
+    """The teacher's result that same-noise comparisons refer to."""
     teacher_sampler: str
     """The teacher's own sampler."""
     stages: Sequence[str]
     note: str | None
-    """Warning about distances between so few samples."""
+    """Warning about the number of samples."""
     too_few: bool
-    """Whether they are too few for a reliable Frechet distance."""
+    """Whether the samples are too few for a reliable Frechet distance."""
 
     @property
     def best_words(self) -> str:
@@ -70,7 +69,7 @@ class Group:
 
     @property
     def base_words(self) -> str:
-        """Sampling method of the teacher that others are compared with."""
+        """Sampling method of `base`."""
         return "" if self.base is None else method_words(self.base.sampler, self.base.num_steps, self.base.num_evals)
 
     @property
@@ -85,19 +84,19 @@ class Group:
 
     @property
     def students(self) -> list[tuple[str, Result]]:
-        """The students' stages and results, without earlier students with the same number of steps."""
+        """The students' stages and results, without students that a later one replaces."""
         rows = [row for row in self.rows if not (row.is_matched or row.is_earlier)]
         return [(str(row.student_stage), row.student) for row in rows if row.student is not None]
 
     def note_of(self, row: Pair) -> str:
-        """Return what distinguishes a row from others with the same steps: sampler, role or stage; usually empty."""
+        """Return the sampler, role or stage of a row if others have the same steps, otherwise an empty string."""
         by = [] if row.sampler == sampler_label(self.teacher_sampler) else [row.sampler]
         of = ["matched"] if row.is_matched else [str(row.student_stage)] if row.is_repeated else []
         return ", ".join([*by, *of])
 
     @property
     def figure(self) -> Markup | None:
-        """The curves of teacher and students against network calls."""
+        """Frechet distances of teacher and students against network calls."""
         teacher = [row.teacher for row in self.rows if row.teacher is not None]
         names = sorted({result.sampler for result in teacher}, key=lambda name: name != self.teacher_sampler)
         curves = [
@@ -118,7 +117,7 @@ class Group:
 
     @property
     def shares_figure(self) -> Markup | None:
-        """Precision, recall and coverage of the students against network calls, and of the teacher at its best."""
+        """Precision, recall and coverage of the students against network calls, with the teacher at its best."""
         at_best = next((r.teacher for r in self.rows if r.teacher and Best.of(r.teacher) == self.best), None)
         curves, levels = [], {}
         for name in ("precision", "recall", "coverage"):
@@ -130,22 +129,18 @@ class Group:
 
 
 def are_earlier(keys: Sequence[Hashable]) -> list[bool]:
-    """Return for each key whether an equal one follows."""
+    """Return for each key whether an equal key follows."""
     return [key in keys[place + 1 :] for place, key in enumerate(keys)]
 
 
 def quality_groups(stages: Sequence[StageFacts], start: StageFacts | None) -> list[Group]:
-    """Return one group for each protocol of the stages' metrics, in order; all are compared with `start`."""
+    """Return a group for each protocol of the stages' metrics, all compared with `start`."""
     by_protocol: dict[str, list[tuple[StageFacts, Metrics]]] = {}
     for stage in stages:
         if stage.metrics is not None and stage.metrics.results:
             key = json.dumps(stage.metrics.protocol, sort_keys=True)
             by_protocol.setdefault(key, []).append((stage, stage.metrics))
     return [_group(f"quality{index}", start, found) for index, found in enumerate(by_protocol.values())]
-
-
-def _value(result: Result | None, name: str) -> float | None:
-    return None if result is None else getattr(result, name)
 
 
 def _group(name: str, start: StageFacts | None, stages: Sequence[tuple[StageFacts, Metrics]]) -> Group:
@@ -184,7 +179,7 @@ def _group(name: str, start: StageFacts | None, stages: Sequence[tuple[StageFact
                 speed_up=ratio(best.seconds_per_1000 if best else None, held[0].seconds_per_1000),
             )
         )
-    # For equal steps and sampler, the order of the plan is kept.
+    # Rows with equal steps and sampler keep the order of the plan.
     rows.sort(key=lambda row: (row.steps, row.sampler), reverse=True)
     return Group(
         name=name,
@@ -199,22 +194,23 @@ def _group(name: str, start: StageFacts | None, stages: Sequence[tuple[StageFact
     )
 
 
-def _written(value: float | None, form: str) -> str:
+def _written(result: Result | None, name: str, form: str) -> str:
+    value = None if result is None else getattr(result, name)
     return "–" if value is None else format(value, form)
 
 
 def text_table(group: Group) -> Table:
-    """Return the group as text cells, for a terminal."""
+    """Return the group as text for a terminal."""
     rows = [
         [
             str(row.steps) + (f" ({note})" if (note := group.note_of(row)) else ""),
             str(row.measured.num_evals),
-            _written(_value(row.teacher, "frechet"), ".4g"),
-            _written(_value(row.student, "frechet"), ".4g"),
-            _written(row.ratio, ".2f"),
-            _written(row.measured.recall, ".3f"),
-            _written(row.measured.coverage, ".3f"),
-            _written(_value(row.student, "teacher_rmse"), ".4f"),
+            _written(row.teacher, "frechet", ".4g"),
+            _written(row.student, "frechet", ".4g"),
+            "–" if row.ratio is None else f"{row.ratio:.2f}",
+            _written(row.measured, "recall", ".3f"),
+            _written(row.measured, "coverage", ".3f"),
+            _written(row.student, "teacher_rmse", ".4f"),
             number(row.measured.seconds_per_1000),
             "–" if row.speed_up is None else f"{times(row.speed_up)}x",
         ]
@@ -226,20 +222,20 @@ def text_table(group: Group) -> Table:
     ]  # fmt: skip
     notes = []
     if group.best is not None:
-        notes.append(f"Ratio and speed-up: relative to the teacher at its best, {group.best_words}.")
+        notes.append(f"Ratio and speed-up are relative to the teacher at its best, {group.best_words}.")
     if group.base is not None:
-        notes.append(f"RMSE: between student and teacher ({group.base_words}) from the same noise.")
+        notes.append(f"RMSE is between student and teacher ({group.base_words}) from the same noise.")
     sizes = [group.protocol.get(name, "?") for name in ("num_samples", "num_reference")]
-    bias = "biased upwards, more so with fewer samples, so compare only within this table"
-    notes.append(group.note or f"Distances between {sizes[0]} samples and {sizes[1]} real ones: {bias}.")
+    bias = "are biased upwards, more so with fewer samples. Compare them only within this table"
+    notes.append(group.note or f"Distances between {sizes[0]} samples and {sizes[1]} real ones {bias}.")
     return Table(headings, rows, notes)
 
 
 def _curve(label: str, results: Sequence[Result | None], named: Sequence[Pair] = ()) -> figures.Curve | None:
-    """Return the curve against network calls, with the results that a logarithmic axis can show.
+    """Return the curve against network calls, without results that a logarithmic axis cannot show.
 
     Args:
-        named: rows that label their students' points with the names of the stages.
+        named: rows of students that are labelled with their stages.
     """
     drawn = [r for r in results if r is not None and r.num_evals > 0 and is_finite(r.frechet) and r.frechet > 0]
     held = sorted(dict.fromkeys(drawn), key=lambda result: (result.num_evals, result.frechet))
@@ -251,7 +247,7 @@ def _curve(label: str, results: Sequence[Result | None], named: Sequence[Pair] =
 
 
 def protocol_notices(groups: Sequence[Group]) -> list[str]:
-    """Return the notices about few samples and about several protocols, if any."""
+    """Return notices about too few samples and about several protocols."""
     notes = list(dict.fromkeys(group.note for group in groups if group.note))
     if len(groups) < 2:
         return notes
@@ -260,5 +256,5 @@ def protocol_notices(groups: Sequence[Group]) -> list[str]:
     return [
         *notes,
         f"Not all stages were measured with the same protocol (different: {differing}). Results of different "
-        "protocols cannot be compared, so each protocol has its own table and figure.",
+        "protocols are not comparable, so each protocol has its own table and figure.",
     ]

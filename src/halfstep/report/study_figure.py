@@ -1,4 +1,4 @@
-"""The figure of a study: panels of curves or bars side by side, as PNG and SVG."""
+"""The figure of a study, as PNG and SVG: panels of curves or bars, side by side."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,13 +10,13 @@ from halfstep.report.figures import COLOURS, STYLE, Curve, log_axis, powers_of_t
 MARKERS: Final = "osD^vPX*"
 """One for each colour."""
 MOST_INSIDE: Final = 5
-"""Number of curves above which a legend inside a panel would cover them."""
+"""Maximum number of curves for a legend inside the panels."""
 
 
 @final
 @dataclass(frozen=True)
 class Panel:
-    """Curves over a number, or bars over `categories`, with indices into them as x."""
+    """Curves, or bars over `categories` with indices into them as x."""
 
     title: str
     x_label: str
@@ -26,11 +26,11 @@ class Panel:
     log_x: bool = True
     log_y: bool = True
     level: tuple[str, float] | None = None
-    """A horizontal line: its label and its y."""
+    """Label and height of a horizontal line."""
 
 
 def draw_panels(panels: Sequence[Panel], path: Path) -> None:
-    """Write `path` with the suffixes .png and .svg; the same panels give the same files."""
+    """Write `path` with the suffixes .png and .svg; the same panels always give the same files."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -71,7 +71,7 @@ def _draw(axes: Any, panel: Panel) -> None:
 
 
 def _add_legend(figure: Any, is_shared: bool) -> None:
-    """Add a legend inside each panel, or one for all panels below them."""
+    """Add a legend inside each panel, or a shared one below the panels."""
     if not is_shared:
         for axes in figure.axes:
             axes.legend(fontsize=9)

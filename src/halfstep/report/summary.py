@@ -1,4 +1,4 @@
-"""The first sentence of a report: how many network calls a student saves, and how its quality compares."""
+"""The first sentence of a report: the network calls that a student saves, and its quality."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -12,10 +12,10 @@ from halfstep.runs import Best, finite
 KEPT = 1.5
 """A student keeps the teacher's quality up to this multiple of its Frechet distance or KID."""
 NO_GAIN = 1.05
-"""A student gains nothing if the undistilled teacher, with as many network calls, is at most this much worse."""
+"""A student gains nothing if the undistilled teacher at equal network calls is at most this much worse."""
 LEARNED = 0.25
-"""Minimum coverage of the real data by the samples of a teacher that has learned them. (Coverage is near 1 if samples
-and real data have the same distribution.)"""
+"""Minimum coverage of the real data by the samples of a teacher that has learned the data. Coverage is near 1 if both
+have the same distribution."""
 
 
 class Rated(NamedTuple):
@@ -26,27 +26,27 @@ class Rated(NamedTuple):
     quality: float
     """Ratio of its Frechet distance to that of the teacher at its best; its KID if that distance is unreliable."""
     alone: float | None
-    """The same for the undistilled teacher with as many network calls; None if not measured."""
+    """The same for the undistilled teacher at equal network calls; None if not measured."""
 
     @property
     def gains(self) -> bool:
-        """Whether the student is closer to the data than the undistilled teacher with as many network calls."""
+        """Whether the student is closer to the data than the undistilled teacher at equal network calls."""
         return self.alone is None or self.alone > NO_GAIN * self.quality
 
 
 class Comparison(NamedTuple):
-    """All students that can be compared with the teacher, at least one."""
+    """The students that can be compared with the teacher, at least one."""
 
     students: Sequence[Rated]
     teacher: Best
     """The teacher at its best."""
     quality: float
-    """Its quality, as for a student: 1, or its KID."""
+    """`Rated.quality` of the teacher: 1, or the teacher's KID."""
     by_kid: bool
     """Whether students are rated by KID, because there are too few samples for a Frechet distance."""
 
     def words(self, student: Rated) -> str:
-        """Return the quality of a student in words."""
+        """Describe the quality of a student."""
         if self.by_kid:
             alone = "" if student.alone is None else f", {number(student.alone)} without distillation"
             return f"KID {number(student.quality)} ({number(self.quality)} for the teacher at its best{alone})"
@@ -55,20 +55,20 @@ class Comparison(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """The outcome in a sentence or two, and in a few large numbers."""
+    """The outcome in one or two sentences and a few large numbers."""
 
     lead: str
     more: str | None = None
     tiles: Sequence[tuple[str, str]] = ()
     """Numbers with their labels."""
     best: Rated | None = None
-    """The student that the sentence is about."""
+    """The student in the sentence."""
     choice: str = ""
     """How that student was chosen."""
 
 
 def summarise(facts: RunFacts, groups: Sequence[Group]) -> Summary:
-    """Summarise a run by its first reliable comparison: its own measurements, then its evaluation."""
+    """Summarise a run by its first reliable comparison in metrics.json or evaluation.json, otherwise by the first."""
     tiles = [(duration(sum(stage.manifest.seconds for stage in facts.others)), "training time of all students")]
     comparisons = [found for found in (*map(_of_group, groups), *_of_evaluation(facts)) if found is not None]
     found = min(comparisons, key=lambda one: one.by_kid, default=None)
@@ -93,7 +93,7 @@ def summarise(facts: RunFacts, groups: Sequence[Group]) -> Summary:
         more = None
     else:
         lead = (
-            f"No gain from distillation with {calls}: the undistilled teacher is as close to the data with as many. "
+            f"No gain from distillation with {calls}: the undistilled teacher is just as close to the data. "
             f"{found.words(best)}."
         )
         more = "Train the teacher and the students longer, or distil to fewer steps."
@@ -101,7 +101,7 @@ def summarise(facts: RunFacts, groups: Sequence[Group]) -> Summary:
         more = f"At {count(fewest.steps, 'step')}: {found.words(fewest)}."
     covered, how = found.teacher.coverage, method_words(*found.teacher[:3])
     if covered is not None and covered < LEARNED:
-        more = f"At its best ({how}) its samples cover {covered:.0%} of the real data, and no student can learn more."
+        more = f"At its best ({how}), its samples cover {covered:.0%} of the real data. Students cannot learn more."
         return Summary("The teacher has not learned the data yet: train it longer.", more, tiles, best, choice)
     if found.by_kid:
         quality = (number(best.quality), f"KID; {number(found.quality)} for the teacher at its best: {how}")
@@ -124,7 +124,7 @@ def _of_group(group: Group) -> Comparison | None:
 
 
 def _of_evaluation(facts: RunFacts) -> list[Comparison | None]:
-    """Return the comparison of each table; its students are the last of each number of steps, in their first series."""
+    """Return a comparison for each table, with the last student of each number of steps in its first series."""
     result, comparisons = facts.evaluation, []
     for table in result.tables if result is not None else ():
         assert result is not None
@@ -141,7 +141,7 @@ def _of_evaluation(facts: RunFacts) -> list[Comparison | None]:
 def _comparison(
     best: Best | None, teacher: Iterable[Best], students: Iterable[Best], by_kid: bool
 ) -> Comparison | None:
-    """Return the comparison of the students with the teacher's cells, one of which is `best`; None without students."""
+    """Compare students with the teacher's cells, which include `best`; None if no student can be compared."""
     if best is None:
         return None
 
@@ -162,7 +162,7 @@ def _comparison(
 
 
 def _unrated(facts: RunFacts) -> str:
-    """Return the sentence for a run in which teacher and students cannot be compared."""
+    """Return the sentence for a run without a comparison of teacher and students."""
     steps = sorted({s.manifest.num_steps for s in facts.students if s.manifest.num_steps is not None}, reverse=True)
     if not facts.stages:
         return "A run in progress; no stage is complete yet."
@@ -172,5 +172,5 @@ def _unrated(facts: RunFacts) -> str:
         return f"A {what}, trained in {duration(first.manifest.seconds)}; no student is complete yet."
     what = count(len(facts.students), "student")
     if steps:
-        what += f" of {steps[0]:,} down to {steps[-1]:,} steps" if steps[1:] else f" of {count(steps[0], 'step')}"
-    return f"{what}; the results of teacher and students cannot be compared."
+        what += f", from {steps[0]:,} steps to {steps[-1]:,}" if steps[1:] else f" with {count(steps[0], 'step')}"
+    return f"{what}. There are no comparable results of teacher and students."
