@@ -278,7 +278,7 @@ def test_a_stage_with_one_row_of_the_log_is_seen_in_the_figure(tmp_path: Path) -
 
 
 def test_pictures_are_the_same_seeds_enlarged_without_smoothing(whole: Path, page: Page) -> None:
-    for stage, steps, who in (("00-denoise", 4, "the teacher"), ("06-halve-0004", 4, "the student")):
+    for stage, steps, who in (("00-denoise", 4, "the undistilled teacher"), ("06-halve-0004", 4, "the student")):
         samples = np.load(whole / "stages" / stage / "samples" / f"steps-{steps:04d}.npz")["arr_0"]
         (image,) = [
             image

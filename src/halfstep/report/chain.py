@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from markupsafe import Markup
@@ -143,11 +143,11 @@ def distance_figure(rows: Sequence[StageRow]) -> Markup | None:
 # --- Cost ---
 
 SECTIONS: Final = (
-    ("Teacher", "teacher", "teacher"),
-    ("Matching", "matched", "matching"),
-    ("Students", "student", "chain"),
+    ("Teacher", "teacher", ("teacher",)),
+    ("Matching", "matched", ("matching",)),
+    ("Students", "student", ("chain", "finish")),
 )
-"""Heading, role, and section of the recipe with the hyperparameters."""
+"""Heading, role, and sections of the recipe with the hyperparameters."""
 
 
 def cost(facts: RunFacts, groups: Sequence[Group], summary: Summary) -> tuple[list[tuple[str, str]], str | None]:
@@ -158,16 +158,14 @@ def cost(facts: RunFacts, groups: Sequence[Group], summary: Summary) -> tuple[li
     if facts.start is not None and facts.start_name in given:
         what = "Teacher" if facts.start.role == "teacher" else "Start of the chain"
         pairs.append((what, "given, not trained here"))
-    for what, role, section in SECTIONS:
+    for what, role, sections in SECTIONS:
         stages = [stage for stage in facts.stages if stage.role == role and stage.name not in given]
         if not stages:
             continue
         updates = sum(stage.manifest.num_updates for stage in stages)
         seconds = sum(stage.manifest.seconds for stage in stages)
         text = f"{duration(seconds)}, {count(updates, 'update')}"
-        settings = facts.recipe.get(section)
-        batch = settings.get("batch_size") if isinstance(settings, Mapping) else None
-        if isinstance(batch, int) and batch > 0:
+        if (batch := _batch_size(facts.recipe, sections)) is not None:
             text += f" of {count(batch, 'sample')}"
         if len(stages) > 1:
             text += f", {count(len(stages), 'stage')}"
@@ -186,6 +184,18 @@ def cost(facts: RunFacts, groups: Sequence[Group], summary: Summary) -> tuple[li
     if isinstance(facts.environment.get("started"), str):
         pairs.append(("Started", facts.environment["started"]))
     return pairs, _paid(facts, groups, summary)
+
+
+def _batch_size(recipe: Mapping[str, Any], sections: Sequence[str]) -> int | None:
+    """Return the batch size of training in these sections; None if it is unknown or not the same in all of them."""
+    sizes = []
+    for settings in map(recipe.get, sections):
+        # A finish without steps trains nothing.
+        if isinstance(settings, Mapping) and settings.get("steps", True):
+            training = settings.get("training", settings)
+            sizes.append(training.get("batch_size") if isinstance(training, Mapping) else None)
+    size = sizes[0] if sizes and all(size == sizes[0] for size in sizes) else None
+    return size if isinstance(size, int) and size > 0 else None
 
 
 def _paid(facts: RunFacts, groups: Sequence[Group], summary: Summary) -> str | None:
