@@ -171,8 +171,8 @@ def markdown(result: EvaluationResult) -> str:
                 if name in result.metrics
             )
             lines += [
-                f"Two disjoint halves of the real data, {table.halves.num_each:,} samples each: {shown}. These "
-                "are fewer samples than above, so their Frechet distance is biased upwards more.",
+                f"Two disjoint halves of the real data, {table.halves.num_each:,} samples each: {shown}. With fewer "
+                "samples than above, their Frechet distance has more upward bias.",
                 "",
             ]
     if result.notices:

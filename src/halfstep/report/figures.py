@@ -95,7 +95,7 @@ def _figure(name: str, height: float, draw: Any, panels: Sequence[float] = (1.0,
     svg = re.sub(r'href="#', f'href="#{name}-', svg)
     for stand_in, variable in VARIABLES.items():
         svg = svg.replace(stand_in, variable)
-    # The element around the figure has its alternative text.
+    # The enclosing element carries the alternative text.
     return Markup(svg.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1).strip())
 
 

@@ -145,21 +145,22 @@ def quality_groups(stages: Sequence[StageFacts], start: StageFacts | None) -> li
 
 def _group(name: str, start: StageFacts | None, stages: Sequence[tuple[StageFacts, Metrics]]) -> Group:
     teacher = {(r.num_steps, r.sampler): r for stage, held in stages if stage == start for r in held.results}
-    others = [(stage, r) for stage, held in stages if stage != start for r in held.results]
     is_too_few = any(held.too_few for _, held in stages)
     best = teacher_best(map(Best.of, teacher.values()), is_too_few)
     own = start.manifest.outcome.sampler_name if start else ""
-    pairs: list[tuple[StageFacts | None, Result | None, Result | None]] = []
-    for other, result in others:
-        alone = teacher.get((result.num_steps, result.sampler)) or teacher.get((result.num_steps, own))
-        pairs.append((other, result, alone))
-    beside = [alone for _, _, alone in pairs]
+    pairs: list[tuple[StageFacts | None, Result | None, Result | None]] = [
+        (stage, r, teacher.get((r.num_steps, r.sampler)) or teacher.get((r.num_steps, own)))
+        for stage, held in stages
+        if stage != start
+        for r in held.results
+    ]
+    beside = [alone for *_, alone in pairs]
     pairs += [(None, None, alone) for alone in teacher.values() if alone not in beside]
-    keys: list[Hashable] = list(range(len(pairs)))
-    for place, (stage, student, _) in enumerate(pairs):
-        if stage is not None and student is not None:
-            # A matched model is measured with several samplers.
-            keys[place] = (stage.role, student.num_steps, student.sampler if stage.role == "matched" else None)
+    # A matched model is measured with several samplers.
+    keys: list[Hashable] = [
+        (stage.role, r.num_steps, r.sampler if stage.role == "matched" else None) if stage and r else place
+        for place, (stage, r, _) in enumerate(pairs)
+    ]
     rows = []
     for (stage, student, alone), key, is_earlier in zip(pairs, keys, are_earlier(keys), strict=True):
         held = [result for result in (student, alone) if result is not None]

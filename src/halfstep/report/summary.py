@@ -82,7 +82,7 @@ def summarise(facts: RunFacts, groups: Sequence[Group]) -> Summary:
         best = min(found.students, key=lambda student: (student.quality, student.steps))
     choice = (
         f"with the fewest steps and a {'KID' if found.by_kid else 'Fréchet distance'} of at most {KEPT} times the "
-        "teacher’s best, or the best student if there is none"
+        "teacher’s best, or the best student if none qualifies"
         + (". It compares KID because there are too few samples for a reliable Fréchet distance" * found.by_kid)
     )
     calls, saved = count(best.num_evals, "network call"), found.teacher.num_evals / max(1, best.num_evals)
@@ -124,7 +124,10 @@ def _of_group(group: Group) -> Comparison | None:
 
 
 def _of_evaluation(facts: RunFacts) -> list[Comparison | None]:
-    """Return a comparison for each table, with the last student of each number of steps in its first series."""
+    """Return a comparison for each table.
+
+    If several students have the same number of steps, the last one counts, in its first series.
+    """
     result, comparisons = facts.evaluation, []
     for table in result.tables if result is not None else ():
         assert result is not None

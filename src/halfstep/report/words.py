@@ -1,4 +1,4 @@
-"""Formatting of numbers, times and counts for readers."""
+"""Formats numbers, durations and counts for display."""
 
 import json
 import math

@@ -80,7 +80,7 @@ class Study(ABC):
         """Return the trials in the order of execution."""
 
     def costs(self, scale: Scale) -> Mapping[str, float]:
-        """Return the forward passes (of one sample) of each part of the plan; empty if they are not counted."""
+        """Return the forward passes of one sample for each part of the plan; empty if not counted."""
         return {}
 
     @abstractmethod

@@ -70,7 +70,7 @@ def funded(legs: Sequence[Leg]) -> Plan:
 
 
 def ways(stages: Sequence[Stage]) -> list[tuple[int, ...]]:
-    """Return, for each stage, the indices of the stages that lead to it from the undistilled teacher, its own last."""
+    """Return, for each stage, the indices of the stages from the undistilled teacher to it, ending with its own."""
     models = [Outcome(Role.TEACHER)]
     found: list[tuple[int, ...]] = [()]
     for place, stage in enumerate(stages):
@@ -210,7 +210,7 @@ def _road(scale: Scale, name: str, steps: int, seed: int) -> Trial:
 
 
 def way_to(plan: Plan, steps: int) -> tuple[int, ...]:
-    """Return the indices of the stages that lead to the last student with `steps` steps, its own last."""
+    """Return the indices of the stages that lead to the last student with `steps` steps, ending with its own."""
     return next(
         way for stage, way in zip(plan.stages[::-1], ways(plan.stages)[::-1], strict=True) if stage.num_steps == steps
     )

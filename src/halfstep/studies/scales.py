@@ -1,4 +1,4 @@
-"""The three scales of the studies: their training, seeds and measurements."""
+"""The scales of the studies: training, seeds and measurements at three sizes."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -94,7 +94,7 @@ YOUNGER: Final[Mapping[tuple[str, str], Any]] = {
 
 
 def _as_before(said: Any, name: str) -> Any:
-    """Return the data of `name` without newer settings at the values that applied to the published studies."""
+    """Return the data of `name`, dropping newer settings that have the published studies' values."""
     if not isinstance(said, dict):
         return said
     kept = {key: value for key, value in said.items() if YOUNGER.get((name, key), ...) != value}
@@ -128,6 +128,9 @@ def smoke() -> Scale:
         num_updates=700, batch_size=64, learning_rate=2e-3, warmup_updates=20, adam_betas=(0.9, 0.99), ema_decay=0.98
     )
     network = recipe.network.model_copy(update={"block_out_channels": (24, 48)})
+    consistency = Training(
+        num_updates=COUNTED, batch_size=32, learning_rate=2e-3, warmup_updates=10, adam_betas=(0.9, 0.99)
+    )
     return Scale(
         name="smoke",
         recipe=recipe,
@@ -144,18 +147,9 @@ def smoke() -> Scale:
             finish=Training(
                 num_updates=COUNTED, batch_size=32, learning_rate=1e-4, adam_betas=(0.0, 0.99), ema_decay=0.98
             ),
-            consistency=Training(
-                num_updates=COUNTED, batch_size=32, learning_rate=2e-3, warmup_updates=10, adam_betas=(0.9, 0.99)
-            ),
+            consistency=consistency,
             grid=(8, 64),
-            moments=Training(
-                num_updates=COUNTED,
-                batch_size=32,
-                learning_rate=5e-4,
-                warmup_updates=10,
-                adam_betas=(0.0, 0.99),
-                ema_decay=0.98,
-            ),
+            moments=replace(consistency, learning_rate=5e-4, adam_betas=(0.0, 0.99), ema_decay=0.98),
         ),
         passes_per_second=4400,
     )
@@ -165,6 +159,7 @@ def small() -> Scale:
     """Fashion-MNIST, hours on one GPU. Without access to the Hub, pass `--data FOLDER`."""
     recipe = _with_chain(recipes["fashion_mnist"](), 256, Training(num_updates=4000, learning_rate=1e-4))
     recipe = recipe.model_copy(update={"evaluation": Evaluation(num_samples=5000, batch_size=1000)})
+    consistency = Training(num_updates=COUNTED, batch_size=64, learning_rate=3e-4, warmup_updates=100)
     return Scale(
         name="small",
         recipe=recipe,
@@ -175,16 +170,9 @@ def small() -> Scale:
         updates=(500, 1000, 2500, 5000),
         roads=RoadSettings(
             passes={8: 500_000, 4: 700_000, 2: 900_000, 1: 1_100_000},
-            consistency=Training(num_updates=COUNTED, batch_size=64, learning_rate=3e-4, warmup_updates=100),
+            consistency=consistency,
             grid=(16, 128),
-            moments=Training(
-                num_updates=COUNTED,
-                batch_size=64,
-                learning_rate=2e-4,
-                warmup_updates=100,
-                adam_betas=(0.0, 0.99),
-                ema_decay=0.98,
-            ),
+            moments=replace(consistency, learning_rate=2e-4, adam_betas=(0.0, 0.99), ema_decay=0.98),
         ),
     )
 
@@ -192,6 +180,7 @@ def small() -> Scale:
 def paper() -> Scale:
     """CIFAR-10 as in the paper, weeks on one GPU."""
     recipe = recipes["cifar10_paper"]()
+    consistency = Training(num_updates=COUNTED, learning_rate=1e-4, warmup_updates=1000)
     return Scale(
         name="paper",
         recipe=recipe,
@@ -202,11 +191,9 @@ def paper() -> Scale:
         updates=(5000, 10_000, 25_000, 50_000),
         roads=RoadSettings(
             passes={8: 320_000_000, 4: 352_000_000, 2: 416_000_000, 1: 480_000_000},
-            consistency=Training(num_updates=COUNTED, learning_rate=1e-4, warmup_updates=1000),
+            consistency=consistency,
             grid=(64, 1280),
-            moments=Training(
-                num_updates=COUNTED, learning_rate=1e-4, warmup_updates=1000, adam_betas=(0.0, 0.99), ema_decay=0.99
-            ),
+            moments=replace(consistency, adam_betas=(0.0, 0.99), ema_decay=0.99),
         ),
     )
 
