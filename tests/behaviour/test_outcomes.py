@@ -199,7 +199,7 @@ def test_the_explorer_asks_each_model_by_its_own_sampler(run: Path) -> None:
     explorer = Explorer(run)
     assert [choice.name for choice in explorer.choices] == names(run)
     labels = [explorer.label(choice) for choice in explorer.choices]
-    assert labels[:: len(names(run)) - 1] == ["Teacher", "Student of 4 steps"]
+    assert labels[:: len(names(run)) - 1] == ["Teacher", "4-step student"]
     own, start = explorer.compare(OWN, seed=3, num_samples=5).shown
     assert (own.num_steps, own.num_evals, own.sampler, own.is_start) == (4, 7, "heun", False)
     assert (start.stage, start.num_steps, start.num_evals, start.sampler, start.is_start) == (START, 8, 8, "ddim", True)

@@ -352,7 +352,7 @@ def test_what_was_cut_says_the_same_in_all_its_files(
         main(["evaluate", str(toy_run), "--num-steps", "3", "2", "--num-samples", "20", "--out", str(tmp_path)])
     assert not _result(tmp_path).complete
     said = (tmp_path / "evaluation.md").read_text()
-    assert "Interrupted, or still running" in said
+    assert "Interrupted or still running" in said
     assert "20 samples" in said
     with (tmp_path / "evaluation.csv").open() as file:
         rows = list(csv.DictReader(file))

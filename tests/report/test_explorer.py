@@ -106,7 +106,7 @@ def test_the_main_path_in_a_browser(run: Path, url: str, window: Any) -> None:
 
     # Side by side, of a seed and a class that were typed.
     page.get_by_label("Stage", exact=True).click()
-    page.get_by_role("option", name="Student of 4 steps").click()
+    page.get_by_role("option", name="4-step student").click()
     page.wait_for_function("document.querySelector('#steps input').value === '4'")
     page.fill("#seed input", "7")
     page.fill("#samples input", "5")
@@ -188,9 +188,9 @@ def request(**changes: object) -> list[object]:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"stage": "../../../etc/passwd"}, "there is no stage '../../../etc/passwd': choose one of 00-denoise,"),
+        ({"stage": "../../../etc/passwd"}, "stage '../../../etc/passwd' does not exist. Choose one of 00-denoise,"),
         ({"stage": "03-halve-0001"}, "03-halve-0001 is missing: it has not been trained yet"),
-        ({"stage": None}, "there is no stage None"),
+        ({"stage": None}, "stage None does not exist"),
         ({"steps": -1}, "steps must be a whole number from 1 to 1,024, got -1"),
         ({"steps": 10**12}, "steps must be a whole number from 1 to 1,024"),
         ({"steps": "__import__('os').system('true')"}, "steps must be a whole number"),
@@ -277,10 +277,13 @@ def test_bodies_that_are_large_or_nonsense_are_refused(url: str) -> None:
         value = file | {"meta": {"_type": "gradio.FileData"}} if isinstance(file, dict) else file
         for address, more in ((call, {}), (join, {"fn_index": 1, "session_hash": "a"})):
             answer = httpx.post(address, json={"data": request(stage=value), **more})
-            assert (answer.status_code, answer.text) == (400, "halfstep: each value must be a number, a text or null\n")
+            assert (answer.status_code, answer.text) == (
+                400,
+                "halfstep: each value must be a number, string or null\n",
+            )
     for number in (99, -1, "x", None, 1.5):
         answer = httpx.post(join, json={"data": [], "fn_index": number, "session_hash": "a"})
-        assert (answer.status_code, answer.text) == (400, f"halfstep: there is no function {number!r}\n")
+        assert (answer.status_code, answer.text) == (400, f"halfstep: function {number!r} does not exist\n")
     answer = httpx.post(join, json={"data": request(), "fn_index": 1, "session_hash": {"a": 1}})
     assert 400 <= answer.status_code < 500
     assert "html" in ask(url, "compare", request())
@@ -426,7 +429,7 @@ def test_wrong_arguments_are_one_line(run: Path, tmp_path: Path, capsys: Capture
     assert "--max-samples must be at least 1, got 0" in refused(["explore", str(run), "--max-samples", "0"], capsys)
     assert "device" in refused(["explore", str(run), "--device", "warp"], capsys)
     assert "the device 'meta' stores no values" in refused(["explore", str(run), "--device", "meta"], capsys)
-    assert "choose another --host" in refused(["explore", str(run), "--host", "a..b"], capsys)
+    assert "Choose another --host" in refused(["explore", str(run), "--host", "a..b"], capsys)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -97,11 +97,11 @@ WHOLE = "must be a whole number from"
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"stage": "../../../etc/passwd"}, "there is no stage '../../../etc/passwd': choose one of 00-denoise,"),
-        ({"stage": "stages/00-denoise"}, "there is no stage"),
-        ({"stage": None}, "there is no stage None"),
-        ({"stage": ["00-denoise"]}, "there is no stage"),
-        ({"stage": "03-halve-0001"}, "03-halve-0001 is missing: it has not been trained yet; choose another stage"),
+        ({"stage": "../../../etc/passwd"}, "stage '../../../etc/passwd' does not exist. Choose one of 00-denoise,"),
+        ({"stage": "stages/00-denoise"}, "stage 'stages/00-denoise' does not exist"),
+        ({"stage": None}, "stage None does not exist"),
+        ({"stage": ["00-denoise"]}, "stage ['00-denoise'] does not exist"),
+        ({"stage": "03-halve-0001"}, "03-halve-0001 is missing: it has not been trained yet. Choose another stage"),
         ({"num_steps": 0}, f"steps {WHOLE} 1 to 1,024, got 0"),
         ({"num_steps": -4}, "got -4"),
         ({"num_steps": 1025}, "got 1025"),
@@ -153,7 +153,7 @@ def test_sampling_is_stopped_when_its_time_is_up(run: Path) -> None:
     slow = Explorer(run, bounds=Bounds(seconds=1.0))
     # Time is asked after every step: a clock that jumps stands for a slow network.
     object.__setattr__(slow.bounds, "seconds", 0.0)
-    with pytest.raises(ValueError, match="00-denoise was stopped at step 1 of 1000, because the request took 0 s"):
+    with pytest.raises(ValueError, match="00-denoise was stopped at step 1 of 1000 because the request took 0 s"):
         slow.compare("00-denoise", 1000)
     assert len(Explorer(run).compare("00-denoise", 3).shown) == 2
 
@@ -214,7 +214,7 @@ def test_without_a_teacher_students_are_shown_alone(tmp_path: Path) -> None:
     (run / "stages/00-denoise/model.safetensors").unlink()
     answer = Explorer(run).compare("02-halve-0002")
     assert [shown.stage for shown in answer.shown] == ["02-halve-0002"]
-    assert answer.notes == ["No comparison with 00-denoise: its model.safetensors is gone."]
+    assert answer.notes == ["No comparison with 00-denoise: its model.safetensors does not exist."]
 
 
 def test_what_cannot_be_explored_is_said_at_once(tmp_path: Path) -> None:

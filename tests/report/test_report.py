@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from halfstep.report import write_report
-from halfstep.report.words import times
+from halfstep.report.words import number, times
 from halfstep.runs import RunFolder
 from halfstep.runtime.files import json_digest, sha256_of, write_sealed
 from report.fake_run import (
@@ -28,8 +28,12 @@ from report.fake_run import (
     STUDENT_STEPS,
     TEACHER_STEPS,
     digit_samples,
+    fake_evaluation,
+    figure,
+    frechet,
     point_samples,
     result,
+    write_fake_evaluation,
     write_fake_run,
     write_stage,
 )
@@ -170,7 +174,7 @@ def test_a_student_that_the_undistilled_teacher_equals_is_not_praised(
     write_sealed(path, held)
     page = reported(run)
     assert ("A student with 4 network calls instead of" in page.text) == gains
-    no_gain = "No gain from distillation with 4 network calls: the undistilled teacher is as close to the data"
+    no_gain = "No gain from distillation with 4 network calls: the undistilled teacher is just as close to the data"
     assert (no_gain in page.text) != gains
 
 
@@ -188,8 +192,58 @@ def test_a_teacher_that_covers_little_of_the_data_is_not_praised(tmp_path: Path)
     write_sealed(path, held)
     page = reported(run)
     assert "The teacher has not learned the data yet: train it longer." in page.text
-    assert "At its best (Heun, 32 steps (63 calls)) its samples cover 3% of the real data" in page.text
+    assert "At its best (Heun, 32 steps (63 calls)), its samples cover 3% of the real data" in page.text
     assert "times fewer" not in page.text
+
+
+def rewritten(run: Path, **changes: float | None) -> None:
+    """Mark the Frechet distances of all stages as unreliable, and change the teacher's figures with Heun."""
+    for path in run.glob("stages/*/metrics.json"):
+        held = json.loads(path.read_text()) | {"too_few": True}
+        for row in held["results"]:
+            row |= changes if row["sampler"] == "heun" else {}
+        write_sealed(path, held)
+
+
+def test_an_unreliable_frechet_distance_is_not_in_the_headline(tmp_path: Path) -> None:
+    """KID chooses the teacher at its best, the student, and is the figure that is stated."""
+    run = write_fake_run(tmp_path / "run")
+    # By its Frechet distance, Heun would be the teacher at its best.
+    rewritten(run, kid=0.5)
+    best, kept, last = (result(256, False), result(32, True), result(1, True))
+    assert kept.kid <= 1.5 * best.kid < result(16, True).kid
+    page = reported(run)
+    said = f"{number(kept.kid)} ({number(best.kid)} for the teacher at its best)."
+    assert f"A student with 32 network calls instead of 256 (8.0 times fewer): KID {said}" in page.text
+    assert f"At 1 step: KID {number(last.kid)} ({number(best.kid)} for the teacher at its best, " in page.text
+    assert f"KID; {number(best.kid)} for the teacher at its best: DDIM, 256 steps (256 calls)" in page.text
+    assert "It compares KID because there are too few samples" in page.text
+    assert "Fréchet distance" not in page.text.partition("Number of sampler steps")[0]
+    assert "Fréchet distance of the teacher at its best" not in page.text
+
+
+def test_a_reliable_evaluation_comes_before_an_unreliable_measurement(tmp_path: Path) -> None:
+    run = write_fake_run(tmp_path / "run")
+    rewritten(run)
+    write_fake_evaluation(run)
+    ratio = frechet(4, True) / frechet(256, False)
+    assert f"A student with 4 network calls instead of 256 (64 times fewer): Fréchet distance {ratio:.2f}" in (
+        reported(run).text
+    )
+
+
+@pytest.mark.parametrize("size", [1796, 1797])
+def test_an_evaluation_is_reliable_if_its_samples_outnumber_the_dimensions(tmp_path: Path, size: int) -> None:
+    run = write_fake_run(tmp_path / "run")
+    for path in run.glob("stages/*/metrics.json"):
+        path.unlink()
+    told = fake_evaluation()
+    for row in told["tables"][0]["rows"]:
+        row["figures"]["kid"] = figure(row["figures"]["frechet"]["mean"] / 10)
+    told["tables"][0]["protocol"]["extractor_facts"]["dimension"] = size
+    write_sealed(RunFolder(run).evaluation_path, told)
+    lead = reported(run).text.partition("No figures")[0]
+    assert ("KID" in lead, "Fréchet distance" in lead) == (size == 1797, size == 1796)
 
 
 def test_the_teacher_at_its_best_has_the_first_column(tmp_path: Path) -> None:
@@ -203,8 +257,8 @@ def test_the_teacher_at_its_best_has_the_first_column(tmp_path: Path) -> None:
     page = reported(run)
     (strip,) = [table for table in page.tables if any("Not distilled" in cell for row in table for cell in row)]
     assert [cell.split()[0] for cell in strip[0][1:]] == ["32", "256", *map(str, STUDENT_STEPS)]
-    assert strip[0][1].endswith("steps of Heun")
-    images = [one for one in page.attributes("img") if (one["alt"] or "").endswith("at 32 steps of Heun")]
+    assert strip[0][1].endswith("Heun steps")
+    images = [one for one in page.attributes("img") if (one["alt"] or "").endswith("at 32 Heun steps")]
     assert images
     data = (images[0]["src"] or "").split(",", 1)[1]
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))[..., 0]
@@ -224,7 +278,7 @@ def test_a_stage_with_one_row_of_the_log_is_seen_in_the_figure(tmp_path: Path) -
 
 
 def test_pictures_are_the_same_seeds_enlarged_without_smoothing(whole: Path, page: Page) -> None:
-    for stage, steps, who in (("00-denoise", 4, "the teacher"), ("06-halve-0004", 4, "the student")):
+    for stage, steps, who in (("00-denoise", 4, "the undistilled teacher"), ("06-halve-0004", 4, "the student")):
         samples = np.load(whole / "stages" / stage / "samples" / f"steps-{steps:04d}.npz")["arr_0"]
         (image,) = [
             image
@@ -310,7 +364,7 @@ def test_a_run_in_progress_shows_what_is_there_and_names_what_is_not(tmp_path: P
     assert "04-halve-0016 (120 of 400 updates done), 05-halve-0008" in page.text
     states = {row[0]: row[-1] for row in page.table("Stage")[1:]}
     assert states["03-halve-0032"] == "complete"
-    assert states["08-halve-0001"] == "not begun"
+    assert states["08-halve-0001"] == "not started"
     assert "32 network calls instead of 63" in page.text
 
 
@@ -338,7 +392,7 @@ def test_a_damaged_teacher_leaves_no_comparison(tmp_path: Path) -> None:
     run = write_fake_run(tmp_path / "run")
     (run / "stages/00-denoise/manifest.json").write_text("[]", encoding="utf-8")
     page = reported(run)
-    assert "8 students of 128 down to 1 steps; the results of teacher and students cannot be compared." in page.text
+    assert "8 students, from 128 steps to 1. There are no comparable results of teacher and students." in page.text
     assert "instead of" not in page.text
 
 
@@ -365,7 +419,7 @@ def test_samples_that_cannot_be_read_are_named(tmp_path: Path, spoil: Callable[[
     spoil(run / "stages/02-halve-0064/samples/steps-0064.npz")
     page = reported(run)
     assert "stages/02-halve-0064/samples/steps-0064.npz is truncated or altered" in page.text
-    assert "No samples to look at for stage 02-halve-0064." in page.text
+    assert "No samples for stage 02-halve-0064." in page.text
 
 
 def test_missing_figures_recipe_log_and_samples_are_named(tmp_path: Path) -> None:
@@ -380,7 +434,7 @@ def test_missing_figures_recipe_log_and_samples_are_named(tmp_path: Path) -> Non
         "The recipe cannot be shown: recipe.json does not exist; restore a copy of it",
         "stages/00-denoise/metrics.json has no sha256 of its content",
         "No figures (metrics.json) for stages 00-denoise, 01-halve-0128.",
-        "No samples to look at for stages 00-denoise, 01-halve-0128.",
+        "No samples for stages 00-denoise, 01-halve-0128.",
         "No losses were logged.",
         "The command of this run was not recorded.",
     ):

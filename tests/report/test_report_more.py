@@ -12,6 +12,7 @@ import torch
 from halfstep.cli import main
 from halfstep.data import DataConfig, MemoryData, open_data
 from halfstep.measure.nearest import nearest_samples
+from halfstep.recipes import recipes
 from halfstep.report import headline, read_run, write_report
 from halfstep.report.evaluation import curves_of
 from halfstep.report.evaluation import text_table as evaluation_table
@@ -67,13 +68,22 @@ def test_samples_of_other_shapes_are_not_compared(tmp_path: Path) -> None:
 def test_what_it_cost_follows_from_times_and_figures(tmp_path: Path) -> None:
     run = write_fake_run(tmp_path / "run")
     content = json.loads((run / "recipe.json").read_text())
-    content["recipe"] |= {"teacher": {"batch_size": 128}, "chain": {"batch_size": 64}}
+    recipe = recipes["digits"]()
+    content["recipe"] = recipe.model_dump(mode="json")
     content["environment"]["threads"] = 4
     write_sealed(run / "recipe.json", content)
     page = reported(run)
     spent = dict(page.table("Teacher"))
-    assert spent["Teacher"] == "6 min 51 s, 2,000 updates of 128 samples"
-    assert spent["Students"] == "12 min 28 s, 3,200 updates of 64 samples, 8 stages"
+    assert spent["Teacher"] == f"6 min 51 s, 2,000 updates of {recipe.teacher.batch_size} samples"
+    # The chain and the finish have different batches.
+    batch = recipe.chain.training.batch_size
+    assert recipe.finish.steps
+    assert recipe.finish.training.batch_size != batch
+    assert spent["Students"] == "12 min 28 s, 3,200 updates, 8 stages"
+    content["recipe"]["finish"]["steps"] = []
+    write_sealed(run / "recipe.json", content)
+    told = dict(reported(run).table("Teacher"))
+    assert told["Students"] == f"12 min 28 s, 3,200 updates of {batch} samples, 8 stages"
     assert spent["Hardware"] == "NVIDIA H100, 16 CPU cores, torch on 4 threads"
     steps = int(re.search(r"A student with (\d+) network calls instead", page.text)[1])  # type: ignore[index]
     stages = STUDENT_STEPS.index(steps) + 1
@@ -190,7 +200,7 @@ def test_studies_in_the_run_or_in_a_folder_named_are_shown(tmp_path: Path, capsy
     write_study(run / "studies" / "schedules")
     page = reported(run)
     assert page.table("steps") == [["steps", "ours", "theirs"], ["4", "1.5", "<b>2"]]
-    for text in ("Schedules", "How long?", "A note.", "Scale smoke. It took 2 min 5 s."):
+    for text in ("Schedules", "How long?", "A note.", "Scale smoke. Time: 2 min 5 s."):
         assert text in page.text
     assert any((image["src"] or "").startswith("data:image/svg+xml;base64,") for image in page.attributes("img"))
     write_study(tmp_path / "elsewhere" / "other")

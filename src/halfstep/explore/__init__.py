@@ -1,1 +1,1 @@
-"""The explorer: a local page for sampling the models of a run."""
+"""The explorer, a local page that samples the models of a run."""

@@ -1,7 +1,7 @@
 """The explorer without its page: samples a run's models from the same noise, within limits.
 
-Every value of a request is checked here, and errors are one line; no value is used as a path. Models are read from
-safetensors, and one request is served at a time.
+Every value of a request is checked here; errors are one line, and no value is used as a path. Models are loaded from
+safetensors. Requests are served one at a time.
 """
 
 import math
@@ -23,19 +23,24 @@ from halfstep.core.warnings import HalfstepWarning
 from halfstep.measure.samples import samples_array
 from halfstep.models.folder import find_stage, load, model_path
 from halfstep.models.model import Model
+<<<<<<< HEAD
 from halfstep.report.words import count, inside
+=======
+from halfstep.models.pretrained import model_path
+from halfstep.report.words import inside
+>>>>>>> w-report
 from halfstep.runs import Manifest, RunFolder, StageFolder, is_finite
 from halfstep.runtime.files import DamagedFile
 from halfstep.samplers import trajectory
 
 KEPT_BYTES = 2 * 2**30
-"""Maximum size of the weights in memory; above it, the least recently used model is dropped."""
+"""Maximum memory of the weights; above it, the least recently used model is dropped."""
 LARGEST_SEED = 2**53
-"""JSON numbers are exact integers up to this value."""
+"""JSON numbers are exact for integers up to this value."""
 
 
 class Unreadable(ValueError):
-    """The files of a stage cannot be read; the message gives the stage."""
+    """The files of a stage cannot be read."""
 
 
 @final
@@ -51,7 +56,7 @@ class Bounds:
     num_steps: int = 1024
     num_frames: int = 32
     num_values: int = 4_000_000
-    """Total number of values in all samples of a request."""
+    """Number of values in all samples together."""
     seconds: float = 60.0
     """Sampling time."""
     guidance_scale: float = 50.0
@@ -62,54 +67,54 @@ class Bounds:
                 raise ValueError(f"the limit {name} must be at least 1, got {value}")
 
     def samples(self, shape: Sequence[int]) -> int:
-        """Return the maximum number of samples of this shape in one request."""
+        """Return the maximum number of samples of this shape per request."""
         return max(1, min(self.num_samples, self.num_values // math.prod(shape)))
 
     def frames(self, shape: Sequence[int]) -> int:
-        """Return the maximum number of frames in a walk through samples of this shape, at least 2."""
+        """Return the maximum number of frames of this shape in a walk, at least 2."""
         return max(2, min(self.num_frames, self.num_values // math.prod(shape)))
 
 
 class StageChoice(NamedTuple):
-    """A stage that can be sampled, or the reason why it cannot."""
+    """A stage that can be sampled, or that is missing for some reason."""
 
     name: str
     num_steps: int | None
-    """Its own step count; None for any number."""
+    """Steps that it was distilled for; None for any number."""
     role: str | None
     """teacher, matched or student; None if unknown."""
     missing: str | None = None
+    """Reason why it cannot be sampled; None if it can."""
 
     @property
     def words(self) -> str:
-        """Return a description such as "student of 4 steps", which may not be unique; the name if that is unknown."""
+        """Description such as "4-step student", which may not be unique; the name if the role is unknown."""
         if self.role is None:
             return self.name
         role = "matched teacher" if self.role == "matched" else self.role
-        return role if self.num_steps is None else f"{role} of {count(self.num_steps, 'step')}"
+        return role if self.num_steps is None else f"{self.num_steps}-step {role}"
 
 
 class Shown(NamedTuple):
     """Samples of a model."""
 
     stage: str
-    role: str | None
     is_start: bool
-    """Whether it is the start of the chain."""
+    """Whether the model is the start of the chain."""
     label: str
-    """Description of the model for a reader."""
+    """Description of the model."""
     num_steps: int
     num_evals: int
     """Network calls per sample."""
     sampler: str
     seconds: float
-    """Wall time of sampling only."""
+    """Wall time of sampling alone."""
     samples: np.ndarray
     """uint8 `[n, h, w, c]` for images, float32 `[n, *dims]` otherwise."""
 
 
 class Answer(NamedTuple):
-    """The samples of a request, with notes about them."""
+    """The samples of a request, and notes about them."""
 
     shown: Sequence[Shown]
     notes: Sequence[str]
@@ -117,13 +122,13 @@ class Answer(NamedTuple):
 
 @final
 class Explorer:
-    """A run with models that can be sampled.
+    """A run whose models can be sampled.
 
     Args:
-        path: the folder of a run, or of one stage, or the name of a packaged student.
+        path: folder of a run or of a stage, or name of a packaged student.
 
     Raises:
-        ValueError: if it contains no model that can be sampled, or its samples are neither images nor 2-D points.
+        ValueError: if no model can be sampled, or the samples are neither images nor 2-D points.
     """
 
     def __init__(self, path: Path, device: str | torch.device = "cpu", bounds: Bounds | None = None) -> None:
@@ -142,32 +147,31 @@ class Explorer:
         if self.manifest.conditions:
             raise ValueError(
                 f"the models of {path} need {', '.join(self.manifest.conditions)}, for which the explorer has no "
-                "field: use halfstep sample --prompt"
+                "field. Use halfstep sample --prompt"
             )
         if not self.manifest.is_image and self.shape != (2,):
             raise ValueError(
-                f"samples of shape {list(self.shape)} are not supported: the explorer shows only images and "
-                f"2-D "
+                f"samples of shape {list(self.shape)} are not supported: the explorer shows only images and 2-D "
                 "points. Use halfstep sample --out samples.npz"
             )
         self._models: OrderedDict[str, Model] = OrderedDict()
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._deadline = math.inf
-        """Time at which the current request must end, as of `perf_counter`."""
+        """Value of `perf_counter` at which the current request must end."""
 
     def stop(self) -> None:
-        """Refuse further requests, and end the current one at its next step."""
+        """Refuse further requests and end the current one at its next step."""
         self._stopped.set()
 
     @property
     def start(self) -> StageChoice:
-        """The model that the chain starts from, which may be missing."""
+        """The first model of the chain, which may be missing."""
         found = next((choice for choice in self.choices if choice.name == self._start), None)
         return found or StageChoice("the teacher", None, None, "it is not in this folder")
 
     def label(self, choice: StageChoice) -> str:
-        """Return a description of a stage's model, with the stage's name if several have the same description."""
+        """Return the description of a stage, with its name if the description is not unique."""
         alone = sum(one.words == choice.words for one in self.choices) == 1
         text = choice.words if alone or choice.role is None else f"{choice.words}, {choice.name}"
         return text[0].upper() + text[1:]
@@ -181,11 +185,11 @@ class Explorer:
 
     @property
     def knows_guidance(self) -> bool:
-        """Whether any of the models supports a guidance scale."""
+        """Whether any model supports a guidance scale."""
         return any(map(self._guided, self.present))
 
     def _guided(self, choice: StageChoice) -> bool:
-        """Whether its model supports a guidance scale."""
+        """Whether the stage's model supports a guidance scale."""
         manifest, folder = self._manifests[choice.name], self._folders[choice.name]
         learned = manifest.guidance
         return folder.null.name in manifest.files or (learned is not None and learned["type"] == "range")
@@ -207,9 +211,9 @@ class Explorer:
             if not manifest.weights_kept:
                 why = "its weights were not kept (chain.keep)"
             elif not folder.model.is_file():
-                why = "its model.safetensors is gone"
+                why = "its model.safetensors does not exist"
             elif self._manifests and manifest.shape != next(iter(self._manifests.values())).shape:
-                why = "its samples differ in shape from those of the first stage"
+                why = "its samples have a different shape than the first stage's"
             else:
                 self._folders[folder.name], self._manifests[folder.name] = folder, manifest
             choices[folder.name] = StageChoice(folder.name, manifest.num_steps, manifest.outcome.role, why)
@@ -232,12 +236,12 @@ class Explorer:
         """Sample a stage and the start of the chain from the same noise.
 
         Args:
-            num_steps: steps of the stage; if None, its own, otherwise `start_steps`.
+            num_steps: steps of the stage; if None, those that it was distilled for, or `start_steps`.
             teacher_steps: steps of the start of the chain; `start_steps` if None.
-            seed: seed of the first sample; the others follow it.
+            seed: seed of the first sample; the next samples use the next seeds.
 
         Raises:
-            ValueError: in one line, if a value is invalid or exceeds a limit.
+            ValueError: if a value is invalid or exceeds a limit.
         """
         choice = self._stage(stage)
         asked = [(choice, self._steps("steps", num_steps, choice))]
@@ -248,14 +252,14 @@ class Explorer:
         if self.start.missing is None:
             asked.append((self.start, other))
             if choice == self.start:
-                notes.append("The chosen stage is the teacher: both are the same model.")
+                notes.append("The chosen stage is the teacher, so both models are the same.")
         return self._answer(asked, seeds, lambda m: m.noise(seeds), class_label, guidance_scale, notes)
 
     def strip(self, seed: object = 0, class_label: object = None, guidance_scale: object = None) -> Answer:
-        """Sample the same noise with all stages, each with its own steps, and the teacher with `start_steps`.
+        """Sample one noise with every stage at its own steps, and with the teacher at `start_steps`.
 
         Raises:
-            ValueError: in one line, if a value is invalid.
+            ValueError: if a value is invalid.
         """
         seeds = [self._whole("seed", seed, 0, LARGEST_SEED)]
         asked = [(choice, self._steps("steps", None, choice)) for choice in self.present]
@@ -272,12 +276,12 @@ class Explorer:
         class_label: object = None,
         guidance_scale: object = None,
     ) -> Answer:
-        """Sample the great circle from one noise to another with a stage and with the start of the chain.
+        """Sample a stage and the start of the chain along the great circle between two noises.
 
         Without a class, all frames use the class of the first seed.
 
         Raises:
-            ValueError: in one line, if a value is invalid or exceeds a limit.
+            ValueError: if a value is invalid or exceeds a limit.
         """
         choice = self._stage(stage)
         asked = [(choice, self._steps("steps", num_steps, choice))]
@@ -294,7 +298,7 @@ class Explorer:
         return self._answer(asked, [first] * number, noise, class_label, guidance_scale, self._start_notes())
 
     def missing_notes(self) -> list[str]:
-        """Return a sentence for each missing stage."""
+        """Return one sentence per missing stage."""
         return [f"{choice.name} is missing: {choice.missing}." for choice in self.choices if choice.missing is not None]
 
     def _start_notes(self) -> list[str]:
@@ -308,9 +312,9 @@ class Explorer:
         found = next((choice for choice in self.choices if choice.name == name), None)
         if found is None:
             known = ", ".join(choice.name for choice in self.present)
-            raise ValueError(f"there is no stage {_short(name)}: choose one of {known}")
+            raise ValueError(f"stage {_short(name)} does not exist. Choose one of {known}")
         if found.missing is not None:
-            raise ValueError(f"{found.name} is missing: {found.missing}; choose another stage")
+            raise ValueError(f"{found.name} is missing: {found.missing}. Choose another stage")
         return found
 
     def _steps(self, what: str, value: object, choice: StageChoice) -> int:
@@ -366,10 +370,10 @@ class Explorer:
         notes: list[str],
         needed: int | None = 0,
     ) -> Answer:
-        """Sample each stage with its steps, one request at a time; warnings and unreadable stages become notes.
+        """Sample each stage with its steps; warnings and unreadable stages become notes.
 
         Args:
-            needed: index of a stage that must be readable; None if all are optional.
+            needed: index of the stage that must be readable; None if all are optional.
         """
         label, scale = self._class(class_label), self._scale(guidance_scale)
         shown: list[Shown] = []
@@ -381,7 +385,7 @@ class Explorer:
             for place, (choice, num_steps) in enumerate(asked):
                 is_guided = place == needed or self._guided(choice)
                 if scale is not None and not is_guided:
-                    notes.append(f"{choice.name} does not support a guidance scale and was sampled without it.")
+                    notes.append(f"{choice.name} does not support a guidance scale and was sampled without one.")
                 try:
                     shown.append(self._sample(choice, num_steps, seeds, noise, label, scale if is_guided else None))
                 except Unreadable as error:
@@ -415,8 +419,8 @@ class Explorer:
                     raise ValueError("the explorer was stopped")
                 if time.perf_counter() > self._deadline and step.s > 0:
                     raise ValueError(
-                        f"{choice.name} was stopped at step {step.number + 1} of {num_steps}, because the request "
-                        f"took {self.bounds.seconds:g} s: choose fewer samples or steps"
+                        f"{choice.name} was stopped at step {step.number + 1} of {num_steps} because the request "
+                        f"took {self.bounds.seconds:g} s. Choose fewer samples or steps"
                     )
             x0 = x_t.cpu()
         seconds = time.perf_counter() - start
@@ -424,7 +428,6 @@ class Explorer:
             raise ValueError(f"{choice.name} has samples that are not finite at {num_steps} steps: the model diverged")
         return Shown(
             stage=choice.name,
-            role=choice.role,
             is_start=choice == self.start,
             label=self.label(choice),
             num_steps=num_steps,

@@ -1,8 +1,8 @@
-"""The explorer's page: gradio around `Explorer`, behind a filter that passes only the requests that the page needs.
+"""The explorer's page: gradio around `Explorer`, behind a filter that passes only the page's own requests.
 
-gradio also accepts uploads, serves files, fetches from other hosts and collects usage data. `Door` serves only the
-paths in `PATHS`, forbids the browser any other host, and refuses requests with a host name other than this machine's
-(DNS rebinding). Images are embedded in the responses, so that no file is written.
+gradio also accepts uploads, serves files, fetches from other hosts and collects usage data. `Door` serves only `PATHS`,
+blocks other hosts in the browser, and refuses requests with a host name other than this machine's (DNS rebinding).
+Images are embedded in the responses, so no files are written.
 """
 
 import asyncio
@@ -29,15 +29,15 @@ from halfstep.report.words import count, number, sampler_label
 from halfstep.runtime.terminal import one_line
 
 LARGEST_QUEUE: Final = 32
-"""Maximum number of waiting requests; more are refused."""
+"""Maximum number of waiting requests."""
 LARGEST_BODY: Final = 64 * 1024
 """Maximum bytes of a request."""
 MOVING_WIDTH: Final = 256
-"""Approximate width in pixels of the animation of a walk."""
+"""Approximate width in pixels of a walk's animation."""
 MILLISECONDS: Final = 120
-"""Duration of each of its frames."""
+"""Duration of each frame of that animation."""
 PATIENCE: Final = 10.0
-"""Seconds for a client to send its headers, to send its body, and to read some part of the response."""
+"""Seconds for a client to send the headers, to send the body, and to read the next part of the response."""
 PATHS: Final = re.compile(
     r"/(|config|theme\.css|favicon\.ico|(assets|static)/.*"
     r"|gradio_api/(info|app_id|theme\.css|startup-events|queue/(join|data)|heartbeat/\w+|call/(compare|strip|walk)(/\w+)?|cancel|reset))/?"
@@ -47,7 +47,7 @@ POLICY: Final = (
     "script-src 'self' 'unsafe-inline' 'unsafe-eval'; connect-src 'self'; frame-ancestors 'none'; base-uri 'self'; "
     "form-action 'self'; object-src 'none'"
 )
-"""gradio's page needs inline scripts and evaluated templates; no other hosts are allowed."""
+"""Allows the inline scripts and evaluated templates of gradio's page, but no other host."""
 LOCAL: Final = ("127.0.0.1", "localhost", "[::1]")
 
 Scope = MutableMapping[str, Any]
@@ -63,7 +63,7 @@ class Door:
 
     Args:
         hosts: accepted host names; None for any.
-        inputs: number of values that each function takes, by its name and by its number.
+        inputs: number of values that each function takes, by its name and its number.
         root_path: path under which a proxy serves the page, such as "/user/me/proxy/7860".
     """
 
@@ -84,9 +84,8 @@ class Door:
         if self.hosts is not None and re.sub(r":\d+$", "", host) not in self.hosts:
             known = ", ".join(dict.fromkeys(self.hosts))
             text = (
-                f"this page can only be reached as {known}. Restart it with --allow-host "
-                f"{one_line(host)[:100]}, or forward "
-                "its port: ssh -L 7860:127.0.0.1:7860 MACHINE"
+                f"this page can only be reached as {known}. Restart it with --allow-host {one_line(host)[:100]}, or "
+                "forward its port: ssh -L 7860:127.0.0.1:7860 MACHINE"
             )
             await _refuse(send, 421, text)
             return
@@ -140,7 +139,7 @@ class Door:
         try:
             await self.app(scope, again, with_policy)
         except Exception as error:
-            # gradio raises exceptions for unexpected requests, such as an unknown function number.
+            # gradio raises an exception for an unexpected request, such as an unknown function number.
             path = one_line(scope["path"])[:100]
             print(f"halfstep: a request to {path} failed ({type(error).__name__})", file=sys.stderr)
             if not failed:
@@ -149,7 +148,7 @@ class Door:
             await _refuse(send, 400, "invalid request")
 
     def _wrong(self, path: str, body: bytes) -> str | None:
-        """Return what is wrong with a call of a function; None if it is valid."""
+        """Return the error in a function call; None if it is valid."""
         found = re.fullmatch(r"/gradio_api/(?:call/(\w+)|queue/join)", path)
         if found is None:
             return None
@@ -163,12 +162,12 @@ class Door:
         name = found[1] or held.get("fn_index")
         needed = self.inputs.get(name) if isinstance(name, str | int) else None
         if needed is None:
-            return f"there is no function {name!r:.40}"
+            return f"function {name!r:.40} does not exist"
         if len(data) != needed:
             return f"this function takes {needed} values, got {len(data)}: see /gradio_api/info"
         if any(isinstance(value, dict | list) for value in data):
-            # gradio would treat some of these as files, and copy or fetch them before we see them.
-            return "each value must be a number, a text or null"
+            # gradio would take some of these for files, and copy or fetch them before calling the function.
+            return "each value must be a number, string or null"
         return None
 
 
@@ -189,8 +188,8 @@ def serve(
     """Serve the page until Ctrl-C.
 
     Args:
-        port: 0 for any free one.
-        allowed: further accepted host names, such as that of a proxy.
+        port: 0 for any free port.
+        allowed: further accepted host names, such as a proxy's.
         root_path: path under which a proxy serves the page.
         ready: called with the address once the port is bound.
 
@@ -209,7 +208,7 @@ def serve(
             listener.bind((host, port))
         except (OSError, OverflowError, UnicodeError) as error:
             other = "--host" if isinstance(error, socket.gaierror | UnicodeError) else "--port"
-            raise ValueError(f"cannot listen at {host}, port {port} ({error}): choose another {other}") from None
+            raise ValueError(f"cannot listen on {host}, port {port} ({error}). Choose another {other}") from None
         listener.listen(512)
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         config = uvicorn.Config(
@@ -218,12 +217,12 @@ def serve(
             log_level="warning",
             access_log=False,
             ws="none",
-            # Sampling and reading a response may take long; only connections without a request are closed.
+            # Sampling and reading a response may take long, so this closes only connections without a request.
             timeout_keep_alive=int(PATIENCE),
             timeout_graceful_shutdown=1,
         )
         server = uvicorn.Server(config)
-        # In the main thread it would handle signals and end with a traceback.
+        # In the main thread, uvicorn would handle signals and exit with a traceback.
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         with contextlib.suppress(KeyboardInterrupt):
             try:
@@ -238,7 +237,7 @@ def serve(
 
 
 def _impatient() -> Any:
-    """Return uvicorn's protocol with timeouts for headers and for clients that stop reading their response."""
+    """Return uvicorn's protocol with timeouts for slow headers and for clients that stop reading."""
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     class Impatient(H11Protocol):
@@ -254,7 +253,7 @@ def _impatient() -> Any:
                 self.idle_since = self.loop.time()
             elif self.loop.time() - self.idle_since > PATIENCE:
                 if unsent:
-                    # Otherwise the kernel would keep the rest of the response and its socket.
+                    # Otherwise the kernel would keep the unsent data and the socket.
                     held = self.transport.get_extra_info("socket")
                     held.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                     self.transport.abort()
@@ -267,14 +266,14 @@ def _impatient() -> Any:
 
 
 def page(explorer: Explorer, hosts: Sequence[str] | None, root_path: str = "") -> App:
-    """Return the page and its filter as an ASGI app.
+    """Return the page behind its filter, as an ASGI app.
 
     Raises:
         ValueError: if gradio is not installed.
     """
     if find_spec("gradio") is None:
         raise ValueError("the explorer needs gradio, which is not installed: pip install 'halfstep[explore]'")
-    # gradio reads these when it is imported.
+    # gradio reads these on import.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     import gradio as gr
@@ -289,7 +288,7 @@ def page(explorer: Explorer, hosts: Sequence[str] | None, root_path: str = "") -
         theme=gr.themes.Default(
             primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
         ).set(
-            # The theme's own colours are too pale; these have contrast ratios of 6:1 and of at least 5.2:1.
+            # The theme's own colours are too pale. These have a contrast of at least 5.2:1.
             body_text_color_subdued="#59626d",
             body_text_color_subdued_dark="#a4adb8",
             button_primary_background_fill="#0072b2",
@@ -338,7 +337,7 @@ CSS: Final = """
 
 
 def _blocks(gr: Any, explorer: Explorer) -> Any:
-    """Return the page: the settings at the top, and a tab for each of the three views."""
+    """Return the page: the settings, and below them a tab for each view."""
     last = explorer.present[-1]
     most_samples, most_frames = explorer.bounds.samples(explorer.shape), explorer.bounds.frames(explorer.shape)
 
@@ -352,8 +351,8 @@ def _blocks(gr: Any, explorer: Explorer) -> Any:
         call.__doc__ = label
         return call
 
-    # gradio's own check of values in a list prints a traceback here; our message says more.
-    checked_here: dict[str, Any] = {"filterable": False, "allow_custom_value": True}
+    # gradio's own check of a value prints a traceback. The explorer's message says more.
+    unchecked: dict[str, Any] = {"filterable": False, "allow_custom_value": True}
     together = {"concurrency_limit": 1, "concurrency_id": "models"}
     silent = {"api_visibility": "private", "show_progress": "hidden"}
     with gr.Blocks(title=f"halfstep: {explorer.path.resolve().name}", analytics_enabled=False) as blocks:
@@ -369,32 +368,32 @@ def _blocks(gr: Any, explorer: Explorer) -> Any:
                 value=last.name,
                 label="Stage",
                 elem_id="stage",
-                **checked_here,
+                **unchecked,
             )
-            steps = gr.Number(last.num_steps or explorer.start_steps, label="Steps of the stage", elem_id="steps")
-            teacher_steps = gr.Number(explorer.start_steps, label="Steps of the teacher", elem_id="teacher-steps")
+            steps = gr.Number(last.num_steps or explorer.start_steps, label="Stage steps", elem_id="steps")
+            teacher_steps = gr.Number(explorer.start_steps, label="Teacher steps", elem_id="teacher-steps")
             seed = gr.Number(0, label="Seed", elem_id="seed")
             num_classes = explorer.manifest.num_classes
-            classes = [("all in turn", None), *((str(k), k) for k in range(num_classes))]
+            classes = [("all, in turn", None), *((str(k), k) for k in range(num_classes))]
             class_label = gr.Dropdown(
-                classes, value=None, label="Class", elem_id="class", visible=num_classes > 0, **checked_here
+                classes, value=None, label="Class", elem_id="class", visible=num_classes > 0, **unchecked
             )
             scale = gr.Number(
-                None, label="Guidance (empty: the model’s own)", elem_id="guidance", visible=explorer.knows_guidance
+                None, label="Guidance scale (empty: default)", elem_id="guidance", visible=explorer.knows_guidance
             )
         with gr.Tab("Compare"):
-            samples = gr.Number(min(16, most_samples), label=f"Samples, at most {most_samples}", elem_id="samples")
+            samples = gr.Number(min(16, most_samples), label=f"Samples (maximum {most_samples})", elem_id="samples")
             compare = gr.Button("Sample", variant="primary", elem_id="compare")
             compared = gr.HTML(elem_id="compared")
         with gr.Tab("All stages"):
-            gr.Markdown("Samples of every stage from the noise of one seed, each with its own steps.")
+            gr.Markdown("Samples of every stage from one noise, each stage with its own steps.")
             strip = gr.Button("Sample", variant="primary", elem_id="strip")
             stripped = gr.HTML(elem_id="stripped")
         with gr.Tab("Walk"):
-            gr.Markdown("Samples along the great circle from the noise of one seed to that of another.")
+            gr.Markdown("Samples along the great circle between the noises of two seeds.")
             with gr.Row():
                 other_seed = gr.Number(1, label="Second seed", elem_id="other-seed")
-                frames = gr.Number(8, label=f"Frames, at most {most_frames}", elem_id="frames")
+                frames = gr.Number(8, label=f"Frames (maximum {most_frames})", elem_id="frames")
             walk = gr.Button("Walk", variant="primary", elem_id="walk")
             walked = gr.HTML(elem_id="walked")
 
@@ -405,13 +404,13 @@ def _blocks(gr: Any, explorer: Explorer) -> Any:
 
         stage.change(own_steps, stage, steps, **silent)
         asked = [stage, steps, teacher_steps, seed, samples, class_label, scale]
-        call = answered(explorer.compare, "pair", "A stage and the teacher from the same noise, as HTML.")
+        call = answered(explorer.compare, "pair", "Samples of a stage and of the teacher from the same noise, as HTML.")
         compare.click(call, asked, compared, api_name="compare", **together)
         blocks.load(call, asked, compared, **silent, **together)
-        call = answered(explorer.strip, "row", "Samples of all stages from one noise, as HTML.")
+        call = answered(explorer.strip, "row", "Samples of every stage from one noise, as HTML.")
         strip.click(call, [seed, class_label, scale], stripped, api_name="strip", **together)
         asked = [stage, steps, seed, other_seed, frames, class_label, scale]
-        call = answered(explorer.walk, "walk", "A walk from one noise to another, as HTML.")
+        call = answered(explorer.walk, "walk", "Samples along the great circle between two noises, as HTML.")
         walk.click(call, asked, walked, api_name="walk", **together)
     return blocks.queue(max_size=LARGEST_QUEUE, default_concurrency_limit=1)
 
@@ -420,23 +419,23 @@ def _blocks(gr: Any, explorer: Explorer) -> Any:
 
 
 def _plain(text: str) -> str:
-    """Return a text as Markdown, escaped so that it is shown literally."""
+    """Escape a text so that Markdown shows it literally."""
     return re.sub(r"([\\`*_{}\[\]()<>#+!|&~$-])", r"\\\1", text)
 
 
 def _html(kind: str, answer: Answer) -> str:
-    """Return the answer with its images side by side ("pair", "row") or below each other ("walk")."""
+    """Return the answer's images side by side ("pair", "row") or below each other ("walk")."""
     number = len(answer.shown[0].samples)
     columns = {"pair": max(1, round(number**0.5)), "row": 1, "walk": number}[kind]
     made = Markup("").join(_figure(one, answer, columns, kind) for one in answer.shown)
     notes = Markup("").join(Markup("<li>{}</li>").format(note) for note in answer.notes)
     head = Markup('<ul class="notes">{}</ul>').format(notes) if answer.notes else ""
-    # gradio's component would treat ${...} as a template.
+    # gradio would evaluate ${...} as a template.
     return str(Markup('{}<div class="made {}">{}</div>').format(head, kind, made)).replace("${", "$&#123;")
 
 
 def _there_and_back(shown: Shown, alt: str) -> Markup:
-    """Return the frames of a walk as an animation; readers who prefer reduced motion get the first frame."""
+    """Return a walk as an animation back and forth, or its first frame if the reader prefers reduced motion."""
     height, width = figures.tile_size(shown.samples)
     factor = max(1, MOVING_WIDTH // width)
     frames = [
@@ -467,7 +466,7 @@ def _figure(shown: Shown, answer: Answer, columns: int, kind: str) -> Markup:
         picture, downloads["PNG"] = figures.image_grid(shown.samples, columns, alt, in_full=True)
     else:
         box = figures.limits(next((one.samples for one in answer.shown if one.is_start), shown.samples))
-        picture = figures.scatter(shown.samples, box, len(figures.SEED_COLOURS), alt)
+        picture = figures.scatter(shown.samples, box, len(figures.COLOURS), alt)
     if kind == "walk" and figures.is_images(shown.samples):
         picture = Markup("{}{}").format(_there_and_back(shown, alt), picture)
     npz = io.BytesIO()

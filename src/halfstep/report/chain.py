@@ -1,15 +1,15 @@
-"""The chain, stage by stage: what was trained, how long it took, and how far each student is from its teacher."""
+"""The chain, stage by stage: training, time, and each student's distance from its teacher."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from markupsafe import Markup
 
 from halfstep.report import figures
 from halfstep.report.quality import Group
-from halfstep.report.reading import RunFacts, StageFacts
+from halfstep.report.reading import LogPoint, RunFacts, StageFacts
 from halfstep.report.summary import Summary
 from halfstep.report.words import count, duration, number
 from halfstep.runs import PlannedStage, finite, is_finite
@@ -23,26 +23,24 @@ class StageRow:
     label: str
     """The role, a student's steps, or "?" if neither is known."""
     status: str
-    """complete, damaged, not begun, or the updates done."""
-    objective: str | None
+    """complete, damaged, not started, or the updates done."""
+    stage: StageFacts | None
+    """None for an incomplete stage."""
+    log: Sequence[LogPoint]
     num_updates: int
-    seconds: float | None
-    first_loss: float | None
-    last_loss: float | None
     learning_rate: float | None
-    """The highest in the log."""
-    samples_per_second: float | None
+    """Maximum in the log."""
     to_teacher: float | None
-    """Root mean square difference of the kept samples from its own teacher's from the same noise, each with its own
-    steps. For a student of the first model, that of metrics.json."""
+    """Root mean square difference between the kept samples of the student and of its teacher, from the same noise, each
+    at its own steps. Equals `to_first` if the teacher is the first model."""
     to_first: float | None
-    """The same for the model that the chain starts from, as in metrics.json."""
+    """The same for the first model of the chain, from metrics.json."""
     num_compared: int
-    """Number of kept samples behind `to_teacher`; 0 if there are none."""
+    """Number of kept samples in `to_teacher`; 0 if it is from metrics.json."""
 
 
 def stage_rows(facts: RunFacts) -> list[StageRow]:
-    """Return all stages in the plan, the folder or the log, in order."""
+    """Return the stages of the plan, the folder and the log, in order."""
     stages = {stage.name: stage for stage in facts.stages}
     planned = {row.name: row for row in facts.plan}
     rows = []
@@ -58,21 +56,17 @@ def stage_rows(facts: RunFacts) -> list[StageRow]:
             total = f" of {source.num_updates:,}" if source.num_updates else ""
             status = f"{log[-1].update:,}{total} updates done"
         else:
-            status = "not begun"
-        seconds = stage.manifest.seconds if stage and is_finite(stage.manifest.seconds) else None
+            status = "not started"
         to_teacher, to_first, num_compared = _distances(stage, stages, facts.start)
         rows.append(
             StageRow(
                 name=name,
                 label=role or "?" if source.num_steps is None else str(source.num_steps),
                 status=status,
-                objective=stage.manifest.objective if stage else None,
+                stage=stage,
+                log=log,
                 num_updates=source.num_updates,
-                seconds=seconds,
-                first_loss=log[0].loss if log else None,
-                last_loss=log[-1].loss if log else None,
                 learning_rate=max((p.learning_rate for p in log if p.learning_rate is not None), default=None),
-                samples_per_second=log[-1].samples_per_second if log else None,
                 to_teacher=to_teacher,
                 to_first=to_first,
                 num_compared=num_compared,
@@ -84,13 +78,13 @@ def stage_rows(facts: RunFacts) -> list[StageRow]:
 def _distances(
     stage: StageFacts | None, stages: Mapping[str, StageFacts], first: StageFacts | None
 ) -> tuple[float | None, float | None, int]:
-    """Return a student's distances to its teacher and to the first model, and the number of samples for the former."""
+    """Return `to_teacher`, `to_first` and `num_compared` of a stage."""
     if stage is None or stage is first or stage.role != "student" or (steps := stage.manifest.num_steps) is None:
         return None, None, 0
     measured = stage.metrics.results if stage.metrics is not None else ()
     to_first = next((finite(one.teacher_rmse) for one in measured if one.num_steps == steps), None)
     teacher = stages.get(stage.manifest.teacher or "")
-    # There may be no samples from the sampler that an undistilled teacher taught with.
+    # An undistilled teacher may have no samples from the sampler that it taught with.
     if teacher is None or teacher.manifest.num_steps is None:
         return to_first, to_first, 0
     own = stage.samples.get(steps)
@@ -106,23 +100,22 @@ def _rmse(a: np.ndarray | None, b: np.ndarray | None) -> float | None:
 
 
 def progress(rows: Sequence[StageRow]) -> str | None:
-    """Return the sentence about an unfinished run; None for a finished one."""
+    """Return a sentence about an unfinished run; None for a finished run."""
     missing = [row for row in rows if row.status not in ("complete", "damaged")]
     if not missing:
         return None
     done = sum(row.status == "complete" for row in rows)
-    names = ", ".join(row.name if row.status == "not begun" else f"{row.name} ({row.status})" for row in missing)
+    names = ", ".join(row.name if row.status == "not started" else f"{row.name} ({row.status})" for row in missing)
     return f"This run is not finished: {done} of {count(len(rows), 'stage')} complete. Missing: {names}."
 
 
-def loss_figure(facts: RunFacts, rows: Sequence[StageRow]) -> Markup | None:
-    """Draw the loss and learning rate of all stages; None without a loss to draw."""
+def loss_figure(rows: Sequence[StageRow]) -> Markup | None:
+    """Draw the loss and the learning rate of all stages; None without losses."""
     stages = []
     for row in rows:
-        log = facts.log.get(row.name, ())
-        length = max([row.num_updates, *(point.update for point in log)])
-        losses = [(point.update, point.loss) for point in log if point.loss > 0]
-        rates = [(p.update, p.learning_rate) for p in log if p.learning_rate is not None and p.learning_rate >= 0]
+        length = max([row.num_updates, *(point.update for point in row.log)])
+        losses = [(point.update, point.loss) for point in row.log if point.loss > 0]
+        rates = [(p.update, p.learning_rate) for p in row.log if p.learning_rate is not None and p.learning_rate >= 0]
         if length > 0:
             curves = [figures.Curve.through(row.label, points) for points in (losses, rates)]
             stages.append((curves[0], curves[1], float(length)))
@@ -150,31 +143,29 @@ def distance_figure(rows: Sequence[StageRow]) -> Markup | None:
 # --- Cost ---
 
 SECTIONS: Final = (
-    ("Teacher", "teacher", "teacher"),
-    ("Matching", "matched", "matching"),
-    ("Students", "student", "chain"),
+    ("Teacher", "teacher", ("teacher",)),
+    ("Matching", "matched", ("matching",)),
+    ("Students", "student", ("chain", "finish")),
 )
-"""Heading, role and the recipe section with the hyperparameters."""
+"""Heading, role, and sections of the recipe with the hyperparameters."""
 
 
 def cost(facts: RunFacts, groups: Sequence[Group], summary: Summary) -> tuple[list[tuple[str, str]], str | None]:
-    """Return the costs as names and texts, and the sentence on when the training of the students pays off."""
+    """Return the costs as (name, text) pairs, and a sentence on when training the students pays off."""
     pairs = []
     given = {row.name for row in facts.plan if row.num_updates == 0}
     given |= {stage.name for stage in facts.stages if stage.manifest.num_updates == 0}
     if facts.start is not None and facts.start_name in given:
         what = "Teacher" if facts.start.role == "teacher" else "Start of the chain"
         pairs.append((what, "given, not trained here"))
-    for what, role, section in SECTIONS:
+    for what, role, sections in SECTIONS:
         stages = [stage for stage in facts.stages if stage.role == role and stage.name not in given]
         if not stages:
             continue
         updates = sum(stage.manifest.num_updates for stage in stages)
         seconds = sum(stage.manifest.seconds for stage in stages)
         text = f"{duration(seconds)}, {count(updates, 'update')}"
-        settings = facts.recipe.get(section)
-        batch = settings.get("batch_size") if isinstance(settings, Mapping) else None
-        if isinstance(batch, int) and batch > 0:
+        if (batch := _batch_size(facts.recipe, sections)) is not None:
             text += f" of {count(batch, 'sample')}"
         if len(stages) > 1:
             text += f", {count(len(stages), 'stage')}"
@@ -191,26 +182,37 @@ def cost(facts: RunFacts, groups: Sequence[Group], summary: Summary) -> tuple[li
     if hardware:
         pairs.append(("Hardware", ", ".join(hardware)))
     if isinstance(facts.environment.get("started"), str):
-        pairs.append(("Begun", facts.environment["started"]))
+        pairs.append(("Started", facts.environment["started"]))
     return pairs, _paid(facts, groups, summary)
 
 
+def _batch_size(recipe: Mapping[str, Any], sections: Sequence[str]) -> int | None:
+    """Return the batch size of training in these sections; None if it is unknown or not the same in all of them."""
+    sizes = []
+    for settings in map(recipe.get, sections):
+        # A finish without steps trains nothing.
+        if isinstance(settings, Mapping) and settings.get("steps", True):
+            training = settings.get("training", settings)
+            sizes.append(training.get("batch_size") if isinstance(training, Mapping) else None)
+    size = sizes[0] if sizes and all(size == sizes[0] for size in sizes) else None
+    return size if isinstance(size, int) and size > 0 else None
+
+
 def _paid(facts: RunFacts, groups: Sequence[Group], summary: Summary) -> str | None:
-    """Return the sentence on how many samples pay off the training of the summary's student."""
-    names = [stage.name for stage in facts.others]
+    """Return a sentence on the number of samples after which the summary's student pays off."""
     group = next((group for group in groups if group.best is not None), None)
-    for row in group.rows if group is not None else ():
-        is_shown = summary.best is not None and row.steps == summary.best.steps
-        if not is_shown or row.is_matched or row.is_earlier or row.student is None or row.student_stage is None:
+    if group is None or group.best is None or summary.best is None:
+        return None
+    names = [stage.name for stage in facts.others]
+    for stage_name, student in group.students:
+        if student.num_steps != summary.best.steps:
             continue
-        assert group is not None
-        assert group.best is not None
-        trained = sum(stage.manifest.seconds for stage in facts.others[: names.index(row.student_stage) + 1])
-        saved = ((group.best.seconds_per_1000 or 0.0) - row.student.seconds_per_1000) / 1000
+        trained = sum(stage.manifest.seconds for stage in facts.others[: names.index(stage_name) + 1])
+        saved = ((group.best.seconds_per_1000 or 0.0) - student.seconds_per_1000) / 1000
         if not (is_finite(saved) and saved > 0 and is_finite(trained)):
             return None
         return (
-            f"Training the chain down to {count(row.steps, 'step')} took {duration(trained)} and saves "
+            f"Training the chain down to {count(student.num_steps, 'step')} took {duration(trained)} and saves "
             f"{number(saved * 1000)} s per 1,000 samples compared with the teacher at its best ({group.best_words}): "
             f"it pays off after about {float(f'{trained / saved:.2g}'):,.0f} samples."
         )

@@ -1,11 +1,11 @@
-"""Presents an evaluation: evaluation.md, .csv, .svg and .png, and the section of the report, from `EvaluationResult`.
+"""Presents an `EvaluationResult` as evaluation.md, .csv, .svg and .png and as a section of the report.
 
-Each protocol has its own table, with the protocol below it: results of two protocols are never in one row.
+Each protocol has its own table, with the protocol below it, because results of two protocols are not comparable.
 """
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,46 +17,46 @@ from halfstep.report.quality import are_earlier
 from halfstep.report.study_figure import Panel, draw_panels
 from halfstep.report.table import Table
 from halfstep.report.words import count, flatten, method_words, number, with_spread
-from halfstep.runs import Best, EvaluationResult, finite, is_finite, teacher_best
-from halfstep.runs.evaluation import EvaluationTable, Protocol, Series
+from halfstep.runs import Best, EvaluationResult, finite, is_finite, teacher_best, too_few
+from halfstep.runs.evaluation import EvaluationTable, MetricInfo, Protocol, Series
 from halfstep.runtime.files import write_text
 
 DRAWN = ("frechet", "rmse")
-"""Metrics to draw a curve of; a table with neither draws its first metric."""
+"""Metrics to draw, in order of preference; a table with neither draws its first metric."""
 
 
 def metrics_of(table: EvaluationTable, result: EvaluationResult) -> list[str]:
-    """Return the names of the table's metrics, in the order in which they are shown."""
+    """Return the names of the table's metrics in display order."""
     return [name for name in result.metrics if any(name in row.figures for row in table.rows)]
+
+
+def is_too_few(table: EvaluationTable) -> bool:
+    """Return whether the samples are too few for a reliable Frechet distance."""
+    protocol = table.protocol
+    dimension = finite(protocol.extractor_facts.get("dimension"))
+    return dimension is not None and too_few(protocol.num_samples, protocol.num_reference, int(dimension))
+
+
+def cells_of(table: EvaluationTable, series: Iterable[Series]) -> list[Best]:
+    """Return the table's cells of these series that have a Frechet distance."""
+    samplers = {one.name: one.sampler for one in series}
+    cells = []
+    for row in table.rows:
+        means, sampler = {name: figure.mean for name, figure in row.figures.items()}, samplers.get(row.series)
+        if "frechet" in means and sampler is not None and row.num_steps is not None and row.num_evals is not None:
+            shares = (means.get("coverage"), means.get("kid"))
+            cells.append(Best(sampler, row.num_steps, row.num_evals, means["frechet"], row.seconds_per_1000, *shares))
+    return cells
 
 
 def best_of_table(table: EvaluationTable, result: EvaluationResult) -> Best | None:
     """Return the teacher at its best in a table; None if its Frechet distance is missing."""
-    samplers = {series.name: series.sampler for series in result.series if series.role == "teacher"}
-    cells = []
-    for row in table.rows:
-        figure, sampler = row.figures.get("frechet"), samplers.get(row.series)
-        if figure is not None and sampler is not None and row.num_steps is not None and row.num_evals is not None:
-            covered = row.figures["coverage"].mean if "coverage" in row.figures else None
-            cells.append(Best(sampler, row.num_steps, row.num_evals, figure.mean, row.seconds_per_1000, covered))
-    return teacher_best(cells)
-
-
-def best_words(table: EvaluationTable, result: EvaluationResult) -> str | None:
-    """Return the note about a table's ratios; None if it has none."""
-    best = best_of_table(table, result)
-    return None if best is None else f"Ratio: Frechet distance against the teacher's best, {method_words(*best[:3])}."
-
-
-def ratios(table: EvaluationTable, result: EvaluationResult) -> list[float | None]:
-    """Return for each row the ratio of its Frechet distance to that of the teacher at its best."""
-    best = best_of_table(table, result)
-    figures = [row.figures.get("frechet") for row in table.rows]
-    return [None if best is None or figure is None else best.ratio(figure.mean) for figure in figures]
+    teachers = [series for series in result.series if series.role == "teacher"]
+    return teacher_best(cells_of(table, teachers), is_too_few(table))
 
 
 def earlier_rows(table: EvaluationTable) -> list[bool]:
-    """Return for each row whether a later stage in the same series has the same number of steps."""
+    """Return for each row whether a later stage of its series has the same number of steps."""
     return are_earlier([(row.series, row.num_steps, row.gamma) for row in table.rows])
 
 
@@ -67,33 +67,47 @@ def title_of(table: EvaluationTable) -> str:
     return f"Against real data, in the features {table.protocol.extractor}"
 
 
-def text_table(table: EvaluationTable, result: EvaluationResult) -> Table:
-    """Return the table as text cells.
+Cell = tuple[str, float | None]
+"""A cell's text, and its value if it was measured."""
 
-    A row's label is its series, its best gamma if that was tuned, and its stage if a later one has the same steps.
+
+def rows_of(table: EvaluationTable, result: EvaluationResult) -> list[list[Cell]]:
+    """Return the cells of a table.
+
+    A row's label is its series, its gamma if that was tuned, and its stage if a later one has the same steps.
     """
-    names, note = metrics_of(table, result), best_words(table, result)
+    names, best = metrics_of(table, result), best_of_table(table, result)
     labels = {series.name: series.label for series in result.series}
-    rows = [
-        [
-            labels.get(row.series, row.series)
-            + ("" if row.gamma is None else f", gamma {row.gamma:g}")
-            + (f", {row.stage}" if is_earlier else ""),
-            number(row.num_steps),
-            number(row.num_evals),
-            *([] if note is None else ["–" if over_best is None else f"{over_best:.2f}"]),
-            *(with_spread(row.figures[n].mean, row.figures[n].spread) if n in row.figures else "–" for n in names),
-            number(row.seconds_per_1000),
-        ]
-        for row, over_best, is_earlier in zip(table.rows, ratios(table, result), earlier_rows(table), strict=True)
-    ]
-    headings = ["series", "steps", "network calls", *([] if note is None else ["ratio"])]
-    headings += [*(result.metrics[name].label for name in names), "s per 1,000"]
-    return Table(headings, rows, [] if note is None else [note])
+    rows = []
+    for row, is_earlier in zip(table.rows, earlier_rows(table), strict=True):
+        label = labels.get(row.series, row.series)
+        label += ("" if row.gamma is None else f", gamma {row.gamma:g}") + (f", {row.stage}" if is_earlier else "")
+        cells: list[Cell] = [(label, None), (number(row.num_steps), None), (number(row.num_evals), None)]
+        if best is not None:
+            frechet = row.figures.get("frechet")
+            ratio = None if frechet is None else best.ratio(frechet.mean)
+            cells.append(("–" if ratio is None else f"{ratio:.2f}", ratio))
+        for figure in (row.figures.get(name) for name in names):
+            cells.append(("–", None) if figure is None else (with_spread(figure.mean, figure.spread), figure.mean))
+        rows.append([*cells, (number(row.seconds_per_1000), row.seconds_per_1000)])
+    return rows
+
+
+def text_table(table: EvaluationTable, result: EvaluationResult) -> Table:
+    """Return the table as text."""
+    best = best_of_table(table, result)
+    rows = [[text for text, _ in row] for row in rows_of(table, result)]
+    headings = ["series", "steps", "network calls", *([] if best is None else ["ratio"])]
+    headings += [*(result.metrics[name].label for name in metrics_of(table, result)), "s per 1,000"]
+    if best is None:
+        return Table(headings, rows)
+    return Table(
+        headings, rows, [f"Ratio: Frechet distance relative to the teacher's best, {method_words(*best[:3])}."]
+    )
 
 
 def protocol_words(protocol: Protocol) -> str:
-    """Return how the results of a table were measured, in one paragraph."""
+    """Return a paragraph on how a table was measured."""
     sets = f"{count(len(protocol.seeds), 'set')} of seeds ({', '.join(protocol.seeds)})"
     guidance = "" if protocol.guidance_scale is None else f", guidance scale {protocol.guidance_scale:g}"
     bf16 = "" if protocol.precision == "float32" else f", sampled in {protocol.precision}"
@@ -110,7 +124,7 @@ def protocol_words(protocol: Protocol) -> str:
 
 
 def curves_of(table: EvaluationTable, result: EvaluationResult, metric: str) -> list[tuple[Series, Curve]]:
-    """Return the curves of a metric against network calls, as far as a logarithmic chart can show them, by series."""
+    """Return each series' curve of a metric against network calls, without points that a log scale cannot show."""
     curves = []
     for place, series in enumerate(result.series):
         points = sorted(
@@ -128,7 +142,7 @@ def curves_of(table: EvaluationTable, result: EvaluationResult, metric: str) -> 
 
 
 def write_evaluation(result: EvaluationResult, folder: Path) -> list[Path]:
-    """Write evaluation.md and .csv, and .svg and .png if there is a curve; return their paths."""
+    """Write evaluation.md and .csv, and .svg and .png if they have a curve; return the paths."""
     texts = {folder / "evaluation.md": markdown(result), folder / "evaluation.csv": comma_separated(result)}
     for path, text in texts.items():
         write_text(path, text)
@@ -144,10 +158,10 @@ def write_evaluation(result: EvaluationResult, folder: Path) -> list[Path]:
 
 
 def markdown(result: EvaluationResult) -> str:
-    """Return the tables, their protocols and the notices."""
+    """Return the tables, their protocols and the notices in Markdown."""
     lines = [f"# Evaluation of {result.subject}", ""]
     if not result.complete:
-        lines += ["Interrupted, or still running: these are the results so far.", ""]
+        lines += ["Interrupted or still running; these are the results so far.", ""]
     for table in result.tables:
         lines += [f"## {title_of(table)}", "", text_table(table, result).markdown(), protocol_words(table.protocol), ""]
         if table.halves is not None:
@@ -157,8 +171,8 @@ def markdown(result: EvaluationResult) -> str:
                 if name in result.metrics
             )
             lines += [
-                f"Two disjoint halves of the real data, {table.halves.num_each:,} samples each: {shown}. These "
-                "are fewer samples than above, so their Frechet distance is biased upwards more.",
+                f"Two disjoint halves of the real data, {table.halves.num_each:,} samples each: {shown}. With fewer "
+                "samples than above, their Frechet distance has more upward bias.",
                 "",
             ]
     if result.notices:
@@ -171,11 +185,11 @@ COLUMNS = (
     "num_samples", "seeds", "guidance_scale", "precision", "series", "stage", "num_steps", "num_evals", "gamma",
     "seconds_per_1000", "metric", "mean", "spread", "values",
 )  # fmt: skip
-"""Columns of evaluation.csv, which has one line per metric value, with its protocol."""
+"""Columns of evaluation.csv."""
 
 
 def comma_separated(result: EvaluationResult) -> str:
-    """Return the CSV text, with one line per metric value."""
+    """Return the CSV text, with a line for each metric of each row."""
     out = io.StringIO()
     writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -194,20 +208,19 @@ def comma_separated(result: EvaluationResult) -> str:
 
 
 class Shown(NamedTuple):
-    """One protocol as shown in the report."""
+    """A table as shown in the report."""
 
     table: EvaluationTable
     heading: str
-    names: Sequence[str]
-    """Metrics of the table."""
+    metrics: Mapping[str, MetricInfo]
     roles: Sequence[str]
     """The role of each row's series."""
-    texts: Table
+    rows: Sequence[Sequence[Cell]]
+    notes: Sequence[str]
+    """Notes on the ratios; empty without ratios."""
     figure: Markup | None
     figure_alt: str
     protocol: Mapping[str, str]
-    ratios: Sequence[float | None] | None
-    """Ratio of each row's Frechet distance to the teacher's best; None without a teacher."""
 
 
 def shown_tables(result: EvaluationResult | None) -> list[Shown]:
@@ -218,27 +231,28 @@ def shown_tables(result: EvaluationResult | None) -> list[Shown]:
     shown = []
     for index, table in enumerate(table for table in result.tables if table.rows):
         figure, alt = _figure(f"evaluation{index}", table, result)
+        metrics = {name: result.metrics[name] for name in metrics_of(table, result)}
         roles = [known.get(row.series, "other") for row in table.rows]
+        rows, notes = rows_of(table, result), text_table(table, result).notes
         protocol = flatten(table.protocol.model_dump(mode="json"))
-        names, texts = metrics_of(table, result), text_table(table, result)
-        over_best = ratios(table, result) if texts.notes else None
-        shown.append(Shown(table, title_of(table), names, roles, texts, figure, alt, protocol, over_best))
+        shown.append(Shown(table, title_of(table), metrics, roles, rows, notes, figure, alt, protocol))
     return shown
 
 
 def _figure(name: str, table: EvaluationTable, result: EvaluationResult) -> tuple[Markup | None, str]:
-    """Return the chart, which has colours for a student, a teacher and a few more series, and its description."""
+    """Return the chart and its description, which counts the series for which the chart has no colour."""
     names = metrics_of(table, result)
     if not names:
         return None, ""
     metric = next((one for one in DRAWN if one in names), names[0])
     info, curves = result.metrics[metric], curves_of(table, result, metric)
-    first = [next((one for one in curves if one[0].role == role), None) for role in ("teacher", "student")]
-    others = [curve for one in curves if one not in first for curve in one[1:]]
+    teacher, student = (
+        next((curve for series, curve in curves if series.role == role), None) for role in ("teacher", "student")
+    )
+    others = [curve for _, curve in curves if curve not in (teacher, student)]
     more = len(others) - len(figures.OTHERS)
     rest = f", and {more} more series that are not in the chart" if more > 0 else ""
     text = f"Line chart: {info.label} against the number of network calls; the table below has its values{rest}."
-    teacher, student = (None if one is None else one[1] for one in first)
     best = best_of_table(table, result) if metric == "frechet" else None
-    level = None if best is None else Curve.through("teacher at its best", [(best.num_evals, best.frechet)])
-    return figures.steps_figure(name, f"{info.label} ({info.better} is better)", teacher, student, others, level), text
+    label, level = f"{info.label} ({info.better} is better)", None if best is None else best.frechet
+    return figures.steps_figure(name, label, teacher, student, others, level), text

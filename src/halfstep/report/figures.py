@@ -1,14 +1,14 @@
-"""Figures as inline SVG in the page's own colours, and samples as images. All of their text is written by halfstep.
+"""Figures as inline SVG in the page's colours, and samples as images.
 
-matplotlib draws in placeholder colours, which are then replaced by CSS variables, so that one figure works in light
-mode, dark mode and print. The colours are from the colour-blind-safe palette of Okabe and Ito.
+matplotlib draws in placeholder colours, which CSS variables then replace, so that one figure suits light mode, dark
+mode and print. The colours are from the colour-blind-safe palette of Okabe and Ito.
 """
 
 import base64
 import io
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from markupsafe import Markup
 from PIL import Image
 
 STYLE = {"svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
-"""matplotlib's settings for every figure."""
+"""matplotlib settings of every figure."""
 INK, FAINT, TEACHER, STUDENT = "#010101", "#020202", "#030303", "#040404"
 OTHERS = ("#050505", "#060606", "#070707", "#080808")
 """Placeholder colours of further series."""
@@ -29,14 +29,14 @@ VARIABLES = {
     **{stand_in: f"var(--other-{index})" for index, stand_in in enumerate(OTHERS)},
 }
 MARKERS = "D^vP"
-"""Markers of further series, so that they differ not only in colour."""
-SEED_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#7F7F7F")
+"""Markers of further series, which must not differ only in colour."""
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#7F7F7F")
 SMALLEST_TILE, LARGEST_TILE = 64, 96
-"""Approximate sizes in pixels to which small images are enlarged and large ones reduced."""
+"""Approximate sizes in pixels to which small images are enlarged and large images reduced."""
 GAP = 4
-"""Pixels between images."""
+"""Gap in pixels between images."""
 MOST_POINTS = 400
-"""Maximum points of a curve or scatter plot, which limits the size of the page."""
+"""Maximum points in a curve or scatter plot, to limit the size of the page."""
 
 
 @dataclass(frozen=True)
@@ -47,25 +47,25 @@ class Curve:
     x: Sequence[float]
     y: Sequence[float]
     spread: Sequence[float] = ()
-    """Half the length of an error bar at each point; empty for none."""
+    """Half the length of the error bar at each point; empty for none."""
     colour: int | None = None
-    """Index of its colour in a study's figure; its index among the curves by default."""
+    """Index of the colour in a study's figure; None for the curve's own index."""
     names: Sequence[str] = ()
     """Labels of the points; empty for none."""
 
     @classmethod
     def through(cls, label: str, points: Iterable[Sequence[float]], colour: int | None = None) -> "Curve":
-        """Return the curve through the points (x, y) or (x, y, spread)."""
+        """Return the curve through points (x, y) or (x, y, spread)."""
         x, y, *spread = [list(column) for column in zip(*points, strict=True)] or [[], []]
         return cls(label, x, y, spread[0] if spread and any(spread[0]) else (), colour)
 
 
 def _figure(name: str, height: float, draw: Any, panels: Sequence[float] = (1.0,)) -> Markup:
-    """Return the SVG that `draw` draws, with ids that start with `name`; the same data always give the same SVG.
+    """Return the SVG of `draw`, with ids that start with `name`; the same data always give the same SVG.
 
     Args:
-        draw: called with the axes, which are stacked and share x.
-        panels: relative height of each of the axes.
+        draw: called with the axes, stacked with a shared x.
+        panels: relative heights of the axes.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -80,14 +80,14 @@ def _figure(name: str, height: float, draw: Any, panels: Sequence[float] = (1.0,
         "grid.linewidth": 0.6,
     }
     with matplotlib.rc_context(settings):
-        # At a width of 5 inches (two per row on a wide page), this matches the page's text and is legible on a phone.
+        # At a width of 5 inches, text matches the page's with two figures per row and is legible on a phone.
         figure = Figure(figsize=(5.0, height), layout="constrained")
         draw(*figure.subplots(len(panels), sharex=True, squeeze=False, height_ratios=list(panels))[:, 0])
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
-    # In an HTML page, a style element would apply to the whole page, and the metadata contains web addresses.
+    # A style element would apply to the whole page, and the metadata contains web addresses.
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.S)
     svg = re.sub(r'(<svg\b[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg\b[^>]*?) height="[^"]*"', r"\1", svg))
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
@@ -95,12 +95,12 @@ def _figure(name: str, height: float, draw: Any, panels: Sequence[float] = (1.0,
     svg = re.sub(r'href="#', f'href="#{name}-', svg)
     for stand_in, variable in VARIABLES.items():
         svg = svg.replace(stand_in, variable)
-    # The element around the figure has its alternative text.
+    # The enclosing element carries the alternative text.
     return Markup(svg.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1).strip())
 
 
-def _log_axis(axis: Any, values: Sequence[float]) -> None:
-    """Set ticks at 1, 2 and 5 with plain numbers, or at even distances if the values span too little for that."""
+def log_axis(axis: Any, values: Sequence[float]) -> None:
+    """Set plain-number ticks at 1, 2 and 5, or evenly spaced ticks if the values span too little for those."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     wide = max(values) / min(values)
@@ -110,11 +110,33 @@ def _log_axis(axis: Any, values: Sequence[float]) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _powers_of_two(axes: Any, values: Sequence[float]) -> None:
-    """Set ticks at the powers of two around the values."""
+def powers_of_two(axes: Any, values: Sequence[float]) -> None:
+    """Make the x-axis logarithmic, with ticks at the powers of two around the values."""
+    axes.set_xscale("log", base=2)
     powers = range(math.floor(math.log2(min(values))), math.ceil(math.log2(max(values))) + 1)
     axes.set_xticks([2.0**power for power in powers], [f"{2.0**power:g}" for power in powers])
     axes.minorticks_off()
+
+
+Line = tuple[Curve, str, str]
+"""A curve, its colour and its matplotlib format string."""
+
+
+def _draw_lines(axes: Any, lines: Sequence[Line], x_label: str, y_label: str) -> None:
+    """Draw curves with error bars and point labels against steps or calls."""
+    for curve, colour, style in lines:
+        # A logarithmic axis cannot show an error bar that reaches 0.
+        below = [min(spread, 0.9 * y) for spread, y in zip(curve.spread, curve.y, strict=False)]
+        error = [below, list(curve.spread)] if curve.spread else None
+        look = {"color": colour, "linewidth": 2, "markersize": 6.5, "capsize": 3}
+        axes.errorbar(curve.x, curve.y, error, fmt=style, label=curve.label, **look)
+        for x, y, named in zip(curve.x, curve.y, curve.names, strict=False):
+            place = {"xytext": (7, 3), "textcoords": "offset points", "fontsize": 8, "color": colour}
+            axes.annotate(named, (x, y), **place)
+    powers_of_two(axes, [x for curve, _, _ in lines for x in curve.x])
+    axes.grid(axis="y")
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
 
 
 def steps_figure(
@@ -123,80 +145,63 @@ def steps_figure(
     teacher: Curve | None,
     student: Curve | None,
     others: Sequence[Curve] = (),
-    level: Curve | None = None,
+    level: float | None = None,
     earlier: Curve | None = None,
     x_label: str = "network calls",
 ) -> Markup | None:
-    """Draw curves against steps or calls on two logarithmic axes; None if there is no point to show.
+    """Draw curves against steps or calls on log-log axes; None without points.
 
     Args:
         others: further curves; the first `len(OTHERS)` are drawn.
-        level: one point; a horizontal line is drawn at its height.
-        earlier: points of students that were replaced by later ones, drawn faintly.
+        level: height of a horizontal line for the teacher at its best.
+        earlier: points of students that later ones replaced, drawn faintly.
     """
-    styles = [(teacher, TEACHER, "s--"), (student, STUDENT, "o-")]
-    styles += [(curve, c, f"{marker}-.") for curve, c, marker in zip(others, OTHERS, MARKERS, strict=False)]
-    styles.append((earlier, FAINT, "o"))
-    shown = [(curve, colour, style) for curve, colour, style in styles if curve is not None and curve.x]
+    lines = [(teacher, TEACHER, "s--"), (student, STUDENT, "o-")]
+    lines += [(curve, c, f"{marker}-.") for curve, c, marker in zip(others, OTHERS, MARKERS, strict=False)]
+    lines.append((earlier, FAINT, "o"))
+    shown: list[Line] = [(curve, colour, style) for curve, colour, style in lines if curve is not None and curve.x]
     if not shown:
         return None
 
     def draw(axes: Any) -> None:
-        axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        for curve, colour, style in shown:
-            # A logarithmic axis cannot show an error bar that reaches 0.
-            below = [min(spread, 0.9 * y) for spread, y in zip(curve.spread, curve.y, strict=False)]
-            error = [below, list(curve.spread)] if curve.spread else None
-            look = {"color": colour, "linewidth": 2, "markersize": 6.5, "capsize": 3}
-            axes.errorbar(curve.x, curve.y, error, fmt=style, label=curve.label, **look)
-            for x, y, named in zip(curve.x, curve.y, curve.names, strict=False):
-                place = {"xytext": (7, 3), "textcoords": "offset points", "fontsize": 8, "color": colour}
-                axes.annotate(named, (x, y), **place)
+        _draw_lines(axes, shown, x_label, y_label)
         if level is not None:
-            axes.axhline(level.y[0], color=FAINT, linewidth=1.2, linestyle=":", label=level.label, zorder=1)
-        _powers_of_two(axes, [x for curve, _, _ in shown for x in curve.x])
-        axes.set_xlabel(x_label)
-        _log_axis(axes.yaxis, [y for curve, _, _ in shown for y in curve.y])
-        axes.grid(axis="y")
-        axes.set_ylabel(y_label)
+            axes.axhline(level, color=FAINT, linewidth=1.2, linestyle=":", label="teacher at its best", zorder=1)
+        log_axis(axes.yaxis, [y for curve, _, _ in shown for y in curve.y])
         if len(shown) + (level is not None) > 1:
             axes.legend()
 
     return _figure(name, 3.6 + 0.15 * len(others[: len(OTHERS)]), draw)
 
 
-def shares_figure(name: str, curves: Sequence[Curve], levels: Sequence[Curve]) -> Markup | None:
-    """Draw shares from 0 to 1 against network calls on a logarithmic axis; None if there is no point to show.
+def shares_figure(name: str, curves: Sequence[Curve], levels: Mapping[str, float]) -> Markup | None:
+    """Draw shares from 0 to 1 against network calls on a logarithmic axis; None without points.
 
     Args:
-        levels: for each curve, the point at the height of a horizontal line in its colour; no line if it is empty.
+        levels: height of a horizontal line for each curve, by the curve's label.
     """
-    shown = [row for row in zip(curves, levels, OTHERS, MARKERS, strict=False) if row[0].x]
+    looks = zip(curves, OTHERS, MARKERS, strict=False)
+    shown = [(curve, colour, f"{marker}-") for curve, colour, marker in looks if curve.x]
     if not shown:
         return None
 
     def draw(axes: Any) -> None:
-        axes.set_xscale("log", base=2)
-        for curve, level, colour, marker in shown:
-            axes.plot(curve.x, curve.y, f"{marker}-", color=colour, linewidth=2, markersize=6.5, label=curve.label)
-            if level.y:
-                axes.axhline(level.y[0], color=colour, linewidth=1.2, linestyle=":", zorder=1)
-        _powers_of_two(axes, [x for curve, *_ in shown for x in curve.x])
+        _draw_lines(axes, shown, "network calls", "share (higher is better)")
+        for curve, colour, _ in shown:
+            if curve.label in levels:
+                axes.axhline(levels[curve.label], color=colour, linewidth=1.2, linestyle=":", zorder=1)
         axes.set_ylim(min(0.5, *(y for curve, *_ in shown for y in curve.y)), 1.02)
-        axes.grid(axis="y")
-        axes.set_xlabel("network calls")
-        axes.set_ylabel("share (higher is better)")
         axes.legend()
 
     return _figure(name, 3.6, draw)
 
 
 def chain_figure(name: str, stages: Sequence[tuple[Curve, Curve, float]]) -> Markup | None:
-    """Draw the training loss with the learning rate below it, stage after stage; None if no loss is above 0.
+    """Draw the training loss of consecutive stages, with the learning rate below; None if no loss is above 0.
 
     Args:
-        stages: the loss and the learning rate of each stage over its updates, and its number of updates.
+        stages: loss and learning rate of each stage over its updates, and its number of updates.
     """
     if not any(loss.x for loss, _, _ in stages):
         return None
@@ -222,7 +227,7 @@ def chain_figure(name: str, stages: Sequence[tuple[Curve, Curve, float]]) -> Mar
             labels.append(loss.label)
             start += length
         axes.set_xlim(0, start)
-        _log_axis(axes.yaxis, [y for loss, _, _ in stages for y in loss.y])
+        log_axis(axes.yaxis, [y for loss, _, _ in stages for y in loss.y])
         axes.grid(axis="y")
         axes.set_ylabel("loss")
         for panel in below:
@@ -236,7 +241,7 @@ def chain_figure(name: str, stages: Sequence[tuple[Curve, Curve, float]]) -> Mar
         lowest.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         lowest.xaxis.set_major_formatter("{x:,.0f}")
         top = axes.secondary_xaxis("top")
-        # The axes are about 290 points wide; labels that are wider than their stage are rotated.
+        # The axes are about 290 points wide. If a label is wider than its stage, all are rotated.
         room = [290 * length / start for _, _, length in stages]
         upright = any(6.5 * len(label) > space for label, space in zip(labels, room, strict=True))
         labels = [label if space > 11 else "" for label, space in zip(labels, room, strict=True)]
@@ -249,17 +254,17 @@ def chain_figure(name: str, stages: Sequence[tuple[Curve, Curve, float]]) -> Mar
 
 
 def is_images(samples: np.ndarray) -> bool:
-    """Return whether these are grey or colour images, uint8 `[n, h, w, c]`."""
+    """Return whether samples are grey or colour images, uint8 `[n, h, w, c]`."""
     return samples.dtype == np.uint8 and samples.ndim == 4 and samples.shape[3] in (1, 3)
 
 
 def is_points(samples: np.ndarray) -> bool:
-    """Return whether these are 2-D points, float `[n, 2]`."""
+    """Return whether samples are 2-D points, float `[n, 2]`."""
     return samples.dtype.kind == "f" and samples.shape[1:] == (2,)
 
 
 def tile_size(samples: np.ndarray) -> tuple[int, int]:
-    """Return the height and width in CSS pixels of one image of uint8 `[n, h, w, c]`."""
+    """Return the displayed height and width, in CSS pixels, of images uint8 `[n, h, w, c]`."""
     height, width = samples.shape[1:3]
     side = max(height, width)
     if side > LARGEST_TILE:
@@ -269,14 +274,14 @@ def tile_size(samples: np.ndarray) -> tuple[int, int]:
 
 
 def data_url(content: bytes, kind: str) -> str:
-    """Return the content as a data URL of media type `kind`."""
+    """Return the content as a data URL with media type `kind`."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def image_grid(samples: np.ndarray, columns: int, alt: str, in_full: bool = False) -> tuple[Markup, str]:
-    """Return images uint8 `[n, h, w, c]` in a grid as an <img>, and the URL of its PNG.
+    """Return a grid of images uint8 `[n, h, w, c]` as an <img>, and the URL of its PNG.
 
-    Small images are enlarged by an integer factor, without smoothing; large ones are reduced unless `in_full`.
+    Small images are enlarged by an integer factor without smoothing; large ones are reduced unless `in_full`.
     """
     large = max(samples.shape[1:3]) > LARGEST_TILE
     height, width = samples.shape[1:3] if in_full and large else tile_size(samples)
@@ -296,7 +301,7 @@ def image_grid(samples: np.ndarray, columns: int, alt: str, in_full: bool = Fals
 
 
 def limits(points: np.ndarray) -> tuple[float, float, float]:
-    """Return centre x, centre y and half the side of the square around points `[n, 2]`."""
+    """Return the centre (x, y) and half the side of the square around points `[n, 2]`."""
     points = points[np.isfinite(points).all(axis=1)].astype(np.float64)
     if not len(points):
         return 0.0, 0.0, 1.0
@@ -306,7 +311,7 @@ def limits(points: np.ndarray) -> tuple[float, float, float]:
 
 
 def scatter(points: np.ndarray, box: tuple[float, float, float], num_seeds: int, alt: str) -> Markup:
-    """Draw points `[n, 2]` in the square `box` (see `limits`), the first `num_seeds` large and in their own colours."""
+    """Draw points `[n, 2]` in the square `box` (`limits`); the first `num_seeds` are large and coloured."""
     x, y, half = box
     with np.errstate(over="ignore", invalid="ignore"):
         scaled = np.stack([points[:, 0] - x, y - points[:, 1]], axis=1).astype(np.float64) / half * 50 + 50
@@ -319,7 +324,7 @@ def scatter(points: np.ndarray, box: tuple[float, float, float], num_seeds: int,
     parts = [f'<path class="rest" d="{dots(rest)}"/>']
     for index in range(min(num_seeds, len(scaled))):
         if inside[index]:
-            colour = SEED_COLOURS[index % len(SEED_COLOURS)]
+            colour = COLOURS[index % len(COLOURS)]
             parts.append(f'<path class="seed" stroke="{colour}" d="{dots(scaled[index : index + 1])}"/>')
     svg = Markup(f'<svg class="points" viewBox="0 0 100 100" aria-hidden="true">{"".join(parts)}</svg>')
     return Markup('<span role="img" aria-label="{}">{}</span>').format(alt, svg)

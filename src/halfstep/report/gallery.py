@@ -1,4 +1,4 @@
-"""Samples of every model from the same noise: the images for the slider and the strip of all models."""
+"""Samples of every model from the same noise, as images for the slider and for the strip of all models."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,19 +8,19 @@ import numpy as np
 from markupsafe import Markup
 
 from halfstep.report import figures
-from halfstep.report.reading import RunFacts
+from halfstep.report.reading import RunFacts, StageFacts
 from halfstep.report.summary import Summary
 from halfstep.report.words import count, sampler_label
 from halfstep.runs import Best
 
 WALKED_COLUMNS = 5
-MODELS = {"student": "the student", "matched": "the matched teacher", "teacher": "the teacher, not distilled,"}
+MODELS = {"student": "the student", "matched": "the matched teacher", "teacher": "the undistilled teacher"}
 """Names of the models in alternative texts."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many samples to show."""
+    """Limits on the samples to show."""
 
     num_seeds: int = 8
     """Rows in the strip."""
@@ -30,7 +30,7 @@ class Sizes:
     """Maximum pixels of one image in the slider."""
 
     def smaller(self) -> "Sizes | None":
-        """Return sizes about half as large; None if there is only one seed."""
+        """Return sizes about half as large; None for a single seed."""
         if self.num_seeds == 1:
             return None
         return Sizes(self.num_seeds // 2, max(1, self.num_walked // 2), self.most_pixels // 2)
@@ -50,23 +50,20 @@ class Column(NamedTuple):
 
     steps: int
     by: str | None = None
-    """Sampler of the teacher at its best, if it is not the teacher's own."""
+    """Sampler of the teacher at its best, unless it is the teacher's own."""
 
     @property
     def label(self) -> str:
-        """Return "8 steps" or "32 steps of Heun"."""
-        return count(self.steps, "step") + (f" of {sampler_label(self.by)}" if self.by else "")
+        """Description such as "8 steps" or "32 Heun steps"."""
+        return count(self.steps, f"{sampler_label(self.by)} step" if self.by else "step")
 
 
 class Walked(NamedTuple):
     """One position of the slider."""
 
-    steps: int
-
-    label: str
-    """Steps, and the sampler if it is not the model's own."""
+    column: Column
     student: Picture | None
-    """At more steps than the first student's, that student's teacher: the matched model or the chain's start."""
+    """The first student's teacher (the matched model or the start of the chain) at more steps than that student's."""
     teacher: Picture | None
 
 
@@ -74,14 +71,14 @@ class Gallery(NamedTuple):
     """Samples of every model from the same noise."""
 
     kind: str
-    """"images", "points", or why there are no images."""
+    """"images", "points", or the reason why nothing is shown."""
     columns: Sequence[Column] = ()
     students: Sequence[Picture | None] = ()
-    """One per column, or the first student's teacher at more steps than that student's; empty without students."""
+    """`Walked.student` for each column; empty without students."""
     teachers: Sequence[Picture | None] = ()
     num_seeds: int = 0
     row_height: int = 0
-    """Pixels from one seed to the next."""
+    """Distance in pixels from one seed to the next."""
     width: int = 0
     """Width in pixels of an image in the strip."""
     walk: Sequence[Walked] = ()
@@ -93,45 +90,36 @@ def gallery(facts: RunFacts, summary: Summary, sizes: Sizes, best: Best | None =
     """Return the gallery; None if no stage has samples.
 
     Args:
-        best: the teacher at its best, which gets its own column if its samples were kept.
+        best: the teacher at its best, which gets a column if its samples were kept.
     """
-    held: dict[str, dict[int, tuple[str, np.ndarray]]] = {"teacher": {}, "matched": {}, "student": {}}
+    held: dict[str, dict[Column, tuple[np.ndarray, float | None]]] = {"teacher": {}, "matched": {}, "student": {}}
     if (first := facts.start) is not None:
-        held["teacher"] = {steps: (first.name, first.samples[steps]) for steps in sorted(first.samples, reverse=True)}
+        held["teacher"] = _samples(first)
+        if best is not None and (at_best := first.by_others.get((best.sampler, best.num_steps))) is not None:
+            held["teacher"][Column(best.num_steps, best.sampler)] = at_best, best.frechet
     for stage in facts.others:
         # The last of several students with equal steps is shown.
-        made = {steps: (stage.name, array) for steps, array in stage.samples.items()}
-        held["student" if stage.role == "student" else "matched"] |= made
+        held["student" if stage.role == "student" else "matched"] |= _samples(stage)
     students = held["student"]
-    arrays = [array for by_steps in held.values() for _, array in by_steps.values()]
+    arrays = [array for by_column in held.values() for array, _ in by_column.values()]
     if not arrays:
         return None
-    columns = [Column(steps) for steps in sorted(set().union(*held.values()), reverse=True)]
-    at_best = first.by_others.get((best.sampler, best.num_steps)) if first is not None and best is not None else None
-    if best is not None and at_best is not None:
-        arrays.append(at_best)
-        columns = sorted([Column(best.num_steps, best.sampler), *columns], key=lambda one: one.by is None)
     if {array.shape[1:] for array in arrays} != {arrays[0].shape[1:]}:
         return Gallery("The stages have samples of different shapes, so they are not shown side by side.")
     if not (all(map(figures.is_images, arrays)) or all(map(figures.is_points, arrays))):
         shape = " × ".join(str(size) for size in arrays[0].shape[1:])
         return Gallery(f"Samples of this kind cannot be shown as images: shape {shape}, {arrays[0].dtype}.")
+    columns = sorted(set().union(*held.values()), key=lambda column: (column.by is None, -column.steps))
     images = figures.is_images(arrays[0])
     fewest = min(len(array) for array in arrays)
     num_seeds = min(sizes.num_seeds, fewest)
-    distances = _distances(facts)
-    # Distant outliers of the other models must not shrink everything to a dot.
+    # Only the first model sets the frame, so that outliers of the others do not shrink everything to a dot.
     box = (0.0, 0.0, 1.0) if images else figures.limits(arrays[0])
 
     def picture(who: str, column: Column, length: int, columns: int) -> Picture | None:
-        frechet: float | None
-        if column.by is not None and who == "teacher" and at_best is not None and best is not None:
-            frechet, array = best.frechet, at_best
-        elif column.by is None and column.steps in held[who]:
-            name, array = held[who][column.steps]
-            frechet = distances.get((name, column.steps))
-        else:
+        if column not in held[who]:
             return None
+        array, frechet = held[who][column]
         chosen = array[:length]
         made = f"samples of {MODELS[who]} at {column.label}"
         if images:
@@ -143,9 +131,11 @@ def gallery(facts: RunFacts, summary: Summary, sizes: Sizes, best: Best | None =
             image = figures.scatter(chosen, box, num_seeds, alt)
         return Picture(who, image, frechet)
 
+    most = max((column.steps for column in students), default=0)
+
     def distilled(column: Column, length: int, columns: int) -> Picture | None:
-        """Return the student, or the first student's teacher at more steps than that student's."""
-        if column.by is None and column.steps <= max(students, default=0):
+        """Return `Walked.student`."""
+        if column.by is None and column.steps <= most:
             return picture("student", column, length, columns)
         return picture("matched", column, length, columns) or picture("teacher", column, length, columns)
 
@@ -155,15 +145,10 @@ def gallery(facts: RunFacts, summary: Summary, sizes: Sizes, best: Best | None =
         strip = num_seeds
         walked = max(num_seeds, min(sizes.num_walked, fewest, sizes.most_pixels // (height * width)))
     walk = [
-        Walked(
-            one.steps,
-            one.label,
-            distilled(one, walked, WALKED_COLUMNS),
-            picture("teacher", one, walked, WALKED_COLUMNS),
-        )
+        Walked(one, distilled(one, walked, WALKED_COLUMNS), picture("teacher", one, walked, WALKED_COLUMNS))
         for one in columns
     ]
-    shown = summary.best.steps if summary.best is not None else min(students, default=columns[0].steps)
+    shown = summary.best.steps if summary.best is not None else min(students, default=columns[0]).steps
     start = next((place for place, one in enumerate(columns) if one == Column(shown)), len(columns) - 1)
     size = arrays[0].shape[1:3]
     return Gallery(
@@ -180,11 +165,8 @@ def gallery(facts: RunFacts, summary: Summary, sizes: Sizes, best: Best | None =
     )
 
 
-def _distances(facts: RunFacts) -> dict[tuple[str, int], float]:
-    """Return the Frechet distances to show below images, by stage and steps; images use each model's own sampler."""
-    return {
-        (stage.name, result.num_steps): result.frechet
-        for stage in facts.stages
-        for result in (stage.metrics.results if stage.metrics is not None else ())
-        if result.sampler == stage.manifest.outcome.sampler_name
-    }
+def _samples(stage: StageFacts) -> dict[Column, tuple[np.ndarray, float | None]]:
+    """Return the samples of a stage's own sampler and their Frechet distances, in descending order of steps."""
+    results, own = stage.metrics.results if stage.metrics is not None else (), stage.manifest.outcome.sampler_name
+    frechet = {result.num_steps: result.frechet for result in results if result.sampler == own}
+    return {Column(steps): (stage.samples[steps], frechet.get(steps)) for steps in sorted(stage.samples, reverse=True)}

@@ -1,4 +1,4 @@
-"""The page of a run: sentences, tables, images and figures from the run's facts, in one file."""
+"""The page of a run: its facts as sentences, tables, images and figures, in one HTML file."""
 
 import base64
 import hashlib
@@ -14,22 +14,22 @@ from halfstep.report.figures import data_url
 from halfstep.report.gallery import Sizes, gallery
 from halfstep.report.nearest import shown_nearest
 from halfstep.report.quality import protocol_notices, quality_groups
-from halfstep.report.reading import RunFacts, StudyFacts, read_run
-from halfstep.report.summary import KEPT, summarise
-from halfstep.report.words import count, duration, flatten, number, text, times
+from halfstep.report.reading import RunFacts, read_run
+from halfstep.report.summary import summarise
+from halfstep.report.words import count, duration, flatten, number, times
 from halfstep.runs import RunFolder
 from halfstep.runtime.files import write_text
 
 MOST_BYTES = 7_500_000
-"""Maximum size of a page; it has fewer images if more would not fit."""
+"""Maximum size of a page, which limits its images."""
 
 
 def write_report(run: Path, studies: Path | None = None, without_nearest: str | None = None) -> Path:
-    """Write RUN/report/index.html, one self-contained file that is reproducible from the same folder.
+    """Write RUN/report/index.html and return its path; the same folder always gives the same file.
 
     Args:
-        studies: a folder of studies to show; RUN/studies if None.
-        without_nearest: reason why nearest training samples are missing, if they are.
+        studies: folder of studies to show; RUN/studies if None.
+        without_nearest: reason why nearest training samples are missing.
 
     Raises:
         ValueError: if the folder contains neither a readable stage nor the log of a stage in training.
@@ -40,7 +40,7 @@ def write_report(run: Path, studies: Path | None = None, without_nearest: str | 
 
 
 def headline(facts: RunFacts) -> tuple[str, int] | None:
-    """Return the stage and steps that represent the run: the best student, otherwise the last stage with samples."""
+    """Return the stage and steps that represent the run: the best student, or else the last stage with samples."""
     best = summarise(facts, quality_groups(facts.stages, facts.start)).best
     if best is not None:
         for stage in reversed(facts.students):
@@ -54,7 +54,7 @@ def headline(facts: RunFacts) -> tuple[str, int] | None:
 
 
 def page(facts: RunFacts, without_nearest: str | None = None) -> str:
-    """Return the HTML of a report, with few enough images for `MOST_BYTES`."""
+    """Return the HTML of a report, with fewer images if it would exceed `MOST_BYTES`."""
     sizes = Sizes()
     while len(html := _page(facts, without_nearest, sizes)) > MOST_BYTES and (smaller := sizes.smaller()) is not None:
         sizes = smaller
@@ -71,7 +71,7 @@ def _page(facts: RunFacts, without_nearest: str | None, sizes: Sizes) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "duration": duration, "times": times, "count": count}
+    environment.filters |= {function.__name__: function for function in (number, duration, times, count)}
     groups = quality_groups(facts.stages, facts.start)
     summary = summarise(facts, groups)
     rows = stage_rows(facts)
@@ -80,34 +80,22 @@ def _page(facts: RunFacts, without_nearest: str | None, sizes: Sizes) -> str:
     return environment.get_template("page.html.j2").render(
         script=Markup(script),
         script_hash=base64.b64encode(digest).decode(),
-        title=facts.name,
+        facts=facts,
         summary=summary,
         progress=progress(rows),
         notices=[*facts.notices, *protocol_notices(groups)],
         gallery=gallery(facts, summary, sizes, next((group.best for group in groups), None)),
         groups=groups,
-        evaluation=facts.evaluation if tables else None,
         tables=tables,
         guidance=next((s.manifest.guidance_words() for s in reversed(facts.others) if s.manifest.guidance), None),
         stages=rows,
-        losses=loss_figure(facts, rows),
+        losses=loss_figure(rows),
         distances=distance_figure(rows),
-        studies=[(study, _study_figure(study)) for study in facts.studies],
+        data_url=data_url,
         nearest=shown_nearest(facts.nearest),
         without_nearest=without_nearest,
         cost=spent,
         paid=paid,
         recipe=flatten(facts.recipe),
         environment=flatten({k: v for k, v in facts.environment.items() if k != "command"}),
-        commit=text(facts.environment.get("git_commit")),
-        command=text(facts.environment.get("command")),
-        kept=KEPT,
     )
-
-
-def _study_figure(study: StudyFacts) -> Markup | None:
-    """Return the study's SVG as an <img>, so that its scripts cannot run and nothing is fetched."""
-    if study.figure is None:
-        return None
-    alt = f"Figure of the study {study.title}; the table below has its values."
-    return Markup('<img class="study" src="{}" alt="{}">').format(data_url(study.figure, "image/svg+xml"), alt)

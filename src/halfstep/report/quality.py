@@ -1,7 +1,6 @@
-"""The results of a run's own measurements (metrics.json): one table and one curve per protocol.
+"""The results of a run's own measurements (metrics.json), with a table and figures per protocol.
 
-Ratios are only taken within one protocol. The teacher at its best (`teacher_best`) is the reference for quality and
-time.
+Ratios are relative to the teacher at its best (`teacher_best`) in the same protocol.
 """
 
 import json
@@ -21,32 +20,32 @@ from halfstep.runs.schema import Result
 
 @dataclass(frozen=True)
 class Pair:
-    """A student (or matched model) and the teacher with the same number of steps, or one of them alone."""
+    """A student or matched model next to the teacher with the same number of steps; either may be missing."""
 
     steps: int
     sampler: str
     """Label of the student's sampler, and of the teacher's if it differs."""
     teacher: Result | None
-    """The model that the chain starts from, with its own sampler if it was not measured with the student's."""
+    """First model of the chain, with the student's sampler if that was measured, otherwise with its own."""
     student: Result | None
     student_stage: str | None
     is_matched: bool
-    """Whether `student` is a matched teacher instead."""
+    """Whether `student` is a matched teacher."""
     is_earlier: bool
-    """Whether a later student has the same number of steps and replaces this one."""
+    """Whether a later student with the same number of steps replaces this one."""
     is_repeated: bool
     """Whether another student has the same number of steps."""
     ratio: float | None
     """Ratio of the student's Frechet distance to that of the teacher at its best."""
     measured: Result
-    """The student, otherwise the teacher; the row shows its network calls and time."""
+    """The student, or the teacher in a row without one. The row shows its network calls and time."""
     speed_up: float | None
     """Ratio of the speed of `measured` to that of the teacher at its best."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Results of one protocol."""
+    """The results of one protocol."""
 
     name: str
     protocol: Mapping[str, Any]
@@ -54,12 +53,14 @@ class Group:
     best: Best | None
     """The teacher at its best."""
     base: Result | None
-    """The teacher's result whose samples are the reference for same-noise comparisons."""
+    """The teacher's result that same-noise comparisons refer to."""
     teacher_sampler: str
     """The teacher's own sampler."""
     stages: Sequence[str]
-    few: str | None
-    """Warning about distances between so few samples."""
+    note: str | None
+    """Warning about the number of samples."""
+    too_few: bool
+    """Whether the samples are too few for a reliable Frechet distance."""
 
     @property
     def best_words(self) -> str:
@@ -68,7 +69,7 @@ class Group:
 
     @property
     def base_words(self) -> str:
-        """Sampling method of the teacher that others are compared with."""
+        """Sampling method of `base`."""
         return "" if self.base is None else method_words(self.base.sampler, self.base.num_steps, self.base.num_evals)
 
     @property
@@ -81,59 +82,59 @@ class Group:
         """Whether several students have the same number of steps."""
         return any(row.is_earlier for row in self.rows)
 
+    @property
+    def students(self) -> list[tuple[str, Result]]:
+        """The students' stages and results, without students that a later one replaces."""
+        rows = [row for row in self.rows if not (row.is_matched or row.is_earlier)]
+        return [(str(row.student_stage), row.student) for row in rows if row.student is not None]
+
     def note_of(self, row: Pair) -> str:
-        """Return what distinguishes a row from others with the same steps: sampler, role or stage; usually empty."""
+        """Return the sampler, role or stage of a row if others have the same steps, otherwise an empty string."""
         by = [] if row.sampler == sampler_label(self.teacher_sampler) else [row.sampler]
         of = ["matched"] if row.is_matched else [str(row.student_stage)] if row.is_repeated else []
         return ", ".join([*by, *of])
 
     @property
     def figure(self) -> Markup | None:
-        """The curves of teacher and students against network calls."""
+        """Frechet distances of teacher and students against network calls."""
         teacher = [row.teacher for row in self.rows if row.teacher is not None]
         names = sorted({result.sampler for result in teacher}, key=lambda name: name != self.teacher_sampler)
         curves = [
             _curve(f"teacher, {sampler_label(name)}", [result for result in teacher if result.sampler == name])
             for name in names
         ]
-        students = [row for row in self.rows if row.student is not None and not row.is_matched]
+        earlier = [row for row in self.rows if row.is_earlier and not row.is_matched]
         curves.append(_curve("teacher, matched", [row.student for row in self.rows if row.is_matched]))
-        level = None if self.best is None else [(self.best.num_evals, self.best.frechet)]
         return figures.steps_figure(
             self.name,
             "Fréchet distance (lower is better)",
             curves[0],
-            _curve("students", [row.student for row in students if not row.is_earlier]),
+            _curve("students", [student for _, student in self.students]),
             [curve for curve in curves[1:] if curve is not None],
-            level=figures.Curve.through("teacher at its best", level) if level else None,
-            earlier=_curve("earlier stages", [row.student for row in students if row.is_earlier], students),
+            level=None if self.best is None else self.best.frechet,
+            earlier=_curve("earlier stages", [row.student for row in earlier], earlier),
         )
 
     @property
     def shares_figure(self) -> Markup | None:
-        """Precision, recall and coverage of the students against network calls, and of the teacher at its best."""
-        students = [r.student for r in self.rows if r.student is not None and not (r.is_matched or r.is_earlier)]
-        at_best = [r.teacher for r in self.rows if r.teacher is not None and Best.of(r.teacher) == self.best]
-        names = ("precision", "recall", "coverage")
-
-        def curve(name: str, results: Sequence[Result]) -> figures.Curve:
-            held = ((one.num_evals, finite(getattr(one, name))) for one in results if one.num_evals > 0)
-            return figures.Curve.through(name, sorted((calls, share) for calls, share in held if share is not None))
-
-        return figures.shares_figure(
-            f"{self.name}shares",
-            [curve(name, students) for name in names],
-            [curve(name, at_best[:1]) for name in names],
-        )
+        """Precision, recall and coverage of the students against network calls, with the teacher at its best."""
+        at_best = next((r.teacher for r in self.rows if r.teacher and Best.of(r.teacher) == self.best), None)
+        curves, levels = [], {}
+        for name in ("precision", "recall", "coverage"):
+            shares = ((one.num_evals, finite(getattr(one, name))) for _, one in self.students if one.num_evals > 0)
+            curves.append(figures.Curve.through(name, sorted((x, y) for x, y in shares if y is not None)))
+            if (level := finite(getattr(at_best, name, None))) is not None:
+                levels[name] = level
+        return figures.shares_figure(f"{self.name}shares", curves, levels)
 
 
 def are_earlier(keys: Sequence[Hashable]) -> list[bool]:
-    """Return for each key whether an equal one follows."""
+    """Return for each key whether an equal key follows."""
     return [key in keys[place + 1 :] for place, key in enumerate(keys)]
 
 
 def quality_groups(stages: Sequence[StageFacts], start: StageFacts | None) -> list[Group]:
-    """Return one group for each protocol of the stages' metrics, in order; all are compared with `start`."""
+    """Return a group for each protocol of the stages' metrics, all compared with `start`."""
     by_protocol: dict[str, list[tuple[StageFacts, Metrics]]] = {}
     for stage in stages:
         if stage.metrics is not None and stage.metrics.results:
@@ -142,26 +143,24 @@ def quality_groups(stages: Sequence[StageFacts], start: StageFacts | None) -> li
     return [_group(f"quality{index}", start, found) for index, found in enumerate(by_protocol.values())]
 
 
-def _value(result: Result | None, name: str) -> float | None:
-    return None if result is None else getattr(result, name)
-
-
 def _group(name: str, start: StageFacts | None, stages: Sequence[tuple[StageFacts, Metrics]]) -> Group:
     teacher = {(r.num_steps, r.sampler): r for stage, held in stages if stage == start for r in held.results}
-    others = [(stage, r) for stage, held in stages if stage != start for r in held.results]
-    best = teacher_best(map(Best.of, teacher.values()))
+    is_too_few = any(held.too_few for _, held in stages)
+    best = teacher_best(map(Best.of, teacher.values()), is_too_few)
     own = start.manifest.outcome.sampler_name if start else ""
-    pairs: list[tuple[StageFacts | None, Result | None, Result | None]] = []
-    for other, result in others:
-        alone = teacher.get((result.num_steps, result.sampler)) or teacher.get((result.num_steps, own))
-        pairs.append((other, result, alone))
-    beside = [alone for _, _, alone in pairs]
+    pairs: list[tuple[StageFacts | None, Result | None, Result | None]] = [
+        (stage, r, teacher.get((r.num_steps, r.sampler)) or teacher.get((r.num_steps, own)))
+        for stage, held in stages
+        if stage != start
+        for r in held.results
+    ]
+    beside = [alone for *_, alone in pairs]
     pairs += [(None, None, alone) for alone in teacher.values() if alone not in beside]
-    keys: list[Hashable] = list(range(len(pairs)))
-    for place, (stage, student, _) in enumerate(pairs):
-        if stage is not None and student is not None:
-            # A matched model is measured with several samplers.
-            keys[place] = (stage.role, student.num_steps, student.sampler if stage.role == "matched" else None)
+    # A matched model is measured with several samplers.
+    keys: list[Hashable] = [
+        (stage.role, r.num_steps, r.sampler if stage.role == "matched" else None) if stage and r else place
+        for place, (stage, r, _) in enumerate(pairs)
+    ]
     rows = []
     for (stage, student, alone), key, is_earlier in zip(pairs, keys, are_earlier(keys), strict=True):
         held = [result for result in (student, alone) if result is not None]
@@ -181,7 +180,7 @@ def _group(name: str, start: StageFacts | None, stages: Sequence[tuple[StageFact
                 speed_up=ratio(best.seconds_per_1000 if best else None, held[0].seconds_per_1000),
             )
         )
-    # For equal steps and sampler, the order of the plan is kept.
+    # Rows with equal steps and sampler keep the order of the plan.
     rows.sort(key=lambda row: (row.steps, row.sampler), reverse=True)
     return Group(
         name=name,
@@ -191,26 +190,28 @@ def _group(name: str, start: StageFacts | None, stages: Sequence[tuple[StageFact
         base=next((result for result in teacher.values() if result.teacher_rmse is None), None),
         teacher_sampler=own,
         stages=[stage.name for stage, _ in stages],
-        few=next((held.note for _, held in stages if held.note), None),
+        note=next((held.note for _, held in stages if held.note), None),
+        too_few=is_too_few,
     )
 
 
-def _written(value: float | None, form: str) -> str:
+def _written(result: Result | None, name: str, form: str) -> str:
+    value = None if result is None else getattr(result, name)
     return "–" if value is None else format(value, form)
 
 
 def text_table(group: Group) -> Table:
-    """Return the group as text cells, for a terminal."""
+    """Return the group as text for a terminal."""
     rows = [
         [
             str(row.steps) + (f" ({note})" if (note := group.note_of(row)) else ""),
             str(row.measured.num_evals),
-            _written(_value(row.teacher, "frechet"), ".4g"),
-            _written(_value(row.student, "frechet"), ".4g"),
-            _written(row.ratio, ".2f"),
-            _written(row.measured.recall, ".3f"),
-            _written(row.measured.coverage, ".3f"),
-            _written(_value(row.student, "teacher_rmse"), ".4f"),
+            _written(row.teacher, "frechet", ".4g"),
+            _written(row.student, "frechet", ".4g"),
+            "–" if row.ratio is None else f"{row.ratio:.2f}",
+            _written(row.measured, "recall", ".3f"),
+            _written(row.measured, "coverage", ".3f"),
+            _written(row.student, "teacher_rmse", ".4f"),
             number(row.measured.seconds_per_1000),
             "–" if row.speed_up is None else f"{times(row.speed_up)}x",
         ]
@@ -222,20 +223,20 @@ def text_table(group: Group) -> Table:
     ]  # fmt: skip
     notes = []
     if group.best is not None:
-        notes.append(f"Ratio and speed-up: relative to the teacher at its best, {group.best_words}.")
+        notes.append(f"Ratio and speed-up are relative to the teacher at its best, {group.best_words}.")
     if group.base is not None:
-        notes.append(f"RMSE: between student and teacher ({group.base_words}) from the same noise.")
+        notes.append(f"RMSE is between student and teacher ({group.base_words}) from the same noise.")
     sizes = [group.protocol.get(name, "?") for name in ("num_samples", "num_reference")]
-    bias = "biased upwards, more so with fewer samples, so compare only within this table"
-    notes.append(group.few or f"Distances between {sizes[0]} samples and {sizes[1]} real ones: {bias}.")
+    bias = "are biased upwards, more so with fewer samples. Compare them only within this table"
+    notes.append(group.note or f"Distances between {sizes[0]} samples and {sizes[1]} real ones {bias}.")
     return Table(headings, rows, notes)
 
 
 def _curve(label: str, results: Sequence[Result | None], named: Sequence[Pair] = ()) -> figures.Curve | None:
-    """Return the curve against network calls, with the results that a logarithmic axis can show.
+    """Return the curve against network calls, without results that a logarithmic axis cannot show.
 
     Args:
-        named: rows that label their students' points with the names of the stages.
+        named: rows of students that are labelled with their stages.
     """
     drawn = [r for r in results if r is not None and r.num_evals > 0 and is_finite(r.frechet) and r.frechet > 0]
     held = sorted(dict.fromkeys(drawn), key=lambda result: (result.num_evals, result.frechet))
@@ -247,14 +248,14 @@ def _curve(label: str, results: Sequence[Result | None], named: Sequence[Pair] =
 
 
 def protocol_notices(groups: Sequence[Group]) -> list[str]:
-    """Return the notices about few samples and about several protocols, if any."""
-    few = list(dict.fromkeys(group.few for group in groups if group.few))
+    """Return notices about too few samples and about several protocols."""
+    notes = list(dict.fromkeys(group.note for group in groups if group.note))
     if len(groups) < 2:
-        return few
+        return notes
     names = sorted({name for group in groups for name in group.protocol})
     differing = ", ".join(name for name in names if len({group.protocol.get(name) for group in groups}) > 1)
     return [
-        *few,
+        *notes,
         f"Not all stages were measured with the same protocol (different: {differing}). Results of different "
-        "protocols cannot be compared, so each protocol has its own table and figure.",
+        "protocols are not comparable, so each protocol has its own table and figure.",
     ]

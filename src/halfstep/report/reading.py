@@ -1,7 +1,7 @@
-"""Reads a run folder for the report. Damaged or missing files become notices, never a crash.
+"""Reads a run folder for the report. Damaged and missing files become notices.
 
-Texts and numbers come from files that may be truncated, edited or malicious. Nothing is unpickled, and paths in files
-are not followed. Weights are not hashed: the report shows a run, it does not certify its models.
+The files may be truncated, edited or malicious, so nothing is unpickled and no path in a file is followed. Weights are
+not hashed, because the report does not certify the models.
 """
 
 import contextlib
@@ -29,15 +29,15 @@ class StageFacts:
     manifest: Manifest
     metrics: Metrics | None
     samples: Mapping[int, np.ndarray]
-    """Samples of the same seeds by sampler steps: uint8 `[n, h, w, c]` for images, float `[n, *dims]` otherwise."""
+    """Samples by sampler steps, from the same seeds: uint8 `[n, h, w, c]` for images, float `[n, *dims]` otherwise."""
     num_parameters: int | None = None
-    """Number of values in model.safetensors; None if it does not exist or cannot be read."""
+    """Number of values in model.safetensors; None if it cannot be read."""
     by_others: Mapping[tuple[str, int], np.ndarray] = field(default_factory=dict)
-    """Samples from samplers other than the model's own, by sampler name and steps."""
+    """Samples from other samplers, by sampler name and steps."""
 
     @property
     def role(self) -> str:
-        """Role of the model: teacher, matched or student."""
+        """teacher, matched or student."""
         return self.manifest.outcome.role
 
 
@@ -60,17 +60,17 @@ class NearestFacts:
     samples: np.ndarray
     """`[n, *dims]`, as for a stage's samples."""
     neighbours: np.ndarray
-    """`[n, k, *dims]`, the nearest first."""
+    """`[n, k, *dims]`, nearest first."""
     distances: np.ndarray
-    """Root mean square differences `[m, k]` on the scale of x0, of the first m >= n samples."""
+    """Root mean square differences `[m, k]` on the scale of x0, for the first m >= n samples."""
     real: np.ndarray
-    """Distances `[r]` of some training samples to the nearest other one."""
+    """Distances `[r]` from some training samples to the nearest other training sample."""
     num_searched: int
 
 
 @dataclass(frozen=True)
 class StudyFacts:
-    """The result of a study: its table and its figure."""
+    """The table and the figure of a study."""
 
     title: str
     question: str
@@ -89,33 +89,33 @@ class RunFacts:
     recipe: Mapping[str, Any]
     environment: Mapping[str, Any]
     plan: Sequence[PlannedStage]
-    """Empty if recipe.json has none."""
+    """Empty if recipe.json contains no plan."""
     stages: Sequence[StageFacts]
     """Complete and readable stages, in order."""
     damaged: frozenset[str]
-    """Names of complete but unreadable stages."""
+    """Names of complete stages that cannot be read."""
     log: Mapping[str, Sequence[LogPoint]]
-    """Log rows by stage name, in the order of the updates."""
+    """Log rows by stage name, sorted by update."""
     notices: Sequence[str]
     start_name: str | None = None
-    """The stage that the chain starts from; None if unknown."""
+    """Name of the first stage of the chain; None if unknown."""
     evaluation: EvaluationResult | None = None
     nearest: NearestFacts | None = None
     studies: Sequence[StudyFacts] = ()
 
     @property
     def start(self) -> StageFacts | None:
-        """The model that the chain starts from; None if its stage is missing or damaged."""
+        """The first stage of the chain; None if it is missing or damaged."""
         return next((stage for stage in self.stages if stage.name == self.start_name), None)
 
     @property
     def others(self) -> list[StageFacts]:
-        """All stages after the start."""
+        """All stages but the start."""
         return [stage for stage in self.stages if stage.name != self.start_name]
 
     @property
     def students(self) -> list[StageFacts]:
-        """The distilled models after the start."""
+        """All students but the start."""
         return [stage for stage in self.others if stage.role == "student"]
 
 
@@ -123,14 +123,14 @@ def read_run(path: Path, studies: Path | None = None) -> RunFacts:
     """Read the run folder `path`.
 
     Args:
-        studies: a folder of studies (`halfstep study`) to show; RUN/studies if None.
+        studies: folder of studies (`halfstep study`) to show; RUN/studies if None.
 
     Raises:
         ValueError: if it contains neither a readable stage nor the log of a stage in training.
     """
     folder = RunFolder(path)
     if not path.is_dir():
-        raise ValueError(f"{path} is not a run folder: give the folder that `halfstep run` wrote")
+        raise ValueError(f"{path} is not a run folder. Pass the folder that `halfstep run` wrote")
     notices: list[str] = []
     recipe: dict[str, Any] = {}
     with _noting(notices, "The recipe cannot be shown: ", path):
@@ -144,11 +144,11 @@ def read_run(path: Path, studies: Path | None = None) -> RunFacts:
     log = _log(folder)
     if not stages and not log:
         why = "; ".join(damaged.values()) or "no stages/*/manifest.json, no log.jsonl"
-        raise ValueError(f"{path} has nothing to report on ({why}): give the folder of a run that `halfstep run` began")
+        raise ValueError(f"{path} has nothing to report on ({why}). Pass the folder of a run that `halfstep run` began")
     notices += [f"Stage {name} is damaged and was skipped: {why}." for name, why in damaged.items()]
     for what, without in (
         ("figures (metrics.json)", [s.name for s in stages if s.metrics is None]),
-        ("samples to look at", [s.name for s in stages if not s.samples]),
+        ("samples", [s.name for s in stages if not s.samples]),
     ):
         if without:
             notices.append(f"No {what} for {'stage' if len(without) == 1 else 'stages'} {', '.join(without)}.")
@@ -181,7 +181,7 @@ def read_run(path: Path, studies: Path | None = None) -> RunFacts:
 
 @contextlib.contextmanager
 def _noting(notices: list[str], what: str, path: Path) -> Iterator[None]:
-    """Turn an error about a file in the folder `path` into a notice that starts with `what`."""
+    """Turn an error about a file below `path` into a notice that starts with `what`."""
     try:
         yield
     except (ValueError, OSError) as error:

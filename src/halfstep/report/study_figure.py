@@ -1,24 +1,22 @@
-"""The figure of a study: panels of curves or bars side by side, as PNG and SVG."""
+"""The figure of a study, as PNG and SVG: panels of curves or bars, side by side."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, final
 
-from halfstep.report.figures import STYLE, Curve
+from halfstep.report.figures import COLOURS, STYLE, Curve, log_axis, powers_of_two
 
-COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#444444")
-"""The colour-blind-safe palette of Okabe and Ito; each colour has its own marker."""
 MARKERS: Final = "osD^vPX*"
+"""One for each colour."""
 MOST_INSIDE: Final = 5
-"""Number of curves above which a legend inside a panel would cover them."""
+"""Maximum number of curves for a legend inside the panels."""
 
 
 @final
 @dataclass(frozen=True)
 class Panel:
-    """Curves over a number, or bars over `categories`, with indices into them as x."""
+    """Curves, or bars over `categories` with indices into them as x."""
 
     title: str
     x_label: str
@@ -28,11 +26,11 @@ class Panel:
     log_x: bool = True
     log_y: bool = True
     level: tuple[str, float] | None = None
-    """A horizontal line: its label and its y."""
+    """Label and height of a horizontal line."""
 
 
 def draw_panels(panels: Sequence[Panel], path: Path) -> None:
-    """Write `path` with the suffixes .png and .svg; the same panels give the same files."""
+    """Write `path` with the suffixes .png and .svg; the same panels always give the same files."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -47,8 +45,6 @@ def draw_panels(panels: Sequence[Panel], path: Path) -> None:
 
 
 def _draw(axes: Any, panel: Panel) -> None:
-    from matplotlib.ticker import LogLocator, NullFormatter
-
     width = 0.8 / len(panel.series)
     for index, series in enumerate(panel.series):
         look = (index if series.colour is None else series.colour) % len(COLOURS)
@@ -64,18 +60,10 @@ def _draw(axes: Any, panel: Panel) -> None:
     if panel.categories:
         axes.set_xticks(range(len(panel.categories)), panel.categories, rotation=45, ha="right", fontsize=8)
     elif panel.log_x:
-        axes.set_xscale("log", base=2)
-        values = [x for series in panel.series for x in series.x]
-        powers = range(math.floor(math.log2(min(values))), math.ceil(math.log2(max(values))) + 1)
-        axes.set_xticks([2.0**k for k in powers], [f"{2.0**k:g}" for k in powers])
-        axes.minorticks_off()
+        powers_of_two(axes, [x for series in panel.series for x in series.x])
     if panel.log_y:
         axes.set_yscale("log")
-        values = [y for series in panel.series for y in series.y if y > 0]
-        narrow = max(values) / min(values) < 1e3
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if narrow else (1.0,)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        log_axis(axes.yaxis, [y for series in panel.series for y in series.y if y > 0])
     axes.grid(axis="y")
     axes.set_title(panel.title, fontsize=11)
     axes.set_xlabel(panel.x_label)
@@ -83,7 +71,7 @@ def _draw(axes: Any, panel: Panel) -> None:
 
 
 def _add_legend(figure: Any, is_shared: bool) -> None:
-    """Add a legend inside each panel, or one for all panels below them."""
+    """Add a legend inside each panel, or a shared one below the panels."""
     if not is_shared:
         for axes in figure.axes:
             axes.legend(fontsize=9)

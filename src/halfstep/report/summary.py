@@ -1,23 +1,21 @@
-"""The first sentence of a report: how many network calls a student saves, and how its quality compares."""
+"""The first sentence of a report: the network calls that a student saves, and its quality."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from halfstep.report.evaluation import best_of_table
+from halfstep.report.evaluation import best_of_table, cells_of, is_too_few
 from halfstep.report.quality import Group
 from halfstep.report.reading import RunFacts
-from halfstep.report.words import count, duration, method_words, times
-from halfstep.runs import Best
-from halfstep.runs.evaluation import Row
+from halfstep.report.words import count, duration, method_words, number, times
+from halfstep.runs import Best, finite
 
 KEPT = 1.5
-"""Quality counts as kept up to this multiple of the teacher's Frechet distance."""
+"""A student keeps the teacher's quality up to this multiple of its Frechet distance or KID."""
 NO_GAIN = 1.05
-"""A student has gained nothing if the undistilled teacher, with as many network calls, has at most this multiple of its
-Frechet distance."""
+"""A student gains nothing if the undistilled teacher at equal network calls is at most this much worse."""
 LEARNED = 0.25
-"""Minimum coverage of the real data by the samples of a teacher that has learned them. (Coverage is near 1 if samples
-and real data have the same distribution.)"""
+"""Minimum coverage of the real data by the samples of a teacher that has learned the data. Coverage is near 1 if both
+have the same distribution."""
 
 
 class Rated(NamedTuple):
@@ -25,131 +23,149 @@ class Rated(NamedTuple):
 
     steps: int
     num_evals: int
-    ratio: float
-    """Ratio of its Frechet distance to that of the teacher at its best."""
+    quality: float
+    """Ratio of its Frechet distance to that of the teacher at its best; its KID if that distance is unreliable."""
     alone: float | None
-    """The same ratio of the undistilled teacher, with as many network calls; None if not measured."""
+    """The same for the undistilled teacher at equal network calls; None if not measured."""
 
     @property
     def gains(self) -> bool:
-        """Whether the student is closer to the data than the undistilled teacher with as many network calls."""
-        return self.alone is None or self.alone > NO_GAIN * self.ratio
+        """Whether the student is closer to the data than the undistilled teacher at equal network calls."""
+        return self.alone is None or self.alone > NO_GAIN * self.quality
 
 
 class Comparison(NamedTuple):
-    """All students that can be compared with the teacher, at least one."""
+    """The students that can be compared with the teacher, at least one."""
 
     students: Sequence[Rated]
     teacher: Best
     """The teacher at its best."""
+    quality: float
+    """`Rated.quality` of the teacher: 1, or the teacher's KID."""
+    by_kid: bool
+    """Whether students are rated by KID, because there are too few samples for a Frechet distance."""
+
+    def words(self, student: Rated) -> str:
+        """Describe the quality of a student."""
+        if self.by_kid:
+            alone = "" if student.alone is None else f", {number(student.alone)} without distillation"
+            return f"KID {number(student.quality)} ({number(self.quality)} for the teacher at its best{alone})"
+        alone = "" if student.alone is None else f" ({times(student.alone)} times without distillation)"
+        return f"Fréchet distance {times(student.quality)} times that of the teacher at its best{alone}"
 
 
 class Summary(NamedTuple):
-    """The outcome in a sentence or two, and in a few large numbers."""
+    """The outcome in one or two sentences and a few large numbers."""
 
     lead: str
-    more: str | None
-    tiles: Sequence[tuple[str, str]]
+    more: str | None = None
+    tiles: Sequence[tuple[str, str]] = ()
     """Numbers with their labels."""
-    best: Rated | None
-    """The student that the sentence is about."""
+    best: Rated | None = None
+    """The student in the sentence."""
+    choice: str = ""
+    """How that student was chosen."""
 
 
 def summarise(facts: RunFacts, groups: Sequence[Group]) -> Summary:
-    """Summarise a run by its own measurements, or by its evaluation if those have no comparison."""
+    """Summarise a run by its first reliable comparison in metrics.json or evaluation.json, otherwise by the first."""
     tiles = [(duration(sum(stage.manifest.seconds for stage in facts.others)), "training time of all students")]
-    found = next(filter(None, map(_of_group, groups)), None) or _of_evaluation(facts)
+    comparisons = [found for found in (*map(_of_group, groups), *_of_evaluation(facts)) if found is not None]
+    found = min(comparisons, key=lambda one: one.by_kid, default=None)
     if found is None:
-        return Summary(_unrated(facts), None, tiles if facts.students else [], None)
+        return Summary(_unrated(facts), tiles=tiles if facts.students else [])
     fewest = min(found.students, key=lambda student: student.steps)
-    kept = [student for student in found.students if student.ratio <= KEPT]
+    kept = [student for student in found.students if student.quality <= KEPT * found.quality]
     if kept:
         best = min(kept, key=lambda student: (not student.gains, student.steps))
     else:
-        best = min(found.students, key=lambda student: (student.ratio, student.steps))
+        best = min(found.students, key=lambda student: (student.quality, student.steps))
+    choice = (
+        f"with the fewest steps and a {'KID' if found.by_kid else 'Fréchet distance'} of at most {KEPT} times the "
+        "teacher’s best, or the best student if none qualifies"
+        + (". It compares KID because there are too few samples for a reliable Fréchet distance" * found.by_kid)
+    )
     calls, saved = count(best.num_evals, "network call"), found.teacher.num_evals / max(1, best.num_evals)
     fewer = f"{times(saved)} times fewer"
     if best.gains:
         by = f" ({fewer})" if saved > 1 else ""
-        lead = f"A student with {calls} instead of {found.teacher.num_evals:,}{by}: {_said(best)}."
+        lead = f"A student with {calls} instead of {found.teacher.num_evals:,}{by}: {found.words(best)}."
+        more = None
     else:
         lead = (
-            f"No gain from distillation with {calls}: the undistilled teacher is as close to the data with as many. "
-            f"{_said(best)}."
+            f"No gain from distillation with {calls}: the undistilled teacher is just as close to the data. "
+            f"{found.words(best)}."
         )
-    more = None if best.gains else "Train the teacher and the students longer, or distil to fewer steps."
+        more = "Train the teacher and the students longer, or distil to fewer steps."
     if fewest is not best:
-        more = f"At {count(fewest.steps, 'step')}: {_said(fewest)}."
+        more = f"At {count(fewest.steps, 'step')}: {found.words(fewest)}."
     covered, how = found.teacher.coverage, method_words(*found.teacher[:3])
     if covered is not None and covered < LEARNED:
-        more = f"At its best ({how}) its samples cover {covered:.0%} of the real data, and no student can learn more."
-        return Summary("The teacher has not learned the data yet: train it longer.", more, tiles, best)
+        more = f"At its best ({how}), its samples cover {covered:.0%} of the real data. Students cannot learn more."
+        return Summary("The teacher has not learned the data yet: train it longer.", more, tiles, best, choice)
+    if found.by_kid:
+        quality = (number(best.quality), f"KID; {number(found.quality)} for the teacher at its best: {how}")
+    else:
+        quality = (f"{times(best.quality)}×", f"the Fréchet distance of the teacher at its best: {how}")
     tiles = [
         (f"{found.teacher.num_evals:,} → {best.num_evals:,}", f"network calls{f', {fewer}' if saved > 1 else ''}"),
-        (f"{times(best.ratio)}×", f"the Fréchet distance of the teacher at its best: {how}"),
-        *([(f"{times(best.alone)}×", f"the same without distillation, {calls}")] if best.alone is not None else []),
+        quality,
         *tiles,
     ]
-    return Summary(lead, more, tiles, best)
+    if best.alone is not None:
+        alone = number(best.alone) if found.by_kid else f"{times(best.alone)}×"
+        tiles.insert(2, (alone, f"the same without distillation, {calls}"))
+    return Summary(lead, more, tiles, best, choice)
 
 
 def _of_group(group: Group) -> Comparison | None:
-    if group.best is None:
-        return None
-    alone = _alone(group.best, ((row.teacher.num_evals, row.teacher.frechet) for row in group.rows if row.teacher))
-    rated = [
-        Rated(row.steps, row.measured.num_evals, row.ratio, alone.get(row.measured.num_evals))
-        for row in group.rows
-        if row.ratio is not None and not row.is_matched and not row.is_earlier
-    ]
-    return Comparison(rated, group.best) if rated else None
+    teacher = [Best.of(row.teacher) for row in group.rows if row.teacher is not None]
+    return _comparison(group.best, teacher, [Best.of(student) for _, student in group.students], group.too_few)
 
 
-def _alone(best: Best, cells: Iterable[tuple[int | None, float]]) -> dict[int, float]:
-    """Return by network calls the smallest ratio of the undistilled teacher; `cells` are calls and distances."""
-    ratios: dict[int, float] = {}
-    for calls, frechet in cells:
-        quality = best.ratio(frechet)
-        if calls is not None and quality is not None:
-            ratios[calls] = min(quality, ratios.get(calls, quality))
-    return ratios
+def _of_evaluation(facts: RunFacts) -> list[Comparison | None]:
+    """Return a comparison for each table.
 
-
-def _of_evaluation(facts: RunFacts) -> Comparison | None:
-    """Return the comparison in the first table with the Frechet distances of both students and teacher."""
-    if facts.evaluation is None:
-        return None
-    for table in facts.evaluation.tables:
-        best = best_of_table(table, facts.evaluation)
-        if best is None:
-            continue
-        teachers = [series.name for series in facts.evaluation.series if series.role == "teacher"]
-        measured = [row for row in table.rows if "frechet" in row.figures]
-        undistilled = (row for row in measured if row.series in teachers)
-        alone = _alone(best, ((row.num_evals, row.figures["frechet"].mean) for row in undistilled))
-        shown: dict[int, Row] = {}
-        for series in facts.evaluation.series:
+    If several students have the same number of steps, the last one counts, in its first series.
+    """
+    result, comparisons = facts.evaluation, []
+    for table in result.tables if result is not None else ():
+        assert result is not None
+        shown: dict[int, Best] = {}
+        for series in result.series:
             if series.role == "student":
-                # If several students have equal steps, the last one is used, in its first series.
-                rows = [row for row in measured if row.series == series.name]
-                shown = {row.num_steps: row for row in rows if row.num_steps is not None} | shown
-        rated = []
-        for steps, row in shown.items():
-            if (quality := best.ratio(row.figures["frechet"].mean)) is not None:
-                calls = row.num_evals or steps
-                rated.append(Rated(steps, calls, quality, alone.get(calls)))
-        if rated:
-            return Comparison(rated, best)
-    return None
+                shown = {cell.num_steps: cell for cell in cells_of(table, [series])} | shown
+        teachers = [series for series in result.series if series.role == "teacher"]
+        best = best_of_table(table, result)
+        comparisons.append(_comparison(best, cells_of(table, teachers), shown.values(), is_too_few(table)))
+    return comparisons
 
 
-def _said(student: Rated) -> str:
-    without = "" if student.alone is None else f" ({times(student.alone)} times without distillation)"
-    return f"Fréchet distance {times(student.ratio)} times that of the teacher at its best{without}"
+def _comparison(
+    best: Best | None, teacher: Iterable[Best], students: Iterable[Best], by_kid: bool
+) -> Comparison | None:
+    """Compare students with the teacher's cells, which include `best`; None if no student can be compared."""
+    if best is None:
+        return None
+
+    def quality(cell: Best) -> float | None:
+        return finite(cell.kid) if by_kid else best.ratio(cell.frechet)
+
+    alone: dict[int, float] = {}
+    for cell in teacher:
+        if (value := quality(cell)) is not None:
+            alone[cell.num_evals] = min(value, alone.get(cell.num_evals, value))
+    rated = [
+        Rated(cell.num_steps, cell.num_evals, value, alone.get(cell.num_evals))
+        for cell in students
+        if (value := quality(cell)) is not None
+    ]
+    own = quality(best)
+    return Comparison(rated, best, own, by_kid) if rated and own is not None else None
 
 
 def _unrated(facts: RunFacts) -> str:
-    """Return the sentence for a run in which teacher and students cannot be compared."""
+    """Return the sentence for a run without a comparison of teacher and students."""
     steps = sorted({s.manifest.num_steps for s in facts.students if s.manifest.num_steps is not None}, reverse=True)
     if not facts.stages:
         return "A run in progress; no stage is complete yet."
@@ -159,5 +175,5 @@ def _unrated(facts: RunFacts) -> str:
         return f"A {what}, trained in {duration(first.manifest.seconds)}; no student is complete yet."
     what = count(len(facts.students), "student")
     if steps:
-        what += f" of {steps[0]:,} down to {steps[-1]:,} steps" if steps[1:] else f" of {count(steps[0], 'step')}"
-    return f"{what}; the results of teacher and students cannot be compared."
+        what += f", from {steps[0]:,} steps to {steps[-1]:,}" if steps[1:] else f" with {count(steps[0], 'step')}"
+    return f"{what}. There are no comparable results of teacher and students."

@@ -1,18 +1,21 @@
-"""A table of texts, for the terminal, a Markdown file, a study's JSON and the report."""
+"""A table of strings for the terminal, Markdown, a study's JSON and the report."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from pydantic import TypeAdapter, ValidationError
+
 
 class Table(NamedTuple):
-    """Headings, rows and notes; the first column is text, the others are numbers."""
+    """Headings, rows and notes. The first column is text, the others are numbers."""
 
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
     notes: Sequence[str] = ()
 
     def markdown(self) -> str:
-        """Return the table in Markdown, then its notes."""
+        """Return the table in Markdown, with its notes below."""
         lines = [
             "| " + " | ".join(self.headings) + " |",
             "|---" + "|---:" * (len(self.headings) - 1) + "|",
@@ -27,13 +30,8 @@ class Table(NamedTuple):
         Raises:
             ValueError: if the data is not a table.
         """
-        try:
-            table = cls(**{name: data[name] for name in cls._fields})
-            texts = [*table.headings, *table.notes, *(text for row in table.rows for text in row)]
-            if not all(isinstance(text, str) for text in texts) or any(
-                len(row) != len(table.headings) for row in table.rows
-            ):
-                raise TypeError
-        except (LookupError, TypeError):
-            raise ValueError("it does not contain a table") from None
-        return table
+        with contextlib.suppress(ValidationError):
+            table = TypeAdapter(cls).validate_python(data)
+            if all(len(row) == len(table.headings) for row in table.rows):
+                return table
+        raise ValueError("it does not contain a table")

@@ -1,4 +1,4 @@
-"""Formatting of numbers, times and counts for readers."""
+"""Formats numbers, durations and counts for display."""
 
 import json
 import math
@@ -17,12 +17,12 @@ def sampler_label(name: str) -> str:
 
 
 def method_words(sampler: str, num_steps: int, num_evals: int) -> str:
-    """Return how a model was sampled as "Heun, 32 steps (63 calls)"."""
+    """Return a description such as "Heun, 32 steps (63 calls)"."""
     return f"{sampler_label(sampler)}, {count(num_steps, 'step')} ({count(num_evals, 'call')})"
 
 
 def number(value: float | None) -> str:
-    """Return a number with three significant digits, integers in full; a dash for None."""
+    """Format a number with three significant digits, an integer in full, and None as a dash."""
     if value is None:
         return "–"
     if isinstance(value, int):
@@ -37,19 +37,19 @@ def number(value: float | None) -> str:
 
 
 def with_spread(mean: float, spread: float | None) -> str:
-    """Return a mean with its standard deviation, if there is one."""
+    """Format a mean, with its standard deviation unless that is None."""
     return number(mean) + ("" if spread is None else f" ± {number(spread)}")
 
 
 def times(value: float) -> str:
-    """Return a factor as "61", "6.3", "1.21"."""
+    """Format a factor as "61", "6.3" or "1.21"."""
     return f"{value:,.0f}" if value >= 10 else f"{value:.1f}" if value >= 2 else f"{value:.2f}"
 
 
 def duration(seconds: float) -> str:
-    """Return a duration in its two largest units."""
+    """Format a duration in its two largest units."""
     if not math.isfinite(seconds) or seconds < 0:
-        return "not known"
+        return "unknown"
     if seconds < 60:
         return f"{seconds:.3g} s"
     minutes = round(seconds / 60) if seconds >= 3600 else int(seconds // 60)
@@ -65,12 +65,12 @@ def count(num: int, noun: str) -> str:
 
 
 def inside(folder: Path, error: Exception) -> str:
-    """Return an error's message with paths relative to `folder`, so that it reveals nothing about the machine."""
+    """Return an error's message with paths relative to `folder`, which reveal nothing about the machine."""
     return str(error).replace(f"{folder}/", "")
 
 
 def flatten(data: Mapping[Any, Any], prefix: str = "") -> dict[str, str]:
-    """Flatten nested data to dotted names and texts."""
+    """Flatten nested data to strings with dotted names."""
     flat: dict[str, str] = {}
     for key, value in data.items():
         if isinstance(value, Mapping) and value:
@@ -78,11 +78,6 @@ def flatten(data: Mapping[Any, Any], prefix: str = "") -> dict[str, str]:
         else:
             flat[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return flat
-
-
-def text(value: object) -> str | None:
-    """Return the value if it is a text that is not blank, otherwise None."""
-    return value if isinstance(value, str) and value.strip() else None
 
 
 def ratio(value: float | None, base: float | None) -> float | None:

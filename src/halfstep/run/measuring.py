@@ -108,6 +108,7 @@ class Measuring:
                 files={str(file.relative_to(folder.path)): sha256_of(file) for file in files},
                 seconds=spent,
                 note=self._reference.note,
+                too_few=self._reference.too_few,
             )
             write_sealed(folder.metrics_path, figures.model_dump(mode="json"))
 

@@ -22,7 +22,7 @@ own content is verified too. Manifests and metrics.json contain their stage and 
 the folder that they are in. heartbeat.json and log.jsonl only affect what is displayed.
 """
 
-from halfstep.runs.best import Best, teacher_best
+from halfstep.runs.best import Best, teacher_best, too_few
 from halfstep.runs.evaluation import EvaluationResult
 from halfstep.runs.heartbeat import Heartbeat
 from halfstep.runs.log import RunLog, finite, is_finite, read_log

@@ -21,24 +21,34 @@ class Best(NamedTuple):
     seconds_per_1000: float | None = None
     coverage: float | None = None
     """Share of the real samples with a generated sample in their neighbourhood."""
+    kid: float | None = None
 
     @classmethod
     def of(cls, result: Result) -> "Best":
         """Return the compared fields of a row of metrics.json."""
-        return cls(
-            result.sampler, result.num_steps, result.num_evals, result.frechet, result.seconds_per_1000, result.coverage
-        )
+        return cls(**{name: getattr(result, name) for name in cls._fields})
 
     def ratio(self, frechet: float) -> float | None:
         """Return the ratio of a Frechet distance (same protocol) to the teacher's; None if it is undefined."""
         return frechet / self.frechet if math.isfinite(frechet) and self.frechet > 0 else None
 
 
-def teacher_best(cells: Iterable[Best]) -> Best | None:
+def teacher_best(cells: Iterable[Best], by_kid: bool = False) -> Best | None:
     """Return the teacher's DDIM or Heun cell with the smallest finite distance; ties go to the fewest network calls.
 
     Args:
         cells: cells of the undistilled teacher, all measured with the same protocol.
+        by_kid: compare KID, not the Frechet distance, which is unreliable for too few samples (`too_few`).
     """
-    comparable = [cell for cell in cells if cell.sampler in BEST_OF and math.isfinite(cell.frechet)]
-    return min(comparable, key=lambda cell: (cell.frechet, cell.num_evals), default=None)
+
+    def rank(cell: Best) -> tuple[float, int]:
+        value = cell.kid if by_kid else cell.frechet
+        return math.inf if value is None else value, cell.num_evals
+
+    comparable = [cell for cell in cells if cell.sampler in BEST_OF and math.isfinite(rank(cell)[0])]
+    return min(comparable, key=rank, default=None)
+
+
+def too_few(num_samples: int, num_reference: int, dimension: int) -> bool:
+    """Return whether a Frechet distance is unreliable, because a covariance of so few features is singular."""
+    return min(num_samples, num_reference) <= dimension

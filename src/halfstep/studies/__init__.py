@@ -1,4 +1,4 @@
-"""Studies: the paper's tables and figures as plans of runs, each with a table and a figure as its result."""
+"""Studies reproduce the paper's tables and figures and compare methods of distillation."""
 
 from halfstep.studies import cost, integrators, roads, sampling, schedules, table1
 from halfstep.studies.base import Bench, Finding, Study, Table, Trial, run_study, studies, write_study

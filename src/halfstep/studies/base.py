@@ -1,7 +1,7 @@
-"""A study: a question, a plan of trials to answer it, and a table and a figure as its result.
+"""A study answers a question with a plan of trials, summarised in a table and a figure.
 
-Each finished trial writes its metrics to a file in STUDY/cells, so the same command resumes. The runs that a trial
-needs are run folders with their own stores, so studies that share a teacher share its samples and metrics.
+Each trial writes its metrics to a file in STUDY/cells when it finishes, so rerunning the command resumes the study.
+Trials train in run folders with their own stores, so studies with the same teacher share its samples and metrics.
 """
 
 import time
@@ -43,7 +43,7 @@ from halfstep.samplers import Ancestral, Sampler
 from halfstep.studies.scales import Scale
 
 Figures = dict[str, Any]
-"""The metrics of a trial, JSON-ready. A diverged trial has only "diverged", with the reason."""
+"""The metrics of a trial, JSON-ready. A diverged trial has only the entry "diverged", with the reason."""
 
 
 class Finding(NamedTuple):
@@ -56,36 +56,36 @@ class Finding(NamedTuple):
 @final
 @dataclass(frozen=True)
 class Trial:
-    """One entry of a study: the axes that distinguish it from the others, and the function that measures it."""
+    """One entry of a study, identified by its axes, and the function that measures it."""
 
     axes: Mapping[str, Any]
     work: Callable[["Bench"], Figures]
 
     @property
     def name(self) -> str:
-        """File name built from the trial's axes."""
+        """File name of the trial, without suffix."""
         return "_".join(f"{key}-{value}" for key, value in self.axes.items())
 
 
 class Study(ABC):
-    """A question and its plan: the trials, and how to present their findings."""
+    """A question, the trials that answer it, and the presentation of their findings."""
 
     title: ClassVar[str]
     question: ClassVar[str]
     uses: ClassVar[tuple[str, ...]]
-    """Settings of the scale that its metrics depend on; if they change, its trials must be rerun."""
+    """Settings of the scale that its metrics depend on. If they change, its trials must be rerun."""
 
     @abstractmethod
     def trials(self, scale: Scale) -> list[Trial]:
-        """Return the plan, in the order of execution."""
+        """Return the trials in the order of execution."""
 
     def costs(self, scale: Scale) -> Mapping[str, float]:
-        """Return the forward passes of one sample for each part of the plan; empty if they are not counted."""
+        """Return the forward passes of one sample for each part of the plan; empty if not counted."""
         return {}
 
     @abstractmethod
     def table(self, rows: Sequence[Finding], scale: Scale) -> Table:
-        """Return the table of all findings, next to the paper's published results if they are known."""
+        """Return the table of all findings, with the paper's results if they are known."""
 
     @abstractmethod
     def panels(self, rows: Sequence[Finding], scale: Scale) -> list[Panel]:
@@ -97,7 +97,7 @@ studies: Registry[type[Study]] = Registry("study")
 
 @final
 class Bench:
-    """Runs, models and measurements of one scale in one folder, for the trials of its studies."""
+    """Trains, loads and measures models for the trials of a scale, in one folder."""
 
     def __init__(self, out: Path, scale: Scale, stop: StopSignal | None, watch: Callable[[Event], None]) -> None:
         self.out, self.scale, self.stop, self.watch = out, scale, stop, watch
@@ -105,10 +105,10 @@ class Bench:
         self.model = lru_cache(maxsize=8)(lambda stage: load(stage.path, self.device))
         """The model of a stage."""
         self.data = cache(open_data)
-        """The data of a configuration, opened once."""
+        """The data of a configuration."""
 
     def run(self, name: str, recipe: Recipe, what: Literal["teacher", "chain"]) -> RunFolder:
-        """Return the finished, unmeasured run `name`: a recipe's teacher, or its chain from the shared teacher.
+        """Train a recipe's teacher, or its chain from the shared teacher, in the run `name`, without measuring it.
 
         Raises:
             NonFinite: if it diverged.
@@ -117,7 +117,7 @@ class Bench:
         return self._finished(name, self._spec(recipe, what))
 
     def distil(self, name: str, plan: Plan, seed: int) -> RunFolder:
-        """Return the finished run `name` of any plan from the shared teacher; raises the same errors as `run`."""
+        """Train a plan from the shared teacher in the run `name`; raises the same errors as `run`."""
         spec = self._spec(self.scale.recipe.model_copy(update={"seed": seed}), "chain")
         further = [
             StageConfig(objective=objectives.describe(stage.objective), training=stage.training).model_dump(mode="json")
@@ -141,23 +141,23 @@ class Bench:
 
     @cached_property
     def teacher(self) -> StageFolder:
-        """The teacher that all studies of the scale share, except the ablation."""
+        """The teacher of all studies of the scale except table 1."""
         return self.run("teacher", self.scale.recipe, "teacher").stages()[-1]
 
     @cached_property
     def chain(self) -> dict[int, StageFolder]:
-        """The students of that teacher, trained with the scale's recipe, by their steps."""
+        """The students of that teacher by steps, trained with the scale's recipe."""
         stages = self.run("chain", self.scale.recipe, "chain").stages()[1:]
         return {stage.manifest(verify=False).num_steps or 0: stage for stage in stages}
 
     @cached_property
     def reference(self) -> Reference:
-        """The real data's features."""
+        """Features of the real data."""
         recipe = self.scale.recipe
         return Reference(self.data(recipe.data), recipe.evaluation, cache_folder())
 
     def _store(self, stage: StageFolder) -> Store:
-        """Return the store of a stage's run, which `halfstep evaluate` uses too."""
+        """Return the store of a stage's run, the one that `halfstep evaluate` uses."""
         folder = RunFolder(stage.path.parent.parent).evaluation_path.parent
         return Store(folder, batch_size=self.scale.recipe.evaluation.batch_size, own_device=True, stop=self.stop)
 
@@ -170,10 +170,11 @@ class Bench:
         return Cell(source, num_steps, range(noise * size, (noise + 1) * size))
 
     def measured(self, stage: StageFolder, num_steps: int, sampler: Sampler | None = None, noise: int = 0) -> Result:
-        """Return the metrics of a stage's model, with its own sampler if None; measured once per protocol.
+        """Return the metrics of a stage's model, which are measured once per protocol.
 
         Args:
-            noise: number of the set of seeds; sets do not overlap.
+            sampler: the model's own if None.
+            noise: index of the set of seeds; sets do not overlap.
 
         Raises:
             NonFinite: if a sample is not finite.
@@ -181,13 +182,17 @@ class Bench:
         return self._store(stage).result(self._cell(stage, num_steps, sampler, noise), self.reference)
 
     def samples(self, stage: StageFolder, num_steps: int, sampler: Sampler | None = None, noise: int = 0) -> Tensor:
-        """Return the samples `[n, *shape]` that `measured` uses; drawn only once."""
+        """Return the samples `[n, *shape]` that `measured` uses."""
         store, cell = self._store(stage), self._cell(stage, num_steps, sampler, noise)
         store.fill([cell])
         return store.samples(cell)
 
     def tuned(self, stage: StageFolder, num_steps: int, levels: int | None = None) -> Result:
-        """Return the result of ancestral sampling at the best of several levels of gamma (the scale's by default)."""
+        """Return the best result of ancestral sampling over evenly spaced values of gamma from 0 to 1.
+
+        Args:
+            levels: number of values; `gamma_levels` of the scale if None.
+        """
         levels = levels or self.scale.gamma_levels
         gammas = [index / (levels - 1) for index in range(levels)]
         found: list[Result] = []
@@ -195,19 +200,18 @@ class Bench:
             try:
                 found.append(self.measured(stage, num_steps, Ancestral(gamma)))
             except NonFinite:
-                # A level that diverges cannot be the best; the model has diverged only if all levels do.
+                # The model has diverged only if it diverges at every gamma.
                 if gamma == gammas[-1] and not found:
                     raise
         best = min(found, key=lambda result: result.frechet)
         for gamma in gammas:
             if gamma != best.gamma:
-                # These are many samples, and nothing else needs them.
+                # The other samples are large and no longer needed.
                 self._store(stage).drop_samples(self._cell(stage, num_steps, Ancestral(gamma)))
         return best
 
     def noise_distance(self) -> float:
-        """Return the distance of unit noise that is clipped like samples: a model farther from the data than this has
-        diverged."""
+        """Return the Frechet distance of clipped unit noise to the data. A model at this distance has diverged."""
         reference = self.reference
         noise: Tensor = sample_noise(range(self.scale.recipe.evaluation.num_samples), reference.data.shape).clamp(-1, 1)
         return frechet_distance(reference.real.features, reference.extractor.features(noise))
@@ -222,15 +226,15 @@ def run_study(
     watch: Callable[[Event], None] = lambda event: None,
     done: Callable[[Trial, Figures, bool], None] = lambda trial, figures, was_there: None,
 ) -> list[Finding]:
-    """Run all missing trials of a study, and write study.json; a trial that diverges is recorded and stops no other.
+    """Run the missing trials of a study and write study.json; diverged trials are recorded and do not end the study.
 
     Args:
-        out: folder of the scale, shared by its studies: runs/, and a folder for each study.
-        done: called for each trial, with whether it already existed.
+        out: folder of all studies of the scale, with their runs in runs/ and a folder for each study.
+        done: called after each trial, with its metrics and whether they already existed.
 
     Raises:
         Interrupted: if a signal arrived; the same call resumes.
-        ValueError: if a trial in the folder was run with other settings.
+        ValueError: if a trial in the folder was run with different settings.
     """
     bench = Bench(out, scale, stop, watch)
     folder = out / studies.name_of(study)
@@ -245,7 +249,7 @@ def run_study(
         if was_there:
             held = read_json(file)
             if not isinstance(held, dict) or held.get("key") != key:
-                raise ValueError(f"{file} was written with other settings of this study: choose another --out")
+                raise ValueError(f"{file} was written with different settings. Choose another --out")
         else:
             start = time.perf_counter()
             try:
@@ -275,7 +279,7 @@ def run_study(
 
 
 def write_study(study: Study, scale: Scale, rows: Sequence[Finding], out: Path) -> Path:
-    """Write table.md, figure.png and figure.svg next to the study's study.json; return the table's path."""
+    """Write table.md, figure.png and figure.svg next to study.json; return the path of table.md."""
     folder = out / studies.name_of(study)
     head = f"# {study.title}\n\n{study.question}\n\n![{study.title}](figure.svg)\n\n"
     write_text(folder / "table.md", head + study.table(rows, scale).markdown())

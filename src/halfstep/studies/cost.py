@@ -1,4 +1,4 @@
-"""Cost of distillation relative to training the teacher: updates, network calls, seconds."""
+"""Cost of distillation relative to training the teacher, in updates, network calls and seconds."""
 
 from collections.abc import Sequence
 from typing import ClassVar, final
@@ -41,7 +41,7 @@ def _parts(scale: Scale) -> dict[str, int | None]:
 @final
 @studies.register("cost")
 class Cost(Study):
-    """Compares distillation with base training in updates, network calls and seconds, as in the paper's section 5.2."""
+    """The paper's section 5.2: updates, network calls and seconds of distillation and of base training."""
 
     title: ClassVar[str] = "The cost of distillation"
     question: ClassVar[str] = "Does distilling to four steps cost no more than training the teacher?"
@@ -66,9 +66,9 @@ class Cost(Study):
                 told = f"{updates:,} ({updates / train:.2f})"
                 lines.append([f"paper, {data}: distillation to {end}", told, "–", "–"])
         notes = (
-            "In brackets: the ratio to base training. Network calls are counted per sample, a backward pass as two and "
-            f"each of the teacher's steps as one. Recipe `{scale.recipe.name}`, which sets the updates of both and so "
-            "determines the ratio. The paper's claim is the second line of each data set.",
+            "Brackets show the ratio to base training. Network calls are per sample: a backward pass counts as two, a "
+            f"teacher step as one. The recipe `{scale.recipe.name}` sets both numbers of updates and so their ratio. "
+            "The second line of each data set is the paper's claim.",
         )
         return Table(("part", "updates", "network calls", "seconds"), lines, notes)
 

@@ -1,4 +1,4 @@
-"""Appendix C: DDIM against the standard integrators of the probability-flow ODE."""
+"""Appendix C compares DDIM with standard integrators of the probability-flow ODE."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -27,13 +27,13 @@ METHODS: Final[dict[str, Sampler]] = {
     "DPM-Solver++(2M)": DPMSolverPP2M(),
 }
 EXACT_STEPS: Final = 256
-"""Steps of RK4 for the reference solution of the ODE."""
+"""RK4 steps of the reference solution."""
 COMPARED: Final = 128
-"""Number of noise samples for comparing solutions."""
+"""Number of solutions to compare, each from its own noise."""
 
 
 def _solution(bench: Bench, num_steps: int, sampler: Sampler) -> Tensor:
-    """Return samples of the teacher without clipping, which would change the ODE."""
+    """Return the teacher's samples without clipping x0, which would change the ODE."""
     teacher, seeds = bench.model(bench.teacher), list(range(COMPARED))
     return draw(teacher.denoiser, teacher.noise(seeds), num_steps, sampler, teacher.cond(seeds))
 
@@ -57,7 +57,7 @@ def _trial(name: str, num_steps: int) -> Trial:
 @final
 @studies.register("integrators")
 class Integrators(Study):
-    """DDIM, Euler, midpoint, Heun, RK4 and DPM-Solver++ on one teacher: the question of the paper's appendix C."""
+    """The paper's appendix C: DDIM, Euler, midpoint, Heun, RK4 and DPM-Solver++ on one teacher."""
 
     title: ClassVar[str] = "Appendix C: integrators of the probability-flow ODE"
     question: ClassVar[str] = "Is DDIM just another integrator, or a better one?"
@@ -78,10 +78,10 @@ class Integrators(Study):
                 line.append(f"{distance}; {error}" + ("" if evals in (None, count) else f" [{evals:g}]"))
             lines.append(line)
         notes = (
-            f"Each entry: Frechet distance of {scale.recipe.evaluation.num_samples:,} samples; root mean square error "
-            f"against the solution of the ODE (RK4 with {EXACT_STEPS} steps) from the same {COMPARED} noises, without "
-            "clipping x0; in brackets the network calls, if they differ from the steps. Recipe "
-            f"`{scale.recipe.name}`. The numbers of the paper's appendix could not be verified, so none are shown.",
+            f"Each entry shows the Frechet distance of {scale.recipe.evaluation.num_samples:,} samples, then the root "
+            f"mean square error against the ODE's solution (RK4 with {EXACT_STEPS} steps) from the same {COMPARED} "
+            "noises, without clipping x0. Brackets show the network calls if they differ from the steps. Recipe: "
+            f"`{scale.recipe.name}`. The paper's numbers could not be verified, so they are not shown.",
         )
         return Table(("method", *(f"{count} steps" for count in steps)), lines, notes)
 

@@ -1,10 +1,10 @@
 """Verified results from the paper and its code, shown next to ours.
 
-Do not compare the paper's FID with a distance in other features; compare rankings and ratios. Results that could not be
-verified are omitted (appendix C's integrators, the numbers of the fast schedules, the curves of figure 6).
+FID and distances in other features are not comparable: compare rankings and ratios. Unverified results are omitted
+(the integrators of appendix C, the fast schedules, figure 6).
 
-Source: Salimans & Ho 2022 (arXiv:2202.00512), tables 1 and 2 and section 5.2; figure 4 as digitised from the authors'
-README to +-0.5 % (the values at 1 to 8 steps on CIFAR-10 are table 2's).
+Source: Salimans & Ho 2022 (arXiv:2202.00512), tables 1 and 2 and section 5.2; figure 4 digitised from the authors'
+README to +-0.5 %, with the values of table 2 for CIFAR-10 at 1 to 8 steps.
 """
 
 from typing import Final
@@ -23,7 +23,8 @@ TABLE_1: Final[dict[tuple[str, str], tuple[float, float] | None]] = {
     ("v", "truncated_snr"): (2.45, 2.75),
     ("v", "snr_plus_one"): (2.49, 2.87),
 }
-"""Unconditional CIFAR-10, undistilled: (prediction, weighting) to FID with (stochastic, DDIM); None if diverged."""
+"""FID of undistilled, unconditional models on CIFAR-10 with stochastic sampling and with DDIM, by prediction and
+weighting; None if diverged."""
 
 TABLE_2: Final[dict[str, dict[int, float]]] = {
     "student": {1: 9.12, 2: 4.51, 4: 3.00, 8: 2.57},
@@ -34,7 +35,7 @@ TABLE_2: Final[dict[str, dict[int, float]]] = {
     "dynamic step-size extrapolation": {48: 82.42, 151: 2.73, 180: 2.44, 274: 2.60, 330: 2.56},
     "LSGM": {138: 2.10},
 }
-"""CIFAR-10: FID by method and network calls."""
+"""FID on CIFAR-10 by method and network calls."""
 
 FIGURE_4: Final[dict[str, dict[str, dict[int, float]]]] = {
     "CIFAR-10": {
@@ -52,11 +53,11 @@ FIGURE_4: Final[dict[str, dict[str, dict[int, float]]]] = {
         "ancestral": {16: 9.72, 32: 4.58, 64: 3.10, 128: 2.33, 256: 2.16, 512: 2.14},
     },
 }  # fmt: skip
-"""FID by data set, method and steps; the paper's figure ends at an FID of 20."""
+"""FID by data set, method and steps. The paper's figure ends at an FID of 20."""
 
 COST: Final[dict[str, tuple[int, int, int]]] = {
     "CIFAR-10": (800_000, 550_000, 750_000),
     "ImageNet 64x64": (550_000, 400_000, 600_000),
     "LSUN 128x128": (400_000, 400_000, 600_000),
 }
-"""Updates of base training, of distillation to 4 steps and to 1 step, by data set."""
+"""Updates of base training, distillation to 4 steps and distillation to 1 step, by data set."""

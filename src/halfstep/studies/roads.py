@@ -1,15 +1,14 @@
-"""Roads: every method of distillation from one teacher to few steps, at equal cost.
+"""Roads compare the methods of distillation from one teacher to few steps at equal cost.
 
 A student's cost is the forward passes of all stages from the teacher to it, including auxiliary networks, as counted by
-`Stage.update_cost`. A scale sets the cost of the students of 8, 4, 2 and 1 steps, and `funded` converts it to updates.
-A chain to 1 step contains all of them. Each costs as much as a student that another method trains directly from the
-teacher.
+`Stage.update_cost`. A scale sets the cost of each student (8, 4, 2 and 1 steps), and `funded` converts it to updates.
+A chain to 1 step contains all four students. Each of them costs the same as one trained directly from the teacher.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import ClassVar, Final, final
 
 from halfstep.measure.evaluate import Method
@@ -27,18 +26,17 @@ from halfstep.objectives import (
     Training,
     parents_of,
 )
-from halfstep.report.figures import Curve
 from halfstep.report.study_figure import Panel
-from halfstep.report.words import number
+from halfstep.report.words import count, number
 from halfstep.runs import StageFolder
 from halfstep.samplers import DDIM, Heun, Sampler, samplers
 from halfstep.studies.base import Bench, Figures, Finding, Study, Table, Trial, studies
 from halfstep.studies.sampling import most_steps
 from halfstep.studies.scales import Scale
-from halfstep.studies.show import spread, where
+from halfstep.studies.show import curves, spread, where
 
 AT_BEST: Final = (Method(DDIM(), 256), Method(Heun(), 32))
-"""The better of these is the teacher at its best. Same-noise comparisons use the last."""
+"""The better of these is the teacher at its best; same-noise comparisons use the last."""
 HEUN_STEPS: Final = 2
 """Heun steps of the teacher for each step of the first student."""
 
@@ -49,14 +47,14 @@ class Leg:
     """A stage without its number of updates."""
 
     objective: Callable[[int], Objective]
-    """Maps the updates of the stage to its objective, whose cost must not depend on them."""
+    """Maps the stage's updates to its objective. The cost of an update must not depend on them."""
     training: Training
     passes: float
-    """Forward passes of all stages from the teacher to the end of this one."""
+    """Forward passes of all stages from the teacher to this one, included."""
 
 
 def funded(legs: Sequence[Leg]) -> Plan:
-    """Return the stages, each with as many updates as its forward passes allow, at least one.
+    """Return the stages with the updates that their forward passes pay for, at least one each.
 
     A stage corrects the rounding of the stages before it, so each total is exact to half an update.
     """
@@ -72,7 +70,7 @@ def funded(legs: Sequence[Leg]) -> Plan:
 
 
 def ways(stages: Sequence[Stage]) -> list[tuple[int, ...]]:
-    """Return for each stage after an undistilled teacher the indices of the stages leading to it, its own last."""
+    """Return, for each stage, the indices of the stages from the undistilled teacher to it, ending with its own."""
     models = [Outcome(Role.TEACHER)]
     found: list[tuple[int, ...]] = [()]
     for place, stage in enumerate(stages):
@@ -89,7 +87,7 @@ def passes_of(stages: Iterable[Stage]) -> float:
 
 
 def _halving(scale: Scale, steps: Sequence[int], share: float = 1.0) -> list[Leg]:
-    """Return the recipe's own chain, with its proportions of updates kept before the first of `steps`."""
+    """Return the recipe's chain, which keeps its proportions of updates up to the first of `steps`."""
     stages = scale.recipe.chain_plan().stages
     before = [stage for stage in stages if (stage.num_steps or 0) >= steps[0]]
     scaled = share * scale.roads.passes[steps[0]] / passes_of(before)
@@ -98,7 +96,7 @@ def _halving(scale: Scale, steps: Sequence[int], share: float = 1.0) -> list[Leg
 
 
 def _second_order(scale: Scale, steps: Sequence[int], share: float = 1.0) -> list[Leg]:
-    """Return a chain in which the first stage learns from Heun steps of the teacher."""
+    """Return a chain with a first stage that learns from Heun steps of the teacher."""
     first = Halving(steps[0], HEUN_STEPS, teacher_sampler=Heun())
     training = _stage_of(scale, steps[0]).training
     return [_as_leg(Stage(first, training), share * scale.roads.passes[steps[0]]), *_halves(scale, steps, share)]
@@ -116,10 +114,10 @@ def _halves(scale: Scale, steps: Sequence[int], share: float) -> list[Leg]:
 
 
 def _stage_of(scale: Scale, steps: int) -> Stage:
-    """Return the stage of the recipe's chain that trains the student of `steps` steps.
+    """Return the stage of the recipe's chain that trains the student with `steps` steps.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if the chain has no such student.
     """
     stages = scale.recipe.chain_plan().stages
     for stage in stages:
@@ -127,8 +125,8 @@ def _stage_of(scale: Scale, steps: int) -> Stage:
             return stage
     made = ", ".join(str(stage.num_steps) for stage in stages)
     raise ValueError(
-        f"the study of roads needs a chain with a student of {steps} steps, but the recipe "
-        f"{scale.recipe.name} has students of {made}. Choose another recipe"
+        f"the study roads needs a student with {steps} steps, but the recipe {scale.recipe.name} has students with "
+        f"{made}. Choose another recipe"
     )
 
 
@@ -137,11 +135,11 @@ def _as_leg(stage: Stage, passes: float) -> Leg:
 
 
 def _finished(scale: Scale, steps: Sequence[int]) -> list[Leg]:
-    """Return that chain, then a finish of each student, which takes a share of the student's passes."""
+    """Return the same chain, then a finish of each student, which takes a share of the student's passes."""
     settings = scale.roads
 
     def finishing(number: int) -> Callable[[int], Objective]:
-        # The initial updates, which train only the auxiliary denoiser, would take up most of a short finish.
+        # By default the lead updates, which train only the auxiliary denoiser, would fill most of a short finish.
         return lambda updates: Finishing(number, lead_updates=min(Finishing.lead_updates, updates // 4))
 
     finishes = [Leg(finishing(number), settings.finish, settings.passes[number]) for number in steps]
@@ -170,26 +168,26 @@ class Road:
 
     label: str
     legs: Callable[[Scale, Sequence[int]], list[Leg]]
-    """Returns the stages for students of the given steps, the most first."""
+    """Returns the stages for students with the given steps, in descending order."""
     is_chain: bool = True
-    """Whether one run trains all students; otherwise each has its own run, directly from the teacher."""
+    """Whether one run trains all students. Otherwise each has its own run, directly from the teacher."""
 
     def plan(self, scale: Scale, steps: int) -> Plan:
-        """Return the plan of the run that trains the student of `steps` steps."""
+        """Return the plan of the run that trains the student with `steps` steps."""
         return funded(self.legs(scale, scale.roads.steps if self.is_chain else (steps,)))
 
 
 ROADS: Final = {
     "halving": Road("halving, the paper's chain", _halving),
-    "second_order": Road("halving, first stage by Heun", _second_order),
+    "second_order": Road("halving, first stage with Heun", _second_order),
     "finish": Road("the same, each student finished", _finished),
     "consistency": Road("consistency, straight", _consistency, is_chain=False),
     "consistency_chain": Road("consistency, 8 to 1", _consistency),
     "moments": Road("moment matching, straight", _moments, is_chain=False),
 }
-"""Methods by their names in a study's JSON; each is one line of the table and of the figure."""
+"""Methods by their name in the study's JSON; each is a curve in the figure."""
 TEACHERS: Final = {"ddim": "teacher, DDIM", "heun": "teacher, Heun"}
-"""Samplers of the teacher for the same number of network calls, without training."""
+"""Samplers of the undistilled teacher at equal network calls."""
 LABELS: Final = {name: road.label for name, road in ROADS.items()} | TEACHERS
 
 
@@ -212,7 +210,7 @@ def _road(scale: Scale, name: str, steps: int, seed: int) -> Trial:
 
 
 def way_to(plan: Plan, steps: int) -> tuple[int, ...]:
-    """Return the indices of the stages that lead to the last student of `steps` steps, ending with its own."""
+    """Return the indices of the stages that lead to the last student with `steps` steps, ending with its own."""
     return next(
         way for stage, way in zip(plan.stages[::-1], ways(plan.stages)[::-1], strict=True) if stage.num_steps == steps
     )
@@ -244,7 +242,7 @@ def _measured(bench: Bench, stage: StageFolder, sampler: Sampler | None, steps: 
 
 
 def _methods(scale: Scale) -> list[tuple[Method, int]]:
-    """Return the sampling methods of the teacher, each with the network calls that it is shown at."""
+    """Return the teacher's sampling methods, each with the network calls at which it is shown."""
     equal = [
         (Method(samplers[name](), most_steps(name, evals)), evals) for name in TEACHERS for evals in scale.roads.steps
     ]
@@ -271,29 +269,18 @@ def _values(rows: Sequence[Finding], figure: str, method: str, evals: int) -> li
 
 
 def _best(rows: Sequence[Finding]) -> float | None:
-    """Return the distance of the teacher at its best, as the mean over the seeds."""
+    """Return the distance of the teacher at its best, averaged over the seeds."""
     known = (_values(rows, "distance", samplers.name_of(one.sampler), one.num_evals) for one in AT_BEST)
     return min((fmean(values) for values in known if values), default=None)
-
-
-def _curves(rows: Sequence[Finding], scale: Scale, figure: str) -> list[Curve]:
-    drawn = []
-    for method, label in LABELS.items():
-        points = []
-        for evals in sorted(scale.roads.steps):
-            if values := _values(rows, figure, method, evals):
-                points.append((float(evals), fmean(values), stdev(values) if len(values) > 1 else 0.0))
-        drawn.append(Curve.through(label, points))
-    return drawn
 
 
 @final
 @studies.register("roads")
 class Roads(Study):
-    """Compares halving, finishing, consistency and moment matching from one teacher at equal cost, over seeds."""
+    """Halving, finishing, consistency and moment matching from one teacher at equal cost, over several seeds."""
 
     title: ClassVar[str] = "Roads: methods of distillation at equal cost"
-    question: ClassVar[str] = "Which method trains the best student of 8, 4, 2 and 1 steps at the same cost?"
+    question: ClassVar[str] = "Which method trains the best students with 8, 4, 2 and 1 steps at equal cost?"
     uses: ClassVar[tuple[str, ...]] = ("recipe", "road_seeds", "roads")
 
     def trials(self, scale: Scale) -> list[Trial]:
@@ -327,26 +314,27 @@ class Roads(Study):
                 line[1] += f" (diverges in {len(failed)})" if failed else ""
                 lines.append(line)
         settings = scale.roads
-        budget = ", ".join(f"{settings.passes[steps]:,} to {steps}" for steps in settings.steps)
+        budget = ", ".join(f"{settings.passes[steps]:,} ({count(steps, 'step')})" for steps in settings.steps)
         notes = (
             f"Frechet distance of {scale.recipe.evaluation.num_samples:,} samples, recipe `{scale.recipe.name}`, mean "
-            f"± standard deviation over {scale.road_seeds} seeds, each with its own training and its own sampling "
-            "noise; one teacher. After a method's name: the network calls per sample, which for a student equal its "
-            "steps. Heun takes as many steps as these calls allow.",
-            f"Equal cost: the stages that lead to a student take {budget} forward passes of one sample, to within half "
-            "an update. A backward pass counts as two, and auxiliary networks are included. Seconds are those of "
-            "these stages.",
+            f"± standard deviation over {scale.road_seeds} seeds. All seeds share one teacher; each has its own "
+            "training and sampling noise. The number after a method is its network calls per sample (for a student, "
+            "its steps). Heun takes the most steps that fit into these calls.",
+            "Equal cost: the stages that lead to a student take a fixed number of forward passes of one sample, exact "
+            f"to half an update: {budget}. A backward pass counts as two, and auxiliary networks are included. The "
+            "seconds are for these stages.",
             f"Same-noise distance: root mean square difference from the teacher's samples with "
-            f"{AT_BEST[-1].num_steps} Heun steps. Moment-matching students draw new noise at each step except the "
-            "last, so theirs is not meaningful above 1 step.",
+            f"{AT_BEST[-1].num_steps} Heun steps. It is not meaningful for moment-matching students above 1 step, "
+            "which draw new noise at each step except the last.",
         )
         return Table(("method, network calls", *COLUMNS.values()), lines, notes)
 
     def panels(self, rows: Sequence[Finding], scale: Scale) -> list[Panel]:
         best = _best(rows)
         level = None if best is None else ("teacher at its best", best)
-        calls = "network calls"
+        rows = [row for row in rows if row.axes["evals"] in scale.roads.steps]
+        quality, same_noise = (curves(rows, LABELS, "evals", figure) for figure in ("distance", "same_noise"))
         return [
-            Panel("quality", calls, "Frechet distance", _curves(rows, scale, "distance"), level=level),
-            Panel("map from noise to sample", calls, "same-noise distance", _curves(rows, scale, "same_noise")),
+            Panel("quality", "network calls", "Frechet distance", quality, level=level),
+            Panel("map from noise to sample", "network calls", "same-noise distance", same_noise),
         ]

@@ -1,4 +1,4 @@
-"""Table 2, figures 4 and 6: the students of one chain compared with samplers of its undistilled teacher."""
+"""Table 2 and figures 4 and 6 compare the students of a chain with samplers of its undistilled teacher."""
 
 from collections.abc import Iterable, Sequence
 from itertools import count
@@ -21,8 +21,6 @@ def _named(*methods: str) -> dict[str, str]:
 
 
 def _trial(method: str, axis: str, value: int, num_steps: int) -> Trial:
-    """Return the trial of one sampling method at one number of steps."""
-
     def work(bench: Bench) -> Figures:
         stage = bench.chain[num_steps] if method.startswith("student") else bench.teacher
         if method.endswith("ancestral"):
@@ -42,18 +40,18 @@ def _trial(method: str, axis: str, value: int, num_steps: int) -> Trial:
 
 
 def students_of(scale: Scale) -> list[int]:
-    """Return the steps of the students of the scale's chain, the most first."""
+    """Return the steps of the students in the scale's chain, in descending order."""
     return [stage.num_steps for stage in scale.recipe.chain_plan().stages if stage.num_steps is not None]
 
 
 def most_steps(method: str, num_evals: int) -> int:
-    """Return the most steps that a sampler takes in `num_evals` network calls; 0 if one step needs more."""
+    """Return how many steps a sampler can take in `num_evals` network calls; 0 if one step needs more."""
     kind = samplers[method]()
     return next(steps for steps in count() if kind.num_evals(steps + 1) > num_evals)
 
 
 def _distances(rows: Sequence[Finding], methods: Iterable[str], steps: int) -> list[str]:
-    """Return the distance of each method, with its best gamma."""
+    """Return the distance of each method with its best gamma, as text."""
     texts = []
     for method in methods:
         gamma = figure_of(rows, "gamma", method=method, steps=steps)
@@ -65,14 +63,14 @@ def _distances(rows: Sequence[Finding], methods: Iterable[str], steps: int) -> l
 def _protocol(scale: Scale) -> str:
     return (
         f"Ours: Frechet distance of {scale.recipe.evaluation.num_samples:,} samples, recipe `{scale.recipe.name}`; "
-        f"ancestral at the best of {scale.gamma_levels} levels of gamma, chosen for each number of steps."
+        f"ancestral sampling with the best of {scale.gamma_levels} values of gamma for each number of steps."
     )
 
 
 @final
 @studies.register("table2")
 class Table2(Study):
-    """Compares students with fast samplers of the teacher at equal network calls: the paper's table 2."""
+    """The paper's table 2: students against fast samplers of the teacher at equal network calls."""
 
     title: ClassVar[str] = "Table 2: fast samplers at equal network calls"
     question: ClassVar[str] = "What does distillation gain over the best samplers of the undistilled teacher?"
@@ -102,8 +100,8 @@ class Table2(Study):
             line = [f"paper: {NAMES.get(method, method)}" + (f" ({others})" if others else "")]
             lines.append(line + [f"{published[n]:.2f}" if n in published else "–" for n in evals])
         notes = (
-            _protocol(scale) + " In brackets: the network calls of methods that cannot use exactly that number. "
-            "The paper's: FID on CIFAR-10; its numbers are not comparable with ours.",
+            _protocol(scale) + " Brackets show the network calls of methods that cannot use exactly that number. "
+            "The paper's numbers are FID on CIFAR-10, which is not comparable with our distances.",
         )
         return Table(("network calls", *map(str, evals)), lines, notes)
 
@@ -118,7 +116,7 @@ class Table2(Study):
 @final
 @studies.register("steps")
 class Steps(Study):
-    """Quality against steps for students, DDIM and tuned ancestral sampling: the paper's figure 4."""
+    """The paper's figure 4: quality against steps for students, DDIM and tuned ancestral sampling."""
 
     title: ClassVar[str] = "Figure 4: quality against steps"
     question: ClassVar[str] = "Down to how many steps do students keep the teacher's quality?"
@@ -142,8 +140,9 @@ class Steps(Study):
         names = list(self.methods.values())
         headings = ["steps", *names, *(f"paper, {data}: {name}" for data in FIGURE_4 for name in names)]
         notes = (
-            _protocol(scale) + " The paper's: FID, read off its figure to 0.5 %; a dash if it is above 20 or unknown. "
-            "The numbers of its LSUN curves are unknown.",
+            _protocol(scale)
+            + " The paper's numbers are FID, read off its figure to 0.5 %; a dash marks values that are "
+            "unknown or above 20. The numbers of its LSUN curves are unknown.",
         )
         return Table(headings, lines, notes)
 
@@ -159,7 +158,7 @@ class Steps(Study):
 @final
 @studies.register("stochastic")
 class Stochastic(Study):
-    """Ancestral sampling of distilled students: the paper's figure 6."""
+    """The paper's figure 6: ancestral sampling of distilled students."""
 
     title: ClassVar[str] = "Figure 6: stochastic sampling from distilled students"
     question: ClassVar[str] = "Does noise help a student as it helps its teacher?"
@@ -177,8 +176,8 @@ class Stochastic(Study):
         steps = sorted({row.axes["steps"] for row in rows})
         lines = [[str(num_steps), *_distances(rows, self.methods, num_steps)] for num_steps in steps]
         notes = (
-            _protocol(scale) + " With one step no noise is added, so a student's two samplers are the same. The "
-            "numbers of the paper's figure 6 (ImageNet 64x64) are unknown, so none are shown.",
+            _protocol(scale) + " A single step adds no noise, so a student's two samplers agree there. The numbers of "
+            "the paper's figure 6 (ImageNet 64x64) are unknown and therefore not shown.",
         )
         return Table(("steps", *self.methods.values()), lines, notes)
 

@@ -1,7 +1,7 @@
-"""The three scales of every study: what is trained, how often, and how it is measured."""
+"""The scales of the studies: training, seeds and measurements at three sizes."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, final
 
 from pydantic import BaseModel
@@ -14,22 +14,22 @@ from halfstep.recipes.schema import ChainConfig, FinishConfig
 from halfstep.train.settings import IDLE
 
 COUNTED: Final = 1_000_000
-"""Placeholder for the updates of a training if the study computes them itself."""
+"""Placeholder for updates that the study computes."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class RoadSettings:
-    """Budgets and training settings of each method in the study of roads; the recipe's chain sets the rest."""
+    """Budgets and training settings of the methods in the study roads; the recipe's chain sets the rest."""
 
     passes: Mapping[int, int]
-    """Forward passes of all stages that lead to a student, by its steps."""
+    """Forward passes of all stages that lead to a student, by the student's steps."""
     finish_share: float = 0.4
-    """Share of a finished student's passes that is spent on its finish."""
-    finish: Training
+    """Share of a student's passes that its finish takes."""
+    finish: Training = field(default_factory=lambda: replace(FINISHING, num_updates=COUNTED))
     consistency: Training
     grid: tuple[int, int]
-    """Times in the teacher's grid for consistency distillation, at the first update and from half of the stage on."""
+    """Times in the teacher's grid for consistency distillation: at the first update, and in the second half."""
     moments: Training
 
     @property
@@ -45,42 +45,38 @@ class Scale:
 
     name: str
     recipe: Recipe
-    """Recipe for the teacher and the chain that the studies share, and for the protocol of all measurements."""
+    """Recipe for the shared teacher and chain, and for all measurements."""
     ablation: Recipe
-    """Recipe for the teachers of table 1, before prediction, weighting and seed are set."""
+    """Recipe for the teachers of table 1, which sets their prediction, weighting and seed."""
     seeds: int
     """Number of seeds for repeated training."""
     gamma_levels: int = 11
-    """Levels of the search over the variance of ancestral sampling."""
+    """Values of gamma to try in ancestral sampling."""
     ablation_gamma_levels: int = 11
     """The same for table 1, which has many cells."""
     steps: tuple[int, ...]
     """Sampler steps at which methods are compared."""
     ablation_steps: int
-    """Sampler steps of table 1."""
+    """Sampler steps in table 1."""
     updates: tuple[int, ...]
-    """Updates per stage to try in the study of schedules."""
+    """Updates per stage to try in the study schedules."""
     rates: tuple[float, ...] = (5e-5, 1e-4, 2e-4, 3e-4)
     """Learning rates to try there; the best one counts."""
     factors: tuple[int, ...] = (2, 4)
-    """Teacher steps that one student step replaces there."""
+    """Teacher steps per student step there."""
     roads: RoadSettings
-    """Settings of the study of roads."""
     road_seeds: int = 3
-    """Number of seeds there."""
+    """Number of seeds in the study roads."""
     passes_per_second: int | None = None
-    """Forward passes per second of one sample in training, on the machine that the scale is for; None if unknown."""
+    """Forward passes of one sample per second of training on the intended machine; None if unknown."""
 
     def as_data(self, uses: Sequence[str]) -> dict[str, Any]:
-        """Return the settings listed in `uses`, JSON-ready, without `IDLE` fields of a recipe's engine.
-
-        "evaluation" is the recipe's.
-        """
+        """Return the settings listed in `uses` ("evaluation" is the recipe's), without the engine's `IDLE` fields."""
         data: dict[str, Any] = {"name": self.name}
         for name in uses:
             value = self.recipe.evaluation if name == "evaluation" else getattr(self, name)
-            left_out = {"engine": set(IDLE)} if isinstance(value, Recipe) else None
-            held = value.model_dump(exclude=left_out) if isinstance(value, BaseModel) else value
+            idle = {"engine": set(IDLE)} if isinstance(value, Recipe) else None
+            held = value.model_dump(exclude=idle) if isinstance(value, BaseModel) else value
             data[name] = _as_before(to_jsonable_python(held), name)
         return data
 
@@ -94,11 +90,11 @@ YOUNGER: Final[Mapping[tuple[str, str], Any]] = {
     ("data", "accept_changed"): False,
     ("data", "skip_broken"): False,
 }
-"""Settings that were added after the published studies, with the value that applied to those."""
+"""Settings that did not exist when the published studies ran, with the value that applied to them."""
 
 
 def _as_before(said: Any, name: str) -> Any:
-    """Return the data of `name` without settings that were added after the published studies and change nothing."""
+    """Return the data of `name`, dropping newer settings that have the published studies' values."""
     if not isinstance(said, dict):
         return said
     kept = {key: value for key, value in said.items() if YOUNGER.get((name, key), ...) != value}
@@ -108,7 +104,7 @@ def _as_before(said: Any, name: str) -> Any:
 
 
 def _with_chain(recipe: Recipe, start_steps: int, training: Training, **changes: Any) -> Recipe:
-    """Return the recipe with a chain as in the paper, DDIM from many steps, which the studies examine."""
+    """Return the recipe with the paper's chain: DDIM from many steps, without a finish."""
     chain = ChainConfig(start_steps=start_steps, training=training, **changes)
     return recipe.model_copy(update={"chain": chain, "finish": FinishConfig()})
 
@@ -132,6 +128,9 @@ def smoke() -> Scale:
         num_updates=700, batch_size=64, learning_rate=2e-3, warmup_updates=20, adam_betas=(0.9, 0.99), ema_decay=0.98
     )
     network = recipe.network.model_copy(update={"block_out_channels": (24, 48)})
+    consistency = Training(
+        num_updates=COUNTED, batch_size=32, learning_rate=2e-3, warmup_updates=10, adam_betas=(0.9, 0.99)
+    )
     return Scale(
         name="smoke",
         recipe=recipe,
@@ -148,27 +147,19 @@ def smoke() -> Scale:
             finish=Training(
                 num_updates=COUNTED, batch_size=32, learning_rate=1e-4, adam_betas=(0.0, 0.99), ema_decay=0.98
             ),
-            consistency=Training(
-                num_updates=COUNTED, batch_size=32, learning_rate=2e-3, warmup_updates=10, adam_betas=(0.9, 0.99)
-            ),
+            consistency=consistency,
             grid=(8, 64),
-            moments=Training(
-                num_updates=COUNTED,
-                batch_size=32,
-                learning_rate=5e-4,
-                warmup_updates=10,
-                adam_betas=(0.0, 0.99),
-                ema_decay=0.98,
-            ),
+            moments=replace(consistency, learning_rate=5e-4, adam_betas=(0.0, 0.99), ema_decay=0.98),
         ),
         passes_per_second=4400,
     )
 
 
 def small() -> Scale:
-    """Fashion-MNIST, hours on one GPU; use `--data FOLDER` without access to the Hub."""
+    """Fashion-MNIST, hours on one GPU. Without access to the Hub, pass `--data FOLDER`."""
     recipe = _with_chain(recipes["fashion_mnist"](), 256, Training(num_updates=4000, learning_rate=1e-4))
     recipe = recipe.model_copy(update={"evaluation": Evaluation(num_samples=5000, batch_size=1000)})
+    consistency = Training(num_updates=COUNTED, batch_size=64, learning_rate=3e-4, warmup_updates=100)
     return Scale(
         name="small",
         recipe=recipe,
@@ -179,17 +170,9 @@ def small() -> Scale:
         updates=(500, 1000, 2500, 5000),
         roads=RoadSettings(
             passes={8: 500_000, 4: 700_000, 2: 900_000, 1: 1_100_000},
-            finish=replace(FINISHING, num_updates=COUNTED),
-            consistency=Training(num_updates=COUNTED, batch_size=64, learning_rate=3e-4, warmup_updates=100),
+            consistency=consistency,
             grid=(16, 128),
-            moments=Training(
-                num_updates=COUNTED,
-                batch_size=64,
-                learning_rate=2e-4,
-                warmup_updates=100,
-                adam_betas=(0.0, 0.99),
-                ema_decay=0.98,
-            ),
+            moments=replace(consistency, learning_rate=2e-4, adam_betas=(0.0, 0.99), ema_decay=0.98),
         ),
     )
 
@@ -197,6 +180,7 @@ def small() -> Scale:
 def paper() -> Scale:
     """CIFAR-10 as in the paper, weeks on one GPU."""
     recipe = recipes["cifar10_paper"]()
+    consistency = Training(num_updates=COUNTED, learning_rate=1e-4, warmup_updates=1000)
     return Scale(
         name="paper",
         recipe=recipe,
@@ -207,12 +191,9 @@ def paper() -> Scale:
         updates=(5000, 10_000, 25_000, 50_000),
         roads=RoadSettings(
             passes={8: 320_000_000, 4: 352_000_000, 2: 416_000_000, 1: 480_000_000},
-            finish=replace(FINISHING, num_updates=COUNTED),
-            consistency=Training(num_updates=COUNTED, learning_rate=1e-4, warmup_updates=1000),
+            consistency=consistency,
             grid=(64, 1280),
-            moments=Training(
-                num_updates=COUNTED, learning_rate=1e-4, warmup_updates=1000, adam_betas=(0.0, 0.99), ema_decay=0.99
-            ),
+            moments=replace(consistency, adam_betas=(0.0, 0.99), ema_decay=0.99),
         ),
     )
 

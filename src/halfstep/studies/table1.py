@@ -1,4 +1,4 @@
-"""Table 1: which parameterisation and weighting give the best undistilled model, with two samplers."""
+"""Table 1 compares parameterisations and weightings of undistilled models, with two samplers."""
 
 from collections.abc import Sequence
 from typing import ClassVar, final
@@ -29,8 +29,8 @@ def _trial(scale: Scale, prediction: str, weighting: str, seed: int) -> Trial:
         noise = bench.noise_distance()
         if not min(ddim.frechet, stochastic.frechet) < noise:
             raise NonFinite(
-                f"its samples are farther from the data ({ddim.frechet:.3g} with DDIM, {stochastic.frechet:.3g} "
-                f"stochastic) than clipped noise is ({noise:.3g})"
+                f"its samples are farther from the data ({ddim.frechet:.3g} with DDIM, {stochastic.frechet:.3g} with "
+                f"ancestral sampling) than clipped noise ({noise:.3g})"
             )
         return {"ddim": ddim.frechet, "ancestral": stochastic.frechet, "gamma": stochastic.gamma}
 
@@ -40,7 +40,7 @@ def _trial(scale: Scale, prediction: str, weighting: str, seed: int) -> Trial:
 @final
 @studies.register("table1")
 class Table1(Study):
-    """Compares parameterisation, weighting and sampler, over seeds: the paper's table 1."""
+    """The paper's table 1: parameterisation, weighting and sampler, over several seeds."""
 
     title: ClassVar[str] = "Table 1: parameterisation, weighting, sampler"
     question: ClassVar[str] = "Which output and which weighting give the best undistilled model?"
@@ -66,11 +66,11 @@ class Table1(Study):
             lines.append([f"{prediction}, {weighting}", ours[0], ours[1], *theirs])
         notes = (
             f"Ours: Frechet distance of {scale.recipe.evaluation.num_samples:,} samples with "
-            f"{scale.ablation_steps} steps, mean ± standard deviation over {scale.seeds} seeds; ancestral at the best "
-            f"of {scale.ablation_gamma_levels} levels of gamma. The paper's: FID on unconditional CIFAR-10, mean of 3 "
-            "seeds. The two are different metrics on different data: compare rankings, not numbers.",
+            f"{scale.ablation_steps} steps, mean ± standard deviation over {scale.seeds} seeds; ancestral sampling "
+            f"with the best of {scale.ablation_gamma_levels} values of gamma. The paper's: FID on unconditional "
+            "CIFAR-10, mean of 3 seeds. Metrics and data differ, so compare rankings, not numbers.",
             "A cell diverges if its loss or a sample is not finite, or if its samples are farther from the data than "
-            "clipped unit noise is.",
+            "clipped unit noise.",
         )
         return Table(("output, weighting", "ancestral", "DDIM", "paper: stochastic", "paper: DDIM"), lines, notes)
 
