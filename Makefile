@@ -44,6 +44,7 @@ demo: $(STAMP)
 
 test: SELECTED := -m "not slow"
 test-slow: SELECTED := -m slow
+test-all: SELECTED :=
 test test-slow test-all: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(SELECTED) $(COVERAGE)
 

@@ -2,8 +2,7 @@
 
 `Storm` copies a run that has ended, or one that was cut, damages one file or folder of the copy, lets all readers look
 at it and runs the same plan again. The run then ends with the weights, figures and samples of the uncut one, or it is
-refused in one line that names a file of it and a remedy, with exit code 2. `tests/behaviour/test_storm.py` deals a few
-faults, `benchmarks/torture.py` as many as it is asked for.
+refused in one line that names a file of it and a remedy, with exit code 2.
 """
 
 import json
