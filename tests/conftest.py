@@ -25,12 +25,12 @@ settings.load_profile("repeatable")
 MEASURED: Final = tuple(
     Path(__file__).parent / name
     for name in (
-        *("contracts", "anchors", "behaviour/test_gain.py", "behaviour/test_matching.py"),
+        *("contracts", "behaviour/test_gain.py", "behaviour/test_matching.py"),
         *("behaviour/test_api_door.py", "behaviour/test_python_api.py"),
     )
 )
-"""The tests of the mathematics and of its argument checks: only they are measured for coverage, which slows down all
-Python code that runs."""
+"""The fast tests of the mathematics and of its argument checks: only they are measured for coverage, which slows down
+all Python code that runs."""
 IS_MEASURED: Final = pytest.StashKey[bool]()
 
 
