@@ -7,18 +7,19 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed-$(shell cksum pyproject.toml constraints-cpu.txt | cksum | cut -d' ' -f1)
 DOCS_STAMP := $(STAMP)-docs
 
-# Options of pytest-cov; .ci/run measures the coverage of both suites together.
+# Options of pytest-cov, which .ci/run sets.
 COVERAGE ?=
 
 export HF_HUB_OFFLINE ?= 1
 # Tests start many processes, and each of them would compile every module again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-slow check bench docs clean help
+.PHONY: demo test test-slow test-all check bench docs clean help
 help:
 	@echo "make demo    train a teacher on the digits, halve it to 8, 4, 2 and 1 steps, write runs/digits/report/index.html"
 	@echo "make test    prove every formula (tests/, CPU, no network), in about 5 minutes on two cores"
 	@echo "make test-slow    run the tests that take seconds (tests/slow_tests.txt), and those marked slow: larger scales, compilers, launchers"
+	@echo "make test-all    run both in one session, which trains what they share once, the longest first; about 15 minutes"
 	@echo "make check   ruff, mypy, import-linter"
 	@echo "make bench   what an update, a sample, memory, a checkpoint and a second process cost, in their short form"
 	@echo "make docs    build the documentation into site/ and check its links"
@@ -41,11 +42,11 @@ $(DOCS_STAMP): $(STAMP)
 demo: $(STAMP)
 	$(BIN)/halfstep demo
 
-test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(COVERAGE)
-
-test-slow: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow $(COVERAGE)
+test: SELECTED := -m "not slow"
+test-slow: SELECTED := -m slow
+test-all: SELECTED :=
+test test-slow test-all: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(SELECTED) $(COVERAGE)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

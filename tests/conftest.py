@@ -4,7 +4,7 @@ import gc
 import os
 from collections.abc import Generator
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # A fork server looks here for what it is to import ahead, and not where its parent does (Python 3.11), without a word.
@@ -25,26 +25,30 @@ settings.load_profile("repeatable")
 MEASURED: Final = tuple(
     Path(__file__).parent / name
     for name in (
-        *("contracts", "anchors", "behaviour/test_gain.py", "behaviour/test_matching.py"),
+        *("contracts", "behaviour/test_gain.py", "behaviour/test_matching.py"),
         *("behaviour/test_api_door.py", "behaviour/test_python_api.py"),
     )
 )
-"""The tests of the mathematics and of its argument checks: only they are measured for coverage, which slows down all
-Python code that runs."""
+"""The fast tests of the mathematics and of its argument checks: only they are measured for coverage, which slows down
+all Python code that runs."""
+IS_MEASURED: Final = pytest.StashKey[bool]()
+
+
+def _coverage(config: pytest.Config) -> Any:
+    """Return the controller of pytest-cov in this process; None without it."""
+    return getattr(config.pluginmanager.getplugin("_cov"), "cov_controller", None)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Pause coverage for all other tests and their fixtures."""
-    plugin = item.config.pluginmanager.getplugin("_cov")
-    controller = getattr(plugin, "cov_controller", None)
-    if controller is None or any(item.path.is_relative_to(folder) for folder in MEASURED):
+    """Trace the measured tests and their fixtures, nothing else."""
+    if (coverage := _coverage(item.config)) is None or IS_MEASURED not in item.stash:
         return (yield)
-    controller.pause()
+    coverage.resume()
     try:
         return (yield)
     finally:
-        controller.resume()
+        coverage.pause()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -54,14 +58,31 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that were measured to be slow."""
-    listed = slow_tests()
+    """Mark the tests that were measured to be slow, and those that coverage measures. Run the longest first.
+
+    Otherwise, one process waits at the end while the other runs a long test. The tests of a module stay together, for
+    they share its fixtures. Coverage measures each value of each parameter once: more cases run no other lines.
+    """
+    seconds = slow_tests()
+    longest: dict[Path, int] = {}
+    met = set()
     for item in items:
-        if item.nodeid in listed:
+        if item.nodeid in seconds:
             item.add_marker(pytest.mark.slow)
+            longest[item.path] = max(longest.get(item.path, 0), seconds[item.nodeid])
+        if item.get_closest_marker("slow") or not any(item.path.is_relative_to(path) for path in MEASURED):
+            continue
+        test, _, values = item.nodeid.removesuffix("]").partition("[")
+        cases = {(test, value) for value in values.split("-")}
+        if not cases <= met:
+            item.stash[IS_MEASURED] = True
+            met |= cases
+    items.sort(key=lambda item: -longest.get(item.path, 0))
 
 
-def pytest_collection_finish() -> None:
+def pytest_collection_finish(session: pytest.Session) -> None:
     """Exempt the modules and tests from garbage collection, which otherwise takes half a second each time."""
     gc.collect()
     gc.freeze()
+    if (coverage := _coverage(session.config)) is not None:
+        coverage.pause()

@@ -1,10 +1,12 @@
 """The tests that take seconds: `make test` leaves them to `make test-slow`, besides those marked in the test files.
 
+The slowest run first (tests/conftest.py).
+
     pytest --durations=0 --durations-min=0.2 > durations.txt
     python tests/slow_tests.py durations.txt
 
-writes tests/slow_tests.txt. Only the durations of a complete run say which of a test's parameters are slow, so the list
-is data. A quick test takes less than `LIMIT` seconds, setup included, on two busy cores.
+writes tests/slow_tests.txt, with the seconds. Only the durations of a complete run say which of a test's parameters are
+slow, so the list is data. A quick test takes less than `LIMIT` seconds, setup included, on two busy cores.
 """
 
 import re
@@ -18,9 +20,10 @@ FILE: Final = Path(__file__).with_suffix(".txt")
 LINE: Final = re.compile(r"([\d.]+)s (?:call|setup|teardown) +(tests/\S.*)")
 
 
-def slow_tests() -> frozenset[str]:
-    """Return the node ids of the slow tests."""
-    return frozenset(FILE.read_text(encoding="utf-8").splitlines())
+def slow_tests() -> dict[str, int]:
+    """Return the seconds that each slow test takes, by node id."""
+    lines = (line.split(" ", 1) for line in FILE.read_text(encoding="utf-8").splitlines())
+    return {test: int(seconds) for seconds, test in lines}
 
 
 def main(durations: Path) -> None:
@@ -28,8 +31,8 @@ def main(durations: Path) -> None:
     for line in durations.read_text(encoding="utf-8").splitlines():
         if found := LINE.fullmatch(line.rstrip()):
             seconds[found[2]] += float(found[1])
-    slow = sorted(test for test, taken in seconds.items() if taken >= LIMIT)
-    FILE.write_text("".join(f"{test}\n" for test in slow), encoding="utf-8")
+    slow = sorted((test, taken) for test, taken in seconds.items() if taken >= LIMIT)
+    FILE.write_text("".join(f"{taken:.0f} {test}\n" for test, taken in slow), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,7 @@
 
 `Storm` copies a run that has ended, or one that was cut, damages one file or folder of the copy, lets all readers look
 at it and runs the same plan again. The run then ends with the weights, figures and samples of the uncut one, or it is
-refused in one line that names a file of it and a remedy, with exit code 2. `tests/behaviour/test_storm.py` deals a few
-faults, `benchmarks/torture.py` as many as it is asked for.
+refused in one line that names a file of it and a remedy, with exit code 2.
 """
 
 import json
@@ -12,11 +11,13 @@ import re
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import numpy as np
+from markupsafe import Markup
 
 import teams
 import torture
@@ -28,7 +29,7 @@ from halfstep.data import MemoryData
 from halfstep.models.folder import load
 from halfstep.nets import UNet2D, own_state, unet2d_config
 from halfstep.objectives import Matching, Plan, Training
-from halfstep.report import read_run
+from halfstep.report import figures, read_run
 from halfstep.run.events import Notice, Progress
 from halfstep.run.runner import run
 from halfstep.run.spec import RunSpec
@@ -99,6 +100,24 @@ def _tried(call: Callable[[], Seen]) -> tuple[Seen | None, str]:
     return None, text
 
 
+@contextmanager
+def _each_figure_drawn_once(drawn: dict[str, Markup]) -> Iterator[None]:
+    """Within it, `drawn` keeps a report's figures by all that is drawn: most faults leave most figures as they were."""
+    draw_figure = figures._figure
+
+    def kept(name: str, height: float, draw: Any, panels: Sequence[float] = (1.0,)) -> Markup:
+        key = repr((name, height, panels, draw.__code__, [cell.cell_contents for cell in draw.__closure__]))
+        if key not in drawn:
+            drawn[key] = draw_figure(name, height, draw, panels)
+        return drawn[key]
+
+    figures._figure = kept
+    try:
+        yield
+    finally:
+        figures._figure = draw_figure
+
+
 def samples(path: Path) -> dict[str, np.ndarray]:
     """The samples kept beside the stages of a run, by their places in it."""
     return {str(file.relative_to(path)): np.load(file)["arr_0"] for file in sorted(path.glob("stages/*/samples/*.npz"))}
@@ -132,6 +151,7 @@ class Storm:
         self.ends: Counter[str] = Counter()
         self.met: Counter[str] = Counter()
         """Faults by the run that they met."""
+        self.drawn: dict[str, Markup] = {}
         chain = torture.spec()
         finish(chain, folder / "uncut")
         finish(other_spec(), folder / "other")
@@ -230,7 +250,8 @@ class Storm:
             mine = own_state(model.denoiser.network)
             assert all(np.array_equal(mine[name], true[name]) for name in true), "other weights are sampled"
         _tried(lambda: read_status(path))
-        _tried(lambda: make_report(path))
+        with _each_figure_drawn_once(self.drawn):
+            _tried(lambda: make_report(path))
         facts, _ = _tried(lambda: read_run(path))
         if facts is None:
             return

@@ -119,7 +119,7 @@ def denoiser(seed: int = 0, width: int = 16) -> NetworkDenoiser:
 
 
 def trainer(stage: Stage, sharding: Sharding = "none", micro_batch: int | None = None) -> StageTrainer:
-    """A stage of 50 updates or so on the toy's points, the same on any number of processes."""
+    """A stage of 24 updates or so on the toy's points, the same on any number of processes."""
     student = denoiser()
     teacher = copy_denoiser(student) if stage.objective.needs_teacher else None
     data = MemoryData("toy", points())
@@ -135,7 +135,7 @@ def trainer(stage: Stage, sharding: Sharding = "none", micro_batch: int | None =
     )
 
 
-def halving(num_updates: int = 50, **changes: Any) -> Stage:
+def halving(num_updates: int = 24, **changes: Any) -> Stage:
     """A halving of 4 steps to 2, with a moving average and gradients that are clipped."""
     stage = Plan.halvings(4, 2, Training(num_updates, 1e-3, batch_size=24), updates_at={}).stages[0]
     return tuned(stage, **({"ema_decay": 0.9, "grad_clip": 0.05} | changes))
@@ -143,8 +143,8 @@ def halving(num_updates: int = 50, **changes: Any) -> Stage:
 
 def finishing() -> Stage:
     """A finish of the student of 2 steps, most of whose updates are turns of both players."""
-    training = Training(50, 1e-3, batch_size=24, ema_decay=0.9, grad_clip=0.05)
-    return Stage(Finishing(2, lead_updates=10), training)
+    training = Training(24, 1e-3, batch_size=24, ema_decay=0.9, grad_clip=0.05)
+    return Stage(Finishing(2, lead_updates=6), training)
 
 
 def flat(network: nn.Module) -> torch.Tensor:
@@ -275,15 +275,15 @@ def engine_cases() -> dict[str, Any]:
     stage = halving()
     trainings: list[tuple[Sharding, int | None, Stage, int | None]] = [
         ("none", None, stage, None),
-        ("none", 5, stage, 20),
+        ("none", 5, stage, 10),
         ("full", 5, stage, None),
-        ("full", 5, stage, 20),
+        ("full", 5, stage, 10),
     ]
     finishes: list[tuple[Sharding, int | None, Stage, int | None]] = [
         ("none", None, finishing(), None),
-        ("none", None, finishing(), 20),
+        ("none", None, finishing(), 10),
         ("full", 5, finishing(), None),
-        ("full", 5, finishing(), 20),
+        ("full", 5, finishing(), 10),
     ]
     held = {
         "trainings": all_trainings(trainings),

@@ -125,6 +125,30 @@ def test_a_failed_sync_or_rename_leaves_the_old_or_the_new(
     assert found.count(new) == 1
 
 
+def test_what_was_written_is_on_the_disk_before_it_gets_its_name_and_the_name_after_it(
+    write: Callable[[Path, int], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the files of a folder, each of which a power cut could otherwise leave empty under its name."""
+    sync, replace = os.fsync, os.replace
+    synced: list[int] = []
+    names = [0]
+
+    def noted(descriptor: int) -> None:
+        synced.append(os.fstat(descriptor).st_ino)
+        sync(descriptor)
+
+    def renamed(source: Path, target: Path) -> None:
+        assert {path.stat().st_ino for path in (source, *source.rglob("*"))} <= set(synced)
+        names.append(len(synced))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(os, "replace", renamed)
+    write(tmp_path / "file", 1)
+    assert names[-1], "nothing was renamed"
+    assert synced[names[-1] :] == [tmp_path.stat().st_ino]
+
+
 @pytest.mark.parametrize("exception", [ValueError, KeyboardInterrupt, SystemExit])
 def test_an_exception_in_the_middle_leaves_the_old(tmp_path: Path, exception: type[BaseException]) -> None:
     path, folder = tmp_path / "file", tmp_path / "folder"

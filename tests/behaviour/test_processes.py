@@ -53,7 +53,7 @@ def test_two_processes_give_the_weights_of_one_ddp_and_sharded_with_micro_batche
     # The gradient is clipped in every update, so a norm of one process' share would show.
     assert expected["norm"] > 0.05
     for held in pair[0]["trainings"]:
-        assert held["updates"] == 50
+        assert held["updates"] == 24
         assert apart(held["student"], expected["student"]) < 1e-5
         assert apart(held["result"], expected["result"]) < 1e-5
         # The files of a checkpoint are those of one process.
@@ -69,7 +69,7 @@ def test_two_processes_give_the_weights_of_one_in_a_finish_whose_turns_are_of_tw
     (expected,) = alone["finishes"]
     assert expected["norm"] > 0.05
     for held in pair[0]["finishes"]:
-        assert held["updates"] == 50
+        assert held["updates"] == 24
         assert apart(held["student"], expected["student"]) < 1e-5
         assert apart(held["auxiliary"], expected["auxiliary"]) < 1e-5
         assert apart(held["result"], expected["result"]) < 1e-5

@@ -7,21 +7,15 @@ import pytest
 from storm import Storm
 
 
-def test_damage_to_any_file_of_a_run_changes_nothing_in_silence(tmp_path: Path) -> None:
-    storm = Storm(tmp_path, seed=17)
-    storm.deal(12)
-    assert storm.dealt.total() == storm.ends.total() == 12
-    assert storm.ends["refused"]
-    assert storm.ends["equal"] + storm.ends["equal, with a line"]
-
-
 @pytest.mark.slow
 def test_two_hundred_faults_change_nothing_in_silence(tmp_path: Path) -> None:
     storm = Storm(tmp_path, seed=2022)
     storm.deal(200)
+    assert storm.dealt.total() == storm.ends.total() == 200
     assert min(storm.met.values()) >= 10, "a kind of run was left out"
     assert min(storm.dealt[kind] for kind in storm.faults) >= 5
     assert storm.ends["refused"] >= 20
+    assert storm.ends["equal"] + storm.ends["equal, with a line"]
 
 
 @pytest.mark.slow

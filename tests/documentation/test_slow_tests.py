@@ -19,11 +19,11 @@ def test_every_slow_test_exists() -> None:
 def test_a_test_is_slow_by_its_setup_and_call_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [
         "2.00s setup    tests/a.py::test_a[x y]",
-        "1.50s call     tests/a.py::test_a[x y]",
+        "1.60s call     tests/a.py::test_a[x y]",
         "2.90s call     tests/a.py::test_b",
         "noise",
     ]
     (tmp_path / "durations.txt").write_text("\n".join(lines))
     monkeypatch.setattr("slow_tests.FILE", tmp_path / "slow.txt")
     main(tmp_path / "durations.txt")
-    assert slow_tests() == {"tests/a.py::test_a[x y]"}
+    assert slow_tests() == {"tests/a.py::test_a[x y]": 4}

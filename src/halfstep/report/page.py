@@ -1,11 +1,12 @@
 """The page of a run: its facts as sentences, tables, images and figures, in one HTML file."""
 
 import base64
+import functools
 import hashlib
 from importlib.resources import files
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from halfstep.report.chain import cost, distance_figure, loss_figure, progress, stage_rows
@@ -61,9 +62,9 @@ def page(facts: RunFacts, without_nearest: str | None = None) -> str:
     return html
 
 
-def _page(facts: RunFacts, without_nearest: str | None, sizes: Sizes) -> str:
-    script = files("halfstep.report").joinpath("walk.js").read_text(encoding="utf-8")
-    digest = hashlib.sha256(script.encode()).digest()
+@functools.cache
+def _template() -> Template:
+    """Return the page's template; it and those that it includes are compiled once."""
     environment = Environment(
         loader=PackageLoader("halfstep.report", "templates"),
         autoescape=True,
@@ -72,12 +73,18 @@ def _page(facts: RunFacts, without_nearest: str | None, sizes: Sizes) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {function.__name__: function for function in (number, duration, times, count)}
+    return environment.get_template("page.html.j2")
+
+
+def _page(facts: RunFacts, without_nearest: str | None, sizes: Sizes) -> str:
+    script = files("halfstep.report").joinpath("walk.js").read_text(encoding="utf-8")
+    digest = hashlib.sha256(script.encode()).digest()
     groups = quality_groups(facts.stages, facts.start)
     summary = summarise(facts, groups)
     rows = stage_rows(facts)
     tables = shown_tables(facts.evaluation)
     spent, paid = cost(facts, groups, summary)
-    return environment.get_template("page.html.j2").render(
+    return _template().render(
         script=Markup(script),
         script_hash=base64.b64encode(digest).decode(),
         facts=facts,
