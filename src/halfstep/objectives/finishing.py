@@ -77,8 +77,9 @@ class Finishing(StepObjective):
     """
 
     num_steps: int
-    map_weight: float = 1.0
-    """Weight of the squared distance from x0 before the finish."""
+    map_weight: float | None = None
+    """Weight of the squared distance from x0 before the finish; None is num_steps / 2. The more steps the student
+    takes, the less there is to gain, and the more the auxiliary denoiser's errors move it."""
     auxiliary_turns: int = 2
     """Turns of the auxiliary denoiser per turn of the student."""
     auxiliary_rate: float = 6.0
@@ -99,7 +100,7 @@ class Finishing(StepObjective):
         check_num_steps(self.num_steps)
         check_whole("auxiliary_turns", self.auxiliary_turns, most=1000)
         check_whole("lead_updates", self.lead_updates, 0)
-        if not 0 <= self.map_weight < math.inf:
+        if self.map_weight is not None and not 0 <= self.map_weight < math.inf:
             raise ValueError(f"map_weight must be finite and at least 0, got {self.map_weight}")
         if not 0 < self.auxiliary_rate < math.inf:
             raise ValueError(f"auxiliary_rate must be a finite number above 0, got {self.auxiliary_rate}")
@@ -143,7 +144,8 @@ class Finishing(StepObjective):
             target = x0 + towards
         # The gradient of the first term is minus `towards` for each entry. Its value is the distance of the denoisers.
         matching, moved = entry_mean((x0 - target).square()) / 2, entry_mean((x0 - before).square())
-        return Losses(matching + self.map_weight * moved, models.student.process.log_snr(landing.tau))
+        weight = self.num_steps / 2 if self.map_weight is None else self.map_weight
+        return Losses(matching + weight * moved, models.student.process.log_snr(landing.tau))
 
     def auxiliary_loss(self, models: Models, batch: Batch, draw: Draw) -> Losses:
         """Return the denoising score matching losses of the auxiliary denoiser on the student's landing points.
