@@ -167,9 +167,9 @@ class Moved(Denoiser):
 
 
 @pytest.mark.parametrize("whitened", [True, False])
-@pytest.mark.parametrize("map_weight", [0.0, 0.7])
+@pytest.mark.parametrize("map_weight", [0.0, 0.7, None])
 def test_the_gradient_is_the_difference_of_the_two_denoisers_and_the_way_back_to_the_start(
-    whitened: bool, map_weight: float
+    whitened: bool, map_weight: float | None
 ) -> None:
     count, process = 64, VPCosine()
     point = numbers(1, 3)
@@ -177,12 +177,13 @@ def test_the_gradient_is_the_difference_of_the_two_denoisers_and_the_way_back_to
     before = data_set_denoiser(process, point - 0.1)
     student = Moved(before, (0.2 * numbers(count, 3, seed=2)).requires_grad_())
     models = models_of(student, real, own, before)
-    objective = Finishing(2, map_weight=map_weight, whitened=whitened)
+    objective = Finishing(3, map_weight=map_weight, whitened=whitened)
     objective.loss(models, Batch(point.expand(count, 3)), draw_for(count)).loss.sum().backward()
     x0, direction = point - 0.1 + student.by, own.answers[0].x0 - real.answers[0].x0
     if whitened:
         direction = direction / ((x0 - real.answers[0].x0).abs().mean(1, keepdim=True) + 1e-3)
-    torch.testing.assert_close(student.by.grad, (direction + 2 * map_weight * student.by) / 3, rtol=1e-9, atol=1e-12)
+    weight = 1.5 if map_weight is None else map_weight
+    torch.testing.assert_close(student.by.grad, (direction + 2 * weight * student.by) / 3, rtol=1e-9, atol=1e-12)
 
 
 @every_process
