@@ -1,7 +1,7 @@
 """Ablation of the finish: each of its settings varied alone, from students of several numbers of steps of one run.
 
     python benchmarks/finish_ablation.py runs/digits                     # the students at 8, 4, 2 and 1 steps
-    python benchmarks/finish_ablation.py runs/fashion_mnist --steps 8 4 --only default "map weight 4"
+    python benchmarks/finish_ablation.py runs/fashion_mnist --steps 8 4 --only "map weight 1" "map weight 4"
 
 Each trial starts from the run's halved student of N steps, trains one finish on the run's data against the undistilled
 teacher, and measures the finished student; the row "before" is the student without a finish. Distances are ratios to
@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 import torch
 
@@ -30,13 +30,13 @@ from halfstep.runs import RunFolder, StageFolder
 from halfstep.runtime.files import read_json, write_json
 from halfstep.samplers import DDIM
 from halfstep.studies.roads import AT_BEST
-from halfstep.train.settings import Engine
+from halfstep.train.settings import Engine, Precision
 from independent import KEPT, drawn, references_of
 
-OWN: Final = ("map_weight", "auxiliary_turns", "auxiliary_rate", "lead_updates")
+OWN: Final = ("auxiliary_turns", "auxiliary_rate", "lead_updates")
 """Settings of the finish that a recipe sets."""
 VARIANTS: Final[Mapping[str, Mapping[str, Any]]] = {
-    "default": {},
+    "map weight 1": {},
     "map weight 0": {"map_weight": 0.0},
     "map weight 0.5": {"map_weight": 0.5},
     "map weight 2": {"map_weight": 2.0},
@@ -50,13 +50,22 @@ VARIANTS: Final[Mapping[str, Mapping[str, Any]]] = {
     "half the rate": {"rate": 0.5},
     "half the updates": {"length": 0.5},
     "twice the updates": {"length": 2.0},
+    "map weight 0.25": {"map_weight": 0.25},
+    "map weight 2, 4 auxiliary turns": {"map_weight": 2.0, "auxiliary_turns": 4},
 }
-"""Settings of each variant that differ from the default: fields of `Finishing`, and `rate` and `length`, which multiply
-the learning rate and the number of updates."""
+"""Settings of each variant that differ from the recipe's with map weight 1: fields of `Finishing`, and `rate` and
+`length`, which multiply the learning rate and the number of updates."""
 
 
 def finished(
-    teacher: Any, student: Any, data: Any, steps: int, training: Training, settings: Mapping[str, Any], seed: int
+    teacher: Any,
+    student: Any,
+    data: Any,
+    steps: int,
+    training: Training,
+    settings: Mapping[str, Any],
+    seed: int,
+    precision: Precision,
 ) -> tuple[Any, float]:
     """Return the student of `steps` steps after one finish, and the seconds of training."""
     own = dict(settings)
@@ -68,7 +77,7 @@ def finished(
     )
     x0, cond = data.fetch(torch.arange(len(data)))
     source = (x0, dict(cond)) if teacher.num_classes else x0
-    call = call_of(seed, Engine(cpu=True), None, None, None, None, None, False)
+    call = call_of(seed, Engine(cpu=True, precision=precision), None, None, None, None, None, False)
     with call.placed() as engine:
         chain = Chain(call, engine, call.opened(source), teacher.denoiser, Outcome(Role.TEACHER), teacher.null, student)
         chain.made.append(student.denoiser)
@@ -89,6 +98,7 @@ def main() -> None:
     )
     parser.add_argument("--num-samples", type=int, help="number of samples per model; default: from the run's recipe")
     parser.add_argument("--heun-only", action="store_true", help="skip DDIM with 256 steps, which is 4 times as slow")
+    parser.add_argument("--precision", choices=get_args(Precision), default="float32", help="training precision")
     parser.add_argument("--seed", type=int, default=0, help="seed of the trainings")
     parser.add_argument("--threads", type=int, help="CPU threads of torch")
     parser.add_argument("--out", type=Path, default=RESULTS / "finish_ablation.json")
@@ -125,19 +135,22 @@ def main() -> None:
         apart = samples[:compared] - at_best[-1][:compared]
         return row | {"rmse": round(apart.double().pow(2).mean().sqrt().item(), 4)}
 
-    settings = recipe.finish.training
-    own = {name: getattr(recipe.finish, name) for name in OWN}
+    planned = recipe.finish.training
+    own = {"map_weight": 1.0} | {name: getattr(recipe.finish, name) for name in OWN}
     for steps in options.steps:
         student = halfstep.load(halved[steps].path)
-        updates = (recipe.finish.updates_at or {}).get(steps, settings.num_updates)
-        training = replace(settings, num_updates=updates)
+        updates = (recipe.finish.updates_at or {}).get(steps, planned.num_updates)
+        training = replace(planned, num_updates=updates)
         for name in ("before", *options.only):
             key = {"steps": steps, "variant": name, "seed": options.seed}
             if any(key.items() <= row.items() for row in rows):
                 continue
             model, seconds = student, 0.0
             if name != "before":
-                model, seconds = finished(teacher, student, data, steps, training, own | VARIANTS[name], options.seed)
+                settings = own | VARIANTS[name]
+                model, seconds = finished(
+                    teacher, student, data, steps, training, settings, options.seed, options.precision
+                )
             rows.append(key | measured(model) | {"seconds": round(seconds, 1)})
             print(rows[-1], flush=True)
             write_json(
@@ -148,6 +161,7 @@ def main() -> None:
                     "run": run.path.name,
                     "recipe": recipe.name,
                     "training": asdict(training),
+                    "precision": options.precision,
                     "teacher at its best": {name: values["frechet"] for name, values in best.items()},
                     "rows": rows,
                 },

@@ -231,8 +231,8 @@ def test_an_ablation_measures_like_the_independent_features_and_resumes(
         return json.loads(file.read_text())["rows"]
 
     halved = next(row for row in rows("independent") if row["steps"] == 4)
-    words = ("--steps", "4", "--only", "default", "map weight 4")
-    before, default, heavy = rows("finish_ablation", *words)
+    words = ("--steps", "4", "--only", "map weight 1", "map weight 4")
+    before, plain, heavy = rows("finish_ablation", *words)
     for figure in ("own ratio", "other ratio", "other recall", "rmse"):
         assert before[figure] == halved[figure]
     assert before["rmse"] != default["rmse"] != heavy["rmse"]
@@ -241,7 +241,7 @@ def test_an_ablation_measures_like_the_independent_features_and_resumes(
         raise AssertionError("trained twice")
 
     monkeypatch.setattr(modules("finish_ablation"), "finished", refused)
-    assert rows("finish_ablation", *words) == [before, default, heavy]
+    assert rows("finish_ablation", *words) == [before, plain, heavy]
 
 
 def test_time_to_quality_trains_three_ways_and_takes_the_smallest_budget_that_is_enough(
