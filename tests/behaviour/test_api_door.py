@@ -633,3 +633,9 @@ def test_every_setting_of_training_is_held_to_its_kind() -> None:
     assert {field.name for field in fields(halfstep.Training)} == {
         case.split()[1] for case in SETTINGS if case.startswith("_training")
     }
+
+
+@pytest.mark.parametrize("number", [np.float32(0.5), np.float64(0.5), Fraction(1, 2)])
+def test_any_real_number_is_a_number(number: Any) -> None:
+    assert halfstep.Training(1, learning_rate=number, ema_decay=number).ema_decay == 0.5
+    assert PseudoHuber(c=number)(torch.zeros(1, dtype=torch.float64)) == 0

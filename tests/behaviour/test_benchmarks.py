@@ -235,7 +235,7 @@ def test_an_ablation_measures_like_the_independent_features_and_resumes(
     before, plain, heavy = rows("finish_ablation", *words)
     for figure in ("own ratio", "other ratio", "other recall", "rmse"):
         assert before[figure] == halved[figure]
-    assert before["rmse"] != default["rmse"] != heavy["rmse"]
+    assert before["rmse"] != plain["rmse"] != heavy["rmse"]
 
     def refused(*arguments: Any) -> Any:
         raise AssertionError("trained twice")

@@ -88,7 +88,7 @@ def check_denoiser(name: str, value: Any, kind: type) -> None:
 
 def check_number(name: str, value: object, least: float = 0.0, below: float = math.inf, *, above: bool = False) -> None:
     """Raise ValueError unless the setting `name` is a number in [least, below), or in (least, below) if `above`."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
     if is_number and (least < value if above else least <= value) and value < below:  # type: ignore[operator]
         return
     if below < math.inf:
