@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import fields
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import halfstep
 import halfstep.run.call as calls
 from halfstep.hub import import_pipeline
 from halfstep.nets import copy_denoiser
+from halfstep.objectives.metric import PseudoHuber
 from halfstep.recipes import build, recipes
 from halfstep.run.distill import _check_data
 from halfstep.run.probe import check_called
