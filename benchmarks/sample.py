@@ -64,7 +64,7 @@ def measured(name: str, batch: int, steps: list[int], device: str, rounds: int |
     seconds: dict[int, dict[str, list[float]]] = {}
     over: dict[int, float] = {}
     for num in steps:
-        # All parts of a comparison run close together in time, so that the state of the machine is the same.
+        # The parts of a comparison run close together in time, under the same load of the machine.
         parts = {"ours": ours(num), "half": ours(num, "bf16"), "bare": bare(num), "stock": stock(num)}
         times = 1 if num <= FEW else TIMES
         if num != 4:
