@@ -1,4 +1,4 @@
-"""Freed memory stays with the process where the C library is glibc."""
+"""With glibc, the process keeps freed memory."""
 
 import platform
 import resource
@@ -30,7 +30,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def _faults(how: str) -> int:
-    """Page faults of twenty times two blocks of 8 MB, after the first time."""
+    """Return the page faults of twenty allocations of two 8 MB blocks, after the first."""
     done = subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True)
     return int(done.stdout)
 

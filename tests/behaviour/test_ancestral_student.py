@@ -1,4 +1,4 @@
-"""A stage of moment matching in a run: sampled, measured and resumed as any other, though it is sampled with noise."""
+"""A moment-matching stage in a run is sampled, measured and resumed like any other, although it samples with noise."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ LAST = "03-moments-0002"
 
 
 def spec() -> RunSpec:
-    """The toy run, and a stage of moment matching with dropout and a moving average."""
+    """Return the toy run with a stage of moment matching, with dropout and a moving average."""
     training = Training(8, 1e-3, 16, ema_decay=0.9, dropout=0.1, warmup_updates=2)
     evaluation = Evaluation(num_samples=24, num_reference=24, num_compared=8, num_shown=4, features="pixels")
     plan = toy_plan(12, 6) + Plan.of(MomentMatching(2, auxiliary_rate=2.0), training)
@@ -48,7 +48,7 @@ def test_it_is_sampled_and_measured_by_its_own_sampler(uncut: Path) -> None:
     by_hand = sample(model, model.noise(range(5)), 2, Ancestral(gamma=0.0), noise=step_noise(range(5), (2,)))
     found = model.sample(range(5))
     torch.testing.assert_close(found, by_hand)
-    # A sample is a function of its own seed, whatever is sampled beside it.
+    # A sample depends only on its own seed, not on its batch.
     torch.testing.assert_close(model.sample(range(3, 5)), found[3:])
     assert float((found - model.sample(range(5), sampler=DDIM())).abs().max()) > 1e-2
     results = json.loads((uncut / "stages" / LAST / "metrics.json").read_text())["results"]

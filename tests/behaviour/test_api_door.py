@@ -1,4 +1,4 @@
-"""Wrong data, networks and settings of the Python API: one line with the fix, before anything is trained."""
+"""The Python API rejects wrong data, networks and settings with a one-line fix before training."""
 
 import math
 import warnings
@@ -53,7 +53,7 @@ class Trained(Net):
 
 
 class Labelled(Net):
-    """A network that needs a class of four."""
+    """A network that needs a class from four."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -356,7 +356,7 @@ def test_a_setting_of_another_kind_is_one_line_that_names_it(case: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-# Before the teacher is sampled, which takes minutes.
+# Rejected before the teacher is sampled, which takes minutes.
 
 
 @in_turn(
@@ -394,7 +394,7 @@ def test_the_samples_of_a_teacher_are_those_that_it_would_make_itself() -> None:
     assert own.fingerprint != halfstep.samples_of(teacher, 5, num_steps=3, seed=3).fingerprint
 
 
-# The one call.
+# The one-line call.
 
 
 def test_the_call_before_training_leaves_no_trace() -> None:
@@ -517,7 +517,7 @@ def test_settings_of_the_engine_act_in_memory_as_in_a_folder(tmp_path: Path) -> 
 
 
 def test_a_callback_may_do_what_it_likes_with_its_model(tmp_path: Path) -> None:
-    """Callbacks get a copy, in memory and in a folder."""
+    """Callbacks get a copy, both in memory and in a folder."""
 
     def spoil(_: str, model: halfstep.Model) -> None:
         with torch.no_grad():
@@ -538,7 +538,7 @@ def test_a_callback_may_do_what_it_likes_with_its_model(tmp_path: Path) -> None:
 
 
 class Recorded(Exception):
-    """Ends a call at its first stage."""
+    """An exception that ends a call at its first stage."""
 
 
 def test_a_clipped_teacher_gives_one_target_by_recipe_and_in_python(

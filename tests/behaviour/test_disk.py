@@ -1,4 +1,4 @@
-"""What lies on disk is read whole and as it is, or refused by name: nothing is filled with random values in silence."""
+"""Weights on disk are read completely and unchanged, or rejected by name. Nothing is silently left random."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ Renamer = Callable[[str], str]
 
 
 def rewrite(file: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
-    """Write a weights file again; its old bytes are read first, because safetensors maps them."""
+    """Rewrite a weights file; its old bytes are read first, because safetensors maps them."""
     held = {name: value.clone() for name, value in load_file(file).items()}
     save_file(change(held), file, {"format": "pt"})
 
@@ -185,7 +185,7 @@ def test_weights_of_the_variant_fp16_are_read_where_there_are_no_others(saved: P
     found, wanted = (made.denoiser.network.state_dict() for made in (model, plain))  # type: ignore[union-attr]
     assert all(torch.equal(value, wanted[name].half().float()) for name, value in found.items())
     out = export_pipeline(model, tmp_path / "out")
-    # What is copied loads without a word about its variant.
+    # A converted copy loads without a message about its variant.
     again = StableDiffusionPipeline.from_pretrained(out, safety_checker=None)
     assert all(torch.equal(a, b) for a, b in zip(again.vae.parameters(), pipe.vae.parameters(), strict=True))
     shard = next(folder.glob("unet/*00002-of*.safetensors"))
@@ -267,7 +267,7 @@ def test_shards_are_read_and_what_their_index_names_elsewhere_is_refused(tmp_pat
             open_part(folder, KIND)
         edit(index, weight_map=known)
 
-    # A decoy lies beside each.
+    # Each has a decoy next to it.
     (folder / "ok.bin").write_bytes(b"boom")
     shutil.copy(folder / known[first], tmp_path / "up.safetensors")
     for name in ("ok.bin", "../up.safetensors", "/etc/x.safetensors", "a\\b.safetensors", "x.pt"):
@@ -350,7 +350,7 @@ def test_a_field_of_a_newer_diffusers_warns_and_the_weights_stay(saved: Path, dd
 
 
 def test_a_dit_of_fewer_classes_than_its_pipeline_guides_by_is_a_teacher_without_guidance(tmp_path: Path) -> None:
-    """DiTPipeline takes 1000 for no class."""
+    """DiTPipeline uses 1000 for "no class"."""
     folder = save_dit(tmp_path / "dit", num_classes=10)
     with pytest.warns(HalfstepWarning, match="the teacher is imported without guidance"):
         model = import_pipeline(folder)
@@ -386,7 +386,7 @@ def test_the_scheduler_of_2022_says_what_the_network_predicts() -> None:
         warnings.simplefilter("error")
         assert read_schedule(old | {"predict_epsilon": False}).prediction == X0()
         assert read_schedule(old | {"predict_epsilon": True}).prediction == Eps()
-        # Between the two fields diffusers wrote both, with the old one at its default.
+        # In between, diffusers wrote both fields, with the old one at its default.
         assert read_schedule(old | {"predict_epsilon": True, "prediction_type": "v_prediction"}).prediction == V()
         assert read_schedule(old | {"predict_epsilon": False, "prediction_type": "sample"}).prediction == X0()
     with pytest.raises(ValueError, match="predict_epsilon False and prediction_type 'epsilon', which contradict"):
@@ -458,7 +458,7 @@ def test_a_chain_whose_student_cannot_be_exported_says_so_before_training(num_st
     found = [line for line in said if "cannot be exported" in str(line.message)]
     assert len(found) == 2 * warns
     if warns:
-        # Additions cannot follow to the other process.
+        # A LoRA student cannot move to another process, so this is not suggested.
         assert ["--matching.process" in str(line.message) for line in found] == [True, False]
         assert "on the teacher's 50 timesteps" in str(found[0].message)
         assert "1, 2, 5, 10, 25, 50" in str(found[0].message)

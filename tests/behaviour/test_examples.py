@@ -1,4 +1,4 @@
-"""Every example runs, is short, and shows what it says: students are nearer to their teacher than its own few steps."""
+"""Every example runs, is short and shows its claim: students are closer to their teacher than its own few steps."""
 
 import functools
 import importlib.util
@@ -71,7 +71,7 @@ def test_the_student_is_nearer_to_its_teacher_than_the_teacher_s_own_few_steps(
 
 
 def test_the_example_of_guidance_trains_and_samples() -> None:
-    """Its claim needs two minutes, above. Within one update each, a student is as far off as its untrained teacher."""
+    """Its claim needs two minutes, above. With one update each, a student is as far off as its untrained teacher."""
     student, teacher = loaded("class_conditional_guidance").main(teacher_updates=2, student_updates=1, start=8)
     assert 0 < teacher < 2
     assert 0 < student < 2
@@ -131,7 +131,7 @@ def test_an_example_of_prompts_alone_samples_in_stock_diffusers_as_here(
         *("--chain.num-updates", "2", "--chain.batch-size", "2", "--chain.lora-rank", "2", "--evaluation.no-enabled"),
         *("--base-precision", "bf16", "--call", *(f"{key}={value}" for key, value in call.items())),
     )
-    # The export itself compares the stock pipeline's samples with ours.
+    # The export compares the stock pipeline's samples with ours.
     run, exported = example.main(str(pipeline), str(prompts), tmp_path / "out", budget)
     assert load(run).num_steps == 4
     assert (exported / "model_index.json").is_file()
@@ -154,7 +154,7 @@ def test_an_example_of_pipelines_says_how_it_is_used(name: str, usage: str, monk
 
 
 def foreign_weights(file: Path) -> dict[str, torch.Tensor]:
-    """Write random weights as the other project names and shapes them, and return them."""
+    """Write random weights with the other project's names and shapes, and return them."""
     torch.manual_seed(0)
     skeleton = loaded("someone_elses_teacher").Theirs
     with pytest.MonkeyPatch.context() as patch:
@@ -193,7 +193,7 @@ def test_a_network_of_another_project_becomes_students_of_8_4_and_1_steps(
 @pytest.mark.skipif(not FOREIGN.is_dir(), reason=f"the published weights are not in {FOREIGN}")
 @torch.no_grad()
 def test_the_published_weights_tell_noise_from_clothes_at_their_own_levels() -> None:
-    """Against eps = sigma x_t, the best guess for data of unit normal noise."""
+    """Compare with eps = sigma x_t, the best estimate for unit normal data."""
     example = loaded("someone_elses_teacher")
     network = example.Theirs(str(FOREIGN / "foreign" / "ddpm_fashion.safetensors")).eval()
     process = VPTable()

@@ -1,4 +1,4 @@
-"""Feature extractors: each against an independent reading of the same network, and what they say of missing weights."""
+"""Each feature extractor agrees with an independent loader of the same network, and reports missing weights."""
 
 import hashlib
 import sys
@@ -35,7 +35,8 @@ def _images(n: int, channels: int, side: int) -> Tensor:
 
 
 def test_the_resnet_knows_cifar10() -> None:
-    """As its publisher says, 91.73 % of the test images: normalisation, shortcuts and order of channels are theirs."""
+    """Its publisher reports an accuracy of 91.73 % on the test images: normalisation, shortcuts and channel order are
+    right."""
     weights, images = SHARED / "weights" / "resnet20-cifar10.safetensors", SHARED / "cifar10"
     if not weights.is_file() or not images.is_dir():
         pytest.skip(f"{SHARED} holds no CIFAR-10 and its classifier")
@@ -100,7 +101,7 @@ def test_dinov2_is_the_class_token_of_transformers_model(tmp_path: Path) -> None
     assert extractor.logits(expected) is None
     with pytest.raises(ValueError, match="no DINOv2 model could be read there"):
         extractor_for(f"dinov2={tmp_path}/none", _real_data())
-    # Of another network transformers would draw at random what it does not find.
+    # If the network differs, transformers draws missing weights at random.
     other = transformers.Dinov2WithRegistersConfig(
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
     )
@@ -177,7 +178,7 @@ def _unreachable(*_: object, **__: object) -> dict[str, Tensor]:
 
 
 def _random_inception(module: Any) -> dict[str, Tensor]:
-    """Weights of the network's shapes, without the file that its constructor wants."""
+    """Return weights with the network's shapes, without the file that its constructor needs."""
     seen: dict[str, Tensor] = {}
 
     class Stop(Exception):

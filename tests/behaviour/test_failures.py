@@ -1,4 +1,4 @@
-"""What a run says and keeps when it cannot go on: divergence, memory, signals, disks, damage; and its exit codes."""
+"""Messages, exit codes and stored state of failing runs: divergence, memory, signals, disks, damage."""
 
 import contextlib
 import dataclasses
@@ -70,7 +70,7 @@ def uncut(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class Hungry(Objective):
-    """Denoising that asks for a petabyte if it is shown more samples than `fitting`."""
+    """Denoising that allocates a petabyte for more than `fitting` samples."""
 
     fitting: int
     needs_teacher: ClassVar[bool] = False
@@ -92,7 +92,7 @@ class Hungry(Objective):
 
 @dataclasses.dataclass(frozen=True)
 class Slow(Objective):
-    """Denoising that takes minutes from one update on, while `slow` is set; `reached` says that it has begun to."""
+    """Denoising that, while `slow` is set, takes minutes from one update on; `reached` signals its start."""
 
     update: int
     needs_teacher: ClassVar[bool] = False
@@ -116,7 +116,7 @@ class Slow(Objective):
 
 @pytest.fixture(autouse=True)
 def known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In these tests, their objectives have a name."""
+    """Name the objectives of these tests."""
     for kind in (Poisoned, Hungry, Slow):
         monkeypatch.setitem(objectives._members, kind.__name__.lower(), kind)
 
@@ -141,7 +141,7 @@ def test_a_loss_that_is_not_finite_is_told_with_the_statistics_of_its_batch(micr
         norms.append(sound.window().grad_norm)
         if sound.update == 6:
             break
-    # The losses of the seventh update as they are without the poison, in one batch and without dropout's part.
+    # The losses of the seventh update without the poison, as one batch and without dropout.
     draw = Draw(0, "00-x", 6, 16, range(16))
     log_snr = sound.student.model.process.log_snr(draw.uniform("time"))
 
@@ -185,7 +185,7 @@ def test_the_losses_of_a_batch_are_those_of_its_objective() -> None:
         "grad_norm": "inf",
         "grad_norm_before": 0.5,
     }
-    # A window that ends lets go of its updates, but the next one can still name the norm before it.
+    # The end of a window drops its updates, but the next window still has the norm from before it.
     recent.forget()
     assert recent.statistics(10) == {"update": 10, "grad_norm": None, "grad_norm_before": "inf"}
 
@@ -244,7 +244,7 @@ def test_a_run_that_diverged_keeps_the_statistics_and_its_last_checkpoint(tmp_pa
     held = json.loads((stage / "non-finite.json").read_text())
     assert (held["stage"], held["update"], held["not_finite"][0]["place"]) == ("00-poisoned", 7, 4)
     assert [path.name for path in StageFolder(stage).checkpoints()] == ["checkpoint-00000006", "checkpoint-00000003"]
-    # It is said that nothing was repaired: the same comes to the same, from the checkpoint.
+    # The message says that nothing was repaired: the same checkpoint leads to the same divergence.
     with pytest.raises(NonFinite, match="at update 7"):
         finish(spec, tmp_path / "run")
 
@@ -283,7 +283,8 @@ def test_the_largest_micro_batch_that_fits_is_found_and_the_result_is_that_of_th
     finish(toy_spec(plan=hungry, micro_batch=4), tmp_path / "four")
     assert weights(tmp_path / "auto") == weights(tmp_path / "four")
 
-    # Dropout draws for the micro batch, so without it: the whole batch, to rounding.
+    # Dropout masks differ between micro batches. Without dropout, the result is that of the whole batch, except for
+    # rounding.
     plans = [Plan((tuned(one_stage(Hungry(n)).stages[0], dropout=0.0),)) for n in (5, 16)]
     results = []
     for name, plan in zip(("tried", "whole"), plans, strict=True):
@@ -306,7 +307,7 @@ def test_trying_leaves_no_trace_in_the_result(tmp_path: Path) -> None:
 
 
 def test_a_run_goes_on_with_the_micro_batch_that_was_found(tmp_path: Path) -> None:
-    # On a machine with more memory, too: another split would round otherwise.
+    # The size is kept on a machine with more memory too, because another split would round differently.
     spec = toy_spec(plan=one_stage(Hungry(5)), micro_batch="auto", log_every=1)
     finish(spec, tmp_path / "uncut")
     events = run(spec, tmp_path / "cut")
@@ -355,7 +356,7 @@ def test_only_the_micro_batch_that_is_found_is_compiled(tmp_path: Path, monkeypa
     )
     reset()
     counters.clear()
-    # Torch gives up after eight sizes; and in a resumed run there is but one.
+    # Torch gives up after eight sizes, but a resumed run has only one.
     told = finish(toy_spec(plan=one_stage(Hungry(1)), compile=True, micro_batch="auto"), tmp_path)
     assert told == ["00-hungry: micro batch 1, because 16 and 8 and 4 and 2 did not fit into memory"]
     assert counters["stats"]["unique_graphs"] == 1
@@ -375,8 +376,8 @@ def test_a_micro_batch_that_was_given_is_no_bound_for_one_that_is_looked_for(tmp
 
 @contextlib.contextmanager
 def _sent(number: int, when: Callable[[], bool]) -> Iterator[None]:
-    """Sends this process a signal, twice, as launchers do, once it is time."""
-    # A signal to the process may be handed to any thread, and then a sleep in this one runs on to its end.
+    """Send this process a signal twice, as launchers do, when its time has come."""
+    # A signal to the process may be delivered to any thread; a sleep in this one would then not be interrupted.
     main = threading.get_ident()
 
     def wait() -> None:
@@ -447,7 +448,7 @@ def test_what_may_be_left_is_left_once_and_only_inside() -> None:
     with StopSignal() as stop:
         with pytest.raises(Interrupted), at_once(stop):
             signal.raise_signal(signal.SIGTERM)
-        # A signal that came before, and one more after.
+        # A signal arrives before, and another one after.
         with pytest.raises(Interrupted), at_once(stop):
             raise AssertionError("entered")
         signal.raise_signal(signal.SIGTERM)
@@ -482,7 +483,7 @@ def test_a_folder_that_vanishes_names_the_last_good_checkpoint_and_is_not_made_a
     with pytest.raises(NoStorage) as error:  # noqa: PT012 (the folder goes in the middle of the run)
         for event in run(spec, path):
             if isinstance(event, Progress) and (event.name, event.window.update) == ("01-halve-0002", 8):
-                # What was there is what comes back with the mount.
+                # The mount returns with its old contents.
                 shutil.copytree(path, away) if how == "unmounted" else path.rename(away)
                 if how == "unmounted":
                     unmount(disk)
@@ -520,7 +521,7 @@ def test_a_folder_that_vanishes_while_a_checkpoint_is_written_is_not_made_anew(
 def test_only_an_error_of_the_connection_is_one_of_a_lost_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     assert is_lost(RuntimeError("[enforce fail] gloo: Connection closed by peer [127.0.0.1]:2000"))
-    # Ours name the run's folder, whatever it is called.
+    # Our messages contain the run's folder, whatever its name.
     assert not is_lost(NonFinite("the loss was not finite ...; the last good checkpoint is /runs/nccl-test/stages"))
     assert not is_lost(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
@@ -542,7 +543,7 @@ def test_an_error_of_the_disk_is_told_from_one_of_other_files() -> None:
     ("spoilt", "kept"),
     [
         ("checkpoint-00000012.*/.optimizer", ["checkpoint-00000009", "checkpoint-00000006"]),
-        # Those of a whole stage go when its weights have been read back, and not before.
+        # The checkpoints of a complete stage are deleted after its weights have been read back, not before.
         ("00-denoise/.model", ["checkpoint-00000039", "checkpoint-00000036"]),
     ],
     ids=["checkpoint", "stage"],
@@ -585,7 +586,7 @@ def test_a_checkpoint_is_of_the_moment_at_which_it_was_begun(tmp_path: Path, mon
         next(updates)
     expected = {part: {k: v.clone() for k, v in held.items()} for part, held in made.state().items()}
     writer.save(made)
-    # Training goes on while the checkpoint is being written.
+    # Training continues while the checkpoint is being written.
     for _ in range(5):
         next(updates)
     writer.check()
@@ -630,7 +631,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_begins_the_stage_anew_and_says_
 def test_what_a_killed_writer_leaves_is_cleared_away_and_refuses_no_run(tmp_path: Path, uncut: Path) -> None:
     path = tmp_path / "run"
     path.mkdir()
-    # Killed while it wrote its recipe.
+    # Killed while writing its recipe.
     (path / ".recipe.json.4711.tmp").write_text("{")
     (path / ".lock").touch()
     events = run(toy_spec(log_every=1), path)

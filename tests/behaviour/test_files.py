@@ -1,4 +1,4 @@
-"""Files and folders under a run are whole or absent, whatever fails and whoever else writes them."""
+"""Files and folders of a run are complete or absent, whatever fails and whoever else writes them."""
 
 import errno
 import hashlib
@@ -59,7 +59,7 @@ WRITERS: dict[str, Callable[[Path, int], Any]] = {
 
 
 def content(path: Path) -> Any:
-    """All bytes of a file, or of the files of a folder."""
+    """Return all bytes of a file, or of a folder's files."""
     if path.is_file():
         return path.read_bytes()
     return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
@@ -88,7 +88,7 @@ def test_what_was_written_whole_stays_when_the_disk_is_full(write: Callable[[Pat
 def test_a_failed_sync_or_rename_leaves_the_old_or_the_new(
     write: Callable[[Path, int], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each call that a write makes fails in turn, until all of them have."""
+    """Each call of a write fails in turn, until all have failed once."""
     path = tmp_path / "held" / "file"
     write(path, 1)
     old = content(path)
@@ -119,7 +119,7 @@ def test_a_failed_sync_or_rename_leaves_the_old_or_the_new(
         left[0] = 0
         write(path, 1)
     whole = [old] * found.count(old) + [new] * found.count(new)
-    # The new one is only there when nothing but the sync of the folder was left to do.
+    # The new file only exists if nothing but the folder's sync was left to do.
     assert found == whole
     assert len(found) >= 3
     assert found.count(new) == 1
@@ -144,7 +144,7 @@ def test_an_exception_in_the_middle_leaves_the_old(tmp_path: Path, exception: ty
 
 
 def test_writers_of_one_path_at_once_all_end_whole(write: Callable[[Path, int], Any], tmp_path: Path) -> None:
-    """Threads, which have one process id, as do processes in two containers."""
+    """Threads share a process id, like processes in two containers."""
     path, failed = tmp_path / "held" / "file", []
     for value in (1, 2):
         write(tmp_path / str(value), value)

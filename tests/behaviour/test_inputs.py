@@ -1,4 +1,4 @@
-"""What the data and the installed packages tell is said before the first update, and a run takes other measuring."""
+"""Warnings about data and packages come before the first update, and a run accepts changed evaluation settings."""
 
 import os
 import time
@@ -128,7 +128,7 @@ def test_changed_data_are_named_and_may_be_accepted(tmp_path):
         return toy_spec(data=MemoryData(str(where), x), recipe={"name": "toy", "data": settings}, free=FREE_FIELDS)
 
     finish(spec(points()), tmp_path / "run")
-    # Elsewhere the same data are the same run.
+    # The same data in another place are the same run.
     finish(spec(points(), where=tmp_path / "y.npy"), tmp_path / "run")
     time.sleep(0.02)
     np.save(source, points(199).numpy())
@@ -181,7 +181,7 @@ def model_of(shape: tuple[int, ...], is_image: bool = True, pipeline: dict[str, 
 
 
 class Named:
-    """As much of a model as is asked."""
+    """The parts of a model that the caller reads."""
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest, self.shape = manifest, manifest.shape
@@ -231,7 +231,7 @@ def test_the_recipe_for_few_images_fits_a_small_machine():
     data = MemoryData("photos", torch.zeros(301, 3, 32, 32, dtype=torch.uint8))
     spec = build(small.model_copy(update={"evaluation": replace(small.evaluation, enabled=False)}), data=data)
     seen = [stage.training.num_updates * stage.training.batch_size / len(data) for stage in spec.plan.stages]
-    # No sample is seen by the teacher more often than a few hundred times.
+    # The teacher sees no sample more often than a few hundred times.
     assert max(seen) < 300
     assert sum(stage.training.num_updates for stage in spec.plan.stages) < large.teacher.num_updates / 10
 
@@ -255,7 +255,7 @@ def test_measuring_counts_in_the_time_left():
 
 
 def test_a_dry_run_warns_of_memorising_a_handful_of_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """60 photos under the preset for few images, which is sized for some hundred of them."""
+    """Use 60 photos with the preset for few images, which is sized for several hundred."""
     for number in (60, 300):
         np.savez(tmp_path / "photos.npz", arr_0=np.random.default_rng(0).integers(0, 256, (number, 8, 8, 3), np.uint8))
         words = ["--data.image-size", "None", "--network.block-out-channels", "8", "8", "8", "--engine.threads", "1"]

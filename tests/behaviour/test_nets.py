@@ -129,7 +129,7 @@ def test_a_network_of_another_clock_is_asked_at_its_own_times() -> None:
     ("config", "shape", "num_classes", "channels", "parameters"),
     [
         pytest.param(PAPER_CIFAR10, (3, 32, 32), 0, 1, 60_004_099, id="cifar10"),
-        # The authors' network has 768 more: the bias of its class embedding, which the embedding itself can hold.
+        # The authors' network has 768 more: the bias of its class embedding, which is folded into the embedding.
         pytest.param(PAPER_IMAGENET64, (3, 64, 64), 1000, 2, 295_905_222 - 768, id="imagenet64"),
         pytest.param(PAPER_LSUN128, (3, 128, 128), 0, 2, 139_578_502, id="lsun128"),
     ],

@@ -41,7 +41,7 @@ def points(process: NoiseProcess, prediction: Prediction, **network: Any) -> Mod
 
 
 def images() -> Model:
-    """A U-Net with classes, whose answers are far enough from 0 for the clipping to act."""
+    """Return a U-Net with classes and outputs far enough from 0 for clipping to have an effect."""
     torch.manual_seed(0)
     config = UNetConfig(
         block_out_channels=(8, 16), layers_per_block=1, attention_head_dim=8, norm_num_groups=4, attention=(False, True)
@@ -81,7 +81,7 @@ QUICK: Final = {"v": 1, "both": 1, "edm": 1, "flow": 2}
 def test_the_unrolled_program_samples_as_the_sampler(
     process: NoiseProcess, prediction: Prediction, num_steps: int
 ) -> None:
-    """The program is what the exporter turns into a graph; it takes unit noise, whatever the scale of the process."""
+    """The exporter converts this program. It takes unit noise, whatever the scale of the process."""
     made = points(process, prediction)
     noise = numbers(5, 2).float()
     with torch.no_grad():
@@ -103,7 +103,7 @@ def test_the_unrolled_program_samples_as_the_sampler(
 def test_a_graph_of_points_samples_as_torch_for_batches_of_any_length(
     tmp_path: Path, process: NoiseProcess, prediction: Prediction, num_steps: int
 ) -> None:
-    """Unit noise goes in, whatever the size of the process's noise."""
+    """The graph takes unit noise, whatever the scale of the process's noise."""
     made = points(process, prediction)
     file = export_onnx(made, tmp_path / "sampler.onnx", num_steps)
     for length in (1, 5, 32):
@@ -113,7 +113,7 @@ def test_a_graph_of_points_samples_as_torch_for_batches_of_any_length(
 
 
 def classes() -> Model:
-    """A network of points with classes; its weights are large enough for the clipping to act at every step."""
+    """Return a network of points with classes, with weights large enough for clipping to matter at every step."""
     torch.manual_seed(0)
     network = MLP((2,), width=16, depth=1, num_classes=5)
     for parameter in network.parameters():

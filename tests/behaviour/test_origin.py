@@ -1,4 +1,4 @@
-"""A run takes only its own files, each as it was written: manifests, stages, checkpoints, figures, caches."""
+"""A run only uses its own unchanged files: manifests, stages, checkpoints, figures and caches."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ FIRST, SECOND, THIRD = "00-denoise", "01-halve-0002", "02-halve-0001"
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`uncut`, the run of another seed as `other`, and `cut` in the second stage."""
+    """Build `uncut`, the run `other` with another seed, and `cut`, interrupted in the second stage."""
     folder = tmp_path_factory.mktemp("made")
     finish(SPEC, folder / "uncut")
     finish(OTHER, folder / "other")
@@ -47,7 +47,7 @@ def stage(path: Path, name: str) -> StageFolder:
 
 
 def refusals(path: Path) -> set[str]:
-    """What running and loading say, each of which must refuse."""
+    """Return the messages of running and loading, both of which must fail."""
     said = set()
     for call in (lambda: finish(SPEC, path), lambda: load(path)):
         with pytest.raises(DamagedFile) as error:
@@ -88,7 +88,7 @@ def test_stages_of_another_place_seed_or_plan_are_refused(path: Path, made: Path
         shutil.rmtree(stage(path, THIRD).path)
         shutil.copytree(source, stage(path, THIRD).path)
         assert all(f"{stage(path, THIRD).manifest_path} {said}" in text for text in refusals(path))
-    # Of the run's recipe, but not as the plan has it.
+    # It belongs to the run's recipe, but differs from the plan.
     shutil.rmtree(stage(path, THIRD).path)
     shutil.copytree(stage(path, SECOND).path, stage(path, THIRD).path)
     file = stage(path, THIRD).manifest_path
@@ -168,7 +168,7 @@ def test_damaged_figures_and_samples_are_made_again_with_a_line(path: Path, made
         shutil.copy(stage(path, THIRD).metrics_path, file)
     else:
         np.savez(file.parent / "samples" / "steps-0002.npz", arr_0=np.zeros((4, 2), np.float32))
-    # The other notice is of figures from few samples.
+    # The other notice reports figures from few samples.
     (notice,) = [said for said in finish(SPEC, path) if said.endswith("; the stage is measured again")]
     assert str(file.parent) in notice
     found, uncut = stage(path, SECOND).metrics(), stage(made / "uncut", SECOND).metrics()
@@ -262,7 +262,7 @@ def test_any_bit_of_a_cache_that_differs_makes_it_void(tmp_path: Path) -> None:
         content[bit // 8] ^= 1 << bit % 8
         file.write_bytes(content)
         assert read_cached(file) == {} or all(torch.equal(held[n], value) for n, value in read_cached(file).items())
-    # Whole, but not written by us: as an earlier halfstep left it.
+    # Complete, but not written by this version: as an earlier halfstep left it.
     save_file(held, file)
     assert read_cached(file) == {}
 

@@ -1,4 +1,4 @@
-"""Distillation without data: training samples come from the teacher, and from no seed of an evaluation."""
+"""Distillation without data trains on the teacher's samples, whose seeds no evaluation uses."""
 
 import math
 from pathlib import Path
@@ -54,7 +54,7 @@ def test_a_student_draws_with_its_own_steps_and_a_mode_is_restored(run: Path) ->
 
 
 def of_classes(null: bool) -> Model:
-    """A model of 3 classes, of which the data showed 2."""
+    """Return a model with 3 classes, of which the data contained 2."""
     torch.manual_seed(0)
     network = MLP((2,), width=16, depth=1, num_classes=4 if null else 3)
     for parameter in network.parameters():

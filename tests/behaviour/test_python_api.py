@@ -1,4 +1,4 @@
-"""`halfstep.fit`, `distill`, `sample`, `save` and `load` as a researcher's script calls them."""
+"""`halfstep.fit`, `distill`, `sample`, `save` and `load`, called as in a researcher's script."""
 
 import functools
 import inspect
@@ -42,7 +42,7 @@ class Net(nn.Module):
 
 
 class Labelled(nn.Module):
-    """A network that is told a class and an angle."""
+    """A network with a class and an angle as inputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,17 +78,17 @@ def equal(one: nn.Module, other: nn.Module) -> bool:
 
 @pytest.fixture(scope="module")
 def student() -> halfstep.Model:
-    """A student of one step."""
+    """Return a one-step student."""
     found = halfstep.distill(denoiser(), points(), **CHAIN)
     assert isinstance(found, halfstep.Model)
     return found
 
 
-# Runs that are cut, and what calls back.
+# Interrupted runs, and callbacks.
 
 
 class Cut(Exception):
-    """What a user's own callback may raise."""
+    """An exception that a user's callback may raise."""
 
 
 def _raise(*_: Any) -> None:
@@ -100,7 +100,7 @@ def _press(*_: Any) -> None:
 
 
 def _of_kind(kind: str, **more: Any) -> halfstep.Model:
-    """A call of each kind, of a chain that lasts a moment."""
+    """Return a short call of each kind."""
     if kind == "fit":
         found = halfstep.fit(denoiser(), points(), TRAINING, engine=CPU, **more)
     elif kind == "lora":
@@ -140,7 +140,7 @@ def test_a_call_that_was_cut_resumes_bit_for_bit_and_is_the_call_in_memory(kind:
         assert equal(again, whole)
         if name == "pressed":
             assert later[0] > seen[-1], "the state was saved when Ctrl-C came"
-    # Nothing is trained again, and in memory the same numbers come out.
+    # Nothing is trained again, and a call in memory gives the same numbers.
     assert equal(_of_kind(kind, out=tmp_path / "whole", on_window=_raise), whole)
     assert all(map(torch.allclose, state(_of_kind(kind)), state(whole)))
 
@@ -171,7 +171,7 @@ def test_a_folder_of_another_call_is_refused_and_names_what_differs(tmp_path: Pa
         moved.network.layers[0].bias += 1e-3
     with pytest.raises(ValueError, match=r"different recipe.*teacher: "):
         halfstep.distill(moved, points(), **CHAIN, out=tmp_path / "chain")
-    # How it is logged and measured, and where it lies, is free.
+    # Logging, measurements and location may change.
     (tmp_path / "run").rename(tmp_path / "moved")
     free: dict[str, Any] = {"engine": halfstep.Engine(cpu=True, trackers=()), "on_window": _raise}
     halfstep.fit(denoiser(), points(), TRAINING, out=tmp_path / "moved", **free)
@@ -181,7 +181,7 @@ def test_a_folder_of_another_call_is_refused_and_names_what_differs(tmp_path: Pa
 def test_callbacks_see_every_window_and_every_stage(kept: bool, tmp_path: Path) -> None:
     windows: list[tuple[str, halfstep.Window]] = []
     stages: list[tuple[str, Any]] = []
-    engine = halfstep.Engine(cpu=True, log_every=3, trackers=())  # the last window is a shorter one
+    engine = halfstep.Engine(cpu=True, log_every=3, trackers=())  # the last window is shorter
     found = halfstep.distill(
         denoiser(), points(), **CHAIN | {"engine": engine}, out=tmp_path / "run" if kept else None,
         on_window=lambda name, window: windows.append((name, window)),
@@ -238,7 +238,7 @@ def test_the_bar_is_drawn_on_a_terminal_only(
 
     monkeypatch.delenv("FORCE_COLOR", raising=False)
     assert said() == ""
-    monkeypatch.setenv("FORCE_COLOR", "1")  # takes stderr for a terminal
+    monkeypatch.setenv("FORCE_COLOR", "1")  # pretend that stderr is a terminal
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "100")
     shown = said()
@@ -314,7 +314,7 @@ def _global(x_t: Tensor, time: Tensor) -> Tensor:
 
 
 class Caller:
-    """An object that is no module and calls one."""
+    """An object that calls a module without being one."""
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
@@ -384,7 +384,7 @@ def test_what_is_saved_is_loaded_again(tmp_path: Path, student: halfstep.Model) 
     assert not equal(again, denoiser(given)), "the network that is passed is copied"
     assert torch.equal(again.sample(range(4)), student.sample(range(4)))
     assert (again.num_steps, again.shape, again.role) == (1, (2,), "student")
-    halfstep.save(again, tmp_path / "student")  # over itself
+    halfstep.save(again, tmp_path / "student")  # overwriting itself
     assert equal(halfstep.load(tmp_path / "student", network=Net()), student)
 
 
@@ -461,7 +461,7 @@ def test_class_labels_belong_to_their_samples() -> None:
     assert not torch.allclose(model.sample(range(5), 4, class_label=3), one_by_one)
 
 
-# At the door.
+# Argument checks.
 
 
 def _fit(**changes: Any) -> Any:

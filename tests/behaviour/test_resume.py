@@ -1,4 +1,4 @@
-"""A run that was cut anywhere ends with the weights of an uncut run, bit for bit."""
+"""A run that was interrupted anywhere ends with the weights of an uninterrupted run, bit for bit."""
 
 import errno
 import os
@@ -32,7 +32,7 @@ def uncut(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _cut(path: Path, stage: str, update: int) -> None:
-    """Runs until a stage's update has been checkpointed, then vanishes without a word."""
+    """Run until an update of a stage has been checkpointed, then exit without any cleanup."""
     events = run(toy_spec(log_every=1), path)
     for event in events:
         if isinstance(event, Progress) and event.name == stage and event.window.update == update:
@@ -62,7 +62,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path: Path
     if damage == "file missing":
         target.unlink()
     elif damage == "update altered":
-        # One bit makes another digit of it, and the file is JSON as before.
+        # Flipping one bit gives another digit, so the file remains valid JSON.
         assert b'"update": 24' in content
         content[content.index(b'"update": 24') + len(b'"update": 2')] ^= 1
         target.write_bytes(content)
@@ -201,7 +201,7 @@ def test_a_checkpoint_that_the_disk_does_not_give_back_is_passed_over_and_left(
     assert notice.text.startswith(f"{latest} cannot be read (Input/output error)")  # type: ignore[attr-defined]
     assert start.resumed_at == int(before.name.rpartition("-")[2])  # type: ignore[attr-defined]
     assert latest.with_name(f"damaged-{latest.name}").is_dir()
-    # Where none is given back nothing is trained, and in time removed, that another look may find.
+    # If none can be read, nothing is trained or removed, because a later attempt may succeed.
     unread += folder.checkpoints()
     with pytest.raises(NoStorage) as error:
         finish(toy_spec(), path)
@@ -217,7 +217,7 @@ def test_two_processes_do_not_write_one_run(tmp_path: Path) -> None:
     next(first)
     with pytest.raises(InUse, match="is being written by another") as refused:
         finish(toy_spec(), tmp_path / "run")
-    # The one before may be about to end: a scheduler is told to try again.
+    # The previous job may be about to end, so the exit code makes a scheduler retry.
     assert exit_code(refused.value) == 75
     first.close()  # type: ignore[attr-defined]
     finish(toy_spec(), tmp_path / "run")

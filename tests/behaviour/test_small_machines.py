@@ -1,4 +1,4 @@
-"""What is there for small machines changes the memory, and the result only where it says so."""
+"""Options for small machines change the memory, and the result only where documented."""
 
 import dataclasses
 import sys
@@ -54,7 +54,7 @@ def network(seed: int = 0) -> UNet2D:
 
 
 def spec(**changes: Any) -> RunSpec:
-    """A teacher of a few updates, matched by itself, and two students."""
+    """Return a run with a teacher of a few updates, a matching stage, and two students."""
     teacher, student = (Training(updates, 1e-3, batch_size=8, ema_decay=0.9) for updates in (4, 6))
     plan = Plan.of(Denoising(), teacher) + Plan.halvings(4, 1, student, updates_at={})
     engine = {field.name: changes.pop(field.name) for field in dataclasses.fields(Engine) if field.name in changes}
@@ -74,7 +74,7 @@ def finish(folder: Path, **changes: Any) -> None:
 
 @pytest.fixture(scope="module")
 def teacher_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of the teacher alone."""
+    """Return a run of the teacher alone."""
     folder = tmp_path_factory.mktemp("teacher") / "run"
     finish(folder, plan=Plan(spec().plan.stages[:1]))
     return folder
@@ -82,7 +82,7 @@ def teacher_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def lora_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose students are low-rank additions."""
+    """Return a run with LoRA students."""
     folder = tmp_path_factory.mktemp("lora") / "run"
     finish(folder, lora_rank=2)
     return folder
@@ -123,7 +123,7 @@ def test_a_run_of_lora_students_changes_additions_alone_and_is_read_back_with_it
 def test_the_teacher_and_the_auxiliary_of_a_finish_share_the_base_of_a_lora_student(
     tmp_path: Path, match_first: bool
 ) -> None:
-    """Memory holds one base, whether the teacher is the base itself or has additions of its own."""
+    """Memory contains one base, whether the teacher is the base itself or has LoRA weights of its own."""
     student = Training(2, 1e-3, batch_size=8)
     chain = Plan.halvings(4, 2, student, updates_at={})
     matching = Plan.of(Matching(), student) if match_first else Plan()
@@ -239,7 +239,7 @@ def test_moments_of_8_bits_take_a_quarter_of_the_memory() -> None:
         state = trainer.state()["optimizer"]
         return sum(v.numel() * v.element_size() for name, v in state.items() if name.endswith("inner.weight"))
 
-    # The tables of quantiles and scales come on top of a byte for each moment.
+    # The quantile tables and scales come on top of one byte per moment.
     assert moments("adamw") >= 8 * 128 * 128
     assert moments("adamw8bit") < 0.4 * moments("adamw")
 

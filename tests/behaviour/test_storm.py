@@ -1,4 +1,4 @@
-"""Random damage to any file of a run folder ends in the uncut run's result or in one line; see tests/storm.py."""
+"""Random damage to any file of a run folder leads to the undamaged result or a one-line error; see tests/storm.py."""
 
 from pathlib import Path
 

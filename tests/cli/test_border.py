@@ -1,5 +1,7 @@
-"""Pipelines of diffusers through the command line: each family from its folder to a stock pipeline of four steps, and
-one clear line for what cannot be."""
+"""diffusers pipelines through the command line: each family becomes a stock four-step pipeline.
+
+Unsupported ones give a clear one-line error.
+"""
 
 import json
 import re
@@ -43,7 +45,7 @@ def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pipelines, images with captions, images of classes."""
+    """Return pipelines, images with captions, and images with classes."""
     root = tmp_path_factory.mktemp("border")
     save_ddpm(root / "ddpm", in_channels=1, out_channels=1)
     save_ddpm(root / "classes-ddpm", in_channels=1, out_channels=1, num_class_embeds=11)
@@ -168,7 +170,7 @@ def test_a_run_that_has_taken_guidance_in_goes_on(
     before, after = load(path), load(tmp_path / "more")
     assert after.manifest.guidance == before.manifest.guidance
     assert after.num_steps == 2
-    # Its teacher is the student that it goes on from, whole.
+    # Its teacher is the student from which it continues, not a LoRA.
     cond = {n: torch.randn(3, *shape) for n, shape in before.manifest.conditions.items()}
     given = load(tmp_path / "more" / "stages" / "00-teacher")
     torch.testing.assert_close(
@@ -218,7 +220,7 @@ def test_a_dry_run_tells_what_a_distillation_takes_and_writes_nothing(
     assert [stage["stage"] for stage in told["stages"]] == planned
     assert not (tmp_path / "run").exists()
     assert (told["trainable_parameters"] < 0.2 * told["parameters"]) == ("--chain.lora-rank" in words)
-    # Two moments in float32 for each parameter that is trained.
+    # Two float32 moments for each trained parameter.
     assert told["memory_bytes"]["moments"] == 8 * told["trainable_parameters"]
     assert told["guidance"] == guidance
     assert told["estimated_seconds"] > 0
@@ -601,7 +603,7 @@ def test_latents_of_classes_go_on_where_they_were_cut(
 
 
 def test_a_pipeline_in_half_precision_is_computed_in_full(here: Path, tmp_path: Path) -> None:
-    """Its files hold float16; teachers, texts and latents are float32 all the same."""
+    """Its files contain float16, but teachers, texts and latents are float32."""
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(here / "sd")
     pipe.to(torch.float16).save_pretrained(tmp_path / "half")
     main(["encode", str(tmp_path / "half"), "--data", str(here / "captioned"), "--out", str(tmp_path / "latents")])
@@ -625,7 +627,7 @@ def test_an_image_student_is_exported_when_its_teacher_is_gone(here: Path, tmp_p
 
 
 def test_the_sampler_of_a_latent_student_is_one_graph(dit_run: Path, tmp_path: Path) -> None:
-    """Compared with torch to 1e-4 before it is written; one step, for each takes the exporter many seconds."""
+    """Each is compared with torch to 1e-4 before it is written; one step, because each export takes many seconds."""
     words = ["--format", "onnx", "--num-steps", "1", "--out", str(tmp_path / "sampler.onnx")]
     main(["export", str(dit_run), *words])
     assert (tmp_path / "sampler.onnx").is_file()

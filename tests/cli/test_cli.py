@@ -1,4 +1,4 @@
-"""The command line from outside: what it makes, and one clear line with exit code 2 for bad input."""
+"""The command line from outside: its results, and a clear line with exit code 2 for bad input."""
 
 import json
 import os
@@ -194,9 +194,9 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path, capsys: Capt
 def test_dry_run_of_a_paper_recipe_needs_none_of_its_data(
     name: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a network cut down to be timed in a moment; the whole ones are counted in tests/behaviour."""
+    """Use a reduced network that can be timed in a moment; tests/behaviour counts the full ones."""
     os.chdir(tmp_path)
-    # Timed on batches of a few samples, whose time is the basis of an estimate.
+    # Timed with batches of a few samples, whose time is the basis of an estimate.
     monkeypatch.setattr("halfstep.run.cost.FLOPS_OF_A_TRIAL", 1e8)
     monkeypatch.setattr("halfstep.run.cost.SECONDS_OF_A_TRIAL", 0.1)
     monkeypatch.setattr("halfstep.cli.dry_run.LITTLE", 0)
@@ -210,7 +210,7 @@ def test_dry_run_of_a_paper_recipe_needs_none_of_its_data(
 
 
 def load_parameters(printed: str) -> int:
-    """The number after "parameters:"."""
+    """Return the number after "parameters:"."""
     found = re.search(r"parameters: ([\d,]+)", printed)
     assert found
     return int(found[1].replace(",", ""))
@@ -410,7 +410,7 @@ def test_a_study_at_equal_cost_says_what_it_costs(capsys: Capture, tmp_path: Pat
     printed = capsys.readouterr().out
     assert f"total: {sum(passes[3].values()):,.0f}; " in printed
     assert "at 4,400 per second" in printed
-    # What the scale promises: 45 minutes on two cores.
+    # The scale's documented limit: 45 minutes on two cores.
     assert sum(passes[3].values()) < 45 * 60 * 4400
     main(["study", "steps", "--dry-run"])
     assert "total:" not in capsys.readouterr().out

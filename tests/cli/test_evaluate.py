@@ -1,4 +1,4 @@
-"""`halfstep evaluate` from outside: the curve, its files, what is read back, and one line for bad input."""
+"""`halfstep evaluate` from outside: the curve, its files, reused samples, and one line for bad input."""
 
 import csv
 import json
@@ -53,7 +53,7 @@ def test_the_students_figures_are_those_of_the_run(toy_run: Path, tmp_path: Path
         assert row.figures["kid"].mean == pytest.approx(recorded.kid, rel=1e-6)
         assert _row(same_noise, "student", recorded.num_steps).figures["rmse"].mean > 0
     assert [row.num_steps for row in sets.rows if row.series == "teacher-ddim"] == [4]
-    # The teacher at the chain's own start is what the others are compared with.
+    # The teacher at the chain's own start is the reference of the others.
     assert all(row.series == "student" for row in same_noise.rows)
     assert "4 steps, from the same noise" in same_noise.protocol.reference
 
@@ -69,7 +69,7 @@ def test_bfloat16_sampling_is_a_protocol_of_its_own_with_nearly_the_same_figures
     assert (whole.protocol.precision, half.protocol.precision) == ("float32", "bf16")
     assert "sampled in bf16" in (tmp_path / "evaluation.md").read_text()
     found = [_row(table, "teacher-ddim", 2).figures["frechet"].mean for table in (whole, half)]
-    # Its samples are its own: another rounding, and not those that lay there.
+    # It has its own samples, because it rounds differently, and does not use the existing ones.
     assert found[0] != found[1]
     assert found[1] == pytest.approx(found[0], rel=0.05)
 
@@ -161,13 +161,13 @@ def test_figures_of_different_protocols_are_in_different_tables(digits_run: Path
     kinds = [(table.protocol.kind, table.protocol.extractor.split("-")[0]) for table in result.tables]
     assert kinds == [("sets", "pixels"), ("sets", "classifier"), ("same_noise", "none")]
     pixels, classifier, same_noise = result.tables
-    # Pixels know no classes, and 8 x 8 images are too small for SSIM: the figures are absent, not zero.
+    # Pixels have no classes, and 8 x 8 images are too small for SSIM: these figures are absent, not zero.
     assert "inception_score" not in pixels.rows[0].figures
     assert 1 <= classifier.rows[0].figures["inception_score"].mean <= 10
     assert set(same_noise.rows[0].figures) == {"rmse", "psnr"}
     assert any("SSIM is omitted, because it needs images of at least 11 x 11" in notice for notice in result.notices)
     assert any("is unreliable: 64 dimensions" in notice for notice in result.notices)
-    # 24 samples and 64 dimensions, so the real data's halves are measured with their own count.
+    # There are 24 samples and 64 dimensions, so the real data's halves are measured with the same count.
     assert pixels.halves is not None
     assert pixels.halves.num_each == 1797 // 2
     rows = list(csv.DictReader((tmp_path / "evaluation.csv").open()))
@@ -235,17 +235,17 @@ def test_a_second_call_draws_nothing_and_a_cut_one_goes_on(
     assert drawn == []
     assert capsys.readouterr().out.count("(reused)") == 4
     assert _result(tmp_path).tables == first.tables
-    # Another extractor draws nothing anew.
+    # Another extractor needs no new samples.
     main([*command, "--num-samples", "24", "--data", str(toy_run.parent / "toy.npy"), "--extractors", "pixels"])
     assert drawn == []
-    # A cell that is gone, and one that is damaged, are drawn again, and nothing else.
+    # A missing cell and a damaged one are drawn again, and nothing else.
     (gone,) = (tmp_path / "cells").glob("02-halve-0001-ddim-0001-*")
     shutil.rmtree(gone)
     (broken,) = (tmp_path / "cells").glob("00-denoise-ddim-0002-*")
     (broken / "samples.npz").write_bytes(b"PK cut")
     for file in (tmp_path / "figures").glob("00-denoise-ddim-0002-*"):
         file.write_text("{")
-    # A writer that was killed has left these.
+    # A killed writer has left these.
     (tmp_path / "cells" / ".x-0001.0a1b.tmp").mkdir()
     (tmp_path / "figures" / ".x.json.0a1b.tmp").write_text("{")
     main(command)
@@ -290,7 +290,7 @@ def test_a_folder_of_images_and_an_npz_are_measured_alike(tmp_path: Path) -> Non
         assert row.num_steps is None
         figures.append(row.figures)
     assert figures[0] == figures[1]
-    # They are real ones: each lies in the neighbourhood of itself.
+    # They are real samples: each is in its own neighbourhood.
     assert figures[0]["precision"].mean == 1
     whole = data.fetch(torch.arange(1797)).x0.flatten(1)
     assert figures[0]["frechet"].mean == pytest.approx(frechet_distance(whole, whole[:60]), rel=1e-5)

@@ -15,7 +15,7 @@ def measured(frechet: float) -> Result:
 
 
 def status_at(current: int, count: int = 11) -> RunStatus:
-    """Stage `current` is half done; each update of a stage costs as much and takes 0.1 s."""
+    """Return a plan in which stage `current` is half done. All updates cost the same and take 0.1 s."""
     stages = []
     for index in range(count):
         stage = StageStatus(f"{index:02d}-halve-{2 ** (count - 1 - index):04d}", 2 ** (count - 1 - index), 100)
@@ -43,7 +43,7 @@ def test_done_now_and_to_come_with_the_time_of_each() -> None:
     assert lines[0].startswith("✓ 00-halve-1024")
     assert "10 s" in lines[0]
     assert lines[0].rstrip().endswith("distance 1.50")
-    # A later stage's distance over that of the first.
+    # A later stage's distance relative to that of the first.
     assert lines[2].rstrip().endswith(f"distance 3.50 ({3.5 / 1.5:.2f}x)")
     assert lines[3].startswith("▶ 03-halve-0128")
     for said in ("50/100", "loss 0.125", "1,234 samples/s", "5 s left"):

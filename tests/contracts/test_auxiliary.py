@@ -1,4 +1,4 @@
-"""An auxiliary denoiser starts as its teacher without guidance, and shares no weight that is trained."""
+"""An auxiliary denoiser starts as its teacher without guidance, and shares no trained weight."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def seen(network: nn.Module) -> NetworkDenoiser:
 
 
 def mlp(seed: int, **arguments: int) -> MLP:
-    """A network of points none of whose weights are 0."""
+    """Return a network of points without zero weights."""
     torch.manual_seed(seed)
     network = MLP((2,), width=8, depth=1, **arguments)
     for parameter in network.parameters():
@@ -53,7 +53,7 @@ def unet(seed: int = 0) -> UNet2D:
 
 
 def lora(base: Network, seed: int) -> LoRA:
-    """Additions to the base that change what it puts out."""
+    """Add LoRA weights that change the output of the base."""
     network = with_lora(base, 2)
     torch.manual_seed(seed)
     for _, parameter in trainable(network):
@@ -62,7 +62,7 @@ def lora(base: Network, seed: int) -> LoRA:
 
 
 def assert_trainable_and_own(auxiliary: Denoiser, models: Models) -> None:
-    """All that is trained of it is a float32 or float64 parameter that neither student nor teacher has."""
+    """Assert that all its trained weights are float32 or float64 parameters that neither student nor teacher has."""
     network = auxiliary.network if isinstance(auxiliary, NetworkDenoiser) else auxiliary
     own = [parameter for _, parameter in trainable(network)]
     assert own
@@ -80,7 +80,7 @@ TIMES = clock(0.1, 0.3, 0.5, 0.9, 1.0)
 
 @torch.no_grad()
 def assert_same(one: Denoiser, other: Denoiser, x_t: Tensor = POINTS, **cond: Tensor) -> None:
-    """They put out the same, to the last bit."""
+    """Assert that the outputs are equal to the last bit."""
     t = TIMES[: len(x_t)]
     assert torch.equal(one(x_t, t, cond).x0, other(x_t, t, cond).x0)
 
@@ -197,7 +197,7 @@ def test_it_computes_its_activations_again_where_the_student_does() -> None:
 
 
 class Own(Denoiser):
-    """A denoiser of one's own with one weight."""
+    """A user's denoiser with one weight."""
 
     def __init__(self, weight: float) -> None:
         super().__init__()

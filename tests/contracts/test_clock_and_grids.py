@@ -1,4 +1,4 @@
-"""Clock tensors and step grids: exact times, one for each sample."""
+"""Clock tensors and step grids: exact times, one per sample."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Families by name: every member can be named, built and found again, and a slip is answered with a hint."""
+"""Families by name: every member can be named, built and looked up again, and a typo gets a hint."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Every refusal is one line that names the culprit and says what to do."""
+"""Every error is a single line that names the cause and the remedy."""
 
 import os
 import socket
@@ -20,7 +20,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def refused(source: object, *words: str, **settings: object) -> None:
-    """Asserts that opening is a ValueError of one line that has all of `words` in it."""
+    """Assert that opening raises a one-line ValueError that contains all of `words`."""
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the words are checked below
         open_data(DataConfig(source=str(source), **settings))  # type: ignore[arg-type]
     message = str(caught.value)
@@ -117,7 +117,7 @@ def test_skipping_the_only_image_of_a_class_removes_the_class(tmp_path):
 @pytest.mark.parametrize("settings", [LAZY, {}], ids=["lazy", "in memory"])
 @pytest.mark.parametrize("kind", ["FIFO", "socket", "device"])
 def test_what_is_no_file_is_refused_and_does_not_hang(tmp_path, monkeypatch, kind, settings):
-    monkeypatch.chdir(tmp_path)  # the name of a socket is short
+    monkeypatch.chdir(tmp_path)  # a socket's name must be short
     image(Path("im/a.png"), 4, 4)
     if kind == "FIFO":
         os.mkfifo("im/z.png")

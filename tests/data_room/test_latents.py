@@ -1,4 +1,4 @@
-"""A folder of latents holds what the encoder makes of each image, however it was cut, stopped and damaged."""
+"""A folder of latents contains the encoder's output for each image, also after interruptions and damage."""
 
 import dataclasses
 import itertools
@@ -28,7 +28,7 @@ COUNT = 11
 
 @pytest.fixture
 def images(tmp_path: Path) -> CaptionedImages:
-    """Different images with different captions, one of them empty."""
+    """Return different images with different captions, one of them empty."""
     folder = tmp_path / "images"
     folder.mkdir()
     for index in range(COUNT):
@@ -39,7 +39,7 @@ def images(tmp_path: Path) -> CaptionedImages:
 
 
 def to_latents(x: Tensor) -> Tensor:
-    """A function of each image alone, exact in float32: the pixel in the corner of each 8x8 block, four times."""
+    """Encode each image separately, exactly in float32: the pixel in the corner of each 8x8 block, four times."""
     return torch.cat([x, -x[:, :1]], 1)[:, :, ::8, ::8] / 4
 
 
@@ -57,12 +57,12 @@ ENCODER = Encoder(to_latents, to_conditions, "corners")
 
 
 class Killed(Exception):
-    """What stops an encoder."""
+    """An exception that stops an encoder."""
 
 
 @final
 class Counting:
-    """ENCODER that remembers the images it was shown, and is killed at the batch `last`."""
+    """ENCODER that records its images and is killed at the batch `last`."""
 
     def __init__(self, last: int | None = None) -> None:
         self.shown: list[Tensor] = []
@@ -85,7 +85,7 @@ class Counting:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """All files but the lock."""
+    """Return all files except the lock."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
 
 
@@ -99,7 +99,7 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 
 def refused(call: Callable[[], object], *words: str, kind: type[ValueError] = ValueError) -> None:
-    """Asserts that the call is an error of one line that has all of `words` in it."""
+    """Assert that the call raises a one-line error that contains all of `words`."""
     with pytest.raises(kind) as caught:
         call()
     message = str(caught.value)
@@ -107,7 +107,7 @@ def refused(call: Callable[[], object], *words: str, kind: type[ValueError] = Va
     assert not [word for word in words if word not in message], message
 
 
-# What is in it
+# Contents
 
 
 def test_each_sample_is_what_the_encoder_makes_of_its_image(images, tmp_path):
@@ -212,12 +212,12 @@ def test_the_fingerprint_is_of_the_content(images, tmp_path):
     assert data.fingerprint != encode(images, mapped, tmp_path / "d", shard_size=4).fingerprint
 
 
-# Stopped, damaged, called again
+# Stopped, damaged and rerun
 
 
 @pytest.mark.parametrize("last", range(7))
 def test_a_stopped_encoding_goes_on_to_the_same_bytes(images, tmp_path, last):
-    """Shards of 4, 4 and 3 in batches of 2: killed at each of the 6 batches in turn, or not at all."""
+    """Shards of 4, 4 and 3 in batches of 2 are killed at each of the 6 batches in turn, or not at all."""
     encode(images, ENCODER, tmp_path / "whole", batch_size=2, shard_size=4)
     folder, first, second = tmp_path / "latents", Counting(last), Counting()
     if last < 6:
@@ -243,7 +243,7 @@ def test_a_try_that_made_nothing_is_no_obstacle_to_other_settings(images, tmp_pa
 
 
 def test_a_hard_kill_leaves_nothing_half(images, tmp_path):
-    """A process that dies without unwinding, in the middle of a shard, with files of its own lying about."""
+    """A process dies without unwinding in the middle of a shard and leaves temporary files."""
     script = """
 import os, sys
 from pathlib import Path
@@ -322,7 +322,7 @@ def test_progress_counts_images(images, tmp_path):
     assert progress == [(done, COUNT) for done in (0, 3, 5, 8, 10, 11)]
 
 
-# What is refused
+# Errors
 
 
 def test_another_encoder(images, tmp_path):
@@ -459,7 +459,7 @@ def test_images_of_other_forms(images, tmp_path):
 
 
 def test_samples_of_prompts_go_on_where_they_were_cut(tmp_path: Path) -> None:
-    """And are those of an uncut call: each is a function of its place and its prompt."""
+    """The latents equal those of an uninterrupted call: each depends only on its place and its prompt."""
 
     def sampled(places: range, conditions: dict[str, Tensor]) -> Tensor:
         made.append(places)

@@ -1,5 +1,4 @@
-"""README, CONTRIBUTING, docs and src (docstrings, comments, messages, help texts) follow the patterns of
-`support_style`."""
+"""README, CONTRIBUTING, docs and src (docstrings, comments, messages, help texts) follow `support_style`."""
 
 from pathlib import Path
 from typing import Final
@@ -66,7 +65,7 @@ def test_every_exception_is_needed() -> None:
 
 
 def test_help_texts_are_among_the_sentences() -> None:
-    """tyro shows the docstrings of the arguments' fields, which lie in modules that are held."""
+    """tyro shows the docstrings of the arguments' fields, whose modules are in `FILES`."""
     texts = {sentence.text for sentence in sentences_of(ROOT / "src/halfstep/cli/arguments.py")}
     assert "Number of samples to draw." in texts
 

@@ -1,4 +1,4 @@
-"""The explorer's door: names, prefixes, slow clients, and what it prints."""
+"""The explorer's server: host names, prefixes, slow clients, and its output."""
 
 import asyncio
 from collections.abc import MutableMapping
@@ -13,7 +13,7 @@ Message = MutableMapping[str, Any]
 
 
 def asked(door: Door, path: str = "/", host: str = "127.0.0.1:7860", is_slow: bool = False) -> tuple[int, str]:
-    """Status and body of the door's answer."""
+    """Return the status and body of the server's response."""
     sent: list[Message] = []
 
     async def send(message: Message) -> None:

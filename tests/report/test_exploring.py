@@ -1,4 +1,4 @@
-"""What the explorer answers, and what it refuses, without its page."""
+"""The explorer's responses and errors, without its page."""
 
 import math
 from pathlib import Path
@@ -27,7 +27,7 @@ def explorer(run: Path) -> Explorer:
 
 
 def drawn(run: Path, stage: str, seeds: list[int], steps: int, class_label: int | None = None) -> np.ndarray:
-    """The same samples by the library's own call."""
+    """Return the same samples from a direct call of the library."""
     return samples_array(load(run / "stages" / stage).sample(seeds, steps, class_label=class_label), True)
 
 
@@ -71,7 +71,7 @@ def test_the_way_between_two_noises_is_an_arc_of_even_pace() -> None:
     way = between(first, second, shares)
     torch.testing.assert_close(way[0], first, rtol=0, atol=1e-15)
     torch.testing.assert_close(way[-1], second, rtol=0, atol=1e-15)
-    # For unit vectors: all points are unit vectors of one plane, and the angle from the first grows in step.
+    # For unit vectors: all points are unit vectors in one plane, and the angle from the first grows evenly.
     a, b = first / first.norm(), second / second.norm()
     unit = between(a, b, shares).flatten(1)
     torch.testing.assert_close(unit.norm(dim=1), torch.ones(5, dtype=torch.float64), rtol=0, atol=1e-14)
@@ -151,7 +151,7 @@ def test_large_samples_are_asked_for_in_smaller_numbers() -> None:
 
 def test_sampling_is_stopped_when_its_time_is_up(run: Path) -> None:
     slow = Explorer(run, bounds=Bounds(seconds=1.0))
-    # Time is asked after every step: a clock that jumps stands for a slow network.
+    # The time is checked after every step, so a jumping clock simulates a slow network.
     object.__setattr__(slow.bounds, "seconds", 0.0)
     with pytest.raises(ValueError, match="00-denoise was stopped at step 1 of 1000, because the request took 0 s"):
         slow.compare("00-denoise", 1000)
@@ -197,7 +197,7 @@ def test_a_damaged_stage_takes_no_other_down_with_it(tmp_path: Path) -> None:
 def test_time_is_up_for_a_request_not_for_each_of_its_models(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     explorer = Explorer(run, bounds=Bounds(seconds=5.0))
     ticks = iter(range(10**6))
-    # Each look at the clock is a second later: the strip's stages take 14 steps together, each less than the bound.
+    # Each reading of the clock is a second later. The strip's stages take 14 steps in total, each less than the limit.
     monkeypatch.setattr("halfstep.explore.explorer.time.perf_counter", lambda: float(next(ticks)))
     with pytest.raises(ValueError, match=r"because the request took 5 s"):
         explorer.strip(0)

@@ -1,4 +1,4 @@
-"""The report says what the run folder says, whatever state that is in, and nothing in it can act or call out."""
+"""The report shows the contents of the run folder in any state, and nothing in it can run or send requests."""
 
 import base64
 import hashlib
@@ -39,7 +39,7 @@ VOID = {"meta", "br", "img", "input", "link", "hr"}
 
 
 class Page(HTMLParser):
-    """The elements, the table cells and the texts of a page; fails on elements that are not closed in order."""
+    """The elements, table cells and texts of a page; fails on elements that are not closed in order."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
     def table(self, first: str) -> list[list[str]]:
-        """The only table whose first cell begins so."""
+        """Return the only table with this text at the start of its first cell."""
         (found,) = [t for t in self.tables if t[0] and t[0][0].startswith(first)]
         return [[cell.strip() for cell in row] for row in found]
 
@@ -138,7 +138,7 @@ def test_the_table_shows_the_figures_of_metrics_json(whole: Path, page: Page) ->
         ]
         for cell, value in zip(row[1:], wanted, strict=True):
             assert (figures_of(cell) is None) == (value is None)
-            # Three digits are shown, two of a speed-up from 2 to 100; the whole number is in the element.
+            # Three digits are shown, or two of a speed-up from 2 to 100; the element contains the whole number.
             assert value is None or figures_of(cell) == pytest.approx(value, rel=0.03)
             assert value is None or isinstance(value, int) or value in page.values
 
@@ -218,7 +218,7 @@ def test_a_stage_with_one_row_of_the_log_is_seen_in_the_figure(tmp_path: Path) -
         rows = [{"stage": "01-halve-0128", "update": 20 * k, "loss": 0.1} for k in range(1, length + 1)]
         (run / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         losses = write_report(run).read_text(encoding="utf-8").partition('id="chain"')[2]
-        # matplotlib draws a marker once among the definitions and refers to it for each point.
+        # matplotlib draws a marker once in the definitions and refers to it for each point.
         drawn.append(len(re.findall(r'<use [^>]*href="#chain-m[^"]*" [^>]*fill: var\(--student\)', losses)))
     assert drawn[0] > drawn[1]
 

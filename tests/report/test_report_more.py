@@ -1,4 +1,4 @@
-"""The chain, the evaluation, the studies, the neighbours and the cost, as the report tells them."""
+"""The report's chain, evaluation, studies, neighbours and cost."""
 
 import json
 import re
@@ -48,7 +48,7 @@ def test_each_student_is_compared_with_its_own_teacher_and_with_the_first(tmp_pa
     rows = {row[0]: row for row in page.table("Stage")[2:]}
     for index, steps in enumerate(STUDENT_STEPS):
         row = rows[f"{index + 1:02d}-halve-{steps:04d}"]
-        # The distance to the first model is that of the table of figures, over more samples than are kept.
+        # The distance to the first model is that of the table of figures, from more samples than are stored.
         to_first = result(steps, True).teacher_rmse
         to_parent = to_first
         if index:
@@ -128,7 +128,7 @@ def test_series_for_which_the_chart_has_no_colour_are_counted(tmp_path: Path, fu
     run = write_fake_run(tmp_path / "run")
     content = fake_evaluation()
     rows, series = content["tables"][0]["rows"], content["series"]
-    # Beside the students, the teacher, and one more of its samplers.
+    # Next to the students, the teacher and one more of its samplers.
     for index in range(further):
         series.append(series[-1] | {"name": f"teacher-{index}"})
         rows.append(rows[-1] | {"series": f"teacher-{index}"})
@@ -287,13 +287,13 @@ def test_the_report_shows_the_neighbours_of_the_sentences_student(
     assert facts is not None
     assert f"A student with {facts.num_steps} network calls instead" in page.text
     np.testing.assert_array_equal(facts.samples, digit_samples(facts.num_steps, True)[:8])
-    # The fake samples are digits of that very data set under noise: row i is nearest to digit i.
+    # The fake samples are digits of that data set with noise: row i is nearest to digit i.
     np.testing.assert_array_equal(facts.neighbours[:, 0], digit_samples_clean())
     assert (
         f"nearest of 1,797 training samples has a median of {number(float(np.median(facts.distances[:, 0])))}"
         in page.text
     )
-    # The second call finds them there, without the data, and the page is the same.
+    # The second call finds them there without the data, and the page is the same.
     monkeypatch.setattr("halfstep.cli.reporting.open_data", lambda config: pytest.fail("the data was opened again"))
     before = RunFolder(run).report_path.read_bytes()
     main(["report", str(run)])
@@ -301,7 +301,7 @@ def test_the_report_shows_the_neighbours_of_the_sentences_student(
 
 
 def digit_samples_clean() -> np.ndarray:
-    """The first eight digits as the data room has them, uint8 `[8, 8, 8, 1]`."""
+    """Return the first eight digits from the data package, uint8 `[8, 8, 8, 1]`."""
     x0 = open_data(DataConfig(source="digits")).fetch(torch.arange(8)).x0
     return ((x0 + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
@@ -379,7 +379,7 @@ def test_a_later_student_of_as_many_steps_stands_for_them_and_the_earlier_one_st
     texts = {row[0]: row for row in text_table(group).rows}
     assert texts["4 (09-finish-0004)"][4] == f"{finished.frechet / HEUN.frechet:.2f}"
     assert texts["32 (Heun)"][2] == f"{HEUN.frechet:.4g}"
-    # An evaluation, too, has a row for each, and draws the last.
+    # An evaluation also has a row for each and plots the last.
     told = fake_evaluation()
     own = next(row for row in told["tables"][0]["rows"] if row["num_steps"] == 4)
     told["tables"][0]["rows"].insert(2, own | {"stage": "09-finish-0004", "figures": {"frechet": figure(0.2)}})

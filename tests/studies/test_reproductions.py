@@ -1,4 +1,4 @@
-"""The page of reproductions is what its JSON makes of it, and every study has its paragraph."""
+"""The page of reproductions is generated from its JSON, and every study has its paragraph."""
 
 import importlib.util
 import json
@@ -36,7 +36,7 @@ def test_every_study_has_a_place_on_the_page(generator: ModuleType) -> None:
 
 
 def test_a_result_of_other_settings_is_not_published(generator: ModuleType, tmp_path: Path) -> None:
-    """Tables speak of the scale's settings, so a result of others would be told under false ones."""
+    """Tables describe the scale's settings, so a result with other settings would be described wrongly."""
 
     for folder in ("results", "reproductions"):
         shutil.copytree(DOCS / folder, tmp_path / folder)
