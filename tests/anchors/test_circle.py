@@ -25,7 +25,7 @@ def preserves_variance(process: NoiseProcess) -> bool:
 
 @pytest.mark.parametrize("process", members(processes))
 def test_v_is_the_derivative_of_x_t_along_the_circle(process: NoiseProcess) -> None:
-    """Compare with dx_t / dphi, with both derivatives in time by autograd: of `mix` and of phi = atan2(sigma, alpha)."""
+    """Compare with dx_t / dphi, from derivatives in time by autograd: of `mix` and of phi = atan2(sigma, alpha)."""
     if not preserves_variance(process):
         pytest.skip("it does not move on the circle")
     x0, eps, t = numbers(97), numbers(97, seed=1), interior_times(97).requires_grad_()

@@ -191,7 +191,7 @@ def set_steps(scheduler: Any, times: Tensor) -> None:
 
 @torch.no_grad()
 def heun_by_diffusers(network: ToyNetwork, x_t: Tensor, times: Tensor, prediction_type: str) -> Iterator[Tensor]:
-    """Sample with diffusers' Heun: its samples are x_t / alpha, and its network receives `scale_model_input` of them."""
+    """Sample with diffusers' Heun: samples are x_t / alpha, and the network receives `scale_model_input` of them."""
     scheduler = HeunDiscreteScheduler(prediction_type=prediction_type, **TRAILING)
     set_steps(scheduler, times)
     radius = (1 + scheduler.sigmas**2).sqrt()

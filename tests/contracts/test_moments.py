@@ -269,7 +269,7 @@ def denoiser(seed: int) -> NetworkDenoiser:
 
 
 def trainer() -> StageTrainer:
-    """Return a trainer of a student that has moved away from its teacher, with settings that a helper does not support."""
+    """Return a trainer of a student that has left its teacher, with settings that a helper does not support."""
     early = EarlyEnd(patience=1, window=2, min_drop=0.9)
     training = Training(8, 1e-2, batch_size=12, adam_betas=(0.5, 0.9), ema_decay=0.7, early_end=early)
     return StageTrainer(
